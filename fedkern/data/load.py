@@ -97,7 +97,7 @@ def load(
         UserError: anything wrong with the name, the files, the partition or a value.
     """
     info, drawn = lookup(name), None
-    progress = progress or notice
+    progress, notice = progress or notice, notice or (lambda text: None)
     own_options, common = read_options(name, options or {})
     asked = None if partition is None else parse_partition(partition)
     correlation = _check_correlation(name, info, correlation)
@@ -129,16 +129,14 @@ def load(
     assert info.open is not None
     keeping = {"cache": cache, "notice": progress} if info.keeps else {}
     source = info.open(root, **own_options, **keeping)
-    if notice is not None:
-        for text in source.notices:
-            notice(text)
+    for text in source.notices:
+        notice(text)
     spec = _default_partition(name, info, source) if asked is None else asked
     if clients is None:
         clients = source.groups if spec.name == "attribute" and source.groups is not None else info.clients
     _check_attribute(name, info, source, spec, clients)
-    if notice is not None:
-        for text in _unused(source, spec):
-            notice(text)
+    for text in _unused(source, spec):
+        notice(text)
     task = source.train.task
     if spec.name not in ("iid", "attribute") and (instead := task.classless(len(source.classes))):
         raise UserError(
@@ -201,8 +199,7 @@ def load(
                 contents["train"] = [*used, *contents["train"]]
             tiles = 1 if source.train.cases is None else len(source.train) // len(source.train.cases.unique())
             for text in copies(name, source.classes, contents, pixels, names or (), tiles):
-                if notice is not None:
-                    notice(text)
+                notice(text)
     data = FederatedData(
         name=name,
         classes=source.classes,
@@ -232,7 +229,7 @@ def _finished(
     seed: int,
 ) -> FederatedData:
     """The data with the objects, cues and patches that the common options ask for."""
-    background = _background_source(data.name, given, common, data, make_detector, notice)
+    background = _background_source(given, common, data, make_detector, notice)
     if background is not None:  # find the objects before cues and patches are drawn over them
         data = extract_background(data, background)
     data = add_cues(data, common["cue_clients"], common["cue_size"], seed)
@@ -258,7 +255,6 @@ def _seen(source: Source, spec: PartitionSpec, split: Split) -> Split:
 
 
 def _background_source(
-    name: str,
     given: Mapping[str, object],
     common: Mapping[str, Any],
     data: FederatedData,
@@ -273,7 +269,7 @@ def _background_source(
     if not common["detector"]:
         for option in DETECTION_OPTIONS:
             if option in given and option not in ("boxes", "detector"):
-                raise UserError(f'option {option} of data set "{name}" has no effect without the option detector')
+                raise UserError(f'option {option} of data set "{data.name}" has no effect without the option detector')
         return None
     if make_detector is None:
         raise UserError(f'the detector "{common["detector"]}" needs a make_detector that loads it')

@@ -88,9 +88,8 @@ def read(path: str, expected: str | None) -> Mapping[str, Tensor]:
             no finished run.
     """
     if sha256(path) != expected and expected is not None:
-        whose = "does not hold the network" if Path(path).is_dir() else "is not the file"
-        what = "network" if Path(path).is_dir() else "file"
-        raise UserError(f"--init {path} {whose} that the run began with: put that {what} back.")
+        holds, what = ("does not hold", "network") if Path(path).is_dir() else ("is not", "file")
+        raise UserError(f"--init {path} {holds} the {what} that the run began with: put that {what} back.")
     tensors = load(_GIVEN[path]) if path in _GIVEN else read_state_dict(_file(path), f"--init {path}")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

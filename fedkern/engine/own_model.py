@@ -120,7 +120,6 @@ def settled(
                 "uninterrupted one."
             )
         layout, sha = stored.model_layout or layout, stored.model_sha256
-    if stored is not None:
         config = config.replace(served=stored.served)
     elif config.accelerate == "auto" and config.device == "cpu" and config.precision == "fp32" and known:
         config = config.replace(served=serving.decided(RunContext(config, data), network))

@@ -120,10 +120,9 @@ class Course:
     def __init__(self, client: Any, data: Any, schedule: Schedule, phase: Phase) -> None:
         self.schedule, self.done = schedule, 0
         self._epoch, self._amid = 0, False
-        self._data, self._phase = data, phase
-        open_end = replace(schedule, epochs=sys.maxsize)
-        self._plans = epochs(len(data), open_end, client.rng("batches", phase))
-        self._augmentation = client.rng("augmentation", phase) if data.fresh else None
+        plans = epochs(len(data), replace(schedule, epochs=sys.maxsize), client.rng("batches", phase))
+        augmentation = client.rng("augmentation", phase) if data.fresh else None
+        self._epochs = (data.planned(plan, phase, epoch, augmentation) for epoch, plan in enumerate(plans))
 
     @property
     def lr(self) -> float:
@@ -131,8 +130,7 @@ class Course:
 
     def __iter__(self) -> Iterator[Batch]:
         self._epoch, self._amid = self._epoch + self._amid, True
-        plan = next(self._plans, [])
-        for batch in self._data.planned(plan, self._phase, self._epoch, self._augmentation) if plan else ():
+        for batch in next(self._epochs, ()):
             check()
             self.done += 1
             yield batch
