@@ -18,10 +18,9 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.images import BackgroundBank
 from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.node import Node
-from fedkern.engine.own_training import Course
 from fedkern.engine.participants import share_of_work
 from fedkern.engine.private_training import declared, train_privately
-from fedkern.engine.training import Context, Diverged, Schedule, train
+from fedkern.engine.training import Context, Course, Diverged, Schedule, train
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
 from fedkern.ops._core.layout import plain_strides

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fedkern import ops
 from fedkern.code_digest import digest
-from fedkern.engine.own_optimizer import made
-from fedkern.engine.training import Schedule, epochs
 from fedkern.errors import UserError, shown
-from fedkern.interrupts import check
 from fedkern.methods import registry
 from fedkern.methods.base import LocalTraining
-from fedkern.methods.protocol import Batch, Phase
+from fedkern.methods.terms import Terms
 from fedkern.settings.config import RunConfig
+from fedkern.tasks.own import explained
 
 _PARTS = ("client_update", "loss", "terms", "adjust_gradient", "draw", "prepare")
 """What makes up a method's local training: a function replaces that of FedAvg, whatever the method's server does."""
@@ -110,28 +110,52 @@ def settled(context: Any, own: OwnTraining | None, stored: RunConfig | None, out
     return config.replace(training=words, training_sha256=sha)
 
 
-class Course:
-    """The batches of an exchange for a loop of somebody's own, an epoch at a time: those that the run would take.
+def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser that a user's factory makes; raises UserError where it is none that a loop can step."""
+    with explained("optimizer", make):
+        found = make(parameters)
+    if not isinstance(found, torch.optim.Optimizer):
+        raise UserError(f"optimizer must return a torch.optim.Optimizer, not {shown(found)}.")
+    closure = inspect.signature(type(found).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(f"optimizer makes {type(found).__name__}, which evaluates a batch several times: take another.")
+    return found
 
-    Attributes:
-        done: batches so far.
+
+def own_stepper(
+    network: Any, schedule: Any, terms: Terms | None, kept: Mapping[str, Any]
+) -> tuple[Callable[[float], ops.StepResult], Callable[[], dict[str, Any]]]:
+    """As `fedkern.engine.training.stepper`, with the optimiser of ``schedule.make``.
+
+    The method's terms are added to the gradients, which are then clipped, as `fedkern.ops.sgd_step` does; the learning
+    rates are the optimiser's, times the schedule's.
     """
+    theta, gradients = network.parameters.detach(), network.gradients
+    optimizer = made(schedule.make, network.trained)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if kept:
+        state = {int(index): copy.deepcopy(values) for index, values in kept.items()}  # steps change what is loaded
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-    def __init__(self, client: Any, data: Any, schedule: Schedule, phase: Phase) -> None:
-        self.schedule, self.done = schedule, 0
-        self._epoch, self._amid = 0, False
-        plans = epochs(len(data), replace(schedule, epochs=sys.maxsize), client.rng("batches", phase))
-        augmentation = client.rng("augmentation", phase) if data.fresh else None
-        self._epochs = (data.planned(plan, phase, epoch, augmentation) for epoch, plan in enumerate(plans))
+    @torch.no_grad()
+    def step(factor: float) -> ops.StepResult:
+        if terms is not None:
+            terms.add_to(gradients, theta)
+        norm = torch.linalg.vector_norm(gradients, dtype=torch.float64)
+        if schedule.clip_norm:
+            gradients.mul_((schedule.clip_norm / norm).clamp(max=1))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        optimizer.step()
+        gradients.zero_()
+        return ops.StepResult(torch.isfinite(norm), norm.square())
 
-    @property
-    def lr(self) -> float:
-        return self.schedule.lr_at(self._epoch)
+    def held() -> dict[str, Any]:
+        found = optimizer.state_dict()["state"]
+        plain = (Tensor, int, float, str)
+        return {
+            str(index): {name: value for name, value in values.items() if isinstance(value, plain)}
+            for index, values in found.items()
+        }
 
-    def __iter__(self) -> Iterator[Batch]:
-        self._epoch, self._amid = self._epoch + self._amid, True
-        for batch in next(self._epochs, ()):
-            check()
-            self.done += 1
-            yield batch
-        self._epoch, self._amid = self._epoch + 1, False
+    return step, held

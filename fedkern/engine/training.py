@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, cycle, islice
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.engine.captured import Graphs, Outcome, replayable
 from fedkern.engine.network import Network, Part, Trainable
-from fedkern.engine.own_optimizer import own_stepper
+from fedkern.engine.own_training import own_stepper
 from fedkern.engine.reader import Reader, batch_plan
 from fedkern.errors import UserError
 from fedkern.interrupts import check
@@ -160,6 +161,33 @@ def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator
         plan = batch_plan(count, schedule.batch_size, rng)[:left]
         left -= len(plan)
         yield plan
+
+
+class Course:
+    """The batches of an exchange for a loop of somebody's own, an epoch at a time: those that the run would take.
+
+    Attributes:
+        done: batches so far.
+    """
+
+    def __init__(self, client: Any, data: Any, schedule: Schedule, phase: Phase) -> None:
+        self.schedule, self.done = schedule, 0
+        self._epoch, self._amid = 0, False
+        plans = epochs(len(data), replace(schedule, epochs=sys.maxsize), client.rng("batches", phase))
+        augmentation = client.rng("augmentation", phase) if data.fresh else None
+        self._epochs = (data.planned(plan, phase, epoch, augmentation) for epoch, plan in enumerate(plans))
+
+    @property
+    def lr(self) -> float:
+        return self.schedule.lr_at(self._epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._epoch, self._amid = self._epoch + self._amid, True
+        for batch in next(self._epochs, ()):
+            check()
+            self.done += 1
+            yield batch
+        self._epoch, self._amid = self._epoch + 1, False
 
 
 def batch_sizes(count: int, schedule: Schedule) -> Counter[int]:
