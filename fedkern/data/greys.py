@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -128,7 +128,7 @@ def described(
         found.setdefault(sets[path], []).append(looks[path])
     whole = _sites(found)
 
-    def words(chosen: Iterable[Set]) -> str:
+    def words(chosen: Collection[Set]) -> str:
         files = [own for one in chosen for own in found[one]]
         sizes = sorted({own.size for own in files}, key=lambda sides: (sides[0] * sides[1], sides))
         ends = dict.fromkeys(f"{width} x {height}" for width, height in (sizes[0], sizes[-1]))
@@ -136,7 +136,7 @@ def described(
         how = f", {scaled}" if any(own.mode.startswith(modes) for own in files) else ""
         return stored + how + (f" -> {' '.join(seen)}" if stored != f"8-bit {seen[1]}, {seen[0]}" else "")
 
-    def line(chosen: Iterable[Set]) -> str:
+    def line(chosen: Collection[Set]) -> str:
         of = {
             split: "" if own == whole[split] else f" of {first_of(own, SHOWN)}" for split, own in _sites(chosen).items()
         }
@@ -149,13 +149,10 @@ def described(
         alike.setdefault(words([one]), []).append(one)
     groups = [*alike.values()]
     if len(groups) > LINES:
-        groups[LINES - 1 :] = [[one for group in groups[LINES - 1 :] for one in group]]
+        groups[LINES - 1 :] = [sorted(one for group in groups[LINES - 1 :] for one in group)]
     return (line(found), *(line(group) for group in groups if len(groups) > 1)) if found else ()
 
 
-def _sites(sets: Iterable[Set]) -> dict[str, list[str]]:
+def _sites(sets: Collection[Set]) -> dict[str, list[str]]:
     """The sites of every split."""
-    sites: dict[str, list[str]] = {}
-    for split, site in sets:
-        sites.setdefault(split, []).append(site or "no site")
-    return sites
+    return {split: [site or "no site" for other, site in sets if other == split] for split, _ in sets}

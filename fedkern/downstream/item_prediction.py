@@ -33,7 +33,7 @@ def outputs(module: nn.Module, data: FederatedData, given: Any, size: int) -> An
 
     def said(inputs: Any) -> Any:
         try:
-            return _kept(module(inputs))
+            return mapped(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, module(inputs))
         except RAISED as error:  # the user's own network may raise anything
             raise UserError(f"the network fails on the samples ({cause(error)}).") from error
 
@@ -53,7 +53,3 @@ def _inputs(reader: ItemReader, data: FederatedData) -> Iterator[tuple[Any, int]
     for batch in reader.batches():
         whole = isinstance(batch.data, (tuple, list)) and len(batch.data) == takes > 1
         yield Positional(batch.data) if whole else batch.inputs, len(batch.indices)
-
-
-def _kept(value: Any) -> Any:
-    return mapped(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, value)

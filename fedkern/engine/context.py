@@ -163,8 +163,7 @@ class RunContext:
     def _taps(self) -> tuple[Any, ...]:
         """Where ``--features`` and ``--stages`` take the results of the run's network."""
         stages = [name.strip() for name in (self.config.stages or "").split(",") if name.strip()]
-        shape = () if self.data.form.lacks else self.data.form.shape
-        network = self._built(None, None, None, None)
+        shape, network = getattr(self.data.form, "shape", ()), self._built(None, None, None, None)
         return find_taps(network, stages, self.config.features, shape, self.model_name)
 
     def _built(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> Any:

@@ -126,12 +126,9 @@ def stepper(
     if terms is not None:
         settings |= terms.arguments()
     total = None if terms is None else terms.gradient_sum
-    state: dict[str, Any] = {
-        name: value.clone().to(theta.device) for name, value in kept.items() if isinstance(value, Tensor)
-    }
+    state = {name: value.to(theta.device, copy=True) if name != "steps" else value for name, value in kept.items()}
     if schedule.optimizer == "adamw":
-        state = {"first": torch.zeros_like(gradients), "second": torch.zeros_like(gradients), **state}
-        state["steps"] = kept.get("steps", 0)
+        state = {"first": torch.zeros_like(gradients), "second": torch.zeros_like(gradients), "steps": 0, **state}
 
         def adamw(lr: float) -> ops.StepResult:
             state["steps"] += 1
