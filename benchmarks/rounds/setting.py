@@ -13,8 +13,9 @@ from torch import Tensor
 from fedkern import models
 from fedkern.data import load, normalise
 from fedkern.streams import stream
+from fedkern.tasks.own import inner
 
-from .task import CLASSES, LeNet
+from .task import CLASSES, NETWORKS
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10
 SEED = 0
@@ -22,12 +23,19 @@ TEST = 2000
 NOISE = 64.0  # of the synthetic images, in grey levels
 
 
+NAMES = {
+    "lenet": "LeNet", "mcmahan": "McMahan's CNN", "own-resnet8": "a user's ResNet-8/{1}",
+    "own-resnet8-gn": "a user's ResNet-8/{1} with group norm",
+}  # fmt: skip
+"""Networks as users write them, by their names in tables."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """A size of the benchmark.
 
     Attributes:
-        model: ``"lenet"``, or a network of fedkern's that task.py knows too.
+        model: one of :data:`NAMES`, or a network of fedkern's that task.py knows too.
         width: channels of its first stage.
         rounds: those that are timed; the first counts apart, and one more is played behind them.
         repeats: processes that every contestant gets.
@@ -47,7 +55,7 @@ class Setting:
     @property
     def case(self) -> str:
         """The row's name."""
-        network = "LeNet" if self.model == "lenet" else f"{self.model}/{self.width}"
+        network = NAMES.get(self.model, "{}/{}").format(self.model, self.width)
         return f"{network}, {self.clients} clients × {self.samples}"
 
 
@@ -81,21 +89,16 @@ def write(setting: Setting, folder: Path, data_root: str | None = None) -> None:
 
 
 def register(model: str) -> None:
-    """Makes LeNet one of fedkern's networks where ``model`` is it, as a user would who has a network of their own."""
-    if model != "lenet":
-        return
-    models.MODELS["lenet"] = models.ModelEntry("lenet", "LeNet for images of 32 pixels", 6, 32, _lenet)
-
-
-def _lenet(*, classes: int, channels: int, width: int, stem: str) -> LeNet:
-    return LeNet(classes, channels)
+    """Registers a network that is not fedkern's, as its author would."""
+    if model in NAMES and model not in models.MODELS:
+        models.register_model(model)(lambda width: NETWORKS[model](width))
 
 
 def first_weights(setting: Setting) -> dict[str, Tensor]:
     """The state dict that a run of fedkern's with this seed begins with."""
     register(setting.model)
     module = models.build(setting.model, classes=CLASSES, channels=3, image_size=32, seed=SEED, width=setting.width)
-    return dict(module.state_dict())
+    return dict(inner(module).state_dict())
 
 
 def cifar10(root: str, count: int, test: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

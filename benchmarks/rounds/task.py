@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,23 @@ class LeNet(nn.Module):
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.relu(self.fc1(torch.flatten(x, 1)))
         return self.fc3(F.relu(self.fc2(x)))
+
+
+class McMahan(nn.Module):
+    """Two 5x5 convolutions, each with a 2x2 maximum, and two linear layers (McMahan et al. 2017), for 3x32x32."""
+
+    def __init__(self, classes: int = CLASSES, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 32, 5, padding=2)
+        self.conv2 = nn.Conv2d(32, 64, 5, padding=2)
+        self.fc1 = nn.Linear(64 * 8 * 8, 512)
+        self.fc2 = nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[B, channels, 32, 32]`` to ``[B, classes]``."""
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
 
 
 class Staged(nn.Module):
@@ -75,38 +93,41 @@ def cnn(width: int, classes: int = CLASSES) -> nn.Module:
     return Staged(stages, sizes[-1], classes)
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions with batch norm beside a shortcut."""
+Norm = Callable[[int], nn.Module]
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+
+class Block(nn.Module):
+    """Two 3x3 convolutions, each with a norm, beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
+        self.bn1 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.bn2 = norm(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             convolution = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(OrderedDict({"0": convolution, "1": nn.BatchNorm2d(outputs)}))
+            self.shortcut = nn.Sequential(OrderedDict({"0": convolution, "1": norm(outputs)}))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
-def resnet(blocks: tuple[int, ...], width: int, classes: int = CLASSES) -> nn.Module:
+def resnet(blocks: tuple[int, ...], width: int, norm: Norm = nn.BatchNorm2d) -> nn.Module:
     """fedkern's ``--model resnet8`` and ``resnet18`` for images of up to 64 pixels and widths from 16."""
     stages: list[nn.Module] = []
     current = width
     for i, count in enumerate(blocks):
         layers: list[nn.Module] = []
         if i == 0:
-            layers = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers = [nn.Conv2d(3, width, 3, padding=1, bias=False), norm(width), nn.ReLU()]
         for j in range(count):
-            layers.append(Block(current, width * 2**i, 2 if i > 0 and j == 0 else 1))
+            layers.append(Block(current, width * 2**i, 2 if i > 0 and j == 0 else 1, norm))
             current = width * 2**i
         stages.append(nn.Sequential(*layers))
-    return Staged(stages, current, classes)
+    return Staged(stages, current, CLASSES)
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
@@ -114,6 +135,9 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "cnn": cnn,
     "resnet8": lambda width: resnet((1, 1, 1), width),
     "resnet18": lambda width: resnet((2, 2, 2, 2), width),
+    "mcmahan": lambda width: McMahan(),
+    "own-resnet8": lambda width: resnet((1, 1, 1), width),
+    "own-resnet8-gn": lambda width: resnet((1, 1, 1), width, partial(nn.GroupNorm, 8)),
 }
 
 
