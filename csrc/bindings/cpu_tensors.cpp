@@ -116,16 +116,20 @@ int fuse_fits(py::handle features, py::handle scale, py::handle shift) {
   return first.device_type;
 }
 
+// An int; -1 for any other object, and for one that no long holds.
+long whole_number(py::handle given) {
+  int overflow = 0;
+  return PyLong_CheckExact(given.ptr()) ? PyLong_AsLongAndOverflow(given.ptr(), &overflow) : -1;
+}
+
 // Whether conv's kernel may take a call as it is given, and is the faster way. Where only one of x and weight is channels-last,
 // x is laid out anew; where neither is, so is not what PyTorch gives. A weight of one tap counts as neither.
 int conv_fits(py::handle x, py::handle weight, py::handle scale, py::handle shift, py::handle mean, py::handle variance, py::handle residual, py::handle pool, py::handle stride,
               py::handle groups, py::handle bias) {
   TensorView map, taps, one;
   if (!readable(x.ptr(), map) || !readable(weight.ptr(), taps)) return kNo;
-  int above = 0;
-  const auto whole = [&](py::handle given) { return PyLong_CheckExact(given.ptr()) ? PyLong_AsLongAndOverflow(given.ptr(), &above) : -1; };
-  const long halved = whole(pool), parts = whole(groups);
-  const ConvShape s = conv_shape(map, taps, whole(stride)), r = s.result();
+  const long halved = whole_number(pool), parts = whole_number(groups);
+  const ConvShape s = conv_shape(map, taps, whole_number(stride)), r = s.result();
   if (r.positions() < 2 || (halved != 1 && halved != 2) || !kept_channels(s, parts)) return kNo;  // one value has no variance
   if (!map.channels_last() && (s.kernel == 1 || !taps.channels_last())) return kNo;
   if (halved == 2 && (r.height < 2 || r.width < 2)) return kNo;
@@ -141,8 +145,8 @@ int conv_fits(py::handle x, py::handle weight, py::handle scale, py::handle shif
 int pool_fits(py::handle x, py::handle weight, py::handle bias, py::handle padding) {
   TensorView map, taps, one;
   const auto fits = conv_kernels().pool_fits;
-  if (!fits || !readable(x.ptr(), map) || !readable(weight.ptr(), taps) || !PyLong_CheckExact(padding.ptr())) return kNo;
-  const PoolShape s = pool_shape(map, taps, PyLong_AsLong(padding.ptr()));
+  if (!fits || !readable(x.ptr(), map) || !readable(weight.ptr(), taps)) return kNo;
+  const PoolShape s = pool_shape(map, taps, whole_number(padding));
   if (!fits(s)) return kNo;
   return bias.is_none() || (readable(bias.ptr(), one) && is_vector(one, s.out)) ? TensorView::kCpu : kNo;
 }

@@ -428,7 +428,7 @@ class PoolingBackward {
 
 // Many channels that few positions share are left to PyTorch's operators (oneDNN), and lists that leave the caches.
 inline bool pool_fits(const PoolShape& s) {
-  const bool any = s.batch > 0 && (s.kernel == 3 || s.kernel == 5) && (s.padding == 0 || s.padding == s.kernel / 2) && s.high() > 1 && s.wide() > 1;
+  const bool any = std::min({s.batch, s.in, s.out}) > 0 && (s.kernel == 3 || s.kernel == 5) && (s.padding == 0 || s.padding == s.kernel / 2) && s.high() > 1 && s.wide() > 1;
   return any && s.in <= 256 && s.windows() * rounded_up(s.out) <= 32768 && 512 * s.batch * s.windows() >= s.in * s.out;
 }
 

@@ -1350,6 +1350,53 @@ def check_conv_norm(case: Case) -> None:
             assert_close(name, ours, theirs, absolute=1e-5 * size**2)
 
 
+@st.composite
+def pool_case(draw: st.DrawFn) -> Case:
+    dtype, side = draw(st.sampled_from(["float32", "float32", "float64"])), draw(st.sampled_from([3, 5]))
+    padding = draw(st.sampled_from([0, side // 2]))
+    least = side + 1 - 2 * padding
+    sides = st.integers(least, least + 7)
+    shape = [draw(FEW), draw(st.sampled_from([3, 1, 2, 8, 16])), draw(sides), draw(sides)]
+    out = draw(st.sampled_from([8, 1, 5, 16, 24]))
+    return {
+        "x": draw(tensor(shape, dtype)),
+        "weight": draw(tensor([out, shape[1], side, side], dtype)),
+        "bias": draw(tensor([out], dtype)),
+        "biased": draw(st.booleans()),
+        "padding": padding,
+        "relu": draw(st.booleans()),
+    }
+
+
+def check_conv_pool(case: Case) -> None:
+    x, weight, bias = (make(case[name]) for name in ("x", "weight", "bias"))
+    padding, relu, biased = case["padding"], case["relu"], case["biased"]
+    a, w, b = exact(x), exact(weight), exact(bias)
+    assert a is not None
+    assert w is not None
+    assert b is not None
+    B, C, H, W = a.shape
+    padded = a.new_zeros(B, C, H + 2 * padding, W + 2 * padding)
+    padded[:, :, padding : padding + H, padding : padding + W] = a
+    patches = padded.unfold(2, w.shape[2], 1).unfold(3, w.shape[3], 1)
+    y = torch.einsum("bchwij,ocij->bohw", patches, w)
+    y = y + b[:, None, None] if biased else y
+    # What differences of large numbers lose.
+    size = max(1.0, float(y.detach().abs().max())) if y.numel() else 1.0
+    windows = y.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+    first, second = windows.detach().topk(2, -1).values.unbind(-1)
+    near = (first - second < 2e-5 * size) & ((first > -2e-5 * size) if relu else True)
+    if relu:
+        near |= first.abs() < 2e-5 * size
+    z = windows.amax(-1)
+    z = torch.where(z > 0, z, 0.0) if relu else z
+    got = ops.conv_pool(x, weight, bias if biased else None, padding=padding, relu=relu)
+    inputs = {"x": (x, a), "weight": (weight, w), **({"bias": (bias, b)} if biased else {})}
+    if near.any():  # rounding decides which maximum counts, and whether one does
+        got, inputs = got.detach(), {}
+    compare(got, z, inputs, absolute=2e-5 * size, gradient=2e-5 * size)
+
+
 OPERATORS: dict[str, tuple[st.SearchStrategy[Case], Callable[[Case], None]]] = {
     "blend": (blend_case(), check_blend),
     "erase_boxes": (boxes_case(), check_erase_boxes),
@@ -1377,4 +1424,5 @@ OPERATORS: dict[str, tuple[st.SearchStrategy[Case], Callable[[Case], None]]] = {
     "fuse_mean": (fuse_case(), check_fuse),
     "FusedBlocks": (blocks_case(), check_fused_blocks),
     "conv_norm": (conv_case(), check_conv_norm),
+    "conv_pool": (pool_case(), check_conv_pool),
 }

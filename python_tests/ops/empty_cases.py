@@ -35,6 +35,7 @@ DIFFERENTIABLE = {
     "fuse_concat": ("features", "scale", "shift"),
     "fuse_mean": ("features", "scale", "shift"),
     "conv_norm": ("x", "weight", "scale", "shift", "bias", "residual"),
+    "conv_pool": ("x", "weight", "bias"),
 }
 
 
@@ -314,10 +315,33 @@ def _convolved(draw: Draw) -> Iterator[Case]:
         yield Case("conv_norm", arguments)
 
 
+def _pooled(draw: Draw) -> Iterator[Case]:
+    shapes = ((0, 3, 6, 7), (0, 1, 9, 6), (2, 0, 6, 6), (2, 3, 0, 6), (0, 3, 2, 6))
+    for shape, side, bias, padded, relu in itertools.product(
+        shapes, (3, 5), (False, True), (False, True), (None, False)
+    ):
+        dtype = draw.dtype()
+        arguments: dict[str, Any] = {
+            "x": draw(*shape, dtype=dtype),
+            "weight": draw(8, shape[1], side, side, dtype=dtype),
+        }
+        if bias:
+            arguments["bias"] = draw(8, dtype=dtype)
+        if padded:
+            arguments["padding"] = side // 2
+        if relu is not None:
+            arguments["relu"] = relu
+        yield Case("conv_pool", arguments)
+    yield Case("conv_pool", {"x": draw(2, 3, 6, 6), "weight": draw(0, 3, 3, 3)})
+
+
 def cases() -> Iterator[Case]:
     """All of them, the same every time."""
     draw = Draw()
-    for part in (_blend, _boxes, _divergences, _stacks, _contrastive, _aggregates, _optimised, _fused, _convolved):
+    parts = (
+        _blend, _boxes, _divergences, _stacks, _contrastive, _aggregates, _optimised, _fused, _convolved, _pooled,
+    )  # fmt: skip
+    for part in parts:
         yield from part(draw)
 
 

@@ -317,6 +317,20 @@ OPERATORS = [
         (*_CONVS, (16,), (16,), (16,)),
         only_cpu=True,
     ),
+    Operator(
+        "conv_pool",
+        lambda x, w, b: ops.conv_pool(x.movedim(-1, 1), w, b / 8, padding=1),
+        (*_CONV, (8,)),
+        (*_CONVS, (16,)),
+        only_cpu=True,
+    ),
+    Operator(
+        "conv_pool relu",
+        lambda x, w: ops.conv_pool(x.movedim(-1, 1), w, relu=False),
+        _CONV,
+        _CONVS,
+        only_cpu=True,
+    ),
 ]
 
 

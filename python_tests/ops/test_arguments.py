@@ -301,6 +301,10 @@ PUBLIC = {
          "pool": "count", "residual": "optional tensor", "update": "flag", "training": "flag", "groups": "count",
          "bias": "optional tensor"},
     ),
+    "conv_pool": Public(
+        {"x": logits(2, 3, 6, 5), "weight": logits(8, 3, 3, 3), "bias": torch.ones(8), "padding": 1, "relu": False},
+        {"x": "tensor", "weight": "tensor", "bias": "optional tensor", "padding": "count", "relu": "flag"},
+    ),
 }  # fmt: skip
 
 # 10**400 iterations are more than any, and stop as others do.

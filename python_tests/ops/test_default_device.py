@@ -28,6 +28,7 @@ calls = {{
     "boxes": lambda: ops.erase_boxes(images, torch.zeros(1, 1, 4, device="cpu")),
     "fuse_mean": lambda: ops.fuse_mean([a, b]),
     "conv_norm": lambda: ops.conv_norm(convolved, a[:9].view(10, 3, 3, 3)[:8], a[0, :8], b[0, :8], None, None),
+    "conv_pool": lambda: ops.conv_pool(convolved, a[:9].view(10, 3, 3, 3)[:8], a[0, :8], padding=1),
     "weighted_mean": lambda: ops.weighted_mean(flat, [1.0] * 40),
     "median": lambda: ops.median(flat),
     "krum": lambda: ops.krum(flat, 2),

@@ -369,7 +369,7 @@ def test_compiled_without_graph_break_or_recompilation(operator: Operator) -> No
     compiled = torch.compile(operator.call, fullgraph=True, dynamic=True, backend="eager")
     # Sizes that happen to be equal at first are not the same.
     distinct = torch.fx.experimental._config.patch(use_duck_shape=False)
-    # torch's own convolution, which serves conv_norm here, may compile anew for another batch size.
+    # torch's own convolution, which serves conv_norm and conv_pool here, may compile anew for another batch size.
     with torch._dynamo.config.patch(error_on_recompile=not operator.only_cpu), distinct:
         few, many = operator.inputs(), operator.inputs(large=True, seed=1)
         if [x.dim() for x in few] != [x.dim() for x in many]:

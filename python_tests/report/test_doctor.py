@@ -36,11 +36,11 @@ def test_it_names_versions_processor_threads_and_operators():
     assert all(row["serves"] for row in report["operators"] if row["backend"] == "reference")
 
 
-def test_an_operator_without_kernels_for_gpus():
-    rows = {row["backend"]: row for row in doctor.collect()["operators"] if row["operator"] == "conv_norm"}
+def test_operators_without_kernels_for_gpus():
+    rows = {(row["operator"], row["backend"]): row for row in doctor.collect()["operators"]}
     for name in ("triton", "cuda"):
-        assert not rows[name]["serves"]
-        assert f"{name} does not serve conv_norm: not implemented" in shown()
+        assert not any(rows[operator, name]["serves"] for operator in ("conv_norm", "conv_pool"))
+        assert f"{name} does not serve conv_norm, conv_pool: not implemented" in shown()
 
 
 def test_a_missing_core_is_explained(monkeypatch):

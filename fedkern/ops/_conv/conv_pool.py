@@ -15,6 +15,7 @@ from fedkern.ops._conv.kernels import NotFinite, PoolKernels
 from fedkern.ops._conv.reference import conv_pool_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import eager, intercepted, readable, ready, select, settle
+from fedkern.ops._core.checks import python_number
 from fedkern.ops._core.function import EagerFunction, saved_tensors
 
 _grad_enabled = torch.is_grad_enabled
@@ -55,13 +56,14 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong.
         RuntimeError: a forced backend cannot serve the call.
     """
+    padding = python_number(padding)
     kernel = pooling(x, weight, bias, padding)
-    if kernel is None or relu not in (True, False):
+    if kernel is None or not isinstance(relu, bool):
         check_pooled(x, weight, bias, padding, relu)
         _check_forced(x, weight, bias)
         return conv_pool_reference(x, weight, bias, padding=padding, relu=relu)
-    last = any(each.is_contiguous(memory_format=_CHANNELS_LAST) and not each.is_contiguous() for each in (x, weight))
-    return run_pooling(kernel, x, weight, bias, padding, relu, not last)
+    last = any(each.stride(1) == 1 and each.is_contiguous(memory_format=_CHANNELS_LAST) for each in (x, weight))
+    return run_pooling(kernel, x, weight, bias, padding, relu, not last or len(weight) == 1)
 
 
 def pooling(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> PoolKernels | None:

@@ -1,14 +1,21 @@
-"""Calls of conv_norm, and the same in float64 by the reference."""
+"""Calls of conv_norm and conv_pool, and the same in float64 by the reference."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from operator_cases import KERNELS
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
 
@@ -32,6 +39,15 @@ STRIDED = ((16, 32, 8, 8), (32, 64, 10, 13), (16, 16, 9, 11), (32, 48, 3, 8), (1
 
 # Of kernels of one tap, with either stride.
 POINTS = ((16, 32, 8, 8), (32, 64, 10, 13), (8, 8, 9, 7), (24, 40, 4, 16), (64, 16, 3, 9), (7, 14, 8, 9))
+
+# conv_pool's: side of the kernel, padding, in and out channels and sizes [H, W]; odd and least ones, and Winograd's.
+POOLED = (
+    (3, 0, 1, 6, 4, 5), (3, 0, 3, 20, 9, 12), (3, 0, 16, 8, 7, 6), (3, 0, 32, 64, 10, 11), (3, 0, 200, 8, 8, 9),
+    (3, 1, 1, 8, 2, 3), (3, 1, 6, 20, 5, 7), (3, 1, 3, 32, 16, 17), (3, 1, 16, 16, 2, 2), (3, 1, 16, 32, 9, 8),
+    (3, 1, 32, 64, 16, 16), (3, 1, 32, 6, 8, 5), (5, 0, 1, 6, 28, 28), (5, 0, 6, 16, 14, 14), (5, 0, 3, 8, 6, 7),
+    (5, 0, 32, 64, 9, 11), (5, 0, 256, 1, 7, 8), (5, 2, 1, 32, 13, 14), (5, 2, 3, 6, 2, 3), (5, 2, 32, 16, 2, 2),
+    (5, 2, 16, 20, 9, 8), (5, 2, 32, 64, 7, 6),
+)  # fmt: skip
 
 # (stride, side of the kernel, shape).
 SHAPES = [
@@ -78,6 +94,29 @@ def arguments(
     return given
 
 
+def pool_arguments(
+    shape: tuple[int, ...] = (3, 1, 3, 8, 8, 8), batch: int = 4, *, bias: bool = True, last: bool = False,
+    weight_last: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:  # fmt: skip
+    """Tensors for a call of conv_pool that all ask for a gradient, and its padding; ``last``: channels-last."""
+    side, padding, channels, out, height, width = shape
+    given = arguments(batch, channels, out, height, width, side=side, seed=seed, dtype=dtype, weight_last=False)
+    found = {name: given[name].detach() for name in ("x", "weight")} | {"bias": given["shift"].detach()}
+    for name, one in (("x", last), ("weight", weight_last)):
+        found[name] = found[name].contiguous(memory_format=LAST if one else torch.contiguous_format)
+    for x in found.values():
+        x.requires_grad_()
+    return {**found, "bias": found["bias"] if bias else None, "padding": padding}
+
+
+def pool_grad_for(given: dict[str, Any], relu: bool = True, seed: int = 1) -> Tensor:
+    """As :func:`grad_for`, of conv_pool."""
+    wide = exact(given)
+    with torch.no_grad():
+        z = F.conv2d(wide["x"], wide["weight"], wide["bias"], padding=given["padding"])
+    return grad_of(z, relu, 2, seed)
+
+
 def exact(given: dict[str, Any]) -> dict[str, Any]:
     """The same in float64, as leaves of their own."""
     return {
@@ -91,27 +130,33 @@ def grad_for(given: dict[str, Any], seed: int = 1, **settings: Any) -> Tensor:
     plain = {**settings, "relu": False, "pool": 1, "update": False}
     with torch.no_grad(), ops.use_backend("reference"):
         z = ops.conv_norm(**exact(given), **plain)
+    return grad_of(z, settings.get("relu", True), settings.get("pool", 1), seed).contiguous(memory_format=LAST)
+
+
+def grad_of(z: Tensor, relu: bool, pool: int, seed: int) -> Tensor:
+    """The same of what the ReLU and the pooling get."""
     clear = torch.ones_like(z, dtype=torch.bool)
-    if settings.get("relu", True):
+    if relu:
         clear, z = z.abs() > 1e-4, z.relu()
-    if settings.get("pool", 1) == 2:
+    if pool == 2:
         height, width = (size // 2 * 2 for size in z.shape[2:])
         windows = z[:, :, :height, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4)
         first, second = windows.topk(2, -1).values.unbind(-1)
         clear = (first - second > 1e-4) | (first == 0)  # a dead window passes nothing on
-        if settings.get("relu", True):
+        if relu:
             clear &= (first == 0) | (first > 1e-4)
     draw = torch.Generator().manual_seed(seed)
-    grad = torch.randn(clear.shape, generator=draw).where(clear, 0)
-    return grad.contiguous(memory_format=LAST)
+    return torch.randn(clear.shape, generator=draw).where(clear, 0)
 
 
-def results(given: dict[str, Any], grad: Tensor | None = None, **settings: Any) -> dict[str, Tensor]:
+def results(
+    given: dict[str, Any], grad: Tensor | None = None, *, call: Callable[..., Tensor] = ops.conv_norm, **settings: Any
+) -> dict[str, Tensor]:
     """The result, the running statistics after the call, and with ``grad`` the gradients, by name."""
-    tensors = {**given, **{n: copy.deepcopy(given[n]) for n in ("mean", "variance")}}
-    out = ops.conv_norm(**tensors, **settings)
-    found = {"out": out.detach(), **{n: tensors[n] for n in ("mean", "variance") if tensors[n] is not None}}
-    leaves = {name: given[name] for name in LEAVES if given[name] is not None and given[name].requires_grad}
+    statistics = {n: copy.deepcopy(given[n]) for n in ("mean", "variance") if given.get(n) is not None}
+    out = call(**{**given, **statistics}, **settings)
+    found = {"out": out.detach(), **statistics}
+    leaves = {n: given[n] for n in (*LEAVES, "bias") if given.get(n) is not None and given[n].requires_grad}
     if grad is not None:
         gradients = torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))
         found |= {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
@@ -132,3 +177,54 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], names: Sequ
     """The same bits."""
     for name in expected if names is None else names:
         assert torch.equal(got[name], expected[name]), name
+
+
+# --- what is around calls
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, kernels: type) -> list[str]:
+    """A list that grows by "forward" or "backward" with every call of a kernel."""
+    seen: list[str] = []
+    for name in ("forward", "backward"):
+        before = getattr(kernels, name)
+
+        def one(*given: Any, before: Callable[..., Any] = before, name: str = name) -> Any:
+            seen.append(name)
+            return before(*given)
+
+        monkeypatch.setattr(kernels, name, one)
+    return seen
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class Overriding(TorchFunctionMode):
+    pass
+
+
+class Named(Tensor):
+    """A subclass without any behaviour of its own."""
+
+
+SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "dispatch mode": Watching,
+    "function mode": Overriding,
+    "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+    "forward-mode AD": forward_ad.dual_level,
+    "reference": lambda: ops.use_backend("reference"),
+    "triton": lambda: ops.use_backend("triton"),
+    "cuda": lambda: ops.use_backend("cuda"),
+}
+
+
+class Module(torch.nn.Module):
+    def __init__(self, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *given: Tensor) -> Any:
+        return self.call(*given)

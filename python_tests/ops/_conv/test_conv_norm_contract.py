@@ -10,13 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from conv_cases import CONV, LEAVES, arguments, assert_near, assert_same, exact, grad_for, results
+from conv_cases import (
+    CONV,
+    LEAVES,
+    SURROUNDINGS,
+    Module,
+    Named,
+    arguments,
+    assert_near,
+    assert_same,
+    counted,
+    exact,
+    grad_for,
+    results,
+)
 from operator_cases import using
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
 from fedkern.ops._conv.conv_norm import serving
@@ -53,16 +64,7 @@ def split(end: dict[str, Any], **shape: Any) -> tuple[dict[str, Any], dict[str, 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by a name with every call of a kernel."""
-    seen: list[str] = []
-    for name in ("forward", "backward"):
-        before = getattr(ConvKernels, name)
-
-        def counted(*given: Any, before: Callable[..., Any] = before, name: str = name) -> Any:
-            seen.append(name)
-            return before(*given)
-
-        monkeypatch.setattr(ConvKernels, name, counted)
-    return seen
+    return counted(monkeypatch, ConvKernels)
 
 
 # --- where the kernel serves
@@ -136,31 +138,6 @@ def test_vectors_with_strides() -> None:
         assert_near(results(given, grad, training=training), expected)
 
 
-class Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
-class Overriding(TorchFunctionMode):
-    pass
-
-
-class Named(Tensor):
-    """A subclass without any behaviour of its own."""
-
-
-SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "dispatch mode": Watching,
-    "function mode": Overriding,
-    "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
-    "forward-mode AD": forward_ad.dual_level,
-    "reference": lambda: ops.use_backend("reference"),
-    "triton": lambda: ops.use_backend("triton"),
-    "cuda": lambda: ops.use_backend("cuda"),
-}
-
-
 @needs_core
 def test_fits_is_where_the_kernel_serves_and_never_raises() -> None:
     given, grouped = arguments(), arguments(grouped=True)
@@ -198,6 +175,7 @@ def test_fits_is_where_the_kernel_serves_and_never_raises() -> None:
         "one tap of many weights": {**arguments(1, 256, 256, side=1, grouped=True), "groups": 4},
         "channels of zeros": {**arguments(channels=12, grouped=True), "groups": 4},
         "text": {**given, "x": "x"},
+        "beyond 64 bits": {**given, "stride": -(10**30), "pool": 10**30},
     }
     for what, some in changed.items():
         assert serving(**some) is None, what
@@ -222,15 +200,6 @@ def test_fits_under_compilers_and_transforms() -> None:
     torch.export.export(Module(call), (x,), strict=False)
     assert not any(asked)
     assert serving(**given) is not None
-
-
-class Module(torch.nn.Module):
-    def __init__(self, call: Callable[..., Any]) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, *given: Tensor) -> Any:
-        return self.call(*given)
 
 
 @needs_core

@@ -1,0 +1,670 @@
+"""conv_pool: results and gradients against the reference in float64; autograd, modes, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conv_cases import (
+    CONV,
+    LAST,
+    POOLED,
+    SURROUNDINGS,
+    Module,
+    Named,
+    assert_near,
+    assert_same,
+    counted,
+    exact,
+    pool_arguments,
+    pool_grad_for,
+    results,
+)
+from operator_cases import describe, pairwise, using
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+from fedkern import ops
+from fedkern.ops._conv.conv_pool import pooling
+from fedkern.ops._conv.kernels import PoolKernels
+
+each_kernel = pytest.mark.parametrize("name", CONV)
+needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or AVX-512")
+
+LEAVES = ("x", "weight", "bias")
+# One of each kernel: direct, of a few taps and of many; Winograd's; a bordered one.
+FEW = ((3, 0, 3, 20, 9, 12), (3, 1, 16, 32, 9, 8), (5, 0, 6, 16, 14, 14), (5, 2, 16, 20, 9, 8))
+
+CASES = [
+    case
+    for shape in POOLED
+    for case in pairwise(
+        {
+            "shape": [shape],
+            "batch": (1, 2, 5, 33),
+            "relu": (True, False),
+            "bias": (True, False),
+            "last": (False, True),
+            "weight_last": (False, True),
+        }
+    )
+]
+
+
+def pooled(given: dict[str, Any], grad: Tensor | None = None, **settings: Any) -> dict[str, Tensor]:
+    return results(given, grad, call=ops.conv_pool, **settings)
+
+
+def leaves_of(given: dict[str, Any]) -> list[Tensor]:
+    return [given[name] for name in LEAVES if given[name] is not None]
+
+
+def cut_off(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in given.items()}
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by a name with every call of a kernel."""
+    return counted(monkeypatch, PoolKernels)
+
+
+# --- values and gradients
+
+
+def test_the_reference_is_torchs_own_layers() -> None:
+    for relu, bias, (side, padding) in itertools.product(
+        (True, False), (True, False), ((3, 0), (3, 1), (5, 0), (5, 2))
+    ):
+        given = pool_arguments((side, padding, 3, 8, 8, 9), bias=bias)
+        conv = torch.nn.Conv2d(3, 8, side, padding=padding, bias=bias)
+        conv.weight = torch.nn.Parameter(given["weight"])
+        conv.bias = torch.nn.Parameter(given["bias"]) if bias else None
+        y = conv(given["x"])
+        with ops.use_backend("reference"):
+            got = ops.conv_pool(**given, relu=relu)
+        torch.testing.assert_close(got, F.max_pool2d(y.relu() if relu else y, 2))
+
+
+@pytest.mark.sampled(110)
+@each_kernel
+@pytest.mark.parametrize("case", CASES, ids=describe)
+def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
+    relu = case["relu"]
+    given = pool_arguments(**{key: value for key, value in case.items() if key != "relu"})
+    grad = pool_grad_for(given, relu)
+    with ops.use_backend("reference"):
+        expected = pooled(exact(given), grad, relu=relu)
+    with using(name):
+        got = pooled(given, grad, relu=relu)
+    assert_near(got, expected)
+    for leaf, x in given.items():
+        assert not isinstance(x, Tensor) or got[f"gradient of {leaf}"].stride() == x.stride()
+    with torch.no_grad(), using(name):
+        assert_same(pooled(given, relu=relu), got, ["out"])
+
+
+@needs_core
+@pytest.mark.parametrize("shape", POOLED, ids=str)
+def test_these_shapes_are_served(shape: tuple[int, ...]) -> None:
+    for batch, bias, last, weight_last in itertools.product((1, 5), *[(False, True)] * 3):
+        assert pooling(**pool_arguments(shape, batch, bias=bias, last=last, weight_last=weight_last)) is not None
+
+
+@each_kernel
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_only_the_gradients_that_are_asked_for(
+    name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, computed = PoolKernels.backward, []
+
+    def seen(*given: Any) -> Any:
+        computed.append(before(*given))
+        return computed[-1]
+
+    monkeypatch.setattr(PoolKernels, "backward", seen)
+    given = pool_arguments(shape, last=True)
+    grad = pool_grad_for(given)
+    with using(name):
+        full = pooled(given, grad)
+        for count in (1, 2):
+            for chosen in itertools.combinations(LEAVES, count):
+                some = {n: x.detach().requires_grad_(n in chosen) if n in LEAVES else x for n, x in given.items()}
+                got = pooled(some, grad)
+                assert [n for n, x in zip(LEAVES, computed[-1], strict=True) if x is not None] == [*chosen]
+                assert_same(got, full, list(got))
+                assert set(got) == {"out", *(f"gradient of {n}" for n in chosen)}
+
+
+@each_kernel
+@pytest.mark.parametrize("shape", [*FEW, (3, 1, 3, 32, 16, 17), (5, 2, 32, 64, 7, 6)], ids=str)
+def test_bits_do_not_depend_on_threads(name: str, shape: tuple[int, ...]) -> None:
+    given = pool_arguments(shape, 37)
+    grad, found = pool_grad_for(given), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with using(name):
+                found.append(pooled(given, grad))
+    finally:
+        torch.set_num_threads(before)
+    for got in found[1:]:
+        assert_same(got, found[0])
+
+
+LAID: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels-last": lambda x: x.contiguous(memory_format=LAST),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "sliced": lambda x: x.new_full((*x.shape[:2], 2 * x.shape[2], x.shape[3] + 3), 7.0)[:, :, 1::2, 2:-1].copy_(x),
+    "negated": lambda x: torch._neg_view(-x),
+    "turned round": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+}
+
+
+@each_kernel
+@pytest.mark.parametrize("shape", [*FEW, (3, 1, 16, 1, 9, 8), (3, 0, 3, 16, 4, 4)], ids=str)
+def test_bits_do_not_depend_on_layouts(name: str, shape: tuple[int, ...]) -> None:
+    """Of the gradient, x and the weight; a kernel reads both layouts, and gradients of any strides."""
+    for batch in (1, 3):
+        given = pool_arguments(shape, batch)
+        grad = pool_grad_for(given)
+        with using(name):
+            expected = pooled(given, grad)
+            for lay_out in LAID.values():
+                assert_same(pooled(given, lay_out(grad)), expected)
+            for last, weight_last in itertools.product((False, True), repeat=2):
+                laid = pool_arguments(shape, batch, last=last, weight_last=weight_last)
+                for each in (grad, LAID["channels-last"](grad)):
+                    assert_same(pooled(laid, each), expected)
+            some = pooled(given, grad.flatten()[:1].view(1, 1, 1, 1).expand_as(grad))
+            assert_same(some, pooled(given, grad.flatten()[0] * torch.ones_like(grad)))
+
+
+def test_maps_of_any_strides() -> None:
+    given = pool_arguments()
+    grad = pool_grad_for(given)
+    with ops.use_backend("reference"):
+        expected = pooled(exact(given), grad)
+    for lay_out in LAID.values():
+        for which in (("x",), ("weight",), LEAVES[:2]):
+            laid = {n: lay_out(x.detach()).requires_grad_() if n in which else x for n, x in given.items()}
+            assert_near(pooled(laid, grad), expected)
+    assert_near(pooled({**given, "bias": wide(given["bias"])}, grad), expected)
+
+
+def wide(vector: Tensor) -> Tensor:
+    return torch.full((2 * len(vector) + 1,), 3.0)[1::2].copy_(vector.detach()).requires_grad_()
+
+
+@each_kernel
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("shape", [*FEW, (3, 1, 1, 8, 2, 3), (5, 2, 1, 32, 13, 14)], ids=str)
+def test_ties_go_to_the_first(name: str, shape: tuple[int, ...], relu: bool) -> None:
+    """Of whole numbers nothing rounds, and many windows have several maxima, some of them 0."""
+    for last in (False, True):
+        given = pool_arguments(shape, 5, last=last)
+        with torch.no_grad():
+            for leaf in LEAVES:
+                given[leaf].mul_(2 if leaf != "weight" else 2 * given["weight"][0].numel() ** 0.5).round_().clamp_(
+                    -2, 2
+                )
+            given["weight"][::3] = 0
+        grad = (4 * pool_grad_for(given, False)).round() + 1
+        with ops.use_backend("reference"):
+            expected = pooled(exact(given), grad, relu=relu)
+        with using(name):
+            got = pooled(given, grad, relu=relu)
+        assert_same({which: x.double() for which, x in got.items()}, expected)
+
+
+@each_kernel
+def test_no_worse_than_eager(name: str) -> None:
+    for shape, mean in itertools.product(
+        ((3, 1, 32, 64, 16, 16), (5, 2, 32, 64, 14, 14), (5, 0, 6, 16, 14, 14)), (0, 9)
+    ):
+        given = pool_arguments(shape, 8)
+        with torch.no_grad():
+            given["x"] += mean
+        grad = pool_grad_for(given)
+        with ops.use_backend("reference"):
+            expected, eager = pooled(exact(given), grad), pooled(given, grad)
+        with using(name):
+            ours = pooled(given, grad)
+        for which, x in expected.items():
+            off = [float((found[which] - x).abs().max() / x.abs().max()) for found in (ours, eager)]
+            assert off[0] <= max(3 * off[1], 1e-5), (shape, which, off)
+
+
+# --- infinities and NaN
+
+
+@each_kernel
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_what_is_not_finite_spreads_as_in_torch(name: str, shape: tuple[int, ...], relu: bool) -> None:
+    places = {"x": (1, 2, 4, 3), "weight": (1, 2, 0, 0), "bias": (3,), "grad": (1, 4, 1, 1), "zero": (1, 2, 4, 3)}
+    for (where, place), value in itertools.product(places.items(), (math.inf, -math.inf, math.nan)):
+        given = pool_arguments(shape, 3, last=math.isnan(value))
+        grad = pool_grad_for(given, relu)
+        with torch.no_grad():
+            if where == "zero":  # 0 times an infinity is NaN
+                grad.zero_()
+            {**given, "grad": grad}["x" if where == "zero" else where][place] = value
+        with using(name):
+            got, evaluated = pooled(given, grad, relu=relu), pooled(cut_off(given), relu=relu)
+        with ops.use_backend("reference"):
+            expected = pooled(given, grad, relu=relu)
+        assert where != "zero" or expected["gradient of weight"].isnan().any()
+        assert torch.equal(got["out"].nan_to_num(9), evaluated["out"].nan_to_num(9))
+        for which, x in expected.items():
+            finite = x.isfinite()
+            assert torch.equal(got[which][~finite].nan_to_num(9), x[~finite].nan_to_num(9)), (which, where, value)
+            if finite.any():
+                assert_near({which: got[which][finite]}, {which: x[finite]}, what=f"{where} {value}")
+
+
+@each_kernel
+def test_infinities_of_both_signs_that_meet_in_the_biass_gradient(name: str) -> None:
+    given = pool_arguments()
+    grad = pool_grad_for(given, False)
+    grad[0, 2, 0, :2] = torch.tensor([math.inf, -math.inf])
+    with using(name):
+        got = pooled(given, grad, relu=False)
+    assert got["gradient of bias"][2].isnan()
+    assert int((~got["gradient of bias"].isfinite()).sum()) == 1
+    assert int((~got["gradient of weight"].isfinite()).flatten(1).any(1).sum()) == 1
+
+
+@each_kernel
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_window_with_nan_is_nan(name: str, relu: bool, served: list[str]) -> None:
+    """The kernel meets it in the bias; the gradient goes to the last NaN, as in torch."""
+    given = pool_arguments()
+    with torch.no_grad():
+        given["bias"][3] = math.nan
+    grad = pool_grad_for(given, relu)
+    grad[:, 3] = 1
+    with ops.use_backend("reference"):
+        expected = pooled(given, grad, relu=relu)
+    with using(name):
+        got = pooled(given, grad, relu=relu)
+    assert served == ["forward", "backward"]
+    assert got["out"][:, 3].isnan().all()
+    assert_near(
+        {n: x.nan_to_num(9) for n, x in got.items()}, {n: x.nan_to_num(9).double() for n, x in expected.items()}
+    )
+
+
+@each_kernel
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_finite_values_that_overflow(name: str, shape: tuple[int, ...]) -> None:
+    """Winograd's tiles, which go back to torch; and infinities, of which a window's first has the gradient."""
+    given = pool_arguments(shape, 3)
+    middle = shape[0] // 2
+    with torch.no_grad():
+        given["x"].copy_(given["x"].sign() * 1e38)
+        given["weight"].zero_()
+        given["weight"][:, 0, middle, middle] = torch.linspace(-1, 10, shape[3])
+    grad = torch.ones_like(ops.conv_pool(**given))
+    with ops.use_backend("reference"):
+        expected = pooled(given, grad)
+    with using(name):
+        got = pooled(given, grad)
+    assert expected["out"].isinf().any()
+    assert expected["out"].isfinite().any()
+    for which in ("out", "gradient of x", "gradient of bias"):
+        torch.testing.assert_close(got[which], expected[which])
+
+
+# --- where the kernel serves
+
+
+@needs_core
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("out", [1, 8])
+def test_strides_are_torchs(channels: int, out: int, served: list[str]) -> None:
+    """Channels-last where x or the weight is; of one channel strides alone say it."""
+
+    def lay_out(x: Tensor, last: bool) -> Tensor:
+        return x.detach().movedim(1, -1).contiguous().movedim(-1, 1) if last else x.detach()
+
+    for batch, last, weight_last in itertools.product((1, 2, 20), (False, True), (False, True)):
+        given = pool_arguments((3, 1, channels, out, 8, 9), batch)
+        given |= {"x": lay_out(given["x"], last), "weight": lay_out(given["weight"], weight_last)}
+        served.clear()
+        got = ops.conv_pool(**given)
+        assert served
+        with ops.use_backend("reference"):
+            assert got.stride() == ops.conv_pool(**given).stride(), (batch, last, weight_last)
+
+
+@needs_core
+def test_where_it_serves_and_that_asking_never_raises() -> None:
+    given = pool_arguments()
+    assert pooling(**given) is not None
+    assert pooling(**{**given, "bias": None}) is not None
+    for what, enter in SURROUNDINGS.items():
+        with enter():
+            assert pooling(**given) is None, what
+    with ops.use_isa("portable"):
+        assert pooling(**given) is None
+    assert pooling(**given) is not None
+    changed: dict[str, dict[str, Any]] = {
+        "float64": exact(given),
+        "bfloat16": pool_arguments(dtype=torch.bfloat16),
+        "meta": {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in given.items()},
+        "no samples": pool_arguments(batch=0),
+        "no channels": {**given, "x": torch.randn(4, 0, 8, 8), "weight": torch.randn(8, 0, 3, 3)},
+        "no results": {**given, "weight": torch.randn(0, 3, 3, 3), "bias": None},
+        "a subclass": {**given, "x": given["x"].detach().as_subclass(Named)},
+        "other strides": {**given, "x": given["x"].mT},
+        "a negative view": {**given, "x": torch._neg_view(given["x"].detach())},
+        "many channels": {**given, "x": torch.randn(4, 264, 8, 8), "weight": torch.randn(8, 264, 3, 3)},
+        "many results at few windows": pool_arguments((3, 1, 64, 64, 2, 2)),
+        "large maps": pool_arguments((3, 1, 1, 64, 64, 64), 1),
+        "no window": pool_arguments((3, 0, 3, 8, 3, 8)),
+        "a map below the kernel": pool_arguments((5, 0, 3, 8, 3, 3)),
+        "other channels": {**given, "weight": torch.randn(8, 4, 3, 3)},
+        "one tap": {**given, "weight": torch.randn(8, 3, 1, 1), "padding": 0},
+        "a long kernel": {**given, "weight": torch.randn(8, 3, 3, 5)},
+        "another padding": {**given, "padding": 2},
+        "negative padding": {**given, "padding": -1},
+        "a flag as padding": {**given, "padding": True},
+        "padding beyond 64 bits": {**given, "padding": 10**30},
+        "and below": {**given, "padding": -(10**30)},
+        "padding in words": {**given, "padding": "same"},
+        "two paddings": {**given, "padding": (1, 1)},
+        "another bias": {**given, "bias": torch.randn(7)},
+        "a bias of float64": {**given, "bias": torch.randn(8).double()},
+        "a weight of float64": {**given, "weight": given["weight"].double()},
+        "three axes": {**given, "x": given["x"][0]},
+        "text": {**given, "x": "x"},
+        "all text": {"x": "x", "weight": "weight", "bias": "bias", "padding": "padding"},
+        "nothing": dict.fromkeys(given),
+    }
+    for what, some in changed.items():
+        assert pooling(**some) is None, what
+
+
+@needs_core
+def test_asking_under_compilers_and_transforms() -> None:
+    given = pool_arguments()
+    asked: list[bool] = []
+
+    def call(x: Tensor) -> Tensor:
+        asked.append(pooling(**{**given, "x": x}) is not None)
+        return x * 2 if asked[-1] else x
+
+    x = given["x"].detach()
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(call, backend="eager", fullgraph=True)(x), x)
+    torch.func.vmap(call)(torch.stack([x, x]))
+    torch.func.grad(lambda x: call(x).sum())(x)
+    torch.jit.trace(call, x, check_trace=False)
+    torch.export.export(Module(call), (x,), strict=False)
+    assert not any(asked)
+    assert pooling(**given) is not None
+
+
+@needs_core
+def test_a_forced_kernel_that_does_not_fit_is_an_error() -> None:
+    given, none = pool_arguments(), r"'cpu' was forced, but it has no kernel for conv_pool "
+    func = r"'cpu' was forced, but conv_pool runs through the reference under torch\.compile, torch\.func"
+    with ops.use_backend("cpu"):
+        ops.conv_pool(**given)
+        for some in (pool_arguments(batch=0), pool_arguments((3, 1, 64, 64, 2, 2)), {**given, "x": given["x"].mT}):
+            with pytest.raises(RuntimeError, match=none + "of these sizes and strides, or at this ISA level"):
+                ops.conv_pool(**some)
+        with ops.use_isa("portable"), pytest.raises(RuntimeError, match=none + ".* or at this ISA level; allow"):
+            ops.conv_pool(**given)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=none + "under autocast"):
+            ops.conv_pool(**given)
+        with pytest.raises(RuntimeError, match="'cpu' was forced, but it cannot serve conv_pool for dtype"):
+            ops.conv_pool(**exact(given))
+        with pytest.raises(RuntimeError, match=func):
+            torch.func.vmap(lambda x: ops.conv_pool(**{**given, "x": x}))(given["x"][None].detach())
+    for name in ("triton", "cuda"):
+        with ops.use_backend(name), pytest.raises(RuntimeError, match=f"'{name}' was forced, but it does not impl"):
+            ops.conv_pool(**given)
+
+
+@needs_core
+def test_the_portable_level_has_no_kernel(served: list[str]) -> None:
+    with ops.use_isa("portable"):
+        ops.conv_pool(**pool_arguments()).sum().backward()
+    assert not served
+
+
+# --- autograd
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_second_derivatives(relu: bool, bias: bool) -> None:
+    given = pool_arguments(batch=2, bias=bias)
+    leaves, grad, found = leaves_of(given), pool_grad_for(given, relu), []
+    for name in (None, "reference"):
+        with ops.use_backend(name):
+            along = grad.clone().requires_grad_()
+            first = torch.autograd.grad(ops.conv_pool(**given, relu=relu), leaves, along, create_graph=True)
+            loss = torch.stack([(x * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in first]).sum()
+            found.append([*first, *torch.autograd.grad(loss, [*leaves, along], materialize_grads=True)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.detach().abs().max()))
+
+
+def test_gradcheck_of_the_reference() -> None:
+    given = pool_arguments((3, 1, 2, 3, 4, 4), 2, dtype=torch.float64)
+    for relu in (True, False):
+
+        def call(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = relu) -> Tensor:
+            return ops.conv_pool(x, weight, bias, padding=1, relu=relu)
+
+        assert torch.autograd.gradcheck(call, leaves_of(given), fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, leaves_of(given), fast_mode=True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_retained_graph_and_many_gradients_at_once(bias: bool) -> None:
+    given = pool_arguments(bias=bias)
+    leaves = leaves_of(given)
+    out = ops.conv_pool(**given)
+    many = torch.stack([pool_grad_for(given, seed=seed) for seed in range(3)])
+    single = [torch.autograd.grad(out, leaves, grad.clone(), retain_graph=True) for grad in many]
+    for x in single[0]:
+        x.add_(1)  # it is the caller's
+    again = torch.autograd.grad(out, leaves, many[0], retain_graph=True)
+    assert all(torch.equal(x, y + 1) for x, y in zip(single[0], again, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):  # the forward pass had none
+        batched = torch.autograd.grad(out, leaves, many, is_grads_batched=True)
+    for i in (1, 2):
+        for x, y in zip(single[i], batched, strict=True):
+            torch.testing.assert_close(x, y[i], rtol=1e-4, atol=1e-4 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("changed", LEAVES)
+def test_changing_what_was_saved_raises(changed: str) -> None:
+    given = pool_arguments()
+    out = ops.conv_pool(**given)
+    with torch.no_grad():
+        given[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_the_result_may_change() -> None:
+    given = pool_arguments()
+    grad = pool_grad_for(given)
+    expected = torch.autograd.grad(ops.conv_pool(**given), leaves_of(given), grad)
+    out = ops.conv_pool(**given)
+    out.detach().mul_(2)
+    for x, y in zip(torch.autograd.grad(out, leaves_of(given), grad), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_core
+def test_hooks_on_saved_tensors_may_change_strides(served: list[str]) -> None:
+    given = pool_arguments(last=True)
+    grad = pool_grad_for(given)
+    expected = pooled(given, grad)
+    unpack: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.clone(memory_format=torch.contiguous_format),
+        lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+        lambda x: torch._neg_view(-x) if x.is_floating_point() else x.to("cpu", copy=True),
+    ]
+    for hook in unpack:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, hook):
+            got = pooled(given, grad)
+        assert_same(got, expected)
+    assert served == ["forward", "backward"] * 4
+
+
+def test_inference_mode_and_no_gradient() -> None:
+    given = pool_arguments()
+    expected = ops.conv_pool(**given)
+    assert expected.requires_grad
+    for enter in (torch.no_grad, torch.inference_mode):
+        with enter():
+            out = ops.conv_pool(**given)
+        assert not out.requires_grad
+        assert torch.equal(out, expected)
+    assert not ops.conv_pool(**cut_off(given)).requires_grad
+
+
+# --- what the reference serves
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype: torch.dtype, served: list[str]) -> None:
+    given = pool_arguments(dtype=dtype)
+    expected = F.max_pool2d(F.conv2d(given["x"], given["weight"], given["bias"], padding=1).relu(), 2)
+    got = ops.conv_pool(**given)
+    assert got.dtype is dtype
+    assert torch.equal(got, expected)
+    got.sum().backward()
+    assert given["weight"].grad.dtype is dtype
+    assert not served
+
+
+def test_autocast_runs_the_convolution_in_16_bits(served: list[str]) -> None:
+    given = pool_arguments()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.conv_pool(**given)
+        assert ops.conv_pool(**{**given, "x": given["x"].bfloat16()}).dtype is torch.bfloat16
+    assert out.dtype is torch.bfloat16
+    out.sum().backward()
+    assert given["weight"].grad.dtype is torch.float32
+    assert not served
+
+
+def test_compiled() -> None:
+    for relu, bias in ((True, True), (False, False)):
+        given = pool_arguments(bias=bias)
+        grad = pool_grad_for(given, relu)
+        with ops.use_backend("reference"):
+            expected = pooled(given, grad, relu=relu)
+        for backend in ("eager", "aot_eager"):
+            torch._dynamo.reset()
+            compiled = torch.compile(ops.conv_pool, backend=backend, fullgraph=True)
+            got = results(given, grad, call=compiled, relu=relu)
+            for name, x in expected.items():
+                torch.testing.assert_close(got[name], x)
+
+
+def test_mapped_and_differentiated_by_torch_func() -> None:
+    given = cut_off(pool_arguments())
+    xs = torch.stack([given["x"], given["x"] * 2 + 1])
+    mapped = torch.func.vmap(lambda x: ops.conv_pool(**{**given, "x": x}))(xs)
+    for x, got in zip(xs, mapped, strict=True):
+        torch.testing.assert_close(got, ops.conv_pool(**{**given, "x": x}), rtol=1e-5, atol=1e-5)
+    (got,) = torch.func.grad(lambda some: ops.conv_pool(**{**given, "bias": some[0]}).square().sum())((given["bias"],))
+    bias = given["bias"].clone().requires_grad_()
+    ops.conv_pool(**{**given, "bias": bias}).square().sum().backward()
+    torch.testing.assert_close(got, bias.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_forward_mode() -> None:
+    given = cut_off(exact(pool_arguments()))
+    direction = torch.randn_like(given["x"])
+    with forward_ad.dual_level():
+        out = ops.conv_pool(**{**given, "x": forward_ad.make_dual(given["x"], direction)})
+        tangent = forward_ad.unpack_dual(out).tangent
+    ahead, behind = (ops.conv_pool(**{**given, "x": given["x"] + step * direction}) for step in (1e-7, -1e-7))
+    torch.testing.assert_close(tangent, (ahead - behind) / 2e-7, rtol=1e-4, atol=1e-6)
+
+
+def test_meta_and_fake_tensors() -> None:
+    given = pool_arguments(last=True)
+    expected = ops.conv_pool(**given)
+    meta = ops.conv_pool(**{n: x.to("meta") if isinstance(x, Tensor) else x for n, x in given.items()})
+    assert (meta.shape, meta.dtype, meta.device.type) == (expected.shape, expected.dtype, "meta")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = ops.conv_pool(**{n: mode.from_tensor(x) if isinstance(x, Tensor) else x for n, x in given.items()})
+    assert (fake.shape, fake.stride(), fake.dtype) == (expected.shape, expected.stride(), expected.dtype)
+
+
+def test_no_samples() -> None:
+    for last, bias in itertools.product((False, True), repeat=2):
+        given = pool_arguments((5, 0, 3, 6, 9, 8), batch=0, last=last, bias=bias)
+        out = ops.conv_pool(**given)
+        assert out.shape == (0, 6, 2, 2)
+        out.sum().backward()
+        assert not any(x.grad.any() for x in leaves_of(given))
+
+
+# --- what is refused
+
+GIVEN = pool_arguments()
+FIVE = {"weight": torch.randn(8, 3, 5, 5), "padding": 2}
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x": [1.0]}, TypeError, "x must be a "),
+    ({"x": GIVEN["x"].long()}, TypeError, "x must "),
+    ({"weight": None}, TypeError, "weight must be a "),
+    ({"x": torch.randn(3, 8, 8)}, ValueError, r"x must have shape \[B, in, H, W\], where only B.*has \[3, 8, 8\]"),
+    ({"x": torch.randn(4, 3, 0, 8)}, ValueError, r"x must have shape .* where only B may be 0, but has \[4, 3, 0, 8\]"),
+    ({"x": torch.randn(4, 0, 8, 8), "weight": torch.randn(8, 0, 3, 3)}, ValueError, "where only B may be 0"),
+    ({"x": torch.randn(4, 2, 8, 8)}, ValueError, r"weight must have shape \[out, 2, 3, 3\] or \[out, 2, 5, 5\], but h"),
+    ({"weight": torch.randn(8, 3, 1, 1)}, ValueError, r"weight must have shape .* but has \[8, 3, 1, 1\]"),
+    ({"weight": torch.randn(8, 3, 3, 5)}, ValueError, r"weight must have shape .* but has \[8, 3, 3, 5\]"),
+    ({"weight": torch.randn(8, 3, 3)}, ValueError, r"weight must have shape .* but has \[8, 3, 3\]"),
+    ({"weight": torch.randn(0, 3, 3, 3), "bias": None}, ValueError, r"weight must have shape .* has \[0, 3, 3, 3\]"),
+    ({"weight": GIVEN["weight"].double()}, TypeError, "weight must have dtype torch.float32 like x, but has torch.fl"),
+    ({"weight": GIVEN["weight"].to("meta")}, ValueError, "weight must be on cpu like x, but is on meta"),
+    ({"bias": torch.ones(3)}, ValueError, r"bias must have shape \[8\], but has \[3\]"),
+    ({"bias": torch.ones(8, 1)}, ValueError, r"bias must have shape \[8\], but has \[8, 1\]"),
+    ({"bias": torch.ones(8).double()}, TypeError, "bias must have dtype torch.float32 like x, but has torch.float64"),
+    ({"bias": torch.ones(8, device="meta")}, ValueError, "bias must be on cpu like x, but is on meta"),
+    ({"bias": 0.5}, TypeError, "bias must be a "),
+    ({"padding": 2}, ValueError, "padding must be between 0 and 1, not 2"),
+    ({"padding": -1}, ValueError, "padding must be between 0 and 1, not -1"),
+    ({"padding": 10**30}, ValueError, "padding must be between 0 and 1, not an integer of 100 bits"),
+    ({"padding": True}, TypeError, "padding must be a whole number, not bool"),
+    ({"padding": 1.0}, TypeError, "padding must be a whole number, not float"),
+    ({"padding": "same"}, TypeError, "padding must be a whole number, not str"),
+    ({**FIVE, "padding": 1}, ValueError, "padding must be 0 or 2, half of the kernel's side, but is 1"),
+    ({"relu": 1}, TypeError, "relu must be True or False, not int"),
+    ({"relu": None}, TypeError, "relu must be True or False, not NoneType"),
+    ({"relu": torch.ones(2)}, TypeError, "relu must be True or False, not Tensor"),
+]
+SMALL = [(3, 0, 3, 4), (3, 1, 1, 2), (5, 0, 5, 6), (5, 2, 1, 2)]
+
+
+@pytest.mark.parametrize(("wrong", "error", "match"), WRONG, ids=[str(n) for n in range(len(WRONG))])
+def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        ops.conv_pool(**{**GIVEN, **wrong})
+
+
+@pytest.mark.parametrize(("side", "padding", "size", "least"), SMALL)
+def test_maps_too_small(side: int, padding: int, size: int, least: int) -> None:
+    for sizes in ((size, 9), (9, size)):
+        with pytest.raises(ValueError, match=f"x must have at least {least} rows and columns to be pooled, but has"):
+            ops.conv_pool(**pool_arguments((side, padding, 3, 8, *sizes)))
+    assert ops.conv_pool(**pool_arguments((side, padding, 3, 8, least, least))).shape == (4, 8, 1, 1)
