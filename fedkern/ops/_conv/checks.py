@@ -101,7 +101,7 @@ def check_pooled(x: Any, weight: Any, bias: Any, padding: Any, relu: Any) -> Non
             f"{list(weight.shape)}"
         )
     padding = check_count(padding, "padding", 0, taps[0] // 2)
-    if padding not in (0, taps[0] // 2):
+    if 0 < padding < taps[0] // 2:
         raise ValueError(f"padding must be 0 or {taps[0] // 2}, half of the kernel's side, but is {padding}")
     if min(x.shape[2:]) < (least := taps[0] + 1 - 2 * padding):
         raise ValueError(f"x must have at least {least} rows and columns to be pooled, but has {list(x.shape)}")

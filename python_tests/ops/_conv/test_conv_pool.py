@@ -564,18 +564,18 @@ def test_autocast_runs_the_convolution_in_16_bits(served: list[str]) -> None:
     assert not served
 
 
-def test_compiled() -> None:
-    for relu, bias in ((True, True), (False, False)):
-        given = pool_arguments(bias=bias)
-        grad = pool_grad_for(given, relu)
-        with ops.use_backend("reference"):
-            expected = pooled(given, grad, relu=relu)
-        for backend in ("eager", "aot_eager"):
-            torch._dynamo.reset()
-            compiled = torch.compile(ops.conv_pool, backend=backend, fullgraph=True)
-            got = results(given, grad, call=compiled, relu=relu)
-            for name, x in expected.items():
-                torch.testing.assert_close(got[name], x)
+@pytest.mark.parametrize(("compiler", "dynamic", "plain"), [("eager", True, False), ("aot_eager", False, True)])
+def test_compiled(compiler: str, dynamic: bool, plain: bool) -> None:
+    """Without a graph break; plain: neither bias nor ReLU."""
+    given = pool_arguments(bias=not plain)
+    grad = pool_grad_for(given, not plain)
+    with ops.use_backend("reference"):
+        expected = pooled(given, grad, relu=not plain)
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.conv_pool, backend=compiler, fullgraph=True, dynamic=dynamic)
+    got = results(given, grad, call=compiled, relu=not plain)
+    for name, x in expected.items():
+        torch.testing.assert_close(got[name], x)
 
 
 def test_mapped_and_differentiated_by_torch_func() -> None:
