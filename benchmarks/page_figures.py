@@ -669,6 +669,19 @@ def rounds_of_fedavg(machine: str) -> Lines:
     return [*caption(recorded.machine), *table(header, lines).split("\n")]
 
 
+def networks_of_your_own() -> Lines:
+    """Training steps of networks as people write them: how many times as long as accelerated they take."""
+    (recorded,) = (each for each in read_results(comparisons.RESULTS)["guest"] if each.name.endswith(OTHER_MACHINE))
+    rows: dict[str, list[str]] = {}
+    for row in recorded.rows:
+        name = row.case.rpartition(", B=")[0]
+        cells = rows.setdefault(name, [])
+        cells += [f"{row.speedup['eager']:.2f}×", f"{row.speedup['compile']:.2f}×"]
+    heads = [f"{other}, batch {batch}" for batch in (8, 32) for other in ("as written", "`torch.compile`")]
+    lines = table(["network", *heads], [[name, *cells] for name, cells in rows.items()]).split("\n")
+    return [*caption(recorded.machine), *lines]
+
+
 def where_seconds_go() -> Lines:
     """The share of every part of a run."""
     content = load(PROFILED, comparisons.RESULTS)
@@ -718,6 +731,7 @@ def _speed() -> Page:
             "default runs": partial(whole_runs, "default"),
             "larger runs": partial(whole_runs, "large"),
             "rounds": partial(rounds_of_fedavg, MACHINE),
+            "own networks": networks_of_your_own,
             "older rounds": partial(rounds_of_fedavg, OTHER_MACHINE),
             "many clients": ten_thousand_clients,
             "profile": where_seconds_go,
