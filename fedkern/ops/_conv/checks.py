@@ -32,10 +32,7 @@ def check_tensors(
     training: bool, groups: int, bias: Any,
 ) -> None:  # fmt: skip
     """Raises TypeError or ValueError unless all tensors fit together."""
-    check_floating(x, "x")
-    check_floating(weight, "weight")
-    if x.dim() != 4 or min(x.shape[1:]) < 1:
-        raise ValueError(f"x must have shape [B, in, H, W], where only B may be 0, but has {list(x.shape)}")
+    _check_maps(x, weight)
     taps = tuple(weight.shape[2:])
     if weight.dim() != 4 or weight.shape[1] != x.shape[1] or taps not in ((3, 3), (1, 1)) or weight.shape[0] < 1:
         raise ValueError(
@@ -90,10 +87,7 @@ def check_tensors(
 def check_pooled(x: Any, weight: Any, bias: Any, padding: Any, relu: Any) -> None:
     """Raises TypeError or ValueError unless all arguments of conv_pool fit together."""
     check_flag(relu, "relu")
-    check_floating(x, "x")
-    check_floating(weight, "weight")
-    if x.dim() != 4 or min(x.shape[1:]) < 1:
-        raise ValueError(f"x must have shape [B, in, H, W], where only B may be 0, but has {list(x.shape)}")
+    _check_maps(x, weight)
     taps = tuple(weight.shape[2:])
     if weight.dim() != 4 or weight.shape[1] != x.shape[1] or taps not in ((3, 3), (5, 5)) or weight.shape[0] < 1:
         raise ValueError(
@@ -112,6 +106,13 @@ def check_pooled(x: Any, weight: Any, bias: Any, padding: Any, relu: Any) -> Non
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape [{weight.shape[0]}], but has {list(bias.shape)}")
         _check_like(bias, "bias", x, free)
+
+
+def _check_maps(x: Any, weight: Any) -> None:
+    check_floating(x, "x")
+    check_floating(weight, "weight")
+    if x.dim() != 4 or min(x.shape[1:]) < 1:
+        raise ValueError(f"x must have shape [B, in, H, W], where only B may be 0, but has {list(x.shape)}")
 
 
 def _converted(x: Tensor) -> bool:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._conv.checks import check_settings, check_tensors
+from fedkern.ops._conv.choice import check_forced, chosen
 from fedkern.ops._conv.kernels import ConvKernels, NotFinite, Settings
 from fedkern.ops._conv.reference import conv_norm_reference
 from fedkern.ops._core import backend, library
-from fedkern.ops._core.backend import eager, intercepted, readable, ready, select, settle
+from fedkern.ops._core.backend import readable
 from fedkern.ops._core.checks import written
 from fedkern.ops._core.function import EagerFunction, saved_tensors
 
 _grad_enabled = torch.is_grad_enabled
-_autocast = torch.is_autocast_enabled
 _CHANNELS_LAST = torch.channels_last
 
 
@@ -96,7 +96,7 @@ def conv_norm(
     kernel = serving(x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias)
     if kernel is None or (mean is None and not training and not groups):
         check_tensors(x, weight, scale, shift, mean, variance, residual, stride, pool, training, groups, bias)
-        _check_forced(x, weight, scale, shift, mean, variance, residual, bias)
+        check_forced("conv_norm", x, weight, scale, shift, mean, variance, residual, bias)
         return conv_norm_reference(
             x, weight, scale, shift, mean, variance, momentum=momentum, eps=eps, stride=stride, relu=relu,
             pool=pool, residual=residual, update=update, training=training, groups=groups, bias=bias,
@@ -119,14 +119,9 @@ def serving(
     bias: Tensor | None = None,
 ) -> ConvKernels | None:
     """The kernel that serves this call, for :func:`run`; None where there is none. Never raises."""
-    try:
-        given = x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias
-        kernel: ConvKernels | None = ready("conv_norm", *given)
-        if kernel is None and not intercepted() and settle("conv_norm", "cpu"):
-            kernel = ready("conv_norm", *given)
-    except (RuntimeError, ValueError):  # another backend is forced; torch.jit.trace is recording
-        return None
-    if kernel is None or _autocast("cpu"):
+    given = x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias
+    kernel: ConvKernels | None = chosen("conv_norm", *given)
+    if kernel is None:
         return None
     if mean is not None and variance is not None and (mean.requires_grad or variance.requires_grad):
         return None
@@ -165,17 +160,6 @@ def run(
     if settings.training and settings.update and settings.mean is not None:
         written(settings.mean, settings.variance)
     return result
-
-
-def _check_forced(*tensors: Tensor | None) -> None:
-    """Raises RuntimeError if a backend was forced, and not the reference, which serves these tensors."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if not eager(*given):
-        if not backend.reference_alone("conv_norm"):
-            backend.only_reference("conv_norm", "torch.compile, torch.func transforms, modes and tensor subclasses")
-    elif select("conv_norm", *given) is not None:
-        where = "under autocast" if _autocast("cpu") else "of these sizes and strides, or at this ISA level"
-        backend.not_forced("conv_norm", "cpu", where)
 
 
 class _ConvNorm(EagerFunction):

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._conv.checks import check_pooled
+from fedkern.ops._conv.choice import check_forced, chosen
 from fedkern.ops._conv.kernels import NotFinite, PoolKernels
 from fedkern.ops._conv.reference import conv_pool_reference
 from fedkern.ops._core import backend, library
-from fedkern.ops._core.backend import eager, intercepted, readable, ready, select, settle
+from fedkern.ops._core.backend import readable
 from fedkern.ops._core.checks import python_number
 from fedkern.ops._core.function import EagerFunction, saved_tensors
 
 _grad_enabled = torch.is_grad_enabled
-_autocast = torch.is_autocast_enabled
 _CHANNELS_LAST = torch.channels_last
 
 
@@ -60,7 +60,7 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
     kernel = pooling(x, weight, bias, padding)
     if kernel is None or not isinstance(relu, bool):
         check_pooled(x, weight, bias, padding, relu)
-        _check_forced(x, weight, bias)
+        check_forced("conv_pool", x, weight, bias)
         return conv_pool_reference(x, weight, bias, padding=padding, relu=relu)
     last = any(each.stride(1) == 1 and each.is_contiguous(memory_format=_CHANNELS_LAST) for each in (x, weight))
     return run_pooling(kernel, x, weight, bias, padding, relu, not last or len(weight) == 1)
@@ -68,14 +68,7 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
 
 def pooling(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> PoolKernels | None:
     """The kernel that serves this call, for :func:`run_pooling`; None where there is none. Never raises."""
-    try:
-        given = x, weight, bias, padding
-        kernel: PoolKernels | None = ready("conv_pool", *given)
-        if kernel is None and not intercepted() and settle("conv_pool", "cpu"):
-            kernel = ready("conv_pool", *given)
-    except (RuntimeError, ValueError):  # another backend is forced; torch.jit.trace is recording
-        return None
-    return None if kernel is None or _autocast("cpu") else kernel
+    return chosen("conv_pool", x, weight, bias, padding)
 
 
 def run_pooling(
@@ -91,17 +84,6 @@ def run_pooling(
         return conv_pool_reference(x, weight, bias, padding=padding, relu=relu)
 
 
-def _check_forced(*tensors: Tensor | None) -> None:
-    """Raises RuntimeError if a backend was forced, and not the reference, which serves these tensors."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if not eager(*given):
-        if not backend.reference_alone("conv_pool"):
-            backend.only_reference("conv_pool", "torch.compile, torch.func transforms, modes and tensor subclasses")
-    elif select("conv_pool", *given) is not None:
-        where = "under autocast" if _autocast("cpu") else "of these sizes and strides, or at this ISA level"
-        backend.not_forced("conv_pool", "cpu", where)
-
-
 class _ConvPool(EagerFunction):
     """Autograd function of the kernel; its tensors are (x, weight, bias)."""
 
@@ -114,19 +96,19 @@ class _ConvPool(EagerFunction):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        out, chosen = kernel.forward(x, weight, bias, *settings)
-        ctx.save_for_backward(x, weight, bias, chosen)
+        out, places = kernel.forward(x, weight, bias, *settings)
+        ctx.save_for_backward(x, weight, bias, places)
         ctx.settings = kernel, settings
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernel, (padding, relu, dense) = ctx.settings
-        x, weight, bias, chosen = saved_tensors(ctx)
+        x, weight, bias, places = saved_tensors(ctx)
         needs = ctx.needs_input_grad[2:]
         if readable(grad):
             try:
-                return (None, None, *kernel.backward(grad, x, weight, chosen, padding, relu, dense, needs))
+                return (None, None, *kernel.backward(grad, x, weight, places, padding, relu, dense, needs))
             except NotFinite:
                 pass
 

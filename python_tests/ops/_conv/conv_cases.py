@@ -221,6 +221,26 @@ SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = 
 }
 
 
+def check_never_served(serves: Callable[..., Any], given: dict[str, Any]) -> None:
+    """Compilers, transforms, tracing and exports meet no kernel, and are not disturbed where one is asked for."""
+    asked: list[bool] = []
+
+    def call(x: Tensor) -> Tensor:
+        fit = serves(**{**given, "x": x}) is not None
+        asked.append(fit)
+        return x * 2 if fit else x
+
+    x = given["x"].detach()
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(call, backend="eager", fullgraph=True)(x), x)
+    torch.func.vmap(call)(torch.stack([x, x]))
+    torch.func.grad(lambda x: call(x).sum())(x)
+    torch.jit.trace(call, x, check_trace=False)
+    torch.export.export(Module(call), (x,), strict=False)
+    assert not any(asked)
+    assert serves(**given) is not None
+
+
 class Module(torch.nn.Module):
     def __init__(self, call: Callable[..., Any]) -> None:
         super().__init__()

@@ -14,11 +14,11 @@ from conv_cases import (
     CONV,
     LEAVES,
     SURROUNDINGS,
-    Module,
     Named,
     arguments,
     assert_near,
     assert_same,
+    check_never_served,
     counted,
     exact,
     grad_for,
@@ -183,23 +183,7 @@ def test_fits_is_where_the_kernel_serves_and_never_raises() -> None:
 
 @needs_core
 def test_fits_under_compilers_and_transforms() -> None:
-    given = arguments()
-    asked: list[bool] = []
-
-    def call(x: Tensor) -> Tensor:
-        fit = serving(**{**given, "x": x}) is not None
-        asked.append(fit)
-        return x * 2 if fit else x
-
-    x = given["x"].detach()
-    torch._dynamo.reset()
-    assert torch.equal(torch.compile(call, backend="eager", fullgraph=True)(x), x)
-    torch.func.vmap(call)(torch.stack([x, x]))
-    torch.func.grad(lambda x: call(x).sum())(x)
-    torch.jit.trace(call, x, check_trace=False)
-    torch.export.export(Module(call), (x,), strict=False)
-    assert not any(asked)
-    assert serving(**given) is not None
+    check_never_served(serving, arguments())
 
 
 @needs_core

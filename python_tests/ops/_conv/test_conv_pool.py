@@ -15,10 +15,10 @@ from conv_cases import (
     LAST,
     POOLED,
     SURROUNDINGS,
-    Module,
     Named,
     assert_near,
     assert_same,
+    check_never_served,
     counted,
     exact,
     pool_arguments,
@@ -395,22 +395,7 @@ def test_where_it_serves_and_that_asking_never_raises() -> None:
 
 @needs_core
 def test_asking_under_compilers_and_transforms() -> None:
-    given = pool_arguments()
-    asked: list[bool] = []
-
-    def call(x: Tensor) -> Tensor:
-        asked.append(pooling(**{**given, "x": x}) is not None)
-        return x * 2 if asked[-1] else x
-
-    x = given["x"].detach()
-    torch._dynamo.reset()
-    assert torch.equal(torch.compile(call, backend="eager", fullgraph=True)(x), x)
-    torch.func.vmap(call)(torch.stack([x, x]))
-    torch.func.grad(lambda x: call(x).sum())(x)
-    torch.jit.trace(call, x, check_trace=False)
-    torch.export.export(Module(call), (x,), strict=False)
-    assert not any(asked)
-    assert pooling(**given) is not None
+    check_never_served(pooling, pool_arguments())
 
 
 @needs_core
