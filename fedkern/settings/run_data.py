@@ -170,15 +170,15 @@ def effective(config: RunConfig, data: Any) -> RunConfig:
 def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
     """Raises UserError where settings, method and data do not fit; ``alone``: the only client with samples here."""
     kind = registry.get(config.method)
-    able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.serves(data)))
     if len(data.classes) == 1 and "pairs" not in data.task.offers:
         raise UserError(
             f'The data set "{config.data}" has the single class "{data.classes[0]}", expected two or more: name the '
             "folder or the column that holds the classes."
         )
-    if kind.serves(data.task) and not kind.serves(data):
-        raise UserError(f"{config.method} needs images, and these samples are none: methods for them are {able}.")
-    if not kind.serves(data.task):
+    if not (kind.serves(data.task) and kind.serves(data)):
+        able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.serves(data)))
+        if kind.serves(data.task):
+            raise UserError(f"{config.method} needs images, and these samples are none: methods for them are {able}.")
         own = " and ".join(name for name, task in TASKS.items() if kind.serves(task)) or "no task"
         what = f'the data set "{config.data}" is for {data.task.name}'
         if data.task.name == "own":
