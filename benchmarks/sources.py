@@ -26,7 +26,7 @@ GROUPS = {
     ),
     "blend": ("blend", "boxes"),
     "contrast": ("contrast",),
-    "conv": ("conv",),
+    "conv": ("conv", "guest"),
     "distill": ("consensus", "dual_kl", "ensemble_kl", "entropy", "js_div", "kl_div"),
     "optimise": ("optimise",),
     "fuse": ("fuse_concat", "fuse_mean", "fused_adaptors", "fused_blocks"),
