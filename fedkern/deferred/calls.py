@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from fedkern.deferred import pending
+from fedkern.deferred.layers import GLOBAL_HOOKS, HOOKS, Convolution, convolution, hooked
 from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Serve, Site, computed, handle, shape_of, value
 from fedkern.ops._conv.conv_norm import Settings, run, serving
 from fedkern.ops._conv.conv_pool import pooling, run_pooling
@@ -28,9 +28,6 @@ from fedkern.ops._core.private_torch import may_be_transformed, saved_hooks
 M = TypeVar("M", bound=nn.Module)
 _KEYS = ("forward", "__reduce_ex__", "__deepcopy__")
 _CHANNELS_LAST = torch.channels_last
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}", {}) for name in _HOOKS]
-"""Hooks of all modules of the process, by the dictionaries in which torch keeps them."""
 _thread = threading.local()
 """``run``: the call of a network that this thread is in; ``serve``, ``record``: of :func:`serving_by`, `recording`."""
 _NO_EPS = 1e-30  # above 0, and nothing beside 1
@@ -204,8 +201,8 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
         elif layer is not None:
             held = vars(layer)
             layers += held["_modules"].values()
-            for name in _HOOKS if layer is not module else _HOOKS[2:]:
-                if held[name]:
+            if hooked(layer):
+                for name in HOOKS if layer is not module else HOOKS[2:]:
                     yield from held[name].values()
 
 
@@ -219,7 +216,7 @@ class _Conv(_Served):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self._known: dict[tuple[int, ...], bool] = {}
+        self._known: dict[tuple[tuple[int, ...], ...], bool] = {}
 
     def __call__(self, x: Any) -> Any:
         begun: Run | None = getattr(_thread, "run", None)
@@ -229,43 +226,36 @@ class _Conv(_Served):
         if record is not None and isinstance(self.module.padding, tuple):
             record[1].append(_products(x, self.module.weight, self.module.stride[0], self.module.padding[0]))
         node: Node | None = x.__dict__["node"] if type(x) is Pending else None
-        conv, serves = self.module, self._serves(shape_of(x), node is None and type(x) is not Tensor)
-        if not serves or torch.is_autocast_enabled("cpu") or may_be_transformed() or saved_hooks(True) is not None:
+        layer = None if node is None and type(x) is not Tensor else convolution(self.module)
+        serves = layer is not None and self._serves(layer, shape_of(x)) and not torch.is_autocast_enabled("cpu")
+        if layer is None or not serves or may_be_transformed() or saved_hooks(True) is not None:
             return self.written(x if node is None else value(node))
         if node is not None:
             x = value(node, dense=False)
         if x.dtype is not torch.float32 or x.device.type != "cpu":
             return self.written(x)
-        weight, stride, padding = conv._parameters["weight"], conv.stride[0], conv.padding[0]
-        site = Site(x, weight, conv._parameters["bias"], stride, padding)
-        shape = len(x), conv.out_channels, *_sides(x, weight, stride, padding)
+        weight, bias, _, stride, padding = layer
+        site = Site(x, weight, bias, stride, padding)
+        shape = len(x), len(weight), *_sides(x, weight, stride, padding)
         return handle(Node(begun, Chain(site), shape, None, None))
 
-    def _serves(self, shape: tuple[int, ...], foreign: bool) -> bool:
+    def _serves(self, layer: Convolution, shape: tuple[int, ...]) -> bool:
         """Whether an operator may serve the convolution on maps of this shape: a rule on shapes alone."""
-        conv = self.module
-        if foreign or type(conv) is not nn.Conv2d or conv._parameters.get("weight") is None:
-            return False
-        if shape not in self._known:
-            self._known[shape] = _fits(conv, shape)
-        return self._known[shape]
+        key = shape, layer[2:]
+        if key not in self._known:
+            self._known[key] = _fits(layer, shape)
+        return self._known[key]
 
 
-def _fits(conv: nn.Conv2d, shape: tuple[int, ...]) -> bool:
-    size, stride, padding = conv.kernel_size, conv.stride, conv.padding
-    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-    square = len({*size}) == len({*stride}) == len({*padding}) == 1 and not isinstance(padding, str)
-    if not (plain and square) or len(shape) != 4 or shape[0] == 0:
-        return False
-    if conv.weight.dtype is not torch.float32 or conv.weight.device.type != "cpu":
+def _fits(layer: Convolution, shape: tuple[int, ...]) -> bool:
+    weight, _, side, stride, padding = layer
+    if len(shape) != 4 or shape[0] == 0 or weight.dtype is not torch.float32 or weight.device.type != "cpu":
         return False
     x = torch.empty(shape, memory_format=_CHANNELS_LAST)
-    ones = torch.ones(conv.out_channels)
-    weight = conv.weight.detach()
-    if stride[0] == 1 and pooling(x, weight, None, int(padding[0])) is not None:
+    weight, ones = weight.detach(), torch.ones(len(weight))
+    if stride == 1 and pooling(x, weight, None, padding) is not None:
         return True
-    same = padding[0] == size[0] // 2
-    return same and serving(x, weight, ones, ones, ones, ones, None, 1, stride[0]) is not None
+    return padding == side // 2 and serving(x, weight, ones, ones, ones, ones, None, 1, stride) is not None
 
 
 def _serve(chain: Chain, dense: bool) -> Tensor | None:

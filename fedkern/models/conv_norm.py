@@ -14,14 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.deferred.calls import GLOBAL_HOOKS
+from fedkern.deferred.layers import GLOBAL_HOOKS, convolution, hooked
 from fedkern.ops._conv.conv_norm import Settings, run, serving
 from fedkern.ops._core.layout import normed
 from fedkern.ops._core.private_torch import may_be_transformed
 
-_CONV = attrgetter("kernel_size", "padding", "dilation", "groups", "padding_mode")
-_SERVED_CONVS = ((3, 3), (1, 1), (1, 1), 1, "zeros"), ((1, 1), (0, 0), (1, 1), 1, "zeros")
-_STRIDES: dict[tuple[int, ...], int] = {(1, 1): 1, (2, 2): 2}
 _POOL = attrgetter("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 _SERVED_POOL = (2, 2, 0, 1, False, False)
 _PARAMETERS = itemgetter("weight", "bias")
@@ -65,14 +62,14 @@ def _served(x: Tensor, conv: Any, norm: Any, relu: Any, pool: Any, residual: Ten
         if type(pool) is not nn.MaxPool2d or _POOL(pool) != _SERVED_POOL:
             return None
         called.append(pool)
-    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or _CONV(conv) not in _SERVED_CONVS:
+    found = convolution(conv)
+    if found is None or type(norm) is not nn.BatchNorm2d:
         return None
     for layer in called:
-        hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        if hooks or "forward" in layer.__dict__:
+        if hooked(layer) or "forward" in layer.__dict__:
             return None
-    try:  # from the dictionaries: a module's attribute that is a tensor takes half a microsecond
-        weight, bias = _PARAMETERS(conv._parameters)
+    weight, bias, side, stride, padding = found
+    try:
         scale, shift = _PARAMETERS(norm._parameters)
         mean, variance, count = _BUFFERS(norm._buffers)
     except KeyError:  # something else than a parameter or a buffer is in its place
@@ -81,8 +78,8 @@ def _served(x: Tensor, conv: Any, norm: Any, relu: Any, pool: Any, residual: Ten
     tracks = training and norm.track_running_stats
     if training and not tracks:
         mean = variance = None
-    size, stride = 1 if pool is None else 2, _STRIDES.get(conv.stride)
-    if stride is None or bias is not None or norm.eps <= 0 or any(GLOBAL_HOOKS):  # batch norm refuses such an eps
+    size = 1 if pool is None else 2
+    if padding != side // 2 or bias is not None or norm.eps <= 0 or any(GLOBAL_HOOKS):  # batch norm refuses such an eps
         return None
     kernel = serving(x, weight, scale, shift, mean, variance, residual, size, stride)
     if kernel is None:

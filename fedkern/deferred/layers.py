@@ -1,0 +1,48 @@
+"""Which convolutions of torch an operator may take the place of: one inspection for networks of any origin."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from operator import attrgetter, itemgetter
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+_SETTINGS = attrgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_PARAMETERS = itemgetter("weight", "bias")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The dictionaries in which a module holds its hooks."""
+GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}", {}) for name in HOOKS]
+"""Hooks of all modules of the process, by the dictionaries in which torch keeps them."""
+Convolution = tuple[Tensor, Tensor | None, int, int, int]
+"""Weight, bias, side of the windows, stride and padding."""
+
+
+def convolution(layer: Any) -> Convolution | None:
+    """A convolution with square windows that are neither dilated nor grouped; None for other layers.
+
+    Also where something else stands in the place of a parameter, as ``weight_norm``, pruning and parametrisations leave
+    it.
+    """
+    if type(layer) is not nn.Conv2d:
+        return None
+    try:  # from the dictionary: a module's attribute that is a tensor takes half a microsecond
+        weight, bias = _PARAMETERS(layer._parameters)
+        square = _square(*_SETTINGS(layer))
+    except (KeyError, TypeError):  # lists where torch writes tuples
+        return None
+    return None if weight is None or square is None else (weight, bias, *square)
+
+
+@lru_cache(maxsize=1024)
+def _square(size: Any, stride: Any, padding: Any, dilation: Any, groups: int, mode: str) -> tuple[int, int, int] | None:
+    if groups != 1 or dilation != (1, 1) or mode != "zeros" or isinstance(padding, str):
+        return None
+    same = all(one == other for one, other in (size, stride, padding))
+    return (size[0], stride[0], padding[0]) if same else None
+
+
+def hooked(layer: Any) -> bool:
+    """Whether a module has hooks of its own."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
