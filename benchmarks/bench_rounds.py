@@ -54,7 +54,7 @@ SMALL = tuple(
     Setting(*network, clients, rounds=rounds, repeats=3) for network in NETWORKS for clients, rounds in ROUNDS.items()
 )
 LARGE = (Setting("resnet8", 16, 10), Setting("resnet18", 64, 5, rounds=2, repeats=3))
-OWN = tuple(Setting(name, 16, 10, rounds=10) for name in ("mcmahan", "own-resnet8", "own-resnet8-gn"))
+OWN = tuple(Setting(name, 16, 10, rounds=19, repeats=3) for name in ("mcmahan", "own-resnet8", "own-resnet8-gn"))
 ON_A_GPU = (Setting("resnet18", 64, 10, rounds=5, repeats=3),)
 SETTINGS = (*SMALL, *LARGE, *OWN, *ON_A_GPU)
 LIMIT = {"small": 300.0, "full": 3600.0}

@@ -161,13 +161,12 @@ def recording() -> Iterator[Record]:
         del _thread.record
 
 
-def _sides(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, ...]:
-    """Height and width of a convolution's result."""
-    return tuple((side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:])
-
-
-def _products(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
-    return x.shape[0] * math.prod(_sides(x, weight, stride, padding)) * weight.numel()
+def _result(conv: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a convolution's result."""
+    batch, _, height, width = shape
+    side, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+    height, width = (height + 2 * padding - side) // stride + 1, (width + 2 * padding - side) // stride + 1
+    return batch, conv.out_channels, height, width
 
 
 def _plain(found: Any) -> Any:
@@ -224,7 +223,7 @@ class _Conv(_Served):
             return self.written(x)
         record: Record | None = getattr(_thread, "record", None)
         if record is not None and isinstance(self.module.padding, tuple):
-            record[1].append(_products(x, self.module.weight, self.module.stride[0], self.module.padding[0]))
+            record[1].append(math.prod(_result(self.module, shape_of(x))) * self.module.weight[0].numel())
         node: Node | None = x.__dict__["node"] if type(x) is Pending else None
         layer = None if node is None and type(x) is not Tensor else convolution(self.module)
         serves = layer is not None and self._serves(layer, shape_of(x)) and not torch.is_autocast_enabled("cpu")
@@ -235,9 +234,8 @@ class _Conv(_Served):
         if x.dtype is not torch.float32 or x.device.type != "cpu":
             return self.written(x)
         weight, bias, _, stride, padding = layer
-        site = Site(x, weight, bias, stride, padding)
-        shape = len(x), len(weight), *_sides(x, weight, stride, padding)
-        return handle(Node(begun, Chain(site), shape, None, None))
+        shape = _result(self.module, x.shape)
+        return handle(Node(begun, Chain(Site(x, weight, bias, stride, padding, shape)), shape, None, None))
 
     def _serves(self, layer: Convolution, shape: tuple[int, ...]) -> bool:
         """Whether an operator may serve the convolution on maps of this shape: a rule on shapes alone."""
@@ -261,7 +259,8 @@ def _fits(layer: Convolution, shape: tuple[int, ...]) -> bool:
 def _serve(chain: Chain, dense: bool) -> Tensor | None:
     """A chain by an operator; None where the layers have to run as written, or are faster than copies around it."""
     site = chain.site
-    products = _products(site.x, site.weight, site.stride, site.padding)
+    batch, _, height, width = site.shape
+    products = batch * height * width * site.weight.numel()
     found = _pooled(chain, dense)
     if found is None and site.padding == site.weight.shape[2] // 2:
         found = _normed(chain, dense, products)
@@ -286,7 +285,7 @@ def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
     """A chain by ``conv_norm``."""
     site, norm, x, bias = chain.site, chain.norm, chain.site.x, chain.site.bias
     moved = 0 if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.numel()
-    behind = products // (site.weight[0].numel() * chain.pool**2) if dense else 0
+    behind = math.prod(site.shape) // chain.pool**2 if dense else 0
     if MOVE * (moved + behind) * (2 if norm is None else 1) > products:  # half is won without a norm's passes
         return None
     if moved:
@@ -303,31 +302,17 @@ def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
         tracks = norm.training and not norm.counted
         mean, variance = (norm.mean, norm.variance) if tracks or not norm.training else (None, None)
         if bias is not None and norm.training:  # batch statistics take it out again
-            shift = _Unfelt.apply(shift, bias) if torch.is_grad_enabled() and bias.requires_grad else shift
             moves = mean if tracks else None
         elif bias is not None and variance is not None:
-            shift = shift + bias * norm.weight * torch.rsqrt(variance + norm.eps)
+            shift, bias = shift + bias * norm.weight * torch.rsqrt(variance + norm.eps), None
         settings = Settings(mean, variance, norm.momentum, norm.eps, *after, tracks, norm.training)
-    own = bias if settings.groups else None
-    given = settings.mean, settings.variance, residual, chain.pool, site.stride, settings.groups, own
-    kernel = serving(x, site.weight, norm.weight, shift, *given)
+    given = settings.mean, settings.variance, residual, chain.pool, site.stride, settings.groups
+    kernel = serving(x, site.weight, norm.weight, shift, *given, bias if settings.groups else None)
     if kernel is None:
         return None
     site.moved += moved
-    found = run(kernel, settings, x, site.weight, norm.weight, shift, residual, own)
+    found = run(kernel, settings, x, site.weight, norm.weight, shift, residual, bias)
     if moves is not None and bias is not None:
         with torch.no_grad():
             moves.add_(bias, alpha=settings.momentum)
     return found
-
-
-class _Unfelt(torch.autograd.Function):
-    """A norm's shift; the bias of the convolution before it, which the result does not depend on, has zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, shift: Tensor, bias: Tensor) -> Tensor:
-        return shift.view_as(shift)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad[0], torch.zeros_like(grad[0])

@@ -25,15 +25,17 @@ class Site:
 
     Attributes:
         x, weight, bias: of the call; ``versions`` are those of x and weight.
-        stride, padding: of the convolution.
+        stride, padding: of the convolution; ``shape`` is that of its result.
         grad: whether gradients were enabled.
         moved: elements that an operator's call had to copy into another layout, before it and behind it.
     """
 
-    __slots__ = ("bias", "grad", "moved", "padding", "stride", "versions", "weight", "x")
+    __slots__ = ("bias", "grad", "moved", "padding", "shape", "stride", "versions", "weight", "x")
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
-        self.x, self.weight, self.bias, self.stride, self.padding = x, weight, bias, stride, padding
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, shape: tuple[int, ...]
+    ) -> None:
+        self.x, self.weight, self.bias, self.stride, self.padding, self.shape = x, weight, bias, stride, padding, shape
         self.versions, self.grad, self.moved = (version(x), version(weight)), _grad_enabled(), 0
 
 
@@ -146,8 +148,11 @@ class Run:
 
 
 def version(tensor: Tensor) -> int:
-    """The count of changes of a tensor; 0 where none is kept."""
-    return 0 if tensor.is_inference() else tensor._version
+    """The count of changes of a tensor; 0 where none is kept, as in inference mode."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 def _lost(gradient: Tensor) -> None:
@@ -300,11 +305,11 @@ def shape_of(x: Tensor) -> tuple[int, ...]:
     return x.__dict__["node"].shape if type(x) is Pending else tuple(x.shape)
 
 
-def _extended(x: Any, node: Node, step: Step, inplace: Step | None = None, **more: Any) -> Any:
+def _extended(x: Any, node: Node, step: Step, chain: Chain, inplace: Step | None = None) -> Any:
     node.uses += 1
-    chain, shape = node.chain._replace(**more), node.shape
+    shape = node.shape
     if inplace is None:
-        if "pool" in more:
+        if chain.pool > node.chain.pool:
             shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
         return handle(Node(node.run, chain, shape, node, step))
     # Memory is written again only where no other step reads the value before.
@@ -320,7 +325,7 @@ def _batch_norm(
     if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
         return None
     norm = Norm(mean, variance, weight, bias, training or mean is None, momentum, eps)
-    made = _extended(x, node, norm, norm=norm)
+    made = _extended(x, node, norm, Chain(node.chain.site, norm))
     if not norm.counted:
         node.run.norms.append(made.__dict__["node"])
     return made
@@ -331,14 +336,17 @@ def _group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, e
     if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
         return None
     norm = GroupNorm(num_groups, weight, bias, eps)
-    return _extended(x, node, norm, norm=norm)
+    return _extended(x, node, norm, Chain(node.chain.site, norm))
 
 
 def _relu(x: Any, inplace: bool = False) -> Tensor | None:
     node = _waiting(x)
     if node is None:
         return None
-    return x if node.chain.relu else _extended(x, node, torch.relu, torch.relu_ if inplace else None, relu=True)
+    site, norm, residual, relu, pool = node.chain
+    if relu:
+        return x
+    return _extended(x, node, torch.relu, Chain(site, norm, residual, True, pool), torch.relu_ if inplace else None)
 
 
 def _relu_(x: Any) -> Tensor | None:
@@ -365,7 +373,8 @@ def _add(x: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Tens
     if type(other) is not Tensor or other.dtype is not torch.float32 or other.device.type != "cpu":
         return None
     writes = (lambda y: y.add_(other)) if inplace else None
-    return _extended(x, node, lambda y: y + other, writes, residual=(other, version(other)))
+    chain = Chain(node.chain.site, node.chain.norm, (other, version(other)))
+    return _extended(x, node, lambda y: y + other, chain, writes)
 
 
 def _add_(x: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
@@ -381,9 +390,10 @@ def _max_pool(
     square = all(given in (size, (size, size), [size, size]) for given, size in (*wanted, (dilation, 1)))
     if node is None or not square or ceil_mode or return_indices or min(node.shape[2:]) < 2:
         return None
-    if node.chain.pool > 1 or node.chain.residual is not None:
+    site, norm, residual, relu, pool = node.chain
+    if pool > 1 or residual is not None:
         return None
-    return _extended(x, node, lambda y: F.max_pool2d(y, 2), pool=2)
+    return _extended(x, node, lambda y: F.max_pool2d(y, 2), Chain(site, norm, None, relu, 2))
 
 
 _EXTENDING: dict[Any, Callable[..., Any]] = {

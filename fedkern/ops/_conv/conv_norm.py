@@ -138,7 +138,11 @@ def run(
     residual: Tensor | None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """:func:`conv_norm` by the kernel that :func:`serving` gave; the settings are not checked."""
+    """:func:`conv_norm` by the kernel that :func:`serving` gave; the settings are not checked.
+
+    Args:
+        bias: with batch statistics, which take it out again, too: it gets zeros for a gradient.
+    """
     if not x.is_contiguous(memory_format=_CHANNELS_LAST):  # the weight is channels-last
         x = x.contiguous(memory_format=_CHANNELS_LAST)
     if residual is not None and not residual.is_contiguous(memory_format=_CHANNELS_LAST):
@@ -154,9 +158,11 @@ def run(
         ):
             result: Tensor = _ConvNorm.call(kernel, settings, x, weight, scale, shift, bias, residual)
         else:
-            result = kernel.forward(settings, x, weight, scale, shift, bias, residual, False)[0]
+            own = bias if settings.groups else None
+            result = kernel.forward(settings, x, weight, scale, shift, own, residual, False)[0]
     except NotFinite:
-        return conv_norm_reference(x, weight, scale, shift, residual=residual, bias=bias, **settings._asdict())
+        own = bias if settings.groups else None
+        return conv_norm_reference(x, weight, scale, shift, residual=residual, bias=own, **settings._asdict())
     if settings.training and settings.update and settings.mean is not None:
         written(settings.mean, settings.variance)
     return result
@@ -177,7 +183,8 @@ class _ConvNorm(EagerFunction):
         bias: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:
-        out, kept = kernel.forward(settings, x, weight, scale, shift, bias, residual, True)
+        own = bias if settings.groups else None
+        out, kept = kernel.forward(settings, x, weight, scale, shift, own, residual, True)
         masked = residual is not None and settings.relu
         frozen = not any(ctx.needs_input_grad[2:4])  # the map and the weight may then change before the backward pass
         after = out if masked else None
@@ -219,13 +226,16 @@ class _ConvNorm(EagerFunction):
         def reference(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor, bias: Tensor | None) -> Tensor:
             return conv_norm_reference(
                 x, weight, scale, shift, mean, variance, eps=eps, stride=stride, relu=relu, pool=pool,
-                training=training, groups=settings.groups, bias=bias,
+                training=training, groups=settings.groups, bias=bias if settings.groups else None,
             )  # fmt: skip
 
+        felt = needs[4] and settings.groups > 0
         with torch.autocast("cpu", enabled=False):
             gradients = library.differentiate_reference(
-                reference, (x, weight, scale, shift, bias), needs[:5], grad, _grad_enabled()
+                reference, (x, weight, scale, shift, bias), (*needs[:4], felt), grad, _grad_enabled()
             )
+        if needs[4] and not felt:
+            gradients = (*gradients[:4], torch.zeros_like(bias))
         return (None, None, *gradients, grad if needs[5] else None)
 
 

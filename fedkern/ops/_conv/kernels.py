@@ -123,7 +123,9 @@ class ConvKernels(Launcher):
         to_weight = _empty_like(weight) if need_weight else None
         to_scale = _empty_like(scale) if need_scale else None
         to_shift = _empty_like(scale) if need_shift else None
-        to_bias = _empty_like(scale) if need_bias else None
+        to_bias = None
+        if need_bias:  # batch statistics take it out again
+            to_bias = _empty_like(scale) if settings.groups else torch.zeros_like(scale)
         to_residual = _empty_like(dense) if need_residual and relu else None
         if to_x is not None and x.numel() >= _LARGE:
             self.fresh(to_x)
