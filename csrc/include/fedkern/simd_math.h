@@ -28,6 +28,16 @@ FEDKERN_INLINE Vec<T> scale_above(Vec<T> bound, Vec<T> x, Vec<T> a, Vec<T> n) {
   const Mask<T> vanishes = x == bound;  // x was clamped
   return select(vanishes, Vec<T>::set(0), scale_by_power(a, select(vanishes, Vec<T>::set(0), n)));
 }
+
+// a * 2^n where neither a nor the result is subnormal or infinite; NaN stays NaN.
+FEDKERN_INLINE Vec<float> raise_exponent(Vec<float> a, Vec<float> n) {
+#if defined(FEDKERN_ISA_avx2)
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23)))};
+#else
+  using Bits = Native<float>::bits;
+  return {(Native<float>::type)((Bits)a.v + (__builtin_convertvector(n.v, Bits) << 23))};
+#endif
+}
 #endif
 
 FEDKERN_INLINE Vec<float> exp_clamped(Vec<float> x) {
@@ -56,7 +66,7 @@ FEDKERN_INLINE Vec<T> exp(Vec<T> x) {
   return exp_clamped(min(Vec<T>::set(exp_highest<T>), max(Vec<T>::set(exp_lowest<T>), x)));
 }
 
-// exp(x / temperature) for x <= 0 (or NaN).
+// exp(x / temperature) for x <= 65 temperature (or NaN).
 // Lanes: float, double.
 // Error: at most 2 ULP and 2^-24 |x / temperature|, the rounding of 1 / temperature.
 template <typename T>
@@ -94,11 +104,11 @@ class ScaledExp<float> {
 #else
   FEDKERN_INLINE V operator()(V x) const {
     x = max(lowest_, x);
-    V n = round(x * rate_);
-    const V r = fma(x, rest_, fms(x, rate_, n));
-    const V power = polynomial(r, 0x1.41fbb8p-13f, 0x1.5f3e54p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f,
-                               0x1.62e430p-1f, 1.0f);
-    return scale_above(lowest_, x, power, n);
+    const V n = round(x * rate_), r = fma(x, rest_, fms(x, rate_, n));
+    // 2^(r + 32): n, from -151 to 94, fits its exponent, and one product then rounds what is subnormal.
+    const V power = polynomial(r, 0x1.41fbb8p19f, 0x1.5f3e54p22f, 0x1.3b2d4cp25f, 0x1.c6aee8p27f, 0x1.ebfbdcp29f,
+                               0x1.62e430p31f, 0x1p32f);
+    return select(x == lowest_, V::set(0), raise_exponent(power, n)) * V::set(0x1p-32f);
   }
 #endif
 
