@@ -15,8 +15,8 @@ SANITIZERS = ("memcheck", "racecheck")
 SMALL = "gives_the_reference_result or sizes"
 """Words of tests on small inputs: the sanitizers make them ten times slower."""
 METHODS = ("fedgid", "fedlpfm", "fusefl", "fediod", "feddra", "fedavg", "fedprox", "scaffold")
-NOT_OPERATORS = {"bench_conv", "bench_flower", "bench_methods", "bench_rounds"}
-"""Benchmarks of whole runs, and what has no part of a GPU."""
+NOT_OPERATORS = {"bench_conv", "bench_flower", "bench_methods", "bench_rounds", "bench_tree"}
+"""Benchmarks of whole runs, and what has no part of a GPU: a tree's arrays are NumPy's."""
 
 
 @dataclass(frozen=True)
