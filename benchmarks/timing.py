@@ -52,7 +52,8 @@ class ThreadClock(CpuClock):
 
 
 class CudaClock:
-    """Time between two events around each call, the L2 cache overwritten before it; the host's share as wall time.
+    """Time between two events around each call, other memory read into the L2 cache before it; the host's share as wall
+    time.  (A cache that is overwritten is full of lines that are still to be written, which the call would wait for.)
 
     The device is kept busy while the host enqueues a call, so that what the events measure is its kernels and not the
     gaps between them: half as long again as the first call of a sample took the host, at most :data:`LONGEST_DELAY`.
@@ -61,7 +62,7 @@ class CudaClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         size = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(max(2 * size, 1 << 26), dtype=torch.int8, device=device)
+        self._flush = torch.zeros(max(2 * size, 1 << 26) // 4, device=device)
 
     def sample(self, run: Run, count: int) -> float:
         count = min(count, MAX_CALLS)
@@ -71,7 +72,7 @@ class CudaClock:
         run()
         delay = int(min(1.5 * (time.perf_counter() - begin), LONGEST_DELAY) * CYCLES)
         for start, end in marks:
-            self._flush.zero_()
+            self._flush.sum()
             torch.cuda._sleep(delay)
             start.record()
             run()

@@ -54,7 +54,6 @@ def test_thread_clock_does_not_count_waiting() -> None:
 def test_cuda_clock_flushes_before_each_call_and_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of events, on a stand-in for the device."""
     log: list[str] = []
-    real = torch.empty
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -66,9 +65,9 @@ def test_cuda_clock_flushes_before_each_call_and_waits_once(monkeypatch: pytest.
         def elapsed_time(self, end: Event) -> float:
             return 2.0  # milliseconds
 
-    def empty(size: int, dtype: torch.dtype, device: Any) -> Any:
-        assert size >= 2 * 50_000_000
-        return SimpleNamespace(zero_=lambda: log.append("flush")) if device == "cuda" else real(size, dtype=dtype)
+    def zeros(size: int, device: Any) -> Any:
+        assert 4 * size >= 2 * 50_000_000
+        return SimpleNamespace(sum=lambda: log.append("flush"))  # whatever else would write
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
@@ -76,7 +75,7 @@ def test_cuda_clock_flushes_before_each_call_and_waits_once(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "_sleep", delays.append)
     properties = SimpleNamespace(L2_cache_size=50_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "zeros", zeros)
     clock = timing.CudaClock("cuda")  # type: ignore[arg-type]
     assert clock.sample(lambda: log.append("call"), 2) == 0.002
     assert log == ["wait", "call", *["flush", "event", "call", "event"] * 2, "wait"]
