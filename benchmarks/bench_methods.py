@@ -246,6 +246,8 @@ class Row:
     Attributes:
         seconds, cpu_seconds, peak_bytes: of the whole command.
         round_seconds: mean over the run's recorded rounds.
+        first_seconds, later_seconds: the first round, in which libraries start and memory is made, and the median of
+            the later ones; none of runs of one round.
         gpu_utilisation, gpu_bytes: of runs on a GPU, the mean in per cent, and the most memory beyond that before.
         figure: the run's main figure, named ``main``.
         rounds: how many rounds every run had; 0: not known.
@@ -261,6 +263,8 @@ class Row:
     cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: dict[str, list[int]] = field(default_factory=dict)
     round_seconds: dict[str, list[float]] = field(default_factory=dict)
+    first_seconds: dict[str, list[float]] = field(default_factory=dict)
+    later_seconds: dict[str, list[float]] = field(default_factory=dict)
     figure: dict[str, list[float]] = field(default_factory=dict)
     gpu_utilisation: dict[str, list[float]] = field(default_factory=dict)
     gpu_bytes: dict[str, list[int]] = field(default_factory=dict)
@@ -374,10 +378,14 @@ def _measure(
     rounds = read_rounds(name, folder)
     row.main, figure = main_figure(rounds)
     row.rounds = len(rounds)
-    for table, value in (
+    first, *later = (one["round_seconds"] for one in rounds)
+    tables = [
         (row.seconds, cost.seconds), (row.cpu_seconds, cost.cpu_seconds), (row.peak_bytes, cost.peak_bytes),
-        (row.round_seconds, mean(one["round_seconds"] for one in rounds)), (row.figure, figure),
-    ):  # fmt: skip
+        (row.round_seconds, mean([first, *later])), (row.figure, figure),
+    ]  # fmt: skip
+    if later:
+        tables += [(row.first_seconds, first), (row.later_seconds, median(later))]
+    for table, value in tables:
         table.setdefault(name, []).append(value)
     if use is not None:
         row.gpu_utilisation.setdefault(name, []).append(use.mean)
@@ -443,7 +451,8 @@ def page(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
     for setting, title in (("default", "Default runs, shortened"), ("large", "The larger setting")):
         mine = [row for row in rows if row.setting == setting]
         if mine:
-            lines += ["", f"## {title}", "", *_speed_table(mine), "", *_cost_table(mine), "", *_figure_table(mine)]
+            lines += ["", f"## {title}", "", *_speed_table(mine), "", *_rounds_table(mine), *_cost_table(mine)]
+            lines += ["", *_figure_table(mine)]
             if any(row.gpu_utilisation for row in mine):
                 lines += ["", *_gpu_table(mine)]
     notes = [f"* {row.name}: {name} is missing: {why}" for row in rows for name, why in row.missing.items()]
@@ -460,8 +469,8 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
     pairs = [(slower, OURS) for slower in ("plain", "before", "reference") if slower in names]
     pairs += [(OURS, "bf16")] if "bf16" in names else []
     heads = [f"{name}, s" for name in names] + [f"{faster} over {slower}" for slower, faster in pairs]
-    lines = ["Whole commands, and in brackets one round:", "", f"| run | {' | '.join(heads)} |"]
-    lines.append("|---|" + "---:|" * len(heads))
+    lines = ["Whole commands, and in brackets the mean of all rounds, the first one included:", ""]
+    lines += [f"| run | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for row in rows:
         cells = [_pair(row.seconds.get(name), row.round_seconds.get(name)) for name in names]
         cells += [f"{_ratio(row.speedup(*pair))} ({_ratio(row.speedup(*pair, of='round_seconds'))})" for pair in pairs]
@@ -471,6 +480,18 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
         found, rounds = speedups(rows, *pair), speedups(rows, *pair, of="round_seconds")
         means.append(f"{_ratio(geometric_mean(found))} ({_ratio(geometric_mean(rounds))})" if found else "–")
     return [*lines, f"| geometric mean |{' |' * len(names)} {' | '.join(means)} |"]
+
+
+def _rounds_table(rows: Sequence[Row]) -> list[str]:
+    """The first round and later ones, of runs that tell them apart."""
+    rows, names = [row for row in rows if row.later_seconds], _names(rows)
+    lines = ["Seconds of the first round, and of the median later one:", "", f"| run | {' | '.join(names)} |"]
+    lines.append("|---|" + "---:|" * len(names))
+    for row in rows:
+        pairs = ((row.first_seconds.get(name), row.later_seconds.get(name)) for name in names)
+        cells = (f"{median(one):.2f}, {median(later):.2f}" if one and later else "–" for one, later in pairs)
+        lines.append(f"| {row.method} | {' | '.join(cells)} |")
+    return [*lines, ""] if rows else []
 
 
 def _cost_table(rows: Sequence[Row]) -> list[str]:

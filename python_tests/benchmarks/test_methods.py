@@ -5,13 +5,13 @@ import importlib
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_methods, page_figures, processes
+from benchmarks import bench_methods, gpu_figures, page_figures, processes
 from benchmarks.bench_methods import CASES, Case, Row
 from benchmarks.gpu_use import Use
 from benchmarks.plain import common, feddra, fedgid, fediod, fedlpfm, fedprox, fusefl
@@ -310,6 +310,20 @@ def test_figures_beyond_the_spread_of_the_seeds_are_seen(shift, apart):
     assert ("**" in bench_methods._figure_table([one])[-1]) is apart
 
 
+def test_the_first_round_stands_apart(monkeypatch):
+    one = row(plain=[10.0], fedkern=[5.0])
+    content = {"machine": {"gpu": "A GPU", "torch": "2", "cuda": "13", "time": "2026-11-29"}, "cases": [asdict(one)]}
+    monkeypatch.setattr(gpu_figures, "load", lambda name, folder: content)
+    assert bench_methods._rounds_table([one]) == []
+    assert gpu_figures.whole_runs()[-1] == "| `fedavg` | 10.0 s | 5.0 s | 2.00× | 5.00 s | 2.50 s | 2.00× |"
+    one.first_seconds, one.later_seconds = {"plain": [4.0], "fedkern": [2.0]}, {"plain": [0.9], "fedkern": [0.1]}
+    content["cases"] = [asdict(one)]
+    assert bench_methods._rounds_table([one])[-2] == "| fedavg | 4.00, 0.90 | 2.00, 0.10 |"
+    header, _, line = gpu_figures.whole_runs()[-3:]
+    assert "first round: plain | fedkern | over plain | later ones: plain" in header
+    assert line.endswith("| 4.00 s | 2.00 s | 2.00× | 0.90 s | 0.10 s | 9.00× |")
+
+
 def test_a_run_with_other_settings_before_counts_in_no_mean():
     rows = [row("fedavg", before=[4.0], fedkern=[2.0]), row("fediod", before=[90.0], fedkern=[1.0], plain=[3.0])]
     rows[1].differs = ["preset: paper, study"]
@@ -361,6 +375,7 @@ def test_on_a_gpu_all_contestants_are_sent_there_and_it_is_watched(tmp_path, mon
     case = Case("fedavg", "default", {"rounds": 1})
     found = bench_methods.measure(case, ("plain", "fedkern", "bf16"), 2, before=None, data_root=None, device="cuda")
     assert asked == ["cuda"] * 6
+    assert found.later_seconds == {}  # there is one round
     assert found.gpu_utilisation == {key: [40.0, 40.0] for key in ("plain", "fedkern", "bf16")}
     machine = {"cpu": "A chip", "gpu": "A GPU", "cores": 2, "isa": "avx2", "torch": "2.13.0", "time": "2026-01-01"}
     path = bench_methods.write([found], machine, before="", folder=tmp_path)
@@ -422,6 +437,7 @@ def test_on_one_core_a_contestant_has_one_thread_in_one_process(contestant, tmp_
     found = bench_methods.measure(case, (contestant,), 1, before=None, data_root=None)
     assert found.seconds == {contestant: [5.0]}
     assert found.outside_seconds(contestant) == 2.0
+    assert found.first_seconds == found.later_seconds == {contestant: [1.5]}
     assert bench_methods.missing(contestant, None, "cuda")
 
 
