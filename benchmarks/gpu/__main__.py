@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.playing import CUT, FAILED, RECORD, Playing
 from benchmarks.gpu.stages import ROOT, Stage, plan
+
+ABSENT = "there is no NVIDIA GPU here (nvidia-smi lists none): run it on a machine that has one"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -32,10 +35,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the stages and what became of them")
     given = parser.parse_args(words)
     out = given.out.resolve()
-    gpu = _gpu()
-    if gpu is None and not given.list:
-        parser.error("there is no NVIDIA GPU here (nvidia-smi lists none): run it on a machine that has one")
-    every = plan(gpu["capability"] if gpu else "9.0", out, given.data_root)
+    found = gpu()
+    if found is None and not given.list:
+        parser.error(ABSENT)
+    every = plan(found["capability"] if found else "9.0", out, given.data_root)
     chosen = [stage for stage in every if not given.stages or any(_meant(stage, word) for word in given.stages)]
     unknown = [word for word in given.stages if not any(_meant(stage, word) for stage in every)]
     if unknown:
@@ -48,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for stage in chosen:
             print(f"{stage.name}: {known.get(stage.name, {}).get('outcome', 'not played')}")
         return 0
-    playing = Playing(out, gpu or {}, _code(), None if given.minutes is None else 60 * given.minutes)
+    playing = Playing(out, found or {}, code(), None if given.minutes is None else 60 * given.minutes)
     try:
         left = playing.play(chosen, again=given.again)
     except KeyboardInterrupt:
@@ -56,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130
     finally:
         if given.packed is not None:
-            _pack(out, given.packed)
+            pack(out, given.packed)
     failed = [stage.name for stage in chosen if playing.done.get(stage.name, {}).get("outcome") == FAILED]
     left += [stage for stage in chosen if playing.done.get(stage.name, {}).get("outcome") == CUT and stage not in left]
     if failed:
@@ -70,7 +73,7 @@ def _meant(stage: Stage, word: str) -> bool:
     return stage.name == word or stage.name.startswith(f"{word} ")
 
 
-def _gpu() -> dict[str, Any] | None:
+def gpu() -> dict[str, Any] | None:
     """The first GPU; None where there is none."""
     names = ("name", "compute_cap", "driver_version", "memory.total")
     try:
@@ -84,7 +87,7 @@ def _gpu() -> dict[str, Any] | None:
     return {"gpu": name, "capability": capability, "driver": driver, "memory": memory, "python": sys.version.split()[0]}
 
 
-def _code() -> str:
+def code() -> str:
     """A name of the code: a digest of all files that stages run, committed or not."""
     total = hashlib.sha256()
     for folder in ("csrc", "cmake", "fedkern", "benchmarks", "python_tests"):
@@ -94,11 +97,16 @@ def _code() -> str:
     return total.hexdigest()[:16]
 
 
-def _pack(out: Path, target: Path) -> None:
+def pack(out: Path, target: Path, kinds: Collection[str] = (), most: float = math.inf) -> None:
+    """Writes the files of a folder into a .tar.gz: those of ``kinds`` alone, and no more than ``most`` bytes."""
     partial = target.with_name(f"{target.name}.partial")
     with tarfile.open(partial, "w:gz") as packed:
         for path in sorted(out.rglob("*")):
-            if path.is_file() and path.resolve() not in (target.resolve(), partial.resolve()):
+            if not path.is_file() or path.resolve() in (target.resolve(), partial.resolve()):
+                continue
+            size = path.stat().st_size
+            if size <= most and (not kinds or path.suffix in kinds):
+                most -= size
                 packed.add(path, path.relative_to(out))
     partial.replace(target)
 

@@ -1,10 +1,10 @@
 """Every kernel at a small and a large size, with rows that align to 16 bytes and rows that do not, in fp32 and bf16.
 
-python -m benchmarks.gpu.kernels --results DIR [--backends cuda triton reference] [OPERATOR ...]
+python -m benchmarks.gpu.kernels --results DIR [--backends cuda triton reference] ["OPERATOR SIZE" ...]
 
-Times come from events, the L2 cache overwritten before each call, beside a copy of as many bytes in the same process;
-wall times from calls in a row.  DIR gets ``kernels.json``, written anew after every call; rows that it has of the same
-machine and core stay, so that a part can be measured again, or what is missing (``--missing``).
+Times come from events, other memory read into the L2 cache before each call, beside a copy of as many bytes in the same
+process; wall times from calls in a row.  DIR gets ``kernels.json``, written anew after every call; rows that it has of
+the same machine and core stay, so that a part can be measured again, or what is missing (``--missing``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -29,6 +30,7 @@ from fedkern.ops._core import backend
 FILE = "kernels.json"
 SAME = ("gpu", "torch", "cuda", "triton", "core")
 """Facts whose rows may stand in one file; ``core`` is the hash of the CUDA core's sources."""
+DEVICE = "cuda"
 SAMPLES, CALLS = 10, 20  # of a kernel's time, of a wall time
 CLIENTS = 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -41,7 +43,7 @@ Made = tuple[Callable[[], Any], int]
 
 
 def drawn(*shape: int, dtype: torch.dtype, leaf: bool = False) -> Tensor:
-    return torch.randn(shape, device="cuda").to(dtype).requires_grad_(leaf)
+    return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(leaf)
 
 
 def trained(loss: Callable[..., Tensor], leaves: Sequence[Tensor], others: Sequence[Any] = ()) -> Callable[[], Any]:
@@ -73,17 +75,17 @@ def vectors(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], M
 
     def server(rule: str, states: int) -> Made:
         held, model = [drawn(size, dtype=dtype) for _ in range(CLIENTS)], drawn(size, dtype=dtype)
-        kept = dict(zip(("first", "second"), (torch.zeros(size, device="cuda") for _ in range(states)), strict=False))
+        kept = dict(zip(("first", "second"), (torch.zeros(size, device=DEVICE) for _ in range(states)), strict=False))
         moved = (CLIENTS + 2) * bytes_of + 2 * 4 * states * size
         return lambda: ops.server_step(model, held, weights, rule, out=model, **kept), moved
 
     def added(exact: bool) -> Made:
-        total, one = ops.Accumulator(size, exact=exact, device="cuda"), drawn(size, dtype=dtype)
+        total, one = ops.Accumulator(size, exact=exact, device=DEVICE), drawn(size, dtype=dtype)
         return lambda: total.add(one, 2.0), (50 if exact else 16) * size + bytes_of
 
     def stepped(states: int) -> Made:
         held = [drawn(size, dtype=dtype) for _ in range(2)] + [
-            torch.zeros(size, dtype=dtype, device="cuda") for _ in range(states)
+            torch.zeros(size, dtype=dtype, device=DEVICE) for _ in range(states)
         ]
         call = (
             partial(ops.sgd_step, *held, lr=1e-4, momentum=0.9, weight_decay=1e-4, zero=True)
@@ -102,7 +104,7 @@ def vectors(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], M
     yield "adamw_step", partial(stepped, 2)
     yield "trimmed_mean", several(lambda held: ops.trimmed_mean(held, 2), CLIENTS + 1)
     yield "median", several(ops.median, CLIENTS + 1)
-    yield "geometric_median", several(ops.geometric_median, CLIENTS + 1)
+    yield "geometric_median", several(ops.geometric_median, 2 * CLIENTS + 1)
     yield "krum", several(lambda held: ops.krum(held, 2, 3), CLIENTS + 4)
     yield "pairwise_distances", several(ops.pairwise_distances, CLIENTS)
     yield "clip_by_norm", several(lambda held: ops.clip_by_norm(held, 0.7), 3 * CLIENTS)
@@ -115,7 +117,7 @@ def batches(batch: int, size: int, dtype: torch.dtype) -> Iterator[tuple[str, Ca
 
     def blend(gradient: bool, index: bool) -> Made:
         x, y = (drawn(batch, size, dtype=dtype, leaf=gradient) for _ in range(2))
-        chosen = torch.randperm(batch, device="cuda") if index else None
+        chosen = torch.randperm(batch, device=DEVICE) if index else None
         call = partial(ops.blend, alpha=0.3, index=chosen)
         return (trained(call, [x, y]), 6 * moved) if gradient else (lambda: call(x, y), 3 * moved)
 
@@ -134,20 +136,26 @@ def losses(rows: int, classes: int, dtype: torch.dtype) -> Iterator[tuple[str, C
         given = [drawn(rows, classes, dtype=dtype, leaf=i < leaves) for i in range(leaves + others)]
         return trained(loss, given[:leaves], given[leaves:]), (2 * leaves + others) * moved
 
-    def ensemble(**kind: str) -> Made:
+    def ensemble(temperature: float = 2.0, **kind: str) -> Made:
         student, teachers = drawn(rows, classes, dtype=dtype, leaf=True), drawn(experts, rows, classes, dtype=dtype)
-        return trained(partial(ops.ensemble_kl, temperature=2.0, **kind), [student], [teachers]), (2 + experts) * moved
+        return (
+            trained(partial(ops.ensemble_kl, temperature=temperature, **kind), [student], [teachers]),
+            (2 + experts) * moved,
+        )
 
     def jensen() -> Made:
         return trained(ops.js_div, [drawn(2, rows, classes, dtype=dtype, leaf=True)]), 4 * moved
 
     def agreed() -> Made:
         given = drawn(experts, rows, classes, dtype=dtype)
-        return lambda: ops.consensus(given), (experts + 1) * moved
+        return lambda: ops.consensus(given), experts * moved
 
     yield "kl_div", partial(one, lambda s, t: ops.kl_div(s, t, 2.0), 1, 1)
     yield "dual_kl", partial(one, lambda a, b, t: ops.dual_kl(a, b, t, 2.0), 2, 1)
     yield "entropy", partial(one, ops.entropy, 1, 0)
+    yield "kl_div limit", partial(one, lambda s, t: ops.kl_div(s, t, math.inf), 1, 1)
+    yield "dual_kl limit", partial(one, lambda a, b, t: ops.dual_kl(a, b, t, math.inf), 2, 1)
+    yield "ensemble_kl limit", partial(ensemble, math.inf)
     yield "ensemble_kl", ensemble
     yield "ensemble_kl logits", partial(ensemble, mix="logits")
     yield "ensemble_kl mean_of_kl", partial(ensemble, mode="mean_of_kl")
@@ -162,7 +170,7 @@ def maps(shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[str, Callab
 
     def boxed(call: Callable[..., Tensor]) -> Made:
         images = drawn(*shape, dtype=dtype)
-        boxes = torch.tensor([[[4.0, 4.0, 20.0, 20.0]]], device="cuda", dtype=dtype).expand(batch, 1, 4).contiguous()
+        boxes = torch.tensor([[[4.0, 4.0, 20.0, 20.0]]], device=DEVICE, dtype=dtype).expand(batch, 1, 4).contiguous()
         return lambda: call(images, boxes, 0.5), 2 * moved
 
     def fused(call: Callable[..., Tensor], out: int, gradient: bool) -> Made:
@@ -223,7 +231,7 @@ def measure(made: Made, clock: CudaClock) -> dict[str, Any]:
     with backend.observed() as operators:
         call()
     half = max(moved // 8, 1)
-    source, target = (torch.ones(half, device="cuda") for _ in range(2))
+    source, target = (torch.ones(half, device=DEVICE) for _ in range(2))
     found, copied = clock.sample(call, SAMPLES), clock.sample(lambda: target.copy_(source), SAMPLES)
     wall = clock.wall(call, CALLS) or found
     return {"seconds": found, "wall": wall, "copy": copied, "share": copied / found, "operators": dict(operators)}
@@ -232,13 +240,13 @@ def measure(made: Made, clock: CudaClock) -> dict[str, Any]:
 def main(words: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 1 where a call failed; its row says why."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kernels", description=__doc__)
-    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="first words of cases; all by default")
+    parser.add_argument("operators", nargs="*", metavar="CASE", help="first words of operator and size; all by default")
     parser.add_argument("--results", type=Path, required=True, metavar="DIR")
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton", "reference"])
     parser.add_argument("--missing", action="store_true", help="measure what DIR has no row of")
     given = parser.parse_args(words)
     given.results.mkdir(parents=True, exist_ok=True)
-    clock, table = CudaClock(torch.device("cuda")), Table(given.results / FILE)
+    clock, table = CudaClock(torch.device(DEVICE)), Table(given.results / FILE)
     failed = False
     for row, make in asked(given.operators, given.backends):
         if given.missing and table.has(row):
@@ -256,10 +264,14 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def asked(words: Sequence[str], backends: Sequence[str]) -> Iterator[tuple[dict[str, Any], Callable[[], Made]]]:
-    """The rows to fill, and what makes the call of each; the reference has no odd ones."""
+    """The rows to fill, and what makes the call of each; the reference has no odd ones.
+
+    Args:
+        words: first words of an operator and a size, for example "kl_div" or "kl_div large"; empty: all.
+    """
     for (spelt, dtype), odd in itertools.product(DTYPES.items(), (False, True)):
         for name, size, make in cases(dtype, odd):
-            if words and not any(f"{name} ".startswith(f"{word} ") for word in words):
+            if words and not any(f"{name} {size} ".startswith(f"{word} ") for word in words):
                 continue
             for each in backends:
                 if not (odd and each == "reference"):
@@ -279,8 +291,8 @@ class Table:
                 self._rows = {_key(row): row for row in content["rows"]}
 
     def has(self, row: dict[str, Any]) -> bool:
-        """Whether the call was measured."""
-        return _key(row) in self._rows
+        """Whether the call was measured, and did not fail."""
+        return "seconds" in self._rows.get(_key(row), {})
 
     def add(self, row: dict[str, Any]) -> None:
         """Takes a row in the place of an earlier one of the same call, and writes the file."""

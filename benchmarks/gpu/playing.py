@@ -15,10 +15,8 @@ from typing import Any
 from benchmarks.gpu.stages import ROOT, Stage
 
 RECORD = "stages.json"
-PATIENCE = 45.0
-"""Seconds between the request to end and the kill: a run writes its checkpoint in them."""
 LEAST = 30.0
-"""Seconds of the time given with which a stage is still begun."""
+"""Seconds of the time given with which a stage is still begun that may take longer."""
 PASSED, FAILED, CUT = "passed", "failed", "cut short"
 
 
@@ -31,12 +29,14 @@ class Playing:
         facts: of the machine and the versions, written beside the results.
         code: name of the code that is tested; what other code has passed is played again.
         seconds: time given; None: no limit.
+        patience: seconds between the request to end and the kill: a run writes its checkpoint in them.
     """
 
     out: Path
     facts: Mapping[str, Any]
     code: str
     seconds: float | None = None
+    patience: float = 45.0
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,8 +63,8 @@ class Playing:
             if stage.needs and self.done.get(stage.needs, {}).get("outcome") != PASSED:
                 waiting.append(stage)
                 continue
-            left = None if self._end is None else self._end - time.monotonic() - PATIENCE
-            if left is not None and left < LEAST:
+            left = None if self._end is None else self._end - time.monotonic() - self.patience
+            if left is not None and left < min(LEAST, stage.seconds):
                 return waiting + [one for one in stages[i:] if again or not self._passed(one)]
             limit = stage.seconds if left is None else min(stage.seconds, left)
             self._note(stage, self._run(stage, limit, cut=limit < stage.seconds))
@@ -94,7 +94,7 @@ class Playing:
             except subprocess.TimeoutExpired:
                 code = None
             finally:
-                _end(process)
+                _end(process, self.patience)
         outcome = PASSED if code == 0 else FAILED if code is not None or not (cut or stage.goes_on) else CUT
         last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
         return {
@@ -116,15 +116,15 @@ class Playing:
         print(f"{stage.name}: {found['outcome']} in {found['seconds']:.0f} s; {found['last']}", flush=True)
 
 
-def _end(process: subprocess.Popen[Any]) -> None:
+def _end(process: subprocess.Popen[Any], patience: float) -> None:
     """Ends a process and all that it has started: asks first, as Ctrl-C does, so that runs keep what they have."""
-    for number, patience in ((signal.SIGINT, PATIENCE), (signal.SIGKILL, None)):
+    for number, seconds in ((signal.SIGINT, patience), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             break
         try:
-            process.wait(patience)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             continue
     process.wait()

@@ -145,17 +145,22 @@ def main(words: Sequence[str]) -> int:
     code = wait(subprocess.Popen([sys.executable, "-m", "fedkern.run", *asked, "--profile", "--out", str(run)]))
     if code:
         return code
-    events = read(run / TRACE)
-    found = {"method": method, "flags": asked[1:], **figures(events)}
+    print(conclude(method, asked[1:], run / TRACE, out))
+    return 0
+
+
+def conclude(name: str, flags: Sequence[str], path: Path, out: Path) -> str:
+    """Writes what the trace in ``path`` says into ``out``; returns it in one line."""
+    events = read(path)
+    found = {"method": name, "flags": list(flags), **figures(events)}
     (out / "trace.json").write_text(json.dumps(found, indent=1) + "\n")
     busy = "no GPU" if found["busy"] is None else f"GPU busy {100 * found['busy']:.0f} %"
     count, seconds = (
         (sum(column) for column in zip(*found["waits"].values(), strict=True)) if found["waits"] else (0, 0)
     )
-    told = f"{method}: {found['seconds']:.2f} s under the profiler, {busy}, {count:.0f} waits of {seconds:.2f} s in all"
+    told = f"{name}: {found['seconds']:.2f} s under the profiler, {busy}, {count:.0f} waits of {seconds:.2f} s in all"
     draw(events, out / "trace.png", told)
-    print(told)
-    return 0
+    return told
 
 
 if __name__ == "__main__":

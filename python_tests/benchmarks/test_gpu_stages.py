@@ -89,10 +89,9 @@ def test_a_stage_that_takes_too_long_is_ended_with_all_it_started(goes_on, outco
 
 
 def test_stages_for_which_no_time_is_left_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(playing, "PATIENCE", 0.0)
     monkeypatch.setattr(playing, "LEAST", 0.2)
     asked = [python("one", "import time; time.sleep(600)"), python("two", "")]
-    left = Playing(tmp_path / "out", GPU, "code", seconds=1.5).play(asked)
+    left = Playing(tmp_path / "out", GPU, "code", seconds=1.5, patience=0.0).play(asked)
     assert [stage.name for stage in left] == ["two"]
     assert outcomes(tmp_path / "out") == {"one": CUT}  # no failure: it had less time than it may take
 
@@ -158,7 +157,7 @@ def test_no_gpu_is_one_sentence(capsys):
 
 def test_stages_are_chosen_by_name_and_packed(tmp_path, monkeypatch, capsys):
     asked = [python("test one", "print('fine')"), python("test two", ""), python("doctor", "raise SystemExit(1)")]
-    monkeypatch.setattr(command, "_gpu", lambda: GPU)
+    monkeypatch.setattr(command, "gpu", lambda: GPU)
     monkeypatch.setattr(command, "plan", lambda *_: asked)
     with pytest.raises(SystemExit):
         command.main(["tests", "--out", str(tmp_path / "out")])

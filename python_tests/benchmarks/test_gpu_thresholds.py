@@ -137,8 +137,8 @@ def test_the_stage_reads_what_the_kernels_wrote_and_undoes_no_stage(tmp_path, mo
     monkeypatch.setattr(command, "ROOT", tmp_path)
     (tmp_path / "fedkern").mkdir()
     (tmp_path / "fedkern" / "code.py").write_text("1")
-    before = command._code()
+    before = command.code()
     (tmp_path / "fedkern" / FILE.name).write_text("measured")
-    assert command._code() == before
+    assert command.code() == before
     (tmp_path / "fedkern" / "code.py").write_text("2")
-    assert command._code() != before
+    assert command.code() != before

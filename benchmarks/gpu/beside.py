@@ -1,0 +1,93 @@
+"""Rounds of FedAvg with fedkern's engine beside the lean loop, or one round of the engine under PyTorch's profiler.
+
+python -m benchmarks.gpu.beside MODEL WIDTH CLIENTS ROUNDS --out DIR [--traced]
+
+The task is that of bench_rounds.py, played once by each.  DIR gets ``MODEL.json``: the first round, the median of
+the later ones and the accuracy; or, traced, what ``benchmarks.gpu.trace`` leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import trace
+from benchmarks.gpu.stages import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))  # bench_rounds.py's modules find theirs there
+
+from benchmarks.rounds import ours, plays, setting
+from benchmarks.rounds.plays import Contestant
+from benchmarks.rounds.setting import Setting
+from benchmarks.rounds.task import DEVICE, Task
+from fedkern.engine.run import run
+from fedkern.engine.store.run_folder import TRACE
+
+OURS, LEAN = "fedkern", "lean loop"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.beside", description=__doc__)
+    parser.add_argument("model")
+    for name in ("width", "clients", "rounds"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--traced", action="store_true")
+    given = parser.parse_args(words)
+    os.environ[DEVICE] = given.device
+    given.out.mkdir(parents=True, exist_ok=True)
+    one = Setting(given.model, given.width, given.clients, rounds=given.rounds)
+    with tempfile.TemporaryDirectory(prefix="task-") as folder:
+        setting.write(one, Path(folder))
+        task = Task.load(folder)
+        if given.traced:
+            print(traced(one, task, given.out))
+            return 0
+        found = {"case": one.case, **contest(task, given.device)}
+    (given.out / f"{given.model}.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(told(found))
+    return 0
+
+
+def contest(task: Task, device: str) -> dict[str, dict[str, float]]:
+    """Seconds of the first round and the median of the later ones, and the accuracy, of each."""
+    found: dict[str, dict[str, float]] = {"first": {}, "later": {}, "accuracy": {}}
+    for name, adapter, *more in ((LEAN, "lean"), (OURS, "ours", "1")):
+        who = Contestant(name, adapter, Path(sys.executable), words=tuple(more), device=device)
+        played = plays.play(who, task)
+        found["first"][name] = played.rounds[0]
+        found["later"][name] = statistics.median(played.rounds[1:])
+        found["accuracy"][name] = played.accuracy
+    return found
+
+
+def traced(one: Setting, task: Task, out: Path) -> str:
+    """Plays two rounds in this process, the second under the profiler; one line on what it says."""
+    setting.register(one.model)
+    shutil.rmtree(out / "run", ignore_errors=True)  # what an end of time has left of an earlier one
+    run(ours.settings(task, 1, "1"), out=out / "run", data=ours.federated_data(task), profile=True)
+    return trace.conclude(one.case, [], out / "run" / TRACE, out)
+
+
+def told(found: dict[str, Any]) -> str:
+    """One line."""
+    each = ", ".join(
+        f"{name} {1e3 * found['first'][name]:.0f} ms and {1e3 * seconds:.1f} ms ({100 * found['accuracy'][name]:.1f} %)"
+        for name, seconds in found["later"].items()
+    )
+    gain = found["later"][LEAN] / found["later"][OURS]
+    return f"{found['case']}, first round and median of later ones: {each}, {gain:.2f}×"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""A run with a part of the engine switched off, to compare seconds; the bits stay the same.
+
+python -m benchmarks.gpu.without PART METHOD FLAG ... --workers 1 --out DIR    # PART: graphs, or nothing
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fedkern.engine import training
+from fedkern.run import main as play
+
+PARTS: dict[str, tuple[Any, str, Any]] = {"graphs": (training, "replayable", lambda *_: False)}
+"""What to put in whose place."""
+
+
+def main(words: Sequence[str]) -> int:
+    """Plays the run in this process; returns its exit code."""
+    shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)  # what an end of time has left of an earlier one
+    if words[0] != "nothing":
+        setattr(*PARTS[words[0]])
+    return play(words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
