@@ -669,9 +669,9 @@ def rounds_of_fedavg(machine: str) -> Lines:
     return [*caption(recorded.machine), *table(header, lines).split("\n")]
 
 
-def networks_of_your_own() -> Lines:
+def networks_of_your_own(machine: str) -> Lines:
     """Training steps of networks as people write them: how many times as long as accelerated they take."""
-    (recorded,) = (each for each in read_results(comparisons.RESULTS)["guest"] if each.name.endswith(OTHER_MACHINE))
+    (recorded,) = (each for each in read_results(comparisons.RESULTS)["guest"] if each.name.endswith(machine))
     rows: dict[str, list[str]] = {}
     for row in recorded.rows:
         name = row.case.rpartition(", B=")[0]
@@ -731,7 +731,8 @@ def _speed() -> Page:
             "default runs": partial(whole_runs, "default"),
             "larger runs": partial(whole_runs, "large"),
             "rounds": partial(rounds_of_fedavg, MACHINE),
-            "own networks": networks_of_your_own,
+            "own networks": partial(networks_of_your_own, OTHER_MACHINE),
+            "own networks of Intel": partial(networks_of_your_own, MACHINE),
             "older rounds": partial(rounds_of_fedavg, OTHER_MACHINE),
             "many clients": ten_thousand_clients,
             "profile": where_seconds_go,

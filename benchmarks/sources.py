@@ -46,7 +46,22 @@ def hash_of(folder: Path, core: str, name: str) -> str:
     others = "|".join(one for one in GROUPS if one != name)
     files = rf"^(?:cpu/|cuda/|bindings/(?:cpu_|cuda_)?|include/fedkern/)(?:{others})(?:_\w+)?\.\w+$"
     shared = r"^bindings/(?:cpu|cuda|cpu_tensors)\.cpp$"  # register functions, ask whether tensors suit them
-    return source_hash(folder, core, re.compile(f"{files}|{shared}"))
+    without = f"{files}|{shared}"
+    return source_hash(folder, core, re.compile("|".join([without, *_unused(folder, core, re.compile(without))])))
+
+
+def _unused(folder: Path, core: str, without: re.Pattern[str]) -> list[str]:
+    """Headers that no file of the core includes, as patterns."""
+    texts = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.[ch]*")}
+    texts = {name: text for name, text in texts.items() if not without.search(name)}
+    headers = {name for name in texts if name.endswith(("h", "cuh"))}
+    found = {name for name in set(texts) - headers if name.startswith((f"{core[1:]}/", f"bindings/{core[1:]}"))}
+    while True:
+        asked = {part for name in found for part in re.findall(r'#include "(?:.*/)?(.*)"', texts[name])}
+        more = {name for name in headers - found if Path(name).name in asked}
+        if not more:
+            return [f"^{re.escape(name)}$" for name in headers - found]
+        found |= more
 
 
 @functools.cache

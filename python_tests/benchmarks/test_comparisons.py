@@ -202,14 +202,21 @@ def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
     names = (
         "cpu/blend.cpp", "cpu/fuse.cpp", "cpu/fuse_rows.h", "cpu/stream.h", "cpu/isa.cpp", "bindings/cpu_fuse.cpp",
         "bindings/fuse_call.h", "bindings/cpu.cpp", "include/fedkern/fuse.h", "include/fedkern/simd.h", "cuda/fuse.cu",
+        "include/fedkern/simd_math.h",
     )  # fmt: skip
+    included = {
+        "cpu/isa.cpp": ("stream.h", "fedkern/simd.h"),
+        "cpu/fuse.cpp": ("fuse_rows.h", "fedkern/fuse.h", "fuse_call.h"),
+        "cpu/fuse_rows.h": ("fedkern/simd_math.h",),
+        "cuda/fuse.cu": ("fedkern/fuse.h", "fuse_call.h"),
+    }
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text("".join(f'#include "{one}"\n' for one in included.get(name, ())))
 
     def changed(name: str) -> set[str]:
         before = sources.hashes(tmp_path)
-        (tmp_path / name).write_text("changed " + name)
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "// changed\n")
         after = sources.hashes(tmp_path)
         return {key for key in before if before[key] != after[key]}
 
@@ -217,10 +224,11 @@ def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
     assert changed("cpu/blend.cpp") == {"_cpu", "_cpu blend"}
     for name in ("bindings/cpu_fuse.cpp", "cpu/fuse_rows.h"):
         assert changed(name) == {"_cpu", "_cpu fuse"}
+    assert changed("include/fedkern/simd_math.h") == {"_cpu", "_cpu fuse", "_cuda"}
     for name in ("bindings/fuse_call.h", "include/fedkern/fuse.h"):
         assert changed(name) == {"_cpu", "_cpu fuse", "_cuda", "_cuda fuse"}
     assert changed("bindings/cpu.cpp") == {"_cpu"}
-    assert changed("include/fedkern/simd.h") == cores["_cpu"] | cores["_cuda"]
+    assert changed("include/fedkern/simd.h") == cores["_cpu"] | {"_cuda"}
     assert changed("cuda/fuse.cu") == {"_cuda", "_cuda fuse"}
     assert changed("cpu/stream.h") == changed("cpu/isa.cpp") == cores["_cpu"]
     assert set(sources.hashes(tmp_path / "none").values()) == {""}
