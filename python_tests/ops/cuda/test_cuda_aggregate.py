@@ -112,6 +112,55 @@ def test_against_plain(device: torch.device, number: int) -> None:
     close("weighted median", served.weighted_median(vectors, weights), PLAIN.weighted_median(wide, numbers))
 
 
+def special_rows(count: int, size: int, dtype: torch.dtype, largest: float) -> Tensor:
+    """Rows with ties, NaN and infinities of both signs, both zeros and the smallest number."""
+    generator = torch.Generator().manual_seed(count)
+    info = torch.finfo(dtype)
+    values = torch.tensor([torch.nan, torch.inf, 0.0, info.smallest_normal * info.eps, largest], dtype=dtype)
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    values = torch.cat([values, (values.view(whole) ^ torch.iinfo(whole).min).view(dtype)])  # of negative sign, NaN too
+    rows = torch.randn(count, size, generator=generator).to(dtype)
+    chosen = torch.randint(0, len(values), rows.shape, generator=generator)
+    rare = torch.rand(rows.shape, generator=generator) < torch.linspace(0, 1, size)
+    return torch.where(rare, values[chosen], rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_medians_and_trimmed_means_of_every_count(device: torch.device, dtype: torch.dtype) -> None:
+    """Some counts have kernels of their own; two coordinates in 16 bits are sorted at a time, wherever they lie."""
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    for count in range(1, 65):
+        size = 37 + count % 2
+        spread = [torch.zeros(2 * size + 2, dtype=dtype, device=device) for _ in range(count)]
+        aligned, odd, strided = (
+            [x[begin:][: step * size : step] for x in spread] for begin, step in ((0, 1), (1, 1), (0, 2))
+        )
+        trim = (count - 1) // 3
+        cases = ((count - 1) // 2, count // 2 + 1, torch.finfo(dtype).max), (trim, count - trim, 3.0)
+        for low, high, largest in cases:
+            rows = special_rows(count, size, dtype, largest)
+            wide = rows.double()
+            expected = PLAIN.sorted_mean(wide, low, high, None)
+            found = []
+            for vectors in (aligned, odd, strided):
+                for vector, row in zip(vectors, rows, strict=True):
+                    vector.copy_(row)
+                found.append(served.sorted_mean(vectors, low, high, None).cpu())
+            close(f"{low} to {high} of {count}", found[0], expected)
+            if high - low == 1:
+                assert torch.equal(found[0].double().nan_to_num(7.0), expected.nan_to_num(7.0))
+                assert not (found[0] == 0)[found[0].signbit()].any()
+            for other in found[1:]:
+                assert torch.equal(other.nan_to_num(7.0), found[0].nan_to_num(7.0))
+        if dtype is torch.float64:
+            continue
+        weights = torch.rand(count, generator=torch.Generator().manual_seed(count)).tolist()
+        got = served.sorted_mean(rows.to(device), trim, count - trim, weights)
+        close(f"weighted, of {count}", got, PLAIN.sorted_mean(wide, trim, count - trim, weights))
+        got = served.weighted_median(rows.to(device), weights)
+        close(f"weighted median of {count}", got, PLAIN.weighted_median(wide, weights))
+
+
 @pytest.mark.parametrize("number", range(0, len(CASES), 2), ids=lambda n: f"{n}-{describe(CASES[n])}")
 def test_server_step(device: torch.device, number: int) -> None:
     case = CASES[number]

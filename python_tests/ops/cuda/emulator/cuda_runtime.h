@@ -253,6 +253,9 @@ inline float __double2float_rz(double x) {
   return std::nextafterf(nearest, 0.0f);
 }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<std::uint64_t>(a) * b) >> 32); }
+// Of both halves of a word.
+inline unsigned __vminu2(unsigned a, unsigned b) { return (a >> 16 < b >> 16 ? a : b) & 0xffff0000u | ((a & 0xffff) < (b & 0xffff) ? a : b) & 0xffff; }
+inline unsigned __vmaxu2(unsigned a, unsigned b) { return (a >> 16 < b >> 16 ? b : a) & 0xffff0000u | ((a & 0xffff) < (b & 0xffff) ? b : a) & 0xffff; }
 template <typename T>
 void __stwb(T* to, T value) {
   *to = value;
