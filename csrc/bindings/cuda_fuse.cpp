@@ -9,7 +9,7 @@
 namespace fedkern {
 namespace {
 
-cuda::FeatureMap map_of(const MapView& x) { return {x.tensor.data, x.batch_stride(), x.channel_stride(), x.step, true}; }
+cuda::FeatureMap map_of(const MapView& x) { return {x.tensor.data, x.batch_stride(), x.channel_stride(), x.step}; }
 
 cuda::FuseCall call_of(const MapView& one, bool relu, bool mean, std::size_t maps) {
   if (mean && maps > cuda::kMostMaps) throw std::invalid_argument("a mean of more maps than one launch takes");

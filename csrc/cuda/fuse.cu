@@ -174,6 +174,9 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(const __grid_constant__
   });
 }
 
+// More bytes of parameters need a driver of R530.
+static_assert(2 * sizeof(Maps) + sizeof(Shape) + 2 * sizeof(FeatureMap) + sizeof(Share) + sizeof(double*) <= 4096);
+
 // The maps' gradients, and in the same pass sums over a block's places for scale and shift: partial[split][channel][2], or null.
 template <typename T, int N, bool Interleaved>
 __global__ void __launch_bounds__(kBlock, Interleaved || N == 1 ? 2 : 3) backward_kernel(const __grid_constant__ Maps from, const __grid_constant__ Maps to,
@@ -185,7 +188,7 @@ __global__ void __launch_bounds__(kBlock, Interleaved || N == 1 ? 2 : 3) backwar
   double product[kChannels] = {}, sum[kChannels] = {};
   if (all < s.channels) {
     const int m = from.holder(all), c = all - from.start[m];
-    const FeatureMap map = from.map[m], target = to.map[m], gate = map.present ? map : out;
+    const FeatureMap map = from.map[m], target = to.map[m], gate = map.data ? map : out;
     const C share = a.mean ? C(1) / static_cast<C>(from.count) : C(1);
     Affine<C, kChannels> affine;
     affine.read(a, all);
@@ -195,13 +198,13 @@ __global__ void __launch_bounds__(kBlock, Interleaved || N == 1 ? 2 : 3) backwar
     each_place<N, Interleaved, K>(s, [&](const Places<K>& at) {
       Pack<T, N> grads[K], seen[K] = {};
       load<T, N, Interleaved>(grad, a.mean ? c : all, at, grads);
-      if (gate.present) load<T, N, Interleaved>(gate, map.present ? c : all, at, seen);
+      if (gate.data) load<T, N, Interleaved>(gate, map.data ? c : all, at, seen);
       C g[K][N];
 #pragma unroll
       for (int k = 0; k < K; ++k)
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          const C x = at.valid[k] ? widen<C>(seen[k].lane[i]) : C(0), y = map.present ? affine(x, i) : x;
+          const C x = at.valid[k] ? widen<C>(seen[k].lane[i]) : C(0), y = map.data ? affine(x, i) : x;
           g[k][i] = !at.valid[k] || (a.relu && y <= 0) ? C(0) : widen<C>(grads[k].lane[i]);
           if (partial) {
             product[i % kChannels] += static_cast<double>(g[k][i]) * static_cast<double>(x);
@@ -209,7 +212,7 @@ __global__ void __launch_bounds__(kBlock, Interleaved || N == 1 ? 2 : 3) backwar
           }
           g[k][i] *= factor[i % kChannels];
         }
-      if (target.present) store<T, Interleaved>(target, c, at, g);
+      if (target.data) store<T, Interleaved>(target, c, at, g);
     });
   }
   if (!partial) return;
@@ -275,7 +278,7 @@ FeatureMap shifted(const FuseCall& a, FeatureMap map, std::int64_t channels) {
 template <int N, bool Interleaved>
 bool packs(const FuseCall& a, const Maps& maps, const FeatureMap& map, std::size_t begin, std::size_t end) {
   const auto fits = [&](const FeatureMap& x) {
-    if (!x.present) return true;
+    if (!x.data) return true;
     if ((Interleaved ? x.channel : x.position) != 1 || !aligned16(x.data)) return false;
     return (a.batch == 1 || x.batch % N == 0) && (Interleaved ? a.positions == 1 || x.position % N == 0 : x.channel % N == 0);
   };
@@ -337,7 +340,7 @@ void fuse_forward(const FuseCall& a, int device, void* stream) {
 void fuse_backward(const FuseCall& a, const FuseBackward& to, int device, void* stream) {
   const DeviceGuard guard(device);
   const Queue queue{device, stream};
-  const auto target = std::find_if(to.to_features.begin(), to.to_features.end(), [](const FeatureMap& x) { return x.present; });
+  const auto target = std::find_if(to.to_features.begin(), to.to_features.end(), [](const FeatureMap& x) { return x.data; });
   const bool inner_channels = interleaved(a, target == to.to_features.end() ? to.grad : *target);
   const bool summed = to.to_scale.present || to.to_shift.present;
   in_turn(a, [&](std::size_t begin, std::size_t end, std::int64_t channel) {

@@ -15,11 +15,10 @@ namespace fedkern::cuda {
 // Maps that one launch takes: a concatenation of more is done in turn, a mean of more not at all.
 inline constexpr int kMostMaps = 48;
 
-// [B, channels, P] with its strides in elements.
+// [B, channels, P] with its strides in elements; absent without data.
 struct FeatureMap {
   void* data = nullptr;
   std::int64_t batch = 0, channel = 0, position = 0;
-  bool present = false;
 };
 
 // One number for each channel of all maps, in any dtype (fp64 for fp64 maps alone); 1 or 0 where absent.
