@@ -141,23 +141,24 @@ struct Affine {
   __device__ __forceinline__ C operator()(C x, int i) const { return scale[i % Channels] * x + shift[i % Channels]; }
 };
 
-template <typename T, int N, bool Interleaved>
+template <typename T, int N, bool Interleaved, bool Mean>
 __global__ void __launch_bounds__(kBlock) forward_kernel(const __grid_constant__ Maps from, const __grid_constant__ Shape a, const FeatureMap out,
                                                          const Share s) {
   using C = typename Computed<T>::type;
   constexpr int K = kDeep<T, N>;
   const int c = s.channel<N, Interleaved>();
   if (c >= s.channels) return;
-  const int first = a.mean ? 0 : from.holder(c), last = a.mean ? from.count : first + 1;
-  const C count = static_cast<C>(last - first);
+  const int first = Mean ? 0 : from.holder(c), last = Mean ? from.count : first + 1;
   Affine<C, Interleaved ? N : 1> affine;
-  if (!a.mean) affine.read(a, c);
+  if (!Mean) affine.read(a, c);
+  const C count = static_cast<C>(from.count), inverse = C(1) / count;
+  const bool exact = (from.count & (from.count - 1)) == 0;
   each_place<N, Interleaved, K>(s, [&](const Places<K>& at) {
     C sum[K][N] = {};
     for (int m = first; m < last; ++m) {
       Pack<T, N> x[K];
-      load<T, N, Interleaved>(from.map[m], a.mean ? c : c - from.start[m], at, x);
-      if (a.mean) affine.read(a, from.start[m] + c);
+      load<T, N, Interleaved>(from.map[m], Mean ? c : c - from.start[m], at, x);
+      if (Mean) affine.read(a, from.start[m] + c);
 #pragma unroll
       for (int k = 0; k < K; ++k)
 #pragma unroll
@@ -166,10 +167,16 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(const __grid_constant__
           sum[k][i] += a.relu && y <= 0 ? C(0) : y;  // NaN passes, as in torch
         }
     }
+    if constexpr (Mean) {
+      const auto scale = [&](auto&& share) {
 #pragma unroll
-    for (int k = 0; k < K; ++k)
+        for (int k = 0; k < K; ++k)
 #pragma unroll
-      for (int i = 0; i < N; ++i) sum[k][i] /= count;
+          for (int i = 0; i < N; ++i) sum[k][i] = share(sum[k][i]);
+      };
+      // By a power of two the product is the same number, and a fraction of the work.
+      exact ? scale([&](C x) { return x * inverse; }) : scale([&](C x) { return x / count; });
+    }
     store<T, Interleaved>(out, c, at, sum);
   });
 }
@@ -332,7 +339,8 @@ void fuse_forward(const FuseCall& a, int device, void* stream) {
         [&](auto type, auto n, auto inner) {
           using T = decltype(type);
           const Share share = Share::of<T, n, inner>(a.batch, a.positions, channels, a.batch * a.positions, queue);
-          launch("fuse_forward", forward_kernel<T, n, inner>, share.blocks(), kBlock, queue, from, shape, out, share);
+          const auto kernel = a.mean ? forward_kernel<T, n, inner, true> : forward_kernel<T, n, inner, false>;
+          launch("fuse_forward", kernel, share.blocks(), kBlock, queue, from, shape, out, share);
         });
   });
 }

@@ -116,3 +116,20 @@ def test_a_map_without_channels_alone_wants_a_gradient(device: torch.device) -> 
     ops.fuse_concat([empty, torch.randn(2, 8, 4, 4, device=device)]).sum().backward()
     assert empty.grad is not None
     assert empty.grad.shape == empty.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 32])
+def test_a_mean_is_the_sum_divided_by_the_count(device: torch.device, dtype: torch.dtype, count: int) -> None:
+    """Bit for bit, also where it is a product, and among the smallest numbers."""
+    generator = torch.Generator().manual_seed(count)
+    maps = [torch.randn(2, 8, 4, 4, generator=generator).to(dtype) for _ in range(count)]
+    for x in maps:
+        x[0] *= 3 * torch.finfo(dtype).smallest_normal
+    for layout in ("contiguous", "channels_last", "crop"):
+        found = ops.fuse_mean([lay_out(x.to(device), layout) for x in maps]).cpu()
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        total = torch.zeros(2, 8, 4, 4, dtype=wide)
+        for x in maps:
+            total += x.to(wide)
+        assert torch.equal(found, (total / count).to(dtype))
