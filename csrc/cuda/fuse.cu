@@ -1,6 +1,6 @@
 // fuse on CUDA. Every map is read and every result written once, in 128-bit accesses where addresses and sizes allow, backward
 // too; products and sums are taken in fp32 (fp64 for fp64 maps) and rounded once. Gradients of scale and shift are summed in
-// fp64, in an order that sizes, alignment and the device fix.
+// fp64, in an order that sizes, alignment and the device fix; those of 16-bit maps over a few places in fp32 before.
 #include <algorithm>
 
 #include "fedkern/fuse_cuda.h"
@@ -193,6 +193,10 @@ __global__ void __launch_bounds__(kBlock, Interleaved || N == 1 ? 2 : 3) backwar
   constexpr int kChannels = Interleaved ? N : 1, K = kChannels > 4 ? 1 : kDeep<T, N>;  // as registers allow
   const int all = s.channel<N, Interleaved>();
   double product[kChannels] = {}, sum[kChannels] = {};
+  // Products of 16-bit numbers are exact in fp32. Eight (or as many as are read at once) are added there: conversions to fp64 take
+  // longest of all.
+  using Few = std::conditional_t<sizeof(T) == 2, float, double>;
+  constexpr int kTurns = std::max(8 * kChannels / (K * N), 1);
   if (all < s.channels) {
     const int m = from.holder(all), c = all - from.start[m];
     const FeatureMap map = from.map[m], target = to.map[m], gate = map.data ? map : out;
@@ -202,6 +206,13 @@ __global__ void __launch_bounds__(kBlock, Interleaved || N == 1 ? 2 : 3) backwar
     C factor[kChannels];
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) factor[i] = affine.scale[i] * share;
+    Few products[kChannels] = {}, sums[kChannels] = {};
+    int turns = 0;
+    const auto add_up = [&] {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) product[i] += products[i], sum[i] += sums[i], products[i] = sums[i] = 0;
+      turns = 0;
+    };
     each_place<N, Interleaved, K>(s, [&](const Places<K>& at) {
       Pack<T, N> grads[K], seen[K] = {};
       load<T, N, Interleaved>(grad, a.mean ? c : all, at, grads);
@@ -209,18 +220,23 @@ __global__ void __launch_bounds__(kBlock, Interleaved || N == 1 ? 2 : 3) backwar
       C g[K][N];
 #pragma unroll
       for (int k = 0; k < K; ++k)
+        if (!at.valid[k]) grads[k] = seen[k] = {};
+#pragma unroll
+      for (int k = 0; k < K; ++k)
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          const C x = at.valid[k] ? widen<C>(seen[k].lane[i]) : C(0), y = map.data ? affine(x, i) : x;
-          g[k][i] = !at.valid[k] || (a.relu && y <= 0) ? C(0) : widen<C>(grads[k].lane[i]);
+          const C x = widen<C>(seen[k].lane[i]), y = map.data ? affine(x, i) : x;
+          g[k][i] = a.relu && y <= 0 ? C(0) : widen<C>(grads[k].lane[i]);
           if (partial) {
-            product[i % kChannels] += static_cast<double>(g[k][i]) * static_cast<double>(x);
-            sum[i % kChannels] += static_cast<double>(g[k][i]);
+            products[i % kChannels] += static_cast<Few>(g[k][i]) * static_cast<Few>(x);
+            sums[i % kChannels] += static_cast<Few>(g[k][i]);
           }
           g[k][i] *= factor[i % kChannels];
         }
+      if (sizeof(T) == 2 && partial && ++turns == kTurns) add_up();
       if (target.data) store<T, Interleaved>(target, c, at, g);
     });
+    add_up();
   }
   if (!partial) return;
   __shared__ double part[2][kBlock];
