@@ -73,8 +73,11 @@ __global__ void __launch_bounds__(kBoxThreads) boxes_kernel(FillBoxes a, std::in
       replaced = a.keep ? replaced & ~bits : replaced | bits;
     }
     if (!mine) continue;
+    constexpr unsigned kAll = (1u << N) - 1;
+    const bool seen = (replaced & kAll) != kAll;  // what is replaced as a whole is not read
     if constexpr (Interleaved) {
-      auto pack = load_pack<T, N>(a.images, b * a.stride[0] + first);
+      Pack<T, N> pack{};
+      if (seen) pack = load_pack<T, N>(a.images, b * a.stride[0] + first);
       int channel = static_cast<int>(x) % channels;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -87,12 +90,13 @@ __global__ void __launch_bounds__(kBoxThreads) boxes_kernel(FillBoxes a, std::in
       const std::int64_t to = b * a.out_stride[0] + (N > 1 ? first : y * a.out_stride[2] + x * a.out_stride[3]);
       const int begin = static_cast<int>(work % groups) * kChannelsAtOnce, end = std::min(begin + kChannelsAtOnce, channels);
       for (int c = begin; c < end; c += kChannelsInFlight) {
-        Pack<T, N> pack[kChannelsInFlight];
+        Pack<T, N> pack[kChannelsInFlight] = {};
         T value[kChannelsInFlight];
 #pragma unroll
         for (int k = 0; k < kChannelsInFlight; ++k) {
           const int channel = std::min(c + k, end - 1);
-          pack[k] = load_pack<T, N>(a.images, from + channel * a.stride[1]), value[k] = fill[channel];
+          if (seen) pack[k] = load_pack<T, N>(a.images, from + channel * a.stride[1]);
+          value[k] = fill[channel];
         }
 #pragma unroll
         for (int k = 0; k < kChannelsInFlight; ++k) {
