@@ -137,13 +137,16 @@ bool sorted_mean(py::handle vectors, int low, int high, py::handle weights, bool
   return true;
 }
 
+// out: [count, size], or `count` tensors.
 bool scale_and_noise(py::handle vectors, py::handle factors, double deviation, std::uint64_t seed, std::uint64_t offset, py::handle out,
                      std::uintptr_t stream) {
   VectorList x = vectors_of(vectors);
   if (!x.alike) return false;
   const double* const each = doubles_of(factors, x.count);
-  void* const to = alike_of(out, x, x.count);
-  cuda::scale_and_noise(uploads(x), each, deviation, seed, offset, to, place(x.gpu, stream));
+  VectorList to = vectors_of(out);
+  if (to.dtype != x.dtype || to.size != x.size || to.count != x.count || to.gpu != x.gpu || !to.unit())
+    throw py::type_error("results of scale_and_noise are like the vectors, without gaps");
+  cuda::scale_and_noise(uploads(x), each, deviation, seed, offset, uploads(to), place(x.gpu, stream));
   return true;
 }
 

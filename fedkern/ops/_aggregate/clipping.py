@@ -118,21 +118,18 @@ def _rows(
 ) -> Any:
     """The results in the form of ``vectors``, whose rows are ``given``.
 
-    Those of a list have memory of their own.  Short ones are copied from one result; long ones take a call each.
+    Those of a list have memory of their own.
     """
-    size = size_of(given)
-    if isinstance(vectors, Tensor) or size <= SHORT:
+    if isinstance(vectors, Tensor):
         result = kernel.clip_and_noise(given, max_norm, deviation, seed, offset)
-        if not isinstance(vectors, Tensor):
-            return [row.clone() for row in result.unbind(0)]
         return result[0] if vectors.dim() == 1 else result
+    if not kernel.host:
+        return kernel.scale_each(vectors, kernel.clip_factors(vectors, max_norm, deviation), deviation, seed, offset)
+    size = size_of(vectors)
+    if size <= SHORT:
+        return [row.clone() for row in kernel.clip_and_noise(vectors, max_norm, deviation, seed, offset).unbind(0)]
+    # A vector may still be cached from its norm.
     places = [(offset + m * size) % (1 << 64) for m in range(len(vectors))]
-    if not kernel.host:  # all norms by one launch; on the CPU a vector may still be cached from its norm
-        factors = kernel.clip_factors(vectors, max_norm, deviation).split(1)
-        return [
-            kernel.scale_and_noise([vector], factor, deviation, seed, place)[0]
-            for vector, factor, place in zip(vectors, factors, places, strict=True)
-        ]
     return [
         kernel.clip_and_noise([vector], max_norm, deviation, seed, place)[0]
         for vector, place in zip(vectors, places, strict=True)

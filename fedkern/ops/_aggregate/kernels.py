@@ -8,7 +8,7 @@ inherits from it the methods that it does not implement.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -179,6 +179,14 @@ class AggregateKernels(PlainAggregate, Launcher):
         given = factors.contiguous()
         self._call(self.core.scale_and_noise, vectors, given, deviation, seed, offset, result, self.at(result))
         return result
+
+    def scale_each(
+        self, vectors: Sequence[Tensor], factors: Tensor, deviation: float, seed: int, offset: int
+    ) -> list[Tensor]:
+        results = [_empty_like(vector, memory_format=torch.contiguous_format) for vector in vectors]
+        given = factors.contiguous()
+        self._call(self.core.scale_and_noise, vectors, given, deviation, seed, offset, results, self.at(results[0]))
+        return results
 
     def _call(self, function: Callable[..., bool], vectors: Vectors, *others: Any) -> None:
         """Calls a function of the core with the vectors, or with copies where it cannot walk their strides.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -170,6 +171,16 @@ class PlainAggregate:
         fp32.
         """
         return torch.stack(list(robust.scale_and_noise_reference(vectors, factors, deviation, seed, offset)))
+
+    def scale_each(
+        self, vectors: Sequence[Tensor], factors: Tensor, deviation: float, seed: int, offset: int
+    ) -> list[Tensor]:
+        """The rows of :meth:`scale_and_noise`, each in memory of its own."""
+        size = len(vectors[0])
+        return [
+            self.scale_and_noise([vector], factor, deviation, seed, (offset + m * size) % (1 << 64))[0]
+            for m, (vector, factor) in enumerate(zip(vectors, factors.split(1), strict=True))
+        ]
 
 
 def _target(out: Tensor | torch.dtype, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from operator_cases import DTYPES, assert_close, describe, pairwise
 from torch import Tensor
 
 from fedkern import ops
+from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.philox import normal
 from fedkern.ops._aggregate.plain import PLAIN
 from fedkern.ops._aggregate.rules import RULES, ServerRule
@@ -225,6 +226,44 @@ def test_noise(device: torch.device, dtype: torch.dtype, size: int, offset: int)
     close("noise", got, PLAIN.scale_and_noise(rows.double(), factors, 1.5, seed, offset), absolute=5e-6, slack=5e-6)
     clipped = served.scale_and_noise(rows.to(device), factors.to(device), 0.0, seed, offset)
     close("clipped", clipped, factors[:, None] * rows.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 7), (2, 5003), (2, 8192), (130, 9)])
+def test_clipping_a_list(device: torch.device, dtype: torch.dtype, count: int, size: int) -> None:
+    """The bits of a stack, wherever vectors lie, each in memory of its own; a launch takes up to 128."""
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    rows = torch.randn(count, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    rows[0, 0] = -0.0
+    factors = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for deviation in (0.0, 0.5):
+        expected = served.scale_and_noise(rows.to(device), factors.to(device), deviation, 3, 4).cpu()
+        if not deviation and dtype.itemsize > 2:
+            assert torch.equal(expected, (rows.double() * factors[:, None]).to(dtype))
+        exactly = PLAIN.scale_and_noise(rows.double(), factors, deviation, 3, 4)
+        close("clipped", expected, exactly, slack=5e-6 if deviation else 0.0)
+        for begin, step in ((0, 1), (1, 1), (0, 2)):
+            spread = [torch.zeros(2 * size + 2, dtype=dtype, device=device) for _ in range(count)]
+            vectors = [x[begin:][: step * size : step].copy_(row) for x, row in zip(spread, rows, strict=True)]
+            found = served.scale_each(vectors, factors.to(device), deviation, 3, 4)
+            assert torch.equal(torch.stack(found).cpu(), expected)
+            assert len({x.untyped_storage().data_ptr() for x in found}) == count
+            assert all(x.untyped_storage().nbytes() == size * dtype.itemsize for x in found)
+
+
+def test_a_list_is_clipped_by_one_call(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = [torch.full((20_000,), float(m + 1), device=device) for m in range(5)]
+    calls = []
+    call = AggregateKernels._call
+
+    def counted(kernel: AggregateKernels, function: Any, *arguments: Any) -> None:
+        calls.append(function)
+        call(kernel, function, *arguments)
+
+    monkeypatch.setattr(AggregateKernels, "_call", counted)
+    found = ops.clip_by_norm(vectors, 20_000**0.5 * 3)
+    assert [round(float(x[0]), 4) for x in found] == [1, 2, 3, 3, 3]
+    assert len(calls) == 2  # the norms, and the scaling
 
 
 def test_noise_is_one_stream(device: torch.device) -> None:
