@@ -40,13 +40,10 @@ class Comparison:
         time: when it was measured, as an ISO date with time.
         sources: the hash over what of csrc/ the operator is built from (see sources.py), or "" where no compiled core
             served.
-        backend: what served: the backend that was forced, else the one that could, "cuda or triton" where both could
-            (see fedkern/ops/_core/dispatch.py).
+        backend: what served: the backend that was forced, else the first that could.
         startup_seconds: of whole runs, from the start of the process until the first round begins, by contestant.
         first_seconds: of whole runs, the first round, which ``seconds`` leaves out, by contestant.
         accuracy: of whole runs, what came out, by contestant.
-        operators: on a GPU, what our call asked the choice of a backend for, by the operator's registered name: bytes
-            of the first tensor (of several calls the largest), by which CUDA or Triton serves.
     """
 
     group: str
@@ -71,7 +68,6 @@ class Comparison:
     startup_seconds: dict[str, float] = field(default_factory=dict)
     first_seconds: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
-    operators: dict[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -116,10 +112,15 @@ def read_results(folder: Path = RESULTS) -> dict[str, list[Recorded]]:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or not isinstance(content.get("results"), list) or "machine" not in content:
             continue
-        rows = [Comparison(**record) for record in content["results"] if "speedup" in record]
+        rows = [_row(record) for record in content["results"] if "speedup" in record]
         if rows:
             found.setdefault(rows[0].group, []).append(Recorded(content["machine"], rows, path.stem))
     return {group: sorted(files, key=lambda one: one.rows[0].device) for group, files in found.items()}
+
+
+def _row(record: Mapping[str, Any]) -> Comparison:
+    """A recorded row, without what rows no longer have."""
+    return Comparison(**{name: value for name, value in record.items() if name in Comparison.__dataclass_fields__})
 
 
 class Recorder:
@@ -255,7 +256,7 @@ def _kept(path: Path, rows: Sequence[Comparison]) -> list[Comparison]:
     if not path.exists():
         return []
     tests, keys = {row.test for row in rows}, {row.key for row in rows}
-    old = [Comparison(**record) for record in json.loads(path.read_text())["results"]]
+    old = [_row(record) for record in json.loads(path.read_text())["results"]]
     return [row for row in old if row.test not in tests and row.key not in keys]
 
 

@@ -34,8 +34,6 @@ import torch
 from comparisons import Comparison, Recorder, machine_difference
 from contestants import Absent
 
-from fedkern.ops._core import backend
-
 HERE = Path(__file__).parent
 MAX_SECONDS = 20.0  # of a measurement, after which it ends once it has LEAST_PAIRS pairs
 SHORT_SECONDS = 1.0  # the same for the gate
@@ -130,7 +128,6 @@ def compare(
                 return
             pairs = min(pairs, GPU_PAIRS) if where.type == "cuda" else pairs
             result = _measure(runs, ours, pairs, model_bytes if copy else 0, where)
-            used_operators = operators_of(runs[ours]) if where.type == "cuda" else {}
             peak = {name: peak_memory.peak_bytes(run, where) for name, run in runs.items()}
     finally:
         torch.set_num_threads(before)
@@ -151,7 +148,6 @@ def compare(
             time=machines.now(),
             sources=sources.behind(served_by, core, group),
             backend=served_by,
-            operators=used_operators,
         )
     )
 
@@ -269,13 +265,6 @@ def summarise(samples: dict[str, list[float]], ours: str) -> tuple[dict[str, Any
         "scatter": {name: timing.scatter(values) for name, values in samples.items()},
     }
     return measured, ratios
-
-
-def operators_of(run: Callable[[], Any]) -> dict[str, int]:
-    """What one call asks the choice of a backend for: by operator the bytes of the first tensor, the largest."""
-    with backend.observed() as operators:
-        run()
-    return dict(operators)
 
 
 def _leave_record(run: Callable[[], Any], where: torch.device) -> None:

@@ -83,14 +83,13 @@ def _forced() -> str | None:
 def served_by(device: str) -> tuple[str, str]:
     """Which backend serves here, and the ``source_hash()`` of its compiled core ("" where it has none).
 
-    The backend is the forced one, else the one that can serve: "reference" where no compiled core does, "cuda or
-    triton" where size and operator decide.
+    The backend is the forced one, else the first that can serve; "reference" where none does.
     """
     forced = _forced()
     if forced:
         return forced, _core_of(forced) or ""
     found = [name for name in (("cuda", "triton") if device == "cuda" else ("cpu",)) if _core_of(name) is not None]
-    return " or ".join(found) or "reference", (_core_of(found[0]) or "") if found else ""
+    return (found[0], _core_of(found[0]) or "") if found else ("reference", "")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 
 import fedkern
 from fedkern.commit import commit
-from fedkern.ops._core import backend, crossovers
+from fedkern.ops._core import backend
 
 
 def versions() -> dict[str, str]:
@@ -24,21 +24,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def kernels(device: str = "cpu") -> dict[str, str]:
-    """The kernels that, beside the versions, determine the bits of a run on ``device``.
+def kernels() -> dict[str, str]:
+    """The kernels that, beside the versions, determine the bits of a run.
 
     * ``backend``: the forced backend, or "auto".
     * ``isa``: ISA level of the CPU core, or "none" where there is no core.
     * ``torch``: PyTorch's own ISA level.
-    * ``crossovers``, on a GPU where no backend is forced: hash of the sizes that choose between CUDA and Triton, or
-      "estimated".
     """
-    found = {
+    return {
         "backend": backend.forced_backend() or "auto",
         "isa": backend.active_isa(),
         "torch": torch.backends.cpu.get_cpu_capability(),
     }
-    if device == "cuda" and backend.forced_backend() is None:
-        entry = crossovers.serving(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-        found["crossovers"] = "estimated" if entry is None else entry.digest
-    return found

@@ -47,7 +47,7 @@ class Playing:
             self.done = json.loads(path.read_text())["stages"]
 
     def play(self, stages: Sequence[Stage], *, again: bool = False) -> list[Stage]:
-        """Plays what has not passed yet; returns the stages for which no time, or not what they need, was there.
+        """Plays what has not passed yet; returns the stages for which no time was there.
 
         What was begun before with the same code, and did not pass, comes after all that was not: no failure keeps the
         stages behind it from their turn.
@@ -56,23 +56,19 @@ class Playing:
             stages: in their order.
             again: whether to play what has passed too.
         """
-        stages, waiting = sorted(stages, key=self._begun), []
+        stages = sorted(stages, key=self._begun)
         for i, stage in enumerate(stages):
             if not again and self._passed(stage):
                 continue
-            if stage.needs and self.done.get(stage.needs, {}).get("outcome") != PASSED:
-                waiting.append(stage)
-                continue
             left = None if self._end is None else self._end - time.monotonic() - self.patience
             if left is not None and left < min(LEAST, stage.seconds):
-                return waiting + [one for one in stages[i:] if again or not self._passed(one)]
+                return [one for one in stages[i:] if again or not self._passed(one)]
             limit = stage.seconds if left is None else min(stage.seconds, left)
             self._note(stage, self._run(stage, limit, cut=limit < stage.seconds))
-        return waiting
+        return []
 
     def _begun(self, stage: Stage) -> bool:
-        names = (stage.name, stage.needs)
-        return not stage.ready and any(self.done.get(name, {}).get("code") == self.code for name in names)
+        return not stage.ready and self.done.get(stage.name, {}).get("code") == self.code
 
     def _passed(self, stage: Stage) -> bool:
         if stage.ready:

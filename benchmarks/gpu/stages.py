@@ -29,7 +29,6 @@ class Stage:
         seconds: the longest that it may take.
         environment: variables beside those of this process.
         ready: words of a command that succeeds where there is nothing to do, whatever was done before; empty: none.
-        needs: name of the stage that must have passed.
         goes_on: whether a stage that is cut short goes on where it was, so that an end of its time is no failure.
     """
 
@@ -39,7 +38,6 @@ class Stage:
     environment: Mapping[str, str] = field(default_factory=dict)
     ready: tuple[str, ...] = ()
     goes_on: bool = False
-    needs: str = ""
 
 
 def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
@@ -50,7 +48,7 @@ def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
         out: folder of results.
         data_root: folder of the binary files of CIFAR-10 and of MNIST's; None: nothing is trained at published scale.
     """
-    found = [build(capability), doctor(), tests(), *repeats(), kernels(out), thresholds(out), *operators(out)]
+    found = [build(capability), doctor(), tests(), *repeats(), kernels(out), *operators(out)]
     found += [*sanitizers(), *rounds(out), *traces(out), *methods(out, data_root)]
     return found + ([] if data_root is None else published(out, data_root))
 
@@ -133,12 +131,6 @@ def traces(out: Path) -> list[Stage]:
         )
         for name, words in TRACED.items()
     ]  # fmt: skip
-
-
-def thresholds(out: Path) -> Stage:
-    """The sizes that choose between CUDA and Triton, from the kernels' times."""
-    words = ("-m", "benchmarks.gpu.thresholds", "--results", str(out / "results"))
-    return Stage("thresholds", (sys.executable, *words), 60, needs="kernels")
 
 
 def methods(out: Path, data_root: str | None) -> list[Stage]:

@@ -98,28 +98,6 @@ def cuda_core() -> str:
         return f"none: {error}"
 
 
-def crossovers() -> dict[str, Any] | None:
-    """Where the sizes come from that choose between CUDA and Triton; None without a GPU.
-
-    Keys are ``measured_on`` (None: they are estimates), ``measured`` and ``estimated`` (operators whose sizes are
-    estimates).
-    """
-    import torch
-
-    from fedkern.ops._core import crossovers, dispatch
-
-    if not torch.cuda.is_available():
-        return None
-    entry = None
-    with contextlib.suppress(RuntimeError):  # a GPU that fails; why its backends do not serve is told with them
-        entry = crossovers.serving(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    return {
-        "measured_on": None if entry is None else entry.gpu,
-        "measured": None if entry is None else entry.time,
-        "estimated": [name for name in dispatch.CROSSOVER if entry is None or name not in entry.thresholds],
-    }
-
-
 def threads() -> dict[str, Any]:
     """Number of PyTorch's threads, which fedkern's compiled core uses too, and the settings that limit them."""
     import torch
@@ -210,7 +188,6 @@ def collect() -> dict[str, Any]:
             "gpus": found,
             "reason": reason,
             "core": cuda_core(),
-            "crossovers": crossovers(),
         },
         "forced_backend": forced,
         "problem": problem,
@@ -265,8 +242,6 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
         )
     add("torch is built for", f"{build}; torch.cuda.is_available() is {cuda['available']}")
     add("CUDA core", cuda["core"])
-    for line in _crossovers(cuda["crossovers"]):
-        add("CUDA or Triton", line)
     if report["torch"]:
         add("this torch", report["torch"])
     if report["forced_backend"] or report["problem"]:
@@ -282,17 +257,6 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     for (name, reason), who in reasons.items():
         scope = "all operators" if len(who) == counts[name] else ", ".join(who)
         say(console, f"{name} does not serve {scope}: {reason}")
-
-
-def _crossovers(found: dict[str, Any] | None) -> list[str]:
-    if found is None:
-        return []
-    if found["measured_on"] is None:
-        return ["by sizes that are estimates: none was measured on a GPU of this kind"]
-    lines = [f"by sizes measured on {found['measured_on']}, {found['measured']}"]
-    if found["estimated"]:
-        lines.append(f"by sizes that are estimates: {', '.join(found['estimated'])}")
-    return lines
 
 
 def _backends(rows: list[dict[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import machines, report
 from benchmarks.comparisons import Comparison, read_results, slug, write_results
 
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
@@ -42,6 +42,17 @@ OTHER = replace(ROW, case="large", test="bench_toy.py::test_toy[large]")
 def test_files_are_named_by_maker_and_model(name: str, short: str) -> None:
     assert slug({"cpu": name}) == short
     assert slug({"cpu": name, "gpu": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
+
+
+def test_a_row_names_the_one_backend_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDKERN_BACKEND", raising=False)
+    for cores, served in (
+        ({"cuda": "c", "triton": ""}, ("cuda", "c")),
+        ({"triton": ""}, ("triton", "")),
+        ({}, ("reference", "")),
+    ):
+        monkeypatch.setattr(machines, "_core_of", cores.get)
+        assert machines.served_by("cuda") == served
 
 
 def test_recording_on_one_machine_leaves_the_others_file(tmp_path: Path) -> None:

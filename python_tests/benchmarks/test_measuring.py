@@ -7,14 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import contestants
-import harness
 import peak_memory
 import pytest
 import timing
 import torch
-from comparisons import Comparison
-
-from fedkern import ops
 
 CPU = torch.device("cpu")
 
@@ -119,12 +115,3 @@ def test_contestants_that_cannot_run_say_why() -> None:
     for absent in (contestants.liger_kl(x[0], x[1], 2.0), contestants.liger_jsd(x)):
         assert isinstance(absent, contestants.Absent)
         assert "Liger-Kernel" in absent.reason
-
-
-def test_a_row_tells_the_operators_of_its_call() -> None:
-    x = torch.randn(4, 3)
-    asked = harness.operators_of(lambda: (ops.entropy(x), ops.kl_div(x[:2], x[:2])))
-    assert asked == {"entropy": 48, "kl_div": 24}
-    assert harness.operators_of(lambda: x + x) == {}
-    row = Comparison("toy", "small", "fedkern", 1, 15, {"fedkern": 1.0}, {}, {}, operators=asked)
-    assert Comparison(**row.record()).operators == asked

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedkern.ops._core import backend, crossovers, loading, private_torch
+from fedkern.ops._core import backend, loading, private_torch
 from fedkern.report import doctor
 
 
@@ -173,28 +173,3 @@ def test_a_driver_that_fails_is_explained(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlInit=fail))
     assert "no NVIDIA driver: Driver/library version mismatch" in shown()
-
-
-def test_it_says_where_sizes_between_cuda_and_triton_come_from(monkeypatch, tmp_path):
-    assert doctor.crossovers() is None
-    assert "CUDA or Triton" not in shown()
-    path = tmp_path / "crossovers.json"
-    monkeypatch.setattr(crossovers, "FILE", path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GH200")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    entry = crossovers.Entry("NVIDIA H200", (9, 0), {}, "2026-11-24", {"kl_div": 5}, {"kl_div": ()})
-    crossovers.write_entries([entry], path)
-    found = doctor.crossovers()
-    json.dumps(found)
-    measured, estimated = doctor._crossovers(found)
-    assert measured == "by sizes measured on NVIDIA H200, 2026-11-24"
-    assert "entropy" in estimated
-    assert "kl_div" not in estimated
-
-    def fail():
-        raise RuntimeError("CUDA error: uncorrectable ECC error")
-
-    monkeypatch.setattr(torch.cuda, "get_device_name", fail)
-    (estimated,) = doctor._crossovers(doctor.crossovers())
-    assert estimated == "by sizes that are estimates: none was measured on a GPU of this kind"

@@ -85,7 +85,7 @@ def facts_of(config: RunConfig, data: FederatedData, fingerprint: int) -> dict[s
         "task": code_of(data),
         "names": {what: zlib.crc32(json.dumps(list(each)).encode()) for what, each in names.items()},
         "versions": versions.versions(),
-        "kernels": versions.kernels(config.device),
+        "kernels": versions.kernels(),
         **({} if place is None else {"torchrun": place.job}),  # by which a restart knows the run
     }
 
@@ -140,7 +140,7 @@ def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
     Raises:
         UserError: the kernels differ, and this machine could have the same ones; the message says how.
     """
-    now = versions.kernels(device)
+    now = versions.kernels()
     stored = info["kernels"]
     if device != info["config"]["device"]:
         return
@@ -197,7 +197,7 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
             f"The run goes on with {', '.join(other)} as it is now, not as the run was started with: its bits may "
             "differ from an uninterrupted one."
         )
-    now = versions.kernels(config.device)
+    now = versions.kernels()
     stored = info["kernels"]
     differ = [f"{name} {value} and now {now[name]}" for name, value in stored.items() if now.get(name, value) != value]
     if differ:

@@ -3,7 +3,8 @@
 Every operator registers its kernels here with :func:`register`.  The public function asks :func:`select` for the kernel
 that fits its tensors, and falls back to its reference where none does.  ``FEDKERN_BACKEND`` or :func:`use_backend`
 force one backend; a call that this backend cannot serve is then an error.  ``FEDKERN_CPU_ISA`` or :func:`use_isa` force
-an ISA level of the CPU core.  CUDA tensors can have two backends; the table in dispatch.py chooses.
+an ISA level of the CPU core.  CUDA tensors can have two backends: the CUDA core serves wherever it was built and can be
+used, else Triton.
 
 ``TRITON_INTERPRET=1``, set before the first call that Triton serves, lets a forced "triton" serve CPU tensors too.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops._core import devices, dispatch, private_torch
+from fedkern.ops._core import devices, private_torch
 from fedkern.ops._core.loading import REBUILD, Unavailable, Unsuited, interpreted, load_core, load_triton, tell
 from fedkern.ops._core.memory import cache
 from fedkern.ops._core.private_torch import outlived as outlived
@@ -84,16 +84,12 @@ class Row(NamedTuple):
 _kernels: dict[str, dict[str, Kernel]] = {}
 _loaded: dict[tuple[str, str], Any] = {}
 _chosen: dict[tuple[str, str], tuple[Any, frozenset[torch.dtype]]] = {}
-# Operators whose large calls on a GPU are Triton's: bytes of the first tensor from which it serves.
-_large: dict[str, int] = {}
 # Of operators whose calls can be ordinary: the name of the CPU core's check (csrc/bindings/cpu_tensors.cpp).
 _checks: dict[str, str] = {}
 # The same with the function itself, and the launchers by its answer: 0 (something is unusual), 1 (all tensors are on
 # the CPU), 2 (on one GPU). Filled when a launcher is first chosen.
 _ordinary: dict[str, tuple[Callable[..., int], list[Any]]] = {}
 _forced: str | None = None
-# Within observed(): bytes of the first tensor by operator; None elsewhere.
-_observed: dict[str, int] | None = None
 
 
 def register(operator: str, backend: str, kernel: Kernel) -> None:
@@ -135,7 +131,6 @@ def serve(
 
 def _forget() -> None:
     _chosen.clear()
-    _large.clear()
     _ordinary.clear()
 
 
@@ -242,23 +237,6 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = before
-        _forget()
-
-
-@contextlib.contextmanager
-def observed() -> Iterator[dict[str, int]]:
-    """Yields what :func:`select` is asked within a ``with`` block, of all threads: an operator's largest size in bytes.
-
-    The size is that of the call's first tensor, which dispatch.py compares.  No choice is remembered in the block, so
-    that every call comes to :func:`select` and from there to :func:`_choose`; elsewhere a call costs what it did.
-    """
-    global _observed
-    before, _observed = _observed, {}
-    _forget()
-    try:
-        yield _observed
-    finally:
-        _observed = before
         _forget()
 
 
@@ -435,9 +413,6 @@ def select(operator: str, *tensors: Tensor) -> Any | None:
         implementation, dtypes = _chosen[operator, device]
     except KeyError:
         implementation, dtypes = _choose(operator, device)
-        if _observed is not None:
-            size = tensors[0].numel() * tensors[0].element_size()
-            _observed[operator] = max(size, _observed.get(operator, 0))
     if implementation is None:
         return None
     for tensor in tensors:
@@ -448,9 +423,6 @@ def select(operator: str, *tensors: Tensor) -> Any | None:
                     f"{_describe(tensor)}; allow another by {_lifting()}"
                 )
             return None
-    if device == "cuda" and tensors[0].numel() * tensors[0].element_size() >= _large.get(operator, math.inf):
-        with contextlib.suppress(Unavailable):
-            return _load(operator, "triton")
     return implementation
 
 
@@ -495,16 +467,8 @@ def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
             raise RuntimeError(f"backend {forced!r} was forced, but it cannot be used because {error}") from error
     elif forced is None:
         serving, choice = _first(operator, device)
-        # Triton is imported when a call is as large as that: it takes a third of a second.
-        if serving == "cuda" and "triton" in _candidates(device) and "triton" in _kernels[operator]:
-            gpu = torch.cuda.get_device_name()
-            threshold = dispatch.threshold(operator, torch.cuda.get_device_capability(), gpu)
-            if threshold is not None:
-                _large[operator] = threshold
-    if _observed is not None:
-        return choice
     _chosen[operator, device] = choice
-    if serving in ("cpu", "cuda") and operator in _checks and operator not in _large:
+    if serving in ("cpu", "cuda") and operator in _checks:
         with contextlib.suppress(Unavailable):
             check = getattr(cpu_core(), _checks[operator])
             _ordinary.setdefault(operator, (check, [None] * 3))[1][1 if device == "cpu" else 2] = choice[0]

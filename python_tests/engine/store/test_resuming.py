@@ -4,14 +4,10 @@ import hashlib
 import json
 import re
 import subprocess
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 from interrupted import Kill, KillAt, forge, outcome, without
 
-from fedkern import versions
 from fedkern.comparison.found_runs import read_run
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
@@ -20,7 +16,6 @@ from fedkern.engine.store import confusions
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
-from fedkern.engine.store.resuming import changes, check_kernels
 from fedkern.errors import UserError
 from fedkern.ops import use_backend, use_isa
 from fedkern.ops._core import backend
@@ -335,19 +330,3 @@ def test_an_isa_that_this_machine_lacks_is_a_warning(cut, make_data):
     forge(cut, lambda entry: entry["info"]["kernels"].update(isa="avx1024"))
     told = go_on(cut, make_data())["diagnostics"]["other-kernels"]
     assert "isa avx1024 and now " in told
-
-
-def test_other_sizes_between_cuda_and_triton_are_told_on_a_gpu_alone(monkeypatch):
-    on_a_cpu = versions.kernels()
-    now = {**on_a_cpu, "crossovers": "new"}
-    monkeypatch.setattr(versions, "kernels", lambda device: now if device == "cuda" else on_a_cpu)
-
-    def told(stored: dict[str, str], device: str) -> dict[str, str]:
-        info = {"versions": {"torch": torch.__version__}, "config": {"device": device}, "kernels": stored}
-        check_kernels(info, device, Path("run"))
-        return changes(info, SimpleNamespace(device=device, plugins={}))
-
-    assert told(now, "cuda") == {}
-    assert told(on_a_cpu, "cuda") == {}  # a run from before they were recorded
-    assert "crossovers old and now new" in told({**now, "crossovers": "old"}, "cuda")["other-kernels"]
-    assert told(on_a_cpu, "cpu") == {}

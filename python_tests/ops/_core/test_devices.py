@@ -121,7 +121,7 @@ def test_a_core_of_older_sources_is_a_reason(monkeypatch: pytest.MonkeyPatch) ->
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has chosen nothing yet and whose torch and CUDA core know CUDA; Triton's kernels are stand-ins."""
     monkeypatch.delenv("FEDKERN_BACKEND", raising=False)
-    for name in ("_chosen", "_large", "_loaded", "_ordinary"):
+    for name in ("_chosen", "_loaded", "_ordinary"):
         monkeypatch.setattr(backend, name, {})
     monkeypatch.setattr(private_torch, "raw_stream", lambda index: 0)
     monkeypatch.setattr(private_torch, "check_stream", lambda: None)  # of the GPUs that fake_gpus makes up

@@ -293,7 +293,7 @@ def test_an_exchange_table_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has chosen no kernel and told nothing yet."""
     monkeypatch.delenv("FEDKERN_BACKEND", raising=False)
-    for name in ("_chosen", "_large", "_loaded", "_ordinary"):
+    for name in ("_chosen", "_loaded", "_ordinary"):
         monkeypatch.setattr(backend, name, {})
     loading.tell.cache_clear()
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from operator_cases import BACKENDS
 
-from fedkern.ops._core import backend, crossovers, dispatch
+from fedkern.ops._core import backend
 
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
 
@@ -60,64 +59,23 @@ def test_the_interpreter_is_only_for_those_who_ask() -> None:
     assert "interpreted" in row.reason
 
 
-def test_estimated_sizes_choose_between_cuda_and_triton() -> None:
-    sizes = dispatch.LAUNCH_HIDDEN
-    assert dispatch.estimate("kl_div", (9, 0)) == sizes[9]
-    assert dispatch.estimate("kl_div", (8, 6)) == sizes[8]
-    assert dispatch.estimate("kl_div", (12, 0)) == sizes[10]
-    assert dispatch.estimate("kl_div", (7, 5)) == sizes[8]
-    assert dispatch.estimate("blend", (9, 0)) is None
-    assert dispatch.estimate("unheard of", (9, 0)) is None
-    assert set(dispatch.CROSSOVER) == {name for name, kernels in backend._kernels.items() if "cuda" in kernels}
+def test_cuda_serves_where_both_can_and_triton_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for what only a GPU can load; Triton, which takes a third of a second, only where it serves."""
+    built, loaded = [True], []
 
-
-def test_a_large_call_goes_to_the_other_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With two stand-ins for what only a GPU can load; Triton's is loaded when a call is large enough."""
-    small, large = object(), object()
-    loaded: list[str] = []
-
-    def load(operator: str, name: str) -> object:
+    def load(operator: str, name: str) -> str:
         loaded.append(name)
-        return small if name == "cuda" else large
+        if name == "cuda" and not built[0]:
+            raise backend.Unavailable("fedkern._cuda was not built")
+        return name
 
     monkeypatch.setattr(backend, "_load", load)
     monkeypatch.setattr(backend, "interpreted", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(crossovers, "FILE", tmp_path / "none.json")
-    crossovers.write_entries([], crossovers.FILE)
-    monkeypatch.setattr(backend, "_chosen", {})
-    monkeypatch.setattr(backend, "_large", {})
-    monkeypatch.setattr(backend, "_ordinary", {})
     monkeypatch.setattr(backend, "forced_backend", lambda: None)
-    edge = dispatch.LAUNCH_HIDDEN[9] // 4
-
-    class Stand:
-        dtype, layout, device = torch.float32, torch.strided, torch.device("cuda")
-
-        def __init__(self, count: int) -> None:
-            self.count = count
-
-        def numel(self) -> int:
-            return self.count
-
-        def element_size(self) -> int:
-            return 4
-
-        def is_neg(self) -> bool:
-            return False
-
-    assert backend.select("kl_div", Stand(edge - 1)) is small
-    assert loaded == ["cuda"]
-    assert backend.select("kl_div", Stand(edge)) is large
-    assert backend.select("blend", Stand(10 * edge)) is small
-    # The short way knows one kernel.
-    assert "kl_div" not in backend._ordinary
-
-    def without_triton(operator: str, name: str) -> object:
-        if name == "triton":
-            raise backend.Unavailable("triton is not installed")
-        return small
-
-    monkeypatch.setattr(backend, "_load", without_triton)
-    assert backend.select("kl_div", Stand(edge)) is small
+    monkeypatch.setattr(backend, "_ordinary", {})
+    for built[0], serving in ((True, "cuda"), (False, "triton")):
+        monkeypatch.setattr(backend, "_chosen", {})
+        loaded.clear()
+        kernels = {name for name, kernels in backend._kernels.items() if "cuda" in kernels}
+        assert {backend._choose(name, "cuda")[0] for name in kernels} == {serving}
+        assert ("triton" in loaded) == (serving == "triton")
