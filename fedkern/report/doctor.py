@@ -156,7 +156,7 @@ def _text(value: Any) -> str:
 
 
 def operators() -> tuple[list[Any], str | None, str]:
-    """Rows (operator, backend, serves, reason), the forced backend, and the error in forcing it (or "")."""
+    """Rows (operator, backend, serves, reason, leaves), the forced backend, and the error in forcing it (or "")."""
     import fedkern.ops
     from fedkern.ops._core import backend
 
@@ -192,7 +192,8 @@ def collect() -> dict[str, Any]:
         "forced_backend": forced,
         "problem": problem,
         "operators": [
-            {"operator": row[0], "backend": row[1], "serves": bool(row[2]), "reason": row[3]} for row in rows
+            {"operator": row[0], "backend": row[1], "serves": bool(row[2]), "reason": row[3], "leaves": row[4]}
+            for row in rows
         ],
     }
 
@@ -250,13 +251,18 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     console.print()
     console.print(_operator_table(report["operators"]))
     reasons: dict[tuple[str, str], list[str]] = {}
+    left: dict[tuple[str, str], list[str]] = {}
     for row in report["operators"]:
         if not row["serves"]:
             reasons.setdefault((row["backend"], row["reason"]), []).append(row["operator"])
+        elif row["leaves"]:
+            left.setdefault((row["backend"], row["leaves"]), []).append(row["operator"])
     counts = {b: sum(row["backend"] == b for row in report["operators"]) for b in _backends(report["operators"])}
     for (name, reason), who in reasons.items():
         scope = "all operators" if len(who) == counts[name] else ", ".join(who)
         say(console, f"{name} does not serve {scope}: {reason}")
+    for (name, what), who in left.items():
+        say(console, f"{name} leaves to the reference, also where it is forced: of {', '.join(who)} {what}")
 
 
 def _backends(rows: list[dict[str, Any]]) -> list[str]:

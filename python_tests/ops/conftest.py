@@ -47,15 +47,10 @@ def cache_bytes() -> Iterator[Callable[[int], None]]:
 # Tests whose cases are all too large for the interpreter: long vectors, many iterations.
 LARGE = {
     "test_clients",
-    "test_distances_of_long_vectors",
-    "test_geometric_median_is_the_least_sum_of_distances",
     "test_many_rounds_stay_on_flower",
     "test_more_than_a_block",
-    "test_more_than_a_chunk",
     "test_out_may_be_an_input_or_overlap_one",
     "test_streamed_results_are_the_same",
-    "test_tails_and_the_smallest_numbers",
-    "test_the_law_is_normal",
 }
 
 

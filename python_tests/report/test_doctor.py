@@ -43,6 +43,16 @@ def test_operators_without_kernels_for_gpus():
         assert f"{name} does not serve conv_norm, conv_pool: not implemented" in shown()
 
 
+def test_what_a_backend_leaves_to_the_reference_is_told():
+    report = doctor.collect()
+    for row in report["operators"]:
+        if row["backend"] == "triton" and row["operator"] in ("aggregate", "blend"):
+            row.update(serves=True, leaves="medians" if row["operator"] == "aggregate" else "")
+    console = Console(record=True, width=300)
+    doctor.show(console, report)
+    assert "triton leaves to the reference, also where it is forced: of aggregate medians\n" in console.export_text()
+
+
 def test_a_missing_core_is_explained(monkeypatch):
     def missing(name: str):
         raise loading.Unavailable(f"fedkern.{name} was not built (No module named 'fedkern.{name}')")

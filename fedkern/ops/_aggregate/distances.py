@@ -24,7 +24,7 @@ from fedkern.ops._aggregate.checks import (
 )
 from fedkern.ops._aggregate.kernels import SHORT, AggregateKernels
 from fedkern.ops._aggregate.mean import fake_vector, select
-from fedkern.ops._aggregate.plain import PLAIN, PlainAggregate
+from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._aggregate.robust_reference import (
     FAR,
     FAR_BESIDE_SMOOTHING,
@@ -253,7 +253,7 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
         check_weights(weights.detach(), count)
     given = near_one(weights.to(device, torch.float64))
     kernel = select(vectors)
-    if kernel is PLAIN:
+    if type(kernel).squared_distances is PlainAggregate.squared_distances:  # also where Triton serves, which has none
         return geometric_median_reference(vectors, given, iterations, tolerance, smoothing)
     if kernel.host and count <= MOST_FROM_DISTANCES:
         return _median_from_distances(kernel, vectors, given.tolist(), iterations, tolerance, smoothing)

@@ -219,5 +219,6 @@ backend.serve(
     cpu=AggregateKernels,
     cuda=AggregateKernels,
     triton="_aggregate.triton.aggregate:TritonAggregate",
+    triton_leaves="medians, trimmed means, distances (krum, geometric medians), clipping, noise and exact sums",
     fits="vectors_fit",
 )

@@ -18,7 +18,7 @@ _LOW = 0xFFFFFFFF
 
 
 def signed(word: int) -> int:
-    """The same 64 bits as a signed integer: operators of torch.library and Triton take no unsigned ones."""
+    """The same 64 bits as a signed integer: operators of torch.library take no unsigned ones."""
     return word - (1 << 64) if word >= 1 << 63 else word
 
 

@@ -2,7 +2,8 @@
 
 Every operator registers its kernels here with :func:`register`.  The public function asks :func:`select` for the kernel
 that fits its tensors, and falls back to its reference where none does.  ``FEDKERN_BACKEND`` or :func:`use_backend`
-force one backend; a call that this backend cannot serve is then an error.  ``FEDKERN_CPU_ISA`` or :func:`use_isa` force
+force one backend; a call that this backend cannot serve is then an error, but for what it leaves to the reference on
+purpose (``serve``; ``doctor`` names it).  ``FEDKERN_CPU_ISA`` or :func:`use_isa` force
 an ISA level of the CPU core.  CUDA tensors can have two backends: the CUDA core serves wherever it was built and can be
 used, else Triton.
 
@@ -62,23 +63,26 @@ class Kernel:
             :class:`Unavailable`.
         dtypes: dtypes that the implementation takes.
         devices: device types that the implementation takes.
+        leaves: what of the operator it leaves to the reference, in words; also where it is forced.
     """
 
     load: Callable[[], Any]
     dtypes: frozenset[torch.dtype]
     devices: frozenset[str]
+    leaves: str = ""
 
 
 class Row(NamedTuple):
     """One line of ``doctor``'s table: whether ``backend`` serves ``operator`` here.
 
-    ``reason`` says why it does not, or which dtypes it takes.
+    ``reason`` says why it does not, or which dtypes it takes; ``leaves`` what it leaves to the reference.
     """
 
     operator: str
     backend: str
     serves: bool
     reason: str
+    leaves: str = ""
 
 
 _kernels: dict[str, dict[str, Kernel]] = {}
@@ -104,6 +108,7 @@ def serve(
     cpu: Callable[[Any], Any],
     cuda: Callable[[Any], Any] | None = None,
     triton: str = "",
+    triton_leaves: str = "",
     dtypes: frozenset[torch.dtype] = FLOATS,
     fits: str = "",
 ) -> None:
@@ -115,6 +120,7 @@ def serve(
         cuda: launcher of the CUDA kernels; called with ``fedkern._cuda``. None: there are none.
         triton: module of ``fedkern.ops`` and class of the Triton launcher, for example ``"_fuse.triton:TritonFuse"``.
             Triton is imported when a call first needs it. "": there is none.
+        triton_leaves: what of the operator Triton leaves to the reference, in words.
         dtypes: dtypes that the implementations take.
         fits: function of ``fedkern._cpu`` that tells ordinary calls from others, for :func:`ready`; "" where none does.
     """
@@ -126,7 +132,8 @@ def serve(
     if cuda is not None:
         register(operator, "cuda", Kernel(lambda: cuda(cuda_core()), dtypes, on_cuda))
     if triton:
-        register(operator, "triton", Kernel(lambda: getattr(load_triton(module), name)(), dtypes, on_cuda))
+        kernel = Kernel(lambda: getattr(load_triton(module), name)(), dtypes, on_cuda, triton_leaves)
+        register(operator, "triton", kernel)
 
 
 def _forget() -> None:
@@ -226,7 +233,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 
     Raises:
         ValueError: ``name`` is not a backend.
-        RuntimeError: raised by an operator inside the block: the backend cannot serve that call.
+        RuntimeError: raised by an operator inside the block: the backend cannot serve that call.  What Triton leaves to
+            the reference (``doctor`` names it) runs there.
     """
     global _forced
     if name is not None and name not in BACKENDS:
@@ -518,5 +526,5 @@ def status() -> list[Row]:
             elif backend != forced and (reason := devices.only_forced(backend)):
                 rows.append(Row(operator, backend, False, reason))
                 continue
-            rows.append(Row(operator, backend, True, dtypes))
+            rows.append(Row(operator, backend, True, dtypes, kernel.leaves))
     return rows

@@ -66,8 +66,6 @@ def test_every_backend_draws_the_same_numbers(backend: str) -> None:
 
 def test_tails_and_the_smallest_numbers(backend: str) -> None:
     """A million numbers, the far ones included, are accurate."""
-    if backend == "triton":
-        pytest.skip("long in the interpreter")
     expected = normal(1 << 20, 11, 0)
     given = noise_of(1 << 20, 11).double()
     assert float(expected.abs().max()) > 4.5
@@ -164,8 +162,6 @@ def test_same_bits_for_every_isa_and_thread_count() -> None:
 
 def test_the_law_is_normal(backend: str) -> None:
     """Moments, Kolmogorov-Smirnov and chi-squared at a level of 1e-6 each, and no correlation with neighbours."""
-    if backend == "triton":
-        pytest.skip("long in the interpreter; its numbers are compared above")
     count = 1 << 19
     numbers = noise_of(count, 2024).double()
     root = math.sqrt(count)

@@ -259,23 +259,6 @@ def aggregate_cases(full: bool) -> Iterator[Case]:
                     f"{label} server_step {RULES[rule]}",
                     lambda: kernel.server_step(stack[0], rows, weights, settings, *states, None),
                 )
-            yield f"{label} trimmed_mean", lambda: kernel.sorted_mean(rows, 1, count, None)
-            yield f"{label} weighted_median", lambda: kernel.weighted_median(stack, weights)
-            yield f"{label} pairs", lambda: kernel.squared_distances(rows)
-            yield f"{label} norms", lambda: kernel.squared_norms(stack)
-            yield (
-                f"{label} noise",
-                lambda: kernel.scale_and_noise(rows, torch.empty(count, dtype=torch.float64), 0.1, 1, 2),
-            )
-            if full:
-                yield f"{label} trimmed_mean, weighted", lambda: kernel.sorted_mean(stack, 1, count, memory)
-                yield f"{label} weighted_median of rows", lambda: kernel.weighted_median(rows, memory)
-                point = torch.empty(size, dtype=torch.float64)
-                yield f"{label} distances to a point", lambda: kernel.squared_distances_to(stack, point)
-                yield (
-                    f"{label} clip",
-                    lambda: kernel.scale_and_noise(stack, torch.empty(count, dtype=torch.float64), 0.0, 1, 2),
-                )
             if number == 0 or full:
                 total = torch.empty(size, dtype=torch.float64)
                 yield f"{label} accumulate", lambda: kernel.accumulate(total, rows[0], 2.0)
@@ -335,19 +318,12 @@ def size_one(full: bool) -> Iterator[Case]:
         yield f"distill {list(shape)}", lambda: distill.divergence_backward(one, x, None, x, None, settings, needs)
     rows = list(torch.empty(20, 1))
     weights = [1.0] * len(rows)
-    factors = torch.empty(len(rows), dtype=torch.float64)
     settings_ = ServerRule(0, 1.0, 0.9, 0.99, 1e-3)
     yield "aggregate [1] weighted_mean", lambda: aggregate.weighted_mean(rows, weights, None)
     yield (
         "aggregate [1] server_step",
         lambda: aggregate.server_step(rows[0], rows, weights, settings_, None, None, None),
     )
-    yield "aggregate [1] median", lambda: aggregate.weighted_median(rows, weights)
-    yield "aggregate [1] pairs", lambda: aggregate.squared_distances(rows)
-    yield "aggregate [1] norms", lambda: aggregate.squared_norms(rows)
-    yield "aggregate [1] noise", lambda: aggregate.scale_and_noise(rows, factors, 0.1, 1, 0)
-    beside = list(torch.empty(101).as_strided((2, 100), (1, 1)))
-    yield "aggregate beside weighted_median", lambda: aggregate.weighted_median(beside, [1.0, 2.0])
     for count, shape in ((2, (3, 1, 4, 4)), (1, (1, 3, 4, 4)), (2, (1, 1, 1, 1)))[: 3 if full else 2]:
         maps, vector = [torch.empty(shape) for _ in range(count)], torch.empty(count * shape[1])
         grad = torch.empty((shape[0], shape[1] * count, *shape[2:]))
@@ -376,5 +352,4 @@ def weights_cases(full: bool) -> Iterator[Case]:
         ([*apart[2:], apart[0], apart[0]], [2.0] * 8),
     ):
         yield "weights weighted_mean", lambda: kernel.weighted_mean(rows, weights, None)
-        yield "weights median", lambda: kernel.weighted_median(rows, weights)
         yield "weights server_step", lambda: kernel.server_step(rows[0], rows, weights, rule, None, None, None)

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 import torch
-from operator_cases import BACKENDS
+from operator_cases import BACKENDS, using
 
+from fedkern.ops._aggregate.mean import select
+from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._core import backend
 
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
@@ -57,6 +59,19 @@ def test_the_interpreter_is_only_for_those_who_ask() -> None:
     row = next(row for row in backend.status() if (row.operator, row.backend) == ("blend", "triton"))
     assert row.serves
     assert "interpreted" in row.reason
+
+
+@needs_triton
+def test_what_triton_has_no_kernels_for_is_the_reference_and_told() -> None:
+    vectors = torch.randn(7, 50)
+    with using("triton"):
+        kernel = select(vectors)
+        assert type(kernel).weighted_mean is not PlainAggregate.weighted_mean
+        for name in ("sorted_mean", "weighted_median", "squared_distances", "squared_distances_to", "scale_and_noise"):
+            assert getattr(type(kernel), name) is getattr(PlainAggregate, name)
+    leaves = {row.operator: row.leaves for row in backend.status() if row.backend == "triton"}
+    assert "medians, trimmed means, distances" in leaves["aggregate"]
+    assert not leaves["blend"]
 
 
 def test_cuda_serves_where_both_can_and_triton_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,15 +71,24 @@ def test_each_operator_gives_the_reference_result_on_a_gpu(gpu: torch.device, op
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def _skip_waiting(operator: Operator) -> None:
+    if operator.name in ("clip_and_noise", "geometric_median"):
+        pytest.skip(
+            "the reference serves, and the host looks at what it has: at words to refine, at an iteration's step"
+        )
+
+
 @pytest.mark.gpu
 @each_gpu_operator
 def test_operator_in_a_graph(gpu: torch.device, operator: Operator) -> None:
+    _skip_waiting(operator)
     check_graph(operator, gpu, (1,))
 
 
 @pytest.mark.gpu
 @each_gpu_operator
 def test_no_operator_waits_for_the_device(gpu: torch.device, operator: Operator) -> None:
+    _skip_waiting(operator)
     check_nothing_waits(operator, gpu)
 
 

@@ -1,4 +1,4 @@
-"""The aggregate family in Triton: from vectors to launches. Kernels: means.py, order.py."""
+"""The aggregate family in Triton: from vectors to launches. The kernels are in means.py."""
 
 from __future__ import annotations
 
@@ -9,28 +9,25 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._aggregate.checks import Vectors, Weights, deliver, direct_target, rows_of
-from fedkern.ops._aggregate.philox import signed
 from fedkern.ops._aggregate.plain import PlainAggregate
-from fedkern.ops._aggregate.robust_reference import HALF
 from fedkern.ops._aggregate.rules import ServerRule
 from fedkern.ops._aggregate.triton.means import add_kernel, divide_kernel, encoded, mean_kernel, step_kernel
-from fedkern.ops._aggregate.triton.order import distances_kernel, noise_kernel, pairs_kernel, rank_kernel
 from fedkern.ops._core import backend
-from fedkern.ops._core.triton.launch import cdiv, double_bits, filled, launch, power_of_two, processors
+from fedkern.ops._core.triton.launch import cdiv, double_bits, filled, launch, power_of_two
 from fedkern.ops._core.triton.offsets import tensor_starts
 
 # Elements that a program holds of each vector.
 BLOCK = 1024
 # Most vectors that unrolled code reads at once.
 UNROLLED = 16
-# Most vectors that a launch takes as parameters, or ranks in registers; more take several launches, or plain PyTorch.
+# Most vectors whose mean a launch takes; more take several launches.
 MEMBERS = 64
 # Most vectors of server_step, which needs all of them in one launch: no more fit as parameters.
 MOST = 128
 
 
 class TritonAggregate(PlainAggregate):
-    """aggregate in Triton; the exact accumulator is PlainAggregate's."""
+    """Means, accumulators and server_step in Triton; all else is PlainAggregate's, and ``backend.serve`` names it."""
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
         rows, size, device = rows_of(vectors), vectors[0].shape[0], vectors[0].device
@@ -104,87 +101,6 @@ class TritonAggregate(PlainAggregate):
         scale = (squares * square).sqrt()
         return target, squares.sqrt(), torch.where(scale == 0, 0.0, products / scale)
 
-    def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
-        if len(vectors) > MEMBERS:
-            backend.not_forced("a trimmed mean or median", "triton", f"of {len(vectors)} vectors")
-            return super().sorted_mean(vectors, low, high, weights)
-        return self._ranked(vectors, low, high, weights, False)
-
-    def weighted_median(self, vectors: Vectors, weights: Weights) -> Tensor:
-        if len(vectors) > MEMBERS:
-            backend.not_forced("a weighted median", "triton", f"of {len(vectors)} vectors")
-            return super().weighted_median(vectors, weights)
-        return self._ranked(vectors, 0, 0, weights, True)
-
-    def _ranked(self, vectors: Vectors, low: int, high: int, weights: Weights | None, median: bool) -> Tensor:
-        base, offsets, strides, kept = Table.of(vectors)
-        size, count, members = vectors[0].shape[0], len(vectors), power_of_two(len(vectors))
-        out = torch.empty(size, dtype=base.dtype, device=base.device)
-        shares = None if weights is None else _parameters(weights)
-        block = max(2 * BLOCK // members, 16) if base.element_size() < 8 else max(BLOCK // members, 16)
-        launch(
-            rank_kernel, cdiv(size, block), base.device, base, offsets, shares, out, count, size, *strides, low, high,
-            MEDIAN=median, WEIGHTED=shares is not None,
-            BITS=0 if shares is None else _bits(shares), COUNT=len(offsets), MEMBERS=members, BLOCK=block,
-            EDGE=HALF,
-        )  # fmt: skip
-        del kept
-        return out
-
-    def squared_distances(self, vectors: Vectors) -> Tensor:
-        if len(vectors) > MEMBERS:
-            backend.not_forced("distances", "triton", f"of {len(vectors)} vectors")
-            return super().squared_distances(vectors)
-        base, offsets, strides, kept = Table.of(vectors)
-        size, count, members = vectors[0].shape[0], len(vectors), power_of_two(len(vectors))
-        if not size:
-            return torch.zeros(count, count, dtype=torch.float64, device=base.device)
-        block = max(BLOCK // 2 // members, 16)
-        programs, span = _spans(size, block, base.device)
-        partial = torch.empty(programs, members, members, dtype=torch.float64, device=base.device)
-        launch(
-            pairs_kernel, programs, base.device, base, offsets, partial, count, size, *strides, span,
-            COUNT=len(offsets), MEMBERS=members, BLOCK=block,
-        )  # fmt: skip
-        del kept
-        half = partial.sum(0)[:count, :count]
-        return half + half.t()
-
-    def squared_distances_to(self, vectors: Vectors, point: Tensor | None) -> Tensor:
-        if len(vectors) > MEMBERS:
-            some = (vectors[k : k + MEMBERS] for k in range(0, len(vectors), MEMBERS))
-            return torch.cat([self.squared_distances_to(part, point) for part in some])
-        base, offsets, strides, kept = Table.of(vectors)
-        size, count, members = vectors[0].shape[0], len(vectors), power_of_two(len(vectors))
-        if not size:
-            return torch.zeros(count, dtype=torch.float64, device=base.device)
-        block = max(BLOCK // members, 16)
-        programs, span = _spans(size, block, base.device)
-        partial = torch.empty(programs, count, dtype=torch.float64, device=base.device)
-        launch(
-            distances_kernel, programs, base.device, base, offsets, point, partial, count, size, *strides, span,
-            COUNT=len(offsets), MEMBERS=members, BLOCK=block,
-        )  # fmt: skip
-        del kept
-        return partial.sum(0)
-
-    def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
-        size, count, device = vectors[0].shape[0], len(vectors), vectors[0].device
-        out = torch.empty(count, size, dtype=vectors[0].dtype, device=device)
-        groups = BLOCK // 64
-        # One group more than the vector fills, since the vector may begin within a group of 64 numbers.
-        tiles = cdiv(cdiv(size, 64) + 1, groups)
-        for begin in range(0, count, MEMBERS):
-            base, offsets, strides, kept = Table.of(vectors[begin : begin + MEMBERS])
-            some = out[begin : begin + MEMBERS]
-            launch(
-                noise_kernel, len(some) * tiles * bool(size), device, base, offsets, factors[begin:], some, size,
-                *strides, tiles, double_bits(deviation), signed(seed), signed((offset + begin * size) % (1 << 64)),
-                NOISE=deviation != 0, COUNT=len(offsets), GROUPS=groups,
-            )  # fmt: skip
-            del kept
-        return out
-
 
 def _same_stride(rows: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     """The vectors and their one stride; copies if their strides differ."""
@@ -220,10 +136,3 @@ class Table(NamedTuple):
             return cls(vectors, (), (vectors.stride(0), vectors.stride(1)), None)
         rows, stride = _same_stride(vectors)
         return cls(rows[0], tensor_starts(rows), (0, stride), rows)
-
-
-def _spans(size: int, block: int, device: torch.device) -> tuple[int, int]:
-    """Programs that share ``size`` coordinates, and coordinates of each: at most four programs per multiprocessor."""
-    blocks = cdiv(size, block)
-    span = cdiv(blocks, min(blocks, 4 * processors(device))) * block
-    return cdiv(size, span), span
