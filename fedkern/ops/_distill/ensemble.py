@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import eager, outlived, readable, ready, select
+from fedkern.ops._core.backend import eager, outlived, readable, ready
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._distill.checks import (
@@ -21,7 +21,7 @@ from fedkern.ops._distill.checks import (
     without_unknown,
 )
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
-from fedkern.ops._distill.entries import ENSEMBLE
+from fedkern.ops._distill.entries import ENSEMBLE, select_at
 from fedkern.ops._distill.kernels import DistillKernels, Ensemble, ensemble_settings
 from fedkern.ops._distill.library import reference_gradients
 from fedkern.ops._distill.reference import is_flat
@@ -118,11 +118,10 @@ def ensemble_kl(
     tensors = (student, teachers, *tensors[2:])
     log_probs = bool(log_probs)
 
-    flat = is_flat(temperature)
-    if not usual or flat:
+    if not usual or is_flat(temperature):
         if not eager(*tensors, *(() if class_mask is None else (class_mask,))):
             return ENSEMBLE(student, teachers, weights, class_mask, temperature, how, log_probs, code)
-        kernel = None if flat else select("ensemble_kl", *tensors)
+        kernel = select_at(temperature, "ensemble_kl", *tensors)
     if short and (kernel is None or not kernel.short_weights):
         weights = spread_weights(weights, teachers)
     if kernel is None:

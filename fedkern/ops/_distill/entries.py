@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +21,14 @@ def _select(operator: str, *tensors: Tensor | None) -> DistillKernels | None:
     return select(operator, *[x for x in tensors if x is not None])
 
 
+def select_at(temperature: float, operator: str, *tensors: Tensor | None) -> DistillKernels | None:
+    """The kernels that serve at this temperature; None: the reference does."""
+    kernel = None if is_flat(temperature) else _select(operator, *tensors)
+    return None if kernel is not None and temperature == math.inf and not kernel.limits else kernel
+
+
 def _kernel_of_divergence(tensors: Optionals, settings: Sequence[Any]) -> DistillKernels | None:
-    return None if is_flat(settings[0]) else _select("kl_div" if tensors[1] is None else "dual_kl", *tensors)
+    return select_at(settings[0], "kl_div" if tensors[1] is None else "dual_kl", *tensors)
 
 
 DIVERGENCE = define(
@@ -65,7 +72,7 @@ def _check_weights(weights: Tensor | None, dims: int) -> None:
 
 def _kernel_of_ensemble(tensors: Optionals, settings: Sequence[Any]) -> DistillKernels | None:
     _check_weights(tensors[2], tensors[1].dim())
-    return None if is_flat(settings[0]) else _select("ensemble_kl", *tensors[:3])
+    return select_at(settings[0], "ensemble_kl", *tensors[:3])
 
 
 def _fold_ensemble(loss: Loss, tensors: Optionals, axes: Sequence[int | None], count: int) -> Optionals:

@@ -96,8 +96,8 @@ class DistillKernels(Launcher):
     a gradient needs of its row as a whole is little, and can be kept: :meth:`divergence_kept`, :meth:`entropy_kept`.
     """
 
-    # The cores read weights [K] for every row through a stride of 0.
-    short_weights = True
+    # The cores read weights [K] for every row through a stride of 0, and have kernels of infinite temperature.
+    short_weights = limits = True
 
     def __init__(self, core: Any) -> None:
         super().__init__(core)
@@ -517,4 +517,11 @@ for _name, _check in (
     *[(name, "logits_fit") for name in ("kl_div", "dual_kl", "entropy")],
     *[(name, "tensors_fit") for name in ("ensemble_kl", "js_div", "consensus")],
 ):
-    serve(_name, cpu=DistillKernels, cuda=DistillKernels, triton="_distill.triton.distill:TritonDistill", fits=_check)
+    serve(
+        _name,
+        cpu=DistillKernels,
+        cuda=DistillKernels,
+        triton="_distill.triton.distill:TritonDistill",
+        triton_leaves="infinite temperatures" if "kl" in _name else "",
+        fits=_check,
+    )

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import compute_dtype, eager, readable, ready, select
+from fedkern.ops._core.backend import compute_dtype, eager, readable, ready
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight
-from fedkern.ops._distill.entries import DIVERGENCE
+from fedkern.ops._distill.entries import DIVERGENCE, select_at
 from fedkern.ops._distill.kernels import DistillKernels, Divergence, divergence_settings
 from fedkern.ops._distill.reference import divergence_reference, is_flat, result_dtype
 from fedkern.ops._distill.rows import NONE, REDUCTIONS, mean_scale, row_shape
@@ -115,11 +115,10 @@ def _dispatch(
         tensors = (*tensors, weight)
         if not eager(weight) or weight.is_neg():
             kernel = None
-    flat = is_flat(temperature)
-    if kernel is None or flat:
+    if kernel is None or is_flat(temperature):
         if not eager(*tensors):
             return DIVERGENCE(student, other, teacher, weight, temperature, reverse, code)
-        kernel = None if flat else select(operator, *tensors)
+        kernel = select_at(temperature, operator, *tensors)
     if kernel is None:
         return divergence_reference(student, other, teacher, weight, temperature, reverse, code)
     settings = divergence_settings(temperature, reverse, code)

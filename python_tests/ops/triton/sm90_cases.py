@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
-import math
 import pkgutil
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -65,7 +64,7 @@ def cases(full: bool) -> Iterator[Case]:
         blend_cases, boxes_cases, contrast_cases, distill_cases, ensemble_cases, aggregate_cases, optimise_cases,
         fuse_cases, size_one, weights_cases,
     )  # fmt: skip
-    for family, step in zip(families, (2, 2, 1, 3, 2, 1, 1, 1, 1, 1), strict=True):
+    for family, step in zip(families, (2, 2, 1, 5, 2, 1, 1, 1, 1, 1), strict=True):
         yield from itertools.islice(family(full), 0, None, 1 if full else step)
 
 
@@ -163,28 +162,25 @@ def distill_cases(full: bool) -> Iterator[Case]:
             for x in layouts:
                 label = f"distill {dtype} {list(shape)}"
                 rows = torch.empty(shape[:1] + shape[2:], dtype=dtype)
-                for temperature in (2.0, math.inf):
-                    mean = Divergence(temperature, False, BATCHMEAN)
-                    reverse = Divergence(temperature, True, BATCHMEAN)
-                    each = Divergence(temperature, False, NONE)
-                    one = torch.empty((), dtype=dtype)
-                    forward, backward = kernel.divergence_forward, kernel.divergence_backward
-                    calls = [
-                        ("kl", lambda: forward(x, None, x, None, mean)),
-                        ("kl to student", lambda: backward(one, x, None, x, None, mean, (True, False, False, False))),
-                        ("dual", lambda: forward(x, x, x, None, reverse)),
-                        ("dual to both", lambda: backward(one, x, x, x, None, reverse, (True, True, False, False))),
+                mean = Divergence(2.0, False, BATCHMEAN)
+                reverse = Divergence(2.0, True, BATCHMEAN)
+                each = Divergence(2.0, False, NONE)
+                one = torch.empty((), dtype=dtype)
+                forward, backward = kernel.divergence_forward, kernel.divergence_backward
+                calls = [
+                    ("kl", lambda: forward(x, None, x, None, mean)),
+                    ("kl to student", lambda: backward(one, x, None, x, None, mean, (True, False, False, False))),
+                    ("dual", lambda: forward(x, x, x, None, reverse)),
+                    ("dual to both", lambda: backward(one, x, x, x, None, reverse, (True, True, False, False))),
+                ]
+                if full:
+                    calls += [
+                        ("kl per row", lambda: forward(x, None, x, rows, each)),
+                        ("kl to all", lambda: backward(rows, x, None, x, rows, each, (True, False, True, True))),
+                        ("dual to all", lambda: backward(one, x, x, x, rows, mean, (True, True, True, True))),
                     ]
-                    if full:
-                        calls += [
-                            ("kl per row", lambda: forward(x, None, x, rows, each)),
-                            ("kl to all", lambda: backward(rows, x, None, x, rows, each, (True, False, True, True))),
-                            ("dual to all", lambda: backward(one, x, x, x, rows, mean, (True, True, True, True))),
-                        ]
-                    elif temperature == math.inf:
-                        calls = calls[2:]
-                    for name, call in calls:
-                        yield f"{label} {name}", call
+                for name, call in calls:
+                    yield f"{label} {name}", call
                 yield f"{label} entropy", lambda: kernel.entropy_forward(x, BATCHMEAN)
                 yield (
                     f"{label} entropy gradient",
@@ -216,20 +212,12 @@ def ensemble_cases(full: bool) -> Iterator[Case]:
                                 f"{label} mix {mix} backward",
                                 lambda: kernel.ensemble_backward(one, student, x, weights, known, settings, needs),
                             )
-            for mix, log_probs in ((LOGITS, False), (MEAN, False), (MEAN, True)):
-                rare = Ensemble(1.0 if log_probs else math.inf, mix, log_probs, BATCHMEAN)
-                name = f"{label} mix {mix} {'of log-probabilities' if log_probs else 'limit'}"
-                yield name, lambda: kernel.ensemble_forward(student, x, by_row, None, rare)
-                everything = (True, True, True)
-                yield (
-                    f"{name} backward",
-                    lambda: kernel.ensemble_backward(one, student, x, by_row, None, rare, everything),
-                )
-                if full and mix == LOGITS:
-                    yield (
-                        f"{name} by class backward",
-                        lambda: kernel.ensemble_backward(one, student, x, by_class, mask, rare, everything),
-                    )
+            settings = Ensemble(1.0, MEAN, True, BATCHMEAN)
+            yield f"{label} of log-probabilities", lambda: kernel.ensemble_forward(student, x, by_row, None, settings)
+            yield (
+                f"{label} of log-probabilities backward",
+                lambda: kernel.ensemble_backward(one, student, x, by_row, None, settings, (True, True, True)),
+            )
             rows = by_row.squeeze(2)
             yield f"{label} js", lambda: kernel.js_forward(x, None, BATCHMEAN)
             yield f"{label} js backward", lambda: kernel.js_backward(one, x, None, BATCHMEAN, (True, False))

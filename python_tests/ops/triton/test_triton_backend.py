@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -10,9 +11,13 @@ import pytest
 import torch
 from operator_cases import BACKENDS, using
 
+from fedkern import ops
 from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._core import backend
+from fedkern.ops._distill.ensemble_reference import ensemble_reference
+from fedkern.ops._distill.reference import kl_div_reference
+from fedkern.ops._distill.rows import BATCHMEAN, PROBS
 
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
 
@@ -69,8 +74,17 @@ def test_what_triton_has_no_kernels_for_is_the_reference_and_told() -> None:
         assert type(kernel).weighted_mean is not PlainAggregate.weighted_mean
         for name in ("sorted_mean", "weighted_median", "squared_distances", "squared_distances_to", "scale_and_noise"):
             assert getattr(type(kernel), name) is getattr(PlainAggregate, name)
+        x, y, logits = torch.randn(3, 7, 5), torch.randn(7, 5), torch.randn(7, 5, requires_grad=True)
+        limit = ensemble_reference(logits, x, None, None, math.inf, PROBS, False, BATCHMEAN)
+        for loss, reference in (
+            (ops.dual_kl(logits, y, x[0], math.inf), kl_div_reference(logits, x[0], math.inf, other=y)),
+            (ops.ensemble_kl(logits, x, None, math.inf), limit),
+        ):
+            assert torch.equal(loss, reference)
+            assert all(map(torch.equal, torch.autograd.grad(loss, logits), torch.autograd.grad(reference, logits)))
     leaves = {row.operator: row.leaves for row in backend.status() if row.backend == "triton"}
     assert "medians, trimmed means, distances" in leaves["aggregate"]
+    assert leaves["kl_div"] == leaves["ensemble_kl"] == "infinite temperatures"
     assert not leaves["blend"]
 
 

@@ -1,8 +1,7 @@
-"""The distill family in Triton: from tensors to launches. The kernels are in losses.py, limits.py."""
+"""The distill family in Triton: from tensors to launches. The kernels are in losses.py."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +14,7 @@ from fedkern.ops._distill.kernels import CONSENSUS, DistillKernels, Divergence, 
 from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, NONE, row_count, row_shape
 from fedkern.ops._distill.triton.ensemble import ensemble, stack
-from fedkern.ops._distill.triton.limits import entropy_kernel, limit_kernel
-from fedkern.ops._distill.triton.losses import divergence_kernel
+from fedkern.ops._distill.triton.losses import divergence_kernel, entropy_kernel
 from fedkern.ops._distill.triton.rows import (
     ALL_ROWS,
     SERIES,
@@ -39,7 +37,7 @@ from fedkern.ops._distill.triton.rows import (
 class TritonDistill(DistillKernels):
     """The methods of :class:`fedkern.ops._distill.kernels.DistillKernels` that call a core, in Triton."""
 
-    short_weights = False
+    short_weights = limits = False
 
     def __init__(self) -> None:
         self.gpu, self.fused, self.keeps = True, False, False  # also interpreted on CPU tensors
@@ -75,9 +73,6 @@ class TritonDistill(DistillKernels):
         plan, steps = share(
             teacher, [*given, *(s for s in by_row if s is not None)], 2 if other is None else 3, compute
         )
-        limit = settings.temperature == math.inf
-        if limit and plan.splits > 1:
-            plan = plan._replace(splits=1, span=plan.classes)
         count = max(rows, 1) if reduction == BATCHMEAN else 1
         t_steps, s_steps, o_steps, w_steps, g_steps = steps
         strides = (*t_steps, *s_steps, *o_steps, w_steps.outer, w_steps.row, g_steps.outer, g_steps.row)
@@ -94,12 +89,6 @@ class TritonDistill(DistillKernels):
             mean = total is not None and total.dim() == 0
             to_student, to_other, to_teacher = to
             tensors = (teacher, student, other, weight, grad, to_teacher, to_student, to_other, losses, raw, total)
-            if limit:
-                launch(
-                    limit_kernel, plan.groups, device, *tensors,
-                    count, plan.inner, plan.classes, plan.tiles, *strides, MEAN=mean, **meta,
-                )  # fmt: skip
-                return
             terms = SERIES[compute]
             launch(
                 divergence_kernel, plan.groups * plan.splits, device, *tensors, *parts, values,

@@ -13,7 +13,6 @@ from fedkern.ops._core.triton.numbers import finish
 from fedkern.ops._distill.kernels import Ensemble, Gradients
 from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, row_count
-from fedkern.ops._distill.triton.ensemble_limits import limit
 from fedkern.ops._distill.triton.members import stack_kernel
 from fedkern.ops._distill.triton.mixture import members_kernel, mixture_kernel
 from fedkern.ops._distill.triton.rows import (
@@ -49,9 +48,6 @@ def ensemble(
     result: Tensor | None,
 ) -> None:
     """:meth:`fedkern.ops._distill.kernels.DistillKernels._ensemble` in Triton."""
-    if settings.temperature == math.inf:
-        limit(grad, student, teachers, weights, class_mask, settings, dtype, by_class, gradients, result)
-        return
     if settings.mix == MEAN:
         to_student, to_teachers, to_weights = gradients
         stack(

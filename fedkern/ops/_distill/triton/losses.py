@@ -210,3 +210,54 @@ def divergence_kernel(
                 place = at_teacher[:, None] + (column * teacher_column)[None, :]
                 value = tl.where(kept_, factor * by_teacher, 0.0)
                 tl.store(to_teacher + place, narrow(value, to_teacher), mask=mask)
+
+
+@triton.jit(do_not_specialize=["count"])
+def entropy_kernel(
+    logits, grad, to_logits, losses, total, tops, totals, values,
+    count, inner, classes, tiles, splits, span,
+    outer_stride, row_stride, class_stride, grad_outer, grad_row,
+    COMPUTE: tl.constexpr, MEAN: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """``-sum p log p`` of rows, or its gradient; arguments as in :func:`divergence_kernel`."""
+    program = tl.program_id(0)
+    split = program % splits
+    batch, inside, valid, row = rows_of((program // splits).to(tl.int64), tiles, inner, ROWS)
+    offset = batch * outer_stride + inside * row_stride
+    first = split * span
+    last = tl.minimum(first + span, classes)
+    column, mask = piece(first, last, valid, COLUMNS)
+    if WHOLE:
+        x = load_tile(logits, offset, class_stride, column, mask, classes, COMPUTE)
+        top, log_total = softmax_of(x, 1.0)
+    elif tops is not None:
+        top, log_total = gather(tops, totals, row, valid, splits, 1.0, SPLITS)
+    else:
+        top, sum_ = scan(logits, offset, class_stride, valid, 0, classes, classes, 1.0, COMPUTE, ROWS, COLUMNS)
+        log_total = tl.log(sum_)
+    value = tl.zeros([ROWS], COMPUTE)
+    if values is not None:
+        value = tl.load(values + row, mask=valid, other=0)
+    else:
+        for begin in range(first, last, COLUMNS):
+            if not WHOLE:
+                column, mask = piece(begin, last, valid, COLUMNS)
+                x = load_tile(logits, offset, class_stride, column, mask, classes, COMPUTE)
+            log_p = (x - top[:, None]) - log_total[:, None]
+            term = tl.exp(log_p) * tl.where(log_p == float("-inf"), 0.0, log_p)
+            value -= tl.sum(tl.where((column < last)[None, :], term, 0.0), axis=1)
+        if losses is not None:
+            tl.store(losses + row * splits + split, narrow(value, losses), mask=valid)
+        if total is not None:
+            store_total(total, program, value, valid, count, MEAN)
+    if to_logits is not None:
+        factor = ones_or(grad, batch, inside, grad_outer, grad_row, valid, COMPUTE) / count.to(COMPUTE)
+        for begin in range(first, last, COLUMNS):
+            if not WHOLE:
+                column, mask = piece(begin, last, valid, COLUMNS)
+                x = load_tile(logits, offset, class_stride, column, mask, classes, COMPUTE)
+            log_p = (x - top[:, None]) - log_total[:, None]
+            by_x = tl.where(log_p == float("-inf"), 0.0, -tl.exp(log_p) * (log_p + value[:, None]))
+            place = offset[:, None] + (column * class_stride)[None, :]
+            tl.store(to_logits + place, narrow(factor[:, None] * by_x, to_logits), mask=mask)
