@@ -6,8 +6,6 @@
 namespace fedkern::cuda {
 namespace {
 
-constexpr int kTogether = 4;  // vectors whose elements are on their way at once
-
 struct Mean {
   Table<> x;
   Weights<> weight;

@@ -298,7 +298,7 @@ void sorted_mean(const Uploads& x, const UploadWeights* weights, int low, int hi
   const bool words = from.aligned >= 4 && alignment(out) >= 4;
   const int kept = high - low;
   Sorted a{x.dtype, from.count, words, low, high, (kept & (kept - 1)) == 0 ? 1.0 / kept : 0.0, x.size, x.stride, out, {}};
-  for (int m = 0; m < from.count; ++m) a.vector[m] = from.matrix ? from.first + m * from.row_bytes : from.each[m];
+  std::copy_n(from.each, kMostSorted, a.vector);
   if (!weights) {
     if (x.dtype == DType::f64) return launch_sorted<One<double>>(a, queue);
     if (x.dtype == DType::f32) return launch_sorted<One<float>>(a, queue);

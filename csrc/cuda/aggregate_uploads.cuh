@@ -10,40 +10,35 @@
 
 namespace fedkern::cuda {
 
-// At most Most vectors, as a kernel's parameter.
+inline constexpr int kTogether = 4;  // vectors whose elements are on their way at once
+
+// At most Most vectors, as a kernel's parameter; the last one's address stands for those that are missing.
 template <int Most = kTable>
 struct Table {
   DType dtype;
   int count;
   int aligned;  // every vector starts at a multiple of so many bytes, at most 16; 0 where the stride is not 1
-  bool matrix;  // rows from `first` on, else `each`
-  std::int64_t size, stride, row_bytes;
-  const char* first;
+  std::int64_t size, stride;
   const void* each[Most];
 
-  __device__ __forceinline__ const void* operator[](int m) const { return matrix ? first + m * row_bytes : each[m]; }
+  __device__ __forceinline__ const void* operator[](int m) const { return each[m]; }
 };
 
 // The vectors [begin, begin + count).
 template <int Most = kTable>
 inline Table<Most> table(const Uploads& x, std::int64_t begin, std::int64_t count) {
-  const std::int64_t item = static_cast<std::int64_t>(item_size(x.dtype));
+  const std::int64_t row_bytes = x.size ? x.row_stride * static_cast<std::int64_t>(item_size(x.dtype)) : 0;
   Table<Most> result;
   result.dtype = x.dtype;
   result.count = static_cast<int>(count);
   result.size = x.size;
   result.stride = x.stride;
-  result.row_bytes = x.row_stride * item;
-  result.matrix = x.first.present;
-  result.first = static_cast<const char*>(x.first.data) + (x.size ? begin * result.row_bytes : 0);
   std::uintptr_t places = 16;
-  if (!result.matrix)
-    for (std::int64_t m = 0; m < count; ++m) {
-      result.each[m] = x.each[static_cast<std::size_t>(begin + m)];
-      places |= reinterpret_cast<std::uintptr_t>(result.each[m]);
-    }
-  else
-    places |= reinterpret_cast<std::uintptr_t>(result.first) | (count > 1 ? static_cast<std::uintptr_t>(result.row_bytes) : 0);
+  for (std::int64_t m = 0; m < Most; ++m) {
+    const std::int64_t from = begin + std::min(m, count - 1);
+    result.each[m] = !count ? nullptr : x.first.present ? static_cast<const char*>(x.first.data) + from * row_bytes : x.each[static_cast<std::size_t>(from)];
+    places |= reinterpret_cast<std::uintptr_t>(result.each[m]);
+  }
   result.aligned = x.stride == 1 ? alignment(places) : 0;
   return result;
 }
@@ -165,5 +160,10 @@ class Tallies {
 };
 
 inline constexpr std::int64_t kTileElements = kBlock * kPack;
+
+// Blocks that a workspace of `each` numbers per block allows.
+inline std::int64_t blocks_for(std::int64_t units, std::int64_t each, const Queue& queue) {
+  return std::max<std::int64_t>(1, std::min(grid(units, 1, queue, 8), kAggregateWorkspace / each));
+}
 
 }  // namespace fedkern::cuda

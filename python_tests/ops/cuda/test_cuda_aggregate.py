@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -319,7 +320,7 @@ def test_no_elements_of_more_vectors_than_one_launch_takes(device: torch.device)
 
 
 @pytest.mark.parametrize("case", ["plain", "far", "very far", "unused", "nan", "equal"])
-@pytest.mark.parametrize("count", [2, 7, 33])
+@pytest.mark.parametrize("count", [2, 7, 10, 33])
 def test_geometric_median(device: torch.device, count: int, case: str) -> None:
     """Where vectors are drawn in before their products are taken, too ("very far")."""
     rows = torch.randn(count, 203, generator=torch.Generator().manual_seed(count))
@@ -336,3 +337,38 @@ def test_geometric_median(device: torch.device, count: int, case: str) -> None:
     got = ops.geometric_median(rows.to(device), weights).cpu()
     with ops.use_backend("reference"):
         torch.testing.assert_close(got, ops.geometric_median(rows, weights), equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def special(rows: Tensor, kind: str) -> Tensor:
+    """Rows with NaN in one vector, an infinity in all (a causal mask), or infinities of one vector and of two."""
+    rows = rows.clone()
+    if kind == "nan":
+        rows[1, -1] = torch.nan
+    if kind == "mask":
+        rows[:, 3::5] = -torch.inf
+    if kind == "infinities":
+        rows[2, 2] = torch.inf
+        rows[::3, -2] = torch.inf
+    return rows
+
+
+COUNTS = [(1, 2, 3, 5, 6, 9, 10, 11, 15, 20, 64), pytest.param(range(1, 65), marks=pytest.mark.exhaustive)]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=["some", "all"])
+@pytest.mark.parametrize("kind", ["plain", "nan", "mask", "infinities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_distances(device: torch.device, dtype: torch.dtype, kind: str, counts: Sequence[int]) -> None:
+    """Of vectors that lie side by side, of odd addresses and of other strides."""
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    every = special(torch.randn(64, 607, generator=torch.Generator().manual_seed(5)).to(dtype), kind)
+    longer = torch.zeros(64, 609, dtype=dtype, device=device)
+    odd = longer[:, 1:608].copy_(every)
+    spread = torch.zeros(64, 2 * 607, dtype=dtype, device=device)[:, ::2].copy_(every)
+    expected = PLAIN.squared_distances(every.double())
+    for count in counts:
+        vectors = (every[:count].to(device), list(odd[:count]), spread[:count])[count % 3]
+        got = served.squared_distances(vectors).cpu()
+        torch.testing.assert_close(got, expected[:count, :count], rtol=1e-12, atol=0, equal_nan=True)
+        assert torch.equal(got.nan_to_num(7.0), got.t().nan_to_num(7.0))
+    torch.testing.assert_close(served.distances(vectors).cpu(), got.sqrt(), rtol=1e-15, atol=0, equal_nan=True)
