@@ -113,6 +113,15 @@ bool squared_distances(py::handle vectors, bool root, py::handle out, py::handle
   return true;
 }
 
+bool krum_shares(py::handle vectors, int byzantine, int keep, py::handle shares, py::handle workspace, std::uintptr_t stream) {
+  VectorList x = vectors_of(vectors);
+  if (!x.alike) return false;
+  at_most(x, cuda::kMostSorted);
+  double *const to = doubles_of(shares, x.count), *const space = doubles_of(workspace, cuda::kAggregateWorkspace);
+  cuda::krum_shares(uploads(x), byzantine, keep, to, space, place(x.gpu, stream));
+  return true;
+}
+
 bool geometric_shares(py::handle vectors, py::handle weights, std::int64_t iterations, double tolerance, double smoothing, py::handle shares,
                       py::handle workspace, std::uintptr_t stream) {
   VectorList x = vectors_of(vectors);
@@ -166,6 +175,7 @@ void bind_cuda_aggregate(py::module_& module) {
   module.def("server_step", server_step);
   module.def("squared_distances_to", squared_distances_to);
   module.def("squared_distances", squared_distances);
+  module.def("krum_shares", krum_shares);
   module.def("geometric_shares", geometric_shares);
   module.def("sorted_mean", sorted_mean);
   module.def("scale_and_noise", scale_and_noise);

@@ -35,16 +35,22 @@ __device__ __forceinline__ void mean_of(const Mean& a, double total, std::int64_
   }
   const std::int64_t from = N > 1 ? at : at * a.x.stride;
   for (int begin = 0; begin < a.x.count; begin += kTogether) {
+    double weight[kTogether];
     Pack<T, N> x[kTogether];
 #pragma unroll
-    for (int k = 0; k < kTogether; ++k) x[k] = load_pack<T, N>(a.x[std::min(begin + k, a.x.count - 1)], from);
+    for (int k = 0; k < kTogether; ++k) weight[k] = begin + k < a.x.count ? a.weight[begin + k] : 0.0;
+    // A vector of weight zero is not read (Krum keeps few of many) and adds nothing: a sum is never -0.
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
-      const double weight = begin + k < a.x.count ? a.weight[begin + k] : 0.0;
-      if (weight == 0) x[k] = {};  // adds nothing: a sum is never -0
-#pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] = __dadd_rn(sum[i], __dmul_rn(weight, widen<double>(x[k].lane[i])));
+      if (weight[k] != 0)
+        x[k] = load_pack<T, N>(a.x[begin + k], from);
+      else
+        x[k] = {};
     }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k)
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] = __dadd_rn(sum[i], __dmul_rn(weight[k], widen<double>(x[k].lane[i])));
   }
   if constexpr (N <= 2) {
     if (!a.call.out.present) return store_as<double>(a.call.sums, at, sum);

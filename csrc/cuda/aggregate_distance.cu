@@ -1,4 +1,4 @@
-// aggregate on CUDA: squared distances between vectors, to a point and from the origin, and the shares that geometric
+// aggregate on CUDA: squared distances between vectors, to a point and from the origin, and the shares that Krum and geometric
 // medians give to vectors by them.
 #include <type_traits>
 
@@ -179,6 +179,39 @@ __global__ void __launch_bounds__(kBlock) finish_distances(const double* partial
   if (Warp::lane() == 0) out[element] = root ? sqrt(sum) : sum;
 }
 
+// Krum's shares: 1 for the vectors that it keeps, 0 for the others, all NaN where a kept score is infinite: _shares() of
+// fedkern/ops/_aggregate/distances.py. Distances that are not finite count as infinite.
+__global__ void __launch_bounds__(kBlock) krum_kernel(const double* squared, int count, int byzantine, int keep, double* shares) {
+  __shared__ double ascending[kMostSorted * kMostSorted], score[kMostSorted];
+  const auto away = [&](int m, int k) {
+    const double x = squared[m * count + k];
+    return x == x ? x : INFINITY;
+  };
+  for (int pair = static_cast<int>(threadIdx.x); pair < count * count; pair += kBlock) {
+    const int m = pair / count, k = pair % count;
+    if (m == k) continue;
+    const double own = away(m, k);
+    int place = 0;
+    for (int other = 0; other < count; ++other) place += other != m && (away(m, other) < own || (away(m, other) == own && other < k));
+    ascending[m * count + place] = own;
+  }
+  __syncthreads();
+  const int m = static_cast<int>(threadIdx.x);
+  if (m < count) {
+    double sum = 0;
+    for (int place = 0; place < count - byzantine - 2; ++place) sum += ascending[m * count + place];
+    score[m] = sum;
+  }
+  __syncthreads();
+  if (m >= count) return;
+  int place = 0, finite = 0;
+  for (int k = 0; k < count; ++k) {
+    place += score[k] < score[m] || (score[k] == score[m] && k < m);
+    finite += score[k] < INFINITY;
+  }
+  shares[m] = finite < keep ? NAN : place < keep ? 1.0 : 0.0;
+}
+
 // The rest of a geometric median is one block's: a thread has a vector, and what it does is in
 // fedkern/ops/_aggregate/distances.py and robust_reference.py.
 static_assert(kTable <= kBlock);
@@ -318,6 +351,14 @@ void distances(const Uploads& x, bool root, const MedianStart* drawn, double* ou
 void squared_distances(const Uploads& x, bool root, double* out, double* workspace, const Place& place) {
   const DeviceGuard guard(place.device);
   distances(x, root, nullptr, out, workspace, {place.device, place.stream});
+}
+
+void krum_shares(const Uploads& x, int byzantine, int keep, double* shares, double* workspace, const Place& place) {
+  const DeviceGuard guard(place.device);
+  const Queue queue{place.device, place.stream};
+  double* const squared = workspace + kAggregateWorkspace - kMostSorted * kMostSorted;
+  distances(x, false, nullptr, squared, workspace, queue);
+  launch("krum", krum_kernel, 1, kBlock, queue, squared, static_cast<int>(x.count), byzantine, keep, shares);
 }
 
 void geometric_shares(const Uploads& x, const double* weights, std::int64_t iterations, double tolerance, double smoothing, double* shares,

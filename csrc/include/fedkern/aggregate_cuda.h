@@ -69,6 +69,9 @@ void squared_distances_to(const Uploads& x, const Optional<const double>& point,
 // out [M, M]; with `root` the distances themselves; at most kMostSorted vectors.
 void squared_distances(const Uploads& x, bool root, double* out, double* workspace, const Place& place);
 
+// The shares [M] of the mean that Krum takes; at most kMostSorted vectors.
+void krum_shares(const Uploads& x, int byzantine, int keep, double* shares, double* workspace, const Place& place);
+
 // The shares [M] of the geometric median; weights [M] on the device; iterations > 0; at most kMostSorted vectors.
 void geometric_shares(const Uploads& x, const double* weights, std::int64_t iterations, double tolerance, double smoothing, double* shares,
                       double* workspace, const Place& place);

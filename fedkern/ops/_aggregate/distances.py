@@ -187,16 +187,18 @@ def _run_krum(vectors: list[Tensor], byzantine: int, keep: int) -> Tensor:
 
 
 def _krum(kernel: PlainAggregate, vectors: Vectors, byzantine: int, keep: int) -> Tensor:
-    squared = kernel.squared_distances(vectors)
     if kernel.host:
-        chosen = _krum_weights(squared, byzantine, keep)
+        chosen = _krum_weights(kernel.squared_distances(vectors), byzantine, keep)
         if keep == 1 and size_of(vectors) <= SHORT:
             return vectors[chosen.index(1.0)].clone()
         return kernel.weighted_mean(vectors, chosen, None)
-    scores = _scores(squared, byzantine)
-    if scores.device.type == "cpu":
-        _check_scores(scores.tolist(), keep)
-    return _mean(vectors, _shares(scores, keep))
+    shares = kernel.krum_shares(vectors, byzantine, keep)
+    if shares is None:
+        scores = _scores(kernel.squared_distances(vectors), byzantine)
+        if scores.device.type == "cpu":
+            _check_scores(scores.tolist(), keep)
+        shares = _shares(scores, keep)
+    return _mean(vectors, shares)
 
 
 def _shares(scores: Tensor, keep: int) -> Tensor:

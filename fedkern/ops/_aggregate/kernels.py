@@ -154,6 +154,14 @@ class AggregateKernels(PlainAggregate, Launcher):
         self._call(self.core.squared_distances_to, vectors, point, result, self._workspace(one), self.at(one))
         return result
 
+    def krum_shares(self, vectors: Vectors, byzantine: int, keep: int) -> Tensor | None:
+        if self.host or count_of(vectors) > self.core.aggregate_sorted:
+            return None
+        one = rows_or_stack(vectors)[0]
+        shares = self._per_vector(count_of(vectors), one)
+        self._call(self.core.krum_shares, vectors, byzantine, keep, shares, self._workspace(one), self.at(one))
+        return shares
+
     def geometric_shares(
         self, vectors: Vectors, weights: Tensor, iterations: int, tolerance: float, smoothing: float
     ) -> Tensor | None:

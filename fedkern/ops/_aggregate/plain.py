@@ -120,6 +120,13 @@ class PlainAggregate:
             point = torch.zeros_like(vectors[0], dtype=torch.float64)
         return robust.squared_distances_to_reference(vectors, point)
 
+    def krum_shares(self, vectors: Vectors, byzantine: int, keep: int) -> Tensor | None:
+        """fp64 ``[M]``: 1 for the vectors that Krum keeps, 0 for the others, where a kernel chooses them; else None.
+
+        All are NaN where fewer than ``keep`` scores are finite.
+        """
+        return None
+
     def geometric_shares(
         self, vectors: Vectors, weights: Tensor, iterations: int, tolerance: float, smoothing: float
     ) -> Tensor | None:

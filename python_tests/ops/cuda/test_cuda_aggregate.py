@@ -12,6 +12,7 @@ from operator_cases import DTYPES, assert_close, describe, pairwise
 from torch import Tensor
 
 from fedkern import ops
+from fedkern.ops._aggregate.distances import _scores, _shares
 from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.philox import normal
 from fedkern.ops._aggregate.plain import PLAIN
@@ -372,3 +373,37 @@ def test_distances(device: torch.device, dtype: torch.dtype, kind: str, counts: 
         torch.testing.assert_close(got, expected[:count, :count], rtol=1e-12, atol=0, equal_nan=True)
         assert torch.equal(got.nan_to_num(7.0), got.t().nan_to_num(7.0))
     torch.testing.assert_close(served.distances(vectors).cpu(), got.sqrt(), rtol=1e-15, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=["some", "all"])
+@pytest.mark.parametrize("kind", ["plain", "nan", "infinities", "equal"])
+def test_krum_shares(device: torch.device, kind: str, counts: Sequence[int]) -> None:
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    every = torch.randn(64, 9, generator=torch.Generator().manual_seed(6)).bfloat16().float()
+    for count in counts:
+        if count < 3:
+            continue
+        rows = special(every[:count], kind)
+        if kind == "equal":
+            rows[1::2] = rows[1].clone()
+        for byzantine, keep in ((0, 1), ((count - 3) // 2, count - (count - 3) // 2), ((count - 3) // 3, 2)):
+            expected = _shares(_scores(PLAIN.squared_distances(rows), byzantine), keep)
+            got = served.krum_shares(rows.to(device), byzantine, keep)
+            assert torch.equal(got.cpu().nan_to_num(7.0), expected.nan_to_num(7.0)), (count, byzantine, keep)
+
+
+def test_krum_of_too_few_finite_scores_is_nan(device: torch.device) -> None:
+    rows = torch.randn(6, 9, generator=torch.Generator().manual_seed(7))
+    for m in range(5):
+        rows[m, m] = torch.inf
+    assert ops.krum(rows.to(device), 1, 2).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_vector_of_weight_zero_on_the_device_adds_nothing(device: torch.device, dtype: torch.dtype) -> None:
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    rows = torch.randn(7, 101, generator=torch.Generator().manual_seed(8)).to(dtype)
+    rows[[0, 4, 6]] = torch.nan
+    weights = torch.tensor([0.0, 2.0, 1.0, 0.5, 0.0, 3.0, 0.0], dtype=torch.float64)
+    expected = PLAIN.weighted_mean(rows, weights.tolist(), None)
+    assert torch.equal(served.weighted_mean(rows.to(device), weights.to(device), None).cpu(), expected)
