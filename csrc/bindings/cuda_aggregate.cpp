@@ -82,6 +82,7 @@ void exact_mean(py::handle digits, py::handle top, double total, py::handle out,
   cuda::exact_mean(dtype, to.shape[0], exact_state(digits, top, to.shape[0]), total, dense(out, to.shape[0]).data, place(to.gpu(), stream));
 }
 
+// norms, cosines, workspace: None where nobody asks for them.
 bool server_step(py::handle vectors, py::handle weights, py::handle global, int rule, double learning_rate, double beta1, double beta2, double tau,
                  py::handle first, py::handle second, py::handle out, py::handle norms, py::handle cosines, py::handle workspace, std::uintptr_t stream) {
   VectorList x = vectors_of(vectors);
@@ -89,7 +90,9 @@ bool server_step(py::handle vectors, py::handle weights, py::handle global, int 
   at_most(x, cuda::kTable);
   const ServerTensors t(x, rule, global, first, second, out);
   const cuda::ServerStep call{static_cast<ServerRule>(rule), learning_rate, beta1, beta2, tau, t.global, t.first, t.second, t.state, t.state, t.out.data,
-                              t.out.dtype, doubles_of(norms, x.count), doubles_of(cosines, x.count), doubles_of(workspace, cuda::kAggregateWorkspace)};
+                              t.out.dtype, optional_doubles(norms, x.count).data, optional_doubles(cosines, x.count).data,
+                              optional_doubles(workspace, cuda::kAggregateWorkspace).data};
+  require(!call.norms == !call.cosines && !call.norms == !call.workspace, "norms, cosines and their workspace go together");
   cuda::server_step(uploads(x), weights_of(weights, x.count), call, place(x.gpu, stream));
   return true;
 }

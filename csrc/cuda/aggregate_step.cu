@@ -1,4 +1,6 @@
 // aggregate on CUDA: the server optimisers, with norms of the vectors' deltas and their cosines to the mean delta.
+#include <type_traits>
+
 #include "aggregate_uploads.cuh"
 
 namespace fedkern::cuda {
@@ -11,42 +13,36 @@ struct Step {
   ServerStep call;
 };
 
-// What is added to the global model; `one` and `two` are the optimiser's state.
-__device__ __forceinline__ double update(const ServerStep& a, double mean, double& one, double& two) {
-  if (a.rule == ServerRule::mean) return a.learning_rate * mean;
-  if (a.rule == ServerRule::momentum) {
-    one = a.beta1 * one + mean;
-    return a.learning_rate * one;
-  }
-  one = a.beta1 * one + (1 - a.beta1) * mean;
-  const double square = mean * mean;
-  if (a.rule == ServerRule::adam)
-    two = a.beta2 * two + (1 - a.beta2) * square;
-  else if (a.rule == ServerRule::yogi)
-    two -= (1 - a.beta2) * square * (two > square ? 1.0 : two < square ? -1.0 : two - square);
-  else
-    two += square;
-  return a.learning_rate * one / (sqrt(two) + a.tau);
+// Where a thread's sums for norms and cosines are: in registers for up to kHeld vectors, else added up over warps and in shared memory.
+enum class Sums { none, held, shared };
+
+// Elements of a thread: more, which are all computed in fp64, would fill its registers.
+template <typename T>
+inline constexpr int kEach = sizeof(T) == 8 ? 2 : 4;
+template <typename T>
+inline constexpr int kStepTile = kBlock * kEach<T>;
+constexpr int kHeld = 10, kLoaded = 5;  // of these vectors so many are on their way at once
+
+// x - from, and 0 between equal infinities where `from` may be one. Compared as they are: fp64 has fewer units.
+template <bool Finite, typename T>
+__device__ __forceinline__ double apart(T x, T from, double wide) {
+  using C = typename Computed<T>::type;
+  if (!Finite && widen<C>(x) == widen<C>(from)) return 0.0;
+  return widen<double>(x) - wide;
 }
 
-// x - from, with equal infinities at no distance; `wide` is `from`. Compared as they are: fp64 has fewer units.
-template <typename C>
-__device__ __forceinline__ double apart(C x, C from, double wide) {
-  return x == from ? 0.0 : static_cast<double>(x) - wide;
-}
-
-template <bool Full, int N>
-__device__ __forceinline__ void load_state(const Tile<N>& tile, const Optional<void>& state, DType dtype, double (&x)[kPack]) {
+template <bool Full, int N, int E>
+__device__ __forceinline__ void load_state(const Tile<N, E>& tile, const Optional<void>& state, DType dtype, double (&x)[E]) {
   if (!state.present) return;
   if (dtype == DType::f64) return tile.template load<double, Full>(state.data, 1, x);
-  float narrow[kPack];
+  float narrow[E];
   tile.template load<float, Full>(state.data, 1, narrow);
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) x[i] = narrow[i];
+  for (int i = 0; i < E; ++i) x[i] = narrow[i];
 }
 
-template <bool Full, int N>
-__device__ __forceinline__ void store_any(const Tile<N>& tile, void* data, DType dtype, const double (&x)[kPack]) {
+template <bool Full, int N, int E>
+__device__ __forceinline__ void store_any(const Tile<N, E>& tile, void* data, DType dtype, const double (&x)[E]) {
   switch (dtype) {
     case DType::bf16: return tile.template store<__nv_bfloat16, Full>(data, x);
     case DType::f16: return tile.template store<__half, Full>(data, x);
@@ -55,73 +51,147 @@ __device__ __forceinline__ void store_any(const Tile<N>& tile, void* data, DType
   }
 }
 
-// A tile is read twice, for the mean delta and for the products with it; the second time from the caches.
-template <typename T, int N, bool Full>
-__device__ __forceinline__ void step_tile(const Step& a, const Tile<N>& tile, double total, Tallies<2>& tally, double& square) {
-  using C = typename Computed<T>::type;
-  T raw[kPack], x[kTogether][kPack];
-  C before[kPack];
-  double old[kPack], mean[kPack] = {}, sum[kTogether];
-  tile.template load<T, Full>(a.call.global, 1, raw);
+// model += the update; `one` and `two` are the optimiser's state.
+template <int E>
+__device__ __forceinline__ void update(const ServerStep& a, const double (&mean)[E], double (&one)[E], double (&two)[E], double (&model)[E]) {
+  if (a.rule == ServerRule::mean || a.rule == ServerRule::momentum) {
+    const bool momentum = a.rule == ServerRule::momentum;
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) old[i] = before[i] = widen<C>(raw[i]);
-  const auto load = [&](int begin) {
-#pragma unroll
-    for (int k = 0; k < kTogether; ++k) tile.template load<T, Full>(a.x[std::min(begin + k, a.x.count - 1)], a.x.stride, x[k]);
-  };
-  for (int begin = 0; begin < a.x.count; begin += kTogether) {
-    load(begin);
-#pragma unroll
-    for (int k = 0; k < kTogether; ++k) {
-      const double weight = begin + k < a.x.count ? a.weight[begin + k] : 0.0;
-      double delta[kPack];
-      sum[k] = 0;
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) delta[i] = apart(widen<C>(x[k][i]), before[i], old[i]), sum[k] += delta[i] * delta[i];
-      if (weight != 0) {
-#pragma unroll
-        for (int i = 0; i < kPack; ++i) mean[i] += weight * delta[i];
-      }
+    for (int i = 0; i < E; ++i) {
+      if (momentum) one[i] = fma(a.beta1, one[i], mean[i]);
+      model[i] = fma(a.learning_rate, momentum ? one[i] : mean[i], model[i]);
     }
-    tally.add(begin, 0, sum);
+    return;
+  }
+  double square[E];
+#pragma unroll
+  for (int i = 0; i < E; ++i) one[i] = fma(a.beta1, one[i], (1 - a.beta1) * mean[i]), square[i] = mean[i] * mean[i];
+  if (a.rule == ServerRule::adam) {
+#pragma unroll
+    for (int i = 0; i < E; ++i) two[i] = fma(a.beta2, two[i], (1 - a.beta2) * square[i]);
+  } else if (a.rule == ServerRule::yogi) {
+#pragma unroll
+    for (int i = 0; i < E; ++i) two[i] -= (1 - a.beta2) * square[i] * (two[i] > square[i] ? 1.0 : two[i] < square[i] ? -1.0 : two[i] - square[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < E; ++i) two[i] += square[i];
   }
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    mean[i] = Full || tile.at(i / N) + i % N < tile.size ? mean[i] / total : 0.0;
-    square += mean[i] * mean[i];
-  }
-  for (int begin = 0; begin < a.x.count; begin += kTogether) {
-    load(begin);
-#pragma unroll
-    for (int k = 0; k < kTogether; ++k) {
-      sum[k] = 0;
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) sum[k] += apart(widen<C>(x[k][i]), before[i], old[i]) * mean[i];
-    }
-    tally.add(begin, 1, sum);
-  }
-  double one[kPack] = {}, two[kPack] = {};
-  load_state<Full>(tile, a.call.first, a.call.first_dtype, one);
-  load_state<Full>(tile, a.call.second, a.call.second_dtype, two);
-#pragma unroll
-  for (int i = 0; i < kPack; ++i) old[i] += update(a.call, mean[i], one[i], two[i]);
-  if (a.call.first.present) store_any<Full>(tile, a.call.first.data, a.call.first_dtype, one);
-  if (a.call.second.present) store_any<Full>(tile, a.call.second.data, a.call.second_dtype, two);
-  store_any<Full>(tile, a.call.out, a.call.out_dtype, old);
+  for (int i = 0; i < E; ++i) model[i] += a.learning_rate * one[i] / (sqrt(two[i]) + a.tau);
 }
 
-// Leaves [block][M][squares of the deltas, products with the mean], then [block] the squares of the mean.
-template <typename T, int N>
-__global__ void __launch_bounds__(kBlock, 2) step_kernel(const __grid_constant__ Step a) {
-  __shared__ double tallies[kTable * 2 * kWarps];
+// Sums of squares and products of up to kHeld vectors in a thread's registers.
+struct HeldSums {
+  double sum[2][kHeld / kLoaded][kLoaded];
+
+  // to[m * 2 + value], of the block
+  __device__ __forceinline__ void leave(double* to, int count) const {
+    double all[2 * kHeld];
+#pragma unroll
+    for (int i = 0; i < 2 * kHeld; ++i) all[i] = sum[i % 2][i / 2 / kLoaded][i / 2 % kLoaded];
+    Group<kBlock>::sum_all(all);
+    if (threadIdx.x) return;
+#pragma unroll
+    for (int i = 0; i < 2 * kHeld; ++i)
+      if (i < 2 * count) to[i] = all[i];
+  }
+};
+
+// The thread's elements of a tile. Fast: the tile is full, and all elements of the global model in the warp are finite. Vectors are
+// read twice where there are sums, for the mean delta and for the products with it; the second time from the caches.
+template <typename T, int N, Sums S, bool Fast>
+__device__ __forceinline__ void step_tile(const Step& a, const Tile<N, kEach<T>>& tile, const T (&before)[kEach<T>], const double* weight,
+                                          double total, Tallies<2>& tally, HeldSums& held, double& square) {
+  constexpr int E = kEach<T>;
+  double old[E], mean[E] = {};
+#pragma unroll
+  for (int i = 0; i < E; ++i) old[i] = widen<double>(before[i]);
+
+  // Of the vectors from `begin` on: sums of squared deltas, or of products with the mean.
+  const auto walk = [&](auto products, int begin, auto& sum) {
+    constexpr bool second = decltype(products)::value;
+    constexpr int G = std::extent_v<std::remove_reference_t<decltype(sum)>>;
+    T x[G][E];
+    const auto wanted = [&](int k) { return S == Sums::none ? weight[begin + k] != 0 : begin + k < a.x.count; };
+#pragma unroll
+    for (int k = 0; k < G; ++k)
+      if (wanted(k)) tile.template load<T, Fast>(a.x[begin + k], a.x.stride, x[k]);
+#pragma unroll
+    for (int k = 0; k < G; ++k) {
+      if (!wanted(k)) continue;
+      double delta[E];
+#pragma unroll
+      for (int i = 0; i < E; ++i) {
+        delta[i] = apart<Fast>(x[k][i], before[i], old[i]);
+        if constexpr (S != Sums::none) sum[k] = fma(delta[i], second ? mean[i] : delta[i], sum[k]);
+      }
+      if (second || weight[begin + k] == 0) continue;
+#pragma unroll
+      for (int i = 0; i < E; ++i) mean[i] = fma(weight[begin + k], delta[i], mean[i]);
+    }
+  };
+  const auto pass = [&](auto products) {
+    constexpr int value = decltype(products)::value;
+    if constexpr (S == Sums::held) {
+#pragma unroll
+      for (int group = 0; group < kHeld / kLoaded; ++group)
+        if (group * kLoaded < a.x.count) walk(products, group * kLoaded, held.sum[value][group]);
+    } else {
+      for (int begin = 0; begin < a.x.count; begin += kTogether) {
+        double sum[kTogether] = {};
+        walk(products, begin, sum);
+        if constexpr (S == Sums::shared) tally.add(begin, value, sum);
+      }
+    }
+  };
+  pass(std::false_type{});
+#pragma unroll
+  for (int i = 0; i < E; ++i) mean[i] /= total;
+  if constexpr (S != Sums::none) {
+#pragma unroll
+    for (int i = 0; i < E; ++i) square = fma(mean[i], mean[i], square);
+    pass(std::true_type{});
+  }
+  double one[E] = {}, two[E] = {};
+  load_state<Fast>(tile, a.call.first, a.call.first_dtype, one);
+  load_state<Fast>(tile, a.call.second, a.call.second_dtype, two);
+  update(a.call, mean, one, two, old);
+  if (a.call.first.present) store_any<Fast>(tile, a.call.first.data, a.call.first_dtype, one);
+  if (a.call.second.present) store_any<Fast>(tile, a.call.second.data, a.call.second_dtype, two);
+  store_any<Fast>(tile, a.call.out, a.call.out_dtype, old);
+}
+
+// Leaves, where it takes sums, [block][M][squares of the deltas, products with the mean], then [block] the squares of the mean.
+template <typename T, int N, Sums S>
+__global__ void __launch_bounds__(kBlock, S == Sums::none ? 3 : 2) step_kernel(const __grid_constant__ Step a) {
+  __shared__ double weight[kTable], tallies[S == Sums::shared ? kTable * 2 * kWarps : 1];
+  for (int m = static_cast<int>(threadIdx.x); m < kTable; m += kBlock) weight[m] = m < a.x.count ? a.weight[m] : 0.0;
+  __syncthreads();
   Tallies<2> tally(tallies, a.x.count);
+  if constexpr (S == Sums::shared) tally.clear();
+  HeldSums held = {};
   const double total = a.total();
   double square = 0;
-  for (std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kTileElements; begin < a.x.size; begin += gridDim.x * kTileElements) {
-    const Tile<N> tile{begin, a.x.size};
-    begin + kTileElements <= a.x.size ? step_tile<T, N, true>(a, tile, total, tally, square) : step_tile<T, N, false>(a, tile, total, tally, square);
+  for (std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kStepTile<T>; begin < a.x.size; begin += gridDim.x * kStepTile<T>) {
+    const Tile<N, kEach<T>> tile{begin, a.x.size};
+    T before[kEach<T>];
+    bool fast = begin + kStepTile<T> <= a.x.size;
+    if (fast) {
+      tile.template load<T, true>(a.call.global, 1, before);
+      typename Computed<T>::type odd = 0;  // NaN where one of them is not finite
+#pragma unroll
+      for (int i = 0; i < kEach<T>; ++i) odd += widen<decltype(odd)>(before[i]) - widen<decltype(odd)>(before[i]);
+      fast = !__any_sync(kEveryLane, odd != 0);
+    } else {
+      tile.template load<T, false>(a.call.global, 1, before);
+    }
+    fast ? step_tile<T, N, S, true>(a, tile, before, weight, total, tally, held, square)
+         : step_tile<T, N, S, false>(a, tile, before, weight, total, tally, held, square);
   }
-  tally.leave(a.call.workspace + static_cast<std::int64_t>(blockIdx.x) * 2 * a.x.count);
+  if constexpr (S == Sums::none) return;
+  double* const to = a.call.workspace + static_cast<std::int64_t>(blockIdx.x) * 2 * a.x.count;
+  if constexpr (S == Sums::shared) tally.leave(to);
+  if constexpr (S == Sums::held) held.leave(to, a.x.count);
   square = Group<kBlock>::sum(square);
   if (threadIdx.x == 0) a.call.workspace[static_cast<std::int64_t>(gridDim.x) * 2 * a.x.count + blockIdx.x] = square;
 }
@@ -147,13 +217,21 @@ void server_step(const Uploads& x, const UploadWeights& weights, const ServerSte
   const DeviceGuard guard(place.device);
   const Queue queue{place.device, place.stream};
   const Step a{table(x, 0, x.count), weights_of(weights, 0, x.count), total_of(x, weights), call};
-  const bool packed = a.x.aligned == 16 && aligned16(call.global) && aligned16(call.out) && aligned16(call.first.data) && aligned16(call.second.data);
-  const std::int64_t tiles = (x.size + kTileElements - 1) / kTileElements, blocks = blocks_for(tiles, 2 * x.count + 1, queue);
+  std::int64_t blocks = 0;
   with_type(x.dtype, [&](auto type) {
     using T = decltype(type);
-    launch("server_step", packed ? step_kernel<T, kLanes<T>> : step_kernel<T, 1>, blocks, kBlock, queue, a);
+    constexpr int N = kEach<T>;
+    blocks = blocks_for((x.size + kStepTile<T> - 1) / kStepTile<T>, 2 * x.count + 1, queue, 6);
+    const auto fits = [](int aligned, DType dtype) { return aligned >= std::min(16, N * static_cast<int>(item_size(dtype))); };
+    const bool packed = fits(a.x.aligned, x.dtype) && fits(alignment(call.global), x.dtype) && fits(alignment(call.out), call.out_dtype) &&
+                        fits(alignment(call.first.data), call.first_dtype) && fits(alignment(call.second.data), call.second_dtype);
+    const auto pick = [&](auto packs) {
+      constexpr int n = decltype(packs)::value;
+      return !call.norms ? step_kernel<T, n, Sums::none> : x.count <= kHeld ? step_kernel<T, n, Sums::held> : step_kernel<T, n, Sums::shared>;
+    };
+    launch("server_step", packed ? pick(std::integral_constant<int, N>{}) : pick(std::integral_constant<int, 1>{}), blocks, kBlock, queue, a);
   });
-  launch("server_step_norms", finish_step, x.count, kBlock, queue, call, blocks, static_cast<int>(x.count));
+  if (call.norms) launch("server_step_norms", finish_step, x.count, kBlock, queue, call, blocks, static_cast<int>(x.count));
 }
 
 }  // namespace fedkern::cuda

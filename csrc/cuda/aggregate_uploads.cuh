@@ -77,16 +77,16 @@ struct Total {
 };
 inline Total total_of(const Uploads& x, const UploadWeights& weights) { return {weights.total, weights.device, x.count}; }
 
-// A thread's kPack elements of a tile: packs of N, kBlock packs apart, so that a warp's accesses touch whole sectors. Unless the
+// A thread's Each elements of a tile: packs of N, kBlock packs apart, so that a warp's accesses touch whole sectors. Unless the
 // tile is Full, elements from `size` on are 0 and stay unwritten.
-template <int N>
+template <int N, int Each = kPack>
 struct Tile {
-  static constexpr int packs = kPack / N;
+  static constexpr int packs = Each / N;
   std::int64_t begin, size;
 
   __device__ __forceinline__ std::int64_t at(int pack) const { return begin + (static_cast<std::int64_t>(pack) * kBlock + threadIdx.x) * N; }
   template <typename T, bool Full>
-  __device__ __forceinline__ void load(const void* data, std::int64_t stride, T (&x)[kPack]) const {
+  __device__ __forceinline__ void load(const void* data, std::int64_t stride, T (&x)[Each]) const {
 #pragma unroll
     for (int pack = 0; pack < packs; ++pack) {
       if constexpr (Full) {
@@ -104,7 +104,7 @@ struct Tile {
     }
   }
   template <typename T, bool Full>
-  __device__ __forceinline__ void store(void* data, const double (&x)[kPack]) const {
+  __device__ __forceinline__ void store(void* data, const double (&x)[Each]) const {
 #pragma unroll
     for (int pack = 0; pack < packs; ++pack) {
       if constexpr (Full) {
@@ -130,7 +130,8 @@ template <int Values>
 class Tallies {
  public:
   // `shared`: [kTable][Values][kWarps]
-  __device__ Tallies(double* shared, int count) : shared_(shared), count_(count) {
+  __device__ Tallies(double* shared, int count) : shared_(shared), count_(count) {}
+  __device__ void clear() {
     for (int i = static_cast<int>(threadIdx.x); i < kTable * Values * kWarps; i += kBlock) shared_[i] = 0;
     __syncthreads();
   }
@@ -162,8 +163,8 @@ class Tallies {
 inline constexpr std::int64_t kTileElements = kBlock * kPack;
 
 // Blocks that a workspace of `each` numbers per block allows.
-inline std::int64_t blocks_for(std::int64_t units, std::int64_t each, const Queue& queue) {
-  return std::max<std::int64_t>(1, std::min(grid(units, 1, queue, 8), kAggregateWorkspace / each));
+inline std::int64_t blocks_for(std::int64_t units, std::int64_t each, const Queue& queue, int waves = 8) {
+  return std::max<std::int64_t>(1, std::min(grid(units, 1, queue, waves), kAggregateWorkspace / each));
 }
 
 }  // namespace fedkern::cuda

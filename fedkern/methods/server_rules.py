@@ -82,6 +82,6 @@ class ServerRule:
                 # A copy: a checkpoint of the round before may still be written from the former tensor.
                 moments[which] = torch.zeros_like(average) if kept is None else kept.clone()
         given = cast(dict[str, Any], {**moments, **self.options, "learning_rate": self.learning_rate})
-        made = ops.server_step(state["parameters"], [average], [1.0], self.name, **given)
+        made = ops.server_step(state["parameters"], [average], [1.0], self.name, similarities=False, **given)
         state.update({f"server_{which}": moment for which, moment in moments.items()})
         return made.model

@@ -245,6 +245,7 @@ def _server_steps(draw: Draw, vectors: Any, weights: list[float], dtype: torch.d
         yield Case("server_step", given)
         more = {"learning_rate": 0.5, "beta1": 0.5, "beta2": 0.9, "tau": 0.1} if states == 2 else {}
         yield Case("server_step", {**given, **more, "out": draw(0, dtype=dtype, layout="contiguous")})
+        yield Case("server_step", {**given, "similarities": False})
 
 
 def _optimised(draw: Draw) -> Iterator[Case]:

@@ -272,10 +272,12 @@ PUBLIC = {
     ),
     "server_step": Public(
         {"global_": torch.ones(6), "vectors": _VECTORS, "weights": _WEIGHTS, "rule": "adam", "first": torch.zeros(6),
-         "second": torch.zeros(6), "learning_rate": 0.1, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3, "out": None},
+         "second": torch.zeros(6), "learning_rate": 0.1, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3, "out": None,
+         "similarities": True},
         {"global_": "tensor", "vectors": "tensors", "weights": "weights", "rule": "choice", "first": "tensor",
          "second": "tensor", "learning_rate": "optional number", "beta1": "optional number",
-         "beta2": "optional number", "tau": "optional number", "out": "optional tensor"},
+         "beta2": "optional number", "tau": "optional number", "out": "optional tensor",
+         "similarities": "flag"},
     ),
     "sgd_step": Public(
         {"parameters": torch.ones(6), "gradients": torch.ones(6), "velocity": torch.zeros(6), "lr": 0.1,

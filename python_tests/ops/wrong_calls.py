@@ -91,8 +91,8 @@ def right_calls() -> dict[str, list[tuple[Any, ...]]]:
         "krum": [(vectors, 1, 2)],
         "clip_and_noise": [(vectors, torch.tensor([1.0, 0.5], dtype=torch.float64), 3, 0)],
         "server_step": [
-            (state[0], vectors, weights, 0, rule, None, None, None),
-            (state[0], vectors, weights, 2, rule, state[1], state[2], None),
+            (state[0], vectors, weights, 0, rule, None, None, None, False),
+            (state[0], vectors, weights, 2, rule, state[1], state[2], None, True),
         ],
         "optimiser_step_and_zero": [(state[0], state[1], state[2], None, None, None, None, one, plain, None)],
         "optimiser_step": [

@@ -59,8 +59,7 @@ struct ServerStep {
   DType first_dtype, second_dtype;
   void* out;
   DType out_dtype;
-  double *norms, *cosines;  // [M]
-  double* workspace;
+  double *norms, *cosines, *workspace;  // [M]; null where nobody asks for them
 };
 void server_step(const Uploads& x, const UploadWeights& weights, const ServerStep& call, const Place& place);
 

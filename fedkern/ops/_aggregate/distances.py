@@ -255,7 +255,8 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
         check_weights(weights.detach(), count)
     given = near_one(weights.to(device, torch.float64))
     kernel = select(vectors)
-    if type(kernel).squared_distances is PlainAggregate.squared_distances:  # also where Triton serves, which has none
+    # Also where Triton serves, which has none.
+    if getattr(kernel.squared_distances, "__func__", None) is PlainAggregate.squared_distances:
         return geometric_median_reference(vectors, given, iterations, tolerance, smoothing)
     if kernel.host and count <= MOST_FROM_DISTANCES:
         return _median_from_distances(kernel, vectors, given.tolist(), iterations, tolerance, smoothing)

@@ -81,15 +81,17 @@ class AggregateKernels(PlainAggregate, Launcher):
         first: Tensor | None,
         second: Tensor | None,
         out: Tensor | None,
+        similarities: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = count_of(vectors)
         if self.gpu and count > self.core.aggregate_table:
             backend.not_forced("server_step", "cuda", f"of {count} vectors")
-            return super().server_step(global_, vectors, weights, rule, first, second, out)
+            return super().server_step(global_, vectors, weights, rule, first, second, out, similarities)
         old = global_.contiguous()
         target = self.fresh(_empty_like(old)) if out is None else out
         # Two tensors: an operator's results must not share memory.
-        norms, cosines = self._per_vector(count, old), self._per_vector(count, old)
+        taken = similarities or self.host  # by the CPU's kernel in any case, from what is in its caches
+        norms, cosines = (self._per_vector(count if taken else 0, old) for _ in range(2))
         self._call(
             self.core.server_step,
             vectors,
@@ -99,12 +101,10 @@ class AggregateKernels(PlainAggregate, Launcher):
             first,
             second,
             target,
-            norms,
-            cosines,
-            self._workspace(old),
+            *((norms, cosines, self._workspace(old)) if taken else (None, None, None)),
             self.at(old),
         )
-        return target, norms, cosines
+        return (target, norms, cosines) if similarities else (target, norms[:0], cosines[:0])
 
     def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
         if self.gpu and not self._sorts(vectors, weights):

@@ -81,6 +81,7 @@ class PlainAggregate:
         first: Tensor | None,
         second: Tensor | None,
         out: Tensor | None,
+        similarities: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One round of a server optimiser, in one pass over ``vectors``; see :func:`fedkern.ops.server_step`.
 
@@ -89,10 +90,11 @@ class PlainAggregate:
 
         Returns:
             ``out`` or a new model of the vectors' dtype, the M norms of the deltas in fp64, and their M cosines to the
-            mean delta in fp64.
+            mean delta in fp64; without ``similarities`` these two are empty.
         """
         target = _target(global_.dtype if out is None else out, global_)
-        return (target, *robust.server_step_reference(global_, vectors, weights, rule, first, second, target))
+        step = robust.server_step_reference(global_, vectors, weights, rule, first, second, target, similarities)
+        return target, *step
 
     def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
         """The (weighted) mean of the values at places ``low <= k < high`` of every coordinate's ascending order.

@@ -152,11 +152,12 @@ def server_step_reference(
     first: Tensor | None,
     second: Tensor | None,
     out: Tensor,
+    similarities: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One round of FedAvg, FedAvgM, FedAdam, FedYogi or FedAdagrad in fp64; see :func:`fedkern.ops.server_step`."""
     given = as_weights(weights, global_)
     total = given.cumsum(0)[-1]
-    count = len(vectors)
+    count = len(vectors) if similarities else 0
     squares, products = (torch.zeros(count, dtype=torch.float64, device=global_.device) for _ in range(2))
     square = torch.zeros((), dtype=torch.float64, device=global_.device)
     for piece in pieces(len(global_)):
@@ -167,9 +168,10 @@ def server_step_reference(
             # A client of weight zero does not count, whatever it sent.
             mean = torch.where(weight == 0, mean, mean + weight * delta)
         mean = mean / total
-        squares += deltas.square().sum(1)
-        products += (deltas * mean).sum(1)
-        square += mean.square().sum()
+        if similarities:
+            squares += deltas.square().sum(1)
+            products += (deltas * mean).sum(1)
+            square += mean.square().sum()
         one = None if first is None else first[piece]
         two = None if second is None else second[piece]
         out[piece] = old + _update(mean, rule, one, two)

@@ -28,7 +28,15 @@ from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.rules import DEFAULTS, RULES, ServerRule
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.checks import check_device, check_number, no_vmap, refuse_gradient, share_memory, written
+from fedkern.ops._core.checks import (
+    check_device,
+    check_flag,
+    check_number,
+    no_vmap,
+    refuse_gradient,
+    share_memory,
+    written,
+)
 
 
 class ServerStep(NamedTuple):
@@ -36,9 +44,9 @@ class ServerStep(NamedTuple):
 
     Attributes:
         model: ``[P]``, the new global model.
-        norms: fp64 ``[M]``, the Euclidean norm of every client's delta.
+        norms: fp64 ``[M]``, the Euclidean norm of every client's delta; ``[0]`` with ``similarities=False``.
         cosines: fp64 ``[M]``, the cosine of the angle between every client's delta and the mean delta; 0 where either
-            of the two is zero.
+            of the two is zero.  ``[0]`` with ``similarities=False``.
     """
 
     model: Tensor
@@ -62,6 +70,7 @@ def server_step(
     beta2: float | None = None,
     tau: float | None = None,
     out: Tensor | None = None,
+    similarities: bool = True,
 ) -> ServerStep:
     """Takes one step of a server optimiser from the clients' models (FedOpt, arXiv 2003.00295, algorithm 2).
 
@@ -105,6 +114,7 @@ def server_step(
         tau: added to ``sqrt(v)``, at least 0.
         out: tensor ``[P]`` that receives the new model, in any of the four dtypes and any stride; the model is rounded
             to its dtype.  It may be ``global_`` or a vector.
+        similarities: False leaves out norms and cosines, which then are empty.  The model has the same bits.
 
     Returns:
         :class:`ServerStep`; its model is in the vectors' dtype, or ``out``.  A NaN or infinity in a client's model
@@ -115,6 +125,7 @@ def server_step(
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
+    check_flag(similarities, "similarities")
     if not isinstance(weights, Tensor) and global_ is not None:
         kernel: AggregateKernels | None
         kernel = ready("aggregate", vectors, torch.is_grad_enabled(), global_, first, second, out)
@@ -122,7 +133,7 @@ def server_step(
             settings = _settings(rule, learning_rate, beta1, beta2, tau)
             if _ordinary(kernel, global_, vectors, settings.rule, first, second, out):
                 values = kernel.numbers(weights, count_of(vectors))
-                step = kernel.server_step(global_, vectors, values, settings, first, second, out)
+                step = kernel.server_step(global_, vectors, values, settings, first, second, out, similarities)
                 if first is not None or out is not None:
                     written(first, second, out)
                 return ServerStep(*step)
@@ -146,9 +157,10 @@ def server_step(
         given = as_tensor(weights, one, count)
         dtype = None if out is None else out.dtype
         numbers = library.numbers_tensor(settings[1:])  # a schedule compiles nothing anew
-        result = ServerStep(*_operator(global_, rows_of(vectors), given, settings.rule, numbers, first, second, dtype))
+        others = settings.rule, numbers, first, second, dtype, similarities
+        result = ServerStep(*_operator(global_, rows_of(vectors), given, *others))
         return result if out is None else result._replace(model=out.copy_(result.model))
-    return _compute(global_, vectors, weights, settings, first, second, out)
+    return _compute(global_, vectors, weights, settings, first, second, out, similarities)
 
 
 def _settings(
@@ -234,13 +246,15 @@ def _compute(
     first: Tensor | None,
     second: Tensor | None,
     out: Tensor | None,
+    similarities: bool,
 ) -> ServerStep:
     kernel = select(vectors, global_, *(state for state in (first, second) if state is not None))
     values = kernel_weights(weights, len(vectors))
     target = out
     if out is not None and not _direct(out, global_, vectors, first, second):
         target = torch.empty_like(out, memory_format=torch.contiguous_format)  # rounded once, to out's dtype
-    model, norms, cosines = kernel.server_step(global_, vectors, values, settings, first, second, target)
+    step = kernel.server_step(global_, vectors, values, settings, first, second, target, similarities)
+    model, norms, cosines = step
     written(first, second)
     return ServerStep(model if out is None else deliver(model, out), norms, cosines)
 
@@ -258,21 +272,23 @@ def _direct(out: Tensor, global_: Tensor, vectors: Vectors, *states: Tensor | No
 
 
 def _implementation(global_: Tensor, vectors: list[Tensor], weights: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    rule, numbers, first, second, dtype = others
+    rule, numbers, first, second, dtype, similarities = others
     settings = ServerRule(rule, *numbers.tolist())
     out = None if dtype is None else global_.new_empty(global_.shape, dtype=dtype)
-    return tuple(_compute(global_, vectors, weights, settings, first, second, out))
+    return tuple(_compute(global_, vectors, weights, settings, first, second, out, similarities))
 
 
 def _fake(global_: Tensor, vectors: list[Tensor], *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    numbers = [global_.new_empty(len(vectors), dtype=torch.float64) for _ in range(2)]
-    return global_.new_empty(global_.shape, dtype=others[-1]), numbers[0], numbers[1]
+    *_, dtype, similarities = others
+    count = len(vectors) if similarities else 0
+    norms, cosines = (global_.new_empty(count, dtype=torch.float64) for _ in range(2))
+    return global_.new_empty(global_.shape, dtype=dtype), norms, cosines
 
 
 _operator = library.register(
     "server_step",
     "(Tensor global_, Tensor[] vectors, Tensor weights, int rule, Tensor numbers, "
-    "Tensor(a!)? first, Tensor(b!)? second, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
+    "Tensor(a!)? first, Tensor(b!)? second, ScalarType? dtype, bool similarities) -> (Tensor, Tensor, Tensor)",
     _implementation,
     fake=_fake,
     vmap=no_vmap("server_step"),

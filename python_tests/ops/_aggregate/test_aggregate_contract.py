@@ -123,6 +123,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "learning_rate must be at least 0, not -1",
     ),
+    (lambda: server_step(G, V, [1, 1, 1], similarities=1), TypeError, "similarities must be True or False, not int"),
     (lambda: server_step(G, V, [1, 1, 1], out=torch.ones(5)), ValueError, r"out must have shape \[4\], but has \[5\]"),
     (lambda: server_step(G, V, [1, 1, 1], out=torch.ones(1).expand(4)), ValueError, "out must not be expanded"),
 ]
@@ -196,10 +197,10 @@ def test_opcheck() -> None:
         (ops.krum, (rows, 1, 2)),
         (ops.geometric_median, (rows, weights, 10, 1e-6, 1e-6)),
         (ops.clip_and_noise, (rows, doubles(1.0, 0.5), 3, 4)),
-        (ops.server_step, (rows[0] * 0, rows, weights, 0, doubles(1.0, 0.0, 0.0, 0.0), None, None, None)),
+        (ops.server_step, (rows[0] * 0, rows, weights, 0, doubles(1.0, 0.0, 0.0, 0.0), None, None, None, False)),
         (
             ops.server_step,
-            (rows[0] * 0, rows, weights, 2, doubles(0.1, 0.9, 0.99, 1e-9), rows[1] * 0, rows[1] * 0, torch.float64),
+            (rows[0], rows, weights, 2, doubles(0.1, 0.9, 0.99, 1e-9), rows[1] * 0, rows[1] * 0, torch.float64, True),
         ),
     ):
         torch.library.opcheck(operator.default, arguments)

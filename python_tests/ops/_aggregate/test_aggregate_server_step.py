@@ -79,7 +79,7 @@ def check(
     wanted = in_numpy(
         rule, global_.double().numpy(), stacked, weights, before.get("first"), before.get("second"), options
     )
-    copies = {name: tensor.clone() for name, tensor in given.items()}
+    copies, others = ({name: tensor.clone() for name, tensor in given.items()} for _ in range(2))
     result = server_step(global_, vectors, weights, rule, **given, **options)
     assert result.model.dtype == dtype
     close(result.model, torch.from_numpy(wanted[0]))
@@ -89,6 +89,10 @@ def check(
     for name, expected in zip(("first", "second"), wanted[3:], strict=True):
         if name in given:
             close(given[name], torch.from_numpy(expected))
+    alone = server_step(global_, vectors, weights, rule, **others, **options, similarities=False)
+    assert torch.equal(alone.model, result.model)
+    assert all(torch.equal(others[name], given[name]) for name in given)
+    assert alone.norms.shape == alone.cosines.shape == (0,)
     # Stacked, weights in a tensor, the old model overwritten: the same bits.
     out = global_.clone()
     again = server_step(
@@ -179,6 +183,7 @@ def test_a_client_of_weight_zero_is_only_measured(backend: str) -> None:
     assert float(given.norms[1]) == pytest.approx(float(vectors[1].double().norm()))
     assert given.cosines[[0, 2]].tolist() == pytest.approx(wanted.cosines.tolist())
     vectors[1][5] = math.nan
+    assert torch.equal(server_step(global_, vectors, [1, 0, 2], similarities=False).model, wanted.model)
     given = server_step(global_, vectors, [1, 0, 2])
     assert torch.equal(given.model, wanted.model)
     assert given.norms.isnan().tolist() == [False, True, False]

@@ -20,7 +20,7 @@ from fedkern.ops._aggregate.rules import RULES, ServerRule
 from fedkern.ops._core import backend
 
 AXES: dict[str, Any] = {
-    "count": (1, 2, 7, 10, 17, 33, 64),
+    "count": (1, 2, 4, 5, 7, 10, 17, 33, 64),
     "size": (0, 1, 7, 64, 1000, 2051),
     "dtype": DTYPES,
     "layout": ("list", "stack", "transposed", "strided", "mixed", "offset"),
@@ -175,12 +175,16 @@ def test_server_step(device: torch.device, number: int) -> None:
     rule = ServerRule(case["rule"], 0.1, 0.9, 0.99, 1e-3)
     states = [torch.rand(case["size"], generator=generator).to(case["state"]) for _ in range(2)]
     states = states[: 0 if RULES[rule.rule] == "mean" else 1 if RULES[rule.rule] == "momentum" else 2]
-    ours = [state.clone().to(device) for state in states] + [None] * (2 - len(states))
+    ours, others = ([state.clone().to(device) for state in states] + [None] * (2 - len(states)) for _ in range(2))
     theirs = [state.double() for state in states] + [None] * (2 - len(states))
     old = model.clone().to(device)
     in_place = old if number % 4 else None
+    alone, *nothing = served.server_step(old, vectors, weights, rule, *others, None, similarities=False)
     target, norms, cosines = served.server_step(old, vectors, weights, rule, *ours, in_place)
     assert in_place is None or target is old
+    for one, other in zip((target, *ours), (alone, *others), strict=True):
+        assert one is other is None or torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+    assert [len(numbers) for numbers in nothing] == [0, 0]
     wide = [row.double() for row in rows]
     expected, exact_norms, exact_cosines = PLAIN.server_step(model.double(), wide, numbers, rule, *theirs, None)
     close("model", target, expected)
@@ -189,6 +193,25 @@ def test_server_step(device: torch.device, number: int) -> None:
     for one, other in zip(ours, theirs, strict=True):
         if one is not None and other is not None:
             close("state", one, other)
+
+
+@pytest.mark.parametrize("count", [4, 5, 10, 12])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_server_step_of_full_tiles(device: torch.device, dtype: torch.dtype, count: int) -> None:
+    """Some of them with infinities that all models hold; at aligned and odd addresses."""
+    served = backend.select("aggregate", torch.empty(0, device=device))
+    rows = torch.randn(count + 1, 4099, generator=torch.Generator().manual_seed(count)).to(dtype)
+    rows[:, 1500:1600] = -torch.inf
+    odd = torch.zeros(count + 1, 4101, dtype=dtype, device=device)[:, 1:4100].copy_(rows)
+    weights = [float(m % 3) + (m == 1) for m in range(count)]
+    rule = ServerRule(RULES.index("adam"), 0.1, 0.9, 0.99, 1e-3)
+    for models in (rows.to(device), odd):
+        ours, theirs = ([torch.zeros(4099, dtype=torch.float64) for _ in range(2)] for _ in range(2))
+        moments = [state.to(device) for state in ours]
+        got = served.server_step(models[0], list(models[1:]), weights, rule, *moments, None)
+        expected = PLAIN.server_step(rows[0].double(), list(rows[1:].double()), weights, rule, *theirs, None)
+        for one, other in zip((*got, *moments), (*expected, *theirs), strict=True):
+            close("step", one, other)
 
 
 def test_weights_of_sum_zero_give_nan(device: torch.device) -> None:

@@ -130,12 +130,13 @@ def test_server_step(rule: int) -> None:
         given = torch.tensor(weights) if number % 2 else weights
         settings = ServerRule(rule, 0.3, 0.9, 0.99, 1e-3)
         states = [torch.rand(case["size"], dtype=state) if rule > k else None for k in (0, 1)]
-        copies = [None if x is None else x.clone() for x in states]
+        copies, others = ([None if x is None else x.clone() for x in states] for _ in range(2))
         got = KERNEL.server_step(old, vectors, given, settings, *states, None)
         expected = PLAIN.server_step(old, vectors, weights, settings, *copies, None)
         for one, two in zip((*got, *states), (*expected, *copies), strict=True):
             if one is not None:
                 same(one, two, 1e-6 if one.dtype is torch.float32 else 1e-5)
-        copies = [None if x is None else x.clone() for x in states]
-        here = KERNEL.server_step(old, vectors, given, settings, *copies, old)[0]
+        here, *nothing = KERNEL.server_step(old, vectors, given, settings, *others, old, similarities=False)
         assert here is old
+        assert torch.equal(here, got[0])
+        assert [len(numbers) for numbers in nothing] == [0, 0]

@@ -79,23 +79,27 @@ class TritonAggregate(PlainAggregate):
         first: Tensor | None,
         second: Tensor | None,
         out: Tensor | None,
+        similarities: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         size, device, count = len(global_), global_.device, len(vectors)
         if count > MOST:
             backend.not_forced("server_step", "triton", f"of {count} vectors")
-            return super().server_step(global_, vectors, weights, rule, first, second, out)
+            return super().server_step(global_, vectors, weights, rule, first, second, out, similarities)
         target = torch.empty(size, dtype=global_.dtype, device=device) if out is None else out
         programs = cdiv(size, BLOCK)
-        partial = torch.empty(programs, 2 * count + 1, dtype=torch.float64, device=device)
+        given = count if similarities else 0
+        partial = torch.empty(programs, 2 * given + 1, dtype=torch.float64, device=device)
         base, offsets, strides, kept = Table.of(vectors)
         shares = _parameters(weights)
         launch(
             step_kernel, programs, device, global_, base, offsets, shares, first, second, target, partial, count, size,
             global_.stride(0), *strides, double_bits(rule.learning_rate), double_bits(rule.beta1),
             double_bits(rule.beta2), double_bits(rule.tau), RULE=rule.rule, BITS=_bits(shares), COUNT=len(offsets),
-            MEMBERS=power_of_two(count), BLOCK=BLOCK,
+            MEMBERS=power_of_two(count), SIMILAR=similarities, BLOCK=BLOCK,
         )  # fmt: skip
         del kept
+        if not similarities:
+            return target, partial.new_empty(0), partial.new_empty(0)
         sums = partial.sum(0)
         squares, products, square = sums[:count], sums[count:-1], sums[-1]
         scale = (squares * square).sqrt()

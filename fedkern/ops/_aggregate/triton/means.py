@@ -112,12 +112,13 @@ def divide_kernel(total, weight, out, size, BLOCK: tl.constexpr):
 def step_kernel(
     old, vectors, offsets, weights, first, second, out, partial, count, size, old_stride, row_stride, stride,
     rate, beta1, beta2, tau,
-    RULE: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
+    RULE: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, MEMBERS: tl.constexpr, SIMILAR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of the server's step: mean delta, the optimiser's update, and the block's part of norms and products.
 
-    ``partial [programs, 2 * count + 1]``: squares of the deltas, their products with the mean, the mean's square.
-    Deltas are read twice, the second time from the cache.
+    ``partial [programs, 2 * count + 1]``: squares of the deltas, their products with the mean, the mean's square; only
+    if SIMILAR.  Deltas are then read twice, the second time from the cache.
     """
     program = tl.program_id(0).to(tl.int64)
     place = program * BLOCK + tl.arange(0, BLOCK)
@@ -134,13 +135,14 @@ def step_kernel(
         mean += tl.where(weight == 0, 0.0, weight * difference(_wide(x), before))
         whole += weight
     mean = tl.where(mask, mean / whole, 0.0)
-    partial += program * (2 * count + 1)
-    tl.store(partial + 2 * count, tl.sum(mean * mean, axis=0))
-    for m in range(count):
-        x = tl.load(vectors + pick(start, member, m) + place * stride, mask=mask, other=0)
-        delta = difference(_wide(x), before)
-        tl.store(partial + m, tl.sum(delta * delta, axis=0))
-        tl.store(partial + count + m, tl.sum(delta * mean, axis=0))
+    if SIMILAR:
+        partial += program * (2 * count + 1)
+        tl.store(partial + 2 * count, tl.sum(mean * mean, axis=0))
+        for m in range(count):
+            x = tl.load(vectors + pick(start, member, m) + place * stride, mask=mask, other=0)
+            delta = difference(_wide(x), before)
+            tl.store(partial + m, tl.sum(delta * delta, axis=0))
+            tl.store(partial + count + m, tl.sum(delta * mean, axis=0))
 
     learning = double_of(rate, tl.float64)
     if RULE == 0:
