@@ -125,13 +125,15 @@ __device__ __forceinline__ void step_tile(const Step& a, const Tile<N, kEach<T>>
         delta[i] = apart<Fast>(x[k][i], before[i], old[i]);
         if constexpr (S != Sums::none) sum[k] = fma(delta[i], second ? mean[i] : delta[i], sum[k]);
       }
-      if (second || weight[begin + k] == 0) continue;
+      if constexpr (!second) {
+        if (weight[begin + k] == 0) continue;
 #pragma unroll
-      for (int i = 0; i < E; ++i) mean[i] = fma(weight[begin + k], delta[i], mean[i]);
+        for (int i = 0; i < E; ++i) mean[i] = fma(weight[begin + k], delta[i], mean[i]);
+      }
     }
   };
   const auto pass = [&](auto products) {
-    constexpr int value = decltype(products)::value;
+    [[maybe_unused]] constexpr int value = decltype(products)::value;
     if constexpr (S == Sums::held) {
 #pragma unroll
       for (int group = 0; group < kHeld / kLoaded; ++group)
