@@ -112,15 +112,10 @@ def read_results(folder: Path = RESULTS) -> dict[str, list[Recorded]]:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or not isinstance(content.get("results"), list) or "machine" not in content:
             continue
-        rows = [_row(record) for record in content["results"] if "speedup" in record]
+        rows = [Comparison(**record) for record in content["results"] if "speedup" in record]
         if rows:
             found.setdefault(rows[0].group, []).append(Recorded(content["machine"], rows, path.stem))
     return {group: sorted(files, key=lambda one: one.rows[0].device) for group, files in found.items()}
-
-
-def _row(record: Mapping[str, Any]) -> Comparison:
-    """A recorded row, without what rows no longer have."""
-    return Comparison(**{name: value for name, value in record.items() if name in Comparison.__dataclass_fields__})
 
 
 class Recorder:
@@ -256,7 +251,7 @@ def _kept(path: Path, rows: Sequence[Comparison]) -> list[Comparison]:
     if not path.exists():
         return []
     tests, keys = {row.test for row in rows}, {row.key for row in rows}
-    old = [_row(record) for record in json.loads(path.read_text())["results"]]
+    old = [Comparison(**record) for record in json.loads(path.read_text())["results"]]
     return [row for row in old if row.test not in tests and row.key not in keys]
 
 
