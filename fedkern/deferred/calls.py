@@ -169,6 +169,12 @@ def _result(conv: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     return batch, conv.out_channels, height, width
 
 
+def _products(shape: tuple[int, ...], weight: Tensor) -> int:
+    """The products that a convolution's result of this shape takes."""
+    batch, _, height, width = shape
+    return batch * height * width * weight.numel()
+
+
 def _plain(found: Any) -> Any:
     """A network's result, in which nothing waits; objects with tensors are looked into as far as attributes."""
     if isinstance(found, (Tensor, tuple, list)) or type(found) is dict:
@@ -223,7 +229,7 @@ class _Conv(_Served):
             return self.written(x)
         record: Record | None = getattr(_thread, "record", None)
         if record is not None and isinstance(self.module.padding, tuple):
-            record[1].append(math.prod(_result(self.module, shape_of(x))) * self.module.weight[0].numel())
+            record[1].append(_products(_result(self.module, shape_of(x)), self.module.weight))
         node: Node | None = x.__dict__["node"] if type(x) is Pending else None
         layer = None if node is None and type(x) is not Tensor else convolution(self.module)
         serves = layer is not None and self._serves(layer, shape_of(x)) and not torch.is_autocast_enabled("cpu")
@@ -259,8 +265,7 @@ def _fits(layer: Convolution, shape: tuple[int, ...]) -> bool:
 def _serve(chain: Chain, dense: bool) -> Tensor | None:
     """A chain by an operator; None where the layers have to run as written, or are faster than copies around it."""
     site = chain.site
-    batch, _, height, width = site.shape
-    products = batch * height * width * site.weight.numel()
+    products = _products(site.shape, site.weight)
     found = _pooled(chain, dense)
     if found is None and site.padding == site.weight.shape[2] // 2:
         found = _normed(chain, dense, products)

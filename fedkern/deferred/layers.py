@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _SETTINGS = attrgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_PARAMETERS = itemgetter("weight", "bias")
+PARAMETERS = itemgetter("weight", "bias")
+"""Of a layer's dictionary: a module's attribute that is a tensor takes half a microsecond."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The dictionaries in which a module holds its hooks."""
 GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}", {}) for name in HOOKS]
@@ -27,8 +28,8 @@ def convolution(layer: Any) -> Convolution | None:
     """
     if type(layer) is not nn.Conv2d:
         return None
-    try:  # from the dictionary: a module's attribute that is a tensor takes half a microsecond
-        weight, bias = _PARAMETERS(layer._parameters)
+    try:
+        weight, bias = PARAMETERS(layer._parameters)
         square = _square(*_SETTINGS(layer))
     except (KeyError, TypeError):  # lists where torch writes tuples
         return None

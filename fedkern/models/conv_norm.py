@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.deferred.layers import GLOBAL_HOOKS, convolution, hooked
+from fedkern.deferred.layers import GLOBAL_HOOKS, PARAMETERS, convolution, hooked
 from fedkern.ops._conv.conv_norm import Settings, run, serving
 from fedkern.ops._core.layout import normed
 from fedkern.ops._core.private_torch import may_be_transformed
 
 _POOL = attrgetter("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 _SERVED_POOL = (2, 2, 0, 1, False, False)
-_PARAMETERS = itemgetter("weight", "bias")
 _BUFFERS = itemgetter("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -70,7 +69,7 @@ def _served(x: Tensor, conv: Any, norm: Any, relu: Any, pool: Any, residual: Ten
             return None
     weight, bias, side, stride, padding = found
     try:
-        scale, shift = _PARAMETERS(norm._parameters)
+        scale, shift = PARAMETERS(norm._parameters)
         mean, variance, count = _BUFFERS(norm._buffers)
     except KeyError:  # something else than a parameter or a buffer is in its place
         return None

@@ -158,8 +158,7 @@ def run(
         ):
             result: Tensor = _ConvNorm.call(kernel, settings, x, weight, scale, shift, bias, residual)
         else:
-            own = bias if settings.groups else None
-            result = kernel.forward(settings, x, weight, scale, shift, own, residual, False)[0]
+            result = kernel.forward(settings, x, weight, scale, shift, bias, residual, False)[0]
     except NotFinite:
         own = bias if settings.groups else None
         return conv_norm_reference(x, weight, scale, shift, residual=residual, bias=own, **settings._asdict())
@@ -183,8 +182,7 @@ class _ConvNorm(EagerFunction):
         bias: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:
-        own = bias if settings.groups else None
-        out, kept = kernel.forward(settings, x, weight, scale, shift, own, residual, True)
+        out, kept = kernel.forward(settings, x, weight, scale, shift, bias, residual, True)
         masked = residual is not None and settings.relu
         frozen = not any(ctx.needs_input_grad[2:4])  # the map and the weight may then change before the backward pass
         after = out if masked else None

@@ -71,6 +71,7 @@ class ConvKernels(Launcher):
             NotFinite: nothing is written then.
         """
         mean, variance, momentum, eps, stride, relu, pool, update, training, groups = settings
+        bias = bias if groups else None  # batch statistics take it out again
         update = update and mean is not None
         batch, _, height, width = x.shape
         height, width, channels = -(-height // stride), -(-width // stride), weight.shape[0]
@@ -124,7 +125,7 @@ class ConvKernels(Launcher):
         to_scale = _empty_like(scale) if need_scale else None
         to_shift = _empty_like(scale) if need_shift else None
         to_bias = None
-        if need_bias:  # batch statistics take it out again
+        if need_bias:
             to_bias = _empty_like(scale) if settings.groups else torch.zeros_like(scale)
         to_residual = _empty_like(dense) if need_residual and relu else None
         if to_x is not None and x.numel() >= _LARGE:
