@@ -250,7 +250,7 @@ def test_phases_of_runs_are_told(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", fifteen.NETWORKS)
-def test_rounds_beside_the_lean_loop(name, tmp_path, monkeypatch, capsys) -> None:
+def test_rounds_beside_the_lean_loop(name, tmp_path, monkeypatch, capsys, registries) -> None:
     played = []
 
     def play(who, task):
