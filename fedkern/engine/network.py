@@ -67,15 +67,16 @@ class Network:
             self._gradients = self._flat.gradients()
         return self._gradients
 
-    def finite(self) -> bool:
-        """Whether all parameters and buffers are finite numbers, but for buffers that were infinite from the start."""
-        # A GPU is waited for once.
-        return bool(torch.isfinite(self.parameters).all() & self.finite_buffers().all())
+    def finite(self) -> Tensor:
+        """bool 0-d: whether all parameters and buffers are finite, but for buffers infinite from the start."""
+        return all_finite(self.parameters) & self.finite_buffers()
 
-    def finite_buffers(self) -> Tensor:
-        """bool [Q]: whether a buffer's element is a finite number, or was infinite from the start."""
-        finite = torch.isfinite(self.buffers)
-        return finite if self._infinite is None else finite | (self._infinite & ~self.buffers.isnan())
+    def finite_buffers(self, which: slice = slice(None)) -> Tensor:
+        """bool 0-d: whether the buffers' elements are finite numbers, or were infinite from the start."""
+        buffers = self.buffers[which]
+        if self._infinite is None:
+            return all_finite(buffers)
+        return (torch.isfinite(buffers) | (self._infinite[which] & ~buffers.isnan())).all()
 
     def read(self) -> dict[str, Tensor]:
         """Copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R]; empty ones are left out."""
@@ -174,10 +175,9 @@ class Part:
             if name not in self.names:
                 child.eval()
 
-    def finite(self) -> bool:
-        """Whether the part's parameters and buffers are finite numbers."""
-        buffers = self._network.finite_buffers()[self._stretches["buffers"]]
-        return bool(torch.isfinite(self.parameters).all() & buffers.all())
+    def finite(self) -> Tensor:
+        """bool 0-d: whether the part's parameters and buffers are finite numbers."""
+        return all_finite(self.parameters) & self._network.finite_buffers(self._stretches["buffers"])
 
     def read(self) -> dict[str, Tensor]:
         """As :meth:`Network.read`, of the part alone."""
@@ -229,15 +229,22 @@ class Trainable:
         if self.fixed:
             fix_statistics(self.module)
 
-    def finite(self) -> bool:
-        """Whether the trained parameters and all floating buffers are finite numbers."""
+    def finite(self) -> Tensor:
+        """bool 0-d: whether the trained parameters and all floating buffers are finite numbers."""
         buffers = (buffer for buffer in self.module.buffers() if buffer.is_floating_point())
-        return all(bool(torch.isfinite(tensor).all()) for tensor in (self.parameters, *buffers))
+        return torch.stack([all_finite(tensor) for tensor in (self.parameters, *buffers)]).all()
 
     def release(self) -> None:
         """Removes the gradients from the parameters."""
         for parameter in self.trained:
             parameter.grad = None
+
+
+def all_finite(tensor: Tensor) -> Tensor:
+    """bool 0-d: whether no element is NaN or infinite, in a pass that writes nothing."""
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return torch.stack(torch.aminmax(tensor)).isfinite().all()  # NaN is both
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
