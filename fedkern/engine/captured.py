@@ -1,13 +1,18 @@
-"""Forward and backward passes of local training, replayed as CUDA graphs.
+"""Steps of local training, replayed as CUDA graphs.
 
-The pass of a small network is some hundred kernels.  The host starts them one by one, which takes longer than the GPU
-computes.  A CUDA graph holds all kernels of a pass, and the host starts the graph in one call.  Kernels and their order
-stay those of the eager pass, and so do the bits.
+A step of a small network is some hundred kernels.  The host starts them one by one, which takes longer than the GPU
+computes.  A CUDA graph holds all kernels of a step, and the host starts the graph in one call.  Kernels and their order
+stay those of the eager step, and so do the bits.
 
-The first batches of a shape run eagerly: they load kernels and make workspaces.  Then one pass is recorded, which runs
-nothing, and every later batch of the shape, of this client or another, is copied into its inputs.  Only methods that
-say so are recorded (:attr:`fedkern.methods.roles.Objective.replayable`).  A batch is made, and the optimiser steps,
-outside.
+The first batches of a shape run eagerly: they load kernels and make workspaces.  Then one step is recorded, which runs
+nothing, and serves every later batch of the shape, of this client or another.  Batches are made outside and laid into
+a table, as many at once as may be made ahead; a recorded step takes the next one out of it, and writes what is told of
+it into a table too, so that the host starts graphs one behind the other and looks at nothing between.  Of an optimiser
+with numbers that change from step to step (AdamW's) the forward and backward pass alone is recorded.
+
+fedkern's methods and networks say that they can be recorded (:attr:`fedkern.methods.roles.Objective.replayable`).  What
+others wrote may toss a coin on the host, or count, and a recording would repeat one toss.  So their eager step is taken
+twice, and a recorded one is compared with it bit for bit: on three batches, and on the first of every later exchange.
 """
 
 from __future__ import annotations
@@ -15,56 +20,76 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from fedkern.engine.moments import Moment, alike, in_memory, laid
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.roles import Objective
 from fedkern.models.precision import lower
+from fedkern.models.python_state import attributes, fields
+from fedkern.ops._core.private_torch import foreach_add_
 
 EAGER = 2
-"""Batches of a shape that run eagerly before a pass is recorded."""
+"""Batches of a shape that run eagerly before a step is recorded."""
 LEAST = 5
-"""Fewest batches of a shape, still to come in the exchange, for which a pass is recorded."""
+"""Fewest batches of a shape, still to come in the exchange, for which a step is recorded."""
 MOST = 16
-"""Recordings that are kept from one exchange to the next: each holds a batch and what a pass computes of it."""
+"""Recordings that are kept from one exchange to the next: each holds batches and what a step computes of one."""
+COMPARED = 3
+"""Batches on which a recorded step of somebody's own is compared with the step in Python."""
+AHEAD, AHEAD_BYTES = 64, 1 << 24
+"""Most batches that are laid into a table at once, and most bytes of them."""
 
 T = TypeVar("T")
 
 
 class Outcome(NamedTuple):
-    """A batch's loss (0-d), the figures that the method observed (one vector, or none) and the names of the figures."""
+    """What is told of a batch, or of n batches.
+
+    Attributes:
+        loss: 0-d, or [n].
+        squared_norm: of the gradient, likewise; None before the optimiser's step.
+        figures: what the method observed, one vector [f] or rows [n, f], or none.
+        names: of the figures.
+    """
 
     loss: Tensor
+    squared_norm: Tensor | None
     figures: tuple[Tensor, ...]
     names: tuple[str, ...]
 
+    def parts(self) -> list[Tensor]:
+        """The tensors."""
+        return [part for part in (self.loss, self.squared_norm, *self.figures) if part is not None]
 
-Pass = Callable[[Batch, Received], Outcome]
-"""Forward and backward pass of a batch, which adds to the gradients."""
+
+class Pass(Protocol):
+    """Forward and backward pass of a batch, which adds to the gradients, and the optimiser's step where it can be."""
+
+    def __call__(self, batch: Batch, received: Received, *, collect: Callable[[], None] | None = None) -> Outcome:
+        """``collect`` is called between the two."""
 
 
-def replayable(kind: type[Objective], network: nn.Module | None = None) -> bool:
-    """Whether the class says so that has the ``loss``, or a class of fedkern's derived from it.
+def replayable(kind: type[Objective], network: nn.Module | None = None) -> bool | None:
+    """Whether the class says so that has the ``loss``, or a class of fedkern's derived from it; None: nobody knows.
 
-    A class or a ``network`` of somebody's own may compute on the host, in what it overrides: the class has to say so
-    itself, and no module may be another's than torch's and fedkern's.
+    A class or a ``network`` of somebody's own may compute on the host, in what it overrides.
     """
-    if "replayable" not in vars(kind) and not _known(kind):
-        return False
     if network is not None and not all(_known(type(module)) for module in network.modules()):
-        return False
+        return None if replayable(kind) is not False else False
     for each in kind.__mro__:
         if "replayable" in vars(each):
-            return bool(vars(each)["replayable"])
+            said = bool(vars(each)["replayable"])
+            return said if each is kind or not said or _known(kind) else None
         if "loss" in vars(each):
-            return False
+            return False if _known(each) else None
     return False
 
 
@@ -72,37 +97,54 @@ def _known(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in ("fedkern", "torch")
 
 
+Play = Callable[[Iterable[Batch]], Iterator[Outcome]]
+"""Takes batches through their steps, in order; an outcome may be that of several batches."""
+
+
 class Recorded(NamedTuple):
-    """A recorded pass.
+    """A recorded step.
 
     Attributes:
-        inputs: the tensors that the pass reads a batch from.
-        replay: runs the pass.
-        outcome: where every replay writes to.
-        lasting: whether the pass does not depend on what the client received.
+        tables: [rows, elements], where a step reads the tensors of a batch from.
+        counter: int64 [1], the row that the next replay is for, which it moves by one.
+        records: fp64 [rows, values], where it writes what is told of the batch.
+        replay: runs the step.
+        told: an outcome's tensors of one batch, for their shapes, and its names.
+        lasting: whether the step does not depend on what the client received.
     """
 
-    inputs: list[Tensor]
+    tables: list[Tensor]
+    counter: Tensor
+    records: Tensor
     replay: Callable[[], None]
-    outcome: Outcome
+    told: Outcome
     lasting: bool
 
-    def __call__(self, batch: Batch) -> Outcome:
-        for own, given in zip(self.inputs, _tensors(batch), strict=True):
-            own.copy_(given, non_blocking=True)
-        self.replay()
-        loss, figures, names = self.outcome
-        return Outcome(loss.clone(), tuple(figure.clone() for figure in figures), names)
+    @property
+    def rows(self) -> int:
+        """Most batches at once."""
+        return len(self.records)
+
+    def __call__(self, batches: Sequence[Batch]) -> Outcome:
+        for table, given in zip(self.tables, zip(*map(_tensors, batches), strict=True), strict=True):
+            torch.stack([in_memory(tensor) for tensor in given], out=table[: len(batches)])
+        self.counter.zero_()
+        for _ in batches:
+            self.replay()
+        loss, *others = self.records[: len(batches)].clone().split([part.numel() for part in self.told.parts()], 1)
+        squared = None if self.told.squared_norm is None else others.pop(0)[:, 0]
+        return self.told._replace(loss=loss[:, 0], squared_norm=squared, figures=tuple(others))
 
 
 class Graphs:
-    """The recorded passes of a process's clients on one GPU.
+    """The recorded steps of a process's clients on one GPU.
 
     All graphs share a pool of memory: they are never replayed side by side, and a graph's outcome is copied before
     another graph runs.
 
     Attributes:
-        off: whether a pass could not be recorded; no other pass is recorded then.
+        off: whether a step could not be recorded; no other step is recorded then.
+        held: see :meth:`hold`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -111,7 +153,11 @@ class Graphs:
         self._of: tuple[Any, ...] = ()
         self._recorded: dict[Hashable, Recorded] = {}
         self._eager = Counter[Hashable]()
-        self._fleeting = False  # whether a pass of this network and method depends on what was received
+        self._values: dict[Hashable, int] = {}  # numbers that are told of a batch
+        self.held: dict[str, Tensor] = {}
+        self._strangers: set[tuple[Any, type]] = set()  # networks and methods whose steps are not recorded
+        self._compare: dict[Hashable, int] = {}  # batches on which a stranger's step is still compared
+        self._fleeting = False  # whether a step of this network and method depends on what was received
         self._last: Any = None  # torch gives up a pool that no graph uses
 
     @cached_property
@@ -136,6 +182,13 @@ class Graphs:
                 yield
         finally:
             outer.wait_stream(self._stream)
+
+    def hold(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy at the address of the last one of that name and size, where a recorded step will find it."""
+        held = self.held.get(name)
+        if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
+            self.held[name] = held = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        return held.copy_(tensor)
 
     def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """Records what ``work`` starts on the GPU without running it: a function that runs it, and ``work``'s result.
@@ -173,44 +226,94 @@ class Graphs:
         run: Pass,
         sizes: Mapping[int, int],
         failed: Callable[[Exception], None],
-    ) -> Iterator[Callable[[Batch], Outcome]]:
-        """Context of an exchange's training: runs ``run`` on a batch, as a recorded pass where that is worth it.
+        *,
+        ahead: bool,
+        settings: Hashable,
+        strange: bool = False,
+    ) -> Iterator[Play]:
+        """Context of an exchange's training: a function that takes its batches through ``run``, in order.
+
+        Steps are recorded where that is worth it.
 
         Args:
             network: what is trained, in the mode it is trained in.
             sizes: number of batches of the exchange, by size.
-            failed: called with the reason where a pass cannot be recorded.
+            failed: called with the reason where a step cannot be recorded.
+            ahead: whether a batch may be asked for before ``run`` is done with the one before, and nothing happens
+                between two of them.
+            settings: what ``run`` has beside tensors.
+            strange: whether nobody knows that ``run`` can be recorded.
         """
-        of = (network, method, *_state(network))
+        held = tuple((name, tensor.data_ptr()) for name, tensor in self.held.items())
+        of = (network, method, ahead, settings, held, *_state(network))
         if of != self._of:
             self._of, self._fleeting = of, False
             self._recorded.clear()
             self._eager.clear()
-        left = dict(sizes)
+            self._values.clear()
+            self._compare.clear()
+        left, who = dict(sizes), (network, type(method))
+        self._compare = {key: max(1, count) for key, count in self._compare.items()}
 
-        def step(batch: Batch) -> Outcome:
-            size, key = len(batch.indices), _signature(batch, self.device)
+        def recorded(batch: Batch, key: Hashable) -> Recorded | None:
+            size = len(batch.indices)
             left[size] = left.get(size, 0) - 1
-            recorded = self._recorded.pop(key, None)
-            if recorded is not None:
-                self._recorded[key] = recorded  # the one that was used last is the last
-                return recorded(batch)
+            found = self._recorded.pop(key, None)
+            if found is not None:
+                self._recorded[key] = found  # the one that was used last is the last
+                return found
             self._eager[key] += 1
             # Clients of few batches share a recording that lasts; whether one does is known once it is made.
             worth = left[size] + 1 >= LEAST or (self._eager[key] > EAGER + LEAST and not self._fleeting)
-            if not self.off and key is not None and self._eager[key] > EAGER and worth and self._room():
+            allowed = not self.off and who not in self._strangers
+            if allowed and key is not None and self._eager[key] > EAGER and worth and self._room():
                 try:
-                    self._recorded[key] = self._record(run, batch, received)
+                    if strange:
+                        self._check_repeats(run, batch, received, network, method)
+                        self._compare[key] = COMPARED
+                    self._recorded[key] = self._record(run, batch, received, network, self._values[key], ahead)
                 except Exception as error:
-                    self.off = True
-                    failed(error)
-                else:
-                    return self._recorded[key](batch)
-            return run(batch, received)
+                    give_up(error)
+            return self._recorded.get(key)
+
+        def give_up(error: Exception) -> None:
+            self._strangers.add(who)
+            self.off = self.off or not strange
+            failed(error)
+
+        def play(batches: Iterable[Batch]) -> Iterator[Outcome]:
+            waiting: list[Batch] = []
+            step: Any = None
+            last: Hashable = None
+            for key, batch in ((_signature(batch, self.device), batch) for batch in batches):
+                if waiting and key != last:
+                    yield step(waiting)
+                    waiting = []
+                found, last = recorded(batch, key), key
+                if found is None:
+                    outcome = run(batch, received)
+                    self._values[key] = sum(part.numel() for part in outcome.parts())
+                    yield outcome
+                    continue
+                if strange and self._compare[key]:
+                    self._compare[key] -= 1
+                    outcome, same = self._compared(found, run, batch, received, network)
+                    yield outcome
+                    if not same:
+                        self._recorded.clear()
+                        give_up(RuntimeError("a recorded step gives other numbers than the same step in Python"))
+                    continue
+                step = found
+                waiting.append(batch)
+                if len(waiting) == step.rows:
+                    yield step(waiting)
+                    waiting = []
+            if waiting:
+                yield step(waiting)
 
         try:
             with self.stream():
-                yield step
+                yield play
         finally:
             lasting = {key: made for key, made in self._recorded.items() if made.lasting}
             if len(lasting) < len(self._recorded):
@@ -219,22 +322,91 @@ class Graphs:
                 self._eager.clear()
             self._recorded = dict(list(lasting.items())[-MOST:])
 
+    def _check_repeats(self, run: Pass, batch: Batch, received: Received, network: Any, method: Objective) -> None:
+        """Takes a step twice, and back.
+
+        Raises:
+            RuntimeError: it gives other numbers, draws on the host or changes what the network or the method holds.
+        """
+        before = Moment(self._written(network), self.device)
+        held = {**attributes(network.module), **fields(method)}
+        objects = [(thing, dict(vars(thing))) for thing in (*network.module.modules(), method)]
+        try:
+            first = run(batch, received)
+            if drawn := before.drawn():
+                raise RuntimeError(f"it draws from {drawn} generator on the host")
+            now = {**attributes(network.module), **fields(method)}
+            if changed := [name for name, value in now.items() if held.get(name) != value]:
+                raise RuntimeError(f"it changes {', '.join(changed)}")
+            after = Moment(self._written(network), self.device)
+            before.restore()
+            if not (_same(first, run(batch, received)) and after.holds()):
+                raise RuntimeError("it does not repeat its own bits")
+        finally:
+            before.restore()
+            for thing, values in objects:
+                vars(thing).clear()
+                vars(thing).update(values)
+
+    def _compared(
+        self, step: Recorded, run: Pass, batch: Batch, received: Received, network: Any
+    ) -> tuple[Outcome, bool]:
+        """Takes a step in Python and recorded: the first's outcome and state, and whether the other's are the same."""
+        before = Moment(self._written(network), self.device)
+        outcome = run(batch, received)
+        after = Moment(self._written(network), self.device)
+        before.restore()
+        same = _same(outcome, step([batch])) and after.holds()
+        if not same:
+            after.restore()
+        return outcome, same
+
+    def _written(self, network: Any) -> list[Tensor]:
+        """What a step writes to."""
+        module = network.module
+        return [*module.parameters(), *module.buffers(), network.gradients, *self.held.values()]
+
     def _room(self) -> bool:
         """Whether a second pass as large as the largest eager one fits: its memory is kept apart."""
         if self.device.type != "cuda":
             return True
         return 2 * torch.cuda.memory_reserved(self.device) < torch.cuda.get_device_properties(self.device).total_memory
 
-    def _record(self, run: Pass, batch: Batch, received: Received) -> Recorded:
-        given, targets, *others = inputs = [tensor.clone() for tensor in _tensors(batch)]
+    def _record(self, run: Pass, batch: Batch, received: Received, network: Any, values: int, ahead: bool) -> Recorded:
+        first = [in_memory(tensor) for tensor in _tensors(batch)]
+        bytes_each = sum(tensor.nbytes for tensor in first)
+        rows = max(1, min(AHEAD, AHEAD_BYTES // max(1, bytes_each))) if ahead else 1
+        tables = [tensor.new_zeros(rows, len(tensor)) for tensor in first]
+        counter = torch.zeros(1, dtype=torch.int64, device=self.device)
+        marks = torch.arange(rows, device=self.device)[:, None]
+        records = torch.zeros(rows, values, dtype=torch.float64, device=self.device)
         # A loss that reads these fails, instead of being replayed with one batch's values.
         unread: Any = {name: _Unread(f"batch.{name}") for name in ("indices", "phase", "epoch")}
         drawn: dict[str, Any] = {name: _Unread(f'batch.drawn["{name}"]') for name in batch.drawn}
-        drawn |= {**_constants(batch), **dict(zip(_drawn(batch), others, strict=True))}
-        static = replace(batch, inputs=given, targets=targets, drawn=drawn, **unread)
+        drawn |= _constants(batch)
         watched = _Watched(received)
-        replay, outcome = self.record(lambda: run(static, cast(Received, watched)))
-        return Recorded(inputs, replay, outcome, not watched.read)
+
+        def work() -> Outcome:
+            given, targets, *others = (
+                table.index_select(0, counter).as_strided(like.shape, laid(like))
+                for table, like in zip(tables, _tensors(batch), strict=True)
+            )
+            known = {**drawn, **dict(zip(_drawn(batch), others, strict=True))}
+            static = replace(batch, inputs=given, targets=targets, drawn=known, **unread)
+            with _gradients_apart(network.trained) as collect:
+                outcome = run(static, cast(Received, watched), collect=collect)
+            row = torch.cat([part.reshape(-1).double() for part in outcome.parts()])
+            torch.where(marks == counter, row, records, out=records)
+            counter.add_(1)
+            return outcome
+
+        replay, outcome = self.record(work)
+        return Recorded(tables, counter, records, replay, outcome, not watched.read)
+
+
+def _same(one: Outcome, other: Outcome) -> bool:
+    pairs = zip(one.parts(), other.parts(), strict=True)
+    return one.names == other.names and all(alike(a.double().reshape(-1), b.double().reshape(-1)) for a, b in pairs)
 
 
 class _Unread:
@@ -244,7 +416,7 @@ class _Unread:
         self.__dict__["_name"] = name
 
     def _refuse(self, *_: Any) -> Any:
-        raise RuntimeError(f"a recorded pass cannot read {self.__dict__['_name']}")
+        raise RuntimeError(f"a recorded step cannot read {self.__dict__['_name']}")
 
     __getattr__ = __getitem__ = __eq__ = __bool__ = __index__ = __len__ = __iter__ = __lt__ = __gt__ = _refuse
     __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __float__ = __array__ = _refuse
@@ -278,7 +450,7 @@ def _constants(batch: Batch) -> dict[str, Any]:
 
 
 def _signature(batch: Batch, device: torch.device) -> Hashable:
-    """Equal for batches that one recorded pass can serve; None for a batch that none can serve."""
+    """Equal for batches that one recorded step can serve; None for a batch that none can serve."""
     tensors = _tensors(batch)
     if not all(isinstance(tensor, Tensor) and tensor.device.type == device.type for tensor in tensors):
         return None  # tokens of texts are no tensor: they are as long as the longest text of a batch
@@ -287,8 +459,34 @@ def _signature(batch: Batch, device: torch.device) -> Hashable:
     return shapes, tuple(_drawn(batch)), tuple(batch.drawn), constants, batch.fresh
 
 
+@contextmanager
+def _gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[], None]]:
+    """Inside, a backward pass leaves gradients of their own; the function adds all of them to the old ones at once.
+
+    Else each is added by a kernel of its own.
+    """
+    flat = [parameter.grad for parameter in parameters]
+
+    def put_back() -> None:
+        for parameter, gradient in zip(parameters, flat, strict=True):
+            parameter.grad = gradient
+
+    def collect() -> None:
+        found = [(old, each.grad) for old, each in zip(flat, parameters, strict=True) if each.grad is not None]
+        put_back()
+        if found:
+            foreach_add_([old for old, _ in found], [new for _, new in found])
+
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield collect
+    finally:
+        put_back()
+
+
 def _state(network: Any) -> tuple[Any, ...]:
-    """What a recorded pass has taken over from a network and from the process, beside the values of tensors."""
+    """What a recorded step has taken over from a network and from the process, beside the values of tensors."""
     held = list(network.module.modules())
     modules = tuple((id(module), module.training, getattr(module, "track_running_stats", None)) for module in held)
     tensors = tuple(

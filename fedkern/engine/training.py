@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, cycle, islice
+from itertools import cycle, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.engine.captured import Graphs, Outcome, replayable
+from fedkern.engine.captured import Graphs, Outcome, Play, replayable
 from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.own_training import own_stepper
 from fedkern.engine.reader import Reader, batch_plan
@@ -110,12 +110,20 @@ class Context:
 
 
 def stepper(
-    network: Network | Part | Trainable, schedule: Schedule, terms: Terms | None, kept: Mapping[str, Any]
-) -> tuple[Callable[[float], ops.StepResult], Callable[[], dict[str, Any]]]:
+    network: Network | Part | Trainable,
+    schedule: Schedule,
+    terms: Terms | None,
+    kept: Mapping[str, Any],
+    hold: Callable[[str, Tensor], Tensor] | None = None,
+) -> tuple[Callable[[Any], ops.StepResult], Callable[[], dict[str, Any]]]:
     """Makes the optimiser's step, a function of the learning rate that applies a batch's gradients and zeroes them.
 
+    Args:
+        kept: the state of the client's last exchange.
+        hold: where the step's tensors are from exchange to exchange (see :meth:`Graphs.hold`).
+
     Returns:
-        The step, and a function that returns the state to keep; ``kept`` is that of the client's last exchange.
+        The step, and a function that returns the state to keep.
     """
     if schedule.make is not None:
         return own_stepper(network, schedule, terms, kept)
@@ -125,26 +133,28 @@ def stepper(
         settings["max_norm"] = schedule.clip_norm
     if terms is not None:
         settings |= terms.arguments()
-    total = None if terms is None else terms.gradient_sum
+    if hold is not None:
+        settings = {name: hold(name, x) if isinstance(x, Tensor) else x for name, x in settings.items()}
     state = {name: value.to(theta.device, copy=True) if name != "steps" else value for name, value in kept.items()}
     if schedule.optimizer == "adamw":
         state = {"first": torch.zeros_like(gradients), "second": torch.zeros_like(gradients), "steps": 0, **state}
 
         def adamw(lr: float) -> ops.StepResult:
             state["steps"] += 1
-            if total is not None:
-                total.steps += 1
             return ops.adamw_step(theta, gradients, state["first"], state["second"], state["steps"], lr=lr, **settings)
 
         return adamw, lambda: state
-    velocity = state.setdefault("velocity", torch.zeros_like(gradients)) if schedule.momentum else None
+    velocity = None
+    if schedule.momentum:
+        velocity = state.setdefault("velocity", torch.zeros_like(gradients))
+        if hold is not None:
+            state["velocity"] = velocity = hold("velocity", velocity)
 
-    def sgd(lr: float) -> ops.StepResult:
-        if total is not None:
-            total.steps += 1
+    def sgd(lr: float | Tensor) -> ops.StepResult:
         return ops.sgd_step(theta, gradients, velocity, lr=lr, momentum=schedule.momentum, **settings)
 
-    return sgd, lambda: state
+    # What is held is written to again in the next exchange.
+    return sgd, lambda: state if hold is None else {name: value.clone() for name, value in state.items()}
 
 
 def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
@@ -194,13 +204,32 @@ def batch_sizes(count: int, schedule: Schedule) -> Counter[int]:
     return Counter(islice(cycle(sizes), steps))
 
 
-def one_pass(method: Objective, module: Any, batch: Batch, received: Received) -> Outcome:
-    """Forward and backward pass of a batch; adds to the module's gradients."""
+def one_pass(
+    method: Objective,
+    module: Any,
+    apply: Callable[[], ops.StepResult] | None,
+    batch: Batch,
+    received: Received,
+    *,
+    collect: Callable[[], None] | None = None,
+) -> Outcome:
+    """Forward and backward pass of a batch, which adds to the module's gradients, and the step that ``apply`` takes.
+
+    ``collect`` is called between the two.
+    """
     result = method.loss(module, batch, received)
     loss, observed = result if isinstance(result, tuple) else (result, {})
     backward(loss)
+    if collect is not None:
+        collect()
+    squared = None if apply is None else apply().squared_norm
     # One tensor of all figures would be of two dtypes, which takes 30 us a batch.
-    return Outcome(loss.detach(), (torch.stack([*observed.values()]),) if observed else (), tuple(observed))
+    return Outcome(loss.detach(), squared, (torch.stack([*observed.values()]),) if observed else (), tuple(observed))
+
+
+def one_by_one(run: Callable[[Batch], Outcome], batches: Iterable[Batch]) -> Iterator[Outcome]:
+    """Takes batches through their steps as they are made."""
+    return map(run, batches)
 
 
 def train(
@@ -226,7 +255,8 @@ def train(
 
     Raises:
         Diverged: the loss or the gradient of a batch, or the parameters at the end, are NaN or infinite.  Losses and
-            gradients are checked once per epoch, from what every batch recorded, so that no batch waits for the check.
+            gradients are checked from what every batch recorded, once per epoch, or on a GPU, which the host would
+            wait for, once at the end.
         UserError: a batch is a single sample, which batch norm cannot normalise.
     """
     network.train_mode()
@@ -238,45 +268,65 @@ def train(
     adjusts = kind.adjust_gradient is not Objective.adjust_gradient
     prepares = kind.prepare is not Objective.prepare
     kept = client.state.get(key := f"optimizer {phase.exchange} {len(gradients)}", {}) if schedule.keep else {}
-    apply, held = stepper(network, schedule, None if adjusts else method.terms(received), kept)
+    terms = None if adjusts else method.terms(received)
+    known = replayable(kind, network.module) if data.recordable else False
+    if known is False:
+        graphs = None
+    # What a whole step is recorded with: AdamW's numbers are others in every step.
+    whole = graphs is not None and not adjusts and schedule.make is None and schedule.optimizer == "sgd"
+    apply, held = stepper(network, schedule, terms, kept, graphs.hold if graphs is not None and whole else None)
+    rate = torch.zeros((), dtype=torch.float64, device=theta.device)
+    if graphs is not None and whole:
+        rate = graphs.hold("rate", rate)
     gradients.zero_()
     totals: dict[str, float] = {}
     seen: dict[str, int] = {}
     done, count = 0, len(data) if rows is None else len(rows)
-    run = partial(one_pass, method, network.module)
-    passes: AbstractContextManager[Callable[[Batch], Outcome]] = nullcontext(partial(run, received=received))
-    if graphs is not None and data.recordable and replayable(kind, network.module):
-        passes = graphs.replaying(network, method, received, run, batch_sizes(count, schedule), partial(_warn, client))
-    with passes as step:
+
+    def batches(epoch: int, plan: list[np.ndarray]) -> Iterator[Batch]:
+        for batch in data.planned(plan, phase, epoch, augmentation):
+            check()
+            if draws is not None:
+                batch.drawn = method.draw(client, batch, draws)
+            if prepares:
+                with torch.no_grad():
+                    batch.drawn = {**batch.drawn, **method.prepare(network.module, batch, received)}
+            yield batch
+
+    run = partial(one_pass, method, network.module, partial(apply, rate) if whole else None)
+    passes: AbstractContextManager[Play] = nullcontext(partial(one_by_one, partial(run, received=received)))
+    if graphs is not None:
+        passes = graphs.replaying(
+            network, method, received, run, batch_sizes(count, schedule), partial(_warn, client),
+            ahead=whole and not prepares,
+            settings=(whole, schedule.momentum, schedule.weight_decay, schedule.clip_norm, terms and terms.proximal),
+            strange=known is None,
+        )  # fmt: skip
+    records: list[Outcome] = []
+    with passes as play:
         for epoch, plan in enumerate(epochs(count, schedule, orders)):
-            records: list[tuple[Tensor, ...]] = []
-            names: list[tuple[str, ...]] = []
-            lr = schedule.lr_at(epoch)
             chosen = plan if rows is None else [rows[part] for part in plan]
-            for batch in data.planned(chosen, phase, epoch, augmentation):
-                check()
-                if draws is not None:
-                    batch.drawn = method.draw(client, batch, draws)
-                if prepares:
-                    with torch.no_grad():
-                        batch.drawn = {**batch.drawn, **method.prepare(network.module, batch, received)}
-                try:
-                    loss, figures, observed = step(batch)
-                except ValueError as error:
-                    if len(batch.indices) == 1 and "more than 1 value per channel" in str(error):
-                        raise UserError(_too_small(client)) from None
-                    raise
-                if adjusts:
-                    method.adjust_gradient(theta.detach(), gradients, received)
-                stepped = apply(lr)
-                records.append((loss, stepped.squared_norm, *figures))
-                names.append(observed)
-            done = _digest(client.id, phase, records, names, done, totals, seen)
+            lr = schedule.lr_at(epoch)
+            rate.fill_(lr)
+            try:
+                for outcome in play(batches(epoch, chosen)):
+                    if adjusts:
+                        method.adjust_gradient(theta.detach(), gradients, received)
+                    records.append(outcome if whole else outcome._replace(squared_norm=apply(lr).squared_norm))
+            except ValueError as error:
+                if min(map(len, chosen)) == 1 and "more than 1 value per channel" in str(error):
+                    raise UserError(_too_small(client)) from None
+                raise
+            if graphs is None and theta.device.type == "cpu":
+                done, records = _digest(client.id, phase, records, done, totals, seen), []
             if after_epoch is not None:
                 after_epoch(epoch)
                 network.train_mode()
-    if not network.finite():
-        raise Diverged(client.id, phase.round, done, "the parameters are not finite")
+    done = _digest(client.id, phase, records, done, totals, seen, network.finite())
+    if terms is not None and terms.gradient_sum is not None and schedule.make is None:  # else the stepper counts
+        terms.gradient_sum.steps += done
+        if graphs is not None and whole:
+            terms.gradient_sum.total.copy_(graphs.held["gradient_sum"])
     if schedule.keep:
         client.state[key] = mapped(lambda leaf: fetch(leaf) if isinstance(leaf, Tensor) else leaf, held())
     return {name: totals[name] / seen[name] for name in totals}
@@ -301,22 +351,42 @@ def _too_small(client: Client) -> str:
 def _digest(
     client: int,
     phase: Phase,
-    records: list[tuple[Tensor, ...]],
-    names: list[tuple[str, ...]],
+    records: list[Outcome],
     done: int,
     totals: dict[str, float],
     seen: dict[str, int],
+    finite: Tensor | None = None,
 ) -> int:
-    """Adds an epoch's records to the totals; raises Diverged for the first batch that is not finite."""
-    values: Iterable[Any] = ([part.tolist() for part in record] for record in records)
-    if len(set(names)) == 1:  # as usual: then three transfers are enough for the whole epoch
-        values = zip(*(torch.stack(column).tolist() for column in zip(*records, strict=True)), strict=True)
-    for (loss, squared, *figures), observed in zip(values, names, strict=True):
-        done += 1
-        for value, what in ((loss, "the loss"), (squared, "the gradient")):
-            if not math.isfinite(value):
-                raise Diverged(client, phase.round, done, f"{what} is {value}")
-        for name, value in zip(("loss", *observed), (loss, *chain(*figures)), strict=True):
-            totals[name] = totals.get(name, 0.0) + value
-            seen[name] = seen.get(name, 0) + 1
+    """Adds batches' records to the totals, in one transfer; returns how many batches were done by then.
+
+    Raises:
+        Diverged: for the first batch that is not finite, or as all is done and the network is not ``finite`` (0-d).
+    """
+    columns: list[Tensor] = []
+    groups: list[tuple[tuple[str, ...], int]] = []
+    for names, mates in groupby(records, lambda outcome: outcome.names):
+        told = [outcome.parts() for outcome in mates]
+        columns += [torch.cat([part.reshape(-1) for part in column]) for column in zip(*told, strict=True)]
+        groups.append((names, sum(loss.numel() for loss, *_ in told)))
+    columns += [] if finite is None else [finite.reshape(1)]
+    there = [column.to(columns[-1].device, torch.float64) for column in columns]
+    values = iter(torch.cat(there).tolist() if there else ())
+    for names, count in groups:
+        losses, squares = list(islice(values, count)), list(islice(values, count))
+        for loss, squared, *figures in zip(losses, squares, *(_columns(values, count, len(names))), strict=True):
+            done += 1
+            for value, what in ((loss, "the loss"), (squared, "the gradient")):
+                if not math.isfinite(value):
+                    raise Diverged(client, phase.round, done, f"{what} is {value}")
+            for name, value in zip(("loss", *names), (loss, *figures), strict=True):
+                totals[name] = totals.get(name, 0.0) + value
+                seen[name] = seen.get(name, 0) + 1
+    if finite is not None and not next(values):
+        raise Diverged(client, phase.round, done, "the parameters are not finite")
     return done
+
+
+def _columns(values: Iterator[float], rows: int, width: int) -> list[list[float]]:
+    """The columns of the next ``rows`` rows of numbers."""
+    taken = list(islice(values, rows * width))
+    return [taken[i::width] for i in range(width)]

@@ -27,7 +27,8 @@ class Objective:
     ``drawn``, on the method's options and on what of ``received`` stays the same in the exchange.  It reads no value
     of a tensor on the host, and neither ``batch.indices`` nor ``epoch`` nor ``phase`` (``received.phase`` is the same);
     it draws nothing but from torch's global generator, and changes no state of Python.  Counts only for the ``loss`` of
-    the class that says so, or of a class from which that class derives."""
+    the class that says so, or of a class from which that class derives; where a class of somebody's own says nothing,
+    recorded steps are compared with eager ones."""
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The local objective of one batch, a scalar; optionally with named scalars whose means are recorded."""

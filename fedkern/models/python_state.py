@@ -37,12 +37,19 @@ def attributes(network: nn.Module) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for path, module in network.named_modules():
-        kinds = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in _SHIPPED]
-        held = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}
-        for name, value in {**held, **vars(module)}.items() if kinds else ():
-            if name in _ENGINES or name.startswith("__") or isinstance(held.get(name), functools.cached_property):
-                continue
-            with suppress(Exception), io.BytesIO() as file:  # a value may be anything
-                _Pickler(file).dump(value)
-                found[f"{path}.{name}".removeprefix("module.").removeprefix(".")] = hash(file.getvalue())
+        found |= {f"{path}.{name}".removeprefix("module.").removeprefix("."): x for name, x in fields(module).items()}
+    return found
+
+
+def fields(thing: Any) -> dict[str, int]:
+    """Hashes of what an object of a user's class, and the class, hold, by name; see :func:`attributes`."""
+    kinds = [kind for kind in type(thing).__mro__ if kind.__module__.partition(".")[0] not in _SHIPPED]
+    held = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}
+    found: dict[str, int] = {}
+    for name, value in {**held, **vars(thing)}.items() if kinds else ():
+        if name in _ENGINES or name.startswith("__") or isinstance(held.get(name), functools.cached_property):
+            continue
+        with suppress(Exception), io.BytesIO() as file:  # a value may be anything
+            _Pickler(file).dump(value)
+            found[name] = hash(file.getvalue())
     return found

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import itertools
 import math
+import random
 import types
 from unittest.mock import Mock
 
@@ -17,7 +18,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedkern.engine import captured
+from fedkern import models
+from fedkern.engine import captured, training
 from fedkern.engine.captured import Graphs, replayable
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
@@ -48,22 +50,43 @@ class Tape(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls = []
+        self._before = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("a value was read")
+        named = {one.name: value for one, value in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
+        for one in func._schema.arguments:
+            if one.alias_info is not None and one.alias_info.is_write:
+                for each in tree_leaves(named.get(one.name)):
+                    self.keep(each)
         result = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, result))
         return result
 
+    def keep(self, tensor):
+        """Notes the values of a tensor that is written to."""
+        if isinstance(tensor, Tensor):
+            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
+            self._before.setdefault(whole.data_ptr(), (whole, whole.clone()))
+
+    def undo(self):
+        """What was written is as it was: a recording runs nothing."""
+        for whole, value in self._before.values():
+            whole.copy_(value)
+
+    playing = False
+
     @torch.no_grad()
     def replay(self):
+        Tape.playing = True
         for func, args, kwargs, result in self.calls:
             again = func(*args, **kwargs)
             if all(each.alias_info is None for each in func._schema.returns):
                 for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                     if isinstance(old, Tensor):
                         old.copy_(new)
+        Tape.playing = False
 
 
 class Tapes(Graphs):
@@ -77,20 +100,19 @@ class Tapes(Graphs):
     def stream(self):
         yield
 
-    def replaying(self, network, *rest):
+    def replaying(self, network, *rest, **settings):
         self._network = network
-        return super().replaying(network, *rest)
+        return super().replaying(network, *rest, **settings)
 
     def record(self, work):
-        module = self._network.module
-        held = [*module.parameters(), *module.buffers(), *(p.grad for p in module.parameters() if p.grad is not None)]
-        before, tape = [each.detach().clone() for each in held], Tape()
+        tape = Tape()
+        for each in self._network.module.buffers():  # batch norm's schema does not say that it writes to them
+            tape.keep(each)
         try:
             with tape:
                 result = work()
-        finally:  # a recording runs nothing
-            for each, value in zip(held, before, strict=True):
-                each.detach().copy_(value)
+        finally:
+            tape.undo()
         self.recorded += 1
 
         def replay():
@@ -148,11 +170,17 @@ def test_what_is_replayable():
             return super().forward(x) * len(x)
 
     assert {"fedavg", "fedprox", "scaffold", "local", "fediod", "fedproto"} <= {*CLAIMED}
+
+    class Declines(Claims):
+        replayable = False
+
     # What a class of somebody's own overrides, or a module does, may be no work for the device alone.
-    assert [replayable(kind) for kind in (FedAvg, Derived, Other, Claims)] == [True, False, False, True]
+    assert [replayable(kind) for kind in (FedAvg, Derived, Other, Claims)] == [True, None, None, True]
     known = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     assert replayable(FedAvg, known)
-    assert not replayable(FedAvg, nn.Sequential(known, Own(2, 2)))
+    assert replayable(FedAvg, nn.Sequential(known, Own(2, 2))) is None
+    # Who says so is not tried.
+    assert [replayable(kind, Own(2, 2)) for kind in (Declines, METHODS["feddra"])] == [False, False]
 
 
 class Counting(FedAvg):
@@ -203,6 +231,148 @@ def test_what_cannot_be_recorded_runs_eagerly(kind, make_data, make_config, tmp_
     assert "one by one" in diagnostics["no-cuda-graph"]
 
 
+CALLS, TURN = itertools.count(), {"round": 0}
+
+
+class Stranger(FedAvg):
+    def factor(self):
+        return 1.0
+
+    def loss(self, model, batch, received):
+        return super().loss(model, batch, received) * self.factor()
+
+
+class Tossing(Stranger):
+    def factor(self):
+        return 1.0 if random.random() < 2 else 2.0
+
+
+class Noisy(Stranger):
+    def factor(self):
+        return 1.0 + 0 * np.random.normal()  # noqa: NPY002
+
+
+class Dropping(Stranger):
+    def factor(self):
+        return 1.0 + 0 * torch.rand(())
+
+
+class Counted(Stranger):
+    calls = 0
+
+    def factor(self):
+        self.calls += 1
+        return float(self.calls)
+
+
+class Unsteady(Stranger):
+    def factor(self):
+        return 1.0 + next(CALLS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Tossing, "draws from Python's generator"),
+        (Noisy, "draws from NumPy's generator"),
+        (Dropping, "draws from torch's generator"),
+        (Counted, "it changes calls"),
+        (Unsteady, "does not repeat its own bits"),
+        (Indexing, "cannot read batch.indices"),
+    ],
+)
+def test_a_stranger_that_a_recording_would_freeze_runs_eagerly(
+    kind, why, make_data, make_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Indexing, "replayable", False)
+    del Indexing.replayable
+    monkeypatch.setitem(METHODS, "fedavg", kind)
+    same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
+    assert same or kind is Unsteady
+    assert not tapes.recorded
+    assert not tapes.off  # for others
+    assert why in diagnostics["no-cuda-graph"]
+
+
+def test_a_strangers_loss_is_recorded_and_compared(make_data, make_config, tmp_path, monkeypatch):
+    compared, compare = [], Graphs._compared
+    monkeypatch.setattr(Graphs, "_compared", lambda self, *rest: compared.append(compare(self, *rest)) or compared[-1])
+    monkeypatch.setitem(METHODS, "fedavg", Stranger)
+    same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data((20, 20, 20)), tmp_path, monkeypatch)
+    assert same
+    assert tapes.recorded == 1
+    assert tapes.replayed == 6 * 20 - 2
+    # Three batches when it is recorded, and the first of each of the five exchanges that follow.
+    assert [alike for _, alike in compared] == 8 * [True]
+    assert "no-cuda-graph" not in diagnostics
+
+
+class Turning(Stranger):
+    """Another loss in the second round, of which nothing that is looked at tells."""
+
+    def client_update(self, client, phase, message):
+        TURN["round"] = phase.round
+        return super().client_update(client, phase, message)
+
+    def factor(self):
+        return 1.0 + TURN["round"]
+
+
+def test_a_stranger_that_turns_is_found_out_in_the_next_round(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", Turning)
+    same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
+    assert same
+    assert tapes.recorded == 1
+    assert "gives other numbers" in diagnostics["no-cuda-graph"]
+
+
+class OwnNet(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+        self.layers(torch.zeros(2, 3, 8, 8))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("accelerate", ["auto", "off"])
+def test_a_network_of_somebodys_own_is_recorded(accelerate, make_data, make_config, tmp_path, monkeypatch, registries):
+    models.register_model("own")(OwnNet)
+    config = make_config(**{**SMALL, "model": "own", "accelerate": accelerate})
+    same, tapes, diagnostics = same_runs(config, make_data((20, 20, 20)), tmp_path, monkeypatch)
+    assert same
+    assert tapes.recorded == 1
+    assert tapes.replayed == 6 * 20 - 2
+    assert "no-cuda-graph" not in diagnostics
+
+
+def test_a_whole_step_is_recorded_and_a_client_is_waited_for_once(make_data, make_config, monkeypatch):
+    steps, reads = [], []
+    monkeypatch.setattr(
+        training.ops, "sgd_step", lambda *all, step=training.ops.sgd_step, **of: steps.append(1) or step(*all, **of)
+    )
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        read = getattr(Tensor, name)
+        monkeypatch.setattr(
+            Tensor, name, lambda self, *all, name=name, read=read: reads.append(Tape.playing) or read(self, *all)
+        )
+    train = training.train
+
+    def counted(*all, **of):
+        reads.clear()
+        figures = train(*all, **of)
+        counts.append(reads.count(False))
+        return figures
+
+    counts = []
+    monkeypatch.setattr("fedkern.engine.client.train", counted)
+    _, line = passes((28, 28), make_data, make_config, exchanges=4, batch_size=4, local_epochs=1, momentum=0.9)
+    assert line == ["eerppppp", "p" * 7, "p" * 7, "p" * 7]
+    assert len(steps) == 3  # of two eager batches and of the recording
+    assert counts[1:] == [1, 1, 1]
+
+
 class Drawing(FedAvg):
     """Draws for every batch what a recording can read and what it cannot; looks at what was received."""
 
@@ -248,7 +418,9 @@ def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
             line.append("e" if isinstance(batch.phase, Phase) else "r")
             return loss(self, model, batch, received)
 
-        patch.setattr(captured.Recorded, "__call__", lambda self, batch: line.append("p") or call(self, batch))
+        patch.setattr(
+            captured.Recorded, "__call__", lambda self, each: line.append("p" * len(each)) or call(self, each)
+        )
         patch.setattr(kind, "loss", noted)
         patch.setattr(kind, "replayable", True)
         for i in range(exchanges):

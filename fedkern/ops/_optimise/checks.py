@@ -35,23 +35,24 @@ def check_like(tensor: Tensor, name: str, parameters: Tensor, *, shared: bool = 
     check_device(tensor, name, parameters, "parameters")
 
 
-def check_lr(lr: Any, parameters: Tensor) -> float | list[float] | Tensor:
+def check_lr(lr: Any, parameters: Tensor, *, known: bool = True) -> float | list[float] | Tensor:
     """Returns one learning rate for all rows, or one per row: a list, or an unchecked fp64 tensor.
 
-    A tensor comes back as ``[M]`` from a GPU, and of any shape under ``torch.compile``, where values are not known.
+    A tensor comes back as ``[M]`` from a GPU, and of any shape where its values are not ``known``: under
+    ``torch.compile``, or a mode that may run the step again with others.
     """
     if isinstance(lr, Tensor):
         check_dense(lr, "lr")
         if not lr.is_floating_point():
             raise TypeError(f"lr must have a floating dtype, but has {lr.dtype}")
-        compiling = torch.compiler.is_compiling()
-        if lr.dim() == 0 and lr.device.type == "cpu" and not compiling:
+        known = known and not torch.compiler.is_compiling()
+        if lr.dim() == 0 and lr.device.type == "cpu" and known:
             return check_number(lr.item(), "lr")
         if lr.dim() != 0 and (parameters.dim() == 1 or lr.shape != parameters.shape[:1]):
             raise ValueError(f"lr must be a number{_each(parameters)}, not a tensor {list(lr.shape)}")
         if lr.device.type != "cpu" and lr.device != parameters.device:
             raise ValueError(f"lr must be on the CPU, or on {parameters.device} like parameters, but is on {lr.device}")
-        if compiling:
+        if not known:
             return lr.detach().to(torch.float64)
         if lr.device.type == "cpu" and not parameters.is_cuda:
             return [check_number(value, f"lr[{m}]") for m, value in enumerate(lr.tolist())]

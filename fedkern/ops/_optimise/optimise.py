@@ -211,7 +211,8 @@ def _take(
 ) -> StepResult:
     """The general path: every check, in Python; the caller has checked ``parameters``, ``states`` and ``adamw``."""
     check_like(gradients, "gradients", parameters)
-    rate = check_lr(lr, parameters)
+    ordinary = backend.eager(parameters, gradients, *(each for each in states.values() if each is not None))
+    rate = check_lr(lr, parameters, known=ordinary)
     weight_decay, proximal = check_number(weight_decay, "weight_decay"), check_number(proximal, "proximal")
     if max_norm is not None:
         max_norm = check_number(max_norm, "max_norm", above=True)

@@ -1,0 +1,65 @@
+"""Moments of a training step, to compare with and to go back to: values of tensors and global random generators."""
+
+from __future__ import annotations
+
+import pickle
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Moment:
+    """The values that tensors have now, and the states of the global generators."""
+
+    def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
+        self._tensors = tensors
+        self._values = [tensor.detach().clone() for tensor in tensors]
+        self._gpu = {device: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+        self._host = _generators()
+
+    def drawn(self) -> str:
+        """Whose generator on the host has moved since, or ""."""
+        return next((name for name, state in _generators().items() if self._host[name] != state), "")
+
+    def holds(self) -> bool:
+        """Whether the tensors have the same bits now."""
+        return all(alike(tensor.detach(), value) for tensor, value in zip(self._tensors, self._values, strict=True))
+
+    def restore(self) -> None:
+        """Makes everything as it was."""
+        for tensor, value in zip(self._tensors, self._values, strict=True):
+            tensor.detach().copy_(value)
+        for device, state in self._gpu.items():
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(pickle.loads(self._host["Python's"]))
+        np.random.set_state(pickle.loads(self._host["NumPy's"]))  # noqa: NPY002
+        torch.set_rng_state(torch.from_numpy(pickle.loads(self._host["torch's"])))
+
+
+def _generators() -> dict[str, bytes]:
+    states = {
+        "Python's": random.getstate(), "NumPy's": np.random.get_state(), "torch's": torch.get_rng_state().numpy(),  # noqa: NPY002
+    }  # fmt: skip
+    return {name: pickle.dumps(state) for name, state in states.items()}
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape, dtype and layout have the same bits."""
+    return torch.equal(in_memory(one).view(torch.uint8), in_memory(other).view(torch.uint8))
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """[n], a tensor's elements in the order in which they lie in memory: a view, if nothing lies between them."""
+    return tensor.as_strided((tensor.numel(),), (1,)) if _dense(tensor) else tensor.reshape(-1)
+
+
+def laid(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of a tensor of :func:`in_memory`'s elements."""
+    return tensor.stride() if _dense(tensor) else tensor.contiguous().stride()
+
+
+def _dense(tensor: Tensor) -> bool:
+    extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() == extent
