@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend
 
 
 @contextmanager
@@ -17,11 +18,17 @@ def reproducible() -> Iterator[None]:
     """Context manager or decorator: what a caller has set for its own work changes no bit of the work inside.
 
     fp32 is the default dtype and the precision of matrix products, the CPU the default device, gradients are recorded,
-    and cuDNN takes its deterministic algorithms.  The caller's settings are back afterwards.  Deterministic
+    cuDNN takes its deterministic algorithms, and attention on a GPU is computed by matrix products and a softmax, since
+    the gradients of fused kernels are added up in any order.  The caller's settings are back afterwards.  Deterministic
     algorithms, anomaly detection and function modes are tools of the caller's that stay.
     """
     with kept(), ExitStack() as modes:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        # By the order, which only GPUs look at: the CPU takes its own flash kernel wherever that one is enabled.
+        torch.backends.cuda.enable_flash_sdp(True)
+        torch.backends.cuda.enable_math_sdp(True)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+        torch._C._set_sdp_priority_order(sorted(torch._C._get_sdp_priority_order(), key=lambda one: one != _MATH))
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("highest")
         if torch.get_default_device() != torch.device("cpu"):
@@ -84,6 +91,8 @@ def set_modes(given: dict[str, Any]) -> None:
 
 
 _CPU: Any = torch.backends.mkldnn
+_CUDA: Any = torch.backends.cuda
+_MATH = SDPBackend.MATH.value
 _FLAGS: list[tuple[Any, str]] = [
     *((torch.backends.cudnn, name) for name in ("enabled", "deterministic", "benchmark", "allow_tf32")),
     *((where, "fp32_precision") for where in (torch.backends, _CPU, _CPU.matmul, _CPU.conv, _CPU.rnn)),
@@ -98,6 +107,12 @@ _MODES: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (lambda: sys.float_info.min / 2 == 0, torch.set_flush_denormal),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),  # sets some of the flags
     *((partial(getattr, *flag), partial(setattr, *flag)) for flag in _FLAGS),
+    *(
+        (getattr(_CUDA, f"{kernel}_sdp_enabled"), getattr(_CUDA, f"enable_{kernel}_sdp"))
+        for kernel in ("flash", "mem_efficient", "math", "cudnn")
+    ),
+    (_CUDA.fp16_bf16_reduction_math_sdp_allowed, _CUDA.allow_fp16_bf16_reduction_math_sdp),
+    (torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order),
     (np.geterr, lambda errors: np.seterr(**errors)),
 ]
 """Readers and setters of process-wide modes."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 import fedkern
 from fedkern import named_code, plugins, torch_modes
@@ -248,10 +251,16 @@ SETTINGS = {
     "convolutions": "torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
     "every precision": "torch.backends.fp32_precision = 'tf32'",
     "cuDNN": "torch.backends.cudnn.benchmark = True; torch.backends.cudnn.enabled = False",
+    "attention": "torch.backends.cuda.enable_flash_sdp(False)",
     "floating errors": "numpy.seterr(all='raise')",
     "working folder": "os.chdir('/')",
 }
 """What a file may do when it is imported, which changes bits of, or ends, what runs afterwards."""
+
+
+def attention():
+    """Attention's kernels that are enabled, the one that a GPU looks at first before the others."""
+    return _cur_sdpa_kernel_backends(with_priority=True)
 
 
 def state():
@@ -269,6 +278,7 @@ def state():
         "denormal": float(torch.tensor(1e-40, dtype=torch.float32, device="cpu") * 1) == 0,
         "kernels": (backends.mkldnn.enabled, backends.cudnn.benchmark, backends.cudnn.enabled),
         "precision": (torch_modes._read(torch.get_float32_matmul_precision), [part.fp32_precision for part in parts]),
+        "attention": attention(),
         "errors": np.geterr(),
         "folder": Path.cwd(),
     }
@@ -340,3 +350,39 @@ def test_what_a_caller_has_set_stays_where_users_code_sets_nothing():
         with torch_modes.reproducible():
             assert torch.ones(1).dtype == torch.float32
         assert state() == before
+
+
+def attended():
+    """Attention and its gradients on the CPU, and the name of what computes them."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, 3, 65, 16, generator=generator, requires_grad=True) for _ in range(3)]
+    found = scaled_dot_product_attention(*given)
+    return [found, *torch.autograd.grad(found.square().sum(), given)], found.grad_fn.name()
+
+
+def test_a_gpu_computes_attention_by_matrix_products():
+    before = attention()
+    assert before[0] != SDPBackend.MATH
+    with torch_modes.reproducible():
+        assert attention()[0] == SDPBackend.MATH
+        with torch_modes.reproducible():
+            assert attention()[0] == SDPBackend.MATH
+        with ThreadPoolExecutor(1) as pool:  # sets are evaluated in threads
+            assert pool.submit(attention).result()[0] == SDPBackend.MATH
+        assert set(attention()) == set(before)
+    assert attention() == before
+
+
+@pytest.mark.parametrize("enabled", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
+def test_attention_on_the_cpu_has_the_bits_of_its_own_kernel(enabled):
+    plain, name = attended()
+    with sdpa_kernel(SDPBackend.MATH):
+        products, other = attended()
+    assert (name != other, any(map(torch.equal, plain, products))) == (True, False)
+    with sdpa_kernel(enabled):  # a caller's, for work of its own
+        with torch_modes.reproducible():
+            found, now = attended()
+            assert attention()[0] == SDPBackend.MATH
+        assert attention() == [enabled]
+    assert now == name
+    assert all(map(torch.equal, found, plain))
