@@ -15,6 +15,7 @@ from fedkern.methods.protocol import Batch
 from fedkern.models import PairNetwork, initialise
 from fedkern.streams import stream
 from fedkern.tasks import SEGMENTATION
+from fedkern.tasks.cross_entropy import cross_entropy
 
 WIDTH = 48
 """Channels of the decoder's first convolution."""
@@ -74,7 +75,7 @@ def train_decoder(
         order = torch.from_numpy(stream(seed, "decoder/order", round=epoch).permutation(len(pixels)))
         for rows in order.split(BATCH):
             rows = rows.to(pixels.device)
-            loss = F.cross_entropy(decoder(pixels[rows]), labels[rows], ignore_index=IGNORE)
+            loss = cross_entropy(decoder(pixels[rows]), labels[rows], ignore_index=IGNORE)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from fedkern.image_rows import in_parts
 from fedkern.tasks.base import Constant, Figures, Task, check_shape, mean, named
+from fedkern.tasks.cross_entropy import added_in_any_order
 
 PIXELS = 1 << 19
 """Pixels per evaluation batch of a segmentation network; a batch may have one image more (see ``batch_slices``)."""
@@ -142,9 +143,11 @@ def pixelwise_loss(logits: Tensor, labels: Tensor, *, per_sample: bool = False) 
     """
     known = labels >= 0
     labels = labels.masked_fill(~known, IGNORE)
-    if per_sample:
-        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE).flatten(1)  # 0 where unknown
-        return (losses.sum(1) / known.flatten(1).sum(1).clamp_min(1)).mean()
+    if per_sample or added_in_any_order(logits):
+        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)  # 0 where unknown
+        if not per_sample:
+            return losses.sum() / known.sum().clamp_min(1)
+        return (losses.flatten(1).sum(1) / known.flatten(1).sum(1).clamp_min(1)).mean()
     # Bit-identical to cross_entropy's own mean, except that no known pixels give 0 instead of NaN.
     return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE) / known.sum().clamp_min(1)
 

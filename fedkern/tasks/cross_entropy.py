@@ -1,0 +1,52 @@
+"""The mean cross-entropy of samples or pixels, whose bits repeat on a GPU too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """PyTorch's mean, a scalar in nats.
+
+    Args:
+        logits: fp ``[B, C, ...]``.
+        targets: int64 ``[B, ...]``, or probabilities as ``logits``.
+        weight: fp ``[C]``: a pixel counts as much as its class; None: all the same.
+        ignore_index: class of samples or pixels that the mean leaves out.
+        label_smoothing: share of a target that all classes have in common.
+    """
+    loss = partial(F.cross_entropy, logits, targets, weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    if targets.shape == logits.shape or not added_in_any_order(logits):
+        return loss()
+    counted = targets != ignore_index
+    counts = counted if weight is None else torch.where(counted, weight[targets.where(counted, 0)], 0.0)
+    return loss(reduction="none").sum() / counts.sum()  # losses are 0 where they are not counted
+
+
+def added_in_any_order(logits: Tensor) -> bool:
+    """Whether PyTorch's kernel adds a sum or mean of these pixels' losses up in another order every time."""
+    return logits.is_cuda and logits.dim() > 2
+
+
+def repeatable(loss: Callable[..., Any], outputs: Any) -> Callable[..., Any]:
+    """PyTorch's module of the mean cross-entropy as :func:`cross_entropy` where its own sum of ``outputs`` does not
+    repeat; any other loss as it is."""
+    if type(loss) is not nn.CrossEntropyLoss or loss.reduction != "mean":
+        return loss
+    if not (isinstance(outputs, Tensor) and added_in_any_order(outputs)):
+        return loss
+    return partial(
+        cross_entropy, weight=loss.weight, ignore_index=loss.ignore_index, label_smoothing=loss.label_smoothing
+    )
