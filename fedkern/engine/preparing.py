@@ -126,7 +126,8 @@ def prepare(
         predictions_file.check(context.data.task, told=context.disclosure.clients)
     if said is not None and not said.complete:
         context.warn("partly-covered", said.warning())
-    for name, text in diagnostics.emulated(config.precision, config.device).items():
+    told = diagnostics.emulated(config.precision, config.device) | diagnostics.unrepeatable(context)
+    for name, text in told.items():
         context.warn(name, text)
     if not begun:  # a run that goes on has loaded most of them already
         check_teachers(method, context)

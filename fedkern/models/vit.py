@@ -27,6 +27,11 @@ class PatchEmbedding(nn.Module):
         """Draws the positions from a normal distribution of standard deviation 0.02."""
         nn.init.normal_(self.position, std=0.02, generator=generator)
 
+    def interpolates(self, height: int, width: int) -> bool:
+        """Whether the positions are interpolated for images of this shape."""
+        patch = self.project.stride[0]
+        return (height // patch, width // patch) != self.position.shape[2:]
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.project(x)
         position: Tensor = self.position

@@ -6,10 +6,14 @@ import types
 
 import pytest
 import torch
+from torch import nn
 
+from fedkern import models
 from fedkern.engine.run import run
 from fedkern.listeners import Listener
 from fedkern.methods.common import diagnostics
+from fedkern.models.staged import StagedNetwork
+from fedkern.models.vit import PatchEmbedding
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import CLASSIFICATION, SEGMENTATION
 
@@ -40,6 +44,62 @@ def test_warnings_are_told_once(make_data, make_config, tmp_path):
     summary = run(make_config("fedgid", rounds=3), out=tmp_path, data=data, listener=Hear())
     assert sorted(told) == sorted(summary["diagnostics"])
     assert told.count("background-bank-empty") == 1
+
+
+def pretended(network, shape, device="cuda"):
+    """A run's context, on a GPU that is not there."""
+    own, form = types.SimpleNamespace(module=network), types.SimpleNamespace(**({"shape": shape} if shape else {}))
+    data = types.SimpleNamespace(form=form)
+    return types.SimpleNamespace(device=torch.device(device), network=lambda name: own, data=data)
+
+
+@pytest.mark.parametrize(
+    ("layer", "modes"),
+    [
+        (nn.Upsample(scale_factor=2, mode="bicubic"), ["bicubic"]),
+        (nn.Sequential(nn.UpsamplingBilinear2d(4), nn.Upsample(4, mode="trilinear")), ["bilinear", "trilinear"]),
+        (nn.Sequential(nn.Upsample(scale_factor=2), nn.ConvTranspose2d(1, 1, 2)), []),
+        (models.build("vit-tiny", classes=2, channels=1, image_size=16, width=8, seed=0), ["bicubic"]),
+        (models.build("unet-small", classes=2, channels=1, image_size=16, width=2, seed=0), []),
+    ],
+)
+def test_upsampling_that_does_not_repeat_on_a_gpu(layer, modes):
+    for shape in ((1, 16, 16), (1, 16, 24), ()):
+        told = diagnostics.unrepeatable(pretended(layer, shape))
+        if modes and (shape == (1, 16, 24) or not isinstance(layer, StagedNetwork)):
+            assert f"by {' and '.join(modes)} interpolation" in told.pop("unrepeatable-gradient")
+        assert told == {}
+        assert diagnostics.unrepeatable(pretended(layer, shape, "cpu")) == {}
+
+
+@pytest.mark.parametrize("sides", [(16, 16), (16, 24), (24, 16), (17, 19), (16, 20)])
+def test_positions_are_interpolated_where_it_is_said(sides):
+    network = models.build("vit-tiny", classes=2, channels=1, image_size=16, width=8, seed=0)
+    front = next(one for one in network.modules() if isinstance(one, PatchEmbedding))
+    graph = [front(torch.zeros(1, 1, *sides)).grad_fn]
+    names = set()
+    while graph:
+        node = graph.pop()
+        names.add(node.name())
+        graph += [one for one, _ in node.next_functions if one is not None]
+    assert any("Bicubic" in name for name in names) is front.interpolates(*sides)
+
+
+def test_a_run_on_a_gpu_tells_of_its_own_network(make_data, make_config, tmp_path, monkeypatch):
+    own, told = diagnostics.unrepeatable, {}
+
+    class Hear(Listener):
+        def on_warning(self, name, text):
+            told[name] = text
+
+    monkeypatch.setattr(
+        diagnostics,
+        "unrepeatable",
+        lambda context: own(pretended(context.network("server").module, (*context.data.form.shape[:2], 100))),
+    )
+    data, settings = make_data(), {"model": "vit-tiny", "width": 8, "rounds": 1, "local_steps": 1}
+    run(make_config(**settings), out=tmp_path / "run", data=data, listener=Hear())
+    assert "bicubic" in told["unrepeatable-gradient"]
 
 
 def test_collapsed_class():

@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedkern.image_rows import in_parts
 from fedkern.methods.protocol import Observed
+from fedkern.models.vit import PatchEmbedding
 from fedkern.tasks import Constant
 from fedkern.tasks.figure_names import OVER_CLIENTS, number, scale, set_noun, short_title, split_metric
 from fedkern.tasks.multilabel import MAIN as AREA
@@ -17,6 +19,7 @@ from fedkern.tasks.multilabel import MAIN as AREA
 DRIFT_FACTOR = 5.0
 FALL = 0.1
 NOTHING = 0.05
+SMOOTH = {"linear", "bilinear", "bicubic", "trilinear"}
 CHANCE_FACTOR, CHANCE_MARGIN, CHANCE_REST = 1.5, 0.05, 0.1
 """A figure is near that of a constant prediction if it is below CHANCE_FACTOR times that figure, below that figure +
 CHANCE_MARGIN, and below that figure + CHANCE_REST of what is missing to 1.  The factor alone would not do: 1.5 times
@@ -59,6 +62,23 @@ def emulated(precision: str, device: str) -> dict[str, str]:
     if not slow:
         return {}
     return {"emulated-bf16": f"This {lacks}, so that --precision bf16 is emulated and slower than fp32: leave it out."}
+
+
+def unrepeatable(context: Any) -> dict[str, str]:
+    """Warning about layers that upsample, whose gradient PyTorch adds up in another order every time on a GPU."""
+    if context.device.type == "cpu":
+        return {}
+    layers, shape = list(context.network("server").module.modules()), getattr(context.data.form, "shape", ())
+    modes = {layer.mode for layer in layers if isinstance(layer, nn.Upsample)} & SMOOTH
+    if shape and any(layer.interpolates(*shape[1:]) for layer in layers if isinstance(layer, PatchEmbedding)):
+        modes.add("bicubic")
+    if not modes:
+        return {}
+    return {
+        "unrepeatable-gradient": f"The network enlarges maps by {' and '.join(sorted(modes))} interpolation, whose "
+        "gradient does not repeat bit for bit on a GPU: for equal bits give a vision transformer square images, let "
+        'other networks enlarge by "nearest" or a transposed convolution, or train with --device cpu.'
+    }
 
 
 def collapsed_classes(sets: Mapping[str, Any], classes: Sequence[str]) -> dict[str, str]:
