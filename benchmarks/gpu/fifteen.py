@@ -2,7 +2,7 @@
 
 Every line has a time of its own, and all have one together.  What they leave lies in a folder beside the checkout,
 where `again` finds it, and after every line in an archive.  Figures measured before are of one kind of card: on another
-they are not shown, the counters are left out, and `again` plays no method twice, since that card came late.
+they are not shown, the counters are left out, and `again` plays no run twice, since that card came late.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ NETWORKS = {"lenet": (6, 50, 6), "cnn": (8, 50, 6), "resnet18": (64, 10, 3)}
 TRACED_CLIENTS = 10
 COUNTED = ("pairwise_distances large", "server_step large", "kl_div large")
 RUNS = ("fedavg", "fedgid")
+TWICE = ("fedgid", *stages.NETWORKS)
 FLAGS = ("--rounds", "12", "--grad-cam", "0", "--workers", "1", "--device", "cuda", "--quiet")
 TESTED = (stages.TESTED[0], "python_tests/engine/test_captured.py")
 SIZE = "(4096, 1000)"
@@ -97,13 +98,13 @@ def _line(name: str, seconds: int, *words: str) -> Stage:
 
 
 def checks(*, known: bool) -> list[Stage]:
-    """What `again` adds: the changed kernels under NVIDIA's checkers, and two methods twice with one seed."""
+    """What `again` adds: the changed kernels under NVIDIA's checkers, and runs twice with one seed."""
     chosen = f"gives_the_reference_result and ({' or '.join(CHANGED)})"
     found = []
     for stage in stages.sanitizers():
         words = [chosen if word == stages.SMALL else word for word in stage.command]
-        found.append(replace(stage, command=tuple(words), seconds=45))
-    twice = [replace(stage, seconds=22) for stage in stages.repeats() if stage.name.split()[1] in RUNS]
+        found.append(replace(stage, command=tuple(words), seconds=40))
+    twice = [replace(stage, seconds=20) for stage in stages.repeats() if stage.name.split()[1] in TWICE]
     return [*found, *(twice if known else [])]
 
 

@@ -1,6 +1,6 @@
-"""Runs a method twice with one seed and compares the final models, bit by bit, and the metrics of every round.
+"""Runs a method, or FedAvg of a network, twice with one seed and compares final models, bit by bit, and all metrics.
 
-python -m benchmarks.gpu.repeats METHOD [--device cuda]
+python -m benchmarks.gpu.repeats METHOD|NETWORK [--device cuda]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import bench_methods, processes
+from benchmarks.gpu import stages
 from fedkern.engine.store.records import read_metrics
 
 MODEL = "model.safetensors"
@@ -27,13 +28,17 @@ MEASURED = ("phases", "device")
 def main(words: Sequence[str] | None = None) -> int:
     """The exit code: 0 where both runs are alike, 1 where they differ or one fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.repeats", description=__doc__.split("\n")[0])
-    parser.add_argument("method", choices=bench_methods.METHODS)
+    parser.add_argument("name", metavar="METHOD|NETWORK", choices=(*bench_methods.METHODS, *stages.NETWORKS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     given = parser.parse_args(words)
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; give --device cpu")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the run that is compared ends too
-    case = next(one for one in bench_methods.CASES if (one.method, one.setting) == (given.method, "default"))
+    networks = [bench_methods.Case("fedavg", name, settings) for name, settings in stages.NETWORKS.items()]
+    case = next(
+        one for one in (*bench_methods.CASES, *networks)
+        if given.name == (one.method if one.setting == "default" else one.setting)
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="repeats-") as made:
         folders = [Path(made) / name for name in ("first", "second")]
         try:
@@ -43,9 +48,9 @@ def main(words: Sequence[str] | None = None) -> int:
             return 1
         found = differences(*runs)
     if found:
-        print(f"{case.method}: two runs on {given.device} with one seed differ: {'; '.join(found)}")
+        print(f"{given.name}: two runs on {given.device} with one seed differ: {'; '.join(found)}")
         return 1
-    print(f"{case.method}: two runs on {given.device} with one seed have the same model and metrics")
+    print(f"{given.name}: two runs on {given.device} with one seed have the same model and metrics")
     return 0
 
 

@@ -15,6 +15,11 @@ SANITIZERS = ("memcheck", "racecheck")
 SMALL = "gives_the_reference_result or sizes"
 """Words of tests on small inputs: the sanitizers make them ten times slower."""
 METHODS = ("fedgid", "fedlpfm", "fusefl", "fediod", "feddra", "fedavg", "fedprox", "scaffold")
+NETWORKS = {
+    "vit-tiny": {"model": "vit-tiny", "rounds": 2},
+    "unet-small": {"data": "segdigits", "model": "unet-small", "rounds": 2},
+}
+"""Settings of FedAvg with attention, and with a loss of pixels."""
 NOT_OPERATORS = {"bench_conv", "bench_flower", "bench_methods", "bench_rounds", "bench_tree"}
 """Benchmarks of whole runs, and what has no part of a GPU: a tree's arrays are NumPy's."""
 
@@ -169,9 +174,9 @@ def rounds(out: Path) -> list[Stage]:
 
 
 def repeats() -> list[Stage]:
-    """Every method twice with one seed: both runs must end with the same bits."""
+    """Every method, attention and a loss of pixels twice with one seed: both runs must end with the same bits."""
     words = (sys.executable, "-m", "benchmarks.gpu.repeats")
-    return [Stage(f"repeats {method}", (*words, method, "--device", "cuda"), 300) for method in METHODS]
+    return [Stage(f"repeats {name}", (*words, name, "--device", "cuda"), 300) for name in (*METHODS, *NETWORKS)]
 
 
 FUSEFL = (

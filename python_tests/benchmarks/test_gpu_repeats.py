@@ -71,14 +71,23 @@ def test_no_gpu_is_one_sentence(monkeypatch, capsys):
     assert "--device cuda: torch sees no CUDA device; give --device cpu" in capsys.readouterr().err
 
 
-def test_every_method_has_a_stage():
+def test_every_method_and_network_has_a_stage():
     assert stages.METHODS == bench_methods.METHODS
     names = [stage.name for stage in stages.plan("9.0", Path("/out"), "/data")]
-    wanted = [f"repeats {method}" for method in bench_methods.METHODS]
+    wanted = [f"repeats {name}" for name in (*bench_methods.METHODS, *stages.NETWORKS)]
     assert [name for name in names if name.startswith("repeats ")] == wanted
     assert names.index(wanted[-1]) < names.index("published fusefl")
     for stage in stages.repeats():
         assert stage.command[-3:] == (stage.name.split()[1], "--device", "cuda")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", stages.NETWORKS)
+def test_two_runs_of_a_network(name, monkeypatch, capsys):
+    small = {"train_samples": 60, "width": 8, "rounds": 1, "local_steps": 1, "clients": 2}
+    monkeypatch.setitem(stages.NETWORKS, name, {**stages.NETWORKS[name], **small})
+    assert repeats.main([name, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"{name}: two runs on cpu with one seed have the same model and metrics\n"
 
 
 @pytest.mark.exhaustive
