@@ -15,6 +15,10 @@ GPU = "nvidia-h200"
 Lines = Sequence[str]
 LOSSES = f"losses_{GPU}"
 """Losses whose kernels are newer than what was recorded beside others."""
+BOUND = {"accumulator exact": "bound by its digits", "clip_and_noise": "bound by its generator"}
+"""Operators that arithmetic binds, whose share of a copy would say nothing."""
+ROWS = ("weighted_mean stack", "blend index", "blend index gradient")
+"""Operators that start at rows, which two more 16-bit elements move to odd addresses."""
 MEAN = "mean round with the first"
 """What there is of rounds that were recorded before the first one was told apart."""
 
@@ -39,6 +43,12 @@ def kernel_table(rows: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str
             continue
         shares = []
         for key in ((dtype, odd, "cuda") for dtype in ("fp32", "bf16") for odd in (False, True)):
+            if name in BOUND:
+                shares.append("" if shares else BOUND[name])
+                continue
+            if name in ROWS and key[:2] == ("bf16", True):
+                shares.append("4-byte loads")
+                continue
             was = f" ({100 * one['share']:.0f} %)" if (one := earlier.get(name, {}).get(key)) else ""
             shares.append(f"{100 * found[key]['share']:.0f} %{was}" if key in found else "–")
         lines.append([
