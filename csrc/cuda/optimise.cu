@@ -140,13 +140,19 @@ __device__ __forceinline__ void walk(const Launch& a, Body&& body) {
   if (N > 1 && block == 0 && threadIdx.x < a.call.size % N) body(Elements<T, 1>{a.call, row, packs * N + threadIdx.x});
 }
 
-// workspace[row, block] = squares of the block's part of the row's gradient.
+// A row's results, by one thread.
+__device__ __forceinline__ void leave(const OptimiserStep& call, std::int64_t row, double squares, double odd) {
+  call.squared[row] = squares;
+  call.finite[row] = odd == 0 && squares - squares == 0;
+}
+
+// workspace[row, block] = squares of the block's part of the row's gradient; of the whole row at once where it has one block.
 template <typename T, int N>
 __global__ void __launch_bounds__(kBlock) squares_kernel(const __grid_constant__ Launch a) {
   double squares = 0;
   walk<T, N>(a, [&](const auto& x) { x.add_squares(squares); });
   squares = Group<kBlock>::sum(squares);
-  if (threadIdx.x == 0) a.call.workspace[blockIdx.x] = squares;
+  if (threadIdx.x == 0) (a.blocks == 1 ? a.call.squared : a.call.workspace)[blockIdx.x] = squares;
 }
 
 template <typename T, int N, bool adamw>
@@ -159,6 +165,7 @@ __global__ void __launch_bounds__(kBlock) step_kernel(const __grid_constant__ La
   squares = Group<kBlock>::sum(squares);
   odd = Group<kBlock>::sum(odd);
   if (threadIdx.x) return;
+  if (a.blocks == 1) return leave(a.call, blockIdx.x, squares, odd);
   a.call.workspace[blockIdx.x] = squares;
   a.call.workspace[a.call.rows * a.blocks + blockIdx.x] = odd;
 }
@@ -175,8 +182,8 @@ __global__ void __launch_bounds__(kBlock) finish_kernel(const __grid_constant__ 
   squares = Group<kBlock>::sum(squares);
   odd = Group<kBlock>::sum(odd);
   if (threadIdx.x) return;
+  if (look) return leave(a.call, row, squares, odd);
   a.call.squared[row] = squares;
-  if (look) a.call.finite[row] = odd == 0 && squares - squares == 0;
 }
 
 // Elements of a row that are worth a block.
@@ -193,13 +200,13 @@ void run(const Launch& a, const Queue& queue) {
   const std::int64_t blocks = a.call.rows * a.blocks;
   if (a.call.max_norm > 0) {
     launch("optimise_squares", squares_kernel<T, N>, blocks, kBlock, queue, a);
-    launch("optimise_norms", finish_kernel, a.call.rows, kBlock, queue, a, false);
+    if (a.blocks > 1) launch("optimise_norms", finish_kernel, a.call.rows, kBlock, queue, a, false);
   }
   if (a.call.adamw)
     launch("adamw_step", step_kernel<T, N, true>, blocks, kBlock, queue, a);
   else
     launch("sgd_step", step_kernel<T, N, false>, blocks, kBlock, queue, a);
-  launch("optimise_finish", finish_kernel, a.call.rows, kBlock, queue, a, true);
+  if (a.blocks > 1) launch("optimise_finish", finish_kernel, a.call.rows, kBlock, queue, a, true);
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ def step(shape: tuple[int, ...], device: torch.device, adamw: bool, terms: bool)
 
 @pytest.mark.parametrize("terms", [False, True])
 @pytest.mark.parametrize("adamw", [False, True])
-@pytest.mark.parametrize("shape", [(1,), (1030,), (3, 1030)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (1024,), (1030,), (3, 1000), (3, 1030)], ids=str)
 def test_both_ways_to_the_kernel(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], adamw: bool, terms: bool
 ) -> None:
@@ -50,6 +50,18 @@ def test_both_ways_to_the_kernel(
         for got, wanted in zip(results, expected, strict=True):
             torch.testing.assert_close(got, wanted)
     assert all(one.equal(other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("size", [1000, 1030])
+def test_rows_of_one_block_tell_what_is_not_finite(device: torch.device, size: int, max_norm: float | None) -> None:
+    """One block leaves a row's results itself; more leave them to another kernel."""
+    theta, g = torch.zeros(3, size, device=device), torch.full((3, size), 2.0, device=device)
+    g[1, -1], theta[2, 0] = torch.inf, torch.nan
+    found = ops.sgd_step(theta, g, lr=0.5, max_norm=max_norm)
+    assert found.finite.tolist() == [True, False, False]
+    assert found.squared_norm.tolist() == [4.0 * size, torch.inf, 4.0 * size]
+    torch.testing.assert_close(theta[0], torch.full_like(theta[0], -1.0 if max_norm is None else -0.5 / size**0.5))
 
 
 def test_rates_in_a_tensor(device: torch.device) -> None:
