@@ -37,15 +37,28 @@ __device__ __forceinline__ void mean_of(const Mean& a, double total, std::int64_
   for (int begin = 0; begin < a.x.count; begin += kTogether) {
     double weight[kTogether];
     Pack<T, N> x[kTogether];
+    bool all = true;
+    const auto weigh = [&](const double* weights) {
 #pragma unroll
-    for (int k = 0; k < kTogether; ++k) weight[k] = begin + k < a.x.count ? a.weight[begin + k] : 0.0;
-    // A vector of weight zero is not read (Krum keeps few of many) and adds nothing: a sum is never -0.
+      for (int k = 0; k < kTogether; ++k) {
+        weight[k] = begin + k < a.x.count ? weights[begin + k] : 0.0;
+        all = all && weight[k] != 0;
+      }
+    };
+    a.weight.device.present ? weigh(a.weight.device.data) : weigh(a.weight.host);
+    // Branches that meet before the arithmetic: the compiler otherwise puts off half of the loads until others have arrived.
+    if (all) {
 #pragma unroll
-    for (int k = 0; k < kTogether; ++k) {
-      if (weight[k] != 0)
-        x[k] = load_pack<T, N>(a.x[begin + k], from);
-      else
-        x[k] = {};
+      for (int k = 0; k < kTogether; ++k) x[k] = load_pack<T, N>(a.x[begin + k], from);
+    } else {
+      // A vector of weight zero is not read (Krum keeps few of many) and adds nothing: a sum is never -0.
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        if (weight[k] != 0)
+          x[k] = load_pack<T, N>(a.x[begin + k], from);
+        else
+          x[k] = {};
+      }
     }
 #pragma unroll
     for (int k = 0; k < kTogether; ++k)
