@@ -36,6 +36,7 @@ PATIENCE = 10.0
 CHANGED = (
     "fuse_concat", "fuse_mean", "median", "trimmed_mean", "pairwise_distances", "krum", "geometric_median",
     "clip_by_norm", "keep_boxes", "kl_div", "dual_kl", "entropy", "ensemble_kl", "js_div", "consensus", "server_step",
+    "weighted_mean",
 )  # fmt: skip
 """Operators whose CUDA kernels have changed since the figures of docs/speed.md."""
 WITHOUT_TRITON = (
