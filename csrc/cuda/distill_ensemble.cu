@@ -35,7 +35,7 @@ __device__ __forceinline__ bool run_narrow(const EnsembleCall& a, std::int64_t r
 }
 
 template <template <typename, int, typename> class Row, int Lanes, typename T>
-__global__ void __launch_bounds__(kBlock, 2) ensemble_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, double* totals, double* slots) {
+__global__ void __launch_bounds__(kBlock, 2) ensemble_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, const Totals totals, double* slots) {
   using G = Group<Lanes>;
   // Neighbouring threads' numbers lie side by side, neighbouring groups' one after another.
   const std::int64_t group = static_cast<std::int64_t>(blockIdx.x) * G::rows + G::row(), groups = static_cast<std::int64_t>(gridDim.x) * G::rows;
@@ -57,9 +57,8 @@ __global__ void __launch_bounds__(kBlock, 2) ensemble_kernel(const __grid_consta
       if (a.row_loss[r].present) store_value<double>(a.row_loss[r].data, a.row_loss[r].dtype, at.row_loss[r], result.loss[r]);
     }
   }
-#pragma unroll
-  for (int r = 0; r < 2; ++r)
-    if (a.total[r].present) leave_total(total[r], totals + r * kMostBlocks, a.total[r], a.scale);
+  if (wants_totals(a)) Group<kBlock>::sum_all(total);
+  leave_totals(a, total, totals);
 }
 
 template <int Lanes, typename T>
@@ -80,14 +79,13 @@ auto kernel_of(const EnsembleCall& a) {
   return all(float{}) ? kernel_of<Lanes, float>(a) : all(__nv_bfloat16{}) ? kernel_of<Lanes, __nv_bfloat16>(a) : kernel_of<Lanes, void>(a);
 }
 
-void run(const EnsembleCall& a, std::int64_t rows, double* workspace, std::int64_t slots, const Queue& queue) {
+void run(const EnsembleCall& a, std::int64_t rows, const Totals& totals, std::int64_t slots, const Queue& queue) {
   const bool outside = a.teachers.class_stride != 1 && a.classes > 1;
   const int lanes = a.classes <= 4 || (outside && a.classes < kBlockRow) ? 1 : a.classes < kBlockRow ? 32 : kBlock;
   const std::int64_t each = kBlock / lanes;
   const std::int64_t blocks = std::max<std::int64_t>(1, std::min({grid(rows, each, queue, 8), kMostBlocks, slots / each}));
   const auto kernel = lanes == 1 ? kernel_of<1, void>(a) : lanes == 32 ? kernel_of<32>(a) : kernel_of<kBlock>(a);
-  launch("distill_ensemble", kernel, blocks, kBlock, queue, a, rows, workspace, workspace + kEnsembleTotals);
-  sum_totals(a, blocks, workspace, queue);
+  launch("distill_ensemble", kernel, blocks, kBlock, queue, a, rows, totals, totals.sums + kEnsembleTotals);
 }
 
 }  // namespace
@@ -98,7 +96,8 @@ void distill_ensemble(const EnsembleCall& a, double* workspace, std::int64_t slo
   std::int64_t rows = 1;
   for (int d = 0; d < a.row_dims; ++d) rows *= a.row_size[d];
   if (!rows && !a.total[0].present) return;
-  if (!distill_tile(a, rows, workspace, queue) && !distill_student_tile(a, rows, workspace, queue)) run(a, rows, workspace, slots, queue);
+  const Totals totals{workspace, next_ticket()};
+  if (!distill_tile(a, rows, totals, queue) && !distill_student_tile(a, rows, totals, queue)) run(a, rows, totals, slots, queue);
 }
 
 }  // namespace fedkern::cuda

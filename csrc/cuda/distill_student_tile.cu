@@ -9,7 +9,7 @@ constexpr int kStudentAhead = 4;
 
 template <EnsembleKind Kind, int Numbers, int Lanes>
 __global__ void __launch_bounds__(kBlock + 32, 2)
-    student_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, unsigned reciprocal, double* totals) {
+    student_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, unsigned reciprocal, const Totals totals) {
   using G = Group<Lanes>;
   constexpr bool kLogits = Kind == EnsembleKind::logits, kMean = Kind == EnsembleKind::mean;
   __shared__ Tile<Numbers> tile;
@@ -162,15 +162,15 @@ __global__ void __launch_bounds__(kBlock + 32, 2)
 }
 
 template <EnsembleKind Kind>
-void run(const EnsembleCall& a, std::int64_t rows, double* totals, const Queue& queue) {
-  run_tile(a, rows, 2, kBlock, totals, queue, [&](auto numbers, auto lanes, std::int64_t blocks, int threads, unsigned reciprocal) {
+void run(const EnsembleCall& a, std::int64_t rows, const Totals& totals, const Queue& queue) {
+  run_tile(a, rows, 2, kBlock, [&](auto numbers, auto lanes, std::int64_t blocks, int threads, unsigned reciprocal) {
     launch("distill_student_tile", student_kernel<Kind, numbers.value, lanes.value>, blocks, threads, queue, a, rows, reciprocal, totals);
   });
 }
 
 }  // namespace
 
-bool distill_student_tile(const EnsembleCall& a, std::int64_t rows, double* totals, const Queue& queue) {
+bool distill_student_tile(const EnsembleCall& a, std::int64_t rows, const Totals& totals, const Queue& queue) {
   if (a.kind > EnsembleKind::mean || a.compute == DType::f64 || a.limit || a.as_is || a.by_class || !rows || !fits_tile(a, rows, 2, queue)) return false;
   switch (a.kind) {
     case EnsembleKind::probs: run<EnsembleKind::probs>(a, rows, totals, queue); break;

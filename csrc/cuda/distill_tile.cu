@@ -41,7 +41,7 @@ struct Loss {
 
 template <int Numbers, int Lanes>
 __global__ void __launch_bounds__(kTileThreads, 2)
-    tile_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, unsigned reciprocal, double* totals) {
+    tile_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, unsigned reciprocal, const Totals totals) {
   using G = Group<Lanes>;
   constexpr int kShared = Lanes == 8 ? 8 : 4;  // threads to a class of the mixture
   __shared__ Tile<Numbers> tile;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
 // Without gradients of weights, which would take more registers than there are.
 template <int K>
-__global__ void __launch_bounds__(kBlock, 2) held_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, double* totals) {
+__global__ void __launch_bounds__(kBlock, 2) held_kernel(const __grid_constant__ EnsembleCall a, std::int64_t rows, const Totals totals) {
   constexpr int C = kHeldClasses;
   const int count = static_cast<int>(a.count), classes = static_cast<int>(a.classes);
   const bool js = a.kind == EnsembleKind::js;
@@ -185,23 +185,21 @@ __global__ void __launch_bounds__(kBlock, 2) held_kernel(const __grid_constant__
     loss.results(first_mean, second_mean, count, results);
     leave(a, to, results, total);
   }
-#pragma unroll
-  for (int r = 0; r < 2; ++r)
-    if (a.total[r].present) leave_total(total[r], totals + r * kMostBlocks, a.total[r], a.scale);
+  if (wants_totals(a)) Group<kBlock>::sum_all(total);
+  leave_totals(a, total, totals);
 }
 
 }  // namespace
 
-bool distill_tile(const EnsembleCall& a, std::int64_t rows, double* totals, const Queue& queue) {
+bool distill_tile(const EnsembleCall& a, std::int64_t rows, const Totals& totals, const Queue& queue) {
   if (a.kind < EnsembleKind::js || a.compute == DType::f64 || !rows) return false;
   if (a.count <= kHeldTeachers && a.classes <= kHeldClasses && !a.weights_grad.present) {
     const std::int64_t blocks = std::min(grid(rows, kBlock, queue, 8), kMostBlocks);
     launch("distill_held", a.count <= kFewTeachers ? held_kernel<kFewTeachers> : held_kernel<kHeldTeachers>, blocks, kBlock, queue, a, rows, totals);
-    sum_totals(a, blocks, totals, queue);
     return true;
   }
   if (!fits_tile(a, rows, 0, queue)) return false;
-  run_tile(a, rows, 0, kTileThreads - 32, totals, queue, [&](auto numbers, auto lanes, std::int64_t blocks, int threads, unsigned reciprocal) {
+  run_tile(a, rows, 0, kTileThreads - 32, [&](auto numbers, auto lanes, std::int64_t blocks, int threads, unsigned reciprocal) {
     launch("distill_tile", tile_kernel<numbers.value, lanes.value>, blocks, threads, queue, a, rows, reciprocal, totals);
   });
   return true;

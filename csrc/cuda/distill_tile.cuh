@@ -9,14 +9,23 @@
 
 #include "distill_mixture.cuh"
 #include "distill_teachers.cuh"
+#include "last_block.cuh"
 #include "launch.cuh"
 
 namespace fedkern::cuda {
 
-// Do the call where it is of that kind: js_div and consensus, losses of a student. False where it is not. `totals` is the
-// beginning of distill_ensemble's workspace.
-bool distill_tile(const EnsembleCall& a, std::int64_t rows, double* totals, const Queue& queue);
-bool distill_student_tile(const EnsembleCall& a, std::int64_t rows, double* totals, const Queue& queue);
+inline constexpr std::int64_t kMostBlocks = 2048;
+static_assert(2 * kMostBlocks < kEnsembleTotals && kMostBlocks < kTicketBlocks);
+
+// What blocks add to the totals, [2, kMostBlocks] of the workspace, and after it the word in which they count how many have done so.
+struct Totals {
+  double* sums;
+  Ticket ticket;
+};
+
+// Do the call where it is of that kind: js_div and consensus, losses of a student. False where it is not.
+bool distill_tile(const EnsembleCall& a, std::int64_t rows, const Totals& totals, const Queue& queue);
+bool distill_student_tile(const EnsembleCall& a, std::int64_t rows, const Totals& totals, const Queue& queue);
 
 namespace {
 
@@ -25,7 +34,6 @@ constexpr int kLargeTile = 2560, kSmallTile = 512;  // numbers of a row
 constexpr int kTileThreads = 416 + 32;
 constexpr int kAhead = 10;  // numbers that a thread loads
 static_assert(kAhead * kBlock >= kLargeTile);
-constexpr std::int64_t kMostBlocks = kEnsembleTotals / 2;
 
 // A row: p = e^((x - maximum) / T) inverse.
 struct Member {
@@ -200,17 +208,23 @@ struct Tile {
   }
 };
 
-// What the first thread of each block has of the totals.
-__device__ __forceinline__ void leave_totals(const EnsembleCall& a, const double (&total)[2], double* totals) {
+__device__ __forceinline__ bool wants_totals(const EnsembleCall& a) { return a.total[0].present || a.total[1].present; }
+// What the first thread of each block has of the totals. All threads come along, and the last block adds up what all have.
+__device__ __forceinline__ void leave_totals(const EnsembleCall& a, double (&total)[2], const Totals& totals) {
+  if (!wants_totals(a)) return;
+  if (gridDim.x > 1) {
+    if (threadIdx.x == 0) totals.sums[blockIdx.x] = total[0], totals.sums[kMostBlocks + blockIdx.x] = total[1];
+    if (!is_last_block(reinterpret_cast<Ticket*>(totals.sums + 2 * kMostBlocks), totals.ticket, gridDim.x) || threadIdx.x >= 32) return;
+    const volatile double* const sums = totals.sums;
+    total[0] = total[1] = 0;
+#pragma unroll 8
+    for (unsigned i = threadIdx.x; i < gridDim.x; i += 32) total[0] += sums[i], total[1] += sums[kMostBlocks + i];
+    Group<32>::sum_all(total);
+  }
   if (threadIdx.x) return;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (!a.total[r].present) continue;
-    if (gridDim.x > 1)
-      totals[r * kMostBlocks + blockIdx.x] = total[r];
-    else
-      store_value<double>(a.total[r].data, a.total[r].dtype, 0, total[r] * a.scale);
-  }
+  for (int r = 0; r < 2; ++r)
+    if (a.total[r].present) store_value<double>(a.total[r].data, a.total[r].dtype, 0, total[r] * a.scale);
 }
 
 // Whether blocks take the call, whose tile has `more` rows besides those of the teachers.
@@ -221,15 +235,10 @@ inline bool fits_tile(const EnsembleCall& a, std::int64_t rows, int more, const 
   const bool fill = rows > 8 * multiprocessors(queue.device) && a.count < 8;
   return !outside && !fill && a.count <= kTileTeachers && a.classes >= 2 && a.classes <= kTileClasses && (a.count + more) * a.classes <= kLargeTile;
 }
-inline void sum_totals(const EnsembleCall& a, std::int64_t blocks, double* totals, const Queue& queue) {
-  for (int r = 0; r < 2; ++r)
-    if (blocks > 1 && a.total[r].present)
-      launch("distill_ensemble_total", sum_partials, 1, kBlock, queue, totals + r * kMostBlocks, blocks, a.total[r], a.scale);
-}
 // run(numbers, lanes, blocks, threads, reciprocal), the first two integral_constants; i / classes is the upper half of i times the
-// last. Then sums up the totals. `most`: threads besides the last warp, kBlock at least.
+// last. `most`: threads besides the last warp, kBlock at least.
 template <typename F>
-void run_tile(const EnsembleCall& a, std::int64_t rows, int more, int most, double* totals, const Queue& queue, F&& run) {
+void run_tile(const EnsembleCall& a, std::int64_t rows, int more, int most, F&& run) {
   const std::int64_t numbers = (a.count + more) * a.classes, lanes = a.classes <= 32 ? 8 : 32;
   const std::int64_t wanted = std::max((a.count + more) * lanes, numbers / 8);
   const int threads = static_cast<int>(std::clamp<std::int64_t>((wanted + 31) / 32 * 32, 64, most)) + 32;
@@ -239,7 +248,6 @@ void run_tile(const EnsembleCall& a, std::int64_t rows, int more, int most, doub
     lanes == 8 ? run(size, std::integral_constant<int, 8>{}, blocks, threads, reciprocal) : run(size, std::integral_constant<int, 32>{}, blocks, threads, reciprocal);
   };
   numbers <= kSmallTile ? with_lanes(std::integral_constant<int, kSmallTile>{}) : with_lanes(std::integral_constant<int, kLargeTile>{});
-  sum_totals(a, blocks, totals, queue);
 }
 
 }  // namespace

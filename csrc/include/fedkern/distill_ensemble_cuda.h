@@ -7,7 +7,7 @@ namespace fedkern::cuda {
 
 // Numbers per teacher that a row keeps in the workspace while it is worked on, and those for the totals.
 inline constexpr std::int64_t kEnsembleNumbers = 13;
-inline constexpr std::int64_t kEnsembleTotals = 4096;
+inline constexpr std::int64_t kEnsembleTotals = 4112;
 
 // `workspace`: kEnsembleTotals numbers and kEnsembleNumbers * call.count for each of `slots` rows, at least kEnsembleSlots, that
 // may be worked on at a time.

@@ -295,3 +295,34 @@ def test_the_students_gradient_has_every_teacher(
     torch.testing.assert_close(
         got.double().cpu(), expected, rtol=0, atol=scale * (1e-2 if dtype.itemsize == 2 else 1e-5)
     )
+
+
+# By a thread each, by blocks, by warps, by blocks for long rows: several blocks of each.
+@pytest.mark.parametrize(("count", "classes", "rows"), [(5, 4, 600), (20, 10, 9), (3, 200, 40), (2, 1030, 5)])
+@pytest.mark.parametrize("held", [0.0, -1.0, math.nan])
+def test_totals_whatever_the_memory_held(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, count: int, classes: int, rows: int, held: float
+) -> None:
+    """Blocks count in a word of the workspace how many are done: nobody cleared it, and a second call finds it used."""
+    memory: dict[Any, Tensor] = {}
+
+    def old(*size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if dtype is not torch.float64:
+            return torch.empty(*size, dtype=dtype, device=device)
+        if size not in memory:
+            memory[size] = torch.full((size[0],), held, dtype=dtype, device=device)
+        return memory[size]
+
+    monkeypatch.setattr("fedkern.ops._distill.kernels._empty", old)
+    generator = torch.Generator().manual_seed(rows)
+    teachers = torch.randn(count + 1, rows, classes, generator=generator).to(device)
+    student, teachers = teachers[0], teachers[1:]
+
+    def losses(reduction: str) -> list[Tensor]:
+        of_student = [ops.ensemble_kl(student, teachers, reduction=reduction, **how) for how, _ in MIXES.values()]
+        return [ops.js_div(teachers, reduction=reduction), *ops.consensus(teachers, reduction=reduction), *of_student]
+
+    first, again = losses("sum"), losses("sum")
+    assert first == again
+    for total, each in zip(first, losses("none"), strict=True):
+        torch.testing.assert_close(total.double(), each.double().sum(), rtol=1e-6, atol=0)

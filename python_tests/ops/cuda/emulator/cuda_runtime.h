@@ -265,6 +265,13 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 
+// Blocks run one after another, and a thread without a break between its barriers.
+inline void __threadfence() {}
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) { return std::exchange(*to, *to + value); }
+inline unsigned long long atomicCAS(unsigned long long* to, unsigned long long expected, unsigned long long value) {
+  return std::exchange(*to, *to == expected ? value : *to);
+}
+
 using cudaError_t = int;
 using cudaStream_t = void*;
 inline constexpr cudaError_t cudaSuccess = 0, cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorAssert = 710;
