@@ -165,8 +165,8 @@ class _Ensemble(EagerFunction):
         class_mask: Tensor | None,
     ) -> Tensor:
         ctx.how = kernel, settings = how
-        _, to_student, to_teachers, to_weights, _ = ctx.needs_input_grad
-        if settings.reduction == NONE or not kernel.fused or to_weights:
+        to_student, to_teachers, _ = needs = ctx.needs_input_grad[1:4]
+        if settings.reduction == NONE or not kernel.ensemble_fused(student, needs):
             ctx.save_for_backward(student, teachers, weights, class_mask)
             return kernel.ensemble_forward(student, teachers, weights, class_mask, settings)
         to_student = kernel.empty_gradient(student) if to_student else None

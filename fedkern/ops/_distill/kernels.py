@@ -14,6 +14,7 @@ from torch import Tensor
 from fedkern.ops._core.backend import DTYPES, compute_dtype, serve
 from fedkern.ops._core.launch import Launcher
 from fedkern.ops._core.memory import HUGE
+from fedkern.ops._core.private_torch import graph_is_retained
 from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, NONE, mean_scale, row_shape
 
@@ -83,7 +84,8 @@ class DistillKernels(Launcher):
     loss and gradients by the number of rows; an empty batch gives 0.
 
     Gradients for a grad_output of 1 can be computed in the forward pass, into the ``to_...`` tensors. Autograd asks for
-    this where :attr:`fused` is true and the result is a scalar, and then calls :meth:`scaled` in the backward pass.
+    this where :attr:`fused` or :meth:`ensemble_fused` is true and the result is a scalar, and then calls :meth:`scaled`
+    in the backward pass.
     Otherwise it gives no ``to_...`` tensors and calls ``..._backward``, which recomputes from the logits and takes
     ``grad`` as a tensor of the result's shape, any strides. On CUDA the kernel reads ``grad`` through its device
     pointer: no method there may read a tensor's values on the host.
@@ -92,8 +94,9 @@ class DistillKernels(Launcher):
 
     On the CPU a row's gradient costs little while the row is in the cache, and the host can read grad_output: the
     forward pass computes gradients too.  On a GPU reading grad_output would wait for the device. A gradient from the
-    forward pass would have to be read, scaled and written again, as much traffic as computing it from the logits. What
+    forward pass has to be read, scaled and written again, as much traffic as computing it from the logits. What
     a gradient needs of its row as a whole is little, and can be kept: :meth:`divergence_kept`, :meth:`entropy_kept`.
+    Only beside the logits of K teachers is a student's gradient little.
     """
 
     # The cores read weights [K] for every row through a stride of 0, and have kernels of infinite temperature.
@@ -107,12 +110,15 @@ class DistillKernels(Launcher):
         self._distill_ensemble = core.distill_ensemble
 
     def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
-        """Returns ``gradients`` (for a grad_output of 1) times the scalar ``grad``; called only where ``fused``.
+        """Returns ``gradients`` (for a grad_output of 1) times the scalar ``grad``; called only where they were taken.
 
-        Where ``grad`` is 1 these are the same tensors, otherwise new ones, since the graph may be retained. None makes
-        the caller use ``..._backward`` instead. That is so for 16-bit gradients, which would be rounded twice and would
-        underflow before a loss scale lifts them.
+        Where ``grad`` is 1 these are the same tensors, otherwise new ones, since the graph may be retained; on a GPU,
+        where nobody can look, the same ones if it is not. None makes the caller use ``..._backward`` instead. That is
+        so for 16-bit gradients, which would be rounded twice and would underflow before a loss scale lifts them.
         """
+        if self.gpu:
+            times = torch.mul if graph_is_retained() else Tensor.mul_
+            return tuple([x if x is None else times(x, grad) for x in gradients])
         factor = grad.item()
         if factor == 1.0:
             return gradients
@@ -281,6 +287,16 @@ class DistillKernels(Launcher):
             self._space(logits) if self.gpu else None,
             self.at(logits),
         )
+
+    def ensemble_fused(self, student: Tensor, needs: Sequence[bool]) -> bool:
+        """Whether ensemble_forward takes ``to_...`` for gradients of student, teachers, weights, where ``needs`` says.
+
+        On a GPU the student's alone: reading all teachers again is several times its traffic, that of the teachers'
+        own gradients no more than scaling them. One of 16 bits would underflow before a loss scale lifts it.
+        """
+        if needs[2]:
+            return False
+        return self.fused or (self.keeps and needs[0] and not needs[1] and student.element_size() > 2)
 
     def ensemble_forward(
         self,

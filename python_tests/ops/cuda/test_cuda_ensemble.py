@@ -326,3 +326,44 @@ def test_totals_whatever_the_memory_held(
     assert first == again
     for total, each in zip(first, losses("none"), strict=True):
         torch.testing.assert_close(total.double(), each.double().sum(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("count", "classes", "rows"), [(20, 10, 9), (3, 200, 40), (2, 1030, 5)])
+def test_the_students_gradient_is_there_after_the_forward_pass(
+    device: torch.device, mix: str, count: int, classes: int, rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    teachers = torch.randn(count, rows, classes, generator=generator)
+    student = torch.randn(rows, classes, generator=generator, requires_grad=True)
+    with ops.use_backend("reference"):
+        loss = ops.ensemble_kl(student.double(), teachers.double(), None, 2.0, **MIXES[mix][0])
+        (expected,) = torch.autograd.grad(3 * loss, student)
+    teachers = teachers.to(device)
+    leaf = student.detach().to(device).requires_grad_()
+    loss = ops.ensemble_kl(leaf, teachers, None, 2.0, **MIXES[mix][0])
+    teachers.data.fill_(math.nan)  # nobody reads them again
+    (first,) = torch.autograd.grad(3 * loss, leaf, retain_graph=True)
+    (once,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    (last,) = torch.autograd.grad(3 * loss, leaf)
+    assert torch.equal(first, last)
+    assert torch.equal(3 * once, last)  # the last pass may change what was saved, not what was handed out
+    torch.testing.assert_close(first.cpu(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_loss_scale_lifts_gradients_of_16_bits(device: torch.device, mix: str) -> None:
+    """They are multiples of 6e-8 where no scale lifts them, as they would be in the forward pass."""
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(512, 10, generator=generator).half()
+    teachers = (student + 1e-2 * torch.randn(3, 512, 10, generator=generator)).half()
+
+    def gradient(student: Tensor, teachers: Tensor) -> Tensor:
+        leaf = student.detach().requires_grad_()
+        loss = ops.ensemble_kl(leaf, teachers, **MIXES[mix][0])
+        return torch.autograd.grad(2.0**15 * loss, leaf)[0].double().cpu()
+
+    got = gradient(student.to(device), teachers.to(device))
+    with ops.use_backend("reference"):
+        expected = gradient(student.double(), teachers.double())
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=1e-4 * float(expected.abs().max()))
