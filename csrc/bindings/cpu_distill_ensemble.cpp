@@ -10,7 +10,7 @@ void distill_ensemble(const py::args& arguments) {
   PyObject* const* const item = &PyTuple_GET_ITEM(arguments.ptr(), 0);
   TensorView teachers;
   std::int64_t rows;
-  EnsembleCall call = parse_ensemble(item, teachers, rows);
+  EnsembleCall call = parse_ensemble(item, teachers, rows, true);
   call.threads = static_cast<int>(integer(item[kEnsembleArguments + 1]));  // after the CUDA core's workspace
   if (PyErr_Occurred()) throw py::error_already_set();
   ReleaseGil release(rows * call.classes * call.count >= kReleaseGilElements);

@@ -11,7 +11,7 @@ void distill_ensemble(const py::args& arguments) {
   PyObject* const* const item = &PyTuple_GET_ITEM(arguments.ptr(), 0);
   TensorView teachers;
   std::int64_t rows, memory;
-  const EnsembleCall call = parse_ensemble(item, teachers, rows);
+  const EnsembleCall call = parse_ensemble(item, teachers, rows, false);
   const Optional<double> workspace = parse_workspace(item[kEnsembleArguments], memory);
   void* const stream = PyLong_AsVoidPtr(item[kEnsembleArguments + 1]);
   if (PyErr_Occurred()) throw py::error_already_set();

@@ -54,7 +54,8 @@ inline void merge_row_dims(EnsembleCall& call) {
 }
 
 // Reads kEnsembleArguments from `item` on; `teachers` receives a tensor of their shape and device, `rows` the number of rows.
-inline EnsembleCall parse_ensemble(PyObject* const* item, TensorView& teachers, std::int64_t& rows) {
+// `mixture`: whether a row's mixture is kept too.
+inline EnsembleCall parse_ensemble(PyObject* const* item, TensorView& teachers, std::int64_t& rows, bool mixture) {
   EnsembleCall call;
   call.kind = kind_of<EnsembleKind>(*item++, EnsembleKind::consensus);
   call.limit = *item++ == Py_True;
@@ -94,13 +95,13 @@ inline EnsembleCall parse_ensemble(PyObject* const* item, TensorView& teachers, 
   call.weights_grad = parse_weights(*item++, teachers, call.by_class);
   call.grad_output[0] = parse_rows(*item++, row_or_number);
   call.grad_output[1] = parse_rows(*item++, row_or_number);
-  // Results: rows or totals, as `by_row` says. What consensus keeps follows where it does.
+  // Results: rows or totals, as `by_row` says. What a loss keeps follows where it does.
   const bool by_row = PyTuple_GET_ITEM(*item, 0) == Py_True;
   const Shape& result = by_row ? row : number;
   const RowValues first = parse_rows(PyTuple_GET_ITEM(*item, 1), result), second = parse_rows(PyTuple_GET_ITEM(*item, 2), result);
   for (int i = 0; i < 2; ++i) (by_row ? call.row_loss : call.total)[i] = i == 0 ? first : second;
   Shape kept = one;
-  kept.size[1] = 4 * call.count + call.classes;
+  kept.size[1] = 4 * call.count + (mixture ? call.classes : 0);
   if (PyTuple_GET_SIZE(*item) > 3) call.kept = parse_logits(PyTuple_GET_ITEM(*item, 3), kept);
   if (PyErr_Occurred()) throw py::error_already_set();
   const bool against_student = call.kind <= EnsembleKind::mean;
@@ -108,6 +109,7 @@ inline EnsembleCall parse_ensemble(PyObject* const* item, TensorView& teachers, 
   require(call.student.present == against_student && (against_student || !call.student_grad.present), "the loss of a student against teachers takes a student");
   require(!call.by_class || call.kind <= EnsembleKind::logits, "weights by class and masks mix probabilities or logits");
   require(call.weights.present || !call.weights_grad.present, "weights that are not there have no gradient");
+  require(!call.kept.present || call.kept.dtype == call.compute, "what a loss keeps has another dtype");
   require(call.temperature > 0, "temperature must be above 0");
   require(call.compute == DType::f32 || call.compute == DType::f64, "losses are computed in float32 or float64");
   if (call.row_dims > 1) merge_row_dims(call);

@@ -14,7 +14,7 @@ class ProbabilityRow : TeacherRow<C, Lanes, T> {
   using Base = TeacherRow<C, Lanes, T>;
   using typename Base::G;
   using typename Base::Part;
-  using Base::a_, Base::add_dot, Base::by_class, Base::clear_dots, Base::exactly, Base::factors_, Base::find_sums, Base::gather_dots;
+  using Base::a_, Base::add_dot, Base::at_, Base::by_class, Base::clear_dots, Base::exactly, Base::factors_, Base::find_sums, Base::gather_dots;
   using Base::inverse_t_, Base::K_, Base::keep, Base::kParts, Base::load_student, Base::load_teacher, Base::N, Base::number;
   using Base::place, Base::skipped, Base::student_, Base::student_inverse_, Base::student_log_sum_, Base::temperature_, Base::together;
   // The mixture's mass that probabilities can be divided by, and their products with gradients taken.
@@ -31,7 +31,9 @@ class ProbabilityRow : TeacherRow<C, Lanes, T> {
   __device__ __forceinline__ bool run(double (&loss)[2]) {
     this->find_shares();
     if (probs_) this->find_student();
-    find_softmaxes();
+    const bool keeps = sizeof(C) == 4 && a_.kept.present, recalls = keeps && a_.teachers_grad.present;
+    if (recalls && *kept(kDot, 0) == kUnfit) return false;
+    recalls ? recall() : find_softmaxes();
     if (probs_ && (by_class() || a_.as_is)) {  // the mixture does not sum to 1
       double sum = mass();
       // Masks and weights by class may leave so little that probabilities underflow, log-probabilities hold so much.
@@ -39,7 +41,11 @@ class ProbabilityRow : TeacherRow<C, Lanes, T> {
       normaliser_ = static_cast<C>(1 / sum), log_normaliser_ = logarithm(static_cast<C>(sum));
     }
     this->find_factors();
-    if (!find_losses(loss)) return false;
+    if (!recalls) {
+      const bool done = find_losses(loss);
+      if (keeps) leave(done);
+      if (!done) return false;
+    }
     if (!this->wants_late()) return true;
     find_dots();
     write_gradients();
@@ -48,6 +54,26 @@ class ProbabilityRow : TeacherRow<C, Lanes, T> {
   }
 
  private:
+  // Where a number of a teacher is kept, kDot after the first three, for a call that writes the gradients. A row that fp32 does not
+  // do has kUnfit there, which no divergence or entropy is.
+  static constexpr float kUnfit = -1;
+  __device__ __forceinline__ float* kept(int name, int k) const {
+    return static_cast<float*>(a_.kept.data) + at_.kept + (4 * k + (name == kDot ? 3 : name - kMaximum)) * a_.kept.class_stride;
+  }
+  __device__ __forceinline__ void leave(bool done) const {
+    for (int k = G::lane(); k < K_; k += Lanes) {
+      for (int name = kMaximum; name <= kLogSum; ++name) *kept(name, k) = static_cast<float>(number(name, k));
+      *kept(kDot, k) = done ? static_cast<float>(exactly(kDot, k)) : kUnfit;
+    }
+  }
+  __device__ __forceinline__ void recall() const {
+    for (int k = G::lane(); k < K_; k += Lanes) {
+      for (int name = kMaximum; name <= kLogSum; ++name) *reinterpret_cast<C*>(place(name, k)) = *kept(name, k);
+      *place(kDot, k) = static_cast<double>(*kept(kDot, k));
+    }
+    together();
+  }
+
   // Maxima and sums of exponentials of all teachers.
   __device__ __forceinline__ void find_softmaxes() {
     if (!a_.as_is)

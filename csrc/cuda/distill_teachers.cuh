@@ -10,7 +10,7 @@ namespace fedkern::cuda {
 
 // Where a row lies, and what belongs to it.
 struct EnsemblePlace {
-  std::int64_t student = 0, teachers = 0, weights = 0, student_grad = 0, teachers_grad = 0, weights_grad = 0;
+  std::int64_t student = 0, teachers = 0, weights = 0, student_grad = 0, teachers_grad = 0, weights_grad = 0, kept = 0;
   std::int64_t row_loss[2] = {};
   double outer[2] = {1, 1};  // factors of the gradients
 
@@ -26,6 +26,7 @@ struct EnsemblePlace {
       student_grad += i * a.student_grad.row_stride[d];
       teachers_grad += i * a.teachers_grad.row_stride[d];
       weights_grad += i * a.weights_grad.row_stride[d];
+      kept += i * a.kept.row_stride[d];
 #pragma unroll
       for (int r = 0; r < 2; ++r) row_loss[r] += i * a.row_loss[r].row_stride[d], outer_at_[r] += i * a.grad_output[r].row_stride[d];
     }

@@ -45,8 +45,9 @@ struct EnsembleCall {
   std::int64_t mask_stride[2];
   Logits student_grad;
   Stack teachers_grad;
-  Logits kept;                // of `compute`, 4 * count + classes values per row; consensus on the CPU alone: without
-                              // teachers_grad it writes there, with it it reads instead of reducing every row again
+  Logits kept;                // of `compute`, values per row: 4 * count on CUDA, js and consensus in f32; 4 * count + classes
+                              // on the CPU, consensus. Without teachers_grad a call writes there, with it it reads instead of
+                              // reducing every row again
   Stack weights_grad;         // of `compute`; a value per class with by_class, else one per row
   RowValues grad_output[2];   // factors of the gradients; the second for the second result of consensus
   RowValues row_loss[2];

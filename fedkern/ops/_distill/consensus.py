@@ -97,16 +97,20 @@ def _check(
 
 
 class _JensenShannon(EagerFunction):
-    """js_div with its gradient for eager calls, computed in the forward pass where possible, as in kl_div."""
+    """js_div with its gradient for eager calls, computed in the forward pass where possible, as in kl_div.
+
+    On a GPU it would be as much to read and write again as the logits: the forward pass keeps what rows have in common.
+    """
 
     @staticmethod
     def forward(ctx: Any, how: tuple[DistillKernels, int], logits: Tensor, weights: Tensor | None) -> Tensor:
         ctx.how = kernel, reduction = how
         if reduction == NONE or not kernel.fused or ctx.needs_input_grad[2]:
-            ctx.save_for_backward(logits, weights)
-            return kernel.js_forward(logits, weights, reduction)
+            kept = None if ctx.needs_input_grad[2] else kernel.stack_kept(logits)
+            ctx.save_for_backward(logits, weights, kept)
+            return kernel.js_forward(logits, weights, reduction, None, kept)
         gradient = kernel.empty_gradient(logits)
-        ctx.save_for_backward(logits, weights, gradient)
+        ctx.save_for_backward(logits, weights, None, gradient)
         return kernel.js_forward(logits, weights, reduction, gradient)
 
     @staticmethod
@@ -116,11 +120,12 @@ class _JensenShannon(EagerFunction):
         needs = ctx.needs_input_grad[1:]
         if not readable(grad):
             return (None, *reference_gradients(js_reference, (grad,), saved[:2], (reduction,), needs, graph=True))
-        if len(saved) > 2:
-            scaled = kernel.scaled(saved[2:], grad)
+        logits, weights, kept, *taken = saved
+        if taken:
+            scaled = kernel.scaled(tuple(taken), grad)
             if scaled is not None:
-                return None, handed_out(scaled, saved[2:])[0], None
-        return (None, *kernel.js_backward(grad, saved[0], saved[1], reduction, needs))
+                return None, handed_out(scaled, taken)[0], None
+        return (None, *kernel.js_backward(grad, logits, weights, reduction, needs, kept))
 
 
 # Zero grad_outputs for a scalar result that is not used: zeros made by autograd take a microsecond each.

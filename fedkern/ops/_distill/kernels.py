@@ -69,6 +69,8 @@ _ROWS, _CLASSES = 64, 128
 _SLOTS = {1: 1 << 16, 32: 1 << 14, 256: 1 << 11}
 # CUDA: classes up to which one thread takes a row of an ensemble, and from which a block does.
 _FEW, _MANY = 4, 1024
+# CUDA: classes from which on four numbers per row and teacher are kept: at most a quarter of the logits in float32.
+_KEPT = 16
 
 
 class DistillKernels(Launcher):
@@ -95,8 +97,8 @@ class DistillKernels(Launcher):
     On the CPU a row's gradient costs little while the row is in the cache, and the host can read grad_output: the
     forward pass computes gradients too.  On a GPU reading grad_output would wait for the device. A gradient from the
     forward pass has to be read, scaled and written again, as much traffic as computing it from the logits. What
-    a gradient needs of its row as a whole is little, and can be kept: :meth:`divergence_kept`, :meth:`entropy_kept`.
-    Only beside the logits of K teachers is a student's gradient little.
+    a gradient needs of its row as a whole is little, and can be kept: :meth:`divergence_kept`, :meth:`entropy_kept`,
+    :meth:`stack_kept`. Only beside the logits of K teachers is a student's gradient little.
     """
 
     # The cores read weights [K] for every row through a stride of 0, and have kernels of infinite temperature.
@@ -390,23 +392,45 @@ class DistillKernels(Launcher):
         )
 
     def js_forward(
-        self, logits: Tensor, weights: Tensor | None, reduction: int, to_logits: Tensor | None = None
+        self,
+        logits: Tensor,
+        weights: Tensor | None,
+        reduction: int,
+        to_logits: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """js_div, in the logits' dtype. ``weights``: ``[K, B, *positions]`` or None, as in ensemble_forward."""
         result = self._stack_result(logits, reduction)
-        self._run_stack(JS, logits, weights, reduction, to_logits, None, (), result, None)
+        self._run_stack(JS, logits, weights, reduction, to_logits, None, (), result, None, kept)
         return result
 
     def js_backward(
-        self, grad: Tensor, logits: Tensor, weights: Tensor | None, reduction: int, needs: Sequence[bool]
+        self,
+        grad: Tensor,
+        logits: Tensor,
+        weights: Tensor | None,
+        reduction: int,
+        needs: Sequence[bool],
+        kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of logits and weights; None where ``needs`` is false."""
-        return self._stack_backward(JS, (grad,), logits, weights, reduction, needs)
+        return self._stack_backward(JS, (grad,), logits, weights, reduction, needs, kept)
+
+    def stack_kept(self, logits: Tensor) -> Tensor | None:
+        """CUDA: uninitialised memory for what js_forward and consensus_forward keep for the backward pass.
+
+        None: they keep nothing, where that were much beside the logits, and in float64.
+        """
+        count, batch, classes, *positions = logits.shape
+        if not self.keeps or classes < _KEPT or logits.dtype is torch.float64:
+            return None
+        kept = _empty((batch, *positions, 4 * count), dtype=torch.float32, device=logits.device)
+        return kept.movedim(-1, 1)
 
     def consensus_kept(self, logits: Tensor) -> Tensor | None:
         """Uninitialised memory for results that consensus_forward keeps for consensus_backward; None: keeps nothing."""
         if self.gpu:
-            return None
+            return self.stack_kept(logits)
         # Per row: four numbers for each of the K, then the log of the mixture. The last layout has rows side by side,
         # where the core takes them side by side.
         count, batch, classes, *positions = logits.shape

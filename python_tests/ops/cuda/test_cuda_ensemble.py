@@ -367,3 +367,42 @@ def test_a_loss_scale_lifts_gradients_of_16_bits(device: torch.device, mix: str)
     with ops.use_backend("reference"):
         expected = gradient(student.double(), teachers.double())
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+# By a thread each, by warps, by blocks for long rows.
+@pytest.mark.parametrize(
+    ("count", "classes", "rows", "layout"), [(70, 40, 9, "positions"), (6, 500, 9, "rows"), (3, 1030, 6, "rows")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operator", ["js", "consensus"])
+def test_rows_keep_what_their_gradients_have_in_common(
+    device: torch.device, operator: str, dtype: torch.dtype, count: int, classes: int, rows: int, layout: str
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    values = torch.randn(count, rows, classes, generator=generator)
+    values[:, ::3] = values[:1, ::3] + 1e-2 * values[:, ::3]  # js_div of these is found in fp64
+    logits = lay_out(values.to(dtype), layout).to(device)
+    weights = torch.rand(count, generator=generator)
+    weights[1] = 0
+    case = {"operator": operator, "reduction": "none"}
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        if x.dtype is torch.float32 and x.dim() == logits.dim() - 1 and x.shape[1] == 4 * count:
+            kept.append(x)
+        return x
+
+    leaf = logits.detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        results = call(case, leaf, leaf, weights.to(device), None)
+    factors = [torch.rand(r.shape, generator=generator).to(device, dtype) for r in results]
+    (got,) = torch.autograd.grad(results, leaf, factors, retain_graph=True)
+    exact = logits.detach().double().cpu().requires_grad_()
+    losses = call_reference(case, exact, exact, weights.double(), None)
+    (expected,) = torch.autograd.grad(losses, exact, [factor.double().cpu() for factor in factors])
+    assert_close("gradient", got.cpu(), expected, absolute=2e-6)
+    (numbers,) = kept
+    numbers.fill_(math.nan)
+    (spoiled,) = torch.autograd.grad(results, leaf, factors)
+    assert spoiled[0].isnan().all(), "nothing of it was read"
+    assert not spoiled[1].any()
