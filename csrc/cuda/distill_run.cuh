@@ -3,14 +3,15 @@
 //
 // Where classes lie together in memory, part of a warp takes a short row, a warp a longer one, a block a long one, and several
 // blocks where long rows are few; they hold the row in registers while it fits. Where positions lie together (class axis
-// outside), a thread takes a row, so that neighbours read together. Row losses are summed in fp64 in an order that the sizes
-// and the device fix: the same bits every time.
+// outside), a thread takes a row, so that neighbours read together. Row losses are summed in fp64, those of blocks by the last
+// one, in an order that the sizes and the device fix: the same bits every time.
 #pragma once
 
 #include <algorithm>
 
 #include "distill_losses.cuh"
 #include "fedkern/distill_cuda.h"
+#include "last_block.cuh"
 #include "launch.cuh"
 
 namespace fedkern::cuda {
@@ -19,7 +20,24 @@ namespace {
 constexpr std::int64_t kSplitRow = 8192;   // classes from which on several blocks may take a row
 constexpr std::int64_t kMaxBlocks = 2048;  // that leave a partial sum
 constexpr std::int64_t kMaxUnits = 1024;   // rows times blocks per row
-static_assert(kMaxUnits * (kFound + kSums) + kMaxUnits <= kDistillWorkspace && kMaxBlocks <= kDistillWorkspace);
+static_assert(1 + kMaxUnits * (kFound + kSums) + kMaxUnits <= kDistillWorkspace && 1 + kMaxBlocks <= kDistillWorkspace && kMaxBlocks < kTicketBlocks);
+
+// What blocks add to the total, `before` numbers after the workspace's first, where they count how many of them have done so.
+struct Partials {
+  double* workspace;
+  std::int64_t before;
+  Ticket ticket;
+
+  __device__ __forceinline__ double* sums() const { return workspace + 1 + before; }
+  // out = scale * sum of sums()[0, count), in the last of `count` blocks to come here, whose first thread has written one.
+  __device__ __forceinline__ void add_up(unsigned count, const RowValues& out, double scale) const {
+    if (!is_last_block(reinterpret_cast<Ticket*>(workspace), ticket, count)) return;
+    double total = 0;
+    for (unsigned i = threadIdx.x; i < count; i += kBlock) total += *static_cast<const volatile double*>(sums() + i);
+    total = Group<kBlock>::sum(total);
+    if (threadIdx.x == 0) store_value<double>(out.data, out.dtype, 0, total * scale);
+  }
+};
 
 template <typename C>
 __device__ __forceinline__ C factor_of(const DistillCall& a, const RowPlace& at) {
@@ -60,7 +78,7 @@ __device__ __forceinline__ C* kept_of(const DistillCall& a, std::int64_t row) {
 __host__ __device__ inline bool recalls(const DistillCall& a) { return a.kept.present && wants_gradients(a); }
 
 template <template <typename, typename, typename, int> class Loss, typename C, int Lanes, typename T, int Hold, int Blocks>
-__global__ void __launch_bounds__(kBlock, Blocks) rows_kernel(const __grid_constant__ DistillCall a, std::int64_t rows, double* partial) {
+__global__ void __launch_bounds__(kBlock, Blocks) rows_kernel(const __grid_constant__ DistillCall a, std::int64_t rows, const Partials partials) {
   using G = Group<Lanes>;
   using Row = Loss<C, G, T, Hold>;
   double total = 0;
@@ -97,7 +115,14 @@ __global__ void __launch_bounds__(kBlock, Blocks) rows_kernel(const __grid_const
     }
     if (wants_loss(a) && mine && G::lane() == 0) total += write_loss(a, row, at.weight, loss.loss());
   }
-  if (a.total.present) leave_total(total, partial, a.total, a.scale);
+  if (!a.total.present) return;
+  total = Group<kBlock>::sum(total);
+  if (gridDim.x == 1) {
+    if (threadIdx.x == 0) store_value<double>(a.total.data, a.total.dtype, 0, total * a.scale);
+  } else {
+    if (threadIdx.x == 0) partials.sums()[blockIdx.x] = total;
+    partials.add_up(gridDim.x, a.total, a.scale);
+  }
 }
 
 // Long rows of which there are few: `splits` blocks to a row, one step of the three per launch; the last one alone where what
@@ -106,8 +131,14 @@ struct Shares {
   std::int64_t splits, classes;  // per row; of each
   double* found;                 // [rows, splits, kFound]
   double* sums;                  // [rows, splits, kSums]
-  double* losses;                // [rows]
+  Partials losses;               // of rows
 };
+
+// By one block for each row.
+__device__ __forceinline__ void leave_loss(const DistillCall& a, std::int64_t row, double weight, double loss, const Shares& shares) {
+  if (wants_loss(a) && threadIdx.x == 0) shares.losses.sums()[row] = write_loss(a, row, weight, loss);
+  if (a.total.present) shares.losses.add_up(gridDim.x / static_cast<unsigned>(shares.splits), a.total, a.scale);
+}
 
 template <template <typename, typename, typename, int> class Loss, typename C, typename T>
 __global__ void __launch_bounds__(kBlock, 2) shared_rows_kernel(const __grid_constant__ DistillCall a, const Shares shares, int step) {
@@ -119,7 +150,7 @@ __global__ void __launch_bounds__(kBlock, 2) shared_rows_kernel(const __grid_con
   const std::int64_t begin = split * shares.classes, end = begin + shares.classes < a.classes ? begin + shares.classes : a.classes;
   if (at.weight == 0) {  // the whole block leaves
     if (step == 2) write_zeros<C, G, T, Row::inputs>(a, {a, row}, begin, end);
-    if (step == 2 && wants_loss(a) && split == 0 && threadIdx.x == 0) shares.losses[row] = write_loss(a, row, 0, 0);
+    if (step == 2 && split == 0) leave_loss(a, row, 0, 0, shares);
     return;
   }
   double *const found = shares.found + row * shares.splits * kFound, *const sums = shares.sums + row * shares.splits * kSums;
@@ -151,30 +182,23 @@ __global__ void __launch_bounds__(kBlock, 2) shared_rows_kernel(const __grid_con
     if (a.kept.present && split == 0 && threadIdx.x == 0) loss.keep(kept_of<C>(a, row));
   }
   if (wants_gradients(a)) loss.gradients({a, row}, begin, end, factor_of<C>(a, at));
-  if (wants_loss(a) && split == 0 && threadIdx.x == 0) shares.losses[row] = write_loss(a, row, at.weight, loss.loss());
+  if (split == 0) leave_loss(a, row, at.weight, loss.loss(), shares);
 }
 
 template <template <typename, typename, typename, int> class Loss, typename C, int Lanes, typename T, int Hold = 0, int Blocks = 2>
 void run_rows(const DistillCall& a, std::int64_t rows, const Optional<double>& workspace, const Queue& queue) {
   std::int64_t blocks = grid(rows, Group<Lanes>::rows, queue, 8);
-  // Four rows one after another cost less than a second launch.
-  if (a.total.present && (!workspace.present || rows <= 4 * Group<Lanes>::rows)) blocks = 1;
-  if (a.total.present) blocks = std::min(blocks, kMaxBlocks);
-  launch("distill", rows_kernel<Loss, C, Lanes, T, Hold, Blocks>, blocks, kBlock, queue, a, rows, workspace.data);
-  if (a.total.present && blocks > 1) launch("distill_total", sum_partials, 1, kBlock, queue, workspace.data, blocks, a.total, a.scale);
+  if (a.total.present) blocks = workspace.present ? std::min(blocks, kMaxBlocks) : 1;
+  launch("distill", rows_kernel<Loss, C, Lanes, T, Hold, Blocks>, blocks, kBlock, queue, a, rows, Partials{workspace.data, 0, next_ticket()});
 }
 
 template <template <typename, typename, typename, int> class Loss, typename C, typename T>
 void run_shared_rows(const DistillCall& a, std::int64_t rows, std::int64_t splits, double* workspace, const Queue& queue) {
-  Shares shares;
-  shares.classes = (a.classes + splits - 1) / splits;
-  shares.splits = (a.classes + shares.classes - 1) / shares.classes;
-  shares.found = workspace;
-  shares.sums = shares.found + rows * shares.splits * kFound;
-  shares.losses = shares.sums + rows * shares.splits * kSums;
+  const std::int64_t classes = (a.classes + splits - 1) / splits, units = rows * ((a.classes + classes - 1) / classes);
+  double *const found = workspace + 1, *const sums = found + units * kFound;
+  const Shares shares{units / rows, classes, found, sums, {workspace, units * (kFound + kSums), next_ticket()}};
   for (int step = recalls(a) ? 2 : 0; step < 3; ++step)
     launch("distill", shared_rows_kernel<Loss, C, T>, rows * shares.splits, kBlock, queue, a, shares, step);
-  if (a.total.present) launch("distill_total", sum_partials, 1, kBlock, queue, shares.losses, rows, a.total, a.scale);
 }
 
 template <template <typename, typename, typename, int> class Loss, typename C, bool Fast>

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._core import backend
-from fedkern.ops._distill.kernels import divergence_settings
+from fedkern.ops._distill.kernels import DistillKernels, divergence_settings
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 
 AXES: dict[str, Any] = {
@@ -169,6 +169,24 @@ def test_few_long_rows_are_shared_between_blocks(
     assert weight is not None
     weight[0] = 0
     compare(device, {**case, "reduction": "none"}, logits, weight)
+
+
+@pytest.mark.parametrize("held", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize(("rows", "classes"), [(300, 10), (90, 100), (17, 5000), (2, 9001)])
+def test_a_total_does_not_depend_on_what_its_memory_held(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, rows: int, classes: int, held: float
+) -> None:
+    """Blocks count there without clearing it first; a recorded launch finds what it has left itself."""
+    generator = torch.Generator().manual_seed(rows)
+    student, teacher = (torch.randn(rows, classes, generator=generator).to(device) for _ in range(2))
+    expected = [ops.kl_div(student, teacher), ops.entropy(student)]
+    assert_close("loss", expected[0].cpu(), ops.kl_div(student, teacher, reduction="none").cpu().double().mean())
+    size = backend.select("kl_div", student).core.distill_workspace
+    memory = torch.full((size,), held, dtype=torch.float64, device=device)
+    monkeypatch.setattr(DistillKernels, "_space", lambda *_: memory)
+    for _ in range(2):
+        assert torch.equal(ops.kl_div(student, teacher), expected[0])
+        assert torch.equal(ops.entropy(student), expected[1])
 
 
 def test_mixed_dtypes(device: torch.device) -> None:
