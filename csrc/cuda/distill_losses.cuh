@@ -91,7 +91,7 @@ class SoftmaxRows {
   static constexpr int inputs = Inputs;
 
  protected:
-  static constexpr int N = Hold ? Hold : sizeof(C) == 8 ? 1 : G::lanes == kBlock ? 8 : 4;
+  static constexpr int N = Hold ? Hold : sizeof(C) == 8 ? 1 : G::lanes == kBlock && Inputs < 3 ? 8 : 4;
   using Part = Classes<N, G::lanes>;
 
   __device__ SoftmaxRows(const DistillCall& a, const RowPlace& at, C inverse) : a_(a), at_(at), inverse_(inverse) {}
@@ -106,7 +106,7 @@ class SoftmaxRows {
 #pragma unroll
       for (int k = 0; k < Inputs; ++k) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) soft_[k].maximum = held_[k][i] > soft_[k].maximum ? held_[k][i] : soft_[k].maximum;
+        for (int i = 0; i < N; ++i) soft_[k].maximum = fmax(soft_[k].maximum, held_[k][i]);
       }
     } else {
       each(begin, end, [&](const Part&, C (&x)[Inputs][N]) {
@@ -115,34 +115,24 @@ class SoftmaxRows {
       });
     }
   }
-  // Of rows that are held: the maxima, and from them or those of another call the exponentials.
-  __device__ __forceinline__ void find_maxima() {
-    if constexpr (Hold > 0) gather_maxima();
-  }
-  __device__ __forceinline__ void find_powers() {
-    if constexpr (Hold > 0) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-#pragma unroll
-        for (int k = 0; k < Inputs; ++k) power_[k][i] = exponential((held_[k][i] - Softmax<C>::reference(maximum_[k])) * inverse_);
-      }
-    }
-  }
   __device__ __forceinline__ void gather_found() {
     double sum[Inputs];
+#pragma unroll
+    for (int k = 0; k < Inputs; ++k) maximum_[k] = soft_[k].maximum;
+    G::maximum_all(maximum_);
     if constexpr (Hold > 0) {
 #pragma unroll
       for (int k = 0; k < Inputs; ++k) {
+        const C from = Softmax<C>::reference(maximum_[k]);
         Sum<C, N> part;
 #pragma unroll
-        for (int i = 0; i < N; ++i) part.add(i, power_[k][i]);
+        for (int i = 0; i < N; ++i) part.add(i, exponential(held_[k][i] - from, inverse_));
         sum[k] = part.total();
       }
     } else {
-      gather_maxima();
 #pragma unroll
       for (int k = 0; k < Inputs; ++k) {
-        const C lower = soft_[k].maximum, factor = lower == -infinity<C>() ? C(0) : exponential((lower - maximum_[k]) * inverse_);
+        const C lower = soft_[k].maximum, factor = lower == -infinity<C>() ? C(0) : exponential(lower - maximum_[k], inverse_);
         sum[k] = soft_[k].sum * static_cast<double>(factor);
       }
     }
@@ -189,14 +179,7 @@ class SoftmaxRows {
   const C inverse_;
   Softmax<C> soft_[Inputs];                     // of the thread's classes, then of the row
   C maximum_[Inputs], normaliser_[Inputs];      // of the row; 1 / sum
-  C held_[Inputs][Hold ? Hold : 1], power_[Inputs][Hold ? Hold : 1];
-
- private:
-  __device__ __forceinline__ void gather_maxima() {
-#pragma unroll
-    for (int k = 0; k < Inputs; ++k) maximum_[k] = soft_[k].maximum;
-    G::maximum_all(maximum_);
-  }
+  C held_[Inputs][Hold ? Hold : 1];
 };
 
 // The temperature's square in the loss, its first power in the gradients.
@@ -204,7 +187,7 @@ template <typename C, typename G, typename T, int Hold, int Students>
 class Divergence : public SoftmaxRows<C, G, T, Hold, 1 + Students> {
   using Base = SoftmaxRows<C, G, T, Hold, 1 + Students>;
   using typename Base::Part;
-  using Base::a_, Base::held_, Base::inverse_, Base::maximum_, Base::N, Base::normaliser_, Base::power_, Base::soft_;
+  using Base::a_, Base::inverse_, Base::maximum_, Base::N, Base::normaliser_, Base::soft_;
 
  public:
   static constexpr int sums = 2 * Students;
@@ -212,24 +195,12 @@ class Divergence : public SoftmaxRows<C, G, T, Hold, 1 + Students> {
   __device__ Divergence(const DistillCall& a, const RowPlace& at)
       : Base(a, at, C(1) / static_cast<C>(a.temperature)), temperature_(a.temperature) {}
 
-  // With them the differences, which take the students' place.
-  __device__ __forceinline__ void find_powers() {
-    Base::find_powers();
-    if constexpr (Hold > 0) {
-      const Pair<C> first(maximum_[0], maximum_[1], C(0), C(0), C(0)), last(maximum_[0], maximum_[Students], C(0), C(0), C(0));
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-#pragma unroll
-        for (int k = 1; k <= Students; ++k) held_[k][i] = (k == 1 ? first : last).apart(held_[0][i], held_[k][i]);
-      }
-    }
-  }
   // After gather_found.
   __device__ __forceinline__ void settle_found() {
 #pragma unroll
     for (int k = 0; k < Students; ++k) {
       const C student = static_cast<C>(soft_[1 + k].sum), teacher = static_cast<C>(soft_[0].sum);
-      log_ratio_[k] = logarithm(a_.reverse ? teacher / student : student / teacher);
+      log_ratio_[k] = logarithm(reverse() ? teacher / student : student / teacher);
     }
   }
   __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end) {
@@ -273,45 +244,38 @@ class Divergence : public SoftmaxRows<C, G, T, Hold, 1 + Students> {
   }
   __device__ __forceinline__ void gradients(const GradientPlace& to, std::int64_t begin, std::int64_t end, C factor) const {
     factor *= static_cast<C>(temperature_);
-    const bool students = a_.student_grad[0].present || a_.student_grad[Students - 1].present;
+    // Those of one tensor after another: together they would take more registers than there are.
     this->each(begin, end, [&](const Part& at, C (&x)[1 + Students][N]) {
-      C together[N] = {};
+      C y[N];
 #pragma unroll
       for (int k = 0; k < Students; ++k) {
-        const C kl = kl_[k];
-        each_term(k, x[0], x[1 + k], [&](int i, const Term<C>& term) {
-          const C toward_p = term.toward_p(kl);
-          together[i] += a_.reverse ? term.difference : toward_p;
-          x[1 + k][i] = (a_.reverse ? toward_p : term.difference) * factor;
-        });
-        if (students && a_.student_grad[k].present) store_classes<T>(a_.student_grad[k], to.gradient[1 + k], at, x[1 + k]);
+        if (!a_.student_grad[k].present) continue;
+        each_term(k, x[0], x[1 + k], [&](int i, const Term<C>& term) { y[i] = (reverse() ? term.toward_p(kl_[k]) : term.difference) * factor; });
+        store_classes<T>(a_.student_grad[k], to.gradient[1 + k], at, y);
       }
       if (!a_.teacher_grad.present) return;
 #pragma unroll
-      for (int i = 0; i < N; ++i) together[i] *= factor;
-      store_classes<T>(a_.teacher_grad, to.gradient[0], at, together);
+      for (C& toward : y) toward = 0;
+#pragma unroll
+      for (int k = 0; k < Students; ++k)
+        each_term(k, x[0], x[1 + k], [&](int i, const Term<C>& term) { y[i] += reverse() ? term.difference : term.toward_p(kl_[k]); });
+#pragma unroll
+      for (C& toward : y) toward *= factor;
+      store_classes<T>(a_.teacher_grad, to.gradient[0], at, y);
     });
   }
 
   double summed[sums] = {};
 
  private:
+  // Of one student the caller has exchanged the two.
+  __device__ __forceinline__ bool reverse() const { return Students > 1 && a_.reverse; }
+
   // f(class, term). One choice for all classes: the compiler then mixes their arithmetic.
   template <typename F>
   __device__ __forceinline__ void each_term(int k, const C (&teacher)[N], const C (&student)[N], F&& f) const {
     const int other = 1 + k;
-    if constexpr (Hold > 0) {
-      const auto term = [&](int i, int p, int q, C inverse) {
-        f(i, Term<C>(power_[p][i] * normaliser_[p], power_[q][i] * normaliser_[q], fma(held_[other][i], inverse, -log_ratio_[k])));
-      };
-      if (a_.reverse) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) term(i, other, 0, -inverse_);
-      } else {
-#pragma unroll
-        for (int i = 0; i < N; ++i) term(i, 0, other, inverse_);
-      }
-    } else if (a_.reverse) {
+    if (reverse()) {
       const Pair<C> pair(maximum_[other], maximum_[0], normaliser_[other], normaliser_[0], log_ratio_[k]);
 #pragma unroll
       for (int i = 0; i < N; ++i) f(i, Term<C>(pair, student[i], teacher[i], inverse_));
@@ -342,8 +306,6 @@ class Limit {
   __device__ __forceinline__ void look(std::int64_t begin, std::int64_t end) {
     each_difference(begin, end, [&](int k, double d, std::int64_t) { found_[2 * k] += 1, found_[2 * k + 1] += d; });
   }
-  __device__ __forceinline__ void find_maxima() {}
-  __device__ __forceinline__ void find_powers() {}
   __device__ __forceinline__ void gather_found() { G::sum_all(found_); }
   __device__ __forceinline__ void settle_found() {}
   __device__ __forceinline__ void sum(std::int64_t begin, std::int64_t end) {
@@ -411,7 +373,7 @@ template <typename C, typename G, typename T, int Hold>
 class Entropy : public SoftmaxRows<C, G, T, Hold, 1> {
   using Base = SoftmaxRows<C, G, T, Hold, 1>;
   using typename Base::Part;
-  using Base::a_, Base::maximum_, Base::N, Base::normaliser_, Base::power_, Base::soft_;
+  using Base::a_, Base::maximum_, Base::N, Base::normaliser_, Base::soft_;
 
  public:
   static constexpr int sums = 1;
@@ -424,11 +386,12 @@ class Entropy : public SoftmaxRows<C, G, T, Hold, 1> {
       Sum<C, N> value;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        C p;
-        value.add(i, below(i, x[0][i], p));
+        C e;
+        value.add(i, below(x[0][i], 1, e));
       }
       summed[0] += value.total();
     });
+    summed[0] *= static_cast<double>(normaliser_[0]);
   }
   __device__ __forceinline__ void settle_sums() { depth_ = static_cast<C>(summed[0]); }
   __device__ __forceinline__ double loss() const { return static_cast<double>(logarithm(static_cast<C>(soft_[0].sum))) + summed[0]; }
@@ -442,7 +405,7 @@ class Entropy : public SoftmaxRows<C, G, T, Hold, 1> {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         C p;
-        const C value = below(i, x[0][i], p);
+        const C value = below(x[0][i], normaliser_[0], p);
         x[0][i] = (value - p * depth_) * factor;
       }
       store_classes<T>(a_.teacher_grad, to.gradient[0], at, x[0]);
@@ -452,10 +415,11 @@ class Entropy : public SoftmaxRows<C, G, T, Hold, 1> {
   double summed[sums] = {};
 
  private:
-  // P (max - x), and 0 where P is 0.
-  __device__ __forceinline__ C below(int i, C x, C& p) const {
-    p = (Hold > 0 ? power_[0][Hold > 0 ? i : 0] : exponential(x - maximum_[0])) * normaliser_[0];
-    return p > C(0) ? p * (maximum_[0] - x) : p;
+  // P (max - x), and 0 where P is 0; P = e^(x - max) factor.
+  __device__ __forceinline__ C below(C x, C factor, C& p) const {
+    const C depth = maximum_[0] - x;
+    p = exponential(-depth) * factor;
+    return p > C(0) ? p * depth : p;
   }
 
   C depth_;

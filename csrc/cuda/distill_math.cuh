@@ -23,8 +23,11 @@ inline float power_of_two(float x) { return exp2f(x); }
 // 2^(x log2 e), its argument rounded once: a relative error of |x| / 2^24, which counts for nothing where e^x is small. expf
 // takes four times the instructions.
 __device__ __forceinline__ float exponential(float x) { return power_of_two(x * 1.44269504f); }
+// e^(x factor), for a factor that is the same for many: one product for each.
+__device__ __forceinline__ float exponential(float x, float factor) { return power_of_two(x * (factor * 1.44269504f)); }
 // fp64 is rare: calls keep the kernels small.
 static __device__ __noinline__ double exponential(double x) { return exp(x); }
+__device__ __forceinline__ double exponential(double x, double factor) { return exponential(x * factor); }
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 static __device__ __noinline__ double logarithm(double x) { return log(x); }
 
@@ -73,18 +76,18 @@ struct Softmax {
     if constexpr (N == 1) {
       if (x[0] == -infinity<C>()) return;
       const bool rises = x[0] > maximum;
-      const double e = static_cast<double>(exponential(-fabs(x[0] - maximum) * inverse));
+      const double e = static_cast<double>(exponential(-fabs(x[0] - maximum), inverse));
       sum = rises ? fma(sum, e, 1.0) : sum + e;
       if (rises) maximum = x[0];
     } else {
       C highest = maximum;
 #pragma unroll
-      for (int i = 0; i < N; ++i) highest = x[i] > highest ? x[i] : highest;
+      for (int i = 0; i < N; ++i) highest = fmax(highest, x[i]);  // a number where x is NaN
       const C from = reference(highest);
       C part = 0;
 #pragma unroll
-      for (int i = 0; i < N; ++i) part += exponential((x[i] - from) * inverse);
-      if (highest > maximum) sum *= static_cast<double>(exponential((maximum - from) * inverse));
+      for (int i = 0; i < N; ++i) part += exponential(x[i] - from, inverse);
+      if (highest > maximum) sum *= static_cast<double>(exponential(maximum - from, inverse));
       sum += static_cast<double>(part);
       maximum = highest;
     }
@@ -94,7 +97,7 @@ struct Softmax {
   template <typename G>
   __device__ __forceinline__ void gather(C inverse) {
     const C highest = G::maximum(maximum);
-    const C factor = maximum == -infinity<C>() ? C(0) : exponential((maximum - highest) * inverse);
+    const C factor = maximum == -infinity<C>() ? C(0) : exponential(maximum - highest, inverse);
     sum = G::sum(sum * static_cast<double>(factor));
     maximum = highest;
   }
@@ -149,8 +152,8 @@ struct Term {
   }
   // `x` and `y` are P's and Q's logits of a class.
   __device__ __forceinline__ Term(const Pair<C>& pair, C x, C y, C inverse)
-      : Term(exponential((x - pair.offset_p - pair.top_p) * inverse) * pair.inverse_p,
-             exponential((y - pair.offset_q - pair.top_q) * inverse) * pair.inverse_q, fma(pair.apart(x, y), inverse, -pair.log_ratio)) {}
+      : Term(exponential(x - pair.offset_p - pair.top_p, inverse) * pair.inverse_p,
+             exponential(y - pair.offset_q - pair.top_q, inverse) * pair.inverse_q, fma(pair.apart(x, y), inverse, -pair.log_ratio)) {}
 
   // The gradient for P's logits, times T. A class without probability has none.
   __device__ __forceinline__ C toward_p(C kl) const { return p == C(0) ? p : -p * (u + kl); }

@@ -81,7 +81,8 @@ template <template <typename, typename, typename, int> class Loss, typename C, i
 __global__ void __launch_bounds__(kBlock, Blocks) rows_kernel(const __grid_constant__ DistillCall a, std::int64_t rows, const Partials partials) {
   using G = Group<Lanes>;
   using Row = Loss<C, G, T, Hold>;
-  double total = 0;
+  __shared__ double totals[G::rows];  // of a group's rows; in registers they would be two too many
+  if (G::lane() == 0) totals[G::row()] = 0;
   // All threads stay to the end: the sums within groups need every lane.
   for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * G::rows; first < rows; first += static_cast<std::int64_t>(gridDim.x) * G::rows) {
     const std::int64_t row = first + G::row();
@@ -95,10 +96,6 @@ __global__ void __launch_bounds__(kBlock, Blocks) rows_kernel(const __grid_const
     const std::int64_t classes = mine && at.weight != 0 ? a.classes : 0;
     if (!recall) {
       loss.look(0, classes);
-      loss.find_maxima();
-    }
-    loss.find_powers();
-    if (!recall) {
       loss.gather_found();
       loss.settle_found();
       if (wants_loss(a) || a.kept.present || Row::wants_sums(a)) {
@@ -113,10 +110,10 @@ __global__ void __launch_bounds__(kBlock, Blocks) rows_kernel(const __grid_const
       loss.gradients(to, 0, classes, factor_of<C>(a, at));
       if (mine && at.weight == 0) write_zeros<C, G, T, Row::inputs>(a, to, 0, a.classes);
     }
-    if (wants_loss(a) && mine && G::lane() == 0) total += write_loss(a, row, at.weight, loss.loss());
+    if (wants_loss(a) && mine && G::lane() == 0) totals[G::row()] += write_loss(a, row, at.weight, loss.loss());
   }
   if (!a.total.present) return;
-  total = Group<kBlock>::sum(total);
+  const double total = Group<kBlock>::sum(G::lane() == 0 ? totals[G::row()] : 0.0);
   if (gridDim.x == 1) {
     if (threadIdx.x == 0) store_value<double>(a.total.data, a.total.dtype, 0, total * a.scale);
   } else {
@@ -235,7 +232,7 @@ void run_as(const DistillCall& a, const Optional<double>& workspace, const Queue
         if (a.classes <= 4096) return run_rows<Loss, C, kBlock, T, 16, blocks>(a, rows, workspace, queue);
         return run_rows<Loss, C, kBlock, T>(a, rows, workspace, queue);
       }
-      block ? run_rows<Loss, C, kBlock, T>(a, rows, workspace, queue) : run_rows<Loss, C, 32, T>(a, rows, workspace, queue);
+      if constexpr (!kKnown<T>) block ? run_rows<Loss, C, kBlock, T>(a, rows, workspace, queue) : run_rows<Loss, C, 32, T>(a, rows, workspace, queue);
     };
     if (all(holds<float>)) return run(static_cast<float*>(nullptr));
     if (all(holds<__nv_bfloat16>)) return run(static_cast<__nv_bfloat16*>(nullptr));

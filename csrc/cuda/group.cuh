@@ -16,8 +16,8 @@ struct Group {
   static constexpr int lanes = Lanes;
   static constexpr int rows = kBlock / Lanes;  // per block
 
-  __device__ static int lane() { return static_cast<int>(threadIdx.x) % Lanes; }
-  __device__ static int row() { return static_cast<int>(threadIdx.x) / Lanes; }
+  __device__ static int lane() { return static_cast<int>(threadIdx.x % Lanes); }
+  __device__ static int row() { return static_cast<int>(threadIdx.x / Lanes); }
 
   // All threads of the block must come here together.
   template <typename T, typename Combine>
@@ -57,7 +57,7 @@ struct Group {
     fold<kTogether / 2>(value, combine);
     if constexpr (Lanes > 32) {
       __shared__ T part[kWarps][N];
-      const int warp = static_cast<int>(threadIdx.x) / 32, first = warp / kGroupWarps * kGroupWarps;
+      const unsigned warp = threadIdx.x / 32, first = warp / kGroupWarps * kGroupWarps;
       __syncthreads();  // the last reduction's reads are over
       if (threadIdx.x % 32 == 0) {
 #pragma unroll
