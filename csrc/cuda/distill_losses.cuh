@@ -92,13 +92,13 @@ class SoftmaxRows {
 
  protected:
   static constexpr int N = Hold ? Hold : sizeof(C) == 8 ? 1 : G::lanes == kBlock && Inputs < 3 ? 8 : 4;
-  using Part = Classes<N, G::lanes>;
+  using Part = Classes<N, G::lanes, kWidth<T>>;
 
   __device__ SoftmaxRows(const DistillCall& a, const RowPlace& at, C inverse) : a_(a), at_(at), inverse_(inverse) {}
 
  public:
   __device__ __forceinline__ void hold(std::int64_t classes) {
-    if constexpr (Hold > 0) load(Part(G::lane(), classes), held_);
+    if constexpr (Hold > 0) load(part(0, classes), held_);
   }
 
   __device__ __forceinline__ void look(std::int64_t begin, std::int64_t end) {
@@ -150,6 +150,8 @@ class SoftmaxRows {
   }
 
  protected:
+  // The thread's classes of those from `begin` on.
+  __device__ __forceinline__ static Part part(std::int64_t begin, std::int64_t end) { return {begin + kWidth<T> * G::lane(), end}; }
   __device__ __forceinline__ void load(const Part& at, C (&x)[Inputs][N]) const {
 #pragma unroll
     for (int k = 0; k < Inputs; ++k) load_classes<T>(k == 0 ? a_.teacher : a_.student[k == 0 ? 0 : k - 1], at_.input[k], at, x[k]);
@@ -164,9 +166,9 @@ class SoftmaxRows {
 #pragma unroll
         for (int i = 0; i < N; ++i) x[k][i] = held_[k][i];
       }
-      f(Part(begin + G::lane(), end), x);
+      f(part(begin, end), x);
     } else {
-      each_classes<G, N, Back>(begin, end, [&](const Part& at) {
+      each_classes<G, N, Back, kWidth<T>>(begin, end, [&](const Part& at) {
         C x[Inputs][N];
         load(at, x);
         f(at, x);

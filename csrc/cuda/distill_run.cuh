@@ -191,7 +191,8 @@ void run_rows(const DistillCall& a, std::int64_t rows, const Optional<double>& w
 
 template <template <typename, typename, typename, int> class Loss, typename C, typename T>
 void run_shared_rows(const DistillCall& a, std::int64_t rows, std::int64_t splits, double* workspace, const Queue& queue) {
-  const std::int64_t classes = (a.classes + splits - 1) / splits, units = rows * ((a.classes + classes - 1) / classes);
+  // Even shares, so that pairs of classes are whole.
+  const std::int64_t classes = (a.classes + 2 * splits - 1) / (2 * splits) * 2, units = rows * ((a.classes + classes - 1) / classes);
   double *const found = workspace + 1, *const sums = found + units * kFound;
   const Shares shares{units / rows, classes, found, sums, {workspace, units * (kFound + kSums), next_ticket()}};
   for (int step = recalls(a) ? 2 : 0; step < 3; ++step)
@@ -235,7 +236,7 @@ void run_as(const DistillCall& a, const Optional<double>& workspace, const Queue
       if constexpr (!kKnown<T>) block ? run_rows<Loss, C, kBlock, T>(a, rows, workspace, queue) : run_rows<Loss, C, 32, T>(a, rows, workspace, queue);
     };
     if (all(holds<float>)) return run(static_cast<float*>(nullptr));
-    if (all(holds<__nv_bfloat16>)) return run(static_cast<__nv_bfloat16*>(nullptr));
+    if (all(holds<Half>)) return run(static_cast<Half*>(nullptr));
     return run(static_cast<void*>(nullptr));
   }
   block ? run_rows<Loss, C, kBlock, void>(a, rows, workspace, queue) : run_rows<Loss, C, 32, void>(a, rows, workspace, queue);

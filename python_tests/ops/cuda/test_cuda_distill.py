@@ -75,7 +75,7 @@ def test_against_float64(device: torch.device, number: int) -> None:
 EDGES = (4, 5, 16, 17, 32, 33, 128, 129, 512, 513, 1024, 1025, 4096, 4097)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("classes", EDGES)
 def test_classes_at_which_other_threads_take_a_row(
