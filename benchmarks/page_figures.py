@@ -733,6 +733,7 @@ def _speed() -> Page:
             "rounds": partial(rounds_of_fedavg, MACHINE),
             "own networks": partial(networks_of_your_own, OTHER_MACHINE),
             "own networks of Intel": partial(networks_of_your_own, MACHINE),
+            "rounds of own networks": partial(rounds_of_fedavg, f"{MACHINE}-2"),
             "older rounds": partial(rounds_of_fedavg, OTHER_MACHINE),
             "many clients": ten_thousand_clients,
             "profile": where_seconds_go,

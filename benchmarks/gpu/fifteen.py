@@ -79,7 +79,7 @@ def lines(capability: str, out: Path, *, known: bool) -> list[Stage]:
             name = method if part == "nothing" else f"{method} without {part}"
             folder = out / "runs" / name.replace(" ", "-")
             words = ("benchmarks.gpu.without", part, method, *FLAGS, "--out", str(folder))
-            found.append(_line(f"run {name}", 12, *words))
+            found.append(_line(f"run {name}", 10, *words))
     for name, size in NETWORKS.items():
         words = ("benchmarks.gpu.beside", name, *map(str, size), "--out", str(out / "rounds"))
         found.append(_line(f"rounds {name}", 30, *words))

@@ -1,6 +1,6 @@
 """A run with a part of the engine switched off, to compare seconds; the bits stay the same.
 
-python -m benchmarks.gpu.without PART METHOD FLAG ... --workers 1 --out DIR    # PART: graphs, or nothing
+python -m benchmarks.gpu.without PART METHOD FLAG ... --workers 1 --out DIR    # PART: graphs, lanes, or nothing
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fedkern.engine import training
+from fedkern.engine import lanes, training
 from fedkern.run import main as play
 
-PARTS: dict[str, tuple[Any, str, Any]] = {"graphs": (training, "replayable", lambda *_: False)}
+PARTS: dict[str, tuple[Any, str, Any]] = {
+    "graphs": (training, "replayable", lambda *_: False), "lanes": (lanes, "MOST", 1),
+}  # fmt: skip
 """What to put in whose place."""
 
 

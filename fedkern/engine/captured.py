@@ -183,6 +183,22 @@ class Graphs:
         finally:
             outer.wait_stream(self._stream)
 
+    @contextmanager
+    def ahead(self) -> Iterator[Callable[[], None]]:
+        """Work on the stream of its own, after all earlier work of the current stream, which goes on beside it.
+
+        Yields a function that waits until the work is done.
+        """
+        done = torch.cuda.Event()
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            yield done.synchronize
+            done.record(self._stream)
+
+    def lasting(self) -> bool:
+        """Whether a step has been recorded that serves all clients and rounds."""
+        return bool(self._recorded) and not self._fleeting
+
     def hold(self, name: str, tensor: Tensor) -> Tensor:
         """A copy at the address of the last one of that name and size, where a recorded step will find it."""
         held = self.held.get(name)

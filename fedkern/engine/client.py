@@ -20,7 +20,7 @@ from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.node import Node
 from fedkern.engine.participants import share_of_work
 from fedkern.engine.private_training import declared, train_privately
-from fedkern.engine.training import Context, Course, Diverged, Schedule, train
+from fedkern.engine.training import Context, Course, Diverged, Schedule, started, train
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
 from fedkern.ops._core.layout import plain_strides
@@ -44,6 +44,8 @@ class Client(Node):
         self.phase: Phase = BEFORE  # the exchange that the client is asked in
         self._courses: dict[Phase, Course] = {}
         self.on_gpu: tuple[str, ...] = ()  # vectors that train leaves there (see Encoder.on_gpu)
+        # What train leaves to do when the GPU is done; None: train waits for it.
+        self.later: list[Callable[[], None]] | None = None
 
     def warn(self, name: str, text: str) -> None:
         if self._context.disclosure.clients:
@@ -108,8 +110,16 @@ class Client(Node):
         network.fixed = self.statistics_fixed(phase)
         trained = network if parts is None else Part(network, parts)
         data = context.client_data(self.id)
-        self.report.update(train(self, method, phase, trained, data, received, schedule, rows, graphs=context.graphs))
+        told = started(self, method, phase, trained, data, received, schedule, rows, graphs=context.graphs)
+        self._then(lambda: self.report.update(told()))
         return self._left(network, trained)
+
+    def _then(self, work: Callable[[], None]) -> None:
+        """Does what needs the GPU's results, now or when it has them."""
+        if self.later is None:
+            work()
+        else:
+            self.later.append(work)
 
     def _loaded(self, network: Network, message: Message) -> tuple[Message | None, Tensor | None]:
         """Writes a message into the network; returns the buffers of the client's own, and the parameters there."""
@@ -117,20 +127,21 @@ class Client(Node):
         if self._context.config.buffers != "average":
             own = self._own_buffers()
             network.write(own or self._context.initial_buffers())
-        flat = network.there(message["parameters"]) if "parameters" in message else None
+        flat = self._context.there(message["parameters"]) if "parameters" in message else None
         network.write(message if flat is None else {**message, "parameters": flat})
         return own, flat
 
     def _left(self, network: Network, trained: Network | Part) -> Message:
         """What a trained network, or a part of it, leaves: vectors that travel, and buffers that the client keeps."""
         policy = self._context.config.buffers
-        result = {name: value if name in self.on_gpu else fetch(value) for name, value in trained.read().items()}
-        if policy == "average":
-            return result
+        result: Message = trained.read()
         if policy == "local":
             whole = result if trained is network else network.read()
             self.state["buffers_local"] = {name: fetch(value) for name, value in whole.items() if name != "parameters"}
-        return {"parameters": result["parameters"]}
+        if policy != "average":
+            result = {"parameters": result["parameters"]}
+        self._then(lambda: result.update({name: fetch(result[name]) for name in result if name not in self.on_gpu}))
+        return result
 
     # -- a loop of somebody's own ----------------------------------------------------------------------------------
 

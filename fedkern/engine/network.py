@@ -42,7 +42,6 @@ class Network:
         self.buffers: Tensor = self._flat.buffers
         self._still = frozen_norms(module) if len(self.frozen) else []
         self._gradients: Tensor | None = None
-        self._there: tuple[Tensor, int, Tensor] | None = None
         # Of a causal mask, for example: no sign of training that diverged.
         infinite = self.buffers.isinf()
         self._infinite = infinite if bool(infinite.any()) else None
@@ -87,16 +86,6 @@ class Network:
         if integers.numel():
             result["integers"] = integers
         return result
-
-    def there(self, vector: Tensor) -> Tensor:
-        """A message's vector on the network's device, for reading; what all clients of a round get is sent once."""
-        device = self.parameters.device
-        if device.type == "cpu" or vector.device.type != "cpu" or vector.is_inference():
-            return vector.to(device)
-        last = self._there
-        if last is None or last[0] is not vector or last[1] != vector._version:
-            self._there = last = vector, vector._version, vector.to(device)
-        return last[2]
 
     def write(self, message: Mapping[str, Tensor]) -> None:
         """Copies the vectors of a message into the network.

@@ -232,7 +232,12 @@ def one_by_one(run: Callable[[Batch], Outcome], batches: Iterable[Batch]) -> Ite
     return map(run, batches)
 
 
-def train(
+def train(*given: Any, **how: Any) -> dict[str, float]:
+    """As :func:`started`, and waits for the device: the figures."""
+    return started(*given, **how)()
+
+
+def started(
     client: Client,
     method: Objective,
     phase: Phase,
@@ -243,7 +248,7 @@ def train(
     rows: np.ndarray | None = None,
     after_epoch: Callable[[int], None] | None = None,
     graphs: Graphs | None = None,
-) -> dict[str, float]:
+) -> Callable[[], dict[str, float]]:
     """Trains ``network`` (a :class:`Network` already holding the received vectors) on the client's data.
 
     Args:
@@ -251,7 +256,8 @@ def train(
         after_epoch: called with the number of every epoch done; the next epoch begins in train mode again.
 
     Returns:
-        The means over all batches of ``loss`` and of whatever the method observed.
+        A function that returns the means over all batches of ``loss`` and of whatever the method observed.  It waits
+        for the device, and nothing before it does where steps are recorded.
 
     Raises:
         Diverged: the loss or the gradient of a batch, or the parameters at the end, are NaN or infinite.  Losses and
@@ -322,14 +328,19 @@ def train(
             if after_epoch is not None:
                 after_epoch(epoch)
                 network.train_mode()
-    done = _digest(client.id, phase, records, done, totals, seen, network.finite())
+    finite = network.finite()
     if terms is not None and terms.gradient_sum is not None and schedule.make is None:  # else the stepper counts
-        terms.gradient_sum.steps += done
+        terms.gradient_sum.steps += done + sum(outcome.loss.numel() for outcome in records)
         if graphs is not None and whole:
             terms.gradient_sum.total.copy_(graphs.held["gradient_sum"])
     if schedule.keep:
         client.state[key] = mapped(lambda leaf: fetch(leaf) if isinstance(leaf, Tensor) else leaf, held())
-    return {name: totals[name] / seen[name] for name in totals}
+
+    def told() -> dict[str, float]:
+        _digest(client.id, phase, records, done, totals, seen, finite)
+        return {name: totals[name] / seen[name] for name in totals}
+
+    return told
 
 
 def _warn(client: Client, error: Exception) -> None:

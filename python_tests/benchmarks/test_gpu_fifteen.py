@@ -25,7 +25,7 @@ from benchmarks.rounds import setting
 from benchmarks.rounds.plays import Played
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
-from fedkern.engine import training
+from fedkern.engine import lanes, training
 
 H200 = {"gpu": "NVIDIA H200", "capability": "9.0"}
 H100 = {"gpu": "NVIDIA H100 80GB HBM3", "capability": "9.0"}
@@ -258,14 +258,16 @@ def test_runs_are_runs(name, monkeypatch) -> None:
     assert effective(parse(words)).rounds == 12
     assert ("without" in name) == (part != "nothing")
     played = []
-    monkeypatch.setattr(without, "play", lambda given: played.append((given, training.replayable)) or 0)
-    monkeypatch.setattr(training, "replayable", training.replayable)  # taken back afterwards
+    monkeypatch.setattr(without, "play", lambda given: played.append((given, training.replayable, lanes.MOST)) or 0)
+    for module, attribute, _ in without.PARTS.values():
+        monkeypatch.setattr(module, attribute, getattr(module, attribute))  # taken back afterwards
     before = training.replayable
     assert without.main([part, *words]) == 0
-    ((given, now),) = played
+    ((given, now, most),) = played
     assert given == words
-    assert (now is before) == (part == "nothing")
-    assert part == "nothing" or now(object, None) is False
+    assert (now is before) == (part != "graphs")
+    assert part != "graphs" or now(object, None) is False
+    assert (most > 1) == (part != "lanes")
 
 
 def test_phases_of_runs_are_told(tmp_path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import types
+from collections import defaultdict
 from unittest.mock import Mock
 
 import numpy as np
@@ -19,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedkern import models
-from fedkern.engine import captured, training
+from fedkern.engine import captured, lanes, training
 from fedkern.engine.captured import Graphs, replayable
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.network import Network
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
+from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Phase
 from fedkern.models.precision import computing
 from fedkern.ops import use_backend
@@ -39,6 +40,7 @@ OWN = {
     "fedlpfm": {"data": "digits", "train_samples": 60, "public_samples": 20, "partition": "iid"},
 }
 CLAIMED = sorted(name for name, kind in METHODS.items() if replayable(kind) and name not in ALIKE)
+SIDE_BY_SIDE = {"fedavg", "fedprox"}
 QUICK = ("fedavg", "scaffold", "fedgid", "fusefl")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 VOLATILE = ("seconds", "phases", "time", "device")
@@ -133,6 +135,7 @@ def same_runs(config, data, tmp_path, monkeypatch):
     with use_backend("reference"):  # operators are dispatched, so that the tape sees what is in them
         run(config, data=data, out=tmp_path / "eager")
         with monkeypatch.context() as patch:
+            patch.setattr(lanes, "MOST", 1)
             patch.setattr(RunContext, "graphs", property(lambda self: tapes))
             summary = run(config, data=data, out=tmp_path / "taped")
     eager, taped = (load_file(tmp_path / name / "model.safetensors") for name in ("eager", "taped"))
@@ -357,20 +360,97 @@ def test_a_whole_step_is_recorded_and_a_client_is_waited_for_once(make_data, mak
         monkeypatch.setattr(
             Tensor, name, lambda self, *all, name=name, read=read: reads.append(Tape.playing) or read(self, *all)
         )
-    train = training.train
+    counts, start = [], training.started
 
-    def counted(*all, **of):
+    def started(*all, **of):
         reads.clear()
-        figures = train(*all, **of)
+        told = start(*all, **of)
         counts.append(reads.count(False))
-        return figures
 
-    counts = []
-    monkeypatch.setattr("fedkern.engine.client.train", counted)
+        def counted():
+            reads.clear()
+            figures = told()
+            counts.append(reads.count(False))
+            return figures
+
+        return counted
+
+    monkeypatch.setattr("fedkern.engine.client.started", started)
     _, line = passes((28, 28), make_data, make_config, exchanges=4, batch_size=4, local_epochs=1, momentum=0.9)
     assert line == ["eerppppp", "p" * 7, "p" * 7, "p" * 7]
     assert len(steps) == 3  # of two eager batches and of the recording
-    assert counts[1:] == [1, 1, 1]
+    assert counts[2:] == 3 * [0, 1]  # nothing before the figures are asked for
+
+
+class Lane(Tapes):
+    """Tapes of a lane: what a client's work gives may be read when it has been waited for."""
+
+    open = 0
+
+    @contextlib.contextmanager
+    def ahead(self):
+        Lane.open, Lane.most = Lane.open + 1, max(Lane.most, Lane.open + 1)
+
+        def wait():
+            Lane.open -= 1
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("tolist", "item", "__float__", "cpu"):
+                patch.setattr(Tensor, name, self.refusing(getattr(Tensor, name)))
+            yield wait
+
+    def refusing(self, read):
+        def refuse(tensor, *all):
+            # On a GPU the step reads the rate where it is.
+            if Tape.playing or tensor is self.held.get("rate"):
+                return read(tensor, *all)
+            raise AssertionError("a value is read before the work is waited for")
+
+        return refuse
+
+
+@pytest.mark.parametrize(
+    "name", ["fedavg", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CLAIMED if name != "fedavg")]
+)
+def test_clients_in_lanes_give_the_bits_of_clients_one_by_one(name, make_data, make_config, tmp_path, monkeypatch):
+    given = {**SMALL, **SETTINGS.get(name, {}), **OWN.get(name, {})}
+    if METHODS[name].one_shot:
+        given.update(rounds=None, local_epochs=4)
+    config, data = make_config(name, **given), None if name in OWN else make_data()
+    tapes, Lane.most = defaultdict(Lane), 0
+    monkeypatch.setattr(lanes, "MOST", 3)
+    with use_backend("reference"):
+        run(config, data=data, out=tmp_path / "eager")
+        with monkeypatch.context() as patch:
+            patch.setattr(RunContext, "graphs", property(lambda self: tapes[self.lane]))
+            run(config, data=data, out=tmp_path / "lanes")
+    eager, taped = (load_file(tmp_path / folder / "model.safetensors") for folder in ("eager", "lanes"))
+    assert eager.keys() == taped.keys()
+    assert all(torch.equal(eager[name], taped[name]) for name in eager)
+    assert rounds(tmp_path / "eager") == rounds(tmp_path / "lanes")
+    assert (Lane.open, Lane.most) == (0, 3 if name in SIDE_BY_SIDE else 0)
+
+
+def test_a_client_that_diverges_in_a_lane_is_told_and_the_others_go_on(make_data, make_config, tmp_path, monkeypatch):
+    class Exploding(FedAvg):
+        replayable = True
+
+        def draw(self, client, batch, rng):
+            last = client.id == 1 and batch.phase.round == 1 and batch.epoch == 1
+            return {"times": torch.full((), math.inf if last else 1.0)}
+
+        def loss(self, model, batch, received):
+            return super().loss(model, batch, received) * batch.drawn["times"]
+
+    monkeypatch.setitem(METHODS, "fedavg", Exploding)
+    monkeypatch.setattr(lanes, "MOST", 3)
+    tapes, Lane.most = defaultdict(Lane), 0
+    with use_backend("reference"), monkeypatch.context() as patch:
+        patch.setattr(RunContext, "graphs", property(lambda self: tapes[self.lane]))
+        with pytest.raises(UserError, match="Client 1 diverged in round 2, batch 11: the loss is inf"):
+            run(make_config(**SMALL), data=make_data((20, 20, 20)), out=tmp_path)
+    assert Lane.most == 3
+    Lane.open = 0
 
 
 class Drawing(FedAvg):
@@ -409,7 +489,7 @@ def test_drawn_tensors_rates_and_figures(model, make_data, make_config, tmp_path
 def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
     """The tapes after exchanges of clients with so many samples; what ran: e(ager), r(ecording), p(layed again)."""
     bench, tapes, line = RunContext(make_config(**{**SMALL, **settings}), make_data(sizes)), Tapes(), []
-    bench.__dict__["graphs"] = tapes
+    bench._graphs[0] = tapes
     method = kind()
     with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
         call, loss = captured.Recorded.__call__, kind.loss
@@ -467,22 +547,22 @@ def test_clients_of_few_batches_share_a_pass_that_lasts(make_data, make_config):
 
 
 def test_a_vector_that_many_clients_get_is_sent_once():
-    network = types.SimpleNamespace(parameters=torch.empty(3, device="meta"), _there=None)
+    context = types.SimpleNamespace(device=torch.device("meta"), _there=None)
     vector = torch.ones(3)
-    there = Network.there(network, vector)
+    there = RunContext.there(context, vector)
     assert there.device.type == "meta"
-    assert Network.there(network, vector) is there
-    assert Network.there(network, there) is there
+    assert RunContext.there(context, vector) is there
+    assert RunContext.there(context, there) is there
     vector.add_(1)
-    again = Network.there(network, vector)
+    again = RunContext.there(context, vector)
     assert again is not there
-    assert Network.there(network, vector.clone()) is not again
+    assert RunContext.there(context, vector.clone()) is not again
 
 
 @pytest.mark.parametrize("change", ["precision", "statistics", "method"])
 def test_a_recorded_pass_is_for_a_network_as_it_was(change, make_data, make_config):
     bench, tapes = RunContext(make_config(**{**SMALL, "model": "resnet8"}), make_data()), Tapes()
-    bench.__dict__["graphs"] = tapes
+    bench._graphs[0] = tapes
     method = FedAvg()
     with use_backend("reference"):
         for i in range(2):
@@ -562,7 +642,7 @@ def on_the_gpu(config, data, kind, exchanges, graphs):
     with reproducible(), computing(config.precision):
         bench = RunContext(config, data)
         if not graphs:
-            bench.__dict__["graphs"] = None
+            bench._graphs[0] = None
         message, method, states = bench.initial(), kind(**config.options), [{} for _ in data.clients]
         extra = {"control": torch.zeros_like(message["parameters"])} if kind is METHODS["scaffold"] else {}
         for i in range(exchanges):
@@ -652,7 +732,7 @@ def test_after_a_failed_recording_a_gpu_goes_on(kind, make_data, make_config):
         with reproducible():
             bench = RunContext(config, data)
             if not graphs:
-                bench.__dict__["graphs"] = None
+                bench._graphs[0] = None
             client = Client(bench, 0, {})
             answer = kind().client_update(client, Phase(0, "train", "update"), bench.initial())
             found.append((answer, client.report))

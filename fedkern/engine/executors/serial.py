@@ -1,9 +1,10 @@
-"""Serial executor: clients work one after another in this process, on networks that they share."""
+"""Serial executor: clients work in this process, one after another or in lanes, on networks that they share."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, States
+from fedkern.engine.lanes import lanes, on_this_stream, side_by_side
 from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.filters import Encoder, Keep
@@ -68,41 +70,90 @@ class Serial:
         messages: Mapping[ClientId, Message],
         encoders: Mapping[ClientId, Encoder] | None = None,
     ) -> Iterator[Answer]:
-        for k, message in messages.items():
-            yield self.ask(k, asker, phase, message, encoders[k] if encoders and k in encoders else None)
+        encoders = encoders or {}
+        count = lanes(self._context, self._askers[asker]) if len(messages) > 1 else 1
+        begun = (
+            self._begin(k, asker, phase, message, encoders.get(k), number % count if count > 1 else None)
+            for number, (k, message) in enumerate(messages.items())
+        )
+        yield from side_by_side(begun, count)
 
     def ask(self, k: ClientId, asker: str, phase: Phase, message: Message, encoder: Encoder | None = None) -> Answer:
         """One client's answer to a message, which an encoder may change."""
+        return self._begin(k, asker, phase, message, encoder)()
+
+    def _begin(
+        self,
+        k: ClientId,
+        asker: str,
+        phase: Phase,
+        message: Message,
+        encoder: Encoder | None,
+        lane: int | None = None,
+    ) -> Callable[[], Answer]:
+        """Has a client work, on a ``lane`` without waiting for the GPU; returns what gets its answer."""
         start = time.perf_counter()
-        client = self.client(k)
+        context, client = self._context, self.client(k)
         client.report, client.phase = {}, phase
         client.on_gpu = () if encoder is None else encoder.on_gpu
-        answer = Answer(k)
-        with cpu_threads(self._threads), self._context.drawing(client, phase):
-            try:
-                upload = self._askers[asker].client_update(client, phase, message)
-                answer.message, answer.report = upload, figures(client.report, "client.report", TAKEN)
-            except Diverged as problem:
-                answer.problem = problem
-            except RAISED as error:
-                own = self._context.own
-                code = type(self._askers[asker]) if own is None or own.train is None else own.train
-                answer.problem = ClientFailed.of(k, error, code)
-        self._asked += 1
-        if self._asked & (self._asked - 1) == 0:  # after 1, 2, 4, 8 ... answers: a state may change late
-            self._context.tell_attributes(client)
-        if encoder is not None and answer.problem is None:
-            sent = self._beside(message, answer.message) if encoder.on_gpu else message
-            answer.message, answer.checked = encoder.encode(k, sent, answer.message, self.keep)
+        client.later = None if lane is None else []
+        answer, wait = Answer(k), None
+        if lane is not None and isinstance(message.get("parameters"), Tensor):
+            context.there(message["parameters"])  # sent once, before the lanes, which wait for it
+        with (
+            self._problems(answer, asker),
+            cpu_threads(self._threads),
+            context.drawing(client, phase),
+            ExitStack() as on,
+        ):
+            if lane is not None:
+                on.enter_context(context.on_lane(lane))
+                wait = on.enter_context(context.graphs.ahead())
+            answer.message = self._askers[asker].client_update(client, phase, message)
         answer.seconds = time.perf_counter() - start
-        return answer
+
+        def finish() -> Answer:
+            start = time.perf_counter()
+            with self._problems(answer, asker), cpu_threads(self._threads):
+                if wait is not None:
+                    wait()
+                    for value in answer.message.values() if answer.problem is None else ():
+                        on_this_stream(value)
+                for work in client.later or () if answer.problem is None else ():
+                    work()
+                answer.report = figures(client.report, "client.report", TAKEN) if answer.problem is None else {}
+            client.later = None
+            self._asked += 1
+            if self._asked & (self._asked - 1) == 0:  # after 1, 2, 4, 8 ... answers: a state may change late
+                context.tell_attributes(client)
+            if answer.problem is not None:
+                answer.message, answer.report = None, {}
+            elif encoder is not None:
+                sent = self._beside(message, answer.message) if encoder.on_gpu else message
+                answer.message, answer.checked = encoder.encode(k, sent, answer.message, self.keep)
+            answer.seconds += time.perf_counter() - start
+            return answer
+
+        return finish
+
+    @contextmanager
+    def _problems(self, answer: Answer, asker: str) -> Iterator[None]:
+        """Notes what a client's work raises in its answer."""
+        try:
+            yield
+        except Diverged as problem:
+            answer.problem = problem
+        except RAISED as error:
+            own = self._context.own
+            code = type(self._askers[asker]) if own is None or own.train is None else own.train
+            answer.problem = ClientFailed.of(answer.client, error, code)
 
     def _beside(self, message: Message, upload: Any) -> Message:
         """A message whose parameters are read on the GPU, where training has sent them, if the upload's are there."""
         given, got = message.get("parameters"), upload.get("parameters") if isinstance(upload, Mapping) else None
         if not isinstance(given, Tensor) or not isinstance(got, Tensor) or got.device == given.device:
             return message
-        return {**message, "parameters": self._context.network("local").there(given)}
+        return {**message, "parameters": self._context.there(given)}
 
     def changed(self, client: ClientId) -> dict[str, Any] | None:
         if client not in self._clients:

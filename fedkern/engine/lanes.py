@@ -1,0 +1,69 @@
+"""Lanes: clients of one GPU that are at work at the same time, each on a stream with a network of its own.
+
+A client of a small network leaves most of a GPU idle.  The host starts a client's recorded steps in a fraction of the
+time that the GPU takes for them, so it starts the next clients before it takes the first one's upload.  There are no
+threads: clients are started, and their uploads taken, in client order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.engine.captured import replayable
+from fedkern.engine.context import RunContext
+from fedkern.methods.base import LocalTraining
+from fedkern.methods.roles import Objective
+
+MOST = 8
+"""Clients at the same time."""
+
+T = TypeVar("T")
+
+
+def lanes(context: RunContext, method: Any) -> int:
+    """How many clients may be at work at the same time.
+
+    One, unless all that a client's exchange reads and writes is its lane's or only read: ``client_update`` is
+    fedkern's, steps are recorded and need nothing that was computed for another client, and neither a client's state
+    nor a generator that clients share is drawn on.
+    """
+    graphs, config, kind = context.graphs, context.config, type(method)
+    if graphs is None or graphs.off or not graphs.lasting() or context.own is not None or context.teachers is not None:
+        return 1
+    if config.buffers == "local" or config.optimizer_state == "keep" or context.added_models:
+        return 1
+    if getattr(kind, "client_update", None) is not LocalTraining.client_update:
+        return 1
+    module = context.network("local").module
+    drawn = any(isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p for layer in module.modules())
+    if drawn or kind.prepare is not Objective.prepare or not replayable(kind, module):
+        return 1
+    return min(MOST, 1 + room(context.device))
+
+
+def room(device: torch.device) -> int:
+    """How many times the memory is free that the process holds on the device."""
+    if device.type != "cuda":
+        return MOST
+    return int(torch.cuda.mem_get_info(device)[0] // max(1, torch.cuda.memory_reserved(device)))
+
+
+def side_by_side(begun: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
+    """Results in order, of work of which ``count`` pieces have begun before the first one's result is taken."""
+    waiting: list[Callable[[], T]] = []
+    for finish in begun:
+        waiting.append(finish)
+        if len(waiting) == count:
+            yield waiting.pop(0)()
+    while waiting:
+        yield waiting.pop(0)()
+
+
+def on_this_stream(value: Any) -> None:
+    """Keeps a tensor's memory from other work of the stream that made it until the current stream is done with it."""
+    if isinstance(value, Tensor) and value.is_cuda:
+        value.record_stream(torch.cuda.current_stream(value.device))
