@@ -108,6 +108,7 @@ class Serial:
         ):
             if lane is not None:
                 on.enter_context(context.on_lane(lane))
+                assert context.graphs is not None
                 wait = on.enter_context(context.graphs.ahead())
             answer.message = self._askers[asker].client_update(client, phase, message)
         answer.seconds = time.perf_counter() - start
