@@ -152,9 +152,10 @@ class SoftmaxRows {
  protected:
   // The thread's classes of those from `begin` on.
   __device__ __forceinline__ static Part part(std::int64_t begin, std::int64_t end) { return {begin + kWidth<T> * G::lane(), end}; }
+  __device__ __forceinline__ const Logits& input(int k) const { return k == 0 ? a_.teacher : a_.student[k == 0 ? 0 : k - 1]; }
   __device__ __forceinline__ void load(const Part& at, C (&x)[Inputs][N]) const {
 #pragma unroll
-    for (int k = 0; k < Inputs; ++k) load_classes<T>(k == 0 ? a_.teacher : a_.student[k == 0 ? 0 : k - 1], at_.input[k], at, x[k]);
+    for (int k = 0; k < Inputs; ++k) load_classes<T>(input(k), at_.input[k], at, x[k]);
   }
   // f(part, logits) for the thread's classes, where f may put something else in the logits' place.
   template <bool Back = false, typename F>
@@ -167,6 +168,22 @@ class SoftmaxRows {
         for (int i = 0; i < N; ++i) x[k][i] = held_[k][i];
       }
       f(part(begin, end), x);
+    } else if constexpr (kKnown<T>) {
+      struct Values {
+        Loaded<T, C, N> row[Inputs];
+      };
+      each_loaded<G, N, Back, kWidth<T>, Values>(
+          begin, end,
+          [&](const Part& at, Values& to) {
+#pragma unroll
+            for (int k = 0; k < Inputs; ++k) load_raw<T, C>(input(k), at_.input[k], at, to.row[k]);
+          },
+          [&](const Part& at, const Values& from) {
+            C x[Inputs][N];
+#pragma unroll
+            for (int k = 0; k < Inputs; ++k) widen_raw<T>(input(k), from.row[k], x[k]);
+            f(at, x);
+          });
     } else {
       each_classes<G, N, Back, kWidth<T>>(begin, end, [&](const Part& at) {
         C x[Inputs][N];

@@ -152,6 +152,27 @@ __device__ __forceinline__ void each_classes(std::int64_t begin, std::int64_t en
   for (; Back ? c >= begin && c < end : c < end; c += Back ? -span : span) f(Classes<N, G::lanes, Width>(c + Width * G::lane(), end));
 }
 
+// f(classes, values) for this thread's share, as above, where load(classes, values) has begun before the arithmetic of the turn
+// before.
+template <typename G, int N, bool Back, int Width, typename Values, typename Load, typename F>
+__device__ __forceinline__ void each_loaded(std::int64_t begin, std::int64_t end, Load&& load, F&& f) {
+  constexpr std::int64_t span = N * G::lanes;
+  if (end <= begin) return;
+  std::int64_t c = begin + (Back ? (end - begin - 1) / span * span : 0);
+  const auto classes = [&](bool there) { return Classes<N, G::lanes, Width>(c + Width * G::lane(), there ? end : c); };
+  Values next;
+  load(classes(true), next);
+  bool more = true;
+#pragma unroll 2
+  while (more) {
+    const auto at = classes(true);
+    const Values values = next;
+    c += Back ? -span : span, more = Back ? c >= begin : c < end;
+    load(classes(more), next);
+    f(at, values);
+  }
+}
+
 // True where x holds values of T whose classes lie together.
 template <typename T>
 bool holds(const Logits& x) {
