@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend
 
+from fedkern.ops._core.private_torch import sdp_order, set_sdp_order
+
 
 @contextmanager
 def reproducible() -> Iterator[None]:
@@ -28,7 +30,7 @@ def reproducible() -> Iterator[None]:
         torch.backends.cuda.enable_flash_sdp(True)
         torch.backends.cuda.enable_math_sdp(True)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
-        torch._C._set_sdp_priority_order(sorted(torch._C._get_sdp_priority_order(), key=lambda one: one != _MATH))
+        set_sdp_order(sorted(sdp_order(), key=lambda one: one != _MATH))
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("highest")
         if torch.get_default_device() != torch.device("cpu"):
@@ -112,7 +114,7 @@ _MODES: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
         for kernel in ("flash", "mem_efficient", "math", "cudnn")
     ),
     (_CUDA.fp16_bf16_reduction_math_sdp_allowed, _CUDA.allow_fp16_bf16_reduction_math_sdp),
-    (torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order),
+    (sdp_order, set_sdp_order),
     (np.geterr, lambda errors: np.seterr(**errors)),
 ]
 """Readers and setters of process-wide modes."""

@@ -41,6 +41,11 @@ def _no(*_: Any) -> bool:
     return False
 
 
+# The order in which attention on a GPU tries its kernels; torch says it by a context manager alone.
+
+sdp_order: Callable[[], list[int]] = getattr(torch._C, "_get_sdp_priority_order", list)
+set_sdp_order: Callable[[list[int]], Any] = getattr(torch._C, "_set_sdp_priority_order", _no)
+
 # Names that tell what is between a call and its tensors' memory.
 
 is_tracing: Callable[[], bool] = _find("_C._is_tracing", _no)
