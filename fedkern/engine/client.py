@@ -127,7 +127,7 @@ class Client(Node):
         if self._context.config.buffers != "average":
             own = self._own_buffers()
             network.write(own or self._context.initial_buffers())
-        flat = self._context.there(message["parameters"]) if "parameters" in message else None
+        flat = self._context.placed.there(message["parameters"]) if "parameters" in message else None
         network.write(message if flat is None else {**message, "parameters": flat})
         return own, flat
 

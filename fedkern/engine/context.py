@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, singledispatch
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedkern.engine.client_teachers import Teachers
 from fedkern.engine.images import CACHE_BYTES, Images
 from fedkern.engine.items import ItemReader
 from fedkern.engine.network import Network, place
+from fedkern.engine.on_device import OnDevice
 from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.reader import BATCH, Reader
 from fedkern.methods.base import VECTORS, Federation, Message, Phase
@@ -70,7 +71,6 @@ class RunContext:
     Attributes:
         unfit: a sentence on what of ``--init`` the network has not taken.
         own: functions that the user trains with, or None.
-        lane: which of the clients that are at work at the same time the host speaks of (`fedkern.engine.lanes`).
         on_notice: called with the text of every notice; None: nobody listens.
     """
 
@@ -91,9 +91,7 @@ class RunContext:
         self.warnings: dict[str, str] = {}
         # Server warnings are open at first: before anything is received they follow from the settings alone.
         self.disclosure = Disclosure(clients=config.records != "private")
-        self._networks: dict[tuple[str, int], Network] = {}
-        self._graphs: dict[int, Graphs | None] = {}
-        self._there: tuple[Tensor, int, Tensor] | None = None
+        self._placed: OnDevice | None = None
         self._clients: dict[int, Reader] = {}
         self._frozen: tuple[tuple[Any, ...], Any] = (), None  # the vectors of a frozen network, and the network
         self._initial_buffers: Message | None = None
@@ -101,7 +99,6 @@ class RunContext:
         self._init: Mapping[str, Tensor] | None = None
         self.unfit = ""
         self.teachers = None if config.teachers is None else Teachers(config.teachers)
-        self.lane = 0
         self.uploaded: list[Message] = []  # every client's raw data, for a pooled method
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -189,20 +186,16 @@ class RunContext:
         return added(" ".join(map(str, (self.config.model, *self.config.options.values()))))
 
     @property
+    def placed(self) -> OnDevice:
+        """What this process has on the run's device."""
+        if self._placed is None:
+            self._placed = OnDevice(self.device, self.build)
+        return self._placed
+
+    @property
     def graphs(self) -> Graphs | None:
         """Recorded steps of local training, those of the lane; None on the CPU."""
-        if self.lane not in self._graphs:
-            self._graphs[self.lane] = Graphs(self.device) if self.device.type == "cuda" else None
-        return self._graphs[self.lane]
-
-    def there(self, vector: Tensor) -> Tensor:
-        """A message's vector on the run's device, for reading; what all clients of a round get is sent once."""
-        if self.device.type == "cpu" or vector.device.type != "cpu" or vector.is_inference():
-            return vector.to(self.device)
-        last = self._there
-        if last is None or last[0] is not vector or last[1] != vector._version:
-            self._there = last = vector, vector._version, vector.to(self.device)
-        return last[2]
+        return self.placed.recorded()
 
     def drawing(self, node: Any, phase: Phase) -> AbstractContextManager[None]:
         """Context of a client's or the server's work in an exchange.
@@ -252,24 +245,9 @@ class RunContext:
         tokens = self.tokens(split)
         return reader(split, self.data.form, self.device, seed=self.config.seed, tokens=tokens, **how)
 
-    @contextmanager
-    def on_lane(self, lane: int) -> Iterator[None]:
-        """Inside, the trained network and its recorded steps are the lane's."""
-        self.lane = lane
-        try:
-            yield
-        finally:
-            self.lane = 0
-
     def network(self, name: str) -> Network:
         """The network called ``"local"`` (that of the lane), ``"frozen"`` or ``"server"``."""
-        key = name, self.lane if name == "local" else 0
-        if key not in self._networks:
-            network = Network(self.build(), self.device)
-            if name != "local":
-                network.freeze()
-            self._networks[key] = network
-        return self._networks[key]
+        return self.placed.network(name)
 
     @property
     def trained_vectors(self) -> tuple[str, ...]:
@@ -278,7 +256,8 @@ class RunContext:
 
     def is_flat(self, module: nn.Module) -> bool:
         """Whether ``module`` is the server's network, which its flat vectors describe."""
-        return ("server", 0) in self._networks and self._networks["server", 0].module is module
+        server = self.placed.networks.get(("server", 0))
+        return server is not None and server.module is module
 
     def initial(self) -> Message:
         """The vectors of a fresh network."""
@@ -323,7 +302,7 @@ class RunContext:
 
     def tell_attributes(self, client: Any) -> None:
         """Warns, in a client's name, of Python attributes that have changed since the clients' network was made."""
-        local = self._networks.get(("local", 0))
+        local = self.placed.networks.get(("local", 0))
         if local is None or not local.attributes:
             return
         if found := [name for name, value in attributes(local.module).items() if local.attributes.get(name) != value]:

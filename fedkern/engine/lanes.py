@@ -21,6 +21,9 @@ from fedkern.methods.roles import Objective
 MOST = 8
 """Clients at the same time."""
 
+DRAWING = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU
+"""Layers of torch's that draw from a generator which clients share."""
+
 T = TypeVar("T")
 
 
@@ -39,8 +42,11 @@ def lanes(context: RunContext, method: Any) -> int:
     if getattr(kind, "client_update", None) is not LocalTraining.client_update:
         return 1
     module = context.network("local").module
-    drawn = any(isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p for layer in module.modules())
-    if drawn or kind.prepare is not Objective.prepare or not replayable(kind, module):
+    if (
+        any(isinstance(layer, DRAWING) for layer in module.modules())
+        or kind.prepare is not Objective.prepare
+        or not replayable(kind, module)
+    ):
         return 1
     return min(MOST, 1 + room(context.device))
 
@@ -57,6 +63,7 @@ def side_by_side(begun: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
     waiting: list[Callable[[], T]] = []
     for finish in begun:
         waiting.append(finish)
+        del finish  # it holds its result
         if len(waiting) == count:
             yield waiting.pop(0)()
     while waiting:

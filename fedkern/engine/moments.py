@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ class Moment:
 
     def drawn(self) -> str:
         """Whose generator on the host has moved since, or ""."""
-        return next((name for name, state in _generators().items() if self._host[name] != state), "")
+        now = _generators()
+        moved = [name for name in ("Python's", "NumPy's") if self._host[name] != now[name]]
+        return moved[0] if moved else "" if torch.equal(self._host["torch's"], now["torch's"]) else "torch's"
 
     def holds(self) -> bool:
         """Whether the tensors have the same bits now."""
@@ -33,16 +35,18 @@ class Moment:
             tensor.detach().copy_(value)
         for device, state in self._gpu.items():
             torch.cuda.set_rng_state(state, device)
-        random.setstate(pickle.loads(self._host["Python's"]))
-        np.random.set_state(pickle.loads(self._host["NumPy's"]))  # noqa: NPY002
-        torch.set_rng_state(torch.from_numpy(pickle.loads(self._host["torch's"])))
+        random.setstate(self._host["Python's"])
+        np.random.set_state(self._host["NumPy's"])  # noqa: NPY002
+        torch.set_rng_state(self._host["torch's"])
 
 
-def _generators() -> dict[str, bytes]:
-    states = {
-        "Python's": random.getstate(), "NumPy's": np.random.get_state(), "torch's": torch.get_rng_state().numpy(),  # noqa: NPY002
-    }  # fmt: skip
-    return {name: pickle.dumps(state) for name, state in states.items()}
+def _generators() -> dict[str, Any]:
+    kind, words, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "Python's": random.getstate(),
+        "NumPy's": (kind, np.asarray(words).tolist(), *rest),
+        "torch's": torch.get_rng_state(),
+    }
 
 
 def alike(one: Tensor, other: Tensor) -> bool:

@@ -5,7 +5,6 @@ import gc
 import itertools
 import math
 import random
-import types
 from collections import defaultdict
 from unittest.mock import Mock
 
@@ -24,6 +23,7 @@ from fedkern.engine import captured, lanes, training
 from fedkern.engine.captured import Graphs, replayable
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.on_device import OnDevice
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
@@ -422,7 +422,7 @@ def test_clients_in_lanes_give_the_bits_of_clients_one_by_one(name, make_data, m
     with use_backend("reference"):
         run(config, data=data, out=tmp_path / "eager")
         with monkeypatch.context() as patch:
-            patch.setattr(RunContext, "graphs", property(lambda self: tapes[self.lane]))
+            patch.setattr(RunContext, "graphs", property(lambda self: tapes[self.placed.lane]))
             run(config, data=data, out=tmp_path / "lanes")
     eager, taped = (load_file(tmp_path / folder / "model.safetensors") for folder in ("eager", "lanes"))
     assert eager.keys() == taped.keys()
@@ -446,7 +446,7 @@ def test_a_client_that_diverges_in_a_lane_is_told_and_the_others_go_on(make_data
     monkeypatch.setattr(lanes, "MOST", 3)
     tapes, Lane.most = defaultdict(Lane), 0
     with use_backend("reference"), monkeypatch.context() as patch:
-        patch.setattr(RunContext, "graphs", property(lambda self: tapes[self.lane]))
+        patch.setattr(RunContext, "graphs", property(lambda self: tapes[self.placed.lane]))
         with pytest.raises(UserError, match="Client 1 diverged in round 2, batch 11: the loss is inf"):
             run(make_config(**SMALL), data=make_data((20, 20, 20)), out=tmp_path)
     assert Lane.most == 3
@@ -489,7 +489,7 @@ def test_drawn_tensors_rates_and_figures(model, make_data, make_config, tmp_path
 def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
     """The tapes after exchanges of clients with so many samples; what ran: e(ager), r(ecording), p(layed again)."""
     bench, tapes, line = RunContext(make_config(**{**SMALL, **settings}), make_data(sizes)), Tapes(), []
-    bench._graphs[0] = tapes
+    bench.placed.graphs[0] = tapes
     method = kind()
     with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
         call, loss = captured.Recorded.__call__, kind.loss
@@ -547,22 +547,22 @@ def test_clients_of_few_batches_share_a_pass_that_lasts(make_data, make_config):
 
 
 def test_a_vector_that_many_clients_get_is_sent_once():
-    context = types.SimpleNamespace(device=torch.device("meta"), _there=None)
+    placed = OnDevice(torch.device("meta"), lambda: None)
     vector = torch.ones(3)
-    there = RunContext.there(context, vector)
+    there = placed.there(vector)
     assert there.device.type == "meta"
-    assert RunContext.there(context, vector) is there
-    assert RunContext.there(context, there) is there
+    assert placed.there(vector) is there
+    assert placed.there(there) is there
     vector.add_(1)
-    again = RunContext.there(context, vector)
+    again = placed.there(vector)
     assert again is not there
-    assert RunContext.there(context, vector.clone()) is not again
+    assert placed.there(vector.clone()) is not again
 
 
 @pytest.mark.parametrize("change", ["precision", "statistics", "method"])
 def test_a_recorded_pass_is_for_a_network_as_it_was(change, make_data, make_config):
     bench, tapes = RunContext(make_config(**{**SMALL, "model": "resnet8"}), make_data()), Tapes()
-    bench._graphs[0] = tapes
+    bench.placed.graphs[0] = tapes
     method = FedAvg()
     with use_backend("reference"):
         for i in range(2):
@@ -642,7 +642,7 @@ def on_the_gpu(config, data, kind, exchanges, graphs):
     with reproducible(), computing(config.precision):
         bench = RunContext(config, data)
         if not graphs:
-            bench._graphs[0] = None
+            bench.placed.graphs[0] = None
         message, method, states = bench.initial(), kind(**config.options), [{} for _ in data.clients]
         extra = {"control": torch.zeros_like(message["parameters"])} if kind is METHODS["scaffold"] else {}
         for i in range(exchanges):
@@ -732,7 +732,7 @@ def test_after_a_failed_recording_a_gpu_goes_on(kind, make_data, make_config):
         with reproducible():
             bench = RunContext(config, data)
             if not graphs:
-                bench._graphs[0] = None
+                bench.placed.graphs[0] = None
             client = Client(bench, 0, {})
             answer = kind().client_update(client, Phase(0, "train", "update"), bench.initial())
             found.append((answer, client.report))

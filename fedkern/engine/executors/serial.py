@@ -99,7 +99,7 @@ class Serial:
         client.later = None if lane is None else []
         answer, wait = Answer(k), None
         if lane is not None and isinstance(message.get("parameters"), Tensor):
-            context.there(message["parameters"])  # sent once, before the lanes, which wait for it
+            context.placed.there(message["parameters"])  # sent once, before the lanes, which wait for it
         with (
             self._problems(answer, asker),
             cpu_threads(self._threads),
@@ -107,7 +107,7 @@ class Serial:
             ExitStack() as on,
         ):
             if lane is not None:
-                on.enter_context(context.on_lane(lane))
+                on.enter_context(context.placed.on_lane(lane))
                 assert context.graphs is not None
                 wait = on.enter_context(context.graphs.ahead())
             answer.message = self._askers[asker].client_update(client, phase, message)
@@ -154,7 +154,7 @@ class Serial:
         given, got = message.get("parameters"), upload.get("parameters") if isinstance(upload, Mapping) else None
         if not isinstance(given, Tensor) or not isinstance(got, Tensor) or got.device == given.device:
             return message
-        return {**message, "parameters": self._context.there(given)}
+        return {**message, "parameters": self._context.placed.there(given)}
 
     def changed(self, client: ClientId) -> dict[str, Any] | None:
         if client not in self._clients:
