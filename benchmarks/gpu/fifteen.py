@@ -48,7 +48,8 @@ NETWORKS = {"lenet": (6, 50, 6), "cnn": (8, 50, 6), "resnet18": (64, 10, 3)}
 """Width, clients and rounds of what is played beside the lean loop."""
 TRACED_CLIENTS = 10
 COUNTED = ("pairwise_distances large", "server_step large", "kl_div large")
-RUNS = ("fedavg", "fedgid")
+RUNS = {"fedavg": ("nothing", "graphs", "lanes"), "fedgid": ("nothing", "graphs")}
+"""Methods, and what they are played without: FedGID's clients work one after another."""
 TWICE = ("fedgid", *stages.NETWORKS)
 FLAGS = ("--rounds", "12", "--grad-cam", "0", "--workers", "1", "--device", "cuda", "--quiet")
 TESTED = (stages.TESTED[0], "python_tests/engine/test_captured.py")
@@ -74,8 +75,8 @@ def lines(capability: str, out: Path, *, known: bool) -> list[Stage]:
         _line("kernels", 65, "benchmarks.gpu.kernels", *CHANGED, *measured, "cuda"),
         _line("reference", 25, "benchmarks.gpu.kernels", *taken, *measured, "reference"),
     ]
-    for method in RUNS:
-        for part in ("nothing", *without.PARTS):
+    for method, parts in RUNS.items():
+        for part in parts:
             name = method if part == "nothing" else f"{method} without {part}"
             folder = out / "runs" / name.replace(" ", "-")
             words = ("benchmarks.gpu.without", part, method, *FLAGS, "--out", str(folder))
