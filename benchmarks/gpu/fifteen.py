@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import comparisons, gpu_figures
-from benchmarks.gpu import beside, counters, kernels, stages, without
+from benchmarks.gpu import beside, counters, kernels, stages
 from benchmarks.gpu.__main__ import ABSENT, code, gpu, pack
 from benchmarks.gpu.playing import PASSED, RECORD, Playing
 from benchmarks.gpu.stages import ROOT, Stage
