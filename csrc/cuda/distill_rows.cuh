@@ -180,22 +180,4 @@ bool holds(const Logits& x) {
   return !x.present || (fits && x.class_stride == 1);
 }
 
-// Sums `total` over the block's threads and leaves it in partial[blockIdx.x], or, scaled, in `out` where it is alone.
-__device__ __forceinline__ void leave_total(double total, double* partial, const RowValues& out, double scale) {
-  total = Group<kBlock>::sum(total);
-  if (threadIdx.x) return;
-  if (gridDim.x > 1)
-    partial[blockIdx.x] = total;
-  else
-    store_value<double>(out.data, out.dtype, 0, total * scale);
-}
-
-// One block: out = scale * sum of partial[0, count).
-static __global__ void __launch_bounds__(kBlock) sum_partials(const double* partial, std::int64_t count, RowValues out, double scale) {
-  double total = 0;
-  for (std::int64_t i = threadIdx.x; i < count; i += kBlock) total += partial[i];
-  total = Group<kBlock>::sum(total);
-  if (threadIdx.x == 0) store_value<double>(out.data, out.dtype, 0, total * scale);
-}
-
 }  // namespace fedkern::cuda
