@@ -16,17 +16,17 @@ from fedkern.ops._core import loading
 # What a kernel may use so that two blocks of 256 threads, or three of 128, fit a multiprocessor's 65,536.
 REGISTERS = 128
 REGISTERS_128_THREADS = 168
-THREADS_128 = ("sorted_mean_kernel", "weighted_kernel")
+THREADS_128 = ("sorted_mean_kernel", "weighted_kernel", "distances_kernel")
 
 # Kernels that need memory of their own: part of the name, and per architecture bytes of stack at most.
 STACKS = {
-    "step_kernel": {"sm_80": 48, "sm_90": 40, "sm_100": 152},  # addresses of several vectors, once per tile
+    "step_kernel": {"sm_80": 48, "sm_90": 40, "sm_100": 584},  # of several vectors; sums of ten in registers
     "distances_kernel": {"sm_80": 232, "sm_90": 232, "sm_100": 96},  # likewise, of ten vectors
     "distances_to_kernel": {"sm_100": 8},
     "median_start": {"sm_80": 8, "sm_100": 8},  # one block
     "weighted_kernelILi64": {"sm_80": 8, "sm_100": 136},
     "sorted_mean_kernelIdmLi32": {"sm_90": 32, "sm_100": 24},
-    "shared_rows_kernelINS0_13OneDivergenceEfv": {"sm_100": 192},  # of rows whose dtypes differ
+    "shared_rows_kernelINS0_13OneDivergenceEfv": {"sm_100": 344},  # of rows whose dtypes differ
     "shared_rows_kernelINS0_14TwoDivergencesEfv": {"sm_100": 600},
     # 16 numbers of each input in registers, and three blocks of such rows, or two, to a multiprocessor
     "rows_kernelINS0_13OneDivergenceEf": {"sm_80": 48, "sm_90": 48, "sm_100": 40},
@@ -34,8 +34,9 @@ STACKS = {
     "held_kernelILi8": {"sm_80": 128, "sm_90": 128, "sm_100": 112},  # a thread holds eight teachers' rows
     "student_kernel": {"sm_80": 8, "sm_90": 32, "sm_100": 232},  # two blocks of nine warps
     "11tile_kernel": {"sm_100": 40},  # two blocks of fourteen warps
-    "ensemble_kernelINS0_14ProbabilityRowELi256": {"sm_90": 24},  # two blocks of eight warps
-    "backward_kernel": {"sm_80": 8, "sm_90": 40, "sm_100": 64},  # fuse's, in 16 bits
+    "ensemble_kernelINS0_14ProbabilityRowELi256": {"sm_80": 56, "sm_90": 56},  # two blocks of eight warps, mixed dtypes
+    "forward_kernelIdLi1": {"sm_100": 8},  # fuse's
+    "backward_kernel": {"sm_80": 8, "sm_90": 40, "sm_100": 96},  # fuse's, one element a thread
     "grad_maps": {"sm_80": 8, "sm_90": 24},  # of backgrounds with several users
 }
 
