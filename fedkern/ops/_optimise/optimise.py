@@ -211,7 +211,8 @@ def _take(
 ) -> StepResult:
     """The general path: every check, in Python; the caller has checked ``parameters``, ``states`` and ``adamw``."""
     check_like(gradients, "gradients", parameters)
-    ordinary = backend.eager(parameters, gradients, *(each for each in states.values() if each is not None))
+    every = (parameters, gradients, *states.values(), anchor, correction, gradient_sum)
+    ordinary = backend.eager(*(each for each in every if each is not None))
     rate = check_lr(lr, parameters, known=ordinary)
     weight_decay, proximal = check_number(weight_decay, "weight_decay"), check_number(proximal, "proximal")
     if max_norm is not None:
@@ -229,7 +230,6 @@ def _take(
         parameters, gradients, first, second, anchor, correction, gradient_sum, rate, momentum, weight_decay, proximal,
         max_norm, zero, None,
     )  # fmt: skip
-    ordinary = backend.eager(*call.tensors().values())
     public = dict(zip(("first", "second"), states, strict=False))
     tensors, changed = ({public.get(key, key): x for key, x in some().items()} for some in (call.tensors, call.written))
     check_memory(changed, tensors, hidden=not ordinary or parameters.is_meta)
