@@ -278,12 +278,13 @@ def started(
     known = replayable(kind, network.module) if data.recordable else False
     if known is False:
         graphs = None
-    # What a whole step is recorded with: AdamW's numbers are others in every step.
-    whole = graphs is not None and not adjusts and schedule.make is None and schedule.optimizer == "sgd"
-    apply, held = stepper(network, schedule, terms, kept, graphs.hold if graphs is not None and whole else None)
+    hold = None  # where the tensors of a step are that is recorded as a whole: AdamW's numbers are others every time
+    if graphs is not None and not adjusts and schedule.make is None and schedule.optimizer == "sgd":
+        hold = graphs.hold
+    whole = hold is not None
+    apply, held = stepper(network, schedule, terms, kept, hold)
     rate = torch.zeros((), dtype=torch.float64, device=theta.device)
-    if graphs is not None and whole:
-        rate = graphs.hold("rate", rate)
+    rate = rate if hold is None else hold("rate", rate)
     gradients.zero_()
     totals: dict[str, float] = {}
     seen: dict[str, int] = {}
