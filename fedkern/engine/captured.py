@@ -29,11 +29,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fedkern.engine.moments import Moment, alike, in_memory, laid
+from fedkern.engine.moments import Moment, alike, in_memory
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.roles import Objective
 from fedkern.models.precision import lower
 from fedkern.models.python_state import attributes, fields
+from fedkern.ops._core.layout import dense_stride
 from fedkern.ops._core.private_torch import foreach_add_
 
 EAGER = 2
@@ -137,7 +138,7 @@ class Recorded(NamedTuple):
 
 
 class Graphs:
-    """The recorded steps of a process's clients on one GPU.
+    """The recorded steps of clients on one GPU, those of a lane.
 
     All graphs share a pool of memory: they are never replayed side by side, and a graph's outcome is copied before
     another graph runs.
@@ -404,7 +405,7 @@ class Graphs:
 
         def work() -> Outcome:
             given, targets, *others = (
-                table.index_select(0, counter).as_strided(like.shape, laid(like))
+                table.index_select(0, counter).as_strided(like.shape, dense_stride(like))
                 for table, like in zip(tables, _tensors(batch), strict=True)
             )
             known = {**drawn, **dict(zip(_drawn(batch), others, strict=True))}

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkern.ops._core.layout import dense_stride
+
 
 class Moment:
     """The values that tensors have now, and the states of the global generators."""
@@ -55,15 +57,7 @@ def alike(one: Tensor, other: Tensor) -> bool:
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """[n], a tensor's elements in the order in which they lie in memory: a view, if nothing lies between them."""
-    return tensor.as_strided((tensor.numel(),), (1,)) if _dense(tensor) else tensor.reshape(-1)
-
-
-def laid(tensor: Tensor) -> tuple[int, ...]:
-    """The strides of a tensor of :func:`in_memory`'s elements."""
-    return tensor.stride() if _dense(tensor) else tensor.contiguous().stride()
-
-
-def _dense(tensor: Tensor) -> bool:
-    extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.numel() == extent
+    """[n], a tensor's elements in the order of :func:`dense_stride`: a view, if they lie so."""
+    if not tensor.is_contiguous() and (stride := dense_stride(tensor)) != tensor.stride():
+        tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.ops._core.checks import check_dense
+from fedkern.ops._core.layout import dense_stride
 from fedkern.ops._core.private_torch import functorch_active
 
 ALIGNED = 8  # elements, 16 bytes in 16 bits: at other addresses cuDNN finds no algorithm, or stops with an error
@@ -549,7 +550,7 @@ def separate_storages(module: nn.Module, state: dict[str, Any], prefix: str, _me
         storage, place = tensor.untyped_storage(), (tensor.data_ptr(), tensor.nbytes)
         if place not in storages:
             if storage.nbytes() > tensor.nbytes:
-                if tensor.stride() != _dense_stride(tensor):
+                if tensor.stride() != dense_stride(tensor):
                     continue
                 start = tensor.storage_offset() * tensor.element_size()
                 storages[place] = storage[start : start + tensor.nbytes]
@@ -630,7 +631,7 @@ def _flatten_group(entries: list[Entry], mixed: bool) -> tuple[FlatGroup, list[S
     vector = torch.zeros(end, dtype=first.dtype, device=first.device)
     slots = []
     with torch.no_grad():
-        strides = {id(tensor): _dense_stride(tensor) for _, _, _, tensor, _ in entries}
+        strides = {id(tensor): dense_stride(tensor) for _, _, _, tensor, _ in entries}
         for tensor, offset in sources:
             torch.as_strided(vector, tensor.shape, strides[id(tensor)], offset).copy_(tensor)
         for entry, offset in zip(entries, offsets, strict=True):
@@ -664,8 +665,3 @@ def _extent(tensor: Tensor) -> int:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
-
-
-def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
-    """The tensor's strides if it fills its memory without gaps or overlaps, else those of a dense copy in its order."""
-    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()

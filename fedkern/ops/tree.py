@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fedkern.ops._aggregate import distances, mean, robust
 from fedkern.ops._core.checks import check_dense
+from fedkern.ops._core.layout import dense_stride
 from fedkern.ops._core.private_torch import flatten_dense
 
 __all__ = ["krum", "median", "trimmed_mean", "weighted_mean"]
@@ -305,9 +306,7 @@ def _largest(row: Sequence[Any]) -> Any:
 
 def _dense(tensor: Tensor) -> bool:
     """Whether the elements fill their memory without gaps, in any order of the axes."""
-    return tensor.is_contiguous() or (
-        torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride() == tensor.stride()
-    )
+    return tensor.is_contiguous() or dense_stride(tensor) == tensor.stride()
 
 
 def _keys(model: Any) -> list[Any]:

@@ -16,6 +16,11 @@ NARROW = 16
 writes past its memory where maps are channels-last."""
 
 
+def dense_stride(x: Tensor) -> tuple[int, ...]:
+    """The tensor's strides if it fills its memory without gaps or overlaps, else those of a dense copy in its order."""
+    return torch.empty_like(x, device="meta", memory_format=torch.preserve_format).stride()
+
+
 def plain_strides(x: Tensor) -> Tensor:
     """``x`` with the strides of a new tensor; ``contiguous()`` leaves other ones along axes of size 1."""
     return x.contiguous().flatten().view(x.shape)
