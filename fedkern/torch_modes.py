@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,14 @@ def _read(get: Callable[[], Any]) -> Any:
         return get()
     except RuntimeError:  # the precision of matrix products, where it was also set by torch.backends
         return None
+
+
+@contextmanager
+def current_gpu(device: str) -> Iterator[None]:
+    """Has ``cuda`` mean the GPU that ``device`` numbers, such as cuda:1."""
+    number = torch.device(device).index
+    with nullcontext() if number is None else torch.cuda.device(number):
+        yield
 
 
 @contextmanager

@@ -26,11 +26,24 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return staged.to(device, non_blocking=True)
 
 
-def fetch(tensor: Tensor) -> Tensor:
-    """The tensor in the host's memory; as it is where it is there already.
+def bring(tensor: Tensor) -> Tensor:
+    """The tensor in the host's memory as soon as the current stream has :func:`arrived`; as it is where it is there.
 
-    From a GPU it arrives in page-locked memory, several times as fast as in ordinary memory.
+    From a GPU it comes in page-locked memory, several times as fast as in ordinary memory, and nothing waits for it.
     """
     if tensor.device.type != "cuda":
         return tensor.cpu()
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def arrived(device: torch.device) -> None:
+    """Waits for the current stream's work."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def fetch(tensor: Tensor) -> Tensor:
+    """The tensor in the host's memory; as it is where it is there already."""
+    there = bring(tensor)
+    arrived(tensor.device)
+    return there

@@ -52,7 +52,10 @@ def _take_gpu(request: Request, place: Place) -> None:
     """Gives this rank the GPU of its number on this machine, where there are GPUs."""
     import torch
 
-    if request.settings.get("device") == "cpu" or not torch.cuda.is_available():
+    device = request.settings.get("device", "auto")
+    if ":" in device:
+        raise UserError(f"Every rank of torchrun has a GPU of its own: give --device cuda instead of {device}.")
+    if device == "cpu" or not torch.cuda.is_available():
         return
     count = torch.cuda.device_count()
     if count < place.here:

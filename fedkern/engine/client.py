@@ -21,13 +21,15 @@ from fedkern.engine.node import Node
 from fedkern.engine.participants import share_of_work
 from fedkern.engine.private_training import declared, train_privately
 from fedkern.engine.training import Context, Course, Diverged, Schedule, started, train
+from fedkern.engine.uploads.encoders import Drift
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
+from fedkern.methods.uploads import is_alike
 from fedkern.ops._core.layout import plain_strides
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 from fedkern.tasks.own import inner
-from fedkern.transfer import fetch
+from fedkern.transfer import arrived, bring
 
 
 class Client(Node):
@@ -44,6 +46,7 @@ class Client(Node):
         self.phase: Phase = BEFORE  # the exchange that the client is asked in
         self._courses: dict[Phase, Course] = {}
         self.on_gpu: tuple[str, ...] = ()  # vectors that train leaves there (see Encoder.on_gpu)
+        self.drift: Drift | None = None
         # What train leaves to do when the GPU is done; None: train waits for it.
         self.later: list[Callable[[], None]] | None = None
 
@@ -111,12 +114,14 @@ class Client(Node):
         trained = network if parts is None else Part(network, parts)
         data = context.client_data(self.id)
         told = started(self, method, phase, trained, data, received, schedule, rows, graphs=context.graphs)
+        result = self._left(network, trained, flat)
         self._then(lambda: self.report.update(told()))
-        return self._left(network, trained)
+        return result
 
     def _then(self, work: Callable[[], None]) -> None:
-        """Does what needs the GPU's results, now or when it has them."""
+        """Does what needs the GPU's results, now, waiting for them, or when it has them."""
         if self.later is None:
+            arrived(self.device)
             work()
         else:
             self.later.append(work)
@@ -131,17 +136,22 @@ class Client(Node):
         network.write(message if flat is None else {**message, "parameters": flat})
         return own, flat
 
-    def _left(self, network: Network, trained: Network | Part) -> Message:
-        """What a trained network, or a part of it, leaves: vectors that travel, and buffers that the client keeps."""
+    def _left(self, network: Network, trained: Network | Part, given: Tensor | None = None) -> Message:
+        """What a trained network, or a part of it, leaves: vectors that travel, and buffers that the client keeps.
+
+        They are on their way, as is the norm of an update of the ``given`` parameters that stays on the GPU.
+        """
         policy = self._context.config.buffers
         result: Message = trained.read()
         if policy == "local":
             whole = result if trained is network else network.read()
-            self.state["buffers_local"] = {name: fetch(value) for name, value in whole.items() if name != "parameters"}
+            self.state["buffers_local"] = {name: bring(value) for name, value in whole.items() if name != "parameters"}
         if policy != "average":
             result = {"parameters": result["parameters"]}
-        self._then(lambda: result.update({name: fetch(result[name]) for name in result if name not in self.on_gpu}))
-        return result
+        if "parameters" in self.on_gpu and given is not None and is_alike(result["parameters"], given):
+            vector = result["parameters"]
+            self.drift = Drift(vector, vector._version, bring(torch.linalg.vector_norm(vector - given)))
+        return {name: value if name in self.on_gpu else bring(value) for name, value in result.items()}
 
     # -- a loop of somebody's own ----------------------------------------------------------------------------------
 
@@ -181,7 +191,9 @@ class Client(Node):
         if not network.finite():
             done = self._course(self.phase).done
             raise Diverged(self.id, self.phase.round, done, "the parameters are not finite")
-        return self._left(network, network)
+        result = self._left(network, network)
+        self._then(lambda: None)
+        return result
 
     def _in_time(self, phase: Phase, rows: np.ndarray | None = None, **how: Any) -> Schedule:
         """The schedule on the samples at ``rows``, cut short where the client is slow (``--straggler-rate``)."""

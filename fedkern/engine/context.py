@@ -84,7 +84,7 @@ class RunContext:
     ) -> None:
         self.config, self.data = config, data
         self.on_notice = on_notice
-        self.device = torch.device(config.device)
+        self.device = torch.device(torch.device(config.device).type)  # its number is the current one (current_gpu)
         self.federation = self._federation()
         splits = [*data.clients, *data.tests.values(), *([data.public] if data.public is not None else [])]
         self.cache = sum(split.memory for split in splits) <= CACHE_BYTES

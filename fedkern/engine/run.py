@@ -86,7 +86,7 @@ from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
 from fedkern.settings.run_data import caveats, check_data, decided, effective, kept_data, load_data
-from fedkern.torch_modes import cpu_threads, reproducible
+from fedkern.torch_modes import cpu_threads, current_gpu, reproducible
 
 
 def run(
@@ -171,7 +171,7 @@ def run(
             check_vacant(out)
         keep_freed_memory()
         with (
-            cpu_threads(config.threads), in_order(), computing(config.precision),
+            cpu_threads(config.threads), in_order(), computing(config.precision), current_gpu(config.device),
             available(config.model, model),
         ):  # fmt: skip
             known = data is None or elsewhere is None

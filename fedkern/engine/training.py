@@ -28,7 +28,7 @@ from fedkern.methods.protocol import Batch, Message, Phase, Received, batch_slic
 from fedkern.methods.roles import Client, Objective
 from fedkern.methods.terms import Terms
 from fedkern.ops._core.private_torch import backward
-from fedkern.transfer import fetch
+from fedkern.transfer import arrived, bring, fetch
 
 
 class Diverged(ArithmeticError):
@@ -232,9 +232,11 @@ def one_by_one(run: Callable[[Batch], Outcome], batches: Iterable[Batch]) -> Ite
     return map(run, batches)
 
 
-def train(*given: Any, **how: Any) -> dict[str, float]:
+def train(client: Client, *given: Any, **how: Any) -> dict[str, float]:
     """As :func:`started`, and waits for the device: the figures."""
-    return started(*given, **how)()
+    told = started(client, *given, **how)
+    arrived(client.device)
+    return told()
 
 
 def started(
@@ -256,8 +258,8 @@ def started(
         after_epoch: called with the number of every epoch done; the next epoch begins in train mode again.
 
     Returns:
-        A function that returns the means over all batches of ``loss`` and of whatever the method observed.  It waits
-        for the device, and nothing before it does where steps are recorded.
+        A function that returns the means over all batches of ``loss`` and of whatever the method observed, once the
+        device's work has :func:`~fedkern.transfer.arrived`.  Nothing waits for it where steps are recorded.
 
     Raises:
         Diverged: the loss or the gradient of a batch, or the parameters at the end, are NaN or infinite.  Losses and
@@ -325,7 +327,7 @@ def started(
                     raise UserError(_too_small(client)) from None
                 raise
             if graphs is None and theta.device.type == "cpu":
-                done, records = _digest(client.id, phase, records, done, totals, seen), []
+                done, records = _digest(client.id, phase, *_gathered(records), done, totals, seen), []
             if after_epoch is not None:
                 after_epoch(epoch)
                 network.train_mode()
@@ -337,8 +339,11 @@ def started(
     if schedule.keep:
         client.state[key] = mapped(lambda leaf: fetch(leaf) if isinstance(leaf, Tensor) else leaf, held())
 
+    groups, values = _gathered(records, finite)
+    values = bring(values)
+
     def told() -> dict[str, float]:
-        _digest(client.id, phase, records, done, totals, seen, finite)
+        _digest(client.id, phase, groups, values, done, totals, seen)
         return {name: totals[name] / seen[name] for name in totals}
 
     return told
@@ -360,29 +365,38 @@ def _too_small(client: Client) -> str:
     )
 
 
-def _digest(
-    client: int,
-    phase: Phase,
-    records: list[Outcome],
-    done: int,
-    totals: dict[str, float],
-    seen: dict[str, int],
-    finite: Tensor | None = None,
-) -> int:
-    """Adds batches' records to the totals, in one transfer; returns how many batches were done by then.
+Groups = list[tuple[tuple[str, ...], int]]
+"""Names of the figures of batches in a row, and the number of those batches."""
 
-    Raises:
-        Diverged: for the first batch that is not finite, or as all is done and the network is not ``finite`` (0-d).
-    """
+
+def _gathered(records: list[Outcome], finite: Tensor | None = None) -> tuple[Groups, Tensor]:
+    """Batches' records as numbers in one fp64 vector, which ends with ``finite`` (bool 0-d)."""
     columns: list[Tensor] = []
-    groups: list[tuple[tuple[str, ...], int]] = []
+    groups: Groups = []
     for names, mates in groupby(records, lambda outcome: outcome.names):
         told = [outcome.parts() for outcome in mates]
         columns += [torch.cat([part.reshape(-1) for part in column]) for column in zip(*told, strict=True)]
         groups.append((names, sum(loss.numel() for loss, *_ in told)))
     columns += [] if finite is None else [finite.reshape(1)]
     there = [column.to(columns[-1].device, torch.float64) for column in columns]
-    values = iter(torch.cat(there).tolist() if there else ())
+    return groups, torch.cat(there) if there else torch.empty(0)
+
+
+def _digest(
+    client: int,
+    phase: Phase,
+    groups: Groups,
+    gathered: Tensor,
+    done: int,
+    totals: dict[str, float],
+    seen: dict[str, int],
+) -> int:
+    """Adds the records of :func:`_gathered` to the totals; returns how many batches were done by then.
+
+    Raises:
+        Diverged: for the first batch that is not finite, or as all is done and the network is not finite.
+    """
+    values = iter(gathered.tolist())
     for names, count in groups:
         losses, squares = list(islice(values, count)), list(islice(values, count))
         for loss, squared, *figures in zip(losses, squares, *(_columns(values, count, len(names))), strict=True):
@@ -393,7 +407,7 @@ def _digest(
             for name, value in zip(("loss", *names), (loss, *figures), strict=True):
                 totals[name] = totals.get(name, 0.0) + value
                 seen[name] = seen.get(name, 0) + 1
-    if finite is not None and not next(values):
+    if not next(values, True):
         raise Diverged(client, phase.round, done, "the parameters are not finite")
     return done
 

@@ -24,7 +24,7 @@ from fedkern import atomic
 from fedkern.engine.executors.base import Answer, ServerSide
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.store.run_folder import NODES
-from fedkern.engine.uploads.filters import Encoder
+from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import ClientFailed, UserError, printable_name
 from fedkern.flower.adapter import QUERY, TRAIN, Arrived, Post
 from fedkern.flower.node_client import MOST_NAMES, Letter, read_reply

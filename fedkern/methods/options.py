@@ -44,7 +44,7 @@ def option(
         low, high: inclusive range of a number.  Without ``high``, a float is at most `LARGEST`, and an integer with a
             lower bound is at most `MOST`.
         above: exclusive lower bound of a number.
-        choices: the only values allowed.
+        choices: the only values allowed; ``:N`` at the end of one stands for a number.
         name: the published name where Python forbids it as a field name (``lambda`` for the field ``lam``).
         type: the type of an option whose default is ``None`` (left open, and ``None`` stays allowed).
         infinite: whether a float may be infinite.
@@ -110,7 +110,10 @@ class Knob:
     def check(self, value: Value) -> None:
         """Raises UserError when ``value`` is outside the allowed range."""
         if self.choices is not None:
-            if value not in self.choices:
+            head, _, number = str(value).partition(":")
+            if number.isdecimal() and f"{head}:N" in self.choices:
+                return
+            if value not in self.choices or number == "N":
                 hint = self._several(value) or nearest(str(value), [str(choice) for choice in self.choices])
                 raise UserError(f"{self.label} must be {self.range}, not {quoted(value)}.{hint}")
             return

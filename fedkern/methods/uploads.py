@@ -83,6 +83,12 @@ def like(value: Any) -> Any:
     return {name: like(entry) for name, entry in value.items()}
 
 
+def is_alike(value: Tensor, tensor: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype, device and layout."""
+    alike = value.shape == tensor.shape and value.dtype == tensor.dtype
+    return alike and value.device == tensor.device and value.layout is tensor.layout
+
+
 def once(round_cache: dict[Any, Any], key: str, make: Callable[[], Any]) -> Any:
     """Result of ``make()``, computed once a round; for declarations that need a network to be built."""
     name = ("declared", key)

@@ -315,7 +315,9 @@ class RunConfig:
         "fp32", "what networks compute in: fp32, or bf16 by autocast with fp32 weights", choices=PRECISIONS
     )
     seed: int = option(0, "root of all random streams")
-    device: str = option("auto", "device to run on; auto: cuda where there is a GPU", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "device to run on; auto: cuda where there is a GPU", choices=("auto", "cpu", "cuda", "cuda:N")
+    )
     threads: int = option(
         0, "CPU threads of the server's work and of evaluations; 0 for PyTorch's own choice", low=0, high=1024
     )
@@ -357,8 +359,10 @@ class RunConfig:
         object.__setattr__(self, "data", named_code.absolute(self.data))
         if self.device == "auto":
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda needs a CUDA GPU and PyTorch sees none; use --device cpu.")
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise UserError(f"--device {self.device} needs a CUDA GPU and PyTorch sees none; use --device cpu.")
+        if (number := self.device.partition(":")[2]) and int(number) >= (count := torch.cuda.device_count()):
+            raise UserError(f"--device {self.device}: PyTorch sees {count} GPUs, the last is cuda:{count - 1}.")
         if self.threads == 0:
             object.__setattr__(self, "threads", torch.get_num_threads())
         if self.workers != "auto" and not (self.workers.isdecimal() and 1 <= int(self.workers) <= MOST_WORKERS):

@@ -64,6 +64,8 @@ def test_ranks_take_a_gpu_each(monkeypatch):
     assert taken == [1]
     with pytest.raises(UserError, match="This machine has 2 GPUs for 4 ranks: give torchrun --nproc-per-node 2, or"):
         torchrun._take_gpu(request, place(size=4, here=4))
+    with pytest.raises(UserError, match="a GPU of its own: give --device cuda instead of cuda:1"):
+        torchrun._take_gpu(Request("run", method="fedavg", settings={"device": "cuda:1"}), place(size=2, here=2))
 
 
 def test_only_rank_0_does_what_is_no_run(monkeypatch):

@@ -20,9 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from fedkern import models
 from fedkern.engine import captured, lanes, training
+from fedkern.engine import client as client_module
 from fedkern.engine.captured import Graphs, replayable
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.executors.serial import Serial
 from fedkern.engine.on_device import OnDevice
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
@@ -376,16 +378,39 @@ def test_a_whole_step_is_recorded_and_a_client_is_waited_for_once(make_data, mak
         return counted
 
     monkeypatch.setattr("fedkern.engine.client.started", started)
+    monkeypatch.setattr(training, "bring", lambda tensor: tensor)  # on a GPU it waits for nothing
     _, line = passes((28, 28), make_data, make_config, exchanges=4, batch_size=4, local_epochs=1, momentum=0.9)
     assert line == ["eerppppp", "p" * 7, "p" * 7, "p" * 7]
     assert len(steps) == 3  # of two eager batches and of the recording
     assert counts[2:] == 3 * [0, 1]  # nothing before the figures are asked for
 
 
+@contextlib.contextmanager
+def unread(may=lambda tensor: False):
+    """Refuses to read the values of tensors but those that ``may`` be read."""
+
+    def refusing(read):
+        def refuse(tensor, *all):
+            if may(tensor):
+                return read(tensor, *all)
+            raise RuntimeError("a value is read before the work is waited for")
+
+        return refuse
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tolist", "item", "__float__", "cpu"):
+            patch.setattr(Tensor, name, refusing(getattr(Tensor, name)))
+        yield patch
+
+
 class Lane(Tapes):
-    """Tapes of a lane: what a client's work gives may be read when it has been waited for."""
+    """Tapes of a lane, whose copies arrive in the host's memory when they are waited for, and can be read then."""
 
     open = 0
+
+    def __init__(self):
+        super().__init__()
+        self.coming = []
 
     @contextlib.contextmanager
     def ahead(self):
@@ -393,20 +418,49 @@ class Lane(Tapes):
 
         def wait():
             Lane.open -= 1
+            for there, value in self.coming:
+                there.copy_(value)
 
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("tolist", "item", "__float__", "cpu"):
-                patch.setattr(Tensor, name, self.refusing(getattr(Tensor, name)))
+        # On a GPU the step reads the rate where it is.
+        with unread(lambda tensor: Tape.playing or tensor is self.held.get("rate")) as patch:
+            for user in (training, client_module):
+                patch.setattr(user, "bring", self.bring)
+            self.coming = []
             yield wait
 
-    def refusing(self, read):
-        def refuse(tensor, *all):
-            # On a GPU the step reads the rate where it is.
-            if Tape.playing or tensor is self.held.get("rate"):
-                return read(tensor, *all)
-            raise AssertionError("a value is read before the work is waited for")
+    def bring(self, tensor):
+        there = torch.full_like(tensor, 77)
+        self.coming.append((there, tensor.clone()))
+        return there
 
-        return refuse
+
+@contextlib.contextmanager
+def late():
+    """Lanes work as late as they can, the last one first, and what is left to do then reads nothing but what arrived.
+
+    The host goes on meanwhile: what it changes before the work is done, the work sees changed.
+    """
+    begin, waiting = Serial._begin, []
+
+    def begun(self, k, asker, phase, message, encoder, lane=None):
+        if lane is None:
+            return begin(self, k, asker, phase, message, encoder)
+        done = {}
+        waiting.append(lambda: done.update(finish=begin(self, k, asker, phase, message, encoder, lane)))
+
+        def finish():
+            while waiting:
+                waiting.pop()()
+            with self._context.placed.on_lane(lane):
+                coming = [there for there, _ in self._context.graphs.coming]
+            with unread(lambda tensor: any(tensor is there for there in coming)):
+                return done["finish"]()
+
+        return finish
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Serial, "_begin", begun)
+        yield
 
 
 @pytest.mark.parametrize(
@@ -421,7 +475,7 @@ def test_clients_in_lanes_give_the_bits_of_clients_one_by_one(name, make_data, m
     monkeypatch.setattr(lanes, "MOST", 3)
     with use_backend("reference"):
         run(config, data=data, out=tmp_path / "eager")
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, late():
             patch.setattr(RunContext, "graphs", property(lambda self: tapes[self.placed.lane]))
             run(config, data=data, out=tmp_path / "lanes")
     eager, taped = (load_file(tmp_path / folder / "model.safetensors") for folder in ("eager", "lanes"))

@@ -5,6 +5,7 @@ import tomllib
 
 import numpy as np
 import pytest
+import torch
 
 from fedkern.data import DATASETS
 from fedkern.errors import UserError
@@ -103,7 +104,8 @@ def test_methods_share_the_settings_of_a_data_set():
         ({"momentum": 1}, "--momentum must be below 1"),
         ({"fix_statistics": 3, "buffers": "drop"}, "--fix-statistics.*--buffers drop.*leave one of the two out"),
         ({"buffers": "avg"}, '--buffers must be one of average, local, drop, pool, not "avg"'),
-        ({"device": "gpu"}, "--device must be one of auto, cpu, cuda"),
+        ({"device": "gpu"}, "--device must be one of auto, cpu, cuda, cuda:N, not "),
+        ({"device": "cuda:N"}, "--device must be one of auto, cpu, cuda, cuda:N, not "),
         ({"lernrate": 1}, 'Unknown setting "lernrate"'),
         ({"data": "colourdigits"}, '"colourdigits".*Did you mean "colordigits"'),
         ({"options": ["alpha=1.5"]}, r'"alpha" must be in \[0, 1\], not 1.5'),
@@ -173,6 +175,14 @@ def test_threads_and_device_are_resolved():
     config = RunConfig.make("fedavg")
     assert config.threads >= 1
     assert config.device in ("cpu", "cuda")
+
+
+def test_a_gpu_has_a_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert RunConfig.make("fedavg", device="cuda:1").device == "cuda:1"
+    with pytest.raises(UserError, match=r"--device cuda:2: PyTorch sees 2 GPUs, the last is cuda:1\."):
+        RunConfig.make("fedavg", device="cuda:2")
 
 
 @pytest.mark.parametrize(("method", "options"), [("fusefl", {}), ("local", {}), ("fedproto", {"networks": "personal"})])

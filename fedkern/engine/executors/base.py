@@ -12,7 +12,7 @@ from fedkern.engine.hooks import Hooks
 from fedkern.engine.progress import Progress
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.training import Diverged
-from fedkern.engine.uploads.filters import Encoder
+from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import ClientFailed
 from fedkern.methods.base import ClientId, Message, Phase
 

@@ -27,7 +27,7 @@ from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.team import GO_ON, Team
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice, Sum
 from fedkern.engine.executors.workers import setup_of
-from fedkern.engine.uploads.filters import Encoder
+from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import RunFailed, UserError
 from fedkern.image_rows import FileRows
 from fedkern.interrupts import check

@@ -15,7 +15,7 @@ from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.lanes import lanes, on_this_stream, side_by_side
 from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.training import Diverged
-from fedkern.engine.uploads.filters import Encoder, Keep
+from fedkern.engine.uploads.encoders import Departure, Encoder, Keep
 from fedkern.errors import RAISED, ClientFailed
 from fedkern.messages.states import fingerprint
 from fedkern.methods.base import ClientId, Message, Phase
@@ -32,7 +32,7 @@ class Serial:
         threads: CPU threads while a client works.
 
     Attributes:
-        keep: keeps vectors of uploads in this process (see :class:`~fedkern.engine.uploads.filters.Encoder`); None:
+        keep: keeps vectors of uploads in this process (see :class:`~fedkern.engine.uploads.encoders.Encoder`); None:
             uploads leave whole.
     """
 
@@ -95,7 +95,7 @@ class Serial:
         start = time.perf_counter()
         context, client = self._context, self.client(k)
         client.report, client.phase = {}, phase
-        client.on_gpu = () if encoder is None else encoder.on_gpu
+        client.on_gpu, client.drift = () if encoder is None else encoder.on_gpu, None
         client.later = None if lane is None else []
         answer, wait = Answer(k), None
         if lane is not None and isinstance(message.get("parameters"), Tensor):
@@ -131,7 +131,8 @@ class Serial:
                 answer.message, answer.report = None, {}
             elif encoder is not None:
                 sent = self._beside(message, answer.message) if encoder.on_gpu else message
-                answer.message, answer.checked = encoder.encode(k, sent, answer.message, self.keep)
+                leaving = Departure(k, sent, answer.message, self.keep, client.drift)
+                answer.message, answer.checked = encoder.encode(leaving)
             answer.seconds += time.perf_counter() - start
             return answer
 

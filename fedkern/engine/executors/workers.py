@@ -25,7 +25,7 @@ from fedkern.engine.executors.nursery import Gone, Nursery
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.wire import Channel
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice, Setup
-from fedkern.engine.uploads.filters import Encoder
+from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import RunFailed
 from fedkern.interrupts import check
 from fedkern.messages.packets import NotPortable, Packer, Unpacker

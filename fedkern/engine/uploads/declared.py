@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.engine.uploads.encoders import Drift
 from fedkern.engine.uploads.filters import Arrival, Filter
 from fedkern.methods.base import Declaration, Message
-from fedkern.methods.uploads import why_refused
+from fedkern.methods.uploads import is_alike, why_refused
 
 
 class Declared(Filter):
@@ -27,7 +28,9 @@ class Declared(Filter):
         return why
 
 
-def examined(message: Message, answer: Any, declared: Declaration, info: dict[str, Any]) -> str:
+def examined(
+    message: Message, answer: Any, declared: Declaration, info: dict[str, Any], measured: Drift | None = None
+) -> str:
     """Checks a client's upload against the method's declaration.
 
     Args:
@@ -35,6 +38,7 @@ def examined(message: Message, answer: Any, declared: Declaration, info: dict[st
         answer: the upload.
         declared: its declaration.
         info: gets ``drift``, the norm of the update, where parameters were sent and came back.
+        measured: that norm where it is known.
 
     Returns:
         Why the upload is refused, else ``""``.
@@ -42,12 +46,7 @@ def examined(message: Message, answer: Any, declared: Declaration, info: dict[st
     given, got = message.get("parameters"), answer.get("parameters") if isinstance(answer, Mapping) else None
     seen: Tensor | None = None
     if isinstance(given, Tensor) and isinstance(got, Tensor) and is_alike(got, given):
-        info["drift"] = drift = float(torch.linalg.vector_norm(got - given))
+        norm = None if measured is None else measured.of(got)
+        info["drift"] = drift = float(torch.linalg.vector_norm(got - given) if norm is None else norm)
         seen = got if math.isfinite(drift) else None  # a finite norm has only finite elements
     return why_refused(answer, declared, seen)
-
-
-def is_alike(value: Tensor, tensor: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype, device and layout."""
-    alike = value.shape == tensor.shape and value.dtype == tensor.dtype
-    return alike and value.device == tensor.device and value.layout is tensor.layout

@@ -5,40 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from fedkern.engine.hooks import Hooks
+from fedkern.engine.uploads.encoders import Encoder
 from fedkern.methods.base import ClientId, Declaration, Message, Phase, Round, Upload
-
-Keep = Callable[[ClientId, str, Tensor], None]
-"""Keeps a vector of a client's upload, by name, in the process where the client works."""
-
-
-class Encoder(Protocol):
-    """The client's half of a filter; it travels to where the client works, so it holds plain values and tensors."""
-
-    @property
-    def on_gpu(self) -> tuple[str, ...]:
-        """Names of trained vectors that are encoded on the GPU and stay there; the others come to the host first."""
-        ...
-
-    def encode(
-        self, client: ClientId, sent: Message, upload: Any, keep: Keep | None
-    ) -> tuple[Any, dict[str, Any] | None]:
-        """Changes an upload before it leaves.
-
-        Args:
-            client: the client's id.
-            sent: the message that the client was sent.
-            upload: what the client answered, not checked yet.
-            keep: keeps a vector where the client works; None where that is the server's own process.
-
-        Returns:
-            What travels instead of the upload; and the figures of its check, where it was checked here, else None.
-        """
-        ...
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fedkern.engine.uploads.declared import examined
-from fedkern.engine.uploads.filters import Asked, Encoder, Filter, Keep
-from fedkern.methods.base import ClientId, Message
+from fedkern.engine.uploads.encoders import Departure, Encoder
+from fedkern.engine.uploads.filters import Asked, Filter
+from fedkern.methods.base import ClientId
 from fedkern.methods.uploads import Kept, like
 from fedkern.ops import Accumulator
 from fedkern.transfer import fetch
@@ -52,19 +53,22 @@ class Reducing:
     declared: Any
     on_gpu: tuple[str, ...] = ()
 
-    def encode(
-        self, client: ClientId, sent: Message, upload: Any, keep: Keep | None
-    ) -> tuple[Any, dict[str, Any] | None]:
+    def encode(self, leaving: Departure) -> tuple[Any, dict[str, Any] | None]:
         """See :meth:`Encoder.encode`; an upload that does not fit travels whole, and the server says why."""
         found: dict[str, Any] = {}
-        if (keep is None and not self.on_gpu) or examined(sent, upload, self.declared, found) or not upload:
+        upload, keep = leaving.message, leaving.keep
+        if (
+            (keep is None and not self.on_gpu)
+            or examined(leaving.sent, upload, self.declared, found, leaving.drift)
+            or not upload
+        ):
             return _fetched(upload) if self.on_gpu else upload, None
         if keep is None:
             return upload, found
         stay = {name: upload[name] for name in self.names if name in upload}
         for name, vector in stay.items():
-            keep(client, name, vector)
-        stand_ins = {name: Kept(client, name, vector.numel(), vector.dtype) for name, vector in stay.items()}
+            keep(leaving.client, name, vector)
+        stand_ins = {name: Kept(leaving.client, name, vector.numel(), vector.dtype) for name, vector in stay.items()}
         return {**upload, **stand_ins}, found
 
 

@@ -53,7 +53,7 @@ def emulated(precision: str, device: str) -> dict[str, str]:
     """Warning about a precision for which the processor has no instructions."""
     if precision != "bf16":
         return {}
-    if device == "cuda":
+    if device != "cpu":
         slow, lacks = not torch.cuda.is_bf16_supported(including_emulation=False), "GPU has no bf16 arithmetic"
     else:
         known = torch.cpu.get_capabilities()

@@ -11,6 +11,7 @@ from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.uploads.bytes import Bytes, Ledger
 from fedkern.engine.uploads.declared import Declared
 from fedkern.engine.uploads.digests import ClientDigests, ServerDigests
+from fedkern.engine.uploads.encoders import Departure
 from fedkern.engine.uploads.filters import Arrival, Asked, Filter
 from fedkern.engine.uploads.norm_bounds import NormBounds
 from fedkern.engine.uploads.reduction import Reducing, Reduction
@@ -154,9 +155,9 @@ def test_vectors_that_are_only_added_up_stay_where_the_client_works():
     encoders = Reduction().encoders(asked())
     assert [encoders[k] for k in (0, 1)] == 2 * [Reducing(("parameters",), {"parameters": like(START)})]
     kept = {}
-    upload, checked = encoders[1].encode(
-        1, {"parameters": START}, {"parameters": START + 1}, lambda k, name, vector: kept.update({(k, name): vector})
-    )
+    sent, made = {"parameters": START}, {"parameters": START + 1}
+    leaving = Departure(1, sent, made, lambda k, name, vector: kept.update({(k, name): vector}))
+    upload, checked = encoders[1].encode(leaving)
     assert upload["parameters"] == Kept(1, "parameters", 3, torch.float32)
     assert checked == {"drift": pytest.approx(3**0.5)}
     torch.testing.assert_close(kept[1, "parameters"], START + 1)
@@ -166,7 +167,7 @@ def test_vectors_that_are_only_added_up_stay_where_the_client_works():
 def test_an_upload_travels_whole_where_it_does_not_fit_or_is_there_already(upload):
     kept = []
     keep = None if torch.isfinite(upload.get("parameters", torch.zeros(1))).all() and upload else kept.append
-    found, checked = Reduction().encoders(asked())[0].encode(0, {"parameters": START}, upload, keep)
+    found, checked = Reduction().encoders(asked())[0].encode(Departure(0, {"parameters": START}, upload, keep))
     assert found is upload
     assert checked is None
     assert kept == []

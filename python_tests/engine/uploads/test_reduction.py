@@ -14,6 +14,7 @@ from fedkern.engine.client import Client
 from fedkern.engine.on_device import OnDevice
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
+from fedkern.engine.uploads.encoders import Departure, Drift
 from fedkern.engine.uploads.reduction import Following, Reducing
 from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.uploads import like
@@ -90,9 +91,25 @@ def test_uploads_that_fit_are_not_checked_again_and_others_are_handed_on_uncheck
     start = torch.tensor([1.0, 2.0, 2.0])
     encoder = Reducing(("parameters",), {"parameters": like(start)}, ("parameters",))
     upload = {"parameters": start + 1}
-    assert encoder.encode(0, {"parameters": start}, upload, None) == (upload, {"drift": pytest.approx(3**0.5)})
+    sent = {"parameters": start}
+    assert encoder.encode(Departure(0, sent, upload)) == (upload, {"drift": pytest.approx(3**0.5)})
     for wrong in ({"parameters": start * math.inf}, {"parameters": start, "more": 1}, 5):
-        assert encoder.encode(0, {"parameters": start}, wrong, None) == (wrong, None)
+        assert encoder.encode(Departure(0, sent, wrong)) == (wrong, None)
+
+
+def test_a_measured_norm_is_that_of_the_vector_that_was_measured():
+    start = torch.tensor([1.0, 2.0, 2.0])
+    encoder = Reducing(("parameters",), {"parameters": like(start)}, ("parameters",))
+    left = start + 1
+    drift = Drift(left, left._version, torch.tensor(7.0))
+
+    def told(vector):
+        return encoder.encode(Departure(0, {"parameters": start}, {"parameters": vector}, drift=drift))[1]["drift"]
+
+    assert told(left) == 7
+    assert told(left.clone()) == pytest.approx(3**0.5)
+    left += 1
+    assert told(left) == pytest.approx(12**0.5)
 
 
 def test_an_accumulator_follows_its_first_vector():

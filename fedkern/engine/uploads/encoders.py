@@ -1,0 +1,68 @@
+"""The client's half of what an upload passes on its way to the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fedkern.methods.base import ClientId, Message
+
+Keep = Callable[[ClientId, str, Tensor], None]
+"""Keeps a vector of a client's upload, by name, in the process where the client works."""
+
+
+class Encoder(Protocol):
+    """The client's half of a filter; it travels to where the client works, so it holds plain values and tensors."""
+
+    @property
+    def on_gpu(self) -> tuple[str, ...]:
+        """Names of trained vectors that are encoded on the GPU and stay there; the others come to the host first."""
+        ...
+
+    def encode(self, leaving: Departure) -> tuple[Any, dict[str, Any] | None]:
+        """Changes an upload before it leaves.
+
+        Returns:
+            What travels instead of the upload; and the figures of its check, where it was checked here, else None.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The norm of an update whose parameters stay on the GPU.
+
+    Attributes:
+        vector: the parameters as training left them, and their ``version`` then.
+        norm: 0-d, in the host's memory.
+    """
+
+    vector: Tensor
+    version: int
+    norm: Tensor
+
+    def of(self, vector: Tensor) -> Tensor | None:
+        """The norm, if ``vector`` is what training left."""
+        return self.norm if vector is self.vector and vector._version == self.version else None
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What leaves a client.
+
+    Attributes:
+        client: the client's id.
+        sent: the message that the client was sent.
+        message: what the client answered, not checked yet.
+        keep: keeps a vector where the client works; None where that is the server's own process.
+        drift: the norm of the update, where the client has measured it.
+    """
+
+    client: ClientId
+    sent: Message
+    message: Any
+    keep: Keep | None = None
+    drift: Drift | None = None
