@@ -31,12 +31,12 @@ from fedkern.files import check_new
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import Method, given_classes, registry
 from fedkern.models.own import unwrapped
-from fedkern.settings import given_paths
-from fedkern.settings.config import RunConfig, check_effect
+from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import NETWORKS
+from fedkern.settings.doors import python_words
 from fedkern.settings.in_memory import check_in_memory
-from fedkern.settings.python_words import python_words
 from fedkern.settings.run_data import kept_data
+from fedkern.settings.stored import load_settings
 from fedkern.tasks import Task
 from fedkern.torch_modes import reproducible
 
@@ -106,8 +106,8 @@ class Run:
         options: dict[str, Any] = {}
         if method is not None:
             self._kind, options = _class_of(method)
-        self.config = RunConfig.load(out, trusted=trusted, given=self._kind, device="cpu")
-        for name, value in given_paths.named_options(self.config.method, options).items():
+        self.config = load_settings(out, trusted=trusted, given=self._kind, device="cpu")
+        for name, value in registry.given_options(self.config.method, options).items():
             if self.config.options.get(name) != value:
                 raise UserError(
                     f"The run in {out} has {name}={self.config.options.get(name)}, not {name}={value}: give "
@@ -284,8 +284,8 @@ class Run:
         Display, listeners, pictures, workers and the cache of decoded images are those of :func:`simulate`.
         """
         self._give_method()
-        folder = given_paths.absolute({"cache": cache})["cache"]
-        config = RunConfig.load(self.out, trusted=self._trusted, workers=str(workers), cache=folder)
+        moved = RunConfig.read({"workers": workers, "cache": cache})
+        config = load_settings(self.out, trusted=self._trusted, **moved)
         _play(
             config, self.out, self._data, self._model, progress, listener, pictures, resume=True, own=self._own,
             trusted=self._trusted,
@@ -315,11 +315,11 @@ class Run:
         """
         _listeners(listener)  # before anything is written
         self._give_method()
-        played = next(knob for knob in RunConfig.knobs() if knob.field == "rounds").convert(rounds)
+        played = RunConfig.read({"rounds": rounds})["rounds"]
         own_model.check_given(self.config, self._model, self.out, self._own)  # before anything is moved
         if self._data is None:
             check_readable(self.config.data)
-        self.config = extend(self.out, int(played), trusted=self._trusted)
+        self.config = extend(self.out, played, trusted=self._trusted)
         return self.resume(progress=progress, listener=listener, pictures=pictures, workers=workers, cache=cache)
 
     @python_words()
@@ -421,7 +421,7 @@ def simulate(
     start = settings.pop("init") if isinstance(settings.get("init"), nn.Module) else None
     config, memory, module = requested(method, data, model, settings)
     given = {name for name, value in settings.items() if value is not None}
-    check_effect(given if start is None else given - {"init_partial"}, config)
+    config.check_effect(given if start is None else given - {"init_partial"})
     if pictures and where is not None:
         check_vacant(where)
         check_free(where, (*PICTURES.values(), PICTURE_LIST))
@@ -461,8 +461,8 @@ def federated(data: Any, about: Mapping[str, Any], settings: Mapping[str, Any]) 
     how = {"samples": "train_samples", "seed": "seed"}
     if not isinstance(data, (Mapping, list, tuple)):
         how |= {"count": "clients", "partition": "partition"}
-    knobs = {knob.field: knob for knob in RunConfig.knobs()}
-    said = {name: knobs[key].convert(settings[key]) for name, key in how.items() if settings.get(key) is not None}
+    given_too = RunConfig.read({key: settings[key] for key in how.values() if settings.get(key) is not None})
+    said = {name: given_too[key] for name, key in how.items() if key in given_too}
     return FederatedData.from_datasets(data, given.pop("test", None), **given, **said)
 
 
@@ -484,7 +484,7 @@ def requested(
     name, made_with = named(method)
     memory = data if isinstance(data, FederatedData) else None
     own = registry.option_names(name)
-    fields = {knob.field for knob in RunConfig.knobs()} | {"options", "data_options", "plugins"}
+    fields = {each.field for each in RunConfig.declared()} | {"options", "data_options", "plugins"}
     options = settings.pop("options")
     for each in [each for each in settings if each in own and each not in fields]:
         options[each] = settings.pop(each)
@@ -494,27 +494,24 @@ def requested(
         if each not in fields:
             hint = nearest(each, {*fields, *own, *_ARGUMENTS}) + registry.owners(each)
             raise UserError(f'{registry.short(name)} and its runs have no setting "{each}".{hint}')
-    if "workers" in settings:
-        settings["workers"] = str(settings["workers"])
     for each in ("freeze", "stages"):
         if isinstance(settings.get(each), (list, tuple)):
             settings[each] = ",".join(map(str, settings[each]))
-    settings["data_options"] = given_paths.absolute(settings["data_options"])
-    plain = given_paths.absolute(settings)
+    plain = settings
     if memory is not None:
         plain = {"clients": len(memory.clients), **plain, "data": memory.name}
         model = NETWORKS.get(memory.task.network) if model is None else model
     elif data is not None:
         plain["data"] = open_code(data)
     if isinstance(model, str):
-        plain["model"] = given_paths.absolute({"model": model})["model"]
+        plain["model"] = model
     module = None if isinstance(model, str) else model
-    given_options = given_paths.named_options(name, options)
+    given_options = registry.given_options(name, options)
     if twice := [each for each in given_options if each in made_with]:
         raise UserError(
             f"{twice[0]} is given twice, in {registry.short(name)}(...) and beside it: leave one of the two out."
         )
-    given_options |= given_paths.named_options(name, made_with)
+    given_options |= registry.given_options(name, made_with)
     config = RunConfig.make(name, options=given_options, **cast(Any, plain))
     return config, memory, module
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.gpu.playing import wait
 from fedkern.engine.store.records import METRICS, read_metrics
-from fedkern.settings.config import NAME
+from fedkern.settings.run_format import NAME
 
 PAPERS = {"fusefl": "85.92 %", "fediod": "82.78 %"}
 """Accuracies in the papers; FedGID's are of another colouring."""

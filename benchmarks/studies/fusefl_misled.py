@@ -14,8 +14,8 @@ from benchmarks.studies.study import Case, spread, table
 from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.models import Ensemble
-from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
+from fedkern.settings.stored import load_settings
 
 Section = tuple[str, dict[str, Any]]
 BOTH: tuple[Column, ...] = (PUBLISHED, CALIBRATED)
@@ -102,7 +102,7 @@ def patched(folder: Path, *, calibrated: bool, target: int = 0, size: int = 4, b
         target, size: of the attack, as in :func:`fedkern.data.backdoor.add_backdoor`.
         batch: images at a time.
     """
-    config = RunConfig.load(folder)
+    config = load_settings(folder)
     network, about = read_model(folder)
     if config.method != "fusefl" and not calibrated:
         if not isinstance(network, Ensemble):

@@ -16,8 +16,8 @@ from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.models.blocks import cut
 from fedkern.models.fused import FusedNetwork
-from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
+from fedkern.settings.stored import load_settings
 
 if find_spec("sklearn") is None:  # said before the study's runs, not after them
     raise SystemExit("The linear probes of study_fusefl need scikit-learn: pip install scikit-learn.")
@@ -39,7 +39,7 @@ def probe(folder: Path, blocks: int, *, batch: int = 500) -> list[float]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    config = RunConfig.load(folder)
+    config = load_settings(folder)
     network, about = read_model(folder)
     data = kept_data(config, load_data(config))
     levels = level_features(network, blocks)

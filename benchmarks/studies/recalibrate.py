@@ -26,8 +26,8 @@ from fedkern.methods.fusefl.levels import plain_head
 from fedkern.models import Ensemble
 from fedkern.models.allocate import linear_of
 from fedkern.models.fused import FusedLevel, FusedNetwork
-from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
+from fedkern.settings.stored import load_settings
 from fedkern.streams import stream
 
 Pool = Literal["mean", "concat"]
@@ -82,7 +82,7 @@ def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500)
     done: dict[str, dict[str, float]] = kept["found"] if kept.get("made_with") == MADE_WITH else {}
     missing = [one for one in wanted if one.name not in done]
     if missing:
-        config = RunConfig.load(folder)
+        config = load_settings(folder)
         network, about = read_model(folder)
         data = kept_data(config, load_data(config))
         branches = _branches(network)

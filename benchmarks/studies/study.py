@@ -26,7 +26,7 @@ from typing import Any
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
 from fedkern.engine.store.records import read_metrics, read_summary
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 from fedkern.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -311,11 +311,11 @@ def _changed_defaults(run_folder: Path, case: Case) -> list[str]:
     """What the same command line would set otherwise than it did when the run was begun."""
     if case.program != ("fedkern.run",) or not (run_folder / "config.toml").exists():
         return []
-    stored = RunConfig.load(run_folder)
+    stored = load_settings(run_folder)
     now = effective(parse([*case.arguments, "--threads", "1", "--device", stored.device]))
     # What the data decide is filled in when a run begins.
-    now = now.replace(clients=stored.clients, augment=now.augment or stored.augment).settled()
-    return now.differences(stored.settled())
+    now = now.replace(clients=stored.clients, augment=now.augment or stored.augment).with_client_threads()
+    return now.differences(stored.with_client_threads())
 
 
 def spread(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:

@@ -22,6 +22,7 @@ from benchmarks.studies.study import publish, spread, table
 from fedkern.cli import downstream, finished_runs
 from fedkern.engine.store.records import read_summary
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 TASKS: Mapping[str, tuple[str, ...]] = {
     "retrieval": (),
@@ -90,7 +91,7 @@ def _result(folder: Path, task: str, words: Sequence[str]) -> Path:
 
 def label(folder: Path) -> str:
     """The method and, where they differ from its defaults, its options."""
-    config = RunConfig.load(folder, device="cpu")
+    config = load_settings(folder, device="cpu")
     usual = RunConfig.make(config.method, data=config.data).options
     changed = [f"{name}={value}" for name, value in config.options.items() if usual.get(name) != value]
     return " ".join([config.method, *sorted(changed)])

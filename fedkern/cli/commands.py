@@ -15,7 +15,7 @@ from fedkern.cli.flags import quote
 from fedkern.cli.front_page import PROGRAM, TASKS
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, effective, trusted
-from fedkern.data.registry import read_options
+from fedkern.data.registry import given_options
 from fedkern.engine.run import run as play
 from fedkern.engine.store.extending import REPORT
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
@@ -24,8 +24,9 @@ from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, rese
 from fedkern.errors import UserError
 from fedkern.interrupts import Terminated
 from fedkern.listeners.events import Listener, Listeners
+from fedkern.methods import registry
 from fedkern.settings.config import ANYHOW, RunConfig
-from fedkern.settings.given_paths import absolute, named_options
+from fedkern.settings.stored import load_settings, stored_settings
 from fedkern.standard_streams import put
 
 
@@ -176,20 +177,18 @@ def _stored(request: Request) -> RunConfig:
     Flags may repeat stored settings.  Only --data-root, --cache, --device and --workers may differ from them.
     """
     assert request.resume is not None
-    wanted = absolute(request.settings)
-    stored = RunConfig.load(request.resume, **({"device": wanted["device"]} if "device" in wanted else {}))
+    wanted = dict(request.settings)
+    stored = load_settings(request.resume, **({"device": wanted["device"]} if "device" in wanted else {}))
     plugins.check_given(request.plugins, stored.plugins, request.resume)
     if request.method is not None and request.method != stored.method:
         wanted["method"], wanted["options"] = request.method, {}
     elif request.options:
-        wanted["options"] = {**stored.options, **named_options(stored.method, request.options)}
+        wanted["options"] = {**stored.options, **registry.given_options(stored.method, request.options)}
     if request.data_options:
-        given = absolute(request.data_options)
-        read = read_options(str(wanted.get("data", stored.data)), given)
-        typed = {key: value for part in read for key, value in part.items() if key in given}
+        typed = given_options(str(wanted.get("data", stored.data)), request.data_options)
         wanted["data_options"] = {**stored.data_options, **typed}
     wanted.pop("device", None)
-    differences = stored.replace(**wanted).settled().differences(stored) if wanted else []
+    differences = stored.replace(**wanted).with_client_threads().differences(stored) if wanted else []
     if differences:
         raise UserError(
             f"The run in {request.resume} has other settings ({'; '.join(differences)}): leave these flags out to "
@@ -211,7 +210,7 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
     from fedkern.report.tables import class_table, final_table, own_tests_table, worst_client_line
 
     console = terminal()
-    main = RunConfig.stored(out)["main"]
+    main = stored_settings(out)["main"]
     console.print(final_table(summary, main))
     if (classes := class_table(summary)) is not None:
         console.print(classes)

@@ -30,7 +30,7 @@ def load(words: Sequence[str]) -> None:
     for file in values(words, "--config"):
         plugins.given(_named(expand(file)))
     for folder in values(words, "--resume"):
-        from fedkern.settings.config import load_plugins
+        from fedkern.settings.stored import load_plugins
 
         load_plugins(expand(folder))
 
@@ -46,10 +46,10 @@ def values(words: Sequence[str], flag: str) -> Iterator[str]:
 
 def _named(path: Path) -> dict[str, str]:
     """The plugins in a file of settings; none where the file is missing or damaged, which its reader says later."""
-    from fedkern.settings.config import RunConfig  # here, since the front page is printed without torch
+    from fedkern.settings.stored import read_settings  # here, since the front page is printed without torch
 
     try:
-        table = RunConfig.table(read_text(path, "utf-8-sig"), source=str(path))
+        table = read_settings(read_text(path, "utf-8-sig"), source=str(path))
     except (OSError, UnicodeDecodeError, UserError):
         return {}
     return dict(table.get("plugins", {}))

@@ -21,7 +21,7 @@ from fedkern.engine.store.records import plain
 from fedkern.errors import UserError
 from fedkern.files import check_new, expand
 from fedkern.settings.config import RunConfig
-from fedkern.settings.given_paths import absolute
+from fedkern.settings.stored import load_settings
 from fedkern.standard_streams import put
 
 FILLED = ("out", "data", "data_root", "cache", "model", "workers", "rounds", "wandb")
@@ -93,21 +93,21 @@ def parse(words: Sequence[str]) -> Request | None:
         "arguments": arguments,
     }
     if command == "attack":
-        return Request(settings={**absolute({"data_root": found.data_root}), **code}, **common)
+        return Request(settings={**RunConfig.read({"data_root": found.data_root}), **code}, **common)
     if command == "evaluate" or task:
         if task:
             common["arguments"] = {name: argument(name, getattr(found, name)) for name in FLAGS[command]}
-        where = absolute({"data_root": found.data_root, "cache": found.cache})
-        options = absolute(key_values(found.data_option, "data_option"))
+        where = RunConfig.read({"data_root": found.data_root, "cache": found.cache})
+        options = key_values(found.data_option, "data_option")
         return Request(settings={"data": found.data, **where, **code}, data_options=options, **common)
     if command == "extend":
         if found.rounds is None:
             raise UserError(f"{PROGRAM} extend needs --rounds R, the communication rounds in all.")
-        knobs = {knob.field: knob for knob in RunConfig.knobs()}
-        given = {name: getattr(found, name) for name in ("data", "data_root", "cache", "workers", "model")}
-        arguments["rounds"] = knobs["rounds"].convert(found.rounds)
+        given = {name: getattr(found, name) for name in ("rounds", "data", "data_root", "cache", "workers", "model")}
+        settings = RunConfig.read({name: value for name, value in given.items() if value is not None})
+        arguments["rounds"] = settings.pop("rounds")
         return Request(
-            settings={name: knobs[name].convert(value) for name, value in given.items() if value is not None},
+            settings=settings,
             **{name: getattr(found, name) for name in (*TRACKERS, "quiet")},
             **common,
         )
@@ -156,7 +156,7 @@ def evaluate(request: Request) -> int:
     told = display(quiet=False, json=request.json).on_notice
     code, options, network = _code(request), request.data_options, "best" if best else "last"
     metrics, sets = evaluate_run(folder, data_options=options, trusted=code, best=best, progress=told, **where)
-    config = RunConfig.load(folder, device="cpu")
+    config = load_settings(folder, device="cpu")
     result = {"method": config.method, "data": data or config.data, "network": network, "metrics": plain(metrics)}
     title = f"{result['method']} on {result['data']}, network of the {network} round"
     name = "-".join(["evaluate", *(["best"] if best else []), *([data] if data else [])])
@@ -173,7 +173,7 @@ def extended(request: Request) -> Request:
     from fedkern.report.progress import terminal
 
     folder = _folder(request)
-    stored = RunConfig.load(folder, device="cpu")
+    stored = load_settings(folder, device="cpu")
     plugins.check_given(request.plugins, stored.plugins, folder)
     check_given(stored, None, folder)  # before anything is moved
     check_readable(stored.data)

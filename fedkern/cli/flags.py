@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 from fedkern.cli import extensions
 from fedkern.cli.front_page import COMMANDS, PROGRAM, USAGE, front_page
 from fedkern.cli.request import Request, one_shot
-from fedkern.data import COMMON_OPTIONS, DATASETS, DataOption
+from fedkern.data import COMMON_OPTIONS, DATASETS
 from fedkern.errors import UserError, nearest
 from fedkern.methods import METHODS, registry
-from fedkern.methods.options import Knob, as_typed
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import default_data, defaults
+from fedkern.typed_option import Option, as_typed, flag
 
 FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")
 """Flags that name a folder or a file; an empty value would mean the current folder, or none."""
@@ -60,7 +60,7 @@ METAVARS = {
 }
 
 # Options of the data sets that have a flag of their own; all others are given by --data-option.
-DATA_FLAGS: dict[str, DataOption] = {
+DATA_FLAGS: dict[str, Option] = {
     **COMMON_OPTIONS,
     "protocol": DATASETS["nico"].options["protocol"],
     "max_image_pixels": DATASETS["folder"].options["max_image_pixels"],
@@ -119,11 +119,6 @@ def first(words: Sequence[str]) -> str:
     return next((word for word in words if word not in ("--json", "-h", "--help")), "")
 
 
-def flag(name: str) -> str:
-    """``train_samples`` -> ``--train-samples``."""
-    return "--" + name.replace("_", "-")
-
-
 def add_repeatable(group: argparse._ActionsContainer, name: str, metavar: str, text: str) -> None:
     """Adds a flag that may be given several times."""
     group.add_argument(name, action="append", default=[], metavar=metavar, help=text)
@@ -137,10 +132,10 @@ def add_run_flags(group: argparse._ActionsContainer, names: Iterable[str]) -> No
         group.add_argument(flag(name), help=text, **kind)
 
 
-def _describe(knob: Knob, default: Any, *, choices: bool = False) -> str:
-    parts = [knob.help]
-    if knob.range and (choices or knob.choices is None):
-        parts.append(knob.range)
+def _describe(option: Option, default: Any, *, choices: bool = False) -> str:
+    parts = [option.help]
+    if option.range and (choices or option.choices is None):
+        parts.append(option.range)
     if default is not None:
         parts.append(f"default {as_typed(default)}")
     return "; ".join(parts)
@@ -152,7 +147,7 @@ def _metavar(name: str, type_: Any, choices: Iterable[Any] | None) -> str:
     return METAVARS.get(name) or {int: "N", float: "F", bool: "true|false"}.get(type_, "NAME")
 
 
-def _data_help(name: str, given: DataOption) -> str:
+def _data_help(name: str, given: Option) -> str:
     only = "" if name in COMMON_OPTIONS else ", ".join(k for k, v in DATASETS.items() if name in v.options) + ": "
     default = "" if given.default == "" else f"; default {given.default}"
     return f"{only}{given.help}{default}".replace("%", "%%")
@@ -166,24 +161,24 @@ def _other_data_options() -> str:
 def _parser(method: str | None, data: str) -> Parser:
     about = None if method is None else f"{PROGRAM} {method} [flags]\n\n{_method_options(method, data)}"
     parser = Parser(PROGRAM, about, raw=True)
-    # The parser keeps values as strings; knobs convert them, with messages that name the flag and the allowed range.
+    # The parser keeps values as strings; options convert them, with messages that name the flag and the allowed range.
     first = parser.add_argument_group("method")
     first.add_argument("method", nargs="?", metavar="METHOD", help="one of " + ", ".join(sorted(METHODS)))
     base = defaults(method or "", data)
-    knobs = {knob.field: knob for knob in RunConfig.knobs() if knob.field != "method"}
+    declared = {each.field: each for each in RunConfig.declared() if each.field != "method"}
     placed = [name for names in GROUPS.values() for name in names]
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
-        rest = [name for name in knobs if name not in placed] if title == "run" else []
-        for name in [*(name for name in names if name in knobs), *rest]:
+        rest = [name for name in declared if name not in placed] if title == "run" else []
+        for name in [*(name for name in names if name in declared), *rest]:
             if name == "rounds" and one_shot(method):
                 # Accepted but hidden, so that giving it raises an error of its own.
                 group.add_argument(flag(name), dest=name, help=argparse.SUPPRESS)
                 continue
-            knob = knobs[name]
-            default = base.get(name, knob.default)
-            shown, told = _metavar(name, knob.type, knob.choices), _describe(knob, default).replace("%", "%%")
-            alone: dict[str, Any] = {"nargs": "?", "const": "true"} if knob.type is bool else {}
+            each = declared[name]
+            default = base.get(name, each.default)
+            shown, told = _metavar(name, each.type, each.choices), _describe(each, default).replace("%", "%%")
+            alone: dict[str, Any] = {"nargs": "?", "const": "true"} if each.type is bool else {}
             group.add_argument(flag(name), dest=name, metavar=shown, help=told, **alone)
         if title == "data":
             for name, given in DATA_FLAGS.items():
@@ -192,7 +187,7 @@ def _parser(method: str | None, data: str) -> Parser:
             text = f"an option of one data set: {_other_data_options()}"
             add_repeatable(group, "--data-option", "key=value", text)
         if title == "run":
-            add_repeatable(group, "--method-option", "key=value", "a knob of the method; repeatable")
+            add_repeatable(group, "--method-option", "key=value", "an option of the method; repeatable")
             text = "Python code that registers methods, data, metrics ... of your own (docs/plugins.md); repeatable"
             add_repeatable(group, "--plugin", "FILE.py|MODULE", text)
             add_run_flags(group, RUN_FLAGS)
@@ -202,16 +197,16 @@ def _parser(method: str | None, data: str) -> Parser:
 
 def _method_options(method: str, data: str) -> str:
     kind = METHODS[method]
-    knobs = kind.Options.knobs()
-    if not knobs:
+    declared = kind.Options.declared()
+    if not declared:
         return f"{method}: {kind.description}\nIt has no options of its own."
     base = kind.Options.parse(defaults(method, data).get("options", {}), method=method).to_dict()
     lines = [f"{method}: {kind.description}", "", "method options (--method-option key=value):"]
-    width = max(len(knob.name) for knob in knobs) + 2
-    for knob in knobs:
-        text = _describe(knob, base[knob.name], choices=True)
+    width = max(len(each.name) for each in declared) + 2
+    for each in declared:
+        text = _describe(each, base[each.name], choices=True)
         lines += textwrap.wrap(
-            text, 108, initial_indent="  " + knob.name.ljust(width), subsequent_indent=" " * (width + 2)
+            text, 108, initial_indent="  " + each.name.ljust(width), subsequent_indent=" " * (width + 2)
         )
     return "\n".join(lines)
 
@@ -284,12 +279,8 @@ def parse(argv: Sequence[str], *around: Parser) -> Request:
     if values.help:
         return Request("help", method=method, help=front_page() if method is None else parser.format_help())
 
-    knobs = {knob.field: knob for knob in RunConfig.knobs()}
-    settings = {
-        name: knobs[name].convert(value)
-        for name, value in vars(values).items()
-        if name in knobs and name != "method" and value is not None
-    }
+    names = {each.field for each in RunConfig.declared()} - {"method"}
+    settings = RunConfig.read({name: each for name in names if (each := getattr(values, name)) is not None})
     data_options: dict[str, Any] = {
         name: value for name in DATA_FLAGS if (value := getattr(values, f"data:{name}")) is not None
     }

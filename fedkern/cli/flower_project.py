@@ -7,7 +7,7 @@ from fedkern.errors import UserError
 from fedkern.flower.project import Project
 from fedkern.flower.run_settings import check_own_data
 from fedkern.methods import registry
-from fedkern.settings.config import check_effect, check_networks
+from fedkern.settings.model import check_networks
 from fedkern.settings.run_data import decided, kept_data, load_data
 
 
@@ -22,7 +22,7 @@ def write(request: Request) -> int:
     asked = given(request)
     config = asked.config()
     check_networks(request.settings, config.data)
-    check_effect(request.settings, config)
+    config.check_effect(request.settings)
     if registry.get(asked.method).pooled:
         raise UserError(f"{asked.method} needs the data of all clients in one place, which Flower keeps apart.")
     if request.own_data:

@@ -7,8 +7,9 @@ import dataclasses
 from fedkern.cli.flags import DATA_FLAGS, flag, quote
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import one_shot
-from fedkern.methods.options import as_typed
-from fedkern.settings.config import FOUND, RunConfig
+from fedkern.settings.config import RunConfig
+from fedkern.settings.found import FOUND
+from fedkern.typed_option import as_typed
 
 
 def command_line(method: str, config: RunConfig) -> str:
@@ -25,9 +26,12 @@ def command_line(method: str, config: RunConfig) -> str:
         value = getattr(config, f.name)
         if f.name in ("method", "options", "data_options", "plugins", "left_open", *FOUND) or value is None:
             continue
-        if f.name == "records" and value == config.replace(records=None).records:
+        if f.name == "records" and value == config.replace(records=None).resolved()["records"]:
             continue  # follows from the method's options
-        if f.name == "client_threads" and value == config.replace(client_threads=0).settled().client_threads:
+        if (
+            f.name == "client_threads"
+            and value == config.replace(client_threads=0).with_client_threads().client_threads
+        ):
             continue  # follows from the threads and the clients
         if f.name == "rounds" and (one_shot(method) or one_shot(config.method)):
             continue  # a one-shot method plans its own rounds

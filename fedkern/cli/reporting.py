@@ -13,8 +13,8 @@ from fedkern.cli.repeat import command_line
 from fedkern.cli.request import Request, trusted
 from fedkern.errors import UserError
 from fedkern.files import expand
-from fedkern.settings.config import RunConfig, check_run_folder
-from fedkern.settings.given_paths import absolute
+from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import check_run_folder, load_settings
 from fedkern.standard_streams import put
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def parse(words: Sequence[str]) -> Request | None:
     return Request(
         NAME,
         json=found.json,
-        settings={**absolute({"data_root": found.data_root}), **given_again},
+        settings={**RunConfig.read({"data_root": found.data_root}), **given_again},
         options=tuple(found.method_option),
         plugins=tuple(found.plugin),
         arguments={"folders": [expand(folder) for folder in found.folders]},
@@ -101,7 +101,7 @@ def repeating(folder: Path) -> str:
     """The command that repeats a run; empty where data or network were in the memory of a Python program."""
     from fedkern.report.run_page import in_memory, stored_device
 
-    config = RunConfig.load(folder, device="cpu")
+    config = load_settings(folder, device="cpu")
     if in_memory(config):
         return ""
     device = stored_device(folder)

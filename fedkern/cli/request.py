@@ -11,8 +11,11 @@ from fedkern.errors import UserError, nearest
 from fedkern.files import expand
 from fedkern.inputs import read_text
 from fedkern.methods import METHODS
-from fedkern.settings.config import FOUND, RunConfig, check_effect, check_networks
-from fedkern.settings.given_paths import absolute, named_options
+from fedkern.methods.registry import given_options
+from fedkern.settings.config import RunConfig
+from fedkern.settings.found import FOUND
+from fedkern.settings.model import check_networks
+from fedkern.settings.stored import load_settings, read_settings
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def effective(request: Request) -> RunConfig:
     config = given(request).config()
     check_networks(request.settings, config.data)  # flags alone: a file lists unused settings too
     if request.command == "run":  # the runs of a comparison differ in which settings they use
-        check_effect(request.settings, config)
+        config.check_effect(request.settings)
     return config
 
 
@@ -105,7 +108,7 @@ def given(request: Request) -> Given:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"The config file {request.config} cannot be read: {reason}.") from None
-        table = RunConfig.table(text, source=str(request.config))
+        table = read_settings(text, source=str(request.config))
         table = {name: value for name, value in table.items() if name not in FOUND}
     method = request.method or table.get("method")
     if method is None:
@@ -117,11 +120,11 @@ def given(request: Request) -> Given:
         table.pop("rounds", None)  # the file may come from any run
     if table.pop("method", method) != method:
         from_file = {}  # the file is of another method: its settings apply, its method options do not
-    options = {**named_options(method, from_file), **named_options(method, request.options)}
+    options = {**given_options(method, from_file), **given_options(method, request.options)}
     data_options = {**table.pop("data_options", {}), **request.data_options}
     plugins = {**table.pop("plugins", {}), **dict.fromkeys(request.plugins, "")}
     settings = {**table, **request.settings}
-    return Given(method, absolute(settings), options, absolute(data_options), plugins)
+    return Given(method, settings, options, data_options, plugins)
 
 
 def trusted(folder: Path, options: Sequence[str], settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
@@ -133,8 +136,9 @@ def trusted(folder: Path, options: Sequence[str], settings: Mapping[str, Any] | 
     model = (settings or {}).get("model")
     if not options and model is None:
         return ()
-    stored = RunConfig.load(folder, device="cpu")
-    given = named_options(stored.method, options)
+    stored = load_settings(folder, device="cpu")
+    given = given_options(stored.method, options)
+    model = None if model is None else RunConfig.read({"model": model})["model"]
     named = stored.replace(options={**stored.options, **given}, model=stored.model if model is None else model)
     if changed := named.differences(stored):
         raise UserError(f"The run in {folder} has other settings ({'; '.join(changed)}): leave these flags out.")

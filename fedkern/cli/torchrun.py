@@ -10,7 +10,8 @@ from fedkern.engine.executors import team
 from fedkern.engine.executors.team import Place
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
-from fedkern.settings.config import NAME, RunConfig
+from fedkern.settings.run_format import NAME
+from fedkern.settings.stored import load_settings
 
 RUNS = ("run", "resume", "extend")
 """Commands that play a run.  Any other command is for rank 0 alone."""
@@ -79,7 +80,7 @@ def _again(request: Request, place: Place) -> Request:
             if place.restarts if entry is None else entry["info"].get("torchrun") == place.job:
                 return replace(request, command="resume", resume=request.out, out=None, config=None)
     if request.command == "extend" and place.most_restarts and request.folder is not None:
-        stored = RunConfig.load(request.folder, device="cpu")
+        stored = load_settings(request.folder, device="cpu")
         if stored.rounds == request.arguments["rounds"]:  # extended before the restart
             return replace(request, command="resume", resume=request.folder, folder=None, arguments={})
     return request

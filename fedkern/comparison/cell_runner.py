@@ -24,9 +24,10 @@ from fedkern.errors import UserError
 from fedkern.listeners.events import Listener
 from fedkern.methods.registry import short
 from fedkern.report.tables import human_metric
-from fedkern.settings.config import NAME as SETTINGS
-from fedkern.settings.config import RunConfig, check_regular
+from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import difference
+from fedkern.settings.run_format import NAME as SETTINGS
+from fedkern.settings.stored import check_regular, load_settings
 from fedkern.tasks.figure_names import short_title
 
 COMPARISONS = Path("comparisons")
@@ -91,7 +92,7 @@ class Runner:
             folder = self.folder(cell)
             if (folder / SETTINGS).exists():
                 self._stored(cell)
-                before = RunConfig.load(folder, trusted=self._trusted(cell), device="cpu")
+                before = load_settings(folder, trusted=self._trusted(cell), device="cpu")
                 self.begun.append((folder, with_identity(before, newest(folder))))
             elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"{folder} is there and holds no run: remove it, or name another --out.")
@@ -179,11 +180,11 @@ class Runner:
         """The settings to go on with a cell's run."""
         folder = self.folder(cell)
         check_regular(folder)
-        stored = RunConfig.load(folder, trusted=self._trusted(cell), device=cell.config.device)
+        stored = load_settings(folder, trusted=self._trusted(cell), device=cell.config.device)
         now = cell.config if self.model is None else own_model.of_module(cell.config, self.model)
         kept = (*now.left_open, *(name for name in _OPEN if name not in self.given))
         now = now.replace(**{name: getattr(stored, name) for name in kept}, augment=now.augment or stored.augment)
-        if changed := now.settled().differences(stored.settled()):
+        if changed := now.with_client_threads().differences(stored.with_client_threads()):
             raise UserError(
                 f"{folder} was made with other settings ({'; '.join(changed)}): name another --out, or give the former "
                 "settings."

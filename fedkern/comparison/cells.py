@@ -11,9 +11,10 @@ from typing import Any
 
 from fedkern.errors import UserError, nearest
 from fedkern.methods import registry
-from fedkern.methods.options import as_typed
 from fedkern.ops._core.checks import python_number
-from fedkern.settings.config import ANYHOW, FOUND, RunConfig
+from fedkern.settings.config import ANYHOW, RunConfig
+from fedkern.settings.found import FOUND
+from fedkern.typed_option import as_typed
 
 MOST_CELLS = 100_000
 _FIXED = {
@@ -115,7 +116,7 @@ def variants(
         UserError: a name that nothing has or that cannot be swept, one that is given too, or a value that is wrong or
             given twice.
     """
-    knobs = {knob.field: knob for knob in RunConfig.knobs()}
+    declared = {each.field: each for each in RunConfig.declared()}
     swept: dict[str, Sequence[Any]] = {}
     for written, values in sweep.items():
         name = written.strip().replace("-", "_")
@@ -125,21 +126,21 @@ def variants(
             raise UserError(f'The sweep over "{name}" is given twice: give all values at once.')
         if name in given:
             raise UserError(f'"{name}" is swept and given with one value too: leave one of the two out.')
-        if name not in knobs and not any(name in registry.option_names(method) for method in methods):
-            known = {*knobs, *(each for method in methods for each in registry.option_names(method))}
+        if name not in declared and not any(name in registry.option_names(method) for method in methods):
+            known = {*declared, *(each for method in methods for each in registry.option_names(method))}
             raise UserError(f'Neither the runs nor the methods have a setting "{name}" to sweep.{nearest(name, known)}')
         if not values:
             raise UserError(f'The sweep over "{name}" has no values: write {name}=VALUE,VALUE.')
         swept[name] = values
     result: dict[str, list[Variant]] = {}
     for method in methods:
-        own = {knob.name: knob for knob in registry.get(method).Options.knobs()}
-        fields = {knob.field: name for name, knob in own.items()}
+        own = {each.name: each for each in registry.get(method).Options.declared()}
+        fields = {each.field: name for name, each in own.items()}
         axes: list[list[tuple[str, str, Any]]] = []
         for name, values in swept.items():
-            if name in knobs:
+            if name in declared:
                 if name in own_settings(method, {name: None}):
-                    axes.append([("settings", name, value) for value in _distinct(knobs[name], values, name)])
+                    axes.append([("settings", name, value) for value in _distinct(declared[name], values, name)])
             elif name in own or name in fields:
                 key = fields.get(name, name)
                 axes.append([("options", key, value) for value in _distinct(own[key], values, name)])
@@ -149,9 +150,9 @@ def variants(
     return result
 
 
-def _distinct(knob: Any, values: Sequence[Any], name: str) -> list[Any]:
+def _distinct(option: Any, values: Sequence[Any], name: str) -> list[Any]:
     """The values as the setting's type."""
-    found = [knob.convert(value) for value in values]
+    found = [option.convert(value) for value in values]
     for value in found:
         if found.count(value) > 1:
             raise UserError(f'The sweep over "{name}" has the value {word(value)} twice: leave one out.')

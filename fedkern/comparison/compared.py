@@ -20,10 +20,9 @@ from fedkern.extras import needed
 from fedkern.files import expand
 from fedkern.html_table import html_table
 from fedkern.methods import METHODS, Method, registry
-from fedkern.settings import given_paths
 from fedkern.settings.config import RunConfig
+from fedkern.settings.doors import python_words
 from fedkern.settings.in_memory import check_in_memory
-from fedkern.settings.python_words import python_words
 
 
 @dataclass
@@ -235,7 +234,7 @@ def compare(
     check_select(select, points)
     about = {name: settings.pop(name) for name in api.ABOUT if name in settings}
     options = api.table_of(settings.pop("options", None), "options")
-    fields = {knob.field for knob in RunConfig.knobs()} | {"data_options", "plugins"}
+    fields = {each.field for each in RunConfig.declared()} | {"data_options", "plugins"}
     options |= {name: settings.pop(name) for name in list(settings) if name not in fields}
     for name in options:
         check_option(name, names)
@@ -301,9 +300,7 @@ def _of_objects(
     name: str, given: Sequence[tuple[str, Mapping[str, Any]]], swept: Sequence[Variant], options: Mapping[str, Any]
 ) -> list[Variant]:
     """The variants of a method: of every object that is given, with all points of the sweep."""
-    beside = given_paths.named_options(
-        name, {key: options[key] for key in registry.option_names(name) & options.keys()}
-    )
+    beside = registry.given_options(name, {key: options[key] for key in registry.option_names(name) & options.keys()})
     taken = {*beside, *(key for variant in swept for key in variant.options)}
     found = []
     for made_with in (own for other, own in given if other == name):

@@ -22,7 +22,7 @@ from fedkern.report.comparison_plot import curves, mean_curve
 from fedkern.report.html_page import Page, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
-from fedkern.settings.config import NAME as SETTINGS
+from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.tasks.figure_names import figure_title, number, scale, set_title, split_metric
 from fedkern.versions import versions
 

@@ -17,9 +17,10 @@ from fedkern.errors import UserError, first_of
 from fedkern.files import expand
 from fedkern.methods.registry import short
 from fedkern.report.tables import ordered
-from fedkern.settings.config import ANYHOW, FOUND, RunConfig
-from fedkern.settings.config import NAME as SETTINGS
+from fedkern.settings.config import ANYHOW, RunConfig
+from fedkern.settings.found import FOUND
 from fedkern.settings.grounds import code_identity, difference, other_data
+from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.tasks.figure_names import split_metric
 
 _NO_GROUP = {"seed", "method", "plugins", "device", "threads", "client_threads", "checkpoint_every", *ANYHOW, *FOUND}

@@ -2,7 +2,7 @@
 
 from fedkern.data.background import extract_background
 from fedkern.data.boxes_file import BoxesFile
-from fedkern.data.data_option import COMMON_OPTIONS, DETECTION_OPTIONS, DataOption
+from fedkern.data.data_option import COMMON_OPTIONS, DETECTION_OPTIONS
 from fedkern.data.detections import Detections
 from fedkern.data.load import load
 from fedkern.data.partition import PARTITIONERS, parse_partition, partition, partition_like
@@ -12,6 +12,7 @@ from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.transforms import AUGMENTATIONS, augment, augment_pairs, normalise
 from fedkern.data.types import FederatedData, Pool, Source, memory_pool
 from fedkern.tasks.segmentation import IGNORE
+from fedkern.typed_option import Option
 
 __all__ = [
     "AUGMENTATIONS",
@@ -21,9 +22,9 @@ __all__ = [
     "IGNORE",
     "PARTITIONERS",
     "BoxesFile",
-    "DataOption",
     "Detections",
     "FederatedData",
+    "Option",
     "PartitionStatistics",
     "Pool",
     "Source",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fedkern import plugins
-from fedkern.data.data_option import COMMON_OPTIONS, DataOption
+from fedkern.data.data_option import COMMON_OPTIONS
 from fedkern.data.forms import ImageForm
 from fedkern.data.partition import PartitionSpec, parse_partition
 from fedkern.data.split import Split
@@ -20,6 +20,7 @@ from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import RAISED, UserError, described, origin, told
 from fedkern.named_code import hosted
 from fedkern.tasks import Task, task_of
+from fedkern.typed_option import Option
 
 PARAMETERS = ("root", "clients", "partition", "seed")
 """Parameters of a registered function that are no options of the data set."""
@@ -156,13 +157,13 @@ class DataFunction:
         return UserError(f'data set "{self.name}": {self.function.__qualname__} of {self.function.__module__} {what}')
 
 
-def _option(name: str, key: str, default: Any) -> DataOption:
+def _option(name: str, key: str, default: Any) -> Option:
     if key in COMMON_OPTIONS:
         raise TypeError(f'data set "{name}": {key} is an option of every data set, and cannot be a parameter')
-    if isinstance(default, DataOption):
+    if isinstance(default, Option):
         return default
     if isinstance(default, bool) or not isinstance(default, (str, int, float)):
         raise TypeError(
-            f'data set "{name}": expected a text, a number or a DataOption as the default of {key}, given {default!r}'
+            f'data set "{name}": expected a text, a number or an Option as the default of {key}, given {default!r}'
         )
-    return DataOption(default, f"option of {name}")
+    return Option(default, f"option of {name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from fedkern.data.captions import PROMPTS, make_captions
 from fedkern.data.cifar import open_cifar10, open_cifar100
 from fedkern.data.coloured import PALETTES
 from fedkern.data.data_function import DataFunction
-from fedkern.data.data_option import COMMON_OPTIONS, DataOption
+from fedkern.data.data_option import COMMON_OPTIONS
 from fedkern.data.datasets import open_datasets
 from fedkern.data.digits import open_digits
 from fedkern.data.folder import open_folder
@@ -37,6 +38,7 @@ from fedkern.data.types import FederatedData, Source
 from fedkern.docstrings import docstring
 from fedkern.errors import UserError, nearest
 from fedkern.tasks import CLASSIFICATION, RETRIEVAL, SEGMENTATION, TASKS, Task
+from fedkern.typed_option import Option
 
 Root = str | Path | None
 
@@ -67,7 +69,7 @@ class DatasetInfo:
     clients: int
     partition: str
     correlation: float | None = None
-    options: Mapping[str, DataOption] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
     make: Callable[..., FederatedData] | None = None
     prompts: str | Mapping[str, tuple[str, ...]] = "a photo of a {class}."
     task: Task = CLASSIFICATION
@@ -88,14 +90,14 @@ def _read(reader: Callable[..., Source], root: Root, **options: Any) -> Source:
 _mnist, _fashion = partial(open_idx, "mnist"), partial(open_idx, "fashionmnist")
 
 
-def _coloured_options(ink: str) -> dict[str, DataOption]:
+def _coloured_options(ink: str) -> dict[str, Option]:
     return {
-        "mask": DataOption(
+        "mask": Option(
             "exact",
             "object masks of training images: every pixel of ink, or its bounding box, as a detector would give it",
             choices=("exact", "box"),
         ),
-        "ink": DataOption(
+        "ink": Option(
             ink,
             "white on the darker background colours, or black or white by contrast on all of them",
             choices=tuple(PALETTES),
@@ -104,31 +106,31 @@ def _coloured_options(ink: str) -> dict[str, DataOption]:
 
 
 _PIXELS = {
-    "max_image_pixels": DataOption(
+    "max_image_pixels": Option(
         MAX_PIXELS, "a file that announces a larger image (or volume, in voxels) is not decoded", low=1
     )
 }
 # Options of the readers for a user's own files.
 _READING = {
     **_PIXELS,
-    "bits": DataOption(
+    "bits": Option(
         0, "bits of a grey value in files with more than 8, alike in all images; 0: as the values need", low=0, high=16
     ),
-    "window": DataOption(
+    "window": Option(
         "",
         "grey values of files with more than 8 bits that become black to white: CENTRE,WIDTH such as 40,400, or "
         "percentiles such as 1%,99%; others become black or white",
     ),
-    "size": DataOption(64, "side in pixels to which images are resized", low=8, high=SIDE),
-    "colour": DataOption("rgb", "three channels, or one", choices=("rgb", "grey")),
-    "test_share": DataOption(0.2, "share held out as test set where there is none", low=0, high=0.9),
-    "validation_share": DataOption(
+    "size": Option(64, "side in pixels to which images are resized", low=8, high=SIDE),
+    "colour": Option("rgb", "three channels, or one", choices=("rgb", "grey")),
+    "test_share": Option(0.2, "share held out as test set where there is none", low=0, high=0.9),
+    "validation_share": Option(
         0.1, "share of the training images held out as validation set where there is none", low=0, high=0.9
     ),
 }
 
 _LAYOUT = {
-    "layout": DataOption(
+    "layout": Option(
         "auto", "folders in folders: sites, or patients in classes; auto: sites, but names of patients are refused",
         choices=LAYOUTS,
     )
@@ -141,21 +143,21 @@ _HELD = {
 }  # fmt: skip
 
 
-def _columns(*options: str) -> dict[str, DataOption]:
+def _columns(*options: str) -> dict[str, Option]:
     """Options that name the columns of a CSV file, see `fedkern.data.table.read_table`."""
-    named = {name: DataOption("", f"CSV column with {_HELD[name]}, by default found by its name") for name in options}
-    patient = DataOption(
+    named = {name: Option("", f"CSV column with {_HELD[name]}, by default found by its name") for name in options}
+    patient = Option(
         AUTO, f"CSV column with {_HELD['patient']}, auto: found by its name, empty: no column names patients"
     )
     return named | {
         "patient": patient,
-        "client_column": DataOption(
+        "client_column": Option(
             "", "CSV column that names every row's client; by default client, site or hospital where there is one"
         ),
     }
 
 
-_CROP = DataOption(
+_CROP = Option(
     0, "side of the window that networks see, anywhere in training images, central in others; 0: whole images", low=0
 )
 
@@ -184,9 +186,9 @@ DATASETS: dict[str, DatasetInfo] = {
         None, 5, "attribute", make=make_captions, prompts=PROMPTS,
         task=RETRIEVAL,
         options={
-            "minority": DataOption(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
-            "held_out": DataOption(1, "clients that do not train; their canvases are the test set unseen", low=0),
-            "labels": DataOption(
+            "minority": Option(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
+            "held_out": Option(1, "clients that do not train; their canvases are the test set unseen", low=0),
+            "labels": Option(
                 "digit", "what zero-shot and probe tell of a canvas's subject", choices=("digit", "colour")
             ),
         },
@@ -206,11 +208,11 @@ DATASETS: dict[str, DatasetInfo] = {
     "cifar100": DatasetInfo(
         "CIFAR-100, 60,000 colour images of 100 classes (official binary files)",
         open_cifar100, 10, "dirichlet:0.5",
-        options={"labels": DataOption("fine", "100 fine classes or 20 coarse ones", choices=("fine", "coarse"))},
+        options={"labels": Option("fine", "100 fine classes or 20 coarse ones", choices=("fine", "coarse"))},
     ),
     "svhn": DatasetInfo(
         "SVHN, 99,289 photographed house numbers (official MATLAB files)", open_svhn, 10, "dirichlet:0.5",
-        options={"extra": DataOption("no", "531,131 easier training images more", choices=("no", "yes"))},
+        options={"extra": Option("no", "531,131 easier training images more", choices=("no", "yes"))},
     ),
     "tinyimagenet": DatasetInfo(
         "Tiny-ImageNet, 110,000 photographs of 200 classes, 64 pixels (official folders)",
@@ -225,8 +227,8 @@ DATASETS: dict[str, DatasetInfo] = {
         partial(_read, open_csv), 5, "dirichlet:0.5",
         options={
             **_READING,
-            "task": DataOption("auto", "what is learnt, where the columns do not tell", choices=CSV_TASKS),
-            "order": DataOption("", "the classes in their order, separated by | (default: sorted)"),
+            "task": Option("auto", "what is learnt, where the columns do not tell", choices=CSV_TASKS),
+            "order": Option("", "the classes in their order, separated by | (default: sorted)"),
             **_columns("path", "label", "labels", "split"),
         },
     ),
@@ -236,9 +238,9 @@ DATASETS: dict[str, DatasetInfo] = {
         options={
             **_READING,
             **_LAYOUT,
-            "names": DataOption("", "classes separated by |, background first (default: numbers)"),
-            "tile": DataOption(0, "side of the tiles that images are cut into after resizing, 0 for none", low=0),
-            "ignore": DataOption(-1, "value in the masks where the class is not known, -1 for none", low=-1, high=255),
+            "names": Option("", "classes separated by |, background first (default: numbers)"),
+            "tile": Option(0, "side of the tiles that images are cut into after resizing, 0 for none", low=0),
+            "ignore": Option(-1, "value in the masks where the class is not known, -1 for none", low=-1, high=255),
             **_columns("image", "mask", "split"),
         },
         task=SEGMENTATION, keeps=True,
@@ -250,7 +252,7 @@ DATASETS: dict[str, DatasetInfo] = {
             **_READING,
             **_LAYOUT,
             "crop": _CROP,
-            "longest": DataOption(112, "words kept of a text", low=1),
+            "longest": Option(112, "words kept of a text", low=1),
             **_columns("image", "text", "label", "split"),
         },
     ),
@@ -260,13 +262,13 @@ DATASETS: dict[str, DatasetInfo] = {
         options={
             **_READING,
             "crop": _CROP,
-            "colour": DataOption("grey", "three channels, or one", choices=("rgb", "grey")),
-            "views": DataOption(
+            "colour": Option("grey", "three channels, or one", choices=("rgb", "grey")),
+            "views": Option(
                 "known", "PA and AP alone, these and rows that name no view, or all",
                 choices=("frontal", "known", "all"),
             ),
-            "longest": DataOption(112, "tokens kept of a report", low=1),
-            "shortest": DataOption(3, "rows with fewer tokens are left out", low=1),
+            "longest": Option(112, "tokens kept of a report", low=1),
+            "shortest": Option(3, "rows with fewer tokens are left out", low=1),
             **_columns("image", "report", "label", "view", "split"),
         },
     ),
@@ -275,18 +277,18 @@ DATASETS: dict[str, DatasetInfo] = {
         open_brats, 10, "iid", task=SEGMENTATION,
         options={
             **_PIXELS,
-            "size": DataOption(128, "side in pixels to which slices are resized", low=8, high=SIDE),
-            "modalities": DataOption("t1,t1ce,t2,flair", "the channels, as the names of their files end"),
-            "target": DataOption("seg", "how the names of the files of classes end"),
-            "labels": DataOption("whole", "whole (one object), parts (BraTS's three), or stored values such as 1|2|4"),
-            "slices": DataOption(
+            "size": Option(128, "side in pixels to which slices are resized", low=8, high=SIDE),
+            "modalities": Option("t1,t1ce,t2,flair", "the channels, as the names of their files end"),
+            "target": Option("seg", "how the names of the files of classes end"),
+            "labels": Option("whole", "whole (one object), parts (BraTS's three), or stored values such as 1|2|4"),
+            "slices": Option(
                 "object", "axial slices that hold an object, any tissue, or all", choices=("object", "tissue", "all")
             ),
-            "every": DataOption(1, "keep one slice in so many", low=1),
-            "test_share": DataOption(
+            "every": Option(1, "keep one slice in so many", low=1),
+            "test_share": Option(
                 0.2, "share of the cases held out as test set where there is none", low=0, high=0.9
             ),
-            "validation_share": DataOption(
+            "validation_share": Option(
                 0.1, "share of the training cases held out as validation set where there is none", low=0, high=0.9
             ),
         },
@@ -304,10 +306,10 @@ DATASETS: dict[str, DatasetInfo] = {
         open_nico, 7, "attribute",
         options={
             **_PIXELS,
-            "protocol": DataOption("F7", "first or last seven contexts of every class train", choices=("F7", "L7")),
-            "size": DataOption(224, "side in pixels to which images are resized", low=8, high=SIDE),
-            "part": DataOption("", "subfolder to use, for example Animal or Vehicle"),
-            "held_out": DataOption(
+            "protocol": Option("F7", "first or last seven contexts of every class train", choices=("F7", "L7")),
+            "size": Option(224, "side in pixels to which images are resized", low=8, high=SIDE),
+            "part": Option("", "subfolder to use, for example Animal or Vehicle"),
+            "held_out": Option(
                 0.1, "share of the training contexts held out as in-distribution test, and again as validation",
                 low=0, high=0.33,
             ),
@@ -336,6 +338,21 @@ def check_readable(name: str) -> None:
         info.open(None)
 
 
+def _labelled(data: str, key: str) -> Option:
+    known = lookup(data).options.get(key) or COMMON_OPTIONS[key]
+    return dataclasses.replace(known, name=key, label=f'option {key} of data set "{data}"')
+
+
+def given_options(name: str, options: Mapping[str, object]) -> dict[str, Any]:
+    """The given options, converted, without defaults and with absolute paths.
+
+    Raises:
+        UserError: as :func:`read_options`, or a path in the home folder of an unknown user.
+    """
+    values = {key: value for part in read_options(name, options) for key, value in part.items() if key in options}
+    return {key: _labelled(name, key).absolute(value) for key, value in values.items()}
+
+
 def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Checks ``key=value`` options and fills in defaults.
 
@@ -343,7 +360,7 @@ def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, An
         The options of the data set, and the options common to all data sets.
 
     Raises:
-        UserError: an unknown key (the message suggests the nearest), or a value that `DataOption.read` rejects.
+        UserError: an unknown key (the message suggests the nearest), or a value of the wrong type or out of range.
     """
     known = {**lookup(name).options, **COMMON_OPTIONS}
     for key in options:
@@ -351,7 +368,8 @@ def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, An
             raise UserError(
                 f'data set "{name}" has no option "{key}": expected one of {", ".join(known)}.{nearest(key, known)}'
             )
-    values = {key: known[key].read(name, key, options.get(key, known[key].default)) for key in known}
+    values: dict[str, Any] = {key: each.default for key, each in known.items()}
+    values |= {key: _labelled(name, key).convert(value) for key, value in options.items()}
     return {key: values[key] for key in lookup(name).options}, {key: values[key] for key in COMMON_OPTIONS}
 
 
@@ -372,7 +390,7 @@ def register_data(
 
     It is called with those of the arguments ``root`` (``--data-root``), ``clients``, ``partition`` (a text) and
     ``seed`` that its signature has.  Every other parameter is an option of the data set, given as ``--data-option
-    key=value``; its default is a text, a number or a :class:`fedkern.data.DataOption`, and decides the option's type.
+    key=value``; its default is a text, a number or a :class:`fedkern.data.Option`, and decides the option's type.
 
     Args:
         name: the data set's name; the docstring's first line is what ``list`` says of it.

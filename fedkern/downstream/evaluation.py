@@ -26,7 +26,6 @@ from fedkern.engine.serving import as_in_the_run
 from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, first_of, named
 from fedkern.files import absolute
-from fedkern.methods import registry
 from fedkern.methods.common.final_figures import final_figures
 from fedkern.models.precision import computing
 from fedkern.settings.config import RunConfig
@@ -82,14 +81,13 @@ def evaluate_run(
     if progress is not None and config.records != "private":
         for line in counted(loaded):
             progress(line)
-    kind = registry.get(config.method)
-    method = kind(kind.Options.parse(config.options, method=config.method))
+    method = config.new_method()
     flat, device = "samples" not in about, torch.device(config.device)
     # Placed and frozen as the run's: PyTorch chooses kernels by strides and by whether weights need gradients.
     module = as_in_the_run(module, config)
     module = place(module, device).requires_grad_(False) if flat else module.to(device)
     sets = _sets(loaded, module, about, config)
-    code = partial(named, f"The method's evaluate of {config.method}", kind)
+    code = partial(named, f"The method's evaluate of {config.method}", config.kind)
     with cpu_threads(config.threads), computing(config.precision):
         with evaluating(config, flat) as at_once:
             found = evaluate(method, module, sets, code, at_once, keep=True)
@@ -120,7 +118,7 @@ def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[
         known |= {"size": height, "colour": "grey" if about["channels"] == 1 else "rgb"}
     if data == config.data == "segmentation":
         known["names"] = "|".join(about["classes"])
-    named = data == "csv" and about["task"] in lookup(data).options["task"].choices
+    named = data == "csv" and about["task"] in (lookup(data).options["task"].choices or ())
     return {**known, "task": about["task"]} if named else known
 
 

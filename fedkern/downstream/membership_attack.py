@@ -22,13 +22,13 @@ from fedkern.engine.store.resuming import unedited
 from fedkern.engine.store.run_folder import ATTACKS
 from fedkern.errors import UserError
 from fedkern.image_rows import in_parts
-from fedkern.methods import registry
 from fedkern.methods.base import Method
 from fedkern.methods.protocol import batch_slices
 from fedkern.privacy import membership_attack
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
 from fedkern.settings.run_format import FOLDER
+from fedkern.settings.stored import load_settings
 from fedkern.torch_modes import reproducible
 
 
@@ -114,11 +114,10 @@ def attack(
 
 def trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], int]:
     """Every client's samples except those that the method keeps from the training, and the number of the latter."""
-    kind = registry.get(config.method)
     # A network of --teachers may have trained on any sample.
-    if kind.untrained is Method.untrained or config.teachers is not None:
+    if config.kind.untrained is Method.untrained or config.teachers is not None:
         return list(data.clients), 0
-    method = kind(kind.Options.parse(config.options, method=config.method))
+    method = config.new_method()
     context = RunContext(config, data)
     splits, count = [], 0
     for k, split in enumerate(data.clients):
@@ -155,7 +154,7 @@ def place(out: Path | str, network: str = "last") -> Path:
     Raises:
         UserError: there is no run in the folder.
     """
-    private = RunConfig.load(out, device="cpu").records == "private"
+    private = load_settings(out, device="cpu").records == "private"
     return Path(out) / (FOLDER if private else "") / ATTACKS[network]
 
 

@@ -25,9 +25,8 @@ from fedkern.engine.store.saved_model import FORMAT, MODEL, RUNNING, norms
 from fedkern.errors import UserError, same_format
 from fedkern.inputs import parse_json
 from fedkern.leaves import leaves
-from fedkern.methods import registry
-from fedkern.settings.config import check_regular, check_run_folder, load_plugins
 from fedkern.settings.run_format import check_format
+from fedkern.settings.stored import check_regular, check_run_folder, load_plugins
 from fedkern.tasks import TASKS, Task, task_named
 from fedkern.torch_modes import reproducible
 
@@ -254,8 +253,7 @@ def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> n
     config = unedited(out, trusted=trusted, device="cpu")
     config.check_code(out, trusted)
     config = config.replace(init=None)  # the weights are the run's, and that file may be gone
-    kind = registry.get(config.method)
-    method = kind(kind.Options.parse(config.options, method=config.method))
+    method = config.new_method()
     outline = Outline(tuple(about["classes"]), form_of(about), tuple(about["samples"]), task_named(about["task"]))
     state = Checkpoints(out).last_server_state()
     if state is None:

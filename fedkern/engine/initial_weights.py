@@ -17,7 +17,7 @@ from fedkern.engine.store.checkpoints import check_results, newest
 from fedkern.errors import UserError
 from fedkern.inputs import open_regular, reading, standing
 from fedkern.models.weight_files import read_state_dict
-from fedkern.settings.config import NAME as CONFIG
+from fedkern.settings.run_format import NAME as CONFIG
 
 MODEL = "model.safetensors"
 """File with the network of a finished run."""

@@ -103,7 +103,7 @@ def settled(
     else:
         classes, shape = context.federation.classes, data.form.shape
         check_output(network, make.text, shape, data.task.output(classes, shape[1:]), classes, config.data)
-    registry.check_network(config.method, config.options, network, data, make.text)
+    registry.check_network(config.method, config.made.needs, network, data, make.text)
     state = network.state_dict()
     layout = digest(state, values=False)
     sha = digest(make.what.state_dict(), values=True) if isinstance(make.what, nn.Module) else make.sha256

@@ -75,7 +75,7 @@ def check_method(config: RunConfig, own: OwnTraining | None) -> None:
     """Raises UserError where a user's functions would drop a part of the method."""
     kind: Any = registry.get(config.method)
     usual: Any = registry.get("fedavg")
-    if own is not None and kind.promises(kind.Options.parse(config.options, method=config.method)):
+    if own is not None and kind.promises(config.chosen):
         raise UserError(f"{config.method} with differential privacy has an optimiser of its own: leave yours out.")
     plain = issubclass(kind, LocalTraining) and all(getattr(kind, part) is getattr(usual, part) for part in _PARTS)
     if own is not None and own.train is not None and not plain:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fedkern.privacy.dpsgd import stream_name
-from fedkern.settings.config import RunConfig, clients_of_a_round
+from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
 
 Draw = Callable[[int], list[int]]
@@ -76,7 +76,7 @@ def fewest_uploads(config: RunConfig, rounds: int) -> int:
         config: the run's settings.
         rounds: communication rounds.
     """
-    most = clients_of_a_round(config)
+    most = config.clients_of_a_round
     if not config.dropout_rate and (config.late_work != "drop" or not config.straggler_rate):
         return most
     drawn = ((each, sample_clients(config, each)) for each in range(rounds))

@@ -15,7 +15,6 @@ from fedkern.engine.server import Server
 from fedkern.engine.store import predictions as predictions_file
 from fedkern.engine.uploads.private_mean import PrivateMean
 from fedkern.errors import UserError
-from fedkern.methods import registry
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Method, Round
 from fedkern.methods.common import diagnostics
@@ -93,12 +92,11 @@ def prepare(
     Raises:
         UserError: data, network or settings do not fit the method.
     """
-    kind = registry.get(config.method)
-    if kind.pooled:
+    if config.kind.pooled:
         context.pool()
-    method = kind(kind.Options.parse(config.options, method=config.method))
+    method = config.new_method()
     pooling, progress, server = Pooling(method, on=config.buffers == "pool"), Progress(), Server(context)
-    code = MethodCode(kind, config.method, progress)
+    code = MethodCode(config.kind, config.method, progress)
     check_sets(context.data, config.plugins)
     data = context.data
     if data.form.lacks and known and (others := unsteady([*data.clients, data.validation, *data.tests.values()])):

@@ -82,10 +82,11 @@ from fedkern.models import available
 from fedkern.models.freezing import frozen_norms
 from fedkern.models.own import unwrapped
 from fedkern.models.precision import computing
-from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
 from fedkern.settings.run_data import caveats, check_data, decided, effective, kept_data, load_data
+from fedkern.settings.run_format import NAME as SETTINGS
+from fedkern.settings.stored import load_settings
 from fedkern.torch_modes import cpu_threads, current_gpu, reproducible
 
 
@@ -148,7 +149,7 @@ def run(
             model = unwrapped(model)
             config = own_model.of_module(config, model)
         if resume:
-            stored = RunConfig.load(out, trusted=trusted, device=config.device)  # the stored device may not exist here
+            stored = load_settings(out, trusted=trusted, device=config.device)  # the stored device may not exist here
             config = config.replace(
                 client_threads=config.client_threads or stored.client_threads, plugins=plugins.now(stored.plugins)
             )
@@ -214,7 +215,7 @@ def run(
                     used_cache.remember(out, config.cache)
                 if not resume:
                     initial_weights.keep(config.init)
-                    atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
+                    atomic.write_bytes(out / SETTINGS, config.to_toml().encode())
                 return _played(
                     prepared, out, audience, alone,
                     resume=resume, profile=profile, predictions=predictions, elsewhere=elsewhere,

@@ -33,7 +33,6 @@ from fedkern.errors import ClientFailed, UserError, printable
 from fedkern.flower.node_folder import NodeFolder, Version
 from fedkern.flower.parcel import Malformed, Parcel
 from fedkern.flower.portable import pack, unpack
-from fedkern.methods import registry
 from fedkern.methods.base import Phase
 from fedkern.methods.common.pooling import Pooling
 from fedkern.methods.common.privacy_report import guarantee
@@ -217,8 +216,7 @@ class NodeClients:
                 "The data on this node are other than the server's: give all machines the same files or, where the "
                 "folder of a node holds the data of its client alone, set flower.own-data=true."
             )
-        kind = registry.get(config.method)
-        self._method = method = kind(kind.Options.parse(context.config.options, method=config.method))
+        self._method = method = config.new_method()
         server = Server(context)
         with context.drawing(server, BEFORE):
             method.start(server)  # a method may note in itself what its clients need

@@ -140,13 +140,13 @@ clientapp = "fedkern.flower.client_app:app"
         usual = defaults(self.method, self._data)
         given = {**GOES_ON, **self.settings}
         rows: dict[str, tuple[Any, str]] = {"method": (self.method, "")}
-        for knob in RunConfig.knobs():
-            if knob.field == "method" or knob.field in ELSEWHERE:
+        for each in RunConfig.declared():
+            if each.field == "method" or each.field in ELSEWHERE:
                 continue
-            value = given.get(knob.field)
-            default = usual.get(knob.field, knob.default)
+            value = given.get(each.field)
+            default = usual.get(each.field, each.default)
             said = "" if value is not None or default is None else f"default {default}"
-            rows[setting_key(knob.field)] = (self._portable(knob.field, value), said)
+            rows[setting_key(each.field)] = (self._portable(each.field, value), said)
         named = (Path(name).name if Path(name).is_absolute() else name for name in self.plugins)
         rows["plugins"] = (",".join(named), "")
         rows["out"] = ("" if self.out is None else str(self.out), "the run folder; resume = true goes on with it")
@@ -162,9 +162,9 @@ clientapp = "fedkern.flower.client_app:app"
         return f"{Path(named.file).name}:{named.name}" if named is not None and named.file else value
 
     def _options(self) -> dict[str, tuple[Any, str]]:
-        knobs = registry.get(self.method).Options.knobs()
+        declared = registry.get(self.method).Options.declared()
         return {
-            knob.name: ("" if self.options.get(knob.name) is None else self.options[knob.name], "") for knob in knobs
+            each.name: ("" if self.options.get(each.name) is None else self.options[each.name], "") for each in declared
         }
 
     @property

@@ -21,9 +21,8 @@ from fedkern import named_code, plugins
 from fedkern.data import lookup
 from fedkern.errors import UserError, nearest
 from fedkern.flower.resident import STAYS
-from fedkern.methods.options import as_typed
 from fedkern.settings.config import RunConfig
-from fedkern.settings.given_paths import absolute, named_options
+from fedkern.typed_option import as_typed
 
 METHOD_OPTION, DATA_OPTION = "method-option.", "data-option."
 SWITCHES = {
@@ -76,7 +75,7 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
         UserError: an unknown key, a value out of range, or a plugin or file that is not on this machine.
     """
     given = {key: word for key, value in run_config.items() if (word := as_typed(value).strip())}
-    fields = {setting_key(knob.field): knob.field for knob in RunConfig.knobs() if knob.field not in ELSEWHERE}
+    fields = {setting_key(each.field): each.field for each in RunConfig.declared() if each.field not in ELSEWHERE}
     known = [*fields, *SWITCHES, *FLOWER, "out", "plugins"]
     for key in given:
         if key not in known and not key.startswith((METHOD_OPTION, DATA_OPTION)):
@@ -94,10 +93,10 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
     data_options = {key.removeprefix(DATA_OPTION).replace("-", "_"): word for key, word in _under(given, DATA_OPTION)}
     config = RunConfig.make(
         method,
-        options=named_options(method, words),
-        data_options=absolute(data_options),
+        options=words,
+        data_options=data_options,
         plugins=loaded,
-        **absolute(settings),
+        **settings,
     )
     own_data = _switch(given, "flower.own-data")
     if own_data:

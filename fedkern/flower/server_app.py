@@ -22,6 +22,7 @@ from fedkern.flower.node_roll import Roll
 from fedkern.flower.own_data import declared
 from fedkern.listeners.events import Listener, RunInfo
 from fedkern.methods import registry
+from fedkern.settings.doors import key_words
 
 app = ServerApp()
 
@@ -33,6 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     play(grid, context.run_config)
 
 
+@key_words()
 def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
     """Plays the run of a flat run-config (`fedkern.flower.run_settings`), and returns its summary.
 

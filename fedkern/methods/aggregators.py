@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkern import ops, plugins
 from fedkern.docstrings import docstring
 from fedkern.errors import RAISED, UserError, described, origin
-from fedkern.methods.options import Knob, as_typed, with_options
+from fedkern.typed_option import Option, as_typed, with_options
 
 MEAN = "mean"
 VECTORS = ("parameters", "buffers")
@@ -37,7 +37,7 @@ class Aggregator:
     name: str
     description: str
     function: Callable[..., Tensor] | None
-    options: tuple[Knob, ...] = ()
+    options: tuple[Option, ...] = ()
     own: bool = True
 
 
@@ -81,19 +81,19 @@ def register_aggregator(name: str) -> Callable[[F], F]:
     return add
 
 
-def _options(name: str, function: Callable[..., Any]) -> tuple[Knob, ...]:
+def _options(name: str, function: Callable[..., Any]) -> tuple[Option, ...]:
     given = list(inspect.signature(function).parameters)[:_FIRST]
     if len(given) < _FIRST:
         raise TypeError(f"{function.__qualname__}: expected the parameters vectors and weights, given {len(given)}")
-    knobs = []
+    declared = []
     for key, default in plugins.keyword_options(function, given).items():
         if not isinstance(default, (bool, int, float, str)):
             raise TypeError(
                 f"{function.__qualname__}: expected a text or a number as default of {key}, given {default!r}"
             )
         label = f'Option "{key}" of --aggregator {name}'
-        knobs.append(Knob(name=key, field=key, type=type(default), default=default, help=key, label=label))
-    return tuple(knobs)
+        declared.append(Option(default, key, name=key, label=label))
+    return tuple(declared)
 
 
 class Rule:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.methods.aggregators import Gathered
 from fedkern.methods.options import Options as BaseOptions
-from fedkern.methods.options import option
 from fedkern.methods.protocol import ClientId, Federation, Message, Observed, Phase, Round, Upload
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.uploads import Declaration
 from fedkern.privacy import Guarantee
+from fedkern.typed_option import option
 
 VECTORS = ("parameters", "buffers", "integers")
 """Flat vectors of a network in a message or state: fp32 [P], fp32 [Q], int64 [R]; the last two where they travel."""

@@ -38,13 +38,13 @@ from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
 from fedkern.methods.common.dro import LOSSES, Robust, vectors_of
 from fedkern.methods.common.frozen import remembered
-from fedkern.methods.options import option
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, once
 from fedkern.models.towers import PARTS
 from fedkern.tasks.retrieval import TEMPERATURE
+from fedkern.typed_option import option
 
 ALIGNMENT = PARTS[2:]
 """Submodules that the first stage trains; they come last, so their vectors are the ends of the network's vectors."""

@@ -27,7 +27,6 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.frozen import normalises_by_batch, remembered
-from fedkern.methods.options import option
 from fedkern.methods.protocol import (
     Backgrounds,
     Batch,
@@ -45,6 +44,7 @@ from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, Values
 from fedkern.models import resolve_stage
 from fedkern.transfer import send
+from fedkern.typed_option import option
 
 CHUNK = 256  # images per pass of the frozen encoder over a bank
 CACHE_BYTES = 256 << 20  # larger maps of a bank are not cached but computed per batch

@@ -27,7 +27,6 @@ from torch.nn.functional import linear, log_softmax
 from fedkern import files, ops
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining
-from fedkern.methods.options import option
 from fedkern.methods.protocol import (
     BEFORE,
     Batch,
@@ -51,6 +50,7 @@ from fedkern.models.teacher import CallableTeacher, NetworkTeacher, Teacher, con
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, finetune, pretrained, probe
 from fedkern.transfer import send
+from fedkern.typed_option import option
 
 _ASKING = threading.Lock()  # test sets are evaluated in threads: a teacher is built once and runs once on each set
 TUNE = "tune"

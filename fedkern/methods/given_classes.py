@@ -20,8 +20,9 @@ from typing import Any
 from fedkern.code_digest import instructions
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
-from fedkern.methods.options import Options, Value
+from fedkern.methods.options import Options
 from fedkern.methods.registry import CLASS, GIVEN, METHODS, short
+from fedkern.typed_option import Value
 
 _PLAIN = (bool, int, float, str)
 _MISSING = object()
@@ -177,7 +178,7 @@ def _bytecode(kind: type) -> str:
 def _compiled(kind: type) -> Iterator[str]:
     """What the functions and plain attributes of a class do, without line numbers and docstrings of the class."""
     if issubclass(kind, Options):
-        yield from (f"{knob.name} {knob.type.__name__} {knob.default!r} {knob.range}" for knob in kind.knobs())
+        yield from (f"{each.name} {each.type.__name__} {each.default!r} {each.range}" for each in kind.declared())
         return
     for name, value in vars(kind).items():
         function = inspect.unwrap(getattr(value, "__func__", None) or getattr(value, "fget", None) or value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -65,7 +65,18 @@ def get(name: str) -> type[Method]:
 
 def option_names(method: str) -> set[str]:
     """Names under which a method option can be given."""
-    return {name for knob in get(method).Options.knobs() for name in (knob.name, knob.field)}
+    return {name for each in get(method).Options.declared() for name in (each.name, each.field)}
+
+
+def given_options(method: str, given: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """The given method options by published name, converted, without defaults and with absolute paths.
+
+    Raises:
+        UserError: an unknown option, a value out of range, or a path in the home folder of an unknown user.
+    """
+    kind = get(method).Options
+    options = {each.name: each for each in kind.declared()}
+    return {name: options[name].absolute(value) for name, value in kind.parse(given, method=method).given().items()}
 
 
 def owners(option: str) -> str:
@@ -79,16 +90,15 @@ def short(name: str) -> str:
     return name.rpartition(":")[2].rpartition(".")[2] if name.startswith(CLASS) else name
 
 
-def check_network(method: str, options: Mapping[str, Any], network: nn.Module, data: Any, text: str) -> None:
+def check_network(method: str, needs: str, network: nn.Module, data: Any, text: str) -> None:
     """Raises UserError where a method needs more of a network than this one has.
 
     Args:
-        method, options: name and options of the method.
+        method: name of the method.
+        needs: a name in `LEVELS`.
         data: what the method learns of, with what it ``offers``.
         text: the network's name, for the message.
     """
-    kind = get(method)
-    needs = kind(kind.Options.parse(options, method=method)).needs
     has = level(network)
     if LEVELS.index(needs) <= LEVELS.index(has):
         return

@@ -8,31 +8,29 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.methods.options import Knob, with_options
+from fedkern.typed_option import Option, with_options
 
 MEAN = "mean"
 _MOMENTS = {"first": ("momentum", "adam", "yogi", "adagrad"), "second": ("adam", "yogi", "adagrad")}
 
 
-def _knob(rule: str, name: str, default: float) -> Knob:
+def _option(rule: str, name: str, default: float) -> Option:
     low, high, above = (0.0, 1.0, None) if name.startswith("beta") else (None, None, 0.0)
     label = f'Option "{name}" of --server-rule {rule}'
-    return Knob(
-        name=name, field=name, type=float, default=default, help=name, low=low, high=high, above=above, label=label
-    )
+    return Option(default, name, low=low, high=high, above=above, name=name, label=label)
 
 
-def _knobs(rule: str, **defaults: float) -> tuple[Knob, ...]:
-    return tuple(_knob(rule, name, default) for name, default in defaults.items())
+def _options(rule: str, **defaults: float) -> tuple[Option, ...]:
+    return tuple(_option(rule, name, default) for name, default in defaults.items())
 
 
 # As in arXiv 1909.06335 and 2003.00295, where beta1 of FedAvgM and FedAdagrad is not left at 0.
-SERVER_RULES: dict[str, tuple[Knob, ...]] = {
+SERVER_RULES: dict[str, tuple[Option, ...]] = {
     MEAN: (),
-    "momentum": _knobs("momentum", beta1=0.9),
-    "adam": _knobs("adam", beta1=0.9, beta2=0.99, tau=1e-3),
-    "yogi": _knobs("yogi", beta1=0.9, beta2=0.99, tau=1e-3),
-    "adagrad": _knobs("adagrad", beta1=0.0, tau=1e-3),
+    "momentum": _options("momentum", beta1=0.9),
+    "adam": _options("adam", beta1=0.9, beta2=0.99, tau=1e-3),
+    "yogi": _options("yogi", beta1=0.9, beta2=0.99, tau=1e-3),
+    "adagrad": _options("adagrad", beta1=0.0, tau=1e-3),
 }
 """Options of every rule, by its name."""
 

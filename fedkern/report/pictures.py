@@ -25,8 +25,9 @@ from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, spared
 from fedkern.report.matplotlib_import import undocumented
-from fedkern.settings.config import RunConfig, load_plugins
+from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
+from fedkern.settings.stored import load_plugins, load_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,7 +133,7 @@ def _draw(
         from fedkern.report.weights import weights_picture
 
     moved = {} if data_root is None else {"data_root": data_root}
-    config = RunConfig.load(run_dir, device="cpu", cache=remembered(run_dir), **moved)
+    config = load_settings(run_dir, device="cpu", cache=remembered(run_dir), **moved)
     data = kept_data(config, load_data(config, masks=False)) if data is None else data
     name = f"{config.method} on {config.data}"
     written: list[Path] = []

@@ -33,7 +33,6 @@ from fedkern.inputs import open_regular
 from fedkern.methods import registry
 from fedkern.methods.common.diagnostics import hardly_better
 from fedkern.methods.common.final_figures import set_name
-from fedkern.methods.options import as_typed
 from fedkern.report import chance, html_page, pictures
 from fedkern.report.charts import Series, bars, counts_table, curves, of_rounds, rounds_table, scaled, shown
 from fedkern.report.html_page import Chart, Page, Picture, Section, Table
@@ -55,7 +54,9 @@ from fedkern.report.tables import covering, human_metric, human_time, ordered, s
 from fedkern.report.weights import PANELS, weights_picture
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
+from fedkern.settings.stored import stored_settings
 from fedkern.tasks.figure_names import figure_title, scale, set_noun, set_title, short_title, split_metric
+from fedkern.typed_option import as_typed
 from fedkern.versions import versions
 
 NAMED = 12
@@ -194,7 +195,7 @@ def stored_device(run_dir: Path) -> str:
     Raises:
         UserError: ``config.toml`` cannot be read.
     """
-    return str(RunConfig.stored(run_dir).get("device", "cpu"))
+    return str(stored_settings(run_dir).get("device", "cpu"))
 
 
 def write_report(

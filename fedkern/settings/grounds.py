@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import fedkern
 from fedkern.inputs import open_regular, reading
-from fedkern.settings.config import NAME, RunConfig
-from fedkern.settings.run_format import FOLDER
+from fedkern.settings.config import RunConfig
+from fedkern.settings.run_format import FOLDER, NAME
 
 OF_DATA = ("classes", "sizes", "names", "labels", "images", "samples", "function")
 """Entries of a run's identity that are the data's (`fedkern.data.identity`); others have the name of a setting."""

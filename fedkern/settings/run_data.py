@@ -162,9 +162,15 @@ def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
 
 
 def effective(config: RunConfig, data: Any) -> RunConfig:
-    """The settings, completed by what follows from the data: clients, main figure, augmentation, client threads."""
+    """The settings, completed by what follows from the data: clients, main figure, augmentation, client threads.
+
+    Raises:
+        UserError: settings do not fit together with what the data decide.
+    """
     found = {"clients": len(data.clients), "main": data.task.main, "better": data.task.better}
-    return config.replace(**found, augment=config.augment or data.form.augment).settled()
+    config = config.replace(**found, augment=config.augment or data.form.augment).with_client_threads()
+    config.check()
+    return config
 
 
 def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from fedkern.errors import same_format
 from fedkern.inputs import read_json
 
+NAME = "config.toml"
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 FORMAT = 8

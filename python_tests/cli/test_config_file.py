@@ -4,6 +4,7 @@ import pytest
 
 from fedkern.cli import flags, request
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 
 def test_a_config_file_with_a_mistake(fails, tmp_path):
@@ -54,7 +55,7 @@ def test_a_byte_order_mark_says_nothing(tmp_path):
     assert config.rounds == 7
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text(config.to_toml(), encoding="utf-8-sig")
-    assert RunConfig.load(tmp_path / "run") == config
+    assert load_settings(tmp_path / "run") == config
 
 
 @pytest.mark.parametrize(

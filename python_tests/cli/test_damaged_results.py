@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from fedkern.engine.run import run
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 TINY = ["--data", "digits", "--train-samples", "80", "--clients", "2", "--model", "mlp", "--threads", "1", "--grad-cam",
         "0", "--local-steps", "2", "--workers", "1", "--rounds", "2", "--predictions", "--quiet"]  # fmt: skip
@@ -65,7 +65,7 @@ def test_what_was_damaged_or_deleted_is_made_again(name, runs, tmp_path):
         (out / name).unlink()
         if damaged:
             (out / name).write_bytes(b"x")
-        run(RunConfig.load(out), out=out, resume=True, predictions=True)
+        run(load_settings(out), out=out, resume=True, predictions=True)
         assert (out / name).read_bytes() == before
 
 

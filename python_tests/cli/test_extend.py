@@ -14,6 +14,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store import extending
 from fedkern.engine.store.records import read_metrics
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
         "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--quiet"]  # fmt: skip
@@ -53,7 +54,7 @@ def test_an_extended_run_is_the_longer_run(method, start, result, tmp_path):
     out, _ = result("extend", "short", "--rounds", "5", "--quiet")
     assert out.strip().splitlines()[-1] == "short"
     check_equal(tmp_path / "long", tmp_path / "short")
-    assert RunConfig.load("short", device="cpu").rounds == 5
+    assert load_settings("short", device="cpu").rounds == 5
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -117,7 +118,7 @@ def test_a_schedule_over_all_rounds_is_told(result):
 def test_the_trackers_of_a_run_follow_an_extended_one(flags, monkeypatch, tmp_path):
     given = finished_runs.parse(["extend", "run", "--rounds", "9", *flags, "--workers", "2"])
     monkeypatch.setattr(extending, "extend", lambda out, rounds: RunConfig.make("fedavg", rounds=rounds))
-    monkeypatch.setattr(RunConfig, "load", lambda *_, **__: RunConfig.make("fedavg"))
+    monkeypatch.setattr(finished_runs, "load_settings", lambda *_, **__: RunConfig.make("fedavg"))
     (tmp_path / "run").mkdir()
     again, plain = finished_runs.extended(given), parse(["--resume", "run", *flags, "--workers", "2"])
     assert {**vars(again), "predictions": False} == vars(plain)

@@ -22,6 +22,7 @@ from fedkern.errors import UserError
 from fedkern.report import progress
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 TINY = ["--train-samples", "200", "--clients", "2", "--rounds", "2", "--threads", "1", "--grad-cam", "0", "--quiet"]
 
@@ -379,7 +380,7 @@ def test_a_plugin_given_again_may_be_executed(result, fails, tmp_path):
         result(*command, *flag)
     (tmp_path / "other.py").write_text((EXAMPLES / "fedavgm.py").read_text())
     assert "has no plugin" in fails("extend", "run", "--rounds", "4", *flag, "--plugin", "other.py")
-    assert RunConfig.load("run", trusted=[str(plugin.path)]).rounds == 3
+    assert load_settings("run", trusted=[str(plugin.path)]).rounds == 3
 
 
 def test_evaluate_knows_the_held_out_client(result, tmp_path):

@@ -23,6 +23,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 TINY = ["--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--data", "digits", "--partition", "iid"]  # fmt: skip
@@ -95,7 +96,7 @@ def test_resume_runs_no_code_that_the_folder_names(lpfm, marker, fails, capsys):
     assert "names code to run" in fails("--resume", str(lpfm), "--method-option", "lambda=0.9")
     assert not marker.ran()
     with pytest.raises(UserError, match="names code to run"):
-        run(RunConfig.load(lpfm), out=lpfm, resume=True)
+        run(load_settings(lpfm), out=lpfm, resume=True)
     assert not marker.ran()
     assert main(["--resume", str(lpfm), "--method-option", f"teacher={TEACHER}", "--quiet"]) == 0
     assert marker.ran()
@@ -154,10 +155,10 @@ def test_every_option_that_imports_says_so():
     """An option whose help offers python:MODULE:NAME, or takes it, is one that a stored run is asked about."""
     found = set()
     for name, kind in METHODS.items():
-        for knob in kind.Options.knobs():
-            if "python:" in knob.help or knob.code is not None:
-                assert knob.code is not None, (name, knob.name)
-                found.add((name, knob.name))
+        for each in kind.Options.declared():
+            if "python:" in each.help or each.code is not None:
+                assert each.code is not None, (name, each.name)
+                found.add((name, each.name))
     assert found == {("fedlpfm", "teacher")}
     given = {"teacher": f"pretrained,{TEACHER},clip:x"}
     assert METHODS["fedlpfm"].Options.code(given) == [("teacher", TEACHER)]

@@ -16,7 +16,7 @@ from fedkern.data import load
 from fedkern.downstream.saved_network import read_model
 from fedkern.methods.common import diagnostics
 from fedkern.run import main
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION, MULTILABEL
 
 TINY = ("--data", "csv", "--data-root", "set", "--threads", "1", "--workers", "1", "--model", "mlp",
@@ -98,7 +98,7 @@ def test_a_run_learns_and_tells_every_label(listed, result, tmp_path):
         rows = [row for row in csv.DictReader(file) if row["metric"] == "macro_auroc"]
     assert [(row["client"], row["test_set"]) for row in rows] == [("", "test"), ("A", "own"), ("B", "own")]
     assert summary["worst_client"]["metric"] == "macro_auroc"
-    assert RunConfig.load("run").partition == "attribute"
+    assert load_settings("run").partition == "attribute"
     # What a finished run is good for.
     result("evaluate", "run")
     again = json.loads((tmp_path / "run/evaluate.json").read_text())["metrics"]

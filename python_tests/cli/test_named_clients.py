@@ -14,6 +14,7 @@ from fedkern.engine.run import run
 from fedkern.report.pictures import write_pictures
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 SITES = ("Aachen", "Bonn", "Celle")
 TINY = ("--rounds", "1", "--local-epochs", "1", "--threads", "1", "--width", "2", "--grad-cam", "0", "--workers", "1",
@@ -59,7 +60,7 @@ def test_a_column_names_the_clients_everywhere(listed, result, tmp_path):
     out = tmp_path / "run"
     words = ("fedavg", "--data", "csv", "--data-root", str(listed), *TINY, "--client-test", "0.2", "--out", str(out))
     told, shown = result(*words)
-    stored = RunConfig.load(out)
+    stored = load_settings(out)
     assert (stored.partition, stored.clients) == ("attribute", 3)
     summary, (record,) = json.loads((out / "summary.json").read_text()), records(out)
     assert summary["client_names"] == list(SITES)
@@ -156,7 +157,7 @@ def test_own_test_folders_stay_where_a_share_is_the_default(folders, result, tmp
                             batch_size=4, data_options={"size": 16})  # fmt: skip
     assert config.client_test == 0.2
     summary = run(config, out=tmp_path / "run")
-    assert RunConfig.load(tmp_path / "run").client_test == 0
+    assert load_settings(tmp_path / "run").client_test == 0
     assert set(summary["client_metrics"]) == {"0", "1", "2"}
     assert summary["worst_client"]["metric"] == "i2t_r1"
     shares = run(config.replace(client_test=0.2), out=tmp_path / "other")
@@ -220,7 +221,7 @@ def test_resumed_runs_are_the_same(listed, tmp_path):
     # The same settings, made anew, leave the sites open again and still are those of the run.
     assert run(config, out=whole, resume=True)["client_names"] == list(SITES)
     assert config.left_open == {"partition", "clients"}
-    assert not RunConfig.load(whole).left_open
+    assert not load_settings(whole).left_open
 
 
 def test_a_stored_partition_stays_though_the_data_name_sites(listed, tmp_path):

@@ -12,7 +12,7 @@ import own_networks
 import pytest
 
 from fedkern.cli import flags, request
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 TINY = ["--data", "digits", "--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--partition", "iid", "--rounds", "1"]  # fmt: skip
@@ -47,7 +47,7 @@ def test_a_run_is_resumed_where_its_code_is_named_again(file, tmp_path, fails, r
     out, _ = result(*words, "--out", "run")
     name = f"{file}:Net"
     assert f"--model {name}" not in out  # the same method needs no comparison
-    stored = RunConfig.load("run")
+    stored = load_settings("run")
     assert stored.model == name
     assert f'model = "{name}"' in Path("run/config.toml").read_text()
     assert len(stored.model_sha256 or "") == 64
@@ -92,10 +92,10 @@ def test_a_changed_file_is_said(file, capsys, result):
 @pytest.mark.exhaustive
 def test_settings_of_an_earlier_run_make_a_new_one(file, result):
     result("fedavg", *TINY, "--model", "net.py:Net", "--out", "run")
-    before = RunConfig.load("run")
+    before = load_settings("run")
     file.write_text(NETWORK.replace("ReLU", "Tanh"))
     result("--config", "run/config.toml", "--out", "again")
-    again = RunConfig.load("again")
+    again = load_settings("again")
     assert again.model == before.model
     assert again.model_sha256 != before.model_sha256
 

@@ -19,6 +19,7 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 pytestmark = pytest.mark.usefixtures("plugged")
 
@@ -164,7 +165,7 @@ def test_the_examples_give_the_same_bits_when_resumed(result, tmp_path, method, 
     result(*words, "--out", "whole")
     unload_all()
     with pytest.raises(Kill):
-        run(RunConfig.load(tmp_path / "whole"), out=tmp_path / "run", listener=KillAt("round", 1))
+        run(load_settings(tmp_path / "whole"), out=tmp_path / "run", listener=KillAt("round", 1))
     unload_all()
     result("--resume", "run", "--quiet")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
@@ -180,7 +181,7 @@ def untouched(fails, begun, marked, runs, *parts):
         sentence = fails(*words)
         for part in parts:
             assert part in sentence
-    for look in (RunConfig.load, attack):
+    for look in (load_settings, attack):
         with pytest.raises(UserError):
             look(begun)
     assert marked.runs == runs
@@ -235,9 +236,9 @@ def test_a_plugin_of_no_run_is_refused(fails, begun, marked, tmp_path):
 def test_the_library_executes_a_trusted_plugin(begun, marked, monkeypatch, tmp_path):
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "empty"))
     with pytest.raises(UserError, match="names code to run"):
-        RunConfig.load(begun)
+        load_settings(begun)
     assert marked.runs == 1
-    config = RunConfig.load(begun, trusted=[str(marked.path)])
+    config = load_settings(begun, trusted=[str(marked.path)])
     assert marked.runs == 2
     assert run(config, out=begun, resume=True)["rounds"] == 2
     assert len(read_metrics(begun)) == 2

@@ -10,7 +10,7 @@ from html_reader import Reader
 from fedkern.cli import flags, reporting
 from fedkern.cli.request import effective
 from fedkern.run import main
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
         "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--rounds", "1"]  # fmt: skip
@@ -22,7 +22,10 @@ def test_a_report_at_the_end_of_a_run_and_later(result, tmp_path):
     text = (tmp_path / "run/report.html").read_text()
     (command,) = Reader(text).text("code")
     again = dataclasses.replace(flags.parse(shlex.split(command)[3:]), out=None)
-    assert effective(again).settled().differences(RunConfig.load("run", device="cpu").settled()) == []
+    assert (
+        effective(again).with_client_threads().differences(load_settings("run", device="cpu").with_client_threads())
+        == []
+    )
     (tmp_path / "run/report.html").unlink()
     out, _ = result("report", "run")
     assert out == "run/report.html\n"

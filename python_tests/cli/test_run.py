@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fedkern
+from fedkern import typed_option
 from fedkern.cli import flags, repeat, request
 from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
@@ -28,9 +29,9 @@ TINY = [*SMALL, "--rounds", "2", "--grad-cam", "8"]
 
 def test_the_help_of_a_method_names_every_setting(result):
     text, _ = result("fedavg", "--help")
-    for knob in RunConfig.knobs():
-        if knob.field != "method":
-            assert re.search(rf"^  {flags.flag(knob.field)} ", text, re.MULTILINE), knob.field
+    for each in RunConfig.declared():
+        if each.field != "method":
+            assert re.search(rf"^  {flags.flag(each.field)} ", text, re.MULTILINE), each.field
     for name in (
         "--protocol F7|L7",
         "--detector PATH_OR_NAME",
@@ -86,14 +87,14 @@ def test_help_shows_the_defaults_of_the_data_set(result):
 def test_the_help_of_a_method_shows_its_options_with_ranges(result, method):
     text, _ = result(method, "--help")
     assert METHODS[method].description in " ".join(text.split())
-    if not METHODS[method].Options.knobs():
+    if not METHODS[method].Options.declared():
         assert "It has no options of its own." in text
         return
     options = text[text.index("method options") :]
     flat = " ".join(options.split())
-    for knob in METHODS[method].Options.knobs():
-        assert re.search(rf"^  {knob.name} ", options, re.MULTILINE)
-        assert knob.range in flat
+    for each in METHODS[method].Options.declared():
+        assert re.search(rf"^  {each.name} ", options, re.MULTILINE)
+        assert each.range in flat
 
 
 def test_list_has_one_line_for_everything(result):
@@ -142,8 +143,8 @@ def test_doctor(result):
         (["fedavg", "--threads", "99999999999"], ["--threads", "[0, 1024]", "99999999999"]),
         (["fedavg", "--width", "1" + "0" * 20], ["--width", "[1, 65536]"]),
         (["fedavg", "--batch-size", "1" + "0" * 20], ["--batch-size", "at most 2147483647"]),
-        (["fedavg", "--data", "folder", "--data-option", "size=1000000"], ["size", "from 8 to 8192"]),
-        (["fedavg", "--data", "folder", "--data-option", "size=1" + "0" * 20], ["size", "from 8 to 8192"]),
+        (["fedavg", "--data", "folder", "--data-option", "size=1000000"], ["size", "in [8, 8192]"]),
+        (["fedavg", "--data", "folder", "--data-option", "size=1" + "0" * 20], ["size", "in [8, 8192]"]),
         (["fedavg", "--data-option", "test_samples=1" + "0" * 20], ["test_samples", "at most 2147483647"]),
         (["fedgid", "--lr"], ["--lr"]),
         (["fedgid", "--rounds", "many"], ["--rounds", "integer", '"many"']),
@@ -240,6 +241,16 @@ def test_the_command_for_comparison_repeats_what_differs_from_its_own_defaults(a
     command = repeat.command_line(baseline, config)
     assert all(f" {words}" in command for words in repeated)
     assert "calibrate=" not in command  # a part of FuseFL, not of what it is compared with
+
+
+def test_a_word_is_converted_once(monkeypatch):
+    converted, convert = [], typed_option._convert
+    monkeypatch.setattr(typed_option, "_convert", lambda value, kind: converted.append(value) or convert(value, kind))
+    words = ["--lr", "0.0321", "--method-option", "alpha=0.4321", "--cue-size", "12", "--cue-clients", "1"]
+    config = request.effective(flags.parse(["fedgid", *words]))
+    again = config.replace(rounds=3).with_client_threads()
+    assert (again.lr, again.made.options.alpha, again.data_options["cue_size"]) == (0.0321, 0.4321, 12)
+    assert [converted.count(word) for word in ("0.0321", 0.0321, "0.4321", 0.4321, "12", 12)] == [1, 0, 1, 0, 1, 0]
 
 
 def test_data_options_have_flags():

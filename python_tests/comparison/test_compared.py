@@ -14,6 +14,7 @@ from fedkern.comparison.seed_statistics import Target
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 TINY = {"train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0, "local_steps": 2,
         "workers": 1, "rounds": 1, "progress": False}  # fmt: skip
@@ -41,7 +42,7 @@ def test_methods_are_compared_over_seeds(tmp_path):
     assert second["accuracy_low"] <= second["accuracy_difference"] <= second["accuracy_high"]
     assert second["reached"] == 2
     assert second["rounds_to_target"] == 1
-    assert RunConfig.load("x/fedprox_seed=0").options["mu"] == 0.5
+    assert load_settings("x/fedprox_seed=0").options["mu"] == 0.5
     rows = list(csv.DictReader((tmp_path / "x/comparison.csv").open()))
     assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in ("fedprox", "fedavg") for s in "01"]
     assert "rests on 2 seeds" in " ".join(found.notes)

@@ -13,7 +13,7 @@ import torch
 
 import fedkern
 from fedkern.methods import FedAvg, FedProx, option, registry
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
         "local_steps": 2, "workers": 1, "rounds": 1, "progress": False}  # fmt: skip
@@ -50,7 +50,7 @@ def test_objects_are_compared_with_names():
     ]  # fmt: skip
     single = {name: value for name, value in TINY.items() if name != "progress"}
     alone = fedkern.simulate(Slow(share=0.5), seed=1, out="alone", progress=False, pictures=False, **single)
-    config = RunConfig.load("x/Slow_share=0.5_seed=1")
+    config = load_settings("x/Slow_share=0.5_seed=1")
     assert config.to_dict() == alone.config.to_dict()
     assert json.loads(Path("x/Slow_share=0.5_seed=1/summary.json").read_text())["metrics"] == alone.metrics
     # The same call goes on: nothing is run twice, and another setting has folders of its own.
@@ -58,7 +58,7 @@ def test_objects_are_compared_with_names():
     again = fedkern.compare([Slow(share=0.5), Slow(share=0.25)], seeds=[1], out="x", **TINY)
     assert [row["group"] for row in again.table] == ["Slow share=0.5", "Slow share=0.25"]
     assert Path("x/Slow_share=0.5_seed=1/summary.json").stat().st_mtime_ns == before
-    assert RunConfig.load("x/Slow_share=0.25_seed=1").options["share"] == 0.25
+    assert load_settings("x/Slow_share=0.25_seed=1").options["share"] == 0.25
 
 
 def test_a_class_and_a_sweep_with_a_choice():

@@ -15,7 +15,7 @@ from plugin_files import unload_all
 import fedkern
 from fedkern import UserError
 from fedkern.methods import registry
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 TINY = {"model": "mlp", "threads": 1, "grad_cam": 0, "local_steps": 1, "workers": 1, "rounds": 1, "progress": False}
 DIGITS = {"data": "digits", "train_samples": 120, "clients": 3, **TINY}
@@ -198,4 +198,4 @@ def test_seeds_of_coloured_data_are_one_group():
     for seed in (0, 1):
         fedkern.simulate("fedavg", out=f"a{seed}", seed=seed, pictures=False, **given)
     assert [row["seeds"] for row in fedkern.compare(["a0", "a1"], out="c").table] == [2]
-    assert RunConfig.load("a0").identity == RunConfig.load("a1").identity
+    assert load_settings("a0").identity == load_settings("a1").identity

@@ -189,7 +189,7 @@ def test_many_clients():
     ("settings", "words"),
     [
         ({"clients": 30, "train_samples": 20}, "30 clients are more than 20 canvases"),
-        ({"options": {"minority": 0.7}}, "minority .*from 0 to 0.5"),
+        ({"options": {"minority": 0.7}}, "minority .*must be in .0, 0.5."),
         ({"public_samples": 5}, "no public samples"),
         ({"options": {"cue_clients": 1}}, "cue_clients is for classification"),
         ({"correlation": 0.5}, "no colours to correlate"),

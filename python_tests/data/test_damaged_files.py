@@ -26,7 +26,7 @@ from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.models.preprocessing import Preprocessing
 from fedkern.models.prompts import read_prompts
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 JSON = (
     "", "null", "[]", "{}", "1", '"x"', "NaN", "[[[", "[" * 50_000, '{"a":' * 50_000, "9" * 5000, "1e999", "\ufeff{}",
@@ -224,7 +224,7 @@ READERS = {
     "detections.json": detections,
     "preprocessor_config.json": lambda path: Preprocessing.read(path.parent, (0.5,), (0.5,), 8),
     "manifest.json": lambda path: Checkpoints(path.parent.parent).peek(),
-    "config.toml": lambda path: RunConfig.load(path.parent),
+    "config.toml": lambda path: load_settings(path.parent),
     "metrics.jsonl": lambda path: read_metrics(path.parent),
     "summary.json": lambda path: read_summary(path.parent),
     "shown.safetensors": lambda path: read_shown(path.parent),

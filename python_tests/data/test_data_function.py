@@ -9,8 +9,8 @@ import torch
 
 from fedkern.data import (
     DATASETS,
-    DataOption,
     FederatedData,
+    Option,
     PartitionStatistics,
     Source,
     Split,
@@ -23,7 +23,7 @@ from fedkern.errors import UserError
 from fedkern.tasks import CLASSIFICATION, TASKS
 
 N = 40
-SIDE = DataOption(8, "side", low=4, high=64)
+SIDE = Option(8, "side", low=4, high=64)
 
 FORM = ImageForm((1, 8, 8), (0.5,), (0.5,))
 
@@ -90,8 +90,8 @@ def test_a_source_is_shared_out_like_fedkerns_own(registered):
     ("options", "message"),
     [
         ({"nois": 1}, 'has no option "nois".*Did you mean "noise"'),
-        ({"noise": "much"}, 'option noise of data set "own": expected a number'),
-        ({"size": 100}, "from 4 to 64"),
+        ({"noise": "much"}, 'option noise of data set "own" must be a number'),
+        ({"size": 100}, r"must be in \[4, 64\]"),
     ],
 )
 def test_options_are_checked(registered, options, message):
@@ -276,7 +276,7 @@ def test_registering_wrongly(registered):
             """A source."""
 
     for default in (True, None, (1, 2)):
-        with pytest.raises(TypeError, match="expected a text, a number or a DataOption"):
+        with pytest.raises(TypeError, match="expected a text, a number or an Option"):
 
             @registered("own")
             def odd(size=default):

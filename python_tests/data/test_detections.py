@@ -231,7 +231,7 @@ def test_default_cache_follows_the_environment(tmp_path: Path, monkeypatch: pyte
         ({"detector": "x", "boxes": "y.json"}, "either a boxes file or a detector"),
         ({"box_threshold": 0.3}, "box_threshold .* without the option detector"),
         ({"detector": "x"}, 'the detector "x" needs a make_detector'),
-        ({"detector": "x", "text_threshold": 2}, "text_threshold.*from 0 to 1"),
+        ({"detector": "x", "text_threshold": 2}, "text_threshold.*must be in .0, 1."),
     ],
 )
 def test_bad_options(given: dict[str, object], message: str) -> None:

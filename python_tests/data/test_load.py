@@ -146,7 +146,7 @@ def test_mean_and_std_are_those_of_the_images(name: str) -> None:
         ({"name": "digits", "train_samples": 0}, "cannot give 0"),
         ({"name": "digits", "options": {"protocol": "F7"}}, 'no option "protocol"'),
         ({"name": "digits", "options": {"test_sample": 3}}, 'Did you mean "test_samples"'),
-        ({"name": "digits", "options": {"test_samples": True}}, "expected a whole number"),
+        ({"name": "digits", "options": {"test_samples": True}}, "must be an integer"),
         ({"name": "digits", "options": {"test_samples": -1}}, "at least 0"),
     ],
 )

@@ -160,11 +160,11 @@ def test_no_tree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protocol": "F8"}, "protocol.*expected one of F7, L7"),
+        ({"protocol": "F8"}, "protocol.*must be one of F7, L7"),
         ({"protocoll": "F7"}, 'no option "protocoll".*Did you mean "protocol"'),
-        ({"size": "large"}, "size.*expected a whole number"),
-        ({"size": 4}, "size.*from 8 to 8192"),
-        ({"held_out": 0.5}, "held_out.*from 0 to 0.33"),
+        ({"size": "large"}, "size.*must be an integer"),
+        ({"size": 4}, r"size.*must be in \[8, 8192\]"),
+        ({"held_out": 0.5}, r"held_out.*must be in \[0, 0.33\]"),
     ],
 )
 def test_bad_options(tmp_path: Path, options: dict, message: str) -> None:

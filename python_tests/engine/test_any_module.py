@@ -17,7 +17,7 @@ from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg, Method, Objective, Phase, Round, register
 from fedkern.methods.uploads import Number, like
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 PHASE = Phase(0, "train", "update")
 WIDTHS = (2, 3, 2)
@@ -147,7 +147,7 @@ def test_killed_and_resumed_it_ends_alike(hook, count, stack, data, make_config,
     run(config, out=tmp_path / "whole", data=data)
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=data, listener=KillAt(hook, count))
-    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
+    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 

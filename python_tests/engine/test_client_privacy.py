@@ -443,10 +443,9 @@ def test_epsilon_is_told_as_planned_so_far_and_spent(make_data, make_config, tmp
 
 @pytest.mark.parametrize(("clients", "given", "delta"), [(3, None, 1e-5), (3, 1e-3, 1e-3), (100_000, None, 10**-5.5)])
 def test_delta(clients, given, delta):
-    from fedkern.settings.config import delta_of
 
     config = RunConfig.make("fedavg", clients=clients, **NOISED, **({} if given is None else {"dp_delta": given}))
-    assert delta_of(config) == pytest.approx(delta)
+    assert config.delta == pytest.approx(delta)
 
 
 def test_a_secret_draw_counts_and_nothing_tells_of_it(make_data, make_config, tmp_path):

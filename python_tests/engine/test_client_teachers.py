@@ -19,7 +19,7 @@ from fedkern.errors import UserError
 from fedkern.messages import states
 from fedkern.methods import METHODS
 from fedkern.run import main
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 GENERATED = {"nz": 4, "ngf": 2, "generator_steps": 1, "synthesis_batch": 4, "distill_batch": 4, "distill_epochs": 1}
 OPTIONS = {
@@ -285,4 +285,4 @@ def test_a_relative_folder_is_stored_as_an_absolute_one(tmp_path, monkeypatch):
     for method, folder in (("ensemble", None), ("ccvr", "own")):
         words = [method, *WORDS, "--out", "own" if folder is None else "out"]
         assert main([*words, *(["--teachers", folder] if folder else [])]) == 0
-    assert RunConfig.load(tmp_path / "out").teachers == str(tmp_path / "own")
+    assert load_settings(tmp_path / "out").teachers == str(tmp_path / "own")

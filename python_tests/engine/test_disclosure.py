@@ -28,6 +28,7 @@ from fedkern.report.run_page import write_report
 from fedkern.report.tables import final_table
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data
+from fedkern.settings.stored import load_settings, read_settings
 
 needs_accounting = pytest.mark.skipif(
     find_spec("dp_accounting") is None, reason="dp-accounting is not installed (pip install '.[privacy]')"
@@ -238,7 +239,7 @@ def test_a_client_that_stops_a_private_run_tells_no_more(talking, make_data, mak
 def test_records_are_a_setting_like_others(make_data, make_config, tmp_path):
     config = make_config("fedavg", rounds=1, records="private")
     summary = run(config, out=tmp_path / "run", data=make_data())
-    stored = RunConfig.load(tmp_path / "run")
+    stored = load_settings(tmp_path / "run")
     assert stored.records == summary["records"] == "private"
     with pytest.raises(UserError, match="records: private -> all"):
         run(config.replace(records="all"), out=tmp_path / "run", data=make_data(), resume=True)
@@ -247,7 +248,7 @@ def test_records_are_a_setting_like_others(make_data, make_config, tmp_path):
     for method, options, expected in (("fedavg", {}, "all"), ("fediod", {"sigma_d": 1.0}, "private")):
         settings = make_config(method, options=options)
         open_ = "".join(line for line in settings.to_toml().splitlines(True) if not line.startswith("records"))
-        assert RunConfig(**RunConfig.table(open_)).records == settings.records == expected
+        assert RunConfig.of(read_settings(open_)).records == settings.records == expected
     with pytest.raises(UserError, match="--records"):
         make_config("fedavg", records="some")
 
@@ -292,9 +293,9 @@ def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, ma
     config = make_config("fedavg", rounds=2, records="private")
     with pytest.raises(Kill):
         run(config, out=out, data=data, listener=KillAt("round-start", round=cut))
-    run(RunConfig.load(out), out=out, data=data, resume=True)
+    run(load_settings(out), out=out, data=data, resume=True)
     write_report(out, data=data)
-    assert RunConfig.load(out).identity.keys() == {"version"}
+    assert load_settings(out).identity.keys() == {"version"}
     for path in (path for path in out.rglob("*") if path.is_file() and "checkpoints" not in path.parts):
         content = path.read_bytes()
         assert not [name for name, text in found.items() if text.encode() in content], path
@@ -310,7 +311,7 @@ def test_a_private_run_that_goes_on_stays_private(make_data, make_config, tmp_pa
     whole = run(config, out=tmp_path / "whole", data=data)
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", round=3))
-    again = run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
+    again = run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert again["metrics"] == whole["metrics"]
     assert again["diagnostics"] == whole["diagnostics"]
     assert torch.equal(

@@ -23,7 +23,7 @@ from fedkern.engine.store.records import read_summary
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, register
 from fedkern.methods.common import final_figures
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 
 FIGURES = ("balanced_accuracy", "macro_f1", "auroc", "ece")
@@ -89,7 +89,7 @@ def test_the_same_with_workers_and_after_a_resume_at_the_very_end(make_data, mak
         patch.setattr("fedkern.engine.parts.results.write_model", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(config, out=tmp_path / "cut", data=data)
-    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True, predictions=True)
+    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True, predictions=True)
     assert told(tmp_path / "one") == told(tmp_path / "two") == told(tmp_path / "cut")
 
 
@@ -97,7 +97,7 @@ def test_a_finished_run_gives_its_predictions_later(make_data, make_config, tmp_
     data = make_data()
     run(make_config(), out=tmp_path / "whole", data=data, predictions=True)
     before = run(make_config(), out=tmp_path / "later", data=data)
-    stored = RunConfig.load(tmp_path / "later")
+    stored = load_settings(tmp_path / "later")
     run(stored, out=tmp_path / "later", data=data, resume=True, predictions=True)
     assert told(tmp_path / "later") == told(tmp_path / "whole")
     assert read_summary(tmp_path / "later")["metrics"] == before["metrics"]

@@ -18,8 +18,10 @@ from fedkern.engine.images import Images
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.image_rows import ImageRows, ImageStore, PixelClasses
-from fedkern.settings.config import NAME, RunConfig
+from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
+from fedkern.settings.run_format import NAME
+from fedkern.settings.stored import load_settings
 
 FORM = ImageForm((3, 8, 8), (0.4,) * 3, (0.2,) * 3)
 
@@ -158,7 +160,7 @@ def test_a_run_folder_does_not_say_where_images_are_written(root, tmp_path):
     run(settings(root, rounds=1), out=tmp_path / "run")
     path = tmp_path / "run" / NAME
     path.write_text(f'cache = "{tmp_path / "elsewhere"}"\n' + path.read_text())
-    config = RunConfig.load(tmp_path / "run")
+    config = load_settings(tmp_path / "run")
     assert config.cache is None
 
 

@@ -27,8 +27,8 @@ from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS
-from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import FORMAT
+from fedkern.settings.stored import load_settings
 
 WORKING = 5
 STATEFUL = {"buffers": "local", "grad_cam": 0, "eval_every": 50, "batch_size": 2}
@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on(at, make_many, small, tmp_path):
     run(config, out=tmp_path / "whole", data=data)
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=data, listener=KillAt(*at))
-    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
+    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
@@ -213,7 +213,7 @@ def test_killed_around_every_file(when, make_many, small, tmp_path):
         with killed_at_rename(count, when):
             run(config, out=cut, data=data)
         again = (cut / "config.toml").exists()
-        run(RunConfig.load(cut) if again else config, out=cut, resume=again, data=data)
+        run(load_settings(cut) if again else config, out=cut, resume=again, data=data)
         assert outcome(cut) == outcome(tmp_path / "whole")
 
 
@@ -227,7 +227,7 @@ def cut(make_many, small, tmp_path):
 
 
 def go_on(out, data):
-    return run(RunConfig.load(out), out=out, resume=True, data=data)
+    return run(load_settings(out), out=out, resume=True, data=data)
 
 
 def test_states_of_absent_clients_are_read_when_they_work(cut, monkeypatch):

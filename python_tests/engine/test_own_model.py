@@ -31,6 +31,7 @@ from fedkern.methods import METHODS
 from fedkern.models import MODELS, register_model
 from fedkern.models.own import LEVELS
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 
 STAGED, PLAIN, RAW = (f"python:own_networks:{kind.__name__}" for kind in (Staged, Plain, Raw))
@@ -259,7 +260,7 @@ def test_a_module_is_resumed_with_the_module(make_config, make_data, tmp_path):
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=data, model=module, listener=KillAt("client", 4))
     with pytest.raises(UserError, match="go on with it in Python"):
-        run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
+        run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     with pytest.raises(UserError, match=r"module:Staged -> module:Plain"):
         run(config, out=tmp_path / "cut", data=data, resume=True, model=Plain())
     other = Staged()
@@ -298,7 +299,7 @@ def test_killed_and_resumed_a_file_ends_alike(file, own, make_data, tmp_path):
     run(config, out=tmp_path / "whole", data=data)
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4))
-    stored = RunConfig.load(tmp_path / "cut")
+    stored = load_settings(tmp_path / "cut")
     assert stored.model == name
     assert len(stored.model_sha256) == 64
     with pytest.raises(UserError, match=r"names code to run, .*networks.py:Staged.* --model .*networks.py:Staged"):
@@ -317,10 +318,10 @@ def test_a_file_that_has_changed(file, own, make_data, tmp_path):
         run(own(model=name), out=out, data=data, listener=KillAt("round"))
     file.write_text(text.replace("nn.Conv2d(4, 6, 3", "nn.Conv2d(4, 7, 3").replace("nn.Linear(6,", "nn.Linear(7,"))
     with pytest.raises(UserError, match=r"networks.py:Staged has other parameters than when the run in"):
-        run(RunConfig.load(out), out=out, data=data, resume=True, trusted=[name])
+        run(load_settings(out), out=out, data=data, resume=True, trusted=[name])
     file.write_text(text.replace("nn.ReLU(), nn.Max", "nn.Tanh(), nn.Max"))
     notices = Notices()
-    run(RunConfig.load(out), out=out, data=data, resume=True, trusted=[name], listener=notices)
+    run(load_settings(out), out=out, data=data, resume=True, trusted=[name], listener=notices)
     assert "networks.py:Staged has changed since the run in" in notices.said[0]
 
 
@@ -430,7 +431,7 @@ def test_initial_weights_of_a_file(weights, own, make_data, tmp_path):
     assert not torch.equal(found[0], found[2])
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=make_data(), listener=KillAt("round", 1))
-    stored = RunConfig.load(tmp_path / "cut")
+    stored = load_settings(tmp_path / "cut")
     assert len(stored.init_sha256) == 64
     content = weights.read_bytes()
     save_file(Staged().state_dict(), weights)
@@ -459,8 +460,8 @@ def test_a_run_goes_on_from_another_runs_folder(make_config, make_data, tmp_path
     config = make_config(init=str(first), rounds=3)
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=data, listener=KillAt("round", 1))
-    stored = RunConfig.load(tmp_path / "cut")
-    assert stored.init_sha256 == RunConfig.load(tmp_path / "file").init_sha256
+    stored = load_settings(tmp_path / "cut")
+    assert stored.init_sha256 == load_settings(tmp_path / "file").init_sha256
     content = (first / "model.safetensors").read_bytes()
     (first / "model.safetensors").write_bytes((tmp_path / "file" / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="is not what the run wrote"):

@@ -18,7 +18,7 @@ from fedkern.errors import ClientFailed, UserError
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 HOW = {"lr": 0.05, "momentum": 0.5, "local_epochs": 2, "rounds": 3}
 
@@ -92,7 +92,7 @@ def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_
     assert outcome(expected)[0] == outcome(played("two", own=OWN, workers="2"))[0]
     with pytest.raises(Kill):
         run(make_config(**HOW), out=tmp_path / "cut", data=make_data(), own=OWN, listener=KillAt("round", 1))
-    stored = RunConfig.load(tmp_path / "cut")
+    stored = load_settings(tmp_path / "cut")
     with pytest.raises(UserError, match=r"trains with a script's own train function loop: go on with it in Python"):
         run(stored, out=tmp_path / "cut", data=make_data(), resume=True)
     with pytest.raises(UserError, match=r"began with train function loop, and the code given now \(SGD\(lr=0.05"):
@@ -280,7 +280,7 @@ def test_a_kept_state_goes_on_in_the_next_round(factory, settings, played, make_
         config, cut = make_config(**{**HOW, **keep}), tmp_path / f"cut-{name}"
         with pytest.raises(Kill):
             run(config, out=cut, data=make_data(), own=given, listener=KillAt("round", 2))
-        run(RunConfig.load(cut), out=cut, data=make_data(), own=given, resume=True)
+        run(load_settings(cut), out=cut, data=make_data(), own=given, resume=True)
         assert outcome(cut) == outcome(tmp_path / name)
         assert outcome(played(f"two-{name}", own=given, workers="2", **keep))[0] == outcome(cut)[0]
 

@@ -30,8 +30,8 @@ from fedkern.methods.fediod.local_teachers import split as held_out
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.privacy import DPSGD, LEDGER, Accountant
 from fedkern.report.progress import Lines
-from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data
+from fedkern.settings.stored import load_settings
 from fedkern.streams import stream
 
 FORM = ImageForm((3, 8, 8), (0.5,) * 3, (0.2,) * 3)
@@ -235,7 +235,7 @@ def test_a_run_says_its_unit_everywhere_and_pays_for_it(federation, make_config,
     assert set(private["channels"]) == {"discriminator", "teacher", "histogram"}
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {info["samples"] for record in records for info in record["clients"].values()} == {30}
-    assert RunConfig.load(tmp_path / "run").unit.images == 3
+    assert load_settings(tmp_path / "run").unit.images == 3
 
 
 def test_an_image_is_the_unit_where_nothing_else_is_said(make_data, make_config, tmp_path):

@@ -24,6 +24,7 @@ from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.fedgid import FedGID
 from fedkern.models.precision import computing, lower
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 
 BF16 = {"precision": "bf16"}
@@ -130,7 +131,7 @@ def test_it_is_stored_and_a_run_goes_on_in_its_own(make_data, make_config, tmp_p
     assert 'precision = "bf16"' in (tmp_path / "cut" / "config.toml").read_text()
     with pytest.raises(UserError, match="precision: bf16 -> fp32"):
         run(config.replace(precision="fp32"), out=tmp_path / "cut", resume=True, data=make_data())
-    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=make_data())
+    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=make_data())
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     assert lower() is None  # nothing of it is left behind
 
@@ -140,7 +141,7 @@ def test_a_run_of_a_version_without_it_is_one_in_fp32(make_data, make_config, tm
         run(make_config(), out=tmp_path, data=make_data(), listener=KillAt("round", 0))
     path = tmp_path / "config.toml"
     path.write_text("\n".join(line for line in path.read_text().split("\n") if not line.startswith("precision")))
-    assert RunConfig.load(tmp_path).precision == "fp32"
+    assert load_settings(tmp_path).precision == "fp32"
 
 
 def test_an_unknown_one_is_refused(make_config):

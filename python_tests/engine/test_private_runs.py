@@ -12,7 +12,7 @@ from fedkern.engine.store import artifacts
 from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.fediod import private_messages
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
 
@@ -67,7 +67,7 @@ def test_a_killed_run_releases_the_same(teachers, options, noise, bits, make_dat
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=data, listener=kills)
     bits[:] = [0] * 100  # drawn again, they would be others
-    again = run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
+    again = run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
     covered = "teacher_dp" in options  # what is made of uncovered answers is not shown
     for name in ("model.safetensors", *((artifacts.FILE,) if covered else ())):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

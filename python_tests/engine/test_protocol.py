@@ -11,7 +11,7 @@ from fedkern.engine.run import run
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, Method, Round, option, register
 from fedkern.methods.uploads import Number
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 
 class Probe(Method):
@@ -104,7 +104,7 @@ def test_exchanges_messages_and_states(probe, make_data, make_config, tmp_path):
         try:
             run(config, out=out, data=data, listener=KillAt("client", hook))
         except Kill:
-            run(RunConfig.load(out), out=out, resume=True, data=data)
+            run(load_settings(out), out=out, resume=True, data=data)
         assert outcome(out) == outcome(tmp_path / "whole")
 
 

@@ -22,7 +22,7 @@ from fedkern.folder_lock import FolderLock
 from fedkern.interrupts import Terminated
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 
 STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}
@@ -54,7 +54,7 @@ def test_killed_at_a_hook(settings, hook, count, make_data, make_config, tmp_pat
     expected = reference(f"hook-{len(settings)}", config, data)
     with pytest.raises(Kill):
         run(config, out=tmp_path, data=data, listener=KillAt(hook, count))
-    run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=data)
+    run(load_settings(tmp_path), out=tmp_path, resume=True, data=data)
     assert outcome(tmp_path) == expected
 
 
@@ -70,7 +70,7 @@ def test_killed_around_every_file(count, when, make_data, make_config, tmp_path,
     if not (tmp_path / "config.toml").exists():  # died before the folder was a run folder
         run(config, out=tmp_path, data=data)
     else:
-        run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=data)
+        run(load_settings(tmp_path), out=tmp_path, resume=True, data=data)
     assert outcome(tmp_path) == expected
     assert not list(tmp_path.rglob("*.part"))
 
@@ -183,7 +183,7 @@ def test_a_finished_run_returns_its_summary_without_data(make_data, make_config,
     config = make_config(rounds=1)
     summary = run(config, out=tmp_path, data=make_data())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    again = run(RunConfig.load(tmp_path), out=tmp_path, resume=True)
+    again = run(load_settings(tmp_path), out=tmp_path, resume=True)
     assert again == json.loads(json.dumps(summary))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -193,7 +193,7 @@ def test_a_lost_summary_is_made_again(make_data, make_config, tmp_path):
     before = outcome(tmp_path)
     (tmp_path / "summary.json").unlink()
     (tmp_path / "model.safetensors").unlink()
-    run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=make_data())
+    run(load_settings(tmp_path), out=tmp_path, resume=True, data=make_data())
     assert outcome(tmp_path) == before
 
 
@@ -243,7 +243,7 @@ def test_thread_count_is_stored_restored_and_given_back(make_data, make_config, 
         run(make_config(threads=2, rounds=1, batch_size=20), out=tmp_path, data=make_data(), listener=Threads())
         assert set(seen) == {2}
         assert torch.get_num_threads() == 1
-        assert RunConfig.load(tmp_path).threads == 2
+        assert load_settings(tmp_path).threads == 2
     finally:
         torch.set_num_threads(before)
 
@@ -264,6 +264,7 @@ from fedkern.engine.run import run
 from fedkern.interrupts import Terminated
 from fedkern.listeners import Listener
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 class Tell(Listener):
     def on_client(self, round, client, info):
@@ -300,7 +301,7 @@ def test_processes_really_killed(make_data, tmp_path):
     assert kill_after(start(cut, "resume"), 13, signal.SIGTERM) == 143
     second = Checkpoints(cut).peek()["round"]
     assert 0 < first < second < 40
-    config = RunConfig.load(cut)
+    config = load_settings(cut)
     run(config, out=cut, resume=True, data=make_data())
     run(config, out=tmp_path / "whole", data=make_data())
     assert outcome(cut) == outcome(tmp_path / "whole")
@@ -347,6 +348,6 @@ def test_names_that_have_changed_since_are_a_sentence(method, what, make_data, m
     renamed = dataclasses.replace(data, **{field: (*getattr(data, field)[:-1], "other")})
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=f"The {what} of the data have other names than when the run .*put the names"):
-        run(RunConfig.load(tmp_path), out=tmp_path, data=renamed, resume=True)
+        run(load_settings(tmp_path), out=tmp_path, data=renamed, resume=True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    assert run(RunConfig.load(tmp_path), out=tmp_path, data=data, resume=True)["rounds"] == 3
+    assert run(load_settings(tmp_path), out=tmp_path, data=data, resume=True)["rounds"] == 3

@@ -20,6 +20,7 @@ from fedkern.methods import METHODS, FedAvg, Phase, register
 from fedkern.ops import FlatParameters
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
+from fedkern.settings.stored import load_settings
 
 
 class Recorder(Listener):
@@ -52,9 +53,9 @@ def test_folder_holds_what_the_interface_promises(method, make_data, make_config
     config = make_config(method)
     summary = run(config, out=tmp_path / "run", listener=listener, data=make_data())
     out = tmp_path / "run"
-    stored = RunConfig.load(out)
+    stored = load_settings(out)
     assert {"images", "labels", "version"} <= stored.identity.keys()
-    assert stored.replace(identity={}) == config.replace(augment="none").settled()
+    assert stored.replace(identity={}) == config.replace(augment="none").with_client_threads()
     records = read_metrics(out)
     assert [r["round"] for r in records] == [1, 2]
     for record in records:
@@ -273,7 +274,7 @@ def test_full_disk_is_one_sentence_and_leaves_no_half_file(make_data, make_confi
     assert not list((tmp_path / "run").rglob("*.part"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["manifest.json"]
     monkeypatch.undo()
-    run(RunConfig.load(tmp_path / "run"), out=tmp_path / "run", resume=True, data=make_data())
+    run(load_settings(tmp_path / "run"), out=tmp_path / "run", resume=True, data=make_data())
 
 
 def test_a_registered_method_of_ones_own_runs(make_data, make_config, tmp_path):
@@ -306,7 +307,7 @@ def test_embedded_data_end_to_end(data, model, tmp_path):
     summary = run(config, out=tmp_path)
     prefix = "ood_" if data == "colordigits" else ""
     assert 0 <= summary["metrics"][prefix + "accuracy"] <= 1
-    assert run(RunConfig.load(tmp_path), out=tmp_path, resume=True)["metrics"] == summary["metrics"]
+    assert run(load_settings(tmp_path), out=tmp_path, resume=True)["metrics"] == summary["metrics"]
 
 
 def test_a_missing_or_damaged_model_is_one_sentence(tmp_path):

@@ -18,7 +18,7 @@ from fedkern.engine.run import run
 from fedkern.listeners import Listener
 from fedkern.ops._core import backend
 from fedkern.report.progress import headline
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 pytestmark = pytest.mark.skipif(not backend.active_isa().startswith("avx"), reason="the kernel serves AVX2 and AVX-512")
 
@@ -106,8 +106,8 @@ def equal(one, other):
     ],
 )
 def test_the_record_says_what_is_served_or_why_not(kind, said, played):
-    assert RunConfig.load(played("run", kind)).served.startswith(said)
-    assert RunConfig.load(played("off", kind, accelerate="off")).served is None
+    assert load_settings(played("run", kind)).served.startswith(said)
+    assert load_settings(played("off", kind, accelerate="off")).served is None
 
 
 def test_the_header_says_it(make_config, make_data, tmp_path):
@@ -153,7 +153,7 @@ def test_the_same_bits_in_workers_and_after_a_kill(played, make_config, make_dat
     with pytest.raises(Kill):
         run(make_config(width=None, lr=0.05, rounds=3), out=tmp_path / "cut", data=make_data(), model=guest(Guest),
             listener=KillAt("round", 1))  # fmt: skip
-    stored = RunConfig.load(tmp_path / "cut")
+    stored = load_settings(tmp_path / "cut")
     run(stored, out=tmp_path / "cut", data=make_data(), model=guest(Guest), resume=True)
     assert outcome(tmp_path / "cut") == outcome(expected)
 
@@ -167,8 +167,8 @@ def test_operators_that_compute_something_else_are_not_taken(played, monkeypatch
 
     monkeypatch.setattr(calls, "_serve", wrong)
     out = played("run")
-    assert RunConfig.load(out).served.startswith("as written: ")
-    assert "is another one where operators compute it" in RunConfig.load(out).served
+    assert load_settings(out).served.startswith("as written: ")
+    assert "is another one where operators compute it" in load_settings(out).served
     monkeypatch.undo()
     assert equal(out, played("off", accelerate="off"))
 

@@ -31,7 +31,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 
 SHORT = {"fedavg", "feddra", "fediod", "fedgid", "fedlpfm", "fusefl", "scaffold"}
@@ -294,7 +294,7 @@ def test_other_workers_after_an_interruption(make_data, make_config, tmp_path):
     run(config.replace(workers="1"), out=tmp_path / "whole", data=data)
     with pytest.raises(Kill):
         run(config.replace(workers="2"), out=tmp_path / "cut", data=data, listener=KillAt("client", 7))
-    stored = RunConfig.load(tmp_path / "cut")
+    stored = load_settings(tmp_path / "cut")
     run(stored.replace(workers="3"), out=tmp_path / "cut", data=data, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
@@ -398,7 +398,7 @@ def test_short_runs_start_none(make_data, make_config, tmp_path, processes):
 def test_how_many(settings, cores, memory, count, make_data, make_config, monkeypatch):
     monkeypatch.setattr(machine, "usable_cores", lambda: cores)
     monkeypatch.setattr(machine, "free_memory", lambda: memory)
-    config = make_config(**settings).settled()
+    config = make_config(**settings).with_client_threads()
     assert sizing.workers_for(config, RunContext(config, make_data()), 100, 1000) == count
 
 
@@ -431,6 +431,7 @@ import torch
 
 from fedkern.engine.run import run
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 from fedkern.methods import FedAvg
 from fedkern.methods.registry import register
 

@@ -14,8 +14,8 @@ from federation import SCRIPT, commands, deployment, surroundings
 from flower_processes import processes_of
 
 from fedkern.engine.run import run
-from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import data_of_one
+from fedkern.settings.stored import load_settings
 
 pytestmark = pytest.mark.flower
 
@@ -34,7 +34,7 @@ def test_the_script_gives_the_bits_of_one_process_that_has_all_data(tmp_path):
     assert processes_of(folder) == []
     assert {path.name for path in (folder / "states").iterdir()} == {"north", "east", "south"}
 
-    config = RunConfig.load(folder / "run", device="cpu")
+    config = load_settings(folder / "run", device="cpu")
     data = data_of_one(config)
     roots = [str(folder / "data" / site) for site in deployment().SITES]
     parts = [data_of_one(config.replace(data_root=root), node=True) for root in roots]

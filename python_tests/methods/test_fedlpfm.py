@@ -24,7 +24,7 @@ from fedkern.methods import Batch, FedLPFM, Phase
 from fedkern.methods.protocol import BEFORE
 from fedkern.models.teacher import CallableTeacher
 from fedkern.models.teacher_training import finetune, probe
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 EQUAL = {"lr": 0.05, "momentum": 0.9}  # the methods' own defaults differ
 SMALL = {"teacher": "pretrained:cnn/3", "pretrain_epochs": 2}
@@ -247,7 +247,7 @@ def test_resumed_it_ends_alike_even_when_the_cache_is_gone(tuning, data, make_co
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4))
     shutil.rmtree(tmp_path / "cache")
-    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
+    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 

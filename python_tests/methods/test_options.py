@@ -1,4 +1,4 @@
-"""A method's knobs: types, ranges, published names, messages."""
+"""A method's options: types, ranges, published names, messages."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ import torch
 
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, get, register
-from fedkern.methods.options import Options, option
+from fedkern.methods.options import Options
+from fedkern.typed_option import option
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,10 @@ def test_what_is_no_such_number_is_refused(key, value):
 
 def test_every_number_of_every_method_fits_the_networks():
     for name, kind in METHODS.items():
-        for knob in kind.Options.knobs():
-            if knob.type is float:
-                with pytest.raises(UserError, match=rf'"{knob.name}" must be '):
-                    kind.Options.parse({knob.name: 1e300}, method=name)
+        for each in kind.Options.declared():
+            if each.type is float:
+                with pytest.raises(UserError, match=rf'"{each.name}" must be '):
+                    kind.Options.parse({each.name: 1e300}, method=name)
 
 
 def test_given_twice():
@@ -140,12 +141,12 @@ def test_every_method_is_described_and_its_options_round_trip(name):
     assert method.Options.parse(options.to_dict()) == options
     given = {k: v for k, v in options.to_dict().items() if v is not None}  # an option left open has no text
     assert method.Options.parse([f"{k}={v}" for k, v in given.items()]) == options
-    for knob in method.Options.knobs():
-        assert knob.help
+    for each in method.Options.declared():
+        assert each.help
 
 
-def test_every_published_knob_of_fedgid_can_be_set():
-    names = {knob.name for knob in METHODS["fedgid"].Options.knobs()}
+def test_every_published_option_of_fedgid_can_be_set():
+    names = {each.name for each in METHODS["fedgid"].Options.declared()}
     assert {
         "alpha", "lambda", "temperature", "mix_stage", "kl_direction", "distill_on", "background_pool",
         "exclude_same_class", "alpha_sampling", "gd_start_round", "gd_ramp", "intervention", "distillation",

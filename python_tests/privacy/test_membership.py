@@ -25,6 +25,7 @@ from fedkern.errors import UserError
 from fedkern.methods.fediod import local_teachers
 from fedkern.privacy import membership, membership_attack
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 from fedkern.tasks import SEGMENTATION
 
 FORM = ImageForm((1, 8, 8), (0.5,), (0.3,))
@@ -361,7 +362,7 @@ def test_what_a_run_set_aside_was_never_trained_on(tmp_path, data):
     folder = release(tmp_path / "run", data, 3)
     whole = attacking.attack(folder, data=data)
     assert whole["members"] == 100
-    config = RunConfig.load(folder)
+    config = load_settings(folder)
     (folder / "config.toml").write_text(config.replace(client_test=0.25).to_toml())
     assert attacking.attack(folder, data=data)["members"] == 75
     (folder / "config.toml").write_text(config.replace(held_out_client=0).to_toml())

@@ -37,6 +37,7 @@ from fedkern.report import (
 from fedkern.report.display import display
 from fedkern.report.names import TICK, TITLE, label
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import read_settings
 
 NAMES = {
     "formula": "US$ a_{$",
@@ -236,17 +237,17 @@ def test_tensorboard(name, tmp_path):
 @pytest.mark.parametrize("kind", ["options", "data_options"])
 def test_settings_survive_config_toml(name, kind, monkeypatch):
     """In a file of UTF-8 there is no surrogate, so a setting has none from the start."""
-    make = RunConfig.make("fedlpfm", options={"teacher": "folder"}) if kind == "options" else RunConfig.make("fedavg")
+    make = RunConfig.make("fedlpfm" if kind == "options" else "fedavg")
     changed = {**getattr(make, kind), "teacher" if kind == "options" else "x": name}
     if name == NAMES["surrogate"]:
         with pytest.raises(UserError, match=r'a\\xffb\\ud800" has bytes that are not UTF-8'):
-            make.replace(**{kind: changed})
+            RunConfig.of({**make.to_dict(), kind: changed})
         return
-    config = make.replace(**{kind: changed}) if kind == "data_options" or name else make
+    config = RunConfig.of({**make.to_dict(), kind: changed}) if kind == "data_options" or name else make
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text = config.to_toml().encode().decode()
-    assert RunConfig(**RunConfig.table(text)) == config
+    assert RunConfig.of(read_settings(text)) == config
 
 
 def named_curves(name):

@@ -32,6 +32,7 @@ from fedkern.report import (
 from fedkern.report.names import label
 from fedkern.report.sheet import rgb
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 from fedkern.tasks import TASKS
 
 
@@ -86,7 +87,7 @@ def test_a_run_gets_its_three_pictures(tmp_path, data):
 def test_a_run_with_private_records_has_no_counts(tmp_path, data):
     folder = make_run(tmp_path, data)
     (folder / "partition.png").write_bytes(b"older")
-    config = RunConfig.load(folder).replace(records="private")
+    config = load_settings(folder).replace(records="private")
     (folder / "config.toml").write_text(config.to_toml())
     for content, sentence in (
         (None, "has no summary.json, and its records are private"),
@@ -108,7 +109,7 @@ def test_pictures_are_listed_and_missed(tmp_path, data):
     """Without running statistics there is no gradcam.png, and none is waited for."""
     folder = make_run(tmp_path, data)
     assert pictures.drawn(folder) == []
-    config = RunConfig.load(folder)
+    config = load_settings(folder)
     (folder / "config.toml").write_text(config.replace(buffers="drop").to_toml())
     written = pictures.write_pictures(folder, data=data)
     assert [path.name for path in written] == ["accuracy.png", "partition.png"]
@@ -123,7 +124,7 @@ def test_pictures_are_listed_and_missed(tmp_path, data):
 def test_data_that_are_loaded_again_are_those_of_the_run(tmp_path, data, monkeypatch):
     """From where they are now, on a machine without the GPU of the run, and without the client that was held out."""
     folder = make_run(tmp_path, data)
-    config = RunConfig.load(folder).replace(held_out_client=1, data_root="/before")
+    config = load_settings(folder).replace(held_out_client=1, data_root="/before")
     text = config.to_toml().replace(f'device = "{config.device}"', 'device = "cuda"')
     (folder / "config.toml").write_text(text)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -471,7 +472,7 @@ def test_the_picture_of_another_task_fails_in_its_own_name(task, quick, data, mo
 
 
 def test_no_grad_cam_is_none(quick, data):
-    config = RunConfig.load(quick).replace(grad_cam=0)
+    config = load_settings(quick).replace(grad_cam=0)
     (quick / "config.toml").write_text(config.to_toml())
     assert len(pictures.write_pictures(quick, data=data)) == 6
     assert not (quick / "gradcam.png").exists()

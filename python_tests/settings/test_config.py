@@ -14,6 +14,7 @@ from fedkern.models import MODELS
 from fedkern.settings import toml
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import DATA, METHOD, METHOD_ON, defaults
+from fedkern.settings.stored import read_settings
 
 
 @pytest.mark.sampled(7)
@@ -23,14 +24,14 @@ def test_defaults_are_valid_settings_and_survive_toml(method):
         config = RunConfig.make(method, data=data)
         assert config.partition, data
         assert config.width, data
-        assert RunConfig(**RunConfig.table(config.to_toml())) == config, data
+        assert RunConfig.of(read_settings(config.to_toml())) == config, data
 
 
 def test_numbers_of_numpy_are_settings():
     given = {"rounds": np.int64(2), "lr": np.float32(0.5), "clients": np.uint8(3), "seed": np.int16(7)}
     options, data_options = {"mu": np.float16(0.25)}, {"test_samples": np.int32(5)}
     config = RunConfig.make("fedprox", data="digits", **given, options=options, data_options=data_options)
-    assert RunConfig(**RunConfig.table(config.to_toml())) == config
+    assert RunConfig.of(read_settings(config.to_toml())) == config
     found = [config.rounds, config.lr, config.clients, config.seed, config.options["mu"], config.data_options]
     assert found == [2, 0.5, 3, 7, 0.25, {"test_samples": 5}]
     assert [type(each) for each in found] == [int, float, int, int, float, dict]
@@ -61,7 +62,7 @@ def test_bad_lr_steps(steps):
 def test_lr_steps_are_numbers():
     config = RunConfig.make("fedavg", lr_steps="20, 40")
     assert (config.lr_steps, config.lr_epochs) == ("20,40", (20, 40))
-    assert RunConfig(**RunConfig.table(config.to_toml())) == config
+    assert RunConfig.of(read_settings(config.to_toml())) == config
 
 
 def test_what_is_given_wins_over_the_defaults_of_method_and_data():
@@ -132,11 +133,11 @@ def test_differences_name_setting_old_and_new():
 
 def test_infinite_temperature_survives_toml():
     config = RunConfig.make("fedgid", options=["temperature=inf"])
-    assert RunConfig(**RunConfig.table(config.to_toml())).options["temperature"] == math.inf
+    assert RunConfig.of(read_settings(config.to_toml())).options["temperature"] == math.inf
 
 
 def test_a_partial_file_has_only_what_it_says():
-    table = RunConfig.table('lr = 0.2\nlocal-epochs = 3\n[options]\n"lambda" = 2\n')
+    table = read_settings('lr = 0.2\nlocal-epochs = 3\n[options]\n"lambda" = 2\n')
     assert table == {"lr": 0.2, "local_epochs": 3, "options": {"lambda": 2}}
 
 
@@ -150,7 +151,7 @@ def test_a_partial_file_has_only_what_it_says():
 )
 def test_bad_files(text, message):
     with pytest.raises(UserError, match=message):
-        RunConfig(**RunConfig.table(text))
+        RunConfig.of(read_settings(text))
 
 
 def test_toml_text_is_what_the_standard_library_reads():

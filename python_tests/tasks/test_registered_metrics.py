@@ -11,7 +11,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.methods import register_metric
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_resumed_run_has_the_same_metrics(metrics, make_data, make_config, tmp
     run(config, out=tmp_path / "whole", data=make_data())
     with pytest.raises(Kill):
         run(config, out=tmp_path / "run", data=make_data(), listener=KillAt("round", 1))
-    run(RunConfig.load(tmp_path / "run"), out=tmp_path / "run", resume=True, data=make_data())
+    run(load_settings(tmp_path / "run"), out=tmp_path / "run", resume=True, data=make_data())
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 

@@ -11,7 +11,6 @@ from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.sizing import workers_for
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.preparing import Prepared
-from fedkern.settings.config import clients_of_a_round
 
 
 def executor_of(prepared: Prepared, here: Serial, states: States, parameters: int) -> Executor:
@@ -41,7 +40,7 @@ def _on_ranks(prepared: Prepared, here: Serial, states: States, ranks: team.Team
     if config.workers not in ("auto", "1"):
         why = "each rank of torchrun has its clients work one after another"
         context.warn("no-workers", f"--workers {config.workers} changes nothing here, as {why}.")
-    if not asks or clients_of_a_round(config) < 2:
+    if not asks or config.clients_of_a_round < 2:
         return here
     found = Ranks(context, here, prepared.askers, states, ranks)
     prepared.server.summing = found.accumulator

@@ -7,7 +7,7 @@ import sys
 
 from fedkern import machine
 from fedkern.engine.context import RunContext
-from fedkern.settings.config import RunConfig, clients_of_a_round
+from fedkern.settings.config import RunConfig
 
 BASE_BYTES = 400 << 20
 """Memory of a worker beside networks and images: the interpreter, PyTorch's own tables, a batch's activations."""
@@ -29,7 +29,7 @@ def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: i
         if config.workers != "auto":
             context.warn("no-workers", f"--workers {config.workers} changes nothing here, as {why}.")
         return 1
-    most = clients_of_a_round(config)
+    most = config.clients_of_a_round
     if config.workers != "auto":
         return min(int(config.workers), most)
     # Fewer --threads than cores: the user leaves the others to other work.

@@ -17,12 +17,12 @@ from fedkern.engine.store.saved_model import RESULTS
 from fedkern.errors import UserError
 from fedkern.folder_lock import FolderLock
 from fedkern.inputs import read_json, standing
-from fedkern.methods import registry
 from fedkern.methods.base import Federation, Round
-from fedkern.settings import config as settings
 from fedkern.settings import toml
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import FOLDER
+from fedkern.settings.run_format import NAME as SETTINGS
+from fedkern.settings.stored import load_settings, stored_settings
 
 REPORT = "report.html"
 PICTURE_LIST = "pictures.json"
@@ -60,9 +60,8 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
             rounds that were played would have been others in such a run.
     """
     out = Path(out)
-    stored = RunConfig.load(out, trusted=trusted, device="cpu")
-    kind = registry.get(stored.method)
-    options = kind.Options.parse(stored.options, method=stored.method)
+    stored = load_settings(out, trusted=trusted, device="cpu")
+    kind, options = stored.kind, stored.chosen
     if (out / NODES).exists():
         raise UserError(
             f"The states of the clients of {out} are on nodes of Flower, where no run is extended: start a new run "
@@ -94,7 +93,7 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
                 f"would have begun otherwise: start a new run with --rounds {rounds}."
             )
         # From the file, not from `stored`, whose device is this machine's.
-        text = toml.dumps({**RunConfig.stored(out), "rounds": rounds})
+        text = toml.dumps({**stored_settings(out), "rounds": rounds})
         info = {**entry["info"], "config": {**entry["info"]["config"], "rounds": rounds}, "finished": False}
         info.pop("results", None)
         parts = dict(info["parts"])
@@ -104,7 +103,7 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
         info["parts"] = {**parts, "warnings": {name: text for name, text in warned.items() if name not in ended}}
         checkpoints.amend(info)
         set_aside(out, entry["round"])
-        atomic.write_bytes(out / settings.NAME, text.encode())
+        atomic.write_bytes(out / SETTINGS, text.encode())
     return stored.replace(rounds=rounds)
 
 

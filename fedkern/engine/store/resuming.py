@@ -20,8 +20,9 @@ from fedkern.errors import UserError
 from fedkern.methods.base import Round
 from fedkern.ops._core import backend
 from fedkern.ops._core.loading import Unavailable
-from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
+from fedkern.settings.run_format import NAME as SETTINGS
+from fedkern.settings.stored import load_settings
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""
@@ -41,7 +42,7 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
     """
     begun = {name: value for name, value in entry["info"]["config"].items() if value is not None}
     try:
-        before = RunConfig(**{**begun, "device": stored.device})
+        before = RunConfig.of({**begun, "device": stored.device})
     except (UserError, TypeError) as error:
         raise UserError(
             f"The run in {out} was made with settings that this version of fedkern does not have ({error}): go on with "
@@ -50,7 +51,7 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
     changed = [text for text in stored.differences(before) if text.partition(":")[0] not in MOVABLE]
     if changed:
         raise UserError(
-            f"{out / settings.NAME} was changed after the run began ({'; '.join(changed)}): put back what stood there, "
+            f"{out / SETTINGS} was changed after the run began ({'; '.join(changed)}): put back what stood there, "
             "or start a new run with the other settings."
         )
 
@@ -69,7 +70,7 @@ def unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any)
     Raises:
         UserError: there is no run, or its settings were changed after it began.
     """
-    config = RunConfig.load(out, trusted=trusted, **replaced)
+    config = load_settings(out, trusted=trusted, **replaced)
     if (entry := newest(Path(out))) is not None:
         check_unedited(config, entry, Path(out))
     return config

@@ -26,7 +26,7 @@ from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method
 from fedkern.methods.uploads import Values, like
 from fedkern.privacy.client_level import CHANNEL, ClientGuarantee, ClientLevel, keep_variances
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
-from fedkern.settings.config import RunConfig, delta_of
+from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
 
 RELEASED = -1
@@ -101,7 +101,7 @@ class PrivateMean(Filter):
         assert config.dp_clip is not None
         assert config.dp_noise is not None
         self._config, self._method, self._server = config, method, server
-        self.level = ClientLevel(config.dp_clip, config.dp_noise, delta_of(config))
+        self.level = ClientLevel(config.dp_clip, config.dp_noise, config.delta)
         if config.dp_noise and self.level.delta * config.trained_clients >= 1:
             context.warn(
                 "large-delta",

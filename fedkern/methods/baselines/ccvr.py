@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
-from fedkern.methods.options import option
 from fedkern.methods.registry import register
+from fedkern.typed_option import option
 
 
 @register("ccvr")

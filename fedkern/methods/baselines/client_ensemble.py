@@ -19,11 +19,11 @@ from fedkern import models
 from fedkern.methods.base import vectors_of
 from fedkern.methods.common.oneshot import MemberNetworks, exhaust
 from fedkern.methods.common.oneshot_members import Members
-from fedkern.methods.options import option
 from fedkern.methods.protocol import Batch, ClientId, Message, Phase, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.models.cost import memory_ratio
+from fedkern.typed_option import option
 
 
 @register("ensemble")

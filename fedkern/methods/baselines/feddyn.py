@@ -25,12 +25,12 @@ import torch
 
 from fedkern.methods.base import vectors_of
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.methods.options import option
 from fedkern.methods.protocol import ClientId, Message, Phase, Received, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.terms import Terms
 from fedkern.transfer import fetch
+from fedkern.typed_option import option
 
 
 @register("feddyn")

@@ -20,9 +20,9 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.frozen import remembered
-from fedkern.methods.options import option
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.registry import register
+from fedkern.typed_option import option
 
 
 @register("fedntd")

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 from fedkern import ops
 from fedkern.methods.base import VECTORS, LocalTraining
-from fedkern.methods.options import option
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, Maybe, Values, like, once
+from fedkern.typed_option import option
 
 
 @register("fedproto")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.methods.options import option
 from fedkern.methods.protocol import Received
 from fedkern.methods.registry import register
 from fedkern.methods.terms import Terms
+from fedkern.typed_option import option
 
 
 @register("fedprox")

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining
-from fedkern.methods.options import option
 from fedkern.methods.protocol import Batch, Message, Phase, Received
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
+from fedkern.typed_option import option
 
 
 class Pair(nn.Module):

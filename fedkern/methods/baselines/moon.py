@@ -22,11 +22,11 @@ from torch.nn.functional import cosine_similarity, softplus
 
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.frozen import frozen_copy, remembered
-from fedkern.methods.options import option
 from fedkern.methods.protocol import Batch, Message, Phase, Received
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client
 from fedkern.transfer import fetch
+from fedkern.typed_option import option
 
 
 @register("moon")

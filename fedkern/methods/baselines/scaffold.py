@@ -28,13 +28,13 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.methods.options import option
 from fedkern.methods.protocol import ClientId, Message, Phase, Received, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.terms import GradientSum, Terms
 from fedkern.methods.uploads import Declaration
 from fedkern.models.norms import fix_statistics
+from fedkern.typed_option import option
 
 GRADIENT_BATCH = 64
 """Most samples per backward pass at the received model."""

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedkern.methods.options import Options, option
+from fedkern.methods.options import Options
 from fedkern.methods.protocol import Batch, ClientId, Message, Upload
 from fedkern.methods.uploads import Declaration, Values
 from fedkern.models.optimisers import SGD
+from fedkern.typed_option import option
 
 JITTER = 1e-4  # added to every variance, so that no direction has zero variance
 BATCH = 128  # virtual features per step of the calibration

@@ -25,10 +25,10 @@ from fedkern.data.cases import drawn_rows
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining, vectors_of
 from fedkern.methods.common.robust_weights import Weights, distance, exponentiated_step, project
-from fedkern.methods.options import option
 from fedkern.methods.protocol import OUTSIDE, ClientId, Message, Phase, Received, Round, Upload
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, Number
+from fedkern.typed_option import option
 
 LOSSES = "losses"
 """Name of the exchange in which clients report their losses."""

@@ -21,10 +21,10 @@ from fedkern.methods.base import vectors_of
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
 from fedkern.methods.common.oneshot_members import Members, OwnNetworks, flatten, load, vectors
-from fedkern.methods.options import option
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, like, once
+from fedkern.typed_option import option
 
 
 class OneShot(FedAvg):

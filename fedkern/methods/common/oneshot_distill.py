@@ -16,7 +16,6 @@ from fedkern.methods.base import VECTORS
 from fedkern.methods.common.oneshot import MemberNetworks, OneShot, exhaust
 from fedkern.methods.common.oneshot_members import flatten, load, vectors
 from fedkern.methods.common.oneshot_synthesis import Synthesis, refuse_diverged
-from fedkern.methods.options import option
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Node, Server
 from fedkern.methods.uploads import Declaration
@@ -24,6 +23,7 @@ from fedkern.models.ensemble import Ensemble
 from fedkern.models.freezing import train_mode
 from fedkern.models.generator import Generator
 from fedkern.transfer import send
+from fedkern.typed_option import option
 
 
 class Distilled(MemberNetworks):

@@ -9,7 +9,7 @@ from typing import Any
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.fediod.privacy_options import PrivacyOptions
-from fedkern.methods.options import option
+from fedkern.typed_option import option
 
 PUBLISHED: Mapping[str, Any] = {
     "iterations": 0, "batch": 64, "warmup": 0.0, "student_steps": 5, "nz": 100, "ngf": 64, "ndf": 128,
@@ -172,7 +172,7 @@ class IODOptions(PrivacyOptions, Method.Options):
             )
 
     @classmethod
-    def settled(cls, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    def resolved(cls, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
         """Fills in the preset's values.
 
         A preset that the user names overrules the data set's defaults.  Otherwise it only fills options without a

@@ -10,8 +10,9 @@ from typing import Any
 
 from fedkern.errors import UserError, listed
 from fedkern.methods.fediod.losses import asks_teachers
-from fedkern.methods.options import Options, option
+from fedkern.methods.options import Options
 from fedkern.privacy import IMAGE, Guarantee, Unit
+from fedkern.typed_option import option
 
 
 @dataclass(frozen=True)

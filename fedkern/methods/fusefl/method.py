@@ -27,7 +27,6 @@ from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
 from fedkern.methods.fusefl.levels import BothHeads, LocalPart, plain_head, scaled_width, tensors_of
-from fedkern.methods.options import option
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
@@ -38,6 +37,7 @@ from fedkern.models.blocks import BlockNetwork, check_alike, cut
 from fedkern.models.cost import memory_ratio
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
 from fedkern.models.registry import unknown
+from fedkern.typed_option import option
 
 CALIBRATE = "calibrate"
 Levels = Mapping[int, Mapping[ClientId, Message]]

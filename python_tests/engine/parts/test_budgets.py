@@ -14,7 +14,7 @@ from fedkern.engine.timing import Timing
 from fedkern.engine.uploads.bytes import Ledger
 from fedkern.errors import UserError
 from fedkern.methods.base import Phase, Round
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 
 def record(entry=None):
@@ -89,7 +89,7 @@ def test_a_run_keeps_to_its_bytes_and_goes_on_alike(make_data, make_config, tmp_
     assert summary["stopped"]["by"] == "max-bytes"
     with pytest.raises(Kill):
         run(limited, out=tmp_path / "cut", data=data, listener=KillAt("client", 5))
-    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
+    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "limited")
 
 

@@ -23,7 +23,7 @@ from fedkern.errors import UserError
 from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import About, Disclosure
 from fedkern.report.run_page import headline, read
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 
 def record(number, due=True, about=About.RUN, **figures):
@@ -178,7 +178,7 @@ def test_an_interrupted_run_ends_alike(flag, at, data, make_config, tmp_path):
     assert 1 < summary["rounds"] < 12
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=data, listener=KillAt(*at))
-    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
+    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     best = [tmp_path / name / "best.safetensors" for name in ("cut", "whole")]
     assert [path.exists() for path in best] == 2 * [flag == "patience"]
@@ -203,7 +203,7 @@ def test_a_lost_network_of_the_best_round_is_named(data, make_config, tmp_path):
     for path in tmp_path.glob("best-*"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="is not what the run wrote of its best round: put the file back"):
-        run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=data)
+        run(load_settings(tmp_path), out=tmp_path, resume=True, data=data)
 
 
 def test_nothing_is_left_of_a_run_that_cannot_look(data, make_config, tmp_path):

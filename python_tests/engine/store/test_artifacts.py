@@ -21,7 +21,7 @@ from fedkern.methods import METHODS, register
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import LEDGER, Accountant, Guarantee
 from fedkern.report.pictures import write_pictures
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 
 class Telling(FedAvg):
@@ -80,7 +80,7 @@ def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_da
         out = tmp_path / f"cut{cut}"
         with pytest.raises(Kill):
             run(config, out=out, data=data, listener=KillAt("round", cut))
-        again = run(RunConfig.load(out), out=out, resume=True, data=data)
+        again = run(load_settings(out), out=out, resume=True, data=data)
         assert (out / artifacts.FILE).read_bytes() == (tmp_path / "whole" / artifacts.FILE).read_bytes()
         assert again["privacy"] == summary["privacy"]
 

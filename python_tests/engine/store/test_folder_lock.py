@@ -12,7 +12,7 @@ from fedkern import atomic, folder_lock
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.folder_lock import FolderLock
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 HOLDER = """
 import errno, fcntl, sys, time
@@ -106,7 +106,7 @@ def test_a_run_whose_folder_was_taken_over_stops(resumed, make_data, make_config
     if resumed:
         with pytest.raises(UserError, match="cut short"):
             run(make_config(rounds=4), out=tmp_path, data=make_data(), listener=cut_short(1))
-    config = RunConfig.load(tmp_path) if resumed else make_config(rounds=4)
+    config = load_settings(tmp_path) if resumed else make_config(rounds=4)
     with pytest.raises(UserError, match=r"Process 1 on elsewhere has taken over .*: this one stops here"):
         run(config, out=tmp_path, data=make_data(), listener=TakenOver(), resume=resumed)
     assert b"elsewhere" in (tmp_path / ".lock").read_bytes()  # still the other one's

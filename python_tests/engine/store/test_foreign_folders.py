@@ -10,7 +10,7 @@ from interrupted import Kill, KillAt, forge
 from fedkern.engine.run import run
 from fedkern.engine.store.extending import extend
 from fedkern.errors import UserError
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 NAMES = ("../../victim", "../metrics.jsonl", "ABSOLUTE", "", ".", "..", "manifest.json", "client-00001-000001/../../x")
 
@@ -34,7 +34,7 @@ def folder(request, make_data, make_config, tmp_path, monkeypatch):
 
 def go_on(folder, way, data):
     try:
-        config = extend(folder, 6) if way == "extend" else RunConfig.load(folder)
+        config = extend(folder, 6) if way == "extend" else load_settings(folder)
         run(config, out=folder, resume=True, data=data)
     except UserError:
         return False
@@ -164,5 +164,5 @@ def test_a_run_whose_manifest_is_gone_does_not_begin_anew(lost, method, make_dat
             path.unlink()
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"manifest\.json is missing, though the run has begun: put the file back"):
-        run(RunConfig.load(tmp_path), out=tmp_path, data=make_data(), resume=True)
+        run(load_settings(tmp_path), out=tmp_path, data=make_data(), resume=True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics

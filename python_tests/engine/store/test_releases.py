@@ -16,7 +16,7 @@ from fedkern.messages.digest import digest
 from fedkern.methods.fediod import client as fediod_client
 from fedkern.methods.fediod import private_messages
 from fedkern.privacy import Accountant
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 OPTIONS = {
     "iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "sigma_d": 9.0,
@@ -34,7 +34,7 @@ def cut(request, make_data, make_config, tmp_path):
         run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4, round=request.param))
 
     def go_on():
-        return run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
+        return run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
 
     return tmp_path / "cut", go_on
 

@@ -19,7 +19,7 @@ from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.ops import use_backend, use_isa
 from fedkern.ops._core import backend
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def cut(make_data, make_config, tmp_path):
 
 
 def go_on(out, data, **replaced):
-    return run(RunConfig.load(out, **replaced), out=out, resume=True, data=data)
+    return run(load_settings(out, **replaced), out=out, resume=True, data=data)
 
 
 def edit(out, old, new):
@@ -72,7 +72,7 @@ def test_a_run_goes_on_on_another_device_with_a_warning(cut, make_data, monkeypa
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     moved_to_a_gpu(cut)
     with pytest.raises(UserError, match="use --device cpu"):
-        RunConfig.load(cut)
+        load_settings(cut)
     summary = go_on(cut, make_data(), device="cpu")
     assert "started on cuda and continued on cpu" in summary["diagnostics"]["other-device"]
 

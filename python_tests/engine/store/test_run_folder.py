@@ -10,7 +10,7 @@ from interrupted import Kill, KillAt, outcome
 from fedkern.engine.run import run
 from fedkern.engine.store.run_folder import NAMES
 from fedkern.errors import UserError
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 FOREIGN = ("README.md", "notes.part", "data.safetensors")
 
@@ -41,7 +41,7 @@ def test_a_new_run_leaves_the_files_of_others_alone(make_data, make_config, tmp_
     (tmp_path / "checkpoints" / "mine.safetensors").write_text("mine")
     for name in ("checkpoints/{}server-000009.safetensors{}", "checkpoints/{}releases.jsonl{}", "{}summary.json{}"):
         (tmp_path / name.format(".", ".01234567.part")).write_text("a file that was not finished")
-    run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=make_data())
+    run(load_settings(tmp_path), out=tmp_path, resume=True, data=make_data())
     for name in (*FOREIGN, "checkpoints/mine.safetensors"):
         assert (tmp_path / name).read_text() == "mine"
     assert sorted(path.name for path in tmp_path.rglob("*.part")) == ["notes.part"]
@@ -84,7 +84,7 @@ def test_a_run_that_came_to_something_stays(make_data, make_config, tmp_path):
     with pytest.raises(UserError, match="third party"):
         run(make_config(rounds=3, checkpoint_every=3), out=out, data=data, listener=Stop("never"))
     assert (out / "metrics.jsonl").read_text()
-    run(RunConfig.load(out), out=out, resume=True, data=data)
+    run(load_settings(out), out=out, resume=True, data=data)
     assert outcome(out)[1] == outcome(tmp_path / "whole")[1]
 
 
@@ -131,4 +131,4 @@ def test_the_way_out_of_a_folder_that_cannot_be_written(name, number, make_data,
     else:
         assert sentence.endswith(f"then go on with --resume {out}.")
         assert ("free some space" in sentence) == full
-        run(RunConfig.load(out), out=out, resume=True, data=data)
+        run(load_settings(out), out=out, resume=True, data=data)

@@ -22,7 +22,7 @@ from fedkern.engine.uploads.bytes import Ledger, message_bytes
 from fedkern.errors import UserError
 from fedkern.messages import states
 from fedkern.methods.base import Phase
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 DTYPES = [
     torch.float32,
@@ -254,7 +254,7 @@ def test_manifest_of_another_format(tmp_path):
         Checkpoints(tmp_path).open()
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "config.toml").write_text("a_setting_of_that_version = 1\n")
-    for read in (records.read_summary, records.read_metrics, read_model, RunConfig.load):
+    for read in (records.read_summary, records.read_metrics, read_model, load_settings):
         with pytest.raises(UserError, match=sentence):
             read(tmp_path)
 

@@ -17,7 +17,7 @@ from fedkern.engine.server import Server
 from fedkern.errors import UserError
 from fedkern.methods import FML, FedLPFM, Phase
 from fedkern.methods.baselines.fml import Pair
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 EQUAL = {"momentum": 0.9}  # the methods' own defaults differ
 
@@ -84,7 +84,7 @@ def test_fml_resumed_ends_alike(make_data, make_config, tmp_path):
     run(config, out=tmp_path / "whole", data=data)
     with pytest.raises(Kill):
         run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4))
-    run(RunConfig.load(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
+    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
@@ -97,7 +97,7 @@ def test_fml_private_models_of_another_kind(make_data, make_config, tmp_path):
 
 
 def test_the_parsed_names_are_the_published_ones():
-    knobs = {knob.name for knob in FedLPFM.Options.knobs()}
-    assert {"teacher", "lambda", "temperature", "prompts"} <= knobs
+    options = {each.name for each in FedLPFM.Options.declared()}
+    assert {"teacher", "lambda", "temperature", "prompts"} <= options
     assert math.isclose(FedLPFM.Options().lam, 0.5)
     assert models.MODELS["mobilenetv2"].width == 32

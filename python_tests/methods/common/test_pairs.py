@@ -17,6 +17,7 @@ from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Phase
 from fedkern.models.towers import PARTS
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 from fedkern.tasks.retrieval import RETRIEVAL, contrastive_among
 
 PHASE = Phase(0, "train", "update")
@@ -104,7 +105,7 @@ def test_a_held_out_client_is_reported_and_never_sent_anything(make_pairs, make_
     assert 0 <= summary["metrics"]["held_out_i2t_r1"] <= 1
     assert sorted(read_metrics(tmp_path)[0]["clients"]) == ["0", "1"]
     assert len(summary["bytes"]["clients"]) == 2
-    assert run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=make_pairs()) == summary
+    assert run(load_settings(tmp_path), out=tmp_path, resume=True, data=make_pairs()) == summary
 
 
 # What the training loop learnt for it.

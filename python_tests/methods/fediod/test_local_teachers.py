@@ -8,7 +8,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 TINY = {
     "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3, "w_real": 1.0, "w_balance": 0.0,
@@ -60,7 +60,7 @@ def test_teachers_of_an_earlier_run_or_of_ones_own(method, make_data, make_confi
         results.append(read_model(tmp_path / f"with-{folder}")[0].state_dict())
         assert method != "fediod" or not unseen(tmp_path / f"with-{folder}")
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
-    assert RunConfig.load(tmp_path / "with-own").teachers == str(tmp_path / "own")
+    assert load_settings(tmp_path / "with-own").teachers == str(tmp_path / "own")
 
 
 def test_mistakes_with_teachers_end_in_a_sentence(make_data, make_config, tmp_path):

@@ -13,6 +13,7 @@ from fedkern.methods import FedIOD
 from fedkern.methods.fediod import losses
 from fedkern.methods.fediod.presets import PRESETS, settle
 from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import read_settings
 
 K, B, C = 3, 5, 4
 
@@ -248,7 +249,7 @@ def test_a_preset_that_is_named_overrules_the_defaults_of_a_data_set(preset, dat
 def test_the_config_says_what_the_preset_settles(tmp_path):
     config = RunConfig.make("fediod", data="digits")
     assert (config.options["w_real"], config.options["w_clear"], config.options["mix"]) == (8.0, 1.0, "log_probs")
-    assert RunConfig(**RunConfig.table(config.to_toml())) == config
+    assert RunConfig.of(read_settings(config.to_toml())) == config
 
 
 @pytest.mark.parametrize(("options", "words"), [

@@ -7,7 +7,7 @@ from interrupted import Kill, KillAt, outcome
 
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
-from fedkern.settings.config import RunConfig
+from fedkern.settings.stored import load_settings
 
 OPTIONS = {
     "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 4, "w_real": 1.0, "w_balance": 0.5,
@@ -46,7 +46,7 @@ def test_killed_in_the_second_stage(round, answers, name, make_data, make_config
     with pytest.raises(Kill):
         run(config, out=tmp_path, data=data, listener=KillAt("client", answers, round))
     assert len(read_metrics(tmp_path)) == round - 1
-    run(RunConfig.load(tmp_path), out=tmp_path, resume=True, data=data)
+    run(load_settings(tmp_path), out=tmp_path, resume=True, data=data)
     assert outcome(tmp_path) == expected
     assert read_metrics(tmp_path)[-1]["round"] == ROUNDS
 

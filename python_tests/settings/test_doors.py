@@ -1,9 +1,9 @@
-"""Errors in Python name arguments where the command line names flags."""
+"""Errors in Python name arguments where the command line names flags, and those over Flower keys."""
 
 import pytest
 
 from fedkern.errors import UserError
-from fedkern.settings.python_words import python_words, spoken
+from fedkern.settings.doors import key_words, python_words, spoken
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,23 @@ from fedkern.settings.python_words import python_words, spoken
 )  # fmt: skip
 def test_flags_become_arguments(flags, words):
     assert spoken(flags) == words
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--rounds must be at least 1, not 0.", "rounds must be at least 1, not 0."),
+        ("leave --local-epochs 3 out, or", "leave local-epochs=3 out, or"),
+        ("give --data-option bits=12 or", "give data-option.bits=12 or"),
+        ("with --method-option intervention=off.", "with method-option.intervention=off."),
+        ("--buffers drop is not for it", 'buffers="drop" is not for it'),
+        ("go on with --resume DIR.", "go on with --resume DIR."),
+    ],
+)
+def test_flags_become_keys_of_a_run_config(flags, words):
+    with pytest.raises(UserError) as told, key_words():
+        raise UserError(flags)
+    assert str(told.value) == words
 
 
 def test_an_error_keeps_its_type_and_others_their_words():

@@ -1,9 +1,12 @@
-"""Sentences of errors in Python's words: where the command line has ``--batch-size 8``, Python has ``batch_size=8``."""
+"""Sentences of errors in the words of the door that settings came through.
+
+Where the command line has ``--batch-size 8``, Python has ``batch_size=8`` and a run-config of Flower ``batch-size=8``.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,18 +23,40 @@ _TABLES = {"data-option": 'data_options={{"{0}": {1}}}', "sweep": 'sweep={{"{0}"
 
 
 @contextmanager
-def python_words() -> Iterator[None]:
-    """Context, or decorator, in which the sentences of UserErrors name arguments in place of flags."""
+def _said(words: Callable[[str], str]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.args = (spoken(str(error)),)
+        error.args = (words(str(error)),)
         raise
+
+
+@contextmanager
+def python_words() -> Iterator[None]:
+    """Context, or decorator, in which the sentences of UserErrors name arguments in place of flags."""
+    with _said(spoken):
+        yield
+
+
+@contextmanager
+def key_words() -> Iterator[None]:
+    """Context, or decorator, in which the sentences of UserErrors name keys of a run-config in place of flags."""
+    with _said(lambda sentence: _FLAG.sub(_key, sentence)):
+        yield
 
 
 def spoken(sentence: str) -> str:
     """A sentence for the command line in Python's words."""
     return _FLAG.sub(_argument, _COMPARED.sub(r"fedkern.compare(METHOD, \1)", _SAID.sub(r"\1", sentence)))
+
+
+def _key(found: re.Match[str]) -> str:
+    before, flag, gap, word = (part or "" for part in found.groups())
+    if flag == "resume":  # of a run that the command line began
+        return found[0]
+    if flag in _TABLES and "=" in word:
+        return f"{before}{flag}.{word}"
+    return f"{before}{flag}={_value(word)}" if _is_value(flag, word) else f"{before}{flag}{gap}{word}"
 
 
 def _argument(found: re.Match[str]) -> str:
@@ -51,7 +76,9 @@ def _argument(found: re.Match[str]) -> str:
 def _is_value(flag: str, word: str) -> bool:
     """Whether the word behind a flag is its value: a number, a placeholder, a path, or one of the choices."""
     named: dict[str, Collection[Any]] = {"data": DATASETS, "model": MODELS}
-    choices = named.get(flag) or next((each.choices for each in RunConfig.knobs() if each.label == f"--{flag}"), None)
+    choices = named.get(flag) or next(
+        (each.choices for each in RunConfig.declared() if each.label == f"--{flag}"), None
+    )
     return word[:1].isdigit() or word[:1].isupper() or bool({*"/=:'\"."} & {*word}) or word in (choices or ())
 
 

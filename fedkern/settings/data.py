@@ -1,0 +1,77 @@
+"""Settings of the data: which, how many, and how clients share them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from fedkern import named_code
+from fedkern.data import AUGMENTATIONS, DATASETS
+from fedkern.files import absolute
+from fedkern.named_code import FORMS
+from fedkern.settings.defaults import COMMON
+from fedkern.settings.section import OF_METHOD, Section
+from fedkern.typed_option import option
+
+BY_DATA = ("partition", "clients", "client_test")
+"""Settings whose default the data may decide: sites that they name are the clients, and may have test sets."""
+PARTS = {"backdoor_target": "backdoor_clients", "backdoor_size": "backdoor_clients", "cue_size": "cue_clients"}
+"""Data options that only say more about another one."""
+
+
+@dataclass(frozen=True)
+class DataSettings(Section):
+    """The data.
+
+    ``left_open`` are the settings of `BY_DATA` that nobody gave: they hold the data set's usual defaults until the data
+    are loaded.
+    """
+
+    data: str = option(COMMON["data"], f"data set: {', '.join(DATASETS)}, {FORMS}", path=named_code.absolute)
+    data_root: str | None = option(None, "folder that holds the data files", type=str, path=absolute)
+    cache: str | None = option(
+        None, "folder that keeps the decoded images of a data set of image files, for later runs and runs beside this",
+        type=str, path=absolute,
+    )  # fmt: skip
+    train_samples: int | None = option(None, "number of training samples to use instead of all", low=1, type=int)
+    public_samples: int = option(
+        0, "number of public training samples, drawn before the partition; no client owns them", low=0
+    )
+    partition: str | None = option(
+        None,
+        "split of the samples over clients: iid, stratified, dirichlet:ALPHA, classes:S, attribute (the default where "
+        "the data name sites)",
+        type=str,
+    )
+    clients: int = option(
+        DATASETS[COMMON["data"]].clients, "number of clients; that of the sites, where the data name sites", low=1
+    )
+    correlation: float | None = option(
+        None, "how strongly the background colour tells the class", low=0, high=1, type=float
+    )
+    held_out_client: str | None = option(
+        None, "name or number of a client that never trains; its data become the test set held_out", type=str
+    )
+    client_test: float = option(
+        COMMON["client_test"], "share of every client's samples set aside as its own test set; 0 leaves the data set's",
+        low=0, high=0.9,
+    )  # fmt: skip
+    augment: str | None = option(
+        None, "augmentation of training images instead of the data set's", choices=tuple(AUGMENTATIONS), type=str
+    )
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    left_open: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def replace(self, **settings: Any) -> Self:
+        """A copy with some settings changed, which are then no longer left open; nothing is converted or checked."""
+        copy = dataclasses.replace(self, **{"left_open": self.left_open - set(settings), **settings})
+        if {"method", "options"}.isdisjoint(settings):
+            vars(copy).update({name: vars(self)[name] for name in OF_METHOD if name in vars(self)})
+        return copy
+
+    @property
+    def trained_clients(self) -> int:
+        """The clients that take part in the training."""
+        return self.clients - (self.held_out_client is not None)

@@ -1,0 +1,61 @@
+"""Settings of the run as a program: seed, device, threads, processes, checkpoints, pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from fedkern.errors import UserError
+from fedkern.settings.federation import FederationSettings
+from fedkern.typed_option import option
+
+MOST_WORKERS = 1024
+
+
+@dataclass(frozen=True)
+class ExecutionSettings(FederationSettings):
+    """The program."""
+
+    checkpoint_every: int = option(1, "write a checkpoint every so many rounds", low=1)
+    grad_cam: int = option(200, "test images for the share of Grad-CAM inside the object; 0: no Grad-CAM", low=0)
+    seed: int = option(0, "root of all random streams")
+    device: str = option(
+        "auto", "device to run on; auto: cuda where there is a GPU", choices=("auto", "cpu", "cuda", "cuda:N")
+    )
+    threads: int = option(
+        0, "CPU threads of the server's work and of evaluations; 0 for PyTorch's own choice", low=0, high=1024
+    )
+    client_threads: int = option(
+        0, "CPU threads while a client works; 0 for the threads divided by the clients of a round, at least 1", low=0,
+        high=1024,
+    )  # fmt: skip
+    workers: str = option(
+        "auto",
+        "processes in which clients work side by side; the bits are the same for any number. auto: by threads, "
+        "cores, memory and the length of the run",
+    )
+
+    def resolved(self) -> dict[str, Any]:
+        found = super().resolved()
+        if self.device == "auto":
+            found["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.threads == 0:
+            found["threads"] = torch.get_num_threads()
+        return found
+
+    def check(self) -> None:
+        super().check()
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise UserError(f"--device {self.device} needs a CUDA GPU and PyTorch sees none; use --device cpu.")
+        if (number := self.device.partition(":")[2]) and int(number) >= (count := torch.cuda.device_count()):
+            raise UserError(f"--device {self.device}: PyTorch sees {count} GPUs, the last is cuda:{count - 1}.")
+        if self.workers != "auto" and not (self.workers.isdecimal() and 1 <= int(self.workers) <= MOST_WORKERS):
+            raise UserError(f'--workers must be auto, or a number in [1, {MOST_WORKERS}], not "{self.workers}".')
+
+    def with_client_threads(self) -> Self:
+        """The settings with ``client_threads`` filled in, which depends on how many clients the data have."""
+        if self.client_threads:
+            return self
+        return self.replace(client_threads=max(1, self.threads // self.clients_of_a_round))

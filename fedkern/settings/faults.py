@@ -1,0 +1,72 @@
+"""Settings of what goes wrong: clients that fail, are slow or diverge, and uploads that are too large."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedkern.errors import UserError
+from fedkern.settings.federation import AVERAGING, FederationSettings
+from fedkern.typed_option import flag, option
+
+
+@dataclass(frozen=True)
+class FaultSettings(FederationSettings):
+    """What goes wrong."""
+
+    on_nan: str = option(
+        "stop",
+        "reaction to a client that diverges (NaN or Inf) or whose upload is refused: stop the run, or skip the client",
+        choices=("stop", "skip"),
+    )
+    on_error: str = option(
+        "stop",
+        "reaction to an exception in a client's part of the method: stop the run, or skip the client",
+        choices=("stop", "skip"),
+    )
+    max_update_norm: float = option(
+        0.0,
+        "averaging methods: largest Euclidean norm of a client's update (its parameters minus those sent); a "
+        "larger update is refused; 0: no limit",
+        low=0,
+    )
+    clip_update_norm: float = option(
+        0.0,
+        "averaging methods: largest Euclidean norm of a client's update; a larger update is scaled down; 0: no limit",
+        low=0,
+    )
+    dropout_rate: float = option(
+        0.0, "averaging methods: chance that a client of a round fails before it uploads", low=0, high=1
+    )
+    straggler_rate: float = option(
+        0.0,
+        "averaging methods: chance that a client is slow in a round, at a speed drawn from (0, 1) of the others'",
+        low=0,
+        high=1,
+    )
+    deadline: float = option(
+        1.0, "end of a round for slow clients, in multiples of the time that the others need", low=1
+    )
+    late_work: str = option(
+        "count",
+        "what a slow client has done by the deadline: count the part, or drop the client from the round",
+        choices=("count", "drop"),
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.check_able(self.made.averages, AVERAGING, "max_update_norm", "clip_update_norm")
+        rounds = self.made.averages and not self.kind.one_shot
+        self.check_able(rounds, f"{AVERAGING} round by round", "dropout_rate", "straggler_rate")
+        if self.straggler_rate and self.kind.promises(self.chosen):
+            raise UserError(
+                f"--straggler-rate is not for {self.method} with differential privacy, whose epsilon counts all steps "
+                "of a client: leave one of the two out."
+            )
+        for name, plain in (("deadline", 1.0), ("late_work", "count")):
+            if getattr(self, name) != plain and not self.straggler_rate:
+                raise UserError(f"{flag(name)} is about slow clients: give --straggler-rate too, or leave it out.")
+        if self.clip_update_norm and self.kind.follows_own_update:
+            raise UserError(
+                f"--clip-update-norm is not for {self.method}, whose clients keep a gradient of their whole update: "
+                "take --max-update-norm, which refuses an update that is too large."
+            )

@@ -1,0 +1,104 @@
+"""Settings of the rounds: how many, with whom, how the server combines uploads, and when the run ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fedkern.errors import UserError
+from fedkern.methods.aggregators import AGGREGATORS, MEAN, Rule
+from fedkern.methods.server_rules import SERVER_RULES, ServerRule
+from fedkern.settings.data import DataSettings
+from fedkern.settings.defaults import COMMON
+from fedkern.typed_option import flag, option
+
+AVERAGING = "that average the clients' parameters"
+
+
+@dataclass(frozen=True)
+class FederationSettings(DataSettings):
+    """The rounds and the server."""
+
+    sample_fraction: float = option(1.0, "share of the clients that takes part in a round", above=0, high=1)
+    rounds: int = option(COMMON["rounds"], "communication rounds", low=1, high=100_000)
+    aggregator: str = option(
+        MEAN,
+        "averaging methods: rule that combines the clients' networks, as NAME or NAME:key=value,...: "
+        + ", ".join(AGGREGATORS),
+    )
+    server_rule: str = option(
+        MEAN,
+        "averaging methods: server optimiser that steps towards the clients' average, as NAME or NAME:key=value,...: "
+        + ", ".join(SERVER_RULES),
+    )
+    server_lr: float | None = option(
+        None,
+        "averaging methods: learning rate of the server; open: 1 for mean and momentum, 0.1 for adam and adagrad, 0.01 "
+        "for yogi",
+        above=0,
+        type=float,
+    )
+    sums: str = option(
+        "ordered",
+        "how the server adds uploads up: ordered, in the order of the clients; exact, without regard to the order, so "
+        "that ranks of torchrun send sums instead of uploads",
+        choices=("ordered", "exact"),
+    )
+    eval_every: int = option(1, "evaluate every so many rounds, and always after the last", low=1)
+    stop_at: str | None = option(
+        None, "figure of the records and its value with which the run ends: accuracy>=0.9, loss<=0.1", type=str
+    )
+    patience: int | None = option(
+        None,
+        "evaluations without a better main figure on the validation set after which the run ends; the best round's "
+        "network stays in best.safetensors",
+        low=1,
+        type=int,
+    )
+    max_seconds: float | None = option(
+        None, "seconds of work, over all resumptions: a round that would pass them is not begun", above=0, type=float
+    )
+    max_bytes: float | None = option(
+        None,
+        "bytes up and down, set-up rounds included: a round that would pass them is not begun",
+        above=0,
+        type=float,
+    )
+
+    def resolved(self) -> dict[str, Any]:
+        rules = {"aggregator": Rule(self.aggregator).text, "server_rule": ServerRule(self.server_rule).text}
+        return {**super().resolved(), **rules}
+
+    def check(self) -> None:
+        super().check()
+        if self.kind.one_shot and self.sample_fraction != 1:
+            raise UserError(
+                f"--sample-fraction is not for {self.method}, a one-shot method, in which every client trains once."
+            )
+        for name in ("stop_at", "patience", "max_seconds", "max_bytes"):
+            if self.kind.one_shot and getattr(self, name) is not None:
+                raise UserError(
+                    f"{flag(name)} is not for {self.method}, a one-shot method, whose rounds belong together: leave it "
+                    "out."
+                )
+        self.check_able(self.made.averages, AVERAGING, "aggregator")
+        once = "whose server averages the clients' parameters once a round"
+        self.check_able(self.made.steps_once, once, "server_rule", "server_lr")
+
+    def check_able(self, able: bool, what: str, *names: str) -> None:
+        """Raises UserError for settings of methods that do ``what`` where the method is not ``able`` to."""
+        if not able and (given := next(self.given(*names), None)):
+            raise UserError(
+                f"{given} is for methods {what}, which {self.method} with these options does not do: leave it out."
+            )
+
+    @property
+    def sampled_clients(self) -> int:
+        """How many of the trained clients a round draws."""
+        return max(1, math.floor(self.sample_fraction * self.trained_clients + 0.5))
+
+    @property
+    def clients_of_a_round(self) -> int:
+        """Number of clients in a round; 1 for a pooled method, whose single client has all data."""
+        return 1 if self.kind.pooled else self.sampled_clients

@@ -1,0 +1,37 @@
+"""What a run finds in the data, files and code that its settings name, kept among the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from fedkern.settings.section import Section
+
+
+@dataclass(frozen=True)
+class Found(Section):
+    """What was found.
+
+    ``main`` and ``better`` are those of the data's task (`fedkern.tasks`), and those of classification until the data
+    are loaded.
+    """
+
+    model_sha256: str | None = None
+    model_layout: str | None = None
+    init_sha256: str | None = None
+    method_sha256: str | None = None
+    served: str | None = None
+    training: str | None = None
+    training_sha256: str | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)
+    main: str = "accuracy"
+    better: str = "max"
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether the run serves its network by operators, as its record says."""
+        return (self.served or "").startswith("served")
+
+
+FOUND = tuple(each.name for each in fields(Found) if each.name not in ("method", "options"))
+"""Names of what was found; a resumed run compares them by itself."""

@@ -1,0 +1,130 @@
+"""Settings of the network: its kind, start, trained parts, running statistics and arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedkern import named_code
+from fedkern.data import DATASETS
+from fedkern.errors import UserError
+from fedkern.files import absolute, absolute_folder
+from fedkern.models import MODELS
+from fedkern.models.precision import PRECISIONS
+from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS
+from fedkern.named_code import FORMS
+from fedkern.settings.defaults import COMMON
+from fedkern.settings.section import Section
+from fedkern.typed_option import flag, option
+
+
+def _encoder(name: str) -> str:
+    return name if name in (*IMAGE_ENCODERS, *TEXT_ENCODERS) else absolute_folder(name)
+
+
+@dataclass(frozen=True)
+class ModelSettings(Section):
+    """The network."""
+
+    model: str = option(COMMON["model"], f"network: {', '.join(MODELS)}, {FORMS}", path=named_code.absolute)
+    width: int | None = option(
+        None,
+        "channels of the network's first stage, or of a token of the built-in encoders",
+        low=1,
+        high=65536,
+        type=int,
+    )  # fmt: skip
+    init: str | None = option(
+        None,
+        "initial weights of the network: the folder of a finished run, or a state dict with the network's names and "
+        "shapes in a .safetensors or .pt file",
+        type=str,
+        path=absolute,
+    )
+    init_partial: bool = option(False, "take what of --init fits the network, and list what does not")
+    freeze: str | None = option(
+        None,
+        "parameters of the network that stay as they are and never travel, by name: backbone.*,head.bias",
+        type=str,
+    )
+    features: str | None = option(
+        None, "submodule of your own network whose output is the features of methods that compare them", type=str
+    )
+    stages: str | None = option(
+        None, "submodules of your own network, in order, after which feature maps can be mixed: conv1,conv2", type=str
+    )
+    accelerate: str = option(
+        "auto", "your own network's convolutions computed with what follows them: auto, where right and faster, or off",
+        choices=("auto", "off"),
+    )  # fmt: skip
+    image_encoder: str = option(
+        COMMON["image_encoder"],
+        "image-text data: " + ", ".join(IMAGE_ENCODERS) + ", or a transformers model's folder",
+        path=_encoder,
+    )
+    text_encoder: str = option(
+        COMMON["text_encoder"],
+        "image-text data: " + ", ".join(TEXT_ENCODERS) + ", or a transformers model's folder",
+        path=_encoder,
+    )
+    buffers: str = option(
+        "average",
+        "batch norm's running statistics: average, local (every client keeps its own), drop, or pool (image-text"
+        " data: computed anew for the global network over all clients' samples)",
+        choices=("average", "local", "drop", "pool"),
+    )
+    fix_statistics: int | None = option(
+        None,
+        "rounds after which batch norm trains with the received running statistics, which then stay (FixBN)",
+        low=0,
+        type=int,
+    )
+    precision: str = option(
+        "fp32", "what networks compute in: fp32, or bf16 by autocast with fp32 weights", choices=PRECISIONS
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.fix_statistics is not None and self.buffers == "drop":
+            raise UserError(
+                "--fix-statistics trains with received running statistics, of which --buffers drop leaves nobody any: "
+                "leave one of the two out."
+            )
+        if self.buffers in ("local", "drop") and not self.made.takes_buffers:
+            raise UserError(
+                f"--buffers {self.buffers} is not for {self.method} with these options, which keeps every client's "
+                "running statistics: leave it out."
+            )
+        if self.fix_statistics is not None and (self.kind.one_shot or self.kind.takes_teachers):
+            raise UserError(
+                f"--fix-statistics is not for {self.method}, whose clients' networks are not trained round by round."
+            )
+
+    def unused(self) -> dict[str, str]:
+        found = super().unused()
+        return found | ({"init_partial": "without --init: give that too, or leave it out"} if self.init is None else {})
+
+    @property
+    def statistics(self) -> bool:
+        """Whether the global network has running statistics."""
+        return self.buffers in ("average", "pool")
+
+
+def check_networks(given: Mapping[str, Any], data: str) -> None:
+    """Raises UserError where ``given`` settings choose a kind of network that the data set ``data`` does not use.
+
+    Such a setting would have no effect, and the user would take the result for that network's.
+    """
+    pairs = [name for name, info in DATASETS.items() if "pairs" in info.task.offers]
+    if data in pairs and "model" in given:
+        raise UserError(
+            f'--model {given["model"]} has no effect on the data set "{data}", whose network is a pair of encoders: '
+            "leave model out and choose them with --image-encoder and --text-encoder."
+        )
+    for name in ("image_encoder", "text_encoder"):
+        if data not in pairs and name in given:
+            raise UserError(
+                f"{flag(name)} {given[name]} is for image-text data ({', '.join(pairs)}), and the data set "
+                f'"{data}" has no texts: leave {name} out and choose the network with --model.'
+            )

@@ -1,0 +1,125 @@
+"""Settings of privacy: of whole clients by noise on the server's mean, of samples, and of what is recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedkern.errors import UserError
+from fedkern.methods.aggregators import MEAN
+from fedkern.privacy import IMAGE, UNITS, Unit
+from fedkern.settings.faults import FaultSettings
+from fedkern.settings.federation import AVERAGING
+from fedkern.settings.model import ModelSettings
+from fedkern.typed_option import option
+
+PATIENT_IMAGES = 4
+"""Default of ``--patient-images``: the most images of a patient that ``--privacy-unit patient`` uses."""
+USUAL_DELTA = 1e-5
+
+
+@dataclass(frozen=True)
+class PrivacySettings(FaultSettings, ModelSettings):
+    """Privacy."""
+
+    dp_clip: float | None = option(
+        None,
+        "averaging methods: differential privacy of whole clients, with --dp-noise. Largest Euclidean norm of all that "
+        "a client changes in a round; a larger change is scaled down to it, and all clients weigh the same. Choose it "
+        "near the median change: a run on public data of the same kind with --dp-noise 0 tells every client's as "
+        "update_norm in metrics.jsonl",
+        above=0,
+        type=float,
+    )
+    dp_noise: float | None = option(
+        None,
+        "averaging methods: standard deviation of the Gaussian noise that the server adds to the sum of the clients' "
+        "changes, in multiples of --dp-clip; 0 only clips and promises nothing. More noise makes epsilon smaller; more "
+        "clients in a round make the noise on their mean smaller",
+        low=0,
+        type=float,
+    )
+    dp_delta: float | None = option(
+        None, "delta at which the epsilon of --dp-noise is told; open: 1e-5, or clients^-1.1 where that is smaller",
+        above=0, high=0.5, type=float,
+    )  # fmt: skip
+    dp_draws: str = option(
+        "secret",
+        "source of the noise of --dp-noise: 128 bits that the server draws and keeps, or the run's seed. With the seed "
+        "a run can be repeated, and epsilon holds only while the seed is secret",
+        choices=("secret", "seed"),
+    )
+    privacy_unit: str = option(
+        UNITS[0],
+        "unit that differential privacy protects: an image, or a patient with all images. The data must name "
+        "patients; an image without a patient counts as a patient of its own",
+        choices=UNITS,
+    )
+    patient_images: int | None = option(
+        None, f"images of a patient that are used at most, drawn once, with --privacy-unit patient; {PATIENT_IMAGES} "
+        "where open", low=1, type=int,
+    )  # fmt: skip
+    records: str | None = option(
+        None,
+        "what records, pictures and the terminal show: all, or private (nothing of single clients and nothing "
+        "outside epsilon). Open: private where a method option or --dp-noise asks for differential privacy",
+        choices=("all", "private"),
+        type=str,
+    )
+
+    def resolved(self) -> dict[str, Any]:
+        found = super().resolved()
+        if self.records is None:
+            promised = self.kind.promises(self.chosen) or bool(self.dp_noise)
+            found["records"] = "private" if promised else "all"
+        return found
+
+    def check(self) -> None:
+        super().check()
+        self.check_able(self.made.averages, AVERAGING, "dp_clip", "dp_noise")
+        self._check_client_level()
+        if self.patient_images is not None and self.privacy_unit != "patient":
+            raise UserError("--patient-images is for --privacy-unit patient: give that too, or leave it out.")
+
+    def _check_client_level(self) -> None:
+        """Raises UserError where settings of client-level privacy do not fit together.
+
+        What depends on the method's plan is checked before the run starts.
+        """
+        if (self.dp_clip is None) != (self.dp_noise is None):
+            given, other = ("--dp-clip", "--dp-noise") if self.dp_noise is None else ("--dp-noise", "--dp-clip")
+            raise UserError(f"{given} needs {other}: give both, or leave both out.")
+        if self.dp_clip is None:
+            for flag, there in (("--dp-delta", self.dp_delta is not None), ("--dp-draws", self.dp_draws != "secret")):
+                if there:
+                    raise UserError(
+                        f"{flag} is about the noise of --dp-noise: give --dp-clip and --dp-noise too, or leave it out."
+                    )
+            return
+        if self.aggregator != MEAN:
+            raise UserError(
+                f"--aggregator {self.aggregator} is not for --dp-clip, which bounds what a client changes in a sum of "
+                "updates: leave one of the two out."
+            )
+        if self.clip_update_norm:
+            raise UserError("--clip-update-norm clips what --dp-clip clips already: leave it out.")
+        if self.fix_statistics is not None and self.dp_noise:
+            raise UserError(
+                "--fix-statistics keeps batch norm's running statistics as they are, and the noise of --dp-noise moves "
+                "them: leave one of the two out."
+            )
+        if self.privacy_unit != "image":
+            raise UserError(
+                f"--privacy-unit {self.privacy_unit} is for methods that protect a client's samples, and --dp-noise "
+                "protects whole clients: leave one of the two out."
+            )
+
+    @property
+    def unit(self) -> Unit:
+        """The unit of privacy."""
+        return Unit("patient", self.patient_images or PATIENT_IMAGES) if self.privacy_unit == "patient" else IMAGE
+
+    @property
+    def delta(self) -> float:
+        """The delta of epsilon: ``dp_delta``, or where that is open 1e-5 or clients^-1.1, the smaller."""
+        return min(USUAL_DELTA, self.trained_clients**-1.1) if self.dp_delta is None else self.dp_delta

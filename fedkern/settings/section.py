@@ -1,0 +1,68 @@
+"""Base of the sections of a run's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from fedkern.methods import registry
+from fedkern.methods.base import Method
+from fedkern.methods.options import Options
+from fedkern.typed_option import flag, option
+
+OF_METHOD = ("chosen", "made")
+"""What is made once of a method and its options."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What every section knows of a run: its method.
+
+    The sections of a run are one object, :class:`fedkern.settings.config.RunConfig`.  A method of a section that
+    another section has too begins with ``super()``, so that each is asked, a section after those that it derives from.
+    """
+
+    method: str = option("fedavg", "name of the method")
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def resolved(self) -> dict[str, Any]:
+        """Settings that follow from the others, in the place of what was given."""
+        return {}
+
+    def check(self) -> None:
+        """Raises UserError where settings do not fit together, or not the method.
+
+        A forbidden pair stands in the section of the setting that forbids it.
+        """
+
+    def unused(self) -> dict[str, str]:
+        """Settings that have no effect beside the others, each with why and the way out."""
+        return {}
+
+    @property
+    def kind(self) -> type[Method]:
+        """The method's class."""
+        return registry.get(self.method)
+
+    @cached_property
+    def chosen(self) -> Options:
+        """The method's options."""
+        return self.kind.Options.parse(self.options, method=self.method)
+
+    @cached_property
+    def made(self) -> Method:
+        """The method, to ask what it is able to; a run plays a :meth:`new_method`."""
+        return self.new_method()
+
+    def new_method(self) -> Method:
+        """The method, made from the options."""
+        return self.kind(self.chosen)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in OF_METHOD}
+
+    def given(self, *names: str) -> Iterator[str]:
+        """The flags of those of the settings that say anything."""
+        return (flag(name) for name in names if getattr(self, name) not in ("mean", None, 0))

@@ -1,0 +1,120 @@
+"""Settings from TOML text and from run folders."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedkern import plugins
+from fedkern.errors import UserError, nearest
+from fedkern.inputs import read_text, special
+from fedkern.methods import given_classes
+from fedkern.settings.config import UNSTORED, RunConfig
+from fedkern.settings.run_format import NAME, check_format
+
+
+def read_settings(text: str, *, source: str = NAME) -> dict[str, Any]:
+    """The settings named in TOML text, for ``make(**table)`` of a partial config file.
+
+    Raises:
+        UserError: not TOML or an unknown key.
+    """
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
+        raise UserError(f"{source} is not a valid TOML file: {error}.") from None
+    known = RunConfig.names()
+    plain: dict[str, Any] = {}
+    for written, value in table.items():
+        name = written.replace("-", "_")
+        if name not in known:
+            raise UserError(f'{source} has an unknown setting "{name}".{nearest(name, known)}')
+        if name in plain:
+            raise UserError(f'{source} has {name} twice, with "_" and with "-": leave one out.')
+        plain[name] = value
+    for name in ("options", "data_options", "identity"):
+        if not isinstance(plain.get(name, {}), Mapping):
+            raise UserError(f"{source}: [{name}] must be a table of key = value lines.")
+    if "plugins" in plain:
+        plain["plugins"] = _plugin_table(plain["plugins"], source)
+    return plain
+
+
+def stored_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings named in ``config.toml`` of a run folder; raises UserError where it is missing or damaged."""
+    path = Path(folder) / NAME
+    try:
+        text = read_text(path, "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    return read_settings(text, source=str(path))
+
+
+def load_settings(
+    folder: str | os.PathLike[str], *, trusted: Collection[str] = (), given: Any = None, **replaced: Any
+) -> RunConfig:
+    """The settings of a run folder, some of them ``replaced``; loads the run's plugins.
+
+    Args:
+        trusted: plugins that may be executed in any case (see :func:`fedkern.plugins.restore`).
+        given: the class of the run's method, where a script gave it (`fedkern.methods.given_classes`).
+        **replaced: settings.
+
+    Raises:
+        UserError: there is no such folder, it holds no run or one of another format, its ``config.toml`` is
+            damaged, a plugin of the run may not be executed or cannot be loaded, or the run's method is a class
+            that nobody gives or that has other code now.
+    """
+    check_run_folder(folder)
+    check_format(Path(folder))
+    table = stored_settings(folder)
+    plugins.load_installed()
+    plugins.restore(table.get("plugins", {}), folder, trusted)
+    table = {name: value for name, value in table.items() if name not in UNSTORED}
+    method, sha256 = str(table.get("method", RunConfig.method)), table.get("method_sha256")
+    if given is not None:
+        given_classes.give_again(given, method, sha256, folder)
+    given_classes.check(method, sha256, folder)
+    return RunConfig.of({**table, **replaced})
+
+
+def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:
+    """Loads the plugins of a run folder; does nothing where its ``config.toml`` is missing or damaged.
+
+    Raises:
+        UserError: see :func:`fedkern.plugins.restore`.
+    """
+    try:
+        table = stored_settings(folder)
+    except UserError:
+        return
+    plugins.load_installed()
+    plugins.restore(table.get("plugins", {}), folder, trusted)
+
+
+def _plugin_table(given: Any, source: str) -> dict[str, str]:
+    """Identities of plugins by name, from a table of a config file or from a list of names there."""
+    if isinstance(given, list) and all(isinstance(name, str) for name in given):
+        return dict.fromkeys(given, "")
+    if not isinstance(given, Mapping) or not all(isinstance(identity, str) for identity in given.values()):
+        raise UserError(f'{source}: plugins must be a list of names, or a table of lines "NAME" = "IDENTITY".')
+    return dict(given)
+
+
+def check_regular(folder: str | os.PathLike[str]) -> None:
+    """Raises UserError where a run folder has a named pipe, a socket or a device: reading it might block for ever."""
+    for path in (*Path(folder).glob("*"), *Path(folder).glob("checkpoints/*")):
+        if what := special(path):
+            raise UserError(f"{path} is {what}, not a regular file: remove it, or put back the run's own file.")
+
+
+def check_run_folder(folder: str | os.PathLike[str]) -> None:
+    """Raises UserError where the folder is missing, holds no run, or holds anything but files and folders."""
+    check_regular(folder)
+    if not Path(folder).exists():
+        raise UserError(f"The run folder {folder} does not exist: name one that a run was written to with --out.")
+    if not (Path(folder) / NAME).exists():
+        raise UserError(f"{folder} is not a run folder: it has no {NAME}.")

@@ -1,0 +1,74 @@
+"""Settings of the clients' local training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedkern.errors import UserError
+from fedkern.files import absolute
+from fedkern.settings.defaults import COMMON
+from fedkern.settings.section import Section
+from fedkern.typed_option import option
+
+
+@dataclass(frozen=True)
+class TrainingSettings(Section):
+    """The clients' local training."""
+
+    local_epochs: int = option(COMMON["local_epochs"], "epochs a client trains per round", low=1)
+    local_steps: int | None = option(
+        None, "optimiser steps a client trains per round, instead of local epochs", low=1, type=int
+    )
+    batch_size: int = option(COMMON["batch_size"], "samples per mini-batch", low=1)
+    optimizer: str = option(COMMON["optimizer"], "optimiser of the clients", choices=("sgd", "adamw"))
+    optimizer_state: str = option(
+        "new", "the optimiser's momenta in the next round: new, or those that the client keeps", choices=("new", "keep")
+    )
+    lr: float = option(COMMON["lr"], "learning rate of the clients' optimiser", above=0)
+    lr_decay: float = option(1.0, "factor on the learning rate after every round", above=0, high=1)
+    lr_steps: str | None = option(
+        None,
+        "epochs of the whole run (round x local epochs + epoch), with --local-steps rounds, at which the learning rate "
+        "drops: 200,400",
+        type=str,
+    )
+    lr_step_factor: float = option(0.1, "factor on the learning rate at each of the lr-steps", above=0, high=1)
+    momentum: float = option(COMMON["momentum"], "momentum of the clients' SGD", low=0, high=1)
+    weight_decay: float = option(COMMON["weight_decay"], "weight decay of the clients' optimiser", low=0)
+    clip_norm: float = option(0.0, "largest gradient norm of a step; 0 clips nothing", low=0)
+    teachers: str | None = option(
+        None,
+        "trained networks of the clients, which then do not train: a run folder, or a folder with "
+        "client-0.safetensors, client-1.safetensors, ...",
+        type=str,
+        path=absolute,
+    )
+
+    def resolved(self) -> dict[str, Any]:
+        found = super().resolved()
+        return found if self.lr_steps is None else {**found, "lr_steps": ",".join(map(str, self.lr_epochs))}
+
+    def check(self) -> None:
+        super().check()
+        if self.momentum >= 1:
+            raise UserError("--momentum must be below 1; at 1 the velocity never decays.")
+
+    def unused(self) -> dict[str, str]:
+        found = super().unused()
+        if self.local_steps is not None:
+            found["local_epochs"] = "beside --local-steps: leave one of the two out"
+        if self.lr_steps is None:
+            found["lr_step_factor"] = "without --lr-steps: give that too, or leave it out"
+        return found
+
+    @property
+    def lr_epochs(self) -> tuple[int, ...]:
+        """``lr_steps`` as numbers."""
+        words = [word.strip() for word in (self.lr_steps or "").split(",")] if self.lr_steps is not None else []
+        epochs = [int(word) if word.isdecimal() else 0 for word in words]
+        if any(epoch < 1 for epoch in epochs) or sorted(set(epochs)) != epochs:
+            raise UserError(
+                f'--lr-steps must be epochs of at least 1 in rising order, such as 200,400, not "{self.lr_steps}".'
+            )
+        return tuple(epochs)

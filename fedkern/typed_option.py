@@ -1,0 +1,259 @@
+"""Options: values that a person gives a run, a method or a data set, each with its kind, range and line of help.
+
+A word is converted once, where it enters; what is stored, copied or handed on has the option's type already.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+from fedkern.errors import UserError, nearest, quoted
+from fedkern.ops._core.checks import python_number
+
+Value = bool | int | float | str
+
+LARGEST = 1e30
+"""Largest value of a float option: it has to fit fp32, also after a division by a bias correction."""
+MOST = 2**31 - 1
+"""Largest count: larger sizes overflow in torch and NumPy."""
+
+_WORDS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, read by ``list``, the command line, the range checks and the documentation.
+
+    Attributes:
+        default: the value of an option that is not given; ``bool``, ``int``, ``float`` or ``str``.
+        help: one line for the user.
+        low, high: inclusive range of a number.  Without ``high``, a float is at most `LARGEST`, and an integer with a
+            lower bound is at most `MOST`.
+        above: exclusive lower bound of a number.
+        choices: the only values allowed, texts in any case; ``:N`` at the end of one stands for a number.
+        type: the type; that of the default where it is not given.  An option whose default is ``None`` (left open) may
+            be ``None``.
+        infinite: whether a float may be infinite.
+        path: function that makes a path in the value absolute; a stored run keeps the function's result.
+        code: function that returns the parts of a value that name code to import and run, each as written.  A stored
+            run executes that code only if the option is given again.
+        name: as users write it.
+        field: the attribute that holds it.
+        label: how error messages name it.
+    """
+
+    default: Value | None
+    help: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    choices: Sequence[Value] | None = None
+    type: Any = None
+    infinite: bool = False
+    path: Callable[[str], str] | None = None
+    code: Callable[[str], Sequence[str]] | None = None
+    name: str = ""
+    field: str = ""
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if self.type is None:
+            object.__setattr__(self, "type", builtins.type(self.default))
+
+    def named(self, field: str, label: str) -> Self:
+        """The option of a field; ``{}`` in its label stands for its name, in a flag's with hyphens."""
+        name = self.name or field
+        shown = label.format(name.replace("_", "-") if label.startswith("--") else name)
+        return dataclasses.replace(self, name=name, field=field, label=shown)
+
+    @property
+    def range(self) -> str:
+        """The allowed values in words, such as ``in [0, 1]`` or ``one of mean, zero``; empty without a restriction."""
+        if self.choices is not None:
+            return "one of " + ", ".join(map(str, self.choices))
+        if self.low is not None and self.high is not None:
+            return f"in [{self.low:g}, {self.high:g}]"
+        if self.low is not None:
+            return f"at least {self.low:g}"
+        if self.above is not None:
+            return f"above {self.above:g}" + (f" and at most {self.high:g}" if self.high is not None else "")
+        return f"at most {self.high:g}" if self.high is not None else ""
+
+    def convert(self, value: Any) -> Value:
+        """Returns ``value`` (a word of the command line, or a value of Python or TOML) in the option's type.
+
+        Raises:
+            UserError: the value has another type or is outside the allowed range.
+        """
+        if value is None and self.default is None:
+            return cast(Value, None)
+        if type(value) is self.type and not isinstance(value, str):
+            self.check(value)
+            return cast(Value, value)
+        try:
+            result = _convert(python_number(value), self.type)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            kind = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}[self.type]
+            raise UserError(f"{self.label} must be {kind}, not {quoted(value)}.{self._several(value)}") from None
+        if isinstance(result, str):
+            return self._chosen(result)
+        self.check(result)
+        return result
+
+    def read(self, value: Any) -> Value:
+        """As :meth:`convert`, of what a person gives now, whose paths are made absolute.
+
+        Raises:
+            UserError: as there, or a path begins with the home folder of an unknown user.
+        """
+        return self.absolute(self.convert(value))
+
+    def absolute(self, value: Any) -> Any:
+        """A value with an absolute path, so that a run can be resumed and compared from any folder."""
+        return self.path(value) if self.path is not None and isinstance(value, str) and value else value
+
+    def check(self, value: Value) -> None:
+        """Raises UserError when ``value`` is outside the allowed range."""
+        if isinstance(value, (str, bool)):
+            if isinstance(value, str):
+                self._chosen(value)
+            return
+        if isinstance(value, float) and math.isinf(value) and not self.infinite:
+            raise UserError(f"{self.label} must be finite, not {value:g}.")
+        shown = f"{value:g}" if isinstance(value, float) else str(value)  # :g fails for integers that overflow a float
+        if self.choices is not None:
+            if value not in self.choices:
+                raise UserError(f"{self.label} must be {self.range}, not {quoted(value)}.")
+            return
+        if self.high is None and (most := self._most(value)) is not None and value > most:
+            raise UserError(f"{self.label} must be at most {most}, not {shown}.")
+        bad = (
+            value != value
+            or (self.low is not None and value < self.low)
+            or (self.high is not None and value > self.high)
+            or (self.above is not None and value <= self.above)
+        )
+        if bad:
+            raise UserError(f"{self.label} must be {self.range or 'a number'}, not {shown}.")
+
+    def _chosen(self, value: str) -> str:
+        """The one of the choices that a word means."""
+        if self.choices is None:
+            return value
+        head, _, number = value.partition(":")
+        if number.isdecimal() and f"{head}:N" in self.choices:
+            return value
+        names = {str(choice).lower(): str(choice) for choice in self.choices if number != "N"}
+        if value.lower() not in names:
+            hint = self._several(value) or nearest(value, list(names.values()))
+            raise UserError(f"{self.label} must be {self.range}, not {quoted(value)}.{hint}")
+        return names[value.lower()]
+
+    def _several(self, value: Any) -> str:
+        """A hint where several values are given for one: words with commas between them, or a list."""
+        words = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ()
+        listed = ",".join(map(str, words)) if self.field else ""
+        return (
+            f" For several values: compare METHOD --sweep {self.name}={listed}."
+            if listed and 1 < len(words) <= 20
+            else ""
+        )
+
+    def _most(self, value: int | float) -> int | float | None:
+        """Upper bound of a number whose option declares none; None: unbounded."""
+        if isinstance(value, float):
+            return LARGEST if math.isfinite(value) else None
+        return MOST if self.low is not None else None  # an integer without a lower bound, such as a seed, is no count
+
+
+def option(default: Value | None, help: str, **limits: Any) -> Any:
+    """Declares an :class:`Option` as a field of a dataclass; ``limits`` are the option's further attributes.
+
+    ``name`` is the published name where Python forbids it as a field name (``lambda`` for the field ``lam``).
+    """
+    return dataclasses.field(default=default, metadata={"option": Option(default, help, **limits)})
+
+
+def declared(cls: Any, label: str) -> tuple[Option, ...]:
+    """The options among the fields of a dataclass, in order.
+
+    Args:
+        label: how error messages name an option; ``{}`` stands for the option's name.
+
+    Raises:
+        UserError: a default is no value of its option.
+    """
+    return _declared(cls, label)
+
+
+@functools.cache
+def _declared(cls: Any, label: str) -> tuple[Option, ...]:
+    fields = [field for field in dataclasses.fields(cls) if "option" in field.metadata]
+    options = tuple(field.metadata["option"].named(field.name, label) for field in fields)
+    for each in options:
+        if each.default is not None:
+            each.check(each.default)
+    return options
+
+
+def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) -> tuple[str, dict[str, Value | None]]:
+    """Reads a value of the form ``NAME`` or ``NAME:key=value,...``.
+
+    Args:
+        entries: the options of every name.
+
+    Returns:
+        The name, and the values of all its options.
+
+    Raises:
+        UserError: an unknown name or option, an option given twice, or a value of another type or out of range.
+    """
+    name, colon, rest = text.strip().partition(":")
+    if name not in entries:
+        raise UserError(f'{flag} must be one of {", ".join(entries)}, not "{name}".{nearest(name, entries)}')
+    known = {each.name: each for each in entries[name]}
+    values: dict[str, Value | None] = {key: each.default for key, each in known.items()}
+    seen = set()
+    for word in rest.split(",") if colon else ():
+        key, equals, value = (part.strip() for part in word.partition("="))
+        if key not in known or not equals:
+            has = f"It has {', '.join(known)}." if known else "It has no options."
+            raise UserError(f'{flag} {name} has no option "{word}".{nearest(key, known)} {has}')
+        if key in seen:
+            raise UserError(f"{flag} {name} has the option {key} twice.")
+        seen.add(key)
+        values[key] = known[key].convert(value)
+    return name, values
+
+
+def flag(name: str) -> str:
+    """``train_samples`` -> ``--train-samples``."""
+    return "--" + name.replace("_", "-")
+
+
+def as_typed(value: Any) -> str:
+    """A setting's value as the command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _convert(value: Any, kind: type) -> Value:
+    if kind is bool:
+        return value if isinstance(value, bool) else _WORDS[str(value).strip().lower()]
+    if isinstance(value, bool):
+        raise TypeError
+    if kind is int:
+        if not isinstance(value, str) and int(value) != value:  # a float of any kind
+            raise ValueError
+        return int(value)
+    if kind is float:
+        return float(value)
+    if isinstance(value, (list, tuple, Mapping)):
+        raise TypeError
+    return os.fsdecode(value) if isinstance(value, os.PathLike) else str(value).strip()
