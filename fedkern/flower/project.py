@@ -150,8 +150,8 @@ clientapp = "fedkern.flower.client_app:app"
         named = (Path(name).name if Path(name).is_absolute() else name for name in self.plugins)
         rows["plugins"] = (",".join(named), "")
         rows["out"] = ("" if self.out is None else str(self.out), "the run folder; resume = true goes on with it")
-        for name, told in SWITCHES.items():
-            rows[name] = (bool(getattr(self, name, False)), told)
+        for name, each in SWITCHES.items():
+            rows[name] = (bool(getattr(self, name, False)), each.help)
         return rows
 
     def _portable(self, field: str, value: Any) -> Any:
@@ -176,7 +176,7 @@ clientapp = "fedkern.flower.client_app:app"
         return {name: (self.data_options.get(name, ""), "") for name in names}
 
     def _flower(self) -> dict[str, tuple[Any, str]]:
-        rows = {key.partition(".")[2]: row for key, row in FLOWER.items()}
+        rows = {key.partition(".")[2]: (each.default, each.help) for key, each in FLOWER.items()}
         return {**rows, "own-data": (self.own_data, rows["own-data"][1])}
 
     @staticmethod

@@ -22,23 +22,30 @@ from fedkern.data import lookup
 from fedkern.errors import UserError, nearest
 from fedkern.flower.resident import STAYS
 from fedkern.settings.config import RunConfig
-from fedkern.typed_option import as_typed
+from fedkern.typed_option import Option, as_typed
 
 METHOD_OPTION, DATA_OPTION = "method-option.", "data-option."
 SWITCHES = {
-    "resume": "whether the run in out goes on from its last checkpoint",
-    "report": "whether report.html is written at the end",
-    "predictions": "whether the answers to the test images are written to predictions.csv",
+    "resume": Option(False, "whether the run in out goes on from its last checkpoint"),
+    "report": Option(False, "whether report.html is written at the end"),
+    "predictions": Option(False, "whether the answers to the test images are written to predictions.csv"),
 }
-FLOWER: dict[str, tuple[float | str | bool, str]] = {
-    "flower.deadline": (3600.0, "seconds within which clients must answer a message; 0: no limit but Flower's own"),
-    "flower.wait": (600.0, "seconds to wait for the nodes of all clients before the first round"),
-    "flower.own-data": (False, "whether the data folder of a node holds the data of its client alone"),
-    "flower.transport": ("fp32", "how fp32 tensors travel: fp32, or bf16 for half the bytes, which rounds them"),
-    "flower.resident": (STAYS, "seconds that a client's process stays on its SuperNode after a message; 0: it ends"),
-    "flower.state": ("", "folder of the clients' states on their nodes; empty: a folder in the user's cache"),
+_SECONDS: dict[str, Any] = {"low": 0, "high": 1e9}
+FLOWER = {
+    "flower.deadline": Option(
+        3600.0, "seconds within which clients must answer a message; 0: no limit but Flower's own", **_SECONDS
+    ),
+    "flower.wait": Option(600.0, "seconds to wait for the nodes of all clients before the first round", **_SECONDS),
+    "flower.own-data": Option(False, "whether the data folder of a node holds the data of its client alone"),
+    "flower.transport": Option(
+        "fp32", "how fp32 tensors travel: fp32, or bf16 for half the bytes, which rounds them", choices=("fp32", "bf16")
+    ),
+    "flower.resident": Option(
+        STAYS, "seconds that a client's process stays on its SuperNode after a message; 0: it ends", **_SECONDS
+    ),
+    "flower.state": Option("", "folder of the clients' states on their nodes; empty: a folder in the user's cache"),
 }
-"""Settings of a run over Flower, with their defaults."""
+"""Settings of a run over Flower."""
 JUDGING = {"test_share": 0.5, "validation_share": 0.9}
 """Shares of the server's images, where nobody gives them and nodes have data of their own: none of them trains."""
 ELSEWHERE = ("workers",)
@@ -98,21 +105,21 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
         plugins=loaded,
         **settings,
     )
-    own_data = _switch(given, "flower.own-data")
-    if own_data:
+    # The ClientApp reads flower.resident itself, before it imports all this.
+    own: dict[str, Any] = {
+        key: each.named(key, key).convert(given[key]) if key in given else each.default
+        for key, each in {**SWITCHES, **FLOWER}.items()
+    }
+    if own["flower.own-data"]:
         check_own_data(config)
         shares = {name: share for name, share in JUDGING.items() if name in lookup(config.data).options}
         config = config.replace(data_options={**shares, **config.data_options})
-    _seconds(given, "flower.resident")  # only checked: the ClientApp reads it, before it imports all this
     return RunSettings(
         config=config,
-        own_data=own_data,
-        transport=_transport(given),
         out=Path(given["out"]).expanduser() if "out" in given else None,
-        deadline=_seconds(given, "flower.deadline"),
-        wait=_seconds(given, "flower.wait"),
-        state=given.get("flower.state", str(FLOWER["flower.state"][0])),
-        **{name: _switch(given, name) for name in SWITCHES},
+        **{
+            key.removeprefix("flower.").replace("-", "_"): each for key, each in own.items() if key != "flower.resident"
+        },
     )
 
 
@@ -139,30 +146,6 @@ def check_own_data(config: RunConfig) -> None:
 
 def _under(given: Mapping[str, str], prefix: str) -> Iterable[tuple[str, str]]:
     return ((key, word) for key, word in given.items() if key.startswith(prefix))
-
-
-def _switch(given: Mapping[str, str], key: str) -> bool:
-    word = given.get(key, "false").lower()
-    if word not in ("true", "false"):
-        raise UserError(f'{key} must be true or false in the run-config, not "{word}".')
-    return word == "true"
-
-
-def _seconds(given: Mapping[str, str], key: str) -> float:
-    try:
-        value = float(given.get(key, FLOWER[key][0]))
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1e9:
-        raise UserError(f'{key} must be a number of seconds in the run-config, not "{given[key]}".')
-    return value
-
-
-def _transport(given: Mapping[str, str]) -> str:
-    word = given.get("flower.transport", "fp32")
-    if word not in ("fp32", "bf16"):
-        raise UserError(f'flower.transport must be fp32 or bf16 in the run-config, not "{word}".')
-    return word
 
 
 def _located(name: str) -> str:
