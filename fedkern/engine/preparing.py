@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fedkern.data.items import unsteady
 from fedkern.engine.client import Client
+from fedkern.engine.client_privacy import ClientPrivacy
 from fedkern.engine.clients import check_teachers
 from fedkern.engine.context import RunContext
 from fedkern.engine.hooks import Hooks, MethodCode
@@ -13,7 +14,6 @@ from fedkern.engine.participants import fewest_uploads
 from fedkern.engine.progress import Progress
 from fedkern.engine.server import Server
 from fedkern.engine.store import predictions as predictions_file
-from fedkern.engine.uploads.private_mean import PrivateMean
 from fedkern.errors import UserError
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Method, Round
@@ -53,7 +53,7 @@ class Prepared:
     code: MethodCode
     hooks: dict[str, Hooks]
     plan: list[Round]
-    private: PrivateMean | None
+    private: ClientPrivacy | None
     said: Guarantee | None
 
     @property
@@ -143,12 +143,12 @@ def prepare(
 
 def _privacy(
     config: RunConfig, context: RunContext, method: Method, server: Server, code: MethodCode
-) -> tuple[PrivateMean | None, Guarantee | None]:
+) -> tuple[ClientPrivacy | None, Guarantee | None]:
     """Privacy of whole clients, and the guarantee of the run."""
-    private: PrivateMean | None = None
+    private: ClientPrivacy | None = None
     said: Guarantee | None
     if config.dp_clip is not None:
-        private = PrivateMean(config, method, server, context)
+        private = ClientPrivacy(config, method, server, context)
         said = private.guarantee()
     else:
         with code("guarantee"):

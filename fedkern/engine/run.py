@@ -28,6 +28,7 @@ from fedkern.engine.executors.ranks import Ranks
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.sizing import worker_bytes
 from fedkern.engine.executors.workers import setup_of
+from fedkern.engine.ledger import Ledger
 from fedkern.engine.loop import Loop
 from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.participants import sample_clients
@@ -67,11 +68,12 @@ from fedkern.engine.store.resuming import (
 from fedkern.engine.store.run_folder import NODES, check_vacant, writing
 from fedkern.engine.store.scribe import Scribe
 from fedkern.engine.timing import Timing
-from fedkern.engine.uploads.bytes import Bytes, Ledger
+from fedkern.engine.uploads.bytes import Bytes
 from fedkern.engine.uploads.declared import Declared
 from fedkern.engine.uploads.digests import ClientDigests, ServerDigests
 from fedkern.engine.uploads.filters import Filter
 from fedkern.engine.uploads.norm_bounds import NormBounds
+from fedkern.engine.uploads.private_mean import PrivateMean
 from fedkern.engine.uploads.reduction import Following, Reduction, has_room
 from fedkern.errors import UserError
 from fedkern.interrupts import in_order
@@ -241,7 +243,7 @@ def _upload_filters(
         *([Reduction(gpu)] if unseen and not (bounded or releases is not None or private is not None) else []),
         Declared(),
         *([bounds] if bounded else []),
-        *([private] if private is not None else []),
+        *([PrivateMean(private, config, prepared.method, prepared.server)] if private is not None else []),
         *([ServerDigests(releases)] if releases is not None and private is not None else []),
     ]
 

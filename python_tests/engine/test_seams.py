@@ -15,14 +15,6 @@ SEAMS = {"parts.base", "uploads.encoders", "uploads.filters"}
 """The protocols, which every part and every filter is made on."""
 
 KNOWN = {
-    # A filter books bytes; parts tell them, keep them in checkpoints and bound them.  They share the ledger, an object
-    # that the run makes: no part has the filter itself.
-    "parts.budgets": {"uploads.bytes"},
-    "parts.checkpointing": {"uploads.bytes"},
-    "parts.traffic": {"uploads.bytes"},
-    # Noise and epsilon of client-level privacy follow from one object, which the run makes: the filter adds the noise,
-    # the part tells the epsilon.
-    "parts.privacy": {"uploads.private_mean"},
     # A vector that stays with its client is checked there, by the function that the server checks all others with.
     "uploads.reduction": {"uploads.declared"},
 }

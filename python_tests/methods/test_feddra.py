@@ -11,10 +11,10 @@ from feddra_parts import ALIGN, JOINT, LOSSES, SETTINGS
 
 from fedkern import ops
 from fedkern.engine.client import Client
+from fedkern.engine.ledger import message_bytes
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics
-from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA, Federation
 from fedkern.methods.feddra import ALIGNMENT, spliced

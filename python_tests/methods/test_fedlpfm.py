@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, sof
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.ledger import message_bytes
 from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
-from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.methods import Batch, FedLPFM, Phase

@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from fedkern.engine.ledger import Ledger
 from fedkern.engine.parts.base import Part, Record, Stop
 from fedkern.engine.timing import Timing
-from fedkern.engine.uploads.bytes import Ledger
 
 
 class _Budget(Part):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedkern.engine.ledger import Ledger
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.progress import Progress
 from fedkern.engine.server import Server
@@ -16,7 +17,6 @@ from fedkern.engine.store.records import Metrics
 from fedkern.engine.store.releases import Releases
 from fedkern.engine.store.saved_model import results
 from fedkern.engine.timing import Timing
-from fedkern.engine.uploads.bytes import Ledger
 
 
 class Checkpointing(Part):

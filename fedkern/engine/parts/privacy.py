@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedkern.engine.client_privacy import ClientPrivacy
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.progress import Progress
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.releases import Releases
-from fedkern.engine.uploads.private_mean import PrivateMean
 from fedkern.methods.common.privacy_report import privacy_figures
 from fedkern.privacy import Guarantee, server_secret
 from fedkern.privacy.guarantee import EPSILON, PART
@@ -34,7 +34,7 @@ class Privacy(Part):
     def __init__(
         self,
         said: Guarantee | None,
-        private: PrivateMean | None,
+        private: ClientPrivacy | None,
         releases: Releases | None,
         context: RunContext,
         checkpoints: Checkpoints,

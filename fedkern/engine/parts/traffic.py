@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedkern.engine.context import RunContext
+from fedkern.engine.ledger import Ledger
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.uploads.bytes import Ledger
 
 
 class Traffic(Part):

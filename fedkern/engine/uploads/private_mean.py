@@ -1,30 +1,20 @@
-"""Client-level differential privacy of a run (`fedkern.privacy.client_level`): who takes part, what is released.
-
-The server of a method sees no single upload.  In every round it gets one upload, the mean of the clients' clipped
-changes with noise on it, so that whatever it does with that upload costs no more.
-"""
+"""Mean of a round's clipped changes with noise on it, in place of the uploads (`fedkern.engine.client_privacy`)."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.engine.context import RunContext
-from fedkern.engine.hooks import message_for, reduced
-from fedkern.engine.participants import sample_clients
+from fedkern.engine.client_privacy import ClientPrivacy, size_of
+from fedkern.engine.hooks import reduced
 from fedkern.engine.server import Server
 from fedkern.engine.uploads.filters import Asked, Filter
-from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Phase, Upload
-from fedkern.methods.uploads import Values, like
-from fedkern.privacy.client_level import CHANNEL, ClientGuarantee, ClientLevel, keep_variances
+from fedkern.privacy.client_level import CHANNEL, ClientLevel, keep_variances
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
 from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
@@ -80,112 +70,17 @@ class ClippedSum:
 
 
 class PrivateMean(Filter):
-    """Client-level differential privacy of one run: in place of the uploads the server gets their private mean.
+    """Hands the server the private mean of all uploads in their place.
 
     Args:
-        config: the settings, with ``dp_clip`` and ``dp_noise``.
+        privacy: of the run.
+        config: the settings.
         method: the method.
-        server: the server, as the method's ``start`` has left it.
-        context: the run's data.
-
-    Attributes:
-        level: the mechanism.
-        amplified: whether the clients of a round are drawn in secret and keep no state; epsilon then counts the draw.
-        secret: 32 hexadecimal digits from which noise and draws follow; empty: they follow from the run's seed.
-
-    Raises:
-        UserError: the mechanism does not fit the method or the data, or dp-accounting is not installed.
+        server: the server.
     """
 
-    def __init__(self, config: RunConfig, method: Method, server: Server, context: RunContext) -> None:
-        assert config.dp_clip is not None
-        assert config.dp_noise is not None
-        self._config, self._method, self._server = config, method, server
-        self.level = ClientLevel(config.dp_clip, config.dp_noise, config.delta)
-        if config.dp_noise and self.level.delta * config.trained_clients >= 1:
-            context.warn(
-                "large-delta",
-                f"--dp-delta {self.level.delta:g} is one in the number of clients ({config.trained_clients}) or more: "
-                "even a rule that publishes a client's data would count as private, so choose a smaller one.",
-            )
-        check(config, method, server, context)
-        self.secret = ""
-        plan = [entry.participants for entry in method.rounds(server.federation)]
-        sampled = config.sampled_clients < config.trained_clients and all(who == "sampled" for who in plan)
-        # Records of clients tell who took part, and so do numbers of uploads where the seed says who drops out.
-        hidden = config.records == "private" and not config.dropout_rate and config.late_work != "drop"
-        stateless = method.memoryless and config.buffers != "local" and config.optimizer_state != "keep"
-        self.amplified = bool(self.level.noise) and sampled and hidden and stateless
-        # Number of rounds, by rounds done, for which the client was asked that was asked most often.
-        self._most = list(range(len(plan) + 1))
-        if not self.amplified and config.sampled_clients < config.trained_clients:
-            asked: Counter[int] = Counter()
-            for number, who in enumerate(plan):
-                asked.update(range(config.trained_clients) if who == "all" else sample_clients(config, number))
-                self._most[number + 1] = max(asked.values())
-        self.planned = self.epsilon(len(plan)) if self.level.noise else math.inf
-
-    def participants(self, round: int) -> list[int]:
-        """The clients of a round that draws some, in ascending order."""
-        return sample_clients(self._config, round, self.secret if self.amplified else "")
-
-    # -- epsilon ---------------------------------------------------------------------------------------------------
-
-    def epsilon(self, rounds: int) -> float:
-        """Epsilon of the first ``rounds`` rounds."""
-        if self.amplified:
-            config = self._config
-            return self.level.epsilon(rounds, drawn=config.sampled_clients, of=config.trained_clients)
-        return self.level.epsilon(self._most[rounds])
-
-    def guarantee(self) -> ClientGuarantee | None:
-        """The run's guarantee; None without noise."""
-        if not self.level.noise:
-            return None
-        conditions = ["the server, which gets every client's update as it is, is trusted and keeps checkpoints/"]
-        if self.amplified:
-            conditions.append("who takes part in a round stays secret")
-        if self._config.dp_draws == "seed":
-            conditions.append("the run's seed stays secret")
-        said = ClientGuarantee(
-            self.level.delta,
-            {"networks": "the networks of all rounds and all that is computed from them"},
-            conditions=tuple(conditions),
-            planned=self.planned,
-            rounds=len(self._most) - 1,
-        )
-        found = said if self._config.records == "private" else said.with_records()
-        assert isinstance(found, ClientGuarantee)
-        return found
-
-    def spent(self, rounds: int) -> dict[str, float]:
-        """The figure of the first ``rounds`` rounds by its name, for a record; empty without noise."""
-        said = self.guarantee()
-        return {} if said is None else {said.figure: self.epsilon(rounds)}
-
-    def report(self, rounds: int) -> dict[str, Any]:
-        """The ``privacy`` entry of summary.json after ``rounds`` rounds; empty without noise.
-
-        Its entries are ``epsilon`` (or ``epsilon_covered``), ``delta``, ``unit``, ``rounds``, ``covers`` and
-        ``leaves_uncovered`` as for every guarantee, ``clip`` and ``noise``, ``drawn`` and ``of`` where epsilon counts
-        the draw of so many clients, and ``statement``.
-        """
-        said = self.guarantee()
-        if said is None:
-            return {}
-        found = self.epsilon(rounds)
-        draw = {"drawn": self._config.sampled_clients, "of": self._config.trained_clients} if self.amplified else {}
-        return {
-            **said.to_dict(),
-            said.figure: found,
-            "rounds": rounds,
-            "clip": self.level.clip,
-            "noise": self.level.noise,
-            **draw,
-            "statement": said.statement(found),
-        }
-
-    # -- a round ---------------------------------------------------------------------------------------------------
+    def __init__(self, privacy: ClientPrivacy, config: RunConfig, method: Method, server: Server) -> None:
+        self._privacy, self._config, self._method, self._server = privacy, config, method, server
 
     def together(
         self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
@@ -202,13 +97,13 @@ class PrivateMean(Filter):
     ) -> Iterator[Upload]:
         declared, state = asked.declared(asked.participants[0]), self._server.state
         start = self._start(declared, asked.phase)
-        total = ClippedSum(self.level, start, self._config.sums == "exact")
+        total = ClippedSum(self._privacy.level, start, self._config.sums == "exact")
         for upload in uploads:
             norm, factor = total.add(upload.message)
             note(upload.client_id, {"update_norm": norm, **({"clipped": factor} if factor < 1 else {})})
             del upload  # free this upload before the next one arrives
         message = total.release(asked.clients, self._key(asked.plan, asked.phase))
-        if "buffers" in message and self.level.noise:
+        if "buffers" in message and self._privacy.level.noise:
             own = message["buffers"][self._variances]
             keep_variances(own, start["buffers"][self._variances])
             message["buffers"][self._variances] = own
@@ -220,10 +115,10 @@ class PrivateMean(Filter):
         """What clients' vectors are counted from: the global network's, zero for vectors that are changes already."""
         names = [name for name in reduced(self._method, phase) if name in declared]
         state = self._server.state
-        return {name: state[name] if name in VECTORS else torch.zeros(_size(declared[name])) for name in names}
+        return {name: state[name] if name in VECTORS else torch.zeros(size_of(declared[name])) for name in names}
 
     def _key(self, number: int, phase: Phase) -> NoiseKey:
-        own = self.secret
+        own = self._privacy.secret
         material = bytes.fromhex(own) if own else stream(self._config.seed, "privacy").bytes(SECRET_BYTES)
         return noise_key(material, RELEASED, f"{CHANNEL}/{phase.exchange}", number)
 
@@ -240,58 +135,3 @@ def variances(network: nn.Module) -> Tensor:
     for name, place in flat.places()["buffers"].items():
         found[place] = name.endswith("running_var")
     return found
-
-
-def check(config: RunConfig, method: Method, server: Server, context: RunContext) -> None:
-    """Checks that the server of a method only adds vectors up, once a round, which noise on their sum covers.
-
-    Raises:
-        UserError: it does more with uploads, clients keep what clipping would spoil, or other things travel.
-    """
-    name = config.method
-    if method.follows_own_update:
-        raise UserError(
-            f"--dp-clip is not for {name}, whose clients keep a gradient of their whole update, which the server "
-            "scales down: leave it out."
-        )
-    if method.guarantee(server) is not None:
-        raise UserError(f"--dp-clip is not for {name}, which has differential privacy of its own: leave it out.")
-    for entry in method.rounds(server.federation):
-        more = entry.exchanges[0] if entry.one_off else next(iter(entry.exchanges[1:]), None)
-        if more is not None:
-            raise UserError(
-                f'--dp-clip is not for {name} with these options, whose clients upload more ("{more}") than a change '
-                "of the network: leave it out, or choose other options."
-            )
-        phase = Phase(0, entry.name, entry.exchanges[0])
-        summed = reduced(method, phase)
-        if "parameters" not in summed or entry.cohort or isinstance(entry.participants, tuple):
-            raise UserError(
-                f"--dp-clip is not for {name} with these options, whose server does more with uploads than adding them "
-                "up: leave it out."
-            )
-    message = message_for(method.send(server, phase), 0, method.selective) or {}
-    for key, due in method.expects(server, phase, 0, message).items():
-        fits = key in summed and (key not in VECTORS or _size(due) == server.state[key].numel())
-        if not fits and key != "integers":
-            raise UserError(
-                f'--dp-clip is not for {name} with these options, whose clients upload "{key}", which the server does '
-                "not only add up: leave it out, or choose other options."
-            )
-    if config.buffers == "pool":
-        raise UserError(
-            "--buffers pool has clients upload sums over their samples, which --dp-clip does not bound: take --buffers "
-            "average, local or drop."
-        )
-    if config.dp_noise and context.words() is not None:
-        raise UserError(
-            f"--dp-noise does not cover the vocabulary that --text-encoder {config.text_encoder} learns from the "
-            "clients' texts: take a text encoder of transformers, or leave --dp-noise out."
-        )
-
-
-def _size(due: Any) -> int:
-    """Number of elements of a declared vector ``[P]``; -1 for anything else."""
-    declared = like(due) if isinstance(due, Tensor) else due
-    shape = declared.shape if isinstance(declared, Values) else ()
-    return shape[0] if len(shape) == 1 and isinstance(shape[0], int) else -1

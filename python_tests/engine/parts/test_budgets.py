@@ -7,11 +7,11 @@ import json
 import pytest
 from interrupted import Kill, KillAt, outcome
 
+from fedkern.engine.ledger import Ledger
 from fedkern.engine.parts.base import Record
 from fedkern.engine.parts.budgets import MaxBytes, MaxSeconds
 from fedkern.engine.run import run
 from fedkern.engine.timing import Timing
-from fedkern.engine.uploads.bytes import Ledger
 from fedkern.errors import UserError
 from fedkern.methods.base import Phase, Round
 from fedkern.settings.stored import load_settings

@@ -12,6 +12,7 @@ import torch
 from stand_ins import PRIVATE, Context, about, record, stored, values
 from torch import nn
 
+from fedkern.engine.ledger import Ledger
 from fedkern.engine.parts import trace
 from fedkern.engine.parts.artifacts import Artifacts
 from fedkern.engine.parts.base import Part, Summary
@@ -26,7 +27,6 @@ from fedkern.engine.progress import Progress
 from fedkern.engine.store.artifacts import FILE, Gallery
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.timing import Timing
-from fedkern.engine.uploads.bytes import Ledger
 from fedkern.errors import UserError
 from fedkern.listeners.audience import Audience
 from fedkern.listeners.events import Listener, Listeners

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 
 from fedkern import atomic
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.ledger import Ledger, message_bytes
 from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.client_table import INLINE
-from fedkern.engine.uploads.bytes import Ledger, message_bytes
 from fedkern.errors import UserError
 from fedkern.messages import states
 from fedkern.methods.base import Phase

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from fedkern.engine.ledger import Ledger
 from fedkern.engine.store.releases import DIVERGED, Releases
-from fedkern.engine.uploads.bytes import Bytes, Ledger
+from fedkern.engine.uploads.bytes import Bytes
 from fedkern.engine.uploads.declared import Declared
 from fedkern.engine.uploads.digests import ClientDigests, ServerDigests
 from fedkern.engine.uploads.encoders import Departure

@@ -11,9 +11,9 @@ from torch import nn
 
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import client as engine_client
+from fedkern.engine.ledger import message_bytes
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
-from fedkern.engine.uploads.bytes import message_bytes
 from fedkern.methods import FuseFL, Phase
 from fedkern.methods.fusefl.levels import LocalPart, base_width, scaled_width
 from fedkern.models import Ensemble, build

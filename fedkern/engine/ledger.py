@@ -1,0 +1,137 @@
+"""Bytes sent up and down, per client, exchange and round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fedkern.methods.base import Phase
+from fedkern.methods.uploads import Kept
+
+NUMBER_BYTES = 8
+_COLUMNS = ("up", "down", "one_off_up", "one_off_down")
+
+
+def message_bytes(message: Any) -> int:
+    """Bytes of a message's contents: its tensors' elements, 8 for a number, the UTF-8 length of a text."""
+    if isinstance(message, (Tensor, Kept)):
+        return message.numel() * message.element_size()
+    if isinstance(message, Mapping):
+        return sum(message_bytes(value) for value in message.values())
+    if isinstance(message, (list, tuple)):
+        return sum(message_bytes(value) for value in message)
+    if isinstance(message, str):
+        return len(message.encode())
+    return 0 if message is None else NUMBER_BYTES
+
+
+@dataclass
+class Ledger:
+    """Bytes per client: ``up`` (client to server) and ``down`` in rounds, and both in one-off exchanges.
+
+    ``exchanges`` holds the bytes of the rounds by name of the exchange, ``rounds`` those by name of the round, both
+    summed over clients; ``round_sums`` holds those of the present round by name of the exchange.
+    """
+
+    clients: int
+    up: list[int] = field(default_factory=list)
+    down: list[int] = field(default_factory=list)
+    one_off_up: list[int] = field(default_factory=list)
+    one_off_down: list[int] = field(default_factory=list)
+    exchanges: dict[str, dict[str, int]] = field(default_factory=dict)
+    rounds: dict[str, dict[str, int]] = field(default_factory=dict)
+    round_sums: dict[str, dict[str, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # Kept beside the lists, so that a round's bookkeeping does not run over clients that are absent.
+    _totals: dict[str, int] = field(init=False, repr=False, compare=False)
+    _changed: set[int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in _COLUMNS:
+            if not getattr(self, name):
+                setattr(self, name, [0] * self.clients)
+        self._totals = {name: sum(getattr(self, name)) for name in _COLUMNS}
+        self._changed = {k for k in range(self.clients) if any(self._row(k))}
+
+    def restore(self, stored: Mapping[str, Any], rows: Mapping[int, Sequence[int]] | None) -> None:
+        """Goes on from what was stored.
+
+        Args:
+            stored: what :meth:`to_dict` returned; with ``rows``, what :meth:`sums` did.
+            rows: the last row of every client that has one, as :meth:`changed_rows` gave it.
+        """
+        columns = {name: [0] * self.clients for name in _COLUMNS} if rows is not None else stored
+        for k, row in ((k, row) for k, row in (rows or {}).items() if k < self.clients):
+            for name, value in zip(_COLUMNS, row, strict=True):
+                columns[name][k] = value
+        for name in _COLUMNS:
+            setattr(self, name, columns[name])
+        self.exchanges, self.rounds = stored["exchanges"], stored["rounds"]
+        self.__post_init__()
+        if rows is not None:
+            self._changed.clear()
+
+    def _row(self, client: int) -> list[int]:
+        return [getattr(self, name)[client] for name in _COLUMNS]
+
+    def book(self, client: int, direction: str, message: Any, *, phase: Phase | None = None) -> int:
+        """Books a message from (``"up"``) or to (``"down"``) a client and returns its bytes.
+
+        Args:
+            phase: the communication round and the exchange; None for a one-off exchange.
+        """
+        size = message_bytes(message)
+        column = direction if phase is not None else f"one_off_{direction}"
+        getattr(self, column)[client] += size
+        self._totals[column] += size
+        self._changed.add(client)
+        if phase is not None:
+            self.exchanges.setdefault(phase.exchange, {"up": 0, "down": 0})[direction] += size
+            self.round_sums.setdefault(phase.exchange, {"up": 0, "down": 0})[direction] += size
+            self.rounds.setdefault(phase.name, {"up": 0, "down": 0})[direction] += size
+        return size
+
+    def begin_round(self) -> None:
+        """A round begins."""
+        self.round_sums = {}
+
+    @property
+    def total_up(self) -> int:
+        return self._totals["up"]
+
+    @property
+    def total_down(self) -> int:
+        return self._totals["down"]
+
+    @property
+    def total(self) -> int:
+        """All bytes so far, one-off exchanges included."""
+        return sum(self._totals.values())
+
+    def changed_rows(self) -> dict[int, list[int]]:
+        """``up``, ``down``, ``one_off_up`` and ``one_off_down`` of every client booked since the last call."""
+        rows = {k: self._row(k) for k in sorted(self._changed)}
+        self._changed.clear()
+        return rows
+
+    def sums(self) -> dict[str, Any]:
+        """What the ledger holds beside the clients' rows."""
+        return {"exchanges": self.exchanges, "rounds": self.rounds}
+
+    def summary(self) -> dict[str, Any]:
+        """Totals: ``up`` and ``down`` of the rounds, ``one_off_up``, ``one_off_down``, and the ``total`` of these four.
+
+        ``clients`` holds the same four per client.  ``exchanges``, where there are several names of exchanges, holds
+        ``up`` and ``down`` of each.
+        """
+        return {
+            **self._totals,
+            "total": self.total,
+            **({"exchanges": self.exchanges} if len(self.exchanges) > 1 else {}),
+            "clients": {str(k): dict(zip(_COLUMNS, self._row(k), strict=True)) for k in range(self.clients)},
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _COLUMNS} | self.sums()
