@@ -27,7 +27,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_sets
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
     """A method and its server, checked against data and settings.
 
@@ -42,6 +42,7 @@ class Prepared:
         plan: the rounds, one-off ones included.
         private: privacy of whole clients; None without it.
         said: which of the run's releases its epsilon covers; None where it promises none.
+        profile, predictions: what the user asks for beside.
     """
 
     config: RunConfig
@@ -55,6 +56,8 @@ class Prepared:
     plan: list[Round]
     private: ClientPrivacy | None
     said: Guarantee | None
+    profile: bool
+    predictions: bool
 
     @property
     def rounds(self) -> int:
@@ -134,7 +137,9 @@ def prepare(
     hooks = {
         name: Hooks(name, asked, server, context, code) for name, asked in (("method", method), ("pooling", pooling))
     }
-    found = Prepared(config, context, method, pooling, server, progress, code, hooks, plan, private, said)
+    found = Prepared(
+        config, context, method, pooling, server, progress, code, hooks, plan, private, said, profile, predictions
+    )
     rule = Rule(config.aggregator)
     if rule.entry.function is not None:
         rule.check(fewest_uploads(config, found.rounds))

@@ -14,80 +14,42 @@ from torch import nn
 from fedkern import atomic, plugins
 from fedkern.allocator import keep_freed_memory
 from fedkern.data import used_cache
-from fedkern.data.identity import data_fingerprint, of_memory
+from fedkern.data.identity import of_memory
 from fedkern.engine import initial_weights, own_model, own_training
-from fedkern.engine.client_states import ClientStates
-from fedkern.engine.clients import Everybody, compare_teachers
 from fedkern.engine.context import RunContext
-from fedkern.engine.evaluate import client_sets, test_sets
 from fedkern.engine.executors import team
-from fedkern.engine.executors.base import Executor, ServerSide
-from fedkern.engine.executors.choice import executor_of
+from fedkern.engine.executors.choice import Remote, executor_of
 from fedkern.engine.executors.nursery import own_nursery
-from fedkern.engine.executors.ranks import Ranks
-from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.sizing import worker_bytes
 from fedkern.engine.executors.workers import setup_of
-from fedkern.engine.ledger import Ledger
 from fedkern.engine.loop import Loop
+from fedkern.engine.order import filters_of, parts_of
 from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.participants import sample_clients
-from fedkern.engine.parts.answers import Answers
-from fedkern.engine.parts.artifacts import Artifacts
 from fedkern.engine.parts.base import Part
-from fedkern.engine.parts.budgets import MaxBytes, MaxSeconds
-from fedkern.engine.parts.checkpointing import Checkpointing
-from fedkern.engine.parts.diagnoses import Diagnoses
-from fedkern.engine.parts.evaluation import Evaluation
-from fedkern.engine.parts.listening import Listening
-from fedkern.engine.parts.oracle import Oracle
-from fedkern.engine.parts.privacy import Privacy
-from fedkern.engine.parts.records import Records
-from fedkern.engine.parts.results import Results
-from fedkern.engine.parts.server_figures import ServerFigures
-from fedkern.engine.parts.stopping import Patience, StopAt
-from fedkern.engine.parts.trace import Trace
-from fedkern.engine.parts.traffic import Traffic
-from fedkern.engine.parts.warnings import Warnings
 from fedkern.engine.preparing import Prepared, prepare
-from fedkern.engine.round_log import RoundLog
+from fedkern.engine.run_objects import opened
 from fedkern.engine.store import records, saved_model
-from fedkern.engine.store.artifacts import Gallery
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
-from fedkern.engine.store.releases import Releases
 from fedkern.engine.store.resuming import (
     changes,
     check_kernels,
-    check_same,
     check_unedited,
-    facts_of,
     repairs,
     with_identity,
 )
 from fedkern.engine.store.run_folder import NODES, check_vacant, writing
-from fedkern.engine.store.scribe import Scribe
-from fedkern.engine.timing import Timing
-from fedkern.engine.uploads.bytes import Bytes
-from fedkern.engine.uploads.declared import Declared
-from fedkern.engine.uploads.digests import ClientDigests, ServerDigests
-from fedkern.engine.uploads.filters import Filter
-from fedkern.engine.uploads.norm_bounds import NormBounds
-from fedkern.engine.uploads.private_mean import PrivateMean
-from fedkern.engine.uploads.reduction import Following, Reduction, has_room
 from fedkern.errors import UserError
 from fedkern.interrupts import in_order
 from fedkern.listeners.audience import Audience
-from fedkern.listeners.events import Listener, RunInfo
-from fedkern.methods.base import Method
+from fedkern.listeners.events import Listener
 from fedkern.models import available
-from fedkern.models.freezing import frozen_norms
 from fedkern.models.own import unwrapped
 from fedkern.models.precision import computing
+from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
 from fedkern.settings.run_data import caveats, check_data, decided, effective, kept_data, load_data
-from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.stored import load_settings
 from fedkern.torch_modes import cpu_threads, current_gpu, reproducible
 
@@ -104,7 +66,7 @@ def run(
     predictions: bool = False,
     model: nn.Module | None = None,
     own: OwnTraining | None = None,
-    elsewhere: Callable[[ServerSide], Executor] | None = None,
+    elsewhere: Remote | None = None,
     check: Callable[[RunConfig], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
@@ -217,35 +179,8 @@ def run(
                     used_cache.remember(out, config.cache)
                 if not resume:
                     initial_weights.keep(config.init)
-                    atomic.write_bytes(out / SETTINGS, config.to_toml().encode())
-                return _played(
-                    prepared, out, audience, alone,
-                    resume=resume, profile=profile, predictions=predictions, elsewhere=elsewhere,
-                )  # fmt: skip
-
-
-def _upload_filters(
-    prepared: Prepared, executor: Executor, ledger: Ledger, releases: Releases | None, parameters: int
-) -> list[Filter]:
-    """What the uploads of a run pass on their way to the server, in order."""
-    config, private = prepared.config, prepared.private
-    bounds = NormBounds(config.max_update_norm, config.clip_update_norm)
-    bounded = bool(config.max_update_norm or config.clip_update_norm)
-    # Vectors can stay on their ranks, or on the GPU, where nobody but the server's sum wants to see them.
-    ranks = isinstance(executor, Ranks) and config.sums == "exact"
-    gpu = executor is executor.here and has_room(prepared.context.device, parameters)
-    unseen = (ranks or gpu) and prepared.server.aggregator is None
-    if gpu:
-        prepared.server.summing = Following
-    return [
-        *([ClientDigests(releases)] if releases is not None and private is None else []),
-        Bytes(ledger, hidden=prepared.silent),
-        *([Reduction(gpu)] if unseen and not (bounded or releases is not None or private is not None) else []),
-        Declared(),
-        *([bounds] if bounded else []),
-        *([PrivateMean(private, config, prepared.method, prepared.server)] if private is not None else []),
-        *([ServerDigests(releases)] if releases is not None and private is not None else []),
-    ]
+                    atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
+                return _played(prepared, out, audience, alone, resume=resume, elsewhere=elsewhere)
 
 
 def _played(
@@ -255,124 +190,43 @@ def _played(
     alone: Callable[[], object],
     *,
     resume: bool,
-    profile: bool,
-    predictions: bool,
-    elsewhere: Callable[[ServerSide], Executor] | None,
+    elsewhere: Remote | None,
 ) -> dict[str, Any]:
     """Plays the rounds that are left, and returns the summary."""
-    config, context, server, progress = prepared.config, prepared.context, prepared.server, prepared.progress
-    scribe, metrics, timing = Scribe(), records.Metrics(out), Timing()
-    store, ledger = Checkpoints(out, scribe, config.trained_clients), Ledger(config.trained_clients)
-    entry = store.open(fresh=not resume, begun=resume and metrics.path.exists())
-    facts, wire = facts_of(config, context.data, data_fingerprint(context.data)), dict[str, int]()
-    if entry is not None:
-        check_same(entry, facts, prepared.plan, out)
-        server.state = store.server_state()
-        progress.done, progress.planned = entry["round"], entry["plan"]
-    here = Serial(context, prepared.askers, store.reader, config.client_threads)
-    states = ClientStates(here, store, context, progress, prepared.amplified)
-    log = RoundLog(context, progress, states, listener, silent=prepared.silent, hint=_undeclared(prepared))
-    releases = None if prepared.said is None else Releases(store.folder)
-    network = context.build()
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    sets, own_sets, told = test_sets(context), client_sets(context), context.disclosure
-    everybody, gallery = Everybody(context, store), Gallery(out, prepared.rounds)
-    method, code, rounds = prepared.method, prepared.code, prepared.rounds
-
-    def info() -> RunInfo:
-        executor = states.executor
-        workers = 1 if isinstance(executor, Ranks) or executor.apart else executor.count
-        return RunInfo(
-            config=config,
-            out=out,
-            first_round=progress.done,
-            samples=context.federation.samples,
-            parameters=parameters,
-            frozen=sum(parameter.numel() for parameter in network.parameters() if not parameter.requires_grad),
-            frozen_norms=len(frozen_norms(network)),
-            rounds=tuple(entry for entry in prepared.plan if not entry.one_off),
-            test_sets={prefix[:-1]: len(data) for prefix, data in sets.items()},
-            data=context.data,
-            private=not told.clients,
-            guarantee=prepared.said,
-            model=context.model_name,
-            workers=workers,
-            worker_bytes=worker_bytes(context, parameters) if workers > 1 else 0,
-        )
-
-    words, hooks = any(one.booked for one in prepared.plan if not one.one_off), prepared.hooks["method"]
-    figures = Evaluation(method, hooks, code, context, sets, own_sets, clients=told.clients)
-    parts: list[Part] = [
-        Traffic(ledger, context, server, store, wire, shared_words=words, secret=prepared.amplified),
-        Artifacts(server, gallery, progress, told.server),
-        figures,
-        ServerFigures(server, told),
-        *([] if elsewhere is not None else [Oracle(method, server, code, everybody, sets, told)]),
-        Privacy(prepared.said, prepared.private, releases, context, store, progress, rounds),
-        *([StopAt(config.stop_at, context)] if config.stop_at is not None else []),
-        *([Patience(config.patience, out, context, hooks, figures.latest)] if config.patience is not None else []),
-        *([MaxSeconds(config.max_seconds, timing)] if config.max_seconds is not None else []),
-        *([MaxBytes(config.max_bytes, ledger)] if config.max_bytes is not None else []),
-        Diagnoses(method, code, context, sets, clients=told.clients),
-        Answers(out, context, sets, alone, counts=told.clients, each=predictions),
-        Records(metrics, context, log, timing),
-        Warnings(context, listener),
-        Listening(listener, info),
-        Results(out, context, sets, progress, timing),
-        *([Trace(out)] if profile else []),
-    ]
+    parts: list[Part] = []
 
     def kept() -> dict[str, Any]:
         return {part.name: state for part in parts if (state := part.state())}
 
-    parts.append(
-        Checkpointing(
-            store, out, facts=facts, states=kept, every=config.checkpoint_every, server=server, progress=progress,
-            timing=timing, ledger=ledger, metrics=metrics, releases=releases, alone=alone,
-        )
-    )  # fmt: skip
-    if entry is None:
-        compare_teachers(context, facts["data"])
-    else:
+    run = opened(prepared, out, listener, alone, kept, resume=resume, remote=elsewhere is not None)
+    parts += parts_of(run)
+    if run.entry is not None:
         for part in parts:
-            if part.name in entry["info"]["parts"]:
-                part.restore(entry["info"]["parts"][part.name])
-        for name, text in {**changes(entry["info"], config), **repairs(store, entry, out)}.items():
-            context.warn(name, text)
-    if elsewhere is None:
-        executor = executor_of(prepared, here, store.reader, parameters)
-    else:
-        promised = prepared.said is not None
-        executor = elsewhere(
-            ServerSide(context, here, prepared.hooks, store, progress, out, facts["data"], promised, wire)
-        )
-    states.executor = executor
-    draw = partial(sample_clients, config) if prepared.private is None else prepared.private.participants
-    loop = Loop(
-        prepared.plan, prepared.hooks, prepared.pooling, context, server, progress, draw, executor, states,
-        log, _upload_filters(prepared, executor, ledger, releases, parameters), parts,
-    )  # fmt: skip
+            if part.name in run.entry["info"]["parts"]:
+                part.restore(run.entry["info"]["parts"][part.name])
+        told = {**changes(run.entry["info"], run.config), **repairs(run.checkpoints, run.entry, out)}
+        for name, text in told.items():
+            run.context.warn(name, text)
+    executor = run.states.executor = executor_of(run, elsewhere)
     try:
+        draw = partial(sample_clients, run.config) if run.private is None else run.private.participants
+        loop = Loop(
+            run.plan, run.hooks, run.pooling, run.context, run.server, run.progress, draw, executor, run.states,
+            run.log, filters_of(run), parts,
+        )  # fmt: skip
         for part in parts:
-            part.begin(resumed=entry is not None)
+            part.begin(resumed=run.entry is not None)
         if (stop := loop.play()) is not None:
             listener.on_notice(f"the run ends here: {stop.reason}")
-        store.write_at_once()
+        run.checkpoints.write_at_once()
     finally:
         executor.close()
-        scribe.close()
+        run.checkpoints.close()
         for part in parts:
             part.close()
     summary = loop.finish(stop).entries
     listener.on_end(summary)
     return summary
-
-
-def _undeclared(prepared: Prepared) -> str:
-    """Hint for the author of a method that does not override ``Method.expects``; else empty."""
-    if type(prepared.method).expects is not Method.expects:
-        return ""
-    return f" ({prepared.config.method} declares no uploads of its own; Method.expects is where a method does.)"
 
 
 def _check_place(out: Path, elsewhere: bool) -> None:

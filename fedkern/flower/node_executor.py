@@ -21,8 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from fedkern import atomic
-from fedkern.engine.executors.base import Answer, ServerSide
+from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.run_folder import NODES
 from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import ClientFailed, UserError, printable_name
@@ -66,12 +67,12 @@ class Nodes:
 
     apart = True
 
-    def __init__(self, run: ServerSide, post: Post, roll: Roll, *, deadline: float, half: bool, own_data: bool) -> None:
+    def __init__(self, run: RunObjects, post: Post, roll: Roll, *, deadline: float, half: bool, own_data: bool) -> None:
         self.here: Serial = run.here
         self._run, self._post, self._roll, self._deadline = run, post, roll, deadline
         self.count = roll.count = run.context.federation.clients
         self._attempt, self._half = uuid.uuid4().hex, half
-        self._data = None if own_data else run.data
+        self._data = None if own_data else run.facts["data"]
         self._booked = {"up": 0, "down": 0}  # bytes of this process that the run has in its sums
         self._names: dict[ClientId, set[str]] = {}  # of figures and warnings in all replies of a client
         # State of this round:
@@ -220,7 +221,7 @@ class Nodes:
 
     def _checked(self, ledger: Any) -> Any:
         """A client's privacy ledger, in the form of :class:`Accountant`; None where the run has no guarantee."""
-        if ledger is None or not self._run.promised:
+        if ledger is None or self._run.said is None:
             return None
         try:
             state = Accountant(ledger).state

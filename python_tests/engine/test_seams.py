@@ -7,6 +7,8 @@ import ast
 import pytest
 from test_imports import imported, modules
 
+from fedkern.engine.order import FILTER_ORDER, FILTERS, PART_ORDER, PARTS
+
 FILES = modules("fedkern")
 ENGINE = {name.removeprefix("fedkern.engine."): path for name, path in FILES.items() if "fedkern.engine." in name}
 PIECES = sorted(name for name in ENGINE if name.startswith(("parts.", "uploads.")))
@@ -53,6 +55,13 @@ def test_the_loop_is_short_and_knows_little() -> None:
     assert len(ENGINE["loop"].read_text().splitlines()) <= 260
     assert len(known("loop")) <= 16
     assert known("loop") & {*PIECES} == SEAMS - {"uploads.encoders"}
+
+
+def test_a_run_walks_two_lists_and_knows_no_part_or_filter_by_name() -> None:
+    assert {*PARTS} == {*PART_ORDER}
+    assert {*FILTERS} == {*FILTER_ORDER}
+    for name in ("run", "run_objects", "order"):
+        assert known(name) & {*PIECES} <= SEAMS
 
 
 @pytest.mark.parametrize("name", PIECES)

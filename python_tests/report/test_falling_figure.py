@@ -127,16 +127,16 @@ def test_the_best_figure_and_the_end_of_patience(tmp_path, monkeypatch):
         disclosure=SimpleNamespace(told=lambda entries: entries),
     )  # fmt: skip
     hooks = SimpleNamespace(network=lambda: object())
-    part = Patience(2, tmp_path, context, hooks, {})
+    part = Patience(2, tmp_path, context, hooks)
     values = iter((1.5, 0.75, float("nan"), 1.0))
     stops = [
-        part.round_end(SimpleNamespace(due=True, number=i, entries={"validation_mae": value}))
+        part.round_end(SimpleNamespace(due=True, number=i, entries={"validation_mae": value}, figures={"mae": value}))
         for i, value in enumerate(values, 1)
     ]
     assert stops[:3] == [None] * 3
     assert isinstance(stops[3], Stop)
     assert part.state()["best"] == {"figure": "validation_mae", "value": 0.75, "round": 2, "file": part._best["file"],
-                                    "metrics": {}, "sum": 0}  # fmt: skip
+                                    "metrics": {"mae": 0.75}, "sum": 0}  # fmt: skip
     judge = Evaluation(None, hooks, None, context, {}, {}, clients=False)
     monkeypatch.setattr(judge, "_evaluate", lambda network, last: judge.latest.update(mae=next(values)))
     values = iter((1.5, 0.75, float("nan"), 1.0))

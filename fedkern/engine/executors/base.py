@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
-from fedkern.engine.context import RunContext
-from fedkern.engine.hooks import Hooks
-from fedkern.engine.progress import Progress
-from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import ClientFailed
@@ -46,33 +41,6 @@ class Answer:
     checked: dict[str, Any] | None = None
     refused: str = ""
     absent: str = ""
-
-
-@dataclass(frozen=True)
-class ServerSide:
-    """What a run gives to the executor of clients that keep their data and states to themselves.
-
-    Attributes:
-        context: of the run.
-        here: the executor of the server's process.
-        hooks: what is asked of the method and of the pooling, by the names of the askers.
-        checkpoints: of the run.
-        progress: where the run stands.
-        out: the run folder.
-        data: fingerprint of the data that the server knows.
-        promised: whether the run has a privacy guarantee, so that clients keep ledgers.
-        wire: bytes that left and reached this machine; the executor adds to them.
-    """
-
-    context: RunContext
-    here: Any
-    hooks: Mapping[str, Hooks]
-    checkpoints: Checkpoints
-    progress: Progress
-    out: Path
-    data: int
-    promised: bool
-    wire: dict[str, int]
 
 
 class Executor(Protocol):

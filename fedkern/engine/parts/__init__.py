@@ -1,1 +1,1 @@
-"""What a run does around its rounds, a file each; `fedkern.engine.run` puts the parts in their order."""
+"""What a run does around its rounds, a file each; `fedkern.engine.order` holds their order."""

@@ -8,10 +8,13 @@ from pathlib import Path
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Summary
 from fedkern.engine.reader import Reader
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store import confusions, predictions
 from fedkern.methods.common.final_figures import answers, set_name, unique_names
 
 
+@register_part("answers")
 class Answers(Part):
     """Writes what the test sets have kept.
 
@@ -36,6 +39,11 @@ class Answers(Part):
     ) -> None:
         self._out, self._context, self._sets, self._alone = out, context, sets, alone
         self._counts, self._each = counts, each
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Answers:
+        told = run.context.disclosure.clients
+        return cls(run.out, run.context, run.sets, run.alone, counts=told, each=run.predictions)
 
     def finish(self, summary: Summary) -> None:
         self._alone()

@@ -7,10 +7,13 @@ from typing import Any
 
 from fedkern.engine.parts.base import Part, Record
 from fedkern.engine.progress import Progress
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.server import Server
 from fedkern.engine.store.artifacts import Artifact, Gallery
 
 
+@register_part("artifacts")
 class Artifacts(Part):
     """Has the server show some rounds, evenly over the run, and keeps what it shows.
 
@@ -21,10 +24,12 @@ class Artifacts(Part):
         told: whether what the server computes may be told.
     """
 
-    name = "artifacts"
-
     def __init__(self, server: Server, gallery: Gallery, progress: Progress, told: bool) -> None:
         self._server, self._gallery, self._progress, self._told = server, gallery, progress, told
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Artifacts:
+        return cls(run.server, Gallery(run.out, run.rounds), run.progress, run.context.disclosure.server)
 
     def before_round(self, record: Record) -> None:
         self._server.showing = self._told and not record.entry.one_off and self._gallery.wants(record.number)

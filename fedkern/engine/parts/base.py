@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -41,6 +41,7 @@ class Record:
         together: whether all clients work in the server's process.
         clients: what every client reported, by its id as a text; filled when the round is over.
         reports: the same one exchange after another.
+        figures: those of the network that is evaluated at the round's end, by name.
         seconds: by what was done in them, such as "train".
         started: when the round began, as ``time.perf_counter`` has it.
         entries: what the record says, by name; with what each entry is about.
@@ -57,6 +58,7 @@ class Record:
     together: bool = False
     clients: dict[str, dict[str, Any]] = field(default_factory=dict)
     reports: list[dict[str, Any]] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     entries: dict[str, tuple[About, Any]] = field(default_factory=dict)
@@ -108,10 +110,15 @@ class Part:
     the objects that it is made with.
 
     Attributes:
-        name: its key in checkpoints.
+        name: as registered; its key in checkpoints.
     """
 
-    name = ""
+    name: ClassVar[str] = ""
+
+    @classmethod
+    def build(cls, run: Any) -> Part | None:
+        """The part of a run, made of the run's objects; None where the run does without it."""
+        return cls()
 
     def begin(self, resumed: bool) -> None:
         """The run begins to play rounds; what it goes on from, if it is ``resumed``, was restored."""

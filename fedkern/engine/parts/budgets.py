@@ -8,6 +8,8 @@ from typing import Any
 
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.parts.base import Part, Record, Stop
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.timing import Timing
 
 
@@ -53,11 +55,16 @@ class _Budget(Part):
         self._dearest = state["dearest"]
 
 
+@register_part("max_seconds")
 class MaxSeconds(_Budget):
     """A budget of seconds of work, over all resumptions of the run."""
 
-    name, unit = "max_seconds", "seconds"
+    unit = "seconds"
     _meter: Timing
+
+    @classmethod
+    def build(cls, run: RunObjects) -> MaxSeconds | None:
+        return None if run.config.max_seconds is None else cls(run.config.max_seconds, run.timing)
 
     def spent(self) -> float:
         return self._meter.seconds()
@@ -66,11 +73,16 @@ class MaxSeconds(_Budget):
         return time.perf_counter() - record.started
 
 
+@register_part("max_bytes")
 class MaxBytes(_Budget):
     """A budget of bytes that clients send and receive, set-up rounds included."""
 
-    name, unit = "max_bytes", "bytes"
+    unit = "bytes"
     _meter: Ledger
+
+    @classmethod
+    def build(cls, run: RunObjects) -> MaxBytes | None:
+        return None if run.config.max_bytes is None else cls(run.config.max_bytes, run.ledger)
 
     def spent(self) -> float:
         return self._meter.total

@@ -10,6 +10,8 @@ from typing import Any
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.progress import Progress
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.server import Server
 from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
@@ -19,6 +21,7 @@ from fedkern.engine.store.saved_model import results
 from fedkern.engine.timing import Timing
 
 
+@register_part("checkpoints")
 class Checkpointing(Part):
     """Commits after every one-off round, every few communication rounds, and the last one.
 
@@ -52,6 +55,14 @@ class Checkpointing(Part):
         self._checkpoints, self._out, self._facts, self._states, self._every = checkpoints, out, facts, states, every
         self._server, self._progress, self._timing = server, progress, timing
         self._ledger, self._metrics, self._releases, self._alone = ledger, metrics, releases, alone
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Checkpointing:
+        return cls(
+            run.checkpoints, run.out, facts=run.facts, states=run.kept, every=run.config.checkpoint_every,
+            server=run.server, progress=run.progress, timing=run.timing, ledger=run.ledger, metrics=run.metrics,
+            releases=run.releases, alone=run.alone,
+        )  # fmt: skip
 
     def before_round(self, record: Record) -> None:
         self._alone()

@@ -9,11 +9,14 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.hooks import MethodCode
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.reader import Reader
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.saved_model import lacks_statistics
 from fedkern.methods.base import Method
 from fedkern.methods.common import diagnostics
 
 
+@register_part("diagnoses")
 class Diagnoses(Part):
     """Looks for the failure signatures that a user should know.
 
@@ -25,8 +28,6 @@ class Diagnoses(Part):
         clients: whether anything may be told that follows from what single clients have.
     """
 
-    name = "diagnoses"
-
     def __init__(
         self, method: Method, code: MethodCode, context: RunContext, sets: dict[str, Reader], *, clients: bool
     ) -> None:
@@ -34,6 +35,10 @@ class Diagnoses(Part):
         self._observed = diagnostics.Observations()
         self._last: dict[str, Any] = {}  # what clients reported in the last communication round
         self._final: list[str] = []  # names of the warnings about the final network
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Diagnoses:
+        return cls(run.method, run.code, run.context, run.sets, clients=run.context.disclosure.clients)
 
     def round_end(self, record: Record) -> None:
         for report in record.reports:

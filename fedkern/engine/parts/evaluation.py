@@ -12,10 +12,12 @@ from typing import Any
 from torch import nn
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.evaluate import evaluate, evaluate_clients, evaluating, site_sets
+from fedkern.engine.evaluate import client_sets, evaluate, evaluate_clients, evaluating, site_sets
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.reader import Reader
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store import records
 from fedkern.engine.store.evaluation_file import ONLY, OWN
 from fedkern.errors import spared
@@ -26,6 +28,7 @@ from fedkern.methods.common.final_figures import final_figures
 from fedkern.privacy.disclosure import About
 
 
+@register_part("evaluation")
 class Evaluation(Part):
     """Evaluates the network that the method hands out.
 
@@ -35,7 +38,7 @@ class Evaluation(Part):
         code: names the method in an exception.
         context: of the run.
         sets: the test sets by metric prefix; those of the end keep the network's answers.
-        client_sets: every client's own test set.
+        own_sets: every client's own test set.
         clients: whether figures of single clients may be told.
 
     Attributes:
@@ -44,8 +47,6 @@ class Evaluation(Part):
         own: figures of every client on its own test set or its part of the run's; empty where they may not be told.
     """
 
-    name = "evaluation"
-
     def __init__(
         self,
         method: Method,
@@ -53,16 +54,21 @@ class Evaluation(Part):
         code: MethodCode,
         context: RunContext,
         sets: dict[str, Reader],
-        client_sets: dict[int, Reader],
+        own_sets: dict[int, Reader],
         *,
         clients: bool,
     ) -> None:
         self._method, self._hooks, self._code, self._context = method, hooks, code, context
-        self._sets, self._client_sets, self._clients = sets, client_sets, clients
+        self._sets, self._client_sets, self._clients = sets, own_sets, clients
         self._kept = False  # whether the test sets have kept the present network's answers
         self.latest: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.own: dict[int, dict[str, float]] = {}
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Evaluation:
+        own, told = client_sets(run.context), run.context.disclosure.clients
+        return cls(run.method, run.hooks["method"], run.code, run.context, run.sets, own, clients=told)
 
     def round_end(self, record: Record) -> None:
         self._kept = False
@@ -77,6 +83,7 @@ class Evaluation(Part):
         network = self._hooks.network()
         if network is not None:
             self._evaluate(network, last=record.last)
+            record.figures = {**self.latest}
             record.put(self.latest)
             if self.own:
                 record.put({"client_metrics": {str(k): figures for k, figures in self.own.items()}}, About.CLIENTS)

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fedkern.engine.executors.ranks import Ranks
+from fedkern.engine.executors.sizing import worker_bytes
 from fedkern.engine.parts.base import Part, Record
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.listeners.audience import Audience
 from fedkern.listeners.events import RunInfo
+from fedkern.models.freezing import frozen_norms
 
 
+@register_part("listeners")
 class Listening(Part):
     """Tells the listeners what happens, and keeps their states.
 
@@ -18,10 +24,12 @@ class Listening(Part):
         info: gives what is known before the first round.
     """
 
-    name = "listeners"
-
     def __init__(self, listener: Audience, info: Callable[[], RunInfo]) -> None:
         self._listener, self._info = listener, info
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Listening:
+        return cls(run.listener, lambda: _info(run))
 
     def begin(self, resumed: bool) -> None:
         self._listener.on_start(self._info())
@@ -40,3 +48,25 @@ class Listening(Part):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._listener.restore_all(state)
+
+
+def _info(run: RunObjects) -> RunInfo:
+    """What listeners are told before the first round that is played."""
+    workers = 1 if isinstance(run.executor, Ranks) or run.remote else run.executor.count
+    return RunInfo(
+        config=run.config,
+        out=run.out,
+        first_round=run.progress.done,
+        samples=run.context.federation.samples,
+        parameters=run.parameters,
+        frozen=sum(parameter.numel() for parameter in run.network.parameters() if not parameter.requires_grad),
+        frozen_norms=len(frozen_norms(run.network)),
+        rounds=tuple(entry for entry in run.plan if not entry.one_off),
+        test_sets={prefix[:-1]: len(data) for prefix, data in run.sets.items()},
+        data=run.context.data,
+        private=not run.context.disclosure.clients,
+        guarantee=run.said,
+        model=run.context.model_name,
+        workers=workers,
+        worker_bytes=worker_bytes(run.context, run.parameters) if workers > 1 else 0,
+    )

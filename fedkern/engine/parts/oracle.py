@@ -7,11 +7,14 @@ from fedkern.engine.hooks import MethodCode
 from fedkern.engine.node import figures
 from fedkern.engine.parts.base import Part, Summary
 from fedkern.engine.reader import Reader
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.server import Server
 from fedkern.methods.base import Method
 from fedkern.privacy.disclosure import Disclosure
 
 
+@register_part("oracle")
 class Oracle(Part):
     """Adds these figures to the summary.
 
@@ -34,6 +37,13 @@ class Oracle(Part):
     ) -> None:
         self._method, self._server, self._code, self._everybody = method, server, code, everybody
         self._sets, self._disclosure = sets, disclosure
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Oracle | None:
+        if run.remote:
+            return None
+        everybody = Everybody(run.context, run.checkpoints)
+        return cls(run.method, run.server, run.code, everybody, run.sets, run.context.disclosure)
 
     def finish(self, summary: Summary) -> None:
         if self._disclosure.appraised is not None and not self._disclosure.appraised:

@@ -9,6 +9,8 @@ from fedkern.engine.client_privacy import ClientPrivacy
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.progress import Progress
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.releases import Releases
 from fedkern.methods.common.privacy_report import privacy_figures
@@ -16,6 +18,7 @@ from fedkern.privacy import Guarantee, server_secret
 from fedkern.privacy.guarantee import EPSILON, PART
 
 
+@register_part("privacy")
 class Privacy(Part):
     """Keeps the promises of a run that has a guarantee, or whole clients of which are private.
 
@@ -28,8 +31,6 @@ class Privacy(Part):
         progress: of the run.
         rounds: communication rounds of the plan.
     """
-
-    name = "privacy"
 
     def __init__(
         self,
@@ -44,6 +45,10 @@ class Privacy(Part):
         self._said, self._private, self._releases, self._context = said, private, releases, context
         self._checkpoints, self._progress, self._rounds = checkpoints, progress, rounds
         self._before: Mapping[str, Any] = {}  # what the run was planned for when it was begun
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Privacy:
+        return cls(run.said, run.private, run.releases, run.context, run.checkpoints, run.progress, run.rounds)
 
     def begin(self, resumed: bool) -> None:
         if self._private is not None and self._before.get("rounds", self._rounds) != self._rounds:

@@ -9,12 +9,15 @@ from typing import Any
 from fedkern import device_use
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Record, Summary
+from fedkern.engine.registry import register_part
 from fedkern.engine.round_log import RoundLog
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.timing import Timing
 from fedkern.privacy.disclosure import About
 
 
+@register_part("records")
 class Records(Part):
     """Completes a record and writes what of it may be told.
 
@@ -25,10 +28,12 @@ class Records(Part):
         timing: of the run.
     """
 
-    name = "records"
-
     def __init__(self, metrics: Metrics, context: RunContext, log: RoundLog, timing: Timing) -> None:
         self._metrics, self._context, self._log, self._timing = metrics, context, log, timing
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Records:
+        return cls(run.metrics, run.context, run.log, run.timing)
 
     def begin(self, resumed: bool) -> None:
         if not resumed:

@@ -10,12 +10,15 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Summary
 from fedkern.engine.progress import Progress
 from fedkern.engine.reader import Reader
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store import records
 from fedkern.engine.store.evaluation_file import rows, write_evaluation
 from fedkern.engine.store.saved_model import MODEL, about_network, write_model
 from fedkern.engine.timing import Timing
 
 
+@register_part("results")
 class Results(Part):
     """Writes the results, and puts them into the summary as they stand in summary.json.
 
@@ -30,6 +33,10 @@ class Results(Part):
         self, out: Path, context: RunContext, sets: dict[str, Reader], progress: Progress, timing: Timing
     ) -> None:
         self._out, self._context, self._sets, self._progress, self._timing = out, context, sets, progress, timing
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Results:
+        return cls(run.out, run.context, run.sets, run.progress, run.timing)
 
     def finish(self, summary: Summary) -> None:
         context, config, done = self._context, self._context.config, self._progress.done

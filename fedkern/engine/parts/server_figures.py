@@ -8,10 +8,13 @@ from typing import Any
 
 from fedkern.engine.node import figures
 from fedkern.engine.parts.base import Part, Record, Summary
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.server import Server
 from fedkern.privacy.disclosure import About, Disclosure
 
 
+@register_part("server")
 class ServerFigures(Part):
     """Puts the server's figures into records and summary, where they may be told.
 
@@ -20,10 +23,12 @@ class ServerFigures(Part):
         disclosure: what may be told.
     """
 
-    name = "server"
-
     def __init__(self, server: Server, disclosure: Disclosure) -> None:
         self._server, self._disclosure = server, disclosure
+
+    @classmethod
+    def build(cls, run: RunObjects) -> ServerFigures:
+        return cls(run.server, run.context.disclosure)
 
     def round_end(self, record: Record) -> None:
         if record.entry.one_off:

@@ -11,6 +11,8 @@ from typing import Any
 from fedkern.engine.context import RunContext
 from fedkern.engine.hooks import Hooks
 from fedkern.engine.parts.base import Part, Record, Stop, Summary
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import BEST, BEST_SO_FAR
 from fedkern.engine.store.saved_model import about_network, checksum, write_model
@@ -22,6 +24,7 @@ _TARGET = re.compile(
 )
 
 
+@register_part("stop_at")
 class StopAt(Part):
     """Ends the run with the first evaluated round in which a figure has reached a value.
 
@@ -33,8 +36,6 @@ class StopAt(Part):
         UserError: the target is something else, or a fraction never reaches it.
     """
 
-    name = "stop_at"
-
     def __init__(self, target: str, context: RunContext) -> None:
         found = _TARGET.fullmatch(target)
         if found is None:
@@ -43,6 +44,10 @@ class StopAt(Part):
         self._figure, self._sign = found["figure"], found["sign"]
         check_reachable("--stop-at", self._figure, self._value, falls=self._sign == "<=", own=context.data.tests)
         self._reason = ""  # once the value is reached
+
+    @classmethod
+    def build(cls, run: RunObjects) -> StopAt | None:
+        return None if run.config.stop_at is None else cls(run.config.stop_at, run.context)
 
     def before_round(self, record: Record) -> Stop | None:
         return Stop("stop-at", self._reason) if self._reason else None
@@ -70,6 +75,7 @@ class StopAt(Part):
         self._reason = state["reason"]
 
 
+@register_part("patience")
 class Patience(Part):
     """Ends the run once the main figure on the validation set has not improved for some evaluations.
 
@@ -81,18 +87,18 @@ class Patience(Part):
         out: the run folder.
         context: of the run.
         hooks: hands out the network.
-        figures: those of the last evaluation, by name.
     """
 
-    name = "patience"
-
-    def __init__(
-        self, evaluations: int, out: Path, context: RunContext, hooks: Hooks, figures: Mapping[str, float]
-    ) -> None:
-        self._most, self._out, self._context, self._hooks, self._figures = evaluations, out, context, hooks, figures
+    def __init__(self, evaluations: int, out: Path, context: RunContext, hooks: Hooks) -> None:
+        self._most, self._out, self._context, self._hooks = evaluations, out, context, hooks
         self._best: dict[str, Any] = {}  # the best round: figure, value, round, file and its CRC-32, all figures
         self._kept = ""  # the file of the last checkpoint
         self._without = 0  # evaluations since the best
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Patience | None:
+        most = run.config.patience
+        return None if most is None else cls(most, run.out, run.context, run.hooks["method"])
 
     def before_round(self, record: Record) -> Stop | None:
         return self._stop()
@@ -112,7 +118,7 @@ class Patience(Part):
         about = about_network(self._context, self._context.config, record.number, self._context.is_flat(network))
         write_model(self._out / name, network, about)
         self._best = {"figure": figure, "value": value, "round": record.number, "file": name}
-        self._best["metrics"], self._best["sum"] = plain(self._figures), checksum(self._out / name)
+        self._best["metrics"], self._best["sum"] = plain(record.figures), checksum(self._out / name)
         self._without = 0
         return None
 

@@ -12,9 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from fedkern import atomic
 from fedkern.engine.parts.base import Part, Record
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.run_folder import TRACE
 
 
+@register_part("trace")
 class Trace(Part):
     """Traces the second communication round that is played, or the only one, and writes a gzipped trace.
 
@@ -28,6 +31,10 @@ class Trace(Part):
         self._path = out / TRACE
         self._wait = 1  # communication rounds to play before the traced one
         self._running: profile | None = None
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Trace | None:
+        return cls(run.out) if run.profile else None
 
     def before_round(self, record: Record) -> None:
         if record.entry.one_off:

@@ -8,10 +8,13 @@ from typing import Any
 from fedkern.engine.context import RunContext
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.parts.base import Part, Record, Summary
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints
 
 
+@register_part("traffic")
 class Traffic(Part):
     """Tells the bytes of rounds and run, and books what travels before any round.
 
@@ -24,8 +27,6 @@ class Traffic(Part):
         shared_words: whether the clients' words make a vocabulary, which travels.
         secret: whether nobody may know who took part in which round.
     """
-
-    name = "traffic"
 
     def __init__(
         self,
@@ -40,6 +41,13 @@ class Traffic(Part):
     ) -> None:
         self._ledger, self._context, self._server, self._checkpoints = ledger, context, server, checkpoints
         self._wire, self._shared_words, self._secret = wire, shared_words, secret
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Traffic:
+        words = any(entry.booked for entry in run.plan if not entry.one_off)
+        return cls(
+            run.ledger, run.context, run.server, run.checkpoints, run.wire, shared_words=words, secret=run.amplified
+        )
 
     def begin(self, resumed: bool) -> None:
         if not resumed:

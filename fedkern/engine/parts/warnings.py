@@ -7,9 +7,12 @@ from typing import Any
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Record, Summary
+from fedkern.engine.registry import register_part
+from fedkern.engine.run_objects import RunObjects
 from fedkern.listeners.audience import Audience
 
 
+@register_part("warnings")
 class Warnings(Part):
     """Tells the listeners the warnings of a round at its end.
 
@@ -18,11 +21,13 @@ class Warnings(Part):
         listener: told of them.
     """
 
-    name = "warnings"
-
     def __init__(self, context: RunContext, listener: Audience) -> None:
         self._context, self._listener = context, listener
         self._told: set[str] = set()
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Warnings:
+        return cls(run.context, run.listener)
 
     def round_end(self, record: Record) -> None:
         if not record.entry.one_off:

@@ -250,7 +250,13 @@ class Checkpoints:
     def write_at_once(self) -> None:
         """Waits for the disk; from now on every write is on the disk when its call returns."""
         self.settle()
-        self._scribe = None
+        self.close()
+
+    def close(self) -> None:
+        """Ends the background writer, once it has written what it was given."""
+        if self._scribe is not None:
+            self._scribe.close()
+            self._scribe = None
 
     def _do(self, job: Callable[[], object], size: int = 0) -> Future[None] | None:
         if self._scribe is not None:

@@ -1,1 +1,1 @@
-"""What every upload passes on its way to the server, a file each; `fedkern.engine.run` puts them in their order."""
+"""What every upload passes on its way to the server, a file each; `fedkern.engine.order` holds their order."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from fedkern.engine.ledger import Ledger
+from fedkern.engine.registry import register_filter
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.uploads.filters import Arrival, Asked, Filter
 from fedkern.methods.base import ClientId, Message
 
 
+@register_filter("bytes")
 class Bytes(Filter):
     """Books messages and uploads of the rounds whose bytes count.
 
@@ -17,8 +20,14 @@ class Bytes(Filter):
         hidden: whether it is secret which client has no upload: as many bytes are then booked as with one.
     """
 
+    whole = False
+
     def __init__(self, ledger: Ledger, hidden: bool) -> None:
         self._ledger, self._hidden = ledger, hidden
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Bytes:
+        return cls(run.ledger, hidden=run.silent)
 
     def sent(self, asked: Asked, client: ClientId, message: Message) -> None:
         self._book(asked, client, "down", message)

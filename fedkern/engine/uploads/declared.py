@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.engine.registry import register_filter
 from fedkern.engine.uploads.encoders import Drift
 from fedkern.engine.uploads.filters import Arrival, Filter
 from fedkern.methods.base import Declaration, Message
 from fedkern.methods.uploads import is_alike, why_refused
 
 
+@register_filter("declared")
 class Declared(Filter):
     """Refuses uploads of other names, kinds, shapes or dtypes than declared, and values that are not finite."""
+
+    whole = False
 
     def decode(self, arrival: Arrival) -> str:
         if arrival.checked is not None:

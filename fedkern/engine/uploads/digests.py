@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+from fedkern.engine.registry import register_filter
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.uploads.filters import Arrival, Asked, Filter
 from fedkern.methods.base import ClientId, Upload
 
 
+@register_filter("client_digests")
 class ClientDigests(Filter):
     """Clients release: every client's message, or that it has none, is noted before it is looked at."""
 
     def __init__(self, releases: Releases) -> None:
         self._releases = releases
+
+    @classmethod
+    def build(cls, run: RunObjects) -> ClientDigests | None:
+        return cls(run.releases) if run.releases is not None and run.private is None else None
 
     def lacking(self, arrival: Arrival, failed: bool) -> None:
         if failed:
@@ -27,11 +34,16 @@ class ClientDigests(Filter):
         self._releases.add(arrival.asked.plan, arrival.asked.phase.exchange, arrival.client, message)
 
 
+@register_filter("server_digests")
 class ServerDigests(Filter):
     """The server releases: what the filters before this one hand on is noted before it goes on."""
 
     def __init__(self, releases: Releases) -> None:
         self._releases = releases
+
+    @classmethod
+    def build(cls, run: RunObjects) -> ServerDigests | None:
+        return cls(run.releases) if run.releases is not None and run.private is not None else None
 
     def together(
         self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from fedkern.engine.hooks import Hooks
 from fedkern.engine.uploads.encoders import Encoder
@@ -72,7 +72,22 @@ class Filter:
     """A part of an upload's way to the server; every method lets all pass until overridden.
 
     Filters are asked in the order of the run's list.
+
+    Attributes:
+        name: as registered.
+        whole: whether the filter sees uploads whole.  Where none of a run's filters does, vectors that the server only
+            adds up may stay on their rank of torchrun, or on the GPU.
+        stays: whether the filter has vectors stay there: a run whose filters see uploads whole does without it.
     """
+
+    name: ClassVar[str] = ""
+    whole: ClassVar[bool] = True
+    stays: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, run: Any) -> Filter | None:
+        """The filter of a run, made of the run's objects; None where the run does without it."""
+        return cls()
 
     def sent(self, asked: Asked, client: ClientId, message: Message) -> None:
         """A message has left for a client, which may never answer."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedkern.engine.registry import register_filter
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.uploads.filters import Arrival, Filter
 
 
+@register_filter("norm_bounds")
 class NormBounds(Filter):
     """Refuses or clips uploads whose update, the change of the sent parameters, has a larger norm than allowed.
 
@@ -18,6 +21,11 @@ class NormBounds(Filter):
 
     def __init__(self, largest: float, clip: float) -> None:
         self._largest, self._clip = largest, clip
+
+    @classmethod
+    def build(cls, run: RunObjects) -> NormBounds | None:
+        largest, clip = run.config.max_update_norm, run.config.clip_update_norm
+        return cls(largest, clip) if largest or clip else None
 
     def decode(self, arrival: Arrival) -> str:
         start = arrival.declared.get("parameters")

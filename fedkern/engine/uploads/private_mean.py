@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.engine.client_privacy import ClientPrivacy, size_of
 from fedkern.engine.hooks import reduced
+from fedkern.engine.registry import register_filter
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.server import Server
 from fedkern.engine.uploads.filters import Asked, Filter
 from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Phase, Upload
@@ -69,6 +71,7 @@ class ClippedSum:
         }
 
 
+@register_filter("private_mean")
 class PrivateMean(Filter):
     """Hands the server the private mean of all uploads in their place.
 
@@ -81,6 +84,10 @@ class PrivateMean(Filter):
 
     def __init__(self, privacy: ClientPrivacy, config: RunConfig, method: Method, server: Server) -> None:
         self._privacy, self._config, self._method, self._server = privacy, config, method, server
+
+    @classmethod
+    def build(cls, run: RunObjects) -> PrivateMean | None:
+        return None if run.private is None else cls(run.private, run.config, run.method, run.server)
 
     def together(
         self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.engine.executors.ranks import Ranks
+from fedkern.engine.registry import register_filter
+from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.uploads.declared import examined
 from fedkern.engine.uploads.encoders import Departure, Encoder
 from fedkern.engine.uploads.filters import Asked, Filter
@@ -21,6 +24,7 @@ BYTES_FREE = 128
 """Bytes of free memory of the GPU, per parameter, with which uploads stay there: an exact sum takes 25."""
 
 
+@register_filter("reduction")
 class Reduction(Filter):
     """Has vectors that the method's server only adds up stay where their client works; they are added up there.
 
@@ -28,8 +32,18 @@ class Reduction(Filter):
         gpu: whether that is the GPU on which all clients work, in this process; else it is their ranks.
     """
 
+    whole, stays = False, True
+
     def __init__(self, gpu: bool = False) -> None:
         self._gpu = gpu
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Reduction | None:
+        ranks = isinstance(run.executor, Ranks) and run.config.sums == "exact"
+        gpu = run.executor is run.here and has_room(run.context.device, run.parameters)
+        if gpu:
+            run.server.summing = Following
+        return cls(gpu) if (ranks or gpu) and run.server.aggregator is None else None
 
     def encoders(self, asked: Asked) -> Mapping[ClientId, Encoder]:
         names = asked.hooks.on_gpu(asked.phase) if self._gpu else asked.hooks.reduced(asked.phase)

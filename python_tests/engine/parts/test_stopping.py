@@ -191,7 +191,7 @@ def test_patience_looks_at_the_validation_set_alone(name, tmp_path):
     told = {f"{name}_accuracy" if name else "accuracy": 0.9, "validation_loss": 0.8, "worst_client_accuracy": 0.7}
     config = SimpleNamespace(main="accuracy", better="max")
     context = SimpleNamespace(config=config, data=SimpleNamespace(tests=[name, "a"]))
-    part = Patience(1, tmp_path, context, None, {})
+    part = Patience(1, tmp_path, context, None)
     assert part._main({**told, "validation_accuracy": 0.5}) == ("validation_accuracy", 0.5)
     with pytest.raises(UserError, match="--patience looks at the main figure on a validation set"):
         part._main(told)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedkern.engine import run as runs
 from fedkern.engine.client import Client
 from fedkern.engine.on_device import OnDevice
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
+from fedkern.engine.uploads import reduction
 from fedkern.engine.uploads.encoders import Departure, Drift
 from fedkern.engine.uploads.reduction import Following, Reducing
 from fedkern.methods import METHODS, FedAvg
@@ -29,7 +29,7 @@ def play(name, stays, data, make_config, out, monkeypatch, **more):
     """The vectors that the trainings of a run left, the final model and the clients' figures."""
     seen, train = [], Client.train
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "has_room", lambda *_: stays)
+        patch.setattr(reduction, "has_room", lambda *_: stays)
         patch.setattr(Client, "train", lambda self, *a, **k: seen.append(self.on_gpu) or train(self, *a, **k))
         run(make_config(name, **SMALL, **more), data=data, out=out)
     return set(seen), load_file(out / "model.safetensors"), [each["clients"] for each in read_metrics(out)]
