@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from fedkern.data.identity import of_memory
 from fedkern.data.items import unsteady
+from fedkern.engine import own_model, own_training
 from fedkern.engine.client import Client
 from fedkern.engine.client_privacy import ClientPrivacy
 from fedkern.engine.clients import check_teachers
 from fedkern.engine.context import RunContext
+from fedkern.engine.executors import team
 from fedkern.engine.hooks import Hooks, MethodCode
+from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.participants import fewest_uploads
 from fedkern.engine.progress import Progress
 from fedkern.engine.server import Server
 from fedkern.engine.store import predictions as predictions_file
+from fedkern.engine.store.resuming import check_settings, with_identity
 from fedkern.errors import UserError
+from fedkern.methods import registry
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Method, Round
 from fedkern.methods.common import diagnostics
@@ -24,7 +33,8 @@ from fedkern.methods.protocol import BEFORE
 from fedkern.privacy import Guarantee
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import check_sets
+from fedkern.settings.grounds import files_identity
+from fedkern.settings.run_data import caveats, check_data, check_sets, decided, effective, kept_data, load_data
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,62 @@ class Prepared:
         return self.private is not None and self.private.amplified
 
 
-def prepare(
-    config: RunConfig, context: RunContext, *, known: bool, begun: bool, profile: bool, predictions: bool
-) -> Prepared:
+def with_data(
+    config: RunConfig,
+    data: Any,
+    notice: Callable[[str], None],
+    own: OwnTraining | None,
+    *,
+    stored: RunConfig | None,
+    entry: dict[str, Any] | None,
+    out: Path,
+    known: bool,
+) -> RunContext:
+    """The context of a run: its data, and its settings with all that data, network and functions decide.
+
+    Args:
+        config: the settings; ``MODELS`` has the network.
+        data: federated data; None: those that the settings name are loaded.
+        notice: told what the user should know of the data and the network.
+        own: functions that the user trains with.
+        stored: the settings of the run that is resumed, or None.
+        entry: the checkpoint that the run goes on from, or None.
+        out: the run folder.
+        known: whether the clients' samples are in this process.
+
+    Raises:
+        UserError: settings, data, network and functions do not fit together, or are not those that the run began with.
+    """
+    if data is None:
+        data = load_data(config, notice=notice, identify=entry is None)
+        config, identity = decided(config, data), data.identity
+    else:
+        identity = of_memory(data) if known and entry is None else data.identity
+    config = effective(config, data)
+    data = kept_data(config, data)
+    if entry is None:
+        config = config.replace(identity={**identity, **files_identity(config)})
+    else:
+        config = with_identity(config, entry)
+    if stored is not None:
+        check_settings(config, stored, out)
+    check_data(config, data)
+    if (data.form.lacks or own is not None) and team.place() is not None:
+        raise UserError(
+            "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's other "
+            "ranks have none: start the script without torchrun, with workers=N."
+        )
+    config, data, changed = own_model.settled(config, data, stored, out, known)
+    config = own_training.settled(RunContext(config, data), own, stored, out)
+    for sentence in (*caveats(data), *changed):
+        notice(sentence)
+    return RunContext(config, data, notice, own=own)
+
+
+def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, predictions: bool) -> Prepared:
     """Makes method and server, and checks them.
 
     Args:
-        config: every setting.
         context: of the run.
         known: whether the clients' samples are in this process.
         begun: whether the run goes on from a checkpoint.
@@ -95,11 +154,13 @@ def prepare(
     Raises:
         UserError: data, network or settings do not fit the method.
     """
-    if config.kind.pooled:
+    config = context.config
+    kind = registry.get(config.method)
+    if kind.pooled:
         context.pool()
-    method = config.new_method()
+    method = kind(kind.Options.parse(config.options, method=config.method))
     pooling, progress, server = Pooling(method, on=config.buffers == "pool"), Progress(), Server(context)
-    code = MethodCode(config.kind, config.method, progress)
+    code = MethodCode(kind, config.method, progress)
     check_sets(context.data, config.plugins)
     data = context.data
     if data.form.lacks and known and (others := unsteady([*data.clients, data.validation, *data.tests.values()])):

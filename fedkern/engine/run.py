@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Collection
 from contextlib import closing
 from functools import partial
@@ -11,13 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from fedkern import atomic, plugins
 from fedkern.allocator import keep_freed_memory
-from fedkern.data import used_cache
-from fedkern.data.identity import of_memory
-from fedkern.engine import initial_weights, own_model, own_training
-from fedkern.engine.context import RunContext
-from fedkern.engine.executors import team
+from fedkern.engine import own_model, own_training
 from fedkern.engine.executors.choice import Remote, executor_of
 from fedkern.engine.executors.nursery import own_nursery
 from fedkern.engine.executors.workers import setup_of
@@ -26,31 +20,17 @@ from fedkern.engine.order import filters_of, parts_of
 from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.participants import sample_clients
 from fedkern.engine.parts.base import Part
-from fedkern.engine.preparing import Prepared, prepare
+from fedkern.engine.preparing import Prepared, prepare, with_data
 from fedkern.engine.run_objects import opened
-from fedkern.engine.store import records, saved_model
-from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.predictions import FILE as PREDICTIONS
-from fedkern.engine.store.resuming import (
-    changes,
-    check_kernels,
-    check_unedited,
-    repairs,
-    with_identity,
-)
-from fedkern.engine.store.run_folder import NODES, check_vacant, writing
-from fedkern.errors import UserError
+from fedkern.engine.store.resuming import changes, check_place, finished_summary, repairs, resumed_settings
+from fedkern.engine.store.run_folder import check_vacant, keep_settings, writing
 from fedkern.interrupts import in_order
 from fedkern.listeners.audience import Audience
 from fedkern.listeners.events import Listener
 from fedkern.models import available
 from fedkern.models.own import unwrapped
 from fedkern.models.precision import computing
-from fedkern.settings import config as settings
 from fedkern.settings.config import RunConfig
-from fedkern.settings.grounds import files_identity
-from fedkern.settings.run_data import caveats, check_data, decided, effective, kept_data, load_data
-from fedkern.settings.stored import load_settings
 from fedkern.torch_modes import cpu_threads, current_gpu, reproducible
 
 
@@ -112,27 +92,16 @@ def run(
         if model is not None:
             model = unwrapped(model)
             config = own_model.of_module(config, model)
+        stored = entry = None
         if resume:
-            stored = load_settings(out, trusted=trusted, device=config.device)  # the stored device may not exist here
-            config = config.replace(
-                client_threads=config.client_threads or stored.client_threads, plugins=plugins.now(stored.plugins)
-            )
-            config = config.replace(**{name: getattr(stored, name) for name in config.left_open})
-            _compare(config if config.augment else config.replace(augment=stored.augment), stored, out)
-            entry = Checkpoints(out).peek()
-            if entry is not None:
-                check_unedited(stored, entry, out)
-            finished = _finished(entry, out)
-            if finished is not None and not (predictions and not (out / PREDICTIONS).exists()):
+            config, stored, entry = resumed_settings(config, out, trusted)
+            finished = finished_summary(entry, out, predictions)
+            if finished is not None:
                 audience.on_end(finished)
                 return finished
-            if entry is not None:
-                _check_place(out, elsewhere is not None)
-                check_kernels(entry["info"], config.device, out)
-            stored.check_code(out, trusted)
+            check_place(stored, entry, config.device, out, trusted, remote=elsewhere is not None)
             own_model.check_given(stored, model, out, own)
         else:
-            entry = None
             check_vacant(out)
         keep_freed_memory()
         with (
@@ -140,46 +109,16 @@ def run(
             available(config.model, model),
         ):  # fmt: skip
             known = data is None or elsewhere is None
-            if data is None:
-                data = load_data(config, notice=audience.on_notice, identify=entry is None)
-                config, identity = decided(config, data), data.identity
-            else:
-                identity = of_memory(data) if known and entry is None else data.identity
-            config = effective(config, data)
-            data = kept_data(config, data)
-            if entry is None:
-                config = config.replace(identity={**identity, **files_identity(config)})
-            else:
-                config = with_identity(config, entry)
-            if resume:
-                _compare(config, stored, out)
-            check_data(config, data)
-            if (data.form.lacks or own is not None) and team.place() is not None:
-                raise UserError(
-                    "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's "
-                    "other ranks have none: start the script without torchrun, with workers=N."
-                )
-            config, data, changed = own_model.settled(config, data, stored if resume else None, out, known)
-            config = own_training.settled(RunContext(config, data), own, stored if resume else None, out)
-            for sentence in (*caveats(data), *changed):
-                audience.on_notice(sentence)
+            context = with_data(config, data, audience.on_notice, own, stored=stored, entry=entry, out=out, known=known)
             if check is not None:
-                check(config)
-            context = RunContext(config, data, audience.on_notice, own=own)
-            prepared = prepare(
-                config, context, known=known, begun=entry is not None, profile=profile, predictions=predictions
-            )
+                check(context.config)
+            prepared = prepare(context, known=known, begun=entry is not None, profile=profile, predictions=predictions)
             with (
                 own_nursery(setup_of(context, prepared.askers)),
                 writing(out, fresh=not resume) as alone,
                 closing(audience),
             ):  # closed first: what a listener takes back is gone then
-                plugins.remember(config.plugins)
-                if config.cache is not None or not resume:
-                    used_cache.remember(out, config.cache)
-                if not resume:
-                    initial_weights.keep(config.init)
-                    atomic.write_bytes(out / settings.NAME, config.to_toml().encode())
+                keep_settings(context.config, out, fresh=not resume)
                 return _played(prepared, out, audience, alone, resume=resume, elsewhere=elsewhere)
 
 
@@ -227,38 +166,3 @@ def _played(
     summary = loop.finish(stop).entries
     listener.on_end(summary)
     return summary
-
-
-def _check_place(out: Path, elsewhere: bool) -> None:
-    """Raises UserError where the states of a run's clients are not where the run would look for them."""
-    there = (out / NODES).exists()
-    if there and not elsewhere:
-        raise UserError(
-            f"The states of the clients of {out} are on nodes of Flower: go on with flwr run and the run-config "
-            f"'out=\"{out}\" resume=true'."
-        )
-    if elsewhere and not there:
-        raise UserError(f"The run in {out} was not begun over Flower: go on with --resume {shlex.quote(str(out))}.")
-
-
-def _compare(config: RunConfig, stored: RunConfig, out: Path) -> None:
-    if changed := config.differences(stored):
-        raise UserError(f"{out} was made with other settings ({'; '.join(changed)}): resume it with its own.")
-
-
-def _finished(entry: dict[str, Any] | None, out: Path) -> dict[str, Any] | None:
-    """The summary of a finished, undamaged run; None where the run has to go on.
-
-    Args:
-        entry: the run's newest checkpoint, or None.
-        out: the run folder.
-
-    Raises:
-        UserError: metrics.jsonl is not what the run wrote, and cannot be made again.
-    """
-    if entry is None or not entry["info"]["finished"]:
-        return None
-    records.Metrics(out).check_entry(entry)
-    if saved_model.damaged(out, entry):
-        return None
-    return records.read_summary(out)

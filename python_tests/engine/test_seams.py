@@ -62,6 +62,8 @@ def test_a_run_walks_two_lists_and_knows_no_part_or_filter_by_name() -> None:
     assert {*FILTERS} == {*FILTER_ORDER}
     for name in ("run", "run_objects", "order"):
         assert known(name) & {*PIECES} <= SEAMS
+    tree = ast.parse(ENGINE["run"].read_text())
+    assert sum(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree)) <= 30
 
 
 @pytest.mark.parametrize("name", PIECES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import torch
 
-from fedkern import versions
+from fedkern import plugins, versions
 from fedkern.data import FederatedData
 from fedkern.data.identity import code_of
 from fedkern.engine.executors import team
+from fedkern.engine.store import predictions, records
 from fedkern.engine.store.checkpoints import Checkpoints, newest
+from fedkern.engine.store.run_folder import NODES
 from fedkern.engine.store.saved_model import damaged
 from fedkern.errors import UserError
 from fedkern.methods.base import Round
@@ -26,6 +29,88 @@ from fedkern.settings.stored import load_settings
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""
+
+
+def resumed_settings(
+    config: RunConfig, out: Path, trusted: Collection[str]
+) -> tuple[RunConfig, RunConfig, dict[str, Any] | None]:
+    """The settings that a stored run goes on with, those that it has stored, and its newest checkpoint or None.
+
+    Args:
+        config: the settings given now.
+        out: the run folder.
+        trusted: code of the run that may be imported.
+
+    Raises:
+        UserError: there is no run, its settings are others, or were changed after it began.
+    """
+    stored = load_settings(out, trusted=trusted, device=config.device)  # the stored device may not exist here
+    config = config.replace(
+        client_threads=config.client_threads or stored.client_threads, plugins=plugins.now(stored.plugins)
+    )
+    config = config.replace(**{name: getattr(stored, name) for name in config.left_open})
+    check_settings(config if config.augment else config.replace(augment=stored.augment), stored, out)
+    entry = Checkpoints(out).peek()
+    if entry is not None:
+        check_unedited(stored, entry, out)
+    return config, stored, entry
+
+
+def check_settings(config: RunConfig, stored: RunConfig, out: Path) -> None:
+    """Raises UserError where a run in a folder was made with other settings."""
+    if changed := config.differences(stored):
+        raise UserError(f"{out} was made with other settings ({'; '.join(changed)}): resume it with its own.")
+
+
+def finished_summary(entry: dict[str, Any] | None, out: Path, predicted: bool) -> dict[str, Any] | None:
+    """The summary of a finished, undamaged run; None where the run has to go on.
+
+    Args:
+        entry: the run's newest checkpoint, or None.
+        out: the run folder.
+        predicted: whether ``predictions.csv`` must be there.
+
+    Raises:
+        UserError: metrics.jsonl is not what the run wrote, and cannot be made again.
+    """
+    if entry is None or not entry["info"]["finished"]:
+        return None
+    records.Metrics(out).check_entry(entry)
+    if damaged(out, entry) or (predicted and not (out / predictions.FILE).exists()):
+        return None
+    return records.read_summary(out)
+
+
+def check_place(
+    stored: RunConfig,
+    entry: Mapping[str, Any] | None,
+    device: str,
+    out: Path,
+    trusted: Collection[str],
+    *,
+    remote: bool,
+) -> None:
+    """Raises UserError where a run cannot go on here: its clients' states are in another place, kernels or code differ.
+
+    Args:
+        stored: the run's settings.
+        entry: its newest checkpoint, or None.
+        device: the device on which it goes on.
+        out: the run folder.
+        trusted: code of the run that may be imported.
+        remote: whether its clients keep their states to themselves.
+    """
+    there = (out / NODES).exists()
+    if entry is not None and there and not remote:
+        raise UserError(
+            f"The states of the clients of {out} are on nodes of Flower: go on with flwr run and the run-config "
+            f"'out=\"{out}\" resume=true'."
+        )
+    if entry is not None and remote and not there:
+        raise UserError(f"The run in {out} was not begun over Flower: go on with --resume {shlex.quote(str(out))}.")
+    if entry is not None:
+        check_kernels(entry["info"], device, out)
+    stored.check_code(out, trusted)
 
 
 def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> None:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedkern import atomic, files, folder_lock
+from fedkern import atomic, files, folder_lock, plugins
+from fedkern.data import used_cache
 from fedkern.engine import initial_weights
 from fedkern.engine.store import artifacts, checkpoints, confusions, evaluation_file, predictions, records, saved_model
 from fedkern.errors import UserError
 from fedkern.methods import registry
-from fedkern.settings.config import RunConfig
+from fedkern.settings import config
 from fedkern.settings.run_format import FOLDER
-from fedkern.settings.run_format import NAME as SETTINGS
 
 RUNS = Path("runs")
 """Folder of the runs that are given none."""
@@ -30,7 +30,7 @@ BEST_SO_FAR = ("best-a.safetensors", "best-b.safetensors")
 NODES = "flower.json"
 """File of a run whose clients are on nodes of Flower: the name under which the nodes keep their states."""
 NAMES = (
-    SETTINGS, FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, TRACE,
+    config.NAME, FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, TRACE,
     *ATTACKS.values(), BEST, *BEST_SO_FAR, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
     initial_weights.FILE,
 )  # fmt: skip
@@ -45,14 +45,24 @@ def check_vacant(out: Path) -> None:
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another folder with --out.")
-    if (out / SETTINGS).exists():
+    if (out / config.NAME).exists():
         raise UserError(
             f"{out} already holds a run: continue it with --resume {shlex.quote(str(out))}, or choose another --out."
         )
     check_free(out, NAMES)
 
 
-def run_name(settings: RunConfig) -> str:
+def keep_settings(settings: config.RunConfig, out: Path, *, fresh: bool) -> None:
+    """Keeps what a run is made of: its settings where it is ``fresh``, and what the user's cache notes of it."""
+    plugins.remember(settings.plugins)
+    if settings.cache is not None or fresh:
+        used_cache.remember(out, settings.cache)
+    if fresh:
+        initial_weights.keep(settings.init)
+        atomic.write_bytes(out / config.NAME, settings.to_toml().encode())
+
+
+def run_name(settings: config.RunConfig) -> str:
     """Name of a new run's folder in `RUNS`: method, data set and time."""
     data = settings.data.rpartition(":")[2]  # of code its name
     return f"{registry.short(settings.method)}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
