@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from fedkern.comparison.compared import Comparison, compare
     from fedkern.data import FederatedData, register_data
     from fedkern.deferred import accelerate, plain
+    from fedkern.engine.order import register_filter, register_part
+    from fedkern.engine.parts.base import Part, Stop
+    from fedkern.engine.uploads.filters import Filter
     from fedkern.errors import UserError
     from fedkern.methods import option, register, register_aggregator, register_metric
     from fedkern.models import register_model
+    from fedkern.privacy.disclosure import About
 
 try:
     __version__ = metadata.version("fedkern")
@@ -25,10 +29,14 @@ except metadata.PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "About",
     "Comparison",
     "FederatedData",
+    "Filter",
     "History",
+    "Part",
     "Run",
+    "Stop",
     "UserError",
     "__version__",
     "accelerate",
@@ -39,8 +47,10 @@ __all__ = [
     "register",
     "register_aggregator",
     "register_data",
+    "register_filter",
     "register_metric",
     "register_model",
+    "register_part",
     "simulate",
 ]
 
@@ -50,6 +60,10 @@ _LAZY = {
     **dict.fromkeys(("FederatedData", "register_data"), "fedkern.data"),
     **dict.fromkeys(("accelerate", "plain"), "fedkern.deferred"),
     **dict.fromkeys(("option", "register", "register_aggregator", "register_metric"), "fedkern.methods"),
+    **dict.fromkeys(("Part", "Stop"), "fedkern.engine.parts.base"),
+    **dict.fromkeys(("register_filter", "register_part"), "fedkern.engine.order"),
+    "About": "fedkern.privacy.disclosure",
+    "Filter": "fedkern.engine.uploads.filters",
     "UserError": "fedkern.errors",
     "register_model": "fedkern.models",
 }

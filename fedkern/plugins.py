@@ -1,4 +1,4 @@
-"""Plugins: files and modules of a user that register methods, models, data sets, metrics and aggregators.
+"""Plugins: files and modules of a user that register methods, models, data sets, metrics, parts of runs and so on.
 
 A plugin is named by the user, as ``--plugin FILE.py|MODULE`` or with :func:`load`, or by an installed package, as an
 entry point of the group ``fedkern.plugins``.  What a plugin registers is then known by name everywhere, like fedkern's
@@ -31,6 +31,7 @@ from typing import Any
 
 from fedkern import named_code
 from fedkern import plugin_neighbours as neighbours
+from fedkern.docstrings import docstring
 from fedkern.errors import UserError
 from fedkern.files import cache_folder, check_text, expand
 
@@ -49,6 +50,8 @@ REGISTRIES = {
     "model": ("fedkern.models.registry", "MODELS"),
     "metric": ("fedkern.tasks.registered_metrics", "METRICS"),
     "aggregator": ("fedkern.methods.aggregators", "AGGREGATORS"),
+    "part": ("fedkern.engine.order", "PARTS"),
+    "filter": ("fedkern.engine.order", "FILTERS"),
 }
 """Module and name of the dict that holds everything of a kind, by kind."""
 
@@ -64,6 +67,7 @@ class Plugin:
         identity: ``sha256:...`` of a file and of its neighbours; version, SHA-256 and origin of a module.
         source: content of the file; None for a module.
         given: whether the user named the plugin, rather than an entry point or a run folder.
+        installed: whether an entry point names the plugin.
         added: names that the plugin has registered, by kind (a key of `REGISTRIES`).
         modules: names of modules in the folder of a file that its execution has loaded.
     """
@@ -72,6 +76,7 @@ class Plugin:
     identity: str
     source: bytes | None = field(default=None, repr=False)
     given: bool = True
+    installed: bool = False
     added: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
 
@@ -130,7 +135,7 @@ def load_installed(warn: Callable[[str], None] = warnings.warn) -> None:
         try:
             name, _ = _located(point.module)
             if name not in _LOADED:
-                _LOADED[name] = _execute(Plugin(name, _module_identity(name), given=False))
+                _LOADED[name] = _execute(Plugin(name, _module_identity(name), given=False, installed=True))
             point.load()
         except Exception as error:  # the package's own error, whatever it is
             package = point.dist.name if point.dist is not None else "an installed package"
@@ -243,7 +248,7 @@ def _execute(plugin: Plugin) -> Plugin:
         if not added and module not in modules:
             raise UserError(
                 f'The plugin {plugin.name} registers nothing: put @fedkern.register("NAME") on a method, or another of '
-                "the decorators of docs/plugins.md on a function."
+                "the decorators of docs/plugins.md."
             )
         return replace(_with_neighbours(plugin, modules), added=added)
     except BaseException:
@@ -363,12 +368,36 @@ def given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
 
 
 def used(names: Mapping[str, str]) -> dict[str, str]:
-    """Identities, by name, of the loaded plugins that registered one of ``names`` (by kind), or a metric."""
+    """Identities, by name, of the loaded plugins that registered one of ``names`` (by kind), or a metric.
+
+    Those of installed packages that registered a part or a filter are among them: no setting names these.
+    """
     return {
         plugin.name: plugin.identity
         for plugin in _LOADED.values()
-        if "metric" in plugin.added or any(name in plugin.added.get(kind, ()) for kind, name in names.items())
+        if "metric" in plugin.added
+        or (plugin.installed and not {"part", "filter"}.isdisjoint(plugin.added))
+        or any(name in plugin.added.get(kind, ()) for kind, name in names.items())
     }
+
+
+def of_run(kind: str, table: Iterable[str], stored: Mapping[str, str]) -> list[str]:
+    """Names of a kind that a run has: those of its plugins in their order, then those that no plugin has registered.
+
+    Args:
+        kind: one of `REGISTRIES`.
+        table: all names of this kind.
+        stored: the run's plugins, identities by name.
+    """
+    own = [name for plugin in sent(stored) for name in plugin.added.get(kind, ())]
+    others = {name for plugin in _LOADED.values() for name in plugin.added.get(kind, ())}
+    return [*own, *(name for name in table if name not in others)]
+
+
+def described(kind: str) -> dict[str, str]:
+    """The first lines of docstrings, by name, of the classes of a kind that loaded plugins have registered."""
+    names = [name for plugin in _LOADED.values() for name in plugin.added.get(kind, ())]
+    return {name: docstring(_tables()[kind][name]).splitlines()[0] for name in names}
 
 
 def now(stored: Mapping[str, str]) -> dict[str, str]:

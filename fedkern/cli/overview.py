@@ -28,8 +28,9 @@ def parse(words: Sequence[str]) -> Request | None:
 def catalogue() -> dict[str, dict[str, str]]:
     """Names and one-line descriptions of the methods, data sets, models, encoders, partitioners and aggregators.
 
-    Metrics, which only plugins have, are among them where there are any.
+    Metrics, parts and filters of plugins are among them where there are any.
     """
+    from fedkern import plugins
     from fedkern.data import DATASETS, PARTITIONERS
     from fedkern.methods import AGGREGATORS, METHODS, METRICS
     from fedkern.methods.aggregators import Rule
@@ -47,6 +48,7 @@ def catalogue() -> dict[str, dict[str, str]]:
         "partitioners": {info.usage: info.description for info in PARTITIONERS.values()},
         "aggregators": {Rule(name).text: entry.description for name, entry in AGGREGATORS.items()},
         **(metrics if METRICS else {}),
+        **{f"{kind}s": found for kind in ("part", "filter") if (found := plugins.described(kind))},
     }
 
 

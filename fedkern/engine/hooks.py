@@ -20,7 +20,7 @@ _SUMMING = ("reduce", "server_update", "average", "weight")
 
 
 class MethodCode:
-    """Names method and round where a part of the method raises (see :func:`fedkern.errors.named`).
+    """Names method and round where a function of the method raises (see :func:`fedkern.errors.named`).
 
     An error that comes out of the uploads is that of the engine and of clients.  A UserError of fedkern's own methods
     before the first round is about settings, and stands alone.
@@ -29,10 +29,11 @@ class MethodCode:
         kind: the method's class.
         name: the method's name.
         progress: of the run.
+        what: what is of the class: the method, or a part or filter of a user.
     """
 
-    def __init__(self, kind: type, name: str, progress: Progress) -> None:
-        self._kind, self._name, self.progress = kind, name, progress
+    def __init__(self, kind: type, name: str, progress: Progress, what: str = "method") -> None:
+        self._kind, self._name, self.progress, self._what = kind, name, progress, what
         self._from_uploads: BaseException | None = None
 
     @contextmanager
@@ -43,7 +44,7 @@ class MethodCode:
             settings = self.progress.entry is None and isinstance(error, UserError) and not origin(error, self._kind)
             if error is self._from_uploads or settings:
                 raise
-            with named(f"The method's {part} of {self._name} {self.progress.when()}", self._kind):
+            with named(f"The {self._what}'s {part} of {self._name} {self.progress.when()}", self._kind):
                 raise
 
     def passing(self, uploads: Iterable[Upload]) -> Iterator[Upload]:

@@ -7,18 +7,24 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from fedkern.engine import parts, uploads
+from fedkern import plugins
+from fedkern.engine import parts, uploads, user_parts
 from fedkern.engine.parts.base import Part
 from fedkern.engine.registry import FILTERS, PARTS
+from fedkern.engine.registry import register_filter as register_filter
+from fedkern.engine.registry import register_part as register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.uploads.filters import Filter
+from fedkern.errors import UserError
 
+USERS = "..."
+"""Place of what users have registered."""
 PART_ORDER = (
-    "traffic", "artifacts", "evaluation", "server", "oracle", "privacy", "stop_at", "patience", "max_seconds",
+    "traffic", "artifacts", "evaluation", "server", "oracle", "privacy", USERS, "stop_at", "patience", "max_seconds",
     "max_bytes", "diagnoses", "answers", "records", "warnings", "listeners", "results", "trace", "checkpoints",
 )  # fmt: skip
 FILTER_ORDER = (
-    "client_digests", "bytes", "reduction", "declared", "norm_bounds", "private_mean", "server_digests",
+    "client_digests", "bytes", "reduction", USERS, "declared", "norm_bounds", "private_mean", "server_digests",
 )  # fmt: skip
 
 for package in (parts, uploads):
@@ -28,15 +34,50 @@ for package in (parts, uploads):
 
 def parts_of(run: RunObjects) -> list[Part]:
     """The parts of a run, in order."""
-    return _built(PARTS, PART_ORDER, run)
+    return _built("part", PARTS, PART_ORDER, run)
 
 
 def filters_of(run: RunObjects) -> list[Filter]:
     """What uploads pass on their way to the server of a run, in order; the run has its executor."""
-    found: list[Filter] = _built(FILTERS, FILTER_ORDER, run)
+    found: list[Filter] = _built("filter", FILTERS, FILTER_ORDER, run)
     whole = any(each.whole for each in found)
     return [each for each in found if not (whole and each.stays)]
 
 
-def _built(table: Mapping[str, Any], order: Sequence[str], run: RunObjects) -> list[Any]:
-    return [made for name in order if (made := table[name].build(run)) is not None]
+def _built(what: str, table: Mapping[str, Any], order: Sequence[str], run: RunObjects) -> list[Any]:
+    own = [name for name in plugins.of_run(what, table, run.config.plugins) if name not in order]
+    names = [each for name in order for each in (own if name == USERS else [name])]
+    made = (user_parts.build(table[name], run) if name in own else table[name].build(run) for name in names)
+    return [each for each in made if each is not None]
+
+
+def states_of(parts: Sequence[Part], filters: Sequence[Filter]) -> dict[str, Any]:
+    """The states of a run's parts and filters, as a checkpoint keeps them.
+
+    What a user has registered is there without a state too, so that a resumed run knows that it needs it.
+    """
+    of_parts, of_filters = _states(parts, PART_ORDER), _states(filters, FILTER_ORDER)
+    return {"parts": of_parts, **({"filters": of_filters} if of_filters else {})}
+
+
+def _states(made: Sequence[Part] | Sequence[Filter], order: Sequence[str]) -> dict[str, Any]:
+    return {each.name: state or {} for each in made if (state := each.state()) or each.name not in order}
+
+
+def restore(kind: str, made: Sequence[Part] | Sequence[Filter], run: RunObjects) -> None:
+    """Gives ``"parts"`` or ``"filters"`` of a run the states of the checkpoint that it goes on from, if there is one.
+
+    Raises:
+        UserError: the run began with others that users have registered.
+    """
+    if run.entry is None:
+        return
+    states, names = run.entry["info"].get(kind, {}), [each.name for each in made]
+    for name in sorted(({*states} ^ {*names}) - {*(PART_ORDER if kind == "parts" else FILTER_ORDER)}):
+        what = f'the {kind[:-1]} "{name}"'
+        if name in states:
+            raise UserError(f"The run in {run.out} began with {what}: register it again, or start a new run.")
+        raise UserError(f"The run in {run.out} began without {what}: leave it out, or start a new run.")
+    for each in made:
+        if state := states.get(each.name):
+            each.restore(state)

@@ -16,7 +16,7 @@ from fedkern.engine.executors.choice import Remote, executor_of
 from fedkern.engine.executors.nursery import own_nursery
 from fedkern.engine.executors.workers import setup_of
 from fedkern.engine.loop import Loop
-from fedkern.engine.order import filters_of, parts_of
+from fedkern.engine.order import filters_of, parts_of, restore, states_of
 from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.participants import sample_clients
 from fedkern.engine.parts.base import Part
@@ -24,6 +24,7 @@ from fedkern.engine.preparing import Prepared, prepare, with_data
 from fedkern.engine.run_objects import opened
 from fedkern.engine.store.resuming import changes, check_place, finished_summary, repairs, resumed_settings
 from fedkern.engine.store.run_folder import check_vacant, keep_settings, writing
+from fedkern.engine.uploads.filters import Filter
 from fedkern.interrupts import in_order
 from fedkern.listeners.audience import Audience
 from fedkern.listeners.events import Listener
@@ -133,25 +134,23 @@ def _played(
 ) -> dict[str, Any]:
     """Plays the rounds that are left, and returns the summary."""
     parts: list[Part] = []
-
-    def kept() -> dict[str, Any]:
-        return {part.name: state for part in parts if (state := part.state())}
-
+    filters: list[Filter] = []
+    kept = partial(states_of, parts, filters)
     run = opened(prepared, out, listener, alone, kept, resume=resume, remote=elsewhere is not None)
     parts += parts_of(run)
+    restore("parts", parts, run)
     if run.entry is not None:
-        for part in parts:
-            if part.name in run.entry["info"]["parts"]:
-                part.restore(run.entry["info"]["parts"][part.name])
         told = {**changes(run.entry["info"], run.config), **repairs(run.checkpoints, run.entry, out)}
         for name, text in told.items():
             run.context.warn(name, text)
     executor = run.states.executor = executor_of(run, elsewhere)
     try:
+        filters += filters_of(run)
+        restore("filters", filters, run)
         draw = partial(sample_clients, run.config) if run.private is None else run.private.participants
         loop = Loop(
             run.plan, run.hooks, run.pooling, run.context, run.server, run.progress, draw, executor, run.states,
-            run.log, filters_of(run), parts,
+            run.log, filters, parts,
         )  # fmt: skip
         for part in parts:
             part.begin(resumed=run.entry is not None)

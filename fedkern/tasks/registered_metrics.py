@@ -94,9 +94,7 @@ def metrics_of(stored: Mapping[str, str]) -> tuple[Metric, ...]:
     Args:
         stored: the run's plugins, identities by name.
     """
-    others = [plugin for plugin in plugins.loaded() if plugin.name not in stored]
-    foreign = {name for plugin in others for name in plugin.added.get("metric", ())}
-    return tuple(metric for name, metric in METRICS.items() if name not in foreign)
+    return tuple(METRICS[name] for name in plugins.of_run("metric", METRICS, stored))
 
 
 class Answers:

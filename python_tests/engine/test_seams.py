@@ -7,7 +7,7 @@ import ast
 import pytest
 from test_imports import imported, modules
 
-from fedkern.engine.order import FILTER_ORDER, FILTERS, PART_ORDER, PARTS
+from fedkern.engine.order import FILTER_ORDER, FILTERS, PART_ORDER, PARTS, USERS
 
 FILES = modules("fedkern")
 ENGINE = {name.removeprefix("fedkern.engine."): path for name, path in FILES.items() if "fedkern.engine." in name}
@@ -58,8 +58,8 @@ def test_the_loop_is_short_and_knows_little() -> None:
 
 
 def test_a_run_walks_two_lists_and_knows_no_part_or_filter_by_name() -> None:
-    assert {*PARTS} == {*PART_ORDER}
-    assert {*FILTERS} == {*FILTER_ORDER}
+    assert {*PARTS, USERS} == {*PART_ORDER}
+    assert {*FILTERS, USERS} == {*FILTER_ORDER}
     for name in ("run", "run_objects", "order"):
         assert known(name) & {*PIECES} <= SEAMS
     tree = ast.parse(ENGINE["run"].read_text())

@@ -28,7 +28,7 @@ class Checkpointing(Part):
     Args:
         checkpoints, out: of the run.
         facts: what a resumed run is compared with.
-        states: gives the states of all parts, by name.
+        states: gives the states of all parts and filters.
         every: communication rounds between two checkpoints.
         server: its state is kept.
         progress, timing, ledger, metrics: of the run.
@@ -90,4 +90,4 @@ class Checkpointing(Part):
         self._checkpoints.amend({**self._info(finished=True), "results": results(self._out)})
 
     def _info(self, finished: bool) -> dict[str, Any]:
-        return dict(records.plain({**self._facts, "parts": self._states(), "finished": finished}))
+        return dict(records.plain({**self._facts, **self._states(), "finished": finished}))

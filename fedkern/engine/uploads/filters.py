@@ -89,6 +89,13 @@ class Filter:
         """The filter of a run, made of the run's objects; None where the run does without it."""
         return cls()
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the server's half, in plain values."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what :meth:`state` returned at a checkpoint, before the first round that is played."""
+
     def sent(self, asked: Asked, client: ClientId, message: Message) -> None:
         """A message has left for a client, which may never answer."""
 

@@ -45,8 +45,8 @@ class Bench:
         self.checkpoints, self.server = Checkpoints(self.calls), SimpleNamespace(state={"x": 1})
         forget = SimpleNamespace(forget=lambda plan: self.calls.append(f"forget {plan}"))
         self.part = Checkpointing(
-            self.checkpoints, out, facts={"data": 7}, states=lambda: {"server": {"spread": math.nan}}, every=every,
-            server=self.server, progress=self.progress, timing=self.timing,
+            self.checkpoints, out, facts={"data": 7}, every=every,
+            states=lambda: {"parts": {"server": {"spread": math.nan}}}, server=self.server, progress=self.progress, timing=self.timing,
             ledger=SimpleNamespace(changed_rows=lambda: {1: [8, 0, 0, 0]}),
             metrics=SimpleNamespace(sync=lambda: self.calls.append("sync")),
             releases=forget if releases else None, alone=lambda: self.calls.append("alone"),

@@ -1,0 +1,89 @@
+"""A user's parts and filters: built, checked, and named where their code raises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from inspect import isfunction
+from typing import Any
+
+from fedkern.engine.hooks import MethodCode
+from fedkern.engine.parts.base import Part, Stop
+from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.store.records import plain
+from fedkern.engine.uploads.filters import Asked, Filter
+from fedkern.errors import UserError, shown
+from fedkern.methods.base import ClientId, Upload
+
+_RETURNED: dict[str, tuple[type, str]] = {
+    "before_round": (Stop, "a fedkern.Stop"),
+    "round_end": (Stop, "a fedkern.Stop"),
+    "decode": (str, "why the upload is refused"),
+    "encoders": (Mapping, "encoders by client"),
+    "state": (dict, "a dict"),
+}
+"""What functions return, beside nothing."""
+
+
+def build(kind: Any, run: RunObjects) -> Any:
+    """The part or filter of a user's class that a run has, or None; its functions name it in what they raise.
+
+    Raises:
+        UserError: the class builds something else, or a filter that client-level privacy does not cover.
+    """
+    base = Part if issubclass(kind, Part) else Filter
+    code = MethodCode(kind, kind.name, run.progress, base.__name__.lower())
+    with code("build"):
+        made = kind.build(run)
+    if made is None:
+        return None
+    if not isinstance(made, base):
+        due = f"a fedkern.{base.__name__} or None"
+        raise UserError(f"The {base.__name__.lower()}'s build of {kind.name} must return {due}, not {shown(made)}.")
+    alone = base is Part or (kind.state is Filter.state and kind.together is Filter.together)
+    if run.config.dp_noise and not alone:
+        raise UserError(
+            "--dp-noise counts that what is added up of a client follows from its own data alone, and the filter "
+            f"{kind.name} keeps state or sees all uploads at once: leave one of the two out."
+        )
+    for name, function in vars(base).items():
+        if isfunction(function) and getattr(type(made), name) is not function:
+            call = _together if name == "together" else partial(_call, name)
+            object.__setattr__(made, name, partial(call, code, getattr(made, name)))
+    return made
+
+
+def _call(name: str, code: MethodCode, function: Callable[..., Any], *given: Any, **more: Any) -> Any:
+    with code(name):
+        found = function(*given, **more)
+        kind, due = _RETURNED.get(name, (object, ""))
+        if found is not None and not isinstance(found, kind):
+            raise UserError(f"it must return {due} or nothing, not {shown(found)}")
+        if name == "state":
+            _check_plain(found)
+        return found
+
+
+def _together(
+    code: MethodCode,
+    function: Callable[..., Iterator[Upload]],
+    asked: Asked,
+    uploads: Iterator[Upload],
+    note: Callable[[ClientId, Mapping[str, float]], None],
+) -> Iterator[Upload]:
+    with code("together"):
+        found = iter(function(asked, code.passing(uploads), note))
+    while True:
+        with code("together"):
+            handover = [next(found, None)]  # no reference stays here (see `fedkern.engine.exchange`)
+        if handover[0] is None:
+            return
+        yield handover.pop()  # type: ignore[misc]
+
+
+def _check_plain(state: Any) -> None:
+    try:
+        json.dumps(plain(state or {}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a state holds numbers, texts, lists and dicts alone ({error})") from None
