@@ -80,13 +80,30 @@ class Executor:
 
 
 class Checkpoints:
-    """Stands for the checkpoints: remembers which clients' states were written, and for which round of the plan."""
+    """Stands for the checkpoints: remembers which clients' states were written, and for which round of the plan.
 
-    def __init__(self):
-        self.written = []
+    Args:
+        states: the clients' states of round 0, by client.
+    """
+
+    def __init__(self, states=None):
+        self.written, self._files = [], {(k, 0): state for k, state in (states or {}).items()}
+        self.clients = {k: (k, 0) for k in states or {}}
 
     def write_client(self, k, plan, state):
         self.written.append((k, plan, state))
+        self.clients[k] = (k, plan)
+        self._files[k, plan] = state
+
+    def name_client(self, k, file):
+        self.clients[k] = file
+
+    def client_state(self, k):
+        return dict(self._files.get(self.clients.get(k), {}))
+
+    def reader(self, k):
+        file = self.clients.get(k)
+        return lambda: dict(self._files.get(file, {}))
 
 
 def record(number=1, rounds=3, entry=None, **given):

@@ -21,7 +21,7 @@ from fedkern.engine.node import Node
 from fedkern.engine.participants import share_of_work
 from fedkern.engine.private_training import declared, train_privately
 from fedkern.engine.training import Context, Course, Diverged, Schedule, started, train
-from fedkern.engine.uploads.encoders import Drift
+from fedkern.engine.uploads.encoders import STATES, Drift
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
 from fedkern.methods.uploads import is_alike
@@ -42,6 +42,7 @@ class Client(Node):
         self.samples = len(context.data.clients[client])
         self.declared = context.federation.samples[client]
         self.unit = context.federation.unit
+        self.encoded: dict[str, Any] = state.pop(STATES, {})  # the states of its encoders
         self.state = state
         self.phase: Phase = BEFORE  # the exchange that the client is asked in
         self._courses: dict[Phase, Course] = {}
@@ -49,6 +50,11 @@ class Client(Node):
         self.drift: Drift | None = None
         # What train leaves to do when the GPU is done; None: train waits for it.
         self.later: list[Callable[[], None]] | None = None
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What the checkpoint keeps of the client: its state, with those of its encoders."""
+        return {**self.state, STATES: self.encoded} if self.encoded else self.state
 
     def warn(self, name: str, text: str) -> None:
         if self._context.disclosure.clients:

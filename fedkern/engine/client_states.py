@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Executor
 from fedkern.engine.progress import Progress
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.uploads.encoders import STATES
 from fedkern.errors import UserError
 from fedkern.methods.base import ClientId
 from fedkern.privacy import LEDGER
@@ -27,6 +31,8 @@ class ClientStates:
     ) -> None:
         self.executor, self._checkpoints, self._context = executor, checkpoints, context
         self._progress, self._memoryless = progress, memoryless
+        # Of clients whose states are written in this round: the file and the reader of what they began the round with.
+        self._begun: dict[ClientId, tuple[str | None, Callable[[], dict[str, Any]]]] = {}
 
     @property
     def _late(self) -> bool:
@@ -42,15 +48,26 @@ class ClientStates:
             self.executor.forget(k)  # its state is on disk; its round_cache is needed no more
 
     def left_out(self, k: ClientId) -> None:
-        """A client is left out of the rest of the round: its state is dropped, with two exceptions.
+        """A client is left out of the rest of the round: its state is as before the round, with two exceptions.
 
         These are a privacy ledger, as releases count in any case, and a round whose earlier exchanges are not written
-        yet.
+        yet.  The state is then the present one, but for those of encoders, which count uploads that have arrived.
         """
-        state = self.executor.changed(k)
+        state, written = self.executor.changed(k), k in self._begun
         self.executor.forget(k)
-        if state is not None and (self._late or LEDGER in state):
+        if state is None and written:
+            state = self._checkpoints.client_state(k)
+        if state is None:
+            return
+        file, begun = self._begun.get(k) or self._now(k)
+        if self._late or LEDGER in state:
+            if STATES in state:
+                before = begun().get(STATES)
+                state = {name: value for name, value in state.items() if name != STATES}
+                state |= {} if before is None else {STATES: before}
             self._checkpoints.write_client(k, self._progress.planned + 1, state)
+        elif written:
+            self._checkpoints.name_client(k, file)
 
     def end_round(self) -> None:
         """The round is over."""
@@ -58,6 +75,7 @@ class ClientStates:
             for k in self.executor.working():
                 self._write(k)
         self.executor.end_round()
+        self._begun.clear()
 
     def _write(self, k: ClientId) -> None:
         state = self.executor.changed(k)
@@ -68,4 +86,8 @@ class ClientStates:
                 f"{self._context.data.client_label(k)} keeps state: declare memoryless = False."
             )
         if state is not None:
+            self._begun.setdefault(k, self._now(k))
             self._checkpoints.write_client(k, self._progress.planned + 1, state)
+
+    def _now(self, k: ClientId) -> tuple[str | None, Callable[[], dict[str, Any]]]:
+        return self._checkpoints.clients.get(k), self._checkpoints.reader(k)

@@ -9,7 +9,7 @@ from typing import Any
 from fedkern.engine.executors.base import Answer, Executor
 from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.round_log import RoundLog
-from fedkern.engine.uploads.filters import Arrival, Asked, Filter
+from fedkern.engine.uploads.filters import Arrival, Asked, Filter, encoders_of
 from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Upload
 
@@ -109,7 +109,7 @@ class Exchange:
 
     def _answers(self) -> Iterator[Answer]:
         """The clients' answers; the clients of a cohort may be asked at once."""
-        asked = self._asked
+        asked, coded = self._asked, encoders_of(self._filters, self._asked)
         if asked.entry.cohort and not self._executor.apart and asked.sent:
             start, here = time.perf_counter(), self._executor.here
             clients = {k: here.client(k) for k in asked.participants}
@@ -120,7 +120,4 @@ class Exchange:
                 each = (time.perf_counter() - start) / len(asked.sent)
                 told = {k: figures(one.report, f"client {k}: client.report", TAKEN) for k, one in clients.items()}
                 return (Answer(k, found.pop(k), report=told[k], seconds=each) for k in list(asked.sent))
-        encoders: dict[ClientId, Any] = {}
-        for one in self._filters:
-            encoders.update(one.encoders(asked))
-        return self._executor.answers(asked.hooks.asker, asked.phase, asked.sent, encoders)
+        return self._executor.answers(asked.hooks.asker, asked.phase, asked.sent, coded)

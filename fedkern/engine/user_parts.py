@@ -41,7 +41,7 @@ def build(kind: Any, run: RunObjects) -> Any:
     if not isinstance(made, base):
         due = f"a fedkern.{base.__name__} or None"
         raise UserError(f"The {base.__name__.lower()}'s build of {kind.name} must return {due}, not {shown(made)}.")
-    alone = base is Part or (kind.state is Filter.state and kind.together is Filter.together)
+    alone = base is Part or not (kind.keeps or kind.state is not Filter.state or kind.together is not Filter.together)
     if run.config.dp_noise and not alone:
         raise UserError(
             "--dp-noise counts that what is added up of a client follows from its own data alone, and the filter "

@@ -16,6 +16,7 @@ from fedkern.engine.executors.base import Answer
 from fedkern.engine.progress import Progress
 from fedkern.engine.round_log import RoundLog
 from fedkern.engine.training import Diverged
+from fedkern.engine.uploads.encoders import STATES, Encoders
 from fedkern.engine.uploads.filters import Asked, Filter
 from fedkern.errors import ClientFailed, UserError
 from fedkern.listeners.events import Listener
@@ -170,7 +171,8 @@ def test_what_filters_are_told_and_in_which_order():
     failed = ["works", "a sent", "b sent", "a lacking, failed", "b lacking, failed", "forget"]
     expected = [(what, k) for k, each in ((0, passed), (1, failed), (2, passed)) for what in each]
     assert bench.calls == [*expected, ("a end", None), ("b end", None)]
-    assert bench.executor.encoders == {0: "b", 1: "b"}  # where two encode, the later one does
+    # What is decoded last is encoded first.
+    assert bench.executor.encoders == {0: Encoders((("", "b"), ("", "a"))), 1: Encoders((("", "b"),))}
 
 
 def test_figures_of_a_client_that_is_done():
@@ -309,8 +311,8 @@ def test_a_cohorts_reports_are_numbers_by_names_of_their_own(report, why):
 # -- the clients' states -----------------------------------------------------------------------------------------------
 
 
-def states_of(entry, states, memoryless=False):
-    executor, checkpoints = Executor(states=states), Checkpoints()
+def states_of(entry, states, memoryless=False, before=None):
+    executor, checkpoints = Executor(states=states), Checkpoints(before)
     progress = Progress(planned=3)
     progress.begin(entry)
     context = Context(method="fedavg")
@@ -355,6 +357,41 @@ def test_the_state_of_a_client_that_is_left_out_is_dropped(entry, state, written
     states.left_out(1)
     assert executor.calls == [("forget", 1)]
     assert checkpoints.written == ([(1, 4, state)] if written else [])
+
+
+OLD, NEW = ({"x": n, STATES: {"residual": n}} for n in (1, 2))
+
+
+@pytest.mark.parametrize("before", [{1: OLD}, {}])
+def test_what_the_server_refuses_leaves_the_state_as_before_the_round(before):
+    """The server looks at an upload after its client is done."""
+    states, executor, checkpoints, progress = states_of(Round(), {1: NEW}, before=before)
+    progress.last_exchange = False
+    states.done(1)
+    executor._states[1] = {"x": 3}
+    progress.last_exchange = True
+    states.done(1)
+    assert checkpoints.client_state(1) == {"x": 3}
+    states.left_out(1)
+    assert checkpoints.client_state(1) == before.get(1, {})
+    states.end_round()
+    executor._states[1] = NEW
+    states.done(1)
+    states.end_round()
+    states.left_out(1)  # in another round, whose beginning is this state
+    assert checkpoints.client_state(1) == NEW
+
+
+@pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("entry", [Round(), Round(states="round")])
+@pytest.mark.parametrize("before", [{1: OLD}, {}])
+def test_encoders_forget_a_refused_upload_where_the_rest_is_kept(before, entry, served):
+    states, _, checkpoints, _ = states_of(entry, {1: {**NEW, LEDGER: {}}}, before=before)
+    if served:
+        states.done(1)
+    states.left_out(1)
+    kept = {name: value for name, value in before.get(1, {}).items() if name == STATES}
+    assert checkpoints.client_state(1) == {"x": 2, LEDGER: {}, **kept}
 
 
 def test_clients_of_a_memoryless_method_keep_nothing():

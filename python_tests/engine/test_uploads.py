@@ -254,6 +254,34 @@ def test_what_a_refused_client_has_released_stays_booked(make_data, make_config,
     assert checkpoints.client_state(1)[LEDGER] == checkpoints.client_state(0)[LEDGER]
 
 
+def test_what_the_server_refuses_changes_no_state(make_data, make_config, tmp_path, monkeypatch):
+    """The server looks at uploads whose clients are done, and whose states are written."""
+
+    class Choosy(FedAvg):
+        memoryless = False
+
+        def client_update(self, client, phase, message):
+            client.state["rounds"] = [*client.state.get("rounds", []), phase.round]
+            return super().client_update(client, phase, message)
+
+        def server_update(self, server, phase, uploads):
+            def chosen():
+                for upload in uploads:
+                    if upload.client_id == phase.round:
+                        server.refuse(upload.client_id, f"Client {upload.client_id} is not wanted")
+                    else:
+                        yield upload
+
+            super().server_update(server, phase, chosen())
+
+    monkeypatch.setitem(METHODS, "fedavg", Choosy)
+    run(make_config(rounds=3, on_nan="skip", workers="1"), out=tmp_path, data=make_data())
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.open()
+    rounds = {k: checkpoints.client_state(k)["rounds"] for k in range(3)}
+    assert rounds == {0: [1, 2], 1: [0, 2], 2: [0, 1]}
+
+
 # -- the size of an update -----------------------------------------------------------------------------------------
 
 

@@ -250,6 +250,9 @@ FAULTS = {
                r"^The filter's decode of mine in round 1 failed: it must return why the upload is refused or nothing"),
     "refused": ("def decode(self, arrival): return 'is not mine'", "filter",
                 r"^Client 0's upload in round 1 is not mine; leave such uploads out with --on-nan skip"),
+    "encode": ("on_gpu = ()\n    def encoders(self, asked): return {1: self}\n"
+               "    def encode(self, leaving): return leaving.message['mine'], None", "filter",
+               r"^Client 1 failed in round 1: KeyError: 'mine'"),
     "together": ("def together(self, *given):\n        raise SystemExit(1)\n        yield", "filter",
                  r"^The filter's together of mine in round 1 failed: SystemExit: 1 \(mine.py, line 8\); the traceback"),
 }  # fmt: skip
@@ -276,7 +279,9 @@ def test_another_exception_has_a_note_and_one_of_the_uploads_none(make_data, mak
         run(config, out=tmp_path / "run", data=make_data())
 
 
-@pytest.mark.parametrize("body", ["def state(self): return {}", "def together(self, *given): return given[1]"])
+@pytest.mark.parametrize(
+    "body", ["def state(self): return {}", "def together(self, *given): return given[1]", "keeps = True"]
+)
 def test_noise_covers_no_filter_whose_uploads_may_follow_from_other_clients(body, make_data, make_config, tmp_path):
     pytest.importorskip("dp_accounting")
     config = make_config("fedavg", plugins=[written(tmp_path, body, "filter")], dp_clip=1.0, dp_noise=1.0)

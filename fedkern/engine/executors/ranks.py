@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedkern import plugins
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer, States
+from fedkern.engine.executors.base import Answer, Played, States
 from fedkern.engine.executors.links import Ended, Link, Lost
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.team import GO_ON, Team
@@ -65,7 +65,7 @@ class Ranks:
         self._home: dict[ClientId, int] = {}  # as _at, with clients that are done
         self._begun: set[ClientId] = set()  # clients that have their state of the round on another rank
         self._readers: dict[ClientId, Any] = {}  # readers of the states that clients began the round with
-        self._played: dict[ClientId, list[tuple[str, Phase, Message]]] = {}
+        self._played: dict[ClientId, list[Played]] = {}
         self._changed: dict[ClientId, dict[str, Any]] = {}
         # State of this exchange:
         self._encoders: Mapping[ClientId, Encoder] = {}
@@ -120,7 +120,7 @@ class Ranks:
         self._deal(asker, phase, messages)
         for k in messages:
             yield self._answer(k, asker, phase, messages)
-            self._played.setdefault(k, []).append((asker, phase, messages[k]))
+            self._played.setdefault(k, []).append((asker, phase, messages[k], self._encoders.get(k)))
 
     def _deal(self, asker: str, phase: Phase, messages: Mapping[ClientId, Message]) -> None:
         """Deals the clients out, and sends the other ranks what their clients are asked."""

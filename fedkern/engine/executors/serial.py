@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer, States
+from fedkern.engine.executors.base import Answer, Played, States
 from fedkern.engine.lanes import lanes, on_this_stream, side_by_side
 from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.training import Diverged
@@ -56,12 +56,12 @@ class Serial:
             self.take(k, self._states(k)())
         return self._clients[k]
 
-    def take(self, k: ClientId, state: dict[str, Any], played: Iterable[tuple[str, Phase, Message]] = ()) -> None:
+    def take(self, k: ClientId, state: dict[str, Any], played: Iterable[Played] = ()) -> None:
         """Begins the round of client ``k`` with ``state``, and plays again the messages that it has answered."""
-        self._clients[k] = Client(self._context, k, state)
-        self._before[k] = fingerprint(state)
-        for asker, phase, message in played:
-            self.ask(k, asker, phase, message)
+        client = self._clients[k] = Client(self._context, k, state)
+        self._before[k] = fingerprint(client.stored)
+        for asker, phase, message, encoder in played:
+            self.ask(k, asker, phase, message, encoder)
 
     def answers(
         self,
@@ -127,12 +127,13 @@ class Serial:
             self._asked += 1
             if self._asked & (self._asked - 1) == 0:  # after 1, 2, 4, 8 ... answers: a state may change late
                 context.tell_attributes(client)
+            if answer.problem is None and encoder is not None:
+                with self._problems(answer, asker), cpu_threads(self._threads):
+                    sent = self._beside(message, answer.message) if encoder.on_gpu else message
+                    leaving = Departure(k, sent, answer.message, self.keep, client.drift, client.encoded)
+                    answer.message, answer.checked = encoder.encode(leaving)
             if answer.problem is not None:
                 answer.message, answer.report = None, {}
-            elif encoder is not None:
-                sent = self._beside(message, answer.message) if encoder.on_gpu else message
-                leaving = Departure(k, sent, answer.message, self.keep, client.drift)
-                answer.message, answer.checked = encoder.encode(leaving)
             answer.seconds += time.perf_counter() - start
             return answer
 
@@ -160,7 +161,7 @@ class Serial:
     def changed(self, client: ClientId) -> dict[str, Any] | None:
         if client not in self._clients:
             return None
-        state = self._clients[client].state
+        state = self._clients[client].stored
         now = fingerprint(state)
         if now == self._before[client]:
             return None

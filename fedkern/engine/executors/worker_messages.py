@@ -54,8 +54,7 @@ class Job:
         message: the client's message.
         fresh: whether the client begins its round in this worker.
         state: the client's state at the beginning of the round, where the job is ``fresh``.
-        played: the client's earlier messages of the round, as (asker, phase, message), which a lost worker answered;
-            they are played again first.
+        played: the client's earlier messages of the round, which a lost worker answered; they are played again first.
         encoder: changes the upload before it leaves; None: it travels as it is.
     """
 
@@ -65,7 +64,7 @@ class Job:
     message: Any
     fresh: bool
     state: dict[str, Any] | None = None
-    played: tuple[tuple[str, Any, Any], ...] = ()
+    played: tuple[tuple[str, Any, Any, Any], ...] = ()
     encoder: Any = None
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer, States
+from fedkern.engine.executors.base import Answer, Played, States
 from fedkern.engine.executors.nursery import Gone, Nursery
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.wire import Channel
@@ -61,14 +61,14 @@ class _Round:
     Attributes:
         at: where a client works; None is this process.
         readers: readers of the states that clients began the round with.
-        played: the messages that a client has answered, as (asker, phase, message).
+        played: the messages that a client has answered.
         changed: states that clients have changed.
         losses: how often a client's worker was lost.
     """
 
     at: dict[ClientId, _Worker | None] = field(default_factory=dict)
     readers: dict[ClientId, Any] = field(default_factory=dict)
-    played: dict[ClientId, list[tuple[str, Phase, Message]]] = field(default_factory=dict)
+    played: dict[ClientId, list[Played]] = field(default_factory=dict)
     changed: dict[ClientId, dict[str, Any]] = field(default_factory=dict)
     losses: dict[ClientId, int] = field(default_factory=dict)
 
@@ -134,7 +134,7 @@ class Workers:
             self._round.readers.setdefault(k, self._states(k))
         for k in messages:
             yield self._answer(k, asker, phase, messages)
-            self._round.played.setdefault(k, []).append((asker, phase, messages[k]))
+            self._round.played.setdefault(k, []).append((asker, phase, messages[k], self._encoders.get(k)))
 
     def _answer(self, k: ClientId, asker: str, phase: Phase, messages: Mapping[ClientId, Message]) -> Answer:
         """The answer of the next client in order; meanwhile workers go on with later clients."""

@@ -266,14 +266,17 @@ class Checkpoints:
 
     def write_client(self, client: int, plan: int, content: dict[str, Any]) -> None:
         """Writes a client's new state, which becomes part of the checkpoint with the next commit."""
-        before = self.clients.get(client)
-        if content:
-            self.clients[client] = self._write(f"client-{client:05d}-{plan:06d}.safetensors", content)
-        else:
-            self.clients.pop(client, None)
+        name = f"client-{client:05d}-{plan:06d}.safetensors"
+        self.name_client(client, self._write(name, content) if content else None)
+
+    def name_client(self, client: int, file: str | None) -> None:
+        """Makes a file, which ``clients`` has or had when the round began, the client's state; None: it has none."""
+        before = self.clients.pop(client, None)
+        if file is not None:
+            self.clients[client] = file
         if self._table is not None:
             self._touched.add(client)
-            self._leave(before, self.clients.get(client))
+            self._leave(before, file)
 
     def _leave(self, before: str | None, now: str | None) -> None:
         """Notes that the next commit needs the file ``now`` in the place of ``before``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -12,6 +12,8 @@ from fedkern.methods.base import ClientId, Message
 
 Keep = Callable[[ClientId, str, Tensor], None]
 """Keeps a vector of a client's upload, by name, in the process where the client works."""
+STATES = "encoders"
+"""Entry of a client's stored state that holds the states of its encoders; a method never sees it."""
 
 
 class Encoder(Protocol):
@@ -59,6 +61,8 @@ class Departure:
         message: what the client answered, not checked yet.
         keep: keeps a vector where the client works; None where that is the server's own process.
         drift: the norm of the update, where the client has measured it.
+        state: what the encoder keeps at the client from round to round, like a client's state; dropped unless its
+            filter ``keeps`` any.  It is as before the round again where the upload is lost or refused.
     """
 
     client: ClientId
@@ -66,3 +70,32 @@ class Departure:
     message: Any
     keep: Keep | None = None
     drift: Drift | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """A client's encoders, one after another.
+
+    Attributes:
+        each: the encoders in the order in which they change the upload, each with the name of its state; no name: it
+            keeps none.
+    """
+
+    each: tuple[tuple[str, Encoder], ...]
+
+    @property
+    def on_gpu(self) -> tuple[str, ...]:
+        """See :attr:`Encoder.on_gpu`: what stays there for every encoder."""
+        (_, first), *rest = self.each
+        return tuple(name for name in first.on_gpu if all(name in one.on_gpu for _, one in rest))
+
+    def encode(self, leaving: Departure) -> tuple[Any, dict[str, Any] | None]:
+        """See :meth:`Encoder.encode`; ``leaving.state`` holds the states of all encoders by name."""
+        message, checked = leaving.message, None
+        for name, one in self.each:
+            own = leaving.state.get(name, {}) if name else {}
+            message, checked = one.encode(replace(leaving, message=message, state=own))
+            if name and own:
+                leaving.state[name] = own
+        return message, checked

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 from fedkern.engine.hooks import Hooks
-from fedkern.engine.uploads.encoders import Encoder
+from fedkern.engine.uploads.encoders import Encoder, Encoders
 from fedkern.methods.base import ClientId, Declaration, Message, Phase, Round, Upload
 
 
@@ -71,18 +71,21 @@ class Arrival:
 class Filter:
     """A part of an upload's way to the server; every method lets all pass until overridden.
 
-    Filters are asked in the order of the run's list.
+    Filters are asked in the order of the run's list.  Their encoders change an upload in the opposite order: what the
+    last filter of the list encodes first is decoded last.
 
     Attributes:
         name: as registered.
         whole: whether the filter sees uploads whole.  Where none of a run's filters does, vectors that the server only
             adds up may stay on their rank of torchrun, or on the GPU.
         stays: whether the filter has vectors stay there: a run whose filters see uploads whole does without it.
+        keeps: whether the filter's encoders keep state at clients (:class:`Departure`).
     """
 
     name: ClassVar[str] = ""
     whole: ClassVar[bool] = True
     stays: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
 
     @classmethod
     def build(cls, run: Any) -> Filter | None:
@@ -125,3 +128,12 @@ class Filter:
             note: adds figures to a client's entry in the round's record.
         """
         return uploads
+
+
+def encoders_of(filters: Sequence[Filter], asked: Asked) -> dict[ClientId, Encoders]:
+    """The encoders of every client whose upload does not travel as it is."""
+    found: dict[ClientId, list[tuple[str, Encoder]]] = {}
+    for one in reversed(filters):
+        for k, encoder in (one.encoders(asked) or {}).items():
+            found.setdefault(k, []).append((one.name if one.keeps else "", encoder))
+    return {k: Encoders(tuple(each)) for k, each in found.items()}

@@ -19,6 +19,7 @@ from fedkern.engine.ledger import Ledger, message_bytes
 from fedkern.engine.store import records
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.client_table import INLINE
+from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
 from fedkern.messages import states
 from fedkern.methods.base import Phase
@@ -319,3 +320,29 @@ def test_the_oldest_state_that_a_checkpoint_names(clients, tmp_path):
         found.append(checkpoints.oldest(7))
     assert found == [1, 1, 2, 2, 4]
     assert checkpoints.oldest(6) is None
+
+
+@pytest.mark.parametrize("clients", [8, INLINE + 1])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_state_that_is_taken_back_leaves_nothing(beside, clients, tmp_path, commit):
+    checkpoints = Checkpoints(tmp_path, scribe := Scribe() if beside else None, clients=clients)
+    checkpoints.open(fresh=True)
+    commit(checkpoints, 1, (6, 7))
+    for number in range(2, 6):
+        before = {k: checkpoints.clients.get(k) for k in (5, 7)}
+        for k in (5, 7):
+            checkpoints.write_client(k, number, {"x": torch.zeros(3)})
+            checkpoints.name_client(k, before[k])
+        assert checkpoints.oldest(7) == 1
+        commit(checkpoints, number, (6,))
+    checkpoints.settle()
+    if scribe is not None:
+        scribe.close()
+    again = Checkpoints(tmp_path)
+    assert again.open()["round"] == 5
+    assert again.client_state(5) == {}
+    assert float(again.client_state(7)["x"][0]) == 1
+    assert float(again.client_state(6)["x"][0]) == 5
+    for k, plans in ((5, []), (6, [4, 5]), (7, [1])):
+        names = sorted(path.name for path in again.folder.glob(f"client-{k:05d}-*"))
+        assert names == [f"client-{k:05d}-{plan:06d}.safetensors" for plan in plans]

@@ -12,7 +12,7 @@ from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.uploads.bytes import Bytes
 from fedkern.engine.uploads.declared import Declared
 from fedkern.engine.uploads.digests import ClientDigests, ServerDigests
-from fedkern.engine.uploads.encoders import Departure
+from fedkern.engine.uploads.encoders import Departure, Encoders
 from fedkern.engine.uploads.filters import Arrival, Asked, Filter
 from fedkern.engine.uploads.norm_bounds import NormBounds
 from fedkern.engine.uploads.reduction import Reducing, Reduction
@@ -150,6 +150,31 @@ def test_where_the_server_releases_every_upload_is_noted_before_it_goes_on(tmp_p
     assert not (tmp_path / "releases.jsonl").exists()
     assert next(handed).message["parameters"] is START
     assert len((tmp_path / "releases.jsonl").read_text().splitlines()) == 1
+
+
+class Marking:
+    """An encoder that adds its mark to a text, and counts in its state how often it did."""
+
+    def __init__(self, mark, on_gpu=(), checked=None):
+        self.mark, self.on_gpu, self.checked = mark, on_gpu, checked
+
+    def encode(self, leaving):
+        if self.mark:
+            leaving.state["marks"] = leaving.state.get("marks", 0) + 1
+        return leaving.message + self.mark, self.checked
+
+
+def test_encoders_change_an_upload_one_after_another_each_with_a_state_of_its_own():
+    one, other = Marking("a", ("parameters", "buffers"), {"drift": 1.0}), Marking("b", ("parameters",))
+    both = Encoders((("first", one), ("second", other)))
+    state = {"second": {"marks": 4}}
+    assert both.encode(Departure(0, {}, "", state=state)) == ("ab", None)  # what b has made nobody has checked
+    assert state == {"first": {"marks": 1}, "second": {"marks": 5}}
+    assert both.on_gpu == ("parameters",)
+    assert Encoders((("", one),)).on_gpu == one.on_gpu
+    state = {}
+    assert Encoders((("", one), ("silent", Marking("")))).encode(Departure(0, {}, "", state=state)) == ("a", None)
+    assert state == {}  # neither an encoder without a name nor one that keeps nothing has any
 
 
 def test_vectors_that_are_only_added_up_stay_where_the_client_works():
