@@ -32,7 +32,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("data", "data_root", "cache", "train_samples", "public_samples", "partition", "correlation", "augment"),
     "federation": (
         "clients", "held_out_client", "client_test", "sample_fraction", "rounds", "buffers", "fix_statistics", "on_nan",
-        "max_update_norm", "clip_update_norm", "aggregator", "server_rule", "server_lr", "dropout_rate",
+        "max_update_norm", "clip_update_norm", "compress", "aggregator", "server_rule", "server_lr", "dropout_rate",
         "straggler_rate", "deadline", "late_work", "dp_clip", "dp_noise", "dp_delta", "dp_draws",
     ),
     "local training": ("local_epochs", "local_steps", "batch_size", *OPTIMISER),
@@ -53,6 +53,7 @@ METAVARS = {
     "held_out_client": "NAME|K",
     "seed": "S",
     "lr_steps": "E,...",
+    "compress": "HOW",
     "aggregator": "RULE",
     "server_rule": "RULE",
     "init": "FILE|DIR",

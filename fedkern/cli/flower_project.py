@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from fedkern.cli.request import Given, Request, given
-from fedkern.errors import UserError
 from fedkern.flower.project import Project
-from fedkern.flower.run_settings import check_own_data
-from fedkern.methods import registry
+from fedkern.flower.run_settings import check_own_data, check_portable
 from fedkern.settings.model import check_networks
 from fedkern.settings.run_data import decided, kept_data, load_data
 
@@ -23,8 +21,7 @@ def write(request: Request) -> int:
     config = asked.config()
     check_networks(request.settings, config.data)
     config.check_effect(request.settings)
-    if registry.get(asked.method).pooled:
-        raise UserError(f"{asked.method} needs the data of all clients in one place, which Flower keeps apart.")
+    check_portable(config)
     if request.own_data:
         check_own_data(config)
     project = Project(

@@ -19,6 +19,9 @@ from typing import Any
 
 from fedkern import named_code, plugins
 from fedkern.data import lookup
+from fedkern.engine.order import FILTER_ORDER
+from fedkern.engine.registry import FILTERS
+from fedkern.engine.uploads.filters import Filter
 from fedkern.errors import UserError, nearest
 from fedkern.flower.resident import STAYS
 from fedkern.settings.config import RunConfig
@@ -121,6 +124,22 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
             key.removeprefix("flower.").replace("-", "_"): each for key, each in own.items() if key != "flower.resident"
         },
     )
+
+
+def check_portable(config: RunConfig) -> None:
+    """Raises UserError for a run that cannot be played over Flower."""
+    if config.kind.pooled:
+        raise UserError(f"{config.method} needs the data of all clients in one place, which Flower keeps apart.")
+    if config.compress is not None:
+        raise UserError(
+            f"--compress {config.compress} is not for runs over Flower, whose nodes send uploads whole: leave it out, "
+            'or have them travel as bf16 with flower.transport="bf16".'
+        )
+    for name in plugins.of_run("filter", FILTERS, config.plugins):
+        if name not in FILTER_ORDER and FILTERS[name].encoders is not Filter.encoders:
+            raise UserError(
+                f"The filter {name} has encoders, and nodes of Flower send uploads as they are: leave its plugin out."
+            )
 
 
 def check_own_data(config: RunConfig) -> None:

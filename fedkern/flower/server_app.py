@@ -21,7 +21,6 @@ from fedkern.flower.node_executor import Nodes
 from fedkern.flower.node_roll import Roll
 from fedkern.flower.own_data import declared
 from fedkern.listeners.events import Listener, RunInfo
-from fedkern.methods import registry
 from fedkern.settings.doors import key_words
 
 app = ServerApp()
@@ -44,8 +43,7 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = run_settings.read(run_config)
     config, out, made = settings.config, settings.out, False
-    if registry.get(config.method).pooled:
-        raise UserError(f"{config.method} needs the data of all clients in one place, which Flower keeps apart.")
+    run_settings.check_portable(config)
     if out is None:
         if settings.resume:
             raise UserError('resume=true goes on with a run: name its folder, out="DIR", in the run-config.')

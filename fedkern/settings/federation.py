@@ -11,9 +11,19 @@ from fedkern.methods.aggregators import AGGREGATORS, MEAN, Rule
 from fedkern.methods.server_rules import SERVER_RULES, ServerRule
 from fedkern.settings.data import DataSettings
 from fedkern.settings.defaults import COMMON
-from fedkern.typed_option import flag, option
+from fedkern.typed_option import Option, flag, option, with_options
 
 AVERAGING = "that average the clients' parameters"
+COMPRESSORS = {
+    "topk": (
+        Option(
+            0.05, "share of the coordinates that travel", above=0, high=0.5, name="share",
+            label='Option "share" of --compress topk',
+        ),
+    ),
+    "int8": (),
+}  # fmt: skip
+"""Options of every compression of updates (`fedkern.engine.uploads.compression`), by its name."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,12 @@ class FederationSettings(DataSettings):
 
     sample_fraction: float = option(1.0, "share of the clients that takes part in a round", above=0, high=1)
     rounds: int = option(COMMON["rounds"], "communication rounds", low=1, high=100_000)
+    compress: str | None = option(
+        None,
+        "averaging methods: compression of a client's update, with what is lost added to its next update: topk:share=S "
+        "or int8",
+        type=str,
+    )
     aggregator: str = option(
         MEAN,
         "averaging methods: rule that combines the clients' networks, as NAME or NAME:key=value,...: "
@@ -67,8 +83,13 @@ class FederationSettings(DataSettings):
     )
 
     def resolved(self) -> dict[str, Any]:
-        rules = {"aggregator": Rule(self.aggregator).text, "server_rule": ServerRule(self.server_rule).text}
-        return {**super().resolved(), **rules}
+        found = {**super().resolved(), "aggregator": Rule(self.aggregator).text}
+        found["server_rule"] = ServerRule(self.server_rule).text
+        if self.compress is not None:
+            name, options = with_options("--compress", self.compress, COMPRESSORS)
+            text = ",".join(f"{key}={value!r}" for key, value in options.items())
+            found["compress"] = f"{name}:{text}" if text else name
+        return found
 
     def check(self) -> None:
         super().check()
@@ -82,7 +103,7 @@ class FederationSettings(DataSettings):
                     f"{flag(name)} is not for {self.method}, a one-shot method, whose rounds belong together: leave it "
                     "out."
                 )
-        self.check_able(self.made.averages, AVERAGING, "aggregator")
+        self.check_able(self.made.averages, AVERAGING, "compress", "aggregator")
         once = "whose server averages the clients' parameters once a round"
         self.check_able(self.made.steps_once, once, "server_rule", "server_lr")
 

@@ -101,6 +101,11 @@ class PrivacySettings(FaultSettings, ModelSettings):
                 f"--aggregator {self.aggregator} is not for --dp-clip, which bounds what a client changes in a sum of "
                 "updates: leave one of the two out."
             )
+        if self.compress is not None:
+            raise UserError(
+                f"--compress {self.compress} keeps what an update has lost at its client, and --dp-noise counts on "
+                "clients that keep nothing: leave one of the two out."
+            )
         if self.clip_update_norm:
             raise UserError("--clip-update-norm clips what --dp-clip clips already: leave it out.")
         if self.fix_statistics is not None and self.dp_noise:

@@ -137,6 +137,7 @@ def test_two_ranks(tmp_path):
         (1, ("fedavg", "--data", "digits")),
         (4, ("fedavg", "--data", "digits")),
         (2, ("scaffold", "--data", "digits", "--sample-fraction", "0.6")),
+        (2, ("fedavg", "--data", "digits", "--sample-fraction", "0.6", "--compress", "int8", "--sums", "exact")),
         (4, ("fedgid", "--data", "colordigits", "--method-option", "background_pool=shared")),
         (2, ("fedlpfm", "--data", "digits")),
     ],

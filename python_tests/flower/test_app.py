@@ -522,9 +522,17 @@ def test_data_that_are_not_on_the_node(tmp_path):
     assert "nowhere" in entry["reason"]
 
 
-def test_a_pooled_method_is_refused(tmp_path):
-    with pytest.raises(UserError, match="centralised needs the data of all clients in one place"):
-        over_flower({**TINY, "method": "centralised"}, tmp_path / "run")
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"method": "centralised"}, "centralised needs the data of all clients in one place"),
+        ({"compress": "topk"}, "--compress topk:share=0.05 is not for runs over Flower"),
+    ],
+)
+def test_what_cannot_be_played_over_flower_is_refused(more, why, tmp_path):
+    with pytest.raises(UserError, match=why):
+        over_flower({**TINY, **more}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.exhaustive

@@ -132,12 +132,34 @@ def test_code_comes_along(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "why"),
     [(("--resume", "runs/x"), "writes a project and runs nothing"), (("--tensorboard",), "writes a project and runs"),
-     (("--json",), "writes a project and runs nothing")],
+     (("--json",), "writes a project and runs nothing"),
+     (("--compress", "int8"), "--compress int8 is not for runs over Flower, whose nodes send uploads whole")],
 )  # fmt: skip
 def test_flags_that_do_not_fit(words, why, tmp_path, capsys):
     assert main(["fedavg", *words, "--flower", str(tmp_path / "project")]) == 2
     assert why in capsys.readouterr().err
     assert not (tmp_path / "project").exists()
+
+
+ENCODING = """
+from fedkern import Filter, register_filter
+
+@register_filter("encoding")
+class Encoding(Filter):
+    "Changes uploads where clients work."
+
+    def encoders(self, asked):
+        return {}
+"""
+
+
+def test_a_filter_with_encoders_does_not_fit(tmp_path, capsys):
+    (tmp_path / "encoding.py").write_text(ENCODING)
+    words = ("fedavg", "--plugin", str(tmp_path / "encoding.py"), "--flower", str(tmp_path / "project"))
+    assert main(words) == 2
+    assert "The filter encoding has encoders, and nodes of Flower send uploads as they are" in capsys.readouterr().err
+    assert not (tmp_path / "project").exists()
+    plugins.unload(str(tmp_path / "encoding.py"))
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path, capsys):

@@ -46,7 +46,8 @@ class Bench:
         forget = SimpleNamespace(forget=lambda plan: self.calls.append(f"forget {plan}"))
         self.part = Checkpointing(
             self.checkpoints, out, facts={"data": 7}, every=every,
-            states=lambda: {"parts": {"server": {"spread": math.nan}}}, server=self.server, progress=self.progress, timing=self.timing,
+            states=lambda: {"parts": {"server": {"spread": math.nan}}},
+            server=self.server, progress=self.progress, timing=self.timing,
             ledger=SimpleNamespace(changed_rows=lambda: {1: [8, 0, 0, 0]}),
             metrics=SimpleNamespace(sync=lambda: self.calls.append("sync")),
             releases=forget if releases else None, alone=lambda: self.calls.append("alone"),
