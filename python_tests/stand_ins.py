@@ -12,7 +12,10 @@ from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import Disclosure
 
 PRIVATE = Disclosure(clients=False, server=False, appraised=())
-SETTINGS = {"on_nan": "stop", "on_error": "stop", "eval_every": 1, "dropout_rate": 0.0, "late_work": "keep"}
+SETTINGS = {
+    "on_nan": "stop", "on_error": "stop", "eval_every": 1, "dropout_rate": 0.0, "straggler_rate": 0.0,
+    "late_work": "count",
+}  # fmt: skip
 
 
 class Context:
@@ -25,7 +28,7 @@ class Context:
     """
 
     def __init__(self, count=3, disclosure=None, **settings):
-        self.config = SimpleNamespace(**{**SETTINGS, **settings})
+        self.config = SimpleNamespace(**{**SETTINGS, "sampled_clients": count, "trained_clients": count, **settings})
         self.disclosure = Disclosure() if disclosure is None else disclosure
         self.federation = SimpleNamespace(clients=count, samples=[10 * (k + 1) for k in range(count)])
         self.data = SimpleNamespace(client_names=None, client_label=str, classes=("cat", "dog"))

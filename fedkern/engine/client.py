@@ -18,7 +18,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.images import BackgroundBank
 from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.node import Node
-from fedkern.engine.participants import share_of_work
+from fedkern.engine.participation import share_of_work
 from fedkern.engine.private_training import declared, train_privately
 from fedkern.engine.training import Context, Course, Diverged, Schedule, started, train
 from fedkern.engine.uploads.encoders import STATES, Drift

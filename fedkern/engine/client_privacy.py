@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.hooks import message_for, reduced
-from fedkern.engine.participants import sample_clients
+from fedkern.engine.participation import Participation
 from fedkern.engine.server import Server
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS, Method, Phase
@@ -31,6 +31,7 @@ class ClientPrivacy:
         method: the method.
         server: the server, as the method's ``start`` has left it.
         context: the run's data.
+        participation: says who takes part in a round.
 
     Attributes:
         level: the mechanism.
@@ -41,10 +42,12 @@ class ClientPrivacy:
         UserError: the mechanism does not fit the method or the data, or dp-accounting is not installed.
     """
 
-    def __init__(self, config: RunConfig, method: Method, server: Server, context: RunContext) -> None:
+    def __init__(
+        self, config: RunConfig, method: Method, server: Server, context: RunContext, participation: Participation
+    ) -> None:
         assert config.dp_clip is not None
         assert config.dp_noise is not None
-        self._config = config
+        self._config, self._participation = config, participation
         self.level = ClientLevel(config.dp_clip, config.dp_noise, config.delta)
         if config.dp_noise and self.level.delta * config.trained_clients >= 1:
             context.warn(
@@ -54,24 +57,27 @@ class ClientPrivacy:
             )
         check(config, method, server, context)
         self.secret = ""
-        plan = [entry.participants for entry in method.rounds(server.federation)]
-        sampled = config.sampled_clients < config.trained_clients and all(who == "sampled" for who in plan)
+        plan = list(method.rounds(server.federation))
+        some = config.sampled_clients < config.trained_clients
+        sampled = some and all(entry.participants == "sampled" for entry in plan)
         # Records of clients tell who took part, and so do numbers of uploads where the seed says who drops out.
         hidden = config.records == "private" and not config.dropout_rate and config.late_work != "drop"
         stateless = method.memoryless and config.buffers != "local" and config.optimizer_state != "keep"
         self.amplified = bool(self.level.noise) and sampled and hidden and stateless
         # Number of rounds, by rounds done, for which the client was asked that was asked most often.
         self._most = list(range(len(plan) + 1))
-        if not self.amplified and config.sampled_clients < config.trained_clients:
+        if not self.amplified and some:
             asked: Counter[int] = Counter()
-            for number, who in enumerate(plan):
-                asked.update(range(config.trained_clients) if who == "all" else sample_clients(config, number))
+            for number, entry in enumerate(plan):
+                asked.update(participation.clients(entry, number))
                 self._most[number + 1] = max(asked.values())
         self.planned = self.epsilon(len(plan)) if self.level.noise else math.inf
 
-    def participants(self, round: int) -> list[int]:
-        """The clients of a round that draws some, in ascending order."""
-        return sample_clients(self._config, round, self.secret if self.amplified else "")
+    def keep(self, secret: str) -> None:
+        """Has the noise, and the draw of clients where epsilon counts it, follow from a secret."""
+        self.secret = secret
+        if self.amplified:
+            self._participation.secret = secret
 
     # -- epsilon ---------------------------------------------------------------------------------------------------
 

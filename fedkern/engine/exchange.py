@@ -101,7 +101,7 @@ class Exchange:
                 self._log.refused(k, why)
                 return None
         self._log.done(k, info, answer.seconds)
-        return Upload(k, self._samples[k], arrival.message)
+        return Upload(k, self._samples[k], arrival.message, staleness=self._asked.staleness(k))
 
     def _leave(self, k: ClientId, message: Message) -> None:
         for each in self._filters:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from fedkern.engine.client_states import ClientStates
 from fedkern.engine.context import RunContext
 from fedkern.engine.exchange import Exchange
 from fedkern.engine.executors.base import Executor
 from fedkern.engine.hooks import Hooks
-from fedkern.engine.participants import Draw, absent_clients
+from fedkern.engine.participation import Assignment, Participation
 from fedkern.engine.parts.base import Part, Record, Stop, Summary
 from fedkern.engine.progress import Progress
 from fedkern.engine.round_log import RoundLog
@@ -19,6 +20,7 @@ from fedkern.engine.uploads.filters import Asked, Filter
 from fedkern.interrupts import check
 from fedkern.methods.base import Phase, Round
 from fedkern.methods.common.pooling import Pooling
+from fedkern.privacy.disclosure import About
 
 
 class Loop:
@@ -29,7 +31,7 @@ class Loop:
         hooks: what is asked of the method and of the pooling, by name.
         pooling: adds exchanges to rounds after which the network is evaluated.
         context, server, progress: of the run.
-        draw: the clients of a round that draws some.
+        participation: says who takes part in a round.
         executor: has the clients at work.
         states: what becomes of the clients' states.
         log: what happens to the clients of a round.
@@ -45,7 +47,7 @@ class Loop:
         context: RunContext,
         server: Server,
         progress: Progress,
-        draw: Draw,
+        participation: Participation,
         executor: Executor,
         states: ClientStates,
         log: RoundLog,
@@ -53,8 +55,8 @@ class Loop:
         parts: Sequence[Part],
     ) -> None:
         self._plan, self._hooks, self._pooling, self._context, self._server = plan, hooks, pooling, context, server
-        self._progress, self._draw, self._executor, self._states = progress, draw, executor, states
-        self._log, self._filters, self._parts = log, filters, parts
+        self._progress, self._participation, self._executor = progress, participation, executor
+        self._states, self._log, self._filters, self._parts = states, log, filters, parts
         self._rounds = sum(not entry.one_off for entry in plan)
 
     def play(self) -> Stop | None:
@@ -62,11 +64,12 @@ class Loop:
         for entry in self._plan[self._progress.planned :]:
             check()
             self._progress.begin(entry)
-            record = self._record(entry)
+            assigned = self._participation.assign(entry, self._progress.index)
+            record = self._record(entry, assigned)
             for part in self._parts:
                 if (stop := part.before_round(record)) is not None:
                     return stop
-            self._round(record)
+            self._round(record, assigned)
             for part in self._parts:
                 record.stop = part.round_end(record) or record.stop
             if record.stop is not None:
@@ -83,22 +86,15 @@ class Loop:
             part.finish(summary)
         return summary
 
-    def _record(self, entry: Round) -> Record:
+    def _record(self, entry: Round, assigned: Assignment) -> Record:
         """The record of a round that is about to begin."""
         number, every = self._progress.shown, self._context.config.eval_every
-        if isinstance(entry.participants, tuple):
-            participants = list(entry.participants)
-        elif entry.participants == "all":
-            participants = list(range(self._context.federation.clients))
-        else:
-            participants = self._draw(self._progress.index)
         due = not entry.one_off and (number % every == 0 or number == self._rounds)
-        return Record(entry, number, self._rounds, participants, due)
+        return Record(entry, number, self._rounds, list(assigned.clients), due)
 
-    def _round(self, record: Record) -> None:
+    def _round(self, record: Record, assigned: Assignment) -> None:
         """Plays a round."""
-        entry, clients = record.entry, record.participants
-        absent = {} if entry.one_off else absent_clients(self._context.config, self._progress.index, clients)
+        entry, clients, absent = record.entry, record.participants, assigned.absent
         record.seconds.update({"train": 0.0, "aggregate": 0.0, "evaluate": 0.0})
         present = [k for k in clients if k not in absent]
         exchanges = self._pooling.exchanges(entry, record.due)
@@ -109,8 +105,10 @@ class Loop:
             begun, hooks = time.perf_counter(), self._hooks[asker]
             phase = Phase(self._progress.index, entry.name, name)
             outgoing = hooks.send(phase)
-            sent = hooks.messages(outgoing, present)
-            asked = Asked(phase, entry, self._progress.planned, len(clients), tuple(present), hooks, sent)
+            sent = self._participation.messages(present, partial(hooks.messages, outgoing))
+            asked = Asked(
+                phase, entry, self._progress.planned, len(clients), tuple(present), hooks, sent, assigned.began
+            )
             exchange = Exchange(
                 asked, self._filters, self._at_work(record), self._log, self._context.federation.samples
             )
@@ -133,6 +131,7 @@ class Loop:
         self._progress.planned += 1
         self._progress.done += not entry.one_off
         record.clients, record.reports = self._log.clients, self._log.reports
+        record.put(self._participation.figures(), About.CLIENTS)
 
     def _at_work(self, record: Record) -> Executor:
         """The executor of a round: this process's, where a cohort works together or a trace is made."""

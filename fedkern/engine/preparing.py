@@ -17,7 +17,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.executors import team
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.own_training import OwnTraining
-from fedkern.engine.participants import fewest_uploads
+from fedkern.engine.participation import Participation
 from fedkern.engine.progress import Progress
 from fedkern.engine.server import Server
 from fedkern.engine.store import predictions as predictions_file
@@ -50,6 +50,7 @@ class Prepared:
         code: names the method in an exception.
         hooks: what is asked of method and pooling in an exchange, by the names of the askers.
         plan: the rounds, one-off ones included.
+        participation: says who takes part in a round.
         private: privacy of whole clients; None without it.
         said: which of the run's releases its epsilon covers; None where it promises none.
         profile, predictions: what the user asks for beside.
@@ -64,6 +65,7 @@ class Prepared:
     code: MethodCode
     hooks: dict[str, Hooks]
     plan: list[Round]
+    participation: Participation
     private: ClientPrivacy | None
     said: Guarantee | None
     profile: bool
@@ -177,7 +179,8 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
         pooling.check(network.module)
     with context.drawing(server, BEFORE), code("start"):
         method.start(server)
-    private, said = _privacy(config, context, method, server, code)
+    participation = Participation(config, context.federation)
+    private, said = _privacy(config, context, method, server, code, participation)
     context.disclosure = Disclosure.of(config.records, said)
     if profile and not context.disclosure.clients:
         raise UserError(
@@ -199,22 +202,28 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
         name: Hooks(name, asked, server, context, code) for name, asked in (("method", method), ("pooling", pooling))
     }
     found = Prepared(
-        config, context, method, pooling, server, progress, code, hooks, plan, private, said, profile, predictions
-    )
+        config, context, method, pooling, server, progress, code, hooks, plan, participation, private, said, profile,
+        predictions,
+    )  # fmt: skip
     rule = Rule(config.aggregator)
     if rule.entry.function is not None:
-        rule.check(fewest_uploads(config, found.rounds))
+        rule.check(participation.fewest_uploads(plan))
     return found
 
 
 def _privacy(
-    config: RunConfig, context: RunContext, method: Method, server: Server, code: MethodCode
+    config: RunConfig,
+    context: RunContext,
+    method: Method,
+    server: Server,
+    code: MethodCode,
+    participation: Participation,
 ) -> tuple[ClientPrivacy | None, Guarantee | None]:
     """Privacy of whole clients, and the guarantee of the run."""
     private: ClientPrivacy | None = None
     said: Guarantee | None
     if config.dp_clip is not None:
-        private = ClientPrivacy(config, method, server, context)
+        private = ClientPrivacy(config, method, server, context, participation)
         said = private.guarantee()
     else:
         with code("guarantee"):

@@ -18,7 +18,6 @@ from fedkern.engine.executors.workers import setup_of
 from fedkern.engine.loop import Loop
 from fedkern.engine.order import filters_of, parts_of, restore, states_of
 from fedkern.engine.own_training import OwnTraining
-from fedkern.engine.participants import sample_clients
 from fedkern.engine.parts.base import Part
 from fedkern.engine.preparing import Prepared, prepare, with_data
 from fedkern.engine.run_objects import opened
@@ -147,10 +146,9 @@ def _played(
     try:
         filters += filters_of(run)
         restore("filters", filters, run)
-        draw = partial(sample_clients, run.config) if run.private is None else run.private.participants
         loop = Loop(
-            run.plan, run.hooks, run.pooling, run.context, run.server, run.progress, draw, executor, run.states,
-            run.log, filters, parts,
+            run.plan, run.hooks, run.pooling, run.context, run.server, run.progress, run.participation,
+            executor, run.states, run.log, filters, parts,
         )  # fmt: skip
         for part in parts:
             part.begin(resumed=run.entry is not None)

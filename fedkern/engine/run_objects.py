@@ -117,6 +117,7 @@ def opened(
     else:
         check_same(entry, facts, prepared.plan, out)
         prepared.server.state = checkpoints.server_state()
+        prepared.participation.restore(checkpoints.participation_state())
         progress.done, progress.planned = entry["round"], entry["plan"]
     here = Serial(context, prepared.askers, checkpoints.reader, config.client_threads)
     states = ClientStates(here, checkpoints, context, progress, prepared.amplified)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 _NOT_FIGURES = {"round", "rounds", "name", "evaluated", "clients", "dropped", "phases"}
-_BOOKKEEPING = {"seconds", "round_seconds", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down"}
+_BOOKKEEPING = {"clock", "seconds", "round_seconds", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down"}
 _NOT_OF_CLIENTS = {"samples", "seconds"}
 
 

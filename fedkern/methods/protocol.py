@@ -66,12 +66,16 @@ class Upload:
 
     With client-level differential privacy a round has a single upload, the released mean of its clients: ``client_id``
     is -1, ``samples`` is 1, and ``share`` is the share of all clients that were asked.  Else ``share`` is None.
+
+    ``staleness`` is the number of steps that the server has taken since it sent what the client trained: 0 in
+    synchronous rounds.
     """
 
     client_id: ClientId
     samples: int
     message: Message
     share: float | None = None
+    staleness: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from interrupted import Kill, KillAt, outcome
 from smallest import SETTINGS
 
 from benchmarks.studies.audit import audit
-from fedkern.engine.participants import absent_clients, sample_clients
+from fedkern.engine.participation import absent_clients, sample_clients
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.extending import extend

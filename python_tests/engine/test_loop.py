@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from stand_ins import Checkpoints, Context, Executor
+from stand_ins import Checkpoints, Context, Executor, values
 from torch import nn
 
-from fedkern.engine import loop as module
 from fedkern.engine.client_states import ClientStates
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.loop import Loop
+from fedkern.engine.participation import Assignment, Participation
 from fedkern.engine.parts.base import Part, Stop
 from fedkern.engine.progress import Progress
 from fedkern.engine.round_log import RoundLog
@@ -31,7 +31,7 @@ class Hooks:
 
     def __init__(self, asker, calls, network=None):
         self.asker, self._calls, self._network = asker, calls, network
-        self.phases, self.sends_to, self.serve = [], None, None
+        self.phases, self.sends_to, self.serve, self.uploads = [], None, None, []
 
     def send(self, phase):
         self._calls.append(f"{self.asker} send {phase.exchange}")
@@ -48,8 +48,9 @@ class Hooks:
         return None
 
     def server_update(self, phase, uploads):
-        clients = [upload.client_id for upload in uploads]
-        self._calls.append(f"{self.asker} update {phase.exchange} {clients}")
+        arrived = list(uploads)
+        self._calls.append(f"{self.asker} update {phase.exchange} {[upload.client_id for upload in arrived]}")
+        self.uploads.append(arrived)
         if self.serve is not None:
             self.serve(phase)
 
@@ -97,10 +98,28 @@ class Watching(Filter):
         return {}
 
 
+class Given(Participation):
+    """Has given assignments, by round, and client 2 answer what it was sent before."""
+
+    def __init__(self, given):
+        self._given, self._before, self.asked = given, {}, []
+
+    def assign(self, entry, round):
+        self.asked.append((entry.name, round))
+        return self._given[round]
+
+    def messages(self, clients, send):
+        sent, self._before = {**send(clients), **self._before}, {2: send([2])[2]}
+        return {k: sent[k] for k in clients}
+
+    def figures(self):
+        return {"clock": float(len(self.asked))}
+
+
 class Bench:
     """A loop over three clients that return what they are sent, but for those with an answer in ``given``."""
 
-    def __init__(self, plan=PLAN, parts=(), *, given=None, pooling=None, draw=None, planned=0, done=0, **settings):
+    def __init__(self, plan=PLAN, parts=(), *, given=None, pooling=None, policy=None, planned=0, done=0, **settings):
         self.calls, self.context, self.given = [], Context(**settings), given or {}
         here = Executor(self.work)
         self.executor, self.progress = Executor(self.work, here=here), Progress(planned=planned, done=done)
@@ -113,8 +132,8 @@ class Bench:
         pooling = pooling or (lambda entry, due: [(name, "method") for name in entry.exchanges])
         self.loop = Loop(
             plan, {"method": self.method, "pooling": self.statistics}, SimpleNamespace(exchanges=pooling), self.context,
-            self.server, self.progress, draw or (lambda round: [0, 1, 2]), self.executor, states, self.log,
-            [self.filter], self.parts,
+            self.server, self.progress, policy or Participation(self.context.config, self.context.federation),
+            self.executor, states, self.log, [self.filter], self.parts,
         )  # fmt: skip
 
     def work(self, k, message):
@@ -163,17 +182,25 @@ def test_rounds_of_a_plan_and_their_numbers():
 
 
 def test_the_clients_of_a_round():
-    plan = (Round(participants=(2,)), Round(participants="all"), Round())
-    drawn = []
-    bench = Bench(plan, [part("a")], draw=lambda round: drawn.append(round) or [1])
+    policy = Given({-1: Assignment((0,)), 0: Assignment([1, 2]), 1: Assignment(range(3), began={2: 0})})
+    bench = Bench((PLAN[0], Round(), Round("second")), [part("a")], policy=policy)
     bench.loop.play()
-    assert [record.participants for record in bench.parts[0].records] == [[2], [0, 1, 2], [1]]
-    assert drawn == [2]
+    assert policy.asked == [("setup", -1), ("train", 0), ("second", 1)]
+    assert [record.participants for record in bench.parts[0].records] == [[0], [1, 2], [0, 1, 2]]
+    assert [values(record) for record in bench.parts[0].records] == [{"clock": 1.0}, {"clock": 2.0}, {"clock": 3.0}]
     assert [(asked.clients, asked.participants) for asked in bench.filter.asked] == [
-        (1, (2,)),
+        (1, (0,)),
+        (2, (1, 2)),
         (3, (0, 1, 2)),
-        (1, (1,)),
     ]
+
+
+def test_a_client_answers_what_the_policy_says_and_its_upload_is_as_old():
+    policy = Given({0: Assignment([1]), 1: Assignment([0, 2], began={2: 0}), 2: Assignment([0, 2], began={2: 1})})
+    bench = Bench((Round(), Round(), Round()), policy=policy)
+    bench.loop.play()
+    uploads = [[(each.client_id, each.message["x"], each.staleness) for each in all] for all in bench.method.uploads]
+    assert uploads == [[(1, 0, 0)], [(0, 1, 0), (2, 0, 1)], [(0, 2, 0), (2, 1, 1)]]
 
 
 def test_a_round_is_not_begun_where_a_part_stops_before_it():
@@ -240,24 +267,17 @@ def test_states_are_forgotten_after_the_last_exchange():
     assert calls == [*3 * ["works"], *3 * ["works", "forget"], "end round"]
 
 
-def test_absent_clients_are_sent_the_first_message_alone(monkeypatch):
-    asked = []
-
-    def absent(config, index, clients):
-        asked.append((index, clients))
-        return {1: "it dropped out of the round"}
-
-    monkeypatch.setattr(module, "absent_clients", absent)
-    bench = Bench((PLAN[0], Round(exchanges=("first", "second"))), [part("a")])
+def test_absent_clients_are_sent_the_first_message_alone():
+    policy = Given({0: Assignment([0, 1, 2], {1: "it dropped out of the round"})})
+    bench = Bench((Round(exchanges=("first", "second")),), [part("a")], policy=policy)
     bench.loop.play()
-    assert asked == [(0, [0, 1, 2])]  # never of a set-up round
     assert bench.filter.lost == [("first", 1, {"x": 0})]
-    assert [asked.participants for asked in bench.filter.asked[1:]] == [(0, 2), (0, 2)]
-    assert [asked.clients for asked in bench.filter.asked[1:]] == [3, 3]
+    assert [asked.participants for asked in bench.filter.asked] == [(0, 2), (0, 2)]
+    assert [asked.clients for asked in bench.filter.asked] == [3, 3]
     assert bench.log.dropped == [
         {"round": 1, "client": 1, "exchange": "first", "reason": "it dropped out of the round"}
     ]
-    assert bench.parts[0].records[1].participants == [0, 1, 2]
+    assert bench.parts[0].records[0].participants == [0, 1, 2]
 
 
 def test_clients_that_are_left_out_or_have_no_message_are_asked_no_more():

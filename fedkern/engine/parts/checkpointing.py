@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.engine.ledger import Ledger
+from fedkern.engine.participation import Participation
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.progress import Progress
 from fedkern.engine.registry import register_part
@@ -30,7 +31,7 @@ class Checkpointing(Part):
         facts: what a resumed run is compared with.
         states: gives the states of all parts and filters.
         every: communication rounds between two checkpoints.
-        server: its state is kept.
+        server, participation: their states are kept.
         progress, timing, ledger, metrics: of the run.
         releases: digests of what is released; None without a guarantee.
         alone: raises where another process has taken over the folder.
@@ -46,6 +47,7 @@ class Checkpointing(Part):
         every: int,
         server: Server,
         progress: Progress,
+        participation: Participation,
         timing: Timing,
         ledger: Ledger,
         metrics: Metrics,
@@ -53,15 +55,15 @@ class Checkpointing(Part):
         alone: Callable[[], object],
     ) -> None:
         self._checkpoints, self._out, self._facts, self._states, self._every = checkpoints, out, facts, states, every
-        self._server, self._progress, self._timing = server, progress, timing
+        self._server, self._progress, self._participation, self._timing = server, progress, participation, timing
         self._ledger, self._metrics, self._releases, self._alone = ledger, metrics, releases, alone
 
     @classmethod
     def build(cls, run: RunObjects) -> Checkpointing:
         return cls(
             run.checkpoints, run.out, facts=run.facts, states=run.kept, every=run.config.checkpoint_every,
-            server=run.server, progress=run.progress, timing=run.timing, ledger=run.ledger, metrics=run.metrics,
-            releases=run.releases, alone=run.alone,
+            server=run.server, progress=run.progress, participation=run.participation, timing=run.timing,
+            ledger=run.ledger, metrics=run.metrics, releases=run.releases, alone=run.alone,
         )  # fmt: skip
 
     def before_round(self, record: Record) -> None:
@@ -78,6 +80,7 @@ class Checkpointing(Part):
             round=self._progress.done,
             plan=self._progress.planned,
             server=self._server.state,
+            participation=self._participation.state(),
             info=info,
             before=self._metrics.sync,
             booked=self._ledger.changed_rows(),

@@ -22,7 +22,8 @@ from fedkern.privacy import server_secret
 from fedkern.settings.run_format import FOLDER, FORMAT, MANIFEST, read_manifest
 
 KEEP = 2
-_SERVER = re.compile(r"server-\d{6,}\.safetensors")
+_NAMED = ("server", "participation")
+_FILES = re.compile(rf"({'|'.join(_NAMED)})-\d{{6,}}\.safetensors")
 _DIGITS = re.compile(r"[0-9]+")
 _TOLD = 3  # damaged files that a message names
 
@@ -36,6 +37,7 @@ class Checkpoints:
     * ``plan``: rounds of the method's plan done, one-off rounds included.
     * ``files``: CRC-32 by file name.
     * ``server``: file of the server's state.
+    * ``participation``: file of what is kept of who takes part; none where nothing is.
     * ``clients``: file of every client's state, by client id.
     * ``info``: what a resumed run is compared with, and the states of the run's parts by name.
     * ``sum``: CRC-32 of all these.
@@ -69,7 +71,7 @@ class Checkpoints:
         # With a table:
         self._touched: set[int] = set()  # clients with another file than in the last commit
         self._unchecked: dict[str, int] = {}  # CRC-32 of files that another process wrote and nobody has read
-        self._server: str | None = None  # the server's file of the last commit
+        self._named: list[str] = []  # the files of the last commit that are no client's
         self._left: dict[str, None] = {}  # files written before, which the next commit does not need
         self._due: list[list[str]] = []  # files that no kept entry needs once so many entries are newer
 
@@ -117,7 +119,7 @@ class Checkpoints:
             self._table.open(entries[-1]["table"])
             self._unchecked = {name: crc for name, crc in self._sums.items() if name not in entries[-1]["files"]}
         needed = [self._needed(entry) for entry in entries]
-        self._server = entries[-1]["server"]
+        self._named = [entries[-1][key] for key in _NAMED if key in entries[-1]]
         self._due = [sorted(before - needed[-1]) for before in needed[:-1]]
         self._collect(set().union(*needed))
         return entries[-1]
@@ -207,6 +209,10 @@ class Checkpoints:
         """The server's state of the newest entry."""
         return self._load(self.entries[-1]["server"])
 
+    def participation_state(self) -> dict[str, Any]:
+        """What the newest entry keeps of who takes part; empty where it keeps nothing."""
+        return self._load(self.entries[-1]["participation"]) if "participation" in self.entries[-1] else {}
+
     def client_state(self, client: int) -> dict[str, Any]:
         """A client's state; empty for a client that has none yet."""
         return self._load(self.clients[client]) if client in self.clients else {}
@@ -292,6 +298,7 @@ class Checkpoints:
         plan: int,
         server: dict[str, Any],
         info: dict[str, Any],
+        participation: dict[str, Any] | None = None,
         before: Callable[[], object] = lambda: None,
         booked: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
@@ -300,13 +307,15 @@ class Checkpoints:
         Args:
             round, plan, info: of the entry.
             server: the server's state.
+            participation: what is kept of who takes part; empty: nothing.
             before: called first; makes durable the other files that the entry refers to.
             booked: the rows of the byte ledger that have changed since the last commit, by client, for the table.
         """
         if self._scribe is not None and self._last is not None:
             self._scribe.settle(self._last)  # at most one commit waits: a slow disk would fall ever further behind
-        name = self._write(f"server-{plan:06d}.safetensors", server)
-        left = self._leaving(name)
+        kept = {"server": server, **({"participation": participation} if participation else {})}
+        named = {key: self._write(f"{key}-{plan:06d}.safetensors", state) for key, state in kept.items()}
+        left = self._leaving(list(named.values()))
         add = self._adder(plan, booked or {}, left) if self._table is not None else None
         clients = {} if add is not None else {str(k): file for k, file in sorted(self.clients.items())}
 
@@ -315,12 +324,12 @@ class Checkpoints:
             self._flush()
             entry: dict[str, Any]
             if add is None:
-                sums = {file: self._sums[file] for file in [name, *clients.values()]}
-                entry = {"round": round, "plan": plan, "files": sums, "server": name, "clients": clients, "info": info}
+                sums = {file: self._sums[file] for file in [*named.values(), *clients.values()]}
+                entry = {"round": round, "plan": plan, "files": sums, **named, "clients": clients, "info": info}
             else:
                 fresh, place = add()
-                sums = {name: self._sums[name], **fresh}
-                entry = {"round": round, "plan": plan, "files": sums, "server": name, "table": place, "info": info}
+                sums = {**{name: self._sums[name] for name in named.values()}, **fresh}
+                entry = {"round": round, "plan": plan, "files": sums, **named, "table": place, "info": info}
             self._write_manifest([*self.entries, entry][-KEEP:])
             if add is None:
                 self._collect(clients.values())
@@ -356,10 +365,13 @@ class Checkpoints:
 
         return add
 
-    def _leaving(self, server: str) -> list[str]:
-        """The files that a commit whose server state is in ``server`` does not need, and the one before may need."""
-        self._leave(self._server, server)
-        self._server, left, self._left = server, list(self._left), {}
+    def _leaving(self, named: list[str]) -> list[str]:
+        """The files that a commit which beside clients' has those ``named`` does not need, and the one before may."""
+        for name in self._named:
+            self._leave(name, None)
+        for name in named:
+            self._leave(None, name)
+        self._named, left, self._left = named, list(self._left), {}
         return left
 
     def _flush(self) -> None:
@@ -476,7 +488,7 @@ def entry_sum(entry: dict[str, Any]) -> int:
 
 def _of_state(name: Any) -> bool:
     """Whether a name is that of a file with a state: no other name of a manifest is ever joined to the folder."""
-    return isinstance(name, str) and bool(_SERVER.fullmatch(name) or STATE.fullmatch(name))
+    return isinstance(name, str) and bool(_FILES.fullmatch(name) or STATE.fullmatch(name))
 
 
 def _ours(name: str) -> bool:
@@ -498,6 +510,7 @@ def _sound(entry: Any) -> bool:
         and isinstance(sums, dict)
         and all(_of_state(name) and type(value) is int for name, value in sums.items())
         and entry.get("server") in sums
+        and entry.get("participation", entry["server"]) in sums
         and ("table" in entry) != ("clients" in entry)
         and isinstance(clients, dict)
         and all(_DIGITS.fullmatch(k) and name in sums for k, name in clients.items())

@@ -24,6 +24,7 @@ class Asked:
         participants: those of them that are expected to answer.
         hooks: the method, or the pooling of statistics, whose exchange it is.
         sent: the message of every participant that gets one.
+        began: the round in which a participant was sent its message, where that was an earlier one.
     """
 
     phase: Phase
@@ -33,6 +34,11 @@ class Asked:
     participants: tuple[ClientId, ...]
     hooks: Hooks
     sent: Mapping[ClientId, Message]
+    began: Mapping[ClientId, int] = field(default_factory=dict)
+
+    def staleness(self, client: ClientId) -> int:
+        """Rounds since the client was sent its message."""
+        return self.phase.round - self.began.get(client, self.phase.round)
 
     def declared(self, client: ClientId) -> Declaration:
         """The declaration of a client's upload."""

@@ -393,6 +393,7 @@ class Kept:
         self.private = SimpleNamespace(
             planned=rounds / 2, secret="", spent=lambda rounds: {"epsilon": rounds / 2}, report=lambda rounds: report
         )
+        self.private.keep = lambda secret: setattr(self.private, "secret", secret)
         checkpoints = SimpleNamespace(
             folder=out, write_at_once=lambda: self.calls.append("at once"), client_state=lambda k: {}
         )

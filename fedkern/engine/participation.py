@@ -1,0 +1,198 @@
+"""Who takes part in a round: whom the server asks, and who of them fails or is slow, on one virtual clock.
+
+The clock's unit is the time that a client of usual speed needs for one of its local steps.  No measured time enters:
+all of this follows from the settings, the round and the client, on any machine and after an interruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedkern.methods.protocol import ClientId, Federation, Message, Round, batch_slices
+from fedkern.privacy.dpsgd import stream_name
+from fedkern.settings.config import RunConfig
+from fedkern.streams import stream
+
+DROPPED_OUT = "it dropped out of the round"
+LATE = "it had not finished by the deadline"
+
+
+def sample_clients(config: RunConfig, round: int, secret: str = "") -> list[int]:
+    """The clients of a round in ascending order, drawn from the round's own stream.
+
+    Args:
+        config: the run's settings.
+        round: communication round, from 0.
+        secret: mixed into the stream, so that nobody foresees the clients; empty: they follow from the seed.
+    """
+    count = config.sampled_clients
+    if count >= config.trained_clients:
+        return list(range(config.trained_clients))
+    draws = stream(config.seed, stream_name("sampling", secret), round=round)
+    return sorted(int(k) for k in draws.choice(config.trained_clients, size=count, replace=False))
+
+
+def speed(config: RunConfig, round: int, client: int) -> float:
+    """A client's speed in a round: 1, or with probability ``straggler_rate`` uniform in (0, 1).
+
+    Args:
+        config: the run's settings.
+        round: communication round, from 0.
+        client: client id.
+    """
+    if not config.straggler_rate:
+        return 1.0
+    chance, lost = stream(config.seed, "stragglers", round=round, client=client).random(2)
+    return float(1 - lost) if chance < config.straggler_rate else 1.0
+
+
+def share_of_work(config: RunConfig, round: int, client: int) -> float:
+    """The share of its local steps that a client does until the deadline, in (0, 1].
+
+    The deadline is a multiple of the time that the client would need at usual speed.
+
+    Args:
+        config: the run's settings.
+        round: communication round, from 0.
+        client: client id.
+    """
+    return min(1.0, speed(config, round, client) * config.deadline)
+
+
+def absent_clients(config: RunConfig, round: int, participants: Sequence[int]) -> dict[int, str]:
+    """The clients of a round whose uploads never reach the server, with the reasons.
+
+    One client, drawn at random, stays where all would be missing.
+
+    Args:
+        config: the run's settings.
+        round: communication round, from 0.
+        participants: the clients that the server sends to.
+    """
+    missing: dict[int, str] = {}
+    for k in participants:
+        if config.dropout_rate and stream(config.seed, "dropout", round=round, client=k).random() < config.dropout_rate:
+            missing[k] = DROPPED_OUT
+        elif config.late_work == "drop" and share_of_work(config, round, k) < 1:
+            missing[k] = LATE
+    if missing and len(missing) == len(participants):
+        spared = stream(config.seed, "dropout", round=round).integers(len(participants))
+        del missing[participants[int(spared)]]
+    return missing
+
+
+def local_steps(config: RunConfig, samples: int) -> int:
+    """The local steps of a client with so many samples in a round, all of which it does at usual speed."""
+    if config.local_steps is not None:
+        return config.local_steps
+    return config.local_epochs * len(batch_slices(samples, config.batch_size))
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The clients of a round.
+
+    Attributes:
+        clients: those that the server asks, in ascending order.
+        absent: those of them whose uploads never reach the server, with the reasons.
+        share: the share of its local steps that a client does, of those that do not do all.
+        began: the round in which a client was sent what it answers, of those that were sent it in an earlier round.
+    """
+
+    clients: Sequence[ClientId]
+    absent: Mapping[ClientId, str] = field(default_factory=dict)
+    share: Mapping[ClientId, float] = field(default_factory=dict)
+    began: Mapping[ClientId, int] = field(default_factory=dict)
+
+
+class Participation:
+    """The policy of synchronous rounds, and the base of others.
+
+    The clients of a round begin with it.  The server waits for all of them, and for slow ones until the deadline.
+
+    Args:
+        config: the run's settings.
+        federation: sizes of the run.
+
+    Attributes:
+        secret: mixed into the draws of clients; empty: they follow from the run's seed.
+        clock: when the round that was assigned last is over.
+    """
+
+    def __init__(self, config: RunConfig, federation: Federation) -> None:
+        self._config, self._federation = config, federation
+        self.secret, self.clock = "", 0.0
+
+    def clients(self, entry: Round, round: int) -> Sequence[ClientId]:
+        """The clients that the server asks in a round, in ascending order.
+
+        Args:
+            entry: the round in the method's plan.
+            round: its number as a :class:`Phase` has it.
+        """
+        if isinstance(entry.participants, tuple):
+            return entry.participants
+        if entry.participants == "all":
+            return range(self._federation.clients)
+        return sample_clients(self._config, round, self.secret)
+
+    def assign(self, entry: Round, round: int) -> Assignment:
+        """Says who takes part in the round that begins now; called once a round, in order.
+
+        Nobody fails or is slow in a one-off round, which takes no time.
+        """
+        config, clients = self._config, self.clients(entry, round)
+        if entry.one_off:
+            return Assignment(clients)
+        slow: dict[ClientId, float] = {}
+        if config.straggler_rate:
+            self.clock += max(self._time(round, k) for k in clients)
+            slow = {k: share for k in clients if (share := share_of_work(config, round, k)) < 1}
+        return Assignment(clients, absent_clients(config, round, clients), slow)
+
+    def _time(self, round: int, client: ClientId) -> float:
+        """For how long the server waits for a client."""
+        config = self._config
+        steps = local_steps(config, self._federation.samples[client])
+        return steps * min(1 / speed(config, round, client), config.deadline)
+
+    def messages(
+        self, clients: Sequence[ClientId], send: Callable[[Iterable[ClientId]], dict[ClientId, Message]]
+    ) -> dict[ClientId, Message]:
+        """What clients of the round answer.
+
+        Args:
+            clients: the clients.
+            send: gives the messages that the server now has for clients; none for a client that it leaves out.
+        """
+        return send(clients)
+
+    def fewest_uploads(self, plan: Iterable[Round]) -> int:
+        """The smallest number of uploads of any communication round of a plan, as far as absences decide."""
+        config = self._config
+        rounds = enumerate(entry for entry in plan if not entry.one_off)
+        if not config.dropout_rate and (config.late_work != "drop" or not config.straggler_rate):
+            return min((self._size(entry) for _, entry in rounds), default=config.sampled_clients)
+        asked = ((each, self.clients(entry, each)) for each, entry in rounds)
+        counts = (len(them) - len(absent_clients(config, each, them)) for each, them in asked)
+        return min(counts, default=config.sampled_clients)
+
+    def _size(self, entry: Round) -> int:
+        """How many clients the server asks in a round."""
+        if entry.participants == "sampled":
+            return min(self._config.sampled_clients, self._config.trained_clients)
+        return len(self.clients(entry, 0))
+
+    def figures(self) -> dict[str, float]:
+        """What the record of a round tells of it: ``clock``, where clients are of several speeds."""
+        return {"clock": self.clock} if self._config.straggler_rate else {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, in tensors, numbers, texts and dicts of these; empty: nothing."""
+        return self.figures()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what :meth:`state` returned at a checkpoint; empty: it returned nothing."""
+        self.clock = state.get("clock", 0.0)

@@ -1,0 +1,343 @@
+"""Who takes part in a round, who drops out of it or is slow, and what a policy of these keeps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from interrupted import Kill, KillAt, outcome
+
+from fedkern.engine import preparing
+from fedkern.engine.participation import (
+    DROPPED_OUT,
+    LATE,
+    Assignment,
+    Participation,
+    absent_clients,
+    sample_clients,
+    share_of_work,
+    speed,
+)
+from fedkern.engine.run import run
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.records import read_metrics
+from fedkern.errors import UserError
+from fedkern.methods import METHODS, FedAvg, Round
+from fedkern.methods.base import Federation
+from fedkern.settings.config import RunConfig
+
+SIZES = (20, 13, 9, 15)
+
+
+def many(**settings):
+    return RunConfig.make("fedavg", clients=200, **settings)
+
+
+def test_about_the_given_share_is_missing():
+    config, everyone = many(dropout_rate=0.3), range(200)
+    found = [absent_clients(config, round, everyone) for round in range(20)]
+    assert 0.27 < sum(map(len, found)) / 4000 < 0.33
+    assert found[0] != found[1]
+    assert set(found[0].values()) == {DROPPED_OUT}
+    assert absent_clients(config, 0, range(50)) == {k: why for k, why in found[0].items() if k < 50}
+    assert absent_clients(many(), 0, everyone) == {}
+
+
+def test_one_client_stays():
+    config = many(dropout_rate=1.0)
+    stayed = {k for round in range(30) for k in {3, 5, 8} - set(absent_clients(config, round, [3, 5, 8]))}
+    assert stayed == {3, 5, 8}
+    assert len(absent_clients(config, 0, [3, 5, 8])) == 2
+
+
+def test_slow_clients_do_a_share_that_the_deadline_bounds():
+    config = many(straggler_rate=0.4)
+    shares = torch.tensor([share_of_work(config, round, k) for round in range(20) for k in range(200)])
+    slow = shares[shares < 1]
+    assert 0.37 < len(slow) / len(shares) < 0.43
+    assert 0.45 < float(slow.mean()) < 0.55
+    assert float(shares.min()) > 0
+    later = many(straggler_rate=0.4, deadline=2.0)
+    assert all(
+        share_of_work(later, 3, k) == pytest.approx(min(1.0, 2 * share_of_work(config, 3, k))) for k in range(200)
+    )
+    dropped = absent_clients(many(straggler_rate=0.4, late_work="drop"), 3, range(200))
+    assert dropped == {k: LATE for k in range(200) if share_of_work(config, 3, k) < 1}
+
+
+FIVE = Federation(rounds=3, samples=(10, 20, 30, 40, 50), classes=2)
+
+
+def policy(**settings):
+    settings = {"clients": 5, "batch_size": 10, "local_epochs": 2, **settings}
+    return Participation(RunConfig.make("fedavg", **settings), FIVE)
+
+
+def test_who_is_asked_in_a_round():
+    asked = policy(sample_fraction=0.4)
+    assert asked.assign(Round(participants=(3, 4)), 0) == Assignment((3, 4))
+    assert list(asked.assign(Round(participants="all"), 1).clients) == [0, 1, 2, 3, 4]
+    drawn = asked.assign(Round(), 2).clients
+    assert drawn == sample_clients(asked._config, 2) != sample_clients(asked._config, 3)
+    asked.secret = "5a" * 16
+    assert asked.assign(Round(), 2).clients == sample_clients(asked._config, 2, "5a" * 16) != drawn
+
+
+def test_who_is_missing_or_slow_in_an_assignment():
+    settings = {"dropout_rate": 0.4, "straggler_rate": 0.6, "deadline": 1.2}
+    for late in ("count", "drop"):
+        asked = policy(**settings, late_work=late)
+        for number in range(6):
+            given = asked.assign(Round(participants="all"), number)
+            assert given.absent == absent_clients(asked._config, number, range(5))
+            shares = {k: share_of_work(asked._config, number, k) for k in range(5)}
+            assert given.share == {k: share for k, share in shares.items() if share < 1}
+            assert given.began == {}
+    assert asked.assign(Round(participants="all", one_off=True), -1) == Assignment(range(5))
+
+
+def test_the_clock_counts_steps_of_clients_of_usual_speed():
+    """A round takes as long as its last client, and slow ones at most until the deadline: with it, everybody does."""
+    for deadline in (1.0, 1.5, 1e9):
+        asked, clock = policy(straggler_rate=0.5, deadline=deadline), 0.0
+        for number in range(4):
+            before = asked.clock
+            asked.assign(Round(participants=(1, 4)), number)
+            times = {k: steps / speed(asked._config, number, k) for k, steps in ((1, 4), (4, 10))}  # two epochs each
+            clock += max(min(times[1], 4 * deadline), min(times[4], 10 * deadline))
+            assert asked.clock == pytest.approx(clock)
+            assert asked.clock > before
+        assert asked.figures() == {"clock": asked.clock}
+        asked.assign(Round(one_off=True), -5)
+        assert asked.clock == pytest.approx(clock)
+    steps = policy(straggler_rate=1e-9, local_epochs=1, local_steps=7)
+    steps.assign(Round(), 0)
+    assert steps.clock == 7
+    assert policy().figures() == policy().state() == {}
+
+
+@pytest.mark.parametrize(
+    ("plan", "settings", "fewest"),
+    [
+        ([Round()], {}, 5),
+        ([Round(), Round()], {"sample_fraction": 0.4}, 2),
+        ([Round(participants="all"), Round(participants=(2, 3, 4))], {"sample_fraction": 0.2}, 3),
+        ([Round(participants=(1,), one_off=True), Round()], {}, 5),
+        ([Round()], {"dropout_rate": 1.0}, 1),
+        ([Round(participants=(0, 1))], {"straggler_rate": 1.0, "late_work": "drop"}, 1),
+        ([Round(participants=(0, 1))], {"straggler_rate": 1.0}, 2),
+    ],
+)
+def test_the_fewest_uploads_of_a_plan(plan, settings, fewest):
+    assert policy(**settings).fewest_uploads(plan) == fewest
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("fediod", {"dropout_rate": 0.1}, "--dropout-rate is for methods that average .* fediod"),
+        ("oneshot-fedavg", {"straggler_rate": 0.1}, "--straggler-rate is for methods .* oneshot-fedavg"),
+        ("fedavg", {"deadline": 2.0}, "--deadline is about slow clients: give --straggler-rate too"),
+        ("fedavg", {"late_work": "drop"}, "--late-work is about slow clients"),
+        ("fedavg", {"straggler_rate": 0.1, "deadline": 0.5}, "--deadline must be at least 1"),
+        ("fedavg", {"dropout_rate": 1.5}, r"--dropout-rate must be in \[0, 1\]"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(method, settings, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig.make(method, **settings)
+
+
+def test_who_is_missing_is_sent_to_and_recorded_but_not_averaged(make_data, make_config, tmp_path, monkeypatch):
+    averaged = []
+
+    class Seeing(FedAvg):
+        """FedAvg that notes its uploads."""
+
+        def weight(self, server, upload):
+            averaged.append(upload.client_id)
+            return super().weight(server, upload)
+
+    monkeypatch.setitem(METHODS, "fedavg", Seeing)
+    config = make_config("fedavg", rounds=4, dropout_rate=0.5, clients=4)
+    run(config, out=tmp_path / "run", data=make_data(SIZES))
+    missing = [absent_clients(config, round, range(4)) for round in range(4)]
+    assert sum(map(len, missing)) > 2
+    assert averaged == [k for found in missing for k in range(4) if k not in found]
+    records = read_metrics(tmp_path / "run")
+    told = [[(each["client"], each["reason"]) for each in record.get("dropped", [])] for record in records]
+    assert told == [sorted(found.items()) for found in missing]
+    one = records[0]["round_bytes_down"] / 4
+    assert all(record["round_bytes_down"] == 4 * one for record in records)
+    assert [record["round_bytes_up"] for record in records] == [one * (4 - len(found)) for found in missing]
+
+
+def steps_of(config, data, out, monkeypatch):
+    """The numbers of batches that every client trained on, by round."""
+    found = {}
+
+    class Counting(FedAvg):
+        """FedAvg that counts batches."""
+
+        def loss(self, model, batch, received):
+            key = (received.phase.round, received.samples)
+            found[key] = found.get(key, 0) + 1
+            return super().loss(model, batch, received)
+
+    monkeypatch.setitem(METHODS, "fedavg", Counting)
+    run(config, out=out, data=data)
+    return found
+
+
+@pytest.mark.parametrize("limits", [{"local_epochs": 3}, {"local_steps": 11}])
+def test_a_slow_client_does_a_part_of_its_steps(make_data, make_config, tmp_path, monkeypatch, limits):
+    data = make_data(SIZES)
+    whole = steps_of(make_config("fedavg", clients=4, rounds=3, **limits), data, tmp_path / "a", monkeypatch)
+    config = make_config("fedavg", clients=4, rounds=3, straggler_rate=0.6, **limits)
+    part = steps_of(config, data, tmp_path / "b", monkeypatch)
+    shares = {(round, n): share_of_work(config, round, k) for round in range(3) for k, n in enumerate(SIZES)}
+    assert part == {key: max(1, int(count * shares[key])) for key, count in whole.items()}
+    assert any(share < 1 for share in shares.values())
+    record = json.loads((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()[0])
+    told = {int(k): info.get("work_done", 1.0) for k, info in record["clients"].items()}
+    assert told == {k: shares[0, n] for k, n in enumerate(SIZES)}
+
+
+def test_the_same_clients_are_missing_after_an_interruption_and_on_workers(make_data, make_config, tmp_path):
+    settings = {"rounds": 3, "clients": 4, "dropout_rate": 0.3, "straggler_rate": 0.5}
+    run(make_config("scaffold", **settings), out=tmp_path / "whole", data=make_data(SIZES))
+    config = make_config("scaffold", workers="2", **settings)
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "parts", data=make_data(SIZES), listener=KillAt("round", 2))
+    run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True)
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_a_slow_client_of_fml_does_a_part_of_its_steps(make_data, make_config, tmp_path):
+    config = make_config("fml", clients=4, rounds=1, local_epochs=2, straggler_rate=1.0)
+    run(config, out=tmp_path / "run", data=make_data(SIZES))
+    told = read_metrics(tmp_path / "run")[0]["clients"]
+    assert {int(k): info["work_done"] for k, info in told.items()} == {k: share_of_work(config, 0, k) for k in range(4)}
+
+
+def test_a_rule_that_a_thinned_round_is_too_small_for_is_refused_at_once(make_data, make_config, tmp_path):
+    config = make_config("fedavg", clients=4, rounds=9, dropout_rate=0.5, aggregator="krum:byzantine=1,keep=1")
+    with pytest.raises(UserError, match=r"cannot combine [12] uploads"):
+        run(config, out=tmp_path / "run", data=make_data(SIZES))
+    assert not (tmp_path / "run").exists()
+
+
+def test_slow_clients_with_an_epsilon_are_refused(monkeypatch):
+    monkeypatch.setattr(METHODS["fedavg"], "promises", classmethod(lambda cls, options: True))
+    with pytest.raises(UserError, match="--straggler-rate is not for fedavg with differential privacy"):
+        RunConfig.make("fedavg", straggler_rate=0.1)
+
+
+def test_the_clock_of_a_run_and_the_shares_of_its_clients(make_data, make_config, tmp_path):
+    config = make_config("fedavg", clients=4, rounds=4, straggler_rate=0.6, deadline=1.2, workers="2")
+    run(config, out=tmp_path / "whole", data=make_data(SIZES))
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "parts", data=make_data(SIZES), listener=KillAt("round", 2))
+    run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True)
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    again = Participation(config, Federation(4, SIZES, 3, config.local_epochs))
+    for number, record in enumerate(read_metrics(tmp_path / "whole")):
+        given = again.assign(Round(), number)
+        assert record["clock"] == again.clock
+        told = {int(k): info["work_done"] for k, info in record["clients"].items() if "work_done" in info}
+        assert told == given.share
+    private = make_config("fedavg", clients=4, rounds=1, straggler_rate=0.6, records="private")
+    run(private, out=tmp_path / "private", data=make_data(SIZES))
+    assert "clock" not in read_metrics(tmp_path / "private")[0]  # it tells of the clients that were drawn
+
+
+# -- policies that keep tensors ----------------------------------------------------------------------------------------
+
+
+class Belated(Participation):
+    """Has every client answer what was sent a round before."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self._before = {}
+
+    def assign(self, entry, round):
+        given = super().assign(entry, round)
+        return replace(given, began=dict.fromkeys(given.clients, round - 1) if round > 0 else {})
+
+    def messages(self, clients, send):
+        now = send(clients)
+        message = self._before or now[clients[0]]
+        self._before = dict(now[clients[0]])
+        return dict.fromkeys(clients, message)
+
+    def state(self):
+        return {**super().state(), "before": self._before}
+
+    def restore(self, state):
+        super().restore(state)
+        self._before = state["before"]
+
+
+def heard_by(monkeypatch, method="fedavg"):
+    """The uploads that the server gets, as (client, staleness)."""
+    heard = []
+
+    class Seeing(METHODS[method]):
+        """A method that notes its uploads."""
+
+        def weight(self, server, upload):
+            heard.append((upload.client_id, upload.staleness))
+            return super().weight(server, upload)
+
+    monkeypatch.setitem(METHODS, method, Seeing)
+    return heard
+
+
+def test_no_upload_of_a_synchronous_round_is_stale(make_data, make_config, tmp_path, monkeypatch):
+    heard = heard_by(monkeypatch)
+    config = make_config("fedavg", clients=4, rounds=2, straggler_rate=0.5)
+    run(config, out=tmp_path / "run", data=make_data(SIZES))
+    assert heard == [(k, 0) for _ in range(2) for k in range(4)]
+    entry = Checkpoints(tmp_path / "run").peek()
+    assert entry["participation"] == "participation-000002.safetensors"  # the clock
+    run(make_config("fedavg", clients=4, rounds=1), out=tmp_path / "plain", data=make_data(SIZES))
+    assert "participation" not in Checkpoints(tmp_path / "plain").peek()
+
+
+@pytest.mark.parametrize("clients", ["in the manifest", "in a table"])
+def test_what_a_policy_keeps_survives_an_interruption(clients, make_data, make_config, tmp_path, monkeypatch):
+    if clients == "in a table":
+        monkeypatch.setattr("fedkern.engine.store.checkpoints.INLINE", 1)
+    monkeypatch.setattr(preparing, "Participation", Belated)
+    heard = heard_by(monkeypatch)
+    settings = {"clients": 4, "rounds": 5, "buffers": "local"}
+    run(make_config("fedavg", workers="2", **settings), out=tmp_path / "whole", data=make_data(SIZES))
+    assert heard == [(k, int(number > 0)) for number in range(5) for k in range(4)]
+    for kill in (KillAt("client", 9), KillAt("round", 2)):
+        config, out = make_config("fedavg", **settings), tmp_path / kill.hook
+        with pytest.raises(Kill):
+            run(config, out=out, data=make_data(SIZES), listener=kill)
+        run(config, out=out, data=make_data(SIZES), resume=True)
+        assert outcome(out) == outcome(tmp_path / "whole")
+        names = {path.name for path in (out / "checkpoints").glob("participation-*")}
+        assert names == {f"participation-{plan:06d}.safetensors" for plan in (4, 5)}  # of the checkpoints that are kept
+    run(make_config("fedavg", **settings), out=tmp_path / "prompt", data=make_data(SIZES))
+    monkeypatch.setattr(preparing, "Participation", Participation)
+    run(make_config("fedavg", **settings), out=tmp_path / "now", data=make_data(SIZES))
+    assert outcome(tmp_path / "now")[0] != outcome(tmp_path / "prompt")[0] == outcome(tmp_path / "whole")[0]
+
+
+def test_a_damaged_file_of_a_policy_falls_back_to_the_checkpoint_before(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "Participation", Belated)
+    config = make_config("fedavg", clients=4, rounds=4)
+    run(config, out=tmp_path / "whole", data=make_data(SIZES))
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "cut", data=make_data(SIZES), listener=KillAt("round-start", 3))
+    (tmp_path / "cut" / "checkpoints" / "participation-000003.safetensors").unlink()
+    run(config, out=tmp_path / "cut", data=make_data(SIZES), resume=True)
+    found, whole = outcome(tmp_path / "cut"), outcome(tmp_path / "whole")
+    assert found[:2] == whole[:2]
+    assert "participation-000003.safetensors of round 3" in found[2]["diagnostics"]["damaged-checkpoint"]
