@@ -113,6 +113,7 @@ class RunContext:
             classes=len(self.data.classes),
             local_epochs=self.config.local_epochs,
             unit=self.config.unit,
+            seed=self.config.seed,
         )
 
     def declared(self, split: Any) -> int:

@@ -132,7 +132,10 @@ class Method:
         """Fills ``server.state`` before the first round."""
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
-        """The plan: set-up rounds first (``one_off=True``), then the communication rounds."""
+        """The plan: set-up rounds first (``one_off=True``), then the communication rounds.
+
+        It is made several times in a run and must be the same each time: draw from ``federation.rng``.
+        """
         for _ in range(federation.rounds):
             yield Round()
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fedkern.privacy.unit import IMAGE, Unit
+from fedkern.streams import stream
 from fedkern.tasks import CLASSIFICATION, Task
 
 ClientId = int
@@ -89,6 +90,7 @@ class Federation:
         classes: number of classes.
         local_epochs: epochs per round (for one-shot methods a client's whole budget).
         unit: the unit of privacy.
+        seed: the run's, see :meth:`rng`.
     """
 
     rounds: int
@@ -96,10 +98,18 @@ class Federation:
     classes: int
     local_epochs: int = 1
     unit: Unit = IMAGE
+    seed: int = 0
 
     @property
     def clients(self) -> int:
         return len(self.samples)
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """A generator for the draws of a plan.
+
+        It begins anew at every call, so that a plan is the same whenever it is made: on a resume, and in every process.
+        """
+        return stream(self.seed, f"plan/{purpose}", round=-1)
 
 
 class Backgrounds(Protocol):

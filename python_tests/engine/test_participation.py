@@ -22,6 +22,7 @@ from fedkern.engine.participation import (
 )
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Round
@@ -341,3 +342,36 @@ def test_a_damaged_file_of_a_policy_falls_back_to_the_checkpoint_before(make_dat
     found, whole = outcome(tmp_path / "cut"), outcome(tmp_path / "whole")
     assert found[:2] == whole[:2]
     assert "participation-000003.safetensors of round 3" in found[2]["diagnostics"]["damaged-checkpoint"]
+
+
+# -- plans that draw ---------------------------------------------------------------------------------------------------
+
+
+class Walking(FedAvg):
+    """FedAvg of a network that walks from client to client."""
+
+    def rounds(self, federation):
+        draws = federation.rng("walk")
+        for _ in range(federation.rounds):
+            yield Round(participants=(int(draws.integers(federation.clients)),))
+
+
+def test_a_plan_draws_from_the_run(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", Walking)
+    settings = {"clients": 4, "rounds": 6}
+    run(make_config("fedavg", **settings), out=tmp_path / "whole", data=make_data(SIZES))
+    walks = []
+    for seed in (0, 0, 1):
+        plan = Walking().rounds(Federation(6, SIZES, 3, seed=seed))
+        walks.append([entry.participants[0] for entry in plan])
+    assert walks[0] == walks[1] != walks[2]
+    assert [list(record["clients"]) for record in read_metrics(tmp_path / "whole")] == [[str(k)] for k in walks[0]]
+    config = make_config("fedavg", workers="2", **{**settings, "rounds": 4})
+    with pytest.raises(Kill):
+        run(config, out=tmp_path / "parts", data=make_data(SIZES), listener=KillAt("round", 1))
+    run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True)
+    run(extend(tmp_path / "parts", 6), out=tmp_path / "parts", data=make_data(SIZES), resume=True)
+    assert outcome(tmp_path / "parts")[0] == outcome(tmp_path / "whole")[0]
+    other = make_config("fedavg", seed=1, **settings)
+    run(other, out=tmp_path / "other", data=make_data(SIZES))
+    assert [list(record["clients"]) for record in read_metrics(tmp_path / "other")] == [[str(k)] for k in walks[2]]

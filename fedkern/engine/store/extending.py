@@ -145,5 +145,6 @@ def _plan(method: Any, config: RunConfig, rounds: int, done: int) -> list[Round]
         classes=2,
         local_epochs=config.local_epochs,
         unit=config.unit,
+        seed=config.seed,
     )
     return list(islice(method.rounds(federation), done))
