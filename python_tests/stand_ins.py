@@ -60,10 +60,11 @@ class Executor:
         self._work, self._states = work, {} if states is None else states
         self.here = self if here is None else here
         self.calls = [] if calls is None else calls
-        self.asked, self.encoders = [], None
+        self.asked, self.phases, self.encoders = [], [], None
 
     def answers(self, asker, phase, messages, encoders=None):
         self.encoders = encoders
+        self.phases.append(phase)
         for k, message in messages.items():
             self.calls.append(("works", k))
             self.asked.append((asker, phase.exchange, k))

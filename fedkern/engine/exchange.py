@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from fedkern.engine.executors.base import Answer, Executor
@@ -50,6 +52,7 @@ class Exchange:
     def uploads(self) -> Iterator[Upload]:
         """Yields the uploads in client order, lazily: the server is done with an upload before it gets the next one.
 
+        Uploads of clients that began in earlier rounds come first.
         An upload that a filter refuses never gets to the server.  An empty upload that the method allows is not
         yielded.
 
@@ -120,4 +123,11 @@ class Exchange:
                 each = (time.perf_counter() - start) / len(asked.sent)
                 told = {k: figures(one.report, f"client {k}: client.report", TAKEN) for k, one in clients.items()}
                 return (Answer(k, found.pop(k), report=told[k], seconds=each) for k in list(asked.sent))
-        return self._executor.answers(asked.hooks.asker, asked.phase, asked.sent, coded)
+        begun: dict[int, dict[ClientId, Message]] = {}
+        for k, message in asked.sent.items():
+            begun.setdefault(asked.phase.round - asked.staleness(k), {})[k] = message
+        # Clients that began together work side by side, each in the round that it began in.
+        return chain.from_iterable(
+            self._executor.answers(asked.hooks.asker, replace(asked.phase, round=round), sent, coded)
+            for round, sent in sorted(begun.items())
+        )

@@ -200,7 +200,9 @@ def test_a_client_answers_what_the_policy_says_and_its_upload_is_as_old():
     bench = Bench((Round(), Round(), Round()), policy=policy)
     bench.loop.play()
     uploads = [[(each.client_id, each.message["x"], each.staleness) for each in all] for all in bench.method.uploads]
-    assert uploads == [[(1, 0, 0)], [(0, 1, 0), (2, 0, 1)], [(0, 2, 0), (2, 1, 1)]]
+    assert uploads == [[(1, 0, 0)], [(2, 0, 1), (0, 1, 0)], [(2, 1, 1), (0, 2, 0)]]
+    # Work is of the round in which it began, with that round's draws and learning rate.
+    assert [phase.round for phase in bench.executor.phases] == [0, 0, 1, 1, 2]
 
 
 def test_a_round_is_not_begun_where_a_part_stops_before_it():

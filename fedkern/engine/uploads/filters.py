@@ -41,8 +41,12 @@ class Asked:
         return self.phase.round - self.began.get(client, self.phase.round)
 
     def declared(self, client: ClientId) -> Declaration:
-        """The declaration of a client's upload."""
-        return self.hooks.declared(self.phase, client, self.sent.get(client, {}))
+        """The declaration of a client's upload; its ``parameters``, from which an update counts, are what was sent."""
+        sent = self.sent.get(client, {})
+        declared = self.hooks.declared(self.phase, client, sent)
+        if self.staleness(client) and "parameters" in declared and "parameters" in sent:
+            return {**declared, "parameters": sent["parameters"]}  # the method declares what its server has now
+        return declared
 
 
 @dataclass
