@@ -18,7 +18,7 @@ from fedkern.errors import UserError, printable_name
 from fedkern.inputs import read_text
 from fedkern.report import html_page, run_page
 from fedkern.report.charts import Series, bars, dots, of_rounds
-from fedkern.report.comparison_plot import curves, mean_curve
+from fedkern.report.comparison_plot import curves, mean_curve, on_clock
 from fedkern.report.html_page import Page, Section, Table
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
@@ -241,7 +241,7 @@ def _curves(result: Result) -> Section:
         series = [
             Series(name, at.tolist(), (factor * v.mean(0)).tolist()) for name, (at, v) in found.items() if len(at)
         ]
-        title = f"{_called(figure)}, over the rounds"
+        title = f"{_called(figure)}, over {'the virtual clock' if on_clock(histories) else 'the rounds'}"
         section.charts.append(of_rounds(f"curve-{place}", title, drawn, series, unit=unit))
     return section
 

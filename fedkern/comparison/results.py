@@ -55,7 +55,7 @@ class Result:
         self.target.check(own_sets(self.groups))
         records = [record for run in self.runs for record in run.records]
         known = {name for record in records for name, value in record.items() if isinstance(value, float)}
-        known -= {"seconds", "round_seconds"}
+        known -= {"seconds", "round_seconds", "clock", "staleness"}
         if self.target.figure not in known:
             raise UserError(
                 f'No round tells the figure "{self.target.figure}" of --target.{nearest(self.target.figure, known)} '

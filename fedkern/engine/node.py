@@ -13,7 +13,8 @@ from fedkern.leaves import sent
 from fedkern.ops._core.checks import real
 from fedkern.tasks import Task
 
-TAKEN = ("clipped", "name", "samples", "seconds", "update_norm")  # what the engine itself writes of a client
+# What the engine itself writes of a client.
+TAKEN = ("clipped", "name", "samples", "seconds", "staleness", "update_norm")
 
 
 class Node:

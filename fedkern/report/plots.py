@@ -170,6 +170,18 @@ def over_rounds(axes: Axes) -> None:
     frame(axes)
 
 
+def over_clock(axes: Axes, first: float, last: float) -> None:
+    """Gives axes of curves from ``first`` to ``last`` on the virtual clock their horizontal axis."""
+    axes.set_xlabel("virtual clock: local steps of a client of usual speed", fontsize=12)
+    axes.xaxis.set_major_locator(MaxNLocator(8))
+    axes.set_xlim(first - 0.02 * last, 1.02 * last)
+
+
+def clock_of(records: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """When every round of an asynchronous run was over on the virtual clock; empty for a run of synchronous rounds."""
+    return {int(record["round"]): float(record["clock"]) for record in records if "staleness" in record}
+
+
 def add_point(curves: dict[str, Points], name: str, at: int, value: float) -> None:
     """Adds the value of a round to the curve of a name."""
     rounds, values = curves.setdefault(name, ([], []))
@@ -202,7 +214,7 @@ def accuracy_curves(
     chance: Mapping[str, float] | None = None,
     stacked: bool = False,
 ) -> Figure | None:
-    """Draws the main figure on every test set over the communication rounds.
+    """Draws the main figure on every test set over the communication rounds, or over the clock of asynchronous ones.
 
     Recall depends on the number of candidates: sets with other numbers have axes of their own, which say the number.
 
@@ -225,14 +237,18 @@ def accuracy_curves(
     figure = new_figure(7.2 if across == 1 else 5.4 * across, 4.2 * down)
     spans = [rounds for rounds, _ in curves.values()]
     first, last = min(rounds[0] for rounds in spans), max(rounds[-1] for rounds in spans)
-    level = [] if unit else [*lines.values()]
+    clock, level = clock_of(records), [] if unit else [*lines.values()]
     top = highest([*level, *(value for _, values in curves.values() for value in values)], unit)
     for axes, (gallery, names) in zip(figure.subplots(down, across, squeeze=False).flat, panels.items(), strict=True):
-        _curves(axes, {name: curves[name] for name in names}, top, unit)
+        drawn = {name: curves[name] for name in names}
+        _curves(axes, {name: ([clock.get(at, at) for at in x], y) for name, (x, y) in drawn.items()}, top, unit)
         chance_lines(axes, main, [lines.get(f"{name}_{main}" if name else main) for name in names])
         among = f"\namong {gallery:,.0f} candidates" if gallery else ""
         axes.set_ylabel(f"{short_title(main)}{among}" + f" ({unit})" * bool(unit), fontsize=12)
-        axes.set_xlim(first - 0.5, last + 0.5)
+        if clock:
+            over_clock(axes, clock[first], clock[last])
+        else:
+            axes.set_xlim(first - 0.5, last + 0.5)
     entitle(figure, title)
     legend_below(figure)
     return figure
@@ -290,7 +306,7 @@ def chance_lines(axes: Axes, figure_name: str, values: Iterable[float | None]) -
         axes.axhline(value, color=GREY, lw=1.5, ls=":", label="" if number else text)
 
 
-def _curves(axes: Axes, curves: Mapping[str, Points], top: float, unit: str) -> None:
+def _curves(axes: Axes, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], top: float, unit: str) -> None:
     """Draws rounds and values of every test set up to ``top``, with the last value of each at its end."""
     ends = []
     others = [name for name in curves if name not in _STYLES]

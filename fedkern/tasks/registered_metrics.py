@@ -17,7 +17,7 @@ from fedkern.tasks.figure_names import FRACTIONS, OVER_CLIENTS, TEST_SETS
 
 _ENTRIES = (
     "round", "rounds", "name", "evaluated", "seconds", "round_seconds", "clients", "client_metrics", "phases", "device",
-    "dropped", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down",
+    "dropped", "clock", "staleness", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down",
 )  # fmt: skip
 """What records have beside figures."""
 FIGURES = frozenset({"loss", "gallery", "hd95", *FRACTIONS})

@@ -226,6 +226,15 @@ def test_test_sets_that_the_user_named_have_a_curve_each():
     assert len({(line.get_color(), line.get_marker()) for line in lines.values()}) == 3
 
 
+def test_curves_of_an_asynchronous_run_are_over_the_clock():
+    records = [{"round": i, "accuracy": 0.1 * i, "clock": 7.5 * i} for i in (1, 2)]
+    assert list(plots.accuracy_curves(records, "accuracy").axes[0].get_lines()[0].get_xdata()) == [1, 2]
+    stale = [{**record, "staleness": 0.5} for record in records]
+    axes = plots.accuracy_curves(stale, "accuracy").axes[0]
+    assert list(axes.get_lines()[0].get_xdata()) == [7.5, 15.0]
+    assert axes.get_xlabel().startswith("virtual clock")
+
+
 def test_the_mean_and_the_worst_client_have_a_curve_each():
     records = [{"round": i, "mean_client_accuracy": 0.1 * i, "worst_client_accuracy": 0.05 * i} for i in (1, 2)]
     axes = plots.clients_picture([*records, {"round": 3, "loss": 1.0}], "accuracy", title="t").axes[0]
