@@ -33,7 +33,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "federation": (
         "clients", "held_out_client", "client_test", "sample_fraction", "rounds", "buffers", "fix_statistics", "on_nan",
         "max_update_norm", "clip_update_norm", "compress", "aggregator", "server_rule", "server_lr", "dropout_rate",
-        "straggler_rate", "deadline", "late_work", "dp_clip", "dp_noise", "dp_delta", "dp_draws",
+        "straggler_rate", "deadline", "late_work", "asynchronous", "dp_clip", "dp_noise", "dp_delta", "dp_draws",
     ),
     "local training": ("local_epochs", "local_steps", "batch_size", *OPTIMISER),
     "model": (
@@ -56,6 +56,7 @@ METAVARS = {
     "compress": "HOW",
     "aggregator": "RULE",
     "server_rule": "RULE",
+    "asynchronous": "POLICY",
     "init": "FILE|DIR",
     "stop_at": "FIGURE>=V",
 }

@@ -24,8 +24,8 @@ PART_ORDER = (
     "max_bytes", "diagnoses", "answers", "records", "warnings", "listeners", "results", "trace", "checkpoints",
 )  # fmt: skip
 FILTER_ORDER = (
-    "client_digests", "bytes", "reduction", "compress", USERS, "declared", "norm_bounds", "private_mean",
-    "server_digests",
+    "client_digests", "bytes", "reduction", "compress", USERS, "declared", "norm_bounds", "asynchronous",
+    "private_mean", "server_digests",
 )  # fmt: skip
 
 for package in (parts, uploads):

@@ -58,6 +58,8 @@ def share_of_work(config: RunConfig, round: int, client: int) -> float:
         round: communication round, from 0.
         client: client id.
     """
+    if config.asynchronous is not None:
+        return 1.0  # nobody waits for it
     return min(1.0, speed(config, round, client) * config.deadline)
 
 

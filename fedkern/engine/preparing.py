@@ -9,7 +9,7 @@ from typing import Any
 
 from fedkern.data.identity import of_memory
 from fedkern.data.items import unsteady
-from fedkern.engine import own_model, own_training
+from fedkern.engine import asynchronous, own_model, own_training
 from fedkern.engine.client import Client
 from fedkern.engine.client_privacy import ClientPrivacy
 from fedkern.engine.clients import check_teachers
@@ -179,7 +179,7 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
         pooling.check(network.module)
     with context.drawing(server, BEFORE), code("start"):
         method.start(server)
-    participation = Participation(config, context.federation)
+    participation = (asynchronous.Asynchronous if config.asynchronous else Participation)(config, context.federation)
     private, said = _privacy(config, context, method, server, code, participation)
     context.disclosure = Disclosure.of(config.records, said)
     if profile and not context.disclosure.clients:
@@ -198,6 +198,7 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
         check_teachers(method, context)
     with code("rounds"):
         plan = list(method.rounds(context.federation))
+    asynchronous.check(config, method, plan)
     hooks = {
         name: Hooks(name, asked, server, context, code) for name, asked in (("method", method), ("pooling", pooling))
     }

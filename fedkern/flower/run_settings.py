@@ -19,6 +19,7 @@ from typing import Any
 
 from fedkern import named_code, plugins
 from fedkern.data import lookup
+from fedkern.engine.asynchronous import check_local
 from fedkern.engine.order import FILTER_ORDER
 from fedkern.engine.registry import FILTERS
 from fedkern.engine.uploads.filters import Filter
@@ -130,6 +131,7 @@ def check_portable(config: RunConfig) -> None:
     """Raises UserError for a run that cannot be played over Flower."""
     if config.kind.pooled:
         raise UserError(f"{config.method} needs the data of all clients in one place, which Flower keeps apart.")
+    check_local(config)
     if config.compress is not None:
         raise UserError(
             f"--compress {config.compress} is not for runs over Flower, whose nodes send uploads whole: leave it out, "

@@ -63,6 +63,9 @@ class Method:
     clients are drawn in secret; the engine checks that no state is written."""
     spans: ClassVar[str] = ""
     """What of the method follows a schedule over all rounds of a run; empty where nothing does."""
+    asynchronous: ClassVar[bool] = False
+    """Whether the server may step by uploads that are stale, of clients that began in different rounds
+    (``--asynchronous``).  What a class inherits does not count: what it adds may count on whole rounds."""
     takes_teachers: ClassVar[bool] = False
     """Whether clients may load trained networks (``--teachers``) instead of training locally."""
 

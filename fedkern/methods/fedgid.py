@@ -57,6 +57,7 @@ class FedGID(LocalTraining):
 
     asks = frozenset({"criterion", "classes", "images", "features"})
     memoryless = True
+    asynchronous = True
     replayable = True
 
     @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class FedLPFM(LocalTraining):
 
     asks = frozenset({"criterion", "classes", "images"})
     replayable = True
+    asynchronous = True
 
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):

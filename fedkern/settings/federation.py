@@ -55,6 +55,12 @@ class FederationSettings(DataSettings):
         above=0,
         type=float,
     )
+    asynchronous: str | None = option(
+        None,
+        "averaging methods: the server waits for no round but steps when uploads come, as fedbuff:buffer=K,staleness=A "
+        "or fedasync:mixing=M,staleness=A; a round is a step",
+        type=str,
+    )
     sums: str = option(
         "ordered",
         "how the server adds uploads up: ordered, in the order of the clients; exact, without regard to the order, so "

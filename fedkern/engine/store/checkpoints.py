@@ -509,8 +509,7 @@ def _sound(entry: Any) -> bool:
         and all(Path(name).name == name for name in results)
         and isinstance(sums, dict)
         and all(_of_state(name) and type(value) is int for name, value in sums.items())
-        and entry.get("server") in sums
-        and entry.get("participation", entry["server"]) in sums
+        and all(isinstance(name := entry.get(key, entry.get("server")), str) and name in sums for key in _NAMED)
         and ("table" in entry) != ("clients" in entry)
         and isinstance(clients, dict)
         and all(_DIGITS.fullmatch(k) and name in sums for k, name in clients.items())

@@ -16,6 +16,7 @@ class FedAvg(LocalTraining):
     """Local SGD on the cross-entropy and a weighted average of the parameters (arXiv 1602.05629)."""
 
     memoryless = True
+    asynchronous = True
     replayable = True
     asks = frozenset({"loss"})
 

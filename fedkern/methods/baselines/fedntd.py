@@ -31,6 +31,7 @@ class FedNTD(LocalTraining):
 
     asks = frozenset({"criterion", "classes"})
     memoryless = True
+    asynchronous = True
     replayable = True
 
     @dataclass(frozen=True)

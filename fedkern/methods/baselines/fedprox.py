@@ -16,6 +16,7 @@ class FedProx(FedAvg):
     """FedAvg with a proximal term mu/2 ||theta - theta_global||^2 on every client (arXiv 1812.06127)."""
 
     asks = frozenset({"loss"})
+    asynchronous = True
 
     @dataclass(frozen=True)
     class Options(FedAvg.Options):

@@ -35,6 +35,7 @@ class Moon(LocalTraining):
 
     asks = frozenset({"criterion", "classes", "features"})
     replayable = True
+    asynchronous = True
 
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):

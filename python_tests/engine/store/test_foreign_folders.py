@@ -50,6 +50,11 @@ def as_server(entry, name):
     entry["server"] = name
 
 
+def as_participation(entry, name):
+    entry["files"][name] = 1
+    entry["participation"] = name
+
+
 def as_client(entry, name):
     if "clients" in entry:
         entry["clients"]["0"] = name
@@ -60,7 +65,7 @@ def as_client(entry, name):
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", ["resume", "extend"])
-@pytest.mark.parametrize("put", [in_files, as_server, as_client])
+@pytest.mark.parametrize("put", [in_files, as_server, as_participation, as_client])
 @pytest.mark.parametrize("which", ["older", "every"])
 def test_names_in_a_manifest(which, put, way, folder, victim, make_data):
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}

@@ -1,0 +1,222 @@
+"""Asynchronous rounds (``--asynchronous``): clients work on, and the server steps when enough uploads have come.
+
+A round is a step of the server.  As many clients are at work as a round draws otherwise, none twice at once.  Where one
+is done, another begins with the network that the server has then; a client whose upload waits for the step rests.
+When a client is done follows from the virtual clock (`fedkern.engine.participation`), so that a run has the same bits
+on any machine.
+
+FedBuff (arXiv 2106.06639) steps by the mean of the changes of ``buffer`` clients, each times (1 + s)^-``staleness``
+where the server has taken s steps since the client began.  FedAsync (arXiv 1903.03934) goes after every upload the part
+``mixing`` (1 + s)^-``staleness`` of the way to it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor
+
+from fedkern.engine.executors import team
+from fedkern.engine.participation import Assignment, Participation, local_steps, speed
+from fedkern.engine.registry import register_filter
+from fedkern.engine.uploads.filters import Asked, Filter
+from fedkern.errors import UserError
+from fedkern.methods import METHODS
+from fedkern.methods.base import ClientId, Federation, Message, Method, Round, Upload
+from fedkern.settings.config import RunConfig
+from fedkern.streams import stream
+from fedkern.typed_option import Option, with_options
+
+
+def _option(policy: str, name: str, default: float, low: float | None, high: float | None = None) -> Option:
+    """An option; ``low`` None: its values are above 0."""
+    return Option(
+        name=name, field=name, type=type(default), default=default, help=name, low=low, high=high,
+        above=0.0 if low is None else None, label=f'Option "{name}" of --asynchronous {policy}',
+    )  # fmt: skip
+
+
+POLICIES = {
+    "fedbuff": (_option("fedbuff", "buffer", 10, 1), _option("fedbuff", "staleness", 0.5, 0)),
+    "fedasync": (_option("fedasync", "mixing", 0.6, None, 1), _option("fedasync", "staleness", 0.5, 0)),
+}
+"""Options of every policy, by its name."""
+
+
+class Asynchronous(Participation):
+    """The policy of a run with ``--asynchronous``.
+
+    Args:
+        config: the run's settings.
+        federation: sizes of the run.
+
+    Attributes:
+        name: of the policy.
+        options: its options.
+
+    Raises:
+        UserError: an unknown policy or option, or more uploads to a step than clients.
+    """
+
+    def __init__(self, config: RunConfig, federation: Federation) -> None:
+        super().__init__(config, federation)
+        assert config.asynchronous is not None
+        self.name, options = with_options("--asynchronous", config.asynchronous, POLICIES)
+        self.options = cast(dict[str, Any], options)
+        self._buffer: int = self.options.get("buffer", 1)
+        if self._buffer > config.trained_clients:
+            raise UserError(
+                f"--asynchronous {config.asynchronous} steps after the uploads of {self._buffer} clients, and the run "
+                f"has {config.trained_clients}: take a smaller buffer, or more clients."
+            )
+        self._at_work: dict[ClientId, tuple[int, float]] = {}  # the rounds they began in, and when they are done
+        self._sent: dict[ClientId, Message] = {}
+        self._started: list[ClientId] = []  # in this round
+        self._begun = 0  # in the whole run
+        self._staleness = 0.0
+
+    def assign(self, entry: Round, round: int) -> Assignment:
+        self._started = []
+        if entry.one_off:
+            return super().assign(entry, round)
+        came: dict[ClientId, int] = {}
+        while len(came) < self._buffer:
+            self._start(round, came)
+            k = min(self._at_work, key=lambda k: (self._at_work[k][1], k))
+            came[k], self.clock = self._at_work.pop(k)
+        self._staleness = sum(round - began for began in came.values()) / len(came)
+        return Assignment(sorted(came), began={k: began for k, began in came.items() if began < round})
+
+    def _start(self, round: int, resting: Collection[ClientId]) -> None:
+        """Has idle clients begin, drawn one by one, until enough are at work."""
+        config = self._config
+        idle = [k for k in range(config.trained_clients) if k not in self._at_work and k not in resting]
+        while idle and len(self._at_work) < config.sampled_clients:
+            draw = stream(config.seed, "asynchronous", round=self._begun)
+            k = idle.pop(int(draw.integers(len(idle))))
+            steps = local_steps(config, self._federation.samples[k])
+            self._at_work[k] = round, self.clock + steps / speed(config, round, k)
+            self._started.append(k)
+            self._begun += 1
+
+    def messages(
+        self, clients: Sequence[ClientId], send: Callable[[Iterable[ClientId]], dict[ClientId, Message]]
+    ) -> dict[ClientId, Message]:
+        if not self._started:  # a one-off round: in every other one somebody begins
+            return send(clients)
+        self._sent.update(send(self._started))
+        answered = {k: self._sent.pop(k) for k in clients}
+        # What is answered later is copied: the method may change the tensors of its server's state in place.
+        self._sent.update(copy.deepcopy({k: self._sent[k] for k in self._started if k in self._sent}))
+        return answered
+
+    def fewest_uploads(self, plan: Iterable[Round]) -> int:
+        return self._buffer
+
+    def figures(self) -> dict[str, float]:
+        return {"clock": self.clock, "staleness": self._staleness}
+
+    def state(self) -> dict[str, Any]:
+        # Clients that began together share a message, which is kept once.
+        messages = list({id(message): message for message in self._sent.values()}.values())
+        place = {id(message): number for number, message in enumerate(messages)}
+        at_work = {k: [*self._at_work[k], place[id(message)]] for k, message in self._sent.items()}
+        return {"clock": self.clock, "begun": self._begun, "at_work": at_work, "messages": messages}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.clock, self._begun = state["clock"], state["begun"]
+        self._at_work = {k: (began, done) for k, (began, done, _) in state["at_work"].items()}
+        self._sent = {k: state["messages"][place] for k, (_, _, place) in state["at_work"].items()}
+
+
+@register_filter("asynchronous")
+class StaleUploads(Filter):
+    """Has a stale upload change the network that the server has now, by less the staler it is.
+
+    Batch norm's running statistics are means: FedBuff's server takes the mean of those uploaded, FedAsync's mixes them
+    as it mixes the parameters.  Changes are never added to statistics, as variances could become negative.
+
+    Args:
+        policy: of the run.
+    """
+
+    def __init__(self, policy: Asynchronous) -> None:
+        self._power, self._mixing = policy.options["staleness"], policy.options.get("mixing")
+
+    @classmethod
+    def build(cls, run: Any) -> StaleUploads | None:
+        return cls(run.participation) if isinstance(run.participation, Asynchronous) else None
+
+    def together(
+        self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
+    ) -> Iterator[Upload]:
+        return uploads if asked.entry.one_off else map(partial(self._counted, asked, note), uploads)
+
+    def _counted(self, asked: Asked, note: Callable[[ClientId, Mapping[str, float]], None], upload: Upload) -> Upload:
+        k, message = upload.client_id, dict(upload.message)
+        note(k, {"staleness": upload.staleness})
+        now, weight = asked.hooks.declared(asked.phase, k, asked.sent[k]), (1 + upload.staleness) ** -self._power
+        if self._mixing is not None:
+            for name in message.keys() & {"parameters", "buffers"}:
+                message[name] = _moved(now[name], now[name], message[name], weight * self._mixing)
+        elif upload.staleness and "parameters" in message:
+            start = asked.sent[k]["parameters"]
+            message["parameters"] = _moved(now["parameters"], start, message["parameters"], weight)
+        return replace(upload, message=message)
+
+
+def _moved(now: Tensor, start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """``now`` moved by a part of the way from ``start`` to ``end``, in fp64 and then in the dtype of ``end``."""
+    return (now.double() + weight * (end.double() - start.double())).to(end.dtype)
+
+
+def check_local(config: RunConfig) -> None:
+    """Raises UserError where a run of clients in other processes than workers is to be asynchronous."""
+    if config.asynchronous is not None:
+        raise UserError(
+            "--asynchronous has clients work in an order that only a virtual clock gives, on one machine: leave it out "
+            "over Flower and on ranks of torchrun."
+        )
+
+
+def check(config: RunConfig, method: Method, plan: Iterable[Round]) -> None:
+    """Checks that ``--asynchronous`` fits a run.
+
+    Args:
+        config: the run's settings.
+        method: its method.
+        plan: the method's rounds.
+
+    Raises:
+        UserError: it does not.
+    """
+    if config.asynchronous is None:
+        return
+    if team.place() is not None:
+        check_local(config)
+    if not (vars(type(method)).get("asynchronous", False) and method.averages):
+        able = ", ".join(name for name, kind in METHODS.items() if vars(kind).get("asynchronous", False))
+        raise UserError(
+            f"--asynchronous is for methods whose class declares that stale uploads do no harm ({able}), and "
+            f"{config.method} counts on whole rounds: leave it out, or choose another method."
+        )
+    others = {
+        "--dropout-rate": config.dropout_rate > 0, "--deadline": config.deadline != 1,
+        "--late-work": config.late_work != "count", "--dp-clip": config.dp_clip is not None,
+        "--buffers pool": config.buffers == "pool",
+    }  # fmt: skip
+    if given := next((flag for flag, there in others.items() if there), None):
+        raise UserError(
+            f"{given} is about rounds that all their clients begin and end, and --asynchronous has none: leave one of "
+            "the two out."
+        )
+    rounds = [entry for entry in plan if not entry.one_off]
+    if any(entry.participants != "sampled" or len(entry.exchanges) > 1 or entry.cohort for entry in rounds):
+        raise UserError(
+            f"--asynchronous is for rounds of one exchange with clients that are drawn, and {config.method} with these "
+            "options has others: leave it out."
+        )
