@@ -183,7 +183,7 @@ def child(words: Sequence[str], started: float, out: Path) -> int:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    import fedkern.cli.commands
+    import fedkern.cli.commands.run
     import fedkern.engine.run  # noqa: F401
     from fedkern import run
 

@@ -213,32 +213,21 @@ def _dispatch(words: list[str], leftover: bool) -> int:
 
     # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
     with _told("loading torch ..."), uncollected():
-        from fedkern.cli import (
-            commands,
-            comparing,
-            extensions,
-            finished_runs,
-            flags,
-            flower_runs,
-            overview,
-            reporting,
-            torchrun,
-        )
+        from fedkern.cli import command_parser, extensions, torchrun
         from fedkern.errors import UserError
         from fedkern.files import check_text
 
+        command_parser.load(command_parser.command(words))
     for word in words:
         check_text(word, "the argument")
     extensions.load(words)
-    apart = finished_runs.parse(words) or comparing.parse(words) or reporting.parse(words)
-    apart = apart or flower_runs.parse(words) or overview.parse(words)
-    request = apart or flags.parse(words)
+    request = command_parser.parse(words)
     if leftover and request.command in torchrun.RUNS:
         raise UserError(
             "torchrun's variables are set, but torchrun did not start this process: unset TORCHELASTIC_RUN_ID for a "
             "run of its own, or have the script that torchrun starts begin fedkern with exec."
         )
-    return torchrun.play(request, words, commands.COMMANDS)
+    return torchrun.play(request, words, command_parser.play)
 
 
 @contextmanager

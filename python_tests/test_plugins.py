@@ -10,7 +10,7 @@ import pytest
 from plugin_files import Marked, plugged, unload_all  # noqa: F401
 
 from fedkern import plugins
-from fedkern.cli import commands, flags
+from fedkern.cli import flags
 from fedkern.data import DATASETS
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
@@ -136,7 +136,7 @@ def test_two_plugins_cannot_have_one_name(tmp_path):
 
 
 def test_names_of_commands_are_those_of_the_command_line():
-    assert set(plugins.COMMANDS) == {*commands.COMMANDS, *flags.COMMANDS, "help"}
+    assert set(plugins.COMMANDS) == {*flags.COMMANDS, "help", "resume", "run"}
 
 
 # -- entry points ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.studies.study import publish, spread, table
-from fedkern.cli import downstream, finished_runs
+from fedkern.cli.command_parser import parse
+from fedkern.cli.commands import downstream
 from fedkern.engine.store.records import read_summary
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
@@ -78,8 +79,7 @@ def figures(folder: Path) -> dict[str, float]:
 
 def _result(folder: Path, task: str, words: Sequence[str]) -> Path:
     command = [task.partition(" ")[0], str(folder), *words]
-    request = finished_runs.parse(command)
-    assert request is not None
+    request = parse(command)
     path, settings = folder / downstream.result_name(request), json.loads(json.dumps(dict(request.arguments)))
     if not path.exists() or json.loads(path.read_text())["settings"] != settings:
         command = [sys.executable, "-m", "fedkern.run", *command, "--json"]

@@ -1,54 +1,76 @@
-"""Parsers of the commands that have flags of their own."""
+"""The tree of commands: the first word names a file of `fedkern.cli.commands`, or all words are those of a run.
+
+A command's file is imported when its command is asked for.  Its functions are ``add_flags(parser)``, ``play(request)``,
+which returns the exit code, and where the values of the flags need it ``checked(request, parser)``.
+"""
 
 from __future__ import annotations
 
-import argparse
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
-from fedkern.cli.flags import Parser, add_repeatable
-from fedkern.cli.front_page import COMMANDS, PROGRAM
+from fedkern.cli import flags
+from fedkern.cli.flags import Parser, as_request, check_filled
+from fedkern.cli.front_page import COMMANDS, TASKS
+from fedkern.cli.request import Request
 from fedkern.errors import UserError, nearest
+from fedkern.standard_streams import put
+
+SETTINGS = ("rounds", "data_root", "cache", "workers", "model")
+"""Flags that are settings of a run; ``data`` is one where it does not name other data than the run's."""
 
 
-def command_parser(command: str, description: str = "") -> Parser:
-    """A parser without flags; the description is by default that of the front page."""
-    return Parser(f"{PROGRAM} {command}", description or f"{COMMANDS[command][:1].upper()}{COMMANDS[command][1:]}.")
+def command(words: Sequence[str]) -> str:
+    """The command that the words name; "run" where they name none.
+
+    Only ``--json`` and ``--help`` may stand before it: after another flag the word is that flag's value.
+    """
+    first = next((word for word in words if word not in ("--json", "-h", "--help")), "")
+    return first if first in COMMANDS else "run"
 
 
-def add_data(parser: Parser, options: str) -> None:
-    """Adds the flags of another data set than the run's own; ``options`` is the help of ``--data-option``."""
-    parser.add_argument("--data", metavar="NAME", help="another data set than the run's own")
-    parser.add_argument("--data-root", metavar="DIR", help="where the data files are")
-    parser.add_argument("--cache", metavar="DIR", help="folder that keeps the decoded images; by default the run's "
-                                                      "own data are read from that of the run")  # fmt: skip
-    add_repeatable(parser, "--data-option", "key=value", f"{options}; repeatable")
+def load(name: str) -> ModuleType:
+    """The module of a command."""
+    file = "downstream" if name in TASKS else "run" if name == "resume" else name
+    return importlib.import_module(f"fedkern.cli.commands.{file}")
 
 
-def add_code(parser: Parser, *, data: bool) -> None:
-    """Adds the flags that name the code of a stored run again, and with ``data`` that of another data set."""
-    own = "code that registers the run's method or network"
-    text = "an option of the run again, where it names code that may run; repeatable"
-    add_repeatable(parser, "--method-option", "key=value", text)
-    text = f"{own}{', or that other data set' if data else ''}; repeatable"
-    add_repeatable(parser, "--plugin", "FILE.py|MODULE", text)
-
-
-def add_common(parser: Parser, printed: str) -> None:
-    """Adds ``--help``, and ``--json``, which prints what ``printed`` names."""
-    parser.add_argument("--json", action="store_true", help=f"print {printed} as JSON")
-    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
-
-
-def read(parser: Parser, command: str, words: Sequence[str]) -> argparse.Namespace:
-    """Reads the words of a command, among them its own name.
+def parse(words: Sequence[str]) -> Request:
+    """Reads the words after ``python -m fedkern.run``.
 
     Raises:
-        UserError: an unknown flag, or one without its value.
+        UserError: an unknown method, command or flag, or a value that its flag does not take.
     """
-    at = words.index(command)
+    name = command(words)
+    if name == "run":
+        return flags.parse(words)
+    module, parser, at = load(name), Parser(name), words.index(name)
+    parser.description = f"{COMMANDS[name][:1].upper()}{COMMANDS[name][1:]}."
+    module.add_flags(parser)
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
-    if rest:
-        known = [name for action in parser._actions for name in action.option_strings]
+    if parser.rest is not None:
+        parser.rest, found.words = rest, tuple(words)
+    elif rest:
+        known = [word for action in parser._actions for word in action.option_strings]
         given = rest[0].partition("=")[0]
-        raise UserError(f'{PROGRAM} {command} does not take "{given}".{nearest(given, known)} See --help.')
-    return found
+        raise UserError(f'{parser.prog} does not take "{given}".{nearest(given, known)} See --help.')
+    if found.help:
+        return Request("help", help=parser.format_help())
+    open_ones = [action.dest for action in parser._actions if action.option_strings and action.default is None]
+    check_filled({name: getattr(found, name) for name in open_ones})
+    if parser.folder_of and not getattr(found, "folder", getattr(found, "folders", None)):
+        raise UserError(f"{parser.prog} needs the folder of {parser.folder_of}.")
+    settings = SETTINGS if "data_option" in found else (*SETTINGS, "data")
+    request = as_request(vars(found), settings, name)
+    return getattr(module, "checked", lambda request, _: request)(request, parser)
+
+
+def play(request: Request) -> int:
+    """Does what a request asks; returns the exit code."""
+    if request.command == "help":
+        put(request.help)
+        return 0
+    code: int = load(request.command).play(request)
+    return code

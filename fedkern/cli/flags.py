@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import shlex
 import textwrap
@@ -69,7 +70,13 @@ DATA_FLAGS: dict[str, Option] = {
     "client_column": DATASETS["csv"].options["client_column"],
 }
 METAVARS |= {"boxes": "FILE", "detector": "PATH_OR_NAME", "detector_cache": "DIR"}
-RUN_FLAGS = {
+RUN_FLAGS: dict[str, tuple[Any, ...]] = {
+    "method_option": ("key=value", "an option of the method; repeatable", []),
+    "plugin": (
+        "FILE.py|MODULE",
+        "Python code that registers methods, data, metrics ... of your own (docs/plugins.md); repeatable",
+        [],
+    ),
     "config": ("FILE.toml", "settings from a file; flags override it"),
     "out": ("DIR", "run folder; default runs/<method>-<data>-<time>"),
     "resume": ("DIR", "continue the run in this folder"),
@@ -83,22 +90,37 @@ RUN_FLAGS = {
     "quiet": ("", "no display; only the run folder at the end"),
     "json": ("", "print the summary, as JSON, and nothing else"),
 }
-"""Flags of a request that are no settings of the run, with the name of their value ("" for a switch) and their help."""
+"""Flags of a run that are no settings of it, as `add` takes them."""
 TRACKERS = ("tensorboard", "wandb")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises :class:`UserError` instead of exiting.
+    """An argument parser, of a command or of a run, that raises :class:`UserError` instead of exiting.
 
-    A ``raw`` description is printed as it is, in the place of the usage.
+    Attributes:
+        command: name of the command; "" for a run.
+        folder_of: what has to be in the folders that the command needs.
+        rest: the words that are none of its flags; None where there may not be any.
     """
 
-    def __init__(self, prog: str, description: str | None, *, raw: bool = False) -> None:
-        kind = argparse.RawDescriptionHelpFormatter if raw else argparse.HelpFormatter
+    def __init__(self, command: str = "") -> None:
         super().__init__(
-            prog, argparse.SUPPRESS if raw else None, description, allow_abbrev=False, add_help=False,
-            formatter_class=lambda prog: kind(prog, max_help_position=32, width=110),
+            f"{PROGRAM} {command}".strip(), allow_abbrev=False, add_help=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
         )  # fmt: skip
+        self.command, self.folder_of = command, ""
+        self.rest: list[str] | None = None
+
+    def add_folder(self, of: str, help: str = "", metavar: str = "DIR", *, several: bool = False) -> None:
+        """Adds the folder, or the folders, without which the command does nothing."""
+        self.folder_of = of
+        name, count = ("folders", "*") if several else ("folder", "?")
+        self.add_argument(name, nargs=count, metavar=metavar, help=help or f"folder of {of}")
+
+    def begin(self, text: str) -> None:
+        """Begins the help with a text, printed as it is, instead of the usage."""
+        self.usage, self.description = argparse.SUPPRESS, text
+        self.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110)
 
     def error(self, message: str) -> NoReturn:
         if lacking := re.fullmatch(r"argument (\S+): expected one argument", message):
@@ -107,30 +129,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message[:1].upper() + message[1:] + ".")
 
 
-def whole_number(word: str) -> int:
-    """The number in a word of at most 18 decimal digits; -1 for other words."""
-    word = word.strip()
-    return int(word) if word.isdecimal() and len(word) <= 18 else -1
+def add(group: argparse._ActionsContainer, flags: Mapping[str, tuple[Any, ...]]) -> None:
+    """Adds flags by name, each with the name of its value ("" for a switch) and its help.
 
-
-def first(words: Sequence[str]) -> str:
-    """The word that may name a command with flags of its own; "" if there is none.
-
-    Only ``--json`` and ``--help`` may stand before it: after another flag the word is that flag's value.
+    A third entry is its default; that of a flag which may be given several times is ``[]``.
     """
-    return next((word for word in words if word not in ("--json", "-h", "--help")), "")
-
-
-def add_repeatable(group: argparse._ActionsContainer, name: str, metavar: str, text: str) -> None:
-    """Adds a flag that may be given several times."""
-    group.add_argument(name, action="append", default=[], metavar=metavar, help=text)
-
-
-def add_run_flags(group: argparse._ActionsContainer, names: Iterable[str]) -> None:
-    """Adds some of `RUN_FLAGS`."""
-    for name in names:
-        metavar, text = RUN_FLAGS[name]
+    for name, (metavar, text, *default) in flags.items():
         kind: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_true"}
+        if default:
+            kind |= {"default": default[0], "action": "append" if default[0] == [] else "store"}
         group.add_argument(flag(name), help=text, **kind)
 
 
@@ -161,8 +168,9 @@ def _other_data_options() -> str:
 
 
 def _parser(method: str | None, data: str) -> Parser:
-    about = None if method is None else f"{PROGRAM} {method} [flags]\n\n{_method_options(method, data)}"
-    parser = Parser(PROGRAM, about, raw=True)
+    parser = Parser()
+    if method is not None:
+        parser.begin(f"{PROGRAM} {method} [flags]\n\n{_method_options(method, data)}")
     # The parser keeps values as strings; options convert them, with messages that name the flag and the allowed range.
     first = parser.add_argument_group("method")
     first.add_argument("method", nargs="?", metavar="METHOD", help="one of " + ", ".join(sorted(METHODS)))
@@ -187,12 +195,9 @@ def _parser(method: str | None, data: str) -> Parser:
                 shown = _metavar(name, type(given.default), given.choices)
                 group.add_argument(flag(name), dest=f"data:{name}", metavar=shown, help=_data_help(name, given))
             text = f"an option of one data set: {_other_data_options()}"
-            add_repeatable(group, "--data-option", "key=value", text)
+            add(group, {"data_option": ("key=value", text, [])})
         if title == "run":
-            add_repeatable(group, "--method-option", "key=value", "an option of the method; repeatable")
-            text = "Python code that registers methods, data, metrics ... of your own (docs/plugins.md); repeatable"
-            add_repeatable(group, "--plugin", "FILE.py|MODULE", text)
-            add_run_flags(group, RUN_FLAGS)
+            add(group, RUN_FLAGS)
             group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     return parser
 
@@ -281,26 +286,34 @@ def parse(argv: Sequence[str], *around: Parser) -> Request:
     if values.help:
         return Request("help", method=method, help=front_page() if method is None else parser.format_help())
 
-    names = {each.field for each in RunConfig.declared()} - {"method"}
-    settings = RunConfig.read({name: each for name in names if (each := getattr(values, name)) is not None})
-    data_options: dict[str, Any] = {
-        name: value for name in DATA_FLAGS if (value := getattr(values, f"data:{name}")) is not None
-    }
-    for key, value in key_values(values.data_option, "data_option").items():
-        if key in data_options:
-            raise UserError(f'The data option "{key}" is given twice.')
-        data_options[key] = value
-    request = Request(
-        command="resume" if values.resume else "run",
-        method=method,
-        settings=settings,
-        options=tuple(values.method_option),
-        data_options=data_options,
-        plugins=tuple(values.plugin),
-        **{name: getattr(values, name) for name in RUN_FLAGS},
-    )
+    names = [each.field for each in RunConfig.declared() if each.field != "method"]
+    request = as_request(vars(values), names, "resume" if values.resume else "run")
     _check(request)
     return request
+
+
+def as_request(values: dict[str, Any], settings: Iterable[str], command: str) -> Request:
+    """The request of flags' values: ``settings`` of a run, fields of a request, and arguments, which are all others.
+
+    Raises:
+        UserError: a value of the wrong type or out of range, or a data option that is given twice.
+    """
+    read = RunConfig.read({name: value for name in settings if (value := values.pop(name, None)) is not None})
+    other = {"data": values.pop("data")} if "data" in values else {}  # other data than the run's, named as it is typed
+    named = {name: value for name in DATA_FLAGS if (value := values.pop(f"data:{name}", None)) is not None}
+    pairs = key_values(values.pop("data_option", ()), "data_option")
+    if twice := [key for key in pairs if key in named]:
+        raise UserError(f'The data option "{twice[0]}" is given twice.')
+    fields = {each.name: values.pop(each.name) for each in dataclasses.fields(Request) if each.name in values}
+    options, plugins = (tuple(values.pop(name, ())) for name in ("method_option", "plugin"))
+    return Request(
+        **{**fields, "command": command, "help": ""},
+        settings={**other, **read},
+        options=options,
+        plugins=plugins,
+        data_options={**named, **pairs},
+        arguments=values,
+    )
 
 
 def _check(request: Request) -> None:

@@ -1,15 +1,21 @@
-"""The command that repeats a run with another method."""
+"""Commands that repeat a run, also with another method."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedkern.cli.flags import DATA_FLAGS, flag, quote
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import one_shot
 from fedkern.settings.config import RunConfig
 from fedkern.settings.found import FOUND
+from fedkern.settings.stored import load_settings
 from fedkern.typed_option import as_typed
+
+if TYPE_CHECKING:
+    from fedkern.comparison.results import Result
 
 
 def command_line(method: str, config: RunConfig) -> str:
@@ -47,3 +53,20 @@ def command_line(method: str, config: RunConfig) -> str:
     for name in config.plugins:
         words += ["--plugin", quote(name)]
     return " ".join(words)
+
+
+def repeating(folder: Path) -> str:
+    """The command that repeats a run; empty where data or network were in the memory of a Python program."""
+    from fedkern.report.run_page import in_memory, stored_device
+
+    config = load_settings(folder, device="cpu")
+    if in_memory(config):
+        return ""
+    device = stored_device(folder)
+    return command_line(config.method, config) + ("" if device == "cpu" else f" --device {quote(device)}")
+
+
+def first_commands(result: Result) -> dict[str, str]:
+    """The command that repeats the first run of every group of a comparison, by the group's name."""
+    firsts = {group.label: next(iter(group.runs.values())).folder for group in result.groups}
+    return {label: text for label, run in firsts.items() if (text := repeating(run))}

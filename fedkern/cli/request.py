@@ -23,12 +23,11 @@ class Request:
     """A parsed command line; the flags of a run are in `fedkern.cli.flags.RUN_FLAGS`.
 
     Attributes:
-        command: ``"run"``, ``"resume"``, ``"attack"``, ``"list"``, ``"doctor"``, ``"help"`` or the name of
-            a downstream task.
+        command: ``"run"``, ``"resume"``, ``"help"`` or a name in `fedkern.cli.front_page.COMMANDS`.
         settings: ``RunConfig`` fields that were given as flags, converted.
         options: ``key=value`` method options.
         folder: the run folder of a command about a finished run.
-        arguments: arguments of a downstream task.
+        arguments: values of a command's own flags.
         plugins: names of plugins, which are loaded already.
     """
 
@@ -51,7 +50,7 @@ class Request:
     quiet: bool = False
     json: bool = False
     help: str = ""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -138,7 +137,6 @@ def trusted(folder: Path, options: Sequence[str], settings: Mapping[str, Any] | 
         return ()
     stored = load_settings(folder, device="cpu")
     given = given_options(stored.method, options)
-    model = None if model is None else RunConfig.read({"model": model})["model"]
     named = stored.replace(options={**stored.options, **given}, model=stored.model if model is None else model)
     if changed := named.differences(stored):
         raise UserError(f"The run in {folder} has other settings ({'; '.join(changed)}): leave these flags out.")

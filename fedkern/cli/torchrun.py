@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fedkern.cli.request import Request
@@ -17,16 +17,12 @@ RUNS = ("run", "resume", "extend")
 """Commands that play a run.  Any other command is for rank 0 alone."""
 
 
-def play(request: Request, words: Sequence[str], commands: Mapping[str, Callable[[Request], int]]) -> int:
-    """Does what the command line asks, on all ranks where torchrun has started this process; returns the exit code.
+def play(request: Request, words: Sequence[str], done: Callable[[Request], int]) -> int:
+    """Has a request ``done``, on all ranks where torchrun has started this process; returns the exit code.
 
     Raises:
         UserError: the ranks do not fit together, or the run cannot go on.
     """
-
-    def done(asked: Request) -> int:
-        return commands[asked.command](asked)
-
     place = team.place()
     if place is None:
         return done(request)

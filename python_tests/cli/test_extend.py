@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fedkern import atomic
-from fedkern.cli import finished_runs
-from fedkern.cli.flags import parse
+from fedkern.cli.command_parser import parse
+from fedkern.cli.commands import extend
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store import extending
 from fedkern.engine.store.records import read_metrics
@@ -116,11 +116,11 @@ def test_a_schedule_over_all_rounds_is_told(result):
     "flags", [["--tensorboard"], ["--wandb", "a/b"], ["--wandb=p", "--tensorboard", "--quiet"], []]
 )
 def test_the_trackers_of_a_run_follow_an_extended_one(flags, monkeypatch, tmp_path):
-    given = finished_runs.parse(["extend", "run", "--rounds", "9", *flags, "--workers", "2"])
+    given = parse(["extend", "run", "--rounds", "9", *flags, "--workers", "2"])
     monkeypatch.setattr(extending, "extend", lambda out, rounds: RunConfig.make("fedavg", rounds=rounds))
-    monkeypatch.setattr(finished_runs, "load_settings", lambda *_, **__: RunConfig.make("fedavg"))
+    monkeypatch.setattr(extend, "load_settings", lambda *_, **__: RunConfig.make("fedavg"))
     (tmp_path / "run").mkdir()
-    again, plain = finished_runs.extended(given), parse(["--resume", "run", *flags, "--workers", "2"])
+    again, plain = extend.extended(given), parse(["--resume", "run", *flags, "--workers", "2"])
     assert {**vars(again), "predictions": False} == vars(plain)
 
 

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from fedkern.cli import flower_runs
+from fedkern.cli.command_parser import parse
+from fedkern.cli.commands import flower
 from fedkern.errors import RunFailed, UserError
 from fedkern.run import main
 
@@ -30,7 +31,7 @@ def flwr(tmp_path, monkeypatch):
     script = tmp_path / "flwr.py"
     script.write_text(FLWR)
     script.with_suffix("").mkdir()
-    monkeypatch.setattr(flower_runs, "_FLWR", (str(script),))
+    monkeypatch.setattr(flower, "_FLWR", (str(script),))
 
     def answers(*given):
         for number, (name, text) in enumerate(given):
@@ -47,13 +48,12 @@ def listed(status, details="N/A"):
 
 
 def test_flags_are_read():
-    request = flower_runs.parse(
+    request = parse(
         ["flower", "project", "--run-config", "rounds=2", "--run-config", "lr=0.1", "--superlink", "hospital"]
     )
-    assert request.arguments["folder"] == "project"
+    assert str(request.folder) == "project"
     assert request.arguments["superlink"] == "hospital"
     assert request.arguments["run_config"] == ["rounds=2", "lr=0.1"]
-    assert flower_runs.parse(["report", "project"]) is None
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_run_whose_log_ends_early_is_waited_for(flwr, capsys):
         ("ls", listed("running")),
         ("ls", listed("finished:completed")),
     )
-    flower_runs._play(["project", "hospital", "--run-config", "rounds=3"], ["hospital"])
+    flower._play(["project", "hospital", "--run-config", "rounds=3"], ["hospital"])
     assert capsys.readouterr().out == "INFO one\n\\x1b]0;title\\x07two\n"
     assert asked() == [
         "run --stream project hospital --run-config rounds=3",
@@ -110,7 +110,7 @@ def test_a_run_that_is_not_completed_has_failed(flwr, answer, sentence):
     answers, _ = flwr
     answers(("run", "Successfully started run 7\n"), ("ls", answer))
     with pytest.raises(RunFailed, match=sentence) as caught:
-        flower_runs._play(["project"], [])
+        flower._play(["project"], [])
     assert caught.value.exit_code == 1
 
 
@@ -120,7 +120,7 @@ def test_what_flower_refuses_is_one_sentence(flwr):
         ("run", "Using SuperLink: x (y)\n╭─ Error ───────╮\n│ The SuperLink │\n│ is away.      │\n╰───────────────╯\n")
     )
     with pytest.raises(UserError, match=r"^Flower: The SuperLink is away\.$") as caught:
-        flower_runs._play(["project"], [])
+        flower._play(["project"], [])
     assert caught.value.exit_code == 2
 
 
@@ -129,7 +129,7 @@ def test_ctrl_c_before_flower_has_answered_stops_the_run_all_the_same(flwr, tmp_
     (tmp_path / "flwr.interrupts").touch()
     answers(("run", "Successfully started run 7\n"), ("stop", "{}"))
     with pytest.raises(KeyboardInterrupt):
-        flower_runs._play(["project", "hospital"], ["hospital"])
+        flower._play(["project", "hospital"], ["hospital"])
     assert asked()[1:] == ["stop 7 hospital"]
 
 
@@ -151,7 +151,7 @@ def test_what_is_simulated_is_said_by_flowers_configuration(tmp_path, monkeypatc
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     if configuration is not None:
         (tmp_path / "config.toml").write_text(f"[superlink]\n{configuration}\n")
-    assert flower_runs._simulated(name) is simulated
+    assert flower._simulated(name) is simulated
 
 
 @pytest.mark.flower

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fedkern import atomic
-from fedkern.cli import commands, finished_runs, flags, request
+from fedkern.cli import command_parser, flags, request
+from fedkern.cli.commands import run
 from fedkern.errors import UserError
 from fedkern.run import main
 
@@ -32,7 +33,7 @@ def test_two_runs_of_one_second_take_two_folders(monkeypatch, tmp_path):
     monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
     asked = flags.parse(["fedavg"])
     config = request.effective(asked)
-    with commands._folder(asked, config) as first, commands._folder(asked, config) as second:
+    with run._folder(asked, config) as first, run._folder(asked, config) as second:
         assert (first.name, second.name) == (
             "fedavg-colordigits-20260101-000000",
             "fedavg-colordigits-20260101-000000-2",
@@ -87,10 +88,10 @@ def test_a_folder_that_is_not_named(fails, tmp_path, argv, part):
 
 def test_a_folder_called_like_a_command():
     for words in (["--resume", "probe"], ["fedavg", "--out", "retrieval"]):
-        assert finished_runs.parse(words) is None
-    assert finished_runs.parse(["attack", "decode"]).command == "attack"
+        assert command_parser.command(words) == "run"
+    assert command_parser.parse(["attack", "decode"]).command == "attack"
     assert flags.parse(["--resume", "probe"]).resume == Path("probe")
-    asked = finished_runs.parse(["--json", "probe", "probe", "--shots", "all"])
+    asked = command_parser.parse(["--json", "probe", "probe", "--shots", "all"])
     assert (asked.command, asked.folder, asked.json) == ("probe", Path("probe"), True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkern.cli import comparing, finished_runs, flags, flower_runs, overview, reporting
+from fedkern.cli.command_parser import parse
 from fedkern.cli.request import effective
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +36,7 @@ def test_a_command_of_a_page_is_taken(page, line, monkeypatch, tmp_path):
         pytest.skip("names what a plugin registers: the page's own tests run it")
     for name in ("one", "two", "three"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    kinds = (finished_runs, comparing, reporting, flower_runs, overview, flags)
-    request = next(found for found in (kind.parse(words) for kind in kinds) if found is not None)
+    request = parse(words)
     if request.command == "run":
         assert effective(request).method == request.method
 

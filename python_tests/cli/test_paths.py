@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from fedkern.cli import finished_runs, flags, request
+from fedkern.cli import command_parser, flags, request
 from fedkern.run import main
 
 TINY = ["--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4"]
@@ -60,7 +60,7 @@ def test_folders_of_runs_may_be_in_the_home_folder(monkeypatch, tmp_path):
     assert flags.parse(["fedavg", "--out=~/x"]).out == tmp_path / "x"
     assert flags.parse(["--resume=~/x"]).resume == tmp_path / "x"
     assert flags.parse(["fedavg", "--config=~/x"]).config == tmp_path / "x"
-    assert finished_runs.parse(["attack", "~/x"]).folder == tmp_path / "x"
+    assert command_parser.parse(["attack", "~/x"]).folder == tmp_path / "x"
 
 
 @pytest.mark.parametrize(

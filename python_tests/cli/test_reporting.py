@@ -7,7 +7,7 @@ import shlex
 import pytest
 from html_reader import Reader
 
-from fedkern.cli import flags, reporting
+from fedkern.cli import flags, repeat
 from fedkern.cli.request import effective
 from fedkern.run import main
 from fedkern.settings.stored import load_settings
@@ -140,6 +140,6 @@ def test_a_run_with_data_in_memory_has_no_command(tmp_path):
     site = (np.zeros((8, 8, 8), dtype=np.uint8), np.arange(8) % 2)
     data = fedkern.FederatedData.from_arrays([site, site], site)
     run = fedkern.simulate("fedavg", data=data, model="mlp", rounds=1, out="run", progress=False, pictures=False)
-    assert reporting.repeating(run.out) == ""
+    assert repeat.repeating(run.out) == ""
     assert main(["report", "run"]) == 0
     assert "memory of a Python program" in Reader((tmp_path / "run/report.html").read_text()).words

@@ -220,7 +220,7 @@ def test_too_little_memory_is_one_sentence(fails, monkeypatch):
     def greedy():
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr("fedkern.cli.commands.check_backend", greedy)
+    monkeypatch.setattr("fedkern.cli.commands.run.check_backend", greedy)
     assert "the machine has not enough memory; use a smaller --batch-size" in fails("fedavg", *TINY, "--out", "out")
 
 

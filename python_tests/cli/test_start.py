@@ -49,6 +49,12 @@ def test_help_needs_no_torch():
     ]
 
 
+def test_a_command_imports_its_own_file_alone():
+    _, modules = command("doctor", "--help")
+    assert {name for name in modules if name.startswith("fedkern.cli.commands.")} == {"fedkern.cli.commands.doctor"}
+    assert not modules & {"fedkern.engine.run", "fedkern.downstream", "fedkern.comparison.compared"}
+
+
 def test_help_is_the_same_once_torch_is_loaded(result):
     assert result("--help")[0] == result("-h", "--json")[0] == command("-h")[0]
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 from interrupted import Kill, KillAt
 
-from fedkern.cli import commands, flags
+from fedkern.cli.command_parser import parse, play
+from fedkern.cli.commands import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners.tensorboard import FOLDER, TensorBoard, scalars
@@ -38,7 +39,7 @@ def test_a_missing_package_is_named(monkeypatch):
     with pytest.raises(UserError, match="need tensorboard: pip install "):
         TensorBoard()
     with pytest.raises(UserError, match="tensorboard"):
-        commands.COMMANDS["run"](flags.parse(["fedavg", "--tensorboard"]))
+        play(parse(["fedavg", "--tensorboard"]))
 
 
 def read(folder):
@@ -59,13 +60,13 @@ WORDS = [
 def test_every_round_of_a_run_stands_in_them(last, tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install '.[tensorboard]')")
     out = tmp_path / "run"
-    make = commands.Listeners
-    monkeypatch.setattr(commands, "Listeners", lambda *listeners: make(*listeners, KillAt("round", round=last)))
+    make = run.Listeners
+    monkeypatch.setattr(run, "Listeners", lambda *listeners: make(*listeners, KillAt("round", round=last)))
     with pytest.raises(Kill):  # the last round is in the event files but in no checkpoint
-        commands.COMMANDS["run"](flags.parse([*WORDS, "--out", str(out)]))
-    monkeypatch.setattr(commands, "Listeners", make)
+        play(parse([*WORDS, "--out", str(out)]))
+    monkeypatch.setattr(run, "Listeners", make)
     assert [step for step, _ in read(out / FOLDER)["loss"]] == list(range(1, last + 1))
-    assert commands.COMMANDS["resume"](flags.parse(["--resume", str(out), "--tensorboard", "--quiet"])) == 0
+    assert play(parse(["--resume", str(out), "--tensorboard", "--quiet"])) == 0
     found = read(out / FOLDER)
     assert [step for step, _ in found["loss"]] == [1, 2, 3, 4]
     for tag in ("accuracy", "validation/accuracy", "loss", "clients/drift", "run/bytes_up", "final/accuracy"):
@@ -82,7 +83,7 @@ def test_fediods_figures_stand_in_them(tmp_path):
     options = ("nz=4", "ngf=2", "ndf=2", "batch=4", "iterations=2", "student_steps=1", "warmup=0.5")
     words = ["fediod", *WORDS[1:], *(word for option in options for word in ("--method-option", option))]
     words[words.index("--rounds") + 1] = "2"
-    assert commands.COMMANDS["run"](flags.parse([*words, "--out", str(out)])) == 0
+    assert play(parse([*words, "--out", str(out)])) == 0
     found, records = read(out / FOLDER), read_metrics(out)
     for name in ("accuracy", "clarity", "diversity", "balance", "student_loss", "student_agreement"):
         expected = [(r["round"], pytest.approx(r[name], rel=1e-6)) for r in records if name in r]

@@ -10,7 +10,8 @@ import types
 import pytest
 from interrupted import Kill, KillAt
 
-from fedkern.cli import commands, flags
+from fedkern.cli.command_parser import parse, play
+from fedkern.cli.commands import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import WandB
@@ -57,22 +58,22 @@ def wandb(monkeypatch):
     return made
 
 
-def cut(monkeypatch, last, command, *words):
+def cut(monkeypatch, last, *words):
     """A run that is killed once round ``last`` has been told to every listener."""
-    make = commands.Listeners
-    monkeypatch.setattr(commands, "Listeners", lambda *listeners: make(*listeners, KillAt("round", round=last)))
+    make = run.Listeners
+    monkeypatch.setattr(run, "Listeners", lambda *listeners: make(*listeners, KillAt("round", round=last)))
     with pytest.raises(Kill):
-        commands.COMMANDS[command](flags.parse([*words, "--quiet"]))
-    monkeypatch.setattr(commands, "Listeners", make)
+        play(parse([*words, "--quiet"]))
+    monkeypatch.setattr(run, "Listeners", make)
 
 
 def resume(out, *words):
-    assert commands.COMMANDS["resume"](flags.parse(["--resume", str(out), "--quiet", *words])) == 0
+    assert play(parse(["--resume", str(out), "--quiet", *words])) == 0
 
 
 def test_a_resumed_run_goes_on_with_the_same_curve(wandb, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    cut(monkeypatch, 3, "run", *WORDS, "--out", str(out), "--wandb", "team/demo")
+    cut(monkeypatch, 3, *WORDS, "--out", str(out), "--wandb", "team/demo")
     resume(out, "--wandb", "team/demo")
     first, second = wandb.runs
     assert first.given["id"] == second.given["id"]
@@ -92,8 +93,8 @@ def test_a_resumed_run_goes_on_with_the_same_curve(wandb, tmp_path, monkeypatch)
 def test_runs_with_curves_of_their_own(wandb, tmp_path, monkeypatch):
     """Resumed from before the first checkpoint, and resumed for another project."""
     out = tmp_path / "run"
-    cut(monkeypatch, 1, "run", *WORDS, "--out", str(out), "--wandb", "demo")
-    cut(monkeypatch, 3, "resume", "--resume", str(out), "--wandb", "demo")
+    cut(monkeypatch, 1, *WORDS, "--out", str(out), "--wandb", "demo")
+    cut(monkeypatch, 3, "--resume", str(out), "--wandb", "demo")
     resume(out, "--wandb", "other")
     assert len({each.given["id"] for each in wandb.runs}) == 3
     assert [[step for step, _ in each.rows] for each in wandb.runs] == [[1], [1, 2, 3], [3, 4]]
@@ -102,10 +103,7 @@ def test_runs_with_curves_of_their_own(wandb, tmp_path, monkeypatch):
 
 def test_private_records_tell_it_what_they_tell_anybody(wandb, tmp_path):
     out = tmp_path / "run"
-    assert (
-        commands.COMMANDS["run"](flags.parse([*WORDS, "--records=private", "--out", str(out), "--wandb=p", "--quiet"]))
-        == 0
-    )
+    assert play(parse([*WORDS, "--records=private", "--out", str(out), "--wandb=p", "--quiet"])) == 0
     (only,) = wandb.runs
     assert [row for _, row in only.rows] == [scalars(record) for record in read_metrics(out)]
     assert not [tag for _, row in only.rows for tag in row if tag.startswith("clients/")]
@@ -118,14 +116,14 @@ def test_mistakes_are_said_and_leave_nothing(wandb, tmp_path, monkeypatch):
     wandb.problem = "No API key configured. Use `wandb login` to log in."
     said = "wandb cannot open the project p (No API key configured. Use `wandb login` to log in): put that right, set"
     with pytest.raises(UserError, match=re.escape(said)):
-        commands.COMMANDS["run"](flags.parse([*WORDS, "--out", str(tmp_path / "run"), "--wandb", "p"]))
+        play(parse([*WORDS, "--out", str(tmp_path / "run"), "--wandb", "p"]))
     with pytest.raises(UserError, match="--wandb is given without a value"):
-        flags.parse([*WORDS, "--wandb", ""])
+        parse([*WORDS, "--wandb", ""])
     with pytest.raises(UserError, match="name of a project"):
         WandB("/")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="needs wandb: pip install "):
-        commands.COMMANDS["run"](flags.parse([*WORDS, "--out", str(tmp_path / "run"), "--wandb", "p"]))
+        play(parse([*WORDS, "--out", str(tmp_path / "run"), "--wandb", "p"]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -134,7 +132,7 @@ def test_offline_for_real(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed (pip install '.[wandb]')")
     monkeypatch.setenv("WANDB_MODE", "offline")
     out = tmp_path / "run"
-    cut(monkeypatch, 3, "run", *WORDS, "--out", str(out), "--wandb", "demo")
+    cut(monkeypatch, 3, *WORDS, "--out", str(out), "--wandb", "demo")
     resume(out, "--wandb", "demo")
     folders = sorted((out / "wandb").glob("offline-run-*"))
     assert len(folders) == 2

@@ -1,28 +1,17 @@
-"""The commands ``list`` and ``doctor``: what there is, and what serves on this machine."""
+"""``list``: methods, data sets, models, encoders, partitioners, aggregators and metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from fedkern.cli.command_parser import add_common, command_parser, read
-from fedkern.cli.flags import add_repeatable, first
+from fedkern.cli.flags import Parser, add
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request
 from fedkern.standard_streams import put
 
 
-def parse(words: Sequence[str]) -> Request | None:
-    """Reads one of these commands; None if the words are another command."""
-    command = first(words)
-    if command not in COMMAND_TABLE:
-        return None
-    parser = command_parser(command)
-    if command == "list":
-        text = "code whose methods, data sets ... are listed too; repeatable"
-        add_repeatable(parser, "--plugin", "FILE.py|MODULE", text)
-    add_common(parser, {"list": "the names", "doctor": "the report"}[command])
-    found = read(parser, command, words)
-    return Request("help", help=parser.format_help()) if found.help else Request(command, json=found.json)
+def add_flags(parser: Parser) -> None:
+    """Adds the flags."""
+    text = "code whose methods, data sets ... are listed too; repeatable"
+    add(parser, {"plugin": ("FILE.py|MODULE", text, []), "json": ("", "print the names as JSON")})
 
 
 def catalogue() -> dict[str, dict[str, str]]:
@@ -52,7 +41,7 @@ def catalogue() -> dict[str, dict[str, str]]:
     }
 
 
-def list_all(request: Request) -> int:
+def play(request: Request) -> int:
     """Prints the catalogue."""
     found = catalogue()
     if request.json:
@@ -65,18 +54,3 @@ def list_all(request: Request) -> int:
             print(f"  {name:<{width}}{text}")
     print(f"\nThe options of a method: {PROGRAM} METHOD --help")
     return 0
-
-
-def doctor(request: Request) -> int:
-    """Prints the state of the installation."""
-    from fedkern.report import doctor as report
-    from fedkern.report.progress import terminal
-
-    if request.json:
-        put(report.collect())
-    else:
-        report.show(terminal())
-    return 0
-
-
-COMMAND_TABLE = {"list": list_all, "doctor": doctor}

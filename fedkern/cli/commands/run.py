@@ -1,4 +1,4 @@
-"""The commands run and resume, and the table of all commands."""
+"""A run: ``METHOD``, whose flags are in `fedkern.cli.flags`, and ``--resume DIR``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fedkern import interrupts, machine, plugins
-from fedkern.cli import comparing, downstream, finished_runs, flower_project, flower_runs, overview, reporting
+from fedkern.cli import flower_project
 from fedkern.cli.backend_check import check_backend
 from fedkern.cli.flags import quote
-from fedkern.cli.front_page import PROGRAM, TASKS
-from fedkern.cli.repeat import command_line
+from fedkern.cli.front_page import PROGRAM
+from fedkern.cli.repeat import command_line, repeating
 from fedkern.cli.request import Request, effective, trusted
 from fedkern.data.registry import given_options
-from fedkern.engine.run import run as play
+from fedkern.engine.run import run
 from fedkern.engine.store.extending import REPORT
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import plain
@@ -53,7 +53,7 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def run(request: Request) -> int:
+def play(request: Request) -> int:
     """Plays a run or, with ``--flower``, writes a project; returns 0, or 130 after Ctrl-C and 143 after SIGTERM."""
     if request.flower is not None:
         return flower_project.write(request)
@@ -88,12 +88,12 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         code = tuple(part for _, part in config.code())
     else:
         code = trusted(out, request.options, request.settings)
-    trackers = _trackers(request)
+    others = trackers(request)
     shown = display(quiet=request.quiet, json=request.json)
-    tee = Listeners(*trackers, shown)  # a tracker that asks something at its start does so before the progress bar
+    tee = Listeners(*others, shown)  # a tracker that asks something at its start does so before the progress bar
     complete = False
     try:
-        summary = play(
+        summary = run(
             config,
             out=out,
             resume=request.resume is not None,
@@ -148,7 +148,7 @@ def _illustrate(
         from fedkern.report.run_page import write_report
 
         try:
-            command = reporting.repeating(out)
+            command = repeating(out)
             report = write_report(out, data=data, data_root=config.data_root, command=command, trusted=code)
             tell(f"report:     {report}")
         except UserError as error:
@@ -157,7 +157,7 @@ def _illustrate(
         raise UserError(f"The run is complete, but not its {missing[0]}.")
 
 
-def _trackers(request: Request) -> list[Listener]:
+def trackers(request: Request) -> list[Listener]:
     """The trackers that ``--tensorboard`` and ``--wandb`` name."""
     found: list[Listener] = []
     if request.tensorboard:
@@ -230,29 +230,3 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
     say(console, f"run folder: {out}")
     if request.predictions and (out / PREDICTIONS).exists():
         say(console, f"answers:    {PREDICTIONS}")
-
-
-def extend(request: Request) -> int:
-    """Gives the run more rounds and goes on with it."""
-    _trackers(request)  # a package that is not installed is told before anything is written
-    return run(finished_runs.extended(request))
-
-
-def show_help(request: Request) -> int:
-    """Prints the help that was asked for."""
-    put(request.help)
-    return 0
-
-
-COMMANDS = {
-    **dict.fromkeys(TASKS, downstream.run),
-    **finished_runs.COMMAND_TABLE,
-    **comparing.COMMAND_TABLE,
-    **reporting.COMMAND_TABLE,
-    flower_runs.NAME: flower_runs.flower,
-    **overview.COMMAND_TABLE,
-    "run": run,
-    "resume": run,
-    "extend": extend,
-    "help": show_help,
-}

@@ -1,4 +1,4 @@
-"""The command ``compare``: methods over seeds and settings, or finished runs."""
+"""``compare METHOD METHOD...``, ``compare DIR DIR...``: methods over seeds and settings, or finished runs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 from fedkern import interrupts
 from fedkern.cli import flags
-from fedkern.cli.flags import Parser, add_repeatable, check_filled, first, key_values, quote
+from fedkern.cli.flags import Parser, add, key_values, quote
 from fedkern.cli.front_page import PROGRAM
+from fedkern.cli.repeat import first_commands
 from fedkern.cli.request import Request, effective
 from fedkern.errors import UserError, printable
-from fedkern.files import expand
 from fedkern.methods import METHODS, registry
 from fedkern.settings.config import RunConfig
 from fedkern.standard_streams import put
+from fedkern.typed_option import flag
 
-NAME = "compare"
 _NOT_HERE = {
     "resume": "give the same command again with the same --out to go on",
     "tensorboard": "use it with a single run",
@@ -37,80 +37,60 @@ methods that have it. The same command with the same --out goes on where it stop
 """
 
 
-def _parser() -> Parser:
-    parser = Parser(f"{PROGRAM} {NAME}", USAGE, raw=True)
-    parser.add_argument("--seeds", metavar="N", help="number of seeds, from --seed on, or a list such as 0,4,7; "
-                                                     "default 3")  # fmt: skip
-    text = (
-        "values of a setting or a method option; repeatable, all combinations are run; values with commas are parted "
-        "by ;"
-    )
-    add_repeatable(parser, "--sweep", "NAME=V,V", text)
-    parser.add_argument("--select", metavar="validation",
-                        help="run a sweep with the first seed only, and all seeds with every method's best setting by "
-                             "its validation figure")  # fmt: skip
-    parser.add_argument(
-        "--target",
-        metavar="FIGURE=VALUE",
-        help="tell rounds, bytes and seconds up to this figure of a round, such as accuracy=0.8",
-    )
-    add_repeatable(parser, "--method-option", "key=value", "an option of the methods that have it; repeatable")
-    parser.add_argument("--out", metavar="DIR", help="folder of the runs and of comparison.csv, .md, .tex and .png; "
-                                                     "default comparisons/<time>")  # fmt: skip
-    parser.add_argument("--report", action="store_true", help="write report.html of the comparison")
-    parser.add_argument("--quiet", action="store_true", help="no display; only the folder at the end")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON, and nothing else")
-    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
-    return parser
+def add_flags(parser: Parser) -> None:
+    """Adds the flags; methods and their flags, or folders, are words around them."""
+    parser.begin(USAGE)
+    parser.rest = []
+    add(parser, {
+        "seeds": ("N", "number of seeds, from --seed on, or a list such as 0,4,7; default 3"),
+        "sweep": ("NAME=V,V", "values of a setting or a method option; repeatable, all combinations are run; values "
+                              "with commas are parted by ;", []),
+        "select": ("validation", "run a sweep with the first seed only, and all seeds with every method's best setting "
+                                 "by its validation figure"),
+        "target": ("FIGURE=VALUE", "tell rounds, bytes and seconds up to this figure of a round, such as accuracy=0.8"),
+        "method_option": ("key=value", "an option of the methods that have it; repeatable", []),
+        "out": ("DIR", "folder of the runs and of comparison.csv, .md, .tex and .png; default comparisons/<time>"),
+        "report": ("", "write report.html of the comparison"),
+        "quiet": ("", "no display; only the folder at the end"),
+        "json": ("", "print the table as JSON, and nothing else"),
+    })  # fmt: skip
 
 
-def parse(words: Sequence[str]) -> Request | None:
-    """Reads the command; None if the words are another command."""
-    if first(words) != NAME:
-        return None
-    at, parser = words.index(NAME), _parser()
-    found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
-    if found.help:
-        return Request("help", help=parser.format_help())
-    check_filled({name: getattr(found, name) for name in ("seeds", "select", "target", "out")})
-    count = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
-    names, rest = rest[:count], rest[count:]
-    folders = [name for name in names if name not in METHODS and Path(name).is_dir()]
-    out = Path(found.out) if found.out else None
-    shared: dict[str, Any] = {"target": found.target, "words": tuple(words), "report": found.report}
-    if names and len(folders) == len(names):
-        refused = [f"--{name.replace('_', '-')}" for name in ("seeds", "sweep", "select", "method_option")
-                 if getattr(found, name)]  # fmt: skip
-        if extra := [*refused, *rest]:
-            raise UserError(f"{extra[0]} is for new runs: name methods instead of folders, or leave it out.")
-        return Request(NAME, out=out, quiet=found.quiet, json=found.json, arguments={**shared, "folders": folders})
+def checked(request: Request, parser: Parser) -> Request:
+    """The request for the methods or folders; raises UserError where these and the flags do not go together."""
     from fedkern.comparison.cells import check_methods, check_option, read_seeds, read_sweep, variants
     from fedkern.comparison.compared import check_select
     from fedkern.comparison.seed_statistics import Target
 
+    words, given = parser.rest or [], request.arguments
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    names, rest = words[:count], words[count:]
+    folders = [name for name in names if name not in METHODS and Path(name).is_dir()]
+    if names and len(folders) == len(names):
+        new = {**{name: given[name] for name in ("seeds", "sweep", "select")}, "method_option": request.options}
+        if extra := [*(flag(name) for name, value in new.items() if value), *rest]:
+            raise UserError(f"{extra[0]} is for new runs: name methods instead of folders, or leave it out.")
+        return dataclasses.replace(request, arguments={"target": given["target"], "folders": folders})
     if folders and len(folders) < len(names):
         other = next(name for name in names if name not in folders)
         what = "a method" if other in METHODS else "no folder"
         raise UserError(f"{folders[0]} is a folder and {other} is {what}: name methods alone, or folders alone.")
     check_methods(names)
     run = _settings(names[0], rest, parser)
-    options = key_values(found.method_option, "method_option")
+    options = key_values(request.options, "method_option")
     for name in options:
         check_option(name, names)
-    sweep = read_sweep(found.sweep)
-    check_select(found.select, sweep)
-    given = {*run.settings, *options}
-    arguments = {
-        **shared,
-        "variants": variants(names, sweep, given),
-        "seeds": read_seeds(found.seeds or "3", run.settings.get("seed", 0)),
-        "select": found.select,
+    sweep = read_sweep(given["sweep"])
+    check_select(given["select"], sweep)
+    planned = {
+        "variants": variants(names, sweep, {*run.settings, *options}),
+        "seeds": read_seeds(given["seeds"] or "3", run.settings.get("seed", 0)),
         "options": options,
     }
-    if found.target is not None:
-        Target.read(found.target)
-    return dataclasses.replace(run, command=NAME, out=None if out is None else expand(out), quiet=found.quiet,
-                               json=found.json, arguments=arguments)  # fmt: skip
+    if given["target"] is not None:
+        Target.read(given["target"])
+    common = {name: getattr(request, name) for name in ("command", "out", "report", "quiet", "json")}
+    return dataclasses.replace(run, arguments={**given, **planned}, **common)
 
 
 def _settings(method: str, rest: Sequence[str], parser: Parser) -> Request:
@@ -118,38 +98,39 @@ def _settings(method: str, rest: Sequence[str], parser: Parser) -> Request:
     run = flags.parse([method, *rest], parser)
     for name, way in _NOT_HERE.items():
         if getattr(run, name):
-            raise UserError(f"--{name} is not for {NAME}: {way}.")
+            raise UserError(f"--{name} is not for {parser.command}: {way}.")
     return run
 
 
-def compare(request: Request) -> int:
+def play(request: Request) -> int:
     """Compares methods or finished runs; returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM."""
     from fedkern.cli.backend_check import check_backend
+    from fedkern.comparison import compared
     from fedkern.comparison.boards import board
     from fedkern.comparison.cell_runner import Runner
-    from fedkern.comparison.compared import Comparison, compare_found, in_folder, play, unread
     from fedkern.comparison.seed_statistics import Target
 
     given = request.arguments
     target = None if given["target"] is None else Target.read(given["target"])
     if "folders" in given:
-        return _tell(request, compare_found(given["folders"], out=request.out, target=target), {})
+        return _tell(request, compared.compare_found(given["folders"], out=request.out, target=target), {})
     check_backend()
     shown = board(quiet=request.quiet, json=request.json)
-    notes = unread([*given["variants"]], request.settings, given["options"])
+    notes = compared.unread([*given["variants"]], request.settings, given["options"])
     where: list[Path] = []
     tracebacks: dict[str, str] = {}
 
-    def begin(out: Path) -> Comparison:
+    def begin(out: Path) -> compared.Comparison:
         where.append(out)
         given_names = frozenset(request.settings)
         runner = Runner(
             out, lambda variant, seed: _config(request, variant, seed), given_names, shown, tracebacks=tracebacks
         )
-        return play(runner, given["variants"], given["seeds"], select=given["select"], target=target, notes=notes)
+        variants, seeds, select = (given[name] for name in ("variants", "seeds", "select"))
+        return compared.play(runner, variants, seeds, select=select, target=target, notes=notes)
 
     try:
-        found = in_folder(request.out, begin)
+        found = compared.in_folder(request.out, begin)
     except KeyboardInterrupt as stop:
         interrupts.ended()
         shown.close()
@@ -201,14 +182,10 @@ def _tell(request: Request, found: Any, tracebacks: Mapping[str, str]) -> int:
         print(printable(text), end="", file=sys.stderr)
     for text in found.failures:
         print(f"error: {text}", file=sys.stderr)
-    if request.arguments["report"]:
-        from fedkern.cli.reporting import first_commands
+    if request.report:
         from fedkern.comparison.comparison_page import write_report
 
         written = write_report(found.folder, found.result, commands=first_commands(found.result))
         if not (request.json or request.quiet):
             say(terminal(), f"report: {written}")
     return 1 if found.failures else 0
-
-
-COMMAND_TABLE = {NAME: compare}

@@ -1,4 +1,4 @@
-"""The command ``flower PROJECT_DIR``: ``flwr run --stream`` that ends as the run does.
+"""``flower PROJECT_DIR``: ``flwr run --stream`` that ends as the run does.
 
 In flwr 1.41 and 1.42 ``flwr run`` returns 0 for a run that fails, leaves the run alone at Ctrl-C, and sends a
 simulation to whatever answers at a fixed port, else to a SuperLink that outlives the command.
@@ -22,52 +22,43 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
-from fedkern.cli.command_parser import command_parser, read
-from fedkern.cli.flags import check_filled, first
-from fedkern.cli.front_page import PROGRAM
+from fedkern.cli.finished_runs import folder
+from fedkern.cli.flags import Parser, add
 from fedkern.cli.request import Request
 from fedkern.errors import RunFailed, UserError, printable
 from fedkern.extras import install
 from fedkern.flower.project import simulation
 
-NAME = "flower"
 _FLWR = ("-m", "flwr.cli.app")
 _SUPERLINK = ("-c", "from flwr.superlink.cli import flower_superlink as main; main()", "--insecure", "--simulation",
               "--disable-runtime-dependency-installation", "--host", "127.0.0.1", "--port")  # fmt: skip
 
 
-def parse(words: Sequence[str]) -> Request | None:
-    """Reads the command; None if the words are another command."""
-    if first(words) != NAME:
-        return None
-    parser = command_parser(NAME, f"Runs a Flower project to its end. Needs {install('flower')}.")
-    parser.usage = f"{PROGRAM} {NAME} PROJECT_DIR [flags]"
-    parser.add_argument("folder", nargs="?", metavar="PROJECT_DIR", help="folder of the Flower project")
-    parser.add_argument("--superlink", metavar="NAME", help="a connection of Flower's configuration, not its default")
-    for name, of in (("run", "the project"), ("federation", "a simulation, such as num-supernodes=3")):
-        parser.add_argument(f"--{name}-config", action="append", default=[], metavar="'key=value ...'",
-                            help=f"settings of {of}, in TOML; repeatable")  # fmt: skip
-    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
-    found = read(parser, NAME, words)
-    if found.help:
-        return Request("help", help=parser.format_help())
-    check_filled({"superlink": found.superlink})
-    if not found.folder:
-        raise UserError(f"{PROGRAM} {NAME} needs the folder of a Flower project.")
-    return Request(NAME, arguments=vars(found))
+def add_flags(parser: Parser) -> None:
+    """Adds the flags."""
+    parser.description = f"Runs a Flower project to its end. Needs {install('flower')}."
+    parser.usage = f"{parser.prog} PROJECT_DIR [flags]"
+    parser.add_folder("a Flower project", "folder of the Flower project", "PROJECT_DIR")
+    add(parser, {
+        "superlink": ("NAME", "a connection of Flower's configuration, not its default"),
+        "run_config": ("'key=value ...'", "settings of the project, in TOML; repeatable", []),
+        "federation_config": (
+            "'key=value ...'", "settings of a simulation, such as num-supernodes=3, in TOML; repeatable", []
+        ),
+    })  # fmt: skip
 
 
-def flower(request: Request) -> int:
+def play(request: Request) -> int:
     """Runs the project; raises UserError where Flower refuses it, and RunFailed where the run fails or is stopped."""
     importlib.import_module("fedkern.flower.adapter")  # says which flwr is needed
-    folder, name, settings = (request.arguments[key] for key in ("folder", "superlink", "federation_config"))
+    project, name, settings = folder(request), *(request.arguments[key] for key in ("superlink", "federation_config"))
     simulated, where = _simulated(name), [name] if name else []
     if settings and not simulated:
         raise UserError("--federation-config is for simulations: a SuperLink has the nodes that connect to it.")
     words = [f"--run-config={text}" for text in request.arguments["run_config"]]
-    words += [f"--federation-config={text}" for text in (simulation(Path(folder), settings) if simulated else ())]
+    words += [f"--federation-config={text}" for text in (simulation(project, settings) if simulated else ())]
     with _simulator() if simulated else nullcontext():
-        _play([folder, *where, *words], where)
+        _play([str(project), *where, *words], where)
     return 0
 
 

@@ -1,0 +1,1 @@
+"""The commands, a file each, as `fedkern.cli.command_parser` asks for them."""

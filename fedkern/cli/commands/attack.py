@@ -1,0 +1,35 @@
+"""``attack DIR``: the membership attack on a finished run's network."""
+
+from __future__ import annotations
+
+from fedkern.cli.finished_runs import add_network, code, folder
+from fedkern.cli.flags import Parser, add
+from fedkern.cli.request import Request
+from fedkern.engine.store.records import plain
+from fedkern.standard_streams import put
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags."""
+    parser.add_folder("a finished run")
+    add(parser, {"data_root": ("DIR", "where the data files are, if not where the run found them")})
+    add_network(parser)
+
+
+def play(request: Request) -> int:
+    """Attacks the network, prints the result and keeps it in the run folder."""
+    from fedkern.downstream import membership_attack
+
+    out, best = folder(request), request.arguments["network"] == "best"
+    root = request.settings.get("data_root")
+    found = membership_attack.attack(out, data_root=root, keep=False, trusted=code(request), best=best)
+    if request.json:
+        put(plain(found))
+    else:
+        from fedkern.report.progress import terminal
+        from fedkern.report.tables import attack_table
+
+        terminal().print(attack_table(found, f"{out}, network of the {found['network']} round"))
+    # Last, so that the printed result is not lost if the folder cannot be written.
+    membership_attack.write(out, found)
+    return 0

@@ -1,0 +1,24 @@
+"""``doctor``: what serves on this machine."""
+
+from __future__ import annotations
+
+from fedkern.cli.flags import Parser, add
+from fedkern.cli.request import Request
+from fedkern.standard_streams import put
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags."""
+    add(parser, {"json": ("", "print the report as JSON")})
+
+
+def play(request: Request) -> int:
+    """Prints the state of the installation."""
+    from fedkern.report import doctor
+    from fedkern.report.progress import terminal
+
+    if request.json:
+        put(doctor.collect())
+    else:
+        doctor.show(terminal())
+    return 0

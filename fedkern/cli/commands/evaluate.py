@@ -1,0 +1,39 @@
+"""``evaluate DIR``: a finished run's figures, also on other data."""
+
+from __future__ import annotations
+
+from fedkern.cli.finished_runs import add_data, add_network, code, folder, publish
+from fedkern.cli.flags import Parser
+from fedkern.cli.request import Request
+from fedkern.engine.store.records import plain
+from fedkern.settings.stored import load_settings
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags."""
+    parser.add_folder("a finished run")
+    add_data(parser)
+    add_network(parser, data=True)
+
+
+def play(request: Request) -> int:
+    """Evaluates the network, prints its figures and writes them into the run folder."""
+    from fedkern.allocator import keep_freed_memory
+    from fedkern.cli.backend_check import check_backend
+    from fedkern.downstream.evaluation import evaluate_run
+    from fedkern.report.display import display
+    from fedkern.report.tables import figures_table
+
+    check_backend()
+    keep_freed_memory()
+    out, data, best = folder(request), request.settings["data"], request.arguments["network"] == "best"
+    where = {name: request.settings.get(name) for name in ("data", "data_root", "cache")}
+    told = display(quiet=False, json=request.json).on_notice
+    metrics, sets = evaluate_run(
+        out, data_options=request.data_options, trusted=code(request), best=best, progress=told, **where
+    )
+    config, network = load_settings(out, device="cpu"), "best" if best else "last"
+    result = {"method": config.method, "data": data or config.data, "network": network, "metrics": plain(metrics)}
+    title = f"{result['method']} on {result['data']}, network of the {network} round"
+    name = "-".join(["evaluate", *(["best"] if best else []), *([data] if data else [])])
+    return publish(request, result, figures_table(title, metrics, sets, config.main), out / f"{name}.json")

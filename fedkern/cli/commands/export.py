@@ -1,0 +1,40 @@
+"""``export DIR``: a finished run's network as a file for other programs."""
+
+from __future__ import annotations
+
+from fedkern.cli.finished_runs import add_network, code, folder
+from fedkern.cli.flags import Parser, add
+from fedkern.cli.request import Request
+from fedkern.downstream import export
+from fedkern.files import check_new
+from fedkern.standard_streams import put
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags."""
+    parser.add_folder("a finished run")
+    add(parser, {
+        "format": ("|".join(export.FORMATS), "form of the file; default torch-export", "torch-export"),
+        "out": ("FILE", "file to write; default model.onnx, model.pt2 or model.pt in the run folder"),
+    })  # fmt: skip
+    add_network(parser)
+
+
+def checked(request: Request, parser: Parser) -> Request:
+    """The request; raises UserError where the format is unknown."""
+    export.check_kind(request.arguments["format"])
+    return request
+
+
+def play(request: Request) -> int:
+    """Writes the network in another form, and prints the files."""
+    kind, best = request.arguments["format"], request.arguments["network"] == "best"
+    found = export.exportable(folder(request), code(request), best=best)
+    out = request.out or folder(request) / f"{'best' if best else 'model'}{export.FORMATS[kind]}"
+    check_new(out, "export")
+    written = [str(path) for path in export.export(found, out, kind)]
+    if request.json:
+        put({"files": written})
+    else:
+        print("\n".join(written))
+    return 0

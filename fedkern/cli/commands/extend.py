@@ -1,0 +1,66 @@
+"""``extend DIR --rounds R``: more rounds for a run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fedkern import plugins
+from fedkern.cli.commands import run
+from fedkern.cli.finished_runs import add_network, folder
+from fedkern.cli.flags import RUN_FLAGS, TRACKERS, Parser, add
+from fedkern.cli.request import Request
+from fedkern.errors import UserError
+from fedkern.settings.stored import load_settings
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags."""
+    parser.add_folder("a finished run")
+    add(parser, {
+        "rounds": ("R", "communication rounds in all, those done included"),
+        "data_root": ("DIR", "where the data files are, if they have moved"),
+        "data": ("FILE.py:NAME", "the run's data again, where they name code"),
+        "cache": ("DIR", "folder that keeps the decoded images"),
+        "workers": ("N", "processes in which clients work side by side"),
+        **{name: RUN_FLAGS[name] for name in (*TRACKERS, "quiet")},
+    })  # fmt: skip
+    add_network(parser, choice=False)
+
+
+def checked(request: Request, parser: Parser) -> Request:
+    """The request; raises UserError where the number of rounds is missing."""
+    if "rounds" not in request.settings:
+        raise UserError(f"{parser.prog} needs --rounds R, the communication rounds in all.")
+    settings = {**request.settings}
+    return dataclasses.replace(request, settings=settings, arguments={"rounds": settings.pop("rounds")})
+
+
+def play(request: Request) -> int:
+    """Gives the run more rounds and goes on with it."""
+    run.trackers(request)  # a package that is not installed is told before anything is written
+    return run.play(extended(request))
+
+
+def extended(request: Request) -> Request:
+    """Gives the run more rounds; the request to go on with it."""
+    from fedkern.data.registry import check_readable
+    from fedkern.engine.own_model import check_given
+    from fedkern.engine.store.extending import extend
+    from fedkern.methods import METHODS
+    from fedkern.report.names import say
+    from fedkern.report.progress import terminal
+
+    out = folder(request)
+    stored = load_settings(out, device="cpu")
+    plugins.check_given(request.plugins, stored.plugins, out)
+    check_given(stored, None, out)  # before anything is moved
+    check_readable(stored.data)
+    before = {path.name for path in out.iterdir()}
+    config = extend(out, request.arguments["rounds"])
+    made = sorted({path.name for path in out.iterdir()} - before)
+    told = [f"results of the former network: {out / name}" for name in made]
+    if spans := METHODS[config.method].spans:
+        told.append(f"{spans}: the network will not be that of a run of {config.rounds} rounds from the start")
+    for text in () if request.quiet or request.json else told:
+        say(terminal(), text)
+    return dataclasses.replace(request, command="resume", resume=out, folder=None, arguments={})

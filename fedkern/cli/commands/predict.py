@@ -1,0 +1,64 @@
+"""``predict DIR IMAGE...``: classes or masks of the user's images, by a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedkern.cli.finished_runs import add_network, code, folder
+from fedkern.cli.flags import Parser, add
+from fedkern.cli.request import Request
+from fedkern.errors import UserError
+from fedkern.files import check_new, expand
+from fedkern.standard_streams import put
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags."""
+    parser.add_folder("a finished run")
+    parser.add_argument("paths", nargs="*", metavar="IMAGE", help="image files, or folders of image files")
+    text = "CSV file to write; for segmentation a new folder of masks. Default predictions.csv, masks"
+    add(parser, {"out": ("FILE", text)})
+    add_network(parser)
+
+
+def checked(request: Request, parser: Parser) -> Request:
+    """The request; raises UserError where no image is named."""
+    if not (paths := request.arguments["paths"]):
+        raise UserError(f"{parser.prog} needs images behind the run folder: files, or folders of files.")
+    request.arguments["paths"] = [expand(path) for path in paths]
+    return request
+
+
+def play(request: Request) -> int:
+    """Writes a table of classes, or for segmentation masks; prints a few rows."""
+    from fedkern.downstream import prediction
+    from fedkern.report.progress import advancing
+
+    predictor = prediction.Predictor.open(folder(request), code(request), best=request.arguments["network"] == "best")
+    name, shown, write = prediction.WRITERS[predictor.task.network]
+    out = request.out or Path(name)
+    check_new(out, "predict")
+    paths = prediction.found_images(request.arguments["paths"])
+    first: list[tuple[Path, Any]] = []
+    with advancing(len(paths), "predicting", "images", json=request.json) as step:
+
+        def rows() -> Iterator[tuple[Path, Any, Any]]:
+            for row in predictor.files(paths):
+                if len(first) < shown:
+                    first.append(row[:2])
+                yield row
+                step()
+
+        write(out, predictor, paths, rows())
+    if request.json:
+        put({"images": len(paths), "classes": list(predictor.classes), "out": str(out)})
+        return 0
+    for path, probabilities in first:
+        print(f"{path}  {predictor.task.said(probabilities, predictor.classes)}")
+    if len(paths) > shown > 0:
+        print("...")
+    count = f"{len(paths)} image{'s' if len(paths) > 1 else ''}"
+    print(f"{count}: {out}")
+    return 0

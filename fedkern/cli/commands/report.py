@@ -1,0 +1,62 @@
+"""``report DIR...``: one HTML file for a run or a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedkern.cli.finished_runs import add_network
+from fedkern.cli.flags import Parser, add
+from fedkern.cli.repeat import first_commands, repeating
+from fedkern.cli.request import Request, trusted
+from fedkern.errors import UserError
+from fedkern.files import expand
+from fedkern.settings.stored import check_run_folder
+from fedkern.standard_streams import put
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags."""
+    parser.usage = f"{parser.prog} DIR [DIR ...] [flags]"
+    text = "folder of a run, finished or not, or of a comparison; report.html is written into each"
+    parser.add_folder("a run or of a comparison", text, several=True)
+    add(parser, {"data_root": ("DIR", "where the data files are, if they have moved")})
+    add_network(parser, "the files", choice=False)
+
+
+def play(request: Request) -> int:
+    """Writes the report of every folder, and prints the files."""
+    from fedkern.report.matplotlib_import import undocumented
+
+    with undocumented():
+        from fedkern.comparison import comparison_page
+        from fedkern.report import html_page, run_page
+
+    folders: dict[Path, Path] = {}
+    for folder in map(expand, request.arguments["folders"]):
+        if not comparison_page.holds_runs(folder):
+            _check(folder)
+        html_page.check_target(folder)
+        folders.setdefault(folder.resolve(), folder)
+    root, written = request.settings.get("data_root"), []
+    for folder in folders.values():
+        if comparison_page.holds_runs(folder):
+            result = comparison_page.read(folder)
+            commands = first_commands(result)
+            written.append(comparison_page.write_report(folder, result, commands=commands, data_root=root))
+        else:
+            code = trusted(folder, request.options, request.settings)
+            written.append(run_page.write_report(folder, data_root=root, command=repeating(folder), trusted=code))
+        if not request.json:
+            print(written[-1], flush=True)
+    if request.json:
+        put({"files": [str(path) for path in written]})
+    return 0
+
+
+def _check(folder: Path) -> None:
+    """Raises UserError where a folder holds no run."""
+    if folder.is_dir() and not (folder / "config.toml").exists():
+        raise UserError(
+            f"{folder} holds neither a run nor a comparison: name a folder that has a config.toml or a comparison.csv."
+        )
+    check_run_folder(folder)
