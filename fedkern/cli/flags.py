@@ -8,6 +8,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,44 +24,12 @@ from fedkern.typed_option import Option, as_typed, flag
 
 FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")
 """Flags that name a folder or a file; an empty value would mean the current folder, or none."""
-OPTIMISER = (
-    "optimizer", "optimizer_state", "lr", "lr_decay", "lr_steps", "lr_step_factor", "momentum", "weight_decay",
-    "clip_norm",
-)  # fmt: skip
-
-# Headings of the flags in the help; a setting that is missing here stands under the last heading.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "data": ("data", "data_root", "cache", "train_samples", "public_samples", "partition", "correlation", "augment"),
-    "federation": (
-        "clients", "held_out_client", "client_test", "sample_fraction", "rounds", "buffers", "fix_statistics", "on_nan",
-        "max_update_norm", "clip_update_norm", "compress", "aggregator", "server_rule", "server_lr", "dropout_rate",
-        "straggler_rate", "deadline", "late_work", "asynchronous", "dp_clip", "dp_noise", "dp_delta", "dp_draws",
-    ),
-    "local training": ("local_epochs", "local_steps", "batch_size", *OPTIMISER),
-    "model": (
-        "model", "width", "init", "init_partial", "freeze", "features", "stages", "accelerate",
-        "image_encoder", "text_encoder",
-    ),
-    "run": (),
-}  # fmt: skip
 METAVARS = {
-    "data_root": "DIR",
-    "cache": "DIR",
-    "partition": "SPEC",
-    "clients": "N",
-    "rounds": "R",
-    "local_epochs": "E",
-    "local_steps": "S",
-    "held_out_client": "NAME|K",
-    "seed": "S",
-    "lr_steps": "E,...",
-    "compress": "HOW",
-    "aggregator": "RULE",
-    "server_rule": "RULE",
-    "asynchronous": "POLICY",
-    "init": "FILE|DIR",
-    "stop_at": "FIGURE>=V",
-}
+    "data_root": "DIR", "cache": "DIR", "partition": "SPEC", "clients": "N", "rounds": "R", "local_epochs": "E",
+    "local_steps": "S", "held_out_client": "NAME|K", "seed": "S", "lr_steps": "E,...", "aggregator": "RULE",
+    "server_rule": "RULE", "init": "FILE|DIR", "stop_at": "FIGURE>=V", "boxes": "FILE", "detector": "PATH_OR_NAME",
+    "detector_cache": "DIR", "compress": "HOW", "asynchronous": "POLICY",
+}  # fmt: skip
 
 # Options of the data sets that have a flag of their own; all others are given by --data-option.
 DATA_FLAGS: dict[str, Option] = {
@@ -69,7 +38,6 @@ DATA_FLAGS: dict[str, Option] = {
     "max_image_pixels": DATASETS["folder"].options["max_image_pixels"],
     "client_column": DATASETS["csv"].options["client_column"],
 }
-METAVARS |= {"boxes": "FILE", "detector": "PATH_OR_NAME", "detector_cache": "DIR"}
 RUN_FLAGS: dict[str, tuple[Any, ...]] = {
     "method_option": ("key=value", "an option of the method; repeatable", []),
     "plugin": (
@@ -175,19 +143,13 @@ def _parser(method: str | None, data: str) -> Parser:
     first = parser.add_argument_group("method")
     first.add_argument("method", nargs="?", metavar="METHOD", help="one of " + ", ".join(sorted(METHODS)))
     base = defaults(method or "", data)
-    declared = {each.field: each for each in RunConfig.declared() if each.field != "method"}
-    placed = [name for names in GROUPS.values() for name in names]
-    for title, names in GROUPS.items():
+    for title, settings in _sections().items():
         group = parser.add_argument_group(title)
-        rest = [name for name in declared if name not in placed] if title == "run" else []
-        for name in [*(name for name in names if name in declared), *rest]:
-            if name == "rounds" and one_shot(method):
-                # Accepted but hidden, so that giving it raises an error of its own.
-                group.add_argument(flag(name), dest=name, help=argparse.SUPPRESS)
-                continue
-            each = declared[name]
-            default = base.get(name, each.default)
+        for each in settings:
+            name, default = each.field, base.get(each.field, each.default)
             shown, told = _metavar(name, each.type, each.choices), _describe(each, default).replace("%", "%%")
+            if name == "rounds" and one_shot(method):
+                told = argparse.SUPPRESS  # accepted but hidden, so that giving it raises an error of its own
             alone: dict[str, Any] = {"nargs": "?", "const": "true"} if each.type is bool else {}
             group.add_argument(flag(name), dest=name, metavar=shown, help=told, **alone)
         if title == "data":
@@ -196,10 +158,20 @@ def _parser(method: str | None, data: str) -> Parser:
                 group.add_argument(flag(name), dest=f"data:{name}", metavar=shown, help=_data_help(name, given))
             text = f"an option of one data set: {_other_data_options()}"
             add(group, {"data_option": ("key=value", text, [])})
-        if title == "run":
-            add(group, RUN_FLAGS)
-            group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+    group = parser.add_argument_group("run")
+    add(group, RUN_FLAGS)
+    group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     return parser
+
+
+def _sections() -> dict[str, list[Option]]:
+    """The settings by section, whose name is that of its file."""
+    declared = {each.field: each for each in RunConfig.declared() if each.field != "method"}
+    sections = {
+        section.__module__.rpartition(".")[2]: [declared[name] for name in get_annotations(section) if name in declared]
+        for section in reversed(RunConfig.__mro__)
+    }
+    return {title: settings for title, settings in sections.items() if settings}
 
 
 def _method_options(method: str, data: str) -> str:

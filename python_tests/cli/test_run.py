@@ -43,6 +43,25 @@ def test_the_help_of_a_method_names_every_setting(result):
     assert max(len(line) for line in text.splitlines()) <= 120
 
 
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [
+        ("model", {"model", "fix-statistics"}),
+        ("data", {"data", "clients", "protocol", "data-option"}),
+        ("federation", {"rounds", "stop-at"}),
+        ("faults", {"on-nan", "late-work"}),
+        ("privacy", {"dp-clip", "records"}),
+        ("training", {"lr", "teachers"}),
+        ("execution", {"seed", "workers"}),
+        ("run", {"method-option", "resume"}),
+    ],
+)
+def test_the_help_has_the_settings_of_a_section_under_its_name(result, section, settings):
+    text, _ = result("fedavg", "--help")
+    under = re.split(r"^(?=\w)", text.partition(f"\n{section}:\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    assert settings <= set(re.findall(r"^  (?:-h, )?--(\S+)", under, re.MULTILINE))
+
+
 def test_the_version_is_told_without_loading_torch():
     code = "import sys, fedkern.run; fedkern.run.main(['--version']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
