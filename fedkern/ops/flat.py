@@ -6,7 +6,7 @@ import copy
 import itertools
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from fedkern.ops._core.private_torch import functorch_active
 
 ALIGNED = 8  # elements, 16 bytes in 16 bits: at other addresses cuDNN finds no algorithm, or stops with an error
 
-_KINDS = ("parameters", "frozen", "buffers")
+_KINDS = ("parameters", "apart", "frozen", "buffers", "apart_buffers")
 # (owner, attribute, qualified name, tensor, is parameter)
 Entry = tuple[nn.Module, str, str, Tensor, bool]
 
@@ -30,15 +30,19 @@ class FlatGroup(NamedTuple):
         vector: ``[N]``, all elements of that dtype; zeros between tensors, so that each begins at a multiple of
             eight elements.
         parameters: ``[P]``, its first elements: the module's parameters in the order of ``module.parameters()``.
+        apart: ``[A]``, the trained parameters that were asked to lie apart, in that order.
         frozen: ``[F]``, the frozen parameters of a module that also has trained ones, in the order of
             ``module.parameters()``; else empty.
-        buffers: ``[Q]``, its last elements: floating buffers in the order of ``module.buffers()``.
+        buffers: ``[Q]``, floating buffers in the order of ``module.buffers()``.
+        apart_buffers: ``[B]``, its last elements: the floating buffers that were asked to lie apart, in that order.
     """
 
     vector: Tensor
     parameters: Tensor
+    apart: Tensor
     frozen: Tensor
     buffers: Tensor
+    apart_buffers: Tensor
 
 
 class Slot(NamedTuple):
@@ -46,7 +50,7 @@ class Slot(NamedTuple):
 
     name: str  # qualified name, as in state_dict
     tensor: Tensor
-    kind: str  # the group's vector that it was put into: ``parameters``, ``frozen`` or ``buffers``
+    kind: str  # the group's vector that it was put into, a name in _KINDS
     stride: tuple[int, ...]
     offset: int  # in elements, within its group's vector
 
@@ -93,6 +97,9 @@ class FlatParameters:
 
     Integer and boolean parameters and buffers keep their dtype and memory; :attr:`integers` copies them into a vector.
 
+    Tensors named in ``apart`` are left out of :attr:`parameters`, :attr:`buffers` and :attr:`integers`, and so of what
+    clients exchange; :attr:`apart` and :meth:`apart_gradients` hold those that are trained.
+
     Operations that replace a module's tensors or layers unflatten the module: ``.to(dtype)``, ``.to(device)``,
     ``.to(memory_format=...)``, ``load_state_dict(assign=True)``, ``p.data = ...``.  So does freezing or unfreezing
     single parameters (not a whole module that was trained or frozen as a whole).  From then on every attribute and
@@ -110,6 +117,7 @@ class FlatParameters:
 
     Args:
         module: any module whose tensors live on one device.
+        apart: qualified names of parameters and buffers, as in ``state_dict``, that lie apart.
 
     Attributes:
         module: the module.
@@ -124,10 +132,10 @@ class FlatParameters:
 
     module: nn.Module
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, apart: Collection[str] = ()) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}")
-        self.module = module
+        self.module, self._apart = module, frozenset(apart)
         self.flatten()
 
     def flatten(self) -> FlatParameters:
@@ -138,18 +146,24 @@ class FlatParameters:
             )
         found = list(_tensors_of(self.module))
         _check_tensors(found)
+        if unknown := self._apart - {name for _, _, name, _, _ in found}:
+            raise ValueError(f"apart must hold names of the module's tensors, which {sorted(unknown)[0]!r} is not")
         floating = [entry for entry in found if entry[3].is_floating_point() or entry[3].is_complex()]
-        self._integers = [entry for entry in found if not (entry[3].is_floating_point() or entry[3].is_complex())]
+        self._integers = [
+            entry
+            for entry in found
+            if not (entry[3].is_floating_point() or entry[3].is_complex()) and entry[2] not in self._apart
+        ]
         # Frozen as a whole, as a teacher or for evaluation, a module keeps its layout.
         self._mixed = len({tensor.requires_grad for _, _, _, tensor, is_parameter in floating if is_parameter}) == 2
         self._slots: dict[torch.dtype, list[Slot]] = {}
         self._groups: dict[torch.dtype, FlatGroup] = {}
-        self._gradient: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}
+        self._gradient: dict[tuple[torch.dtype, str], tuple[Tensor, list[Tensor]]] = {}
         for dtype in dict.fromkeys(entry[3].dtype for entry in floating):
             entries = [entry for entry in floating if entry[3].dtype == dtype]
             # Ordinary tensors: autograd could not save those of inference mode.
             with torch.inference_mode(False):
-                group = _flatten_group(entries, self._mixed)
+                group = _flatten_group(entries, self._mixed, self._apart)
             self._groups[dtype], self._slots[dtype] = group
         places = {id(slot.tensor): slot for slots in self._slots.values() for slot in slots}
         self._expected = [_expected(entry, places.get(id(entry[3]))) for entry in found]
@@ -168,7 +182,7 @@ class FlatParameters:
 
     @property
     def vector(self) -> Tensor:
-        """``[N]``: trained parameters, frozen ones, then floating buffers, in the module's own memory.
+        """``[N]``: trained parameters, those apart, frozen ones, then floating buffers, in the module's own memory.
 
         Raises:
             ValueError: the module has several floating dtypes; use :attr:`groups`.
@@ -181,6 +195,11 @@ class FlatParameters:
         return self._only().parameters
 
     @property
+    def apart(self) -> Tensor:
+        """``[A]``: the trained parameters that lie apart, behind the others."""
+        return self._only().apart
+
+    @property
     def frozen(self) -> Tensor:
         """``[F]``: the frozen parameters of a module that also has trained ones, between these and the buffers."""
         return self._only().frozen
@@ -189,6 +208,11 @@ class FlatParameters:
     def buffers(self) -> Tensor:
         """``[Q]``: the floating buffers (batch norm's running statistics), the last elements of :attr:`vector`."""
         return self._only().buffers
+
+    @property
+    def apart_buffers(self) -> Tensor:
+        """``[B]``: the floating buffers that lie apart, behind the others."""
+        return self._only().apart_buffers
 
     @property
     def integers(self) -> Tensor:
@@ -282,15 +306,15 @@ class FlatParameters:
         ]
 
     def places(self) -> dict[str, dict[str, slice]]:
-        """Returns where each tensor lies in :attr:`parameters`, :attr:`frozen`, :attr:`buffers`, :attr:`integers`.
+        """Returns where each tensor lies in its vector, by the vector's name; :attr:`integers` is one of these.
 
         Raises:
             ValueError: the module has several floating dtypes; use :meth:`layout`.
         """
         group = self._only()
-        found: dict[str, dict[str, slice]] = {"parameters": {}, "frozen": {}, "buffers": {}, "integers": {}}
+        found: dict[str, dict[str, slice]] = {name: {} for name in (*_KINDS, "integers")}
         for slot in (slot for slots in self._slots.values() for slot in slots):
-            inside = [name for name in ("frozen", "buffers") if slot.offset >= getattr(group, name).storage_offset()]
+            inside = [name for name in _KINDS[1:] if slot.offset >= getattr(group, name).storage_offset()]
             kind = [name for name in inside if len(getattr(group, name))]
             name = kind[-1] if kind else "parameters"  # also of a buffer that views a parameter
             begin = slot.offset - getattr(group, name).storage_offset()
@@ -340,6 +364,13 @@ class FlatParameters:
             ValueError: two parameters share memory (``a.data = b.data``), where each has a gradient of its own.
             RuntimeError: the module is no longer flat.
         """
+        return self._gradients(dtype, "parameters")
+
+    def apart_gradients(self, dtype: torch.dtype | None = None) -> Tensor:
+        """As :meth:`gradients`, one vector ``[A]`` for the parameters in :attr:`apart`."""
+        return self._gradients(dtype, "apart")
+
+    def _gradients(self, dtype: torch.dtype | None, kind: str) -> Tensor:
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype, not {type(dtype).__name__}")
         if dtype is None:
@@ -349,18 +380,20 @@ class FlatParameters:
             return torch.empty(0)
         if dtype not in self.groups:
             raise ValueError(f"dtype must be one of {', '.join(map(str, self._groups))}, not {dtype}")
-        slots = [slot for slot in self._slots[dtype] if slot.kind == "parameters"]
+        slots = [slot for slot in self._slots[dtype] if slot.kind == kind]
         if slots and not any(slot.tensor.requires_grad for slot in slots):
             raise ValueError(
                 f"{type(self.module).__name__} has no gradients: all its parameters are frozen, and a step would only "
                 "decay them; call requires_grad_(True) on those to train"
             )
-        if dtype not in self._gradient:
-            _check_apart(slots)
+        if (dtype, kind) not in self._gradient:
+            _check_apart([slot for slot in self._slots[dtype] if slot.kind in ("parameters", "apart")])
+            part = getattr(self._groups[dtype], kind)
             with torch.inference_mode(False):
-                flat = torch.zeros_like(self._groups[dtype].parameters)
-                self._gradient[dtype] = flat, [_view_of(flat, slot) for slot in slots]
-        flat, views = self._gradient[dtype]
+                flat = torch.zeros_like(part)
+                places = [slot._replace(offset=slot.offset - part.storage_offset()) for slot in slots]
+                self._gradient[dtype, kind] = flat, [_view_of(flat, place) for place in places]
+        flat, views = self._gradient[dtype, kind]
         with torch.no_grad():
             for slot, view in zip(slots, views, strict=True):
                 grad = slot.tensor.grad
@@ -397,13 +430,13 @@ class FlatParameters:
         torch.autograd.graph.increment_version(tensors)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatParameters:
-        twin = FlatParameters(copy.deepcopy(self.module, memo))
+        twin = FlatParameters(copy.deepcopy(self.module, memo), self._apart)
         memo[id(self)] = twin
         return twin
 
-    def __reduce__(self) -> tuple[type[FlatParameters], tuple[nn.Module]]:
+    def __reduce__(self) -> tuple[type[FlatParameters], tuple[nn.Module, Collection[str]]]:
         # pickle writes each tensor's whole storage, here the vector; a copy's tensors have storages of their own.
-        return FlatParameters, (copy.deepcopy(self.module),)
+        return FlatParameters, (copy.deepcopy(self.module), self._apart)
 
     def __repr__(self) -> str:
         parts = [
@@ -423,7 +456,7 @@ class FlatParameters:
             )
         if not self._groups:
             empty = torch.empty(0)
-            return FlatGroup(empty, empty, empty, empty)
+            return FlatGroup(*[empty] * (1 + len(_KINDS)))
         return next(iter(self._groups.values()))
 
     def _load(self, vector: Tensor, target: Tensor, name: str) -> None:
@@ -598,12 +631,16 @@ def _check_tensors(found: list[Entry]) -> None:
             )
 
 
-def _flatten_group(entries: list[Entry], mixed: bool) -> tuple[FlatGroup, list[Slot]]:
+def _flatten_group(entries: list[Entry], mixed: bool, apart: Collection[str]) -> tuple[FlatGroup, list[Slot]]:
     """Moves parameters and buffers into a vector; frozen parameters behind the trained ones if ``mixed``."""
 
     def kind(entry: Entry) -> str:
-        *_, tensor, is_parameter = entry
-        return "buffers" if not is_parameter else "frozen" if mixed and not tensor.requires_grad else "parameters"
+        _, _, name, tensor, is_parameter = entry
+        if is_parameter and mixed and not tensor.requires_grad:
+            return "frozen"
+        if name in apart:
+            return "apart" if is_parameter else "apart_buffers"
+        return "parameters" if is_parameter else "buffers"
 
     entries = sorted(entries, key=lambda entry: _KINDS.index(kind(entry)))
     # Tensors that view exactly the same memory (weight = other.weight.data) keep sharing it.
