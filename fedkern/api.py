@@ -161,18 +161,21 @@ class Run:
         return History(read_metrics(self.out), self.config.main, tests)
 
     @python_words()
-    def model(self, *, best: bool = False) -> nn.Module:
+    def model(self, *, best: bool = False, client: int | None = None) -> nn.Module:
         """The network of the finished run, in eval mode on the CPU.  It takes normalised images.
 
         Args:
             best: the network of the round with the best validation figure, which a run with ``patience`` keeps, instead
                 of that of the last round.
+            client: the network of this client, by number, where clients keep parts of the network (``personal``) or
+                whole networks to themselves.
 
         Raises:
-            UserError: the run is not finished, has kept no such network, or a file is damaged.
+            UserError: the run is not finished, has kept no such network, or a file is damaged; clients keep parts to
+                themselves, and no ``client`` is named.
         """
         self._give_method()
-        return read_model(self.out, self._trusted, self._model, best=best)[0]
+        return read_model(self.out, self._trusted, self._model, best=best, client=client)[0]
 
     @python_words()
     def predict(self, images: Any) -> Any:
@@ -322,6 +325,10 @@ class Run:
         self.config = extend(self.out, played, trusted=self._trusted)
         return self.resume(progress=progress, listener=listener, pictures=pictures, workers=workers, cache=cache)
 
+    def _drawn(self) -> nn.Module | None:
+        """The network for pictures, where it was a module of a script and clients share the whole of it."""
+        return None if self._model is None or self.config.keeps_parts else self.model()
+
     @python_words()
     @reproducible()
     def plot(self) -> list[Path]:
@@ -335,9 +342,8 @@ class Run:
 
         self._give_method()
         data = self._kept_data()
-        network = None if self._model is None else self.model()
         root = self.config.data_root
-        return Pictures(write_pictures(self.out, data=data, model=network, data_root=root, trusted=self._trusted))
+        return Pictures(write_pictures(self.out, data=data, model=self._drawn(), data_root=root, trusted=self._trusted))
 
     @python_words()
     @reproducible()
@@ -351,7 +357,7 @@ class Run:
 
         self._give_method()
         data = self._kept_data()
-        network = None if self._model is None or read_summary(self.out) is None else self.model()
+        network = None if read_summary(self.out) is None else self._drawn()
         root = self.config.data_root
         return write_report(self.out, data=data, model=network, data_root=root, trusted=self._trusted)
 
@@ -494,7 +500,7 @@ def requested(
         if each not in fields:
             hint = nearest(each, {*fields, *own, *_ARGUMENTS}) + registry.owners(each)
             raise UserError(f'{registry.short(name)} and its runs have no setting "{each}".{hint}')
-    for each in ("freeze", "stages"):
+    for each in ("freeze", "personal", "stages"):
         if isinstance(settings.get(each), (list, tuple)):
             settings[each] = ",".join(map(str, settings[each]))
     plain = settings
@@ -629,7 +635,7 @@ def _play(
     if not pictures:
         return
     code = trusted if resume else [part for _, part in config.code()]
-    network = None if model is None else read_model(out, code, model)[0]
+    network = None if model is None or config.keeps_parts else read_model(out, code, model)[0]
     shared = None if everybody.info is None else everybody.info.data
     if shared is None and data is not None and not drawn(out):  # the run was finished before, without pictures
         shared = kept_data(config, data)

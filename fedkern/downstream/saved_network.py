@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -17,17 +19,19 @@ from fedkern import models, named_code
 from fedkern.data.forms import form_of
 from fedkern.deferred import plain
 from fedkern.engine.context import RunContext
+from fedkern.engine.network import Network
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum, newest
 from fedkern.engine.store.resuming import unedited
 from fedkern.engine.store.run_folder import BEST
 from fedkern.engine.store.saved_model import FORMAT, MODEL, RUNNING, norms
-from fedkern.errors import UserError, same_format
+from fedkern.errors import UserError, first_of, same_format, shown
 from fedkern.inputs import parse_json
 from fedkern.leaves import leaves
 from fedkern.settings.run_format import check_format
 from fedkern.settings.stored import check_regular, check_run_folder, load_plugins
 from fedkern.tasks import TASKS, Task, task_named
+from fedkern.tasks.own import inner
 from fedkern.torch_modes import reproducible
 
 
@@ -99,6 +103,7 @@ _ABOUT: dict[str, Callable[[Any], bool]] = {
 """Keys that the description in model.safetensors must have, each with a check of its value."""
 _ABOUT_SOME: dict[str, Callable[[Any], bool]] = {
     "statistics": lambda x: x == "batch",
+    "personal": _list(_text),
     "samples": _list(_count),
     "pair": lambda x: isinstance(x, dict),
 }
@@ -154,7 +159,12 @@ def _check_keys(
 
 @reproducible()
 def read_model(
-    out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None, *, best: bool = False
+    out: Path | str,
+    trusted: Collection[str] = (),
+    model: nn.Module | None = None,
+    *,
+    best: bool = False,
+    client: int | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Reads the network that a finished run evaluated last, in eval mode on the CPU.
 
@@ -167,6 +177,7 @@ def read_model(
         trusted: code that may be imported (see :func:`fedkern.load`).
         model: a module like the one that the run was given instead of a network's name.
         best: read the network of the best round (``--patience``) instead.
+        client: read the network of this client, by number, where clients have networks of their own.
 
     Returns:
         The module, and its description: ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in
@@ -175,8 +186,11 @@ def read_model(
 
     Raises:
         UserError: the folder does not exist or has no finished run, the file is missing, damaged or of another network,
-            the method would run code that only the folder names, or its state that ``best`` needs is gone.
+            the method would run code that only the folder names, or its state that ``best`` needs is gone; the network
+            is a part without a ``client``, whose clients keep the rest to themselves.
     """
+    if best and client is not None:
+        raise UserError("best=True is the global network, without what clients keep to themselves: leave client out.")
     check_regular(out)
     check_format(Path(out))
     path, mend = (Path(out) / BEST, "put the file back") if best else (Path(out) / MODEL, again(out))
@@ -198,9 +212,15 @@ def read_model(
             f"{path} holds a module of {about['method']}, built from the server's state in round {about['rounds']}, "
             "which no checkpoint keeps: take --network last (in Python best=False)."
         )
+    if client is None and "personal" in about:
+        raise UserError(
+            f"The clients of {out} keep {first_of(about['personal'], 3)} to themselves, which {path.name} has as it "
+            f"began: name a client, fedkern.load({str(out)!r}).model(client=0)."
+        )
     _check_code(path, about["model"], trusted, model)
+    given = model if about["model"].startswith("module:") else None
     try:
-        with models.available(about["model"], model if about["model"].startswith("module:") else None):
+        with models.available(about["model"], given):
             fresh = "samples" in about
             network = _rebuilt(Path(out), about, trusted) if fresh else _plain(about, Path(out), trusted)
     except (ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
@@ -217,6 +237,9 @@ def read_model(
     except RuntimeError:
         kind = f"module of {about['method']}" if "samples" in about else about["model"]
         raise UserError(f"{path} does not hold the parameters of a {kind}: {mend}.") from None
+    if client is not None:
+        with models.available(about["model"], given):
+            network = _of_client(network, about, Path(out), trusted, client)
     return plain(network).eval(), about
 
 
@@ -250,16 +273,51 @@ def _plain(about: Mapping[str, Any], out: Path, trusted: Collection[str]) -> nn.
 
 def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> nn.Module:
     """The module that the method makes of the server's state at the end of the run."""
-    config = unedited(out, trusted=trusted, device="cpu")
-    config.check_code(out, trusted)
-    config = config.replace(init=None)  # the weights are the run's, and that file may be gone
-    method = config.new_method()
-    outline = Outline(tuple(about["classes"]), form_of(about), tuple(about["samples"]), task_named(about["task"]))
+    context = _context(out, about, trusted, about["samples"])
     state = Checkpoints(out).last_server_state()
     if state is None:
-        raise UserError(f"{out} has no checkpoint left, without which the module of {config.method} cannot be rebuilt.")
-    context = RunContext(config, outline, described={name: about[name] for name in ("pair",) if name in about})
-    module = method.model(Server(context, state))
+        method = context.config.method
+        raise UserError(f"{out} has no checkpoint left, without which the module of {method} cannot be rebuilt.")
+    module = context.config.new_method().model(Server(context, state))
     if module is None:
         raise UserError(f"{out} holds the checkpoint of a run that is not finished.")
     return module
+
+
+def _context(out: Path, about: Mapping[str, Any], trusted: Collection[str], sizes: Sequence[int]) -> RunContext:
+    """The context of a finished run, without data, whose clients have as many samples as ``sizes`` says."""
+    config = unedited(out, trusted=trusted, device="cpu")
+    config.check_code(out, trusted)
+    config = config.replace(init=None)  # the weights are the run's, and that file may be gone
+    outline = Outline(tuple(about["classes"]), form_of(about), tuple(sizes), task_named(about["task"]))
+    return RunContext(config, outline, described={name: about[name] for name in ("pair",) if name in about})
+
+
+def _of_client(
+    network: nn.Module, about: Mapping[str, Any], out: Path, trusted: Collection[str], client: int
+) -> nn.Module:
+    """The network that a client uses at the end of a run with the global ``network``.
+
+    Raises:
+        UserError: there is no such client, its state is damaged, or clients have no networks of their own.
+    """
+    config = unedited(out, trusted=trusted, device="cpu")
+    count = config.trained_clients
+    if not config.own_networks or "samples" in about:
+        raise UserError(f"The clients of {out} have no networks of their own beside the global one: leave client out.")
+    if type(client) is not int or not 0 <= client < count:
+        raise UserError(f"client must be a number from 0 to {count - 1}, not {shown(client)}.")
+    context, state = _context(out, about, trusted, [1] * count), Checkpoints(out).last_client_state(client)
+    own = Network(context.build(), torch.device("cpu"))
+    inner(own.module).load_state_dict(inner(network).state_dict(), strict=False)  # which may lack statistics
+    asked: Any = SimpleNamespace(id=client, state=state)
+    try:
+        own.write({**config.new_method().own_vectors(asked, own.read()), **state.get("buffers_local", {})})
+        own.write_personal(state.get("personal", {}))
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        raise UserError(f"The checkpoint in {out} is damaged (the state of client {client}: {error}).") from None
+    found = _plain(about, out, trusted)
+    found.load_state_dict(own.module.state_dict())
+    if about.get("statistics") == "batch" and "buffers_local" not in state:
+        _forget_statistics(found)
+    return found

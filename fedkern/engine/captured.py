@@ -381,7 +381,7 @@ class Graphs:
     def _written(self, network: Any) -> list[Tensor]:
         """What a step writes to."""
         module = network.module
-        return [*module.parameters(), *module.buffers(), network.gradients, *self.held.values()]
+        return [*module.parameters(), *module.buffers(), *network.gradient_vectors, *self.held.values()]
 
     def _room(self) -> bool:
         """Whether a second pass as large as the largest eager one fits: its memory is kept apart."""

@@ -133,22 +133,29 @@ class Client(Node):
             self.later.append(work)
 
     def _loaded(self, network: Network, message: Message) -> tuple[Message | None, Tensor | None]:
-        """Writes a message into the network; returns the buffers of the client's own, and the parameters there."""
+        """Writes a message, and what the client keeps to itself, into the network.
+
+        Returns:
+            The buffers of the client's own, and the parameters on the device.
+        """
         own = None
         if self._context.config.buffers != "average":
             own = self._own_buffers()
             network.write(own or self._context.initial_buffers())
+        network.write_personal(self.personal)
         flat = self._context.placed.there(message["parameters"]) if "parameters" in message else None
         network.write(message if flat is None else {**message, "parameters": flat})
         return own, flat
 
     def _left(self, network: Network, trained: Network | Part, given: Tensor | None = None) -> Message:
-        """What a trained network, or a part of it, leaves: vectors that travel, and buffers that the client keeps.
+        """What a trained network, or a part of it, leaves: vectors that travel, and what the client keeps.
 
         They are on their way, as is the norm of an update of the ``given`` parameters that stays on the GPU.
         """
         policy = self._context.config.buffers
         result: Message = trained.read()
+        if personal := network.read_personal():
+            self.state["personal"] = {name: bring(value) for name, value in personal.items()}
         if policy == "local":
             whole = result if trained is network else network.read()
             self.state["buffers_local"] = {name: bring(value) for name, value in whole.items() if name != "parameters"}
@@ -217,13 +224,20 @@ class Client(Node):
         after = self._context.config.fix_statistics
         if after is None or phase.round < after:
             return False
+        if "personal" not in self.state and any(name.endswith("running_mean") for name in self.personal):
+            return False
         return self._context.config.buffers != "local" or self._own_buffers() is not None
 
     def _own_buffers(self) -> Message | None:
         return self.state.get("buffers_local") if self._context.config.buffers == "local" else None
 
+    @property
+    def personal(self) -> Message:
+        personal: Message = self.state.get("personal") or self._context.initial_personal
+        return personal
+
     def frozen(self, message: Message) -> Any:
-        return self._context.frozen(message, self._own_buffers())
+        return self._context.frozen(message, self._own_buffers(), self.personal)
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
         return self._context.client_data(self.id).batch(indices, rng=rng)
@@ -295,7 +309,7 @@ class Client(Node):
             samples=self.samples,
             epochs=epochs,
             flat=flat.to(self.device) if isinstance(flat, Tensor) else None,
-            frozen=lambda: self._context.frozen(message if anchor is None else anchor, buffers),
+            frozen=lambda: self._context.frozen(message if anchor is None else anchor, buffers, self.personal),
         )
 
     def _schedule(

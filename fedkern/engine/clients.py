@@ -1,4 +1,4 @@
-"""Views of all clients at once, which only a simulation has: states and teachers."""
+"""Views of all clients at once, which only a simulation has: states, networks and teachers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Any
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.base import Method
+from fedkern.methods.common.personal import ClientsNetworks
 
 
 class Everybody(Mapping[int, Client]):
-    """All clients of a run, with their states from disk; a state is read on first access."""
+    """All clients of a run, with their states from disk; a state is read on first access, or ``anew`` every time."""
 
-    def __init__(self, context: RunContext, checkpoints: Checkpoints) -> None:
-        self._context, self._checkpoints = context, checkpoints
+    def __init__(self, context: RunContext, checkpoints: Checkpoints, *, anew: bool = False) -> None:
+        self._context, self._checkpoints, self._anew = context, checkpoints, anew
         self._known: dict[int, Client] = {}
 
     def __len__(self) -> int:
@@ -27,9 +29,19 @@ class Everybody(Mapping[int, Client]):
     def __getitem__(self, k: int) -> Client:
         if not 0 <= k < len(self):
             raise KeyError(k)
-        if k not in self._known:
-            self._known[k] = Client(self._context, k, self._checkpoints.client_state(k))
+        if self._anew or k not in self._known:
+            client = Client(self._context, k, self._checkpoints.client_state(k))
+            if self._anew:
+                return client
+            self._known[k] = client
         return self._known[k]
+
+
+def judged(method: Method, server: Server, context: RunContext, checkpoints: Checkpoints) -> Method | ClientsNetworks:
+    """What gives a run's figures: the method, or all clients' networks where they have some of their own."""
+    if not context.config.own_networks:
+        return method
+    return ClientsNetworks(method, Everybody(context, checkpoints, anew=True), lambda: method.vectors(server))
 
 
 def check_teachers(method: Method, context: RunContext) -> None:

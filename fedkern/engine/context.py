@@ -26,6 +26,7 @@ from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.reader import BATCH, Reader
 from fedkern.methods.base import VECTORS, Federation, Message, Phase
 from fedkern.methods.protocol import Batch
+from fedkern.models import personal
 from fedkern.models.freezing import freeze
 from fedkern.models.hooked import Hooked, find_taps
 from fedkern.models.own import seeded
@@ -159,7 +160,15 @@ class RunContext:
             accelerate(inner(network))
         if self.config.freeze is not None:
             freeze(inner(network), self.config.freeze.split(","), self.model_name)
+        if self.config.keeps_parts:
+            personal.keep(inner(network), self._personal(network), self.model_name)
         return network
+
+    def _personal(self, network: Any) -> list[str]:
+        """Names, or patterns of them, of what every client keeps to itself."""
+        if self.config.personal is not None:
+            return self.config.personal.split(",")
+        return [next(f"{name}.*" for name, each in inner(network).named_modules() if each is network.head)]
 
     @cached_property
     def _taps(self) -> tuple[Any, ...]:
@@ -270,6 +279,11 @@ class RunContext:
             self._initial_buffers = {name: value for name, value in self.initial().items() if name != "parameters"}
         return self._initial_buffers
 
+    @cached_property
+    def initial_personal(self) -> Message:
+        """What every client keeps to itself as a fresh network has it, by name; empty where nothing is."""
+        return personal.read(inner(self.build())) if self.config.keeps_parts else {}
+
     def validation(self) -> Iterator[Batch]:
         """The validation split in batches; none where it is empty."""
         data = self.data
@@ -288,14 +302,21 @@ class RunContext:
             self._clients[client] = made
         return self._clients[client]
 
-    def frozen(self, message: Message, buffers: Mapping[str, Tensor] | None) -> nn.Module:
-        """The frozen copy of a received network, in eval mode; clients that received the same vectors share it."""
+    def frozen(self, message: Message, buffers: Mapping[str, Tensor] | None, kept: Mapping[str, Tensor]) -> nn.Module:
+        """The frozen copy of a received network, in eval mode; clients that received the same vectors share it.
+
+        Args:
+            message: what was received.
+            buffers: those of the client's own (``--buffers local``), or None.
+            kept: what the client keeps to itself (``--personal``), by name.
+        """
         network = self.network("frozen")
         # The key holds the tensors themselves, so that no new tensor can get the identity of a freed one.
-        key = (message["parameters"], *(buffers or {}).values(), *message.values())
+        key = (message["parameters"], *(buffers or {}).values(), *message.values(), *kept.values())
         known, _ = self._frozen
         if len(key) != len(known) or any(a is not b for a, b in zip(key, known, strict=True)):
             network.write({**message, **(buffers or {})})
+            network.write_personal(kept)
             network.statistics = self.config.statistics or bool(buffers)
             network.eval_mode()
             self._frozen = key, frozen(network.module)

@@ -16,6 +16,7 @@ from fedkern.data.types import FederatedData, client_label
 from fedkern.engine.reader import BATCH, Reader
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
+from fedkern.methods.common.personal import ClientsNetworks
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.figure_names import set_noun
 from fedkern.tasks.registered_metrics import metrics_of
@@ -104,7 +105,7 @@ def _test_set(context: Any, split: Any) -> Reader:
 
 
 def evaluate_clients(
-    method: Method,
+    method: Method | ClientsNetworks,
     network: nn.Module,
     sets: Mapping[int, Reader],
     at_once: int,
@@ -134,7 +135,7 @@ def evaluate_clients(
 
 
 def evaluate(
-    method: Method,
+    method: Method | ClientsNetworks,
     network: nn.Module,
     sets: dict[str, Reader],
     code: Callable[[], AbstractContextManager[None]],

@@ -37,7 +37,7 @@ def lanes(context: RunContext, method: Any) -> int:
     graphs, config, kind = context.graphs, context.config, type(method)
     if graphs is None or graphs.off or not graphs.lasting() or context.own is not None or context.teachers is not None:
         return 1
-    if config.buffers == "local" or config.optimizer_state == "keep" or context.added_models:
+    if config.buffers == "local" or config.keeps_parts or config.optimizer_state == "keep" or context.added_models:
         return 1
     if getattr(kind, "client_update", None) is not LocalTraining.client_update:
         return 1

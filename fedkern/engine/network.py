@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
+from fedkern.models import personal
 from fedkern.models.freezing import frozen_norms, train_mode
 from fedkern.models.norms import fix_statistics
 from fedkern.models.own import channels_last
@@ -25,9 +26,10 @@ class Network:
 
     Attributes:
         module: the network.
-        parameters: fp32 [P], a view of the trained parameters.
+        parameters: fp32 [P], a view of the trained parameters that travel.
+        personal: fp32 [A], a view of the trained parameters that a client keeps to itself.
         frozen: fp32 [F], a view of the parameters that are not trained where others are; no message holds them.
-        buffers: fp32 [Q], a view of all floating buffers (running statistics).
+        buffers: fp32 [Q], a view of the floating buffers (running statistics) that travel.
         statistics: False when the buffers hold nothing meaningful, so that eval mode must use the batch's statistics.
         fixed: True where batch norm trains with the statistics in the buffers and leaves them as they are.
         attributes: what users' modules hold in Python when the network is made.
@@ -36,15 +38,17 @@ class Network:
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         module = place(module, device)
         self.module: Any = module
-        self._flat = ops.FlatParameters(module)
+        self._flat = personal.flatten(module)
         self.parameters: Tensor = self._flat.parameters
+        self.personal: Tensor = self._flat.apart
         self.frozen: Tensor = self._flat.frozen
         self.buffers: Tensor = self._flat.buffers
         self._still = frozen_norms(module) if len(self.frozen) else []
-        self._gradients: Tensor | None = None
+        self._gradients: tuple[Tensor, ...] = ()
         # Of a causal mask, for example: no sign of training that diverged.
         infinite = self.buffers.isinf()
         self._infinite = infinite if bool(infinite.any()) else None
+        self._infinite_apart = self._flat.apart_buffers.isinf()
         self.statistics = True
         self.fixed = False
         self.attributes = attributes(module)
@@ -56,19 +60,29 @@ class Network:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that are trained, views of ``parameters``."""
+        """The parameters that are trained, views of ``parameters`` and ``personal``."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     @property
     def gradients(self) -> Tensor:
-        """fp32 [P], all gradients; every parameter's ``.grad`` is a view of its part."""
-        if self._gradients is None:
-            self._gradients = self._flat.gradients()
+        """fp32 [P], the gradients of ``parameters``; every parameter's ``.grad`` is a view of its part."""
+        return self.gradient_vectors[0]
+
+    @property
+    def gradient_vectors(self) -> tuple[Tensor, ...]:
+        """``gradients``, and fp32 [A] those of ``personal`` where there are such parameters."""
+        if not self._gradients:
+            own = (self._flat.apart_gradients(),) if len(self.personal) else ()
+            self._gradients = (self._flat.gradients(), *own)
         return self._gradients
 
     def finite(self) -> Tensor:
         """bool 0-d: whether all parameters and buffers are finite, but for buffers infinite from the start."""
-        return all_finite(self.parameters) & self.finite_buffers()
+        finite = all_finite(self.parameters) & self.finite_buffers()
+        own = self._flat.apart_buffers
+        if len(self.personal) or len(own):
+            finite &= all_finite(self.personal) & (torch.isfinite(own) | (self._infinite_apart & ~own.isnan())).all()
+        return finite
 
     def finite_buffers(self, which: slice = slice(None)) -> Tensor:
         """bool 0-d: whether the buffers' elements are finite numbers, or were infinite from the start."""
@@ -94,6 +108,14 @@ class Network:
             ValueError: a vector has another size than the network's.
         """
         self._flat.load_vectors(message)
+
+    def read_personal(self) -> dict[str, Tensor]:
+        """Copies of the parameters and buffers that a client keeps to itself, by name."""
+        return personal.read(inner(self.module))
+
+    def write_personal(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies what :meth:`read_personal` returned into the network."""
+        personal.write(inner(self.module), tensors)
 
     def take(self, module: nn.Module) -> None:
         """Copies a module's tensors into the network by name; what is frozen stays as it is.
@@ -156,6 +178,7 @@ class Part:
         self._stretches = {kind: _stretch(network.places[kind], self.names) for kind in VECTORS}
         self.parameters = network.parameters[self._stretches["parameters"]]
         self.gradients = network.gradients[self._stretches["parameters"]]
+        self.gradient_vectors = (self.gradients,)
 
     def train_mode(self) -> None:
         """Puts the part in train mode and everything else in eval mode."""
@@ -211,6 +234,7 @@ class Trainable:
         self.trained = trained
         self.parameters: Tensor = self._flat.parameters
         self.gradients: Tensor = self._flat.gradients()
+        self.gradient_vectors = (self.gradients,)
 
     def train_mode(self) -> None:
         """Puts the module in train mode; batch norm stays in eval mode where it is frozen or its statistics fixed."""

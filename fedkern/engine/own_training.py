@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,16 @@ def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Paramete
     return found
 
 
+def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
+    """Scales vectors of gradients to a joint norm of at most ``largest`` (0: any); returns the norm, fp64 0-d."""
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in vectors]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    if largest:
+        for each in vectors:
+            each.mul_((largest / norm).clamp(max=1))
+    return norm
+
+
 def own_stepper(
     network: Any, schedule: Any, terms: Terms | None, kept: Mapping[str, Any]
 ) -> tuple[Callable[[float], ops.StepResult], Callable[[], dict[str, Any]]]:
@@ -131,6 +141,7 @@ def own_stepper(
     rates are the optimiser's, times the schedule's.
     """
     theta, gradients = network.parameters.detach(), network.gradients
+    vectors = network.gradient_vectors
     optimizer = made(schedule.make, network.trained)
     rates = [group["lr"] for group in optimizer.param_groups]
     if kept:
@@ -141,13 +152,12 @@ def own_stepper(
     def step(factor: float) -> ops.StepResult:
         if terms is not None:
             terms.add_to(gradients, theta)
-        norm = torch.linalg.vector_norm(gradients, dtype=torch.float64)
-        if schedule.clip_norm:
-            gradients.mul_((schedule.clip_norm / norm).clamp(max=1))
+        norm = clip(vectors, schedule.clip_norm)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         optimizer.step()
-        gradients.zero_()
+        for each in vectors:
+            each.zero_()
         return ops.StepResult(torch.isfinite(norm), norm.square())
 
     def held() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.engine.captured import Graphs, Outcome, Play, replayable
 from fedkern.engine.network import Network, Part, Trainable
-from fedkern.engine.own_training import own_stepper
+from fedkern.engine.own_training import clip, own_stepper
 from fedkern.engine.reader import Reader, batch_plan
 from fedkern.errors import UserError
 from fedkern.interrupts import check
@@ -118,6 +118,9 @@ def stepper(
 ) -> tuple[Callable[[Any], ops.StepResult], Callable[[], dict[str, Any]]]:
     """Makes the optimiser's step, a function of the learning rate that applies a batch's gradients and zeroes them.
 
+    Parameters that a client keeps to itself take the same step without the method's terms; gradients are clipped by
+    the norm of all.
+
     Args:
         kept: the state of the client's last exchange.
         hold: where the step's tensors are from exchange to exchange (see :meth:`Graphs.hold`).
@@ -128,6 +131,33 @@ def stepper(
     if schedule.make is not None:
         return own_stepper(network, schedule, terms, kept)
     theta, gradients = network.parameters.detach(), network.gradients
+    if not (isinstance(network, Network) and len(network.personal)):
+        return _steps(theta, gradients, schedule, terms, kept, hold)
+    plain, vectors = replace(schedule, clip_norm=0.0), network.gradient_vectors
+    shared, held = _steps(theta, gradients, plain, None, kept.get("shared", {}))
+    alone, held_alone = _steps(network.personal.detach(), vectors[1], plain, None, kept.get("personal", {}))
+
+    @torch.no_grad()
+    def both(lr: float) -> ops.StepResult:
+        if terms is not None:
+            terms.add_to(gradients, theta)
+        if schedule.clip_norm:
+            clip(vectors, schedule.clip_norm)
+        first, second = shared(lr), alone(lr)
+        return ops.StepResult(first.finite & second.finite, first.squared_norm + second.squared_norm)
+
+    return both, lambda: {"shared": held(), "personal": held_alone()}
+
+
+def _steps(
+    theta: Tensor,
+    gradients: Tensor,
+    schedule: Schedule,
+    terms: Terms | None,
+    kept: Mapping[str, Any],
+    hold: Callable[[str, Tensor], Tensor] | None = None,
+) -> tuple[Callable[[Any], ops.StepResult], Callable[[], dict[str, Any]]]:
+    """As :func:`stepper`, of the parameters ``theta``, fp32 [P]."""
     settings: dict[str, Any] = {"weight_decay": schedule.weight_decay, "zero": True}
     if schedule.clip_norm:
         settings["max_norm"] = schedule.clip_norm
@@ -281,13 +311,15 @@ def started(
     if known is False:
         graphs = None
     hold = None  # where the tensors of a step are that is recorded as a whole: AdamW's numbers are others every time
-    if graphs is not None and not adjusts and schedule.make is None and schedule.optimizer == "sgd":
+    alone = len(network.gradient_vectors) > 1  # parameters that the client keeps to itself
+    if graphs is not None and not adjusts and not alone and schedule.make is None and schedule.optimizer == "sgd":
         hold = graphs.hold
     whole = hold is not None
     apply, held = stepper(network, schedule, terms, kept, hold)
     rate = torch.zeros((), dtype=torch.float64, device=theta.device)
     rate = rate if hold is None else hold("rate", rate)
-    gradients.zero_()
+    for each in network.gradient_vectors:
+        each.zero_()
     totals: dict[str, float] = {}
     seen: dict[str, int] = {}
     done, count = 0, len(data) if rows is None else len(rows)
@@ -332,7 +364,8 @@ def started(
                 after_epoch(epoch)
                 network.train_mode()
     finite = network.finite()
-    if terms is not None and terms.gradient_sum is not None and schedule.make is None:  # else the stepper counts
+    counted = schedule.make is not None or alone  # by the stepper
+    if terms is not None and terms.gradient_sum is not None and not counted:
         terms.gradient_sum.steps += done + sum(outcome.loss.numel() for outcome in records)
         if graphs is not None and whole:
             terms.gradient_sum.total.copy_(graphs.held["gradient_sum"])

@@ -132,6 +132,11 @@ def check_portable(config: RunConfig) -> None:
     if config.kind.pooled:
         raise UserError(f"{config.method} needs the data of all clients in one place, which Flower keeps apart.")
     check_local(config)
+    if config.own_networks:
+        raise UserError(
+            f"{'--personal' if config.personal is not None else config.method} is not for Flower: a run is judged by "
+            "the networks that its clients keep to themselves, and the server of a Flower run does not have these."
+        )
     if config.compress is not None:
         raise UserError(
             f"--compress {config.compress} is not for runs over Flower, whose nodes send uploads whole: leave it out, "

@@ -66,6 +66,8 @@ class Method:
     asynchronous: ClassVar[bool] = False
     """Whether the server may step by uploads that are stale, of clients that began in different rounds
     (``--asynchronous``).  What a class inherits does not count: what it adds may count on whole rounds."""
+    keeps_head: ClassVar[bool] = False
+    """Whether every client keeps the network's last linear layer to itself, where ``--personal`` names nothing else."""
     takes_teachers: ClassVar[bool] = False
     """Whether clients may load trained networks (``--teachers``) instead of training locally."""
 
@@ -113,6 +115,14 @@ class Method:
     def averages(self) -> bool:
         """Whether the server averages uploaded ``parameters``, so that ``--max-update-norm`` can bound updates."""
         return False
+
+    @property
+    def takes_personal(self) -> bool:
+        """Whether clients may keep parts of the network to themselves (``--personal``).
+
+        Vectors of messages and of ``adjust_gradient`` and ``terms`` then have the length of what is shared.
+        """
+        return self.averages and not self.one_shot
 
     @property
     def takes_buffers(self) -> bool:
@@ -243,6 +253,13 @@ class Method:
         """
         figures: dict[str, float] = data.task.figures(model, data)
         return figures
+
+    def own_vectors(self, client: Client, message: Message) -> Message:
+        """Flat vectors of the network that a client uses, from its state and the global network's in ``message``.
+
+        A method that overrides this is judged by its clients' networks: a figure of a test set is their mean.
+        """
+        return message
 
     def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
         """Figures, as :meth:`evaluate` returns them, of the network that this client would use on its own test set."""

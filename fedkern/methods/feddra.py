@@ -109,6 +109,10 @@ class FedDRA(Robust):
         return bool(self.options.stages == "one")  # the first of two stages averages a part of the network
 
     @property
+    def takes_personal(self) -> bool:
+        return False  # the stages are parts of the vectors
+
+    @property
     def averaged(self) -> bool:
         """Whether the first stage's average is used: not if the second stage of the round overwrites it unread."""
         return bool(not self.paired or self.options.anchors or self.options.joint_start == "average")

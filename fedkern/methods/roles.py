@@ -219,8 +219,16 @@ class Client(Node, Protocol):
         """
         ...
 
+    @property
+    def personal(self) -> Message:
+        """What the client keeps to itself of the network (``--personal``), tensors by name; empty without that."""
+        ...
+
     def frozen(self, message: Message) -> Any:
-        """The network with the vectors of a message: frozen, in eval mode; the next call overwrites the network."""
+        """The network with the vectors of a message: frozen, in eval mode; the next call overwrites the network.
+
+        With ``--personal`` the rest of it is the client's own.
+        """
         ...
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:

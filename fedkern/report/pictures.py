@@ -174,7 +174,8 @@ def _draw(
     by_samples = config.options.get("weighting") == "samples"
     keep("weights", lambda: weights_picture(records, title=f"Clients of {title}", by_samples=by_samples))
     written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes, failed)
-    for each in () if data.form.lacks else data.task.pictures:
+    # A network of which clients keep parts to themselves answers nothing.
+    for each in () if data.form.lacks or config.keeps_parts else data.task.pictures:
         target = run_dir / PICTURES[each]
         with spared(partial(failed.setdefault, target.name)):
             model = read_model(run_dir, trusted)[0] if model is None else model

@@ -10,6 +10,7 @@ from fedkern import named_code
 from fedkern.data import DATASETS
 from fedkern.errors import UserError
 from fedkern.files import absolute, absolute_folder
+from fedkern.methods.base import Method
 from fedkern.models import MODELS
 from fedkern.models.precision import PRECISIONS
 from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS
@@ -46,6 +47,12 @@ class ModelSettings(Section):
     freeze: str | None = option(
         None,
         "parameters of the network that stay as they are and never travel, by name: backbone.*,head.bias",
+        type=str,
+    )
+    personal: str | None = option(
+        None,
+        "averaging methods: parameters and buffers of the network that every client keeps to itself, by name: "
+        "head.*,norm1.*",
         type=str,
     )
     features: str | None = option(
@@ -101,9 +108,30 @@ class ModelSettings(Section):
                 f"--fix-statistics is not for {self.method}, whose clients' networks are not trained round by round."
             )
 
+        if self.personal is not None and not self.made.takes_personal:
+            raise UserError(
+                "--personal is for methods whose clients train the whole of one network, which the server averages in "
+                f"every round, and {self.method} with these options is none: leave it out."
+            )
+        if self.keeps_parts and self.buffers == "pool":
+            raise UserError(
+                "--buffers pool computes the statistics of one global network, and with --personal every client has "
+                "its own: take --buffers average, local or drop."
+            )
+
     def unused(self) -> dict[str, str]:
         found = super().unused()
         return found | ({"init_partial": "without --init: give that too, or leave it out"} if self.init is None else {})
+
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether every client keeps parts of the network to itself."""
+        return self.personal is not None or self.kind.keeps_head
+
+    @property
+    def own_networks(self) -> bool:
+        """Whether every client has a network of its own, by which the run is judged."""
+        return self.keeps_parts or self.kind.own_vectors is not Method.own_vectors
 
     @property
     def statistics(self) -> bool:

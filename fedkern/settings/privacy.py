@@ -108,6 +108,11 @@ class PrivacySettings(FaultSettings, ModelSettings):
             )
         if self.clip_update_norm:
             raise UserError("--clip-update-norm clips what --dp-clip clips already: leave it out.")
+        if self.own_networks and self.dp_noise:
+            raise UserError(
+                f"--dp-noise is not for {self.method if self.personal is None else '--personal'}: it covers what "
+                "clients upload, and not the figures of networks that every client keeps to itself."
+            )
         if self.fix_statistics is not None and self.dp_noise:
             raise UserError(
                 "--fix-statistics keeps batch norm's running statistics as they are, and the noise of --dp-noise moves "

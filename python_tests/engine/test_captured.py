@@ -159,6 +159,14 @@ def test_methods_that_say_so_are_replayable(name, make_data, make_config, tmp_pa
     assert "no-cuda-graph" not in diagnostics
 
 
+@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+def test_a_pass_is_recorded_where_clients_keep_a_part(name, make_data, make_config, tmp_path, monkeypatch):
+    given = {**SMALL, **SETTINGS.get(name, {}), "personal": "head.*", "clip_norm": 0.5}
+    same, tapes, _ = same_runs(make_config(name, **given), make_data(), tmp_path, monkeypatch)
+    assert same
+    assert tapes.replayed > 3 * tapes.recorded > 0
+
+
 def test_what_is_replayable():
     class Derived(FedAvg):
         pass

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fedkern.engine.clients import judged
 from fedkern.engine.context import RunContext
 from fedkern.engine.evaluate import client_sets, evaluate, evaluate_clients, evaluating, site_sets
 from fedkern.engine.hooks import Hooks, MethodCode
@@ -25,6 +26,7 @@ from fedkern.methods.base import Method
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
 from fedkern.methods.common.figures import gradcam
 from fedkern.methods.common.final_figures import final_figures
+from fedkern.methods.common.personal import ClientsNetworks
 from fedkern.privacy.disclosure import About
 
 
@@ -33,7 +35,7 @@ class Evaluation(Part):
     """Evaluates the network that the method hands out.
 
     Args:
-        method: gives the figures.
+        method: gives the figures, as a method does.
         hooks: hands out the network.
         code: names the method in an exception.
         context: of the run.
@@ -49,7 +51,7 @@ class Evaluation(Part):
 
     def __init__(
         self,
-        method: Method,
+        method: Method | ClientsNetworks,
         hooks: Hooks,
         code: MethodCode,
         context: RunContext,
@@ -60,6 +62,7 @@ class Evaluation(Part):
     ) -> None:
         self._method, self._hooks, self._code, self._context = method, hooks, code, context
         self._sets, self._client_sets, self._clients = sets, own_sets, clients
+        self._global = not isinstance(method, ClientsNetworks)  # whether the hooks' network is the judged one
         self._kept = False  # whether the test sets have kept the present network's answers
         self.latest: dict[str, float] = {}
         self.best: dict[str, float] = {}
@@ -68,7 +71,8 @@ class Evaluation(Part):
     @classmethod
     def build(cls, run: RunObjects) -> Evaluation:
         own, told = client_sets(run.context), run.context.disclosure.clients
-        return cls(run.method, run.hooks["method"], run.code, run.context, run.sets, own, clients=told)
+        judge = judged(run.method, run.server, run.context, run.checkpoints)
+        return cls(judge, run.hooks["method"], run.code, run.context, run.sets, own, clients=told)
 
     def round_end(self, record: Record) -> None:
         self._kept = False
@@ -137,7 +141,7 @@ class Evaluation(Part):
                 self.own = evaluate_clients(self._method, network, sets, at_once, names, code)
 
     def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:
-        return evaluating(self._context.config, self._context.is_flat(network))
+        return evaluating(self._context.config, self._global and self._context.is_flat(network))
 
     def _of_clients(self, test_set: str, sets: dict[int, Reader]) -> dict[str, Any]:
         """The clients' figures on their own ``sets`` as entries of the summary; empty where nothing may be told.
@@ -163,7 +167,7 @@ class Evaluation(Part):
 
     def _gradcam(self, network: Any) -> dict[str, float]:
         # Grad-CAM takes single images in eval mode, which needs running statistics.
-        count = self._context.config.grad_cam if self._context.config.statistics else 0
+        count = self._context.config.grad_cam if self._context.config.statistics and self._global else 0
         with spared(lambda why: self._context.warn("no-grad-cam", f"The figures of Grad-CAM are missing: {why}.")):
             return gradcam(network, self._sets, count)
         return {}

@@ -136,10 +136,17 @@ class Checkpoints:
             UserError: the state's file is missing or damaged.
         """
         entry = self.peek()
-        if entry is None:
-            return None
-        name = entry["server"]
-        if checksum(self.folder / name) != entry["files"].get(name):
+        return None if entry is None else self._checked(entry["server"], entry["files"])
+
+    def last_client_state(self, client: int) -> dict[str, Any]:
+        """As :meth:`last_server_state`, a client's; empty where it has none."""
+        entry = self.peek()
+        files, sums = ({}, {}) if entry is None else self.files_of(entry)
+        return self._checked(files[client], sums) if client in files else {}
+
+    def _checked(self, name: str, sums: Mapping[str, int]) -> dict[str, Any]:
+        """The state in a file that has its CRC-32."""
+        if checksum(self.folder / name) != sums.get(name):
             raise UserError(f"The checkpoint cannot be read: {self.folder / name} is missing or damaged.")
         return self._load(name)
 

@@ -21,17 +21,22 @@ clients' networks before the average.  The loss of a test class without a protot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedkern import ops
 from fedkern.methods.base import VECTORS, LocalTraining
+from fedkern.methods.common.personal import (
+    OfClient,
+    Personal,
+    keep_network,
+    mean_figures,
+    own_network,
+    with_vectors,
+)
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
@@ -90,15 +95,12 @@ class FedProto(LocalTraining):
         network = client.network()
         answer: Message = {}
         if self.options.networks == "personal":
-            if "network" in client.state:
-                network.load_state_dict(client.state["network"])
-            client.fit(self, phase, network, message=message)
-            client.state["network"] = {name: value.cpu().clone() for name, value in network.state_dict().items()}
+            client.fit(self, phase, own_network(client, "network", network), message=message)
+            keep_network(client, "network", network)
             statistics = True
         else:
             answer = super().client_update(client, phase, message)
-            flat = ops.FlatParameters(network)
-            flat.load_parameters(answer["parameters"])
+            flat = with_vectors(network, {"parameters": answer["parameters"]}, client)
             buffers = {**client.state.get("buffers_local", {}), **answer}.get("buffers")
             statistics = buffers is not None or not flat.buffers.numel()
             if buffers is not None:
@@ -194,20 +196,14 @@ class FedProto(LocalTraining):
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
         if not isinstance(model, Personal):
             return super().evaluate(model, data)
-        keep, figures = getattr(data, "keep", None), []
-        for client, member in zip(model.clients, model.members, strict=True):
-            kept = None if keep is None else partial(keep, client=client)
-            # No single network made the predictions.
-            unrecorded = SimpleNamespace(task=data.task, batches=data.batches, keep=kept)
-            figures.append(super().evaluate(member, unrecorded))
-        return {name: sum(one[name] for one in figures) / len(figures) for name in figures[0]}
+        return mean_figures(super().evaluate, zip(model.clients, model.members, strict=True), data)
 
     def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
         if isinstance(model, Personal) and client in model.clients:
             model = model.members[model.clients.index(client)]
         elif isinstance(model, Personal):
             # Never took part: evaluate the mean of the others' logits.
-            data = SimpleNamespace(task=data.task, batches=data.batches)
+            data = OfClient(data, None)
         return super().evaluate(model, data)
 
 
@@ -239,23 +235,6 @@ class Nearest(nn.Module):
         """Logits [B, C] of images."""
         distances = torch.cdist(self.network.features(images), self.means).square()
         return -distances.masked_fill(~self.known, torch.inf)
-
-
-class Personal(nn.Module):
-    """The clients' own networks; the joint prediction is the mean of their logits.
-
-    Args:
-        members: networks by client id.
-    """
-
-    def __init__(self, members: Mapping[ClientId, nn.Module]) -> None:
-        super().__init__()
-        self.clients = tuple(members)
-        self.members = nn.ModuleList(members.values())
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, C] of images."""
-        return torch.stack([member(images) for member in self.members]).mean(0)
 
 
 def prototypes(network: Any, client: Client) -> Message:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining
+from fedkern.methods.common.personal import keep_network, own_network
 from fedkern.methods.protocol import Batch, Message, Phase, Received
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
@@ -49,6 +50,10 @@ class FML(LocalTraining):
         temperature: float = option(1.0, "temperature of both distillation losses", above=0, infinite=True)
         private: str = option("", "the private model, MODEL or MODEL/WIDTH; empty for the proxy's own architecture")
 
+    @property
+    def takes_personal(self) -> bool:
+        return False  # the private model is all that a client keeps to itself
+
     def loss(self, model: Any, batch: Batch, received: Received) -> tuple[Tensor, dict[str, Tensor]]:
         o = self.options
         h, z = model.private(batch.inputs), model.proxy(batch.inputs)
@@ -67,7 +72,7 @@ class FML(LocalTraining):
         # Running statistics that do not travel (--buffers) keep initial values: train mode does not read them.
         proxy.load_vectors(message)
         client.fit(self, phase, pair)
-        client.state["private"] = {name: value.detach().cpu() for name, value in pair.private.state_dict().items()}
+        keep_network(client, "private", pair.private)
         proxy.flatten()  # the training loop has moved the parameters
         trained = {"parameters": proxy.parameters, "buffers": proxy.buffers, "integers": proxy.integers}
         return {name: trained[name].detach().cpu().clone() for name in message if name in trained}
@@ -79,10 +84,7 @@ class FML(LocalTraining):
     def _private(self, client: Client) -> nn.Module:
         """The client's private model from the last round, or a fresh one."""
         # Its own initial weights: equal networks that train on the same batches could not teach each other.
-        network = self._fresh(partial(client.network, stream="private"))
-        if "private" in client.state:
-            network.load_state_dict(client.state["private"])
-        return network
+        return own_network(client, "private", self._fresh(partial(client.network, stream="private")))
 
     def _fresh(self, build: Callable[..., Any]) -> nn.Module:
         name, _, width = self.options.private.partition("/")

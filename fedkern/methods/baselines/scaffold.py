@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
 from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.methods.common.personal import with_vectors
 from fedkern.methods.protocol import ClientId, Message, Phase, Received, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
@@ -87,8 +87,7 @@ class Scaffold(FedAvg):
     def gradient(self, client: Client, phase: Phase, message: Message) -> Tensor:
         """Gradient of the client's mean loss over all its samples at the received model, fp32 [P]."""
         network = client.network()
-        flat = ops.FlatParameters(network)
-        flat.load_vectors(message)
+        flat = with_vectors(network, message, client)
         if client.statistics_fixed(phase):
             fix_statistics(network)
         total = flat.gradients()

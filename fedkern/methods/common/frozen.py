@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedkern import ops
 from fedkern.methods.protocol import Batch, Received
-from fedkern.models import precision
+from fedkern.models import personal, precision
 from fedkern.transfer import send
 
 
@@ -56,5 +55,5 @@ def frozen_copy(model: nn.Module, vectors: Mapping[str, Tensor]) -> Any:
     made = copy.deepcopy(model)
     if precision.lower() is not None:
         made.float()  # the received network's weights are already in lower precision
-    ops.FlatParameters(made).load_vectors(vectors)
+    personal.flatten(made).load_vectors(vectors)
     return precision.frozen(made.requires_grad_(False))

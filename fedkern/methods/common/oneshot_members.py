@@ -13,6 +13,7 @@ from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS, Method, vectors_of
 from fedkern.methods.protocol import ClientId, Message, Phase, Upload
 from fedkern.methods.uploads import all_finite
+from fedkern.models import personal
 from fedkern.models.own import channels_last
 from fedkern.models.registry import unknown
 from fedkern.ops import FlatParameters
@@ -67,7 +68,7 @@ def flatten(module: nn.Module) -> FlatParameters:
     """The module as flat vectors, in the engine's memory layout (convolutions of fedkern's networks channels-last)."""
     if channels_last(module):
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return FlatParameters(module)
+    return personal.flatten(module)
 
 
 def vectors(flat: FlatParameters) -> Message:

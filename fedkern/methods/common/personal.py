@@ -1,0 +1,114 @@
+"""Networks of the clients' own: kept from round to round, and judged in the place of one global network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.methods.base import Method
+from fedkern.methods.protocol import ClientId, Message
+from fedkern.methods.roles import Client
+from fedkern.models import personal
+from fedkern.ops import FlatParameters
+from fedkern.tasks.own import inner
+
+
+def own_network(client: Client, key: str, fresh: nn.Module) -> nn.Module:
+    """A network with the tensors that :func:`keep_network` kept under ``key``, or as ``fresh`` as it is."""
+    if key in client.state:
+        fresh.load_state_dict(client.state[key])
+    return fresh
+
+
+def keep_network(client: Client, key: str, network: nn.Module) -> None:
+    """Keeps a network's tensors in the client's state."""
+    client.state[key] = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+
+
+def with_vectors(network: nn.Module, message: Message, client: Client) -> FlatParameters:
+    """Writes a message's vectors, and what the client keeps to itself, into a network; returns it as flat vectors."""
+    flat = personal.flatten(network)
+    flat.load_vectors(message)
+    personal.write(inner(network), client.personal)
+    return flat
+
+
+class Personal(nn.Module):
+    """The clients' own networks; the joint prediction is the mean of their logits.
+
+    Args:
+        members: networks by client id.
+    """
+
+    def __init__(self, members: Mapping[ClientId, nn.Module]) -> None:
+        super().__init__()
+        self.clients = tuple(members)
+        self.members = nn.ModuleList(members.values())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, C] of images."""
+        return torch.stack([member(images) for member in self.members]).mean(0)
+
+
+class OfClient:
+    """A test set as one client of several answers to it.
+
+    Args:
+        data: the test set.
+        client: the client; None: nothing of the answers is kept.
+    """
+
+    def __init__(self, data: Any, client: ClientId | None) -> None:
+        keep = getattr(data, "keep", None)
+        self._data, self.keep = data, None if keep is None or client is None else partial(keep, client=client)
+
+    def record(self, predictions: Tensor) -> None:
+        """Records nothing: no single network made the predictions."""
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+
+def mean_figures(
+    figures: Callable[[Any, Any], Mapping[str, float]], networks: Iterable[tuple[ClientId, Any]], data: Any
+) -> dict[str, float]:
+    """Means of the figures of the clients' networks on a test set."""
+    each = [figures(network, OfClient(data, client)) for client, network in networks]
+    return {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+
+
+class ClientsNetworks:
+    """Figures of the clients' own networks, in the place of those of a method's global network.
+
+    All clients count, also those that a round left out.
+
+    Args:
+        method: gives the figures of a network, and what a client's network is (`Method.own_vectors`).
+        clients: all clients by id, each with its present state.
+        vectors: gives the global network's vectors.
+    """
+
+    def __init__(self, method: Method, clients: Mapping[ClientId, Client], vectors: Callable[[], Message]) -> None:
+        self._method, self._clients, self._vectors = method, clients, vectors
+
+    def network(self, client: Client, vectors: Message) -> Any:
+        """A client's own network, in eval mode; the next call overwrites the network."""
+        return client.frozen(self._method.own_vectors(client, vectors))
+
+    def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
+        """The mean over all clients' networks."""
+        vectors = self._vectors()
+        networks = ((k, self.network(self._clients[k], vectors)) for k in self._clients)
+        return mean_figures(self._method.evaluate, networks, data)
+
+    def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
+        """The figures of a client's network on its own test set."""
+        network = self.network(self._clients[client], self._vectors())
+        return self._method.evaluate_own(network, data, client)

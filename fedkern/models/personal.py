@@ -1,0 +1,77 @@
+"""Personal parts of a network: parameters and buffers that every client keeps to itself, and no message holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.errors import UserError, nearest
+from fedkern.ops import FlatParameters
+
+_MARK = "_fedkern_personal"
+"""Attribute of a layer: the keys of its personal tensors."""
+
+
+def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
+    """Marks trained parameters and buffers whose names match a pattern (``head.*``) as personal.
+
+    The marks belong to the layers: they stay in deep copies, and where a layer is put into another module.
+
+    Raises:
+        UserError: a pattern matches no name, or nothing of the network ``text`` would be shared.
+    """
+    trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+    named = [*trained, *(name for name, _ in module.named_buffers())]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = [name for name in named if fnmatchcase(name, pattern)]
+        if not found:
+            children = [f"{name}.*" for name, child in module.named_children() if child.state_dict()]
+            raise UserError(
+                f"--personal {pattern} matches no trained parameter and no buffer of {text}, whose parts are "
+                f"{', '.join(children or named)}.{nearest(pattern, [*children, *named])}"
+            )
+        chosen.update(found)
+    if chosen >= set(trained):
+        raise UserError(
+            f"--personal {','.join(patterns)} leaves nothing of {text} to be shared: name fewer of its parts, or take "
+            "the method local."
+        )
+    for name in chosen:
+        path, _, key = name.rpartition(".")
+        owner = vars(module.get_submodule(path))
+        owner[_MARK] = tuple(sorted({*owner.get(_MARK, ()), key}))
+
+
+def names(module: nn.Module) -> list[str]:
+    """Names of the personal parameters and buffers of a module."""
+    return [
+        f"{path}.{key}" if path else key for path, each in module.named_modules() for key in vars(each).get(_MARK, ())
+    ]
+
+
+def flatten(module: nn.Module) -> FlatParameters:
+    """The module as flat vectors; its personal tensors lie apart."""
+    return FlatParameters(module, names(module))
+
+
+def read(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the personal tensors, by name."""
+    return {name: each.detach().clone() for name, each in _personal(module).items()}
+
+
+@torch.no_grad()
+def write(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies ``tensors``, as :func:`read` has returned them, into the module."""
+    own = _personal(module)
+    for name, value in tensors.items():
+        own[name].copy_(value)
+
+
+def _personal(module: nn.Module) -> dict[str, Tensor]:
+    chosen = names(module)
+    named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())} if chosen else {}
+    return {name: named[name] for name in chosen}

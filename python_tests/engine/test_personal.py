@@ -1,0 +1,347 @@
+"""Parts of a network that every client keeps to itself: they train, never travel, and the run is judged by them."""
+
+import copy
+import dataclasses
+from typing import ClassVar
+
+import pytest
+import torch
+from interrupted import Kill, KillAt, outcome
+from smallest import SETTINGS
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import fedkern
+from fedkern import models
+from fedkern.data import normalise
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.errors import UserError
+from fedkern.methods import METHODS
+from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.models import personal
+from fedkern.tasks import CLASSIFICATION
+
+
+class Small(nn.Module):
+    """A normalised backbone and a head on 8 × 8 images."""
+
+    def __init__(self, classes=3, channels=3):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.pool, self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.head(self.pool(self.backbone(x)))
+
+
+def small():
+    torch.manual_seed(3)
+    return Small()
+
+
+class Recording(FedAvg):
+    """FedAvg that writes down the rows and the images of every batch."""
+
+    rows: ClassVar[list] = []
+
+    def loss(self, model, batch, received):
+        Recording.rows.append((batch.phase.round, received.samples, batch.inputs.clone(), batch.targets.clone()))
+        return super().loss(model, batch, received)
+
+
+def played(out, make_data, method="fedavg", sizes=(20, 13, 9), **settings):
+    plain = {
+        "model": "cnn", "width": 2, "rounds": 2, "local_epochs": 2, "batch_size": 4, "threads": 1, "client_threads": 1,
+        "workers": 1, "grad_cam": 0, "pictures": False, "progress": False,
+    }  # fmt: skip
+    settings = {**plain, **settings}
+    if isinstance(settings["model"], nn.Module):
+        del settings["width"]
+    settings.setdefault("data", dataclasses.replace(make_data(sizes), name="arrays"))
+    return fedkern.simulate(method, out=out, **settings)
+
+
+def networks(run, clients=3):
+    return [run.model(client=k).state_dict() for k in range(clients)]
+
+
+def same(first, second):
+    return all(torch.equal(a[name], b[name]) for a, b in zip(first, second, strict=True) for name in a)
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"momentum": 0.9, "weight_decay": 1e-3},
+        {"optimizer": "adamw", "lr": 1e-3, "optimizer_state": "keep"},
+        {"momentum": 0.9, "optimizer_state": "keep"},
+        {"optimizer": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3)},
+    ],
+    ids=["sgd", "adamw", "keep", "factory"],
+)
+def test_a_single_client_trains_as_without(make_data, tmp_path, settings):
+    """Nothing is averaged then, so every bit is that of the whole network."""
+    whole = played(tmp_path / "whole", make_data, sizes=[20], **settings)
+    parts = played(tmp_path / "parts", make_data, sizes=[20], personal=["head.*", "layer2.*"], **settings)
+    assert same([whole.model().state_dict()], [parts.model(client=0).state_dict()])
+    assert parts.metrics == pytest.approx(whole.metrics, abs=0)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_it_is_the_run_of_plain_pytorch(make_data, tmp_path, clip):
+    Recording.rows, network = [], small()
+    given = {"momentum": 0.9, "lr": 0.1, "weight_decay": 1e-3, "clip_norm": clip}
+    run = played(tmp_path / "run", make_data, Recording, model=network, personal="head.*", **given)
+    sizes = [20, 13, 9]
+    plain = [copy.deepcopy(network) for _ in sizes]
+    for turn in range(2):
+        for size, local in zip(sizes, plain, strict=True):
+            optimiser = torch.optim.SGD(local.train().parameters(), 0.1, 0.9, weight_decay=1e-3)
+            for _, _, images, targets in [row for row in Recording.rows if row[:2] == (turn, size)]:
+                optimiser.zero_grad()
+                cross_entropy(local(images), targets).backward()
+                if clip:
+                    nn.utils.clip_grad_norm_(local.parameters(), clip)
+                optimiser.step()
+        states = [local.state_dict() for local in plain]
+        for name in [name for name in states[0] if not name.startswith("head") and "num" not in name]:
+            mean = sum(size / sum(sizes) * each[name].double() for size, each in zip(sizes, states, strict=True))
+            for each in states:
+                each[name].copy_(mean)
+    for found, expected in zip(networks(run), plain, strict=True):
+        for name, value in expected.state_dict().items():
+            if "num" not in name:
+                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+AVERAGING = sorted(
+    name for name, kind in METHODS.items() if kind.serves(CLASSIFICATION) and kind().takes_personal
+)  # fmt: skip
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("method", AVERAGING)
+def test_every_averaging_method_shares_the_rest(make_data, make_public, tmp_path, method):
+    data = make_public(dataclasses.replace(make_data(), name="arrays"), 12)
+    settings = {} if method == "fedproto" else SETTINGS.get(method, {})
+    run = played(tmp_path / "run", make_data, method, data=data, personal=["head.*"], **settings)
+    each, start = networks(run), models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).state_dict()
+    for name in start:
+        apart = not torch.equal(each[0][name], each[1][name])
+        assert apart is name.startswith("head"), name
+        assert apart or "num" in name or not torch.equal(each[0][name], start[name]), name
+    shared = sum(value.numel() for name, value in start.items() if not name.startswith("head"))
+    state = Checkpoints(run.out).last_server_state()
+    vectors = [state[name].numel() for name in ("parameters", "buffers", "integers") if name in state]
+    assert shared <= sum(vectors) < shared + 8 * len(start)
+
+
+def test_only_what_is_shared_travels(make_data, tmp_path):
+    sent = {}
+    for name, parts in {"all": None, "head": "head.*", "norm": "backbone.1.*"}.items():
+        run = played(tmp_path / name, make_data, model=small(), rounds=1, personal=parts)
+        sent[name] = [run.history.records[-1][f"bytes_{way}"] // 12 for way in ("up", "down")]
+    head, norm = 32, 2 * 8 + 2 * 8 + 2  # a bias begins at a multiple of eight; an integer has eight bytes
+    assert sent["all"][0] - sent["norm"][0] == norm
+    assert sent["all"][0] - sent["head"][0] == pytest.approx(head, abs=5)
+    assert all(up == down for up, down in sent.values())
+
+
+def test_personal_norms_are_fedbn(make_data, tmp_path):
+    run = played(tmp_path / "run", make_data, model=small(), personal="backbone.1.*", fix_statistics=1)
+    first, second, _ = networks(run)
+    apart = {name for name in first if not torch.equal(first[name], second[name])}
+    assert apart == {name for name in first if name.startswith("backbone.1")}
+    with torch.no_grad():
+        assert not torch.equal(run.model(client=0)(torch.ones(2, 3, 8, 8)), run.model(client=1)(torch.ones(2, 3, 8, 8)))
+
+
+@pytest.mark.parametrize("buffers", ["local", "drop"])
+def test_other_buffers_are_as_the_policy_says(make_data, tmp_path, buffers):
+    run = played(tmp_path / "run", make_data, model=small(), personal="head.*", buffers=buffers, rounds=1)
+    states = [Checkpoints(run.out).last_client_state(k) for k in range(3)]
+    assert all(("buffers_local" in state) is (buffers == "local") for state in states)
+    first, second, _ = networks(run)
+    assert not torch.equal(first["head.weight"], second["head.weight"])
+    norms = [name for name in first if name.startswith("backbone.1.running")]
+    assert len(norms) == (2 if buffers == "local" else 0)
+    assert all(torch.equal(first[name], run.model(client=0).state_dict()[name]) for name in norms)
+    assert not any(torch.equal(first[name], second[name]) for name in norms)
+
+
+def test_a_loop_of_ones_own_has_the_clients_parts(make_data, tmp_path):
+    seen = []
+
+    def train(model, client):
+        seen.append((client.id, model.head.weight.detach().clone()))
+        with torch.no_grad():
+            model.head.weight.fill_(float(len(seen)))
+            model.backbone[0].weight.add_(1)
+
+    run = played(tmp_path / "run", make_data, model=small(), train=train, personal="head.*")
+    assert [float(weight.mean()) for _, weight in seen[3:]] == [1.0, 2.0, 3.0]
+    assert [float(each["head.weight"].mean()) for each in networks(run)] == [4.0, 5.0, 6.0]
+    torch.testing.assert_close(networks(run)[1]["backbone.0.weight"], small().backbone[0].weight.detach() + 2)
+
+
+# -- what is kept --------------------------------------------------------------------------------------------------
+
+
+def test_bits_in_two_workers_and_killed_and_resumed(make_data, tmp_path):
+    settings = {"personal": "head.*", "optimizer_state": "keep", "rounds": 3, "sample_fraction": 0.7, "model": "cnn"}
+    one = played(tmp_path / "one", make_data, **settings)
+    two = played(tmp_path / "two", make_data, workers=2, **settings)
+    with pytest.raises(Kill):
+        played(tmp_path / "killed", make_data, listener=KillAt("client", 1, round=2), **settings)
+    data = dataclasses.replace(make_data(), name="arrays")
+    resumed = fedkern.load(tmp_path / "killed", data=data).resume(progress=False, pictures=False)
+    for other in (two, resumed):
+        assert outcome(other.out) == outcome(one.out)
+        assert same(networks(other), networks(one))
+    finished = Checkpoints(one.out).last_client_state(0)["personal"]
+    assert set(finished) == {"head.weight", "head.bias"}
+
+
+def test_an_absent_client_has_the_parts_of_a_fresh_network(make_data, tmp_path):
+    run = played(tmp_path / "run", make_data, rounds=1, sample_fraction=0.4, personal="head.*")
+    start = models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).state_dict()
+    fresh = [torch.equal(each["head.weight"], start["head.weight"]) for each in networks(run)]
+    assert sorted(fresh) == [False, True, True]
+
+
+class Refused(FedAvg):
+    """FedAvg whose server refuses client 1 in the second round."""
+
+    def server_update(self, server, phase, uploads):
+        def looked_at():
+            for upload in uploads:
+                if (upload.client_id, phase.round) == (1, 1):
+                    server.refuse(1, "the upload of client 1 is refused")
+                else:
+                    yield upload
+
+        super().server_update(server, phase, looked_at())
+
+
+class Large(FedAvg):
+    """FedAvg whose client 1 uploads too much in the second round."""
+
+    def client_update(self, client, phase, message):
+        result = super().client_update(client, phase, message)
+        if (client.id, phase.round) == (1, 1):
+            result["parameters"] = result["parameters"] + 100
+        return result
+
+
+def test_a_client_whose_upload_is_refused_keeps_what_it_had(make_data, tmp_path):
+    run = played(tmp_path / "run", make_data, Large, personal="head.*", max_update_norm=50.0, on_nan="skip")
+    before = played(tmp_path / "before", make_data, Large, personal="head.*", max_update_norm=50.0, rounds=1)
+    assert [each["client"] for each in run.history.records[1]["dropped"]] == [1]
+    now, then = networks(run), networks(before)
+    assert [torch.equal(a["head.weight"], b["head.weight"]) for a, b in zip(now, then, strict=True)] == [0, 1, 0]
+
+
+# -- figures -------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_clients_networks(make_data, tmp_path):
+    data = dataclasses.replace(make_data(two_tests=False), name="arrays")
+    data = dataclasses.replace(data, client_tests=tuple(data.clients))
+    run = played(tmp_path / "run", make_data, data=data, personal="head.*", local_epochs=4, eval_every=1)
+
+    def accuracy(k, split):
+        inputs = normalise(split.images, data.form.mean, data.form.std)
+        with torch.no_grad():
+            return float((run.model(client=k)(inputs).argmax(1) == split.labels).double().mean())
+
+    test = data.tests[""]
+    assert run.metrics["accuracy"] == pytest.approx(sum(accuracy(k, test) for k in range(3)) / 3)
+    own = [accuracy(k, split) for k, split in enumerate(data.clients)]
+    assert [run.summary["client_metrics"][str(k)]["accuracy"] for k in range(3)] == pytest.approx(own)
+    assert run.metrics["worst_client_accuracy"] == pytest.approx(min(own))
+    assert run.metrics["balanced_accuracy"] > 0
+    assert run.history["accuracy"][-1] == run.metrics["accuracy"]
+
+
+def test_a_run_ends_by_the_clients_figures(make_data, tmp_path):
+    run = played(tmp_path / "whole", make_data, personal="head.*", rounds=4)
+    losses = run.history["id_loss"]
+    stopped = played(tmp_path / "run", make_data, personal="head.*", rounds=4, stop_at=f"id_loss<={losses[1]}")
+    assert len(stopped.history) == min(i for i, loss in enumerate(losses, 1) if loss <= losses[1])
+    assert stopped.summary["stopped"]["by"] == "stop-at"
+
+
+# -- a client's network --------------------------------------------------------------------------------------------
+
+
+def test_the_network_of_a_client_must_be_named(make_data, tmp_path):
+    run = played(tmp_path / "run", make_data, personal="head.*", rounds=1, pictures=True, grad_cam=4)
+    assert not (run.out / "gradcam.png").exists()
+    said = r"The clients of .* keep head\.bias, head\.weight to themselves, which model\.safetensors has as it began"
+    for ask in (run.model, run.evaluate, lambda: run.export(tmp_path / "x", "state-dict"), lambda: run.predict([])):
+        with pytest.raises(UserError, match=said):
+            ask()
+    for wrong in (3, -1, True, "1"):
+        with pytest.raises(UserError, match="client must be a number from 0 to 2, not"):
+            run.model(client=wrong)
+    with pytest.raises(UserError, match="best=True is the global network"):
+        run.model(client=0, best=True)
+    whole = played(tmp_path / "whole", make_data, rounds=1)
+    with pytest.raises(UserError, match="have no networks of their own beside the global one: leave client out"):
+        whole.model(client=0)
+
+
+def test_the_network_of_a_script(make_data, tmp_path):
+    network = small()
+    network.backbone[0].requires_grad_(False)
+    run = played(tmp_path / "run", make_data, model=network, personal="head.*", pictures=True)
+    first, second, _ = networks(run)
+    assert {*first} == {*network.state_dict()}
+    assert torch.equal(first["backbone.0.weight"], network.backbone[0].weight)
+    assert not torch.equal(first["head.weight"], second["head.weight"])
+    data = dataclasses.replace(make_data(), name="arrays")
+    assert fedkern.load(run.out, model=network, data=data).plot()
+
+
+def test_marks_stay_with_the_layers():
+    network = small()
+    personal.keep(network, ["head.*", "backbone.1.running_*"], "net")
+    expected = ["backbone.1.running_mean", "backbone.1.running_var", "head.bias", "head.weight"]
+    assert personal.names(network) == personal.names(copy.deepcopy(network)) == expected
+    assert personal.names(nn.ModuleList([network])) == [f"0.{name}" for name in expected]
+    assert personal.names(small()) == []
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "no name": ("fedavg", {"personal": "haed.*"}, r"personal=.haed\.\*. matches no trained parameter and no buffer of "
+                r"cnn, whose parts are .*head\.\*\. Did you mean .head\.\*.\?"),
+    "frozen": ("fedavg", {"personal": "head.*", "freeze": "head.*"}, "matches no trained parameter"),
+    "everything": ("fedavg", {"personal": "*"}, "leaves nothing of cnn to be shared: name fewer of its parts"),
+    "local": ("local", {"personal": "head.*"}, "personal is for methods whose clients train the whole of one network"),
+    "one-shot": ("oneshot-fedavg", {"personal": "head.*", "rounds": None}, "oneshot-fedavg with these options is none"),
+    "fml": ("fml", {"personal": "head.*"}, "and fml with these options is none"),
+    "fedproto": ("fedproto", {"personal": "head.*", "options": {"networks": "personal"}}, "fedproto with these"),
+    "noise": ("fedavg", {"personal": "head.*", "dp_clip": 1.0, "dp_noise": 1.0}, "dp_noise is not for personal: it"),
+    "pool": ("fedavg", {"personal": "head.*", "buffers": "pool"}, "pool"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "settings", "said"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_kept_is_said_first(make_data, tmp_path, method, settings, said):
+    with pytest.raises(UserError, match=said):
+        played(tmp_path / "run", make_data, method, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_flower_is_refused_before_a_project_is_written(tmp_path, capsys):
+    from fedkern.run import main
+
+    words = ["fedavg", "--data", "digits", "--clients", "3", "--personal", "head.*", "--flower", str(tmp_path / "app")]
+    assert main(words) == 2
+    assert "--personal is not for Flower" in capsys.readouterr().err
+    assert not (tmp_path / "app").exists()
