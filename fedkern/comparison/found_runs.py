@@ -21,7 +21,7 @@ from fedkern.settings.config import ANYHOW, RunConfig
 from fedkern.settings.found import FOUND
 from fedkern.settings.grounds import code_identity, difference, other_data
 from fedkern.settings.run_format import NAME as SETTINGS
-from fedkern.tasks.figure_names import split_metric
+from fedkern.tasks.figure_names import OVER_CLIENTS, split_metric
 
 _NO_GROUP = {"seed", "method", "plugins", "device", "threads", "client_threads", "checkpoint_every", *ANYHOW, *FOUND}
 """Settings that part no groups: the seed, and what decides where and how fast a run computes.
@@ -191,12 +191,17 @@ def differing_settings(groups: Sequence[Group]) -> str:
 
 
 def main_figures(groups: Sequence[Group]) -> list[str]:
-    """Names of each run's main figure on the test sets that it tells; the validation set's are no results."""
+    """Names of each run's main figure on the test sets that it tells; the validation set's are no results.
+
+    Where clients of a run have networks of their own, the mean and the worst client on its own test set follow.
+    """
     runs, own = [run for group in groups for run in group.runs.values()], own_sets(groups)
     every = {name: 0 for run in runs for name in run.metrics if name.endswith(run.config.main)}
     found = ordered({name: 0 for name in every if split_metric(name, own)[0] != "validation"}, own)
     mains = {run.config.main for run in runs}
-    return [name for name in found if split_metric(name, own)[1] in mains] or found
+    apart = any(run.config.own_networks for run in runs)
+    clients = {prefix + main for prefix in OVER_CLIENTS for main in mains} if apart else set()
+    return [name for name in found if split_metric(name, own)[1] in mains or name in clients] or found
 
 
 def own_sets(groups: Iterable[Group]) -> set[str]:

@@ -168,7 +168,8 @@ class RunContext:
         """Names, or patterns of them, of what every client keeps to itself."""
         if self.config.personal is not None:
             return self.config.personal.split(",")
-        return [next(f"{name}.*" for name, each in inner(network).named_modules() if each is network.head)]
+        head = getattr(network, "head", None)  # not known of a user's network before its first samples
+        return [f"{name}.*" for name, each in inner(network).named_modules() if each is head]
 
     @cached_property
     def _taps(self) -> tuple[Any, ...]:

@@ -8,10 +8,12 @@ from fedkern.methods.baselines.ccvr import CCVR
 from fedkern.methods.baselines.centralised import Centralised
 from fedkern.methods.baselines.client_ensemble import Ensemble
 from fedkern.methods.baselines.dense import DENSE
+from fedkern.methods.baselines.ditto import Ditto
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.baselines.feddf import FedDF
 from fedkern.methods.baselines.feddyn import FedDyn
 from fedkern.methods.baselines.fedntd import FedNTD
+from fedkern.methods.baselines.fedper import FedPer
 from fedkern.methods.baselines.fedproto import FedProto
 from fedkern.methods.baselines.fedprox import FedProx
 from fedkern.methods.baselines.fml import FML
@@ -43,6 +45,7 @@ __all__ = [
     "Batch",
     "Centralised",
     "Client",
+    "Ditto",
     "Ensemble",
     "FedAvg",
     "FedDF",
@@ -52,6 +55,7 @@ __all__ = [
     "FedIOD",
     "FedLPFM",
     "FedNTD",
+    "FedPer",
     "FedProto",
     "FedProx",
     "Federation",

@@ -652,9 +652,8 @@ def test_a_broken_item_is_named(tmp_path):
 
 
 SERVES = {
-    "afl", "ccvr", "centralised", "ensemble", "fedavg", "feddf", "feddyn", "fedntd", "fedproto", "fedprox", "fml",
-    "local",
-    "moon", "oneshot-fedavg", "scaffold",
+    "afl", "ccvr", "centralised", "ditto", "ensemble", "fedavg", "feddf", "feddyn", "fedntd", "fedper", "fedproto",
+    "fedprox", "fml", "local", "moon", "oneshot-fedavg", "scaffold",
 }  # fmt: skip
 
 

@@ -330,10 +330,7 @@ def test_a_bound_that_nothing_reaches_changes_no_bit(make_data, make_config, tmp
     assert files[0] == files[1]
 
 
-AVERAGING = {
-    "afl", "ccvr", "fedavg", "feddra", "feddyn", "fedgid", "fedlpfm", "fedntd", "fedprox", "fedproto", "fml", "moon",
-    "oneshot-fedavg", "scaffold",
-}  # fmt: skip
+AVERAGING = {name for name, kind in METHODS.items() if kind().averages}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -16,10 +16,10 @@ from fedkern.methods import METHODS, Batch, FedAvg, Method
 from fedkern.tasks import CLASSIFICATION, MULTILABEL, RETRIEVAL, SEGMENTATION, TASKS
 
 SERVED = {
-    "afl": "cmsr", "ccvr": "c", "centralised": "cmsr", "dense": "c", "ensemble": "cs", "fedavg": "cmsr", "feddf": "cs",
-    "feddra": "r", "feddyn": "cmsr", "fedgid": "c", "fediod": "cs", "fedlpfm": "c", "fedntd": "c", "fedprox": "cmsr",
-    "fedproto": "c", "fml": "c", "fusefl": "c", "local": "cmsr", "moon": "c", "oneshot-fedavg": "cs",
-    "scaffold": "cmsr",
+    "afl": "cmsr", "ccvr": "c", "centralised": "cmsr", "dense": "c", "ditto": "cmsr", "ensemble": "cs",
+    "fedavg": "cmsr", "feddf": "cs", "feddra": "r", "feddyn": "cmsr", "fedgid": "c", "fediod": "cs", "fedlpfm": "c",
+    "fedntd": "c", "fedper": "cm", "fedprox": "cmsr", "fedproto": "c", "fml": "c", "fusefl": "c", "local": "cmsr",
+    "moon": "c", "oneshot-fedavg": "cs", "scaffold": "cmsr",
 }  # fmt: skip
 LETTERS = {"c": CLASSIFICATION, "m": MULTILABEL, "s": SEGMENTATION, "r": RETRIEVAL}
 

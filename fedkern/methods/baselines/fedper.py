@@ -1,0 +1,29 @@
+"""FedPer (Arivazhagan et al., 2019, arXiv 1912.00818): shared base layers and a personal head."""
+
+from __future__ import annotations
+
+from fedkern.errors import UserError
+from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.methods.registry import register
+from fedkern.methods.roles import Server
+from fedkern.models import personal
+
+
+@register("fedper")
+class FedPer(FedAvg):
+    """FedAvg whose clients keep the network's last layer, or what --personal names, to themselves (arXiv 1912.00818).
+
+    Clients train all layers together, as in the paper, and send the base layers alone.
+    """
+
+    asks = frozenset({"criterion"})
+    memoryless = False
+    keeps_head = True
+
+    def start(self, server: Server) -> None:
+        super().start(server)
+        if not personal.names(server.build()):
+            raise UserError(
+                "fedper keeps the network's last linear layer with every client, and this network has none: name other "
+                "parts with --personal."
+            )

@@ -1,0 +1,112 @@
+"""Ditto's personal networks against plain PyTorch, beside a global network that is FedAvg's."""
+
+import copy
+from typing import ClassVar
+
+import pytest
+import torch
+from interrupted import Kill, KillAt, outcome
+from personal_runs import SETTINGS, played, same
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import fedkern
+from fedkern import models
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.errors import UserError
+from fedkern.methods import Ditto
+
+
+class Recording(Ditto):
+    """Ditto that writes down the images of every batch of the personal networks."""
+
+    rows: ClassVar[list] = []
+
+    def loss(self, model, batch, received):
+        if batch.phase.exchange == "own":
+            Recording.rows.append((batch.phase.round, received.samples, batch.inputs.clone(), batch.targets.clone()))
+        return super().loss(model, batch, received)
+
+
+def test_the_global_network_and_the_bytes_are_those_of_fedavg(tmp_path):
+    average, ditto = (
+        played(tmp_path / "fedavg", "fedavg", client_test=0.0),
+        played(tmp_path / "ditto", "ditto", client_test=0.0),
+    )
+    assert same(average.model().state_dict(), ditto.model().state_dict())
+    assert average.summary["bytes"] == ditto.summary["bytes"]
+    losses = [[clients[k]["loss"] for k in clients] for clients in ditto.history["clients"]]
+    assert losses == [[clients[k]["loss"] for k in clients] for clients in average.history["clients"]]
+    assert all("loss_own" in told for told in ditto.history["clients"][0].values())
+
+
+def test_personal_networks_are_those_of_the_algorithm(tmp_path):
+    Recording.rows, lam, received = [], 0.5, []
+    for rounds in (1, 2):  # what clients receive in the rounds after the first
+        received.append(played(tmp_path / f"average{rounds}", "fedavg", rounds=rounds).model().state_dict())
+    run = played(tmp_path / "run", Recording(**{"lambda": lam}))
+    start = models.build("cnn", classes=10, channels=1, image_size=28, seed=0, width=2)
+    received.insert(0, start.state_dict())
+    sizes = list(dict.fromkeys(size for _, size, *_ in Recording.rows))
+    if len(sizes) < 3:
+        pytest.skip("clients of one size cannot be told apart")
+    for client, size in enumerate(sizes):
+        own = copy.deepcopy(start).train()
+        for turn in range(3):
+            optimiser = torch.optim.SGD(own.parameters(), 0.05, 0.9, weight_decay=run.config.weight_decay)
+            for _, _, images, targets in [row for row in Recording.rows if row[:2] == (turn, size)]:
+                optimiser.zero_grad()
+                apart = sum(
+                    (parameter - received[turn][name]).square().sum() for name, parameter in own.named_parameters()
+                )
+                (cross_entropy(own(images), targets) + lam / 2 * apart).backward()
+                if run.config.clip_norm:
+                    nn.utils.clip_grad_norm_(own.parameters(), run.config.clip_norm)
+                optimiser.step()
+        found = run.model(client=client).state_dict()
+        for name, value in own.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4)
+
+
+def test_bits_in_two_workers_and_killed_and_resumed(tmp_path):
+    settings = {"sample_fraction": 0.7, "optimizer_state": "keep"}
+    one, two = played(tmp_path / "one", "ditto", **settings), played(tmp_path / "two", "ditto", workers=2, **settings)
+    with pytest.raises(Kill):
+        played(tmp_path / "killed", "ditto", listener=KillAt("client", 1, round=2), **settings)
+    resumed = fedkern.load(tmp_path / "killed").resume(progress=False, pictures=False)
+    for other in (two, resumed):
+        assert outcome(other.out) == outcome(one.out)
+        for k in range(3):
+            assert same(one.model(client=k).state_dict(), other.model(client=k).state_dict())
+    kept = Checkpoints(one.out).last_client_state(0)
+    assert {"optimizer update", "optimizer own", "own"} == {name.rsplit(" ", 1)[0] for name in kept}
+
+
+def test_the_term_pulls_towards_the_global_network(tmp_path):
+    apart = []
+    for lam in (0, 10.0):
+        run = played(tmp_path / str(lam), Ditto(**{"lambda": lam}))
+        glob, own = run.model().state_dict(), run.model(client=0).state_dict()
+        apart.append(
+            sum(float((glob[name] - own[name]).square().sum()) for name in dict(run.model().named_parameters()))
+        )
+    assert apart[1] < 0.5 * apart[0]
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    for settings, said in (
+        ({"personal": "head.*"}, "ditto with these options is none"),
+        ({"buffers": "local"}, "buffers=.local. is not for ditto"),
+        ({"dp_clip": 1.0, "dp_noise": 1.0}, "dp_noise is not for ditto: it covers what clients upload"),
+    ):
+        with pytest.raises(UserError, match=said):
+            played(tmp_path / "run", "ditto", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_is_compared_by_own_and_worst_client(tmp_path):
+    found = fedkern.compare(["fedavg", "fedper", "ditto"], seeds=[1], out=tmp_path / "x", **SETTINGS)
+    assert [row["group"] for row in found.table] == ["fedavg", "fedper", "ditto"]
+    for row in found.table:
+        assert 0 <= row["worst_client_accuracy"] <= row["mean_client_accuracy"] <= 1
+        assert row["bytes"] < found.table[0]["bytes"] or row["group"] != "fedper"

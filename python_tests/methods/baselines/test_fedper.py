@@ -1,0 +1,51 @@
+"""FedPer: FedAvg with a personal head, or other personal parts."""
+
+import pytest
+import torch
+from personal_runs import played, same
+from torch import nn
+
+from fedkern.errors import UserError
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet8", "mlp"])
+def test_it_keeps_the_networks_last_layer(tmp_path, model):
+    settings = {"model": model, "rounds": 1}
+    run = played(tmp_path / "run", "fedper", **settings)
+    named = played(tmp_path / "named", "fedavg", personal="head.*", **settings)
+    each = [run.model(client=k).state_dict() for k in range(3)]
+    assert all(same(state, named.model(client=k).state_dict()) for k, state in enumerate(each))
+    assert run.metrics == named.metrics
+    assert {name for name in each[0] if not torch.equal(each[0][name], each[1][name])} == {"head.weight", "head.bias"}
+
+
+def test_other_parts_can_be_named(tmp_path):
+    run = played(tmp_path / "run", "fedper", rounds=1, personal=["layer3.*", "head.*"])
+    first, second = (run.model(client=k).state_dict() for k in (0, 1))
+    apart = {name.partition(".")[0] for name in first if not torch.equal(first[name], second[name])}
+    assert apart == {"layer3", "head"}
+
+
+def test_the_last_layer_of_a_network_of_a_script(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(1024, 8), nn.ReLU(), nn.Linear(8, 10))
+    run = played(tmp_path / "run", "fedper", model=network, width=None, rounds=1)
+    first, second = (run.model(client=k).state_dict() for k in (0, 1))
+    assert {name for name in first if not torch.equal(first[name], second[name])} == {"3.weight", "3.bias"}
+
+
+class Scaled(nn.Module):
+    """A network whose logits are not the result of a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(1024, 10)
+
+    def forward(self, x):
+        return 2 * self.line(x.flatten(1))
+
+
+def test_a_network_without_one_is_refused(tmp_path):
+    with pytest.raises(UserError, match="last linear layer with every client, and this network has none: name other"):
+        played(tmp_path / "run", "fedper", model=Scaled(), width=None)
+    settings = {"model": Scaled(), "width": None, "personal": "line.bias"}
+    assert played(tmp_path / "run", "fedper", rounds=1, **settings).model(client=0)
