@@ -41,5 +41,5 @@ class Bytes(Filter):
         return ""
 
     def _book(self, asked: Asked, client: ClientId, direction: str, message: Any) -> None:
-        if asked.entry.booked:
+        if asked.phase.exchange not in asked.entry.unbooked:
             self._ledger.book(client, direction, message, phase=None if asked.entry.one_off else asked.phase)
