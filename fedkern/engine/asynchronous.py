@@ -28,23 +28,9 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.methods.base import ClientId, Federation, Message, Method, Round, Upload
 from fedkern.settings.config import RunConfig
+from fedkern.settings.federation import POLICIES
 from fedkern.streams import stream
-from fedkern.typed_option import Option, with_options
-
-
-def _option(policy: str, name: str, default: float, low: float | None, high: float | None = None) -> Option:
-    """An option; ``low`` None: its values are above 0."""
-    return Option(
-        name=name, field=name, type=type(default), default=default, help=name, low=low, high=high,
-        above=0.0 if low is None else None, label=f'Option "{name}" of --asynchronous {policy}',
-    )  # fmt: skip
-
-
-POLICIES = {
-    "fedbuff": (_option("fedbuff", "buffer", 10, 1), _option("fedbuff", "staleness", 0.5, 0)),
-    "fedasync": (_option("fedasync", "mixing", 0.6, None, 1), _option("fedasync", "staleness", 0.5, 0)),
-}
-"""Options of every policy, by its name."""
+from fedkern.typed_option import with_options
 
 
 class Asynchronous(Participation):

@@ -283,7 +283,7 @@ class RunContext:
     @cached_property
     def initial_personal(self) -> Message:
         """What every client keeps to itself as a fresh network has it, by name; empty where nothing is."""
-        return personal.read(inner(self.build())) if self.config.keeps_parts else {}
+        return personal.copies(personal.tensors(inner(self.build()))) if self.config.keeps_parts else {}
 
     def validation(self) -> Iterator[Batch]:
         """The validation split in batches; none where it is empty."""
@@ -303,21 +303,23 @@ class RunContext:
             self._clients[client] = made
         return self._clients[client]
 
-    def frozen(self, message: Message, buffers: Mapping[str, Tensor] | None, kept: Mapping[str, Tensor]) -> nn.Module:
+    def frozen(
+        self, message: Message, buffers: Mapping[str, Tensor] | None, kept: Mapping[str, Tensor] | None = None
+    ) -> nn.Module:
         """The frozen copy of a received network, in eval mode; clients that received the same vectors share it.
 
         Args:
             message: what was received.
             buffers: those of the client's own (``--buffers local``), or None.
-            kept: what the client keeps to itself (``--personal``), by name.
+            kept: what the client keeps to itself (``--personal``), by name, or None.
         """
         network = self.network("frozen")
         # The key holds the tensors themselves, so that no new tensor can get the identity of a freed one.
-        key = (message["parameters"], *(buffers or {}).values(), *message.values(), *kept.values())
+        key = (message["parameters"], *(buffers or {}).values(), *message.values(), *(kept or {}).values())
         known, _ = self._frozen
         if len(key) != len(known) or any(a is not b for a, b in zip(key, known, strict=True)):
             network.write({**message, **(buffers or {})})
-            network.write_personal(kept)
+            network.write_personal(kept or {})
             network.statistics = self.config.statistics or bool(buffers)
             network.eval_mode()
             self._frozen = key, frozen(network.module)

@@ -41,6 +41,7 @@ class Network:
         self._flat = personal.flatten(module)
         self.parameters: Tensor = self._flat.parameters
         self.personal: Tensor = self._flat.apart
+        self._own = personal.tensors(inner(module))
         self.frozen: Tensor = self._flat.frozen
         self.buffers: Tensor = self._flat.buffers
         self._still = frozen_norms(module) if len(self.frozen) else []
@@ -111,11 +112,11 @@ class Network:
 
     def read_personal(self) -> dict[str, Tensor]:
         """Copies of the parameters and buffers that a client keeps to itself, by name."""
-        return personal.read(inner(self.module))
+        return personal.copies(self._own)
 
     def write_personal(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies what :meth:`read_personal` returned into the network."""
-        personal.write(inner(self.module), tensors)
+        personal.write(self._own, tensors)
 
     def take(self, module: nn.Module) -> None:
         """Copies a module's tensors into the network by name; what is frozen stays as it is.

@@ -58,20 +58,20 @@ def flatten(module: nn.Module) -> FlatParameters:
     return FlatParameters(module, names(module))
 
 
-def read(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the personal tensors, by name."""
-    return {name: each.detach().clone() for name, each in _personal(module).items()}
-
-
-@torch.no_grad()
-def write(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies ``tensors``, as :func:`read` has returned them, into the module."""
-    own = _personal(module)
-    for name, value in tensors.items():
-        own[name].copy_(value)
-
-
-def _personal(module: nn.Module) -> dict[str, Tensor]:
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The personal parameters and buffers, by name."""
     chosen = names(module)
     named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())} if chosen else {}
     return {name: named[name] for name in chosen}
+
+
+def copies(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of :func:`tensors`."""
+    return {name: each.detach().clone() for name, each in own.items()}
+
+
+@torch.no_grad()
+def write(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copies ``values`` into the :func:`tensors` of a network."""
+    for name, value in values.items():
+        own[name].copy_(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedkern.errors import UserError
@@ -14,16 +14,25 @@ from fedkern.settings.defaults import COMMON
 from fedkern.typed_option import Option, flag, option, with_options
 
 AVERAGING = "that average the clients' parameters"
+
+
+def _options(flag: str, **named: Option) -> tuple[Option, ...]:
+    return tuple(replace(each, name=key, label=f'Option "{key}" of {flag}') for key, each in named.items())
+
+
 COMPRESSORS = {
-    "topk": (
-        Option(
-            0.05, "share of the coordinates that travel", above=0, high=0.5, name="share",
-            label='Option "share" of --compress topk',
-        ),
-    ),
+    "topk": _options("--compress topk", share=Option(0.05, "share of the coordinates that travel", above=0, high=0.5)),
     "int8": (),
-}  # fmt: skip
+}
 """Options of every compression of updates (`fedkern.engine.uploads.compression`), by its name."""
+_STALENESS = Option(0.5, "power by which a stale upload weighs less", low=0)
+POLICIES = {
+    "fedbuff": _options("--asynchronous fedbuff", buffer=Option(10, "uploads to a step", low=1), staleness=_STALENESS),
+    "fedasync": _options(
+        "--asynchronous fedasync", mixing=Option(0.6, "weight of an upload", above=0, high=1), staleness=_STALENESS
+    ),
+}
+"""Options of every policy of asynchronous rounds (`fedkern.engine.asynchronous`), by its name."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +100,11 @@ class FederationSettings(DataSettings):
     def resolved(self) -> dict[str, Any]:
         found = {**super().resolved(), "aggregator": Rule(self.aggregator).text}
         found["server_rule"] = ServerRule(self.server_rule).text
-        if self.compress is not None:
-            name, options = with_options("--compress", self.compress, COMPRESSORS)
-            text = ",".join(f"{key}={value!r}" for key, value in options.items())
-            found["compress"] = f"{name}:{text}" if text else name
+        for setting, entries in (("compress", COMPRESSORS), ("asynchronous", POLICIES)):
+            if (given := getattr(self, setting)) is not None:
+                name, options = with_options(flag(setting), given, entries)
+                text = ",".join(f"{key}={value!r}" for key, value in options.items())
+                found[setting] = f"{name}:{text}" if text else name
         return found
 
     def check(self) -> None:

@@ -290,9 +290,9 @@ def test_what_does_not_fit_is_refused_at_once(method, settings, message, make_da
     if not isinstance(method, str):
         monkeypatch.setitem(METHODS, "fedavg", method)
         method = "fedavg"
-    config = make_config(method, clients=4, **{"asynchronous": "fedbuff:buffer=2", **settings})
+    given = {"asynchronous": "fedbuff:buffer=2", **settings}
     with pytest.raises(UserError, match=message):
-        run(config, out=tmp_path / "run", data=make_data(SIZES))
+        run(make_config(method, clients=4, **given), out=tmp_path / "run", data=make_data(SIZES))
     assert not (tmp_path / "run").exists()
 
 

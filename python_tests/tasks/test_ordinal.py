@@ -146,5 +146,5 @@ def test_who_refuses(tmp_path):
         fedkern.simulate("fedntd", out=tmp_path / "run", rounds=1, data_options=options, **settings)
     assert not (tmp_path / "run").exists()
     assert sorted(name for name, kind in METHODS.items() if kind.serves(ORDINAL)) == [
-        "afl", "centralised", "fedavg", "feddyn", "fedprox", "local", "scaffold",
+        "afl", "centralised", "ditto", "fedavg", "feddyn", "fedper", "fedprox", "local", "scaffold",
     ]  # fmt: skip

@@ -33,7 +33,7 @@ def with_vectors(network: nn.Module, message: Message, client: Client) -> FlatPa
     """Writes a message's vectors, and what the client keeps to itself, into a network; returns it as flat vectors."""
     flat = personal.flatten(network)
     flat.load_vectors(message)
-    personal.write(inner(network), client.personal)
+    personal.write(personal.tensors(inner(network)), client.personal)
     return flat
 
 
