@@ -26,7 +26,9 @@ from fedkern.engine.serving import as_in_the_run
 from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, first_of, named
 from fedkern.files import absolute
+from fedkern.methods.base import Method
 from fedkern.methods.common.final_figures import final_figures
+from fedkern.methods.common.personal import ClientsNetworks
 from fedkern.models.precision import computing
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_sets, finished_data
@@ -56,7 +58,8 @@ def evaluate_run(
     if cache is not None and isinstance(data, FederatedData):
         raise UserError("cache is for image files, and these data are in memory: leave it out.")
     folder = None if cache is None else absolute(str(cache))
-    module, about = read_model(out, trusted, model, best=best)
+    apart = not best and _own_networks(out, trusted)
+    module, about = read_model(out, trusted, model, best=best, client=0 if apart else None)
     config = unedited(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(data, FederatedData):
         loaded = data
@@ -84,14 +87,30 @@ def evaluate_run(
     method = config.new_method()
     flat, device = "samples" not in about, torch.device(config.device)
     # Placed and frozen as the run's: PyTorch chooses kernels by strides and by whether weights need gradients.
-    module = as_in_the_run(module, config)
-    module = place(module, device).requires_grad_(False) if flat else module.to(device)
+
+    def placed(module: nn.Module) -> nn.Module:
+        module = as_in_the_run(module, config)
+        return place(module, device).requires_grad_(False) if flat else module.to(device)
+
+    judge: Method | ClientsNetworks = method
+    if apart:
+        network = lambda k: placed(read_model(out, trusted, model, client=k)[0])  # noqa: E731
+        judge = ClientsNetworks(method, range(config.trained_clients), network)
+    module = placed(module)
     sets = _sets(loaded, module, about, config)
     code = partial(named, f"The method's evaluate of {config.method}", config.kind)
     with cpu_threads(config.threads), computing(config.precision):
-        with evaluating(config, flat) as at_once:
-            found = evaluate(method, module, sets, code, at_once, keep=True)
+        with evaluating(config, flat and not apart) as at_once:
+            found = evaluate(judge, module, sets, code, at_once, keep=True)
         return {**found, **final_figures(sets, loaded.classes).metrics, **found}, tuple(loaded.tests)
+
+
+def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:
+    """Whether a run is judged by networks of its clients; what is wrong with its folder is said elsewhere."""
+    try:
+        return unedited(out, trusted=trusted, device="cpu").own_networks
+    except UserError:
+        return False
 
 
 def counted(data: FederatedData) -> Iterator[str]:

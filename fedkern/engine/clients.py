@@ -14,10 +14,10 @@ from fedkern.methods.common.personal import ClientsNetworks
 
 
 class Everybody(Mapping[int, Client]):
-    """All clients of a run, with their states from disk; a state is read on first access, or ``anew`` every time."""
+    """All clients of a run, with their states from disk; a state is read on first access."""
 
-    def __init__(self, context: RunContext, checkpoints: Checkpoints, *, anew: bool = False) -> None:
-        self._context, self._checkpoints, self._anew = context, checkpoints, anew
+    def __init__(self, context: RunContext, checkpoints: Checkpoints) -> None:
+        self._context, self._checkpoints = context, checkpoints
         self._known: dict[int, Client] = {}
 
     def __len__(self) -> int:
@@ -29,11 +29,8 @@ class Everybody(Mapping[int, Client]):
     def __getitem__(self, k: int) -> Client:
         if not 0 <= k < len(self):
             raise KeyError(k)
-        if self._anew or k not in self._known:
-            client = Client(self._context, k, self._checkpoints.client_state(k))
-            if self._anew:
-                return client
-            self._known[k] = client
+        if k not in self._known:
+            self._known[k] = Client(self._context, k, self._checkpoints.client_state(k))
         return self._known[k]
 
 
@@ -41,7 +38,12 @@ def judged(method: Method, server: Server, context: RunContext, checkpoints: Che
     """What gives a run's figures: the method, or all clients' networks where they have some of their own."""
     if not context.config.own_networks:
         return method
-    return ClientsNetworks(method, Everybody(context, checkpoints, anew=True), lambda: method.vectors(server))
+
+    def network(k: int) -> Any:
+        client = Client(context, k, checkpoints.client_state(k))
+        return client.frozen(method.own_vectors(client, method.vectors(server)))
+
+    return ClientsNetworks(method, range(context.federation.clients), network)
 
 
 def check_teachers(method: Method, context: RunContext) -> None:

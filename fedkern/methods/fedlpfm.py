@@ -189,9 +189,7 @@ class FedLPFM(LocalTraining):
     def rounds(self, federation: Federation) -> Iterator[Round]:
         """Plan of FedAvg, with a set-up round for tuned teachers, which uploads only a figure for the experimenter."""
         if self.options.lam and self.options.teacher_tuning != "zero-shot":
-            yield Round(
-                TUNE, exchanges=(TUNE,), participants="all", one_off=True, unbooked=(TUNE,), trains="teachers"
-            )  # fmt: skip
+            yield Round(TUNE, exchanges=(TUNE,), participants="all", one_off=True, booked=False, trains="teachers")
         yield from super().rounds(federation)
 
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:

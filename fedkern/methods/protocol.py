@@ -28,8 +28,8 @@ class Round:
         participants: ``"sampled"`` (the engine's ``sample_fraction``), ``"all"``, or the ids of the participants.
         one_off: a set-up or closing round: its bytes are booked as one-off, and it is not one of the run's
             communication rounds.
-        unbooked: names of exchanges whose messages are the experimenter's bookkeeping (such as figures of a network)
-            and not the method's communication.
+        booked: False if the messages are the experimenter's bookkeeping rather than the method's communication; or the
+            names of the exchanges that are communication.
         states: when the clients' states are written: after every ``"exchange"``, or once at the end of the ``"round"``
             (for rounds of many exchanges).
         cohort: whether all clients are computed together in the server's process (:meth:`Method.cohort_update`).
@@ -41,15 +41,14 @@ class Round:
     exchanges: tuple[str, ...] = ("update",)
     participants: Literal["sampled", "all"] | tuple[ClientId, ...] = "sampled"
     one_off: bool = False
-    unbooked: tuple[str, ...] = ()
+    booked: bool | tuple[str, ...] = True
     states: Literal["exchange", "round"] = "exchange"
     cohort: bool = False
     trains: str = field(default="", compare=False)
 
-    @property
-    def booked(self) -> bool:
-        """Whether any message counts."""
-        return not {*self.exchanges} <= {*self.unbooked}
+    def books(self, exchange: str) -> bool:
+        """Whether the messages of an exchange count."""
+        return exchange in self.booked if isinstance(self.booked, tuple) else self.booked
 
 
 @dataclass(frozen=True)

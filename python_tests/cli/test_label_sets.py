@@ -162,7 +162,7 @@ def test_other_methods_learn_it_too(listed, result, tmp_path, method):
     ("words", "said"),
     [
         (["fedgid"], 'fedgid is for classification, but the data set "csv" is for multilabel: methods for that are '
-         "afl, centralised, fedavg, feddyn, fedprox, local, scaffold."),
+         "afl, centralised, ditto, fedavg, feddyn, fedper, fedprox, local, scaffold."),
         (["moon"], "moon is for classification, but"),
         (["fusefl"], "fusefl is for classification, but"),
         (["fedavg", "--partition", "dirichlet:0.5"], "take iid, or attribute with a column client"),

@@ -175,6 +175,10 @@ def test_every_method_leaves_it_as_it_is(make_data, make_public, tmp_path, metho
     settings = {"rounds": None if METHODS[method].one_shot else 2, **smallest.SETTINGS.get(method, {})}
     settings["options"] = {**settings.get("options", {}), **({"blocks": 2} if method == "fusefl" else {})}
     network = made()
+    if METHODS[method].keeps_head:
+        with pytest.raises(UserError, match=r"leaves nothing of module:Backbone to be shared"):
+            played(tmp_path / "run", network, make_data, method, data, **settings)
+        return
     found = played(tmp_path / "run", network, make_data, method, data, **settings).model().state_dict()
     start = {name: value for name, value in network.state_dict().items() if name.startswith("backbone")}
     kept = {name: found.get(name, found.get(f"module.{name}")) for name in start}

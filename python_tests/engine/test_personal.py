@@ -266,6 +266,14 @@ def test_figures_are_those_of_the_clients_networks(make_data, tmp_path):
     assert run.history["accuracy"][-1] == run.metrics["accuracy"]
 
 
+def test_a_finished_run_is_evaluated_by_the_clients_networks(make_data, tmp_path):
+    data = dataclasses.replace(make_data(), name="arrays")
+    run = played(tmp_path / "run", make_data, data=data, personal="head.*", model=small())
+    found = run.evaluate()
+    assert found == {name: run.metrics[name] for name in found}
+    assert {"id_accuracy", "ood_loss", "validation_accuracy", "id_auroc"} <= set(found)
+
+
 def test_a_run_ends_by_the_clients_figures(make_data, tmp_path):
     run = played(tmp_path / "whole", make_data, personal="head.*", rounds=4)
     losses = run.history["id_loss"]
@@ -281,7 +289,7 @@ def test_the_network_of_a_client_must_be_named(make_data, tmp_path):
     run = played(tmp_path / "run", make_data, personal="head.*", rounds=1, pictures=True, grad_cam=4)
     assert not (run.out / "gradcam.png").exists()
     said = r"The clients of .* keep head\.bias, head\.weight to themselves, which model\.safetensors has as it began"
-    for ask in (run.model, run.evaluate, lambda: run.export(tmp_path / "x", "state-dict"), lambda: run.predict([])):
+    for ask in (run.model, lambda: run.export(tmp_path / "x", "state-dict"), lambda: run.predict([])):
         with pytest.raises(UserError, match=said):
             ask()
     for wrong in (3, -1, True, "1"):

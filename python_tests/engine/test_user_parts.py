@@ -12,7 +12,7 @@ from plugin_files import plugged, unload_all  # noqa: F401
 
 import fedkern
 from fedkern import plugins
-from fedkern.cli import overview
+from fedkern.cli.commands.list import catalogue
 from fedkern.engine import run as module
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.order import FILTER_ORDER, PART_ORDER, USERS
@@ -167,11 +167,11 @@ def test_a_plugin_of_an_installed_package_is_stored_with_every_run(tmp_path, mak
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
     monkeypatch.setattr(plugins, "_installed", False)
     assert [*make_config("fedavg").plugins] == ["parts_of_a_test"]
-    catalogue = overview.catalogue()
-    assert catalogue["parts"] == {"halved": "Counts the halved updates of a run, and ends the run with the tenth."}
-    assert catalogue["filters"].keys() == {"halving"}
+    listed = catalogue()
+    assert listed["parts"] == {"halved": "Counts the halved updates of a run, and ends the run with the tenth."}
+    assert listed["filters"].keys() == {"halving"}
     unload_all()
-    assert {"parts", "filters"}.isdisjoint(overview.catalogue())
+    assert {"parts", "filters"}.isdisjoint(catalogue())
     assert not make_config("fedavg").plugins
 
 

@@ -41,5 +41,5 @@ class Bytes(Filter):
         return ""
 
     def _book(self, asked: Asked, client: ClientId, direction: str, message: Any) -> None:
-        if asked.phase.exchange not in asked.entry.unbooked:
+        if asked.entry.books(asked.phase.exchange):
             self._ledger.book(client, direction, message, phase=None if asked.entry.one_off else asked.phase)

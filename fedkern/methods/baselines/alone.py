@@ -38,7 +38,7 @@ class Local(Objective, Method):
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for _ in range(federation.rounds):
-            yield Round(participants="all", unbooked=("update",))
+            yield Round(participants="all", booked=False)
 
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
         return {k: {"network": server.state.get(str(k))} for k in range(server.federation.clients)}

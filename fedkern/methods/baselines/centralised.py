@@ -33,7 +33,7 @@ class Centralised(Objective, Method):
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for _ in range(federation.rounds):
-            yield Round(participants="all", unbooked=("update",))
+            yield Round(participants="all", booked=False)
 
     def send(self, server: Server, phase: Phase) -> Message:
         return self.vectors(server)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from fedkern.errors import UserError
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.registry import register
-from fedkern.methods.roles import Server
-from fedkern.models import personal
 
 
 @register("fedper")
@@ -20,10 +17,6 @@ class FedPer(FedAvg):
     memoryless = False
     keeps_head = True
 
-    def start(self, server: Server) -> None:
-        super().start(server)
-        if not personal.names(server.build()):
-            raise UserError(
-                "fedper keeps the network's last linear layer with every client, and this network has none: name other "
-                "parts with --personal."
-            )
+    @property
+    def needs(self) -> str:
+        return "features"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -90,25 +90,18 @@ class ClientsNetworks:
     All clients count, also those that a round left out.
 
     Args:
-        method: gives the figures of a network, and what a client's network is (`Method.own_vectors`).
-        clients: all clients by id, each with its present state.
-        vectors: gives the global network's vectors.
+        method: gives the figures of a network.
+        clients: ids of all clients.
+        network: a client's own network, in eval mode; the next call may overwrite the network.
     """
 
-    def __init__(self, method: Method, clients: Mapping[ClientId, Client], vectors: Callable[[], Message]) -> None:
-        self._method, self._clients, self._vectors = method, clients, vectors
-
-    def network(self, client: Client, vectors: Message) -> Any:
-        """A client's own network, in eval mode; the next call overwrites the network."""
-        return client.frozen(self._method.own_vectors(client, vectors))
+    def __init__(self, method: Method, clients: Collection[ClientId], network: Callable[[ClientId], Any]) -> None:
+        self._method, self._clients, self._network = method, clients, network
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
         """The mean over all clients' networks."""
-        vectors = self._vectors()
-        networks = ((k, self.network(self._clients[k], vectors)) for k in self._clients)
-        return mean_figures(self._method.evaluate, networks, data)
+        return mean_figures(self._method.evaluate, ((k, self._network(k)) for k in self._clients), data)
 
     def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
         """The figures of a client's network on its own test set."""
-        network = self.network(self._clients[client], self._vectors())
-        return self._method.evaluate_own(network, data, client)
+        return self._method.evaluate_own(self._network(client), data, client)

@@ -81,7 +81,7 @@ class FedIOD(Objective, OwnNetworks):
     def rounds(self, federation: Federation) -> Iterator[Round]:
         if private.draws_secrets(self.settings):
             # The secrets are stored before anything is released, so that an interrupted round releases the same again.
-            yield Round("secrets", exchanges=("secret",), participants="all", one_off=True, unbooked=("secret",))
+            yield Round("secrets", exchanges=("secret",), participants="all", one_off=True, booked=False)
         yield Round("teachers", exchanges=("teacher",), participants="all", one_off=True, trains="clients' teachers")
         if not self._generates:
             asked = "teachers' answers to the public images"

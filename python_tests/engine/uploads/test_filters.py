@@ -140,22 +140,19 @@ def test_set_up_rounds_are_booked_apart_and_others_not_at_all():
     each = Bytes(ledger, hidden=False)
     each.sent(asked(Round("setup", one_off=True)), 1, {"parameters": START})
     assert (ledger.total_down, ledger.one_off_down) == (0, [0, 12])
-    for unbooked in (("update",), ("figures", "update")):
-        each.sent(asked(Round("audit", unbooked=unbooked)), 1, {"parameters": START})
+    each.sent(asked(Round("audit", booked=False)), 1, {"parameters": START})
     assert ledger.summary()["total"] == 12
 
 
 def test_a_round_is_booked_exchange_by_exchange():
     """A client's figures of a network are bookkeeping, the update beside them is communication."""
-    ledger, entry = Ledger(2), Round(exchanges=("update", "figures"), unbooked=("figures",))
+    ledger, entry = Ledger(2), Round(exchanges=("update", "figures"), booked=("update",))
     each = Bytes(ledger, hidden=True)
     for name in entry.exchanges:
         now = dataclasses.replace(asked(entry), phase=Phase(0, "train", name))
         each.sent(now, 1, {"parameters": START})
         each.decode(Arrival(now, 1, {"accuracy": 0.5}))
     assert ledger.exchanges == {"update": {"up": 8, "down": 12}}
-    assert entry.booked
-    assert not Round(unbooked=("update",)).booked
 
 
 def test_a_client_that_released_something_else_before_ends_the_run(tmp_path):
