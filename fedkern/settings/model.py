@@ -113,7 +113,7 @@ class ModelSettings(Section):
                 "--personal is for methods whose clients train the whole of one network, which the server averages in "
                 f"every round, and {self.method} with these options is none: leave it out."
             )
-        if self.keeps_parts and self.buffers == "pool":
+        if self.personal is not None and self.buffers == "pool":
             raise UserError(
                 "--buffers pool computes the statistics of one global network, and with --personal every client has "
                 "its own: take --buffers average, local or drop."
