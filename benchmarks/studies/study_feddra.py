@@ -135,7 +135,7 @@ class DRARuns(Runs):
 
     def rate(self, anew: bool = False) -> float:
         """The learning rate of every method: the main table's, or, for that, the baseline's from a grid that is run."""
-        stored = {} if anew else self.names()
+        stored = {} if anew else self.stored()
         if BASELINE in stored:
             return stored[BASELINE]
         cases = {lr: self.of(BASELINE, lr, self.study.seeds[0]) for lr in self.study.rates}

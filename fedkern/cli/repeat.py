@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedkern.cli.flags import DATA_FLAGS, flag, quote
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import one_shot
 from fedkern.settings.config import RunConfig
+from fedkern.settings.data import DataSettings
+from fedkern.settings.federation import FederationSettings
 from fedkern.settings.found import FOUND
+from fedkern.settings.model import ModelSettings
 from fedkern.settings.stored import load_settings
+from fedkern.settings.training import TrainingSettings
 from fedkern.typed_option import as_typed
 
 if TYPE_CHECKING:
     from fedkern.comparison.results import Result
+
+
+def _section(field: dataclasses.Field[Any]) -> int:
+    """Place of a setting's section in a command."""
+    order = (DataSettings, FederationSettings, TrainingSettings, ModelSettings)
+    return next((i for i, each in enumerate(order) if field.name in each.__annotations__), len(order))
 
 
 def command_line(method: str, config: RunConfig) -> str:
@@ -28,7 +38,7 @@ def command_line(method: str, config: RunConfig) -> str:
     target = RunConfig.make(method, data=config.data)
     width = RunConfig.make(method, data=config.data, model=config.model).width  # default width of the model
     words = [PROGRAM, method]
-    for f in dataclasses.fields(RunConfig):
+    for f in sorted(dataclasses.fields(RunConfig), key=_section):
         value = getattr(config, f.name)
         if f.name in ("method", "options", "data_options", "plugins", "left_open", *FOUND) or value is None:
             continue
