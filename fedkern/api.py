@@ -503,14 +503,13 @@ def requested(
     for each in ("freeze", "personal", "stages"):
         if isinstance(settings.get(each), (list, tuple)):
             settings[each] = ",".join(map(str, settings[each]))
-    plain = settings
     if memory is not None:
-        plain = {"clients": len(memory.clients), **plain, "data": memory.name}
+        settings = {"clients": len(memory.clients), **settings, "data": memory.name}
         model = NETWORKS.get(memory.task.network) if model is None else model
     elif data is not None:
-        plain["data"] = open_code(data)
+        settings["data"] = open_code(data)
     if isinstance(model, str):
-        plain["model"] = model
+        settings["model"] = model
     module = None if isinstance(model, str) else model
     given_options = registry.given_options(name, options)
     if twice := [each for each in given_options if each in made_with]:
@@ -518,7 +517,7 @@ def requested(
             f"{twice[0]} is given twice, in {registry.short(name)}(...) and beside it: leave one of the two out."
         )
     given_options |= registry.given_options(name, made_with)
-    config = RunConfig.make(name, options=given_options, **cast(Any, plain))
+    config = RunConfig.make(name, options=given_options, **cast(Any, settings))
     return config, memory, module
 
 

@@ -233,6 +233,19 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) 
     return name, values
 
 
+def spelled(name: str, options: Mapping[str, Any]) -> str:
+    """What :func:`with_options` reads, with all options: the same for every text that means the same."""
+    text = ",".join(f"{key}={as_typed(value)}" for key, value in options.items())
+    return f"{name}:{text}" if text else name
+
+
+def named_options(flag: str, **options: Option) -> tuple[Option, ...]:
+    """The options of a value of ``flag`` such as ``--aggregator trimmed_mean``, which name it in what they refuse."""
+    return tuple(
+        dataclasses.replace(each, name=key, label=f'Option "{key}" of {flag}') for key, each in options.items()
+    )
+
+
 def flag(name: str) -> str:
     """``train_samples`` -> ``--train-samples``."""
     return "--" + name.replace("_", "-")

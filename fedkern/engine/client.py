@@ -205,7 +205,7 @@ class Client(Node):
             done = self._course(self.phase).done
             raise Diverged(self.id, self.phase.round, done, "the parameters are not finite")
         result = self._left(network, network)
-        self._then(lambda: None)
+        arrived(self.device)
         return result
 
     def _in_time(self, phase: Phase, rows: np.ndarray | None = None, **how: Any) -> Schedule:

@@ -73,7 +73,7 @@ def taken(train: Any, settings: dict[str, Any]) -> OwnTraining | None:
 
 def check_method(config: RunConfig, own: OwnTraining | None) -> None:
     """Raises UserError where a user's functions would drop a part of the method."""
-    kind: Any = registry.get(config.method)
+    kind: Any = config.kind
     usual: Any = registry.get("fedavg")
     if own is not None and kind.promises(config.chosen):
         raise UserError(f"{config.method} with differential privacy has an optimiser of its own: leave yours out.")

@@ -23,7 +23,6 @@ from fedkern.engine.server import Server
 from fedkern.engine.store import predictions as predictions_file
 from fedkern.engine.store.resuming import check_settings, with_identity
 from fedkern.errors import UserError
-from fedkern.methods import registry
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Method, Round
 from fedkern.methods.common import diagnostics
@@ -157,12 +156,11 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
         UserError: data, network or settings do not fit the method.
     """
     config = context.config
-    kind = registry.get(config.method)
-    if kind.pooled:
+    if config.kind.pooled:
         context.pool()
-    method = kind(kind.Options.parse(config.options, method=config.method))
+    method = config.new_method()
     pooling, progress, server = Pooling(method, on=config.buffers == "pool"), Progress(), Server(context)
-    code = MethodCode(kind, config.method, progress)
+    code = MethodCode(config.kind, config.method, progress)
     check_sets(context.data, config.plugins)
     data = context.data
     if data.form.lacks and known and (others := unsteady([*data.clients, data.validation, *data.tests.values()])):

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkern import ops, plugins
 from fedkern.docstrings import docstring
 from fedkern.errors import RAISED, UserError, described, origin
-from fedkern.typed_option import Option, as_typed, with_options
+from fedkern.typed_option import Option, named_options, spelled, with_options
 
 MEAN = "mean"
 VECTORS = ("parameters", "buffers")
@@ -85,15 +85,14 @@ def _options(name: str, function: Callable[..., Any]) -> tuple[Option, ...]:
     given = list(inspect.signature(function).parameters)[:_FIRST]
     if len(given) < _FIRST:
         raise TypeError(f"{function.__qualname__}: expected the parameters vectors and weights, given {len(given)}")
-    declared = []
+    declared = {}
     for key, default in plugins.keyword_options(function, given).items():
         if not isinstance(default, (bool, int, float, str)):
             raise TypeError(
                 f"{function.__qualname__}: expected a text or a number as default of {key}, given {default!r}"
             )
-        label = f'Option "{key}" of --aggregator {name}'
-        declared.append(Option(default, key, name=key, label=label))
-    return tuple(declared)
+        declared[key] = Option(default, key)
+    return named_options(f"--aggregator {name}", **declared)
 
 
 class Rule:
@@ -111,8 +110,7 @@ class Rule:
     @property
     def text(self) -> str:
         """The name with all options, the same for every text that names this rule."""
-        options = ",".join(f"{key}={as_typed(value)}" for key, value in self.options.items())
-        return f"{self.entry.name}:{options}" if options else self.entry.name
+        return spelled(self.entry.name, self.options)
 
     def __call__(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The combination, in the dtype of ``vectors``, a list of M tensors ``[P]``.

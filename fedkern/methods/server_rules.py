@@ -8,20 +8,18 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.typed_option import Option, with_options
+from fedkern.typed_option import Option, named_options, spelled, with_options
 
 MEAN = "mean"
 _MOMENTS = {"first": ("momentum", "adam", "yogi", "adagrad"), "second": ("adam", "yogi", "adagrad")}
 
 
-def _option(rule: str, name: str, default: float) -> Option:
-    low, high, above = (0.0, 1.0, None) if name.startswith("beta") else (None, None, 0.0)
-    label = f'Option "{name}" of --server-rule {rule}'
-    return Option(default, name, low=low, high=high, above=above, name=name, label=label)
+def _option(name: str, default: float) -> Option:
+    return Option(default, name, low=0.0, high=1.0) if name.startswith("beta") else Option(default, name, above=0.0)
 
 
 def _options(rule: str, **defaults: float) -> tuple[Option, ...]:
-    return tuple(_option(rule, name, default) for name, default in defaults.items())
+    return named_options(f"--server-rule {rule}", **{name: _option(name, each) for name, each in defaults.items()})
 
 
 # As in arXiv 1909.06335 and 2003.00295, where beta1 of FedAvgM and FedAdagrad is not left at 0.
@@ -54,8 +52,7 @@ class ServerRule:
     @property
     def text(self) -> str:
         """The name with all options, the same for every text that names this rule."""
-        options = ",".join(f"{key}={value!r}" for key, value in self.options.items())
-        return f"{self.name}:{options}" if options else self.name
+        return spelled(self.name, self.options)
 
     @property
     def plain(self) -> bool:

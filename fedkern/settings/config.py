@@ -227,7 +227,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
 
     def code(self) -> list[tuple[str, str]]:
         """Code that the settings name and a run imports: pairs of the flag that names the code, and the code's name."""
-        options = registry.get(self.method).Options.code(self.options)
+        options = self.kind.Options.code(self.options)
         found = [(f"--method-option {shlex.quote(f'{name}={self.options[name]}')}", part) for name, part in options]
         own = named_code.parse(self.model) is not None
         return [*found, *([(f"--model {shlex.quote(self.model)}", self.model)] if own else [])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fedkern.errors import UserError
@@ -11,24 +11,22 @@ from fedkern.methods.aggregators import AGGREGATORS, MEAN, Rule
 from fedkern.methods.server_rules import SERVER_RULES, ServerRule
 from fedkern.settings.data import DataSettings
 from fedkern.settings.defaults import COMMON
-from fedkern.typed_option import Option, flag, option, with_options
+from fedkern.typed_option import Option, flag, named_options, option, spelled, with_options
 
 AVERAGING = "that average the clients' parameters"
-
-
-def _options(flag: str, **named: Option) -> tuple[Option, ...]:
-    return tuple(replace(each, name=key, label=f'Option "{key}" of {flag}') for key, each in named.items())
-
-
 COMPRESSORS = {
-    "topk": _options("--compress topk", share=Option(0.05, "share of the coordinates that travel", above=0, high=0.5)),
+    "topk": named_options(
+        "--compress topk", share=Option(0.05, "share of the coordinates that travel", above=0, high=0.5)
+    ),
     "int8": (),
 }
 """Options of every compression of updates (`fedkern.engine.uploads.compression`), by its name."""
 _STALENESS = Option(0.5, "power by which a stale upload weighs less", low=0)
 POLICIES = {
-    "fedbuff": _options("--asynchronous fedbuff", buffer=Option(10, "uploads to a step", low=1), staleness=_STALENESS),
-    "fedasync": _options(
+    "fedbuff": named_options(
+        "--asynchronous fedbuff", buffer=Option(10, "uploads to a step", low=1), staleness=_STALENESS
+    ),
+    "fedasync": named_options(
         "--asynchronous fedasync", mixing=Option(0.6, "weight of an upload", above=0, high=1), staleness=_STALENESS
     ),
 }
@@ -102,9 +100,7 @@ class FederationSettings(DataSettings):
         found["server_rule"] = ServerRule(self.server_rule).text
         for setting, entries in (("compress", COMPRESSORS), ("asynchronous", POLICIES)):
             if (given := getattr(self, setting)) is not None:
-                name, options = with_options(flag(setting), given, entries)
-                text = ",".join(f"{key}={value!r}" for key, value in options.items())
-                found[setting] = f"{name}:{text}" if text else name
+                found[setting] = spelled(*with_options(flag(setting), given, entries))
         return found
 
     def check(self) -> None:

@@ -175,7 +175,7 @@ def effective(config: RunConfig, data: Any) -> RunConfig:
 
 def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
     """Raises UserError where settings, method and data do not fit; ``alone``: the only client with samples here."""
-    kind = registry.get(config.method)
+    kind = config.kind
     if len(data.classes) == 1 and "pairs" not in data.task.offers:
         raise UserError(
             f'The data set "{config.data}" has the single class "{data.classes[0]}", expected two or more: name the '
@@ -200,7 +200,7 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
         )
     if config.buffers == "pool" and "pairs" not in data.task.offers:
         raise UserError("--buffers pool is for image-text data, whose networks have batch norm in their heads alone.")
-    if config.teachers is not None and not registry.get(config.method).takes_teachers:
+    if config.teachers is not None and not kind.takes_teachers:
         able = ", ".join(sorted(name for name, kind in registry.METHODS.items() if kind.takes_teachers))
         raise UserError(f"--teachers is not for {config.method}, whose clients train round by round; it is for {able}.")
     _check_pairs(config, data)
@@ -224,7 +224,7 @@ def _check_pairs(config: RunConfig, data: Any) -> None:
             "give 2 or more."
         )
     for k, split in enumerate(data.clients):
-        if len(split) == 1 and not registry.get(config.method).pooled:
+        if len(split) == 1 and not config.kind.pooled:
             raise UserError(
                 f"Client {data.client_label(k)} has a single image-text pair, and every pair is told from the others "
                 "of its batch: use fewer clients, more samples, or another --partition."

@@ -150,7 +150,7 @@ def with_identity(config: RunConfig, entry: Mapping[str, Any] | None) -> RunConf
 
 
 def unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any) -> RunConfig:
-    """The settings of a run folder as :meth:`RunConfig.load` reads them, for a reader of what the run has made.
+    """The settings of a run folder as :func:`load_settings` reads them, for a reader of what the run has made.
 
     Raises:
         UserError: there is no run, or its settings were changed after it began.
