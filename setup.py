@@ -162,7 +162,7 @@ class FreshBuild(build):
 def note_commit(package: Path) -> None:
     """Writes the checkout's commit into a copy of the package; a source distribution brings its own along."""
     # By its path: the package itself need not be importable here.
-    if found := runpy.run_path(str(ROOT / "fedkern" / "commit.py"))["commit"]():
+    if found := runpy.run_path(str(ROOT / "fedkern" / "process" / "commit.py"))["commit"]():
         (package / "commit.txt").write_text(f"{found}\n")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedkern.commit import commit
+from fedkern.process.commit import commit
 from fedkern.report.doctor import CPUINFO, cpuinfo
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")

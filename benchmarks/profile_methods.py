@@ -36,7 +36,7 @@ WHOLE = "whole run"  # the region around all others
 
 REGIONS = {
     "fedkern.engine.preparing:load_data": LOAD,
-    "fedkern.data.pixels:Pixels.take": BATCHES,
+    "fedkern.data.images.pixels:Pixels.take": BATCHES,
     "fedkern.tasks.retrieval:Retrieval.targets": BATCHES,
     "fedkern.engine.parts.evaluation:Evaluation._evaluate": EVALUATE,
     "fedkern.engine.parts.checkpointing:Checkpointing.round_end": KEEP,

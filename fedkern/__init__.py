@@ -76,7 +76,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name != "UserError":
-        import_module("fedkern.files").check_working_folder()
+        import_module("fedkern.files.filesystem").check_working_folder()
     return getattr(import_module(_LAZY[name]), name)
 
 

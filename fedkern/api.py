@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern import named_code, plugins
 from fedkern.data import FederatedData
-from fedkern.data.datasets import is_dataset, items_like
 from fedkern.data.registry import check_readable, open_code
+from fedkern.data.sources.datasets import is_dataset, items_like
 from fedkern.downstream.item_prediction import outputs
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import initial_weights, own_model
@@ -26,11 +25,12 @@ from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError, nearest, shown
-from fedkern.extras import needed
-from fedkern.files import check_new
+from fedkern.files.filesystem import check_new
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import Method, given_classes, registry
 from fedkern.models.own import unwrapped
+from fedkern.process.extras import needed
+from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import NETWORKS
 from fedkern.settings.doors import python_words
@@ -38,7 +38,7 @@ from fedkern.settings.in_memory import check_in_memory
 from fedkern.settings.run_data import kept_data
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import Task
-from fedkern.torch_modes import reproducible
+from fedkern.usercode import named_code, plugins
 
 
 class History:
@@ -55,7 +55,7 @@ class History:
         return f"<fedkern.History, rounds: {len(self)}>"
 
     def _repr_html_(self) -> str:
-        from fedkern.report.notebook import rounds_table
+        from fedkern.report.live.notebook import rounds_table
 
         return rounds_table(self.records, f"rounds: {len(self)}", self._main, tests=self._tests)
 
@@ -132,7 +132,7 @@ class Run:
         return f"<fedkern.Run {self.config.method} on {self.config.data} in {str(self.out)!r}>"
 
     def _repr_html_(self) -> str:
-        from fedkern.report.notebook import run_table
+        from fedkern.report.live.notebook import run_table
 
         summary = read_summary(self.out)
         return self.history._repr_html_() if summary is None else run_table(summary, self.out, self.config.main)
@@ -337,8 +337,8 @@ class Run:
         Returns:
             Their paths, in a list that a notebook shows as pictures where it is the result of a cell.
         """
-        from fedkern.report.notebook import Pictures
-        from fedkern.report.pictures import write_pictures
+        from fedkern.report.figures.pictures import write_pictures
+        from fedkern.report.live.notebook import Pictures
 
         self._give_method()
         data = self._kept_data()
@@ -353,7 +353,7 @@ class Run:
         Raises:
             UserError: a file of the run is damaged, or the folder cannot be written.
         """
-        from fedkern.report.run_page import write_report
+        from fedkern.report.pages.run_page import write_report
 
         self._give_method()
         data = self._kept_data()
@@ -414,7 +414,7 @@ def simulate(
     Raises:
         UserError: anything the caller can put right, such as an unknown name or a value out of range.
     """
-    from fedkern.report.pictures import PICTURE_LIST, PICTURES
+    from fedkern.report.figures.pictures import PICTURE_LIST, PICTURES
 
     where = None if out is None else folder_of(out)
     about = {
@@ -621,8 +621,8 @@ def _play(
     own: OwnTraining | None = None,
     trusted: Collection[str] = (),
 ) -> None:
-    from fedkern.report.display import display
-    from fedkern.report.pictures import drawn, finished_pictures
+    from fedkern.report.figures.pictures import drawn, finished_pictures
+    from fedkern.report.live.display import display
 
     given = _listeners(listener)
     shown = display(quiet=not progress, json=False)

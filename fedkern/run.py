@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         - 141: the reader of standard output has gone.
         - 143: SIGTERM.
     """
-    from fedkern.interrupts import in_order
-    from fedkern.launcher import without_leftovers
-    from fedkern.standard_streams import open_closed, tolerate
+    from fedkern.process.interrupts import in_order
+    from fedkern.process.launcher import without_leftovers
+    from fedkern.process.standard_streams import open_closed, tolerate
 
     tolerate() if argv is None else open_closed()
     _wait_without_spinning()
@@ -87,7 +87,7 @@ def _modules_need_no_end() -> bool:
     Libraries of a plugin, such as HDF5 with its open files, and profilers of CUDA write what they hold when the C
     library ends the process.
     """
-    torch, plugins = sys.modules.get("torch"), sys.modules.get("fedkern.plugins")
+    torch, plugins = sys.modules.get("torch"), sys.modules.get("fedkern.usercode.plugins")
     if torch is None or torch.cuda.is_initialized():
         return False
     return plugins is None or not plugins.loaded()
@@ -110,9 +110,9 @@ def _end_process(code: int) -> NoReturn:
 def _guarded(words: list[str], leftover: bool) -> int:
     """Runs one command and turns the exception that ended the command into a sentence and an exit code."""
     from fedkern.errors import NO_MEMORY, UserError
-    from fedkern.files import check_working_folder
-    from fedkern.interrupts import Terminated, ended
-    from fedkern.standard_streams import lost, results_alone
+    from fedkern.files.filesystem import check_working_folder
+    from fedkern.process.interrupts import Terminated, ended
+    from fedkern.process.standard_streams import lost, results_alone
 
     try:
         check_working_folder()
@@ -209,13 +209,13 @@ def _dispatch(words: list[str], leftover: bool) -> int:
         if _first():
             print(front_page.front_page())
         return OK
-    from fedkern.garbage import uncollected
+    from fedkern.process.garbage import uncollected
 
     # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
     with _told("loading torch ..."), uncollected():
         from fedkern.cli import command_parser, extensions, torchrun
         from fedkern.errors import UserError
-        from fedkern.files import check_text
+        from fedkern.files.filesystem import check_text
 
         command_parser.load(command_parser.command(words))
     for word in words:

@@ -57,7 +57,7 @@ def pytest_report_header() -> str:
 @pytest.fixture
 def registries() -> Iterator[None]:
     """Takes back what a test registers."""
-    from fedkern import plugins
+    from fedkern.usercode import plugins
 
     tables = list(plugins._tables().values())
     before = [dict(table) for table in tables]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedkern.leaves import leaves
+from fedkern.messages.leaves import leaves
 
 
 def block(channels_in, channels_out, stride=1, bias=False):

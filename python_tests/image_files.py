@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from fedkern.data import images
+from fedkern.data.images import image_files
 
 
 def two_brightnesses(root, count):
@@ -19,11 +19,11 @@ def two_brightnesses(root, count):
 def watched(monkeypatch):
     """The files that are decoded from now on, in order."""
     found = []
-    read = images.read_images
+    read = image_files.read_images
 
     def counted(paths, *args, **options):
         found.extend(paths)
         return read(paths, *args, **options)
 
-    monkeypatch.setattr(images, "read_images", counted)
+    monkeypatch.setattr(image_files, "read_images", counted)
     return found

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from interrupted import Kill, KillAt
 
-from fedkern import plugins
 from fedkern.engine.run import run
 from fedkern.settings.config import RunConfig
+from fedkern.usercode import plugins
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "plugins"
 

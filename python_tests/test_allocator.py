@@ -12,7 +12,7 @@ import pytest
 FAULTS = """
 import json, resource
 import torch
-from fedkern.allocator import keep_freed_memory
+from fedkern.process.allocator import keep_freed_memory
 
 def faults():
     torch.set_num_threads(1)

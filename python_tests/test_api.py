@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import fedkern
-from fedkern import plugins
 from fedkern.api import requested
 from fedkern.listeners import Listener
-from fedkern.report import plots
+from fedkern.report.figures import plots
 from fedkern.run import main
+from fedkern.usercode import plugins
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/python.md").read_text(), re.DOTALL)
 TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,

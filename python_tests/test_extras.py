@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedkern import UserError, extras
+from fedkern import UserError
+from fedkern.process import extras
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFERED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedkern import image_rows as module
 from fedkern.data import Split, normalise
+from fedkern.data.images.transforms import central
 from fedkern.data.split import joined
-from fedkern.data.transforms import central
-from fedkern.image_rows import ImageRows, ImageStore, PixelClasses, in_parts, loaded
+from fedkern.files import image_rows as module
+from fedkern.files.image_rows import ImageRows, ImageStore, PixelClasses, in_parts, loaded
 
 COUNT, CHANNELS, HEIGHT, WIDTH = 12, 3, 6, 8
 

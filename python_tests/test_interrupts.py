@@ -9,9 +9,9 @@ import time
 import pytest
 from interrupted import lose
 
-from fedkern import interrupts
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.interrupts import Terminated, check, in_order
+from fedkern.process import interrupts
+from fedkern.process.interrupts import Terminated, check, in_order
 
 BOTH = pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedkern import machine
+from fedkern.process import machine
 
 
 def test_cores_and_memory_are_those_of_the_control_group(monkeypatch, tmp_path):

@@ -9,12 +9,12 @@ from importlib.metadata import EntryPoint
 import pytest
 from plugin_files import Marked, plugged, unload_all  # noqa: F401
 
-from fedkern import plugins
 from fedkern.cli import flags
 from fedkern.data import DATASETS
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
+from fedkern.usercode import plugins
 
 pytestmark = pytest.mark.usefixtures("plugged")
 
@@ -177,10 +177,10 @@ def test_entry_points_are_loaded_and_broken_ones_warn(points, tmp_path):
 
 def test_importing_fedkern_loads_neither_pytorch_nor_plugins():
     code = (
-        "import sys, fedkern\nassert 'torch' not in sys.modules and 'fedkern.plugins' not in sys.modules\n"
+        "import sys, fedkern\nassert 'torch' not in sys.modules and 'fedkern.usercode.plugins' not in sys.modules\n"
         "assert 'register' in dir(fedkern)\n"
         "try:\n    fedkern.nothing\nexcept AttributeError as error:\n    print(error)\n"
-        "from fedkern import plugins\nassert 'torch' not in sys.modules\n"
+        "from fedkern.usercode import plugins\nassert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

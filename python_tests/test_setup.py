@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from fedkern import versions
-from fedkern.commit import commit
-from fedkern.files import one_writer
+from fedkern.files.filesystem import one_writer
+from fedkern.process import versions
+from fedkern.process.commit import commit
 from fedkern.report import doctor
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,8 +15,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 from torch.nn.functional import scaled_dot_product_attention
 
 import fedkern
-from fedkern import named_code, plugins, torch_modes
-from fedkern.data.data_function import DataFunction
+from fedkern.data.sources.data_function import DataFunction
 from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
 from fedkern.downstream.evaluation import evaluate_run
 from fedkern.downstream.export import export, exportable
@@ -24,8 +23,10 @@ from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.prediction import Predictor
 from fedkern.downstream.saved_network import read_model
 from fedkern.models.own import Own
+from fedkern.process import torch_modes
 from fedkern.settings.run_data import load_data
 from fedkern.tasks.registered_metrics import METRICS
+from fedkern.usercode import named_code, plugins
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 2, "rounds": 2, "threads": 1,
         "grad_cam": 0, "progress": False, "pictures": False}  # fmt: skip

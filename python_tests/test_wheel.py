@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedkern.files import one_writer
+from fedkern.files.filesystem import one_writer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from benchmarks import machines
 from benchmarks.timing import CudaClock
-from fedkern import files, ops
+from fedkern import ops
+from fedkern.files import filesystem
 
 FILE = "kernels.json"
 SAME = ("gpu", "torch", "cuda", "triton", "core")
@@ -297,7 +298,7 @@ class Table:
         self._rows[_key(row)] = row
         lines = ",\n".join(json.dumps(each) for each in self._rows.values())
         text = f'{{"machine": {json.dumps(self._machine)},\n"rows": [\n{lines}\n]}}\n'
-        files.replace(self._path, lambda temporary: temporary.write_text(text))
+        filesystem.replace(self._path, lambda temporary: temporary.write_text(text))
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

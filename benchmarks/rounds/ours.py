@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from fedkern.data.forms import ImageForm
+from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.split import Split
-from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.types import FederatedData
 from fedkern.engine.run import run
 from fedkern.listeners.events import Listener

@@ -99,7 +99,7 @@ def patched(folder: Path, *, calibrated: bool, target: int = 0, size: int = 4, b
         folder: the run.
         calibrated: with the calibrated classifier of a baseline; FuseFL has only one.  None comes back where the
             classifier before calibration is asked for and the run has not kept it.
-        target, size: of the attack, as in :func:`fedkern.data.backdoor.add_backdoor`.
+        target, size: of the attack, as in :func:`fedkern.data.sharing.backdoor.add_backdoor`.
         batch: images at a time.
     """
     config = load_settings(folder)

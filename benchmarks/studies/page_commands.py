@@ -27,8 +27,8 @@ from benchmarks.studies.study import RESULTS, Case
 from fedkern.cli.flags import parse
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import effective
+from fedkern.process.versions import versions
 from fedkern.settings.config import RunConfig
-from fedkern.versions import versions
 
 FILE = RESULTS / "page_commands.json"
 NOWHERE = Path("runs-of-the-pages")  # names of folders are made of it, nothing is run there

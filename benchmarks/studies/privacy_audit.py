@@ -41,9 +41,9 @@ from fedkern.methods.base import Objective, Phase
 from fedkern.methods.fediod import private_messages
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.privacy import DPSGD, IMAGE, LEDGER
-from fedkern.report import plots
+from fedkern.process.versions import versions
+from fedkern.report.figures import plots
 from fedkern.streams import stream
-from fedkern.versions import versions
 
 ROOT = Path(__file__).parents[2]
 RESULT = RESULTS / "privacy_audit.json"

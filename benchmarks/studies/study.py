@@ -26,8 +26,8 @@ from typing import Any
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
 from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.process.versions import versions
 from fedkern.settings.stored import load_settings
-from fedkern.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
 JPEG = "The images went through JPEG once: compare within a table, not with published figures"

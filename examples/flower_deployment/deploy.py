@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from PIL import Image
 
-from fedkern.data.digits import small_digits
+from fedkern.data.sources.digits import small_digits
 
 HOST, SITES = "127.0.0.1", ("north", "east", "south")
 METHOD = "scaffold"

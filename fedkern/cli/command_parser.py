@@ -15,7 +15,7 @@ from fedkern.cli.flags import Parser, as_request, check_filled
 from fedkern.cli.front_page import COMMANDS, TASKS
 from fedkern.cli.request import Request
 from fedkern.errors import UserError, nearest
-from fedkern.standard_streams import put
+from fedkern.process.standard_streams import put
 
 SETTINGS = ("rounds", "data_root", "cache", "workers", "model")
 """Flags that are settings of a run; ``data`` is one where it does not name other data than the run's."""

@@ -6,17 +6,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedkern import plugins
 from fedkern.errors import UserError, printable
-from fedkern.files import expand
-from fedkern.inputs import read_text
+from fedkern.files.filesystem import expand
+from fedkern.files.inputs import read_text
+from fedkern.usercode import plugins
 
 
 def load(words: Sequence[str]) -> None:
     """Loads the plugins of installed packages, of ``--plugin``, of the ``--config`` file and of the ``--resume`` run.
 
     Raises:
-        UserError: a plugin cannot be loaded, or may not be executed (:func:`fedkern.plugins.restore`).
+        UserError: a plugin cannot be loaded, or may not be executed (:func:`fedkern.usercode.plugins.restore`).
     """
     plugins.load_installed(_warn)
     for name in values(words, "--plugin"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedkern.cli.flags import Parser, add
 from fedkern.cli.request import Request, trusted
-from fedkern.standard_streams import put
+from fedkern.process.standard_streams import put
 
 
 def add_data(parser: Parser, options: str = "an option of that other data set") -> None:
@@ -59,8 +59,8 @@ def code(request: Request) -> tuple[str, ...]:
 
 def publish(request: Request, result: Mapping[str, Any], table: object, path: Path) -> int:
     """Prints a command's result, as JSON or as its table, and writes it to ``path``; returns 0."""
-    from fedkern import atomic
-    from fedkern.report.progress import terminal
+    from fedkern.files import atomic
+    from fedkern.report.live.progress import terminal
 
     text = json.dumps(result, indent=2, allow_nan=False)
     if request.json:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedkern.cli.request import Given, Request, given
-from fedkern.flower.project import Project
-from fedkern.flower.run_settings import check_own_data, check_portable
+from fedkern.flower.runs.project import Project
+from fedkern.flower.runs.run_settings import check_own_data, check_portable
 from fedkern.settings.model import check_networks
 from fedkern.settings.run_data import decided, kept_data, load_data
 

@@ -67,7 +67,7 @@ def command_line(method: str, config: RunConfig) -> str:
 
 def repeating(folder: Path) -> str:
     """The command that repeats a run; empty where data or network were in the memory of a Python program."""
-    from fedkern.report.run_page import in_memory, stored_device
+    from fedkern.report.pages.run_page import in_memory, stored_device
 
     config = load_settings(folder, device="cpu")
     if in_memory(config):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.errors import UserError, nearest
-from fedkern.files import expand
-from fedkern.inputs import read_text
+from fedkern.files.filesystem import expand
+from fedkern.files.inputs import read_text
 from fedkern.methods import METHODS
 from fedkern.methods.registry import given_options
 from fedkern.settings.config import RunConfig

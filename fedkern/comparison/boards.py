@@ -16,9 +16,9 @@ from fedkern.comparison.cells import Cell
 from fedkern.comparison.found_runs import FoundRun
 from fedkern.errors import MESSAGE
 from fedkern.listeners.events import RunInfo
+from fedkern.report.live.notebook import Output
+from fedkern.report.live.progress import main_figures, terminal
 from fedkern.report.names import plain, say
-from fedkern.report.notebook import Output
-from fedkern.report.progress import main_figures, terminal
 from fedkern.report.tables import human_time, new_table
 
 SHOWN_SEEDS = 8

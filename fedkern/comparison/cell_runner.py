@@ -11,7 +11,6 @@ from pathlib import Path
 
 from torch import nn
 
-from fedkern import interrupts
 from fedkern.comparison.cells import Cell, Variant, cells
 from fedkern.comparison.found_runs import FoundRun, read_run
 from fedkern.data import FederatedData
@@ -23,6 +22,7 @@ from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError
 from fedkern.listeners.events import Listener
 from fedkern.methods.registry import short
+from fedkern.process import interrupts
 from fedkern.report.tables import human_metric
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import difference

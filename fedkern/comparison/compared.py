@@ -15,11 +15,11 @@ from fedkern.comparison.found_runs import SHOWN, FoundRun, grouped, read_runs
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.data import FederatedData
+from fedkern.data.html_table import html_table
 from fedkern.errors import RunFailed, UserError, first_of, printable
-from fedkern.extras import needed
-from fedkern.files import expand
-from fedkern.html_table import html_table
+from fedkern.files.filesystem import expand
 from fedkern.methods import METHODS, Method, registry
+from fedkern.process.extras import needed
 from fedkern.settings.config import RunConfig
 from fedkern.settings.doors import python_words
 from fedkern.settings.in_memory import check_in_memory
@@ -70,7 +70,7 @@ class Comparison:
 
     def plot(self) -> list[Path]:
         """The path of the picture of the curves, in a list that a notebook shows; empty where nothing was drawn."""
-        from fedkern.report.notebook import Pictures
+        from fedkern.report.live.notebook import Pictures
 
         return Pictures(path for path in self.files if path.suffix == ".png")
 
@@ -211,8 +211,9 @@ def compare(
     Raises:
         UserError: anything the caller can put right, or every run failed.
     """
-    from fedkern import api, plugins
+    from fedkern import api
     from fedkern.comparison.boards import board
+    from fedkern.usercode import plugins
 
     single = isinstance(methods, (str, Path, Method, type)) or not isinstance(methods, Iterable)
     listed = [methods] if single else list(methods)

@@ -15,16 +15,16 @@ from fedkern.comparison.results import CSV, MARKDOWN, Result
 from fedkern.comparison.seed_statistics import spread
 from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError, printable_name
-from fedkern.inputs import read_text
-from fedkern.report import html_page, run_page
-from fedkern.report.charts import Series, bars, dots, of_rounds
-from fedkern.report.comparison_plot import curves, mean_curve, on_clock
-from fedkern.report.html_page import Page, Section, Table
+from fedkern.files.inputs import read_text
+from fedkern.process.versions import versions
+from fedkern.report.figures.comparison_plot import curves, mean_curve, on_clock
 from fedkern.report.names import CELL
+from fedkern.report.pages import html_page, run_page
+from fedkern.report.pages.charts import Series, bars, dots, of_rounds
+from fedkern.report.pages.html_page import Page, Section, Table
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.tasks.figure_names import figure_title, number, scale, set_title, split_metric
-from fedkern.versions import versions
 
 TOLD = 6
 """Most differences that the headline tells of."""

@@ -14,7 +14,7 @@ from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.resuming import unedited, with_identity
 from fedkern.errors import UserError, first_of
-from fedkern.files import expand
+from fedkern.files.filesystem import expand
 from fedkern.methods.registry import short
 from fedkern.report.tables import ordered
 from fedkern.settings.config import ANYHOW, RunConfig

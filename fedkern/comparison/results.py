@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedkern import atomic
 from fedkern.comparison.found_runs import Group, differing_settings, main_figures, own_sets
 from fedkern.comparison.seed_statistics import Target, paired, spread
 from fedkern.engine.store import confusions, records
 from fedkern.errors import UserError, nearest, printable_name, spared
+from fedkern.files import atomic
 from fedkern.methods.registry import short
 from fedkern.report.chance import constants
 from fedkern.report.names import CELL
@@ -172,11 +172,11 @@ class Result:
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
-        from fedkern.report.matplotlib_import import undocumented
+        from fedkern.report.figures.matplotlib_import import undocumented
 
         with undocumented():
-            from fedkern.report.comparison_plot import curves
-            from fedkern.report.plots import save
+            from fedkern.report.figures.comparison_plot import curves
+            from fedkern.report.figures.plots import save
 
         folder.mkdir(parents=True, exist_ok=True)
         texts = {CSV: self.to_csv(), MARKDOWN: self.to_markdown(), LATEX: self.to_latex()}

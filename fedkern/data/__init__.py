@@ -1,15 +1,15 @@
 """Data sets, partitioners, background extraction and batch transforms."""
 
-from fedkern.data.background import extract_background
-from fedkern.data.boxes_file import BoxesFile
 from fedkern.data.data_option import COMMON_OPTIONS, DETECTION_OPTIONS
-from fedkern.data.detections import Detections
+from fedkern.data.images.background import extract_background
+from fedkern.data.images.boxes_file import BoxesFile
+from fedkern.data.images.detections import Detections
+from fedkern.data.images.transforms import AUGMENTATIONS, augment, augment_pairs, normalise
 from fedkern.data.load import load
-from fedkern.data.partition import PARTITIONERS, parse_partition, partition, partition_like
 from fedkern.data.registry import DATASETS, lookup, register_data
+from fedkern.data.sharing.partition import PARTITIONERS, parse_partition, partition, partition_like
+from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.split import Split
-from fedkern.data.statistics import PartitionStatistics
-from fedkern.data.transforms import AUGMENTATIONS, augment, augment_pairs, normalise
 from fedkern.data.types import FederatedData, Pool, Source, memory_pool
 from fedkern.tasks.segmentation import IGNORE
 from fedkern.typed_option import Option

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedkern.errors import UserError
-from fedkern.files import absolute, absolute_folder
+from fedkern.files.filesystem import absolute, absolute_folder
 from fedkern.tasks import Task
 from fedkern.typed_option import Option
 

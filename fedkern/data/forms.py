@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.data.transforms import central
-from fedkern.leaves import Keywords, Positional, leaves, mapped, parted
+from fedkern.data.images.transforms import central
+from fedkern.messages.leaves import Keywords, Positional, leaves, mapped, parted
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ImageForm:
     Attributes:
         shape: channels, height and width of the images that a network sees.
         mean, std: per channel, of images in [0, 1].
-        augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
+        augment: augmentation of training batches: a name in `fedkern.data.images.transforms.AUGMENTATIONS`.
         grey_bits: bits of a grey value in image files with more than eight, in all images alike; 0 where no file has.
         window: the values of such files that become black and white, or None.
         seen: lines on image files and what a network sees of them: one on all, and those on sets that differ.

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from fedkern.code_digest import digest
-from fedkern.data.items import per_set
+from fedkern.data.sources.items import per_set
 from fedkern.data.split import AnySplit, Split
 from fedkern.data.types import FederatedData, Pool, Source
-from fedkern.image_rows import in_parts
+from fedkern.files.image_rows import in_parts
 from fedkern.streams import stream
+from fedkern.usercode.code_digest import digest
 
 SAMPLED_IMAGES, SAMPLED_BYTES = 2000, 32 << 20
 """Most images, and most of their bytes, that stand for a training pool of which a run reads only some."""

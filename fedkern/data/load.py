@@ -12,24 +12,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkern.data.backdoor import add_backdoor
-from fedkern.data.background import MaskSource, bounding_boxes, extract_background
-from fedkern.data.boxes_file import BoxesFile
-from fedkern.data.cases import grouped_rows, share_cases, share_units, training_cases, unit_noun
-from fedkern.data.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
-from fedkern.data.copies import OWN, copies
-from fedkern.data.cue import add_cues
 from fedkern.data.data_option import DETECTION_OPTIONS, check_single
-from fedkern.data.detections import Detections, Detector
 from fedkern.data.forms import ImageForm
 from fedkern.data.identity import of_memory, of_source, pixel_hashes, sampled
-from fedkern.data.image_cache import on_disk, tell_unused
-from fedkern.data.partition import PartitionSpec, parse_partition, partition_like
-from fedkern.data.partition import partition as share_out
+from fedkern.data.images.background import MaskSource, bounding_boxes, extract_background
+from fedkern.data.images.boxes_file import BoxesFile
+from fedkern.data.images.detections import Detections, Detector
+from fedkern.data.images.image_cache import on_disk, tell_unused
+from fedkern.data.images.transforms import central
 from fedkern.data.registry import DATASETS, DatasetInfo, lookup, read_options
+from fedkern.data.sharing.backdoor import add_backdoor
+from fedkern.data.sharing.cases import grouped_rows, share_cases, share_units, training_cases, unit_noun
+from fedkern.data.sharing.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
+from fedkern.data.sharing.cue import add_cues
+from fedkern.data.sharing.partition import PartitionSpec, parse_partition, partition_like
+from fedkern.data.sharing.partition import partition as share_out
+from fedkern.data.sharing.statistics import PartitionStatistics
+from fedkern.data.sources.copies import OWN, copies
 from fedkern.data.split import Split
-from fedkern.data.statistics import PartitionStatistics
-from fedkern.data.transforms import central
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -87,9 +87,9 @@ def load(
         notice: called with a progress message during a long detection or decoding, and with a sentence where the data
             name sites that the partition does not use.
         progress: called with the former messages instead of ``notice``.
-        cache: folder that keeps decoded image files, see `fedkern.data.image_cache.on_disk`.  Images of more than a
+        cache: folder that keeps decoded image files, see `image_cache.on_disk`.  Images of more than a
             gigabyte are in a temporary file without it.  The images of the splits are then
-            :class:`~fedkern.image_rows.ImageRows`, which are read when they are needed.
+            :class:`~fedkern.files.image_rows.ImageRows`, which are read when they are needed.
         identify: fill in the data's identity, for which all images are read once more.  Data that are drawn by the seed
             are identified by the function that draws them.
 

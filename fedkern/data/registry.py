@@ -10,35 +10,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedkern import named_code
-from fedkern.data.arrays import open_arrays
-from fedkern.data.brats import open_brats
-from fedkern.data.captions import PROMPTS, make_captions
-from fedkern.data.cifar import open_cifar10, open_cifar100
-from fedkern.data.coloured import PALETTES
-from fedkern.data.data_function import DataFunction
 from fedkern.data.data_option import COMMON_OPTIONS
-from fedkern.data.datasets import open_datasets
-from fedkern.data.digits import open_digits
-from fedkern.data.folder import open_folder
-from fedkern.data.idx import open_idx
-from fedkern.data.images import MAX_PIXELS
-from fedkern.data.listing import Reading
-from fedkern.data.nico import open_nico
-from fedkern.data.pairs import open_pairs
-from fedkern.data.partition import parse_partition
-from fedkern.data.reports import open_reports
-from fedkern.data.segdigits import open_segdigits
-from fedkern.data.segmentation import open_segmentation
-from fedkern.data.site_folders import LAYOUTS
-from fedkern.data.svhn import open_svhn
-from fedkern.data.table import AUTO, CSV_TASKS, open_csv
-from fedkern.data.tinyimagenet import open_tinyimagenet
+from fedkern.data.images.image_files import MAX_PIXELS
+from fedkern.data.sharing.coloured import PALETTES
+from fedkern.data.sharing.partition import parse_partition
+from fedkern.data.sources.arrays import open_arrays
+from fedkern.data.sources.brats import open_brats
+from fedkern.data.sources.captions import PROMPTS, make_captions
+from fedkern.data.sources.cifar import open_cifar10, open_cifar100
+from fedkern.data.sources.data_function import DataFunction
+from fedkern.data.sources.datasets import open_datasets
+from fedkern.data.sources.digits import open_digits
+from fedkern.data.sources.folder import open_folder
+from fedkern.data.sources.idx import open_idx
+from fedkern.data.sources.listing import Reading
+from fedkern.data.sources.nico import open_nico
+from fedkern.data.sources.pairs import open_pairs
+from fedkern.data.sources.reports import open_reports
+from fedkern.data.sources.segdigits import open_segdigits
+from fedkern.data.sources.segmentation import open_segmentation
+from fedkern.data.sources.site_folders import LAYOUTS
+from fedkern.data.sources.svhn import open_svhn
+from fedkern.data.sources.table import AUTO, CSV_TASKS, open_csv
+from fedkern.data.sources.tinyimagenet import open_tinyimagenet
 from fedkern.data.types import FederatedData, Source
-from fedkern.docstrings import docstring
 from fedkern.errors import UserError, nearest
 from fedkern.tasks import CLASSIFICATION, RETRIEVAL, SEGMENTATION, TASKS, Task
 from fedkern.typed_option import Option
+from fedkern.usercode import named_code
+from fedkern.usercode.docstrings import docstring
 
 Root = str | Path | None
 
@@ -144,7 +144,7 @@ _HELD = {
 
 
 def _columns(*options: str) -> dict[str, Option]:
-    """Options that name the columns of a CSV file, see `fedkern.data.table.read_table`."""
+    """Options that name the columns of a CSV file, see `fedkern.data.sources.table.read_table`."""
     named = {name: Option("", f"CSV column with {_HELD[name]}, by default found by its name") for name in options}
     patient = Option(
         AUTO, f"CSV column with {_HELD['patient']}, auto: found by its name, empty: no column names patients"

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkern.data.cases import grouped_rows
-from fedkern.data.full_masks import FullMasks
-from fedkern.image_rows import in_parts
+from fedkern.data.images.full_masks import FullMasks
+from fedkern.data.sharing.cases import grouped_rows
+from fedkern.files.image_rows import in_parts
 from fedkern.tasks import Task, task_of
 
 MOST = 32
@@ -29,7 +29,7 @@ def are_classes(values: Sequence[int]) -> bool:
 
 
 class AnySplit(Protocol):
-    """What may be asked of a split of images, `Split`, and of other samples, `fedkern.data.items.Items`, alike.
+    """What may be asked of a split of images, `Split`, and of other samples, `fedkern.data.sources.items.Items`, alike.
 
     What reads it in batches is `fedkern.engine.context.reader`.
     """
@@ -79,9 +79,9 @@ class Split:
     """Images with their labels and, where known, object masks.
 
     Attributes:
-        images: uint8 ``[n, C, H, W]``; where they are in a file, a `fedkern.image_rows.ImageRows`.
+        images: uint8 ``[n, C, H, W]``; where they are in a file, a `fedkern.files.image_rows.ImageRows`.
         labels: int64 ``[n]``, the class of every image; for segmentation int64 ``[n, H, W]``, the class of every pixel
-            (`IGNORE` where it is unknown), a `fedkern.image_rows.PixelClasses` where masks are in a file; for
+            (`IGNORE` where it is unknown), a `fedkern.files.image_rows.PixelClasses` where masks are in a file; for
             several labels an image uint8 ``[n, L]``, 1 where it has the label.
         masks: bool ``[n, H, W]``, True on the object, or None without masks.  A row without any True means that nothing
             was detected in that image; the image stays out of the background bank.

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.data.arrays import parts_of_arrays
-from fedkern.data.datasets import parts_of_datasets
-from fedkern.data.full_masks import FullMasks
+from fedkern.data.html_table import html_table
+from fedkern.data.images.full_masks import FullMasks
+from fedkern.data.sharing.statistics import SKEW, PartitionStatistics
+from fedkern.data.sources.arrays import parts_of_arrays
+from fedkern.data.sources.datasets import parts_of_datasets
 from fedkern.data.split import Split, rows_of
-from fedkern.data.statistics import SKEW, PartitionStatistics
-from fedkern.html_table import html_table
 from fedkern.tasks import Task, task_of
 
 LISTED = 12
@@ -85,7 +85,7 @@ class Source:
         validation: same distribution as ``train``, never trained on.
         tests: named test pools, as in `FederatedData`.
         mean, std: per channel, of images in [0, 1].
-        augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
+        augment: augmentation of training batches: a name in `fedkern.data.images.transforms.AUGMENTATIONS`.
         groups: number of clients that the data set's own attributes define, or None.
         crop: side of the window of an image that networks see; 0 for the whole image.
         sites: names of these clients, in their order; empty where they have none.
@@ -160,7 +160,7 @@ class FederatedData:
         statistics: how many samples of each class every client holds.
         image_ids: the names of all images of the data set, used or not; a boxes file may name any of these.
         public: training images that no client holds and all participants may see, or None.
-        client_tests: own test split of every client, or empty (captions; site folders; `fedkern.data.holdout`).
+        client_tests: own test split of every client, or empty (captions; site folders; `fedkern.data.sharing.holdout`).
         drawn_validation: whether the validation images are clients' data, which no noise of a private run covers, see
             `Source.drawn_validation`.
         client_names: name of every client of the partition, such as its hospital, or None where the data name none; a
@@ -243,7 +243,7 @@ class FederatedData:
             validation: a pair for choosing settings.
             classes: names of the classes, or of the L labels; default: their numbers.
             mean, std: per channel, of images in [0, 1]; default 0.5 and 0.25.
-            augment: augmentation of training batches: a name in `fedkern.data.transforms.AUGMENTATIONS`.
+            augment: augmentation of training batches: a name in `fedkern.data.images.transforms.AUGMENTATIONS`.
             task: the name of a task that has such labels: ``"multilabel"`` where every image has exactly one of labels
                 ``[n, L]``.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.data import IGNORE
-from fedkern.data.full_masks import FullMasks
+from fedkern.data.images.full_masks import FullMasks
 from fedkern.methods.protocol import Batch
 from fedkern.models import PairNetwork, initialise
 from fedkern.streams import stream

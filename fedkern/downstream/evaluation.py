@@ -13,7 +13,7 @@ from torch import nn
 
 from fedkern.data import FederatedData, load
 from fedkern.data.forms import form_of
-from fedkern.data.greys import as_text
+from fedkern.data.images.greys import as_text
 from fedkern.data.registry import lookup
 from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
@@ -25,16 +25,16 @@ from fedkern.engine.reader import Reader
 from fedkern.engine.serving import as_in_the_run
 from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, first_of, named
-from fedkern.files import absolute
+from fedkern.files.filesystem import absolute
 from fedkern.methods.base import Method
 from fedkern.methods.common.final_figures import final_figures
 from fedkern.methods.common.personal import ClientsNetworks
 from fedkern.models.precision import computing
+from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_sets, finished_data
 from fedkern.tasks.figure_names import set_noun
 from fedkern.tasks.registered_metrics import metrics_of
-from fedkern.torch_modes import cpu_threads, reproducible
 
 
 @reproducible()

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern import atomic
 from fedkern.data.forms import form_of
 from fedkern.downstream.prediction import Predictor
 from fedkern.downstream.saved_network import read_model
 from fedkern.errors import UserError, nearest
-from fedkern.extras import needed
-from fedkern.leaves import Keywords, Positional, leaves, mapped
+from fedkern.files import atomic
+from fedkern.messages.leaves import Keywords, Positional, leaves, mapped
 from fedkern.ops._core.private_torch import ONNX_LOG
+from fedkern.process.extras import needed
+from fedkern.process.torch_modes import reproducible
 from fedkern.tasks.own import inner
-from fedkern.torch_modes import reproducible
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
 """Formats, and how the names of their files end."""

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data import Split, load, normalise
+from fedkern.data.images.transforms import central
 from fedkern.data.split import joined
-from fedkern.data.transforms import central
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError
 from fedkern.methods.protocol import batch_slices
 from fedkern.models import PairNetwork, Tokens
+from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import finished_data
-from fedkern.torch_modes import reproducible
 
 SEEN = "seen"
 BATCH = 250

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data import FederatedData
-from fedkern.data.datasets import is_dataset, items_like
-from fedkern.data.items import cause
+from fedkern.data.sources.datasets import is_dataset, items_like
+from fedkern.data.sources.items import cause
 from fedkern.engine.items import ItemReader
 from fedkern.errors import RAISED, UserError
-from fedkern.leaves import Keywords, Positional, mapped, sent, together
-from fedkern.torch_modes import reproducible
+from fedkern.messages.leaves import Keywords, Positional, mapped, sent, together
+from fedkern.process.torch_modes import reproducible
 
 
 @reproducible()

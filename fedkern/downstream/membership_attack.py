@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedkern import atomic
 from fedkern.data import FederatedData, Split, normalise
-from fedkern.data.used_cache import remembered
+from fedkern.data.images.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
@@ -21,15 +20,16 @@ from fedkern.engine.store.records import plain
 from fedkern.engine.store.resuming import unedited
 from fedkern.engine.store.run_folder import ATTACKS
 from fedkern.errors import UserError
-from fedkern.image_rows import in_parts
+from fedkern.files import atomic
+from fedkern.files.image_rows import in_parts
 from fedkern.methods.base import Method
 from fedkern.methods.protocol import batch_slices
 from fedkern.privacy import membership_attack
+from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
 from fedkern.settings.run_format import FOLDER
 from fedkern.settings.stored import load_settings
-from fedkern.torch_modes import reproducible
 
 
 @reproducible()

@@ -14,19 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fedkern import atomic, files
 from fedkern.data.forms import form_of
-from fedkern.data.images import list_images, read_images
-from fedkern.data.transforms import normalise
+from fedkern.data.images.image_files import list_images, read_images
+from fedkern.data.images.transforms import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.serving import as_in_the_run
 from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError
-from fedkern.files import check_text
-from fedkern.inputs import standing
+from fedkern.files import atomic, filesystem
+from fedkern.files.filesystem import check_text
+from fedkern.files.inputs import standing
 from fedkern.methods.protocol import batch_slices
+from fedkern.process.torch_modes import reproducible
 from fedkern.tasks import TASKS, Task
-from fedkern.torch_modes import reproducible
 
 Value = TypeVar("Value")
 Row = tuple[Path, Tensor, Tensor]
@@ -212,7 +212,7 @@ def write_table(out: Path, predictor: Predictor, rows: Iterable[Row]) -> None:
                 writer.writerow([str(path), found, *(f"{value:.6g}" for value in probabilities.tolist())])
 
     try:
-        files.replace(out, fill)
+        filesystem.replace(out, fill)
     except BrokenPipeError:  # of a progress line
         raise
     except OSError as error:
@@ -254,7 +254,7 @@ def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[Row]) -> Non
                 file.flush()
                 os.fsync(file.fileno())
         part.rename(folder)
-        files.sync_folder(folder.parent)
+        filesystem.sync_folder(folder.parent)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):

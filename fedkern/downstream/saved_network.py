@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from fedkern import models, named_code
+from fedkern import models
 from fedkern.data.forms import form_of
 from fedkern.deferred import plain
 from fedkern.engine.context import RunContext
@@ -26,13 +26,14 @@ from fedkern.engine.store.resuming import unedited
 from fedkern.engine.store.run_folder import BEST
 from fedkern.engine.store.saved_model import FORMAT, MODEL, RUNNING, norms
 from fedkern.errors import UserError, first_of, same_format, shown
-from fedkern.inputs import parse_json
-from fedkern.leaves import leaves
+from fedkern.files.inputs import parse_json
+from fedkern.messages.leaves import leaves
+from fedkern.process.torch_modes import reproducible
 from fedkern.settings.run_format import check_format
 from fedkern.settings.stored import check_regular, check_run_folder, load_plugins
 from fedkern.tasks import TASKS, Task, task_named
 from fedkern.tasks.own import inner
-from fedkern.torch_modes import reproducible
+from fedkern.usercode import named_code
 
 
 @dataclass(frozen=True)

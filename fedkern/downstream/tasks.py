@@ -16,9 +16,9 @@ from fedkern.downstream.finished import Finished
 from fedkern.errors import UserError
 from fedkern.models import PairNetwork
 from fedkern.models.prompts import read_prompts
+from fedkern.process.torch_modes import reproducible
 from fedkern.tasks.retrieval import TEMPERATURE, Gallery, recalls
 from fedkern.tasks.segmentation import segmentation
-from fedkern.torch_modes import reproducible
 
 FEATURES = ("token", "mean", "embedding")
 Row = dict[str, Any]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern.data.patients import numbered
+from fedkern.data.sharing.patients import numbered
 from fedkern.engine.context import RunContext
 from fedkern.engine.images import BackgroundBank
 from fedkern.engine.network import Network, Part, Trainable
@@ -25,11 +25,11 @@ from fedkern.engine.uploads.encoders import STATES, Drift
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
 from fedkern.methods.uploads import is_alike
+from fedkern.models.transfer import arrived, bring
 from fedkern.ops._core.layout import plain_strides
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 from fedkern.tasks.own import inner
-from fedkern.transfer import arrived, bring
 
 
 class Client(Node):

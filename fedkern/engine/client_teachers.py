@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkern.engine.network import place
 from fedkern.engine.store.checkpoints import Checkpoints, checksum
 from fedkern.errors import UserError
-from fedkern.files import expand
+from fedkern.files.filesystem import expand
 from fedkern.messages import states
 from fedkern.methods.base import VECTORS
 from fedkern.models.weight_files import bare_names, read_state_dict

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.data.items import Items
+from fedkern.data.sources.items import Items
 from fedkern.data.split import AnySplit
 from fedkern.deferred import accelerate
 from fedkern.engine import initial_weights

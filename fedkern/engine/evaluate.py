@@ -17,11 +17,11 @@ from fedkern.engine.reader import BATCH, Reader
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.common.personal import ClientsNetworks
+from fedkern.process.torch_modes import cpu_threads
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.figure_names import set_noun
 from fedkern.tasks.registered_metrics import metrics_of
 from fedkern.tasks.retrieval import LOSS_BATCH
-from fedkern.torch_modes import cpu_threads
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

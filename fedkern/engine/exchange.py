@@ -12,8 +12,8 @@ from fedkern.engine.executors.base import Answer, Executor
 from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.round_log import RoundLog
 from fedkern.engine.uploads.filters import Arrival, Asked, Filter, encoders_of
-from fedkern.interrupts import check
 from fedkern.methods.base import ClientId, Message, Upload
+from fedkern.process.interrupts import check
 
 
 class Exchange:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedkern.data.forms import ImageForm
-from fedkern.data.pixels import PICK, Pixels, as_index, images_alone, placed
+from fedkern.data.images.pixels import PICK, Pixels, as_index, images_alone, placed
 from fedkern.engine.reader import BATCH, Reader
-from fedkern.image_rows import in_parts, loaded
+from fedkern.files.image_rows import in_parts, loaded
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
-from fedkern.transfer import send
+from fedkern.models.transfer import send
 
 PICKED_BYTES = {"cuda": 1 << 26}
 """Bytes of images up to which batches are picked at once: on a GPU that takes no longer than for one batch."""

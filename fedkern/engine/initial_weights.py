@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from fedkern import atomic
 from fedkern.engine.store.checkpoints import check_results, newest
 from fedkern.errors import UserError
-from fedkern.inputs import open_regular, reading, standing
+from fedkern.files import atomic
+from fedkern.files.inputs import open_regular, reading, standing
 from fedkern.models.weight_files import read_state_dict
 from fedkern.settings.run_format import NAME as CONFIG
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedkern.data.items import Items
+from fedkern.data.sources.items import Items
 from fedkern.engine.reader import BATCH, Reader
-from fedkern.leaves import leaves, parted, sent
+from fedkern.messages.leaves import leaves, parted, sent
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase
 from fedkern.streams import stream
 
@@ -19,7 +19,7 @@ BYTES = 1 << 26
 
 
 class ItemReader(Reader):
-    """Reader of `fedkern.data.items.Items`.
+    """Reader of `fedkern.data.sources.items.Items`.
 
     Args:
         seed: the run's seed.

@@ -17,10 +17,10 @@ from fedkern.engine.progress import Progress
 from fedkern.engine.round_log import RoundLog
 from fedkern.engine.server import Server
 from fedkern.engine.uploads.filters import Asked, Filter
-from fedkern.interrupts import check
 from fedkern.methods.base import Phase, Round
 from fedkern.methods.common.pooling import Pooling
 from fedkern.privacy.disclosure import About
+from fedkern.process.interrupts import check
 
 
 class Loop:

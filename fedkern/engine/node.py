@@ -9,7 +9,7 @@ import numpy as np
 
 from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
-from fedkern.leaves import sent
+from fedkern.messages.leaves import sent
 from fedkern.ops._core.checks import real
 from fedkern.tasks import Task
 

@@ -7,7 +7,6 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from fedkern import plugins
 from fedkern.engine import parts, uploads, user_parts
 from fedkern.engine.parts.base import Part
 from fedkern.engine.registry import FILTERS, PARTS
@@ -16,6 +15,7 @@ from fedkern.engine.registry import register_part as register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.uploads.filters import Filter
 from fedkern.errors import UserError
+from fedkern.usercode import plugins
 
 USERS = "..."
 """Place of what users have registered."""

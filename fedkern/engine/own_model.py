@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern.data.items import cause
+from fedkern.data.sources.items import cause
 from fedkern.engine import initial_weights, serving
 from fedkern.engine.context import RunContext
 from fedkern.engine.items import ItemReader

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.code_digest import digest
 from fedkern.errors import UserError, shown
 from fedkern.methods import registry
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.terms import Terms
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.own import explained
+from fedkern.usercode.code_digest import digest
 
 _PARTS = ("client_update", "loss", "terms", "adjust_gradient", "draw", "prepare")
 """What makes up a method's local training: a function replaces that of FedAvg, whatever the method's server does."""

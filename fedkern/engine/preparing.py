@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.data.identity import of_memory
-from fedkern.data.items import unsteady
+from fedkern.data.sources.items import unsteady
 from fedkern.engine import asynchronous, own_model, own_training
 from fedkern.engine.client import Client
 from fedkern.engine.client_privacy import ClientPrivacy

@@ -11,7 +11,6 @@ from torch import nn
 
 from fedkern.engine.reader import Reader
 from fedkern.engine.training import Context, Diverged, Schedule
-from fedkern.interrupts import check
 from fedkern.methods.base import Client, Objective, Phase
 from fedkern.models.precision import computing
 from fedkern.privacy import DPSGD, LEDGER, Accountant
@@ -25,6 +24,7 @@ from fedkern.privacy.dpsgd import (
     stream_name,
     sum_patients,
 )
+from fedkern.process.interrupts import check
 
 
 @computing("fp32")  # clipping bounds the computed gradients, so they are not rounded to bf16 before it

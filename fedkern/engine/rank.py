@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern import interrupts, plugins
 from fedkern.engine.executors.links import Ended, Link, Lost
 from fedkern.engine.executors.team import GO_ON, LEAVING, Team
 from fedkern.engine.executors.worker_messages import Cleared, Forget, Setup, Sum
@@ -22,6 +21,8 @@ from fedkern.engine.worker import Worker, as_in_the_run
 from fedkern.errors import RunFailed, UserError
 from fedkern.messages.packets import Unpacker
 from fedkern.ops import Accumulator
+from fedkern.process import interrupts
+from fedkern.usercode import plugins
 
 FAILED = 1
 

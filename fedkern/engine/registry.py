@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from fedkern.docstrings import docstring
 from fedkern.engine.parts.base import Part
 from fedkern.engine.uploads.filters import Filter
+from fedkern.usercode.docstrings import docstring
 
 PARTS: dict[str, type[Part]] = {}
 """Classes of parts by name."""

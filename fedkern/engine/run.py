@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from fedkern.allocator import keep_freed_memory
 from fedkern.engine import own_model, own_training
 from fedkern.engine.executors.choice import Remote, executor_of
 from fedkern.engine.executors.nursery import own_nursery
@@ -24,14 +23,15 @@ from fedkern.engine.run_objects import opened
 from fedkern.engine.store.resuming import changes, check_place, finished_summary, repairs, resumed_settings
 from fedkern.engine.store.run_folder import check_vacant, keep_settings, writing
 from fedkern.engine.uploads.filters import Filter
-from fedkern.interrupts import in_order
 from fedkern.listeners.audience import Audience
 from fedkern.listeners.events import Listener
 from fedkern.models import available
 from fedkern.models.own import unwrapped
 from fedkern.models.precision import computing
+from fedkern.process.allocator import keep_freed_memory
+from fedkern.process.interrupts import in_order
+from fedkern.process.torch_modes import cpu_threads, current_gpu, reproducible
 from fedkern.settings.config import RunConfig
-from fedkern.torch_modes import cpu_threads, current_gpu, reproducible
 
 
 def run(
@@ -57,7 +57,7 @@ def run(
     ``GOMP_SPINCOUNT=10000`` where nothing else runs.
 
     From here on, memory that this process frees stays with it (see
-    :func:`~fedkern.allocator.keep_freed_memory`).
+    :func:`~fedkern.process.allocator.keep_freed_memory`).
 
     Args:
         config: all settings.  A resumed run must have its stored settings; only the data folder, the cache of
@@ -84,7 +84,7 @@ def run(
     Raises:
         UserError: anything the user can put right.  No half-written file is left.  A new run that has done no round
             leaves nothing at all.
-        fedkern.interrupts.Terminated: SIGTERM arrived.  The last checkpoint stands, as after Ctrl-C or ``kill -9``.
+        interrupts.Terminated: SIGTERM arrived.  The last checkpoint stands, as after Ctrl-C or ``kill -9``.
     """
     out = Path(out)
     with closing(Audience(listener or Listener())) as audience, reproducible():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedkern.deferred import accelerate, calls
 from fedkern.engine.context import RunContext
 from fedkern.errors import described
-from fedkern.leaves import leaves
+from fedkern.messages.leaves import leaves
 from fedkern.models.freezing import train_mode
 from fedkern.models.own import OwnNetwork, seeded
 from fedkern.ops._core import backend

@@ -22,13 +22,13 @@ from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.own_training import clip, own_stepper
 from fedkern.engine.reader import Reader, batch_plan
 from fedkern.errors import UserError
-from fedkern.interrupts import check
-from fedkern.leaves import mapped
+from fedkern.messages.leaves import mapped
 from fedkern.methods.protocol import Batch, Message, Phase, Received, batch_slices
 from fedkern.methods.roles import Client, Objective
 from fedkern.methods.terms import Terms
+from fedkern.models.transfer import arrived, bring, fetch
 from fedkern.ops._core.private_torch import backward
-from fedkern.transfer import arrived, bring, fetch
+from fedkern.process.interrupts import check
 
 
 class Diverged(ArithmeticError):
@@ -289,7 +289,7 @@ def started(
 
     Returns:
         A function that returns the means over all batches of ``loss`` and of whatever the method observed, once the
-        device's work has :func:`~fedkern.transfer.arrived`.  Nothing waits for it where steps are recorded.
+        device's work has :func:`~fedkern.models.transfer.arrived`.  Nothing waits for it where steps are recorded.
 
     Raises:
         Diverged: the loss or the gradient of a batch, or the parameters at the end, are NaN or infinite.  Losses and

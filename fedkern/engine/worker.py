@@ -30,8 +30,6 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from fedkern import plugins
-from fedkern.allocator import keep_freed_memory
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.wire import Channel
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice, Setup
@@ -39,8 +37,10 @@ from fedkern.messages.packets import NotPortable, Packer, Packet, Unpacker, port
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
 from fedkern.ops._core import backend, loading
-from fedkern.standard_streams import tolerate
-from fedkern.torch_modes import reproducible, set_modes
+from fedkern.process.allocator import keep_freed_memory
+from fedkern.process.standard_streams import tolerate
+from fedkern.process.torch_modes import reproducible, set_modes
+from fedkern.usercode import plugins
 
 _PR_SET_PDEATHSIG = 1
 

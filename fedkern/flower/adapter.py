@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedkern.errors import UserError
-from fedkern.extras import install
-from fedkern.flower.parcel import Malformed, Parcel, Raw
+from fedkern.flower.runs.parcel import Malformed, Parcel, Raw
+from fedkern.process.extras import install
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,7 +119,7 @@ def streaming(method: F) -> F:
 class StreamedGrid(Grid):
     """A grid that gives a strategy the replies to training messages one by one, as they arrive.
 
-    The ``begin`` of a `fedkern.flower.averaging.FedAvg` is told what is sent.  Everything else is the grid's own.
+    The ``begin`` of an `averaging.FedAvg` is told what is sent.  Everything else is the grid's own.
     """
 
     def __init__(self, grid: Grid, strategy: Any) -> None:
@@ -277,7 +277,7 @@ def without_arrays(content: RecordDict) -> RecordDict:
 
 
 def to_flat(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> ArrayRecord:
-    """See :func:`fedkern.flower.flat_arrays.pack`."""
+    """See :func:`fedkern.flower.strategies.flat_arrays.pack`."""
     import torch
 
     from fedkern.flower import array_bytes

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkern import atomic
 from fedkern.errors import UserError
-from fedkern.extras import needed
+from fedkern.files import atomic
 from fedkern.listeners.events import Listener, RunInfo
 from fedkern.listeners.scalars import scalars
+from fedkern.process.extras import needed
 
 FOLDER = "tensorboard"
 

@@ -9,12 +9,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkern import atomic
 from fedkern.errors import UserError
-from fedkern.extras import needed
-from fedkern.inputs import read_json
+from fedkern.files import atomic
+from fedkern.files.inputs import read_json
 from fedkern.listeners.events import Listener, RunInfo
 from fedkern.listeners.scalars import scalars
+from fedkern.process.extras import needed
 
 FOLDER, LOGGED = "wandb", "fedkern.json"
 """wandb's folder in the run folder, and the file in it with the last round that was logged."""

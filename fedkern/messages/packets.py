@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fedkern.errors import described
-from fedkern.files import fcntl
+from fedkern.files.filesystem import fcntl
 
 _ALIGNED = 64
 _OPEN_FILES = 64  # files that a packer keeps open, those used last, where a message does not need more

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedkern import atomic
 from fedkern.errors import same_format
-from fedkern.inputs import parse_json, special
+from fedkern.files import atomic
+from fedkern.files.inputs import parse_json, special
 from fedkern.ops._core.checks import python_number
 
 ABOUT = "fedkern"  # the file's only metadata key: the order of several keys in the file would be random

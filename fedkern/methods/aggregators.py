@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fedkern import ops, plugins
-from fedkern.docstrings import docstring
+from fedkern import ops
 from fedkern.errors import RAISED, UserError, described, origin
 from fedkern.typed_option import Option, named_options, spelled, with_options
+from fedkern.usercode import plugins
+from fedkern.usercode.docstrings import docstring
 
 MEAN = "mean"
 VECTORS = ("parameters", "buffers")

@@ -43,7 +43,7 @@ from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, Values
 from fedkern.models import resolve_stage
-from fedkern.transfer import send
+from fedkern.models.transfer import send
 from fedkern.typed_option import option
 
 CHUNK = 256  # images per pass of the frozen encoder over a bank

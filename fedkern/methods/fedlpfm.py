@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
 
-from fedkern import files, ops
+from fedkern import ops
 from fedkern.errors import UserError
+from fedkern.files import filesystem
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.protocol import (
     BEFORE,
@@ -49,7 +50,7 @@ from fedkern.models.prompts import DEFAULT
 from fedkern.models.teacher import CallableTeacher, NetworkTeacher, Teacher, content
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, finetune, pretrained, probe
-from fedkern.transfer import send
+from fedkern.models.transfer import send
 from fedkern.typed_option import option
 
 _ASKING = threading.Lock()  # test sets are evaluated in threads: a teacher is built once and runs once on each set
@@ -114,7 +115,7 @@ class FedLPFM(LocalTraining):
         pretrain_epochs: int = option(20, "epochs of the embedded teacher on the public images", low=1)
         public_proxy: bool = option(True, "also report a proxy trained on the public images alone")
         teacher_cache: str = option(
-            "", "folder for teachers' weights and logits; empty: the user's cache folder", path=files.absolute
+            "", "folder for teachers' weights and logits; empty: the user's cache folder", path=filesystem.absolute
         )
 
     def __init__(self, options: Any = None, **given: Any) -> None:

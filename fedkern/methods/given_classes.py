@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
-from fedkern.code_digest import instructions
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.options import Options
 from fedkern.methods.registry import CLASS, GIVEN, METHODS, short
 from fedkern.typed_option import Value
+from fedkern.usercode.code_digest import instructions
 
 _PLAIN = (bool, int, float, str)
 _MISSING = object()

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from fedkern.docstrings import docstring
 from fedkern.errors import UserError, first_of, nearest
 from fedkern.models.own import LEVELS, level
+from fedkern.usercode.docstrings import docstring
 
 if TYPE_CHECKING:
     from fedkern.methods.base import Method

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fedkern import machine
 from fedkern.errors import UserError
+from fedkern.process import machine
 
 Layer = TypeVar("Layer", bound=nn.Module)
 

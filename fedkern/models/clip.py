@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkern.errors import UserError
-from fedkern.extras import needed
-from fedkern.files import expand
+from fedkern.files.filesystem import expand
 from fedkern.models.precision import autocasts, full
 from fedkern.models.pretrained import (
     check_adapter,
@@ -30,6 +29,7 @@ from fedkern.models.pretrained import (
 from fedkern.models.prompts import DEFAULT, read_prompts
 from fedkern.models.teacher import Identity, Teacher
 from fedkern.models.teacher_cache import to_pixels
+from fedkern.process.extras import needed
 
 SIDE = 224
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkern.errors import UserError
-from fedkern.extras import needed
-from fedkern.files import expand
+from fedkern.files.filesystem import expand
 from fedkern.models.pretrained import (
     check_adapter,
     check_folder,
@@ -24,6 +23,7 @@ from fedkern.models.pretrained import (
     weights,
     without_code,
 )
+from fedkern.process.extras import needed
 
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25
 

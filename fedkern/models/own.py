@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern import named_code
 from fedkern.deferred import plain
 from fedkern.deferred.calls import called
 from fedkern.deferred.pending import computed
 from fedkern.errors import UserError
-from fedkern.leaves import Keywords, Positional, mapped
+from fedkern.messages.leaves import Keywords, Positional, mapped
 from fedkern.models.cutting import Cut, NotCut, find_cut, find_head, logits_of
 from fedkern.models.precision import autocasts, full
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
-from fedkern.named_code import Named
 from fedkern.ops._core.layout import plain_strides
+from fedkern.usercode import named_code
+from fedkern.usercode.named_code import Named
 
 GIVEN = ("classes", "channels", "image_size", "width", "seed")
 """Arguments that a class or function gets, by name, where its signature has them."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkern.errors import UserError
-from fedkern.inputs import read_json
+from fedkern.files.inputs import read_json
 from fedkern.models.teacher_cache import to_pixels
 
 NEAREST, LANCZOS, BILINEAR, BICUBIC = 0, 1, 2, 3  # Pillow's numbers, as the files have them

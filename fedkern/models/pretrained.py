@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from fedkern.errors import UserError
-from fedkern.inputs import read_json, special, standing
+from fedkern.files.inputs import read_json, special, standing
 
 ADAPTER = "adapter_config.json"
 _UNADAPTED = (

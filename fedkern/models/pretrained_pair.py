@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.extras import needed
-from fedkern.files import expand
-from fedkern.inputs import read_json
+from fedkern.files.filesystem import expand
+from fedkern.files.inputs import read_json
 from fedkern.models.encoders import ImageEncoder
 from fedkern.models.preprocessing import Preprocessing
 from fedkern.models.pretrained import check_complete, check_folder, first_line, quiet, unloadable, weights, without_code
 from fedkern.models.vocabulary import Tokens
+from fedkern.process.extras import needed
 
 
 class PretrainedImage(ImageEncoder):

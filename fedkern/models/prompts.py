@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedkern import files
 from fedkern.errors import UserError, first_of, nearest
-from fedkern.inputs import parse_json, read_text
+from fedkern.files import filesystem
+from fedkern.files.inputs import parse_json, read_text
 
 DEFAULT = "a photo of a {class}."
 PLACES = ("{class}", "{}")
@@ -28,7 +28,7 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
     """
     if any(place in prompts for place in PLACES):
         return _fill([prompts], classes)
-    path = files.expand(prompts)
+    path = filesystem.expand(prompts)
     try:
         text = read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -49,7 +49,7 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
 
 def absolute(prompts: str) -> str:
     """The absolute path of a prompts file; a template is returned unchanged."""
-    return prompts if any(place in prompts for place in PLACES) else files.absolute(prompts)
+    return prompts if any(place in prompts for place in PLACES) else filesystem.absolute(prompts)
 
 
 def _fill(templates: Sequence[str], classes: Sequence[str]) -> list[list[str]]:

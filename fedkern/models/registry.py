@@ -13,7 +13,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from fedkern import named_code
 from fedkern.errors import UserError, nearest
 from fedkern.models.allocate import allocate
 from fedkern.models.cnn import CNN
@@ -27,8 +26,9 @@ from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
 from fedkern.models.vgg import VGG
 from fedkern.models.vit import ViT
-from fedkern.named_code import FORMS
 from fedkern.streams import stream
+from fedkern.usercode import named_code
+from fedkern.usercode.named_code import FORMS
 
 # Up to this size the ImageNet stem (which divides the size by 4) would leave the last stage a map of one or two pixels.
 CIFAR_STEM_UP_TO = 64

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedkern import files
 from fedkern.errors import UserError, same_format
-from fedkern.files import cache_folder, expand
-from fedkern.inputs import parse_json, special
+from fedkern.files import filesystem
+from fedkern.files.filesystem import cache_folder, expand
+from fedkern.files.inputs import parse_json, special
 from fedkern.models.precision import computing
 from fedkern.models.teacher import Identity, Teacher, wrong_classes
 
@@ -235,11 +235,11 @@ def write_file(path: Path, tensors: Callable[[], Mapping[str, Tensor]], identity
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.one_writer(path.parent / ".lock"):
+        with filesystem.one_writer(path.parent / ".lock"):
             whole = dict(tensors())
             about = {"format": FORMAT, "identity": dict(identity), "sum": _sum(whole)}
             metadata = {"fedkern": json.dumps(about, sort_keys=True)}
-            files.replace(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
+            filesystem.replace(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:
         if required:
             raise UserError(

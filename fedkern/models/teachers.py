@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedkern import files, named_code
 from fedkern.errors import UserError, nearest
+from fedkern.files import filesystem
 from fedkern.models.clip import ClipTeacher
 from fedkern.models.registry import MODELS
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.teacher import CallableTeacher, NetworkTeacher, Teacher
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import Labelled, Recipe, pretrained
+from fedkern.usercode import named_code
 
 KINDS = ("pretrained", "clip", "logits", "python")
 # Candidates of plain ``pretrained``, in order of size with ten classes: it takes the smallest that are larger than the
@@ -83,7 +84,7 @@ def absolute(text: str) -> str:
     """The same list with absolute paths; names, and paths whose absolute form has a comma, stay as they are."""
     words = []
     for spec in parse(text):
-        make = {"clip": files.absolute_folder, "logits": files.absolute}.get(spec.kind, str)
+        make = {"clip": filesystem.absolute_folder, "logits": filesystem.absolute}.get(spec.kind, str)
         made = make(spec.what)
         words.append(str(spec if "," in made else Spec(spec.kind, made)))
     return ",".join(words)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkern.errors import UserError, nearest
-from fedkern.files import expand
+from fedkern.files.filesystem import expand
 from fedkern.models import pretrained_pair
 from fedkern.models.allocate import allocate
 from fedkern.models.attention import TransformerLayer

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.transfer import send
+from fedkern.models.transfer import send
 
 PAD, UNKNOWN, CLS = 0, 1, 2
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]")
@@ -42,7 +42,7 @@ class Tokens(NamedTuple):
         return Tokens(self.ids[rows, :length], mask[:, :length])
 
     def to(self, device: torch.device | str) -> Tokens:
-        """The same tokens on ``device``, without waiting for it (see :func:`fedkern.transfer.send`)."""
+        """The same tokens on ``device``, without waiting for it (see :func:`fedkern.models.transfer.send`)."""
         device = torch.device(device)
         return Tokens(send(self.ids, device), send(self.mask, device))
 

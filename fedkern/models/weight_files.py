@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedkern.errors import UserError, first_of
-from fedkern.inputs import special
+from fedkern.files.inputs import special
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 """Endings of files that torch.save has written; others are safetensors."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from fedkern.extras import needed
+from fedkern.process.extras import needed
 
 GAUSSIAN, DP_SGD = "gaussian", "dp-sgd"
 SPLITS = (0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99)

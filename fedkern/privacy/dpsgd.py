@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern.errors import UserError
-from fedkern.extras import needed
 from fedkern.ops._core.layout import plain_strides
+from fedkern.process.extras import needed
 
 WAY_OUT = "such as cnn-gn, resnet8-gn or resnet18-gn (unet-small-gn for segmentation)"
 OF_OPACUS = (nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU)

@@ -10,9 +10,9 @@ import re
 import secrets
 from pathlib import Path
 
-from fedkern import atomic
 from fedkern.errors import UserError
-from fedkern.inputs import read_text
+from fedkern.files import atomic
+from fedkern.files.inputs import read_text
 from fedkern.privacy.keys import SECRET_BYTES
 
 NAME = "server-secret.txt"

@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedkern.commit import commit
 from fedkern.errors import MESSAGE
+from fedkern.process.commit import commit
 from fedkern.report.names import plain, say
 from fedkern.report.tables import human_bytes, new_table
 

@@ -14,7 +14,7 @@ TITLE, TICK, CELL = 100, 24, 200
 
 
 def label(name: object, most: int = TICK) -> str:
-    """A name as a text in a picture; :func:`fedkern.report.plots.save` prevents parsing it as a formula."""
+    """A name as a text in a picture; :func:`fedkern.report.figures.plots.save` prevents parsing it as a formula."""
     return printable_name(str(name), most)
 
 

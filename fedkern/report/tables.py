@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fedkern.data.statistics import SKEW
+from fedkern.data.sharing.statistics import SKEW
 from fedkern.errors import MESSAGE, printable_name
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.report.names import TICK, plain

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fedkern import named_code
-from fedkern import plugins as plugin_room
 from fedkern.data import DATASETS
 from fedkern.data.registry import given_options
 from fedkern.errors import UserError, nearest
-from fedkern.files import check_text
+from fedkern.files.filesystem import check_text
 from fedkern.methods import given_classes, registry
 from fedkern.methods.aggregators import AGGREGATORS, MEAN
 from fedkern.models import MODELS
@@ -29,6 +27,8 @@ from fedkern.settings.privacy import PrivacySettings
 from fedkern.settings.run_format import NAME
 from fedkern.settings.training import TrainingSettings
 from fedkern.typed_option import Option, declared, flag
+from fedkern.usercode import named_code
+from fedkern.usercode import plugins as plugin_room
 
 _SHIPPED_DATA, _SHIPPED_MODELS, _SHIPPED_AGGREGATORS = (", ".join(each) for each in (DATASETS, MODELS, AGGREGATORS))
 ANYHOW = ("data_root", "workers", "cache")
@@ -111,7 +111,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
             method: a registered method.
             options: method options, a mapping or ``key=value`` words.
             data_options: options of the data set (for example ``protocol``, ``boxes``, ``detector``).
-            plugins: files and modules to load first (:func:`fedkern.plugins.given`).  The run stores these, and those
+            plugins: files and modules to load first (:func:`plugins.given`).  The run stores these, and those
                 loaded before that registered what the run uses.
             **settings: any other field; ``None`` means not given.
 
@@ -239,7 +239,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
 
         * the method options of two different methods;
         * the data folder, which may have moved: a resumed run compares the data themselves;
-        * the plugins: :func:`fedkern.plugins.restore` checks those of a stored run;
+        * the plugins: :func:`fedkern.usercode.plugins.restore` checks those of a stored run;
         * the number of workers and the cache of decoded images, which change no bit;
         * what was found in files that the settings name.
         """

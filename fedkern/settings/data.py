@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from fedkern import named_code
 from fedkern.data import AUGMENTATIONS, DATASETS
-from fedkern.files import absolute
-from fedkern.named_code import FORMS
+from fedkern.files.filesystem import absolute
 from fedkern.settings.defaults import COMMON
 from fedkern.settings.section import OF_METHOD, Section
 from fedkern.typed_option import option
+from fedkern.usercode import named_code
+from fedkern.usercode.named_code import FORMS
 
 BY_DATA = ("partition", "clients", "client_test")
 """Settings whose default the data may decide: sites that they name are the clients, and may have test sets."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import fedkern
-from fedkern.inputs import open_regular, reading
+from fedkern.files.inputs import open_regular, reading
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import FOLDER, NAME
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fedkern.data import FederatedData
-from fedkern.data.datasets import is_dataset
+from fedkern.data.sources.datasets import is_dataset
 from fedkern.errors import UserError, quoted
 
 _READING = ("data_root", "cache", "public_samples", "correlation")

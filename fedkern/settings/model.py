@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedkern import named_code
 from fedkern.data import DATASETS
 from fedkern.errors import UserError
-from fedkern.files import absolute, absolute_folder
+from fedkern.files.filesystem import absolute, absolute_folder
 from fedkern.methods.base import Method
 from fedkern.models import MODELS
 from fedkern.models.precision import PRECISIONS
 from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS
-from fedkern.named_code import FORMS
 from fedkern.settings.defaults import COMMON
 from fedkern.settings.section import Section
 from fedkern.typed_option import flag, option
+from fedkern.usercode import named_code
+from fedkern.usercode.named_code import FORMS
 
 
 def _encoder(name: str) -> str:

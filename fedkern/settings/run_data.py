@@ -11,24 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup, used_cache
-from fedkern.data.backdoor import add_backdoor
-from fedkern.data.holdout import hold_out
-from fedkern.data.patients import limited
+from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
+from fedkern.data.images import used_cache
+from fedkern.data.labels.spelling import SHOWN
 from fedkern.data.registry import read_options
-from fedkern.data.spelling import SHOWN
+from fedkern.data.sharing.backdoor import add_backdoor
+from fedkern.data.sharing.holdout import hold_out
+from fedkern.data.sharing.patients import limited
+from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.split import Split
-from fedkern.data.statistics import PartitionStatistics
 from fedkern.data.types import client_label
 from fedkern.errors import UserError, first_of
-from fedkern.image_rows import in_parts
+from fedkern.files.image_rows import in_parts
 from fedkern.methods import registry
 from fedkern.models.registry import check_gives
+from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import TASKS
 from fedkern.tasks.figure_names import check_set_names, set_noun
 from fedkern.tasks.registered_metrics import metrics_of
-from fedkern.torch_modes import reproducible
 
 
 @reproducible()
@@ -100,8 +101,8 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
     are backdoored last, so that no sample that is held out carries the attacker's label.
 
     Raises:
-        UserError: see :func:`fedkern.data.holdout.hold_out`, :func:`fedkern.data.patients.limited` and
-            :func:`fedkern.data.backdoor.add_backdoor`.
+        UserError: see :func:`fedkern.data.sharing.holdout.hold_out`, :func:`fedkern.data.sharing.patients.limited` and
+            :func:`fedkern.data.sharing.backdoor.add_backdoor`.
     """
     kept = hold_out(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
     if config.records == "private" and kept.drawn_validation:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.errors import same_format
-from fedkern.inputs import read_json
+from fedkern.files.inputs import read_json
 
 NAME = "config.toml"
 FOLDER = "checkpoints"

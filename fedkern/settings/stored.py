@@ -8,12 +8,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkern import plugins
 from fedkern.errors import UserError, nearest
-from fedkern.inputs import read_text, special
+from fedkern.files.inputs import read_text, special
 from fedkern.methods import given_classes
 from fedkern.settings.config import UNSTORED, RunConfig
 from fedkern.settings.run_format import NAME, check_format
+from fedkern.usercode import plugins
 
 
 def read_settings(text: str, *, source: str = NAME) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def load_settings(
     """The settings of a run folder, some of them ``replaced``; loads the run's plugins.
 
     Args:
-        trusted: plugins that may be executed in any case (see :func:`fedkern.plugins.restore`).
+        trusted: plugins that may be executed in any case (see :func:`fedkern.usercode.plugins.restore`).
         given: the class of the run's method, where a script gave it (`fedkern.methods.given_classes`).
         **replaced: settings.
 
@@ -85,7 +85,7 @@ def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) 
     """Loads the plugins of a run folder; does nothing where its ``config.toml`` is missing or damaged.
 
     Raises:
-        UserError: see :func:`fedkern.plugins.restore`.
+        UserError: see :func:`fedkern.usercode.plugins.restore`.
     """
     try:
         table = stored_settings(folder)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedkern.errors import UserError
-from fedkern.files import absolute
+from fedkern.files.filesystem import absolute
 from fedkern.settings.defaults import COMMON
 from fedkern.settings.section import Section
 from fedkern.typed_option import option

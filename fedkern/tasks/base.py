@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.code_digest import digest
+from fedkern.usercode.code_digest import digest
 
 AHEAD = 16
 """Most batches that wait for a thread; more batches would only use memory."""
@@ -61,7 +61,7 @@ class Task:
         target: what the label of a sample is: ``"class"``, ``"labels"`` (0 or 1 for each), ``"pixels"`` or ``"text"``.
         partition: the partition of data that name none; empty where it is the data's usual one.
         network: what the output of a network is for (``fedkern.models.ModelEntry.gives``).
-        pictures: names of the pictures of a finished run's answers, in `fedkern.report.pictures`.
+        pictures: names of the pictures of a finished run's answers, in `fedkern.report.figures.pictures`.
         offers: what methods may ask for (``Method.asks``):
 
             - ``"loss"``: the loss of a batch, :meth:`loss`;

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedkern.code_digest import digest
 from fedkern.errors import RAISED, UserError, described, origin
-from fedkern.leaves import leaves, mapped, together
+from fedkern.messages.leaves import leaves, mapped, together
 from fedkern.models.cutting import logits_of
 from fedkern.tasks.base import Task
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
+from fedkern.usercode.code_digest import digest
 
 MOST = 1 << 30
 """Bytes of outputs and targets that are concatenated for metrics at most."""

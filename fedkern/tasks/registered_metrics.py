@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedkern import plugins
-from fedkern.docstrings import docstring
 from fedkern.errors import RAISED, UserError, described, origin
 from fedkern.tasks.figure_names import FRACTIONS, OVER_CLIENTS, TEST_SETS
+from fedkern.usercode import plugins
+from fedkern.usercode.docstrings import docstring
 
 _ENTRIES = (
     "round", "rounds", "name", "evaluated", "seconds", "round_seconds", "clients", "client_metrics", "phases", "device",

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.image_rows import in_parts
+from fedkern.files.image_rows import in_parts
 from fedkern.tasks.base import Constant, Figures, Task, check_shape, mean, named
 from fedkern.tasks.cross_entropy import added_in_any_order
 

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import gate, page_figures, report, shown, sources
 from benchmarks.comparisons import RESULTS, Comparison, Recorder, read_results, write_results
-from fedkern.commit import commit
+from fedkern.process.commit import commit
 
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
 ROW = Comparison(

@@ -18,7 +18,7 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Runs end without pictures, which take longer to draw than a small run to play."""
-    monkeypatch.setattr("fedkern.report.pictures._draw", lambda *_: [])
+    monkeypatch.setattr("fedkern.report.figures.pictures._draw", lambda *_: [])
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from image_files import two_brightnesses, watched
 from PIL import Image
 
 import fedkern
-from fedkern.data import image_cache
-from fedkern.data.used_cache import remembered
+from fedkern.data.images import image_cache
+from fedkern.data.images.used_cache import remembered
 from fedkern.engine.run import run
 from fedkern.errors import UserError
-from fedkern.image_rows import ImageStore
+from fedkern.files.image_rows import ImageStore
 from fedkern.settings.config import RunConfig
 
 IMAGES, SIDE = 60, 8

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-from fedkern import atomic
 from fedkern.cli.command_parser import parse
 from fedkern.cli.commands import extend
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store import extending
 from fedkern.engine.store.records import read_metrics
+from fedkern.files import atomic
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 

@@ -14,12 +14,12 @@ from PIL import Image
 from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
 import fedkern
-from fedkern.data.digits import open_digits
+from fedkern.data.sources.digits import open_digits
 from fedkern.downstream import prediction
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.evaluate import evaluating
 from fedkern.errors import UserError
-from fedkern.report import progress
+from fedkern.report.live import progress
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
@@ -306,7 +306,11 @@ def unreadable(*_):
         ("torch.export.load", lambda _: OTHER, "differ from"),
         ("torch.export.save", unreadable, "(no such operator)"),
         ("torch.export.export", lambda *_, **__: {}[3], "(3)"),
-        ("fedkern.atomic.write_bytes", lambda path, _: (_ for _ in ()).throw(UserError(f"{path}: full.")), "full"),
+        (
+            "fedkern.files.atomic.write_bytes",
+            lambda path, _: (_ for _ in ()).throw(UserError(f"{path}: full.")),
+            "full",
+        ),
     ],
 )
 def test_an_export_that_cannot_be_read_again_leaves_nothing(name, broken, said, digits, fails, monkeypatch, tmp_path):

@@ -64,7 +64,7 @@ def test_the_column_becomes_zeros_and_ones(listed):
 
 
 def test_a_held_out_client_and_own_tests(listed):
-    from fedkern.data.holdout import hold_out
+    from fedkern.data.sharing.holdout import hold_out
 
     data = load("csv", root=listed, options={"size": 8})
     kept = hold_out(data, held_out=0, share=0.25, seed=0)

@@ -11,7 +11,7 @@ from PIL import Image
 from fedkern.data import load, normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
-from fedkern.report.pictures import write_pictures
+from fedkern.report.figures.pictures import write_pictures
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
@@ -251,7 +251,7 @@ def test_private_records_withhold_the_figures_of_clients(listed, result, tmp_pat
 
 
 def test_pictures_name_the_sites(listed, tmp_path, monkeypatch):
-    from fedkern.report import plots
+    from fedkern.report.figures import plots
 
     out = tmp_path / "run"
     assert main(["fedavg", "--data", "csv", "--data-root", str(listed), *TINY, "--out", str(out), "--quiet"]) == 0

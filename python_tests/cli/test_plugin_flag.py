@@ -11,7 +11,6 @@ import pytest
 from interrupted import Kill, KillAt, outcome
 from plugin_files import EXAMPLES, SETTINGS, Marked, begin, plugged, unload_all  # noqa: F401
 
-from fedkern import plugins
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
@@ -20,6 +19,7 @@ from fedkern.errors import UserError
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
+from fedkern.usercode import plugins
 
 pytestmark = pytest.mark.usefixtures("plugged")
 

@@ -14,10 +14,10 @@ import pytest
 from plugin_files import begin, plugged, unload_all  # noqa: F401
 
 import fedkern
-from fedkern import plugin_neighbours as neighbours
-from fedkern import plugins
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
+from fedkern.usercode import plugin_neighbours as neighbours
+from fedkern.usercode import plugins
 
 pytestmark = pytest.mark.usefixtures("plugged")
 

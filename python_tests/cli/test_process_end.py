@@ -25,7 +25,8 @@ atexit.register(lambda: print("at exit"))
 DUE = """
 import atexit, ctypes, os, sys, threading, time, types, weakref
 from concurrent.futures import ThreadPoolExecutor
-from fedkern import run, standard_streams
+from fedkern import run
+from fedkern.process import standard_streams
 
 class Module:
     def __del__(self, write=os.write):
@@ -50,7 +51,8 @@ run.main = main
 """A command of a test, with everything that a process has to do when it ends."""
 LATE = """
 import atexit, sys, types
-from fedkern import run, standard_streams
+from fedkern import run
+from fedkern.process import standard_streams
 
 def main():
     standard_streams.tolerate()

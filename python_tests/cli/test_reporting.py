@@ -75,7 +75,7 @@ def test_a_new_run_does_not_write_over_a_report(fails, tmp_path):
 
 def test_a_report_that_cannot_be_written_does_not_lose_the_run(capsys, monkeypatch, tmp_path):
     from fedkern.errors import UserError
-    from fedkern.report import run_page
+    from fedkern.report.pages import run_page
 
     def full(*_, **__):
         raise UserError("run/report.html cannot be written, the disk is full.")
@@ -93,7 +93,7 @@ def test_a_report_that_cannot_be_written_does_not_lose_the_run(capsys, monkeypat
 
 @pytest.mark.exhaustive
 def test_a_picture_that_fails_ends_no_run_nor_its_report(capsys, monkeypatch, tmp_path):
-    from fedkern.report import plots
+    from fedkern.report.figures import plots
 
     monkeypatch.setattr(plots, "partition_picture", lambda *_, **__: {}["site"])
     assert main(["fedavg", *TINY, "--out", "run", "--report", "--quiet"]) == 0

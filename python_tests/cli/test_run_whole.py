@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from fedkern import run as command_line
 from fedkern.cli import flags, request
 from fedkern.data import load
-from fedkern.report import pictures, progress
+from fedkern.report.figures import pictures
+from fedkern.report.live import progress
 from fedkern.run import main
 
 SMALL = ["--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4"]

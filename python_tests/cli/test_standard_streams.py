@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fedkern import plugins
+from fedkern.process.standard_streams import put, results_alone
 from fedkern.run import main
-from fedkern.standard_streams import put, results_alone
+from fedkern.usercode import plugins
 
 RUN = f"{sys.executable} -m fedkern.run"
 TINY = ("fedavg --data digits --train-samples 60 --clients 2 --model mlp --threads 1 --grad-cam 0 --local-steps 1 "

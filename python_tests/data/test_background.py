@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedkern.data import BoxesFile, Split, extract_background, load
-from fedkern.data.background import bounding_boxes, rasterise
+from fedkern.data.images.background import bounding_boxes, rasterise
 from fedkern.errors import UserError
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fedkern.data import load
-from fedkern.data.brats import read_volume, square, to_bytes
-from fedkern.data.holdout import hold_out
+from fedkern.data.sharing.holdout import hold_out
+from fedkern.data.sources.brats import read_volume, square, to_bytes
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedkern.data import Split, load, lookup
-from fedkern.data.canvas import CELL, INK, SIDE, Ground, Placed, draw
-from fedkern.data.captions import CLASSES, WORDS, make_captions
-from fedkern.data.digits import read_digits
-from fedkern.data.partition import parse_partition
+from fedkern.data.sharing.partition import parse_partition
+from fedkern.data.sources.canvas import CELL, INK, SIDE, Ground, Placed, draw
+from fedkern.data.sources.captions import CLASSES, WORDS, make_captions
+from fedkern.data.sources.digits import read_digits
 from fedkern.data.split import joined
 from fedkern.errors import UserError
 
@@ -99,7 +99,7 @@ def _brightest(image, cell):
 
 @pytest.mark.parametrize(("cells", "said"), [((0, 2), "above"), ((3, 1), "below"), ((2, 3), "left"), ((1, 0), "right")])
 def test_relations_are_those_of_the_picture(cells, said):
-    from fedkern.data.captions import _caption
+    from fedkern.data.sources.captions import _caption
 
     words = {key: choices[0] for key, choices in WORDS.items()}
     made = _caption(words, np.array([3, 7]), ["red", "blue"], np.array(cells))
@@ -142,7 +142,7 @@ def test_unseen_clients_speak_with_known_words():
 
 
 def test_digits_of_the_tests_are_not_those_of_the_training(monkeypatch):
-    from fedkern.data import captions as module
+    from fedkern.data.sources import captions as module
 
     rows = {}
 

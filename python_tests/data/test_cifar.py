@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedkern.data import load
-from fedkern.data.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES, CIFAR100_COARSE_CLASSES
+from fedkern.data.sources.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES, CIFAR100_COARSE_CLASSES
 from fedkern.errors import UserError
 
 PIXELS = 3072

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedkern.data import FederatedData, Split, load
-from fedkern.data.coloured import INK_THRESHOLD, PALETTES, class_colours, colourise, random_colours
+from fedkern.data.sharing.coloured import INK_THRESHOLD, PALETTES, class_colours, colourise, random_colours
 from fedkern.errors import UserError
 from fedkern.streams import stream
 

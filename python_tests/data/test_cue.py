@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedkern.data import load
-from fedkern.data.cue import SHAPES, add_cues, draw_shapes, shape_masks
+from fedkern.data.sharing.cue import SHAPES, add_cues, draw_shapes, shape_masks
 from fedkern.errors import UserError
 
 CLIENTS = {"clients": 3, "partition": "iid", "train_samples": 90}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data import Detections, load
-from fedkern.data.background import rasterise
+from fedkern.data.images.background import rasterise
 from fedkern.errors import UserError
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from fedkern.data import load
 from fedkern.errors import UserError
-from fedkern.report.progress import headline
+from fedkern.report.live.progress import headline
 from fedkern.settings.config import RunConfig
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 import fedkern
 from fedkern.data import load
 from fedkern.data.forms import ImageForm
-from fedkern.data.full_masks import FullMasks, MaskStore
+from fedkern.data.images.full_masks import FullMasks, MaskStore
 from fedkern.downstream.prediction import Predictor, write_masks
 from fedkern.engine.images import Images
 from fedkern.errors import UserError

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from fedkern.data import FederatedData, Pool, Source, Split, load
-from fedkern.data.holdout import hold_out
 from fedkern.data.registry import DATASETS, register_data
+from fedkern.data.sharing.holdout import hold_out
 from fedkern.errors import UserError
 
 SITES = ("Aachen", "Bonn", "Celle")

@@ -16,11 +16,11 @@ from PIL import EpsImagePlugin, Image
 from scipy.io import savemat
 
 from fedkern.data import load
-from fedkern.data.boxes_file import BoxesFile
-from fedkern.data.found_files import gunzip
-from fedkern.data.images import FORMATS, list_images, open_image, read_images, read_mask
+from fedkern.data.images.boxes_file import BoxesFile
+from fedkern.data.images.image_files import FORMATS, list_images, open_image, read_images, read_mask
+from fedkern.data.sources.found_files import gunzip
 from fedkern.errors import UserError
-from fedkern.inputs import open_regular, parse_json
+from fedkern.files.inputs import open_regular, parse_json
 from fedkern.models.prompts import read_prompts
 from fedkern.run import main
 
@@ -265,7 +265,7 @@ def brats(root, **options):
 @pytest.mark.parametrize("kind", ["Nifti1Image", "Nifti2Image"])
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 def test_both_versions_of_nifti(tmp_path, kind, ending):
-    from fedkern.data.brats import read_volume
+    from fedkern.data.sources.brats import read_volume
 
     path = nifti(tmp_path / f"a{ending}", kind=kind)
     expected = np.random.default_rng(0).integers(1, 100, (4, 4, 3)).astype(np.float32)

@@ -13,9 +13,10 @@ import torch
 from image_files import watched
 from PIL import Image
 
-from fedkern.data import image_cache, images, load
+from fedkern.data import load
+from fedkern.data.images import image_cache, image_files
 from fedkern.errors import UserError
-from fedkern.image_rows import ImageRows
+from fedkern.files.image_rows import ImageRows
 
 IMAGES, SIDE = 24, 16
 
@@ -126,7 +127,7 @@ def test_a_changed_image_is_decoded_again(root, tmp_path, decoded):
 
 def test_an_interrupted_decoding_goes_on(root, tmp_path, monkeypatch, decoded):
     monkeypatch.setattr(image_cache, "CHUNK_BYTES", 5 * 3 * SIDE**2)
-    read, times = images.read_images, []
+    read, times = image_files.read_images, []
 
     def stopped(*args, **options):
         times.append(1)
@@ -134,13 +135,13 @@ def test_an_interrupted_decoding_goes_on(root, tmp_path, monkeypatch, decoded):
             raise KeyboardInterrupt
         return read(*args, **options)
 
-    monkeypatch.setattr(images, "read_images", stopped)
+    monkeypatch.setattr(image_files, "read_images", stopped)
     with pytest.raises(KeyboardInterrupt):
         opened(root, tmp_path / "cache")
     assert len(decoded) == 10
     data = opened(root, tmp_path / "cache")
     assert sorted(decoded) == sorted(root.rglob("*.png"))
-    monkeypatch.setattr(images, "read_images", read)
+    monkeypatch.setattr(image_files, "read_images", read)
     assert_same(data, opened(root))
 
 
@@ -244,14 +245,14 @@ def test_a_cache_that_is_made_anew_leaves_readers_their_images(root, tmp_path):
 
 def test_two_runs_at_once_decode_once(root, tmp_path, monkeypatch, decoded):
     entered, go = threading.Event(), threading.Event()
-    read = images.read_images
+    read = image_files.read_images
 
     def slow(*args, **options):
         entered.set()
         assert go.wait(20)
         return read(*args, **options)
 
-    monkeypatch.setattr(images, "read_images", slow)
+    monkeypatch.setattr(image_files, "read_images", slow)
     found, said = [], []
 
     def notice(text):
@@ -269,7 +270,7 @@ def test_two_runs_at_once_decode_once(root, tmp_path, monkeypatch, decoded):
         worker.join(30)
     assert len(decoded) == IMAGES
     assert sum("waits for it" in text for text in said) == 1
-    monkeypatch.setattr(images, "read_images", read)
+    monkeypatch.setattr(image_files, "read_images", read)
     assert len(found) == 2
     for data in found:
         assert_same(data, opened(root))

@@ -10,7 +10,7 @@ import torch
 
 import fedkern
 from fedkern.data import DATASETS, FederatedData, Split, load
-from fedkern.data.digits import read_digits, small_digits
+from fedkern.data.sources.digits import read_digits, small_digits
 from fedkern.errors import UserError
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.images import read_mask
+from fedkern.data.images.image_files import read_mask
 from fedkern.errors import UserError
 
 SHOWN = (np.indices((8, 8)).sum(0) % 3 == 0).astype(np.uint8)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fedkern.data import image_cache, images, load
+from fedkern.data import load
+from fedkern.data.images import image_cache, image_files
 from fedkern.errors import UserError
-from fedkern.image_rows import PixelClasses
+from fedkern.files.image_rows import PixelClasses
 
 IMAGES, SIDE = 24, 8
 
@@ -52,13 +53,13 @@ def splits(data):
 def decoded(monkeypatch):
     """The masks that were decoded."""
     found = []
-    read = images.read_mask
+    read = image_files.read_mask
 
     def counted(picture, mask, *rest):
         found.append(mask)
         return read(picture, mask, *rest)
 
-    monkeypatch.setattr(images, "read_mask", counted)
+    monkeypatch.setattr(image_files, "read_mask", counted)
     return found
 
 

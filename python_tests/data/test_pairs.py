@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.holdout import hold_out
-from fedkern.data.partition import partition
-from fedkern.data.texts import clean, impression_and_findings
+from fedkern.data.sharing.holdout import hold_out
+from fedkern.data.sharing.partition import partition
+from fedkern.data.sources.texts import clean, impression_and_findings
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.errors import UserError

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkern.data import PARTITIONERS, PartitionStatistics, parse_partition, partition, partition_like
-from fedkern.data.cases import rows_by_owner, share_cases, share_units
-from fedkern.data.partition import _fill
+from fedkern.data.sharing.cases import rows_by_owner, share_cases, share_units
+from fedkern.data.sharing.partition import _fill
 from fedkern.errors import UserError
 
 LABELS = np.random.default_rng(0).integers(0, 10, size=3_000)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.holdout import hold_out
-from fedkern.data.patients import limited
+from fedkern.data.sharing.holdout import hold_out
+from fedkern.data.sharing.patients import limited
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run

@@ -6,7 +6,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from fedkern.data import load
-from fedkern.data.images import read_images, read_mask
+from fedkern.data.images.image_files import read_images, read_mask
 from fedkern.errors import UserError
 
 SIZE = 16

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fedkern.data import load
-from fedkern.data.cases import share_cases, training_cases
-from fedkern.data.digits import read_digits
-from fedkern.data.segdigits import CONTRAST, MEAN, STD, read_segdigits
+from fedkern.data.sharing.cases import share_cases, training_cases
+from fedkern.data.sources.digits import read_digits
+from fedkern.data.sources.segdigits import CONTRAST, MEAN, STD, read_segdigits
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.images import read_images
+from fedkern.data.images.image_files import read_images
 from fedkern.downstream.prediction import Predictor
 from fedkern.errors import UserError
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.holdout import hold_out
-from fedkern.data.partition import partition
+from fedkern.data.sharing.holdout import hold_out
+from fedkern.data.sharing.partition import partition
 from fedkern.data.split import joined
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.holdout import hold_out
+from fedkern.data.sharing.holdout import hold_out
 from fedkern.errors import UserError
 
 SITES = ("Aachen", "Bonn", "Celle")

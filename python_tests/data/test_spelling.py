@@ -7,7 +7,7 @@ from PIL import Image
 
 import fedkern
 from fedkern.data import load
-from fedkern.data.spelling import MISSING, unified
+from fedkern.data.labels.spelling import MISSING, unified
 from fedkern.errors import UserError
 from fedkern.tasks import CLASSIFICATION, TASKS
 

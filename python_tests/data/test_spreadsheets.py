@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.boxes_file import BoxesFile
-from fedkern.data.found_files import read_file
-from fedkern.data.table import parsed
+from fedkern.data.images.boxes_file import BoxesFile
+from fedkern.data.sources.found_files import read_file
+from fedkern.data.sources.table import parsed
 from fedkern.errors import UserError
 
 TEXT = "image,größe\r\na.png,1\r\nb.png,2\r\n"

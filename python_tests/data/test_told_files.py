@@ -8,8 +8,9 @@ from PIL import Image
 from rich.console import Console
 
 import fedkern
-from fedkern.data import greys, load
-from fedkern.report import progress
+from fedkern.data import load
+from fedkern.data.images import greys
+from fedkern.report.live import progress
 
 GREY, RGB, DEEP = "8-bit grey, 96 x 96", "16 x 16 RGB", "16-bit grey, 96 x 96"
 WINDOW = "window 40,400"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data import AUGMENTATIONS, IGNORE, augment, augment_pairs, normalise
-from fedkern.data.transforms import crop, dihedral, rotate, window
+from fedkern.data.images.transforms import crop, dihedral, rotate, window
 from fedkern.errors import UserError
 
 STILL = ("none", "window")  # what leaves images alone that are no larger than what a network sees

@@ -9,7 +9,7 @@ from PIL import Image
 
 import fedkern
 from fedkern.data import load
-from fedkern.data.greys import as_text, looked_at, window_of
+from fedkern.data.images.greys import as_text, looked_at, window_of
 from fedkern.errors import UserError
 
 SIDE, AIR = 24, 1024  # stored values are Hounsfield units + 1024

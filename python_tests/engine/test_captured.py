@@ -32,7 +32,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Phase
 from fedkern.models.precision import computing
 from fedkern.ops import use_backend
-from fedkern.torch_modes import reproducible
+from fedkern.process.torch_modes import reproducible
 
 SMALL = {"width": 2, "rounds": 2, "local_epochs": 2, "batch_size": 2, "clients": 3, "workers": "1", "grad_cam": 0}
 ALIKE = {"ccvr", "dense", "feddf"}

@@ -25,7 +25,7 @@ from fedkern.methods import METHODS, FedAvg, Federation, Phase
 from fedkern.models import build
 from fedkern.privacy import ClientLevel, server_secret
 from fedkern.privacy.keys import noise_key
-from fedkern.report.progress import headline
+from fedkern.report.live.progress import headline
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import CLASSIFICATION
 

@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 import fedkern
-from fedkern.data.holdout import hold_out
-from fedkern.data.items import Items
+from fedkern.data.sharing.holdout import hold_out
+from fedkern.data.sources.items import Items
 from fedkern.errors import UserError
-from fedkern.flower.own_data import form_of
-from fedkern.leaves import Keywords, Positional, parted
+from fedkern.flower.runs.own_data import form_of
 from fedkern.listeners import Listener
+from fedkern.messages.leaves import Keywords, Positional, parted
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models.own import ItemNetwork

@@ -22,9 +22,9 @@ from fedkern.methods import METHODS, register
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import Guarantee
 from fedkern.privacy.disclosure import Disclosure
-from fedkern.report.pictures import write_pictures
-from fedkern.report.progress import Live
-from fedkern.report.run_page import write_report
+from fedkern.report.figures.pictures import write_pictures
+from fedkern.report.live.progress import Live
+from fedkern.report.pages.run_page import write_report
 from fedkern.report.tables import final_table
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import fedkern
-from fedkern import UserError, plugins
+from fedkern import UserError
 from fedkern.data import DATASETS, register_data
 from fedkern.engine.store.records import read_summary
 from fedkern.errors import MESSAGE, ClientFailed, RunFailed
 from fedkern.listeners import Listener
 from fedkern.methods import FedAvg, registry
 from fedkern.run import main
+from fedkern.usercode import plugins
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 1, "rounds": 1, "threads": 1,
         "model": "mlp", "grad_cam": 0, "progress": False, "pictures": False, "workers": 1}  # fmt: skip
@@ -240,7 +241,7 @@ def command(tmp_path, monkeypatch, capfd):
     """Runs the failing method, and returns exit code and standard error; the summary where there is one."""
     plugin = tmp_path / "failing.py"
     plugin.write_text(FAILING)
-    monkeypatch.setattr("fedkern.report.pictures._draw", lambda *_: [])
+    monkeypatch.setattr("fedkern.report.figures.pictures._draw", lambda *_: [])
 
     def run(place, kind, *words, out="run"):
         monkeypatch.setenv("FEDKERN_TEST_PLACE", place)

@@ -15,7 +15,7 @@ from smallest import SETTINGS
 
 from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.data.forms import ImageForm
-from fedkern.data.transforms import normalise
+from fedkern.data.images.transforms import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.engine.store import confusions

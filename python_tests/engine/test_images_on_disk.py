@@ -9,15 +9,16 @@ from image_files import two_brightnesses
 from interrupted import Kill, KillAt, outcome
 from PIL import Image
 
-from fedkern import image_rows
-from fedkern.data import Split, image_cache, load
+from fedkern.data import Split, load
 from fedkern.data.forms import ImageForm
 from fedkern.data.identity import data_fingerprint
+from fedkern.data.images import image_cache
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.images import Images
 from fedkern.engine.run import run
 from fedkern.errors import UserError
-from fedkern.image_rows import ImageRows, ImageStore, PixelClasses
+from fedkern.files import image_rows
+from fedkern.files.image_rows import ImageRows, ImageStore, PixelClasses
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 from fedkern.settings.run_format import NAME

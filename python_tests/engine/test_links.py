@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fedkern import versions
 from fedkern.engine.executors import links, team
 from fedkern.engine.executors.links import SILENCE, WINDOW, Ended, Link, Lost, drained, how
 from fedkern.engine.executors.ranks import Spread
@@ -21,6 +20,7 @@ from fedkern.errors import RunFailed, UserError
 from fedkern.messages.packets import Packer, Unpacker
 from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
+from fedkern.process import versions
 
 
 class Wires:
@@ -226,7 +226,7 @@ def teams(size):
 
 @pytest.fixture
 def meet(wires, monkeypatch):
-    """Has two ranks meet; ``entries`` are what `fedkern.versions` tells otherwise on rank 1."""
+    """Has two ranks meet; ``entries`` are what `fedkern.process.versions` tells otherwise on rank 1."""
     monkeypatch.setattr(team, "_met", False)
     monkeypatch.setattr(team, "Link", wires.link)
     monkeypatch.setattr(Team, "_connect", lambda self, limit: None)

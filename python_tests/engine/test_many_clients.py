@@ -13,7 +13,6 @@ import pytest
 import torch
 from interrupted import Kill, KillAt, killed_at_rename, outcome, without
 
-from fedkern import files
 from fedkern.data import FederatedData
 from fedkern.engine import context, hooks
 from fedkern.engine.evaluate import _alike
@@ -25,6 +24,7 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.client_table import ClientTable
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
+from fedkern.files import filesystem
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.settings.run_format import FORMAT
@@ -57,7 +57,7 @@ def small(make_config):
 def written(monkeypatch):
     """Names and bytes of everything that is written completely or not at all, and of what tables are lengthened by."""
     found = []
-    rename, add = files.replace, ClientTable.add
+    rename, add = filesystem.replace, ClientTable.add
 
     def replaced(path, fill, **settings):
         rename(path, fill, **settings)
@@ -70,7 +70,7 @@ def written(monkeypatch):
             found.append((place["file"], place["bytes"] - before["bytes"]))
         return place
 
-    monkeypatch.setattr(files, "replace", replaced)
+    monkeypatch.setattr(filesystem, "replace", replaced)
     monkeypatch.setattr(ClientTable, "add", added)
     return found
 

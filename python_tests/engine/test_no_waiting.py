@@ -10,8 +10,8 @@ from smallest import SETTINGS
 
 from fedkern.engine.run import run
 from fedkern.methods import METHODS, FedAvg
+from fedkern.models.transfer import send
 from fedkern.settings.config import RunConfig
-from fedkern.transfer import send
 
 STEADY = {"rounds": 2, "local_epochs": 2, "batch_size": 8, "clients": 3, "augment": "crop-flip", "workers": "1"}
 NETWORK = {"data": "digits", "model": "resnet8", "width": 2}

@@ -110,7 +110,7 @@ def known(make_data):
 def test_python_s_words(known, tmp_path):
     class Headed(Listener):
         def on_start(self, run):
-            from fedkern.report.progress import headline
+            from fedkern.report.live.progress import headline
 
             told.extend(headline(run))
 

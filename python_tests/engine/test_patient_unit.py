@@ -15,7 +15,7 @@ from torch import nn
 
 from fedkern.data import Split
 from fedkern.data.forms import ImageForm
-from fedkern.data.patients import limited
+from fedkern.data.sharing.patients import limited
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.images import Images
@@ -29,7 +29,7 @@ from fedkern.methods.fediod.local_teachers import histogram
 from fedkern.methods.fediod.local_teachers import split as held_out
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.privacy import DPSGD, LEDGER, Accountant
-from fedkern.report.progress import Lines
+from fedkern.report.live.progress import Lines
 from fedkern.settings.run_data import kept_data
 from fedkern.settings.stored import load_settings
 from fedkern.streams import stream

@@ -8,11 +8,11 @@ import pytest
 from interrupted import outcome
 from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
-from fedkern import plugins
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run
 from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
+from fedkern.usercode import plugins
 
 pytestmark = pytest.mark.usefixtures("plugged")
 

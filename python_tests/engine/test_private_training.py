@@ -19,11 +19,11 @@ from fedkern.engine.images import Images
 from fedkern.engine.private_training import train_privately
 from fedkern.engine.training import Diverged, Schedule
 from fedkern.errors import UserError
-from fedkern.interrupts import Terminated, in_order
 from fedkern.methods import METHODS
 from fedkern.methods.base import Objective, Phase
 from fedkern.privacy import DPSGD, LEDGER
 from fedkern.privacy.dpsgd import check_network, generator_of, private_steps
+from fedkern.process.interrupts import Terminated, in_order
 from fedkern.streams import stream
 
 FORM = ImageForm((3, 8, 8), (0.5,) * 3, (0.2,) * 3)

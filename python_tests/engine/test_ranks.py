@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from interrupted import outcome, without
 
-from fedkern import plugins
 from fedkern.engine.executors import team
 from fedkern.engine.executors.links import SILENCE, silence
 from fedkern.engine.executors.ranks import Spread
@@ -24,6 +23,7 @@ from fedkern.methods.base import Phase
 from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
 from fedkern.run import main
+from fedkern.usercode import plugins
 
 SMALL = (
     *("--clients", "5", "--train-samples", "100", "--width", "2", "--rounds", "3", "--local-epochs", "1"),

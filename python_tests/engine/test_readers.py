@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedkern.data import augment, normalise, transforms
+from fedkern.data import augment, normalise
 from fedkern.data.forms import ImageForm
+from fedkern.data.images import transforms
 from fedkern.engine import images as reader_of_images
 from fedkern.engine.images import Images
 from fedkern.engine.reader import batch_plan

@@ -18,10 +18,10 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
-from fedkern.folder_lock import FolderLock
-from fedkern.interrupts import Terminated
+from fedkern.files.folder_lock import FolderLock
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
+from fedkern.process.interrupts import Terminated
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 
@@ -261,7 +261,7 @@ import sys
 sys.path.insert(0, {here!r})
 from conftest import federation
 from fedkern.engine.run import run
-from fedkern.interrupts import Terminated
+from fedkern.process.interrupts import Terminated
 from fedkern.listeners import Listener
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings

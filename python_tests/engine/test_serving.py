@@ -17,7 +17,7 @@ from fedkern.deferred.calls import _Root
 from fedkern.engine.run import run
 from fedkern.listeners import Listener
 from fedkern.ops._core import backend
-from fedkern.report.progress import headline
+from fedkern.report.live.progress import headline
 from fedkern.settings.stored import load_settings
 
 pytestmark = pytest.mark.skipif(not backend.active_isa().startswith("avx"), reason="the kernel serves AVX2 and AVX-512")

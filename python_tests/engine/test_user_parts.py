@@ -11,7 +11,6 @@ from interrupted import Kill, KillAt, outcome
 from plugin_files import plugged, unload_all  # noqa: F401
 
 import fedkern
-from fedkern import plugins
 from fedkern.cli.commands.list import catalogue
 from fedkern.engine import run as module
 from fedkern.engine.executors.workers import Workers
@@ -21,6 +20,7 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads import reduction
 from fedkern.errors import UserError
 from fedkern.settings.stored import load_settings
+from fedkern.usercode import plugins
 
 pytestmark = pytest.mark.usefixtures("plugged", "registries")
 

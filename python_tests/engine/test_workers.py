@@ -18,7 +18,7 @@ import worker_methods
 from interrupted import Kill, KillAt, outcome, without
 from smallest import SETTINGS
 
-from fedkern import machine, ops
+from fedkern import ops
 from fedkern.engine import evaluate as evaluation
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors import sizing
@@ -31,6 +31,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
+from fedkern.process import machine
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 
@@ -516,7 +517,7 @@ def test_a_worker_does_not_import_torchs_compiler():
     """It takes a second of both cores, in which no client works."""
     code = (
         "import sys, torch, fedkern.engine.worker\n"
-        "from fedkern.torch_modes import modes, set_modes\n"
+        "from fedkern.process.torch_modes import modes, set_modes\n"
         "set_modes(modes()); print('torch._dynamo' in sys.modules)\n"
         "set_modes({**modes(), 'deterministic': True, 'warn_only': True}); print(modes()['warn_only'])"
     )

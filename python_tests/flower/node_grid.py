@@ -18,8 +18,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedkern.flower import client_app, node_process
 from fedkern.flower.adapter import TRAIN
+from fedkern.flower.runs import client_app, node_process
 
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 

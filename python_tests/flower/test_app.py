@@ -21,10 +21,18 @@ from fedkern.engine.run import run
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import RunFailed, UserError
-from fedkern.flower import client_app, node_client, node_executor, node_folder, node_process, run_settings, server_app
 from fedkern.flower.adapter import opened, replied
-from fedkern.flower.parcel import Malformed, Parcel, Raw
-from fedkern.flower.portable import pack, unpack
+from fedkern.flower.runs import (
+    client_app,
+    node_client,
+    node_executor,
+    node_folder,
+    node_process,
+    run_settings,
+    server_app,
+)
+from fedkern.flower.runs.parcel import Malformed, Parcel, Raw
+from fedkern.flower.runs.portable import pack, unpack
 from fedkern.ops._core.backend import active_isa
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("alone")]
@@ -187,8 +195,8 @@ def test_a_plugin_with_its_own_network(tmp_path, monkeypatch):
     """A project's code is found where Flower puts the project on sys.path."""
     from test_project import FLAGS, MODEL, PLUGIN, run_config
 
-    from fedkern import plugins
     from fedkern.run import main
+    from fedkern.usercode import plugins
 
     (tmp_path / "halved.py").write_text(
         PLUGIN.replace("return message", "return super().client_update(client, phase, message)")

@@ -145,8 +145,8 @@ def test_faulty_answers_are_refused_by_name_and_the_run_goes_on(tmp_path):
     made = project(tmp_path, "fedavg", "--clients", str(len(faults)), "--rounds", "1", "--on-nan", "skip")
     (made / "faulty.py").write_text((HERE / "quickstart/faulty_fedkern_app.py").read_text())
     settings = (made / "pyproject.toml").read_text()
-    assert settings.count("fedkern.flower.client_app:app") == 1
-    (made / "pyproject.toml").write_text(settings.replace("fedkern.flower.client_app:app", "faulty:app"))
+    assert settings.count("fedkern.flower.runs.client_app:app") == 1
+    (made / "pyproject.toml").write_text(settings.replace("fedkern.flower.runs.client_app:app", "faulty:app"))
     (tmp_path / "federation").mkdir()
     with Federation(tmp_path / "federation") as federation:
         nodes = configs(federation, len(faults))

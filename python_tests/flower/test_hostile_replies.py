@@ -19,7 +19,7 @@ from flwr.app.error import Error
 from fedkern.errors import RunFailed
 from fedkern.flower import strategies
 from fedkern.flower.array_bytes import FLAT, LISTING, NUMPY
-from fedkern.flower.flat_arrays import pack
+from fedkern.flower.strategies.flat_arrays import pack
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("audible")]
 

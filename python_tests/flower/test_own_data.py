@@ -18,7 +18,7 @@ from node_grid import NodeGrid
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
-from fedkern.flower import node_process, run_settings, server_app
+from fedkern.flower.runs import node_process, run_settings, server_app
 from fedkern.settings.run_data import data_of_one
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("alone")]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedkern.flower.parcel import Malformed, Parcel, Raw
-from fedkern.flower.portable import DTYPES, pack, unpack
+from fedkern.flower.runs.parcel import Malformed, Parcel, Raw
+from fedkern.flower.runs.portable import DTYPES, pack, unpack
 
 
 def test_values_come_back():
@@ -131,7 +131,7 @@ def test_depth_and_length_are_bounded(monkeypatch):
         deep = {"list": [deep]}
     with pytest.raises(Malformed, match="too deep"):
         unpack(Parcel(json.dumps(deep), {}))
-    monkeypatch.setattr("fedkern.flower.portable.LONGEST_TEXT", 10)
+    monkeypatch.setattr("fedkern.flower.runs.portable.LONGEST_TEXT", 10)
     with pytest.raises(Malformed, match="10 is the most"):
         unpack(pack("a text of more than ten characters"))
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from fedkern import plugins
 from fedkern.errors import UserError
-from fedkern.flower import run_settings
-from fedkern.flower.project import simulation
+from fedkern.flower.runs import run_settings
+from fedkern.flower.runs.project import simulation
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from fedkern.usercode import plugins
 
 FLAGS = ("--data", "digits", "--clients", "4", "--rounds", "3", "--lr", "0.05", "--partition", "dirichlet:0.5")
 PLUGIN = """
@@ -245,7 +245,7 @@ def test_a_simulation_of_a_whole_run_has_a_node_for_each_client(tmp_path, monkey
         simulation(Path("p"), [])
     assert simulation(Path("p"), [two]) == [one, two]
 
-    for other in (text.replace("fedkern.flower.server_app:app", "own:app"), "", "[tool.flwr]\napp = 3\n", "[tool"):
+    for other in (text.replace("fedkern.flower.runs.server_app:app", "own:app"), "", "[tool.flwr]\napp = 3\n", "[tool"):
         path.write_text(other)
         assert simulation(Path("p"), []) == [one]
     assert simulation(Path("nonesuch"), []) == [one]

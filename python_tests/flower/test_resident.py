@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from fedkern.errors import UserError
-from fedkern.flower import node_process, resident, resident_process
-from fedkern.flower.node_client import PROTOCOL
-from fedkern.flower.parcel import Malformed, Parcel, Raw
-from fedkern.flower.portable import pack, unpack
+from fedkern.flower.runs import node_process, resident, resident_process
+from fedkern.flower.runs.node_client import PROTOCOL
+from fedkern.flower.runs.parcel import Malformed, Parcel, Raw
+from fedkern.flower.runs.portable import pack, unpack
 
 pytestmark = [
     pytest.mark.exhaustive,  # processes that are waited for; nodes without a resident are in the default run
@@ -35,8 +35,8 @@ RUN = {
 ASKING = """
 import json, sys
 from pathlib import Path
-from fedkern.flower import resident
-from fedkern.flower.parcel import Parcel, Raw
+from fedkern.flower.runs import resident
+from fedkern.flower.runs.parcel import Parcel, Raw
 header, text, forms, run, node, stays = json.loads(Path(sys.argv[1]).read_text())
 tensors = {name: Raw(dtype, tuple(shape), bytes.fromhex(data)) for name, dtype, shape, data in forms}
 found = resident.ask(header, Parcel(text, tensors), run, node, print, stays)
@@ -62,7 +62,7 @@ def header(client=1, round=0, run="0" * 32):
 def message(tmp_path_factory):
     """What a server sends in the first round."""
     from fedkern.engine.server import Server
-    from fedkern.flower.node_client import on_node
+    from fedkern.flower.runs.node_client import on_node
     from fedkern.methods import registry
     from fedkern.methods.base import Phase
     from fedkern.methods.protocol import BEFORE
@@ -163,8 +163,8 @@ def test_a_resident_ends_with_its_run(message, tmp_path):
 
 
 def test_a_silent_connection_holds_nobody_up(message, tmp_path, monkeypatch):
-    live = "from fedkern.flower.resident_process import live"
-    impatient = f"from fedkern.flower import resident_process as process; process.PATIENCE = 0.3; {live}"
+    live = "from fedkern.flower.runs.resident_process import live"
+    impatient = f"from fedkern.flower.runs import resident_process as process; process.PATIENCE = 0.3; {live}"
     monkeypatch.setattr(resident, "_MAIN", resident._MAIN.replace(live, impatient))
     resident.ask(header(), message, RUN, node(tmp_path), print, 60)
     (first,) = residents()

@@ -22,7 +22,7 @@ from fedkern import ops
 from fedkern.errors import RunFailed, UserError
 from fedkern.flower import adapter, strategies
 from fedkern.flower.array_bytes import FLAT
-from fedkern.flower.flat_arrays import pack, unpack
+from fedkern.flower.strategies.flat_arrays import pack, unpack
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("audible")]
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedkern import UserError, machine, models
+from fedkern import UserError, models
 from fedkern.models.allocate import allocate
+from fedkern.process import machine
 
 
 class Tied(nn.Module):

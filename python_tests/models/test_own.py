@@ -11,7 +11,7 @@ from own_networks import Looking, Whole
 from torch import nn
 
 import fedkern
-from fedkern import named_code, ops
+from fedkern import ops
 from fedkern.engine.own_model import of_module
 from fedkern.errors import UserError
 from fedkern.models import MODELS, Ensemble, Own, OwnNetwork, StagedNetwork, available, build, grad_cam
@@ -20,6 +20,7 @@ from fedkern.models.own import channels_last, level
 from fedkern.models.precision import computing, frozen
 from fedkern.models.weight_files import bare_names, load_by_name
 from fedkern.settings.config import RunConfig
+from fedkern.usercode import named_code
 
 SIZE = {"classes": 3, "channels": 3, "image_size": 16}
 IMAGES = torch.randn(4, 3, 16, 16)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fedkern.data import load
 from fedkern.engine.store.artifacts import Artifact, Gallery
-from fedkern.report import artifact_sheet, pictures
+from fedkern.report.figures import artifact_sheet, pictures
 from fedkern.settings.config import RunConfig
 
 

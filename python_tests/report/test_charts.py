@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fedkern.report import charts
-from fedkern.report.charts import BARS, ROWS, Series, bars, counts_table, curves, dots, evenly, shown
-from fedkern.report.plots import GREY, svg
+from fedkern.report.figures.plots import GREY, svg
+from fedkern.report.pages import charts
+from fedkern.report.pages.charts import BARS, ROWS, Series, bars, counts_table, curves, dots, evenly, shown
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from fedkern.report.comparison_plot import curves, mean_curve
-from fedkern.report.plots import save
+from fedkern.report.figures.comparison_plot import curves, mean_curve
+from fedkern.report.figures.plots import save
 
 
 def run(*values, every=1):

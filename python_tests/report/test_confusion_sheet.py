@@ -13,7 +13,7 @@ from PIL import Image
 from fedkern.data import load
 from fedkern.engine.store.confusions import Confusions
 from fedkern.errors import UserError
-from fedkern.report import confusion_sheet, pictures, plots
+from fedkern.report.figures import confusion_sheet, pictures, plots
 from fedkern.settings.config import RunConfig
 
 

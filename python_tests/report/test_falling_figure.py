@@ -14,7 +14,9 @@ from fedkern.engine.parts.base import Stop
 from fedkern.engine.parts.evaluation import Evaluation
 from fedkern.engine.parts.stopping import Patience
 from fedkern.methods.common import diagnostics
-from fedkern.report import plots, run_page, tables
+from fedkern.report import tables
+from fedkern.report.figures import plots
+from fedkern.report.pages import run_page
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import Constant
 

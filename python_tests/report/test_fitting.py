@@ -4,7 +4,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedkern.report.fitting import fitted, width
+from fedkern.report.figures.fitting import fitted, width
 
 
 @pytest.mark.parametrize("text", ["accuracy", "WWW iii", "$a_{$", ""])

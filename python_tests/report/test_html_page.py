@@ -10,11 +10,11 @@ from html_reader import Reader
 
 import fedkern
 from fedkern.errors import UserError
-from fedkern.report import html_page
-from fedkern.report.charts import Series, curves
-from fedkern.report.fitting import fitted
-from fedkern.report.html_page import Example, Page, Picture, Section, Table
+from fedkern.report.figures.fitting import fitted
 from fedkern.report.names import TITLE, label
+from fedkern.report.pages import html_page
+from fedkern.report.pages.charts import Series, curves
+from fedkern.report.pages.html_page import Example, Page, Picture, Section, Table
 
 EVIL = "</script><script>alert(1)</script><img src=https://example.org/x.png>&amp;"
 
@@ -123,6 +123,6 @@ def test_templates_are_part_of_the_package():
     patterns = project["tool"]["setuptools"]["package-data"]["fedkern"]
     root = Path(fedkern.__file__).parent
     packed = {path for pattern in patterns for path in root.glob(pattern)}
-    assert {path.name for path in packed if path.parent == root / "report" / "templates"} == {
+    assert {path.name for path in packed if path.parent == root / "report" / "pages" / "templates"} == {
         "report.css", "report.html.j2",
     }  # fmt: skip

@@ -8,8 +8,8 @@ import pytest
 CODE = """
 import sys
 {before}
-from fedkern.interrupts import in_order
-from fedkern.report.matplotlib_import import undocumented
+from fedkern.process.interrupts import in_order
+from fedkern.report.figures.matplotlib_import import undocumented
 with in_order(to_the_end={last}):
     try:
         with undocumented():

@@ -22,20 +22,19 @@ from fedkern.errors import UserError
 from fedkern.listeners import RunInfo
 from fedkern.listeners.tensorboard import TensorBoard, scalars
 from fedkern.methods.base import Round
-from fedkern.report import (
+from fedkern.report import doctor, tables
+from fedkern.report.figures import (
     artifact_sheet,
-    charts,
     comparison_plot,
     confusion_sheet,
-    doctor,
     gradcam,
     plots,
     segmentation_sheet,
-    tables,
     weights,
 )
-from fedkern.report.display import display
+from fedkern.report.live.display import display
 from fedkern.report.names import TICK, TITLE, label
+from fedkern.report.pages import charts
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import read_settings
 

@@ -15,12 +15,12 @@ from rich.console import Console
 
 import fedkern
 from fedkern.comparison.boards import LiveBoard
-from fedkern.html_table import html_table
+from fedkern.data.html_table import html_table
 from fedkern.listeners import RunInfo
 from fedkern.listeners.events import Listener
 from fedkern.methods.base import Round
-from fedkern.report import notebook, progress
-from fedkern.report.display import display
+from fedkern.report.live import notebook, progress
+from fedkern.report.live.display import display
 from fedkern.settings.config import RunConfig
 
 

@@ -18,9 +18,9 @@ from fedkern import models
 from fedkern.data import PartitionStatistics, Split, load
 from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
-from fedkern.report import (
+from fedkern.report import chance
+from fedkern.report.figures import (
     artifact_sheet,
-    chance,
     confusion_sheet,
     gradcam,
     pictures,
@@ -29,8 +29,8 @@ from fedkern.report import (
     sheet,
     weights,
 )
+from fedkern.report.figures.sheet import rgb
 from fedkern.report.names import label
-from fedkern.report.sheet import rgb
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import TASKS
@@ -418,11 +418,11 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
 
 FAULTS = [
-    *((f"plots.{name}", each) for name, each in
+    *((f"figures.plots.{name}", each) for name, each in
       (("accuracy_curves", "accuracy"), ("clients_picture", "clients"), ("partition_picture", "partition"))),
-    ("weights.weights_picture", "weights"), ("confusion_sheet.draw", "confusion"), ("chance.constants", "accuracy"),
-    ("gradcam.draw", "gradcam"), ("gradcam.choose", "gradcam"), ("pictures.read_model", "gradcam"),
-    ("artifact_sheet.draw", "clouds"),
+    ("figures.weights.weights_picture", "weights"), ("figures.confusion_sheet.draw", "confusion"),
+    ("chance.constants", "accuracy"), ("figures.gradcam.draw", "gradcam"), ("figures.gradcam.choose", "gradcam"),
+    ("figures.pictures.read_model", "gradcam"), ("figures.artifact_sheet.draw", "clouds"),
 ]  # fmt: skip
 
 
@@ -474,7 +474,7 @@ def test_the_picture_of_another_task_fails_in_its_own_name(task, quick, data, mo
     monkeypatch.setattr(type(data), "task", TASKS[task])
     monkeypatch.setattr(segmentation_sheet, "draw", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(segmentation_sheet, "examples", lambda labels, count: torch.arange(count))
-    monkeypatch.setattr("fedkern.report.retrieval_examples.retrieval_examples", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("fedkern.report.pages.retrieval_examples.retrieval_examples", lambda *_, **__: 1 / 0)
     with pytest.warns(UserWarning, match=rf"{task}\.png is missing, as it cannot be drawn: ZeroDivisionError"):
         found = pictures.write_pictures(quick, data=data)
     assert {"accuracy.png", "clients.png", "confusion.png", "clouds.png"} < {path.name for path in found}

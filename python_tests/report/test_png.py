@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedkern.report import png
+from fedkern.report.figures import png
 
 
 def pixels(height: int, width: int) -> np.ndarray:

@@ -17,9 +17,9 @@ from fedkern.data.forms import ImageForm
 from fedkern.listeners import RunInfo
 from fedkern.methods.base import Round
 from fedkern.privacy import Guarantee
-from fedkern.report import progress
-from fedkern.report.display import display
-from fedkern.report.notebook import Notebook
+from fedkern.report.live import progress
+from fedkern.report.live.display import display
+from fedkern.report.live.notebook import Notebook
 from fedkern.settings.config import RunConfig
 
 

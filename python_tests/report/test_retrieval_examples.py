@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 
 from fedkern.engine.run import run
-from fedkern.report import plots, sheet
-from fedkern.report.pictures import write_pictures
-from fedkern.report.retrieval_examples import EXAMPLES, FOUND, Found, draw, examples, retrieval_examples
+from fedkern.report.figures import plots, sheet
+from fedkern.report.figures.pictures import write_pictures
+from fedkern.report.pages.retrieval_examples import EXAMPLES, FOUND, Found, draw, examples, retrieval_examples
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 

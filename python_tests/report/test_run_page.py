@@ -15,7 +15,8 @@ from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
-from fedkern.report import pictures, run_page
+from fedkern.report.figures import pictures
+from fedkern.report.pages import run_page
 from fedkern.run import main
 
 TINY = ["--data", "digits", "--train-samples", "200", "--clients", "3", "--rounds", "2", "--model", "mlp",

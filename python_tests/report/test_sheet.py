@@ -5,7 +5,7 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from fedkern.report.sheet import Sheet
+from fedkern.report.figures.sheet import Sheet
 
 SIDE, LEFT, DPI = 1.14, 0.9, 150
 WHITE, RED, GREEN, BLUE, BLACK = (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)

@@ -7,10 +7,10 @@ from PIL import Image
 
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
-from fedkern.report.charts import Series, of_rounds
-from fedkern.report.pictures import write_pictures
-from fedkern.report.plots import ORANGE, save
-from fedkern.report.weights import FAINT, weights_picture
+from fedkern.report.figures.pictures import write_pictures
+from fedkern.report.figures.plots import ORANGE, save
+from fedkern.report.figures.weights import FAINT, weights_picture
+from fedkern.report.pages.charts import Series, of_rounds
 from fedkern.settings.config import RunConfig
 
 

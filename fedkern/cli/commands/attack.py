@@ -6,7 +6,7 @@ from fedkern.cli.finished_runs import add_network, code, folder
 from fedkern.cli.flags import Parser, add
 from fedkern.cli.request import Request
 from fedkern.engine.store.records import plain
-from fedkern.standard_streams import put
+from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
@@ -26,7 +26,7 @@ def play(request: Request) -> int:
     if request.json:
         put(plain(found))
     else:
-        from fedkern.report.progress import terminal
+        from fedkern.report.live.progress import terminal
         from fedkern.report.tables import attack_table
 
         terminal().print(attack_table(found, f"{out}, network of the {found['network']} round"))

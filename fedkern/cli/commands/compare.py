@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedkern import interrupts
 from fedkern.cli import flags
 from fedkern.cli.flags import Parser, add, key_values, quote
 from fedkern.cli.front_page import PROGRAM
@@ -16,8 +15,9 @@ from fedkern.cli.repeat import first_commands
 from fedkern.cli.request import Request, effective
 from fedkern.errors import UserError, printable
 from fedkern.methods import METHODS, registry
+from fedkern.process import interrupts
+from fedkern.process.standard_streams import put
 from fedkern.settings.config import RunConfig
-from fedkern.standard_streams import put
 from fedkern.typed_option import flag
 
 _NOT_HERE = {
@@ -163,8 +163,8 @@ def _config(request: Request, variant: Any, seed: int) -> RunConfig:
 
 def _tell(request: Request, found: Any, tracebacks: Mapping[str, str]) -> int:
     from fedkern.comparison.boards import result_table
+    from fedkern.report.live.progress import terminal
     from fedkern.report.names import say
-    from fedkern.report.progress import terminal
 
     result = found.result
     if request.json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedkern.cli.flags import Parser, add
 from fedkern.cli.request import Request
-from fedkern.standard_streams import put
+from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
@@ -15,7 +15,7 @@ def add_flags(parser: Parser) -> None:
 def play(request: Request) -> int:
     """Prints the state of the installation."""
     from fedkern.report import doctor
-    from fedkern.report.progress import terminal
+    from fedkern.report.live.progress import terminal
 
     if request.json:
         put(doctor.collect())

@@ -76,10 +76,10 @@ def result_name(request: Request) -> str:
 
 def play(request: Request) -> int:
     """Does the task, prints its figures and writes them into the run folder (:func:`result_name`)."""
-    from fedkern.allocator import keep_freed_memory
     from fedkern.cli.backend_check import check_backend
     from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
-    from fedkern.report.display import display
+    from fedkern.process.allocator import keep_freed_memory
+    from fedkern.report.live.display import display
     from fedkern.report.tables import downstream_table
 
     check_backend()

@@ -18,10 +18,10 @@ def add_flags(parser: Parser) -> None:
 
 def play(request: Request) -> int:
     """Evaluates the network, prints its figures and writes them into the run folder."""
-    from fedkern.allocator import keep_freed_memory
     from fedkern.cli.backend_check import check_backend
     from fedkern.downstream.evaluation import evaluate_run
-    from fedkern.report.display import display
+    from fedkern.process.allocator import keep_freed_memory
+    from fedkern.report.live.display import display
     from fedkern.report.tables import figures_table
 
     check_backend()

@@ -6,8 +6,8 @@ from fedkern.cli.finished_runs import add_network, code, folder
 from fedkern.cli.flags import Parser, add
 from fedkern.cli.request import Request
 from fedkern.downstream import export
-from fedkern.files import check_new
-from fedkern.standard_streams import put
+from fedkern.files.filesystem import check_new
+from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from fedkern import plugins
 from fedkern.cli.commands import run
 from fedkern.cli.finished_runs import add_network, folder
 from fedkern.cli.flags import RUN_FLAGS, TRACKERS, Parser, add
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
 from fedkern.settings.stored import load_settings
+from fedkern.usercode import plugins
 
 
 def add_flags(parser: Parser) -> None:
@@ -47,8 +47,8 @@ def extended(request: Request) -> Request:
     from fedkern.engine.own_model import check_given
     from fedkern.engine.store.extending import extend
     from fedkern.methods import METHODS
+    from fedkern.report.live.progress import terminal
     from fedkern.report.names import say
-    from fedkern.report.progress import terminal
 
     out = folder(request)
     stored = load_settings(out, device="cpu")

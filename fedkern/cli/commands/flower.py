@@ -26,8 +26,8 @@ from fedkern.cli.finished_runs import folder
 from fedkern.cli.flags import Parser, add
 from fedkern.cli.request import Request
 from fedkern.errors import RunFailed, UserError, printable
-from fedkern.extras import install
-from fedkern.flower.project import simulation
+from fedkern.flower.runs.project import simulation
+from fedkern.process.extras import install
 
 _FLWR = ("-m", "flwr.cli.app")
 _SUPERLINK = ("-c", "from flwr.superlink.cli import flower_superlink as main; main()", "--insecure", "--simulation",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedkern.cli.flags import Parser, add
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request
-from fedkern.standard_streams import put
+from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
@@ -19,12 +19,12 @@ def catalogue() -> dict[str, dict[str, str]]:
 
     Metrics, parts and filters of plugins are among them where there are any.
     """
-    from fedkern import plugins
     from fedkern.data import DATASETS, PARTITIONERS
     from fedkern.methods import AGGREGATORS, METHODS, METRICS
     from fedkern.methods.aggregators import Rule
     from fedkern.models import IMAGE_ENCODERS, MODELS, TEXT_ENCODERS
-    from fedkern.named_code import FORMS
+    from fedkern.usercode import plugins
+    from fedkern.usercode.named_code import FORMS
 
     metrics = {"metrics": {name: metric.description for name, metric in METRICS.items()}}
     return {

@@ -10,8 +10,8 @@ from fedkern.cli.finished_runs import add_network, code, folder
 from fedkern.cli.flags import Parser, add
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
-from fedkern.files import check_new, expand
-from fedkern.standard_streams import put
+from fedkern.files.filesystem import check_new, expand
+from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
@@ -34,7 +34,7 @@ def checked(request: Request, parser: Parser) -> Request:
 def play(request: Request) -> int:
     """Writes a table of classes, or for segmentation masks; prints a few rows."""
     from fedkern.downstream import prediction
-    from fedkern.report.progress import advancing
+    from fedkern.report.live.progress import advancing
 
     predictor = prediction.Predictor.open(folder(request), code(request), best=request.arguments["network"] == "best")
     name, shown, write = prediction.WRITERS[predictor.task.network]

@@ -9,9 +9,9 @@ from fedkern.cli.flags import Parser, add
 from fedkern.cli.repeat import first_commands, repeating
 from fedkern.cli.request import Request, trusted
 from fedkern.errors import UserError
-from fedkern.files import expand
+from fedkern.files.filesystem import expand
+from fedkern.process.standard_streams import put
 from fedkern.settings.stored import check_run_folder
-from fedkern.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
@@ -25,11 +25,11 @@ def add_flags(parser: Parser) -> None:
 
 def play(request: Request) -> int:
     """Writes the report of every folder, and prints the files."""
-    from fedkern.report.matplotlib_import import undocumented
+    from fedkern.report.figures.matplotlib_import import undocumented
 
     with undocumented():
         from fedkern.comparison import comparison_page
-        from fedkern.report import html_page, run_page
+        from fedkern.report.pages import html_page, run_page
 
     folders: dict[Path, Path] = {}
     for folder in map(expand, request.arguments["folders"]):

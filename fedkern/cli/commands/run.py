@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedkern import interrupts, machine, plugins
 from fedkern.cli import flower_project
 from fedkern.cli.backend_check import check_backend
 from fedkern.cli.flags import quote
@@ -22,18 +21,20 @@ from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError
-from fedkern.interrupts import Terminated
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import registry
+from fedkern.process import interrupts, machine
+from fedkern.process.interrupts import Terminated
+from fedkern.process.standard_streams import put
 from fedkern.settings.config import ANYHOW, RunConfig
 from fedkern.settings.stored import load_settings, stored_settings
-from fedkern.standard_streams import put
+from fedkern.usercode import plugins
 
 
 @contextmanager
 def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
     """The run folder; the default folder is made at once, so that no other run takes it, and removed if left empty."""
-    from fedkern.report.pictures import PICTURE_LIST, PICTURES
+    from fedkern.report.figures.pictures import PICTURE_LIST, PICTURES
 
     if request.resume is not None:
         yield request.resume
@@ -81,7 +82,7 @@ def _workers_ahead(config: RunConfig) -> Iterator[None]:
 
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:
-    from fedkern.report.display import display
+    from fedkern.report.live.display import display
     from fedkern.report.names import say
 
     if request.resume is None:  # the user named this code, in flags or in --config
@@ -129,9 +130,9 @@ def _illustrate(
     request: Request, config: RunConfig, out: Path, data: Any, code: tuple[str, ...], shown: Listener
 ) -> None:
     """Draws the pictures of a finished run, and writes its report where it was asked for."""
+    from fedkern.report.figures.pictures import finished_pictures
+    from fedkern.report.live.progress import terminal
     from fedkern.report.names import say
-    from fedkern.report.pictures import finished_pictures
-    from fedkern.report.progress import terminal
 
     def tell(text: str) -> None:
         if not request.quiet and not request.json:
@@ -145,7 +146,7 @@ def _illustrate(
     elif pictures:
         tell(f"pictures:   {', '.join(path.name for path in pictures)}")
     if request.report:
-        from fedkern.report.run_page import write_report
+        from fedkern.report.pages.run_page import write_report
 
         try:
             command = repeating(out)
@@ -205,8 +206,8 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
     if request.quiet:
         print(out, flush=True)
         return
+    from fedkern.report.live.progress import terminal
     from fedkern.report.names import say
-    from fedkern.report.progress import terminal
     from fedkern.report.tables import class_table, final_table, own_tests_table, worst_client_line
 
     console = terminal()

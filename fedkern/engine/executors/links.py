@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedkern.interrupts import check
 from fedkern.messages.packets import Packet, mapped
+from fedkern.process.interrupts import check
 
 SILENCE = "FEDKERN_RANK_TIMEOUT"
 """Environment variable: seconds of silence after which a rank counts as lost."""

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import torch
 
 import fedkern
-from fedkern import plugins
 from fedkern.engine.executors.sizing import unavailable
 from fedkern.engine.executors.wire import Channel
 from fedkern.engine.executors.worker_messages import Setup
 from fedkern.messages.packets import NotPortable, Packer, check_portable, only_code_bars
+from fedkern.usercode import plugins
 
 
 class _Process(Protocol):

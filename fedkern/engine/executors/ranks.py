@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern import plugins
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, Played, States
 from fedkern.engine.executors.links import Ended, Link, Lost
@@ -29,12 +28,13 @@ from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job,
 from fedkern.engine.executors.workers import setup_of
 from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import RunFailed, UserError
-from fedkern.image_rows import FileRows
-from fedkern.interrupts import check
+from fedkern.files.image_rows import FileRows
 from fedkern.messages.packets import NotPortable, Packer, Unpacker
 from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
+from fedkern.process.interrupts import check
+from fedkern.usercode import plugins
 
 AHEAD = 2
 """Answers of rank 0's own clients that may wait for earlier clients on other ranks."""

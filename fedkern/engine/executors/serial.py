@@ -19,7 +19,7 @@ from fedkern.engine.uploads.encoders import Departure, Encoder, Keep
 from fedkern.errors import RAISED, ClientFailed
 from fedkern.messages.states import fingerprint
 from fedkern.methods.base import ClientId, Message, Phase
-from fedkern.torch_modes import cpu_threads
+from fedkern.process.torch_modes import cpu_threads
 
 
 class Serial:

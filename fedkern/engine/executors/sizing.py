@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from fedkern import machine
 from fedkern.engine.context import RunContext
+from fedkern.process import machine
 from fedkern.settings.config import RunConfig
 
 BASE_BYTES = 400 << 20

@@ -21,12 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from fedkern import versions
 from fedkern.engine.executors.links import SILENCE, Ended, Link, Lost, drained, how, silence
 from fedkern.errors import RunFailed, UserError
-from fedkern.interrupts import check
 from fedkern.ops import Accumulator
 from fedkern.ops._aggregate.reference import risen
+from fedkern.process import versions
+from fedkern.process.interrupts import check
 
 GO_ON = "go on from its last checkpoint with --resume, or have torchrun do so with --max-restarts"
 LEAVING = 10.0
@@ -87,7 +87,7 @@ class Team:
     Attributes:
         place: of this process.
         links: by rank: on rank 0 to all others, on another rank to rank 0.
-        odd: on rank 0, the ISA level of PyTorch on ranks where it is another, by rank (see `fedkern.versions.kernels`).
+        odd: on rank 0, the ISA level of PyTorch on ranks where it is another, by rank (see `versions.kernels`).
     """
 
     def __init__(self, place: Place) -> None:

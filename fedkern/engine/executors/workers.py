@@ -27,11 +27,11 @@ from fedkern.engine.executors.wire import Channel
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice, Setup
 from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import RunFailed
-from fedkern.interrupts import check
 from fedkern.messages.packets import NotPortable, Packer, Unpacker
 from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.ops._core import backend
-from fedkern.torch_modes import modes
+from fedkern.process.interrupts import check
+from fedkern.process.torch_modes import modes
 
 HELD_BYTES = 1 << 30
 """Limit on the bytes of uploads that wait for earlier clients.  Beyond it, only the next client in order gets a

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from fedkern import device_use
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.registry import register_part
@@ -15,6 +14,7 @@ from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.timing import Timing
 from fedkern.privacy.disclosure import About
+from fedkern.process import device_use
 
 
 @register_part("records")

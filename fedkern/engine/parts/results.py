@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedkern import versions
 from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Summary
 from fedkern.engine.progress import Progress
@@ -16,6 +15,7 @@ from fedkern.engine.store import records
 from fedkern.engine.store.evaluation_file import rows, write_evaluation
 from fedkern.engine.store.saved_model import MODEL, about_network, write_model
 from fedkern.engine.timing import Timing
+from fedkern.process import versions
 
 
 @register_part("results")

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fedkern import atomic
 from fedkern.engine.parts.base import Part, Record
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.run_folder import TRACE
+from fedkern.files import atomic
 
 
 @register_part("trace")

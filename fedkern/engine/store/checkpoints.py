@@ -11,12 +11,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from fedkern import atomic, files
 from fedkern.engine.store import releases
 from fedkern.engine.store.client_table import INLINE, STATE, TABLE, ClientTable, Row, read_rows, sound_place
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import OtherFormat, UserError
-from fedkern.inputs import line_ends, open_regular, standing
+from fedkern.files import atomic, filesystem
+from fedkern.files.inputs import line_ends, open_regular, standing
 from fedkern.messages import states
 from fedkern.privacy import server_secret
 from fedkern.settings.run_format import FOLDER, FORMAT, MANIFEST, read_manifest
@@ -96,7 +96,7 @@ class Checkpoints:
                 cannot be made.
         """
         atomic.make_folder(self.folder, fresh=fresh)
-        files.drop_temporaries(self.folder, _ours)
+        filesystem.drop_temporaries(self.folder, _ours)
         entries = self._read_manifest()
         if entries is None:
             if begun or any(self.folder.iterdir()):
@@ -387,7 +387,7 @@ class Checkpoints:
         for path in loose:
             atomic.flush(path)
         if loose:
-            files.sync_folder(self.folder)
+            filesystem.sync_folder(self.folder)
 
     def _drop(self, left: list[str]) -> None:
         """Deletes what no kept entry needs any more, after a commit that no longer needs the files ``left``."""

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkern import atomic
-from fedkern.inputs import line_ends, open_regular, parse_json
+from fedkern.files import atomic
+from fedkern.files.inputs import line_ends, open_regular, parse_json
 
 INLINE = 256
 """Most clients of a run whose rows stand in the manifest itself."""

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from fedkern import atomic
 from fedkern.engine.store.checkpoints import check_results
 from fedkern.errors import UserError
-from fedkern.inputs import read_json, standing
+from fedkern.files import atomic
+from fedkern.files.inputs import read_json, standing
 
 FILE = "confusion.json"
 LARGEST = 1 << 53

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fedkern import atomic
+from fedkern.files import atomic
 from fedkern.tasks.figure_names import OVER_CLIENTS
 
 EVALUATION = "evaluation.csv"

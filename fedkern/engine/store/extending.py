@@ -8,15 +8,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fedkern import atomic
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.engine.store.run_folder import ATTACKS, NODES
 from fedkern.engine.store.saved_model import RESULTS
 from fedkern.errors import UserError
-from fedkern.folder_lock import FolderLock
-from fedkern.inputs import read_json, standing
+from fedkern.files import atomic
+from fedkern.files.folder_lock import FolderLock
+from fedkern.files.inputs import read_json, standing
 from fedkern.methods.base import Federation, Round
 from fedkern.settings import toml
 from fedkern.settings.config import RunConfig

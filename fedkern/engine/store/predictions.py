@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedkern import atomic
 from fedkern.errors import UserError
+from fedkern.files import atomic
 from fedkern.tasks import Task
 
 FILE = "predictions.csv"

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkern import atomic
 from fedkern.engine.store import checkpoints
 from fedkern.errors import UserError
-from fedkern.inputs import line_ends, parse_json, read_json, read_text, reading, standing
+from fedkern.files import atomic
+from fedkern.files.inputs import line_ends, parse_json, read_json, read_text, reading, standing
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"

@@ -19,8 +19,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedkern import atomic
 from fedkern.errors import UserError
+from fedkern.files import atomic
 from fedkern.messages.digest import digest
 
 NAME = "releases.jsonl"

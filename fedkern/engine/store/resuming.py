@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from fedkern import plugins, versions
 from fedkern.data import FederatedData
 from fedkern.data.identity import code_of
 from fedkern.engine.executors import team
@@ -23,9 +22,11 @@ from fedkern.errors import UserError
 from fedkern.methods.base import Round
 from fedkern.ops._core import backend
 from fedkern.ops._core.loading import Unavailable
+from fedkern.process import versions
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.stored import load_settings
+from fedkern.usercode import plugins
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedkern import atomic, files, folder_lock, plugins
-from fedkern.data import used_cache
+from fedkern.data.images import used_cache
 from fedkern.engine import initial_weights
 from fedkern.engine.store import artifacts, checkpoints, confusions, evaluation_file, predictions, records, saved_model
 from fedkern.errors import UserError
+from fedkern.files import atomic, filesystem, folder_lock
 from fedkern.methods import registry
 from fedkern.settings import config
 from fedkern.settings.run_format import FOLDER
+from fedkern.usercode import plugins
 
 RUNS = Path("runs")
 """Folder of the runs that are given none."""
@@ -124,7 +125,7 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
         with folder_lock.FolderLock(out) as lock:
             if fresh:
                 check_vacant(out)
-            files.drop_temporaries(out, NAMES.__contains__)
+            filesystem.drop_temporaries(out, NAMES.__contains__)
             try:
                 yield lock.check
             except Exception:

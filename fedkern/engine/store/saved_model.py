@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedkern import atomic, models
+from fedkern import models
 from fedkern.engine.context import RunContext
 from fedkern.engine.store.checkpoints import checksum
 from fedkern.engine.store.confusions import FILE as CONFUSION
 from fedkern.engine.store.evaluation_file import EVALUATION
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import SUMMARY
+from fedkern.files import atomic
 from fedkern.settings.config import RunConfig
 
 MODEL = "model.safetensors"

@@ -17,8 +17,8 @@ from fedkern.engine.uploads.encoders import Departure, Encoder
 from fedkern.engine.uploads.filters import Asked, Filter
 from fedkern.methods.base import ClientId
 from fedkern.methods.uploads import Kept, like
+from fedkern.models.transfer import fetch
 from fedkern.ops import Accumulator
-from fedkern.transfer import fetch
 
 BYTES_FREE = 128
 """Bytes of free memory of the GPU, per parameter, with which uploads stay there: an exact sum takes 25."""

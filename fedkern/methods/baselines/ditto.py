@@ -18,7 +18,7 @@ from fedkern.methods.protocol import Message, Phase, Received
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client
 from fedkern.methods.terms import Terms
-from fedkern.transfer import fetch
+from fedkern.models.transfer import fetch
 from fedkern.typed_option import option
 
 

@@ -29,7 +29,7 @@ from fedkern.methods.protocol import ClientId, Message, Phase, Received, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.terms import Terms
-from fedkern.transfer import fetch
+from fedkern.models.transfer import fetch
 from fedkern.typed_option import option
 
 

@@ -25,7 +25,7 @@ from fedkern.methods.common.frozen import frozen_copy, remembered
 from fedkern.methods.protocol import Batch, Message, Phase, Received
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client
-from fedkern.transfer import fetch
+from fedkern.models.transfer import fetch
 from fedkern.typed_option import option
 
 

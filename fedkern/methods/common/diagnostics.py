@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedkern.image_rows import in_parts
+from fedkern.files.image_rows import in_parts
 from fedkern.methods.protocol import Observed
 from fedkern.models.vit import PatchEmbedding
 from fedkern.tasks import Constant

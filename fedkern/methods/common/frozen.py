@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern.methods.protocol import Batch, Received
 from fedkern.models import personal, precision
-from fedkern.transfer import send
+from fedkern.models.transfer import send
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.leaves import leaves, mapped
+from fedkern.messages.leaves import leaves, mapped
 from fedkern.methods.base import VECTORS
 from fedkern.methods.common.oneshot import MemberNetworks, OneShot, exhaust
 from fedkern.methods.common.oneshot_members import flatten, load, vectors
@@ -22,7 +22,7 @@ from fedkern.methods.uploads import Declaration
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.freezing import train_mode
 from fedkern.models.generator import Generator
-from fedkern.transfer import send
+from fedkern.models.transfer import send
 from fedkern.typed_option import option
 
 

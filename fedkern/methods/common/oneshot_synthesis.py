@@ -17,7 +17,7 @@ from fedkern.models.ensemble import Ensemble
 from fedkern.models.freezing import train_mode
 from fedkern.models.generator import Generator
 from fedkern.models.precision import full
-from fedkern.transfer import send
+from fedkern.models.transfer import send
 
 
 class _Moments(torch.autograd.Function):

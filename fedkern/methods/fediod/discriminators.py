@@ -16,7 +16,7 @@ from fedkern.methods.protocol import BEFORE, Phase, batch_slices
 from fedkern.methods.roles import Client
 from fedkern.models.discriminator import PatchDiscriminators, whole_image
 from fedkern.models.optimisers import Adam
-from fedkern.transfer import send
+from fedkern.models.transfer import send
 
 
 class Discriminators:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.data.transforms import normalise
+from fedkern.data.images.transforms import normalise
 from fedkern.errors import UserError
 from fedkern.methods.common.oneshot_distill import Means
 from fedkern.methods.common.oneshot_members import flatten, load, vectors
@@ -22,7 +22,7 @@ from fedkern.methods.roles import Server
 from fedkern.models.freezing import train_mode
 from fedkern.models.generator import Generator
 from fedkern.models.optimisers import SGD, Adam
-from fedkern.transfer import send
+from fedkern.models.transfer import send
 
 ALIKE = 0.01
 """Least mean standard deviation of a pixel over a batch of generated images, normalised; real images have about 1.

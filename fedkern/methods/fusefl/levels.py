@@ -13,7 +13,7 @@ from fedkern.errors import UserError
 from fedkern.methods.protocol import Batch
 from fedkern.models.fused import FusedNetwork
 from fedkern.models.precision import autocasts, full
-from fedkern.transfer import send
+from fedkern.models.transfer import send
 
 CACHE_BYTES = 1 << 30  # a client's frozen features beyond this size are not cached
 

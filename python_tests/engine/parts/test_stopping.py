@@ -22,7 +22,7 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import About, Disclosure
-from fedkern.report.run_page import headline, read
+from fedkern.report.pages.run_page import headline, read
 from fedkern.settings.stored import load_settings
 
 

@@ -20,7 +20,7 @@ from fedkern.messages import states
 from fedkern.methods import METHODS, register
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import LEDGER, Accountant, Guarantee
-from fedkern.report.pictures import write_pictures
+from fedkern.report.figures.pictures import write_pictures
 from fedkern.settings.stored import load_settings
 
 

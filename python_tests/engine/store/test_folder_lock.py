@@ -8,16 +8,16 @@ import sys
 
 import pytest
 
-from fedkern import atomic, folder_lock
 from fedkern.engine.run import run
 from fedkern.errors import UserError
-from fedkern.folder_lock import FolderLock
+from fedkern.files import atomic, folder_lock
+from fedkern.files.folder_lock import FolderLock
 from fedkern.settings.stored import load_settings
 
 HOLDER = """
 import errno, fcntl, sys, time
 from pathlib import Path
-from fedkern import folder_lock
+from fedkern.files import folder_lock
 
 def flock(file, operation):
     raise OSError(errno.ENOTSUP, "no locks here")

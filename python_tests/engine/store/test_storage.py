@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from fedkern import atomic
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.ledger import Ledger, message_bytes
 from fedkern.engine.store import records
@@ -21,6 +20,7 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.client_table import INLINE
 from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
+from fedkern.files import atomic
 from fedkern.messages import states
 from fedkern.methods.base import Phase
 from fedkern.settings.stored import load_settings

@@ -3,9 +3,10 @@
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedkern.flower import adapter, client_app
-from fedkern.flower.parcel import Parcel, Raw
-from fedkern.flower.portable import pack, unpack
+from fedkern.flower import adapter
+from fedkern.flower.runs import client_app
+from fedkern.flower.runs.parcel import Parcel, Raw
+from fedkern.flower.runs.portable import pack, unpack
 
 app = ClientApp()
 

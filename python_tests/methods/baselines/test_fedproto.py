@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkern import models
 from fedkern.data import normalise
-from fedkern.data.holdout import hold_out
+from fedkern.data.sharing.holdout import hold_out
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext

@@ -13,7 +13,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
-from fedkern.leaves import Keywords
+from fedkern.messages.leaves import Keywords
 from fedkern.methods.common.oneshot_distill import Distilled, Pool
 
 SMALL = {"nz": 4, "ngf": 2, "generator_steps": 2, "synthesis_batch": 8, "distill_batch": 4, "distill_epochs": 2}

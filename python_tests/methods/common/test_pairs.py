@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fedkern.data.holdout import hold_out
+from fedkern.data.sharing.holdout import hold_out
 from fedkern.downstream.evaluation import evaluate_run
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client

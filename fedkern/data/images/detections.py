@@ -1,0 +1,144 @@
+"""Object boxes from a detector, cached on disk so that a foundation model processes every image only once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedkern.data.images.background import rasterise
+from fedkern.data.split import Split
+from fedkern.errors import UserError, same_format
+from fedkern.files.filesystem import cache_folder, expand, one_writer, replace
+from fedkern.files.inputs import read_json
+
+FORMAT = 1
+BATCH = 8
+SAVE_EVERY = 16  # batches between two writes of the cache
+
+
+class Detector(Protocol):
+    """Finds objects of a named class, for example `fedkern.models.detector.GroundingDino`."""
+
+    @property
+    def identity(self) -> Mapping[str, str | float]:
+        """Everything except the image that decides the boxes: model, version, thresholds.  Names the cache file."""
+        ...
+
+    def detect(self, images: Tensor, name: str) -> list[Tensor]:
+        """Boxes float ``[n_i, 4]`` (xyxy, pixels) of objects called ``name`` in uint8 ``[B, 3, H, W]`` images."""
+        ...
+
+
+class Detections:
+    """A mask source that asks a detector for the class of every image.
+
+    Args:
+        detector: see `Detector`; runs only on images that the cache does not hold.
+        cache: folder of the cache files (default: ``fedkern/detections`` in the user's cache folder).  Every detector
+            identity has its own file (attribute ``path``).  Entries are keyed by image content and class name, so they
+            serve any partition and seed.
+    """
+
+    def __init__(
+        self, detector: Detector, cache: str | Path | None = None, notice: Callable[[str], None] | None = None
+    ) -> None:
+        self.detector = detector
+        self.folder = cache_folder("detections") if cache is None else expand(cache)
+        self.notice = notice
+        self.identity = dict(detector.identity)
+        text = json.dumps(self.identity, sort_keys=True)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(self.identity.get("model", "detector"))).name)
+        self.path = self.folder / f"{name}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
+
+    def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
+        """See `fedkern.data.images.background.MaskSource`."""
+        height, width = split.images.shape[-2:]
+        return rasterise(self.boxes(split, classes), height, width)
+
+    def boxes(self, split: Split, classes: Sequence[str]) -> list[Tensor]:
+        """Boxes float64 ``[n_i, 4]`` of every image, from the cache where it holds the image.
+
+        Raises:
+            UserError: a damaged cache file, one of another format, or one that cannot be written.
+        """
+        names = [classes[label] for label in split.labels.tolist()]
+        keys = [_key(image, name) for image, name in zip(split.images, names, strict=True)]
+        cached = self._read()
+        new: dict[str, list[list[float]]] = {}
+        missing: dict[str, list[int]] = {}
+        for row, key in enumerate(keys):
+            if key not in cached:
+                missing.setdefault(names[row], []).append(row)
+        batches = [
+            (name, rows[start : start + BATCH])
+            for name, rows in missing.items()
+            for start in range(0, len(rows), BATCH)
+        ]
+        total, done = sum(len(rows) for _, rows in batches), 0
+        try:
+            for number, (name, rows) in enumerate(batches, start=1):
+                images = split.images[torch.tensor(rows)]
+                found = self.detector.detect(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images, name)
+                for row, boxes in zip(rows, found, strict=True):
+                    new[keys[row]] = boxes.double().reshape(-1, 4).tolist()
+                done += len(rows)
+                if number % SAVE_EVERY == 0:
+                    self._write(new)
+                    if self.notice is not None:
+                        self.notice(f"detecting objects: {done:,} of {total:,} images")
+        finally:  # an interrupted detection keeps its results so far
+            if new:
+                self._write(new)
+        cached.update(new)
+        return [torch.tensor(cached[key], dtype=torch.float64).reshape(-1, 4) for key in keys]
+
+    def _read(self) -> dict[str, list[list[float]]]:
+        if not self.path.exists():
+            return {}
+        try:
+            content = read_json(self.path)
+            same_format(self.path, content.get("format"), FORMAT)
+            boxes: dict[str, list[list[float]]] = content["boxes"]
+            if content["sum"] != _sum(boxes):
+                raise ValueError("its boxes are not those that were written")
+            if any(len(box) != 4 or not all(map(math.isfinite, box)) for rows in boxes.values() for box in rows):
+                raise ValueError("a box without four numbers")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise UserError(f"the detection cache {self.path} is damaged ({error}); delete it") from error
+        return boxes
+
+    def _write(self, new: Mapping[str, list[list[float]]]) -> None:
+        def fill(temporary: Path) -> None:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with one_writer(self.folder / ".lock"):
+                # Read again first: another run may have added images meanwhile.
+                boxes = {**self._read(), **new}
+                content = {"format": FORMAT, "detector": self.identity, "boxes": boxes, "sum": _sum(boxes)}
+                replace(self.path, fill)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the detection cache {self.path}: {error.strerror or error}; name another folder with "
+                "the data option detector_cache"
+            ) from error
+
+
+def _sum(boxes: Mapping[str, list[list[float]]]) -> int:
+    return zlib.crc32(json.dumps(boxes, sort_keys=True).encode())
+
+
+def _key(image: Tensor, name: str) -> str:
+    digest = hashlib.blake2b(f"{tuple(image.shape)}/{name}/".encode(), digest_size=16)
+    digest.update(image.contiguous().numpy().tobytes())
+    return digest.hexdigest()

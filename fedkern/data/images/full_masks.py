@@ -1,0 +1,125 @@
+"""Masks in the sizes in which they are given, beside the shrunken ones that a network sees: what a Dice counts."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedkern.data.images.image_files import each
+
+Classes = npt.NDArray[np.int16]
+Packed = tuple[bytes, tuple[int, ...]]
+
+
+@dataclass(eq=False)
+class MaskStore:
+    """All masks of a data set, read when they are needed and then held compressed.
+
+    Attributes:
+        read: the class of every pixel of the mask with a number, int16 ``[H, W]``, negative where it is unknown.
+        size: side in pixels to which masks are resized for the network.
+        square: masks are first padded to squares, with the same margin on both sides.
+        tile: side of the tiles that resized masks are cut into, 0 for none.
+    """
+
+    read: Callable[[int], Classes]
+    size: int
+    square: bool = False
+    tile: int = 0
+    packed: dict[int, Packed] = field(default_factory=dict)
+
+    def classes(self, number: int) -> Classes:
+        """The mask with a number, int16 ``[H, W]``."""
+        if number not in self.packed:
+            self.pack(number, self.read(number))
+        content, shape = self.packed[number]
+        return np.frombuffer(zlib.decompress(content), np.int16).reshape(shape)
+
+    def pack(self, number: int, classes: npt.NDArray[Any]) -> None:
+        """Holds a mask ``[H, W]``, compressed."""
+        self.packed[number] = zlib.compress(np.ascontiguousarray(classes, dtype=np.int16).tobytes(), 1), classes.shape
+
+    def places(self, side: int, longest: int) -> npt.NDArray[np.int64]:
+        """The pixel of a resized mask in which each of ``side`` pixels lies; ``longest`` is the mask's longer side."""
+        whole = longest if self.square else side
+        margin = (whole - side) // 2
+        return (2 * (np.arange(side) + margin) + 1) * self.size // (2 * whole)
+
+
+@dataclass(frozen=True, eq=False)
+class FullMasks:
+    """The masks of a split: those of a `MaskStore` at ``rows``, int64 ``[n]`` (of tiles: tile by tile)."""
+
+    store: MaskStore
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def subset(self, indices: Tensor) -> FullMasks:
+        """The masks at ``indices``, int64 ``[m]``."""
+        return FullMasks(self.store, self.rows[indices])
+
+    def tiled(self, tile: int) -> FullMasks:
+        """The masks of the tiles into which every resized mask is cut, row by row."""
+        store = MaskStore(self.store.read, self.store.size, self.store.square, tile)
+        count = (store.size // tile) ** 2
+        return FullMasks(store, (self.rows[:, None] * count + torch.arange(count)).flatten())
+
+    def loaded(self) -> FullMasks | None:
+        """The same masks, held in memory, compressed; None where all have the size of the resized ones.
+
+        Raises:
+            UserError: a mask cannot be read, or holds a value that is no class.
+        """
+        count = (self.store.size // self.store.tile) ** 2 if self.store.tile else 1
+        numbers = sorted({row // count for row in self.rows.tolist()})
+
+        def load(place: int) -> None:
+            self.store.classes(numbers[place])
+
+        each(load, len(numbers))
+        sides = self.store.size, self.store.size
+        return None if all(self.store.packed[number][1] == sides for number in numbers) else self
+
+    def sizes(self) -> set[tuple[int, int]]:
+        """Widths and heights of the data set's masks that are held in memory."""
+        return {(shape[1], shape[0]) for _, shape in self.store.packed.values()}
+
+    def __getitem__(self, index: int) -> tuple[Classes, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """A mask int16 ``[h, w]``, and the row and column of the network's mask in which every row and column lies."""
+        number = int(self.rows[index])
+        tile = self.store.tile
+        across = self.store.size // tile if tile else 1
+        number, part = divmod(number, across**2)
+        classes = self.store.classes(number)
+        rows, columns = (self.store.places(side, max(classes.shape)) for side in classes.shape)
+        if not tile:
+            return classes, rows, columns
+        top, left = (tile * place for place in divmod(part, across))
+        down, right = (rows >= top) & (rows < top + tile), (columns >= left) & (columns < left + tile)
+        return classes[down][:, right], rows[down] - top, columns[right] - left
+
+    def overlaps(self, predicted: Tensor, first: int, classes: int) -> Tensor:
+        """Pixel counts of images and classes (in both, predicted, true), int64 ``[B, 3, C]``.
+
+        Args:
+            predicted: int64 ``[B, h, w]``, the predicted class of every pixel that the network sees; it counts for all
+                pixels of the full mask that lie in it.
+            first: the row of the first image.
+        """
+        found = np.zeros((len(predicted), 3, classes), dtype=np.int64)
+        for row, guess in enumerate(predicted.cpu().numpy()):
+            truth, rows, columns = self[first + row]
+            known = truth >= 0
+            label, said = truth[known], guess[rows[:, None], columns][known]
+            for part, values in enumerate((label[label == said], said, label)):
+                found[row, part] = np.bincount(values, minlength=classes)
+        return torch.from_numpy(found)

@@ -1,0 +1,158 @@
+"""Greys of more than eight bits: the window of values that become black to white, and what a run tells of its files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fedkern.data.images.image_files import BITS, each, is_deep, open_image, upright_size
+from fedkern.data.labels.spelling import SHOWN
+from fedkern.errors import UserError, first_of, listed
+
+Window = tuple[float, float]
+"""The stored values that become black and white."""
+Set = tuple[str, str]
+"""Split and site of a file, empty where it has none."""
+LOOKED_AT = 128
+"""Most files, evenly spread over a data set, whose grey values tell the bit depth of all."""
+EACH = 4096
+"""Pixels of a file, evenly spread, that percentiles are of."""
+LINES = 4
+"""Most lines on sets of files that differ."""
+COLOURS = {"1": "black and white", "L": "grey", "LA": "grey", "F": "grey fractions", "P": "palette", "PA": "palette",
+           "RGBA": "RGB"}  # fmt: skip
+"""Colours by Pillow's modes."""
+SPLITS = {"": "", "train": "training ", "validation": "validation ", "test": "test "}
+"""Splits in words."""
+ADVICE = "--data-option window=CENTRE,WIDTH keeps what matters"
+_NUMBER = r"(-?\d+(?:\.\d+)?)"
+
+
+class Look(NamedTuple):
+    """A file: Pillow's mode, depth and colour in words, width and height; of deep greys some pixels and the largest."""
+
+    mode: str
+    kind: str
+    size: tuple[int, int]
+    values: np.ndarray | None = None
+    top: int | None = None
+
+
+def looked_at(paths: Sequence[Path], max_pixels: int, pixels: bool) -> dict[Path, Look]:
+    """Looks at the files that can be read, each once; with ``pixels`` at those of deep greys and fractions too."""
+    found: list[Look | None] = [None] * len(paths)
+
+    def look(row: int) -> None:
+        # A file that cannot be read is named where it is decoded, if it is needed at all.
+        with suppress(Exception), open_image(paths[row], max_pixels) as image:
+            found[row] = _look(image, pixels)
+
+    each(look, len(paths))
+    return {path: own for path, own in zip(paths, found, strict=True) if own is not None}
+
+
+def _look(image: Image.Image, pixels: bool) -> Look:
+    deep = is_deep(image)
+    bits = re.search(r";(\d+)", f"{image.mode} {image.tile}")  # type: ignore[attr-defined]  # RGB;16B and such
+    depth = bits[1] if bits else {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
+    colour = "grey" if deep else COLOURS.get(image.mode, image.mode)
+    made = Look(image.mode, f"{depth}-bit {colour}", upright_size(image))
+    if not pixels or not (deep or image.mode == "F"):
+        return made
+    values, top = np.asarray(image).reshape(-1), None
+    if deep:
+        top = int(values.max()) if values.min() >= 0 else 2 ** BITS[-1]  # refused when it is decoded
+    return made._replace(values=values[:: max(1, -(-len(values) // EACH))].astype(np.float64), top=top)
+
+
+def window_of(text: str, looks: Collection[Look]) -> Window | None:
+    """Reads ``CENTRE,WIDTH``, as viewers of medical images have it, or percentiles, ``LOW%,HIGH%``; empty: None.
+
+    Percentiles are of the pixels of ``looks``.
+
+    Raises:
+        UserError: the text is neither, or the window holds no value.
+    """
+    if not text:
+        return None
+    if found := re.fullmatch(rf"{_NUMBER}\s*,\s*{_NUMBER}", text.strip()):
+        centre, width = map(float, found.groups())
+        low, high = centre - width / 2, centre + width / 2
+    elif found := re.fullmatch(rf"{_NUMBER}%\s*,\s*{_NUMBER}%", text.strip()):
+        ends = [float(end) for end in found.groups()]
+        if not 0 <= ends[0] < ends[1] <= 100:
+            raise UserError(
+                f"the data option window has percentiles {text}: give two from 0 to 100, the lower one first"
+            )
+        values = [own.values for own in looks if own.values is not None]
+        if not values:
+            return None
+        low, high = map(float, np.percentile(np.concatenate(values), ends))
+    else:
+        raise UserError(
+            f'the data option window must be CENTRE,WIDTH such as 40,400, or percentiles such as 1%,99%, not "{text}"'
+        )
+    if not low < high:
+        raise UserError(f"the data option window={text} holds no value between {low:g} and {high:g}: give a wider one")
+    return low, high
+
+
+def as_text(window: Window | None) -> str:
+    """A window as :func:`window_of` reads it."""
+    return "" if window is None else f"{(window[0] + window[1]) / 2!r},{window[1] - window[0]!r}"
+
+
+def described(
+    sets: Mapping[Path, Set], looks: Mapping[Path, Look], seen: tuple[str, str], bits: int, window: Window | None
+) -> tuple[str, ...]:
+    """Lines on depth, size and colour of files: one on all, then, where sets differ, at most `LINES` on sets.
+
+    Args:
+        sets: that of every file.
+        looks: those of files of every set.
+        seen: size and colour that a network sees.
+        bits, window: see `fedkern.data.images.image_files.read_images`.
+    """
+    scaled = f"0 to {2**bits - 1:,} become 0 to 255 ({ADVICE})"
+    if window is not None:
+        scaled = f"window {(window[0] + window[1]) / 2:g},{window[1] - window[0]:g}"
+    modes = ("I",) if window is None else ("I", "F")
+    found: dict[Set, list[Look]] = {}
+    for path in sorted(looks, key=lambda path: ([*SPLITS].index(sets[path][0]), sets[path][1])):
+        found.setdefault(sets[path], []).append(looks[path])
+    whole = _sites(found)
+
+    def words(chosen: Collection[Set]) -> str:
+        files = [own for one in chosen for own in found[one]]
+        sizes = sorted({own.size for own in files}, key=lambda sides: (sides[0] * sides[1], sides))
+        ends = dict.fromkeys(f"{width} x {height}" for width, height in (sizes[0], sizes[-1]))
+        stored = f"{listed(sorted({own.kind for own in files}))}, {' to '.join(ends)}"
+        how = f", {scaled}" if any(own.mode.startswith(modes) for own in files) else ""
+        return stored + how + (f" -> {' '.join(seen)}" if stored != f"8-bit {seen[1]}, {seen[0]}" else "")
+
+    def line(chosen: Collection[Set]) -> str:
+        of = {
+            split: "" if own == whole[split] else f" of {first_of(own, SHOWN)}" for split, own in _sites(chosen).items()
+        }
+        if of.keys() == whole.keys() and len({*of.values()}) == 1:  # the same sites of every split
+            of = {"": of.popitem()[1]}
+        return f"{'; '.join(f'{SPLITS[split]}images{where}' for split, where in of.items())}: {words(chosen)}"
+
+    alike: dict[str, list[Set]] = {}
+    for one in found:
+        alike.setdefault(words([one]), []).append(one)
+    groups = [*alike.values()]
+    if len(groups) > LINES:
+        groups[LINES - 1 :] = [sorted(one for group in groups[LINES - 1 :] for one in group)]
+    return (line(found), *(line(group) for group in groups if len(groups) > 1)) if found else ()
+
+
+def _sites(sets: Collection[Set]) -> dict[str, list[str]]:
+    """The sites of every split."""
+    return {split: [site or "no site" for other, site in sets if other == split] for split, _ in sets}

@@ -1,0 +1,384 @@
+"""Decoded images and masks in files on disk, for data sets that do not fit in memory and for later runs.
+
+A cache folder has three files for every list of image files and way to decode them: ``NAME.images`` holds the decoded
+images, uint8 ``[N, H, W, C]``, ``NAME.sizes`` the width and height of every image before it was resized and a
+CRC-32 of both and the image, and ``NAME.lock`` keeps two writing processes apart.  An image whose width is 0 has not
+been decoded yet.  Sizes are written after their images have reached the disk, so that no interruption leaves an image
+that counts as decoded and is not.  An image that is not as it was written is decoded again.
+Masks have such files too: there an image is a mask, with one channel, and its size is that of the decoded mask.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+import torch
+from torch import Tensor
+
+from fedkern.data.images.image_files import ImageFiles, ImageReader, MaskFiles, unreadable
+from fedkern.data.types import Pool, Source
+from fedkern.errors import UserError
+from fedkern.files.filesystem import cache_folder, expand, one_writer
+from fedkern.files.filesystem import replace as replace_file
+from fedkern.files.image_rows import ImageRows, ImageStore
+from fedkern.files.inputs import open_regular
+
+MEMORY_BYTES = 1 << 30
+"""Bytes of decoded images that are held in memory; more are written to a file, with or without a cache folder."""
+CHUNK_BYTES = 16 << 20
+"""Bytes of images that are decoded at once."""
+COMMIT_SECONDS = 30.0
+"""Longest time between two commits: what has been decoded since is lost where the process is killed."""
+NOTICE_SECONDS, NOTICE_SHARE = 10.0, 0.05
+"""Least time between two progress lines, and least share of the images."""
+MAGIC = b"fedkern decoded images 3\n"
+"""First line of a sizes file; its number changes with what `image_files.read_images` makes of a file."""
+HEADER_BYTES, ROW_BYTES = 128, 12
+
+Files = ImageFiles | MaskFiles
+Notice = Callable[[str], None] | None
+Rows = npt.NDArray[np.int64]
+
+
+def on_disk(source: Source, wanted: Sequence[tuple[Pool, Tensor]], cache: str | Path | None, notice: Notice) -> Source:
+    """The data set with its images in a file instead of memory, where they are many or there is a cache folder.
+
+    The images that are wanted, and not yet in the file, are decoded first.
+
+    Args:
+        wanted: the pools with the rows (int64 ``[m]``) that will be read.
+        cache: folder that keeps the decoded images; None: images of more than `MEMORY_BYTES` go to a temporary file.
+
+    Returns:
+        A source whose pools read :class:`~fedkern.files.image_rows.ImageRows`; ``source`` itself where its images stay
+        in memory.
+
+    Raises:
+        UserError: an image that cannot be decoded, a folder that cannot be written, or too little free space.
+    """
+    stores: dict[int, tuple[ImageStore, Tensor]] = {}
+    readers = [(pool.read, rows) for pool, rows in wanted if isinstance(pool.read, ImageReader)]
+    for files in {id(reader.files): reader.files for reader, _ in readers}.values():
+        places = [reader.places[rows].numpy() for reader, rows in readers if reader.files is files]
+        found = _stored(files, np.unique(np.concatenate(places)), cache, notice)
+        if found is not None:
+            stores[id(files)] = found
+    if not readers:
+        tell_unused(cache, notice)
+
+    def mapped(pool: Pool) -> Pool:
+        if not isinstance(pool.read, ImageReader) or id(pool.read.files) not in stores:
+            return pool
+        places, (store, sizes) = pool.read.places, stores[id(pool.read.files)]
+        return replace(pool, read=lambda rows: (ImageRows.of(store, places[rows]), sizes[places[rows]]))
+
+    return source.with_pools(mapped)
+
+
+def masks_on_disk(files: MaskFiles, cache: str | Path | None, notice: Notice) -> ImageStore | None:
+    """All masks in a file, where they are many or there is a cache folder.
+
+    Args:
+        files: the masks; those that are not yet in the file are decoded first.
+        cache: folder that keeps the decoded masks; None: masks whose classes would take more than `MEMORY_BYTES` in
+            memory, at eight bytes a pixel, go to a temporary file.
+
+    Returns:
+        The decoded masks, uint8 ``[N, H, W, 1]``; None where they stay in memory.
+
+    Raises:
+        UserError: a mask that cannot be decoded, a folder that cannot be written, or too little free space.
+    """
+    found = _stored(files, np.arange(len(files)), cache, notice, in_memory=8)
+    return None if found is None else found[0]
+
+
+def tell_unused(cache: str | Path | None, notice: Notice) -> None:
+    """Says that there is a cache folder which this data set does not use."""
+    if cache is not None and notice is not None:
+        notice("--cache is not used: the images of this data set are not decoded from files one by one.")
+
+
+def _stored(
+    files: Files, needed: Rows, cache: str | Path | None, notice: Notice, in_memory: int = 1
+) -> tuple[ImageStore, Tensor] | None:
+    """The images of a file, of which those at ``needed`` are decoded, and their sizes; None: they fit in memory.
+
+    A byte of an image takes ``in_memory`` bytes there.
+    """
+    if cache is not None:
+        return _Cache(files, expand(cache), notice).fetch(needed)
+    fit = len(needed) * _bytes(files) * in_memory <= MEMORY_BYTES
+    return None if fit else _temporary(files, needed, notice)
+
+
+def _bytes(files: Files) -> int:
+    """Bytes of a decoded image."""
+    height, width, channels = files.shape
+    return height * width * channels
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _temporary(files: Files, needed: Rows, notice: Notice) -> tuple[ImageStore, Tensor]:
+    """The images in a file without a name, which vanishes with the processes that have it open, however they end."""
+    try:
+        folder = cache_folder("images")
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, UserError):
+        folder = Path(tempfile.gettempdir())
+    _check_space(folder, len(needed) * _bytes(files))
+    shape = (len(files), *files.shape)
+    sizes = np.zeros((shape[0], 2), dtype=np.int64)
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.truncate(shape[0] * _bytes(files))
+            where = f"a temporary file in {folder}; with --cache DIR later runs need not decode them again"
+            for rows, found, _ in _decoded(files, needed, file, where, notice):
+                sizes[rows] = found
+            return ImageStore(os.dup(file.fileno()), shape), torch.from_numpy(sizes)
+    except BrokenPipeError:  # of a progress line
+        raise
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+class _Cache:
+    """The decoded images of some files in a cache folder."""
+
+    def __init__(self, files: Files, folder: Path, notice: Notice) -> None:
+        self._files, self._folder, self._notice = files, folder, notice
+        self._name = f"{'x'.join(map(str, files.shape))}-{_fingerprint(files)}"
+        self._images, self._sizes, self._lock = (
+            folder / f"{self._name}.{ending}" for ending in ("images", "sizes", "lock")
+        )
+        self._shape = (len(files), *files.shape)
+        self._checked = np.zeros(len(files), dtype=bool)  # images that this process has compared, or written
+        self._damaged = 0
+
+    def fetch(self, needed: Rows) -> tuple[ImageStore, Tensor]:
+        """The images, of which at least those at ``needed`` are decoded, and int64 ``[N, 2]``, see `read_images`."""
+        whole = self._opened(needed)
+        if self._damaged and self._notice is not None:
+            self._notice(f"{self._damaged:,} images in {self._images} are damaged and are decoded again")
+        if whole is not None:
+            if self._notice is not None:
+                self._notice(f"{len(needed):,} decoded {self._files.things} are read from {self._images}")
+            return whole
+        sizes = self._read_sizes(needed)
+        missing = len(needed) if sizes is None else int((sizes[needed, 0] == 0).sum())
+        there = next(folder for folder in (self._folder, *self._folder.parents) if os.access(folder, os.F_OK))
+        _check_space(there, missing * _bytes(self._files))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with one_writer(self._lock, self._wait):
+                self._fill(needed)
+            whole = self._opened(needed)
+        except BrokenPipeError:  # of a progress line
+            raise
+        except OSError as error:
+            raise _unwritable(self._folder, error) from None
+        if whole is None:
+            raise UserError(f"The cache {self._images} was changed while it was read: start again.")
+        return whole
+
+    def _wait(self) -> None:
+        if self._notice is not None:
+            self._notice(
+                f"another run decodes the same {self._files.things} into {self._folder}: this run waits for it"
+            )
+
+    def _opened(self, needed: Rows) -> tuple[ImageStore, Tensor] | None:
+        """The images and their sizes; None unless all images at ``needed`` are decoded."""
+        sizes = self._read_sizes(needed)
+        if sizes is None or not sizes[needed, 0].all():
+            return None
+        try:
+            store = ImageStore(os.open(self._images, os.O_RDONLY), self._shape)
+        except (OSError, ValueError):
+            return None
+        return store, torch.from_numpy(sizes[:, :2].astype(np.int64))
+
+    def _header(self) -> bytes:
+        return (MAGIC + f"{self._name}\n{' '.join(map(str, self._shape))}\n".encode()).ljust(HEADER_BYTES, b"\0")
+
+    def _read_sizes(self, needed: Rows) -> npt.NDArray[np.int32] | None:
+        """int32 ``[N, 3]``, 0 where an image is not decoded yet; None where the files are missing or damaged.
+
+        An image at ``needed`` that is not as it was written counts as not decoded; a sound one is looked at once.
+        """
+        try:
+            with open_regular(self._sizes) as file:
+                content = file.read()
+            if self._images.stat().st_size != self._shape[0] * _bytes(self._files):
+                return None
+        except OSError:
+            return None
+        if content[:HEADER_BYTES] != self._header() or len(content) != HEADER_BYTES + ROW_BYTES * self._shape[0]:
+            return None
+        table = np.frombuffer(content, dtype="<i4", offset=HEADER_BYTES).reshape(-1, 3).copy()
+        rows = needed[(table[needed, 0] != 0) & ~self._checked[needed]]
+        with open_regular(self._images) as file:
+            for row in rows.tolist():
+                file.seek(row * _bytes(self._files))
+                if _checksum(table[row, :2], file.read(_bytes(self._files))) == table[row, 2]:
+                    self._checked[row] = True
+                else:
+                    table[row] = 0
+        self._damaged = int((table[rows, 0] == 0).sum())
+        return table
+
+    def _fill(self, needed: Rows) -> None:
+        """Decodes what is missing; called with the lock held."""
+        sizes = self._read_sizes(needed)
+        fresh = sizes is None
+        if sizes is None:
+            sizes = np.zeros((self._shape[0], 3), dtype="<i4")
+        missing = needed[sizes[needed, 0] == 0]
+        if not len(missing):  # another run has decoded them since
+            return
+        if fresh:
+            self._begin(sizes)
+        try:
+            with self._images.open("r+b", buffering=0) as images, self._sizes.open("r+b", buffering=0) as table:
+                self._decode(missing, sizes, images, table)
+        except BaseException as error:
+            full = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
+            if fresh and (full or not sizes.any()):
+                self._remove()
+            raise
+
+    def _begin(self, sizes: npt.NDArray[np.int32]) -> None:
+        """Makes both files, without images; another process may still read older ones, which keep their contents."""
+        self._remove()
+        with self._images.open("xb") as file:
+            file.truncate(self._shape[0] * _bytes(self._files))
+        content = self._header() + sizes.tobytes()
+        replace_file(self._sizes, lambda path: path.write_bytes(content))
+
+    def _remove(self) -> None:
+        for path in (self._sizes, self._images):
+            path.unlink(missing_ok=True)
+
+    def _decode(self, missing: Rows, sizes: npt.NDArray[np.int32], images: IO[bytes], table: IO[bytes]) -> None:
+        waiting: list[Rows] = []
+        last = time.monotonic()
+
+        def commit() -> None:
+            nonlocal last
+            last = time.monotonic()
+            if not waiting:
+                return
+            os.fsync(images.fileno())  # before the sizes say that the images are there
+            low, high = int(waiting[0][0]), int(waiting[-1][-1]) + 1
+            _write(table, HEADER_BYTES + ROW_BYTES * low, sizes[low:high])
+            os.fsync(table.fileno())
+            waiting.clear()
+
+        try:
+            for rows, found, pixels in _decoded(self._files, missing, images, str(self._folder), self._notice):
+                sizes[rows, :2] = found
+                sizes[rows, 2] = [
+                    _checksum(sizes[row, :2], image.data) for row, image in zip(rows, pixels, strict=True)
+                ]
+                self._checked[rows] = True
+                waiting.append(rows)
+                if time.monotonic() - last > COMMIT_SECONDS:
+                    commit()
+        finally:  # an interrupted run keeps what it has decoded
+            commit()
+
+
+def _fingerprint(files: Files) -> str:
+    """Hash of everything that decides the decoded images: the files, how they are decoded, and Pillow's version.
+
+    A file counts as another one when its path, its length or one of its times (of its content, of its state) changes.
+    """
+    total = hashlib.blake2b(digest_size=12)
+    how = (*files.how, PIL.__version__)
+    total.update(f"{how}\n".encode())
+    for path in files.sources:
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise unreadable(files.data, files.thing, path, error) from error
+        about = (str(path.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        total.update(f"{about}\n".encode())
+    return total.hexdigest()
+
+
+def _decoded(
+    files: Files, rows: Rows, file: IO[bytes], where: str, notice: Notice
+) -> Iterator[tuple[Rows, npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
+    """Decodes the images at ``rows`` (sorted) and writes them to ``file``.
+
+    Yields:
+        Rows that are written, int64 ``[m, 2]``, the width and height of each before it was resized, and the images,
+        uint8 ``[m, H, W, C]``.
+    """
+    at_once = max(1, CHUNK_BYTES // _bytes(files))
+    began = told = time.monotonic()
+    shown = 0
+    if notice is not None:
+        notice(f"decoding {len(rows):,} {files.things} ({_size(len(rows) * _bytes(files))}) into {where}")
+    for start in range(0, len(rows), at_once):
+        some = rows[start : start + at_once]
+        images, sizes = files.read(torch.from_numpy(some))
+        pixels = np.ascontiguousarray(images.numpy().transpose(0, 2, 3, 1))
+        for part in np.split(np.arange(len(some)), np.flatnonzero(np.diff(some) > 1) + 1):
+            _write(file, int(some[part[0]]) * _bytes(files), pixels[part[0] : part[-1] + 1])
+        yield some, sizes.numpy(), pixels
+        done, now = start + len(some), time.monotonic()
+        if notice is not None and now - told >= NOTICE_SECONDS and done - shown >= NOTICE_SHARE * len(rows):
+            told, shown = now, done
+            left = (now - began) / done * (len(rows) - done)
+            notice(f"decoding {files.things}: {done:,} of {len(rows):,}, about {max(1, round(left / 60))} min left")
+
+
+def _checksum(size: npt.NDArray[np.int32], pixels: bytes | memoryview) -> np.int32:
+    """CRC-32 of an image and its size, its 32 bits as a signed number."""
+    return np.uint32(zlib.crc32(pixels, zlib.crc32(size.astype("<i4").tobytes()))).astype(np.int32)
+
+
+def _write(file: IO[bytes], offset: int, values: npt.NDArray[np.generic]) -> None:
+    left = values.reshape(-1).view(np.uint8).data
+    file.seek(offset)
+    while left:
+        left = left[file.write(left) :]
+
+
+def _check_space(folder: Path, count: int) -> None:
+    """Raises UserError where the disk of ``folder`` has fewer than ``count`` bytes left."""
+    with suppress(OSError):  # a file system that does not say: writing will tell
+        total, _, free = shutil.disk_usage(folder)
+        if free < count and total:  # a file system without a size takes no files, and writing will tell
+            raise UserError(
+                f"The decoded images take {_size(count)} and {folder} has {_size(free)} left: free some space, take a "
+                "smaller --data-option size, or name a folder on another disk with --cache DIR."
+            )
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"The decoded images do not fit on the disk of {folder}: free some space, take a smaller --data-option "
+            "size, or name a folder on another disk with --cache DIR."
+        )
+    reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+    return UserError(f"Decoded images cannot be written to {folder} ({reason}): name another folder with --cache DIR.")

@@ -1,0 +1,523 @@
+"""Image and mask files: listing them in a folder, and decoding them at one size in several threads."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from fedkern.errors import UserError
+from fedkern.files.filesystem import check_text
+from fedkern.files.inputs import open_regular, real_file, standing
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+FORMATS = "JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"
+"""Formats that are decoded, whatever the file's name: for other formats, such as EPS, Pillow starts other programs."""
+MAX_PIXELS = 50_000_000
+"""Most pixels of an image, or voxels of a volume, unless the data option max_image_pixels sets another limit."""
+BITS = 8, 12, 16
+"""Bit depths that `grey_bits` tells apart; medical exports put 12 bits into 16."""
+BITS_EACH, PHOTOMETRIC, BANDS, EXTRA_BANDS, SAMPLE_FORMAT = 258, 262, 277, 338, 339
+"""TIFF's tags of a value's bits, of what values mean (0 where the value 0 is white, DICOM's MONOCHROME1), of how many
+bands there are, of what those beyond grey or colours mean, and of the numbers' kind (3: floats)."""
+MIRRORS = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM
+TURNS = {
+    **dict(zip((2, 3, 4), MIRRORS, strict=True)),
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to the transpose that makes the image upright; the first three keep width and height."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's: hidden, what macOS adds to an archive, or a lock of Office."""
+    return name.startswith((".", "~$")) or name == "__MACOSX"
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Sorted names of the folders in ``folder`` that are not hidden; raises UserError where one is not UTF-8."""
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not hidden(path.name))
+    for path in found:
+        check_text(str(path), "the folder")
+    return [path.name for path in found]
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files directly in ``folder``, sorted, without hidden ones.
+
+    Raises:
+        UserError: a name is not UTF-8, or belongs to a link to nothing, a named pipe, a socket or a device.
+    """
+    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not hidden(path.name))
+    found = sorted(path for path in named if not path.is_dir())
+    for path in found:
+        check_text(str(path), "the image")
+        if what := standing(path):
+            raise UserError(f"the image {path} is {what}, not a regular file: remove it, or put the image there.")
+    return found
+
+
+def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> None:
+    """Raises UserError where one real file has two names, because training and test could then share the image.
+
+    Such names come from links, and from folders that are linked into each other or into themselves.
+
+    Args:
+        names: the name of every file in the data set; an image with several texts occurs several times under one name.
+    """
+    known: dict[object, str] = {}
+    for path, name in zip(paths, names, strict=True):
+        other = known.setdefault(real_file(path), name)
+        if other != name:
+            raise UserError(
+                f'data set "{data}": {other} and {name} are one file, {path.resolve()}, and would be two images: '
+                "remove the link that makes it two."
+            )
+
+
+@contextmanager
+def open_image(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """Opens an image of one of `FORMATS`; only its header is decoded.
+
+    Inside the block ``max_pixels`` replaces Pillow's own limit, which is global to the process and only warns.
+
+    Raises:
+        UserError: the image has more pixels than ``max_pixels``, or the file holds several pictures.
+        Exception: Pillow raises many kinds for a damaged file.
+    """
+    with open_regular(path) as file, _own_limit(), Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > max_pixels:
+            raise UserError(
+                f"the image {path} has {image.width}x{image.height} pixels, more than {max_pixels:,}: make it smaller "
+                f"or, where it is to be trusted, give --max-image-pixels {image.width * image.height}."
+            )
+        # The further pictures of a photograph in the format MPO are its depth, its brightness or a preview.
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise UserError(
+                f"the file {path} holds several pictures, one after the other, expected one: save the picture that "
+                "counts as a file of its own."
+            )
+        yield image
+
+
+_lock = threading.Lock()
+_PILLOWS_LIMIT: list[int | None] = []  # Pillow's limit before it was switched off, once per open image
+
+
+@contextmanager
+def _own_limit() -> Iterator[None]:
+    with _lock:
+        _PILLOWS_LIMIT.append(Image.MAX_IMAGE_PIXELS if not _PILLOWS_LIMIT else _PILLOWS_LIMIT[0])
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        with _lock:
+            before = _PILLOWS_LIMIT.pop()
+            if not _PILLOWS_LIMIT:
+                Image.MAX_IMAGE_PIXELS = before
+
+
+def read_images(
+    paths: Sequence[Path],
+    size: int,
+    data: str,
+    *,
+    grey: bool = False,
+    pad: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    bits: int = BITS[-1],
+    window: tuple[float, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Decodes images and resizes them (whole, without cropping) to ``size`` x ``size`` pixels.
+
+    Images look as in a viewer: turned or mirrored as their EXIF orientation says, on a white page where they have an
+    alpha channel or a transparent colour, and negative where a TIFF says that 0 is white.
+
+    Grey values of files with more than eight bits are scaled from 0 to 2**bits - 1, whatever a file holds; fractions
+    from 0 to 1.  With a ``window`` they are scaled from its lower to its upper end, and those outside become black or
+    white.
+
+    Args:
+        grey: one channel instead of three.
+        pad: keep the proportions of an image that is not square, with black bars on both sides.
+        max_pixels: most pixels of an image, as its file announces them.
+        bits: bits of a grey value in files with more than eight, from :func:`grey_bits`; 0: there are no such files.
+        window: see `fedkern.data.images.greys.window_of`; None: none.
+
+    Returns:
+        uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height before resizing.
+
+    Raises:
+        UserError: an image that cannot be decoded, is too large, is one of several in its file, or has grey values
+            outside the range.
+    """
+    mode = "L" if grey else "RGB"
+    images = np.empty((len(paths), 1 if grey else 3, size, size), dtype=np.uint8)
+    sizes = np.empty((len(paths), 2), dtype=np.int64)
+
+    def read(row: int) -> None:
+        try:
+            with open_image(paths[row], max_pixels) as image:
+                sizes[row] = upright_size(image)
+                _check_bands(image, paths[row], data)
+                # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
+                image.draft(mode, (2 * size, 2 * size))
+                whole = _on_white(_eight_bits(image, paths[row], data, bits, window)).convert(mode)
+                small = _padded(whole, size) if pad else whole.resize((size, size), Image.Resampling.BICUBIC)
+            images[row] = np.atleast_3d(np.asarray(small)).transpose(2, 0, 1)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # Pillow raises many kinds for a damaged file
+            raise unreadable(data, "image", paths[row], error) from error
+
+    each(read, len(paths))
+    return torch.from_numpy(images), torch.from_numpy(sizes)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files of a data set, and how they are decoded.
+
+    Attributes:
+        paths: the files, each once.
+        size, data, grey, pad, max_pixels, bits, window: see `read_images`.
+    """
+
+    paths: Sequence[Path]
+    size: int
+    data: str
+    grey: bool = False
+    pad: bool = False
+    max_pixels: int = MAX_PIXELS
+    bits: int = BITS[-1]
+    window: tuple[float, float] | None = None
+
+    things: ClassVar[str] = "images"
+    thing: ClassVar[str] = "image"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of a decoded image."""
+        return self.size, self.size, 1 if self.grey else 3
+
+    @property
+    def how(self) -> tuple[Any, ...]:
+        """Everything but the files that decides the decoded images."""
+        return self.size, self.data, self.grey, self.pad, self.max_pixels, self.bits, self.window
+
+    @property
+    def sources(self) -> Iterator[Path]:
+        """The files that decide the decoded images."""
+        return iter(self.paths)
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Decodes the files at ``rows`` (int64 ``[n]``), see `read_images`."""
+        paths = [self.paths[row] for row in rows.tolist()]
+        return read_images(
+            paths, self.size, self.data, grey=self.grey, pad=self.pad, max_pixels=self.max_pixels, bits=self.bits,
+            window=self.window,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MaskFiles:
+    """Mask files of a data set, and how they are decoded.
+
+    Attributes:
+        images, masks, size, data, max_pixels: see `read_mask`.
+    """
+
+    images: Sequence[Path]
+    masks: Sequence[Path]
+    size: int
+    data: str
+    max_pixels: int = MAX_PIXELS
+    things: ClassVar[str] = "masks"
+    thing: ClassVar[str] = "mask or its image"
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of a decoded mask."""
+        return self.size, self.size, 1
+
+    @property
+    def how(self) -> tuple[Any, ...]:
+        """Everything but the files that decides the decoded masks."""
+        return "masks", self.size, self.data, self.max_pixels
+
+    @property
+    def sources(self) -> Iterator[Path]:
+        """The files that decide the decoded masks; of an image its size and orientation do."""
+        return chain(self.masks, self.images)
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Decodes the masks at ``rows`` (int64 ``[n]``), see `read_mask`.
+
+        Returns:
+            uint8 ``[n, 1, size, size]``, and int64 ``[n, 2]``, width and height of the decoded masks.
+        """
+        chosen = rows.tolist()
+        values = np.empty((len(chosen), 1, self.size, self.size), dtype=np.uint8)
+
+        def read(place: int) -> None:
+            image, mask = self.images[chosen[place]], self.masks[chosen[place]]
+            values[place, 0] = read_mask(image, mask, self.data, self.max_pixels, self.size)
+
+        each(read, len(chosen))
+        return torch.from_numpy(values), torch.full((len(chosen), 2), self.size)
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """The ``read`` of a pool of image files (`fedkern.data.types.Pool`).
+
+    Attributes:
+        files: all files of the data set; the pools of a data set share this object.
+        places: int64 ``[n]``, the row in ``files`` of every image of the pool.
+    """
+
+    files: ImageFiles
+    places: Tensor
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Decodes the pool's images at ``rows`` (int64 ``[m]``), see `read_images`."""
+        return self.files.read(self.places[rows])
+
+
+def read_mask(
+    image_path: Path, path: Path, data: str, max_pixels: int = MAX_PIXELS, size: int | None = None
+) -> npt.NDArray[np.uint8]:
+    """Decodes a mask, resized to ``size`` x ``size`` pixels by the nearest pixel; in its own size without ``size``.
+
+    A mask fits its image as `read_images` turns it; the mask itself is turned as its own EXIF orientation says.
+
+    Args:
+        path: an image of one channel (grey, palette or black-and-white, or whole numbers in floats) that holds class
+            numbers.  Of a palette of greys the grey counts, of one with colours the position in it.
+
+    Returns:
+        uint8 ``[H, W]``, the class numbers or greys.
+
+    Raises:
+        UserError: a mask that cannot be decoded, is too large, is one of several in its file, or has several channels,
+            a value that is no whole number from 0 to 255, another size than its image, or a palette that can be read
+            in two ways.
+    """
+    try:
+        with open_image(image_path, max_pixels) as image, open_image(path, max_pixels) as mask:
+            if mask.format in ("JPEG", "MPO", "WEBP") or mask.info.get("compression") in ("jpeg", "webp"):
+                raise UserError(
+                    f'data set "{data}": the mask {path} is compressed as {mask.format}, which changes class numbers '
+                    "at edges; save masks as PNG, from the numbers themselves"
+                )
+            if mask.mode not in ("1", "L", "P", "F") and not is_deep(mask):
+                raise UserError(
+                    f'data set "{data}": the mask {path} has colours (mode {mask.mode}), expected one channel of '
+                    "class numbers, or of 0 and 255"
+                )
+            turned, (width, height) = upright(mask), upright_size(image)
+            if turned.size != (width, height):
+                seen = ", as its EXIF orientation turns it" if image.size != (width, height) else ""
+                raise UserError(
+                    f'data set "{data}": the mask {path} has {turned.width}x{turned.height} pixels, its image '
+                    f"{image_path} {width}x{height}{seen}"
+                )
+            if _negative(mask):
+                raise UserError(
+                    f'data set "{data}": the mask {path} says that 0 is white, so that its values are not what a '
+                    "viewer shows; save it with 0 as black"
+                )
+            if mask.mode == "P":
+                turned = _without_palette(turned, path, data)
+            elif mask.mode not in ("1", "L"):
+                values = np.asarray(turned)
+                wrong = values[(values < 0) | (values > 255) | (values != np.rint(values))]
+                if wrong.size:
+                    raise UserError(
+                        f'data set "{data}": the mask {path} holds {wrong[0]:g}, expected class numbers from 0 to 255'
+                    )
+                turned = Image.fromarray(values.astype(np.uint8))
+            values = np.asarray(turned if size is None else turned.resize((size, size), Image.Resampling.NEAREST))
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise unreadable(data, "mask or its image", path, error) from error
+    return values.astype(np.uint8)
+
+
+def _without_palette(mask: Image.Image, path: Path, data: str) -> Image.Image:
+    """A palette mask as class numbers or greys, mode L.
+
+    A palette of greys stores what a viewer shows, in any order, so the grey counts.  A palette with colours paints
+    class numbers, so the position counts.
+    """
+    palette = np.array(mask.getpalette("RGB"), dtype=np.int64).reshape(-1, 3)
+    indices = np.asarray(mask)
+    used = np.unique(indices)
+    grey = (palette == palette[:, :1]).all(1)
+    reason, values = None, indices
+    if used[-1] >= len(palette) or len(np.unique(palette[used], axis=0)) < len(used):
+        reason = "its palette does not give every value a colour of its own"
+    elif grey.all():
+        values = palette[indices, 0].astype(np.uint8)
+        if mask.has_transparency_data and np.asarray(mask.convert("RGBA"))[..., 3].min() < 255:
+            reason = "its palette has a transparent grey"
+    elif grey[used].all() and (np.diff(palette[used, 0]) < 0).any():
+        reason = "its palette has colours and it shows greys alone, in another order than its values"
+    if reason is not None:
+        raise UserError(f'data set "{data}": {reason}, in the mask {path}; save it as a grey image of class numbers')
+    return Image.fromarray(values)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """The transpose that makes the image upright by its EXIF orientation; None if it is upright or has none."""
+    if image.format in ("PNG", "TIFF"):
+        image.load()  # a PNG may hold its EXIF data behind its pixels, and Pillow itself turns a TIFF when it loads
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises many kinds for damaged EXIF data, which are ignored
+        return None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of the image as :func:`upright` makes it."""
+    turn = _turn(image)
+    return image.size if turn in (None, *MIRRORS) else (image.height, image.width)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned and mirrored as its EXIF orientation says; the same image without an orientation.
+
+    ``exif_transpose`` is not used: it rewrites the EXIF data and fails where they are damaged.
+    """
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image on a white page if it is partly transparent: Pillow's conversion would show the hidden colours."""
+    if not image.has_transparency_data:
+        return image
+    colours = image.convert("RGBA")
+    if colours.getchannel("A").getextrema() == (255, 255):
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether the image has one channel of whole numbers beyond eight bits."""
+    return image.mode.startswith("I")
+
+
+def _negative(image: Image.Image) -> bool:
+    """Whether 0 is white and the decoded values are the stored ones: Pillow inverts greys of up to eight bits alone."""
+    return image.format == "TIFF" and image.mode not in ("1", "L") and image.tag_v2.get(PHOTOMETRIC) == 0  # type: ignore[attr-defined]
+
+
+def _check_bands(image: Image.Image, path: Path, data: str) -> None:
+    """Raises UserError where a TIFF does not say what its fourth band is, which Pillow takes for transparency."""
+    if image.format == "TIFF" and image.mode in ("LA", "RGBA") and EXTRA_BANDS not in image.tag_v2:  # type: ignore[attr-defined]
+        raise UserError(
+            f'data set "{data}": the image {path} has {len(image.mode)} bands and does not say that the last is '
+            "transparency, and not, for example, infrared; save the bands that count, one or three"
+        )
+
+
+def grey_bits(tops: Iterable[int]) -> int:
+    """The smallest of `BITS` that holds every largest value of files; 0 where there is none."""
+    top = max(tops, default=-1)
+    return 0 if top < 0 else next((bits for bits in BITS if top < 2**bits), BITS[-1])
+
+
+def _padded(image: Image.Image, size: int) -> Image.Image:
+    """Like Pillow's ``ImageOps.pad``, which rounds the short side of a thin image to no pixel at all."""
+    longest = max(image.size)
+    width, height = (max(1, round(side / longest * size)) for side in image.size)
+    out = Image.new(image.mode, (size, size))
+    corner = round((size - width) / 2), round((size - height) / 2)
+    out.paste(image.resize((width, height), Image.Resampling.BICUBIC), corner)
+    return out
+
+
+def _eight_bits(
+    image: Image.Image, path: Path, data: str, bits: int, window: tuple[float, float] | None
+) -> Image.Image:
+    """The upright image with its grey values scaled to 0-255: Pillow's conversion would clip larger values."""
+    turned = upright(image)
+    if image.mode != "F" and not is_deep(image):
+        return turned
+    values = np.asarray(turned)
+    low, high = float(values.min()), float(values.max())
+    if window is not None:
+        if not math.isfinite(low + high):
+            raise UserError(f'data set "{data}": the image {path} holds grey values that are not finite; replace them')
+        scaled = 255 * np.clip((values.astype(np.float64) - window[0]) / (window[1] - window[0]), 0, 1)
+        return _with_clear(255 - scaled if _negative(image) else scaled, values, image)
+    top = 1 if image.mode == "F" else 2**bits - 1
+    if image.mode != "F" and not bits:
+        raise UserError(
+            f'data set "{data}": the image {path} has grey values of more than eight bits, unlike the images that '
+            "decide how values are scaled; save it with 8 bits, or train with --data-option bits=12 or bits=16"
+        )
+    if not (low >= 0 and high <= top):
+        expected = "fractions from 0 to 1" if image.mode == "F" else f"whole numbers from 0 to {top}"
+        more = (
+            f", or give --data-option bits={BITS[-1]}" if high > top >= 2 and low >= 0 and high < 2 ** BITS[-1] else ""
+        )
+        raise UserError(
+            f'data set "{data}": the image {path} holds grey values from {low:g} to {high:g}, expected {expected}; '
+            f"choose the range that shows what matters with --data-option window=CENTRE,WIDTH{more}"
+        )
+    return _with_clear((top - values if _negative(image) else values) * (255 / top), values, image)
+
+
+def _with_clear(scaled: npt.NDArray[Any], values: npt.NDArray[Any], image: Image.Image) -> Image.Image:
+    """The image of greys from 0 to 255, with the transparency that the file's own ``values`` have."""
+    grey = Image.fromarray(np.rint(scaled).astype(np.uint8))
+    if isinstance(clear := image.info.get("transparency"), int):  # the transparent grey of a PNG, as it is stored
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def unreadable(data: str, what: str, path: Path, error: Exception) -> UserError:
+    """The error for a file that cannot be decoded."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):  # its own message names the file object
+        reason = f"it is none of {', '.join(FORMATS)}"
+        with suppress(Exception), path.open("rb") as file:  # what Pillow knows of a TIFF that it cannot decode
+            tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+            file.seek(tags.next)
+            tags.load(file)
+            kind = f"{tags[BITS_EACH][0]} bits{', floats' * (3 in tags.get(SAMPLE_FORMAT, ()))}"
+            reason = f"a TIFF of {tags[BANDS]} bands of {kind}, expected grey or three colours of 8 or 16 bits"
+    return UserError(f'data set "{data}": cannot read the {what} {path} ({reason}); replace or remove it')
+
+
+def each(work: Callable[[int], None], count: int) -> None:
+    """Calls ``work`` with 0 to ``count`` - 1 in several threads; decoding releases the interpreter lock."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as workers:
+        for _ in workers.map(work, range(count)):
+            pass

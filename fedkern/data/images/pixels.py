@@ -1,0 +1,115 @@
+"""Images of a split as networks see them: normalised, channels-last, cached where small; their labels and texts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.data.images import transforms
+from fedkern.files.image_rows import FileRows, ImageRows
+from fedkern.models.transfer import send
+
+
+class Pixels:
+    """uint8 images [n, C, H, W] that become normalised fp32 batches, channels-last.
+
+    ``sides`` (height, width), where given, is the window that a network sees: at a random place in an image that is
+    augmented, else central.  ``erased`` bool [n, H, W], where given, marks pixels that become ``fill`` (normalised, one
+    value per channel).
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        *,
+        cache: bool,
+        augment: str = "none",
+        erased: Tensor | None = None,
+        fill: Tensor | None = None,
+        sides: tuple[int, int] | None = None,
+    ) -> None:
+        # Images in a file stay there, unless their normalised values are kept in memory.
+        self._file = images if isinstance(images, ImageRows) and not cache else None
+        # One row per image in NHWC, so that picking rows keeps channels-last and copies whole images.
+        self._rows = images[:0] if self._file is not None else images.permute(0, 2, 3, 1).contiguous().to(device)
+        self._count = len(images)
+        self.bytes_each = 4 * math.prod(images.shape[1:])
+        self._mean, self._std, self._device = mean, std, device
+        self._erased = None if erased is None else erased.to(device)
+        self._fill = torch.zeros(len(mean), device=device) if fill is None else fill.to(device)
+        self.augment = augment
+        self._cache = cache
+        self._sides = None if sides == tuple(images.shape[2:]) else sides
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _normalise(self, rows: Tensor, erased: Tensor | None) -> Tensor:
+        out = transforms.normalise(rows.permute(0, 3, 1, 2), self._mean, self._std).permute(0, 2, 3, 1)
+        return out if erased is None else torch.where(erased[..., None], self._fill, out)
+
+    def sent(self, index: Tensor) -> Tensor:
+        """Indices on the CPU, sent to where the images are; :meth:`take` then sends them no more."""
+        return index if self._file is not None else send(index, self._device)
+
+    def _read(self, indices: np.ndarray | Tensor | None) -> Tensor:
+        """uint8 [B, H, W, C] on the device, of images in a file."""
+        assert self._file is not None
+        if indices is None:
+            return send(self._file.permute(0, 2, 3, 1).contiguous(), self._device)
+        return send(self._file.nhwc(as_index(indices)), self._device)
+
+    def take(self, indices: np.ndarray | Tensor | None, rng: np.random.Generator | None = None) -> Tensor:
+        """fp32 [B, C, H, W] (channels-last) of the images at ``indices``; augmented when there is an ``rng``."""
+        if self._cache and self._rows.dtype == torch.uint8:
+            self._rows, self._erased = self._normalise(self._rows, self._erased), None
+        rows, erased = self._rows, self._erased
+        if self._file is not None:
+            rows = self._read(indices)
+        if indices is not None:
+            index = send(as_index(indices), self._device)
+            rows = rows if self._file is not None else rows.index_select(0, index)
+            erased = None if erased is None else erased[index]
+        if rows.dtype == torch.uint8:
+            rows = self._normalise(rows, erased)
+        if self.augment == "none":
+            rng = None
+        images = rows.permute(0, 3, 1, 2)
+        if self._sides is not None:
+            images = transforms.window(images, self._sides, rng)
+        return images if rng is None else transforms.augment(images, self.augment, rng)
+
+
+def as_index(indices: np.ndarray | Tensor) -> Tensor:
+    """Indices on the CPU as a tensor, which shares their memory."""
+    return indices if isinstance(indices, Tensor) else torch.from_numpy(np.ascontiguousarray(indices))
+
+
+def placed(labels: Tensor, device: torch.device) -> Tensor:
+    """Labels on the device; classes of pixels that are in a file stay there."""
+    return labels if isinstance(labels, FileRows) else labels.to(device)
+
+
+def images_alone(
+    pixels: Pixels, index: Tensor, labels: Tensor, rng: np.random.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Images at ``index``, augmented where there is an ``rng``, and their ``labels`` as they are."""
+    return pixels.take(index, rng), labels
+
+
+def images_and_labels(
+    pixels: Pixels, index: Tensor, labels: Tensor, rng: np.random.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Images at ``index`` and the classes of their pixels, augmented together where there is an ``rng``."""
+    images = pixels.take(index)
+    return (images, labels) if rng is None else transforms.augment_pairs(images, labels, pixels.augment, rng)
+
+
+PICK = {"pixels": images_and_labels}
+"""How samples are picked, by what a network is for (`fedkern.tasks.Task.network`), if not as :func:`images_alone`."""

@@ -1,0 +1,1 @@
+"""Labels: several an image, and values that are written in several ways."""

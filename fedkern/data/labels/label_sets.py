@@ -1,0 +1,69 @@
+"""Several labels an image: what is taken for them, and cells of a CSV file that become 0 and 1 for every label."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedkern.data.labels.spelling import MISSING, classes_of, filled
+from fedkern.errors import UserError
+
+COLUMN = "labels"
+"""Column with the labels of an image; a column ``label`` with one class an image comes before it."""
+SEPARATOR = "|"
+
+
+def check_several(counts: Sequence[int], said: str, where: str, single: str, several: str) -> None:
+    """Raises UserError where every image has exactly one label and nobody says that these are several labels an image.
+
+    One label in every image is what a single class an image looks like (one-hot labels), which has another loss, other
+    figures and other methods.
+
+    Args:
+        counts: labels of every image of all sets.
+        said: the user's word for the task, or ``"auto"``.
+        where: what holds the labels, in words.
+        single, several: ways out, in words.
+    """
+    if said == "auto" and len(counts) and set(counts) == {1}:
+        raise UserError(
+            f"{where}: every image has exactly one label; where these are classes, {single}; where an image may have "
+            f"several labels or none, {several}"
+        )
+
+
+def label_sets(
+    cells: Sequence[str], where: str, data: str, order: str = ""
+) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], list[str]]:
+    """The labels of every row.
+
+    Args:
+        cells: the values of the column; an empty one has no label.
+        where: the column and its file in words, for messages.
+        order: as in `classes_of`.
+
+    Returns:
+        The names of the labels; uint8 ``[n, L]``, 1 where the row has the label; and sentences on labels that are
+        written in several ways, or count as empty.
+
+    Raises:
+        UserError: the rows name no label.
+    """
+    missing: Counter[str] = Counter()
+    split: list[list[str]] = []
+    for cell in cells:
+        parts = [part.strip() for part in cell.split(SEPARATOR)]
+        missing.update(part for part in parts if part in MISSING)
+        split.append([part for part in parts if filled(part)])
+    names, numbers, told = classes_of([name for row in split for name in row], where[:1].upper() + where[1:], order)
+    if not names:
+        raise UserError(f'data set "{data}": {where} names no label, expected two or more, joined by "{SEPARATOR}"')
+    if missing:
+        listed = ", ".join(f"{value} ({count})" for value, count in missing.most_common())
+        told = [f"Labels of {where} that count as empty: {listed}.", *told]
+    sets = np.zeros((len(split), len(names)), dtype=np.uint8)
+    sets[np.repeat(np.arange(len(split)), [len(row) for row in split]), numbers] = 1
+    return names, sets, told

@@ -1,0 +1,140 @@
+"""Holdout: a test set of every client's own samples, and one client that is left out of training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fedkern.data.sharing.cases import drawn_rows, unit_noun
+from fedkern.data.split import Split
+from fedkern.data.types import FederatedData
+from fedkern.errors import UserError, nearest
+from fedkern.streams import stream
+
+HELD_OUT = "held_out"
+"""Name of the test set with the samples of the client that is left out of training."""
+SHOWN = 20
+"""Most clients that a message lists by name."""
+
+
+def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, seed: int) -> FederatedData:
+    """The federation without one client, and with an own test set for every other client.
+
+    Args:
+        held_out: name or number of the client that never trains, or None.  All its samples become the test set
+            ``"held_out"``, and the numbers of the clients after it fall by one.  No other set keeps an image of it: in
+            the validation, public and test sets `Split.homes` tells them, and where images have no names, equal
+            images with equal labels are the same.  A test set that has no other images is left out.
+        share: share of every other client's samples, in [0, 1), that becomes its own test set and replaces a client
+            test of the data set; 0 keeps the client tests of the data set.  A test set has at least two samples.  A
+            patient, a case and an image with several texts count as one sample and are never divided.
+        seed: the run's root seed; the samples drawn of a client depend on no other client.
+
+    Raises:
+        UserError: there is no such client, no other client is left, another client has some of its images, or a client
+            has too few samples.
+    """
+    numbers = list(range(len(data.clients)))
+    statistics = data.statistics
+    if held_out is not None:
+        absent = _client(data, held_out)
+        if HELD_OUT in data.tests:
+            raise UserError(f'--held-out-client makes the test set "{HELD_OUT}", which the data have: rename theirs.')
+        numbers.remove(absent)
+        _check_unseen(data, absent, numbers)
+        data = _without(data, absent, numbers)
+        statistics = statistics.without(absent, len(data.tests[HELD_OUT]))
+    names = None if data.client_names is None else tuple(data.client_names[k] for k in numbers)
+    kept = tuple(data.clients[k] for k in numbers)
+    own = tuple(data.client_tests[k] for k in numbers) if data.client_tests else ()
+    if share:
+        parts = [_divided(data.clients[k], data.client_label(k), k, share, seed) for k in numbers]
+        kept = tuple(part for part, _ in parts)
+        own = tuple(data.form.central(test) for _, test in parts)
+        statistics = statistics.recounted(kept, [len(test) for test in own])
+    return replace(data, clients=kept, client_tests=own, client_names=names, statistics=statistics)
+
+
+def _client(data: FederatedData, wanted: str | int) -> int:
+    """The number of the client that has this name or, where no name is a number, this number."""
+    names, count = data.client_names, len(data.clients)
+    text = str(wanted)
+    if count > 1 and names is not None and text in names:
+        return names.index(text)
+    numbers = {k: int(name) for k, name in enumerate(names or ()) if str(name).isdecimal()}
+    known = numbers or {k: k for k in range(count)}
+    meant = [k for k, number in known.items() if text.isdecimal() and number == int(text)]
+    if count > 1 and len(meant) == 1:
+        return meant[0]
+    named = [names[k] if numbers else data.client_label(k) for k in range(min(count, SHOWN))] if names else []
+    every = ", ".join(named) + ", ..." * (count > SHOWN) if named else f"0 to {count - 1}"
+    last = every if count > 1 else "and a single one cannot be"
+    raise UserError(f"--held-out-client must be one of the clients, {last}, not {text}.{nearest(text, names or ())}")
+
+
+def _without(data: FederatedData, absent: int, others: list[int]) -> FederatedData:
+    """The data whose validation, public and test sets have no image of a client, with the test set ``held_out``.
+
+    Args:
+        others: the numbers of all other clients, which count anew in the homes of images.
+    """
+    place = torch.full((len(data.clients) + 1,), -1)  # the last place is that of images without a client, -1
+    place[others] = torch.arange(len(others))
+    train = data.clients[absent]
+    known = {each for split in (train, *data.client_tests[absent : absent + 1]) for each in split.identities()}
+    unseen = [data.form.central(train)]
+    counted = set(train.identities())
+
+    def purged(split: Split) -> Split:
+        images = split.identities()
+        own = torch.tensor([each in known for each in images], dtype=torch.bool)
+        if split.homes is not None:
+            own |= split.homes == absent
+            split = replace(split, homes=place[split.homes])
+        if not bool(own.any()):
+            return split
+        # A set with cues or patches shows the images of another set again: an image counts once.
+        new = own & torch.tensor([each not in counted for each in images], dtype=torch.bool)
+        if bool(new.any()):
+            unseen.append(split.subset(new.nonzero().flatten()))
+            counted.update(unseen[-1].identities())
+        return split.subset((~own).nonzero().flatten())
+
+    tests = {name: purged(split) for name, split in data.tests.items()}
+    validation = purged(data.validation)
+    public = None if data.public is None else purged(data.public)
+    tests = {name: split for name, split in tests.items() if len(split)}
+    apart = unseen[0].plus(unseen[1:])
+    tests[HELD_OUT] = apart if apart.homes is None else replace(apart, homes=None)
+    return replace(
+        data, tests=tests, validation=validation, public=public if public is not None and len(public) else None
+    )
+
+
+def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None:
+    own = set(data.clients[held_out].identities())
+    for k in others:
+        shared = own.intersection(data.clients[k].identities())
+        if shared:
+            named = f" ({min(shared)})" if data.clients[k].ids is not None else ""
+            what = f"{len(shared)} of its {data.form.noun}{named}"
+            raise UserError(
+                f"Client {data.client_label(held_out)} cannot be held out: {what} belong to client "
+                f"{data.client_label(k)}, which trains on them; name one client for every one of them."
+            )
+
+
+def _divided(split: Split, label: str, client: int, share: float, seed: int) -> tuple[Split, Split]:
+    units = split.units()
+    parts = drawn_rows(stream(seed, "client-test", client=client), len(split), units)
+    count = max(2, round(share * len(parts)))
+    if len(parts) < count + 2:
+        what = "samples" if units is None else unit_noun(split.cases, split.patients)
+        raise UserError(
+            f"Client {label} has {len(parts)} {what}, too few for a test set of its own: use fewer clients, more "
+            f"{what}, or --client-test 0."
+        )
+    test, kept = (torch.from_numpy(np.sort(np.concatenate(rows))) for rows in (parts[:count], parts[count:]))
+    return split.subset(kept), split.subset(test)

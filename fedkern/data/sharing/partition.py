@@ -1,0 +1,355 @@
+"""Partitioners: how training samples are shared out among clients.
+
+Every partitioner returns one sorted int64 array of row numbers per client; the arrays are disjoint and cover the set.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedkern.data.sharing.cases import rows_by_owner
+from fedkern.errors import UserError, nearest
+from fedkern.streams import stream
+
+Rows = npt.NDArray[np.int64]
+
+DIRICHLET_MIN_SAMPLES = 10
+DIRICHLET_DRAWS = 200
+DIRICHLET_ALPHA = 1e9
+"""Largest ALPHA; shares then differ by less than one sample, and NumPy's draws overflow far above it."""
+
+
+@dataclass(frozen=True)
+class PartitionerInfo:
+    """One line of ``list``: how a partitioner is written and what it does."""
+
+    usage: str
+    description: str
+
+
+PARTITIONERS: dict[str, PartitionerInfo] = {
+    "iid": PartitionerInfo("iid", "equal random shares: every client sees the same distribution"),
+    "stratified": PartitionerInfo("stratified", "equal shares of every class"),
+    "dirichlet": PartitionerInfo(
+        "dirichlet:ALPHA[:min=N][:fill][:plain]",
+        "label skew (class shares differ by client) by a Dirichlet(ALPHA) draw per class; small ALPHA, strong skew",
+    ),
+    "classes": PartitionerInfo(
+        "classes:S", "label skew (class shares differ by client): every client holds S classes only"
+    ),
+    "attribute": PartitionerInfo(
+        "attribute", "attribute skew (images differ by client): every client has its own contexts or background colours"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PartitionSpec:
+    """A parsed partition specification.
+
+    Attributes:
+        text: as the user wrote it.
+        name: key of `PARTITIONERS`.
+        alpha: Dirichlet concentration.
+        classes_per_client: S of ``classes:S``.
+        min_samples: fewest samples of a client that ``dirichlet`` accepts; of a patient or case each image counts.
+        fill: ``dirichlet`` tops up clients that are too small instead of drawing again.
+        plain: ``dirichlet`` without balancing and without shuffling inside a class.
+    """
+
+    text: str
+    name: str
+    alpha: float = math.nan
+    classes_per_client: int = 0
+    min_samples: int = DIRICHLET_MIN_SAMPLES
+    fill: bool = False
+    plain: bool = False
+
+    @property
+    def title(self) -> str:
+        """The partition in words, such as ``label skew, Dirichlet(0.1)``."""
+        rest = self.text.split(":")[2:]
+        return {
+            "iid": "equal random shares",
+            "stratified": "equal shares of every class",
+            "dirichlet": ", ".join([f"label skew, Dirichlet({self.alpha:g})", *rest]),
+            "classes": f"label skew, {self.classes_per_client} classes a client",
+            "attribute": "attribute skew",
+        }[self.name]
+
+
+def parse_partition(text: str) -> PartitionSpec:
+    """Reads ``iid``, ``stratified``, ``dirichlet:ALPHA[:min=N][:fill][:plain]``, ``classes:S`` or ``attribute``.
+
+    Raises:
+        UserError: an unknown name (the message suggests the nearest), or a missing, malformed or superfluous value.
+    """
+    name, *values = text.strip().split(":")
+    if name not in PARTITIONERS:
+        known = ", ".join(info.usage.split("[")[0] for info in PARTITIONERS.values())
+        raise UserError(f'unknown partition "{text}": expected one of {known}.{nearest(name, PARTITIONERS)}')
+    usage = PARTITIONERS[name].usage
+    if name in ("iid", "stratified", "attribute"):
+        if values:
+            raise UserError(f'partition "{text}": {name} takes no value, write {usage}')
+        return PartitionSpec(text, name)
+    if not values or not values[0]:
+        example = {"dirichlet": "dirichlet:0.5", "classes": "classes:2"}[name]
+        raise UserError(f'partition "{text}": {name} needs a value, for example {example}')
+    if name == "classes":
+        if len(values) > 1 or not values[0].isdecimal() or int(values[0]) < 1:
+            raise UserError(f'partition "{text}": expected classes:S with a whole number S of at least 1')
+        return PartitionSpec(text, name, classes_per_client=int(values[0]))
+    return _parse_dirichlet(text, values, usage)
+
+
+def _parse_dirichlet(text: str, values: Sequence[str], usage: str) -> PartitionSpec:
+    try:
+        alpha = float(values[0])
+    except ValueError:
+        alpha = math.nan
+    if not 0 < alpha <= DIRICHLET_ALPHA:
+        raise UserError(
+            f'partition "{text}": expected dirichlet:ALPHA with a positive number ALPHA up to {DIRICHLET_ALPHA:g}, for '
+            "example 0.5; stratified gives equal shares of every class"
+        )
+    options: dict[str, Any] = {}
+    for value in values[1:]:
+        if value in ("fill", "plain"):
+            options[value] = True
+        elif value.startswith("min=") and value[4:].isdecimal():
+            options["min_samples"] = int(value[4:])
+        else:
+            raise UserError(f'partition "{text}": cannot read "{value}", expected {usage}')
+    if options.get("plain") and "min_samples" not in options:
+        options["min_samples"] = 1
+    return PartitionSpec(text, "dirichlet", alpha=alpha, **options)
+
+
+def partition(
+    spec: str | PartitionSpec,
+    labels: npt.NDArray[np.int64],
+    clients: int,
+    seed: int,
+    *,
+    class_count: int | None = None,
+    groups: npt.NDArray[np.int64] | None = None,
+    sizes: npt.NDArray[np.int64] | None = None,
+    unit: str = "samples",
+) -> list[Rows]:
+    """Shares the rows of ``labels`` out among ``clients``.
+
+    Args:
+        spec: a specification as text, or parsed by `parse_partition`.
+        labels: int64 ``[n]``.
+        clients: number of clients, at least 1.
+        seed: the run's root seed; draws come from its stream ``"partition"``.
+        class_count: number of classes, some of which may not occur (default: the largest label + 1).
+        groups: int64 ``[n]`` for ``attribute``: the client of every row.  Without ``groups`` the rows are shared out
+            equally, and the attribute is made later, as in the coloured sets.
+        sizes: int64 ``[n]``, the samples that every row stands for (default: one), such as a patient's images.
+        unit: what a row is, in the plural, for messages.
+
+    Returns:
+        One sorted array of rows per client; the arrays are disjoint and cover all rows.
+
+    Raises:
+        UserError: more clients than samples, a client that would be empty, or a rule that cannot be met.
+    """
+    spec = parse_partition(spec) if isinstance(spec, str) else spec
+    n = len(labels)
+    if clients < 1:
+        raise UserError(f"the number of clients must be at least 1, got {clients}")
+    if clients > n:
+        raise UserError(f"{clients} clients are more than the {n} training {unit}; take fewer clients or more {unit}")
+    rng = stream(seed, "partition")
+    class_count = (int(labels.max()) + 1) if class_count is None else class_count
+    if spec.name == "attribute" and groups is not None:
+        parts = rows_by_owner(groups, clients)
+    elif spec.name in ("iid", "attribute"):
+        parts = np.array_split(rng.permutation(n), clients)
+    elif spec.name == "stratified":
+        parts = _stratified(labels, clients, class_count, rng)
+    elif spec.name == "classes":
+        parts = _by_classes(spec, labels, clients, class_count, rng)
+    else:
+        each = np.ones(n, dtype=np.int64) if sizes is None else sizes
+        parts = _dirichlet(spec, labels, clients, class_count, rng, each, unit)
+    parts = [np.sort(part).astype(np.int64) for part in parts]
+    for k, part in enumerate(parts):
+        if len(part) == 0:
+            raise UserError(
+                f'client {k} would have no training sample under partition "{spec.text}"; take fewer clients, more '
+                f"{unit} or a milder partition"
+            )
+    return parts
+
+
+def partition_like(
+    labels: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], rng: np.random.Generator
+) -> list[Rows]:
+    """Splits a test set among clients in the proportions of their training data, class by class (FuseFL's test split).
+
+    Args:
+        labels: int64 ``[n]`` of the set to split.
+        counts: int64 ``[clients, classes]``, training samples; a class that no client holds is shared out equally.
+        rng: shuffles inside every class.
+
+    Returns:
+        One sorted array of rows per client; the arrays are disjoint and cover all rows, and a client may be empty.
+    """
+    clients, classes = counts.shape
+    if len(labels) and int(labels.max()) >= classes:
+        raise ValueError(f"labels: expected values below {classes}, got {int(labels.max())}")
+    parts: list[list[Rows]] = [[] for _ in range(clients)]
+    for label in range(classes):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        held = counts[:, label].astype(np.float64)
+        share = held / held.sum() if held.sum() > 0 else np.full(clients, 1 / clients)
+        cuts = np.rint(np.cumsum(share) * len(rows)).astype(np.int64)[:-1]
+        for part, piece in zip(parts, np.split(rows, cuts), strict=True):
+            part.append(piece)
+    return [np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
+
+
+def _stratified(labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
+    """Deals out the classes one after another: clients differ by at most one sample, in every class and in total."""
+    dealt = np.concatenate([rng.permutation(np.flatnonzero(labels == label)) for label in range(classes)])
+    return [dealt[k::clients] for k in range(clients)]
+
+
+def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
+    per_client = spec.classes_per_client
+    if per_client > classes:
+        raise UserError(f'partition "{spec.text}": the data set has only {classes} classes')
+    if clients * per_client < classes:
+        fitting = math.ceil(classes / clients)
+        raise UserError(
+            f'partition "{spec.text}" gives {clients} clients {clients * per_client} classes and leaves out '
+            f"{classes - clients * per_client} of {classes}; take classes:{fitting} or "
+            f"{math.ceil(classes / per_client)} clients"
+        )
+    # Every client takes the classes that fewest others hold so far, so that clients overlap as little as possible.
+    holders: list[list[int]] = [[] for _ in range(classes)]
+    for client in range(clients):
+        order = np.lexsort((rng.random(classes), np.array([len(held) for held in holders])))
+        for label in order[:per_client]:
+            holders[label].append(client)
+    parts: list[list[Rows]] = [[] for _ in range(clients)]
+    for label, held_by in enumerate(holders):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        for client, piece in zip(held_by, np.array_split(rows, len(held_by)), strict=True):
+            parts[client].append(piece)
+    return [np.concatenate(part) for part in parts]
+
+
+def _dirichlet(
+    spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator, sizes: Rows, unit: str
+) -> list[Rows]:
+    """Label skew by one Dirichlet draw per class.
+
+    The default is the "NIID-bench" form, as in FuseFL's code: a client that already holds its fair share of rows gets
+    nothing of the next class, and the draw is repeated until every client has ``min_samples``.  ``plain`` is FedIOD's
+    form, without that balancing and without shuffling inside a class.
+    """
+    n = int(sizes.sum())
+    if spec.min_samples * clients > n:
+        raise UserError(
+            f'partition "{spec.text}" asks for at least {spec.min_samples} samples per client, but {clients} clients '
+            f"share only {n}; take fewer clients, more samples, or append :min=1"
+        )
+    per_class = np.bincount(labels, minlength=classes)
+    for _ in range(1 if spec.fill else DIRICHLET_DRAWS):
+        counts = _dirichlet_counts(spec, per_class, clients, rng)
+        if not spec.fill and counts.sum(axis=0).min() * sizes.max() < spec.min_samples:
+            continue  # before the rows are shuffled: counting makes a retry cheap
+        parts: list[list[Rows]] = [[] for _ in range(clients)]
+        for label in range(classes):
+            rows = np.flatnonzero(labels == label)
+            rows = rows if spec.plain else rng.permutation(rows)
+            for part, piece in zip(parts, np.split(rows, np.cumsum(counts[label])[:-1]), strict=True):
+                part.append(piece)
+        joined = [np.concatenate(part) for part in parts]
+        if spec.fill:
+            joined = _fill(joined, max(spec.min_samples, 1), rng, sizes)
+        if min(sizes[part].sum() for part in joined) >= spec.min_samples:
+            return joined
+    if spec.fill:
+        raise UserError(
+            f'partition "{spec.text}" cannot give each of {clients} clients {spec.min_samples} samples of {n}, because '
+            f"{unit} are never divided; take fewer clients, or append :min=1"
+        )
+    raise UserError(
+        f'partition "{spec.text}" found no draw in {DIRICHLET_DRAWS} that leaves each of {clients} clients '
+        f"{spec.min_samples} samples of {n}; take a larger ALPHA, fewer clients, or append :fill to top up small ones"
+    )
+
+
+def _dirichlet_counts(
+    spec: PartitionSpec, per_class: Rows, clients: int, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Number of rows of every class for each client, int64 ``[classes, clients]``."""
+    counts = np.zeros((len(per_class), clients), dtype=np.int64)
+    held = np.zeros(clients, dtype=np.int64)
+    fair = per_class.sum() / clients
+    draws = rng.dirichlet(np.full(clients, spec.alpha), size=len(per_class))
+    for label, (available, share) in enumerate(zip(per_class, draws, strict=True)):
+        if not spec.plain:
+            room = held < fair
+            share = np.where(room, share, 0.0)
+            if share.sum() == 0:  # the whole draw fell on clients that are full
+                share = room if room.any() else np.ones(clients)
+            share = share / share.sum()
+        cuts = np.floor(np.cumsum(share)[:-1] * available).astype(np.int64).clip(0, available)
+        counts[label] = np.diff(cuts, prepend=0, append=available)
+        held += counts[label]
+    return counts
+
+
+def _fill(parts: list[Rows], minimum: int, rng: np.random.Generator, sizes: Rows) -> list[Rows]:
+    """Moves random rows from the largest clients to those below ``minimum`` samples; the largest keep ``minimum``.
+
+    A client stays too small where every row of all others stands for more samples than its holder can give.
+    """
+    held = [int(sizes[part].sum()) for part in parts]
+    # The largest client, of equals the one with the lowest number.  An entry whose client has changed since is stale.
+    heap = [(-count, k) for k, count in enumerate(held)]
+    heapq.heapify(heap)
+    for k in np.argsort(held, kind="stable").tolist():
+        while held[k] < minimum and heap:
+            count, largest = heap[0]
+            if -count != held[largest]:
+                heapq.heappop(heap)
+                continue
+            spare = held[largest] - minimum
+            donor = rng.permutation(parts[largest])
+            given = _gift(sizes[donor], min(minimum - held[k], max(1, spare // 2)), spare)
+            if not given:
+                heapq.heappop(heap)
+                continue
+            parts[k], parts[largest] = np.concatenate([parts[k], donor[given]]), np.delete(donor, given)
+            moved = int(sizes[donor[given]].sum())
+            held[k], held[largest] = held[k] + moved, held[largest] - moved
+            for changed in (k, largest):
+                heapq.heappush(heap, (-held[changed], changed))
+    return parts
+
+
+def _gift(sizes: Rows, wanted: int, spare: int) -> list[int]:
+    """The first positions whose ``sizes`` come to ``wanted`` or more, without those that make them exceed ``spare``."""
+    given: list[int] = []
+    total = 0
+    for position, size in enumerate(sizes.tolist()):
+        if total >= wanted:
+            break
+        if total + size <= spare:
+            given.append(position)
+            total += size
+    return given

@@ -1,0 +1,58 @@
+"""Patients as the privacy unit: limits the images of every patient and checks that no patient is at two clients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fedkern.data.sharing.cases import Rows, rows_of_units
+from fedkern.data.split import Split
+from fedkern.data.types import FederatedData
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+
+def numbered(split: Split) -> Rows:
+    """Patient of every image, int64 ``[n]`` counted from 0, of a split that names patients."""
+    assert split.patients is not None  # checked in limited
+    return np.unique(split.patients.numpy(), return_inverse=True)[1].astype(np.int64)
+
+
+def limited(data: FederatedData, images: int, seed: int) -> FederatedData:
+    """The federation with at most ``images`` training images of every patient, drawn at random; order is kept.
+
+    A patient's draw depends on no other patient's images.  Otherwise one patient's images could change which images of
+    other patients stay, and no bound on one patient's influence would hold.
+
+    Raises:
+        UserError: the training images do not name their patients, or a patient has images at two clients.
+    """
+    owners: dict[int, int] = {}
+    for k, split in enumerate(data.clients):
+        if split.patients is None:
+            raise UserError(
+                f'--privacy-unit patient needs to know whose every image is, and the data set "{data.name}" names no '
+                "patients: give its table a column patient_id, or take --privacy-unit image."
+            )
+        for patient in np.unique(split.patients.numpy()).tolist():
+            if (owner := owners.setdefault(patient, k)) != k:
+                raise UserError(
+                    "--privacy-unit patient needs all images of a patient at one client, and clients "
+                    f"{data.client_label(owner)} and {data.client_label(k)} share a patient: name one client for all "
+                    "images of a patient, or none for any."
+                )
+    kept = tuple(_limited(split, images, k, seed) for k, split in enumerate(data.clients))
+    return replace(data, clients=kept, statistics=data.statistics.recounted(kept))
+
+
+def _limited(split: Split, images: int, client: int, seed: int) -> Split:
+    assert split.patients is not None  # checked in limited
+    kept = []
+    for rows in rows_of_units(numbered(split)):
+        if len(rows) > images:
+            rng = stream(seed, f"patient-images/{int(split.patients[rows[0]])}", client=client)
+            rows = rng.permutation(rows)[:images]
+        kept.append(rows)
+    return split.subset(torch.from_numpy(np.sort(np.concatenate(kept))))

@@ -1,0 +1,1 @@
+"""Sources: where the samples of a federation come from."""

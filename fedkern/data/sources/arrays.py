@@ -1,0 +1,196 @@
+"""Federated data from arrays in memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.data.forms import ImageForm
+from fedkern.data.labels.label_sets import check_several
+from fedkern.data.sharing.statistics import PartitionStatistics
+from fedkern.data.split import MOST, Split, are_classes
+from fedkern.errors import UserError, first_of, shown
+from fedkern.tasks import task_of
+
+NAME = "arrays"
+Labelled = tuple[Any, Any]
+
+
+def open_arrays(root: str | Path | None) -> NoReturn:
+    """Raises UserError: these data are in the memory of a Python program, and no file holds them."""
+    raise UserError(
+        'data set "arrays" is given through Python: fedkern.simulate(METHOD, data=FederatedData.from_arrays(...)), and '
+        "a run of it goes on with fedkern.load(DIR, data=...).resume()"
+    )
+
+
+def parts_of_arrays(
+    clients: Mapping[str, Labelled] | Sequence[Labelled],
+    test: Labelled | Mapping[str, Labelled] | None,
+    validation: Labelled | None,
+    classes: Sequence[str] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    augment: str,
+    task: str,
+) -> dict[str, Any]:
+    """The attributes of the data that :meth:`fedkern.data.FederatedData.from_arrays` makes of these arguments."""
+    changes: list[float] = []
+    if isinstance(clients, str) or not isinstance(clients, Iterable):
+        raise UserError(f"clients must be pairs (images, labels), by name or in a list, not {type(clients).__name__}.")
+    named = dict(clients) if isinstance(clients, Mapping) else {str(k): pair for k, pair in enumerate(clients)}
+    if not named:
+        raise UserError("clients must hold at least one client, but is empty.")
+    splits = {name: _split(pair, f"client {name}", changes, task) for name, pair in named.items()}
+    given = {} if test is None else dict(test) if isinstance(test, Mapping) else {"": test}
+    tests = {name: _split(pair, f"the test set {name}".rstrip(), changes, task) for name, pair in given.items()}
+    if not tests:
+        raise UserError("There is no test set: give test=(images, labels), or such pairs by name.")
+    first = next(iter(splits.values()))
+    shape = first.images.shape[1:]
+    none = torch.arange(0)
+    held = first.subset(none) if validation is None else _split(validation, "validation", changes, task)
+    if (change := max(changes, default=0.0)) > 0:
+        warnings.warn(
+            "Images in floats are kept in 8 bits, as multiples of 1/255: the largest change of a value is "
+            f"{change:.2g}.",
+            stacklevel=3,
+        )
+    every = {**{f"client {name}": split for name, split in splits.items()}, **tests, "validation": held}
+    for name, split in every.items():
+        if split.images.shape[1:] != shape or split.task != first.task:
+            raise UserError(
+                f"{name or 'test'}: images must have shape {list(shape)} and labels {first.labels.dim()} axes like the "
+                f"first client's, but have {list(split.images.shape[1:])} and {split.labels.dim()}."
+            )
+    if classes is not None:
+        check_names(classes)
+    names = NAMES[first.task.target](every, classes, task)
+    channels = int(shape[0])
+    sites = tuple(named) if isinstance(clients, Mapping) else None
+    labels = [split.labels.numpy() for split in splits.values()]
+    statistics = PartitionStatistics.of(labels, names, "attribute", first.task)
+    return {
+        "name": NAME,
+        "classes": names,
+        "clients": tuple(splits.values()),
+        "validation": held,
+        "tests": tests,
+        "form": ImageForm(
+            (channels, *shape[1:]),
+            tuple(mean) if mean is not None else (0.5,) * channels,
+            tuple(std) if std is not None else (0.25,) * channels,
+            augment,
+        ),
+        "statistics": replace(statistics, names=sites),
+        "client_names": sites,
+    }
+
+
+def check_names(classes: Sequence[str]) -> None:
+    """Raises UserError where names of classes are no list of different texts."""
+    names = [] if isinstance(classes, str) or not isinstance(classes, Iterable) else [*classes]
+    if not all(isinstance(name, str) and name.strip() for name in names) or len({*names}) < len(names) or not names:
+        raise UserError(f"classes must be a list of different names, none of them empty, not {shown(classes)}.")
+
+
+def _class_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
+    most = 1 + max(int(split.labels.max()) for split in every.values() if split.labels.numel())
+    names = tuple(str(number) for number in range(most)) if classes is None else tuple(classes)
+    if len(names) < max(2, most):
+        raise UserError(f"classes must name at least {max(2, most)} classes, but has {len(names)}.")
+    return names
+
+
+def _pixel_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
+    values = sorted({value for split in every.values() for value in split.labels.unique().tolist() if value >= 0})
+    if classes is None and not are_classes(values):
+        raise UserError(
+            f"labels of pixels hold {first_of([*map(str, values)], 6)}, expected class numbers from 0 to at most "
+            f"{MOST - 1} without a gap: name all classes with classes=[...], or number them."
+        )
+    return _class_names(every, classes, task)
+
+
+def _label_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
+    """The names of the labels where an image may have several, one for every column."""
+    count = next(iter(every.values())).labels.shape[1]
+    if count < 2:
+        raise UserError(
+            f"labels of several labels an image must have two or more columns, but have {count}: give labels [n] for a "
+            "single class an image."
+        )
+    for name, split in every.items():
+        if split.labels.shape[1] != count:
+            raise UserError(
+                f"{name or 'test'}: labels must have {count} columns like the first client's, but have "
+                f"{split.labels.shape[1]}."
+            )
+    names = tuple(str(number) for number in range(count)) if classes is None else tuple(classes)
+    if len(names) != count:
+        raise UserError(f"classes must name the {count} labels, a name for every column, but has {len(names)}.")
+    counts = [count for split in every.values() for count in split.labels.sum(1).tolist()]
+    first = list(next(iter(every.values())).labels.shape)
+    way_out = "give labels [n] of whole numbers, such as labels.argmax(1)"
+    check_several(counts, task, f"labels {first}", way_out, 'give task="multilabel".')
+    return names
+
+
+NAMES = {"class": _class_names, "pixels": _pixel_names, "labels": _label_names}
+"""What makes the names of the classes, by the kind of labels (`fedkern.tasks.Task.target`)."""
+
+
+def _split(pair: Any, name: str, changes: list[float], task: str) -> Split:
+    try:
+        images, labels = pair
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: expected a pair (images, labels).") from None
+    try:
+        images, labels = _images(images, changes), _tensor(labels)
+        kind = task_of(labels, said=task)
+        return Split(images, kind.checked(labels), task=kind)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}.") from None
+
+
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    array = np.array(value)
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        raise ValueError(f"expected numbers, given {array.dtype}") from None
+
+
+def _images(value: Any, changes: list[float]) -> Tensor:
+    """uint8 ``[n, C, H, W]`` of ``[n, H, W]``, ``[n, C, H, W]`` or ``[n, H, W, C]``, uint8 or floats in [0, 1].
+
+    The largest change of a float goes to ``changes``, unless it is no more than the dtype's own rounding.
+    """
+    images = _tensor(value)
+    if images.dim() not in (3, 4) or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        kind = str(images.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"images must be uint8, or floats in [0, 1], of shape [n, C, H, W], [n, H, W, C] or [n, H, W], but are "
+            f"{kind} {list(images.shape)}"
+        )
+    if images.dim() == 3:
+        images = images[:, None]
+    elif images.shape[1] not in (1, 3) and images.shape[3] in (1, 3, 4):
+        images = images.permute(0, 3, 1, 2)
+    if images.is_floating_point():
+        if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
+            raise ValueError("floating images must lie in [0, 1]; give images of 0 to 255 as uint8")
+        rounded = (images.double() * 255).round()
+        change = float((images.double() - rounded / 255).abs().max()) if images.numel() else 0.0
+        changes.append(change if change > torch.finfo(images.dtype).eps else 0.0)
+        images = rounded.to(torch.uint8)
+    return images.contiguous()

@@ -1,0 +1,113 @@
+"""Canvases of the captions data set: real digits in colour on a textured background."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from fedkern.data.sources.digits import read_digits
+
+SIDE, CELL = 32, 16  # a canvas has two by two cells
+SUBJECT, OTHER = 14, 11  # side in pixels of the digit that the caption begins with, and of the other digits
+INK = {
+    "red": (255, 70, 60), "green": (60, 220, 80), "blue": (90, 140, 255), "yellow": (250, 220, 60),
+    "purple": (215, 90, 235), "white": (245, 245, 245),
+}  # fmt: skip
+TEXTURES = ("plain", "gradient", "rows", "columns", "diagonal", "checks", "speckles")
+BRIGHTEST = 95  # largest value of a background's channel, of 255, so that every ink stands out
+INK_THRESHOLD = 96  # opacity above which a pixel belongs to the digit
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A client's background: the texture and its two colours, uint8 ``[2, 3]``."""
+
+    texture: str
+    colours: Bytes
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One digit on a canvas: row in the digits data set, name of the ink, cell (0 to 3, row by row), side in pixels."""
+
+    row: int
+    ink: str
+    cell: int
+    side: int
+
+
+@functools.cache
+def _digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
+    images, labels = read_digits()
+    return images[:, 0].numpy(), labels.numpy()
+
+
+def digit_labels() -> npt.NDArray[np.int64]:
+    """The classes of all digits, int64 ``[1797]``."""
+    return _digits()[1].copy()
+
+
+@functools.cache
+def _glyphs(side: int) -> Bytes:
+    """All digits as opacities, uint8 ``[1797, side, side]``; Pillow filters in integers, so all machines agree."""
+    images = _digits()[0]
+    box = Image.Resampling.BICUBIC
+    return np.stack([np.asarray(Image.fromarray(image).resize((side, side), box)) for image in images])
+
+
+def random_ground(texture: str, rng: np.random.Generator) -> Ground:
+    """A background of the given texture with two dark colours that differ visibly."""
+    first = rng.integers(0, BRIGHTEST // 2, size=3)
+    second = first + rng.integers(BRIGHTEST // 4, BRIGHTEST // 2, size=3)
+    return Ground(texture, np.stack([first, second]).astype(np.uint8))
+
+
+def _texture(kind: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """The share of the second colour in every pixel, float ``[SIDE, SIDE]``, at a random phase and scale."""
+    y, x = np.mgrid[0:SIDE, 0:SIDE] + rng.uniform(0, SIDE, size=(2, 1, 1))
+    period = rng.uniform(5, 9)
+
+    def wave(along: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        return along % period < period / 2
+
+    if kind == "plain":
+        return np.full((SIDE, SIDE), rng.random())
+    if kind == "gradient":
+        angle = rng.uniform(0, 2 * np.pi)
+        along = np.cos(angle) * x + np.sin(angle) * y
+        return (along - along.min()) / (along.max() - along.min())
+    if kind == "speckles":
+        return (rng.random((SIDE, SIDE)) < 0.35).astype(np.float64)
+    pattern = {"rows": wave(y), "columns": wave(x), "diagonal": wave((x + y) / np.sqrt(2)), "checks": wave(x) ^ wave(y)}
+    return pattern[kind].astype(np.float64)
+
+
+def draw(ground: Ground, digits: Sequence[Placed], rng: np.random.Generator) -> tuple[Bytes, npt.NDArray[np.bool_]]:
+    """Draws one canvas.
+
+    Args:
+        digits: the digits, each in a cell of its own and at a random place inside the cell.
+        rng: draws the texture's phase and scale, a jitter of its brightness, and the places.
+
+    Returns:
+        image uint8 ``[3, SIDE, SIDE]`` and mask bool ``[SIDE, SIDE]``, True on digits.
+    """
+    share = _texture(ground.texture, rng)[..., None]
+    light, dark = ground.colours[1].astype(np.float64), ground.colours[0].astype(np.float64)
+    image = (share * light + (1 - share) * dark) * rng.uniform(0.8, 1.2)
+    mask = np.zeros((SIDE, SIDE), dtype=np.bool_)
+    for one in digits:
+        top, left = (CELL * place + rng.integers(0, CELL - one.side + 1) for place in divmod(one.cell, 2))
+        where = slice(top, top + one.side), slice(left, left + one.side)
+        opacity = _glyphs(one.side)[one.row]
+        alpha = opacity[..., None] / 255
+        image[where] = (1 - alpha) * image[where] + alpha * np.array(INK[one.ink])
+        mask[where] = opacity > INK_THRESHOLD
+    return np.rint(image).clip(0, 255).astype(np.uint8).transpose(2, 0, 1), mask

@@ -1,0 +1,328 @@
+"""Embedded image-text data set: canvases of one to three real digits with compositional captions.
+
+Clients differ in background, in vocabulary (synonyms and word order) and in the mixture of digits and colours.  One
+client is a small minority: it has few canvases, shows concepts that the others rarely show, and uses words that the
+others do not use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedkern.data.forms import ImageForm
+from fedkern.data.sharing.partition import PartitionSpec
+from fedkern.data.sharing.partition import partition as share_out
+from fedkern.data.sharing.statistics import PartitionStatistics
+from fedkern.data.sources.canvas import (
+    INK,
+    OTHER,
+    SIDE,
+    SUBJECT,
+    TEXTURES,
+    Ground,
+    Placed,
+    digit_labels,
+    draw,
+    random_ground,
+)
+from fedkern.data.sources.digits import TRAIN, VALIDATION
+from fedkern.data.sources.listing import interleaved
+from fedkern.data.split import Split
+from fedkern.data.types import FederatedData, fixed_rows
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# The majority clients use the first two words of every concept, the minority client the third.
+WORDS: dict[str, tuple[str, str, str]] = {
+    "zero": ("zero", "0", "null"), "one": ("one", "1", "single"), "two": ("two", "2", "pair"),
+    "three": ("three", "3", "trio"), "four": ("four", "4", "quartet"), "five": ("five", "5", "quintet"),
+    "six": ("six", "6", "sextet"), "seven": ("seven", "7", "septet"), "eight": ("eight", "8", "octet"),
+    "nine": ("nine", "9", "nonet"),
+    "red": ("red", "scarlet", "crimson"), "green": ("green", "emerald", "lime"), "blue": ("blue", "azure", "cobalt"),
+    "yellow": ("yellow", "golden", "amber"), "purple": ("purple", "violet", "magenta"),
+    "white": ("white", "pale", "ivory"),
+    "above": ("above", "over", "atop"), "below": ("below", "under", "beneath"),
+    "left": ("left of", "to the left of", "westward of"), "right": ("right of", "to the right of", "eastward of"),
+    "place 0": ("in the top left", "at the upper left", "in the north west"),
+    "place 1": ("in the top right", "at the upper right", "in the north east"),
+    "place 2": ("in the bottom left", "at the lower left", "in the south west"),
+    "place 3": ("in the bottom right", "at the lower right", "in the south east"),
+    "thing": ("a {colour} {digit}", "some {colour} {digit}", "the {digit} in {colour}"),
+    "opening": ("", "a picture of", "this shows"),
+}  # fmt: skip
+PROMPTS = {
+    name: tuple(f"a {ink} {word}" for ink in INK for word, place in zip(WORDS[name], WORDS["place 0"], strict=True))
+    for name in CLASSES
+} | {
+    ink: tuple(f"a {word} {WORDS[name][synonym]}" for name in CLASSES for synonym, word in enumerate(WORDS[ink]))
+    for ink in INK
+}
+"""Zero-shot prompts of every class, in all of its synonyms: a digit in every colour, a colour on every digit."""
+KINDS = {"digit": CLASSES, "colour": tuple(INK)}  # kind of label: its classes
+SAMPLES, TEST, VALIDATE = 3_000, 500, 300
+CLIENT_TEST = 96  # canvases of every client's own test set: three batches of 32
+# Normalisation of the channels.  The images have means of about (0.23, 0.21, 0.19) and standard deviations of about
+# (0.18, 0.16, 0.17); recorded runs have these values.
+SCALE = (0.24, 0.22, 0.24), (0.25, 0.24, 0.25)
+RARE = 0.15  # how often majority clients show a concept of the minority, relative to other concepts
+
+Digits = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Style:
+    """A client's style: how its canvases look and how its captions are worded.
+
+    Attributes:
+        ground: texture and colours behind the digits.
+        words: the synonym that the client uses for every concept of `WORDS`.
+        digits: probability of every digit class.
+        inks: probability of every ink.
+        counts: probabilities of one, two and three digits on a canvas.
+    """
+
+    ground: Ground
+    words: dict[str, str]
+    digits: npt.NDArray[np.float64]
+    inks: npt.NDArray[np.float64]
+    counts: npt.NDArray[np.float64]
+
+    def shows(self, concept: str) -> bool:
+        """Whether the client shows the concept regularly, not only as a rare exception."""
+        kinds = (CLASSES, self.digits), (tuple(INK), self.inks)
+        chance = next((shares[names.index(concept)] for names, shares in kinds if concept in names), 1.0)
+        return bool(chance > 0.5 / len(CLASSES))
+
+
+def make_captions(
+    clients: int,
+    spec: PartitionSpec,
+    seed: int,
+    *,
+    samples: int | None = None,
+    test_samples: int = 0,
+    validation_samples: int = 0,
+    minority: float = 0.05,
+    held_out: int = 1,
+    labels: str = "digit",
+) -> FederatedData:
+    """Draws the canvases of every client, of the validation set and of the tests.
+
+    The label of a canvas is the class of its subject: the digit that the caption begins with, drawn larger than the
+    other digits.  Training, validation and test canvases show different handwritten digits.
+
+    Args:
+        clients: number of clients; with ``attribute`` the last client is the minority.
+        spec: the partition.  ``attribute``: clients differ in everything.  ``iid``: every client shows all styles
+            equally.  ``stratified``, ``dirichlet`` and ``classes``: the partition decides the subjects, drawn in every
+            client's own style.
+        seed: the run's root seed.  With ``attribute``, the number of clients decides how many canvases a client has and
+            which client is the minority, but nothing else about a client.
+        samples: canvases of all clients together.
+        test_samples, validation_samples: canvases of every test set and of the validation set, 0 for the default.  A
+            client's own test set has at most `CLIENT_TEST` canvases.
+        minority: the minority's share of the canvases.
+        held_out: clients that do not train; their canvases are the test set ``unseen``.
+        labels: label of the subject, ``digit`` or ``colour``; the canvases and their clients do not depend on it.
+
+    Returns:
+        The clients' splits, the validation set and these tests:
+
+        - ``""``: equally many canvases from every training client's distribution.
+        - ``minority``: canvases from the last client's distribution (with ``attribute``).
+        - ``unseen``: canvases of the held-out clients, which have their own backgrounds and mixtures and use words that
+          some training client uses.
+        - `client_tests`: a test for every client, in its style and with the subjects that it trains on.
+
+    Raises:
+        UserError: too few samples, or a partition that cannot be met.
+    """
+    samples = SAMPLES if samples is None else samples
+    small = spec.name == "attribute" and clients > 1 and minority > 0
+    styles = [_style(seed, k, rare=small and k == clients - 1, avoid=small) for k in range(clients)]
+    sizes, subjects = _subjects(spec, clients, samples, seed, minority if small else 0.0)
+    drawn = digit_labels()
+    pools = [rows.numpy() for rows in fixed_rows(interleaved(drawn, "split/digits"), TRAIN, VALIDATION)]
+
+    def canvases(purpose: str, k: int, chosen: list[Style], count: int, subjects: Digits | None = None) -> Split:
+        # Each split draws its digits from the same split of the digits data set.
+        pool = pools[{"train": 0, "validation": 1}.get(purpose, 2)]
+        split = _canvases(chosen, count, subjects, pool, drawn, stream(seed, f"captions/{purpose}", client=k),
+                          f"{purpose}/{k}", labels)  # fmt: skip
+        if spec.name == "iid" or purpose not in ("test", "validation", "minority"):
+            return split
+        return replace(split, homes=torch.arange(len(styles))[-len(chosen) :][torch.arange(count) % len(chosen)])
+
+    shown = styles if spec.name == "iid" else None
+    splits = tuple(canvases("train", k, shown or [styles[k]], sizes[k], subjects[k]) for k in range(clients))
+    tests = {"": canvases("test", -1, styles, test_samples or TEST)}
+    if small:
+        tests["minority"] = canvases("minority", -1, styles[-1:], test_samples or TEST)
+    if held_out:
+        unseen = [_unseen(seed, k, styles) for k in range(held_out)]
+        tests["unseen"] = canvases("unseen", -1, unseen, test_samples or TEST)
+    validation = canvases("validation", -1, styles, validation_samples or VALIDATE)
+    few = min(CLIENT_TEST, test_samples or CLIENT_TEST)
+    client_tests = tuple(
+        canvases("client-test", k, shown or [styles[k]], few, _alike(subjects[k], few, seed, k)) for k in range(clients)
+    )
+    names = [name for split in (*splits, validation, *tests.values(), *client_tests) for name in split.ids or ()]
+    return FederatedData(
+        name="captions",
+        classes=KINDS[labels],
+        clients=splits,
+        validation=validation,
+        tests=tests,
+        form=ImageForm((3, *validation.images.shape[2:]), *SCALE),
+        statistics=PartitionStatistics.of([split.labels.numpy() for split in splits], KINDS[labels], spec.text),
+        image_ids=frozenset(names),
+        client_tests=client_tests,
+    )
+
+
+def _mixture(size: int, rng: np.random.Generator, liked: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    shares = rng.dirichlet(np.full(size, 2.0)) * liked
+    return shares / shares.sum()
+
+
+def _rare_concepts(seed: int) -> tuple[Digits, Digits]:
+    """The three digits and two inks that belong to the minority."""
+    rng = stream(seed, "captions/minority")
+    return rng.permutation(len(CLASSES))[:3], rng.permutation(len(INK))[:2]
+
+
+def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
+    """A client's style.
+
+    Args:
+        rare: the client is the minority.
+        avoid: there is a minority, so the other clients rarely show its concepts.
+    """
+    rng = stream(seed, "captions/style", client=client)
+    first = int(stream(seed, "captions/texture").integers(len(TEXTURES)))
+    ground = random_ground(TEXTURES[(first + client) % len(TEXTURES)], rng)
+    liked = np.ones(len(CLASSES)), np.ones(len(INK))
+    for weights, own in zip(liked, _rare_concepts(seed), strict=True):
+        if avoid:
+            weights[own] = RARE
+        if rare:
+            weights[:] = 0.02
+            weights[own] = 1.0
+    digits, inks = (_mixture(len(weights), rng, weights) for weights in liked)
+    counts = _mixture(3, rng, np.ones(3))
+    words = {concept: choices[2 if rare else int(rng.integers(2))] for concept, choices in WORDS.items()}
+    return Style(ground, words, digits, inks, counts)
+
+
+def _unseen(seed: int, number: int, styles: list[Style]) -> Style:
+    """Style of a held-out client: its own background and mixtures, and only words that some training client uses."""
+    rng = stream(seed, "captions/unseen", client=number)
+    ground = random_ground(TEXTURES[int(rng.integers(len(TEXTURES)))], rng)
+    words = {}
+    for concept in WORDS:
+        users = [style for style in styles if style.shows(concept)] or styles
+        words[concept] = users[int(rng.integers(len(users)))].words[concept]
+    sizes = len(CLASSES), len(INK), 3
+    return Style(ground, words, *(_mixture(size, rng, np.ones(size)) for size in sizes))
+
+
+def _subjects(
+    spec: PartitionSpec, clients: int, samples: int, seed: int, minority: float
+) -> tuple[list[int], list[Digits | None]]:
+    """Number of canvases of every client, and their subjects (None where the client's style decides them)."""
+    if spec.name not in ("iid", "attribute"):
+        labels = np.arange(samples) % len(CLASSES)
+        parts = share_out(spec, labels, clients, seed, class_count=len(CLASSES))
+        return [len(part) for part in parts], [labels[part] for part in parts]
+    few = max(1, round(minority * samples)) if minority else 0
+    others = clients - bool(few)
+    sizes = [len(part) for part in np.array_split(np.arange(samples - few), others)] + [few] * bool(few)
+    if min(sizes) < 1:
+        raise UserError(
+            f'data set "captions": {clients} clients are more than {samples} canvases can serve; take fewer clients or '
+            "more --train-samples"
+        )
+    return sizes, [None] * clients
+
+
+def _alike(subjects: Digits | None, count: int, seed: int, client: int) -> Digits | None:
+    """``count`` subjects with the frequencies of ``subjects``; None where the client's style decides them."""
+    if subjects is None:
+        return None
+    return stream(seed, "captions/client-test/subjects", client=client).choice(subjects, size=count)
+
+
+def _canvases(
+    styles: list[Style],
+    count: int,
+    subjects: Digits | None,
+    pool: Digits,
+    labels: Digits,
+    rng: np.random.Generator,
+    prefix: str,
+    kind: str,
+) -> Split:
+    """Draws ``count`` canvases, using the styles in turn.
+
+    Args:
+        pool: rows of the digits data set that may be drawn.
+        labels: classes of all rows of the digits data set.
+        kind: kind of label, a key of `KINDS`.
+    """
+    by_class = [pool[labels[pool] == label] for label in range(len(CLASSES))]
+    images = np.empty((count, 3, SIDE, SIDE), dtype=np.uint8)
+    masks = np.empty((count, SIDE, SIDE), dtype=np.bool_)
+    shown = np.empty(count, dtype=np.int64)
+    texts = []
+    for i in range(count):
+        style = styles[i % len(styles)]
+        number = 1 + int(rng.choice(3, p=style.counts))
+        classes = rng.choice(len(CLASSES), size=number, p=style.digits)
+        if subjects is not None:
+            classes[0] = subjects[i]
+        inks = [tuple(INK)[ink] for ink in rng.choice(len(INK), size=number, p=style.inks)]
+        cells = rng.permutation(4)[:number]
+        placed = [
+            Placed(int(rng.choice(by_class[label])), ink, int(cell), OTHER if j else SUBJECT)
+            for j, (label, ink, cell) in enumerate(zip(classes, inks, cells, strict=True))
+        ]
+        images[i], masks[i] = draw(style.ground, placed, rng)
+        shown[i] = classes[0] if kind == "digit" else tuple(INK).index(inks[0])
+        texts.append(_caption(style.words, classes, inks, cells))
+    return Split(
+        torch.from_numpy(images),
+        torch.from_numpy(shown),
+        torch.from_numpy(masks),
+        tuple(f"{prefix}/{i}".replace("/-1/", "/") for i in range(count)),
+        texts=tuple(texts),
+    )
+
+
+def _caption(words: dict[str, str], classes: Digits, inks: list[str], cells: Any) -> str:
+    """Caption of a canvas, such as ``a red three above a blue seven and left of a green one``."""
+    things = [
+        words["thing"].format(colour=words[ink], digit=words[CLASSES[label]])
+        for label, ink in zip(classes, inks, strict=True)
+    ]
+    (row, column), subject = divmod(int(cells[0]), 2), things[0]
+    place = words[f"place {int(cells[0])}"]
+    if len(things) == 1:
+        return f"{words['opening']} {subject} {place}".strip()
+    said = []
+    diagonal = False
+    for thing, cell in zip(things[1:], cells[1:], strict=True):
+        down, right = divmod(int(cell), 2)
+        if column == right:
+            said.append(f"{words['above' if row < down else 'below']} {thing}")
+        elif row == down:
+            said.append(f"{words['left' if column < right else 'right']} {thing}")
+        else:  # neither above nor beside: the caption names the corners of both
+            diagonal = True
+            said.append(f"with {thing} {words[f'place {int(cell)}']}")
+    return f"{words['opening']} {subject} {place + ' ' if diagonal else ''}{' and '.join(said)}".strip()

@@ -1,0 +1,99 @@
+"""CIFAR-10 and CIFAR-100: the official binary files (the "binary version", not the pickled one)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.data.sources.found_files import find_folder, read_bytes
+from fedkern.data.types import Labelled, Source, memory_source
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+PIXELS = 3 * 32 * 32
+VALIDATION_SHARE = 10
+MOST_RECORDS = 1_000_000  # limit for a compressed file, whose format has no header that tells the number
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_FINE = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+    lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+    pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal
+    shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank
+    telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+_COARSE = """
+    aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices
+    household_furniture insects large_carnivores large_man-made_outdoor_things large_natural_outdoor_scenes
+    large_omnivores_and_herbivores medium_mammals non-insect_invertebrates people reptiles small_mammals trees
+    vehicles_1 vehicles_2
+"""
+CIFAR100_CLASSES = tuple(_FINE.split())
+CIFAR100_COARSE_CLASSES = tuple(_COARSE.split())
+
+
+def read_records(folder: Path, name: str, data: str, label_counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Reads one binary file: records of ``len(label_counts)`` label bytes and 3,072 pixel bytes.
+
+    Returns:
+        images uint8 ``[n, 3, 32, 32]`` and labels int64 ``[n, len(label_counts)]``.
+
+    Raises:
+        UserError: a missing file, a length that is not a whole number of records, or a label out of range.
+    """
+    record = len(label_counts) + PIXELS
+    raw, path = read_bytes(folder, name, data, lambda head, path: MOST_RECORDS * record)
+    if len(raw) == 0 or len(raw) % record:
+        raise UserError(
+            f'data set "{data}": {path} holds {len(raw)} bytes, expected a whole number of records of {record} bytes '
+            f"(the official file has 10,000 or 50,000 of them)"
+        )
+    records = np.frombuffer(raw, np.uint8).reshape(-1, record)
+    labels = records[:, : len(label_counts)].astype(np.int64)
+    for column, count in enumerate(label_counts):
+        if labels[:, column].max() >= count:
+            raise UserError(
+                f'data set "{data}": {path} holds label {labels[:, column].max()}, expected 0 to {count - 1}; the file '
+                "is damaged or belongs to another data set"
+            )
+    images = torch.from_numpy(records[:, len(label_counts) :].reshape(-1, 3, 32, 32).copy())
+    return images, torch.from_numpy(labels)
+
+
+def open_cifar10(root: str | Path | None) -> Source:
+    """Reads CIFAR-10 from ``root``, ``root/cifar10`` or ``root/cifar-10-batches-bin``."""
+    batches = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    folder = find_folder(root, "cifar10", ("cifar-10-batches-bin", "cifar10", "CIFAR10"), [*batches, "test_batch.bin"])
+    parts = [read_records(folder, name, "cifar10", (10,)) for name in batches]
+    train = torch.cat([images for images, _ in parts]), torch.cat([labels[:, 0] for _, labels in parts])
+    test_images, test_labels = read_records(folder, "test_batch.bin", "cifar10", (10,))
+    scale = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+    return _source("cifar10", CIFAR10_CLASSES, train, (test_images, test_labels[:, 0]), **scale)
+
+
+def open_cifar100(root: str | Path | None, labels: str = "fine") -> Source:
+    """Reads CIFAR-100 from ``root``, ``root/cifar100`` or ``root/cifar-100-binary``."""
+    folder = find_folder(root, "cifar100", ("cifar-100-binary", "cifar100", "CIFAR100"), ["train.bin", "test.bin"])
+    column = 1 if labels == "fine" else 0
+    train_images, train_labels = read_records(folder, "train.bin", "cifar100", (20, 100))
+    test_images, test_labels = read_records(folder, "test.bin", "cifar100", (20, 100))
+    return _source(
+        "cifar100",
+        CIFAR100_CLASSES if labels == "fine" else CIFAR100_COARSE_CLASSES,
+        (train_images, train_labels[:, column].contiguous()),
+        (test_images, test_labels[:, column].contiguous()),
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+    )
+
+
+def _source(data: str, classes: tuple[str, ...], train: Labelled, test: Labelled, **scale: Any) -> Source:
+    n = len(train[1])
+    order = stream(0, f"split/{data}").permutation(n).tolist()
+    return memory_source(classes, train, test, order, max(1, n // VALIDATION_SHARE), augment="crop-flip", **scale)

@@ -1,0 +1,169 @@
+"""The function of a data set that a user registers: its options, and what it may return."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedkern.data.data_option import COMMON_OPTIONS
+from fedkern.data.forms import ImageForm
+from fedkern.data.sharing.partition import PartitionSpec, parse_partition
+from fedkern.data.split import Split
+from fedkern.data.types import FederatedData, Pool, Source
+from fedkern.errors import RAISED, UserError, described, origin, told
+from fedkern.tasks import Task, task_of
+from fedkern.typed_option import Option
+from fedkern.usercode import plugins
+from fedkern.usercode.named_code import hosted
+
+PARAMETERS = ("root", "clients", "partition", "seed")
+"""Parameters of a registered function that are no options of the data set."""
+
+
+class DataFunction:
+    """A registered function, in the place of a reader of fedkern's own.
+
+    Attributes:
+        takes: names in `PARAMETERS` that the function has.
+        options: the other parameters.
+        task: what the data are registered for.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], task: Task, clients: int, partition: str) -> None:
+        self.name, self.function, self.task, self._clients, self._partition = name, function, task, clients, partition
+        self.takes = frozenset(PARAMETERS) & frozenset(inspect.signature(function).parameters)
+        self.options = {
+            key: _option(name, key, default) for key, default in plugins.keyword_options(function, PARAMETERS).items()
+        }
+
+    def identity(self) -> dict[str, str]:
+        """Identity of data that the seed draws: that of the function's code."""
+        try:
+            code = inspect.getsource(self.function).encode()
+        except (OSError, TypeError):  # made by exec, or a callable object
+            code = getattr(getattr(self.function, "__code__", None), "co_code", repr(type(self.function)).encode())
+        return {"function": hashlib.sha256(code).hexdigest()}
+
+    def make(
+        self, root: str | Path | None, clients: int | None, partition: str | None, seed: int, options: Mapping[str, Any]
+    ) -> Source | FederatedData:
+        """The data that the function makes: a Source, or FederatedData under the data set's name.
+
+        A pair of the clients' data sets and the test set is as `FederatedData.from_datasets` takes them.
+
+        Args:
+            root: folder of the data's files, or None.
+            clients, partition, seed: as the user gives them; None: the data set's defaults.
+            options: every option of the data set.
+
+        Raises:
+            UserError: the function raises an exception, what it returns is no such data or contradicts itself, or the
+                clients are not those that the user asks for.
+        """
+        spec = parse_partition(self._partition if partition is None else partition)
+        clients = self._clients if clients is None else clients
+        given = {"root": root, "clients": clients, "partition": spec.text, "seed": seed}
+        try:
+            with hosted(None):
+                made = self.function(**{key: value for key, value in given.items() if key in self.takes}, **options)
+        except MemoryError:
+            raise
+        except RAISED as error:  # the user's own code may raise anything
+            if told(error) is not None:  # a sentence for the user
+                raise
+            raise self._wrong(f"fails ({described(error)}){origin(error, self.function)}") from error
+        if isinstance(made, Source):
+            made = made.with_pools(self._registered)
+            self._check_source(made)
+            return made
+        if isinstance(made, tuple) and len(made) == 2:
+            made = FederatedData.from_datasets(*made, partition=spec.text, count=clients, seed=seed)
+        if not isinstance(made, FederatedData):
+            raise self._wrong(
+                f"returns {type(made).__name__}, expected fedkern.data.Source, FederatedData, or a pair of PyTorch "
+                "data sets, the clients' and the test set"
+            )
+        if not made.form.lacks:
+            self._check_federated(made)
+        self._check_given(made, clients, spec)
+        return dataclasses.replace(made, name=self.name)
+
+    def _check_given(self, data: FederatedData, clients: int, spec: PartitionSpec) -> None:
+        if clients not in (len(data.clients), self._clients) or (
+            "clients" in self.takes and clients != len(data.clients)
+        ):
+            raise UserError(
+                f'data set "{self.name}" has {len(data.clients)} clients, not {clients}: leave --clients out'
+            )
+        # The data's own word is that of a run that was begun with it.
+        shares = (parse_partition(self._partition).text, data.statistics.partition)
+        if "partition" not in self.takes and spec.text not in shares:
+            raise UserError(f'data set "{self.name}" shares its samples out by itself: leave --partition out')
+
+    def _check_source(self, source: Source) -> None:
+        pool = source.train
+        if not len(pool):
+            raise self._wrong("returns no training sample")
+        for where, each in {"train": pool, "validation": source.validation, **source.tests}.items():
+            self._check_labels(each, where, len(source.classes))
+        try:
+            images = pool.take(torch.zeros(1, dtype=torch.int64)).images
+        except (ValueError, TypeError) as error:  # Split names what is wrong
+            raise self._wrong(f"returns a pool that cannot be read ({error})") from None
+        self._check_channels(images.shape[1], source)
+        if not source.tests:
+            raise self._wrong("returns no test set")
+
+    def _check_federated(self, data: FederatedData) -> None:
+        if data.task != self.task:
+            raise self._other(data.task)
+        if not data.clients or not data.tests:
+            raise self._wrong(f"returns no {'test set' if data.clients else 'client'}")
+        splits = {f"client {k}": split for k, split in enumerate(data.clients)}
+        for where, each in {**splits, "validation": data.validation, **data.tests}.items():
+            self._check_labels(each, where, len(data.classes))
+            self._check_channels(each.images.shape[1], data.form)
+
+    def _check_channels(self, channels: int, data: Source | ImageForm) -> None:
+        if not channels == len(data.mean) == len(data.std):
+            raise self._wrong(
+                f"returns images of {channels} channels with {len(data.mean)} means and {len(data.std)} standard "
+                "deviations"
+            )
+
+    def _registered(self, pool: Pool) -> Pool:
+        """The pool for the task that the data are registered for."""
+        try:
+            return dataclasses.replace(pool, task=task_of(pool.labels, pool.texts, pool.targets, self.task.name))
+        except ValueError:
+            raise self._other(pool.task) from None
+
+    def _other(self, task: Task) -> UserError:
+        return self._wrong(f"returns data for {task.name}, but is registered for {self.task.name}")
+
+    def _check_labels(self, part: Pool | Split, where: str, classes: int) -> None:
+        try:
+            self.task.check_range(part.labels, classes, where or "the test set")
+        except ValueError as error:
+            raise self._wrong(f"returns {error}") from None
+
+    def _wrong(self, what: str) -> UserError:
+        return UserError(f'data set "{self.name}": {self.function.__qualname__} of {self.function.__module__} {what}')
+
+
+def _option(name: str, key: str, default: Any) -> Option:
+    if key in COMMON_OPTIONS:
+        raise TypeError(f'data set "{name}": {key} is an option of every data set, and cannot be a parameter')
+    if isinstance(default, Option):
+        return default
+    if isinstance(default, bool) or not isinstance(default, (str, int, float)):
+        raise TypeError(
+            f'data set "{name}": expected a text, a number or an Option as the default of {key}, given {default!r}'
+        )
+    return Option(default, f"option of {name}")

@@ -1,0 +1,280 @@
+"""Federated data of PyTorch data sets: what is given, checked and shared out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, default_collate
+
+from fedkern.data.forms import ItemForm
+from fedkern.data.sharing.partition import parse_partition
+from fedkern.data.sharing.partition import partition as share_out
+from fedkern.data.sharing.statistics import PartitionStatistics
+from fedkern.data.sources.arrays import check_names
+from fedkern.data.sources.items import Items, drawing
+from fedkern.errors import UserError, shown
+from fedkern.messages.leaves import leaves, parted
+from fedkern.streams import stream
+from fedkern.tasks import CLASSIFICATION, OwnTask, Task
+
+NAME = "datasets"
+
+
+def items_like(data: Any, dataset: Any, who: str) -> Any:
+    """Another data set with the task and the collation of federated data; raises UserError where it is none."""
+    _check(dataset, who)
+    first = data.clients[0]
+    return Items(dataset, who, first.task, first.collate)
+
+
+def open_datasets(root: str | Path | None) -> NoReturn:
+    """Raises UserError: these data are in the memory of a Python program, and no file holds them."""
+    raise UserError(
+        'data set "datasets" is given through Python: fedkern.simulate(METHOD, data=[...], test=...), and a run of it '
+        "goes on with fedkern.load(DIR, data=..., test=...).resume()"
+    )
+
+
+def task_of_targets(
+    batch: Any,
+    loss_fn: Callable[..., Tensor] | None,
+    metrics: Mapping[str, Any] | None,
+    main: str | None,
+    better: Literal["max", "min"] | None,
+) -> Task:
+    """The task of samples of which ``batch`` has two.
+
+    Raises:
+        UserError: nothing says what the loss of such targets is.
+    """
+    own = None if loss_fn is None else OwnTask(loss_fn, metrics, main, better)
+    _, truth = parted(batch)
+    if truth is None and not (own and own.whole):
+        has = f"only {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "as a batch is no tuple"
+        raise UserError(
+            f"nothing of a sample is its target, {has}: give samples (inputs, targets) or with a key labels or "
+            "targets, or loss_fn=FUNCTION of (model, batch)."
+        )
+    if own is not None:
+        return own
+    if not isinstance(truth, Tensor) or truth.is_floating_point() or truth.dtype == torch.bool:
+        kind = f"{str(truth.dtype).removeprefix('torch.')} numbers" if isinstance(truth, Tensor) else "unknown"
+        raise UserError(
+            f"a loss is needed, as the targets are {kind} and no classes: give loss_fn=FUNCTION of (outputs, targets), "
+            "such as torch.nn.MSELoss(), or of (model, batch)."
+        )
+    plain = truth.dim() == 1 and metrics is main is better is None
+    return CLASSIFICATION if plain else OwnTask(metrics=metrics, main=main, better=better)
+
+
+def parts_of_datasets(
+    clients: Any,
+    test: Any,
+    *,
+    validation: Any = None,
+    public: Any = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    main: str | None = None,
+    better: Literal["max", "min"] | None = None,
+    task: Task | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    classes: Sequence[str] | int | None = None,
+    partition: str = "iid",
+    count: int = 5,
+    samples: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The attributes of the data that :meth:`fedkern.data.FederatedData.from_datasets` makes of these arguments."""
+    several = isinstance(clients, (Mapping, list, tuple)) and not is_dataset(clients)
+    every = clients.items() if isinstance(clients, Mapping) else enumerate(clients) if several else [("", clients)]
+    named = {str(name): dataset for name, dataset in every}
+    if not named:
+        raise UserError("data must hold at least one client's data set, and is empty.")
+    for name, dataset in named.items():
+        _check(dataset, f"client {name}" if several else "data")
+    collate = collate_fn or default_collate
+    if not callable(collate):
+        raise UserError(f"collate_fn must be a function of a list of samples, not {shown(collate)}.")
+    first = Items(next(iter(named.values())), f"client {next(iter(named))}".strip(), CLASSIFICATION, collate)
+    batch = first.batch(range(min(2, len(first))), 0)
+    learnt = task or task_of_targets(batch, loss_fn, metrics, main, better)
+    if learnt is task and not (loss_fn is metrics is main is better is None and isinstance(learnt, Task)):
+        raise UserError("task must be an object of fedkern.tasks.Task, without loss_fn, metrics, main and better.")
+    _check_floats(batch)
+
+    def items(dataset: Any, who: str, rows: Tensor | None = None, known: Tensor | None = None) -> Items:
+        return Items(dataset, who, learnt, collate, rows, known)
+
+    tests, own = _tests(test, named if isinstance(clients, Mapping) else {}, items)
+    held = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
+    for each, dataset in held.items():
+        _check(dataset, f"validation {each}".strip())
+    if public is not None:
+        _check(public, "public")
+    if classes is not None and not isinstance(classes, int):
+        check_names(classes)
+    names = tuple(map(str, range(classes) if isinstance(classes, int) else classes or ()))
+    if len(names) == 1:
+        raise UserError("classes must name at least 2 classes.")
+    sites = tuple(named) if isinstance(clients, Mapping) else None
+    if several:
+        splits = {name: items(dataset, f"client {name}") for name, dataset in named.items()}
+        if samples is not None:
+            splits = _fewer(splits, samples, seed)
+        sizes = tuple(map(len, splits.values()))
+        none = np.zeros((len(splits), 0), dtype=np.int64)
+        counted = PartitionStatistics(none, (), "attribute", names=sites, samples=sizes)
+    else:
+        whole = items(clients, "data")
+        splits, counted, names = _shared_out(whole, names, partition, count, samples, seed)
+    for name, split in splits.items():
+        if not len(split):
+            raise UserError(f"client {name} has no samples: leave it out, or share out another way.")
+    return {
+        "name": NAME,
+        "classes": names,
+        "clients": tuple(splits.values()),
+        "validation": items(_as_one([*held.values()]), "the validation set"),
+        "drawn_validation": isinstance(validation, Mapping) and not {*map(str, held)}.isdisjoint(named),
+        "tests": tests,
+        "form": ItemForm.of(batch, not getattr(learnt, "whole", False)),
+        "statistics": counted,
+        "public": None if public is None else items(public, "the public samples"),
+        "client_tests": own,
+        "client_names": sites,
+    }
+
+
+def _tests(
+    test: Any, named: Mapping[str, Any], items: Callable[..., Items]
+) -> tuple[dict[str, Items], tuple[Items, ...]]:
+    """The test sets by name, and the clients' own."""
+    if test is None or (isinstance(test, Mapping) and not test):
+        raise UserError("There is no test set: give test=DATASET, or a dict of several by name.")
+    given = {str(name): each for name, each in test.items()} if isinstance(test, Mapping) else {"": test}
+    for name, dataset in given.items():
+        _check(dataset, f"test {name}".strip())
+    if named and {*given} & {*named}:
+        if missing := [name for name in named if name not in given]:
+            raise UserError(f"client {missing[0]} has no test set in test, and others have: give all clients one.")
+        if extra := [name for name in given if name not in named]:
+            raise UserError(f"test has sets of the clients and also {extra[0]}: give the clients' own sets, or others.")
+        own = tuple(items(given[name], f"the test set of {name}") for name in named)
+        return {"": items(_as_one([each.dataset for each in own]), "the test set")}, own
+    return {name: items(each, f"the test set {name}".strip()) for name, each in given.items()}, ()
+
+
+def _as_one(sets: list[Any]) -> Any:
+    """Several data sets as one; none is an empty one."""
+    return sets[0] if len(sets) == 1 else ConcatDataset(sets) if sets else []
+
+
+def _shared_out(
+    whole: Items, names: tuple[str, ...], partition: str, count: int, samples: int | None, seed: int
+) -> tuple[dict[str, Items], PartitionStatistics, tuple[str, ...]]:
+    """A single data set shared out among ``count`` clients."""
+    spec = parse_partition(partition)
+    if spec.name == "attribute":
+        raise UserError(f"partition={partition!r} needs sites: give a dict of data sets by client.")
+    known = None if spec.name == "iid" else classes_of(whole.dataset)
+    rows = np.arange(len(whole)) if samples is None else _drawn(len(whole), samples, seed)
+    labels = np.zeros(len(rows), dtype=np.int64) if known is None else known.numpy()[rows]
+    classes = 1 if known is None else max(len(names), 1 + int(known.max()))
+    shares = share_out(spec, labels, count, seed, class_count=classes)
+    splits = {
+        str(k): Items(whole.dataset, f"client {k}", whole.task, whole.collate, torch.from_numpy(rows[share]), known)
+        for k, share in enumerate(shares)
+    }
+    sizes = tuple(map(len, splits.values()))
+    if known is None:
+        return splits, PartitionStatistics(np.zeros((count, 0), dtype=np.int64), (), spec.text, samples=sizes), names
+    names = names or tuple(map(str, range(classes)))
+    return splits, PartitionStatistics.of([labels[share] for share in shares], names, spec.text), names
+
+
+def _fewer(splits: dict[str, Items], samples: int, seed: int) -> dict[str, Items]:
+    """The clients with ``samples`` of all samples."""
+    ends = np.cumsum([0, *map(len, splits.values())])
+    rows = _drawn(int(ends[-1]), samples, seed)
+    kept = {}
+    for k, (name, split) in enumerate(splits.items()):
+        own = rows[(rows >= ends[k]) & (rows < ends[k + 1])] - ends[k]
+        kept[name] = split.subset(torch.from_numpy(own))
+    return kept
+
+
+def _drawn(count: int, samples: int, seed: int) -> npt.NDArray[np.int64]:
+    if samples > count:
+        raise UserError(f"train_samples must be at most {count}, the number of training samples, not {samples}.")
+    return np.sort(stream(seed, "train-samples").permutation(count)[:samples]).astype(np.int64)
+
+
+def classes_of(dataset: Any) -> Tensor:
+    """The class of every item, int64 ``[n]``: what the data set says of itself, else read item by item.
+
+    Raises:
+        UserError: the targets are no classes.
+    """
+    given = [getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)]
+    given += [dataset.tensors[-1]] if hasattr(dataset, "tensors") else []
+    told = next((each for each in given if hasattr(each, "__len__") and len(each) == len(dataset)), None)
+    if told is None:
+        warnings.warn(
+            f"All {len(dataset)} items are read once for their classes: give the data set an attribute targets.",
+            stacklevel=5,
+        )
+        with drawing():
+            told = [parted(dataset[row])[1] for row in range(len(dataset))]
+    try:
+        found = told.detach().cpu() if isinstance(told, Tensor) else torch.as_tensor(np.asarray(told))
+    except (TypeError, ValueError):
+        found = torch.zeros(0)
+    if found.shape != (len(dataset),) or found.is_floating_point() or int(found.min()) < 0:
+        raise UserError(
+            "partition shares out by class, and the targets are no classes, whole numbers from 0, one a sample: take "
+            'partition="iid", or give a dict of data sets by client.'
+        )
+    return found.to(torch.int64)
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether something has the form of a map-style data set."""
+    if isinstance(value, (Tensor, np.ndarray, list, tuple, Mapping, str)):
+        return False
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__")
+
+
+def _check(dataset: Any, who: str) -> None:
+    """Raises UserError where something is no map-style data set, or is empty."""
+    if isinstance(dataset, DataLoader):
+        sampler = "" if dataset.sampler is None else f" and sampler ({type(dataset.sampler).__name__})"
+        raise UserError(
+            f"{who} is a DataLoader: give its dataset and collate_fn; its batch size ({dataset.batch_size}){sampler} "
+            "are the run's own."
+        )
+    if isinstance(dataset, IterableDataset) or (hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")):
+        raise UserError(f"{who} has no length and no order ({type(dataset).__name__}): give a map-style data set.")
+    if isinstance(dataset, (list, tuple)):
+        raise UserError(
+            f"{who} is a {type(dataset).__name__} of samples: give a data set, a class with len and [index]."
+        )
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise UserError(
+            f"{who} must be a map-style data set, with len and [index], not an object of type {type(dataset).__name__}."
+        )
+    if len(dataset) == 0:
+        raise UserError(f"{who} has no samples: leave it out.")
+
+
+def _check_floats(batch: Any) -> None:
+    inputs, _ = parted(batch)
+    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in leaves(inputs)):
+        raise UserError("samples are float64, and networks are float32: call .float() on them.")

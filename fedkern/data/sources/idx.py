@@ -1,0 +1,126 @@
+"""MNIST and Fashion-MNIST: the official IDX files."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.data.sources.found_files import find_folder, read_bytes
+from fedkern.data.types import Source, memory_source
+from fedkern.errors import UserError
+from fedkern.streams import stream
+
+IMAGES_MAGIC, LABELS_MAGIC = 0x00000803, 0x00000801
+# One image in six of the official training set is held out for validation, the same images for every seed.
+VALIDATION_SHARE = 6
+
+
+@dataclass(frozen=True)
+class IdxSet:
+    """Constants of a data set that comes as IDX files."""
+
+    title: str
+    subfolders: tuple[str, ...]
+    classes: tuple[str, ...]
+    mean: float
+    std: float
+    # Fashion-MNIST holds exactly 6,000 images of every class and MNIST does not, which tells their files apart.
+    balanced: bool
+
+
+IDX_SETS = {
+    "mnist": IdxSet(
+        "MNIST", ("MNIST/raw", "mnist", "MNIST"), tuple(str(digit) for digit in range(10)), 0.1307, 0.3081, False
+    ),
+    "fashionmnist": IdxSet(
+        "Fashion-MNIST",
+        ("FashionMNIST/raw", "fashionmnist", "FashionMNIST", "fashion"),
+        ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        0.2860,
+        0.3530,
+        True,
+    ),
+}
+
+_FILES = "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+
+
+def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
+    """Reads one IDX file of unsigned bytes.
+
+    Returns:
+        uint8 array with ``dimensions`` axes (3 for images, 1 for labels), writable.
+
+    Raises:
+        UserError: a missing file, a wrong magic number, or another length than the header announces.
+    """
+    magic = IMAGES_MAGIC if dimensions == 3 else LABELS_MAGIC
+    header = 4 * (1 + dimensions)
+
+    def announced(head: bytes, path: Path) -> list[int]:
+        found, *shape = struct.unpack_from(f">{1 + dimensions}I", head)
+        if found != magic:
+            what = "images" if dimensions == 3 else "labels"
+            raise UserError(
+                f'data set "{data}": {path} starts with magic {found:#010x}, expected {magic:#010x} (IDX {what})'
+            )
+        return shape
+
+    raw, path = read_bytes(folder, name, data, lambda head, path: header + math.prod(announced(head, path)), header)
+    if len(raw) < header:
+        raise UserError(f'data set "{data}": {path} has {len(raw)} bytes, fewer than the {header} of an IDX header')
+    shape = announced(raw, path)
+    expected, size = header + math.prod(shape), "x".join(str(axis) for axis in shape)
+    if len(raw) != expected:
+        raise UserError(
+            f'data set "{data}": {path} holds {len(raw)} bytes, expected {expected} for the {size} its header announces'
+        )
+    if expected == header:
+        raise UserError(f'data set "{data}": {path} announces {size}, which is nothing')
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()
+
+
+def open_idx(data: str, root: str | Path | None) -> Source:
+    """Reads MNIST or Fashion-MNIST from ``root``, ``root/<name>`` or torchvision's layout.
+
+    Raises:
+        UserError: a missing or damaged file, or the files of the other data set.
+    """
+    idx_set = IDX_SETS[data]
+    folder = find_folder(root, data, idx_set.subfolders, _FILES)
+    train_images, train_labels = _read_pair(folder, data, _FILES[0], _FILES[1], len(idx_set.classes))
+    test_images, test_labels = _read_pair(folder, data, _FILES[2], _FILES[3], len(idx_set.classes))
+    if test_images.shape[1:] != train_images.shape[1:]:
+        raise UserError(
+            f'data set "{data}": test images of {tuple(test_images.shape[2:])} pixels do not fit training images of '
+            f"{tuple(train_images.shape[2:])} in {folder}"
+        )
+    counts = torch.bincount(train_labels, minlength=10)
+    if len(train_labels) == 60_000 and bool((counts == 6_000).all()) != idx_set.balanced:
+        other = IDX_SETS["mnist" if data == "fashionmnist" else "fashionmnist"]
+        raise UserError(f'data set "{data}": the files in {folder} are not {idx_set.title} (probably {other.title})')
+    n = len(train_labels)
+    order = stream(0, f"split/{data}").permutation(n).tolist()
+    train, test = (train_images, train_labels), (test_images, test_labels)
+    how: dict[str, Any] = {"mean": (idx_set.mean,), "std": (idx_set.std,), "augment": "none"}
+    return memory_source(idx_set.classes, train, test, order, n // VALIDATION_SHARE, **how)
+
+
+def _read_pair(folder: Path, data: str, images: str, labels: str, classes: int) -> tuple[Tensor, Tensor]:
+    pixels = read_idx(folder, images, data, 3)
+    names = read_idx(folder, labels, data, 1)
+    if len(pixels) != len(names):
+        raise UserError(
+            f'data set "{data}": {folder / images} announces {len(pixels)} images but {folder / labels} '
+            f"{len(names)} labels"
+        )
+    if names.max() >= classes:
+        raise UserError(f'data set "{data}": {folder / labels} holds label {names.max()}, expected 0 to {classes - 1}')
+    return torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(names.astype(np.int64))

@@ -1,0 +1,367 @@
+"""From a list of files with labels to a data set: shared by the folder, CSV and segmentation readers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedkern.data.images.full_masks import FullMasks
+from fedkern.data.images.greys import LOOKED_AT, Look, described, looked_at, window_of
+from fedkern.data.images.image_files import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_PIXELS,
+    ImageFiles,
+    ImageReader,
+    check_distinct,
+    grey_bits,
+)
+from fedkern.data.labels.spelling import SHOWN, numbered
+from fedkern.data.split import rows_of
+from fedkern.data.types import Pool, Source, fixed_rows
+from fedkern.errors import UserError, first_of
+from fedkern.streams import stream
+from fedkern.tasks import Task, task_of
+
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
+          "val": "validation", "valid": "validation", "validation": "validation"}  # fmt: skip
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's values, averaged over the channels
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become images.
+
+    Attributes:
+        colour: ``"rgb"`` or ``"grey"``.
+        test_share: share of the images held out as test set where the files have no split of their own; 0: none, and
+            the test set may be empty.
+        validation_share: share of the training images held out as validation set where there is none; 0: none.
+        pad: keep the proportions of images that are not square.
+        crop: side of the window of an image that a network sees, at most ``size``; 0 for the whole image.
+        max_image_pixels: most pixels of an image, as its file announces them.
+        bits: bits of a grey value in files with more than eight; 0: `fedkern.data.images.image_files.grey_bits` tells.
+        window: the values of such files that become black to white, see `fedkern.data.images.greys.window_of`.
+    """
+
+    size: int
+    colour: str
+    test_share: float
+    validation_share: float
+    pad: bool = False
+    crop: int = 0
+    max_image_pixels: int = MAX_PIXELS
+    bits: int = 0
+    window: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files of a data set; every attribute has one entry per image.
+
+    Attributes:
+        labels: int64 ``[n]``; or uint8 ``[n, L]``, 1 where the image has the label.
+        task: as in `fedkern.data.Split`.
+        splits: ``"train"``, ``"validation"`` or ``"test"``; or ``""`` everywhere, and a fixed split is drawn.
+        clients: name of the client that holds the image; ``""`` everywhere if the files name no clients.  Images that
+            are not trained on need none.
+        masks: uint8 or int16 ``[n, H, W]``, the class of every pixel (or `IGNORE`), for segmentation; or
+            `fedkern.files.image_rows.PixelClasses` where they are in a file.
+        texts: the text of every image; an image with several texts has an entry for each, under one name in ``ids``.
+        patients: the patient of every image, ``""`` where unknown; a fixed split keeps all images of a patient on one
+            side.
+        named_by: the column or the layout that names the clients, in words, see `Source.named_by`.
+        own_tests: whether every test image belongs to the own test set of its client.
+        lines: the line of every image in its table, for messages; empty without a table.
+        notices: sentences for the user, see `Source.notices`.
+        full: the masks in the size in which they are given, see `fedkern.data.Split`.
+        thing: what an entry is, for messages.
+    """
+
+    paths: Sequence[Path]
+    ids: tuple[str, ...]
+    labels: npt.NDArray[np.int64] | npt.NDArray[np.uint8]
+    splits: Sequence[str]
+    clients: Sequence[str]
+    masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | Tensor | None = None
+    texts: Sequence[str] | None = None
+    patients: Sequence[str] | None = None
+    named_by: str = ""
+    own_tests: bool = False
+    lines: Sequence[int] = ()
+    notices: Sequence[str] = ()
+    full: FullMasks | None = None
+    thing: str = "image"
+    task: Task = None  # type: ignore[assignment]  # never None afterwards
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", self.task or task_of(self.labels, self.texts, self.masks))
+
+
+def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Reading) -> Source:
+    """Makes the pools of a listed data set.
+
+    Raises:
+        UserError: an empty training or test set, too few images to hold some out, an image with two labels, clients,
+            patients, splits or names, a patient in two splits, or a window larger than the images.
+    """
+    check_distinct(data, listing.paths, listing.ids)
+    if reading.crop > reading.size:
+        raise UserError(f'data set "{data}": crop is {reading.crop}, more than size, {reading.size}')
+    _check_single(data, listing, classes)
+    units = _units(listing)
+    rows = split_rows(data, listing, reading, units)
+    named = [listing.clients[row] for row in rows["train"].tolist()]
+    names = numbered(named)
+    unnamed = named.count("") if names != ("",) else 0
+    sites = () if "" in names else names
+    groups = None
+    if sites:
+        number = {name: k for k, name in enumerate(sites)}
+        groups = torch.tensor([number.get(name, -1) for name in listing.clients], dtype=torch.int64)
+    drawn = not any(listing.splits)
+    people = None if listing.patients is None else torch.from_numpy(units)
+    grey = reading.colour == "grey"
+    numbers = {path: number for number, path in enumerate(dict.fromkeys(listing.paths))}  # several texts, one image
+    places = torch.tensor([numbers[path] for path in listing.paths], dtype=torch.int64)
+    spread = tuple(numbers)[:: max(1, -(-len(numbers) // LOOKED_AT))]
+    looks = looked_at(spread, reading.max_image_pixels, not reading.bits or "%" in reading.window)
+    bits = reading.bits or grey_bits(look.top for look in looks.values() if look.top is not None)
+    window = window_of(reading.window, looks.values())
+    sets = dict(zip(listing.paths, zip(listing.splits, listing.clients, strict=True), strict=True))
+    first = {one: path for path, one in reversed(sets.items())}
+    lacking = [first[one] for one in first.keys() - {sets[path] for path in looks}]
+    told = looks | looked_at(sorted(lacking)[:LOOKED_AT], reading.max_image_pixels, False)
+    sides = " of ".join(f"{side} x {side}" for side in dict.fromkeys((reading.crop or reading.size, reading.size)))
+    seen = described(sets, told, (sides, "grey" if grey else "RGB"), bits, window)
+    files = ImageFiles(tuple(numbers), reading.size, data, grey, reading.pad, reading.max_image_pixels, bits, window)
+
+    def pool(chosen: Tensor) -> Pool:
+        masks = listing.masks
+        return Pool(
+            labels=torch.from_numpy(listing.labels)[chosen],
+            ids=tuple(listing.ids[row] for row in chosen.tolist()),
+            read=ImageReader(files, places[chosen]),
+            groups=None if groups is None else groups[chosen],
+            targets=None if masks is None else lambda wanted: _targets(masks, chosen[wanted]),
+            texts=rows_of(listing.texts, chosen),
+            patients=None if people is None else people[chosen],
+            full=rows_of(listing.full, chosen),
+            task=listing.task,
+        )
+
+    return Source(
+        classes=classes,
+        train=pool(rows["train"]),
+        validation=pool(rows["validation"]),
+        tests={"": pool(rows["test"])},
+        mean=GREY_MEAN if grey else IMAGENET_MEAN,
+        std=GREY_STD if grey else IMAGENET_STD,
+        augment="window" if 0 < reading.crop < reading.size else "none",
+        groups=len(sites) if sites else None,
+        crop=reading.crop,
+        sites=sites,
+        named_by=listing.named_by if sites or unnamed else "",
+        unnamed=unnamed,
+        lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
+        own_tests=bool(sites) and listing.own_tests,
+        drawn_validation="validation" not in listing.splits,
+        notices=(
+            *listing.notices,
+            *(_darker(listing, looks, bits) if window is None else ()),
+            *_repeated(listing),
+            *_siteless(listing, rows),
+        ),
+        files={"grey_bits": bits, "window": window, "seen": seen},
+    )
+
+
+def _targets(masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | Tensor, rows: Tensor) -> Tensor:
+    """The class of every pixel of the images at ``rows``, int64 ``[m, H, W]``."""
+    return masks[rows] if isinstance(masks, Tensor) else torch.from_numpy(masks[rows.numpy()]).long()
+
+
+def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
+    """A fixed random order in which the classes alternate: any stretch has about the class shares of the whole."""
+    order = stream(0, purpose).permutation(len(labels))
+    position = np.empty(len(labels))
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        position[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    return [int(row) for row in np.argsort(position, kind="stable")]
+
+
+def _darker(listing: Listing, looks: Mapping[Path, Look], bits: int) -> list[str]:
+    """A sentence on the sites whose greys of more than eight bits have fewer bits than all files."""
+    values: dict[str, list[int]] = {}
+    for path, site in zip(listing.paths, listing.clients, strict=True):
+        if site and path in looks and (top := looks[path].top) is not None:
+            values.setdefault(site, []).append(top)
+    darker = {site: 2 ** (bits - own) for site, top in values.items() if (own := grey_bits(top)) < bits}
+    if not darker:
+        return []
+    shown = first_of([f"{site} ({times} times)" for site, times in sorted(darker.items())], SHOWN)
+    return [
+        f"Images are darker than those of other sites, as their files have fewer bits: {shown}. Scale these files "
+        "where equal values do not mean equal brightness."
+    ]
+
+
+def _repeated(listing: Listing) -> list[str]:
+    """A sentence where images of one text or none stand in several rows."""
+    counts = Counter(zip(listing.ids, listing.texts or listing.ids, strict=True))
+    again = [f"{name} ({count} times)" for (name, _), count in counts.items() if count > 1]
+    if not again:
+        return []
+    return [f"Images that are listed more than once count as often: {first_of(again, SHOWN)}."]
+
+
+def check_one(
+    data: str, keys: Sequence[str], values: Sequence[str], what: str, lines: Sequence[int], advice: str = "name one"
+) -> None:
+    """Raises UserError where two rows of one key have different values; empty keys and values say nothing.
+
+    Args:
+        keys, values: of every row.
+        what: words for a key and its values, such as ``"the image {} has two labels"``.
+        lines: the line of every row, or nothing.
+    """
+    first: dict[str, int] = {}
+    for row, (key, value) in enumerate(zip(keys, values, strict=True)):
+        if key and value and values[other := first.setdefault(key, row)] != value:
+            both = (f"{values[k]} (line {lines[k]})" if lines else values[k] for k in (other, row))
+            raise UserError(f'data set "{data}": {what.format(key)}, {" and ".join(both)}; {advice}')
+
+
+def _check_single(data: str, listing: Listing, classes: Sequence[str]) -> None:
+    """Raises UserError where one image is trained on as two, or a patient stands in two splits."""
+    labels = [listing.task.label_text(label, classes) for label in listing.labels]
+    for what, values in (
+        ("is in two splits", listing.splits),
+        ("belongs to two patients", listing.patients or ()),
+        ("has two labels", labels),
+        ("belongs to two clients", listing.clients),
+    ):
+        if values:
+            check_one(data, listing.ids, values, f"the image {{}} {what}", listing.lines)
+    if listing.patients is not None:
+        check_one(
+            data, listing.patients, listing.splits, "the patient {} has images in two splits", listing.lines,
+            "keep a patient's images in one, or, where the column names no patients, give --data-option patient=",
+        )  # fmt: skip
+
+
+def _units(listing: Listing) -> npt.NDArray[np.int64]:
+    """Unit of every row, int64 ``[n]``: the rows of a unit stay on one side of a split.
+
+    A unit is a patient or, where no patient is named, an image with all its texts.  Its number is a hash of its name:
+    no other patient of the file changes it, and so no draw that is keyed by it.
+    """
+    owners: dict[str, str] = {}
+    for name, patient in zip(listing.ids, listing.patients or (), strict=False):
+        owners[name] = patient or owners.get(name, "")
+    keys = [f"patient/{owners[name]}" if owners.get(name) else f"image/{name}" for name in listing.ids]
+    hashes = b"".join(blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(hashes, dtype="<i8").astype(np.int64)
+
+
+def split_rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+    """The rows of every split, sorted; rows that are held out keep the shares of sites and classes, and units whole."""
+    splits = np.array(listing.splits)
+    rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
+    if not any(listing.splits):
+        everything = np.arange(len(splits))
+        rows["test"], rows["train"] = _held_out(data, everything, listing, units, reading.test_share, "test")
+    for name in ("train", "test") if reading.test_share else ("train",):
+        if len(rows[name]) == 0:
+            raise UserError(f'data set "{data}": no {listing.thing} belongs to the {name} split')
+    if len(rows["validation"]) == 0:
+        rows["validation"], rows["train"] = _held_out(
+            data, rows["train"], listing, units, reading.validation_share, "validation"
+        )
+    return {name: torch.from_numpy(found.astype(np.int64)) for name, found in rows.items()}
+
+
+def held_out_first(
+    kinds: npt.NDArray[np.int64], homes: Sequence[str], share: float, purpose: str
+) -> tuple[list[int], int]:
+    """A fixed order of units, and how many of the first ones are held out: at least one, and a share of every site.
+
+    Without several sites, or where every unit has a site of its own, the units are drawn from all.
+
+    Args:
+        kinds: int64 ``[m]``, the class of every unit.
+        homes: the site of every unit.
+    """
+    if 1 < max(Counter(homes).values(), default=0) < len(homes):
+        held = _by_site(kinds, homes, share, stream(0, purpose))
+        return held + sorted(set(range(len(homes))) - set(held)), len(held)
+    return interleaved(kinds, purpose), max(1, round(share * len(homes)))
+
+
+def _by_site(kinds: npt.NDArray[np.int64], homes: Sequence[str], share: float, rng: np.random.Generator) -> list[int]:
+    """Positions of the units that are held out: of every site its share, at least one where there are two.
+
+    Among the classes of a site, the class is taken that lacks most of its share of the whole set; a class with a single
+    unit stays in training where it can.
+    """
+    total = np.bincount(kinds)
+    due = np.where(total > 1, np.maximum(share * total, 1), 0)
+    got = np.zeros(len(total))
+    units: dict[str, dict[int, list[int]]] = {}
+    for unit in rng.permutation(len(kinds)).tolist():
+        units.setdefault(homes[unit], {}).setdefault(int(kinds[unit]), []).append(unit)
+    held: list[int] = []
+    for site in sorted(units):
+        own = units[site]
+        size = sum(map(len, own.values()))
+        room = {kind: math.ceil(share * len(waiting)) for kind, waiting in own.items()}
+        for _ in range(min(max(1, round(share * size)), size - 1)):
+            able = [kind for kind, left in room.items() if left]
+            kind = min(able, key=lambda kind: (got[kind] / due[kind] if due[kind] else math.inf, total[kind], kind))
+            held.append(own[kind].pop())
+            room[kind] -= 1
+            got[kind] += 1
+    return held
+
+
+def _siteless(listing: Listing, rows: dict[str, Tensor]) -> list[str]:
+    """Sentences on sites of training images that have none in a set that is held out, where its images name sites."""
+    sites = {name: {listing.clients[row] for row in chosen.tolist()} - {""} for name, chosen in rows.items()}
+    told = []
+    for name in ("test", "validation"):
+        absent = sorted(sites["train"] - sites[name])
+        if absent and sites[name]:
+            told.append(f"The {name} set has no image of {first_of(absent, SHOWN)}.")
+    return told
+
+
+def _held_out(
+    data: str, rows: npt.NDArray[np.int64], listing: Listing, units: npt.NDArray[np.int64], share: float, purpose: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    if not share:
+        return np.arange(0), rows
+    by_unit: dict[int, list[int]] = {}
+    for row in rows.tolist():
+        by_unit.setdefault(int(units[row]), []).append(row)
+    wholes = list(by_unit.values())
+    homes = [listing.clients[own[0]] for own in wholes]
+    kinds = listing.task.kinds(listing.labels[[own[0] for own in wholes]], len(set(homes)) > 1)
+    order, count = held_out_first(kinds, homes, share, f"split/{data}/{purpose}")
+    if not 0 < count < len(wholes):
+        what = listing.thing if listing.patients is None else "patient"
+        raise UserError(f'data set "{data}": {len(wholes)} {what}s are too few to hold some out as {purpose} set')
+    held, kept = (
+        np.array(sorted(row for i in part.tolist() for row in wholes[i]), dtype=np.int64)
+        for part in fixed_rows(order, count)
+    )
+    return held, kept

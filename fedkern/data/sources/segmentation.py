@@ -1,0 +1,229 @@
+"""Segmentation data set of the user: images with masks, in folders or listed in a CSV file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedkern.data.images.full_masks import FullMasks, MaskStore
+from fedkern.data.images.image_cache import CHUNK_BYTES, masks_on_disk
+from fedkern.data.images.image_files import MaskFiles, list_images, read_mask
+from fedkern.data.images.tiles import tiled
+from fedkern.data.sources.listing import Listing, Reading, check_one, to_source
+from fedkern.data.sources.site_folders import Found, Splits, check_folders, check_images, find_sites, listed, trees
+from fedkern.data.sources.table import check_unchosen, find_table, read_table
+from fedkern.data.split import MOST, are_classes
+from fedkern.data.types import Source
+from fedkern.errors import UserError, first_of
+from fedkern.files.filesystem import expand
+from fedkern.files.image_rows import ImageStore, PixelClasses
+from fedkern.tasks.segmentation import IGNORE
+
+PAIRS = ("images", "masks"), ("image", "label")
+"""Accepted names of the image folder and the mask folder."""
+SHOWN = 6
+"""Values of masks in a message."""
+
+
+def open_segmentation(
+    root: str | Path | None,
+    reading: Reading,
+    names: str,
+    tile: int,
+    ignore: int,
+    layout: str,
+    *,
+    cache: str | Path | None = None,
+    notice: Callable[[str], None] | None = None,
+    **chosen: str,
+) -> Source:
+    """Reads images and their masks; masks are decoded at once, images when a split needs them.
+
+    Masks are in memory, or in a file (`image_cache.masks_on_disk`) unless images are cut into tiles.
+
+    CSV file: the columns are ``image``, ``mask`` and optionally ``split``, ``client`` and ``patient_id``.  All images
+    of a patient are held out together and go to one client.
+
+    Folder: it holds ``images`` and ``masks`` (or ``image`` and ``label``, as in public microscopy sets) whose files
+    have the same names, directly or under ``train`` and ``test`` (and ``val``); or a folder for every site that holds
+    these.
+
+    A mask holds class numbers, 0 for the background, or 0 and 255 (two classes).  Without ``names`` all masks together
+    hold every number from 0 to the largest, at most `MOST` of them.
+
+    Args:
+        root: the CSV file, a folder with one CSV file, or the folder of images and masks.
+        reading: how files become images; masks are resized by the nearest pixel.
+        names: the classes, separated by ``|``, the background first; by default they are numbered.
+        tile: side of the tiles that images are cut into after resizing, 0 for none; it divides their size.
+            The tiles of an image are one case: they are held out, given to a client and scored together.
+        layout: one of `fedkern.data.sources.site_folders.LAYOUTS`; with ``patients`` every outer folder is a patient.
+        cache: folder that keeps decoded masks.
+        **chosen: columns of the CSV file, see `fedkern.data.sources.table.read_table`.
+
+    The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).
+
+    Raises:
+        UserError: anything wrong with a file, an image without a mask, a class number beyond ``names``, or values that
+            do not look like class numbers.
+    """
+    columns = ("image", "mask")
+    path = find_table(root, "segmentation", columns)
+    if path is not None:
+        check_folders("segmentation", layout, path)
+        table = read_table(path, "segmentation", columns, chosen)
+        images, masks = (table.files(column, "segmentation") for column in columns)
+        rest = {"paths": images, "ids": table.names_of("image"), **table.listed("segmentation")}
+        check_one("segmentation", rest["ids"], table.names_of("mask"), "the image {} has two masks", table.lines)
+    else:
+        check_unchosen("segmentation", chosen, root)
+        base = expand(str(root))
+        sites = find_sites(base, "segmentation", layout, plain=_is_part, whole=_has_pair, mixed=True)
+        found, masks = _pairs(base, sites)
+        if layout == "patients" and "" not in sites:
+            sites, found = {"": {}}, [image._replace(site="", patient=image.site) for image in found]
+        rest = listed(base, sites, found, masks)
+        images = rest["paths"]
+    size = reading.size
+    if tile and (size % tile or tile > size):
+        raise UserError(f'data set "segmentation": size must be a multiple of tile, {size} is none of {tile}')
+    files = MaskFiles(images, masks, size, "segmentation", reading.max_image_pixels)
+    store = None if tile else masks_on_disk(files, cache, notice)
+    everything = torch.arange(len(files))
+    if store is None:
+        values = files.read(everything)[0][:, 0].numpy()
+        counts = _counts([values])
+    else:
+        counts = _counts(_stored(store))
+    unknown = counts[:, ignore].copy() if ignore >= 0 else np.zeros(len(counts), dtype=np.int32)
+    for row in np.flatnonzero(unknown == size * size):
+        raise UserError(f'data set "segmentation": the mask {masks[row]} holds nothing but {ignore}, which is ignored')
+    if ignore > 0:
+        counts[:, ignore] = 0
+    classes, meaning = _classes(counts, masks, names)
+    if ignore > 0:  # unknown pixels count as background
+        counts[:, 0] += unknown
+    if ignore >= 0:
+        meaning[ignore] = IGNORE
+    held: npt.NDArray[np.int16] | PixelClasses
+    if store is None:
+        held = meaning.astype(np.int16)[values]
+    else:
+        held = PixelClasses.of(store, everything, torch.from_numpy(meaning))
+    full = FullMasks(MaskStore(Meanings(files, meaning.astype(np.int16), len(classes)), size), everything)
+    listing = Listing(labels=_largest(counts, len(classes)), masks=held, full=full, **rest)
+    source = to_source("segmentation", listing, classes, reading)
+    return source.with_pools(lambda pool: tiled(pool, tile)) if tile else source
+
+
+@dataclass(frozen=True)
+class Meanings:
+    """Reads the class of every pixel of a mask in the mask's own size; ``meaning`` is the class of every value."""
+
+    files: MaskFiles
+    meaning: npt.NDArray[np.int16]
+    classes: int
+
+    def __call__(self, row: int) -> npt.NDArray[np.int16]:
+        files = self.files
+        values = read_mask(files.images[row], files.masks[row], "segmentation", files.max_pixels)
+        found = self.meaning[values]
+        if found.max(initial=0) >= self.classes:
+            value = values[found >= self.classes].max()
+            raise UserError(
+                f'data set "segmentation": the mask {files.masks[row]} holds {value}, which is none of the classes of '
+                "the resized masks; name all classes with --data-option names=a|b, or mend the mask"
+            )
+        return found
+
+
+def _is_part(folder: Path) -> bool:
+    return any(folder.name in pair for pair in PAIRS)
+
+
+def _has_pair(folder: Path) -> bool:
+    return any(all((folder / name).is_dir() for name in pair) for pair in PAIRS)
+
+
+def _pairs(base: Path, sites: dict[str, Splits]) -> tuple[list[Found], list[Path]]:
+    """The images under ``base``, and their masks."""
+    found: list[Found] = []
+    masks: list[Path] = []
+    for site, split, tree in trees(base, sites):
+        own = PAIRS[1] if (tree / PAIRS[1][0]).is_dir() else PAIRS[0]
+        pair = tree / own[0], tree / own[1]
+        for folder in pair:
+            if not folder.is_dir():
+                raise UserError(
+                    f'data set "segmentation": {tree} has no folder {folder.name} (expected images and masks, '
+                    "or a CSV file with the columns image,mask)"
+                )
+        partners: dict[str, Path] = {}
+        for mask in list_images(pair[1]):
+            if (other := partners.setdefault(mask.stem, mask)) is not mask:
+                raise UserError(f'data set "segmentation": {other} and {mask} are two masks of one name; remove one')
+        for image in list_images(pair[0]):
+            if image.stem not in partners:
+                raise UserError(f'data set "segmentation": the image {image} has no mask of its name in {pair[1]}')
+            found.append(Found(image, split, site))
+            masks.append(partners[image.stem])
+    check_images(base, "segmentation", sites, found)
+    if not found:
+        raise UserError(f'data set "segmentation": no image found in {tree / own[0]}')
+    return found, masks
+
+
+def _stored(store: ImageStore) -> Iterator[npt.NDArray[np.uint8]]:
+    """All masks of a store in their order, some at a time."""
+    count, height, width, _ = store.shape
+    at_once = max(1, CHUNK_BYTES // (height * width))
+    for start in range(0, count, at_once):
+        yield store.gather(np.arange(start, min(start + at_once, count)))
+
+
+def _counts(parts: Iterable[npt.NDArray[np.uint8]]) -> npt.NDArray[np.int32]:
+    """How many pixels of every mask have every value, int32 ``[n, 256]``."""
+    found = [np.bincount(mask.reshape(-1), minlength=256).astype(np.int32) for part in parts for mask in part]
+    return np.stack(found)
+
+
+def _classes(
+    counts: npt.NDArray[np.int32], masks: Sequence[Path], names: str
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    """The class names, and the class of every value, int64 ``[256]``; moves the counts of 255 to 1 beside 0 alone."""
+    meaning = np.arange(256)
+    present = np.flatnonzero(counts.any(0))
+    given = [name.strip() for name in names.split("|")] if names else []
+    if 255 in present and set(present.tolist()) <= {0, 255} and len(given) <= 2:
+        meaning[255] = 1
+        counts[:, 1], counts[:, 255] = counts[:, 255], 0
+        present = np.minimum(present, 1)
+    if len(set(given)) != len(given) or (given and (len(given) < 2 or "" in given)):
+        raise UserError(f'data set "segmentation": names must be two or more different classes, not "{names}"')
+    count = len(given) or max(2, int(present.max()) + 1)
+    top = int(present.max())
+    if top >= count or not (given or are_classes(present.tolist())):
+        path = masks[int(np.flatnonzero(counts[:, top])[0])]
+        left = present[:-1]
+        sound = len(left) > 0 and left[-1] < count if given else are_classes(left.tolist()) and len(left) > 1
+        void = f"; where {top} marks unknown pixels, give --data-option ignore={top}" if sound else ""
+        if given:
+            raise UserError(f'data set "segmentation": the mask {path} holds {top}, expected 0 to {count - 1}{void}')
+        raise UserError(
+            f'data set "segmentation": the masks hold {first_of([*map(str, present)], SHOWN)} ({top} in {path}), '
+            f"expected 0 and 255, or class numbers from 0 to at most {MOST - 1} without a gap; name all classes, also "
+            "those that no mask shows, with --data-option names=a|b|c; values between those of classes come from soft "
+            f"edges, so save masks without interpolation{void}"
+        )
+    return tuple(given or (str(number) for number in range(count))), meaning
+
+
+def _largest(counts: npt.NDArray[np.int32], classes: int) -> npt.NDArray[np.int64]:
+    """The object class with most pixels of every image; the background only where an image has no object."""
+    objects = counts[:, 1:classes]
+    return np.where(objects.any(1), objects.argmax(1) + 1, 0).astype(np.int64)

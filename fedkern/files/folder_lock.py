@@ -1,0 +1,158 @@
+"""Lock that keeps a second process out of a run folder, also where the file system has no locks between machines.
+
+A network file system may know no locks, or keep them to one machine.  The lock file therefore names its process and
+machine, and holds a number that its process raises every few seconds.  A process that meets the file of another one
+watches that number: while it changes, the other is at work.  Clocks are not compared, as those of two machines differ.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from fedkern.errors import UserError
+from fedkern.files import atomic, filesystem
+from fedkern.files.filesystem import fcntl
+
+NAME = ".lock"
+BEAT = 3.0
+"""Seconds between two changes of the number."""
+WATCH = 15.0
+"""Seconds without a change after which the process of a lock file counts as dead."""
+SETTLE = 1.0
+"""Seconds after which a process that took the file looks whether another one has taken it at the same time."""
+
+
+class FolderLock:
+    """The lock of a run folder, held inside a ``with`` statement.
+
+    Where the process of a lock file ran on this machine and has ended, the lock is free at once.  Any other lock file
+    that names a process is watched for up to `WATCH` seconds.
+
+    Raises:
+        UserError: another process is at work in the folder, or the lock file is a link or cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        self._file: BinaryIO | None = None
+        self._end = threading.Event()
+        self._beats = 0
+
+    def __enter__(self) -> FolderLock:
+        with atomic.writing(self.path):
+            file = filesystem.open_to_change(self.path, "r+b", make=True)
+            try:
+                sure = self._locked(file)
+                if not _dead(before := self._read()):
+                    self._watch(before)
+                    sure = False
+                self._owner = f"{os.getpid()}\n{platform.node()}\n{_machine()}\n{secrets.token_hex(8)}\n"
+                os.ftruncate(file.fileno(), 0)
+                self._write(file)
+                if not sure:
+                    time.sleep(SETTLE)
+                    self.check()
+            except BaseException:
+                file.close()
+                raise
+        self._file = file
+        threading.Thread(target=self._beat, args=(file,), daemon=True, name="fedkern-lock").start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        file, self._file = self._file, None
+        self._end.set()
+        if file is not None:
+            with suppress(OSError), file:
+                if self._ours():
+                    os.ftruncate(file.fileno(), 0)
+
+    def check(self) -> None:
+        """Raises UserError where another process has taken the folder: this one must not write there any more."""
+        if not self._ours():
+            raise UserError(f"{_named(self._read())} has taken over {self.path.parent}: this one stops here.")
+
+    def _locked(self, file: BinaryIO) -> bool:
+        """Whether the system gave its lock; False where it has none."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._in_use(self._read()) from None
+        except (AttributeError, OSError):  # AttributeError: this system has no fcntl
+            return False
+        return True
+
+    def _watch(self, before: bytes) -> None:
+        end = time.monotonic() + WATCH
+        while time.monotonic() < end:
+            time.sleep(min(BEAT, WATCH) / 10)
+            if not (now := self._read()):
+                return
+            if now != before:
+                raise self._in_use(now)
+
+    def _in_use(self, content: bytes) -> UserError:
+        process = _named(content)
+        return UserError(
+            f"{self.path.parent} is in use by {process[0].lower()}{process[1:]}: wait for it, or choose another --out."
+        )
+
+    def _beat(self, file: BinaryIO) -> None:
+        while not self._end.wait(BEAT):
+            with suppress(OSError, ValueError):  # ValueError: closed meanwhile
+                if self._ours():
+                    self._write(file)
+
+    def _ours(self) -> bool:
+        """Whether the file still names this process; so it does where the file was deleted."""
+        content = self._read()
+        return not content or content.startswith(self._owner.encode())
+
+    def _read(self) -> bytes:
+        # Opened anew each time: only so does a network file system look whether another machine has written.
+        try:
+            return self.path.read_bytes()
+        except OSError:
+            return b""
+
+    def _write(self, file: BinaryIO) -> None:
+        self._beats += 1
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        os.write(file.fileno(), f"{self._owner}{self._beats:012d}\n".encode())
+        os.fsync(file.fileno())
+
+
+def _machine() -> str:
+    """What tells this machine, since it was started, and its processes' numbers from others."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 (no path)
+    return platform.node()
+
+
+def _dead(content: bytes) -> bool:
+    """Whether a lock file names no process, or one of this machine that has ended."""
+    if not content:
+        return True
+    lines = content.decode(errors="replace").splitlines()
+    if len(lines) < 3 or lines[2] != _machine() or not lines[0].isdecimal():
+        return False
+    try:
+        os.kill(int(lines[0]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _named(content: bytes) -> str:
+    lines = content.decode(errors="replace").splitlines()
+    return f"Process {lines[0]} on {lines[1]}" if len(lines) > 1 else "Another process"

@@ -1,0 +1,1 @@
+"""Whole runs of fedkern on Flower's nodes."""

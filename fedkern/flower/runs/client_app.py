@@ -1,0 +1,86 @@
+"""The ClientApp of a whole run over Flower: ``fedkern.flower.runs.client_app:app`` in a project's pyproject.toml.
+
+Flower runs it on every node, with these entries of ``--node-config``:
+
+| entry | holds |
+|---|---|
+| `partition-id`, `num-partitions` | which client this node is, from 0, and of how many; a simulation gives both |
+| `data-root` | folder of the data on this machine, instead of that of the run-config |
+| `state-dir` | folder of the client's states on this machine, instead of that of the run-config |
+
+On a SuperNode Flower starts a process for every message.  It hands the message on to `resident`, so what
+needs torch is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fedkern.files.inputs import parse_json
+from fedkern.flower.adapter import INFO, ClientApp, Context, Message, for_one_message, log, opened, replied
+from fedkern.flower.runs import resident
+from fedkern.flower.runs.node_config import own_client
+from fedkern.flower.runs.parcel import Parcel
+
+app = ClientApp()
+
+
+@app.query()
+def introduce(message: Message, context: Context) -> Message:
+    """Says which client this node is and, where its folder holds its own data alone, what data they are.
+
+    Where the server says that its run has ended, this node's process of the run ends too.
+    """
+    header, _ = opened(message)
+    asked = parse_json(header)
+    if isinstance(asked, dict) and isinstance(asked.get("end"), str):
+        return replied(message, _ended(asked["end"], context))
+    from fedkern.flower.runs.node_client import PROTOCOL
+    from fedkern.flower.runs.portable import pack
+
+    found: dict[str, Any] = {"protocol": PROTOCOL, "client": own_client(context.node_config)}
+    if isinstance(asked, dict) and asked.get("data") is True:
+        from fedkern.flower.runs.node_process import facts
+
+        found["data"] = facts(context.run_config, context.node_config, _notice)
+    return replied(message, pack(found))
+
+
+@app.train()
+def answer(message: Message, context: Context) -> Message:
+    """Answers a message of the run's server."""
+    header, parcel = opened(message)
+    found: Parcel | None = None
+    stays = _stays(context.run_config.get("flower.resident", resident.STAYS))
+    if stays > 0 and for_one_message():
+        found = resident.ask(header, parcel, context.run_config, context.node_config, _notice, stays)
+    if found is None:
+        from fedkern.flower.runs import node_process
+
+        found = node_process.answer(header, parcel, context.run_config, context.node_config, _notice)
+    return replied(message, found)
+
+
+def _ended(run: str, context: Context) -> Parcel:
+    if for_one_message():
+        if resident.possible():
+            resident.end(run, context.node_config)
+    else:
+        from fedkern.flower.runs import node_process
+
+        node_process.forget(run)
+    return Parcel("null", {})
+
+
+def _stays(given: Any) -> float:
+    """Seconds that a resident stays; 0 for what is no number of seconds, which reading the settings refuses."""
+    try:
+        seconds = float(given)
+    except (TypeError, ValueError):
+        return 0.0
+    return seconds if math.isfinite(seconds) else 0.0
+
+
+def _notice(text: str) -> None:
+    log(INFO, "%s", text)

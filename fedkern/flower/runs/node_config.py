@@ -1,0 +1,24 @@
+"""The entries of a node's ``--node-config`` that fedkern reads (see `fedkern.flower.runs.client_app`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedkern.errors import UserError
+
+
+def own_client(node_config: Mapping[str, Any]) -> int:
+    """The client that the node is; raises UserError where the node's configuration does not say it."""
+    given, of = (node_config.get(name) for name in ("partition-id", "num-partitions"))
+    if type(given) is not int or given < 0 or (of is not None and (type(of) is not int or given >= of)):
+        raise UserError(
+            f"partition-id must be a number from 0 to num-partitions - 1, not {given!r}: start the node with "
+            "--node-config 'partition-id=K num-partitions=N'."
+        )
+    return given
+
+
+def folder(node_config: Mapping[str, Any], name: str) -> str | None:
+    """The folder on this machine that an entry names; None: that of the run-config."""
+    return str(node_config[name]) if node_config.get(name) else None

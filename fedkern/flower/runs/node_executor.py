@@ -1,0 +1,281 @@
+"""Executor of Flower: every client works on its own node, with the bits of the serial executor.
+
+The messages of an exchange are sent at once; answers are handed on in client order, whatever order they arrive in.  A
+client's state stays on its node.  In its place the server's checkpoint has the name of the state, so that a resumed
+server tells every node which state the round begins with (see `fedkern.flower.runs.node_folder`).
+
+A client whose node is not connected, or that has not answered by the deadline, is left out of the round.  What comes
+from a node is checked: a reply that is none, or that is larger than the declared upload, is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
+
+from fedkern.engine.executors.base import Answer
+from fedkern.engine.executors.serial import Serial
+from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.store.run_folder import NODES
+from fedkern.engine.uploads.encoders import Encoder
+from fedkern.errors import ClientFailed, UserError, printable_name
+from fedkern.files import atomic
+from fedkern.files.inputs import read_json
+from fedkern.flower.adapter import QUERY, TRAIN, Arrived, Post
+from fedkern.flower.runs.node_client import MOST_NAMES, Letter, read_reply
+from fedkern.flower.runs.node_folder import Version
+from fedkern.flower.runs.node_roll import Roll
+from fedkern.flower.runs.parcel import Malformed, Parcel
+from fedkern.flower.runs.portable import pack
+from fedkern.methods.base import ClientId, Message, Phase
+from fedkern.methods.uploads import Maybe, Number, Values
+from fedkern.privacy import LEDGER, Accountant
+from fedkern.process.interrupts import check
+
+STATE = "flower"
+"""Entry of a checkpoint's client state that has the name of the state on the node."""
+LARGEST_REPLY = 2 << 30
+"""Most bytes of a reply's tensors where the method declares no sizes."""
+MOST_ENTRIES = 1024
+"""Most entries of a client's privacy ledger: equal releases share one, and every entry is accounted for."""
+FAREWELL = 10.0
+"""Seconds at the end of a run for the nodes to hear that it has ended: a SuperNode looks for messages every 3 s."""
+SLACK = 1 << 16
+"""Bytes that a reply may have beyond the declared upload."""
+_FIRST_PAUSE, _LAST_PAUSE = 0.01, 0.5
+_AT_ONCE = 16  # replies asked for at once
+
+
+class Nodes:
+    """The executor of a run's clients on nodes of Flower (see :class:`~fedkern.engine.executors.base.Executor`).
+
+    Args:
+        deadline: seconds within which a client must answer; 0: no limit but Flower's own, 12 hours.
+        half: whether messages travel as bf16 (:func:`~fedkern.flower.runs.portable.pack`).
+        own_data: whether nodes have data of their own, which the server does not know.
+
+    Raises:
+        UserError: no node is connected, or the run folder does not say under which name the nodes know the run.
+    """
+
+    apart = True
+
+    def __init__(self, run: RunObjects, post: Post, roll: Roll, *, deadline: float, half: bool, own_data: bool) -> None:
+        self.here: Serial = run.here
+        self._run, self._post, self._roll, self._deadline = run, post, roll, deadline
+        self.count = roll.count = run.context.federation.clients
+        self._attempt, self._half = uuid.uuid4().hex, half
+        self._data = None if own_data else run.facts["data"]
+        self._booked = {"up": 0, "down": 0}  # bytes of this process that the run has in its sums
+        self._names: dict[ClientId, set[str]] = {}  # of figures and warnings in all replies of a client
+        # State of this round:
+        self._begin: dict[ClientId, Version | None] = {}
+        self._sent: dict[ClientId, int] = {}  # messages of the round
+        self._changed: dict[ClientId, dict[str, Any]] = {}
+        roll.meet(run.context.warn)
+        self._name = self._named()
+
+    def _named(self) -> str:
+        """The run's name on the nodes, the same in every process of the server."""
+        path = self._run.out / NODES
+        if path.exists():
+            try:
+                name = read_json(path)["run"]
+                if not re.fullmatch("[0-9a-f]{32}", name):
+                    raise ValueError("it names no run")
+                return str(name)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} is damaged ({error}): put it back, or start the run again.") from None
+        name = uuid.uuid4().hex
+        atomic.write_bytes(path, (json.dumps({"run": name}) + "\n").encode())
+        return name
+
+    # -- the executor ----------------------------------------------------------------------------------------------
+
+    def answers(
+        self,
+        asker: str,
+        phase: Phase,
+        messages: Mapping[ClientId, Message],
+        encoders: Mapping[ClientId, Encoder] | None = None,
+    ) -> Iterator[Answer]:
+        assert not encoders  # no filter of a run over Flower has any: an encoder is code, which no node takes
+        self._roll.find()
+        end = time.monotonic() + self._deadline if self._deadline else None
+        found: dict[ClientId, Answer] = {}
+        versions: dict[ClientId, Version] = {}
+        waiting: dict[str, ClientId] = {}
+        packed: dict[int, Parcel] = {}
+        for k, message in messages.items():
+            versions[k], letter = self._letter(k, asker, phase)
+            if id(message) not in packed:
+                packed[id(message)] = self._packed(message)
+            node = self._roll.home.get(k)
+            if node is None:
+                found[k] = Answer(k, absent="no node of it is connected")
+                continue
+            name = self._post.send(
+                node, TRAIN, json.dumps(letter.to_dict()), packed[id(message)], self._deadline or None
+            )
+            if name is None:
+                found[k] = Answer(k, absent="its message could not be sent")
+            else:
+                waiting[name] = k
+        packed.clear()
+        pause = _FIRST_PAUSE
+        for k in messages:
+            while k not in found:
+                check()
+                late = end is not None and time.monotonic() >= end
+                heard = self._heard(k, waiting)
+                for name, arrived in heard:
+                    client = waiting.pop(name)
+                    found[client] = self._answer(client, arrived, asker, phase, messages[client], versions[client])
+                if k in found:
+                    break
+                if late:
+                    found[k] = Answer(k, absent=f"it had not answered after {self._deadline:g} seconds")
+                    break
+                pause = _FIRST_PAUSE if heard else min(1.5 * pause, _LAST_PAUSE)
+                time.sleep(pause if end is None else min(pause, max(0.0, end - time.monotonic())))
+            yield found.pop(k)
+
+    def _packed(self, message: Message) -> Parcel:
+        try:
+            return pack(message, half=self._half)
+        except TypeError as error:
+            method = self._run.context.config.method
+            raise UserError(
+                f"{method} cannot work over Flower, as what it sends to clients cannot travel: {error}."
+            ) from None
+
+    def _letter(self, k: ClientId, asker: str, phase: Phase) -> tuple[Version, Letter]:
+        run = self._run
+        if k not in self._begin:
+            name = run.checkpoints.reader(k)().get(STATE)
+            self._begin[k] = None if name is None else Version(*name)
+        version = Version(run.progress.planned + 1, self._sent.get(k, 0))
+        self._sent[k] = version.number + 1
+        oldest = run.checkpoints.oldest(k)
+        letter = Letter(
+            run=self._name,
+            attempt=self._attempt,
+            client=k,
+            asker=asker,
+            phase=phase,
+            version=version,
+            begin=self._begin[k],
+            oldest=version.plan if oldest is None else oldest,
+            last=run.progress.last_exchange,
+            threads=run.context.config.threads,
+            client_threads=run.context.config.client_threads,
+            served=run.context.config.served or "",
+            data=self._data,
+        )
+        return version, letter
+
+    def _heard(self, first: ClientId, waiting: Mapping[str, ClientId]) -> list[tuple[str, Arrived]]:
+        """Replies that have come: of the next client in order, then of some of the others."""
+        names = sorted(waiting, key=lambda name: waiting[name] != first)
+        found = [(each.reply_to, each) for each in self._post.arrived(names[:_AT_ONCE])]
+        return [(name, each) for name, each in found if name in waiting]
+
+    def _answer(
+        self, k: ClientId, arrived: Arrived, asker: str, phase: Phase, message: Message, version: Version
+    ) -> Answer:
+        if arrived.lost:
+            return Answer(k, absent=f"its node was lost ({printable_name(arrived.error, 200)})")
+        if arrived.error:
+            return Answer(k, problem=ClientFailed(k, arrived.error))
+        try:
+            if arrived.parcel is None:
+                raise Malformed(arrived.malformed)
+            self._check_size(arrived.parcel, asker, phase, k, message)
+            reply = read_reply(arrived.parcel, k, version)
+            ledger = self._checked(reply.ledger)
+            names = self._names.setdefault(k, set())
+            names.update(reply.answer.report, reply.answer.warnings)
+            if len(names) > MOST_NAMES:  # records and checkpoints keep each
+                raise Malformed(f"brings names of figures and warnings beyond the {MOST_NAMES} of a client")
+        except Malformed as why:
+            return Answer(k, refused=printable_name(str(why), 400))
+        except Exception as error:  # a node's reply may hold anything, and ends no run
+            return Answer(k, refused=printable_name(f"cannot be read ({type(error).__name__}: {error})", 400))
+        if reply.changed:
+            self._changed[k] = {STATE: list(version), **({} if ledger is None else {LEDGER: ledger})}
+        return reply.answer
+
+    def _check_size(self, parcel: Parcel, asker: str, phase: Phase, k: ClientId, message: Message) -> None:
+        declared = self._run.hooks[asker].declared(phase, k, message)
+        most = _bytes(declared)
+        most = LARGEST_REPLY if most is None else most + SLACK
+        if parcel.size > most:
+            raise Malformed(f"has {parcel.size:,} bytes where {most:,} are the most")
+
+    def _checked(self, ledger: Any) -> Any:
+        """A client's privacy ledger, in the form of :class:`Accountant`; None where the run has no guarantee."""
+        if ledger is None or self._run.said is None:
+            return None
+        try:
+            state = Accountant(ledger).state
+        except (TypeError, ValueError, AttributeError, OverflowError):
+            raise Malformed("has a privacy ledger that is none") from None
+        if sum(len(entries) for entries in state.values()) > MOST_ENTRIES:
+            raise Malformed(f"has a privacy ledger of more than {MOST_ENTRIES} entries")
+        return state
+
+    def changed(self, client: ClientId) -> dict[str, Any] | None:
+        return self._changed.pop(client, None)
+
+    def working(self) -> list[ClientId]:
+        return sorted(self._sent)
+
+    def forget(self, client: ClientId) -> None:
+        for table in (self._begin, self._sent, self._changed):
+            table.pop(client, None)
+
+    def end_round(self) -> None:
+        for table in (self._begin, self._sent, self._changed):
+            table.clear()
+        if self._run.context.disclosure.clients:  # lengths of texts depend on what a client does not tell
+            for direction, total in (("up", self._post.received), ("down", self._post.sent)):
+                self._run.wire[direction] = self._run.wire.get(direction, 0) + total - self._booked[direction]
+                self._booked[direction] = total
+        self.here.end_round()
+
+    def close(self) -> None:
+        """Ends the processes of this run on the nodes, which otherwise hold the run's data for a while longer."""
+        with suppress(Exception):  # the run has ended, whatever becomes of them
+            header, nothing = json.dumps({"end": self._name}), Parcel("null", {})
+            sent = [self._post.send(node, QUERY, header, nothing, FAREWELL) for node in self._roll.home.values()]
+            names = {name for name in sent if name is not None}
+            end = time.monotonic() + FAREWELL
+            while names and time.monotonic() < end:
+                names.difference_update(each.reply_to for each in self._post.arrived(list(names)))
+                time.sleep(_FIRST_PAUSE if names else 0)
+
+
+def _bytes(declared: Any) -> int | None:
+    """Most bytes of the tensors of an upload; None where the declaration leaves sizes open."""
+    if isinstance(declared, Maybe):
+        return _bytes(declared.of)
+    if isinstance(declared, Number):
+        return 0
+    if isinstance(declared, Tensor):
+        return declared.numel() * declared.element_size()
+    if isinstance(declared, Values):
+        total = declared.dtype.itemsize
+        for size in declared.shape:
+            if not isinstance(size, int):
+                return None
+            total *= size
+        return total
+    sizes = [_bytes(entry) for entry in declared.values()]
+    return None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)

@@ -1,0 +1,123 @@
+"""Folder of one client on its node's disk: the states of its last rounds, and the messages of the present round.
+
+A state is written before the answer that goes with it is sent, under the round of the plan and the number of the
+message within the round.  The server says which state a round begins with: it keeps, in its own checkpoints, the name
+of the last state whose answer it took.  So the node knows nothing of a server that was lost and resumed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fedkern.errors import UserError
+from fedkern.files import atomic
+from fedkern.files.filesystem import one_writer
+from fedkern.flower.runs.parcel import Parcel, Raw
+from fedkern.messages import states
+
+KEPT_RUNS = 16
+"""Runs whose states stay on a node: those in which a client of the node has worked last."""
+_RUN = re.compile(r"[0-9a-f]{32}")
+_STATE = re.compile(r"state-(\d{6})-(\d{6})\.safetensors")
+_MESSAGE = re.compile(r"message-(\d{6})-(\d{6})\.safetensors")
+
+
+class Version(NamedTuple):
+    """Name of a state: round of the plan, from 1, and number of the message in this round, from 0."""
+
+    plan: int
+    number: int
+
+
+class NodeFolder:
+    """The folder of a client, in the folder ``base`` of all runs on this node."""
+
+    def __init__(self, base: Path, run: str, client: int) -> None:
+        self.path = base / run / f"client-{client:05d}"
+        new = not (base / run).exists()
+        atomic.make_folder(self.path)
+        os.utime(base / run)
+        if new:
+            _drop_runs(base)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other process works for this client."""
+        with one_writer(self.path / "lock"):
+            yield
+
+    # -- states ----------------------------------------------------------------------------------------------------
+
+    def read_state(self, version: Version | None) -> dict[str, Any]:
+        """The state of that name, empty for None; raises UserError where it is missing or damaged."""
+        if version is None:
+            return {}
+        try:
+            return states.load(self._state(version))
+        except ValueError as error:
+            raise UserError(
+                f"The client's state cannot be read ({error}): put the folder back, or start the run again."
+            ) from None
+
+    def write_state(self, version: Version, content: dict[str, Any], oldest: int) -> None:
+        """Writes a state, and deletes those that no checkpoint of the server can name: of rounds before ``oldest``."""
+        states.save(self._state(version), content)
+        names = [Version(*found) for found in self._numbered(_STATE)]
+        before = max((each for each in names if each.plan == version.plan and each < version), default=None)
+        for each in names:
+            of_this_round = each.plan == version.plan and each not in (version, before)
+            if each.plan < oldest or of_this_round:
+                self._state(each).unlink(missing_ok=True)
+
+    def _state(self, version: Version) -> Path:
+        return self.path / f"state-{version.plan:06d}-{version.number:06d}.safetensors"
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def keep_message(self, version: Version, header: dict[str, Any], parcel: Parcel) -> None:
+        """Keeps a message, in case the client's next one of this round meets another process."""
+        filled = {name: raw.data for name, raw in parcel.tensors.items() if raw.data}
+        flat = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in filled.items()}
+        forms = {name: [raw.dtype, list(raw.shape)] for name, raw in parcel.tensors.items()}
+        states.save(self._message(version), {"header": header, "text": parcel.text, "forms": forms, "data": flat})
+
+    def message(self, version: Version) -> tuple[dict[str, Any], Parcel]:
+        """A kept message; raises UserError where it is missing or damaged."""
+        try:
+            kept = states.load(self._message(version))
+            data = kept["data"]
+            tensors = {
+                name: Raw(dtype, tuple(shape), data[name].numpy().tobytes() if name in data else b"")
+                for name, (dtype, shape) in kept["forms"].items()
+            }
+            return kept["header"], Parcel(kept["text"], tensors)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"An earlier message of this round cannot be read ({error}).") from None
+
+    def drop_messages(self, plan: int) -> None:
+        """Deletes the kept messages of rounds before ``plan``."""
+        for found in self._numbered(_MESSAGE):
+            if found[0] < plan:
+                self._message(Version(*found)).unlink(missing_ok=True)
+
+    def _message(self, version: Version) -> Path:
+        return self.path / f"message-{version.plan:06d}-{version.number:06d}.safetensors"
+
+    def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
+        matches = (pattern.fullmatch(path.name) for path in self.path.iterdir())
+        return [(int(match[1]), int(match[2])) for match in matches if match is not None]
+
+
+def _drop_runs(base: Path) -> None:
+    """Deletes the states of all runs but the last `KEPT_RUNS`; what else lies in the folder stays."""
+    runs = [path for path in base.iterdir() if _RUN.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+    for path in sorted(runs, key=lambda path: path.stat().st_mtime_ns)[:-KEPT_RUNS]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,84 @@
+"""The clients of a process on a node: made at the first message of a run, and kept for its next ones."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedkern.errors import UserError
+from fedkern.files.filesystem import cache_folder, expand
+from fedkern.files.inputs import parse_json
+from fedkern.flower.runs import node_config, run_settings
+from fedkern.flower.runs.node_client import Letter, NodeClients, failed
+from fedkern.flower.runs.own_data import form_of
+from fedkern.flower.runs.parcel import Malformed, Parcel
+from fedkern.settings.run_data import data_of_one
+
+STATES = "flower"
+"""Folder of the clients' states in the user's cache."""
+Notice = Callable[[str], None]
+_here: tuple[Any, NodeClients] | None = None  # of the last message of this process, with what they were made of
+
+
+def answer(
+    header: str, parcel: Parcel, run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice
+) -> Parcel:
+    """The answer to a message of the run's server; a client that cannot answer says why in it.
+
+    Args:
+        header: a :class:`~fedkern.flower.runs.node_client.Letter` as JSON text.
+        parcel: the message.
+        run_config: settings of the run (`fedkern.flower.runs.run_settings`).
+        node: the node's configuration (`fedkern.flower.runs.node_config`).
+
+    Raises:
+        Malformed: the message is none of fedkern's, or is for another client.
+        UserError: the node's configuration does not say which client it is.
+    """
+    letter, own = Letter.read(parse_json(header)), node_config.own_client(node)
+    if letter.client != own:
+        raise Malformed(f"is for client {letter.client}, and this node is client {own}")
+    try:
+        return _clients(letter, run_config, node, notice).answer(letter, parcel)
+    except Malformed as why:
+        return failed(letter, f"the message of the server {why}", "")
+    except UserError as error:
+        return failed(letter, str(error), "")
+    except Exception as error:  # anything of data, method or plugin: the server says it, and decides
+        return failed(letter, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def facts(run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice) -> dict[str, Any]:
+    """Number of samples and form of the data of a node whose folder holds its own data alone."""
+    data = data_of_one(run_settings.read(run_config, node_config.folder(node, "data-root")).config, notice, node=True)
+    return {"samples": len(data.clients[0]), **form_of(data)}
+
+
+def _clients(letter: Letter, run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice) -> NodeClients:
+    """The clients of this process; those of another run, or with other settings, are dropped."""
+    global _here
+    alike = {name: value for name, value in node.items() if name != "partition-id"}
+    whose = letter.client if run_config.get("flower.own-data") else None
+    made_of = (letter.run, letter.attempt, letter.threads, letter.client_threads, dict(run_config), alike, whose)
+    if _here is not None and _here[0] == made_of:
+        _here[1].notice = notice
+        return _here[1]
+    forget()
+    settings = run_settings.read(run_config, node_config.folder(node, "data-root"))
+    given = node_config.folder(node, "state-dir") or settings.state
+    base = expand(given) if given else cache_folder(STATES)
+    clients = NodeClients(
+        settings.config, Path(base), notice, own_data=settings.own_data, half=settings.transport == "bf16"
+    )
+    _here = made_of, clients
+    return clients
+
+
+def forget(run: str | None = None) -> None:
+    """Drops the clients of this process, or those of a run; the next message begins with what is on the disk."""
+    global _here
+    if _here is not None and run in (None, _here[0][0]):
+        _here[1].close()
+        _here = None

@@ -1,0 +1,188 @@
+"""The settings of a run as the flat run-config of a Flower project, and back.
+
+| key | holds |
+|---|---|
+| `rounds`, `local-epochs`, ... | a setting, named as its flag; an empty text leaves it open |
+| `method-option.NAME`, `data-option.NAME` | an option of the method or of the data set |
+| `plugins` | files of the project, or modules, separated by commas |
+| `out`, `resume`, `report`, `predictions` | as the flags of the command line |
+| `flower.deadline`, `flower.wait`, ... | what `FLOWER` says |
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkern.data import lookup
+from fedkern.engine.asynchronous import check_local
+from fedkern.engine.order import FILTER_ORDER
+from fedkern.engine.registry import FILTERS
+from fedkern.engine.uploads.filters import Filter
+from fedkern.errors import UserError, nearest
+from fedkern.flower.runs.resident import STAYS
+from fedkern.settings.config import RunConfig
+from fedkern.typed_option import Option, as_typed
+from fedkern.usercode import named_code, plugins
+
+METHOD_OPTION, DATA_OPTION = "method-option.", "data-option."
+SWITCHES = {
+    "resume": Option(False, "whether the run in out goes on from its last checkpoint"),
+    "report": Option(False, "whether report.html is written at the end"),
+    "predictions": Option(False, "whether the answers to the test images are written to predictions.csv"),
+}
+_SECONDS: dict[str, Any] = {"low": 0, "high": 1e9}
+FLOWER = {
+    "flower.deadline": Option(
+        3600.0, "seconds within which clients must answer a message; 0: no limit but Flower's own", **_SECONDS
+    ),
+    "flower.wait": Option(600.0, "seconds to wait for the nodes of all clients before the first round", **_SECONDS),
+    "flower.own-data": Option(False, "whether the data folder of a node holds the data of its client alone"),
+    "flower.transport": Option(
+        "fp32", "how fp32 tensors travel: fp32, or bf16 for half the bytes, which rounds them", choices=("fp32", "bf16")
+    ),
+    "flower.resident": Option(
+        STAYS, "seconds that a client's process stays on its SuperNode after a message; 0: it ends", **_SECONDS
+    ),
+    "flower.state": Option("", "folder of the clients' states on their nodes; empty: a folder in the user's cache"),
+}
+"""Settings of a run over Flower."""
+JUDGING = {"test_share": 0.5, "validation_share": 0.9}
+"""Shares of the server's images, where nobody gives them and nodes have data of their own: none of them trains."""
+ELSEWHERE = ("workers",)
+"""Settings that say nothing about a run over Flower."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run-config says: see `SWITCHES` and `FLOWER`; without a run folder ``out`` it is a new one in ``runs``."""
+
+    config: RunConfig
+    out: Path | None
+    resume: bool
+    report: bool
+    predictions: bool
+    deadline: float
+    wait: float
+    own_data: bool
+    transport: str
+    state: str
+
+
+def setting_key(field: str) -> str:
+    """Key of a field of RunConfig: ``local_epochs`` -> ``local-epochs``."""
+    return field.replace("_", "-")
+
+
+def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSettings:
+    """Reads Flower's flat run-config, and loads the plugins that it names.
+
+    ``data_root`` is the folder of the data on this machine, instead of that of the run-config.
+
+    Raises:
+        UserError: an unknown key, a value out of range, or a plugin or file that is not on this machine.
+    """
+    given = {key: word for key, value in run_config.items() if (word := as_typed(value).strip())}
+    fields = {setting_key(each.field): each.field for each in RunConfig.declared() if each.field not in ELSEWHERE}
+    known = [*fields, *SWITCHES, *FLOWER, "out", "plugins"]
+    for key in given:
+        if key not in known and not key.startswith((METHOD_OPTION, DATA_OPTION)):
+            raise UserError(f'The run-config has an unknown key "{key}".{nearest(key, known)}')
+    named = [_located(name.strip()) for name in given.get("plugins", "").split(",") if name.strip()]
+    plugins.load_installed()
+    loaded = plugins.given(named)
+    settings: dict[str, Any] = {fields[key]: word for key, word in given.items() if key in fields}
+    method = settings.pop("method", "fedavg")
+    if "model" in settings:
+        settings["model"] = _located_code(settings["model"])
+    if data_root:
+        settings["data_root"] = data_root
+    words = [f"{key.removeprefix(METHOD_OPTION)}={word}" for key, word in _under(given, METHOD_OPTION)]
+    data_options = {key.removeprefix(DATA_OPTION).replace("-", "_"): word for key, word in _under(given, DATA_OPTION)}
+    config = RunConfig.make(
+        method,
+        options=words,
+        data_options=data_options,
+        plugins=loaded,
+        **settings,
+    )
+    # The ClientApp reads flower.resident itself, before it imports all this.
+    own: dict[str, Any] = {
+        key: each.named(key, key).convert(given[key]) if key in given else each.default
+        for key, each in {**SWITCHES, **FLOWER}.items()
+    }
+    if own["flower.own-data"]:
+        check_own_data(config)
+        shares = {name: share for name, share in JUDGING.items() if name in lookup(config.data).options}
+        config = config.replace(data_options={**shares, **config.data_options})
+    return RunSettings(
+        config=config,
+        out=Path(given["out"]).expanduser() if "out" in given else None,
+        **{
+            key.removeprefix("flower.").replace("-", "_"): each for key, each in own.items() if key != "flower.resident"
+        },
+    )
+
+
+def check_portable(config: RunConfig) -> None:
+    """Raises UserError for a run that cannot be played over Flower."""
+    if config.kind.pooled:
+        raise UserError(f"{config.method} needs the data of all clients in one place, which Flower keeps apart.")
+    check_local(config)
+    if config.own_networks:
+        raise UserError(
+            f"{'--personal' if config.personal is not None else config.method} is not for Flower: a run is judged by "
+            "the networks that its clients keep to themselves, and the server of a Flower run does not have these."
+        )
+    if config.compress is not None:
+        raise UserError(
+            f"--compress {config.compress} is not for runs over Flower, whose nodes send uploads whole: leave it out, "
+            'or have them travel as bf16 with flower.transport="bf16".'
+        )
+    for name in plugins.of_run("filter", FILTERS, config.plugins):
+        if name not in FILTER_ORDER and FILTERS[name].encoders is not Filter.encoders:
+            raise UserError(
+                f"The filter {name} has encoders, and nodes of Flower send uploads as they are: leave its plugin out."
+            )
+
+
+def check_own_data(config: RunConfig) -> None:
+    """Raises UserError for settings that need the data of several clients in one place."""
+    if "clients" in config.left_open:
+        raise UserError("flower.own-data needs the number of clients, which no folder tells: give clients=N.")
+    if config.held_out_client is not None or config.client_test or config.privacy_unit != "image":
+        raise UserError(
+            "held-out-client, client-test and privacy-unit patient need the data of all clients in one place: leave "
+            "them out with flower.own-data."
+        )
+    if config.data_options.get("cue_clients") or config.data_options.get("backdoor_clients"):
+        raise UserError(
+            "cue-clients and backdoor-clients change the data of some of all clients: leave them out with "
+            "flower.own-data."
+        )
+    if config.public_samples or "pairs" in lookup(config.data).task.offers:
+        raise UserError(
+            "Public samples and image-text data are drawn from the data of all clients, which flower.own-data keeps "
+            "apart: use a data folder with all data on every node."
+        )
+
+
+def _under(given: Mapping[str, str], prefix: str) -> Iterable[tuple[str, str]]:
+    return ((key, word) for key, word in given.items() if key.startswith(prefix))
+
+
+def _located(name: str) -> str:
+    """The path of a file of the project, which Flower puts on ``sys.path``; another name is returned as it is."""
+    path = Path(name)
+    if path.is_absolute() or not name.endswith(".py"):
+        return name
+    found = next((each for folder in sys.path if (each := Path(folder) / name).is_file()), None)
+    return name if found is None else str(found.absolute())
+
+
+def _located_code(text: str) -> str:
+    file, _, name = text.rpartition(":")
+    return f"{_located(file)}:{name}" if file.endswith(".py") and named_code.parse(text) is not None else text

@@ -1,0 +1,143 @@
+"""The ServerApp of a whole run over Flower: ``fedkern.flower.runs.server_app:app`` in a project's pyproject.toml.
+
+It plays the run as the command line does, with the same run folder, checkpoints and figures; only the clients are on
+their nodes (`fedkern.flower.runs.node_executor`).  Like the command line it may import everything below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedkern.engine.run import run
+from fedkern.engine.store.run_folder import RUNS, reserve, run_name
+from fedkern.errors import ClientFailed, RunFailed, UserError
+from fedkern.flower.adapter import ERROR, INFO, WARNING, Context, Grid, Post, ServerApp, log, warn_of_version
+from fedkern.flower.runs import run_settings
+from fedkern.flower.runs.node_executor import Nodes
+from fedkern.flower.runs.node_roll import Roll
+from fedkern.flower.runs.own_data import declared
+from fedkern.listeners.events import Listener, RunInfo
+from fedkern.settings.doors import key_words
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Plays the run that the run-config describes."""
+    warn_of_version()
+    play(grid, context.run_config)
+
+
+@key_words()
+def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Plays the run of a flat run-config (`fedkern.flower.runs.run_settings`), and returns its summary.
+
+    Raises:
+        UserError: anything that the user can put right.
+        RunFailed: the run was stopped, or failed without a result to keep.
+    """
+    settings = run_settings.read(run_config)
+    config, out, made = settings.config, settings.out, False
+    run_settings.check_portable(config)
+    if out is None:
+        if settings.resume:
+            raise UserError('resume=true goes on with a run: name its folder, out="DIR", in the run-config.')
+        out, made = reserve(RUNS, run_name(config), 'name another run folder, out="DIR", in the run-config'), True
+    out = out.absolute()
+    log(INFO, "run folder: %s", out)
+    again = f"flwr run with the run-config 'out=\"{out}\" resume=true'"
+    code = tuple(part for _, part in config.code())
+    post, told = Post(grid), Told()
+    roll = Roll(post, wait=settings.wait, own_data=settings.own_data)
+    try:
+        summary = run(
+            config,
+            data=declared(config, roll, _warn) if settings.own_data else None,
+            out=out,
+            resume=settings.resume,
+            listener=told,
+            trusted=(*code, *config.plugins),
+            predictions=settings.predictions,
+            elsewhere=lambda run: Nodes(
+                run,
+                post,
+                roll,
+                deadline=settings.deadline,
+                half=settings.transport == "bf16",
+                own_data=settings.own_data,
+            ),
+        )
+    except ClientFailed as error:
+        log(ERROR, "%s\n%s", error, error.traceback)
+        raise
+    except KeyboardInterrupt:
+        raise RunFailed(f"The run was stopped; go on with {again}.") from None
+    finally:
+        if made:
+            with suppress(OSError):  # not empty: the run has begun
+                out.rmdir()
+    if wire := summary.get("wire"):
+        log(INFO, "on the wire: %.3g MB to nodes, %.3g MB from nodes", wire["down"] / 1e6, wire["up"] / 1e6)
+    draw(out, told.data, config.data_root, code, settings.report)
+    return summary
+
+
+def _warn(name: str, text: str) -> None:
+    log(WARNING, "%s", text)
+
+
+def draw(out: Path, data: Any, data_root: str | None, code: tuple[str, ...], report: bool) -> None:
+    """Draws the pictures of a finished run, and writes its report; the run is complete without them."""
+    from fedkern.report.figures.pictures import finished_pictures
+    from fedkern.report.pages.run_page import write_report
+
+    _, undrawn = finished_pictures(out, data=data, data_root=data_root, trusted=code, warn=partial(_warn, "no-picture"))
+    if undrawn is not None:
+        log(WARNING, "The run is complete, but not its pictures (%s).", undrawn)
+    if report:
+        try:
+            write_report(out, data=data, data_root=data_root, trusted=code)
+        except UserError as error:
+            log(WARNING, "The run is complete, but not its report: %s", error)
+
+
+class Told(Listener):
+    """Writes what happens in a run to Flower's log, a line each; keeps the run's ``data``, None before the start."""
+
+    data: Any = None
+
+    def on_start(self, run: RunInfo) -> None:
+        self.data = run.data
+        log(
+            INFO,
+            "%s on %s: %s clients, %s rounds",
+            run.config.method,
+            run.config.data,
+            len(run.samples),
+            len(run.rounds),
+        )
+
+    def on_notice(self, text: str) -> None:
+        log(INFO, "%s", text)
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        from fedkern.report.live.progress import main_figures
+
+        figures = [f"loss {record['loss']:.3f}"] if "loss" in record else []
+        if shown := main_figures(record, self.data.task.main, self.data.tests):
+            figures.append(shown)
+        seconds = f"{record['round_seconds']:.1f} s"
+        if left := sorted({entry["client"] for entry in record.get("dropped", [])}):
+            seconds += f", without client{'s' * (len(left) > 1)} {', '.join(map(str, left))}"
+        log(INFO, "round %s of %s: %s", record["round"], record["rounds"], ", ".join([*figures, seconds]))
+
+    def on_warning(self, name: str, text: str) -> None:
+        log(WARNING, "%s", text)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        log(INFO, "the run is complete")

@@ -1,0 +1,38 @@
+"""Versions and kernels that a run is made with."""
+
+from __future__ import annotations
+
+import platform
+
+import numpy as np
+import torch
+
+import fedkern
+from fedkern.ops._core import backend
+from fedkern.process.commit import commit
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages and the platform that the run was made with, and fedkern's commit where it is known."""
+    return {
+        "fedkern": fedkern.__version__,
+        **({"commit": commit()} if commit() else {}),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def kernels() -> dict[str, str]:
+    """The kernels that, beside the versions, determine the bits of a run.
+
+    * ``backend``: the forced backend, or "auto".
+    * ``isa``: ISA level of the CPU core, or "none" where there is no core.
+    * ``torch``: PyTorch's own ISA level.
+    """
+    return {
+        "backend": backend.forced_backend() or "auto",
+        "isa": backend.active_isa(),
+        "torch": torch.backends.cpu.get_cpu_capability(),
+    }

@@ -1,0 +1,1 @@
+"""Figures: the pictures of a run folder."""

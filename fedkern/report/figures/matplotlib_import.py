@@ -1,0 +1,40 @@
+"""Import of matplotlib at the end of a command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fedkern.process.garbage import uncollected
+from fedkern.process.interrupts import whole_process
+
+
+@contextmanager
+def undocumented() -> Iterator[None]:
+    """Has the block import matplotlib in two thirds of the time, in a process that ends with its command.
+
+    Matplotlib writes tables of the properties of its classes into docstrings while it is imported, for ``help`` in
+    scripts and notebooks.  The process of a command ends after the pictures.
+
+    Pictures need no display, so that the user's choice of one, ``MPLBACKEND``, is not read either: a wrong one would
+    fail the import.
+    """
+    if not whole_process() or "matplotlib.artist" in sys.modules:
+        yield
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    with uncollected():
+        try:
+            from matplotlib import artist
+        finally:
+            if backend is not None:
+                os.environ["MPLBACKEND"] = backend
+
+        table = artist.kwdoc
+        artist.kwdoc = lambda artist: ""
+        try:
+            yield
+        finally:
+            artist.kwdoc = table

@@ -1,0 +1,269 @@
+"""Pictures of a run folder: accuracy curves, confusion, partition, client weights, Grad-CAM, the method's artifacts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedkern.data import normalise
+from fedkern.data.images.used_cache import remembered
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine.store import confusions
+from fedkern.engine.store.artifacts import Artifact
+from fedkern.engine.store.artifacts import read as read_shown
+from fedkern.engine.store.extending import PICTURE_LIST
+from fedkern.engine.store.extending import pictures as listed
+from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.engine.store.resuming import unedited
+from fedkern.errors import UserError, spared
+from fedkern.files import atomic
+from fedkern.report.figures.matplotlib_import import undocumented
+from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import kept_data, load_data
+from fedkern.settings.stored import load_plugins, load_settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXAMPLES = 8
+PICTURES = {name: f"{name}.png" for name in (
+    "accuracy", "dice", "clients", "confusion", "partition", "gradcam", "weights", "segmentation", "retrieval",
+)}  # fmt: skip
+CURVES = {"dice": "dice"}
+"""Pictures of the main figure over the rounds, where it is not that of an accuracy."""
+
+
+def write_pictures(
+    run_dir: Path,
+    *,
+    data: Any = None,
+    model: torch.nn.Module | None = None,
+    data_root: str | None = None,
+    trusted: Collection[str] = (),
+    warn: Callable[[str], object] = warnings.warn,
+) -> list[Path]:
+    """Draws the pictures of a finished run into its folder, replacing older ones, and lists them in pictures.json.
+
+    Args:
+        run_dir: the run folder.
+        data: the ``FederatedData`` of the run, without its holdout; None loads the data again.
+        model: the global model; None loads ``model.safetensors``.
+        data_root: current folder of the data files, for loading them.
+        trusted: code that may be imported, see :func:`fedkern.load`.
+        warn: called with a sentence for every picture that cannot be drawn; the other pictures are.
+
+    Returns:
+        The files written: ``accuracy.png`` (or `CURVES`), ``clients.png`` if the clients have test sets,
+        ``confusion.png`` if the task has confusion matrices, ``partition.png``, ``weights.png`` if the method has
+        client weights, a picture per name of the method's artifacts (such as ``generated.png``), and the task's:
+        ``gradcam.png`` (not with ``grad_cam`` 0, of an MLP, or of a network without stages), ``segmentation.png`` or
+        ``retrieval.png``.  A run with private records has neither ``confusion.png`` nor ``partition.png``, which hold
+        exact counts; older ones are deleted.
+
+    Raises:
+        UserError: a file of the run is missing, damaged or not written by the run, or the run's settings were changed;
+            or the records are private and the run is not finished.
+    """
+    load_plugins(run_dir, trusted)
+    _check(run_dir)
+    failed: dict[str, str] = {}
+    written = _draw(run_dir, data, model, data_root, trusted, failed)
+    for name, why in failed.items():
+        (run_dir / name).unlink(missing_ok=True)  # of an older network
+        warn(f"{name} is missing, as it cannot be drawn: {why}.")
+    # A picture that failed is listed, so that :func:`drawn` has it drawn again.
+    names = json.dumps({"pictures": [*(path.name for path in written), *failed]})
+    atomic.write_bytes(run_dir / PICTURE_LIST, (names + "\n").encode())
+    return written
+
+
+def finished_pictures(
+    run_dir: Path,
+    *,
+    data: Any = None,
+    model: torch.nn.Module | None = None,
+    data_root: str | None = None,
+    trusted: Collection[str] = (),
+    warn: Callable[[str], object],
+) -> tuple[list[Path], str | None]:
+    """Draws the pictures at the end of a run, or without ``data`` finds those of a run that was finished before.
+
+    Returns:
+        The pictures, and the reason, without a full stop, why they cannot be drawn or written, or None.
+    """
+    there = drawn(run_dir) if data is None else []
+    if there:
+        return there, None
+    try:
+        return write_pictures(run_dir, data=data, model=model, data_root=data_root, trusted=trusted, warn=warn), None
+    except UserError as error:
+        return [], str(error).rstrip(".")
+
+
+def _check(run_dir: Path) -> None:
+    """Raises UserError if the run's settings were changed, or the records are private and the run is not finished."""
+    config = unedited(run_dir, device="cpu")
+    if read_summary(run_dir) is None and config.records == "private":
+        raise UserError(
+            f"{run_dir} has no summary.json, and its records are private: finish the run with --resume "
+            f"{shlex.quote(str(run_dir))} before its pictures are drawn."
+        )
+
+
+def _draw(
+    run_dir: Path,
+    data: Any,
+    model: torch.nn.Module | None,
+    data_root: str | None,
+    trusted: Collection[str],
+    failed: dict[str, str],
+) -> list[Path]:
+    """Draws the pictures; those that fail, by name, get their reason in ``failed``."""
+    from fedkern.data.sharing.partition import parse_partition
+
+    with undocumented():
+        from fedkern.report import chance
+        from fedkern.report.figures import confusion_sheet, plots
+        from fedkern.report.figures.weights import weights_picture
+
+    moved = {} if data_root is None else {"data_root": data_root}
+    config = load_settings(run_dir, device="cpu", cache=remembered(run_dir), **moved)
+    data = kept_data(config, load_data(config, masks=False)) if data is None else data
+    name = f"{config.method} on {config.data}"
+    written: list[Path] = []
+
+    def keep(picture: str, draw: Callable[[], Figure | None]) -> None:
+        with spared(partial(failed.setdefault, PICTURES[picture])):
+            if (figure := draw()) is not None:
+                plots.save(figure, run_dir / PICTURES[picture])
+                written.append(run_dir / PICTURES[picture])
+
+    title = f"{name}, seed {config.seed}"
+    records = read_metrics(run_dir)
+    private = config.records == "private"
+    found = None if private else confusions.read(run_dir)
+
+    def curves() -> Figure | None:
+        lines = chance.constants(
+            records, config.main, {} if private or data.form.lacks else data.tests, found, len(data.classes)
+        )
+        return plots.accuracy_curves(records, config.main, title=title, tests=data.tests, chance=lines)
+
+    def partition() -> Figure:
+        held = data.statistics.held_out
+        parts = f"{config.data}: {parse_partition(data.statistics.partition).title}"
+        parts += f"; held out: {held[0]}" if held is not None else ""
+        return plots.partition_picture(data.statistics, title=parts)
+
+    keep(CURVES.get(config.main, "accuracy"), curves)
+    keep("clients", lambda: plots.clients_picture(records, config.main, title=f"Clients of {title}"))
+    if private:
+        for picture in ("confusion", "partition"):
+            (run_dir / PICTURES[picture]).unlink(missing_ok=True)
+    else:
+        if found is not None and found.matrices and found.classes:
+            keep("confusion", lambda: confusion_sheet.draw(found, title=f"Confusion of {title}"))
+        if data.statistics.classes:
+            keep("partition", partition)
+    by_samples = config.options.get("weighting") == "samples"
+    keep("weights", lambda: weights_picture(records, title=f"Clients of {title}", by_samples=by_samples))
+    written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes, failed)
+    # A network of which clients keep parts to themselves answers nothing.
+    for each in () if data.form.lacks or config.keeps_parts else data.task.pictures:
+        target = run_dir / PICTURES[each]
+        with spared(partial(failed.setdefault, target.name)):
+            model = read_model(run_dir, trusted)[0] if model is None else model
+            if _ANSWERS[each](target, name, model, data, config, trusted):
+                written.append(target)
+    return written
+
+
+def _draw_segmentation(target: Path, name: str, model: Any, data: Any, config: RunConfig, trusted: Any) -> bool:
+    with undocumented():
+        from fedkern.report.figures import segmentation_sheet
+
+    split = next(iter(data.tests.values()))
+    split = split.subset(segmentation_sheet.examples(split.labels, EXAMPLES))
+    inputs = normalise(split.images, data.form.mean, data.form.std)
+    segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
+    return True
+
+
+def _draw_retrieval(target: Path, name: str, model: Any, data: Any, config: RunConfig, trusted: Any) -> bool:
+    from fedkern.report.pages.retrieval_examples import draw, retrieval_examples
+
+    try:
+        found, _ = retrieval_examples(target.parent, config, data, model=model, trusted=trusted)
+    except UserError:  # the method has no pair of encoders, as the report says
+        return False
+    draw(found, target, title=f"Nearest captions of test images, {name}")
+    return True
+
+
+def _draw_gradcam(target: Path, name: str, model: Any, data: Any, config: RunConfig, trusted: Any) -> bool:
+    from fedkern.models import StagedNetwork
+    from fedkern.models.mlp import MLP
+
+    with undocumented():
+        from fedkern.report.figures import gradcam
+
+    # Without running statistics a prediction depends on the batch, so Grad-CAM of a few images would mislead.
+    # Maps of an MLP have one position, which Grad-CAM would show as an even colour.
+    fitting = isinstance(model, StagedNetwork) and not isinstance(model, MLP) and model.maps
+    if not (fitting and config.grad_cam and config.statistics):
+        return False
+    panels = {}
+    for key, split in data.tests.items():
+        rows = gradcam.choose(split.labels, EXAMPLES)
+        if len(rows) == 0:
+            continue
+        images = split.images[rows]
+        masks = split.masks[rows] if split.masks is not None else None
+        panels[key] = (images, normalise(images, data.form.mean, data.form.std), split.labels[rows], masks)
+    if panels:
+        gradcam.draw(model, panels, target, classes=data.classes, title=f"Grad-CAM of the global model, {name}")
+    return bool(panels)
+
+
+_ANSWERS = {"gradcam": _draw_gradcam, "segmentation": _draw_segmentation, "retrieval": _draw_retrieval}
+"""Functions that draw what the network answers to test images, by the picture's name; each says whether it has."""
+
+
+def drawn(run_dir: Path) -> list[Path]:
+    """The pictures that were drawn into a run folder, if all of them are still there; else none."""
+    there = [run_dir / name for name in listed(run_dir)]
+    return there if all(path.exists() for path in there) else []
+
+
+def artifact_path(folder: Path, name: str) -> Path:
+    """Where the picture of the artifacts of a name stands in a folder."""
+    return folder / f"{name if name not in PICTURES else name + '_shown'}.png"
+
+
+def draw_artifacts(
+    entries: Iterable[Artifact], folder: Path, title: str, classes: Sequence[str], failed: dict[str, str]
+) -> list[Path]:
+    """Draws the artifacts that a method logged, one picture per name, into ``folder``, and returns the pictures.
+
+    Those that fail, by name, get their reason in ``failed``.
+    """
+    from fedkern.report.figures import artifact_sheet
+
+    by_name: dict[str, list[Artifact]] = {}
+    for entry in entries:
+        by_name.setdefault(entry.name, []).append(entry)
+    written = []
+    for name, those in by_name.items():
+        target = artifact_path(folder, name)
+        called = name.replace("_", " ")
+        with spared(partial(failed.setdefault, target.name)):
+            artifact_sheet.draw(those, target, title=f"{called[:1].upper()}{called[1:]}, {title}", classes=classes)
+            written.append(target)
+    return written

@@ -1,0 +1,207 @@
+"""A sheet of small pictures in rows and columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from contourpy import contour_generator
+from matplotlib import colormaps
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as Curves
+from matplotlib.transforms import Affine2D
+
+from fedkern.report.figures.fitting import fitted, width
+from fedkern.report.figures.plots import save
+from fedkern.report.names import TITLE, label
+
+LINE = 0.15
+"""Inches from a line above or after a picture to the next."""
+_EDGE = 0.08  # inches around everything
+_LEGEND = 11  # points
+_MAP, _OPACITY = "inferno", 0.75  # colours of maps, and how much they hide of the picture below
+
+_Box = tuple[float, float, float, float]
+"""Left, right, top and bottom in inches, from the top left corner of a sheet."""
+
+
+class Sheet:
+    """Pictures and texts at places in inches, from the top left corner.
+
+    Axes for every picture, arranged by matplotlib, would take half a second at the end of a run.  Pictures are scaled
+    here, because matplotlib takes three times as long for its images.
+
+    Args:
+        columns: most pictures in a row.
+        rows: inches above the pictures of every row, for :meth:`above`.
+        side: the longer side of a picture, in inches.
+        left: inches before the first column, for :meth:`beside`.
+        right: inches after the last column, for :meth:`after`.
+        title: title of the sheet.
+        legend: texts and their colours, under the last row.
+        scale: what maps show from 0 to 1, under the last row; empty for no such scale.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        rows: Sequence[float],
+        *,
+        side: float,
+        left: float,
+        title: str,
+        right: float = 0.0,
+        legend: Sequence[tuple[str, Any]] = (),
+        scale: str = "",
+    ) -> None:
+        gap = 0.08 * side
+        wide = max(left + columns * (side + gap) + right + _EDGE, 5.0)
+        lines = fitted(label(title, TITLE), 12, wide - 2 * _EDGE)
+        top = 0.21 + 0.19 * len(lines.split("\n"))
+        self._side, self._lefts = side, [left + k * (side + gap) for k in range(columns)]
+        self._tops = [top + gap * i + side * i + sum(rows[: i + 1]) for i in range(len(rows))]
+        below = self._tops[-1] + side + 0.08
+        places = _flowing([text for text, _ in legend], wide)
+        told = fitted(scale, 9, wide - left - 1.55)
+        high = 0.12 + LINE * (1 + told.count("\n")) if scale else 0.0
+        height = below + (0.22 * (places[-1][1] + 1) if places else 0.0) + high + _EDGE
+        self.figure = Figure(figsize=(wide, height), dpi=150)
+        self._inches = Affine2D().scale(1, -1).translate(0, height) + self.figure.dpi_scale_trans
+        self._pictures = _Pictures()
+        self.figure.add_artist(self._pictures)
+        self._text(_EDGE, (top + 0.04) / 2, lines, fontsize=12, ha="left", va="center")
+        for (text, colour), (x, line) in zip(legend, places, strict=True):
+            self._text(x, below + 0.22 * (line + 0.5), text, color=colour, fontsize=_LEGEND, va="center")
+        if scale:
+            at = below + 0.1 + LINE / 2
+            self._place((left, left + 1.2, at - 0.07, at + 0.07), _coloured(np.linspace(0, 1, 256)[None]))
+            self._text(left - 0.05, at, "0", fontsize=9, ha="right", va="center")
+            self._text(left + 1.25, at, "1", fontsize=9, va="center")
+            self._text(left + 1.45, below + 0.1, told, fontsize=9, va="top")
+
+    def _text(self, x: float, y: float, text: str, **how: Any) -> None:
+        self.figure.text(x, y, text, transform=self._inches, **how)
+
+    def _box(self, row: int, column: int, shape: Sequence[int]) -> _Box:
+        """The box of a picture of ``shape`` (rows and columns of pixels), centred in its place."""
+        high, wide = (self._side * n / max(shape[0], shape[1]) for n in shape[:2])
+        x = self._lefts[column] + (self._side - wide) / 2
+        y = self._tops[row] + (self._side - high) / 2
+        return x, x + wide, y, y + high
+
+    def _centres(self, start: float, end: float) -> tuple[int, npt.NDArray[np.float64]]:
+        """The first of the sheet's pixels from ``start`` to ``end`` inches, and where between 0 and 1 each one lies."""
+        low, high = start * self.figure.dpi, end * self.figure.dpi
+        first = math.ceil(low - 0.5)
+        centres = np.arange(first, math.ceil(high - 0.5), dtype=np.float64) + 0.5
+        return first, np.asarray((centres - low) / (high - low), np.float64)
+
+    def _place(self, box: _Box, image: npt.NDArray[np.uint8]) -> None:
+        """Draws an image ``[H, W, 4]`` in a box; every pixel of the sheet gets the nearest one of the image."""
+        left, columns = self._centres(*box[:2])
+        top, rows = self._centres(*box[2:])
+        nearest = (np.minimum((at * n).astype(int), n - 1) for at, n in zip((rows, columns), image.shape, strict=False))
+        self._pictures.placed.append((left, top, image[np.ix_(*nearest)]))
+
+    def picture(self, row: int, column: int, image: npt.NDArray[Any]) -> None:
+        """Draws an image ``[H, W, 3]``, uint8 or a float from 0 to 1."""
+        if image.dtype != np.uint8:
+            image = (255 * image).astype(np.uint8)
+        opaque = np.full((*image.shape[:2], 1), 255, np.uint8)
+        self._place(self._box(row, column, image.shape), np.concatenate([image, opaque], axis=2))
+
+    def map(self, row: int, column: int, values: npt.NDArray[np.floating[Any]]) -> None:
+        """Lays a map ``[H, W]`` of values from 0 to 1 over a picture; between its points values are interpolated."""
+        left, right, top, bottom = self._box(row, column, values.shape)
+        x, columns = self._centres(left, right)
+        y, rows = self._centres(top, bottom)
+        between = _interpolation(rows, values.shape[0]) @ values @ _interpolation(columns, values.shape[1]).T
+        image = _coloured(between)
+        image[..., 3] = round(255 * _OPACITY)
+        self._pictures.placed.append((x, y, image))
+
+    def outline(self, row: int, column: int, mask: npt.NDArray[np.bool_]) -> None:
+        """Draws a white line around the True pixels of ``mask`` ``[H, W]``."""
+        left, right, top, bottom = self._box(row, column, mask.shape)
+        high, wide = mask.shape
+        x = left + (right - left) * (np.arange(wide) + 0.5) / wide
+        y = top + (bottom - top) * (np.arange(high) + 0.5) / high
+        lines: Any = contour_generator(x, y, mask.astype(np.float64)).lines(0.5)
+        curves = Curves.make_compound_path(*(Curves(line) for line in lines))
+        how: dict[str, Any] = {"fill": False, "edgecolor": "white", "linewidth": 1.0, "joinstyle": "round"}
+        self.figure.add_artist(PathPatch(curves, transform=self._inches, **how))
+
+    def above(self, row: int, column: int, text: str, *, color: str = "#222222") -> None:
+        """Writes a text above a picture."""
+        x, y = self._lefts[column] + self._side / 2, self._tops[row] - 0.05
+        self._text(x, y, text, fontsize=9, color=color, ha="center", va="bottom")
+
+    def beside(self, row: int, text: str, *, upright: bool = False) -> None:
+        """Writes a text to the left of a row, rotated by 90 degrees if ``upright``."""
+        x, y = self._lefts[0] - 0.1, self._tops[row] + self._side / 2
+        how: dict[str, Any] = {"rotation": 90, "multialignment": "center"} if upright else {}
+        self._text(x, y, text, fontsize=10, ha="right", va="center", **how)
+
+    def after(self, row: int, lines: Sequence[tuple[str, str]]) -> None:
+        """Writes lines with their colours to the right of a row, from the top of its pictures."""
+        x, y = self._lefts[-1] + self._side + 0.12, self._tops[row]
+        for text, colour in lines:
+            self._text(x, y, text, fontsize=9, color=colour, va="top")
+            y += LINE * (1 + text.count("\n"))
+
+    def save(self, path: Path) -> None:
+        """Writes the PNG, completely or not at all.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        save(self.figure, path)
+
+
+class _Pictures(Artist):
+    """Images uint8 ``[H, W, 4]`` on a figure, with their first column and row in pixels from the top left corner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.placed: list[tuple[int, int, npt.NDArray[np.uint8]]] = []
+
+    def draw(self, renderer: Any) -> None:
+        context = renderer.new_gc()
+        for left, top, image in self.placed:
+            renderer.draw_image(context, left, int(renderer.height) - top - len(image), image[::-1])
+        context.restore()
+
+
+def _coloured(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
+    """A map ``[H, W]`` of values from 0 to 1 as an image ``[H, W, 4]``."""
+    return np.asarray(colormaps[_MAP](values, bytes=True))
+
+
+def _interpolation(places: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
+    """Weights ``[n, count]`` of points in the middles of ``count`` equal parts of 0 to 1, for values at n places."""
+    at = np.clip(places * count - 0.5, 0, count - 1)
+    return np.maximum(1 - np.abs(at[:, None] - np.arange(count)), 0)
+
+
+def _flowing(texts: Sequence[str], wide: float) -> list[tuple[float, int]]:
+    """Left edge and line of every text of a legend that is ``wide`` inches."""
+    places, x, line = [], _EDGE, 0
+    for text in texts:
+        needed = width(text, _LEGEND) + 0.2
+        if x > _EDGE and x + needed > wide:
+            x, line = _EDGE, line + 1
+        places.append((x, line))
+        x += needed
+    return places
+
+
+def rgb(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """An image ``[C, H, W]`` as ``[H, W, 3]``; unless C is 3, the first channel in grey."""
+    shown = image if len(image) == 3 else np.repeat(image[:1], 3, axis=0)
+    return np.moveaxis(shown, 0, 2)

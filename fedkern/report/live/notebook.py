@@ -1,0 +1,167 @@
+"""Runs in a notebook: the display that leaves a table of the rounds, results as HTML, and pictures below a cell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedkern.data.html_table import LINE, html_table
+from fedkern.engine.store.records import read_metrics
+from fedkern.errors import printable_name
+from fedkern.listeners.events import RunInfo
+from fedkern.report.live.progress import UNSHOWN, Clock, Lines, figures_by_set, headline, trained
+from fedkern.report.tables import final_table, human_bytes, human_time, worst_client_line
+
+ROUNDS = 30
+"""Most rounds that a table lists."""
+PAUSE = 0.2
+"""Least seconds before the end of a client moves the bar again: the whole table travels to the browser."""
+
+
+def of_rich(table: Table, notes: Sequence[str] = ()) -> str:
+    """A terminal's table as HTML."""
+    header = [str(column.header) for column in table.columns]
+    rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    words = sum(column.justify == "left" for column in table.columns)
+    return html_table(str(table.title or ""), header, list(rows), notes, words=words)
+
+
+def run_table(summary: Mapping[str, Any], out: Path, main: str) -> str:
+    """The final figures of a run and its warnings, from its ``summary.json``, as HTML."""
+    warned = [f"warning ({name}): {text}" for name, text in (summary.get("diagnostics") or {}).items()]
+    worst = worst_client_line(summary)
+    return of_rich(final_table(summary, main), [*([worst] if worst else []), *warned, f"run folder {out}"])
+
+
+def rounds_table(
+    records: Sequence[Mapping[str, Any]], title: str, main: str, notes: Sequence[str] = (), tests: Collection[str] = ()
+) -> str:
+    """The rounds with their ``main`` figure as HTML; of many rounds evaluated ones, evenly spaced, and the last one."""
+    few = len(records) <= ROUNDS
+    known = [
+        record for record in records if few or any(name.endswith(main) for name in record) or record is records[-1]
+    ]
+    every = -(-len(known) // ROUNDS) or 1
+    shown = [(record, figures_by_set(record, main, tests)) for record in known[(len(known) - 1) % every :: every]]
+    titles = list(dict.fromkeys(title for _, figures in shown for title in figures))
+    losses = ["loss"] if any("loss" in record for record, _ in shown) else []
+    rows = []
+    for record, figures in shown:
+        cells = [figures.get(title, "") for title in titles]
+        cells += [f"{record[name]:.3f}" if isinstance(record.get(name), (int, float)) else "" for name in losses]
+        cells += [human_bytes(record["bytes_up"]), human_bytes(record["bytes_down"]), human_time(record["seconds"])]
+        rows.append([str(record["round"]), *cells])
+    header = ["round", *titles, *losses, "up", "down", "time"] if rows else []
+    some = [] if few else [f"{len(shown)} of {len(records)} rounds"]
+    return html_table(title, header, rows, [*some, *notes])
+
+
+class Output:
+    """A place below a cell whose content can be replaced, and which stays."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def start(self) -> None:
+        """Does nothing: the first content makes the place.  Start and stop are those of ``rich.live.Live``."""
+
+    def update(self, content: str | Table) -> None:
+        """Shows an HTML text, or a terminal's table."""
+        from IPython.display import HTML, display
+
+        html = HTML(of_rich(content) if isinstance(content, Table) else content)
+        if self._handle is None:
+            self._handle = display(html, display_id=True)
+        else:
+            self._handle.update(html)
+
+    def stop(self) -> None:
+        """Does nothing."""
+
+
+class Notebook(Lines):
+    """Display of a run below a cell: a table of the rounds, which stays, and a bar that moves with every client."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.output = Output()
+        self.title = self.table = self.doing = self.left = ""
+        self.records: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.done, self.moved, self.participants = 0, 0.0, 1
+        self.shown = time.monotonic()
+
+    def on_notice(self, text: str) -> None:
+        self._show(text)
+
+    def on_start(self, run: RunInfo) -> None:
+        self.clock, self.tests, self.main = Clock(trained(run)), run.test_sets, run.config.main
+        self.title = "\n".join(headline(run))
+        self.notes += [UNSHOWN] if run.private else []
+        self.done, self.moved = run.first_round, float(run.first_round)
+        self.records = read_metrics(run.out)[: self.done] if self.done else []
+        self._tabulate(f"round {self.done}/{len(run.rounds)}")
+
+    def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
+        super().on_round_start(round, name, participants)
+        self.participants = max(len(participants), 1)
+        if round > 0:
+            what = self.clock.words[round - 1]
+            self._show(f"round {round}/{len(self.clock.words)}{f' ({what})' if what else ''}{self.left}")
+
+    def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
+        if round > 0:
+            # A round with several exchanges must not move the bar past the end of the round.
+            self.moved = min(self.moved + 1 / self.participants, self.done + 1)
+            if time.monotonic() - self.shown >= PAUSE:
+                self._show(self.doing)
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        self.records.append({name: value for name, value in record.items() if name != "clients"})
+        self.done, self.moved = record["round"], float(record["round"])
+        remaining = self.clock.remaining(self.done)
+        self.left = "" if remaining is None else f", {human_time(remaining)} left"
+        self._tabulate(self.doing)
+
+    def on_warning(self, name: str, text: str) -> None:
+        self.notes.append(f"warning ({name}): {text}")
+        self._tabulate(self.doing)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        if self.doing:  # otherwise the run was finished before
+            self._show("")
+
+    def close(self) -> None:
+        if self.doing:
+            self.notes.append(f"stopped after round {self.done} of {len(self.clock.words)}")
+            self._tabulate("")
+
+    def _tabulate(self, doing: str) -> None:
+        self.table = rounds_table(self.records, self.title, self.main, self.notes, self.tests)
+        self._show(doing)
+
+    def _show(self, doing: str) -> None:
+        self.doing, self.shown = doing, time.monotonic()
+        rounds = len(self.clock.words)
+        bar = f'<progress max="{rounds}" value="{self.moved:.2f}"></progress> ' if rounds else ""
+        line = f"<p>{bar}{escape(printable_name(doing, LINE))}</p>" if doing else ""
+        self.output.update(self.table + line)
+
+
+class Pictures(list[Path]):
+    """Paths of pictures.  As the result of a cell they are shown below the cell."""
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import Image, display
+
+        for path in self:
+            if path.exists():
+                display(Image(filename=str(path), alt=path.stem, retina=True))
+            else:
+                print(f"{path} is missing: draw the pictures again.")

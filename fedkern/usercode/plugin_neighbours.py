@@ -1,0 +1,173 @@
+"""Files that a plugin imports from its own folder, which belong to the plugin's identity.
+
+They are found in the source, which is not executed: the ``import`` statements of the plugin, of what it imports, and so
+on, also those inside functions.  What a plugin imports in another way (``importlib``, a path of its own) is found among
+the modules that its execution has loaded.  Installed packages, the standard library and fedkern do not count, even if
+they lie in the plugin's folder.
+
+An identity is ``sha256:HEX`` of the plugin, followed by ``; PATH sha256:HEX`` for every neighbour, with the path
+relative to the plugin's folder.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.machinery import all_suffixes
+from pathlib import Path, PurePosixPath
+
+from fedkern.errors import UserError
+from fedkern.files.inputs import open_regular, reading
+
+_PART = re.compile(r"(?:(?P<path>.+?) )??(?P<hash>sha256:[0-9a-f]{64})(?:; |$)", re.DOTALL)
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+def sha256(content: bytes) -> str:
+    """``sha256:HEX`` of a file's content."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def identity(file: Path, source: bytes, neighbours: Iterable[Path]) -> str:
+    """The identity of a plugin, whose path is absolute, with ``neighbours``, files in its folder or below.
+
+    Raises:
+        UserError: a neighbour cannot be read.
+    """
+    parts = sorted((path.relative_to(file.parent).as_posix(), path) for path in {*neighbours} - {file})
+    return "; ".join([sha256(source), *(f"{name} {sha256(content(path))}" for name, path in parts)])
+
+
+def parsed(text: str) -> dict[str, str]:
+    """Hashes by relative path, that of the plugin under ``""``; empty where the text is no identity of a file."""
+    parts: dict[str, str] = {}
+    at = 0
+    while at < len(text):
+        part = _PART.match(text, at)
+        if part is None:
+            return {}
+        parts[part["path"] or ""], at = part["hash"], part.end()
+    return parts if "" in parts else {}
+
+
+def present(file: Path, source: bytes, stored: Mapping[str, str]) -> dict[str, str]:
+    """The hashes that files have now, by relative path; nothing is executed.
+
+    The hash is ``""`` for a file that cannot be read, and for a path that leaves the plugin's folder.
+    """
+    found = {}
+    for name in stored:
+        path = PurePosixPath(name)
+        try:
+            outside = path.is_absolute() or ".." in path.parts
+            found[name] = "" if outside else sha256(content(file.parent / path) if name else source)
+        except UserError:
+            found[name] = ""
+    return found
+
+
+def changed(stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The relative paths of files that are not as they were, the plugin's own ``""`` first."""
+    return sorted(name for name, value in stored.items() if now.get(name) != value)
+
+
+def loaded(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """The files in the folder or below, by name, of modules that this process has loaded."""
+    found: dict[str, Path] = {}
+    foreign = _foreign(folder)
+    for name in names:
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if isinstance(file, str):
+            path = Path(os.path.realpath(Path(file).parent), Path(file).name)  # a file may be a link to another folder
+            if _counts(path, folder, foreign) and path.is_file():
+                found[name] = path
+    return found
+
+
+def imported(file: Path, source: bytes) -> dict[Path, str]:
+    """Modules by file, in the plugin's folder or below, that import statements lead to, from one file to the next.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    folder, foreign = file.parent, _foreign(file.parent)
+    found: dict[Path, str] = {}
+    todo = [(file, source)]
+    while todo:
+        current, text = todo.pop()
+        for name in _names(current, text, folder):
+            for path in _files(folder.joinpath(*name.split("."))):
+                if path not in found and path != file and _counts(path, folder, foreign) and path.is_file():
+                    found[path] = name
+                    if path.suffix == ".py":
+                        todo.append((path, content(path)))
+    return found
+
+
+def in_the_place_of(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    """Files that Python may load instead of others, such as a package or an extension beside a module of its name."""
+    for name in names:
+        path = PurePosixPath(name)
+        if not name or path.is_absolute() or ".." in path.parts:
+            continue
+        ending = next((each for each in sorted(all_suffixes(), key=len, reverse=True) if name.endswith(each)), "")
+        stem = folder / name.removesuffix(ending)
+        stem = stem.parent if stem.name == "__init__" else stem
+        yield from (each for each in _files(stem) if stem != folder and each.is_file())
+
+
+def _files(stem: Path) -> Iterator[Path]:
+    """The files that the import of a module may load, by its path without ending."""
+    for suffix in all_suffixes():
+        yield stem.with_name(f"{stem.name}{suffix}")
+        yield stem / f"__init__{suffix}"
+
+
+def _foreign(folder: Path) -> list[Path]:
+    """Folders of installed code that lie in a folder: an environment may, or a checkout of fedkern."""
+    places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    found = [os.path.realpath(place) for place in (str(Path(__file__).parents[1]), *places) if place]
+    return [Path(path) for path in found if Path(path).is_relative_to(folder)]
+
+
+def _counts(path: Path, folder: Path, foreign: Iterable[Path]) -> bool:
+    if not path.is_relative_to(folder) or any(path.is_relative_to(each) for each in foreign):
+        return False
+    return not any(part in _INSTALLED for part in path.relative_to(folder).parts)
+
+
+def _names(file: Path, source: bytes, folder: Path) -> Iterator[str]:
+    """Dotted names that a file may import, with the packages above them, as seen from the folder."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):  # its execution says so
+        return
+    package = file.parent.relative_to(folder).parts
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for each in node.names:
+                yield from _with_parents(each.name.split("."))
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: max(0, len(package) - node.level + 1)] if node.level else ()
+            base = [*above, *(node.module.split(".") if node.module else ())]
+            yield from _with_parents(base)
+            yield from (".".join([*base, each.name]) for each in node.names)
+
+
+def _with_parents(parts: list[str]) -> Iterator[str]:
+    return (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+
+
+def content(path: Path, what: str = "") -> bytes:
+    """The content of a file of code; ``what`` names it in the error, by default as one that a plugin imports.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with reading(what or f"{path}, which a plugin imports,"), open_regular(path) as file:
+        return file.read()

@@ -1,0 +1,574 @@
+"""Plugins: files and modules of a user that register methods, models, data sets, metrics, parts of runs and so on.
+
+A plugin is named by the user, as ``--plugin FILE.py|MODULE`` or with :func:`load`, or by an installed package, as an
+entry point of the group ``fedkern.plugins``.  What a plugin registers is then known by name everywhere, like fedkern's
+own.  A run stores its plugins in ``config.toml``, each with an identity: the SHA-256 of a file and of what it imports
+from its own folder (`fedkern.usercode.plugin_neighbours`), or the version, SHA-256 and origin of a module.
+
+A run folder may come from anyone.  :func:`restore` therefore executes a stored plugin only if its identity is unchanged
+and this user has started a run with it on this machine before (:func:`remember`), or if the user names it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import os
+import re
+import shlex
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+from fedkern.errors import UserError
+from fedkern.files.filesystem import cache_folder, check_text, expand
+from fedkern.usercode import named_code
+from fedkern.usercode import plugin_neighbours as neighbours
+from fedkern.usercode.docstrings import docstring
+
+GROUP = "fedkern.plugins"
+"""Group of the entry points that name plugins of installed packages."""
+
+COMMANDS = (
+    "attack", "compare", "decode", "doctor", "evaluate", "export", "extend", "flower", "help", "list", "predict",
+    "probe", "report", "resume", "retrieval", "run", "zero-shot",
+)  # fmt: skip
+"""Names that nothing may be registered as, because the command line would read them as commands."""
+
+REGISTRIES = {
+    "method": ("fedkern.methods.registry", "METHODS"),
+    "data set": ("fedkern.data.registry", "DATASETS"),
+    "model": ("fedkern.models.registry", "MODELS"),
+    "metric": ("fedkern.tasks.registered_metrics", "METRICS"),
+    "aggregator": ("fedkern.methods.aggregators", "AGGREGATORS"),
+    "part": ("fedkern.engine.order", "PARTS"),
+    "filter": ("fedkern.engine.order", "FILTERS"),
+}
+"""Module and name of the dict that holds everything of a kind, by kind."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A loaded plugin.
+
+    Attributes:
+        name: absolute path of the file, or name of the module.
+        identity: ``sha256:...`` of a file and of its neighbours; version, SHA-256 and origin of a module.
+        source: content of the file; None for a module.
+        given: whether the user named the plugin, rather than an entry point or a run folder.
+        installed: whether an entry point names the plugin.
+        added: names that the plugin has registered, by kind (a key of `REGISTRIES`).
+        modules: names of modules in the folder of a file that its execution has loaded.
+    """
+
+    name: str
+    identity: str
+    source: bytes | None = field(default=None, repr=False)
+    given: bool = True
+    installed: bool = False
+    added: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+
+
+_LOADED: dict[str, Plugin] = {}
+_installed = False
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def load(name: str) -> Plugin:
+    """Executes a plugin, so that everything that it registers is known by name.
+
+    A module is executed once in a process, and so is a file until the file changes.  A changed file replaces what its
+    former content registered.
+
+    Args:
+        name: path of a Python file (with a folder or the ending ``.py``), or name of a module that can be imported.
+
+    Raises:
+        UserError: there is no such plugin, it raises an exception, it registers nothing, or it registers a name that
+            is taken.  Nothing that it registered is kept then.
+    """
+    name, path = _located(name)
+    known = _LOADED.get(name)
+    if path is None:
+        plugin = known if known is not None else _execute(Plugin(name, _module_identity(name)))
+    else:
+        source = neighbours.content(path, f"The plugin {path}")
+        if known is not None and _change(known.name, path, known.identity) is None:
+            plugin = known
+        else:
+            unload(name)
+            _forget_changed(path.parent)
+            plugin = _execute(Plugin(name, neighbours.sha256(source), source))
+    _LOADED[name] = plugin = replace(plugin, given=True)
+    return plugin
+
+
+def load_installed(warn: Callable[[str], None] = warnings.warn) -> None:
+    """Loads the plugins of installed packages (entry points of `GROUP`), once in a process.
+
+    Calls ``warn`` with a sentence for every plugin that cannot be loaded; the others are loaded all the same.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    try:
+        points = sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value))
+    except Exception as error:  # damaged metadata of any package
+        warn(f"The installed plugins cannot be listed ({type(error).__name__}: {error}).")
+        return
+    for point in points:
+        try:
+            name, _ = _located(point.module)
+            if name not in _LOADED:
+                _LOADED[name] = _execute(Plugin(name, _module_identity(name), given=False, installed=True))
+            point.load()
+        except Exception as error:  # the package's own error, whatever it is
+            package = point.dist.name if point.dist is not None else "an installed package"
+            warn(f"The plugin {point.name} of {package} is left out: {str(error).rstrip('.')}.")
+
+
+def unload(name: str) -> None:
+    """Forgets a plugin and everything that it has registered; does nothing if the plugin is not loaded."""
+    plugin = _LOADED.pop(name, None)
+    if plugin is None:
+        return
+    tables = _tables()
+    for kind, names in plugin.added.items():
+        for each in names:
+            tables[kind].pop(each, None)
+    sys.modules.pop(_module_name(plugin), None)
+    for name in plugin.modules:
+        sys.modules.pop(name, None)
+
+
+def _forget_changed(folder: Path) -> None:
+    """Has modules in a folder loaded anew that have changed since another plugin of the folder imported them."""
+    for plugin in _LOADED.values():
+        path = Path(plugin.name)
+        if plugin.modules and path.parent == folder:
+            with suppress(UserError):
+                if _change(plugin.name, path, plugin.identity) is None:
+                    continue
+            for name in plugin.modules:
+                sys.modules.pop(name, None)
+
+
+def loaded() -> tuple[Plugin, ...]:
+    """The plugins of this process, in the order in which they were loaded."""
+    return tuple(_LOADED.values())
+
+
+def _located(text: str) -> tuple[str, Path | None]:
+    """The plugin's name, and its path if it is a file."""
+    text = text.strip()
+    check_text(text, "the plugin")
+    if text.endswith(".py") or "/" in text or os.sep in text:
+        path = Path(os.path.realpath(expand(text)))
+        return str(path), path
+    if not text or not all(part.isidentifier() for part in text.split(".")):
+        raise UserError(f'--plugin must name a file FILE.py or a module, not "{text}".')
+    return text, None
+
+
+def _module_identity(name: str) -> str:
+    """Version, SHA-256 and origin of a module, found without importing the module or its packages."""
+    spec = _spec(name)
+    if spec is None:
+        file = f" (or --plugin {name}.py)" if Path(f"{name}.py").is_file() else ""
+        raise UserError(
+            f'The plugin "{name}" is no module that Python can import: install it, add its folder to PYTHONPATH, or '
+            f"name a file, --plugin FILE.py{file}."
+        )
+    package = name.partition(".")[0]
+    found = {metadata.version(each) for each in metadata.packages_distributions().get(package, ())}
+    parts = [" ".join(sorted(found)) or "no version"]
+    if spec.origin is not None and Path(spec.origin).is_file():
+        parts += [neighbours.sha256(Path(spec.origin).read_bytes()), spec.origin]
+    return ", ".join(parts)
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    # importlib.util.find_spec would import, and so execute, the packages above the module.
+    importlib.invalidate_caches()
+    found: ModuleSpec | None = None
+    within = None
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        if depth > 1 and within is None:
+            return None
+        finders = [finder.find_spec for finder in sys.meta_path if hasattr(finder, "find_spec")]
+        specs = (find(".".join(parts[:depth]), within) for find in finders)
+        found = next((spec for spec in specs if spec is not None), None)
+        if found is None:
+            return None
+        within = found.submodule_search_locations
+    return found
+
+
+def _module_name(plugin: Plugin) -> str:
+    """Name of the plugin's module in ``sys.modules``, the same in every process."""
+    if plugin.source is None:
+        return plugin.name
+    stem = re.sub(r"\W", "_", Path(plugin.name).stem)
+    return f"fedkern_plugin_{stem}_{hashlib.sha256(plugin.name.encode()).hexdigest()[:8]}"
+
+
+def _tables() -> dict[str, dict[str, Any]]:
+    for package in ("fedkern.models", "fedkern.data", "fedkern.methods"):
+        importlib.import_module(package)  # else fedkern's own entries would be taken for the plugin's
+    return {kind: getattr(importlib.import_module(module), name) for kind, (module, name) in REGISTRIES.items()}
+
+
+def _execute(plugin: Plugin) -> Plugin:
+    """Runs a plugin's code; returns the plugin with what it registers, the modules it has loaded and its identity.
+
+    An exception leaves nothing registered.
+    """
+    tables, module = _tables(), _module_name(plugin)
+    before = {kind: dict(table) for kind, table in tables.items()}
+    modules = set(sys.modules)
+    try:
+        _run(plugin, module)
+        added = _added(plugin, before, tables)
+        if not added and module not in modules:
+            raise UserError(
+                f'The plugin {plugin.name} registers nothing: put @fedkern.register("NAME") on a method, or another of '
+                "the decorators of docs/plugins.md."
+            )
+        return replace(_with_neighbours(plugin, modules), added=added)
+    except BaseException:
+        for kind, table in tables.items():
+            table.clear()
+            table.update(before[kind])
+        for name in [*_loaded_beside(plugin, modules), *([] if module in modules else [module])]:
+            sys.modules.pop(name, None)
+        raise
+
+
+def _with_neighbours(plugin: Plugin, before: Collection[str]) -> Plugin:
+    """A plugin that has been executed, with the modules of its folder that it has loaded and its identity."""
+    if plugin.source is None:
+        return plugin
+    file = Path(plugin.name)
+    named, own = neighbours.imported(file, plugin.source), _loaded_beside(plugin, before)
+    for other in _LOADED.values():
+        elsewhere = Path(other.name).parent
+        for name in other.modules if elsewhere != file.parent else ():
+            if name in named.values() and name in neighbours.loaded(elsewhere, [name]):
+                raise UserError(
+                    f"The plugin {plugin.name} imports {name}, and another {name} is loaded already, of the plugin "
+                    f"{other.name}: rename one of the two."
+                )
+    identity = neighbours.identity(file, plugin.source, [*named, *own.values()])
+    return replace(plugin, identity=identity, modules=tuple(own))
+
+
+def _loaded_beside(plugin: Plugin, before: Collection[str]) -> dict[str, Path]:
+    """The files, by module, that a plugin's execution has loaded from its folder; no other plugins."""
+    if plugin.source is None:
+        return {}
+    names = [name for name in [*sys.modules] if name not in before and not name.startswith("fedkern_")]
+    return neighbours.loaded(Path(plugin.name).parent, names)
+
+
+def _run(plugin: Plugin, name: str) -> None:
+    try:
+        with named_code.hosted(None if plugin.source is None else named_code.Named("", file=plugin.name)):
+            if plugin.source is None:
+                importlib.import_module(name)
+                return
+            module = types.ModuleType(name)
+            module.__file__ = plugin.name
+            sys.modules[name] = module  # dataclasses and pickle look there
+            importlib.invalidate_caches()  # files beside the plugin may be new
+            # The content that was hashed, not what the file holds by now.
+            exec(compile(plugin.source, plugin.name, "exec", dont_inherit=True), module.__dict__)
+    except UserError as error:
+        raise UserError(f"The plugin {plugin.name} cannot be loaded: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"The plugin {plugin.name} cannot be loaded{_line(error, plugin)}: {type(error).__name__}: {error}."
+        ) from error
+
+
+def _line(error: BaseException, plugin: Plugin) -> str:
+    """Where in the plugin's file an exception arose, as `` (line N)``; "" where that is not known."""
+    if isinstance(error, SyntaxError):
+        return f" (line {error.lineno})" if error.filename == plugin.name else ""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == plugin.name]
+    return f" (line {lines[-1]})" if lines else ""
+
+
+def _added(
+    plugin: Plugin, before: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[str, ...]]:
+    """The names that a plugin has registered, by kind."""
+    added: dict[str, tuple[str, ...]] = {}
+    for kind, table in tables.items():
+        replaced = [name for name, entry in before[kind].items() if table.get(name, entry) is not entry]
+        names = tuple(name for name in table if name not in before[kind])
+        for name in (*replaced, *names):
+            if name in replaced:
+                why = ", which is registered already: choose another name."
+            elif name in COMMANDS:
+                why = ", which is the name of a command: choose another name."
+            elif not _NAME.fullmatch(name):
+                why = ': a name has letters, digits, ".", "-" and "_", and begins with a letter or digit.'
+            else:
+                continue
+            raise UserError(f'The plugin {plugin.name} registers the {kind} "{name}"{why}')
+        if names:
+            added[kind] = names
+    return added
+
+
+# -- plugins of a run --------------------------------------------------------------------------------------------------
+
+
+def given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
+    """Loads plugins that the user names for a run.
+
+    Args:
+        names: names of plugins; or their identities by name, "" for any identity.
+
+    Returns:
+        The identities by the plugins' full names, as a run stores them.
+
+    Raises:
+        UserError: a plugin cannot be loaded (:func:`load`), or has another identity.
+    """
+    wanted = names if isinstance(names, Mapping) else dict.fromkeys(names, "")
+    result = {}
+    for name, identity in wanted.items():
+        plugin = load(name)
+        own, settled = neighbours.parsed(plugin.identity), neighbours.parsed(identity)
+        fits = plugin.identity == identity or (settled and settled.items() <= own.items())
+        if identity and not fits:
+            raise UserError(
+                f"The plugin {plugin.name} is not the one that the settings name ({_short(identity)} there, "
+                f"{_short(plugin.identity)} now): put it back, or take the identity out of the settings."
+            )
+        result[plugin.name] = plugin.identity
+    return result
+
+
+def used(names: Mapping[str, str]) -> dict[str, str]:
+    """Identities, by name, of the loaded plugins that registered one of ``names`` (by kind), or a metric.
+
+    Those of installed packages that registered a part or a filter are among them: no setting names these.
+    """
+    return {
+        plugin.name: plugin.identity
+        for plugin in _LOADED.values()
+        if "metric" in plugin.added
+        or (plugin.installed and not {"part", "filter"}.isdisjoint(plugin.added))
+        or any(name in plugin.added.get(kind, ()) for kind, name in names.items())
+    }
+
+
+def of_run(kind: str, table: Iterable[str], stored: Mapping[str, str]) -> list[str]:
+    """Names of a kind that a run has: those of its plugins in their order, then those that no plugin has registered.
+
+    Args:
+        kind: one of `REGISTRIES`.
+        table: all names of this kind.
+        stored: the run's plugins, identities by name.
+    """
+    own = [name for plugin in sent(stored) for name in plugin.added.get(kind, ())]
+    others = {name for plugin in _LOADED.values() for name in plugin.added.get(kind, ())}
+    return [*own, *(name for name in table if name not in others)]
+
+
+def described(kind: str) -> dict[str, str]:
+    """The first lines of docstrings, by name, of the classes of a kind that loaded plugins have registered."""
+    names = [name for plugin in _LOADED.values() for name in plugin.added.get(kind, ())]
+    return {name: docstring(_tables()[kind][name]).splitlines()[0] for name in names}
+
+
+def now(stored: Mapping[str, str]) -> dict[str, str]:
+    """The loaded plugins that stand for those of a stored run, as identities by name."""
+    found = [(name, identity, _stand_in(name, identity)) for name, identity in stored.items()]
+    return dict((name, text) if plugin is None else (plugin.name, plugin.identity) for name, text, plugin in found)
+
+
+def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:
+    """Loads the plugins of a stored run, as far as they may be executed.
+
+    Args:
+        stored: identities by name, as in the run's ``config.toml``.
+        folder: the run folder, for error messages.
+        trusted: names of plugins that may be executed whatever the folder is and even if they have changed.
+
+    Raises:
+        UserError: a plugin is missing, has changed, or was never used by this user on this machine, and is neither
+            ``trusted`` nor loaded.
+    """
+    for name, identity in stored.items():
+        if _stand_in(name, identity) is not None:
+            continue
+        again = f"--plugin {shlex.quote(name)}"
+        if any(each == name or (each.endswith(".py") and os.path.realpath(each) == name) for each in trusted):
+            load(name)
+            continue
+        try:
+            full, path = _located(name)
+            change = _change(name, path, identity)
+        except UserError as error:
+            raise UserError(
+                f"The run in {folder} needs a plugin that is not there: {str(error).rstrip('.')}; where it has moved, "
+                "give it again with --plugin."
+            ) from None
+        if change is not None:
+            what, then, present = change
+            raise UserError(
+                f"{what} has changed since the run in {folder} began ({then} then, {present} now): put back the former "
+                f"one, or give the plugin again to go on with the changed one, {again}."
+            )
+        if full != name or not _remembered(name, identity):
+            raise UserError(
+                f"{Path(folder) / 'config.toml'} names code to run, the plugin {name}, and a run folder may come from "
+                f"anyone: where you trust that code, give the plugin again, {again}."
+            )
+        load(name)
+        # The stored identity, whose files are unchanged: what is loaded in other ways than by import may differ.
+        _LOADED[name] = replace(_LOADED[name], given=False, identity=identity)
+
+
+def _change(name: str, path: Path | None, identity: str) -> tuple[str, str, str] | None:
+    """What has changed of a plugin since it had an identity, found without executing anything.
+
+    Returns:
+        The subject of a sentence, and the identity then and now; None where nothing has changed.
+    """
+    if path is None:
+        now = _module_identity(name)
+        return None if now == identity else (f"The plugin {name}", _short(identity), _short(now))
+    source, stored = neighbours.content(path, f"The plugin {path}"), neighbours.parsed(identity)
+    if not stored:
+        return f"The plugin {name}", _short(identity), _short(neighbours.sha256(source))
+    present = neighbours.present(path, source, stored)
+    for each in neighbours.changed(stored, present):
+        what = f"{path.parent / each}, which the plugin {name} imports," if each else f"The plugin {name}"
+        return what, _short(stored[each]), _short(present[each]) or "gone"
+    for file in [*neighbours.imported(path, source), *neighbours.in_the_place_of(path.parent, stored)]:
+        if (each := file.relative_to(path.parent).as_posix()) not in stored:
+            found = neighbours.present(path, source, {each: ""})[each]
+            return f"{file}, which the plugin {name} imports,", "none", _short(found)
+    return None
+
+
+def _short(identity: str) -> str:
+    return re.sub(r"(sha256:\w{12})\w*", r"\1", identity)
+
+
+def check_given(names: Iterable[str], stored: Mapping[str, str], folder: str | os.PathLike[str]) -> None:
+    """Raises UserError where a plugin that is given to resume a run is none of that run."""
+    for text in names:
+        plugin = load(text)
+        if not any(_stands_for(plugin, name, identity) for name, identity in stored.items()):
+            raise UserError(
+                f"The run in {folder} has no plugin {plugin.name}: leave it out to resume the run, or start a new run "
+                "without --resume."
+            )
+
+
+def _stand_in(name: str, identity: str) -> Plugin | None:
+    """The loaded plugin that is a stored one: the same content, or one that the user has named in its place."""
+    same = _LOADED.get(name)
+    if same is not None and (same.given or same.identity == identity):
+        return same
+    return next((each for each in _LOADED.values() if each.given and _stands_for(each, name, identity)), None)
+
+
+def _stands_for(plugin: Plugin, name: str, identity: str) -> bool:
+    """Whether a plugin is the stored one, or the same file after it was moved."""
+    moved = plugin.source is not None and (plugin.identity == identity or Path(plugin.name).name == Path(name).name)
+    return plugin.name == name or moved
+
+
+# -- which plugins a user has run --------------------------------------------------------------------------------------
+
+
+def remember(plugins: Mapping[str, str]) -> None:
+    """Notes in the user's cache folder that a run of this user executes these plugins.
+
+    Without a cache folder that can be written to, a resumed run asks for ``--plugin`` again.
+    """
+    for name, identity in plugins.items():
+        with suppress(OSError, UserError):
+            path = _note(name, identity)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+
+def _remembered(name: str, identity: str) -> bool:
+    try:
+        # Where several users share a cache folder, each has executed other plugins.
+        return _note(name, identity).stat().st_uid == os.geteuid()
+    except (OSError, UserError):
+        return False
+
+
+def _note(name: str, identity: str) -> Path:
+    return cache_folder("plugins") / hashlib.sha256(f"{name}\n{identity}".encode()).hexdigest()
+
+
+# -- worker processes --------------------------------------------------------------------------------------------------
+
+
+def sent(stored: Mapping[str, str]) -> list[Plugin]:
+    """The plugins of a run for another process, which gets the content of files as this process has executed it."""
+    found = [_stand_in(name, identity) for name, identity in stored.items()]
+    return [plugin for plugin in found if plugin is not None]
+
+
+def receive(plugins: Iterable[Plugin]) -> None:
+    """Loads plugins that another process has :func:`sent`.
+
+    Raises:
+        UserError: see :func:`load`; or a file that a plugin imports has changed meanwhile.
+    """
+    for plugin in plugins:
+        if plugin.name in _LOADED:
+            continue
+        if plugin.source is not None:
+            stored, file = neighbours.parsed(plugin.identity), Path(plugin.name)
+            for each in neighbours.changed(stored, neighbours.present(file, plugin.source, stored)):
+                raise UserError(f"{file.parent / each}, which the plugin {file} imports, has changed meanwhile")
+        _LOADED[plugin.name] = replace(_execute(plugin), identity=plugin.identity)
+
+
+# -- options of registered functions -----------------------------------------------------------------------------------
+
+
+def keyword_options(function: Callable[..., Any], own: Collection[str]) -> dict[str, Any]:
+    """The keyword parameters of a registered function with their defaults, without fedkern's ``own`` parameters.
+
+    Raises:
+        TypeError: a parameter has no default, or the function takes any keywords or any further arguments.
+    """
+    options = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in own:
+            continue
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise TypeError(f"{function.__qualname__}: expected options as named parameters, given {parameter}")
+        if parameter.default is parameter.empty:
+            raise TypeError(f"{function.__qualname__}: expected a default for the option {name}, given none")
+        options[name] = parameter.default
+    return options
