@@ -7,7 +7,7 @@ In an environment with flwr and fedkern.  A SuperLink and two SuperNodes run on 
 intervals.  The network is so small that nearly all is the cost of a message.  Contestants are the same run
 
 * ``in process``: in one process, clients one after another;
-* ``resident``: over Flower, the clients' processes staying (`fedkern.flower.runs.resident`), the default;
+* ``resident``: over Flower, the clients' processes staying (`fedkern.flower.runs.client_daemon`), the default;
 * ``no resident``: over Flower with ``flower.resident=0``, a process for every message.
 
 A repeat plays all three; figures are medians of the rounds after the first (FedAvg), and of one round of several

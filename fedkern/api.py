@@ -27,7 +27,7 @@ from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, rese
 from fedkern.errors import UserError, nearest, shown
 from fedkern.files.filesystem import check_new
 from fedkern.listeners.events import Listener, Listeners
-from fedkern.methods import Method, given_classes, registry
+from fedkern.methods import Method, registry, script_methods
 from fedkern.models.own import unwrapped
 from fedkern.process.extras import needed
 from fedkern.process.torch_modes import reproducible
@@ -126,7 +126,7 @@ class Run:
     def _give_method(self) -> None:
         """Puts the run's own class in the place of one of its name that a notebook has defined since."""
         if self._kind is not None:
-            given_classes.give_again(self._kind, self.config.method, self.config.method_sha256, self.out)
+            script_methods.give_again(self._kind, self.config.method, self.config.method_sha256, self.out)
 
     def __repr__(self) -> str:
         return f"<fedkern.Run {self.config.method} on {self.config.data} in {str(self.out)!r}>"
@@ -560,13 +560,13 @@ def named(method: str | Method | type[Method]) -> tuple[str, dict[str, Any]]:
         registry.get(method)
         return method, {}
     kind, options = _class_of(method)
-    return given_classes.give(kind), options
+    return script_methods.give(kind), options
 
 
 def _class_of(method: Method | type[Method]) -> tuple[type[Method], dict[str, Any]]:
     """The class of a method that the caller gives, and the options that an object of it was made with."""
     if isinstance(method, Method):
-        return type(method), dict(given_classes.options_of(method))
+        return type(method), dict(script_methods.options_of(method))
     if isinstance(method, type) and issubclass(method, Method):
         return method, {}
     raise UserError(

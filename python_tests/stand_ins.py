@@ -14,7 +14,7 @@ from fedkern.privacy.disclosure import Disclosure
 PRIVATE = Disclosure(clients=False, server=False, appraised=())
 SETTINGS = {
     "on_nan": "stop", "on_error": "stop", "eval_every": 1, "dropout_rate": 0.0, "straggler_rate": 0.0,
-    "late_work": "count",
+    "stragglers": "keep",
 }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ class Executor:
         here: the executor of the server's process; None: it is this one.
     """
 
-    count, apart = 1, False
+    count, remote = 1, False
 
     def __init__(self, work=None, states=None, calls=None, here=None):
         self._work, self._states = work, {} if states is None else states

@@ -14,7 +14,7 @@ import torch
 
 import fedkern
 from fedkern.api import requested
-from fedkern.methods import FedAvg, FedIOD, FedLPFM, FedProx, given_classes, option, registry
+from fedkern.methods import FedAvg, FedIOD, FedLPFM, FedProx, option, registry, script_methods
 from fedkern.run import main
 
 TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
@@ -124,7 +124,7 @@ def test_a_class_without_a_name_is_stored_and_given_again(capsys):
     run = fedkern.simulate(Slow(share=0.5), model=network(), rounds=1, out="run", **settings)
     assert run.config.method == f"class:{__name__}:Slow"
     assert run.config.options["share"] == 0.5
-    assert run.config.method_sha256 == given_classes.fingerprint(Slow)
+    assert run.config.method_sha256 == script_methods.fingerprint(Slow)
     registry.GIVEN.clear()  # as in another process
     with pytest.raises(fedkern.UserError, match=re.escape("go on with it in Python, fedkern.load('run', method=Slow)")):
         fedkern.load("run")
@@ -268,12 +268,14 @@ def test_the_fingerprint_is_that_of_the_source_of_a_class_and_its_bases(tmp_path
     def fingerprints(text, name):
         Path(name).with_suffix(".py").write_text(text)
         module = __import__(name)
-        return given_classes.fingerprint(module.Base), given_classes.fingerprint(module.Derived)
+        return script_methods.fingerprint(module.Base), script_methods.fingerprint(module.Derived)
 
     before = fingerprints(text, "first_of_a_test")
     assert fingerprints("import json\n" + text + "\nprint\n", "second_of_a_test") == before
     other = fingerprints(text.replace("One", "Three"), "third_of_a_test")
     assert other[0] != before[0]
     assert other[1] != before[1]
-    assert given_classes.fingerprint(defined("1.0")) == given_classes.fingerprint(defined("1.0"))
-    assert given_classes.fingerprint(defined("upload.samples in {'a', 'b'}")) != given_classes.fingerprint(defined("1"))
+    assert script_methods.fingerprint(defined("1.0")) == script_methods.fingerprint(defined("1.0"))
+    assert script_methods.fingerprint(defined("upload.samples in {'a', 'b'}")) != script_methods.fingerprint(
+        defined("1")
+    )

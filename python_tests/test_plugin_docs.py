@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plugin_files import EXAMPLES, plugged  # noqa: F401
+from plugin_sources import EXAMPLES, plugged  # noqa: F401
 
 from fedkern import __all__ as exported
 from fedkern.methods import AGGREGATORS

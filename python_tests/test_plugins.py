@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import EntryPoint
 
 import pytest
-from plugin_files import Marked, plugged, unload_all  # noqa: F401
+from plugin_sources import Marked, plugged, unload_all  # noqa: F401
 
 from fedkern.cli import flags
 from fedkern.data import DATASETS

@@ -218,7 +218,7 @@ def statistics(runs: DRARuns) -> Section:
     ways: dict[str, dict[str, Any]] = {
         "pooled": {},
         "averaged": {"buffers": "average"},
-        "pooled, trained with in the last third": {"fix_statistics": rounds - rounds // 3},
+        "pooled, trained with in the last third": {"freeze_bn_after": rounds - rounds // 3},
         "of every test batch": {"buffers": "drop"},
     }
     rows = {

@@ -46,7 +46,7 @@ def write(request: Request) -> int:
 def _clients(asked: Given) -> list[str]:
     """The clients: the given number, or those that the data name."""
     config = asked.config()
-    if "clients" not in config.left_open:
+    if "clients" not in config.unset:
         return [str(k) for k in range(config.trained_clients)]
     data = load_data(config, masks=False)
     data = kept_data(decided(config, data), data)

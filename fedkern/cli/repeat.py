@@ -12,7 +12,7 @@ from fedkern.cli.request import one_shot
 from fedkern.settings.config import RunConfig
 from fedkern.settings.data import DataSettings
 from fedkern.settings.federation import FederationSettings
-from fedkern.settings.found import FOUND
+from fedkern.settings.found import FINGERPRINTS
 from fedkern.settings.model import ModelSettings
 from fedkern.settings.stored import load_settings
 from fedkern.settings.training import TrainingSettings
@@ -40,7 +40,7 @@ def command_line(method: str, config: RunConfig) -> str:
     words = [PROGRAM, method]
     for f in sorted(dataclasses.fields(RunConfig), key=_section):
         value = getattr(config, f.name)
-        if f.name in ("method", "options", "data_options", "plugins", "left_open", *FOUND) or value is None:
+        if f.name in ("method", "options", "data_options", "plugins", "unset", *FINGERPRINTS) or value is None:
             continue
         if f.name == "records" and value == config.replace(records=None).resolved()["records"]:
             continue  # follows from the method's options

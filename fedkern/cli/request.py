@@ -13,7 +13,7 @@ from fedkern.files.inputs import read_text
 from fedkern.methods import METHODS
 from fedkern.methods.registry import given_options
 from fedkern.settings.config import RunConfig
-from fedkern.settings.found import FOUND
+from fedkern.settings.found import FINGERPRINTS
 from fedkern.settings.model import check_networks
 from fedkern.settings.stored import load_settings, read_settings
 
@@ -108,7 +108,7 @@ def given(request: Request) -> Given:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"The config file {request.config} cannot be read: {reason}.") from None
         table = read_settings(text, source=str(request.config))
-        table = {name: value for name, value in table.items() if name not in FOUND}
+        table = {name: value for name, value in table.items() if name not in FINGERPRINTS}
     method = request.method or table.get("method")
     if method is None:
         raise UserError(f"Which method? Name it as METHOD or as method in {request.config}.")

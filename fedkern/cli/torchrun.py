@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fedkern.cli.request import Request
-from fedkern.engine.executors import team
-from fedkern.engine.executors.team import Place
+from fedkern.engine.executors import torchrun_group
+from fedkern.engine.executors.torchrun_group import Place
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.settings.run_format import NAME
@@ -23,7 +23,7 @@ def play(request: Request, words: Sequence[str], done: Callable[[Request], int])
     Raises:
         UserError: the ranks do not fit together, or the run cannot go on.
     """
-    place = team.place()
+    place = torchrun_group.place()
     if place is None:
         return done(request)
     if request.command not in RUNS:
@@ -34,7 +34,7 @@ def play(request: Request, words: Sequence[str], done: Callable[[Request], int])
 
     check_backend()
     _take_gpu(request, place)
-    with team.joined(place) as ranks:
+    with torchrun_group.joined(place) as ranks:
         ranks.meet(words)
         if place.rank:
             from fedkern.engine import rank

@@ -182,7 +182,7 @@ class Runner:
         check_regular(folder)
         stored = load_settings(folder, trusted=self._trusted(cell), device=cell.config.device)
         now = cell.config if self.model is None else own_model.of_module(cell.config, self.model)
-        kept = (*now.left_open, *(name for name in _OPEN if name not in self.given))
+        kept = (*now.unset, *(name for name in _OPEN if name not in self.given))
         now = now.replace(**{name: getattr(stored, name) for name in kept}, augment=now.augment or stored.augment)
         if changed := now.with_client_threads().differences(stored.with_client_threads()):
             raise UserError(

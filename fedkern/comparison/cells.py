@@ -12,15 +12,15 @@ from typing import Any
 from fedkern.errors import UserError, nearest
 from fedkern.methods import registry
 from fedkern.ops._core.checks import python_number
-from fedkern.settings.config import ANYHOW, RunConfig
-from fedkern.settings.found import FOUND
+from fedkern.settings.config import RESUMABLE, RunConfig
+from fedkern.settings.found import FINGERPRINTS
 from fedkern.typed_option import as_typed
 
 MOST_CELLS = 100_000
 _FIXED = {
     "method": "name the methods before the flags",
     "seed": "--seeds gives the seeds",
-    **dict.fromkeys((*ANYHOW, "device"), "it changes no figure"),
+    **dict.fromkeys((*RESUMABLE, "device"), "it changes no figure"),
     "data": "a comparison is on one data set",
 }
 """Settings that cannot be swept, with the reason or the way out."""
@@ -120,7 +120,7 @@ def variants(
     swept: dict[str, Sequence[Any]] = {}
     for written, values in sweep.items():
         name = written.strip().replace("-", "_")
-        if name in _FIXED or name in FOUND:
+        if name in _FIXED or name in FINGERPRINTS:
             raise UserError(f"{name} cannot be swept: {_FIXED.get(name, 'a run finds its value itself')}.")
         if name in swept:
             raise UserError(f'The sweep over "{name}" is given twice: give all values at once.')

@@ -17,13 +17,23 @@ from fedkern.errors import UserError, first_of
 from fedkern.files.filesystem import expand
 from fedkern.methods.registry import short
 from fedkern.report.tables import ordered
-from fedkern.settings.config import ANYHOW, RunConfig
-from fedkern.settings.found import FOUND
+from fedkern.settings.config import RESUMABLE, RunConfig
+from fedkern.settings.found import FINGERPRINTS
 from fedkern.settings.grounds import code_identity, difference, other_data
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.tasks.figure_names import OVER_CLIENTS, split_metric
 
-_NO_GROUP = {"seed", "method", "plugins", "device", "threads", "client_threads", "checkpoint_every", *ANYHOW, *FOUND}
+_NO_GROUP = {
+    "seed",
+    "method",
+    "plugins",
+    "device",
+    "threads",
+    "client_threads",
+    "checkpoint_every",
+    *RESUMABLE,
+    *FINGERPRINTS,
+}
 """Settings that part no groups: the seed, and what decides where and how fast a run computes.
 
 What was found in code and files parts groups by its hash."""

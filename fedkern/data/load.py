@@ -22,9 +22,9 @@ from fedkern.data.images.image_cache import on_disk, tell_unused
 from fedkern.data.images.transforms import central
 from fedkern.data.registry import DATASETS, DatasetInfo, lookup, read_options
 from fedkern.data.sharing.backdoor import add_backdoor
-from fedkern.data.sharing.cases import grouped_rows, share_cases, share_units, training_cases, unit_noun
 from fedkern.data.sharing.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
 from fedkern.data.sharing.cue import add_cues
+from fedkern.data.sharing.groups import grouped_rows, share_cases, share_units, training_cases, unit_noun
 from fedkern.data.sharing.partition import PartitionSpec, parse_partition, partition_like
 from fedkern.data.sharing.partition import partition as share_out
 from fedkern.data.sharing.statistics import PartitionStatistics

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.images.full_masks import FullMasks
-from fedkern.data.sharing.cases import grouped_rows
+from fedkern.data.sharing.groups import grouped_rows
 from fedkern.files.image_rows import in_parts
 from fedkern.tasks import Task, task_of
 

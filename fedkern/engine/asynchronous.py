@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from fedkern.engine.executors import team
+from fedkern.engine.executors import torchrun_group
 from fedkern.engine.participation import Assignment, Participation, local_steps, speed
 from fedkern.engine.registry import register_filter
 from fedkern.engine.uploads.filters import Asked, Filter
@@ -182,7 +182,7 @@ def check(config: RunConfig, method: Method, plan: Iterable[Round]) -> None:
     """
     if config.asynchronous is None:
         return
-    if team.place() is not None:
+    if torchrun_group.place() is not None:
         check_local(config)
     if not (vars(type(method)).get("asynchronous", False) and method.averages):
         able = ", ".join(name for name, kind in METHODS.items() if vars(kind).get("asynchronous", False))
@@ -192,7 +192,7 @@ def check(config: RunConfig, method: Method, plan: Iterable[Round]) -> None:
         )
     others = {
         "--dropout-rate": config.dropout_rate > 0, "--deadline": config.deadline != 1,
-        "--late-work": config.late_work != "count", "--dp-clip": config.dp_clip is not None,
+        "--stragglers": config.stragglers != "keep", "--dp-clip": config.dp_clip is not None,
         "--buffers pool": config.buffers == "pool",
     }  # fmt: skip
     if given := next((flag for flag, there in others.items() if there), None):

@@ -221,7 +221,7 @@ class Client(Node):
         return replace(schedule, limit=max(1, math.floor(share * whole)))
 
     def statistics_fixed(self, phase: Phase) -> bool:
-        after = self._context.config.fix_statistics
+        after = self._context.config.freeze_bn_after
         if after is None or phase.round < after:
             return False
         if "personal" not in self.state and any(name.endswith("running_mean") for name in self.personal):

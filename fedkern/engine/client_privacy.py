@@ -61,7 +61,7 @@ class ClientPrivacy:
         some = config.sampled_clients < config.trained_clients
         sampled = some and all(entry.participants == "sampled" for entry in plan)
         # Records of clients tell who took part, and so do numbers of uploads where the seed says who drops out.
-        hidden = config.records == "private" and not config.dropout_rate and config.late_work != "drop"
+        hidden = config.records == "private" and not config.dropout_rate and config.stragglers != "drop"
         stateless = method.memoryless and config.buffers != "local" and config.optimizer_state != "keep"
         self.amplified = bool(self.level.noise) and sampled and hidden and stateless
         # Number of rounds, by rounds done, for which the client was asked that was asked most often.

@@ -13,7 +13,7 @@ from fedkern.methods.base import Method
 from fedkern.methods.common.personal import ClientsNetworks
 
 
-class Everybody(Mapping[int, Client]):
+class AllClients(Mapping[int, Client]):
     """All clients of a run, with their states from disk; a state is read on first access."""
 
     def __init__(self, context: RunContext, checkpoints: Checkpoints) -> None:

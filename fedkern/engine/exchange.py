@@ -113,7 +113,7 @@ class Exchange:
     def _answers(self) -> Iterator[Answer]:
         """The clients' answers; the clients of a cohort may be asked at once."""
         asked, coded = self._asked, encoders_of(self._filters, self._asked)
-        if asked.entry.cohort and not self._executor.apart and asked.sent:
+        if asked.entry.cohort and not self._executor.remote and asked.sent:
             start, here = time.perf_counter(), self._executor.here
             clients = {k: here.client(k) for k in asked.participants}
             for client in clients.values():

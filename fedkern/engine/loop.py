@@ -135,5 +135,5 @@ class Loop:
 
     def _at_work(self, record: Record) -> Executor:
         """The executor of a round: this process's, where a cohort works together or a trace is made."""
-        together = (record.entry.cohort or record.together) and not self._executor.apart
+        together = (record.entry.cohort or record.together) and not self._executor.remote
         return self._executor.here if together else self._executor

@@ -14,7 +14,7 @@ from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
 from fedkern.models import personal
 from fedkern.models.freezing import frozen_norms, train_mode
-from fedkern.models.norms import fix_statistics
+from fedkern.models.norms import freeze_bn_after
 from fedkern.models.own import channels_last
 from fedkern.models.python_state import attributes
 from fedkern.models.weight_files import bare_names, misfits
@@ -241,7 +241,7 @@ class Trainable:
         """Puts the module in train mode; batch norm stays in eval mode where it is frozen or its statistics fixed."""
         train_mode(self.module)
         if self.fixed:
-            fix_statistics(self.module)
+            freeze_bn_after(self.module)
 
     def finite(self) -> Tensor:
         """bool 0-d: whether the trained parameters and all floating buffers are finite numbers."""

@@ -77,7 +77,7 @@ def absent_clients(config: RunConfig, round: int, participants: Sequence[int]) -
     for k in participants:
         if config.dropout_rate and stream(config.seed, "dropout", round=round, client=k).random() < config.dropout_rate:
             missing[k] = DROPPED_OUT
-        elif config.late_work == "drop" and share_of_work(config, round, k) < 1:
+        elif config.stragglers == "drop" and share_of_work(config, round, k) < 1:
             missing[k] = LATE
     if missing and len(missing) == len(participants):
         spared = stream(config.seed, "dropout", round=round).integers(len(participants))
@@ -175,7 +175,7 @@ class Participation:
         """The smallest number of uploads of any communication round of a plan, as far as absences decide."""
         config = self._config
         rounds = enumerate(entry for entry in plan if not entry.one_off)
-        if not config.dropout_rate and (config.late_work != "drop" or not config.straggler_rate):
+        if not config.dropout_rate and (config.stragglers != "drop" or not config.straggler_rate):
             return min((self._size(entry) for _, entry in rounds), default=config.sampled_clients)
         asked = ((each, self.clients(entry, each)) for each, entry in rounds)
         counts = (len(them) - len(absent_clients(config, each, them)) for each, them in asked)

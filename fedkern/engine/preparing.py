@@ -14,7 +14,7 @@ from fedkern.engine.client import Client
 from fedkern.engine.client_privacy import ClientPrivacy
 from fedkern.engine.clients import check_teachers
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors import team
+from fedkern.engine.executors import torchrun_group
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.participation import Participation
@@ -47,7 +47,7 @@ class Prepared:
         server: the server, as the method's ``start`` has left it.
         progress: where the run stands.
         code: names the method in an exception.
-        hooks: what is asked of method and pooling in an exchange, by the names of the askers.
+        hooks: what is asked of method and pooling in an exchange, by the names of the handlers.
         plan: the rounds, one-off ones included.
         participation: says who takes part in a round.
         private: privacy of whole clients; None without it.
@@ -76,7 +76,7 @@ class Prepared:
         return sum(not entry.one_off for entry in self.plan)
 
     @property
-    def askers(self) -> dict[str, object]:
+    def handlers(self) -> dict[str, object]:
         """Objects whose ``client_update`` may be called, by name."""
         return {"method": self.method, "pooling": self.pooling}
 
@@ -131,7 +131,7 @@ def with_data(
     if stored is not None:
         check_settings(config, stored, out)
     check_data(config, data)
-    if (data.form.lacks or own is not None) and team.place() is not None:
+    if (data.form.lacks or own is not None) and torchrun_group.place() is not None:
         raise UserError(
             "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's other "
             "ranks have none: start the script without torchrun, with workers=N."

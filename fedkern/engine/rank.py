@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.engine.executors.links import Ended, Link, Lost
-from fedkern.engine.executors.team import GO_ON, LEAVING, Team
+from fedkern.engine.executors.connection import Connection, Ended, Lost
+from fedkern.engine.executors.torchrun_group import GO_ON, LEAVING, TorchrunGroup
 from fedkern.engine.executors.worker_messages import Cleared, Forget, Setup, Sum
 from fedkern.engine.worker import Worker, as_in_the_run
 from fedkern.errors import RunFailed, UserError
@@ -27,7 +27,7 @@ from fedkern.usercode import plugins
 FAILED = 1
 
 
-def serve(team: Team) -> int:
+def serve(group: TorchrunGroup) -> int:
     """Works until rank 0 ends.
 
     Returns:
@@ -36,40 +36,40 @@ def serve(team: Team) -> int:
     Raises:
         RunFailed: rank 0 was lost.
     """
-    link = team.links[0]
+    connection = group.connections[0]
     try:
-        _serve(team, link)
+        _serve(group, connection)
     except Ended as end:
-        team.leave(end.code)
+        group.leave(end.code)
         return end.code
     except Lost as lost:
-        raise RunFailed(f"Rank {team.rank} lost rank 0, as {lost}: {GO_ON}.") from None
+        raise RunFailed(f"Rank {group.rank} lost rank 0, as {lost}: {GO_ON}.") from None
     except KeyboardInterrupt as stop:
         interrupts.ended()
         with suppress(Ended, Lost):  # rank 0 has the same signal, and is not to take this rank for lost
-            _wait(link)
+            _wait(connection)
         return 143 if isinstance(stop, interrupts.Terminated) else 130
     except Exception as error:
         if not isinstance(error, UserError):
             traceback.print_exc()
         said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}."
-        team.leave(FAILED, said)
+        group.leave(FAILED, said)
         try:
-            _wait(link)
+            _wait(connection)
         except Ended:  # rank 0 has heard it, and says it
             return FAILED
         except Lost:
             pass
-        raise RunFailed(f"Rank {team.rank} failed: {said}") from None
+        raise RunFailed(f"Rank {group.rank} failed: {said}") from None
     return 0
 
 
 class RankWorker(Worker):
     """A worker that can keep vectors of uploads, and add them up (see `Method.reduce`)."""
 
-    def __init__(self, setup: Setup, link: Link, team: Team) -> None:
-        super().__init__(setup, link)
-        self._team = team
+    def __init__(self, setup: Setup, connection: Connection, group: TorchrunGroup) -> None:
+        super().__init__(setup, connection)
+        self._group = group
         self._kept: dict[tuple[int, str], Tensor] = {}  # by client and name, until the next exchange
         self._serial.keep = self._keep
 
@@ -79,9 +79,9 @@ class RankWorker(Worker):
             for client, name, weight in asked.terms:
                 total.add(self._kept[client, name], weight)
             try:
-                self._team.reduced(total, self._context.config.device)
+                self._group.reduced(total, self._context.config.device)
             except Lost:
-                _wait(self._team.links[0])  # rank 0 says which rank was lost, or was lost itself
+                _wait(self._group.connections[0])  # rank 0 says which rank was lost, or was lost itself
                 raise
             return
         if isinstance(asked, Cleared) or asked == Forget():
@@ -92,17 +92,17 @@ class RankWorker(Worker):
         self._kept[client, name] = vector.clone()  # the next client may train in the same memory
 
 
-def _serve(team: Team, link: Link) -> None:
-    plugins.receive(link.told())
-    setup: Setup = Unpacker().unpack(link.receive()[0])
+def _serve(group: TorchrunGroup, connection: Connection) -> None:
+    plugins.receive(connection.told())
+    setup: Setup = Unpacker().unpack(connection.receive()[0])
     if setup.context.config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU on this machine, but on that of rank 0: give fedkern --device cpu.")
     with as_in_the_run(setup):
-        RankWorker(setup, link, team).serve()
+        RankWorker(setup, connection, group).serve()
 
 
-def _wait(link: Link) -> None:
+def _wait(connection: Connection) -> None:
     """Waits until rank 0 ends, which raises Ended or Lost, or `LEAVING` seconds."""
     until = time.monotonic() + LEAVING
     while time.monotonic() < until:
-        link.get(0.5)
+        connection.get(0.5)

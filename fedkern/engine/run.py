@@ -12,7 +12,7 @@ from torch import nn
 
 from fedkern.engine import own_model, own_training
 from fedkern.engine.executors.choice import Remote, executor_of
-from fedkern.engine.executors.nursery import own_nursery
+from fedkern.engine.executors.fork_server import own_fork_server
 from fedkern.engine.executors.workers import setup_of
 from fedkern.engine.loop import Loop
 from fedkern.engine.order import filters_of, parts_of, restore, states_of
@@ -23,8 +23,8 @@ from fedkern.engine.run_objects import opened
 from fedkern.engine.store.resuming import changes, check_place, finished_summary, repairs, resumed_settings
 from fedkern.engine.store.run_folder import check_vacant, keep_settings, writing
 from fedkern.engine.uploads.filters import Filter
-from fedkern.listeners.audience import Audience
 from fedkern.listeners.events import Listener
+from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.models import available
 from fedkern.models.own import unwrapped
 from fedkern.models.precision import computing
@@ -46,7 +46,7 @@ def run(
     predictions: bool = False,
     model: nn.Module | None = None,
     own: OwnTraining | None = None,
-    elsewhere: Remote | None = None,
+    remote: Remote | None = None,
     check: Callable[[RunConfig], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
@@ -75,8 +75,8 @@ def run(
             one.  All clients of that round work in this process.
         predictions: write the final network's answer to every test image to ``out/predictions.csv`` (classification).
             A finished run without this file is evaluated once more.
-        elsewhere: makes the executor of clients that keep their data and states to themselves (see
-            :attr:`~fedkern.engine.executors.base.Executor.apart`); None: clients work on this machine, or on the ranks
+        remote: makes the executor of clients that keep their data and states to themselves (see
+            :attr:`~fedkern.engine.executors.base.Executor.remote`); None: clients work on this machine, or on the ranks
             of torchrun.  With ``data``, their samples are not known here (:func:`declared_data`).
         check: called with the effective settings, what was found in data and files included, before anything is
             written; its UserError ends the run.
@@ -87,7 +87,7 @@ def run(
         interrupts.Terminated: SIGTERM arrived.  The last checkpoint stands, as after Ctrl-C or ``kill -9``.
     """
     out = Path(out)
-    with closing(Audience(listener or Listener())) as audience, reproducible():
+    with closing(ListenerGroup(listener or Listener())) as listeners, reproducible():
         own_training.check_method(config, own)
         if model is not None:
             model = unwrapped(model)
@@ -97,9 +97,9 @@ def run(
             config, stored, entry = resumed_settings(config, out, trusted)
             finished = finished_summary(entry, out, predictions)
             if finished is not None:
-                audience.on_end(finished)
+                listeners.on_end(finished)
                 return finished
-            check_place(stored, entry, config.device, out, trusted, remote=elsewhere is not None)
+            check_place(stored, entry, config.device, out, trusted, remote=remote is not None)
             own_model.check_given(stored, model, out, own)
         else:
             check_vacant(out)
@@ -108,41 +108,43 @@ def run(
             cpu_threads(config.threads), in_order(), computing(config.precision), current_gpu(config.device),
             available(config.model, model),
         ):  # fmt: skip
-            known = data is None or elsewhere is None
-            context = with_data(config, data, audience.on_notice, own, stored=stored, entry=entry, out=out, known=known)
+            known = data is None or remote is None
+            context = with_data(
+                config, data, listeners.on_notice, own, stored=stored, entry=entry, out=out, known=known
+            )
             if check is not None:
                 check(context.config)
             prepared = prepare(context, known=known, begun=entry is not None, profile=profile, predictions=predictions)
             with (
-                own_nursery(setup_of(context, prepared.askers)),
+                own_fork_server(setup_of(context, prepared.handlers)),
                 writing(out, fresh=not resume) as alone,
-                closing(audience),
+                closing(listeners),
             ):  # closed first: what a listener takes back is gone then
                 keep_settings(context.config, out, fresh=not resume)
-                return _played(prepared, out, audience, alone, resume=resume, elsewhere=elsewhere)
+                return _played(prepared, out, listeners, alone, resume=resume, remote=remote)
 
 
 def _played(
     prepared: Prepared,
     out: Path,
-    listener: Audience,
+    listener: ListenerGroup,
     alone: Callable[[], object],
     *,
     resume: bool,
-    elsewhere: Remote | None,
+    remote: Remote | None,
 ) -> dict[str, Any]:
     """Plays the rounds that are left, and returns the summary."""
     parts: list[Part] = []
     filters: list[Filter] = []
     kept = partial(states_of, parts, filters)
-    run = opened(prepared, out, listener, alone, kept, resume=resume, remote=elsewhere is not None)
+    run = opened(prepared, out, listener, alone, kept, resume=resume, remote=remote is not None)
     parts += parts_of(run)
     restore("parts", parts, run)
     if run.entry is not None:
         told = {**changes(run.entry["info"], run.config), **repairs(run.checkpoints, run.entry, out)}
         for name, text in told.items():
             run.context.warn(name, text)
-    executor = run.states.executor = executor_of(run, elsewhere)
+    executor = run.states.executor = executor_of(run, remote)
     try:
         filters += filters_of(run)
         restore("filters", filters, run)

@@ -19,13 +19,13 @@ from fedkern.engine.ledger import Ledger
 from fedkern.engine.preparing import Prepared
 from fedkern.engine.reader import Reader
 from fedkern.engine.round_log import RoundLog
+from fedkern.engine.store.background_writer import BackgroundWriter
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.store.releases import Releases
 from fedkern.engine.store.resuming import check_same, facts_of
-from fedkern.engine.store.scribe import Scribe
 from fedkern.engine.timing import Timing
-from fedkern.listeners.audience import Audience
+from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.methods.base import Method
 
 
@@ -54,7 +54,7 @@ class RunObjects(Prepared):
 
     out: Path
     alone: Callable[[], object]
-    listener: Audience
+    listener: ListenerGroup
     remote: bool
     entry: dict[str, Any] | None
     facts: Mapping[str, Any]
@@ -90,7 +90,7 @@ class RunObjects(Prepared):
 def opened(
     prepared: Prepared,
     out: Path,
-    listener: Audience,
+    listener: ListenerGroup,
     alone: Callable[[], object],
     kept: Callable[[], dict[str, Any]],
     *,
@@ -109,7 +109,7 @@ def opened(
     """
     config, context, progress = prepared.config, prepared.context, prepared.progress
     metrics, timing = Metrics(out), Timing()
-    checkpoints = Checkpoints(out, Scribe(), config.trained_clients)
+    checkpoints = Checkpoints(out, BackgroundWriter(), config.trained_clients)
     entry = checkpoints.open(fresh=not resume, begun=resume and metrics.path.exists())
     facts = facts_of(config, context.data, data_fingerprint(context.data))
     if entry is None:
@@ -119,7 +119,7 @@ def opened(
         prepared.server.state = checkpoints.server_state()
         prepared.participation.restore(checkpoints.participation_state())
         progress.done, progress.planned = entry["round"], entry["plan"]
-    here = Serial(context, prepared.askers, checkpoints.reader, config.client_threads)
+    here = Serial(context, prepared.handlers, checkpoints.reader, config.client_threads)
     states = ClientStates(here, checkpoints, context, progress, prepared.amplified)
     return RunObjects(
         **vars(prepared), out=out, alone=alone, listener=listener, remote=remote, entry=entry, facts=facts, kept=kept,

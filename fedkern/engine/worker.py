@@ -1,9 +1,9 @@
 """Worker processes of a run: ``python -m fedkern.engine.worker DESCRIPTOR PARENT``, started by the run alone.
 
-One process, the nursery, is started or forked from the command line's process.  It loads what clients need, receives
-the run's settings and data, and forks a worker on request.  PyTorch is thus loaded, and the data are mapped, once for
-all workers.  The nursery never computes: a process whose OpenMP threads have run cannot be forked.  It never sees the
-user's ``__main__``.
+One process, the fork server, is started or forked from the command line's process.  It loads what clients need,
+receives the run's settings and data, and forks a worker on request.  PyTorch is thus loaded, and the data are mapped,
+once for all workers.  The fork server never computes: a process whose OpenMP threads have run cannot be forked.  It
+never sees the user's ``__main__``.
 
 A worker has a network, the clients' data and their states of the round, and works as a
 :class:`~fedkern.engine.executors.serial.Serial` does.  It ends when its connection to the run's process closes, or when
@@ -31,7 +31,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.wire import Channel
+from fedkern.engine.executors.shared_tensors import Channel
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice, Setup
 from fedkern.messages.packets import NotPortable, Packer, Packet, Unpacker, portable
 from fedkern.models import MODELS
@@ -66,7 +66,7 @@ class Worker:
         self._context.on_notice = self._notice
         threads = self._context.config.client_threads
         torch.set_num_threads(threads)
-        self._serial = Serial(self._context, setup.askers, lambda _: dict, threads)
+        self._serial = Serial(self._context, setup.handlers, lambda _: dict, threads)
         self._packer, self._unpacker = Packer(), Unpacker()
 
     def serve(self) -> None:
@@ -147,9 +147,9 @@ def _work(setup: Setup, end: socket.socket) -> None:
 
 
 def serve(end: socket.socket, parent: int, setup: Setup | None = None) -> NoReturn:
-    """Runs the nursery, which ends when its connection to the run's process closes.
+    """Runs the fork server, which ends when its connection to the run's process closes.
 
-    The run's process sends, and the nursery answers:
+    The run's process sends, and the fork server answers:
 
     * the paths that modules are imported from, with the plugins, and the setup: "ready", or a sentence on what went
       wrong;

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedkern.errors import UserError
-from fedkern.flower.runs.parcel import Malformed, Parcel, Raw
+from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 from fedkern.process.extras import install
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ __all__ = [
     "Message",
     "MessageType",
     "MetricRecord",
-    "Post",
+    "NodeChannel",
     "RecordDict",
     "Result",
     "ServerApp",
@@ -310,47 +310,49 @@ class Arrived:
 
     Attributes:
         reply_to: name of the message that it answers.
-        parcel: its content; None where there is an ``error`` or the content is ``malformed``.
+        packed: its content; None where there is an ``error`` or the content is ``malformed``.
         error: why the node has not answered.
         lost: whether node or message are gone, rather than that the node's app has failed.
         malformed: why the content cannot be read, as the end of a sentence.
     """
 
     reply_to: str
-    parcel: Parcel | None = None
+    packed: PackedMessage | None = None
     error: str = ""
     lost: bool = False
     malformed: str = ""
 
 
-class Post:
+class NodeChannel:
     """Messages to nodes, and their replies; ``sent`` and ``received`` are bytes without what Flower adds."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self.sent = self.received = 0
-        self._last: tuple[Parcel, ConfigRecord, ArrayRecord] | None = None  # of a parcel that several nodes get
+        self._last: tuple[PackedMessage, ConfigRecord, ArrayRecord] | None = (
+            None  # of a packed message that several nodes get
+        )
 
     def nodes(self) -> list[int]:
         """The connected nodes (see :func:`nodes`)."""
         return nodes(self._grid)
 
-    def send(self, node: int, kind: str, header: str, parcel: Parcel, ttl: float | None) -> str | None:
+    def send(self, node: int, kind: str, header: str, packed: PackedMessage, ttl: float | None) -> str | None:
         """Sends a message.
 
         Args:
             kind: `TRAIN` or `QUERY`.
-            header: text beside the parcel.
+            header: text beside the packed message.
             ttl: seconds after which message and reply are worthless; None: Flower's own, 12 hours.
 
         Returns:
             The message's name; None where Flower has not taken the message.
         """
-        if self._last is None or self._last[0] is not parcel:
-            self._last = (parcel, *_in_records(parcel))
+        if self._last is None or self._last[0] is not packed:
+            self._last = (packed, *_in_records(packed))
         _, text, arrays = self._last
         content = RecordDict({_HEADER: ConfigRecord({"header": header}), _TEXT: text, _ARRAYS: arrays})
-        self.sent += parcel.size + len(parcel.text) + len(header)
+        self.sent += packed.size + len(packed.text) + len(header)
         named = list(self._grid.push_messages([Message(content, node, kind, ttl=ttl)]))
         return named[0] if named and named[0] else None
 
@@ -367,9 +369,9 @@ class Post:
                 found.append(Arrived(to, error=text, lost=error.code in _LOST))
                 continue
             try:
-                parcel = opened(reply)[1]
-                self.received += parcel.size + len(parcel.text)
-                found.append(Arrived(to, parcel))
+                packed = opened(reply)[1]
+                self.received += packed.size + len(packed.text)
+                found.append(Arrived(to, packed))
             except Malformed as why:
                 found.append(Arrived(to, malformed=str(why)))
             except Exception as error:  # a node's reply may hold anything, and ends no run
@@ -386,11 +388,11 @@ def for_one_message() -> bool:
     return Path(sys.argv[0]).stem == "flwr-clientapp" and "--allow-runtime-dependency-installation" not in sys.argv
 
 
-def opened(message: Message) -> tuple[str, Parcel]:
-    """The header and the parcel of a message or a reply.
+def opened(message: Message) -> tuple[str, PackedMessage]:
+    """The header and the packed message of a message or a reply.
 
     Raises:
-        Malformed: its records are not as :meth:`Post.send` and :func:`replied` make them.
+        Malformed: its records are not as :meth:`NodeChannel.send` and :func:`replied` make them.
     """
     content = message.content
     header, text, arrays = (content.get(name) for name in (_HEADER, _TEXT, _ARRAYS))
@@ -405,18 +407,18 @@ def opened(message: Message) -> tuple[str, Parcel]:
         if array.stype != _RAW or not isinstance(array.dtype, str) or not isinstance(array.data, bytes):
             raise Malformed(f"has an array, {name[:80]!r}, in an encoding that is not known")
         tensors[name] = Raw(array.dtype, tuple(array.shape), array.data)
-    return told, Parcel(tree, tensors)
+    return told, PackedMessage(tree, tensors)
 
 
-def replied(message: Message, parcel: Parcel) -> Message:
+def replied(message: Message, packed: PackedMessage) -> Message:
     """The reply to a message."""
-    text, arrays = _in_records(parcel)
+    text, arrays = _in_records(packed)
     content = RecordDict({_HEADER: ConfigRecord({"header": ""}), _TEXT: text, _ARRAYS: arrays})
     return Message(content, reply_to=message)
 
 
-def _in_records(parcel: Parcel) -> tuple[ConfigRecord, ArrayRecord]:
+def _in_records(packed: PackedMessage) -> tuple[ConfigRecord, ArrayRecord]:
     arrays = ArrayRecord()
-    for name, raw in parcel.tensors.items():
+    for name, raw in packed.tensors.items():
         arrays[name] = Array(raw.dtype, raw.shape, _RAW, raw.data)
-    return ConfigRecord({"text": parcel.text}), arrays
+    return ConfigRecord({"text": packed.text}), arrays

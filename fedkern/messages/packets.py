@@ -7,8 +7,8 @@ The files are sealed, so that no process can change what another process reads. 
 process that writes to a tensor writes to its own copy.  They have no name in the file system: the memory is freed when
 the last process that maps it ends, however it ends.
 
-Both ends are processes of one run: a packet is never read from a file.  :mod:`fedkern.engine.executors.wire` sends
-packets over a socket, :mod:`fedkern.engine.executors.links` over a network.  Nothing else in fedkern pickles.
+Both ends are processes of one run: a packet is never read from a file.  `engine/executors/shared_tensors.py` sends
+packets over a socket, `engine/executors/connection.py` over a network.  Nothing else in fedkern pickles.
 """
 
 from __future__ import annotations

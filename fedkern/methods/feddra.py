@@ -37,11 +37,11 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
 from fedkern.methods.common.dro import LOSSES, Robust, vectors_of
-from fedkern.methods.common.frozen import remembered
+from fedkern.methods.common.frozen import cached_rows
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
-from fedkern.methods.uploads import Declaration, once
+from fedkern.methods.uploads import Declaration, cached
 from fedkern.models.towers import PARTS
 from fedkern.tasks.retrieval import TEMPERATURE
 from fedkern.typed_option import option
@@ -148,7 +148,7 @@ class FedDRA(Robust):
         if not self.averaged:
             return {}
         whole = super().expects(server, phase, client, message)
-        sizes = once(server.round_cache, "alignment", lambda: part_sizes(server.build()))
+        sizes = cached(server.round_cache, "alignment", lambda: part_sizes(server.build()))
         return {name: vector[-sizes[name] :] for name, vector in whole.items() if sizes[name]}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
@@ -202,8 +202,8 @@ class FedDRA(Robust):
                     return glob.project_image(image if frozen else glob.encode_image(batch.inputs))
                 return glob.project_text(text if frozen else glob.encode_text(batch.targets), mask)
 
-            apart = mse_loss(x, remembered("image", batch, received, lambda: anchor("image"))) + mse_loss(
-                y, remembered("text", batch, received, lambda: anchor("text"))
+            apart = mse_loss(x, cached_rows("image", batch, received, lambda: anchor("image"))) + mse_loss(
+                y, cached_rows("text", batch, received, lambda: anchor("text"))
             )
             if o.align_reduction == "sum_dim":
                 apart = apart * x.shape[1]

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining
-from fedkern.methods.common.frozen import normalises_by_batch, remembered
+from fedkern.methods.common.frozen import cached_rows, normalises_by_batch
 from fedkern.methods.protocol import (
     Backgrounds,
     Batch,
@@ -217,7 +217,7 @@ class FedGID(LocalTraining):
             features: Tensor = received.model.features(batch.inputs)
             return received.model.head(features) if self.options.distill_on == "logits" else features
 
-        return remembered("anchor", batch, received, answer)
+        return cached_rows("anchor", batch, received, answer)
 
     # -- backgrounds -----------------------------------------------------------------------------------------------
 

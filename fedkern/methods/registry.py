@@ -21,7 +21,7 @@ CLASS = "class:"
 """Beginning of the name of a method that a script gives as a class: ``class:MODULE:NAME``."""
 
 GIVEN: dict[str, type[Method]] = {}
-"""Classes that a script gave to a run of this process, by that name (`fedkern.methods.given_classes`)."""
+"""Classes that a script gave to a run of this process, by that name (`fedkern.methods.script_methods`)."""
 
 M = TypeVar("M", bound="type[Method]")
 

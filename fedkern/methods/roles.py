@@ -213,7 +213,7 @@ class Client(Node, Protocol):
         ...
 
     def statistics_fixed(self, phase: Phase) -> bool:
-        """Whether batch norm trains with the statistics that it starts from in this round (``--fix-statistics``).
+        """Whether batch norm trains with the statistics that it starts from in this round (``--freeze-bn-after``).
 
         With ``--buffers local`` not in a client's first round, which has to measure some.
         """

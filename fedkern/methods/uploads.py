@@ -89,7 +89,7 @@ def is_alike(value: Tensor, tensor: Tensor) -> bool:
     return alike and value.device == tensor.device and value.layout is tensor.layout
 
 
-def once(round_cache: dict[Any, Any], key: str, make: Callable[[], Any]) -> Any:
+def cached(round_cache: dict[Any, Any], key: str, make: Callable[[], Any]) -> Any:
     """Result of ``make()``, computed once a round; for declarations that need a network to be built."""
     name = ("declared", key)
     if name not in round_cache:

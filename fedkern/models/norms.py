@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def fix_statistics(module: nn.Module) -> None:
+def freeze_bn_after(module: nn.Module) -> None:
     """Puts a module's batch norms in eval mode: they use their running statistics without updating them (FixBN).
 
     Scale and shift are still trained.  ``module.train()`` undoes this.

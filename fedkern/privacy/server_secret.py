@@ -41,7 +41,7 @@ def read(folder: Path) -> str:
     return text.strip()
 
 
-def of_a_run(folder: Path, *, begun: bool) -> str:
+def load_or_create(folder: Path, *, begun: bool) -> str:
     """The secret of a run whose checkpoints are in ``folder``, drawn where the run has not ``begun``.
 
     Raises:

@@ -14,14 +14,14 @@ from fedkern.data import DATASETS
 from fedkern.data.registry import given_options
 from fedkern.errors import UserError, nearest
 from fedkern.files.filesystem import check_text
-from fedkern.methods import given_classes, registry
+from fedkern.methods import registry, script_methods
 from fedkern.methods.aggregators import AGGREGATORS, MEAN
 from fedkern.models import MODELS
 from fedkern.settings import toml
-from fedkern.settings.data import BY_DATA, PARTS
+from fedkern.settings.data import DATA_DEPENDENT, PARTS
 from fedkern.settings.defaults import default_data, defaults
 from fedkern.settings.execution import ExecutionSettings
-from fedkern.settings.found import FOUND, Found
+from fedkern.settings.found import FINGERPRINTS, Found
 from fedkern.settings.model import check_networks
 from fedkern.settings.privacy import PrivacySettings
 from fedkern.settings.run_format import NAME
@@ -31,7 +31,7 @@ from fedkern.usercode import named_code
 from fedkern.usercode import plugins as plugin_room
 
 _SHIPPED_DATA, _SHIPPED_MODELS, _SHIPPED_AGGREGATORS = (", ".join(each) for each in (DATASETS, MODELS, AGGREGATORS))
-ANYHOW = ("data_root", "workers", "cache")
+RESUMABLE = ("data_root", "workers", "cache")
 """Settings that change no bit of a run; they may differ when the run is resumed."""
 UNSTORED = ("cache",)
 """Settings that a run folder does not keep: a folder that comes from anyone must not say where files are written."""
@@ -158,15 +158,15 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         config = {**base, "method": method, "options": merged, "data_options": merged_data}
         config["plugins"] = {**loaded, **used}
         if method in registry.GIVEN:
-            config["method_sha256"] = given_classes.fingerprint(kind)
+            config["method_sha256"] = script_methods.fingerprint(kind)
         if config.get("width") is None and config["model"] in MODELS:
             config["width"] = MODELS[config["model"]].width
-        return cls.of({**config, "left_open": frozenset(BY_DATA) - set(given)})
+        return cls.of({**config, "unset": frozenset(DATA_DEPENDENT) - set(given)})
 
     @classmethod
     def names(cls) -> set[str]:
         """Names of the settings in a config file; a run stores all but those of `UNSTORED`."""
-        return {f.name for f in dataclasses.fields(cls)} - {"left_open"}
+        return {f.name for f in dataclasses.fields(cls)} - {"unset"}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; settings that are ``None``, and those of `UNSTORED`, are left out."""
@@ -249,7 +249,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
                 {name: value for name, value in table.items() if not name.startswith("options.")}
                 for table in (mine, theirs)
             )
-        names = [name for name in dict.fromkeys([*theirs, *mine]) if name not in (*ANYHOW, *FOUND)]
+        names = [name for name in dict.fromkeys([*theirs, *mine]) if name not in (*RESUMABLE, *FINGERPRINTS)]
         return [
             f"{name}: {theirs.get(name, 'unset')} -> {mine.get(name, 'unset')}"
             for name in names

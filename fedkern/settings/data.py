@@ -15,7 +15,7 @@ from fedkern.typed_option import option
 from fedkern.usercode import named_code
 from fedkern.usercode.named_code import FORMS
 
-BY_DATA = ("partition", "clients", "client_test")
+DATA_DEPENDENT = ("partition", "clients", "client_test")
 """Settings whose default the data may decide: sites that they name are the clients, and may have test sets."""
 PARTS = {"backdoor_target": "backdoor_clients", "backdoor_size": "backdoor_clients", "cue_size": "cue_clients"}
 """Data options that only say more about another one."""
@@ -25,8 +25,8 @@ PARTS = {"backdoor_target": "backdoor_clients", "backdoor_size": "backdoor_clien
 class DataSettings(Section):
     """The data.
 
-    ``left_open`` are the settings of `BY_DATA` that nobody gave: they hold the data set's usual defaults until the data
-    are loaded.
+    ``unset`` are the settings of `DATA_DEPENDENT` that nobody gave: they hold the data set's usual defaults until the
+    data are loaded.
     """
 
     data: str = option(COMMON["data"], f"data set: {', '.join(DATASETS)}, {FORMS}", path=named_code.absolute)
@@ -62,11 +62,11 @@ class DataSettings(Section):
         None, "augmentation of training images instead of the data set's", choices=tuple(AUGMENTATIONS), type=str
     )
     data_options: Mapping[str, Any] = field(default_factory=dict)
-    left_open: frozenset[str] = field(default=frozenset(), compare=False)
+    unset: frozenset[str] = field(default=frozenset(), compare=False)
 
     def replace(self, **settings: Any) -> Self:
         """A copy with some settings changed, which are then no longer left open; nothing is converted or checked."""
-        copy = dataclasses.replace(self, **{"left_open": self.left_open - set(settings), **settings})
+        copy = dataclasses.replace(self, **{"unset": self.unset - set(settings), **settings})
         if {"method", "options"}.isdisjoint(settings):
             vars(copy).update({name: vars(self)[name] for name in OF_METHOD if name in vars(self)})
         return copy

@@ -46,10 +46,10 @@ class FaultSettings(FederationSettings):
     deadline: float = option(
         1.0, "end of a round for slow clients, in multiples of the time that the others need", low=1
     )
-    late_work: str = option(
-        "count",
-        "what a slow client has done by the deadline: count the part, or drop the client from the round",
-        choices=("count", "drop"),
+    stragglers: str = option(
+        "keep",
+        "what a slow client has done by the deadline: keep the part, or drop the client from the round",
+        choices=("keep", "drop"),
     )
 
     def check(self) -> None:
@@ -62,7 +62,7 @@ class FaultSettings(FederationSettings):
                 f"--straggler-rate is not for {self.method} with differential privacy, whose epsilon counts all steps "
                 "of a client: leave one of the two out."
             )
-        for name, plain in (("deadline", 1.0), ("late_work", "count")):
+        for name, plain in (("deadline", 1.0), ("stragglers", "keep")):
             if getattr(self, name) != plain and not self.straggler_rate:
                 raise UserError(f"{flag(name)} is about slow clients: give --straggler-rate too, or leave it out.")
         if self.clip_update_norm and self.kind.follows_own_update:

@@ -33,5 +33,5 @@ class Found(Section):
         return (self.served or "").startswith("served")
 
 
-FOUND = tuple(each.name for each in fields(Found) if each.name not in ("method", "options"))
+FINGERPRINTS = tuple(each.name for each in fields(Found) if each.name not in ("method", "options"))
 """Names of what was found; a resumed run compares them by itself."""

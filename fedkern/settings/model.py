@@ -81,7 +81,7 @@ class ModelSettings(Section):
         " data: computed anew for the global network over all clients' samples)",
         choices=("average", "local", "drop", "pool"),
     )
-    fix_statistics: int | None = option(
+    freeze_bn_after: int | None = option(
         None,
         "rounds after which batch norm trains with the received running statistics, which then stay (FixBN)",
         low=0,
@@ -93,9 +93,9 @@ class ModelSettings(Section):
 
     def check(self) -> None:
         super().check()
-        if self.fix_statistics is not None and self.buffers == "drop":
+        if self.freeze_bn_after is not None and self.buffers == "drop":
             raise UserError(
-                "--fix-statistics trains with received running statistics, of which --buffers drop leaves nobody any: "
+                "--freeze-bn-after trains with received running statistics, of which --buffers drop leaves nobody any: "
                 "leave one of the two out."
             )
         if self.buffers in ("local", "drop") and not self.made.takes_buffers:
@@ -103,9 +103,9 @@ class ModelSettings(Section):
                 f"--buffers {self.buffers} is not for {self.method} with these options, which keeps every client's "
                 "running statistics: leave it out."
             )
-        if self.fix_statistics is not None and (self.kind.one_shot or self.kind.takes_teachers):
+        if self.freeze_bn_after is not None and (self.kind.one_shot or self.kind.takes_teachers):
             raise UserError(
-                f"--fix-statistics is not for {self.method}, whose clients' networks are not trained round by round."
+                f"--freeze-bn-after is not for {self.method}, whose clients' networks are not trained round by round."
             )
 
         if self.personal is not None and not self.made.takes_personal:

@@ -113,10 +113,10 @@ class PrivacySettings(FaultSettings, ModelSettings):
                 f"--dp-noise is not for {self.method if self.personal is None else '--personal'}: it covers what "
                 "clients upload, and not the figures of networks that every client keeps to itself."
             )
-        if self.fix_statistics is not None and self.dp_noise:
+        if self.freeze_bn_after is not None and self.dp_noise:
             raise UserError(
-                "--fix-statistics keeps batch norm's running statistics as they are, and the noise of --dp-noise moves "
-                "them: leave one of the two out."
+                "--freeze-bn-after keeps batch norm's running statistics as they are, and the noise of --dp-noise "
+                "moves them: leave one of the two out."
             )
         if self.privacy_unit != "image":
             raise UserError(

@@ -62,7 +62,7 @@ def load_data(
     options = {key: value for key, value in config.data_options.items() if key not in left}
     # A default of the method stays; the data set's own gives way to sites that the data name.
     usual = {"clients": info.clients, "partition": info.partition}
-    free = {name for name, value in usual.items() if name in config.left_open and getattr(config, name) == value}
+    free = {name for name, value in usual.items() if name in config.unset and getattr(config, name) == value}
     return load(
         config.data,
         root=config.data_root,
@@ -89,7 +89,7 @@ def decided(config: RunConfig, data: FederatedData) -> RunConfig:
     found: dict[str, Any] = {"partition": data.statistics.partition, "clients": len(data.clients)}
     if data.client_tests:
         found["client_test"] = 0.0
-    return config.replace(**{name: value for name, value in found.items() if name in config.left_open})
+    return config.replace(**{name: value for name, value in found.items() if name in config.unset})
 
 
 def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedkern.errors import UserError, nearest
 from fedkern.files.inputs import read_text, special
-from fedkern.methods import given_classes
+from fedkern.methods import script_methods
 from fedkern.settings.config import UNSTORED, RunConfig
 from fedkern.settings.run_format import NAME, check_format
 from fedkern.usercode import plugins
@@ -60,7 +60,7 @@ def load_settings(
 
     Args:
         trusted: plugins that may be executed in any case (see :func:`fedkern.usercode.plugins.restore`).
-        given: the class of the run's method, where a script gave it (`fedkern.methods.given_classes`).
+        given: the class of the run's method, where a script gave it (`fedkern.methods.script_methods`).
         **replaced: settings.
 
     Raises:
@@ -76,8 +76,8 @@ def load_settings(
     table = {name: value for name, value in table.items() if name not in UNSTORED}
     method, sha256 = str(table.get("method", RunConfig.method)), table.get("method_sha256")
     if given is not None:
-        given_classes.give_again(given, method, sha256, folder)
-    given_classes.check(method, sha256, folder)
+        script_methods.give_again(given, method, sha256, folder)
+    script_methods.check(method, sha256, folder)
     return RunConfig.of({**table, **replaced})
 
 

@@ -3,7 +3,7 @@
 A plugin is named by the user, as ``--plugin FILE.py|MODULE`` or with :func:`load`, or by an installed package, as an
 entry point of the group ``fedkern.plugins``.  What a plugin registers is then known by name everywhere, like fedkern's
 own.  A run stores its plugins in ``config.toml``, each with an identity: the SHA-256 of a file and of what it imports
-from its own folder (`fedkern.usercode.plugin_neighbours`), or the version, SHA-256 and origin of a module.
+from its own folder (`fedkern.usercode.plugin_files`), or the version, SHA-256 and origin of a module.
 
 A run folder may come from anyone.  :func:`restore` therefore executes a stored plugin only if its identity is unchanged
 and this user has started a run with it on this machine before (:func:`remember`), or if the user names it again.
@@ -32,7 +32,7 @@ from typing import Any
 from fedkern.errors import UserError
 from fedkern.files.filesystem import cache_folder, check_text, expand
 from fedkern.usercode import named_code
-from fedkern.usercode import plugin_neighbours as neighbours
+from fedkern.usercode import plugin_files as neighbours
 from fedkern.usercode.docstrings import docstring
 
 GROUP = "fedkern.plugins"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
+from plugin_sources import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
 import fedkern
 from fedkern.data.sources.digits import open_digits

@@ -220,8 +220,8 @@ def test_resumed_runs_are_the_same(listed, tmp_path):
     assert (part / "config.toml").read_bytes() == (whole / "config.toml").read_bytes()
     # The same settings, made anew, leave the sites open again and still are those of the run.
     assert run(config, out=whole, resume=True)["client_names"] == list(SITES)
-    assert config.left_open == {"partition", "clients"}
-    assert not load_settings(whole).left_open
+    assert config.unset == {"partition", "clients"}
+    assert not load_settings(whole).unset
 
 
 def test_a_stored_partition_stays_though_the_data_name_sites(listed, tmp_path):

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 from interrupted import Kill, KillAt, outcome
-from plugin_files import EXAMPLES, SETTINGS, Marked, begin, plugged, unload_all  # noqa: F401
+from plugin_sources import EXAMPLES, SETTINGS, Marked, begin, plugged, unload_all  # noqa: F401
 
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model

@@ -46,10 +46,10 @@ def test_the_help_of_a_method_names_every_setting(result):
 @pytest.mark.parametrize(
     ("section", "settings"),
     [
-        ("model", {"model", "fix-statistics"}),
+        ("model", {"model", "freeze-bn-after"}),
         ("data", {"data", "clients", "protocol", "data-option"}),
         ("federation", {"rounds", "stop-at"}),
-        ("faults", {"on-nan", "late-work"}),
+        ("faults", {"on-nan", "stragglers"}),
         ("privacy", {"dp-clip", "records"}),
         ("training", {"lr", "teachers"}),
         ("execution", {"seed", "workers"}),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from plugin_files import Marked, plugged  # noqa: F401
+from plugin_sources import Marked, plugged  # noqa: F401
 
 from fedkern.cli import front_page
 from fedkern.methods import METHODS

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from plugin_files import unload_all
+from plugin_sources import unload_all
 
 import fedkern
 from fedkern import UserError

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkern.data import PARTITIONERS, PartitionStatistics, parse_partition, partition, partition_like
-from fedkern.data.sharing.cases import rows_by_owner, share_cases, share_units
+from fedkern.data.sharing.groups import rows_by_owner, share_cases, share_units
 from fedkern.data.sharing.partition import _fill
 from fedkern.errors import UserError
 

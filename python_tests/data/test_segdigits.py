@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedkern.data import load
-from fedkern.data.sharing.cases import share_cases, training_cases
+from fedkern.data.sharing.groups import share_cases, training_cases
 from fedkern.data.sources.digits import read_digits
 from fedkern.data.sources.segdigits import CONTRAST, MEAN, STD, read_segdigits
 from fedkern.engine.run import run

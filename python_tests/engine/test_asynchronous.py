@@ -273,7 +273,7 @@ class Twice(FedAvg):
         (Twice, {}, "for rounds of one exchange with clients that are drawn, and fedavg"),
         ("fedavg", {"dropout_rate": 0.1}, "--dropout-rate is about rounds that all their clients begin and end"),
         ("fedavg", {"straggler_rate": 0.1, "deadline": 2.0}, "--deadline is about rounds"),
-        ("fedavg", {"straggler_rate": 0.1, "late_work": "drop"}, "--late-work is about rounds"),
+        ("fedavg", {"straggler_rate": 0.1, "stragglers": "drop"}, "--stragglers is about rounds"),
         ("fedavg", {"dp_clip": 1.0, "dp_noise": 0.0}, "--dp-clip is about rounds"),
         (
             "fedavg",
@@ -310,7 +310,7 @@ def test_ranks_and_flower_are_refused(make_data, make_config, tmp_path, monkeypa
     assert main(words) == 2
     assert "leave it out over Flower and on ranks of torchrun" in capsys.readouterr().err
     assert not (tmp_path / "project").exists()
-    monkeypatch.setattr(asynchronous.team, "place", lambda: SimpleNamespace(job="one"))
+    monkeypatch.setattr(asynchronous.torchrun_group, "place", lambda: SimpleNamespace(job="one"))
     with pytest.raises(UserError, match="leave it out over Flower and on ranks of torchrun"):
         run(make_config("fedavg", asynchronous="fedasync"), out=tmp_path / "run", data=make_data(SIZES))
     assert not (tmp_path / "run").exists()

@@ -630,7 +630,7 @@ def test_a_recorded_pass_is_for_a_network_as_it_was(change, make_data, make_conf
         for i in range(2):
             precision = "bf16" if change == "precision" and i else "fp32"
             if change == "statistics":
-                bench.config = make_config(**{**SMALL, "model": "resnet8", "fix_statistics": 1})
+                bench.config = make_config(**{**SMALL, "model": "resnet8", "freeze_bn_after": 1})
             if change == "method":
                 method = FedAvg()
             with computing(precision):

@@ -288,7 +288,7 @@ def test_every_method_runs_or_is_refused(name, make_data, make_pairs, make_publi
         ("fedavg", {**NOISED, "aggregator": "median"}, "--aggregator median is not for --dp-clip"),
         ("fedavg", {**NOISED, "aggregator": "krum"}, "--aggregator krum.* is not for --dp-clip"),
         ("fedavg", {**NOISED, "clip_update_norm": 1.0}, "--clip-update-norm clips what --dp-clip clips already"),
-        ("fedavg", {**NOISED, "fix_statistics": 1}, "--fix-statistics keeps .* leave one of the two out"),
+        ("fedavg", {**NOISED, "freeze_bn_after": 1}, "--freeze-bn-after keeps .* leave one of the two out"),
         ("fedavg", {**NOISED, "privacy_unit": "patient"}, "--privacy-unit patient is for methods that protect"),
         ("fedproto", {**NOISED, "options": {"networks": "personal"}}, "--dp-clip is for methods that average"),
     ],
@@ -477,7 +477,7 @@ def test_a_secret_draw_counts_and_nothing_tells_of_it(make_data, make_config, tm
         ("moon", {}),
         pytest.param("fedavg", {"buffers": "local"}, marks=pytest.mark.exhaustive),
         pytest.param("fedavg", {"dropout_rate": 0.2}, marks=pytest.mark.exhaustive),
-        pytest.param("fedavg", {"straggler_rate": 0.2, "late_work": "drop"}, marks=pytest.mark.exhaustive),
+        pytest.param("fedavg", {"straggler_rate": 0.2, "stragglers": "drop"}, marks=pytest.mark.exhaustive),
         ("fedavg", {"records": "all"}),
     ],
 )

@@ -266,13 +266,13 @@ def test_clients_that_never_answer_are_sent_their_messages_all_the_same():
     ]
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_cohort_is_asked_at_once(apart):
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_cohort_is_asked_at_once(remote):
     bench = Bench(filters=[a], entry=Round("train", cohort=True), hooks=Hooks({k: {"x": k} for k in range(3)}))
-    bench.executor.apart = apart
+    bench.executor.remote = remote
     bench.executor.client = lambda k: SimpleNamespace(id=k, report={"stale": 1.0})
     messages = [upload.message for upload in bench.exchange.uploads()]
-    if apart:  # each works where it is
+    if remote:  # each works where it is
         assert [call for call in bench.calls if call[0] == "works"] == [("works", k) for k in range(3)]
         return
     assert messages == [{"x": k} for k in range(3)]

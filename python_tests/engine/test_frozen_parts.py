@@ -15,7 +15,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models.freezing import freeze, train_mode
-from fedkern.models.norms import fix_statistics
+from fedkern.models.norms import freeze_bn_after
 from fedkern.tasks import CLASSIFICATION
 
 
@@ -142,7 +142,7 @@ def test_a_network_of_fedkerns_own(make_data, tmp_path, model):
     other, images = copy.deepcopy(start), torch.rand(4, 3, 8, 8)
     freeze(start, ["layer1.*"], model)
     for network in (start, train_mode(start), other.train()):
-        fix_statistics(network.get_submodule("layer1"))
+        freeze_bn_after(network.get_submodule("layer1"))
         network(images).square().sum().backward()
     grads = {name: each.grad for name, each in other.named_parameters()}
     assert all(torch.equal(each.grad, 2 * grads[name]) for name, each in start.named_parameters() if each.requires_grad)

@@ -329,7 +329,7 @@ def test_the_servers_cache_ends_with_the_round():
 
 
 @pytest.mark.parametrize(
-    ("cohort", "together", "apart", "here"),
+    ("cohort", "together", "remote", "here"),
     [
         (False, False, False, False),
         (True, False, False, True),
@@ -337,13 +337,13 @@ def test_the_servers_cache_ends_with_the_round():
         (True, True, True, False),  # no client ever works here
     ],
 )
-def test_which_executor_has_the_clients_of_a_round(cohort, together, apart, here):
+def test_which_executor_has_the_clients_of_a_round(cohort, together, remote, here):
     class Tracing(Part):
         def before_round(self, record):
             record.together = together
 
     bench = Bench((Round(cohort=cohort),), [lambda calls: Tracing()])
-    bench.executor.apart = apart
+    bench.executor.remote = remote
     bench.executor.here.client = lambda k: SimpleNamespace(report={})
     bench.loop.play()
     assert [len(each.asked) for each in (bench.executor, bench.executor.here)] == ([0, 3] if here else [3, 0])

@@ -20,9 +20,9 @@ from fedkern.engine.loop import Loop
 from fedkern.engine.run import run
 from fedkern.engine.store import checkpoints as module
 from fedkern.engine.store import client_table
+from fedkern.engine.store.background_writer import BackgroundWriter
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.client_table import ClientTable
-from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
 from fedkern.files import filesystem
 from fedkern.listeners import Listener
@@ -328,7 +328,7 @@ def test_a_finished_run_is_extended(make_many, small, tmp_path):
 def test_what_is_written_beside_the_rounds_is_what_is_written_at_once(slack, commit, tmp_path, monkeypatch):
     monkeypatch.setattr(client_table, "SLACK", slack)
     folders = []
-    for name, beside in (("once", None), ("beside", Scribe())):
+    for name, beside in (("once", None), ("beside", BackgroundWriter())):
         checkpoints = Checkpoints(tmp_path / name, beside, clients=300)
         checkpoints.open(fresh=True)
         for number in range(1, 9):

@@ -21,7 +21,7 @@ import fedkern
 from fedkern.data.forms import ImageForm
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.executors.nursery import Nursery
+from fedkern.engine.executors.fork_server import ForkServer
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run
 from fedkern.engine.store.extending import extend
@@ -363,13 +363,13 @@ def forked(monkeypatch):
     """The worker processes that were forked; they have started before the first client works."""
     monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
     found = []
-    fork = Nursery.fork
+    fork = ForkServer.fork
 
     def seen(self):
         found.append(1)
         return fork(self)
 
-    monkeypatch.setattr(Nursery, "fork", seen)
+    monkeypatch.setattr(ForkServer, "fork", seen)
     return found
 
 

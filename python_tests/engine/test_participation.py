@@ -64,7 +64,7 @@ def test_slow_clients_do_a_share_that_the_deadline_bounds():
     assert all(
         share_of_work(later, 3, k) == pytest.approx(min(1.0, 2 * share_of_work(config, 3, k))) for k in range(200)
     )
-    dropped = absent_clients(many(straggler_rate=0.4, late_work="drop"), 3, range(200))
+    dropped = absent_clients(many(straggler_rate=0.4, stragglers="drop"), 3, range(200))
     assert dropped == {k: LATE for k in range(200) if share_of_work(config, 3, k) < 1}
 
 
@@ -88,8 +88,8 @@ def test_who_is_asked_in_a_round():
 
 def test_who_is_missing_or_slow_in_an_assignment():
     settings = {"dropout_rate": 0.4, "straggler_rate": 0.6, "deadline": 1.2}
-    for late in ("count", "drop"):
-        asked = policy(**settings, late_work=late)
+    for late in ("keep", "drop"):
+        asked = policy(**settings, stragglers=late)
         for number in range(6):
             given = asked.assign(Round(participants="all"), number)
             assert given.absent == absent_clients(asked._config, number, range(5))
@@ -127,7 +127,7 @@ def test_the_clock_counts_steps_of_clients_of_usual_speed():
         ([Round(participants="all"), Round(participants=(2, 3, 4))], {"sample_fraction": 0.2}, 3),
         ([Round(participants=(1,), one_off=True), Round()], {}, 5),
         ([Round()], {"dropout_rate": 1.0}, 1),
-        ([Round(participants=(0, 1))], {"straggler_rate": 1.0, "late_work": "drop"}, 1),
+        ([Round(participants=(0, 1))], {"straggler_rate": 1.0, "stragglers": "drop"}, 1),
         ([Round(participants=(0, 1))], {"straggler_rate": 1.0}, 2),
     ],
 )
@@ -141,7 +141,7 @@ def test_the_fewest_uploads_of_a_plan(plan, settings, fewest):
         ("fediod", {"dropout_rate": 0.1}, "--dropout-rate is for methods that average .* fediod"),
         ("oneshot-fedavg", {"straggler_rate": 0.1}, "--straggler-rate is for methods .* oneshot-fedavg"),
         ("fedavg", {"deadline": 2.0}, "--deadline is about slow clients: give --straggler-rate too"),
-        ("fedavg", {"late_work": "drop"}, "--late-work is about slow clients"),
+        ("fedavg", {"stragglers": "drop"}, "--stragglers is about slow clients"),
         ("fedavg", {"straggler_rate": 0.1, "deadline": 0.5}, "--deadline must be at least 1"),
         ("fedavg", {"dropout_rate": 1.5}, r"--dropout-rate must be in \[0, 1\]"),
     ],
@@ -236,7 +236,7 @@ def test_slow_clients_with_an_epsilon_are_refused(monkeypatch):
         RunConfig.make("fedavg", straggler_rate=0.1)
 
 
-def test_the_clock_of_a_run_and_the_shares_of_its_clients(make_data, make_config, tmp_path):
+def test_the_clock_load_or_create_and_the_shares_of_its_clients(make_data, make_config, tmp_path):
     config = make_config("fedavg", clients=4, rounds=4, straggler_rate=0.6, deadline=1.2, workers="2")
     run(config, out=tmp_path / "whole", data=make_data(SIZES))
     with pytest.raises(Kill):

@@ -151,7 +151,7 @@ def test_only_what_is_shared_travels(make_data, tmp_path):
 
 
 def test_personal_norms_are_fedbn(make_data, tmp_path):
-    run = played(tmp_path / "run", make_data, model=small(), personal="backbone.1.*", fix_statistics=1)
+    run = played(tmp_path / "run", make_data, model=small(), personal="backbone.1.*", freeze_bn_after=1)
     first, second, _ = networks(run)
     apart = {name for name in first if not torch.equal(first[name], second[name])}
     assert apart == {name for name in first if name.startswith("backbone.1")}

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 from interrupted import outcome
-from plugin_files import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
+from plugin_sources import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run

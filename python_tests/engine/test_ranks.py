@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from interrupted import outcome, without
 
-from fedkern.engine.executors import team
-from fedkern.engine.executors.links import SILENCE, silence
+from fedkern.engine.executors import torchrun_group
+from fedkern.engine.executors.connection import SILENCE, silence
 from fedkern.engine.executors.ranks import Spread
 from fedkern.engine.hooks import reduced
 from fedkern.methods import AFL, FedAvg, FedProx, Scaffold
@@ -184,7 +184,7 @@ def test_a_killed_rank_costs_a_round_and_no_bit(rank, tmp_path):
     given = {"FEDKERN_TEST_RANK": str(rank), "FEDKERN_TEST_END": str(int(signal.SIGKILL))}
     done = launched(2, (*words, "--out", str(tmp_path / "ranks")), restarts=1, **given)
     assert done.returncode == 0, done.stderr
-    # Whoever notices the end first says so: torchrun, or the other rank, whose link to the killed one breaks.
+    # Whoever notices the end first says so: torchrun, or the other rank, whose connection to the killed one breaks.
     assert any(words in done.stderr for words in ("SIGKILL", "-9", "was lost"))
     assert outcome(tmp_path / "ranks") == serial
 
@@ -282,19 +282,19 @@ def test_other_commands_are_for_rank_0(tmp_path):
 def test_torchruns_variables(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    assert team.place() is None
+    assert torchrun_group.place() is None
     for name, value in zip(TORCHRUN, ("none", "3", "4", "1", "2"), strict=True):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "5")
-    found = team.place()
+    found = torchrun_group.place()
     assert (found.rank, found.size, found.local, found.here) == (3, 4, 1, 2)
     assert (found.restarts, found.most_restarts) == (2, 5)
     assert str(os.getppid()) in found.job  # torchrun's own id says nothing
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
-    assert team.place().job == "job-7"
+    assert torchrun_group.place().job == "job-7"
     monkeypatch.delenv("WORLD_SIZE")
-    assert team.place() is None
+    assert torchrun_group.place() is None
 
 
 def test_every_start_of_the_ranks_has_a_name_of_its_own():
@@ -304,7 +304,7 @@ def test_every_start_of_the_ranks_has_a_name_of_its_own():
         found = [""] * 3
 
         def meet(rank, found=found):
-            found[rank] = team._agreed(store, rank, 3, 10.0)
+            found[rank] = torchrun_group._agreed(store, rank, 3, 10.0)
 
         threads = [threading.Thread(target=meet, args=(rank,)) for rank in range(3)]
         for thread in [threads[k] for k in range(3) if k != late]:
@@ -318,7 +318,7 @@ def test_every_start_of_the_ranks_has_a_name_of_its_own():
         names += found[:1]
     assert len({*names}) == 3
     with pytest.raises(TimeoutError, match=r"not all ranks have come within 0\.1 seconds"):
-        team._agreed(store, 1, 3, 0.1)
+        torchrun_group._agreed(store, 1, 3, 0.1)
 
 
 def test_the_time_of_silence(monkeypatch):

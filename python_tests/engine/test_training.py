@@ -308,7 +308,7 @@ def test_local_buffers_stay_with_their_client(make_data, make_config):
 
 
 def test_own_statistics_are_measured_before_they_are_fixed(make_data, make_config):
-    config = make_config(buffers="local", fix_statistics=0)
+    config = make_config(buffers="local", freeze_bn_after=0)
     _, message, client, _ = one_client(config, make_data())
     first = copy.deepcopy(client.state["buffers_local"])
     assert first["integers"].tolist() == [5] * 3
@@ -328,7 +328,7 @@ def test_augmentation_changes_batches_and_is_reproducible(make_data, make_config
 @pytest.mark.parametrize("fixed", [None, 1])
 def test_training_alone_fixes_statistics_as_fedavg_does(fixed, make_data, make_config, tmp_path):
     for method in ("fedavg", "local"):
-        config = make_config(method, model="resnet8", rounds=3, fix_statistics=fixed)
+        config = make_config(method, model="resnet8", rounds=3, freeze_bn_after=fixed)
         run(config, out=tmp_path / method, data=make_data((20,)))
     alone, federated = (load_file(tmp_path / method / "model.safetensors") for method in ("local", "fedavg"))
     assert all(torch.equal(alone[f"members.0.{name}"], value) for name, value in federated.items())
@@ -337,7 +337,7 @@ def test_training_alone_fixes_statistics_as_fedavg_does(fixed, make_data, make_c
 def test_a_private_model_trains_with_fixed_statistics_too(make_data, make_config):
     data, message = make_data(), None
     for fixed in (None, 0):
-        bench = RunContext(make_config("fml", model="resnet8", fix_statistics=fixed), data)
+        bench = RunContext(make_config("fml", model="resnet8", freeze_bn_after=fixed), data)
         client, message = Client(bench, 0, {}), bench.initial()
         answer = FML().client_update(client, Phase(0, "train", "update"), message)
         assert torch.equal(answer["buffers"], message["buffers"]) == (fixed is not None)

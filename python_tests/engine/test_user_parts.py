@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 from interrupted import Kill, KillAt, outcome
-from plugin_files import plugged, unload_all  # noqa: F401
+from plugin_sources import plugged, unload_all  # noqa: F401
 
 import fedkern
 from fedkern.cli.commands.list import catalogue

@@ -23,7 +23,7 @@ from fedkern.engine import evaluate as evaluation
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors import sizing
 from fedkern.engine.executors import workers as module
-from fedkern.engine.executors.nursery import Nursery
+from fedkern.engine.executors.fork_server import ForkServer
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run
 from fedkern.errors import ClientFailed, RunFailed
@@ -49,14 +49,14 @@ def patient(monkeypatch):
 def processes(monkeypatch):
     """Every worker process that was forked, in order."""
     found = []
-    fork = Nursery.fork
+    fork = ForkServer.fork
 
     def seen(self):
         process, channel = fork(self)
         found.append(process)
         return process, channel
 
-    monkeypatch.setattr(Nursery, "fork", seen)
+    monkeypatch.setattr(ForkServer, "fork", seen)
     return found
 
 
@@ -188,8 +188,8 @@ def test_a_worker_that_is_lost_every_time(make_data, make_config, tmp_path, monk
 def test_the_process_that_forks_is_lost(make_data, make_config, tmp_path, monkeypatch, processes):
     """Its workers end with it, and the run goes on in its own process."""
     nurseries = []
-    ready = Nursery.ready
-    monkeypatch.setattr(Nursery, "ready", lambda self, wait: nurseries.append(self) or ready(self, wait))
+    ready = ForkServer.ready
+    monkeypatch.setattr(ForkServer, "ready", lambda self, wait: nurseries.append(self) or ready(self, wait))
     kills = At(1, lambda: (nurseries[0]._process.kill(), nurseries[0]._process.wait()))
     serial, side_by_side = compared(make_config(rounds=3), make_data(), tmp_path, kills)
     told = side_by_side[2]["diagnostics"]
@@ -417,7 +417,7 @@ def test_long_runs_begin_without_them(make_data, make_config, tmp_path, monkeypa
 
 def test_a_slow_start_is_no_waiting(make_data, make_config, tmp_path, monkeypatch, processes):
     monkeypatch.setattr("fedkern.engine.executors.choice.Workers", Workers)
-    monkeypatch.setattr(Nursery, "ready", lambda self, wait: False)
+    monkeypatch.setattr(ForkServer, "ready", lambda self, wait: False)
     config, data = make_config(rounds=2), make_data()
     serial, side_by_side = compared(config, data, tmp_path)
     assert side_by_side == serial

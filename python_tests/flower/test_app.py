@@ -31,7 +31,7 @@ from fedkern.flower.runs import (
     run_settings,
     server_app,
 )
-from fedkern.flower.runs.parcel import Malformed, Parcel, Raw
+from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 from fedkern.flower.runs.portable import pack, unpack
 from fedkern.ops._core.backend import active_isa
 
@@ -273,15 +273,15 @@ def changed_reply(change):
 
     def fault(message, context):
         reply = client_app.app(message, context)
-        _, parcel = opened(reply)
-        return replied(message, change(parcel))
+        _, packed = opened(reply)
+        return replied(message, change(packed))
 
     return fault
 
 
 def with_upload(change):
-    def changed(parcel):
-        found = unpack(parcel)
+    def changed(packed):
+        found = unpack(packed)
         return pack({**found, "message": change(found["message"])})
 
     return changed_reply(changed)
@@ -297,12 +297,14 @@ REFUSED = {
     "oversized": (
         with_upload(lambda upload: {**upload, "more": torch.zeros(1 << 20)}), "bytes where",
     ),
-    "text": (changed_reply(lambda parcel: Parcel("{", parcel.tensors)), "has a text that is not JSON"),
+    "text": (changed_reply(lambda packed: PackedMessage("{", packed.tensors)), "has a text that is not JSON"),
     "array": (
-        changed_reply(lambda parcel: Parcel(parcel.text, {n: t._replace(data=b"") for n, t in parcel.tensors.items()})),
+        changed_reply(
+            lambda packed: PackedMessage(packed.text, {n: t._replace(data=b"") for n, t in packed.tensors.items()})
+        ),
         "bytes where",
     ),
-    "another": (changed_reply(lambda parcel: pack({**unpack(parcel), "client": 2})), "answers another message"),
+    "another": (changed_reply(lambda packed: pack({**unpack(packed), "client": 2})), "answers another message"),
 }  # fmt: skip
 DEFAULT_REFUSED = ("NaN",)
 
@@ -325,24 +327,24 @@ def test_a_bad_reply_is_refused_and_the_run_goes_on(what, tmp_path, caplog):
 def replied_with(**changed):
     """A node whose reply has other entries; a callable makes an entry of the true one."""
 
-    def change(parcel):
-        found = unpack(parcel)
+    def change(packed):
+        found = unpack(packed)
         return pack({**found, **{k: v(found[k]) if callable(v) else v for k, v in changed.items()}})
 
     return changed_reply(change)
 
 
 def in_text(old, new):
-    return changed_reply(lambda parcel: parcel._replace(text=re.sub(old, new, parcel.text, count=1)))
+    return changed_reply(lambda packed: packed._replace(text=re.sub(old, new, packed.text, count=1)))
 
 
 def with_tensor(shape):
     """A node whose upload has an empty array of that shape beside it."""
 
-    def change(parcel):
+    def change(packed):
         more = {"tensor": ["more", [0] * len(shape)]}
-        text = json.dumps({"dict": [*json.loads(parcel.text)["dict"], ["more", more]]})
-        return Parcel(text, {**parcel.tensors, "more": Raw("float32", shape, b"")})
+        text = json.dumps({"dict": [*json.loads(packed.text)["dict"], ["more", more]]})
+        return PackedMessage(text, {**packed.tensors, "more": Raw("float32", shape, b"")})
 
     return changed_reply(change)
 
@@ -362,8 +364,8 @@ UNREADABLE = {
     "many warnings": replied_with(warnings={f"x{i}": "no" for i in range(300)}),
     "a warning with a long name": replied_with(warnings={"x" * 1000: "no"}),
     "a shape that overflows": with_tensor((1 << 40, 1 << 40, 0)),
-    "a deep text": changed_reply(lambda parcel: Parcel("[" * 1_000_000, parcel.tensors)),
-    "a long text": changed_reply(lambda parcel: Parcel(json.dumps("x" * (5 << 20)), parcel.tensors)),
+    "a deep text": changed_reply(lambda packed: PackedMessage("[" * 1_000_000, packed.tensors)),
+    "a long text": changed_reply(lambda packed: PackedMessage(json.dumps("x" * (5 << 20)), packed.tensors)),
     "a ledger of text": replied_with(ledger={"d": [["gaussian", "x", 1.0, 1]]}),
     "a problem of another kind": replied_with(problem={"kind": "exit"}),
     "a client that is none": replied_with(client=None),
@@ -387,10 +389,10 @@ def test_whatever_a_reply_holds_it_is_left_out_and_the_run_goes_on(what, tmp_pat
 def test_an_exception_while_a_reply_is_read_leaves_it_out(tmp_path, monkeypatch):
     read = node_executor.read_reply
 
-    def failing(parcel, client, version):
+    def failing(packed, client, version):
         if client == 1:
             raise MemoryError("no room")
-        return read(parcel, client, version)
+        return read(packed, client, version)
 
     monkeypatch.setattr(node_executor, "read_reply", failing)
     over_flower(settings("fedavg", rounds=1), tmp_path / "run")
@@ -596,10 +598,10 @@ def test_clients_computed_together_in_one_process_are_alone_on_nodes(tmp_path):
     same(outcome(tmp_path / "flower"), expected, "fediod")
 
 
-# -- what a letter must be --------------------------------------------------------------------------------------------
+# -- what a request must be --------------------------------------------------------------------------------------------
 
 
-def letter(**changed):
+def request(**changed):
     found = {
         "protocol": node_client.PROTOCOL, "run": "0" * 32, "attempt": "a" * 32, "client": 1, "asker": "method",
         "phase": [0, "train", "update"], "version": [1, 0], "begin": None, "oldest": 1, "last": True,
@@ -609,8 +611,8 @@ def letter(**changed):
 
 
 def test_letters_are_read_back():
-    read = node_client.Letter.read(letter(begin=[3, 2]))
-    assert read.to_dict() == letter(begin=[3, 2])
+    read = node_client.ClientRequest.read(request(begin=[3, 2]))
+    assert read.to_dict() == request(begin=[3, 2])
     assert read.begin == (3, 2)
 
 
@@ -624,7 +626,7 @@ def test_letters_are_read_back():
 )  # fmt: skip
 def test_letters_that_are_refused(changed):
     with pytest.raises(Malformed, match=r"has|names no|lacks|asks for"):
-        node_client.Letter.read(letter(**changed))
+        node_client.ClientRequest.read(request(**changed))
 
 
 def test_a_message_is_no_reply(tmp_path):

@@ -77,4 +77,4 @@ def test_a_method_on_supernodes(method, federation, tmp_path):
 def residents(federation: Federation) -> list[int]:
     """The processes that stay with the clients."""
     commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in federation.processes()}
-    return [pid for pid, command in commands.items() if b"resident import live" in command]
+    return [pid for pid, command in commands.items() if b"client_daemon import live" in command]

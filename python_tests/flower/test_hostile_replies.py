@@ -100,7 +100,7 @@ ARRAYS = {
     "a size that is true": with_array("n", Array("int64", (1,), NUMPY, npy("(True,)", bytes(8), "<i8"))),
     "objects": with_array("w", Array("object", (1,), NUMPY, npy("(1,)", bytes(8), "|O"))),
     "no bytes": with_array("w", Array("float32", (20, 30), NUMPY, b"")),
-    "an encoding of many letters": with_array("w", Array("float32", (20, 30), "x" * 10_000, b"")),
+    "an encoding of many requests": with_array("w", Array("float32", (20, 30), "x" * 10_000, b"")),
     "a flat vector of a huge size": lambda message: content(
         ArrayRecord({FLAT: Array("float32", (10**4000,), FLAT, b""), LISTING: Array("uint8", (2,), LISTING, b"[]")})
     ),

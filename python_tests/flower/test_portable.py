@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedkern.flower.runs.parcel import Malformed, Parcel, Raw
+from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 from fedkern.flower.runs.portable import DTYPES, pack, unpack
 
 
@@ -54,30 +54,30 @@ def test_strides_stay(tensor):
 
 @pytest.mark.parametrize("tensor", [torch.zeros(()).expand(3, 2), torch.arange(20)[::2], torch.randn(4, 6)[:, 1:3]])
 def test_views_travel_dense(tensor):
-    parcel = pack(tensor)
-    assert parcel.size == tensor.numel() * tensor.element_size()
-    assert torch.equal(unpack(parcel), tensor)
+    packed = pack(tensor)
+    assert packed.size == tensor.numel() * tensor.element_size()
+    assert torch.equal(unpack(packed), tensor)
 
 
 def test_a_tensor_in_two_places_travels_once():
     tensor = torch.randn(5)
-    parcel = pack({"a": tensor, "b": [tensor]})
-    assert len(parcel.tensors) == 1
-    found = unpack(parcel)
+    packed = pack({"a": tensor, "b": [tensor]})
+    assert len(packed.tensors) == 1
+    found = unpack(packed)
     assert found["a"] is found["b"][0]
 
 
 def test_large_fp32_tensors_may_travel_as_bf16():
     large, small, whole = torch.randn(40, 30), torch.randn(30), torch.arange(2000)
-    parcel = pack({"large": large.T, "small": small, "whole": whole, "again": large.T}, half=True)
-    found = unpack(parcel)
+    packed = pack({"large": large.T, "small": small, "whole": whole, "again": large.T}, half=True)
+    found = unpack(packed)
     assert torch.equal(found["large"], large.T.bfloat16().float())
     assert found["large"].stride() == large.T.stride()
     assert torch.equal(found["small"], small)
     assert torch.equal(found["whole"], whole)
-    assert len(parcel.tensors["t0"].data) == 2 * large.numel()
+    assert len(packed.tensors["t0"].data) == 2 * large.numel()
     with pytest.raises(Malformed, match="where bf16 is said to come"):
-        unpack(Parcel(json.dumps({"halved": ["t0", [1]]}), {"t0": GOOD}))
+        unpack(PackedMessage(json.dumps({"halved": ["t0", [1]]}), {"t0": GOOD}))
 
 
 def test_arrays_stay_arrays():
@@ -122,7 +122,7 @@ GOOD = Raw("float32", (2,), b"\0" * 8)
 )
 def test_what_is_refused(tree, tensors, why):
     with pytest.raises(Malformed, match=why):
-        unpack(Parcel(tree if tree == "{" else json.dumps(tree), tensors))
+        unpack(PackedMessage(tree if tree == "{" else json.dumps(tree), tensors))
 
 
 def test_depth_and_length_are_bounded(monkeypatch):
@@ -130,7 +130,7 @@ def test_depth_and_length_are_bounded(monkeypatch):
     for _ in range(80):
         deep = {"list": [deep]}
     with pytest.raises(Malformed, match="too deep"):
-        unpack(Parcel(json.dumps(deep), {}))
+        unpack(PackedMessage(json.dumps(deep), {}))
     monkeypatch.setattr("fedkern.flower.runs.portable.LONGEST_TEXT", 10)
     with pytest.raises(Malformed, match="10 is the most"):
         unpack(pack("a text of more than ten characters"))
@@ -141,11 +141,11 @@ def test_whole_numbers_have_64_bits(number):
     with pytest.raises(TypeError, match="whole number of more than 64 bits"):
         pack({"n": number})
     with pytest.raises(Malformed, match="whole number of more than 64 bits"):
-        unpack(Parcel(json.dumps(number), {}))
+        unpack(PackedMessage(json.dumps(number), {}))
     assert unpack(pack((1 << 64) - 1)) == (1 << 64) - 1
 
 
 @pytest.mark.parametrize("text", ["Infinity", "NaN", "1e999"])
 def test_no_number_that_json_does_not_have(text):
     with pytest.raises(Malformed, match="describes no message"):
-        unpack(Parcel(text, {}))
+        unpack(PackedMessage(text, {}))

@@ -75,7 +75,7 @@ def test_the_settings_are_those_of_the_flags(tmp_path, capsys):
         lr=0.05, partition="dirichlet:0.5", threads=1, on_nan="skip", on_error="skip",
     )  # fmt: skip
     assert read.config == expected
-    assert read.config.left_open == expected.left_open
+    assert read.config.unset == expected.unset
     assert (read.out, read.resume, read.report) == (tmp_path / "run", False, False)
     assert (read.deadline, read.wait, read.state) == (3600, 600, "")
     assert "partition-id=3 num-partitions=4" in (folder / "README.md").read_text()
@@ -86,7 +86,7 @@ def test_settings_that_are_left_open_stay_open(method, tmp_path):
     assert main([method, "--flower", str(tmp_path / "project"), "--on-nan", "stop"]) == 0
     read = run_settings.read(run_config(tmp_path / "project"))
     assert read.config == RunConfig.make(method, on_nan="stop", on_error="skip")
-    assert read.config.left_open == {"partition", "clients", "client_test"}
+    assert read.config.unset == {"partition", "clients", "client_test"}
 
 
 def test_every_setting_can_be_overridden(tmp_path):

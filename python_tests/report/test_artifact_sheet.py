@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.engine.store.artifacts import Artifact, Gallery
+from fedkern.engine.store.artifacts import Artifact, ArtifactLog
 from fedkern.report.figures import artifact_sheet, pictures
 from fedkern.settings.config import RunConfig
 
@@ -24,14 +24,14 @@ def test_the_run_folder_gets_a_picture_for_every_name(tmp_path):
     config = RunConfig.make("fedavg", data="digits", clients=2, train_samples=60, rounds=2)
     (tmp_path / "config.toml").write_text(config.to_toml())
     (tmp_path / "metrics.jsonl").write_text('{"round": 1, "accuracy": 0.5}\n')
-    gallery = Gallery(tmp_path, 2)
+    log = ArtifactLog(tmp_path, 2)
     red = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 255
     for round in (1, 2):
-        gallery.add(Artifact("generated", round, red, ("", "")))
-        gallery.add(Artifact("teacher_weights", round, torch.rand(2, 10), ("client", "class")))
-        gallery.add(Artifact("accuracy", round, torch.rand(2, 2), ("client", "client")))
-    gallery.write()
+        log.add(Artifact("generated", round, red, ("", "")))
+        log.add(Artifact("teacher_weights", round, torch.rand(2, 10), ("client", "class")))
+        log.add(Artifact("accuracy", round, torch.rand(2, 2), ("client", "client")))
+    log.write()
     written = [path.name for path in pictures.write_pictures(tmp_path, data=data, model=torch.nn.Identity())]
     assert written == ["accuracy.png", "partition.png", "generated.png", "teacher_weights.png", "accuracy_shown.png"]
     pixels = opened(tmp_path / "generated.png").reshape(-1, 3)

@@ -103,7 +103,7 @@ def test_methods_share_the_settings_of_a_data_set():
         ({"lr": math.inf}, "--lr must be finite"),
         ({"augment": "crop-flop"}, '--augment must be one of none, crop.*Did you mean "crop-flip"'),
         ({"momentum": 1}, "--momentum must be below 1"),
-        ({"fix_statistics": 3, "buffers": "drop"}, "--fix-statistics.*--buffers drop.*leave one of the two out"),
+        ({"freeze_bn_after": 3, "buffers": "drop"}, "--freeze-bn-after.*--buffers drop.*leave one of the two out"),
         ({"buffers": "avg"}, '--buffers must be one of average, local, drop, pool, not "avg"'),
         ({"device": "gpu"}, "--device must be one of auto, cpu, cuda, cuda:N, not "),
         ({"device": "cuda:N"}, "--device must be one of auto, cpu, cuda, cuda:N, not "),
@@ -119,8 +119,8 @@ def test_mistakes_are_one_sentence(settings, message):
 
 @pytest.mark.parametrize("method", ["fediod", "ensemble", "fusefl"])
 def test_fixed_statistics_are_for_networks_trained_round_by_round(method):
-    with pytest.raises(UserError, match=f"--fix-statistics is not for {method}"):
-        RunConfig.make(method, fix_statistics=2)
+    with pytest.raises(UserError, match=f"--freeze-bn-after is not for {method}"):
+        RunConfig.make(method, freeze_bn_after=2)
 
 
 def test_differences_name_setting_old_and_new():

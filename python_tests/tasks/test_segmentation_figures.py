@@ -331,7 +331,7 @@ def test_scaffolds_gradient_at_the_received_model_counts_known_pixels():
     half.labels[:3] = IGNORE
     half.labels[5:, :8] = IGNORE
     data = dataclasses.replace(data, clients=(half, data.clients[1]))
-    bench = RunContext(settings("scaffold", clients=2, fix_statistics=0), data)  # or every part has its own statistics
+    bench = RunContext(settings("scaffold", clients=2, freeze_bn_after=0), data)  # or every part has its own statistics
     message, client = bench.initial(), Client(bench, 0, {})
     found = Scaffold(Scaffold.Options(control="I")).gradient(client, Phase(0, "train", "update"), message)
     network = Network(bench.build(), torch.device("cpu"))

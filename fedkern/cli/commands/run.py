@@ -26,7 +26,7 @@ from fedkern.methods import registry
 from fedkern.process import interrupts, machine
 from fedkern.process.interrupts import Terminated
 from fedkern.process.standard_streams import put
-from fedkern.settings.config import ANYHOW, RunConfig
+from fedkern.settings.config import RESUMABLE, RunConfig
 from fedkern.settings.stored import load_settings, stored_settings
 from fedkern.usercode import plugins
 
@@ -67,18 +67,18 @@ def play(request: Request) -> int:
 @contextmanager
 def _workers_ahead(config: RunConfig) -> Iterator[None]:
     """Forks the process that starts workers, if the run may use workers, before this process computes anything."""
-    from fedkern.engine.executors import nursery, sizing, team
+    from fedkern.engine.executors import fork_server, sizing, torchrun_group
 
     alone = config.workers == "1" or config.trained_clients < 2 or bool(sizing.unavailable(config.device))
     alone = alone or bool(plugins.loaded())  # a plugin may have computed already
-    alone = alone or team.present() is not None  # clients work on ranks
+    alone = alone or torchrun_group.present() is not None  # clients work on ranks
     idle = min(machine.usable_cores(), config.threads) > 1 or config.workers != "auto"
     if interrupts.whole_process() and idle and not alone:
-        nursery.fork_early()
+        fork_server.fork_early()
     try:
         yield
     finally:
-        nursery.end_early()
+        fork_server.end_early()
 
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:
@@ -195,7 +195,7 @@ def _stored(request: Request) -> RunConfig:
             f"The run in {request.resume} has other settings ({'; '.join(differences)}): leave these flags out to "
             "resume it, or start a new run without --resume."
         )
-    return stored.replace(**{name: wanted.get(name, getattr(stored, name)) for name in ANYHOW})
+    return stored.replace(**{name: wanted.get(name, getattr(stored, name)) for name in RESUMABLE})
 
 
 def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fedkern.data.sharing.cases import drawn_rows, unit_noun
+from fedkern.data.sharing.groups import drawn_rows, unit_noun
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData
 from fedkern.errors import UserError, nearest

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedkern.data.sharing.cases import rows_by_owner
+from fedkern.data.sharing.groups import rows_by_owner
 from fedkern.errors import UserError, nearest
 from fedkern.streams import stream
 

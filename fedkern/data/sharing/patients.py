@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fedkern.data.sharing.cases import Rows, rows_of_units
+from fedkern.data.sharing.groups import Rows, rows_of_units
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData
 from fedkern.errors import UserError

@@ -54,7 +54,7 @@ class Executor(Protocol):
     count: int
     """Number of processes in which clients work side by side."""
 
-    apart: bool
+    remote: bool
     """Whether clients keep their data and states to themselves: no client ever works in this process."""
 
     @property

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, Played, States
-from fedkern.engine.executors.links import Ended, Link, Lost
+from fedkern.engine.executors.connection import Connection, Ended, Lost
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.team import GO_ON, Team
+from fedkern.engine.executors.torchrun_group import GO_ON, TorchrunGroup
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice, Sum
 from fedkern.engine.executors.workers import setup_of
 from fedkern.engine.uploads.encoders import Encoder
@@ -46,20 +46,20 @@ class Ranks:
     Args:
         context: of the run.
         here: the executor of this process, rank 0.
-        askers: objects whose ``client_update`` may be called, by name.
+        handlers: objects whose ``client_update`` may be called, by name.
         states: where a client's state comes from when the client first works in a round.
-        team: the ranks.
+        group: the ranks.
     """
 
-    apart = False
+    remote = False
 
     def __init__(
-        self, context: RunContext, here: Serial, askers: Mapping[str, Any], states: States, team: Team
+        self, context: RunContext, here: Serial, handlers: Mapping[str, Any], states: States, group: TorchrunGroup
     ) -> None:
-        self.here, self._context, self._states, self._team = here, context, states, team
-        self.count = team.size
+        self.here, self._context, self._states, self._group = here, context, states, group
+        self.count = group.size
         self._packer = Packer()
-        self._links: dict[int, Link] = {}  # to the ranks that clients work on, beside this one
+        self._connections: dict[int, Connection] = {}  # to the ranks that clients work on, beside this one
         # State of this round:
         self._at: dict[ClientId, int] = {}  # where a client works
         self._home: dict[ClientId, int] = {}  # as _at, with clients that are done
@@ -71,22 +71,22 @@ class Ranks:
         self._encoders: Mapping[ClientId, Encoder] = {}
         self._todo: list[ClientId] = []  # clients of this rank that have not worked yet
         self._ahead: dict[ClientId, Done] = {}  # answers of this rank's clients before their turn
-        for rank, level in team.odd.items():
+        for rank, level in group.odd.items():
             context.warn(
                 "other-kernels",
                 f"Rank {rank} computes with other kernels than rank 0 (torch {level}): bits depend on where a client "
                 "works.",
             )
-        self._start(dict(askers))
+        self._start(dict(handlers))
 
-    def _start(self, askers: dict[str, Any]) -> None:
-        if self._team.place.here < self._team.size and _in_a_file(self._context.data):
+    def _start(self, handlers: dict[str, Any]) -> None:
+        if self._group.place.here < self._group.size and _in_a_file(self._context.data):
             raise UserError(
                 "The decoded images are in a file on rank 0's machine, which ranks on other machines cannot read: use "
                 "ranks of one machine, or fewer or smaller images, which are kept in memory."
             )
         try:
-            packet = self._packer.pack(setup_of(self._context, askers))
+            packet = self._packer.pack(setup_of(self._context, handlers))
         except NotPortable as error:
             self.count = 1
             self._context.warn(
@@ -95,10 +95,10 @@ class Ranks:
                 "own to have them side by side.",
             )
             return
-        self._links = self._team.links
-        for link in self._links.values():
-            link.say(plugins.sent(self._context.config.plugins))
-            link.send(packet)
+        self._connections = self._group.connections
+        for connection in self._connections.values():
+            connection.say(plugins.sent(self._context.config.plugins))
+            connection.send(packet)
         self._packer.clear()
         self._context.notice(f"clients work on {self.count} ranks")
 
@@ -126,9 +126,9 @@ class Ranks:
         """Deals the clients out, and sends the other ranks what their clients are asked."""
         self._packer.clear()
         cleared = self._packer.pack(Cleared())
-        for link in self._links.values():
-            link.forget()
-            link.send(cleared)
+        for connection in self._connections.values():
+            connection.forget()
+            connection.send(cleared)
         self._todo.clear()
         self._ahead.clear()
         for k in messages:
@@ -148,7 +148,7 @@ class Ranks:
             packet = self._packer.pack(Job(k, asker, phase, message, fresh, state, encoder=self._encoders.get(k)))
         except NotPortable:
             return False
-        self._links[rank].send(packet)
+        self._connections[rank].send(packet)
         self._begun.add(k)
         return True
 
@@ -157,13 +157,13 @@ class Ranks:
         done = self._ahead.pop(k, None)
         while done is None:
             check()
-            self._team.check()
+            self._group.check()
             if not self._at[k]:
                 self._todo.remove(k)
                 done = self._work(k, asker, phase, messages[k])
                 break
             idle = bool(self._todo) and len(self._ahead) < AHEAD
-            done = self._heard(self._links[self._at[k]], 0.0 if idle else 0.5)
+            done = self._heard(self._connections[self._at[k]], 0.0 if idle else 0.5)
             if done is None and idle:
                 later = self._todo.pop(0)
                 self._ahead[later] = self._work(later, asker, phase, messages[later])
@@ -187,12 +187,12 @@ class Ranks:
             self._context.warnings = told
         return Done(answer)
 
-    def _heard(self, link: Link, seconds: float) -> Done | None:
+    def _heard(self, connection: Connection, seconds: float) -> Done | None:
         """The next answer of a rank; None where none has come within ``seconds``."""
         try:
-            packet = link.get(seconds)
+            packet = connection.get(seconds)
         except (Lost, Ended):
-            self._team.check()
+            self._group.check()
             raise
         if packet is None:
             return None
@@ -211,19 +211,19 @@ class Ranks:
 
     def _summed(self, size: int, terms: Mapping[ClientId, list[tuple[Kept, float]]]) -> Accumulator:
         """The exact sum of vectors that have stayed on other ranks: one reduction of integers."""
-        there: dict[int, list[tuple[int, str, float]]] = {rank: [] for rank in self._links}
+        there: dict[int, list[tuple[int, str, float]]] = {rank: [] for rank in self._connections}
         weights = Accumulator(0, exact=True)
         for k, each in terms.items():
             for kept, weight in each:
                 there[self._home[k]].append((k, kept.name, weight))
                 weights.add(torch.empty(0, dtype=kept.dtype), weight)
-        for rank, link in self._links.items():
-            link.send(self._packer.pack(Sum(size, tuple(there[rank]))))
+        for rank, connection in self._connections.items():
+            connection.send(self._packer.pack(Sum(size, tuple(there[rank]))))
         try:
-            digits, top = self._team.reduced(Accumulator(size, exact=True), self._context.config.device)
+            digits, top = self._group.reduced(Accumulator(size, exact=True), self._context.config.device)
         except Lost as lost:
-            for _ in range(20):  # until this rank's link to the lost one tells which it is
-                self._team.check()
+            for _ in range(20):  # until this rank's connection to the lost one tells which it is
+                self._group.check()
                 time.sleep(0.1)
             raise RunFailed(f"A rank was lost, as {lost}: {GO_ON}.") from None
         found = Accumulator(size, exact=True)
@@ -243,23 +243,23 @@ class Ranks:
     def forget(self, client: ClientId) -> None:
         rank = self._at.pop(client, 0)
         if rank:
-            self._links[rank].send(self._packer.pack(Forget((client,))))
+            self._connections[rank].send(self._packer.pack(Forget((client,))))
         self._changed.pop(client, None)
         self._played.pop(client, None)
         self.here.forget(client)
 
     def end_round(self) -> None:
         over = self._packer.pack(Forget())
-        for link in self._links.values():
-            link.send(over)
-            link.forget()
+        for connection in self._connections.values():
+            connection.send(over)
+            connection.forget()
         self._packer.clear()
         for table in (self._at, self._home, self._begun, self._readers, self._played, self._changed):
             table.clear()
         self.here.end_round()
 
     def close(self) -> None:
-        """Drops what waits to be packed; the other ranks end with the command (see `team.joined`)."""
+        """Drops what waits to be packed; the other ranks end with the command (see `group.joined`)."""
         self._packer.clear()
 
 

@@ -27,7 +27,7 @@ class Serial:
 
     Args:
         context: of the run.
-        askers: objects whose ``client_update`` may be called, by name.
+        handlers: objects whose ``client_update`` may be called, by name.
         states: where a client's state comes from when the client first works in a round.
         threads: CPU threads while a client works.
 
@@ -37,10 +37,10 @@ class Serial:
     """
 
     count = 1
-    apart = False
+    remote = False
 
-    def __init__(self, context: RunContext, askers: Mapping[str, Any], states: States, threads: int) -> None:
-        self._context, self._askers, self._states, self._threads = context, askers, states, threads
+    def __init__(self, context: RunContext, handlers: Mapping[str, Any], states: States, threads: int) -> None:
+        self._context, self._handlers, self._states, self._threads = context, handlers, states, threads
         self.keep: Keep | None = None
         self._clients: dict[ClientId, Client] = {}
         self._before: dict[ClientId, Any] = {}  # fingerprints of their states
@@ -71,7 +71,7 @@ class Serial:
         encoders: Mapping[ClientId, Encoder] | None = None,
     ) -> Iterator[Answer]:
         encoders = encoders or {}
-        count = lanes(self._context, self._askers[asker]) if len(messages) > 1 else 1
+        count = lanes(self._context, self._handlers[asker]) if len(messages) > 1 else 1
         begun = (
             self._begin(k, asker, phase, message, encoders.get(k), number % count if count > 1 else None)
             for number, (k, message) in enumerate(messages.items())
@@ -110,7 +110,7 @@ class Serial:
                 on.enter_context(context.placed.on_lane(lane))
                 assert context.graphs is not None
                 wait = on.enter_context(context.graphs.ahead())
-            answer.message = self._askers[asker].client_update(client, phase, message)
+            answer.message = self._handlers[asker].client_update(client, phase, message)
         answer.seconds = time.perf_counter() - start
 
         def finish() -> Answer:
@@ -148,7 +148,7 @@ class Serial:
             answer.problem = problem
         except RAISED as error:
             own = self._context.own
-            code = type(self._askers[asker]) if own is None or own.train is None else own.train
+            code = type(self._handlers[asker]) if own is None or own.train is None else own.train
             answer.problem = ClientFailed.of(answer.client, error, code)
 
     def _beside(self, message: Message, upload: Any) -> Message:

@@ -15,7 +15,7 @@ class Setup:
 
     Attributes:
         context: the settings, the federated data and what the records may tell.
-        askers: objects whose ``client_update`` may be called, by name.
+        handlers: objects whose ``client_update`` may be called, by name.
         entries: entries of ``fedkern.models.MODELS`` that the user added, and that the settings name.
         backend: the forced backend of the operators; None where none is.
         isa: the ISA level of the CPU core, "none" where there is no core.
@@ -23,7 +23,7 @@ class Setup:
     """
 
     context: RunContext
-    askers: dict[str, Any]
+    handlers: dict[str, Any]
     entries: tuple[ModelEntry, ...]
     backend: str | None
     isa: str

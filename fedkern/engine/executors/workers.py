@@ -21,9 +21,9 @@ from typing import Any
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, Played, States
-from fedkern.engine.executors.nursery import Gone, Nursery
+from fedkern.engine.executors.fork_server import ForkServer, Gone
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.wire import Channel
+from fedkern.engine.executors.shared_tensors import Channel
 from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice, Setup
 from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import RunFailed
@@ -79,7 +79,7 @@ class Workers:
     Args:
         context: of the run.
         here: the executor of this process.
-        askers: objects whose ``client_update`` may be called, by name.
+        handlers: objects whose ``client_update`` may be called, by name.
         states: where a client's state comes from when the client first works in a round.
         count: number of workers.
         asks: how often the plan will still ask clients in the whole run.  Workers are then started only if enough work
@@ -87,23 +87,29 @@ class Workers:
         patient: whether to wait for the workers instead of beginning without them.
     """
 
-    apart = False
+    remote = False
 
     def __init__(
         self,
         context: RunContext,
         here: Serial,
-        askers: Mapping[str, Any],
+        handlers: Mapping[str, Any],
         states: States,
         count: int,
         *,
         asks: int | None = None,
         patient: bool = False,
     ) -> None:
-        self.here, self._context, self._askers, self._states, self.count = here, context, dict(askers), states, count
+        self.here, self._context, self._handlers, self._states, self.count = (
+            here,
+            context,
+            dict(handlers),
+            states,
+            count,
+        )
         self._patient = patient
         self._left, self._asked, self._seconds = asks, 0, 0.0
-        self._nursery: Nursery | None = None
+        self._fork_server: ForkServer | None = None
         self._given_up = False
         self._workers: list[_Worker] = []
         self._packer = Packer()
@@ -192,9 +198,9 @@ class Workers:
             worker.channel.close()
         self._workers.clear()
         self._packer.clear()
-        if self._nursery is not None:
-            self._nursery.close()
-            self._nursery = None
+        if self._fork_server is not None:
+            self._fork_server.close()
+            self._fork_server = None
 
     # -- this process ----------------------------------------------------------------------------------------------
 
@@ -208,7 +214,7 @@ class Workers:
         """Counts an answer, and starts workers if enough work is left for them to pay."""
         self._asked += 1
         self._seconds += answer.seconds
-        if self._left is None or self._nursery is not None or self._given_up:
+        if self._left is None or self._fork_server is not None or self._given_up:
             return
         left = (self._left - self._asked) * self._seconds / self._asked
         if left > WORTH_STARTING:
@@ -218,7 +224,7 @@ class Workers:
 
     def _start(self) -> None:
         try:
-            self._nursery = Nursery(setup_of(self._context, self._askers))
+            self._fork_server = ForkServer(setup_of(self._context, self._handlers))
         except NotPortable as error:
             self._give_up(f"{error} cannot be sent to worker processes", "define it in a module of its own")
         except OSError as error:
@@ -232,17 +238,17 @@ class Workers:
         )
 
     def _hire(self) -> None:
-        """Forks workers up to ``count``, once the nursery is ready."""
-        if self._nursery is None or len(self._workers) >= self.count:
+        """Forks workers up to ``count``, once the fork server is ready."""
+        if self._fork_server is None or len(self._workers) >= self.count:
             return
         try:
-            if not self._nursery.ready(self._patient):
+            if not self._fork_server.ready(self._patient):
                 return
             while len(self._workers) < self.count:
-                self._workers.append(_Worker(*self._nursery.fork()))
+                self._workers.append(_Worker(*self._fork_server.fork()))
         except Gone as error:
-            self._nursery.close()
-            self._nursery = None
+            self._fork_server.close()
+            self._fork_server = None
             self._give_up(str(error), "")
 
     def _hand_out(self, first: ClientId, asker: str, phase: Phase, messages: Mapping[ClientId, Message]) -> None:
@@ -320,7 +326,7 @@ class Workers:
             return
         self._workers.remove(worker)
         worker.channel.close()
-        how = self._nursery.how(worker.process) if self._nursery is not None else "it ended"
+        how = self._fork_server.how(worker.process) if self._fork_server is not None else "it ended"
         for k in [k for k, at in self._round.at.items() if at is worker]:
             del self._round.at[k]
         if worker.client is None:
@@ -336,11 +342,11 @@ class Workers:
         self._todo.insert(0, k)
 
 
-def setup_of(context: RunContext, askers: dict[str, Any]) -> Setup:
+def setup_of(context: RunContext, handlers: dict[str, Any]) -> Setup:
     """Everything that clients in another process need about the run."""
     return Setup(
         context=context,
-        askers=askers,
+        handlers=handlers,
         entries=context.added_models,
         backend=backend.forced_backend(),
         isa=backend.active_isa(),

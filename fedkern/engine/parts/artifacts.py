@@ -10,7 +10,7 @@ from fedkern.engine.progress import Progress
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.server import Server
-from fedkern.engine.store.artifacts import Artifact, Gallery
+from fedkern.engine.store.artifacts import Artifact, ArtifactLog
 
 
 @register_part("artifacts")
@@ -19,29 +19,29 @@ class Artifacts(Part):
 
     Args:
         server: the server.
-        gallery: where they are kept.
+        log: where they are kept.
         progress: of the run.
         told: whether what the server computes may be told.
     """
 
-    def __init__(self, server: Server, gallery: Gallery, progress: Progress, told: bool) -> None:
-        self._server, self._gallery, self._progress, self._told = server, gallery, progress, told
+    def __init__(self, server: Server, log: ArtifactLog, progress: Progress, told: bool) -> None:
+        self._server, self._log, self._progress, self._told = server, log, progress, told
 
     @classmethod
     def build(cls, run: RunObjects) -> Artifacts:
-        return cls(run.server, Gallery(run.out, run.rounds), run.progress, run.context.disclosure.server)
+        return cls(run.server, ArtifactLog(run.out, run.rounds), run.progress, run.context.disclosure.server)
 
     def before_round(self, record: Record) -> None:
-        self._server.showing = self._told and not record.entry.one_off and self._gallery.wants(record.number)
+        self._server.showing = self._told and not record.entry.one_off and self._log.wants(record.number)
 
     def round_end(self, record: Record) -> None:
         for name, (value, axes) in self._server.artifacts.items():
-            self._gallery.add(Artifact(name, record.number, value, axes))
+            self._log.add(Artifact(name, record.number, value, axes))
         self._server.artifacts.clear()
 
     def state(self) -> dict[str, Any]:
-        self._gallery.write()
-        return {"sha256": self._gallery.digest}
+        self._log.write()
+        return {"sha256": self._log.digest}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._gallery.restore(self._progress.done, state["sha256"])
+        self._log.restore(self._progress.done, state["sha256"])

@@ -10,8 +10,8 @@ from fedkern.engine.executors.sizing import worker_bytes
 from fedkern.engine.parts.base import Part, Record
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
-from fedkern.listeners.audience import Audience
 from fedkern.listeners.events import RunInfo
+from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.models.freezing import frozen_norms
 
 
@@ -24,7 +24,7 @@ class Listening(Part):
         info: gives what is known before the first round.
     """
 
-    def __init__(self, listener: Audience, info: Callable[[], RunInfo]) -> None:
+    def __init__(self, listener: ListenerGroup, info: Callable[[], RunInfo]) -> None:
         self._listener, self._info = listener, info
 
     @classmethod

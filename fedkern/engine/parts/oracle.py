@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedkern.engine.clients import Everybody
+from fedkern.engine.clients import AllClients
 from fedkern.engine.hooks import MethodCode
 from fedkern.engine.node import figures
 from fedkern.engine.parts.base import Part, Summary
@@ -31,7 +31,7 @@ class Oracle(Part):
         method: Method,
         server: Server,
         code: MethodCode,
-        everybody: Everybody,
+        everybody: AllClients,
         sets: dict[str, Reader],
         disclosure: Disclosure,
     ) -> None:
@@ -42,7 +42,7 @@ class Oracle(Part):
     def build(cls, run: RunObjects) -> Oracle | None:
         if run.remote:
             return None
-        everybody = Everybody(run.context, run.checkpoints)
+        everybody = AllClients(run.context, run.checkpoints)
         return cls(run.method, run.server, run.code, everybody, run.sets, run.context.disclosure)
 
     def finish(self, summary: Summary) -> None:

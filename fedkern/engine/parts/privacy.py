@@ -61,7 +61,7 @@ class Privacy(Part):
             return
         self._releases.open(self._progress.planned)
         if self._private is not None and self._context.config.dp_draws == "secret":
-            self._private.keep(server_secret.of_a_run(self._checkpoints.folder, begun=resumed))
+            self._private.keep(server_secret.load_or_create(self._checkpoints.folder, begun=resumed))
         self._checkpoints.write_at_once()  # a release may leave a client only after its privacy cost is on disk
 
     def round_end(self, record: Record) -> None:

@@ -9,7 +9,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
-from fedkern.listeners.audience import Audience
+from fedkern.listeners.listener_group import ListenerGroup
 
 
 @register_part("warnings")
@@ -21,7 +21,7 @@ class Warnings(Part):
         listener: told of them.
     """
 
-    def __init__(self, context: RunContext, listener: Audience) -> None:
+    def __init__(self, context: RunContext, listener: ListenerGroup) -> None:
         self._context, self._listener = context, listener
         self._told: set[str] = set()
 

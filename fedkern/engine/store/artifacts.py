@@ -56,7 +56,7 @@ def prepared(name: str, value: Tensor) -> Tensor:
     raise ValueError(f"log_image: expected {name} to be images [n, C, H, W] or a table, given {list(value.shape)}")
 
 
-class Gallery:
+class ArtifactLog:
     """All artifacts of a run so far.
 
     The rounds that are kept depend on the plan alone, so a resumed run has the artifacts of an uninterrupted run.
@@ -125,7 +125,7 @@ def read(out: Path | str) -> list[Artifact]:
     out = Path(out)
     entries, last = _entries(out / FILE), checkpoints.newest(out)
     if entries and last is not None:
-        Gallery(out, 1).restore(last["round"], last["info"]["parts"]["artifacts"]["sha256"])
+        ArtifactLog(out, 1).restore(last["round"], last["info"]["parts"]["artifacts"]["sha256"])
     return entries
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.engine.store import releases
+from fedkern.engine.store.background_writer import BackgroundWriter
 from fedkern.engine.store.client_table import INLINE, STATE, TABLE, ClientTable, Row, read_rows, sound_place
-from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import OtherFormat, UserError
 from fedkern.files import atomic, filesystem
 from fedkern.files.inputs import line_ends, open_regular, standing
@@ -51,15 +51,15 @@ class Checkpoints:
 
     Args:
         out: the run folder.
-        scribe: writes files in the background; without it they are written at once.
+        writer: writes files in the background; without it they are written at once.
         clients: number of clients of a run that commits.
 
     Attributes:
         skipped: names of the damaged parts of checkpoints that are newer than the opened one.
     """
 
-    def __init__(self, out: Path, scribe: Scribe | None = None, clients: int = 0) -> None:
-        self.folder, self._scribe = out / FOLDER, scribe
+    def __init__(self, out: Path, writer: BackgroundWriter | None = None, clients: int = 0) -> None:
+        self.folder, self._writer = out / FOLDER, writer
         self.entries: list[dict[str, Any]] = []
         self.clients: dict[int, str] = {}
         self.skipped: list[str] = []
@@ -257,8 +257,8 @@ class Checkpoints:
         Raises:
             UserError: a file could not be written.
         """
-        if self._scribe is not None:
-            self._scribe.settle()
+        if self._writer is not None:
+            self._writer.settle()
 
     def write_at_once(self) -> None:
         """Waits for the disk; from now on every write is on the disk when its call returns."""
@@ -267,13 +267,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Ends the background writer, once it has written what it was given."""
-        if self._scribe is not None:
-            self._scribe.close()
-            self._scribe = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def _do(self, job: Callable[[], object], size: int = 0) -> Future[None] | None:
-        if self._scribe is not None:
-            return self._scribe.give(job, size)
+        if self._writer is not None:
+            return self._writer.give(job, size)
         job()
         return None
 
@@ -318,8 +318,8 @@ class Checkpoints:
             before: called first; makes durable the other files that the entry refers to.
             booked: the rows of the byte ledger that have changed since the last commit, by client, for the table.
         """
-        if self._scribe is not None and self._last is not None:
-            self._scribe.settle(self._last)  # at most one commit waits: a slow disk would fall ever further behind
+        if self._writer is not None and self._last is not None:
+            self._writer.settle(self._last)  # at most one commit waits: a slow disk would fall ever further behind
         kept = {"server": server, **({"participation": participation} if participation else {})}
         named = {key: self._write(f"{key}-{plan:06d}.safetensors", state) for key, state in kept.items()}
         left = self._leaving(list(named.values()))
@@ -411,7 +411,7 @@ class Checkpoints:
 
     def _write(self, name: str, content: dict[str, Any]) -> str:
         # In the background the disk is waited for once, before the commit, and not for every file.
-        path, at_once = self.folder / name, self._scribe is None
+        path, at_once = self.folder / name, self._writer is None
         packed = states.Packed(content, durable=at_once)
         self._waiting[name] = packed
 

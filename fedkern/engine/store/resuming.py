@@ -13,7 +13,7 @@ import torch
 
 from fedkern.data import FederatedData
 from fedkern.data.identity import code_of
-from fedkern.engine.executors import team
+from fedkern.engine.executors import torchrun_group
 from fedkern.engine.store import predictions, records
 from fedkern.engine.store.checkpoints import Checkpoints, newest
 from fedkern.engine.store.run_folder import NODES
@@ -49,7 +49,7 @@ def resumed_settings(
     config = config.replace(
         client_threads=config.client_threads or stored.client_threads, plugins=plugins.now(stored.plugins)
     )
-    config = config.replace(**{name: getattr(stored, name) for name in config.left_open})
+    config = config.replace(**{name: getattr(stored, name) for name in config.unset})
     check_settings(config if config.augment else config.replace(augment=stored.augment), stored, out)
     entry = Checkpoints(out).peek()
     if entry is not None:
@@ -165,7 +165,7 @@ def unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any)
 def facts_of(config: RunConfig, data: FederatedData, fingerprint: int) -> dict[str, Any]:
     """What checkpoints keep of a run, so that it goes on with the same settings, data and kernels, or says so."""
     names = {"clients": data.client_names or (), "classes": data.classes}
-    place = team.place()
+    place = torchrun_group.place()
     return {
         "config": config.to_dict(),
         "data": fingerprint,

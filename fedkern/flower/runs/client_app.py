@@ -8,7 +8,7 @@ Flower runs it on every node, with these entries of ``--node-config``:
 | `data-root` | folder of the data on this machine, instead of that of the run-config |
 | `state-dir` | folder of the client's states on this machine, instead of that of the run-config |
 
-On a SuperNode Flower starts a process for every message.  It hands the message on to `resident`, so what
+On a SuperNode Flower starts a process for every message.  It hands the message on to `client_daemon`, so what
 needs torch is imported where it is used.
 """
 
@@ -19,9 +19,9 @@ from typing import Any
 
 from fedkern.files.inputs import parse_json
 from fedkern.flower.adapter import INFO, ClientApp, Context, Message, for_one_message, log, opened, replied
-from fedkern.flower.runs import resident
+from fedkern.flower.runs import client_daemon
 from fedkern.flower.runs.node_config import own_client
-from fedkern.flower.runs.parcel import Parcel
+from fedkern.flower.runs.packed_message import PackedMessage
 
 app = ClientApp()
 
@@ -50,31 +50,31 @@ def introduce(message: Message, context: Context) -> Message:
 @app.train()
 def answer(message: Message, context: Context) -> Message:
     """Answers a message of the run's server."""
-    header, parcel = opened(message)
-    found: Parcel | None = None
-    stays = _stays(context.run_config.get("flower.resident", resident.STAYS))
+    header, packed = opened(message)
+    found: PackedMessage | None = None
+    stays = _stays(context.run_config.get("flower.resident", client_daemon.STAYS))
     if stays > 0 and for_one_message():
-        found = resident.ask(header, parcel, context.run_config, context.node_config, _notice, stays)
+        found = client_daemon.ask(header, packed, context.run_config, context.node_config, _notice, stays)
     if found is None:
         from fedkern.flower.runs import node_process
 
-        found = node_process.answer(header, parcel, context.run_config, context.node_config, _notice)
+        found = node_process.answer(header, packed, context.run_config, context.node_config, _notice)
     return replied(message, found)
 
 
-def _ended(run: str, context: Context) -> Parcel:
+def _ended(run: str, context: Context) -> PackedMessage:
     if for_one_message():
-        if resident.possible():
-            resident.end(run, context.node_config)
+        if client_daemon.possible():
+            client_daemon.end(run, context.node_config)
     else:
         from fedkern.flower.runs import node_process
 
         node_process.forget(run)
-    return Parcel("null", {})
+    return PackedMessage("null", {})
 
 
 def _stays(given: Any) -> float:
-    """Seconds that a resident stays; 0 for what is no number of seconds, which reading the settings refuses."""
+    """Seconds that a client daemon stays; 0 for what is no number of seconds, which reading the settings refuses."""
     try:
         seconds = float(given)
     except (TypeError, ValueError):

@@ -2,7 +2,7 @@
 
 A node makes settings, data and method by itself, as the process of a run does; only messages of the method travel.
 Each message names the state that the client's round begins with.  Where this process has not seen the round's earlier
-messages (`resident` says when it has), the client begins with that state and answers them once more,
+messages (`client_daemon` says when it has), the client begins with that state and answers them once more,
 from its disk.  The bits are those of a client that stays in memory.
 """
 
@@ -30,7 +30,7 @@ from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.training import Diverged
 from fedkern.errors import ClientFailed, UserError, printable
 from fedkern.flower.runs.node_folder import NodeFolder, Version
-from fedkern.flower.runs.parcel import Malformed, Parcel
+from fedkern.flower.runs.packed_message import Malformed, PackedMessage
 from fedkern.flower.runs.portable import pack, unpack
 from fedkern.methods.base import Phase
 from fedkern.methods.common.pooling import Pooling
@@ -56,7 +56,7 @@ _NAME = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
-class Letter:
+class ClientRequest:
     """What a server's message says beside the message of the method.
 
     Attributes:
@@ -98,8 +98,8 @@ class Letter:
         }
 
     @classmethod
-    def read(cls, given: Any) -> Letter:
-        """Checks plain values and makes a letter of them.
+    def read(cls, given: Any) -> ClientRequest:
+        """Checks plain values and makes a request of them.
 
         Raises:
             Malformed: they are not what :meth:`to_dict` makes.
@@ -166,31 +166,31 @@ class NodeClients:
     _places: dict[int, _Place] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)  # clients whose data fit the method
 
-    def answer(self, letter: Letter, parcel: Parcel) -> Parcel:
+    def answer(self, request: ClientRequest, packed: PackedMessage) -> PackedMessage:
         """A client's answer to a message of the server, packed for :func:`read_reply`.
 
         Raises:
             UserError: data, settings or an earlier state are not as they must be on this node.
             Malformed: the message is none of fedkern's.
         """
-        message = unpack(parcel)
+        message = unpack(packed)
         if not isinstance(message, dict):
             raise Malformed("holds no message")
         if self._serial is None:
             try:
-                self._serial = self._prepared(letter)
+                self._serial = self._prepared(request)
             except BaseException:
                 self._stack.close()
                 raise
-        self._admit(letter.client)
-        folder = NodeFolder(self.base, letter.run, letter.client)
-        with folder.alone(), cpu_threads(letter.client_threads):
-            self._go_to(letter, folder)
-            if not letter.last:
-                folder.keep_message(letter.version, letter.to_dict(), parcel)
-            reply = self._ask(letter, message, folder)
-            if letter.last:
-                folder.drop_messages(letter.version.plan + 1)
+        self._admit(request.client)
+        folder = NodeFolder(self.base, request.run, request.client)
+        with folder.alone(), cpu_threads(request.client_threads):
+            self._go_to(request, folder)
+            if not request.last:
+                folder.keep_message(request.version, request.to_dict(), packed)
+            reply = self._ask(request, message, folder)
+            if request.last:
+                folder.drop_messages(request.version.plan + 1)
         return reply
 
     def close(self) -> None:
@@ -199,19 +199,19 @@ class NodeClients:
 
     # -- once in a process -----------------------------------------------------------------------------------------
 
-    def _prepared(self, letter: Letter) -> Serial:
+    def _prepared(self, request: ClientRequest) -> Serial:
         """Makes data and method, as `fedkern.engine.run.run` does before its first round."""
         keep_freed_memory()
         config = self.config.replace(
-            threads=letter.threads, client_threads=letter.client_threads, served=letter.served or None
+            threads=request.threads, client_threads=request.client_threads, served=request.served or None
         )
         enter = self._stack.enter_context
         enter(cpu_threads(config.threads))
         enter(reproducible())
         enter(computing(config.precision))
         enter(available(config.model, None))
-        context = self._context = on_node(config, self._tell, letter.client if self.own_data else None)
-        if letter.data is not None and data_fingerprint(context.data) != letter.data:
+        context = self._context = on_node(config, self._tell, request.client if self.own_data else None)
+        if request.data is not None and data_fingerprint(context.data) != request.data:
             raise UserError(
                 "The data on this node are other than the server's: give all machines the same files or, where the "
                 "folder of a node holds the data of its client alone, set flower.own-data=true."
@@ -223,8 +223,8 @@ class NodeClients:
         self._said = guarantee(method, server, config.records)
         context.disclosure = Disclosure.of(context.config.records, self._said)
         pooling = Pooling(method, on=config.buffers == "pool")
-        askers = {"method": method, "pooling": pooling}
-        return Serial(context, askers, lambda _: dict, context.config.client_threads)
+        handlers = {"method": method, "pooling": pooling}
+        return Serial(context, handlers, lambda _: dict, context.config.client_threads)
 
     def _admit(self, k: int) -> None:
         """Checks a client that has not worked in this process yet."""
@@ -245,52 +245,52 @@ class NodeClients:
 
     # -- one message -----------------------------------------------------------------------------------------------
 
-    def _go_to(self, letter: Letter, folder: NodeFolder) -> None:
+    def _go_to(self, request: ClientRequest, folder: NodeFolder) -> None:
         """Brings the client to where it was before this message of the round."""
         assert self._serial is not None  # answer
-        at = self._places.get(letter.client)
-        plan, number = letter.version
+        at = self._places.get(request.client)
+        plan, number = request.version
         before = Version(plan, number - 1)
-        here = letter.client in self._serial.working()
-        if number and here and at is not None and at.attempt == letter.attempt and at.version == before:
+        here = request.client in self._serial.working()
+        if number and here and at is not None and at.attempt == request.attempt and at.version == before:
             return
-        for k in [letter.client, *(k for k, place in self._places.items() if place.version.plan < plan)]:
+        for k in [request.client, *(k for k, place in self._places.items() if place.version.plan < plan)]:
             self._places.pop(k, None)
             self._serial.forget(k)  # its round is over, or begins again
         folder.drop_messages(plan)
         earlier = [folder.message(Version(plan, each)) for each in range(number)]
-        if any(header.get("attempt") != letter.attempt for header, _ in earlier):
+        if any(header.get("attempt") != request.attempt for header, _ in earlier):
             raise UserError("The earlier messages of this round are those of another process of the server.")
-        self._serial.take(letter.client, folder.read_state(letter.begin))
-        for header, parcel in earlier:
-            played = Letter.read(header)
-            self._serial.ask(played.client, played.asker, played.phase, unpack(parcel))
+        self._serial.take(request.client, folder.read_state(request.begin))
+        for header, packed in earlier:
+            played = ClientRequest.read(header)
+            self._serial.ask(played.client, played.asker, played.phase, unpack(packed))
 
-    def _ask(self, letter: Letter, message: dict[str, Any], folder: NodeFolder) -> Parcel:
+    def _ask(self, request: ClientRequest, message: dict[str, Any], folder: NodeFolder) -> PackedMessage:
         assert self._serial is not None  # answer
-        context, k = self._context, letter.client
+        context, k = self._context, request.client
         context.warnings.clear()
-        answer = self._serial.ask(k, letter.asker, letter.phase, message)
-        self._places[k] = _Place(letter.attempt, letter.version)
+        answer = self._serial.ask(k, request.asker, request.phase, message)
+        self._places[k] = _Place(request.attempt, request.version)
         state = self._serial.changed(k)
         if state is not None:
-            folder.write_state(letter.version, state, letter.oldest)
+            folder.write_state(request.version, state, request.oldest)
         ledger = None if state is None or self._said is None else state.get(LEDGER)
         try:
-            reply = self._reply(letter, answer, state is not None, ledger)
+            reply = self._reply(request, answer, state is not None, ledger)
         except TypeError as error:
             answer = Answer(k, problem=ClientFailed(k, f"its upload cannot travel: {error}"))
-            reply = self._reply(letter, answer, state is not None, ledger)
+            reply = self._reply(request, answer, state is not None, ledger)
         if self._said is not None:
-            self._released(letter, answer, folder)
+            self._released(request, answer, folder)
         return reply
 
-    def _reply(self, letter: Letter, answer: Answer, changed: bool, ledger: Any) -> Parcel:
+    def _reply(self, request: ClientRequest, answer: Answer, changed: bool, ledger: Any) -> PackedMessage:
         told = self._context.disclosure.clients
         return pack(
             {
-                "client": letter.client,
-                "version": list(letter.version),
+                "client": request.client,
+                "version": list(request.version),
                 "message": answer.message,
                 "problem": _problem(answer, told),
                 "report": answer.report if told else {},
@@ -302,24 +302,24 @@ class NodeClients:
             half=self.half,
         )
 
-    def _released(self, letter: Letter, answer: Answer, folder: NodeFolder) -> None:
+    def _released(self, request: ClientRequest, answer: Answer, folder: NodeFolder) -> None:
         """Keeps the digest of a private run's message before the message leaves its client."""
         releases = Releases(folder.path)
-        releases.open(letter.oldest)
+        releases.open(request.oldest)
         releases.add(
-            letter.version.plan,
-            f"{letter.phase.exchange} {letter.asker}",
-            letter.client,
+            request.version.plan,
+            f"{request.phase.exchange} {request.asker}",
+            request.client,
             answer.message if answer.problem is None else DIVERGED,
         )
-        releases.forget(letter.oldest)
+        releases.forget(request.oldest)
 
 
-def failed(letter: Letter, what: str, traceback: str) -> Parcel:
+def failed(request: ClientRequest, what: str, traceback: str) -> PackedMessage:
     """The reply of a client that could not begin to answer."""
     problem = {"kind": "failed", "what": what, "traceback": traceback}
     empty: dict[str, Any] = {"message": None, "report": {}, "warnings": {}, "seconds": 0.0, "ledger": None}
-    head = {"client": letter.client, "version": list(letter.version), "changed": False}
+    head = {"client": request.client, "version": list(request.version), "changed": False}
     return pack({**head, **empty, "problem": problem})
 
 
@@ -372,13 +372,13 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
     return RunContext(config, data, notice)
 
 
-def read_reply(parcel: Parcel, client: int, version: Version) -> Reply:
+def read_reply(packed: PackedMessage, client: int, version: Version) -> Reply:
     """Unpacks a reply and checks everything but the upload itself, which the engine checks.
 
     Raises:
         Malformed: the reply is none of fedkern's, or answers another message.
     """
-    found = unpack(parcel)
+    found = unpack(packed)
     if not isinstance(found, dict) or found.keys() != {*_REPLY, "message", "problem", "ledger"}:
         raise Malformed("is no answer of a fedkern client")
     if any(type(found[name]) is not kind for name, kind in _REPLY.items()):

@@ -28,11 +28,11 @@ from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import ClientFailed, UserError, printable_name
 from fedkern.files import atomic
 from fedkern.files.inputs import read_json
-from fedkern.flower.adapter import QUERY, TRAIN, Arrived, Post
-from fedkern.flower.runs.node_client import MOST_NAMES, Letter, read_reply
+from fedkern.flower.adapter import QUERY, TRAIN, Arrived, NodeChannel
+from fedkern.flower.runs.node_client import MOST_NAMES, ClientRequest, read_reply
 from fedkern.flower.runs.node_folder import Version
-from fedkern.flower.runs.node_roll import Roll
-from fedkern.flower.runs.parcel import Malformed, Parcel
+from fedkern.flower.runs.node_registry import NodeRegistry
+from fedkern.flower.runs.packed_message import Malformed, PackedMessage
 from fedkern.flower.runs.portable import pack
 from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.methods.uploads import Maybe, Number, Values
@@ -65,12 +65,21 @@ class Nodes:
         UserError: no node is connected, or the run folder does not say under which name the nodes know the run.
     """
 
-    apart = True
+    remote = True
 
-    def __init__(self, run: RunObjects, post: Post, roll: Roll, *, deadline: float, half: bool, own_data: bool) -> None:
+    def __init__(
+        self,
+        run: RunObjects,
+        channel: NodeChannel,
+        registry: NodeRegistry,
+        *,
+        deadline: float,
+        half: bool,
+        own_data: bool,
+    ) -> None:
         self.here: Serial = run.here
-        self._run, self._post, self._roll, self._deadline = run, post, roll, deadline
-        self.count = roll.count = run.context.federation.clients
+        self._run, self._channel, self._registry, self._deadline = run, channel, registry, deadline
+        self.count = registry.count = run.context.federation.clients
         self._attempt, self._half = uuid.uuid4().hex, half
         self._data = None if own_data else run.facts["data"]
         self._booked = {"up": 0, "down": 0}  # bytes of this process that the run has in its sums
@@ -79,7 +88,7 @@ class Nodes:
         self._begin: dict[ClientId, Version | None] = {}
         self._sent: dict[ClientId, int] = {}  # messages of the round
         self._changed: dict[ClientId, dict[str, Any]] = {}
-        roll.meet(run.context.warn)
+        registry.meet(run.context.warn)
         self._name = self._named()
 
     def _named(self) -> str:
@@ -107,22 +116,22 @@ class Nodes:
         encoders: Mapping[ClientId, Encoder] | None = None,
     ) -> Iterator[Answer]:
         assert not encoders  # no filter of a run over Flower has any: an encoder is code, which no node takes
-        self._roll.find()
+        self._registry.find()
         end = time.monotonic() + self._deadline if self._deadline else None
         found: dict[ClientId, Answer] = {}
         versions: dict[ClientId, Version] = {}
         waiting: dict[str, ClientId] = {}
-        packed: dict[int, Parcel] = {}
+        packed: dict[int, PackedMessage] = {}
         for k, message in messages.items():
-            versions[k], letter = self._letter(k, asker, phase)
+            versions[k], request = self._request(k, asker, phase)
             if id(message) not in packed:
                 packed[id(message)] = self._packed(message)
-            node = self._roll.home.get(k)
+            node = self._registry.home.get(k)
             if node is None:
                 found[k] = Answer(k, absent="no node of it is connected")
                 continue
-            name = self._post.send(
-                node, TRAIN, json.dumps(letter.to_dict()), packed[id(message)], self._deadline or None
+            name = self._channel.send(
+                node, TRAIN, json.dumps(request.to_dict()), packed[id(message)], self._deadline or None
             )
             if name is None:
                 found[k] = Answer(k, absent="its message could not be sent")
@@ -147,7 +156,7 @@ class Nodes:
                 time.sleep(pause if end is None else min(pause, max(0.0, end - time.monotonic())))
             yield found.pop(k)
 
-    def _packed(self, message: Message) -> Parcel:
+    def _packed(self, message: Message) -> PackedMessage:
         try:
             return pack(message, half=self._half)
         except TypeError as error:
@@ -156,7 +165,7 @@ class Nodes:
                 f"{method} cannot work over Flower, as what it sends to clients cannot travel: {error}."
             ) from None
 
-    def _letter(self, k: ClientId, asker: str, phase: Phase) -> tuple[Version, Letter]:
+    def _request(self, k: ClientId, asker: str, phase: Phase) -> tuple[Version, ClientRequest]:
         run = self._run
         if k not in self._begin:
             name = run.checkpoints.reader(k)().get(STATE)
@@ -164,7 +173,7 @@ class Nodes:
         version = Version(run.progress.planned + 1, self._sent.get(k, 0))
         self._sent[k] = version.number + 1
         oldest = run.checkpoints.oldest(k)
-        letter = Letter(
+        request = ClientRequest(
             run=self._name,
             attempt=self._attempt,
             client=k,
@@ -179,12 +188,12 @@ class Nodes:
             served=run.context.config.served or "",
             data=self._data,
         )
-        return version, letter
+        return version, request
 
     def _heard(self, first: ClientId, waiting: Mapping[str, ClientId]) -> list[tuple[str, Arrived]]:
         """Replies that have come: of the next client in order, then of some of the others."""
         names = sorted(waiting, key=lambda name: waiting[name] != first)
-        found = [(each.reply_to, each) for each in self._post.arrived(names[:_AT_ONCE])]
+        found = [(each.reply_to, each) for each in self._channel.arrived(names[:_AT_ONCE])]
         return [(name, each) for name, each in found if name in waiting]
 
     def _answer(
@@ -195,10 +204,10 @@ class Nodes:
         if arrived.error:
             return Answer(k, problem=ClientFailed(k, arrived.error))
         try:
-            if arrived.parcel is None:
+            if arrived.packed is None:
                 raise Malformed(arrived.malformed)
-            self._check_size(arrived.parcel, asker, phase, k, message)
-            reply = read_reply(arrived.parcel, k, version)
+            self._check_size(arrived.packed, asker, phase, k, message)
+            reply = read_reply(arrived.packed, k, version)
             ledger = self._checked(reply.ledger)
             names = self._names.setdefault(k, set())
             names.update(reply.answer.report, reply.answer.warnings)
@@ -212,12 +221,12 @@ class Nodes:
             self._changed[k] = {STATE: list(version), **({} if ledger is None else {LEDGER: ledger})}
         return reply.answer
 
-    def _check_size(self, parcel: Parcel, asker: str, phase: Phase, k: ClientId, message: Message) -> None:
+    def _check_size(self, packed: PackedMessage, asker: str, phase: Phase, k: ClientId, message: Message) -> None:
         declared = self._run.hooks[asker].declared(phase, k, message)
         most = _bytes(declared)
         most = LARGEST_REPLY if most is None else most + SLACK
-        if parcel.size > most:
-            raise Malformed(f"has {parcel.size:,} bytes where {most:,} are the most")
+        if packed.size > most:
+            raise Malformed(f"has {packed.size:,} bytes where {most:,} are the most")
 
     def _checked(self, ledger: Any) -> Any:
         """A client's privacy ledger, in the form of :class:`Accountant`; None where the run has no guarantee."""
@@ -245,7 +254,7 @@ class Nodes:
         for table in (self._begin, self._sent, self._changed):
             table.clear()
         if self._run.context.disclosure.clients:  # lengths of texts depend on what a client does not tell
-            for direction, total in (("up", self._post.received), ("down", self._post.sent)):
+            for direction, total in (("up", self._channel.received), ("down", self._channel.sent)):
                 self._run.wire[direction] = self._run.wire.get(direction, 0) + total - self._booked[direction]
                 self._booked[direction] = total
         self.here.end_round()
@@ -253,12 +262,12 @@ class Nodes:
     def close(self) -> None:
         """Ends the processes of this run on the nodes, which otherwise hold the run's data for a while longer."""
         with suppress(Exception):  # the run has ended, whatever becomes of them
-            header, nothing = json.dumps({"end": self._name}), Parcel("null", {})
-            sent = [self._post.send(node, QUERY, header, nothing, FAREWELL) for node in self._roll.home.values()]
+            header, nothing = json.dumps({"end": self._name}), PackedMessage("null", {})
+            sent = [self._channel.send(node, QUERY, header, nothing, FAREWELL) for node in self._registry.home.values()]
             names = {name for name in sent if name is not None}
             end = time.monotonic() + FAREWELL
             while names and time.monotonic() < end:
-                names.difference_update(each.reply_to for each in self._post.arrived(list(names)))
+                names.difference_update(each.reply_to for each in self._channel.arrived(list(names)))
                 time.sleep(_FIRST_PAUSE if names else 0)
 
 

@@ -20,7 +20,7 @@ import torch
 from fedkern.errors import UserError
 from fedkern.files import atomic
 from fedkern.files.filesystem import one_writer
-from fedkern.flower.runs.parcel import Parcel, Raw
+from fedkern.flower.runs.packed_message import PackedMessage, Raw
 from fedkern.messages import states
 
 KEPT_RUNS = 16
@@ -82,14 +82,14 @@ class NodeFolder:
 
     # -- messages --------------------------------------------------------------------------------------------------
 
-    def keep_message(self, version: Version, header: dict[str, Any], parcel: Parcel) -> None:
+    def keep_message(self, version: Version, header: dict[str, Any], packed: PackedMessage) -> None:
         """Keeps a message, in case the client's next one of this round meets another process."""
-        filled = {name: raw.data for name, raw in parcel.tensors.items() if raw.data}
+        filled = {name: raw.data for name, raw in packed.tensors.items() if raw.data}
         flat = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in filled.items()}
-        forms = {name: [raw.dtype, list(raw.shape)] for name, raw in parcel.tensors.items()}
-        states.save(self._message(version), {"header": header, "text": parcel.text, "forms": forms, "data": flat})
+        forms = {name: [raw.dtype, list(raw.shape)] for name, raw in packed.tensors.items()}
+        states.save(self._message(version), {"header": header, "text": packed.text, "forms": forms, "data": flat})
 
-    def message(self, version: Version) -> tuple[dict[str, Any], Parcel]:
+    def message(self, version: Version) -> tuple[dict[str, Any], PackedMessage]:
         """A kept message; raises UserError where it is missing or damaged."""
         try:
             kept = states.load(self._message(version))
@@ -98,7 +98,7 @@ class NodeFolder:
                 name: Raw(dtype, tuple(shape), data[name].numpy().tobytes() if name in data else b"")
                 for name, (dtype, shape) in kept["forms"].items()
             }
-            return kept["header"], Parcel(kept["text"], tensors)
+            return kept["header"], PackedMessage(kept["text"], tensors)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"An earlier message of this round cannot be read ({error}).") from None
 

@@ -11,9 +11,9 @@ from fedkern.errors import UserError
 from fedkern.files.filesystem import cache_folder, expand
 from fedkern.files.inputs import parse_json
 from fedkern.flower.runs import node_config, run_settings
-from fedkern.flower.runs.node_client import Letter, NodeClients, failed
+from fedkern.flower.runs.node_client import ClientRequest, NodeClients, failed
 from fedkern.flower.runs.own_data import form_of
-from fedkern.flower.runs.parcel import Malformed, Parcel
+from fedkern.flower.runs.packed_message import Malformed, PackedMessage
 from fedkern.settings.run_data import data_of_one
 
 STATES = "flower"
@@ -23,13 +23,13 @@ _here: tuple[Any, NodeClients] | None = None  # of the last message of this proc
 
 
 def answer(
-    header: str, parcel: Parcel, run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice
-) -> Parcel:
+    header: str, packed: PackedMessage, run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice
+) -> PackedMessage:
     """The answer to a message of the run's server; a client that cannot answer says why in it.
 
     Args:
-        header: a :class:`~fedkern.flower.runs.node_client.Letter` as JSON text.
-        parcel: the message.
+        header: a :class:`~fedkern.flower.runs.node_client.ClientRequest` as JSON text.
+        packed: the message.
         run_config: settings of the run (`fedkern.flower.runs.run_settings`).
         node: the node's configuration (`fedkern.flower.runs.node_config`).
 
@@ -37,17 +37,17 @@ def answer(
         Malformed: the message is none of fedkern's, or is for another client.
         UserError: the node's configuration does not say which client it is.
     """
-    letter, own = Letter.read(parse_json(header)), node_config.own_client(node)
-    if letter.client != own:
-        raise Malformed(f"is for client {letter.client}, and this node is client {own}")
+    request, own = ClientRequest.read(parse_json(header)), node_config.own_client(node)
+    if request.client != own:
+        raise Malformed(f"is for client {request.client}, and this node is client {own}")
     try:
-        return _clients(letter, run_config, node, notice).answer(letter, parcel)
+        return _clients(request, run_config, node, notice).answer(request, packed)
     except Malformed as why:
-        return failed(letter, f"the message of the server {why}", "")
+        return failed(request, f"the message of the server {why}", "")
     except UserError as error:
-        return failed(letter, str(error), "")
+        return failed(request, str(error), "")
     except Exception as error:  # anything of data, method or plugin: the server says it, and decides
-        return failed(letter, f"{type(error).__name__}: {error}", traceback.format_exc())
+        return failed(request, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 def facts(run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice) -> dict[str, Any]:
@@ -56,12 +56,14 @@ def facts(run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice
     return {"samples": len(data.clients[0]), **form_of(data)}
 
 
-def _clients(letter: Letter, run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice) -> NodeClients:
+def _clients(
+    request: ClientRequest, run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice
+) -> NodeClients:
     """The clients of this process; those of another run, or with other settings, are dropped."""
     global _here
     alike = {name: value for name, value in node.items() if name != "partition-id"}
-    whose = letter.client if run_config.get("flower.own-data") else None
-    made_of = (letter.run, letter.attempt, letter.threads, letter.client_threads, dict(run_config), alike, whose)
+    whose = request.client if run_config.get("flower.own-data") else None
+    made_of = (request.run, request.attempt, request.threads, request.client_threads, dict(run_config), alike, whose)
     if _here is not None and _here[0] == made_of:
         _here[1].notice = notice
         return _here[1]

@@ -15,7 +15,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import data_of_one, declared_data
 
 if TYPE_CHECKING:
-    from fedkern.flower.runs.node_roll import Roll
+    from fedkern.flower.runs.node_registry import NodeRegistry
 
 
 def form_of(data: FederatedData) -> dict[str, Any]:
@@ -39,23 +39,23 @@ def form_of(data: FederatedData) -> dict[str, Any]:
     }
 
 
-def declared(config: RunConfig, roll: Roll, warn: Callable[[str, str], None]) -> FederatedData:
+def declared(config: RunConfig, registry: NodeRegistry, warn: Callable[[str, str], None]) -> FederatedData:
     """The federation as the server sees it: its own test sets, and the number of samples of every node.
 
     Raises:
         UserError: a node is missing, or has data of another form.
     """
     data = data_of_one(config)
-    roll.count = config.clients
-    roll.meet(warn)
-    if missing := [k for k in range(config.clients) if k not in roll.home]:
+    registry.count = config.clients
+    registry.meet(warn)
+    if missing := [k for k in range(config.clients) if k not in registry.home]:
         raise UserError(
             f"Clients without a node: {', '.join(map(str, missing))}; where nodes have their own data, all must be "
             "connected before the first round."
         )
     own = form_of(data)
     for k in range(config.clients):
-        found = {name: value for name, value in roll.facts[k].items() if name != "samples"}
+        found = {name: value for name, value in registry.facts[k].items() if name != "samples"}
         for name, value in own.items():
             if found.get(name) != value:
                 theirs = printable_name(str(found.get(name)), 200)
@@ -63,4 +63,4 @@ def declared(config: RunConfig, roll: Roll, warn: Callable[[str, str], None]) ->
                     f"Client {k}'s data have other {name} than the server's ({theirs}, and here {value}): give all "
                     "folders the same classes and kind of images."
                 )
-    return declared_data(data, [roll.facts[k]["samples"] for k in range(config.clients)])
+    return declared_data(data, [registry.facts[k]["samples"] for k in range(config.clients)])

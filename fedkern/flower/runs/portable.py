@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedkern.files.inputs import parse_json
 from fedkern.flower.array_bytes import raw_bytes
-from fedkern.flower.runs.parcel import Malformed, Parcel, Raw
+from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 from fedkern.messages.states import tree_of
 
 DTYPES = {
@@ -45,7 +45,7 @@ DEEPEST = 64
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def pack(value: Any, *, half: bool = False) -> Parcel:
+def pack(value: Any, *, half: bool = False) -> PackedMessage:
     """Packs tensors (of `DTYPES`), NumPy arrays, numbers, texts, None, and lists, tuples and dicts of these.
 
     A tensor that stands in several places travels once.
@@ -66,7 +66,7 @@ def pack(value: Any, *, half: bool = False) -> Parcel:
         return known[id(value)][1]
 
     tree = tree_of(value, "message", tensor, LARGEST_WHOLE)
-    return Parcel(json.dumps(tree, allow_nan=False, separators=(",", ":")), tensors)
+    return PackedMessage(json.dumps(tree, allow_nan=False, separators=(",", ":")), tensors)
 
 
 def _tensor(value: Any, name: str, where: str, tensors: dict[str, Raw], half: bool) -> dict[str, Any]:
@@ -97,21 +97,21 @@ def _gaps(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return False
 
 
-def unpack(parcel: Parcel) -> Any:
+def unpack(packed: PackedMessage) -> Any:
     """The value that was packed, its tensors on the CPU, in memory of their own.
 
     Raises:
-        Malformed: the parcel was not made by :func:`pack`.
+        Malformed: the packed message was not made by :func:`pack`.
     """
-    if len(parcel.text) > LONGEST_TEXT:
-        raise Malformed(f"has a text of {len(parcel.text):,} characters where {LONGEST_TEXT:,} is the most")
+    if len(packed.text) > LONGEST_TEXT:
+        raise Malformed(f"has a text of {len(packed.text):,} characters where {LONGEST_TEXT:,} is the most")
     try:
-        tree = parse_json(parcel.text)
+        tree = parse_json(packed.text)
     except ValueError:
         raise Malformed("has a text that is not JSON") from None
     made: dict[str, Tensor] = {}
-    value = _unpacked(tree, parcel.tensors, made, 0)
-    if unnamed := [name for name in parcel.tensors if name not in made]:
+    value = _unpacked(tree, packed.tensors, made, 0)
+    if unnamed := [name for name in packed.tensors if name not in made]:
         raise Malformed(f"holds an array, {unnamed[0][:80]!r}, that its text does not name")
     return value
 

@@ -23,7 +23,7 @@ from fedkern.engine.order import FILTER_ORDER
 from fedkern.engine.registry import FILTERS
 from fedkern.engine.uploads.filters import Filter
 from fedkern.errors import UserError, nearest
-from fedkern.flower.runs.resident import STAYS
+from fedkern.flower.runs.client_daemon import STAYS
 from fedkern.settings.config import RunConfig
 from fedkern.typed_option import Option, as_typed
 from fedkern.usercode import named_code, plugins
@@ -151,7 +151,7 @@ def check_portable(config: RunConfig) -> None:
 
 def check_own_data(config: RunConfig) -> None:
     """Raises UserError for settings that need the data of several clients in one place."""
-    if "clients" in config.left_open:
+    if "clients" in config.unset:
         raise UserError("flower.own-data needs the number of clients, which no folder tells: give clients=N.")
     if config.held_out_client is not None or config.client_test or config.privacy_unit != "image":
         raise UserError(

@@ -15,10 +15,10 @@ from typing import Any
 from fedkern.engine.run import run
 from fedkern.engine.store.run_folder import RUNS, reserve, run_name
 from fedkern.errors import ClientFailed, RunFailed, UserError
-from fedkern.flower.adapter import ERROR, INFO, WARNING, Context, Grid, Post, ServerApp, log, warn_of_version
+from fedkern.flower.adapter import ERROR, INFO, WARNING, Context, Grid, NodeChannel, ServerApp, log, warn_of_version
 from fedkern.flower.runs import run_settings
 from fedkern.flower.runs.node_executor import Nodes
-from fedkern.flower.runs.node_roll import Roll
+from fedkern.flower.runs.node_registry import NodeRegistry
 from fedkern.flower.runs.own_data import declared
 from fedkern.listeners.events import Listener, RunInfo
 from fedkern.settings.doors import key_words
@@ -52,21 +52,21 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
     log(INFO, "run folder: %s", out)
     again = f"flwr run with the run-config 'out=\"{out}\" resume=true'"
     code = tuple(part for _, part in config.code())
-    post, told = Post(grid), Told()
-    roll = Roll(post, wait=settings.wait, own_data=settings.own_data)
+    channel, told = NodeChannel(grid), Told()
+    registry = NodeRegistry(channel, wait=settings.wait, own_data=settings.own_data)
     try:
         summary = run(
             config,
-            data=declared(config, roll, _warn) if settings.own_data else None,
+            data=declared(config, registry, _warn) if settings.own_data else None,
             out=out,
             resume=settings.resume,
             listener=told,
             trusted=(*code, *config.plugins),
             predictions=settings.predictions,
-            elsewhere=lambda run: Nodes(
+            remote=lambda run: Nodes(
                 run,
-                post,
-                roll,
+                channel,
+                registry,
                 deadline=settings.deadline,
                 half=settings.transport == "bf16",
                 own_data=settings.own_data,

@@ -11,7 +11,7 @@ from fedkern.methods.base import Method
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
-from fedkern.methods.uploads import Declaration, like, once
+from fedkern.methods.uploads import Declaration, cached, like
 from fedkern.models import Ensemble
 
 
@@ -54,7 +54,7 @@ class Local(Objective, Method):
         return batch.task.loss(model, batch)
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        return {"network": once(server.round_cache, "network", lambda: like(server.build().state_dict()))}
+        return {"network": cached(server.round_cache, "network", lambda: like(server.build().state_dict()))}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         for upload in uploads:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.methods.base import LocalTraining
-from fedkern.methods.common.frozen import remembered
+from fedkern.methods.common.frozen import cached_rows
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.registry import register
 from fedkern.typed_option import option
@@ -54,7 +54,7 @@ class FedNTD(LocalTraining):
         """The received model's logits of the batch."""
         if not self.options.beta:
             return {}
-        return {"teacher": remembered("logits", batch, received, lambda: received.model(batch.inputs))}
+        return {"teacher": cached_rows("logits", batch, received, lambda: received.model(batch.inputs))}
 
 
 def not_true(logits: Tensor, labels: Tensor) -> Tensor:

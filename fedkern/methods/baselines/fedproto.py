@@ -40,7 +40,7 @@ from fedkern.methods.common.personal import (
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
-from fedkern.methods.uploads import Declaration, Maybe, Values, like, once
+from fedkern.methods.uploads import Declaration, Maybe, Values, cached, like
 from fedkern.typed_option import option
 
 
@@ -130,9 +130,9 @@ class FedProto(LocalTraining):
         return {name: server.state[name] for name in travels if name in server.state}
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        network: Any = once(server.round_cache, "network", server.build)
+        network: Any = cached(server.round_cache, "network", server.build)
         if phase.exchange == "collect":  # a client that never took part has no network
-            return {"network": Maybe(once(server.round_cache, "state", lambda: like(network.state_dict())))}
+            return {"network": Maybe(cached(server.round_cache, "state", lambda: like(network.state_dict())))}
         own = {} if self.options.networks == "personal" else super().expects(server, phase, client, message)
         known = {
             "classes": Values(("classes present",), torch.int64, low=0, high=server.federation.classes - 1),

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, softplus
 
 from fedkern.methods.base import LocalTraining
-from fedkern.methods.common.frozen import frozen_copy, remembered
+from fedkern.methods.common.frozen import cached_rows, frozen_copy
 from fedkern.methods.protocol import Batch, Message, Phase, Received
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client
@@ -67,8 +67,8 @@ class Moon(LocalTraining):
         """Features of the batch by the global model and by the client's last local model."""
         if not self.options.mu or "previous" not in received.extras:
             return {}
-        glob = remembered("global", batch, received, lambda: received.model.features(batch.inputs))
-        prev = remembered("previous", batch, received, lambda: self._previous(received).features(batch.inputs))
+        glob = cached_rows("global", batch, received, lambda: received.model.features(batch.inputs))
+        prev = cached_rows("previous", batch, received, lambda: self._previous(received).features(batch.inputs))
         return {"global": glob, "previous": prev}
 
     def _previous(self, received: Received) -> Any:

@@ -33,7 +33,7 @@ from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.terms import GradientSum, Terms
 from fedkern.methods.uploads import Declaration
-from fedkern.models.norms import fix_statistics
+from fedkern.models.norms import freeze_bn_after
 from fedkern.typed_option import option
 
 GRADIENT_BATCH = 64
@@ -89,7 +89,7 @@ class Scaffold(FedAvg):
         network = client.network()
         flat = with_vectors(network, message, client)
         if client.statistics_fixed(phase):
-            fix_statistics(network)
+            freeze_bn_after(network)
         total = flat.gradients()
         for batch in client.in_order(min(client.task.outside, GRADIENT_BATCH)):
             share = float(batch.known / client.known)

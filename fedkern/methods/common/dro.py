@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.data.sharing.cases import drawn_rows
+from fedkern.data.sharing.groups import drawn_rows
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining, vectors_of
 from fedkern.methods.common.robust_weights import Weights, distance, exponentiated_step, project

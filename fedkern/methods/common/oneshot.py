@@ -23,7 +23,7 @@ from fedkern.methods.common.calibration import CalibrationOptions, calibrate, co
 from fedkern.methods.common.oneshot_members import Members, OwnNetworks, flatten, load, vectors
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Server
-from fedkern.methods.uploads import Declaration, like, once
+from fedkern.methods.uploads import Declaration, cached, like
 from fedkern.typed_option import option
 
 
@@ -79,7 +79,7 @@ class OneShot(FedAvg):
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         if phase.exchange == "statistics":
-            return once(server.round_cache, "statistics", lambda: statistics_of(self.head(server), self.options))
+            return cached(server.round_cache, "statistics", lambda: statistics_of(self.head(server), self.options))
         return super().expects(server, phase, client, message)
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
@@ -174,7 +174,7 @@ class MemberNetworks(OwnNetworks, OneShot):
         if phase.exchange != "update" or not own:
             return super().expects(server, phase, client, message)
         key = f"member {own['model']} {own['width']}"
-        return once(server.round_cache, key, lambda: like(vectors(flatten(server.build(**own)))))
+        return cached(server.round_cache, key, lambda: like(vectors(flatten(server.build(**own)))))
 
 
 def exhaust(uploads: Iterable[Upload]) -> None:

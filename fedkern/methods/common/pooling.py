@@ -34,7 +34,7 @@ from fedkern.methods.base import Method
 from fedkern.methods.common.oneshot_members import flatten, load
 from fedkern.methods.protocol import ClientId, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Server
-from fedkern.methods.uploads import Declaration, Number, Values, once
+from fedkern.methods.uploads import Declaration, Number, Values, cached
 
 EXCHANGES = ("statistics", "normalised")
 HEADS = ("image_head", "text_head")
@@ -124,7 +124,7 @@ class Pooling:
                 due[f"{head}.{name}"] = Values((2, layers.get_submodule(name).num_features), torch.float64)
             return due
 
-        return once(server.round_cache, phase.exchange, made)
+        return cached(server.round_cache, phase.exchange, made)
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         """Writes mean and variance of the mixture of clients into ``server.state["buffers"]``."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern.data.sharing.cases import drawn_rows
+from fedkern.data.sharing.groups import drawn_rows
 from fedkern.methods.common.oneshot_members import Architectures, architecture, flatten, load, vectors
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.protocol import Batch, Phase, batch_slices

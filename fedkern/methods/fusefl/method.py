@@ -30,7 +30,7 @@ from fedkern.methods.fusefl.levels import BothHeads, LocalPart, plain_head, scal
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
-from fedkern.methods.uploads import Declaration, once
+from fedkern.methods.uploads import Declaration, cached
 from fedkern.models import MODELS
 from fedkern.models.allocate import linear_of
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
@@ -272,9 +272,9 @@ class FuseFL(Objective, Method):
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         if phase.name == CALIBRATE:
-            return once(server.round_cache, CALIBRATE, lambda: statistics_of(self._plain_head(server), self.options))
+            return cached(server.round_cache, CALIBRATE, lambda: statistics_of(self._plain_head(server), self.options))
         level, levels = phase.round + 1, server.state["levels"]
-        networks = once(server.round_cache, "networks", lambda: _Networks(self, server, server.state["widths"]))
+        networks = cached(server.round_cache, "networks", lambda: _Networks(self, server, server.state["widths"]))
         network = networks.of(client)
         expected: dict[str, Any] = {"block": network.blocks[level - 1].state_dict()}
         if level > 1:

@@ -24,12 +24,12 @@ from fedkern.engine.parts.trace import Trace
 from fedkern.engine.parts.traffic import Traffic
 from fedkern.engine.parts.warnings import Warnings
 from fedkern.engine.progress import Progress
-from fedkern.engine.store.artifacts import FILE, Gallery
+from fedkern.engine.store.artifacts import FILE, ArtifactLog
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.timing import Timing
 from fedkern.errors import UserError
-from fedkern.listeners.audience import Audience
 from fedkern.listeners.events import Listener, Listeners
+from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.methods.base import Phase, Round
 from fedkern.privacy import Guarantee, server_secret
 from fedkern.privacy.disclosure import About, Disclosure
@@ -95,7 +95,7 @@ def test_a_record_says_what_may_be_told(private, tmp_path):
     assert noted.timing.phases == {"train": 4.0}
 
 
-def test_what_records_do_at_the_end_of_a_run(tmp_path):
+def test_what_records_do_at_the_end_load_or_create(tmp_path):
     noted = Noted(tmp_path)
     noted.round(1)
     noted.log.dropped = [{"round": 1, "client": 0}]
@@ -185,7 +185,7 @@ def test_the_server_may_report_no_name_of_the_engines(name):
 
 def showing(out, told=True, done=0):
     server = SimpleNamespace(showing=None, artifacts={})
-    return server, Artifacts(server, Gallery(out, 16), Progress(done=done), told)
+    return server, Artifacts(server, ArtifactLog(out, 16), Progress(done=done), told)
 
 
 def test_which_rounds_the_server_shows(tmp_path):
@@ -253,7 +253,7 @@ class Hearing(Listener):
 
 def test_every_warning_is_told_once():
     context, heard = Context(), Hearing()
-    part = Warnings(context, Audience(heard))
+    part = Warnings(context, ListenerGroup(heard))
     context.warn("setup", "It is slow.")
     part.round_end(record(-1))
     assert heard.events == []  # with the first communication round
@@ -267,7 +267,7 @@ def test_every_warning_is_told_once():
     assert heard.events == [("warning", "setup", "It is slow."), ("warning", "late", "It is late.")]
     assert summary.entries == {"diagnostics": {"setup": "It is slow.", "late": "It is late."}}
     resumed, again = Context(), Hearing()
-    part = Warnings(resumed, Audience(again))
+    part = Warnings(resumed, ListenerGroup(again))
     part.restore(state)
     part.round_end(record(3))
     assert again.events == []
@@ -276,9 +276,9 @@ def test_every_warning_is_told_once():
 
 def test_warnings_about_listeners_stand_beside_the_others():
     context, broken, other = Context(), Hearing("round"), Hearing()
-    audience = Audience(Listeners(broken, other))
-    audience.on_round({"round": 1})
-    part = Warnings(context, audience)
+    listeners = ListenerGroup(Listeners(broken, other))
+    listeners.on_round({"round": 1})
+    part = Warnings(context, listeners)
     part.round_end(record())
     assert [*context.warnings] == ["listener-Hearing"]
     assert [event[0] for event in other.events] == ["warning", "round"]  # told at once, and not again
@@ -286,7 +286,7 @@ def test_warnings_about_listeners_stand_beside_the_others():
 
 def test_listeners_hear_of_rounds_what_may_be_told():
     heard, info = Hearing(), SimpleNamespace(rounds=3)
-    part = Listening(Audience(heard), lambda: info)
+    part = Listening(ListenerGroup(heard), lambda: info)
     part.begin(resumed=False)
     setup = record(-1, entry=Round("setup", one_off=True, trains="generator"))
     one = record(1, entry=Round("train", trains="network"))
@@ -305,7 +305,7 @@ def test_listeners_hear_of_rounds_what_may_be_told():
 def test_listeners_go_on_from_a_checkpoint():
     heard, again = Hearing(), Hearing()
     heard.kept = {"id": "a1"}
-    Listening(Audience(again), lambda: None).restore(stored(Listening(Audience(heard), lambda: None).state()))
+    Listening(ListenerGroup(again), lambda: None).restore(stored(Listening(ListenerGroup(heard), lambda: None).state()))
     assert again.kept == {"id": "a1"}
 
 
@@ -359,7 +359,7 @@ def test_bytes_of_a_round_and_of_its_exchanges():
 
 
 @pytest.mark.parametrize("secret", [False, True])
-def test_bytes_of_a_run(secret):
+def test_bytes_load_or_create(secret):
     booked = Booked(secret=secret, wire={"up": 100} if secret else None)
     booked.ledger.book(1, "up", [0], phase=TRAIN)
     summary = Summary(nn.Identity())
@@ -417,7 +417,7 @@ def test_what_a_private_run_needs_before_it_releases_anything(draws, tmp_path):
     assert public.part.state() == {}
 
 
-def test_figures_of_a_run_with_private_clients(tmp_path):
+def test_figures_load_or_create_with_private_clients(tmp_path):
     kept, one, setup, summary = Kept(tmp_path), record(), record(-1), Summary(nn.Identity())
     kept.part.round_end(one)
     kept.part.round_end(setup)

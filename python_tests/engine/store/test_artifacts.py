@@ -12,7 +12,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store import artifacts
-from fedkern.engine.store.artifacts import Artifact, Gallery, prepared
+from fedkern.engine.store.artifacts import Artifact, ArtifactLog, prepared
 from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError
@@ -111,9 +111,9 @@ def test_who_shows_nothing_leaves_no_file(make_data, make_config, tmp_path):
 
 
 def test_every_round_of_a_short_run_is_wanted(tmp_path):
-    assert [r for r in range(1, 6) if Gallery(tmp_path, 5).wants(r)] == [1, 2, 3, 4, 5]
-    assert not Gallery(tmp_path, 5).wants(-1)
-    many = [r for r in range(1, 1001) if Gallery(tmp_path, 1000).wants(r)]
+    assert [r for r in range(1, 6) if ArtifactLog(tmp_path, 5).wants(r)] == [1, 2, 3, 4, 5]
+    assert not ArtifactLog(tmp_path, 5).wants(-1)
+    many = [r for r in range(1, 1001) if ArtifactLog(tmp_path, 1000).wants(r)]
     assert many == [1, 125, 250, 375, 500, 625, 750, 875, 1000]
 
 
@@ -160,9 +160,9 @@ def test_an_image_that_fails_ends_no_run():
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    gallery = Gallery(tmp_path, 1)
-    gallery.add(Artifact("a", 1, torch.zeros(1, 1), ("", "")))
-    gallery.write()
+    log = ArtifactLog(tmp_path, 1)
+    log.add(Artifact("a", 1, torch.zeros(1, 1), ("", "")))
+    log.write()
     assert len(read_shown(tmp_path)) == 1
     (tmp_path / artifacts.FILE).write_bytes(b"not safetensors")
     with pytest.raises(UserError, match=r"shown\.safetensors is damaged: delete it"):

@@ -8,12 +8,12 @@ from fedkern.privacy import server_secret
 
 
 def test_a_secret_is_drawn_once(tmp_path):
-    first = server_secret.of_a_run(tmp_path, begun=False)
+    first = server_secret.load_or_create(tmp_path, begun=False)
     assert len(bytes.fromhex(first)) == 16
-    assert server_secret.of_a_run(tmp_path, begun=True) == first
-    assert server_secret.of_a_run(tmp_path, begun=False) == first  # interrupted before the first checkpoint
+    assert server_secret.load_or_create(tmp_path, begun=True) == first
+    assert server_secret.load_or_create(tmp_path, begun=False) == first  # interrupted before the first checkpoint
     (tmp_path / "other").mkdir()
-    assert server_secret.of_a_run(tmp_path / "other", begun=False) != first
+    assert server_secret.load_or_create(tmp_path / "other", begun=False) != first
 
 
 @pytest.mark.parametrize("content", [None, b"", b"0123\n", b"g" * 32 + b"\n", b"\xff" * 33])
@@ -21,12 +21,12 @@ def test_a_lost_or_damaged_secret_ends_in_a_sentence(content, tmp_path):
     if content is not None:
         (tmp_path / server_secret.NAME).write_bytes(content)
     with pytest.raises(UserError, match="is missing or damaged, so that this private run cannot repeat its noise"):
-        server_secret.of_a_run(tmp_path, begun=True)
+        server_secret.load_or_create(tmp_path, begun=True)
 
 
-def test_nothing_of_a_run_that_came_to_nothing_stays(tmp_path):
+def test_nothing_load_or_create_that_came_to_nothing_stays(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.open(fresh=True)
-    server_secret.of_a_run(checkpoints.folder, begun=False)
+    server_secret.load_or_create(checkpoints.folder, begun=False)
     checkpoints.discard()
     assert not checkpoints.folder.exists()

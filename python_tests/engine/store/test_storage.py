@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.ledger import Ledger, message_bytes
 from fedkern.engine.store import records
+from fedkern.engine.store.background_writer import BackgroundWriter
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.client_table import INLINE
-from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
 from fedkern.files import atomic
 from fedkern.messages import states
@@ -325,7 +325,7 @@ def test_the_oldest_state_that_a_checkpoint_names(clients, tmp_path):
 @pytest.mark.parametrize("clients", [8, INLINE + 1])
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_state_that_is_taken_back_leaves_nothing(beside, clients, tmp_path, commit):
-    checkpoints = Checkpoints(tmp_path, scribe := Scribe() if beside else None, clients=clients)
+    checkpoints = Checkpoints(tmp_path, writer := BackgroundWriter() if beside else None, clients=clients)
     checkpoints.open(fresh=True)
     commit(checkpoints, 1, (6, 7))
     for number in range(2, 6):
@@ -336,8 +336,8 @@ def test_a_state_that_is_taken_back_leaves_nothing(beside, clients, tmp_path, co
         assert checkpoints.oldest(7) == 1
         commit(checkpoints, number, (6,))
     checkpoints.settle()
-    if scribe is not None:
-        scribe.close()
+    if writer is not None:
+        writer.close()
     again = Checkpoints(tmp_path)
     assert again.open()["round"] == 5
     assert again.client_state(5) == {}

@@ -13,7 +13,7 @@ import torch
 from interrupted import Kill, KillAt, outcome, without
 from smallest import SETTINGS
 
-from fedkern.engine.executors.nursery import Nursery
+from fedkern.engine.executors.fork_server import ForkServer
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
@@ -297,8 +297,8 @@ def test_workers_and_interruptions_change_no_bit(method, settle, tmp_path):
 def test_a_lost_worker_compresses_again_what_its_clients_had_sent(settle, tmp_path, monkeypatch):
     """FedDRA's clients keep their worker within a round: another one plays the first exchange again."""
     monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
-    processes, fork = [], Nursery.fork
-    monkeypatch.setattr(Nursery, "fork", lambda self: (made := fork(self), processes.append(made[0]))[0])
+    processes, fork = [], ForkServer.fork
+    monkeypatch.setattr(ForkServer, "fork", lambda self: (made := fork(self), processes.append(made[0]))[0])
 
     class Killing(Listener):
         left = 4  # in the second exchange of the first round

@@ -56,7 +56,7 @@ def test_option_one_is_the_gradient_at_the_received_model(make_data, make_config
 
 
 def test_option_one_follows_fixed_statistics(make_data, make_config):
-    message, _, _, client, bench = trained(make_data, make_config, "I", model="resnet8", fix_statistics=0)
+    message, _, _, client, bench = trained(make_data, make_config, "I", model="resnet8", freeze_bn_after=0)
     network = Network(bench.build(), torch.device("cpu"))
     network.write(message)
     network.fixed = True

@@ -1,4 +1,4 @@
-"""What is remembered of frozen networks, and copies of them."""
+"""What is cached_rows of frozen networks, and copies of them."""
 
 import types
 
@@ -10,7 +10,7 @@ from torch import nn
 from fedkern import models
 from fedkern.engine.network import Network
 from fedkern.methods import Batch, Phase
-from fedkern.methods.common.frozen import frozen_copy, remembered
+from fedkern.methods.common.frozen import cached_rows, frozen_copy
 
 PHASE = Phase(0, "train", "update")
 
@@ -37,7 +37,7 @@ def test_rows_are_kept_over_epochs_where_they_stay_the_same(epochs, augmented, s
                 asked.append(rows)
                 return values[rows].requires_grad_().clone()
 
-            got = remembered("features", batch, received, compute)
+            got = cached_rows("features", batch, received, compute)
             assert torch.equal(got, values[rows])
             assert not got.requires_grad
     assert len(asked) == calls

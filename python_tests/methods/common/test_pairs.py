@@ -206,7 +206,7 @@ def test_data_without_texts_stay_as_they_were(make_data):
 def test_fixed_statistics_are_trained_with_and_stay(make_pairs, make_config, tmp_path):
     results = {}
     for fixed in (None, 1):
-        bench = RunContext(make_config(**TINY, local_steps=2, fix_statistics=fixed), make_pairs())
+        bench = RunContext(make_config(**TINY, local_steps=2, freeze_bn_after=fixed), make_pairs())
         message = bench.initial()
         for r in range(2):
             result = Client(bench, 0, {}).train(FedAvg(), Phase(r, "train", "update"), message)

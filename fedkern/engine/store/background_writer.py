@@ -10,7 +10,7 @@ PENDING_BYTES = 256 << 20
 """Bytes of content that may wait to be written; beyond them, a call that wants to write more waits."""
 
 
-class Scribe:
+class BackgroundWriter:
     """One thread that runs jobs in the order given; after a failure it runs no more jobs.
 
     The content of a job must not change any more.  A job must not compute with torch: a second thread would have OpenMP
@@ -18,7 +18,7 @@ class Scribe:
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedkern-scribe")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedkern-writer")
         self._pending: deque[tuple[Future[None], int]] = deque()
         self._failed: BaseException | None = None
 

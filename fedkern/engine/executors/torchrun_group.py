@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from fedkern.engine.executors.links import SILENCE, Ended, Link, Lost, drained, how, silence
+from fedkern.engine.executors.connection import SILENCE, Connection, Ended, Lost, drained, how, silence
 from fedkern.errors import RunFailed, UserError
 from fedkern.ops import Accumulator
 from fedkern.ops._aggregate.reference import risen
@@ -81,18 +81,18 @@ def _job() -> str:
     return f"{socket.gethostname()} {parent} {began}"
 
 
-class Team:
+class TorchrunGroup:
     """The ranks, as this process sees them.
 
     Attributes:
         place: of this process.
-        links: by rank: on rank 0 to all others, on another rank to rank 0.
+        connections: by rank: on rank 0 to all others, on another rank to rank 0.
         odd: on rank 0, the ISA level of PyTorch on ranks where it is another, by rank (see `versions.kernels`).
     """
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.links: dict[int, Link] = {}
+        self.connections: dict[int, Connection] = {}
         self.odd: dict[int, str] = {}
         self._group: Any = None
         self._between_gpus: Any = None
@@ -129,14 +129,14 @@ class Team:
             ) from None
         _met = True
         others = range(1, self.size) if self.rank == 0 else [0]
-        self.links = {other: Link(other, serving=self.rank != 0) for other in others}
+        self.connections = {other: Connection(other, serving=self.rank != 0) for other in others}
         installed = {name: versions.versions()[name] for name in ("fedkern", "torch")}
         if self.rank:
-            self.links[0].say((list(words), installed, versions.kernels()))
+            self.connections[0].say((list(words), installed, versions.kernels()))
             return
         own = versions.kernels()
-        for rank, link in self.links.items():
-            theirs, their_versions, kernels = self._told(link)
+        for rank, connection in self.connections.items():
+            theirs, their_versions, kernels = self._told(connection)
             if theirs != list(words):
                 raise UserError(
                     f"Rank {rank} was started with other arguments than rank 0 ({' '.join(theirs)}): start torchrun "
@@ -156,14 +156,16 @@ class Team:
         store = dist.PrefixStore(f"fedkern/{_agreed(store, rank, size, limit.total_seconds())}", store)
         # Messages are tensors in a machine's own memory, also where clients train on GPUs.
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
-        self._group = dist.new_group(backend="gloo", timeout=limit)  # its collectives never meet the links' packets
+        self._group = dist.new_group(
+            backend="gloo", timeout=limit
+        )  # its collectives never meet the connections' packets
 
-    def _told(self, link: Link) -> Any:
+    def _told(self, connection: Connection) -> Any:
         while True:
             self.check()
             check()
             try:
-                packet = link.get(0.5)
+                packet = connection.get(0.5)
             except (Lost, Ended):
                 self.check()
                 raise
@@ -172,13 +174,13 @@ class Team:
 
     def check(self) -> None:
         """Raises RunFailed on rank 0 where another rank has failed or is lost; after Ctrl-C its exception instead."""
-        if any(isinstance(link.over, (Ended, Lost)) for link in self.links.values()):
+        if any(isinstance(connection.over, (Ended, Lost)) for connection in self.connections.values()):
             check()
-        for rank, link in self.links.items():
-            if isinstance(link.over, Ended):
-                raise RunFailed(f"Rank {rank} failed: {link.over.said}")
-            if isinstance(link.over, Lost):
-                raise RunFailed(f"Rank {rank} was lost, as {link.over}: {GO_ON}.")
+        for rank, connection in self.connections.items():
+            if isinstance(connection.over, Ended):
+                raise RunFailed(f"Rank {rank} failed: {connection.over.said}")
+            if isinstance(connection.over, Lost):
+                raise RunFailed(f"Rank {rank} was lost, as {connection.over}: {GO_ON}.")
 
     def reduced(self, own: Accumulator, device: str) -> tuple[Tensor, Tensor]:
         """Adds up the exact accumulators of all ranks, in a reduction of integers that every rank takes part in.
@@ -217,13 +219,13 @@ class Team:
         return digits, top
 
     def leave(self, code: int, said: str = "") -> None:
-        """Tells the other ranks that this one ends (see `Link.leave`), and waits until they know.
+        """Tells the other ranks that this one ends (see `Connection.leave`), and waits until they know.
 
         Rank 0 also waits for their answer: a connection that closes too early may lose what it was told last.
         """
-        for link in self.links.values():
-            link.leave(code, said)
-        drained(self.links.values(), LEAVING, heard=self.rank == 0)
+        for connection in self.connections.values():
+            connection.leave(code, said)
+        drained(self.connections.values(), LEAVING, heard=self.rank == 0)
 
 
 def _listed(versions: dict[str, str]) -> str:
@@ -288,11 +290,11 @@ def patiently(work: Any) -> None:
         raise error
 
 
-_present: Team | None = None
+_present: TorchrunGroup | None = None
 _begun = _met = False
 
 
-def present() -> Team | None:
+def present() -> TorchrunGroup | None:
     """The ranks that this process belongs to, where it is rank 0 of several."""
     return _present if _present is not None and _present.rank == 0 else None
 
@@ -303,13 +305,13 @@ def met() -> bool:
 
 
 @contextmanager
-def joined(place: Place) -> Iterator[Team]:
+def joined(place: Place) -> Iterator[TorchrunGroup]:
     """Has this process belong to its ranks inside the block, whose end all other ranks learn on rank 0.
 
     An exception is told to the other ranks as its exit code: rank 0 says it.
     """
     global _present, _begun
-    _present, _begun = Team(place), True
+    _present, _begun = TorchrunGroup(place), True
     try:
         yield _present
     except UserError as error:

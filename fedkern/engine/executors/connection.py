@@ -1,7 +1,7 @@
 """Links between rank 0 and the other ranks of torchrun: packets over torch.distributed's gloo, whole and in order.
 
 Both ends are processes of one run, started by one torchrun: packets are pickles, as in torch.distributed's own object
-collectives, and nothing else is ever read from a link.
+collectives, and nothing else is ever read from a connection.
 
 A thread sends and a thread receives, because a signal reaches no thread that waits inside gloo.  The main thread waits
 in Python and can be interrupted at any time.  Both ends send a heartbeat where they have nothing else to send, so that
@@ -78,8 +78,8 @@ class Ended(Exception):
         self.code, self.said = code, said
 
 
-class Link:
-    """One end of a connection between rank 0 and another rank (compare :class:`fedkern.engine.executors.wire.Channel`).
+class Connection:
+    """One end of a connection between rank 0 and another rank (compare :class:`.shared_tensors.Channel`).
 
     Args:
         peer: the rank at the other end.
@@ -269,8 +269,8 @@ def how(error: Exception) -> str:
     return " ".join((text.splitlines() or [type(error).__name__])[0].split())
 
 
-def drained(links: Iterable[Link], seconds: float, *, heard: bool) -> None:
-    """Waits for all links as `Link.left` does for one, at most ``seconds`` in all."""
+def drained(connections: Iterable[Connection], seconds: float, *, heard: bool) -> None:
+    """Waits for all connections as `Connection.left` does for one, at most ``seconds`` in all."""
     until = time.monotonic() + seconds
-    for link in links:
-        link.left(max(0.0, until - time.monotonic()), heard=heard)
+    for connection in connections:
+        connection.left(max(0.0, until - time.monotonic()), heard=heard)

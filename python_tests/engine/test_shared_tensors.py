@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedkern.engine.executors.wire import Channel
+from fedkern.engine.executors.shared_tensors import Channel
 from fedkern.messages.packets import NotPortable, Packer, Packet, Unpacker
 
 DTYPES = [

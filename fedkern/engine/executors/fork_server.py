@@ -1,4 +1,4 @@
-"""Nursery: the process that forks workers.  It has everything that clients need, and has never computed anything."""
+"""The fork server: the process that forks workers.  It has all that clients need, and has never computed anything."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 
 import fedkern
+from fedkern.engine.executors.shared_tensors import Channel
 from fedkern.engine.executors.sizing import unavailable
-from fedkern.engine.executors.wire import Channel
 from fedkern.engine.executors.worker_messages import Setup
 from fedkern.messages.packets import NotPortable, Packer, check_portable, only_code_bars
 from fedkern.usercode import plugins
@@ -49,7 +49,7 @@ _early: list[tuple[_Process, socket.socket]] = []
 
 
 def fork_early() -> None:
-    """Forks the nursery from this process, which has PyTorch loaded; a new process needs seconds to load it.
+    """Forks the fork server from this process, which has PyTorch loaded; a new process needs seconds to load it.
 
     Only the command line does this, before anything is computed: a process whose OpenMP threads have run cannot be
     forked.  A user's script may have computed before it starts a run, so a run started there starts a new process.
@@ -62,10 +62,10 @@ _own: list[tuple[_Process, socket.socket]] = []
 
 
 @contextmanager
-def own_nursery(setup: Setup) -> Iterator[None]:
-    """Context of a run whose nursery is forked from its process where what clients need cannot be sent to another.
+def own_fork_server(setup: Setup) -> Iterator[None]:
+    """Context of a run whose fork_server is forked from its process where what clients need cannot be sent to another.
 
-    The run has no thread of its own yet, and the nursery and its workers compute on one thread.
+    The run has no thread of its own yet, and the fork server and its workers compute on one thread.
     """
     config = setup.context.config
     barred = unavailable(config.device) or torch.cuda.is_initialized()
@@ -83,7 +83,7 @@ def own_nursery(setup: Setup) -> Iterator[None]:
 
 
 def _fork(setup: Setup | None) -> tuple[_Process, socket.socket] | None:
-    """A forked nursery; None where the system allows no process more."""
+    """A forked fork server; None where the system allows no process more."""
     from fedkern.engine import worker
 
     ours, theirs = socket.socketpair()
@@ -108,7 +108,7 @@ def _fork(setup: Setup | None) -> tuple[_Process, socket.socket] | None:
 
 
 def end_early() -> None:
-    """Ends the nursery of :func:`fork_early` if no run has taken it."""
+    """Ends the fork server of :func:`fork_early` if no run has taken it."""
     _end(_early)
 
 
@@ -121,7 +121,7 @@ def _end(made: list[tuple[_Process, socket.socket]]) -> None:
 
 
 def _started() -> tuple[_Process, socket.socket]:
-    """Starts the nursery as a new process, in a group of its own: a terminal's Ctrl-C must not reach it as it loads."""
+    """Starts the fork server as a new process, in a group of its own: a terminal's Ctrl-C must not reach it."""
     ours, theirs = socket.socketpair()
     folder = str(Path(fedkern.__file__).parents[1])
     paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -141,11 +141,11 @@ def _started() -> tuple[_Process, socket.socket]:
 
 
 class Gone(Exception):
-    """The nursery is lost or could not be prepared; the message says why, as a part of a sentence."""
+    """The fork server is lost or could not be prepared; the message says why, as a part of a sentence."""
 
 
-class Nursery:
-    """The nursery process, which loads once what clients need and forks workers (see `fedkern.engine.worker`).
+class ForkServer:
+    """The fork server process, which loads once what clients need and forks workers (see `fedkern.engine.worker`).
 
     Raises:
         NotPortable: the setup cannot be sent to another process.
@@ -201,7 +201,7 @@ class Nursery:
             Its process id, and the connection to it.
 
         Raises:
-            Gone: the nursery is lost.
+            Gone: the fork server is lost.
         """
         ours, theirs = socket.socketpair()
         try:
@@ -233,7 +233,7 @@ class Nursery:
             raise Gone("the process that starts workers was lost") from None
 
     def close(self) -> None:
-        """Ends the nursery, and with it all its workers."""
+        """Ends the fork server, and with it all its workers."""
         self._process.kill()
         self._process.wait()
         self._channel.close()

@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 
 from fedkern.errors import UserError
-from fedkern.flower.runs import node_process, resident, resident_process
+from fedkern.flower.runs import client_daemon, client_daemon_process, node_process
 from fedkern.flower.runs.node_client import PROTOCOL
-from fedkern.flower.runs.parcel import Malformed, Parcel, Raw
+from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 from fedkern.flower.runs.portable import pack, unpack
 
 pytestmark = [
-    pytest.mark.exhaustive,  # processes that are waited for; nodes without a resident are in the default run
-    pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="residents need Linux"),
+    pytest.mark.exhaustive,  # processes that are waited for; nodes without a daemon are in the default run
+    pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="daemons need Linux"),
 ]
 
 RUN = {
@@ -35,11 +35,11 @@ RUN = {
 ASKING = """
 import json, sys
 from pathlib import Path
-from fedkern.flower.runs import resident
-from fedkern.flower.runs.parcel import Parcel, Raw
+from fedkern.flower.runs import client_daemon
+from fedkern.flower.runs.packed_message import PackedMessage, Raw
 header, text, forms, run, node, stays = json.loads(Path(sys.argv[1]).read_text())
 tensors = {name: Raw(dtype, tuple(shape), bytes.fromhex(data)) for name, dtype, shape, data in forms}
-found = resident.ask(header, Parcel(text, tensors), run, node, print, stays)
+found = client_daemon.ask(header, PackedMessage(text, tensors), run, node, print, stays)
 assert "torch" not in sys.modules
 print(found.text)
 """
@@ -77,115 +77,115 @@ def message(tmp_path_factory):
     return pack(method.send(server, Phase(0, "train", "update")))
 
 
-def residents(of: str = "parent", number: int = 0) -> list[int]:
-    """The residents that have not ended: children of this process, or those of a process group."""
+def daemons(of: str = "parent", number: int = 0) -> list[int]:
+    """The daemons that have not ended: children of this process, or those of a process group."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
             state, parent, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
             whose = int(group) == number if of == "group" else int(parent) == os.getpid()
-            if whose and state != "Z" and b"resident_process import live" in (folder / "cmdline").read_bytes():
+            if whose and state != "Z" and b"client_daemon_process import live" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
     return found
 
 
 def none_left(patience: float = 20) -> bool:
     limit = time.monotonic() + patience
-    while residents() and time.monotonic() < limit:
+    while daemons() and time.monotonic() < limit:
         time.sleep(0.05)
-    return not residents()
+    return not daemons()
 
 
 @pytest.fixture(autouse=True)
 def _ended():
     yield
     node_process.forget()
-    for pid in residents():
+    for pid in daemons():
         os.kill(pid, signal.SIGKILL)
     assert none_left()
 
 
-def told(parcel):
+def told(packed):
     """An answer without its duration."""
-    found = unpack(parcel)
+    found = unpack(packed)
     plain = {name: value for name, value in found.items() if name not in ("seconds", "message")}
     return plain, pack(found["message"])
 
 
-def test_a_resident_gives_the_bits_of_this_process_and_stays(message, tmp_path):
+def test_a_daemon_gives_the_bits_of_this_process_and_stays(message, tmp_path):
     here = node_process.answer(header(), message, RUN, node(tmp_path / "here"), print)
     assert told(here)[0]["problem"] is None
-    there = resident.ask(header(), message, RUN, node(tmp_path), print, 60)
+    there = client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)
     assert told(there) == told(here)
-    (first,) = residents()
-    again = resident.ask(header(round=1), message, RUN, node(tmp_path), print, 60)
+    (first,) = daemons()
+    again = client_daemon.ask(header(round=1), message, RUN, node(tmp_path), print, 60)
     assert told(again)[0]["problem"] is None
-    assert residents() == [first]
+    assert daemons() == [first]
 
 
 @pytest.mark.exhaustive
-def test_residents_belong_to_one_run_and_one_configuration(message, tmp_path):
-    resident.ask(header(), message, RUN, node(tmp_path), print, 60)
-    resident.ask(header(run="1" * 32), message, RUN, node(tmp_path), print, 60)
-    resident.ask(header(client=0), message, RUN, node(tmp_path, 0), print, 60)
-    assert len(residents()) == 3
+def test_daemons_belong_to_one_run_and_one_configuration(message, tmp_path):
+    client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)
+    client_daemon.ask(header(run="1" * 32), message, RUN, node(tmp_path), print, 60)
+    client_daemon.ask(header(client=0), message, RUN, node(tmp_path, 0), print, 60)
+    assert len(daemons()) == 3
 
 
 @pytest.mark.exhaustive
-def test_a_resident_ends_when_no_message_comes_and_the_next_starts_another(message, tmp_path):
-    first = resident.ask(header(), message, RUN, node(tmp_path), print, 0.2)
+def test_a_daemon_ends_when_no_message_comes_and_the_next_starts_another(message, tmp_path):
+    first = client_daemon.ask(header(), message, RUN, node(tmp_path), print, 0.2)
     assert none_left()
-    again = resident.ask(header(), message, RUN, node(tmp_path), print, 0.2)
+    again = client_daemon.ask(header(), message, RUN, node(tmp_path), print, 0.2)
     assert told(again) == told(first)
 
 
 @pytest.mark.exhaustive
-def test_a_killed_resident_is_replaced(message, tmp_path):
-    first = resident.ask(header(), message, RUN, node(tmp_path), print, 60)
-    os.kill(*residents(), signal.SIGKILL)
+def test_a_killed_daemon_is_replaced(message, tmp_path):
+    first = client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)
+    os.kill(*daemons(), signal.SIGKILL)
     assert none_left()
-    assert told(resident.ask(header(), message, RUN, node(tmp_path), print, 60)) == told(first)
+    assert told(client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)) == told(first)
 
 
-def test_a_resident_ends_with_its_run(message, tmp_path):
+def test_a_daemon_ends_with_its_run(message, tmp_path):
     for run in ("0" * 32, "1" * 32):
-        resident.ask(header(run=run), message, RUN, node(tmp_path), print, 60)
-    first, second = residents()
-    resident.end("2" * 32, node(tmp_path))
-    assert residents() == [first, second]
-    resident.end("0" * 32, node(tmp_path))
+        client_daemon.ask(header(run=run), message, RUN, node(tmp_path), print, 60)
+    first, second = daemons()
+    client_daemon.end("2" * 32, node(tmp_path))
+    assert daemons() == [first, second]
+    client_daemon.end("0" * 32, node(tmp_path))
     limit = time.monotonic() + 20
-    while len(residents()) > 1 and time.monotonic() < limit:
+    while len(daemons()) > 1 and time.monotonic() < limit:
         time.sleep(0.05)
-    assert len(residents()) == 1
-    again = resident.ask(header(run="1" * 32, round=1), message, RUN, node(tmp_path), print, 60)
+    assert len(daemons()) == 1
+    again = client_daemon.ask(header(run="1" * 32, round=1), message, RUN, node(tmp_path), print, 60)
     assert told(again)[0]["problem"] is None
 
 
 def test_a_silent_connection_holds_nobody_up(message, tmp_path, monkeypatch):
-    live = "from fedkern.flower.runs.resident_process import live"
-    impatient = f"from fedkern.flower.runs import resident_process as process; process.PATIENCE = 0.3; {live}"
-    monkeypatch.setattr(resident, "_MAIN", resident._MAIN.replace(live, impatient))
-    resident.ask(header(), message, RUN, node(tmp_path), print, 60)
-    (first,) = residents()
+    live = "from fedkern.flower.runs.client_daemon_process import live"
+    impatient = f"from fedkern.flower.runs import client_daemon_process as process; process.PATIENCE = 0.3; {live}"
+    monkeypatch.setattr(client_daemon, "_MAIN", client_daemon._MAIN.replace(live, impatient))
+    client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)
+    (first,) = daemons()
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as silent:
-        silent.connect(resident._name("0" * 32, node(tmp_path)))
+        silent.connect(client_daemon._name("0" * 32, node(tmp_path)))
         silent.sendall(b"\0\0")  # the beginning of a message
-        again = resident.ask(header(round=1), message, RUN, node(tmp_path), print, 60)
+        again = client_daemon.ask(header(round=1), message, RUN, node(tmp_path), print, 60)
     assert told(again)[0]["problem"] is None
-    assert residents() == [first]
+    assert daemons() == [first]
 
 
-def test_what_a_node_refuses_is_refused_by_the_resident(message, tmp_path):
+def test_what_a_node_refuses_is_refused_by_the_daemon(message, tmp_path):
     with pytest.raises(Malformed, match="is for client 0, and this node is client 1"):
-        resident.ask(header(client=0), message, RUN, node(tmp_path), print, 60)
+        client_daemon.ask(header(client=0), message, RUN, node(tmp_path), print, 60)
     with pytest.raises(UserError, match="partition-id must be a number"):
-        resident.ask(header(), message, RUN, {**node(tmp_path), "partition-id": 9}, print, 60)
-    found = resident.ask(header(), message, {**RUN, "no-such-key": 1}, node(tmp_path), print, 60)
+        client_daemon.ask(header(), message, RUN, {**node(tmp_path), "partition-id": 9}, print, 60)
+    found = client_daemon.ask(header(), message, {**RUN, "no-such-key": 1}, node(tmp_path), print, 60)
     assert 'unknown key "no-such-key"' in unpack(found)["problem"]["what"]
 
 
-def test_a_resident_ends_with_the_process_that_starts_messages(message, tmp_path):
+def test_a_daemon_ends_with_the_process_that_starts_messages(message, tmp_path):
     """As on a SuperNode: one process starts a short one for a message, and is killed later."""
     forms = [[name, raw.dtype, raw.shape, raw.data.hex()] for name, raw in message.tensors.items()]
     told_of = tmp_path / "message.json"
@@ -201,13 +201,13 @@ def test_a_resident_ends_with_the_process_that_starts_messages(message, tmp_path
         try:
             lines = list(itertools.takewhile(lambda line: line != "answered\n", process.stdout))
             assert '"problem",null' in re.sub(r"\s", "", lines[-1])
-            assert len(residents("group", process.pid)) == 1
+            assert len(daemons("group", process.pid)) == 1
         finally:
             process.kill()
     limit = time.monotonic() + 20
-    while residents("group", process.pid) and time.monotonic() < limit:
+    while daemons("group", process.pid) and time.monotonic() < limit:
         time.sleep(0.05)
-    assert not residents("group", process.pid)
+    assert not daemons("group", process.pid)
 
 
 # -- the two ends, without a process -----------------------------------------------------------------------------------
@@ -220,92 +220,92 @@ def ends():
         yield ours, replies, theirs, requests
 
 
-PARCEL = Parcel('{"list":[]}', {"a": Raw("float32", (2, 1), bytes(range(8))), "empty": Raw("bool", (0,), b"")})
+PARCEL = PackedMessage('{"list":[]}', {"a": Raw("float32", (2, 1), bytes(range(8))), "empty": Raw("bool", (0,), b"")})
 
 
 def test_messages_come_as_they_were_sent(ends):
     ours, replies, theirs, requests = ends
-    resident.send(ours, {"header": "é"}, PARCEL)
-    assert resident.receive(requests) == ({"header": "é"}, PARCEL)
-    resident.send(theirs, {"begun": True})
-    assert resident.receive(replies) == ({"begun": True}, Parcel("", {}))
+    client_daemon.send(ours, {"header": "é"}, PARCEL)
+    assert client_daemon.receive(requests) == ({"header": "é"}, PARCEL)
+    client_daemon.send(theirs, {"begun": True})
+    assert client_daemon.receive(replies) == ({"begun": True}, PackedMessage("", {}))
 
 
 def test_notices_reach_whoever_asks(ends):
     ours, replies, theirs, _ = ends
     heard = []
     for text in ("decoding", "decoded"):
-        resident.send(theirs, {"begun": True} if not heard else {"notice": text})
+        client_daemon.send(theirs, {"begun": True} if not heard else {"notice": text})
         heard.append(text)
-    resident.send(theirs, {}, PARCEL)
+    client_daemon.send(theirs, {}, PARCEL)
     said = []
-    assert resident._asked(ours, replies, {}, PARCEL, said.append) == PARCEL
+    assert client_daemon._asked(ours, replies, {}, PARCEL, said.append) == PARCEL
     assert said == ["decoded"]
 
 
-@pytest.mark.parametrize(("begun", "error"), [(False, resident._Gone), (True, resident.Lost)])
-def test_a_resident_that_is_lost(ends, begun, error):
+@pytest.mark.parametrize(("begun", "error"), [(False, client_daemon._Gone), (True, client_daemon.Lost)])
+def test_a_daemon_that_is_lost(ends, begun, error):
     """Before it has taken the message another one may answer; afterwards only the server can ask again."""
     ours, replies, theirs, _ = ends
     if begun:
-        resident.send(theirs, {"begun": True})
+        client_daemon.send(theirs, {"begun": True})
     theirs.sendall(b"\0")  # a part of a frame
     theirs.shutdown(socket.SHUT_WR)
     with pytest.raises(error):
-        resident._asked(ours, replies, {"header": ""}, PARCEL, print)
+        client_daemon._asked(ours, replies, {"header": ""}, PARCEL, print)
 
 
 @pytest.mark.parametrize("error", [Malformed("is none"), UserError("no data"), RuntimeError("KeyError: 'phase'")])
-def test_what_a_resident_raises_is_raised_where_it_was_asked(ends, error):
+def test_what_a_daemon_raises_is_raised_where_it_was_asked(ends, error):
     ours, replies, theirs, requests = ends
 
     def answer(*_):
         raise KeyError("phase") if isinstance(error, RuntimeError) else error
 
-    served = threading.Thread(target=resident_process._serve, args=(theirs, requests, answer))
+    served = threading.Thread(target=client_daemon_process._serve, args=(theirs, requests, answer))
     served.start()
     with pytest.raises(type(error), match=re.escape(str(error))):
-        resident._asked(ours, replies, {"header": "", "run_config": {}, "node": {}}, PARCEL, print)
+        client_daemon._asked(ours, replies, {"header": "", "run_config": {}, "node": {}}, PARCEL, print)
     served.join()
 
 
 def test_nobody_waits_for_an_answer(ends):
-    """A resident whose asker is killed ends the work in peace, and hears the next one."""
+    """A daemon whose asker is killed ends the work in peace, and hears the next one."""
     ours, replies, theirs, requests = ends
-    resident.send(ours, {"header": "", "run_config": {}, "node": {}}, PARCEL)
+    client_daemon.send(ours, {"header": "", "run_config": {}, "node": {}}, PARCEL)
 
-    def answer(header, parcel, run_config, node, notice):
+    def answer(header, packed, run_config, node, notice):
         replies.close()
         ours.close()
         notice("half of it is done")
-        return parcel
+        return packed
 
     with pytest.raises(BrokenPipeError):
-        resident_process._serve(theirs, requests, answer)
+        client_daemon_process._serve(theirs, requests, answer)
 
 
-def test_no_resident_of_somebody_else(message, tmp_path, monkeypatch):
-    monkeypatch.setattr(resident, "user_of", lambda link: os.geteuid() + 1)
-    assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
+def test_no_daemon_of_somebody_else(message, tmp_path, monkeypatch):
+    monkeypatch.setattr(client_daemon, "user_of", lambda link: os.geteuid() + 1)
+    assert client_daemon.ask(header(), message, RUN, node(tmp_path), print, 5) is None
 
 
 def test_a_name_that_somebody_has_and_does_not_listen_to(message, tmp_path, monkeypatch):
-    monkeypatch.setattr(resident, "_PAUSE", 0.0)
+    monkeypatch.setattr(client_daemon, "_PAUSE", 0.0)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as taken:
-        taken.bind(resident._name("0" * 32, node(tmp_path)))
-        assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
+        taken.bind(client_daemon._name("0" * 32, node(tmp_path)))
+        assert client_daemon.ask(header(), message, RUN, node(tmp_path), print, 5) is None
 
 
-def test_no_resident_where_the_system_forbids_it(message, tmp_path, monkeypatch):
+def test_no_daemon_where_the_system_forbids_it(message, tmp_path, monkeypatch):
     def forbidden(process):
         raise PermissionError
 
     monkeypatch.setattr(os, "pidfd_open", forbidden)
-    assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
-    assert residents() == []
+    assert client_daemon.ask(header(), message, RUN, node(tmp_path), print, 5) is None
+    assert daemons() == []
 
 
-def test_no_resident_without_linux(message, tmp_path, monkeypatch):
+def test_no_daemon_without_linux(message, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert resident.ask(header(), message, RUN, node(tmp_path), print, 5) is None
-    assert residents() == []
+    assert client_daemon.ask(header(), message, RUN, node(tmp_path), print, 5) is None
+    assert daemons() == []

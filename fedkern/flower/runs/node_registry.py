@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from fedkern.errors import UserError, printable_name
-from fedkern.flower.adapter import QUERY, Arrived, Post
+from fedkern.flower.adapter import QUERY, Arrived, NodeChannel
 from fedkern.flower.runs.node_client import PROTOCOL
-from fedkern.flower.runs.parcel import Malformed
+from fedkern.flower.runs.packed_message import Malformed
 from fedkern.flower.runs.portable import pack, unpack
 from fedkern.methods.base import ClientId
 from fedkern.process.interrupts import check
@@ -24,7 +24,7 @@ _FIRST_PAUSE, _PAUSE, _LAST_PAUSE = 0.01, 0.1, 0.5
 Warn = Callable[[str, str], None]
 
 
-class Roll:
+class NodeRegistry:
     """The nodes of a run's clients, for which :meth:`meet` waits ``wait`` seconds.
 
     Attributes:
@@ -33,8 +33,8 @@ class Roll:
         facts: what a node says of its data, by client, where nodes are asked about them (``own_data``).
     """
 
-    def __init__(self, post: Post, *, wait: float, own_data: bool = False) -> None:
-        self._post, self._wait, self._own_data = post, wait, own_data
+    def __init__(self, channel: NodeChannel, *, wait: float, own_data: bool = False) -> None:
+        self._channel, self._wait, self._own_data = channel, wait, own_data
         self.count = 0
         self.home: dict[ClientId, int] = {}
         self.facts: dict[ClientId, dict[str, Any]] = {}
@@ -83,7 +83,7 @@ class Roll:
 
     def _get_acquainted(self) -> None:
         """Asks nodes that are new which client they are, and forgets those that have left."""
-        present = self._post.nodes()
+        present = self._channel.nodes()
         for node in [node for node in self._asked if node not in present]:
             del self._asked[node]
             self._client_of.pop(node, None)
@@ -92,10 +92,10 @@ class Roll:
             if node not in self._asked:
                 self._asked[node] = time.monotonic()
                 header = json.dumps({"data": self._own_data})
-                name = self._post.send(node, QUERY, header, pack({}), ACQUAINTED * 10)
+                name = self._channel.send(node, QUERY, header, pack({}), ACQUAINTED * 10)
                 if name is not None:
                     self._waiting[name] = node
-        for arrived in self._post.arrived(list(self._waiting)):
+        for arrived in self._channel.arrived(list(self._waiting)):
             if arrived.reply_to in self._waiting:
                 node = self._waiting.pop(arrived.reply_to)
                 found = self._introduced(node, arrived)
@@ -114,9 +114,9 @@ class Roll:
     def _introduced(self, node: int, arrived: Arrived) -> ClientId | None:
         """The client that a node says it is; None where the node is not one of this run's."""
         try:
-            if arrived.parcel is None:
+            if arrived.packed is None:
                 raise Malformed(arrived.malformed or f"failed: {arrived.error}")
-            found = unpack(arrived.parcel)
+            found = unpack(arrived.packed)
             spoken, k = (found.get("protocol"), found.get("client")) if isinstance(found, dict) else (None, None)
             if spoken != PROTOCOL:
                 raise Malformed(

@@ -1,4 +1,4 @@
-"""Ranks that talk to each other, without torchrun: links over queues, ranks that meet, and their sums."""
+"""Ranks that talk to each other, without torchrun: connections over queues, ranks that meet, and their sums."""
 
 import math
 import pickle
@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fedkern.engine.executors import links, team
-from fedkern.engine.executors.links import SILENCE, WINDOW, Ended, Link, Lost, drained, how
+from fedkern.engine.executors import connection as module
+from fedkern.engine.executors import torchrun_group
+from fedkern.engine.executors.connection import SILENCE, WINDOW, Connection, Ended, Lost, drained, how
 from fedkern.engine.executors.ranks import Spread
-from fedkern.engine.executors.team import Place, Team
+from fedkern.engine.executors.torchrun_group import Place, TorchrunGroup
 from fedkern.errors import RunFailed, UserError
 from fedkern.messages.packets import Packer, Unpacker
 from fedkern.methods.uploads import Kept
@@ -34,15 +35,15 @@ class Wires:
     def __init__(self):
         self.queues = queue.SimpleQueue(), queue.SimpleQueue()  # by the rank that receives
         self.heard, self.carried = Counter(), Counter()
-        self.links = []
+        self.connections = []
         self.over = False
 
-    def link(self, peer, *, serving):
-        self.links.append(Link(peer, serving=serving))
-        return self.links[-1]
+    def connection(self, peer, *, serving):
+        self.connections.append(Connection(peer, serving=serving))
+        return self.connections[-1]
 
     def pair(self):
-        return self.link(1, serving=False), self.link(0, serving=True)
+        return self.connection(1, serving=False), self.connection(0, serving=True)
 
     def send(self, tensor, dst):
         if self.over:
@@ -71,14 +72,14 @@ def wires(monkeypatch):
     def check():
         assert time.monotonic() < deadline, "a test that would wait for ever"
 
-    monkeypatch.setattr(links, "dist", made)
-    monkeypatch.setattr(links, "_TICK", 0.01)  # threads look around often, so that no test waits for them
-    monkeypatch.setattr(links, "check", check)
+    monkeypatch.setattr(module, "dist", made)
+    monkeypatch.setattr(module, "_TICK", 0.01)  # threads look around often, so that no test waits for them
+    monkeypatch.setattr(module, "check", check)
     yield made
     made.cut()
-    for link in made.links:
-        link.leave(0)
-    drained(made.links, 5, heard=True)
+    for connection in made.connections:
+        connection.leave(0)
+    drained(made.connections, 5, heard=True)
 
 
 def until(condition):
@@ -93,7 +94,7 @@ def until(condition):
 
 def test_objects_arrive_in_order_both_ways(wires):
     zero, one = wires.pair()
-    numbers = range(3 * WINDOW)  # more than may wait at the other end: a link takes them all at once
+    numbers = range(3 * WINDOW)  # more than may wait at the other end: a connection takes them all at once
     for number in numbers:
         zero.say(("down", number))
         one.say(("up", number))
@@ -161,7 +162,7 @@ def test_uploads_wait_where_they_were_made_and_an_end_goes_first(wires):
 
 
 def test_ends_that_say_nothing_beat(wires, monkeypatch):
-    monkeypatch.setattr(links, "silence", lambda: 0.04)
+    monkeypatch.setattr(module, "silence", lambda: 0.04)
     zero, one = wires.pair()
     until(lambda: min(wires.heard[0], wires.heard[1]) > 2)
     assert zero.get(0.0) is one.get(0.0) is None
@@ -196,9 +197,9 @@ def test_a_lost_end_is_told_to_everybody_who_asks(wires):
     until(lambda: wires.heard[1] == 2)
     wires.cut()
     assert zero.told() == "last"
-    for link in (zero, one, zero):
+    for connection in (zero, one, zero):
         with pytest.raises(Lost, match=r"^its connection was closed$"):
-            link.receive()
+            connection.receive()
 
 
 @pytest.mark.parametrize(
@@ -221,15 +222,15 @@ WORDS = ("fedavg", "--rounds", "3")
 
 
 def teams(size):
-    return [Team(Place(rank, size, rank, size, 0, 0, "tests")) for rank in range(size)]
+    return [TorchrunGroup(Place(rank, size, rank, size, 0, 0, "tests")) for rank in range(size)]
 
 
 @pytest.fixture
 def meet(wires, monkeypatch):
     """Has two ranks meet; ``entries`` are what `fedkern.process.versions` tells otherwise on rank 1."""
-    monkeypatch.setattr(team, "_met", False)
-    monkeypatch.setattr(team, "Link", wires.link)
-    monkeypatch.setattr(Team, "_connect", lambda self, limit: None)
+    monkeypatch.setattr(torchrun_group, "_met", False)
+    monkeypatch.setattr(torchrun_group, "Connection", wires.connection)
+    monkeypatch.setattr(TorchrunGroup, "_connect", lambda self, limit: None)
 
     def meet(words=WORDS, name="versions", **entries):
         zero, one = teams(2)
@@ -253,13 +254,13 @@ def meet(wires, monkeypatch):
 )
 def test_ranks_meet(meet, wires, name, entries, odd):
     zero, one = meet(name=name, **entries)
-    assert team.met()
+    assert torchrun_group.met()
     assert (zero.rank, one.rank, zero.size, zero.odd) == (0, 1, 2, odd)
-    one.links[0].say("up")
+    one.connections[0].say("up")
     for _ in range(WINDOW + 2):
-        zero.links[1].say("down")
+        zero.connections[1].say("down")
     until(lambda: wires.heard[0] > 2 * WINDOW + 2)  # what rank 0 says does not wait
-    assert (zero.links[1].told(), one.links[0].told()) == ("up", "down")
+    assert (zero.connections[1].told(), one.connections[0].told()) == ("up", "down")
 
 
 def test_ranks_that_were_started_otherwise_are_refused(meet):
@@ -276,7 +277,7 @@ def test_ranks_with_other_versions_are_refused(meet):
 
 
 def test_a_rank_that_ends_before_it_has_met(meet, wires):
-    wires.link(0, serving=True).leave(2, "it has no GPU")
+    wires.connection(0, serving=True).leave(2, "it has no GPU")
     with pytest.raises(RunFailed, match=r"^Rank 1 failed: it has no GPU$"):
         teams(2)[0].meet(WORDS)
 
@@ -286,7 +287,7 @@ def test_ranks_that_cannot_be_connected(meet, monkeypatch):
         assert limit.total_seconds() == 7
         raise RuntimeError("no   route\nat line 7")
 
-    monkeypatch.setattr(Team, "_connect", fails)
+    monkeypatch.setattr(TorchrunGroup, "_connect", fails)
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.9")
     for text, error, said in (
         ("7", RunFailed, r"^The 2 ranks cannot be connected \(no route\): .* reach 10\.0\.0\.9, "),
@@ -295,18 +296,18 @@ def test_ranks_that_cannot_be_connected(meet, monkeypatch):
         monkeypatch.setenv(SILENCE, text)
         with pytest.raises(error, match=said):
             teams(2)[0].meet(WORDS)
-    assert not team.met()
+    assert not torchrun_group.met()
 
 
 def test_the_rank_that_fails_is_named():
     zero = teams(3)[0]
-    zero.links = {rank: SimpleNamespace(over=None) for rank in (1, 2)}
+    zero.connections = {rank: SimpleNamespace(over=None) for rank in (1, 2)}
     zero.check()
     for over, said in (
         (Ended(1, "it was cold."), "^Rank 2 failed: it was cold"),
         (Lost("odd"), "^Rank 2 was lost, as odd:"),
     ):
-        zero.links[2].over = over
+        zero.connections[2].over = over
         with pytest.raises(RunFailed, match=said):
             zero.check()
 
@@ -340,7 +341,7 @@ class Collectives:
 
 def test_vectors_on_several_ranks_have_their_plain_sum(monkeypatch):
     """Terms of all magnitudes, some on rank 0 and the others on two ranks that add up their own."""
-    monkeypatch.setattr(team, "dist", Collectives(3))
+    monkeypatch.setattr(torchrun_group, "dist", Collectives(3))
     vectors = torch.randint(-1000, 1000, (9, 40)) * 2.0 ** torch.randint(-60, 60, (9, 40))
     weights, asked = [2.0, 1.0, 4.0, 0.5, 8.0, 3.0, 0.25, 7.0, 6.0], []
 

@@ -7,48 +7,48 @@ import time
 import pytest
 import torch
 
-from fedkern.engine.store import scribe as module
+from fedkern.engine.store import background_writer as module
+from fedkern.engine.store.background_writer import BackgroundWriter
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.scribe import Scribe
 from fedkern.errors import UserError
 from fedkern.messages.states import Packed
 
 
 @pytest.fixture
-def scribe():
-    made = Scribe()
+def writer():
+    made = BackgroundWriter()
     yield made
     made.close()
 
 
-def test_in_order(scribe):
+def test_in_order(writer):
     done = []
     for i in range(20):
-        scribe.give(lambda i=i: done.append(i), 1)
-    scribe.settle()
+        writer.give(lambda i=i: done.append(i), 1)
+    writer.settle()
     assert done == list(range(20))
 
 
-def test_after_a_failure_nothing_more_is_done(scribe):
+def test_after_a_failure_nothing_more_is_done(writer):
     done, go = [], threading.Event()
 
     def fails():
         go.wait(10)
         raise UserError("the disk is full.")
 
-    scribe.give(fails, 1)
-    scribe.give(lambda: done.append(1), 1)
+    writer.give(fails, 1)
+    writer.give(lambda: done.append(1), 1)
     go.set()
     for _ in range(2):
         with pytest.raises(UserError, match="full"):
-            scribe.settle()
+            writer.settle()
     with pytest.raises(UserError, match="full"):
-        scribe.give(lambda: done.append(2), 1)
-    scribe.close()
+        writer.give(lambda: done.append(2), 1)
+    writer.close()
     assert done == []
 
 
-def test_who_gives_too_much_waits(scribe, monkeypatch):
+def test_who_gives_too_much_waits(writer, monkeypatch):
     monkeypatch.setattr(module, "PENDING_BYTES", 100)
     done = []
 
@@ -56,18 +56,18 @@ def test_who_gives_too_much_waits(scribe, monkeypatch):
         time.sleep(0.1)
         done.append(i)
 
-    scribe.give(lambda: slow(0), 60)
-    scribe.give(lambda: slow(1), 40)  # fits beside the first
+    writer.give(lambda: slow(0), 60)
+    writer.give(lambda: slow(1), 40)  # fits beside the first
     assert done == []
-    scribe.give(lambda: slow(2), 60)
+    writer.give(lambda: slow(2), 60)
     assert done[:1] == [0]
-    scribe.settle()
+    writer.settle()
     assert done == [0, 1, 2]
 
 
-def test_checkpoints_are_those_that_are_written_at_once(tmp_path, scribe, commit):
+def test_checkpoints_are_those_that_are_written_at_once(tmp_path, writer, commit):
     folders = []
-    for name, beside in (("once", None), ("beside", scribe)):
+    for name, beside in (("once", None), ("beside", writer)):
         checkpoints = Checkpoints(tmp_path / name, beside)
         checkpoints.open()
         for number, clients in ((1, (0, 1)), (2, (0,)), (3, (1,))):
@@ -78,10 +78,10 @@ def test_checkpoints_are_those_that_are_written_at_once(tmp_path, scribe, commit
     assert folders[0] == folders[1]
 
 
-def test_a_state_that_waits_can_be_read(tmp_path, scribe, commit):
-    checkpoints, go = Checkpoints(tmp_path, scribe), threading.Event()
+def test_a_state_that_waits_can_be_read(tmp_path, writer, commit):
+    checkpoints, go = Checkpoints(tmp_path, writer), threading.Event()
     checkpoints.open()
-    scribe.give(lambda: go.wait(10), 0)
+    writer.give(lambda: go.wait(10), 0)
     state = {"x": torch.arange(3.0)}
     checkpoints.write_client(0, 1, state)
     state["x"].zero_()  # the client goes on
@@ -98,8 +98,8 @@ def test_a_state_that_waits_can_be_read(tmp_path, scribe, commit):
     assert again.client_state(0)["x"].tolist() == [0, 1, 2]
 
 
-def test_what_could_not_be_written_is_not_committed(tmp_path, scribe, monkeypatch, commit):
-    checkpoints = Checkpoints(tmp_path, scribe)
+def test_what_could_not_be_written_is_not_committed(tmp_path, writer, monkeypatch, commit):
+    checkpoints = Checkpoints(tmp_path, writer)
     checkpoints.open()
     commit(checkpoints, 1, (0,))
     checkpoints.settle()
@@ -119,8 +119,8 @@ def test_what_could_not_be_written_is_not_committed(tmp_path, scribe, monkeypatc
     assert again.client_state(0)["x"].tolist() == [1, 1, 1]
 
 
-def test_the_entry_comes_after_what_it_speaks_of(tmp_path, scribe):
-    checkpoints, seen = Checkpoints(tmp_path, scribe), []
+def test_the_entry_comes_after_what_it_speaks_of(tmp_path, writer):
+    checkpoints, seen = Checkpoints(tmp_path, writer), []
     checkpoints.open()
     manifest = checkpoints.folder / "manifest.json"
     checkpoints.commit(
@@ -131,7 +131,7 @@ def test_the_entry_comes_after_what_it_speaks_of(tmp_path, scribe):
     assert len(json.loads(manifest.read_text())["entries"]) == 1
 
 
-def test_never_more_than_one_commit_behind(tmp_path, scribe, monkeypatch, commit):
+def test_never_more_than_one_commit_behind(tmp_path, writer, monkeypatch, commit):
     """A disk that is slower than the rounds holds them up, instead of falling ever more behind."""
     save, written = Packed.save, []
 
@@ -141,7 +141,7 @@ def test_never_more_than_one_commit_behind(tmp_path, scribe, monkeypatch, commit
         written.append(path.name)
 
     monkeypatch.setattr(Packed, "save", slow)
-    checkpoints = Checkpoints(tmp_path, scribe)
+    checkpoints = Checkpoints(tmp_path, writer)
     checkpoints.open()
     for number in range(1, 6):
         commit(checkpoints, number, (0, 1))
@@ -151,21 +151,21 @@ def test_never_more_than_one_commit_behind(tmp_path, scribe, monkeypatch, commit
     assert len(written) == 15
 
 
-def test_settling_up_to_a_job(scribe):
+def test_settling_up_to_a_job(writer):
     go, done = threading.Event(), []
-    first = scribe.give(lambda: done.append(1), 1)
-    scribe.give(lambda: go.wait(10), 1)
-    scribe.settle(first)
+    first = writer.give(lambda: done.append(1), 1)
+    writer.give(lambda: go.wait(10), 1)
+    writer.settle(first)
     assert done == [1]
     go.set()
-    scribe.settle()
+    writer.settle()
 
 
-def test_a_state_that_a_round_writes_twice(tmp_path, scribe, commit):
+def test_a_state_that_a_round_writes_twice(tmp_path, writer, commit):
     """Once for each of its exchanges, under one name: the first file's end takes nothing from the second one."""
-    checkpoints, go = Checkpoints(tmp_path, scribe), threading.Event()
+    checkpoints, go = Checkpoints(tmp_path, writer), threading.Event()
     checkpoints.open()
-    scribe.give(lambda: go.wait(10), 0)
+    writer.give(lambda: go.wait(10), 0)
     for value in (1.0, 2.0):
         checkpoints.write_client(0, 1, {"x": torch.full((3,), value)})
     go.set()

@@ -1,12 +1,12 @@
 """A process that stays on a node and answers a client's messages, where Flower starts one process for each.
 
 Such a process would import torch, load the data, begin with the state on the disk and play the round's earlier messages
-again, for every message.  The first one starts a process that stays (*the resident*); it and all later ones hand their
-message on to the resident, and its answer back, without importing torch.  The bits are the same.
+again, for every message.  The first one starts a process that stays (*the client daemon*); it and all later ones hand
+their message on to the client daemon, and its answer back, without importing torch.  The bits are the same.
 
-A resident serves one run and one SuperNode.  It ends with its run, when no message has come for a while, and with the
-process that started its first message.  Both ends talk over an abstract Unix socket, so that nothing is left on the
-disk, and check that the other one belongs to the same user.  Linux has these sockets; elsewhere there is no resident.
+A client daemon serves one run and one SuperNode.  It ends with its run, when no message has come for a while, and with
+the process that started its first message.  Both ends talk over an abstract Unix socket, so that nothing is left on the
+disk, and check that the other one belongs to the same user.  Only Linux has these sockets.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from typing import Any, BinaryIO
 
 from fedkern.errors import UserError
 from fedkern.files.inputs import parse_json
-from fedkern.flower.runs.parcel import Malformed, Parcel, Raw
+from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 
 STAYS = 600.0
-"""Seconds that a resident waits for the next message, where the run-config does not say."""
+"""Seconds that a client daemon waits for the next message, where the run-config does not say."""
 _TRIES = 3
 _LOOKS, _PAUSE = 100, 0.02
 _MAIN = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fedkern.flower.runs.resident_process import live; "
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from fedkern.flower.runs.client_daemon_process import live; "
     "live(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))"
 )
 _LENGTH = struct.Struct(">Q")
@@ -45,32 +46,32 @@ Notice = Callable[[str], None]
 
 
 class Lost(Exception):
-    """The resident has ended while it worked; the text says so in a sentence."""
+    """The client daemon has ended while it worked; the text says so in a sentence."""
 
 
 class _Gone(Exception):
-    """The resident has ended before it took the message."""
+    """The client daemon has ended before it took the message."""
 
 
 def ask(
     header: str,
-    parcel: Parcel,
+    packed: PackedMessage,
     run_config: Mapping[str, Any],
     node: Mapping[str, Any],
     notice: Notice,
     stays: float = STAYS,
-) -> Parcel | None:
-    """The answer of the resident (see `fedkern.flower.runs.node_process.answer`), which is started where there is none.
+) -> PackedMessage | None:
+    """The answer of the client daemon (see `node_process.answer`), which is started where there is none.
 
-    A resident that is started now ends ``stays`` seconds after its last message.
+    A client daemon that is started now ends ``stays`` seconds after its last message.
 
     Returns:
-        The answer; None where no resident can be had.
+        The answer; None where no client daemon can be had.
 
     Raises:
         Malformed, UserError: as `fedkern.flower.runs.node_process.answer`.
         RuntimeError: another exception of it.
-        Lost: the resident has ended while it worked.
+        Lost: the client daemon has ended while it worked.
     """
     if not possible():
         return None
@@ -78,25 +79,25 @@ def ask(
     for _ in range(_TRIES):
         try:
             link = _connected(_name(_run(header), node), stays)
-        except OSError:  # a system that hides processes, or forbids what a resident needs
+        except OSError:  # a system that hides processes, or forbids what a client daemon needs
             return None
         if link is None:
             return None
         with link, link.makefile("rb") as replies:
             try:
-                return _asked(link, replies, request, parcel, notice)
+                return _asked(link, replies, request, packed, notice)
             except _Gone:
                 continue
     return None
 
 
 def possible() -> bool:
-    """Whether this system has what residents need."""
+    """Whether this system has what client daemons need."""
     return sys.platform == "linux" and hasattr(os, "pidfd_open")
 
 
 def end(run: str, node: Mapping[str, Any]) -> None:
-    """Ends the resident of a run on the node of this configuration, if there is one."""
+    """Ends the client daemon of a run on the node of this configuration, if there is one."""
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.connect(_name(run, node))
         if user_of(link) == os.geteuid():
@@ -118,7 +119,7 @@ def _name(run: str, node: Mapping[str, Any]) -> bytes:
 
 
 def _connected(name: bytes, stays: float) -> socket.socket | None:
-    """A connection to the resident; None where the name is somebody else's, or nobody answers to it."""
+    """A connection to the client daemon; None where the name is somebody else's, or nobody answers to it."""
     for _ in range(_LOOKS):
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -139,7 +140,7 @@ def _connected(name: bytes, stays: float) -> socket.socket | None:
 
 
 def _start(name: bytes, stays: float) -> bool:
-    """Starts a resident; False where another process has taken the name."""
+    """Starts a client daemon; False where another process has taken the name."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
         try:
             door.bind(name)
@@ -160,10 +161,10 @@ def _start(name: bytes, stays: float) -> bool:
 
 
 def _asked(
-    link: socket.socket, replies: BinaryIO, request: Mapping[str, Any], parcel: Parcel, notice: Notice
-) -> Parcel:
+    link: socket.socket, replies: BinaryIO, request: Mapping[str, Any], packed: PackedMessage, notice: Notice
+) -> PackedMessage:
     try:
-        send(link, request, parcel)
+        send(link, request, packed)
         receive(replies)  # that it has begun
     except (EOFError, OSError) as error:
         raise _Gone from error
@@ -196,20 +197,20 @@ def user_of(link: socket.socket) -> int:
     return int(_CREDENTIALS.unpack(found)[1])
 
 
-def send(link: socket.socket, told: Mapping[str, Any], parcel: Parcel | None = None) -> None:
-    """Sends plain values and a parcel: a length, that much JSON, and the arrays' bytes."""
-    parcel = parcel or Parcel("", {})
-    forms = [[name, raw.dtype, list(raw.shape), len(raw.data)] for name, raw in parcel.tensors.items()]
-    head = json.dumps({"told": told, "text": parcel.text, "tensors": forms}).encode()
+def send(link: socket.socket, told: Mapping[str, Any], packed: PackedMessage | None = None) -> None:
+    """Sends plain values and a packed: a length, that much JSON, and the arrays' bytes."""
+    packed = packed or PackedMessage("", {})
+    forms = [[name, raw.dtype, list(raw.shape), len(raw.data)] for name, raw in packed.tensors.items()]
+    head = json.dumps({"told": told, "text": packed.text, "tensors": forms}).encode()
     link.sendall(_LENGTH.pack(len(head)) + head)
-    for raw in parcel.tensors.values():
+    for raw in packed.tensors.values():
         link.sendall(raw.data)
 
 
-def receive(stream: BinaryIO) -> tuple[dict[str, Any], Parcel]:
+def receive(stream: BinaryIO) -> tuple[dict[str, Any], PackedMessage]:
     head = json.loads(_exactly(stream, *_LENGTH.unpack(_exactly(stream, _LENGTH.size))))
     tensors = {name: Raw(dtype, tuple(shape), _exactly(stream, size)) for name, dtype, shape, size in head["tensors"]}
-    return head["told"], Parcel(head["text"], tensors)
+    return head["told"], PackedMessage(head["text"], tensors)
 
 
 def _exactly(stream: BinaryIO, size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The resident: the process that `fedkern.flower.runs.resident` starts and asks."""
+"""The client daemon: the process that `fedkern.flower.runs.client_daemon` starts and asks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from contextlib import suppress
 from typing import BinaryIO
 
 from fedkern.errors import UserError
-from fedkern.flower.runs.parcel import Malformed, Parcel
-from fedkern.flower.runs.resident import receive, send, user_of
+from fedkern.flower.runs.client_daemon import receive, send, user_of
+from fedkern.flower.runs.packed_message import Malformed, PackedMessage
 
 PATIENCE = 10.0
-"""Seconds that a resident waits for the bytes of a message that has begun; others wait behind that message."""
+"""Seconds that a client daemon waits for the bytes of a message that has begun; others wait behind that message."""
 
 
 def live(door: int, parent: int, stays: float) -> None:
@@ -48,9 +48,9 @@ def _end_with(process: int) -> None:
     os._exit(0)  # whatever the main thread is computing: nobody waits for it
 
 
-def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., Parcel]) -> bool:
+def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., PackedMessage]) -> bool:
     """Answers one message; False where the run has ended and no other will come."""
-    request, parcel = receive(requests)
+    request, packed = receive(requests)
     if request.get("end"):
         return False
     send(link, {"begun": True})
@@ -60,7 +60,7 @@ def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., Parcel
             send(link, {"notice": text})
 
     try:
-        found = answer(request["header"], parcel, request["run_config"], request["node"], notice)
+        found = answer(request["header"], packed, request["run_config"], request["node"], notice)
     except Malformed as why:
         send(link, {"malformed": str(why)})
     except UserError as error:

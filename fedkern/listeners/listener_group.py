@@ -11,7 +11,7 @@ from fedkern.errors import RAISED, UserError, described, origin, told
 from fedkern.listeners.events import Listener, Listeners, RunInfo
 
 
-class Audience(Listeners):
+class ListenerGroup(Listeners):
     """Passes the events of a run to its listeners; the parts of a :class:`Listeners` are looked after one by one.
 
     A listener that raises is left out from then on, and one of ``warnings`` has its name and the error.  Three errors

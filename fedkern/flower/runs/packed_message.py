@@ -25,8 +25,8 @@ class Raw(NamedTuple):
     data: bytes
 
 
-class Parcel(NamedTuple):
-    """A packed value: JSON text, and the tensors that it names."""
+class PackedMessage(NamedTuple):
+    """A packed message value: JSON text, and the tensors that it names."""
 
     text: str
     tensors: dict[str, Raw]

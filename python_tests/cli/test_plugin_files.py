@@ -11,12 +11,12 @@ import types
 from pathlib import Path
 
 import pytest
-from plugin_files import begin, plugged, unload_all  # noqa: F401
+from plugin_sources import begin, plugged, unload_all  # noqa: F401
 
 import fedkern
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
-from fedkern.usercode import plugin_neighbours as neighbours
+from fedkern.usercode import plugin_files as neighbours
 from fedkern.usercode import plugins
 
 pytestmark = pytest.mark.usefixtures("plugged")
