@@ -536,7 +536,7 @@ def test_data_that_are_not_on_the_node(tmp_path):
     ("more", "why"),
     [
         ({"method": "centralised"}, "centralised needs the data of all clients in one place"),
-        ({"compress": "topk"}, "--compress topk:share=0.05 is not for runs over Flower"),
+        ({"compress": "topk"}, 'compress="topk:share=0.05" is not for runs over Flower'),
     ],
 )
 def test_what_cannot_be_played_over_flower_is_refused(more, why, tmp_path):
