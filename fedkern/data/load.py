@@ -175,9 +175,10 @@ def load(
         source = on_disk(source, wanted, cache, progress)
         splits = tuple(dataclasses.replace(source.train.take(rows), homes=None) for rows in held)
         shown = source.train.take(public_rows)
-        public = _seen(source, spec, shown)
-        validation = _seen(source, spec, source.validation.take(validation_rows))
-        tests = {key: _seen(source, spec, pool.take(test_rows[key])) for key, pool in source.tests.items()}
+        homes = spec.name == "attribute" or clients == 1  # else the clients are not those that the data name
+        public = _seen(source, homes, shown)
+        validation = _seen(source, homes, source.validation.take(validation_rows))
+        tests = {key: _seen(source, homes, pool.take(test_rows[key])) for key, pool in source.tests.items()}
         contents = {"train": [*splits, shown], **contents, "validation": [validation]}
         contents |= {f"test {key}": [split] for key, split in tests.items()}
     for split in (validation, *tests.values()):  # before a run begins: a mask may be unreadable
@@ -247,9 +248,9 @@ def _fewer(split: Split, count: int, purpose: str) -> Split:
     return split if count == 0 or count >= len(split) else split.subset(_first_rows(split, count, purpose))
 
 
-def _seen(source: Source, spec: PartitionSpec, split: Split) -> Split:
+def _seen(source: Source, homes: bool, split: Split) -> Split:
     """The central window of a split that is not augmented; whole images for a source without ``crop``."""
-    if spec.name != "attribute":  # the clients are not those that the data name
+    if not homes:
         split = dataclasses.replace(split, homes=None)
     return central(split, (source.crop, source.crop)) if source.crop else split
 

@@ -116,7 +116,7 @@ def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:
 def counted(data: FederatedData) -> Iterator[str]:
     """A line on every test set: its images and patients, and those of every site that it shows."""
     for name, split in data.tests.items():
-        every, names = torch.arange(len(split)), data.client_names or ()
+        every, names = torch.arange(len(split)), data.client_names or data.form.sites
         sites = [] if split.homes is None else [(site, split.homes == k) for k, site in enumerate(names)]
         parts = [("", every), *((f"{site} ", every[rows]) for site, rows in sites if rows.any())]
         people = [None if split.patients is None else len(split.patients[rows].unique()) for _, rows in parts]

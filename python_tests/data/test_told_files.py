@@ -10,6 +10,7 @@ from rich.console import Console
 import fedkern
 from fedkern.data import load
 from fedkern.data.images import greys
+from fedkern.downstream.evaluation import evaluate_run
 from fedkern.report.live import progress
 
 GREY, RGB, DEEP = "8-bit grey, 96 x 96", "16 x 16 RGB", "16-bit grey, 96 x 96"
@@ -125,3 +126,18 @@ def test_the_header_tells_it_of_sites_only_where_records_are_not_private(tmp_pat
         lines = [text for text in console.file.getvalue().splitlines() if text.startswith("images")]
         assert len(lines) == count
         assert any(WINDOW in text and text.endswith("-> 8 x 8 RGB") for text in lines)
+
+
+def test_evaluate_tells_images_and_patients_of_every_site(tmp_path):
+    path = table(tmp_path, {"Ulm": GREY, "Bonn": GREY}, splits=("train", "test"))
+    first, *rows = path.read_text().splitlines()
+    people = [f"{row},{'-'.join(row.split(',')[2:])}{i // 2}" for i, row in enumerate(rows)]  # two images a patient
+    path.write_text("\n".join([f"{first},patient_id", *people]))
+    fedkern.simulate(
+        "fedavg", data="csv", data_root=path, data_options={"size": 8}, rounds=1, model="mlp", out=tmp_path / "run",
+        progress=False, pictures=False,
+    )  # fmt: skip
+    for other in ({}, {"data": "csv", "data_root": str(path)}):
+        told = []
+        evaluate_run(tmp_path / "run", progress=told.append, **other)
+        assert "the test set: images 12 of 6 patients, Bonn 6 of 3 patients, Ulm 6 of 3 patients" in told

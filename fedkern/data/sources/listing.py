@@ -181,7 +181,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
             *_repeated(listing),
             *_siteless(listing, rows),
         ),
-        files={"grey_bits": bits, "window": window, "seen": seen},
+        files={"grey_bits": bits, "window": window, "seen": seen, "sites": sites},
     )
 
 
