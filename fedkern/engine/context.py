@@ -155,7 +155,8 @@ class RunContext:
             partial = self.config.init_partial
             self.unfit = load_by_name(network, self._init, self.config.init, self.model_name, partial)
         if self.config.features or self.config.stages:
-            network = Hooked(network.module, *self._taps)
+            taps = self._taps  # first: only a user's network, which they are for, has a module
+            network = Hooked(network.module, *taps)
         if self.config.accelerated:
             accelerate(inner(network))
         if self.config.freeze is not None:

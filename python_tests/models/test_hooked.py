@@ -165,6 +165,12 @@ def test_other_networks_have_no_such_names(network):
             find_taps(other, ["conv1"], None, SHAPE, "net")
 
 
+def test_fedkern_s_networks_have_none_either(make_data, tmp_path):
+    config = RunConfig.make("fedavg", rounds=1, clients=3, features="head", model="cnn")
+    with pytest.raises(UserError, match="are for a network of your own on images, not cnn: leave them out"):
+        run(config, out=tmp_path / "run", data=make_data())
+
+
 # -- methods -----------------------------------------------------------------------------------------------------------
 
 
