@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,14 +85,14 @@ def check_methods(names: Sequence[str]) -> None:
             raise UserError(f"{registry.short(name)} is named twice: name every method once.")
 
 
-def check_option(name: str, methods: Sequence[str]) -> None:
-    """Raises UserError for a method option that none of the methods has."""
+def check_option(name: str, methods: Sequence[str], others: Collection[str] = ()) -> None:
+    """Raises UserError for a method option that none of the methods has; ``others``: names that could be meant too."""
     known = {each for method in methods for each in registry.option_names(method)}
     if name not in known:
         shown = ", ".join(map(registry.short, methods))
         raise UserError(
-            f'None of the methods ({shown}) has an option "{name}".{nearest(name, known)} '
-            "METHOD --help lists a method's options."
+            f'None of the methods ({shown}) has an option "{name}".{nearest(name, {*known, *others})}'
+            f"{registry.owners(name)} METHOD --help lists a method's options."
         )
 
 

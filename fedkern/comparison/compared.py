@@ -23,6 +23,7 @@ from fedkern.process.extras import needed
 from fedkern.settings.config import RunConfig
 from fedkern.settings.doors import python_words
 from fedkern.settings.in_memory import check_in_memory
+from fedkern.typed_option import flag
 
 
 @dataclass
@@ -166,14 +167,16 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: Ta
 
 
 def unread(methods: Sequence[str], given: Collection[str], options: Iterable[str]) -> list[str]:
-    """Sentences on settings of rounds, which one-shot methods do not take, and on options that a method has not."""
+    """Sentences on settings that some of the methods do not take or read, and on options that a method has not."""
     names = [name for name in OF_ROUNDS if name in given]
     one_shot = [registry.short(method) for method in methods if registry.get(method).one_shot]
-    flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+    flags = " and ".join(map(flag, names))
     told = [f"{flags} is not used by {', '.join(one_shot)}, which plans its own rounds."] if names and one_shot else []
-    for name in options:
-        others = [registry.short(method) for method in methods if name not in registry.option_names(method)]
-        told += [f'The option "{name}" is not read by {", ".join(others)}.'] if others else []
+    ways = {flag(name): [name in registry.get(each).unread for each in methods] for name in sorted(given)}
+    ways |= {f'The option "{name}"': [name not in registry.option_names(each) for each in methods] for name in options}
+    for name, marks in ways.items():
+        others = [registry.short(method) for method, mark in zip(methods, marks, strict=True) if mark]
+        told += [f"{name} is not read by {', '.join(others)}."] if others else []
     return told
 
 
@@ -233,12 +236,15 @@ def compare(
         if isinstance(values, str) or not isinstance(values, Sequence):
             raise UserError(f"sweep must have a list of values for {name}, not {values!r}.")
     check_select(select, points)
+    for name in ("train", "optimizer", "init"):
+        if callable(settings.get(name)):
+            raise UserError(f"{name} as a function or a module is for one run, fedkern.simulate: leave it out.")
     about = {name: settings.pop(name) for name in api.ABOUT if name in settings}
     options = api.table_of(settings.pop("options", None), "options")
     fields = {each.field for each in RunConfig.declared()} | {"data_options", "plugins"}
     options |= {name: settings.pop(name) for name in list(settings) if name not in fields}
     for name in options:
-        check_option(name, names)
+        check_option(name, names, {*fields, *api.ABOUT})
     swept = variants(names, points, {*settings, *options})
     by_method = {name: _of_objects(name, given, swept[name], options) for name in names}
     data, model = settings.pop("data", None), settings.pop("model", None)

@@ -68,6 +68,8 @@ class Method:
     (``--asynchronous``).  What a class inherits does not count: what it adds may count on whole rounds."""
     keeps_head: ClassVar[bool] = False
     """Whether every client keeps the network's last linear layer to itself, where ``--personal`` names nothing else."""
+    unread: ClassVar[frozenset[str]] = frozenset()
+    """Settings that a run takes and the method does not read; `fedkern.compare` names them."""
     takes_teachers: ClassVar[bool] = False
     """Whether clients may load trained networks (``--teachers``) instead of training locally."""
 

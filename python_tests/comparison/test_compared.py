@@ -5,14 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import fedkern
 from fedkern.comparison import found_runs
+from fedkern.comparison.cells import OF_ROUNDS
+from fedkern.comparison.compared import unread
 from fedkern.comparison.found_runs import FoundRun, Group, main_figures
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.errors import UserError
-from fedkern.methods import FedAvg
+from fedkern.methods import METHODS, FedAvg
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 
@@ -66,6 +69,24 @@ def test_data_in_memory_and_one_folder_by_default():
     assert (found.folder / "fedavg_seed=4/summary.json").exists()
 
 
+def test_settings_that_a_method_does_not_read_are_named(tmp_path):
+    """Those that methods declare change nothing of their runs."""
+    given = {**TINY, "rounds": 2, "momentum": 0.9, "data": "digits"}
+    for method, name, value in (
+        ("local", "sample_fraction", 0.5), ("centralised", "sample_fraction", 0.5), ("oneshot-fedavg", "lr_decay", 0.5),
+        ("ensemble", "optimizer_state", "keep"),
+    ):  # fmt: skip
+        of_rounds = OF_ROUNDS if METHODS[method].one_shot else ()
+        how = {key: each for key, each in given.items() if key not in of_rounds}
+        runs = [
+            fedkern.simulate(method, out=tmp_path / f"{method}{len(more)}", pictures=False, **how, **more)
+            for more in ({}, {name: value})
+        ]
+        assert runs[0].metrics == runs[1].metrics
+        assert f"--{name.replace('_', '-')} is not read by {method}." in unread([method, "fedavg"], {name}, ())
+    assert unread(["fedavg", "fedprox"], {"sample_fraction", "lr_decay"}, ()) == []
+
+
 class Broken(FedAvg):
     def weight(self, server, upload):
         return 1.0 / ("1",)
@@ -109,7 +130,19 @@ def test_unfinished_runs_that_are_left_out_are_named(folders, left, monkeypatch,
     [
         ([], {}, "Nothing to compare"),
         (["fedprx"], {}, 'Did you mean "fedprox"'),
-        (["fedavg"], {"mu": 1}, "None of the methods"),
+        (
+            ["fedavg"],
+            {"mu": 1},
+            r"None of the methods .fedavg. has an option \"mu\". It is a method option of fedprox, moon",
+        ),
+        (["fedavg"], {"local_epohcs": 1}, 'has an option "local_epohcs". Did you mean "local_epochs"'),
+        (
+            ["fedavg"],
+            {"train": print},
+            "train as a function or a module is for one run, fedkern.simulate: leave it out",
+        ),
+        (["fedavg"], {"optimizer": torch.optim.AdamW}, "optimizer as a function or a module is for one run"),
+        (["fedavg"], {"init": torch.nn.Linear(1, 1)}, "init as a function or a module is for one run"),
         (["fedprox", "moon"], {"mux": 1}, 'fedprox, moon. has an option "mux". Did you mean "mu"'),
         (["fedprox"], {"temperature": 1}, 'None of the methods .fedprox. has an option "temperature"'),
         (["fedavg"], {"select": "test"}, "must be validation"),

@@ -37,6 +37,7 @@ class OneShot(FedAvg):
         calibrate: bool = option(False, "train the classifier anew on features drawn from class statistics (CCVR)")
 
     one_shot = True
+    unread = frozenset({"lr_decay", "optimizer_state"})  # clients train once
     takes_teachers = True
     needs_statistics = False
     """Whether the server uses the clients' networks in eval mode, so that batch norm needs running statistics."""
