@@ -102,6 +102,11 @@ class Run:
         method: Method | type[Method] | None = None,
     ) -> None:
         self.out = folder_of(out)
+        if model is not None and not isinstance(model, nn.Module):
+            raise UserError(
+                f"model must be the module that the run trains, not {shown(model)}: the trained weights are in the run "
+                "folder."
+            )
         self._kind: type[Method] | None = None
         options: dict[str, Any] = {}
         if method is not None:

@@ -22,6 +22,7 @@ from fedkern.engine.participation import share_of_work
 from fedkern.engine.private_training import declared, train_privately
 from fedkern.engine.training import Context, Course, Diverged, Schedule, started, train
 from fedkern.engine.uploads.encoders import STATES, Drift
+from fedkern.errors import UserError, shown
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
 from fedkern.methods.uploads import is_alike
@@ -186,6 +187,11 @@ class Client(Node):
         return self._course(self.phase).schedule.epochs
 
     def batches(self, phase: Phase | None = None) -> Iterator[Batch]:
+        if not isinstance(phase, Phase | None):
+            raise UserError(
+                f"client.batches takes a phase or nothing, not {shown(phase)}: client.in_order({phase!r}) gives all "
+                "samples in stored order."
+            )
         network = self._context.network("local").module
         for batch in self._course(phase or self.phase):
             if inner(network) is not network and isinstance(batch.inputs, Tensor):

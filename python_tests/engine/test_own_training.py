@@ -126,6 +126,10 @@ def test_python_s_words(known, tmp_path):
     same(again.out, whole.out)
     with pytest.raises(UserError, match="go on with it in Python"):
         fedkern.load(tmp_path / "loop", data=known()).extend(2)
+    with pytest.raises(
+        UserError, match=r"model must be the module that the run trains, not 'net.pt': the trained weig"
+    ):
+        fedkern.load(tmp_path / "loop", data=known(), model="net.pt")
     again = fedkern.load(tmp_path / "loop", data=known()).evaluate()
     assert {name: found.metrics[name] for name in again} == pytest.approx(again)
 
@@ -178,6 +182,10 @@ def shrinking(model, client):
     model.head = nn.Linear(1, 1)
 
 
+def counting(model, client):
+    next(client.batches(8))
+
+
 def diverging(model, client):
     next(model.parameters()).data.fill_(float("nan"))
 
@@ -188,6 +196,7 @@ def diverging(model, client):
         (broken, r"Client 0 failed in round 1: KeyError: 'no such thing' \(test_own_training.py, line \d+\)"),
         (leaving, r"train must return nothing, not Linear.*: what it leaves in the model .* is the upload"),
         (shrinking, r"The trained network is no longer the run's: its head.weight has shape \[1, 1\], not"),
+        (counting, r"client.batches takes a phase or nothing, not 8: client.in_order\(8\) gives all samples in stored"),
         (diverging, "round 1.*not finite"),
     ],
 )
