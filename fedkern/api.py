@@ -18,9 +18,9 @@ from fedkern.data.registry import check_readable, open_code
 from fedkern.data.sources.datasets import is_dataset, items_like
 from fedkern.downstream.item_prediction import outputs
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import initial_weights, own_model
-from fedkern.engine.own_training import OwnTraining, taken
+from fedkern.engine import initial_weights
 from fedkern.engine.run import run
+from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
@@ -28,7 +28,6 @@ from fedkern.errors import UserError, nearest, shown
 from fedkern.files.filesystem import check_new
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import Method, registry, script_methods
-from fedkern.models.own import unwrapped
 from fedkern.process.extras import needed
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
@@ -97,16 +96,11 @@ class Run:
         out: Path | str,
         *,
         data: FederatedData | None = None,
-        model: nn.Module | None = None,
+        script: ScriptObjects = ScriptObjects(),
         trusted: Collection[str] = (),
         method: Method | type[Method] | None = None,
     ) -> None:
         self.out = folder_of(out)
-        if model is not None and not isinstance(model, nn.Module):
-            raise UserError(
-                f"model must be the module that the run trains, not {shown(model)}: the trained weights are in the run "
-                "folder."
-            )
         self._kind: type[Method] | None = None
         options: dict[str, Any] = {}
         if method is not None:
@@ -118,8 +112,7 @@ class Run:
                     f"The run in {out} has {name}={self.config.options.get(name)}, not {name}={value}: give "
                     f"method={registry.short(self.config.method)} without options, or start a new run."
                 )
-        self._data, self._model, self._trusted = data, unwrapped(model), tuple(trusted)
-        self._own: OwnTraining | None = None
+        self._data, self._script, self._trusted = data, script, tuple(trusted)
         for name in self._trusted:
             if named_code.absolute(name) == self.config.data:
                 open_code(name)
@@ -180,7 +173,7 @@ class Run:
                 themselves, and no ``client`` is named.
         """
         self._give_method()
-        return read_model(self.out, self._trusted, self._model, best=best, client=client)[0]
+        return read_model(self.out, self._trusted, self._script.network, best=best, client=client)[0]
 
     @python_words()
     def predict(self, images: Any) -> Any:
@@ -204,7 +197,7 @@ class Run:
         self._give_method()
         if self._data is not None and self._data.form.lacks:
             return outputs(self.model(), self._data, images, self.config.batch_size)
-        predictor = Predictor.open(self.out, self._trusted, self._model)
+        predictor = Predictor.open(self.out, self._trusted, self._script.network)
         if isinstance(images, np.ndarray):
             try:
                 images = torch.from_numpy(np.ascontiguousarray(images))
@@ -234,7 +227,7 @@ class Run:
         self._give_method()
         check_kind(format)
         check_new(Path(out), "export")
-        return export(exportable(self.out, self._trusted, self._model, best=best), Path(out), format)
+        return export(exportable(self.out, self._trusted, self._script.network, best=best), Path(out), format)
 
     @python_words()
     @reproducible()
@@ -274,7 +267,7 @@ class Run:
         options = table_of(data_options, "data_options")
         return evaluate_run(
             self.out, data=own, data_root=root, data_options=options, cache=cache, trusted=self._trusted,
-            model=self._model,
+            model=self._script.network,
         )[0]  # fmt: skip
 
     @python_words()
@@ -295,7 +288,7 @@ class Run:
         moved = RunConfig.read({"workers": workers, "cache": cache})
         config = load_settings(self.out, trusted=self._trusted, **moved)
         _play(
-            config, self.out, self._data, self._model, progress, listener, pictures, resume=True, own=self._own,
+            config, self.out, self._data, self._script, progress, listener, pictures, resume=True,
             trusted=self._trusted,
         )  # fmt: skip
         return self
@@ -324,7 +317,7 @@ class Run:
         _listeners(listener)  # before anything is written
         self._give_method()
         played = RunConfig.read({"rounds": rounds})["rounds"]
-        own_model.check_given(self.config, self._model, self.out, self._own)  # before anything is moved
+        self._script.check_given(self.config, self.out)  # before anything is moved
         if self._data is None:
             check_readable(self.config.data)
         self.config = extend(self.out, played, trusted=self._trusted)
@@ -332,7 +325,7 @@ class Run:
 
     def _drawn(self) -> nn.Module | None:
         """The network for pictures, where it was a module of a script and clients share the whole of it."""
-        return None if self._model is None or self.config.keeps_parts else self.model()
+        return None if self._script.network is None or self.config.keeps_parts else self.model()
 
     @python_words()
     @reproducible()
@@ -428,9 +421,9 @@ def simulate(
     }  # fmt: skip
     check_in_memory(data, model, settings)
     data = federated(data, about, settings)
-    own = taken(train, settings)
+    script = ScriptObjects.of(model, train, settings)
     start = settings.pop("init") if isinstance(settings.get("init"), nn.Module) else None
-    config, memory, module = requested(method, data, model, settings)
+    config, memory = requested(method, data, model, settings)
     given = {name for name, value in settings.items() if value is not None}
     config.check_effect(given if start is None else given - {"init_partial"})
     if pictures and where is not None:
@@ -440,12 +433,12 @@ def simulate(
     if start is not None:
         config = config.replace(init=initial_weights.of_module(start, folder))
     try:
-        _play(config, folder, memory, module, progress, listener, pictures, resume=False, own=own)
+        _play(config, folder, memory, script, progress, listener, pictures, resume=False)
     finally:
         if where is None and not any(folder.iterdir()):
             folder.rmdir()
     kind = None if isinstance(method, str) else type(method) if isinstance(method, Method) else method
-    return Run(folder, data=memory, model=module, trusted=[config.model, config.data, *config.plugins], method=kind)
+    return Run(folder, data=memory, script=script, trusted=[config.model, config.data, *config.plugins], method=kind)
 
 
 ABOUT = ("test", "validation", "public", "loss_fn", "metrics", "collate_fn", "main", "better", "task", "classes")
@@ -482,8 +475,8 @@ _ARGUMENTS = ("data", *ABOUT, "model", "out", "progress", "listener", "pictures"
 
 def requested(
     method: str | Method | type[Method], data: Any, model: str | nn.Module | None, given: Mapping[str, Any]
-) -> tuple[RunConfig, FederatedData | None, nn.Module | None]:
-    """The settings of a run with the arguments of :func:`simulate`, and its data and network where they are in memory.
+) -> tuple[RunConfig, FederatedData | None]:
+    """The settings of a run with the arguments of :func:`simulate`, and its data where they are in memory.
 
     Raises:
         UserError: an unknown name or a value out of range.
@@ -515,7 +508,6 @@ def requested(
         settings["data"] = open_code(data)
     if isinstance(model, str):
         settings["model"] = model
-    module = None if isinstance(model, str) else model
     given_options = registry.given_options(name, options)
     if twice := [each for each in given_options if each in made_with]:
         raise UserError(
@@ -523,7 +515,7 @@ def requested(
         )
     given_options |= registry.given_options(name, made_with)
     config = RunConfig.make(name, options=given_options, **cast(Any, settings))
-    return config, memory, module
+    return config, memory
 
 
 def plugins_of(given: Any) -> list[str]:
@@ -606,9 +598,13 @@ def load(
     Raises:
         UserError: there is no run, or ``method`` is not the run's.
     """
-    run = Run(out, model=model, trusted=trusted, method=method)
+    if not isinstance(model, nn.Module | None):
+        raise UserError(
+            f"model must be the module that the run trains, not {shown(model)}: the trained weights are in the run "
+            "folder."
+        )
+    run = Run(out, script=ScriptObjects.of(model, train, {"optimizer": optimizer}), trusted=trusted, method=method)
     run._data = federated(data, about, vars(run.config))
-    run._own = taken(train, {"optimizer": optimizer})
     return run
 
 
@@ -617,13 +613,12 @@ def _play(
     config: RunConfig,
     out: Path,
     data: FederatedData | None,
-    model: nn.Module | None,
+    script: ScriptObjects,
     progress: bool,
     listener: Listener | Sequence[Listener] | None,
     pictures: bool,
     *,
     resume: bool,
-    own: OwnTraining | None = None,
     trusted: Collection[str] = (),
 ) -> None:
     from fedkern.report.figures.pictures import drawn, finished_pictures
@@ -633,13 +628,13 @@ def _play(
     shown = display(quiet=not progress, json=False)
     everybody = Listeners(*given, shown)
     try:
-        run(config, out=out, resume=resume, listener=everybody, data=data, model=model, own=own, trusted=trusted)
+        run(config, out=out, resume=resume, listener=everybody, data=data, script=script, trusted=trusted)
     finally:
         shown.close()
     if not pictures:
         return
     code = trusted if resume else [part for _, part in config.code()]
-    network = None if model is None or config.keeps_parts else read_model(out, code, model)[0]
+    network = None if script.network is None or config.keeps_parts else read_model(out, code, script.network)[0]
     shared = None if everybody.info is None else everybody.info.data
     if shared is None and data is not None and not drawn(out):  # the run was finished before, without pictures
         shared = kept_data(config, data)

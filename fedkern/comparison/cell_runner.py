@@ -9,13 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
-
 from fedkern.comparison.cells import Cell, Variant, cells
 from fedkern.comparison.found_runs import FoundRun, read_run
 from fedkern.data import FederatedData
-from fedkern.engine import own_model
 from fedkern.engine.run import run
+from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.resuming import with_identity
 from fedkern.engine.store.run_folder import reserve
@@ -61,7 +59,7 @@ class Board(Listener):
 
 @dataclass
 class Runner:
-    """The runs of a comparison, in folders in ``out``; ``model`` as in :func:`fedkern.engine.run.run`.
+    """The runs of a comparison, in folders in ``out``; ``script`` as in :func:`fedkern.engine.run.run`.
 
     Attributes:
         data: gives the data of a run that are in memory, or None.
@@ -76,7 +74,7 @@ class Runner:
     given: frozenset[str] = frozenset()
     board: Board = field(default_factory=Board)
     data: Callable[[RunConfig], FederatedData | None] = lambda config: None
-    model: nn.Module | None = None
+    script: ScriptObjects = ScriptObjects()
     failures: dict[str, str] = field(default_factory=dict)
     tracebacks: dict[str, str] = field(default_factory=dict)
     begun: list[tuple[Path, RunConfig]] = field(default_factory=list)
@@ -158,7 +156,7 @@ class Runner:
         resume = (folder / SETTINGS).exists()
         config = cell.config if not resume else self._stored(cell)
         run(
-            config, out=folder, resume=resume, listener=self.board, data=self.data(config), model=self.model,
+            config, out=folder, resume=resume, listener=self.board, data=self.data(config), script=self.script,
             trusted=self._trusted(cell), check=lambda now: self._check_grounds(now, folder),
         )  # fmt: skip
 
@@ -181,7 +179,7 @@ class Runner:
         folder = self.folder(cell)
         check_regular(folder)
         stored = load_settings(folder, trusted=self._trusted(cell), device=cell.config.device)
-        now = cell.config if self.model is None else own_model.of_module(cell.config, self.model)
+        now = self.script.described(cell.config)
         kept = (*now.unset, *(name for name in _OPEN if name not in self.given))
         now = now.replace(**{name: getattr(stored, name) for name in kept}, augment=now.augment or stored.augment)
         if changed := now.with_client_threads().differences(stored.with_client_threads()):

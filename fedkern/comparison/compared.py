@@ -16,6 +16,7 @@ from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.data import FederatedData
 from fedkern.data.html_table import html_table
+from fedkern.engine.script_objects import ScriptObjects
 from fedkern.errors import RunFailed, UserError, first_of, printable
 from fedkern.files.filesystem import expand
 from fedkern.methods import METHODS, Method, registry
@@ -269,14 +270,14 @@ def compare(
         found = data_of(vars(config))
         return found if isinstance(found, FederatedData) else None
 
-    module = None if model is None or isinstance(model, str) else model
     played = read_seeds(seeds, int(settings.get("seed", 0)))
     notes = unread(names, settings, options)
     tracebacks: dict[str, str] = {}
 
     def begin(where: Path) -> Comparison:
         shown = board(quiet=not progress, json=False)
-        runner = Runner(where, make, frozenset(settings), shown, held, module, tracebacks=tracebacks)
+        script = ScriptObjects.of(model, None, {})
+        runner = Runner(where, make, frozenset(settings), shown, held, script, tracebacks=tracebacks)
         return play(runner, by_method, played, select=select, target=goal, notes=notes)
 
     found = in_folder(folder, begin)

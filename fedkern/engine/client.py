@@ -109,10 +109,8 @@ class Client(Node):
         network = context.network("local")
         if parts is None and self.load_pretrained(network.module):
             return {name: value.cpu() for name, value in network.read().items() if name in context.trained_vectors}
-        if context.own is not None and context.own.train is not None:
-            model = self.model(message)
-            context.own.run(model, self)
-            return self.upload(model)
+        if context.script.train is not None:
+            return self.upload(context.script.trained(self.model(message), self))
         own, flat = self._loaded(network, message)
         schedule = self._in_time(phase, rows, steps=steps)
         received = self._received(phase, message, schedule.epochs, own, anchor, flat)
@@ -329,7 +327,7 @@ class Client(Node):
             epochs = config.local_epochs
             if limit is not None:
                 epochs = math.ceil(limit / len(batch_slices(samples, config.batch_size)))
-        make = None if self._context.own is None else self._context.own.optimizer
+        make = self._context.script.optimizer
         # A user's optimiser has rates of its own, which the run's schedule multiplies.
         lr, drops = (config.lr if make is None else 1.0) * config.lr_decay**round, config.lr_epochs
         if limit is not None:

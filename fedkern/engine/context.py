@@ -22,8 +22,8 @@ from fedkern.engine.images import CACHE_BYTES, Images
 from fedkern.engine.items import ItemReader
 from fedkern.engine.network import Network, place
 from fedkern.engine.on_device import OnDevice
-from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.reader import BATCH, Reader
+from fedkern.engine.script_objects import ScriptObjects
 from fedkern.methods.base import VECTORS, Federation, Message, Phase
 from fedkern.methods.protocol import Batch
 from fedkern.models import personal
@@ -71,7 +71,7 @@ class RunContext:
 
     Attributes:
         unfit: a sentence on what of ``--init`` the network has not taken.
-        own: functions that the user trains with, or None.
+        script: the objects that a script gives; in another process without its network.
         on_notice: called with the text of every notice; None: nobody listens.
     """
 
@@ -81,7 +81,7 @@ class RunContext:
         data: Any,
         on_notice: Callable[[str], None] | None = None,
         described: dict[str, Any] | None = None,
-        own: OwnTraining | None = None,
+        script: ScriptObjects = ScriptObjects(),
     ) -> None:
         self.config, self.data = config, data
         self.on_notice = on_notice
@@ -96,14 +96,14 @@ class RunContext:
         self._clients: dict[int, Reader] = {}
         self._frozen: tuple[tuple[Any, ...], Any] = (), None  # the vectors of a frozen network, and the network
         self._initial_buffers: Message | None = None
-        self._described, self.own = described, own
+        self._described, self.script = described, script
         self._init: Mapping[str, Tensor] | None = None
         self.unfit = ""
         self.teachers = None if config.teachers is None else Teachers(config.teachers)
         self.uploaded: list[Message] = []  # every client's raw data, for a pooled method
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RunContext, (self.config, self.data, None, self.described, self.own), {"disclosure": self.disclosure}
+        return RunContext, (self.config, self.data, None, self.described, self.script), {"disclosure": self.disclosure}
 
     def _federation(self) -> Federation:
         splits = self.data.clients
@@ -215,7 +215,7 @@ class RunContext:
         A user's network or loop may draw from global generators (dropout).  They begin anew at a word of the node's own
         stream, so that the bits depend neither on the number of workers nor on an interruption.
         """
-        if self.own is None and not any(isinstance(entry.make, models.Own) for entry in self.added_models):
+        if not self.script.functions and not any(isinstance(entry.make, models.Own) for entry in self.added_models):
             return nullcontext()
         return seeded(int(node.rng("layers", phase).integers(2**63)), self.device)
 

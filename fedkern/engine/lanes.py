@@ -35,7 +35,7 @@ def lanes(context: RunContext, method: Any) -> int:
     nor a generator that clients share is drawn on.
     """
     graphs, config, kind = context.graphs, context.config, type(method)
-    if graphs is None or graphs.off or not graphs.lasting() or context.own is not None or context.teachers is not None:
+    if graphs is None or graphs.off or not graphs.lasting() or context.script.functions or context.teachers is not None:
         return 1
     if config.buffers == "local" or config.keeps_parts or config.optimizer_state == "keep" or context.added_models:
         return 1

@@ -16,50 +16,14 @@ from fedkern.data.sources.items import cause
 from fedkern.engine import initial_weights, serving
 from fedkern.engine.context import RunContext
 from fedkern.engine.items import ItemReader
-from fedkern.errors import RAISED, UserError, origin, shown
+from fedkern.errors import RAISED, UserError, origin
 from fedkern.methods import registry
 from fedkern.models import MODELS, Own
 from fedkern.models.cutting import find_head
-from fedkern.models.own import check_module, check_output, digest, seeded
+from fedkern.models.own import check_output, digest, seeded
 from fedkern.models.registry import unknown
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.own import inner
-
-INSTANCE = "module:"
-"""Beginning of the name of a network that is given as a module."""
-
-
-def of_module(config: RunConfig, module: nn.Module) -> RunConfig:
-    """The settings of a run whose network is a module that a script made.
-
-    Raises:
-        UserError: the module cannot be trained, or cannot be copied.
-    """
-    name = f"{INSTANCE}{type(module).__name__}"
-    if isinstance(module, type):
-        raise UserError(
-            f"model must be an object, not the class {module.__name__}: make one, or name the code as a text, "
-            f'"FILE.py:{module.__name__}".'
-        )
-    if not isinstance(module, nn.Module):
-        raise UserError(f"model must be an nn.Module or the name of a network, not {shown(module)}.")
-    check_module(module, name)
-    return config.replace(model=name, width=None)
-
-
-def check_given(stored: RunConfig, module: nn.Module | None, out: Path, own: Any = None) -> None:
-    """Raises UserError where a stored run needs a module or a function that only a script has."""
-    if stored.model.startswith(INSTANCE) and module is None:
-        raise UserError(
-            f"The run in {out} trains a module that a script made ({stored.model.removeprefix(INSTANCE)}): go on with "
-            "it in Python, fedkern.load(DIR, model=MODULE).resume()."
-        )
-    if stored.training is not None and own is None:
-        name = "train" if stored.training.startswith("train ") else "optimizer"
-        raise UserError(
-            f"The run in {out} trains with a script's own {stored.training}: go on with it in Python, "
-            f"fedkern.load(DIR, {name}=FUNCTION).resume()."
-        )
 
 
 def settled(

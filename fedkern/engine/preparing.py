@@ -9,16 +9,16 @@ from typing import Any
 
 from fedkern.data.identity import of_memory
 from fedkern.data.sources.items import unsteady
-from fedkern.engine import asynchronous, own_model, own_training
+from fedkern.engine import asynchronous, own_model
 from fedkern.engine.client import Client
 from fedkern.engine.client_privacy import ClientPrivacy
 from fedkern.engine.clients import check_teachers
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors import torchrun_group
 from fedkern.engine.hooks import Hooks, MethodCode
-from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.participation import Participation
 from fedkern.engine.progress import Progress
+from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.server import Server
 from fedkern.engine.store import predictions as predictions_file
 from fedkern.engine.store.resuming import check_settings, with_identity
@@ -95,11 +95,11 @@ def with_data(
     config: RunConfig,
     data: Any,
     notice: Callable[[str], None],
-    own: OwnTraining | None,
-    *,
+    script: ScriptObjects,
     stored: RunConfig | None,
     entry: dict[str, Any] | None,
     out: Path,
+    *,
     known: bool,
 ) -> RunContext:
     """The context of a run: its data, and its settings with all that data, network and functions decide.
@@ -108,7 +108,7 @@ def with_data(
         config: the settings; ``MODELS`` has the network.
         data: federated data; None: those that the settings name are loaded.
         notice: told what the user should know of the data and the network.
-        own: functions that the user trains with.
+        script: the objects that a script gives.
         stored: the settings of the run that is resumed, or None.
         entry: the checkpoint that the run goes on from, or None.
         out: the run folder.
@@ -131,16 +131,16 @@ def with_data(
     if stored is not None:
         check_settings(config, stored, out)
     check_data(config, data)
-    if (data.form.lacks or own is not None) and torchrun_group.place() is not None:
+    if (data.form.lacks or script.functions) and torchrun_group.place() is not None:
         raise UserError(
             "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's other "
             "ranks have none: start the script without torchrun, with workers=N."
         )
     config, data, changed = own_model.settled(config, data, stored, out, known)
-    config = own_training.settled(RunContext(config, data), own, stored, out)
+    config = script.settled(RunContext(config, data), stored, out)
     for sentence in (*caveats(data), *changed):
         notice(sentence)
-    return RunContext(config, data, notice, own=own)
+    return RunContext(config, data, notice, script=script)
 
 
 def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, predictions: bool) -> Prepared:

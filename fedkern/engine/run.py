@@ -8,25 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from fedkern.engine import own_model, own_training
 from fedkern.engine.executors.choice import Remote, executor_of
 from fedkern.engine.executors.fork_server import own_fork_server
 from fedkern.engine.executors.workers import setup_of
 from fedkern.engine.loop import Loop
 from fedkern.engine.order import filters_of, parts_of, restore, states_of
-from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.parts.base import Part
 from fedkern.engine.preparing import Prepared, prepare, with_data
 from fedkern.engine.run_objects import opened
+from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.resuming import changes, check_place, finished_summary, repairs, resumed_settings
 from fedkern.engine.store.run_folder import check_vacant, keep_settings, writing
 from fedkern.engine.uploads.filters import Filter
 from fedkern.listeners.events import Listener
 from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.models import available
-from fedkern.models.own import unwrapped
 from fedkern.models.precision import computing
 from fedkern.process.allocator import keep_freed_memory
 from fedkern.process.interrupts import in_order
@@ -44,8 +40,7 @@ def run(
     trusted: Collection[str] = (),
     profile: bool = False,
     predictions: bool = False,
-    model: nn.Module | None = None,
-    own: OwnTraining | None = None,
+    script: ScriptObjects = ScriptObjects(),
     remote: Remote | None = None,
     check: Callable[[RunConfig], None] | None = None,
 ) -> dict[str, Any]:
@@ -68,9 +63,7 @@ def run(
         data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe them.
         trusted: code that a resumed run may import, such as ``["python:MODULE:NAME"]`` or the name of a plugin; any
             other code that the run folder names is refused.
-        model: the run's network, instead of ``config.model``: a module whose weights are the initial weights.  It is
-            copied.  A resumed run needs it again.
-        own: functions that the user trains with; a resumed run needs them again.
+        script: network and functions that a script gives; a resumed run needs them again.
         profile: write a trace of one round to ``out/profile.json.gz``: the second round that is played, or the only
             one.  All clients of that round work in this process.
         predictions: write the final network's answer to every test image to ``out/predictions.csv`` (classification).
@@ -88,10 +81,7 @@ def run(
     """
     out = Path(out)
     with closing(ListenerGroup(listener or Listener())) as listeners, reproducible():
-        own_training.check_method(config, own)
-        if model is not None:
-            model = unwrapped(model)
-            config = own_model.of_module(config, model)
+        config = script.described(config)
         stored = entry = None
         if resume:
             config, stored, entry = resumed_settings(config, out, trusted)
@@ -100,18 +90,16 @@ def run(
                 listeners.on_end(finished)
                 return finished
             check_place(stored, entry, config.device, out, trusted, remote=remote is not None)
-            own_model.check_given(stored, model, out, own)
+            script.check_given(stored, out)
         else:
             check_vacant(out)
         keep_freed_memory()
         with (
             cpu_threads(config.threads), in_order(), computing(config.precision), current_gpu(config.device),
-            available(config.model, model),
+            available(config.model, script.network),
         ):  # fmt: skip
             known = data is None or remote is None
-            context = with_data(
-                config, data, listeners.on_notice, own, stored=stored, entry=entry, out=out, known=known
-            )
+            context = with_data(config, data, listeners.on_notice, script, stored, entry, out, known=known)
             if check is not None:
                 check(context.config)
             prepared = prepare(context, known=known, begun=entry is not None, profile=profile, predictions=predictions)

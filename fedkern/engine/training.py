@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.engine.captured import Graphs, Outcome, Play, replayable
 from fedkern.engine.network import Network, Part, Trainable
-from fedkern.engine.own_training import clip, own_stepper
+from fedkern.engine.own_optimizer import clip, own_stepper
 from fedkern.engine.reader import Reader, batch_plan
 from fedkern.errors import UserError
 from fedkern.messages.leaves import mapped

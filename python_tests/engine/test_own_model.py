@@ -24,6 +24,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.executors.fork_server import ForkServer
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run
+from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.extending import extend
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
@@ -220,7 +221,7 @@ class Wrong(nn.Module):
 )
 def test_logits_are_looked_at_before_anything_is_written(give, said, make_config, make_data, tmp_path):
     with pytest.raises(UserError, match=said):
-        run(make_config(), out=tmp_path / "run", data=make_data(), model=Wrong(give))
+        run(make_config(), out=tmp_path / "run", data=make_data(), script=ScriptObjects(Wrong(give)))
     assert not list(tmp_path.iterdir())
 
 
@@ -241,7 +242,7 @@ def test_a_module_begins_with_its_own_weights_and_is_not_changed(make_config, ma
     module = Staged()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     config = make_config(lr=1e-12, momentum=0, rounds=1)
-    summary = run(config, out=tmp_path, data=make_data(), model=module)
+    summary = run(config, out=tmp_path, data=make_data(), script=ScriptObjects(module))
     assert summary["model"] == "module:Staged"
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     for name, value in saved(tmp_path).items():
@@ -256,28 +257,28 @@ def test_a_module_begins_with_its_own_weights_and_is_not_changed(make_config, ma
 
 def test_a_module_is_resumed_with_the_module(make_config, make_data, tmp_path):
     config, data, module = make_config(rounds=3), make_data(), Staged()
-    run(config, out=tmp_path / "whole", data=data, model=module)
+    run(config, out=tmp_path / "whole", data=data, script=ScriptObjects(module))
     with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, model=module, listener=KillAt("client", 4))
+        run(config, out=tmp_path / "cut", data=data, script=ScriptObjects(module), listener=KillAt("client", 4))
     with pytest.raises(UserError, match="go on with it in Python"):
         run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     with pytest.raises(UserError, match=r"module:Staged -> module:Plain"):
-        run(config, out=tmp_path / "cut", data=data, resume=True, model=Plain())
+        run(config, out=tmp_path / "cut", data=data, resume=True, script=ScriptObjects(Plain()))
     other = Staged()
     other[9] = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3))
     with pytest.raises(UserError, match="module:Staged has other parameters than when the run"):
-        run(config, out=tmp_path / "cut", data=data, resume=True, model=other)
+        run(config, out=tmp_path / "cut", data=data, resume=True, script=ScriptObjects(other))
     notices = Notices()
-    run(config, out=tmp_path / "cut", data=data, resume=True, model=module, listener=notices)
+    run(config, out=tmp_path / "cut", data=data, resume=True, script=ScriptObjects(module), listener=notices)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     assert not notices.said
 
 
 def test_other_initial_weights_are_said(make_config, make_data, tmp_path):
     with pytest.raises(Kill):
-        run(make_config(), out=tmp_path, data=make_data(), model=Staged(), listener=KillAt("round"))
+        run(make_config(), out=tmp_path, data=make_data(), script=ScriptObjects(Staged()), listener=KillAt("round"))
     notices = Notices()
-    run(make_config(), out=tmp_path, data=make_data(), resume=True, model=Staged(), listener=notices)
+    run(make_config(), out=tmp_path, data=make_data(), resume=True, script=ScriptObjects(Staged()), listener=notices)
     assert "module:Staged has other initial weights since the run" in notices.said[0]
 
 
@@ -286,7 +287,7 @@ def test_other_initial_weights_are_said(make_config, make_data, tmp_path):
 )
 def test_what_is_no_module_to_train(module, said, make_config, make_data, tmp_path):
     with pytest.raises(UserError, match=said):
-        run(make_config(), out=tmp_path / "run", data=make_data(), model=module)
+        run(make_config(), out=tmp_path / "run", data=make_data(), script=ScriptObjects(module))
     assert not (tmp_path / "run").exists()
 
 
@@ -384,7 +385,7 @@ def compared(config, data, folder, **more):
 def test_workers_give_the_same_bits(kind, file, own, make_data, tmp_path, forked):
     config, more = own("fedgid", model=f"{file}:Staged"), {}
     if kind == "module":
-        config, more = own(), {"model": Staged()}
+        config, more = own(), {"script": ScriptObjects(Staged())}
     if kind == "registered":
         register_model("mine")(Staged)
         config = own(model="mine")
@@ -403,7 +404,7 @@ def test_a_module_of_main_works_in_forked_workers_of_one_thread(own, make_data, 
 
     Here.__module__ = "__main__"
     config = own(workers="2", threads=threads, client_threads=threads)
-    summary = run(config, out=tmp_path / "2", data=make_data(), model=Here())
+    summary = run(config, out=tmp_path / "2", data=make_data(), script=ScriptObjects(Here()))
     said = summary["diagnostics"].get("no-workers", "")
     assert ("Here, which is defined in __main__, cannot be sent" in said) is (threads > 1)
     assert len(forked) == (2 if threads == 1 else 0)
@@ -424,7 +425,7 @@ def test_initial_weights_of_a_file(weights, own, make_data, tmp_path):
     module.load_state_dict(load_file(weights))
     config = own(init=str(weights), rounds=3)
     run(config, out=tmp_path / "run", data=make_data())
-    run(own(rounds=3), out=tmp_path / "same", data=make_data(), model=module)
+    run(own(rounds=3), out=tmp_path / "same", data=make_data(), script=ScriptObjects(module))
     run(own(rounds=3), out=tmp_path / "other", data=make_data())
     found = [saved(tmp_path / name)["0.weight"] for name in ("run", "same", "other")]
     assert torch.equal(found[0], found[1])
@@ -565,7 +566,9 @@ def test_a_run_takes_an_accelerated_network_as_it_is_written(make_data, make_con
     plain, network = Staged(), fedkern.accelerate(Staged())
     network.load_state_dict(plain.state_dict())
     for name, model, workers in (("plain", plain, "1"), ("one", network, "1"), ("two", network, "2")):
-        run(make_config(width=None, workers=workers), out=tmp_path / name, data=make_data(), model=model)
+        run(
+            make_config(width=None, workers=workers), out=tmp_path / name, data=make_data(), script=ScriptObjects(model)
+        )
     expected = saved(tmp_path / "plain")
     for name in ("one", "two"):
         assert all(torch.equal(value, expected[key]) for key, value in saved(tmp_path / name).items())
@@ -683,7 +686,7 @@ def test_one_warning_names_the_state_that_a_network_keeps_in_python(
         monkeypatch.delitem(sys.modules, file.stem, raising=False)
         kind = importlib.import_module(file.stem).Net
         if source == "module":
-            given = {"model": kind(3, 3)}
+            given = {"script": ScriptObjects(kind(3, 3))}
             settings = {"model": "mine"}
         else:
             monkeypatch.setitem(MODELS, "remembering", None)

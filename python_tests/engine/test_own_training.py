@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fedkern
-from fedkern.engine.own_training import OwnTraining
 from fedkern.engine.run import run
+from fedkern.engine.script_objects import ScriptObjects
 from fedkern.errors import ClientFailed, UserError
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS
@@ -47,7 +47,7 @@ def adam(parameters):
     return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
 
 
-OWN = OwnTraining(train=loop)
+OWN = ScriptObjects(train=loop)
 
 
 def weights(out):
@@ -61,10 +61,10 @@ def same(one, two):
 
 @pytest.fixture
 def played(make_config, make_data, tmp_path):
-    def play(name, method="fedavg", own=None, model=None, **settings):
-        network = {} if model is None else {"width": None}
-        run(make_config(method, **{**HOW, **network, **settings}), out=tmp_path / name, data=make_data(), own=own,
-            model=model)  # fmt: skip
+    def play(name, method="fedavg", script=ScriptObjects(), **settings):
+        network = {} if script.network is None else {"width": None}
+        config = make_config(method, **{**HOW, **network, **settings})
+        run(config, out=tmp_path / name, data=make_data(), script=script)
         return tmp_path / name
 
     return play
@@ -84,20 +84,21 @@ def played(make_config, make_data, tmp_path):
 def test_a_loop_like_fedavg_has_its_bits(settings, kind, played):
     torch.manual_seed(0)
     model = None if kind == "cnn" else kind()
-    same(played("fedavg", model=model, **settings), played("own", own=OWN, model=model, **settings))
+    scripts = {"fedavg": ScriptObjects(model), "own": ScriptObjects(model, loop)}
+    same(*(played(name, script=script, **settings) for name, script in scripts.items()))
 
 
 def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_data, played, tmp_path):
-    expected = played("one", own=OWN, workers="1")
-    assert outcome(expected)[0] == outcome(played("two", own=OWN, workers="2"))[0]
+    expected = played("one", script=OWN, workers="1")
+    assert outcome(expected)[0] == outcome(played("two", script=OWN, workers="2"))[0]
     with pytest.raises(Kill):
-        run(make_config(**HOW), out=tmp_path / "cut", data=make_data(), own=OWN, listener=KillAt("round", 1))
+        run(make_config(**HOW), out=tmp_path / "cut", data=make_data(), script=OWN, listener=KillAt("round", 1))
     stored = load_settings(tmp_path / "cut")
     with pytest.raises(UserError, match=r"trains with a script's own train function loop: go on with it in Python"):
         run(stored, out=tmp_path / "cut", data=make_data(), resume=True)
     with pytest.raises(UserError, match=r"began with train function loop, and the code given now \(SGD\(lr=0.05"):
-        run(stored, out=tmp_path / "cut", data=make_data(), resume=True, own=OwnTraining(optimizer=sgd))
-    run(stored, out=tmp_path / "cut", data=make_data(), resume=True, own=OWN)
+        run(stored, out=tmp_path / "cut", data=make_data(), resume=True, script=ScriptObjects(optimizer=sgd))
+    run(stored, out=tmp_path / "cut", data=make_data(), resume=True, script=OWN)
     assert outcome(tmp_path / "cut") == outcome(expected)
 
 
@@ -126,6 +127,7 @@ def test_python_s_words(known, tmp_path):
     same(again.out, whole.out)
     with pytest.raises(UserError, match="go on with it in Python"):
         fedkern.load(tmp_path / "loop", data=known()).extend(2)
+    assert len(found.extend(2, progress=False, pictures=False).history) == 2  # with the objects that it had
     with pytest.raises(
         UserError, match=r"model must be the module that the run trains, not 'net.pt': the trained weig"
     ):
@@ -140,7 +142,7 @@ def test_what_is_frozen_stays_as_it_is(played):
     model[0].requires_grad_(False)
     model[1].requires_grad_(False)
     model[1].running_mean.normal_()
-    first, found = played("fedavg", model=model), played("own", own=OwnTraining(train=loop), model=model)
+    first, found = played("fedavg", script=ScriptObjects(model)), played("own", script=ScriptObjects(model, loop))
     for name, value in model.state_dict().items():
         if name.startswith(("0.", "1.")):
             assert torch.equal(weights(found)[name], value), name
@@ -202,14 +204,14 @@ def diverging(model, client):
 )
 def test_a_wrong_loop_is_one_sentence(train, said, played):
     with pytest.raises((ClientFailed, UserError), match=said):
-        played("run", own=OwnTraining(train=train))
+        played("run", script=ScriptObjects(train=train))
 
 
 def test_a_diverging_client_is_skipped(played):
     def first_fails(model, client):
         (diverging if client.id == 0 else loop)(model, client)
 
-    found = played("run", own=OwnTraining(train=first_fails), on_nan="skip")
+    found = played("run", script=ScriptObjects(train=first_fails), on_nan="skip")
     assert json.loads((found / "summary.json").read_text())["rounds"] == 3
 
 
@@ -260,7 +262,7 @@ def test_a_method_that_changes_only_its_server_takes_a_loop(known, tmp_path):
 
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "scaffold", "feddyn", "moon", "fedgid", "fml"])
 def test_torch_s_sgd_has_the_bits_of_the_built_in_one(method, played):
-    same(played("in", method), played("own", method, own=OwnTraining(optimizer=sgd)))
+    same(played("in", method), played("own", method, script=ScriptObjects(optimizer=sgd)))
 
 
 def test_the_run_s_schedule_multiplies_the_rates(played):
@@ -268,7 +270,7 @@ def test_the_run_s_schedule_multiplies_the_rates(played):
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.5)
 
     how = {"lr_steps": "1,3", "lr_step_factor": 0.5, "clip_norm": 0.1}
-    one, two = played("in", **how), played("own", own=OwnTraining(optimizer=half), **how)
+    one, two = played("in", **how), played("own", script=ScriptObjects(optimizer=half), **how)
     for name, value in weights(one).items():
         torch.testing.assert_close(weights(two)[name], value, rtol=1e-5, atol=1e-6)
 
@@ -280,18 +282,18 @@ def test_the_run_s_schedule_multiplies_the_rates(played):
 )
 def test_a_kept_state_goes_on_in_the_next_round(factory, settings, played, make_config, make_data, tmp_path):
     keep = {**settings, "optimizer_state": "keep"}
-    built_in, own = played("in", **keep), played("own", own=OwnTraining(optimizer=factory), **keep)
+    built_in, own = played("in", **keep), played("own", script=ScriptObjects(optimizer=factory), **keep)
     fresh = weights(played("fresh", **settings))
     for name, value in weights(built_in).items():
         torch.testing.assert_close(weights(own)[name], value, rtol=1e-4, atol=1e-6)
     assert any(not torch.equal(weights(built_in)[name], fresh[name]) for name in fresh)
-    for name, given in (("in", None), ("own", OwnTraining(optimizer=factory))):
+    for name, given in (("in", ScriptObjects()), ("own", ScriptObjects(optimizer=factory))):
         config, cut = make_config(**{**HOW, **keep}), tmp_path / f"cut-{name}"
         with pytest.raises(Kill):
-            run(config, out=cut, data=make_data(), own=given, listener=KillAt("round", 2))
-        run(load_settings(cut), out=cut, data=make_data(), own=given, resume=True)
+            run(config, out=cut, data=make_data(), script=given, listener=KillAt("round", 2))
+        run(load_settings(cut), out=cut, data=make_data(), script=given, resume=True)
         assert outcome(cut) == outcome(tmp_path / name)
-        assert outcome(played(f"two-{name}", own=given, workers="2", **keep))[0] == outcome(cut)[0]
+        assert outcome(played(f"two-{name}", script=given, workers="2", **keep))[0] == outcome(cut)[0]
 
 
 def test_kept_states_cost_the_secrecy_of_draws(played):

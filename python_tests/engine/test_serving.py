@@ -15,6 +15,7 @@ import fedkern
 from fedkern.deferred import calls
 from fedkern.deferred.calls import _Root
 from fedkern.engine.run import run
+from fedkern.engine.script_objects import ScriptObjects
 from fedkern.listeners import Listener
 from fedkern.ops._core import backend
 from fedkern.report.live.progress import headline
@@ -79,7 +80,7 @@ def guest(kind, seed=0):
 def played(make_config, make_data, tmp_path):
     def play(name, kind=Guest, method="fedavg", **settings):
         config = make_config(method, width=None, lr=0.05, **settings)
-        run(config, out=tmp_path / name, data=make_data(), model=guest(kind))
+        run(config, out=tmp_path / name, data=make_data(), script=ScriptObjects(guest(kind)))
         return tmp_path / name
 
     return play
@@ -116,7 +117,13 @@ def test_the_header_says_it(make_config, make_data, tmp_path):
             told.extend(headline(run))
 
     told = []
-    run(make_config(width=None), out=tmp_path / "run", data=make_data(), model=guest(Guest), listener=Headed())
+    run(
+        make_config(width=None),
+        out=tmp_path / "run",
+        data=make_data(),
+        script=ScriptObjects(guest(Guest)),
+        listener=Headed(),
+    )
     assert "module:Guest: served 2 of 2 convolutions" in told
 
 
@@ -151,10 +158,12 @@ def test_the_same_bits_in_workers_and_after_a_kill(played, make_config, make_dat
     expected = played("one", workers="1", rounds=3)
     assert equal(expected, played("two", workers="2", rounds=3))
     with pytest.raises(Kill):
-        run(make_config(width=None, lr=0.05, rounds=3), out=tmp_path / "cut", data=make_data(), model=guest(Guest),
-            listener=KillAt("round", 1))  # fmt: skip
+        run(
+            make_config(width=None, lr=0.05, rounds=3), out=tmp_path / "cut", data=make_data(),
+            script=ScriptObjects(guest(Guest)), listener=KillAt("round", 1),
+        )  # fmt: skip
     stored = load_settings(tmp_path / "cut")
-    run(stored, out=tmp_path / "cut", data=make_data(), model=guest(Guest), resume=True)
+    run(stored, out=tmp_path / "cut", data=make_data(), script=ScriptObjects(guest(Guest)), resume=True)
     assert outcome(tmp_path / "cut") == outcome(expected)
 
 

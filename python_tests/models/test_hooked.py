@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedkern.engine.run import run
+from fedkern.engine.script_objects import ScriptObjects
 from fedkern.errors import UserError
 from fedkern.models.hooked import Hooked, find_taps
 from fedkern.models.own import ItemNetwork, OwnNetwork
@@ -187,7 +188,7 @@ def test_a_method_has_the_result_of_the_sequence(method, given, network, make_da
         if method != "fedgid" and given and name == "parts":
             own = {"features": "9"}
         config = RunConfig.make(method, **how, **own)
-        run(config, out=tmp_path / name, data=make_data(), model=model)
+        run(config, out=tmp_path / name, data=make_data(), script=ScriptObjects(model))
     found, expected = (
         torch.cat([t.flatten().double() for t in _weights(tmp_path / name)]) for name in ("hooks", "parts")
     )

@@ -12,14 +12,12 @@ from torch import nn
 
 import fedkern
 from fedkern import ops
-from fedkern.engine.own_model import of_module
 from fedkern.errors import UserError
 from fedkern.models import MODELS, Ensemble, Own, OwnNetwork, StagedNetwork, available, build, grad_cam
 from fedkern.models.blocks import cut
-from fedkern.models.own import channels_last, level
+from fedkern.models.own import channels_last, check_module, level
 from fedkern.models.precision import computing, frozen
 from fedkern.models.weight_files import bare_names, load_by_name
-from fedkern.settings.config import RunConfig
 from fedkern.usercode import named_code
 
 SIZE = {"classes": 3, "channels": 3, "image_size": 16}
@@ -136,7 +134,7 @@ def test_wrapped_networks_are_refused(known, wrapper, deep):
             with pytest.raises(UserError, match=f"the model {name}{part} is wrapped in {wrapper}: give the module ins"):
                 build(name, **SIZE, seed=0)
     with pytest.raises(UserError, match=f"{part} is wrapped in {wrapper}: "):
-        of_module(RunConfig.make("fedavg"), network)
+        check_module(network, "module:Net")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])

@@ -44,7 +44,7 @@ def play(request: Request) -> int:
 def extended(request: Request) -> Request:
     """Gives the run more rounds; the request to go on with it."""
     from fedkern.data.registry import check_readable
-    from fedkern.engine.own_model import check_given
+    from fedkern.engine.script_objects import ScriptObjects
     from fedkern.engine.store.extending import extend
     from fedkern.methods import METHODS
     from fedkern.report.live.progress import terminal
@@ -53,7 +53,7 @@ def extended(request: Request) -> Request:
     out = folder(request)
     stored = load_settings(out, device="cpu")
     plugins.check_given(request.plugins, stored.plugins, out)
-    check_given(stored, None, out)  # before anything is moved
+    ScriptObjects().check_given(stored, out)  # before anything is moved
     check_readable(stored.data)
     before = {path.name for path in out.iterdir()}
     config = extend(out, request.arguments["rounds"])

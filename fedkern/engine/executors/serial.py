@@ -147,8 +147,7 @@ class Serial:
         except Diverged as problem:
             answer.problem = problem
         except RAISED as error:
-            own = self._context.own
-            code = type(self._handlers[asker]) if own is None or own.train is None else own.train
+            code = self._context.script.train or type(self._handlers[asker])
             answer.problem = ClientFailed.of(answer.client, error, code)
 
     def _beside(self, message: Message, upload: Any) -> Message:

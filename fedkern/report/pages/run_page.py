@@ -20,7 +20,7 @@ from fedkern.data import DATASETS, Split
 from fedkern.data.images.used_cache import remembered
 from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sources.arrays import NAME as ARRAYS
-from fedkern.engine.own_model import INSTANCE
+from fedkern.engine.script_objects import INSTANCE
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.artifacts import read as read_shown

@@ -1,0 +1,77 @@
+"""The steps of an optimiser that a user's factory makes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkern import ops
+from fedkern.errors import UserError, shown
+from fedkern.methods.terms import Terms
+from fedkern.tasks.own import explained
+
+
+def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser that a user's factory makes; raises UserError where it is none that a loop can step."""
+    with explained("optimizer", make):
+        found = make(parameters)
+    if not isinstance(found, torch.optim.Optimizer):
+        raise UserError(f"optimizer must return a torch.optim.Optimizer, not {shown(found)}.")
+    closure = inspect.signature(type(found).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(f"optimizer makes {type(found).__name__}, which evaluates a batch several times: take another.")
+    return found
+
+
+def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
+    """Scales vectors of gradients to a joint norm of at most ``largest`` (0: any); returns the norm, fp64 0-d."""
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in vectors]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    if largest:
+        for each in vectors:
+            each.mul_((largest / norm).clamp(max=1))
+    return norm
+
+
+def own_stepper(
+    network: Any, schedule: Any, terms: Terms | None, kept: Mapping[str, Any]
+) -> tuple[Callable[[float], ops.StepResult], Callable[[], dict[str, Any]]]:
+    """As `fedkern.engine.training.stepper`, with the optimiser of ``schedule.make``.
+
+    The method's terms are added to the gradients, which are then clipped, as `fedkern.ops.sgd_step` does; the learning
+    rates are the optimiser's, times the schedule's.
+    """
+    theta, gradients = network.parameters.detach(), network.gradients
+    vectors = network.gradient_vectors
+    optimizer = made(schedule.make, network.trained)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if kept:
+        state = {int(index): copy.deepcopy(values) for index, values in kept.items()}  # steps change what is loaded
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    @torch.no_grad()
+    def step(factor: float) -> ops.StepResult:
+        if terms is not None:
+            terms.add_to(gradients, theta)
+        norm = clip(vectors, schedule.clip_norm)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        optimizer.step()
+        for each in vectors:
+            each.zero_()
+        return ops.StepResult(torch.isfinite(norm), norm.square())
+
+    def held() -> dict[str, Any]:
+        found = optimizer.state_dict()["state"]
+        plain = (Tensor, int, float, str)
+        return {
+            str(index): {name: value for name, value in values.items() if isinstance(value, plain)}
+            for index, values in found.items()
+        }
+
+    return step, held

@@ -1,0 +1,148 @@
+"""Objects that only a script can give a run: a network, a training loop, a factory of optimisers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedkern.engine.own_optimizer import made
+from fedkern.errors import UserError, shown
+from fedkern.methods import registry
+from fedkern.methods.base import LocalTraining
+from fedkern.models.own import check_module, unwrapped
+from fedkern.settings.config import RunConfig
+from fedkern.usercode.code_digest import digest
+
+INSTANCE = "module:"
+"""Beginning of the name of a network that is given as a module."""
+_PARTS = ("client_update", "loss", "terms", "adjust_gradient", "draw", "prepare")
+"""What makes up a method's local training: a function replaces that of FedAvg, whatever the method's server does."""
+_UNREAD = {
+    "train": ("momentum", "weight_decay", "clip_norm", "fix_statistics", "optimizer", "optimizer_state"),
+    "optimizer": ("lr", "momentum", "weight_decay"),
+}
+"""Settings that a function takes the place of."""
+
+
+@dataclass(frozen=True)
+class ScriptObjects:
+    """Objects of a script beside settings and data; a run that goes on needs them again.
+
+    A loss, metrics and a collation of a script are in the task of the data.
+
+    Attributes:
+        network: the run's network, instead of the one that the settings name: a module whose weights are the initial
+            ones.  It is copied.
+        train: ``train(model, client)`` in place of a method's local training.
+        optimizer: ``optimizer(parameters)``, a factory for the run's loop.
+    """
+
+    network: nn.Module | None = None
+    train: Callable[[Any, Any], None] | None = None
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+
+    def __reduce__(self) -> Any:
+        return ScriptObjects, (None, self.train, self.optimizer)  # another process gets the network with its entry
+
+    @classmethod
+    def of(cls, network: Any, train: Any, settings: dict[str, Any]) -> ScriptObjects:
+        """The objects among the arguments of a run; takes a factory out of the ``settings``.
+
+        Raises:
+            UserError: a setting would be dropped, or ``train`` is no function.
+        """
+        optimizer = settings.pop("optimizer") if callable(settings.get("optimizer")) else None
+        if train is not None and not callable(train):
+            raise UserError(f"train must be a function of a model and a client, not {shown(train)}.")
+        what = "train" if train is not None else "optimizer" if optimizer is not None else ""
+        for name in _UNREAD.get(what, ()):
+            if settings.get(name) is not None or (name == "optimizer" and optimizer is not None):
+                raise UserError(f"{name} has no effect beside a function {what}, which decides it: set it there.")
+        return cls(None if isinstance(network, str) else unwrapped(network), train, optimizer)
+
+    @property
+    def functions(self) -> bool:
+        """Whether functions of the script train."""
+        return self.train is not None or self.optimizer is not None
+
+    def trained(self, model: nn.Module, client: Any) -> nn.Module:
+        """The model after ``train``, which trains it in place."""
+        assert self.train is not None
+        result: Any = self.train(model, client)
+        if result is not None and result is not model:
+            raise UserError(
+                f"train must return nothing, not {shown(result)}: what it leaves in the model that it was given is the "
+                'upload, and figures go into client.report["NAME"].'
+            )
+        return model
+
+    def described(self, config: RunConfig) -> RunConfig:
+        """The settings of a run with these objects.
+
+        Raises:
+            UserError: the functions would drop a part of the method, or the network cannot be trained or copied.
+        """
+        kind, usual = config.kind, registry.get("fedavg")
+        if self.functions and kind.promises(config.chosen):
+            raise UserError(f"{config.method} with differential privacy has an optimiser of its own: leave yours out.")
+        plain = issubclass(kind, LocalTraining) and all(getattr(kind, part) is getattr(usual, part) for part in _PARTS)
+        if self.train is not None and not plain:
+            raise UserError(
+                f"A train function would drop what {registry.short(config.method)} adds to local training: write a "
+                "class derived from it with a client_update (client.model, client.batches, client.upload), give an "
+                "optimizer factory instead, or take fedavg."
+            )
+        if self.network is None:
+            return config
+        name = f"{INSTANCE}{type(self.network).__name__}"
+        if isinstance(self.network, type):
+            raise UserError(
+                f"model must be an object, not the class {self.network.__name__}: make one, or name the code as a "
+                f'text, "FILE.py:{self.network.__name__}".'
+            )
+        if not isinstance(self.network, nn.Module):
+            raise UserError(f"model must be an nn.Module or the name of a network, not {shown(self.network)}.")
+        check_module(self.network, name)
+        return config.replace(model=name, width=None)
+
+    def check_given(self, stored: RunConfig, out: Path) -> None:
+        """Raises UserError where a stored run needs a module or a function that is not here."""
+        if stored.model.startswith(INSTANCE) and self.network is None:
+            raise UserError(
+                f"The run in {out} trains a module that a script made ({stored.model.removeprefix(INSTANCE)}): go on "
+                "with it in Python, fedkern.load(DIR, model=MODULE).resume()."
+            )
+        if stored.training is not None and not self.functions:
+            name = "train" if stored.training.startswith("train ") else "optimizer"
+            raise UserError(
+                f"The run in {out} trains with a script's own {stored.training}: go on with it in Python, "
+                f"fedkern.load(DIR, {name}=FUNCTION).resume()."
+            )
+
+    def settled(self, context: Any, stored: RunConfig | None, out: Path) -> RunConfig:
+        """The settings with what the functions are, in words and as a hash; an optimiser is made once to be tried.
+
+        Raises:
+            UserError: a factory makes no optimiser, or the run that is resumed began with other functions.
+        """
+        config: RunConfig = context.config
+        if not self.functions:
+            return config
+        if self.optimizer is None:
+            words = f"train function {getattr(self.train, '__qualname__', type(self.train).__name__)}"
+        else:
+            optimizer = made(self.optimizer, [each for each in context.build().parameters() if each.requires_grad])
+            values = {name: value for name, value in optimizer.defaults.items() if value not in (None, False)}
+            words = f"{type(optimizer).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+        sha = digest(train=self.train, optimizer=self.optimizer)
+        if stored is not None and stored.training_sha256 != sha:
+            raise UserError(
+                f"The run in {out} began with {stored.training or 'no functions'}, and the code given now ({words}) is "
+                "another: give the same train or optimizer, or start a new run."
+            )
+        return config.replace(training=words, training_sha256=sha)
