@@ -23,7 +23,7 @@ from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Serve, Sit
 from fedkern.ops._conv.conv_norm import Settings, run, serving
 from fedkern.ops._conv.conv_pool import pooling, run_pooling
 from fedkern.ops._core.backend import intercepted
-from fedkern.ops._core.private_torch import may_be_transformed, saved_hooks
+from fedkern.ops._core.private_torch import functorch_active, saved_hooks
 
 M = TypeVar("M", bound=nn.Module)
 _KEYS = ("forward", "__reduce_ex__", "__deepcopy__")
@@ -189,7 +189,7 @@ def _plain(found: Any) -> Any:
 
 def _watched(module: nn.Module) -> bool:
     """Whether something looks at the layers of a network, or takes their operations apart."""
-    if torch.compiler.is_compiling() or intercepted() or may_be_transformed() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or intercepted() or functorch_active() or torch.is_autocast_enabled("cpu"):
         return True
     if any(GLOBAL_HOOKS) or torch.jit.is_tracing() or saved_hooks(True) is not None:
         return True
@@ -233,7 +233,7 @@ class _Conv(_Served):
         node: Node | None = x.__dict__["node"] if type(x) is Pending else None
         layer = None if node is None and type(x) is not Tensor else convolution(self.module)
         serves = layer is not None and self._serves(layer, shape_of(x)) and not torch.is_autocast_enabled("cpu")
-        if layer is None or not serves or may_be_transformed() or saved_hooks(True) is not None:
+        if layer is None or not serves or functorch_active() or saved_hooks(True) is not None:
             return self.written(x if node is None else value(node))
         if node is not None:
             x = value(node, dense=False)

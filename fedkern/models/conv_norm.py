@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedkern.deferred.layers import GLOBAL_HOOKS, PARAMETERS, convolution, hooked
 from fedkern.ops._conv.conv_norm import Settings, run, serving
 from fedkern.ops._core.layout import normed
-from fedkern.ops._core.private_torch import may_be_transformed
+from fedkern.ops._core.private_torch import functorch_active
 
 _POOL = attrgetter("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 _SERVED_POOL = (2, 2, 0, 1, False, False)
@@ -155,6 +155,6 @@ class ConvNorm(nn.Module):
         Args:
             residual: ``[B, channels_out, H, W]``, added before the ReLU.
         """
-        if type(x) is Tensor and not may_be_transformed():  # vmap and FusedBlocks know no memory formats
+        if type(x) is Tensor and not functorch_active():  # vmap and FusedBlocks know no memory formats
             x = x.contiguous(memory_format=torch.channels_last)
         return run_conv_norm(x, self.conv, self.norm, self.relu, self.pool, residual)

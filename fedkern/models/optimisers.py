@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.private_torch import foreach_add, foreach_add_, fused_adam
+from fedkern.ops._core.private_torch import foreach_add, foreach_add_, fused_adam, fused_adamw
 
 EPSILON = 1e-8
 
@@ -106,7 +106,7 @@ class Adam(_Optimiser):
     ) -> None:
         super().__init__(parameters, lr)
         self._betas, self._decay = betas, weight_decay
-        self._fused = fused_adam(decoupled)
+        self._fused = fused_adamw if decoupled else fused_adam
 
     @torch.no_grad()
     def step(self) -> None:

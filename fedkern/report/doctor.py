@@ -171,7 +171,7 @@ def collect() -> dict[str, Any]:
     """Everything that :func:`show` prints, as JSON-ready values."""
     import torch
 
-    from fedkern.ops._core import loading, private_torch
+    from fedkern.ops._core import loading
 
     rows, forced, problem = operators()
     found, reason = gpus()
@@ -180,7 +180,6 @@ def collect() -> dict[str, Any]:
         "cpu": processor(),
         "stale": loading.stale_cores(),
         "threads": threads(),
-        "torch": private_torch.PROBLEM,
         "cuda": {
             "torch": torch.version.cuda,
             "hip": torch.version.hip,
@@ -243,8 +242,6 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
         )
     add("torch is built for", f"{build}; torch.cuda.is_available() is {cuda['available']}")
     add("CUDA core", cuda["core"])
-    if report["torch"]:
-        add("this torch", report["torch"])
     if report["forced_backend"] or report["problem"]:
         add("forced backend", report["forced_backend"] or f"none: {report['problem']}")
     console.print(facts)

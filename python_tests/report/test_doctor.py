@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedkern.ops._core import backend, loading, private_torch
+from fedkern.ops._core import backend, loading
 from fedkern.report import doctor
 
 
@@ -161,13 +161,6 @@ def test_the_driver_that_the_cuda_core_needs_is_named(monkeypatch):
     assert doctor.cuda_core() == expected
     monkeypatch.undo()
     assert doctor.cuda_core() in " ".join(shown().split())
-
-
-def test_a_torch_that_has_changed_is_named(monkeypatch):
-    monkeypatch.setattr(private_torch, "PROBLEM", "kernels need what torch 9.0 lacks (torch._C._x)")
-    text = shown()
-    assert "this torch" in text
-    assert "cpu does not serve all operators: kernels need what torch 9.0 lacks" in " ".join(text.split())
 
 
 def test_a_gpu_is_shown(monkeypatch):

@@ -20,7 +20,7 @@ from fedkern.ops._core import library
 from fedkern.ops._core.backend import eager, readable, ready, select, serve
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
-from fedkern.ops._core.private_torch import may_be_transformed
+from fedkern.ops._core.private_torch import functorch_active
 
 
 def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
@@ -77,7 +77,7 @@ def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | T
         learnt = library.number_tensor(temperature).to(x.device)
     value = temperature if learnt is None else 0.0
     needs = [tensor is not None and tensor.requires_grad for tensor in (x, y, learnt)]
-    if may_be_transformed() or not (torch.is_grad_enabled() and any(needs)):
+    if functorch_active() or not (torch.is_grad_enabled() and any(needs)):
         return CONTRASTIVE(x, y, learnt, value)[0]
     return CONTRASTIVE_TRAINING(x, y, learnt, value, *needs)[0]
 

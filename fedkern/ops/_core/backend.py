@@ -46,7 +46,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 # Looked up once: on small tensors the checks around a kernel take longer than the kernel.
 _is_compiling = torch.compiler.is_compiling
 _jit_traces = private_torch.is_tracing
-_functorch_active = private_torch.may_be_transformed
+_functorch_active = private_torch.functorch_active
 _dispatch_modes = private_torch.dispatch_modes
 _function_modes = private_torch.function_modes
 _legacy_batched = private_torch.is_legacy_batched
@@ -305,25 +305,18 @@ def intercepted() -> bool:
 
 
 def reference_alone(operator: str) -> bool:
-    """True where only the reference serves: inside forward-mode AD, and with a torch that lacks what kernels need.
+    """True where only the reference serves: inside forward-mode AD.
 
     Forward-mode AD is ``torch.func.jvp`` and ``forward_ad.dual_level``.
 
     Raises:
         RuntimeError: another backend was forced.
     """
-    lacking = private_torch.PROBLEM
-    if not lacking and _forward_ad._current_level < 0:
+    if _forward_ad._current_level < 0:
         return False
     if not _is_compiling():
-        only_reference(operator, f"this torch, because {lacking}" if lacking else "forward-mode AD")
-        if lacking:
-            _tell_plain(lacking)
+        only_reference(operator, "forward-mode AD")
     return True
-
-
-def _tell_plain(why: object) -> None:
-    tell(f"plain PyTorch serves every operator, because {why}")
 
 
 def _lifting() -> str:
@@ -443,8 +436,6 @@ def _describe(tensor: Tensor) -> str:
 
 def _load(operator: str, backend: str) -> Any:
     key = (operator, backend)
-    if private_torch.PROBLEM:
-        raise Unsuited(private_torch.PROBLEM)
     if key not in _loaded:
         _loaded[key] = _kernels[operator][backend].load()
     return _loaded[key]
@@ -492,8 +483,8 @@ def _first(operator: str, device: str) -> tuple[str | None, tuple[Any, frozenset
         try:
             return name, (_load(operator, name), kernel.dtypes)
         except Unsuited as error:
-            if device == "cpu" or private_torch.PROBLEM:
-                _tell_plain(error)
+            if device == "cpu":
+                tell(f"plain PyTorch serves every operator, because {error}")
         except Unavailable:
             continue
     return None, (None, frozenset())

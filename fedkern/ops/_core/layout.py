@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkern.ops._core.private_torch import may_be_transformed
+from fedkern.ops._core.private_torch import functorch_active
 
 NARROW = 16
 """Input channels from which the gradient of a strided 1x1 convolution is safe.  With fewer, oneDNN's (torch 2.13, 2.14)
@@ -54,7 +54,7 @@ def group_normed(x: Tensor, groups: int, scale: Tensor, shift: Tensor, eps: floa
 
     Channels-last maps have no vmap in PyTorch 2.13, and where only scale and shift want a gradient it ends the process.
     """
-    transformed = not torch.compiler.is_compiling() and may_be_transformed()
+    transformed = not torch.compiler.is_compiling() and functorch_active()
     if not transformed and not torch.is_grad_enabled():
         return F.group_norm(x, groups, scale, shift, eps)
     y = F.group_norm(plain_strides(x), groups, scale, shift, eps)

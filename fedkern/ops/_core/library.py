@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend
-from fedkern.ops._core.private_torch import may_be_transformed, recording
+from fedkern.ops._core.private_torch import functorch_active, recording
 
 LIBRARY = torch.library.Library("fedkern", "DEF")
 
@@ -54,7 +54,7 @@ def register(
             operators through the functions that :func:`register` returned for them, since further transforms may be
             active around them.
         reference: the same computation in PyTorch's own operations.  Forward-mode AD runs through it, since a custom
-            operator would silently drop the tangents, and so does a torch that lacks what kernels need.
+            operator would silently drop the tangents.
 
     Returns:
         A function that calls the operator.  Under torch.func transforms it calls an ``autograd.Function`` around the
@@ -84,7 +84,7 @@ def register(
     def call(*arguments: Any) -> Any:
         if reference is not None and backend.reference_alone(name):
             return reference(*arguments)
-        transformed = not torch.compiler.is_compiling() and may_be_transformed()
+        transformed = not torch.compiler.is_compiling() and functorch_active()
         return function.apply(*arguments) if transformed else operator(*arguments)
 
     return call

@@ -1,10 +1,7 @@
 """What fedkern uses of torch that is not public, all in this file.
 
-torch may rename, drop or change such names in any release.  Where one is missing, every operator runs its reference
-(:data:`PROBLEM`), where torch itself takes care of gradients, transforms, modes and compilers; public calls in the
-names' places keep the rest running.  What would compute wrong numbers or read wrong memory if torch
-changed it is tried on tiny tensors at its first use: the table of tensors, a GPU's stream, oneDNN's convolutions,
-Adam's fused steps and the backward pass.
+Torch 2.11 to 2.15 have them all.  What would compute wrong numbers or read wrong memory if torch changed it is tried on
+tiny tensors at its first use: the table of tensors, a GPU's stream and oneDNN's convolutions.
 """
 
 from __future__ import annotations
@@ -14,51 +11,50 @@ import ctypes
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedkern.errors import UserError
 from fedkern.ops._core.loading import Unsuited, tell
 
 # The logger of the ONNX exporter's lines on packages that it has not found; under another name they are shown.
 ONNX_LOG = "torch.onnx._internal.exporter._registration"
-_missing: list[str] = []
 
 
-def _find(name: str, instead: Any) -> Any:
-    """``torch.<name>``; ``instead`` where torch has no such name, and then no kernel serves."""
+def _find(name: str) -> Any:
+    """``torch.<name>``.
+
+    Raises:
+        UserError: torch has no such name.
+    """
     try:
         return operator.attrgetter(name)(torch)
     except AttributeError:
-        _missing.append(name)
-        return instead
+        raise UserError(
+            f"fedkern uses torch.{name}, which torch {torch.__version__} lacks: install a torch from 2.11 to 2.15."
+        ) from None
 
 
-def _no(*_: Any) -> bool:
-    return False
-
-
-# The order in which attention on a GPU tries its kernels; torch says it by a context manager alone.
-
-sdp_order: Callable[[], list[int]] = getattr(torch._C, "_get_sdp_priority_order", list)
-set_sdp_order: Callable[[list[int]], Any] = getattr(torch._C, "_set_sdp_priority_order", _no)
+sdp_order: Callable[[], list[int]] = _find("_C._get_sdp_priority_order")
+set_sdp_order: Callable[[list[int]], Any] = _find("_C._set_sdp_priority_order")
+"""The order in which attention on a GPU tries its kernels; torch sets it by a context manager alone."""
 
 # Names that tell what is between a call and its tensors' memory.
 
-is_tracing: Callable[[], bool] = _find("_C._is_tracing", _no)
+is_tracing: Callable[[], bool] = _find("_C._is_tracing")
 """Whether ``torch.jit.trace`` is recording."""
 
-functorch_active: Callable[[], bool] = _find("_C._are_functorch_transforms_active", _no)
-"""Whether a torch.func transform is active; False where that cannot be told (see :data:`may_be_transformed`)."""
+functorch_active: Callable[[], bool] = _find("_C._are_functorch_transforms_active")
+"""Whether a torch.func transform is active."""
 
-dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", _no)
+dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack")
 """Number of active dispatch modes."""
 
-_function_modes: Callable[[], int] = _find("_C._len_torch_function_stack", _no)
-_function_mode: Callable[[int], Any] | None = getattr(torch._C, "_get_function_stack_at", None)
+_function_modes: Callable[[], int] = _find("_C._len_torch_function_stack")
+_function_mode: Callable[[int], Any] = _find("_C._get_function_stack_at")
 
 
 def function_modes() -> bool:
@@ -67,31 +63,27 @@ def function_modes() -> bool:
     A default device (``torch.set_default_device``, ``with torch.device(...)``) does not count: operators name the
     device of every tensor that they make.
     """
-    count = _function_modes()
-    if not count or _function_mode is None:
-        return bool(count)
-    return any(type(_function_mode(i)).__module__ != "torch.utils._device" for i in range(count))
+    return any(type(_function_mode(i)).__module__ != "torch.utils._device" for i in range(_function_modes()))
 
 
-is_legacy_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", _no)
+is_legacy_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor")
 """Whether ``is_grads_batched=True`` made a tensor."""
 
-is_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_batchedtensor", _no)
+is_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_batchedtensor")
 """Whether torch.func.vmap maps over a tensor."""
 
-unwrapped: Callable[[Tensor], Tensor] = _find("_C._functorch.get_unwrapped", lambda _: torch.ones(1))
-"""What a tensor holds that vmap maps over; what stands in is mapped over by nothing and has no tangent."""
+unwrapped: Callable[[Tensor], Tensor] = _find("_C._functorch.get_unwrapped")
+"""What a tensor holds that vmap maps over."""
 
-outlived: Callable[[Tensor], bool] = _find("_C._functorch.is_dead_tensor_wrapper", _no)
+outlived: Callable[[Tensor], bool] = _find("_C._functorch.is_dead_tensor_wrapper")
 """Whether a tensor outlived its torch.func transform.  Autograd and the dispatcher unwrap it; its pointer raises."""
 
-_level = _find("autograd.forward_ad._current_level", None)
-_NO_LEVEL = SimpleNamespace(_current_level=-1, unpack_dual=torch.autograd.forward_ad.unpack_dual)
-forward_ad: Any = _NO_LEVEL if _level is None else torch.autograd.forward_ad
+_find("autograd.forward_ad._current_level")
+forward_ad: Any = torch.autograd.forward_ad
 """torch.autograd.forward_ad; ``_current_level`` is -1 outside of forward-mode AD."""
 
 _guard, _included, _excluded = (
-    _find(f"_C.{name}", None)
+    _find(f"_C.{name}")
     for name in ("_ForceDispatchKeyGuard", "_dispatch_tls_local_include_set", "_dispatch_tls_local_exclude_set")
 )
 
@@ -111,59 +103,46 @@ def recording() -> Iterator[None]:
         yield
 
 
-saved_hooks: Callable[[bool], Any] = _find("_C._autograd._top_saved_tensors_default_hooks", lambda _: None)
+saved_hooks: Callable[[bool], Any] = _find("_C._autograd._top_saved_tensors_default_hooks")
 """The hooks of saved tensors that are active, as those of torch.utils.checkpoint; None without any."""
 
-WithoutTorchFunction: Any = _find("_C.DisableTorchFunctionSubclass", contextlib.nullcontext)
+WithoutTorchFunction: Any = _find("_C.DisableTorchFunctionSubclass")
 """A context in which subclasses of Tensor are taken as tensors."""
 
 
-# Names with a public call in their place.
-
-_apply = _find("_C._FunctionBase.apply", None)
+# Names that do what public ones do, with less around it.
 
 
 def apply_of(function: Any) -> Callable[..., Any]:
     """``apply`` of an ``autograd.Function`` without its search for transforms."""
-    return function.apply if _apply is None else super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply
 
 
-graph_is_retained: Callable[[], bool] = _find("_C._autograd._get_current_graph_task_keep_graph", lambda: True)
+graph_is_retained: Callable[[], bool] = _find("_C._autograd._get_current_graph_task_keep_graph")
 """Whether the backward pass under way may be repeated; True outside of one."""
 
-increment_version: Callable[[Sequence[Tensor]], None] = _find(
-    "_C._increment_version", torch.autograd.graph.increment_version
-)
+increment_version: Callable[[Sequence[Tensor]], None] = _find("_C._increment_version")
 """Takes several tensors; torch.autograd.graph.increment_version adds a check to each call."""
 
-flatten_dense: Callable[[Sequence[Tensor]], Tensor] = _find(
-    "_utils._flatten_dense_tensors", lambda tensors: torch.cat([tensor.reshape(-1) for tensor in tensors])
-)
+flatten_dense: Callable[[Sequence[Tensor]], Tensor] = _find("_utils._flatten_dense_tensors")
 """Joins contiguous tensors into one vector."""
 
+foreach_add: Callable[..., Sequence[Tensor]] = _find("_foreach_add")
+foreach_add_: Callable[..., None] = _find("_foreach_add_")
 
-def _add(tensors: Sequence[Tensor], others: Sequence[Tensor], *, alpha: float) -> list[Tensor]:
-    return [tensor.add(other, alpha=alpha) for tensor, other in zip(tensors, others, strict=True)]
+fused_adam: Callable[..., None] = _find("_fused_adam_")
+fused_adamw: Callable[..., None] = _find("_fused_adamw_")
+"""One step of many tensors, as torch.optim's with ``fused=True``."""
+
+_run_backward: Callable[..., Any] = _find("autograd.Variable._execution_engine.run_backward")
 
 
-def _add_(tensors: Sequence[Tensor], others: Sequence[Tensor] | float, *, alpha: float = 1) -> None:
-    all_: Sequence[Any] = others if isinstance(others, Sequence) else [others] * len(tensors)
-    for tensor, other in zip(tensors, all_, strict=True):
-        tensor.add_(other, alpha=alpha)
-
-
-foreach_add: Callable[..., Sequence[Tensor]] = _find("_foreach_add", _add)
-foreach_add_: Callable[..., None] = _find("_foreach_add_", _add_)
-
-PROBLEM = (
-    f"kernels need what torch {torch.__version__} lacks ({', '.join(f'torch.{name}' for name in _missing)})"
-    if _missing
-    else ""
-)
-"""Why no kernel may serve with this torch, or ""."""
-
-may_be_transformed: Callable[[], bool] = (lambda: True) if PROBLEM else functorch_active
-"""Whether a torch.func transform may be active: always where kernels cannot tell."""
+def backward(loss: Tensor) -> None:
+    """``loss.backward()``; of a scalar without the checks around the engine, which take 45 us of a training step."""
+    if type(loss) is Tensor and not loss.dim():
+        _run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    else:
+        Tensor.backward(loss)
 
 
 # What is tried at its first use, because with another meaning it would compute wrong numbers.
@@ -172,73 +151,6 @@ may_be_transformed: Callable[[], bool] = (lambda: True) if PROBLEM else functorc
 def _changed(name: str) -> str:
     """The end of a sentence that names what this torch has changed."""
     return f"torch.{name}, which torch {torch.__version__} lacks or has changed"
-
-
-def _adam(
-    decoupled: bool, parameters: Sequence[Tensor], gradients: Sequence[Tensor], means: Sequence[Tensor],
-    squares: Sequence[Tensor], largest: Sequence[Tensor], steps: Sequence[Tensor], *, lr: float, beta1: float,
-    beta2: float, weight_decay: float, eps: float, amsgrad: bool = False, maximize: bool = False,
-) -> None:  # fmt: skip
-    """One step of Adam or, with ``decoupled``, of AdamW by public calls, as ``torch._fused_adam_`` takes it.
-
-    Rounds otherwise than the fused step does.
-    """
-    for x, given, m, v, step in zip(parameters, gradients, means, squares, steps, strict=True):
-        count, gradient = step.item(), given
-        if decoupled:
-            x.mul_(1 - lr * weight_decay)
-        elif weight_decay:
-            gradient = gradient.add(x, alpha=weight_decay)
-        m.lerp_(gradient, 1 - beta1)
-        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        x.addcdiv_(m, v.sqrt().div_((1 - beta2**count) ** 0.5).add_(eps), value=-lr / (1 - beta1**count))
-
-
-def _steps_alike(*adams: Callable[..., None]) -> bool:
-    """Whether two functions do the same over two steps with weight decay."""
-    both = []
-    for step in adams:
-        x, m, v, count = (torch.full((1,), value, dtype=torch.float32, device="cpu") for value in (1, 0, 0, 0))
-        for gradient in (0.5, -2.0):
-            count += 1
-            step([x], [torch.full_like(x, gradient)], [m], [v], [], [count], lr=0.1, beta1=0.9, beta2=0.99,
-                 weight_decay=0.5, eps=1e-8, amsgrad=False, maximize=False)  # fmt: skip
-        both.append((x.item(), m.item(), v.item()))
-    return all(abs(a - b) < 1e-5 for a, b in zip(*both, strict=True))
-
-
-@functools.cache
-def fused_adam(decoupled: bool) -> Callable[..., None]:
-    """torch's fused step of Adam or, with ``decoupled``, of AdamW; public calls where this torch has another."""
-    name, plain = "_fused_adamw_" if decoupled else "_fused_adam_", functools.partial(_adam, decoupled)
-    fused: Callable[..., None] | None = getattr(torch, name, None)
-    with contextlib.suppress(Exception), torch.inference_mode(False), torch.no_grad():
-        if fused is not None and _steps_alike(fused, plain):
-            return fused
-    tell(f"slower public calls stand in for {_changed(name)}")
-    return plain
-
-
-@functools.cache
-def _engine() -> Callable[[Tensor], None]:
-    """The backward pass of a scalar; ``Tensor.backward`` where this torch has another engine."""
-    with contextlib.suppress(Exception), torch.inference_mode(False), torch.enable_grad():
-        run = torch.autograd.Variable._execution_engine.run_backward
-
-        def passes(loss: Tensor) -> None:
-            run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-        x = torch.ones((), dtype=torch.float32, device="cpu", requires_grad=True)
-        passes(3 * x)
-        if x.grad is not None and x.grad.item() == 3:
-            return passes
-    tell(f"slower public calls stand in for {_changed('autograd.Variable._execution_engine.run_backward')}")
-    return Tensor.backward
-
-
-def backward(loss: Tensor) -> None:
-    """``loss.backward()``; of a scalar without the checks around the engine, which take 45 us of a training step."""
-    (_engine() if type(loss) is Tensor and not loss.dim() else Tensor.backward)(loss)
 
 
 raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)

@@ -12,7 +12,7 @@ from fedkern.ops._core import backend
 from fedkern.ops._core.backend import eager, readable, ready, select
 from fedkern.ops._core.checks import check_device, check_floating
 from fedkern.ops._core.function import EagerFunction, saved_tensors
-from fedkern.ops._core.private_torch import may_be_transformed
+from fedkern.ops._core.private_torch import functorch_active
 from fedkern.ops._fuse.kernels import FuseKernels
 from fedkern.ops._fuse.library import FUSE
 from fedkern.ops._fuse.maps import wants_channels_last
@@ -92,7 +92,7 @@ def _dispatch(
     else:
         reference = fuse_mean_reference if mean else fuse_concat_reference
         if not eager(*features, *[vector for vector in (scale, shift) if vector is not None]):
-            if not torch.compiler.is_compiling() and may_be_transformed():
+            if not torch.compiler.is_compiling() and functorch_active():
                 # The operator has no batching rule for a list of mapped tensors; the reference's operations have one.
                 backend.only_reference(operator, "torch.func transforms")
                 return reference(features, scale, shift, relu)

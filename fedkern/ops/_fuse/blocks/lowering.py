@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.ops._core.memory import fresh
-from fedkern.ops._core.private_torch import may_be_transformed
+from fedkern.ops._core.private_torch import functorch_active
 from fedkern.ops._fuse.blocks import conv
 from fedkern.ops._fuse.blocks.folded import Folded
 from fedkern.ops._fuse.blocks.layers import FusedBatchNorm
@@ -229,7 +229,7 @@ class FoldedBlocks:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    if x.dim() != 4 or may_be_transformed():  # vmap does not support memory formats
+    if x.dim() != 4 or functorch_active():  # vmap does not support memory formats
         return x
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -253,7 +253,7 @@ def halved(x: Tensor) -> Tensor:
 def repeated(x: Tensor, branches: int) -> Tensor:
     """A shared map, repeated for every branch along the channels."""
     wide = x.unsqueeze(1).expand(x.shape[0], branches, *x.shape[1:])
-    if x.dim() == 4 and not may_be_transformed() and order_of(x) == 1:
+    if x.dim() == 4 and not functorch_active() and order_of(x) == 1:
         flat = x.permute(0, 2, 3, 1).repeat(1, 1, 1, branches)
         return flat.permute(0, 3, 1, 2)
     return wide.flatten(1, 2)
