@@ -215,12 +215,12 @@ def test_predictions_of_files_and_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("out", [3, None, ""])
-def test_what_is_no_folder_load_or_create(out):
+def test_what_is_no_folder_of_a_run(out):
     with pytest.raises(fedkern.UserError, match="out must be the path of a folder, not"):
         fedkern.load(out)
 
 
-def test_wrong_arguments_load_or_create_are_said():
+def test_wrong_arguments_of_a_run_are_said():
     run = fedkern.simulate("fedavg", rounds=1, out="run", **TINY)
     for call, said in (
         (lambda: run.evaluate(data=3), "data must be the name of a data set or FederatedData, not int"),

@@ -51,7 +51,7 @@ def test_a_docstring_names_no_private_package(module: str) -> None:
     assert [name for name, text in texts.items() if PRIVATE.search(text)] == []
 
 
-def test_events_load_or_create_come_from_a_public_place() -> None:
+def test_events_of_a_run_come_from_a_public_place() -> None:
     from fedkern import listeners
 
     assert {"Listener", "RunInfo"} <= set(listeners.__all__)

@@ -51,7 +51,7 @@ def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", run)
 
 
-def test_figures_load_or_create(tmp_path: Path) -> None:
+def test_figures_of_a_run(tmp_path: Path) -> None:
     found = study_downstream.figures(finished(tmp_path / "a"))
     assert len(found) == 2 * len(study_downstream.FIGURES)
     assert found["seen: R@1 image to text"] == 0.5

@@ -12,7 +12,7 @@ TINY = {
 }  # fmt: skip
 
 
-def test_measures_load_or_create(monkeypatch, capsys, tmp_path):
+def test_measures_of_a_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(many_clients, "SETTINGS", TINY)
     asked = {"method": "scaffold", "root": None, "rounds": 12, "out": str(tmp_path / "run"), "since": time.time()}
     assert many_clients.main(["--play", json.dumps(asked)]) == 0

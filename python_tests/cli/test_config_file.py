@@ -36,7 +36,7 @@ def test_a_file_of_another_method_gives_its_settings_but_no_options(tmp_path):
     assert (other.method, other.rounds, other.lr) == ("fedavg", 7, 0.2)
 
 
-def test_a_file_load_or_create_may_name_settings_without_effect(tmp_path):
+def test_a_file_of_a_run_may_name_settings_without_effect(tmp_path):
     config = RunConfig.make("fedavg", optimizer="adamw", local_steps=2)
     (tmp_path / "config.toml").write_text(config.to_toml())
     assert request.effective(flags.parse(["--config", "config.toml"])) == config

@@ -115,7 +115,7 @@ def test_a_schedule_over_all_rounds_is_told(result):
 @pytest.mark.parametrize(
     "flags", [["--tensorboard"], ["--wandb", "a/b"], ["--wandb=p", "--tensorboard", "--quiet"], []]
 )
-def test_the_trackers_load_or_create_follow_an_extended_one(flags, monkeypatch, tmp_path):
+def test_the_trackers_of_a_run_follow_an_extended_one(flags, monkeypatch, tmp_path):
     given = parse(["extend", "run", "--rounds", "9", *flags, "--workers", "2"])
     monkeypatch.setattr(extending, "extend", lambda out, rounds: RunConfig.make("fedavg", rounds=rounds))
     monkeypatch.setattr(extend, "load_settings", lambda *_, **__: RunConfig.make("fedavg"))

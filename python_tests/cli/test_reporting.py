@@ -16,7 +16,7 @@ TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model
         "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--rounds", "1"]  # fmt: skip
 
 
-def test_a_report_at_the_end_load_or_create_and_later(result, tmp_path):
+def test_a_report_at_the_end_of_a_run_and_later(result, tmp_path):
     out, _ = result("fedprox", *TINY, "--seed", "3", "--method-option", "mu=0.5", "--out", "run", "--report")
     assert "report:     run/report.html" in out
     text = (tmp_path / "run/report.html").read_text()

@@ -176,7 +176,7 @@ def test_a_run_without_networks_of_its_clients(make_config, data, attempt, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_networks_load_or_create_that_diverged(attempt, tmp_path):
+def test_networks_of_a_run_that_diverged(attempt, tmp_path):
     attempt(out="given", teachers=None)
     checkpoints = Checkpoints(tmp_path / "given")
     checkpoints.open()
@@ -204,7 +204,7 @@ def test_a_run_on_other_data_is_named(attempt, data, make_data, make_public, tmp
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["ccvr", "dense", "ensemble", "feddf"])
-def test_networks_load_or_create_are_as_good_as_those_trained_in_it(method, attempt, tmp_path):
+def test_networks_of_a_run_are_as_good_as_those_trained_in_it(method, attempt, tmp_path):
     """Bit for bit, with everything that comes after the training."""
     attempt("ensemble", out="given", teachers=None)
     summaries = [attempt(method, out=out, teachers=where) for out, where in (("trained", None), ("brought", "given"))]

@@ -55,7 +55,7 @@ def settings(root, method="fedavg", **more):
 
 
 @pytest.mark.parametrize("colour", ["rgb", pytest.param("grey", marks=pytest.mark.exhaustive)])
-def test_the_bits_load_or_create_in_memory(root, on_disk, tmp_path, monkeypatch, colour):
+def test_the_bits_of_a_run_in_memory(root, on_disk, tmp_path, monkeypatch, colour):
     config = settings(root, data_options={"colour": colour}, augment="crop-flip", client_test=0.2, public_samples=5)
     monkeypatch.setattr("fedkern.engine.evaluate.CPU_BATCH", 4)
     run(config, out=tmp_path / "memory")

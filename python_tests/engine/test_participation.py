@@ -236,7 +236,7 @@ def test_slow_clients_with_an_epsilon_are_refused(monkeypatch):
         RunConfig.make("fedavg", straggler_rate=0.1)
 
 
-def test_the_clock_load_or_create_and_the_shares_of_its_clients(make_data, make_config, tmp_path):
+def test_the_clock_of_a_run_and_the_shares_of_its_clients(make_data, make_config, tmp_path):
     config = make_config("fedavg", clients=4, rounds=4, straggler_rate=0.6, deadline=1.2, workers="2")
     run(config, out=tmp_path / "whole", data=make_data(SIZES))
     with pytest.raises(Kill):

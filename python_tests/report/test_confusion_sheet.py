@@ -115,7 +115,7 @@ def names(folder, data) -> list[str]:
     return [path.name for path in pictures.write_pictures(folder, data=data, model=torch.nn.Identity())]
 
 
-def test_the_picture_is_among_those_load_or_create(tmp_path, data):
+def test_the_picture_is_among_those_of_a_run(tmp_path, data):
     folder = make_run(tmp_path)
     assert names(folder, data) == ["accuracy.png", "confusion.png", "partition.png"]
     assert json.loads((folder / "pictures.json").read_text())["pictures"][1] == "confusion.png"

@@ -42,7 +42,7 @@ def test_flags_become_arguments(flags, words):
         ("go on with --resume DIR.", "go on with --resume DIR."),
     ],
 )
-def test_flags_become_keys_load_or_create_config(flags, words):
+def test_flags_become_keys_of_a_run_config(flags, words):
     with pytest.raises(UserError) as told, key_words():
         raise UserError(flags)
     assert str(told.value) == words

@@ -259,7 +259,7 @@ class Ranks:
         self.here.end_round()
 
     def close(self) -> None:
-        """Drops what waits to be packed; the other ranks end with the command (see `group.joined`)."""
+        """Drops what waits to be packed; the other ranks end with the command (see `torchrun_group.joined`)."""
         self._packer.clear()
 
 

@@ -355,7 +355,7 @@ def test_an_experimenters_figures_are_numbers(monkeypatch):
 
 
 @pytest.mark.parametrize("names", [None, ("x", "y")])
-def test_the_files_load_or_create(names, tmp_path):
+def test_the_files_of_a_run(names, tmp_path):
     context = Context(2, **SETTINGS)
     context.model_name, context.described = "cnn", {}
     facts = {"task": CLASSIFICATION, "form": FORM}

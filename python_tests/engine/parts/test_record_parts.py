@@ -95,7 +95,7 @@ def test_a_record_says_what_may_be_told(private, tmp_path):
     assert noted.timing.phases == {"train": 4.0}
 
 
-def test_what_records_do_at_the_end_load_or_create(tmp_path):
+def test_what_records_do_at_the_end_of_a_run(tmp_path):
     noted = Noted(tmp_path)
     noted.round(1)
     noted.log.dropped = [{"round": 1, "client": 0}]
@@ -359,7 +359,7 @@ def test_bytes_of_a_round_and_of_its_exchanges():
 
 
 @pytest.mark.parametrize("secret", [False, True])
-def test_bytes_load_or_create(secret):
+def test_bytes_of_a_run(secret):
     booked = Booked(secret=secret, wire={"up": 100} if secret else None)
     booked.ledger.book(1, "up", [0], phase=TRAIN)
     summary = Summary(nn.Identity())
@@ -417,7 +417,7 @@ def test_what_a_private_run_needs_before_it_releases_anything(draws, tmp_path):
     assert public.part.state() == {}
 
 
-def test_figures_load_or_create_with_private_clients(tmp_path):
+def test_figures_of_a_run_with_private_clients(tmp_path):
     kept, one, setup, summary = Kept(tmp_path), record(), record(-1), Summary(nn.Identity())
     kept.part.round_end(one)
     kept.part.round_end(setup)

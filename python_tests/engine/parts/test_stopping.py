@@ -206,7 +206,7 @@ def test_a_lost_network_of_the_best_round_is_named(data, make_config, tmp_path):
         run(load_settings(tmp_path), out=tmp_path, resume=True, data=data)
 
 
-def test_nothing_is_left_load_or_create_that_cannot_look(data, make_config, tmp_path):
+def test_nothing_is_left_of_a_run_that_cannot_look(data, make_config, tmp_path):
     none = dataclasses.replace(data, validation=data.validation.subset(torch.zeros(0, dtype=torch.int64)))
     with pytest.raises(UserError, match="--patience looks at the main figure on a validation set, and this run has"):
         run(patient(make_config), out=tmp_path / "run", data=none)
