@@ -13,7 +13,7 @@ from PIL import Image
 import fedkern
 from fedkern.api import requested
 from fedkern.listeners import Listener
-from fedkern.report.figures import plots
+from fedkern.report.figures import curves
 from fedkern.run import main
 from fedkern.usercode import plugins
 
@@ -152,7 +152,7 @@ def test_events_reach_a_listener():
 def test_the_pictures_are_drawn_at_the_end(monkeypatch, capsys):
     run = fedkern.simulate("fedavg", rounds=1, out="run", **{**TINY, "pictures": True})
     assert (run.out / "accuracy.png").exists()
-    monkeypatch.setattr(plots, "accuracy_curves", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(curves, "accuracy_panels", lambda *_, **__: 1 / 0)
     with pytest.raises(fedkern.UserError, match="already holds a run"):
         fedkern.simulate("fedavg", rounds=1, out="run", **{**TINY, "pictures": True})
     Path("other").mkdir()
@@ -163,7 +163,7 @@ def test_the_pictures_are_drawn_at_the_end(monkeypatch, capsys):
     def full(*_, **__):
         raise fedkern.UserError("The disk is full.")
 
-    monkeypatch.setattr(plots, "accuracy_curves", full)
+    monkeypatch.setattr(curves, "accuracy_panels", full)
     run = fedkern.simulate("fedavg", rounds=1, out="last", **{**TINY, "pictures": True})
     assert run.metrics["accuracy"] > 0
     said = "The run is complete, but not its pictures (The disk is full): draw them with fedkern.load('last').plot()."

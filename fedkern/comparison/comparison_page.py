@@ -5,23 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.cells import word
-from fedkern.comparison.found_runs import Group, grouped, own_sets, read_run, read_runs
+from fedkern.comparison.found_runs import grouped, own_sets, read_run, read_runs
 from fedkern.comparison.results import CSV, MARKDOWN, Result
 from fedkern.comparison.seed_statistics import spread
 from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError, printable_name
 from fedkern.files.inputs import read_text
-from fedkern.process.versions import versions
-from fedkern.report.figures.comparison_plot import curves, mean_curve, on_clock
+from fedkern.report.figures.comparison_plot import comparison_panels, on_clock
 from fedkern.report.names import CELL
 from fedkern.report.pages import html_page, run_page
-from fedkern.report.pages.charts import Series, bars, dots, of_rounds
-from fedkern.report.pages.html_page import Page, Section, Table
+from fedkern.report.pages.charts import bars, curves, dots
+from fedkern.report.pages.html_page import Block, Code, Page, Table, section, versions_table
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.tasks.figure_names import figure_title, number, scale, set_title, split_metric
@@ -86,24 +85,22 @@ def write_report(
 
 def page(folder: Path, result: Result, commands: Mapping[str, str], data_root: str | None = None) -> Page:
     """The page of a comparison; see :func:`write_report`."""
-    groups = result.groups
-    runs = [run for group in groups for run in group.runs.values()]
+    groups, runs = result.groups, result.runs
     first = run_page.read(runs[0].folder, data_root=data_root)
-    warned: dict[str, tuple[int, str]] = {}
+    warned: dict[str, list[str]] = {}
     for run in runs:
         for name, text in dict(run.summary.get("diagnostics") or {}).items():
-            warned[name] = (warned.get(name, (0, ""))[0] + 1, str(text))
+            warned.setdefault(name, []).append(str(text))
     warnings = [
-        (name, f"in {count} of {len(runs)} runs, such as: {text}" if len(runs) > 1 else text)
-        for name, (count, text) in warned.items()
+        (name, f"in {len(texts)} of {len(runs)} runs, such as: {texts[-1]}" if len(runs) > 1 else texts[-1])
+        for name, texts in warned.items()
     ]
     about = [f"{len(groups)} group{'s' * (len(groups) != 1)}", f"{len(runs)} run{'s' * (len(runs) != 1)}"]
     known = {run.folder.resolve() for run in runs}
     inside = [file.parent for file in folder.glob(f"*/{SETTINGS}")]
     if unfinished := sum(path.resolve() not in known and not (path / SUMMARY).exists() for path in inside):
         about.append(f"{unfinished} not finished and left out")
-    clients = run_page.clients(first)
-    clients.title = printable_name(f"Clients of {groups[0].label}, seed {runs[0].config.seed}", CELL)
+    clients = printable_name(f"Clients of {groups[0].label}, seed {runs[0].config.seed}", CELL)
     return Page(
         title=result.title(),
         about=" · ".join(about),
@@ -111,10 +108,15 @@ def page(folder: Path, result: Result, commands: Mapping[str, str], data_root: s
         warnings=[*warnings, *(("failed run", text) for text in result.failures)],
         tiles=_tiles(result),
         sections=[
-            _table(folder, result), _curves(result), _finals(result), _cost(result), clients, _runs(result),
-            _settings(result, commands),
+            section("table", "Table", _table(folder, result)),
+            section("curves", "Curves", _curves(result)),
+            section("finals", "Final figures of every run", _finals(result)),
+            section("cost", "Bytes and time", _cost(result)),
+            section("clients", clients, run_page.clients(first)),
+            section("runs", "Runs", _runs(result)),
+            section("settings", "Configuration and versions", _settings(result, commands)),
         ],
-    )  # fmt: skip
+    )
 
 
 def headline(result: Result) -> list[str]:
@@ -184,26 +186,19 @@ def _tiles(result: Result) -> list[tuple[str, str]]:
     return [(f"{row['group']}: {_called(figure).lower()}", _value(figure, row)) for row in result.table]
 
 
-def _table(folder: Path, result: Result) -> Section:
+def _table(folder: Path, result: Result) -> Iterator[Block]:
     """The comparison's own table and sentences, as ``comparison.md`` has them, or made again."""
-    section = Section("table", "Table", tables_first=True)
     header, rows, sentences = _markdown(folder) or (result.header(), result.text_rows(), result.sentences())
-    section.tables.append(Table(header, rows))
-    section.texts = list(sentences)
-    told, own = dict.fromkeys((name for run in result.runs for name in run.metrics), 0.0), own_sets(result.groups)
-    every = ordered(told, own, result.runs[0].config.main)
-    names = [name for name in every if split_metric(name, own)[0] != "validation"]
+    yield from sentences
+    yield Table(header, rows)
+    figures, sets = dict.fromkeys((name for run in result.runs for name in run.metrics), 0.0), own_sets(result.groups)
     body = []
-    for name in names:
-        cells = []
-        for group in result.groups:
-            values = list(group.values(name).values())
-            mean, deviation = spread(values) if values else (None, None)
-            cells.append("" if mean is None else _human(name, mean, deviation))
-        body.append([_called(name), *cells])
+    for name in ordered(figures, sets, result.runs[0].config.main):
+        if split_metric(name, sets)[0] != "validation":
+            values = [list(group.values(name).values()) for group in result.groups]
+            body.append([_called(name), *(_human(name, *spread(each)) if each else "" for each in values)])
     caption = "All final figures: mean ± standard deviation over the runs"
-    section.tables.append(Table(["figure", *(group.label for group in result.groups)], body, caption))
-    return section
+    yield Table(["figure", *(group.label for group in result.groups)], body, caption)
 
 
 def _human(name: str, mean: float, deviation: float | None) -> str:
@@ -229,97 +224,69 @@ def _markdown(folder: Path) -> tuple[list[str], list[list[str]], list[str]] | No
     return rows[0], rows[1:], [plain(line) for line in after if line.strip()]
 
 
-def _curves(result: Result) -> Section:
-    section = Section("curves", "Curves")
-    histories, chance = result.histories(), result.chance()
+def _curves(result: Result) -> Iterator[Block]:
+    histories = result.histories()
+    panels = comparison_panels(histories, result.figures, chance=result.chance())
+    over = "the virtual clock" if on_clock(histories) else "the rounds"
     for place, figure in enumerate(result.figures):
-        drawn = curves(histories, [figure], chance=chance)
-        if drawn is None:
-            continue
-        found = {name: mean_curve(runs, figure) for name, runs in histories.items()}
-        factor, unit = scale(figure)
-        series = [
-            Series(name, at.tolist(), (factor * v.mean(0)).tolist()) for name, (at, v) in found.items() if len(at)
-        ]
-        title = f"{_called(figure)}, over {'the virtual clock' if on_clock(histories) else 'the rounds'}"
-        section.charts.append(of_rounds(f"curve-{place}", title, drawn, series, unit=unit))
-    return section
+        if figure in panels:
+            yield curves(f"curve-{place}", f"{_called(figure)}, over {over}", [panels[figure]])
 
 
-def _finals(result: Result) -> Section:
-    section = Section("finals", "Final figures of every run")
+def _finals(result: Result) -> Iterator[Block]:
+    note = "A circle is a run; the filled mark is the mean, with a bar of one standard deviation."
     for place, figure in enumerate(result.figures):
         groups, (factor, unit) = [], scale(figure)
         for group in result.groups:
-            values = list(group.values(figure).values())
-            if not values:
-                continue
-            mean, deviation = spread(values)
-            far = None if deviation is None else factor * deviation
-            groups.append((group.label, [factor * value for value in values], factor * mean, far))
+            if values := [factor * value for value in group.values(figure).values()]:
+                groups.append((group.label, values, *spread(values)))
         if groups:
-            note = "A circle is a run; the filled mark is the mean, with a bar of one standard deviation."
             axis = figure_title(split_metric(figure)[1])
-            section.charts.append(dots(f"final-{place}", _called(figure), groups, axis=axis, unit=unit, note=note))
-    return section
+            yield dots(f"final-{place}", _called(figure), groups, axis=axis, unit=unit, note=note)
 
 
-def _cost(result: Result) -> Section:
-    section = Section("cost", "Bytes and time")
+def _cost(result: Result) -> Iterator[Block]:
     labels, table = [group.label for group in result.groups], result.table
-    sent = Series("sent", y=[row["bytes"] for row in table])
-    title = "Sent in both directions, mean of the runs"
-    section.charts.append(bars("bytes", title, labels, [sent], axis="sent", unit="B"))
-    summaries = [[run.summary for run in group.runs.values()] for group in result.groups]
-    phases = [[run_page.merged(summary.get("phases") or {}) for summary in group] for group in summaries]
-    series = [Series("whole run", y=[row["seconds"] for row in table])]
-    for name in dict.fromkeys(name for group in phases for each in group for name in each if "/" not in name):
-        series.append(Series(name, y=[sum(each.get(name, 0.0) for each in group) / len(group) for group in phases]))
-    section.charts.append(bars("time", "Time, mean of the runs", labels, series, axis="time", unit="s"))
-    return section
+    sent = {"sent": [row["bytes"] for row in table]}
+    yield bars("bytes", "Sent in both directions, mean of the runs", labels, sent, axis="sent", unit="B")
+    phases = [run_page.merged(*(run.summary.get("phases") or {} for run in group.runs.values()))
+              for group in result.groups]  # fmt: skip
+    seconds = {"whole run": [row["seconds"] for row in table]}
+    for name in dict.fromkeys(name for each in phases for name in each if "/" not in name):
+        seconds[name] = [
+            each.get(name, 0.0) / len(group.runs) for each, group in zip(phases, result.groups, strict=True)
+        ]
+    yield bars("time", "Time, mean of the runs", labels, seconds, axis="time", unit="s")
 
 
-def _runs(result: Result) -> Section:
-    section = Section("runs", "Runs")
-    header = ["group", "seed", *(_called(figure) for figure in result.figures), "sent", "time", "warnings", "folder"]
+def _runs(result: Result) -> Iterator[Block]:
+    header = ["group", "seed", *map(_called, result.figures), "sent", "time", "warnings", "folder"]
     rows = []
     for group in result.groups:
         for seed, run in group.runs.items():
             figures = [human_metric(name, run.metrics[name]) if name in run.metrics else "" for name in result.figures]
-            told = ", ".join(str(name) for name in run.summary.get("diagnostics") or ())
+            warned = ", ".join(map(str, run.summary.get("diagnostics") or ()))
             rows.append(
                 [group.label, str(seed), *figures, human_bytes(run.summary["bytes"]["total"]),
-                 human_time(run.summary["seconds"]), told, run.folder.name]
+                 human_time(run.summary["seconds"]), warned, run.folder.name]
             )  # fmt: skip
-    section.tables.append(Table(header, rows))
-    return section
+    yield Table(header, rows)
 
 
-def _settings(result: Result, commands: Mapping[str, str]) -> Section:
-    section = Section("settings", "Configuration and versions")
+def _settings(result: Result, commands: Mapping[str, str]) -> Iterator[Block]:
     if commands:
-        section.texts.append("The commands that repeat the first run of every group:")
-        section.code = list(commands.values())
-    groups: Sequence[Group] = result.groups
-    tables = [next(iter(group.runs.values())).settings for group in groups]
+        yield "The commands that repeat the first run of every group:"
+        yield from map(Code, commands.values())
+    labels = [group.label for group in result.groups]
+    tables = [next(iter(group.runs.values())).settings for group in result.groups]
     names = list(dict.fromkeys(name for table in tables for name in table))
     differ = [name for name in names if len({str(table.get(name)) for table in tables}) > 1]
-    same = [[name, word(tables[0][name])] for name in names if name not in differ]
     if differ:
-        if len(groups) <= COLUMNS:
-            rows = [[name, *(word(table[name]) if name in table else "" for table in tables)] for name in differ]
-            header = ["setting", *(group.label for group in groups)]
-        else:
-            rows = [[name, ", ".join(dict.fromkeys(word(t[name]) for t in tables if name in t))] for name in differ]
-            header = ["setting", "values"]
-        section.tables.append(Table(header, rows, "Settings that differ", words=len(header)))
-    section.tables.append(Table(["setting", "value"], same, "Settings of all groups", words=2))
-    found: dict[str, dict[str, None]] = {}
-    for group in groups:
-        for run in group.runs.values():
-            for name, version in (run.summary.get("versions") or {}).items():
-                found.setdefault(name, {})[str(version)] = None
-    built = [[name, ", ".join(each)] for name, each in found.items()]
-    built.append(["this report", f"fedkern {versions()['fedkern']}"])
-    section.tables.append(Table(["package", "version"], built, "Versions", words=2))
-    return section
+        cells = {name: [word(table[name]) if name in table else "" for table in tables] for name in differ}
+        if len(tables) > COLUMNS:
+            labels, cells = ["values"], {k: [", ".join(filter(None, dict.fromkeys(v)))] for k, v in cells.items()}
+        rows = [[name, *each] for name, each in cells.items()]
+        yield Table(["setting", *labels], rows, "Settings that differ", words=1 + len(labels))
+    same = [[name, word(tables[0][name])] for name in names if name not in differ]
+    yield Table(["setting", "value"], same, "Settings of all groups", words=2)
+    yield versions_table(run.summary.get("versions") or {} for run in result.runs)

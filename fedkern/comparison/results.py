@@ -175,7 +175,8 @@ class Result:
         from fedkern.report.figures.matplotlib_import import undocumented
 
         with undocumented():
-            from fedkern.report.figures.comparison_plot import curves
+            from fedkern.report.figures.comparison_plot import comparison_panels
+            from fedkern.report.figures.curves import draw
             from fedkern.report.figures.plots import save
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,9 +185,9 @@ class Result:
             atomic.write_bytes(folder / name, text.encode())
         written = [folder / name for name in texts]
         with spared(lambda why: warnings.warn(f"{PICTURE} is missing: {why}.", stacklevel=2)):
-            drawn = curves(self.histories(), self.figures, title=self.title(), chance=self.chance())
-            if drawn is not None:
-                save(drawn, folder / PICTURE)
+            panels = comparison_panels(self.histories(), self.figures, chance=self.chance())
+            if panels:
+                save(draw([*panels.values()], title=self.title()), folder / PICTURE)
                 written.append(folder / PICTURE)
         return written
 

@@ -53,6 +53,22 @@ def human_time(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def in_unit(value: float | None, unit: str) -> str:
+    """A value as text; None, and what is not finite, is a dash.
+
+    Args:
+        value: the value.
+        unit: ``"%"`` (one decimal), ``"B"``, ``"s"``, ``"images"`` (whole numbers), or ``""`` (three digits).
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    if unit == "%":
+        return f"{value:.1f} %"
+    if unit in ("B", "s"):
+        return human_bytes(value) if unit == "B" else human_time(value)
+    return f"{value:,.0f}" if unit == "images" else f"{value:.3g}"
+
+
 def human_metric(name: str, value: float) -> str:
     """Shares in per cent with one decimal, bytes and operations with their unit, whole numbers in full.
 
@@ -111,23 +127,28 @@ def new_table(title: Text | str | None, **how: Any) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, **how)
 
 
-def figures_table(
-    title: Text | str, metrics: Mapping[str, float], own: Collection[str], main: str, *, by_name: bool = False
-) -> Table:
-    """A row for each figure and a column for each test set; the validation set's figures are no results.
+def by_test_set(
+    metrics: Mapping[str, float], own: Collection[str], main: str, *, by_name: bool = False
+) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """The test sets that have figures, and every figure's values by test set; the validation set's are no results.
 
-    With ``by_name`` the Dice of single classes is left out: :func:`class_table` has it.
+    With ``by_name`` the Dice of single classes is left out, which a table of the classes has.
     """
-    title = plain(title, "table.title") if isinstance(title, str) else title
     figures: dict[str, dict[str, str]] = {}
     for name in ordered(metrics, own, main):
         test_set, figure = split_metric(name, own)
-        if by_name and figure.startswith("dice_"):
-            continue
-        if test_set != "validation":
+        if test_set != "validation" and not (by_name and figure.startswith("dice_")):
             figures.setdefault(figure, {})[test_set] = human_metric(name, metrics[name])
     present = {test_set for row in figures.values() for test_set in row}
-    columns = [test_set for test_set in dict.fromkeys((*TEST_SETS, *own)) if test_set in present] or [""]
+    return [test_set for test_set in dict.fromkeys((*TEST_SETS, *own)) if test_set in present] or [""], figures
+
+
+def figures_table(
+    title: Text | str, metrics: Mapping[str, float], own: Collection[str], main: str, *, by_name: bool = False
+) -> Table:
+    """A row for each figure and a column for each test set; see :func:`by_test_set`."""
+    columns, figures = by_test_set(metrics, own, main, by_name=by_name)
+    title = plain(title, "table.title") if isinstance(title, str) else title
     table = new_table(title, show_header=columns != [""])
     table.add_column("")
     for test_set in columns:

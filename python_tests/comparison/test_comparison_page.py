@@ -32,7 +32,7 @@ def test_the_page_of_a_comparison(compared):
     assert "rounds to target" in page.text("th")
     assert all(text in page.text("p") for text in compared.notes)
     sections = comparison_page.page(folder, result, {}).sections
-    (chart,) = next(section for section in sections if section.name == "curves").charts
+    (chart,) = next(section for section in sections if section.name == "curves").blocks
     values = [[record["accuracy"] for record in run.records] for run in result.groups[0].runs.values()]
     means = [f"{50 * (a + b):.1f} %" for a, b in zip(*values, strict=True)]
     assert [row[1] for row in chart.tables[0].rows] == means

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fedkern.report.figures.plots import GREY, svg
+from fedkern.report.figures.curves import SOFT, Curve, Panel
+from fedkern.report.figures.plots import GREY, evenly, svg
 from fedkern.report.pages import charts
-from fedkern.report.pages.charts import BARS, ROWS, Series, bars, counts_table, curves, dots, evenly, shown
+from fedkern.report.pages.charts import BARS, ROWS, bars, counts_table, curves, dots
+from fedkern.report.tables import in_unit
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -32,12 +34,12 @@ def texts(chart):
 
 
 def test_curves_have_colours_dashes_and_marks_of_their_own(drawn):
-    series = [Series(f"client {k}", [1, 2, 3], [k, k + 0.5, math.nan]) for k in range(9)]
-    chart = curves("a", "A", [*series, Series("validation", [1], [2.0], soft=True)], axis="loss")
+    series = [Curve(f"client {k}", [1, 2, 3], [k, k + 0.5, math.nan]) for k in range(9)]
+    chart = curves("a", "A", [Panel("loss", [*series, Curve("validation", [1], [2.0], SOFT)])])
     assert {"client 0", "client 8", "validation", "loss", "communication round"} <= {*texts(chart)}
     *lines, validation = drawn[0].axes[0].get_lines()
     assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 9
-    assert (validation.get_color(), validation.get_linestyle(), validation.get_marker()) == (GREY, "--", "None")
+    assert (validation.get_color(), validation.get_linestyle(), validation.get_marker()) == (GREY, "--", "")
     assert chart.text.startswith("client 0: 0 in round 1, 0.5 in round 2; client 1: 1 in round 1")
     assert chart.text.endswith("; and 4 more.")
     assert chart.tables[0].rows[0] == ["1", "0", "1", "2", "3", "4", "5", "6", "7", "8", "2"]
@@ -45,30 +47,30 @@ def test_curves_have_colours_dashes_and_marks_of_their_own(drawn):
 
 
 def test_a_loss_far_from_zero_fills_its_axis(drawn):
-    series = [Series("a", [1, 2], [5.01, 5.0]), Series("b", [1, 2], [5.02, 5.0])]
+    series = [Curve("a", [1, 2], [5.01, 5.0]), Curve("b", [1, 2], [5.02, 5.0])]
     for zero in (False, True):
-        curves("a", "A", series, axis="loss", zero=zero)
+        curves("a", "A", [Panel("loss", series, zero=zero)])
     free, whole = (figure.axes[0].get_ylim() for figure in drawn)
     assert 4.9 < free[0] < 5 < free[1] < 5.1
     assert whole[0] == 0
 
 
 def test_the_ticks_of_times_stand_apart(drawn):
-    bars("a", "A", ["x", "y"], [Series("time", y=[201.0, 179.0])], axis="time", unit="s")
+    bars("a", "A", ["x", "y"], {"time": [201.0, 179.0]}, axis="time", unit="s")
     drawn[0].draw_without_rendering()
     boxes = [text.get_window_extent() for text in drawn[0].axes[0].get_xticklabels()]
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_an_axis_has_its_whole_title(drawn):
-    bars("a", "A", ["x"], [Series("r", y=[20.0])], axis="image to text, recall at 1", unit="%")
+    bars("a", "A", ["x"], {"r": [20.0]}, axis="image to text, recall at 1", unit="%")
     assert drawn[0].axes[0].get_xlabel() == "image to text, recall at 1 (%)"
 
 
 def test_a_long_curve_is_small_and_its_table_says_what_it_leaves_out():
     rounds = list(range(1, 10_001))
     values = np.random.default_rng(0).random(10_000) * 1e10
-    chart = curves("a", "A", [Series("x", rounds, [*values[:-1], 1e10])], axis="sent", unit="B")
+    chart = curves("a", "A", [Panel("sent", [Curve("x", rounds, [*values[:-1], 1e10])], "B")])
     assert "10.0 GB" in texts(chart)
     assert len(chart.tables[0].rows) == ROWS
     assert chart.tables[0].caption == "30 of 10000 rounds"
@@ -79,7 +81,7 @@ def test_a_long_curve_is_small_and_its_table_says_what_it_leaves_out():
 def test_bars_of_many_labels_are_the_lowest():
     labels = [f"class {i}" for i in range(100)]
     values = [float(100 - i) for i in range(100)]
-    chart = bars("a", "A", labels, [Series("recall", y=[None, *values[1:]])], axis="recall", unit="%")
+    chart = bars("a", "A", labels, {"recall": [None, *values[1:]]}, axis="recall", unit="%")
     named = [text for text in texts(chart) if text.startswith("class")]
     assert named == [f"class {i}" for i in range(99, 99 - BARS, -1)]
     assert chart.note == "The 40 lowest of 100."
@@ -87,7 +89,7 @@ def test_bars_of_many_labels_are_the_lowest():
 
 
 def test_bars_of_equal_names_stay_apart(drawn):
-    chart = bars("a", "A", ["same", "same"], [Series("x", y=[1, 2]), Series("y", y=[3, None])], axis="x")
+    chart = bars("a", "A", ["same", "same"], {"x": [1, 2], "y": [3, None]}, axis="x")
     assert texts(chart).count("same") == 2
     patches = drawn[0].axes[0].patches
     assert [patch.get_width() for patch in patches] == [1, 2, 3, 0]
@@ -151,7 +153,7 @@ def test_texts_of_a_figure_stay_as_they_are():
      (1234.0, "images", "1,234"), (0.12345, "", "0.123")],
 )  # fmt: skip
 def test_values_as_texts(value, unit, text):
-    assert shown(value, unit) == text
+    assert in_unit(value, unit) == text
 
 
 def test_evenly_spread_positions():

@@ -2,8 +2,13 @@
 
 import numpy as np
 
-from fedkern.report.figures.comparison_plot import curves, mean_curve
+from fedkern.report.figures.comparison_plot import comparison_panels, mean_curve
+from fedkern.report.figures.curves import draw
 from fedkern.report.figures.plots import save
+
+
+def curves(*args, title="", **more):
+    return draw([*comparison_panels(*args, **more).values()], title=title)
 
 
 def run(*values, every=1):
@@ -17,12 +22,15 @@ def test_a_curve_has_the_rounds_that_all_runs_have():
 
 
 def test_runs_without_figures_have_no_picture():
-    assert curves({"a": [[{"round": 1}]]}, ["accuracy"], title="t") is None
+    assert comparison_panels({"a": [[{"round": 1}]]}, ["accuracy"]) == {}
 
 
 def test_many_groups_and_odd_names_are_drawn(tmp_path):
     groups = {f"method ${i}_x": [run(0.1, 0.2), run(0.2, 0.4)] for i in range(30)}
-    save(curves({**groups, "one-shot": [run(0.5)]}, ["accuracy", "none"], title="a $ b"), tmp_path / "x.png")
+    figure = curves({**groups, "one-shot": [run(0.5)]}, ["accuracy", "none"], title="a $ b")
+    assert len(figure.axes[0].get_lines()) == 31
+    assert len(figure.legends[0].get_texts()) == 24
+    save(figure, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 

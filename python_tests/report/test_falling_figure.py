@@ -15,8 +15,9 @@ from fedkern.engine.parts.evaluation import Evaluation
 from fedkern.engine.parts.stopping import Patience
 from fedkern.methods.common import diagnostics
 from fedkern.report import tables
-from fedkern.report.figures import plots
+from fedkern.report.figures.curves import accuracy_panels, client_panels, draw
 from fedkern.report.pages import run_page
+from fedkern.report.pages.html_page import Chart
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import Constant
 
@@ -43,23 +44,24 @@ def test_a_run_s_page_has_the_figure_in_its_own_unit(tmp_path):
     assert page.headline[0] == "fedavg reaches mae 1.25 on the test set after 3 rounds."
     assert "The worst of 45 clients is client 44, with mae 0.44." in page.headline
     assert page.tiles[0] == ("mae", "1.25")
-    charts = {chart.name: chart for section in page.sections for chart in section.charts}
+    charts = {b.name: b for section in page.sections for b in section.blocks if isinstance(b, Chart)}
     parts = {"test: 1.5 in round 1, 1.25 in round 3", "validation: 1.5 in round 1, 1.25 in round 3"}
     assert {*charts["main"].text.rstrip(".").split("; ")} == parts
     assert charts["client-rounds"].text.startswith("mean client: 1.5 in round 1")
     assert charts["client-final"].note == "The 40 highest of 45."
     assert charts["client-final"].tables[0].rows[0] == ["client 44", "0.44"]
-    assert page.sections[0].tables[0].rows[0] == ["mae", "1.25"]
+    assert page.sections[0].blocks[0].rows[0] == ["mae", "1.25"]
 
 
 def test_curves_and_tables_begin_with_it_and_know_no_per_cent():
-    axes = plots.accuracy_curves(RECORDS, "mae", chance={"mae": 1.125}).axes[0]
+    axes = draw(accuracy_panels(RECORDS, "mae", chance={"mae": 1.125})).axes[0]
     assert axes.get_ylabel() == "mae"
     assert [list(line.get_ydata()) for line in axes.get_lines()] == [[*VALUES], [*VALUES], [1.125, 1.125]]
     assert axes.get_ylim() == pytest.approx((0, 1.65))
-    above = plots.accuracy_curves(RECORDS, "mae", chance={"mae": 2.0}).axes[0]
+    above = draw(accuracy_panels(RECORDS, "mae", chance={"mae": 2.0})).axes[0]
     assert above.get_ylim() == pytest.approx((0, 2.2))  # the line of chance is inside
-    assert plots.client_points(RECORDS, "mae")["worst client"] == ([1, 2, 3], [3.0, 1.5, 2.5])
+    worst = client_panels(RECORDS, "mae")[0].curves[-1]
+    assert (worst.name, worst.rounds, worst.values) == ("worst client", [1, 2, 3], [3.0, 1.5, 2.5])
     assert tables.ordered({"loss": 1.0, "accuracy": 0.5, "mae": 1.0}, main="mae") == ["mae", "accuracy", "loss"]
     assert next(tables.final_table(summary(1.25), "mae").columns[0].cells).plain == "mae"
     shown = tables.own_tests_table({"client_metrics": {"0": {"mae": 1.25, "loss": 1.0}}}, "mae")
@@ -83,8 +85,8 @@ def test_runs_are_compared_in_its_own_unit():
     assert str(result.target) == "mae <= 1"
     assert result.target.reached(RECORDS)["rounds"] == 2
     assert "b is -0.375 from a (95 % interval" in comparison_page.headline(result)[1]
-    section = comparison_page._finals(result)
-    assert section.charts[0].text.startswith("a: mean 1.38, runs 1.5, 1.25;")
+    chart, *_ = comparison_page._finals(result)
+    assert chart.text.startswith("a: mean 1.38, runs 1.5, 1.25;")
 
 
 def test_the_smallest_validation_figure_is_chosen(monkeypatch):

@@ -10,24 +10,24 @@ from html_reader import Reader
 
 import fedkern
 from fedkern.errors import UserError
+from fedkern.report.figures.curves import Curve, Panel
 from fedkern.report.figures.fitting import fitted
 from fedkern.report.names import TITLE, label
 from fedkern.report.pages import html_page
-from fedkern.report.pages.charts import Series, curves
-from fedkern.report.pages.html_page import Example, Page, Picture, Section, Table
+from fedkern.report.pages.charts import curves
+from fedkern.report.pages.html_page import Code, Page, Picture, Section, Table, section
 
 EVIL = "</script><script>alert(1)</script><img src=https://example.org/x.png>&amp;"
 
 
 def made(name="a name"):
-    section = Section("one", name, [name], code=[name])
-    section.tables.append(Table([name, "value"], [[name, "1"]], name))
-    section.charts.append(curves("two", name, [Series(name, [1, 2], [0.5, 0.25])], axis=name))
-    section.pictures.append(Picture(name, name, html_page.data_uri(b"\x89PNG")))
-    section.examples.append(
-        Example(html_page.data_uri(b"\x89PNG"), name, [(name, "right"), (name, "wrong"), (name, "")])
-    )
-    return Page(name, name, [name, name], [(name, name)], [(name, name)], [section, Section("empty", "left out")])
+    blocks = [
+        name, Code(name), Table([name, "value"], [[name, "1"]], name),
+        curves("two", name, [Panel(name, [Curve(name, [1, 2], [0.5, 0.25])])]),
+        Picture(name, name, html_page.data_uri(b"\x89PNG")),
+    ]  # fmt: skip
+    sections = [Section("one", name, blocks), Section("empty", "left out", [])]
+    return Page(name, name, [name, name], [(name, name)], [(name, name)], sections)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_names_are_texts(evil):
     assert page.text("h1") == [EVIL]
     assert EVIL in page.values("alt")
     assert any(EVIL in text for text in page.values("aria-label"))
-    assert {*fitted(label(EVIL, TITLE), 12, 2.2).split("\n")} <= {*page.text("text")}
+    assert {*fitted(label(EVIL, TITLE), 12, 2.6).split("\n")} <= {*page.text("text")}
     assert page.text("script") == []
 
 
@@ -105,6 +105,14 @@ def test_a_report_is_written_over_an_older_one_or_not_at_all(tmp_path, monkeypat
     html_page.write(made(), tmp_path)
     assert (tmp_path / "report.html").read_bytes() == text
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_section_says_what_it_lacks():
+    def blocks():
+        yield "first"
+        yield {}["site"]
+
+    assert section("one", "One", blocks()).blocks == ["first", "The rest of this section is missing: KeyError: 'site'."]
 
 
 def test_a_name_that_is_no_unicode_is_written(tmp_path):

@@ -25,12 +25,13 @@ from fedkern.methods.base import Round
 from fedkern.report import doctor, tables
 from fedkern.report.figures import (
     artifact_sheet,
+    client_curves,
     comparison_plot,
     confusion_sheet,
+    curves,
     gradcam,
     plots,
     segmentation_sheet,
-    weights,
 )
 from fedkern.report.live.display import display
 from fedkern.report.names import TICK, TITLE, label
@@ -111,9 +112,9 @@ def test_pictures(name, drawn, tmp_path):
     confusions = Confusions((name, "b", name), {name: np.eye(3, dtype=int), "id": np.ones((3, 3), int)})
     draw = {
         "partition": lambda: plots.save(plots.partition_picture(statistics, title=name), path),
-        "curves": lambda: plots.save(plots.accuracy_curves(records, "accuracy", title=name), path),
+        "curves": lambda: plots.save(curves.draw(curves.accuracy_panels(records, "accuracy"), title=name), path),
         "confusion": lambda: plots.save(confusion_sheet.draw(confusions, title=name), path),
-        "weights": lambda: plots.save(weights.weights_picture(records, title=name), path),
+        "weights": lambda: plots.save(curves.draw(client_curves.weight_panels(records), title=name), path),
         "table": lambda: artifact_sheet.draw(
             [Artifact("x", 1, torch.eye(3), (name, "class"))], path, title=name, classes=(name, "b", "c")
         ),
@@ -256,13 +257,17 @@ def named_curves(name):
         {"round": r, "accuracy": 0.1, f"{name}_accuracy": 0.2, "clients": {"0": {"weight": 0.4, "name": name},
          "1": {"weight": 0.6, "name": "b"}}} for r in x
     ]  # fmt: skip
-    series = [charts.Series(name, x, y), charts.Series("b", x, y), charts.Series(f"{name}s", x, y, soft=True)]
-    figures = [
-        plots.accuracy_curves(records, "accuracy", tests=["", name]), weights.weights_picture(records),
-        comparison_plot.curves({name: [[{"round": 1, "accuracy": 0.1}]], "b": []}, ["accuracy"]),
-    ]  # fmt: skip
+    series = [curves.Curve(name, x, y), curves.Curve("b", x, y), curves.Curve(f"{name}s", x, y, curves.SOFT)]
+    compared = comparison_plot.comparison_panels({name: [[{"round": 1, "accuracy": 0.1}]], "b": []}, ["accuracy"])
+    figures = [curves.draw(panels) for panels in (
+        curves.accuracy_panels(records, "accuracy", tests=["", name]), client_curves.weight_panels(records),
+        [*compared.values()],
+    )]  # fmt: skip
     texts = [[text.get_text().strip() for each in f.legends for text in each.get_texts()] for f in figures]
-    drawn = [charts.curves("c", "t", series, axis="a"), charts.bars("b", "t", ["x", "y"], series, axis="a")]
+    drawn = [
+        charts.curves("c", "t", [curves.Panel("a", series)]),
+        charts.bars("b", "t", ["x", "y"], {name: y, "b": y}, axis="a"),
+    ]
     return [*texts, *([re.sub("<[^>]*>", "", chart.svg)] for chart in drawn)]
 
 

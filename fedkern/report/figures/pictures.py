@@ -32,6 +32,8 @@ from fedkern.settings.stored import load_plugins, load_settings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from fedkern.report.figures.curves import Panel
+
 EXAMPLES = 8
 PICTURES = {name: f"{name}.png" for name in (
     "accuracy", "dice", "clients", "confusion", "partition", "gradcam", "weights", "segmentation", "retrieval",
@@ -130,8 +132,7 @@ def _draw(
 
     with undocumented():
         from fedkern.report import chance
-        from fedkern.report.figures import confusion_sheet, plots
-        from fedkern.report.figures.weights import weights_picture
+        from fedkern.report.figures import client_curves, confusion_sheet, curves, plots
 
     moved = {} if data_root is None else {"data_root": data_root}
     config = load_settings(run_dir, device="cpu", cache=remembered(run_dir), **moved)
@@ -139,22 +140,26 @@ def _draw(
     name = f"{config.method} on {config.data}"
     written: list[Path] = []
 
-    def keep(picture: str, draw: Callable[[], Figure | None]) -> None:
+    def keep(picture: str, draw: Callable[[], Figure]) -> None:
         with spared(partial(failed.setdefault, PICTURES[picture])):
-            if (figure := draw()) is not None:
-                plots.save(figure, run_dir / PICTURES[picture])
-                written.append(run_dir / PICTURES[picture])
+            plots.save(draw(), run_dir / PICTURES[picture])
+            written.append(run_dir / PICTURES[picture])
+
+    def keep_curves(picture: str, panels: Callable[[], Sequence[Panel]], title: str, *, stacked: bool = False) -> None:
+        with spared(partial(failed.setdefault, PICTURES[picture])):
+            if drawn := panels():
+                keep(picture, lambda: curves.draw(drawn, title=title, stacked=stacked))
 
     title = f"{name}, seed {config.seed}"
     records = read_metrics(run_dir)
     private = config.records == "private"
     found = None if private else confusions.read(run_dir)
 
-    def curves() -> Figure | None:
+    def accuracy() -> list[Panel]:
         lines = chance.constants(
             records, config.main, {} if private or data.form.lacks else data.tests, found, len(data.classes)
         )
-        return plots.accuracy_curves(records, config.main, title=title, tests=data.tests, chance=lines)
+        return curves.accuracy_panels(records, config.main, tests=data.tests, chance=lines)
 
     def partition() -> Figure:
         held = data.statistics.held_out
@@ -162,8 +167,8 @@ def _draw(
         parts += f"; held out: {held[0]}" if held is not None else ""
         return plots.partition_picture(data.statistics, title=parts)
 
-    keep(CURVES.get(config.main, "accuracy"), curves)
-    keep("clients", lambda: plots.clients_picture(records, config.main, title=f"Clients of {title}"))
+    keep_curves(CURVES.get(config.main, "accuracy"), accuracy, title)
+    keep_curves("clients", lambda: curves.client_panels(records, config.main), f"Clients of {title}")
     if private:
         for picture in ("confusion", "partition"):
             (run_dir / PICTURES[picture]).unlink(missing_ok=True)
@@ -173,7 +178,8 @@ def _draw(
         if data.statistics.classes:
             keep("partition", partition)
     by_samples = config.options.get("weighting") == "samples"
-    keep("weights", lambda: weights_picture(records, title=f"Clients of {title}", by_samples=by_samples))
+    weights = partial(client_curves.weight_panels, records, by_samples=by_samples)
+    keep_curves("weights", weights, f"Clients of {title}", stacked=True)
     written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes, failed)
     # A network of which clients keep parts to themselves answers nothing.
     for each in () if data.form.lacks or config.keeps_parts else data.task.pictures:
@@ -197,13 +203,14 @@ def _draw_segmentation(target: Path, name: str, model: Any, data: Any, config: R
 
 
 def _draw_retrieval(target: Path, name: str, model: Any, data: Any, config: RunConfig, trusted: Any) -> bool:
-    from fedkern.report.pages.retrieval_examples import draw, retrieval_examples
+    with undocumented():
+        from fedkern.report.figures import retrieval_sheet
 
     try:
-        found, _ = retrieval_examples(target.parent, config, data, model=model, trusted=trusted)
+        examples, title = retrieval_sheet.retrieval_examples(target.parent, config, data, model=model, trusted=trusted)
     except UserError:  # the method has no pair of encoders, as the report says
         return False
-    draw(found, target, title=f"Nearest captions of test images, {name}")
+    retrieval_sheet.draw(examples, target, title=f"{title}, {name}")
     return True
 
 

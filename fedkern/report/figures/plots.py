@@ -1,4 +1,4 @@
-"""Accuracy (or Dice) curves and the partition as figures, and figures as PNG files and as SVG of a page.
+"""Pieces of figures, the picture of a partition, and figures as PNG files and as SVG of a page.
 
 Figures use matplotlib's object interface: no display, and no global state outside of :func:`save` and :func:`svg`.  The
 colours are those of Okabe and Ito, which are safe for colour-blind readers.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,33 +28,18 @@ from PIL import Image
 from fedkern.files import atomic
 from fedkern.report.figures import png
 from fedkern.report.figures.fitting import fitted, width
-from fedkern.report.names import TITLE, entry, label
-from fedkern.tasks.figure_names import scale, short_title, split_metric
+from fedkern.report.names import TITLE, label
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 GRID = "#dddddd"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#000000", GREY)
-DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^v*PX"
 _ON_PAGE = {"#000000": "currentColor", GRID: "var(--line)", GREY: "var(--soft)", BLUE.lower(): "var(--blue)"}
 """Colours that a page in dark mode changes, and what stands for them in an SVG (``templates/report.css``)."""
-_STYLES = {
-    "id": (BLUE, "-", "o", "in distribution"),
-    "ood": (ORANGE, "-", "s", "out of distribution"),
-    "": (BLUE, "-", "o", "test"),
-    "minority": (PINK, "-", "D", "minority"),
-    "unseen": (GREEN, "-", "^", "unseen client"),
-    "held_out": (ORANGE, "-", "v", "held-out client"),
-    "validation": (GREY, "--", "", "validation"),
-}
-
-NARROW, LOW = 0.72, 0.8
-"""Width and height of a figure of curves on a page, as shares of those of its PNG, which leaves more room."""
+PAGE = 5.2
+"""Inches of a chart on a page: so narrow that a phone shows the whole of it with letters large enough."""
 DRAWN = 200
 """Most clients in the picture of a partition; rows of more could not be told apart."""
-
-Points = tuple[list[int], list[float]]
-"""Rounds and values of a curve."""
 
 
 @contextmanager
@@ -110,30 +95,35 @@ def svg(figure: Figure, name: str) -> str:
     return re.sub(r"<[^>]+>", of_page, text).strip()
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """At most ``most`` positions of ``count``, evenly spread, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+
+
 def new_figure(width: float, height: float) -> Figure:
     """A figure of this size in inches, at 150 dots per inch, so that texts stay readable at half size."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def entitle(figure: Figure, text: str) -> None:
-    """Gives the first axes of a figure a title, in as many lines as the figure's width asks for."""
-    figure.axes[0].set_title(fitted(label(text, TITLE), 13, figure.get_figwidth() - 1.0), fontsize=13, loc="left")
+def entitle(figure: Figure, text: str, below: str = "") -> None:
+    """Gives the first axes of a figure a title, in as many lines as the figure's width asks for, and a line below."""
+    title = fitted(label(text, TITLE), 13, figure.get_figwidth() - 1.0)
+    figure.axes[0].set_title(f"{title}\n{below}".strip(), fontsize=13, loc="left")
 
 
-def legend_below(figure: Figure, narrow: float = NARROW, low: float = LOW) -> None:
-    """Names all curves of a figure under its axes, where the names cover no curve, and makes room for the names.
-
-    ``narrow`` and ``low`` are the shares of the figure's width and height that are left on a page.
-    """
+def legend_below(figure: Figure) -> None:
+    """Names all curves of a figure under its axes, where the names cover no curve, and makes room for the names."""
     named = [axes.get_legend_handles_labels() for axes in figure.axes]
     handles = {text: handle for each in named for handle, text in zip(*each, strict=True)}
     if not handles:
         return
-    room = narrow * figure.get_figwidth() // (max(width(text, 10) for text in handles) + 0.65)
+    room = figure.get_figwidth() // (max(width(text, 10) for text in handles) + 0.65)
     columns = int(min(max(room, 1), len(handles), 4))
     rows = -(-len(handles) // columns)
     columns = -(-len(handles) // rows)  # rows of nearly equal length
-    figure.set_figheight(figure.get_figheight() + 0.21 * rows / low)
+    figure.set_figheight(figure.get_figheight() + 0.21 * rows)
     figure.legend(
         [*handles.values()], [*handles], fontsize=10, frameon=False, ncols=columns, loc="outside lower center"
     )
@@ -144,7 +134,7 @@ def ink(share: float) -> str:
     return "white" if share > 0.65 else "#222222"
 
 
-def whole() -> MaxNLocator:
+def whole_numbers() -> MaxNLocator:
     """A locator of ticks at whole numbers only, even on a short axis."""
     return MaxNLocator(integer=True, min_n_ticks=1)
 
@@ -154,181 +144,6 @@ def frame(axes: Axes) -> None:
     axes.tick_params(labelsize=11)
     axes.grid(True, color=GRID, lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def from_zero(axes: Axes, always: bool) -> None:
-    """Lets the vertical axis begin at 0 ``always``, or only where it would begin below without a value below."""
-    low, high = axes.dataLim.intervaly
-    if low >= 0 and (always or axes.get_ylim()[0] < 0):
-        axes.set_ylim(0, 1.05 * high if high > 0 else 1)
-
-
-def over_rounds(axes: Axes) -> None:
-    """Gives axes of curves over the communication rounds their frame and their horizontal axis."""
-    axes.set_xlabel("communication round", fontsize=12)
-    axes.xaxis.set_major_locator(whole())
-    frame(axes)
-
-
-def over_clock(axes: Axes, first: float, last: float) -> None:
-    """Gives axes of curves from ``first`` to ``last`` on the virtual clock their horizontal axis."""
-    axes.set_xlabel("virtual clock: local steps of a client of usual speed", fontsize=12)
-    axes.xaxis.set_major_locator(MaxNLocator(8))
-    axes.set_xlim(first - 0.02 * last, 1.02 * last)
-
-
-def clock_of(records: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """When every round of an asynchronous run was over on the virtual clock; empty for a run of synchronous rounds."""
-    return {int(record["round"]): float(record["clock"]) for record in records if "staleness" in record}
-
-
-def add_point(curves: dict[str, Points], name: str, at: int, value: float) -> None:
-    """Adds the value of a round to the curve of a name."""
-    rounds, values = curves.setdefault(name, ([], []))
-    rounds.append(int(at))
-    values.append(float(value))
-
-
-def main_points(
-    records: Iterable[Mapping[str, Any]], main: str, tests: Collection[str]
-) -> tuple[dict[str, Points], dict[str, float]]:
-    """Rounds and main figures, shares in per cent, by test set; and the sets' numbers of candidates in retrieval."""
-    curves: dict[str, Points] = {}
-    galleries: dict[str, float] = {}
-    for record in records:
-        for name, value in record.items():
-            test_set, figure = split_metric(name, tests)
-            if figure == main and isinstance(value, (int, float)):
-                add_point(curves, test_set, record["round"], scale(main)[0] * float(value))
-            elif figure == "gallery" and isinstance(value, (int, float)):
-                galleries[test_set] = float(value)
-    return curves, galleries
-
-
-def accuracy_curves(
-    records: Sequence[Mapping[str, Any]],
-    main: str,
-    *,
-    title: str = "",
-    tests: Collection[str] = (),
-    chance: Mapping[str, float] | None = None,
-    stacked: bool = False,
-) -> Figure | None:
-    """Draws the main figure on every test set over the communication rounds, or over the clock of asynchronous ones.
-
-    Recall depends on the number of candidates: sets with other numbers have axes of their own, which say the number.
-
-    Args:
-        records: lines of ``metrics.jsonl``; lines without such a figure are skipped.
-        main: the figure's name.
-        chance: see :func:`fedkern.report.chance.constants`.
-        stacked: put axes of other numbers of candidates below each other, for a narrow page, rather than side by side.
-
-    Returns:
-        None if there was nothing to draw.
-    """
-    (curves, galleries), unit, lines = main_points(records, main, tests), scale(main)[1], chance or {}
-    if not curves:
-        return None
-    panels: dict[float, list[str]] = {}  # test sets by number of candidates
-    for name in sorted(curves, key=lambda name: list(_STYLES).index(name) if name in _STYLES else len(_STYLES)):
-        panels.setdefault(galleries.get(name, 0.0), []).append(name)
-    down, across = (len(panels), 1) if stacked else (1, len(panels))
-    figure = new_figure(7.2 if across == 1 else 5.4 * across, 4.2 * down)
-    spans = [rounds for rounds, _ in curves.values()]
-    first, last = min(rounds[0] for rounds in spans), max(rounds[-1] for rounds in spans)
-    clock, level = clock_of(records), [] if unit else [*lines.values()]
-    top = highest([*level, *(value for _, values in curves.values() for value in values)], unit)
-    for axes, (gallery, names) in zip(figure.subplots(down, across, squeeze=False).flat, panels.items(), strict=True):
-        drawn = {name: curves[name] for name in names}
-        _curves(axes, {name: ([clock.get(at, at) for at in x], y) for name, (x, y) in drawn.items()}, top, unit)
-        chance_lines(axes, main, [lines.get(f"{name}_{main}" if name else main) for name in names])
-        among = f"\namong {gallery:,.0f} candidates" if gallery else ""
-        axes.set_ylabel(f"{short_title(main)}{among}" + f" ({unit})" * bool(unit), fontsize=12)
-        if clock:
-            over_clock(axes, clock[first], clock[last])
-        else:
-            axes.set_xlim(first - 0.5, last + 0.5)
-    entitle(figure, title)
-    legend_below(figure)
-    return figure
-
-
-def client_points(records: Sequence[Mapping[str, Any]], main: str) -> dict[str, Points]:
-    """Rounds and main figures, shares in per cent, of the mean and the worst client on their own test sets.
-
-    Empty where the records have no such figure, such as those of clients without test sets.
-    """
-    found: dict[str, Points] = {}
-    for which in ("mean", "worst"):
-        for record in records:
-            if isinstance(value := record.get(f"{which}_client_{main}"), (int, float)):
-                add_point(found, f"{which} client", record["round"], scale(main)[0] * float(value))
-    return found
-
-
-def clients_picture(records: Sequence[Mapping[str, Any]], main: str, *, title: str = "") -> Figure | None:
-    """Draws :func:`client_points` over thin curves of at most `DRAWN` single clients; None if there are none."""
-    curves, (factor, unit) = client_points(records, main), scale(main)
-    if not curves:
-        return None
-    figure = new_figure(7.2, 4.2)
-    axes = figure.subplots()
-    rounds = [at for points, _ in curves.values() for at in points]
-    each: dict[str, Points] = {}
-    for record in records:
-        for k, figures in record.get("client_metrics", {}).items():
-            if main in figures:
-                add_point(each, k, record["round"], factor * float(figures[main]))
-    for number, (points, values) in enumerate(list(each.values())[:: -(-len(each) // DRAWN) or 1]):
-        axes.plot(points, values, color=GREY, lw=0.8, alpha=0.6, label="" if number else "single clients")
-    top = highest((value for _, values in (*curves.values(), *each.values()) for value in values), unit)
-    _curves(axes, curves, top, unit)
-    axes.set_ylabel(f"{short_title(main)}\non the clients' own test sets" + f" ({unit})" * bool(unit), fontsize=12)
-    axes.set_xlim(min(rounds) - 0.5, max(rounds) + 0.5)
-    entitle(figure, title)
-    legend_below(figure)
-    return figure
-
-
-def highest(values: Iterable[float], unit: str) -> float:
-    """Upper end of an axis: above 100 %, or a round number where all are small; without unit above the values."""
-    most = max(values, default=100)
-    return 1.02 * next((end for end in (5, 10, 20, 50) if most < 0.9 * end), 100) if unit else 1.1 * most or 1.0
-
-
-def chance_lines(axes: Axes, figure_name: str, values: Iterable[float | None]) -> None:
-    """Draws dotted lines at figures that need no learning; equal ones once, None not at all."""
-    factor, unit = scale(figure_name)
-    known = dict.fromkeys(round(factor * value, 1 if unit else 3) for value in values if value is not None)
-    for number, value in enumerate(known):
-        text = {"accuracy": "commonest class", "dice": "one class everywhere"}.get(figure_name, "chance")
-        axes.axhline(value, color=GREY, lw=1.5, ls=":", label="" if number else text)
-
-
-def _curves(axes: Axes, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], top: float, unit: str) -> None:
-    """Draws rounds and values of every test set up to ``top``, with the last value of each at its end."""
-    ends = []
-    others = [name for name in curves if name not in _STYLES]
-    own = {name: (COLOURS[(2 + i) % len(COLOURS)], "-", MARKERS[(3 + i) % len(MARKERS)], name)
-           for i, name in enumerate(others)}  # fmt: skip
-    for name, (rounds, values) in curves.items():
-        colour, dashes, marker, called = {**_STYLES, **own}[name]
-        every = max(1, len(rounds) // 12)
-        axes.plot(rounds, values, dashes, color=colour, marker=marker, markevery=every, ms=5, lw=2, label=entry(called))
-        if name != "validation":
-            ends.append((values[-1], colour))
-    # Each curve's last value stands beside the curve's end, moved down if it would cover the value above.
-    at = 2 * top
-    for value, colour in sorted(ends, reverse=True):
-        at = min(value, at - top / 20)
-        axes.annotate(
-            f"{value:{'.1f' if unit else '.3g'}}", (1, at), (6, 0), xycoords=axes.get_yaxis_transform(),
-            textcoords="offset points", color=colour, fontsize=12, fontweight="bold", va="center",
-            annotation_clip=False,
-        )  # fmt: skip
-    axes.set_ylim(0, top)
-    over_rounds(axes)
 
 
 def partition_picture(statistics: Any, *, title: str = "") -> Figure:
@@ -377,7 +192,7 @@ def partition_picture(statistics: Any, *, title: str = "") -> Figure:
         for spine in panel.spines.values():
             spine.set_visible(False)
     entitle(figure, title)
-    bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=whole())
+    bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=whole_numbers())
     bar.set_label("training samples", fontsize=12)
     bar.ax.tick_params(labelsize=11)
     return figure

@@ -7,13 +7,15 @@ policy allows nothing else, so that the file loads nothing and runs no code that
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedkern.engine.store.extending import REPORT
-from fedkern.errors import UserError
+from fedkern.errors import UserError, spared
 from fedkern.files import atomic
+from fedkern.process.versions import versions
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -56,38 +58,26 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Example:
-    """A small picture (a data URI) with lines of text, such as an image and the captions found for it.
+class Code:
+    """A command in full, in a type of equal widths."""
 
-    Every line has a mark: ``"right"``, ``"wrong"`` or ``""``.
-    """
-
-    source: str
-    alt: str
-    lines: Sequence[tuple[str, str]]
+    text: str
 
 
-@dataclass
+Block = str | Code | Table | Chart | Picture
+"""A part of a section; a text is a paragraph."""
+
+
+@dataclass(frozen=True)
 class Section:
-    """A section of a page; one without any content is left out.  Tables stand below the charts, or first."""
+    """A section of a page; one without any block is left out.  Its name is unique on the page."""
 
     name: str
     title: str
-    texts: list[str] = field(default_factory=list)
-    charts: list[Chart] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    tables_first: bool = False
-    pictures: list[Picture] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
-    code: list[str] = field(default_factory=list)
-
-    @property
-    def filled(self) -> bool:
-        """Whether the section holds anything."""
-        return bool(self.texts or self.charts or self.tables or self.pictures or self.examples or self.code)
+    blocks: Sequence[Block]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Page:
     """A report.
 
@@ -97,10 +87,28 @@ class Page:
 
     title: str
     about: str
-    headline: list[str]
-    warnings: list[tuple[str, str]] = field(default_factory=list)
-    tiles: list[tuple[str, str]] = field(default_factory=list)
-    sections: list[Section] = field(default_factory=list)
+    headline: Sequence[str]
+    warnings: Sequence[tuple[str, str]]
+    tiles: Sequence[tuple[str, str]]
+    sections: Sequence[Section]
+
+
+def section(name: str, title: str, blocks: Iterable[Block]) -> Section:
+    """A section of these blocks; where making one fails, a sentence stands in its place and ends the section."""
+    content: list[Block] = []
+    with spared(lambda why: content.append(f"The rest of this section is missing: {why}.")):
+        content.extend(blocks)
+    return Section(name, title, content)
+
+
+def versions_table(builds: Iterable[Mapping[str, Any]]) -> Table:
+    """Versions that runs were made with, a mapping for each run, and the version that writes the report."""
+    packages: dict[str, dict[str, None]] = {}
+    for build in builds:
+        for name, version in build.items():
+            packages.setdefault(name, {})[str(version)] = None
+    rows = [[name, ", ".join(each)] for name, each in packages.items()]
+    return Table(["package", "version"], [*rows, ["this report", f"fedkern {versions()['fedkern']}"]], "Versions", 2)
 
 
 def check_target(folder: Path) -> None:
@@ -125,7 +133,7 @@ def render(page: Page) -> str:
     )  # fmt: skip
     return environment.get_template("report.html.j2").render(
         page=page,
-        sections=[section for section in page.sections if section.filled],
+        sections=[section for section in page.sections if section.blocks],
         style=(_TEMPLATES / "report.css").read_text("utf-8").strip(),
     )
 

@@ -6,9 +6,8 @@ import math
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -23,52 +22,46 @@ from fedkern.data.sources.arrays import NAME as ARRAYS
 from fedkern.engine.script_objects import INSTANCE
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
-from fedkern.engine.store.artifacts import read as read_shown
+from fedkern.engine.store.artifacts import read as read_artifacts
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.records import METRICS, read_metrics, read_summary
 from fedkern.engine.store.resuming import unedited
-from fedkern.errors import UserError, listed, printable_name, spared
+from fedkern.errors import UserError, listed, printable_name
 from fedkern.files.inputs import open_regular
 from fedkern.methods import registry
 from fedkern.methods.common.diagnostics import hardly_better
 from fedkern.methods.common.final_figures import set_name
-from fedkern.process.versions import versions
 from fedkern.report import chance
-from fedkern.report.figures import pictures
-from fedkern.report.figures.plots import (
-    COLOURS,
-    DRAWN,
-    Points,
-    accuracy_curves,
-    add_point,
-    client_points,
-    clients_picture,
-    main_points,
-    partition_picture,
-    svg,
-)
-from fedkern.report.figures.weights import PANELS, weights_picture
+from fedkern.report.figures import confusion_sheet, pictures
+from fedkern.report.figures.client_curves import SPREAD, client_curves, weight_panels
+from fedkern.report.figures.curves import Curve, Panel, accuracy_panels, by_name, client_panels, set_curves
+from fedkern.report.figures.plots import COLOURS, DRAWN, partition_picture
 from fedkern.report.names import CELL
 from fedkern.report.pages import html_page
-from fedkern.report.pages.charts import Series, bars, counts_table, curves, of_rounds, rounds_table, scaled, shown
-from fedkern.report.pages.html_page import Chart, Page, Picture, Section, Table
-from fedkern.report.pages.retrieval_examples import examples, retrieval_examples
-from fedkern.report.tables import covering, human_metric, human_time, ordered, sent_rows
+from fedkern.report.pages.charts import bars, chart, counts_table, curves
+from fedkern.report.pages.html_page import Block, Code, Page, Picture, Table, section, versions_table
+from fedkern.report.tables import by_test_set, covering, human_metric, human_time, in_unit, ordered, sent_rows
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
 from fedkern.settings.stored import stored_settings
-from fedkern.tasks.figure_names import figure_title, scale, set_noun, set_title, short_title, split_metric
+from fedkern.tasks.figure_names import (
+    OVER_CLIENTS,
+    figure_title,
+    scale,
+    set_noun,
+    set_title,
+    short_title,
+    split_metric,
+)
 from fedkern.typed_option import as_typed
 
-NAMED = 12
-"""Most clients that have a curve each; of more clients the lowest, the middle and the highest value are drawn."""
 LISTED = 100
 """Most clients in the table."""
-_SETS = ("id", "ood", "", "minority", "unseen", "held_out", "validation")
 _LARGEST = 32 << 20
 """Bytes of a picture from which on it is left out."""
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PRIVATE = "The records are private: nothing is told of single clients."
 
 
 @dataclass(frozen=True)
@@ -76,22 +69,24 @@ class Contents:
     """What is known of a run.
 
     Attributes:
-        summary: contents of ``summary.json``; None where the run is not finished.
+        summary: contents of ``summary.json``, or those that the rounds so far tell.
         data: the run's ``FederatedData``; None where it cannot be had.
         no_data: why there are no data, as a sentence; empty where there are.
         confusion: confusion matrices, where the run has them.
+        artifacts: what the method logged.
         built: versions that the run was made with.
     """
 
     folder: Path
     config: RunConfig
     records: Sequence[Mapping[str, Any]]
-    summary: Mapping[str, Any] | None
+    summary: Mapping[str, Any]
     data: Any = field(repr=False)
     no_data: str = ""
+    finished: bool = True
     confusion: Confusions | None = None
     warnings: Mapping[str, str] = field(default_factory=dict)
-    shown: Sequence[Artifact] = ()
+    artifacts: Sequence[Artifact] = ()
     built: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -102,14 +97,8 @@ class Contents:
     @property
     def metrics(self) -> dict[str, float]:
         """The final figures that are numbers; those of the last evaluated round where the run is not finished."""
-        found = self.summary["metrics"] if self.summary is not None else self.last
-        return {name: found[name] for name in ordered(found, main=self.config.main) if math.isfinite(found[name])}
-
-    @property
-    def last(self) -> Mapping[str, Any]:
-        """The last record with a main figure; empty where there is none."""
-        main = self.config.main
-        return next((each for each in reversed(self.records) if any(name.endswith(main) for name in each)), {})
+        metrics = self.summary["metrics"]
+        return {name: metrics[name] for name in ordered(metrics, main=self.config.main) if math.isfinite(metrics[name])}
 
     @property
     def main(self) -> list[str]:
@@ -124,19 +113,15 @@ class Contents:
         return None if self.data is None or self.private else self.data.statistics
 
     @property
-    def counted(self) -> Mapping[str, Split]:
-        """The test sets of which counts may be told."""
-        return {} if self.data is None or self.private or self.data.form.lacks else self.data.tests
+    def tests(self) -> Mapping[str, Split]:
+        """The test sets; none where the data cannot be had."""
+        return {} if self.data is None else self.data.tests
 
-    @property
-    def classes(self) -> int:
-        """Number of classes; 0 where the data cannot be had."""
-        return 0 if self.data is None else len(self.data.classes)
-
-    @property
-    def tests(self) -> Collection[str]:
-        """Names of the test sets; none where the data cannot be had."""
-        return () if self.data is None else self.data.tests
+    def chance(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """See :func:`fedkern.report.chance.constants`; without what must not be told."""
+        counted = {} if self.data is None or self.private or self.data.form.lacks else self.tests
+        classes = 0 if self.data is None else len(self.data.classes)
+        return chance.constants(records, self.config.main, counted, self.confusion, classes)
 
     def split(self, name: str) -> tuple[str, str]:
         """Test set and figure of a name such as ``ood_accuracy``, also of test sets that a user has named."""
@@ -144,7 +129,7 @@ class Contents:
 
     def client(self, k: str) -> str:
         """A client's name, or "client" with its number."""
-        names = (self.summary or {}).get("client_names")
+        names = self.summary.get("client_names")
         if names is None and self.data is not None:
             names = self.data.client_names
         return names[int(k)] if names is not None and int(k) < len(names) else f"client {k}"
@@ -154,6 +139,7 @@ def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trust
     """Reads a run folder, and the run's data where they can be had.
 
     Args:
+        run_dir: the run folder.
         data: the run's ``FederatedData`` without its holdout; None loads the data again.
         data_root: current folder of the data files.
         trusted: code that may be imported (see :func:`fedkern.load`).
@@ -175,14 +161,23 @@ def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trust
         else:
             if len(data.statistics.counts) != config.trained_clients:
                 data, no_data = None, f"The data found now are of another number of clients than the run in {run_dir}."
-    found = summary or info
-    private = config.records == "private"
+    records = read_metrics(run_dir) if entry or (run_dir / METRICS).exists() else []
     return Contents(
-        run_dir, config, read_metrics(run_dir) if entry or (run_dir / METRICS).exists() else [], summary, data, no_data,
-        confusion=None if private else confusions.read(run_dir),
+        run_dir, config, records, summary or _so_far(records, config.main), data, no_data, summary is not None,
+        confusion=None if config.records == "private" else confusions.read(run_dir),
         warnings=info.get("parts", {}).get("warnings", {}) if summary is None else summary.get("diagnostics", {}),
-        shown=read_shown(run_dir), built=found.get("versions") or {},
+        artifacts=read_artifacts(run_dir), built=(summary or info).get("versions") or {},
     )  # fmt: skip
+
+
+def _so_far(records: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any]:
+    """What the summary of a run that is not finished would hold; figures are those of the last evaluated round."""
+    evaluated = (each for each in reversed(records) if any(name.endswith(main) for name in each))
+    last = records[-1] if records else {}
+    sent = {"total": last["bytes_up"] + last["bytes_down"]} if "bytes_up" in last else {}
+    phases = merged(*(record.get("phases", {}) for record in records))
+    seconds = {"seconds": last["seconds"]} if records else {}
+    return {"metrics": next(evaluated, {}), "rounds": last.get("round", 0), "bytes": sent, "phases": phases, **seconds}
 
 
 def in_memory(config: RunConfig) -> bool:
@@ -224,146 +219,131 @@ def write_report(
     html_page.check_target(run_dir)
     run = read(run_dir, data=data, data_root=data_root, trusted=trusted)
     undrawn: list[str] = []
-    if run.summary is not None and not pictures.drawn(run_dir):
+    if run.finished and not pictures.drawn(run_dir):
         why: str | None = run.no_data.rstrip(".")
         if run.data is not None:
-            draw = partial(pictures.finished_pictures, model=model, trusted=trusted, warn=undrawn.append)
-            why = draw(run_dir, data=run.data)[1]
+            why = pictures.finished_pictures(
+                run_dir, data=run.data, model=model, trusted=trusted, warn=undrawn.append
+            )[1]  # fmt: skip
         undrawn += [f"The run's pictures could not be drawn: {why}."] if why is not None else []
-    return html_page.write(page(run, command=command, undrawn=undrawn, model=model, trusted=trusted), run_dir)
+    return html_page.write(page(run, command=command, undrawn=undrawn), run_dir)
 
 
-def page(
-    run: Contents,
-    *,
-    command: str = "",
-    undrawn: Sequence[str] = (),
-    model: nn.Module | None = None,
-    trusted: Collection[str] = (),
-) -> Page:
+def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Page:
     """The page of a run; ``undrawn`` are sentences on pictures that could not be drawn."""
-    config = run.config
-    count = config.trained_clients
-    rounds = _rounds(run)
-    network = (run.summary or {}).get("model") or config.model
+    config, count, rounds = run.config, run.config.trained_clients, run.summary["rounds"]
     about = (
-        f"seed {config.seed} · {count} client{'s' * (count != 1)} · {rounds} round{'s' * (rounds != 1)} · {network} · "
-        f"{'finished' if run.summary is not None else 'not finished'}"
+        f"seed {config.seed} · {count} client{'s' * (count != 1)} · {rounds} round{'s' * (rounds != 1)} · "
+        f"{run.summary.get('model') or config.model} · {'finished' if run.finished else 'not finished'}"
     )
-    sections: list[Section] = []
-    answers = () if run.data is None or run.summary is None else run.data.task.pictures
-    makes: tuple[Callable[[Contents], Section], ...] = (
-        _figures, _curves, clients, _weights, _cost, _confusion, partial(_pictures, undrawn=undrawn),
-        *(partial(_ANSWERS[name], model=model, trusted=trusted) for name in answers if name in _ANSWERS),
-        partial(_settings, command=command),
-    )  # fmt: skip
-    for make in makes:
-        with spared(lambda why: sections.append(Section(f"missing-{len(sections)}", "Missing section", [f"{why}."]))):
-            sections.append(make(run))
     return Page(
         title=printable_name(f"{config.method} on {config.data}", CELL),
         about=printable_name(about, CELL),
-        headline=headline(run),
-        warnings=[(name, text) for name, text in run.warnings.items()],
-        tiles=_tiles(run),
-        sections=sections,
+        headline=[*headline(run)],
+        warnings=[*run.warnings.items()],
+        tiles=[*_tiles(run)],
+        sections=[
+            section("figures", "Final figures", _figures(run)),
+            section("curves", "Curves", _curves(run)),
+            section("clients", "Clients", clients(run)),
+            section("weights", "Client weights", _weights(run)),
+            section("cost", "Bytes and time", _cost(run)),
+            section("confusion", "Confusion matrix", _confusion(run)),
+            section("pictures", "Pictures", _pictures(run, undrawn)),
+            section("settings", "Configuration and versions", _settings(run, command)),
+        ],
     )
 
 
 # -- the headline ------------------------------------------------------------------------------------------------------
 
 
-def headline(run: Contents) -> list[str]:
+def headline(run: Contents) -> Iterator[str]:
     """What a sceptic concludes from a run, sentence by sentence."""
-    told = []
-    if run.summary is None:
+    summary, rounds = run.summary, run.summary["rounds"]
+    values = listed(_values(run)) if run.main else ""
+    if not run.finished:
         planned = "" if registry.get(run.config.method).one_shot else f" of {run.config.rounds}"
-        told.append(f"This run is not finished: {_rounds(run)}{planned} rounds are done, so no figure is its result.")
-        if run.main:
-            told.append(f"After round {run.last['round']} it has {listed(_values(run, run.main))}.")
-    elif run.main:
-        rounds = _rounds(run)
-        told.append(
-            f"{printable_name(run.config.method, 60)} reaches {listed(_values(run, run.main))} after {rounds} "
-            f"round{'s' * (rounds != 1)}."
-        )
+        yield f"This run is not finished: {rounds}{planned} rounds are done, so no figure is its result."
+        if values:
+            yield f"After round {summary['metrics']['round']} it has {values}."
+    elif values:
+        method = printable_name(run.config.method, 60)
+        yield f"{method} reaches {values} after {rounds} round{'s' * (rounds != 1)}."
     else:
-        told.append("The run tells no main figure.")
-    if stopped := (run.summary or {}).get("stopped"):
-        told.append(f"It ended before its {run.config.rounds} rounds were over: {stopped['reason']}.")
-    told += baseline(run)
-    if run.summary is None:
+        yield "The run tells no main figure."
+    if stopped := summary.get("stopped"):
+        yield f"It ended before its {run.config.rounds} rounds were over: {stopped['reason']}."
+    yield from baseline(run)
+    if not run.finished:
         python = f"fedkern.load({str(run.folder)!r}, ...).resume() in Python"
         command = f"python -m fedkern.run --resume {shlex.quote(str(run.folder))}"
-        told.append(f"Go on with: {python if in_memory(run.config) else command}")
-        return told
-    told += _worst(run)
-    told += _chance(run)
-    dropped = sum(bool(record.get("dropped")) for record in run.records)
-    if dropped:
-        told.append(f"Clients were left out in {dropped} of {len(run.records)} rounds.")
-    if run.summary.get("privacy"):
-        text = covering(run.summary["privacy"])
-        told.append(f"{text[0].upper()}{text[1:]}.")
-    return told
+        yield f"Go on with: {python if in_memory(run.config) else command}"
+        return
+    yield from _worst(run)
+    yield from _certainty(run)
+    if dropped := sum(bool(record.get("dropped")) for record in run.records):
+        yield f"Clients were left out in {dropped} of {len(run.records)} rounds."
+    if summary.get("privacy"):
+        text = covering(summary["privacy"])
+        yield f"{text[0].upper()}{text[1:]}."
 
 
-def _values(run: Contents, names: Iterable[str]) -> list[str]:
+def _values(run: Contents) -> list[str]:
     """Main figures with their test sets: ``"an accuracy of 68.2 % out of distribution"``."""
-    found: list[str] = []
-    for name in names:
+    values: list[str] = []
+    for name in run.main:
         test_set, figure = run.split(name)
         called = {"accuracy": "an accuracy of ", "dice": "a Dice of ",
                   "i2t_r1": "a recall at 1 (image to text) of "}.get(figure, f"{figure_title(figure)} ")  # fmt: skip
-        called = "" if found and called in found[0] else called
-        found.append(f"{called}{human_metric(name, run.metrics[name])} {_on(test_set)}")
-    return found
+        called = "" if values and called in values[0] else called
+        values.append(f"{called}{human_metric(name, run.metrics[name])} {_on(test_set)}")
+    return values
 
 
 def _on(test_set: str) -> str:
     return set_title(test_set) if test_set in ("id", "ood") else f"on the {set_noun(test_set)}"
 
 
-def baseline(run: Contents, *, judged: bool = True) -> list[str]:
+def baseline(run: Contents, *, judged: bool = True) -> Iterator[str]:
     """What predicting one class everywhere gives, as a sentence; none where a run that goes on does not tell.
 
     If ``judged``, a second sentence says whether the run's network is hardly better.
     """
-    known = chance.constants([run.metrics], run.config.main, run.counted, run.confusion, run.classes)
-    found = {name: known[name] for name in run.main if name in known}
-    if not found:
-        if run.summary is None or not run.main or (run.data is not None and not run.data.classes):
-            return []
-        why = "the records are private" if run.private else "the run folder does not tell how common each class is"
-        return [f"What predicting one class everywhere gives is not known: {why}."]
+    constants = run.chance([run.metrics])
+    values = {name: constants[name] for name in run.main if name in constants}
+    if not values:
+        if run.finished and run.main and (run.data is None or run.data.classes):
+            why = "the records are private" if run.private else "the run folder does not tell how common each class is"
+            yield f"What predicting one class everywhere gives is not known: {why}."
+        return
     what = {
         "accuracy": "Predicting the commonest class everywhere gives",
         "dice": "Predicting one class for every pixel gives",
         "macro_auroc": "Scoring all images alike gives",
         "i2t_r1": "Picking at random gives",
     }.get(run.config.main, "Predicting the same everywhere gives")
-    values = [f"{human_metric(name, value)} {_on(run.split(name)[0])}" for name, value in found.items()]
-    poor = [name for name, value in found.items() if hardly_better(name, run.metrics[name], value, run.config)]
+    texts = [f"{human_metric(name, value)} {_on(run.split(name)[0])}" for name, value in values.items()]
+    poor = [name for name, value in values.items() if hardly_better(name, run.metrics[name], value, run.config)]
     verdict = ""
     if poor and judged:
-        where = "" if len(poor) == len(found) else " " + listed([_on(run.split(name)[0]) for name in poor])
+        where = "" if len(poor) == len(values) else " " + listed([_on(run.split(name)[0]) for name in poor])
         verdict = f" The network is hardly better{where}."
-    return [f"{what} {listed(values)}.{verdict}"]
+    yield f"{what} {listed(texts)}.{verdict}"
 
 
-def _worst(run: Contents) -> list[str]:
-    assert run.summary is not None
-    worst = run.summary.get("worst_client")
-    if worst is not None:
-        count = len(run.summary.get("client_metrics", {}))
-        name = printable_name(run.client(str(worst["client"])), 60)
-        value = human_metric(worst["metric"], worst["value"])
-        return [f"The worst of {count} clients is {name}, with {figure_title(worst['metric'])} {value}."]
-    if run.private:
-        return ["The records are private: nothing is told of single clients."]
-    if run.summary.get("client_metrics") or run.config.trained_clients < 2:
-        return []
-    return ["How the worst client fares is not known: the clients have no test sets of their own (--client-test)."]
+def _worst(run: Contents) -> Iterator[str]:
+    metrics = run.summary.get("client_metrics", {})
+    if worst := run.summary.get("worst_client"):
+        name, value = (
+            printable_name(run.client(str(worst["client"])), 60),
+            human_metric(worst["metric"], worst["value"]),
+        )
+        yield f"The worst of {len(metrics)} clients is {name}, with {figure_title(worst['metric'])} {value}."
+    elif run.private:
+        yield _PRIVATE
+    elif not metrics and run.config.trained_clients >= 2:
+        yield "How the worst client fares is not known: the clients have no test sets of their own (--client-test)."
 
 
 def wilson(count: int, total: int) -> tuple[float, float]:
@@ -374,450 +354,291 @@ def wilson(count: int, total: int) -> tuple[float, float]:
     return 0.0 if count == 0 else middle - half, 1.0 if count == total else middle + half
 
 
-def _chance(run: Contents) -> list[str]:
+def _certainty(run: Contents) -> Iterator[str]:
     """How sure the figures are: the test set's size, and the number of seeds."""
-    told = []
     intervals = []
     for name in run.main:
         test_set, figure = run.split(name)
         matrix = run.confusion.matrices.get(set_name(test_set)) if run.confusion is not None else None
-        split = run.data.tests.get(test_set) if run.data is not None else None
+        split = run.tests.get(test_set)
         # A matrix over several networks counts every image several times.
         if figure != "accuracy" or matrix is None or split is None or int(matrix.sum()) != len(split):
             continue
         low, high = (100 * end for end in wilson(int(np.trace(matrix)), int(matrix.sum())))
         intervals.append(f"{low:.1f} to {high:.1f} % {_on(test_set)} ({len(split):,} samples)")
     if intervals:
-        told.append(
+        yield (
             f"The number of test samples alone leaves {listed(intervals)}: 95 % intervals, which take samples as "
             "independent."
         )
-    told.append("This is one run: how far another seed moves its figures is not known (compare --seeds 3 tells).")
-    return told
+    yield "This is one run: how far another seed moves its figures is not known (compare --seeds 3 tells)."
 
 
-def _tiles(run: Contents) -> list[tuple[str, str]]:
-    found = []
+def _tiles(run: Contents) -> Iterator[tuple[str, str]]:
     for name in run.main[:3]:
         test_set, figure = run.split(name)
         where = f", {set_title(test_set)}" if test_set else ""
-        found.append((f"{figure_title(figure)}{where}", human_metric(name, run.metrics[name])))
-    summary = run.summary
-    if summary is not None and summary.get("worst_client"):
-        worst = summary["worst_client"]
-        found.append((f"worst client, {figure_title(worst['metric'])}", human_metric(worst["metric"], worst["value"])))
-    sent, seconds = _sent(run), _seconds(run)
-    if sent is not None:
-        found.append(("sent, both directions", shown(sent, "B")))
-    if seconds is not None:
-        found.append(("time", human_time(seconds)))
-    return found
+        yield f"{figure_title(figure)}{where}", human_metric(name, run.metrics[name])
+    if worst := run.summary.get("worst_client"):
+        yield f"worst client, {figure_title(worst['metric'])}", human_metric(worst["metric"], worst["value"])
+    if "total" in run.summary["bytes"]:
+        yield "sent, both directions", in_unit(run.summary["bytes"]["total"], "B")
+    if "seconds" in run.summary:
+        yield "time", human_time(run.summary["seconds"])
 
 
 # -- the sections ------------------------------------------------------------------------------------------------------
 
 
-def _figures(run: Contents) -> Section:
-    section = Section("figures", "Final figures", tables_first=True)
-    if run.summary is None:
-        return section
-    over_clients: dict[str, dict[str, str]] = {}
-    over = ("mean", "worst")
-    rows: dict[str, dict[str, str]] = {}
+def _figures(run: Contents) -> Iterator[Block]:
+    if not run.finished:
+        return
     by_class = {name: table for name, table in run.summary.get("per_class", {}).items() if name != "validation"}
-    for name, value in run.metrics.items():
-        test_set, figure = run.split(name)
-        if test_set == "validation" or (by_class and figure.startswith("dice_")):
-            continue
-        which, _, rest = figure.partition("_client_")
-        if rest and which in over:
-            over_clients.setdefault(rest, {})[which] = human_metric(name, value)
-            continue
-        rows.setdefault(figure, {})[test_set] = human_metric(name, value)
-    present = dict.fromkeys(each for row in rows.values() for each in row)
-    sets = sorted(present, key=_place)
-    header = ["", *(set_title(each) if each else "test" for each in sets)]
-    body = [[figure_title(figure), *(row.get(each, "") for each in sets)] for figure, row in rows.items()]
-    section.tables.append(Table(header, body))
-    if over_clients:
-        body = [[figure_title(figure), *(row.get(each, "") for each in over)] for figure, row in over_clients.items()]
-        section.tables.append(Table(["over the clients' own test sets", *over], body))
+    metrics = {name: value for name, value in run.metrics.items() if not name.startswith(OVER_CLIENTS)}
+    sets, figures = by_test_set(metrics, run.tests, run.config.main, by_name=bool(by_class))
+    rows = [[figure_title(figure), *(row.get(each, "") for each in sets)] for figure, row in figures.items()]
+    yield Table(["", *(set_title(each) or "test" for each in sets)], rows)
+    over_clients = dict.fromkeys(name.partition("_client_")[2] for name in run.metrics if name not in metrics)
+    rows = [[figure_title(name), *(human_metric(name, run.metrics[which + name]) for which in OVER_CLIENTS)]
+            for name in over_clients]  # fmt: skip
+    if rows:
+        yield Table(["over the clients' own test sets", "mean", "worst"], rows)
     kinds = {"recall": "Recall of every class", "dice": "Dice of every class", "auroc": "AUROC of every label"}
     for kind, title in kinds.items():
-        shown = {name: table for name, table in by_class.items() if kind != "auroc" or not table.get("recall")}
-        tables = {name: table[kind] for name, table in shown.items() if table.get(kind)}
-        if not tables:
-            continue
+        tables = {name: table[kind] for name, table in by_class.items()
+                  if table.get(kind) and (kind != "auroc" or not table.get("recall"))}  # fmt: skip
         classes = list(dict.fromkeys(each for table in tables.values() for each in table))
-        values = {name: [table.get(each) for each in classes] for name, table in tables.items()}
-        series = [Series(set_title(name), y=scaled(each, 100)) for name, each in values.items()]
         missing = sum(all(table.get(each) is None for table in tables.values()) for each in classes)
         note = f"{missing} of {len(classes)} classes have no sample in any test set." if missing else ""
-        section.charts.append(
-            bars(f"class-{kind}", title, classes, series, axis=short_title(kind), unit="%", note=note)
-        )
-    return section
+        series = {set_title(name): _scaled(map(table.get, classes), 100) for name, table in tables.items()}
+        if tables:
+            yield bars(f"class-{kind}", title, classes, series, axis=short_title(kind), unit="%", note=note)
 
 
-def _curves(run: Contents) -> Section:
-    section, main = Section("curves", "Curves"), run.config.main
-    points, galleries = main_points(run.records, main, run.tests)
-    losses: dict[str, Points] = {}
-    for record in run.records:
-        for name, value in record.items():
-            test_set, figure = run.split(name)
-            if figure == "loss" and isinstance(value, (int, float)) and (test_set or main in record):
-                add_point(losses, test_set, record["round"], value)
-        if (loss := _training_loss(record, main)) is not None:
-            add_point(losses, "training", record["round"], loss)
-    among = {name: f" (among {gallery:,.0f})" for name, gallery in galleries.items()}
-    shown, lost = (
-        [Series((set_title(each) or "test") + sizes.get(each, ""), *by_set[each], soft=each == "validation")
-         for each in sorted(by_set, key=_place)]
-        for by_set, sizes in ((points, among), (losses, {}))
-    )  # fmt: skip
-    lines = chance.constants(run.records, main, run.counted, run.confusion, run.classes)
-    drawn = accuracy_curves(run.records, main, tests=run.tests, chance=lines, stacked=True)
-    if drawn is not None:
-        title = f"{figure_title(main)} on every test set"
-        title = f"{title[0].upper()}{title[1:]}"
-        section.charts.append(of_rounds("main", title, drawn, shown, unit=scale(main)[1]))
-    if lost:
-        section.charts.append(curves("loss", "Loss over the rounds", lost, axis="loss", zero=False))
-    return section
+def _curves(run: Contents) -> Iterator[Block]:
+    main = run.config.main
+    if panels := accuracy_panels(run.records, main, tests=run.tests, chance=run.chance(run.records)):
+        yield curves("main", f"{figure_title(main)} on every test set", panels)
+    # Beside a main figure of the same record the loss is that on the only test set.
+    losses = by_name(
+        (test_set, record["round"], value) for record in run.records for name, value in record.items()
+        for test_set, figure in [run.split(name)] if figure == "loss" and (test_set or main in record)
+    ) | by_name(("training", record["round"], _training_loss(record, main)) for record in run.records)  # fmt: skip
+    if losses:
+        yield curves("loss", "Loss over the rounds", [Panel("loss", [*set_curves(losses).values()], zero=False)])
 
 
 def _training_loss(record: Mapping[str, Any], main: str) -> float | None:
     losses = [info["loss"] for info in record.get("clients", {}).values() if isinstance(info.get("loss"), float)]
-    if losses:
-        return sum(losses) / len(losses)
-    loss = record.get("loss")
-    # Beside a main figure it is the loss on the only test set.
-    return float(loss) if isinstance(loss, (int, float)) and main not in record else None
+    return sum(losses) / len(losses) if losses else None if main in record else record.get("loss")
 
 
-def clients(run: Contents) -> Section:
+def clients(run: Contents) -> Iterator[Block]:
     """Who the clients are: sizes, label distribution, figures and losses of each."""
-    section = Section("clients", "Clients")
     if run.private:
-        section.texts.append("The records are private: nothing is told of single clients.")
-        return section
-    statistics = run.statistics
-    if statistics is not None:
-        count = len(statistics.counts)
-        if len(statistics.classes) > 1:
-            low, high = int(statistics.sizes.min()), int(statistics.sizes.max())
-            sizes = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-            skewed = int(np.argmax(statistics.skew))
-            text = (
-                f"{count:,} clients with {sizes} "
-                f"training samples of {len(statistics.classes)} classes. The mean skew is "
-                f"{float(statistics.skew.mean()):.2f}; the most skewed is {run.client(str(skewed))} "
-                f"({float(statistics.skew[skewed]):.2f}). Skew is the total variation distance from all clients' "
-                "class shares: 0 is the same, 1 shares no class."
-            )
-            section.texts.append(text)
-            some = statistics.spread(DRAWN)
-            which = "every client" if len(some) == count else f"{len(some)} of {count:,} clients"
-            note = "" if len(some) == count else "Clients evenly spaced by number of samples, the largest first."
-            title = f"Label distribution of {which} ({parse_partition(statistics.partition).title})"
-            names = [run.client(str(k)) for k in some]
-            table = counts_table(statistics.counts[some], names, statistics.classes, row="client", column="class")
-            drawn = svg(partition_picture(statistics), "labels")
-            section.charts.append(Chart("labels", title, text, drawn, [table], note))
+        yield _PRIVATE
+        return
+    main, statistics = run.config.main, run.statistics
+    if statistics is not None and len(statistics.classes) > 1:
+        yield from _label_distribution(run)
     elif run.no_data:
-        section.texts.append(f"The label distribution is not shown, as the data cannot be read: {run.no_data}")
-        if (picture := _picture(run.folder / pictures.PICTURES["partition"])) is not None:
-            alt = "How many training samples of each class every client holds."
-            section.pictures.append(Picture("Label distribution when the run ended", alt, picture))
-    section.tables += _client_table(run)
-    figures = (run.summary or {}).get("client_metrics") or {}
-    main = run.config.main
+        yield f"The label distribution is not shown, as the data cannot be read: {run.no_data}"
+        alt = "How many training samples of each class every client holds."
+        picture = run.folder / pictures.PICTURES["partition"]
+        yield from _picture(picture, "Label distribution when the run ended", alt)
+    figures = run.summary.get("client_metrics") or {}
     name = next((each for each in (main, "loss") if any(each in one for one in figures.values())), None)
     if name is not None and len(figures) > 1:
-        own = run.summary is not None and run.summary.get("client_test_set") == "own"
-        where = "its own test set" if own else "its part of the test set"
+        where = "its own test set" if run.summary.get("client_test_set") == "own" else "its part of the test set"
         factor, unit = scale(name)
-        y = scaled((one.get(name) for one in figures.values()), factor)
-        labels = [run.client(k) for k in figures]
-        title = f"Final {figure_title(name)} of every client on {where}"
-        falls, series = name == main and run.config.better == "min", [Series(name, y=y)]
-        section.charts.append(
-            bars("client-final", title, labels, series, axis=figure_title(name), unit=unit, falls=falls)
-        )
-    if (curve := clients_picture(run.records, main)) is not None:
-        points = client_points(run.records, main)
+        yield bars(
+            "client-final", f"Final {figure_title(name)} of every client on {where}", [*map(run.client, figures)],
+            {name: _scaled((one.get(name) for one in figures.values()), factor)}, axis=figure_title(name), unit=unit,
+            falls=name == main and run.config.better == "min",
+        )  # fmt: skip
+    if panels := client_panels(run.records, main):
         title = f"{figure_title(main)}: every client, their mean and the worst on their own test sets"
-        series = [Series(which, *each) for which, each in points.items()]
-        title = f"{title[:1].upper()}{title[1:]}"
-        section.charts.append(of_rounds("client-rounds", title, curve, series, unit=scale(main)[1]))
+        yield curves("client-rounds", title, panels)
     for key, title, axis in (
         ("loss", "Training loss of the clients", "training loss"),
         ("drift", "Length of the clients' updates", "norm of the update"),
     ):
-        series, note = _of_clients(run, key)
-        if series:
-            zero = key != "loss"
-            section.charts.append(curves(f"client-{key}", title, series, axis=axis, note=note, zero=zero))
-    return section
+        if each := client_curves(run.records, key):
+            some = {curve.name for curve in each} == {*SPREAD}
+            note = "The highest, the middle and the lowest value of each round." if some else ""
+            yield curves(f"client-{key}", title, [Panel(axis, each, zero=key != "loss")], note=note)
+    yield from _client_table(run)
 
 
-def _client_table(run: Contents) -> list[Table]:
+def _label_distribution(run: Contents) -> Iterator[Block]:
+    statistics, count = run.statistics, len(run.statistics.counts)
+    low, high = int(statistics.sizes.min()), int(statistics.sizes.max())
+    skewed = int(np.argmax(statistics.skew))
+    text = (
+        f"{count:,} clients with {f'{low:,}' if low == high else f'{low:,} to {high:,}'} training samples of "
+        f"{len(statistics.classes)} classes. The mean skew is {float(statistics.skew.mean()):.2f}; the most skewed is "
+        f"{run.client(str(skewed))} ({float(statistics.skew[skewed]):.2f}). Skew is the total variation distance from "
+        "all clients' class shares: 0 is the same, 1 shares no class."
+    )
+    yield text
+    some = statistics.spread(DRAWN)
+    which = "every client" if len(some) == count else f"{len(some)} of {count:,} clients"
+    note = "" if len(some) == count else "Clients evenly spaced by number of samples, the largest first."
+    title = f"Label distribution of {which} ({parse_partition(statistics.partition).title})"
+    names = [run.client(str(k)) for k in some]
+    table = counts_table(statistics.counts[some], names, statistics.classes, row="client", column="class")
+    yield chart("labels", title, text, partition_picture(statistics), [table], note)
+
+
+def _client_table(run: Contents) -> Iterator[Block]:
     """A row for every client: size, skew, figures, bytes."""
-    columns: dict[str, Callable[[str], str]] = {}
-    statistics, summary = run.statistics, run.summary or {}
-    known: dict[str, Mapping[str, Any]] = {}
+    columns: dict[str, list[str]] = {}
+    statistics, keys = run.statistics, [str(k) for k in range(run.config.trained_clients)]
+    latest: dict[str, Mapping[str, Any]] = {}
     for record in run.records:
-        known.update(record.get("clients", {}))
-    keys = [str(k) for k in range(run.config.trained_clients)]
+        latest |= record.get("clients", {})
     if statistics is not None:
-        columns["training samples"] = lambda k: f"{int(statistics.sizes[int(k)]):,}"
+        columns["training samples"] = [f"{int(size):,}" for size in statistics.sizes]
         if statistics.own_tests:
-            columns["own test samples"] = lambda k: f"{statistics.own_tests[int(k)]:,}"
+            columns["own test samples"] = [f"{size:,}" for size in statistics.own_tests]
         if len(statistics.classes) > 1:
-            columns["skew"] = lambda k: f"{float(statistics.skew[int(k)]):.2f}"
-    elif any("samples" in info for info in known.values()):
-        columns["training samples"] = lambda k: shown(known.get(k, {}).get("samples"), "images")
-    metrics = summary.get("client_metrics") or {}
+            columns["skew"] = [f"{float(skew):.2f}" for skew in statistics.skew]
+    elif any("samples" in info for info in latest.values()):
+        columns["training samples"] = [in_unit(latest.get(k, {}).get("samples"), "images") for k in keys]
+    metrics = run.summary.get("client_metrics") or {}
     for name in (run.config.main, "loss"):
         if any(name in one for one in metrics.values()):
-
-            def figure(k: str, name: str = name) -> str:
-                value = metrics.get(k, {}).get(name)
-                return "" if value is None else human_metric(name, value)
-
-            columns[figure_title(name)] = figure
-    sent = (summary.get("bytes") or {}).get("clients") or {}
-    if sent:
-        columns["sent up"] = lambda k: shown(sent.get(k, {}).get("up"), "B")
-        columns["sent down"] = lambda k: shown(sent.get(k, {}).get("down"), "B")
+            values = [metrics.get(k, {}).get(name) for k in keys]
+            columns[figure_title(name)] = ["" if value is None else human_metric(name, value) for value in values]
+    sent = run.summary["bytes"].get("clients") or {}
+    for way in ("up", "down") if sent else ():
+        columns[f"sent {way}"] = [in_unit(sent.get(k, {}).get(way), "B") for k in keys]
     if not columns or not keys:
-        return []
-    rows = [[run.client(k), *(make(k) for make in columns.values())] for k in keys[:LISTED]]
+        return
+    rows = [[*row] for row in zip(map(run.client, keys[:LISTED]), *columns.values(), strict=False)]
     if statistics is not None and statistics.held_out is not None:
         name, count = statistics.held_out
         rows.append([f"{name} (held out, {count:,} samples)", *("" for _ in columns)])
     caption = "" if len(keys) <= LISTED else f"The first {LISTED} of {len(keys)} clients; evaluation.csv has all."
-    return [Table(["client", *columns], rows, caption)]
+    yield Table(["client", *columns], rows, caption)
 
 
-def _of_clients(run: Contents, key: str) -> tuple[list[Series], str]:
-    """A figure's curve for every client, or for many clients of the lowest, middle and highest one; and a note."""
-    found: dict[str, Points] = {}
-    spread: dict[str, Points] = {}
-    for record in run.records:
-        told = record.get("clients", {}).items()
-        known = {k: info[key] for k, info in told if isinstance(info.get(key), (int, float))}
-        for k, value in known.items():
-            add_point(found, k, record["round"], value)
-        if known:
-            three = {"highest": max(known.values()), "middle": float(np.median([*known.values()]))}
-            for called, value in {**three, "lowest": min(known.values())}.items():
-                add_point(spread, called, record["round"], value)
-    if len(found) <= NAMED:
-        return [Series(run.client(k), *found[k]) for k in sorted(found, key=int)], ""
-    note = f"{len(found)} clients: the highest, the middle and the lowest value of each round."
-    return [Series(called, *points) for called, points in spread.items()], note
+def _weights(run: Contents) -> Iterator[Block]:
+    if panels := weight_panels(run.records, by_samples=run.config.options.get("weighting") == "samples"):
+        title = f"{' and '.join(panel.axis for panel in panels)} of every client"
+        yield curves("weight", title, panels, note="Dotted lines are the weights at the beginning.")
 
 
-def _weights(run: Contents) -> Section:
-    section = Section("weights", "Client weights")
-    drawn = weights_picture(run.records, by_samples=run.config.options.get("weighting") == "samples")
-    if drawn is not None:
-        series = {PANELS[key]: _of_clients(run, key)[0] for key in PANELS}
-        title = f"{' and '.join(name for name, each in series.items() if each)} of every client".capitalize()
-        note = "Dotted lines are the weights at the beginning."
-        chart = of_rounds("weight", title, drawn, series[PANELS["weight"]], note=note)
-        tables = [rounds_table(each, "", caption) for caption, each in series.items() if each]
-        section.charts.append(replace(chart, tables=tables))
-    return section
-
-
-def _cost(run: Contents) -> Section:
-    section = Section("cost", "Bytes and time")
+def _cost(run: Contents) -> Iterator[Block]:
     ways = {"bytes_up": "to the server (up)", "bytes_down": "to the clients (down)"}
-    series = []
-    for key, name in ways.items():
-        known = [(int(r["round"]), float(r[key])) for r in run.records if isinstance(r.get(key), (int, float))]
-        if known:
-            series.append(Series(name, [at for at, _ in known], [value for _, value in known]))
-    if series:
-        section.charts.append(curves("bytes", "Sent since the start", series, axis="sent", unit="B"))
-    phases = _phases(run)
-    if phases:
+    sent = by_name((name, r["round"], r.get(key)) for key, name in ways.items() for r in run.records)
+    if sent:
+        yield curves("bytes", "Sent since the start", [Panel("sent", [Curve(k, *v) for k, v in sent.items()], "B")])
+    if phases := merged(run.summary.get("phases") or {}):
         names = sorted(phases, key=lambda name: -phases[name])
-        seconds_by = Series("time", y=[phases[name] for name in names])
         note = "A name with a slash is a part of the phase before the slash." if any("/" in n for n in names) else ""
-        section.charts.append(bars("phases", "Time by phase", names, [seconds_by], axis="time", unit="s", note=note))
-        by_round = []
+        seconds = {"time": [phases[name] for name in names]}
+        yield bars("phases", "Time by phase", names, seconds, axis="time", unit="s", note=note)
         parts = [(int(record["round"]), merged(record.get("phases", {}))) for record in run.records]
-        for name in names[: len(COLOURS)]:
-            known = [(at, each[name]) for at, each in parts if name in each]
-            if known:
-                by_round.append(Series(name, [at for at, _ in known], [value for _, value in known]))
+        by_round = by_name((name, at, each.get(name)) for name in names[: len(COLOURS)] for at, each in parts)
         if by_round and len(run.records) > 1:
-            title = "Time of every round by phase"
-            section.charts.append(curves("phase-rounds", title, by_round, axis="time", unit="s"))
-    rows = []
-    if run.summary is not None:
-        rows = [[*row] for row in sent_rows(run.summary["bytes"]).items()]
-    if (seconds := _seconds(run)) is not None:
-        rounds = max(_rounds(run), 1)
-        rows += [["time", human_time(seconds)], ["time per round", human_time(seconds / rounds)]]
+            panel = Panel("time", [Curve(name, *points) for name, points in by_round.items()], "s")
+            yield curves("phase-rounds", "Time of every round by phase", [panel])
+    rows = [[*row] for row in sent_rows(run.summary["bytes"]).items()] if run.finished else []
+    if "seconds" in run.summary:
+        seconds_each = run.summary["seconds"] / max(run.summary["rounds"], 1)
+        rows += [["time", human_time(run.summary["seconds"])], ["time per round", human_time(seconds_each)]]
     if rows:
-        section.tables.append(Table(["", "whole run"], rows))
-    return section
+        yield Table(["", "whole run"], rows)
 
 
-def _confusion(run: Contents) -> Section:
-    from fedkern.report.figures.confusion_sheet import draw, mistakes
-
-    section = Section("confusion", "Confusion matrix")
+def _confusion(run: Contents) -> Iterator[Block]:
     if run.confusion is None or len(run.confusion.classes) < 2:
-        return section
+        return
     classes = list(run.confusion.classes)
     for number, (name, matrix) in enumerate(run.confusion.matrices.items()):
-        if not matrix.sum():
-            continue
-        right, count = int(np.trace(matrix)), int(matrix.sum())
-        wrong = mistakes(matrix, classes)
-        text = f"{100 * right / count:.1f} % of {count:,} samples are right."
-        text += f" Most frequent mistakes: {'; '.join(wrong)}." if wrong else ""
-        title = f"Which class was taken for which, {set_title(name)}"
-        table = counts_table(matrix.tolist(), classes, classes, row="true class", column="predicted class")
-        drawn = svg(draw(replace(run.confusion, matrices={name: matrix})), f"confusion-{number}")
-        section.charts.append(Chart(f"confusion-{number}", title, text, drawn, [table], text))
-    return section
+        if count := int(matrix.sum()):
+            wrong = confusion_sheet.mistakes(matrix, classes)
+            text = f"{100 * int(np.trace(matrix)) / count:.1f} % of {count:,} samples are right."
+            text += f" Most frequent mistakes: {'; '.join(wrong)}." if wrong else ""
+            title = f"Which class was taken for which, {set_title(name)}"
+            table = counts_table(matrix.tolist(), classes, classes, row="true class", column="predicted class")
+            figure = confusion_sheet.draw(replace(run.confusion, matrices={name: matrix}))
+            yield chart(f"confusion-{number}", title, text, figure, [table], text)
 
 
-def _pictures(run: Contents, undrawn: Sequence[str]) -> Section:
-    section = Section("pictures", "Pictures")
-    section.texts += undrawn
-    fixed = {
+def _pictures(run: Contents, undrawn: Sequence[str]) -> Iterator[Block]:
+    yield from undrawn
+    texts = {pictures.PICTURES[name]: text for name, text in {
         "gradcam": ("Grad-CAM of the global network", "Test images, and where the network looks for its answer."),
         "segmentation": ("Segmentation of the global network",
                          "Test images with their true masks and the masks that the network finds."),
-    }  # fmt: skip
-    found = [(run.folder / pictures.PICTURES[name], *texts) for name, texts in fixed.items()]
-    names = list(dict.fromkeys(entry.name for entry in run.shown))
-    for name in names:
-        called = name.replace("_", " ")
-        images = next(entry for entry in run.shown if entry.name == name).value.dim() == 4
-        alt = f"Images that the method logged as {called}, a row for every round kept." if images else (
+        "retrieval": ("Retrieval examples",
+                      "Test images and the captions that the network finds nearest; ✓ marks a caption of the image. "
+                      "Where none is among the nearest, its place is told."),
+    }.items()}  # fmt: skip
+    for entry in {entry.name: entry for entry in run.artifacts}.values():
+        called = entry.name.replace("_", " ")
+        alt = f"Images that the method logged as {called}, a row for every round kept." if entry.value.dim() == 4 else (
             f"Tables that the method logged as {called}, as heat maps of several rounds."
         )  # fmt: skip
         title = f"{called[:1].upper()}{called[1:]}, as the method logged it"
-        found.append((pictures.artifact_path(run.folder, name), title, alt))
-    for path, title, alt in found:
-        if run.summary is not None and (source := _picture(path)) is not None:
-            section.pictures.append(Picture(title, alt, source))
-    if run.summary is None and names:
+        texts[pictures.artifact_path(run.folder, entry.name).name] = title, alt
+    if run.finished:
+        for name, (title, alt) in texts.items():
+            yield from _picture(run.folder / name, title, alt)
+        if (
+            "retrieval" in (run.data.task.pictures if run.data is not None else ())
+            and not (run.folder / pictures.PICTURES["retrieval"]).exists()
+        ):
+            yield "There are no retrieval examples: the network has no pair of an image and a text encoder."
+    elif run.artifacts:  # the folder has no pictures yet
         failed: dict[str, str] = {}
-        section.pictures += _drawn_now(run, {path.name: (title, alt) for path, title, alt in found}, failed)
-        section.texts += [f"{name} is missing, as it cannot be drawn: {why}." for name, why in failed.items()]
-    return section
+        classes = () if run.data is None else run.data.classes
+        with tempfile.TemporaryDirectory() as folder:
+            title = f"{run.config.method} on {run.config.data}"
+            for path in pictures.draw_artifacts(run.artifacts, Path(folder), title, classes, failed):
+                yield from _picture(path, *texts[path.name])
+        yield from (f"{name} is missing, as it cannot be drawn: {why}." for name, why in failed.items())
 
 
-def _drawn_now(run: Contents, texts: Mapping[str, tuple[str, str]], failed: dict[str, str]) -> list[Picture]:
-    """The artifacts of a run that is not finished, whose folder has no pictures yet."""
-    classes = () if run.data is None else run.data.classes
-    with tempfile.TemporaryDirectory() as folder:
-        title = f"{run.config.method} on {run.config.data}"
-        drawn = pictures.draw_artifacts(run.shown, Path(folder), title, classes, failed)
-        return [Picture(*texts[path.name], html_page.data_uri(path.read_bytes())) for path in drawn]
-
-
-def _retrieval(run: Contents, model: nn.Module | None, trusted: Collection[str]) -> Section:
-    section = Section("retrieval", "Retrieval examples")
-    try:
-        found, text = retrieval_examples(run.folder, run.config, run.data, model=model, trusted=trusted)
-        section.examples = examples(found)
-    except UserError as error:
-        text = f"No examples: {error}"
-    section.texts.append(text)
-    return section
-
-
-_ANSWERS: Mapping[str, Callable[..., Section]] = {"retrieval": _retrieval}
-"""Sections that show a run's answers themselves rather than a picture of them, by the picture's name."""
-
-
-def _settings(run: Contents, command: str) -> Section:
-    section = Section("settings", "Configuration and versions")
-    config = run.config
-    if in_memory(config):
-        section.texts.append("Data, network or method of this run were in the memory of a Python program.")
+def _settings(run: Contents, command: str) -> Iterator[Block]:
+    if in_memory(run.config):
+        yield "Data, network or method of this run were in the memory of a Python program."
     else:
-        section.texts.append("The command that repeats this run:")
-        by_file = f"python -m fedkern.run --config {shlex.quote(str(run.folder / 'config.toml'))}"
-        section.code.append(command or by_file)
+        yield "The command that repeats this run:"
+        yield Code(command or f"python -m fedkern.run --config {shlex.quote(str(run.folder / 'config.toml'))}")
     rows: list[list[str]] = []
-    for name, value in {**config.to_dict(), "device": stored_device(run.folder)}.items():
-        if isinstance(value, Mapping):
-            rows += [[f"{name}.{key}", _word(one)] for key, one in value.items()]
-        else:
-            rows.append([name, _word(value)])
-    section.tables.append(Table(["setting", "value"], rows, "Every setting, as in config.toml", words=2))
-    built = {**run.built, "this report": f"fedkern {versions()['fedkern']}"}
-    section.tables.append(Table(["package", "version"], [[k, str(v)] for k, v in built.items()], "Versions", words=2))
-    return section
+    for name, value in {**run.config.to_dict(), "device": stored_device(run.folder)}.items():
+        several = isinstance(value, Mapping)
+        entries = {f"{name}.{key}": one for key, one in value.items()} if several else {name: value}
+        rows += [[key, printable_name(as_typed(one), 1000)] for key, one in entries.items()]
+    yield Table(["setting", "value"], rows, "Every setting, as in config.toml", words=2)
+    yield versions_table([run.built])
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
 
 
-def _place(test_set: str) -> int:
-    """Place of a test set among others, known ones first."""
-    return _SETS.index(test_set) if test_set in _SETS else len(_SETS)
-
-
-def _rounds(run: Contents) -> int:
-    if run.summary is not None:
-        return int(run.summary["rounds"])
-    return int(run.records[-1]["round"]) if run.records else 0
-
-
-def _sent(run: Contents) -> float | None:
-    if run.summary is not None:
-        return float(run.summary["bytes"]["total"])
-    last = run.records[-1] if run.records else {}
-    return float(last["bytes_up"] + last["bytes_down"]) if "bytes_up" in last else None
-
-
-def _seconds(run: Contents) -> float | None:
-    if run.summary is not None:
-        return float(run.summary["seconds"])
-    return float(run.records[-1]["seconds"]) if run.records else None
-
-
-def merged(phases: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by phase, where the numbered parts of a phase (``train/images 3``) are one."""
-    found: dict[str, float] = {}
-    for name, value in phases.items():
+def merged(*tables: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by phase over all tables, where the numbered parts of a phase (``train/images 3``) are one."""
+    seconds: dict[str, float] = {}
+    for name, value in (item for table in tables for item in table.items()):
         plain = re.sub(r" \d+$", "", name)
-        found[plain] = found.get(plain, 0.0) + float(value)
-    return found
+        seconds[plain] = seconds.get(plain, 0.0) + float(value)
+    return seconds
 
 
-def _phases(run: Contents) -> dict[str, float]:
-    if run.summary is not None:
-        return merged(run.summary.get("phases") or {})
-    found: dict[str, float] = {}
-    for record in run.records:
-        for name, value in merged(record.get("phases", {})).items():
-            found[name] = found.get(name, 0.0) + value
-    return found
+def _scaled(values: Iterable[float | None], factor: float) -> list[float | None]:
+    return [None if value is None else factor * value for value in values]
 
 
-def _word(value: Any) -> str:
-    return printable_name(as_typed(value), 1000)
-
-
-def _picture(path: Path) -> str | None:
-    """A picture of the run folder as a data URI; None where there is none, or it is no PNG."""
+def _picture(path: Path, title: str, alt: str) -> Iterator[Picture]:
+    """A picture of the run folder; none where there is none, or it is no PNG."""
     try:
         with open_regular(path) as file:
             content = file.read(_LARGEST + 1)
     except OSError:
-        return None
-    return html_page.data_uri(content) if content.startswith(_PNG) and len(content) <= _LARGEST else None
+        return
+    if content.startswith(_PNG) and len(content) <= _LARGEST:
+        yield Picture(title, alt, html_page.data_uri(content))

@@ -9,7 +9,7 @@ import numpy as np
 from fedkern.engine.run import run
 from fedkern.report.figures import plots, sheet
 from fedkern.report.figures.pictures import write_pictures
-from fedkern.report.pages.retrieval_examples import EXAMPLES, FOUND, Found, draw, examples, retrieval_examples
+from fedkern.report.figures.retrieval_sheet import EXAMPLES, NEAREST, Example, draw, retrieval_examples
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 
@@ -22,21 +22,23 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
     data = load_data(config)
     run(config, out=tmp_path)
     assert "retrieval.png" in [path.name for path in write_pictures(tmp_path, data=data)]
-    found, told = retrieval_examples(tmp_path, config, data)
-    assert len(found) == EXAMPLES
-    assert told.startswith("Test images, evenly chosen, and the nearest of ")
-    for one, shown in zip(found, examples(found), strict=True):
-        assert one.image.shape == (*one.image.shape[:2], 3)
-        assert [right for _, right in one.lines[:FOUND]].count(True) > 0 or one.lines[-1][1]
-        assert one.caption in shown.alt
-        assert [mark for _, mark in shown.lines] == ["right" if right else "wrong" for _, right in one.lines]
+    examples, title = retrieval_examples(tmp_path, config, data)
+    split = data.tests[""]
+    assert len(examples) == EXAMPLES
+    assert title == f"Test images and the nearest of {len(set(split.texts))} captions"
+    for example in examples:
+        assert example.image.shape == (*example.image.shape[:2], 3)
+        row = next(i for i, image in enumerate(split.images) if np.array_equal(sheet.rgb(image.numpy()), example.image))
+        own = {text for text, name in zip(split.texts, split.ids, strict=True) if name == split.ids[row]}
+        assert [text.split(": ", 1)[-1] in own for text, _ in example.lines] == [right for _, right in example.lines]
+        assert [right for _, right in example.lines[:NEAREST]].count(True) > 0 or example.lines[NEAREST][1]
 
 
 def test_long_captions_stay_beside_their_image(tmp_path, monkeypatch):
     sheets = []
     monkeypatch.setattr(sheet, "save", lambda figure, path: sheets.append(figure))
     lines = [("W" * 300, False), ("short", True), ("many words " * 30, False), ("place 9: " + "word " * 60, True)]
-    draw([Found(np.zeros((8, 8, 3), np.uint8), "short", lines)] * 2, tmp_path / "r.png", title="t")
+    draw([Example(np.zeros((8, 8, 3), np.uint8), lines)] * 2, tmp_path / "r.png", title="t")
     _, _, *texts = sheets[0].texts
     boxes = [text.get_window_extent() for text in texts]
     assert [text.get_text()[:2] for text in texts[:4]] == ["WW", "✓ ", "ma", "✓ "]

@@ -1,4 +1,4 @@
-"""The picture of client weights and losses."""
+"""Curves of single clients, and the picture of their weights and losses."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,10 @@ from PIL import Image
 
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
+from fedkern.report.figures.client_curves import client_curves, weight_panels
+from fedkern.report.figures.curves import draw
 from fedkern.report.figures.pictures import write_pictures
-from fedkern.report.figures.plots import ORANGE, save
-from fedkern.report.figures.weights import FAINT, weights_picture
-from fedkern.report.pages.charts import Series, of_rounds
+from fedkern.report.figures.plots import DRAWN, ORANGE, save
 from fedkern.settings.config import RunConfig
 
 
@@ -26,11 +26,15 @@ def records(clients, rounds=3):
 @pytest.mark.parametrize("clients", [3, 120])
 def test_weights_and_losses_are_drawn(clients, tmp_path):
     path = tmp_path / "weights.png"
-    save(weights_picture(list(records(clients)), title="t"), path)
+    save(weights_picture(list(records(clients))), path)
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
     blue, orange = ((np.abs(pixels - np.array(rgb)).sum(1) < 30).sum() for rgb in ((0, 114, 178), (213, 94, 0)))
     assert orange > 100
     assert (blue > 100) == (clients == 3)
+
+
+def weights_picture(records, *, by_samples=False, page=False):
+    return draw(weight_panels(records, by_samples=by_samples), title="t", stacked=True, page=page)
 
 
 def centre_lines(monkeypatch):
@@ -43,7 +47,7 @@ def centre_lines(monkeypatch):
 
 def test_the_line_of_equal_weights(monkeypatch):
     found = centre_lines(monkeypatch)
-    assert weights_picture(list(records(4)), title="t")
+    assert weights_picture(list(records(4)))
     assert found == [0.25]
 
 
@@ -70,7 +74,7 @@ def test_the_legend_names_the_dotted_lines_last(by_samples, called):
     for record in found:
         for info in record["clients"].values():
             info["samples"] = 5
-    (legend,) = weights_picture(found, title="t", by_samples=by_samples).legends
+    (legend,) = weights_picture(found, by_samples=by_samples).legends
     names = [text.get_text() for text in legend.get_texts()]
     assert names == ["client 0", "client 1", "client 2", called]
 
@@ -80,13 +84,13 @@ def test_weights_begin_at_zero_and_losses_where_they_are():
     for record in found:
         for info in record["clients"].values():
             info["own_loss"] += 100
-    weight, loss = weights_picture(found, title="t").axes
+    weight, loss = weights_picture(found).axes
     assert weight.get_ylim()[0] == 0
     assert loss.get_ylim()[0] > 100
 
 
 def test_other_methods_have_no_such_picture():
-    assert weights_picture([{"round": 1, "clients": {"0": {"loss": 1.0}}}, {"round": 2}], title="t") is None
+    assert weight_panels([{"round": 1, "clients": {"0": {"loss": 1.0}}}, {"round": 2}]) == []
 
 
 def test_clients_are_called_by_their_names(monkeypatch):
@@ -96,19 +100,31 @@ def test_clients_are_called_by_their_names(monkeypatch):
     found = list(records(2))
     for record in found:
         record["clients"]["1"]["name"] = "Bonn"
-    assert weights_picture(found, title="t")
+    assert weights_picture(found)
     assert called[:2] == ["client 0", "Bonn"]
+    assert [curve.name for curve in client_curves(found, "weight")] == ["client 0", "Bonn"]
 
 
-def test_many_clients_are_drawn_in_part(monkeypatch):
-    drawn, titles = [], []
-    plot, title = Axes.plot, Axes.set_title
-    monkeypatch.setattr(Axes, "plot", lambda self, *xy, **s: drawn.append(s["color"]) or plot(self, *xy, **s))
-    monkeypatch.setattr(Axes, "set_title", lambda self, text, **s: titles.append(text) or title(self, text, **s))
-    assert weights_picture(list(records(1000)), title="t")
-    assert FAINT <= len(drawn) / 2 <= FAINT + 1
+def test_many_clients_are_drawn_in_part():
+    found = list(records(1000))
+    figure = weights_picture(found)
+    drawn = [line.get_color() for axes in figure.axes for line in axes.get_lines() if line.get_linestyle() != ":"]
+    assert len(drawn) / 2 == DRAWN + 1
     assert drawn.count(ORANGE) == 2  # the heaviest, in both panels
-    assert titles[0] == f"t: {len(drawn) // 2} of 1,000"
+    (legend,) = figure.legends
+    heaviest = max(found[-1]["clients"], key=lambda k: found[-1]["clients"][k]["weight"])
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [f"{DRAWN} of 1,000 clients", f"client {heaviest}", "equal weights"]
+
+
+def test_of_many_clients_a_text_tells_the_highest_the_middle_and_the_lowest_value():
+    found = list(records(13))
+    three = {curve.name: curve.values for curve in client_curves(found, "weight")}
+    values = [sorted(info["weight"] for info in record["clients"].values()) for record in found]
+    assert three["highest"] == [each[-1] for each in values]
+    assert three["middle"] == [float(np.median(each)) for each in values]
+    assert three["lowest"] == [each[0] for each in values]
+    assert [[curve.name for curve in panel.summary] for panel in weight_panels(found)] == [[*three], [*three]]
 
 
 def test_long_names_have_room_in_the_legend_of_a_page():
@@ -116,8 +132,7 @@ def test_long_names_have_room_in_the_legend_of_a_page():
     for record in found:
         for client, info in record["clients"].items():
             info["name"] = f"University Hospital {client}"
-    figure = weights_picture(found)
-    of_rounds("weight", "Weights", figure, [Series("a", [1], [1.0])])
+    figure = weights_picture(found, page=True)
     figure.draw_without_rendering()
     (legend,) = figure.legends
     width = legend.get_window_extent().width

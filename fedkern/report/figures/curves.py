@@ -1,0 +1,288 @@
+"""Curves over the communication rounds or the virtual clock: what a panel of them holds, and its one drawing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fedkern.report.figures.fitting import fitted
+from fedkern.report.figures.plots import (
+    BLUE,
+    COLOURS,
+    DRAWN,
+    GREEN,
+    GREY,
+    MARKERS,
+    ORANGE,
+    PAGE,
+    PINK,
+    entitle,
+    frame,
+    legend_below,
+    new_figure,
+    whole_numbers,
+)
+from fedkern.report.names import TITLE, entry, label
+from fedkern.report.tables import in_unit
+from fedkern.tasks.figure_names import scale, set_title, short_title, split_metric
+
+DASHES = ("-", "--", "-.", ":")
+SOFT, THIN = (GREY, "--", ""), (GREY, "-", "")
+"""Looks of a curve that is no result, and of one among many."""
+_SETS = {
+    "id": (BLUE, "-", "o"), "ood": (ORANGE, "-", "s"), "": (BLUE, "-", "o"), "minority": (PINK, "-", "D"),
+    "unseen": (GREEN, "-", "^"), "held_out": (ORANGE, "-", "v"), "validation": SOFT,
+}  # fmt: skip
+"""Looks of the curves of known test sets, in their order."""
+NAMED, LEGEND = 24, 40
+"""Most curves of a panel in the legend, and most characters of a name there."""
+
+Points = tuple[list[int], list[float]]
+"""Rounds and values of a curve."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve; a value that is None or not finite leaves a gap.
+
+    Attributes:
+        name: the name in the legend, the text and the table.
+        rounds: communication rounds.
+        values: a value for every round.
+        look: colour, dashes and marker; None: those of the curve's number in the panel.
+        at: where on the virtual clock every round was over; None draws over the rounds.
+        deviation: half the height of a band around every value.
+    """
+
+    name: str
+    rounds: Sequence[int]
+    values: Sequence[float | None]
+    look: tuple[str, str, str] | None = None
+    at: Sequence[float] | None = None
+    deviation: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Axes of curves.
+
+    Attributes:
+        axis: title of the vertical axis, in one line or two.
+        unit: see :func:`fedkern.report.tables.in_unit`.
+        zero: begin the axis at 0, which would flatten a loss that stays far above.
+        ends: write the last value at the end of every curve.
+        levels: heights of dotted lines, with the colour of each.
+        level_name: name of these lines in the legend.
+        summary: curves of a text and a table in place of the drawn ones, where these are many.
+    """
+
+    axis: str
+    curves: Sequence[Curve]
+    unit: str = ""
+    zero: bool = True
+    ends: bool = False
+    levels: Mapping[float, str] = field(default_factory=dict)
+    level_name: str = ""
+    summary: Sequence[Curve] = ()
+
+
+def look(number: int) -> tuple[str, str, str]:
+    """Colour, dashes and marker by which the curve of a number can be told from others."""
+    colours, markers = len(COLOURS), len(MARKERS)
+    return COLOURS[number % colours], DASHES[number // colours % len(DASHES)], MARKERS[number % markers]
+
+
+def by_name(points: Iterable[tuple[str, int, Any]], factor: float = 1) -> dict[str, Points]:
+    """Rounds and values, times a factor, by the name of their curve; what is no number is left out."""
+    curves: dict[str, Points] = {}
+    for name, at, value in points:
+        if isinstance(value, (int, float)):
+            rounds, values = curves.setdefault(name, ([], []))
+            rounds.append(int(at))
+            values.append(factor * float(value))
+    return curves
+
+
+# -- the panels of a run -----------------------------------------------------------------------------------------------
+
+
+def set_curves(points: Mapping[str, Points], clock: Mapping[int, float] | None = None) -> dict[str, Curve]:
+    """A curve for every test set, known sets first; ``clock``: see :func:`clock_of`."""
+    others = [name for name in points if name not in _SETS]
+    looks = _SETS | {name: look(2 + number) for number, name in enumerate(others)}
+    return {
+        name: Curve(set_title(name) or "test", *points[name], looks[name],
+                    at=[clock.get(at, at) for at in points[name][0]] if clock else None)
+        for name in looks if name in points
+    }  # fmt: skip
+
+
+def accuracy_panels(
+    records: Sequence[Mapping[str, Any]],
+    main: str,
+    *,
+    tests: Collection[str] = (),
+    chance: Mapping[str, float] | None = None,
+) -> list[Panel]:
+    """The main figure on every test set over the communication rounds, or over the clock of asynchronous ones.
+
+    Recall depends on the number of candidates: sets with other numbers have a panel of their own, which says the
+    number.
+
+    Args:
+        records: lines of ``metrics.jsonl``; lines without such a figure are skipped.
+        main: the figure's name.
+        tests: names of test sets.
+        chance: see :func:`fedkern.report.chance.constants`.
+    """
+    (factor, unit), named = scale(main), [(r["round"], *item) for r in records for item in r.items()]
+    split = [(*split_metric(name, tests), at, value) for at, name, value in named]
+    points = by_name(((name, at, value) for name, figure, at, value in split if figure == main), factor)
+    sizes = {name: values[-1] for name, (_, values) in by_name(
+        (name, at, value) for name, figure, at, value in split if figure == "gallery"
+    ).items()}  # fmt: skip
+    panels: dict[float, dict[str, Curve]] = {}  # curves by number of candidates
+    for name, curve in set_curves(points, clock_of(records)).items():
+        panels.setdefault(sizes.get(name, 0.0), {})[name] = curve
+    return [
+        Panel(
+            short_title(main) + (f"\namong {size:,.0f} candidates" if size else ""), [*curves.values()], unit,
+            ends=True, **levels(main, [(chance or {}).get(f"{name}_{main}" if name else main) for name in curves]),
+        )
+        for size, curves in panels.items()
+    ]  # fmt: skip
+
+
+def levels(figure: str, values: Iterable[float | None]) -> dict[str, Any]:
+    """Arguments of a panel for dotted lines at figures that need no learning; equal ones once, None not at all."""
+    factor, unit = scale(figure)
+    lines = {round(factor * value, 1 if unit else 3): GREY for value in values if value is not None}
+    names = {"accuracy": "commonest class", "dice": "one class everywhere"}
+    return {"levels": lines, "level_name": names.get(figure, "chance")}
+
+
+def client_panels(records: Sequence[Mapping[str, Any]], main: str) -> list[Panel]:
+    """The main figure of the mean and the worst client on their own test sets, over thin curves of single clients.
+
+    None where the records have no such figure, such as those of clients without test sets.
+    """
+    factor, unit = scale(main)
+    curves = by_name(
+        ((f"{which} client", r["round"], r.get(f"{which}_client_{main}")) for which in ("mean", "worst")
+         for r in records), factor,
+    )  # fmt: skip
+    singles = by_name(
+        ((k, r["round"], figures.get(main)) for r in records for k, figures in r.get("client_metrics", {}).items()),
+        factor,
+    )
+    drawn = [*thin_curves(singles), *(Curve(name, *points) for name, points in curves.items())]
+    axis = f"{short_title(main)}\non the clients' own test sets"
+    return [Panel(axis, drawn, unit, ends=True)] if curves else []
+
+
+def thin_curves(points: Mapping[str, Points]) -> list[Curve]:
+    """Thin curves of at most `DRAWN` single clients, the first of which names them all."""
+    some = list(points.values())[:: -(-len(points) // DRAWN) or 1]
+    name = "single clients" if len(some) == len(points) else f"{len(some)} of {len(points):,} clients"
+    return [Curve("" if number else name, *each, THIN) for number, each in enumerate(some)]
+
+
+def clock_of(records: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """When every round of an asynchronous run was over on the virtual clock; empty for a run of synchronous rounds."""
+    return {int(record["round"]): float(record["clock"]) for record in records if "staleness" in record}
+
+
+# -- the drawing -------------------------------------------------------------------------------------------------------
+
+
+def draw(panels: Sequence[Panel], *, title: str = "", stacked: bool = False, page: bool = False) -> Figure:
+    """Draws panels, at least one, for a file, side by side or ``stacked``; or for a ``page``, which has the title."""
+    down, across = (len(panels), 1) if page or stacked else (1, len(panels))
+    wide = PAGE if page else 7.2 if across == 1 else 5.4 * across
+    figure = new_figure(wide, 0.7 + 2.7 * down if page else 1.2 + 3.0 * down)
+    rows = figure.subplots(down, across, squeeze=False)
+    curves = [curve for panel in panels for curve in panel.curves]
+    places = [float(x) for curve in curves for x in (curve.rounds if curve.at is None else curve.at)]
+    first, last = min(places), max(places)
+    for axes, panel in zip(rows.flat, panels, strict=True):
+        _draw_panel(axes, panel, 2.6 if page else 3.4)
+        alike = [each for each in panels if (each.unit, each.zero) == (panel.unit, panel.zero)]
+        low, _ = axes.dataLim.intervaly
+        if low >= 0 and (panel.zero or axes.get_ylim()[0] < 0):
+            axes.set_ylim(0, _highest(alike))
+        if panel.ends:
+            _write_ends(axes, panel)
+        if all(curve.at is None for curve in curves):
+            axes.set_xlabel("communication round", fontsize=12)
+            axes.xaxis.set_major_locator(whole_numbers())
+            axes.set_xlim(first - 0.5, last + 0.5)
+        else:
+            axes.set_xlabel("virtual clock: local steps of a client of usual speed", fontsize=12)
+            axes.xaxis.set_major_locator(MaxNLocator(8))
+            axes.set_xlim(first - 0.02 * last, 1.02 * last)
+        frame(axes)
+    for axes in rows[:-1].flat:
+        axes.set_xlabel("")
+    banded = any(curve.deviation is not None for curve in curves)
+    entitle(figure, title, "mean and standard deviation over seeds" if banded else "")
+    legend_below(figure)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, room: float) -> None:
+    """Draws curves and dotted lines, and names the vertical axis in lines of ``room`` inches."""
+    numbers, names = count(), count()
+    for curve in panel.curves:
+        colour, dashes, marker = curve.look or look(next(numbers))
+        x = curve.rounds if curve.at is None else curve.at
+        y, thin = np.array(curve.values, dtype=np.float64), curve.look is THIN
+        axes.plot(
+            x, y, dashes, color=colour, marker=marker, markevery=max(1, len(x) // 12), ms=5, lw=0.8 if thin else 2,
+            alpha=0.6 if thin else 1.0, label=entry(curve.name, LEGEND) if curve.name and next(names) < NAMED else "",
+        )  # fmt: skip
+        if curve.deviation is not None:
+            band = np.array(curve.deviation)
+            axes.fill_between(x, y - band, y + band, color=colour, alpha=0.18, lw=0)
+            if len(x) == 1:  # a band over one round has no width
+                axes.errorbar(x, y, band, color=colour, capsize=4, lw=1.5)
+    for number, (height, colour) in enumerate(panel.levels.items()):
+        axes.axhline(height, color=colour, lw=1.5, ls=":", label="" if number else panel.level_name)
+    axis = f"{panel.axis} (%)" if panel.unit == "%" else panel.axis
+    lines = [fitted(label(line, TITLE), 12, room) for line in axis.split("\n")]
+    axes.set_ylabel("\n".join(lines), fontsize=12)
+    if panel.unit in ("B", "s"):
+        axes.yaxis.set_major_formatter(lambda value, _: in_unit(value, panel.unit))
+
+
+def _write_ends(axes: Axes, panel: Panel) -> None:
+    """Writes each curve's last value beside the curve's end, moved down if it would cover the value above."""
+    lines = zip(axes.get_lines(), panel.curves, strict=False)
+    ends = [(curve.values[-1], line.get_color()) for line, curve in lines if curve.look not in (SOFT, THIN)]
+    top = axes.get_ylim()[1]
+    at = 2 * top
+    for value, colour in sorted(
+        ((value, colour) for value, colour in ends if value is not None and math.isfinite(value)), reverse=True
+    ):
+        at = min(value, at - top / 20)
+        axes.annotate(
+            f"{value:{'.1f' if panel.unit else '.3g'}}", (1, at), (6, 0), xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points", color=colour, fontsize=12, fontweight="bold", va="center",
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def _highest(panels: Sequence[Panel]) -> float:
+    """Upper end of the vertical axes: a round share that leaves room above the values, or above other values."""
+    heights = [value for panel in panels for curve in panel.curves for value in curve.values if value is not None]
+    most = max((*filter(math.isfinite, heights), *(height for panel in panels for height in panel.levels)), default=0.0)
+    if panels[0].unit == "%":
+        return 1.02 * next((end for end in (5, 10, 20, 50) if most < 0.9 * end), 100)
+    return 1.1 * most or 1.0
