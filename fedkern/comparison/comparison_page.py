@@ -11,7 +11,7 @@ from typing import Any
 
 from fedkern.comparison.cells import word
 from fedkern.comparison.found_runs import grouped, own_sets, read_run, read_runs
-from fedkern.comparison.results import CSV, MARKDOWN, Result
+from fedkern.comparison.results import CSV, MARKDOWN, Result, spread_text
 from fedkern.comparison.seed_statistics import spread
 from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError, printable_name
@@ -173,10 +173,7 @@ def _called(figure: str) -> str:
 
 
 def _value(figure: str, row: Mapping[str, Any]) -> str:
-    mean, deviation = row[figure], row[f"{figure}_std"]
-    if mean is None:
-        return "not told"
-    return human_metric(figure, mean) + ("" if deviation is None else f" ± {number(figure, deviation)}")
+    return spread_text(figure, row[figure], row[f"{figure}_std"])
 
 
 def _tiles(result: Result) -> list[tuple[str, str]]:

@@ -147,7 +147,7 @@ class Result:
         for row in self.table:
             cells = [printable_name(row["group"], CELL), str(row["seeds"])]
             for figure in self.figures:
-                cells.append(_spread(figure, row[figure], row[f"{figure}_std"]))
+                cells.append(spread_text(figure, row[figure], row[f"{figure}_std"]))
                 if len(self.groups) > 1:
                     parts = (row[f"{figure}_{part}"] for part in ("difference", "low", "high"))
                     cells.append(_difference(figure, *parts))
@@ -235,7 +235,8 @@ class Result:
         return json.dumps(records.plain(told), indent=2)
 
 
-def _spread(figure: str, mean: float | None, deviation: float | None) -> str:
+def spread_text(figure: str, mean: float | None, deviation: float | None) -> str:
+    """A mean ± standard deviation with the figure's unit."""
     if mean is None:
         return "not told"
     if deviation is None:

@@ -88,7 +88,7 @@ def test_a_single_group_is_not_compared():
     alone = fake(None, None)
     type(alone).table = [alone.table[0]]
     assert comparison_page.headline(alone) == [
-        "One group, a, with Accuracy, out of distribution 50.0 % ± 1.0: nothing is compared."
+        "One group, a, with Accuracy, out of distribution 50.0 ± 1.0 %: nothing is compared."
     ]
 
 

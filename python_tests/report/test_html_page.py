@@ -52,7 +52,7 @@ def test_names_are_texts(evil):
     assert page.text("h1") == [EVIL]
     assert EVIL in page.values("alt")
     assert any(EVIL in text for text in page.values("aria-label"))
-    assert {*fitted(label(EVIL, TITLE), 12, 2.6).split("\n")} <= {*page.text("text")}
+    assert {*fitted(label(EVIL, TITLE), 12, 2.2).split("\n")} <= {*page.text("text")}
     assert page.text("script") == []
 
 

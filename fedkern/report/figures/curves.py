@@ -213,7 +213,7 @@ def draw(panels: Sequence[Panel], *, title: str = "", stacked: bool = False, pag
     places = [float(x) for curve in curves for x in (curve.rounds if curve.at is None else curve.at)]
     first, last = min(places), max(places)
     for axes, panel in zip(rows.flat, panels, strict=True):
-        _draw_panel(axes, panel, 2.6 if page else 3.4)
+        _draw_panel(axes, panel, 2.2 if page else 3.4)
         alike = [each for each in panels if (each.unit, each.zero) == (panel.unit, panel.zero)]
         low, _ = axes.dataLim.intervaly
         if low >= 0 and (panel.zero or axes.get_ylim()[0] < 0):

@@ -140,15 +140,12 @@ def _draw(
     name = f"{config.method} on {config.data}"
     written: list[Path] = []
 
-    def keep(picture: str, draw: Callable[[], Figure]) -> None:
+    def keep(picture: str, make: Callable[[], Any], **how: Any) -> None:
+        """Draws what ``make`` gives: a figure, or panels of curves with arguments for their drawing."""
         with spared(partial(failed.setdefault, PICTURES[picture])):
-            plots.save(draw(), run_dir / PICTURES[picture])
-            written.append(run_dir / PICTURES[picture])
-
-    def keep_curves(picture: str, panels: Callable[[], Sequence[Panel]], title: str, *, stacked: bool = False) -> None:
-        with spared(partial(failed.setdefault, PICTURES[picture])):
-            if drawn := panels():
-                keep(picture, lambda: curves.draw(drawn, title=title, stacked=stacked))
+            if drawing := make():
+                plots.save(curves.draw(drawing, **how) if how else drawing, run_dir / PICTURES[picture])
+                written.append(run_dir / PICTURES[picture])
 
     title = f"{name}, seed {config.seed}"
     records = read_metrics(run_dir)
@@ -167,8 +164,8 @@ def _draw(
         parts += f"; held out: {held[0]}" if held is not None else ""
         return plots.partition_picture(data.statistics, title=parts)
 
-    keep_curves(CURVES.get(config.main, "accuracy"), accuracy, title)
-    keep_curves("clients", lambda: curves.client_panels(records, config.main), f"Clients of {title}")
+    keep(CURVES.get(config.main, "accuracy"), accuracy, title=title)
+    keep("clients", lambda: curves.client_panels(records, config.main), title=f"Clients of {title}")
     if private:
         for picture in ("confusion", "partition"):
             (run_dir / PICTURES[picture]).unlink(missing_ok=True)
@@ -179,7 +176,7 @@ def _draw(
             keep("partition", partition)
     by_samples = config.options.get("weighting") == "samples"
     weights = partial(client_curves.weight_panels, records, by_samples=by_samples)
-    keep_curves("weights", weights, f"Clients of {title}", stacked=True)
+    keep("weights", weights, title=f"Clients of {title}", stacked=True)
     written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes, failed)
     # A network of which clients keep parts to themselves answers nothing.
     for each in () if data.form.lacks or config.keeps_parts else data.task.pictures:
