@@ -621,7 +621,7 @@ def _play(
     resume: bool,
     trusted: Collection[str] = (),
 ) -> None:
-    from fedkern.report.figures.pictures import drawn, finished_pictures
+    from fedkern.report.figures.pictures import existing, finished_pictures
     from fedkern.report.live.display import display
 
     given = _listeners(listener)
@@ -636,7 +636,7 @@ def _play(
     code = trusted if resume else [part for _, part in config.code()]
     network = None if script.network is None or config.keeps_parts else read_model(out, code, script.network)[0]
     shared = None if everybody.info is None else everybody.info.data
-    if shared is None and data is not None and not drawn(out):  # the run was finished before, without pictures
+    if shared is None and data is not None and not existing(out):  # the run was finished before, without pictures
         shared = kept_data(config, data)
     warn = partial(shown.on_warning, "no-picture")
     _, undrawn = finished_pictures(out, data=shared, model=network, data_root=config.data_root, trusted=code, warn=warn)

@@ -61,10 +61,10 @@ class LineBoard(Board):
         self.played += not again
 
     def _left(self, again: bool) -> str:
-        left = len(self.planned) - self.done
-        if again or not left:
+        remaining = len(self.planned) - self.done
+        if again or not remaining:
             return ""
-        return f", about {human_time((time.monotonic() - self.start) / self.played * left)} left"
+        return f", about {human_time((time.monotonic() - self.start) / self.played * remaining)} left"
 
     def _line(self, cell: Cell, text: str) -> None:
         say(self.console, f"{self.done}/{len(self.planned)}  {cell.variant.label}, seed {cell.seed}  {text}")
@@ -120,17 +120,19 @@ class LiveBoard(LineBoard):
     def table(self) -> Table:
         """The table as it is now."""
         seeds = list(dict.fromkeys(cell.seed for cell in self.planned))
-        shown = seeds if len(seeds) <= SHOWN_SEEDS else []
-        made = new_table(plain(f"run {min(self.done + 1, len(self.planned))} of {len(self.planned)}{self.left}"))
-        made.add_column("")
-        for seed in shown:
-            made.add_column(f"seed {seed}", justify="right")
-        if not shown:
-            made.add_column("finished", justify="right")
+        columns = seeds if len(seeds) <= SHOWN_SEEDS else []
+        result = new_table(plain(f"run {min(self.done + 1, len(self.planned))} of {len(self.planned)}{self.left}"))
+        result.add_column("")
+        for seed in columns:
+            result.add_column(f"seed {seed}", justify="right")
+        if not columns:
+            result.add_column("finished", justify="right")
         for label in dict.fromkeys(cell.variant.label for cell in self.planned):
-            own = [self.texts.get((label, seed), Text("")) for seed in seeds]
-            made.add_row(plain(label), *(own if shown else [f"{sum(t.style == 'bold' for t in own)} of {len(seeds)}"]))
-        return made
+            texts = [self.texts.get((label, seed), Text("")) for seed in seeds]
+            result.add_row(
+                plain(label), *(texts if columns else [f"{sum(t.style == 'bold' for t in texts)} of {len(seeds)}"])
+            )
+        return result
 
     def close(self) -> None:
         self.live.stop()

@@ -63,7 +63,7 @@ class Runner:
 
     Attributes:
         data: gives the data of a run that are in memory, or None.
-        given: names of the settings that the user gave.
+        settings: names of the settings that the user gave.
         failures: what went wrong, by the cell's name.
         tracebacks: of cells in which Python code failed.
         begun: run folders so far, with their settings.
@@ -71,7 +71,7 @@ class Runner:
 
     out: Path
     make: Callable[[Variant, int], RunConfig]
-    given: frozenset[str] = frozenset()
+    settings: frozenset[str] = frozenset()
     board: Board = field(default_factory=Board)
     data: Callable[[RunConfig], FederatedData | None] = lambda config: None
     script: ScriptObjects = ScriptObjects()
@@ -79,14 +79,14 @@ class Runner:
     tracebacks: dict[str, str] = field(default_factory=dict)
     begun: list[tuple[Path, RunConfig]] = field(default_factory=list)
 
-    def plan(self, chosen: Sequence[Variant], seeds: Sequence[int]) -> list[Cell]:
+    def plan(self, variants: Sequence[Variant], seeds: Sequence[int]) -> list[Cell]:
         """The cells of some variants, whose run folders, where they exist, must be those of the same settings.
 
         Raises:
             UserError: a setting that a method does not take, or a run folder with other settings or without a run.
         """
-        found = cells(chosen, seeds, self.make)
-        for cell in found:
+        result = cells(variants, seeds, self.make)
+        for cell in result:
             folder = self.folder(cell)
             if (folder / SETTINGS).exists():
                 self._stored(cell)
@@ -94,7 +94,7 @@ class Runner:
                 self.begun.append((folder, with_identity(before, newest(folder))))
             elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"{folder} is there and holds no run: remove it, or name another --out.")
-        return found
+        return result
 
     def folder(self, cell: Cell) -> Path:
         """The cell's run folder."""
@@ -125,7 +125,7 @@ class Runner:
                 if not again:
                     self.board.on_cell(cell)
                     self._run(cell)
-                found = self.read(cell)
+                result = self.read(cell)
             except OtherGrounds:
                 raise
             except UserError as error:
@@ -137,10 +137,10 @@ class Runner:
                 self._failed(cell, f"{type(error).__name__}: {error}", traceback.format_exc())
                 outcomes.append(error)
             else:
-                self.board.on_cell_end(cell, found, again=again)
+                self.board.on_cell_end(cell, result, again=again)
                 outcomes.append(None)
                 if check is not None:
-                    check(cell, found)
+                    check(cell, result)
         first = next(iter(outcomes), None)
         if first is not None and all(each is not None and str(each) == str(first) for each in outcomes):
             raise first
@@ -163,9 +163,9 @@ class Runner:
     def _check_grounds(self, config: RunConfig, folder: Path) -> None:
         """Raises OtherGrounds where a run is about to rest on other data or code than those before it."""
         for other, before in self.begun:
-            if other != folder and (told := difference(before, config)):
+            if other != folder and (reason := difference(before, config)):
                 raise OtherGrounds(
-                    f"{other} was made with {told} than this command would run with: name another --out, or put the "
+                    f"{other} was made with {reason} than this command would run with: name another --out, or put the "
                     "former data and code back."
                 )
         self.begun.append((folder, config))
@@ -180,15 +180,15 @@ class Runner:
         check_regular(folder)
         stored = load_settings(folder, trusted=self._trusted(cell), device=cell.config.device)
         now = self.script.described(cell.config)
-        kept = (*now.unset, *(name for name in _OPEN if name not in self.given))
-        now = now.replace(**{name: getattr(stored, name) for name in kept}, augment=now.augment or stored.augment)
+        fields = (*now.unset, *(name for name in _OPEN if name not in self.settings))
+        now = now.replace(**{name: getattr(stored, name) for name in fields}, augment=now.augment or stored.augment)
         if changed := now.with_client_threads().differences(stored.with_client_threads()):
             raise UserError(
                 f"{folder} was made with other settings ({'; '.join(changed)}): name another --out, or give the former "
                 "settings."
             )
-        if told := difference(stored, cell.config):  # plugins and classes; data and files are not read yet
-            raise UserError(f"{folder} was made with {told}: name another --out, or put the former code back.")
+        if reason := difference(stored, cell.config):  # plugins and classes; data and files are not read yet
+            raise UserError(f"{folder} was made with {reason}: name another --out, or put the former code back.")
         return now
 
 
@@ -204,8 +204,8 @@ def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int
     Raises:
         UserError: a run has no figure on a validation set.
     """
-    asked = [variant for each in by_method.values() if len(each) > 1 for variant in each]
-    chosen, told = [], []
+    candidates = [variant for each in by_method.values() if len(each) > 1 for variant in each]
+    winners, sentences = [], []
     scores: dict[str, tuple[float, RunConfig]] = {}
 
     def score(cell: Cell, run: FoundRun) -> None:
@@ -218,10 +218,10 @@ def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int
                 "leave --select out to run every setting with every seed."
             )
 
-    runner.play(runner.plan(asked, (seed,)), score)
+    runner.play(runner.plan(candidates, (seed,)), score)
     for method, each in by_method.items():
         if len(each) == 1:
-            chosen.append(each[0])
+            winners.append(each[0])
             continue
         finished = [variant for variant in each if variant.label in scores]
         if not finished:
@@ -229,11 +229,11 @@ def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int
         config = scores[finished[0].label][1]
         pick: Callable[..., Variant] = min if config.better == "min" else max
         best = pick(finished, key=lambda variant: scores[variant.label][0])
-        chosen.append(best)
-        shown = ", ".join(f"{_point(v)}: {human_metric(config.main, scores[v.label][0])}" for v in finished)
-        called = short_title(config.main)
-        told.append(f"{short(method)}: {_point(best)} was chosen by validation {called} of seed {seed} ({shown}).")
-    return chosen, told
+        winners.append(best)
+        figures = ", ".join(f"{_point(v)}: {human_metric(config.main, scores[v.label][0])}" for v in finished)
+        main = short_title(config.main)
+        sentences.append(f"{short(method)}: {_point(best)} was chosen by validation {main} of seed {seed} ({figures}).")
+    return winners, sentences
 
 
 def _point(variant: Variant) -> str:

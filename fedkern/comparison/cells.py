@@ -70,9 +70,9 @@ def word(value: Any) -> str:
 
 def folder_name(words: Iterable[str]) -> str:
     """The words joined into the name of a folder.  Names with replaced characters or too long ones end in a hash."""
-    whole = "_".join(words)
-    name = re.sub(r"[^A-Za-z0-9._=-]", "-", whole)[:150]
-    return name if name == whole else f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    text = "_".join(words)
+    name = re.sub(r"[^A-Za-z0-9._=-]", "-", text)[:150]
+    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def check_methods(names: Sequence[str]) -> None:
@@ -87,11 +87,11 @@ def check_methods(names: Sequence[str]) -> None:
 
 def check_option(name: str, methods: Sequence[str], others: Collection[str] = ()) -> None:
     """Raises UserError for a method option that none of the methods has; ``others``: names that could be meant too."""
-    known = {each for method in methods for each in registry.option_names(method)}
-    if name not in known:
-        shown = ", ".join(map(registry.short, methods))
+    options = {each for method in methods for each in registry.option_names(method)}
+    if name not in options:
+        names = ", ".join(map(registry.short, methods))
         raise UserError(
-            f'None of the methods ({shown}) has an option "{name}".{nearest(name, {*known, *others})}'
+            f'None of the methods ({names}) has an option "{name}".{nearest(name, {*options, *others})}'
             f"{registry.owners(name)} METHOD --help lists a method's options."
         )
 
@@ -103,14 +103,14 @@ def own_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def variants(
-    methods: Sequence[str], sweep: Mapping[str, Sequence[Any]], given: Iterable[str] = ()
+    methods: Sequence[str], sweep: Mapping[str, Sequence[Any]], singles: Iterable[str] = ()
 ) -> dict[str, list[Variant]]:
     """The variants of every method: all combinations of those swept settings that the method has.
 
     Args:
         methods: names of methods.
         sweep: values by the name of a run's setting or of a method option.  A name that both have means the run's.
-        given: names of settings and options that are given with one value.
+        singles: names of settings and options that are given with one value.
 
     Raises:
         UserError: a name that nothing has or that cannot be swept, one that is given too, or a value that is wrong or
@@ -118,32 +118,34 @@ def variants(
     """
     declared = {each.field: each for each in RunConfig.declared()}
     swept: dict[str, Sequence[Any]] = {}
-    for written, values in sweep.items():
-        name = written.strip().replace("-", "_")
+    for flag, values in sweep.items():
+        name = flag.strip().replace("-", "_")
         if name in _FIXED or name in FINGERPRINTS:
             raise UserError(f"{name} cannot be swept: {_FIXED.get(name, 'a run finds its value itself')}.")
         if name in swept:
             raise UserError(f'The sweep over "{name}" is given twice: give all values at once.')
-        if name in given:
+        if name in singles:
             raise UserError(f'"{name}" is swept and given with one value too: leave one of the two out.')
         if name not in declared and not any(name in registry.option_names(method) for method in methods):
-            known = {*declared, *(each for method in methods for each in registry.option_names(method))}
-            raise UserError(f'Neither the runs nor the methods have a setting "{name}" to sweep.{nearest(name, known)}')
+            choices = {*declared, *(each for method in methods for each in registry.option_names(method))}
+            raise UserError(
+                f'Neither the runs nor the methods have a setting "{name}" to sweep.{nearest(name, choices)}'
+            )
         if not values:
             raise UserError(f'The sweep over "{name}" has no values: write {name}=VALUE,VALUE.')
         swept[name] = values
     result: dict[str, list[Variant]] = {}
     for method in methods:
-        own = {each.name: each for each in registry.get(method).Options.declared()}
-        fields = {each.field: name for name, each in own.items()}
+        declarations = {each.name: each for each in registry.get(method).Options.declared()}
+        fields = {each.field: name for name, each in declarations.items()}
         axes: list[list[tuple[str, str, Any]]] = []
         for name, values in swept.items():
             if name in declared:
                 if name in own_settings(method, {name: None}):
                     axes.append([("settings", name, value) for value in _distinct(declared[name], values, name)])
-            elif name in own or name in fields:
+            elif name in declarations or name in fields:
                 key = fields.get(name, name)
-                axes.append([("options", key, value) for value in _distinct(own[key], values, name)])
+                axes.append([("options", key, value) for value in _distinct(declarations[key], values, name)])
         for point in itertools.product(*axes):
             settings, options = ({n: value for p, n, value in point if p == part} for part in ("settings", "options"))
             result.setdefault(method, []).append(Variant(method, settings, options))
@@ -152,23 +154,23 @@ def variants(
 
 def _distinct(option: Any, values: Sequence[Any], name: str) -> list[Any]:
     """The values as the setting's type."""
-    found = [option.convert(value) for value in values]
-    for value in found:
-        if found.count(value) > 1:
+    result = [option.convert(value) for value in values]
+    for value in result:
+        if result.count(value) > 1:
             raise UserError(f'The sweep over "{name}" has the value {word(value)} twice: leave one out.')
-    return found
+    return result
 
 
-def cells(chosen: Iterable[Variant], seeds: Sequence[int], make: Callable[[Variant, int], RunConfig]) -> list[Cell]:
+def cells(choices: Iterable[Variant], seeds: Sequence[int], make: Callable[[Variant, int], RunConfig]) -> list[Cell]:
     """The runs of some variants, seed by seed: after the first pass every variant has one.
 
     Raises:
         UserError: settings that a method does not take, or more than `MOST_CELLS` runs.
     """
-    listed = list(chosen)
-    if len(listed) * len(seeds) > MOST_CELLS:
-        raise UserError(f"These are {len(listed) * len(seeds)} runs: sweep fewer values, or take fewer seeds.")
-    return [Cell(variant, seed, make(variant, seed)) for seed in seeds for variant in listed]
+    every = list(choices)
+    if len(every) * len(seeds) > MOST_CELLS:
+        raise UserError(f"These are {len(every) * len(seeds)} runs: sweep fewer values, or take fewer seeds.")
+    return [Cell(variant, seed, make(variant, seed)) for seed in seeds for variant in every]
 
 
 def read_seeds(text: str | int | Sequence[int], first: int = 0) -> tuple[int, ...]:
@@ -202,14 +204,14 @@ def read_sweep(words: Iterable[str]) -> dict[str, list[str]]:
     Raises:
         UserError: a word of another form, or a name that is given twice.
     """
-    found: dict[str, list[str]] = {}
+    sweep: dict[str, list[str]] = {}
     for each in words:
         name, equals, text = each.partition("=")
         values = [value.strip() for value in text.split(";" if ";" in text else ",")]
         if not equals or not name.strip() or not all(values):
             raise UserError(f'--sweep needs the form NAME=VALUE,VALUE, got "{each}".')
         name = name.strip().replace("-", "_")
-        if name in found:
+        if name in sweep:
             raise UserError(f'The sweep over "{name}" is given twice: give all values at once.')
-        found[name] = values
-    return found
+        sweep[name] = values
+    return sweep

@@ -44,7 +44,7 @@ class Comparison:
         return f"<fedkern.Comparison of {len(self.result.groups)} groups in {str(self.folder)!r}>"
 
     def _repr_html_(self) -> str:
-        notes = [*self.result.told(), f"files in {self.folder}"]
+        notes = [*self.result.all_sentences(), f"files in {self.folder}"]
         return html_table(self.result.title(), self.result.header(), self.result.text_rows(), notes)
 
     @property
@@ -108,13 +108,13 @@ def play(
             target's figure.
     """
     all_variants = [variant for each in by_method.values() for variant in each]
-    told = list(notes)
+    texts = list(notes)
     try:
         planned = runner.plan(all_variants, seeds)  # every mistake in the settings shows before the first run
         if select is not None:
-            chosen, sentences = choose(runner, by_method, seeds[0])
-            told += sentences
-            planned = [cell for cell in planned if cell.variant in chosen]
+            winners, sentences = choose(runner, by_method, seeds[0])
+            texts += sentences
+            planned = [cell for cell in planned if cell.variant in winners]
         runner.play(planned, None if target is None else _target_check(target, [*by_method], runner.out))
     finally:
         runner.board.close()
@@ -127,10 +127,10 @@ def play(
     labels = {runner.folder(cell): cell.variant.label for cell in finished}
     groups = grouped([runner.read(cell) for cell in finished], lambda run: labels[run.folder])
     present = {*labels.values(), *(registry.short(cell.variant.method) for cell in finished)}
-    wanted = [*(cell.variant.label for cell in planned), *map(registry.short, by_method)]
-    if missing := [name for name in dict.fromkeys(wanted) if name not in present]:
-        told.append(f"No run of {', '.join(missing)} succeeded.")
-    result = Result(groups, target, told, failures)
+    every = [*(cell.variant.label for cell in planned), *map(registry.short, by_method)]
+    if missing := [name for name in dict.fromkeys(every) if name not in present]:
+        texts.append(f"No run of {', '.join(missing)} succeeded.")
+    result = Result(groups, target, texts, failures)
     result.check_target()
     return Comparison(result, runner.out, result.write(runner.out))
 
@@ -157,8 +157,8 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: Ta
     Raises:
         UserError: a folder without a finished run, a run given twice, or no round tells the target's figure.
     """
-    runs, left = read_runs(folders)
-    notes = [f"Left out, as not finished: {first_of(left, SHOWN)}."] if left else []
+    runs, unfinished = read_runs(folders)
+    notes = [f"Left out, as not finished: {first_of(unfinished, SHOWN)}."] if unfinished else []
     result = Result(grouped(runs), target, notes)
     result.check_target()
     if out is not None:
@@ -167,18 +167,20 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: Ta
     return Comparison(result, where, result.write(where))
 
 
-def unread(methods: Sequence[str], given: Collection[str], options: Iterable[str]) -> list[str]:
+def unread(methods: Sequence[str], settings: Collection[str], options: Iterable[str]) -> list[str]:
     """Sentences on settings that some of the methods do not take or read, and on options that a method has not."""
-    names = [name for name in OF_ROUNDS if name in given]
+    names = [name for name in OF_ROUNDS if name in settings]
     one_shot = [registry.short(method) for method in methods if registry.get(method).one_shot]
     flags = " and ".join(map(flag, names))
-    told = [f"{flags} is not used by {', '.join(one_shot)}, which plans its own rounds."] if names and one_shot else []
-    ways = {flag(name): [name in registry.get(each).unread for each in methods] for name in sorted(given)}
+    sentences = (
+        [f"{flags} is not used by {', '.join(one_shot)}, which plans its own rounds."] if names and one_shot else []
+    )
+    ways = {flag(name): [name in registry.get(each).unread for each in methods] for name in sorted(settings)}
     ways |= {f'The option "{name}"': [name not in registry.option_names(each) for each in methods] for name in options}
     for name, marks in ways.items():
         others = [registry.short(method) for method, mark in zip(methods, marks, strict=True) if mark]
-        told += [f"{name} is not read by {', '.join(others)}."] if others else []
-    return told
+        sentences += [f"{name} is not read by {', '.join(others)}."] if others else []
+    return sentences
 
 
 @python_words()
@@ -220,8 +222,8 @@ def compare(
     from fedkern.usercode import plugins
 
     single = isinstance(methods, (str, Path, Method, type)) or not isinstance(methods, Iterable)
-    listed = [methods] if single else list(methods)
-    entries: list[Any] = [str(each) if isinstance(each, Path) else each for each in listed]
+    items = [methods] if single else list(methods)
+    entries: list[Any] = [str(each) if isinstance(each, Path) else each for each in items]
     goal = None if target is None else Target.read(target)
     folder = None if out is None else expand(api.folder_of(out))
     folders = [each for each in entries if isinstance(each, str) and each not in METHODS and Path(each).is_dir()]
@@ -230,8 +232,8 @@ def compare(
             raise UserError("Settings are for new runs: name methods instead of folders, or leave the settings out.")
         return compare_found(folders, out=folder, target=goal)
     plugins.given(api.plugins_of(settings.get("plugins")))
-    given = [api.named(each) for each in entries]
-    names = _distinct_names(given)
+    pairs = [api.named(each) for each in entries]
+    names = _distinct_names(pairs)
     points = api.table_of(sweep, "sweep")
     for name, values in points.items():
         if isinstance(values, str) or not isinstance(values, Sequence):
@@ -247,57 +249,60 @@ def compare(
     for name in options:
         check_option(name, names, {*fields, *api.ABOUT})
     swept = variants(names, points, {*settings, *options})
-    by_method = {name: _of_objects(name, given, swept[name], options) for name in names}
+    by_method = {name: _of_objects(name, pairs, swept[name], options) for name in names}
     data, model = settings.pop("data", None), settings.pop("model", None)
     check_in_memory(data, model, {**settings, **{name: values[0] for name, values in points.items() if values}})
-    drawn: dict[Any, Any] = {}
+    cache: dict[Any, Any] = {}
 
     def data_of(how: Mapping[str, Any]) -> Any:  # every seed draws and shares out anew
         key = tuple(str(how.get(name)) for name in ("seed", "clients", "partition", "train_samples"))
-        if key not in drawn:
-            drawn[key] = api.federated(data, about, how)
-        return drawn[key]
+        if key not in cache:
+            cache[key] = api.federated(data, about, how)
+        return cache[key]
 
     def make(variant: Variant, seed: int) -> RunConfig:
-        own = {name: value for name, value in options.items() if name in registry.option_names(variant.method)}
+        subset = {name: value for name, value in options.items() if name in registry.option_names(variant.method)}
         merged = {**own_settings(variant.method, settings), **variant.settings, "seed": seed}
         network = merged.pop("model", model)
         return api.requested(
-            variant.method, data_of(merged), network, {**merged, "options": {**own, **variant.options}}
+            variant.method, data_of(merged), network, {**merged, "options": {**subset, **variant.options}}
         )[0]
 
-    def held(config: RunConfig) -> FederatedData | None:
-        found = data_of(vars(config))
-        return found if isinstance(found, FederatedData) else None
+    def in_memory(config: RunConfig) -> FederatedData | None:
+        source = data_of(vars(config))
+        return source if isinstance(source, FederatedData) else None
 
-    played = read_seeds(seeds, int(settings.get("seed", 0)))
+    numbers = read_seeds(seeds, int(settings.get("seed", 0)))
     notes = unread(names, settings, options)
     tracebacks: dict[str, str] = {}
 
     def begin(where: Path) -> Comparison:
-        shown = board(quiet=not progress, json=False)
-        script = ScriptObjects.of(model, None, {})
-        runner = Runner(where, make, frozenset(settings), shown, held, script, tracebacks=tracebacks)
-        return play(runner, by_method, played, select=select, target=goal, notes=notes)
+        display, script = board(quiet=not progress, json=False), ScriptObjects.of(model, None, {})
+        runner = Runner(where, make, frozenset(settings), display, in_memory, script, tracebacks=tracebacks)
+        return play(runner, by_method, numbers, select=select, target=goal, notes=notes)
 
-    found = in_folder(folder, begin)
-    if found.failures:
-        told = ["Not every run of the comparison succeeded.", *found.failures, *map(printable, tracebacks.values())]
-        warnings.warn("\n".join(told), stacklevel=3)
-    return found
+    comparison = in_folder(folder, begin)
+    if comparison.failures:
+        lines = [
+            "Not every run of the comparison succeeded.",
+            *comparison.failures,
+            *map(printable, tracebacks.values()),
+        ]
+        warnings.warn("\n".join(lines), stacklevel=3)
+    return comparison
 
 
-def _distinct_names(given: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+def _distinct_names(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """The methods' names, each once, of names with the options that an object of the method was made with."""
-    plain = [name for name, options in given if not options]
-    check_methods(plain if len(plain) == len(given) else list(dict.fromkeys(name for name, _ in given)))
-    for entry in given:
-        if given.count(entry) > 1:
+    plain = [name for name, options in entries if not options]
+    check_methods(plain if len(plain) == len(entries) else list(dict.fromkeys(name for name, _ in entries)))
+    for entry in entries:
+        if entries.count(entry) > 1:
             raise UserError(f"{registry.short(entry[0])} is given twice with the same options: leave one out.")
-    names = list(dict.fromkeys(name for name, _ in given))
-    shown = [registry.short(name) for name in names]
-    for name, short in zip(names, shown, strict=True):
-        if shown.count(short) > 1:
+    names = list(dict.fromkeys(name for name, _ in entries))
+    shorts = [registry.short(name) for name in names]
+    for name, short in zip(names, shorts, strict=True):
+        if shorts.count(short) > 1:
             raise UserError(
                 f"Two methods are called {short}, one of them {name}: give one of the classes another name."
             )
@@ -305,19 +310,19 @@ def _distinct_names(given: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]
 
 
 def _of_objects(
-    name: str, given: Sequence[tuple[str, Mapping[str, Any]]], swept: Sequence[Variant], options: Mapping[str, Any]
+    name: str, entries: Sequence[tuple[str, Mapping[str, Any]]], swept: Sequence[Variant], options: Mapping[str, Any]
 ) -> list[Variant]:
     """The variants of a method: of every object that is given, with all points of the sweep."""
     beside = registry.given_options(name, {key: options[key] for key in registry.option_names(name) & options.keys()})
-    taken = {*beside, *(key for variant in swept for key in variant.options)}
-    found = []
-    for made_with in (own for other, own in given if other == name):
-        if twice := [key for key in made_with if key in taken]:
+    keys = {*beside, *(key for variant in swept for key in variant.options)}
+    result = []
+    for made_with in (arguments for other, arguments in entries if other == name):
+        if twice := [key for key in made_with if key in keys]:
             raise UserError(
                 f"{twice[0]} is given twice, in {registry.short(name)}(...) and beside it: leave one of the two out."
             )
-        found += [replace(variant, options={**made_with, **variant.options}) for variant in swept]
-    return found
+        result += [replace(variant, options={**made_with, **variant.options}) for variant in swept]
+    return result
 
 
 def check_select(select: str | None, sweep: Mapping[str, Any] | None) -> None:

@@ -51,19 +51,19 @@ def read(folder: Path) -> Result:
     labels: dict[Path, str] = {}
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(folder / CSV))))
-        named = [(str(row["group"]), Path(row["folder"])) for row in rows]
+        entries = [(str(row["group"]), Path(row["folder"])) for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError) as error:
         reason = f"it has no column {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{folder / CSV} is damaged ({reason}): compare the runs again.") from None
-    for label, path in named:
-        moved = folder / path.name
-        found = moved if (moved / SETTINGS).exists() else path
-        if not (found / SETTINGS).exists():
+    for label, path in entries:
+        inside = folder / path.name
+        place = inside if (inside / SETTINGS).exists() else path
+        if not (place / SETTINGS).exists():
             raise UserError(
                 f"The comparison in {folder} names the run in {path}, which is not there: put it back, or compare the "
                 "runs again."
             )
-        labels[found] = label
+        labels[place] = label
     if not labels:
         raise UserError(f"{folder / CSV} names no run: compare the runs again.")
     return Result(grouped([read_run(path) for path in labels], lambda run: labels[run.folder]))
@@ -87,18 +87,18 @@ def page(folder: Path, result: Result, commands: Mapping[str, str], data_root: s
     """The page of a comparison; see :func:`write_report`."""
     groups, runs = result.groups, result.runs
     first = run_page.read(runs[0].folder, data_root=data_root)
-    warned: dict[str, list[str]] = {}
+    diagnostics: dict[str, list[str]] = {}
     for run in runs:
         for name, text in dict(run.summary.get("diagnostics") or {}).items():
-            warned.setdefault(name, []).append(str(text))
+            diagnostics.setdefault(name, []).append(str(text))
     warnings = [
         (name, f"in {len(texts)} of {len(runs)} runs, such as: {texts[-1]}" if len(runs) > 1 else texts[-1])
-        for name, texts in warned.items()
+        for name, texts in diagnostics.items()
     ]
     about = [f"{len(groups)} group{'s' * (len(groups) != 1)}", f"{len(runs)} run{'s' * (len(runs) != 1)}"]
-    known = {run.folder.resolve() for run in runs}
+    folders = {run.folder.resolve() for run in runs}
     inside = [file.parent for file in folder.glob(f"*/{SETTINGS}")]
-    if unfinished := sum(path.resolve() not in known and not (path / SUMMARY).exists() for path in inside):
+    if unfinished := sum(path.resolve() not in folders and not (path / SUMMARY).exists() for path in inside):
         about.append(f"{unfinished} not finished and left out")
     clients = printable_name(f"Clients of {groups[0].label}, seed {runs[0].config.seed}", CELL)
     return Page(
@@ -127,49 +127,51 @@ def headline(result: Result) -> list[str]:
     if not others:
         parts = [f"{_called(figure)} {_value(figure, first)}" for figure in result.figures]
         return [f"One group, {first['group']}, with {'; '.join(parts)}: nothing is compared."]
-    told, sure, unsure = [], 0, 0
+    sentences, sure, unsure = [], 0, 0
     for figure in result.figures:
         for row in others:
             mean, low, high = (row[f"{figure}_{part}"] for part in ("difference", "low", "high"))
             if mean is None:
                 continue
-            called, both = _called(figure), f"{row['group']} and {first['group']}"
+            title, both = _called(figure), f"{row['group']} and {first['group']}"
             points = number(figure, mean, "+") + " points" * bool(scale(figure)[1])
-            far = f"{called}: {row['group']} is {points} from {first['group']}"
+            far = f"{title}: {row['group']} is {points} from {first['group']}"
             if low is None or high is None:
                 unsure += 1
-                told.append(f"{far}, without an interval.")
+                sentences.append(f"{far}, without an interval.")
                 continue
             interval = f"{number(figure, low, '+')} to {number(figure, high, '+')}"
             if min(row["seeds"], first["seeds"]) < FEW:
                 unsure += 1
-                told.append(f"{far} (95 % interval {interval}, which two seeds can make narrow by accident).")
+                sentences.append(f"{far} (95 % interval {interval}, which two seeds can make narrow by accident).")
             elif low <= 0 <= high:
-                told.append(f"{called}: {both} cannot be told apart ({points}, 95 % interval {interval}).")
+                sentences.append(f"{title}: {both} cannot be told apart ({points}, 95 % interval {interval}).")
             else:
                 sure += 1
                 way = "higher" if mean > 0 else "lower"
-                told.append(
-                    f"{called}: {row['group']} is {way} than {first['group']} ({points}, 95 % interval {interval})."
+                sentences.append(
+                    f"{title}: {row['group']} is {way} than {first['group']} ({points}, 95 % interval {interval})."
                 )
     seeds = min(row["seeds"] for row in result.table)
-    if not told:
+    if not sentences:
         return ["No two groups have a seed in common, so nothing is compared."]
-    if unsure == len(told):
+    if unsure == len(sentences):
         opening = f"With {seeds} seed{'s' * (seeds != 1)} in the smallest group no difference can be told from chance."
     elif sure == 0:
         opening = f"No group can be told apart from {first['group']}: every 95 % interval holds 0."
     else:
-        several = " (not corrected for their number)" if len(told) > 1 else ""
-        opening = f"{sure} of {len(told)} differences from {first['group']} have a 95 % interval without 0{several}."
-    more = [f"{len(told) - TOLD} more differences are in the table."] if len(told) > TOLD else []
-    return [opening, *told[:TOLD], *more]
+        several = " (not corrected for their number)" if len(sentences) > 1 else ""
+        opening = (
+            f"{sure} of {len(sentences)} differences from {first['group']} have a 95 % interval without 0{several}."
+        )
+    more = [f"{len(sentences) - TOLD} more differences are in the table."] if len(sentences) > TOLD else []
+    return [opening, *sentences[:TOLD], *more]
 
 
 def _called(figure: str) -> str:
     test_set, name = split_metric(figure)
-    called = f"{figure_title(name)}{f', {set_title(test_set)}' if test_set else ''}"
-    return called[:1].upper() + called[1:]
+    title = f"{figure_title(name)}{f', {set_title(test_set)}' if test_set else ''}"
+    return title[:1].upper() + title[1:]
 
 
 def _value(figure: str, row: Mapping[str, Any]) -> str:
@@ -262,10 +264,10 @@ def _runs(result: Result) -> Iterator[Block]:
     for group in result.groups:
         for seed, run in group.runs.items():
             figures = [human_metric(name, run.metrics[name]) if name in run.metrics else "" for name in result.figures]
-            warned = ", ".join(map(str, run.summary.get("diagnostics") or ()))
+            warnings = ", ".join(map(str, run.summary.get("diagnostics") or ()))
             rows.append(
                 [group.label, str(seed), *figures, human_bytes(run.summary["bytes"]["total"]),
-                 human_time(run.summary["seconds"]), warned, run.folder.name]
+                 human_time(run.summary["seconds"]), warnings, run.folder.name]
             )  # fmt: skip
     yield Table(header, rows)
 

@@ -55,8 +55,8 @@ class FoundRun:
     @property
     def metrics(self) -> dict[str, float]:
         """The final figures that are numbers.  A privately recorded run has only those that it tells."""
-        found = self.summary["metrics"]
-        return {name: found[name] for name in ordered(found, main=self.config.main)}
+        metrics = self.summary["metrics"]
+        return {name: metrics[name] for name in ordered(metrics, main=self.config.main)}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,8 +81,8 @@ class Group:
 
     def values(self, figure: str) -> dict[int, float]:
         """A final figure by seed, of those runs that tell it."""
-        found = {seed: run.metrics.get(figure) for seed, run in self.runs.items()}
-        return {seed: value for seed, value in found.items() if value is not None}
+        figures = {seed: run.metrics.get(figure) for seed, run in self.runs.items()}
+        return {seed: value for seed, value in figures.items() if value is not None}
 
 
 def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
@@ -105,21 +105,21 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]
     Raises:
         UserError: a folder holds no finished run, a run is given twice or is not finished.
     """
-    found: dict[Path, FoundRun] = {}
-    left: list[str] = []
+    runs: dict[Path, FoundRun] = {}
+    unfinished: list[str] = []
     for each in folders:
         path = expand(each)
         inside = [] if (path / SETTINGS).exists() else sorted(file.parent for file in path.glob(f"*/{SETTINGS}"))
         finished = [folder for folder in inside if (folder / "summary.json").exists()]
         if inside and not finished:
             raise UserError(f"No run in {path} is finished.")
-        left += [str(folder) for folder in inside if folder not in finished]
+        unfinished += [str(folder) for folder in inside if folder not in finished]
         for folder in finished or [path]:
             key = folder.resolve()
-            if key in found:
+            if key in runs:
                 raise UserError(f"{folder} is given twice: name every run once.")
-            found[key] = read_run(folder)
-    return list(found.values()), left
+            runs[key] = read_run(folder)
+    return list(runs.values()), unfinished
 
 
 def grouped(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = None) -> list[Group]:
@@ -153,8 +153,8 @@ def grouped(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = 
         group.runs = dict(sorted(group.runs.items()))
     if label is None:
         for group, (method, table) in zip(groups, tables, strict=True):
-            own = [other for name, other in tables if name == method]
-            differing = [name for name in _names(own) if len({str(other.get(name)) for other in own}) > 1]
+            siblings = [other for name, other in tables if name == method]
+            differing = [name for name in _names(siblings) if len({str(other.get(name)) for other in siblings}) > 1]
             words = [f"{name.removeprefix('options.')}={word(table.get(name, 'unset'))}" for name in differing]
             group.label = " ".join([short(method), *words])
     return groups
@@ -166,9 +166,9 @@ def check_grounds(runs: Sequence[FoundRun], *, code: bool) -> None:
     for run in runs:
         alike.setdefault(repr((run.config.identity, code_identity(run.config), run.settings)), run)
     for one, other in combinations(alike.values(), 2):
-        if (code or other_data(one.config, other.config)) and (told := difference(one.config, other.config)):
+        if (code or other_data(one.config, other.config)) and (reason := difference(one.config, other.config)):
             raise UserError(
-                f"{one.folder} and {other.folder} were made with {told}, and are no runs of one comparison: compare "
+                f"{one.folder} and {other.folder} were made with {reason}, and are no runs of one comparison: compare "
                 "runs of the same data and code."
             )
 
@@ -193,8 +193,8 @@ def differing_settings(groups: Sequence[Group]) -> str:
         for group, table in having:
             by_value.setdefault(word(table.get(name, "unset")), []).append(group.label)
         if len(by_value) > 1:
-            shown = "; ".join(f"{value} for {', '.join(labels)}" for value, labels in by_value.items())
-            parts.append(f"{name.removeprefix('options.')} ({shown})")
+            values = "; ".join(f"{value} for {', '.join(labels)}" for value, labels in by_value.items())
+            parts.append(f"{name.removeprefix('options.')} ({values})")
     if not parts:
         return "Besides the method and its own options, the groups have the same settings."
     return f"Besides the method, the groups differ in {first_of(parts, SHOWN)}."
@@ -205,13 +205,13 @@ def main_figures(groups: Sequence[Group]) -> list[str]:
 
     Where clients of a run have networks of their own, the mean and the worst client on its own test set follow.
     """
-    runs, own = [run for group in groups for run in group.runs.values()], own_sets(groups)
+    runs, sets = [run for group in groups for run in group.runs.values()], own_sets(groups)
     every = {name: 0 for run in runs for name in run.metrics if name.endswith(run.config.main)}
-    found = ordered({name: 0 for name in every if split_metric(name, own)[0] != "validation"}, own)
+    names = ordered({name: 0 for name in every if split_metric(name, sets)[0] != "validation"}, sets)
     mains = {run.config.main for run in runs}
     apart = any(run.config.own_networks for run in runs)
     clients = {prefix + main for prefix in OVER_CLIENTS for main in mains} if apart else set()
-    return [name for name in found if split_metric(name, own)[1] in mains or name in clients] or found
+    return [name for name in names if split_metric(name, sets)[1] in mains or name in clients] or names
 
 
 def own_sets(groups: Iterable[Group]) -> set[str]:

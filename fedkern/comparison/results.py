@@ -54,12 +54,12 @@ class Result:
             return
         self.target.check(own_sets(self.groups))
         records = [record for run in self.runs for record in run.records]
-        known = {name for record in records for name, value in record.items() if isinstance(value, float)}
-        known -= {"seconds", "round_seconds", "clock", "staleness"}
-        if self.target.figure not in known:
+        figures = {name for record in records for name, value in record.items() if isinstance(value, float)}
+        figures -= {"seconds", "round_seconds", "clock", "staleness"}
+        if self.target.figure not in figures:
             raise UserError(
-                f'No round tells the figure "{self.target.figure}" of --target.{nearest(self.target.figure, known)} '
-                f"The rounds have {', '.join(sorted(known)) or 'no figures'}."
+                f'No round tells the figure "{self.target.figure}" of --target.{nearest(self.target.figure, figures)} '
+                f"The rounds have {', '.join(sorted(figures)) or 'no figures'}."
             )
 
     @property
@@ -79,10 +79,10 @@ class Result:
             for figure in self.figures:
                 values = group.values(figure)
                 row[figure], row[f"{figure}_std"] = spread(list(values.values())) if values else (None, None)
-                found = None if group is first else paired(values, first.values(figure))
-                row[f"{figure}_difference"] = None if found is None else found.mean
-                row[f"{figure}_low"] = None if found is None else found.low
-                row[f"{figure}_high"] = None if found is None else found.high
+                difference = None if group is first else paired(values, first.values(figure))
+                row[f"{figure}_difference"] = None if difference is None else difference.mean
+                row[f"{figure}_low"] = None if difference is None else difference.low
+                row[f"{figure}_high"] = None if difference is None else difference.high
             sent = [float(run.summary["bytes"]["total"]) for run in group.runs.values()]
             row["bytes"], row["bytes_std"] = spread(sent)
             row["seconds"], row["seconds_std"] = spread([run.summary["seconds"] for run in group.runs.values()])
@@ -90,10 +90,10 @@ class Result:
                 took = [self.target.reached(run.records) for run in group.runs.values()]
                 reached = [each for each in took if each is not None]
                 row["reached"] = len(reached)
-                whole = len(reached) == len(took)
+                complete = len(reached) == len(took)
                 for name in TAKEN:
                     key = f"{name}_to_target"
-                    row[key], row[f"{key}_std"] = spread([e[name] for e in reached]) if whole else (None, None)
+                    row[key], row[f"{key}_std"] = spread([e[name] for e in reached]) if complete else (None, None)
             rows.append(row)
         return rows
 
@@ -112,22 +112,22 @@ class Result:
 
     def sentences(self) -> list[str]:
         """What the table rests on, sentence by sentence."""
-        told = [_seeds(self.groups)]
+        texts = [_seeds(self.groups)]
         if len(self.groups) > 1:
-            told += [_intervals(self.groups, self.figures), differing_settings(self.groups)]
+            texts += [_intervals(self.groups, self.figures), differing_settings(self.groups)]
         if not self.figures:
-            told.append("The runs tell no main figure, as privately recorded runs may not.")
+            texts.append("The runs tell no main figure, as privately recorded runs may not.")
         if self.target is not None:
-            told.append(
+            texts.append(
                 f"To target: up to the first evaluated round with {self.target}; bytes count both directions, seconds "
                 "are those of the machine that ran."
             )
-        if warned := Counter(str(name) for run in self.runs for name in run.summary.get("diagnostics") or ()):
-            counts = ", ".join(f"{name} ({count} run{'s' * (count > 1)})" for name, count in sorted(warned.items()))
-            told.append(f"Warnings: {counts}; see diagnostics in the runs' summary.json.")
-        return [*told, *self.notes]
+        if numbers := Counter(str(name) for run in self.runs for name in run.summary.get("diagnostics") or ()):
+            counts = ", ".join(f"{name} ({count} run{'s' * (count > 1)})" for name, count in sorted(numbers.items()))
+            texts.append(f"Warnings: {counts}; see diagnostics in the runs' summary.json.")
+        return [*texts, *self.notes]
 
-    def told(self) -> list[str]:
+    def all_sentences(self) -> list[str]:
         """:meth:`sentences`, and a sentence for every failed run."""
         return [*self.sentences(), *(f"Failed: {text}" for text in self.failures)]
 
@@ -183,13 +183,13 @@ class Result:
         texts = {CSV: self.to_csv(), MARKDOWN: self.to_markdown(), LATEX: self.to_latex()}
         for name, text in texts.items():
             atomic.write_bytes(folder / name, text.encode())
-        written = [folder / name for name in texts]
+        paths = [folder / name for name in texts]
         with spared(lambda why: warnings.warn(f"{PICTURE} is missing: {why}.", stacklevel=2)):
             panels = comparison_panels(self.histories(), self.figures, chance=self.chance())
             if panels:
                 save(draw([*panels.values()], title=self.title()), folder / PICTURE)
-                written.append(folder / PICTURE)
-        return written
+                paths.append(folder / PICTURE)
+        return paths
 
     def histories(self) -> dict[str, list[Sequence[Mapping[str, Any]]]]:
         """Records of the rounds of every run, by the group's name."""
@@ -218,21 +218,21 @@ class Result:
         header = self.header()
         lines = ["| " + " | ".join(map(_markdown, row)) + " |" for row in (header, *self.text_rows())]
         lines.insert(1, "|---|" + "---:|" * (len(header) - 1))
-        told = (f"{_markdown(text)}\n" for text in self.told())
-        return "\n".join([f"# {_markdown(self.title())}", "", *lines, "", *told])
+        texts = (f"{_markdown(text)}\n" for text in self.all_sentences())
+        return "\n".join([f"# {_markdown(self.title())}", "", *lines, "", *texts])
 
     def to_latex(self) -> str:
         """The table as LaTeX (package booktabs); the sentences are comments."""
         header = self.header()
-        lines = [f"% {' '.join(text.split())}" for text in (self.title(), *self.told())]
+        lines = [f"% {' '.join(text.split())}" for text in (self.title(), *self.all_sentences())]
         lines += [f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", "\\toprule", _latex_row(header), "\\midrule"]
         lines += [*map(_latex_row, self.text_rows()), "\\bottomrule", "\\end{tabular}"]
         return "\n".join(lines) + "\n"
 
     def to_json(self, folder: Path) -> str:
         """Table, sentences and folder as JSON."""
-        told = {"table": self.table, "notes": self.sentences(), "failures": self.failures, "folder": str(folder)}
-        return json.dumps(records.plain(told), indent=2)
+        content = {"table": self.table, "notes": self.sentences(), "failures": self.failures, "folder": str(folder)}
+        return json.dumps(records.plain(content), indent=2)
 
 
 def spread_text(figure: str, mean: float | None, deviation: float | None) -> str:
@@ -259,8 +259,8 @@ def _amount(name: str, mean: float, deviation: float | None) -> str:
 
 
 def _listed(seeds: Sequence[int]) -> str:
-    shown = ", ".join(map(str, seeds[:10]))
-    return shown if len(seeds) <= 10 else f"{shown} ..."
+    text = ", ".join(map(str, seeds[:10]))
+    return text if len(seeds) <= 10 else f"{text} ..."
 
 
 def _seeds(groups: Sequence[Group]) -> str:

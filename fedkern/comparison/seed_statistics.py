@@ -29,15 +29,15 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
-def paired(own: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+def paired(values: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
     """The differences ``own - other`` over the seeds that both have, with Student's t interval; None without any.
 
     The interval assumes that the differences are normally distributed over seeds.
     """
-    seeds = own.keys() & other.keys()
+    seeds = values.keys() & other.keys()
     if not seeds:
         return None
-    differences = [own[seed] - other[seed] for seed in sorted(seeds)]
+    differences = [values[seed] - other[seed] for seed in sorted(seeds)]
     mean, deviation = spread(differences)
     if deviation is None:
         return Difference(mean, None, None)
@@ -69,9 +69,9 @@ class Target:
         target.check()
         return target
 
-    def check(self, own: Collection[str] = ()) -> None:
-        """Raises UserError where the figure is a fraction out of reach; ``own``: names of the runs' test sets."""
-        check_reachable("--target", self.figure, self.value, falls=self.falls, own=own)
+    def check(self, sets: Collection[str] = ()) -> None:
+        """Raises UserError where the figure is a fraction out of reach; ``sets``: names of the runs' test sets."""
+        check_reachable("--target", self.figure, self.value, falls=self.falls, own=sets)
 
     def __str__(self) -> str:
         return f"{self.figure} {'<=' if self.falls else '>='} {self.value:g}"

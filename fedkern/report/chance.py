@@ -25,15 +25,15 @@ def constants(
     must not be told.  The records have the numbers of candidates in retrieval.
     """
     metrics = {name: value for record in records for name, value in record.items()}
-    known = [task for task in TASKS.values() if task.main == main]
-    found: dict[str, float] = {}
-    for name, (test_set, figure) in ((name, split_metric(name, tests)) for name in metrics if known):
+    tasks = [task for task in TASKS.values() if task.main == main]
+    figures: dict[str, float] = {}
+    for name, (test_set, figure) in ((name, split_metric(name, tests)) for name in metrics if tasks):
         if figure != main:
             continue
         matrix = confusion.matrices.get(set_name(test_set)) if confusion is not None else None
         counts = None if matrix is None else matrix.sum(1)
         gallery = metrics.get(f"{test_set}_gallery" if test_set else "gallery", 0.0)
-        value = known[0].chance(tests.get(test_set), classes, counts=counts, candidates=gallery)
+        value = tasks[0].chance(tests.get(test_set), classes, counts=counts, candidates=gallery)
         if value is not None:
-            found[name] = value
-    return found
+            figures[name] = value
+    return figures

@@ -39,27 +39,27 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python, fedkern (with its commit) and packages it uses; absent packages are ``"not installed"``."""
-    found = {"python": platform.python_version()}
+    packages = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    if found["fedkern"] == "not installed":
-        found["fedkern"] = importlib.import_module("fedkern").__version__
-    found["fedkern"] += f" (commit {commit()})" if commit() else ""
-    return found
+            packages[name] = "not installed"
+    if packages["fedkern"] == "not installed":
+        packages["fedkern"] = importlib.import_module("fedkern").__version__
+    packages["fedkern"] += f" (commit {commit()})" if commit() else ""
+    return packages
 
 
 def cpuinfo(path: Path) -> dict[str, str]:
     """Entries of ``/proc/cpuinfo`` for the first processor; none where there is no such file."""
-    found: dict[str, str] = {}
+    entries: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in path.read_text(errors="replace").partition("\n\n")[0].splitlines():
             name, colon, value = line.partition(":")
             if colon:
-                found[name.strip()] = value.strip()
-    return found
+                entries[name.strip()] = value.strip()
+    return entries
 
 
 def processor() -> dict[str, Any]:
@@ -71,18 +71,18 @@ def processor() -> dict[str, Any]:
     from fedkern.ops._core import backend, loading
 
     name = cpuinfo(CPUINFO).get("model name") or platform.processor() or platform.machine()
-    found: dict[str, Any] = {"name": name, "cores": os.cpu_count()}
+    entries: dict[str, Any] = {"name": name, "cores": os.cpu_count()}
     forced = os.environ.get("FEDKERN_CPU_ISA")
-    found["forced"] = forced or None
+    entries["forced"] = forced or None
     try:
         core = backend.cpu_core()
-        found["available"] = list(core.available_isas())
-        found["active"] = core.isa()
+        entries["available"] = list(core.available_isas())
+        entries["active"] = core.isa()
     except loading.Unavailable as error:
-        found["problem"] = f"{error}; the reference serves, in plain PyTorch"
+        entries["problem"] = f"{error}; the reference serves, in plain PyTorch"
     except ValueError as error:
-        found["problem"] = str(error)
-    return found
+        entries["problem"] = str(error)
+    return entries
 
 
 def cuda_core() -> str:
@@ -127,7 +127,7 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
         return [], f"no NVIDIA driver: {error}"
     try:
         driver = _text(pynvml.nvmlSystemGetDriverVersion())
-        found = []
+        devices = []
         for i in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(i)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
@@ -135,7 +135,7 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
                 utilisation: int | None = int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
             except pynvml.NVMLError:  # not reported for MIG slices and some virtual GPUs
                 utilisation = None
-            found.append(
+            devices.append(
                 {
                     "name": _text(pynvml.nvmlDeviceGetName(handle)),
                     "memory": int(memory.total),
@@ -144,7 +144,7 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
                     "driver": driver,
                 }
             )
-        return found, "" if found else "the driver lists no GPU"
+        return devices, "" if devices else "the driver lists no GPU"
     except pynvml.NVMLError as error:
         return [], f"NVML: {error}"
     finally:
@@ -174,7 +174,7 @@ def collect() -> dict[str, Any]:
     from fedkern.ops._core import loading
 
     rows, forced, problem = operators()
-    found, reason = gpus()
+    devices, reason = gpus()
     return {
         "versions": versions(),
         "cpu": processor(),
@@ -184,7 +184,7 @@ def collect() -> dict[str, Any]:
             "torch": torch.version.cuda,
             "hip": torch.version.hip,
             "available": torch.cuda.is_available(),
-            "gpus": found,
+            "gpus": devices,
             "reason": reason,
             "core": cuda_core(),
         },
@@ -248,17 +248,17 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     console.print()
     console.print(_operator_table(report["operators"]))
     reasons: dict[tuple[str, str], list[str]] = {}
-    left: dict[tuple[str, str], list[str]] = {}
+    partial: dict[tuple[str, str], list[str]] = {}
     for row in report["operators"]:
         if not row["serves"]:
             reasons.setdefault((row["backend"], row["reason"]), []).append(row["operator"])
         elif row["leaves"]:
-            left.setdefault((row["backend"], row["leaves"]), []).append(row["operator"])
+            partial.setdefault((row["backend"], row["leaves"]), []).append(row["operator"])
     counts = {b: sum(row["backend"] == b for row in report["operators"]) for b in _backends(report["operators"])}
     for (name, reason), who in reasons.items():
         scope = "all operators" if len(who) == counts[name] else ", ".join(who)
         say(console, f"{name} does not serve {scope}: {reason}")
-    for (name, what), who in left.items():
+    for (name, what), who in partial.items():
         say(console, f"{name} leaves to the reference, also where it is forced: of {', '.join(who)} {what}")
 
 

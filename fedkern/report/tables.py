@@ -84,8 +84,8 @@ def human_metric(name: str, value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 and float(value).is_integer() else f"{value:.3g}"
 
 
-def _rank(name: str, own: Collection[str], main: str) -> tuple[int, int, str, int]:
-    test_set, figure = split_metric(name, own)
+def _rank(name: str, sets: Collection[str], main: str) -> tuple[int, int, str, int]:
+    test_set, figure = split_metric(name, sets)
     # Numbered figures are sorted by number.
     stem, _, number = name.rpartition("_")
     plain, place = (stem, int(number)) if number.isdecimal() else (name, 0)
@@ -94,10 +94,10 @@ def _rank(name: str, own: Collection[str], main: str) -> tuple[int, int, str, in
     return (order.index(figure) if figure in order else len(order), column, plain, place)
 
 
-def ordered(metrics: Mapping[str, Any], own: Collection[str] = (), main: str = "") -> list[str]:
+def ordered(metrics: Mapping[str, Any], sets: Collection[str] = (), main: str = "") -> list[str]:
     """Names of the numeric ``metrics``, in order: the main figure first, in distribution before out of distribution."""
     names = (name for name, value in metrics.items() if isinstance(value, (int, float)))
-    return sorted(names, key=lambda name: _rank(name, own, main))
+    return sorted(names, key=lambda name: _rank(name, sets, main))
 
 
 def covering(private: Mapping[str, Any]) -> str:
@@ -128,26 +128,26 @@ def new_table(title: Text | str | None, **how: Any) -> Table:
 
 
 def by_test_set(
-    metrics: Mapping[str, float], own: Collection[str], main: str, *, by_name: bool = False
+    metrics: Mapping[str, float], sets: Collection[str], main: str, *, by_name: bool = False
 ) -> tuple[list[str], dict[str, dict[str, str]]]:
     """The test sets that have figures, and every figure's values by test set; the validation set's are no results.
 
     With ``by_name`` the Dice of single classes is left out, which a table of the classes has.
     """
     figures: dict[str, dict[str, str]] = {}
-    for name in ordered(metrics, own, main):
-        test_set, figure = split_metric(name, own)
+    for name in ordered(metrics, sets, main):
+        test_set, figure = split_metric(name, sets)
         if test_set != "validation" and not (by_name and figure.startswith("dice_")):
             figures.setdefault(figure, {})[test_set] = human_metric(name, metrics[name])
     present = {test_set for row in figures.values() for test_set in row}
-    return [test_set for test_set in dict.fromkeys((*TEST_SETS, *own)) if test_set in present] or [""], figures
+    return [test_set for test_set in dict.fromkeys((*TEST_SETS, *sets)) if test_set in present] or [""], figures
 
 
 def figures_table(
-    title: Text | str, metrics: Mapping[str, float], own: Collection[str], main: str, *, by_name: bool = False
+    title: Text | str, metrics: Mapping[str, float], sets: Collection[str], main: str, *, by_name: bool = False
 ) -> Table:
     """A row for each figure and a column for each test set; see :func:`by_test_set`."""
-    columns, figures = by_test_set(metrics, own, main, by_name=by_name)
+    columns, figures = by_test_set(metrics, sets, main, by_name=by_name)
     title = plain(title, "table.title") if isinstance(title, str) else title
     table = new_table(title, show_header=columns != [""])
     table.add_column("")
@@ -205,37 +205,37 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
         return None
     tables = {name: table[figure] for name, table in tables.items() if figure in table}
     names = list(dict.fromkeys(each for table in tables.values() for each in table))
-    known = {each: [table[each] for table in tables.values() if table.get(each) is not None] for each in names}
-    shown = names
+    by_class = {each: [table[each] for table in tables.values() if table.get(each) is not None] for each in names}
+    rows = names
     if len(names) > ALL:
-        shown = sorted((each for each in names if known[each]), key=lambda each: min(known[each]))[:LOWEST]
+        rows = sorted((each for each in names if by_class[each]), key=lambda each: min(by_class[each]))[:LOWEST]
     labels = figure == "auroc"
-    called = short_title(figure)
-    title = f"{called} of every {'label' if labels else 'class'}"
-    if len(shown) < len(names):
+    noun = short_title(figure)
+    title = f"{noun} of every {'label' if labels else 'class'}"
+    if len(rows) < len(names):
         many = f"{len(names)} {'labels' if labels else 'classes'}"
-        title = f"lowest {called} among {many} (all of them: per_class in summary.json)"
-    missing = []
+        title = f"lowest {noun} among {many} (all of them: per_class in summary.json)"
+    gaps = []
     for name, table in tables.items():
         none = [f'"{printable_name(each, TICK)}"' for each in names if table.get(each) is None]
         if none:
             some = ", ".join(none[:LOWEST]) + (" ..." if len(none) > LOWEST else "")
             only = "" if len(tables) == 1 else f" ({set_title(name)})"
             what = "labels that all images have, or none" if labels else "classes without samples"
-            missing.append(f"means leave out {len(none)} of {len(names)} {what}{only}: {some}")
-    made = new_table(None, show_header=len(tables) > 1)
-    made.add_column("")
+            gaps.append(f"means leave out {len(none)} of {len(names)} {what}{only}: {some}")
+    result = new_table(None, show_header=len(tables) > 1)
+    result.add_column("")
     for name in tables:
-        made.add_column(plain(set_title(name), most=TICK), justify="right", style="bold")
-    for each in shown:
+        result.add_column(plain(set_title(name), most=TICK), justify="right", style="bold")
+    for each in rows:
         values = [table.get(each) for table in tables.values()]
-        made.add_row(
+        result.add_row(
             plain(each, most=TICK),
             *("none" if value is None else human_metric(figure, value) for value in values),
         )
     # The title is no part of the table, which would break it at the width of the columns.
-    notes = [plain("; ".join(missing), most=MESSAGE)] if missing else []
-    return Group(plain(title, "table.title"), made, *notes)
+    notes = [plain("; ".join(gaps), most=MESSAGE)] if gaps else []
+    return Group(plain(title, "table.title"), result, *notes)
 
 
 def partition_table(statistics: Any, limit: int = CLIENTS) -> Table:
@@ -263,20 +263,20 @@ def own_tests_table(summary: Mapping[str, Any], main: str) -> Table:
     evaluation.csv lists all clients.
     """
     clients = summary["client_metrics"]
-    own = summary.get("client_test_set") == "own"
-    title = "own test sets of the clients" if own else "the clients' parts of the test set"
+    own_sets = summary.get("client_test_set") == "own"
+    title = "own test sets of the clients" if own_sets else "the clients' parts of the test set"
     table = new_table(title)
-    named = any("name" in figures for figures in clients.values())
-    known = [name for name in (main, *_OF_A_CLIENT) if any(name in figures for figures in clients.values())]
+    has_names = any("name" in figures for figures in clients.values())
+    columns = [name for name in (main, *_OF_A_CLIENT) if any(name in figures for figures in clients.values())]
     table.add_column("client", justify="right")
-    if named:
+    if has_names:
         table.add_column("name")
-    for name in known:
+    for name in columns:
         table.add_column(figure_title(name), justify="right")
     for k in list(clients)[:CLIENTS]:
         figures = clients[k]
-        cells = [human_metric(name, figures[name]) if figures.get(name) is not None else "" for name in known]
-        table.add_row(k, *([plain(figures.get("name", ""), most=TICK)] if named else []), *cells)
+        cells = [human_metric(name, figures[name]) if figures.get(name) is not None else "" for name in columns]
+        table.add_row(k, *([plain(figures.get("name", ""), most=TICK)] if has_names else []), *cells)
     if len(clients) > CLIENTS:
         table.add_row(f"... {len(clients) - CLIENTS} more")
     return table
@@ -292,27 +292,27 @@ def worst_client_line(summary: Mapping[str, Any]) -> str:
     return f"worst client: {worst['client']}{name}, {metric} {human_metric(worst['metric'], worst['value'])}"
 
 
-def attack_table(found: Mapping[str, Any], name: str) -> Table:
+def attack_table(attack: Mapping[str, Any], name: str) -> Table:
     """The table of what `fedkern.downstream.membership_attack.attack` found about the run ``name``."""
     table = new_table(plain(f"membership attack on {name}", "table.title"), show_header=False)
     table.add_column("")
     table.add_column("", justify="right", style="bold")
-    unit, groups = found["independent"], (found["member_groups"], found["other_groups"])
-    interval = f"none: too few {unit}s" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
+    unit, groups = attack["independent"], (attack["member_groups"], attack["other_groups"])
+    interval = f"none: too few {unit}s" if attack["low"] is None else f"{attack['low']:.3f} to {attack['high']:.3f}"
     rows = {
-        "area under the ROC curve (0.5: members cannot be told)": f"{found['auc']:.3f}",
+        "area under the ROC curve (0.5: members cannot be told)": f"{attack['auc']:.3f}",
         "its 95 % interval": interval,
-        f"members found, {100 * found['fpr']:.2g} % of the others taken for members": f"{100 * found['tpr']:.1f} %",
-        "its 95 % interval at that threshold": f"{100 * found['tpr_low']:.1f} to {100 * found['tpr_high']:.1f} %",
-        "mean loss of the members": f"{found['member_loss']:.3g}",
-        "mean loss of others": f"{found['other_loss']:.3g}",
-        "members, others": f"{found['members']}, {found['others']}",
+        f"members found, {100 * attack['fpr']:.2g} % of the others taken for members": f"{100 * attack['tpr']:.1f} %",
+        "its 95 % interval at that threshold": f"{100 * attack['tpr_low']:.1f} to {100 * attack['tpr_high']:.1f} %",
+        "mean loss of the members": f"{attack['member_loss']:.3g}",
+        "mean loss of others": f"{attack['other_loss']:.3g}",
+        "members, others": f"{attack['members']}, {attack['others']}",
         f"taken as independent: {unit}s of members, of others": f"{groups[0]}, {groups[1]}",
     }
-    if found.get("left_out"):
-        rows["images left out, without a known pixel"] = str(found["left_out"])
-    if found.get("untrained"):
-        rows["images left out, which the method kept from the training"] = str(found["untrained"])
+    if attack.get("left_out"):
+        rows["images left out, without a known pixel"] = str(attack["left_out"])
+    if attack.get("untrained"):
+        rows["images left out, which the method kept from the training"] = str(attack["untrained"])
     for text, value in rows.items():
         table.add_row(text, value)
     return table
@@ -327,8 +327,8 @@ def downstream_table(result: Mapping[str, Any]) -> Table:
     rows = result["rows"]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for name in columns:
-        called = {"set": "test set", "auc": "AUC"}.get(name, figure_title(name))
-        table.add_column(plain(called), justify="left" if name == "set" else "right")
+        heading = {"set": "test set", "auc": "AUC"}.get(name, figure_title(name))
+        table.add_column(plain(heading), justify="left" if name == "set" else "right")
     for row in rows:
         table.add_row(*(plain(_cell(name, row.get(name, ""))) for name in columns))
     return table

@@ -103,23 +103,23 @@ def test_a_run_with_private_records_has_no_counts(tmp_path, data):
     written = pictures.write_pictures(folder, data=data)
     assert [path.name for path in written] == ["accuracy.png", "gradcam.png"]
     assert not (folder / "partition.png").exists()
-    assert pictures.drawn(folder) == written
+    assert pictures.existing(folder) == written
 
 
 def test_pictures_are_listed_and_missed(tmp_path, data):
     """Without running statistics there is no gradcam.png, and none is waited for."""
     folder = make_run(tmp_path, data)
-    assert pictures.drawn(folder) == []
+    assert pictures.existing(folder) == []
     config = load_settings(folder)
     (folder / "config.toml").write_text(config.replace(buffers="drop").to_toml())
     written = pictures.write_pictures(folder, data=data)
     assert [path.name for path in written] == ["accuracy.png", "partition.png"]
-    assert pictures.drawn(folder) == written
+    assert pictures.existing(folder) == written
     written[0].unlink()
-    assert pictures.drawn(folder) == []
+    assert pictures.existing(folder) == []
     for damaged in ("[", "[]", '{"pictures": null}'):
         (folder / "pictures.json").write_text(damaged)
-        assert pictures.drawn(folder) == []
+        assert pictures.existing(folder) == []
 
 
 def test_data_that_are_loaded_again_are_those_of_the_run(tmp_path, data, monkeypatch):
@@ -451,7 +451,7 @@ def quick(monkeypatch, tmp_path, data):
 def test_a_picture_that_fails_is_named_and_the_others_are_drawn(place, picture, quick, data, monkeypatch):
     whole = {path.name for path in pictures.write_pictures(quick, data=data)}
     assert len(whole) == 7
-    assert {path.name for path in pictures.drawn(quick)} == whole
+    assert {path.name for path in pictures.existing(quick)} == whole
 
     def failing(error):
         def call(*_, **__):
@@ -467,7 +467,7 @@ def test_a_picture_that_fails_is_named_and_the_others_are_drawn(place, picture, 
     assert {path.name for path in written} == whole - {f"{picture}.png"}
     assert warned == [f"{picture}.png is missing, as it cannot be drawn: RuntimeError: odd map."]
     assert not (quick / f"{picture}.png").exists()  # that of an older network
-    assert pictures.drawn(quick) == []  # so that resume and report draw again
+    assert pictures.existing(quick) == []  # so that resume and report draw again
     for error in (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
         failing(error())
         with pytest.raises(error):

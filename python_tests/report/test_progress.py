@@ -139,8 +139,8 @@ def test_nothing_of_the_bar_is_cut_off(width):
 
 
 def test_a_plan_of_equal_rounds_says_nothing_of_them():
-    assert progress.schedule(progress.trained(info(2, trains=["student", "student"]))) == []
-    assert progress.trained(info(3)) == ["", "", ""]
+    assert progress.schedule(progress.training_words(info(2, trains=["student", "student"]))) == []
+    assert progress.training_words(info(3)) == ["", "", ""]
     assert progress.schedule([str(number) for number in range(progress.STAGES + 1)]) == []
 
 

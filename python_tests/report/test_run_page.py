@@ -166,7 +166,7 @@ def test_missing_pictures_are_drawn(folder):
         (folder / name).unlink()
     read(folder)
     assert (folder / "accuracy.png").exists()
-    assert {"accuracy.png", "confusion.png", "partition.png"} <= {path.name for path in pictures.drawn(folder)}
+    assert {"accuracy.png", "confusion.png", "partition.png"} <= {path.name for path in pictures.existing(folder)}
 
 
 def test_changed_settings_and_folders_without_a_run(folder, tmp_path):

@@ -50,8 +50,8 @@ def tables(entries: Sequence[Artifact], path: Path, *, title: str, classes: Sequ
         else:
             spans.append([entry])
     spans = [spans[i] for i in sorted({round(i) for i in np.linspace(0, len(spans) - 1, TABLES)})]
-    chosen = [span[0] for span in spans]
-    values = [entry.value.numpy() for entry in chosen]
+    firsts = [span[0] for span in spans]
+    values = [entry.value.numpy() for entry in firsts]
     rows, columns = (max(value.shape[axis] for value in values) for axis in (0, 1))
     finite = np.concatenate([value[np.isfinite(value)] for value in values] or [np.zeros(0)])
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
@@ -59,17 +59,17 @@ def tables(entries: Sequence[Artifact], path: Path, *, title: str, classes: Sequ
     numbers = rows <= 12 and columns <= 12
     width, height = (0.5, 0.42) if numbers else (0.12, 0.12)
     each = min(max(1.0 + width * columns, 2.4), 6.0)
-    across = min(2, len(chosen))
-    down = -(-len(chosen) // across)
+    across = min(2, len(firsts))
+    down = -(-len(firsts) // across)
     figure = new_figure(max(each * across + 0.9, 5.0), min(max(1.3 + height * rows, 2.2), 10.0) * down + 0.3)
     grid = figure.subplots(down, across, squeeze=False).ravel()
-    for axes in grid[len(chosen) :]:
+    for axes in grid[len(firsts) :]:
         axes.set_axis_off()
-    drawn = []
+    images = []
     for axes, span, value in zip(grid, spans, values, strict=False):
         entry = span[0]
         image = axes.imshow(value, cmap="Blues", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-        drawn.append(image)
+        images.append(image)
         if numbers:
             for i, j in np.ndindex(value.shape):
                 text = re.sub(r"^(-?)0\.", r"\1.", f"{value[i, j]:.2f}") if np.isfinite(value[i, j]) else "–"
@@ -81,19 +81,21 @@ def tables(entries: Sequence[Artifact], path: Path, *, title: str, classes: Sequ
         for name, count, axis in zip(entry.axes[:2], value.shape, (axes.yaxis, axes.xaxis), strict=True):
             if count > 20:
                 continue
-            named = name == "class" and len(classes) == count
-            axis.set_ticks(range(count), [label(name) for name in classes] if named else [str(i) for i in range(count)])
-            if axis is axes.xaxis and named and any(len(name) > 3 for name in classes):
+            by_class = name == "class" and len(classes) == count
+            axis.set_ticks(
+                range(count), [label(name) for name in classes] if by_class else [str(i) for i in range(count)]
+            )
+            if axis is axes.xaxis and by_class and any(len(name) > 3 for name in classes):
                 for text in axis.get_ticklabels():
                     text.set(rotation=40, rotation_mode="anchor", ha="right")
-        axes.set_xlabel(label(chosen[0].axes[1]), fontsize=10)
+        axes.set_xlabel(label(firsts[0].axes[1]), fontsize=10)
         for spine in axes.spines.values():
             spine.set_visible(False)
     for axes in grid[::across]:
-        axes.set_ylabel(label(chosen[0].axes[0]), fontsize=10)
-    bar = figure.colorbar(drawn[-1], ax=list(grid), pad=0.01)
+        axes.set_ylabel(label(firsts[0].axes[0]), fontsize=10)
+    bar = figure.colorbar(images[-1], ax=list(grid), pad=0.01)
     bar.ax.tick_params(labelsize=9)
-    what = (*chosen[0].axes, chosen[0].name.replace("_", " "))[2]
+    what = (*firsts[0].axes, firsts[0].name.replace("_", " "))[2]
     bar.set_label(fitted(label(what, TITLE), 10, figure.get_figheight() - 1), fontsize=10)
     lines = fitted(label(title, TITLE), 12, figure.get_figwidth() - 0.2)
     figure.suptitle(lines, fontsize=12, x=0.01, ha="left")

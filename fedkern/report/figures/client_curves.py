@@ -66,8 +66,8 @@ def _points(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, Points]
 
 
 def _names(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    known = {k: info.get("name") for r in records for k, info in r.get("clients", {}).items()}
-    return {k: f"client {k}" if name is None else str(name) for k, name in known.items()}
+    names = {k: info.get("name") for r in records for k, info in r.get("clients", {}).items()}
+    return {k: f"client {k}" if name is None else str(name) for k, name in names.items()}
 
 
 def _shares(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -75,7 +75,7 @@ def _shares(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     In the first record the weights still are these shares, so samples over weights gives the sum of all samples.
     """
-    known = [{k: info for k, info in r.get("clients", {}).items() if "weight" in info} for r in records]
-    first = next(clients for clients in known if clients)
+    weighted = [{k: info for k, info in r.get("clients", {}).items() if "weight" in info} for r in records]
+    first = next(clients for clients in weighted if clients)
     total = sum(info["samples"] for info in first.values()) / sum(info["weight"] for info in first.values())
-    return {client: info["samples"] / total for clients in known for client, info in clients.items()}
+    return {client: info["samples"] / total for clients in weighted for client, info in clients.items()}

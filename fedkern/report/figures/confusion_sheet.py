@@ -26,30 +26,30 @@ _LEAST = 0.08  # inches from one readable name to the next
 _PAD = 2 / 72  # inches from a matrix to its names
 
 
-def draw(found: Confusions, *, title: str = "") -> Figure:
+def draw(confusions: Confusions, *, title: str = "") -> Figure:
     """Draws at least one matrix, of at least one class, on one scale of colours: the share of a true class's images."""
-    classes = len(found.classes)
+    classes = len(confusions.classes)
     numbers = classes <= NUMBERS
     cell = max(0.42 if classes <= 10 else 0.36, 2.1 / classes) if numbers else min(max(6 / classes, 0.1), 16 / classes)
     every = math.ceil(_LEAST / cell)  # of very many classes, only every so many have their names written
-    names = [label(name, 18) for name in found.classes]
+    names = [label(name, 18) for name in confusions.classes]
     size = min(9.0, cell * every * 72 * 0.8)
     room = max(len(name) for name in names) * size * 0.62 / 72 + 0.1
     upright = room > cell * every
     below = (room if upright else size / 72 + 0.1) + _AXIS
-    listed = [] if numbers else [mistakes(matrix, found.classes) for matrix in found.matrices.values()]
-    notes = 0.1 + _LINE * (1 + max(len(lines) for lines in listed)) if listed else 0.0
-    across = min(2 if numbers else 1, len(found.matrices))
-    down = -(-len(found.matrices) // across)
+    lists = [] if numbers else [mistakes(matrix, confusions.classes) for matrix in confusions.matrices.values()]
+    notes = 0.1 + _LINE * (1 + max(len(lines) for lines in lists)) if lists else 0.0
+    across = min(2 if numbers else 1, len(confusions.matrices))
+    down = -(-len(confusions.matrices) // across)
     side, left = classes * cell, _AXIS + room
     wide, high = left + side + _GAP, _HEAD + side + below + notes
     width = max(across * wide + 0.8, 5.0)
-    told = fitted(label(title, TITLE), 12, width - 0.2)
-    top = _TOP + 0.19 * told.count("\n") if title else 0.0
+    heading = fitted(label(title, TITLE), 12, width - 0.2)
+    top = _TOP + 0.19 * heading.count("\n") if title else 0.0
     height = top + down * high
     figure = Figure(figsize=(width, height), dpi=150)
-    figure.text(0.1 / width, 1 - (top / 2 + 0.02) / height, told, fontsize=12, ha="left", va="center")
-    for number, (name, matrix) in enumerate(found.matrices.items()):
+    figure.text(0.1 / width, 1 - (top / 2 + 0.02) / height, heading, fontsize=12, ha="left", va="center")
+    for number, (name, matrix) in enumerate(confusions.matrices.items()):
         x = number % across * wide + left
         y = top + number // across * high + _HEAD + side  # downwards, to the lower edge
         axes = figure.add_axes((x / width, 1 - y / height, side / width, side / height))
@@ -58,8 +58,8 @@ def draw(found: Confusions, *, title: str = "") -> Figure:
         share = f"{100 * right / max(count, 1):.1f} % of {count:,} right"
         for line, up in ((label(set_title(name)), 0.29), (share, 0.1)):
             figure.text(x / width, 1 - (y - side - up) / height, line, fontsize=10 if up > 0.2 else 9, va="center")
-        turned: dict[str, Any] = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
-        under = turned if upright else {"ha": "center", "va": "top"}
+        upwards: dict[str, Any] = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+        under = upwards if upright else {"ha": "center", "va": "top"}
         for c in range(0, classes, every):  # as texts, which take half the time of ticks
             along = (c + 0.5) * cell
             left_of, beside = (x - _PAD) / width, 1 - (y - side + along) / height
@@ -67,7 +67,7 @@ def draw(found: Confusions, *, title: str = "") -> Figure:
             figure.text((x + along) / width, 1 - (y + _PAD) / height, names[c], fontsize=size, **under)
         _axis_name(figure, (x + side / 2) / width, 1 - (y + below - 0.13) / height, "predicted class")
         _axis_name(figure, (x - left + 0.15) / width, 1 - (y - side / 2) / height, "true class", rotation=90)
-        for row, line in enumerate(("most frequent mistakes", *listed[number]) if listed else ()):
+        for row, line in enumerate(("most frequent mistakes", *lists[number]) if lists else ()):
             at = 1 - (y + below + 0.1 + row * _LINE) / height
             figure.text(x / width, at, line, fontsize=9, va="center", color="black" if row else GREY)
     x = across * wide - _GAP + 0.15

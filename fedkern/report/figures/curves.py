@@ -143,8 +143,8 @@ def accuracy_panels(
         tests: names of test sets.
         chance: see :func:`fedkern.report.chance.constants`.
     """
-    (factor, unit), named = scale(main), [(r["round"], *item) for r in records for item in r.items()]
-    split = [(*split_metric(name, tests), at, value) for at, name, value in named]
+    (factor, unit), entries = scale(main), [(r["round"], *item) for r in records for item in r.items()]
+    split = [(*split_metric(name, tests), at, value) for at, name, value in entries]
     points = by_name(((name, at, value) for name, figure, at, value in split if figure == main), factor)
     sizes = {name: values[-1] for name, (_, values) in by_name(
         (name, at, value) for name, figure, at, value in split if figure == "gallery"
@@ -183,9 +183,9 @@ def client_panels(records: Sequence[Mapping[str, Any]], main: str) -> list[Panel
         ((k, r["round"], figures.get(main)) for r in records for k, figures in r.get("client_metrics", {}).items()),
         factor,
     )
-    drawn = [*thin_curves(singles), *(Curve(name, *points) for name, points in curves.items())]
+    every = [*thin_curves(singles), *(Curve(name, *points) for name, points in curves.items())]
     axis = f"{short_title(main)}\non the clients' own test sets"
-    return [Panel(axis, drawn, unit, ends=True)] if curves else []
+    return [Panel(axis, every, unit, ends=True)] if curves else []
 
 
 def thin_curves(points: Mapping[str, Points]) -> list[Curve]:

@@ -76,14 +76,14 @@ def write_pictures(
     load_plugins(run_dir, trusted)
     _check(run_dir)
     failed: dict[str, str] = {}
-    written = _draw(run_dir, data, model, data_root, trusted, failed)
+    paths = _draw(run_dir, data, model, data_root, trusted, failed)
     for name, why in failed.items():
         (run_dir / name).unlink(missing_ok=True)  # of an older network
         warn(f"{name} is missing, as it cannot be drawn: {why}.")
-    # A picture that failed is listed, so that :func:`drawn` has it drawn again.
-    names = json.dumps({"pictures": [*(path.name for path in written), *failed]})
+    # A picture that failed is listed, so that :func:`existing` has it drawn again.
+    names = json.dumps({"pictures": [*(path.name for path in paths), *failed]})
     atomic.write_bytes(run_dir / PICTURE_LIST, (names + "\n").encode())
-    return written
+    return paths
 
 
 def finished_pictures(
@@ -100,7 +100,7 @@ def finished_pictures(
     Returns:
         The pictures, and the reason, without a full stop, why they cannot be drawn or written, or None.
     """
-    there = drawn(run_dir) if data is None else []
+    there = existing(run_dir) if data is None else []
     if there:
         return there, None
     try:
@@ -134,34 +134,34 @@ def _draw(
         from fedkern.report import chance
         from fedkern.report.figures import client_curves, confusion_sheet, curves, plots
 
-    moved = {} if data_root is None else {"data_root": data_root}
-    config = load_settings(run_dir, device="cpu", cache=remembered(run_dir), **moved)
+    root = {} if data_root is None else {"data_root": data_root}
+    config = load_settings(run_dir, device="cpu", cache=remembered(run_dir), **root)
     data = kept_data(config, load_data(config, masks=False)) if data is None else data
     name = f"{config.method} on {config.data}"
-    written: list[Path] = []
+    paths: list[Path] = []
 
     def keep(picture: str, make: Callable[[], Any], **how: Any) -> None:
         """Draws what ``make`` gives: a figure, or panels of curves with arguments for their drawing."""
         with spared(partial(failed.setdefault, PICTURES[picture])):
             if drawing := make():
                 plots.save(curves.draw(drawing, **how) if how else drawing, run_dir / PICTURES[picture])
-                written.append(run_dir / PICTURES[picture])
+                paths.append(run_dir / PICTURES[picture])
 
     title = f"{name}, seed {config.seed}"
     records = read_metrics(run_dir)
     private = config.records == "private"
-    found = None if private else confusions.read(run_dir)
+    confusion = None if private else confusions.read(run_dir)
 
     def accuracy() -> list[Panel]:
         lines = chance.constants(
-            records, config.main, {} if private or data.form.lacks else data.tests, found, len(data.classes)
+            records, config.main, {} if private or data.form.lacks else data.tests, confusion, len(data.classes)
         )
         return curves.accuracy_panels(records, config.main, tests=data.tests, chance=lines)
 
     def partition() -> Figure:
-        held = data.statistics.held_out
+        holdout = data.statistics.held_out
         parts = f"{config.data}: {parse_partition(data.statistics.partition).title}"
-        parts += f"; held out: {held[0]}" if held is not None else ""
+        parts += f"; held out: {holdout[0]}" if holdout is not None else ""
         return plots.partition_picture(data.statistics, title=parts)
 
     keep(CURVES.get(config.main, "accuracy"), accuracy, title=title)
@@ -170,22 +170,22 @@ def _draw(
         for picture in ("confusion", "partition"):
             (run_dir / PICTURES[picture]).unlink(missing_ok=True)
     else:
-        if found is not None and found.matrices and found.classes:
-            keep("confusion", lambda: confusion_sheet.draw(found, title=f"Confusion of {title}"))
+        if confusion is not None and confusion.matrices and confusion.classes:
+            keep("confusion", lambda: confusion_sheet.draw(confusion, title=f"Confusion of {title}"))
         if data.statistics.classes:
             keep("partition", partition)
     by_samples = config.options.get("weighting") == "samples"
     weights = partial(client_curves.weight_panels, records, by_samples=by_samples)
     keep("weights", weights, title=f"Clients of {title}", stacked=True)
-    written += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes, failed)
+    paths += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes, failed)
     # A network of which clients keep parts to themselves answers nothing.
     for each in () if data.form.lacks or config.keeps_parts else data.task.pictures:
         target = run_dir / PICTURES[each]
         with spared(partial(failed.setdefault, target.name)):
             model = read_model(run_dir, trusted)[0] if model is None else model
             if _ANSWERS[each](target, name, model, data, config, trusted):
-                written.append(target)
-    return written
+                paths.append(target)
+    return paths
 
 
 def _draw_segmentation(target: Path, name: str, model: Any, data: Any, config: RunConfig, trusted: Any) -> bool:
@@ -240,7 +240,7 @@ _ANSWERS = {"gradcam": _draw_gradcam, "segmentation": _draw_segmentation, "retri
 """Functions that draw what the network answers to test images, by the picture's name; each says whether it has."""
 
 
-def drawn(run_dir: Path) -> list[Path]:
+def existing(run_dir: Path) -> list[Path]:
     """The pictures that were drawn into a run folder, if all of them are still there; else none."""
     there = [run_dir / name for name in listed(run_dir)]
     return there if all(path.exists() for path in there) else []
@@ -263,11 +263,11 @@ def draw_artifacts(
     by_name: dict[str, list[Artifact]] = {}
     for entry in entries:
         by_name.setdefault(entry.name, []).append(entry)
-    written = []
+    paths = []
     for name, those in by_name.items():
         target = artifact_path(folder, name)
-        called = name.replace("_", " ")
+        text = name.replace("_", " ")
         with spared(partial(failed.setdefault, target.name)):
-            artifact_sheet.draw(those, target, title=f"{called[:1].upper()}{called[1:]}, {title}", classes=classes)
-            written.append(target)
-    return written
+            artifact_sheet.draw(those, target, title=f"{text[:1].upper()}{text[1:]}, {title}", classes=classes)
+            paths.append(target)
+    return paths

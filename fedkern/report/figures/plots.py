@@ -87,10 +87,10 @@ def svg(figure: Figure, name: str) -> str:
     text = text.replace("<svg", f"<svg {size}", 1)
 
     def of_page(tag: re.Match[str]) -> str:
-        found = tag[0]
+        element = tag[0]
         for colour, here in _ON_PAGE.items():
-            found = found.replace(colour, here)
-        return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", found)
+            element = element.replace(colour, here)
+        return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", element)
 
     return re.sub(r"<[^>]+>", of_page, text).strip()
 
@@ -115,8 +115,8 @@ def entitle(figure: Figure, text: str, below: str = "") -> None:
 
 def legend_below(figure: Figure) -> None:
     """Names all curves of a figure under its axes, where the names cover no curve, and makes room for the names."""
-    named = [axes.get_legend_handles_labels() for axes in figure.axes]
-    handles = {text: handle for each in named for handle, text in zip(*each, strict=True)}
+    entries = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {text: handle for each in entries for handle, text in zip(*each, strict=True)}
     if not handles:
         return
     room = figure.get_figwidth() // (max(width(text, 10) for text in handles) + 0.65)
@@ -152,8 +152,8 @@ def partition_picture(statistics: Any, *, title: str = "") -> Figure:
     Of more than `DRAWN` clients as many are drawn, evenly spaced by size (`PartitionStatistics.spread`).  Of a coloured
     data set a second panel has the background colour of every class of every client.
     """
-    shown = statistics.spread(DRAWN)
-    counts = np.asarray(statistics.counts)[shown]
+    rows = statistics.spread(DRAWN)
+    counts = np.asarray(statistics.counts)[rows]
     clients, classes = counts.shape
     every = len(statistics.counts)
     numbers = clients <= 20 and classes <= 20
@@ -174,12 +174,12 @@ def partition_picture(statistics: Any, *, title: str = "") -> Figure:
                 number = axes.text(c, k, str(counts[k, c]), ha="center", va="center", fontsize=10, color=colour)
                 number.set_in_layout(False)  # numbers lie inside the axes, and measuring all of them takes time
     for panel in below:
-        _colours(panel, statistics, shown)
+        _colours(panel, statistics, rows)
     for panel in (axes, *below):
         if classes <= 20:
             long = max(len(name) for name in names) > 5
-            turned: dict[str, Any] = {"rotation": 40, "rotation_mode": "anchor", "ha": "right"} if long else {}
-            panel.set_xticks(range(classes), names, **turned)
+            slant: dict[str, Any] = {"rotation": 40, "rotation_mode": "anchor", "ha": "right"} if long else {}
+            panel.set_xticks(range(classes), names, **slant)
         if clients <= 20:
             panel.set_yticks(range(clients), [label(name) for name in statistics.labels])
         panel.set_xlabel("class", fontsize=12)
@@ -198,11 +198,11 @@ def partition_picture(statistics: Any, *, title: str = "") -> Figure:
     return figure
 
 
-def _colours(panel: Axes, statistics: Any, shown: npt.NDArray[np.int64]) -> None:
+def _colours(panel: Axes, statistics: Any, rows: npt.NDArray[np.int64]) -> None:
     """Draws the background colour of every class of every client; nothing where a client has no image of the class."""
-    held = (np.asarray(statistics.counts)[shown] > 0)[..., None]
-    colours = statistics.colours[shown]
+    present = (np.asarray(statistics.counts)[rows] > 0)[..., None]
+    colours = statistics.colours[rows]
     opaque = np.concatenate([colours, np.full_like(colours[..., :1], 255)], axis=2)
-    panel.imshow(np.where(held, opaque, 0).astype(np.uint8), aspect="auto", interpolation="nearest")
+    panel.imshow(np.where(present, opaque, 0).astype(np.uint8), aspect="auto", interpolation="nearest")
     of = "the images" if statistics.tied == 1 else f"{100 * statistics.tied:.0f} % of the images, others random"
     panel.set_title(f"background colour of {of}", fontsize=13, loc="left")

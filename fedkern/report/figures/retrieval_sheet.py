@@ -50,8 +50,8 @@ def draw(examples: Sequence[Example], path: Path, *, title: str) -> None:
         sheet.picture(row, 0, example.image)
         texts = [f"✓ {label(text, CAPTION)}" if right else label(text, CAPTION) for text, right in example.lines]
         colours = [GREEN if right else "#222222" for _, right in example.lines]
-        broken = [fitted(text, 9, _WIDE - 0.4).split("\n") for text in texts]
-        short = ["\n".join(lines[:2]) + " …" * (len(lines) > 2) for lines in broken]
+        paragraphs = [fitted(text, 9, _WIDE - 0.4).split("\n") for text in texts]
+        short = ["\n".join(lines[:2]) + " …" * (len(lines) > 2) for lines in paragraphs]
         sheet.after(row, list(zip(short, colours, strict=True)))
     sheet.save(path)
 

@@ -56,8 +56,8 @@ def over(
     image: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], colours: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
     """The image with foreground pixels mixed with the colour of their class, and unlabelled ones darkened."""
-    made = image.copy()
+    result = image.copy()
     front = labels > 0
-    made[front] = 0.4 * made[front] + 0.6 * colours[labels[front] - 1]
-    made[labels < 0] *= 0.5
-    return made
+    result[front] = 0.4 * result[front] + 0.6 * colours[labels[front] - 1]
+    result[labels < 0] *= 0.5
+    return result

@@ -68,8 +68,8 @@ class Sheet:
         self._tops = [top + gap * i + side * i + sum(rows[: i + 1]) for i in range(len(rows))]
         below = self._tops[-1] + side + 0.08
         places = _flowing([text for text, _ in legend], wide)
-        told = fitted(scale, 9, wide - left - 1.55)
-        high = 0.12 + LINE * (1 + told.count("\n")) if scale else 0.0
+        caption = fitted(scale, 9, wide - left - 1.55)
+        high = 0.12 + LINE * (1 + caption.count("\n")) if scale else 0.0
         height = below + (0.22 * (places[-1][1] + 1) if places else 0.0) + high + _EDGE
         self.figure = Figure(figsize=(wide, height), dpi=150)
         self._inches = Affine2D().scale(1, -1).translate(0, height) + self.figure.dpi_scale_trans
@@ -83,7 +83,7 @@ class Sheet:
             self._place((left, left + 1.2, at - 0.07, at + 0.07), _coloured(np.linspace(0, 1, 256)[None]))
             self._text(left - 0.05, at, "0", fontsize=9, ha="right", va="center")
             self._text(left + 1.25, at, "1", fontsize=9, va="center")
-            self._text(left + 1.45, below + 0.1, told, fontsize=9, va="top")
+            self._text(left + 1.45, below + 0.1, caption, fontsize=9, va="top")
 
     def _text(self, x: float, y: float, text: str, **how: Any) -> None:
         self.figure.text(x, y, text, transform=self._inches, **how)
@@ -203,5 +203,5 @@ def _flowing(texts: Sequence[str], wide: float) -> list[tuple[float, int]]:
 
 def rgb(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """An image ``[C, H, W]`` as ``[H, W, 3]``; unless C is 3, the first channel in grey."""
-    shown = image if len(image) == 3 else np.repeat(image[:1], 3, axis=0)
-    return np.moveaxis(shown, 0, 2)
+    channels = image if len(image) == 3 else np.repeat(image[:1], 3, axis=0)
+    return np.moveaxis(channels, 0, 2)

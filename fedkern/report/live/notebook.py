@@ -15,7 +15,7 @@ from fedkern.data.html_table import LINE, html_table
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import printable_name
 from fedkern.listeners.events import RunInfo
-from fedkern.report.live.progress import UNSHOWN, Clock, Lines, figures_by_set, headline, trained
+from fedkern.report.live.progress import UNSHOWN, Clock, Lines, figures_by_set, headline, training_words
 from fedkern.report.tables import final_table, human_bytes, human_time, worst_client_line
 
 ROUNDS = 30
@@ -34,9 +34,9 @@ def of_rich(table: Table, notes: Sequence[str] = ()) -> str:
 
 def run_table(summary: Mapping[str, Any], out: Path, main: str) -> str:
     """The final figures of a run and its warnings, from its ``summary.json``, as HTML."""
-    warned = [f"warning ({name}): {text}" for name, text in (summary.get("diagnostics") or {}).items()]
+    warnings = [f"warning ({name}): {text}" for name, text in (summary.get("diagnostics") or {}).items()]
     worst = worst_client_line(summary)
-    return of_rich(final_table(summary, main), [*([worst] if worst else []), *warned, f"run folder {out}"])
+    return of_rich(final_table(summary, main), [*([worst] if worst else []), *warnings, f"run folder {out}"])
 
 
 def rounds_table(
@@ -44,21 +44,23 @@ def rounds_table(
 ) -> str:
     """The rounds with their ``main`` figure as HTML; of many rounds evaluated ones, evenly spaced, and the last one."""
     few = len(records) <= ROUNDS
-    known = [
+    candidates = [
         record for record in records if few or any(name.endswith(main) for name in record) or record is records[-1]
     ]
-    every = -(-len(known) // ROUNDS) or 1
-    shown = [(record, figures_by_set(record, main, tests)) for record in known[(len(known) - 1) % every :: every]]
-    titles = list(dict.fromkeys(title for _, figures in shown for title in figures))
-    losses = ["loss"] if any("loss" in record for record, _ in shown) else []
+    every = -(-len(candidates) // ROUNDS) or 1
+    selection = [
+        (record, figures_by_set(record, main, tests)) for record in candidates[(len(candidates) - 1) % every :: every]
+    ]
+    titles = list(dict.fromkeys(title for _, figures in selection for title in figures))
+    losses = ["loss"] if any("loss" in record for record, _ in selection) else []
     rows = []
-    for record, figures in shown:
+    for record, figures in selection:
         cells = [figures.get(title, "") for title in titles]
         cells += [f"{record[name]:.3f}" if isinstance(record.get(name), (int, float)) else "" for name in losses]
         cells += [human_bytes(record["bytes_up"]), human_bytes(record["bytes_down"]), human_time(record["seconds"])]
         rows.append([str(record["round"]), *cells])
     header = ["round", *titles, *losses, "up", "down", "time"] if rows else []
-    some = [] if few else [f"{len(shown)} of {len(records)} rounds"]
+    some = [] if few else [f"{len(selection)} of {len(records)} rounds"]
     return html_table(title, header, rows, [*some, *notes])
 
 
@@ -101,7 +103,7 @@ class Notebook(Lines):
         self._show(text)
 
     def on_start(self, run: RunInfo) -> None:
-        self.clock, self.tests, self.main = Clock(trained(run)), run.test_sets, run.config.main
+        self.clock, self.tests, self.main = Clock(training_words(run)), run.test_sets, run.config.main
         self.title = "\n".join(headline(run))
         self.notes += [UNSHOWN] if run.private else []
         self.done, self.moved = run.first_round, float(run.first_round)

@@ -48,16 +48,16 @@ def headline(run: RunInfo) -> list[str]:
         who = f"the data of {config.trained_clients} clients in one place"
     if config.held_out_client is not None:
         who += f" (one of {config.clients} is held out)"
-    own = sum(len(split) for split in getattr(run.data, "client_tests", ())) if not run.private else 0
-    tests += [f"{own:,} own test"] if own else []
-    held = run.test_sets.get("validation", 0)
+    client_tests = sum(len(split) for split in getattr(run.data, "client_tests", ())) if not run.private else 0
+    tests += [f"{client_tests:,} own test"] if client_tests else []
+    validation = run.test_sets.get("validation", 0)
     training = f"{samples:,} training"
     if config.unit.name == "patient":
         training = f"training images of {samples // config.unit.images:,} patients"
     noun = "images" if run.data is None else run.data.form.noun
     lines = [
         f"{config.method} on {config.data}: {who}, {training}, "
-        f"{f'{held:,} validation, ' if held else ''}{', '.join(tests)} {noun}",
+        f"{f'{validation:,} validation, ' if validation else ''}{', '.join(tests)} {noun}",
         f"{run.model or config.model} with {run.parameters:,} parameters{_frozen(run)} on {config.device}, "
         f"{config.threads} thread{'s' * (config.threads != 1)}{_side_by_side(run)}; run folder {run.out}",
     ]
@@ -66,14 +66,14 @@ def headline(run: RunInfo) -> list[str]:
         lines.append(f"sites: {', '.join(sites[:SITES])}{', ...' * (len(sites) > SITES)}")
     lines += [f"{config.model}: {config.served}"] if config.served else []
     lines += [f"local training: {config.training}"] if config.training else []
-    seen = run.data.form.seen if run.data is not None else ()
-    lines += seen[:1] if run.private else seen[1:] or seen  # of single sites nothing, where records are private
+    notes = run.data.form.seen if run.data is not None else ()
+    lines += notes[:1] if run.private else notes[1:] or notes  # of single sites nothing, where records are private
     lines += _resized(run.data)
     if run.guarantee is not None:
         unit = run.guarantee.unit
         lines.append(f"differential privacy of every {unit.name}: {unit.change}")
         lines.append(covering(run.guarantee.to_dict()))
-    lines += schedule(trained(run))
+    lines += schedule(training_words(run))
     if run.first_round:
         lines.append(f"resumed after round {run.first_round} of {len(run.rounds)}")
     return lines
@@ -93,11 +93,11 @@ def _resized(data: Any) -> list[str]:
         return []
     ends = [sizes[0], sizes[-1]][: len(sizes)]
     side, tile = masks[0].store.size, masks[0].store.tile
-    given = " to ".join(f"{width}x{height}" for width, height in ends)
+    pixels = " to ".join(f"{width}x{height}" for width, height in ends)
     factors = " to ".join(dict.fromkeys(_factor(side / max(size)) for size in ends))
     cut = f" and cut into tiles of {tile}x{tile}" if tile else ""
     return [
-        f"images of {given} pixels are resized to {side}x{side} ({factors}){cut}; Dice and IoU are of masks as given"
+        f"images of {pixels} pixels are resized to {side}x{side} ({factors}){cut}; Dice and IoU are of masks as given"
     ]
 
 
@@ -115,7 +115,7 @@ def _side_by_side(run: RunInfo) -> str:
     return "".join(f", {word}" for word in words)
 
 
-def trained(run: RunInfo) -> list[str]:
+def training_words(run: RunInfo) -> list[str]:
     """What every communication round trains, in words; empty texts where all rounds train the same."""
     words = [entry.trains or entry.name for entry in run.rounds]
     return words if len(set(words)) > 1 else [""] * len(words)
@@ -137,13 +137,13 @@ def schedule(words: Sequence[str]) -> list[str]:
 
 def figures_by_set(record: Mapping[str, Any], main: str, tests: Collection[str] = ()) -> dict[str, str]:
     """The ``main`` figure of a record per test set: ``{"ID": "93.0 %", "OOD": "71.2 %"}``."""
-    found = {}
+    figures = {}
     for name, value in record.items():
         test_set, figure = split_metric(name, tests)
         if figure == main and test_set != "validation" and isinstance(value, (int, float)):
             title = short_set_title(test_set) or short_title(figure)
-            found[title if title not in found else set_noun(test_set)] = human_metric(figure, value)
-    return found
+            figures[title if title not in figures else set_noun(test_set)] = human_metric(figure, value)
+    return figures
 
 
 def main_figures(record: Mapping[str, Any], main: str, tests: Collection[str] = ()) -> str:
@@ -151,11 +151,11 @@ def main_figures(record: Mapping[str, Any], main: str, tests: Collection[str] = 
     return "  ".join(f"{title} {value}" for title, value in figures_by_set(record, main, tests).items())
 
 
-def line(record: Mapping[str, Any], what: str, shown: str, remaining: float | None) -> str:
-    """One line for a finished round, which trained ``what`` and has the main figures ``shown``."""
+def line(record: Mapping[str, Any], what: str, figures: str, remaining: float | None) -> str:
+    """One line for a finished round, which trained ``what`` and has the main ``figures``."""
     width = len(str(record["rounds"]))
     parts = [f"round {record['round']:>{width}}/{record['rounds']}{_in_parentheses(what)}"]
-    parts += [shown] if shown else []
+    parts += [figures] if figures else []
     if isinstance(record.get("loss"), (int, float)):
         parts.append(f"loss {record['loss']:.3f}")
     parts.append(f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}")
@@ -205,8 +205,8 @@ class Warnings(Listener):
         self.console = console
 
     def on_warning(self, name: str, text: str) -> None:
-        said = Text("warning", "yellow").append(plain(f" ({name}): {text}", most=MESSAGE))
-        self.console.print(said, soft_wrap=True)
+        message = Text("warning", "yellow").append(plain(f" ({name}): {text}", most=MESSAGE))
+        self.console.print(message, soft_wrap=True)
 
     def close(self) -> None:
         """Restores the terminal; safe to call twice, and after an interruption."""
@@ -228,7 +228,7 @@ class Lines(Warnings):
             say(self.console, UNSHOWN)
         elif run.data is not None:
             self.console.print(partition_table(run.data.statistics))
-        self.clock, self.tests, self.main = Clock(trained(run)), run.test_sets, run.config.main
+        self.clock, self.tests, self.main = Clock(training_words(run)), run.test_sets, run.config.main
 
     def on_notice(self, text: str) -> None:
         say(self.console, text)
@@ -239,9 +239,9 @@ class Lines(Warnings):
 
     def on_round(self, record: Mapping[str, Any]) -> None:
         remaining, what = self.clock.remaining(record["round"]), self.clock.words[record["round"] - 1]
-        shown = main_figures(record, self.main, self.tests)
-        if what or shown or record["round"] == record["rounds"]:
-            say(self.console, line(record, what, shown, remaining))
+        figures = main_figures(record, self.main, self.tests)
+        if what or figures or record["round"] == record["rounds"]:
+            say(self.console, line(record, what, figures, remaining))
 
 
 class Live(Lines):
@@ -295,8 +295,8 @@ class Live(Lines):
             "traffic": f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}" * wide,
             "left": "" if remaining is None else f"{human_time(remaining)} left",
         }
-        if shown := main_figures(record, self.main, self.tests):
-            fields["figures"] = shown
+        if figures := main_figures(record, self.main, self.tests):
+            fields["figures"] = figures
         self.progress.update(self.bar, completed=self.done, **fields)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -324,17 +324,17 @@ def advancing(total: int, doing: str, things: str, *, json: bool) -> Iterator[Ca
         yield lambda: None
         return
     if not console.is_terminal:
-        done, shown = 0, 0
-        begun = told = time.monotonic()
+        done, count = 0, 0
+        begun = last = time.monotonic()
 
         def line() -> None:
-            nonlocal done, shown, told
+            nonlocal done, count, last
             done += 1
-            left = (time.monotonic() - begun) / done * (total - done)
-            due = time.monotonic() - told >= NOTICE_SECONDS and done - shown >= NOTICE_SHARE * total
+            remaining = (time.monotonic() - begun) / done * (total - done)
+            due = time.monotonic() - last >= NOTICE_SECONDS and done - count >= NOTICE_SHARE * total
             if due and done < total:
-                told, shown = time.monotonic(), done
-                say(console, f"{doing}: {done:,} of {total:,} {things}, {human_time(left)} left")
+                last, count = time.monotonic(), done
+                say(console, f"{doing}: {done:,} of {total:,} {things}, {human_time(remaining)} left")
 
         yield line
         return

@@ -57,15 +57,15 @@ def bars(
         note = " ".join(filter(None, [f"The {BARS} {'highest' if falls else 'lowest'} of {len(labels)}.", note]))
     figure, axes = _rows([labels[i] for i in order], axis, unit, 0.8 + len(order) * (0.12 + 0.18 * len(series)))
     thick, parts = 0.85 / len(series), []
-    for number, (called, values) in enumerate(series.items()):
+    for number, (key, values) in enumerate(series.items()):
         places = np.arange(len(order)) + thick * (number - (len(series) - 1) / 2)
         widths = [y if _finite(y := values[i]) else 0.0 for i in order]
-        drawn = axes.barh(places, widths, 0.9 * thick, color=COLOURS[number % len(COLOURS)], label=entry(called))
-        axes.bar_label(drawn, [in_unit(values[i], unit) for i in order], padding=3, fontsize=9)
+        drawing = axes.barh(places, widths, 0.9 * thick, color=COLOURS[number % len(COLOURS)], label=entry(key))
+        axes.bar_label(drawing, [in_unit(values[i], unit) for i in order], padding=3, fontsize=9)
         if points := [(y, -i) for i, y in enumerate(values) if _finite(y)]:
             (low, first), (high, last) = min(points, key=lambda point: (point[0], -point[1])), max(points)
             parts.append(
-                f"{called + ': ' if len(series) > 1 else ''}lowest {in_unit(low, unit)} ({labels[-first]}), highest "
+                f"{key + ': ' if len(series) > 1 else ''}lowest {in_unit(low, unit)} ({labels[-first]}), highest "
                 f"{in_unit(high, unit)} ({labels[-last]})"
             )
     axes.margins(x=0.12)

@@ -147,8 +147,8 @@ def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trust
     Raises:
         UserError: there is no run, a file is damaged, or the settings were changed after the run began.
     """
-    moved = {} if data_root is None else {"data_root": data_root}
-    config = unedited(run_dir, trusted=trusted, device="cpu", cache=remembered(run_dir), **moved)
+    root = {} if data_root is None else {"data_root": data_root}
+    config = unedited(run_dir, trusted=trusted, device="cpu", cache=remembered(run_dir), **root)
     entry = newest(run_dir)
     info = {} if entry is None else entry["info"]
     summary = read_summary(run_dir) if info.get("finished", True) else None  # an older one, of a run since extended
@@ -219,7 +219,7 @@ def write_report(
     html_page.check_target(run_dir)
     run = read(run_dir, data=data, data_root=data_root, trusted=trusted)
     undrawn: list[str] = []
-    if run.finished and not pictures.drawn(run_dir):
+    if run.finished and not pictures.existing(run_dir):
         why: str | None = run.no_data.rstrip(".")
         if run.data is not None:
             why = pictures.finished_pictures(
@@ -294,10 +294,10 @@ def _values(run: Contents) -> list[str]:
     values: list[str] = []
     for name in run.main:
         test_set, figure = run.split(name)
-        called = {"accuracy": "an accuracy of ", "dice": "a Dice of ",
+        noun = {"accuracy": "an accuracy of ", "dice": "a Dice of ",
                   "i2t_r1": "a recall at 1 (image to text) of "}.get(figure, f"{figure_title(figure)} ")  # fmt: skip
-        called = "" if values and called in values[0] else called
-        values.append(f"{called}{human_metric(name, run.metrics[name])} {_on(test_set)}")
+        noun = "" if values and noun in values[0] else noun
+        values.append(f"{noun}{human_metric(name, run.metrics[name])} {_on(test_set)}")
     return values
 
 
@@ -578,11 +578,11 @@ def _pictures(run: Contents, undrawn: Sequence[str]) -> Iterator[Block]:
                       "Where none is among the nearest, its place is told."),
     }.items()}  # fmt: skip
     for entry in {entry.name: entry for entry in run.artifacts}.values():
-        called = entry.name.replace("_", " ")
-        alt = f"Images that the method logged as {called}, a row for every round kept." if entry.value.dim() == 4 else (
-            f"Tables that the method logged as {called}, as heat maps of several rounds."
+        text = entry.name.replace("_", " ")
+        alt = f"Images that the method logged as {text}, a row for every round kept." if entry.value.dim() == 4 else (
+            f"Tables that the method logged as {text}, as heat maps of several rounds."
         )  # fmt: skip
-        title = f"{called[:1].upper()}{called[1:]}, as the method logged it"
+        title = f"{text[:1].upper()}{text[1:]}, as the method logged it"
         texts[pictures.artifact_path(run.folder, entry.name).name] = title, alt
     if run.finished:
         for name, (title, alt) in texts.items():
