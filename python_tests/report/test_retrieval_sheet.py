@@ -10,6 +10,7 @@ from fedkern.engine.run import run
 from fedkern.report.figures import plots, sheet
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.report.figures.retrieval_sheet import EXAMPLES, NEAREST, Example, draw, retrieval_examples
+from fedkern.report.pages import run_page
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 
@@ -32,6 +33,14 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
         own = {text for text, name in zip(split.texts, split.ids, strict=True) if name == split.ids[row]}
         assert [text.split(": ", 1)[-1] in own for text, _ in example.lines] == [right for _, right in example.lines]
         assert [right for _, right in example.lines[:NEAREST]].count(True) > 0 or example.lines[NEAREST][1]
+
+    missing = "There are no retrieval examples: they need a complete network with an image and a text encoder."
+    for there in (True, False):
+        contents = run_page.read(tmp_path, data=data)
+        *_, section, _ = run_page.page(contents).sections
+        assert (missing in section.blocks) is not there
+        assert ("Retrieval examples" in [getattr(block, "title", "") for block in section.blocks]) is there
+        (tmp_path / "retrieval.png").unlink(missing_ok=True)
 
 
 def test_long_captions_stay_beside_their_image(tmp_path, monkeypatch):

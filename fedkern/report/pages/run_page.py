@@ -222,9 +222,8 @@ def write_report(
     if run.finished and not pictures.existing(run_dir):
         why: str | None = run.no_data.rstrip(".")
         if run.data is not None:
-            why = pictures.finished_pictures(
-                run_dir, data=run.data, model=model, trusted=trusted, warn=undrawn.append
-            )[1]  # fmt: skip
+            how: dict[str, Any] = {"model": model, "trusted": trusted, "warn": undrawn.append}
+            why = pictures.finished_pictures(run_dir, data=run.data, **how)[1]
         undrawn += [f"The run's pictures could not be drawn: {why}."] if why is not None else []
     return html_page.write(page(run, command=command, undrawn=undrawn), run_dir)
 
@@ -587,11 +586,9 @@ def _pictures(run: Contents, undrawn: Sequence[str]) -> Iterator[Block]:
     if run.finished:
         for name, (title, alt) in texts.items():
             yield from _picture(run.folder / name, title, alt)
-        if (
-            "retrieval" in (run.data.task.pictures if run.data is not None else ())
-            and not (run.folder / pictures.PICTURES["retrieval"]).exists()
-        ):
-            yield "There are no retrieval examples: the network has no pair of an image and a text encoder."
+        answers = run.data.task.pictures if run.data is not None and not undrawn else ()
+        if "retrieval" in answers and not (run.folder / pictures.PICTURES["retrieval"]).exists():
+            yield "There are no retrieval examples: they need a complete network with an image and a text encoder."
     elif run.artifacts:  # the folder has no pictures yet
         failed: dict[str, str] = {}
         classes = () if run.data is None else run.data.classes
