@@ -9,6 +9,7 @@ from benchmarks.studies import (
     fusefl_alike,
     fusefl_misled,
     study,
+    study_compress,
     study_feddra,
     study_fedgid,
     study_fedlpfm,
@@ -19,7 +20,7 @@ from fedkern.settings import config
 
 FIGURES = (
     "accuracy", "validation_accuracy", "vote_accuracy", "cue_tied_accuracy", "cue_random_accuracy", "backdoor_accuracy",
-    "probability_accuracy", "bytes_up", "bytes_down", "levels_up_bytes", "levels_down_bytes",
+    "probability_accuracy", "bytes_up", "bytes_down", "levels_up_bytes", "levels_down_bytes", "round",
 )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def dry(kind, asked):
         def run(self, cases):
             for case in cases:
                 assert asked.setdefault(case.name, case) == case
-                ledger = {"clients": {"0": {"up": 8, "down": 8}}}
+                ledger = {"up": 8, "down": 8, "clients": {"0": {"up": 8, "down": 8}}}
                 said = {"refused-upload-0": "It was left out."}
                 self.summaries[case.name] = {"clients": 5, "seconds": 1.0, "bytes": ledger, "diagnostics": said}
 
@@ -57,9 +58,10 @@ def taken(cases, tmp_path):
         request.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
 
 
-@pytest.mark.parametrize(
-    ("module", "kind"), [(study_fusefl, study_fusefl.FuseFLRuns), (study_fedlpfm, study_fedlpfm.LPFMRuns)]
-)
+@pytest.mark.parametrize(("module", "kind"), [
+    (study_fusefl, study_fusefl.FuseFLRuns), (study_fedlpfm, study_fedlpfm.LPFMRuns),
+    (study_compress, study_compress.CompressRuns),
+])  # fmt: skip
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
 def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path):
     monkeypatch.setattr(study_fusefl, "probe", lambda folder, blocks: [0.1, 0.2])
@@ -112,6 +114,37 @@ def test_late_figures_are_of_the_last_third_of_the_rounds(tmp_path):
 
     runs = Recorded(study_feddra.STUDIES["tiny"], tmp_path, 1, {})
     assert runs.late(runs.of(study_feddra.FULL, 0.1, 0), "drift") == pytest.approx(4.5)
+
+
+def test_a_compressed_run_stands_beside_as_many_bytes_of_whole_uploads(tmp_path):
+    """The last round until which no more was uploaded; a difference is of one seed."""
+
+    class Recorded(dry(study_compress.CompressRuns, {})):
+        def rounds(self, case):
+            return [{"round": one, "bytes_up": each * one, "accuracy": one / 10} for one in (1, 2, 3)]
+
+    runs = Recorded(study_compress.STUDIES["digits"], tmp_path, 1, {})
+    case = runs.of("int8", "drop", 0.1, 0)
+    runs.run([case])
+    stopped = {}
+    for each in (3, 4, 9):
+        stopped[each] = runs.figures(case, case)["stopped"]
+    assert stopped == {3: {"round": 2, "accuracy": 0.2}, 4: {"round": 2, "accuracy": 0.2}, 9: None}
+
+    def row(*values, stopped=None):
+        return {"lr": 0.1, "runs": [{"accuracy": one, "up": 1e6, "down": 2e6, "stopped": stopped} for one in values]}
+
+    numbers = {
+        f"{name}, {buffers}": one
+        for buffers in study_compress.BUFFERS
+        for name, one in {"none": row(0.4, 0.6), "int8": row(0.3, 0.5, stopped=stopped[3]),
+                          "topk:share=0.01": row(0.2, 0.2)}.items()
+    }  # fmt: skip
+    whole, int8, topk, *_ = study_compress.cells(numbers)
+    assert whole[5:] == ["50.0 ± 14.1", "", ""]
+    assert int8[:5] == ["int8", "average", "0.1", "1.00", "2.00"]
+    assert int8[5:] == ["40.0 ± 14.1", "-10.0 ± 0.0", "20.0 ± 0.0, round 2"]
+    assert topk[5:] == ["20.0 ± 0.0", "-30.0 ± 14.1", "less than a round"]
 
 
 def test_best_rate_is_the_lower_one_on_a_tie():
