@@ -4,10 +4,10 @@
     python -m benchmarks.studies.study_compress cifar10 --data-root DIR     # the official binary files
 
 FedAvg on the clients of ``study_fedlpfm`` under Dirichlet 0.1.  Bytes are saved without compression too, and both ways
-stand beside every compression: whole uploads until these are as many bytes, which is a round of a run that is there,
-and whole uploads in fewer rounds of more epochs, which train as long.  The network has batch norm, whose running
-statistics travel whole (``--buffers average``) or not at all (``drop``).  The learning rate of every row comes from one
-grid, by the accuracy on the validation split (seed 0) alone.
+stand beside every compression: whole uploads until the round that reaches as many bytes, which is in the records of a
+run that is there, and whole uploads in fewer rounds of more epochs, which train as long.  The network has batch norm,
+whose running statistics travel whole (``--buffers average``) or not at all (``drop``).  The learning rate of every row
+comes from one grid, by the accuracy on the validation split (seed 0) alone.
 
 It takes about an hour of one core, goes on where it was interrupted, and writes
 ``benchmarks/studies/results/compress_<study>_table.md`` and ``.json``.
@@ -66,10 +66,10 @@ class CompressRuns(Runs):
         return {row: best_rate({lr: scores[*row, lr] for lr in self.study.rates}) for row in rows}
 
     def figures(self, case: Case, whole: Case) -> dict[str, Any]:
-        """Accuracy and bytes of a run, and the last round of ``whole`` until which no more were uploaded."""
+        """Accuracy and bytes of a run, and the round of ``whole`` that reaches as many bytes of uploads."""
         sent = self.summaries[case.name]["bytes"]
-        rounds = [record for record in self.rounds(whole) if record["bytes_up"] <= sent["up"]]
-        stopped = {name: rounds[-1][name] for name in ("round", "accuracy")} if rounds else None
+        reached = next(record for record in self.rounds(whole) if record["bytes_up"] >= sent["up"])
+        stopped = {name: reached[name] for name in ("round", "accuracy")}
         return {"accuracy": self.metrics(case)["accuracy"], "up": sent["up"], "down": sent["down"], "stopped": stopped}
 
 
@@ -102,21 +102,15 @@ def cells(numbers: Mapping[str, Any]) -> list[list[str]]:
         for name, row in rows.items():
             several = row["runs"]
             accuracies, stopped = [run["accuracy"] for run in several], [run["stopped"] for run in several]
+            # A round's bytes, and so the round, are the same for every seed.
+            cut = f"{spread([one['accuracy'] for one in stopped])}, round {stopped[0]['round']}"
             lines.append([
                 name, buffers, f"{row['lr']:g}", *(f"{several[0][way] / 1e6:.2f}" for way in ("up", "down")),
                 spread(accuracies),
                 "" if name == WHOLE else spread([a - b for a, b in zip(accuracies, whole, strict=True)]),
-                _stopped(stopped) if name in COMPRESSIONS else "",
+                cut if name in COMPRESSIONS else "",
             ])  # fmt: skip
     return lines
-
-
-def _stopped(several: Sequence[Mapping[str, Any] | None]) -> str:
-    """Whole uploads stopped early; the bytes of a round, and so that round, are the same for every seed."""
-    found = [one for one in several if one is not None]
-    if not found:
-        return "less than a round"
-    return f"{spread([one['accuracy'] for one in found])}, round {found[0]['round']}"
 
 
 SECTIONS: Mapping[str, Callable[[CompressRuns], Section]] = {"table": main_table}

@@ -47,7 +47,8 @@ def dry(kind, asked):
         def rounds(self, case):
             assert case.name in self.summaries
             clients = {"clients": {"0": dict.fromkeys(study_feddra.LATE.values(), 0.5)}}
-            return [{"name": name, **clients, **dict.fromkeys(FIGURES, 0.5)} for name in ("train", "calibrate")]
+            figures = {**dict.fromkeys(FIGURES, 0.5), "bytes_up": 8}
+            return [{"name": name, **clients, **figures} for name in ("train", "calibrate")]
 
     return Dry
 
@@ -117,34 +118,31 @@ def test_late_figures_are_of_the_last_third_of_the_rounds(tmp_path):
 
 
 def test_a_compressed_run_stands_beside_as_many_bytes_of_whole_uploads(tmp_path):
-    """The last round until which no more was uploaded; a difference is of one seed."""
+    """The first round that reaches them; a difference is of one seed."""
 
     class Recorded(dry(study_compress.CompressRuns, {})):
         def rounds(self, case):
-            return [{"round": one, "bytes_up": each * one, "accuracy": one / 10} for one in (1, 2, 3)]
+            return [{"round": one, "bytes_up": 4 * one, "accuracy": one / 10} for one in (1, 2, 3)]
 
     runs = Recorded(study_compress.STUDIES["digits"], tmp_path, 1, {})
     case = runs.of("int8", "drop", 0.1, 0)
     runs.run([case])
     stopped = {}
-    for each in (3, 4, 9):
-        stopped[each] = runs.figures(case, case)["stopped"]
-    assert stopped == {3: {"round": 2, "accuracy": 0.2}, 4: {"round": 2, "accuracy": 0.2}, 9: None}
+    for sent in (8, 9):
+        runs.summaries[case.name]["bytes"]["up"] = sent
+        stopped[sent] = runs.figures(case, case)["stopped"]
+    assert stopped == {8: {"round": 2, "accuracy": 0.2}, 9: {"round": 3, "accuracy": 0.3}}
 
-    def row(*values, stopped=None):
-        return {"lr": 0.1, "runs": [{"accuracy": one, "up": 1e6, "down": 2e6, "stopped": stopped} for one in values]}
+    def row(*values):
+        return {"lr": 0.1, "runs": [{"accuracy": one, "up": 1e6, "down": 2e6, "stopped": stopped[8]} for one in values]}
 
-    numbers = {
-        f"{name}, {buffers}": one
-        for buffers in study_compress.BUFFERS
-        for name, one in {"none": row(0.4, 0.6), "int8": row(0.3, 0.5, stopped=stopped[3]),
-                          "topk:share=0.01": row(0.2, 0.2)}.items()
-    }  # fmt: skip
-    whole, int8, topk, *_ = study_compress.cells(numbers)
+    rows = {"none": row(0.4, 0.6), "int8": row(0.3, 0.5), "none, 2 rounds of 10 epochs": row(0.2, 0.2)}
+    numbers = {f"{name}, {buffers}": one for buffers in study_compress.BUFFERS for name, one in rows.items()}
+    whole, int8, fewer, *_ = study_compress.cells({**numbers, "rates": [0.1], "settings": {}})
     assert whole[5:] == ["50.0 ± 14.1", "", ""]
     assert int8[:5] == ["int8", "average", "0.1", "1.00", "2.00"]
     assert int8[5:] == ["40.0 ± 14.1", "-10.0 ± 0.0", "20.0 ± 0.0, round 2"]
-    assert topk[5:] == ["20.0 ± 0.0", "-30.0 ± 14.1", "less than a round"]
+    assert fewer[5:] == ["20.0 ± 0.0", "-30.0 ± 14.1", ""]
 
 
 def test_best_rate_is_the_lower_one_on_a_tie():
