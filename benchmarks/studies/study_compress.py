@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.studies import study_fedlpfm
@@ -29,6 +30,8 @@ BUFFERS = ("average", "drop")
 COMPRESSIONS = ("int8", "topk:share=0.1", "topk:share=0.05", "topk:share=0.01")
 FEWER = (5, 10)
 """Local epochs in place of one, in so many times fewer rounds."""
+LATE = 5
+"""Rounds at the end whose mean stands beside the last one: accuracies swing from round to round."""
 STUDIES = {
     name: replace(study, settings={**study.settings, "partition": "dirichlet:0.1", "eval_every": 1})
     for name, study in study_fedlpfm.STUDIES.items()
@@ -67,10 +70,13 @@ class CompressRuns(Runs):
 
     def figures(self, case: Case, whole: Case) -> dict[str, Any]:
         """Accuracy and bytes of a run, and the round of ``whole`` that reaches as many bytes of uploads."""
-        sent = self.summaries[case.name]["bytes"]
+        sent, last = self.summaries[case.name]["bytes"], self.rounds(case)[-LATE:]
         reached = next(record for record in self.rounds(whole) if record["bytes_up"] >= sent["up"])
-        stopped = {name: reached[name] for name in ("round", "accuracy")}
-        return {"accuracy": self.metrics(case)["accuracy"], "up": sent["up"], "down": sent["down"], "stopped": stopped}
+        return {
+            "accuracy": self.metrics(case)["accuracy"], "late": mean(record["accuracy"] for record in last),
+            "up": sent["up"], "down": sent["down"],
+            "stopped": {name: reached[name] for name in ("round", "accuracy")},
+        }  # fmt: skip
 
 
 Section = tuple[str, dict[str, Any]]
@@ -86,11 +92,12 @@ def main_table(runs: CompressRuns) -> Section:
     for row, buffers in keys:
         pairs = zip(cases[row, buffers], cases[WHOLE, buffers], strict=True)
         numbers[f"{row}, {buffers}"] = {"lr": rates[row, buffers], "runs": [runs.figures(*pair) for pair in pairs]}
-    page = f"## Mean ± standard deviation over {len(SEEDS)} seeds, accuracy in %\n\n"
+    page = f"## Mean ± standard deviation over {len(SEEDS)} seeds, accuracy in %; last rounds: mean of {LATE}\n\n"
     return page + table(HEADER, cells(numbers)) + "\n", numbers
 
 
-HEADER = ("uploads", "`--buffers`", "lr", "MB up", "MB down", "accuracy", "minus whole uploads", "whole, as many bytes")
+HEADER = ("uploads", "`--buffers`", "lr", "MB up", "MB down", "accuracy", "minus none", "last rounds",
+          "none, as many bytes")  # fmt: skip
 
 
 def cells(numbers: Mapping[str, Any]) -> list[list[str]]:
@@ -108,6 +115,7 @@ def cells(numbers: Mapping[str, Any]) -> list[list[str]]:
                 name, buffers, f"{row['lr']:g}", *(f"{several[0][way] / 1e6:.2f}" for way in ("up", "down")),
                 spread(accuracies),
                 "" if name == WHOLE else spread([a - b for a, b in zip(accuracies, whole, strict=True)]),
+                spread([run["late"] for run in several]) if name in (WHOLE, *COMPRESSIONS) else "",
                 cut if name in COMPRESSIONS else "",
             ])  # fmt: skip
     return lines

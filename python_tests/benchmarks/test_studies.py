@@ -130,19 +130,22 @@ def test_a_compressed_run_stands_beside_as_many_bytes_of_whole_uploads(tmp_path)
     stopped = {}
     for sent in (8, 9):
         runs.summaries[case.name]["bytes"]["up"] = sent
-        stopped[sent] = runs.figures(case, case)["stopped"]
+        figures = runs.figures(case, case)
+        stopped[sent] = figures["stopped"]
+    assert figures["late"] == pytest.approx(0.2)
     assert stopped == {8: {"round": 2, "accuracy": 0.2}, 9: {"round": 3, "accuracy": 0.3}}
 
     def row(*values):
-        return {"lr": 0.1, "runs": [{"accuracy": one, "up": 1e6, "down": 2e6, "stopped": stopped[8]} for one in values]}
+        common = {"late": 0.35, "up": 1e6, "down": 2e6, "stopped": stopped[8]}
+        return {"lr": 0.1, "runs": [{"accuracy": one, **common} for one in values]}
 
     rows = {"none": row(0.4, 0.6), "int8": row(0.3, 0.5), "none, 2 rounds of 10 epochs": row(0.2, 0.2)}
     numbers = {f"{name}, {buffers}": one for buffers in study_compress.BUFFERS for name, one in rows.items()}
     whole, int8, fewer, *_ = study_compress.cells({**numbers, "rates": [0.1], "settings": {}})
-    assert whole[5:] == ["50.0 ± 14.1", "", ""]
+    assert whole[5:] == ["50.0 ± 14.1", "", "35.0 ± 0.0", ""]
     assert int8[:5] == ["int8", "average", "0.1", "1.00", "2.00"]
-    assert int8[5:] == ["40.0 ± 14.1", "-10.0 ± 0.0", "20.0 ± 0.0, round 2"]
-    assert fewer[5:] == ["20.0 ± 0.0", "-30.0 ± 14.1", ""]
+    assert int8[5:] == ["40.0 ± 14.1", "-10.0 ± 0.0", "35.0 ± 0.0", "20.0 ± 0.0, round 2"]
+    assert fewer[5:] == ["20.0 ± 0.0", "-30.0 ± 14.1", "", ""]
 
 
 def test_best_rate_is_the_lower_one_on_a_tie():
