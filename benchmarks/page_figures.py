@@ -13,6 +13,7 @@ from benchmarks.comparisons import Comparison, read_results
 from benchmarks.page import Page, load
 from benchmarks.report import left_out, our_time, present, ratio
 from benchmarks.shown import nodes
+from benchmarks.studies import study_compress
 from benchmarks.studies.page_commands import commands
 from benchmarks.studies.study import spread, table
 from fedkern.settings.config import RunConfig
@@ -798,6 +799,21 @@ def _flower_app() -> Page:
     return Page("docs/flower-app.md", {"messages": message_seconds}, part="What a message costs")
 
 
+# -- Compressed uploads ------------------------------------------------------------------------------------------------
+
+COMPRESS = "compress_cifar10_table"
+
+
+def compressed_uploads() -> Lines:
+    """Accuracy against bytes of all clients, and the commit of the runs."""
+    lines = table(study_compress.HEADER, study_compress.cells(load(COMPRESS))).split("\n")
+    return [f"At commit `{at(COMPRESS, 'versions', 'commit')}`.", "", *lines]
+
+
+def _running() -> Page:
+    return Page("docs/running.md", {"compressed uploads": compressed_uploads}, part="Compressed uploads")
+
+
 # -- README ------------------------------------------------------------------------------------------------------------
 
 
@@ -855,4 +871,5 @@ PAGES: tuple[Page, ...] = (
     _feddra(),
     _flower(),
     _flower_app(),
+    _running(),
 )
