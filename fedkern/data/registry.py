@@ -21,8 +21,8 @@ from fedkern.data.sources.cifar import open_cifar10, open_cifar100
 from fedkern.data.sources.data_function import DataFunction
 from fedkern.data.sources.datasets import open_datasets
 from fedkern.data.sources.digits import open_digits
-from fedkern.data.sources.folder import open_folder
 from fedkern.data.sources.idx import open_idx
+from fedkern.data.sources.labelled_images import CSV_TASKS, open_csv, open_folder
 from fedkern.data.sources.listing import Reading
 from fedkern.data.sources.nico import open_nico
 from fedkern.data.sources.pairs import open_pairs
@@ -31,7 +31,7 @@ from fedkern.data.sources.segdigits import open_segdigits
 from fedkern.data.sources.segmentation import open_segmentation
 from fedkern.data.sources.site_folders import LAYOUTS
 from fedkern.data.sources.svhn import open_svhn
-from fedkern.data.sources.table import AUTO, CSV_TASKS, open_csv
+from fedkern.data.sources.table import AUTO
 from fedkern.data.sources.tinyimagenet import open_tinyimagenet
 from fedkern.data.types import FederatedData, Source
 from fedkern.errors import UserError, nearest

@@ -1,13 +1,14 @@
-"""From a list of files with labels to a data set: shared by the folder, CSV and segmentation readers."""
+"""From a list of files with labels to a data set: what becomes of the rows of every table of files."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ from fedkern.data.images.image_files import (
 )
 from fedkern.data.labels.spelling import SHOWN, numbered
 from fedkern.data.split import rows_of
-from fedkern.data.types import Pool, Source, fixed_rows
+from fedkern.data.types import Pool, Source
 from fedkern.errors import UserError, first_of
 from fedkern.streams import stream
 from fedkern.tasks import Task, task_of
@@ -120,54 +121,41 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     _check_single(data, listing, classes)
     units = _units(listing)
     rows = split_rows(data, listing, reading, units)
-    named = [listing.clients[row] for row in rows["train"].tolist()]
-    names = numbered(named)
-    unnamed = named.count("") if names != ("",) else 0
+    trained = [listing.clients[row] for row in rows["train"].tolist()]
+    names = numbered(trained)
+    unnamed = trained.count("") if names != ("",) else 0
     sites = () if "" in names else names
-    groups = None
-    if sites:
-        number = {name: k for k, name in enumerate(sites)}
-        groups = torch.tensor([number.get(name, -1) for name in listing.clients], dtype=torch.int64)
-    drawn = not any(listing.splits)
-    people = None if listing.patients is None else torch.from_numpy(units)
-    grey = reading.colour == "grey"
-    numbers = {path: number for number, path in enumerate(dict.fromkeys(listing.paths))}  # several texts, one image
-    places = torch.tensor([numbers[path] for path in listing.paths], dtype=torch.int64)
-    spread = tuple(numbers)[:: max(1, -(-len(numbers) // LOOKED_AT))]
-    looks = looked_at(spread, reading.max_image_pixels, not reading.bits or "%" in reading.window)
-    bits = reading.bits or grey_bits(look.top for look in looks.values() if look.top is not None)
-    window = window_of(reading.window, looks.values())
-    sets = dict(zip(listing.paths, zip(listing.splits, listing.clients, strict=True), strict=True))
-    first = {one: path for path, one in reversed(sets.items())}
-    lacking = [first[one] for one in first.keys() - {sets[path] for path in looks}]
-    told = looks | looked_at(sorted(lacking)[:LOOKED_AT], reading.max_image_pixels, False)
-    sides = " of ".join(f"{side} x {side}" for side in dict.fromkeys((reading.crop or reading.size, reading.size)))
-    seen = described(sets, told, (sides, "grey" if grey else "RGB"), bits, window)
-    files = ImageFiles(tuple(numbers), reading.size, data, grey, reading.pad, reading.max_image_pixels, bits, window)
+    numbers = {name: k for k, name in enumerate(sites)}
+    groups = torch.tensor([numbers.get(name, -1) for name in listing.clients]) if sites else None
+    patients = None if listing.patients is None else torch.from_numpy(units)
+    files, seen, notices = _image_files(data, listing, reading)
+    places = {path: place for place, path in enumerate(files.paths)}
+    images = torch.tensor([places[path] for path in listing.paths], dtype=torch.int64)
 
     def pool(chosen: Tensor) -> Pool:
         masks = listing.masks
         return Pool(
             labels=torch.from_numpy(listing.labels)[chosen],
             ids=tuple(listing.ids[row] for row in chosen.tolist()),
-            read=ImageReader(files, places[chosen]),
+            read=ImageReader(files, images[chosen]),
             groups=None if groups is None else groups[chosen],
             targets=None if masks is None else lambda wanted: _targets(masks, chosen[wanted]),
             texts=rows_of(listing.texts, chosen),
-            patients=None if people is None else people[chosen],
+            patients=None if patients is None else patients[chosen],
             full=rows_of(listing.full, chosen),
             task=listing.task,
         )
 
+    drawn = not any(listing.splits)
     return Source(
         classes=classes,
         train=pool(rows["train"]),
         validation=pool(rows["validation"]),
         tests={"": pool(rows["test"])},
-        mean=GREY_MEAN if grey else IMAGENET_MEAN,
-        std=GREY_STD if grey else IMAGENET_STD,
+        mean=GREY_MEAN if files.grey else IMAGENET_MEAN,
+        std=GREY_STD if files.grey else IMAGENET_STD,
         augment="window" if 0 < reading.crop < reading.size else "none",
-        groups=len(sites) if sites else None,
+        groups=len(sites) or None,
         crop=reading.crop,
         sites=sites,
         named_by=listing.named_by if sites or unnamed else "",
@@ -175,14 +163,28 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
         own_tests=bool(sites) and listing.own_tests,
         drawn_validation="validation" not in listing.splits,
-        notices=(
-            *listing.notices,
-            *(_darker(listing, looks, bits) if window is None else ()),
-            *_repeated(listing),
-            *_siteless(listing, rows),
-        ),
-        files={"grey_bits": bits, "window": window, "seen": seen, "sites": sites},
+        notices=(*listing.notices, *notices, *_repeated(listing), *_siteless(listing, rows)),
+        files={**seen, "sites": sites},
     )
+
+
+def _image_files(data: str, listing: Listing, reading: Reading) -> tuple[ImageFiles, dict[str, Any], list[str]]:
+    """The files, each once though it may have several texts; `Source.files`; and sentences on their greys."""
+    paths = tuple(dict.fromkeys(listing.paths))
+    spread = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
+    looks = looked_at(spread, reading.max_image_pixels, not reading.bits or "%" in reading.window)
+    bits = reading.bits or grey_bits(look.top for look in looks.values() if look.top is not None)
+    window = window_of(reading.window, looks.values())
+    sets = dict(zip(listing.paths, zip(listing.splits, listing.clients, strict=True), strict=True))
+    first = {one: path for path, one in reversed(sets.items())}
+    lacking = [first[one] for one in first.keys() - {sets[path] for path in looks}]
+    every = looks | looked_at(sorted(lacking)[:LOOKED_AT], reading.max_image_pixels, False)
+    sides = " of ".join(f"{side} x {side}" for side in dict.fromkeys((reading.crop or reading.size, reading.size)))
+    grey = reading.colour == "grey"
+    seen = described(sets, every, (sides, "grey" if grey else "RGB"), bits, window)
+    files = ImageFiles(paths, reading.size, data, grey, reading.pad, reading.max_image_pixels, bits, window)
+    darker = [*_darker(listing, looks, bits)] if window is None else []
+    return files, {"grey_bits": bits, "window": window, "seen": seen}, darker
 
 
 def _targets(masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | Tensor, rows: Tensor) -> Tensor:
@@ -190,39 +192,34 @@ def _targets(masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | Tensor, rows
     return masks[rows] if isinstance(masks, Tensor) else torch.from_numpy(masks[rows.numpy()]).long()
 
 
-def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
-    """A fixed random order in which the classes alternate: any stretch has about the class shares of the whole."""
-    order = stream(0, purpose).permutation(len(labels))
-    position = np.empty(len(labels))
-    for label in np.unique(labels):
-        rows = order[labels[order] == label]
-        position[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
-    return [int(row) for row in np.argsort(position, kind="stable")]
-
-
-def _darker(listing: Listing, looks: Mapping[Path, Look], bits: int) -> list[str]:
+def _darker(listing: Listing, looks: Mapping[Path, Look], bits: int) -> Iterator[str]:
     """A sentence on the sites whose greys of more than eight bits have fewer bits than all files."""
-    values: dict[str, list[int]] = {}
+    tops: dict[str, list[int]] = {}
     for path, site in zip(listing.paths, listing.clients, strict=True):
         if site and path in looks and (top := looks[path].top) is not None:
-            values.setdefault(site, []).append(top)
-    darker = {site: 2 ** (bits - own) for site, top in values.items() if (own := grey_bits(top)) < bits}
-    if not darker:
-        return []
-    shown = first_of([f"{site} ({times} times)" for site, times in sorted(darker.items())], SHOWN)
-    return [
-        f"Images are darker than those of other sites, as their files have fewer bits: {shown}. Scale these files "
-        "where equal values do not mean equal brightness."
-    ]
+            tops.setdefault(site, []).append(top)
+    depths = {site: grey_bits(values) for site, values in sorted(tops.items())}
+    if darker := [f"{site} ({2 ** (bits - depth)} times)" for site, depth in depths.items() if depth < bits]:
+        yield (
+            "Images are darker than those of other sites, as their files have fewer bits: "
+            f"{first_of(darker, SHOWN)}. Scale these files where equal values do not mean equal brightness."
+        )
 
 
-def _repeated(listing: Listing) -> list[str]:
+def _repeated(listing: Listing) -> Iterator[str]:
     """A sentence where images of one text or none stand in several rows."""
     counts = Counter(zip(listing.ids, listing.texts or listing.ids, strict=True))
-    again = [f"{name} ({count} times)" for (name, _), count in counts.items() if count > 1]
-    if not again:
-        return []
-    return [f"Images that are listed more than once count as often: {first_of(again, SHOWN)}."]
+    if repeated := [f"{name} ({count} times)" for (name, _), count in counts.items() if count > 1]:
+        yield f"Images that are listed more than once count as often: {first_of(repeated, SHOWN)}."
+
+
+def _siteless(listing: Listing, rows: dict[str, Tensor]) -> Iterator[str]:
+    """Sentences on sites of training images that have none in a set that is held out, where its images name sites."""
+    sites = {name: {listing.clients[row] for row in chosen.tolist()} - {""} for name, chosen in rows.items()}
+    for name in ("test", "validation"):
+        absent = sorted(sites["train"] - sites[name])
+        if absent and sites[name]:
+            yield f"The {name} set has no image of {first_of(absent, SHOWN)}."
 
 
 def check_one(
@@ -288,24 +285,41 @@ def split_rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray
         rows["validation"], rows["train"] = _held_out(
             data, rows["train"], listing, units, reading.validation_share, "validation"
         )
-    return {name: torch.from_numpy(found.astype(np.int64)) for name, found in rows.items()}
+    return {name: torch.from_numpy(chosen.astype(np.int64)) for name, chosen in rows.items()}
 
 
-def held_out_first(
-    kinds: npt.NDArray[np.int64], homes: Sequence[str], share: float, purpose: str
-) -> tuple[list[int], int]:
-    """A fixed order of units, and how many of the first ones are held out: at least one, and a share of every site.
-
-    Without several sites, or where every unit has a site of its own, the units are drawn from all.
-
-    Args:
-        kinds: int64 ``[m]``, the class of every unit.
-        homes: the site of every unit.
-    """
+def _held_out(
+    data: str, rows: npt.NDArray[np.int64], listing: Listing, units: npt.NDArray[np.int64], share: float, purpose: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The rows of a fixed choice of units, and the other rows, both sorted."""
+    if not share:
+        return np.arange(0), rows
+    by_unit: dict[int, list[int]] = {}
+    for row in rows.tolist():
+        by_unit.setdefault(int(units[row]), []).append(row)
+    groups = list(by_unit.values())
+    homes = [listing.clients[group[0]] for group in groups]
+    kinds = listing.task.kinds(listing.labels[[group[0] for group in groups]], len(set(homes)) > 1)
+    key = f"split/{data}/{purpose}"
     if 1 < max(Counter(homes).values(), default=0) < len(homes):
-        held = _by_site(kinds, homes, share, stream(0, purpose))
-        return held + sorted(set(range(len(homes))) - set(held)), len(held)
-    return interleaved(kinds, purpose), max(1, round(share * len(homes)))
+        chosen = _by_site(kinds, homes, share, stream(0, key))
+    else:  # without several sites, or where every unit has a site of its own, units are drawn from all
+        chosen = interleaved(kinds, key)[: max(1, round(share * len(homes)))]
+    if not 0 < len(chosen) < len(groups):
+        what = listing.thing if listing.patients is None else "patient"
+        raise UserError(f'data set "{data}": {len(groups)} {what}s are too few to hold some out as {purpose} set')
+    held_out = np.array(sorted(row for i in chosen for row in groups[i]), dtype=np.int64)
+    return held_out, np.setdiff1d(rows, held_out)
+
+
+def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
+    """A fixed random order in which the classes alternate: any stretch has about the class shares of the whole."""
+    order = stream(0, purpose).permutation(len(labels))
+    position = np.empty(len(labels))
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        position[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    return [int(row) for row in np.argsort(position, kind="stable")]
 
 
 def _by_site(kinds: npt.NDArray[np.int64], homes: Sequence[str], share: float, rng: np.random.Generator) -> list[int]:
@@ -313,55 +327,25 @@ def _by_site(kinds: npt.NDArray[np.int64], homes: Sequence[str], share: float, r
 
     Among the classes of a site, the class is taken that lacks most of its share of the whole set; a class with a single
     unit stays in training where it can.
+
+    Args:
+        kinds: int64 ``[m]``, the class of every unit.
+        homes: the site of every unit.
     """
     total = np.bincount(kinds)
     due = np.where(total > 1, np.maximum(share * total, 1), 0)
-    got = np.zeros(len(total))
+    taken = np.zeros(len(total))
     units: dict[str, dict[int, list[int]]] = {}
     for unit in rng.permutation(len(kinds)).tolist():
         units.setdefault(homes[unit], {}).setdefault(int(kinds[unit]), []).append(unit)
-    held: list[int] = []
-    for site in sorted(units):
-        own = units[site]
-        size = sum(map(len, own.values()))
-        room = {kind: math.ceil(share * len(waiting)) for kind, waiting in own.items()}
+    chosen: list[int] = []
+    for _, by_kind in sorted(units.items()):
+        size = sum(map(len, by_kind.values()))
+        room = {kind: math.ceil(share * len(members)) for kind, members in by_kind.items()}
         for _ in range(min(max(1, round(share * size)), size - 1)):
-            able = [kind for kind, left in room.items() if left]
-            kind = min(able, key=lambda kind: (got[kind] / due[kind] if due[kind] else math.inf, total[kind], kind))
-            held.append(own[kind].pop())
+            able = [kind for kind, places in room.items() if places]
+            kind = min(able, key=lambda kind: (taken[kind] / due[kind] if due[kind] else math.inf, total[kind], kind))
+            chosen.append(by_kind[kind].pop())
             room[kind] -= 1
-            got[kind] += 1
-    return held
-
-
-def _siteless(listing: Listing, rows: dict[str, Tensor]) -> list[str]:
-    """Sentences on sites of training images that have none in a set that is held out, where its images name sites."""
-    sites = {name: {listing.clients[row] for row in chosen.tolist()} - {""} for name, chosen in rows.items()}
-    told = []
-    for name in ("test", "validation"):
-        absent = sorted(sites["train"] - sites[name])
-        if absent and sites[name]:
-            told.append(f"The {name} set has no image of {first_of(absent, SHOWN)}.")
-    return told
-
-
-def _held_out(
-    data: str, rows: npt.NDArray[np.int64], listing: Listing, units: npt.NDArray[np.int64], share: float, purpose: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    if not share:
-        return np.arange(0), rows
-    by_unit: dict[int, list[int]] = {}
-    for row in rows.tolist():
-        by_unit.setdefault(int(units[row]), []).append(row)
-    wholes = list(by_unit.values())
-    homes = [listing.clients[own[0]] for own in wholes]
-    kinds = listing.task.kinds(listing.labels[[own[0] for own in wholes]], len(set(homes)) > 1)
-    order, count = held_out_first(kinds, homes, share, f"split/{data}/{purpose}")
-    if not 0 < count < len(wholes):
-        what = listing.thing if listing.patients is None else "patient"
-        raise UserError(f'data set "{data}": {len(wholes)} {what}s are too few to hold some out as {purpose} set')
-    held, kept = (
-        np.array(sorted(row for i in part.tolist() for row in wholes[i]), dtype=np.int64)
-        for part in fixed_rows(order, count)
-    )
-    return held, kept
+            taken[kind] += 1
+    return chosen

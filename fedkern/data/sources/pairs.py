@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fedkern.data.images.image_files import subfolders
-from fedkern.data.labels.spelling import classes_of
 from fedkern.data.sources.found_files import read_file
 from fedkern.data.sources.listing import Listing, Reading, to_source
-from fedkern.data.sources.site_folders import (
-    Found,
-    Splits,
-    check_folders,
-    check_images,
-    find_sites,
-    holds_classes,
-    holds_images,
-    listed,
-    nested_images,
-    split_folders,
-    trees,
-)
-from fedkern.data.sources.table import check_unchosen, find_table, read_table
+from fedkern.data.sources.site_folders import Tree, find_trees, holds_classes, holds_images, nested_images, tree_table
+from fedkern.data.sources.table import Table, open_table
 from fedkern.data.types import Source
 from fedkern.errors import UserError
-from fedkern.files.filesystem import expand
 
 ANY = "any"
 
@@ -52,44 +40,27 @@ def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: 
     Raises:
         UserError: anything wrong with a file, an image without a text, or an empty text.
     """
-    columns = ("image", "text")
-    path = find_table(root, "pairs", columns)
-    if path is not None:
-        check_folders("pairs", layout, path)
-        table = read_table(path, "pairs", columns, chosen)
-        images, texts = table.files("image", "pairs"), table.column("text")
-        classes, labels = table.classes([label or ANY for label in table.column("label")])
-        rest = {"paths": images, "ids": table.names_of("image"), **table.listed("pairs")}
-    else:
-        check_unchosen("pairs", chosen, root)
-        base = expand(str(root))
-        sites = _sites(base, layout)
-        found = _found(base, sites, layout)
-        texts = [_read(image.path) for image in found]
-        classes, labels, told = classes_of([image.label or ANY for image in found], f"The layout of {base}")
-        rest = listed(base, sites, found)
-        rest["notices"] += told
-    listing = Listing(labels=labels, texts=[" ".join(text.split()[:longest]) for text in texts], **rest)
-    return to_source("pairs", listing, classes, replace(reading, pad=True))
+    table = open_table(root, "pairs", ("image", "text"), chosen, tree=lambda base: _tree(base, layout), layout=layout)
+    rest = table.listed("image")
+    classes, labels = table.classes([label or ANY for label in table.column("label")])
+    texts = [" ".join(text.split()[:longest]) for text in table.column("text")]
+    return to_source("pairs", Listing(labels=labels, texts=texts, **rest), classes, replace(reading, pad=True))
 
 
-def _sites(base: Path, layout: str) -> dict[str, Splits]:
-    if holds_images(base) or layout == "patients":
-        return {"": split_folders(base, "pairs")}
+def _tree(base: Path, layout: str) -> Table:
+    single = layout == "patients" or holds_images(base)
     whole = lambda folder: holds_images(folder) or holds_classes(folder)  # noqa: E731
-    return find_sites(base, "pairs", layout, plain=holds_images, whole=whole, mixed=True)
+    trees = find_trees(base, "pairs", layout, plain=holds_images, whole=whole, mixed=True, single=single)
 
+    def images(tree: Tree) -> Iterator[dict[str, Any]]:
+        for label in ("", *subfolders(tree.folder)):
+            for image in nested_images(tree.folder / label, layout if label else ""):
+                yield {**image, "label": label, "text": _read(image["image"])}
 
-def _found(base: Path, sites: dict[str, Splits], layout: str) -> list[Found]:
-    found: list[Found] = []
-    for site, split, folder in trees(base, sites):
-        for label in ("", *subfolders(folder)):
-            images = nested_images(folder / label, layout if label else "")
-            found += [Found(path, split, site, label, patient) for path, patient in images]
-    check_images(base, "pairs", sites, found)
-    if not found:
+    table = tree_table(base, "pairs", trees, images)
+    if not table.rows:
         raise UserError(f'data set "pairs": no image found in {base} (expected image.jpg with image.txt beside it)')
-    return found
+    return table
 
 
 def _read(image: Path) -> str:

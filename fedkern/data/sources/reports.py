@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedkern.data.labels.spelling import number
 from fedkern.data.sources.listing import Listing, Reading, to_source
-from fedkern.data.sources.table import Table, find_table, read_table
+from fedkern.data.sources.table import Table, open_table
 from fedkern.data.sources.texts import clean, impression_and_findings, length
 from fedkern.data.types import Source
 from fedkern.errors import UserError
@@ -70,10 +70,8 @@ def open_reports(
     Raises:
         UserError: anything wrong with the file or an image it names, or no row left.
     """
-    path = find_table(root, "reports", ("image", "report"))
-    if path is None:
-        raise UserError(f'data set "reports": {root} holds no CSV file')
-    table = read_table(path, "reports", (), chosen)
+    table = open_table(root, "reports", ("image", "report"), chosen, required=())
+    path = table.path
     image = _column(table, IMAGE)
     reports = _reports(table)
     if image is None or reports is None:
@@ -97,13 +95,7 @@ def open_reports(
     table = table.only(rows)
     labels = _labels(table)
     classes, numbers = table.classes(labels)
-    listing = Listing(
-        paths=table.files(image, "reports"),
-        ids=table.names_of(image),
-        labels=numbers,
-        texts=[texts[row] for row in rows],
-        **table.listed("reports"),
-    )
+    listing = Listing(labels=numbers, texts=[texts[row] for row in rows], **table.listed(image))
     return to_source("reports", listing, classes, replace(reading, pad=True))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,11 @@ from fedkern.data.images.image_cache import CHUNK_BYTES, masks_on_disk
 from fedkern.data.images.image_files import MaskFiles, list_images, read_mask
 from fedkern.data.images.tiles import tiled
 from fedkern.data.sources.listing import Listing, Reading, check_one, to_source
-from fedkern.data.sources.site_folders import Found, Splits, check_folders, check_images, find_sites, listed, trees
-from fedkern.data.sources.table import check_unchosen, find_table, read_table
+from fedkern.data.sources.site_folders import Tree, find_trees, tree_table
+from fedkern.data.sources.table import CLIENT, PATIENT, Table, open_table
 from fedkern.data.split import MOST, are_classes
 from fedkern.data.types import Source
 from fedkern.errors import UserError, first_of
-from fedkern.files.filesystem import expand
 from fedkern.files.image_rows import ImageStore, PixelClasses
 from fedkern.tasks.segmentation import IGNORE
 
@@ -72,27 +71,15 @@ def open_segmentation(
         UserError: anything wrong with a file, an image without a mask, a class number beyond ``names``, or values that
             do not look like class numbers.
     """
-    columns = ("image", "mask")
-    path = find_table(root, "segmentation", columns)
-    if path is not None:
-        check_folders("segmentation", layout, path)
-        table = read_table(path, "segmentation", columns, chosen)
-        images, masks = (table.files(column, "segmentation") for column in columns)
-        rest = {"paths": images, "ids": table.names_of("image"), **table.listed("segmentation")}
-        check_one("segmentation", rest["ids"], table.names_of("mask"), "the image {} has two masks", table.lines)
-    else:
-        check_unchosen("segmentation", chosen, root)
-        base = expand(str(root))
-        sites = find_sites(base, "segmentation", layout, plain=_is_part, whole=_has_pair, mixed=True)
-        found, masks = _pairs(base, sites)
-        if layout == "patients" and "" not in sites:
-            sites, found = {"": {}}, [image._replace(site="", patient=image.site) for image in found]
-        rest = listed(base, sites, found, masks)
-        images = rest["paths"]
+    table = open_table(
+        root, "segmentation", ("image", "mask"), chosen, tree=lambda base: _tree(base, layout), layout=layout
+    )
+    masks, rest = table.files("mask"), table.listed("image")
+    check_one("segmentation", rest["ids"], table.names_of("mask"), "the image {} has two masks", table.lines)
     size = reading.size
     if tile and (size % tile or tile > size):
         raise UserError(f'data set "segmentation": size must be a multiple of tile, {size} is none of {tile}')
-    files = MaskFiles(images, masks, size, "segmentation", reading.max_image_pixels)
+    files = MaskFiles(rest["paths"], masks, size, "segmentation", reading.max_image_pixels)
     store = None if tile else masks_on_disk(files, cache, notice)
     everything = torch.arange(len(files))
     if store is None:
@@ -150,32 +137,39 @@ def _has_pair(folder: Path) -> bool:
     return any(all((folder / name).is_dir() for name in pair) for pair in PAIRS)
 
 
-def _pairs(base: Path, sites: dict[str, Splits]) -> tuple[list[Found], list[Path]]:
-    """The images under ``base``, and their masks."""
-    found: list[Found] = []
-    masks: list[Path] = []
-    for site, split, tree in trees(base, sites):
-        own = PAIRS[1] if (tree / PAIRS[1][0]).is_dir() else PAIRS[0]
-        pair = tree / own[0], tree / own[1]
-        for folder in pair:
-            if not folder.is_dir():
-                raise UserError(
-                    f'data set "segmentation": {tree} has no folder {folder.name} (expected images and masks, '
-                    "or a CSV file with the columns image,mask)"
-                )
-        partners: dict[str, Path] = {}
-        for mask in list_images(pair[1]):
-            if (other := partners.setdefault(mask.stem, mask)) is not mask:
-                raise UserError(f'data set "segmentation": {other} and {mask} are two masks of one name; remove one')
-        for image in list_images(pair[0]):
-            if image.stem not in partners:
-                raise UserError(f'data set "segmentation": the image {image} has no mask of its name in {pair[1]}')
-            found.append(Found(image, split, site))
-            masks.append(partners[image.stem])
-    check_images(base, "segmentation", sites, found)
-    if not found:
-        raise UserError(f'data set "segmentation": no image found in {tree / own[0]}')
-    return found, masks
+def _pair(tree: Tree) -> tuple[Path, Path]:
+    """The folders of the images and of the masks."""
+    images, masks = PAIRS[1] if (tree.folder / PAIRS[1][0]).is_dir() else PAIRS[0]
+    return tree.folder / images, tree.folder / masks
+
+
+def _tree(base: Path, layout: str) -> Table:
+    """The images under ``base`` and their masks; with the layout ``patients`` what would be sites are patients."""
+    trees = find_trees(base, "segmentation", layout, plain=_is_part, whole=_has_pair, mixed=True)
+    table = tree_table(base, "segmentation", trees, _images)
+    if not table.rows:
+        raise UserError(f'data set "segmentation": no image found in {_pair(trees[-1])[0]}')
+    if layout == "patients":
+        table = replace(table, rows=[{**row, PATIENT[0]: row[CLIENT[0]], CLIENT[0]: ""} for row in table.rows])
+    return table
+
+
+def _images(tree: Tree) -> Iterator[dict[str, Path]]:
+    images, masks = _pair(tree)
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise UserError(
+                f'data set "segmentation": {tree.folder} has no folder {folder.name} (expected images and masks, '
+                "or a CSV file with the columns image,mask)"
+            )
+    partners: dict[str, Path] = {}
+    for mask in list_images(masks):
+        if (other := partners.setdefault(mask.stem, mask)) is not mask:
+            raise UserError(f'data set "segmentation": {other} and {mask} are two masks of one name; remove one')
+    for image in list_images(images):
+        if image.stem not in partners:
+            raise UserError(f'data set "segmentation": the image {image} has no mask of its name in {masks}')
+        yield {"image": image, "mask": partners[image.stem]}
 
 
 def _stored(store: ImageStore) -> Iterator[npt.NDArray[np.uint8]]:

@@ -1,4 +1,4 @@
-"""Reading CSV files, and the image classification data set that is listed in one."""
+"""Tables of files: a row for every image, listed in a CSV file or read from a tree of folders."""
 
 from __future__ import annotations
 
@@ -19,16 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedkern.data.images.image_files import hidden
-from fedkern.data.labels.label_sets import COLUMN as SETS
-from fedkern.data.labels.label_sets import check_several, label_sets
-from fedkern.data.labels.spelling import MISSING, classes_of, filled, number, unified
+from fedkern.data.labels.spelling import MISSING, classes_of, filled, unified
 from fedkern.data.sources.found_files import read_file
-from fedkern.data.sources.listing import SPLITS, Listing, Reading, to_source
-from fedkern.data.types import Source
+from fedkern.data.sources.listing import SPLITS
 from fedkern.errors import UserError, nearest
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import standing
-from fedkern.tasks import TASKS, task_of
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _MARK = re.compile(r"(?i)sep=([,;\t])(?=\n)")
@@ -51,21 +47,25 @@ LOOKED_AT = 50
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV file.
+    """Images, a row each, and what is known of them.
 
     Attributes:
+        data: name of the data set, for messages.
+        path: the CSV file, or the folder that holds the tree.
         names: the columns, those included that the user chose.
-        rows: the stripped values of every row by column name.
-        lines: line number of every row in the file.
+        rows: the stripped values of every row by column name; names of files are relative to the CSV file's folder, or
+            to the folder that holds the tree.
+        lines: line number of every row in the file; empty for a tree.
         chosen: the columns that the user chose, by option, see `read_table`.
         nameless: whether no column names patients, whatever the columns are called.
         notices: sentences for the user on values that are not read as they are written; methods add theirs.
     """
 
+    data: str
     path: Path
     names: Sequence[str]
     rows: Sequence[dict[str, str]]
-    lines: Sequence[int]
+    lines: Sequence[int] = ()
     chosen: Mapping[str, str] = field(default_factory=dict)
     nameless: bool = False
     notices: list[str] = field(default_factory=list)
@@ -74,39 +74,41 @@ class Table:
         """The values of a column, ``""`` in every row if the column is missing."""
         return [row.get(name, "") for row in self.rows]
 
-    def require(self, column: str, data: str) -> None:
+    def require(self, column: str) -> None:
         """Raises UserError where the table has no such column, or a row has no value there."""
         if column not in self.names:
             raise UserError(
-                f'data set "{data}": {self.path} has no column "{column}"; beside it the columns split, client and '
-                f"patient_id are read; name the column to take for it with --data-option {column}=COLUMN."
+                f'data set "{self.data}": {self.path} has no column "{column}"; beside it the columns split, client '
+                f"and patient_id are read; name the column to take for it with --data-option {column}=COLUMN."
                 f"{nearest(column, self.names)}"
             )
         for row, line in zip(self.rows, self.lines, strict=True):
             if not row.get(column):
                 raise UserError(
-                    f'data set "{data}": {self.path}, line {line}, has no {self.chosen.get(column, column)} (NA, NULL, '
-                    "None and nan count as empty)"
+                    f'data set "{self.data}": {self.path}, line {line}, has no {self.chosen.get(column, column)} (NA, '
+                    "NULL, None and nan count as empty)"
                 )
 
     def only(self, rows: Sequence[int]) -> Table:
-        """The table reduced to ``rows``."""
+        """A CSV file's table reduced to ``rows``."""
         return replace(self, rows=[self.rows[row] for row in rows], lines=[self.lines[row] for row in rows])
 
-    def files(self, name: str, data: str) -> list[Path]:
-        """Paths of the files in a column; relative names are relative to the CSV file's folder.
+    def files(self, name: str) -> list[Path]:
+        """Paths of the files in a column.
 
         Raises:
-            UserError: a file that is missing or not a regular file; the message names the line.
+            UserError: a file of a CSV file that is missing or not a regular file; the message names the line.
         """
-        values = self.column(name)
-        paths = [self.path.parent / value for value in values]
-        for path, value, line in zip(paths, values, self.lines, strict=True):
+        values, folder = self.column(name), self.path.parent if self.lines else self.path
+        paths = [folder / value for value in values]
+        for path, value, line in zip(paths, values, self.lines, strict=False):  # a tree has no lines, and has its files
             if what := standing(path):
-                shown = path if len(value) <= SHOWN else self.path.parent / f"{' '.join(value[:SHOWN].split())}..."
+                shown = path if len(value) <= SHOWN else folder / f"{' '.join(value[:SHOWN].split())}..."
                 slashes = value.replace("\\", "/")
                 hint = f"; names of folders end with / and not with \\: write {slashes}" if slashes != value else ""
-                raise UserError(f'data set "{data}": the file {shown} of {self.path}, line {line}, is {what}{hint}')
+                raise UserError(
+                    f'data set "{self.data}": the file {shown} of {self.path}, line {line}, is {what}{hint}'
+                )
         return paths
 
     def names_of(self, name: str) -> tuple[str, ...]:
@@ -115,35 +117,39 @@ class Table:
 
     def called(self, option: str, column: str) -> str:
         """Words for a column that was read for an option."""
-        return f'column "{self.chosen.get(option, column)}" of {self.path.name}'
+        named = f'column "{self.chosen.get(option, column)}" of {self.path.name}'
+        return named if self.lines else f"layout of {self.path}"
 
     def classes(self, labels: Sequence[str], order: str = "") -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
         """The classes of ``labels``, which stand in the label column, and every row's class, see `classes_of`."""
-        classes, numbers, told = classes_of(labels, f"The {self.called('label', 'label')}", order)
-        self.notices.extend(told)
+        classes, numbers, notices = classes_of(labels, f"The {self.called('label', 'label')}", order)
+        self.notices.extend(notices)
         return classes, numbers
 
-    def listed(self, data: str) -> dict[str, Any]:
-        """What the table says of every row beside its image and label: attributes of a `Listing`."""
-        named = {}
+    def listed(self, image: str) -> dict[str, Any]:
+        """What the table says of the images in a column beside their labels: attributes of a `Listing`."""
+        paths, splits, owners = self.files(image), self.splits(), {}
         for option, names in (("patient", () if self.nameless else PATIENT), (CLIENT_COLUMN, CLIENT)):
             column = next((name for name in names if any(self.column(name))), None)
             if column is not None:
                 words = self.called(option, column)
-                values, told = unified(self.column(column), f"The {words}")
-                named[option] = values, f"the {words}"
-                self.notices.extend(told)
-        clients, named_by = named.get(CLIENT_COLUMN, ([""] * len(self.rows), ""))
+                values, notices = unified(self.column(column), f"The {words}")
+                owners[option] = values, f"the {words}"
+                self.notices.extend(notices)
+        clients, named_by = owners.get(CLIENT_COLUMN, ([""] * len(self.rows), ""))
         return {
-            "splits": self.splits(data),
+            "paths": paths,
+            "ids": self.names_of(image),
+            "splits": splits,
             "clients": clients,
-            "patients": named["patient"][0] if "patient" in named else None,
+            "patients": owners["patient"][0] if "patient" in owners else None,
             "named_by": named_by,
+            "own_tests": bool(named_by) and not self.lines and "test" in splits,
             "lines": self.lines,
             "notices": self.notices,
         }
 
-    def splits(self, data: str) -> list[str]:
+    def splits(self) -> list[str]:
         """The column ``split`` as train, validation or test; ``""`` everywhere if it is missing or empty.
 
         Raises:
@@ -152,47 +158,79 @@ class Table:
         values = [unicodedata.normalize("NFKC", value).strip().lower() for value in self.column("split")]
         if not any(values):
             return values
-        for value, line in zip(values, self.lines, strict=True):
+        for value, line in zip(values, self.lines, strict=False):
             if value not in SPLITS:
                 raise UserError(
-                    f'data set "{data}": {self.path}, line {line}, has the split "{value}", expected train, validation '
-                    "or test"
+                    f'data set "{self.data}": {self.path}, line {line}, has the split "{value}", expected train, '
+                    "validation or test"
                 )
         return [SPLITS[value] for value in values]
 
 
-def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> Path | None:
-    """Finds the CSV file: ``root`` itself or the only CSV file in the folder ``root``; None if the folder holds none.
+def open_table(
+    root: str | Path | None,
+    data: str,
+    columns: tuple[str, ...],
+    chosen: Mapping[str, str],
+    *,
+    required: tuple[str, ...] | None = None,
+    tree: Callable[[Path], Table] | None = None,
+    layout: str = "auto",
+) -> Table:
+    """Reads the CSV file that :func:`find_table` finds or, where there is none, the folders in ``root``.
+
+    Args:
+        columns: see `find_table`.
+        chosen: see `read_table`.
+        required: the columns that every row must fill; default: ``columns``.
+        tree: makes a table of a folder; None: the data set is read from a CSV file alone.
+        layout: the option on folders, see `fedkern.data.sources.site_folders.LAYOUTS`.
 
     Raises:
-        UserError: no root given, root does not exist, or the folder holds several CSV files.
+        UserError: an option is for folders and there is a CSV file, or the other way round; or what `find_table`,
+            `read_table` and ``tree`` raise.
     """
-    wanted = ",".join(columns)
-    if root is None:
-        raise UserError(
-            f'data set "{data}" is read from a CSV file with the columns {wanted}: name it with --data-root'
-        )
-    path = expand(root)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f'data set "{data}": the data root {path} is neither a CSV file nor a folder')
-    tables = (one for one in path.iterdir() if one.suffix.lower() == ".csv" and not hidden(one.name))
-    found = sorted(one for one in tables if one.is_file())
-    if len(found) > 1:
-        names = ", ".join(one.name for one in found[:4])
-        raise UserError(f'data set "{data}": {path} holds several CSV files ({names}): name one with --data-root')
-    return found[0] if found else None
-
-
-def check_unchosen(data: str, chosen: Mapping[str, str], root: str | Path | None) -> None:
-    """Raises UserError where the user chose a column, though the data are no CSV file."""
+    path = find_table(root, data, columns)
+    if path is not None:
+        if layout != "auto":
+            raise UserError(
+                f'data set "{data}": the option layout is for folders, and {path} lists the images; leave it out'
+            )
+        return read_table(path, data, columns if required is None else required, chosen)
+    if tree is None:
+        raise UserError(f'data set "{data}": {root} holds no CSV file')
     for option, column in chosen.items():
         if column and column != AUTO:
             raise UserError(
                 f'data set "{data}": the option {option} names the column "{column}" of a CSV file, and {root} holds '
                 "none; leave it out, or name the file with --data-root"
             )
+    return tree(expand(str(root)))
+
+
+def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> Path | None:
+    """Finds the CSV file: ``root`` itself or the only CSV file in the folder ``root``; None if the folder holds none.
+
+    ``columns`` are those that a message names.
+
+    Raises:
+        UserError: no root given, root does not exist, or the folder holds several CSV files.
+    """
+    if root is None:
+        raise UserError(
+            f'data set "{data}" is read from a CSV file with the columns {",".join(columns)}: name it with --data-root'
+        )
+    path = expand(root)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f'data set "{data}": the data root {path} is neither a CSV file nor a folder')
+    named = (one for one in path.iterdir() if one.suffix.lower() == ".csv" and not hidden(one.name))
+    tables = sorted(one for one in named if one.is_file())
+    if len(tables) > 1:
+        names = ", ".join(one.name for one in tables[:4])
+        raise UserError(f'data set "{data}": {path} holds several CSV files ({names}): name one with --data-root')
+    return tables[0] if tables else None
 
 
 def read_table(path: Path, data: str, columns: tuple[str, ...], chosen: Mapping[str, str]) -> Table:
@@ -210,25 +248,10 @@ def read_table(path: Path, data: str, columns: tuple[str, ...], chosen: Mapping[
     """
     names, rows, lines, notices = parsed(path, f'data set "{data}"')
     options = {"patient": AUTO, **chosen}
-    given = {option: column.strip().lower() for option, column in options.items() if column}
-    if given.get("patient") == AUTO:
-        del given["patient"]
-    rows = _in_place(rows, names, given, path, data)
-    known = (*names, *(_READ_AS.get(option, option) for option in given))
-    table = Table(path, known, rows, lines, given, nameless=not options["patient"], notices=notices)
-    for column in columns:
-        table.require(column, data)
-    if not rows:
-        raise UserError(f'data set "{data}": {path} lists no image')
-    return table
-
-
-def _in_place(
-    rows: list[dict[str, str]], names: Sequence[str], chosen: Mapping[str, str], path: Path, data: str
-) -> list[dict[str, str]]:
-    """The rows with the values of chosen columns under the names that the data set reads."""
-    taken: dict[str, str] = {}
-    for option, column in chosen.items():
+    columns_of = {option: column.strip().lower() for option, column in options.items() if column}
+    if columns_of.get("patient") == AUTO:
+        del columns_of["patient"]
+    for option, column in columns_of.items():
         if not column or column not in names:
             there = ", ".join(name for name in names if name)
             raise UserError(
@@ -239,10 +262,16 @@ def _in_place(
             raise UserError(
                 f'data set "{data}": the option {option} names the column "{column}" of {path}, which is empty'
             )
-        taken[_READ_AS.get(option, option)] = column
-    if not taken:
-        return rows
-    return [{**row, **{name: row.get(column, "") for name, column in taken.items()}} for row in rows]
+    read_as = {_READ_AS.get(option, option): column for option, column in columns_of.items()}
+    rows = [{**row, **{name: row.get(column, "") for name, column in read_as.items()}} for row in rows]
+    table = Table(
+        data, path, (*names, *read_as), rows, lines, columns_of, nameless=not options["patient"], notices=notices
+    )
+    for column in columns:
+        table.require(column)
+    if not rows:
+        raise UserError(f'data set "{data}": {path} lists no image')
+    return table
 
 
 def parsed(path: Path, what: str) -> tuple[list[str], list[dict[str, str]], list[int], list[str]]:
@@ -305,72 +334,3 @@ def _filled(reader: Any, where: str) -> Iterator[tuple[int, list[str]]]:
             f"{where}, line {begin}, begins a row that is not CSV ({error}): close its quotation marks, or shorten "
             f"texts of more than {csv.field_size_limit():,} characters"
         ) from None
-
-
-def _one_class(table: Table, task: str, order: str) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    table.require("label", "csv")
-    return table.classes(table.column("label"), order)
-
-
-def _several(table: Table, task: str, order: str) -> tuple[tuple[str, ...], npt.NDArray[np.uint8]]:
-    column = table.chosen.get(SETS, SETS)
-    where = f"the column {column} of {table.path}"
-    classes, labels, told = label_sets(table.column(SETS), where, "csv", order)
-    check_several(
-        labels.sum(1).tolist(), task, f'data set "csv": {where}', f"give --data-option label={column}",
-        "give --data-option task=multilabel",
-    )  # fmt: skip
-    table.notices.extend(told)
-    return classes, labels
-
-
-CELLS: dict[str, Callable[[Table, str, str], tuple[tuple[str, ...], npt.NDArray[Any]]]] = {
-    "class": _one_class,
-    "labels": _several,
-}
-"""What reads the classes and every row's labels, by the kind of labels (`fedkern.tasks.Task.target`)."""
-COLUMNS = {"class": "label", "labels": SETS}
-CSV_TASKS = (AUTO, *(name for name, task in TASKS.items() if task.target in CELLS))
-
-
-def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, **chosen: str) -> Source:
-    """Reads a CSV file with the columns ``path``, ``label`` and optionally ``split``, ``client`` and ``patient_id``.
-
-    Instead of ``label``, one class an image, the file may have ``labels``: names joined by ``|``, or nothing.  An image
-    then has several labels or none.  Where both columns are there, ``label`` counts, unless ``task`` is one of several
-    labels.
-
-    ``split`` is train, validation (val) or test.  ``client`` (or another column of `CLIENT`) names the client that
-    holds a training image; these clients are the default partition, ``attribute``.  All images with the same
-    ``patient_id`` (or another column of `PATIENT`) are held out together and go to one client, unless ``client``
-    decides otherwise.  Classes are sorted, as numbers if all of them are numbers.  Cells such as ``NA`` count as empty
-    (`fedkern.data.labels.spelling.MISSING`), and equal numbers as one value.
-
-    Args:
-        root: the CSV file, or a folder with that one CSV file; paths in the file are relative to its folder.
-        reading: how files become images.
-        task: one of `CSV_TASKS`.
-        order: the classes in their order, joined by ``|``; empty: they are sorted.
-        **chosen: columns of the file, see `read_table`.
-
-    Raises:
-        UserError: anything wrong with the file or an image it names.
-    """
-    path = find_table(root, "csv", ("path", "label"))
-    if path is None:
-        raise UserError(f'data set "csv": {root} holds no CSV file')
-    table, said = read_table(path, "csv", ("path",), chosen), TASKS.get(task)
-    sets = chosen.get(SETS) or (SETS in table.names and "label" not in table.names)
-    target = said.target if said else "labels" if sets and not chosen.get("label") else "class"
-    if any(chosen.get(column) for kind, column in COLUMNS.items() if kind != target):
-        given = " and ".join(
-            name for name, value in {"task": said, **chosen}.items() if value and name in ("task", "label", SETS)
-        )
-        raise UserError(
-            f'data set "csv": leave out one of the options {given}: label is for one class an image, {SETS} for several'
-        )
-    classes, labels = CELLS[target](table, task, order)
-    kind = task_of(labels, said=task)
-    kind.check_classes(classes, bool(order) or None not in map(number, classes))
-    listing = Listing(table.files("path", "csv"), table.names_of("path"), labels, task=kind, **table.listed("csv"))
-    return to_source("csv", listing, classes, reading)

@@ -1,0 +1,149 @@
+"""Image classification set of the user: class folders, or images listed in a CSV file.
+
+Folders are ``train/<class>/*`` and ``test/<class>/*``, or ``<class>/*`` alone.  Where clients are sites, every site has
+such a tree in a folder of its own: ``<site>/<class>/*``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedkern.data.images.image_files import hidden, subfolders
+from fedkern.data.labels.label_sets import COLUMN as SETS
+from fedkern.data.labels.label_sets import check_several, label_sets
+from fedkern.data.labels.spelling import number, numbered, unified
+from fedkern.data.sources.found_files import need_root
+from fedkern.data.sources.listing import Listing, Reading, to_source
+from fedkern.data.sources.site_folders import Tree, find_trees, holds_classes, holds_images, nested_images, tree_table
+from fedkern.data.sources.table import AUTO, open_table
+from fedkern.data.types import Source
+from fedkern.errors import UserError
+from fedkern.tasks import TASKS, task_of
+
+COLUMNS = {"class": "label", "labels": SETS}
+"""The column of a CSV file with the labels, by the kind of labels (`fedkern.tasks.Task.target`)."""
+CSV_TASKS = (AUTO, *(name for name, task in TASKS.items() if task.target in COLUMNS))
+
+
+def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Source:
+    """Reads a tree of class folders; images are decoded when a split needs them.
+
+    Args:
+        root: holds ``train`` and ``test``, each with a folder for every class, or the class folders themselves, from
+            which a fixed split is then drawn.  ``val`` beside ``test`` is the validation set; without ``test`` it is
+            the test set.  `SPLITS` has the other accepted names, in any case.  Or ``root`` holds a folder for every
+            site with such a tree in it, and the sites are the clients.  The test folder of a site is then the own test
+            set of that client; the test set of the run joins them.
+        reading: how files become images.
+        layout: one of `fedkern.data.sources.site_folders.LAYOUTS`; with ``patients``, ``<class>/<patient>/*``.
+
+    Raises:
+        UserError: no such tree, no class, a class without images, a test class unknown in training, or
+            folders of sites that are not alike or have no class in common.
+    """
+    base = need_root(root, "folder", "train/CLASS/image.png")
+    patients = layout == "patients"
+    trees = find_trees(base, "folder", layout, plain=holds_images, whole=holds_classes, mixed=False, single=patients)
+    folders = [(tree, name) for tree in trees for name in subfolders(tree.folder)]
+    spellings, notices = unified([name for _, name in folders], f"The layout of {base}")
+    spelled = {name: spelling for (_, name), spelling in zip(folders, spellings, strict=True)}
+    sites = [*dict.fromkeys(tree.site for tree in trees)]
+    training = [tree for tree in trees if tree.split in ("", "train")]
+    holders: dict[str, set[str]] = {}
+    for tree, name in folders:
+        if tree in training:
+            holders.setdefault(spelled[name], set()).add(tree.site)
+    if not holders:
+        tables = sorted(path for path in base.glob("*.csv") if not hidden(path.name))
+        table = f"; for the images that a table lists give --data csv --data-root {tables[0]}" if tables else ""
+        raise UserError(
+            f'data set "folder": expected train/CLASS/image.png or CLASS/image.png under {base}, found 0 '
+            f"class folders{table}"
+        )
+    if len(sites) > 1 and max(map(len, holders.values())) == 1:
+        raise UserError(
+            f'data set "folder": no two of the folders {", ".join(sites[:4])} in {base} have a class in common, '
+            "so that they are no sites with the same task; put all classes into one folder, list the images in a CSV "
+            "file with a column client or, for CLASS/PATIENT/image, give --data-option layout=patients"
+        )
+
+    def images(tree: Tree) -> list[dict[str, Any]]:
+        rows = []
+        for name in subfolders(tree.folder):
+            if spelled[name] not in holders:
+                where = "no site has for training" if tree.site else f"{training[0].folder} does not have"
+                raise UserError(f'data set "folder": {tree.folder / name} is a class that {where}')
+            images = nested_images(tree.folder / name, layout)
+            if not images and tree in training and not tree.site:
+                raise UserError(f'data set "folder": the class folder {tree.folder / name} holds no image')
+            rows += [{**image, "label": spelled[name]} for image in images]
+        return rows
+
+    files = tree_table(base, "folder", trees, images)
+    trained = {row["label"] for row in files.rows if row["split"] in ("", "train")}
+    classes = numbered(holders)
+    for name in classes:
+        if name not in trained:
+            raise UserError(
+                f'data set "folder": no site has a training image of the class {name}; leave its folders out'
+            )
+    files.notices.extend(notices)
+    numbers = {name: label for label, name in enumerate(classes)}
+    labels = np.array([numbers[label] for label in files.column("label")], dtype=np.int64)
+    return to_source("folder", Listing(labels=labels, **files.listed("image")), classes, reading)
+
+
+def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, **chosen: str) -> Source:
+    """Reads a CSV file with the columns ``path``, ``label`` and optionally ``split``, ``client`` and ``patient_id``.
+
+    Instead of ``label``, one class an image, the file may have ``labels``: names joined by ``|``, or nothing.  An image
+    then has several labels or none.  Where both columns are there, ``label`` counts, unless ``task`` is one of several
+    labels.
+
+    ``split`` is train, validation (val) or test.  ``client`` (or another column of `CLIENT`) names the client that
+    holds a training image; these clients are the default partition, ``attribute``.  All images with the same
+    ``patient_id`` (or another column of `PATIENT`) are held out together and go to one client, unless ``client``
+    decides otherwise.  Classes are sorted, as numbers if all of them are numbers.  Cells such as ``NA`` count as empty
+    (`fedkern.data.labels.spelling.MISSING`), and equal numbers as one value.
+
+    Args:
+        root: the CSV file, or a folder with that one CSV file; paths in the file are relative to its folder.
+        reading: how files become images.
+        task: one of `CSV_TASKS`.
+        order: the classes in their order, joined by ``|``; empty: they are sorted.
+        **chosen: columns of the file, see `read_table`.
+
+    Raises:
+        UserError: anything wrong with the file or an image it names.
+    """
+    table = open_table(root, "csv", ("path", "label"), chosen, required=("path",))
+    wanted = TASKS.get(task)
+    sets = chosen.get(SETS) or (SETS in table.names and "label" not in table.names)
+    target = wanted.target if wanted else "labels" if sets and not chosen.get("label") else "class"
+    if any(chosen.get(column) for kind, column in COLUMNS.items() if kind != target):
+        both = {"task": wanted, **chosen}
+        options = " and ".join(name for name, value in both.items() if value and name in ("task", "label", SETS))
+        raise UserError(
+            f'data set "csv": leave out one of the options {options}: label is for one class an image, {SETS} for '
+            "several"
+        )
+    labels: npt.NDArray[Any]
+    if target == "class":
+        table.require("label")
+        classes, labels = table.classes(table.column("label"), order)
+    else:
+        column = table.chosen.get(SETS, SETS)
+        where = f"the column {column} of {table.path}"
+        classes, labels, notices = label_sets(table.column(SETS), where, "csv", order)
+        check_several(
+            labels.sum(1).tolist(), task, f'data set "csv": {where}', f"give --data-option label={column}",
+            "give --data-option task=multilabel",
+        )  # fmt: skip
+        table.notices.extend(notices)
+    kind = task_of(labels, said=task)
+    kind.check_classes(classes, bool(order) or None not in map(number, classes))
+    return to_source("csv", Listing(labels=labels, task=kind, **table.listed("path")), classes, reading)
