@@ -144,7 +144,7 @@ _HELD = {
 
 
 def _columns(*options: str) -> dict[str, Option]:
-    """Options that name the columns of a CSV file, see `fedkern.data.sources.table.read_table`."""
+    """Options that name the columns of a CSV file, see `fedkern.data.sources.table.open_table`."""
     named = {name: Option("", f"CSV column with {_HELD[name]}, by default found by its name") for name in options}
     patient = Option(
         AUTO, f"CSV column with {_HELD['patient']}, auto: found by its name, empty: no column names patients"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-
-import numpy as np
-from torch import Tensor
+from typing import NamedTuple
 
 from fedkern.data.identity import Sets
 from fedkern.data.labels.spelling import SHOWN
@@ -17,24 +14,14 @@ OWN = ("folder", "csv", "segmentation", "pairs", "reports")
 """Data sets of the user's own images: copies in published ones are known and stay."""
 
 
-@dataclass(frozen=True)
-class _Image:
-    """A sample: its name, set and split, its rows there, and the site that holds it (``""``: none is known)."""
+class _Image(NamedTuple):
+    """A sample: its name, its set, the site that holds it (``""``: none is known), and its rows in a split."""
 
     name: str
     where: str
+    site: str
     split: Split
     rows: slice
-    site: str
-
-    @property
-    def labels(self) -> Tensor:
-        return self.split.labels[self.rows]
-
-    def plain(self) -> bool:
-        """Whether every channel has a single value: such pictures are alike without being copies."""
-        pixels = self.split.images[self.rows].transpose(0, 1).flatten(1)
-        return bool((pixels == pixels[:, :1]).all())
 
 
 def copies(
@@ -55,69 +42,65 @@ def copies(
     Raises:
         UserError: one image has two labels or two masks.
     """
-    told: list[tuple[bool, str]] = []
+    sentences: list[tuple[bool, str]] = []
     for group in _groups(sets, pixels, sites, tiles):
-        first, other = group[0], next((each for each in group[1:] if each.name != group[0].name), None)
+        first, other = group[0], next((image for image in group if image.name != group[0].name), None)
         if other is None:
             continue
         labels: dict[bytes, _Image] = {}
-        for each in group:
-            labels.setdefault(each.labels.numpy().tobytes(), each)
+        for image in group:
+            labels.setdefault(image.split.labels[image.rows].numpy().tobytes(), image)
         remarks = []
         if len(labels) > 1:
             first, other = [*labels.values()][:2]
-            both = first.split.task.both_labels((first.labels[0], other.labels[0]), classes)
-            if not first.plain():
+            both = first.split.task.both_labels([each.split.labels[each.rows][0] for each in (first, other)], classes)
+            channels = first.split.images[first.rows].transpose(0, 1).flatten(1)
+            if not (channels == channels[:, :1]).all():  # pictures of a single colour are alike without being copies
                 raise UserError(
                     f'data set "{data}": {first.name} and {other.name} are the same image with {both}; '
                     "leave one of the two out"
                 )
             remarks.append(f"with {both}")
-        for values, words in (
-            ([each.site for each in group if each.site], "at the clients {}"),
-            ([each.where for each in group], "in the sets {}"),
+        for places, words in (
+            ([image.site for image in group if image.site], "at the clients {}"),
+            ([image.where for image in group], "in the sets {}"),
         ):
-            if len(distinct := [*dict.fromkeys(values)]) > 1:
+            if len(distinct := [*dict.fromkeys(places)]) > 1:
                 remarks.append(words.format(" and ".join(distinct)))
         about = f" ({', '.join(remarks)})" if remarks else ""
-        told.append((not remarks, f"{first.name} and {other.name}{about}"))
-    if not told:
+        sentences.append((not remarks, f"{first.name} and {other.name}{about}"))
+    if not sentences:
         return []
-    told.sort(key=lambda each: each[0])
-    return [f"Equal images under several names count as often: {first_of([text for _, text in told], SHOWN, '; ')}."]
+    sentences.sort(key=lambda each: each[0])
+    shown = first_of([text for _, text in sentences], SHOWN, "; ")
+    return [f"Equal images under several names count as often: {shown}."]
 
 
 def _groups(sets: Sets, pixels: Sequence[bytes], sites: Sequence[str], tiles: int) -> Iterator[list[_Image]]:
     """The samples of equal images, in their order, wherever there are two."""
-    ids = [name for splits in sets.values() for part in splits for name in part.ids or [""] * len(part)]
-    names = dict(enumerate(ids))  # by the first row of every image
-    if tiles > 1:
-        stems = [name.rpartition("#")[0] for name in ids]
-        ends = zip(ids, ids[tiles - 1 :], stems, strict=False)
-        names = {
-            row: stem
-            for row, (first, last, stem) in enumerate(ends)
-            if (first, last) == (f"{stem}#0", f"{stem}#{tiles - 1}")
-        }
-    rows = np.array([*names], dtype=np.int64)
-    hashes = np.frombuffer(b"".join(pixels), dtype="<u8").reshape(len(pixels), -1)
-    hashes = hashes[rows[:, None] + np.arange(tiles)].reshape(len(rows), -1)
-    order = np.lexsort(hashes.T)
-    same = (hashes[order[1:]] == hashes[order[:-1]]).all(1)
-    parts = [
-        (name.strip(), part, sites[k] if name == "train" and k < len(sites) else "")
-        for name, splits in sets.items()
-        for k, part in enumerate(splits)
-    ]
-    starts = np.cumsum([0, *(len(part) for _, part, _ in parts)])
+    parts = [(where.strip(), k, part) for where, splits in sets.items() for k, part in enumerate(splits)]
+    places: dict[bytes, list[tuple[int, int]]] = {}  # number of the part and row in it, by the image's hash
+    start = 0
+    for number, (_, _, part) in enumerate(parts):
+        for row in _first_rows(part, tiles):
+            places.setdefault(b"".join(pixels[start + row : start + row + tiles]), []).append((number, row))
+        start += len(part)
 
-    def image(at: int) -> _Image:
-        k = int(np.searchsorted(starts, at, side="right")) - 1
-        name, part, site = parts[k]
-        row = at - int(starts[k])
-        home = -1 if part.homes is None else int(part.homes[row])
-        return _Image(names[at], name, part, slice(row, row + tiles), sites[home] if home >= 0 and sites else site)
+    def image(number: int, row: int) -> _Image:
+        where, k, part = parts[number]
+        home = -1 if part.homes is None or not sites else int(part.homes[row])
+        client = sites[k] if where == "train" and k < len(sites) else ""
+        name = part.ids[row] if part.ids else ""
+        name = name.removesuffix("#0") if tiles > 1 else name
+        return _Image(name, where, sites[home] if home >= 0 else client, part, slice(row, row + tiles))
 
-    edges = np.flatnonzero(np.diff(same, prepend=False, append=False))  # where a run of equal hashes begins and ends
-    for low, high in edges.reshape(-1, 2).tolist():
-        yield [image(at) for at in sorted(rows[order[low : high + 1]].tolist())]
+    return ([image(*place) for place in group] for group in places.values() if len(group) > 1)
+
+
+def _first_rows(part: Split, tiles: int) -> Sequence[int]:
+    """The first row of every image that has all of its tiles in the part."""
+    if tiles == 1:
+        return range(len(part))
+    ids = part.ids or ()
+    ends = enumerate(zip(ids, ids[tiles - 1 :], strict=False))
+    return [row for row, (first, last) in ends if first.endswith("#0") and last == f"{first[:-1]}{tiles - 1}"]

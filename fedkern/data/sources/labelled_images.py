@@ -98,31 +98,24 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
 
 
 def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, **chosen: str) -> Source:
-    """Reads a CSV file with the columns ``path``, ``label`` and optionally ``split``, ``client`` and ``patient_id``.
+    """Reads a CSV file with the columns ``path`` and ``label``, and those of `open_table`.
 
     Instead of ``label``, one class an image, the file may have ``labels``: names joined by ``|``, or nothing.  An image
     then has several labels or none.  Where both columns are there, ``label`` counts, unless ``task`` is one of several
-    labels.
-
-    ``split`` is train, validation (val) or test.  ``client`` (or another column of `CLIENT`) names the client that
-    holds a training image; these clients are the default partition, ``attribute``.  All images with the same
-    ``patient_id`` (or another column of `PATIENT`) are held out together and go to one client, unless ``client``
-    decides otherwise.  Classes are sorted, as numbers if all of them are numbers.  Cells such as ``NA`` count as empty
-    (`fedkern.data.labels.spelling.MISSING`), and equal numbers as one value.
+    labels.  Classes are sorted, as numbers if all of them are numbers.
 
     Args:
-        root: the CSV file, or a folder with that one CSV file; paths in the file are relative to its folder.
+        root, chosen: see `open_table`.
         reading: how files become images.
         task: one of `CSV_TASKS`.
         order: the classes in their order, joined by ``|``; empty: they are sorted.
-        **chosen: columns of the file, see `read_table`.
 
     Raises:
         UserError: anything wrong with the file or an image it names.
     """
     table = open_table(root, "csv", ("path", "label"), chosen, required=("path",))
     wanted = TASKS.get(task)
-    sets = chosen.get(SETS) or (SETS in table.names and "label" not in table.names)
+    sets = chosen.get(SETS) or (SETS in table.rows[0] and "label" not in table.rows[0])
     target = wanted.target if wanted else "labels" if sets and not chosen.get("label") else "class"
     if any(chosen.get(column) for kind, column in COLUMNS.items() if kind != target):
         both = {"task": wanted, **chosen}

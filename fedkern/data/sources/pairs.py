@@ -21,19 +21,17 @@ ANY = "any"
 def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: str, **chosen: str) -> Source:
     """Reads images and their texts; images are decoded when a split needs them.
 
-    CSV file: the columns are ``image``, ``text`` and optionally ``label``, ``split``, ``client`` and ``patient_id``.
-    An image with several captions has one row for each.  All images of a patient are held out together and go to one
-    client.
+    CSV file: the columns are ``image``, ``text``, optionally ``label``, and those of `open_table`.  An image with
+    several captions has one row for each.
 
     Folder: every image has a text file of the same name beside it, as ``cat.jpg`` and ``cat.txt``.  Images lie directly
     in the folder or under ``train`` and ``test`` (and ``val``), optionally in a folder for each label.  Or there is a
     folder for every site, with splits or labels in it.
 
     Args:
-        root: the CSV file, a folder with one CSV file, or the folder of images.
+        root, chosen: see `open_table`.
         reading: how files become images, with black bars where they are not square.
         layout: one of `fedkern.data.sources.site_folders.LAYOUTS`; with ``patients``, ``LABEL/PATIENT/image``.
-        **chosen: columns of the CSV file, see `fedkern.data.sources.table.read_table`.
 
     The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).
 

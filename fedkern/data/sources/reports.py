@@ -48,10 +48,7 @@ def open_reports(
     - ``label`` (or finding), or CheXpert's fourteen columns, of which the first positive one is the label.  Without a
       positive one, the label is "unlabelled" where a finding is uncertain (-1), else "no finding".
     - ``view`` (or ViewPosition).
-    - ``client`` (or another of `fedkern.data.sources.table.CLIENT`): the client that holds a training image.
-    - ``subject_id`` (or another of `table.PATIENT`): all images of a patient are held out together and go
-      to one client.
-    - ``split``.
+    - those of `fedkern.data.sources.table.open_table`.
 
     Reports become lower-cased tokens (:func:`fedkern.data.sources.texts.clean`).
 
@@ -62,7 +59,7 @@ def open_reports(
         views: which rows are kept.  ``"frontal"``: rows whose view is PA or AP, alone or with the patient's posture
             ("AP portable"), but not lying on one side or axial ("AP LLD", "AP AXIAL").  ``"known"``: frontal rows and
             rows that name no view.  ``"all"``: all rows.
-        **chosen: columns of the file, see `table.read_table`; a chosen ``report`` replaces ``impression``
+        **chosen: columns of the file, see `table.open_table`; a chosen ``report`` replaces ``impression``
             and ``findings`` too.
 
     The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).

@@ -45,8 +45,7 @@ def open_segmentation(
 
     Masks are in memory, or in a file (`image_cache.masks_on_disk`) unless images are cut into tiles.
 
-    CSV file: the columns are ``image``, ``mask`` and optionally ``split``, ``client`` and ``patient_id``.  All images
-    of a patient are held out together and go to one client.
+    CSV file: the columns are ``image``, ``mask`` and those of `open_table`.
 
     Folder: it holds ``images`` and ``masks`` (or ``image`` and ``label``, as in public microscopy sets) whose files
     have the same names, directly or under ``train`` and ``test`` (and ``val``); or a folder for every site that holds
@@ -56,14 +55,13 @@ def open_segmentation(
     hold every number from 0 to the largest, at most `MOST` of them.
 
     Args:
-        root: the CSV file, a folder with one CSV file, or the folder of images and masks.
+        root, chosen: see `open_table`.
         reading: how files become images; masks are resized by the nearest pixel.
         names: the classes, separated by ``|``, the background first; by default they are numbered.
         tile: side of the tiles that images are cut into after resizing, 0 for none; it divides their size.
             The tiles of an image are one case: they are held out, given to a client and scored together.
         layout: one of `fedkern.data.sources.site_folders.LAYOUTS`; with ``patients`` every outer folder is a patient.
         cache: folder that keeps decoded masks.
-        **chosen: columns of the CSV file, see `fedkern.data.sources.table.read_table`.
 
     The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).
 

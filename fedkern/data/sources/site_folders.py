@@ -185,7 +185,7 @@ def tree_table(base: Path, data: str, trees: Sequence[Tree], read: Callable[[Tre
             used += paths.values()
             names = {name: path.relative_to(base).as_posix() for name, path in paths.items()}
             rows.append({**image, **names, "split": tree.split, CLIENT[0]: tree.site})
-    return Table(data, base, (), rows, notices=left_out(base, used))
+    return Table(data, base, rows, notices=left_out(base, used))
 
 
 def nested_images(folder: Path, layout: str) -> list[dict[str, Any]]:

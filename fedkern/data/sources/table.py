@@ -7,7 +7,7 @@ import io
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -52,22 +52,18 @@ class Table:
     Attributes:
         data: name of the data set, for messages.
         path: the CSV file, or the folder that holds the tree.
-        names: the columns, those included that the user chose.
-        rows: the stripped values of every row by column name; names of files are relative to the CSV file's folder, or
-            to the folder that holds the tree.
+        rows: the stripped values of every row by column name, at least one row; names of files are relative to the
+            CSV file's folder, or to the folder that holds the tree.
         lines: line number of every row in the file; empty for a tree.
-        chosen: the columns that the user chose, by option, see `read_table`.
-        nameless: whether no column names patients, whatever the columns are called.
+        chosen: the columns that the user chose, by option, see `open_table`.
         notices: sentences for the user on values that are not read as they are written; methods add theirs.
     """
 
     data: str
     path: Path
-    names: Sequence[str]
     rows: Sequence[dict[str, str]]
     lines: Sequence[int] = ()
     chosen: Mapping[str, str] = field(default_factory=dict)
-    nameless: bool = False
     notices: list[str] = field(default_factory=list)
 
     def column(self, name: str) -> list[str]:
@@ -76,11 +72,11 @@ class Table:
 
     def require(self, column: str) -> None:
         """Raises UserError where the table has no such column, or a row has no value there."""
-        if column not in self.names:
+        if column not in self.rows[0]:
             raise UserError(
                 f'data set "{self.data}": {self.path} has no column "{column}"; beside it the columns split, client '
                 f"and patient_id are read; name the column to take for it with --data-option {column}=COLUMN."
-                f"{nearest(column, self.names)}"
+                f"{nearest(column, self.rows[0])}"
             )
         for row, line in zip(self.rows, self.lines, strict=True):
             if not row.get(column):
@@ -129,7 +125,7 @@ class Table:
     def listed(self, image: str) -> dict[str, Any]:
         """What the table says of the images in a column beside their labels: attributes of a `Listing`."""
         paths, splits, owners = self.files(image), self.splits(), {}
-        for option, names in (("patient", () if self.nameless else PATIENT), (CLIENT_COLUMN, CLIENT)):
+        for option, names in (("patient", PATIENT), (CLIENT_COLUMN, CLIENT)):
             column = next((name for name in names if any(self.column(name))), None)
             if column is not None:
                 words = self.called(option, column)
@@ -177,26 +173,40 @@ def open_table(
     tree: Callable[[Path], Table] | None = None,
     layout: str = "auto",
 ) -> Table:
-    """Reads the CSV file that :func:`find_table` finds or, where there is none, the folders in ``root``.
+    """Reads the CSV file ``root``, the only CSV file in the folder ``root`` or, where it holds none, its folders.
+
+    Beside the columns that a data set has of its own, the following ones are read.
+
+    - ``split``: train, validation (val) or test.
+    - ``client`` (or another of `CLIENT`): the client that holds a training image; these clients are the default
+      partition, ``attribute``.
+    - ``patient_id`` (or another of `PATIENT`): all images of a patient are held out together and go to one client,
+      unless ``client`` decides otherwise.
+
+    Cells such as ``NA`` count as empty (`fedkern.data.labels.spelling.MISSING`), and equal numbers as one value.
 
     Args:
-        columns: see `find_table`.
-        chosen: see `read_table`.
-        required: the columns that every row must fill; default: ``columns``.
+        columns: the columns that a message names.
+        chosen: columns of the file by what they hold: the name of a column that the data set reads, such as ``text``,
+            ``patient`` or ``client_column``.  The values of a chosen column are read in the place of that column's.
+            Empty names choose nothing; an empty ``patient``, which is `AUTO` by default, reads no column as patients.
+        required: the columns that are filled in every row; default: ``columns``.
         tree: makes a table of a folder; None: the data set is read from a CSV file alone.
         layout: the option on folders, see `fedkern.data.sources.site_folders.LAYOUTS`.
 
     Raises:
-        UserError: an option is for folders and there is a CSV file, or the other way round; or what `find_table`,
-            `read_table` and ``tree`` raise.
+        UserError: no root given, root does not exist, or the folder holds several CSV files, or none and has no tree;
+            an option is for folders and there is a CSV file, or the other way round; the file is unreadable or has no
+            row, a required or chosen column is missing or empty, a column occurs twice, a required value is empty, or a
+            row has more values than there are columns; or what ``tree`` raises.
     """
-    path = find_table(root, data, columns)
+    path = _csv_file(root, data, columns)
     if path is not None:
         if layout != "auto":
             raise UserError(
                 f'data set "{data}": the option layout is for folders, and {path} lists the images; leave it out'
             )
-        return read_table(path, data, columns if required is None else required, chosen)
+        return _read_csv(path, data, columns if required is None else required, chosen)
     if tree is None:
         raise UserError(f'data set "{data}": {root} holds no CSV file')
     for option, column in chosen.items():
@@ -208,14 +218,8 @@ def open_table(
     return tree(expand(str(root)))
 
 
-def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> Path | None:
-    """Finds the CSV file: ``root`` itself or the only CSV file in the folder ``root``; None if the folder holds none.
-
-    ``columns`` are those that a message names.
-
-    Raises:
-        UserError: no root given, root does not exist, or the folder holds several CSV files.
-    """
+def _csv_file(root: str | Path | None, data: str, columns: tuple[str, ...]) -> Path | None:
+    """``root`` itself or the only CSV file in the folder ``root``; None if the folder holds none."""
     if root is None:
         raise UserError(
             f'data set "{data}" is read from a CSV file with the columns {",".join(columns)}: name it with --data-root'
@@ -233,44 +237,31 @@ def find_table(root: str | Path | None, data: str, columns: tuple[str, ...]) -> 
     return tables[0] if tables else None
 
 
-def read_table(path: Path, data: str, columns: tuple[str, ...], chosen: Mapping[str, str]) -> Table:
-    """Reads a CSV file with a header (separated by comma, semicolon or tab).
-
-    Args:
-        columns: the required columns, filled in every row.
-        chosen: columns of the file by what they hold: the name of a column that the data set reads, such as ``text``,
-            ``patient`` or ``client_column``.  The values of a chosen column are read in the place of that column's.
-            Empty names choose nothing; an empty ``patient``, which is `AUTO` by default, reads no column as patients.
-
-    Raises:
-        UserError: the file is unreadable or has no row, a required or chosen column is missing or a column occurs
-            twice, a required value is empty, a chosen column is empty, or a row has more values than there are columns.
-    """
+def _read_csv(path: Path, data: str, required: tuple[str, ...], chosen: Mapping[str, str]) -> Table:
     names, rows, lines, notices = parsed(path, f'data set "{data}"')
+    if not rows:
+        raise UserError(f'data set "{data}": {path} lists no image')
     options = {"patient": AUTO, **chosen}
-    columns_of = {option: column.strip().lower() for option, column in options.items() if column}
-    if columns_of.get("patient") == AUTO:
-        del columns_of["patient"]
-    for option, column in columns_of.items():
+    choices = {option: column.strip().lower() for option, column in options.items() if column}
+    if choices.get("patient") == AUTO:
+        del choices["patient"]
+    for option, column in choices.items():
         if not column or column not in names:
             there = ", ".join(name for name in names if name)
             raise UserError(
                 f'data set "{data}": the option {option} names the column "{column}", which {path} does not have; it '
                 f"has {there}.{nearest(column, names)}"
             )
-        if rows and not any(row.get(column) for row in rows):
+        if not any(row.get(column) for row in rows):
             raise UserError(
                 f'data set "{data}": the option {option} names the column "{column}" of {path}, which is empty'
             )
-    read_as = {_READ_AS.get(option, option): column for option, column in columns_of.items()}
-    rows = [{**row, **{name: row.get(column, "") for name, column in read_as.items()}} for row in rows]
-    table = Table(
-        data, path, (*names, *read_as), rows, lines, columns_of, nameless=not options["patient"], notices=notices
-    )
-    for column in columns:
+    sources = {name: name for name in rows[0] if options["patient"] or name not in PATIENT}
+    sources |= {_READ_AS.get(option, option): column for option, column in choices.items()}
+    rows = [{name: row[column] for name, column in sources.items()} for row in rows]
+    table = Table(data, path, rows, lines, choices, notices)
+    for column in required:
         table.require(column)
-    if not rows:
-        raise UserError(f'data set "{data}": {path} lists no image')
     return table
 
 
@@ -283,15 +274,27 @@ def parsed(path: Path, what: str) -> tuple[list[str], list[dict[str, str]], list
     if marked := _MARK.match(text):
         text = text[marked.end() :]
     separator = marked[1] if marked else _separator(text)
-    lists = _filled(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), where)
-    names = [name.strip().lower() for name in next(lists, (0, []))[1]]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    filled_rows: list[tuple[int, list[str]]] = []
+    begin = 1
+    try:
+        for values in reader:
+            if any(map(str.strip, values)):
+                filled_rows.append((reader.line_num, values))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{where}, line {begin}, begins a row that is not CSV ({error}): close its quotation marks, or shorten "
+            f"texts of more than {csv.field_size_limit():,} characters"
+        ) from None
+    header, *body = filled_rows or [(0, [])]
+    names = [name.strip().lower() for name in header[1]]
     for name in names:
         if name and names.count(name) > 1:
             raise UserError(f'{where} has {names.count(name)} columns "{name}", expected one')
     rows: list[dict[str, str]] = []
-    lines: list[int] = []
     missing: Counter[str] = Counter()
-    for line, values in lists:
+    for line, values in body:
         missing.update(value for cell in values if (value := cell.strip()) in MISSING)
         cells = [filled(value) for value in values]
         if any(cells[len(names) :]):
@@ -301,9 +304,9 @@ def parsed(path: Path, what: str) -> tuple[list[str], list[dict[str, str]], list
             )
         cells += [""] * (len(names) - len(cells))
         rows.append({name: value for name, value in zip(names, cells, strict=False) if name})
-        lines.append(line)
     listed = ", ".join(f"{value} ({count})" for value, count in missing.most_common())
-    return names, rows, lines, [f"Cells of {path.name} that count as empty: {listed}."] if missing else []
+    notices = [f"Cells of {path.name} that count as empty: {listed}."] if missing else []
+    return names, rows, [line for line, _ in body], notices
 
 
 def _separator(text: str) -> str:
@@ -319,18 +322,3 @@ def _separator(text: str) -> str:
         return header > 1, sum(count == header for count in rest), header
 
     return max(SEPARATORS, key=fit)
-
-
-def _filled(reader: Any, where: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows that hold a value, each with its line; raises UserError where a row is no CSV."""
-    begin = 1
-    try:
-        for values in reader:
-            if any(map(str.strip, values)):
-                yield reader.line_num, values
-            begin = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"{where}, line {begin}, begins a row that is not CSV ({error}): close its quotation marks, or shorten "
-            f"texts of more than {csv.field_size_limit():,} characters"
-        ) from None
