@@ -46,15 +46,15 @@ class Look(NamedTuple):
 
 def looked_at(paths: Sequence[Path], max_pixels: int, pixels: bool) -> dict[Path, Look]:
     """Looks at the files that can be read, each once; with ``pixels`` at those of deep greys and fractions too."""
-    found: list[Look | None] = [None] * len(paths)
+    looks: list[Look | None] = [None] * len(paths)
 
     def look(row: int) -> None:
         # A file that cannot be read is named where it is decoded, if it is needed at all.
         with suppress(Exception), open_image(paths[row], max_pixels) as image:
-            found[row] = _look(image, pixels)
+            looks[row] = _look(image, pixels)
 
     each(look, len(paths))
-    return {path: own for path, own in zip(paths, found, strict=True) if own is not None}
+    return {path: look for path, look in zip(paths, looks, strict=True) if look is not None}
 
 
 def _look(image: Image.Image, pixels: bool) -> Look:
@@ -62,13 +62,13 @@ def _look(image: Image.Image, pixels: bool) -> Look:
     bits = re.search(r";(\d+)", f"{image.mode} {image.tile}")  # type: ignore[attr-defined]  # RGB;16B and such
     depth = bits[1] if bits else {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
     colour = "grey" if deep else COLOURS.get(image.mode, image.mode)
-    made = Look(image.mode, f"{depth}-bit {colour}", upright_size(image))
+    flat = Look(image.mode, f"{depth}-bit {colour}", upright_size(image))
     if not pixels or not (deep or image.mode == "F"):
-        return made
+        return flat
     values, top = np.asarray(image).reshape(-1), None
     if deep:
         top = int(values.max()) if values.min() >= 0 else 2 ** BITS[-1]  # refused when it is decoded
-    return made._replace(values=values[:: max(1, -(-len(values) // EACH))].astype(np.float64), top=top)
+    return flat._replace(values=values[:: max(1, -(-len(values) // EACH))].astype(np.float64), top=top)
 
 
 def window_of(text: str, looks: Collection[Look]) -> Window | None:
@@ -81,16 +81,16 @@ def window_of(text: str, looks: Collection[Look]) -> Window | None:
     """
     if not text:
         return None
-    if found := re.fullmatch(rf"{_NUMBER}\s*,\s*{_NUMBER}", text.strip()):
-        centre, width = map(float, found.groups())
+    if match := re.fullmatch(rf"{_NUMBER}\s*,\s*{_NUMBER}", text.strip()):
+        centre, width = map(float, match.groups())
         low, high = centre - width / 2, centre + width / 2
-    elif found := re.fullmatch(rf"{_NUMBER}%\s*,\s*{_NUMBER}%", text.strip()):
-        ends = [float(end) for end in found.groups()]
+    elif match := re.fullmatch(rf"{_NUMBER}%\s*,\s*{_NUMBER}%", text.strip()):
+        ends = [float(end) for end in match.groups()]
         if not 0 <= ends[0] < ends[1] <= 100:
             raise UserError(
                 f"the data option window has percentiles {text}: give two from 0 to 100, the lower one first"
             )
-        values = [own.values for own in looks if own.values is not None]
+        values = [look.values for look in looks if look.values is not None]
         if not values:
             return None
         low, high = map(float, np.percentile(np.concatenate(values), ends))
@@ -123,34 +123,35 @@ def described(
     if window is not None:
         scaled = f"window {(window[0] + window[1]) / 2:g},{window[1] - window[0]:g}"
     modes = ("I",) if window is None else ("I", "F")
-    found: dict[Set, list[Look]] = {}
+    by_set: dict[Set, list[Look]] = {}
     for path in sorted(looks, key=lambda path: ([*SPLITS].index(sets[path][0]), sets[path][1])):
-        found.setdefault(sets[path], []).append(looks[path])
-    whole = _sites(found)
+        by_set.setdefault(sets[path], []).append(looks[path])
+    every = _sites(by_set)
 
     def words(chosen: Collection[Set]) -> str:
-        files = [own for one in chosen for own in found[one]]
-        sizes = sorted({own.size for own in files}, key=lambda sides: (sides[0] * sides[1], sides))
+        files = [look for one in chosen for look in by_set[one]]
+        sizes = sorted({look.size for look in files}, key=lambda sides: (sides[0] * sides[1], sides))
         ends = dict.fromkeys(f"{width} x {height}" for width, height in (sizes[0], sizes[-1]))
-        stored = f"{listed(sorted({own.kind for own in files}))}, {' to '.join(ends)}"
-        how = f", {scaled}" if any(own.mode.startswith(modes) for own in files) else ""
+        stored = f"{listed(sorted({look.kind for look in files}))}, {' to '.join(ends)}"
+        how = f", {scaled}" if any(look.mode.startswith(modes) for look in files) else ""
         return stored + how + (f" -> {' '.join(seen)}" if stored != f"8-bit {seen[1]}, {seen[0]}" else "")
 
     def line(chosen: Collection[Set]) -> str:
         of = {
-            split: "" if own == whole[split] else f" of {first_of(own, SHOWN)}" for split, own in _sites(chosen).items()
+            split: "" if sites == every[split] else f" of {first_of(sites, SHOWN)}"
+            for split, sites in _sites(chosen).items()
         }
-        if of.keys() == whole.keys() and len({*of.values()}) == 1:  # the same sites of every split
+        if of.keys() == every.keys() and len({*of.values()}) == 1:  # the same sites of every split
             of = {"": of.popitem()[1]}
         return f"{'; '.join(f'{SPLITS[split]}images{where}' for split, where in of.items())}: {words(chosen)}"
 
     alike: dict[str, list[Set]] = {}
-    for one in found:
+    for one in by_set:
         alike.setdefault(words([one]), []).append(one)
     groups = [*alike.values()]
     if len(groups) > LINES:
         groups[LINES - 1 :] = [sorted(one for group in groups[LINES - 1 :] for one in group)]
-    return (line(found), *(line(group) for group in groups if len(groups) > 1)) if found else ()
+    return (line(by_set), *(line(group) for group in groups if len(groups) > 1)) if by_set else ()
 
 
 def _sites(sets: Collection[Set]) -> dict[str, list[str]]:

@@ -52,10 +52,10 @@ def hidden(name: str) -> bool:
 
 def subfolders(folder: Path) -> list[str]:
     """Sorted names of the folders in ``folder`` that are not hidden; raises UserError where one is not UTF-8."""
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and not hidden(path.name))
-    for path in found:
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not hidden(path.name))
+    for path in folders:
         check_text(str(path), "the folder")
-    return [path.name for path in found]
+    return [path.name for path in folders]
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -65,12 +65,12 @@ def list_images(folder: Path) -> list[Path]:
         UserError: a name is not UTF-8, or belongs to a link to nothing, a named pipe, a socket or a device.
     """
     named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not hidden(path.name))
-    found = sorted(path for path in named if not path.is_dir())
-    for path in found:
+    images = sorted(path for path in named if not path.is_dir())
+    for path in images:
         check_text(str(path), "the image")
         if what := standing(path):
             raise UserError(f"the image {path} is {what}, not a regular file: remove it, or put the image there.")
-    return found
+    return images
 
 
 def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> None:
@@ -81,9 +81,9 @@ def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> No
     Args:
         names: the name of every file in the data set; an image with several texts occurs several times under one name.
     """
-    known: dict[object, str] = {}
+    names_of: dict[object, str] = {}
     for path, name in zip(paths, names, strict=True):
-        other = known.setdefault(real_file(path), name)
+        other = names_of.setdefault(real_file(path), name)
         if other != name:
             raise UserError(
                 f'data set "{data}": {other} and {name} are one file, {path.resolve()}, and would be two images: '
@@ -179,8 +179,8 @@ def read_images(
                 _check_bands(image, paths[row], data)
                 # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
                 image.draft(mode, (2 * size, 2 * size))
-                whole = _on_white(_eight_bits(image, paths[row], data, bits, window)).convert(mode)
-                small = _padded(whole, size) if pad else whole.resize((size, size), Image.Resampling.BICUBIC)
+                picture = _on_white(_eight_bits(image, paths[row], data, bits, window)).convert(mode)
+                small = _padded(picture, size) if pad else picture.resize((size, size), Image.Resampling.BICUBIC)
             images[row] = np.atleast_3d(np.asarray(small)).transpose(2, 0, 1)
         except (UserError, MemoryError):
             raise

@@ -58,12 +58,12 @@ def label_sets(
         parts = [part.strip() for part in cell.split(SEPARATOR)]
         missing.update(part for part in parts if part in MISSING)
         split.append([part for part in parts if filled(part)])
-    names, numbers, told = classes_of([name for row in split for name in row], where[:1].upper() + where[1:], order)
+    names, numbers, notices = classes_of([name for row in split for name in row], where[:1].upper() + where[1:], order)
     if not names:
         raise UserError(f'data set "{data}": {where} names no label, expected two or more, joined by "{SEPARATOR}"')
     if missing:
         listed = ", ".join(f"{value} ({count})" for value, count in missing.most_common())
-        told = [f"Labels of {where} that count as empty: {listed}.", *told]
+        notices = [f"Labels of {where} that count as empty: {listed}.", *notices]
     sets = np.zeros((len(split), len(names)), dtype=np.uint8)
     sets[np.repeat(np.arange(len(split)), [len(row) for row in split]), numbers] = 1
-    return names, sets, told
+    return names, sets, notices

@@ -51,26 +51,26 @@ def unified(values: Sequence[str], where: str) -> tuple[list[str], list[str]]:
     for value in dict.fromkeys(values):
         spellings.setdefault(_key(value), []).append(value)
     one = {key: min(same, key=lambda text: (len(text), text)) for key, same in spellings.items()}
-    told = []
+    notices = []
     several = [sorted(same) for same in spellings.values() if len(same) > 1]
     if several:
-        told.append(f"{where} writes one value in several ways, which count as one: {_examples(several)}.")
+        notices.append(f"{where} writes one value in several ways, which count as one: {_examples(several)}.")
     alike: dict[str, list[str]] = {}
     for text in one.values():
         alike.setdefault(_folded(text), []).append(text)
     apart = [sorted(each) for each in alike.values() if len(each) > 1]
     if apart:
-        told.append(
+        notices.append(
             f"{where} has values that differ only in case or spaces and do not count as one: {_examples(apart)}."
         )
-    return [one[_key(value)] for value in values], told
+    return [one[_key(value)] for value in values], notices
 
 
 def numbered(names: Iterable[str]) -> tuple[str, ...]:
     """Distinct names in order: by value if all of them are numbers, else as texts."""
-    found = set(names)
-    numbers = {name: value for name in found if (value := number(name)) is not None}
-    return tuple(sorted(found, key=numbers.__getitem__ if len(numbers) == len(found) else None))
+    distinct = set(names)
+    numbers = {name: value for name in distinct if (value := number(name)) is not None}
+    return tuple(sorted(distinct, key=numbers.__getitem__ if len(numbers) == len(distinct) else None))
 
 
 def classes_of(
@@ -80,29 +80,29 @@ def classes_of(
 
     ``order`` has the classes in their order, joined by ``|``, each once, else UserError; empty: see :func:`numbered`.
     """
-    labels, told = unified(labels, where)
+    labels, notices = unified(labels, where)
     classes = _in_order(order, numbered(labels), where) if order else numbered(labels)
     place = {name: label for label, name in enumerate(classes)}
-    return classes, np.array([place[name] for name in labels], dtype=np.int64), told
+    return classes, np.array([place[name] for name in labels], dtype=np.int64), notices
 
 
 def _in_order(order: str, classes: Sequence[str], where: str) -> tuple[str, ...]:
     names = {_key(name): name for name in classes}
     written = [name.strip() for name in order.split("|")]
-    given = Counter(map(_key, written))
+    counts = Counter(map(_key, written))
     wrong = [f'"{name}" is no class' for name in dict.fromkeys(written) if _key(name) not in names]
-    wrong += [f'"{names[key]}" is there {count} times' for key, count in given.items() if count > 1 and key in names]
-    wrong += [f'"{name}" is missing' for key, name in names.items() if key not in given]
+    wrong += [f'"{names[key]}" is there {count} times' for key, count in counts.items() if count > 1 and key in names]
+    wrong += [f'"{name}" is missing' for key, name in names.items() if key not in counts]
     if wrong:
         raise UserError(
             f"order must name every class once, and of those of {where[:1].lower()}{where[1:]}, {', '.join(wrong)}."
         )
-    return tuple(names[key] for key in given)
+    return tuple(names[key] for key in counts)
 
 
 def _key(value: str) -> Hashable:
-    found = number(value)
-    return unicodedata.normalize("NFC", value) if found is None else found
+    amount = number(value)
+    return unicodedata.normalize("NFC", value) if amount is None else amount
 
 
 def _folded(value: str) -> str:
@@ -113,8 +113,8 @@ def _folded(value: str) -> str:
 
 def _examples(groups: Sequence[Sequence[str]]) -> str:
     # Two Unicode forms of a text look alike on screen; ascii() tells them apart.
-    shown = [", ".join(_quoted(text, each) for text in each[:SHOWN]) for each in groups]
-    return first_of(shown, SHOWN, "; ")
+    texts = [", ".join(_quoted(text, each) for text in each[:SHOWN]) for each in groups]
+    return first_of(texts, SHOWN, "; ")
 
 
 def _quoted(text: str, among: Sequence[str]) -> str:

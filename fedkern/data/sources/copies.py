@@ -72,8 +72,8 @@ def copies(
     if not sentences:
         return []
     sentences.sort(key=lambda each: each[0])
-    shown = first_of([text for _, text in sentences], SHOWN, "; ")
-    return [f"Equal images under several names count as often: {shown}."]
+    texts = first_of([text for _, text in sentences], SHOWN, "; ")
+    return [f"Equal images under several names count as often: {texts}."]
 
 
 def _groups(sets: Sets, pixels: Sequence[bytes], sites: Sequence[str], tiles: int) -> Iterator[list[_Image]]:

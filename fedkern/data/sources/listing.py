@@ -139,7 +139,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
             ids=tuple(listing.ids[row] for row in chosen.tolist()),
             read=ImageReader(files, images[chosen]),
             groups=None if groups is None else groups[chosen],
-            targets=None if masks is None else lambda wanted: _targets(masks, chosen[wanted]),
+            targets=None if masks is None else lambda part: _targets(masks, chosen[part]),
             texts=rows_of(listing.texts, chosen),
             patients=None if patients is None else patients[chosen],
             full=rows_of(listing.full, chosen),

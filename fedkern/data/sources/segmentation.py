@@ -72,7 +72,7 @@ def open_segmentation(
     table = open_table(
         root, "segmentation", ("image", "mask"), chosen, tree=lambda base: _tree(base, layout), layout=layout
     )
-    masks, rest = table.files("mask"), table.listed("image")
+    rest, masks = table.listed("image"), table.files("mask")
     check_one("segmentation", rest["ids"], table.names_of("mask"), "the image {} has two masks", table.lines)
     size = reading.size
     if tile and (size % tile or tile > size):
@@ -95,13 +95,13 @@ def open_segmentation(
         counts[:, 0] += unknown
     if ignore >= 0:
         meaning[ignore] = IGNORE
-    held: npt.NDArray[np.int16] | PixelClasses
+    pixels: npt.NDArray[np.int16] | PixelClasses
     if store is None:
-        held = meaning.astype(np.int16)[values]
+        pixels = meaning.astype(np.int16)[values]
     else:
-        held = PixelClasses.of(store, everything, torch.from_numpy(meaning))
+        pixels = PixelClasses.of(store, everything, torch.from_numpy(meaning))
     full = FullMasks(MaskStore(Meanings(files, meaning.astype(np.int16), len(classes)), size), everything)
-    listing = Listing(labels=_largest(counts, len(classes)), masks=held, full=full, **rest)
+    listing = Listing(labels=_largest(counts, len(classes)), masks=pixels, full=full, **rest)
     source = to_source("segmentation", listing, classes, reading)
     return source.with_pools(lambda pool: tiled(pool, tile)) if tile else source
 
@@ -117,14 +117,14 @@ class Meanings:
     def __call__(self, row: int) -> npt.NDArray[np.int16]:
         files = self.files
         values = read_mask(files.images[row], files.masks[row], "segmentation", files.max_pixels)
-        found = self.meaning[values]
-        if found.max(initial=0) >= self.classes:
-            value = values[found >= self.classes].max()
+        classes = self.meaning[values]
+        if classes.max(initial=0) >= self.classes:
+            value = values[classes >= self.classes].max()
             raise UserError(
                 f'data set "segmentation": the mask {files.masks[row]} holds {value}, which is none of the classes of '
                 "the resized masks; name all classes with --data-option names=a|b, or mend the mask"
             )
-        return found
+        return classes
 
 
 def _is_part(folder: Path) -> bool:
@@ -180,8 +180,7 @@ def _stored(store: ImageStore) -> Iterator[npt.NDArray[np.uint8]]:
 
 def _counts(parts: Iterable[npt.NDArray[np.uint8]]) -> npt.NDArray[np.int32]:
     """How many pixels of every mask have every value, int32 ``[n, 256]``."""
-    found = [np.bincount(mask.reshape(-1), minlength=256).astype(np.int32) for part in parts for mask in part]
-    return np.stack(found)
+    return np.stack([np.bincount(mask.reshape(-1), minlength=256).astype(np.int32) for part in parts for mask in part])
 
 
 def _classes(
@@ -190,21 +189,21 @@ def _classes(
     """The class names, and the class of every value, int64 ``[256]``; moves the counts of 255 to 1 beside 0 alone."""
     meaning = np.arange(256)
     present = np.flatnonzero(counts.any(0))
-    given = [name.strip() for name in names.split("|")] if names else []
-    if 255 in present and set(present.tolist()) <= {0, 255} and len(given) <= 2:
+    classes = [name.strip() for name in names.split("|")] if names else []
+    if 255 in present and set(present.tolist()) <= {0, 255} and len(classes) <= 2:
         meaning[255] = 1
         counts[:, 1], counts[:, 255] = counts[:, 255], 0
         present = np.minimum(present, 1)
-    if len(set(given)) != len(given) or (given and (len(given) < 2 or "" in given)):
+    if len(set(classes)) != len(classes) or (classes and (len(classes) < 2 or "" in classes)):
         raise UserError(f'data set "segmentation": names must be two or more different classes, not "{names}"')
-    count = len(given) or max(2, int(present.max()) + 1)
+    count = len(classes) or max(2, int(present.max()) + 1)
     top = int(present.max())
-    if top >= count or not (given or are_classes(present.tolist())):
+    if top >= count or not (classes or are_classes(present.tolist())):
         path = masks[int(np.flatnonzero(counts[:, top])[0])]
-        left = present[:-1]
-        sound = len(left) > 0 and left[-1] < count if given else are_classes(left.tolist()) and len(left) > 1
+        others = present[:-1]
+        sound = len(others) > 0 and others[-1] < count if classes else are_classes(others.tolist()) and len(others) > 1
         void = f"; where {top} marks unknown pixels, give --data-option ignore={top}" if sound else ""
-        if given:
+        if classes:
             raise UserError(f'data set "segmentation": the mask {path} holds {top}, expected 0 to {count - 1}{void}')
         raise UserError(
             f'data set "segmentation": the masks hold {first_of([*map(str, present)], SHOWN)} ({top} in {path}), '
@@ -212,7 +211,7 @@ def _classes(
             "those that no mask shows, with --data-option names=a|b|c; values between those of classes come from soft "
             f"edges, so save masks without interpolation{void}"
         )
-    return tuple(given or (str(number) for number in range(count))), meaning
+    return tuple(classes or (str(number) for number in range(count))), meaning
 
 
 def _largest(counts: npt.NDArray[np.int32], classes: int) -> npt.NDArray[np.int64]:

@@ -127,7 +127,7 @@ def find_trees(
     for name, folders in sites.items():
         if set(folders) != set(sites[first]):
             more, less = (name, first) if len(folders) > len(sites[first]) else (first, name)
-            split = next(iter(set(sites[more]) - set(sites[less])))
+            split = next(split for split in sites[more] if split not in sites[less])
             raise UserError(
                 f'data set "{data}": the site {more} has a folder {sites[more][split]} and the site {less} has none '
                 "for that split; lay all sites out alike"
@@ -204,11 +204,11 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 
     Links are followed, as `subfolders` follows them.
     """
-    known = {real_file(folder)}
+    seen = {real_file(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
         ways = {real_file(Path(place, name)): name for name in sorted(folders, reverse=True) if not hidden(name)}
-        folders[:] = sorted(name for real, name in ways.items() if real not in known)
-        known.update(ways)
+        folders[:] = sorted(name for real, name in ways.items() if real not in seen)
+        seen.update(ways)
         yield Path(place), sorted(names)
 
 

@@ -99,12 +99,10 @@ class Table:
         paths = [folder / value for value in values]
         for path, value, line in zip(paths, values, self.lines, strict=False):  # a tree has no lines, and has its files
             if what := standing(path):
-                shown = path if len(value) <= SHOWN else folder / f"{' '.join(value[:SHOWN].split())}..."
+                file = path if len(value) <= SHOWN else folder / f"{' '.join(value[:SHOWN].split())}..."
                 slashes = value.replace("\\", "/")
                 hint = f"; names of folders end with / and not with \\: write {slashes}" if slashes != value else ""
-                raise UserError(
-                    f'data set "{self.data}": the file {shown} of {self.path}, line {line}, is {what}{hint}'
-                )
+                raise UserError(f'data set "{self.data}": the file {file} of {self.path}, line {line}, is {what}{hint}')
         return paths
 
     def names_of(self, name: str) -> tuple[str, ...]:
