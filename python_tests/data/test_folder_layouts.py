@@ -68,6 +68,19 @@ def test_patients_in_class_folders(tmp_path, name, splits):
 
 
 @pytest.mark.parametrize("name", ["folder", "pairs"])
+def test_a_patient_in_two_spellings(tmp_path, name):
+    nested(tmp_path, outer=("cat",), inner=[f"{k:03}" for k in range(10)])
+    nested(tmp_path, outer=("dog",), inner=[f"{k}" for k in range(10)])
+    said = []
+    data = opened(name, tmp_path, said, options={"layout": "patients"}, partition="iid", clients=2)
+    assert [text.partition(" writes one value in several ways")[0] for text in said] == [f"The layout of {tmp_path}"]
+    sets = [
+        {int(each.split("/")[1]) for each in split.ids} for split in (*data.clients, data.validation, data.tests[""])
+    ]
+    assert sum(map(len, sets)) == len(set.union(*sets)) == 10
+
+
+@pytest.mark.parametrize("name", ["folder", "pairs"])
 def test_images_in_linked_folders(tmp_path, name):
     root = nested(tmp_path / "root")
     picture(tmp_path / "elsewhere" / "deep" / "linked.png", 200)
