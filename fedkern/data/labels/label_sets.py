@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from fedkern.data.labels.spelling import MISSING, classes_of, filled
+from fedkern.data.labels.spelling import classes_of, emptied, filled
 from fedkern.errors import UserError
 
 COLUMN = "labels"
@@ -52,18 +51,12 @@ def label_sets(
     Raises:
         UserError: the rows name no label.
     """
-    missing: Counter[str] = Counter()
-    split: list[list[str]] = []
-    for cell in cells:
-        parts = [part.strip() for part in cell.split(SEPARATOR)]
-        missing.update(part for part in parts if part in MISSING)
-        split.append([part for part in parts if filled(part)])
+    parts = [[part.strip() for part in cell.split(SEPARATOR)] for cell in cells]
+    split = [[part for part in row if filled(part)] for row in parts]
     names, numbers, notices = classes_of([name for row in split for name in row], where[:1].upper() + where[1:], order)
     if not names:
         raise UserError(f'data set "{data}": {where} names no label, expected two or more, joined by "{SEPARATOR}"')
-    if missing:
-        listed = ", ".join(f"{value} ({count})" for value, count in missing.most_common())
-        notices = [f"Labels of {where} that count as empty: {listed}.", *notices]
+    notices = [*emptied((part for row in parts for part in row), f"Labels of {where}"), *notices]
     sets = np.zeros((len(split), len(names)), dtype=np.uint8)
     sets[np.repeat(np.arange(len(split)), [len(row) for row in split]), numbers] = 1
     return names, sets, notices

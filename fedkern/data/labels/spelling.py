@@ -29,6 +29,13 @@ def filled(value: str) -> str:
     return "" if value in MISSING else value
 
 
+def emptied(cells: Iterable[str], what: str) -> list[str]:
+    """A sentence on the cells that say that their value is missing, or nothing; ``what`` they are, in words."""
+    counts = Counter(value for cell in cells if (value := cell.strip()) in MISSING)
+    values = ", ".join(f"{value} ({count})" for value, count in counts.most_common())
+    return [f"{what} that count as empty: {values}."] if counts else []
+
+
 def number(value: str) -> Decimal | None:
     """The number that a text is, exactly; None for any other text."""
     return Decimal(value) if _NUMBER.fullmatch(value) else None

@@ -38,7 +38,7 @@ def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: 
     Raises:
         UserError: anything wrong with a file, an image without a text, or an empty text.
     """
-    table = open_table(root, "pairs", ("image", "text"), chosen, tree=lambda base: _tree(base, layout), layout=layout)
+    table = open_table(root, "pairs", ("image", "text"), chosen, tree=_tree, layout=layout)
     rest = table.listed("image")
     classes, labels = table.classes([label or ANY for label in table.column("label")])
     texts = [" ".join(text.split()[:longest]) for text in table.column("text")]

@@ -69,9 +69,7 @@ def open_segmentation(
         UserError: anything wrong with a file, an image without a mask, a class number beyond ``names``, or values that
             do not look like class numbers.
     """
-    table = open_table(
-        root, "segmentation", ("image", "mask"), chosen, tree=lambda base: _tree(base, layout), layout=layout
-    )
+    table = open_table(root, "segmentation", ("image", "mask"), chosen, tree=_tree, layout=layout)
     rest, masks = table.listed("image"), table.files("mask")
     check_one("segmentation", rest["ids"], table.names_of("mask"), "the image {} has two masks", table.lines)
     size = reading.size

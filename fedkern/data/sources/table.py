@@ -6,7 +6,6 @@ import csv
 import io
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedkern.data.images.image_files import hidden
-from fedkern.data.labels.spelling import MISSING, classes_of, filled, unified
+from fedkern.data.labels.spelling import classes_of, emptied, filled, unified
 from fedkern.data.sources.found_files import read_file
 from fedkern.data.sources.listing import SPLITS
 from fedkern.errors import UserError, nearest
@@ -168,7 +167,7 @@ def open_table(
     chosen: Mapping[str, str],
     *,
     required: tuple[str, ...] | None = None,
-    tree: Callable[[Path], Table] | None = None,
+    tree: Callable[[Path, str], Table] | None = None,
     layout: str = "auto",
 ) -> Table:
     """Reads the CSV file ``root``, the only CSV file in the folder ``root`` or, where it holds none, its folders.
@@ -189,7 +188,7 @@ def open_table(
             ``patient`` or ``client_column``.  The values of a chosen column are read in the place of that column's.
             Empty names choose nothing; an empty ``patient``, which is `AUTO` by default, reads no column as patients.
         required: the columns that are filled in every row; default: ``columns``.
-        tree: makes a table of a folder; None: the data set is read from a CSV file alone.
+        tree: makes a table of a folder and its layout; None: the data set is read from a CSV file alone.
         layout: the option on folders, see `fedkern.data.sources.site_folders.LAYOUTS`.
 
     Raises:
@@ -213,7 +212,7 @@ def open_table(
                 f'data set "{data}": the option {option} names the column "{column}" of a CSV file, and {root} holds '
                 "none; leave it out, or name the file with --data-root"
             )
-    return tree(expand(str(root)))
+    return tree(expand(str(root)), layout)
 
 
 def _csv_file(root: str | Path | None, data: str, columns: tuple[str, ...]) -> Path | None:
@@ -291,9 +290,7 @@ def parsed(path: Path, what: str) -> tuple[list[str], list[dict[str, str]], list
         if name and names.count(name) > 1:
             raise UserError(f'{where} has {names.count(name)} columns "{name}", expected one')
     rows: list[dict[str, str]] = []
-    missing: Counter[str] = Counter()
     for line, values in body:
-        missing.update(value for cell in values if (value := cell.strip()) in MISSING)
         cells = [filled(value) for value in values]
         if any(cells[len(names) :]):
             raise UserError(
@@ -302,8 +299,7 @@ def parsed(path: Path, what: str) -> tuple[list[str], list[dict[str, str]], list
             )
         cells += [""] * (len(names) - len(cells))
         rows.append({name: value for name, value in zip(names, cells, strict=False) if name})
-    listed = ", ".join(f"{value} ({count})" for value, count in missing.most_common())
-    notices = [f"Cells of {path.name} that count as empty: {listed}."] if missing else []
+    notices = emptied((cell for _, values in body for cell in values), f"Cells of {path.name}")
     return names, rows, [line for line, _ in body], notices
 
 
