@@ -35,6 +35,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_sets, finished_data
 from fedkern.tasks.figure_names import set_noun
 from fedkern.tasks.registered_metrics import metrics_of
+from fedkern.usercode import named_code
 
 
 @reproducible()
@@ -61,6 +62,8 @@ def evaluate_run(
     apart = not best and _own_networks(out, trusted)
     module, about = read_model(out, trusted, model, best=best, client=0 if apart else None)
     config = unedited(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
+    if named_code.again(data, config.data, data_root, data_options):
+        data = None
     if isinstance(data, FederatedData):
         loaded = data
     elif data is None:

@@ -21,6 +21,7 @@ from fedkern.models import PairNetwork, Tokens
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import finished_data
+from fedkern.usercode import named_code
 
 SEEN = "seen"
 BATCH = 250
@@ -64,7 +65,8 @@ class Finished:
         """Reads a run folder, and the run's own data or another data set.
 
         Args:
-            data: another data set for the downstream task; all of its training samples form one pool.
+            data: another data set for the downstream task; all of its training samples form one pool.  Without
+                ``data_root`` and ``data_options`` the code of the run's own data means these.
             data_root: folder of the data's files; for the run's own data the folder where they are now.
             data_options: options of the other data set.  For the run's own data only ``labels``, which moves no sample
                 to another client or split.
@@ -76,7 +78,7 @@ class Finished:
         """
         config = unedited(out, trusted=trusted, device="cpu")
         module, about = read_model(out, trusted)
-        if data is not None:
+        if data is not None and not named_code.again(data, config.data, data_root, data_options):
             loaded = load(
                 data, root=data_root, clients=1, partition="iid", seed=config.seed, options=data_options or {},
                 cache=cache, progress=progress,

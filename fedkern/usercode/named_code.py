@@ -48,6 +48,20 @@ def absolute(text: str) -> str:
     return text if named is None else str(named)
 
 
+def short(text: str) -> str:
+    """The name alone of code, for titles and names of files; a text that names none is returned unchanged."""
+    named = parse(text)
+    return text if named is None else named.name
+
+
+def again(text: Any, stored: str, *others: Any) -> bool:
+    """Whether ``text`` names the code that a run has stored, and nothing is given beside it: no other files or options.
+
+    A run folder may not name code alone, so a user names the code of a run's own data again.
+    """
+    return isinstance(text, str) and parse(text) is not None and absolute(text) == stored and not any(others)
+
+
 def load(named: Named, what: str) -> tuple[Any, str | None]:
     """Imports the module, or runs the file, and returns what it calls by that name.
 

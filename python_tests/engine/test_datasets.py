@@ -881,6 +881,10 @@ def test_code_is_named_on_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     done = call("evaluate", "run", *data, *code)
     assert done.returncode == 0, done.stderr
+    figures, told = (
+        json.loads((tmp_path / "run" / name).read_text()) for name in ("evaluate-clinics.json", "summary.json")
+    )
+    assert all(told["metrics"][name] == value for name, value in figures["metrics"].items())
     done = call("evaluate", "run", *code)
     assert done.returncode == 2
     assert "mine.py:clinics is code, which a run folder may not name alone: give --data" in done.stderr

@@ -10,6 +10,7 @@ from fedkern.cli.front_page import TASKS
 from fedkern.cli.request import Request
 from fedkern.downstream.tasks import FEATURES
 from fedkern.errors import UserError
+from fedkern.usercode import named_code
 
 FLAGS: dict[str, dict[str, tuple[str, str, str]]] = {
     "retrieval": {"ks": ("K,...", "recall at these k; default 1,5,10", "1,5,10")},
@@ -70,7 +71,7 @@ def _number(name: str, word: str, lowest: int) -> int:
 
 def result_name(request: Request) -> str:
     """File name of a result: ``COMMAND[-DATA][-LABELS].json``, with the data set and labels if they were given."""
-    data, labels = request.settings.get("data"), request.data_options.get("labels")
+    data, labels = named_code.short(request.settings.get("data") or ""), request.data_options.get("labels")
     return "-".join(str(word) for word in (request.command, data, labels) if word) + ".json"
 
 

@@ -7,6 +7,7 @@ from fedkern.cli.flags import Parser
 from fedkern.cli.request import Request
 from fedkern.engine.store.records import plain
 from fedkern.settings.stored import load_settings
+from fedkern.usercode import named_code
 
 
 def add_flags(parser: Parser) -> None:
@@ -35,5 +36,5 @@ def play(request: Request) -> int:
     config, network = load_settings(out, device="cpu"), "best" if best else "last"
     result = {"method": config.method, "data": data or config.data, "network": network, "metrics": plain(metrics)}
     title = f"{result['method']} on {result['data']}, network of the {network} round"
-    name = "-".join(["evaluate", *(["best"] if best else []), *([data] if data else [])])
+    name = "-".join(["evaluate", *(["best"] if best else []), *([named_code.short(data)] if data else [])])
     return publish(request, result, figures_table(title, metrics, sets, config.main), out / f"{name}.json")

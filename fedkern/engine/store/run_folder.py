@@ -17,7 +17,7 @@ from fedkern.files import atomic, filesystem, folder_lock
 from fedkern.methods import registry
 from fedkern.settings import config
 from fedkern.settings.run_format import FOLDER
-from fedkern.usercode import plugins
+from fedkern.usercode import named_code, plugins
 
 RUNS = Path("runs")
 """Folder of the runs that are given none."""
@@ -65,7 +65,7 @@ def keep_settings(settings: config.RunConfig, out: Path, *, fresh: bool) -> None
 
 def run_name(settings: config.RunConfig) -> str:
     """Name of a new run's folder in `RUNS`: method, data set and time."""
-    data = settings.data.rpartition(":")[2]  # of code its name
+    data = named_code.short(settings.data)
     return f"{registry.short(settings.method)}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
