@@ -21,6 +21,7 @@ from fedkern.methods import METHODS, registry
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import default_data, defaults
 from fedkern.typed_option import Option, as_typed, flag
+from fedkern.usercode.named_code import absolute
 
 FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")
 """Flags that name a folder or a file; an empty value would mean the current folder, or none."""
@@ -218,7 +219,7 @@ def key_values(words: Sequence[str], name: str) -> dict[str, str]:
 def _named_data(argv: Sequence[str], method: str | None) -> str:
     """The data set whose defaults the help shows."""
     named = extensions.values(argv, "--data")
-    return next((value for value in named if value in DATASETS), default_data(method or ""))
+    return next((name for value in named if (name := absolute(value)) in DATASETS), default_data(method or ""))
 
 
 def _unknown(word: str, method: str | None, *parsers: Parser) -> UserError:

@@ -1,6 +1,6 @@
 """Data sets, partitioners, background extraction and batch transforms."""
 
-from fedkern.data.data_option import COMMON_OPTIONS, DETECTION_OPTIONS
+from fedkern.data.data_option import COMMON_OPTIONS, DETECTION_OPTIONS, READING
 from fedkern.data.images.background import extract_background
 from fedkern.data.images.boxes_file import BoxesFile
 from fedkern.data.images.detections import Detections
@@ -9,6 +9,7 @@ from fedkern.data.load import load
 from fedkern.data.registry import DATASETS, lookup, register_data
 from fedkern.data.sharing.partition import PARTITIONERS, parse_partition, partition, partition_like
 from fedkern.data.sharing.statistics import PartitionStatistics
+from fedkern.data.sources.listing import Listing, Reading, to_source
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source, memory_pool
 from fedkern.tasks.segmentation import IGNORE
@@ -21,12 +22,15 @@ __all__ = [
     "DETECTION_OPTIONS",
     "IGNORE",
     "PARTITIONERS",
+    "READING",
     "BoxesFile",
     "Detections",
     "FederatedData",
+    "Listing",
     "Option",
     "PartitionStatistics",
     "Pool",
+    "Reading",
     "Source",
     "Split",
     "augment",
@@ -40,4 +44,5 @@ __all__ = [
     "partition",
     "partition_like",
     "register_data",
+    "to_source",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedkern.data.images.image_files import MAX_PIXELS
 from fedkern.errors import UserError
 from fedkern.files.filesystem import absolute, absolute_folder
 from fedkern.tasks import Task
@@ -33,6 +34,30 @@ COMMON_OPTIONS: dict[str, Option] = {
         "", "folder for detected boxes (default: fedkern/detections in the user's cache)", path=absolute
     ),
 }
+
+SIDE = 8192
+"""Largest side of an image in pixels: a thousand images of this side take 200 GB."""
+
+READING = {
+    "max_image_pixels": Option(
+        MAX_PIXELS, "a file that announces a larger image (or volume, in voxels) is not decoded", low=1
+    ),
+    "bits": Option(
+        0, "bits of a grey value in files with more than 8, alike in all images; 0: as the values need", low=0, high=16
+    ),
+    "window": Option(
+        "",
+        "grey values of files with more than 8 bits that become black to white: CENTRE,WIDTH such as 40,400, or "
+        "percentiles such as 1%,99%; others become black or white",
+    ),
+    "size": Option(64, "side in pixels to which images are resized", low=8, high=SIDE),
+    "colour": Option("rgb", "three channels, or one", choices=("rgb", "grey")),
+    "test_share": Option(0.2, "share held out as test set where there is none", low=0, high=0.9),
+    "validation_share": Option(
+        0.1, "share of the training images held out as validation set where there is none", low=0, high=0.9
+    ),
+}
+"""Options on how files become images: those of a `fedkern.data.sources.listing.Reading`."""
 
 DETECTION_OPTIONS = ("boxes", "detector", "box_threshold", "text_threshold", "detector_cache")
 """The common options that only locate the objects in the training images."""

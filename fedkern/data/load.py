@@ -28,7 +28,7 @@ from fedkern.data.sharing.groups import grouped_rows, share_cases, share_units, 
 from fedkern.data.sharing.partition import PartitionSpec, parse_partition, partition_like
 from fedkern.data.sharing.partition import partition as share_out
 from fedkern.data.sharing.statistics import PartitionStatistics
-from fedkern.data.sources.copies import OWN, copies
+from fedkern.data.sources.copies import copies
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import UserError
@@ -193,7 +193,7 @@ def load(
     if identify:
         pixels: list[bytes] = []
         identity = of_source(source, contents, pixels)
-        if name in OWN:
+        if source.compared:
             used = [*splits, shown]
             if not whole:  # the identity is that of other rows
                 pixels = pixel_hashes(used) + pixels

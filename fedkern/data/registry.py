@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedkern.data.data_option import COMMON_OPTIONS
-from fedkern.data.images.image_files import MAX_PIXELS
+from fedkern.data.data_option import COMMON_OPTIONS, READING, SIDE
 from fedkern.data.sharing.coloured import PALETTES
 from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sources.arrays import open_arrays
@@ -42,8 +42,8 @@ from fedkern.usercode.docstrings import docstring
 
 Root = str | Path | None
 
-SIDE = 8192
-"""Largest side of an image in pixels: a thousand images of this side take 200 GB."""
+PROMPT = "a photo of a {class}."
+"""Template of zero-shot classification's prompts, where a data set has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class DatasetInfo:
     correlation: float | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
     make: Callable[..., FederatedData] | None = None
-    prompts: str | Mapping[str, tuple[str, ...]] = "a photo of a {class}."
+    prompts: str | Mapping[str, tuple[str, ...]] = PROMPT
     task: Task = CLASSIFICATION
     function: DataFunction | None = None
     keeps: bool = False
@@ -83,8 +83,8 @@ class DatasetInfo:
 
 def _read(reader: Callable[..., Source], root: Root, **options: Any) -> Source:
     """Opens a user's own files with a reader that takes the options on images as one `Reading`."""
-    reading = {name: options.pop(name) for name in Reading.__dataclass_fields__ if name in options}
-    return reader(root, Reading(**reading), **options)
+    rest = {name: value for name, value in options.items() if name not in Reading.__dataclass_fields__}
+    return reader(root, Reading.of(options), **rest)
 
 
 _mnist, _fashion = partial(open_idx, "mnist"), partial(open_idx, "fashionmnist")
@@ -105,30 +105,7 @@ def _coloured_options(ink: str) -> dict[str, Option]:
     }
 
 
-_PIXELS = {
-    "max_image_pixels": Option(
-        MAX_PIXELS, "a file that announces a larger image (or volume, in voxels) is not decoded", low=1
-    )
-}
-# Options of the readers for a user's own files.
-_READING = {
-    **_PIXELS,
-    "bits": Option(
-        0, "bits of a grey value in files with more than 8, alike in all images; 0: as the values need", low=0, high=16
-    ),
-    "window": Option(
-        "",
-        "grey values of files with more than 8 bits that become black to white: CENTRE,WIDTH such as 40,400, or "
-        "percentiles such as 1%,99%; others become black or white",
-    ),
-    "size": Option(64, "side in pixels to which images are resized", low=8, high=SIDE),
-    "colour": Option("rgb", "three channels, or one", choices=("rgb", "grey")),
-    "test_share": Option(0.2, "share held out as test set where there is none", low=0, high=0.9),
-    "validation_share": Option(
-        0.1, "share of the training images held out as validation set where there is none", low=0, high=0.9
-    ),
-}
-
+_PIXELS = {"max_image_pixels": READING["max_image_pixels"]}
 _LAYOUT = {
     "layout": Option(
         "auto", "folders in folders: sites, or patients in classes; auto: sites, but names of patients are refused",
@@ -220,13 +197,13 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "folder": DatasetInfo(
         "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone; for sites in SITE/...",
-        partial(_read, open_folder), 5, "dirichlet:0.5", options={**_READING, **_LAYOUT},
+        partial(_read, open_folder), 5, "dirichlet:0.5", options={**READING, **_LAYOUT},
     ),
     "csv": DatasetInfo(
         "your own images, listed in a CSV file with the columns path,label (or labels: a|b)[,split][,client]",
         partial(_read, open_csv), 5, "dirichlet:0.5",
         options={
-            **_READING,
+            **READING,
             "task": Option("auto", "what is learnt, where the columns do not tell", choices=CSV_TASKS),
             "order": Option("", "the classes in their order, separated by | (default: sorted)"),
             **_columns("path", "label", "labels", "split"),
@@ -236,7 +213,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",
         partial(_read, open_segmentation), 5, "iid",
         options={
-            **_READING,
+            **READING,
             **_LAYOUT,
             "names": Option("", "classes separated by |, background first (default: numbers)"),
             "tile": Option(0, "side of the tiles that images are cut into after resizing, 0 for none", low=0),
@@ -249,7 +226,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "your own images with captions: image.jpg and image.txt, or a CSV file image,text[,label][,split][,client]",
         partial(_read, open_pairs), 5, "iid", task=RETRIEVAL,
         options={
-            **_READING,
+            **READING,
             **_LAYOUT,
             "crop": _CROP,
             "longest": Option(112, "words kept of a text", low=1),
@@ -260,7 +237,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "radiographs with reports as in MIMIC-CXR: a CSV file with image,report[,label][,view][,site][,split]",
         partial(_read, open_reports), 5, "dirichlet:0.5", prompts="{class}", task=RETRIEVAL,
         options={
-            **_READING,
+            **READING,
             "crop": _CROP,
             "colour": Option("grey", "three channels, or one", choices=("rgb", "grey")),
             "views": Option(
@@ -374,12 +351,19 @@ def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, An
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+_DECLARED = "_fedkern_data"
+"""Attribute of a function with the arguments of its `register_data`."""
 
 
 def register_data(
-    name: str, *, clients: int = 10, partition: str | None = None, task: str = "classification"
+    name: str,
+    *,
+    clients: int = 10,
+    partition: str | None = None,
+    task: str = "classification",
+    prompts: str = PROMPT,
 ) -> Callable[[F], F]:
-    """Decorates a function that makes a data set, so that ``--data NAME`` knows it.
+    """Decorates a function that makes a data set: ``--data NAME`` of a plugin, and ``--data FILE.py:FUNCTION``.
 
     The function returns one of three things:
 
@@ -389,8 +373,10 @@ def register_data(
       a list, or one to share out) and the test set.
 
     It is called with those of the arguments ``root`` (``--data-root``), ``clients``, ``partition`` (a text) and
-    ``seed`` that its signature has.  Every other parameter is an option of the data set, given as ``--data-option
-    key=value``; its default is a text, a number or a :class:`fedkern.data.Option`, and decides the option's type.
+    ``seed`` that its signature has.  A parameter ``reading`` gets a :class:`fedkern.data.Reading` of the options on
+    image files (`fedkern.data.READING`), which the data set then has too.  Every other parameter is an option of the
+    data set, given as ``--data-option key=value``; its default is a text, a number or a
+    :class:`fedkern.data.Option`, and decides the option's type.
 
     Args:
         name: the data set's name; the docstring's first line is what ``list`` says of it.
@@ -398,6 +384,7 @@ def register_data(
         partition: default partition; None: ``dirichlet:0.5``, and ``iid`` for several labels an image.
         task: a name in `fedkern.tasks.TASKS`, such as ``"segmentation"``; of ``"multilabel"`` labels are uint8
             ``[n, L]``, 1 where an image has the label.
+        prompts: template of zero-shot classification's prompts, with ``{class}`` for a class's name.
 
     Raises:
         ValueError: another function has the name, or ``clients``, ``partition`` or ``task`` is none.
@@ -423,9 +410,12 @@ def register_data(
             clients=clients,
             partition=shares,
             options=made.options,
+            prompts=prompts,
             task=kind,
             function=made,
         )
+        with suppress(AttributeError):  # an object without attributes
+            function.__dict__[_DECLARED] = {"clients": clients, "partition": shares, "task": task, "prompts": prompts}
         return function
 
     return add
@@ -434,7 +424,8 @@ def register_data(
 def open_code(text: str) -> str:
     """Registers the function that the user's words name, ``FILE.py:NAME`` or ``python:MODULE:NAME``, as a data set.
 
-    Only words of the user's come here: nothing that a run folder names is imported.
+    A function that `register_data` decorates keeps what its file says there.  Only words of the user's come here:
+    nothing that a run folder names is imported.
 
     Returns:
         The data set's name: the words with an absolute path, and other words as they are.
@@ -449,7 +440,7 @@ def open_code(text: str) -> str:
     if not callable(function):
         raise UserError(f"the data set {named} is {type(function).__name__}, not a function that returns data.")
     try:
-        register_data(str(named))(function)
+        register_data(str(named), **getattr(function, "__dict__", {}).get(_DECLARED, {}))(function)
     except (TypeError, ValueError) as error:
         raise UserError(f"the data set {named} cannot be registered: {error}.") from None
     return str(named)

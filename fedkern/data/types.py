@@ -98,6 +98,7 @@ class Source:
         drawn_validation: whether the validation images were drawn from those that clients would train on.
         files: ``grey_bits``, ``window``, ``seen`` and ``sites`` of `fedkern.data.forms.ImageForm`; empty without image
             files.
+        compared: whether a run looks for equal images under several names: copies in published sets are known.
     """
 
     classes: tuple[str, ...]
@@ -117,6 +118,7 @@ class Source:
     notices: tuple[str, ...] = ()
     drawn_validation: bool = False
     files: Mapping[str, Any] = field(default_factory=dict)
+    compared: bool = False
 
     def with_pools(self, change: Callable[[Pool], Pool]) -> Source:
         """The data set with every pool changed."""

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fedkern.data import (
     DATASETS,
+    READING,
     FederatedData,
+    Listing,
     Option,
     PartitionStatistics,
     Source,
@@ -17,13 +23,16 @@ from fedkern.data import (
     load,
     memory_pool,
     register_data,
+    to_source,
 )
 from fedkern.data.forms import ImageForm
+from fedkern.data.registry import open_code
 from fedkern.errors import UserError
 from fedkern.tasks import CLASSIFICATION, TASKS
 
 N = 40
 SIDE = Option(8, "side", low=4, high=64)
+GREY = Option("grey", "channels", choices=("rgb", "grey"))
 
 FORM = ImageForm((1, 8, 8), (0.5,), (0.5,))
 
@@ -291,3 +300,76 @@ def test_registering_wrongly(registered):
     assert "own" not in DATASETS
     registered("own")(plain)
     registered("own")(plain)  # a notebook's cell, run again
+
+
+DECLARED = """
+import fedkern
+from fedkern.data import FederatedData, Reading
+
+@fedkern.register_data("shapes", clients=3, partition="iid", task="segmentation", prompts="{class}")
+def shapes(size=8):
+    \"\"\"Squares and their masks.\"\"\"
+    import numpy as np
+    images = np.random.default_rng(0).integers(0, 256, (12, size, size), dtype=np.uint8)
+    pair = images, (images > 128).astype(np.int64)
+    return FederatedData.from_arrays([pair] * 3, pair)
+
+def plain(size=8):
+    return shapes(size)
+"""
+
+
+def test_a_named_function_keeps_what_its_decorator_says(registries, tmp_path):
+    (tmp_path / "mine.py").write_text(DECLARED)
+    for _ in range(2):  # a file is run once for each content
+        name = open_code(f"{tmp_path}/mine.py:shapes")
+        info = DATASETS[name]
+        assert (info.clients, info.partition, info.task.name, info.prompts) == (3, "iid", "segmentation", "{class}")
+        data = load(name, options={"size": 16})
+        assert (data.name, data.task.name, len(data.clients)) == (name, "segmentation", 3)
+        del DATASETS[name], DATASETS["shapes"]
+        DATASETS["shapes"] = info
+    plain = DATASETS[open_code(f"{tmp_path}/mine.py:plain")]
+    assert (plain.clients, plain.task.name) == (10, "classification")
+
+
+def test_image_files_in_another_layout(registries, tmp_path):
+    """The function of docs/plugins.md: decoded when needed, with the options of image files, sites and copies."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "plugins.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def wards" in block)
+    (tmp_path / "mine.py").write_text(code)
+    for i in range(40):
+        pixels = bytes((7 * i + k) % 256 for k in range(64))
+        Image.frombytes("L", (8, 8), pixels).save(tmp_path / f"{'AB'[i % 2]}_{'xy'[i // 2 % 2]}_{i}.png")
+    name = open_code(f"{tmp_path}/mine.py:wards")
+    notices = []
+    data = load(name, root=tmp_path, options={"size": 16, "colour": "grey", "test_share": 0.4}, notice=notices.append)
+    assert (data.classes, data.client_names, data.form.shape) == (("x", "y"), ("A", "B"), (1, 16, 16))
+    assert len(data.tests[""]) == 16
+    assert {split.ids[0][0] for split in data.clients} == {"A", "B"}
+    assert set(READING) <= set(DATASETS[name].options)
+    assert load(name, root=tmp_path, partition="iid", clients=5, public_samples=4).public is not None
+    (tmp_path / "A_y_99.png").write_bytes((tmp_path / "A_x_0.png").read_bytes())
+    with pytest.raises(UserError, match=r"are the same image with .*leave one of the two out"):
+        load(name, root=tmp_path, identify=True)
+    with pytest.raises(UserError, match="window"):
+        load(name, root=tmp_path, options={"window": "nonsense"})
+
+
+def test_an_image_file_is_decoded_when_it_is_needed(registries, tmp_path):
+    for i in range(40):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i:02}.png")
+
+    @register_data("files", partition="iid", clients=2)
+    def files(root, reading, colour=GREY):
+        """Files of a test."""
+        paths = sorted(root.glob("*.png"))
+        names, labels = tuple(path.name for path in paths), np.arange(len(paths)) % 2
+        assert (reading.colour, reading.size) == (colour, 64)
+        return to_source("files", Listing(paths, names, labels, [""] * 40, [""] * 40), ("a", "b"), reading)
+
+    data = load("files", root=tmp_path, train_samples=8, options={"test_samples": 4, "validation_samples": 2})
+    assert data.form.shape == (1, 64, 64)
+    used = {name for split in (*data.clients, data.validation, *data.tests.values()) for name in split.ids}
+    (tmp_path / min(data.image_ids - used)).write_bytes((tmp_path / min(used)).read_bytes()[:-30])
+    load("files", root=tmp_path, train_samples=8, options={"test_samples": 4, "validation_samples": 2})

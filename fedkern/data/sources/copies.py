@@ -10,9 +10,6 @@ from fedkern.data.labels.spelling import SHOWN
 from fedkern.data.split import Split
 from fedkern.errors import UserError, first_of
 
-OWN = ("folder", "csv", "segmentation", "pairs", "reports")
-"""Data sets of the user's own images: copies in published ones are known and stay."""
-
 
 class _Image(NamedTuple):
     """A sample: its name, its set, the site that holds it (``""``: none is known), and its rows in a split."""

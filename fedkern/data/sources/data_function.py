@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from fedkern.data.data_option import COMMON_OPTIONS
+from fedkern.data.data_option import COMMON_OPTIONS, READING
 from fedkern.data.forms import ImageForm
+from fedkern.data.images.image_files import ImageReader
 from fedkern.data.sharing.partition import PartitionSpec, parse_partition
+from fedkern.data.sources.listing import Reading
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import RAISED, UserError, described, origin, told
@@ -22,7 +24,7 @@ from fedkern.typed_option import Option
 from fedkern.usercode import plugins
 from fedkern.usercode.named_code import hosted
 
-PARAMETERS = ("root", "clients", "partition", "seed")
+PARAMETERS = ("root", "clients", "partition", "seed", "reading")
 """Parameters of a registered function that are no options of the data set."""
 
 
@@ -31,16 +33,17 @@ class DataFunction:
 
     Attributes:
         takes: names in `PARAMETERS` that the function has.
-        options: the other parameters.
+        options: the other parameters, and with ``reading`` those of `READING`.
         task: what the data are registered for.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], task: Task, clients: int, partition: str) -> None:
         self.name, self.function, self.task, self._clients, self._partition = name, function, task, clients, partition
         self.takes = frozenset(PARAMETERS) & frozenset(inspect.signature(function).parameters)
-        self.options = {
+        self._own = {
             key: _option(name, key, default) for key, default in plugins.keyword_options(function, PARAMETERS).items()
         }
+        self.options = {**READING, **self._own} if "reading" in self.takes else self._own
 
     def identity(self) -> dict[str, str]:
         """Identity of data that the seed draws: that of the function's code."""
@@ -68,10 +71,13 @@ class DataFunction:
         """
         spec = parse_partition(self._partition if partition is None else partition)
         clients = self._clients if clients is None else clients
-        given = {"root": root, "clients": clients, "partition": spec.text, "seed": seed}
+        arguments: dict[str, Any] = {"root": root, "clients": clients, "partition": spec.text, "seed": seed}
+        if "reading" in self.takes:
+            arguments["reading"] = Reading.of(options)
+        arguments = {key: value for key, value in arguments.items() if key in self.takes}
         try:
             with hosted(None):
-                made = self.function(**{key: value for key, value in given.items() if key in self.takes}, **options)
+                made = self.function(**arguments, **{key: options[key] for key in self._own})
         except MemoryError:
             raise
         except RAISED as error:  # the user's own code may raise anything
@@ -112,11 +118,14 @@ class DataFunction:
             raise self._wrong("returns no training sample")
         for where, each in {"train": pool, "validation": source.validation, **source.tests}.items():
             self._check_labels(each, where, len(source.classes))
-        try:
-            images = pool.take(torch.zeros(1, dtype=torch.int64)).images
-        except (ValueError, TypeError) as error:  # Split names what is wrong
-            raise self._wrong(f"returns a pool that cannot be read ({error})") from None
-        self._check_channels(images.shape[1], source)
+        if isinstance(pool.read, ImageReader):  # files are decoded when a split needs them
+            channels = pool.read.files.shape[2]
+        else:
+            try:
+                channels = pool.take(torch.zeros(1, dtype=torch.int64)).images.shape[1]
+            except (ValueError, TypeError) as error:  # Split names what is wrong
+                raise self._wrong(f"returns a pool that cannot be read ({error})") from None
+        self._check_channels(channels, source)
         if not source.tests:
             raise self._wrong("returns no test set")
 

@@ -64,6 +64,11 @@ class Reading:
     bits: int = 0
     window: str = ""
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Reading:
+        """The reading that the options of a data set ask for; other options than its attributes do not count."""
+        return cls(**{name: options[name] for name in cls.__dataclass_fields__ if name in options})
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -165,6 +170,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         drawn_validation="validation" not in listing.splits,
         notices=(*listing.notices, *notices, *_repeated(listing), *_siteless(listing, rows)),
         files={**seen, "sites": sites},
+        compared=True,
     )
 
 

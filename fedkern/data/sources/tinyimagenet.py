@@ -70,7 +70,7 @@ def open_tinyimagenet(root: str | Path | None, max_image_pixels: int = MAX_PIXEL
     reading = Reading(SIDE, "rgb", test_share=0.0, validation_share=0.1, max_image_pixels=max_image_pixels)
     source = to_source("tinyimagenet", listing, _names(folder, wnids), reading)
     return dataclasses.replace(
-        source, mean=(0.4802, 0.4481, 0.3975), std=(0.2770, 0.2691, 0.2821), augment="flip-rotate"
+        source, mean=(0.4802, 0.4481, 0.3975), std=(0.2770, 0.2691, 0.2821), augment="flip-rotate", compared=False
     )
 
 
