@@ -35,7 +35,6 @@ METAVARS = {
 # Options of the data sets that have a flag of their own; all others are given by --data-option.
 DATA_FLAGS: dict[str, Option] = {
     **COMMON_OPTIONS,
-    "protocol": DATASETS["nico"].options["protocol"],
     "max_image_pixels": DATASETS["folder"].options["max_image_pixels"],
     "client_column": DATASETS["csv"].options["client_column"],
 }

@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedkern.data.data_option import COMMON_OPTIONS, READING, SIDE
+from fedkern.data.data_option import COMMON_OPTIONS, READING
 from fedkern.data.sharing.coloured import PALETTES
 from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sources.arrays import open_arrays
-from fedkern.data.sources.brats import open_brats
 from fedkern.data.sources.captions import PROMPTS, make_captions
 from fedkern.data.sources.cifar import open_cifar10, open_cifar100
 from fedkern.data.sources.data_function import DataFunction
@@ -24,15 +23,12 @@ from fedkern.data.sources.digits import open_digits
 from fedkern.data.sources.idx import open_idx
 from fedkern.data.sources.labelled_images import CSV_TASKS, open_csv, open_folder
 from fedkern.data.sources.listing import Reading
-from fedkern.data.sources.nico import open_nico
 from fedkern.data.sources.pairs import open_pairs
-from fedkern.data.sources.reports import open_reports
 from fedkern.data.sources.segdigits import open_segdigits
 from fedkern.data.sources.segmentation import open_segmentation
 from fedkern.data.sources.site_folders import LAYOUTS
 from fedkern.data.sources.svhn import open_svhn
 from fedkern.data.sources.table import AUTO
-from fedkern.data.sources.tinyimagenet import open_tinyimagenet
 from fedkern.data.types import FederatedData, Source
 from fedkern.errors import UserError, nearest
 from fedkern.tasks import CLASSIFICATION, RETRIEVAL, SEGMENTATION, TASKS, Task
@@ -105,7 +101,6 @@ def _coloured_options(ink: str) -> dict[str, Option]:
     }
 
 
-_PIXELS = {"max_image_pixels": READING["max_image_pixels"]}
 _LAYOUT = {
     "layout": Option(
         "auto", "folders in folders: sites, or patients in classes; auto: sites, but names of patients are refused",
@@ -115,8 +110,8 @@ _LAYOUT = {
 
 _HELD = {
     "path": "the image files", "image": "the image files", "mask": "the mask files", "label": "the labels",
-    "text": "the texts", "report": "the reports", "view": "the views", "split": "the splits",
-    "patient": "the patients", "labels": "several labels an image, joined by |",
+    "text": "the texts", "split": "the splits", "patient": "the patients",
+    "labels": "several labels an image, joined by |",
 }  # fmt: skip
 
 
@@ -133,10 +128,6 @@ def _columns(*options: str) -> dict[str, Option]:
         ),
     }
 
-
-_CROP = Option(
-    0, "side of the window that networks see, anywhere in training images, central in others; 0: whole images", low=0
-)
 
 DATASETS: dict[str, DatasetInfo] = {
     "colordigits": DatasetInfo(
@@ -191,10 +182,6 @@ DATASETS: dict[str, DatasetInfo] = {
         "SVHN, 99,289 photographed house numbers (official MATLAB files)", open_svhn, 10, "dirichlet:0.5",
         options={"extra": Option("no", "531,131 easier training images more", choices=("no", "yes"))},
     ),
-    "tinyimagenet": DatasetInfo(
-        "Tiny-ImageNet, 110,000 photographs of 200 classes, 64 pixels (official folders)",
-        open_tinyimagenet, 10, "dirichlet:0.5", options=_PIXELS,
-    ),
     "folder": DatasetInfo(
         "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone; for sites in SITE/...",
         partial(_read, open_folder), 5, "dirichlet:0.5", options={**READING, **_LAYOUT},
@@ -228,46 +215,12 @@ DATASETS: dict[str, DatasetInfo] = {
         options={
             **READING,
             **_LAYOUT,
-            "crop": _CROP,
+            "crop": Option(
+                0, "side of the window that networks see, anywhere in training images, central in others; 0: whole "
+                "images", low=0,
+            ),
             "longest": Option(112, "words kept of a text", low=1),
             **_columns("image", "text", "label", "split"),
-        },
-    ),
-    "reports": DatasetInfo(
-        "radiographs with reports as in MIMIC-CXR: a CSV file with image,report[,label][,view][,site][,split]",
-        partial(_read, open_reports), 5, "dirichlet:0.5", prompts="{class}", task=RETRIEVAL,
-        options={
-            **READING,
-            "crop": _CROP,
-            "colour": Option("grey", "three channels, or one", choices=("rgb", "grey")),
-            "views": Option(
-                "known", "PA and AP alone, these and rows that name no view, or all",
-                choices=("frontal", "known", "all"),
-            ),
-            "longest": Option(112, "tokens kept of a report", low=1),
-            "shortest": Option(3, "rows with fewer tokens are left out", low=1),
-            **_columns("image", "report", "label", "view", "split"),
-        },
-    ),
-    "brats": DatasetInfo(
-        "tumour segmentation in NIfTI volumes, a folder for every case as in BraTS; clients hold whole cases",
-        open_brats, 10, "iid", task=SEGMENTATION,
-        options={
-            **_PIXELS,
-            "size": Option(128, "side in pixels to which slices are resized", low=8, high=SIDE),
-            "modalities": Option("t1,t1ce,t2,flair", "the channels, as the names of their files end"),
-            "target": Option("seg", "how the names of the files of classes end"),
-            "labels": Option("whole", "whole (one object), parts (BraTS's three), or stored values such as 1|2|4"),
-            "slices": Option(
-                "object", "axial slices that hold an object, any tissue, or all", choices=("object", "tissue", "all")
-            ),
-            "every": Option(1, "keep one slice in so many", low=1),
-            "test_share": Option(
-                0.2, "share of the cases held out as test set where there is none", low=0, high=0.9
-            ),
-            "validation_share": Option(
-                0.1, "share of the training cases held out as validation set where there is none", low=0, high=0.9
-            ),
         },
     ),
     "arrays": DatasetInfo(
@@ -277,20 +230,6 @@ DATASETS: dict[str, DatasetInfo] = {
     "datasets": DatasetInfo(
         "data sets of PyTorch, given through Python (fedkern.simulate(METHOD, data=[...], test=...))",
         open_datasets, 5, "iid",
-    ),
-    "nico": DatasetInfo(
-        "NICO, class/context folders of photographs; clients hold their own contexts, unseen contexts test",
-        open_nico, 7, "attribute",
-        options={
-            **_PIXELS,
-            "protocol": Option("F7", "first or last seven contexts of every class train", choices=("F7", "L7")),
-            "size": Option(224, "side in pixels to which images are resized", low=8, high=SIDE),
-            "part": Option("", "subfolder to use, for example Animal or Vehicle"),
-            "held_out": Option(
-                0.1, "share of the training contexts held out as in-distribution test, and again as validation",
-                low=0, high=0.33,
-            ),
-        },
     ),
 }  # fmt: skip
 

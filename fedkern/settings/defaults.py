@@ -39,20 +39,13 @@ DATA: Mapping[str, Mapping[str, Any]] = {
     "cifar10": {"rounds": 100, "batch_size": 64, "model": "resnet8", "weight_decay": 5e-4},
     "cifar100": {"rounds": 100, "batch_size": 64, "model": "resnet18", "weight_decay": 5e-4},
     "svhn": {"rounds": 100, "batch_size": 64, "model": "resnet8"},
-    "tinyimagenet": {"rounds": 100, "batch_size": 64, "model": "resnet18", "weight_decay": 5e-4},
     "folder": {"model": "resnet8"},
     "csv": {"model": "resnet8"},
     "arrays": {"model": "resnet8"},
     "segmentation": {"model": "unet", "batch_size": 16, "optimizer": "adamw", "lr": 0.003},
-    "brats": {"model": "unet", "rounds": 50, "batch_size": 16, "optimizer": "adamw", "lr": 0.001},
     "segdigits": {"model": "unet-small", "rounds": 30, "batch_size": 16, "optimizer": "adamw", "lr": 0.003},
     "captions": PAIRS,
     "pairs": {**PAIRS, "client_test": 0.2},
-    "reports": {**PAIRS, "client_test": 0.2},
-    "nico": {
-        "rounds": 50, "local_epochs": 10, "batch_size": 64, "lr": 0.01, "weight_decay": 1e-5, "model": "resnet18",
-        "grad_cam": 100,
-    },
 }  # fmt: skip
 """Settings of a data set that differ from the common ones.  Clients, partition and correlation that are not named here
 are the data set's own (``fedkern.data.DATASETS``)."""
@@ -86,7 +79,7 @@ and balance weigh more than in the paper.  The student learns from the later ima
 """
 
 FEDIOD_SEGMENTS: Mapping[str, Any] = {
-    "width": 8, "rounds": 75, "local_epochs": 30, "batch_size": 16,
+    "width": 8, "rounds": 75, "local_epochs": 30, "batch_size": 16, "lr": 0.01,
     "options": {
         "iterations": 4, "batch": 16, "student_steps": 4, "generator_lr": 2e-3, "critic_lr": 1e-3, "critic_layers": 2,
         "warmup": 0.25, "w_balance": 1.0, "disc_weight": True, "student_optimizer": "adamw", "student_lr": 3e-3,
@@ -133,8 +126,7 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "partition": "dirichlet:0.1", "rounds": 32, "local_epochs": 20, "lr": 0.05, "weight_decay": 0.0,
         "options": {"iterations": 10, "critic_lr": 4e-4, "holdout": 0.1},
     },
-    ("fediod", "segmentation"): {**FEDIOD_SEGMENTS, "lr": 0.01},
-    ("fediod", "brats"): {**FEDIOD_SEGMENTS, "lr": 0.001},
+    ("fediod", "segmentation"): FEDIOD_SEGMENTS,
     ("fediod", "segdigits"): {
         "partition": "dirichlet:0.3", "rounds": 20, "local_epochs": 20, "batch_size": 16, "lr": 0.003,
         "weight_decay": 0.0,

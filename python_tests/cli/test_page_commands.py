@@ -1,18 +1,22 @@
-"""Every command line in the README and the pages is one that the command line takes."""
+"""Every command line in the README, the pages and the data functions of papers is one that the command line takes."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from fedkern.cli import extensions
 from fedkern.cli.command_parser import parse
 from fedkern.cli.request import effective
+from fedkern.data.registry import open_code
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAPERS = sorted((ROOT / "examples" / "papers").glob("*.py"))
 
 
 def commands():
@@ -23,19 +27,25 @@ def commands():
         for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             for line in re.findall(r"(?:^|&& )(?:python -m fedkern\.run|fedkern) (.*)$", block, re.MULTILINE):
                 found.append((page, line.partition(" #")[0].strip()))
+    for page in PAPERS:
+        text = (ast.get_docstring(ast.parse(page.read_text())) or "").replace("\\\n", " ")
+        found += [(page, line) for line in re.findall(r"^ +python -m fedkern\.run (.*)$", text, re.MULTILINE)]
     return found
 
 
 @pytest.mark.parametrize(
     ("page", "line"), [pytest.param(page, line, id=f"{page.stem}: {line}") for page, line in commands()]
 )
-def test_a_command_of_a_page_is_taken(page, line, monkeypatch, tmp_path):
+def test_a_command_of_a_page_is_taken(page, line, monkeypatch, tmp_path, registries):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line)
     if "--plugin" in words:
         pytest.skip("names what a plugin registers: the page's own tests run it")
     for name in ("one", "two", "three"):
         (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in extensions.values(words, "--data"):
+        open_code(name)
     request = parse(words)
     if request.command == "run":
         assert effective(request).method == request.method
@@ -43,5 +53,6 @@ def test_a_command_of_a_page_is_taken(page, line, monkeypatch, tmp_path):
 
 def test_the_pages_have_commands():
     found = commands()
+    assert {page for page, _ in found} >= {*PAPERS}
     assert len(found) > 40
     assert len({page for page, _ in found}) > 8

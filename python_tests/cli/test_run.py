@@ -33,7 +33,7 @@ def test_the_help_of_a_method_names_every_setting(result):
         if each.field != "method":
             assert re.search(rf"^  {flags.flag(each.field)} ", text, re.MULTILINE), each.field
     for name in (
-        "--protocol F7|L7",
+        "--client-column NAME",
         "--detector PATH_OR_NAME",
         "--boxes FILE",
         "--method-option key=value",
@@ -47,7 +47,7 @@ def test_the_help_of_a_method_names_every_setting(result):
     ("section", "settings"),
     [
         ("model", {"model", "freeze-bn-after"}),
-        ("data", {"data", "clients", "protocol", "data-option"}),
+        ("data", {"data", "clients", "client-column", "data-option"}),
         ("federation", {"rounds", "stop-at"}),
         ("faults", {"on-nan", "stragglers"}),
         ("privacy", {"dp-clip", "records"}),
@@ -96,7 +96,7 @@ def test_the_help_of_a_method_begins_with_its_own_options(result):
 
 
 def test_help_shows_the_defaults_of_the_data_set(result):
-    for argv in (["fedavg", "--data", "nico", "--help"], ["fedavg", "--help", "--data=nico"]):
+    for argv in (["fedavg", "--data", "cifar100", "--help"], ["fedavg", "--help", "--data=cifar100"]):
         text, _ = result(*argv)
         assert re.search(r"--model NAME [^;]*; default resnet18", " ".join(text.split()))
     assert re.search(r"--model NAME [^;]*; default cnn", " ".join(result("fedavg", "--help")[0].split()))
@@ -118,7 +118,7 @@ def test_the_help_of_a_method_shows_its_options_with_ranges(result, method):
 
 def test_list_has_one_line_for_everything(result):
     text, _ = result("list")
-    for name in ("fedavg", "fedprox", "fedgid", "colordigits", "nico", "resnet18", "dirichlet:ALPHA", "classes:S"):
+    for name in ("fedavg", "fedprox", "fedgid", "colordigits", "cifar10", "resnet18", "dirichlet:ALPHA", "classes:S"):
         assert re.search(rf"^  {re.escape(name)}\S* +\S.{{20,}}$", text, re.MULTILINE)
     found = json.loads(result("list", "--json")[0])
     kinds = {"methods", "data sets", "models", "image encoders", "text encoders", "partitioners", "aggregators"}
@@ -180,7 +180,7 @@ def test_doctor(result):
         (["fedgid", "--data", "colourdigits"], ['"colourdigits"', 'Did you mean "colordigits"']),
         (["fedgid", "--data-option", "sise=3"], ['"sise"']),
         (["fedgid", *("--data-option", "test_samples=3"), *("--data-option", "test-samples=4")], ["given twice"]),
-        (["fedgid", "--protocol", "F7"], ["protocol"]),
+        (["fedgid", "--client-column", "site"], ["client_column"]),
         (["fedavg", "--local-epochs", "1", "--local-steps", "1"], ["--local-epochs has no effect beside --local"]),
         (["fedavg", "--lr-step-factor", "0.5"], ["--lr-step-factor has no effect without --lr-steps"]),
         (["fedavg", "--backdoor-target", "1"], ["backdoor_target has no effect without backdoor_clients"]),
@@ -273,8 +273,8 @@ def test_a_word_is_converted_once(monkeypatch):
 
 
 def test_data_options_have_flags():
-    request = flags.parse(["fedgid", "--data", "nico", "--protocol", "L7", "--data-option", "part=Animal"])
-    assert request.data_options == {"protocol": "L7", "part": "Animal"}
+    request = flags.parse(["fedgid", "--data", "csv", "--client-column", "ward", "--data-option", "label=kind"])
+    assert request.data_options == {"client_column": "ward", "label": "kind"}
 
 
 def test_the_command_for_comparison_names_a_preset_and_not_what_it_settles():
@@ -291,7 +291,7 @@ def test_the_command_for_comparison_names_a_preset_and_not_what_it_settles():
         ["fedgid", "--correlation", "0.8", "--seed", "3", "--clients", "4", "--train-samples", "500"],
         ["fedgid", "--data", "digits", "--partition", "dirichlet:0.3", "--rounds", "9", "--model", "resnet8"],
         ["fedgid", "--data", "cifar10", "--data-root", "a folder", "--model", "cnn", "--width", "16"],
-        ["fedprox", "--data", "nico", "--protocol", "L7", "--data-root", "a folder", "--method-option", "mu=0.5"],
+        ["fedprox", "--data", "csv", "--client-column", "ward", "--data-root", "a folder", "--method-option", "mu=0.5"],
         ["fedgid", "--lr", "0.123", "--data-option", "test_samples=50"],
     ],
 )

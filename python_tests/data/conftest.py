@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -36,25 +35,5 @@ def write_idx() -> Callable[..., dict[str, np.ndarray]]:
             else:
                 (folder / name).write_bytes(raw)
         return content
-
-    return write
-
-
-@pytest.fixture
-def write_nico() -> Callable[..., Path]:
-    """Writes a class/context tree of small images whose pixels tell class and context."""
-
-    def write(
-        root: Path, classes: int = 3, contexts: int = 10, images: int = 5, size: tuple[int, int] = (20, 12)
-    ) -> Path:
-        for c in range(classes):
-            for k in range(contexts):
-                # Context names differ between classes, and sort by their number.
-                folder = root / f"class{c}" / f"context{k:02d} of {c}"
-                folder.mkdir(parents=True)
-                for i in range(images):
-                    colour = (20 * c, 20 * k, 40 * i)
-                    Image.new("RGB", size, colour).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}", quality=95)
-        return root
 
     return write

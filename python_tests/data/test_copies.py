@@ -13,7 +13,6 @@ from fedkern.errors import UserError
 COLUMNS = {
     "csv": "path,label",
     "pairs": "image,text,label",
-    "reports": "image,report,label",
     "segmentation": "image,mask",
 }
 SOURCES = ["folder", *COLUMNS]
@@ -49,7 +48,7 @@ def made(source, root, *, label="", client="", split="", plain=False, content=0)
         if source == "segmentation":
             mask.save(root / f"m{i}.png")
         first = COLUMNS.get(source, "path").split(",")[0]
-        rows.append({**row, first: name, "text": f"text {i}", "report": f"a report of {i}", "mask": f"m{i}.png"})
+        rows.append({**row, first: name, "text": f"text {i}", "mask": f"m{i}.png"})
     if source != "folder":
         columns = [*COLUMNS[source].split(","), "client", "split"]
         lines = [",".join(columns), *(",".join(row[column] for column in columns) for row in rows)]

@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from papers_data import BRATS, open_all
 from PIL import Image
 from scipy.io import savemat
 
@@ -161,13 +162,13 @@ def csv(root: Path) -> list[Path]:
     return [root / "list.csv"]
 
 
-MAKERS = {"folder": folder, "mnist": mnist, "svhn": svhn, "cifar10": cifar, "brats": brats,
+MAKERS = {"folder": folder, "mnist": mnist, "svhn": svhn, "cifar10": cifar, BRATS: brats,
           "segmentation": segmentation, "pairs": pairs, "csv": csv}  # fmt: skip
 
 
 def check_data(name: str, root: Path, count: int, seed: int) -> None:
-    options = {"size": 8} if name in ("folder", "brats", "segmentation", "pairs", "csv") else {}
-    options |= {"modalities": "t1"} if name == "brats" else {}
+    options = {"size": 8} if name in ("folder", BRATS, "segmentation", "pairs", "csv") else {}
+    options |= {"modalities": "t1"} if name == BRATS else {}
     files = MAKERS[name](root)
 
     def opened() -> None:
@@ -188,14 +189,21 @@ def check_data(name: str, root: Path, count: int, seed: int) -> None:
     assert refused
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.fixture
+def _papers(registries):
+    open_all()
+
+
+@pytest.mark.usefixtures("_papers")
+@pytest.mark.parametrize("name", MAKERS, ids=[make.__name__ for make in MAKERS.values()])
 def test_data_files(tmp_path, name):
-    check_data(name, tmp_path, count=3 if name in ("folder", "brats") else 8, seed=0)
+    check_data(name, tmp_path, count=3 if name in ("folder", BRATS) else 8, seed=0)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_papers")
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", MAKERS, ids=[make.__name__ for make in MAKERS.values()])
 def test_many_data_files(tmp_path, name, seed):
     check_data(name, tmp_path, count=150, seed=seed + 1)
 

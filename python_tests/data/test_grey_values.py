@@ -67,7 +67,7 @@ def test_no_grey_value_is_cut_off(tmp_path, suffix, top, kind, colour):
     assert_ramps(opened(tmp_path, colour=colour))
     table = tmp_path / "table.csv"
     table.write_text("\n".join(lines))
-    for name in ("pairs", "reports", "csv"):
+    for name in ("pairs", "csv"):
         assert_ramps(opened(table, name, colour=colour))
 
 
@@ -131,7 +131,6 @@ def write_flat(root, top, marker=None):
 
 SOURCES = {
     "pairs": "table.csv",
-    "reports": "table.csv",
     "csv": "table.csv",
     "folder": "classes",
     "segmentation": "cells",

@@ -26,8 +26,7 @@ def picture(path, site, i):
 
 
 def table(name, root, splits):
-    columns = {"csv": "path,label", "pairs": "image,text,label", "reports": "image,report,label"}
-    columns["segmentation"] = "image,mask"
+    columns = {"csv": "path,label", "pairs": "image,text,label", "segmentation": "image,mask"}
     lines = [f"{columns[name]},hospital,split"]
     for site, title in enumerate(SITES):
         for i in range(20):
@@ -35,7 +34,7 @@ def table(name, root, splits):
             mask = Image.new("L", (8, 8))
             mask.paste(1, (1, 1, 4, 4))
             mask.save(root / f"m{title}{i}.png")
-            row = {"path": f"{title}{i}.png", "label": "ab"[i % 2], "text": f"text {i}", "report": f"some report {i}"}
+            row = {"path": f"{title}{i}.png", "label": "ab"[i % 2], "text": f"text {i}"}
             row |= {
                 "image": row["path"],
                 "mask": f"m{row['path']}",
@@ -114,7 +113,7 @@ def pools_of_the_plugin():
 
 
 SOURCES = {
-    **{name: listed(table, name) for name in ("csv", "pairs", "reports", "segmentation")},
+    **{name: listed(table, name) for name in ("csv", "pairs", "segmentation")},
     **{f"{name} folders": listed(folders, name) for name in ("folder", "pairs", "segmentation")},
     "arrays": in_memory,
     "plugin": plugin,

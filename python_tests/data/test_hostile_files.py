@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import os
 import struct
-import threading
 import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from in_time import in_time
 from PIL import EpsImagePlugin, Image
 from scipy.io import savemat
 
@@ -108,20 +108,16 @@ def test_the_limit_can_be_raised_beyond_pillows_own(tmp_path):
     assert Image.MAX_IMAGE_PIXELS is not None
 
 
-@pytest.mark.parametrize("name", ["folder", "nico", "segmentation"])
-def test_the_limit_is_an_option_of_every_set_of_images(tmp_path, name, write_nico):
-    if name == "nico":
-        write_nico(tmp_path)
-        settings = {"clients": 7, "partition": "attribute"}
-    elif name == "folder":
+@pytest.mark.parametrize("name", ["folder", "segmentation"])
+def test_the_limit_is_an_option_of_every_set_of_images(tmp_path, name):
+    if name == "folder":
         class_folders(tmp_path)
-        settings = {"clients": 2, "partition": "iid"}
     else:
         for j in range(8):
             picture(tmp_path / "images" / f"{j}.png", j)
             (tmp_path / "masks").mkdir(exist_ok=True)
             Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "masks" / f"{j}.png")
-        settings = {"clients": 2, "partition": "iid"}
+    settings = {"clients": 2, "partition": "iid"}
     with pytest.raises(UserError, match=r"pixels, more than 60: .*--max-image-pixels"):
         load(name, root=tmp_path, options={"size": 8, "max_image_pixels": 60}, **settings)
     load(name, root=tmp_path, options={"size": 8, "max_image_pixels": 240}, **settings)
@@ -190,7 +186,7 @@ def test_no_more_is_decompressed_than_is_due():
         unzipped(gzip.compress(b"abc") * 2, lambda head: 5)
 
 
-# -- IDX, SVHN, NIfTI --------------------------------------------------------------------------------------------------
+# -- IDX, SVHN ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("sizes", "words"), [
@@ -243,95 +239,7 @@ def test_svhn_of_more_images_than_there_can_be(tmp_path):
         load("svhn", root=tmp_path)
 
 
-def nifti(path, shape=(4, 4, 3), number=0, kind="Nifti1Image", mask=False):
-    nibabel = pytest.importorskip("nibabel", reason="writes volumes with nibabel (the extra medical)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = np.random.default_rng(number).integers(1, 100, shape).astype(np.uint8 if mask else np.int16)
-    nibabel.save(getattr(nibabel, kind)((values % 2).astype(np.uint8) if mask else values, np.eye(4)), path)
-    return path
-
-
-def cases(root, count=6, ending=".nii.gz"):
-    for i in range(count):
-        nifti(root / f"case{i}" / f"case{i}_t1{ending}", number=i)
-        nifti(root / f"case{i}" / f"case{i}_seg{ending}", number=i, mask=True)
-    return root
-
-
-def brats(root, **options):
-    return load("brats", root=root, clients=2, partition="iid", options={"size": 8, "modalities": "t1", **options})
-
-
-@pytest.mark.parametrize("kind", ["Nifti1Image", "Nifti2Image"])
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
-def test_both_versions_of_nifti(tmp_path, kind, ending):
-    from fedkern.data.sources.brats import read_volume
-
-    path = nifti(tmp_path / f"a{ending}", kind=kind)
-    expected = np.random.default_rng(0).integers(1, 100, (4, 4, 3)).astype(np.float32)
-    assert np.array_equal(read_volume(path)[0], expected.transpose(2, 1, 0)[:, ::-1])
-    with pytest.raises(UserError, match=r"has 4x4x3 voxels, more than 47: .*--max-image-pixels 48"):
-        read_volume(path, 47)
-
-
-@pytest.mark.sampled
-@pytest.mark.parametrize(("harm", "words"), [
-    (lambda made: made[:-8] + bytes([made[-8] ^ 1]) + made[-7:], "incorrect data check"),
-    (lambda made: made[:-1] + bytes([made[-1] ^ 1]), "incorrect length check"),
-    (lambda made: made[:-8], "its end is missing"), (lambda made: made[:-3], "its end is missing"),
-    (lambda made: made + b"more", "other bytes behind its end"), (lambda made: made + b"\0", "behind its end|its end"),
-    (lambda made: gzip.compress(gzip.decompress(made) + b"\0"), "more than the|stand behind its last voxel"),
-    (lambda made: made + gzip.compress(bytes(1_000_000)), "more than the"),
-    (lambda made: gzip.compress(gzip.decompress(made)[:-1]), "Expected"),
-    (lambda made: gzip.compress(gzip.decompress(made)[:100]), "wrong size"),
-    (lambda made: gzip.compress(b""), "wrong size"),
-])  # fmt: skip
-@pytest.mark.parametrize("which", ["t1", "seg"])
-def test_a_compressed_volume_is_whole(tmp_path, harm, words, which):
-    cases(tmp_path)
-    path = tmp_path / "case0" / f"case0_{which}.nii.gz"
-    path.write_bytes(harm(path.read_bytes()))
-    with pytest.raises(UserError, match=f"case0_{which}.nii.gz .*({words})"):
-        brats(tmp_path)
-
-
-@pytest.mark.parametrize(("sides", "words"), [
-    ((3, 4, 0, 3), "dimension of 0"), ((3, 4, 4, -1), "dimension of -1"), ((0, 4, 4, 3), "dimension"),
-    ((3, 32767, 32767, 32767), "has 32767x32767x32767 voxels, more than 50,000,000"),
-    ((9, 4, 4, 3), "voxels, more than 50,000,000"),
-    ((2, 4, 12, 1), "has 2 dimensions, expected three"),
-])  # fmt: skip
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
-def test_volumes_of_sizes_that_are_none(tmp_path, sides, words, ending):
-    cases(tmp_path, ending=ending)
-    path = tmp_path / "case0" / f"case0_seg{ending}"
-    raw = path.read_bytes() if ending == ".nii" else gzip.decompress(path.read_bytes())
-    raw = raw[:40] + struct.pack("<4h", *sides) + raw[48:]
-    path.write_bytes(raw if ending == ".nii" else gzip.compress(raw))
-    with pytest.raises(UserError, match=words):
-        brats(tmp_path)
-
-
 # -- pipes and devices -------------------------------------------------------------------------------------------------
-
-
-def in_time(work, seconds=20):
-    """What ``work`` raised; a thread that waits for a writer of a pipe is let go at the end."""
-    found = []
-
-    def run():
-        try:
-            work()
-            found.append(None)
-        except BaseException as error:
-            found.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert found, "it waits for a pipe"
-    assert isinstance(found[0], UserError), found[0]
-    return str(found[0])
 
 
 def captioned(root, count=8):
@@ -381,56 +289,7 @@ def test_other_files_that_are_pipes(tmp_path, name):
     assert "it is a named pipe, not a regular file" in in_time(lambda: kind(str(tmp_path / name)))
 
 
-@pytest.mark.parametrize("name", ["words.txt", "val/val_annotations.txt", "wnids.txt"])
-def test_lists_of_tinyimagenet_that_are_pipes(tmp_path, name):
-    tiny(tmp_path)
-    (tmp_path / name).unlink()
-    os.mkfifo(tmp_path / name)
-    assert "named pipe" in in_time(lambda: load("tinyimagenet", root=tmp_path)) or name == "wnids.txt"
-
-
-def tiny(root):
-    for i, wnid in enumerate(("n1", "n2")):
-        for j in range(6):
-            picture(root / "train" / wnid / "images" / f"{j}.JPEG", 10 * i + j)
-    for j in range(4):
-        picture(root / "val" / "images" / f"v{j}.JPEG", 40 + j)
-    (root / "wnids.txt").write_text("n1\nn2\n")
-    (root / "words.txt").write_text("n1\tant\nn2\tbee\n")
-    (root / "val" / "val_annotations.txt").write_text("".join(f"v{j}.JPEG\tn{1 + j % 2}\t0\n" for j in range(4)))
-    return root
-
-
 # -- one real file under two names -------------------------------------------------------------------------------------
-
-
-def test_folders_of_cases_that_loop(tmp_path):
-    """It made 246 cases of 6, with the slices of one patient in training and test."""
-    cases(tmp_path)
-    brats(tmp_path)
-    (tmp_path / "b").symlink_to(".")
-    assert "are one folder" in in_time(lambda: brats(tmp_path))
-    (tmp_path / "b").unlink()
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "again").symlink_to("../case3")
-    assert "are one folder" in in_time(lambda: brats(tmp_path))
-    (tmp_path / "site" / "again").unlink()
-    (tmp_path / "site" / "again").symlink_to("..")
-    assert "are one folder" in in_time(lambda: brats(tmp_path))
-
-
-@pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_a_volume_of_two_cases(tmp_path, link):
-    cases(tmp_path)
-    mask = tmp_path / "case1" / "case1_seg.nii.gz"
-    mask.unlink()
-    link(tmp_path / "case0" / "case0_seg.nii.gz", mask)  # equal masks may be one file
-    brats(tmp_path)
-    own = tmp_path / "case1" / "case1_t1.nii.gz"
-    own.unlink()
-    link(tmp_path / "case0" / "case0_t1.nii.gz", own)
-    with pytest.raises(UserError, match=r"case0 and .*case1 have one volume"):
-        brats(tmp_path)
 
 
 def twice(root, name, link):
@@ -456,22 +315,17 @@ def twice(root, name, link):
             Image.fromarray(np.eye(8, dtype=np.uint8)).save(root / "masks" / f"{j}.png")
         link(root / "images" / "0.png", root / "images" / "9.png")
         link(root / "masks" / "0.png", root / "masks" / "9.png")
-    elif name == "tinyimagenet":
-        tiny(root)
-        (root / "val" / "images" / "v0.JPEG").unlink()
-        link(root / "train" / "n1" / "images" / "0.JPEG", root / "val" / "images" / "v0.JPEG")
     else:
         class_folders(root)
         link(root / "a" / "0.png", root / "b" / "6.png")
         rows = [(f"{name}/{j}.png", name) for name in "ab" for j in range(6)] + [("b/6.png", "b")]
-        header = {"csv": "path,label", "table of pairs": "image,text", "reports": "image,report"}[name]
+        header = {"csv": "path,label", "table of pairs": "image,text"}[name]
         text = "" if name == "csv" else "heart of normal size number "
         (root / "list.csv").write_text(f"{header}\n" + "".join(f"{path},{text}{label}\n" for path, label in rows))
     return root
 
 
-SETS = ["folder", "split folders", "pairs", "pairs that loop", "segmentation", "tinyimagenet", "csv",
-        "table of pairs", "reports"]  # fmt: skip
+SETS = ["folder", "split folders", "pairs", "pairs that loop", "segmentation", "csv", "table of pairs"]
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
@@ -479,21 +333,8 @@ SETS = ["folder", "split folders", "pairs", "pairs that loop", "segmentation", "
 def test_one_image_under_two_names(tmp_path, name, link):
     root = twice(tmp_path, name, link)
     data = {"split folders": "folder", "pairs that loop": "pairs", "table of pairs": "pairs"}.get(name, name)
-    options = {} if data == "tinyimagenet" else {"size": 8}
     with pytest.raises(UserError, match=r"are one file, .*remove the link"):
-        load(data, root=root, clients=2, partition="iid", options=options)
-
-
-def test_one_image_in_two_contexts(tmp_path, write_nico):
-    write_nico(tmp_path)
-    contexts = sorted((tmp_path / "class0").iterdir())
-    (contexts[9] / "9.png").symlink_to(contexts[0] / "1.png")
-    with pytest.raises(UserError, match="are one file"):
-        load("nico", root=tmp_path, options={"size": 8})
-    (contexts[9] / "9.png").unlink()
-    (tmp_path / "class0" / "zoo").symlink_to(contexts[0])
-    with pytest.raises(UserError, match="are one file"):
-        load("nico", root=tmp_path, options={"size": 8})
+        load(data, root=root, clients=2, partition="iid", options={"size": 8})
 
 
 def test_one_image_in_two_splits(tmp_path):

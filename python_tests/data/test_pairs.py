@@ -1,4 +1,4 @@
-"""Images with captions and radiographs with reports, as users bring them."""
+"""Images with captions, as users bring them."""
 
 import numpy as np
 import pytest
@@ -8,21 +8,10 @@ from PIL import Image
 from fedkern.data import load
 from fedkern.data.sharing.holdout import hold_out
 from fedkern.data.sharing.partition import partition
-from fedkern.data.sources.texts import clean, impression_and_findings
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
-
-REPORT = """EXAMINATION:  CHEST (PA AND LAT)
-
-INDICATION:  ___ year old woman with cough.
-
-FINDINGS:
-1. The lungs are clear.
-2. No effusion of 2.5 cm.
-
-IMPRESSION:  No acute process."""
 
 
 def picture(path, value, size=(12, 12)):
@@ -38,158 +27,6 @@ def opened(name, root, clients=2, partition="iid", **options):
     return load(name, root=root, clients=clients, partition=partition, options={"size": 16, **options})
 
 
-# reports
-
-
-def write_reports(root, rows=30, header="image,report,label,view,site", line=None):
-    root.mkdir(exist_ok=True)
-    views = ("PA", "AP erect", "LATERAL", "")
-    lines = [header]
-    for i in range(rows):
-        picture(root / f"{i}.png", 5 * i)
-        values = {"i": i, "view": views[i % 4], "site": "AB"[i % 2], "label": ("effusion", "")[i % 2]}
-        lines.append((line or '{i}.png,"Report number {i} is here.",{label},{view},{site}').format(**values))
-    (root / "reports.csv").write_text("\n".join(lines))
-    return root
-
-
-def test_a_report_is_its_impression_and_findings():
-    assert clean(impression_and_findings(REPORT), 100) == ("no acute process the lungs are clear no effusion of 2 5 cm")
-    assert clean(impression_and_findings(" ".join(REPORT.split())), 100) == clean(impression_and_findings(REPORT), 100)
-    assert impression_and_findings("Heart is large: borderline.") == "Heart is large: borderline."
-    assert clean("The (right) LUNG, 3 mm.", 3) == "the right lung"
-
-
-@pytest.mark.parametrize(
-    ("report", "expected"),
-    [
-        ("FINDINGS:\nLungs: Clear.\nHeart: Normal.\n\nIMPRESSION: No acute process.",
-         "no acute process lungs clear heart normal"),
-        ("FINDINGS: LINES AND TUBES: PICC in place. LUNGS: Clear. IMPRESSION: No change.",
-         "no change lines and tubes picc in place lungs clear"),
-        ("Indication: cough. Findings: Lungs are clear. Impression: Normal.", "normal lungs are clear"),
-        ("Indication: cough Findings: Lungs are clear Impression: Normal", "normal lungs are clear"),
-        ("indication: cough. findings: lungs are clear. impression: normal.", "normal lungs are clear"),
-        ("INDICATION: cough. FINDINGS AND IMPRESSION: Lungs are clear.", "lungs are clear"),
-        ("INDICATION: cough. FINDINGS/IMPRESSION: Lungs: clear. RECOMMENDATION(S): CT", "lungs clear"),
-        ("Impression & Findings (chest) : Clear.\nNOTIFICATION: by phone", "clear"),
-        ("CLINICAL IMPRESSION: pneumonia. FINAL FINDINGS: Clear. IMPRESSION (PRELIMINARY): Normal.", "normal clear"),
-        ("FINDINGS: no change in comparison: none. No acute findings: stable. COMPARISON: May.",
-         "no change in comparison none no acute findings stable"),
-        ("FINDINGS: Clear at 3:30 PM: none. ADDENDUM: later. ADDITIONAL FINDINGS: Rib.", "clear at 3 30 pm none rib"),
-        ("FINDING: Clear.\nIMPRESSIONS:\n1. Normal.\n2. Old.", "normal old clear"),
-        ("FINDINGS:\n\nIMPRESSION: Normal.", "normal"),
-        ("FINDINGS: Clear. ___ IMPRESSION: ___ Normal.", "normal clear"),
-        ("Chest: clear. Comparison: none.", "chest clear comparison none"),
-    ],
-)  # fmt: skip
-def test_the_sections_of_a_report(report, expected):
-    assert clean(impression_and_findings(report), 100) == expected
-    if "\n1." not in report:
-        assert clean(impression_and_findings(" ".join(report.split())), 100) == expected
-
-
-@pytest.mark.parametrize(
-    ("report", "expected"),
-    [
-        ("HISTORY\nCough.\nFINDINGS\nLungs are clear.\n\nIMPRESSION\nNormal.\n", "normal lungs are clear"),
-        ("Technique\r\nPortable.\r\nFindings\r\nClear.\r\nImpression: Normal.", "normal clear"),
-        ("  FINDINGS AND IMPRESSION (CHEST) \nClear.\nRECOMMENDATION\nCT.", "clear"),
-        ("**INDICATION**\nCough.\n**IMPRESSION**\nNormal.", "normal"),
-        ("IMPRESSION\nNo acute\nfindings\nin the chest.", "no acute findings in the chest"),  # a wrapped line
-        ("Clear. IMPRESSION\nNormal.", "clear impression normal"),  # no line to itself
-        ("Lungs\nare clear.\nNo findings", "lungs are clear no findings"),
-    ],
-)
-def test_a_header_without_a_colon_has_a_line_to_itself(report, expected):
-    assert clean(impression_and_findings(report), 100) == expected
-
-
-def test_reports(tmp_path):
-    data = opened("reports", write_reports(tmp_path))
-    assert data.task.name == "retrieval"
-    assert data.form.shape == (1, 16, 16)
-    assert data.classes == ("effusion", "unlabelled")
-    found = {}
-    for split in every_split(data):
-        for image, label, name, text in zip(split.images, split.labels, split.ids, split.texts, strict=True):
-            number = int(name.removesuffix(".png"))
-            found[number] = None
-            assert text == f"report number {number} is here"
-            assert int(image.max()) == 5 * number
-            assert int(label) == number % 2
-    assert sorted(found) == [i for i in range(30) if i % 4 != 2]  # the lateral ones are left out
-
-
-@pytest.mark.parametrize(("views", "kept"), [("frontal", 16), ("known", 23), ("all", 30)])
-def test_views(tmp_path, views, kept):
-    data = opened("reports", write_reports(tmp_path), views=views)
-    assert sum(len(split) for split in every_split(data)) == kept
-
-
-# The vocabulary of MIMIC-CXR's ViewPosition, and how other hospitals write frontal views.
-OTHER_VIEWS = (
-    "LATERAL", "LL", "AP LLD", "AP RLD", "PA LLD", "PA RLD", "AP AXIAL", "XTABLE LATERAL", "SWIMMERS", "LPO", "RPO",
-    "LAO", "RAO", "AP/LATERAL", "AP LATERAL DECUBITUS",
-)  # fmt: skip
-FRONTAL_VIEWS = "AP", "PA", "ap", "Pa view", "AP/PA", "AP PORTABLE", "AP-erect", "AP (semi-erect)", "PA_upright"
-
-
-def test_which_views_are_frontal(tmp_path):
-    views = (*OTHER_VIEWS, *FRONTAL_VIEWS)
-    lines = ["image,report,ViewPosition"]
-    for i, view in enumerate(views):
-        picture(tmp_path / f"{i}.png", i)
-        lines.append(f"{i}.png,The heart is normal.,{view}")
-    (tmp_path / "reports.csv").write_text("\n".join(lines))
-    names = [name for split in every_split(opened("reports", tmp_path)) for name in split.ids]
-    assert sorted(int(name[:-4]) for name in names) == list(range(len(OTHER_VIEWS), len(views)))
-
-
-def test_length_of_reports(tmp_path):
-    root = write_reports(tmp_path, header="path,text", line='{i}.png,"{label} Seen: a b c"')
-    data = opened("reports", root, shortest=5, longest=5)
-    assert {text for split in every_split(data) for text in split.texts} == {"effusion seen a b c"}
-    assert sum(len(split) for split in every_split(data)) == 15
-
-
-def test_the_sites_are_the_clients(tmp_path):
-    data = opened("reports", write_reports(tmp_path), partition="attribute")
-    for k, split in enumerate(data.clients):
-        assert {int(name.removesuffix(".png")) % 2 for name in split.ids} == {k}
-
-
-def test_tables_of_mimic(tmp_path):
-    header = "ViewPosition,Filename,Impression,Findings,Atelectasis,No Finding,Edema"
-    line = "PA,{i}.png,Stable.,Line in place; {label}.,-1.0,,1.0"
-    data = opened("reports", write_reports(tmp_path, header=header, line=line))
-    assert data.classes == ("edema",)
-    assert set(data.clients[0].texts) == {"stable line in place effusion", "stable line in place"}
-    missing = line.replace("Stable.", "nan").replace("1.0,,1.0", "NaN,nan,1.0")
-    again = opened("reports", write_reports(tmp_path, header=header, line=missing), shortest=1)
-    assert again.classes == ("edema",)
-    assert set(again.clients[0].texts) == {"line in place effusion", "line in place"}
-    line = line.replace("1.0,,1.0", "0,1.0,1.0")
-    assert opened("reports", write_reports(tmp_path, header=header, line=line)).classes == ("no finding",)
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "words"),
-    [
-        ({"header": "picture,report", "line": "{i}.png,a b c"}, {}, 'no column "image"; it has picture, report'),
-        ({"header": "image,words", "line": "{i}.png,a b c"}, {}, r'no column "report \(or impression and findings\)"'),
-        ({}, {"shortest": 9}, r"none of the 30 rows .*0 a report of at least 9 tokens"),
-        ({}, {"shortest": 9, "longest": 5}, "shortest is 9, more than longest, 5"),
-        ({"header": "image,report", "line": "{i}.png,one two three"}, {"views": "frontal"}, 'no column "view"'),
-        ({"line": "{i}.jpg,one two three,x,PA,A"}, {}, r"0\.jpg of .*line 2, is missing"),
-        ({"rows": 2}, {}, "too few to hold some out"),
-    ],
-)
-def test_wrong_tables_of_reports(tmp_path, change, options, words):
-    with pytest.raises(UserError, match=words):
-        opened("reports", write_reports(tmp_path, **change), **options)
-
-
 def test_proportions_are_kept(tmp_path):
     for i in range(8):
         picture(tmp_path / f"{i}.png", 200, size=(40, 20))
@@ -199,17 +36,16 @@ def test_proportions_are_kept(tmp_path):
     assert int(image[4:12].min()) == 200
 
 
-@pytest.mark.parametrize("name", ["pairs", "reports"])
-def test_a_window_of_every_image(name, tmp_path):
+def test_a_window_of_every_image(tmp_path):
     """Stored whole for training; everything else, held-out clients and clients' own tests too, has the centre."""
-    lines = ["image,text,report,client,site"]
+    lines = ["image,text,client,site"]
     ramp = np.broadcast_to(np.arange(24, dtype=np.uint8)[None, :], (24, 24))  # a pixel's value is its column
     for i in range(40):
         Image.fromarray(ramp).save(tmp_path / f"{i}.png")
-        lines.append(f"{i}.png,text number {i},text number {i},{'ABC'[i % 3]},{'ABC'[i % 3]}")
+        lines.append(f"{i}.png,text number {i},{'ABC'[i % 3]},{'ABC'[i % 3]}")
     (tmp_path / "set.csv").write_text("\n".join(lines))
     options = {"size": 24, "crop": 16, "colour": "grey"}
-    data = load(name, root=tmp_path, clients=3, partition="attribute", options=options)
+    data = load("pairs", root=tmp_path, clients=3, partition="attribute", options=options)
     assert data.form.augment == "window"
     assert data.form.shape == (1, 16, 16)
     assert all(split.images.shape[2:] == (24, 24) for split in data.clients)
@@ -217,7 +53,7 @@ def test_a_window_of_every_image(name, tmp_path):
     for split in (data.validation, *data.tests.values(), apart.tests["held_out"], *apart.client_tests):
         assert split.images.shape[2:] == (16, 16)
         assert split.images[:, 0].eq(torch.arange(4, 20)).all()
-    bench = RunContext(RunConfig.make("feddra", data=name, data_root=str(tmp_path), clients=3, partition="attribute",
+    bench = RunContext(RunConfig.make("feddra", data="pairs", data_root=str(tmp_path), clients=3, partition="attribute",
                                  data_options=options, width=8), data)  # fmt: skip
     own = bench.client_data(0)
     rows = np.arange(len(own))
@@ -229,8 +65,10 @@ def test_a_window_of_every_image(name, tmp_path):
 
 
 def test_a_window_is_no_larger_than_the_image(tmp_path):
-    with pytest.raises(UserError, match='data set "reports": crop is 32, more than size, 16'):
-        opened("reports", write_reports(tmp_path), crop=32)
+    picture(tmp_path / "a.png", 1)
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(UserError, match='data set "pairs": crop is 32, more than size, 16'):
+        opened("pairs", tmp_path, crop=32)
     config = RunConfig.make("feddra", data="captions", augment="window", rounds=1)
     with pytest.raises(UserError, match=r"--augment window draws the place of a window .* crop=N"):
         run(config, out=tmp_path / "run")
@@ -259,19 +97,6 @@ def test_folders_of_pairs(tmp_path, splits, labels):
     assert len(set(texts)) == len(texts) == 10 * len(splits) * len(labels)
     held = {name.split("/")[0] for name in data.tests[""].ids}
     assert splits == ("",) or held == {splits[-1]}
-
-
-@pytest.mark.parametrize("partition", ["attribute", "stratified"])
-def test_feddra_learns_from_reports(tmp_path, partition):
-    """The real path: a CSV file of radiographs and reports, hospitals as clients or labels shared out."""
-    root = write_reports(tmp_path / "set", rows=60)
-    config = RunConfig.make("feddra", data="reports", data_root=str(root), partition=partition, clients=2, rounds=1,
-                            local_steps=2, batch_size=4, width=8, client_test=0.2, options={"alignment_steps": 1},
-                            data_options={"size": 18, "crop": 16})  # fmt: skip
-    metrics = run(config, out=tmp_path / "run")["metrics"]
-    assert metrics["gallery"] > 5
-    assert 0 <= metrics["i2t_r1"] <= 1
-    assert metrics["mean_client_loss"] <= metrics["worst_client_loss"]
 
 
 def test_an_image_with_several_captions_stays_in_one_split(tmp_path):
@@ -314,19 +139,3 @@ def test_stratified_shares_are_equal():
     assert (counts.max(0) - counts.min(0) <= 1).all()
     assert {len(part) for part in parts} == {20}
     assert not np.array_equal(parts[0], partition("stratified", labels, 4, 1)[0])
-
-
-def test_uncertain_findings_are_not_no_finding(tmp_path):
-    cells = ["1,", "-1,", "-1.0,0.0", "0,0", ",", "-1,1.0", "-1,NA", "0.0,-1.00"]
-    names = ["edema", *["unlabelled"] * 2, *["no finding"] * 2, "fracture", *["unlabelled"] * 2]
-    lines = ["image,report,Edema,Fracture"]
-    for i in range(32):
-        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
-        lines.append(f"{i}.png,a report of {i},{cells[i % 8]}")
-    (tmp_path / "list.csv").write_text("\n".join(lines))
-    said = []
-    data = load("reports", root=tmp_path, options={"size": 8}, partition="iid", clients=2, notice=said.append)
-    for split in data.clients:
-        rows = [int(name.removesuffix(".png")) for name in split.ids]
-        assert [data.classes[label] for label in split.labels.tolist()] == [names[row % 8] for row in rows]
-    assert said[-1].startswith("Rows of list.csv without a positive finding and with an uncertain one (-1): 16; their")

@@ -26,11 +26,11 @@ EACH = 5  # images of a patient
 
 def write(root, column="subject_id", patients=30, owner=lambda i: i % 30, header="", cell=lambda i: ""):
     """Images of every patient far from each other in the file."""
-    lines = [f"path,image,mask,text,report,label,{column}{header}"]
+    lines = [f"path,image,mask,text,label,{column}{header}"]
     for i in range(patients * EACH):
         Image.new("L", (8, 8), i).save(root / f"{i}.png")
         Image.fromarray(np.eye(8, dtype=np.uint8)).save(root / f"m{i}.png")
-        lines.append(f"{i}.png,{i}.png,m{i}.png,text {i} here,report {i} here,{'xyz'[i % 3]},{owner(i)}{cell(i)}")
+        lines.append(f"{i}.png,{i}.png,m{i}.png,text {i} here,{'xyz'[i % 3]},{owner(i)}{cell(i)}")
     path = root / "images.csv"
     path.write_text("\n".join(lines))
     return path
@@ -52,7 +52,7 @@ def assert_apart(*splits):
     assert sum(map(len, found)) == len(set.union(*found))
 
 
-@pytest.mark.parametrize("name", ["csv", "pairs", "reports", "segmentation"])
+@pytest.mark.parametrize("name", ["csv", "pairs", "segmentation"])
 def test_a_patient_is_in_one_split_and_at_one_client(name, tmp_path):
     data = opened(name, write(tmp_path))
     splits = [*data.clients, data.validation, data.tests[""]]
@@ -65,7 +65,7 @@ def test_a_patient_is_in_one_split_and_at_one_client(name, tmp_path):
 
 @pytest.mark.parametrize("spec", PARTITIONS)
 def test_every_partition_leaves_patients_whole(spec, tmp_path):
-    data = opened("reports", write(tmp_path), partition=spec, train_samples=80, public_samples=11)
+    data = opened("pairs", write(tmp_path), partition=spec, train_samples=80, public_samples=11)
     assert_apart(*data.clients, data.public)
     assert sum(data.client_sizes) == 80
 
@@ -93,7 +93,7 @@ def test_another_patient_in_the_file_changes_no_draw(tmp_path):
     assert len(before) == 2 * 21
     Image.new("L", (8, 8), 255).save(tmp_path / "new.png")
     new = rows[0].replace(rows[0].split(",")[0], "new.png").split(",")
-    new[6] = "somebody else"
+    new[5] = "somebody else"
     path.write_text("\n".join([header, ",".join(new), *rows]))
     assert kept() == before
 
@@ -144,7 +144,7 @@ def test_the_tables_own_clients_and_splits_are_kept(tmp_path):
         return f",{'AB'[i // 75]},{'test' if i % 10 == 9 else 'train'}"
 
     path = write(tmp_path, header=",client,split", cell=where)
-    data = opened("reports", path, clients=2, partition="attribute")
+    data = opened("pairs", path, clients=2, partition="attribute")
     assert set(data.tests[""].ids) == {f"{i}.png" for i in range(150) if i % 10 == 9}
     for split, own in zip(data.clients, (range(75), range(75, 150)), strict=True):
         assert {int(name.removesuffix(".png")) for name in split.ids} <= set(own)
@@ -183,7 +183,7 @@ def test_a_run_says_who_is_both_held_out_and_trained_on(settings, told, tmp_path
 
 def test_an_image_of_two_patients(tmp_path):
     path = write(tmp_path)
-    path.write_text(path.read_text() + "\n3.png,3.png,m3.png,more,more words here,x,17")
+    path.write_text(path.read_text() + "\n3.png,3.png,m3.png,more words here,x,17")
     with pytest.raises(
         UserError, match=r"the image 3\.png belongs to two patients, 3 \(line 5\) and 17 \(line 152\); name one"
     ):
@@ -213,9 +213,9 @@ def test_fediods_teachers_are_judged_on_patients_that_they_do_not_know(patients,
 
 @pytest.mark.parametrize("loss_share", [0.1, 0.4])
 def test_losses_are_taken_on_patients_that_are_not_trained_on(loss_share, tmp_path):
-    data = opened("reports", write(tmp_path))
+    data = opened("pairs", write(tmp_path))
     options = {"loss_share": loss_share}
-    bench = RunContext(RunConfig.make("feddra", data="reports", clients=3, width=4, options=options), data)
+    bench = RunContext(RunConfig.make("feddra", data="pairs", clients=3, width=4, options=options), data)
     method = FedDRA(FedDRA.Options.parse(options))
     for k, split in enumerate(data.clients):
         kept, judged = method.rows(Client(bench, k, {}))

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from papers_data import REPORTS, open_all
 
 from fedkern.data import load
 from fedkern.errors import UserError
@@ -39,9 +40,10 @@ def test_official_counts_and_statistics(name: str) -> None:
         assert float(images[:, channel].std()) == pytest.approx(std, abs=0.01)
 
 
-def test_the_radiographs_come_with_their_reports() -> None:
+def test_the_radiographs_come_with_their_reports(registries: None) -> None:
+    open_all()
     try:
-        data = load("reports", root=f"{ROOT}/xray", clients=3, partition="stratified")
+        data = load(REPORTS, root=f"{ROOT}/xray", clients=3, partition="stratified")
     except UserError as error:
         pytest.skip(str(error))
     splits = [*data.clients, data.validation, *data.tests.values()]

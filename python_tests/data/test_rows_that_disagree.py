@@ -9,7 +9,6 @@ from fedkern.errors import UserError
 HEADERS = {
     "csv": "path,label",
     "pairs": "image,text,label",
-    "reports": "image,report,label",
     "segmentation": "image,mask",
 }
 
@@ -23,7 +22,7 @@ def read(name, root, change=lambda i, row: None, again=(), said=None, rows=24, *
         mask = Image.new("L", (8, 8))
         mask.paste(1, (0, 0, 4, 4 + i % 4))
         mask.save(root / f"m{i}.png")
-        row = {"label": "ab"[i // 2 % 2], "text": f"text {i}", "report": f"a report of {i}", "mask": f"m{i}.png"}
+        row = {"label": "ab"[i // 2 % 2], "text": f"text {i}", "mask": f"m{i}.png"}
         row |= {own[0]: f"{i}.png", "client": "AB"[i % 2], "patient_id": f"p{i // 2}", "split": ""}
         row["split"] = ("train", "train", "test", "val")[i // 2 % 4]
         if len(lines) > rows or i not in again:
@@ -74,7 +73,6 @@ def test_a_patient_in_two_splits_of_a_chosen_column(tmp_path):
     [
         ("csv", {"label": "c"}, r"4\.png has two labels, a \(line 6\) and c \(line 26\)"),
         ("pairs", {"label": "c"}, r"4\.png has two labels, a \(line 6\) and c \(line 26\)"),
-        ("reports", {"label": "c", "report": "other words here"}, r"4\.png has two labels, a \(line 6\) and c"),
         ("segmentation", {"mask": "m5.png"}, r"4\.png has two masks, m4.png \(line 6\) and m5.png \(line 26\)"),
         *(
             (name, {"client": "B"}, r"4\.png belongs to two clients, A \(line 6\) and B \(line 26\)")

@@ -34,21 +34,20 @@ def tree(root, suffix):
             (root / "cells/masks" / f"{i}.webp").unlink()
         (root / "classes" / "ab"[i % 2] / f"{i}.txt").write_text("words")
     rows = [f"classes/{'ab'[i % 2]}/{i}.{suffix},{'ab'[i % 2]},some words here" for i in range(12)]
-    (root / "table.csv").write_text("\n".join(["image,label,report", *rows]))
     (root / "paths.csv").write_text("\n".join(["path,label,report", *rows]))
     return root
 
 
 def open_source(name, root):
     where = {
-        "csv": "paths.csv", "reports": "table.csv", "segmentation": "cells", "pairs": "classes/a", "folder": "classes",
+        "csv": "paths.csv", "segmentation": "cells", "pairs": "classes/a", "folder": "classes",
     }[name]  # fmt: skip
     return load(name, root=root / where, clients=2, partition="iid", options={"size": 8})
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("name", ["folder", "csv", "pairs", "reports", "segmentation"])
+@pytest.mark.parametrize("name", ["folder", "csv", "pairs", "segmentation"])
 def test_two_pictures_in_a_file_are_refused(tmp_path, name, suffix):
     root = tree(tmp_path, suffix)
     with pytest.raises(UserError, match=rf"6\.{suffix} holds several pictures.*save the picture") as caught:

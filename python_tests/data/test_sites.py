@@ -49,7 +49,6 @@ def held_by(data):
 READ = {
     "csv": ("path,label", "{i}.png,{label}"),
     "pairs": ("image,text", "{i}.png,a caption {label}"),
-    "reports": ("image,report", "{i}.png,a report with {label} in it"),
 }
 
 
@@ -155,8 +154,7 @@ def test_a_site_that_is_drawn_into_the_held_out_sets_as_a_whole(tmp_path):
 def by_site(root, name, counts, patients=1, header=True):
     """A data set of sites with so many images each; images of a patient follow each other."""
     root.mkdir(parents=True, exist_ok=True)
-    columns = {"csv": "path,label", "pairs": "image,text,label", "reports": "image,report,label"}
-    columns["segmentation"] = "image,mask"
+    columns = {"csv": "path,label", "pairs": "image,text,label", "segmentation": "image,mask"}
     lines, number = [f"{columns[name]},site,patient"], 0
     for site, count in counts.items():
         for i in range(count):
@@ -164,7 +162,7 @@ def by_site(root, name, counts, patients=1, header=True):
             mask = Image.new("L", (9, 8))
             mask.paste(1, (1, 1, 4, 4))
             mask.save(root / f"m{site}{i}.png")
-            row = {"path": f"{site}{i}.png", "label": "ab"[i % 2], "text": f"text {i}", "report": f"some report {i}"}
+            row = {"path": f"{site}{i}.png", "label": "ab"[i % 2], "text": f"text {i}"}
             row |= {"image": row["path"], "mask": f"m{site}{i}.png", "site": site, "patient": f"{site}{i // patients}"}
             lines.append(",".join(row[column] for column in lines[0].split(",")))
             number += 1
@@ -177,7 +175,7 @@ def shares(split):
     return dict(sorted(Counter(name[0] for name in split.ids).items()))
 
 
-@pytest.mark.parametrize("name", ["csv", "pairs", "reports", "segmentation"])
+@pytest.mark.parametrize("name", ["csv", "pairs", "segmentation"])
 def test_the_sets_are_drawn_of_every_site(tmp_path, name):
     said = []
     data = opened(name, by_site(tmp_path, name, {"A": 10, "B": 10, "C": 40}), notice=said.append)
@@ -254,7 +252,6 @@ def test_fewer_test_images_still_show_every_site(tmp_path, count):
         ("csv", "file,kind", "{i}.png,{label}", {"path": "file", "label": "Kind"}),
         ("csv", "label,path", "{i}.png,{label}", {"path": "label", "label": "path"}),
         ("pairs", "photo,report", "{i}.png,some {label}", {"image": "photo", "text": "report"}),
-        ("reports", "photo,words,findings", "{i}.png,some words of {label},no", {"image": "photo", "report": "words"}),
     ],
 )
 def test_columns_by_other_names(tmp_path, name, header, line, options):
@@ -292,7 +289,6 @@ def test_masks_in_a_column_by_another_name(tmp_path):
         ("csv", {"label": "site", "path": "nowhere"}, r'the option path names the column "nowhere", which .*list\.csv'),
         ("csv", {"text": "site"}, 'data set "csv" has no option "text"'),
         ("pairs", {}, 'has no column "image".*--data-option image=COLUMN'),
-        ("reports", {}, 'has no column "report.*it has path, label, site: .*--data-option report=COLUMN'),
     ],
 )
 def test_columns_that_are_not_there(tmp_path, name, options, words):

@@ -15,7 +15,6 @@ ACCENT = "café", unicodedata.normalize("NFD", "café")
 TABLES = {
     "csv": ("path,label", "{i}.png,{label}"),
     "pairs": ("image,text,label", "{i}.png,a caption,{label}"),
-    "reports": ("image,report,label", "{i}.png,a report with words,{label}"),
 }
 
 

@@ -97,7 +97,7 @@ def test_rows_without_a_value_are_no_rows(tmp_path, empty):
 
 
 @pytest.mark.parametrize("name", ["~$list.csv", "._list.csv", ".~lock.list.csv"])
-@pytest.mark.parametrize("data", ["csv", "pairs", "segmentation", "reports"])
+@pytest.mark.parametrize("data", ["csv", "pairs", "segmentation"])
 def test_what_a_program_puts_beside_a_table_is_no_table(tmp_path, name, data):
     (tmp_path / name).write_bytes(b"\x05owner\0\0")
     (tmp_path / "list.csv").write_text("a,b\n1,2\n")

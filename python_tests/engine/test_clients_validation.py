@@ -19,7 +19,6 @@ PRIVATE = {
 HEADERS = {
     "csv": "path,label",
     "pairs": "image,text,label",
-    "reports": "image,report,label",
     "segmentation": "image,mask",
 }
 
@@ -39,7 +38,7 @@ def listed(name, root, splits=("",)):
             "text": f"text {i}",
             "label": "ab"[i // 2 % 2],
         }
-        row |= {"report": f"some report {i}", "client": "AB"[i % 2], "split": splits[i % len(splits)]}
+        row |= {"client": "AB"[i % 2], "split": splits[i % len(splits)]}
         lines.append(",".join(row[column] for column in lines[0].split(",")))
     (root / "list.csv").write_text("\n".join(lines))
     return load(name, root=root, options={"size": 8, "colour": "grey"})

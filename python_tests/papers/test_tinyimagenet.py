@@ -1,7 +1,11 @@
 """Tiny-ImageNet's folders: content, and what is said where they are incomplete."""
 
+import os
+
 import numpy as np
 import pytest
+from in_time import in_time
+from papers_data import TINYIMAGENET
 from PIL import Image
 
 from fedkern.data import load
@@ -36,7 +40,7 @@ def tree(tmp_path):
 
 @pytest.mark.parametrize("above", [False, True])
 def test_content(tree, above):
-    data = load("tinyimagenet", root=tree.parent if above else tree, clients=3, partition="iid")
+    data = load(TINYIMAGENET, root=tree.parent if above else tree, clients=3, partition="iid")
     assert data.classes == ("crane (n02)", "crane (n01)", "desk")
     assert data.form.shape == (3, 64, 64)
     assert data.tests[""].labels.tolist() == [0, 1, 2, 0, 1, 2]
@@ -54,7 +58,7 @@ def test_what_macos_puts_beside_images_is_left_out_and_told(tree):
         if path.is_file():
             path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
     told = []
-    data = load("tinyimagenet", root=tree, clients=3, partition="iid", notice=told.append)
+    data = load(TINYIMAGENET, root=tree, clients=3, partition="iid", notice=told.append)
     assert len(data.image_ids) == 36
     assert told == [f"Files under {tree} that are not read: 42 ._* of macOS, such as ._wnids.txt."]
 
@@ -62,7 +66,7 @@ def test_what_macos_puts_beside_images_is_left_out_and_told(tree):
 def test_what_is_missing_is_named(tree):
     (tree / "val" / "images" / "val_3.JPEG").unlink()
     with pytest.raises(UserError, match=r"val_3\.JPEG of .*val_annotations\.txt, line 4, is missing"):
-        load("tinyimagenet", root=tree)
+        load(TINYIMAGENET, root=tree)
 
 
 @pytest.mark.parametrize(
@@ -81,5 +85,20 @@ def test_what_is_missing_is_named(tree):
 def test_incomplete_folders_are_one_sentence(tree, change, words):
     change(tree)
     with pytest.raises(UserError, match=words) as caught:
-        load("tinyimagenet", root=tree, clients=2, partition="iid")
+        load(TINYIMAGENET, root=tree, clients=2, partition="iid")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["words.txt", "val/val_annotations.txt", "wnids.txt"])
+def test_lists_that_are_pipes(tree, name):
+    (tree / name).unlink()
+    os.mkfifo(tree / name)
+    assert "named pipe" in in_time(lambda: load(TINYIMAGENET, root=tree)) or name == "wnids.txt"
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_one_image_under_two_names(tree, link):
+    (tree / "val" / "images" / "val_0.JPEG").unlink()
+    link(tree / "train" / "n01" / "images" / "n01_0.JPEG", tree / "val" / "images" / "val_0.JPEG")
+    with pytest.raises(UserError, match=r"are one file, .*remove the link"):
+        load(TINYIMAGENET, root=tree, clients=2, partition="iid")

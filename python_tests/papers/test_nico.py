@@ -1,13 +1,16 @@
 """NICO protocols on a generated tree of classes x 10 contexts."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from papers_data import NICO
 from PIL import Image
 
 from fedkern.data import Split, load
 from fedkern.errors import UserError
+from fedkern.run import main
 
 CLASSES, CONTEXTS, IMAGES = 3, 10, 5
 
@@ -26,7 +29,7 @@ def expected(position: int) -> set[tuple[str, str]]:
 @pytest.mark.parametrize(("protocol", "first", "ood"), [("F7", 0, (7, 8, 9)), ("L7", 3, (0, 1, 2))])
 def test_who_holds_which_context(tmp_path: Path, write_nico, layout: str, protocol: str, first: int, ood) -> None:
     write_nico(tmp_path / layout)
-    data = load("nico", root=tmp_path, seed=1, options={"protocol": protocol, "size": 16})
+    data = load(NICO, root=tmp_path, seed=1, options={"protocol": protocol, "size": 16})
     assert len(data.clients) == 7
     for i, split in enumerate(data.clients):
         assert contexts_of(split) == expected(first + i)
@@ -40,7 +43,7 @@ def test_who_holds_which_context(tmp_path: Path, write_nico, layout: str, protoc
 
 def test_nothing_is_held_out(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path)
-    data = load("nico", root=tmp_path, options={"size": 16, "held_out": 0})
+    data = load(NICO, root=tmp_path, options={"size": 16, "held_out": 0})
     assert data.client_sizes == (CLASSES * IMAGES,) * 7
     assert len(data.validation) == 0
     assert set(data.tests) == {"ood"}
@@ -48,7 +51,7 @@ def test_nothing_is_held_out(tmp_path: Path, write_nico) -> None:
 
 def test_every_image_is_used_once(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path)
-    data = load("nico", root=tmp_path, options={"size": 16})
+    data = load(NICO, root=tmp_path, options={"size": 16})
     names = [name for split in (*data.clients, data.validation, *data.tests.values()) for name in split.ids]
     assert len(names) == len(set(names)) == CLASSES * CONTEXTS * IMAGES
     assert data.image_ids == frozenset(names)
@@ -60,7 +63,7 @@ def test_what_macos_puts_beside_images_is_left_out_and_told(tmp_path: Path, writ
         if path.is_file():
             path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
     told: list[str] = []
-    data = load("nico", root=tmp_path, options={"size": 16}, notice=told.append)
+    data = load(NICO, root=tmp_path, options={"size": 16}, notice=told.append)
     assert len(data.image_ids) == CLASSES * CONTEXTS * IMAGES
     assert told == [
         f"Files under {tmp_path} that are not read: 150 ._* of macOS, such as class0/context00 of 0/._0.jpg."
@@ -69,7 +72,7 @@ def test_what_macos_puts_beside_images_is_left_out_and_told(tmp_path: Path, writ
 
 def test_pixels_labels_and_sizes(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path, size=(20, 12))
-    data = load("nico", root=tmp_path, options={"size": 16})
+    data = load(NICO, root=tmp_path, options={"size": 16})
     assert data.form.shape == (3, 16, 16)
     for split in (*data.clients, data.tests["ood"]):
         for row, name in enumerate(split.ids):
@@ -82,7 +85,7 @@ def test_pixels_labels_and_sizes(tmp_path: Path, write_nico) -> None:
 
 def test_the_held_out_images_do_not_depend_on_the_seed(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path)
-    one, two = (load("nico", root=tmp_path, seed=seed, options={"size": 8}) for seed in (0, 1))
+    one, two = (load(NICO, root=tmp_path, seed=seed, options={"size": 8}) for seed in (0, 1))
     assert one.tests["id"].ids == two.tests["id"].ids
     assert one.validation.ids == two.validation.ids
     assert torch.equal(one.tests["ood"].images, two.tests["ood"].images)
@@ -91,31 +94,31 @@ def test_the_held_out_images_do_not_depend_on_the_seed(tmp_path: Path, write_nic
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.33])
 def test_share_held_out(tmp_path: Path, write_nico, share: float) -> None:
     write_nico(tmp_path, classes=2, images=20, size=(8, 8))
-    data = load("nico", root=tmp_path, options={"size": 8, "held_out": share})
+    data = load(NICO, root=tmp_path, options={"size": 8, "held_out": share})
     assert len(data.tests["id"]) == len(data.validation) == 2 * 7 * min(round(20 * share), 6)
 
 
 def test_only_the_images_needed_are_decoded(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path)
-    data = load("nico", root=tmp_path, train_samples=40, options={"size": 8, "test_samples": 5})
+    data = load(NICO, root=tmp_path, train_samples=40, options={"size": 8, "test_samples": 5})
     used = {name for split in (*data.clients, data.validation, *data.tests.values()) for name in split.ids}
     unused = min(data.image_ids - used)
     (tmp_path / unused).write_bytes(b"broken")
-    load("nico", root=tmp_path, train_samples=40, options={"size": 8, "test_samples": 5})
+    load(NICO, root=tmp_path, train_samples=40, options={"size": 8, "test_samples": 5})
 
 
 def test_a_part_of_a_download(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path / "NICO" / "Animal", classes=2)
     write_nico(tmp_path / "NICO" / "Vehicle", classes=4)
-    assert len(load("nico", root=tmp_path, options={"size": 8, "part": "vehicle"}).classes) == 4
-    assert len(load("nico", root=tmp_path, options={"size": 8, "part": "Animal"}).classes) == 2
+    assert len(load(NICO, root=tmp_path, options={"size": 8, "part": "vehicle"}).classes) == 4
+    assert len(load(NICO, root=tmp_path, options={"size": 8, "part": "Animal"}).classes) == 2
     with pytest.raises(UserError, match='no folder "plants"'):
-        load("nico", root=tmp_path, options={"size": 8, "part": "plants"})
+        load(NICO, root=tmp_path, options={"size": 8, "part": "plants"})
 
 
 def test_other_partitions_mix_the_training_contexts(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path)
-    data = load("nico", root=tmp_path, clients=2, partition="iid", options={"size": 8})
+    data = load(NICO, root=tmp_path, clients=2, partition="iid", options={"size": 8})
     assert len(data.clients) == 2
     assert all(len(contexts_of(split)) > CLASSES for split in data.clients)
     assert contexts_of(data.tests["ood"]) == set.union(*(expected(position) for position in (7, 8, 9)))
@@ -124,13 +127,13 @@ def test_other_partitions_mix_the_training_contexts(tmp_path: Path, write_nico) 
 def test_another_number_of_clients(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path)
     with pytest.raises(UserError, match="assigns its contexts or sites to 7 clients, not 5"):
-        load("nico", root=tmp_path, clients=5, options={"size": 8})
+        load(NICO, root=tmp_path, clients=5, options={"size": 8})
 
 
 def test_too_few_contexts(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path, contexts=7)
     with pytest.raises(UserError, match=r"class0 has 7 contexts, expected at least 8"):
-        load("nico", root=tmp_path, options={"size": 8})
+        load(NICO, root=tmp_path, options={"size": 8})
 
 
 def test_empty_context(tmp_path: Path, write_nico) -> None:
@@ -140,7 +143,7 @@ def test_empty_context(tmp_path: Path, write_nico) -> None:
         path.unlink()
     (folder / "notes.txt").write_text("no image")
     with pytest.raises(UserError, match="context04 of 1 holds no image"):
-        load("nico", root=tmp_path, options={"size": 8})
+        load(NICO, root=tmp_path, options={"size": 8})
 
 
 def test_damaged_image_is_named(tmp_path: Path, write_nico) -> None:
@@ -149,12 +152,12 @@ def test_damaged_image_is_named(tmp_path: Path, write_nico) -> None:
     Image.effect_noise((200, 200), 80).convert("RGB").save(path)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(UserError, match=r"cannot read the image .*context04 of 1/2.jpg"):
-        load("nico", root=tmp_path, options={"size": 8})
+        load(NICO, root=tmp_path, options={"size": 8})
 
 
 def test_no_tree(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected folders class/context/image"):
-        load("nico", root=tmp_path, options={"size": 8})
+        load(NICO, root=tmp_path, options={"size": 8})
 
 
 @pytest.mark.parametrize(
@@ -169,4 +172,37 @@ def test_no_tree(tmp_path: Path) -> None:
 )
 def test_bad_options(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load("nico", root=tmp_path, options=options)
+        load(NICO, root=tmp_path, options=options)
+
+
+def test_one_image_in_two_contexts(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path)
+    contexts = sorted((tmp_path / "class0").iterdir())
+    (contexts[9] / "9.png").symlink_to(contexts[0] / "1.png")
+    with pytest.raises(UserError, match="are one file"):
+        load(NICO, root=tmp_path, options={"size": 8})
+    (contexts[9] / "9.png").unlink()
+    (tmp_path / "class0" / "zoo").symlink_to(contexts[0])
+    with pytest.raises(UserError, match="are one file"):
+        load(NICO, root=tmp_path, options={"size": 8})
+
+
+def test_the_limit_of_pixels(tmp_path: Path, write_nico) -> None:
+    write_nico(tmp_path)
+    with pytest.raises(UserError, match=r"pixels, more than 60: .*--max-image-pixels"):
+        load(NICO, root=tmp_path, options={"size": 8, "max_image_pixels": 60})
+    load(NICO, root=tmp_path, options={"size": 8, "max_image_pixels": 240})
+
+
+def test_a_finished_run_is_evaluated_on_its_own_data(tmp_path: Path, write_nico) -> None:
+    """A run folder may not name code alone: the user names the same file again, and no more."""
+    write_nico(tmp_path / "data")
+    out = tmp_path / "run"
+    words = ["--data-option", "size=16", "--model", "resnet8", "--width", "4", "--rounds", "1", "--local-epochs", "1"]
+    assert main(["fedavg", "--data", NICO, "--data-root", str(tmp_path / "data"), *words, "--out", str(out)]) == 0
+    assert main(["evaluate", str(out), "--data", NICO]) == 0
+    figures = json.loads((out / "evaluate-nico.json").read_text())["metrics"]
+    told = json.loads((out / "summary.json").read_text())["metrics"]
+    assert {name: figures[name] for name in ("id_accuracy", "ood_loss")} == {
+        name: told[name] for name in ("id_accuracy", "ood_loss")
+    }

@@ -1,22 +1,25 @@
 """NIfTI volumes: slices, classes, intensities, whole cases; every mistake is one sentence."""
 
 import gzip
+import os
 import re
 import struct
 
 import numpy as np
 import pytest
 import torch
+from in_time import in_time
+from papers_data import BRATS, function
 
 from fedkern.data import load
 from fedkern.data.sharing.holdout import hold_out
-from fedkern.data.sources.brats import read_volume, square, to_bytes
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
 
 nibabel = pytest.importorskip("nibabel", reason="writes volumes with nibabel (the extra medical)")
 
+read_volume, square, to_bytes = (function(BRATS, name) for name in ("read_volume", "square", "to_bytes"))
 SHAPE = (12, 10, 6)  # x, y, z
 
 
@@ -49,7 +52,7 @@ def write_cases(root, count=10, **settings):
 
 def opened(root, clients=2, partition="iid", **options):
     plain = {"modalities": "t1,flair", "size": 12}
-    return load("brats", root=root, clients=clients, partition=partition, options={**plain, **options})
+    return load(BRATS, root=root, clients=clients, partition=partition, options={**plain, **options})
 
 
 def every_split(data):
@@ -85,7 +88,7 @@ def test_what_macos_puts_beside_volumes_is_left_out_and_told(tmp_path):
         if path.is_file():
             path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
     data = load(
-        "brats", root=tmp_path, clients=2, partition="iid", options={"modalities": "t1,flair", "size": 12},
+        BRATS, root=tmp_path, clients=2, partition="iid", options={"modalities": "t1,flair", "size": 12},
         notice=told.append,
     )  # fmt: skip
     assert [split.ids for split in every_split(data)] == [split.ids for split in every_split(plain)]
@@ -191,7 +194,7 @@ def test_a_clients_own_test_set_has_whole_cases(tmp_path):
 
 def test_public_cases_are_nobodys(tmp_path):
     write_cases(tmp_path)
-    data = load("brats", root=tmp_path, clients=2, public_samples=4, options={"modalities": "t1", "size": 12})
+    data = load(BRATS, root=tmp_path, clients=2, public_samples=4, options={"modalities": "t1", "size": 12})
     assert len(data.public) == 4
     assert not cases_of(data.public) & set.union(*(cases_of(client) for client in data.clients))
 
@@ -200,7 +203,7 @@ def test_dice_is_that_of_a_case(tmp_path):
     write_cases(tmp_path / "data", 8)
     settings = {"model": "unet-small", "width": 2, "rounds": 1, "local_epochs": 1, "clients": 2, "threads": 1}
     options = {"modalities": "t1,flair", "size": 16}
-    config = RunConfig.make("fedavg", data="brats", data_root=str(tmp_path / "data"), data_options=options, **settings)
+    config = RunConfig.make("fedavg", data=BRATS, data_root=str(tmp_path / "data"), data_options=options, **settings)
     assert {"dice", "hd95"} <= set(run(config, out=tmp_path / "run")["metrics"])
 
 
@@ -318,3 +321,101 @@ def test_rounded_affines_and_other_axes_are_one_place(tmp_path):
     for one, other in zip(every_split(opened(tmp_path)), every_split(expected), strict=True):
         assert torch.equal(one.labels, other.labels)
         assert torch.equal(one.images, other.images)
+
+
+# Files that are not what they are called
+
+
+def nifti(path, shape=(4, 4, 3), number=0, kind="Nifti1Image", mask=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(number).integers(1, 100, shape).astype(np.uint8 if mask else np.int16)
+    nibabel.save(getattr(nibabel, kind)((values % 2).astype(np.uint8) if mask else values, np.eye(4)), path)
+    return path
+
+
+def cases(root, count=6, ending=".nii.gz"):
+    for i in range(count):
+        nifti(root / f"case{i}" / f"case{i}_t1{ending}", number=i)
+        nifti(root / f"case{i}" / f"case{i}_seg{ending}", number=i, mask=True)
+    return root
+
+
+def cut_out(root):
+    return opened(root, size=8, modalities="t1")
+
+
+@pytest.mark.parametrize("kind", ["Nifti1Image", "Nifti2Image"])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_both_versions_of_nifti(tmp_path, kind, ending):
+    path = nifti(tmp_path / f"a{ending}", kind=kind)
+    expected = np.random.default_rng(0).integers(1, 100, (4, 4, 3)).astype(np.float32)
+    assert np.array_equal(read_volume(path)[0], expected.transpose(2, 1, 0)[:, ::-1])
+    with pytest.raises(UserError, match=r"has 4x4x3 voxels, more than 47: .*--max-image-pixels 48"):
+        read_volume(path, 47)
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(("harm", "words"), [
+    (lambda made: made[:-8] + bytes([made[-8] ^ 1]) + made[-7:], "incorrect data check"),
+    (lambda made: made[:-1] + bytes([made[-1] ^ 1]), "incorrect length check"),
+    (lambda made: made[:-8], "its end is missing"), (lambda made: made[:-3], "its end is missing"),
+    (lambda made: made + b"more", "other bytes behind its end"), (lambda made: made + b"\0", "behind its end|its end"),
+    (lambda made: gzip.compress(gzip.decompress(made) + b"\0"), "more than the|stand behind its last voxel"),
+    (lambda made: made + gzip.compress(bytes(1_000_000)), "more than the"),
+    (lambda made: gzip.compress(gzip.decompress(made)[:-1]), "Expected"),
+    (lambda made: gzip.compress(gzip.decompress(made)[:100]), "wrong size"),
+    (lambda made: gzip.compress(b""), "wrong size"),
+])  # fmt: skip
+@pytest.mark.parametrize("which", ["t1", "seg"])
+def test_a_compressed_volume_is_whole(tmp_path, harm, words, which):
+    cases(tmp_path)
+    path = tmp_path / "case0" / f"case0_{which}.nii.gz"
+    path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(UserError, match=f"case0_{which}.nii.gz .*({words})"):
+        cut_out(tmp_path)
+
+
+@pytest.mark.parametrize(("sides", "words"), [
+    ((3, 4, 0, 3), "dimension of 0"), ((3, 4, 4, -1), "dimension of -1"), ((0, 4, 4, 3), "dimension"),
+    ((3, 32767, 32767, 32767), "has 32767x32767x32767 voxels, more than 50,000,000"),
+    ((9, 4, 4, 3), "voxels, more than 50,000,000"),
+    ((2, 4, 12, 1), "has 2 dimensions, expected three"),
+])  # fmt: skip
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_volumes_of_sizes_that_are_none(tmp_path, sides, words, ending):
+    cases(tmp_path, ending=ending)
+    path = tmp_path / "case0" / f"case0_seg{ending}"
+    raw = path.read_bytes() if ending == ".nii" else gzip.decompress(path.read_bytes())
+    raw = raw[:40] + struct.pack("<4h", *sides) + raw[48:]
+    path.write_bytes(raw if ending == ".nii" else gzip.compress(raw))
+    with pytest.raises(UserError, match=words):
+        cut_out(tmp_path)
+
+
+def test_folders_of_cases_that_loop(tmp_path):
+    """It made 246 cases of 6, with the slices of one patient in training and test."""
+    cases(tmp_path)
+    cut_out(tmp_path)
+    (tmp_path / "b").symlink_to(".")
+    assert "are one folder" in in_time(lambda: cut_out(tmp_path))
+    (tmp_path / "b").unlink()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "again").symlink_to("../case3")
+    assert "are one folder" in in_time(lambda: cut_out(tmp_path))
+    (tmp_path / "site" / "again").unlink()
+    (tmp_path / "site" / "again").symlink_to("..")
+    assert "are one folder" in in_time(lambda: cut_out(tmp_path))
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_volume_of_two_cases(tmp_path, link):
+    cases(tmp_path)
+    mask = tmp_path / "case1" / "case1_seg.nii.gz"
+    mask.unlink()
+    link(tmp_path / "case0" / "case0_seg.nii.gz", mask)  # equal masks may be one file
+    cut_out(tmp_path)
+    own = tmp_path / "case1" / "case1_t1.nii.gz"
+    own.unlink()
+    link(tmp_path / "case0" / "case0_t1.nii.gz", own)
+    with pytest.raises(UserError, match=r"case0 and .*case1 have one volume"):
+        cut_out(tmp_path)

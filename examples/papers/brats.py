@@ -2,7 +2,22 @@
 
 A case folder holds a file for every modality and a mask file with the class of every voxel, such as ``NAME_t1.nii.gz``,
 ``NAME_flair.nii.gz`` and ``NAME_seg.nii.gz``.  Volumes are first turned to the closest canonical orientation (right,
-anterior, superior), so that slices are axial however the volume was stored.
+anterior, superior), so that slices are axial however the volume was stored.  They are read with nibabel, the
+extra ``medical``.
+
+A U-Net by FedAvg:
+
+    python -m fedkern.run fedavg --data examples/papers/brats.py:brats --data-root DIR --model unet --rounds 50 \\
+        --batch-size 16 --optimizer adamw --lr 0.001
+
+FedIOD, whose setup on BraTS is not published, with the settings of its study on other masks (docs/methods/fediod.md):
+
+    python -m fedkern.run fediod --data examples/papers/brats.py:brats --data-root DIR --model unet --width 8 \\
+        --rounds 75 --local-epochs 30 --batch-size 16 --optimizer adamw --lr 0.001 --weight-decay 3e-4 \\
+        --method-option iterations=4 --method-option batch=16 --method-option student_steps=4 \\
+        --method-option generator_lr=2e-3 --method-option critic_lr=1e-3 --method-option critic_layers=2 \\
+        --method-option warmup=0.25 --method-option w_balance=1 --method-option disc_weight=true \\
+        --method-option student_optimizer=adamw --method-option student_lr=3e-3
 """
 
 from __future__ import annotations
@@ -19,14 +34,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedkern import UserError, register_data
+from fedkern.data import READING, Listing, Option, Pool, Reading, Source
 from fedkern.data.images.full_masks import FullMasks, MaskStore
 from fedkern.data.images.image_files import MAX_PIXELS, each, hidden, subfolders
 from fedkern.data.labels.spelling import SHOWN, numbered
 from fedkern.data.sources.found_files import gunzip, need_root
-from fedkern.data.sources.listing import SPLITS, Listing, Reading, split_rows
+from fedkern.data.sources.listing import SPLITS, split_rows
 from fedkern.data.sources.site_folders import left_out
-from fedkern.data.types import Pool, Source
-from fedkern.errors import UserError, first_of
+from fedkern.errors import first_of
 from fedkern.files.inputs import open_regular, real_file
 from fedkern.process.extras import needed
 from fedkern.tasks.segmentation import largest_classes
@@ -72,22 +88,29 @@ class Grid:
             )
 
 
-def open_brats(
-    root: str | Path | None,
-    size: int = 128,
-    modalities: str = "t1,t1ce,t2,flair",
-    target: str = "seg",
-    labels: str = "whole",
-    slices: str = "object",
-    every: int = 1,
-    test_share: float = 0.2,
-    validation_share: float = 0.1,
-    max_image_pixels: int = MAX_PIXELS,
+@register_data("brats", clients=10, partition="iid", task="segmentation")
+def brats(
+    root: str | Path | None = None,
+    *,
+    size: int = Option(128, "side in pixels to which slices are resized", low=8, high=8192),
+    modalities: str = Option("t1,t1ce,t2,flair", "the channels, as the names of their files end"),
+    target: str = Option("seg", "how the names of the files of classes end"),
+    labels: str = Option("whole", "whole (one object), parts (BraTS's three), or stored values such as 1|2|4"),
+    slices: str = Option(
+        "object", "axial slices that hold an object, any tissue, or all", choices=("object", "tissue", "all")
+    ),
+    every: int = Option(1, "keep one slice in so many", low=1),
+    test_share: float = Option(0.2, "share of the cases held out as test set where there is none", low=0, high=0.9),
+    validation_share: float = Option(
+        0.1, "share of the training cases held out as validation set where there is none", low=0, high=0.9
+    ),
+    max_image_pixels: int = READING["max_image_pixels"],
 ) -> Source:
-    """Finds the cases and reads their masks; volumes are read when a split needs them.
+    """Tumour segmentation in NIfTI volumes, a folder for every case as in BraTS; clients hold whole cases.
 
-    Cases are held out, and shared out among clients, as a whole.  Where cases lie in several folders (HGG and LGG, or
-    one folder for every hospital), these folders are the clients of the partition ``attribute``.
+    Masks are read at once, volumes when a split needs them.  Cases are held out, and shared out among clients, as a
+    whole.  Where cases lie in several folders (HGG and LGG, or one folder for every hospital), these folders are the
+    clients of the partition ``attribute``.
 
     Args:
         root: holds the case folders, at any depth; ``train``, ``val`` and ``test`` at the top are the splits.
@@ -109,25 +132,25 @@ def open_brats(
         raise UserError(f'data set "brats": modalities must be different names between commas, not "{modalities}"')
     cases = find_cases(base, channels, target)
     values = read_labels(labels)
-    found: dict[int, npt.NDArray[np.uint8]] = {}
+    voxels: dict[int, npt.NDArray[np.uint8]] = {}
     grids: dict[int, Grid] = {}
 
     def read(i: int) -> None:
-        found[i], grids[i] = classes_of(cases[i].mask, list(values.values()), max_image_pixels)
+        voxels[i], grids[i] = classes_of(cases[i].mask, list(values.values()), max_image_pixels)
 
     each(read, len(cases))
     rows = [
         (i, z)
         for i, case in enumerate(cases)
-        for z in kept_slices(case, found[i], grids[i], slices, every, max_image_pixels)
+        for z in kept_slices(case, voxels[i], grids[i], slices, every, max_image_pixels)
     ]
     if not rows:
         raise UserError(f'data set "brats": no slice under {base} holds any class; take slices=all or other labels')
     where = np.array(rows, dtype=np.int64)
-    targets = torch.stack([square(torch.from_numpy(found[i][z].copy()), size, smooth=False) for i, z in rows])
+    targets = torch.stack([square(torch.from_numpy(voxels[i][z].copy()), size, smooth=False) for i, z in rows])
     full = MaskStore(_unread, size, square=True)
     for row, (i, z) in enumerate(rows):
-        full.pack(row, found[i][z])
+        full.pack(row, voxels[i][z])
     pools = _pools(cases, grids, where, targets, full, (test_share, validation_share), max_image_pixels)
     sites = numbered(case.site for case in cases)
     return Source(
@@ -153,10 +176,10 @@ def find_cases(base: Path, modalities: Sequence[str], mask: str) -> list[Case]:
             others are not, or links give two names to one folder or to the volume of a case.
     """
     cases: list[Case] = []
-    known: dict[object, Path] = {}
+    owners: dict[object, Path] = {}
 
     def once(path: Path, what: str, owner: Path) -> None:
-        other = known.setdefault(real_file(path), owner)
+        other = owners.setdefault(real_file(path), owner)
         if other != owner:
             raise UserError(
                 f'data set "brats": {other} and {owner} {what} {path.resolve()}, so that its cases would be there '
@@ -280,10 +303,10 @@ def classes_of(
     stored, grid = read_volume(path, max_voxels)
     if (stored != np.rint(stored)).any() or stored.min() < 0:
         raise UserError(f'data set "brats": the mask {path} holds values that are no class numbers')
-    made = np.zeros(stored.shape, dtype=np.uint8)
-    for number, own in enumerate(values, 1):
-        made[np.isin(stored, own) if own else stored > 0] = number
-    return made, grid
+    classes = np.zeros(stored.shape, dtype=np.uint8)
+    for number, meant in enumerate(values, 1):
+        classes[np.isin(stored, meant) if meant else stored > 0] = number
+    return classes, grid
 
 
 def _unread(row: int) -> npt.NDArray[np.int16]:
@@ -297,8 +320,8 @@ def kept_slices(
     if slices == "all":
         there = np.ones(len(classes), dtype=bool)
     elif slices == "tissue":
-        values, own = read_volume(case.volumes[0], max_voxels)
-        grid.check(own)
+        values, other = read_volume(case.volumes[0], max_voxels)
+        grid.check(other)
         there = np.asarray((values != 0).any((1, 2)))
     else:
         there = np.asarray(classes.any((1, 2)))
@@ -325,10 +348,10 @@ def square(image: Tensor, size: int, *, smooth: bool) -> Tensor:
         return padded
     flat = padded.reshape(1, -1, side, side).float()
     if smooth:
-        made = F.interpolate(flat, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        resized = F.interpolate(flat, (size, size), mode="bilinear", antialias=True, align_corners=False)
     else:
-        made = F.interpolate(flat, (size, size), mode="nearest-exact")
-    return made.round_().clamp_(0, 255).to(torch.uint8).reshape(*image.shape[:-2], size, size)
+        resized = F.interpolate(flat, (size, size), mode="nearest-exact")
+    return resized.round_().clamp_(0, 255).to(torch.uint8).reshape(*image.shape[:-2], size, size)
 
 
 def _pools(
@@ -346,21 +369,21 @@ def _pools(
 
     def pool(chosen: npt.NDArray[np.int64]) -> Pool:
         rows = torch.from_numpy(np.flatnonzero(np.isin(where[:, 0], chosen)))
-        own = where[rows.numpy()]
+        places = where[rows.numpy()]
 
         def read(wanted: Tensor) -> tuple[Tensor, None]:
-            return _slices(cases, grids, own[wanted.numpy()], targets.shape[-1], max_voxels), None
+            return _slices(cases, grids, places[wanted.numpy()], targets.shape[-1], max_voxels), None
 
         def classes(wanted: Tensor) -> Tensor:
             return targets[rows[wanted]].long()
 
         return Pool(
             labels=largest[rows],
-            ids=tuple(f"{cases[i].name}/{z}" for i, z in own.tolist()),
+            ids=tuple(f"{cases[i].name}/{z}" for i, z in places.tolist()),
             read=read,
-            groups=site[own[:, 0]] if len(sites) > 1 else None,
+            groups=site[places[:, 0]] if len(sites) > 1 else None,
             targets=classes,
-            cases=torch.from_numpy(own[:, 0].copy()),
+            cases=torch.from_numpy(places[:, 0].copy()),
             full=FullMasks(full, rows),
         )
 
@@ -371,14 +394,14 @@ def _split(
     cases: Sequence[Case], present: npt.NDArray[np.int64], shares: tuple[float, float]
 ) -> dict[str, npt.NDArray[np.int64]]:
     """The cases of every split; a split without a folder gets whole cases that are held out."""
-    own = [cases[i] for i in present]
-    splits = [case.split for case in own]
+    there = [cases[i] for i in present]
+    splits = [case.split for case in there]
     if "test" not in splits:
         splits = ["test" if split == "validation" else split for split in splits]
-    names, sites = tuple(case.name for case in own), [case.site for case in own]
-    listing = Listing((), names, np.zeros(len(own), dtype=np.int64), splits, sites, thing="case")
-    rows = split_rows("brats", listing, Reading(0, "grey", *shares), np.arange(len(own)))
-    return {name: present[found.numpy()] for name, found in rows.items()}
+    names, sites = tuple(case.name for case in there), [case.site for case in there]
+    listing = Listing((), names, np.zeros(len(there), dtype=np.int64), splits, sites, thing="case")
+    rows = split_rows("brats", listing, Reading(0, "grey", *shares), np.arange(len(there)))
+    return {name: present[chosen.numpy()] for name, chosen in rows.items()}
 
 
 def _slices(
@@ -395,8 +418,8 @@ def _slices(
         for channel, path in enumerate(case.volumes):
             values, grid = read_volume(path, max_voxels)
             grids[int(present[number])].check(grid)
-            own = torch.from_numpy(to_bytes(values)[planes])
-            images[torch.from_numpy(rows), channel] = square(own, size, smooth=True)
+            slices = torch.from_numpy(to_bytes(values)[planes])
+            images[torch.from_numpy(rows), channel] = square(slices, size, smooth=True)
 
     each(read, len(present))
     return images

@@ -1,5 +1,11 @@
 """NICO: class/context folders of images, and the F7 and L7 protocols (docs/methods/baselines.md, 6.1).
 
+FedGID with the published settings of FedDDL's code (docs/methods/fedgid.md, 8):
+
+    python -m fedkern.run fedgid --data examples/papers/nico.py:nico --data-root DIR --data-option protocol=F7 \\
+        --detector FOLDER --model resnet18 --rounds 50 --local-epochs 10 --batch-size 64 --lr 0.01 \\
+        --weight-decay 1e-5 --grad-cam 100
+
 There are seven clients.  The protocols use these contexts of every class, in sorted order:
 
 | protocol | client i holds | out-of-distribution test |
@@ -19,10 +25,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedkern import UserError, register_data
+from fedkern.data import READING, Option, Pool, Source
 from fedkern.data.images.image_files import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    MAX_PIXELS,
     ImageFiles,
     ImageReader,
     check_distinct,
@@ -31,8 +38,6 @@ from fedkern.data.images.image_files import (
 )
 from fedkern.data.sources.found_files import need_root
 from fedkern.data.sources.site_folders import left_out
-from fedkern.data.types import Pool, Source
-from fedkern.errors import UserError
 from fedkern.streams import stream
 
 CLIENTS = 7
@@ -49,15 +54,24 @@ class Record:
     contexts: int
 
 
-def open_nico(
-    root: str | Path | None,
-    protocol: str = "F7",
-    size: int = 224,
-    part: str = "",
-    held_out: float = 0.1,
-    max_image_pixels: int = MAX_PIXELS,
+@register_data("nico", clients=CLIENTS, partition="attribute")
+def nico(
+    root: str | Path | None = None,
+    *,
+    protocol: str = Option("F7", "first or last seven contexts of every class train", choices=("F7", "L7")),
+    size: int = Option(224, "side in pixels to which images are resized", low=8, high=8192),
+    part: str = Option("", "subfolder to use, for example Animal or Vehicle"),
+    held_out: float = Option(
+        0.1,
+        "share of the training contexts held out as in-distribution test, and again as validation",
+        low=0,
+        high=0.33,
+    ),
+    max_image_pixels: int = READING["max_image_pixels"],
 ) -> Source:
-    """Reads a tree of ``class/context/image`` folders; images are decoded only when a split needs them.
+    """NICO, class/context folders of photographs; clients hold their own contexts, unseen contexts test.
+
+    Images are decoded only when a split needs them.
 
     Args:
         root: the tree, or a folder that holds it as ``nico`` or ``NICO``.
@@ -90,25 +104,25 @@ def open_nico(
         rng = stream(0, f"split/nico/{label}/{context}")
         order = [rows[i] for i in rng.permutation(len(rows))]
         # At most a third of a small context is held out, so that its client keeps training images.
-        held = min(max(1, round(held_out * len(rows))), len(rows) // 3) if held_out else 0
-        pools["id"] += order[:held]
-        pools["validation"] += order[held : 2 * held]
-        pools["train"] += order[2 * held :]
+        count = min(max(1, round(held_out * len(rows))), len(rows) // 3) if held_out else 0
+        pools["id"] += order[:count]
+        pools["validation"] += order[count : 2 * count]
+        pools["train"] += order[2 * count :]
     if held_out and not pools["id"]:
         raise UserError(
             f'data set "nico": no context under {folder} has three images, so none can be held out for the '
             "in-distribution test"
         )
     files = ImageFiles(tuple(record.path for record in records), size, "nico", max_pixels=max_image_pixels)
-    made = {
+    sets = {
         name: _pool(records, np.array(sorted(rows), dtype=np.int64), groups, folder, files)
         for name, rows in pools.items()
     }
     return Source(
         classes=classes,
-        train=made["train"],
-        validation=made["validation"],
-        tests={name: made[name] for name in ("id", "ood") if pools[name]},
+        train=sets["train"],
+        validation=sets["validation"],
+        tests={name: sets[name] for name in ("id", "ood") if pools[name]},
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         augment="nico",
@@ -133,20 +147,20 @@ def scan(folder: Path) -> tuple[tuple[str, ...], list[Record]]:
                 f"{CLIENTS + 1} (seven for the clients, the rest for the out-of-distribution test)"
             )
         for position, context in enumerate(contexts):
-            found = list_images(folder / name / context)
-            if not found:
+            images = list_images(folder / name / context)
+            if not images:
                 raise UserError(f'data set "nico": the context folder {folder / name / context} holds no image')
-            records += [Record(path, label, position, len(contexts)) for path in found]
+            records += [Record(path, label, position, len(contexts)) for path in images]
     return tuple(classes), records
 
 
 def _pool(
     records: list[Record], rows: npt.NDArray[np.int64], groups: npt.NDArray[np.int64], folder: Path, files: ImageFiles
 ) -> Pool:
-    own = [records[row] for row in rows.tolist()]
+    images = [records[row] for row in rows.tolist()]
     return Pool(
-        labels=torch.tensor([record.label for record in own], dtype=torch.int64),
-        ids=tuple(record.path.relative_to(folder).as_posix() for record in own),
+        labels=torch.tensor([record.label for record in images], dtype=torch.int64),
+        ids=tuple(record.path.relative_to(folder).as_posix() for record in images),
         read=ImageReader(files, torch.from_numpy(rows)),
         groups=torch.from_numpy(groups[rows]),
     )

@@ -1,0 +1,33 @@
+"""The data of the papers, and generated files in their official layouts."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from papers_data import open_all
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def _papers(registries: None) -> None:
+    open_all()
+
+
+@pytest.fixture
+def write_nico() -> Callable[..., Path]:
+    """Writes a class/context tree of small images whose pixels tell class and context."""
+
+    def write(
+        root: Path, classes: int = 3, contexts: int = 10, images: int = 5, size: tuple[int, int] = (20, 12)
+    ) -> Path:
+        for c in range(classes):
+            for k in range(contexts):
+                # Context names differ between classes, and sort by their number.
+                folder = root / f"class{c}" / f"context{k:02d} of {c}"
+                folder.mkdir(parents=True)
+                for i in range(images):
+                    colour = (20 * c, 20 * k, 40 * i)
+                    Image.new("RGB", size, colour).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}", quality=95)
+        return root
+
+    return write

@@ -1,0 +1,256 @@
+"""Radiographs with reports in a CSV file, as MIMIC-CXR's tables have them."""
+
+import json
+
+import pytest
+from papers_data import REPORTS, function
+from PIL import Image
+
+from fedkern.data import load, lookup
+from fedkern.engine.run import run
+from fedkern.errors import UserError
+from fedkern.run import main
+from fedkern.settings.config import RunConfig
+
+clean, impression_and_findings = (function(REPORTS, name) for name in ("clean", "impression_and_findings"))
+
+REPORT = """EXAMINATION:  CHEST (PA AND LAT)
+
+INDICATION:  ___ year old woman with cough.
+
+FINDINGS:
+1. The lungs are clear.
+2. No effusion of 2.5 cm.
+
+IMPRESSION:  No acute process."""
+
+
+def picture(path, value, size=(12, 12)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+
+
+def every_split(data):
+    return [*data.clients, data.validation, *data.tests.values()]
+
+
+def opened(root, clients=2, partition="iid", **options):
+    return load(REPORTS, root=root, clients=clients, partition=partition, options={"size": 16, **options})
+
+
+def write_reports(root, rows=30, header="image,report,label,view,site", line=None):
+    root.mkdir(exist_ok=True)
+    views = ("PA", "AP erect", "LATERAL", "")
+    lines = [header]
+    for i in range(rows):
+        picture(root / f"{i}.png", 5 * i)
+        values = {"i": i, "view": views[i % 4], "site": "AB"[i % 2], "label": ("effusion", "")[i % 2]}
+        lines.append((line or '{i}.png,"Report number {i} is here.",{label},{view},{site}').format(**values))
+    (root / "reports.csv").write_text("\n".join(lines))
+    return root
+
+
+def test_a_report_is_its_impression_and_findings():
+    assert clean(impression_and_findings(REPORT), 100) == ("no acute process the lungs are clear no effusion of 2 5 cm")
+    assert clean(impression_and_findings(" ".join(REPORT.split())), 100) == clean(impression_and_findings(REPORT), 100)
+    assert impression_and_findings("Heart is large: borderline.") == "Heart is large: borderline."
+    assert clean("The (right) LUNG, 3 mm.", 3) == "the right lung"
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ("FINDINGS:\nLungs: Clear.\nHeart: Normal.\n\nIMPRESSION: No acute process.",
+         "no acute process lungs clear heart normal"),
+        ("FINDINGS: LINES AND TUBES: PICC in place. LUNGS: Clear. IMPRESSION: No change.",
+         "no change lines and tubes picc in place lungs clear"),
+        ("Indication: cough. Findings: Lungs are clear. Impression: Normal.", "normal lungs are clear"),
+        ("Indication: cough Findings: Lungs are clear Impression: Normal", "normal lungs are clear"),
+        ("indication: cough. findings: lungs are clear. impression: normal.", "normal lungs are clear"),
+        ("INDICATION: cough. FINDINGS AND IMPRESSION: Lungs are clear.", "lungs are clear"),
+        ("INDICATION: cough. FINDINGS/IMPRESSION: Lungs: clear. RECOMMENDATION(S): CT", "lungs clear"),
+        ("Impression & Findings (chest) : Clear.\nNOTIFICATION: by phone", "clear"),
+        ("CLINICAL IMPRESSION: pneumonia. FINAL FINDINGS: Clear. IMPRESSION (PRELIMINARY): Normal.", "normal clear"),
+        ("FINDINGS: no change in comparison: none. No acute findings: stable. COMPARISON: May.",
+         "no change in comparison none no acute findings stable"),
+        ("FINDINGS: Clear at 3:30 PM: none. ADDENDUM: later. ADDITIONAL FINDINGS: Rib.", "clear at 3 30 pm none rib"),
+        ("FINDING: Clear.\nIMPRESSIONS:\n1. Normal.\n2. Old.", "normal old clear"),
+        ("FINDINGS:\n\nIMPRESSION: Normal.", "normal"),
+        ("FINDINGS: Clear. ___ IMPRESSION: ___ Normal.", "normal clear"),
+        ("Chest: clear. Comparison: none.", "chest clear comparison none"),
+    ],
+)  # fmt: skip
+def test_the_sections_of_a_report(report, expected):
+    assert clean(impression_and_findings(report), 100) == expected
+    if "\n1." not in report:
+        assert clean(impression_and_findings(" ".join(report.split())), 100) == expected
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ("HISTORY\nCough.\nFINDINGS\nLungs are clear.\n\nIMPRESSION\nNormal.\n", "normal lungs are clear"),
+        ("Technique\r\nPortable.\r\nFindings\r\nClear.\r\nImpression: Normal.", "normal clear"),
+        ("  FINDINGS AND IMPRESSION (CHEST) \nClear.\nRECOMMENDATION\nCT.", "clear"),
+        ("**INDICATION**\nCough.\n**IMPRESSION**\nNormal.", "normal"),
+        ("IMPRESSION\nNo acute\nfindings\nin the chest.", "no acute findings in the chest"),  # a wrapped line
+        ("Clear. IMPRESSION\nNormal.", "clear impression normal"),  # no line to itself
+        ("Lungs\nare clear.\nNo findings", "lungs are clear no findings"),
+    ],
+)
+def test_a_header_without_a_colon_has_a_line_to_itself(report, expected):
+    assert clean(impression_and_findings(report), 100) == expected
+
+
+def test_reports(tmp_path):
+    data = opened(write_reports(tmp_path))
+    assert data.task.name == "retrieval"
+    assert data.form.shape == (1, 16, 16)
+    assert data.classes == ("effusion", "unlabelled")
+    found = {}
+    for split in every_split(data):
+        for image, label, name, text in zip(split.images, split.labels, split.ids, split.texts, strict=True):
+            number = int(name.removesuffix(".png"))
+            found[number] = None
+            assert text == f"report number {number} is here"
+            assert int(image.max()) == 5 * number
+            assert int(label) == number % 2
+    assert sorted(found) == [i for i in range(30) if i % 4 != 2]  # the lateral ones are left out
+
+
+@pytest.mark.parametrize(("views", "kept"), [("frontal", 16), ("known", 23), ("all", 30)])
+def test_views(tmp_path, views, kept):
+    data = opened(write_reports(tmp_path), views=views)
+    assert sum(len(split) for split in every_split(data)) == kept
+
+
+# The vocabulary of MIMIC-CXR's ViewPosition, and how other hospitals write frontal views.
+OTHER_VIEWS = (
+    "LATERAL", "LL", "AP LLD", "AP RLD", "PA LLD", "PA RLD", "AP AXIAL", "XTABLE LATERAL", "SWIMMERS", "LPO", "RPO",
+    "LAO", "RAO", "AP/LATERAL", "AP LATERAL DECUBITUS",
+)  # fmt: skip
+FRONTAL_VIEWS = "AP", "PA", "ap", "Pa view", "AP/PA", "AP PORTABLE", "AP-erect", "AP (semi-erect)", "PA_upright"
+
+
+def test_which_views_are_frontal(tmp_path):
+    views = (*OTHER_VIEWS, *FRONTAL_VIEWS)
+    lines = ["image,report,ViewPosition"]
+    for i, view in enumerate(views):
+        picture(tmp_path / f"{i}.png", i)
+        lines.append(f"{i}.png,The heart is normal.,{view}")
+    (tmp_path / "reports.csv").write_text("\n".join(lines))
+    names = [name for split in every_split(opened(tmp_path)) for name in split.ids]
+    assert sorted(int(name[:-4]) for name in names) == list(range(len(OTHER_VIEWS), len(views)))
+
+
+def test_length_of_reports(tmp_path):
+    root = write_reports(tmp_path, header="path,text", line='{i}.png,"{label} Seen: a b c"')
+    data = opened(root, shortest=5, longest=5)
+    assert {text for split in every_split(data) for text in split.texts} == {"effusion seen a b c"}
+    assert sum(len(split) for split in every_split(data)) == 15
+
+
+def test_the_sites_are_the_clients(tmp_path):
+    data = opened(write_reports(tmp_path), partition="attribute")
+    for k, split in enumerate(data.clients):
+        assert {int(name.removesuffix(".png")) % 2 for name in split.ids} == {k}
+
+
+def test_tables_of_mimic(tmp_path):
+    header = "ViewPosition,Filename,Impression,Findings,Atelectasis,No Finding,Edema"
+    line = "PA,{i}.png,Stable.,Line in place; {label}.,-1.0,,1.0"
+    data = opened(write_reports(tmp_path, header=header, line=line))
+    assert data.classes == ("edema",)
+    assert set(data.clients[0].texts) == {"stable line in place effusion", "stable line in place"}
+    missing = line.replace("Stable.", "nan").replace("1.0,,1.0", "NaN,nan,1.0")
+    again = opened(write_reports(tmp_path, header=header, line=missing), shortest=1)
+    assert again.classes == ("edema",)
+    assert set(again.clients[0].texts) == {"line in place effusion", "line in place"}
+    line = line.replace("1.0,,1.0", "0,1.0,1.0")
+    assert opened(write_reports(tmp_path, header=header, line=line)).classes == ("no finding",)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        ({"header": "picture,report", "line": "{i}.png,a b c"}, {}, 'no column "image"; it has picture, report'),
+        ({"header": "image,words", "line": "{i}.png,a b c"}, {}, r'no column "report \(or impression and findings\)"'),
+        ({}, {"shortest": 9}, r"none of the 30 rows .*0 a report of at least 9 tokens"),
+        ({}, {"shortest": 9, "longest": 5}, "shortest is 9, more than longest, 5"),
+        ({"header": "image,report", "line": "{i}.png,one two three"}, {"views": "frontal"}, 'no column "view"'),
+        ({"line": "{i}.jpg,one two three,x,PA,A"}, {}, r"0\.jpg of .*line 2, is missing"),
+        ({"rows": 2}, {}, "too few to hold some out"),
+    ],
+)
+def test_wrong_tables_of_reports(tmp_path, change, options, words):
+    with pytest.raises(UserError, match=words):
+        opened(write_reports(tmp_path, **change), **options)
+
+
+@pytest.mark.parametrize("partition", ["attribute", "stratified"])
+def test_feddra_learns_from_reports(tmp_path, partition):
+    """The real path: a CSV file of radiographs and reports, hospitals as clients or labels shared out."""
+    root = write_reports(tmp_path / "set", rows=60)
+    config = RunConfig.make("feddra", data=REPORTS, data_root=str(root), partition=partition, clients=2, rounds=1,
+                            local_steps=2, batch_size=4, width=8, client_test=0.2, options={"alignment_steps": 1},
+                            data_options={"size": 18, "crop": 16})  # fmt: skip
+    metrics = run(config, out=tmp_path / "run")["metrics"]
+    assert metrics["gallery"] > 5
+    assert main(["retrieval", str(tmp_path / "run"), "--data", REPORTS]) == 0
+    rows = json.loads((tmp_path / "run" / "retrieval-reports.json").read_text())["rows"]
+    assert [row["set"] for row in rows] == ["seen", "clients, mean", "clients, worst"]
+    assert 0 <= metrics["i2t_r1"] <= 1
+    assert metrics["mean_client_loss"] <= metrics["worst_client_loss"]
+
+
+def test_the_window_and_the_colour_are_options(tmp_path):
+    data = opened(write_reports(tmp_path), crop=8, colour="rgb")
+    assert data.form.shape == (3, 8, 8)
+    assert data.form.augment == "window"
+    assert all(split.images.shape[2:] == (16, 16) for split in data.clients)
+    with pytest.raises(UserError, match='data set "reports": crop is 32, more than size, 16'):
+        opened(tmp_path, crop=32)
+
+
+def test_columns_by_other_names_and_whole_patients(tmp_path):
+    line = "{i}.png,some words of {label},no,{i}"
+    write_reports(tmp_path, header="photo,words,findings,person", line=line)
+    rows = (tmp_path / "reports.csv").read_text().splitlines()
+    cells = [row.rpartition(",") for row in rows[1:]]
+    table = [rows[0], *(f"{row},p{int(number) // 3}" for row, _, number in cells)]
+    (tmp_path / "reports.csv").write_text("\n".join(table))
+    data = opened(tmp_path, image="photo", report="words", patient="person", shortest=2)
+    people = [{int(name.removesuffix(".png")) // 3 for name in split.ids} for split in every_split(data)]
+    assert sum(map(len, people)) == len(set.union(*people)) == 10
+    assert all(text.startswith("some words of") for split in every_split(data) for text in split.texts)
+
+
+def test_equal_images_with_two_labels_are_refused(tmp_path):
+    write_reports(tmp_path, header="image,report,label", line="{i}.png,a report of {i},{label}")
+    rows = (tmp_path / "reports.csv").read_text().splitlines()
+    for i in range(30):  # no two alike
+        Image.frombytes("L", (8, 8), bytes(range(i, i + 64))).save(tmp_path / f"{i}.png")
+    Image.frombytes("L", (8, 8), bytes(range(64))).save(tmp_path / "30.png")
+    (tmp_path / "reports.csv").write_text("\n".join([*rows, "30.png,another report here,other"]))
+    with pytest.raises(UserError, match=r"are the same image with .*leave one of the two out"):
+        load(REPORTS, root=tmp_path, clients=2, partition="iid", options={"size": 8}, identify=True)
+
+
+def test_prompts_are_the_names_of_classes_alone():
+    assert lookup(REPORTS).prompts == "{class}"
+
+
+def test_uncertain_findings_are_not_no_finding(tmp_path):
+    cells = ["1,", "-1,", "-1.0,0.0", "0,0", ",", "-1,1.0", "-1,NA", "0.0,-1.00"]
+    names = ["edema", *["unlabelled"] * 2, *["no finding"] * 2, "fracture", *["unlabelled"] * 2]
+    lines = ["image,report,Edema,Fracture"]
+    for i in range(32):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,a report of {i},{cells[i % 8]}")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    said = []
+    data = load(REPORTS, root=tmp_path, options={"size": 8}, partition="iid", clients=2, notice=said.append)
+    for split in data.clients:
+        rows = [int(name.removesuffix(".png")) for name in split.ids]
+        assert [data.classes[label] for label in split.labels.tolist()] == [names[row % 8] for row in rows]
+    assert said[-1].startswith("Rows of list.csv without a positive finding and with an uncertain one (-1): 16; their")

@@ -1,0 +1,27 @@
+"""The data functions of examples/papers, as tests name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedkern.data.registry import open_code
+from fedkern.usercode import named_code
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples" / "papers"
+BRATS, NICO, REPORTS, TINYIMAGENET = PAPERS = tuple(
+    f"{FOLDER / name}.py:{name}" for name in ("brats", "nico", "reports", "tinyimagenet")
+)
+
+
+def open_all() -> None:
+    """Makes the data sets known to `fedkern.data.load`, as ``--data`` does."""
+    for name in PAPERS:
+        open_code(name)
+
+
+def function(paper: str, name: str) -> Any:
+    """A function of a paper's file."""
+    named = named_code.parse(f"{paper.rpartition(':')[0]}:{name}")
+    assert named is not None
+    return named_code.load(named, "the function")[0]
