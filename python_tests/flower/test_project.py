@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedkern.data import load
 from fedkern.errors import UserError
 from fedkern.flower.runs import run_settings
 from fedkern.flower.runs.project import simulation
@@ -34,6 +35,14 @@ from torch import nn
 class Net(nn.Sequential):
     def __init__(self, classes, channels):
         super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, classes))
+"""
+DATA = """
+import numpy as np
+from fedkern import FederatedData
+
+def ours():
+    pair = np.zeros((6, 8, 8), np.uint8), np.arange(6) % 2
+    return FederatedData.from_arrays([pair] * 3, pair)
 """
 
 
@@ -112,20 +121,24 @@ def test_a_wrong_run_config_is_named(key, value, why):
         run_settings.read({"method": "fedprox", key: value})
 
 
-def test_code_comes_along(tmp_path, capsys):
+def test_code_comes_along(tmp_path, capsys, registries):
     (tmp_path / "halved.py").write_text(PLUGIN)
     (tmp_path / "net.py").write_text(MODEL)
+    (tmp_path / "ours.py").write_text(DATA)
     folder = tmp_path / "project"
-    code = ("--plugin", str(tmp_path / "halved.py"), "--model", f"{tmp_path / 'net.py'}:Net")
-    assert main(["halved", *FLAGS, *code, "--flower", str(folder)]) == 0
-    assert "README.md, halved.py, net.py, pyproject.toml" in capsys.readouterr().out
+    code = ("--plugin", str(tmp_path / "halved.py"), "--model", f"{tmp_path / 'net.py'}:Net",
+            "--data", f"{tmp_path / 'ours.py'}:ours")  # fmt: skip
+    assert main(["halved", "--clients", "3", *code, "--flower", str(folder)]) == 0
+    assert "README.md, halved.py, net.py, ours.py, pyproject.toml" in capsys.readouterr().out
     found = run_config(folder)
-    assert (found["plugins"], found["model"]) == ("halved.py", "net.py:Net")
+    assert (found["plugins"], found["model"], found["data"]) == ("halved.py", "net.py:Net", "ours.py:ours")
     assert str(tmp_path) not in (folder / "pyproject.toml").read_text()
     plugins.unload(str(tmp_path / "halved.py"))
     sys.path.insert(0, str(folder))
     config = run_settings.read(found).config
     assert config.model == f"{folder / 'net.py'}:Net"
+    assert config.data == f"{folder / 'ours.py'}:ours"
+    assert load(config.data).client_sizes == (6, 6, 6)
     assert [*config.plugins] == [str(folder / "halved.py")]
 
 

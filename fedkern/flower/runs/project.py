@@ -19,6 +19,7 @@ from fedkern.data import COMMON_OPTIONS, lookup
 from fedkern.errors import UserError, printable_name
 from fedkern.files import atomic
 from fedkern.flower.runs.run_settings import (
+    CODE,
     DATA_OPTION,
     ELSEWHERE,
     FLOWER,
@@ -91,9 +92,9 @@ class Project:
     def _code(self) -> dict[str, Path]:
         """Files of code that the project takes along, by the name that the settings have for them."""
         found = {name: Path(name) for name in self.plugins if Path(name).is_absolute()}
-        model = named_code.parse(str(self.settings.get("model") or ""))
-        if model is not None and model.file:
-            found[model.file] = Path(model.file)
+        for named in (named_code.parse(str(self.settings.get(field) or "")) for field in CODE):
+            if named is not None and named.file:
+                found[named.file] = Path(named.file)
         by_name: dict[str, Path] = {}
         for path in found.values():
             if not path.is_file():
@@ -159,7 +160,7 @@ clientapp = "fedkern.flower.runs.client_app:app"
         """The value of a setting as it stands in the project, where its code has no folder."""
         if value is None:
             return ""
-        named = named_code.parse(str(value)) if field == "model" else None
+        named = named_code.parse(str(value)) if field in CODE else None
         return f"{Path(named.file).name}:{named.name}" if named is not None and named.file else value
 
     def _options(self) -> dict[str, tuple[Any, str]]:

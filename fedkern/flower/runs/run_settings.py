@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.data import lookup
+from fedkern.data.registry import open_code
 from fedkern.engine.asynchronous import check_local
 from fedkern.engine.order import FILTER_ORDER
 from fedkern.engine.registry import FILTERS
@@ -54,6 +55,8 @@ JUDGING = {"test_share": 0.5, "validation_share": 0.9}
 """Shares of the server's images, where nobody gives them and nodes have data of their own: none of them trains."""
 ELSEWHERE = ("workers",)
 """Settings that say nothing about a run over Flower."""
+CODE = ("model", "data")
+"""Settings that may name code, whose files the project takes along."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,9 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
     loaded = plugins.given(named)
     settings: dict[str, Any] = {fields[key]: word for key, word in given.items() if key in fields}
     method = settings.pop("method", "fedavg")
-    if "model" in settings:
-        settings["model"] = _located_code(settings["model"])
+    settings |= {field: _located_code(settings[field]) for field in CODE if field in settings}
+    if "data" in settings:
+        open_code(settings["data"])
     if data_root:
         settings["data_root"] = data_root
     words = [f"{key.removeprefix(METHOD_OPTION)}={word}" for key, word in _under(given, METHOD_OPTION)]
