@@ -21,8 +21,7 @@ FLAGS: dict[str, Any] = {"alpha": 0.6, "lambda": 1.0, "temperature": 1.0}
 ASSUMES = {
     "weighting": "samples", "intervention": True, "distillation": True, "mix_stage": "map",
     "kl_direction": "local_global", "distill_on": "features", "background_pool": "own", "exclude_same_class": False,
-    "background_fill": "mean", "alpha_sampling": "constant", "alpha_concentration": 4.0, "gi_start_round": 0,
-    "gd_start_round": 0, "gd_ramp": 0, "tail_bn_updates": False,
+    "background_fill": "mean",
 }  # fmt: skip
 
 

@@ -83,89 +83,59 @@ class FedGID(LocalTraining):
         background_fill: str = option(
             "mean", "colour of erased objects: the mean colour, or black", choices=("mean", "zero")
         )
-        alpha_sampling: str = option(
-            "constant", "alpha per sample: constant, uniform in [alpha, 1], or Beta with mean alpha",
-            choices=("constant", "uniform", "beta"),
-        )  # fmt: skip
-        alpha_concentration: float = option(4.0, "sum of the two parameters of the Beta distribution", above=0)
-        gi_start_round: int = option(0, "rounds before the intervention starts", low=0)
-        gd_start_round: int = option(0, "rounds before the distillation starts", low=0)
-        gd_ramp: int = option(0, "rounds over which lambda then rises linearly", low=0)
-        tail_bn_updates: bool = option(False, "let mixed features update batch norm's running statistics")
 
     @property
     def needs(self) -> str:
         return "maps"
 
-    # -- terms of the loss in a round ------------------------------------------------------------------------------
-
-    def intervenes(self, phase: Phase) -> bool:
-        """Whether this round's loss includes the intervention term L_GI."""
-        return self.options.intervention and phase.round >= self.options.gi_start_round
-
-    def mixes(self, phase: Phase) -> bool:
-        """Whether features are mixed in this round; with a constant alpha of 1 a mixture is the sample itself."""
-        return self.intervenes(phase) and not self._own_only()
-
-    def _own_only(self) -> bool:
-        return self.options.alpha == 1 and self.options.alpha_sampling != "beta"
-
-    def distillation_weight(self, phase: Phase) -> float:
-        """Lambda of this round, after the warm-up and the ramp."""
-        o = self.options
-        done = phase.round - o.gd_start_round
-        if not o.distillation or done < 0:
-            return 0.0
-        return o.lam * min(1.0, (done + 1) / o.gd_ramp) if o.gd_ramp else o.lam
+    @property
+    def _mixes(self) -> bool:
+        """Whether features are mixed; with an alpha of 1 a mixture is the sample itself."""
+        return self.options.intervention and self.options.alpha < 1
 
     # -- the client ------------------------------------------------------------------------------------------------
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
-        """A random background for every sample, and alpha: one number, or drawn for every sample."""
-        o = self.options
-        if not self.mixes(batch.phase):
+        """A random background for every sample."""
+        if not self._mixes:
             return {}
         bank = self._bank(client)
         if not len(bank):
             return {}
-        labels = batch.targets.cpu().numpy() if o.exclude_same_class else None
+        labels = batch.targets.cpu().numpy() if self.options.exclude_same_class else None
         index = draw_backgrounds(rng, len(batch.indices), bank.labels, labels)
-        drawn: dict[str, Any] = {"bank": bank, "index": index, "alpha": o.alpha}
+        drawn: dict[str, Any] = {"bank": bank, "index": index}
         if bank.augmented:
             drawn["images"] = bank.take(index, rng)
-        if o.alpha_sampling != "constant":
-            drawn["alpha"] = send(torch.from_numpy(self._draw_alpha(rng, len(index))), batch.inputs.device)
         return drawn
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         o, drawn = self.options, batch.drawn
-        # Without a background in the bank there is nothing to mix with.
-        intervenes = drawn["intervenes"] and ("maps" in drawn or self._own_only())
-        weight = drawn.get("weight", 0.0)
         stage = resolve_stage(model, o.mix_stage)
 
         own = model.stages(batch.inputs, upto=stage)
         features = model.tail(own, after=stage)
         logits = model.head(features)
         em = batch.task.criterion(logits, batch)
-        total, seen = em, {"loss_em": em.detach()}
+        total, figures = em, {"loss_em": em.detach()}
 
-        mixed, mixed_logits = features, logits  # without a background the mixture is the sample itself
+        mixed, mixed_logits, gi = features, logits, em  # an alpha of 1 mixes nothing in
+        if "maps" in drawn:
+            blended = ops.blend(own, drawn["maps"], o.alpha, index=drawn.get("rows"))
+            with batch_statistics_only(model):
+                mixed = model.tail(blended, after=stage)
+            mixed_logits = model.head(mixed)
+            gi = batch.task.criterion(mixed_logits, batch)
+            changed = mixed_logits.detach().argmax(1) != logits.detach().argmax(1)
+            figures["intervention_changed"] = changed.float().mean()
+        # A client without backgrounds has nothing to mix with.
+        intervenes = o.intervention and (not self._mixes or "maps" in drawn)
         if intervenes:
-            gi = em
-            if "maps" in drawn:
-                blended = ops.blend(own, drawn["maps"], drawn["alpha"], index=drawn.get("rows"))
-                with batch_statistics_only(model, enabled=not o.tail_bn_updates):
-                    mixed = model.tail(blended, after=stage)
-                mixed_logits = model.head(mixed)
-                gi = batch.task.criterion(mixed_logits, batch)
-                changed = mixed_logits.detach().argmax(1) != logits.detach().argmax(1)
-                seen["intervention_changed"] = changed.float().mean()
             total = total + gi
-            seen["loss_gi"] = gi.detach()
+            figures["loss_gi"] = gi.detach()
 
-        if weight:
-            anchor = batch.drawn["anchor"]
+        if "anchor" in drawn:
+            anchor = drawn["anchor"]
             u, v = (features, mixed) if o.distill_on == "features" else (logits, mixed_logits)
             if intervenes:
                 direction = "student" if o.kl_direction == "local_global" else "teacher"
@@ -174,20 +144,20 @@ class FedGID(LocalTraining):
                 gd = ops.kl_div(anchor, u, o.temperature)
             else:
                 gd = ops.kl_div(u, anchor, o.temperature)
-            total = total + weight * gd
-            seen["loss_gd"] = gd.detach()
-        return total, seen
+            total = total + o.lam * gd
+            figures["loss_gd"] = gd.detach()
+        return total, figures
 
     # -- the frozen global encoder ---------------------------------------------------------------------------------
 
     def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
         """``maps`` of backgrounds and ``rows``, int64 [B], of every sample's map (absent: in order); ``anchor``."""
-        found: dict[str, Any] = {"intervenes": self.intervenes(received.phase)}
-        if weight := self.distillation_weight(received.phase):
-            found |= {"weight": weight, "anchor": self._anchor(batch, received)}
+        tensors: dict[str, Any] = {}
+        if self.options.distillation and self.options.lam:
+            tensors["anchor"] = self._anchor(batch, received)
         if "index" in batch.drawn:
-            found |= self._background_maps(batch, received, resolve_stage(model, self.options.mix_stage))
-        return found
+            tensors |= self._background_maps(batch, received, resolve_stage(model, self.options.mix_stage))
+        return tensors
 
     def _background_maps(self, batch: Batch, received: Received, stage: str) -> dict[str, Tensor]:
         drawn = batch.drawn
@@ -236,19 +206,10 @@ class FedGID(LocalTraining):
                 )
         return bank
 
-    def _draw_alpha(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        o = self.options
-        if o.alpha_sampling == "uniform":
-            return rng.uniform(o.alpha, 1.0, size).astype(np.float32)
-        if o.alpha in (0.0, 1.0):
-            return np.full(size, o.alpha, dtype=np.float32)
-        a, b = o.alpha * o.alpha_concentration, (1 - o.alpha) * o.alpha_concentration
-        return rng.beta(a, b, size).astype(np.float32)
-
     # -- the one-off exchange of a shared pool ---------------------------------------------------------------------
 
     def check(self, client: Client) -> None:
-        if self.options.intervention and not self._own_only() and not client.objects_known:
+        if self._mixes and not client.objects_known:
             raise UserError(
                 "The background intervention needs to know where the objects are, and this data set has no masks: give "
                 "--boxes FILE or --detector PATH_OR_NAME, or turn it off with --method-option intervention=off."
@@ -260,7 +221,7 @@ class FedGID(LocalTraining):
         resolve_stage(network, self.options.mix_stage)  # raises on an unknown stage before the run starts
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
-        if self.options.background_pool == "shared" and self.options.intervention and not self._own_only():
+        if self.options.background_pool == "shared" and self._mixes:
             names = ("collect", "distribute")
             yield Round("backgrounds", names, participants="all", one_off=True, trains="shared backgrounds")
         yield from super().rounds(federation)
@@ -335,9 +296,9 @@ def draw_backgrounds(
 
 
 @contextmanager
-def batch_statistics_only(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+def batch_statistics_only(model: nn.Module) -> Iterator[None]:
     """Batch norm in train mode normalises by the batch and does not update its running statistics."""
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if enabled else []
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not model.training:
         layers = []
     for layer in layers:

@@ -223,7 +223,7 @@ def test_every_method_has_both_settings():
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        ({"options": {"alpha_sampling": "beta"}}, "alpha_sampling"),
+        ({"options": {"exclude_same_class": True}}, "exclude_same_class"),
         ({"clip_norm": 1.0}, "clip_norm"),
         ({"buffers": "local"}, "buffers"),
         ({"lr_steps": "3"}, "lr_steps"),

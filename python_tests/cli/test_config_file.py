@@ -22,10 +22,10 @@ def test_a_config_file_with_a_mistake(fails, tmp_path):
 
 def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path):
     path = tmp_path / "settings.toml"
-    path.write_text('method = "fedgid"\nrounds = 7\nlr = 0.2\n[options]\nalpha = 0.9\ngd_ramp = 3\n')
+    path.write_text('method = "fedgid"\nrounds = 7\nlr = 0.2\n[options]\nalpha = 0.9\ntemperature = 3.0\n')
     config = request.effective(flags.parse(["--config", str(path), "--lr", "0.3", "--method-option", "alpha=0.8"]))
     assert (config.method, config.rounds, config.lr) == ("fedgid", 7, 0.3)
-    assert (config.options["alpha"], config.options["gd_ramp"]) == (0.8, 3)
+    assert (config.options["alpha"], config.options["temperature"]) == (0.8, 3)
     assert config.batch_size == RunConfig.make("fedgid").batch_size
 
 

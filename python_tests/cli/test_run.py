@@ -150,7 +150,7 @@ def test_doctor(result):
         (["--roundz", "3"], ['"--roundz"', 'Did you mean "--rounds"']),
         (["--methodoption=alpha=1", "fedgid"], ['"--methodoption"', 'Did you mean "--method-option"']),
         (["fedgid", "--alpha", "0.5"], ["--alpha", "--method-option alpha=VALUE"]),
-        (["fedgid", "--gd-ramp=3"], ["--method-option gd_ramp=VALUE"]),
+        (["fedgid", "--mix-stage=map"], ["--method-option mix_stage=VALUE"]),
         (["fedgid", "more"], ['"more"']),
         (["fedavg", "--augment", "flip"], ["--augment", "crop-flip"]),
         (["fedavg", "--lr", "inf"], ["--lr", "finite"]),

@@ -16,7 +16,6 @@ from fedkern.settings.config import RunConfig
 STEADY = {"rounds": 2, "local_epochs": 2, "batch_size": 8, "clients": 3, "augment": "crop-flip", "workers": "1"}
 NETWORK = {"data": "digits", "model": "resnet8", "width": 2}
 OWN = {
-    "fedgid": {"options": {"alpha_sampling": "beta"}},
     "ensemble": {"options": {"models": "cnn:2,resnet8:2", "calibrate": False}},
     "fusefl": {"local_epochs": 4, "augment": "none", "options": {"blocks": 2, "calibrate": False}},
     "fedlpfm": {"train_samples": 60, "public_samples": 20, "partition": "iid"},

@@ -166,15 +166,13 @@ def test_draws_are_the_same(make_data, make_config, tmp_path, monkeypatch):
     real = FedGID.loss
 
     def loss(self, model, batch, received):
-        own = [batch.indices, batch.drawn["index"], batch.drawn["alpha"].numpy(), batch.inputs.numpy()]
+        own = [batch.indices, batch.drawn["index"], batch.inputs.numpy()]
         drawn[str(lower())].append(own)
         return real(self, model, batch, received)
 
     monkeypatch.setattr(FedGID, "loss", loss)
     for precision in ("fp32", "bf16"):
-        config = make_config(
-            "fedgid", precision=precision, sample_fraction=0.6, options={"alpha_sampling": "beta"}, augment="crop"
-        )
+        config = make_config("fedgid", precision=precision, sample_fraction=0.6, augment="crop")
         run(config, out=tmp_path / precision, data=make_data())
     assert len(drawn["None"]) == len(drawn["torch.bfloat16"]) > 4
     for a, b in zip(drawn["None"], drawn["torch.bfloat16"], strict=True):
