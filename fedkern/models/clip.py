@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,23 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkern.errors import UserError
-from fedkern.files.filesystem import expand
 from fedkern.models.precision import autocasts, full
-from fedkern.models.pretrained import (
-    check_adapter,
-    check_complete,
-    check_folder,
-    content_hash,
-    preprocessor,
-    quiet,
-    unloadable,
-    weights,
-    without_code,
-)
+from fedkern.models.pretrained import Pretrained, check_complete
 from fedkern.models.prompts import DEFAULT, read_prompts
 from fedkern.models.teacher import Identity, Teacher
 from fedkern.models.teacher_cache import to_pixels
-from fedkern.process.extras import needed
 
 SIDE = 224
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -42,9 +29,7 @@ class ClipTeacher(Teacher):
     again (prompt ensembling).  ``s`` is CLIP's own logit scale.
 
     Args:
-        model: local folder (config.json, model.safetensors or pytorch_model.bin, tokenizer files,
-            preprocessor_config.json) or a model name that transformers can resolve, with safetensors.
-            pytorch_model.bin is loaded with ``weights_only=True``.
+        model: see :class:`fedkern.models.pretrained.Pretrained`.
         mean, std: normalisation of the images that the teacher gets, per channel.
         prompts: see :func:`fedkern.models.prompts.read_prompts`.
 
@@ -65,51 +50,28 @@ class ClipTeacher(Teacher):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(f"clip:{model}", len(classes), device, None)
-        self.model_name = str(model)
+        self._source = Pretrained(model, "CLIP")
         self.mean, self.std = tuple(mean), tuple(std)
         self.prompts = read_prompts(prompts or DEFAULT, classes)
-        self._folder = expand(model)
-        if not self._folder.is_dir() and (self._folder.is_absolute() or self.model_name.startswith((".", "~"))):
-            raise UserError(f"the CLIP folder {self._folder} does not exist.")
 
     @property
     def identity(self) -> Identity:
         """Everything that the logits depend on: model, content hash (of a local folder) and prompts."""
-        identity = {"model": self.model_name, "prompts": json.dumps(self.prompts)}
-        if self._folder.is_dir():
-            identity["content"] = self._content
-        return identity
+        return {**self._source.identity, "prompts": json.dumps(self.prompts)}
 
     def load(self) -> tuple[nn.Module, nn.Linear]:
-        transformers = needed(f"the teacher {self.name} needs transformers", "foundation", "transformers")
-        local = self._folder.is_dir()
-        if local:
-            check_folder(self._folder, "CLIP")
-        where = str(self._folder) if local else self.model_name
-        kind: Any = transformers.CLIPModel  # from_pretrained's type hints lack the pair
-        try:
-            with quiet(transformers):
-                if not local:
-                    check_adapter(transformers, where)
-                network, told = kind.from_pretrained(where, output_loading_info=True, **weights(local=local))
-                tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
-                settings = preprocessor(transformers, where, local=local)
-        except Exception as error:  # transformers raises many exception types for a wrong folder or name
-            way = "" if local else " (not a folder here; one that was downloaded before is given as clip:FOLDER)"
-            raise unloadable("a CLIP", f"{where}{way}", error) from error
-        if local:
-            check_complete(f"CLIP {where}", network, network, told["missing_keys"])
-        network = network.float().eval().to(self.device)
-        weight = text_features(network, tokenizer, self.prompts, self.device) * network.logit_scale.detach().exp()
+        hint = " (not a folder here; one that was downloaded before is given as clip:FOLDER)"
+        source = self._source.load("CLIPModel", f"teacher {self.name}", "a CLIP", hint)
+        if self._source.folder.is_dir():
+            check_complete(f"CLIP {self._source.folder}", source.network, source.network, source.missing)
+        network = source.network.float().eval().to(self.device)
+        scale = network.logit_scale.detach().exp()
+        weight = text_features(network, source.tokenizer, self.prompts, self.device) * scale
         head = nn.Linear(weight.shape[1], weight.shape[0], device=self.device)
         with torch.no_grad():
             head.weight.copy_(weight)
             head.bias.zero_()
-        return ImageEncoder(network, self.mean, self.std, settings), head
-
-    @functools.cached_property
-    def _content(self) -> str:
-        return content_hash(self._folder)
+        return ImageEncoder(network, self.mean, self.std, source.settings), head
 
 
 class ImageEncoder(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkern.errors import UserError
-from fedkern.files.filesystem import expand
-from fedkern.models.pretrained import (
-    check_adapter,
-    check_folder,
-    content_hash,
-    preprocessor,
-    quiet,
-    unloadable,
-    weights,
-    without_code,
-)
-from fedkern.process.extras import needed
+from fedkern.models.pretrained import Pretrained
 
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25
 
@@ -32,9 +20,7 @@ class GroundingDino:
     """A frozen Grounding DINO, prompted with ``"<class>."`` and loaded on the first call of :meth:`detect`.
 
     Args:
-        model: local folder (config.json, model.safetensors or pytorch_model.bin, tokenizer files,
-            preprocessor_config.json) or a model name that transformers can resolve, with safetensors.
-            pytorch_model.bin is loaded with ``weights_only=True``.
+        model: see :class:`fedkern.models.pretrained.Pretrained`.
         box_threshold: a box is kept only if its best token scores more than this.
         text_threshold: a box is kept only if a token of the class name itself scores more than this.
 
@@ -52,12 +38,9 @@ class GroundingDino:
         for name, value in (("box_threshold", box_threshold), ("text_threshold", text_threshold)):
             if not 0 <= value <= 1:
                 raise UserError(f"{name} of the detector must lie in [0, 1], got {value}")
-        self.model_name = str(model)
+        self._source = Pretrained(model, "detector")
         self.box_threshold, self.text_threshold = float(box_threshold), float(text_threshold)
         self.device = torch.device(device)
-        self._folder = expand(model)
-        if not self._folder.is_dir() and (self._folder.is_absolute() or self.model_name.startswith((".", "~"))):
-            raise UserError(f"the detector folder {self._folder} does not exist")
         self._network: Any = None
         self._tokenizer: Any = None
         self._settings: dict[str, Any] = {}
@@ -65,14 +48,8 @@ class GroundingDino:
     @property
     def identity(self) -> Mapping[str, str | float]:
         """Everything that the boxes depend on: model, content hash (of a local folder) and thresholds."""
-        identity: dict[str, str | float] = {
-            "model": self.model_name,
-            "box_threshold": self.box_threshold,
-            "text_threshold": self.text_threshold,
-        }
-        if self._folder.is_dir():
-            identity["content"] = self._content
-        return identity
+        thresholds = {"box_threshold": self.box_threshold, "text_threshold": self.text_threshold}
+        return {**self._source.identity, **thresholds}
 
     @torch.no_grad()
     def detect(self, images: Tensor, name: str) -> list[Tensor]:
@@ -127,22 +104,7 @@ class GroundingDino:
     def _load(self) -> None:
         if self._network is not None:
             return
-        transformers = needed(f"the detector {self.model_name} needs transformers", "foundation", "transformers")
-        where = str(self._folder) if self._folder.is_dir() else self.model_name
-        local = self._folder.is_dir()
-        if local:
-            check_folder(self._folder, "detector")
-        try:
-            with quiet(transformers):
-                if not local:
-                    check_adapter(transformers, where)
-                network = transformers.GroundingDinoForObjectDetection.from_pretrained(where, **weights(local=local))
-                tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
-                self._settings = preprocessor(transformers, where, local=local)
-        except Exception as error:  # transformers raises many exception types for a wrong folder or name
-            raise unloadable("a Grounding DINO", where, error) from error
-        self._network, self._tokenizer = network.eval().requires_grad_(False).to(self.device), tokenizer
-
-    @functools.cached_property
-    def _content(self) -> str:
-        return content_hash(self._folder)
+        user = f"detector {self._source.name}"
+        source = self._source.load("GroundingDinoForObjectDetection", user, "a Grounding DINO")
+        self._tokenizer, self._settings = source.tokenizer, source.settings
+        self._network = source.network.eval().requires_grad_(False).to(self.device)

@@ -2,24 +2,102 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from fedkern.errors import UserError
+from fedkern.files.filesystem import expand
 from fedkern.files.inputs import read_json, special, standing
+from fedkern.process.extras import needed
 
 ADAPTER = "adapter_config.json"
 _UNADAPTED = (
     f"a PEFT adapter ({ADAPTER}), whose file names the network that it belongs to and code to load: merge the adapter "
     "into that network with PEFT's merge_and_unload() and save the result with save_pretrained"
 )
+
+
+class Loaded(NamedTuple):
+    """A network of transformers, its tokenizer, and the contents of its preprocessor_config.json.
+
+    ``missing`` are the names of the tensors that its weights lack.
+    """
+
+    network: Any
+    missing: Collection[str]
+    tokenizer: Any
+    settings: dict[str, Any]
+
+
+class Pretrained:
+    """A network of transformers that answers images under texts: a local folder, or a name that transformers resolves.
+
+    A folder has config.json, model.safetensors or pytorch_model.bin (loaded with ``weights_only=True``), tokenizer
+    files and preprocessor_config.json; a network by name has safetensors.
+
+    Args:
+        model: folder or name.
+        what: kind of network, for messages.
+
+    Raises:
+        UserError: ``model`` is written as a folder and there is none.
+    """
+
+    def __init__(self, model: str | Path, what: str) -> None:
+        self.name, self.what, self.folder = str(model), what, expand(model)
+        if not self.folder.is_dir() and (self.folder.is_absolute() or self.name.startswith((".", "~"))):
+            raise UserError(f"the {what} folder {self.folder} does not exist.")
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The name and, of a local folder, the hash of its content."""
+        return {"model": self.name, **({"content": self._content} if self.folder.is_dir() else {})}
+
+    @functools.cached_property
+    def _content(self) -> str:
+        return content_hash(self.folder)
+
+    def load(self, kind: str, user: str, title: str, hint: str = "") -> Loaded:
+        """Loads the network as transformers' class ``kind``.
+
+        Args:
+            user: what needs the network, for messages.
+            title: the network with its article, for messages.
+            hint: what to say of a name that cannot be loaded.
+
+        Raises:
+            UserError: transformers is not installed, or there is no such network.
+        """
+        transformers = needed(f"the {user} needs transformers", "foundation", "transformers")
+        local = self.folder.is_dir()
+        if local:
+            check_folder(self.folder, self.what)
+        where = str(self.folder) if local else self.name
+        network_class = getattr(transformers, kind)
+        try:
+            with quiet(transformers):
+                if not local and transformers.utils.find_adapter_config_file(where) is not None:
+                    raise ValueError(f"it is {_UNADAPTED}.")
+                network, report = network_class.from_pretrained(where, output_loading_info=True, **weights(local=local))
+                tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
+                file = transformers.utils.cached_file(
+                    where,
+                    "preprocessor_config.json",
+                    local_files_only=local,
+                    _raise_exceptions_for_missing_entries=False,
+                )
+                settings = read_json(file) if file else {}
+        except Exception as error:  # transformers raises many exception types for a wrong folder or name
+            raise unloadable(title, where if local else f"{where}{hint}", error) from error
+        return Loaded(network, report["missing_keys"], tokenizer, settings)
 
 
 def without_code(*, local: bool) -> dict[str, Any]:
@@ -57,20 +135,6 @@ def check_folder(folder: Path, what: str) -> None:
             f"the config.json of the {what} in {folder} names code to be downloaded and run (attn_implementation "
             f"{kernels[0]}): take that entry out."
         )
-
-
-def preprocessor(transformers: Any, where: str, *, local: bool) -> Any:
-    """The contents of preprocessor_config.json of a folder or name; empty without that file."""
-    found = transformers.utils.cached_file(
-        where, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
-    )
-    return read_json(found) if found else {}
-
-
-def check_adapter(transformers: Any, name: str) -> None:
-    """Raises ValueError if ``name`` is a PEFT adapter on the hub; :func:`check_folder` checks local folders."""
-    if transformers.utils.find_adapter_config_file(name) is not None:
-        raise ValueError(f"it is {_UNADAPTED}.")
 
 
 def _named(value: Any, ending: str) -> Iterator[str]:
