@@ -49,7 +49,7 @@ from fedkern.models.cost import cost, count_flops
 from fedkern.models.prompts import DEFAULT
 from fedkern.models.teacher import CallableTeacher, NetworkTeacher, Teacher, content
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
-from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, finetune, pretrained, probe
+from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, pretrained, tune
 from fedkern.models.transfer import send
 from fedkern.typed_option import option
 
@@ -277,20 +277,18 @@ class FedLPFM(LocalTraining):
         if o.teacher_tuning == "zero-shot":
             return self._cache.logits(teacher, images, client.samples)
         rng = client.rng(f"teacher-{o.teacher_tuning}/{index}", BEFORE)
-        tuned: Callable[[Tensor], Tensor]
-        if o.teacher_tuning == "finetune":
-            lr = o.tuning_lr or FINETUNE_LR
-            tuned, logits = finetune(teacher, list(images), client.labels, rng, epochs=o.tuning_epochs, lr=lr)
-        else:
-            lr = o.tuning_lr or PROBE_LR
-            head, logits = probe(teacher, images, client.labels, rng, epochs=o.tuning_epochs, lr=lr)
+        probes = o.teacher_tuning == "probe"
+        lr = o.tuning_lr or (PROBE_LR if probes else FINETUNE_LR)
+        tuned, logits = tune(teacher, images, client.labels, rng, head_only=probes, epochs=o.tuning_epochs, lr=lr)
+        if probes:
             heads = client.state.setdefault("teacher_heads", {})
-            heads[index] = {"weight": head.weight.detach().cpu(), "bias": head.bias.detach().cpu()}
+            heads[index] = {name: value.cpu() for name, value in tuned.state_dict().items()}
 
-            def tuned(images: Tensor) -> Tensor:
-                return head(teacher.features(images))
+        def answer(images: Tensor) -> Tensor:
+            images = images.to(teacher.device)
+            return tuned(teacher.features(images) if probes else images)
 
-        right = client.validate(lambda images: tuned(images.to(teacher.device)))
+        right = client.validate(answer)
         if right is not None:
             client.state.setdefault("tuned_right", {})[index] = right
         return logits
@@ -321,14 +319,11 @@ class FedLPFM(LocalTraining):
             )
         self._setting = teachers.Setting(
             classes=place.classes,
-            mean=place.mean,
-            std=place.std,
             device=place.device,
             build=build,
             public=place.public,
             prompts=o.prompts,
             recipe=Recipe(epochs=o.pretrain_epochs),
-            seed=0,
         )
 
     def _teacher(self, index: int) -> Teacher:
@@ -368,9 +363,7 @@ class FedLPFM(LocalTraining):
         if self.options.public_proxy and server.public is not None:
             assert self._setting is not None
             network = server.build()
-            pretrained(
-                network, server.public, self._cache, name="proxy", recipe=self._setting.recipe, seed=self._setting.seed
-            )
+            pretrained(network, server.public, self._cache, name="proxy", recipe=self._setting.recipe)
             if hasattr(network, "head"):
                 self._proxy = NetworkTeacher(network, "proxy", server.device)
             else:  # a user's network whose logits are no layer's result

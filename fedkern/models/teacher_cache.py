@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -70,34 +70,32 @@ class LogitsCache:
         """
         identity = teacher.identity
         if identity is None:
-            found = [teacher.logits(part).cpu() for images in batches for part in images.split(teacher.batch)]
-            return torch.cat(found) if found else torch.empty(0, teacher.classes)
-        known = self.read(identity, teacher.classes)
+            rows = [teacher.logits(part).cpu() for images in batches for part in images.split(teacher.batch)]
+            return torch.cat(rows) if rows else torch.empty(0, teacher.classes)
+        stored = self.read(identity, teacher.classes)
         new: dict[bytes, Tensor] = {}
         keys: list[bytes] = []
-        written, told = 0, time.monotonic()
+        written, tell = 0, paced(self.notice, time.monotonic())
         try:
             for images in batches:
-                own = image_keys(images, self.mean, self.std)
-                keys += own
-                missing = [row for row, key in enumerate(own) if key not in known and key not in new]
+                batch = image_keys(images, self.mean, self.std)
+                keys += batch
+                missing = [row for row, key in enumerate(batch) if key not in stored and key not in new]
                 for start in range(0, len(missing), teacher.batch):
-                    rows = missing[start : start + teacher.batch]
-                    answers = teacher.logits(images[torch.tensor(rows, device=images.device)]).cpu()
-                    new.update(zip((own[row] for row in rows), answers, strict=True))
+                    part = missing[start : start + teacher.batch]
+                    answers = teacher.logits(images[torch.tensor(part, device=images.device)]).cpu()
+                    new.update(zip((batch[row] for row in part), answers, strict=True))
                     if len(new) - written >= SAVE_EVERY:
                         self.write(identity, new)
                         written = len(new)
-                    if self.notice is not None and time.monotonic() - told >= TELL_EVERY:
-                        told = time.monotonic()
-                        done = len(keys) - len(missing) + start + len(rows)
-                        of = "" if total is None else f" of {total:,}"
-                        self.notice(f"asking the teacher {teacher.name}: {done:,}{of} images")
+                    done = len(keys) - len(missing) + start + len(part)
+                    of = "" if total is None else f" of {total:,}"
+                    tell(f"asking the teacher {teacher.name}: {done:,}{of} images")
         finally:  # an interrupted computation keeps its logits so far
             if len(new) > written:
                 self.write(identity, new)
-        known.update(new)
-        return torch.stack([known[key] for key in keys]) if keys else torch.empty(0, teacher.classes)
+        stored.update(new)
+        return torch.stack([stored[key] for key in keys]) if keys else torch.empty(0, teacher.classes)
 
     def read(self, identity: Identity, classes: int) -> dict[bytes, Tensor]:
         """Logits in a teacher's file by image key; empty if the file is missing or damaged (and then made anew)."""
@@ -139,7 +137,7 @@ class StoredLogits(Teacher):
         super().__init__(f"logits:{path}", classes, "cpu", None)
         self.mean, self.std = tuple(mean), tuple(std)
         try:
-            self.known = read_logits(self.path, classes)
+            self.rows = read_logits(self.path, classes)
         except FileNotFoundError:
             raise UserError(f"the file of teacher logits {self.path} does not exist.") from None
         except (OSError, ValueError) as error:
@@ -154,13 +152,25 @@ class StoredLogits(Teacher):
 
     def logits(self, images: Tensor) -> Tensor:
         keys = image_keys(images, self.mean, self.std)
-        absent = sum(key not in self.known for key in keys)
+        absent = sum(key not in self.rows for key in keys)
         if absent:
             raise UserError(
                 f"{self.path} lacks the logits of {absent} of {len(keys)} images: make it from these data, and take "
                 "teacher_view=cached (an augmented image is another one)."
             )
-        return self.checked(torch.stack([self.known[key] for key in keys]), len(keys)).to(images.device)
+        return self.checked(torch.stack([self.rows[key] for key in keys]), len(keys)).to(images.device)
+
+
+def paced(notice: Callable[[str], None] | None, since: float = -math.inf) -> Callable[[str], None]:
+    """``notice`` at most once in :data:`TELL_EVERY` seconds, the first time that long after ``since``."""
+
+    def tell(text: str) -> None:
+        nonlocal since
+        if notice is not None and time.monotonic() - since >= TELL_EVERY:
+            since = time.monotonic()
+            notice(text)
+
+    return tell
 
 
 def image_keys(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[bytes]:
@@ -180,33 +190,15 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 def read_logits(path: Path, classes: int, identity: Identity | None = None) -> dict[bytes, Tensor]:
     """Reads a file of logits: image key to logits fp32 ``[classes]``.
 
-    Args:
-        identity: of a cache file; None: a file that the user names, which may come from elsewhere.
-
     Raises:
-        FileNotFoundError: no such file.
-        OtherFormat: the file has another format.
-        ValueError: not a file of logits, or not as it was written.
+        ValueError: not a file of logits.
         UserError: the file has another number of classes.
+        FileNotFoundError, OtherFormat, ValueError: as for :func:`read_file`.
     """
-    if kind := special(path):
-        raise ValueError(f"it is {kind}, not a regular file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            keys, logits = (file.get_tensor(name) if name in names else None for name in ("keys", "logits"))
-            text = (file.metadata() or {}).get("fedkern")
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
-    about = _described(text)
-    if text is not None:
-        same_format(path, about.get("format"), FORMAT)
+    tensors = read_file(path, identity)
+    keys, logits = tensors.get("keys"), tensors.get("logits")
     if keys is None or logits is None or keys.dim() != 2 or keys.shape[1] != KEY or keys.dtype != torch.uint8:
         raise ValueError("it does not hold keys and logits")
-    if (identity is not None or text is not None) and not _as_written(
-        {"keys": keys, "logits": logits}, about, identity
-    ):
-        raise ValueError("it is not what was written there")
     if logits.dim() != 2 or len(logits) != len(keys) or not bool(torch.isfinite(logits).all()):
         raise ValueError("its logits are not finite rows, one for each key")
     if logits.shape[1] != classes:
@@ -236,10 +228,10 @@ def write_file(path: Path, tensors: Callable[[], Mapping[str, Tensor]], identity
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filesystem.one_writer(path.parent / ".lock"):
-            whole = dict(tensors())
-            about = {"format": FORMAT, "identity": dict(identity), "sum": _sum(whole)}
+            content = dict(tensors())
+            about = {"format": FORMAT, "identity": dict(identity), "sum": _sum(content)}
             metadata = {"fedkern": json.dumps(about, sort_keys=True)}
-            filesystem.replace(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
+            filesystem.replace(path, lambda temporary: save_file(content, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:
         if required:
             raise UserError(
@@ -248,32 +240,38 @@ def write_file(path: Path, tensors: Callable[[], Mapping[str, Tensor]], identity
             ) from None
 
 
-def read_file(path: Path, identity: Identity) -> dict[str, Tensor] | None:
-    """The tensors of a cache file; None if it is missing, is not as it was written, or has another identity."""
-    if special(path):
-        return None
+def read_file(path: Path, identity: Identity | None = None) -> dict[str, Tensor]:
+    """The tensors of a file that :func:`write_file` wrote.
+
+    Args:
+        identity: of a cache file; None: a file that the user names, which another program may have written.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OtherFormat: the file has another format.
+        ValueError: the file is damaged, is not as it was written, or has another identity.
+    """
+    if kind := special(path):
+        raise ValueError(f"it is {kind}, not a regular file")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-            about = _described((file.metadata() or {}).get("fedkern"))
-    except (OSError, SafetensorError, ValueError):
-        return None
-    return tensors if _as_written(tensors, about, identity) else None
-
-
-def _described(text: str | None) -> dict[str, Any]:
-    """What :func:`write_file` wrote into a file's metadata; empty where that is missing or damaged."""
+            text = (file.metadata() or {}).get("fedkern")
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+    if text is None and identity is None:
+        return tensors
     try:
         about = parse_json(text or "")
     except ValueError:
-        return {}
-    return about if isinstance(about, dict) else {}
-
-
-def _as_written(tensors: Mapping[str, Tensor], about: Mapping[str, Any], identity: Identity | None) -> bool:
-    """Whether the tensors of a file are those that :func:`write_file` wrote for this identity (None: for any)."""
+        about = None
+    about = about if isinstance(about, dict) else {}
+    if text is not None:
+        same_format(path, about.get("format"), FORMAT)
     same = identity is None or about.get("identity") == json.loads(json.dumps(dict(identity)))
-    return same and about.get("format") == FORMAT and about.get("sum") == _sum(tensors)
+    if not same or about.get("format") != FORMAT or about.get("sum") != _sum(tensors):
+        raise ValueError("it is not what was written there")
+    return tensors
 
 
 def _sum(tensors: Mapping[str, Tensor]) -> int:

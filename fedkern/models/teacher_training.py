@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
@@ -20,7 +19,7 @@ from fedkern.models.optimisers import SGD
 from fedkern.models.precision import computing
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.teacher import Identity, Teacher, content
-from fedkern.models.teacher_cache import TELL_EVERY, LogitsCache, file_name, image_keys, read_file, write_file
+from fedkern.models.teacher_cache import LogitsCache, file_name, image_keys, paced, read_file, write_file
 
 PROBE_LR, FINETUNE_LR = 1e-3, 1e-5
 
@@ -86,7 +85,7 @@ def pretrain(
 
 @computing("fp32")  # runs of either precision read the cached weights
 def pretrained(
-    network: StagedNetwork, data: Labelled, cache: LogitsCache, *, name: str, recipe: Recipe, seed: int
+    network: StagedNetwork, data: Labelled, cache: LogitsCache, *, name: str, recipe: Recipe, seed: int = 0
 ) -> None:
     """Gives ``network`` the weights that :func:`pretrain` makes, from the cache if they are there.
 
@@ -106,88 +105,66 @@ def pretrained(
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
     }
     path = cache.folder / file_name("weights", identity)
-    stored = read_file(path, identity)
-    if stored is not None and _fits(network, stored):
+    try:
+        stored = read_file(path, identity)
+    except (OSError, ValueError, UserError):
+        stored = {}
+    if _fits(network, stored):
         network.load_state_dict(stored)
         network.eval()
         return
     if path.exists() and cache.notice is not None:
         cache.notice(f"the cached teacher {path} is damaged and trained anew")
-    told = -math.inf
-
-    def progress(epoch: int) -> None:
-        nonlocal told
-        if cache.notice is not None and time.monotonic() - told >= TELL_EVERY:
-            told = time.monotonic()
-            cache.notice(f"training {name} on {len(data):,} public images: epoch {epoch + 1} of {recipe.epochs}")
-
-    pretrain(network, data, recipe, seed, progress)
+    tell, of = paced(cache.notice), f"of {recipe.epochs}"
+    images = f"{len(data):,} public images"
+    pretrain(network, data, recipe, seed, lambda epoch: tell(f"training {name} on {images}: epoch {epoch + 1} {of}"))
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
     write_file(path, lambda: tensors, identity, required=cache.named)
 
 
-def probe(
-    teacher: Teacher, batches: Iterable[Tensor], labels: Tensor, rng: np.random.Generator, *, epochs: int, lr: float
-) -> tuple[nn.Linear, Tensor]:
-    """Linear probe: trains a copy of the teacher's head on the teacher's features of a client's images.
+def tune(
+    teacher: Teacher,
+    batches: Iterable[Tensor],
+    labels: Tensor,
+    rng: np.random.Generator,
+    *,
+    head_only: bool,
+    epochs: int,
+    lr: float,
+) -> tuple[nn.Module, Tensor]:
+    """Trains a copy of the teacher on a client's images with AdamW and batches of at most 128.
+
+    The copy stays in eval mode: batch norm keeps the teacher's running statistics, and dropout is off.
 
     Args:
         batches: normalised images ``[B, C, H, W]``, together as many as ``labels``.
         labels: int64 [n] (CPU).
         rng: draws the order of the samples.
-        epochs: passes of AdamW with learning rate ``lr`` and batches of at most 128.
+        head_only: linear probe: trains the head alone, on the teacher's features.
 
     Returns:
-        The head, and its logits fp32 ``[n, classes]`` (CPU).
-    """
-    features = torch.cat([teacher.features(part) for images in batches for part in images.split(teacher.batch)])
-    _, head = teacher.copy()
-    targets = labels.to(features.device)
-    with torch.enable_grad():
-        _fit(head, lambda index: (head(features[index]), targets[index]), len(labels), rng, epochs, lr)
-    with torch.no_grad():
-        return head.requires_grad_(False), teacher.checked(head(features), len(labels)).cpu()
-
-
-def finetune(
-    teacher: Teacher, batches: Sequence[Tensor], labels: Tensor, rng: np.random.Generator, *, epochs: int, lr: float
-) -> tuple[nn.Module, Tensor]:
-    """Trains a copy of the whole teacher on a client's images.
-
-    The copy stays in eval mode: batch norm keeps the teacher's running statistics, and dropout is off.
-    Arguments as for :func:`probe`.
-
-    Returns:
-        The trained copy (images to logits), and the copy's logits fp32 ``[n, classes]`` (CPU) of the client's images.
+        The trained copy (images to logits; of a probe: features to logits), and its logits fp32 ``[n, classes]`` (CPU).
     """
     trunk, head = teacher.copy()
-    images = torch.cat(list(batches)).to(teacher.device)
-    targets = labels.to(teacher.device)
-    both = nn.ModuleList([trunk, head])
-    with torch.enable_grad():
-        _fit(both, lambda index: (head(trunk(images[index])), targets[index]), len(labels), rng, epochs, lr)
-    with torch.no_grad():
-        logits = torch.cat([head(trunk(part)) for part in images.split(teacher.batch)])
-    return nn.Sequential(trunk, head), teacher.checked(logits, len(labels)).cpu()
-
-
-def _fit(
-    module: nn.Module,
-    step: Callable[[Tensor], tuple[Tensor, Tensor]],
-    samples: int,
-    rng: np.random.Generator,
-    epochs: int,
-    lr: float,
-) -> None:
-    """AdamW over random batches of at most 128; ``step(index)`` gives logits and labels."""
+    module: nn.Module = head if head_only else nn.Sequential(trunk, head)
+    if head_only:
+        inputs = torch.cat([teacher.features(part) for images in batches for part in images.split(teacher.batch)])
+    else:
+        inputs = torch.cat(list(batches)).to(teacher.device)
+    targets = labels.to(inputs.device)
     optimiser = torch.optim.AdamW(module.parameters(), lr=lr)
     for _ in range(epochs):
-        order = rng.permutation(samples)
-        for start in range(0, samples, 128):
-            logits, labels = step(torch.from_numpy(order[start : start + 128]))
+        order = torch.from_numpy(rng.permutation(len(labels)))
+        for index in order.split(128):
+            with torch.enable_grad():
+                loss = cross_entropy(module(inputs[index]), targets[index])
             optimiser.zero_grad()
-            cross_entropy(logits, labels).backward()
+            loss.backward()
             optimiser.step()
+    module.requires_grad_(False)
+    with torch.no_grad():
+        logits = torch.cat([module(part) for part in inputs.split(len(inputs) if head_only else teacher.batch)])
+    return module, teacher.checked(logits, len(labels)).cpu()
 
 
 def _digest(data: Labelled, mean: Sequence[float], std: Sequence[float], seed: int) -> str:
@@ -204,7 +181,7 @@ def _digest(data: Labelled, mean: Sequence[float], std: Sequence[float], seed: i
 
 
 def _fits(network: nn.Module, stored: Mapping[str, Tensor]) -> bool:
-    own = network.state_dict()
-    return own.keys() == stored.keys() and all(
-        own[key].shape == stored[key].shape and bool(torch.isfinite(stored[key]).all()) for key in own
+    state = network.state_dict()
+    return state.keys() == stored.keys() and all(
+        state[key].shape == stored[key].shape and bool(torch.isfinite(stored[key]).all()) for key in state
     )

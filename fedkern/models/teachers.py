@@ -42,22 +42,18 @@ class Setting:
     """Settings shared by all teachers of a run.
 
     Attributes:
-        mean, std: normalisation of the images, per channel.
         build: makes a freshly initialised network: ``build(model=, width=)``.
         public: public images that embedded (``pretrained``) teachers are trained on; None if there are none.
         prompts: prompts of zero-shot (``clip``) teachers.
-        recipe, seed: for the training of embedded teachers.
+        recipe: for the training of embedded teachers.
     """
 
     classes: Sequence[str]
-    mean: Sequence[float]
-    std: Sequence[float]
     device: torch.device
     build: Callable[..., Any]
     public: Labelled | None
     prompts: str
     recipe: Recipe
-    seed: int
 
 
 def parse(text: str) -> list[Spec]:
@@ -84,9 +80,9 @@ def absolute(text: str) -> str:
     """The same list with absolute paths; names, and paths whose absolute form has a comma, stay as they are."""
     words = []
     for spec in parse(text):
-        make = {"clip": filesystem.absolute_folder, "logits": filesystem.absolute}.get(spec.kind, str)
-        made = make(spec.what)
-        words.append(str(spec if "," in made else Spec(spec.kind, made)))
+        resolve = {"clip": filesystem.absolute_folder, "logits": filesystem.absolute}.get(spec.kind, str)
+        path = resolve(spec.what)
+        words.append(str(spec if "," in path else Spec(spec.kind, path)))
     return ",".join(words)
 
 
@@ -109,16 +105,16 @@ def expand(specs: Sequence[Spec], build: Callable[..., Any]) -> list[Spec]:
         if spec.kind != "pretrained" or spec.what:
             result.append(spec)
             continue
-        own = size(build())
+        least = size(build())
         larger: list[Spec] = []
         for model, width in LARGER:
-            if len(larger) < CHOICES and size(build(model=model, width=width)) > own:
+            if len(larger) < CHOICES and size(build(model=model, width=width)) > least:
                 larger.append(Spec("pretrained", f"{model}/{width}"))
         if not larger:
             model, width = LARGER[-1]
             raise UserError(
-                f"no embedded teacher is larger than the run's own network ({own:,} parameters): name one, for example "
-                f"teacher=pretrained:{model}/{2 * width}."
+                f"no embedded teacher is larger than the run's own network ({least:,} parameters): name one, for "
+                f"example teacher=pretrained:{model}/{2 * width}."
             )
         result += larger
     return result
@@ -132,11 +128,10 @@ def make(spec: Spec, setting: Setting, cache: LogitsCache) -> Teacher:
     """
     if spec.kind == "clip":
         return ClipTeacher(
-            spec.what, setting.classes, mean=setting.mean, std=setting.std, prompts=setting.prompts,
-            device=setting.device,
-        )  # fmt: skip
+            spec.what, setting.classes, mean=cache.mean, std=cache.std, prompts=setting.prompts, device=setting.device
+        )
     if spec.kind == "logits":
-        return StoredLogits(spec.what, len(setting.classes), setting.mean, setting.std)
+        return StoredLogits(spec.what, len(setting.classes), cache.mean, cache.std)
     if spec.kind == "python":
         return _imported(spec, setting)
     model, _, width = spec.what.partition("/")
@@ -151,22 +146,22 @@ def make(spec: Spec, setting: Setting, cache: LogitsCache) -> Teacher:
             "teacher such as --method-option teacher=clip:PATH_OR_NAME."
         )
     network: StagedNetwork = setting.build(model=model, width=int(width) if width else None)
-    shown = f"{model} of width {int(width) if width else MODELS[model].width}"
-    pretrained(network, setting.public, cache, name=shown, recipe=setting.recipe, seed=setting.seed)
-    return NetworkTeacher(network, f"{shown}, pre-trained by fedkern on {len(setting.public):,} public images",
-                          setting.device)  # fmt: skip
+    name = f"{model} of width {int(width) if width else MODELS[model].width}"
+    pretrained(network, setting.public, cache, name=name, recipe=setting.recipe)
+    name += f", pre-trained by fedkern on {len(setting.public):,} public images"
+    return NetworkTeacher(network, name, setting.device)
 
 
 def _imported(spec: Spec, setting: Setting) -> Teacher:
     """The callable (or :class:`Teacher`) ``MODULE:NAME``; its attribute ``identity``, if any, lets logits be cached."""
     named = named_code.parse(str(spec))
-    found: Any = None if named is None else named_code.load(named, "the teacher")[0]
-    if found is None:
+    thing: Any = None if named is None else named_code.load(named, "the teacher")[0]
+    if thing is None:
         raise UserError(f"the teacher {spec} must have the form python:MODULE:NAME.")
-    if isinstance(found, Teacher):
-        return found
+    if isinstance(thing, Teacher):
+        return thing
     return CallableTeacher(
-        found, len(setting.classes), name=str(spec), device=setting.device, identity=getattr(found, "identity", None)
+        thing, len(setting.classes), name=str(spec), device=setting.device, identity=getattr(thing, "identity", None)
     )
 
 

@@ -23,7 +23,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import Batch, FedLPFM, Phase
 from fedkern.methods.protocol import BEFORE
 from fedkern.models.teacher import CallableTeacher
-from fedkern.models.teacher_training import finetune, probe
+from fedkern.models.teacher_training import tune
 from fedkern.settings.stored import load_settings
 
 EQUAL = {"lr": 0.05, "momentum": 0.9}  # the methods' own defaults differ
@@ -162,8 +162,7 @@ def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_
     for k in range(3):
         client, teacher = Client(bench, k, {}), method._teacher(0)
         rng, own = client.rng(f"teacher-{tuning}/0", BEFORE), [batch.inputs for batch in client.in_order()]
-        tune = probe if tuning == "probe" else finetune
-        tuned, _ = tune(teacher, own, client.labels, rng, epochs=5, lr=0.05)
+        tuned, _ = tune(teacher, own, client.labels, rng, head_only=tuning == "probe", epochs=5, lr=0.05)
         logits = tuned(teacher.features(images)) if tuning == "probe" else tuned(images)
         right.append(float((logits.argmax(1) == split.labels).double().mean()))
     metrics = summary["metrics"]

@@ -21,7 +21,7 @@ from fedkern.models import teacher_cache, teachers
 from fedkern.models.cost import cost
 from fedkern.models.teacher import CallableTeacher, NetworkTeacher
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits, image_keys, read_file
-from fedkern.models.teacher_training import Recipe, finetune, pretrain, pretrained, probe
+from fedkern.models.teacher_training import Recipe, pretrain, pretrained, tune
 
 MEAN, STD = (0.4,), (0.3,)
 CLASSES = ("a", "b", "c")
@@ -130,7 +130,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
     cache, teacher = LogitsCache(tmp_path, MEAN, STD, said.append), counting()
     expected = cache.logits(teacher, [images])
     path = cache.path(teacher.identity or {})
-    stored = read_file(path, teacher.identity or {}) or {}
+    stored = read_file(path, teacher.identity)
     keys, logits = stored["keys"], stored["logits"]
     if damage == "empty":
         path.write_bytes(b"")
@@ -224,7 +224,8 @@ def test_logits_of_another_format_are_refused_or_computed_anew(tmp_path: Path, m
     assert torch.equal(cache.logits(teacher, [images]), expected)
     assert teacher.seen == 6
     assert other.read_bytes() == content
-    assert read_file(other, identity) is None
+    with pytest.raises(UserError, match="has format 2"):
+        read_file(other, identity)
 
 
 @pytest.mark.parametrize(
@@ -322,8 +323,7 @@ def test_long_work_is_told_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     cache, recipe = LogitsCache(tmp_path, MEAN, STD, said.append), Recipe(epochs=3, batch_size=8)
     images = normalised(bytes_of(600))
     for seconds, epochs, asked in ((3600.0, [1], []), (0.0, [1, 2, 3], [256, 400, 600])):
-        for module in ("teacher_cache", "teacher_training"):
-            monkeypatch.setattr(f"fedkern.models.{module}.TELL_EVERY", seconds)
+        monkeypatch.setattr(teacher_cache, "TELL_EVERY", seconds)
         said.clear()
         pretrained(build(), Public(), cache, name="cnn", recipe=recipe, seed=int(seconds))
         assert said == [f"training cnn on 30 public images: epoch {epoch} of 3" for epoch in epochs]
@@ -343,18 +343,17 @@ def test_tuning_starts_from_the_zero_shot_teacher_and_leaves_it_alone(kind: str)
     teacher = NetworkTeacher(build(width=4), "mine")
     before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
 
-    def tune(epochs: int, lr: float) -> torch.Tensor:
-        rng = np.random.default_rng(0)
-        if kind == "probe":
-            head, logits = probe(teacher, public.images.split(7), public.labels, rng, epochs=epochs, lr=lr)
-            torch.testing.assert_close(head(teacher.features(public.images)), logits)
-            return logits
-        return finetune(teacher, public.images.split(7), public.labels, rng, epochs=epochs, lr=lr)[1]
+    def tuned(epochs: int, lr: float) -> torch.Tensor:
+        rng, probes = np.random.default_rng(0), kind == "probe"
+        batches = public.images.split(7)
+        module, logits = tune(teacher, batches, public.labels, rng, head_only=probes, epochs=epochs, lr=lr)
+        torch.testing.assert_close(module(teacher.features(public.images) if probes else public.images), logits)
+        return logits
 
-    torch.testing.assert_close(tune(1, 1e-12), teacher.logits(public.images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tuned(1, 1e-12), teacher.logits(public.images), rtol=1e-4, atol=1e-5)
     loss = nn.functional.cross_entropy
-    assert loss(tune(60, 0.02), public.labels) < 0.6 * loss(teacher.logits(public.images), public.labels)
-    assert torch.equal(tune(3, 0.02), tune(3, 0.02))
+    assert loss(tuned(60, 0.02), public.labels) < 0.6 * loss(teacher.logits(public.images), public.labels)
+    assert torch.equal(tuned(3, 0.02), tuned(3, 0.02))
     for name, value in teacher.network.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -367,8 +366,8 @@ def test_a_callable_has_nothing_to_tune() -> None:
 
 def setting(**given: Any) -> teachers.Setting:
     plain = {
-        "classes": CLASSES, "mean": MEAN, "std": STD, "device": torch.device("cpu"), "build": build,
-        "public": Public(), "prompts": "", "recipe": Recipe(epochs=1), "seed": 0,
+        "classes": CLASSES, "device": torch.device("cpu"), "build": build,
+        "public": Public(), "prompts": "", "recipe": Recipe(epochs=1),
     }  # fmt: skip
     return teachers.Setting(**{**plain, **given})
 
