@@ -24,8 +24,8 @@ from fedkern.models.generator import Generator
 
 FLAGS: dict[str, Any] = {
     "holdout": 0.0, "iterations": 30, "batch": 32, "warmup": 0.5, "student_steps": 3, "nz": 100, "ngf": 16, "ndf": 16,
-    "critic_layers": 0, "generator_lr": 1e-3, "critic_lr": 2e-4, "student_lr": 0.05, "student_lr_end": 1e-5,
-    "student_momentum": 0.9, "student_decay": 3e-5, "w_real": 8.0, "w_clear": 1.0, "w_diverse": 1.0, "w_balance": 2.0,
+    "critic_layers": 0, "generator_lr": 1e-3, "critic_lr": 2e-4, "student_lr": 0.05, "student_decay": 3e-5,
+    "w_real": 8.0, "w_clear": 1.0, "w_diverse": 1.0, "w_balance": 2.0,
 }  # fmt: skip
 ASSUMES = {
     "mode": "generator", "models": "", "select": "last", "student_optimizer": "sgd", "ema": 0.0, "w_adv": 0.0,
@@ -124,7 +124,7 @@ def main() -> None:
     of_generator = torch.optim.Adam(generator.parameters(), lr=args.generator_lr, betas=BETAS)
     of_critics = [torch.optim.Adam(critic.parameters(), lr=args.critic_lr, betas=BETAS) for critic in critics]
     of_student = torch.optim.SGD(
-        student.parameters(), lr=args.student_lr, momentum=args.student_momentum, weight_decay=args.student_decay
+        student.parameters(), lr=args.student_lr, momentum=0.9, weight_decay=args.student_decay
     )
     shares = [size / sum(federation.sizes) for size in federation.sizes]
     weights = class_weights([dataset.columns[0] for dataset in clients], len(source.classes)).to(args.device)
@@ -158,7 +158,7 @@ def main() -> None:
             loss.backward()
             of_generator.step()
             if iteration >= first:
-                lr = cosine(args.student_lr, args.student_lr_end, (iteration - first) / (total - first))
+                lr = cosine(args.student_lr, 1e-5, (iteration - first) / (total - first))
                 of_student.param_groups[0]["lr"] = lr
                 for _ in range(args.student_steps):
                     with torch.no_grad():

@@ -79,7 +79,6 @@ class FedGID(LocalTraining):
         background_pool: str = option(
             "own", "backgrounds of the client alone, or of all clients (sent once)", choices=("own", "shared")
         )
-        exclude_same_class: bool = option(False, "never mix with a background of the sample's own class")
         background_fill: str = option(
             "mean", "colour of erased objects: the mean colour, or black", choices=("mean", "zero")
         )
@@ -102,8 +101,7 @@ class FedGID(LocalTraining):
         bank = self._bank(client)
         if not len(bank):
             return {}
-        labels = batch.targets.cpu().numpy() if self.options.exclude_same_class else None
-        index = draw_backgrounds(rng, len(batch.indices), bank.labels, labels)
+        index = rng.integers(0, len(bank), len(batch.indices))
         drawn: dict[str, Any] = {"bank": bank, "index": index}
         if bank.augmented:
             drawn["images"] = bank.take(index, rng)
@@ -198,12 +196,6 @@ class FedGID(LocalTraining):
             pool = client.state.get("pool")
             bank = client.backgrounds(fill) if pool is None else client.make_backgrounds(pool, fill)
             client.round_cache["bank"] = bank
-            if self.options.exclude_same_class and len(set(bank.labels.tolist())) == 1:
-                client.warn(
-                    "background-one-class",
-                    f"All backgrounds of client {client.label} come from one class: its own samples of that class are "
-                    "mixed with them in spite of exclude_same_class.",
-                )
         return bank
 
     # -- the one-off exchange of a shared pool ---------------------------------------------------------------------
@@ -273,26 +265,6 @@ class FedGID(LocalTraining):
                 "stage, or check that the backgrounds differ."
             }
         return {}
-
-
-def draw_backgrounds(
-    rng: np.random.Generator, size: int, bank_labels: np.ndarray, exclude: np.ndarray | None = None
-) -> np.ndarray:
-    """Draws ``size`` positions of the bank uniformly, int64 [size].
-
-    Args:
-        bank_labels: int64 [N], N >= 1.
-        exclude: int64 [size], the class that each draw avoids; ignored if the bank has no other class.
-    """
-    if exclude is None:
-        return rng.integers(0, len(bank_labels), size)
-    order = np.argsort(bank_labels, kind="stable")
-    ordered = bank_labels[order]
-    first, last = np.searchsorted(ordered, exclude, "left"), np.searchsorted(ordered, exclude, "right")
-    others = len(order) - (last - first)
-    position = (rng.random(size) * np.where(others == 0, len(order), others)).astype(np.int64)
-    position += np.where((others > 0) & (position >= first), last - first, 0)
-    return order[position]
 
 
 @contextmanager

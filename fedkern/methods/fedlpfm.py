@@ -113,7 +113,6 @@ class FedLPFM(LocalTraining):
             0.0, "learning rate of teacher_tuning (AdamW); 0: 1e-3 for probe, 1e-5 for finetune", low=0
         )
         pretrain_epochs: int = option(20, "epochs of the embedded teacher on the public images", low=1)
-        public_proxy: bool = option(True, "also report a proxy trained on the public images alone")
         teacher_cache: str = option(
             "", "folder for teachers' weights and logits; empty: the user's cache folder", path=filesystem.absolute
         )
@@ -360,7 +359,7 @@ class FedLPFM(LocalTraining):
             mflops, parameters = teacher_mflops(teacher, images), float(teacher.parameters)
             if index == 0 or mflops > server.report["teacher_inference_mflops"]:
                 server.report["teacher_inference_mflops"], server.report["teacher_parameters"] = mflops, parameters
-        if self.options.public_proxy and server.public is not None:
+        if server.public is not None:
             assert self._setting is not None
             network = server.build()
             pretrained(network, server.public, self._cache, name="proxy", recipe=self._setting.recipe)

@@ -223,7 +223,7 @@ def test_every_method_has_both_settings():
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        ({"options": {"exclude_same_class": True}}, "exclude_same_class"),
+        ({"options": {"distill_on": "logits"}}, "distill_on"),
         ({"clip_norm": 1.0}, "clip_norm"),
         ({"buffers": "local"}, "buffers"),
         ({"lr_steps": "3"}, "lr_steps"),

@@ -16,7 +16,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedGID, Phase
-from fedkern.methods.fedgid import batch_statistics_only, draw_backgrounds
+from fedkern.methods.fedgid import batch_statistics_only
 
 PHASE = Phase(0, "train", "update")
 
@@ -270,25 +270,11 @@ def test_caching_over_epochs_changes_nothing(on, epochs, make_data, make_config)
     torch.testing.assert_close(again, first, rtol=1e-9, atol=1e-9)
 
 
-def test_random_backgrounds_are_uniform_over_the_bank():
-    labels = np.array([0, 1, 1, 2, 2, 2])
-    drawn = draw_backgrounds(np.random.default_rng(0), 60000, labels)
-    assert np.bincount(drawn) / 60000 == pytest.approx(np.full(6, 1 / 6), abs=0.01)
-
-
-def test_backgrounds_of_other_classes_only():
-    labels = np.array([2, 0, 1, 2, 1, 2])
-    exclude = np.repeat([0, 1, 2, 7], 30000)
-    drawn = draw_backgrounds(np.random.default_rng(0), len(exclude), labels, exclude)
-    for c in (0, 1, 2, 7):
-        counts = np.bincount(drawn[exclude == c], minlength=6) / 30000
-        allowed = labels != c
-        assert counts[~allowed].sum() == 0
-        assert counts[allowed] == pytest.approx(np.full(allowed.sum(), 1 / allowed.sum()), abs=0.015)
-    alone = draw_backgrounds(
-        np.random.default_rng(0), 1000, np.zeros(4, dtype=np.int64), np.zeros(1000, dtype=np.int64)
-    )
-    assert set(alone) == {0, 1, 2, 3}  # a client with one class cannot avoid it
+def test_random_backgrounds_are_uniform_over_the_bank(make_data, make_config):
+    scene, rng = Scene(make_data, make_config), np.random.default_rng(0)
+    size = len(scene.batch.drawn["bank"])
+    indices = [scene.method.draw(scene.client, scene.batch, rng)["index"] for _ in range(400 * size)]
+    assert np.bincount(np.concatenate(indices), minlength=size) / (2000 * size) == pytest.approx(1 / size, rel=0.15)
 
 
 def test_the_label_stays_that_of_the_original_image(make_data, make_config):
@@ -313,14 +299,6 @@ def test_empty_bank_trains_without_intervention_and_says_so(make_data, make_conf
     assert "loss_gi" not in clients["1"]
 
 
-def test_backgrounds_of_one_class_are_reported_where_others_were_asked_for(make_data, make_config, tmp_path):
-    data = make_data()
-    data.clients[1].labels.fill_(2)
-    options = {"exclude_same_class": True}
-    summary = run(make_config("fedgid", rounds=1, options=options), out=tmp_path, data=data)
-    assert "client 1" in summary["diagnostics"]["background-one-class"]
-
-
 def test_an_intervention_that_changes_nothing_is_reported(make_data, make_config, tmp_path):
     inert = run(make_config("fedgid", options={"alpha": 0.9999}), out=tmp_path / "a", data=make_data())
     assert "intervention-inert" in inert["diagnostics"]
@@ -340,7 +318,7 @@ def test_shared_pool_reaches_every_client(make_data, make_config, tmp_path, monk
     from fedkern.methods import METHODS
 
     monkeypatch.setitem(METHODS, "fedgid", Spy)
-    options = {"background_pool": "shared", "exclude_same_class": True}
+    options = {"background_pool": "shared"}
     run(make_config("fedgid", options=options), out=tmp_path, data=make_data())
     assert set(sizes) == {20 + 13 + 9}
 

@@ -149,7 +149,7 @@ def test_every_published_option_of_fedgid_can_be_set():
     names = {each.name for each in METHODS["fedgid"].Options.declared()}
     assert {
         "alpha", "lambda", "temperature", "mix_stage", "kl_direction", "distill_on", "background_pool",
-        "exclude_same_class", "intervention", "distillation", "background_fill",
+        "intervention", "distillation", "background_fill",
     } <= names  # fmt: skip
 
 

@@ -13,7 +13,6 @@ The images are not augmented here, so the members' logits of an image are comput
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import nn
@@ -25,6 +24,9 @@ from fedkern.methods.registry import register
 from fedkern.methods.roles import Server
 from fedkern.models.ensemble import Ensemble
 from fedkern.typed_option import option
+
+MOMENTUM = 0.9
+"""Of the student's SGD, as in the released code."""
 
 
 @register("dense")
@@ -47,8 +49,6 @@ class DENSE(Distilled):
             low=1,
         )
         distill_lr: float = option(0.005, "learning rate of the student's SGD", above=0)
-        distill_momentum: float = option(0.9, "momentum of the student's SGD", low=0, high=0.999)
-        distill_steps: int = option(0, "steps of the student in an epoch; 0: one pass over the pool", low=0)
         temperature: float = option(20.0, "temperature of the distillation", above=0, infinite=True)
         distill_batch: int = option(256, "images per step of the distillation", low=2)
         adv_weight: float = option(
@@ -62,10 +62,10 @@ class DENSE(Distilled):
         generator = self.generator(server, draw)
         pool = Pool(teachers, o.distill_epochs * o.synthesis_batch)
         settings = self.synthesis(adversarial=o.adv_weight, restart=o.restart)
-        optimiser = torch.optim.SGD(student.parameters(), o.distill_lr, o.distill_momentum)
+        optimiser = torch.optim.SGD(student.parameters(), o.distill_lr, MOMENTUM)
         for _ in range(o.distill_epochs):
             images, _labels = synthesise(generator, teachers, student, settings, draw, classes)
             pool.add(images)
-            chosen = islice(pool.batches(o.distill_batch, draw), o.distill_steps or None)
-            server.report.update(self.follow(student, teachers, map(pool.take, chosen), optimiser))
+            batches = map(pool.take, pool.batches(o.distill_batch, draw))
+            server.report.update(self.follow(student, teachers, batches, optimiser))
         server.report["distil_images"] = float(len(pool))

@@ -55,7 +55,6 @@ class Distilled(MemberNetworks):
         generator_steps: int = option(30, "steps of the generator for each batch of images", low=1)
         generator_lr: float = option(1e-3, "learning rate of the generator and of its noise (Adam)", above=0)
         synthesis_batch: int = option(256, "images made at a time", low=2)
-        ce_weight: float = option(1.0, "weight of the ensemble's cross-entropy to random labels", low=0)
         bn_weight: float = option(1.0, "weight of the distance to the members' batch norm statistics", low=0)
 
     @abstractmethod
@@ -105,9 +104,8 @@ class Distilled(MemberNetworks):
         """Settings of the image synthesis, from the options."""
         o = self.options
         return Synthesis(
-            steps=o.generator_steps, size=o.synthesis_batch, lr=o.generator_lr, cross_entropy=o.ce_weight,
-            batch_norm=o.bn_weight, **settings,
-        )  # fmt: skip
+            steps=o.generator_steps, size=o.synthesis_batch, lr=o.generator_lr, batch_norm=o.bn_weight, **settings
+        )
 
     # -- the plan --------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from fedkern.typed_option import option
 
 PUBLISHED: Mapping[str, Any] = {
     "iterations": 0, "batch": 64, "warmup": 0.0, "student_steps": 5, "nz": 100, "ngf": 64, "ndf": 128,
-    "critic_layers": 2, "generator_lr": 1e-4, "critic_lr": 1e-4, "student_lr": 5e-3, "student_lr_end": 1e-5,
-    "student_momentum": 0.9, "student_decay": 3e-5, "ema": 0.0, "kd": "logit_var",
+    "critic_layers": 2, "generator_lr": 1e-4, "critic_lr": 1e-4, "student_lr": 5e-3,
+    "student_decay": 3e-5, "ema": 0.0, "kd": "logit_var",
 }  # fmt: skip
 """Sizes, steps and learning rates of the released CIFAR-10 script (docs/methods/fediod.md, section 9)."""
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -97,9 +97,7 @@ class IODOptions(PrivacyOptions, Method.Options):
         "optimiser of the student; a segmentation network learns much faster with adamw",
         choices=("sgd", "adamw"),
     )
-    student_lr: float = option(0.05, "initial learning rate of the student (cosine schedule)", above=0)
-    student_lr_end: float = option(1e-5, "final learning rate of the student", low=0)
-    student_momentum: float = option(0.9, "momentum of the student's SGD", low=0, high=0.999)
+    student_lr: float = option(0.05, "initial learning rate of the student (cosine to 1e-5)", above=0)
     student_decay: float = option(3e-5, "weight decay of the student", low=0)
     ema: float = option(
         0.0,

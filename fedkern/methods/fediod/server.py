@@ -31,6 +31,9 @@ Below this value the generator has collapsed to one image, and its saturated sig
 change that.
 """
 
+STUDENT_MOMENTUM, STUDENT_LR_END = 0.9, 1e-5
+"""Of the student's SGD and of its cosine schedule, as in the released CIFAR-10 script."""
+
 
 def cosine(start: float, end: float, progress: float) -> float:
     """A learning rate that falls from ``start`` to ``end`` along half a cosine while ``progress`` goes from 0 to 1."""
@@ -110,7 +113,7 @@ class Workshop:
         lr, decay = options.student_lr, options.student_decay
         self._optimiser: SGD | Adam
         if options.student_optimizer == "sgd":
-            self._optimiser = SGD([vector], lr, options.student_momentum, weight_decay=decay)
+            self._optimiser = SGD([vector], lr, STUDENT_MOMENTUM, weight_decay=decay)
         else:
             self._optimiser = Adam([vector], lr, weight_decay=decay, decoupled=True)
         self._student_vector = vector
@@ -265,7 +268,7 @@ class Workshop:
         ``batch_slices``).
         """
         progress = (self.iteration - self.first) / (self.total - self.first)
-        lr = cosine(self.options.student_lr, self.options.student_lr_end, progress)
+        lr = cosine(self.options.student_lr, STUDENT_LR_END, progress)
         self._optimiser.lr = lr
         every = ensemble.weights.shape[1] > 1
         target = mixture(ensemble.logits, ensemble.weights, ensemble.mask, self.options.mix).argmax(1)

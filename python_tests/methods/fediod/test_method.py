@@ -256,7 +256,7 @@ def test_the_student_begins_after_the_warm_up(world):
         for side in (w.server, *w.clients.values()):
             side.round_cache.clear()
         w.server.artifacts.clear()
-    start, end = w.method.options.student_lr, w.method.options.student_lr_end
+    start, end = w.method.options.student_lr, 1e-5
     assert rates[4:] == pytest.approx([end + (start - end) * c for c in (1, 0.853553, 0.5, 0.146447)], rel=1e-4)
 
 
