@@ -76,27 +76,20 @@ class Pretrained:
         Raises:
             UserError: transformers is not installed, or there is no such network.
         """
-        transformers = needed(f"the {user} needs transformers", "foundation", "transformers")
         local = self.folder.is_dir()
         if local:
             check_folder(self.folder, self.what)
         where = str(self.folder) if local else self.name
-        network_class = getattr(transformers, kind)
-        try:
-            with quiet(transformers):
-                if not local and transformers.utils.find_adapter_config_file(where) is not None:
-                    raise ValueError(f"it is {_UNADAPTED}.")
-                network, report = network_class.from_pretrained(where, output_loading_info=True, **weights(local=local))
-                tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
-                file = transformers.utils.cached_file(
-                    where,
-                    "preprocessor_config.json",
-                    local_files_only=local,
-                    _raise_exceptions_for_missing_entries=False,
-                )
-                settings = read_json(file) if file else {}
-        except Exception as error:  # transformers raises many exception types for a wrong folder or name
-            raise unloadable(title, where if local else f"{where}{hint}", error) from error
+        with loading(title, user, where if local else f"{where}{hint}") as transformers:
+            if not local and transformers.utils.find_adapter_config_file(where) is not None:
+                raise ValueError(f"it is {_UNADAPTED}.")
+            network_class = getattr(transformers, kind)
+            network, report = network_class.from_pretrained(where, output_loading_info=True, **weights(local=local))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
+            file = transformers.utils.cached_file(
+                where, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
+            )
+            settings = read_json(file) if file else {}
         return Loaded(network, report["missing_keys"], tokenizer, settings)
 
 
@@ -149,14 +142,29 @@ def _named(value: Any, ending: str) -> Iterator[str]:
             yield from (text for key, text in entry.items() if key.endswith(ending) and isinstance(text, str))
 
 
-def unloadable(what: str, where: str | Path, error: Exception) -> UserError:
-    """The error for a network that ``from_pretrained`` cannot load from a folder or by name."""
-    if "trust_remote_code" in str(error):
-        return UserError(
-            f"cannot load {what} from {where}: it comes with Python code of its own, which is not run; take a network "
-            "that transformers has the code of."
-        )
-    return UserError(f"cannot load {what} from {where}: {first_line(error)}")
+@contextmanager
+def loading(title: str, user: str, where: str | Path) -> Iterator[Any]:
+    """Gives transformers, silenced; its errors become one sentence.
+
+    Args:
+        title: the network with its article, for messages.
+        user: what needs the network, for messages.
+        where: folder or name of the network, for messages.
+
+    Raises:
+        UserError: transformers is not installed, or raised.
+    """
+    transformers = needed(f"the {user} needs transformers", "foundation", "transformers")
+    try:
+        with quiet(transformers):
+            yield transformers
+    except Exception as error:  # transformers raises many exception types for a wrong folder or name
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"cannot load {title} from {where}: it comes with Python code of its own, which is not run; take a "
+                "network that transformers has the code of."
+            ) from error
+        raise UserError(f"cannot load {title} from {where}: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -15,9 +15,8 @@ from fedkern.files.filesystem import expand
 from fedkern.files.inputs import read_json
 from fedkern.models.encoders import ImageEncoder
 from fedkern.models.preprocessing import Preprocessing
-from fedkern.models.pretrained import check_complete, check_folder, first_line, quiet, unloadable, weights, without_code
+from fedkern.models.pretrained import check_complete, check_folder, first_line, loading, weights, without_code
 from fedkern.models.vocabulary import Tokens
-from fedkern.process.extras import needed
 
 
 class PretrainedImage(ImageEncoder):
@@ -93,8 +92,8 @@ class PretrainedText(nn.Module):
         if not texts:
             return Tokens(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1, dtype=torch.bool))
         longest = self.longest - self.pooled
-        made = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        ids, mask = made["input_ids"], made["attention_mask"].bool()
+        encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
         if self.pooled:  # room for the mean
             ids = torch.cat([ids[:, :1], ids], 1)
             mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
@@ -139,12 +138,8 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
     """
     path = _existing(folder, "text")
     network = _network(path, "text", "text_model")
-    transformers = needed(f"the text encoder {path} needs transformers", "foundation", "transformers")
-    try:
-        with quiet(transformers):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **without_code(local=True))
-    except Exception as error:  # transformers raises many exception types for a wrong folder
-        raise unloadable("a tokenizer", path, error) from error
+    with loading("a tokenizer", f"text encoder {path}", path) as transformers:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **without_code(local=True))
     _check_words(path, tokenizer, network)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -168,8 +163,8 @@ def _check_words(path: Path, tokenizer: Any, network: Any) -> None:
     For a folder without tokenizer files transformers makes a tokenizer of special tokens alone.
     """
     reads = bool(getattr(tokenizer, "vocab_files_names", None))  # False for byte-level tokenizers (ByT5)
-    kept = any(any(path.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model"))
-    if (reads and not kept) or len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+    files = any(any(path.glob(pattern)) for pattern in ("tokenizer.json", "vocab.*", "*.model"))
+    if (reads and not files) or len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise UserError(
             f"the text encoder {path} has no words: copy its tokenizer's files (tokenizer.json, vocab.txt, vocab.json "
             "with merges.txt, or the one that ends in .model) beside its weights, or save it there with "
@@ -200,24 +195,20 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
 
     Dropout would draw from the global generator, and a resumed run would not repeat its draws.
     """
-    transformers = needed(f"the {kind} encoder {path} needs transformers", "foundation", "transformers")
-    try:
-        with quiet(transformers):
-            config = transformers.AutoConfig.from_pretrained(str(path), **without_code(local=True))
-            for own in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
-                _without_dropout(own)
-            network, told = transformers.AutoModel.from_pretrained(
-                str(path), config=config, dtype=torch.float32, output_loading_info=True, **weights(local=True)
-            )
-    except Exception as error:  # transformers raises many exception types for a wrong folder
-        raise unloadable(f"the {kind} encoder", path, error) from error
-    whole = network
+    with loading(f"the {kind} encoder", f"{kind} encoder {path}", path) as transformers:
+        config = transformers.AutoConfig.from_pretrained(str(path), **without_code(local=True))
+        for part_config in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
+            _without_dropout(part_config)
+        network, report = transformers.AutoModel.from_pretrained(
+            str(path), config=config, dtype=torch.float32, output_loading_info=True, **weights(local=True)
+        )
+    complete = network
     if getattr(network.config, "is_encoder_decoder", False):
         network = network.get_encoder()
     network = getattr(network, part, network)
     if isinstance(getattr(network, "pooler", None), nn.Module):
         network.pooler = nn.Identity()  # the pooler's output is not used, so the pooler would never learn
-    check_complete(f"{kind} encoder {path}", whole, network, told["missing_keys"])
+    check_complete(f"{kind} encoder {path}", complete, network, report["missing_keys"])
     return network.float()
 
 
