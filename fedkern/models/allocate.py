@@ -24,9 +24,9 @@ def uninitialised(kind: Callable[..., Layer], *arguments: int, device: torch.dev
         kind: the layer's class, or a function that makes the layer on its argument ``device``.
         device: device of the layer; None is the CPU.
     """
-    made = kind(*arguments, device="meta")
-    allocate(made)
-    return made if device is None else made.to(device)
+    module = kind(*arguments, device="meta")
+    allocate(module)
+    return module if device is None else module.to(device)
 
 
 def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> nn.Linear:
@@ -53,14 +53,14 @@ def allocate(module: nn.Module) -> None:
             f"The network takes {size / 1e9:.1f} GB, twice that with its copies, and the machine has "
             f"{free / 1e9:.1f} GB free: take a smaller --width or --model."
         )
-    made: dict[int, Tensor] = {}  # by the id of the tensor replaced, which layers may share
+    tensors: dict[int, Tensor] = {}  # by the id of the tensor replaced, which layers may share
     for layer in module.modules():
         for named in (layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
             for name, tensor in list(named):
                 if not tensor.is_meta:
                     continue
-                if id(tensor) not in made:
+                if id(tensor) not in tensors:
                     memory: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
                     is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(memory, tensor.requires_grad) if is_parameter else memory
-                setattr(layer, name, made[id(tensor)])
+                    tensors[id(tensor)] = nn.Parameter(memory, tensor.requires_grad) if is_parameter else memory
+                setattr(layer, name, tensors[id(tensor)])

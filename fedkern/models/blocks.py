@@ -78,13 +78,13 @@ class BlockNetwork(nn.Module):
         x = torch.zeros(2, *image_shape)
         shapes: list[tuple[int, ...]] = []
         for i, block in enumerate(self.blocks, start=1):
-            given = f"what block {i - 1} gives" if i > 1 else "the images"
+            source = f"what block {i - 1} gives" if i > 1 else "the images"
             try:
                 y = copy.deepcopy(block).cpu().eval()(x)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 reason = str(error).strip().split("\n")[0].rstrip(".")
-                wanted = _wanted(block, tuple(x.shape[1:])) or f": {reason}"
-                raise UserError(f"Block {i} cannot take {given}, of shape {list(x.shape[1:])}{wanted}.") from None
+                hint = _wanted(block, tuple(x.shape[1:])) or f": {reason}"
+                raise UserError(f"Block {i} cannot take {source}, of shape {list(x.shape[1:])}{hint}.") from None
             if not isinstance(y, Tensor) or y.dim() not in (2, 3, 4):
                 raise UserError(f"Block {i} must give features [B, d], tokens [B, N, C] or a map [B, C, H, W].")
             shapes.append(tuple(y.shape[1:]))
@@ -96,12 +96,12 @@ class BlockNetwork(nn.Module):
         return shapes
 
 
-def _wanted(block: nn.Module, given: tuple[int, ...]) -> str:
+def _wanted(block: nn.Module, shape: tuple[int, ...]) -> str:
     """The reason for the error if the block's first layer takes another number of channels; else empty."""
     first = next(module for module in block.modules() if not any(True for _ in module.children()))
-    if isinstance(first, nn.Conv2d) and len(given) == 3 and first.in_channels != given[0]:
+    if isinstance(first, nn.Conv2d) and len(shape) == 3 and first.in_channels != shape[0]:
         return f", as its first layer takes {first.in_channels} channels"
-    if isinstance(first, nn.Linear) and first.in_features != given[-1]:
+    if isinstance(first, nn.Linear) and first.in_features != shape[-1]:
         return f", as its first layer takes {first.in_features} features"
     return ""
 
@@ -113,8 +113,8 @@ def channels(shape: Sequence[int]) -> int:
 
 def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
     """Raises UserError if blocks of one level differ in the shape they give, so that they cannot be fused."""
-    for k, own in enumerate(interfaces):
-        for level, (shape, first) in enumerate(zip(own, interfaces[0], strict=True), start=1):
+    for k, shapes in enumerate(interfaces):
+        for level, (shape, first) in enumerate(zip(shapes, interfaces[0], strict=True), start=1):
             if shape != first:
                 raise UserError(
                     f"Block {level} of client {k} gives {list(shape)} and that of client 0 {list(first)}: networks can "

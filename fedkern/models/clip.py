@@ -127,8 +127,8 @@ def text_features(network: Any, tokenizer: Any, prompts: Sequence[Sequence[str]]
     """One unit vector per class, fp32 ``[classes, d]``: the normalised mean of the prompts' normalised features."""
     longest = int(network.config.text_config.max_position_embeddings)
     rows = []
-    for own in prompts:
-        encoded = tokenizer(list(own), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    for texts in prompts:
+        encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
         output = network.text_model(
             input_ids=encoded["input_ids"].to(device), attention_mask=encoded["attention_mask"].to(device)
         )

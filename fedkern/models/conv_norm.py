@@ -61,13 +61,13 @@ def _served(x: Tensor, conv: Any, norm: Any, relu: Any, pool: Any, residual: Ten
         if type(pool) is not nn.MaxPool2d or _POOL(pool) != _SERVED_POOL:
             return None
         called.append(pool)
-    found = convolution(conv)
-    if found is None or type(norm) is not nn.BatchNorm2d:
+    parts = convolution(conv)
+    if parts is None or type(norm) is not nn.BatchNorm2d:
         return None
     for layer in called:
         if hooked(layer) or "forward" in layer.__dict__:
             return None
-    weight, bias, side, stride, padding = found
+    weight, bias, side, stride, padding = parts
     try:
         scale, shift = PARAMETERS(norm._parameters)
         mean, variance, count = _BUFFERS(norm._buffers)

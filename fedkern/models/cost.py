@@ -120,11 +120,11 @@ def cost(module: nn.Module, images: Tensor) -> Cost:
     with torch.no_grad(), hooked(leaves, look), count_flops(module) as forward:
         module(images)
     saved: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    storages = {p.untyped_storage().data_ptr() for p in module.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in storages:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -63,7 +63,7 @@ def find_head(module: nn.Module, images: Tensor) -> str | None:
             layer.register_forward_hook(lambda _, __, output, name=name: calls.setdefault(name, []).append(output))
     with torch.no_grad():
         logits = logits_of(tried(images))
-    heads = [name for name, made in calls.items() if len(made) == 1 and made[0] is logits and logits.dim() == 2]
+    heads = [name for name, each in calls.items() if len(each) == 1 and each[0] is logits and logits.dim() == 2]
     return heads[0] if heads else None
 
 
@@ -80,20 +80,20 @@ def find_cut(module: nn.Module, images: Tensor, declared: Any = None) -> Cut:
         NotCut: the pieces do not give the network's logits.
         UserError: ``declared`` names submodules that do not exist or that do not follow each other.
     """
-    wanted = _wanted(declared)
-    names = _pieces(module, set(wanted.values()))
+    paths = _wanted(declared)
+    names = _pieces(module, set(paths.values()))
     if not names:
         raise NotCut("it has no submodules")
     _check_shared(module, names)
     while True:
         used, shapes = _tried(module, names, images)
         pieces, head = used[:-1], used[-1]
-        stages = _declared(wanted, pieces, module) if wanted else _automatic(module, pieces, shapes)
+        stages = _declared(paths, pieces, module) if paths else _automatic(module, pieces, shapes)
         opened = _opened(module, names)
-        if wanted or len(stages) > 1 or opened == names:
+        if paths or len(stages) > 1 or opened == names:
             break
         names = opened
-    ends = [sum(len(own) for _, own in stages[: i + 1]) for i in range(len(stages))]
+    ends = [sum(len(inside) for _, inside in stages[: i + 1]) for i in range(len(stages))]
     maps = next((i for i, end in enumerate(ends) if len(shapes[end - 1]) != 4), len(ends))
     return Cut((*stages, ("feature", tuple(pieces[ends[-1] :]))), head, maps)
 
@@ -103,17 +103,17 @@ def _wanted(declared: Any) -> dict[str, str]:
     if declared is None:
         return {}
     if isinstance(declared, Mapping):
-        wanted = {str(name): path for name, path in declared.items()}
+        paths = {str(name): path for name, path in declared.items()}
     elif isinstance(declared, Sequence) and not isinstance(declared, str):
-        wanted = {str(path): path for path in declared}
+        paths = {str(path): path for path in declared}
     else:
-        wanted = {}
-    if not wanted or not all(isinstance(path, str) and path for path in wanted.values()) or "feature" in wanted:
+        paths = {}
+    if not paths or not all(isinstance(path, str) and path for path in paths.values()) or "feature" in paths:
         raise UserError(
             "the network's attribute stages must name submodules, {'layer1': 'backbone.1', ...} or ['stem', ...], "
             f"without a stage called feature, and is {declared!r}."
         )
-    return wanted
+    return paths
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -123,27 +123,27 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _pieces(module: nn.Module, opened: set[str], prefix: str = "") -> list[str]:
     """Names of the submodules in order: those in ``opened``, a single child and a last Sequential are taken apart."""
-    found: list[str] = []
+    names: list[str] = []
     children = _children(module)
     for name, child in children:
-        whole, nested = prefix + name, _children(child)
+        full_name, nested = prefix + name, _children(child)
         last = name == children[-1][0] and isinstance(child, nn.Sequential)
-        inside = any(path.startswith(whole + ".") for path in opened)
+        inside = any(path.startswith(full_name + ".") for path in opened)
         if nested and (inside or last or len(children) == 1):
-            found += _pieces(child, opened, whole + ".")
+            names += _pieces(child, opened, full_name + ".")
         else:
-            found.append(whole)
-    return found
+            names.append(full_name)
+    return names
 
 
 def _opened(module: nn.Module, names: Sequence[str]) -> list[str]:
     """The same pieces with every Sequential taken apart."""
-    found: list[str] = []
+    opened: list[str] = []
     for name in names:
         child = module.get_submodule(name)
-        inner = [f"{name}.{own}" for own, _ in _children(child)] if isinstance(child, nn.Sequential) else []
-        found += inner or [name]
-    return found
+        inner = [f"{name}.{part}" for part, _ in _children(child)] if isinstance(child, nn.Sequential) else []
+        opened += inner or [name]
+    return opened
 
 
 def _begins(layer: nn.Module) -> bool:
@@ -156,9 +156,9 @@ def _check_shared(module: nn.Module, names: Sequence[str]) -> None:
     owners: dict[int, str] = {}
     inside = 0
     for name in names:
-        own = {id(parameter) for parameter in module.get_submodule(name).parameters()}
-        inside += len(own)
-        for each in own:
+        parameters = {id(parameter) for parameter in module.get_submodule(name).parameters()}
+        inside += len(parameters)
+        for each in parameters:
             if owners.setdefault(each, name) != name:
                 raise NotCut(f"{owners[each]} and {name} share parameters")
     if inside != sum(1 for _ in module.parameters()):
@@ -167,13 +167,13 @@ def _check_shared(module: nn.Module, names: Sequence[str]) -> None:
 
 def moved(module: nn.Module) -> nn.Module:
     """A copy whose parameters are moved a little."""
-    made = copy.deepcopy(module)
+    twin = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in twin.parameters():
             if parameter.is_floating_point():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    return made
+    return twin
 
 
 def _run(module: nn.Module, names: Sequence[str], x: Tensor) -> tuple[list[str], list[Tensor]]:
@@ -200,10 +200,10 @@ def _tried(module: nn.Module, names: Sequence[str], images: Tensor) -> tuple[lis
     used: list[str] = []
     results: list[Tensor] = []
     for training in (True, False):
-        whole, parts = moved(module).train(training), moved(module).train(training)
+        network, parts = moved(module).train(training), moved(module).train(training)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # dropout
-            expected = logits_of(whole(images))
+            expected = logits_of(network(images))
             torch.default_generator.manual_seed(0)
             try:
                 used, results = _run(parts, names, images)
@@ -211,8 +211,8 @@ def _tried(module: nn.Module, names: Sequence[str], images: Tensor) -> tuple[lis
                 raise
             except Exception:  # a module that gets what it was not made for may raise anything
                 raise NotCut("its modules do not run one after another") from None
-        given = results[-1] if results else images
-        if given.shape != expected.shape or not torch.allclose(given, expected, rtol=1e-4, atol=1e-5):
+        outputs = results[-1] if results else images
+        if outputs.shape != expected.shape or not torch.allclose(outputs, expected, rtol=1e-4, atol=1e-5):
             raise NotCut("its modules, run one after another, give other logits")
     layer = module.get_submodule(used[-1])
     if not isinstance(layer, nn.Linear) or layer.bias is None or len(results) < 2 or results[-2].dim() != 2:
@@ -220,16 +220,16 @@ def _tried(module: nn.Module, names: Sequence[str], images: Tensor) -> tuple[lis
     return used, [tuple(result.shape) for result in results]
 
 
-def _declared(wanted: Mapping[str, str], names: Sequence[str], module: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
+def _declared(paths: Mapping[str, str], names: Sequence[str], module: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
     stages: list[tuple[str, tuple[str, ...]]] = []
     start = 0
-    for stage, path in wanted.items():
+    for stage, path in paths.items():
         ends = [i for i, name in enumerate(names) if name == path or name.startswith(path + ".")]
         if not ends:
-            known = [name for name, _ in module.named_modules() if name]
+            modules = [name for name, _ in module.named_modules() if name]
             raise UserError(
                 f'the network\'s attribute stages ends "{stage}" with "{path}", which is no submodule before the '
-                f"classifier.{nearest(path, known)}"
+                f"classifier.{nearest(path, modules)}"
             )
         if ends[-1] < start:
             raise UserError(f'the network\'s attribute stages has "{stage}" after a stage that ends later.')

@@ -73,14 +73,14 @@ class GroundingDino:
         )
         scores = output.logits.sigmoid()
         tokens = self._name_tokens(encoded["input_ids"][0])
-        kept = (scores.amax(dim=-1) > self.box_threshold) & (
+        selected = (scores.amax(dim=-1) > self.box_threshold) & (
             scores[..., : len(tokens)][..., tokens].amax(dim=-1) > self.text_threshold
         )
         height, width = images.shape[-2:]
         limits = torch.tensor([width, height, width, height], dtype=torch.float32)
         centre, size = output.pred_boxes.float().cpu().split(2, dim=-1)
         boxes = torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1) * limits
-        return [one[keep] for one, keep in zip(boxes, kept.cpu(), strict=True)]
+        return [one[keep] for one, keep in zip(boxes, selected.cpu(), strict=True)]
 
     def _prepare(self, images: Tensor) -> Tensor:
         """Resizes and normalises as preprocessor_config.json says, float32 ``[B, 3, h, w]``."""

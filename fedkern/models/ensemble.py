@@ -71,9 +71,9 @@ class Ensemble(nn.Module):
         self._forget()
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *given: Any, **named: Any) -> None:
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
         self._forget()
-        super()._load_from_state_dict(*given, **named)
+        super()._load_from_state_dict(*arguments, **named)
 
     def _forget(self) -> None:
         self._fused, self._tried = None, None

@@ -36,8 +36,8 @@ def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
 def frozen_norms(module: nn.Module) -> list[_BatchNorm]:
     """Batch norms that have parameters, all of them frozen: their running statistics belong to these and stay too."""
     norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-    own = {layer: [*layer.parameters(recurse=False)] for layer in norms}
-    return [layer for layer in norms if own[layer] and not any(each.requires_grad for each in own[layer])]
+    parameters = {layer: [*layer.parameters(recurse=False)] for layer in norms}
+    return [layer for layer in norms if parameters[layer] and not any(each.requires_grad for each in parameters[layer])]
 
 
 def train_mode(module: nn.Module) -> Any:

@@ -62,8 +62,8 @@ def make_adaptor(
     if kind != "cnn1x1":
         return Pool(branches, total=kind == "sum")
     width, joined = channels(shape), branches * channels(shape)
-    made = uninitialised(nn.Conv2d, joined, width, 1) if len(shape) == 3 else uninitialised(nn.Linear, joined, width)
-    weight, bias = made.weight, cast(Tensor, made.bias)
+    adaptor = uninitialised(nn.Conv2d, joined, width, 1) if len(shape) == 3 else uninitialised(nn.Linear, joined, width)
+    weight, bias = adaptor.weight, cast(Tensor, adaptor.bias)
     with torch.no_grad():
         if generator is None:
             weight.copy_(torch.eye(width).repeat(1, branches).div_(branches).reshape(weight.shape))
@@ -72,7 +72,7 @@ def make_adaptor(
             bound = joined**-0.5
             weight.uniform_(-bound, bound, generator=generator)
             bias.uniform_(-bound, bound, generator=generator)
-    return made
+    return adaptor
 
 
 class Branch(NamedTuple):
@@ -137,9 +137,9 @@ class FusedLevel(nn.Module):
             self._lowered = FusedBlocks(blocks), dtype
         return self._lowered[0]
 
-    def _load_from_state_dict(self, *given: Any, **named: Any) -> None:
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
         self._lowered = None
-        super()._load_from_state_dict(*given, **named)
+        super()._load_from_state_dict(*arguments, **named)
 
     def statistics(self) -> list[dict[str, Tensor]]:
         """Every block's buffers (running statistics and counts) as they are now, copied to the CPU."""
@@ -155,8 +155,8 @@ class FusedLevel(nn.Module):
 
     def _fuse(self, branches: Sequence[Branch]) -> FusedBlocks | None:
         # One module for all branches that share a template, so that FusedBlocks inspects it once.
-        made: dict[int, nn.Module] = {}
-        templates = [made.setdefault(id(branch.block), _sequence(branch)) for branch in branches]
+        sequences: dict[int, nn.Module] = {}
+        templates = [sequences.setdefault(id(branch.block), _sequence(branch)) for branch in branches]
         try:
             fused = FusedBlocks(templates)
         except (TypeError, ValueError):
@@ -179,8 +179,8 @@ def _sequence(branch: Branch) -> nn.Sequential:
 
 
 def _flat(branch: Branch, like: nn.Module) -> dict[str, Tensor]:
-    given = {f"{part}.{key}": value for part, state in branch.states.items() for key, value in state.items()}
-    return {key: given[key] for key in like.state_dict()}
+    tensors = {f"{part}.{key}": value for part, state in branch.states.items() for key, value in state.items()}
+    return {key: tensors[key] for key in like.state_dict()}
 
 
 class FusedNetwork(nn.Module):

@@ -63,9 +63,9 @@ class Generator(nn.Module):
                 raise ValueError(f"{name} must be at least {least}, not {value}")
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths must hold at least two positive numbers, not {tuple(widths)}")
-        for name, given in (("mean", mean), ("std", std), ("pixel_mean", pixel_mean)):
-            if given is not None and len(given) != channels:
-                raise ValueError(f"{name} must hold {channels} numbers, one per channel, not {len(given)}")
+        for name, values in (("mean", mean), ("std", std), ("pixel_mean", pixel_mean)):
+            if values is not None and len(values) != channels:
+                raise ValueError(f"{name} must hold {channels} numbers, one per channel, not {len(values)}")
         doublings = len(widths) - 1
         while max(height, width) > BASE << doublings:
             doublings += 1

@@ -61,7 +61,7 @@ class Hooked(OwnNetwork):
 
         ``put`` is a stage, what its result is replaced by, and what is called there.
         """
-        found, calls = dict[str, Tensor](), Counter[str]()
+        results, calls = dict[str, Tensor](), Counter[str]()
 
         def met(stage: str, layer: nn.Module, inputs: tuple[Any, ...], *output: Any) -> Tensor:
             result = computed((output or inputs)[0])
@@ -69,7 +69,7 @@ class Hooked(OwnNetwork):
             if put is not None and put[0] == stage:
                 put[2]()
                 result = put[1].reshape(-1, *result.shape[1:])
-            found[stage] = result
+            results[stage] = result
             if stage == stop:
                 raise _Stop
             return result  # in the place of what waits to be computed
@@ -83,11 +83,11 @@ class Hooked(OwnNetwork):
                 else:  # the features are what the classifier takes
                     hooks.enter_context(super().head.register_forward_pre_hook(partial(met, stage)))
             with suppress(_Stop):
-                found[LOGITS] = full(self._logits(x))
-        if FEATURE in found:
-            found[FEATURE] = full(found[FEATURE].flatten(1))
-        self.found, self.calls = found, calls
-        return found
+                results[LOGITS] = full(self._logits(x))
+        if FEATURE in results:
+            results[FEATURE] = full(results[FEATURE].flatten(1))
+        self.found, self.calls = results, calls
+        return results
 
     def again(self, stage: str, h: Tensor) -> dict[str, Tensor]:
         """A pass from a stage on, with ``h`` for its result."""
@@ -108,8 +108,8 @@ class Hooked(OwnNetwork):
 
     def after(self, stage: str, h: Tensor) -> dict[str, Tensor]:
         """What follows a stage's result: known from the last call where ``h`` is of it, else found by another one."""
-        found = self.found
-        return found if found.get(stage) is h and LOGITS in found else self.again(stage, h)
+        results = self.found
+        return results if results.get(stage) is h and LOGITS in results else self.again(stage, h)
 
     def stages(self, x: Tensor, upto: str) -> Tensor:
         """See :meth:`fedkern.models.StagedNetwork.stages`."""
@@ -154,22 +154,22 @@ def find_taps(
     if not isinstance(network, OwnNetwork) or isinstance(network, ItemNetwork):
         raise UserError(f"--features and --stages are for a network of your own on images, not {text}: leave them out.")
     images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
-    known = [name for name, _ in network.module.named_modules() if name]
+    paths = [name for name, _ in network.module.named_modules() if name]
     for flag, name in [("stages", each) for each in stages] + [("features", features)] * (features is not None):
-        if name not in known:
-            raise UserError(f'--{flag}: the network {text} has no submodule "{name}".{nearest(str(name), known)}')
+        if name not in paths:
+            raise UserError(f'--{flag}: the network {text} has no submodule "{name}".{nearest(str(name), paths)}')
     head = find_head(network.module, images)
     if head is None and features is None:
         raise UserError(f"--stages: {text} ends in no linear layer, whose input are the features: give --features too.")
     tried = Hooked(moved(network.module).eval(), head, stages, features, shape)
     with torch.no_grad():
-        whole, calls = tried.call(images), tried.calls
+        results, calls = tried.call(images), tried.calls
         for name in tried.stage_names:
             what = f"--stages {name}" if name != FEATURE else f"--features {features}"
-            result, times = whole.get(name), calls[name]
+            result, times = results.get(name), calls[name]
             if times != 1 or not isinstance(result, Tensor) or len(result) != len(images):
                 raise UserError(f"{what}: {text} calls it {times} times, or it gives no tensor of a row an image.")
-            if not torch.allclose(tried.again(name, result)[LOGITS], whole[LOGITS], rtol=1e-3, atol=1e-4):
+            if not torch.allclose(tried.again(name, result)[LOGITS], results[LOGITS], rtol=1e-3, atol=1e-4):
                 raise UserError(f"{what}: the logits of {text} depend on more than it gives: name a later submodule.")
-    widths = whole[FEATURE].shape[1], whole[LOGITS].shape[1]
+    widths = results[FEATURE].shape[1], results[LOGITS].shape[1]
     return head, stages, features, shape, widths

@@ -31,8 +31,8 @@ class _Optimiser:
 
     def _with_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that have a gradient, and their gradients."""
-        found = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        return [p for p, _ in found], [gradient for _, gradient in found]
+        pairs = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        return [p for p, _ in pairs], [gradient for _, gradient in pairs]
 
     def zero_grad(self) -> None:
         """Sets all gradients to None."""
@@ -73,11 +73,11 @@ class SGD(_Optimiser):
         if self._momentum:
             velocities = []
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                known = self.state.get(parameter)
-                if known is None:
+                state = self.state.get(parameter)
+                if state is None:
                     velocity = self.state.setdefault(parameter, {})["momentum_buffer"] = gradient.clone()
                 else:
-                    velocity = known["momentum_buffer"].mul_(self._momentum).add_(gradient)
+                    velocity = state["momentum_buffer"].mul_(self._momentum).add_(gradient)
                 velocities.append(velocity)
             ahead = self._nesterov
             gradients = list(foreach_add(gradients, velocities, alpha=self._momentum)) if ahead else velocities

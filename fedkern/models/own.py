@@ -108,10 +108,10 @@ class ItemNetwork(OwnNetwork):
     @autocasts
     def _logits(self, x: Any) -> Any:
         if isinstance(x, Positional):
-            found = self.module(*x)
+            result = self.module(*x)
         else:
-            found = self.module(**x) if isinstance(x, Keywords) else self.module(x)
-        return found if self._raw else logits_of(found)
+            result = self.module(**x) if isinstance(x, Keywords) else self.module(x)
+        return result if self._raw else logits_of(result)
 
     def forward(self, x: Any) -> Any:
         """What the module gives for a batch's inputs."""
@@ -274,12 +274,12 @@ class Own:
             required = inspect.signature(self.what).parameters["width"].default is inspect.Parameter.empty
             if required:
                 raise UserError(f"the model {self.text} needs a width: give one with --width.")
-        given: dict[str, Any] = {"classes": classes, "channels": channels, "image_size": side, "seed": seed}
-        given = {name: value for name, value in given.items() if value is not None}
-        given |= {} if width is None else {"width": width}
+        arguments: dict[str, Any] = {"classes": classes, "channels": channels, "image_size": side, "seed": seed}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        arguments |= {} if width is None else {"width": width}
         with seeded(word), named_code.hosted(self.named):
             try:
-                module = self.what(**{name: value for name, value in given.items() if name in self.takes})
+                module = self.what(**{name: value for name, value in arguments.items() if name in self.takes})
             except UserError:
                 raise
             except (Exception, SystemExit) as error:
@@ -323,10 +323,10 @@ class Own:
 
 def _opened(named: Named, sha256: str | None) -> Own:
     """The same maker in another process."""
-    made = opened(named)
-    if made.sha256 != sha256:
+    maker = opened(named)
+    if maker.sha256 != sha256:
         raise UserError(f"the model {named} has changed since the run began")
-    return made
+    return maker
 
 
 def opened(named: Named) -> Own:
@@ -425,12 +425,12 @@ def check_output(
 
 def digest(tensors: Mapping[str, Tensor], *, values: bool) -> str:
     """SHA-256 of names, dtypes and shapes of tensors, and of their ``values`` if asked."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, tensor in tensors.items():
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
         if values:
-            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+            hasher.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return hasher.hexdigest()
 
 
 def channels_last(module: nn.Module) -> bool:

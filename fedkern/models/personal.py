@@ -27,14 +27,14 @@ def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
     named = [*trained, *(name for name, _ in module.named_buffers())]
     chosen: set[str] = set()
     for pattern in patterns:
-        found = [name for name in named if fnmatchcase(name, pattern)]
-        if not found:
+        matches = [name for name in named if fnmatchcase(name, pattern)]
+        if not matches:
             children = [f"{name}.*" for name, child in module.named_children() if child.state_dict()]
             raise UserError(
                 f"--personal {pattern} matches no trained parameter and no buffer of {text}, whose parts are "
                 f"{', '.join(children or named)}.{nearest(pattern, [*children, *named])}"
             )
-        chosen.update(found)
+        chosen.update(matches)
     if chosen >= set(trained):
         raise UserError(
             f"--personal {','.join(patterns)} leaves nothing of {text} to be shared: name fewer of its parts, or take "
@@ -65,13 +65,13 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: named[name] for name in chosen}
 
 
-def copies(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copies(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of :func:`tensors`."""
-    return {name: each.detach().clone() for name, each in own.items()}
+    return {name: each.detach().clone() for name, each in named.items()}
 
 
 @torch.no_grad()
-def write(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def write(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copies ``values`` into the :func:`tensors` of a network."""
     for name, value in values.items():
-        own[name].copy_(value)
+        named[name].copy_(value)

@@ -85,11 +85,11 @@ def frozen(module: Any) -> Any:
     dtype = _dtype.get()
     if dtype is None or getattr(module, "own", False) is True:
         return module
-    made = copy.deepcopy(module)
-    for name, layer in made.named_modules():
+    twin = copy.deepcopy(module)
+    for name, layer in twin.named_modules():
         if isinstance(layer, MATRICES) and not any(part.endswith("head") for part in name.split(".")):
             layer.weight.data = layer.weight.data.to(dtype)
-    return made
+    return twin
 
 
 def trunk(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -42,8 +42,8 @@ class Preprocessing:
         share = settings.get("crop_pct") or (224 / 256 if kind.startswith("ConvNext") else None)
         if share and self.size and len(self.size) == 1:
             square = (self.size[0], self.size[0])
-            whole = self.size[0] >= WHOLE
-            self.size, self.crop = (square, self.crop) if whole else ((int(self.size[0] / share),), self.crop or square)
+            large = self.size[0] >= WHOLE
+            self.size, self.crop = (square, self.crop) if large else ((int(self.size[0] / share),), self.crop or square)
         resample = settings.get("resample")
         resample = BILINEAR if resample is None else int(resample)
         if resample not in MODES:
@@ -144,15 +144,15 @@ def _lanczos(before: int, after: int) -> Tensor:
 def _size(size: Any, *, square: bool = False) -> tuple[int, ...]:
     """A size of preprocessor_config.json as (shortest side,) or (height, width)."""
     if isinstance(size, Mapping):
-        given = {name: value for name, value in size.items() if value is not None}
-        if set(given) == {"height", "width"}:
-            return int(given["height"]), int(given["width"])
-        if set(given) != {"shortest_edge"}:
+        sides = {name: value for name, value in size.items() if value is not None}
+        if set(sides) == {"height", "width"}:
+            return int(sides["height"]), int(sides["width"])
+        if set(sides) != {"shortest_edge"}:
             raise UserError(
-                f"sizes by {' and '.join(given) or 'nothing'} are not done here: give height and width, or the "
+                f"sizes by {' and '.join(sides) or 'nothing'} are not done here: give height and width, or the "
                 "shortest_edge alone."
             )
-        size = given["shortest_edge"]
+        size = sides["shortest_edge"]
     return (int(size), int(size)) if square else (int(size),)
 
 

@@ -186,22 +186,22 @@ def content_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_complete(name: str, whole: nn.Module, used: nn.Module, missing: Collection[str]) -> None:
+def check_complete(name: str, network: nn.Module, used: nn.Module, missing: Collection[str]) -> None:
     """Raises UserError if the folder lacks tensors of ``used``, which transformers then initialises at random.
 
     Args:
         name: kind and folder, for the error.
-        whole: the network that was loaded.
-        used: ``whole`` or a part of it.
-        missing: names in ``whole`` of the tensors that the folder lacks (``missing_keys`` of the loading report).
+        network: the network that was loaded.
+        used: ``network`` or a part of it.
+        missing: names in ``network`` of the tensors that the folder lacks (``missing_keys`` of the loading report).
     """
     needed = {id(tensor) for tensor in used.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
-    state = whole.state_dict(keep_vars=True)
+    state = network.state_dict(keep_vars=True)
     lacking = [key for key in state if key in missing and id(state[key]) in needed and not key.endswith("mask_token")]
     if lacking:
         raise UserError(
             f"the {name} lacks {len(lacking)} of the {len(needed)} tensors of the "
-            f"{getattr(whole.config, 'model_type', 'network')} that its config.json describes, such as "
+            f"{getattr(network.config, 'model_type', 'network')} that its config.json describes, such as "
             f"{', '.join(lacking[:3])}: copy the folder's weights anew, all of them, or give it the config.json that "
             "they were saved with."
         )
@@ -217,7 +217,7 @@ def quiet(transformers: Any) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     chatter = transformers.utils.logging
-    shown = chatter.is_progress_bar_enabled()
+    has_progress_bar = chatter.is_progress_bar_enabled()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     chatter.disable_progress_bar()
@@ -230,5 +230,5 @@ def quiet(transformers: Any) -> Iterator[None]:
         code.TIME_OUT_REMOTE_CODE = patience  # type: ignore[attr-defined]
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if shown:
+        if has_progress_bar:
             chatter.enable_progress_bar()

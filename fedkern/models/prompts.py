@@ -85,8 +85,8 @@ def _by_class(path: Path, text: str, classes: Sequence[str]) -> list[list[str]]:
 
 
 def _names(names: Sequence[str]) -> str:
-    shown = first_of([f'"{name}"' for name in names], 3)
-    return f"{'es' if len(names) > 1 else ''} {shown}"
+    listed = first_of([f'"{name}"' for name in names], 3)
+    return f"{'es' if len(names) > 1 else ''} {listed}"
 
 
 def _kind(value: object) -> str:

@@ -35,21 +35,21 @@ def attributes(network: nn.Module) -> dict[str, int]:
 
     Left out are attributes of PyTorch's and fedkern's own layers, cached properties and what cannot be pickled.
     """
-    found: dict[str, int] = {}
+    hashes: dict[str, int] = {}
     for path, module in network.named_modules():
-        found |= {f"{path}.{name}".removeprefix("module.").removeprefix("."): x for name, x in fields(module).items()}
-    return found
+        hashes |= {f"{path}.{name}".removeprefix("module.").removeprefix("."): x for name, x in fields(module).items()}
+    return hashes
 
 
 def fields(thing: Any) -> dict[str, int]:
     """Hashes of what an object of a user's class, and the class, hold, by name; see :func:`attributes`."""
     kinds = [kind for kind in type(thing).__mro__ if kind.__module__.partition(".")[0] not in _SHIPPED]
-    held = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}
-    found: dict[str, int] = {}
-    for name, value in {**held, **vars(thing)}.items() if kinds else ():
-        if name in _ENGINES or name.startswith("__") or isinstance(held.get(name), functools.cached_property):
+    of_classes = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}
+    hashes: dict[str, int] = {}
+    for name, value in {**of_classes, **vars(thing)}.items() if kinds else ():
+        if name in _ENGINES or name.startswith("__") or isinstance(of_classes.get(name), functools.cached_property):
             continue
         with suppress(Exception), io.BytesIO() as file:  # a value may be anything
             _Pickler(file).dump(value)
-            found[name] = hash(file.getvalue())
-    return found
+            hashes[name] = hash(file.getvalue())
+    return hashes

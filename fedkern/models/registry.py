@@ -239,19 +239,19 @@ def available(name: str, module: nn.Module | None = None) -> Iterator[None]:
 
 def added(settings: str) -> tuple[ModelEntry, ...]:
     """The entries of ``MODELS`` that somebody added or replaced, and whose name is part of the text ``settings``."""
-    found = [entry for name, entry in MODELS.items() if entry is not _SHIPPED.get(name) and name in settings]
+    entries = [entry for name, entry in MODELS.items() if entry is not _SHIPPED.get(name) and name in settings]
     # First those whose file another process runs: the file may define the others.
-    return tuple(sorted(found, key=lambda entry: not isinstance(entry.make, Own) or entry.make.named is None))
+    return tuple(sorted(entries, key=lambda entry: not isinstance(entry.make, Own) or entry.make.named is None))
 
 
-def unknown(name: str, shown: str | None = None) -> str:
+def unknown(name: str, title: str | None = None) -> str:
     """Sentence on a name that ``MODELS`` does not have."""
     if named_code.parse(name) is not None:
         return (
             f"{name} is code: register that network with @fedkern.register_model(NAME) and give its name here, or give "
             "the code to --model."
         )
-    name = shown or name
+    name = title or name
     if name.endswith((".pt", ".pth", ".safetensors")):
         return f'"{name}" is a file of weights: name their network with --model, and the file with --init.'
     if ".py" in name:
@@ -363,8 +363,8 @@ def build_any(
             f"the network {name} is for images, and the samples are none: give a module of your own, model=MODULE, or "
             "name its code, --model FILE.py:NAME."
         )
-    whole = seed if isinstance(seed, int) else seed.initial_seed()
-    return entry.make.on_items(classes=classes, seed=whole, word=_word(seed), width=width, head=head, raw=raw)
+    start = seed if isinstance(seed, int) else seed.initial_seed()
+    return entry.make.on_items(classes=classes, seed=start, word=_word(seed), width=width, head=head, raw=raw)
 
 
 def _word(seed: int | torch.Generator) -> int:

@@ -106,8 +106,8 @@ class Teacher:
             UserError: ``logits`` is no tensor, has another shape, or is not finite.
         """
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
-            given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(f"the teacher {self.name} must give logits [{count}, {self.classes}], but gave {given}.")
+            what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UserError(f"the teacher {self.name} must give logits [{count}, {self.classes}], but gave {what}.")
         if logits.shape[1] != self.classes:
             raise wrong_classes(self.name, logits.shape[1], self.classes)
         if not bool(torch.isfinite(logits).all()):
@@ -115,10 +115,10 @@ class Teacher:
         return logits.float()
 
 
-def wrong_classes(name: str, given: int, expected: int) -> UserError:
+def wrong_classes(name: str, count: int, expected: int) -> UserError:
     """The error for a teacher whose number of classes is not that of the data."""
     return UserError(
-        f"the teacher {name} knows {given} classes and the data have {expected}: take a teacher for these data."
+        f"the teacher {name} knows {count} classes and the data have {expected}: take a teacher for these data."
     )
 
 

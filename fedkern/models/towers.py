@@ -177,8 +177,8 @@ def build_pair(
         if named[0]:
             images = {"conv": ConvTokens, "vit": PatchTokens}[image_encoder](**picture, width=width)
         if named[1]:
-            known = Vocabulary(vocabulary or (), cast(Kind, text_encoder))
-            texts = TextTransformer(known, width=width, longest=longest)
+            tokens = Vocabulary(vocabulary or (), cast(Kind, text_encoder))
+            texts = TextTransformer(tokens, width=width, longest=longest)
         network = PairNetwork(images, texts, about=about)
     for name, builtin in zip(PARTS, (*named, True, True, True, True), strict=True):
         if builtin:

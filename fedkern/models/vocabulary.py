@@ -79,16 +79,16 @@ class Vocabulary:
         return self._cut[word]
 
     def _pieces(self, word: str) -> list[int]:
-        found, start = [], 0
+        pieces, start = [], 0
         while start < len(word):
             prefix = INSIDE if start else ""
             ends = range(len(word), start, -1)
             end = next((end for end in ends if prefix + word[start:end] in self._numbers), None)
             if end is None:
                 return [UNKNOWN]
-            found.append(self._numbers[prefix + word[start:end]])
+            pieces.append(self._numbers[prefix + word[start:end]])
             start = end
-        return found
+        return pieces
 
     def encode(self, text: str) -> list[int]:
         """The token numbers of a text, without ``[CLS]``."""
@@ -124,7 +124,7 @@ def _merged(counts: Counter[str], size: int) -> list[str]:
     for word, pieces in words.items():
         for piece in pieces:
             letters[piece] += counts[word]
-    known = sorted(letters, key=lambda piece: (-letters[piece], piece))[:size]
+    alphabet = sorted(letters, key=lambda piece: (-letters[piece], piece))[:size]
     pairs: Counter[tuple[str, str]] = Counter()
     where: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
 
@@ -137,8 +137,8 @@ def _merged(counts: Counter[str], size: int) -> list[str]:
 
     for word in words:
         book(word, 1)
-    seen = set(known)
-    while len(known) < size and pairs:
+    seen = set(alphabet)
+    while len(alphabet) < size and pairs:
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         if pairs[best] < 2:
             break
@@ -150,8 +150,8 @@ def _merged(counts: Counter[str], size: int) -> list[str]:
         del pairs[best]
         if merged not in seen:  # different merges can give the same piece
             seen.add(merged)
-            known.append(merged)
-    return known
+            alphabet.append(merged)
+    return alphabet
 
 
 def _merge(pieces: list[str], pair: tuple[str, str], merged: str) -> list[str]:

@@ -56,28 +56,28 @@ def read_state_dict(path: Path, what: str) -> Mapping[str, Any]:
     return loaded
 
 
-def bare_names(tensors: Mapping[str, Tensor], own: Container[str]) -> Mapping[str, Tensor]:
-    """The tensors by a network's ``own`` names, where DataParallel or torch.compile has put a prefix before them."""
+def bare_names(tensors: Mapping[str, Tensor], names: Container[str]) -> Mapping[str, Tensor]:
+    """The tensors by a network's ``names``, where DataParallel or torch.compile has put a prefix before them."""
     if any("_orig_mod." in name for name in tensors):
         tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
-    while tensors and all(name.startswith("module.") and name not in own for name in tensors):
+    while tensors and all(name.startswith("module.") and name not in names for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, str]:
+def misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Parts of sentences, by name, on names, shapes and dtypes in which given tensors differ from a network's own."""
-    found: dict[str, str] = {}
-    for name, tensor in own.items():
-        if name not in given:
-            near = [each.removesuffix(name) for each in given if each.endswith(f".{name}")]
+    why: dict[str, str] = {}
+    for name, tensor in state.items():
+        if name not in tensors:
+            near = [each.removesuffix(name) for each in tensors if each.endswith(f".{name}")]
             hint = f", but {near[0]}{name}: take {near[0]} off its names" if near else ""
-            found[name] = f"it has no {name}, of shape {list(tensor.shape)}{hint}"
-        elif given[name].shape != tensor.shape:
-            found[name] = f"its {name} has shape {list(given[name].shape)}, not {list(tensor.shape)}"
-        elif given[name].is_floating_point() != tensor.is_floating_point():
-            found[name] = f"its {name} is {given[name].dtype}, not {tensor.dtype}"
-    return found | {name: f"its {name} {list(given[name].shape)} has no place" for name in given if name not in own}
+            why[name] = f"it has no {name}, of shape {list(tensor.shape)}{hint}"
+        elif tensors[name].shape != tensor.shape:
+            why[name] = f"its {name} has shape {list(tensors[name].shape)}, not {list(tensor.shape)}"
+        elif tensors[name].is_floating_point() != tensor.is_floating_point():
+            why[name] = f"its {name} is {tensors[name].dtype}, not {tensor.dtype}"
+    return why | {name: f"its {name} {list(tensors[name].shape)} has no place" for name in tensors if name not in state}
 
 
 @torch.no_grad()
@@ -98,13 +98,13 @@ def load_by_name(
     Raises:
         UserError: a name or shape differs; the message names the first that does.  Where it is ``partial``: none fits.
     """
-    own = module.state_dict()
-    given = bare_names(tensors, own)
-    unfit = misfits(own, given)
-    fitting = {name: tensor for name, tensor in given.items() if name not in unfit}
+    state = module.state_dict()
+    named = bare_names(tensors, state)
+    unfit = misfits(state, named)
+    fitting = {name: tensor for name, tensor in named.items() if name not in unfit}
     if unfit and not (partial and fitting):
         way = "" if partial or not fitting else "; --init-partial takes what fits"
         raise UserError(f"--init {path} is not for {network}: {next(iter(unfit.values()))}{way}.")
-    module.load_state_dict({**own, **fitting})
-    left = first_of(list(unfit.values()), LISTED, "; ")
-    return f"--init {path}: {len(fitting)} of {len(own)} tensors of {network} are taken; {left}." if unfit else ""
+    module.load_state_dict({**state, **fitting})
+    listed = first_of(list(unfit.values()), LISTED, "; ")
+    return f"--init {path}: {len(fitting)} of {len(state)} tensors of {network} are taken; {listed}." if unfit else ""
