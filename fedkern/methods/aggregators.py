@@ -70,8 +70,8 @@ def register_aggregator(name: str) -> Callable[[F], F]:
     """
 
     def add(function: F) -> F:
-        known = AGGREGATORS.get(name)
-        if known is not None and getattr(known.function, "__qualname__", None) != function.__qualname__:
+        former = AGGREGATORS.get(name)
+        if former is not None and getattr(former.function, "__qualname__", None) != function.__qualname__:
             raise ValueError(f'aggregator "{name}" is already registered')
         lines = docstring(function).splitlines()
         if not lines:
@@ -83,11 +83,11 @@ def register_aggregator(name: str) -> Callable[[F], F]:
 
 
 def _options(name: str, function: Callable[..., Any]) -> tuple[Option, ...]:
-    given = list(inspect.signature(function).parameters)[:_FIRST]
-    if len(given) < _FIRST:
-        raise TypeError(f"{function.__qualname__}: expected the parameters vectors and weights, given {len(given)}")
+    names = list(inspect.signature(function).parameters)[:_FIRST]
+    if len(names) < _FIRST:
+        raise TypeError(f"{function.__qualname__}: expected the parameters vectors and weights, given {len(names)}")
     declared = {}
-    for key, default in plugins.keyword_options(function, given).items():
+    for key, default in plugins.keyword_options(function, names).items():
         if not isinstance(default, (bool, int, float, str)):
             raise TypeError(
                 f"{function.__qualname__}: expected a text or a number as default of {key}, given {default!r}"
@@ -121,7 +121,7 @@ class Rule:
         """
         assert self.entry.function is not None
         try:
-            made = self.entry.function(list(vectors), torch.tensor(weights, dtype=torch.float64), **self.options)
+            vector = self.entry.function(list(vectors), torch.tensor(weights, dtype=torch.float64), **self.options)
         except (UserError, MemoryError):
             raise
         except RAISED as error:  # of a user's own rule too
@@ -131,13 +131,13 @@ class Rule:
                 f"--aggregator {self.text}{place} cannot combine {len(vectors)} uploads ({why}): choose other options "
                 "or another rule, or have more clients in a round."
             ) from error
-        if not isinstance(made, Tensor) or made.shape != vectors[0].shape or not made.is_floating_point():
-            given = f"{made.dtype} {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+        if not isinstance(vector, Tensor) or vector.shape != vectors[0].shape or not vector.is_floating_point():
+            kind = f"{vector.dtype} {list(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
             raise UserError(
                 f"--aggregator {self.text} must return one floating-point vector of {len(vectors[0])} elements, not "
-                f"{given}."
+                f"{kind}."
             )
-        return made.detach().to(vectors[0])
+        return vector.detach().to(vectors[0])
 
     def check(self, uploads: int) -> None:
         """Raises UserError where a rule of fedkern's own cannot combine this number of uploads."""
@@ -159,17 +159,17 @@ class Gathered:
 
     def add(self, message: Mapping[str, Tensor], weight: float) -> None:
         """Adds the `VECTORS` of an upload, as one vector: a rule that chooses a client chooses its whole network."""
-        own = {name: message[name] for name in VECTORS if name in message}
-        self._sizes = {name: vector.numel() for name, vector in own.items()}
-        self._vectors.append(torch.cat(list(own.values())))
+        vectors = {name: message[name] for name in VECTORS if name in message}
+        self._sizes = {name: vector.numel() for name, vector in vectors.items()}
+        self._vectors.append(torch.cat(list(vectors.values())))
         self._weights.append(weight)
 
     def result(self) -> dict[str, Tensor]:
         """The combined vectors by name; empty where nothing was added."""
         if not self._vectors:
             return {}
-        made = self._rule(self._vectors, self._weights)
-        return dict(zip(self._sizes, made.split(list(self._sizes.values())), strict=True))
+        combined = self._rule(self._vectors, self._weights)
+        return dict(zip(self._sizes, combined.split(list(self._sizes.values())), strict=True))
 
 
 def _shipped(name: str, description: str, function: Callable[..., Tensor]) -> None:

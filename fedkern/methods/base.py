@@ -77,12 +77,12 @@ class Method:
     class Options(BaseOptions):
         """The method's options."""
 
-    def __init__(self, options: Any = None, **given: Any) -> None:
+    def __init__(self, options: Any = None, **values: Any) -> None:
         """Makes the method.
 
         Args:
             options: an object of ``Options``; None: the defaults.
-            **given: options by name instead, ``FedProx(mu=0.1)``.
+            **values: options by name instead, ``FedProx(mu=0.1)``.
 
         Raises:
             UserError: an unknown option, a value out of range, or ``options`` of another type.
@@ -92,10 +92,10 @@ class Method:
             raise UserError(
                 f"{name} takes options by name, {name}(NAME=VALUE), or an object {name}.Options(...), not {options!r}."
             )
-        if options is not None and given:
+        if options is not None and values:
             raise UserError(f"{name} takes options by name or an object {name}.Options(...), not both: leave one out.")
         if options is None:
-            options = self.Options.parse(given, method=name) if given else self.Options()
+            options = self.Options.parse(values, method=name) if values else self.Options()
         self.options: Any = options
 
     @classmethod
@@ -362,9 +362,9 @@ class LocalTraining(Objective, Method):
                         means[name] = server.accumulator(upload.message[name].numel())
                     means[name].add(upload.message[name], weight)
             if "integers" in upload.message:
-                own = upload.message["integers"]
-                integers = own.clone() if integers is None else torch.maximum(integers, own)
-                del own
+                counters = upload.message["integers"]
+                integers = counters.clone() if integers is None else torch.maximum(integers, counters)
+                del counters
             del upload  # free this upload before the next one arrives
         result = {name: mean.mean() for name, mean in means.items()} if gathered is None else gathered.result()
         optimiser = getattr(server, "optimiser", None)

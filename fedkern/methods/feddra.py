@@ -139,7 +139,7 @@ class FedDRA(Robust):
         if self.paired and phase.exchange == "joint":
             sizes = server.state["part"] if self.averaged else {}
             part = {name: server.state[name][-size:] for name, size in sizes.items()}
-            return {k: {**part, **own} for k, own in self.shares(server).items()}
+            return {k: {**part, **share} for k, share in self.shares(server).items()}
         return super().send(server, phase)
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
@@ -147,9 +147,9 @@ class FedDRA(Robust):
             return super().expects(server, phase, client, message)
         if not self.averaged:
             return {}
-        whole = super().expects(server, phase, client, message)
+        declaration = super().expects(server, phase, client, message)
         sizes = cached(server.round_cache, "alignment", lambda: part_sizes(server.build()))
-        return {name: vector[-sizes[name] :] for name, vector in whole.items() if sizes[name]}
+        return {name: vector[-sizes[name] :] for name, vector in declaration.items() if sizes[name]}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         if phase.exchange == LOSSES:
@@ -176,8 +176,8 @@ class FedDRA(Robust):
             return result if self.averaged else {}
         if self.paired:
             model, part = client.round_cache.get("model") or client.state["model"], vectors_of(message)
-            own = client.round_cache.get("alignment", part) if self.options.joint_start == "own" else part
-            start, anchor = spliced(model, own), spliced(model, part)
+            alignment = client.round_cache.get("alignment", part) if self.options.joint_start == "own" else part
+            start, anchor = spliced(model, alignment), spliced(model, part)
         else:
             model = start = anchor = self.held(client, message)
         result = client.train(self, phase, {**message, **start}, rows=rows, anchor=anchor)
@@ -219,8 +219,8 @@ def part_sizes(network: nn.Module) -> dict[str, int]:
     """Number of elements, by vector, that belong to the submodules of the first stage (`ALIGNMENT`)."""
     sizes = {}
     for vector, places in ops.FlatParameters(network).places().items():
-        own = [place for name, place in places.items() if name.partition(".")[0] in ALIGNMENT]
-        sizes[vector] = own[-1].stop - own[0].start if own else 0
+        slices = [place for name, place in places.items() if name.partition(".")[0] in ALIGNMENT]
+        sizes[vector] = slices[-1].stop - slices[0].start if slices else 0
     return sizes
 
 

@@ -111,15 +111,15 @@ class FedGID(LocalTraining):
         o, drawn = self.options, batch.drawn
         stage = resolve_stage(model, o.mix_stage)
 
-        own = model.stages(batch.inputs, upto=stage)
-        features = model.tail(own, after=stage)
+        maps = model.stages(batch.inputs, upto=stage)
+        features = model.tail(maps, after=stage)
         logits = model.head(features)
         em = batch.task.criterion(logits, batch)
         total, figures = em, {"loss_em": em.detach()}
 
         mixed, mixed_logits, gi = features, logits, em  # an alpha of 1 mixes nothing in
         if "maps" in drawn:
-            blended = ops.blend(own, drawn["maps"], o.alpha, index=drawn.get("rows"))
+            blended = ops.blend(maps, drawn["maps"], o.alpha, index=drawn.get("rows"))
             with batch_statistics_only(model):
                 mixed = model.tail(blended, after=stage)
             mixed_logits = model.head(mixed)

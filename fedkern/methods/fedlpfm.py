@@ -117,8 +117,8 @@ class FedLPFM(LocalTraining):
             "", "folder for teachers' weights and logits; empty: the user's cache folder", path=filesystem.absolute
         )
 
-    def __init__(self, options: Any = None, **given: Any) -> None:
-        super().__init__(options, **given)
+    def __init__(self, options: Any = None, **values: Any) -> None:
+        super().__init__(options, **values)
         o = self.options
         if o.mixing == "convex" and o.lam > 1:
             raise UserError(
@@ -227,8 +227,8 @@ class FedLPFM(LocalTraining):
             if self.options.teacher_view == "cached":
                 stacked = torch.stack([self._own_logits(client, index) for index in chosen])
                 client.round_cache["teacher"] = self._mixture(stacked).to(client.device)
-                found = stacked.softmax(2).mean(0).argmax(1)
-                client.report["teacher_right"] = float((found == client.labels).float().mean())
+                guesses = stacked.softmax(2).mean(0).argmax(1)
+                client.report["teacher_right"] = float((guesses == client.labels).float().mean())
         return super().client_update(client, phase, message)
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
@@ -238,8 +238,8 @@ class FedLPFM(LocalTraining):
         if self.options.teacher_view == "same":
             live = [self._live(client, index, batch) for index in client.round_cache["chosen"]]
             return {"teacher": self._mixture(torch.stack(live))}
-        known: Tensor = client.round_cache["teacher"]
-        return {"teacher": known.index_select(known.dim() - 2, send(torch.from_numpy(batch.indices), known.device))}
+        logits: Tensor = client.round_cache["teacher"]
+        return {"teacher": logits.index_select(logits.dim() - 2, send(torch.from_numpy(batch.indices), logits.device))}
 
     def backbones(self, client: Client, phase: Phase) -> list[int]:
         """Positions of the teachers that a client uses in this round."""
@@ -265,10 +265,10 @@ class FedLPFM(LocalTraining):
 
     def _own_logits(self, client: Client, index: int) -> Tensor:
         """A teacher's logits [n, C] of the client's samples in stored order; computed once in a run."""
-        known: dict[int, Tensor] = client.state.setdefault("teacher_logits", {})
-        if index not in known:
-            known[index] = self._compute(client, index)
-        return known[index]
+        answers: dict[int, Tensor] = client.state.setdefault("teacher_logits", {})
+        if index not in answers:
+            answers[index] = self._compute(client, index)
+        return answers[index]
 
     def _compute(self, client: Client, index: int) -> Tensor:
         o, teacher = self.options, self._teacher(index)
@@ -412,24 +412,24 @@ class FedLPFM(LocalTraining):
 
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
         """Adds a note that names the teachers and their size, and a warning if they are at chance."""
-        found = dict(super().diagnose(observed))
+        notes = dict(super().diagnose(observed))
         if not self._made:
-            return found
+            return notes
         used = [self._made[index] for index in sorted(self._made)]
         size = sum(teacher.parameters for teacher in used) * 4 / 1e6
         names = "; ".join(teacher.name for teacher in used)
-        found["teacher"] = (
+        notes["teacher"] = (
             f"Taught by {names} ({self.options.teacher_tuning}), installed once at the clients ({size:.1f} MB) and not "
             "in the byte ledger."
         )
         right = observed.get("teacher_right")
         chance = 1.5 / len(self._setting.classes) if self._setting is not None else 0.0
         if right is not None and right.mean < chance:
-            found["teacher-at-chance"] = (
+            notes["teacher-at-chance"] = (
                 f"The teacher is right about {right.mean:.2f} of the clients' own samples, near chance: look at the "
                 "prompts and the class names, or lower lambda."
             )
-        return found
+        return notes
 
 
 def teacher_mflops(teacher: Teacher, images: Tensor) -> float:

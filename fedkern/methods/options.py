@@ -18,11 +18,11 @@ class Options:
     _given = frozenset[str]()
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
-        made = super().__new__(cls)
+        options = super().__new__(cls)
         # Only the call says which options the user gave; the others follow the data set's defaults.
         positional = [field.name for field in dataclasses.fields(cls)][: len(args)]
-        object.__setattr__(made, "_given", frozenset((*positional, *values)))
-        return made
+        object.__setattr__(options, "_given", frozenset((*positional, *values)))
+        return options
 
     def __post_init__(self) -> None:
         for each in self.declared():
@@ -36,7 +36,7 @@ class Options:
         return declared(cls, 'Method option "{}"')
 
     @classmethod
-    def parse(cls, given: Iterable[str] | Mapping[str, Any], *, method: str = "this method") -> Self:
+    def parse(cls, options: Iterable[str] | Mapping[str, Any], *, method: str = "this method") -> Self:
         """Makes the options from ``["alpha=0.6", "lambda=1"]`` or from a mapping of published or field names.
 
         Raises:
@@ -44,24 +44,24 @@ class Options:
                 range, a word without ``=``, or the same option twice.
         """
         pairs: list[tuple[str, Any]] = []
-        if isinstance(given, Mapping):
-            pairs = list(given.items())
+        if isinstance(options, Mapping):
+            pairs = list(options.items())
         else:
-            for word in given:
+            for word in options:
                 key, equals, value = word.partition("=")
                 if not equals:
                     raise UserError(f'Method option "{word}" must have the form key=value.')
                 pairs.append((key.strip(), value.strip()))
-        known = {each.name: each for each in cls.declared()}
+        names = {each.name: each for each in cls.declared()}
         fields = {each.field: each for each in cls.declared()}
         values: dict[str, Any] = {}
         for key, value in pairs:
             plain = key.replace("-", "_")
-            named = known.get(plain) or fields.get(plain)
+            named = names.get(plain) or fields.get(plain)
             if named is None:
                 raise UserError(
-                    f'Unknown method option "{key}" of {method}.{nearest(key, known)} '
-                    f"It has {', '.join(known) if known else 'none'}."
+                    f'Unknown method option "{key}" of {method}.{nearest(key, names)} '
+                    f"It has {', '.join(names) if names else 'none'}."
                 )
             if named.field in values:
                 raise UserError(f'Method option "{named.name}" is given twice.')
@@ -69,12 +69,12 @@ class Options:
         return cls(**values)
 
     @classmethod
-    def resolved(cls, values: Mapping[str, Value], given: Collection[str]) -> dict[str, Value]:
+    def resolved(cls, values: Mapping[str, Value], chosen: Collection[str]) -> dict[str, Value]:
         """The options that a run uses, by published name; by default ``values`` unchanged.
 
         Args:
             values: every option: the user's value, or else the data set's default.
-            given: names of the options that the user gave.  An option that sets others (a preset) overrides the data
+            chosen: names of the options that the user gave.  An option that sets others (a preset) overrides the data
                 set's defaults of those options, not the user's values.
         """
         return dict(values)

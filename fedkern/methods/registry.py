@@ -68,7 +68,7 @@ def option_names(method: str) -> set[str]:
     return {name for each in get(method).Options.declared() for name in (each.name, each.field)}
 
 
-def given_options(method: str, given: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
+def given_options(method: str, texts: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
     """The given method options by published name, converted, without defaults and with absolute paths.
 
     Raises:
@@ -76,13 +76,13 @@ def given_options(method: str, given: Iterable[str] | Mapping[str, Any]) -> dict
     """
     kind = get(method).Options
     options = {each.name: each for each in kind.declared()}
-    return {name: options[name].absolute(value) for name, value in kind.parse(given, method=method).given().items()}
+    return {name: options[name].absolute(value) for name, value in kind.parse(texts, method=method).given().items()}
 
 
 def owners(option: str) -> str:
     """A hint that names the methods with an option; empty where none has it."""
-    found = [method for method in METHODS if option in option_names(method)]
-    return f" It is a method option of {first_of(found, 3)}." if found else ""
+    methods = [method for method in METHODS if option in option_names(method)]
+    return f" It is a method option of {first_of(methods, 3)}." if methods else ""
 
 
 def short(name: str) -> str:

@@ -118,11 +118,11 @@ def fingerprint(kind: type[Method]) -> str:
 
 
 def _digest(kind: type[Method], text: Callable[[type], str]) -> str:
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for each in kind.__mro__:
         if each is not object and each.__module__.partition(".")[0] not in _FOREIGN:
-            found.update(text(each).encode())
-    return found.hexdigest()
+            hasher.update(text(each).encode())
+    return hasher.hexdigest()
 
 
 def _compare(kind: type[Method], name: str, sha256: str | None, folder: str | os.PathLike[str]) -> None:

@@ -73,10 +73,10 @@ class ServerRule:
         moments = {}
         for which, rules in _MOMENTS.items():
             if self.name in rules:
-                kept = state.get(f"server_{which}")
+                former = state.get(f"server_{which}")
                 # A copy: a checkpoint of the round before may still be written from the former tensor.
-                moments[which] = torch.zeros_like(average) if kept is None else kept.clone()
-        given = cast(dict[str, Any], {**moments, **self.options, "learning_rate": self.learning_rate})
-        made = ops.server_step(state["parameters"], [average], [1.0], self.name, similarities=False, **given)
+                moments[which] = torch.zeros_like(average) if former is None else former.clone()
+        settings = cast(dict[str, Any], {**moments, **self.options, "learning_rate": self.learning_rate})
+        result = ops.server_step(state["parameters"], [average], [1.0], self.name, similarities=False, **settings)
         state.update({f"server_{which}": moment for which, moment in moments.items()})
-        return made.model
+        return result.model

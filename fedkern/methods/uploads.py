@@ -152,13 +152,13 @@ def _tensor(came: Any, due: Tensor | Values, name: str, sizes: dict[str, int], f
         return
     shape = due.shape
     fits = came.dim() == len(shape) and all(
-        size == (sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted)
-        for size, wanted in zip(came.shape, shape, strict=True)
+        size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis)
+        for size, axis in zip(came.shape, shape, strict=True)
     )
     if not fits or came.dtype != due.dtype:
         expected = ", ".join(str(sizes.get(size, size) if isinstance(size, str) else size) for size in shape)
-        given = f"shape {list(came.shape)} and {came.dtype}"
-        yield f"has {name} of {given} where shape [{expected}] and {due.dtype} are expected"
+        kind = f"shape {list(came.shape)} and {came.dtype}"
+        yield f"has {name} of {kind} where shape [{expected}] and {due.dtype} are expected"
         return
     if came is not finite and not all_finite(came) and not infinite_as_sent(came, due):
         yield f"holds NaN or infinite values in {name}"
@@ -180,8 +180,8 @@ def infinite_as_sent(came: Tensor, due: Tensor | Values) -> bool:
 def _number(came: Any, due: Number, name: str) -> Iterator[str]:
     kind = int if due.whole else (int, float)
     if isinstance(came, bool) or not isinstance(came, kind):
-        wanted = "an integer" if due.whole else "a number"
-        yield f"has {type(came).__name__} {name} where {wanted} is expected"
+        noun = "an integer" if due.whole else "a number"
+        yield f"has {type(came).__name__} {name} where {noun} is expected"
     elif not -math.inf < came < math.inf:
         yield f"has {name} {came} where a finite number is expected"
     elif (due.low is not None and came < due.low) or (due.high is not None and came > due.high):

@@ -43,8 +43,8 @@ class Ditto(FedAvg):
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         received = message["parameters"].to(client.device)
-        own = self.own_vectors(client, vectors_of(message))
-        trained = client.train(self, replace(phase, exchange="own"), own, extras={"global": received})
+        vectors = self.own_vectors(client, vectors_of(message))
+        trained = client.train(self, replace(phase, exchange="own"), vectors, extras={"global": received})
         client.state["own"] = {name: fetch(value) for name, value in trained.items()}
         client.report["loss_own"] = client.report.pop("loss")
         return super().client_update(client, phase, message)

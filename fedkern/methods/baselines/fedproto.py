@@ -73,9 +73,9 @@ class FedProto(LocalTraining):
         em = batch.task.criterion(model.head(features), batch)
         if "means" not in batch.drawn:
             return em
-        means, known = batch.drawn["means"], batch.drawn["known"]
+        means, present = batch.drawn["means"], batch.drawn["known"]
         apart = (features - means[batch.targets]).square().mean(1)
-        distance = torch.where(known[batch.targets], apart, 0.0).mean()
+        distance = torch.where(present[batch.targets], apart, 0.0).mean()
         return em + self.options.lam * distance, {"loss_em": em.detach(), "loss_proto": distance.detach()}
 
     def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
@@ -83,9 +83,9 @@ class FedProto(LocalTraining):
         if not self.options.lam or "prototypes" not in received.message:
             return {}
         if "targets" not in received.round_cache:
-            means, known = table(received.message["prototypes"], model.head.out_features)
+            means, present = table(received.message["prototypes"], model.head.out_features)
             there = batch.inputs.device
-            received.round_cache["targets"] = {"means": means.to(there), "known": known.to(there)}
+            received.round_cache["targets"] = {"means": means.to(there), "known": present.to(there)}
         targets: dict[str, Any] = received.round_cache["targets"]
         return targets
 
@@ -133,13 +133,13 @@ class FedProto(LocalTraining):
         network: Any = cached(server.round_cache, "network", server.build)
         if phase.exchange == "collect":  # a client that never took part has no network
             return {"network": Maybe(cached(server.round_cache, "state", lambda: like(network.state_dict())))}
-        own = {} if self.options.networks == "personal" else super().expects(server, phase, client, message)
-        known = {
+        vectors = {} if self.options.networks == "personal" else super().expects(server, phase, client, message)
+        prototypes = {
             "classes": Values(("classes present",), torch.int64, low=0, high=server.federation.classes - 1),
             "means": Values(("classes present", network.head.in_features)),
             "counts": Values(("classes present",), torch.int64, low=1),
         }
-        return {**own, "prototypes": known}
+        return {**vectors, "prototypes": prototypes}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         if phase.exchange == "collect":
@@ -152,12 +152,12 @@ class FedProto(LocalTraining):
 
         def add_prototypes(upload: Upload) -> Upload:
             nonlocal sums
-            own = upload.message["prototypes"]
-            weight = torch.ones(len(own["classes"])) if uniform else own["counts"]
+            prototypes = upload.message["prototypes"]
+            weight = torch.ones(len(prototypes["classes"])) if uniform else prototypes["counts"]
             if sums is None:
-                sums = torch.zeros(classes, own["means"].shape[1], dtype=torch.float64)
-            sums[own["classes"]] += weight.double()[:, None] * own["means"].double()
-            weights[own["classes"]] += weight.double()
+                sums = torch.zeros(classes, prototypes["means"].shape[1], dtype=torch.float64)
+            sums[prototypes["classes"]] += weight.double()[:, None] * prototypes["means"].double()
+            weights[prototypes["classes"]] += weight.double()
             return upload
 
         counted = map(add_prototypes, uploads)  # map keeps no upload while the next one arrives
@@ -167,11 +167,11 @@ class FedProto(LocalTraining):
         else:
             super().server_update(server, phase, counted)
         if sums is not None:
-            means, known = table(server.state.get("prototypes"), classes, sums.shape[1])
+            means, present = table(server.state.get("prototypes"), classes, sums.shape[1])
             seen = weights > 0  # a class that no client sent in this round keeps its prototype
             means[seen] = (sums[seen] / weights[seen, None]).float()
-            known |= seen
-            server.state["prototypes"] = {"classes": known.nonzero().flatten(), "means": means[known]}
+            present |= seen
+            server.state["prototypes"] = {"classes": present.nonzero().flatten(), "means": means[present]}
 
     # -- the evaluated model ---------------------------------------------------------------------------------------
 
@@ -213,18 +213,18 @@ class Nearest(nn.Module):
     Args:
         network: a network with ``features`` [B, d].
         means: fp32 [C, d].
-        known: bool [C].
+        present: bool [C].
     """
 
     means: Tensor
     known: Tensor
 
-    def __init__(self, network: Any, means: Tensor, known: Tensor) -> None:
+    def __init__(self, network: Any, means: Tensor, present: Tensor) -> None:
         super().__init__()
         self.network = network
         device = next(network.parameters()).device
         self.register_buffer("means", means.to(device))
-        self.register_buffer("known", known.to(device))
+        self.register_buffer("known", present.to(device))
 
     def train(self, mode: bool = True) -> Nearest:
         """Keeps the network's mode: without running statistics, batch norm must use each batch's own."""
@@ -260,8 +260,8 @@ def prototypes(network: Any, client: Client) -> Message:
 def table(message: Message | None, classes: int, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Prototypes of all classes: ``means`` fp32 [C, d], zero without a prototype, and ``known`` bool [C]."""
     size = width if message is None else message["means"].shape[1]
-    means, known = torch.zeros(classes, size or 0), torch.zeros(classes, dtype=torch.bool)
+    means, present = torch.zeros(classes, size or 0), torch.zeros(classes, dtype=torch.bool)
     if message is not None:
         means[message["classes"]] = message["means"]
-        known[message["classes"]] = True
-    return means, known
+        present[message["classes"]] = True
+    return means, present

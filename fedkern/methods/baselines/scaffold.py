@@ -70,13 +70,13 @@ class Scaffold(FedAvg):
         return {name: server.state[name] for name in (*VECTORS, "control") if name in server.state}
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
-        own = client.state.get("control", torch.zeros_like(message["control"]))
-        path = GradientSum(torch.zeros_like(own, device=client.device))
-        correction = (message["control"] - own).to(client.device)
+        control = client.state.get("control", torch.zeros_like(message["control"]))
+        path = GradientSum(torch.zeros_like(control, device=client.device))
+        correction = (message["control"] - control).to(client.device)
         result = client.train(self, phase, message, extras={"correction": correction, "path": path})
         new = self.gradient(client, phase, message) if self.options.control == "I" else path.mean()
         client.state["control"] = new.cpu()
-        return {**result, "control": new.cpu() - own}
+        return {**result, "control": new.cpu() - control}
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         return {**super().expects(server, phase, client, message), "control": server.state["control"]}
@@ -108,9 +108,9 @@ class Scaffold(FedAvg):
         def add_control(upload: Upload) -> Upload:
             nonlocal present
             share = 1 / len(samples) if uniform else samples[upload.client_id] / total
-            own = share if upload.share is None else upload.share
-            change.add(upload.message["control"], own)
-            present += own
+            weight = share if upload.share is None else upload.share
+            change.add(upload.message["control"], weight)
+            present += weight
             return upload
 
         before = server.state["parameters"]

@@ -90,11 +90,11 @@ class ClassStatistics:
         for c in labels.unique().tolist():
             if not 0 <= c < self.classes:
                 raise ValueError(f"labels must lie in [0, {self.classes}), not {c}")
-            own = wide[labels == c]
-            mean = own.mean(0)
-            centred = own - mean
+            rows = wide[labels == c]
+            mean = rows.mean(0)
+            centred = rows - mean
             scatter = centred.square().sum(0) if self.diagonal else centred.T @ centred
-            self._chan(c, len(own), mean.cpu(), scatter.cpu())
+            self._chan(c, len(rows), mean.cpu(), scatter.cpu())
 
     def message(self) -> Message:
         """A client's upload, with means and scatters only of the C' of C classes that the client has.
@@ -251,12 +251,12 @@ def shrunk(statistics: ClassStatistics) -> Tensor:
         target = (mean[c] if n > 1 else common).expand(d)
         if statistics.diagonal:
             spread = (variances[c] - mean[c]).square().sum()
-            wanted = 2 / (n + 1) * variances[c].square().sum()
+            numerator = 2 / (n + 1) * variances[c].square().sum()
         else:
             squared, trace = covariances[c].square().sum(), mean[c] * d
             spread = (n + 1 - 2 / d) * (squared - trace.square() / d)
-            wanted = (1 - 2 / d) * squared + trace.square()
-        rho = 1.0 if n == 1 or wanted >= spread else float(wanted / spread)
+            numerator = (1 - 2 / d) * squared + trace.square()
+        rho = 1.0 if n == 1 or numerator >= spread else float(numerator / spread)
         result[c] = (1 - rho) * covariances[c] + rho * (target if statistics.diagonal else target.diag())
     return result
 

@@ -56,8 +56,8 @@ def emulated(precision: str, device: str) -> dict[str, str]:
     if device != "cpu":
         slow, lacks = not torch.cuda.is_bf16_supported(including_emulation=False), "GPU has no bf16 arithmetic"
     else:
-        known = torch.cpu.get_capabilities()
-        slow = known.get("architecture") == "x86_64" and not (known["avx512_bf16"] or known["amx_bf16"])
+        cpu = torch.cpu.get_capabilities()
+        slow = cpu.get("architecture") == "x86_64" and not (cpu["avx512_bf16"] or cpu["amx_bf16"])
         lacks = "processor has neither AVX512-BF16 nor AMX-BF16"
     if not slow:
         return {}
@@ -156,7 +156,7 @@ def poor_metrics(
         config: has the name of the main figure and its direction.
         tests: names of the test sets.
     """
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     retry = "train longer, or change the learning rate."
     for name, value in metrics.items():
         test_set, rest = split_metric(name, tests)
@@ -165,9 +165,9 @@ def poor_metrics(
         where = f" on the {set_noun(test_set)}" if test_set else ""
         is_low = f"{short_title(rest)}{where} is {_shown(rest, value)}"
         if name.endswith("dice") and value < NOTHING:
-            found.setdefault("chance-level", f"{is_low}, so hardly anything but background is found: {retry}")
+            texts.setdefault("chance-level", f"{is_low}, so hardly anything but background is found: {retry}")
         if name.endswith(AREA) and hardly_better(rest, value, 0.5, config):
-            found.setdefault("chance-level", f"{is_low}, and scoring all images alike gives 50.0 %: {retry}")
+            texts.setdefault("chance-level", f"{is_low}, and scoring all images alike gives 50.0 %: {retry}")
         always = None if rest.startswith(OVER_CLIENTS) else constant.get(f"{test_set}_" if test_set else "")
         if always is not None:
             figure = max((each for each in always.figures if name.endswith(each)), key=len, default="")
@@ -178,33 +178,33 @@ def poor_metrics(
             level = 1 / classes if classes > 1 and name.endswith("accuracy") else None  # one class is always right
             text = f"near chance ({_shown(rest, level or 0.0)})"
         if level is not None and hardly_better(rest, value, level, config):
-            found.setdefault("chance-level", f"{is_low}, {text}: {retry}")
+            texts.setdefault("chance-level", f"{is_low}, {text}: {retry}")
     name, falls = config.main, config.better == "min"
     now, top = metrics.get(f"validation_{name}"), best.get(f"validation_{name}")
     levels = [each.figures[name] for each in constant.values() if name in each.figures]
     least = FALL * (1.0 if scale(name)[1] else max(levels, default=abs(top or 0.0)))
     if now is not None and top is not None and (now - top if falls else top - now) > least:
-        found[f"{'rising' if falls else 'falling'}-{name}"] = (
+        texts[f"{'rising' if falls else 'falling'}-{name}"] = (
             f"Validation {short_title(name)} {'rose' if falls else 'fell'} from {_shown(name, top)} to "
             f"{_shown(name, now)}: lower the learning rate or stop earlier."
         )
-    return found
+    return texts
 
 
 def _shown(figure: str, value: float) -> str:
     return f"{number(figure, value)} {scale(figure)[1]}".rstrip()
 
 
-def missing_metrics(method: str, source: str, sets: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, str]:
+def missing_metrics(method: str, source: str, sets: Mapping[str, Any], figures: Mapping[str, float]) -> dict[str, str]:
     """Warnings about metrics of plugins that an evaluation did not compute.
 
     Args:
         method, source: names of the method and the data set.
         sets: the test sets by the prefix of their figures' names.
-        found: the figures of all test sets.
+        figures: the figures of all test sets.
     """
-    wanted = {metric.name: f"{prefix}{metric.name}" for prefix, data in sets.items() for metric in data.metrics}
-    missing = sorted(name for name, figure in wanted.items() if figure not in found)
+    expected = {metric.name: f"{prefix}{metric.name}" for prefix, data in sets.items() for metric in data.metrics}
+    missing = sorted(name for name, figure in expected.items() if figure not in figures)
     if not missing:
         return {}
     named = f"The metric {missing[0]} is" if len(missing) == 1 else f"The metrics {', '.join(missing)} are"
@@ -215,24 +215,24 @@ def missing_metrics(method: str, source: str, sets: Mapping[str, Any], found: Ma
 
 
 def undefined_figures(
-    sets: Mapping[str, Any], own: Mapping[int, Mapping[str, float | None]], label: Callable[[int], str]
+    sets: Mapping[str, Any], of_clients: Mapping[int, Mapping[str, float | None]], label: Callable[[int], str]
 ) -> dict[str, str]:
     """Warnings about main figures that are not defined on a test set or for a client.
 
     Args:
         sets: the test sets by the prefix of their figures' names.
-        own: the clients' figures, None where one is not defined (`client_figures.with_undefined`).
+        of_clients: the clients' figures, None where one is not defined (`client_figures.with_undefined`).
     """
     texts: dict[str, str] = {}
     for prefix, task in [(prefix, data.task) for prefix, data in sets.items() if not data.task.defined(data)]:
         lacks = f"The {set_noun(prefix[:-1])} has {task.lacks}, and so no {short_title(task.main)}."
         texts[f"no-{prefix}{task.main}"] = lacks
-    lacking = [k for k, figures in own.items() if None in figures.values()]
+    lacking = [k for k, figures in of_clients.items() if None in figures.values()]
     if lacking:
         task = next(iter(sets.values())).task
         some = ", ".join(label(k) for k in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
         texts[f"no-client-{task.main}"] = (
-            f"{len(lacking)} of {len(own)} clients ({some}) have {task.lacks} in their test sets, and so no "
+            f"{len(lacking)} of {len(of_clients)} clients ({some}) have {task.lacks} in their test sets, and so no "
             f"{short_title(task.main)}: its mean and the worst client are of the others."
         )
     return texts

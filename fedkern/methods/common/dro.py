@@ -116,10 +116,10 @@ class Robust(LocalTraining):
         return vector.numpy()
 
     def weight(self, server: Server, upload: Upload) -> float:
-        own = self.weights(server) if self.options.dro_apply == "aggregate" else self.centre(server)
+        vector = self.weights(server) if self.options.dro_apply == "aggregate" else self.centre(server)
         if self.options.dro_apply == "loss_code":
             return 1.0
-        return max(float(own[upload.client_id]) * len(own), LEAST)
+        return max(float(vector[upload.client_id]) * len(vector), LEAST)
 
     def scale(self, server: Server, client: int) -> float:
         """The factor on a client's local loss."""
@@ -130,8 +130,8 @@ class Robust(LocalTraining):
     def assign(self, server: Server) -> dict[ClientId, Message]:
         """Messages of the training exchange: a client's weight, and the model unless the client already holds it."""
         vectors = vectors_of(server.state)
-        known = set(server.state["current"])
-        return {k: own if k in known else {**vectors, **own} for k, own in self.shares(server).items()}
+        holders = set(server.state["current"])
+        return {k: share if k in holders else {**vectors, **share} for k, share in self.shares(server).items()}
 
     def shares(self, server: Server) -> dict[ClientId, Message]:
         """Every client's weight and, if the weights act on local losses, the factor on the client's loss."""
@@ -162,16 +162,16 @@ class Robust(LocalTraining):
         for upload in uploads:
             current.append(upload.client_id)
             losses[upload.client_id] = upload.message["loss"]
-        known = losses[~np.isnan(losses)]
-        if not len(known):
+        reported = losses[~np.isnan(losses)]
+        if not len(reported):
             return
         old, centre = self.weights(server), self.centre(server)
         uniform = self.options.weighting == "uniform"
         new = project(exponentiated_step(old, losses, self.options.eta), self.radius, None if uniform else centre)
         server.state["weights"] = torch.from_numpy(new)
         server.report.update(
-            robust_mean_loss=float(known.mean()),
-            robust_worst_loss=float(known.max()),
+            robust_mean_loss=float(reported.mean()),
+            robust_worst_loss=float(reported.max()),
             largest_weight=float(new.max()),
             smallest_weight=float(new.min()),
             weights_distance=distance(new, None if uniform else centre),
@@ -203,22 +203,22 @@ class Robust(LocalTraining):
             order = client.rng("held-out", OUTSIDE).permutation(client.samples)
             return order[count:], order[:count]
         parts = drawn_rows(client.rng("held-out", OUTSIDE), client.samples, units)
-        held = int(np.searchsorted(np.cumsum([len(part) for part in parts]), count)) + 1
-        most = max(len(part) for part in parts[:held])
-        judged = [part[turn] for turn in range(most) for part in parts[:held] if turn < len(part)]
-        return np.concatenate([np.empty(0, dtype=np.int64), *parts[held:]]), np.array(judged, dtype=np.int64)
+        end = int(np.searchsorted(np.cumsum([len(part) for part in parts]), count)) + 1
+        most = max(len(part) for part in parts[:end])
+        judged = [part[turn] for turn in range(most) for part in parts[:end] if turn < len(part)]
+        return np.concatenate([np.empty(0, dtype=np.int64), *parts[end:]]), np.array(judged, dtype=np.int64)
 
     def rows(self, client: Client) -> tuple[np.ndarray, np.ndarray]:
         """int64 rows of the client's training samples and of the samples of its loss, the same in every round."""
-        kept, judged = self.divided(client)
-        return np.arange(client.samples) if self.options.loss_split == "train" else np.sort(kept), judged
+        trained, judged = self.divided(client)
+        return np.arange(client.samples) if self.options.loss_split == "train" else np.sort(trained), judged
 
     def statistics_rows(self, client: Client) -> np.ndarray:
         return self.rows(client)[0]
 
     def untrained(self, client: Client) -> np.ndarray:
-        kept, judged = self.rows(client)
-        return np.setdiff1d(judged, kept)
+        trained, judged = self.rows(client)
+        return np.setdiff1d(judged, trained)
 
     def held(self, client: Client, message: Message) -> Message:
         """The vectors of the global model, from the message or from the model that the client last evaluated."""

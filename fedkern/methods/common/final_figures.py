@@ -33,18 +33,18 @@ def final_figures(sets: Mapping[str, Any], classes: Sequence[str]) -> FinalFigur
 
     A set has none of them if it is of image-text pairs, or if the method's own ``evaluate`` kept no :func:`answers`.
     """
-    found = FinalFigures()
+    result = FinalFigures()
     names = unique_names(classes)
     for prefix, data in sets.items():
-        kept = [answer for _, answer in answers(data, len(names))]
-        if not kept:
+        outputs = [answer for _, answer in answers(data, len(names))]
+        if not outputs:
             continue
-        figures, name = data.task.final(data, kept, names), set_name(prefix)
-        found.metrics.update({prefix + figure: value for figure, value in figures.metrics.items()})
-        found.per_class[name] = {figure: dict(values) for figure, values in figures.per_class.items()}
+        figures, name = data.task.final(data, outputs, names), set_name(prefix)
+        result.metrics.update({prefix + figure: value for figure, value in figures.metrics.items()})
+        result.per_class[name] = {figure: dict(values) for figure, values in figures.per_class.items()}
         if prefix != "validation_" and figures.confusion is not None:
-            found.confusion[name] = figures.confusion
-    return found
+            result.confusion[name] = figures.confusion
+    return result
 
 
 def answers(data: Any, classes: int) -> list[tuple[int | None, Tensor]]:

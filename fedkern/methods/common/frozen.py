@@ -30,14 +30,14 @@ def cached_rows(name: str, batch: Batch, received: Received, compute: Callable[[
         compute: returns ``[B, ...]`` for ``batch.inputs``.
     """
     rows = torch.from_numpy(batch.indices)
-    kept = received.round_cache.get(name)
-    if kept is not None and batch.epoch > 0:
-        return kept.index_select(0, send(rows, kept.device))
+    cache = received.round_cache.get(name)
+    if cache is not None and batch.epoch > 0:
+        return cache.index_select(0, send(rows, cache.device))
     fresh = compute()
     if received.epochs > 1 and not batch.fresh and batch.epoch == 0 and not normalises_by_batch(received.model):
-        if kept is None:
-            kept = received.round_cache[name] = fresh.new_empty(received.samples, *fresh.shape[1:])
-        kept[send(rows, kept.device)] = fresh
+        if cache is None:
+            cache = received.round_cache[name] = fresh.new_empty(received.samples, *fresh.shape[1:])
+        cache[send(rows, cache.device)] = fresh
     return fresh
 
 
@@ -52,8 +52,8 @@ def frozen_copy(model: nn.Module, vectors: Mapping[str, Tensor]) -> Any:
     Raises:
         ValueError: a vector's size differs from the network's.
     """
-    made = copy.deepcopy(model)
+    network = copy.deepcopy(model)
     if precision.lower() is not None:
-        made.float()  # the received network's weights are already in lower precision
-    personal.flatten(made).load_vectors(vectors)
-    return precision.frozen(made.requires_grad_(False))
+        network.float()  # the received network's weights are already in lower precision
+    personal.flatten(network).load_vectors(vectors)
+    return precision.frozen(network.requires_grad_(False))

@@ -163,19 +163,19 @@ class MemberNetworks(OwnNetworks, OneShot):
         return super().send(server, phase)
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
-        own = self.architecture(client.id)
-        if phase.exchange != "update" or not own:
+        architecture = self.architecture(client.id)
+        if phase.exchange != "update" or not architecture:
             return super().client_update(client, phase, message)
-        module = client.network(**own)
+        module = client.network(**architecture)
         client.fit(self, phase, module)
         return vectors(flatten(module))
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        own = self.architecture(client)
-        if phase.exchange != "update" or not own:
+        architecture = self.architecture(client)
+        if phase.exchange != "update" or not architecture:
             return super().expects(server, phase, client, message)
-        key = f"member {own['model']} {own['width']}"
-        return cached(server.round_cache, key, lambda: like(vectors(flatten(server.build(**own)))))
+        key = f"member {architecture['model']} {architecture['width']}"
+        return cached(server.round_cache, key, lambda: like(vectors(flatten(server.build(**architecture)))))
 
 
 def exhaust(uploads: Iterable[Upload]) -> None:

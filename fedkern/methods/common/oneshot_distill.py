@@ -78,15 +78,15 @@ class Distilled(MemberNetworks):
             same class.
         """
         running = Means()
-        for images, said in batches:
+        for images, answers in batches:
             logits = student(images)
-            loss = ops.ensemble_kl(logits, said, teachers.weights, self.options.temperature, mix="logits")
+            loss = ops.ensemble_kl(logits, answers, teachers.weights, self.options.temperature, mix="logits")
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
             if schedule is not None:
                 schedule.step()
-            agrees = logits.detach().argmax(1) == teachers.mix(said).argmax(1)
+            agrees = logits.detach().argmax(1) == teachers.mix(answers).argmax(1)
             running.add(distil_loss=loss, teacher_agreement=agrees.float().mean())
         return running.read()
 
@@ -94,11 +94,11 @@ class Distilled(MemberNetworks):
         """A fresh generator for the data's image size, on the server's device."""
         o = self.options
         channels, height, width = server.image_shape
-        made = Generator(
+        network = Generator(
             nz=o.nz, ngf=o.ngf, channels=channels, image_size=(height, width), mean=server.mean, std=server.std,
             generator=draw,
         )  # fmt: skip
-        return made.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def synthesis(self, **settings: Any) -> Synthesis:
         """Settings of the image synthesis, from the options."""
@@ -128,9 +128,9 @@ class Distilled(MemberNetworks):
         if phase.exchange == "update":
             sizes = {name: server.state[name].shape for name in VECTORS if name in server.state}
             sound = self.members(server).collect(phase, uploads)
-            own = (u for u in sound if {n: u.message[n].shape for n in VECTORS if n in u.message} == sizes)
+            alike = (u for u in sound if {n: u.message[n].shape for n in VECTORS if n in u.message} == sizes)
             # Averages the accepted networks of the student's architecture; without any, the state stays fresh.
-            super(OneShot, self).server_update(server, phase, own)
+            super(OneShot, self).server_update(server, phase, alike)
         elif phase.exchange == "distil":
             exhaust(uploads)
             flat = flatten(server.build())
@@ -161,7 +161,7 @@ class Pool:
     def __init__(self, teachers: Ensemble, capacity: int) -> None:
         self._teachers, self._capacity = teachers, capacity
         self._rows: Any = None  # nested as a network's inputs
-        self._said = torch.empty(0)  # [K, capacity, C], or [K, capacity, C, H, W]
+        self._logits = torch.empty(0)  # [K, capacity, C], or [K, capacity, C, H, W]
         self._count = 0
 
     def __len__(self) -> int:
@@ -170,20 +170,20 @@ class Pool:
     @torch.no_grad()
     def add(self, inputs: Any) -> None:
         """Adds inputs of a network: normalised images fp32 [n, C, H, W], or tensors [n, ...] however nested."""
-        said, begin = self._teachers.logits(inputs), self._count
-        end = begin + said.shape[1]
+        logits, begin = self._teachers.logits(inputs), self._count
+        end = begin + logits.shape[1]
         if not begin:
             self._rows = mapped(lambda leaf: leaf.new_empty(self._capacity, *_stored(leaf).shape[1:]), inputs)
-            self._said = said.new_empty(len(said), self._capacity, *said.shape[2:])
+            self._logits = logits.new_empty(len(logits), self._capacity, *logits.shape[2:])
         for rows, leaf in zip(leaves(self._rows), leaves(inputs), strict=True):
             rows[begin:end] = _stored(leaf)
-        self._said[:, begin:end] = said
+        self._logits[:, begin:end] = logits
         self._count = end
 
     def take(self, index: Tensor) -> tuple[Any, Tensor]:
         """Inputs of B samples and the members' logits, [K, B, C] or [K, B, C, H, W], at ``index`` int64 [B] (CPU)."""
-        index = send(index, self._said.device)
-        return mapped(lambda rows: _taken(rows.index_select(0, index)), self._rows), self._said.index_select(1, index)
+        index = send(index, self._logits.device)
+        return mapped(lambda rows: _taken(rows.index_select(0, index)), self._rows), self._logits.index_select(1, index)
 
     def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:
         """Positions of one epoch in random order, in batches of ``size``.
@@ -214,8 +214,8 @@ class Means:
     def add(self, **figures: Tensor) -> None:
         """Adds one scalar to each of these figures."""
         for name, value in figures.items():
-            known = self._totals.get(name)
-            self._totals[name] = value.detach() if known is None else known + value.detach()
+            total = self._totals.get(name)
+            self._totals[name] = value.detach() if total is None else total + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:

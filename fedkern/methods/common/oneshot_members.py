@@ -56,8 +56,8 @@ def architecture(architectures: Architectures, client: int) -> dict[str, Any]:
 class OwnNetworks(Method):
     """Methods whose clients may have different architectures, given by the option ``models``."""
 
-    def __init__(self, options: Any = None, **given: Any) -> None:
-        super().__init__(options, **given)
+    def __init__(self, options: Any = None, **values: Any) -> None:
+        super().__init__(options, **values)
         self.architectures = parse_models(self.options.models)
 
     def architecture(self, client: ClientId) -> dict[str, Any]:
@@ -73,8 +73,8 @@ def flatten(module: nn.Module) -> FlatParameters:
 
 def vectors(flat: FlatParameters) -> Message:
     """CPU copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R], without empty vectors."""
-    found = {"parameters": flat.parameters, "buffers": flat.buffers, "integers": flat.integers}
-    return {name: value.detach().cpu().clone() for name, value in found.items() if value.numel()}
+    tensors = {"parameters": flat.parameters, "buffers": flat.buffers, "integers": flat.integers}
+    return {name: value.detach().cpu().clone() for name, value in tensors.items() if value.numel()}
 
 
 def load(flat: FlatParameters, message: Message) -> nn.Module:
@@ -117,15 +117,15 @@ class Members:
         Raises:
             UserError: an upload is refused with ``--on-nan stop``, or no upload is left.
         """
-        kept = self.server.state["members"] = {}
+        members = self.server.state["members"] = {}
         for upload in uploads:
             if not self._sound(phase, upload):
                 k = upload.client_id
                 self.server.refuse(k, f"The network of client {k} cannot be used: its logits are not finite")
                 continue
-            kept[upload.client_id] = {**vectors_of(upload.message), "samples": upload.samples}
+            members[upload.client_id] = {**vectors_of(upload.message), "samples": upload.samples}
             yield upload
-        if not kept:
+        if not members:
             raise UserError("Every client's network was refused: lower --lr, or set --clip-norm.")
 
     @torch.no_grad()

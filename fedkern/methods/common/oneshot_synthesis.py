@@ -68,8 +68,8 @@ class BatchNormStatistics:
         self._handles.clear()
         self._terms.clear()
 
-    def _look(self, layer: Any, given: tuple[Tensor, ...]) -> None:
-        mean, var = _Moments.apply(full(given[0]))
+    def _look(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        mean, var = _Moments.apply(full(inputs[0]))
         self._terms.append(torch.linalg.vector_norm(mean - layer.running_mean))
         self._terms.append(torch.linalg.vector_norm(var - layer.running_var))
 

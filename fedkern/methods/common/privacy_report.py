@@ -12,12 +12,12 @@ from fedkern.privacy import LEDGER, Accountant, Guarantee
 
 def guarantee(method: Method, server: Server, records: str | None) -> Guarantee | None:
     """The method's guarantee, with the records as a further release unless ``--records private``; None without one."""
-    said = method.guarantee(server)
-    return said if said is None or records == "private" else said.with_records()
+    result = method.guarantee(server)
+    return result if result is None or records == "private" else result.with_records()
 
 
 def privacy_figures(
-    said: Guarantee | None, state_of: Callable[[int], Mapping[str, Any]], clients: int
+    bound: Guarantee | None, state_of: Callable[[int], Mapping[str, Any]], clients: int
 ) -> dict[str, Any]:
     """The ``privacy`` entry of summary.json; empty where the run has no guarantee.
 
@@ -40,21 +40,21 @@ def privacy_figures(
     Raises:
         UserError: dp-accounting is not installed.
     """
-    if said is None:
+    if bound is None:
         return {}
-    figures = {str(k): Accountant(state_of(k).get(LEDGER)).figure(said.delta) for k in range(clients)}
+    figures = {str(k): Accountant(state_of(k).get(LEDGER)).figure(bound.delta) for k in range(clients)}
     channels: dict[str, float] = {}
     for figure in figures.values():
         for name, value in figure.channels.items():
             channels[name] = max(value, channels.get(name, 0.0))
     epsilon = max(figure.epsilon for figure in figures.values())
     return {
-        said.figure: epsilon,
-        "delta": said.delta,
-        "unit": said.unit.name,
-        **({"patient_images": said.unit.images} if said.unit.name == "patient" else {}),
-        **said.to_dict(),
+        bound.figure: epsilon,
+        "delta": bound.delta,
+        "unit": bound.unit.name,
+        **({"patient_images": bound.unit.images} if bound.unit.name == "patient" else {}),
+        **bound.to_dict(),
         "channels": channels,
-        "clients": {k: {said.figure: f.epsilon, "channels": dict(f.channels)} for k, f in figures.items()},
-        "statement": said.statement(epsilon),
+        "clients": {k: {bound.figure: f.epsilon, "channels": dict(f.channels)} for k, f in figures.items()},
+        "statement": bound.statement(epsilon),
     }

@@ -36,13 +36,13 @@ def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights
     Returns:
         float64 [N], on the simplex.
     """
-    known = ~np.isnan(losses)
+    judged = ~np.isnan(losses)
     result = weights.copy()
-    if known.any() and np.ptp(losses[known]) > 0:
-        held = float(weights[known].sum())
-        shift = eta * (losses[known] - losses[known].max())
-        grown = np.maximum(weights[known], FLOOR / len(weights)) * np.exp(shift)
-        result[known] = grown * (held / grown.sum() if held > 0 else FLOOR / len(weights) / grown.sum())
+    if judged.any() and np.ptp(losses[judged]) > 0:
+        mass = float(weights[judged].sum())
+        shift = eta * (losses[judged] - losses[judged].max())
+        grown = np.maximum(weights[judged], FLOOR / len(weights)) * np.exp(shift)
+        result[judged] = grown * (mass / grown.sum() if mass > 0 else FLOOR / len(weights) / grown.sum())
     return result / result.sum()
 
 
@@ -112,8 +112,8 @@ def _around_uniform(v: Weights, bound: float) -> Weights:
     if not fits.any():
         p[order[:count]] = 1 / count
         return p
-    own = high[:count] - high[:count].mean()
-    p[order[:count]] = np.maximum(1 / count + math.sqrt(room[count - 1] / float(own @ own)) * own, 0)
+    centred = high[:count] - high[:count].mean()
+    p[order[:count]] = np.maximum(1 / count + math.sqrt(room[count - 1] / float(centred @ centred)) * centred, 0)
     return p / p.sum()
 
 

@@ -46,15 +46,15 @@ def show(server: Server, generator: Any, options: Any, ensemble: Ensemble | None
 
 def agreement(logits: Tensor) -> Tensor:
     """Share of images (pixels) on which two teachers predict one class: ``[K, K]`` from logits ``[K, B, C, ...]``."""
-    said = logits.argmax(2).flatten(1)
-    return torch.stack([(said == own).float().mean(1) for own in said])
+    classes = logits.argmax(2).flatten(1)
+    return torch.stack([(classes == row).float().mean(1) for row in classes])
 
 
 def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
     """The table with a row for every client; the rows of clients that did not answer are NaN."""
-    whole = table.new_full((count, table.shape[1]), float("nan"))
-    whole[ids] = table
-    return whole
+    rows = table.new_full((count, table.shape[1]), float("nan"))
+    rows[ids] = table
+    return rows
 
 
 @torch.no_grad()

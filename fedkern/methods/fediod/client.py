@@ -20,7 +20,7 @@ from fedkern.models.teacher_stack import TeacherStack
 
 
 @dataclass
-class Asked:
+class Pending:
     """State that is kept from the exchange of images until the gradients of the logits arrive."""
 
     iteration: int  # within the round
@@ -41,7 +41,7 @@ class Answers:
         self.clients, self.bank, self.options = list(clients), bank, options
         self.slots = {client.id: slot for slot, client in enumerate(clients)}
         self.discriminators = Discriminators(clients, options)
-        self._asked: Asked | None = None
+        self._pending: Pending | None = None
         self._seen = torch.zeros(2, len(self.clients), device=self.clients[0].device)  # discriminator losses, realism
         self._counts = [[0] * len(self.clients) for _ in range(2)]
 
@@ -53,7 +53,7 @@ class Answers:
         A client with shards trains one discriminator, which is public, and another one may serve the gradients, which
         is secret: see `fedkern.methods.fediod.private_messages`.
         """
-        self._asked = None
+        self._pending = None
         present = [self.slots[k] for k in messages]
         message = next(iter(messages.values()))
         images = self.normalised(message["images"])
@@ -72,10 +72,10 @@ class Answers:
             images.requires_grad_(asks_teachers(self.options) or self.options.w_real > 0)
             logits = teacher_log_probs(self.bank.logits(images), self.options.mix)
             realism, scores = self.discriminators.look(images)
-        told = (realism, scores) if seen is None else seen
-        self._count(1, told[0].detach().mean(1), present)
-        self._asked = Asked(iteration, images, logits, realism)
-        return self._answers(messages, logits.detach(), told[1].detach())
+        figures = (realism, scores) if seen is None else seen
+        self._count(1, figures[0].detach().mean(1), present)
+        self._pending = Pending(iteration, images, logits, realism)
+        return self._answers(messages, logits.detach(), figures[1].detach())
 
     def gradients(self, phase: Phase, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
         """Gradients with respect to the images: through the discriminator, and of the logits through the teacher.
@@ -86,52 +86,52 @@ class Answers:
 
         A client that has lost its state of the exchange of images answers with an empty message, as if it were absent.
         """
-        asked, self._asked = self._asked, None
-        if asked is None:
+        pending, self._pending = self._pending, None
+        if pending is None:
             return {k: {} for k in messages}
         self._report()
         if promise.private(self.options):
-            return {k: self._own(asked, k, message) for k, message in messages.items()}
-        self._measure(phase, asked, messages)
+            return {k: self._own(pending, k, message) for k, message in messages.items()}
+        self._measure(phase, pending, messages)
         outputs: list[Tensor] = []
-        given: list[Tensor] = []
+        grads: list[Tensor] = []
         if self.options.w_real:
-            outputs.append(asked.realism)
-            given.append(torch.zeros_like(asked.realism))
+            outputs.append(pending.realism)
+            grads.append(torch.zeros_like(pending.realism))
             for k, message in messages.items():
-                given[-1][self.slots[k]] = self.options.w_real * message["share"]
+                grads[-1][self.slots[k]] = self.options.w_real * message["share"]
         if any("logits" in message for message in messages.values()):
-            outputs.append(asked.logits)
-            given.append(torch.zeros_like(asked.logits))
+            outputs.append(pending.logits)
+            grads.append(torch.zeros_like(pending.logits))
             for k, message in messages.items():
-                given[-1][self.slots[k]] = message["logits"]
-        (total,) = torch.autograd.grad(reached(outputs, given), asked.images)
+                grads[-1][self.slots[k]] = message["logits"]
+        (total,) = torch.autograd.grad(reached(outputs, grads), pending.images)
         zero = total.new_zeros(()).expand(total.shape)
         return {k: {"gradients": zero if i else total} for i, k in enumerate(messages)}
 
-    def _rows(self, asked: Asked, k: ClientId, message: Message) -> tuple[Tensor | None, Tensor | None]:
+    def _rows(self, pending: Pending, k: ClientId, message: Message) -> tuple[Tensor | None, Tensor | None]:
         """A client's two gradients ``[B, C, H, W]``: ``u_d`` and ``u_t`` of :func:`private_messages.sanitise`."""
-        slot, images = self.slots[k], asked.images
+        slot, images = self.slots[k], pending.images
         u_d: Tensor | None = None
         u_t: Tensor | None = None
         if self.options.w_real:
-            (u_d,) = torch.autograd.grad(asked.realism[slot].sum(), images, retain_graph=True)
+            (u_d,) = torch.autograd.grad(pending.realism[slot].sum(), images, retain_graph=True)
         if "logits" in message:
-            given = message["logits"].to(images.device) / message["share"]
-            (u_t,) = torch.autograd.grad(reached([asked.logits[slot]], [given]), images, retain_graph=True)
+            grad = message["logits"].to(images.device) / message["share"]
+            (u_t,) = torch.autograd.grad(reached([pending.logits[slot]], [grad]), images, retain_graph=True)
         return u_d, u_t
 
-    def _own(self, asked: Asked, k: ClientId, message: Message) -> Message:
+    def _own(self, pending: Pending, k: ClientId, message: Message) -> Message:
         client = self.clients[self.slots[k]]
-        u_d, u_t = private.sanitise(client, *self._rows(asked, k, message), self.options)
-        total = torch.zeros_like(asked.images)
+        u_d, u_t = private.sanitise(client, *self._rows(pending, k, message), self.options)
+        total = torch.zeros_like(pending.images)
         if u_d is not None:
             total += self.options.w_real * u_d
         if u_t is not None:
             total += u_t
         return {"gradients": message["share"] * total}
 
-    def _measure(self, phase: Phase, asked: Asked, messages: Mapping[ClientId, Message]) -> None:
+    def _measure(self, phase: Phase, pending: Pending, messages: Mapping[ClientId, Message]) -> None:
         """Reports the median norms of one client's rows, from which to choose the clipping norms of a private run.
 
         The clients take turns, one a round, in the last iteration in which the client trains a discriminator.  One
@@ -139,12 +139,12 @@ class Answers:
         """
         client = self.clients[phase.round % len(self.clients)]
         last = private.trainings(client, self.options) - 1
-        if promise.claims(self.options) or client.id not in messages or asked.iteration != last:
+        if promise.claims(self.options) or client.id not in messages or pending.iteration != last:
             return  # in a private run these figures would be a release
-        rows = self._rows(asked, client.id, messages[client.id])
-        for name, own in zip(("norm_d", "norm_t"), rows, strict=True):
-            if own is not None:
-                client.report[name] = float(own.flatten(1).norm(dim=1).median())
+        rows = self._rows(pending, client.id, messages[client.id])
+        for name, gradient in zip(("norm_d", "norm_t"), rows, strict=True):
+            if gradient is not None:
+                client.report[name] = float(gradient.flatten(1).norm(dim=1).median())
 
     @torch.no_grad()
     def distil(

@@ -28,7 +28,7 @@ class Panel:
         self._ask, self._data = ask, data
         self.task = data.task
         self.cases = getattr(data, "cases", None)
-        self._kept: list[Tensor] = []
+        self._cache: list[Tensor] = []
         self._full = False
         self._now: Tensor | None = None
         self.answer: Callable[[Tensor, Tensor], Tensor] = lambda images, logits: logits[0]
@@ -38,16 +38,16 @@ class Panel:
 
     def batches(self) -> Iterator[Batch]:
         """The test set's batches; keeps the teachers' logits for the next pass."""
-        kept, size = self._kept if self._full else None, 0
+        cache, size = self._cache if self._full else None, 0
         fresh: list[Tensor] = []
         for i, batch in enumerate(self._data.batches()):
-            self._now = self._ask(batch.inputs) if kept is None else kept[i]
+            self._now = self._ask(batch.inputs) if cache is None else cache[i]
             size += self._now.numel() * self._now.element_size()
-            if kept is None and size <= KEEP_BYTES:
+            if cache is None and size <= KEEP_BYTES:
                 fresh.append(self._now)
             yield batch
-        if kept is None and size <= KEEP_BYTES:
-            self._kept, self._full = fresh, True
+        if cache is None and size <= KEEP_BYTES:
+            self._cache, self._full = fresh, True
         self._now = None
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -74,21 +74,23 @@ def oracle_metrics(
     * ``holdout`` is the teachers' mean figure on their clients' own hold-outs, where there are any.
     """
     ids = [k for k in sorted(server.state["classes"]) if "teacher" in clients[k].state]
-    own = {k: clients[k] for k in ids}
+    members = {k: clients[k] for k in ids}
     if not ids:
         return {}
     figures: dict[str, float] = {}
     for prefix, data in sets.items():
-        figures.update({prefix + name: value for name, value in _compared(method, server, own, data).items()})
-    held = [client.state["teacher"]["holdout"] for client in own.values() if "holdout" in client.state["teacher"]]
-    if held:
-        figures["holdout"] = sum(held) / len(held)
+        figures.update({prefix + name: value for name, value in _compared(method, server, members, data).items()})
+    holdouts = [
+        client.state["teacher"]["holdout"] for client in members.values() if "holdout" in client.state["teacher"]
+    ]
+    if holdouts:
+        figures["holdout"] = sum(holdouts) / len(holdouts)
     return figures
 
 
-def _compared(method: Any, server: Server, own: Mapping[ClientId, Client], data: Any) -> dict[str, float]:
-    o, device, ids = method.settings, server.device, list(own)
-    bank = method.bank(own)
+def _compared(method: Any, server: Server, members: Mapping[ClientId, Client], data: Any) -> dict[str, float]:
+    o, device, ids = method.settings, server.device, list(members)
+    bank = method.bank(members)
     panel = Panel(lambda images: teacher_log_probs(bank.logits(images), o.mix), data)
 
     def figure(answer: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -99,7 +101,7 @@ def _compared(method: Any, server: Server, own: Mapping[ClientId, Client], data:
     disclosed = method.disclosed(server, ids).to(device)
     mask = None if o.class_weights == "uniform" else disclosed > 0
     same = torch.ones(len(ids), 1, 1, device=device)
-    discriminators = Discriminators(list(own.values()), o) if tells_scores(o) else None
+    discriminators = Discriminators(list(members.values()), o) if tells_scores(o) else None
 
     def weighted(images: Tensor, logits: Tensor) -> Tensor:
         scores = None if discriminators is None else discriminators.judge(images)

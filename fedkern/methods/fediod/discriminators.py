@@ -41,16 +41,16 @@ class Discriminators:
         tensors = [part[name] for part in self._parts for name in part]
         self._adam = Adam(tensors, o.critic_lr, (0.5, 0.999))
         for slot, client in enumerate(clients):
-            kept = client.state.setdefault("critics", {})
+            critics = client.state.setdefault("critics", {})
             for shard in range(len(self._shards[slot])):  # all now: the keys must not reveal which shard served
-                if shard not in kept:
-                    kept[shard] = self._fresh(client, shard)
+                if shard not in critics:
+                    critics[shard] = self._fresh(client, shard)
             self._load(slot, 0)
 
     def _fresh(self, client: Client, shard: int) -> dict[str, Any]:
         """State of an untrained discriminator."""
-        own, drawn = self.module, [torch_stream(client, f"critic/{shard}", BEFORE)]
-        weights = PatchDiscriminators(drawn, channels=own.channels, ndf=own.ndf, layers=own.layers).parts()[0]
+        layout, drawn = self.module, [torch_stream(client, f"critic/{shard}", BEFORE)]
+        weights = PatchDiscriminators(drawn, channels=layout.channels, ndf=layout.ndf, layers=layout.layers).parts()[0]
         mean, square = ({name: torch.zeros_like(tensor) for name, tensor in weights.items()} for _ in range(2))
         return {"weights": weights, "mean": mean, "square": square, "steps": 0}
 
@@ -64,24 +64,24 @@ class Discriminators:
         for slot, client in enumerate(self._clients):
             if len(self._shards[slot]) > 1:
                 self._point(slot)
-                kept = client.state["critics"][self._here[slot]]  # the slot's memory is needed for another shard
-                kept["weights"] = {name: tensor.clone() for name, tensor in kept["weights"].items()}
+                entry = client.state["critics"][self._here[slot]]  # the slot's memory is needed for another shard
+                entry["weights"] = {name: tensor.clone() for name, tensor in entry["weights"].items()}
                 self._here[slot] = choice(client)
                 self._load(slot, self._here[slot])
 
     @torch.no_grad()
     def _load(self, slot: int, shard: int) -> None:
         client, part = self._clients[slot], self._parts[slot]
-        kept, state = client.state["critics"][shard], self._adam.state
+        entry, state = client.state["critics"][shard], self._adam.state
         for name, tensor in part.items():
-            tensor.copy_(kept["weights"][name])
+            tensor.copy_(entry["weights"][name])
             device = tensor.device
             state[tensor] = {
-                "step": torch.full((), float(kept["steps"]), device=device if device.type == "cuda" else "cpu"),
-                "exp_avg": kept["mean"][name].to(device, copy=True),
-                "exp_avg_sq": kept["square"][name].to(device, copy=True),
+                "step": torch.full((), float(entry["steps"]), device=device if device.type == "cuda" else "cpu"),
+                "exp_avg": entry["mean"][name].to(device, copy=True),
+                "exp_avg_sq": entry["square"][name].to(device, copy=True),
             }
-        self._steps[slot] = kept["steps"]
+        self._steps[slot] = entry["steps"]
         self._point(slot)
 
     def _point(self, slot: int) -> None:
@@ -114,8 +114,8 @@ class Discriminators:
         else:
             order = client.round_cache.get("order")
             if order is None:
-                whole = Phase(phase.round, phase.name, "update")
-                order = client.round_cache["order"] = client.rng("real", whole).permutation(client.samples)
+                of_round = Phase(phase.round, phase.name, "update")
+                order = client.round_cache["order"] = client.rng("real", of_round).permutation(client.samples)
             chosen = np.resize(order, batches * size)[iteration * size : (iteration + 1) * size]
         return client.batch(chosen, augmentation).inputs
 

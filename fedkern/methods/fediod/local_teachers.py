@@ -52,15 +52,15 @@ def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
     """
     if client.patients is not None:  # a share of the patients, however many images each has
         parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.patients)
-        whole = min(round(share * len(parts)), len(parts) - 1)
-        out, kept = (np.concatenate([np.zeros(0, np.int64), *rows]) for rows in (parts[:whole], parts[whole:]))
-        return np.sort(kept), np.sort(out)
-    held = min(round(share * client.samples), client.samples - 1)
+        groups = min(round(share * len(parts)), len(parts) - 1)
+        out, rest = (np.concatenate([np.zeros(0, np.int64), *rows]) for rows in (parts[:groups], parts[groups:]))
+        return np.sort(rest), np.sort(out)
+    count = min(round(share * client.samples), client.samples - 1)
     parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.groups)
-    whole = int(np.searchsorted(np.cumsum([len(part) for part in parts]), held, side="right"))
-    whole = min(max(whole, int(held > 0)), len(parts) - 1)
-    order, held = np.concatenate(parts), sum(len(part) for part in parts[:whole])
-    return np.sort(order[held:]), np.sort(order[:held])
+    groups = int(np.searchsorted(np.cumsum([len(part) for part in parts]), count, side="right"))
+    groups = min(max(groups, int(count > 0)), len(parts) - 1)
+    order, count = np.concatenate(parts), sum(len(part) for part in parts[:groups])
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def make_teacher(method: Any, client: Client, architectures: Architectures, options: Any) -> None:
@@ -72,29 +72,29 @@ def make_teacher(method: Any, client: Client, architectures: Architectures, opti
     """
     module = build(client, architectures)
     rows, out = split(client, options.holdout)
-    held = Held(client, out)
+    test_set = Held(client, out)
     load_pretrained = client.load_pretrained(module)
     if not load_pretrained and not private.train_teacher(method, client, TRAIN, module, rows, options):
-        _fit(method, client, module, rows, held, options)
+        _fit(method, client, module, rows, test_set, options)
     module.eval()
     state = client.state["teacher"] = vectors(flatten(module))
-    if held.scored and not load_pretrained:
+    if test_set.scored and not load_pretrained:
         with torch.no_grad():
-            state["holdout"] = held.task.score(method.evaluate(module, held))
+            state["holdout"] = test_set.task.score(method.evaluate(module, test_set))
 
 
-def _fit(method: Any, client: Client, module: nn.Module, rows: np.ndarray, held: Held, options: Any) -> None:
+def _fit(method: Any, client: Client, module: nn.Module, rows: np.ndarray, test_set: Held, options: Any) -> None:
     """Trains ``module`` in place by the engine's loop; with ``select=best`` restores the weights of the best epoch."""
     best: list[Any] = [-1.0, None]
 
     @torch.no_grad()
     def look(epoch: int) -> None:
         module.eval()
-        figure = held.task.score(method.evaluate(module, held))
+        figure = test_set.task.score(method.evaluate(module, test_set))
         if figure > best[0]:
             best[:] = figure, {name: value.detach().clone() for name, value in module.state_dict().items()}
 
-    watch = look if options.select == "best" and held.scored else None
+    watch = look if options.select == "best" and test_set.scored else None
     every = None if len(rows) == client.samples else rows
     client.fit(method, TRAIN, module, rows=every, lr_end=options.teacher_lr_end, after_epoch=watch)
     if best[1] is not None:

@@ -154,8 +154,8 @@ def teacher_terms(
         mixed, terms["clarity"] = ops.consensus(logits, pi)
         terms["diversity"] = mixed - terms["clarity"]
         # The same sum written as factors of H(mixture) and the mean entropy needs one backward pass.
-        own = s.js_sign * s.w_diverse
-        total = own * mixed + (s.w_clear - own) * terms["clarity"]
+        weight = s.js_sign * s.w_diverse
+        total = weight * mixed + (s.w_clear - weight) * terms["clarity"]
     else:
         if s.w_clear:
             terms["clarity"] = ops.consensus(logits, pi)[1]

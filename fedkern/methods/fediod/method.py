@@ -65,8 +65,8 @@ class FedIOD(Objective, OwnNetworks):
     replayable = True
     spans = "the cosine schedules and the warm-up span all rounds"
 
-    def __init__(self, options: Any = None, **given: Any) -> None:
-        super().__init__(options, **given)
+    def __init__(self, options: Any = None, **values: Any) -> None:
+        super().__init__(options, **values)
         self.settings = settle(self.options)
         self._teachers: dict[ClientId, nn.Module] = {}  # frozen: built once in a run
         self._banks: dict[tuple[ClientId, ...], TeacherStack] = {}
@@ -84,8 +84,8 @@ class FedIOD(Objective, OwnNetworks):
             yield Round("secrets", exchanges=("secret",), participants="all", one_off=True, booked=False)
         yield Round("teachers", exchanges=("teacher",), participants="all", one_off=True, trains="clients' teachers")
         if not self._generates:
-            asked = "teachers' answers to the public images"
-            yield Round("answers", exchanges=("answers",), participants="all", one_off=True, trains=asked)
+            title = "teachers' answers to the public images"
+            yield Round("answers", exchanges=("answers",), participants="all", one_off=True, trains=title)
         each = ("images", "gradients", "distil") if self._generates else ("distil",)
         every = self.iterations(federation)
         names = tuple(f"{name} {i}" for i in range(every) for name in each)
@@ -140,12 +140,12 @@ class FedIOD(Objective, OwnNetworks):
             return {"privacy": terms} if terms else {}
         if kind == "secret":
             return {}
-        known = sorted(server.state["classes"])
+        ids = sorted(server.state["classes"])
         if kind == "answers":
-            return {k: {} for k in known}
+            return {k: {} for k in ids}
         shop = self._workshop(server)
         if not self._generates:
-            return {k: {} for k in known}
+            return {k: {} for k in ids}
         if kind == "gradients":
             return server.round_cache.pop("criticism", None)
         if kind == "distil" and not shop.teaches:
@@ -176,8 +176,8 @@ class FedIOD(Objective, OwnNetworks):
             return {}
         if kind == "teacher":
             how = self.options.class_weights
-            told = Values((classes,), torch.float32 if how == "counts" else torch.bool, low=0)
-            return {} if how == "uniform" else {"classes": told}
+            disclosure = Values((classes,), torch.float32 if how == "counts" else torch.bool, low=0)
+            return {} if how == "uniform" else {"classes": disclosure}
         if kind == "answers":
             assert server.public is not None  # checked in start
             return {"logits": Values((len(server.public), classes, *positions))}
@@ -232,8 +232,8 @@ class FedIOD(Objective, OwnNetworks):
         rows = torch.from_numpy(order[: size * self.options.student_steps])
         if not answers:
             return None
-        said = server.state["answers"]
-        ensemble = shop.gather({k: {"logits": said[k][rows]} for k in answers if k in said})
+        logits = server.state["answers"]
+        ensemble = shop.gather({k: {"logits": logits[k][rows]} for k in answers if k in logits})
         shop.teach(server.public.take(rows.numpy()), ensemble, size)
         return ensemble
 
@@ -261,11 +261,11 @@ class FedIOD(Objective, OwnNetworks):
         first = next(iter(messages))
         with torch.no_grad():
             logits = self.bank(clients).logits(alone[first].normalised(messages[first]["images"]))
-        found: dict[ClientId, Message] = {}
+        answers: dict[ClientId, Message] = {}
         for i, k in enumerate(clients):
             if k in messages:
-                found.update(alone[k].distil(phase, number, {k: messages[k]}, logits[i : i + 1]))
-        return found
+                answers.update(alone[k].distil(phase, number, {k: messages[k]}, logits[i : i + 1]))
+        return answers
 
     def _update(
         self, clients: Mapping[ClientId, Client], phase: Phase, messages: Mapping[ClientId, Message]
@@ -302,10 +302,10 @@ class FedIOD(Objective, OwnNetworks):
     def _answer(self, client: Client) -> Message:
         assert client.public is not None  # checked in start
         bank = self.bank({client.id: client})
-        said = (
+        logits = (
             teacher_log_probs(bank.logits(batch.inputs), self.settings.mix)[0] for batch in client.public.batches(64)
         )
-        return {"logits": torch.cat(list(said))}
+        return {"logits": torch.cat(list(logits))}
 
     def bank(self, clients: Mapping[ClientId, Client]) -> TeacherStack:
         """The teachers of these clients, in their order."""
@@ -314,8 +314,8 @@ class FedIOD(Objective, OwnNetworks):
             for k in ids:
                 if k not in self._teachers:
                     self._teachers[k] = teacher(clients[k], self.architectures)
-            for known in [known for known in self._banks if len(known) > 1 < len(ids)]:
-                del self._banks[known]  # of another cohort: one cohort's stack is kept
+            for cohort in [cohort for cohort in self._banks if len(cohort) > 1 < len(ids)]:
+                del self._banks[cohort]  # of another cohort: one cohort's stack is kept
             self._banks[ids] = TeacherStack([self._teachers[k] for k in ids])
         return self._banks[ids]
 

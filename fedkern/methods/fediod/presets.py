@@ -170,16 +170,16 @@ class IODOptions(PrivacyOptions, Method.Options):
             )
 
     @classmethod
-    def resolved(cls, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    def resolved(cls, values: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:
         """Fills in the preset's values.
 
         A preset that the user names overrules the data set's defaults.  Otherwise it only fills options without a
         value.  An option that the user gives stays as it is.
         """
-        named = "preset" in given
+        named = "preset" in chosen
         preset = PRESETS[str(values["preset"])]
         return {
-            name: preset[name] if name in preset and name not in given and (named or value is None) else value
+            name: preset[name] if name in preset and name not in chosen and (named or value is None) else value
             for name, value in values.items()
         }
 

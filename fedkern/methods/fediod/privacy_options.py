@@ -174,10 +174,10 @@ def guarantee(options: Any, unit: Unit = IMAGE) -> Guarantee | None:
     if asks_discriminators(options):
         text = "the generator's gradients through the discriminators"
         place("discriminator_gradients", text, options.epsilon is not None or options.sigma_d > 0)
-    asked = generates(options) and asks_teachers(options)
-    if asked and options.sigma_t:
+    through_teachers = generates(options) and asks_teachers(options)
+    if through_teachers and options.sigma_t:
         covers["teacher_gradients"] = "a client's own gradients for the generator through its teacher"
-    elif asked:
+    elif through_teachers:
         place("teacher_gradients", "the generator's gradients through the teachers", options.teacher_dp)
     place("teacher_logits", _answers(options), options.teacher_dp)
     if tells_counts(options):

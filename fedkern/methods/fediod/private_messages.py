@@ -161,9 +161,9 @@ def secret(client: Client, options: Any) -> str:
 
 def next_key(client: Client, channel: str, options: Any) -> NoiseKey:
     """The key of the client's next release in a channel.  No key is given twice, not even by a resumed client."""
-    own = secret(client, options)
+    digits = secret(client, options)
     # With noise=seed the 16 bytes follow from the run's seed: whoever knows the seed has them.
-    material = bytes.fromhex(own) if own else client.rng("privacy", OUTSIDE).bytes(SECRET_BYTES)
+    material = bytes.fromhex(digits) if digits else client.rng("privacy", OUTSIDE).bytes(SECRET_BYTES)
     releases = client.state.setdefault(RELEASES, {})
     number = int(releases.get(channel, 0))
     releases[channel] = number + 1
@@ -204,8 +204,8 @@ def batches(samples: int, options: Any) -> int:
 
 def trainings(client: Client, options: Any) -> int:
     """Number of iterations in which the client trains a discriminator; these are the first ones of a round."""
-    own = batches(client.declared, options)
-    return min(options.iterations or own, own)
+    count = batches(client.declared, options)
+    return min(options.iterations or count, count)
 
 
 def training(client: Client, round: int, iteration: int, options: Any) -> int:

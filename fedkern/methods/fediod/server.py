@@ -47,23 +47,23 @@ def make_generator(server: Server, options: Any, draw: torch.Generator) -> Gener
     of a short training: on MNIST (Dirichlet 0.1, seed 2) the student reached 38 % from grey images, 73 % from the mean.
     """
     channels, height, width = server.image_shape
-    made = Generator(
+    generator = Generator(
         nz=options.nz, ngf=options.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1),
         mean=server.mean, std=server.std, pixel_mean=server.mean, generator=draw,
     )  # fmt: skip
-    return made.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return generator.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def moments(optimiser: SGD | Adam, vector: Tensor) -> dict[str, Tensor]:
     """The optimiser's state of its one tensor, copied to the CPU."""
-    kept = optimiser.state.get(vector, {})
-    return {name: value.detach().cpu().clone() for name, value in kept.items()}
+    state = optimiser.state.get(vector, {})
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
-def restore(optimiser: SGD | Adam, vector: Tensor, kept: Mapping[str, Tensor] | None) -> None:
+def restore(optimiser: SGD | Adam, vector: Tensor, state: Mapping[str, Tensor] | None) -> None:
     """Gives an optimiser the state that :func:`moments` returned; None changes nothing."""
     device = vector.device
-    for name, value in (kept or {}).items():  # on CUDA a fused Adam needs its step count there too
+    for name, value in (state or {}).items():  # on CUDA a fused Adam needs its step count there too
         place = torch.device("cpu") if name == "step" and device.type != "cuda" else device
         optimiser.state.setdefault(vector, {})[name] = value.to(place, copy=True)
 
@@ -173,9 +173,9 @@ class Workshop:
     def examples(self, draw: torch.Generator) -> Tensor:
         """The student's images of an iteration, for all steps one after another, as they are sent."""
         o = self.options
-        made = self.maker
+        maker = self.maker
         zs = [send(torch.randn(o.batch, o.nz, generator=draw), self.server.device) for _ in range(o.student_steps)]
-        return self._sent(torch.cat([made(z) for z in zs]))
+        return self._sent(torch.cat([maker(z) for z in zs]))
 
     def _sent(self, images: Tensor) -> Tensor:
         if self.options.pixels == "float32":
@@ -217,8 +217,8 @@ class Workshop:
         logits = ensemble.logits.detach().requires_grad_()
         x = self.seen(sent).detach().requires_grad_(o.w_adv > 0)
         with torch.enable_grad():
-            said = self.student(x) if o.w_adv else None
-            total, terms = teacher_terms(logits, ensemble.pi, o, said, ensemble.weights, ensemble.mask)
+            student_logits = self.student(x) if o.w_adv else None
+            total, terms = teacher_terms(logits, ensemble.pi, o, student_logits, ensemble.weights, ensemble.mask)
         gradient: Tensor | None = None
         self.to_x = None
         if total.requires_grad:
@@ -278,14 +278,14 @@ class Workshop:
             weights = ensemble.weights[:, rows] if every else ensemble.weights
             logits = ensemble.logits[:, rows]
             with torch.enable_grad():
-                said = self.student(x)
-                loss = distillation(said, logits, weights, ensemble.mask, self.options)
+                student_logits = self.student(x)
+                loss = distillation(student_logits, logits, weights, ensemble.mask, self.options)
             self._to_student.zero_()
             loss.backward()
             self._optimiser.step()
             self._student.mark_changed()
             self.running.add(student_loss=loss)
-            guesses.append(said.detach().argmax(1))
+            guesses.append(student_logits.detach().argmax(1))
         self.running.add(
             student_agreement=(torch.cat(guesses) == target).float().mean(),
             teacher_agreement=(ensemble.logits.argmax(2) == target).float().mean(),
@@ -307,15 +307,15 @@ class Workshop:
         state["student"] = vectors(self._student)
         if learnt := moments(self._optimiser, self._student_vector):
             state["student_moments"] = learnt
-        found = [("student", "student_lr", self._student)]
+        networks = [("student", "student_lr", self._student)]
         if self.generates:
-            found.append(("generator", "generator_lr", self._flat))
+            networks.append(("generator", "generator_lr", self._flat))
             state["generator"] = vectors(self._flat)
             if learnt := moments(self._adam, self._generator_vector):
                 state["adam"] = learnt
             if self._average is not None:
                 state["average"] = vectors(self._average)
-        for name, rate, flat in found:
+        for name, rate, flat in networks:
             if not bool(torch.isfinite(flat.parameters).all()):
                 raise UserError(f"The {name} diverged in iteration {self.iteration}: lower the method option {rate}.")
         figures = self.running.read()

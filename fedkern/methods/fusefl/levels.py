@@ -64,8 +64,8 @@ class LocalPart(nn.Module):
                 return frozen.joined(batch.inputs)
         indices = torch.from_numpy(batch.indices)
         if self._rows is not None and bool(self._known[indices].all()):
-            kept = self._rows.index_select(0, send(indices, self._rows.device))
-            return kept.movedim(-1, 1) if kept.dim() == 4 else kept
+            cached = self._rows.index_select(0, send(indices, self._rows.device))
+            return cached.movedim(-1, 1) if cached.dim() == 4 else cached
         with torch.no_grad():
             joined = frozen.joined(batch.inputs)
             rows = joined.movedim(1, -1) if joined.dim() == 4 else joined

@@ -125,8 +125,8 @@ class FuseFL(Objective, Method):
                 f'Method option "width" is {self.options.width}, but the network takes no argument width: leave the '
                 "option out."
             )
-        found = [scaled_width(self.options.width, n, clients) for n, can in zip(networks, scale, strict=True) if can]
-        return [min(found) if can else 0 for can in scale]
+        widths = [scaled_width(self.options.width, n, clients) for n, can in zip(networks, scale, strict=True) if can]
+        return [min(widths) if can else 0 for can in scale]
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for level in range(1, self._levels() + 1):
@@ -136,8 +136,8 @@ class FuseFL(Objective, Method):
 
     def epochs(self, level: int, budget: int) -> int:
         """Local epochs of a level (counted from 1) out of a client's whole budget."""
-        each, left = divmod(budget, self._levels())
-        return each + (level <= left)
+        each, rest = divmod(budget, self._levels())
+        return each + (level <= rest)
 
     def _levels(self) -> int:
         return len(self._cuts()) + 1 if self.options.cuts else self.options.blocks
@@ -146,8 +146,8 @@ class FuseFL(Objective, Method):
         try:
             return tuple(int(word) for word in self.options.cuts.split(","))
         except ValueError:
-            given = self.options.cuts
-            raise UserError(f'Method option "cuts" must be numbers with commas between, not "{given}".') from None
+            text = self.options.cuts
+            raise UserError(f'Method option "cuts" must be numbers with commas between, not "{text}".') from None
 
     def _models(self) -> list[str | None]:
         """Names of the clients' networks in turn; None is the run's own network."""
@@ -156,8 +156,8 @@ class FuseFL(Objective, Method):
         names = [name.strip() for name in self.options.models.split(",")]
         for name in names:
             if name not in MODELS:
-                own = " Widths are given by the method option width." if ":" in name else ""
-                raise UserError(f'Method option "models": {unknown(name)}{own}')
+                hint = " Widths are given by the method option width." if ":" in name else ""
+                raise UserError(f'Method option "models": {unknown(name)}{hint}')
         return list(names)
 
     def network(self, place: Client | Server, client: ClientId, widths: list[int]) -> BlockNetwork:
@@ -326,9 +326,9 @@ class FuseFL(Objective, Method):
         head = linear_of(state["head"], server.device) if "head" in state else None
         levels = _with_statistics(state["levels"], state.get("statistics", {}))
         fused = self._fused(server, _Networks(self, server, state["widths"]), levels)
-        made: list[Any] = list(fused.levels)
+        frozen: list[Any] = list(fused.levels)
         plain_head = None if head is None else plain
-        return FusedNetwork(made, head or plain, final=self.options.final_fuse, plain_head=plain_head)
+        return FusedNetwork(frozen, head or plain, final=self.options.final_fuse, plain_head=plain_head)
 
     def evaluate(self, model: Any, data: Any) -> dict[str, float]:
         """The usual figures and ``uncalibrated_accuracy``, that of the averaged classifier before calibration."""
@@ -345,15 +345,15 @@ class FuseFL(Objective, Method):
 
     def _fused(self, place: Client | Server, networks: _Networks, levels: Levels) -> FusedNetwork:
         """The given levels 1, 2, ... as one frozen network."""
-        made: list[FusedLevel] = []
+        frozen: list[FusedLevel] = []
         for level, pairs in sorted(levels.items()):
             shapes = networks.shapes(next(iter(pairs)))[max(0, level - 2) : level]
             adaptor = None
             if level > 1:
                 adaptor = make_adaptor(self.options.adaptor, shapes[0], len(levels[level - 1])).to(place.device)
             branches = [Branch(networks.of(j).blocks[level - 1], adaptor, pair) for j, pair in pairs.items()]
-            made.append(FusedLevel(branches, tokens=any(len(shape) == 2 for shape in shapes)))
-        return FusedNetwork(made, final=self.options.final_fuse)
+            frozen.append(FusedLevel(branches, tokens=any(len(shape) == 2 for shape in shapes)))
+        return FusedNetwork(frozen, final=self.options.final_fuse)
 
 
 class _Networks:
@@ -381,11 +381,11 @@ class _Networks:
 def _received(client: Client, message: Message) -> dict[int, dict[ClientId, Message]]:
     """All pairs of the levels so far: those that the client kept, its own last one, and the others' in the message."""
     levels = {i: dict(pairs) for i, pairs in client.state.get("levels", {}).items()}
-    own = client.state.get("own", {"level": 0})
+    last = client.state.get("own", {"level": 0})
     for i, others in message["others"].items():
         pairs = dict(others)
-        if own["level"] == i:
-            pairs[client.id] = own["pair"]
+        if last["level"] == i:
+            pairs[client.id] = last["pair"]
         levels[i] = dict(sorted(pairs.items()))
     return _with_statistics(levels, message.get("statistics", {}))
 
@@ -393,15 +393,15 @@ def _received(client: Client, message: Message) -> dict[int, dict[ClientId, Mess
 def _with_statistics(levels: Levels, statistics: Mapping[int, Any]) -> dict[int, dict[ClientId, Message]]:
     """The levels with the given buffers in their blocks."""
     changed = {i: dict(pairs) for i, pairs in levels.items()}
-    for i, given in statistics.items():
-        for j, buffers in given.items():
+    for i, by_client in statistics.items():
+        for j, buffers in by_client.items():
             changed[i][j] = {**changed[i][j], "block": {**changed[i][j]["block"], **buffers}}
     return changed
 
 
 def _statistics(fused: FusedNetwork, levels: Levels) -> dict[int, dict[ClientId, dict[str, Tensor]]]:
     """The frozen blocks' buffers after training, by level and client."""
-    made: list[Any] = list(fused.levels)
+    parts: list[Any] = list(fused.levels)
     return {
-        i: dict(zip(levels[i], level.statistics(), strict=True)) for i, level in zip(sorted(levels), made, strict=True)
+        i: dict(zip(levels[i], level.statistics(), strict=True)) for i, level in zip(sorted(levels), parts, strict=True)
     }
