@@ -133,10 +133,7 @@ class FedLPFM(LocalTraining):
                 f'Method option "prompts" is for CLIP, and the teacher is {o.teacher}: leave it out, or take '
                 "teacher=clip:FOLDER."
             )
-        self._specs: list[teachers.Spec] = []
-        self._made: dict[int, Teacher] = {}
-        self._setting: teachers.Setting | None = None
-        self._cache: LogitsCache  # from _install on
+        self._teachers: teachers.Teachers  # from _install on
         self._proxy: Teacher | None = None
         self._known: dict[int, tuple[Any, dict[str, float]]] = {}
 
@@ -173,14 +170,15 @@ class FedLPFM(LocalTraining):
             return
         self._install(client, client.network)
         for index in self._used():
-            if self._specs[index].kind == "logits" and self.options.teacher_tuning == "zero-shot":
+            spec = self._teachers.specs[index]
+            if spec.kind == "logits" and self.options.teacher_tuning == "zero-shot":
                 if self.options.teacher_view == "same" and self._augmented(client):
                     raise UserError(
-                        f"The teacher {self._specs[index]} knows images as they are stored and these are augmented: "
+                        f"The teacher {spec} knows images as they are stored and these are augmented: "
                         "take teacher_view=cached, or --augment none."
                     )
                 for batch in client.in_order():
-                    self._teacher(index).logits(batch.inputs)
+                    self._teachers[index].logits(batch.inputs)
 
     def _augmented(self, client: Client) -> bool:
         """Whether the proxy trains on augmented images."""
@@ -247,7 +245,7 @@ class FedLPFM(LocalTraining):
         if o.backbone == "consistent":
             return list(range(o.teachers))
         when = BEFORE if o.backbone == "random" else Phase(phase.round, "", "update")
-        drawn = client.rng("backbone", when).choice(len(self._specs), size=o.teachers, replace=False)
+        drawn = client.rng("backbone", when).choice(len(self._teachers.specs), size=o.teachers, replace=False)
         return sorted(int(index) for index in drawn)
 
     def _mixture(self, logits: Tensor) -> Tensor:
@@ -271,10 +269,10 @@ class FedLPFM(LocalTraining):
         return answers[index]
 
     def _compute(self, client: Client, index: int) -> Tensor:
-        o, teacher = self.options, self._teacher(index)
+        o, teacher = self.options, self._teachers[index]
         images = (batch.inputs for batch in client.in_order())
         if o.teacher_tuning == "zero-shot":
-            return self._cache.logits(teacher, images, client.samples)
+            return self._teachers.cache.logits(teacher, images, client.samples)
         rng = client.rng(f"teacher-{o.teacher_tuning}/{index}", BEFORE)
         probes = o.teacher_tuning == "probe"
         lr = o.tuning_lr or (PROBE_LR if probes else FINETUNE_LR)
@@ -294,7 +292,7 @@ class FedLPFM(LocalTraining):
 
     def _live(self, client: Client, index: int, batch: Batch) -> Tensor:
         """A teacher's logits of a batch, of the same (augmented) images as the proxy sees."""
-        teacher = self._teacher(index)
+        teacher = self._teachers[index]
         if self.options.teacher_tuning == "zero-shot":
             return teacher.logits(batch.inputs).to(batch.inputs.device)
         if index not in client.state.get("teacher_heads", {}):
@@ -306,17 +304,18 @@ class FedLPFM(LocalTraining):
 
     def _install(self, place: Client | Server, build: Callable[..., Any]) -> None:
         """Sets the teachers' settings once; the teachers themselves are built on first use."""
-        if self._setting is not None:
+        if hasattr(self, "_teachers"):
             return
         o = self.options
-        self._cache = LogitsCache(o.teacher_cache or None, place.mean, place.std, place.notice)
-        self._specs = teachers.expand(teachers.parse(o.teacher), build)
-        if o.teachers > len(self._specs):
+        specs = teachers.expand(teachers.parse(o.teacher), build)
+        if o.teachers > len(specs):
             raise UserError(
                 f"{o.teachers} teachers per client need as many backbones, but teacher={o.teacher} names "
-                f"{len(self._specs)}: name them all, separated by commas."
+                f"{len(specs)}: name them all, separated by commas."
             )
-        self._setting = teachers.Setting(
+        self._teachers = teachers.Teachers(
+            specs,
+            LogitsCache(o.teacher_cache or None, place.mean, place.std, place.notice),
             classes=place.classes,
             device=place.device,
             build=build,
@@ -325,15 +324,9 @@ class FedLPFM(LocalTraining):
             recipe=Recipe(epochs=o.pretrain_epochs),
         )
 
-    def _teacher(self, index: int) -> Teacher:
-        if index not in self._made:
-            assert self._setting is not None
-            self._made[index] = teachers.make(self._specs[index], self._setting, self._cache)
-        return self._made[index]
-
     def _used(self) -> range:
         """Positions of the teachers that some client may have."""
-        return range(self.options.teachers if self.options.backbone == "consistent" else len(self._specs))
+        return range(self.options.teachers if self.options.backbone == "consistent" else len(self._teachers.specs))
 
     # -- the server ------------------------------------------------------------------------------------------------
 
@@ -350,7 +343,7 @@ class FedLPFM(LocalTraining):
         server.report["proxy_inference_mbytes"] = costs.inference_bytes / 1e6
         server.report["proxy_training_mbytes"] = costs.training_bytes / 1e6
         for index in self._used():
-            teacher = self._teacher(index)
+            teacher = self._teachers[index]
             if self.options.teacher_tuning != "zero-shot":
                 _ = teacher.parts  # raises if the teacher has no parts to tune
             if isinstance(teacher, StoredLogits):
@@ -360,9 +353,8 @@ class FedLPFM(LocalTraining):
             if index == 0 or mflops > server.report["teacher_inference_mflops"]:
                 server.report["teacher_inference_mflops"], server.report["teacher_parameters"] = mflops, parameters
         if server.public is not None:
-            assert self._setting is not None
             network = server.build()
-            pretrained(network, server.public, self._cache, name="proxy", recipe=self._setting.recipe)
+            pretrained(network, server.public, self._teachers.cache, name="proxy", recipe=self._teachers.recipe)
             if hasattr(network, "head"):
                 self._proxy = NetworkTeacher(network, "proxy", server.device)
             else:  # a user's network whose logits are no layer's result
@@ -382,7 +374,7 @@ class FedLPFM(LocalTraining):
           teacher.
         """
         figures = super().evaluate(model, data)
-        if self.options.lam and self._setting is not None:
+        if hasattr(self, "_teachers"):
             with _ASKING:
                 if id(data) not in self._known:
                     self._known[id(data)] = (data, self._teacher_figures(data))  # holds data, so its id stays unique
@@ -393,12 +385,12 @@ class FedLPFM(LocalTraining):
         labels = torch.cat([batch.targets.cpu() for batch in data.batches()])
 
         def answers(teacher: Teacher) -> Tensor:
-            return self._cache.logits(teacher, (batch.inputs for batch in data.batches()), len(labels))
+            return self._teachers.cache.logits(teacher, (batch.inputs for batch in data.batches()), len(labels))
 
         def accuracy(probabilities: Tensor) -> float:
             return float((probabilities.argmax(1) == labels).double().mean())
 
-        used = [self._teacher(index) for index in self._used()]
+        used = [self._teachers[index] for index in self._used()]
         figures: dict[str, float] = {}
         if not any(isinstance(teacher, StoredLogits) for teacher in used):  # stored logits may lack the test images
             each = [answers(teacher).double().softmax(1) for teacher in used]
@@ -413,9 +405,9 @@ class FedLPFM(LocalTraining):
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
         """Adds a note that names the teachers and their size, and a warning if they are at chance."""
         notes = dict(super().diagnose(observed))
-        if not self._made:
+        if not hasattr(self, "_teachers") or not self._teachers.made:
             return notes
-        used = [self._made[index] for index in sorted(self._made)]
+        used = [teacher for _, teacher in sorted(self._teachers.made.items())]
         size = sum(teacher.parameters for teacher in used) * 4 / 1e6
         names = "; ".join(teacher.name for teacher in used)
         notes["teacher"] = (
@@ -423,8 +415,7 @@ class FedLPFM(LocalTraining):
             "in the byte ledger."
         )
         right = observed.get("teacher_right")
-        chance = 1.5 / len(self._setting.classes) if self._setting is not None else 0.0
-        if right is not None and right.mean < chance:
+        if right is not None and right.mean < 1.5 / len(self._teachers.classes):
             notes["teacher-at-chance"] = (
                 f"The teacher is right about {right.mean:.2f} of the clients' own samples, near chance: look at the "
                 "prompts and the class names, or lower lambda."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,25 +35,6 @@ class Spec:
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.what}" if self.what else self.kind
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Settings shared by all teachers of a run.
-
-    Attributes:
-        build: makes a freshly initialised network: ``build(model=, width=)``.
-        public: public images that embedded (``pretrained``) teachers are trained on; None if there are none.
-        prompts: prompts of zero-shot (``clip``) teachers.
-        recipe: for the training of embedded teachers.
-    """
-
-    classes: Sequence[str]
-    device: torch.device
-    build: Callable[..., Any]
-    public: Labelled | None
-    prompts: str
-    recipe: Recipe
 
 
 def parse(text: str) -> list[Spec]:
@@ -120,49 +101,83 @@ def expand(specs: Sequence[Spec], build: Callable[..., Any]) -> list[Spec]:
     return result
 
 
-def make(spec: Spec, setting: Setting, cache: LogitsCache) -> Teacher:
-    """Makes a teacher; an embedded one is trained, or read from the cache.
+@dataclass
+class Teachers:
+    """The teachers of a run, by position in a list, made on first use.
 
-    Raises:
-        UserError: the teacher cannot be made as the user named it.
+    Attributes:
+        specs: the list, see :func:`parse` and :func:`expand`.
+        cache: of their logits and of the weights of embedded (``pretrained``) ones; it has the images' normalisation.
+        classes: class names of the data.
+        build: makes a freshly initialised network: ``build(model=, width=)``.
+        public: public images that embedded teachers are trained on; None if there are none.
+        prompts: prompts of zero-shot (``clip``) teachers.
+        recipe: for the training of embedded teachers.
+        made: the teachers so far.
     """
-    if spec.kind == "clip":
-        return ClipTeacher(
-            spec.what, setting.classes, mean=cache.mean, std=cache.std, prompts=setting.prompts, device=setting.device
-        )
-    if spec.kind == "logits":
-        return StoredLogits(spec.what, len(setting.classes), cache.mean, cache.std)
-    if spec.kind == "python":
-        return _imported(spec, setting)
-    model, _, width = spec.what.partition("/")
-    if model not in MODELS or (width and not (width.isdigit() and int(width) > 0)):
-        raise UserError(
-            f'the teacher "{spec}" must be pretrained:MODEL or pretrained:MODEL/WIDTH with one of {", ".join(MODELS)}.'
-            f"{nearest(model, MODELS)}"
-        )
-    if setting.public is None:
-        raise UserError(
-            "the embedded teacher learns from public images and there are none: give --public-samples N, or another "
-            "teacher such as --method-option teacher=clip:PATH_OR_NAME."
-        )
-    network: StagedNetwork = setting.build(model=model, width=int(width) if width else None)
-    name = f"{model} of width {int(width) if width else MODELS[model].width}"
-    pretrained(network, setting.public, cache, name=name, recipe=setting.recipe)
-    name += f", pre-trained by fedkern on {len(setting.public):,} public images"
-    return NetworkTeacher(network, name, setting.device)
 
+    specs: Sequence[Spec]
+    cache: LogitsCache
+    classes: Sequence[str]
+    device: torch.device
+    build: Callable[..., Any]
+    public: Labelled | None
+    prompts: str
+    recipe: Recipe
+    made: dict[int, Teacher] = field(default_factory=dict)
 
-def _imported(spec: Spec, setting: Setting) -> Teacher:
-    """The callable (or :class:`Teacher`) ``MODULE:NAME``; its attribute ``identity``, if any, lets logits be cached."""
-    named = named_code.parse(str(spec))
-    thing: Any = None if named is None else named_code.load(named, "the teacher")[0]
-    if thing is None:
-        raise UserError(f"the teacher {spec} must have the form python:MODULE:NAME.")
-    if isinstance(thing, Teacher):
-        return thing
-    return CallableTeacher(
-        thing, len(setting.classes), name=str(spec), device=setting.device, identity=getattr(thing, "identity", None)
-    )
+    def __getitem__(self, index: int) -> Teacher:
+        if index not in self.made:
+            self.made[index] = self.make(self.specs[index])
+        return self.made[index]
+
+    def make(self, spec: Spec) -> Teacher:
+        """Makes a teacher; an embedded one is trained, or read from the cache.
+
+        Raises:
+            UserError: the teacher cannot be made as the user named it.
+        """
+        if spec.kind == "clip":
+            return ClipTeacher(
+                spec.what,
+                self.classes,
+                mean=self.cache.mean,
+                std=self.cache.std,
+                prompts=self.prompts,
+                device=self.device,
+            )
+        if spec.kind == "logits":
+            return StoredLogits(spec.what, len(self.classes), self.cache.mean, self.cache.std)
+        if spec.kind == "python":
+            return self._imported(spec)
+        model, _, width = spec.what.partition("/")
+        if model not in MODELS or (width and not (width.isdigit() and int(width) > 0)):
+            raise UserError(
+                f'the teacher "{spec}" must be pretrained:MODEL or pretrained:MODEL/WIDTH with one of '
+                f"{', '.join(MODELS)}.{nearest(model, MODELS)}"
+            )
+        if self.public is None:
+            raise UserError(
+                "the embedded teacher learns from public images and there are none: give --public-samples N, or "
+                "another teacher such as --method-option teacher=clip:PATH_OR_NAME."
+            )
+        network: StagedNetwork = self.build(model=model, width=int(width) if width else None)
+        name = f"{model} of width {int(width) if width else MODELS[model].width}"
+        pretrained(network, self.public, self.cache, name=name, recipe=self.recipe)
+        name += f", pre-trained by fedkern on {len(self.public):,} public images"
+        return NetworkTeacher(network, name, self.device)
+
+    def _imported(self, spec: Spec) -> Teacher:
+        """The callable or :class:`Teacher` ``MODULE:NAME``; with an attribute ``identity`` its logits are cached."""
+        named = named_code.parse(str(spec))
+        thing: Any = None if named is None else named_code.load(named, "the teacher")[0]
+        if thing is None:
+            raise UserError(f"the teacher {spec} must have the form python:MODULE:NAME.")
+        if isinstance(thing, Teacher):
+            return thing
+        return CallableTeacher(
+            thing, len(self.classes), name=str(spec), device=self.device, identity=getattr(thing, "identity", None)
+        )
 
 
 def size(network: nn.Module) -> int:

@@ -145,7 +145,7 @@ def test_teachers_own_accuracy_is_reported(data, make_config, tmp_path):
     method.start(Server(bench))
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
     images = (data.tests["ood"].images / 255 - mean) / std
-    right = (method._teacher(0).logits(images).argmax(1) == data.tests["ood"].labels).double().mean()
+    right = (method._teachers[0].logits(images).argmax(1) == data.tests["ood"].labels).double().mean()
     assert summary["metrics"]["ood_teacher_accuracy"] == pytest.approx(float(right))
 
 
@@ -160,7 +160,7 @@ def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
     images = (split.images / 255 - mean) / std
     for k in range(3):
-        client, teacher = Client(bench, k, {}), method._teacher(0)
+        client, teacher = Client(bench, k, {}), method._teachers[0]
         rng, own = client.rng(f"teacher-{tuning}/0", BEFORE), [batch.inputs for batch in client.in_order()]
         tuned, _ = tune(teacher, own, client.labels, rng, head_only=tuning == "probe", epochs=5, lr=0.05)
         logits = tuned(teacher.features(images)) if tuning == "probe" else tuned(images)
@@ -202,21 +202,21 @@ def test_the_cached_view_is_the_image_before_augmentation(data, make_config):
     method.client_update(client, PHASE, method.send(server, PHASE))
     plain = torch.cat([batch.inputs for batch in client.in_order()])
     torch.testing.assert_close(
-        client.state["teacher_logits"][0], method._teacher(0).logits(plain), rtol=1e-5, atol=1e-5
+        client.state["teacher_logits"][0], method._teachers[0].logits(plain), rtol=1e-5, atol=1e-5
     )
 
 
 def test_the_teacher_neither_changes_nor_travels(data, make_config):
     method, bench, server = started(data, small(make_config))
-    before = {name: value.clone() for name, value in method._teacher(0).network.state_dict().items()}
+    before = {name: value.clone() for name, value in method._teachers[0].network.state_dict().items()}
     client, message = Client(bench, 0, {}), method.send(server, PHASE)
     upload = method.client_update(client, PHASE, message)
     assert set(upload) == set(message)
     proxy = bench.network("server")
     assert message_bytes(upload) == 4 * (proxy.parameters.numel() + proxy.buffers.numel()) + 8 * 3
-    for name, value in method._teacher(0).network.state_dict().items():
+    for name, value in method._teachers[0].network.state_dict().items():
         assert torch.equal(value, before[name])
-    assert all(p.grad is None for p in method._teacher(0).network.parameters())
+    assert all(p.grad is None for p in method._teachers[0].network.parameters())
 
 
 def test_backbones(data, make_config):
@@ -322,7 +322,7 @@ def test_an_embedded_teacher_needs_public_images(make_data, make_config, tmp_pat
 def test_a_teacher_of_other_classes(data, make_config, monkeypatch):
     config = small(make_config)
     monkeypatch.setattr(
-        "fedkern.models.teachers.make",
+        "fedkern.models.teachers.Teachers.make",
         lambda *_: CallableTeacher(lambda x: torch.zeros(len(x), 7), 3, name="imagenet"),
     )
     with pytest.raises(UserError, match="the teacher imagenet knows 7 classes and the data have 3"):

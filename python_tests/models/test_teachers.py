@@ -364,30 +364,28 @@ def test_a_callable_has_nothing_to_tune() -> None:
     assert CallableTeacher(build(), 3).features(torch.zeros(2, 1, 8, 8)).shape == (2, 8)
 
 
-def setting(**given: Any) -> teachers.Setting:
-    plain = {
-        "classes": CLASSES, "device": torch.device("cpu"), "build": build,
-        "public": Public(), "prompts": "", "recipe": Recipe(epochs=1),
-    }  # fmt: skip
-    return teachers.Setting(**{**plain, **given})
+def made(spec: teachers.Spec, folder: Path, public: Public | None = None) -> Any:
+    named = teachers.Teachers(
+        [spec], LogitsCache(folder, MEAN, STD), CLASSES, torch.device("cpu"), build, public, "", Recipe(epochs=1)
+    )
+    return named[0]
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = LogitsCache(tmp_path, MEAN, STD)
     larger = teachers.expand(teachers.parse("pretrained, pretrained:cnn/3"), build)
     assert [str(spec) for spec in larger] == [
         "pretrained:resnet8/32", "pretrained:cnn/64", "pretrained:resnet8/64", "pretrained:cnn/3"
     ]  # fmt: skip
-    made = teachers.make(larger[-1], setting(), cache)
-    assert made.name == "cnn of width 3, pre-trained by fedkern on 30 public images"
-    assert made.logits(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+    teacher = made(larger[-1], tmp_path, Public())
+    assert teacher.name == "cnn of width 3, pre-trained by fedkern on 30 public images"
+    assert teacher.logits(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
     module = types.ModuleType("teachers_of_a_test")
     module.bright = lambda images: images.mean((2, 3)).expand(-1, 3)  # type: ignore[attr-defined]
     module.mine = counting()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "teachers_of_a_test", module)
     (spec,) = teachers.parse("python:teachers_of_a_test:bright")
-    assert teachers.make(spec, setting(), cache).logits(torch.ones(2, 1, 8, 8)).tolist() == [[1.0] * 3] * 2
-    assert teachers.make(teachers.parse("python:teachers_of_a_test:mine")[0], setting(), cache) is module.mine
+    assert made(spec, tmp_path).logits(torch.ones(2, 1, 8, 8)).tolist() == [[1.0] * 3] * 2
+    assert made(teachers.parse("python:teachers_of_a_test:mine")[0], tmp_path) is module.mine
 
 
 @pytest.mark.parametrize(
@@ -406,12 +404,12 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_names_that_mean_nothing(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        teachers.make(teachers.parse(text)[0], setting(), LogitsCache(tmp_path, MEAN, STD))
+        made(teachers.parse(text)[0], tmp_path, Public())
 
 
 def test_no_public_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are none: give --public-samples N, or another teacher"):
-        teachers.make(teachers.Spec("pretrained", "cnn"), setting(public=None), LogitsCache(tmp_path, MEAN, STD))
+        made(teachers.Spec("pretrained", "cnn"), tmp_path)
 
 
 def test_cost_of_a_network() -> None:
