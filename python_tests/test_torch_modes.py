@@ -22,7 +22,7 @@ from fedkern.downstream.export import export, exportable
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.prediction import Predictor
 from fedkern.downstream.saved_network import read_model
-from fedkern.models.own import Own
+from fedkern.models.user_models import Own
 from fedkern.process import torch_modes
 from fedkern.settings.run_data import load_data
 from fedkern.tasks.registered_metrics import METRICS

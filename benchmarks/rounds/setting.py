@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkern import models
 from fedkern.data import load, normalise
 from fedkern.streams import stream
-from fedkern.tasks.own import inner
+from fedkern.tasks.user_tasks import inner
 
 from .task import CLASSES, NETWORKS
 

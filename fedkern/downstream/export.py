@@ -26,7 +26,7 @@ from fedkern.messages.leaves import Keywords, Positional, leaves, mapped
 from fedkern.ops._core.private_torch import ONNX_LOG
 from fedkern.process.extras import needed
 from fedkern.process.torch_modes import reproducible
-from fedkern.tasks.own import inner
+from fedkern.tasks.user_tasks import inner
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
 """Formats, and how the names of their files end."""

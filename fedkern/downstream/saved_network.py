@@ -32,7 +32,7 @@ from fedkern.process.torch_modes import reproducible
 from fedkern.settings.run_format import check_format
 from fedkern.settings.stored import check_regular, check_run_folder, load_plugins
 from fedkern.tasks import TASKS, Task, task_named
-from fedkern.tasks.own import inner
+from fedkern.tasks.user_tasks import inner
 from fedkern.usercode import named_code
 
 

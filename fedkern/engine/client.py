@@ -30,7 +30,7 @@ from fedkern.models.transfer import arrived, bring
 from fedkern.ops._core.layout import plain_strides
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
-from fedkern.tasks.own import inner
+from fedkern.tasks.user_tasks import inner
 
 
 class Client(Node):

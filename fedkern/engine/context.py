@@ -29,14 +29,14 @@ from fedkern.methods.protocol import Batch
 from fedkern.models import personal
 from fedkern.models.freezing import freeze
 from fedkern.models.hooked import Hooked, find_taps
-from fedkern.models.own import seeded
 from fedkern.models.precision import frozen
 from fedkern.models.python_state import attributes
 from fedkern.models.registry import added, check_gives
+from fedkern.models.user_models import seeded
 from fedkern.models.weight_files import load_by_name
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
-from fedkern.tasks.own import inner
+from fedkern.tasks.user_tasks import inner
 
 
 @singledispatch

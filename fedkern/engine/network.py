@@ -15,10 +15,10 @@ from fedkern.methods.base import VECTORS
 from fedkern.models import personal
 from fedkern.models.freezing import frozen_norms, train_mode
 from fedkern.models.norms import freeze_bn_after
-from fedkern.models.own import channels_last
 from fedkern.models.python_state import attributes
+from fedkern.models.user_models import channels_last
 from fedkern.models.weight_files import bare_names, misfits
-from fedkern.tasks.own import inner
+from fedkern.tasks.user_tasks import inner
 
 
 class Network:

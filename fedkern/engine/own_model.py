@@ -20,10 +20,10 @@ from fedkern.errors import RAISED, UserError, origin
 from fedkern.methods import registry
 from fedkern.models import MODELS, Own
 from fedkern.models.cutting import find_head
-from fedkern.models.own import check_output, digest, seeded
 from fedkern.models.registry import unknown
+from fedkern.models.user_models import check_output, digest, seeded
 from fedkern.settings.config import RunConfig
-from fedkern.tasks.own import inner
+from fedkern.tasks.user_tasks import inner
 
 
 def settled(

@@ -14,7 +14,7 @@ from fedkern.engine.own_optimizer import made
 from fedkern.errors import UserError, shown
 from fedkern.methods import registry
 from fedkern.methods.base import LocalTraining
-from fedkern.models.own import check_module, unwrapped
+from fedkern.models.user_models import check_module, unwrapped
 from fedkern.settings.config import RunConfig
 from fedkern.usercode.code_digest import digest
 

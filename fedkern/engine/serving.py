@@ -15,10 +15,10 @@ from fedkern.engine.context import RunContext
 from fedkern.errors import described
 from fedkern.messages.leaves import leaves
 from fedkern.models.freezing import train_mode
-from fedkern.models.own import OwnNetwork, seeded
+from fedkern.models.user_models import OwnNetwork, seeded
 from fedkern.ops._core import backend
 from fedkern.settings.config import RunConfig
-from fedkern.tasks.own import inner
+from fedkern.tasks.user_tasks import inner
 
 LEAST = 0.5
 """Share of the products of a network's convolutions that operators have to serve: below, nothing is gained

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from fedkern.errors import UserError, first_of, nearest
-from fedkern.models.own import LEVELS, level
+from fedkern.models.user_models import LEVELS, level
 from fedkern.usercode.docstrings import docstring
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from fedkern.models.conv_norm import ConvNorm
 from fedkern.models.ensemble import Ensemble
 from fedkern.models.generator import Generator
 from fedkern.models.gradcam import grad_cam, mass_inside, object_share
-from fedkern.models.own import Own, OwnNetwork
 from fedkern.models.registry import MODELS, ModelEntry, available, build, build_any, initialise, register_model
 from fedkern.models.staged import StagedNetwork, resolve_stage
 from fedkern.models.towers import IMAGE_ENCODERS, TEXT_ENCODERS, PairNetwork, build_pair
 from fedkern.models.unet import UNet
+from fedkern.models.user_models import Own, OwnNetwork
 from fedkern.models.vocabulary import Tokens, Vocabulary, learn_vocabulary
 
 __all__ = [

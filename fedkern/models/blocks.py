@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 
 from fedkern.errors import UserError
 from fedkern.models.conv_norm import ConvSequential
-from fedkern.models.own import OwnNetwork
 from fedkern.models.precision import autocasts, full
 from fedkern.models.resnet import ResNet
 from fedkern.models.staged import StagedNetwork
+from fedkern.models.user_models import OwnNetwork
 from fedkern.models.vgg import VGG
 from fedkern.ops._core.layout import plain_strides
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fedkern.deferred.pending import computed
 from fedkern.errors import UserError, nearest
 from fedkern.models.cutting import find_head, moved
-from fedkern.models.own import ItemNetwork, OwnNetwork
 from fedkern.models.precision import full
+from fedkern.models.user_models import ItemNetwork, OwnNetwork
 
 FEATURE, LOGITS = "feature", "logits"
 

@@ -19,11 +19,11 @@ from fedkern.models.cnn import CNN
 from fedkern.models.efficientnet import EfficientNetB0
 from fedkern.models.mlp import MLP
 from fedkern.models.mobilenet import MobileNetV2
-from fedkern.models.own import Own, opened
 from fedkern.models.resnet import ResNet, Stem
 from fedkern.models.resnet8t import ResNet8T
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
+from fedkern.models.user_models import Own, opened
 from fedkern.models.vgg import VGG
 from fedkern.models.vit import ViT
 from fedkern.streams import stream
@@ -47,7 +47,7 @@ class ModelEntry:
         width: default number of channels of the first stage; None for a user's network.
         smallest: smallest image side in pixels that leaves every stage at least one position.
         make: builds the module: ``make(classes=, channels=, width=, stem=)``.  An
-            :class:`~fedkern.models.own.Own` initialises the module too.
+            :class:`~fedkern.models.user_models.Own` initialises the module too.
         sized: whether ``make`` also takes ``image_size=``, the images' smaller side.
         gives: logits of ``"classes"`` of an image, of ``"pixels"``, or ``"any"``: a user's network, whose output is
             looked at.
@@ -352,7 +352,7 @@ def build(
 def build_any(
     name: str, *, classes: int, width: int | None, seed: int | torch.Generator, head: str | None, raw: bool
 ) -> Any:
-    """Builds a user's network for samples of any kind, see :func:`build` and `fedkern.models.own.ItemNetwork`.
+    """Builds a user's network for samples of any kind, see :func:`build` and `fedkern.models.user_models.ItemNetwork`.
 
     Raises:
         UserError: the network is unknown, or one of fedkern's, which are for images.

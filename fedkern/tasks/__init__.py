@@ -10,9 +10,9 @@ from fedkern.tasks.base import Task as Task
 from fedkern.tasks.classification import CLASSIFICATION as CLASSIFICATION
 from fedkern.tasks.multilabel import MULTILABEL as MULTILABEL
 from fedkern.tasks.ordinal import ORDINAL as ORDINAL
-from fedkern.tasks.own import OwnTask as OwnTask
 from fedkern.tasks.retrieval import RETRIEVAL as RETRIEVAL
 from fedkern.tasks.segmentation import SEGMENTATION as SEGMENTATION
+from fedkern.tasks.user_tasks import OwnTask as OwnTask
 
 TASKS: dict[str, Task] = {task.name: task for task in list(globals().values()) if isinstance(task, Task)}
 """Tasks by name: the objects imported above, one a file."""

@@ -503,7 +503,7 @@ def test_a_hook_on_the_network_itself_sees_its_result(images, served):
 @core
 def test_fedkern_s_own_hooks_are_given_what_is_computed(images, served):
     from fedkern.models.hooked import Hooked, find_taps
-    from fedkern.models.own import OwnNetwork
+    from fedkern.models.user_models import OwnNetwork
 
     network = made("functional").eval()
     own = [OwnNetwork(copy.deepcopy(network), "fc"), OwnNetwork(fedkern.accelerate(copy.deepcopy(network)), "fc")]

@@ -27,7 +27,7 @@ from fedkern.listeners import Listener
 from fedkern.messages.leaves import Keywords, Positional, parted
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.models.own import ItemNetwork
+from fedkern.models.user_models import ItemNetwork
 from fedkern.tasks import CLASSIFICATION, OwnTask, Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

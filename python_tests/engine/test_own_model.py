@@ -30,7 +30,7 @@ from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.models import MODELS, register_model
-from fedkern.models.own import LEVELS
+from fedkern.models.user_models import LEVELS
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION

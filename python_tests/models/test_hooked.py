@@ -11,8 +11,8 @@ from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.errors import UserError
 from fedkern.models.hooked import Hooked, find_taps
-from fedkern.models.own import ItemNetwork, OwnNetwork
 from fedkern.models.precision import computing
+from fedkern.models.user_models import ItemNetwork, OwnNetwork
 from fedkern.settings.config import RunConfig
 
 SHAPE = (3, 8, 8)

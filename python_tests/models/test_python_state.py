@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fedkern.engine.network import Network
-from fedkern.models.own import Own, OwnNetwork
 from fedkern.models.python_state import SMALL, attributes
+from fedkern.models.user_models import Own, OwnNetwork
 
 
 class Inner(nn.Linear):

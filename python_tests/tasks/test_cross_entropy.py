@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedkern.data import IGNORE
 from fedkern.methods.protocol import Batch
 from fedkern.tasks import SEGMENTATION, cross_entropy
-from fedkern.tasks.own import OwnTask
+from fedkern.tasks.user_tasks import OwnTask
 
 CLASSES = 5
 WEIGHT = torch.tensor([0.1, 2.0, 1.0, 0.0, 7.0])

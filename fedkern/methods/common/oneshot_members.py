@@ -14,8 +14,8 @@ from fedkern.methods.base import VECTORS, Method, vectors_of
 from fedkern.methods.protocol import ClientId, Message, Phase, Upload
 from fedkern.methods.uploads import all_finite
 from fedkern.models import personal
-from fedkern.models.own import channels_last
 from fedkern.models.registry import unknown
+from fedkern.models.user_models import channels_last
 from fedkern.ops import FlatParameters
 
 Architectures = tuple[tuple[str, int | None] | None, ...]

@@ -14,7 +14,7 @@ from fedkern.methods.protocol import ClientId, Message
 from fedkern.methods.roles import Client
 from fedkern.models import personal
 from fedkern.ops import FlatParameters
-from fedkern.tasks.own import inner
+from fedkern.tasks.user_tasks import inner
 
 
 def own_network(client: Client, key: str, fresh: nn.Module) -> nn.Module:

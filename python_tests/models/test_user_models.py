@@ -15,8 +15,8 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.models import MODELS, Ensemble, Own, OwnNetwork, StagedNetwork, available, build, grad_cam
 from fedkern.models.blocks import cut
-from fedkern.models.own import channels_last, check_module, level
 from fedkern.models.precision import computing, frozen
+from fedkern.models.user_models import channels_last, check_module, level
 from fedkern.models.weight_files import bare_names, load_by_name
 from fedkern.usercode import named_code
 
