@@ -78,7 +78,7 @@ MISTAKES = {
     "nothing": ("x = 1\n", "registers nothing: put @fedkern.register"),
     "command": ("@register('list')\nclass A(FedAvg):\n    'One.'\n", '"list", which is the name of a command'),
     "taken": ("@register('fedavg')\nclass A(FedAvg):\n    'One.'\n", '"fedavg" is already registered'),
-    "taken, same class": ("@register('fedavg')\nclass FedAvg(FedAvg):\n    'One.'\n", '"fedavg", which is registered'),
+    "taken, same class": ("@register('fedavg')\nclass FedAvg(FedAvg):\n    'One.'\n", '"fedavg" is already registered'),
     "word": ("@register('a b')\nclass A(FedAvg):\n    'One.'\n", '"a b": a name has letters, digits'),
     "no docstring": ("@register('a')\nclass A(FedAvg): pass\n", "A needs a docstring"),
     "model": ("from fedkern.models import MODELS\nMODELS['cnn'] = MODELS['mlp']\n", 'the model "cnn", which is reg'),
@@ -130,7 +130,7 @@ def test_two_plugins_cannot_have_one_name(tmp_path):
     first, second = Marked(tmp_path / "a"), Marked(tmp_path / "b")
     plugins.load(str(first.path))
     kept = METHODS["mine"]
-    with pytest.raises(UserError, match=r'b/marked.py registers the method "mine", which is registered already'):
+    with pytest.raises(UserError, match=r'b/marked.py cannot be loaded \(line 6\): .* "mine" is already registered'):
         plugins.load(str(second.path))
     assert METHODS["mine"] is kept
 

@@ -61,7 +61,7 @@ class Request:
 
 def one_shot(method: str | None) -> bool:
     """Whether a method plans its own rounds and takes no ``--rounds``."""
-    return method in METHODS and METHODS[method].one_shot
+    return method is not None and method in METHODS and METHODS[method].one_shot
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from fedkern.errors import UserError, nearest
 from fedkern.tasks import CLASSIFICATION, RETRIEVAL, SEGMENTATION, TASKS, Task
 from fedkern.typed_option import Option
 from fedkern.usercode import named_code
-from fedkern.usercode.docstrings import docstring
+from fedkern.usercode.registry import Registry
 
 Root = str | Path | None
 
@@ -129,7 +129,7 @@ def _columns(*options: str) -> dict[str, Option]:
     }
 
 
-DATASETS: dict[str, DatasetInfo] = {
+DATASETS: Registry[DatasetInfo] = Registry("data set", {
     "colordigits": DatasetInfo(
         "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
         lambda root: open_digits(), 5, "attribute", correlation=0.7,
@@ -231,7 +231,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "data sets of PyTorch, given through Python (fedkern.simulate(METHOD, data=[...], test=...))",
         open_datasets, 5, "iid",
     ),
-}  # fmt: skip
+}, code=lambda info: info.function and info.function.function)  # fmt: skip
 
 
 def lookup(name: str) -> DatasetInfo:
@@ -337,14 +337,10 @@ def register_data(
         raise ValueError(f"clients: expected at least 1, given {clients}")
 
     def add(function: F) -> F:
-        if name in DATASETS and not _again(DATASETS[name], function):
-            raise ValueError(f'data set "{name}" is already registered')
-        lines = docstring(function).splitlines() or [name] * (named_code.parse(name) is not None)
-        if not lines:
-            raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the data to the user")
+        description = DATASETS.describe(name, function, "" if named_code.parse(name) is None else name)
         made = DataFunction(name, function, kind, clients, shares)
         DATASETS[name] = DatasetInfo(
-            description=lines[0].strip(),
+            description=description,
             open=None,
             clients=clients,
             partition=shares,
@@ -383,8 +379,3 @@ def open_code(text: str) -> str:
     except (TypeError, ValueError) as error:
         raise UserError(f"the data set {named} cannot be registered: {error}.") from None
     return str(named)
-
-
-def _again(info: DatasetInfo, function: Callable[..., Any]) -> bool:
-    """Whether a notebook's cell is run again."""
-    return info.function is not None and info.function.function.__qualname__ == function.__qualname__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -16,6 +16,7 @@ from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.uploads.filters import Filter
 from fedkern.errors import UserError
 from fedkern.usercode import plugins
+from fedkern.usercode.registry import Registry
 
 USERS = "..."
 """Place of what users have registered."""
@@ -35,18 +36,18 @@ for package in (parts, uploads):
 
 def parts_of(run: RunObjects) -> list[Part]:
     """The parts of a run, in order."""
-    return _built("part", PARTS, PART_ORDER, run)
+    return _built(PARTS, PART_ORDER, run)
 
 
 def filters_of(run: RunObjects) -> list[Filter]:
     """What uploads pass on their way to the server of a run, in order; the run has its executor."""
-    found: list[Filter] = _built("filter", FILTERS, FILTER_ORDER, run)
+    found: list[Filter] = _built(FILTERS, FILTER_ORDER, run)
     whole = any(each.whole for each in found)
     return [each for each in found if not (whole and each.stays)]
 
 
-def _built(what: str, table: Mapping[str, Any], order: Sequence[str], run: RunObjects) -> list[Any]:
-    own = [name for name in plugins.of_run(what, table, run.config.plugins) if name not in order]
+def _built(table: Registry[Any], order: Sequence[str], run: RunObjects) -> list[Any]:
+    own = [name for name in plugins.of_run(table, run.config.plugins) if name not in order]
     names = [each for name in order for each in (own if name == USERS else [name])]
     made = (user_parts.build(table[name], run) if name in own else table[name].build(run) for name in names)
     return [each for each in made if each is not None]

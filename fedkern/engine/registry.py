@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from fedkern.engine.parts.base import Part
 from fedkern.engine.uploads.filters import Filter
-from fedkern.usercode.docstrings import docstring
+from fedkern.usercode.registry import Registry
 
-PARTS: dict[str, type[Part]] = {}
+PARTS: Registry[type[Part]] = Registry("part")
 """Classes of parts by name."""
-FILTERS: dict[str, type[Filter]] = {}
+FILTERS: Registry[type[Filter]] = Registry("filter")
 """Classes of filters by name."""
 
 P = TypeVar("P", bound=type[Part])
@@ -25,7 +25,7 @@ def register_part(name: str) -> Callable[[P], P]:
         ValueError: another part has the name.
         TypeError: the class is not derived from :class:`Part`, or has no docstring.
     """
-    return lambda kind: _added(kind, name, "part", Part, PARTS)
+    return lambda kind: _added(kind, name, Part, PARTS)
 
 
 def register_filter(name: str) -> Callable[[F], F]:
@@ -35,17 +35,13 @@ def register_filter(name: str) -> Callable[[F], F]:
         ValueError: another filter has the name.
         TypeError: the class is not derived from :class:`Filter`, or has no docstring.
     """
-    return lambda kind: _added(kind, name, "filter", Filter, FILTERS)
+    return lambda kind: _added(kind, name, Filter, FILTERS)
 
 
-def _added(kind: Any, name: str, what: str, base: type, table: dict[str, Any]) -> Any:
+def _added(kind: Any, name: str, base: type, table: Registry[Any]) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise TypeError(f'{what} "{name}": expected a class derived from fedkern.{base.__name__}, given {kind!r}')
-    known = table.get(name)
-    if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise ValueError(f'{what} "{name}" is already registered by {known.__qualname__}')
-    if not docstring(kind):
-        raise TypeError(f"{kind.__qualname__} needs a docstring: its first line describes the {what} to the user")
+        raise TypeError(f'{table.kind} "{name}": expected a class derived from fedkern.{base.__name__}, given {kind!r}')
+    table.describe(name, kind)
     kind.name = name  # type: ignore[attr-defined]
     table[name] = kind
     return kind

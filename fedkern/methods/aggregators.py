@@ -13,8 +13,7 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.errors import RAISED, UserError, described, origin
 from fedkern.typed_option import Option, named_options, spelled, with_options
-from fedkern.usercode import plugins
-from fedkern.usercode.docstrings import docstring
+from fedkern.usercode.registry import Registry, keyword_options
 
 MEAN = "mean"
 VECTORS = ("parameters", "buffers")
@@ -42,9 +41,7 @@ class Aggregator:
     own: bool = True
 
 
-AGGREGATORS: dict[str, Aggregator] = {
-    MEAN: Aggregator(MEAN, "weighted mean, summed as uploads arrive, so that only one upload is held", None, own=False)
-}
+AGGREGATORS: Registry[Aggregator] = Registry("aggregator", code=lambda entry: entry.function if entry.own else None)
 """Aggregators by name."""
 
 
@@ -70,13 +67,8 @@ def register_aggregator(name: str) -> Callable[[F], F]:
     """
 
     def add(function: F) -> F:
-        former = AGGREGATORS.get(name)
-        if former is not None and getattr(former.function, "__qualname__", None) != function.__qualname__:
-            raise ValueError(f'aggregator "{name}" is already registered')
-        lines = docstring(function).splitlines()
-        if not lines:
-            raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the rule to the user")
-        AGGREGATORS[name] = Aggregator(name, lines[0].strip(), function, _options(name, function))
+        description = AGGREGATORS.describe(name, function)
+        AGGREGATORS[name] = Aggregator(name, description, function, _options(name, function))
         return function
 
     return add
@@ -87,7 +79,7 @@ def _options(name: str, function: Callable[..., Any]) -> tuple[Option, ...]:
     if len(names) < _FIRST:
         raise TypeError(f"{function.__qualname__}: expected the parameters vectors and weights, given {len(names)}")
     declared = {}
-    for key, default in plugins.keyword_options(function, names).items():
+    for key, default in keyword_options(function, names).items():
         if not isinstance(default, (bool, int, float, str)):
             raise TypeError(
                 f"{function.__qualname__}: expected a text or a number as default of {key}, given {default!r}"
@@ -172,8 +164,9 @@ class Gathered:
         return dict(zip(self._sizes, combined.split(list(self._sizes.values())), strict=True))
 
 
-def _shipped(name: str, description: str, function: Callable[..., Tensor]) -> None:
-    AGGREGATORS[name] = Aggregator(name, description, function, _options(name, function), own=False)
+def _shipped(name: str, description: str, function: Callable[..., Tensor] | None) -> None:
+    options = () if function is None else _options(name, function)
+    AGGREGATORS[name] = Aggregator(name, description, function, options, own=False)
 
 
 def _trimmed_mean(vectors: Sequence[Tensor], weights: Tensor, trim: int = 1) -> Tensor:
@@ -188,6 +181,7 @@ def _geometric_median(vectors: Sequence[Tensor], weights: Tensor) -> Tensor:
     return ops.geometric_median(vectors, weights)
 
 
+_shipped(MEAN, "weighted mean, summed as uploads arrive, so that only one upload is held", None)
 _shipped("median", "weighted median of every coordinate (arXiv 1803.01498)", ops.median)
 _shipped("trimmed_mean", "mean of every coordinate without its largest and smallest values", _trimmed_mean)
 _shipped("krum", "mean of the networks closest to others, where some may be arbitrary (arXiv 1703.02757)", _krum)

@@ -9,12 +9,12 @@ from torch import nn
 
 from fedkern.errors import UserError, first_of, nearest
 from fedkern.models.user_models import LEVELS, level
-from fedkern.usercode.docstrings import docstring
+from fedkern.usercode.registry import Registry
 
 if TYPE_CHECKING:
     from fedkern.methods.base import Method
 
-METHODS: dict[str, type[Method]] = {}
+METHODS: Registry[type[Method]] = Registry("method")
 """Method classes by name; ``METHODS[name].description`` is the line that ``list`` shows."""
 
 CLASS = "class:"
@@ -30,13 +30,7 @@ def register(name: str) -> Callable[[M], M]:
     """Class decorator that registers a method as ``name``; the docstring's first line becomes its description."""
 
     def add(cls: M) -> M:
-        if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
-            raise ValueError(f'method "{name}" is already registered by {METHODS[name].__qualname__}')
-        lines = docstring(cls).splitlines()
-        if not lines:
-            raise TypeError(f"{cls.__qualname__} needs a docstring: its first line describes the method to the user")
-        cls.name = name
-        cls.description = lines[0].strip()
+        cls.name, cls.description = name, METHODS.describe(name, cls)
         METHODS[name] = cls
         return cls
 

@@ -29,6 +29,7 @@ from fedkern.models.vit import ViT
 from fedkern.streams import stream
 from fedkern.usercode import named_code
 from fedkern.usercode.named_code import FORMS
+from fedkern.usercode.registry import Registry, name_of
 
 # Up to this size the ImageNet stem (which divides the size by 4) would leave the last stage a map of one or two pixels.
 CIFAR_STEM_UP_TO = 64
@@ -60,6 +61,11 @@ class ModelEntry:
     make: Callable[..., StagedNetwork | UNet] | Own
     sized: bool = False
     gives: str = "classes"
+
+    @property
+    def code(self) -> Any:
+        """The class or function that a user has registered, or None."""
+        return self.make.what if isinstance(self.make, Own) and not isinstance(self.make.what, nn.Module) else None
 
 
 def _any_size(make: Callable[..., Network]) -> Callable[..., Network]:
@@ -97,7 +103,7 @@ def group_norm(make: Callable[..., Network]) -> Callable[..., Network]:
     return made
 
 
-MODELS: dict[str, ModelEntry] = {
+_SHIPPED = {
     entry.name: entry
     for entry in (
         ModelEntry(
@@ -172,7 +178,7 @@ MODELS: dict[str, ModelEntry] = {
         ),
     )
 }
-_SHIPPED = dict(MODELS)
+MODELS: Registry[ModelEntry] = Registry("model", _SHIPPED, code=lambda entry: entry.code)
 _GIVES = {"classes": "classes of images", "pixels": "classes of pixels"}
 
 
@@ -195,22 +201,13 @@ def register_model(name: str) -> Callable[[F], F]:
     def add(make: F) -> F:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise UserError(f'"{name}" cannot be a model\'s name: use letters, digits, "_", "-" and ".".')
-        if name in MODELS and not _again(MODELS[name], make):
+        if not MODELS.takes(name, make):
             raise UserError(f'there is a model "{name}" already: register yours by another name.')
-        lines = (make.__doc__ or "").strip().splitlines()
-        description = lines[0].strip() if lines else f"{make.__qualname__} of {make.__module__}"
+        description = MODELS.describe(name, make, f"{name_of(make)} of {make.__module__}")
         MODELS[name] = ModelEntry(name, description, None, 1, Own(make, name), gives="any")
         return make
 
     return add
-
-
-def _again(entry: ModelEntry, make: Callable[..., nn.Module]) -> bool:
-    """Whether a notebook's cell, or a file, is run again."""
-    if not isinstance(entry.make, Own) or isinstance(entry.make.what, nn.Module):
-        return False
-    before = entry.make.what
-    return (named_code.home(before), before.__qualname__) == (named_code.home(make), make.__qualname__)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkern.errors import RAISED, UserError, described, origin
 from fedkern.tasks.figure_names import FRACTIONS, OVER_CLIENTS, TEST_SETS
 from fedkern.usercode import plugins
-from fedkern.usercode.docstrings import docstring
+from fedkern.usercode.registry import Registry
 
 _ENTRIES = (
     "round", "rounds", "name", "evaluated", "seconds", "round_seconds", "clients", "client_metrics", "phases", "device",
@@ -54,7 +54,7 @@ class Metric:
             ) from error
 
 
-METRICS: dict[str, Metric] = {}
+METRICS: Registry[Metric] = Registry("metric", code=lambda metric: metric.function)
 """Metrics by name."""
 
 
@@ -77,12 +77,7 @@ def register_metric(name: str) -> Callable[[F], F]:
         raise ValueError(f'metric "{name}": expected another name, as fedkern has such figures itself')
 
     def add(function: F) -> F:
-        if name in METRICS and METRICS[name].function.__qualname__ != function.__qualname__:
-            raise ValueError(f'metric "{name}" is already registered')
-        lines = docstring(function).splitlines()
-        if not lines:
-            raise TypeError(f"{function.__qualname__} needs a docstring: its first line describes the metric")
-        METRICS[name] = Metric(name, lines[0].strip(), function)
+        METRICS[name] = Metric(name, METRICS.describe(name, function), function)
         return function
 
     return add
@@ -94,7 +89,7 @@ def metrics_of(stored: Mapping[str, str]) -> tuple[Metric, ...]:
     Args:
         stored: the run's plugins, identities by name.
     """
-    return tuple(METRICS[name] for name in plugins.of_run("metric", METRICS, stored))
+    return tuple(METRICS[name] for name in plugins.of_run(METRICS, stored))
 
 
 class Answers:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import os
 import re
 import shlex
@@ -33,7 +32,7 @@ from fedkern.errors import UserError
 from fedkern.files.filesystem import cache_folder, check_text, expand
 from fedkern.usercode import named_code
 from fedkern.usercode import plugin_files as neighbours
-from fedkern.usercode.docstrings import docstring
+from fedkern.usercode.registry import REGISTRIES, Registry, docstring
 
 GROUP = "fedkern.plugins"
 """Group of the entry points that name plugins of installed packages."""
@@ -44,16 +43,8 @@ COMMANDS = (
 )  # fmt: skip
 """Names that nothing may be registered as, because the command line would read them as commands."""
 
-REGISTRIES = {
-    "method": ("fedkern.methods.registry", "METHODS"),
-    "data set": ("fedkern.data.registry", "DATASETS"),
-    "model": ("fedkern.models.registry", "MODELS"),
-    "metric": ("fedkern.tasks.registered_metrics", "METRICS"),
-    "aggregator": ("fedkern.methods.aggregators", "AGGREGATORS"),
-    "part": ("fedkern.engine.order", "PARTS"),
-    "filter": ("fedkern.engine.order", "FILTERS"),
-}
-"""Module and name of the dict that holds everything of a kind, by kind."""
+_REGISTERED = ("fedkern.methods", "fedkern.data", "fedkern.models", "fedkern.tasks", "fedkern.engine.order")
+"""Modules that fill the registries with fedkern's own entries, which would else be taken for a plugin's."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -228,10 +219,10 @@ def _module_name(plugin: Plugin) -> str:
     return f"fedkern_plugin_{stem}_{hashlib.sha256(plugin.name.encode()).hexdigest()[:8]}"
 
 
-def _tables() -> dict[str, dict[str, Any]]:
-    for package in ("fedkern.models", "fedkern.data", "fedkern.methods"):
-        importlib.import_module(package)  # else fedkern's own entries would be taken for the plugin's
-    return {kind: getattr(importlib.import_module(module), name) for kind, (module, name) in REGISTRIES.items()}
+def _tables() -> Mapping[str, Registry[Any]]:
+    for module in _REGISTERED:
+        importlib.import_module(module)
+    return REGISTRIES
 
 
 def _execute(plugin: Plugin) -> Plugin:
@@ -381,16 +372,14 @@ def used(names: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def of_run(kind: str, table: Iterable[str], stored: Mapping[str, str]) -> list[str]:
-    """Names of a kind that a run has: those of its plugins in their order, then those that no plugin has registered.
+def of_run(table: Registry[Any], stored: Mapping[str, str]) -> list[str]:
+    """Names in a registry that a run has: those of its plugins in their order, then those that no plugin has added.
 
     Args:
-        kind: one of `REGISTRIES`.
-        table: all names of this kind.
         stored: the run's plugins, identities by name.
     """
-    own = [name for plugin in sent(stored) for name in plugin.added.get(kind, ())]
-    others = {name for plugin in _LOADED.values() for name in plugin.added.get(kind, ())}
+    own = [name for plugin in sent(stored) for name in plugin.added.get(table.kind, ())]
+    others = {name for plugin in _LOADED.values() for name in plugin.added.get(table.kind, ())}
     return [*own, *(name for name in table if name not in others)]
 
 
@@ -551,24 +540,3 @@ def receive(plugins: Iterable[Plugin]) -> None:
             for each in neighbours.changed(stored, neighbours.present(file, plugin.source, stored)):
                 raise UserError(f"{file.parent / each}, which the plugin {file} imports, has changed meanwhile")
         _LOADED[plugin.name] = replace(_execute(plugin), identity=plugin.identity)
-
-
-# -- options of registered functions -----------------------------------------------------------------------------------
-
-
-def keyword_options(function: Callable[..., Any], own: Collection[str]) -> dict[str, Any]:
-    """The keyword parameters of a registered function with their defaults, without fedkern's ``own`` parameters.
-
-    Raises:
-        TypeError: a parameter has no default, or the function takes any keywords or any further arguments.
-    """
-    options = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name in own:
-            continue
-        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
-            raise TypeError(f"{function.__qualname__}: expected options as named parameters, given {parameter}")
-        if parameter.default is parameter.empty:
-            raise TypeError(f"{function.__qualname__}: expected a default for the option {name}, given none")
-        options[name] = parameter.default
-    return options

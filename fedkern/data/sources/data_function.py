@@ -21,8 +21,8 @@ from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import RAISED, UserError, described, origin, told
 from fedkern.tasks import Task, task_of
 from fedkern.typed_option import Option
-from fedkern.usercode import plugins
 from fedkern.usercode.named_code import hosted
+from fedkern.usercode.registry import keyword_options
 
 PARAMETERS = ("root", "clients", "partition", "seed", "reading")
 """Parameters of a registered function that are no options of the data set."""
@@ -41,7 +41,7 @@ class DataFunction:
         self.name, self.function, self.task, self._clients, self._partition = name, function, task, clients, partition
         self.takes = frozenset(PARAMETERS) & frozenset(inspect.signature(function).parameters)
         self._own = {
-            key: _option(name, key, default) for key, default in plugins.keyword_options(function, PARAMETERS).items()
+            key: _option(name, key, default) for key, default in keyword_options(function, PARAMETERS).items()
         }
         self.options = {**READING, **self._own} if "reading" in self.takes else self._own
 
