@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import os
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
-from types import FunctionType
+from collections.abc import Callable
 from typing import Any
 
 from fedkern.errors import UserError
@@ -22,9 +19,8 @@ from fedkern.methods.base import Method
 from fedkern.methods.options import Options
 from fedkern.methods.registry import CLASS, GIVEN, METHODS, short
 from fedkern.typed_option import Value
-from fedkern.usercode.code_digest import instructions
+from fedkern.usercode.identity import PLAIN, bytecode, text
 
-_PLAIN = (bool, int, float, str)
 _MISSING = object()
 _FINGERPRINTS: dict[type[Method], str] = {}  # kept, as the file of a class may change while the process runs
 _FOREIGN = {"fedkern", *sys.stdlib_module_names} - {"__main__", "builtins"}  # code run by exec has "builtins"
@@ -98,7 +94,7 @@ def options_of(method: Method) -> dict[str, Value]:
     fresh = _made(kind, options)
     for name in dict.fromkeys([*vars(method), *vars(fresh)]):
         mine, new = vars(method).get(name, _MISSING), vars(fresh).get(name, _MISSING)
-        if type(mine) is not type(new) or (isinstance(mine, _PLAIN) and mine != new):
+        if type(mine) is not type(new) or (isinstance(mine, PLAIN) and mine != new):
             raise UserError(
                 f"{kind.__name__} has {name} beside its options, and a run makes its method anew from the options "
                 f"alone: declare {name} in class Options."
@@ -114,20 +110,20 @@ def fingerprint(kind: type[Method]) -> str:
     """
     if kind in _FINGERPRINTS:
         return _FINGERPRINTS[kind]
-    return _FINGERPRINTS.setdefault(kind, _digest(kind, _source))
+    return _FINGERPRINTS.setdefault(kind, _digest(kind, lambda each: text(each) or bytecode(each)))
 
 
-def _digest(kind: type[Method], text: Callable[[type], str]) -> str:
+def _digest(kind: type[Method], of: Callable[[type], str]) -> str:
     hasher = hashlib.sha256()
     for each in kind.__mro__:
         if each is not object and each.__module__.partition(".")[0] not in _FOREIGN:
-            hasher.update(text(each).encode())
+            hasher.update(of(each).encode())
     return hasher.hexdigest()
 
 
 def _compare(kind: type[Method], name: str, sha256: str | None, folder: str | os.PathLike[str]) -> None:
     now = fingerprint(kind)
-    if sha256 in (now, _digest(kind, _bytecode)):  # a class of a notebook may have moved into a file
+    if sha256 in (now, _digest(kind, bytecode)):  # a class of a notebook may have moved into a file
         return
     if kind.__name__ != short(name):
         raise UserError(f"The method of the run in {folder} is {short(name)}, not {kind.__name__}: give that class.")
@@ -159,34 +155,3 @@ def _made(kind: type[Method], options: Any) -> Method:
             f"{kind.__name__} cannot be made from its options, as a run makes it ({type(error).__name__}: {error}): "
             "let its __init__ take options=None, and declare what else it takes in class Options."
         ) from None
-
-
-# -- source ------------------------------------------------------------------------------------------------------------
-
-
-def _source(kind: type) -> str:
-    try:
-        return textwrap.dedent(inspect.getsource(kind))
-    except (OSError, TypeError, SyntaxError, IndexError):
-        return _bytecode(kind)
-
-
-def _bytecode(kind: type) -> str:
-    return "\n".join([kind.__name__, *_compiled(kind)])
-
-
-def _compiled(kind: type) -> Iterator[str]:
-    """What the functions and plain attributes of a class do, without line numbers and docstrings of the class."""
-    if issubclass(kind, Options):
-        yield from (f"{each.name} {each.type.__name__} {each.default!r} {each.range}" for each in kind.declared())
-        return
-    for name, value in vars(kind).items():
-        function = inspect.unwrap(getattr(value, "__func__", None) or getattr(value, "fget", None) or value)
-        if isinstance(function, FunctionType):
-            yield name
-            yield repr(function.__defaults__)
-            yield from instructions(function.__code__)
-        elif isinstance(value, type) and value.__qualname__ == f"{kind.__qualname__}.{name}":
-            yield from (name, *_compiled(value))
-        elif not name.startswith("__") and isinstance(value, (*_PLAIN, tuple)):
-            yield f"{name}={value!r}"

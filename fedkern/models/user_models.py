@@ -25,6 +25,7 @@ from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
 from fedkern.ops._core.layout import plain_strides
 from fedkern.usercode import named_code
+from fedkern.usercode.execution import hosted
 from fedkern.usercode.named_code import Named
 
 GIVEN = ("classes", "channels", "image_size", "width", "seed")
@@ -277,7 +278,7 @@ class Own:
         arguments: dict[str, Any] = {"classes": classes, "channels": channels, "image_size": side, "seed": seed}
         arguments = {name: value for name, value in arguments.items() if value is not None}
         arguments |= {} if width is None else {"width": width}
-        with seeded(word), named_code.hosted(self.named):
+        with seeded(word), hosted(self.named.file if self.named else ""):
             try:
                 module = self.what(**{name: value for name, value in arguments.items() if name in self.takes})
             except UserError:

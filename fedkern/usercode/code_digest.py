@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType, MethodType
+from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from fedkern.usercode.identity import source
 
 DEEP = 5
 """Levels of attributes of objects that are looked at."""
@@ -60,14 +61,14 @@ def _object(value: Any, update: Callable[[bytes], object], deep: int) -> None:
     elif isinstance(value, MethodType):
         hashed([value.__func__, value.__self__], update, deep)
     elif isinstance(value, FunctionType):
-        update(_source(value).encode())
+        update(source(value).encode())
         hashed([value.__defaults__, value.__kwdefaults__], update, deep)
         for cell in value.__closure__ or ():
             hashed(_content(cell), update, deep)
-    elif inspect.isroutine(value) or isinstance(value, type):
-        update(_source(value).encode())
     else:
-        update(_source(type(value)).encode())
+        update(source(value).encode())
+        if inspect.isroutine(value) or isinstance(value, type):
+            return
         if isinstance(value, nn.Module):
             hashed(value.state_dict(), update, deep)
         if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
@@ -82,25 +83,3 @@ def _content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # not filled yet
         return None
-
-
-def _source(code: Any) -> str:
-    """The text of a function or class; of a lambda, whose lines hold more, its byte code; else the name."""
-    name = f"{getattr(code, '__module__', '')}.{getattr(code, '__qualname__', '')}"
-    if isinstance(code, FunctionType) and code.__name__ == "<lambda>":
-        return "\n".join(instructions(code.__code__))
-    try:
-        return textwrap.dedent(inspect.getsource(code))
-    except (OSError, TypeError):
-        return "\n".join([name, *instructions(code.__code__)]) if isinstance(code, FunctionType) else name
-
-
-def instructions(code: CodeType) -> Iterator[str]:
-    """What a piece of code does, without line numbers."""
-    yield code.co_code.hex()
-    yield repr((code.co_names, code.co_varnames, code.co_freevars))
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from instructions(constant)
-        else:  # the order of a set depends on the process
-            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)

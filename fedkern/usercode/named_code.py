@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import re
 import sys
-from collections.abc import Iterator
-from contextlib import chdir, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from fedkern.errors import UserError, nearest
 from fedkern.files import filesystem
-from fedkern.files.inputs import open_regular
+from fedkern.usercode import identity
+from fedkern.usercode.execution import changing_name, execute, hosted
 
 FORMS = "FILE.py:NAME or python:MODULE:NAME"
-_PREFIX = "fedkern_file_"
 
 
 @dataclass(frozen=True)
@@ -76,16 +72,15 @@ def load(named: Named, what: str) -> tuple[Any, str | None]:
     Raises:
         UserError: there is no such file, module or name, or the code raises an exception.
     """
-    digest: str | None
+    source = identity.content(named.file, f"{what} {named}") if named.file else None
     try:
-        with hosted(named):
-            module, digest = _run(named.file) if named.file else (importlib.import_module(named.module), None)
-        if not named.file and (source := getattr(module, "__file__", None) or "").endswith(".py"):
-            digest = _read(source)[1]
-    except OSError as error:
-        raise UserError(f"{what} {named} cannot be read: {error.strerror or error}.") from None
+        with hosted(named.file):
+            module = importlib.import_module(named.module) if source is None else _module(named.file, source)
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
         raise UserError(f"{what} {named} cannot be imported: {type(error).__name__}: {error}.") from None
+    if source is None and (file := getattr(module, "__file__", None) or "").endswith(".py"):
+        source = identity.content(file, f"{what} {named}")
+    digest = None if source is None else hashlib.sha256(source).hexdigest()
     try:
         return getattr(module, named.name), digest
     except AttributeError:
@@ -94,51 +89,6 @@ def load(named: Named, what: str) -> tuple[Any, str | None]:
         raise UserError(f'{what} {named} cannot be imported: {where} has no "{named.name}".{hint}') from None
 
 
-def home(what: Any) -> str:
-    """The module of a class or function; for one from a file that has changed it is the same as before."""
-    module = str(what.__module__)
-    return module.rpartition("_")[0] if module.startswith(_PREFIX) else module
-
-
-@contextmanager
-def hosted(named: Named | None) -> Iterator[None]:
-    """Context of users' code: it can import the modules beside its file, as a script can, and changes no mode.
-
-    The modes of PyTorch and NumPy and the working folder are afterwards what they were: other code runs after it.
-    """
-    from fedkern.process.torch_modes import kept  # here, since the front page is printed without torch
-
-    folder = str(Path(named.file).parent) if named is not None and named.file else ""
-    given = not folder or folder in sys.path
-    if not given:
-        sys.path.append(folder)
-    try:
-        with kept(), chdir("."):
-            yield
-    finally:
-        if not given and folder in sys.path:  # the code may have removed it
-            sys.path.remove(folder)
-
-
-def _read(path: str) -> tuple[bytes, str]:
-    with open_regular(path) as file:
-        source = file.read()
-    return source, hashlib.sha256(source).hexdigest()
-
-
-def _run(path: str) -> tuple[ModuleType, str]:
-    source, digest = _read(path)
-    place = hashlib.sha256(path.encode()).hexdigest()
-    # In the name, so that a changed file is another module and two files of one name are two.
-    name = f"{_PREFIX}{re.sub(r'[^0-9A-Za-z]', '_', Path(path).stem)}_{place[:8]}_{digest[:8]}"
-    if name in sys.modules:
-        return sys.modules[name], digest
-    module = ModuleType(name)
-    module.__file__ = path
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up
-    try:
-        exec(compile(source, path, "exec"), module.__dict__)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module, digest
+def _module(file: str, source: bytes) -> ModuleType:
+    name = changing_name("file", file, source)
+    return sys.modules[name] if name in sys.modules else execute(file, source, name)

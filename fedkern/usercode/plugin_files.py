@@ -12,25 +12,20 @@ relative to the plugin's folder.
 from __future__ import annotations
 
 import ast
-import hashlib
 import os
 import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib.machinery import all_suffixes
 from pathlib import Path, PurePosixPath
 
 from fedkern.errors import UserError
-from fedkern.files.inputs import open_regular, reading
+from fedkern.usercode.identity import content, sha256
 
 _PART = re.compile(r"(?:(?P<path>.+?) )??(?P<hash>sha256:[0-9a-f]{64})(?:; |$)", re.DOTALL)
 _INSTALLED = ("site-packages", "dist-packages")
-
-
-def sha256(content: bytes) -> str:
-    """``sha256:HEX`` of a file's content."""
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def identity(file: Path, source: bytes, neighbours: Iterable[Path]) -> str:
@@ -55,25 +50,21 @@ def parsed(text: str) -> dict[str, str]:
     return parts if "" in parts else {}
 
 
-def present(file: Path, source: bytes, stored: Mapping[str, str]) -> dict[str, str]:
-    """The hashes that files have now, by relative path; nothing is executed.
+def changes(file: Path, source: bytes, stored: Mapping[str, str]) -> dict[str, str]:
+    """The hashes that files have now which are not as they were, by relative path, the plugin's own ``""`` first.
 
-    The hash is ``""`` for a file that cannot be read, and for a path that leaves the plugin's folder.
+    Nothing is executed.  The hash is ``""`` for a file that cannot be read, and for a path that leaves the plugin's
+    folder.
     """
-    found = {}
-    for name in stored:
-        path = PurePosixPath(name)
-        try:
-            outside = path.is_absolute() or ".." in path.parts
-            found[name] = "" if outside else sha256(content(file.parent / path) if name else source)
-        except UserError:
-            found[name] = ""
-    return found
-
-
-def changed(stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The relative paths of files that are not as they were, the plugin's own ``""`` first."""
-    return sorted(name for name, value in stored.items() if now.get(name) != value)
+    changed = {}
+    for name in sorted(stored):
+        path, now = PurePosixPath(name), ""
+        if not path.is_absolute() and ".." not in path.parts:
+            with suppress(UserError):
+                now = sha256(content(file.parent / path) if name else source)
+        if now != stored[name]:
+            changed[name] = now
+    return changed
 
 
 def loaded(folder: Path, names: Iterable[str]) -> dict[str, Path]:
@@ -161,13 +152,3 @@ def _names(file: Path, source: bytes, folder: Path) -> Iterator[str]:
 
 def _with_parents(parts: list[str]) -> Iterator[str]:
     return (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-
-
-def content(path: Path, what: str = "") -> bytes:
-    """The content of a file of code; ``what`` names it in the error, by default as one that a plugin imports.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    with reading(what or f"{path}, which a plugin imports,"), open_regular(path) as file:
-        return file.read()

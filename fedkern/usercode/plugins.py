@@ -18,20 +18,19 @@ import re
 import shlex
 import sys
 import traceback
-import types
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 from fedkern.errors import UserError
 from fedkern.files.filesystem import cache_folder, check_text, expand
-from fedkern.usercode import named_code
-from fedkern.usercode import plugin_files as neighbours
+from fedkern.usercode import plugin_files
+from fedkern.usercode.execution import execute, hosted, module_name
+from fedkern.usercode.identity import content, distribution, sha256
 from fedkern.usercode.registry import REGISTRIES, Registry, docstring
 
 GROUP = "fedkern.plugins"
@@ -97,13 +96,13 @@ def load(name: str) -> Plugin:
     if path is None:
         plugin = known if known is not None else _execute(Plugin(name, _module_identity(name)))
     else:
-        source = neighbours.content(path, f"The plugin {path}")
+        source = content(path, f"The plugin {path}")
         if known is not None and _change(known.name, path, known.identity) is None:
             plugin = known
         else:
             unload(name)
             _forget_changed(path.parent)
-            plugin = _execute(Plugin(name, neighbours.sha256(source), source))
+            plugin = _execute(Plugin(name, sha256(source), source))
     _LOADED[name] = plugin = replace(plugin, given=True)
     return plugin
 
@@ -177,46 +176,19 @@ def _located(text: str) -> tuple[str, Path | None]:
 
 
 def _module_identity(name: str) -> str:
-    """Version, SHA-256 and origin of a module, found without importing the module or its packages."""
-    spec = _spec(name)
-    if spec is None:
+    text = distribution(name)
+    if text is None:
         file = f" (or --plugin {name}.py)" if Path(f"{name}.py").is_file() else ""
         raise UserError(
             f'The plugin "{name}" is no module that Python can import: install it, add its folder to PYTHONPATH, or '
             f"name a file, --plugin FILE.py{file}."
         )
-    package = name.partition(".")[0]
-    found = {metadata.version(each) for each in metadata.packages_distributions().get(package, ())}
-    parts = [" ".join(sorted(found)) or "no version"]
-    if spec.origin is not None and Path(spec.origin).is_file():
-        parts += [neighbours.sha256(Path(spec.origin).read_bytes()), spec.origin]
-    return ", ".join(parts)
-
-
-def _spec(name: str) -> ModuleSpec | None:
-    # importlib.util.find_spec would import, and so execute, the packages above the module.
-    importlib.invalidate_caches()
-    found: ModuleSpec | None = None
-    within = None
-    parts = name.split(".")
-    for depth in range(1, len(parts) + 1):
-        if depth > 1 and within is None:
-            return None
-        finders = [finder.find_spec for finder in sys.meta_path if hasattr(finder, "find_spec")]
-        specs = (find(".".join(parts[:depth]), within) for find in finders)
-        found = next((spec for spec in specs if spec is not None), None)
-        if found is None:
-            return None
-        within = found.submodule_search_locations
-    return found
+    return text
 
 
 def _module_name(plugin: Plugin) -> str:
-    """Name of the plugin's module in ``sys.modules``, the same in every process."""
-    if plugin.source is None:
-        return plugin.name
-    stem = re.sub(r"\W", "_", Path(plugin.name).stem)
-    return f"fedkern_plugin_{stem}_{hashlib.sha256(plugin.name.encode()).hexdigest()[:8]}"
+    """Name of the plugin's module in ``sys.modules``."""
+    return plugin.name if plugin.source is None else module_name("plugin", plugin.name)
 
 
 def _tables() -> Mapping[str, Registry[Any]]:
@@ -256,16 +228,16 @@ def _with_neighbours(plugin: Plugin, before: Collection[str]) -> Plugin:
     if plugin.source is None:
         return plugin
     file = Path(plugin.name)
-    named, own = neighbours.imported(file, plugin.source), _loaded_beside(plugin, before)
+    named, own = plugin_files.imported(file, plugin.source), _loaded_beside(plugin, before)
     for other in _LOADED.values():
         elsewhere = Path(other.name).parent
         for name in other.modules if elsewhere != file.parent else ():
-            if name in named.values() and name in neighbours.loaded(elsewhere, [name]):
+            if name in named.values() and name in plugin_files.loaded(elsewhere, [name]):
                 raise UserError(
                     f"The plugin {plugin.name} imports {name}, and another {name} is loaded already, of the plugin "
                     f"{other.name}: rename one of the two."
                 )
-    identity = neighbours.identity(file, plugin.source, [*named, *own.values()])
+    identity = plugin_files.identity(file, plugin.source, [*named, *own.values()])
     return replace(plugin, identity=identity, modules=tuple(own))
 
 
@@ -274,21 +246,16 @@ def _loaded_beside(plugin: Plugin, before: Collection[str]) -> dict[str, Path]:
     if plugin.source is None:
         return {}
     names = [name for name in [*sys.modules] if name not in before and not name.startswith("fedkern_")]
-    return neighbours.loaded(Path(plugin.name).parent, names)
+    return plugin_files.loaded(Path(plugin.name).parent, names)
 
 
 def _run(plugin: Plugin, name: str) -> None:
     try:
-        with named_code.hosted(None if plugin.source is None else named_code.Named("", file=plugin.name)):
+        with hosted("" if plugin.source is None else plugin.name):
             if plugin.source is None:
                 importlib.import_module(name)
-                return
-            module = types.ModuleType(name)
-            module.__file__ = plugin.name
-            sys.modules[name] = module  # dataclasses and pickle look there
-            importlib.invalidate_caches()  # files beside the plugin may be new
-            # The content that was hashed, not what the file holds by now.
-            exec(compile(plugin.source, plugin.name, "exec", dont_inherit=True), module.__dict__)
+            else:
+                execute(plugin.name, plugin.source, name)
     except UserError as error:
         raise UserError(f"The plugin {plugin.name} cannot be loaded: {error}") from None
     except (Exception, SystemExit) as error:
@@ -347,7 +314,7 @@ def given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
     result = {}
     for name, identity in wanted.items():
         plugin = load(name)
-        own, settled = neighbours.parsed(plugin.identity), neighbours.parsed(identity)
+        own, settled = plugin_files.parsed(plugin.identity), plugin_files.parsed(identity)
         fits = plugin.identity == identity or (settled and settled.items() <= own.items())
         if identity and not fits:
             raise UserError(
@@ -447,17 +414,16 @@ def _change(name: str, path: Path | None, identity: str) -> tuple[str, str, str]
     if path is None:
         now = _module_identity(name)
         return None if now == identity else (f"The plugin {name}", _short(identity), _short(now))
-    source, stored = neighbours.content(path, f"The plugin {path}"), neighbours.parsed(identity)
+    source, stored = content(path, f"The plugin {path}"), plugin_files.parsed(identity)
     if not stored:
-        return f"The plugin {name}", _short(identity), _short(neighbours.sha256(source))
-    present = neighbours.present(path, source, stored)
-    for each in neighbours.changed(stored, present):
+        return f"The plugin {name}", _short(identity), _short(sha256(source))
+    for each, now in plugin_files.changes(path, source, stored).items():
         what = f"{path.parent / each}, which the plugin {name} imports," if each else f"The plugin {name}"
-        return what, _short(stored[each]), _short(present[each]) or "gone"
-    for file in [*neighbours.imported(path, source), *neighbours.in_the_place_of(path.parent, stored)]:
+        return what, _short(stored[each]), _short(now) or "gone"
+    for file in [*plugin_files.imported(path, source), *plugin_files.in_the_place_of(path.parent, stored)]:
         if (each := file.relative_to(path.parent).as_posix()) not in stored:
-            found = neighbours.present(path, source, {each: ""})[each]
-            return f"{file}, which the plugin {name} imports,", "none", _short(found)
+            now = plugin_files.changes(path, source, {each: ""}).get(each, "")
+            return f"{file}, which the plugin {name} imports,", "none", _short(now)
     return None
 
 
@@ -536,7 +502,7 @@ def receive(plugins: Iterable[Plugin]) -> None:
         if plugin.name in _LOADED:
             continue
         if plugin.source is not None:
-            stored, file = neighbours.parsed(plugin.identity), Path(plugin.name)
-            for each in neighbours.changed(stored, neighbours.present(file, plugin.source, stored)):
+            stored, file = plugin_files.parsed(plugin.identity), Path(plugin.name)
+            for each in plugin_files.changes(file, plugin.source, stored):
                 raise UserError(f"{file.parent / each}, which the plugin {file} imports, has changed meanwhile")
         _LOADED[plugin.name] = replace(_execute(plugin), identity=plugin.identity)

@@ -16,8 +16,8 @@ from plugin_sources import begin, plugged, unload_all  # noqa: F401
 import fedkern
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
-from fedkern.usercode import plugin_files as neighbours
-from fedkern.usercode import plugins
+from fedkern.usercode import plugin_files, plugins
+from fedkern.usercode.identity import sha256
 
 pytestmark = pytest.mark.usefixtures("plugged")
 
@@ -85,7 +85,7 @@ def untouched(fails, begun, pair, *parts):
 @pytest.mark.exhaustive
 def test_an_unchanged_neighbour_goes_on(result, begun, pair):
     stored = tomllib.loads((begun / "config.toml").read_text())["plugins"][str(pair.path)]
-    assert list(neighbours.parsed(stored)) == ["", "helpers_of_a_test.py"]
+    assert list(plugin_files.parsed(stored)) == ["", "helpers_of_a_test.py"]
     result("--resume", str(begun), "--quiet")
     assert pair.runs == 2
     assert "other-plugin" not in json.loads((begun / "summary.json").read_text())["diagnostics"]
@@ -113,7 +113,7 @@ def test_a_neighbour_that_is_gone_or_new_is_a_change(fails, begun, pair):
 
 def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, begun, pair):
     config = begun / "config.toml"
-    stored = neighbours.parsed(tomllib.loads(config.read_text())["plugins"][str(pair.path)])
+    stored = plugin_files.parsed(tomllib.loads(config.read_text())["plugins"][str(pair.path)])
     whole = f"{stored['']}; helpers_of_a_test.py {stored['helpers_of_a_test.py']}"
     assert whole in config.read_text()
     for other, said in (
@@ -176,7 +176,7 @@ def test_plugins_of_two_folders_cannot_import_modules_of_one_name(pair, tmp_path
     assert "yours" not in METHODS
     beside = pair.path.with_name("beside.py")
     beside.write_text(OWN.replace('"mine"', '"beside"'))
-    assert neighbours.parsed(plugins.load(str(beside)).identity).keys() == {"", "helpers_of_a_test.py"}
+    assert plugin_files.parsed(plugins.load(str(beside)).identity).keys() == {"", "helpers_of_a_test.py"}
     assert pair.runs == 1  # both share the module
 
 
@@ -197,7 +197,7 @@ def test_neighbours_are_found_from_import_to_import(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    found = neighbours.parsed(plugins.load(str(tmp_path / "own.py")).identity)
+    found = plugin_files.parsed(plugins.load(str(tmp_path / "own.py")).identity)
     own = {name for name in files if name not in ("own.py", "unused.py")}
     assert found.keys() == {"", *own}
     for name in own:
@@ -206,7 +206,7 @@ def test_neighbours_are_found_from_import_to_import(tmp_path):
 
 def test_installed_code_in_the_folder_is_no_neighbour(tmp_path, monkeypatch):
     root = Path(fedkern.__file__).resolve().parents[1]
-    assert neighbours.imported(root / "own.py", b"import fedkern.ops\nfrom fedkern.methods import FedAvg\n") == {}
+    assert plugin_files.imported(root / "own.py", b"import fedkern.ops\nfrom fedkern.methods import FedAvg\n") == {}
     for place in ("env/lib/site-packages", "stdlib", "vendored"):
         (tmp_path / place).mkdir(parents=True)
         name = f"{Path(place).name.replace('-', '_')}_of_a_test"
@@ -216,21 +216,21 @@ def test_installed_code_in_the_folder_is_no_neighbour(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "stdlib"))
     names = ["site_packages_of_a_test", "stdlib_of_a_test", "vendored_of_a_test", "sys", "no_module"]
-    assert neighbours.loaded(tmp_path, names) == {"vendored_of_a_test": tmp_path / "vendored/vendored_of_a_test.py"}
+    assert plugin_files.loaded(tmp_path, names) == {"vendored_of_a_test": tmp_path / "vendored/vendored_of_a_test.py"}
 
 
 def test_an_identity_is_read_as_it_is_written(tmp_path):
     (tmp_path / "a file.py").write_text("a")
-    text = neighbours.identity(tmp_path / "own.py", b"own", [tmp_path / "a file.py"])
-    assert neighbours.parsed(text) == {"": neighbours.sha256(b"own"), "a file.py": neighbours.sha256(b"a")}
-    assert neighbours.parsed(text.partition("; ")[2]) == {}
+    text = plugin_files.identity(tmp_path / "own.py", b"own", [tmp_path / "a file.py"])
+    assert plugin_files.parsed(text) == {"": sha256(b"own"), "a file.py": plugin_files.sha256(b"a")}
+    assert plugin_files.parsed(text.partition("; ")[2]) == {}
     for other in ("", "sha256:12", "1.0, sha256:" + 64 * "a" + ", /a/file.py", text + "; x"):
-        assert neighbours.parsed(other) == {}
+        assert plugin_files.parsed(other) == {}
 
 
 def test_a_neighbour_that_cannot_be_read_leaves_nothing_registered(pair, monkeypatch):
-    real = neighbours.identity
-    monkeypatch.setattr(neighbours, "identity", lambda *args: real(*args[:2], [pair.path.parent / "missing.py"]))
+    real = plugin_files.identity
+    monkeypatch.setattr(plugin_files, "identity", lambda *args: real(*args[:2], [pair.path.parent / "missing.py"]))
     with pytest.raises(UserError, match=r"missing\.py, which a plugin imports, cannot be read"):
         plugins.load(str(pair.path))
     assert "mine" not in METHODS
@@ -267,4 +267,4 @@ def test_a_second_plugin_runs_what_its_identity_says(tmp_path):
     pair.write(22)  # of another length: Python takes bytecode of the same second and length for current
     found = plugins.load(str(third))
     assert METHODS["third"].weights == 22
-    assert neighbours.sha256(pair.helpers.read_bytes()) in found.identity
+    assert sha256(pair.helpers.read_bytes()) in found.identity

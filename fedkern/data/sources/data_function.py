@@ -21,7 +21,8 @@ from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import RAISED, UserError, described, origin, told
 from fedkern.tasks import Task, task_of
 from fedkern.typed_option import Option
-from fedkern.usercode.named_code import hosted
+from fedkern.usercode.execution import hosted
+from fedkern.usercode.identity import source
 from fedkern.usercode.registry import keyword_options
 
 PARAMETERS = ("root", "clients", "partition", "seed", "reading")
@@ -47,11 +48,7 @@ class DataFunction:
 
     def identity(self) -> dict[str, str]:
         """Identity of data that the seed draws: that of the function's code."""
-        try:
-            code = inspect.getsource(self.function).encode()
-        except (OSError, TypeError):  # made by exec, or a callable object
-            code = getattr(getattr(self.function, "__code__", None), "co_code", repr(type(self.function)).encode())
-        return {"function": hashlib.sha256(code).hexdigest()}
+        return {"function": hashlib.sha256(source(self.function).encode()).hexdigest()}
 
     def make(
         self, root: str | Path | None, clients: int | None, partition: str | None, seed: int, options: Mapping[str, Any]
@@ -76,7 +73,7 @@ class DataFunction:
             arguments["reading"] = Reading.of(options)
         arguments = {key: value for key, value in arguments.items() if key in self.takes}
         try:
-            with hosted(None):
+            with hosted():
                 made = self.function(**arguments, **{key: options[key] for key in self._own})
         except MemoryError:
             raise

@@ -1,0 +1,123 @@
+"""Identity of code, by which a resumed run is told from another one: a file, a module of a distribution, a source.
+
+Tensors, arrays and objects are hashed by `fedkern.usercode.code_digest`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+from fedkern.files.inputs import open_regular, reading
+
+PLAIN = (bool, int, float, str)
+
+
+def sha256(content: bytes) -> str:
+    """``sha256:HEX`` of a file's content."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def content(path: str | Path, what: str = "") -> bytes:
+    """The content of a file of code; ``what`` names it in the error, by default as one that a plugin imports.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with reading(what or f"{path}, which a plugin imports,"), open_regular(path) as file:
+        return file.read()
+
+
+def distribution(name: str) -> str | None:
+    """Version, SHA-256 and origin of a module, found without importing the module or its packages; None: no module."""
+    spec = _spec(name)
+    if spec is None:
+        return None
+    package = name.partition(".")[0]
+    versions = {metadata.version(each) for each in metadata.packages_distributions().get(package, ())}
+    parts = [" ".join(sorted(versions)) or "no version"]
+    if spec.origin is not None and Path(spec.origin).is_file():
+        parts += [sha256(Path(spec.origin).read_bytes()), spec.origin]
+    return ", ".join(parts)
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    # importlib.util.find_spec would import, and so execute, the packages above the module.
+    importlib.invalidate_caches()
+    spec: ModuleSpec | None = None
+    within = None
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        if depth > 1 and within is None:
+            return None
+        finders = [finder.find_spec for finder in sys.meta_path if hasattr(finder, "find_spec")]
+        specs = (find(".".join(parts[:depth]), within) for find in finders)
+        spec = next((each for each in specs if each is not None), None)
+        if spec is None:
+            return None
+        within = spec.submodule_search_locations
+    return spec
+
+
+def text(code: Any) -> str | None:
+    """The source of a function or class; None where Python has none, as in an interactive interpreter."""
+    try:
+        return textwrap.dedent(inspect.getsource(code))
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return None
+
+
+def source(code: Any) -> str:
+    """The source of a function or class, or that of an object's class; bytecode where there is none, else the name.
+
+    Of a lambda it is the bytecode, since its lines hold more than the lambda.
+    """
+    if not (isinstance(code, type) or inspect.isroutine(code)):
+        code = type(code)
+    if isinstance(code, FunctionType) and code.__name__ == "<lambda>":
+        return "\n".join(_instructions(code.__code__))
+    if (lines := text(code)) is not None:
+        return lines
+    name = f"{getattr(code, '__module__', '')}.{getattr(code, '__qualname__', '')}"
+    return "\n".join([name, *_instructions(code.__code__)]) if isinstance(code, FunctionType) else name
+
+
+def bytecode(kind: type) -> str:
+    """What the functions and plain attributes of a class do, without line numbers and docstrings of the class."""
+    return "\n".join([kind.__name__, *_members(kind)])
+
+
+def _members(kind: type) -> Iterator[str]:
+    if hasattr(kind, "declared"):  # options of a method: what a dataclass makes of them says less
+        yield from (f"{each.name} {each.type.__name__} {each.default!r} {each.range}" for each in kind.declared())
+        return
+    for name, value in vars(kind).items():
+        function = inspect.unwrap(getattr(value, "__func__", None) or getattr(value, "fget", None) or value)
+        if isinstance(function, FunctionType):
+            yield name
+            yield repr(function.__defaults__)
+            yield from _instructions(function.__code__)
+        elif isinstance(value, type) and value.__qualname__ == f"{kind.__qualname__}.{name}":
+            yield from (name, *_members(value))
+        elif not name.startswith("__") and isinstance(value, (*PLAIN, tuple)):
+            yield f"{name}={value!r}"
+
+
+def _instructions(code: CodeType) -> Iterator[str]:
+    """What a piece of code does, without line numbers."""
+    yield code.co_code.hex()
+    yield repr((code.co_names, code.co_varnames, code.co_freevars))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _instructions(constant)
+        else:  # the order of a set depends on the process
+            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
