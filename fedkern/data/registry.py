@@ -338,16 +338,16 @@ def register_data(
 
     def add(function: F) -> F:
         description = DATASETS.describe(name, function, "" if named_code.parse(name) is None else name)
-        made = DataFunction(name, function, kind, clients, shares)
+        entry = DataFunction(name, function, kind, clients, shares)
         DATASETS[name] = DatasetInfo(
             description=description,
             open=None,
             clients=clients,
             partition=shares,
-            options=made.options,
+            options=entry.options,
             prompts=prompts,
             task=kind,
-            function=made,
+            function=entry,
         )
         with suppress(AttributeError):  # an object without attributes
             function.__dict__[_DECLARED] = {"clients": clients, "partition": shares, "task": task, "prompts": prompts}

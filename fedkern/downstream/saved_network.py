@@ -246,12 +246,8 @@ def read_model(
 
 def _check_code(path: Path, name: str, trusted: Collection[str], model: nn.Module | None) -> None:
     """Raises UserError where a network is made by code that only the file names, or was a module of a script."""
-    own = named_code.parse(name) is not None
-    if own and named_code.absolute(name) not in {named_code.absolute(part) for part in trusted}:
-        raise UserError(
-            f"{path} names code to run, {name}, and a run folder may come from anyone: where you trust that "
-            f"code, give it again, --model {shlex.quote(name)} (in Python trusted=[...])."
-        )
+    if named_code.parse(name) is not None and not named_code.trusts(trusted, name):
+        raise named_code.untrusted(path, name, f"it again, --model {shlex.quote(name)} (in Python trusted=[...])")
     if model is None and name.startswith("module:"):
         raise UserError(
             f"{path} holds a module that a script made ({name.removeprefix('module:')}): give such a module "

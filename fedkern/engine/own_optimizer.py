@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.errors import UserError, shown
 from fedkern.methods.terms import Terms
-from fedkern.tasks.user_tasks import explained
+from fedkern.usercode.execution import explained
 
 
 def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -35,12 +35,12 @@ def build(kind: Any, run: RunObjects) -> Any:
     base = Part if issubclass(kind, Part) else Filter
     code = MethodCode(kind, kind.name, run.progress, base.__name__.lower())
     with code("build"):
-        made = kind.build(run)
-    if made is None:
+        part = kind.build(run)
+    if part is None:
         return None
-    if not isinstance(made, base):
+    if not isinstance(part, base):
         due = f"a fedkern.{base.__name__} or None"
-        raise UserError(f"The {base.__name__.lower()}'s build of {kind.name} must return {due}, not {shown(made)}.")
+        raise UserError(f"The {base.__name__.lower()}'s build of {kind.name} must return {due}, not {shown(part)}.")
     alone = base is Part or not (kind.keeps or kind.state is not Filter.state or kind.together is not Filter.together)
     if run.config.dp_noise and not alone:
         raise UserError(
@@ -48,21 +48,21 @@ def build(kind: Any, run: RunObjects) -> Any:
             f"{kind.name} keeps state or sees all uploads at once: leave one of the two out."
         )
     for name, function in vars(base).items():
-        if isfunction(function) and getattr(type(made), name) is not function:
+        if isfunction(function) and getattr(type(part), name) is not function:
             call = _together if name == "together" else partial(_call, name)
-            object.__setattr__(made, name, partial(call, code, getattr(made, name)))
-    return made
+            object.__setattr__(part, name, partial(call, code, getattr(part, name)))
+    return part
 
 
 def _call(name: str, code: MethodCode, function: Callable[..., Any], *given: Any, **more: Any) -> Any:
     with code(name):
-        found = function(*given, **more)
+        value = function(*given, **more)
         kind, due = _RETURNED.get(name, (object, ""))
-        if found is not None and not isinstance(found, kind):
-            raise UserError(f"it must return {due} or nothing, not {shown(found)}")
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"it must return {due} or nothing, not {shown(value)}")
         if name == "state":
-            _check_plain(found)
-        return found
+            _check_plain(value)
+        return value
 
 
 def _together(
@@ -73,10 +73,10 @@ def _together(
     note: Callable[[ClientId, Mapping[str, float]], None],
 ) -> Iterator[Upload]:
     with code("together"):
-        found = iter(function(asked, code.passing(uploads), note))
+        answers = iter(function(asked, code.passing(uploads), note))
     while True:
         with code("together"):
-            handover = [next(found, None)]  # no reference stays here (see `fedkern.engine.exchange`)
+            handover = [next(answers, None)]  # no reference stays here (see `fedkern.engine.exchange`)
         if handover[0] is None:
             return
         yield handover.pop()  # type: ignore[misc]

@@ -75,17 +75,17 @@ def register_aggregator(name: str) -> Callable[[F], F]:
 
 
 def _options(name: str, function: Callable[..., Any]) -> tuple[Option, ...]:
-    names = list(inspect.signature(function).parameters)[:_FIRST]
-    if len(names) < _FIRST:
-        raise TypeError(f"{function.__qualname__}: expected the parameters vectors and weights, given {len(names)}")
-    declared = {}
-    for key, default in keyword_options(function, names).items():
+    first = list(inspect.signature(function).parameters)[:_FIRST]
+    if len(first) < _FIRST:
+        raise TypeError(f"{function.__qualname__}: expected the parameters vectors and weights, given {len(first)}")
+    options = {}
+    for key, default in keyword_options(function, first).items():
         if not isinstance(default, (bool, int, float, str)):
             raise TypeError(
                 f"{function.__qualname__}: expected a text or a number as default of {key}, given {default!r}"
             )
-        declared[key] = Option(default, key)
-    return named_options(f"--aggregator {name}", **declared)
+        options[key] = Option(default, key)
+    return named_options(f"--aggregator {name}", **options)
 
 
 class Rule:
@@ -113,7 +113,7 @@ class Rule:
         """
         assert self.entry.function is not None
         try:
-            vector = self.entry.function(list(vectors), torch.tensor(weights, dtype=torch.float64), **self.options)
+            mixed = self.entry.function(list(vectors), torch.tensor(weights, dtype=torch.float64), **self.options)
         except (UserError, MemoryError):
             raise
         except RAISED as error:  # of a user's own rule too
@@ -123,13 +123,13 @@ class Rule:
                 f"--aggregator {self.text}{place} cannot combine {len(vectors)} uploads ({why}): choose other options "
                 "or another rule, or have more clients in a round."
             ) from error
-        if not isinstance(vector, Tensor) or vector.shape != vectors[0].shape or not vector.is_floating_point():
-            kind = f"{vector.dtype} {list(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+        if not isinstance(mixed, Tensor) or mixed.shape != vectors[0].shape or not mixed.is_floating_point():
+            result = f"{mixed.dtype} {list(mixed.shape)}" if isinstance(mixed, Tensor) else type(mixed).__name__
             raise UserError(
                 f"--aggregator {self.text} must return one floating-point vector of {len(vectors[0])} elements, not "
-                f"{kind}."
+                f"{result}."
             )
-        return vector.detach().to(vectors[0])
+        return mixed.detach().to(vectors[0])
 
     def check(self, uploads: int) -> None:
         """Raises UserError where a rule of fedkern's own cannot combine this number of uploads."""
@@ -160,8 +160,8 @@ class Gathered:
         """The combined vectors by name; empty where nothing was added."""
         if not self._vectors:
             return {}
-        combined = self._rule(self._vectors, self._weights)
-        return dict(zip(self._sizes, combined.split(list(self._sizes.values())), strict=True))
+        mixed = self._rule(self._vectors, self._weights)
+        return dict(zip(self._sizes, mixed.split(list(self._sizes.values())), strict=True))
 
 
 def _shipped(name: str, description: str, function: Callable[..., Tensor] | None) -> None:

@@ -360,8 +360,8 @@ def build_any(
             f"the network {name} is for images, and the samples are none: give a module of your own, model=MODULE, or "
             "name its code, --model FILE.py:NAME."
         )
-    start = seed if isinstance(seed, int) else seed.initial_seed()
-    return entry.make.on_items(classes=classes, seed=start, word=_word(seed), width=width, head=head, raw=raw)
+    root = seed if isinstance(seed, int) else seed.initial_seed()
+    return entry.make.on_items(classes=classes, seed=root, word=_word(seed), width=width, head=head, raw=raw)
 
 
 def _word(seed: int | torch.Generator) -> int:

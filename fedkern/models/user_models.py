@@ -109,10 +109,10 @@ class ItemNetwork(OwnNetwork):
     @autocasts
     def _logits(self, x: Any) -> Any:
         if isinstance(x, Positional):
-            result = self.module(*x)
+            output = self.module(*x)
         else:
-            result = self.module(**x) if isinstance(x, Keywords) else self.module(x)
-        return result if self._raw else logits_of(result)
+            output = self.module(**x) if isinstance(x, Keywords) else self.module(x)
+        return output if self._raw else logits_of(output)
 
     def forward(self, x: Any) -> Any:
         """What the module gives for a batch's inputs."""
@@ -234,11 +234,7 @@ class Own:
         Raises:
             UserError: the code raises an exception, or makes something that cannot be trained.
         """
-        arguments = classes, channels, min(sides), seed, word, width
-        if self._latest is None or self._latest[0] != arguments:
-            self._latest = arguments, self._module(*arguments)
-        # A copy, as the code may take long, for example to read pretrained weights.
-        module = self._copied(self._latest[1])
+        module = self._copy(classes, channels, min(sides), seed, word, width)
         if isinstance(module, (StagedNetwork, UNet)):
             return self._marked(module)
         key = classes, channels, tuple(sides), width
@@ -252,16 +248,19 @@ class Own:
         self, *, classes: int, seed: int, word: int, width: int | None, head: str | None, raw: bool
     ) -> ItemNetwork:
         """Makes the network for samples of any kind, on the CPU; arguments are also those of `ItemNetwork`."""
-        arguments = classes, None, None, seed, word, width
-        if self._latest is None or self._latest[0] != arguments:
-            self._latest = arguments, self._module(*arguments)
-        return self._marked(ItemNetwork(self._copied(self._latest[1]), head, raw))
+        return self._marked(ItemNetwork(self._copy(classes, None, None, seed, word, width), head, raw))
 
     def _marked(self, network: Any) -> Any:
         """The network with ``scales``: whether it can be made wider and narrower."""
         convolutions = any(isinstance(layer, nn.Conv2d) for layer in network.modules())
         network.scales = "width" in self.takes and convolutions
         return network
+
+    def _copy(self, *arguments: Any) -> nn.Module:
+        """A copy of :meth:`_module`, as the code may take long, for example to read pretrained weights."""
+        if self._latest is None or self._latest[0] != arguments:
+            self._latest = arguments, self._module(*arguments)
+        return self._copied(self._latest[1])
 
     def _module(
         self, classes: int, channels: int | None, side: int | None, seed: int, word: int, width: int | None
@@ -271,16 +270,17 @@ class Own:
         if isinstance(self.what, nn.Module):
             check_bare(self.what, self.text)
             return self._copied(self.what).cpu()
-        if width is None and "width" in self.takes:
-            required = inspect.signature(self.what).parameters["width"].default is inspect.Parameter.empty
-            if required:
-                raise UserError(f"the model {self.text} needs a width: give one with --width.")
-        arguments: dict[str, Any] = {"classes": classes, "channels": channels, "image_size": side, "seed": seed}
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        arguments |= {} if width is None else {"width": width}
+        unset = inspect.Parameter.empty
+        if (
+            width is None
+            and "width" in self.takes
+            and inspect.signature(self.what).parameters["width"].default is unset
+        ):
+            raise UserError(f"the model {self.text} needs a width: give one with --width.")
+        values = {"classes": classes, "channels": channels, "image_size": side, "seed": seed, "width": width}
         with seeded(word), hosted(self.named.file if self.named else ""):
             try:
-                module = self.what(**{name: value for name, value in arguments.items() if name in self.takes})
+                module = self.what(**{name: values[name] for name in self.takes if values[name] is not None})
             except UserError:
                 raise
             except (Exception, SystemExit) as error:
@@ -426,12 +426,12 @@ def check_output(
 
 def digest(tensors: Mapping[str, Tensor], *, values: bool) -> str:
     """SHA-256 of names, dtypes and shapes of tensors, and of their ``values`` if asked."""
-    hasher = hashlib.sha256()
+    state = hashlib.sha256()
     for name, tensor in tensors.items():
-        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        state.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
         if values:
-            hasher.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return hasher.hexdigest()
+            state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()
 
 
 def channels_last(module: nn.Module) -> bool:

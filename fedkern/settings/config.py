@@ -217,13 +217,9 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
 
         A run folder is data and may come from anyone.
         """
-        named = {named_code.absolute(part) for part in trusted}
-        for given, part in self.code():
-            if part not in named:
-                raise UserError(
-                    f"{Path(folder) / NAME} names code to run, {part}, and a run folder may come from anyone: where "
-                    f"you trust that code, give the option again, {given}."
-                )
+        for option, code in self.code():
+            if not named_code.trusts(trusted, code):
+                raise named_code.untrusted(Path(folder) / NAME, code, f"the option again, {option}")
 
     def code(self) -> list[tuple[str, str]]:
         """Code that the settings name and a run imports: pairs of the flag that names the code, and the code's name."""

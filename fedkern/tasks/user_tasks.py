@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedkern.errors import RAISED, UserError, described, origin
+from fedkern.errors import UserError, described
 from fedkern.messages.leaves import leaves, mapped, together
 from fedkern.models.cutting import logits_of
 from fedkern.tasks.base import Task
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
 from fedkern.usercode.code_digest import digest
+from fedkern.usercode.execution import explained
 
 MOST = 1 << 30
 """Bytes of outputs and targets that are concatenated for metrics at most."""
@@ -66,8 +66,8 @@ class OwnTask(Task):
         self.whole = not isinstance(loss_fn, nn.Module) and _first_parameter(loss_fn) == "model"
         self.offers = frozenset({"loss"} if self.whole else {"loss", "criterion"})  # type: ignore[misc]
         higher = {each: getattr(metric, "higher_is_better", None) for each, metric in self.metrics.items()}
-        found = next((each for each, up in higher.items() if up is not None), "loss")
-        self.main = found if main is None else main  # type: ignore[misc]
+        first = next((each for each, up in higher.items() if up is not None), "loss")
+        self.main = first if main is None else main  # type: ignore[misc]
         if self.main not in ("loss", *self.metrics):
             raise UserError(f"main must be one of {', '.join(('loss', *self.metrics))}, not {self.main!r}.")
         up = higher.get(self.main, self.main != "loss")
@@ -105,13 +105,13 @@ class OwnTask(Task):
 
     def _placed(self, function: Any, given: tuple[Any, ...]) -> Any:
         """A loss that is a module with tensors (weights of classes) on the device of what it is given."""
-        held = next(iter(function.state_dict().values()), None) if isinstance(function, nn.Module) else None
-        there = next((leaf.device for leaf in leaves(given) if isinstance(leaf, Tensor)), None)
-        if held is None or there is None or held.device == there:
+        weight = next(iter(function.state_dict().values()), None) if isinstance(function, nn.Module) else None
+        device = next((leaf.device for leaf in leaves(given) if isinstance(leaf, Tensor)), None)
+        if weight is None or device is None or weight.device == device:
             return function
-        if there not in self._copies:
-            self._copies[there] = deepcopy(function).to(there)
-        return self._copies[there]
+        if device not in self._copies:
+            self._copies[device] = deepcopy(function).to(device)
+        return self._copies[device]
 
     @torch.no_grad()
     def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
@@ -120,7 +120,7 @@ class OwnTask(Task):
         # Copies: sets may be evaluated side by side, in threads.
         objects = {name: deepcopy(metric) for name, metric in self.metrics.items() if _stateful(metric)}
         functions = {name: metric for name, metric in self.metrics.items() if name not in objects}
-        kept: list[tuple[Any, Any]] = []
+        pairs: list[tuple[Any, Any]] = []
         sizes: list[int] = []
         sums = dict.fromkeys(functions if self.whole else (), 0.0)
         for metric in objects.values():
@@ -137,9 +137,9 @@ class OwnTask(Task):
             else:
                 outputs = model(batch.inputs)
                 total += samples * float(self.criterion(outputs, batch))
-                pair = mapped(_kept, outputs), mapped(_kept, batch.targets)
+                pair = mapped(_on_cpu, outputs), mapped(_on_cpu, batch.targets)
                 if functions:
-                    kept.append(pair)
+                    pairs.append(pair)
                     sizes.append(samples)
                     size += sum(leaf.nbytes for leaf in leaves(pair) if isinstance(leaf, Tensor))
                     if size > MOST:
@@ -153,9 +153,9 @@ class OwnTask(Task):
         if not count:
             raise ValueError("data: expected at least one sample, given none")
         values = {name: value / count for name, value in sums.items()}
-        if kept:
+        if pairs:
             try:
-                outputs, targets = (together(list(part), sizes) for part in zip(*kept, strict=True))
+                outputs, targets = (together(list(part), sizes) for part in zip(*pairs, strict=True))
             except RuntimeError as error:
                 raise UserError(
                     f"The outputs or targets of batches cannot be concatenated for {', '.join(functions)} "
@@ -163,8 +163,8 @@ class OwnTask(Task):
                 ) from error
             values |= {name: _number(name, metric, outputs, targets) for name, metric in functions.items()}
         values |= {name: _number(name, metric.compute) for name, metric in objects.items()}
-        found = {**{name: values[name] for name in self.metrics}, "loss": total / count}
-        return {self.main: found[self.main], **found}
+        figures = {**{name: values[name] for name in self.metrics}, "loss": total / count}
+        return {self.main: figures[self.main], **figures}
 
 
 def inner(model: Any) -> Any:
@@ -172,7 +172,7 @@ def inner(model: Any) -> Any:
     return model.module if getattr(model, "own", False) is True else model
 
 
-def _kept(leaf: Any) -> Any:
+def _on_cpu(leaf: Any) -> Any:
     return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
 
 
@@ -190,15 +190,3 @@ def _first_parameter(function: Callable[..., Any]) -> str:
 def _number(name: str, metric: Callable[..., Any], *given: Any) -> float:
     with explained(name, metric):
         return float(metric(*given))
-
-
-@contextmanager
-def explained(name: str, function: Any) -> Iterator[None]:
-    """Context in which an exception of the user's function is named with its file and line."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except RAISED as error:  # the user's own code may raise anything
-        code = function if inspect.isroutine(function) else type(function)
-        raise UserError(f"{name} fails ({described(error)}){origin(error, code)}.") from error

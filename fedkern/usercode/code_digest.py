@@ -19,11 +19,11 @@ DEEP = 5
 """Levels of attributes of objects that are looked at."""
 
 
-def digest(**given: Any) -> str:
+def digest(**values: Any) -> str:
     """SHA-256 of functions, modules, objects and values by name: of their code, state and attributes."""
-    found = hashlib.sha256()
-    hashed(given, found.update)
-    return found.hexdigest()
+    state = hashlib.sha256()
+    hashed(values, state.update)
+    return state.hexdigest()
 
 
 def hashed(value: Any, update: Callable[[bytes], object], deep: int = DEEP) -> None:
@@ -74,8 +74,8 @@ def _object(value: Any, update: Callable[[bytes], object], deep: int) -> None:
         if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
             _values(np.asarray(value), update)
         else:
-            held = {name: each for name, each in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
-            hashed(held, update, deep)
+            attributes = getattr(value, "__dict__", {}).items()
+            hashed({name: each for name, each in attributes if not name.startswith("_")}, update, deep)
 
 
 def _content(cell: Any) -> Any:

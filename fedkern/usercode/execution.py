@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from fedkern.errors import RAISED, UserError, described, origin, told
 
 
 @contextmanager
@@ -30,6 +34,20 @@ def hosted(file: str = "") -> Iterator[None]:
     finally:
         if added and folder in sys.path:  # the code may have removed it
             sys.path.remove(folder)
+
+
+@contextmanager
+def explained(name: str, code: Any) -> Iterator[None]:
+    """Context in which an exception of the user's function, class or object is named with its file and line."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except RAISED as error:  # the user's own code may raise anything
+        if told(error) is not None:  # a sentence for the user
+            raise
+        where = code if inspect.isroutine(code) else type(code)
+        raise UserError(f"{name} fails ({described(error)}){origin(error, where)}.") from error
 
 
 def module_name(what: str, file: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -56,6 +57,19 @@ def again(text: Any, stored: str, *others: Any) -> bool:
     A run folder may not name code alone, so a user names the code of a run's own data again.
     """
     return isinstance(text, str) and parse(text) is not None and absolute(text) == stored and not any(others)
+
+
+def trusts(trusted: Iterable[str], code: str) -> bool:
+    """Whether the user has named code, in whatever way it spells the path."""
+    return absolute(code) in {absolute(part) for part in trusted}
+
+
+def untrusted(file: object, code: str, again: str) -> UserError:
+    """The refusal of code that only a file of a run folder names; ``again`` says what the user is to give."""
+    return UserError(
+        f"{file} names code to run, {code}, and a run folder may come from anyone: where you trust that code, give "
+        f"{again}."
+    )
 
 
 def load(named: Named, what: str) -> tuple[Any, str | None]:

@@ -69,15 +69,15 @@ def changes(file: Path, source: bytes, stored: Mapping[str, str]) -> dict[str, s
 
 def loaded(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """The files in the folder or below, by name, of modules that this process has loaded."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     foreign = _foreign(folder)
     for name in names:
         file = getattr(sys.modules.get(name), "__file__", None)
         if isinstance(file, str):
             path = Path(os.path.realpath(Path(file).parent), Path(file).name)  # a file may be a link to another folder
             if _counts(path, folder, foreign) and path.is_file():
-                found[name] = path
-    return found
+                files[name] = path
+    return files
 
 
 def imported(file: Path, source: bytes) -> dict[Path, str]:
@@ -87,17 +87,17 @@ def imported(file: Path, source: bytes) -> dict[Path, str]:
         UserError: a file cannot be read.
     """
     folder, foreign = file.parent, _foreign(file.parent)
-    found: dict[Path, str] = {}
+    modules: dict[Path, str] = {}
     todo = [(file, source)]
     while todo:
         current, text = todo.pop()
         for name in _names(current, text, folder):
             for path in _files(folder.joinpath(*name.split("."))):
-                if path not in found and path != file and _counts(path, folder, foreign) and path.is_file():
-                    found[path] = name
+                if path not in modules and path != file and _counts(path, folder, foreign) and path.is_file():
+                    modules[path] = name
                     if path.suffix == ".py":
                         todo.append((path, content(path)))
-    return found
+    return modules
 
 
 def in_the_place_of(folder: Path, names: Iterable[str]) -> Iterator[Path]:
@@ -122,8 +122,8 @@ def _files(stem: Path) -> Iterator[Path]:
 def _foreign(folder: Path) -> list[Path]:
     """Folders of installed code that lie in a folder: an environment may, or a checkout of fedkern."""
     places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    found = [os.path.realpath(place) for place in (str(Path(__file__).parents[1]), *places) if place]
-    return [Path(path) for path in found if Path(path).is_relative_to(folder)]
+    folders = [os.path.realpath(place) for place in (str(Path(__file__).parents[1]), *places) if place]
+    return [Path(path) for path in folders if Path(path).is_relative_to(folder)]
 
 
 def _counts(path: Path, folder: Path, foreign: Iterable[Path]) -> bool:

@@ -31,6 +31,7 @@ from fedkern.files.filesystem import cache_folder, check_text, expand
 from fedkern.usercode import plugin_files
 from fedkern.usercode.execution import execute, hosted, module_name
 from fedkern.usercode.identity import content, distribution, sha256
+from fedkern.usercode.named_code import untrusted
 from fedkern.usercode.registry import REGISTRIES, Registry, docstring
 
 GROUP = "fedkern.plugins"
@@ -92,14 +93,12 @@ def load(name: str) -> Plugin:
             is taken.  Nothing that it registered is kept then.
     """
     name, path = _located(name)
-    known = _LOADED.get(name)
+    plugin = _LOADED.get(name)
     if path is None:
-        plugin = known if known is not None else _execute(Plugin(name, _module_identity(name)))
+        plugin = plugin or _execute(Plugin(name, _module_identity(name)))
     else:
         source = content(path, f"The plugin {path}")
-        if known is not None and _change(known.name, path, known.identity) is None:
-            plugin = known
-        else:
+        if plugin is None or _change(name, path, plugin.identity) is not None:
             unload(name)
             _forget_changed(path.parent)
             plugin = _execute(Plugin(name, sha256(source), source))
@@ -228,17 +227,17 @@ def _with_neighbours(plugin: Plugin, before: Collection[str]) -> Plugin:
     if plugin.source is None:
         return plugin
     file = Path(plugin.name)
-    named, own = plugin_files.imported(file, plugin.source), _loaded_beside(plugin, before)
+    imported, loaded_files = plugin_files.imported(file, plugin.source), _loaded_beside(plugin, before)
     for other in _LOADED.values():
         elsewhere = Path(other.name).parent
         for name in other.modules if elsewhere != file.parent else ():
-            if name in named.values() and name in plugin_files.loaded(elsewhere, [name]):
+            if name in imported.values() and name in plugin_files.loaded(elsewhere, [name]):
                 raise UserError(
                     f"The plugin {plugin.name} imports {name}, and another {name} is loaded already, of the plugin "
                     f"{other.name}: rename one of the two."
                 )
-    identity = plugin_files.identity(file, plugin.source, [*named, *own.values()])
-    return replace(plugin, identity=identity, modules=tuple(own))
+    identity = plugin_files.identity(file, plugin.source, [*imported, *loaded_files.values()])
+    return replace(plugin, identity=identity, modules=tuple(loaded_files))
 
 
 def _loaded_beside(plugin: Plugin, before: Collection[str]) -> dict[str, Path]:
@@ -310,13 +309,13 @@ def given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
     Raises:
         UserError: a plugin cannot be loaded (:func:`load`), or has another identity.
     """
-    wanted = names if isinstance(names, Mapping) else dict.fromkeys(names, "")
+    identities = names if isinstance(names, Mapping) else dict.fromkeys(names, "")
     result = {}
-    for name, identity in wanted.items():
+    for name, identity in identities.items():
         plugin = load(name)
-        own, settled = plugin_files.parsed(plugin.identity), plugin_files.parsed(identity)
-        fits = plugin.identity == identity or (settled and settled.items() <= own.items())
-        if identity and not fits:
+        hashes = plugin_files.parsed(identity)
+        fits = hashes and hashes.items() <= plugin_files.parsed(plugin.identity).items()
+        if identity not in ("", plugin.identity) and not fits:
             raise UserError(
                 f"The plugin {plugin.name} is not the one that the settings name ({_short(identity)} there, "
                 f"{_short(plugin.identity)} now): put it back, or take the identity out of the settings."
@@ -345,9 +344,9 @@ def of_run(table: Registry[Any], stored: Mapping[str, str]) -> list[str]:
     Args:
         stored: the run's plugins, identities by name.
     """
-    own = [name for plugin in sent(stored) for name in plugin.added.get(table.kind, ())]
-    others = {name for plugin in _LOADED.values() for name in plugin.added.get(table.kind, ())}
-    return [*own, *(name for name in table if name not in others)]
+    of_all = {name for plugin in _LOADED.values() for name in plugin.added.get(table.kind, ())}
+    of_run = [name for plugin in sent(stored) for name in plugin.added.get(table.kind, ())]
+    return [*of_run, *(name for name in table if name not in of_all)]
 
 
 def described(kind: str) -> dict[str, str]:
@@ -358,8 +357,8 @@ def described(kind: str) -> dict[str, str]:
 
 def now(stored: Mapping[str, str]) -> dict[str, str]:
     """The loaded plugins that stand for those of a stored run, as identities by name."""
-    found = [(name, identity, _stand_in(name, identity)) for name, identity in stored.items()]
-    return dict((name, text) if plugin is None else (plugin.name, plugin.identity) for name, text, plugin in found)
+    plugins = [_stand_in(name, identity) or Plugin(name, identity) for name, identity in stored.items()]
+    return {plugin.name: plugin.identity for plugin in plugins}
 
 
 def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:
@@ -396,10 +395,7 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
                 f"one, or give the plugin again to go on with the changed one, {again}."
             )
         if full != name or not _remembered(name, identity):
-            raise UserError(
-                f"{Path(folder) / 'config.toml'} names code to run, the plugin {name}, and a run folder may come from "
-                f"anyone: where you trust that code, give the plugin again, {again}."
-            )
+            raise untrusted(Path(folder) / "config.toml", f"the plugin {name}", f"the plugin again, {again}")
         load(name)
         # The stored identity, whose files are unchanged: what is loaded in other ways than by import may differ.
         _LOADED[name] = replace(_LOADED[name], given=False, identity=identity)
@@ -488,8 +484,7 @@ def _note(name: str, identity: str) -> Path:
 
 def sent(stored: Mapping[str, str]) -> list[Plugin]:
     """The plugins of a run for another process, which gets the content of files as this process has executed it."""
-    found = [_stand_in(name, identity) for name, identity in stored.items()]
-    return [plugin for plugin in found if plugin is not None]
+    return [plugin for name, identity in stored.items() if (plugin := _stand_in(name, identity)) is not None]
 
 
 def receive(plugins: Iterable[Plugin]) -> None:

@@ -18,10 +18,10 @@ from fedkern.data.sharing.partition import PartitionSpec, parse_partition
 from fedkern.data.sources.listing import Reading
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
-from fedkern.errors import RAISED, UserError, described, origin, told
+from fedkern.errors import UserError
 from fedkern.tasks import Task, task_of
 from fedkern.typed_option import Option
-from fedkern.usercode.execution import hosted
+from fedkern.usercode.execution import explained, hosted
 from fedkern.usercode.identity import source
 from fedkern.usercode.registry import keyword_options
 
@@ -41,9 +41,7 @@ class DataFunction:
     def __init__(self, name: str, function: Callable[..., Any], task: Task, clients: int, partition: str) -> None:
         self.name, self.function, self.task, self._clients, self._partition = name, function, task, clients, partition
         self.takes = frozenset(PARAMETERS) & frozenset(inspect.signature(function).parameters)
-        self._own = {
-            key: _option(name, key, default) for key, default in keyword_options(function, PARAMETERS).items()
-        }
+        self._own = {key: _option(name, key, default) for key, default in keyword_options(function, PARAMETERS).items()}
         self.options = {**READING, **self._own} if "reading" in self.takes else self._own
 
     def identity(self) -> dict[str, str]:
@@ -68,34 +66,27 @@ class DataFunction:
         """
         spec = parse_partition(self._partition if partition is None else partition)
         clients = self._clients if clients is None else clients
-        arguments: dict[str, Any] = {"root": root, "clients": clients, "partition": spec.text, "seed": seed}
+        settings: dict[str, Any] = {"root": root, "clients": clients, "partition": spec.text, "seed": seed}
         if "reading" in self.takes:
-            arguments["reading"] = Reading.of(options)
-        arguments = {key: value for key, value in arguments.items() if key in self.takes}
-        try:
-            with hosted():
-                made = self.function(**arguments, **{key: options[key] for key in self._own})
-        except MemoryError:
-            raise
-        except RAISED as error:  # the user's own code may raise anything
-            if told(error) is not None:  # a sentence for the user
-                raise
-            raise self._wrong(f"fails ({described(error)}){origin(error, self.function)}") from error
-        if isinstance(made, Source):
-            made = made.with_pools(self._registered)
-            self._check_source(made)
-            return made
-        if isinstance(made, tuple) and len(made) == 2:
-            made = FederatedData.from_datasets(*made, partition=spec.text, count=clients, seed=seed)
-        if not isinstance(made, FederatedData):
+            settings["reading"] = Reading.of(options)
+        settings = {name: settings[name] for name in self.takes}
+        with explained(self._who, self.function), hosted():
+            data = self.function(**settings, **{key: options[key] for key in self._own})
+        if isinstance(data, Source):
+            data = data.with_pools(self._registered)
+            self._check_source(data)
+            return data
+        if isinstance(data, tuple) and len(data) == 2:
+            data = FederatedData.from_datasets(*data, partition=spec.text, count=clients, seed=seed)
+        if not isinstance(data, FederatedData):
             raise self._wrong(
-                f"returns {type(made).__name__}, expected fedkern.data.Source, FederatedData, or a pair of PyTorch "
+                f"returns {type(data).__name__}, expected fedkern.data.Source, FederatedData, or a pair of PyTorch "
                 "data sets, the clients' and the test set"
             )
-        if not made.form.lacks:
-            self._check_federated(made)
-        self._check_given(made, clients, spec)
-        return dataclasses.replace(made, name=self.name)
+        if not data.form.lacks:
+            self._check_federated(data)
+        self._check_given(data, clients, spec)
+        return dataclasses.replace(data, name=self.name)
 
     def _check_given(self, data: FederatedData, clients: int, spec: PartitionSpec) -> None:
         if clients not in (len(data.clients), self._clients) or (
@@ -159,8 +150,12 @@ class DataFunction:
         except ValueError as error:
             raise self._wrong(f"returns {error}") from None
 
+    @property
+    def _who(self) -> str:
+        return f'data set "{self.name}": {self.function.__qualname__} of {self.function.__module__}'
+
     def _wrong(self, what: str) -> UserError:
-        return UserError(f'data set "{self.name}": {self.function.__qualname__} of {self.function.__module__} {what}')
+        return UserError(f"{self._who} {what}")
 
 
 def _option(name: str, key: str, default: Any) -> Option:
