@@ -14,7 +14,7 @@ from fedkern.data import DATASETS
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
-from fedkern.usercode import plugins
+from fedkern.usercode import named_code, plugins
 
 pytestmark = pytest.mark.usefixtures("plugged")
 
@@ -43,6 +43,14 @@ def test_a_file_is_executed_once_until_it_changes(tmp_path):
     plugins.unload(plugin.name)
     assert "mine" not in METHODS
     assert plugins.loaded() == ()
+
+
+def test_a_plugin_whose_code_is_also_named_is_executed_once(tmp_path):
+    marked = Marked(tmp_path)
+    plugins.load(str(marked.path))
+    kind, _ = named_code.load(named_code.parse(f"{marked.path}:Mine"), "the model")
+    assert kind is METHODS["mine"]
+    assert marked.runs == 1
 
 
 def test_two_paths_of_one_file_are_one_plugin(tmp_path, monkeypatch):
@@ -94,7 +102,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(tmp_path, text, message):
     assert path in str(told.value)
     assert registered() == before
     assert plugins.loaded() == ()
-    assert not [name for name in set(sys.modules) - modules if "plugin" in name]
+    assert not [name for name in set(sys.modules) - modules if name.startswith("fedkern_file")]
 
 
 def test_an_exception_takes_back_what_was_registered_before(tmp_path):

@@ -50,29 +50,27 @@ def explained(name: str, code: Any) -> Iterator[None]:
         raise UserError(f"{name} fails ({described(error)}){origin(error, where)}.") from error
 
 
-def module_name(what: str, file: str) -> str:
-    """A name in ``sys.modules`` for a file that is executed, the same in every process."""
-    return f"fedkern_{what}_{re.sub(r'[^0-9A-Za-z]', '_', Path(file).stem)}_{_digits(file.encode())}"
+def module_name(file: str, source: bytes) -> str:
+    """The name in ``sys.modules`` of a file with a content, the same in every process."""
+    digits = (hashlib.sha256(each).hexdigest()[:8] for each in (file.encode(), source))
+    return "_".join(("fedkern_file", re.sub(r"[^0-9A-Za-z]", "_", Path(file).stem), *digits))
 
 
-def changing_name(what: str, file: str, source: bytes) -> str:
-    """As :func:`module_name`, another one for every content of the file."""
-    return f"{module_name(what, file)}_{_digits(source)}"
+def run(module: str, file: str = "", source: bytes = b"") -> ModuleType:
+    """Imports a module; or executes the ``source`` of a file, whatever the file holds by now, once under that name.
 
-
-def _digits(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:8]
-
-
-def execute(file: str, source: bytes, name: str) -> ModuleType:
-    """Executes a file's content, as it was hashed and whatever the file holds by now, as the module ``name``."""
-    module = ModuleType(name)
-    module.__file__ = file
-    sys.modules[name] = module  # dataclasses and pickle look there
-    importlib.invalidate_caches()  # files beside it may be new
-    try:
-        exec(compile(source, file, "exec", dont_inherit=True), module.__dict__)
-    except BaseException:
-        sys.modules.pop(name, None)
-        raise
-    return module
+    Raises:
+        Exception, SystemExit: whatever the code raises.
+    """
+    with hosted(file):
+        if not file or module in sys.modules:
+            return importlib.import_module(module)
+        sys.modules[module] = executed = ModuleType(module)  # dataclasses and pickle look there
+        executed.__file__ = file
+        importlib.invalidate_caches()  # files beside it may be new
+        try:
+            exec(compile(source, file, "exec", dont_inherit=True), executed.__dict__)
+        except BaseException:
+            sys.modules.pop(module, None)
+            raise
+        return executed

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from fedkern.errors import UserError, nearest
 from fedkern.files import filesystem
 from fedkern.usercode import identity
-from fedkern.usercode.execution import changing_name, execute, hosted
+from fedkern.usercode.execution import module_name, run
 
 FORMS = "FILE.py:NAME or python:MODULE:NAME"
 
@@ -88,8 +85,7 @@ def load(named: Named, what: str) -> tuple[Any, str | None]:
     """
     source = identity.content(named.file, f"{what} {named}") if named.file else None
     try:
-        with hosted(named.file):
-            module = importlib.import_module(named.module) if source is None else _module(named.file, source)
+        module = run(named.module) if source is None else run(module_name(named.file, source), named.file, source)
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
         raise UserError(f"{what} {named} cannot be imported: {type(error).__name__}: {error}.") from None
     if source is None and (file := getattr(module, "__file__", None) or "").endswith(".py"):
@@ -101,8 +97,3 @@ def load(named: Named, what: str) -> tuple[Any, str | None]:
         hint = nearest(named.name, [name for name in vars(module) if not name.startswith("_")])
         where = named.file or named.module
         raise UserError(f'{what} {named} cannot be imported: {where} has no "{named.name}".{hint}') from None
-
-
-def _module(file: str, source: bytes) -> ModuleType:
-    name = changing_name("file", file, source)
-    return sys.modules[name] if name in sys.modules else execute(file, source, name)

@@ -28,8 +28,8 @@ from typing import Any
 
 from fedkern.errors import UserError
 from fedkern.files.filesystem import cache_folder, check_text, expand
-from fedkern.usercode import plugin_files
-from fedkern.usercode.execution import execute, hosted, module_name
+from fedkern.usercode import execution, plugin_files
+from fedkern.usercode.execution import module_name
 from fedkern.usercode.identity import content, distribution, sha256
 from fedkern.usercode.named_code import untrusted
 from fedkern.usercode.registry import REGISTRIES, Registry, docstring
@@ -187,7 +187,7 @@ def _module_identity(name: str) -> str:
 
 def _module_name(plugin: Plugin) -> str:
     """Name of the plugin's module in ``sys.modules``."""
-    return plugin.name if plugin.source is None else module_name("plugin", plugin.name)
+    return plugin.name if plugin.source is None else module_name(plugin.name, plugin.source)
 
 
 def _tables() -> Mapping[str, Registry[Any]]:
@@ -250,11 +250,11 @@ def _loaded_beside(plugin: Plugin, before: Collection[str]) -> dict[str, Path]:
 
 def _run(plugin: Plugin, name: str) -> None:
     try:
-        with hosted("" if plugin.source is None else plugin.name):
-            if plugin.source is None:
-                importlib.import_module(name)
-            else:
-                execute(plugin.name, plugin.source, name)
+        if plugin.source is None:
+            execution.run(name)
+        else:
+            sys.modules.pop(name, None)  # as a network's code it was executed without a look at what it registers
+            execution.run(name, plugin.name, plugin.source)
     except UserError as error:
         raise UserError(f"The plugin {plugin.name} cannot be loaded: {error}") from None
     except (Exception, SystemExit) as error:

@@ -201,8 +201,6 @@ def test_registering_wrongly(rules):
 
     with pytest.raises(ValueError, match='aggregator "mean" is already registered'):
         rules("mean")(good)
-    with pytest.raises(TypeError, match="needs a docstring"):
-        rules("own")(lambda vectors, weights: None)
     for function, message in (
         (lambda vectors: None, "expected the parameters vectors and weights, given 1"),
         (lambda vectors, weights, trim: None, "expected a default for the option trim"),
