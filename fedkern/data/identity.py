@@ -17,7 +17,7 @@ from fedkern.data.split import AnySplit, Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.files.image_rows import in_parts
 from fedkern.streams import stream
-from fedkern.usercode.code_digest import digest
+from fedkern.usercode.identity import digest
 
 SAMPLED_IMAGES, SAMPLED_BYTES = 2000, 32 << 20
 """Most images, and most of their bytes, that stand for a training pool of which a run reads only some."""

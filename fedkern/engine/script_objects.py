@@ -16,7 +16,7 @@ from fedkern.methods import registry
 from fedkern.methods.base import LocalTraining
 from fedkern.models.user_models import check_module, unwrapped
 from fedkern.settings.config import RunConfig
-from fedkern.usercode.code_digest import digest
+from fedkern.usercode.identity import digest
 
 INSTANCE = "module:"
 """Beginning of the name of a network that is given as a module."""

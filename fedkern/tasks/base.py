@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.usercode.code_digest import digest
+from fedkern.usercode.identity import digest
 
 AHEAD = 16
 """Most batches that wait for a thread; more batches would only use memory."""

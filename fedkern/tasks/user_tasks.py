@@ -16,8 +16,8 @@ from fedkern.models.cutting import logits_of
 from fedkern.tasks.base import Task
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
-from fedkern.usercode.code_digest import digest
 from fedkern.usercode.execution import explained
+from fedkern.usercode.identity import digest
 
 MOST = 1 << 30
 """Bytes of outputs and targets that are concatenated for metrics at most."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping
@@ -60,7 +61,8 @@ def _place(code: Any) -> tuple[str, str] | None:
     if code is None:
         return None
     module = sys.modules.get(code.__module__)
-    return getattr(module, "__file__", None) or code.__module__, name_of(code)
+    file = getattr(module, "__file__", None)
+    return os.path.realpath(file) if file else code.__module__, name_of(code)
 
 
 def name_of(code: Any) -> str:

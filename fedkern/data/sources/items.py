@@ -22,7 +22,7 @@ from fedkern.errors import RAISED, UserError, described, told
 from fedkern.messages.leaves import leaves, parted
 from fedkern.streams import stream
 from fedkern.tasks import Task
-from fedkern.usercode.code_digest import hashed
+from fedkern.usercode.identity import hashed
 
 HASHED, HASHED_IN_ALL = 64, 2000
 """Most items of a set, and of all sets together but for two of each, that are read for the fingerprint."""
