@@ -108,7 +108,7 @@ def plain(tmp_path_factory):
     return of
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("mode", "method", "model", "workers"),
     [
@@ -194,7 +194,7 @@ def same(found, expected):
 SAMPLE = {use: ("float64", "default device meta")[i % 2] for i, use in enumerate(USES) if use != "torch-export"}
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("use", "mode"),
     [

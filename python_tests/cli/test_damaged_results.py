@@ -56,6 +56,7 @@ def test_changed_files_are_named(name, damage, runs, fails, tmp_path):
         assert name in fails(*command)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", FILES[1:5])
 def test_what_was_damaged_or_deleted_is_made_again(name, runs, tmp_path):
     for damaged in (False, True):

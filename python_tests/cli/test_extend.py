@@ -57,6 +57,7 @@ def test_an_extended_run_is_the_longer_run(method, start, result, tmp_path):
     assert load_settings("short", device="cpu").rounds == 5
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("undrawn")
 def test_warnings_about_a_network_that_is_no_longer_the_last_one_go(start, result, tmp_path):
     start("fedavg", 1, "run", "--lr", "0.001", "--eval-every", "40")

@@ -54,6 +54,7 @@ def test_a_run_with_leftover_variables_is_refused(tmp_path, change):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.exhaustive
 def test_other_commands_and_mistakes_are_told(tmp_path):
     asked = json.dumps([["list", "--json"], ["fedavg", "--modle", "x"]])
     (_, listed, _), (code, _, said) = json.loads(left_over("-c", ONE_BY_ONE, asked, cwd=tmp_path).stdout)

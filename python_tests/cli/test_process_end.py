@@ -174,12 +174,14 @@ def test_a_command_without_torch_ends_as_any_other_process(seen):
     assert (done.returncode, done.stderr) == (run.OK, "taken apart\n")
 
 
+@pytest.mark.exhaustive
 def test_a_profiler_writes_its_profile(seen, tmp_path):
     done = ended("-m", "cProfile", "-o", str(tmp_path / "profile"), "-m", "fedkern.run", "list", PYTHONPATH=seen)
     assert done.stderr.endswith("taken apart\n")
     assert (tmp_path / "profile").stat().st_size
 
 
+@pytest.mark.exhaustive
 def test_an_interactive_interpreter_goes_on(seen):
     text = "print('going on', file=sys.stderr)\n"
     done = ended("-i", "-m", "fedkern.run", "list", text=text, PYTHONPATH=seen)
@@ -187,6 +189,7 @@ def test_an_interactive_interpreter_goes_on(seen):
     assert done.stderr.endswith("taken apart\n")
 
 
+@pytest.mark.exhaustive
 def test_with_a_plugin_the_interpreter_ends_the_process(seen, tmp_path):
     plugin = tmp_path / "own.py"
     plugin.write_text(PLUGIN)

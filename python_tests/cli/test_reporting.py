@@ -34,6 +34,7 @@ def test_a_report_at_the_end_of_a_run_and_later(result, tmp_path):
     assert json.loads(out) == {"files": ["run/report.html"]}
 
 
+@pytest.mark.exhaustive
 def test_a_report_of_a_comparison(result, tmp_path):
     out, _ = result("compare", "fedavg", *TINY, "--seeds", "1", "--out", "x", "--report")
     assert "report: x/report.html" in out

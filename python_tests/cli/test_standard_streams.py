@@ -39,6 +39,7 @@ def test_a_run_goes_on(where, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("command", "where"), [
     ("list", ">/dev/full"), ("no-such-command", "2>/dev/full"),
     *(pytest.param(command, where, marks=pytest.mark.exhaustive) for command, where in (

@@ -61,6 +61,7 @@ def test_objects_are_compared_with_names():
     assert load_settings("x/Slow_share=0.25_seed=1").options["share"] == 0.25
 
 
+@pytest.mark.exhaustive
 def test_a_class_and_a_sweep_with_a_choice():
     found = fedkern.compare(Slow, seeds=[3], sweep={"share": [0.5, 1.0]}, select="validation", out="x", **TINY)
     assert len(found.table) == 1

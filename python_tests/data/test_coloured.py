@@ -84,6 +84,7 @@ def test_masks_and_shapes_are_the_digits(digits: FederatedData) -> None:
     assert covered.max() < 0.75
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("correlation", [0.0, 0.3, 0.8, 1.0])
 def test_correlation_ties_colour_to_class_and_client(correlation: float) -> None:
     data = load("colordigits", seed=2, correlation=correlation)

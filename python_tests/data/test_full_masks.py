@@ -143,6 +143,7 @@ def test_a_value_that_only_the_full_mask_holds_is_named_before_the_run(tmp_path)
         opened(root)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_its_evaluation_and_its_predicted_masks_agree(tmp_path, workers, capsys):
     root = written(tmp_path / "root", ((64, 64), (48, 48)))

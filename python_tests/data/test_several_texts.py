@@ -127,7 +127,7 @@ def test_too_few_images_are_named(tmp_path):
         hold_out(data, held_out=None, share=0.2, seed=0)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", [0, 7])
 @pytest.mark.parametrize("spec", [*PARTITIONS, "attribute"])
 def test_distinct_images_are_drawn_as_ever(tmp_path, spec, seed):

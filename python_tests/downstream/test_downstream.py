@@ -96,6 +96,7 @@ def test_retrieval_of_the_clients_own_sets() -> None:
     assert rows["clients, mean"]["i2t_r1"] == pytest.approx((1 + 0.5) / 2)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("features", ["token", "mean", "embedding"])
 def test_probes_learn_what_features_tell(features: str) -> None:
     rows = probe(finished(build_small()), (2, 0), features=features, draws=2)

@@ -140,7 +140,7 @@ def test_a_module_of_the_method_is_saved_and_read_back(stack, data, make_config,
         read_model(tmp_path)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("hook", "count"), [("client", 1), ("client", 3), ("round", 0), ("round", 1), ("end", 0)])
 def test_killed_and_resumed_it_ends_alike(hook, count, stack, data, make_config, tmp_path):
     config = make(make_config)

@@ -183,6 +183,7 @@ class Own(FedAvg):
     asynchronous = True
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("method", "more"),
     [

@@ -74,7 +74,7 @@ def test_states_go_on_with_a_resumed_run(make_config, make_data, tmp_path):
 HOOKS = ["on_start", "on_round_start", "on_client", "on_round", "state", "close", "on_end"]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_listener_that_raises_does_not_lose_the_run(hook, make_config, make_data, tmp_path, plain_run):
     warned, last = Warned(), Keeping()

@@ -57,6 +57,7 @@ def test_an_evaluation_without_running_statistics_leaves_no_image_alone(make_dat
     assert 0 <= run(config, out=tmp_path, data=data)["metrics"]["accuracy"] <= 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

@@ -43,7 +43,7 @@ OWN = {
 }
 CLAIMED = sorted(name for name, kind in METHODS.items() if replayable(kind) and name not in ALIKE)
 SIDE_BY_SIDE = {"fedavg", "fedprox"}
-QUICK = ("fedavg", "scaffold", "fedgid", "fusefl")
+QUICK = ("fedavg", "scaffold")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 VOLATILE = ("seconds", "phases", "time", "device")
 
@@ -159,6 +159,7 @@ def test_methods_that_say_so_are_replayable(name, make_data, make_config, tmp_pa
     assert "no-cuda-graph" not in diagnostics
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
 def test_a_pass_is_recorded_where_clients_keep_a_part(name, make_data, make_config, tmp_path, monkeypatch):
     given = {**SMALL, **SETTINGS.get(name, {}), "personal": "head.*", "clip_norm": 0.5}
@@ -234,6 +235,7 @@ def test_a_wrong_claim_is_noticed(make_data, make_config, tmp_path, monkeypatch)
     assert tapes.recorded
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", [Reading, Indexing, Epochs])
 def test_what_cannot_be_recorded_runs_eagerly(kind, make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fedavg", kind)
@@ -283,6 +285,7 @@ class Unsteady(Stranger):
         return 1.0 + next(CALLS)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
@@ -349,6 +352,7 @@ class OwnNet(nn.Module):
         return self.layers(x)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("accelerate", ["auto", "off"])
 def test_a_network_of_somebodys_own_is_recorded(accelerate, make_data, make_config, tmp_path, monkeypatch, registries):
     models.register_model("own")(OwnNet)
@@ -535,6 +539,7 @@ class Drawing(FedAvg):
         return loss, {"weight": batch.drawn["weight"].mean(), "loss_twice": 2 * loss.detach()}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("model", ["cnn", "mlp"])
 def test_drawn_tensors_rates_and_figures(model, make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fedavg", Drawing)
@@ -621,6 +626,7 @@ def test_a_vector_that_many_clients_get_is_sent_once():
     assert placed.there(vector.clone()) is not again
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("change", ["precision", "statistics", "method"])
 def test_a_recorded_pass_is_for_a_network_as_it_was(change, make_data, make_config):
     bench, tapes = RunContext(make_config(**{**SMALL, "model": "resnet8"}), make_data()), Tapes()

@@ -109,6 +109,7 @@ def test_a_wrong_file_is_named_before_anything_is_written(wrong, given, attempt,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ABLE)
 def test_every_method_looks_at_them_before_anything_is_written(method, given, attempt, tmp_path):
     (given / "client-2.safetensors").write_bytes(b"no")
@@ -202,7 +203,7 @@ def test_a_run_on_other_data_is_named(attempt, data, make_data, make_public, tmp
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["diagnostics"]["teachers-of-other-data"] == said
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["ccvr", "dense", "ensemble", "feddf"])
 def test_networks_of_a_run_are_as_good_as_those_trained_in_it(method, attempt, tmp_path):
     """Bit for bit, with everything that comes after the training."""
@@ -216,6 +217,7 @@ def test_networks_of_a_run_are_as_good_as_those_trained_in_it(method, attempt, t
     assert method == "ensemble" or not all(torch.equal(value, states[0][name]) for name, value in fresh.items())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("buffers", ["drop", "local"])
 def test_statistics_of_networks_that_are_brought_travel_as_those_of_trained_ones(buffers, attempt, tmp_path):
     attempt("ensemble", out="given", teachers=None)

@@ -28,6 +28,7 @@ from fedkern.messages.leaves import Keywords, Positional, parted
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models.user_models import ItemNetwork
+from fedkern.run import main
 from fedkern.tasks import CLASSIFICATION, OwnTask, Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -132,6 +133,7 @@ def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True)) and first[1] == second[1]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["fedavg", "scaffold"])
 def test_bits_do_not_depend_on_workers_threads_and_interruptions(method, tmp_path):
     def played(name, **how):
@@ -155,7 +157,7 @@ def test_bits_do_not_depend_on_workers_threads_and_interruptions(method, tmp_pat
 
 
 SCRIPT = """
-import sys, torch, fedkern
+import torch, fedkern
 from torch import nn
 from torch.utils.data import Dataset
 torch.set_num_threads(2)
@@ -166,12 +168,13 @@ class Rows(Dataset):
     def __len__(self): return self.n
     def __getitem__(self, i): return torch.randn(3) + i % 2, torch.tensor([float(i % 2)])
 
-torch.manual_seed(0)
 net = nn.Linear(3, 1)
-run = fedkern.simulate("fedavg", data=[Rows(30), Rows(20)], test=Rows(10), model=net,
-    loss_fn=lambda o, t: (o - t).abs().mean(), rounds=2, out=sys.argv[1], workers=int(sys.argv[2]), threads=2,
-    client_threads=1, progress=False, pictures=False)
-print(run.metrics["loss"], run.summary["diagnostics"])
+for count in (1, 2):
+    torch.manual_seed(0)
+    run = fedkern.simulate("fedavg", data=[Rows(30), Rows(20)], test=Rows(10), model=net,
+        loss_fn=lambda o, t: (o - t).abs().mean(), rounds=2, out=f"run-{count}", workers=count, threads=2,
+        client_threads=1, progress=False, pictures=False)
+    print(run.metrics["loss"], run.summary["diagnostics"])
 """
 
 
@@ -179,15 +182,13 @@ def test_what_cannot_be_sent_is_forked(tmp_path):
     """Classes and lambdas of a script that has computed on two threads."""
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    said = [
-        subprocess.run(
-            [sys.executable, "script.py", f"run-{count}", str(count)], cwd=tmp_path, env=environment, timeout=120,
-            capture_output=True, text=True, check=True,
-        ).stdout
-        for count in (1, 2)
-    ]  # fmt: skip
-    assert said[0] == said[1]
-    assert said[0].strip().endswith("{}")
+    lines = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, timeout=120, capture_output=True, text=True,
+        check=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+    assert lines[0].endswith("{}")
 
 
 # -- kinds of samples --------------------------------------------------------------------------------------------------
@@ -269,6 +270,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_sample(kind, tmp_path):
     found = fedkern.simulate("fedavg", **KINDS[kind], rounds=2, out=tmp_path / "run", **HERE)
@@ -726,6 +728,7 @@ def weighed(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("make", "network", "given"),
     [
@@ -768,6 +771,7 @@ def test_what_cannot_be_exported_is_said(make, network, given, said, tmp_path):
     run.export(tmp_path / "state.pt", "state-dict")
 
 
+@pytest.mark.exhaustive
 def test_every_seed_of_a_comparison_shares_a_set_out_anew(tmp_path):
     given = {"data": table(40), "test": table(12, 2), "model": nn.Linear(4, 4), "rounds": 1, "workers": 1}
     shared = {"clients": 2, "partition": "dirichlet:0.4:min=1"}
@@ -868,23 +872,19 @@ class Net(torch.nn.Linear):
 '''
 
 
-def test_code_is_named_on_the_command_line(tmp_path):
+def test_code_is_named_on_the_command_line(tmp_path, monkeypatch, registries):
     (tmp_path / "mine.py").write_text(CODE)
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-
-    def call(*words):
-        line = [sys.executable, "-m", "fedkern.run", *words]
-        return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-
+    monkeypatch.chdir(tmp_path)
     data, code = ("--data", "mine.py:clinics"), ("--model", "mine.py:Net")
-    done = call("fedavg", *data, *code, "--rounds", "1", "--out", "run", "--workers", "1", "--quiet")
-    assert done.returncode == 0, done.stderr
-    done = call("evaluate", "run", *data, *code)
-    assert done.returncode == 0, done.stderr
+    assert main(["fedavg", *data, *code, "--rounds", "1", "--out", "run", "--workers", "1", "--quiet"]) == 0
+    assert main(["evaluate", "run", *data, *code]) == 0
     figures, told = (
         json.loads((tmp_path / "run" / name).read_text()) for name in ("evaluate-clinics.json", "summary.json")
     )
     assert all(told["metrics"][name] == value for name, value in figures["metrics"].items())
-    done = call("evaluate", "run", *code)
+    # Code that this process has loaded is no longer asked for.
+    line = [sys.executable, "-m", "fedkern.run", "evaluate", "run", *code]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "mine.py:clinics is code, which a run folder may not name alone: give --data" in done.stderr

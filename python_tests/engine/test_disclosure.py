@@ -201,6 +201,7 @@ def covering(leaves):
     return lambda self, server: Guarantee(1e-5, {"noise": "the noise"}, leaves, appraised=("paid",))
 
 
+@pytest.mark.sampled(1)
 @needs_accounting
 @pytest.mark.parametrize("covered", [None, False, True])
 def test_warnings_and_figures_of_any_method(covered, talking, make_data, make_config, tmp_path, monkeypatch):
@@ -281,6 +282,7 @@ def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config,
     assert not [*(tmp_path / "private").glob("attack*")]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("cut", [1, 2])
 def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, make_data, make_config, tmp_path):
     """Also of a run that is interrupted in its first round, before there is a checkpoint, or in its second."""

@@ -63,7 +63,7 @@ class Failing(FedAvg):
         return super().client_update(client, phase, message)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ERRORS)
 def test_a_failing_client_is_named_and_may_be_skipped(name, tmp_path, monkeypatch):
     monkeypatch.setattr(Failing, "raised", staticmethod(ERRORS[name]))
@@ -76,7 +76,7 @@ def test_a_failing_client_is_named_and_may_be_skipped(name, tmp_path, monkeypatc
     assert "failing-client-1" in run.summary["diagnostics"]
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("part", ["server_update", "send", "model", "evaluate"])
 @pytest.mark.parametrize("name", [name for name in ERRORS if name != "memory"])
 def test_a_failing_server_names_method_part_and_round(name, part, tmp_path):
@@ -118,7 +118,7 @@ def test_a_failing_data_function_is_named(name, tmp_path):
         del DATASETS["failing-data"]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ERRORS)
 def test_a_failing_listener_is_left_out(name, tmp_path):
     class Deaf(Listener):
@@ -271,7 +271,7 @@ def check(place, kind, code, err):
     assert when in err
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("place", "kind", "workers"), [*cases()])
 def test_place_and_round_of_a_failure_are_named(place, kind, workers, command, tmp_path):
     code, err = command(place, kind, "--workers", workers)

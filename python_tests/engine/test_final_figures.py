@@ -106,6 +106,7 @@ def test_a_finished_run_gives_its_predictions_later(make_data, make_config, tmp_
     assert (tmp_path / "later" / "predictions.csv").stat().st_mtime_ns == there
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("method", "settings"),
     [

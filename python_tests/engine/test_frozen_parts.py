@@ -130,6 +130,7 @@ def test_freeze_is_requires_grad(make_data, tmp_path):
     assert all(torch.equal(value, given[name]) for name, value in asked.model().state_dict().items())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("model", ["resnet8", "cnn"])
 def test_a_network_of_fedkerns_own(make_data, tmp_path, model):
     """Bits in two workers, and the frozen stage as it began; the others have the gradients that they always have."""
@@ -167,7 +168,7 @@ def test_a_frozen_module_trains_nothing(make_data, tmp_path):
         played(tmp_path / "run", made().requires_grad_(False), make_data)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", sorted(name for name, kind in METHODS.items() if kind.serves(CLASSIFICATION)))
 def test_every_method_leaves_it_as_it_is(make_data, make_public, tmp_path, method):
     """Where the run ends with one network of the given kind; else it runs to its end."""

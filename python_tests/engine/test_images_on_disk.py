@@ -91,6 +91,7 @@ def masks(root):
         Image.fromarray(mask).save(root / "masks" / f"{number}.png")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["scaffold", pytest.param("fedavg", marks=pytest.mark.exhaustive)])
 def test_the_bits_of_a_segmentation_in_memory(tmp_path, on_disk, monkeypatch, method):
     masks(tmp_path / "pairs")

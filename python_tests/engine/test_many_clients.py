@@ -95,6 +95,7 @@ def test_what_a_round_writes_follows_from_the_clients_that_work(make_many, small
     assert totals[900] < 1.03 * totals[300]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("slack", [0, 1 << 16])
 def test_files_are_those_of_the_states(slack, make_many, small, tmp_path, monkeypatch):
     monkeypatch.setattr(client_table, "SLACK", slack)  # without any, tables are begun anew all the time
@@ -192,7 +193,7 @@ def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkey
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("at", [("client", 12), ("round-start", 5), ("round", 3), ("end", 0)])
 def test_a_killed_run_goes_on(at, make_many, small, tmp_path):
     data, config = make_many(300), small(300, rounds=6)
@@ -287,6 +288,7 @@ def test_what_an_interrupted_commit_left_in_the_table_is_dropped(cut, make_many,
     assert outcome(cut) == outcome(tmp_path / "whole")
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_began_without_a_table_goes_on_with_one(make_many, small, tmp_path, monkeypatch):
     data, config = make_many(300), small(300, rounds=6)
     run(config, out=tmp_path / "whole", data=data)
@@ -313,6 +315,7 @@ def test_bytes_of_every_client_survive(make_many, small, tmp_path):
     assert sum(each["up"] > 0 for each in sent[0]["clients"].values()) > WORKING
 
 
+@pytest.mark.exhaustive
 def test_a_finished_run_is_extended(make_many, small, tmp_path):
     from fedkern.engine.store.extending import extend
 

@@ -91,6 +91,7 @@ def test_a_mask_of_infinities_travels_as_any_buffer(own, make_data, tmp_path, se
 ONESHOT = {"rounds": None, "local_epochs": 4}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("method", "model", "settings"),
     [
@@ -108,6 +109,7 @@ def test_methods_train_it(method, model, settings, own, make_data, tmp_path):
     assert module(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("channels", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     ("method", "model", "settings"),
@@ -172,6 +174,7 @@ def test_a_method_that_needs_more(method, model, said, own, make_data, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"buffers": "local"}, {"buffers": "drop"}])
 def test_precision_and_buffers(settings, own, make_data, tmp_path):
     run(own(**settings), out=tmp_path, data=make_data())
@@ -294,6 +297,7 @@ def test_what_is_no_module_to_train(module, said, make_config, make_data, tmp_pa
 # -- code ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_killed_and_resumed_a_file_ends_alike(file, own, make_data, tmp_path):
     name, data = f"{file}:Staged", make_data()
     config = own("fedgid", model=name, rounds=3)
@@ -397,6 +401,7 @@ def test_workers_give_the_same_bits(kind, file, own, make_data, tmp_path, forked
     assert len(forked) == 2
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_module_of_main_works_in_forked_workers_of_one_thread(own, make_data, tmp_path, forked, threads):
     class Here(Staged):
@@ -516,6 +521,7 @@ def test_weights_of_another_network(change, said, weights, own, make_data, tmp_p
 # -- what is already there -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "safetensors", "module", "wrapped"])
 def test_a_start_from_a_file_or_a_module(suffix, own, make_data, tmp_path):
     torch.manual_seed(5)

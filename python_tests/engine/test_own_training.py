@@ -73,6 +73,7 @@ def played(make_config, make_data, tmp_path):
 # -- a loop ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("kind", ["cnn", Plain, Staged], ids=["cnn", "plain", "staged"])
 @pytest.mark.parametrize(
     "settings",
@@ -260,6 +261,7 @@ def test_a_method_that_changes_only_its_server_takes_a_loop(known, tmp_path):
 # -- an optimiser ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "scaffold", "feddyn", "moon", "fedgid", "fml"])
 def test_torch_s_sgd_has_the_bits_of_the_built_in_one(method, played):
     same(played("in", method), played("own", method, script=ScriptObjects(optimizer=sgd)))
@@ -275,6 +277,7 @@ def test_the_run_s_schedule_multiplies_the_rates(played):
         torch.testing.assert_close(weights(two)[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("factory", "settings"),
     [(sgd, {}), (adam, {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1})],

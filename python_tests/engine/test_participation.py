@@ -192,6 +192,7 @@ def steps_of(config, data, out, monkeypatch):
     return found
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("limits", [{"local_epochs": 3}, {"local_steps": 11}])
 def test_a_slow_client_does_a_part_of_its_steps(make_data, make_config, tmp_path, monkeypatch, limits):
     data = make_data(SIZES)
@@ -308,6 +309,7 @@ def test_no_upload_of_a_synchronous_round_is_stale(make_data, make_config, tmp_p
     assert "participation" not in Checkpoints(tmp_path / "plain").peek()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("clients", ["in the manifest", "in a table"])
 def test_what_a_policy_keeps_survives_an_interruption(clients, make_data, make_config, tmp_path, monkeypatch):
     if clients == "in a table":

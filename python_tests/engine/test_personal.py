@@ -72,6 +72,7 @@ def same(first, second):
 # -- training ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -90,6 +91,7 @@ def test_a_single_client_trains_as_without(make_data, tmp_path, settings):
     assert parts.metrics == pytest.approx(whole.metrics, abs=0)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_it_is_the_run_of_plain_pytorch(make_data, tmp_path, clip):
     Recording.rows, network = [], small()
@@ -122,7 +124,7 @@ AVERAGING = sorted(
 )  # fmt: skip
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", AVERAGING)
 def test_every_averaging_method_shares_the_rest(make_data, make_public, tmp_path, method):
     data = make_public(dataclasses.replace(make_data(), name="arrays"), 12)
@@ -159,6 +161,7 @@ def test_personal_norms_are_fedbn(make_data, tmp_path):
         assert not torch.equal(run.model(client=0)(torch.ones(2, 3, 8, 8)), run.model(client=1)(torch.ones(2, 3, 8, 8)))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("buffers", ["local", "drop"])
 def test_other_buffers_are_as_the_policy_says(make_data, tmp_path, buffers):
     run = played(tmp_path / "run", make_data, model=small(), personal="head.*", buffers=buffers, rounds=1)
@@ -172,6 +175,7 @@ def test_other_buffers_are_as_the_policy_says(make_data, tmp_path, buffers):
     assert not any(torch.equal(first[name], second[name]) for name in norms)
 
 
+@pytest.mark.exhaustive
 def test_a_loop_of_ones_own_has_the_clients_parts(make_data, tmp_path):
     seen = []
 
@@ -302,6 +306,7 @@ def test_the_network_of_a_client_must_be_named(make_data, tmp_path):
         whole.model(client=0)
 
 
+@pytest.mark.exhaustive
 def test_the_network_of_a_script(make_data, tmp_path):
     network = small()
     network.backbone[0].requires_grad_(False)

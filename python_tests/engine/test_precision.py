@@ -40,7 +40,7 @@ def tensors(value):
 # -- every method ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_runs_and_keeps_fp32(method, make_data, make_pairs, make_public, make_config, tmp_path):
     plan = {"rounds": None} if METHODS[method].one_shot else {}
@@ -214,6 +214,7 @@ def test_a_step_is_seen_inside_a_callers_autocast():
     assert not torch.equal(before, after)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_inside_a_callers_autocast_is_the_same(precision, make_data, make_config, tmp_path):
     config = make_config("fedgid", precision=precision)

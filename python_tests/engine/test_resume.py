@@ -43,7 +43,7 @@ def reference(tmp_path_factory):
     return get
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("settings", [PLAIN, STATEFUL], ids=["plain", "stateful"])
 @pytest.mark.parametrize(
     ("hook", "count"),
@@ -58,7 +58,7 @@ def test_killed_at_a_hook(settings, hook, count, make_data, make_config, tmp_pat
     assert outcome(tmp_path) == expected
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("count", range(0, 15, 2))
 def test_killed_around_every_file(count, when, make_data, make_config, tmp_path, reference):
@@ -319,6 +319,7 @@ def test_sigterm_is_an_interrupt_of_its_own(make_data, make_config, tmp_path):
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_that_was_lost_ends_the_run_at_that_batch(number, kind, make_data, make_config, tmp_path, monkeypatch):
     calls = []

@@ -95,6 +95,7 @@ def equal(one, other):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
@@ -127,6 +128,7 @@ def test_the_header_says_it(make_config, make_data, tmp_path):
     assert "module:Guest: served 2 of 2 convolutions" in told
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", [Guest, Rows])
 @pytest.mark.parametrize("method", ["fedavg", "moon", "scaffold", "fedproto"])
 def test_a_run_that_is_served_is_near_the_one_as_written(kind, method, played):
@@ -136,6 +138,7 @@ def test_a_run_that_is_served_is_near_the_one_as_written(kind, method, played):
         torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-2 * float(other[name].abs().max()) + 1e-4)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", [Guest, Rows])
 def test_stages_are_served(kind, played, monkeypatch):
     chains = []

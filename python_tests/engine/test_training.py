@@ -34,6 +34,7 @@ def one_client(config, data, method=None):
     return bench, message, client, (method or FedAvg()).client_update(client, PHASE, message)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05])
@@ -325,6 +326,7 @@ def test_augmentation_changes_batches_and_is_reproducible(make_data, make_config
     assert results[0] != results[1] == results[2]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("fixed", [None, 1])
 def test_training_alone_fixes_statistics_as_fedavg_does(fixed, make_data, make_config, tmp_path):
     for method in ("fedavg", "local"):

@@ -57,7 +57,7 @@ def played(data, out, make):
 FIGURES = {segmentation: "dice", multilabel: "macro_auroc"}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("make", FIGURES)
 @pytest.mark.parametrize("where", ["own", "part"])
 @pytest.mark.parametrize("lacking", [0, 2])

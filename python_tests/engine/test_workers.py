@@ -158,6 +158,7 @@ def test_a_worker_that_is_lost_while_it_is_told_something(make_data, make_config
     assert without(side_by_side, "lost-worker") == serial
 
 
+@pytest.mark.exhaustive
 def test_a_network_of_the_users_own(make_data, make_config, tmp_path, monkeypatch, processes):
     monkeypatch.setitem(MODELS, "narrow", worker_methods.NARROW)
     serial, side_by_side = compared(make_config(model="narrow"), make_data(), tmp_path)
@@ -353,6 +354,7 @@ def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
         assert (evaluation.evaluate(method, network, sets, nullcontext) == found[0][0]) == (precision == "fp32")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["fedavg", "fedlpfm", "feddra"])
 def test_test_sets_side_by_side(method, make_data, make_pairs, make_public, make_config, tmp_path, monkeypatch):
     """Two test sets at a time give the figures of one at a time, of clients' own sets too."""
@@ -525,6 +527,7 @@ def test_a_worker_does_not_import_torchs_compiler():
     assert told.split() == ["False", "True"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["scaffold", pytest.param("feddyn", marks=pytest.mark.exhaustive)])
 def test_open_files_do_not_follow_the_clients(method, make_data, make_config, tmp_path, processes):
     """Many clients in one exchange, with states of their own: few descriptors in every process, and Serial's bits."""

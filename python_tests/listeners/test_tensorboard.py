@@ -56,6 +56,7 @@ WORDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("last", [1, 3], ids=["before the first checkpoint", "after it"])
 def test_every_round_of_a_run_stands_in_them(last, tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install '.[tensorboard]')")
@@ -76,6 +77,7 @@ def test_every_round_of_a_run_stands_in_them(last, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.strip() == str(out)
 
 
+@pytest.mark.exhaustive
 def test_fediods_figures_stand_in_them(tmp_path):
     """Those of the generator, the student and the clients by round, and those of the teachers at the end."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install '.[tensorboard]')")

@@ -215,6 +215,7 @@ def test_when_the_average_of_the_first_stage_is_of_use(options, averaged):
     assert FedDRA(FedDRA.Options.parse(options)).averaged == averaged
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("eval_every", [1, 2])
 def test_a_run_logs_weights_and_losses_and_keeps_them(eval_every, make_pairs, make_config, tmp_path):
     config = make_config(
@@ -236,6 +237,7 @@ def test_a_run_logs_weights_and_losses_and_keeps_them(eval_every, make_pairs, ma
     assert sum(e["up"] for e in exchanges.values()) == summary["bytes"]["up"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -253,6 +255,7 @@ def test_variants_run(options, make_pairs, make_config, tmp_path):
     assert 0 <= metrics["i2t_r1"] <= 1
 
 
+@pytest.mark.exhaustive
 def test_a_hundred_and_twenty_clients(make_pairs, make_config, tmp_path):
     settings = {**SETTINGS, "local_steps": 1, "clients": 120, "rounds": 1}
     config = make_config("feddra", **settings, options={"alignment_steps": 1})

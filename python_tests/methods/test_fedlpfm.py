@@ -149,6 +149,7 @@ def test_teachers_own_accuracy_is_reported(data, make_config, tmp_path):
     assert summary["metrics"]["ood_teacher_accuracy"] == pytest.approx(float(right))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("tuning", ["probe", "finetune"])
 def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_config, tmp_path):
     """The mean over clients, each tuned by hand here; and the figure of the teacher as it came stands beside it."""
@@ -234,6 +235,7 @@ def test_backbones(data, make_config):
     assert {pair for rounds in drawn["random-each-round"] for pair in rounds} == {(0, 1), (0, 2), (1, 2)}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("tuning", ["zero-shot", "probe", "finetune"])
 def test_resumed_it_ends_alike_even_when_the_cache_is_gone(tuning, data, make_config, tmp_path):
     options = {

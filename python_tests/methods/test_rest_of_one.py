@@ -27,6 +27,7 @@ def test_a_client_looks_at_all_its_samples(method, settings, make_data, make_con
     assert 0 <= summary["metrics"]["accuracy"] <= 1
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("count", [2, 5, 7])
 def test_a_student_learns_on_as_many_public_images_as_there_are(count, make_data, make_public, make_config, tmp_path):
     config = make_config("fediod", model="mlp", rounds=1, grad_cam=0, options=PUBLIC)

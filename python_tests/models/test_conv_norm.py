@@ -373,6 +373,7 @@ def network(name: str, image_size: int = 32) -> nn.Module:
     return models.build(name, classes=3, channels=3, image_size=image_size, seed=0, width=width)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", SERVED)
 def test_convolutions_of_a_network(name, calls, monkeypatch):
     module, x = network(name), images(2, 3, 32, 32)

@@ -80,6 +80,7 @@ def test_stays_frozen_in_eval_mode():
     assert all(torch.equal(value, before[name]) for name, value in ensemble.state_dict().items())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("weights", [None, [1, 3]])
 def test_the_joint_head_starts_as_the_mean_of_the_logits(weights):
     members = networks("cnn", "cnn")

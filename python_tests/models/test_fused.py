@@ -76,6 +76,7 @@ def by_hand(setup: Setup, x: torch.Tensor, kind: str) -> torch.Tensor:
     return torch.stack(results).mean(0) if setup.fused.final == "mean" else torch.stack(results).sum(0)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("names", "blocks", "kind"),
     [

@@ -175,6 +175,7 @@ def test_fedkern_s_networks_have_none_either(make_data, tmp_path):
 # -- methods -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("method", "given"),
     [("fedgid", {"stages": "conv1,conv2"}), ("fedgid", {"stages": "conv2"}), ("fedproto", {"features": "fc1"}),

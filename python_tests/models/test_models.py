@@ -83,7 +83,7 @@ def test_the_other_networks_have_the_documented_size():
     assert parameters(make("mlp")) == 3072 * 256 + 2 * 256 * 256 + 3 * 512 + 2570
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])
 def test_stage_and_tail_compose_to_features(name, channels, size):
@@ -99,7 +99,7 @@ def test_stage_and_tail_compose_to_features(name, channels, size):
         assert torch.equal(model.tail(h, after=stage), features)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_mixing_the_last_map_is_mixing_features(name):
     """Method notes 1.5: pooling is linear, so only an earlier stage makes a difference."""
@@ -125,7 +125,7 @@ def test_mixing_the_last_map_is_mixing_features(name):
     assert (mixed(earlier) - mixed("feature")).abs().max() > 1e-3
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_initialisation_leaves_the_global_generator_alone(name):
     torch.manual_seed(123)
@@ -219,6 +219,7 @@ def test_mistakes_are_named():
         make("cnn", classes=0)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", models.MODELS)
 def test_the_smallest_image_passes(name):
     entry = models.MODELS[name]

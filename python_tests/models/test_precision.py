@@ -32,6 +32,7 @@ def near(given, exact, bound=0.05):
     return float((given - exact).detach().norm()) < bound * float(exact.detach().norm())
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", sorted(models.MODELS))
 def test_every_networks_answers_are_fp32_and_near(name):
     side = 32 if name == "efficientnet-b0" else 16
@@ -101,7 +102,7 @@ def test_generated_images_are_fp32_and_near():
     assert near(given, exact, 0.02)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("kinds", [["resnet8"] * 3, ["cnn"] * 2, ["vit-tiny"], ["cnn", "resnet8"], ["unet-small"] * 2])
 @pytest.mark.parametrize("width", [8, 24])

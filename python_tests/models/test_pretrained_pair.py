@@ -89,6 +89,7 @@ def pair(folders: dict[str, Path], image: str, text: str, **options: Any) -> Pai
 GRIDS = {"vit": (2, 2), "deit": (2, 2), "dinov2": (2, 2), "clip": (2, 2), "resnet": (2, 2), "swin": (4, 4)}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("image", GRIDS)
 def test_image_networks_become_tokens(folders: dict[str, Path], image: str) -> None:
     made = pair(folders, image, "bert")
@@ -309,6 +310,7 @@ def test_a_run_and_its_model(
     assert main(["retrieval", str(tmp_path / "run"), "--json"]) == 0
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["fedavg", "local"])
 def test_a_wrong_folder_ends_before_the_run_folder_is_made(tmp_path: Path, method: str) -> None:
     with pytest.raises(UserError, match=r"the folder .*nowhere of the image encoder does not exist"):

@@ -95,7 +95,7 @@ SCHEDULES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], Callable[[
 DIFFERENTIABLE = ("blend", "contrastive", "divergences", "ensemble")
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_compiles_nothing_anew(name: str) -> None:
     compare(name, "aot_eager")

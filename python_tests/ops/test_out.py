@@ -56,7 +56,8 @@ def test_every_operator_that_takes_out_is_covered() -> None:
     assert taking == {name.split()[0] for name in WRITERS}
 
 
-@pytest.mark.parametrize("name", [*BACKENDS, "cuda"])
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("name", [*BACKENDS, pytest.param("cuda", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_strides_of_out_do_not_matter(name: str, writer: str) -> None:
     write = WRITERS[writer]

@@ -93,7 +93,7 @@ def step(given: dict[str, Tensor], listed: bool = False) -> ops.ServerStep:
     return ops.server_step(given["global_"], vectors, WEIGHTS, "adam", **states)
 
 
-@pytest.mark.parametrize("name", [*BACKENDS, "cuda"])
+@pytest.mark.parametrize("name", [*BACKENDS, pytest.param("cuda", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(name: str, case: str) -> None:
     put, message = REFUSED[case]

@@ -54,7 +54,7 @@ def test_negated_views(operator: Operator) -> None:
     close(operator.results(*views), operator.results(*inputs))
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @each_operator
 def test_forward_mode_is_followed_or_refused(operator: Operator) -> None:
     """A kernel would drop the tangents without a word: the references have them, operators without gradient refuse."""
@@ -133,6 +133,7 @@ def test_unaligned_memory(operator: Operator) -> None:
     close(operator.results(*shifted), operator.results(*inputs))
 
 
+@pytest.mark.sampled(12)
 @each_operator
 def test_fake_and_meta_tensors(operator: Operator) -> None:
     """Their pointer is null: shapes, dtypes and strides must come without looking."""
@@ -255,6 +256,7 @@ def test_state_written_to_is_known_to_autograd(operator: Operator) -> None:
         assert torch.equal(x, old) == (i not in operator.changed)
 
 
+@pytest.mark.sampled(12)
 @each_operator
 def test_gradient_or_a_clear_error(operator: Operator) -> None:
     inputs = [x.requires_grad_() for x in operator.inputs(torch.float64)]
@@ -340,6 +342,7 @@ def test_saved_tensors_that_come_back_otherwise(name: str, way: str) -> None:
 # --- torch.library
 
 
+@pytest.mark.sampled(12)
 @each_operator
 def test_vmap_and_func_grad_or_a_clear_error(operator: Operator) -> None:
     inputs = operator.inputs()
@@ -392,7 +395,8 @@ def served_by(name: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", ["chosen", "triton", "cuda"])
+# Who has not compiled the emulated core yet waits a minute of processor time for it.
+@pytest.mark.parametrize("name", ["chosen", "triton", pytest.param("cuda", marks=pytest.mark.exhaustive)])
 def test_opcheck_of_every_library_operator(name: str) -> None:
     """Each with the arguments that the public functions give it, the backward operators' included."""
     with served_by(name):

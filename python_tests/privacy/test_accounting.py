@@ -120,6 +120,7 @@ def test_parts_of_several_accountants_share_delta():
     assert all(0 < share < 1 for share in bounds.SPLITS)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "entry", [Entry(DP_SGD, 1.0, 0.05, 100), Entry(GAUSSIAN, 3.0, 0.1, 50), Entry(GAUSSIAN, 3.0, 1.0, 5)]
 )

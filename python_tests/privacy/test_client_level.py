@@ -35,6 +35,7 @@ def test_without_a_draw_epsilon_is_that_of_one_gaussian_mechanism_of_sensitivity
     assert found == pytest.approx(dp.get_epsilon_gaussian(noise / 2 / math.sqrt(rounds), DELTA), rel=1e-9)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("noise", "rounds", "drawn", "of"), [(2.0, 100, 100, 10_000), (3.0, 1000, 7, 300)])
 def test_with_a_draw_epsilon_is_that_of_the_sampled_gaussian_mechanism(noise, rounds, drawn, of):
     dp = pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")

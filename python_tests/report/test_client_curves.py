@@ -23,6 +23,7 @@ def records(clients, rounds=3):
         yield {"round": r + 1, "clients": info}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("clients", [3, 120])
 def test_weights_and_losses_are_drawn(clients, tmp_path):
     path = tmp_path / "weights.png"
@@ -51,6 +52,7 @@ def test_the_line_of_equal_weights(monkeypatch):
     assert found == [0.25]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("settings", [{}, {"sample_fraction": 0.67}])
 def test_the_lines_of_weights_by_samples(settings, tmp_path, monkeypatch):
     """They are where the weights of a real run begin, also where a client takes no part in the first round."""

@@ -101,7 +101,7 @@ def check(texts: list[Text], name: str) -> None:
         assert not any(text.get_parse_math() for text in named)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(1)
 @pytest.mark.filterwarnings("error")
 def test_pictures(name, drawn, tmp_path):
     path = tmp_path / "p.png"
@@ -271,6 +271,7 @@ def named_curves(name):
     return [*texts, *([re.sub("<[^>]*>", "", chart.svg)] for chart in drawn)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["_north", "__", "_child0", "_nolegend_", "north"])
 def test_every_curve_is_in_the_legend(name):
     for texts in named_curves(name):

@@ -322,6 +322,7 @@ def test_figures_that_need_no_learning_are_dotted_lines():
     assert line.get_label() == "commonest class"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("shape", [(1, 2), (5, 10), (120, 3), (3, 100)])
 def test_any_partition_can_be_drawn(tmp_path, shape):
     counts = np.arange(shape[0] * shape[1]).reshape(shape)

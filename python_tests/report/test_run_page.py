@@ -161,6 +161,7 @@ def test_only_pictures_of_the_folder_are_embedded(folder, tmp_path):
     assert read(folder).values("src") == []
 
 
+@pytest.mark.exhaustive
 def test_missing_pictures_are_drawn(folder):
     for name in ("pictures.json", "accuracy.png"):
         (folder / name).unlink()
@@ -231,6 +232,7 @@ def test_private_records_tell_nothing_of_clients(tmp_path):
     assert page.values("src") == []
 
 
+@pytest.mark.exhaustive
 def test_data_and_names_of_a_python_program(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)

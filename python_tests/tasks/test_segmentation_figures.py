@@ -221,7 +221,7 @@ def settings(method="fedavg", **given):
     return RunConfig.make(method, **{**plain, **given})
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", METHODS_HERE)
 def test_every_method_for_segmentation_runs(tmp_path, method):
     options = {"distill_epochs": 1} if method == "feddf" else {}

@@ -164,7 +164,7 @@ def test_a_round_whose_figure_is_nan_is_never_the_best(data, make_config, tmp_pa
     assert (summary["rounds"], summary["best"]["round"], summary["best"]["value"]) == (4, 2, 0.5)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("flag", ["patience", "stop_at"])
 @pytest.mark.parametrize("at", [("round-start", 1), ("client", 4), ("end", 0)])
 def test_an_interrupted_run_ends_alike(flag, at, data, make_config, tmp_path):

@@ -63,7 +63,7 @@ def as_client(entry, name):
         entry["table"]["file"] = name
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("way", ["resume", "extend"])
 @pytest.mark.parametrize("put", [in_files, as_server, as_participation, as_client])
 @pytest.mark.parametrize("which", ["older", "every"])
@@ -122,7 +122,7 @@ def lead(path, victim, kind):
         os.link(victim, path)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["link", "hard link", "dangling link"])
 @pytest.mark.parametrize("name", [*CHANGED, *REPLACED])
 @pytest.mark.parametrize("way", ["resume", "extend"])

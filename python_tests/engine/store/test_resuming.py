@@ -84,6 +84,7 @@ def test_a_run_of_a_gpu_is_attacked_without_one(make_data, make_config, tmp_path
     assert 0 <= attack(tmp_path, data=make_data())["auc"] <= 1
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("left", [0, 30, None])
 def test_rounds_that_metrics_have_lost_are_not_made_up(left, cut, make_data):
     path = cut / "metrics.jsonl"
@@ -100,7 +101,7 @@ def test_rounds_that_metrics_have_lost_are_not_made_up(left, cut, make_data):
     assert go_on(cut, make_data())["rounds"] == 3
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("key", ["info", "finished", "parts", "entry", "round", "files", "clients"])
 def test_a_damaged_entry_falls_back_to_the_one_before(key, cut, make_data, make_config, tmp_path):
     run(make_config(rounds=3), out=tmp_path / "whole", data=make_data())

@@ -247,7 +247,7 @@ def same(one, other):
     )
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", AVERAGING)
 @pytest.mark.parametrize("text", ["topk:share=0.02", "int8"])
 def test_every_method_that_averages_compresses(text, method, settle, tmp_path):
@@ -273,7 +273,9 @@ def test_bytes_are_those_that_travel(make_data, make_config, tmp_path):
     assert sizes["int8"] == 2 * 3 * (parameters + 4 * -(-parameters // CHUNK))
 
 
-@pytest.mark.parametrize("method", ["fedavg", pytest.param("scaffold", marks=pytest.mark.exhaustive), "feddra"])
+@pytest.mark.parametrize(
+    "method", ["fedavg", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("scaffold", "feddra"))]
+)
 def test_workers_and_interruptions_change_no_bit(method, settle, tmp_path):
     """FedDRA has two exchanges with parameters in a round, with residuals of their own."""
     config, data = settle(method, rounds=3, compress="int8")
@@ -326,6 +328,7 @@ LOST = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("what", LOST)
 def test_a_lost_upload_leaves_the_residual_as_it_was(what, make_data, make_config, tmp_path, monkeypatch):
     """What a client adds to its next update is what the server has not got, and nothing that it counts already."""
@@ -378,6 +381,7 @@ def test_bounds_are_those_of_what_the_server_reads(text, make_data, make_config,
     assert [k for k, info in clipped["clients"].items() if "clipped" in info] == [max(drifts, key=drifts.get)]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("stays", [False, True])
 def test_exact_sums_and_sums_on_the_gpu_are_of_what_the_server_reads(
     stays, make_data, make_config, tmp_path, monkeypatch

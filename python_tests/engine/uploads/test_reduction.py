@@ -35,6 +35,7 @@ def play(name, stays, data, make_config, out, monkeypatch, **more):
     return set(seen), load_file(out / "model.safetensors"), [each["clients"] for each in read_metrics(out)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", STAYING)
 def test_a_run_is_the_same_where_uploads_stay(name, device, make_data, make_config, tmp_path, monkeypatch):

@@ -165,6 +165,7 @@ def missing(answer):
     del answer["integers"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("how", "why"),
     [

@@ -82,6 +82,7 @@ def test_bits_in_two_workers_and_killed_and_resumed(tmp_path):
     assert {"optimizer update", "optimizer own", "own"} == {name.rsplit(" ", 1)[0] for name in kept}
 
 
+@pytest.mark.exhaustive
 def test_the_term_pulls_towards_the_global_network(tmp_path):
     apart = []
     for lam in (0, 10.0):
@@ -104,6 +105,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.exhaustive
 def test_it_is_compared_by_own_and_worst_client(tmp_path):
     found = fedkern.compare(["fedavg", "fedper", "ditto"], seeds=[1], out=tmp_path / "x", **SETTINGS)
     assert [row["group"] for row in found.table] == ["fedavg", "fedper", "ditto"]

@@ -8,6 +8,7 @@ from torch import nn
 from fedkern.errors import UserError
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("model", ["cnn", "resnet8", "mlp"])
 def test_it_keeps_the_networks_last_layer(tmp_path, model):
     settings = {"model": model, "rounds": 1}

@@ -158,7 +158,7 @@ def test_personal_networks_are_tested_on_their_clients_own_samples(make_data, ma
     assert whole == super(FedProto, FedProto()).evaluate(stranger, asked)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("networks", "buffers"), [("averaged", "average"), ("averaged", "drop"), ("personal", "average")]
 )

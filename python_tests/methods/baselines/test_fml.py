@@ -68,6 +68,7 @@ def test_fml_private_models_begin_apart(make_data, make_config):
     assert all(torch.equal(shared[name], value) for name, value in clients[1].network().state_dict().items())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("buffers", ["average", "local"])
 def test_fml_without_mutual_terms_is_fedavg(buffers, make_data, make_config, tmp_path):
     """With alpha = beta = 1 nothing passes between the two, and the proxy is trained as FedAvg's network."""

@@ -90,6 +90,7 @@ def test_fedavg_bit_for_bit_with_mu_zero_and_in_the_first_round(make_data, make_
     assert not same("avg3", "moon3")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("buffers", ["average", "local", "drop"])
 def test_the_previous_model_stays_with_the_client(buffers, make_data, make_config, tmp_path):
     kept = {}

@@ -85,6 +85,7 @@ def test_a_poisoned_upload_is_left_out_and_named(make_data, make_config, tmp_pat
     assert all(bool(torch.isfinite(t).all()) for t in tensors(tmp_path / "skip").values())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("value", "why", "nobody"),
     [

@@ -144,6 +144,7 @@ def best_weights(rho):
     return minimize(least, start, bounds=[(0, 1)] * 4, constraints=[ball, even], method="SLSQP").x
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("rho", [0.1, 0.5, math.inf])
 def test_weights_approach_those_of_the_worst_mixture(rho):
     method = Quadratic(AFL.Options(eta=0.02))

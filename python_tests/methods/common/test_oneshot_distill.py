@@ -30,6 +30,7 @@ def data(make_data, make_public):
     return make_public(make_data(), samples=10)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", OPTIONS)
 def test_average_then_distilled_then_calibrated(method, data, make_config, tmp_path):
     run(make_config("oneshot-fedavg", model="cnn", rounds=None), out=tmp_path / "average", data=data)

@@ -24,7 +24,7 @@ PHASE = Phase(0, "train", "update")
 TINY = {"width": 8, "batch_size": 6, "lr": 0.01}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "feddyn", "scaffold", "local", "centralised"])
 def test_a_baseline_trains_on_pairs(method, make_pairs, make_config, tmp_path):
     config = make_config(method, **TINY, client_test=0.3)

@@ -29,6 +29,7 @@ def test_without_a_hold_out_the_teachers_are_those_of_the_ensemble(make_data, ma
         assert torch.equal(value, brought.state_dict()[name]), name
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["oneshot-fedavg", "dense", "fediod"])
 def test_teachers_of_an_earlier_run_or_of_ones_own(method, make_data, make_config, tmp_path):
     """What comes of the teachers of a run is what comes of the same networks as files."""

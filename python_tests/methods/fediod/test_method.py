@@ -33,6 +33,7 @@ def world(make_config, make_data):
 # -- one message after another, all clients at once, one graph ---------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("models", ["cnn:2", MIXED], ids=["alike", "three architectures"])
 def test_a_cohort_gives_the_numbers_of_messages(world, models):
     worlds = [world(models=models, batched=batched, **EVERY_TERM) for batched in (True, False)]
@@ -160,6 +161,7 @@ def test_absent_clients_are_skipped_and_the_rest_reweighted(world):
     assert w.server.round_cache["workshop"].iteration == 1
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("mode", ["generator", "public"])
 def test_a_teacher_that_diverges_is_left_out(mode, make_data, make_public, make_config, monkeypatch, tmp_path):
     fit = Client.fit
@@ -260,6 +262,7 @@ def test_the_student_begins_after_the_warm_up(world):
     assert rates[4:] == pytest.approx([end + (start - end) * c for c in (1, 0.853553, 0.5, 0.146447)], rel=1e-4)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("optimizer", "kept"), [("sgd", {"momentum_buffer"}), ("adamw", {"step", "exp_avg", "exp_avg_sq"})]
 )
@@ -271,6 +274,7 @@ def test_a_round_goes_on_where_the_one_before_ended(world, optimizer, kept):
     assert same(states[0], states[1])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("bias", [0.0, 50.0, -50.0])
 def test_a_saturated_generator_is_told_of(world, bias):
     """All white or all black: the sigmoid lets no gradient through, and the run would end at chance without a word."""

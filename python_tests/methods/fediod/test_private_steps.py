@@ -107,6 +107,7 @@ def kept_whoever_serves(world, monkeypatch, iterations):
     return states
 
 
+@pytest.mark.sampled(1)
 @needs_accounting
 @pytest.mark.parametrize("serves", [None, 0, 2], ids=["drawn", "the first", "the last"])
 def test_shards_train_in_turn_whichever_serves(world, monkeypatch, serves):
@@ -143,6 +144,7 @@ def test_a_discriminator_that_has_not_trained_does_not_tell_whether_it_served(wo
     assert same(*states)
 
 
+@pytest.mark.sampled(1)
 @needs_accounting
 @pytest.mark.parametrize("scores", ["withhold", "release"])
 def test_what_is_reported_does_not_tell_who_serves(world, monkeypatch, scores):

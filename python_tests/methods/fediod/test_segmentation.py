@@ -125,6 +125,7 @@ def test_one_client_alone_is_its_own_ensemble(tmp_path):
     assert len(each) == 1
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("select", ["last", "best"])
 def test_a_hold_out_of_which_nothing_is_known_has_no_figure(tmp_path, select):
     """A tenth of nine images is one, which may be unknown as a whole."""

@@ -23,6 +23,7 @@ from fedkern.models.cost import stored_bytes
 # -- invariants ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("final", ["mean", "concat"])
 def test_one_block_is_the_ensemble_of_locally_trained_networks(final, make_data, make_config, tmp_path):
     data = make_data()
@@ -167,7 +168,7 @@ def test_the_base_width_is_read_from_the_network(name):
 # -- options -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("settings", "options"),
     [

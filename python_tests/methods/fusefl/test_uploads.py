@@ -47,7 +47,7 @@ def statistics(upload):
     upload["means"] = upload["means"] * torch.inf
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("level", "change", "said"),
     [

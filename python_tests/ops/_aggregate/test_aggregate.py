@@ -53,6 +53,7 @@ def test_more_than_a_block(name: str, count: int) -> None:
     check(name, count, 70001, torch.float32, "random")
 
 
+@pytest.mark.sampled(21)
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("count", CLIENTS)
 @pytest.mark.parametrize("dtype", DTYPES)

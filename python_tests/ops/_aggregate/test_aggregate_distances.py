@@ -69,6 +69,7 @@ def test_distances_to_nan_and_infinity(backend: str) -> None:
     assert not given.diagonal().any()
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_an_infinity_in_all_vectors_keeps_none_apart(backend: str, dtype: torch.dtype, sign: int) -> None:
@@ -106,7 +107,7 @@ def median_in_fp64(vectors: list[Tensor], weights: list[float]) -> Tensor:
     return point
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("most", [0, 128], ids=["iterated", "from distances"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_minority_moves_the_geometric_median_far(

@@ -137,6 +137,7 @@ def test_rules(backend: str, rule: str) -> None:
         check(rule, 5, 300, torch.float32, defaults=defaults)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("rule", RULES)
 def test_pairs(backend: str, rule: str) -> None:
     axes = {

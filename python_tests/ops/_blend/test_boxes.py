@@ -130,6 +130,7 @@ def test_gradients(name: str, channels_last: bool) -> None:
     assert torch.equal(batched[0].reshape(120, 120).diagonal().view(3, 2, 5, 4), 1 - gradient)
 
 
+@pytest.mark.exhaustive
 def test_opcheck_and_compile() -> None:
     boxes = torch.tensor([[[0.0, 0, 2, 2]], [[1, 1, 3, 9]]])
     images = torch.randn(2, 3, 4, 5, requires_grad=True)

@@ -35,6 +35,7 @@ def test_the_reference_is_cross_entropy_both_ways() -> None:
     torch.testing.assert_close(gradients_reference(torch.ones(()), x, y, learnt.detach()), wanted)
 
 
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("case", pairwise(AXES), ids=describe)
 def test_loss_and_gradients(backend: str, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, torch.device("cpu"), monkeypatch)
@@ -218,6 +219,7 @@ def test_compiled_with_a_learnt_scale(name: str) -> None:
             torch.testing.assert_close(got, torch.autograd.grad(loss(*inputs), inputs))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["reference", *KERNELS[-1:]])
 def test_opcheck_of_what_torch_func_calls(name: str) -> None:
     x, y = leaves(5, 3)

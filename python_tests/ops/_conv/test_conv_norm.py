@@ -93,6 +93,7 @@ def test_the_reference_is_torchs_own_layers() -> None:
         torch.testing.assert_close(ops.conv_norm(**given, groups=4, eps=1e-3, **settings), expected)
 
 
+@pytest.mark.sampled(26)
 @each_kernel
 @pytest.mark.parametrize("case", CASES, ids=describe)
 def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
@@ -121,6 +122,7 @@ def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
     assert_same(got, alone, list(alone))
 
 
+@pytest.mark.sampled(37)
 @each_kernel
 @pytest.mark.parametrize("case", GROUP_NORMS, ids=describe)
 def test_group_norms(name: str, case: dict[str, Any]) -> None:
@@ -147,6 +149,7 @@ def test_group_norms(name: str, case: dict[str, Any]) -> None:
     assert_near(got, expected)
 
 
+@pytest.mark.sampled(11)
 @needs_core
 @pytest.mark.parametrize(("stride", "side", "shape"), SHAPES)
 def test_these_shapes_are_served(stride: int, side: int, shape: tuple[int, int, int, int]) -> None:

@@ -431,6 +431,7 @@ def test_autocast_runs_the_convolution_in_16_bits(norm: dict[str, int]) -> None:
     assert ops.conv_norm(**mixed, **norm).dtype is torch.bfloat16
 
 
+@pytest.mark.exhaustive
 def test_compiled() -> None:
     """Without a graph break, statistics and gradients included; the reference's own layers are what it sees."""
     for norm in ({"training": True}, {"training": False}, {"groups": 4}):

@@ -110,6 +110,7 @@ def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
         assert_same(pooled(given, relu=relu), got, ["out"])
 
 
+@pytest.mark.sampled(8)
 @needs_core
 @pytest.mark.parametrize("shape", POOLED, ids=str)
 def test_these_shapes_are_served(shape: tuple[int, ...]) -> None:
@@ -549,6 +550,7 @@ def test_autocast_runs_the_convolution_in_16_bits(served: list[str]) -> None:
     assert not served
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("compiler", "dynamic", "plain"), [("eager", True, False), ("aot_eager", False, True)])
 def test_compiled(compiler: str, dynamic: bool, plain: bool) -> None:
     """Without a graph break; plain: neither bias nor ReLU."""

@@ -23,6 +23,7 @@ class Calling(nn.Module):
         return self.operator.results(*inputs)
 
 
+@pytest.mark.sampled(12)
 @each_operator
 def test_trace_raises(operator: Operator) -> None:
     """A recording would hold one ``aten::empty``, and its replay return whatever memory holds."""

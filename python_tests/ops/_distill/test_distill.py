@@ -200,6 +200,7 @@ def test_pairs_are_covered() -> None:
     assert seen == wanted
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("scale", [1e-2, 1e-3])
 @pytest.mark.parametrize("classes", [3, 10, 100, 1000, 5000])
 def test_nearly_equal_rows_keep_their_digits(backend: str, classes: int, scale: float) -> None:
@@ -270,6 +271,7 @@ def test_equal_rows_have_no_divergence(backend: str) -> None:
         assert student.grad.abs().max() < 1e-7
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("scale", [0.1, 1.0, 20.0])
 @pytest.mark.parametrize("classes", [2, 10, 129, 1000])
 def test_no_larger_error_than_eager_torch(backend: str, classes: int, scale: float) -> None:

@@ -279,6 +279,7 @@ def test_offsets_beyond_32_bits(name: str) -> None:
 # --- determinism
 
 
+@pytest.mark.sampled(2)
 @each_operator
 @pytest.mark.parametrize("name", KERNELS)
 def test_same_bits_for_every_run_and_thread_count(name: str, operator: str) -> None:

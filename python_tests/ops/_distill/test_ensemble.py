@@ -98,6 +98,7 @@ def test_weights_of_other_dtypes_than_the_logits(backend: str) -> None:
     compare_dtypes_of_weights(backend)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("difference", DIFFERENCES)
 @pytest.mark.parametrize("classes", [2, 40])
 def test_masks_that_leave_little_mass(backend: str, classes: int, difference: float) -> None:
@@ -117,6 +118,7 @@ def test_little_mass_in_other_ways(backend: str, more: dict[str, Any]) -> None:
         compare_little_mass(backend, difference, **{"classes": 6, "rows": 5, **more})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scale", [10.0, 20.0])
 def test_masks_on_teachers_who_are_sure(backend: str, scale: float) -> None:
     compare_random_masks(backend, scale, rows=50 if backend == "triton" else 5000)

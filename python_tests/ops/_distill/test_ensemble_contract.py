@@ -54,6 +54,7 @@ def test_every_shape_of_weights(backend: str) -> None:
             torch.testing.assert_close(got[:, i, 1], one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-60, 1e-300, 5e-324, 1e38, 1.5e308])
 def test_float64_weights_of_any_scale(backend: str, scale: float, dtype: torch.dtype) -> None:
@@ -301,6 +302,7 @@ def test_fake_tensors() -> None:
         assert ops.js_div(teachers, reduction="none").shape == (4, 2)
 
 
+@pytest.mark.exhaustive
 def test_compile_without_graph_break_or_recompilation() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

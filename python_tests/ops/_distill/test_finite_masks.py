@@ -13,7 +13,7 @@ from operator_cases import DTYPES
 from fedkern import ops
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("call", CALLS)
 def test_finite_masks_count_as_infinite_ones(backend: str, call: str, dtype: torch.dtype) -> None:

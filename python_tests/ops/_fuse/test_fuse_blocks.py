@@ -274,6 +274,7 @@ def test_empty_batch_and_other_dtypes() -> None:
             torch.testing.assert_close(fused(x).float(), wanted, rtol=loose, atol=loose)
 
 
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize(
     ("width", "kernel", "stride", "padding", "dilation", "size"),
     [

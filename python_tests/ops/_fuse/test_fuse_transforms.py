@@ -25,6 +25,7 @@ def case_fp64(layout: torch.memory_format = torch.contiguous_format) -> list[Ten
     return [t.requires_grad_() for t in (*maps, scale, torch.randn(6, dtype=torch.float64))]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_gradcheck(backend: str, function: Callable) -> None:
     *maps, scale, shift = case_fp64()

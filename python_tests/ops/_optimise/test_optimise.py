@@ -98,6 +98,7 @@ def test_portable_bits_are_those_of_torch_without_fused_products() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(37,), (3, 1030)], ids=str)

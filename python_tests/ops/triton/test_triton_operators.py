@@ -29,7 +29,7 @@ def gpu() -> Iterator[torch.device]:
         yield torch.device("cuda")
 
 
-@pytest.mark.sampled(11)
+@pytest.mark.sampled(5)
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
 @each_gpu_operator
 def test_each_operator_gives_the_reference_result(operator: Operator) -> None:
