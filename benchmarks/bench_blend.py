@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import compare
 from torch import Tensor
 
+from benchmarks.harness import compare
 from fedkern import ops
 
 SHAPE = (64, 256, 14, 14)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import compare
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from benchmarks.harness import compare
 from fedkern import ops
 
 

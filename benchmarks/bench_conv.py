@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compare
 from torch import Tensor
 
+from benchmarks.harness import compare
 from fedkern import ops
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from contestants import liger_kl
-from harness import compare
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, softmax
 
+from benchmarks.contestants import liger_kl
+from benchmarks.harness import compare
 from fedkern import ops
 
 SHAPES = [(64, 10), (4096, 100), (4096, 1000), (256, 32000)]

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from contestants import liger_jsd
-from harness import compare
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, softmax
 
+from benchmarks.contestants import liger_jsd
+from benchmarks.harness import compare
 from fedkern import ops
 
 SHAPES = [(20, 64, 10), (20, 256, 10), (20, 64, 100), (20, 256, 100)]

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from bench_aggregate import add_loop
-from bench_distill import eager_kl, leaves, train_step
-from bench_optimise import BETAS, DECAY, EPS, LR, MOMENTUM, Case
-from harness import compare
 from torch import Tensor
 
+from benchmarks.bench_aggregate import add_loop
+from benchmarks.bench_distill import eager_kl, leaves, train_step
+from benchmarks.bench_optimise import BETAS, DECAY, EPS, LR, MOMENTUM, Case
+from benchmarks.harness import compare
 from fedkern import ops
 
 KEPT, LEFT = "with the promises", "without"

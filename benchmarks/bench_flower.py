@@ -15,12 +15,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import gate
-import harness
-import machines
 import pytest
-import sources
-from comparisons import Comparison
+
+from benchmarks import gate, harness, machines, sources
+from benchmarks.comparisons import Comparison
 
 HERE = Path(__file__).parent
 OURS, THEIRS = "fedkern", "Flower"

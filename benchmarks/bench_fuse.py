@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contestants import folded
-from harness import compare
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from benchmarks.contestants import folded
+from benchmarks.harness import compare
 from fedkern import ops
 from fedkern.models.resnet import BasicBlock
 from fedkern.ops._core import backend

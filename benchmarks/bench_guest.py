@@ -11,11 +11,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from guests import GUESTS
-from harness import compare
 from torch import Tensor, nn
 
 import fedkern
+from benchmarks.guests import GUESTS
+from benchmarks.harness import compare
 
 STEPS = 5  # at a time: a loop trains one network, whose code stays in the caches
 

@@ -12,10 +12,10 @@ from functools import partial
 
 import pytest
 import torch
-from contestants import Contestant
-from harness import compare
 from torch import Tensor
 
+from benchmarks.contestants import Contestant
+from benchmarks.harness import compare
 from fedkern import ops
 
 SIZES = [1_000, 20_000, 200_000, 1_000_000, 11_000_000]

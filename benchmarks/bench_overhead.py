@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import compare
 from torch import Tensor
 
+from benchmarks.harness import compare
 from fedkern import ops
 
 ROWS, CLASSES = 64, 10

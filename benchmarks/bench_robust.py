@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import compare
 from torch import Tensor
 
+from benchmarks.harness import compare
 from fedkern import ops
 
 

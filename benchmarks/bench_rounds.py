@@ -35,17 +35,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gate
-import harness
-import machines
 import pytest
-import sources
-from comparisons import Comparison
-from contestants import Absent
-from rounds import setting
-from rounds.plays import Contestant, Failed, Played, play
-from rounds.setting import Setting
-from rounds.task import Task
+
+from benchmarks import gate, harness, machines, sources
+from benchmarks.comparisons import Comparison
+from benchmarks.contestants import Absent
+from benchmarks.rounds import setting
+from benchmarks.rounds.plays import Contestant, Failed, Played, play
+from benchmarks.rounds.setting import Setting
+from benchmarks.rounds.task import Task
 
 # So many rounds that processes which start beside the first ones (two seconds) have come by the median one.
 ROUNDS = {10: 30, 50: 15, 200: 5}

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import compare
 from torch import Tensor
 
+from benchmarks.harness import compare
 from fedkern import ops
 from fedkern.ops._aggregate.rules import DEFAULTS
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from harness import compare
 from torch import Tensor
 
+from benchmarks.harness import compare
 from fedkern import ops
 from fedkern.models import build
 

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import comparisons
-import gate
-import harness
 import pytest
-import shown
 import torch
+
+from benchmarks import comparisons, gate, harness, shown
 
 HERE = Path(__file__).parent
 GATE_SECONDS = 60

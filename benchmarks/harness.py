@@ -23,16 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gate
-import machines
-import peak_memory
 import pytest
-import shown
-import sources
-import timing
 import torch
-from comparisons import Comparison, Recorder, machine_difference
-from contestants import Absent
+
+from benchmarks import gate, machines, peak_memory, shown, sources, timing
+from benchmarks.comparisons import Comparison, Recorder, machine_difference
+from benchmarks.contestants import Absent
 
 HERE = Path(__file__).parent
 MAX_SECONDS = 20.0  # of a measurement, after which it ends once it has LEAST_PAIRS pairs

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from interrupted import Kill, KillAt
 
 from fedkern.engine.run import run
 from fedkern.settings.config import RunConfig
 from fedkern.usercode import plugins
+from python_tests.interrupted import Kill, KillAt
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "plugins"
 

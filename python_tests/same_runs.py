@@ -1,7 +1,7 @@
 """Plays every method on every task that it serves with two checkouts on this machine and tells where the runs differ.
 
-    python python_tests/same_runs.py OLD NEW [--only WORDS] [--modes MODE...] [--keep DIR]
-    python python_tests/same_runs.py OLD NEW --only "fedavg, segmentation" --modes "one process" resumed
+    python -m python_tests.same_runs OLD NEW [--only WORDS] [--modes MODE...] [--keep DIR]
+    python -m python_tests.same_runs OLD NEW --only "fedavg, segmentation" --modes "one process" resumed
 
 OLD and NEW are checkouts with their compiled core built in place.  Bits differ between processors, so both are played
 here.  Every method in its smallest form runs in one process, in two workers, on two ranks of torchrun, on Flower's
@@ -114,7 +114,7 @@ else:
 '''
 FLOWER = """
 import json, sys
-from node_grid import NodeGrid
+from python_tests.flower.node_grid import NodeGrid
 try:
     from fedkern.flower.runs import server_app
 except ImportError:  # a checkout whose Flower has no rooms
@@ -194,7 +194,7 @@ class Checkout:
 
 def settings_of(method: str, task: str) -> dict[str, Any]:
     """The smallest form of a method on a task, as keyword arguments of ``fedkern.simulate``."""
-    from smallest import SETTINGS as smallest
+    from python_tests.smallest import SETTINGS as smallest
 
     own = {**smallest.get(method, {}), **OWN.get(method, {}), **OWN.get(f"{method}, {task}", {})}
     given = {**SETTINGS, **(TASKS | NETWORKS)[task], **own}

@@ -15,14 +15,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common_networks
 import numpy as np
 import pytest
 from PIL import Image
-from same_runs import settings_of
 
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
+from python_tests import common_networks
+from python_tests.same_runs import settings_of
 
 pytestmark = pytest.mark.slow
 

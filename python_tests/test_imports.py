@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +13,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+import fedkern
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +41,17 @@ def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
     if name.startswith("benchmarks"):  # which find each other by their own folder too
         found |= {f"benchmarks.{each}" for each in found}
     return found & set(known) - {name}
+
+
+def test_fedkern_is_the_installed_one() -> None:
+    """What is tested is what a user has; a developer may name the checkout, or install it in place."""
+    if str(ROOT) in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        pytest.skip("PYTHONPATH names the checkout")
+    installed = importlib.metadata.distribution("fedkern").read_text("direct_url.json") or "{}"
+    if json.loads(installed).get("dir_info", {}).get("editable"):
+        pytest.skip("fedkern is installed in place")
+    assert str(ROOT) not in sys.path
+    assert not Path(fedkern.__file__).is_relative_to(ROOT / "fedkern")
 
 
 def test_no_module_needs_what_other_systems_lack() -> None:

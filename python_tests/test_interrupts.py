@@ -7,11 +7,11 @@ import sys
 import time
 
 import pytest
-from interrupted import lose
 
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.process import interrupts
 from fedkern.process.interrupts import Terminated, check, in_order
+from python_tests.interrupted import lose
 
 BOTH = pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 

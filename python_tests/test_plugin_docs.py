@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plugin_sources import EXAMPLES, plugged  # noqa: F401
 
 from fedkern import __all__ as exported
 from fedkern.methods import AGGREGATORS
 from fedkern.run import main
+from python_tests.plugin_sources import EXAMPLES, plugged  # noqa: F401
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "plugins.md").read_text()
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))

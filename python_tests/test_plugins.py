@@ -7,7 +7,6 @@ import sys
 from importlib.metadata import EntryPoint
 
 import pytest
-from plugin_sources import Marked, plugged, unload_all  # noqa: F401
 
 from fedkern.cli import flags
 from fedkern.data import DATASETS
@@ -15,6 +14,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
 from fedkern.usercode import named_code, plugins
+from python_tests.plugin_sources import Marked, plugged, unload_all  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("plugged")
 

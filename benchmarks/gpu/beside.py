@@ -20,10 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import trace
-from benchmarks.gpu.stages import ROOT
-
-sys.path.append(str(ROOT / "benchmarks"))  # bench_rounds.py's modules find theirs there
-
 from benchmarks.rounds import ours, plays, setting
 from benchmarks.rounds.plays import Contestant
 from benchmarks.rounds.setting import Setting

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from processes import proportional_bytes
+
+from benchmarks.processes import proportional_bytes
 
 from .task import DEVICE, Task
 

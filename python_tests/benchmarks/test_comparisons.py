@@ -8,10 +8,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import machines
 import pytest
 
-from benchmarks import gate, page_figures, report, shown, sources
+from benchmarks import gate, machines, page_figures, report, shown, sources
 from benchmarks.comparisons import RESULTS, Comparison, Recorder, read_results, write_results
 from fedkern.process.commit import commit
 

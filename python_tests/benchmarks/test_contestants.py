@@ -5,15 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import bench_aggregate
-import bench_boxes
-import bench_robust
-import bench_server_step
-import contestants
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import bench_aggregate, bench_boxes, bench_robust, bench_server_step, contestants
 from fedkern import ops
 from fedkern.models.resnet import BasicBlock
 

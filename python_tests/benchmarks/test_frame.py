@@ -19,12 +19,12 @@ TOY = '''
 """Contestants that return their own duration; ours is as much slower as SLOWER says."""
 import os
 
-import gate
-import harness
+from benchmarks import gate
+from benchmarks import harness
 import pytest
-import shown
-import timing
-from contestants import Absent
+from benchmarks import shown
+from benchmarks import timing
+from benchmarks.contestants import Absent
 
 SLOWER = float(os.environ.get("SLOWER", "1"))
 shown.SHOWN = {f"bench_toy.py::test_toy[{size}": shown.Shown("", size) for size in ("small", "large", "lasting")}
@@ -89,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 COMPILED = '''
 """Twelve shapes of one function, more than torch.compile compiles before it gives up in silence."""
-import harness
+from benchmarks import harness
 import pytest
 import torch
 
@@ -197,7 +197,7 @@ KILLED = '''
 import os
 import signal
 
-import harness
+from benchmarks import harness
 
 
 def test_one(node):

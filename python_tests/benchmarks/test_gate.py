@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import gate
 import pytest
-from comparisons import machine_difference
+
+from benchmarks import gate
+from benchmarks.comparisons import machine_difference
 
 MACHINE = {"cpu": "A", "cores": 2, "isa": "avx2", "torch": "2.13.0+cpu"}
 FLOOR = gate.Floor("eager", (2.0, 2.2), (1.0, 1.1))

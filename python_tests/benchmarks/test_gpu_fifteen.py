@@ -14,8 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from emulated_core import emulated
-from every_operator import OPERATORS
 
 from benchmarks import bench_methods, comparisons, gpu_figures, timing
 from benchmarks.gpu import beside, counters, fifteen, kernels, stages, without
@@ -26,6 +24,8 @@ from benchmarks.rounds.plays import Played
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
 from fedkern.engine import lanes, training
+from python_tests.ops.emulated_core import emulated
+from python_tests.ops.every_operator import OPERATORS
 
 H200 = {"gpu": "NVIDIA H200", "capability": "9.0"}
 H100 = {"gpu": "NVIDIA H100 80GB HBM3", "capability": "9.0"}

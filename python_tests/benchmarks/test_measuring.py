@@ -6,11 +6,10 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-import contestants
-import peak_memory
 import pytest
-import timing
 import torch
+
+from benchmarks import contestants, peak_memory, timing
 
 CPU = torch.device("cpu")
 

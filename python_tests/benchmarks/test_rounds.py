@@ -8,18 +8,17 @@ import sys
 import time
 from pathlib import Path
 
-import bench_rounds
-import harness
 import pytest
 import torch
-from contestants import Absent
-from processes import proportional_bytes
-from rounds import lean, ours, setting
-from rounds.plays import Contestant, Failed, family, play
-from rounds.setting import Setting
-from rounds.task import NETWORKS, Task
 
+from benchmarks import bench_rounds, harness
+from benchmarks.contestants import Absent
 from benchmarks.gpu.stages import ROUNDS
+from benchmarks.processes import proportional_bytes
+from benchmarks.rounds import lean, ours, setting
+from benchmarks.rounds.plays import Contestant, Failed, family, play
+from benchmarks.rounds.setting import Setting
+from benchmarks.rounds.task import NETWORKS, Task
 from fedkern import models
 
 

@@ -5,17 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gate
-import machines
 import pytest
-from comparisons import machine_difference
+
+from benchmarks import gate, machines
+from benchmarks.comparisons import machine_difference
 
 ROOT = Path(__file__).parents[2]
 TRIES = 3
 PLUGIN = """
 import time
 
-import harness
+from benchmarks import harness
 
 
 def pytest_sessionstart():

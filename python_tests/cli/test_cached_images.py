@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import two_brightnesses, watched
 from PIL import Image
 
 import fedkern
@@ -18,6 +17,7 @@ from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.files.image_rows import ImageStore
 from fedkern.settings.config import RunConfig
+from python_tests.image_files import two_brightnesses, watched
 
 IMAGES, SIDE = 60, 8
 SMALL = {"partition": "iid", "clients": 2, "rounds": 1, "local_steps": 1, "threads": 1, "workers": "1", "model": "mlp",

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plugin_sources import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
 import fedkern
 from fedkern.data.sources.digits import open_digits
@@ -23,6 +22,7 @@ from fedkern.report.live import progress
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
+from python_tests.plugin_sources import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
 TINY = ["--train-samples", "200", "--clients", "2", "--rounds", "2", "--threads", "1", "--grad-cam", "0", "--quiet"]
 

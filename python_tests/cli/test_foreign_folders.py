@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from interrupted import unvouched
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +23,7 @@ from fedkern.methods import METHODS
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import unvouched
 
 TINY = ["--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--data", "digits", "--partition", "iid"]  # fmt: skip

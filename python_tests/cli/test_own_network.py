@@ -8,11 +8,11 @@ import shlex
 import shutil
 from pathlib import Path
 
-import own_networks
 import pytest
 
 from fedkern.cli import flags, request
 from fedkern.settings.stored import load_settings
+from python_tests import own_networks
 
 TINY = ["--data", "digits", "--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--partition", "iid", "--rounds", "1"]  # fmt: skip

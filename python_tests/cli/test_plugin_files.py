@@ -11,13 +11,13 @@ import types
 from pathlib import Path
 
 import pytest
-from plugin_sources import begin, plugged, unload_all  # noqa: F401
 
 import fedkern
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.usercode import plugin_files, plugins
 from fedkern.usercode.identity import sha256
+from python_tests.plugin_sources import begin, plugged, unload_all  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("plugged")
 

@@ -8,8 +8,6 @@ import tomllib
 from importlib.metadata import EntryPoint
 
 import pytest
-from interrupted import Kill, KillAt, outcome
-from plugin_sources import EXAMPLES, SETTINGS, Marked, begin, plugged, unload_all  # noqa: F401
 
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
@@ -20,6 +18,8 @@ from fedkern.run import main
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.usercode import plugins
+from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.plugin_sources import EXAMPLES, SETTINGS, Marked, begin, plugged, unload_all  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("plugged")
 

@@ -5,12 +5,12 @@ import json
 import shlex
 
 import pytest
-from html_reader import Reader
 
 from fedkern.cli import flags, repeat
 from fedkern.cli.request import effective
 from fedkern.run import main
 from fedkern.settings.stored import load_settings
+from python_tests.html_reader import Reader
 
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
         "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--rounds", "1"]  # fmt: skip

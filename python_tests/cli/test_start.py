@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from plugin_sources import Marked, plugged  # noqa: F401
 
 from fedkern.cli import front_page
 from fedkern.methods import METHODS
+from python_tests.plugin_sources import Marked, plugged  # noqa: F401
 
 LOADED = "import sys; from fedkern.run import main; code = main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
 

@@ -1,12 +1,12 @@
 """The report of a comparison: its table, curves with bands, and what a sceptic concludes."""
 
 import pytest
-from html_reader import Reader
 
 import fedkern
 from fedkern.comparison import comparison_page
 from fedkern.comparison.results import Result
 from fedkern.errors import UserError
+from python_tests.html_reader import Reader
 
 TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
         "local_steps": 2, "workers": 1, "rounds": 2, "progress": False}  # fmt: skip

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from plugin_sources import unload_all
 
 import fedkern
 from fedkern import UserError
 from fedkern.methods import registry
 from fedkern.settings.stored import load_settings
+from python_tests.plugin_sources import unload_all
 
 TINY = {"model": "mlp", "threads": 1, "grad_cam": 0, "local_steps": 1, "workers": 1, "rounds": 1, "progress": False}
 DIGITS = {"data": "digits", "train_samples": 120, "clients": 3, **TINY}

@@ -13,7 +13,6 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from papers_data import BRATS, open_all
 from PIL import Image
 from scipy.io import savemat
 
@@ -28,6 +27,7 @@ from fedkern.errors import UserError
 from fedkern.models.preprocessing import Preprocessing
 from fedkern.models.prompts import read_prompts
 from fedkern.settings.stored import load_settings
+from python_tests.papers_data import BRATS, open_all
 
 JSON = (
     "", "null", "[]", "{}", "1", '"x"', "NaN", "[[[", "[" * 50_000, '{"a":' * 50_000, "9" * 5000, "1e999", "\ufeff{}",

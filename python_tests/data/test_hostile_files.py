@@ -11,7 +11,6 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from in_time import in_time
 from PIL import EpsImagePlugin, Image
 from scipy.io import savemat
 
@@ -23,6 +22,7 @@ from fedkern.errors import UserError
 from fedkern.files.inputs import open_regular, parse_json
 from fedkern.models.prompts import read_prompts
 from fedkern.run import main
+from python_tests.in_time import in_time
 
 
 def picture(path, number=0, side=8):

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import watched
 from PIL import Image
 
 from fedkern.data import load
 from fedkern.data.images import image_cache, image_files
 from fedkern.errors import UserError
 from fedkern.files.image_rows import ImageRows
+from python_tests.image_files import watched
 
 IMAGES, SIDE = 24, 16
 

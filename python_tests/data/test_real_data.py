@@ -4,10 +4,10 @@ import os
 
 import pytest
 import torch
-from papers_data import REPORTS, open_all
 
 from fedkern.data import load
 from fedkern.errors import UserError
+from python_tests.papers_data import REPORTS, open_all
 
 ROOT = os.environ.get("FEDKERN_DATA_ROOT")
 pytestmark = [

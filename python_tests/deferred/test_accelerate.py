@@ -12,7 +12,6 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
-from guest_networks import WAYS, Doubling, Head, block, close, equal, played, sequential
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
@@ -20,6 +19,7 @@ import fedkern
 from fedkern import ops
 from fedkern.deferred import calls, pending
 from fedkern.ops._core import backend
+from python_tests.guest_networks import WAYS, Doubling, Head, block, close, equal, played, sequential
 
 SERVED = {
     "sequential": 6, "functional": 6, "residual": 12, "bottleneck": 2, "dropping": 0, "plain": 4, "pre-activation": 6,

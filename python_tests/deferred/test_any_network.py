@@ -4,13 +4,13 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from guest_networks import close, equal, played
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import fedkern
 from fedkern.deferred import calls
+from python_tests.guest_networks import close, equal, played
 
 LAYERS = ("conv3", "conv3", "conv1", "strided", "biased", "norm", "norm", "norm", "group", "relu", "relu_", "function",
           "pool", "add", "iadd", "scale", "dropout", "twice")  # fmt: skip

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -18,6 +17,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg, Method, Objective, Phase, Round, register
 from fedkern.methods.uploads import Number, like
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, outcome
 
 PHASE = Phase(0, "train", "update")
 WIDTHS = (2, 3, 2)

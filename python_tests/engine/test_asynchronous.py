@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
 
 from fedkern.engine import asynchronous
 from fedkern.engine.asynchronous import Asynchronous, StaleUploads
@@ -22,6 +21,7 @@ from fedkern.methods import METHODS, FedAvg, Phase, Round
 from fedkern.methods.base import Federation, Upload
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from python_tests.interrupted import Kill, KillAt, outcome
 
 SIZES = (20, 13, 9, 15)
 TEN = Federation(rounds=30, samples=tuple(range(10, 110, 10)), classes=2)

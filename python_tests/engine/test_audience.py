@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from interrupted import Kill, KillAt, outcome, without
 
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_summary
 from fedkern.errors import UserError
 from fedkern.listeners import Listener, Listeners
+from python_tests.interrupted import Kill, KillAt, outcome, without
 
 
 class Keeping(Listener):

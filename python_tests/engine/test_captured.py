@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from smallest import SETTINGS
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +32,7 @@ from fedkern.methods import METHODS, FedAvg, Phase
 from fedkern.models.precision import computing
 from fedkern.ops import use_backend
 from fedkern.process.torch_modes import reproducible
+from python_tests.smallest import SETTINGS
 
 SMALL = {"width": 2, "rounds": 2, "local_epochs": 2, "batch_size": 2, "clients": 3, "workers": "1", "grad_cam": 0}
 ALIKE = {"ccvr", "dense", "feddf"}

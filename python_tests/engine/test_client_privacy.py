@@ -7,8 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
-from smallest import SETTINGS
 
 from benchmarks.studies.audit import audit
 from fedkern.engine.hooks import reduced
@@ -28,6 +26,8 @@ from fedkern.privacy.keys import noise_key
 from fedkern.report.live.progress import headline
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import CLASSIFICATION
+from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.smallest import SETTINGS
 
 SIZES = (20, 13, 9, 15)
 SECRET = bytes(range(16))

@@ -286,7 +286,7 @@ def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config,
 @pytest.mark.parametrize("cut", [1, 2])
 def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, make_data, make_config, tmp_path):
     """Also of a run that is interrupted in its first round, before there is a checkpoint, or in its second."""
-    from interrupted import Kill, KillAt
+    from python_tests.interrupted import Kill, KillAt
 
     data, out = make_data(two_tests=False), tmp_path / "run"
     found = of_memory(data)
@@ -306,7 +306,7 @@ def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, ma
 
 @needs_accounting
 def test_a_private_run_that_goes_on_stays_private(make_data, make_config, tmp_path):
-    from interrupted import Kill, KillAt
+    from python_tests.interrupted import Kill, KillAt
 
     data = make_data(two_tests=False)
     config = make_config("fediod", model="cnn-gn", width=4, rounds=3, options=PARTLY, grad_cam=0)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from stand_ins import PRIVATE, Checkpoints, Context, Executor
 
 from fedkern.engine.client_states import ClientStates
 from fedkern.engine.exchange import Exchange
@@ -22,6 +21,7 @@ from fedkern.errors import ClientFailed, UserError
 from fedkern.listeners.events import Listener
 from fedkern.methods.base import Phase, Round, Upload
 from fedkern.privacy import LEDGER
+from python_tests.stand_ins import PRIVATE, Checkpoints, Context, Executor
 
 NO_UPLOAD = {
     "absent": Answer(1, absent="it was not heard"),

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics
-from smallest import SETTINGS
 
 from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.data.forms import ImageForm
@@ -25,6 +24,7 @@ from fedkern.methods import METHODS, FedAvg, register
 from fedkern.methods.common import final_figures
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
+from python_tests.smallest import SETTINGS
 
 FIGURES = ("balanced_accuracy", "macro_f1", "auroc", "ece")
 FILES = ("summary.json", "confusion.json", "predictions.csv")

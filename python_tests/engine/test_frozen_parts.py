@@ -5,7 +5,6 @@ import dataclasses
 from typing import ClassVar
 
 import pytest
-import smallest
 import torch
 from torch import nn
 
@@ -17,6 +16,7 @@ from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models.freezing import freeze, train_mode
 from fedkern.models.norms import freeze_bn_after
 from fedkern.tasks import CLASSIFICATION
+from python_tests import smallest
 
 
 class Adapter(nn.Module):

@@ -5,8 +5,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-from image_files import two_brightnesses
-from interrupted import Kill, KillAt, outcome
 from PIL import Image
 
 from fedkern.data import Split, load
@@ -23,6 +21,8 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 from fedkern.settings.run_format import NAME
 from fedkern.settings.stored import load_settings
+from python_tests.image_files import two_brightnesses
+from python_tests.interrupted import Kill, KillAt, outcome
 
 FORM = ImageForm((3, 8, 8), (0.4,) * 3, (0.2,) * 3)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from stand_ins import Checkpoints, Context, Executor, values
 from torch import nn
 
 from fedkern.engine.client_states import ClientStates
@@ -19,6 +18,7 @@ from fedkern.engine.uploads.filters import Filter
 from fedkern.errors import UserError
 from fedkern.listeners.events import Listener
 from fedkern.methods.base import Phase, Round
+from python_tests.stand_ins import Checkpoints, Context, Executor, values
 
 ENOUGH = Stop("enough", "It is enough.")
 PLAN = (Round("setup", one_off=True, participants=(0,)), Round("train"), Round("train"), Round("train"))

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interrupted import Kill, KillAt, killed_at_rename, outcome, without
 
 from fedkern.data import FederatedData
 from fedkern.engine import context, hooks
@@ -29,6 +28,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.settings.run_format import FORMAT
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, killed_at_rename, outcome, without
 
 WORKING = 5
 STATEFUL = {"buffers": "local", "grad_cam": 0, "eval_every": 50, "batch_size": 2}

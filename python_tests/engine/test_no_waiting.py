@@ -5,13 +5,13 @@ from contextlib import suppress
 
 import pytest
 import torch
-from pretended_gpu import META, pretend
-from smallest import SETTINGS
 
 from fedkern.engine.run import run
 from fedkern.methods import METHODS, FedAvg
 from fedkern.models.transfer import send
 from fedkern.settings.config import RunConfig
+from python_tests.pretended_gpu import META, pretend
+from python_tests.smallest import SETTINGS
 
 STEADY = {"rounds": 2, "local_epochs": 2, "batch_size": 8, "clients": 3, "augment": "crop-flip", "workers": "1"}
 NETWORK = {"data": "digits", "model": "resnet8", "width": 2}

@@ -9,11 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import own_networks
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
-from own_networks import Plain, Raw, Staged
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -34,8 +31,11 @@ from fedkern.models.user_models import LEVELS
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
+from python_tests import own_networks
+from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.own_networks import Plain, Raw, Staged
 
-STAGED, PLAIN, RAW = (f"python:own_networks:{kind.__name__}" for kind in (Staged, Plain, Raw))
+STAGED, PLAIN, RAW = (f"python:python_tests.own_networks:{kind.__name__}" for kind in (Staged, Plain, Raw))
 HAS = {STAGED: "stages", PLAIN: "features", RAW: "logits"}
 
 
@@ -74,7 +74,7 @@ def saved(out):
 def test_a_mask_of_infinities_travels_as_any_buffer(own, make_data, tmp_path, settings):
     """The uploads count, and the run is that of the same network without the mask."""
     for name in ("Plain", "Masked"):
-        run(own(model=f"python:own_networks:{name}", **settings), out=tmp_path / name, data=make_data())
+        run(own(model=f"python:python_tests.own_networks:{name}", **settings), out=tmp_path / name, data=make_data())
     expected, given = saved(tmp_path / "Plain"), saved(tmp_path / "Masked")
     mask = given.pop("mask")
     assert torch.equal(mask == -torch.inf, torch.ones(3, 3).triu(1).bool())
@@ -133,14 +133,14 @@ def test_its_images_and_maps_have_the_strides_of_a_data_loader(
         form=ImageForm((channels, 8, 8), data.form.mean[:channels], data.form.std[:channels]),
         tests={name: first(split) for name, split in data.tests.items()},
     )  # fmt: skip
-    config = own(method, model=f"python:own_networks:{model}", grad_cam=4, **settings)
+    config = own(method, model=f"python:python_tests.own_networks:{model}", grad_cam=4, **settings)
     assert run(config, out=tmp_path / "run", data=data)["metrics"]
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_trains_it_or_says_what_it_needs(method, own, make_data, make_public, tmp_path):
-    from smallest import SETTINGS
+    from python_tests.smallest import SETTINGS
 
     kind = METHODS[method]
     if not kind.serves(CLASSIFICATION):
@@ -163,7 +163,11 @@ def test_every_method_trains_it_or_says_what_it_needs(method, own, make_data, ma
     [
         ("fedgid", PLAIN, r"fedgid needs modules that run one after another .* methods that can use it are .*moon"),
         ("fusefl", PLAIN, r"fusefl needs modules that run"),
-        ("moon", RAW, r"moon needs a linear layer .* which the network python:own_networks:Raw has not: .* fedavg, "),
+        (
+            "moon",
+            RAW,
+            rf"moon needs a linear layer .* which the network {RAW} has not: .* fedavg, ",
+        ),
     ],
 )
 def test_a_method_that_needs_more(method, model, said, own, make_data, tmp_path):
@@ -230,7 +234,7 @@ def test_logits_are_looked_at_before_anything_is_written(give, said, make_config
 
 @pytest.mark.exhaustive
 def test_classes_of_pixels(tmp_path):
-    name = "python:own_networks:Pixels"
+    name = "python:python_tests.own_networks:Pixels"
     settings = {"data": "segdigits", "rounds": 1, "local_epochs": 1, "train_samples": 20, "clients": 2, "threads": 1}
     summary = run(RunConfig.make("fedavg", model=name, **settings), out=tmp_path / "run")
     assert "dice" in summary["metrics"]
@@ -333,7 +337,7 @@ def test_a_file_that_has_changed(file, own, make_data, tmp_path):
 def test_a_finished_run_is_read_where_its_code_is_trusted(own, make_data, tmp_path):
     run(own(), out=tmp_path, data=make_data())
     for look in (read_model, functools.partial(attack, data=make_data(), keep=False)):
-        with pytest.raises(UserError, match=r"names code to run, python:own_networks:Staged"):
+        with pytest.raises(UserError, match=r"names code to run, python:python_tests.own_networks:Staged"):
             look(tmp_path)
         assert look(tmp_path, trusted=[STAGED])
 
@@ -349,7 +353,7 @@ def test_a_registered_name(own, make_data, tmp_path):
         del MODELS["mine"]
     with pytest.raises(UserError, match='there is no model "mine"'):
         run(own(model="mine"), out=tmp_path / "other", data=make_data())
-    with pytest.raises(UserError, match=r"python:own_networks:Staged is code: register that network"):
+    with pytest.raises(UserError, match=r"python:python_tests.own_networks:Staged is code: register that network"):
         run(own("ensemble", **ONESHOT, options={"models": STAGED}), out=tmp_path / "other", data=make_data())
     assert not (tmp_path / "other").exists()
 

@@ -5,8 +5,6 @@ import json
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
-from own_networks import Plain, Staged
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -19,6 +17,8 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.own_networks import Plain, Staged
 
 HOW = {"lr": 0.05, "momentum": 0.5, "local_epochs": 2, "rounds": 3}
 

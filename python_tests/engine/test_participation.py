@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
 
 from fedkern.engine import preparing
 from fedkern.engine.participation import (
@@ -28,6 +27,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Round
 from fedkern.methods.base import Federation
 from fedkern.settings.config import RunConfig
+from python_tests.interrupted import Kill, KillAt, outcome
 
 SIZES = (20, 13, 9, 15)
 

@@ -6,8 +6,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
-from smallest import SETTINGS
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -20,6 +18,8 @@ from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models import personal
 from fedkern.tasks import CLASSIFICATION
+from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.smallest import SETTINGS
 
 
 class Small(nn.Module):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 
 import pytest
-from interrupted import outcome
-from plugin_sources import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run
 from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
 from fedkern.usercode import plugins
+from python_tests.interrupted import outcome
+from python_tests.plugin_sources import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("plugged")
 

@@ -7,9 +7,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
 from safetensors.torch import load_file
-from smallest import SETTINGS
 
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
@@ -26,6 +24,8 @@ from fedkern.models.precision import computing, lower
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
+from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.smallest import SETTINGS
 
 BF16 = {"precision": "bf16"}
 

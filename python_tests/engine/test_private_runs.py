@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from interrupted import Kill, KillAt
 
 from fedkern.engine.run import run
 from fedkern.engine.store import artifacts
@@ -13,6 +12,7 @@ from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.fediod import private_messages
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
 

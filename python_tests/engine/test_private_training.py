@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from interrupted import lose
 from torch import nn
 
 from fedkern import models
@@ -25,6 +24,7 @@ from fedkern.privacy import DPSGD, LEDGER
 from fedkern.privacy.dpsgd import check_network, generator_of, private_steps
 from fedkern.process.interrupts import Terminated, in_order
 from fedkern.streams import stream
+from python_tests.interrupted import lose
 
 FORM = ImageForm((3, 8, 8), (0.5,) * 3, (0.2,) * 3)
 

@@ -5,13 +5,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
 
 from fedkern.engine.run import run
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, Method, Round, option, register
 from fedkern.methods.uploads import Number
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, outcome
 
 
 class Probe(Method):

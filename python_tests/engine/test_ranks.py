@@ -12,7 +12,6 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from interrupted import outcome, without
 
 from fedkern.engine.executors import torchrun_group
 from fedkern.engine.executors.connection import SILENCE, silence
@@ -24,6 +23,7 @@ from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
 from fedkern.run import main
 from fedkern.usercode import plugins
+from python_tests.interrupted import outcome, without
 
 SMALL = (
     *("--clients", "5", "--train-samples", "100", "--width", "2", "--rounds", "3", "--local-epochs", "1"),

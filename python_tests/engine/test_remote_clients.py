@@ -3,7 +3,6 @@
 from typing import ClassVar
 
 import pytest
-from interrupted import outcome
 
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
@@ -11,6 +10,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.settings.run_data import declared_data
+from python_tests.interrupted import outcome
 
 
 class RemoteClients(Serial):

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, killed_at_rename, lose, outcome, without
-from smallest import SETTINGS
 
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
@@ -24,6 +22,8 @@ from fedkern.methods import METHODS, FedAvg
 from fedkern.process.interrupts import Terminated
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
+from python_tests.interrupted import Kill, KillAt, killed_at_rename, lose, outcome, without
+from python_tests.smallest import SETTINGS
 
 STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}
 PLAIN = {"rounds": 4}
@@ -259,7 +259,7 @@ def test_a_second_process_is_refused(make_data, make_config, tmp_path):
 PROGRAM = """
 import sys
 sys.path.insert(0, {here!r})
-from conftest import federation
+from benchmarks.conftest import federation
 from fedkern.engine.run import run
 from fedkern.process.interrupts import Terminated
 from fedkern.listeners import Listener

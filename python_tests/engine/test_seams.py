@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 
 import pytest
-from test_imports import imported, modules
 
 from fedkern.engine.order import FILTER_ORDER, FILTERS, PART_ORDER, PARTS, USERS
+from python_tests.test_imports import imported, modules
 
 FILES = modules("fedkern")
 ENGINE = {name.removeprefix("fedkern.engine."): path for name, path in FILES.items() if "fedkern.engine." in name}

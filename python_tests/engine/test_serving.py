@@ -6,8 +6,6 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from guest_networks import Doubling, Head, block
-from interrupted import Kill, KillAt, outcome
 from safetensors.torch import load_file
 from torch import nn
 
@@ -20,6 +18,8 @@ from fedkern.listeners import Listener
 from fedkern.ops._core import backend
 from fedkern.report.live.progress import headline
 from fedkern.settings.stored import load_settings
+from python_tests.guest_networks import Doubling, Head, block
+from python_tests.interrupted import Kill, KillAt, outcome
 
 pytestmark = pytest.mark.skipif(not backend.active_isa().startswith("avx"), reason="the kernel serves AVX2 and AVX-512")
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from interrupted import outcome
-from smallest import SETTINGS
 
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.process import device_use
+from python_tests.interrupted import outcome
+from python_tests.smallest import SETTINGS
 
 
 def test_the_bytes_of_several_exchanges_stand_apart(make_config, make_pairs, tmp_path):

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from smallest import SETTINGS
 
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
@@ -19,6 +18,7 @@ from fedkern.methods.uploads import Maybe, Number, Values, all_finite, why_refus
 from fedkern.privacy import LEDGER
 from fedkern.run import main
 from fedkern.tasks import CLASSIFICATION
+from python_tests.smallest import SETTINGS
 
 
 @pytest.fixture

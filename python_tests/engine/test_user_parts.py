@@ -7,8 +7,6 @@ import json
 from importlib.metadata import EntryPoint
 
 import pytest
-from interrupted import Kill, KillAt, outcome
-from plugin_sources import plugged, unload_all  # noqa: F401
 
 import fedkern
 from fedkern.cli.commands.list import catalogue
@@ -21,6 +19,8 @@ from fedkern.engine.uploads import reduction
 from fedkern.errors import UserError
 from fedkern.settings.stored import load_settings
 from fedkern.usercode import plugins
+from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.plugin_sources import plugged, unload_all  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("plugged", "registries")
 

@@ -14,9 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import worker_methods
-from interrupted import Kill, KillAt, outcome, without
-from smallest import SETTINGS
 
 from fedkern import ops
 from fedkern.engine import evaluate as evaluation
@@ -34,6 +31,9 @@ from fedkern.models.precision import computing
 from fedkern.process import machine
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
+from python_tests import worker_methods
+from python_tests.interrupted import Kill, KillAt, outcome, without
+from python_tests.smallest import SETTINGS
 
 SHORT = {"fedavg", "feddra", "fediod", "fedgid", "fedlpfm", "fusefl", "scaffold"}
 EVERY = [method if method in SHORT else pytest.param(method, marks=pytest.mark.slow) for method in sorted(METHODS)]

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from flower_processes import end_all, free_port, processes_of
-
 import fedkern
+from python_tests.flower.flower_processes import end_all, free_port, processes_of
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parents[1] / "examples/flower_deployment/deploy.py"

@@ -13,8 +13,6 @@ import torch
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
 from flwr.app import Message
-from interrupted import outcome
-from node_grid import NodeGrid, lost, silent
 from safetensors.torch import load_file
 
 from fedkern.engine.run import run
@@ -34,6 +32,8 @@ from fedkern.flower.runs import (
 from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 from fedkern.flower.runs.portable import pack, unpack
 from fedkern.ops._core.backend import active_isa
+from python_tests.flower.node_grid import NodeGrid, lost, silent
+from python_tests.interrupted import outcome
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("alone")]
 
@@ -193,10 +193,9 @@ def test_states_of_the_last_rounds_are_kept(tmp_path):
 @pytest.mark.exhaustive
 def test_a_plugin_with_its_own_network(tmp_path, monkeypatch):
     """A project's code is found where Flower puts the project on sys.path."""
-    from test_project import FLAGS, MODEL, PLUGIN, run_config
-
     from fedkern.run import main
     from fedkern.usercode import plugins
+    from python_tests.flower.test_project import FLAGS, MODEL, PLUGIN, run_config
 
     (tmp_path / "halved.py").write_text(
         PLUGIN.replace("return message", "return super().client_update(client, phase, message)")

@@ -9,10 +9,9 @@ import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
-from federation import Federation
-from interrupted import outcome
-
 from fedkern.run import main
+from python_tests.flower.federation import Federation
+from python_tests.interrupted import outcome
 
 pytestmark = [pytest.mark.flower, pytest.mark.exhaustive]
 

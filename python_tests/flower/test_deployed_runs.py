@@ -14,9 +14,8 @@ import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
-from federation import HERE, Federation, Node, surroundings
-
 from fedkern.run import main
+from python_tests.flower.federation import HERE, Federation, Node, surroundings
 
 pytestmark = [pytest.mark.flower, pytest.mark.exhaustive]
 

@@ -11,10 +11,11 @@ import torch
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
-from fake_grid import FakeGrid
-from federation import Federation, Refused, deployment, write_project
 from flwr.app import Context, RecordDict
-from test_quickstart import HERE, SERVER, module, played
+
+from python_tests.flower.fake_grid import FakeGrid
+from python_tests.flower.federation import Federation, Refused, deployment, write_project
+from python_tests.flower.test_quickstart import HERE, SERVER, module, played
 
 pytestmark = [pytest.mark.flower, pytest.mark.exhaustive]
 

@@ -15,10 +15,10 @@ import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
-from federation import CONNECTION, Federation, commands, surroundings
-from flower_processes import processes_of
-from test_deployed_runs import in_one_process, project, records
-from test_deployment import faulty, quickstart
+from python_tests.flower.federation import CONNECTION, Federation, commands, surroundings
+from python_tests.flower.flower_processes import processes_of
+from python_tests.flower.test_deployed_runs import in_one_process, project, records
+from python_tests.flower.test_deployment import faulty, quickstart
 
 pytestmark = [pytest.mark.flower, pytest.mark.exhaustive]
 

@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
-from fake_grid import FakeGrid, arrays_of, client, content
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.app.error import Error
 
@@ -20,6 +19,7 @@ from fedkern.errors import RunFailed
 from fedkern.flower import strategies
 from fedkern.flower.array_bytes import FLAT, LISTING, NUMPY
 from fedkern.flower.strategies.flat_arrays import pack
+from python_tests.flower.fake_grid import FakeGrid, arrays_of, client, content
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("audible")]
 

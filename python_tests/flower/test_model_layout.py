@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_array_bytes import Sent, saved
 
 from fedkern.flower import array_bytes
 from fedkern.flower.array_bytes import FLAT, LISTING, Misfit
 from fedkern.flower.model_layout import Layout, Model
+from python_tests.flower.test_array_bytes import Sent, saved
 
 MODEL = {
     "conv.weight": np.random.default_rng(0).standard_normal((100, 100)).astype(np.float32),

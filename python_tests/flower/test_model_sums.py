@@ -8,13 +8,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_model_layout import LAYOUT, MODEL, flat, record
 
 from fedkern import ops
 from fedkern.flower import array_bytes
 from fedkern.flower.array_bytes import FLAT
 from fedkern.flower.model_layout import Layout, Model
 from fedkern.flower.model_sums import AllModels, NewModel, RunningMean, ranked
+from python_tests.flower.test_model_layout import LAYOUT, MODEL, flat, record
 
 WEIGHTS = [3.0, 1000.0, 17.0, 1.0, 250.0]
 KEYS = ("conv.weight", "bn.weight", "bn.running_var", "head")

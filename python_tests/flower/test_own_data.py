@@ -12,14 +12,13 @@ from PIL import Image
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
-from interrupted import outcome
-from node_grid import NodeGrid
-
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.flower.runs import node_process, run_settings, server_app
 from fedkern.settings.run_data import data_of_one
+from python_tests.flower.node_grid import NodeGrid
+from python_tests.interrupted import outcome
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("alone")]
 

@@ -14,8 +14,9 @@ import torch
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
-from fake_grid import FakeGrid
 from flwr.app import Context, RecordDict
+
+from python_tests.flower.fake_grid import FakeGrid
 
 pytestmark = pytest.mark.flower
 

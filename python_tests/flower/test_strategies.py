@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
-from fake_grid import FakeGrid, arrays_of, client, content, numbers
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.app.error import Error
 from flwr.serverapp import strategy as theirs
@@ -23,6 +22,7 @@ from fedkern.errors import RunFailed, UserError
 from fedkern.flower import adapter, strategies
 from fedkern.flower.array_bytes import FLAT
 from fedkern.flower.strategies.flat_arrays import pack, unpack
+from python_tests.flower.fake_grid import FakeGrid, arrays_of, client, content, numbers
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("audible")]
 

@@ -6,13 +6,13 @@ import json
 import sys
 
 import pytest
-from interrupted import Kill, KillAt
 
 from fedkern.cli.command_parser import parse, play
 from fedkern.cli.commands import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners.tensorboard import FOLDER, TensorBoard, scalars
+from python_tests.interrupted import Kill, KillAt
 
 RECORD = {
     "round": 3, "rounds": 9, "name": "train", "seconds": 2.0, "bytes_up": 7, "evaluated": True, "loss": 0.5,

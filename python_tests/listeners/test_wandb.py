@@ -8,7 +8,6 @@ import sys
 import types
 
 import pytest
-from interrupted import Kill, KillAt
 
 from fedkern.cli.command_parser import parse, play
 from fedkern.cli.commands import run
@@ -16,6 +15,7 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import WandB
 from fedkern.listeners.scalars import scalars
+from python_tests.interrupted import Kill, KillAt
 
 WORDS = [
     "fedavg", "--data", "digits", "--train-samples", "60", "--clients", "2", "--rounds", "4", "--local-epochs", "1",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from smallest import SETTINGS
 
 from fedkern import ops
 from fedkern.downstream.saved_network import read_model
@@ -14,6 +13,7 @@ from fedkern.methods import AGGREGATORS, METHODS, FedAvg, register_aggregator
 from fedkern.methods.aggregators import Gathered, Rule
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import CLASSIFICATION
+from python_tests.smallest import SETTINGS
 
 SIZES = (20, 13, 9, 15, 11)
 PERSONAL = {"fedproto": {"options": {"networks": "averaged"}}}

@@ -7,7 +7,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from feddra_parts import ALIGN, JOINT, LOSSES, SETTINGS
 
 from fedkern import ops
 from fedkern.engine.client import Client
@@ -20,6 +19,7 @@ from fedkern.methods import FedDRA, Federation
 from fedkern.methods.feddra import ALIGNMENT, spliced
 from fedkern.models.towers import PARTS
 from fedkern.settings.config import RunConfig
+from python_tests.methods.feddra_parts import ALIGN, JOINT, LOSSES, SETTINGS
 
 # Stages.
 

@@ -7,8 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
-from proxies import PHASE, scene
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, softmax
 
@@ -25,6 +23,8 @@ from fedkern.methods.protocol import BEFORE
 from fedkern.models.teacher import CallableTeacher
 from fedkern.models.teacher_training import tune
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.methods.proxies import PHASE, scene
 
 EQUAL = {"lr": 0.05, "momentum": 0.9}  # the methods' own defaults differ
 SMALL = {"teacher": "pretrained:cnn/3", "pretrain_epochs": 2}

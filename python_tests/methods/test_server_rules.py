@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
-from smallest import SETTINGS
 
 from fedkern import ops
 from fedkern.downstream.saved_network import read_model
@@ -15,6 +13,8 @@ from fedkern.methods import METHODS
 from fedkern.methods.server_rules import ServerRule
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import CLASSIFICATION
+from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.smallest import SETTINGS
 
 SIZES = (20, 13, 9)
 PERSONAL = {"fedproto": {"options": {"networks": "averaged"}}}

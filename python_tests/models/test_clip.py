@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pretrained_pictures import SCALE, normalised, pictures
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -22,6 +21,7 @@ from fedkern.models import clip
 from fedkern.models.clip import ClipTeacher
 from fedkern.models.prompts import DEFAULT, read_prompts
 from fedkern.models.teacher_cache import LogitsCache
+from python_tests.models.pretrained_pictures import SCALE, normalised, pictures
 
 CLASSES = ("cat", "big_dog", "ship")
 SIDE = 40  # of the tiny network's images, in place of 224

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pretrained_pictures import PICTURES, SCALE, SIDE, normalised, pictures
 
 from fedkern.errors import UserError
 from fedkern.models.preprocessing import Preprocessing
+from python_tests.models.pretrained_pictures import PICTURES, SCALE, SIDE, normalised, pictures
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from pretrained_pictures import PICTURES, SCALE, SIDE, normalised, pictures
 from safetensors.torch import load_file, save_file
 
 from fedkern.downstream.saved_network import read_model
@@ -20,6 +19,7 @@ from fedkern.models import PairNetwork, build_pair, pretrained_pair
 from fedkern.models.preprocessing import Preprocessing
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from python_tests.models.pretrained_pictures import PICTURES, SCALE, SIDE, normalised, pictures
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
 

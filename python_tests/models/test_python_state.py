@@ -6,7 +6,6 @@ import random
 import threading
 
 import numpy as np
-import own_networks
 import pytest
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 from fedkern.engine.network import Network
 from fedkern.models.python_state import SMALL, attributes
 from fedkern.models.user_models import Own, OwnNetwork
+from python_tests import own_networks
 
 
 class Inner(nn.Linear):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from own_networks import Looking, Whole
 from torch import nn
 
 import fedkern
@@ -19,6 +18,7 @@ from fedkern.models.precision import computing, frozen
 from fedkern.models.user_models import channels_last, check_module, level
 from fedkern.models.weight_files import bare_names, load_by_name
 from fedkern.usercode import named_code
+from python_tests.own_networks import Looking, Whole
 
 SIZE = {"classes": 3, "channels": 3, "image_size": 16}
 IMAGES = torch.randn(4, 3, 16, 16)

@@ -63,12 +63,11 @@ class Cases:
 @contextmanager
 def cases() -> Iterator[Cases]:
     """Starts a server of cases for the ``with`` block, on the package and the search path of this process."""
-    here = Path(__file__).resolve().parent
     import fedkern
 
-    path = [str(Path(fedkern.__file__).parent.parent), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(Path(fedkern.__file__).parent.parent), *sys.path]
     process = subprocess.Popen(
-        [sys.executable, "-P", str(here / "case_server.py")],
+        [sys.executable, "-P", "-m", "python_tests.ops.case_server"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
@@ -78,10 +77,10 @@ def cases() -> Iterator[Cases]:
 
 
 def _run(operator: str, case: dict[str, Any], backend: str) -> str:
-    import differential
     import torch
 
     from fedkern.ops._core.backend import use_backend, use_isa
+    from python_tests.ops import differential
 
     if operator == "crash":  # for the test of this server
         ctypes.string_at(0)
@@ -140,10 +139,10 @@ def _serve() -> None:
     # Answers go to a descriptor of their own: what a library prints must not get between them.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    import differential  # noqa: F401
     import torch
 
     from fedkern.ops._core import backend
+    from python_tests.ops import differential  # noqa: F401 (workers are forked with it)
 
     torch.set_num_threads(1)
     backend.cpu_core()

@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-import operator_cases
 import pytest
 import torch
+
+from python_tests.ops import operator_cases
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

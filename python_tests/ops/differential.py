@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from operator_cases import assert_close
 from torch import Tensor, nn
 
 from fedkern import ops
+from python_tests.ops.operator_cases import assert_close
 
 Case = dict[str, Any]
 

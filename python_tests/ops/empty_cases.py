@@ -439,13 +439,13 @@ def left_out() -> list[str]:
 
 def main(backend: str, some: int) -> int:
     if backend == "emulated":
-        from emulated_core import emulated
+        from python_tests.ops.emulated_core import emulated
 
         entered = emulated()
         entered.__enter__()  # once: it loads the core anew
         failures = list(run(lambda: ops.use_backend("cuda"), some))
     else:
-        from operator_cases import using
+        from python_tests.ops.operator_cases import using
 
         failures = list(run(lambda: using(backend), some))
     print(*failures, sep="\n", file=sys.stderr)

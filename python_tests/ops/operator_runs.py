@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from every_operator import Operator
-from operator_cases import assert_close
 from torch import Tensor
 
 from fedkern import ops
+from python_tests.ops.every_operator import Operator
+from python_tests.ops.operator_cases import assert_close
 
 
 def run(operator: Operator, inputs: Sequence[Tensor], gradient: bool) -> list[Tensor]:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from every_operator import NO_OPERATORS
 from torch import Tensor, nn
 
 from fedkern import ops
+from python_tests.ops.every_operator import NO_OPERATORS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype.*")
 

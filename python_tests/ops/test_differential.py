@@ -10,14 +10,14 @@ import os
 import time
 from collections.abc import Iterator
 
-import differential
 import pytest
-from case_server import Cases, cases
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from operator_cases import KERNELS
 
 from fedkern import ops
+from python_tests.ops import differential
+from python_tests.ops.case_server import Cases, cases
+from python_tests.ops.operator_cases import KERNELS
 
 SEED = int(os.environ["FEDKERN_SEED"])  # python_tests/conftest.py sets it to the day's
 SECONDS = 3 / len(differential.OPERATORS)

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import empty_cases
 import pytest
 import torch
-from operator_cases import BACKENDS, KERNELS
 
 from fedkern import ops
+from python_tests.ops import empty_cases
+from python_tests.ops.operator_cases import BACKENDS, KERNELS
 
 SCRIPT = Path(empty_cases.__file__)
 # Every so many cases, and blend's in full; all of them where slow tests run.

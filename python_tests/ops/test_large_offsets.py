@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from every_operator import Operator, each_operator
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._aggregate.philox import normal
+from python_tests.ops.every_operator import Operator, each_operator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from operator_cases import assert_close, using
 from torch import Tensor
 
 from fedkern import ops
+from python_tests.ops.operator_cases import assert_close, using
 
 MAP, STACK = (2, 4, 3, 5), (3, 2, 4, 3, 5)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import wrong_calls
 
 import fedkern
+from python_tests.ops import wrong_calls
 
 FEDKERN = torch.ops.fedkern
 ROWS, STACK, NUMBER = torch.randn(4, 6), torch.randn(3, 4, 6), torch.tensor(1.0)

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from emulated_core import emulated
-from operator_cases import BACKENDS, DTYPES, using
-from test_traps import Calls, Named
 from torch import Tensor
 
 from fedkern import ops
+from python_tests.ops.emulated_core import emulated
+from python_tests.ops.operator_cases import BACKENDS, DTYPES, using
+from python_tests.ops.test_traps import Calls, Named
 
 SIZE = 37
 WEIGHTS = [1.0, 2.0, 0.5]

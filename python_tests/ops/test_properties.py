@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from property_inputs import QUARTERS, examples, few_examples, logits, members, orders, tensors
 from torch import Tensor
 
 from fedkern import ops
+from python_tests.ops.property_inputs import QUARTERS, examples, few_examples, logits, members, orders, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_operator import OPERATORS, Operator
 
 from fedkern import ops
+from python_tests.ops.every_operator import OPERATORS, Operator
 
 
 @pytest.mark.exhaustive

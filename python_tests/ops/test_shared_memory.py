@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from emulated_core import emulated
-from operator_cases import BACKENDS, using
 from torch import Tensor
 
 from fedkern import ops
+from python_tests.ops.emulated_core import emulated
+from python_tests.ops.operator_cases import BACKENDS, using
 
 SIZE = 8
 WEIGHTS = [1.0, 2.0, 0.5]

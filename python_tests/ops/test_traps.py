@@ -6,12 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import every_operator
 import pytest
 import torch
-from emulated_core import emulated
-from every_operator import NO_OPERATORS, OPERATORS, UPLOAD_WEIGHTS, Operator, each_operator
-from operator_cases import BACKENDS, using
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -19,6 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
 from fedkern.ops._core import backend
+from python_tests.ops import every_operator
+from python_tests.ops.emulated_core import emulated
+from python_tests.ops.every_operator import NO_OPERATORS, OPERATORS, UPLOAD_WEIGHTS, Operator, each_operator
+from python_tests.ops.operator_cases import BACKENDS, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from operator_cases import BACKENDS, using
 from torch import Tensor
 
 from fedkern import ops
+from python_tests.ops.operator_cases import BACKENDS, using
 
 Loss = Callable[..., Tensor]
 

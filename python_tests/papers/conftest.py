@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from papers_data import open_all
 from PIL import Image
+
+from python_tests.papers_data import open_all
 
 
 @pytest.fixture(autouse=True)

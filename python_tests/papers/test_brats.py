@@ -8,14 +8,14 @@ import struct
 import numpy as np
 import pytest
 import torch
-from in_time import in_time
-from papers_data import BRATS, function
 
 from fedkern.data import load
 from fedkern.data.sharing.holdout import hold_out
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
+from python_tests.in_time import in_time
+from python_tests.papers_data import BRATS, function
 
 nibabel = pytest.importorskip("nibabel", reason="writes volumes with nibabel (the extra medical)")
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from papers_data import NICO
 from PIL import Image
 
 from fedkern.data import Split, load
 from fedkern.errors import UserError
 from fedkern.run import main
+from python_tests.papers_data import NICO
 
 CLASSES, CONTEXTS, IMAGES = 3, 10, 5
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from papers_data import REPORTS, function
 from PIL import Image
 
 from fedkern.data import load, lookup
@@ -11,6 +10,7 @@ from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from python_tests.papers_data import REPORTS, function
 
 clean, impression_and_findings = (function(REPORTS, name) for name in ("clean", "impression_and_findings"))
 

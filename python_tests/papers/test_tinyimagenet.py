@@ -4,12 +4,12 @@ import os
 
 import numpy as np
 import pytest
-from in_time import in_time
-from papers_data import TINYIMAGENET
 from PIL import Image
 
 from fedkern.data import load
 from fedkern.errors import UserError
+from python_tests.in_time import in_time
+from python_tests.papers_data import TINYIMAGENET
 
 WNIDS = ("n02", "n01", "n03")
 WORDS = {"n01": "crane, a bird", "n02": "crane", "n03": "desk, table", "n99": "unused"}

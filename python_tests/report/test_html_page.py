@@ -6,7 +6,6 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from html_reader import Reader
 
 import fedkern
 from fedkern.errors import UserError
@@ -16,6 +15,7 @@ from fedkern.report.names import TITLE, label
 from fedkern.report.pages import html_page
 from fedkern.report.pages.charts import curves
 from fedkern.report.pages.html_page import Code, Page, Picture, Section, Table, section
+from python_tests.html_reader import Reader
 
 EVIL = "</script><script>alert(1)</script><img src=https://example.org/x.png>&amp;"
 

@@ -10,7 +10,6 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from html_reader import Reader
 from rich.console import Console
 
 import fedkern
@@ -22,6 +21,7 @@ from fedkern.methods.base import Round
 from fedkern.report.live import notebook, progress
 from fedkern.report.live.display import display
 from fedkern.settings.config import RunConfig
+from python_tests.html_reader import Reader
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from html_reader import Reader
 from scipy.stats import binomtest
 
 import fedkern
@@ -19,6 +18,7 @@ from fedkern.report.figures import pictures
 from fedkern.report.pages import run_page
 from fedkern.report.pages.html_page import Chart
 from fedkern.run import main
+from python_tests.html_reader import Reader
 
 TINY = ["--data", "digits", "--train-samples", "200", "--clients", "3", "--rounds", "2", "--model", "mlp",
         "--threads", "1", "--workers", "1", "--grad-cam", "0", "--quiet"]  # fmt: skip

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
-from smallest import SETTINGS
 
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.methods import register_metric
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.smallest import SETTINGS
 
 
 @pytest.fixture

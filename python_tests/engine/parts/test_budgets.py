@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from interrupted import Kill, KillAt, outcome
 
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.parts.base import Record
@@ -15,6 +14,7 @@ from fedkern.engine.timing import Timing
 from fedkern.errors import UserError
 from fedkern.methods.base import Phase, Round
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, outcome
 
 
 def record(entry=None):

@@ -6,7 +6,6 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from stand_ins import record
 from torch import nn
 
 from fedkern.engine.parts.base import Stop, Summary
@@ -16,6 +15,7 @@ from fedkern.engine.store.checkpoints import checksum
 from fedkern.engine.store.records import SUMMARY
 from fedkern.engine.timing import Timing
 from fedkern.methods.base import Round
+from python_tests.stand_ins import record
 
 
 class Checkpoints:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from stand_ins import PRIVATE, Context, about, record, stored, values
 from torch import nn
 
 from fedkern.data import Split
@@ -33,6 +32,7 @@ from fedkern.methods.base import Method
 from fedkern.methods.common.final_figures import final_figures
 from fedkern.privacy.disclosure import About, Disclosure
 from fedkern.tasks import CLASSIFICATION
+from python_tests.stand_ins import PRIVATE, Context, about, record, stored, values
 
 FORM = ImageForm((1, 2, 2), (0.0,), (1.0,))
 

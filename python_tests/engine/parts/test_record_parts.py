@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from stand_ins import PRIVATE, Context, about, record, stored, values
 from torch import nn
 
 from fedkern.engine.ledger import Ledger
@@ -33,6 +32,7 @@ from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.methods.base import Phase, Round
 from fedkern.privacy import Guarantee, server_secret
 from fedkern.privacy.disclosure import About, Disclosure
+from python_tests.stand_ins import PRIVATE, Context, about, record, stored, values
 
 TRAIN = Phase(0, "train", "update")
 GUARANTEE = Guarantee(1e-5, {"networks": "the networks"})

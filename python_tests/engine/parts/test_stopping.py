@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
 from safetensors.torch import load_file
 
 import fedkern
@@ -24,6 +23,7 @@ from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import About, Disclosure
 from fedkern.report.pages.run_page import headline, read
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, outcome
 
 
 def record(number, due=True, about=About.RUN, **figures):

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, unvouched
 
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
@@ -22,6 +21,7 @@ from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import LEDGER, Accountant, Guarantee
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, unvouched
 
 
 class Telling(FedAvg):

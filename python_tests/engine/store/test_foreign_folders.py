@@ -5,12 +5,12 @@ import os
 import zlib
 
 import pytest
-from interrupted import Kill, KillAt, forge
 
 from fedkern.engine.run import run
 from fedkern.engine.store.extending import extend
 from fedkern.errors import UserError
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, forge
 
 NAMES = ("../../victim", "../metrics.jsonl", "ABSOLUTE", "", ".", "..", "manifest.json", "client-00001-000001/../../x")
 

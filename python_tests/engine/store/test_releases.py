@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from interrupted import Kill, KillAt
 
 from fedkern.engine import client as engine_client
 from fedkern.engine.run import run
@@ -17,6 +16,7 @@ from fedkern.methods.fediod import client as fediod_client
 from fedkern.methods.fediod import private_messages
 from fedkern.privacy import Accountant
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt
 
 OPTIONS = {
     "iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "sigma_d": 9.0,

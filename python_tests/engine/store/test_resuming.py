@@ -6,7 +6,6 @@ import re
 import subprocess
 
 import pytest
-from interrupted import Kill, KillAt, forge, outcome, without
 
 from fedkern.comparison.found_runs import read_run
 from fedkern.downstream.membership_attack import attack
@@ -20,6 +19,7 @@ from fedkern.errors import UserError
 from fedkern.ops import use_backend, use_isa
 from fedkern.ops._core import backend
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, forge, outcome, without
 
 
 @pytest.fixture

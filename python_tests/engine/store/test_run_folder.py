@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
-from interrupted import Kill, KillAt, outcome
 
 from fedkern.engine.run import run
 from fedkern.engine.store.run_folder import NAMES
 from fedkern.errors import UserError
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, outcome
 
 FOREIGN = ("README.md", "notes.part", "data.safetensors")
 

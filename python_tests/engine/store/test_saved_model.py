@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from interrupted import unvouched
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +15,7 @@ from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from python_tests.interrupted import unvouched
 
 PLAIN = {
     "model": "cnn", "width": 4, "task": "classification", "classes": ["a", "b"], "channels": 3, "image_size": [16, 16],

@@ -10,8 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome, without
-from smallest import SETTINGS
 
 from fedkern.engine.executors.fork_server import ForkServer
 from fedkern.engine.executors.workers import Workers
@@ -27,6 +25,8 @@ from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.base import Phase, Round
 from fedkern.methods.uploads import why_refused
 from fedkern.tasks import CLASSIFICATION
+from python_tests.interrupted import Kill, KillAt, outcome, without
+from python_tests.smallest import SETTINGS
 
 HOW = ("topk:share=0.05", "int8")
 AVERAGING = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options()).averages]

@@ -5,8 +5,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
-from personal_runs import SETTINGS, played, same
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -15,6 +13,8 @@ from fedkern import models
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.methods import Ditto
+from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.personal_runs import SETTINGS, played, same
 
 
 class Recording(Ditto):

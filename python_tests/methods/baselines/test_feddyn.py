@@ -4,12 +4,12 @@ import types
 
 import pytest
 import torch
-from quadratics import WEIGHTS, Server, distance
 from safetensors.torch import load_file
 
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods import FedAvg, FedDyn, Phase, Upload
+from python_tests.methods.quadratics import WEIGHTS, Server, distance
 
 PHASE = Phase(0, "train", "update")
 ALPHA = 0.3

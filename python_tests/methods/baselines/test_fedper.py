@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from personal_runs import played, same
 from torch import nn
 
 from fedkern.errors import UserError
+from python_tests.personal_runs import played, same
 
 
 @pytest.mark.sampled(1)

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from interrupted import Kill, KillAt, outcome
-from proxies import PHASE, Fixed, scene
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot, softmax
 
@@ -18,6 +16,8 @@ from fedkern.errors import UserError
 from fedkern.methods import FML, FedLPFM, Phase
 from fedkern.methods.baselines.fml import Pair
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.methods.proxies import PHASE, Fixed, scene
 
 EQUAL = {"momentum": 0.9}  # the methods' own defaults differ
 

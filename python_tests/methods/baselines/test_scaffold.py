@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from quadratics import WEIGHTS, distance
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
@@ -14,6 +13,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Phase, Scaffold
+from python_tests.methods.quadratics import WEIGHTS, distance
 
 PHASE = Phase(0, "train", "update")
 LR = 0.05

@@ -6,7 +6,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from feddra_parts import JOINT, LOSSES, SETTINGS
 from scipy.optimize import minimize
 
 from fedkern import ops
@@ -14,6 +13,7 @@ from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods import AFL, Federation, Phase, Upload
 from fedkern.methods.common.robust_weights import distance
+from python_tests.methods.feddra_parts import JOINT, LOSSES, SETTINGS
 
 # Client weights.
 

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same
 
 from fedkern.data import Split
 from fedkern.downstream.saved_network import read_model
@@ -21,6 +20,7 @@ from fedkern.methods.fediod.local_teachers import teacher
 from fedkern.methods.fediod.losses import against, teacher_terms
 from fedkern.methods.fediod.server import ALIKE, make_generator
 from fedkern.models.teacher_stack import TeacherStack
+from python_tests.methods.fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same
 
 MIXED = "cnn:2,mlp:4,resnet8:2"
 

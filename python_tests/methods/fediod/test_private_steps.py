@@ -8,7 +8,6 @@ from collections import Counter
 
 import pytest
 import torch
-from fediod_play import TINY, World, cleared_and_live, frozen, same
 
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
@@ -16,6 +15,7 @@ from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.discriminators import Discriminators
 from fedkern.methods.fediod.local_teachers import teacher
 from fedkern.methods.fediod.losses import against
+from python_tests.methods.fediod_play import TINY, World, cleared_and_live, frozen, same
 
 needs_accounting = pytest.mark.skipif(
     importlib.util.find_spec("dp_accounting") is None,

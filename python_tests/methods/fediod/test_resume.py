@@ -3,11 +3,11 @@
 import shutil
 
 import pytest
-from interrupted import Kill, KillAt, outcome
 
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, outcome
 
 OPTIONS = {
     "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 4, "w_real": 1.0, "w_balance": 0.5,

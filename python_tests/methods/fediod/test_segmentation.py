@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +15,7 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.methods.fediod.local_teachers import histogram, split
 from fedkern.methods.fediod.losses import distillation, diversity, importance, mixture, normalised, teacher_terms
 from fedkern.methods.fediod.presets import IODOptions, settle
-
-_spec = importlib.util.spec_from_file_location(
-    "segmented", Path(__file__).parents[2] / "tasks" / "test_segmentation_figures.py"
-)
-segmented = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(segmented)
+from python_tests.tasks import test_segmentation_figures as segmented
 
 K, B, C, H, W = 3, 2, 4, 3, 5
 

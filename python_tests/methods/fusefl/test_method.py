@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from fusefl_play import PLAIN, Play, config_of, equal, flat
 from torch import nn
 
 from fedkern.downstream.saved_network import read_model
@@ -19,6 +18,7 @@ from fedkern.methods.fusefl.levels import LocalPart, base_width, scaled_width
 from fedkern.models import Ensemble, build
 from fedkern.models.blocks import cut
 from fedkern.models.cost import stored_bytes
+from python_tests.methods.fusefl_play import PLAIN, Play, config_of, equal, flat
 
 # -- invariants ----------------------------------------------------------------------------------------------------
 

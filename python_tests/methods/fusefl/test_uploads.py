@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusefl_play import Play, config_of, equal
 from torch import nn
 
 from fedkern.downstream.saved_network import read_model
@@ -14,6 +13,7 @@ from fedkern.methods import METHODS, FuseFL, Phase, Upload
 from fedkern.methods.fusefl.levels import tensors_of
 from fedkern.models.blocks import BlockNetwork
 from fedkern.settings.config import RunConfig
+from python_tests.methods.fusefl_play import Play, config_of, equal
 
 # -- uploads that cannot be used -----------------------------------------------------------------------------------
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from aggregate_cases import CLIENTS, SIZES, WEIGHTS, close, exact_mean, make_weights
-from operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, thinned, using
 from torch import Tensor
 
 from fedkern.ops import Accumulator, server_step, weighted_mean
 from fedkern.ops._aggregate.reference import weighted_mean_reference
+from python_tests.ops._aggregate.aggregate_cases import CLIENTS, SIZES, WEIGHTS, close, exact_mean, make_weights
+from python_tests.ops.operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, thinned, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

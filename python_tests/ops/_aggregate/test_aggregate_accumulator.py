@@ -12,11 +12,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from operator_cases import BACKENDS, using
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedkern.ops import Accumulator
+from python_tests.ops.operator_cases import BACKENDS, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

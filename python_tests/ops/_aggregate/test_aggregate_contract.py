@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from operator_cases import BACKENDS, using
 from torch import Tensor
 
 from fedkern.ops import (
@@ -22,6 +21,7 @@ from fedkern.ops import (
     server_step,
     trimmed_mean,
 )
+from python_tests.ops.operator_cases import BACKENDS, using
 
 V = [torch.ones(4), torch.zeros(4), torch.ones(4)]
 G = torch.ones(4)

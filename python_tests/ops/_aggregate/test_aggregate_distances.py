@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from aggregate_cases import close, make_vectors, make_weights, odd_views
-from operator_cases import DTYPES, pairwise, thinned
 from torch import Tensor
 
 from fedkern.ops import geometric_median, krum, pairwise_distances, weighted_mean
 from fedkern.ops._aggregate import distances as aggregate_distances
+from python_tests.ops._aggregate.aggregate_cases import close, make_vectors, make_weights, odd_views
+from python_tests.ops.operator_cases import DTYPES, pairwise, thinned
 
 
 def distances_in_python(vectors: list[Tensor]) -> Tensor:

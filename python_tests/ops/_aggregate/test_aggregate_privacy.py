@@ -7,13 +7,20 @@ import math
 
 import pytest
 import torch
-from aggregate_cases import REFINED, REFINED_SEED, close, make_vectors, odd_views, refined_numbers
-from operator_cases import DTYPES, KERNELS, thinned, using
 from torch import Tensor
 
 from fedkern.ops import clip_and_noise, clip_by_norm
 from fedkern.ops._aggregate.philox import REFINED as BELOW
 from fedkern.ops._aggregate.philox import normal, philox, uniform
+from python_tests.ops._aggregate.aggregate_cases import (
+    REFINED,
+    REFINED_SEED,
+    close,
+    make_vectors,
+    odd_views,
+    refined_numbers,
+)
+from python_tests.ops.operator_cases import DTYPES, KERNELS, thinned, using
 
 MOST = (1 << 64) - 1
 

@@ -9,11 +9,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from aggregate_cases import CLIENTS, SIZES, close, make_vectors, make_weights, odd_views
-from operator_cases import DTYPES, KERNELS, pairwise, thinned, using
 from torch import Tensor
 
 from fedkern.ops import median, trimmed_mean, weighted_mean
+from python_tests.ops._aggregate.aggregate_cases import CLIENTS, SIZES, close, make_vectors, make_weights, odd_views
+from python_tests.ops.operator_cases import DTYPES, KERNELS, pairwise, thinned, using
 
 KINDS = ["none", "equal", "counts", "random", "zeros"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from aggregate_cases import close, make_vectors, make_weights
-from operator_cases import DTYPES, KERNELS, pairwise, thinned, using
 from torch import Tensor
 
 from fedkern.ops import server_step, weighted_mean
+from python_tests.ops._aggregate.aggregate_cases import close, make_vectors, make_weights
+from python_tests.ops.operator_cases import DTYPES, KERNELS, pairwise, thinned, using
 
 RULES = ["mean", "momentum", "adam", "yogi", "adagrad"]
 # Flower's strategies FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import BACKENDS, using
 from torch import Tensor
 
 from fedkern.ops import Accumulator, weighted_mean
+from python_tests.ops.operator_cases import BACKENDS, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

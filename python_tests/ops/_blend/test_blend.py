@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, using
 from torch import Tensor
 
 from fedkern.ops import blend, use_backend
 from fedkern.ops._blend.blend import blend_reference
 from fedkern.ops._core import backend
+from python_tests.ops.operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from operator_cases import BACKENDS, KERNELS, using
 from torch import Tensor
 
 from fedkern.ops import blend
 from fedkern.ops._blend.blend import blend_reference
+from python_tests.ops.operator_cases import BACKENDS, KERNELS, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,13 +6,13 @@ import itertools
 import math
 import random
 
-import operator_cases
 import pytest
 import torch
-from operator_cases import BACKENDS, KERNELS, pairwise, using
 from torch import Tensor
 
 from fedkern.ops import erase_boxes, keep_boxes
+from python_tests.ops import operator_cases
+from python_tests.ops.operator_cases import BACKENDS, KERNELS, pairwise, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import DTYPES, assert_close, moved
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -15,6 +14,7 @@ from fedkern.ops._contrast import kernels as contrast_kernels
 from fedkern.ops._contrast import products as contrast_products
 from fedkern.ops._contrast import tiled as contrast_tiled
 from fedkern.ops._contrast.reference import contrastive_reference
+from python_tests.ops.operator_cases import DTYPES, assert_close, moved
 
 AXES: dict[str, Any] = {
     "pairs": (1, 2, 3, 31, 64, 65, 130),

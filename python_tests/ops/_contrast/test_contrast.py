@@ -6,18 +6,18 @@ import math
 import os
 from typing import Any
 
-import peak_memory
 import pytest
 import torch
-from contrast_cases import AXES, check, choose, embeddings
-from operator_cases import KERNELS, describe, pairwise, using
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import peak_memory
 from fedkern import ops
 from fedkern.ops._contrast.reference import contrastive_reference, gradients_reference
 from fedkern.ops._core import backend as backends
+from python_tests.ops._contrast.contrast_cases import AXES, check, choose, embeddings
+from python_tests.ops.operator_cases import KERNELS, describe, pairwise, using
 
 
 def leaves(pairs: int, size: int, dtype: torch.dtype = torch.float32, length: float = 1.0) -> tuple[Tensor, Tensor]:

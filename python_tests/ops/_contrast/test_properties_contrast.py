@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from property_inputs import QUARTERS, examples, logits, orders
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._contrast.reference import contrastive_reference
+from python_tests.ops.property_inputs import QUARTERS, examples, logits, orders
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

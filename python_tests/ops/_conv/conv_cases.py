@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from operator_cases import KERNELS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
+from python_tests.ops.operator_cases import KERNELS
 
 LAST = torch.channels_last
 # At the portable ISA level there is no kernel.

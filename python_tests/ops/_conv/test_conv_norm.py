@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_cases import (
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops._conv.conv_norm import serving
+from python_tests.ops._conv.conv_cases import (
     CONV,
     GROUPED,
     LAST,
@@ -25,11 +29,7 @@ from conv_cases import (
     grad_for,
     results,
 )
-from operator_cases import describe, pairwise, using
-from torch import Tensor
-
-from fedkern import ops
-from fedkern.ops._conv.conv_norm import serving
+from python_tests.ops.operator_cases import describe, pairwise, using
 
 each_kernel = pytest.mark.parametrize("name", CONV)
 needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or AVX-512")

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from conv_cases import (
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+from fedkern import ops
+from fedkern.ops._conv.conv_norm import serving
+from fedkern.ops._conv.kernels import ConvKernels
+from fedkern.ops._core import backend
+from python_tests.ops._conv.conv_cases import (
     CONV,
     LEAVES,
     SURROUNDINGS,
@@ -24,15 +32,7 @@ from conv_cases import (
     grad_for,
     results,
 )
-from operator_cases import using
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
-
-from fedkern import ops
-from fedkern.ops._conv.conv_norm import serving
-from fedkern.ops._conv.kernels import ConvKernels
-from fedkern.ops._core import backend
+from python_tests.ops.operator_cases import using
 
 needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or AVX-512")
 

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_cases import (
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+from fedkern import ops
+from fedkern.ops._conv.conv_pool import pooling
+from fedkern.ops._conv.kernels import PoolKernels
+from python_tests.ops._conv.conv_cases import (
     CONV,
     LAST,
     POOLED,
@@ -25,14 +32,7 @@ from conv_cases import (
     pool_grad_for,
     results,
 )
-from operator_cases import describe, pairwise, using
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
-
-from fedkern import ops
-from fedkern.ops._conv.conv_pool import pooling
-from fedkern.ops._conv.kernels import PoolKernels
+from python_tests.ops.operator_cases import describe, pairwise, using
 
 each_kernel = pytest.mark.parametrize("name", CONV)
 needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or AVX-512")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_core import build
 
 from fedkern.ops._core import backend, devices, loading, private_torch
+from python_tests.ops.emulated_core import build
 
 BUILT_FOR = [80, 90, 100]
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from every_operator import OPERATORS, Operator
-from operator_cases import KERNELS
 from torch import Tensor, nn
 
 from fedkern import ops
+from python_tests.ops.every_operator import OPERATORS, Operator
+from python_tests.ops.operator_cases import KERNELS
 
 pytestmark = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 SECONDS = 60

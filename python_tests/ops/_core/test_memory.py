@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from operator_cases import KERNELS
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._core import memory as _memory
+from python_tests.ops.operator_cases import KERNELS
 
 pytestmark = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from operator_cases import KERNELS
 
 from fedkern import ops
 from fedkern.ops import use_backend
+from python_tests.ops.operator_cases import KERNELS
 
 pytestmark = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 FOLDER = Path(__file__).resolve().parents[1]
@@ -20,7 +20,7 @@ BEGIN = """
 import os, sys, threading
 sys.path.insert(0, {folder!r})
 import torch
-from every_operator import OPERATORS
+from python_tests.ops.every_operator import OPERATORS
 from fedkern import ops
 from fedkern.ops import use_backend
 compiled = [operator for operator in OPERATORS if operator.compiled]

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from every_operator import OPERATORS
-from operator_cases import KERNELS, using
 from torch import Tensor
+
+from python_tests.ops.every_operator import OPERATORS
+from python_tests.ops.operator_cases import KERNELS, using
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_operator import NO_OPERATORS, Operator, each_operator
 from torch import Tensor, nn
 
 from fedkern import ops
+from python_tests.ops.every_operator import NO_OPERATORS, Operator, each_operator
 
 REFUSAL = r"cannot be recorded by torch\.jit\.trace or torch\.jit\.script.*use torch\.export\.export"
 

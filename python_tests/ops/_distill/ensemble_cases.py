@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from operator_cases import assert_close, moved, pairwise, thinned, using
 from torch import Tensor
 
 from fedkern import ops
@@ -16,6 +15,7 @@ from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._distill.checks import spread_row_weights, spread_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
 from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS, REDUCTIONS
+from python_tests.ops.operator_cases import assert_close, moved, pairwise, thinned, using
 
 CPU = torch.device("cpu")
 FACTOR = 3.0  # every loss is multiplied before backward: a dropped grad_output shows

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from operator_cases import assert_close, using
 from torch import Tensor
 
 from fedkern import ops
+from python_tests.ops.operator_cases import assert_close, using
 
 EVERYBODY = torch.tensor([[True] * 3 + [False], [True] * 4, [False] + [True] * 3])
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import operator_cases
 import pytest
 import torch
-from operator_cases import (
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops._core.backend import select
+from fedkern.ops._distill.kernels import divergence_settings
+from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
+from python_tests.ops import operator_cases
+from python_tests.ops.operator_cases import (
     BACKENDS,
     CLASSES,
     DTYPES,
@@ -21,12 +27,6 @@ from operator_cases import (
     pairwise,
     using,
 )
-from torch import Tensor
-
-from fedkern import ops
-from fedkern.ops._core.backend import select
-from fedkern.ops._distill.kernels import divergence_settings
-from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 
 FACTOR = 3.0  # every loss is multiplied before backward: a dropped grad_output shows
 OPERATORS = ("kl_div", "dual_kl", "dual_kl_student", "entropy")

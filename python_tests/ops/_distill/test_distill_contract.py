@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from distill_operators import OPERATORS, each_operator, logits
-from operator_cases import KERNELS, assert_close, using
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._distill.reference import kl_div_reference
+from python_tests.ops._distill.distill_operators import OPERATORS, each_operator, logits
+from python_tests.ops.operator_cases import KERNELS, assert_close, using
 
 # --- gradients
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from distill_operators import OPERATORS, each_operator, logits
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._distill.reference import kl_div_reference
+from python_tests.ops._distill.distill_operators import OPERATORS, each_operator, logits
 
 
 @each_operator

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from ensemble_cases import (
+
+from fedkern import ops
+from fedkern.ops._distill.ensemble_reference import ensemble_reference
+from python_tests.ops._distill.ensemble_cases import (
     DIFFERENCES,
     ENSEMBLES,
     compare,
@@ -19,10 +22,7 @@ from ensemble_cases import (
     make_inputs,
     run_ensemble,
 )
-from operator_cases import BACKENDS, KERNELS, assert_close, backends, describe, using
-
-from fedkern import ops
-from fedkern.ops._distill.ensemble_reference import ensemble_reference
+from python_tests.ops.operator_cases import BACKENDS, KERNELS, assert_close, backends, describe, using
 
 
 @pytest.mark.sampled(48)

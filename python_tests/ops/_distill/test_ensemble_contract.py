@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from ensemble_cases import logits
-from operator_cases import KERNELS, assert_close
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
+from python_tests.ops._distill.ensemble_cases import logits
+from python_tests.ops.operator_cases import KERNELS, assert_close
 
 HOWS: list[dict[str, Any]] = [{"mix": "probs"}, {"mix": "logits"}, {"mode": "mean_of_kl"}]
 

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from distill_operators import logits
-from finite_masks import CALLS, compare
-from operator_cases import DTYPES
 
 from fedkern import ops
+from python_tests.ops._distill.distill_operators import logits
+from python_tests.ops._distill.finite_masks import CALLS, compare
+from python_tests.ops.operator_cases import DTYPES
 
 
 @pytest.mark.sampled(8)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from ensemble_cases import COMMON, agreement, compare, logits, make_inputs
-from operator_cases import BACKENDS, KERNELS, backends, describe, pairwise, using
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._core.backend import select
 from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
+from python_tests.ops._distill.ensemble_cases import COMMON, agreement, compare, logits, make_inputs
+from python_tests.ops.operator_cases import BACKENDS, KERNELS, backends, describe, pairwise, using
 
 AXES: dict[str, Any] = {
     **COMMON,

@@ -8,10 +8,10 @@ from decimal import Decimal, localcontext
 
 import pytest
 import torch
-from operator_cases import assert_close
 from torch import Tensor
 
 from fedkern import ops
+from python_tests.ops.operator_cases import assert_close
 
 SHARES = (0.125, 0.375, 0.5)
 ENSEMBLES = {"probs": {}, "logits": {"mix": "logits"}, "mean": {"mode": "mean_of_kl"}}

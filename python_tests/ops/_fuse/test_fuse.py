@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from operator_cases import DTYPES, KERNELS, assert_close, describe, pairwise, using
 from torch import Tensor
 
 from fedkern.ops import fuse_concat, fuse_mean
 from fedkern.ops._core.backend import cpu_core
 from fedkern.ops._fuse.kernels import FuseKernels
 from fedkern.ops._fuse.reference import fuse_concat_reference, fuse_mean_reference
+from python_tests.ops.operator_cases import DTYPES, KERNELS, assert_close, describe, pairwise, using
 
 FUNCTIONS = {"concat": (fuse_concat, fuse_concat_reference), "mean": (fuse_mean, fuse_mean_reference)}
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from operator_cases import KERNELS, using
 from torch import Tensor
 
 from fedkern.ops import fuse_concat, fuse_mean, use_backend
 from fedkern.ops._fuse.reference import fuse_concat_reference, fuse_mean_reference
+from python_tests.ops.operator_cases import KERNELS, using
 
 FUNCTIONS = {fuse_concat: fuse_concat_reference, fuse_mean: fuse_mean_reference}
 

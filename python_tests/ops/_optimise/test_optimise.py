@@ -9,16 +9,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from operator_cases import BACKENDS, KERNELS, using
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._core import backend
+from python_tests.ops.operator_cases import BACKENDS, KERNELS, using
 
 SIZES = (1, 5, 17, 1000, 9001)
 
@@ -87,10 +86,13 @@ def test_bits_are_those_of_torchs_operations(isa: str) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 def test_portable_bits_are_those_of_torch_without_fused_products() -> None:
-    here = Path(__file__).parent
     run = subprocess.run(
-        [sys.executable, "-c", "import test_optimise as t; assert not t.bits_of_torch('portable')"],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join([str(here), *sys.path])},
+        [
+            sys.executable,
+            "-c",
+            "from python_tests.ops._optimise import test_optimise as t; assert not t.bits_of_torch('portable')",
+        ],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from emulated_core import emulated
 
 from fedkern.ops import use_backend
+from python_tests.ops.emulated_core import emulated
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])

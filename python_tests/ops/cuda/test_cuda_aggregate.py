@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from aggregate_cases import REFINED, REFINED_SEED, refined_numbers
-from operator_cases import DTYPES, assert_close, describe, pairwise
 from torch import Tensor
 
 from fedkern import ops
@@ -18,6 +16,8 @@ from fedkern.ops._aggregate.philox import normal
 from fedkern.ops._aggregate.plain import PLAIN
 from fedkern.ops._aggregate.rules import RULES, ServerRule
 from fedkern.ops._core import backend
+from python_tests.ops._aggregate.aggregate_cases import REFINED, REFINED_SEED, refined_numbers
+from python_tests.ops.operator_cases import DTYPES, assert_close, describe, pairwise
 
 AXES: dict[str, Any] = {
     "count": (1, 2, 4, 5, 7, 10, 17, 33, 64),

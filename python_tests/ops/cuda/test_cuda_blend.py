@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import DTYPES, assert_close, describe, moved, pairwise
 from torch import Tensor
 
 from fedkern.ops import blend, erase_boxes, keep_boxes
 from fedkern.ops._blend.boxes import fill_boxes_reference
 from fedkern.ops._blend.reference import blend_reference
+from python_tests.ops.operator_cases import DTYPES, assert_close, describe, moved, pairwise
 
 AXES: dict[str, Any] = {
     "rows": (0, 1, 5, 33),

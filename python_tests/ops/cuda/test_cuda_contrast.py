@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from contrast_cases import AXES, check, embeddings
-from operator_cases import describe, pairwise
 
 from fedkern import ops
+from python_tests.ops._contrast.contrast_cases import AXES, check, embeddings
+from python_tests.ops.operator_cases import describe, pairwise
 
 CASES = [case for case in pairwise(AXES) if case["way"] != "onednn"]
 

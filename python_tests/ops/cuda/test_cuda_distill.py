@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from finite_masks import CALLS as CALLS_OF_MASKS
-from finite_masks import compare as compare_masks
-from operator_cases import DTYPES, assert_close, describe, moved, pairwise
-from test_distill import (
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops._core import backend
+from fedkern.ops._distill.kernels import DistillKernels, divergence_settings
+from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
+from python_tests.ops._distill.finite_masks import CALLS as CALLS_OF_MASKS
+from python_tests.ops._distill.finite_masks import compare as compare_masks
+from python_tests.ops._distill.test_distill import (
     FACTOR,
     LAYOUTS,
     OPERATORS,
@@ -22,12 +27,7 @@ from test_distill import (
     spread,
     strides,
 )
-from torch import Tensor
-
-from fedkern import ops
-from fedkern.ops._core import backend
-from fedkern.ops._distill.kernels import DistillKernels, divergence_settings
-from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
+from python_tests.ops.operator_cases import DTYPES, assert_close, describe, moved, pairwise
 
 AXES: dict[str, Any] = {
     "classes": (1, 3, 5, 10, 32, 33, 101, 128, 1000, 2048, 2056, 3201),

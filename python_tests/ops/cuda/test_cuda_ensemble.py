@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from ensemble_cases import (
+from torch import Tensor
+
+from fedkern import ops
+from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
+from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS, REDUCTIONS
+from python_tests.ops._distill.ensemble_cases import (
     DIFFERENCES,
     ENSEMBLES,
     compare_dtypes_of_weights,
@@ -15,12 +20,7 @@ from ensemble_cases import (
     compare_random_masks,
     run_ensemble,
 )
-from operator_cases import DTYPES, assert_close, describe, moved, pairwise
-from torch import Tensor
-
-from fedkern import ops
-from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
-from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS, REDUCTIONS
+from python_tests.ops.operator_cases import DTYPES, assert_close, describe, moved, pairwise
 
 AXES: dict[str, Any] = {
     "operator": ("probs", "logits", "mean", "js", "consensus"),

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import DTYPES, assert_close, describe, pairwise
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._fuse.reference import fuse_concat_reference, fuse_mean_reference
+from python_tests.ops.operator_cases import DTYPES, assert_close, describe, pairwise
 
 AXES: dict[str, Any] = {
     "operator": ("concat", "mean"),

@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_operator import Operator, each_gpu_operator
-from operator_runs import check_another_device, check_graph, check_nothing_waits, compare, gradients, run
 
 from fedkern import ops
+from python_tests.ops.every_operator import Operator, each_gpu_operator
+from python_tests.ops.operator_runs import (
+    check_another_device,
+    check_graph,
+    check_nothing_waits,
+    compare,
+    gradients,
+    run,
+)
 
 
 @each_gpu_operator

@@ -21,10 +21,11 @@ from typing import Any
 # Decided when the kernels are decorated.
 os.environ.pop("TRITON_INTERPRET", None)
 
-import sm90_cases
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+
+from python_tests.ops.triton import sm90_cases
 
 TARGET = GPUTarget("cuda", 90, 32)
 PROCESSORS = 132

@@ -11,11 +11,11 @@ import sys
 
 import pytest
 import torch
-from operator_cases import BACKENDS, DTYPES, pairwise
 from torch import Tensor
 
 from fedkern.ops._aggregate.plain import PLAIN
 from fedkern.ops._aggregate.rules import RULES, ServerRule
+from python_tests.ops.operator_cases import BACKENDS, DTYPES, pairwise
 
 if "triton" not in BACKENDS:
     pytest.skip("Triton's interpreter is not there", allow_module_level=True)

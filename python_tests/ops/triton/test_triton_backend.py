@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from operator_cases import BACKENDS, using
 
 from fedkern import ops
 from fedkern.ops._aggregate.mean import select
@@ -18,6 +17,7 @@ from fedkern.ops._core import backend
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
 from fedkern.ops._distill.reference import kl_div_reference
 from fedkern.ops._distill.rows import BATCHMEAN, PROBS
+from python_tests.ops.operator_cases import BACKENDS, using
 
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
 

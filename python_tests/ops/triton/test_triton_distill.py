@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import BACKENDS, assert_close, pairwise, using
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS, REDUCTIONS
+from python_tests.ops.operator_cases import BACKENDS, assert_close, pairwise, using
 
 if "triton" not in BACKENDS:
     pytest.skip("Triton's interpreter is not there", allow_module_level=True)

@@ -12,12 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from every_operator import Operator, each_gpu_operator
-from operator_cases import BACKENDS, using
-from operator_runs import check_another_device, check_graph, check_nothing_waits, compare, gradients, run
 
 from fedkern import ops
 from fedkern.ops._core import loading
+from python_tests.ops.every_operator import Operator, each_gpu_operator
+from python_tests.ops.operator_cases import BACKENDS, using
+from python_tests.ops.operator_runs import (
+    check_another_device,
+    check_graph,
+    check_nothing_waits,
+    compare,
+    gradients,
+    run,
+)
 
 
 @pytest.fixture
