@@ -121,14 +121,14 @@ class ItemForm:
     def noise(self, samples: int, rng: np.random.Generator) -> Any:
         """Normally distributed inputs of a network; zeros, of which any is an index, where they are no floats."""
 
-        def made(words: str) -> Tensor:
+        def draw(words: str) -> Tensor:
             dtype, _, shape = words.partition(" ")
             kind, sizes = getattr(torch, dtype), (samples, *json.loads(shape)[1:])
             if not kind.is_floating_point:
                 return torch.zeros(sizes, dtype=kind)
             return torch.from_numpy(rng.standard_normal(sizes, dtype="float32")).to(kind)
 
-        x = mapped(made, self.inputs)
+        x = mapped(draw, self.inputs)
         if x["kwargs"]:
             return Keywords(x["kwargs"])
         return x["args"][0] if len(x["args"]) == 1 else Positional(x["args"])

@@ -39,17 +39,17 @@ def _of_items(data: FederatedData) -> dict[str, str]:
     """Identity of items: their number and some of them, whoever holds them, and the user's loss and metrics."""
     sets: dict[str, list[Any]] = {"train": list(data.clients), "validation": [data.validation]}
     sets |= {f"test {name}".strip(): [split] for name, split in data.tests.items()}
-    whole = {
+    datasets = {
         name: {id(part.dataset): replace(part, rows=None) for part in parts if len(part)}.values()
         for name, parts in sets.items()
     }
-    sizes = {name: sum(map(len, parts)) for name, parts in whole.items()}
-    most, given = per_set(sum(map(len, whole.values()))), code_of(data)
+    sizes = {name: sum(map(len, parts)) for name, parts in datasets.items()}
+    most, code = per_set(sum(map(len, datasets.values()))), code_of(data)
     return {
         "classes": _digest(repr(name).encode() for name in data.classes),
         "sizes": ", ".join(f"{name} {size}" for name, size in sizes.items() if size),
-        "samples": _digest(sorted(part.digest(most) for parts in whole.values() for part in parts)),
-        **({"loss_fn": given} if given else {}),
+        "samples": _digest(sorted(part.digest(most) for parts in datasets.values() for part in parts)),
+        **({"loss_fn": code} if code else {}),
     }
 
 
@@ -95,17 +95,17 @@ def identity(
     labels: dict[str, list[bytes]] = {name: [] for name in (*sets, *contents)}
     for name, parts in contents.items():
         for part in parts:
-            for told, image in zip(_told(name, part), _rows(part.images), strict=True):
-                labels[name].append(told.digest())
+            for hasher, image in zip(_told(name, part), _rows(part.images), strict=True):
+                labels[name].append(hasher.digest())
                 for piece in image:
-                    told.update(piece)
-                images.append(told.digest())
+                    hasher.update(piece)
+                images.append(hasher.digest())
                 if pixels is not None:
                     pixels.append(_hash(*image).digest())
     for name, pools in sets.items():
         names += [_hash(_text(f"{name}\0{row}")).digest() for part in pools for row in part.ids or ()]
         if not _alike(contents.get(name, ()), pools):  # else their labels have been read with the images
-            labels[name] = [told.digest() for part in pools for told in _told(name, part)]
+            labels[name] = [hasher.digest() for part in pools for hasher in _told(name, part)]
     sizes = {name: sum(map(len, parts)) for name, parts in sets.items()}
     return {
         "classes": _digest(repr(name).encode() for name in classes),
@@ -126,8 +126,8 @@ def _told(set_name: str, part: Split | Pool) -> Iterator[Any]:
     """For every sample a hash of its set, name, text, patient and label, to which more can be added."""
     patients = None if part.patients is None else part.patients.tolist()
     for row, label in enumerate(_rows(part.labels)):
-        known = [None if each is None else each[row] for each in (part.ids, part.texts, patients)]
-        yield _hash(_text(f"{set_name}\0{known!r}"), *label)
+        fields = [None if each is None else each[row] for each in (part.ids, part.texts, patients)]
+        yield _hash(_text(f"{set_name}\0{fields!r}"), *label)
 
 
 def _rows(tensor: Tensor) -> Iterator[tuple[bytes, memoryview]]:
@@ -145,17 +145,17 @@ def _text(text: str) -> bytes:
 
 
 def _hash(*pieces: bytes | memoryview) -> Any:
-    found = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.blake2b(digest_size=16)
     for piece in pieces:
-        found.update(piece)
-    return found
+        hasher.update(piece)
+    return hasher
 
 
 def _digest(rows: Iterable[bytes]) -> str:
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for row in rows:
-        found.update(len(row).to_bytes(8, "little") + row)
-    return found.hexdigest()
+        hasher.update(len(row).to_bytes(8, "little") + row)
+    return hasher.hexdigest()
 
 
 def code_of(data: FederatedData) -> str:

@@ -99,28 +99,28 @@ def load(
     info, drawn = lookup(name), None
     progress, notice = progress or notice, notice or (lambda text: None)
     own_options, common = read_options(name, options or {})
-    asked = None if partition is None else parse_partition(partition)
+    choice = None if partition is None else parse_partition(partition)
     correlation = _check_correlation(name, info, correlation)
     if info.function is not None:
-        made = info.function.make(root, clients, partition, seed, own_options)
+        result = info.function.make(root, clients, partition, seed, own_options)
         drawn = info.function.identity() if "seed" in info.function.takes else None
-        if isinstance(made, FederatedData):
+        if isinstance(result, FederatedData):
             if identify:
-                made = dataclasses.replace(made, identity=of_memory(made) if drawn is None else drawn)
+                result = dataclasses.replace(result, identity=of_memory(result) if drawn is None else drawn)
             for flag, value in (("--train-samples", train_samples), ("--public-samples", public_samples)):
                 if value:
                     raise UserError(f'data set "{name}" shares its samples out by itself: leave {flag} out')
-            check_single(name, made.task, **common)
+            check_single(name, result.task, **common)
             tell_unused(cache, progress)
-            return _finished(_smaller(made, common), options or {}, common, make_detector, progress, seed)
-        info, own_options = dataclasses.replace(info, open=lambda root: made), {}
+            return _finished(_smaller(result, common), options or {}, common, make_detector, progress, seed)
+        info, own_options = dataclasses.replace(info, open=lambda root: result), {}
     if info.make is not None:
         if public_samples:
             raise UserError(f'data set "{name}" is made for its clients and has no public samples to give')
         check_single(name, info.task, **common)
         tell_unused(cache, progress)
         sizes = {key: common[key] for key in ("test_samples", "validation_samples")}
-        spec = asked or parse_partition(info.partition)
+        spec = choice or parse_partition(info.partition)
         clients = info.clients if clients is None else clients
         return info.make(clients, spec, seed, samples=train_samples, **sizes, **own_options)
     # The options mask and ink of coloured sets are for this function; a reader gets all others.
@@ -131,7 +131,7 @@ def load(
     source = info.open(root, **own_options, **keeping)
     for text in source.notices:
         notice(text)
-    spec = _default_partition(name, info, source) if asked is None else asked
+    spec = _default_partition(name, info, source) if choice is None else choice
     if clients is None:
         clients = source.groups if spec.name == "attribute" and source.groups is not None else info.clients
     _check_attribute(name, info, source, spec, clients)
@@ -144,24 +144,24 @@ def load(
             "column client"
         )
     check_single(name, task, **common)
-    kept, public_rows = _training_rows(name, source.train, train_samples, public_samples, seed)
-    labels = source.train.labels[kept].numpy()
-    parts = _shares(source, spec, kept, clients, seed)
-    held = [kept[torch.from_numpy(part)] for part in parts]
+    train_rows, public_rows = _training_rows(name, source.train, train_samples, public_samples, seed)
+    labels = source.train.labels[train_rows].numpy()
+    parts = _shares(source, spec, train_rows, clients, seed)
+    client_rows = [train_rows[torch.from_numpy(part)] for part in parts]
     statistics = PartitionStatistics.of([labels[part] for part in parts], source.classes, spec.text, task)
     names = source.sites if spec.name == "attribute" and source.sites else None
-    validation_rows = _validation_rows(source, len(kept), common["validation_samples"])
+    validation_rows = _validation_rows(source, len(train_rows), common["validation_samples"])
     test_rows = {
         key: _first_rows(pool, common["test_samples"], f"test/{key}", _homes(source, pool))
         for key, pool in source.tests.items()
     }
     mean, std = source.mean, source.std
     identify = identify and drawn is None
-    whole = len(kept) + len(public_rows) == len(source.train)
-    contents = {"train": [sampled(source.train)]} if identify and (info.coloured or not whole) else {}
+    complete = len(train_rows) + len(public_rows) == len(source.train)
+    contents = {"train": [sampled(source.train)]} if identify and (info.coloured or not complete) else {}
     if info.coloured:
         tell_unused(cache, progress)
-        rows = held, public_rows, validation_rows, test_rows[""]
+        rows = client_rows, public_rows, validation_rows, test_rows[""]
         splits, public, validation, tests, maps = _coloured(
             source, spec, *rows, statistics.counts, correlation, PALETTES[ink], seed
         )
@@ -170,22 +170,22 @@ def load(
             statistics = dataclasses.replace(statistics, colours=maps, tied=correlation)
         contents["test"] = [sampled(source.tests[""])] if identify else []
     else:
-        wanted = [(source.train, torch.cat([*held, public_rows])), (source.validation, validation_rows)]
-        wanted += [(pool, test_rows[key]) for key, pool in source.tests.items()]
-        source = on_disk(source, wanted, cache, progress)
-        splits = tuple(dataclasses.replace(source.train.take(rows), homes=None) for rows in held)
-        shown = source.train.take(public_rows)
+        requests = [(source.train, torch.cat([*client_rows, public_rows])), (source.validation, validation_rows)]
+        requests += [(pool, test_rows[key]) for key, pool in source.tests.items()]
+        source = on_disk(source, requests, cache, progress)
+        splits = tuple(dataclasses.replace(source.train.take(rows), homes=None) for rows in client_rows)
+        public_split = source.train.take(public_rows)
         homes = spec.name == "attribute" or clients == 1  # else the clients are not those that the data name
-        public = _seen(source, homes, shown)
+        public = _seen(source, homes, public_split)
         validation = _seen(source, homes, source.validation.take(validation_rows))
         tests = {key: _seen(source, homes, pool.take(test_rows[key])) for key, pool in source.tests.items()}
-        contents = {"train": [*splits, shown], **contents, "validation": [validation]}
+        contents = {"train": [*splits, public_split], **contents, "validation": [validation]}
         contents |= {f"test {key}": [split] for key, split in tests.items()}
     for split in (validation, *tests.values()):  # before a run begins: a mask may be unreadable
         if split.full is not None:
             split.full.loaded()
-    own = _own_tests(name, source, test_rows[""], tests[""]) if names is not None and source.own_tests else ()
-    statistics = dataclasses.replace(statistics, names=names, own_tests=tuple(len(test) for test in own))
+    client_tests = _own_tests(name, source, test_rows[""], tests[""]) if names is not None and source.own_tests else ()
+    statistics = dataclasses.replace(statistics, names=names, own_tests=tuple(len(test) for test in client_tests))
     pools = (source.train, source.validation, *source.tests.values())
     if boxed:
         splits = tuple(dataclasses.replace(split, masks=bounding_boxes(split.masks)) for split in splits)
@@ -194,8 +194,8 @@ def load(
         pixels: list[bytes] = []
         identity = of_source(source, contents, pixels)
         if source.compared:
-            used = [*splits, shown]
-            if not whole:  # the identity is that of other rows
+            used = [*splits, public_split]
+            if not complete:  # the identity is that of other rows
                 pixels = pixel_hashes(used) + pixels
                 contents["train"] = [*used, *contents["train"]]
             tiles = 1 if source.train.cases is None else len(source.train) // len(source.train.cases.unique())
@@ -213,7 +213,7 @@ def load(
         statistics=statistics,
         image_ids=frozenset(image for pool in pools for image in pool.ids),
         public=public if len(public) else None,
-        client_tests=own,
+        client_tests=client_tests,
         client_names=names,
         drawn_validation=source.drawn_validation,
         identity=identity,
@@ -223,14 +223,14 @@ def load(
 
 def _finished(
     data: FederatedData,
-    given: Mapping[str, object],
+    options: Mapping[str, object],
     common: Mapping[str, Any],
     make_detector: Callable[[str, float, float], Detector] | None,
     notice: Callable[[str], None] | None,
     seed: int,
 ) -> FederatedData:
     """The data with the objects, cues and patches that the common options ask for."""
-    background = _background_source(given, common, data, make_detector, notice)
+    background = _background_source(options, common, data, make_detector, notice)
     if background is not None:  # find the objects before cues and patches are drawn over them
         data = extract_background(data, background)
     data = add_cues(data, common["cue_clients"], common["cue_size"], seed)
@@ -256,7 +256,7 @@ def _seen(source: Source, homes: bool, split: Split) -> Split:
 
 
 def _background_source(
-    given: Mapping[str, object],
+    options: Mapping[str, object],
     common: Mapping[str, Any],
     data: FederatedData,
     make_detector: Callable[[str, float, float], Detector] | None,
@@ -269,7 +269,7 @@ def _background_source(
         return BoxesFile(common["boxes"], data.image_ids)
     if not common["detector"]:
         for option in DETECTION_OPTIONS:
-            if option in given and option not in ("boxes", "detector"):
+            if option in options and option not in ("boxes", "detector"):
                 raise UserError(f'option {option} of data set "{data.name}" has no effect without the option detector')
         return None
     if make_detector is None:
@@ -281,7 +281,7 @@ def _background_source(
 def _coloured(
     source: Source,
     spec: PartitionSpec,
-    held: list[Tensor],
+    client_rows: list[Tensor],
     public_rows: Tensor,
     validation_rows: Tensor,
     test_rows: Tensor,
@@ -300,9 +300,9 @@ def _coloured(
         uint8 ``[clients, classes, 3]``.
     """
     classes = len(source.classes)
-    maps = [class_colours(seed, -1 if spec.name == "iid" else k, classes, palette) for k in range(len(held))]
+    maps = [class_colours(seed, -1 if spec.name == "iid" else k, classes, palette) for k in range(len(client_rows))]
     splits = []
-    for k, rows in enumerate(held):
+    for k, rows in enumerate(client_rows):
         grey = source.train.take(rows)
         rng = stream(seed, "colours/train", client=k)
         splits.append(_painted(grey, tied_colours(grey.labels.numpy(), maps[k], correlation, palette, rng), palette))
@@ -396,43 +396,43 @@ def _own_tests(name: str, source: Source, rows: Tensor, test: Split) -> tuple[Sp
     """Every client's own test set: its rows of ``test``, which holds the ``rows`` of the data set's test pool."""
     groups = source.tests[""].groups
     assert groups is not None
-    own = tuple(test.subset((groups[rows] == k).nonzero().flatten()) for k in range(len(source.sites)))
-    for site, split in zip(source.sites, own, strict=True):
+    splits = tuple(test.subset((groups[rows] == k).nonzero().flatten()) for k in range(len(source.sites)))
+    for site, split in zip(source.sites, splits, strict=True):
         if not len(split):
             raise UserError(
                 f'data set "{name}": test_samples={len(rows)} leaves the site {site} without a test image; take more'
             )
-    return own
+    return splits
 
 
-def _shares(source: Source, spec: PartitionSpec, kept: Tensor, clients: int, seed: int) -> list[npt.NDArray[np.int64]]:
-    """Positions in ``kept`` of every client's rows; patients, cases and images with several texts stay whole.
+def _shares(source: Source, spec: PartitionSpec, rows: Tensor, clients: int, seed: int) -> list[npt.NDArray[np.int64]]:
+    """Positions in ``rows`` of every client's rows; patients, cases and images with several texts stay whole.
 
     Under ``attribute``, where the data set itself names the clients, every row goes to the client named for it.
     """
     pool = source.train
-    labels, classes = pool.task.shared_classes(pool.labels[kept].numpy(), len(source.classes))
-    groups = None if pool.groups is None else pool.groups[kept].numpy()
+    labels, classes = pool.task.shared_classes(pool.labels[rows].numpy(), len(source.classes))
+    groups = None if pool.groups is None else pool.groups[rows].numpy()
 
     def share(
         labels: npt.NDArray[np.int64], first: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64] | None
     ) -> list[npt.NDArray[np.int64]]:
-        own = None if groups is None else groups[first]
+        unit_groups = None if groups is None else groups[first]
         unit = "samples" if sizes is None else unit_noun(pool.cases, pool.patients)
-        return share_out(spec, labels, clients, seed, class_count=classes, groups=own, sizes=sizes, unit=unit)
+        return share_out(spec, labels, clients, seed, class_count=classes, groups=unit_groups, sizes=sizes, unit=unit)
 
     named = spec.name == "attribute" and groups is not None
     there = set(groups.tolist()) if named and groups is not None else set()
     for k, site in enumerate(source.sites if named else ()):
         if k not in there:
             raise UserError(f"the client {site} would have no training sample; take more --train-samples")
-    patients = None if pool.patients is None or named else pool.patients[kept]
+    patients = None if pool.patients is None or named else pool.patients[rows]
     if pool.cases is None:
-        units = grouped_rows([pool.ids[row] for row in kept.tolist()], None, patients)
+        units = grouped_rows([pool.ids[row] for row in rows.tolist()], None, patients)
         if units is None or named:
             return share(labels, np.arange(len(labels)), None)
         return share_units(units, lambda first, sizes: share(labels[first], first, sizes))
-    return share_cases((pool.cases[kept] if patients is None else patients).numpy(), labels, share)
+    return share_cases((pool.cases[rows] if patients is None else patients).numpy(), labels, share)
 
 
 def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -442,8 +442,8 @@ def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: 
     else:
         cases = grouped_rows(pool.ids, None, pool.patients)
     if cases is not None:
-        mine, shown = training_cases(name, cases, count, public, seed, unit_noun(pool.cases, pool.patients))
-        return torch.from_numpy(mine), torch.from_numpy(shown)
+        mine, public_rows = training_cases(name, cases, count, public, seed, unit_noun(pool.cases, pool.patients))
+        return torch.from_numpy(mine), torch.from_numpy(public_rows)
     if public >= len(pool):
         raise UserError(
             f'data set "{name}" has {len(pool)} training samples, so it cannot give {public} public ones and train on '
@@ -458,14 +458,14 @@ def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: 
         raise UserError(f'data set "{name}" has {len(pool)} training samples, so it cannot give {count}{beside}')
     chosen = stream(seed, "train-samples").choice(len(pool), size=count, replace=False)
     rest = np.setdiff1d(np.arange(len(pool)), chosen)
-    shown = stream(seed, "public-samples").choice(rest, size=public, replace=False)
-    kept, open_to_all = (torch.from_numpy(np.sort(rows).astype(np.int64)) for rows in (chosen, shown))
-    return kept, open_to_all
+    public_rows = stream(seed, "public-samples").choice(rest, size=public, replace=False)
+    train_rows, open_to_all = (torch.from_numpy(np.sort(rows).astype(np.int64)) for rows in (chosen, public_rows))
+    return train_rows, open_to_all
 
 
-def _validation_rows(source: Source, trained: int, wanted: int) -> Tensor:
+def _validation_rows(source: Source, trained: int, samples: int) -> Tensor:
     share = trained / max(len(source.train), 1)
-    count = wanted or max(1, round(share * len(source.validation)))
+    count = samples or max(1, round(share * len(source.validation)))
     return _first_rows(source.validation, count, "validation", _homes(source, source.validation))
 
 
@@ -482,8 +482,8 @@ def _first_rows(pool: Pool | Split, count: int, purpose: str, homes: npt.NDArray
     if homes is not None:
         place = np.empty(len(pool))
         for site in np.unique(homes):
-            own = order[homes[order] == site]
-            place[own] = (np.arange(len(own)) + 0.5) / len(own)
-            place[own[0]] = -1
+            site_rows = order[homes[order] == site]
+            place[site_rows] = (np.arange(len(site_rows)) + 0.5) / len(site_rows)
+            place[site_rows[0]] = -1
         order = order[np.argsort(place[order], kind="stable")]
     return torch.from_numpy(np.sort(order[:count]).astype(np.int64))

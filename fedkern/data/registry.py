@@ -255,8 +255,8 @@ def check_readable(name: str) -> None:
 
 
 def _labelled(data: str, key: str) -> Option:
-    known = lookup(data).options.get(key) or COMMON_OPTIONS[key]
-    return dataclasses.replace(known, name=key, label=f'option {key} of data set "{data}"')
+    option = lookup(data).options.get(key) or COMMON_OPTIONS[key]
+    return dataclasses.replace(option, name=key, label=f'option {key} of data set "{data}"')
 
 
 def given_options(name: str, options: Mapping[str, object]) -> dict[str, Any]:
@@ -278,13 +278,13 @@ def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, An
     Raises:
         UserError: an unknown key (the message suggests the nearest), or a value of the wrong type or out of range.
     """
-    known = {**lookup(name).options, **COMMON_OPTIONS}
+    choices = {**lookup(name).options, **COMMON_OPTIONS}
     for key in options:
-        if key not in known:
+        if key not in choices:
             raise UserError(
-                f'data set "{name}" has no option "{key}": expected one of {", ".join(known)}.{nearest(key, known)}'
+                f'data set "{name}" has no option "{key}": expected one of {", ".join(choices)}.{nearest(key, choices)}'
             )
-    values: dict[str, Any] = {key: each.default for key, each in known.items()}
+    values: dict[str, Any] = {key: each.default for key, each in choices.items()}
     values |= {key: _labelled(name, key).convert(value) for key, value in options.items()}
     return {key: values[key] for key in lookup(name).options}, {key: values[key] for key in COMMON_OPTIONS}
 

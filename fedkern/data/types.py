@@ -71,7 +71,7 @@ def memory_pool(images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None
     return Pool(
         labels=labels[rows],
         ids=tuple(f"{prefix}/{i}" for i in rows.tolist()),
-        read=lambda wanted: (images[rows[wanted]], None),
+        read=lambda positions: (images[rows[positions]], None),
     )
 
 
@@ -138,10 +138,10 @@ def memory_source(
 
     ``how`` are other attributes of the source.
     """
-    kept, rest = fixed_rows(order, len(order) - held_out)
+    train_rows, rest = fixed_rows(order, len(order) - held_out)
     return Source(
         classes=classes,
-        train=memory_pool(*train, "train", kept),
+        train=memory_pool(*train, "train", train_rows),
         validation=memory_pool(*train, "train", rest),
         tests={"": memory_pool(*test, "test")},
         **how,
@@ -190,14 +190,14 @@ class FederatedData:
         return f"<fedkern.FederatedData {self._about()}>"
 
     def _repr_html_(self) -> str:
-        shown = self.statistics
-        words = 1 + (shown.names is not None)
-        notes = [f"partition: {shown.partition}", *([SKEW] if shown.classes else [])]
-        return html_table(self._about(), shown.header(), shown.rows(LISTED), notes, words=words)
+        statistics = self.statistics
+        words = 1 + (statistics.names is not None)
+        notes = [f"partition: {statistics.partition}", *([SKEW] if statistics.classes else [])]
+        return html_table(self._about(), statistics.header(), statistics.rows(LISTED), notes, words=words)
 
     def _about(self) -> str:
-        clients, held = len(self.clients), len(self.validation)
-        sizes = [f"{sum(self.client_sizes):,} training", *([f"{held:,} validation"] if held else [])]
+        clients, validation = len(self.clients), len(self.validation)
+        sizes = [f"{sum(self.client_sizes):,} training", *([f"{validation:,} validation"] if validation else [])]
         sizes += [f"{len(split):,} {f'{name} ' if name else ''}test" for name, split in self.tests.items()]
         what = f"{', '.join(sizes)} {self.form.noun}{self.form.said()}"
         return f"{self.name}: {clients} client{'s' * (clients != 1)}, {what}"

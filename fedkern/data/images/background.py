@@ -62,9 +62,9 @@ def extract_background(data: FederatedData, source: MaskSource | Callable[[Tenso
     Raises:
         UserError: from the source (unknown image, boxes outside their image).
     """
-    made = source if isinstance(source, MaskSource) else MaskFunction(source)
+    mask_source = source if isinstance(source, MaskSource) else MaskFunction(source)
     clients = tuple(
-        dataclasses.replace(split, masks=made.masks(split, data.classes).contiguous()) for split in data.clients
+        dataclasses.replace(split, masks=mask_source.masks(split, data.classes).contiguous()) for split in data.clients
     )
     return dataclasses.replace(data, clients=clients)
 

@@ -87,8 +87,8 @@ class Detections:
         try:
             for number, (name, rows) in enumerate(batches, start=1):
                 images = split.images[torch.tensor(rows)]
-                found = self.detector.detect(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images, name)
-                for row, boxes in zip(rows, found, strict=True):
+                results = self.detector.detect(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images, name)
+                for row, boxes in zip(rows, results, strict=True):
                     new[keys[row]] = boxes.double().reshape(-1, 4).tolist()
                 done += len(rows)
                 if number % SAVE_EVERY == 0:

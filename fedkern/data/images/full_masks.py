@@ -48,9 +48,9 @@ class MaskStore:
 
     def places(self, side: int, longest: int) -> npt.NDArray[np.int64]:
         """The pixel of a resized mask in which each of ``side`` pixels lies; ``longest`` is the mask's longer side."""
-        whole = longest if self.square else side
-        margin = (whole - side) // 2
-        return (2 * (np.arange(side) + margin) + 1) * self.size // (2 * whole)
+        extent = longest if self.square else side
+        margin = (extent - side) // 2
+        return (2 * (np.arange(side) + margin) + 1) * self.size // (2 * extent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +115,11 @@ class FullMasks:
                 pixels of the full mask that lie in it.
             first: the row of the first image.
         """
-        found = np.zeros((len(predicted), 3, classes), dtype=np.int64)
+        counts = np.zeros((len(predicted), 3, classes), dtype=np.int64)
         for row, guess in enumerate(predicted.cpu().numpy()):
             truth, rows, columns = self[first + row]
-            known = truth >= 0
-            label, said = truth[known], guess[rows[:, None], columns][known]
-            for part, values in enumerate((label[label == said], said, label)):
-                found[row, part] = np.bincount(values, minlength=classes)
-        return torch.from_numpy(found)
+            valid = truth >= 0
+            label, prediction = truth[valid], guess[rows[:, None], columns][valid]
+            for part, values in enumerate((label[label == prediction], prediction, label)):
+                counts[row, part] = np.bincount(values, minlength=classes)
+        return torch.from_numpy(counts)

@@ -54,13 +54,13 @@ Notice = Callable[[str], None] | None
 Rows = npt.NDArray[np.int64]
 
 
-def on_disk(source: Source, wanted: Sequence[tuple[Pool, Tensor]], cache: str | Path | None, notice: Notice) -> Source:
+def on_disk(source: Source, reads: Sequence[tuple[Pool, Tensor]], cache: str | Path | None, notice: Notice) -> Source:
     """The data set with its images in a file instead of memory, where they are many or there is a cache folder.
 
-    The images that are wanted, and not yet in the file, are decoded first.
+    The images that will be read, and are not yet in the file, are decoded first.
 
     Args:
-        wanted: the pools with the rows (int64 ``[m]``) that will be read.
+        reads: the pools with the rows (int64 ``[m]``) that will be read.
         cache: folder that keeps the decoded images; None: images of more than `MEMORY_BYTES` go to a temporary file.
 
     Returns:
@@ -71,12 +71,12 @@ def on_disk(source: Source, wanted: Sequence[tuple[Pool, Tensor]], cache: str | 
         UserError: an image that cannot be decoded, a folder that cannot be written, or too little free space.
     """
     stores: dict[int, tuple[ImageStore, Tensor]] = {}
-    readers = [(pool.read, rows) for pool, rows in wanted if isinstance(pool.read, ImageReader)]
+    readers = [(pool.read, rows) for pool, rows in reads if isinstance(pool.read, ImageReader)]
     for files in {id(reader.files): reader.files for reader, _ in readers}.values():
         places = [reader.places[rows].numpy() for reader, rows in readers if reader.files is files]
-        found = _stored(files, np.unique(np.concatenate(places)), cache, notice)
-        if found is not None:
-            stores[id(files)] = found
+        entry = _stored(files, np.unique(np.concatenate(places)), cache, notice)
+        if entry is not None:
+            stores[id(files)] = entry
     if not readers:
         tell_unused(cache, notice)
 
@@ -103,8 +103,8 @@ def masks_on_disk(files: MaskFiles, cache: str | Path | None, notice: Notice) ->
     Raises:
         UserError: a mask that cannot be decoded, a folder that cannot be written, or too little free space.
     """
-    found = _stored(files, np.arange(len(files)), cache, notice, in_memory=8)
-    return None if found is None else found[0]
+    entry = _stored(files, np.arange(len(files)), cache, notice, in_memory=8)
+    return None if entry is None else entry[0]
 
 
 def tell_unused(cache: str | Path | None, notice: Notice) -> None:
@@ -150,8 +150,8 @@ def _temporary(files: Files, needed: Rows, notice: Notice) -> tuple[ImageStore, 
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             file.truncate(shape[0] * _bytes(files))
             where = f"a temporary file in {folder}; with --cache DIR later runs need not decode them again"
-            for rows, found, _ in _decoded(files, needed, file, where, notice):
-                sizes[rows] = found
+            for rows, dimensions, _ in _decoded(files, needed, file, where, notice):
+                sizes[rows] = dimensions
             return ImageStore(os.dup(file.fileno()), shape), torch.from_numpy(sizes)
     except BrokenPipeError:  # of a progress line
         raise
@@ -174,13 +174,13 @@ class _Cache:
 
     def fetch(self, needed: Rows) -> tuple[ImageStore, Tensor]:
         """The images, of which at least those at ``needed`` are decoded, and int64 ``[N, 2]``, see `read_images`."""
-        whole = self._opened(needed)
+        entry = self._opened(needed)
         if self._damaged and self._notice is not None:
             self._notice(f"{self._damaged:,} images in {self._images} are damaged and are decoded again")
-        if whole is not None:
+        if entry is not None:
             if self._notice is not None:
                 self._notice(f"{len(needed):,} decoded {self._files.things} are read from {self._images}")
-            return whole
+            return entry
         sizes = self._read_sizes(needed)
         missing = len(needed) if sizes is None else int((sizes[needed, 0] == 0).sum())
         there = next(folder for folder in (self._folder, *self._folder.parents) if os.access(folder, os.F_OK))
@@ -189,14 +189,14 @@ class _Cache:
             self._folder.mkdir(parents=True, exist_ok=True)
             with one_writer(self._lock, self._wait):
                 self._fill(needed)
-            whole = self._opened(needed)
+            entry = self._opened(needed)
         except BrokenPipeError:  # of a progress line
             raise
         except OSError as error:
             raise _unwritable(self._folder, error) from None
-        if whole is None:
+        if entry is None:
             raise UserError(f"The cache {self._images} was changed while it was read: start again.")
-        return whole
+        return entry
 
     def _wait(self) -> None:
         if self._notice is not None:
@@ -292,8 +292,8 @@ class _Cache:
             waiting.clear()
 
         try:
-            for rows, found, pixels in _decoded(self._files, missing, images, str(self._folder), self._notice):
-                sizes[rows, :2] = found
+            for rows, dimensions, pixels in _decoded(self._files, missing, images, str(self._folder), self._notice):
+                sizes[rows, :2] = dimensions
                 sizes[rows, 2] = [
                     _checksum(sizes[row, :2], image.data) for row, image in zip(rows, pixels, strict=True)
                 ]
@@ -315,10 +315,10 @@ def _fingerprint(files: Files) -> str:
     total.update(f"{how}\n".encode())
     for path in files.sources:
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError as error:
             raise unreadable(files.data, files.thing, path, error) from error
-        about = (str(path.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        about = (str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         total.update(f"{about}\n".encode())
     return total.hexdigest()
 
@@ -333,8 +333,8 @@ def _decoded(
         uint8 ``[m, H, W, C]``.
     """
     at_once = max(1, CHUNK_BYTES // _bytes(files))
-    began = told = time.monotonic()
-    shown = 0
+    began = last_time = time.monotonic()
+    last_count = 0
     if notice is not None:
         notice(f"decoding {len(rows):,} {files.things} ({_size(len(rows) * _bytes(files))}) into {where}")
     for start in range(0, len(rows), at_once):
@@ -345,10 +345,10 @@ def _decoded(
             _write(file, int(some[part[0]]) * _bytes(files), pixels[part[0] : part[-1] + 1])
         yield some, sizes.numpy(), pixels
         done, now = start + len(some), time.monotonic()
-        if notice is not None and now - told >= NOTICE_SECONDS and done - shown >= NOTICE_SHARE * len(rows):
-            told, shown = now, done
-            left = (now - began) / done * (len(rows) - done)
-            notice(f"decoding {files.things}: {done:,} of {len(rows):,}, about {max(1, round(left / 60))} min left")
+        if notice is not None and now - last_time >= NOTICE_SECONDS and done - last_count >= NOTICE_SHARE * len(rows):
+            last_time, last_count = now, done
+            seconds = (now - began) / done * (len(rows) - done)
+            notice(f"decoding {files.things}: {done:,} of {len(rows):,}, about {max(1, round(seconds / 60))} min left")
 
 
 def _checksum(size: npt.NDArray[np.int32], pixels: bytes | memoryview) -> np.int32:
@@ -357,10 +357,10 @@ def _checksum(size: npt.NDArray[np.int32], pixels: bytes | memoryview) -> np.int
 
 
 def _write(file: IO[bytes], offset: int, values: npt.NDArray[np.generic]) -> None:
-    left = values.reshape(-1).view(np.uint8).data
+    rest = values.reshape(-1).view(np.uint8).data
     file.seek(offset)
-    while left:
-        left = left[file.write(left) :]
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _check_space(folder: Path, count: int) -> None:

@@ -22,21 +22,21 @@ def tiled(pool: Pool, tile: int) -> Pool:
     """
     if pool.targets is None:
         raise ValueError("pool: expected the class of every pixel, given that of images")
-    whole = torch.arange(len(pool))
-    classes = cut(pool.targets(whole)[:, None], tile)[:, 0]
+    rows = torch.arange(len(pool))
+    classes = cut(pool.targets(rows)[:, None], tile)[:, 0]
     each = len(classes) // max(len(pool), 1)
-    image = whole.repeat_interleave(each)
+    image = rows.repeat_interleave(each)
 
-    def read(wanted: Tensor) -> tuple[Tensor, None]:
-        needed, position = image[wanted].unique(return_inverse=True)
-        return cut(pool.read(needed)[0], tile)[position * each + wanted % each], None
+    def read(tiles: Tensor) -> tuple[Tensor, None]:
+        needed, position = image[tiles].unique(return_inverse=True)
+        return cut(pool.read(needed)[0], tile)[position * each + tiles % each], None
 
     return Pool(
         labels=largest_classes(classes),
         ids=tuple(f"{name}#{number}" for name in pool.ids for number in range(each)),
         read=read,
         groups=None if pool.groups is None else pool.groups.repeat_interleave(each),
-        targets=lambda wanted: classes[wanted],
+        targets=lambda tiles: classes[tiles],
         cases=image,
         patients=None if pool.patients is None else pool.patients.repeat_interleave(each),
         full=None if pool.full is None else pool.full.tiled(tile),

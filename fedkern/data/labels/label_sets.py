@@ -15,7 +15,7 @@ COLUMN = "labels"
 SEPARATOR = "|"
 
 
-def check_several(counts: Sequence[int], said: str, where: str, single: str, several: str) -> None:
+def check_several(counts: Sequence[int], task: str, where: str, single: str, several: str) -> None:
     """Raises UserError where every image has exactly one label and nobody says that these are several labels an image.
 
     One label in every image is what a single class an image looks like (one-hot labels), which has another loss, other
@@ -23,11 +23,11 @@ def check_several(counts: Sequence[int], said: str, where: str, single: str, sev
 
     Args:
         counts: labels of every image of all sets.
-        said: the user's word for the task, or ``"auto"``.
+        task: the user's word for the task, or ``"auto"``.
         where: what holds the labels, in words.
         single, several: ways out, in words.
     """
-    if said == "auto" and len(counts) and set(counts) == {1}:
+    if task == "auto" and len(counts) and set(counts) == {1}:
         raise UserError(
             f"{where}: every image has exactly one label; where these are classes, {single}; where an image may have "
             f"several labels or none, {several}"

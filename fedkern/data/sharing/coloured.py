@@ -68,13 +68,13 @@ def class_colours(seed: int, client: int, classes: int, palette: Palette) -> Col
 
 
 def tied_colours(
-    labels: npt.NDArray[np.int64], own: Colours, correlation: float, palette: Palette, rng: np.random.Generator
+    labels: npt.NDArray[np.int64], colours: Colours, correlation: float, palette: Palette, rng: np.random.Generator
 ) -> Colours:
     """A background colour for every sample: with probability ``correlation`` the client's own colour of its class.
 
     Args:
         labels: int64 ``[n]``.
-        own: uint8 ``[classes, 3]``, the client's colours from `class_colours`.
+        colours: uint8 ``[classes, 3]``, the client's colours from `class_colours`.
         correlation: in [0, 1]; a sample that does not show its class colour gets a uniformly random one.
 
     Returns:
@@ -82,7 +82,7 @@ def tied_colours(
     """
     free = random_colours(len(labels), palette, rng)
     tied = rng.random(len(labels)) < correlation
-    return np.where(tied[:, None], own[labels], free)
+    return np.where(tied[:, None], colours[labels], free)
 
 
 def ink_is_white(colours: Colours, palette: Palette) -> npt.NDArray[np.bool_]:

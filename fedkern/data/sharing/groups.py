@@ -25,12 +25,12 @@ def grouped_rows(names: Sequence[str] | None, cases: Tensor | None, patients: Te
     row stands alone.  An image with several texts has one row per text, all under one name; images are numbered in
     order of first appearance.
     """
-    known = cases if patients is None else patients
-    if known is None:
+    units = cases if patients is None else patients
+    if units is None:
         numbers: dict[str, int] = {}
         images = [numbers.setdefault(name, len(numbers)) for name in names or ()]
         return np.array(images, dtype=np.int64) if len(numbers) < len(images) else None
-    position = np.unique(known.numpy(), return_inverse=True)[1].astype(np.int64)
+    position = np.unique(units.numpy(), return_inverse=True)[1].astype(np.int64)
     return position if position.max(initial=-1) + 1 < len(position) else None
 
 
@@ -124,13 +124,13 @@ def training_cases(
     place = np.empty(len(names), dtype=np.int64)
     place[stream(seed, "train-samples").permutation(len(names))] = np.arange(len(names))
     order = np.argsort(place[position], kind="stable")
-    shown = order[len(order) - public :]
-    left = order[~np.isin(position[order], position[shown])]
-    if len(left) == 0 or (count is not None and count > len(left)):
-        wanted = f"give {count}" if count is not None else "train on the others"
-        beside = f" beside {public} public ones, whose {len(order) - len(left)} images of the same {unit} nobody gets"
+    public_rows = order[len(order) - public :]
+    rest = order[~np.isin(position[order], position[public_rows])]
+    if len(rest) == 0 or (count is not None and count > len(rest)):
+        request = f"give {count}" if count is not None else "train on the others"
+        beside = f" beside {public} public ones, whose {len(order) - len(rest)} images of the same {unit} nobody gets"
         raise UserError(
-            f'data set "{name}" has {len(order)} training images of {len(names)} {unit}, so it cannot {wanted}'
+            f'data set "{name}" has {len(order)} training images of {len(names)} {unit}, so it cannot {request}'
             f"{beside if public else ''}"
         )
-    return np.sort(left[:count]), np.sort(shown)
+    return np.sort(rest[:count]), np.sort(public_rows)

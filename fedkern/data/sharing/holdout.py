@@ -47,25 +47,25 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
         data = _without(data, absent, numbers)
         statistics = statistics.without(absent, len(data.tests[HELD_OUT]))
     names = None if data.client_names is None else tuple(data.client_names[k] for k in numbers)
-    kept = tuple(data.clients[k] for k in numbers)
-    own = tuple(data.client_tests[k] for k in numbers) if data.client_tests else ()
+    splits = tuple(data.clients[k] for k in numbers)
+    client_tests = tuple(data.client_tests[k] for k in numbers) if data.client_tests else ()
     if share:
         parts = [_divided(data.clients[k], data.client_label(k), k, share, seed) for k in numbers]
-        kept = tuple(part for part, _ in parts)
-        own = tuple(data.form.central(test) for _, test in parts)
-        statistics = statistics.recounted(kept, [len(test) for test in own])
-    return replace(data, clients=kept, client_tests=own, client_names=names, statistics=statistics)
+        splits = tuple(part for part, _ in parts)
+        client_tests = tuple(data.form.central(test) for _, test in parts)
+        statistics = statistics.recounted(splits, [len(test) for test in client_tests])
+    return replace(data, clients=splits, client_tests=client_tests, client_names=names, statistics=statistics)
 
 
-def _client(data: FederatedData, wanted: str | int) -> int:
+def _client(data: FederatedData, client: str | int) -> int:
     """The number of the client that has this name or, where no name is a number, this number."""
     names, count = data.client_names, len(data.clients)
-    text = str(wanted)
+    text = str(client)
     if count > 1 and names is not None and text in names:
         return names.index(text)
     numbers = {k: int(name) for k, name in enumerate(names or ()) if str(name).isdecimal()}
-    known = numbers or {k: k for k in range(count)}
-    meant = [k for k, number in known.items() if text.isdecimal() and number == int(text)]
+    candidates = numbers or {k: k for k in range(count)}
+    meant = [k for k, number in candidates.items() if text.isdecimal() and number == int(text)]
     if count > 1 and len(meant) == 1:
         return meant[0]
     named = [names[k] if numbers else data.client_label(k) for k in range(min(count, SHOWN))] if names else []
@@ -83,24 +83,24 @@ def _without(data: FederatedData, absent: int, others: list[int]) -> FederatedDa
     place = torch.full((len(data.clients) + 1,), -1)  # the last place is that of images without a client, -1
     place[others] = torch.arange(len(others))
     train = data.clients[absent]
-    known = {each for split in (train, *data.client_tests[absent : absent + 1]) for each in split.identities()}
+    identities = {each for split in (train, *data.client_tests[absent : absent + 1]) for each in split.identities()}
     unseen = [data.form.central(train)]
     counted = set(train.identities())
 
     def purged(split: Split) -> Split:
         images = split.identities()
-        own = torch.tensor([each in known for each in images], dtype=torch.bool)
+        mask = torch.tensor([each in identities for each in images], dtype=torch.bool)
         if split.homes is not None:
-            own |= split.homes == absent
+            mask |= split.homes == absent
             split = replace(split, homes=place[split.homes])
-        if not bool(own.any()):
+        if not bool(mask.any()):
             return split
         # A set with cues or patches shows the images of another set again: an image counts once.
-        new = own & torch.tensor([each not in counted for each in images], dtype=torch.bool)
+        new = mask & torch.tensor([each not in counted for each in images], dtype=torch.bool)
         if bool(new.any()):
             unseen.append(split.subset(new.nonzero().flatten()))
             counted.update(unseen[-1].identities())
-        return split.subset((~own).nonzero().flatten())
+        return split.subset((~mask).nonzero().flatten())
 
     tests = {name: purged(split) for name, split in data.tests.items()}
     validation = purged(data.validation)
@@ -114,9 +114,9 @@ def _without(data: FederatedData, absent: int, others: list[int]) -> FederatedDa
 
 
 def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None:
-    own = set(data.clients[held_out].identities())
+    identities = set(data.clients[held_out].identities())
     for k in others:
-        shared = own.intersection(data.clients[k].identities())
+        shared = identities.intersection(data.clients[k].identities())
         if shared:
             named = f" ({min(shared)})" if data.clients[k].ids is not None else ""
             what = f"{len(shared)} of its {data.form.noun}{named}"
@@ -136,5 +136,5 @@ def _divided(split: Split, label: str, client: int, share: float, seed: int) -> 
             f"Client {label} has {len(parts)} {what}, too few for a test set of its own: use fewer clients, more "
             f"{what}, or --client-test 0."
         )
-    test, kept = (torch.from_numpy(np.sort(np.concatenate(rows))) for rows in (parts[:count], parts[count:]))
-    return split.subset(kept), split.subset(test)
+    test, train = (torch.from_numpy(np.sort(np.concatenate(rows))) for rows in (parts[:count], parts[count:]))
+    return split.subset(train), split.subset(test)

@@ -93,8 +93,8 @@ def parse_partition(text: str) -> PartitionSpec:
     """
     name, *values = text.strip().split(":")
     if name not in PARTITIONERS:
-        known = ", ".join(info.usage.split("[")[0] for info in PARTITIONERS.values())
-        raise UserError(f'unknown partition "{text}": expected one of {known}.{nearest(name, PARTITIONERS)}')
+        choices = ", ".join(info.usage.split("[")[0] for info in PARTITIONERS.values())
+        raise UserError(f'unknown partition "{text}": expected one of {choices}.{nearest(name, PARTITIONERS)}')
     usage = PARTITIONERS[name].usage
     if name in ("iid", "stratified", "attribute"):
         if values:
@@ -211,8 +211,8 @@ def partition_like(
     parts: list[list[Rows]] = [[] for _ in range(clients)]
     for label in range(classes):
         rows = rng.permutation(np.flatnonzero(labels == label))
-        held = counts[:, label].astype(np.float64)
-        share = held / held.sum() if held.sum() > 0 else np.full(clients, 1 / clients)
+        weights = counts[:, label].astype(np.float64)
+        share = weights / weights.sum() if weights.sum() > 0 else np.full(clients, 1 / clients)
         cuts = np.rint(np.cumsum(share) * len(rows)).astype(np.int64)[:-1]
         for part, piece in zip(parts, np.split(rows, cuts), strict=True):
             part.append(piece)
@@ -239,7 +239,7 @@ def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, r
     # Every client takes the classes that fewest others hold so far, so that clients overlap as little as possible.
     holders: list[list[int]] = [[] for _ in range(classes)]
     for client in range(clients):
-        order = np.lexsort((rng.random(classes), np.array([len(held) for held in holders])))
+        order = np.lexsort((rng.random(classes), np.array([len(members) for members in holders])))
         for label in order[:per_client]:
             holders[label].append(client)
     parts: list[list[Rows]] = [[] for _ in range(clients)]
@@ -297,19 +297,19 @@ def _dirichlet_counts(
 ) -> npt.NDArray[np.int64]:
     """Number of rows of every class for each client, int64 ``[classes, clients]``."""
     counts = np.zeros((len(per_class), clients), dtype=np.int64)
-    held = np.zeros(clients, dtype=np.int64)
+    totals = np.zeros(clients, dtype=np.int64)
     fair = per_class.sum() / clients
     draws = rng.dirichlet(np.full(clients, spec.alpha), size=len(per_class))
     for label, (available, share) in enumerate(zip(per_class, draws, strict=True)):
         if not spec.plain:
-            room = held < fair
+            room = totals < fair
             share = np.where(room, share, 0.0)
             if share.sum() == 0:  # the whole draw fell on clients that are full
                 share = room if room.any() else np.ones(clients)
             share = share / share.sum()
         cuts = np.floor(np.cumsum(share)[:-1] * available).astype(np.int64).clip(0, available)
         counts[label] = np.diff(cuts, prepend=0, append=available)
-        held += counts[label]
+        totals += counts[label]
     return counts
 
 
@@ -318,38 +318,38 @@ def _fill(parts: list[Rows], minimum: int, rng: np.random.Generator, sizes: Rows
 
     A client stays too small where every row of all others stands for more samples than its holder can give.
     """
-    held = [int(sizes[part].sum()) for part in parts]
+    totals = [int(sizes[part].sum()) for part in parts]
     # The largest client, of equals the one with the lowest number.  An entry whose client has changed since is stale.
-    heap = [(-count, k) for k, count in enumerate(held)]
+    heap = [(-count, k) for k, count in enumerate(totals)]
     heapq.heapify(heap)
-    for k in np.argsort(held, kind="stable").tolist():
-        while held[k] < minimum and heap:
+    for k in np.argsort(totals, kind="stable").tolist():
+        while totals[k] < minimum and heap:
             count, largest = heap[0]
-            if -count != held[largest]:
+            if -count != totals[largest]:
                 heapq.heappop(heap)
                 continue
-            spare = held[largest] - minimum
+            spare = totals[largest] - minimum
             donor = rng.permutation(parts[largest])
-            given = _gift(sizes[donor], min(minimum - held[k], max(1, spare // 2)), spare)
-            if not given:
+            gift = _gift(sizes[donor], min(minimum - totals[k], max(1, spare // 2)), spare)
+            if not gift:
                 heapq.heappop(heap)
                 continue
-            parts[k], parts[largest] = np.concatenate([parts[k], donor[given]]), np.delete(donor, given)
-            moved = int(sizes[donor[given]].sum())
-            held[k], held[largest] = held[k] + moved, held[largest] - moved
+            parts[k], parts[largest] = np.concatenate([parts[k], donor[gift]]), np.delete(donor, gift)
+            moved = int(sizes[donor[gift]].sum())
+            totals[k], totals[largest] = totals[k] + moved, totals[largest] - moved
             for changed in (k, largest):
-                heapq.heappush(heap, (-held[changed], changed))
+                heapq.heappush(heap, (-totals[changed], changed))
     return parts
 
 
-def _gift(sizes: Rows, wanted: int, spare: int) -> list[int]:
-    """The first positions whose ``sizes`` come to ``wanted`` or more, without those that make them exceed ``spare``."""
-    given: list[int] = []
+def _gift(sizes: Rows, amount: int, spare: int) -> list[int]:
+    """The first positions whose ``sizes`` come to ``amount`` or more, without those that make them exceed ``spare``."""
+    positions: list[int] = []
     total = 0
     for position, size in enumerate(sizes.tolist()):
-        if total >= wanted:
+        if total >= amount:
             break
         if total + size <= spare:
-            given.append(position)
+            positions.append(position)
             total += size
-    return given
+    return positions

@@ -43,16 +43,16 @@ def limited(data: FederatedData, images: int, seed: int) -> FederatedData:
                     f"{data.client_label(owner)} and {data.client_label(k)} share a patient: name one client for all "
                     "images of a patient, or none for any."
                 )
-    kept = tuple(_limited(split, images, k, seed) for k, split in enumerate(data.clients))
-    return replace(data, clients=kept, statistics=data.statistics.recounted(kept))
+    splits = tuple(_limited(split, images, k, seed) for k, split in enumerate(data.clients))
+    return replace(data, clients=splits, statistics=data.statistics.recounted(splits))
 
 
 def _limited(split: Split, images: int, client: int, seed: int) -> Split:
     assert split.patients is not None  # checked in limited
-    kept = []
+    parts = []
     for rows in rows_of_units(numbered(split)):
         if len(rows) > images:
             rng = stream(seed, f"patient-images/{int(split.patients[rows[0]])}", client=client)
             rows = rng.permutation(rows)[:images]
-        kept.append(rows)
-    return split.subset(torch.from_numpy(np.sort(np.concatenate(kept))))
+        parts.append(rows)
+    return split.subset(torch.from_numpy(np.sort(np.concatenate(parts))))

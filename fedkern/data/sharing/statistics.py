@@ -59,13 +59,13 @@ class PartitionStatistics:
             splits: a `fedkern.data.Split` of every client.
             own_tests: samples of every client's own test set; None keeps what the table lists.
         """
-        own = self.own_tests if own_tests is None else tuple(own_tests)
+        test_sizes = self.own_tests if own_tests is None else tuple(own_tests)
         samples = tuple(map(len, splits))
         if not self.classes:
-            return replace(self, samples=samples, own_tests=own)
+            return replace(self, samples=samples, own_tests=test_sizes)
         labels = [split.image_labels.numpy() for split in splits]
-        found = PartitionStatistics.of(labels, self.classes, self.partition, splits[0].task)
-        return replace(self, counts=found.counts, samples=samples, own_tests=own)
+        recount = PartitionStatistics.of(labels, self.classes, self.partition, splits[0].task)
+        return replace(self, counts=recount.counts, samples=samples, own_tests=test_sizes)
 
     def without(self, client: int, samples: int) -> PartitionStatistics:
         """The same partition with one client held out, whose ``samples`` are a test set."""
@@ -127,24 +127,24 @@ class PartitionStatistics:
 
     def rows(self, limit: int | None = None) -> list[list[str]]:
         """A row of strings per client, one for a held-out client and one of totals; ``limit``: most clients listed."""
-        shown = len(self.counts) if limit is None else min(limit, len(self.counts))
+        clients = len(self.counts) if limit is None else min(limit, len(self.counts))
         tests = [*self.own_tests] or [0] * len(self.counts)
         totals = self.counts.sum(axis=0)
         mean_skew = float(self.skew.mean()) if len(self.counts) else 0.0
 
         def row(first: str, name: str, samples: object, test: object, skew: str, counts: Sequence[object]) -> list[str]:
             named = [name] if self.names is not None else []
-            own = [str(test)] if self.untrained else []
+            test_cells = [str(test)] if self.untrained else []
             rest = [skew, *(str(count) for count in counts)] if self.classes else []
-            return [first, *named, str(samples), *own, *rest]
+            return [first, *named, str(samples), *test_cells, *rest]
 
         nothing = [""] * len(self.classes)
         rows = [
             row(str(k), self.labels[k], self.sizes[k], tests[k], f"{self.skew[k]:.2f}", list(self.counts[k]))
-            for k in range(shown)
+            for k in range(clients)
         ]
-        if shown < len(self.counts):
-            rows.append(row(f"... {len(self.counts) - shown} more", "", "", "", "", nothing))
+        if clients < len(self.counts):
+            rows.append(row(f"... {len(self.counts) - clients} more", "", "", "", "", nothing))
         if self.held_out is not None:
             first = "held out" if self.names is not None else f"held out ({self.held_out[0]})"
             rows.append(row(first, self.held_out[0], "", self.held_out[1], "", nothing))

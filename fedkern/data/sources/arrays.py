@@ -49,21 +49,21 @@ def parts_of_arrays(
     if not named:
         raise UserError("clients must hold at least one client, but is empty.")
     splits = {name: _split(pair, f"client {name}", changes, task) for name, pair in named.items()}
-    given = {} if test is None else dict(test) if isinstance(test, Mapping) else {"": test}
-    tests = {name: _split(pair, f"the test set {name}".rstrip(), changes, task) for name, pair in given.items()}
+    test_pairs = {} if test is None else dict(test) if isinstance(test, Mapping) else {"": test}
+    tests = {name: _split(pair, f"the test set {name}".rstrip(), changes, task) for name, pair in test_pairs.items()}
     if not tests:
         raise UserError("There is no test set: give test=(images, labels), or such pairs by name.")
     first = next(iter(splits.values()))
     shape = first.images.shape[1:]
     none = torch.arange(0)
-    held = first.subset(none) if validation is None else _split(validation, "validation", changes, task)
+    validation_split = first.subset(none) if validation is None else _split(validation, "validation", changes, task)
     if (change := max(changes, default=0.0)) > 0:
         warnings.warn(
             "Images in floats are kept in 8 bits, as multiples of 1/255: the largest change of a value is "
             f"{change:.2g}.",
             stacklevel=3,
         )
-    every = {**{f"client {name}": split for name, split in splits.items()}, **tests, "validation": held}
+    every = {**{f"client {name}": split for name, split in splits.items()}, **tests, "validation": validation_split}
     for name, split in every.items():
         if split.images.shape[1:] != shape or split.task != first.task:
             raise UserError(
@@ -81,7 +81,7 @@ def parts_of_arrays(
         "name": NAME,
         "classes": names,
         "clients": tuple(splits.values()),
-        "validation": held,
+        "validation": validation_split,
         "tests": tests,
         "form": ImageForm(
             (channels, *shape[1:]),

@@ -159,8 +159,8 @@ def make_captions(
             return split
         return replace(split, homes=torch.arange(len(styles))[-len(chosen) :][torch.arange(count) % len(chosen)])
 
-    shown = styles if spec.name == "iid" else None
-    splits = tuple(canvases("train", k, shown or [styles[k]], sizes[k], subjects[k]) for k in range(clients))
+    common = styles if spec.name == "iid" else None
+    splits = tuple(canvases("train", k, common or [styles[k]], sizes[k], subjects[k]) for k in range(clients))
     tests = {"": canvases("test", -1, styles, test_samples or TEST)}
     if small:
         tests["minority"] = canvases("minority", -1, styles[-1:], test_samples or TEST)
@@ -170,7 +170,8 @@ def make_captions(
     validation = canvases("validation", -1, styles, validation_samples or VALIDATE)
     few = min(CLIENT_TEST, test_samples or CLIENT_TEST)
     client_tests = tuple(
-        canvases("client-test", k, shown or [styles[k]], few, _alike(subjects[k], few, seed, k)) for k in range(clients)
+        canvases("client-test", k, common or [styles[k]], few, _alike(subjects[k], few, seed, k))
+        for k in range(clients)
     )
     names = [name for split in (*splits, validation, *tests.values(), *client_tests) for name in split.ids or ()]
     return FederatedData(
@@ -208,12 +209,12 @@ def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
     first = int(stream(seed, "captions/texture").integers(len(TEXTURES)))
     ground = random_ground(TEXTURES[(first + client) % len(TEXTURES)], rng)
     liked = np.ones(len(CLASSES)), np.ones(len(INK))
-    for weights, own in zip(liked, _rare_concepts(seed), strict=True):
+    for weights, concepts in zip(liked, _rare_concepts(seed), strict=True):
         if avoid:
-            weights[own] = RARE
+            weights[concepts] = RARE
         if rare:
             weights[:] = 0.02
-            weights[own] = 1.0
+            weights[concepts] = 1.0
     digits, inks = (_mixture(len(weights), rng, weights) for weights in liked)
     counts = _mixture(3, rng, np.ones(3))
     words = {concept: choices[2 if rare else int(rng.integers(2))] for concept, choices in WORDS.items()}
@@ -278,7 +279,7 @@ def _canvases(
     by_class = [pool[labels[pool] == label] for label in range(len(CLASSES))]
     images = np.empty((count, 3, SIDE, SIDE), dtype=np.uint8)
     masks = np.empty((count, SIDE, SIDE), dtype=np.bool_)
-    shown = np.empty(count, dtype=np.int64)
+    targets = np.empty(count, dtype=np.int64)
     texts = []
     for i in range(count):
         style = styles[i % len(styles)]
@@ -293,11 +294,11 @@ def _canvases(
             for j, (label, ink, cell) in enumerate(zip(classes, inks, cells, strict=True))
         ]
         images[i], masks[i] = draw(style.ground, placed, rng)
-        shown[i] = classes[0] if kind == "digit" else tuple(INK).index(inks[0])
+        targets[i] = classes[0] if kind == "digit" else tuple(INK).index(inks[0])
         texts.append(_caption(style.words, classes, inks, cells))
     return Split(
         torch.from_numpy(images),
-        torch.from_numpy(shown),
+        torch.from_numpy(targets),
         torch.from_numpy(masks),
         tuple(f"{prefix}/{i}".replace("/-1/", "/") for i in range(count)),
         texts=tuple(texts),
@@ -314,15 +315,15 @@ def _caption(words: dict[str, str], classes: Digits, inks: list[str], cells: Any
     place = words[f"place {int(cells[0])}"]
     if len(things) == 1:
         return f"{words['opening']} {subject} {place}".strip()
-    said = []
+    phrases = []
     diagonal = False
     for thing, cell in zip(things[1:], cells[1:], strict=True):
         down, right = divmod(int(cell), 2)
         if column == right:
-            said.append(f"{words['above' if row < down else 'below']} {thing}")
+            phrases.append(f"{words['above' if row < down else 'below']} {thing}")
         elif row == down:
-            said.append(f"{words['left' if column < right else 'right']} {thing}")
+            phrases.append(f"{words['left' if column < right else 'right']} {thing}")
         else:  # neither above nor beside: the caption names the corners of both
             diagonal = True
-            said.append(f"with {thing} {words[f'place {int(cell)}']}")
-    return f"{words['opening']} {subject} {place + ' ' if diagonal else ''}{' and '.join(said)}".strip()
+            phrases.append(f"with {thing} {words[f'place {int(cell)}']}")
+    return f"{words['opening']} {subject} {place + ' ' if diagonal else ''}{' and '.join(phrases)}".strip()

@@ -54,16 +54,16 @@ def task_of_targets(
     Raises:
         UserError: nothing says what the loss of such targets is.
     """
-    own = None if loss_fn is None else OwnTask(loss_fn, metrics, main, better)
+    user_task = None if loss_fn is None else OwnTask(loss_fn, metrics, main, better)
     _, truth = parted(batch)
-    if truth is None and not (own and own.whole):
+    if truth is None and not (user_task and user_task.whole):
         has = f"only {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "as a batch is no tuple"
         raise UserError(
             f"nothing of a sample is its target, {has}: give samples (inputs, targets) or with a key labels or "
             "targets, or loss_fn=FUNCTION of (model, batch)."
         )
-    if own is not None:
-        return own
+    if user_task is not None:
+        return user_task
     if not isinstance(truth, Tensor) or truth.is_floating_point() or truth.dtype == torch.bool:
         kind = f"{str(truth.dtype).removeprefix('torch.')} numbers" if isinstance(truth, Tensor) else "unknown"
         raise UserError(
@@ -110,12 +110,12 @@ def parts_of_datasets(
         raise UserError("task must be an object of fedkern.tasks.Task, without loss_fn, metrics, main and better.")
     _check_floats(batch)
 
-    def items(dataset: Any, who: str, rows: Tensor | None = None, known: Tensor | None = None) -> Items:
-        return Items(dataset, who, learnt, collate, rows, known)
+    def items(dataset: Any, who: str, rows: Tensor | None = None, all_labels: Tensor | None = None) -> Items:
+        return Items(dataset, who, learnt, collate, rows, all_labels)
 
-    tests, own = _tests(test, named if isinstance(clients, Mapping) else {}, items)
-    held = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
-    for each, dataset in held.items():
+    tests, client_tests = _tests(test, named if isinstance(clients, Mapping) else {}, items)
+    validations = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
+    for each, dataset in validations.items():
         _check(dataset, f"validation {each}".strip())
     if public is not None:
         _check(public, "public")
@@ -133,8 +133,8 @@ def parts_of_datasets(
         none = np.zeros((len(splits), 0), dtype=np.int64)
         counted = PartitionStatistics(none, (), "attribute", names=sites, samples=sizes)
     else:
-        whole = items(clients, "data")
-        splits, counted, names = _shared_out(whole, names, partition, count, samples, seed)
+        pool = items(clients, "data")
+        splits, counted, names = _shared_out(pool, names, partition, count, samples, seed)
     for name, split in splits.items():
         if not len(split):
             raise UserError(f"client {name} has no samples: leave it out, or share out another way.")
@@ -142,13 +142,13 @@ def parts_of_datasets(
         "name": NAME,
         "classes": names,
         "clients": tuple(splits.values()),
-        "validation": items(_as_one([*held.values()]), "the validation set"),
-        "drawn_validation": isinstance(validation, Mapping) and not {*map(str, held)}.isdisjoint(named),
+        "validation": items(_as_one([*validations.values()]), "the validation set"),
+        "drawn_validation": isinstance(validation, Mapping) and not {*map(str, validations)}.isdisjoint(named),
         "tests": tests,
         "form": ItemForm.of(batch, not getattr(learnt, "whole", False)),
         "statistics": counted,
         "public": None if public is None else items(public, "the public samples"),
-        "client_tests": own,
+        "client_tests": client_tests,
         "client_names": sites,
     }
 
@@ -159,17 +159,17 @@ def _tests(
     """The test sets by name, and the clients' own."""
     if test is None or (isinstance(test, Mapping) and not test):
         raise UserError("There is no test set: give test=DATASET, or a dict of several by name.")
-    given = {str(name): each for name, each in test.items()} if isinstance(test, Mapping) else {"": test}
-    for name, dataset in given.items():
+    tests = {str(name): each for name, each in test.items()} if isinstance(test, Mapping) else {"": test}
+    for name, dataset in tests.items():
         _check(dataset, f"test {name}".strip())
-    if named and {*given} & {*named}:
-        if missing := [name for name in named if name not in given]:
+    if named and {*tests} & {*named}:
+        if missing := [name for name in named if name not in tests]:
             raise UserError(f"client {missing[0]} has no test set in test, and others have: give all clients one.")
-        if extra := [name for name in given if name not in named]:
+        if extra := [name for name in tests if name not in named]:
             raise UserError(f"test has sets of the clients and also {extra[0]}: give the clients' own sets, or others.")
-        own = tuple(items(given[name], f"the test set of {name}") for name in named)
-        return {"": items(_as_one([each.dataset for each in own]), "the test set")}, own
-    return {name: items(each, f"the test set {name}".strip()) for name, each in given.items()}, ()
+        client_tests = tuple(items(tests[name], f"the test set of {name}") for name in named)
+        return {"": items(_as_one([each.dataset for each in client_tests]), "the test set")}, client_tests
+    return {name: items(each, f"the test set {name}".strip()) for name, each in tests.items()}, ()
 
 
 def _as_one(sets: list[Any]) -> Any:
@@ -178,23 +178,23 @@ def _as_one(sets: list[Any]) -> Any:
 
 
 def _shared_out(
-    whole: Items, names: tuple[str, ...], partition: str, count: int, samples: int | None, seed: int
+    pool: Items, names: tuple[str, ...], partition: str, count: int, samples: int | None, seed: int
 ) -> tuple[dict[str, Items], PartitionStatistics, tuple[str, ...]]:
     """A single data set shared out among ``count`` clients."""
     spec = parse_partition(partition)
     if spec.name == "attribute":
         raise UserError(f"partition={partition!r} needs sites: give a dict of data sets by client.")
-    known = None if spec.name == "iid" else classes_of(whole.dataset)
-    rows = np.arange(len(whole)) if samples is None else _drawn(len(whole), samples, seed)
-    labels = np.zeros(len(rows), dtype=np.int64) if known is None else known.numpy()[rows]
-    classes = 1 if known is None else max(len(names), 1 + int(known.max()))
+    all_labels = None if spec.name == "iid" else classes_of(pool.dataset)
+    rows = np.arange(len(pool)) if samples is None else _drawn(len(pool), samples, seed)
+    labels = np.zeros(len(rows), dtype=np.int64) if all_labels is None else all_labels.numpy()[rows]
+    classes = 1 if all_labels is None else max(len(names), 1 + int(all_labels.max()))
     shares = share_out(spec, labels, count, seed, class_count=classes)
     splits = {
-        str(k): Items(whole.dataset, f"client {k}", whole.task, whole.collate, torch.from_numpy(rows[share]), known)
+        str(k): Items(pool.dataset, f"client {k}", pool.task, pool.collate, torch.from_numpy(rows[share]), all_labels)
         for k, share in enumerate(shares)
     }
     sizes = tuple(map(len, splits.values()))
-    if known is None:
+    if all_labels is None:
         return splits, PartitionStatistics(np.zeros((count, 0), dtype=np.int64), (), spec.text, samples=sizes), names
     names = names or tuple(map(str, range(classes)))
     return splits, PartitionStatistics.of([labels[share] for share in shares], names, spec.text), names
@@ -204,11 +204,11 @@ def _fewer(splits: dict[str, Items], samples: int, seed: int) -> dict[str, Items
     """The clients with ``samples`` of all samples."""
     ends = np.cumsum([0, *map(len, splits.values())])
     rows = _drawn(int(ends[-1]), samples, seed)
-    kept = {}
+    subsets = {}
     for k, (name, split) in enumerate(splits.items()):
-        own = rows[(rows >= ends[k]) & (rows < ends[k + 1])] - ends[k]
-        kept[name] = split.subset(torch.from_numpy(own))
-    return kept
+        client_rows = rows[(rows >= ends[k]) & (rows < ends[k + 1])] - ends[k]
+        subsets[name] = split.subset(torch.from_numpy(client_rows))
+    return subsets
 
 
 def _drawn(count: int, samples: int, seed: int) -> npt.NDArray[np.int64]:
@@ -223,26 +223,26 @@ def classes_of(dataset: Any) -> Tensor:
     Raises:
         UserError: the targets are no classes.
     """
-    given = [getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)]
-    given += [dataset.tensors[-1]] if hasattr(dataset, "tensors") else []
-    told = next((each for each in given if hasattr(each, "__len__") and len(each) == len(dataset)), None)
-    if told is None:
+    candidates = [getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)]
+    candidates += [dataset.tensors[-1]] if hasattr(dataset, "tensors") else []
+    targets = next((each for each in candidates if hasattr(each, "__len__") and len(each) == len(dataset)), None)
+    if targets is None:
         warnings.warn(
             f"All {len(dataset)} items are read once for their classes: give the data set an attribute targets.",
             stacklevel=5,
         )
         with drawing():
-            told = [parted(dataset[row])[1] for row in range(len(dataset))]
+            targets = [parted(dataset[row])[1] for row in range(len(dataset))]
     try:
-        found = told.detach().cpu() if isinstance(told, Tensor) else torch.as_tensor(np.asarray(told))
+        classes = targets.detach().cpu() if isinstance(targets, Tensor) else torch.as_tensor(np.asarray(targets))
     except (TypeError, ValueError):
-        found = torch.zeros(0)
-    if found.shape != (len(dataset),) or found.is_floating_point() or int(found.min()) < 0:
+        classes = torch.zeros(0)
+    if classes.shape != (len(dataset),) or classes.is_floating_point() or int(classes.min()) < 0:
         raise UserError(
             "partition shares out by class, and the targets are no classes, whole numbers from 0, one a sample: take "
             'partition="iid", or give a dict of data sets by client.'
         )
-    return found.to(torch.int64)
+    return classes.to(torch.int64)
 
 
 def is_dataset(value: Any) -> bool:

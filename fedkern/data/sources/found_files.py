@@ -117,13 +117,13 @@ def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int) -> bytes:
             content than is due.
     """
     content = bytearray()
-    most, told = header, False
+    most, has_limit = header, False
     unzip = zlib.decompressobj(wbits=31)  # 31: with gzip's header and trailer, which zlib then checks
     begun = False
     while True:
-        if not told and len(content) >= header:
-            most, told = min(due(bytes(content)), MOST), True
-        if told and len(content) > most:
+        if not has_limit and len(content) >= header:
+            most, has_limit = min(due(bytes(content)), MOST), True
+        if has_limit and len(content) > most:
             raise ValueError(f"it holds more than the {most:,} bytes that are due")
         waiting = (unzip.unused_data if unzip.eof else unzip.unconsumed_tail) or file.read(BLOCK)
         if unzip.eof:
@@ -132,7 +132,7 @@ def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int) -> bytes:
             unzip = zlib.decompressobj(wbits=31)
             begun = True
         try:
-            piece = unzip.decompress(waiting, most - len(content) + told)
+            piece = unzip.decompress(waiting, most - len(content) + has_limit)
         except zlib.error as error:
             raise ValueError("there are other bytes behind its end" if begun else str(error)) from None
         if not (waiting or piece or unzip.eof):

@@ -65,11 +65,11 @@ def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
     header = 4 * (1 + dimensions)
 
     def announced(head: bytes, path: Path) -> list[int]:
-        found, *shape = struct.unpack_from(f">{1 + dimensions}I", head)
-        if found != magic:
+        number, *shape = struct.unpack_from(f">{1 + dimensions}I", head)
+        if number != magic:
             what = "images" if dimensions == 3 else "labels"
             raise UserError(
-                f'data set "{data}": {path} starts with magic {found:#010x}, expected {magic:#010x} (IDX {what})'
+                f'data set "{data}": {path} starts with magic {number:#010x}, expected {magic:#010x} (IDX {what})'
             )
         return shape
 

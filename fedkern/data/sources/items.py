@@ -108,8 +108,8 @@ class Items:
     def _places(self, indices: Sequence[int] | np.ndarray) -> list[int]:
         """The rows of the data set."""
         index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
-        found: list[int] = (index if self.rows is None else self.rows[index]).tolist()
-        return found
+        places: list[int] = (index if self.rows is None else self.rows[index]).tolist()
+        return places
 
     def read(self, indices: Sequence[int] | np.ndarray, word: int) -> Iterator[Any]:
         """Yields the items at ``indices``; what one draws begins at a seed made of ``word`` and its row.
@@ -144,9 +144,9 @@ class Items:
                 return self.collate(items)
         except RAISED as error:
             places = self._places(indices)
-            shown = f"{', '.join(map(str, places[:3]))}{', ...' * (len(places) > 3)}"
+            first = f"{', '.join(map(str, places[:3]))}{', ...' * (len(places) > 3)}"
             raise UserError(
-                f"Items {shown} of {self.who} make no batch ({cause(error)}): give items of one shape, or a collate_fn."
+                f"Items {first} of {self.who} make no batch ({cause(error)}): give items of one shape, or a collate_fn."
             ) from error
 
     def fingerprint(self, value: int = 0, sets: int = 1) -> int:

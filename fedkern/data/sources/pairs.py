@@ -47,8 +47,8 @@ def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: 
 
 def _tree(base: Path, layout: str) -> Table:
     single = layout == "patients" or holds_images(base)
-    whole = lambda folder: holds_images(folder) or holds_classes(folder)  # noqa: E731
-    trees = find_trees(base, "pairs", layout, plain=holds_images, whole=whole, mixed=True, single=single)
+    has_layout = lambda folder: holds_images(folder) or holds_classes(folder)  # noqa: E731
+    trees = find_trees(base, "pairs", layout, plain=holds_images, whole=has_layout, mixed=True, single=single)
 
     def images(tree: Tree) -> Iterator[dict[str, Any]]:
         for label in ("", *subfolders(tree.folder)):

@@ -75,8 +75,8 @@ def _pool(images: Tensor, targets: Tensor, digits: Tensor, rows: Tensor) -> Pool
     return Pool(
         labels=digits[rows],
         ids=tuple(f"segdigits/{i}" for i in rows.tolist()),
-        read=lambda wanted: (images[rows[wanted]], None),
-        targets=lambda wanted: targets[rows[wanted]],
+        read=lambda positions: (images[rows[positions]], None),
+        targets=lambda positions: targets[rows[positions]],
     )
 
 

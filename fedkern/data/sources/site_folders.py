@@ -138,12 +138,12 @@ def find_trees(
     return trees
 
 
-def _splits(folder: Path, data: str, whole: Callable[[Path], bool]) -> dict[str, str] | None:
+def _splits(folder: Path, data: str, has_layout: Callable[[Path], bool]) -> dict[str, str] | None:
     """The split folders of a site, {} where it has none; None where the folder is no site."""
     splits = split_folders(folder, data)
-    if any(whole(folder / name) for name in splits.values()):
+    if any(has_layout(folder / name) for name in splits.values()):
         return splits
-    return {} if whole(folder) else None
+    return {} if has_layout(folder) else None
 
 
 def _trees(site: str, base: Path, splits: dict[str, str]) -> list[Tree]:
