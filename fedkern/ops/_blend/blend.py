@@ -61,8 +61,8 @@ def blend(
         if weights is not None and not weights.dim():
             # In fp64, so that the gradient of one weight is summed over the samples before it is rounded.
             weights = weights.to(torch.float64).expand(foreground.shape[0])
-        given = [tensor for tensor in (foreground, background, weights, index) if tensor is not None]
-        if not eager(*given):
+        tensors = [tensor for tensor in (foreground, background, weights, index) if tensor is not None]
+        if not eager(*tensors):
             return BLEND(foreground, background, weights, value, index)
         if weights is not None:
             weights = weights.resolve_neg()  # kernels read memory as it is
@@ -123,8 +123,8 @@ class _Blend(EagerFunction):
             ctx.save_for_backward(index)
         else:
             # Only the gradient of alpha needs the values of the inputs.
-            wanted = ctx.needs_input_grad[3]
-            ctx.save_for_backward(index, foreground if wanted else None, background if wanted else None, alpha)
+            need = ctx.needs_input_grad[3]
+            ctx.save_for_backward(index, foreground if need else None, background if need else None, alpha)
         ctx.settings = (kernel, value, background.shape[0], out.stride())
         return out
 
@@ -140,10 +140,10 @@ class _Blend(EagerFunction):
             # Recorded (create_graph=True) or batched (is_grads_batched=True): the library operator has rules for both.
             gradients = BLEND_BACKWARD(grad, foreground, background, alpha, value, index, background_rows, *needs)
             return (None, *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
-        own, other, per_sample = kernel.backward(
+        to_front, to_back, per_sample = kernel.backward(
             grad, foreground, background, alpha, value, index, background_rows, needs, strides
         )
-        return None, own, other, per_sample, None, None
+        return None, to_front, to_back, per_sample, None, None
 
 
 backend.serve("blend", cpu=BlendKernels, cuda=BlendKernels, triton="_blend.triton.blend:TritonBlend", fits="blend_fits")

@@ -45,7 +45,7 @@ def output_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, .
 def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``tensor``, copied if its samples have another layout than ``strides`` (of a result, batch first)."""
     axes = zip(tensor.shape[1:], tensor.stride()[1:], strides[1:], strict=True)
-    if all(given == wanted or size == 1 for size, given, wanted in axes):
+    if all(stride == target or size == 1 for size, stride, target in axes):
         return tensor
     if tensor.dim() and tensor.shape[0] > 1 and not any(tensor.stride()):
         # One value for everything (the gradient of a sum): one sample is enough.
@@ -131,22 +131,22 @@ class BlendKernels(_Launcher):
         None: those of ``grad`` without gaps.
         """
         shape, count, sums = grad.shape, grad.numel(), 1
-        own = other = per_sample = start = order = None
+        to_front = to_back = per_sample = start = order = None
         if count and grad.stride() == strides and grad.is_contiguous():
             if needs[0]:
-                own = _empty_like(grad)
+                to_front = _empty_like(grad)
             if needs[1]:
                 same = background_rows == shape[0]
-                other = _empty_like(grad) if same else grad.new_empty((background_rows, *shape[1:]))
+                to_back = _empty_like(grad) if same else grad.new_empty((background_rows, *shape[1:]))
         else:
             strides = output_strides(shape, grad.stride() if strides is None else strides)
             grad = in_layout(grad, strides)
             if needs[0]:
-                own = grad.new_empty_strided(shape, strides)
+                to_front = grad.new_empty_strided(shape, strides)
             if needs[1]:
-                other = grad.new_empty_strided((background_rows, *shape[1:]), strides)
+                to_back = grad.new_empty_strided((background_rows, *shape[1:]), strides)
         if count >= _LARGE or background_rows > shape[0]:
-            for gradient in (own, other):
+            for gradient in (to_front, to_back):
                 if gradient is not None:
                     self.fresh(gradient)
         if needs[2]:
@@ -156,9 +156,9 @@ class BlendKernels(_Launcher):
         else:
             foreground = background = None
         weights = None if alpha is None else self.wide(alpha)
-        if self.gpu and index is not None and other is not None:
+        if self.gpu and index is not None and to_back is not None:
             start, order = self._users(index, background_rows)  # the CPU core finds them itself
-        run, rest = self.core.blend_backward, (own, other, per_sample, start, order, self.at(grad))
+        run, rest = self.core.blend_backward, (to_front, to_back, per_sample, start, order, self.at(grad))
         if not run(grad, foreground, background, index, weights, value, background_rows, *rest):
             # The batch stride of a result of one sample can be anything; rows of a background must follow each other.
             strides = output_strides(shape, grad.stride())
@@ -171,7 +171,7 @@ class BlendKernels(_Launcher):
             if sums != 1:
                 per_sample = per_sample.view(shape[0], sums).sum(1)
             per_sample = per_sample.to(alpha.dtype)
-        return own, other, per_sample
+        return to_front, to_back, per_sample
 
     def _users(self, index: Tensor, background_rows: int) -> tuple[Tensor, Tensor]:
         """As :func:`users`; torch takes several launches."""
@@ -196,9 +196,9 @@ class BoxesKernels(_Launcher):
         if self.core.fill_boxes(images, boxes, fill, keep, self.fresh(out), self.at(out)):
             return
         # The CPU core takes one stride from pixel to pixel, as in contiguous and channels-last images.
-        whole = torch.empty_like(out, memory_format=torch.contiguous_format)
-        self.fill(images.contiguous(), boxes, fill, keep, whole)
-        out.copy_(whole)
+        dense = torch.empty_like(out, memory_format=torch.contiguous_format)
+        self.fill(images.contiguous(), boxes, fill, keep, dense)
+        out.copy_(dense)
 
 
 _empty_like = torch.empty_like

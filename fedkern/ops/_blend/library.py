@@ -34,22 +34,22 @@ def _backward_implementation(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor
     kernel = backend.select("blend", grad)
     run: Any = backward_reference if kernel is None else kernel.backward
     result = run(grad, *others[:6], tuple(needs))
-    own, other, per_sample = map(library.laid_out, result, _backward_fake(grad, *others))
-    return own, other, per_sample
+    to_front, to_back, per_sample = map(library.laid_out, result, _backward_fake(grad, *others))
+    return to_front, to_back, per_sample
 
 
 def _backward_fake(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     _, _, alpha, _, _, background_rows, *needs = others
     strides = output_strides(grad.shape, grad.stride())
-    own = grad.new_empty_strided(grad.shape, strides) if needs[0] else grad.new_empty(0)
-    other = grad.new_empty_strided((background_rows, *grad.shape[1:]), strides) if needs[1] else grad.new_empty(0)
-    return own, other, alpha.new_empty(alpha.shape) if needs[2] else grad.new_empty(0)
+    to_front = grad.new_empty_strided(grad.shape, strides) if needs[0] else grad.new_empty(0)
+    to_back = grad.new_empty_strided((background_rows, *grad.shape[1:]), strides) if needs[1] else grad.new_empty(0)
+    return to_front, to_back, alpha.new_empty(alpha.shape) if needs[2] else grad.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     foreground, background, alpha, value, index = inputs
-    wanted = ctx.needs_input_grad[2]
-    ctx.save_for_backward(foreground if wanted else None, background if wanted else None, alpha, index)
+    need = ctx.needs_input_grad[2]
+    ctx.save_for_backward(foreground if need else None, background if need else None, alpha, index)
     ctx.value, ctx.background_rows = value, background.shape[0]
 
 

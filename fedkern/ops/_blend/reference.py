@@ -14,11 +14,11 @@ def blend_reference(
     foreground: Tensor, background: Tensor, alpha: float | Tensor = 0.5, index: Tensor | None = None
 ) -> Tensor:
     """The specification of :func:`blend`."""
-    own, other = wide(foreground), wide(background)
-    other = other if index is None else other[index]
+    front, back = wide(foreground), wide(background)
+    back = back if index is None else back[index]
     if isinstance(alpha, Tensor):
-        alpha = per_sample(alpha.to(own.dtype), own)
-    return (alpha * own + (1 - alpha) * other).to(torch.promote_types(foreground.dtype, background.dtype))
+        alpha = per_sample(alpha.to(front.dtype), front)
+    return (alpha * front + (1 - alpha) * back).to(torch.promote_types(foreground.dtype, background.dtype))
 
 
 def wide(x: Tensor) -> Tensor:
@@ -59,13 +59,13 @@ def backward_reference(
 ) -> Gradients:
     dtype, grad = grad.dtype, wide(grad)
     weight = value if alpha is None else per_sample(alpha.to(grad.dtype), grad)
-    own = (weight * grad).to(dtype) if needs[0] else None
-    other = None
+    to_front = (weight * grad).to(dtype) if needs[0] else None
+    to_back = None
     if needs[1]:
-        other = (1 - weight) * grad
+        to_back = (1 - weight) * grad
         if index is not None:
-            other = grad.new_zeros((background_rows, *grad.shape[1:])).index_add(0, index, other)
-        other = other.to(dtype)
+            to_back = grad.new_zeros((background_rows, *grad.shape[1:])).index_add(0, index, to_back)
+        to_back = to_back.to(dtype)
     by_alpha = None
     if needs[2]:
         assert foreground is not None
@@ -74,7 +74,7 @@ def backward_reference(
         difference = wide(foreground) - wide(background if index is None else background[index])
         by_alpha = (grad * difference).flatten(1).sum(1) if grad.dim() > 1 else grad * difference
         by_alpha = by_alpha.to(alpha.dtype)
-    return own, other, by_alpha
+    return to_front, to_back, by_alpha
 
 
 def second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

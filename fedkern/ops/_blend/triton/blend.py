@@ -90,8 +90,8 @@ def backward_kernel(
     start,
     alpha,
     value,
-    own,
-    other,
+    to_front,
+    to_back,
     rows,
     size,
     grad_stride,
@@ -110,10 +110,10 @@ def backward_kernel(
         mask = valid[:, None] & (column < size)[None, :]
         g = tl.load(grad + (row * grad_stride)[:, None] + column[None, :], mask=mask, other=0).to(COMPUTE)
         place = (row * size)[:, None] + column[None, :]
-        if own is not None:
-            tl.store(own + place, (weight.to(COMPUTE)[:, None] * g).to(own.dtype.element_ty), mask=mask)
-        if other is not None:
-            tl.store(other + place, ((1.0 - weight).to(COMPUTE)[:, None] * g).to(other.dtype.element_ty), mask=mask)
+        if to_front is not None:
+            tl.store(to_front + place, (weight.to(COMPUTE)[:, None] * g).to(to_front.dtype.element_ty), mask=mask)
+        if to_back is not None:
+            tl.store(to_back + place, ((1.0 - weight).to(COMPUTE)[:, None] * g).to(to_back.dtype.element_ty), mask=mask)
     else:
         begin = tl.load(start + row, mask=valid, other=0)
         count = tl.load(start + row + 1, mask=valid, other=0) - begin
@@ -125,13 +125,13 @@ def backward_kernel(
             weight = _weight(alpha, value, sample, alpha_stride, used)
             mask = used[:, :, None] & (column < size)[None, None, :]
             g = tl.load(grad + (sample * grad_stride)[:, :, None] + column[None, None, :], mask=mask, other=0)
-            if own is not None:
-                part = (weight.to(COMPUTE)[:, :, None] * g.to(COMPUTE)).to(own.dtype.element_ty)
-                tl.store(own + (sample * size)[:, :, None] + column[None, None, :], part, mask=mask)
+            if to_front is not None:
+                part = (weight.to(COMPUTE)[:, :, None] * g.to(COMPUTE)).to(to_front.dtype.element_ty)
+                tl.store(to_front + (sample * size)[:, :, None] + column[None, None, :], part, mask=mask)
             total += tl.sum((1.0 - weight)[:, :, None] * g.to(COMPUTE).to(tl.float64), axis=1)
         mask = valid[:, None] & (column < size)[None, :]
         place = (row * size)[:, None] + column[None, :]
-        tl.store(other + place, total.to(COMPUTE).to(other.dtype.element_ty), mask=mask)
+        tl.store(to_back + place, total.to(COMPUTE).to(to_back.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -239,11 +239,11 @@ class TritonBlend:
         strides = output_strides(shape, grad.stride() if strides is None else strides)
         grad = in_layout(grad, strides)
         index = None if index is None else index.contiguous()
-        own = torch.empty_strided(shape, strides, dtype=grad.dtype, device=device) if needs[0] else None
-        other = None
+        to_front = torch.empty_strided(shape, strides, dtype=grad.dtype, device=device) if needs[0] else None
+        to_back = None
         if needs[1]:
-            other = torch.empty_strided((background_rows, *shape[1:]), strides, dtype=grad.dtype, device=device)
-        self._maps(grad, alpha, value, index, own, other)
+            to_back = torch.empty_strided((background_rows, *shape[1:]), strides, dtype=grad.dtype, device=device)
+        self._maps(grad, alpha, value, index, to_front, to_back)
         by_alpha = None
         if needs[2]:
             assert foreground is not None
@@ -251,7 +251,7 @@ class TritonBlend:
             assert alpha is not None
             foreground, background = in_layout(foreground, strides), in_layout(background, strides)
             by_alpha = self._alpha(grad, foreground, background, index).to(alpha.dtype)
-        return own, other, by_alpha
+        return to_front, to_back, by_alpha
 
     def _maps(
         self,
@@ -259,16 +259,16 @@ class TritonBlend:
         alpha: Tensor | None,
         value: float,
         index: Tensor | None,
-        own: Tensor | None,
-        other: Tensor | None,
+        to_front: Tensor | None,
+        to_back: Tensor | None,
     ) -> None:
         samples, size = grad.shape[0], math.prod(grad.shape[1:])
-        if own is None and other is None:
+        if to_front is None and to_back is None:
             return
         order = start = None
         rows, stride, entries = samples, grad.stride(0), 1
-        if index is not None and other is not None:
-            rows = other.shape[0]
+        if index is not None and to_back is not None:
+            rows = to_back.shape[0]
             start, order = users(index, rows)
             entries = MANY if samples > 4 * rows else 1
         elif alpha is None and (samples == 1 or stride == size):
@@ -288,8 +288,8 @@ class TritonBlend:
             start,
             alpha,
             double_bits(value),
-            own,
-            other,
+            to_front,
+            to_back,
             rows,
             size,
             stride,

@@ -77,12 +77,12 @@ def fill_kernel(
         mask = real[:, None] & valid[None, :]
         value = tl.load(fill + image * fill_0 + channel * fill_1, mask=real, other=0)
         # A replaced pixel is not read.
-        given = tl.load(
+        original = tl.load(
             images + image * image_0 + (channel * image_1)[:, None] + source[None, :],
             mask=mask & ~inside[None, :],
             other=0,
         )
-        result = tl.where(inside[None, :], value[:, None], given)
+        result = tl.where(inside[None, :], value[:, None], original)
         tl.store(out + image * out_0 + (channel * out_1)[:, None] + target[None, :], result, mask=mask)
 
 
