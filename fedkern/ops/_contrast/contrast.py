@@ -92,8 +92,8 @@ class _Contrastive(EagerFunction):
     @staticmethod
     def forward(ctx: Any, kernel: CpuContrast | TiledContrast, temperature: float | None, *tensors: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:]
-        given = tensors[2] if temperature is None else temperature
-        loss, gradients = kernel.loss_and_gradients(tensors[0], tensors[1], given, (*needs, False)[:3])
+        value = tensors[2] if temperature is None else temperature
+        loss, gradients = kernel.loss_and_gradients(tensors[0], tensors[1], value, (*needs, False)[:3])
         ctx.kernel, ctx.temperature = kernel, temperature
         ctx.save_for_backward(*tensors, *gradients)
         return loss

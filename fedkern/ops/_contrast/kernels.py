@@ -72,10 +72,10 @@ class CpuContrast(Launcher):
         if not _fits(batch):
             sums = batch.x.new_empty(4, x.shape[0])
             return self._loss(x, y, batch, sums), self._gradients(batch, sums, needs)
-        held = similarities(batch.x, batch.y)
-        loss = self._whole(x, y, batch, held, batch.scale / max(x.shape[0], 1), None)
-        to_x = times(held, batch.y) if needs[0] or needs[2] else None
-        to_y = transposed_times(held, batch.x).contiguous() if needs[1] else None
+        matrix = similarities(batch.x, batch.y)
+        loss = self._whole(x, y, batch, matrix, batch.scale / max(x.shape[0], 1), None)
+        to_x = times(matrix, batch.y) if needs[0] or needs[2] else None
+        to_y = transposed_times(matrix, batch.x).contiguous() if needs[1] else None
         return loss, self._with_temperature(batch, to_x, to_y, needs)
 
     def gradients(
@@ -105,10 +105,10 @@ class CpuContrast(Launcher):
         x, y = (t if t.dtype is compute and t.is_contiguous() else t.to(compute).contiguous() for t in (x, y))
         return _Batch(x, y, scale)
 
-    def _whole(self, x: Tensor, y: Tensor, batch: _Batch, held: Tensor, factor: float, sums: Tensor | None) -> Tensor:
-        """The loss from all similarities ``held``; if ``factor`` is not 0, overwrites ``held`` with its gradient."""
+    def _whole(self, x: Tensor, y: Tensor, batch: _Batch, matrix: Tensor, factor: float, sums: Tensor | None) -> Tensor:
+        """The loss from all similarities ``matrix``, which its gradient overwrites if ``factor`` is not 0."""
         a, b, scale = batch
-        return _scalar(self._contrast(a, b, held, scale, factor, sums, self.at(a)), x, y)
+        return _scalar(self._contrast(a, b, matrix, scale, factor, sums, self.at(a)), x, y)
 
     def _loss(self, x: Tensor, y: Tensor, batch: _Batch, sums: Tensor | None) -> Tensor:
         a, b, scale = batch
@@ -128,13 +128,13 @@ class CpuContrast(Launcher):
         to_x = torch.empty_like(x) if needs[0] or needs[2] else None
         to_y = None
         for first, rows in _tiles(x):
-            own = x[first : first + rows]
-            tile = similarities(own, y)
+            block = x[first : first + rows]
+            tile = similarities(block, y)
             self.core.contrast_gradient(tile, first, scale, bounded, factor, sums, self.at(x))
             if to_x is not None:
                 to_x[first : first + rows] = times(tile, y)
             if needs[1]:
-                more = transposed_times(tile, own)
+                more = transposed_times(tile, block)
                 to_y = more if to_y is None else to_y.add_(more)
         if needs[1]:
             to_y = torch.empty_like(y) if to_y is None else to_y.contiguous()
@@ -157,12 +157,12 @@ class CudaContrast(TiledContrast, Launcher):
     def block(self, dtype: torch.dtype) -> int:
         return int(self.core.contrast_block)
 
-    def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, own: Tensor) -> None:
-        self.core.contrast_look(tile, first, pairs.temperature, pieces, own, self.at(tile))
+    def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, partners: Tensor) -> None:
+        self.core.contrast_look(tile, first, pairs.temperature, pieces, partners, self.at(tile))
 
-    def join(self, pairs: Pairs, pieces: Tensor, own: Tensor, sums: Tensor, loss: Tensor) -> None:
-        losses = own.new_empty(2 * pairs.size, dtype=torch.float64)
-        self.core.contrast_join(pairs.temperature, pieces, own, sums, losses, loss, self.at(loss))
+    def join(self, pairs: Pairs, pieces: Tensor, partners: Tensor, sums: Tensor, loss: Tensor) -> None:
+        losses = partners.new_empty(2 * pairs.size, dtype=torch.float64)
+        self.core.contrast_join(pairs.temperature, pieces, partners, sums, losses, loss, self.at(loss))
 
     def gradient(self, pairs: Pairs, tile: Tensor, first: int, sums: Tensor) -> None:
         self.core.contrast_gradient(tile, first, pairs.temperature, sums, self.at(tile))

@@ -27,11 +27,11 @@ def _kernel(
 
 
 def _run(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    kernel, given = _kernel(x, y, learnt, temperature)
+    kernel, value = _kernel(x, y, learnt, temperature)
     if kernel is None:
-        loss = contrastive_reference(x, y, given)
+        loss = contrastive_reference(x, y, value)
         return loss, x.new_zeros((4, x.shape[0]), dtype=compute_dtype(loss.dtype))  # gradients_reference needs none
-    return kernel.loss_and_sums(x, y, given)
+    return kernel.loss_and_sums(x, y, value)
 
 
 def _loss_alone(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool) -> tuple[Tensor]:
@@ -47,12 +47,12 @@ def _fake(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tu
 def _run_backward(
     grad: Tensor, x: Tensor, y: Tensor, learnt: Tensor | None, sums: Tensor, temperature: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel, given = _kernel(x, y, learnt, temperature)
+    kernel, value = _kernel(x, y, learnt, temperature)
     inputs = (x, y, learnt)
     if kernel is None:
-        raw = gradients_reference(grad, x, y, given)
+        raw = gradients_reference(grad, x, y, value)
     else:
-        raw = kernel.gradients(x, y, given, sums, needs)
+        raw = kernel.gradients(x, y, value, sums, needs)
         raw = Gradients(*kernel.scaled(raw, grad, inputs))
     a, b, c = (
         _nothing(x) if t is None or g is None or not need else library.laid_out(g, torch.empty_like(t))
@@ -113,12 +113,12 @@ def _second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
 def _run_training(
     x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernel, given = _kernel(x, y, learnt, temperature)
+    kernel, value = _kernel(x, y, learnt, temperature)
     if kernel is None:
-        loss = contrastive_reference(x, y, given)
-        gradients = gradients_reference(torch.ones_like(loss), x, y, given)
+        loss = contrastive_reference(x, y, value)
+        gradients = gradients_reference(torch.ones_like(loss), x, y, value)
     else:
-        loss, gradients = kernel.loss_and_gradients(x, y, given, needs)
+        loss, gradients = kernel.loss_and_gradients(x, y, value, needs)
     compute = compute_dtype(loss.dtype)
     a, b, c = (
         _nothing(x) if g is None or not need else g.to(compute).contiguous()

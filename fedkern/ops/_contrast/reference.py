@@ -25,8 +25,8 @@ class Gradients(NamedTuple):
 def contrastive_reference(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
     """The specification of :func:`fedkern.ops.contrastive`."""
     logits, _ = _similarities(x, y, temperature)
-    own = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()
-    return (-own.sum() / max(len(x), 1)).to(torch.promote_types(x.dtype, y.dtype))
+    log_likelihoods = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()
+    return (-log_likelihoods.sum() / max(len(x), 1)).to(torch.promote_types(x.dtype, y.dtype))
 
 
 def gradients_reference(grad: Tensor, x: Tensor, y: Tensor, temperature: float | Tensor) -> Gradients:

@@ -40,15 +40,15 @@ class TiledContrast:
         """Rows and columns of a block of similarities of the computing ``dtype``."""
         raise NotImplementedError
 
-    def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, own: Tensor) -> None:
+    def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, partners: Tensor) -> None:
         """Reads a tile that begins with row ``first``, a multiple of the block size.
 
-        Writes the tile's part of ``own`` ``[B]``, the similarities of partners, and of ``pieces`` ``[2, blocks, 2 B]``,
-        the maxima and sums of blocks: for the B rows by blocks of columns, then for the B columns by blocks of rows.
+        Writes the tile's part of ``partners`` ``[B]``, pairs' similarities, and of ``pieces`` ``[2, blocks, 2 B]``, the
+        maxima and sums of blocks: for the B rows by blocks of columns, then for the B columns by blocks of rows.
         """
         raise NotImplementedError
 
-    def join(self, pairs: Pairs, pieces: Tensor, own: Tensor, sums: Tensor, loss: Tensor) -> None:
+    def join(self, pairs: Pairs, pieces: Tensor, partners: Tensor, sums: Tensor, loss: Tensor) -> None:
         """Joins the pieces into ``sums`` ``[4, B]`` and writes the loss."""
         raise NotImplementedError
 
@@ -69,13 +69,13 @@ class TiledContrast:
         pairs = _pairs(x, y, temperature)
         memory = self._memory(pairs)
         loss, sums = self._sums(x, y, pairs, memory)
-        return loss, self._gradients(pairs, sums, needs, memory, made=memory.shape[0] == pairs.size)
+        return loss, self._gradients(pairs, sums, needs, memory, ready=memory.shape[0] == pairs.size)
 
     def gradients(
         self, x: Tensor, y: Tensor, temperature: float | Tensor, sums: Tensor, needs: Sequence[bool]
     ) -> Gradients:
         pairs = _pairs(x, y, temperature)
-        return self._gradients(pairs, sums, needs, self._memory(pairs), made=False)
+        return self._gradients(pairs, sums, needs, self._memory(pairs), ready=False)
 
     def scaled(
         self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
@@ -104,31 +104,31 @@ class TiledContrast:
         if not count:
             return loss, sums
         blocks = -(-count // self.block(dtype))
-        pieces, own = pairs.x.new_empty(2, blocks, 2 * count), pairs.x.new_empty(count)
+        pieces, partners = pairs.x.new_empty(2, blocks, 2 * count), pairs.x.new_empty(count)
         for first, tile in self._tiles(pairs, memory):
             # With out=, which autocast leaves alone.
             torch.mm(pairs.x[first : first + tile.shape[0]], pairs.y.t(), out=tile)
-            self.look(pairs, tile, first, pieces, own)
-        self.join(pairs, pieces, own, sums, loss)
+            self.look(pairs, tile, first, pieces, partners)
+        self.join(pairs, pieces, partners, sums, loss)
         return loss, sums
 
-    def _gradients(self, pairs: Pairs, sums: Tensor, needs: Sequence[bool], memory: Tensor, made: bool) -> Gradients:
-        """The gradients; ``made``: ``memory`` already holds all similarities."""
+    def _gradients(self, pairs: Pairs, sums: Tensor, needs: Sequence[bool], memory: Tensor, ready: bool) -> Gradients:
+        """The gradients; ``ready``: ``memory`` already holds all similarities."""
         x, y, temperature = pairs
         to_x = torch.empty_like(x) if needs[0] or needs[2] else None
         to_y = torch.zeros_like(y) if needs[1] else None
         for first, tile in self._tiles(pairs, memory):
-            own = x[first : first + tile.shape[0]]
-            if not made:
-                torch.mm(own, y.t(), out=tile)
+            block = x[first : first + tile.shape[0]]
+            if not ready:
+                torch.mm(block, y.t(), out=tile)
             self.gradient(pairs, tile, first, sums)
             if to_x is not None:
                 torch.mm(tile, y, out=to_x[first : first + tile.shape[0]])
             if to_y is not None:
                 if tile.shape[0] == pairs.size:
-                    torch.mm(tile.t(), own, out=to_y)
+                    torch.mm(tile.t(), block, out=to_y)
                 else:
-                    torch.addmm(to_y, tile.t(), own, out=to_y)
+                    torch.addmm(to_y, tile.t(), block, out=to_y)
         to_temperature = None
         if needs[2] and to_x is not None:
             # Σ G S in the temperature's gradient is the sum of the products of x and the gradient of x.

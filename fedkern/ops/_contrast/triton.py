@@ -44,7 +44,7 @@ def base_of(top):
 
 @triton.jit(do_not_specialize=["temperature", "first"])
 def look_kernel(
-    tile, tops, totals, own, learnt, temperature, rows, count, first, stride, across,
+    tile, tops, totals, partners, learnt, temperature, rows, count, first, stride, across,
     COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Maxima and sums of exponentials of one block's rows and columns, and partners' similarities."""
@@ -63,12 +63,12 @@ def look_kernel(
     tl.store(totals + place, total, mask=column < count)
     partner = (first + row)[:, None] == column[None, :]
     mine = tl.sum(tl.where(partner & mask, s, 0.0), axis=1)
-    tl.store(own + first + row, mine, mask=(row < rows) & ((first + row) // BLOCK == along))
+    tl.store(partners + first + row, mine, mask=(row < rows) & ((first + row) // BLOCK == along))
 
 
 @triton.jit(do_not_specialize=["temperature"])
 def join_kernel(
-    tops, totals, own, sums, losses, learnt, temperature, count, blocks,
+    tops, totals, partners, sums, losses, learnt, temperature, count, blocks,
     COMPUTE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Joins the pieces of each line (row or column); writes its loss: log-sum-exp minus the partner's similarity."""
@@ -85,7 +85,7 @@ def join_kernel(
     place = line + tl.where(line < count, 0, count)
     tl.store(sums + place, top, mask=mask)
     tl.store(sums + place + count, total, mask=mask)
-    below = (top - tl.load(own + line % count, mask=mask, other=0)).to(tl.float64) * scale.to(tl.float64)
+    below = (top - tl.load(partners + line % count, mask=mask, other=0)).to(tl.float64) * scale.to(tl.float64)
     loss = below + tl.log(total).to(tl.float64)
     tl.store(losses + line, tl.where(loss < 0, 0.0, loss), mask=mask)
 
@@ -116,21 +116,21 @@ class TritonContrast(TiledContrast):
     def block(self, dtype: torch.dtype) -> int:
         return BLOCK[dtype]
 
-    def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, own: Tensor) -> None:
+    def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, partners: Tensor) -> None:
         rows, across = tile.shape[0], pieces.shape[1]
         launch(
             look_kernel, cdiv(rows, self.block(tile.dtype)) * across, tile.device,
-            tile, pieces[0], pieces[1], own, *_temperature(pairs), rows, pairs.size, first, tile.stride(0), across,
+            tile, pieces[0], pieces[1], partners, *_temperature(pairs), rows, pairs.size, first, tile.stride(0), across,
             **_meta(tile, self.block(tile.dtype)),
         )  # fmt: skip
 
-    def join(self, pairs: Pairs, pieces: Tensor, own: Tensor, sums: Tensor, loss: Tensor) -> None:
+    def join(self, pairs: Pairs, pieces: Tensor, partners: Tensor, sums: Tensor, loss: Tensor) -> None:
         count = pairs.size
-        losses = own.new_empty(2 * count, dtype=torch.float64)
+        losses = partners.new_empty(2 * count, dtype=torch.float64)
         launch(
-            join_kernel, cdiv(2 * count, LINES), own.device,
-            pieces[0], pieces[1], own, sums, losses, *_temperature(pairs), count, pieces.shape[1],
-            COMPUTE=COMPUTE[own.dtype], LINES=LINES, num_warps=4,
+            join_kernel, cdiv(2 * count, LINES), partners.device,
+            pieces[0], pieces[1], partners, sums, losses, *_temperature(pairs), count, pieces.shape[1],
+            COMPUTE=COMPUTE[partners.dtype], LINES=LINES, num_warps=4,
         )  # fmt: skip
         finish(losses, loss, count)
 
@@ -145,8 +145,8 @@ class TritonContrast(TiledContrast):
 
 
 def _temperature(pairs: Pairs) -> tuple[Tensor | None, int]:
-    given = pairs.temperature
-    return (given, 0) if isinstance(given, Tensor) else (None, double_bits(given))
+    value = pairs.temperature
+    return (value, 0) if isinstance(value, Tensor) else (None, double_bits(value))
 
 
 def _meta(tile: Tensor, block: int) -> dict[str, Any]:
