@@ -172,39 +172,39 @@ class _Fuse(EagerFunction):
         to_shift = shift is not None and shift.requires_grad
         # A concatenation's result shows where its ReLU is 0; scale's gradient and a mean of ReLUs need the maps.
         by_features = to_scale or (relu and mean)
-        kept = relu or scale is not None or to_shift
-        if kept:
+        saves = relu or scale is not None or to_shift
+        if saves:
             ctx.save_for_backward(
                 scale,
                 shift if to_shift or by_features else None,
                 out if relu and not by_features else None,
                 *(features if by_features else ()),
             )
-        ctx.settings = (kernel, relu, mean, channels, last, kept, to_scale, to_shift)
+        ctx.settings = (kernel, relu, mean, channels, last, saves, to_scale, to_shift)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, relu, mean, channels, last, kept, learned_scale, learned_shift = ctx.settings
-        scale, shift, out, *features = saved_tensors(ctx) if kept else (None, None, None)
+        kernel, relu, mean, channels, last, saves, learned_scale, learned_shift = ctx.settings
+        scale, shift, out, *features = saved_tensors(ctx) if saves else (None, None, None)
         needs = ctx.needs_input_grad[1:]
         direct = readable(grad)
-        if direct and last and not kept and not mean and kernel.views:
+        if direct and last and not saves and not mean and kernel.views:
             # As torch.cat's gradient: nothing is computed, and the pieces of a channels-last row are too short to copy.
             return (None, *[part if need else None for part, need in zip(grad.split(channels, 1), needs, strict=True)])
         count = len(channels)
-        wanted = (needs[:count], learned_scale and needs[count], learned_shift and needs[-1])
+        fuse_needs = (needs[:count], learned_scale and needs[count], learned_shift and needs[-1])
         maps: list[Tensor] | None = features or None
         if direct:
             if grad.is_neg():
                 grad = grad.resolve_neg()
             to_maps, to_scale, to_shift = kernel.backward(
-                grad, maps, out, scale, shift, relu, mean, channels, wanted, last
+                grad, maps, out, scale, shift, relu, mean, channels, fuse_needs, last
             )
         else:
             # Recorded (create_graph=True) or batched (is_grads_batched=True).
             to_maps, to_scale, to_shift = fuse_backward_reference(
-                grad, maps, out, scale, shift, relu, mean, channels, wanted
+                grad, maps, out, scale, shift, relu, mean, channels, fuse_needs
             )
         if len(needs) == count:
             return (None, *to_maps)

@@ -136,26 +136,26 @@ class FuseKernels(Launcher):
             return self._pieces(grad, channels[0], needs, channels_last)
         shape = grad.shape
         targets: list[Tensor | None] = []
-        width, made = -1, grad
+        width, target = -1, grad
         for m, number in enumerate(channels):
             if not needs[m]:
                 targets.append(None)
                 continue
             if number == width:
-                made = _empty_like(made)
+                target = _empty_like(target)
             else:
-                width, made = number, empty_map((shape[0], number, *shape[2:]), channels_last, grad)
+                width, target = number, empty_map((shape[0], number, *shape[2:]), channels_last, grad)
             if total >= _LARGE:
-                self.fresh(made)
-            targets.append(made)
+                self.fresh(target)
+            targets.append(target)
         return targets
 
     def _pieces(self, grad: Tensor, channels: int, needs: Sequence[bool], channels_last: bool) -> list[Tensor | None]:
         """Maps of one shape in one allocation: many small allocations would each fault on every page."""
         batch, _, *positions = grad.shape
         order = (batch, *positions, channels) if channels_last else (batch, channels, *positions)
-        whole = self.fresh(grad.new_empty((sum(needs), *order)))
-        pieces = iter((whole.movedim(-1, 2) if channels_last else whole).unbind())
+        block = self.fresh(grad.new_empty((sum(needs), *order)))
+        pieces = iter((block.movedim(-1, 2) if channels_last else block).unbind())
         return [next(pieces) if need else None for need in needs]
 
     def _laid_out(self, x: Tensor, channels_last: bool) -> Tensor:

@@ -97,8 +97,8 @@ def _second_derivative(ctx: Any, to_maps: list[Tensor], to_scale: Tensor, to_shi
     count = len(features)
 
     def gradients(grad: Tensor, scale: Tensor | None, shift: Tensor | None, *features: Tensor) -> Tensor:
-        given = (grad, features or None, out, scale, shift, relu, mean, channels, needs)
-        maps, by_scale, by_shift = fuse_backward_reference(*given)
+        arguments = (grad, features or None, out, scale, shift, relu, mean, channels, needs)
+        maps, by_scale, by_shift = fuse_backward_reference(*arguments)
         total = grad.new_zeros((), dtype=torch.float64)
         for x, seed in (*zip(maps, to_maps, strict=True), (by_scale, to_scale), (by_shift, to_shift)):
             if x is not None and seed is not None:

@@ -46,14 +46,14 @@ def wants_channels_last(features: Sequence[Tensor]) -> bool:
     else:
         return False
     shape, strides = features[0].shape, features[0].stride()
-    found = order_of(features[0])
+    highest = order_of(features[0])
     for feature in features:
-        if found < 0:
+        if highest < 0:
             return False
         if feature.stride() != strides or feature.shape != shape:
             order = order_of(feature)
-            found = order if order < 0 else max(found, order)
-    return found == 1
+            highest = order if order < 0 else max(highest, order)
+    return highest == 1
 
 
 def empty_map(shape: Sequence[int], channels_last: bool, like: Tensor) -> Tensor:

@@ -132,36 +132,36 @@ def back_kernel(
 @triton.jit(do_not_specialize=["starts", "channels", "firsts"])
 def sums_kernel(
     grad, maps, out, starts, channels, firsts, scale, shift, by_scale, by_shift,
-    count, batch, positions, width, whole, tiles, span, all_maps,
+    count, batch, positions, width, total, tiles, span, all_maps,
     COMPUTE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, LAST: tl.constexpr, COUNT: tl.constexpr,
     CHANNELS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over batch and ``span`` positions for scale and shift, fp64 ``[splits, whole]``; LAST: channels-last."""
+    """Sums over batch and ``span`` positions for scale and shift, fp64 ``[splits, total]``; LAST: channels-last."""
     program = tl.program_id(0)
     m = program % count
     tile, split = program // count % tiles, (program // count // tiles).to(tl.int64)
     first, number = starts_of(firsts, 0, m, COUNT), starts_of(channels, 0, m, COUNT)
-    own = (tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS))[:, None]
-    channel = first + own
+    local = (tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS))[:, None]
+    channel = first + local
     start = starts_of(starts, 0, m, COUNT)
     to_scale = tl.zeros([CHANNELS, PLACES], tl.float64)
     to_shift = tl.zeros([CHANNELS, PLACES], tl.float64)
     size = tl.cast(batch, tl.int64) * positions
-    in_grad = own if MEAN else channel
+    in_grad = local if MEAN else channel
     for begin in range(split * span, tl.minimum((split + 1) * span, size), PLACES):
         q = (begin + tl.arange(0, PLACES))[None, :]
-        mask = (own < number) & (q < size)
+        mask = (local < number) & (q < size)
         if LAST:
-            at_grad, at_map = q * width + in_grad, start + q * number + own
+            at_grad, at_map = q * width + in_grad, start + q * number + local
         else:
             b, p = q // positions, q % positions
             at_grad = (b * width + in_grad) * positions + p
-            at_map = start + (b * number + own) * positions + p
+            at_map = start + (b * number + local) * positions + p
         g, x = _passed(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps, COMPUTE, RELU, MEAN)
         to_shift += g.to(tl.float64)
         if by_scale is not None:
             to_scale += g.to(tl.float64) * x.to(tl.float64)
-    place = split * whole + first + tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    place = split * total + first + tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     real = tile * CHANNELS + tl.arange(0, CHANNELS) < number
     if by_scale is not None:
         tl.store(by_scale + place, tl.sum(to_scale, axis=1), mask=real)
@@ -237,9 +237,9 @@ class TritonFuse:
             empty_map((batch, count, *positions), channels_last, grad) if need else None
             for count, need in zip(channels, need_features, strict=True)
         ]
-        whole, width = sum(channels), grad.shape[1]
+        total, width = sum(channels), grad.shape[1]
         if not grad.numel() or not batch * math.prod(positions):
-            zeros = torch.zeros(whole, dtype=torch.float64, device=device)
+            zeros = torch.zeros(total, dtype=torch.float64, device=device)
             return targets, _like(zeros, scale, need_scale), _like(zeros, shift, need_shift)
         grad = _dense(grad, channels_last)
         out = None if out is None else _dense(out, channels_last)
@@ -250,16 +250,16 @@ class TritonFuse:
         meta = {"COMPUTE": COMPUTE[grad.dtype], "RELU": relu, "MEAN": mean}
         # Without ReLU only scale's gradient needs the maps.
         seen = maps if relu else None
-        wanted = [m for m, target in enumerate(targets) if target is not None]
-        for group in _groups(len(wanted)):
-            some = wanted[group]
-            given = [x for x in (targets[m] for m in some) if x is not None]
+        indices = [m for m, target in enumerate(targets) if target is not None]
+        for group in _groups(len(indices)):
+            some = indices[group]
+            outputs = [x for x in (targets[m] for m in some) if x is not None]
             read = None if seen is None else [seen[m] for m in some]
-            places = tensor_starts(given)
+            places = tensor_starts(outputs)
             launch(
                 back_kernel, cdiv(max(counts[m] for m in some) * outer * step, BLOCK) * len(some), device, grad,
                 None if read is None else read[0], out,
-                wholes([0] * len(places)) if read is None else tensor_starts(read), given[0], places,
+                wholes([0] * len(places)) if read is None else tensor_starts(read), outputs[0], places,
                 wholes(counts[m] for m in some), wholes(firsts[m] for m in some), *vectors, len(some),
                 outer, step, width, len(channels), COUNT=len(places), BLOCK=BLOCK,
                 WIDE=_index(max(counts) * step), **meta,
@@ -276,7 +276,7 @@ class TritonFuse:
             span = cdiv(blocks, splits) * place_tile
             splits = cdiv(size, span)
             by_scale, by_shift = (
-                torch.empty(splits, whole, dtype=torch.float64, device=device) if need else None
+                torch.empty(splits, total, dtype=torch.float64, device=device) if need else None
                 for need in (need_scale, need_shift)
             )
             read = maps if need_scale else seen
@@ -287,7 +287,7 @@ class TritonFuse:
                     sums_kernel, number * tiles * splits, device, grad, None if read is None else read[some_maps][0],
                     out, wholes([0] * len(channel_table)) if read is None else tensor_starts(read[some_maps]),
                     channel_table, wholes(firsts[some_maps]), *vectors, by_scale, by_shift, number, batch,
-                    math.prod(positions), width, whole, tiles, span, len(counts), LAST=channels_last,
+                    math.prod(positions), width, total, tiles, span, len(counts), LAST=channels_last,
                     COUNT=len(channel_table), CHANNELS=channel_tile, PLACES=place_tile, **meta,
                 )  # fmt: skip
         return (
@@ -297,8 +297,8 @@ class TritonFuse:
         )
 
 
-def _like(sums: Tensor, vector: Tensor | None, wanted: bool) -> Tensor | None:
-    return sums.to(vector.dtype) if wanted and vector is not None else None
+def _like(sums: Tensor, vector: Tensor | None, need: bool) -> Tensor | None:
+    return sums.to(vector.dtype) if need and vector is not None else None
 
 
 def _vector(vector: Tensor | None) -> Tensor | None:

@@ -41,16 +41,16 @@ def fits(conv: FusedConv, columns: int) -> bool:
 
 
 def convolve(
-    core: Any, held: Folded, x: Tensor, shared: bool, other: Tensor | None, other_shared: bool, relu: bool, out: Tensor
+    core: Any, layer: Folded, x: Tensor, shared: bool, other: Tensor | None, other_shared: bool, relu: bool, out: Tensor
 ) -> None:
     """``out = relu(conv(x) + bias + other)`` for all branches.
 
     The core checks nothing, so the caller must make sure that ``x`` and ``out`` are fp32 on the CPU and contiguous
-    within a sample, that ``x`` has the channels that the weights read (``shapes.survey``), and that ``held.plain`` is
+    within a sample, that ``x`` has the channels that the weights read (``shapes.survey``), and that ``layer.plain`` is
     true.
     """
-    conv, branches = held.conv, held.conv.branches
-    packed = held.packed(core.fuse_conv_block())
+    conv, branches = layer.conv, layer.conv.branches
+    packed = layer.packed(core.fuse_conv_block())
     late = None
     if other is not None:
         other = other.contiguous()
@@ -60,7 +60,7 @@ def convolve(
     kernel = (*conv.kernel, conv.stride[0], conv.dilation[0], *conv.padding)
     plain_relu = relu and late is None
     core.fuse_conv(
-        x, packed, held.bias, other, out, branches, shared, other_shared, kernel, plain_relu, torch.get_num_threads()
+        x, packed, layer.bias, other, out, branches, shared, other_shared, kernel, plain_relu, torch.get_num_threads()
     )
     if late is not None:
         out += late.repeat(1, branches, 1, 1) if other_shared else late

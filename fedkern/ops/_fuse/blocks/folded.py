@@ -63,10 +63,10 @@ class Folded:
 
     def packed(self, largest: int) -> Tensor:
         """The weights for the direct algorithm with blocks of at most ``largest`` channels."""
-        weight, held = self.weight, self._packed
-        if held is None or held[0] is not weight or held[1] != largest:
-            held = self._packed = weight, largest, pack(weight, self.conv.branches, largest)
-        return held[2]
+        weight, entry = self.weight, self._packed
+        if entry is None or entry[0] is not weight or entry[1] != largest:
+            entry = self._packed = weight, largest, pack(weight, self.conv.branches, largest)
+        return entry[2]
 
 
 def pack(weight: Tensor, branches: int, largest: int) -> Tensor:

@@ -133,8 +133,8 @@ class FusedBlocks(nn.Module):
         if x.dim() < 2 or (not self.shared and x.shape[1] % self.count):
             raise ValueError(f"x must have shape {axes_named(None, self.count, self.shared)}, not {list(x.shape)}")
         if self._axes is not None and x.dim() not in self._axes:
-            wanted = axes_named(self._axes, self.count, self.shared)
-            raise ValueError(f"x must have shape {wanted}, not {list(x.shape)}")
+            axes = axes_named(self._axes, self.count, self.shared)
+            raise ValueError(f"x must have shape {axes}, not {list(x.shape)}")
         if not backend.eager(x):
             # Under a compiler or a transform: plain operations, which it fuses or maps itself.
             return self._separate(x) if self.lowering == "separate" else self._grouped(x)
@@ -185,8 +185,8 @@ class FusedBlocks(nn.Module):
     def _grouped(self, x: Tensor) -> Tensor:
         values = [(channels_last(x), self.shared)]
         for step in self._steps:
-            given = [values[value] for value in step.inputs]
-            values.append(run_step(step, self._layers.get(step.module), given, self.count))
+            operands = [values[value] for value in step.inputs]
+            values.append(run_step(step, self._layers.get(step.module), operands, self.count))
         y, shared = values[-1]
         return repeated(y, self.count) if shared else y
 
@@ -196,8 +196,8 @@ class FusedBlocks(nn.Module):
         for m in range(self.count):
             values = [channels_last(inputs[m])]
             for step in self._steps:
-                given = [values[value] for value in step.inputs]
-                values.append(run_step_of(step, self._layers.get(step.module), given, m))
+                operands = [values[value] for value in step.inputs]
+                values.append(run_step_of(step, self._layers.get(step.module), operands, m))
             results.append(values[-1])
         return concatenate(results)
 

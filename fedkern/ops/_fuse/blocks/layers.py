@@ -192,8 +192,8 @@ class FusedBatchNorm(FusedLayer):
         return self._apply_norm(x, weight, *tensors)
 
     def _apply_norm(self, x: Tensor, momentum: float, *statistics_and_affine: Tensor | None) -> Tensor:
-        own = self.training or not self.track
-        return normed(F.batch_norm, x, *statistics_and_affine, own, momentum, self.eps)
+        batch_statistics = self.training or not self.track
+        return normed(F.batch_norm, x, *statistics_and_affine, batch_statistics, momentum, self.eps)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift ``[M * C]`` that compute the same as the batch norm in evaluation mode."""

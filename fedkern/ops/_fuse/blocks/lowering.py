@@ -102,14 +102,14 @@ class FoldedBlocks:
 
     def forget(self) -> None:
         """Makes the next call fold all weights again."""
-        for held in self.weights.values():
-            held.forget()
+        for folded in self.weights.values():
+            folded.forget()
 
     def grouped(self, x: Tensor, shared: bool) -> Tensor:
         """All branches at once, channels-last."""
         x = channels_last(x)
         core = conv.core_for(x) if self.by_sample and x.dim() == 4 else None
-        widest = max([held.conv.shape[0] for held in self.weights.values()], default=0)
+        widest = max([folded.conv.shape[0] for folded in self.weights.values()], default=0)
         sample = widest * x.shape[2] * x.shape[3] * x.itemsize if core is not None else 0
         if x.shape[0] * sample <= FRESH_BYTES:
             return self._grouped(x, shared)
@@ -128,14 +128,14 @@ class FoldedBlocks:
         values: dict[int, tuple[Tensor, bool]] = {0: (x, shared)}
         for fold in self.folds:
             step = fold.step
-            given = [values[value] for value in step.inputs]
+            operands = [values[value] for value in step.inputs]
             if step.kind != "conv":
-                values[fold.value] = run_step(step, self.layers.get(step.module), given, self.branches)
+                values[fold.value] = run_step(step, self.layers.get(step.module), operands, self.branches)
                 continue
-            held = self.weights[fold.value]
-            held.refresh()
-            conv = held.conv
-            (y, one), *rest = given
+            folded = self.weights[fold.value]
+            folded.refresh()
+            conv = folded.conv
+            (y, one), *rest = operands
             if one and conv.groups > 1:
                 y, one = repeated(y, self.branches), False
             groups = conv.groups if one else conv.groups * self.branches
@@ -143,7 +143,7 @@ class FoldedBlocks:
             if rest:
                 other = repeated(rest[0][0], self.branches) if rest[0][1] else rest[0][0]
             values[fold.value] = (
-                convolve(conv, held.prepared, None, y, held.weight, held.bias, groups, other, fold.relu),
+                convolve(conv, folded.prepared, None, y, folded.weight, folded.bias, groups, other, fold.relu),
                 False,
             )
         y, one = values[self.folds[-1].value]
@@ -152,15 +152,15 @@ class FoldedBlocks:
     def separate(self, x: Tensor, shared: bool) -> list[Tensor]:
         """One branch after the other, channels-last, each map still in cache when the next layer reads it."""
         inputs = [channels_last(x)] * self.branches if shared else list(map(channels_last, x.chunk(self.branches, 1)))
-        for held in self.weights.values():
-            held.refresh()
+        for folded in self.weights.values():
+            folded.refresh()
         return [self._branch(m, inputs[m]) for m in range(self.branches)]
 
     def plain(self) -> bool:
         """Computes changed weights again; returns whether all are fp32 on the CPU, as :meth:`direct` needs them."""
-        for held in self.weights.values():
-            held.refresh()
-        return all(held.plain for held in self.weights.values())
+        for folded in self.weights.values():
+            folded.refresh()
+        return all(folded.plain for folded in self.weights.values())
 
     def direct(self, core: Any, x: Tensor, shared: bool) -> Tensor:
         """All branches at once by the compiled core, contiguous, a few samples at a time so that maps stay in cache.
@@ -168,7 +168,7 @@ class FoldedBlocks:
         Call :meth:`plain` first; :func:`fedkern.ops._fuse.blocks.shapes.survey` must allow the shape of ``x``.
         """
         x = x.contiguous()
-        widest = max([held.weight.shape[0] for held in self.weights.values()], default=1)
+        widest = max([folded.weight.shape[0] for folded in self.weights.values()], default=1)
         samples = max(1, CHUNK_BYTES // max(1, widest * x.shape[2] * x.shape[3] * x.itemsize))
         out: Tensor | None = None
         for begin in range(0, max(1, x.shape[0]), samples):
@@ -182,25 +182,25 @@ class FoldedBlocks:
         last = self.folds[-1].value
         for fold in self.folds:
             step = fold.step
-            given = [values[value] for value in step.inputs]
+            operands = [values[value] for value in step.inputs]
             if step.kind != "conv":
                 layer = self.layers.get(step.module)
                 if halves(layer):
-                    values[fold.value] = (halved(given[0][0]), given[0][1])
+                    values[fold.value] = (halved(operands[0][0]), operands[0][1])
                 else:
-                    values[fold.value] = run_step(step, layer, given, self.branches)
+                    values[fold.value] = run_step(step, layer, operands, self.branches)
                 continue
-            held = self.weights[fold.value]
-            y, one = given[0]
-            shape = held.conv.result_shape(y, held.weight)
+            folded = self.weights[fold.value]
+            y, one = operands[0]
+            shape = folded.conv.result_shape(y, folded.weight)
             if fold.value == last:
                 if out is None:
                     out = fresh(core, x.new_empty((x.shape[0], *shape[1:])))
                 result = out[begin:end]
             else:
                 result = x.new_empty(shape)
-            other, other_one = given[1] if len(given) > 1 else (None, False)
-            conv.convolve(core, held, y.contiguous(), one, other, other_one, fold.relu, result)
+            other, other_one = operands[1] if len(operands) > 1 else (None, False)
+            conv.convolve(core, folded, y.contiguous(), one, other, other_one, fold.relu, result)
             values[fold.value] = (result, False)
         if self.folds[-1].step.kind != "conv":
             y, one = values[last]
@@ -215,15 +215,15 @@ class FoldedBlocks:
         values = {0: x}
         for fold in self.folds:
             step = fold.step
-            given = [values[value] for value in step.inputs]
+            operands = [values[value] for value in step.inputs]
             if step.kind == "conv":
-                held = self.weights[fold.value]
-                other = given[1] if len(given) > 1 else None
-                groups = held.conv.groups
-                prepared, weight, bias = held.prepared, held.weights[m], held.biases[m]
-                y = convolve(held.conv, prepared, m, given[0], weight, bias, groups, other, fold.relu)
+                folded = self.weights[fold.value]
+                other = operands[1] if len(operands) > 1 else None
+                groups = folded.conv.groups
+                prepared, weight, bias = folded.prepared, folded.weights[m], folded.biases[m]
+                y = convolve(folded.conv, prepared, m, operands[0], weight, bias, groups, other, fold.relu)
             else:
-                y = run_step_of(step, self.layers.get(step.module), given, m)
+                y = run_step_of(step, self.layers.get(step.module), operands, m)
             values[fold.value] = y
         return values[self.folds[-1].value]
 
@@ -238,8 +238,8 @@ def halves(layer: nn.Module | None) -> bool:
     """Whether the layer is a ``MaxPool2d(2)``."""
     if not isinstance(layer, nn.MaxPool2d):
         return False
-    asked = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    pairs = tuple((value, value) if isinstance(value, int) else tuple(value) for value in asked)
+    settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    pairs = tuple((value, value) if isinstance(value, int) else tuple(value) for value in settings)
     return pairs == ((2, 2), (2, 2), (0, 0), (1, 1)) and not layer.ceil_mode
 
 
@@ -259,13 +259,13 @@ def repeated(x: Tensor, branches: int) -> Tensor:
     return wide.flatten(1, 2)
 
 
-def run_step(step: Step, layer: Any, given: Sequence[tuple[Tensor, bool]], branches: int) -> tuple[Tensor, bool]:
+def run_step(step: Step, layer: Any, operands: Sequence[tuple[Tensor, bool]], branches: int) -> tuple[Tensor, bool]:
     """One step for all branches; each value comes with a flag: whether all branches share the value."""
-    x, shared = given[0]
+    x, shared = operands[0]
     if step.kind in ("conv", "linear", "norm"):
         return layer.run(x, shared), False
     if step.kind == "add":
-        other, one = given[1]
+        other, one = operands[1]
         if shared == one:
             total = x + other
         else:
@@ -275,14 +275,14 @@ def run_step(step: Step, layer: Any, given: Sequence[tuple[Tensor, bool]], branc
     return run_same(step, layer, x), shared
 
 
-def run_step_of(step: Step, layer: Any, given: Sequence[Tensor], m: int) -> Tensor:
+def run_step_of(step: Step, layer: Any, operands: Sequence[Tensor], m: int) -> Tensor:
     """One step for branch m."""
     if step.kind in ("conv", "linear", "norm"):
-        return layer.run_one(given[0], m)
+        return layer.run_one(operands[0], m)
     if step.kind == "add":
-        total = given[0] + given[1]
-        return total.to(given[0].dtype) if step.in_place else total
-    return run_same(step, layer, given[0])
+        total = operands[0] + operands[1]
+        return total.to(operands[0].dtype) if step.in_place else total
+    return run_same(step, layer, operands[0])
 
 
 def run_same(step: Step, layer: Any, x: Tensor) -> Tensor:

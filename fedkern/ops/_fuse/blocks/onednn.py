@@ -34,15 +34,15 @@ class Prepared:
     ) -> Tensor:
         """``weight`` (branch ``m``'s; None: all branches') in the layout for convolving ``x`` with settings ``how``."""
         shape = (x.shape, torch.get_num_threads())
-        held = self._held.get(shape)
-        if held is None:
+        layouts = self._held.get(shape)
+        if layouts is None:
             for oldest in list(self._held)[: 1 - SHAPES]:  # a copy: another thread may add and drop shapes
                 self._held.pop(oldest, None)
-            held = self._held[shape] = {}
-        found = held.get(m)
-        if found is None:
-            found = held[m] = reorder(weight, *how, list(x.shape))
-        return found
+            layouts = self._held[shape] = {}
+        layout = layouts.get(m)
+        if layout is None:
+            layout = layouts[m] = reorder(weight, *how, list(x.shape))
+        return layout
 
 
 def convolve(

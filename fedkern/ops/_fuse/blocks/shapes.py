@@ -27,21 +27,21 @@ def axes_of(steps: Sequence[Step], layers: Mapping[str, Any]) -> tuple[int, ...]
         TypeError: no number fits all layers.
     """
     most = max(NAMES) + 1  # layers treat all larger numbers alike
-    found = tuple(axes for axes in range(2, most + 1) if _runs_on(axes, steps, layers))
-    if not found:
+    counts = tuple(axes for axes in range(2, most + 1) if _runs_on(axes, steps, layers))
+    if not counts:
         raise TypeError("FusedBlocks does not support blocks whose layers want maps of different numbers of axes")
-    return None if most in found else found
+    return None if most in counts else counts
 
 
 def _runs_on(axes: int, steps: Sequence[Step], layers: Mapping[str, Any]) -> bool:
     values = [axes]
     for step in steps:
-        given = {values[value] for value in step.inputs}
+        counts = {values[value] for value in step.inputs}
         layer = layers.get(step.module)
         taken = (4,) if isinstance(layer, POOLS) else layer.axes if isinstance(layer, FusedLayer) else None
-        if len(given) > 1 or (taken is not None and not given <= set(taken)):
+        if len(counts) > 1 or (taken is not None and not counts <= set(taken)):
             return False
-        values.append(2 if step.kind == "flatten" else given.pop())
+        values.append(2 if step.kind == "flatten" else counts.pop())
     return True
 
 
@@ -75,20 +75,20 @@ def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: 
     # A branch's shapes, and whether their channels are still the input's.
     values = [((shape[0], shape[1] if shared else shape[1] // count, *shape[2:]), True)]
     for step in steps:
-        x, own = values[step.inputs[0]]
+        x, from_input = values[step.inputs[0]]
         layer: Any = layers.get(step.module)
         where = f'layer "{step.module}" of each block' if step.module else "each block"
         features = len(x) - 1 if step.kind == "linear" else 1
-        wanted = layer.reads if isinstance(layer, FusedLayer) else None
-        if wanted is not None and x[features] != wanted:
-            if own and features == 1:
-                asked = f"{wanted}" if shared else f"{count} * {wanted}"
+        width = layer.reads if isinstance(layer, FusedLayer) else None
+        if width is not None and x[features] != width:
+            if from_input and features == 1:
+                channels = f"{width}" if shared else f"{count} * {width}"
                 raise ValueError(
-                    f"x must have {asked} channels, which {where} reads, not {shape[1]}: its shape is {list(shape)}"
+                    f"x must have {channels} channels, which {where} reads, not {shape[1]}: its shape is {list(shape)}"
                 )
             kind = "features" if step.kind == "linear" else "channels"
             raise ValueError(
-                f"x of shape {list(shape)} does not fit: {where} reads {wanted} {kind} and is given {x[features]}"
+                f"x of shape {list(shape)} does not fit: {where} reads {width} {kind} and is given {x[features]}"
             )
         y: tuple[int, ...] = x
         if step.kind == "conv":
@@ -117,5 +117,5 @@ def survey(steps: Sequence[Step], layers: Mapping[str, Any], count: int, shape: 
                 y = (x[0], *layer(torch.empty((1, *x[1:]))).shape[1:])
             except RuntimeError as error:
                 raise ValueError(f"x of shape {list(shape)} does not fit {where}: {error}") from error
-        values.append((y, own and step.kind in ("norm", "relu", "channelwise", "same")))
+        values.append((y, from_input and step.kind in ("norm", "relu", "channelwise", "same")))
     return Survey(direct, works)

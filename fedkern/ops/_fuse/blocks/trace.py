@@ -233,22 +233,22 @@ def _describe(node: fx.Node, modules: dict[str, nn.Module], what: str) -> tuple[
     if node.op == "call_module":
         name = str(node.target)
         return _checked(modules[name], f"{what}.{name}"), name
-    found: str | None = None
+    kind: str | None = None
     if node.op == "call_function":
-        found = _FUNCTIONS.get(node.target)
+        kind = _FUNCTIONS.get(node.target)
     elif node.op == "call_method":
-        found = _METHODS.get(str(node.target))
-    if found == "flatten" and (tuple(node.args[1:]), node.kwargs) not in (((1,), {}), ((), {"start_dim": 1})):
-        found = None
-    takes = {"add": {"alpha"}, "flatten": {"start_dim"}, "relu": {"inplace"}}.get(found or "", set())
-    if not node.kwargs.keys() <= takes or node.kwargs.get("alpha", 1) != 1 or (found == "add" and len(node.args) > 2):
-        found = None
+        kind = _METHODS.get(str(node.target))
+    if kind == "flatten" and (tuple(node.args[1:]), node.kwargs) not in (((1,), {}), ((), {"start_dim": 1})):
+        kind = None
+    takes = {"add": {"alpha"}, "flatten": {"start_dim"}, "relu": {"inplace"}}.get(kind or "", set())
+    if not node.kwargs.keys() <= takes or node.kwargs.get("alpha", 1) != 1 or (kind == "add" and len(node.args) > 2):
+        kind = None
     if node.op == "get_attr":
         raise TypeError(f"FusedBlocks does not support the use of {what}.{node.target} outside of a layer")
-    if found is None:
+    if kind is None:
         name = str(getattr(node.target, "__name__", node.target))
         raise TypeError(f"FusedBlocks does not support {name}() in {what}; it supports {SUPPORTED}")
-    return found, ""
+    return kind, ""
 
 
 _SETTINGS = (
@@ -296,7 +296,7 @@ def check_alike(blocks: list[nn.Module]) -> tuple[Step, ...]:
     """
     steps = trace(blocks[0], "blocks[0]")
     names = list(dict.fromkeys(step.module for step in steps))
-    own = dict(blocks[0].named_modules())
+    modules = dict(blocks[0].named_modules())
     for m, block in enumerate(blocks[1:], start=1):
         if block is blocks[0]:
             continue
@@ -304,9 +304,9 @@ def check_alike(blocks: list[nn.Module]) -> tuple[Step, ...]:
             raise ValueError(f"blocks[{m}] must have the steps of blocks[0], but {block} has others")
         theirs = dict(block.named_modules())
         for name in names:
-            if name and signature(theirs[name]) != signature(own[name]):
+            if name and signature(theirs[name]) != signature(modules[name]):
                 raise ValueError(
-                    f"blocks[{m}].{name} must be like blocks[0].{name}, {own[name]}, not {theirs[name]}, "
+                    f"blocks[{m}].{name} must be like blocks[0].{name}, {modules[name]}, not {theirs[name]}, "
                     "in all settings, shapes, dtypes and devices"
                 )
         if not names[0] and signature(block) != signature(blocks[0]):
@@ -314,5 +314,5 @@ def check_alike(blocks: list[nn.Module]) -> tuple[Step, ...]:
         for name in names:
             # A function's step has no module; its name is "", as that of a block that is a single layer.
             if name or len(steps) == 1:
-                _check_state(theirs[name], own[name], name, m)
+                _check_state(theirs[name], modules[name], name, m)
     return steps

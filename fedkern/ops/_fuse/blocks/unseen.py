@@ -52,7 +52,7 @@ def check_plain(module: nn.Module, where: str, *, layer: bool) -> None:
             "call; remove hooks, pruning and weight norms first"
         )
     replaced = [name for name in _METHODS if getattr(kind, name) is not getattr(nn.Module, name)]
-    mine = [name for name, own in vars(module).items() if not getattr(own, "as_written", False)]
+    mine = [name for name, member in vars(module).items() if not getattr(member, "as_written", False)]
     replaced += [n for n in mine if callable(getattr(kind, n, None)) and (layer or hasattr(nn.Module, n))]
     if replaced:
         raise TypeError(
