@@ -72,9 +72,9 @@ def _each(parameters: Tensor) -> str:
 def check_betas(betas: Any) -> tuple[float, float]:
     """Returns the decay rates of AdamW's two moments, each in [0, 1)."""
     if isinstance(betas, (str, bytes, bytearray)) or not isinstance(betas, Sequence) or len(betas) != 2:
-        given = f"{len(betas)} values" if isinstance(betas, (list, tuple)) else type(betas).__name__
+        kind = f"{len(betas)} values" if isinstance(betas, (list, tuple)) else type(betas).__name__
         raise (ValueError if isinstance(betas, (list, tuple)) else TypeError)(
-            f"betas must be two numbers of [0, 1), not {given}"
+            f"betas must be two numbers of [0, 1), not {kind}"
         )
     values = [check_number(value, f"betas[{i}]", 1.0) for i, value in enumerate(betas)]
     for i, value in enumerate(values):
@@ -92,8 +92,8 @@ def check_memory(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *
     for name, tensor in written.items():
         if not hidden and folded(tensor):
             raise ValueError(f"{name} must not be expanded: several of its elements share one place in memory")
-        for other, given in tensors.items():
-            if other != name and (tensor is given if hidden else share_memory(tensor, given)):
+        for other, candidate in tensors.items():
+            if other != name and (tensor is candidate if hidden else share_memory(tensor, candidate)):
                 raise ValueError(f"{name} must not share memory with {other}: it is written to while that is used")
 
 

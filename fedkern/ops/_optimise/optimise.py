@@ -101,9 +101,9 @@ def sgd_step(
     ))  # fmt: skip
     kernel = ready("optimise", call, _grad_enabled())
     if kernel is not None:
-        found = kernel.step(call)
+        result = kernel.step(call)
         written(parameters, velocity, gradient_sum, gradients if zero else None)
-        return _new(StepResult, found)
+        return _new(StepResult, result)
     check_parameters(parameters)
     momentum = check_number(momentum, "momentum")
     if momentum and velocity is None:
@@ -169,9 +169,9 @@ def adamw_step(
         ))  # fmt: skip
         kernel = ready("optimise", call, _grad_enabled())
         if kernel is not None:
-            found = kernel.step(call)
+            result = kernel.step(call)
             written(parameters, first, second, gradient_sum, gradients if zero else None)
-            return _new(StepResult, found)
+            return _new(StepResult, result)
     check_parameters(parameters)
     check_like(first, "first", parameters)
     check_like(second, "second", parameters)
@@ -220,9 +220,9 @@ def _take(
     check_flag(zero, "zero")
     if proximal and anchor is None:
         raise ValueError(f"anchor must be given with proximal {proximal:g}")
-    for key, given in (("anchor", anchor), ("correction", correction)):
-        if given is not None:
-            check_like(given, key, parameters, shared=True)
+    for key, vector in (("anchor", anchor), ("correction", correction)):
+        if vector is not None:
+            check_like(vector, key, parameters, shared=True)
     if gradient_sum is not None:
         check_like(gradient_sum, "gradient_sum", parameters)
     first, second = (*states.values(), None)[:2]
