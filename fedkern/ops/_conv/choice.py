@@ -13,12 +13,12 @@ from fedkern.ops._core.backend import eager, intercepted, ready, select, settle
 _autocast = torch.is_autocast_enabled
 
 
-def chosen(operator: str, *given: Any) -> Any | None:
+def chosen(operator: str, *arguments: Any) -> Any | None:
     """The kernel that serves an ordinary call; None where there is none. Never raises."""
     try:
-        kernel = ready(operator, *given)
+        kernel = ready(operator, *arguments)
         if kernel is None and not intercepted() and settle(operator, "cpu"):
-            kernel = ready(operator, *given)
+            kernel = ready(operator, *arguments)
     except (RuntimeError, ValueError):  # another backend is forced; torch.jit.trace is recording
         return None
     return None if kernel is None or _autocast("cpu") else kernel
@@ -26,10 +26,10 @@ def chosen(operator: str, *given: Any) -> Any | None:
 
 def check_forced(operator: str, *tensors: Tensor | None) -> None:
     """Raises RuntimeError if a backend was forced, and not the reference, which serves these tensors."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if not eager(*given):
+    operands = [tensor for tensor in tensors if tensor is not None]
+    if not eager(*operands):
         if not backend.reference_alone(operator):
             backend.only_reference(operator, "torch.compile, torch.func transforms, modes and tensor subclasses")
-    elif select(operator, *given) is not None:
+    elif select(operator, *operands) is not None:
         where = "under autocast" if _autocast("cpu") else "of these sizes and strides, or at this ISA level"
         backend.not_forced(operator, "cpu", where)

@@ -119,8 +119,8 @@ def serving(
     bias: Tensor | None = None,
 ) -> ConvKernels | None:
     """The kernel that serves this call, for :func:`run`; None where there is none. Never raises."""
-    given = x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias
-    kernel: ConvKernels | None = chosen("conv_norm", *given)
+    arguments = x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias
+    kernel: ConvKernels | None = chosen("conv_norm", *arguments)
     if kernel is None:
         return None
     if mean is not None and variance is not None and (mean.requires_grad or variance.requires_grad):
@@ -160,8 +160,8 @@ def run(
         else:
             result = kernel.forward(settings, x, weight, scale, shift, bias, residual, False)[0]
     except NotFinite:
-        own = bias if settings.groups else None
-        return conv_norm_reference(x, weight, scale, shift, residual=residual, bias=own, **settings._asdict())
+        group_bias = bias if settings.groups else None
+        return conv_norm_reference(x, weight, scale, shift, residual=residual, bias=group_bias, **settings._asdict())
     if settings.training and settings.update and settings.mean is not None:
         written(settings.mean, settings.variance)
     return result
@@ -182,11 +182,11 @@ class _ConvNorm(EagerFunction):
         bias: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:
-        out, kept = kernel.forward(settings, x, weight, scale, shift, bias, residual, True)
+        out, intermediates = kernel.forward(settings, x, weight, scale, shift, bias, residual, True)
         masked = residual is not None and settings.relu
         frozen = not any(ctx.needs_input_grad[2:4])  # the map and the weight may then change before the backward pass
         after = out if masked else None
-        ctx.save_for_backward(*(None, None) if frozen else (x, weight), scale, shift, bias, *kept, after)
+        ctx.save_for_backward(*(None, None) if frozen else (x, weight), scale, shift, bias, *intermediates, after)
         ctx.settings = (kernel, settings, residual is not None, (x.shape, weight.shape))
         return out
 
@@ -203,9 +203,9 @@ class _ConvNorm(EagerFunction):
             last = x.contiguous(memory_format=_CHANNELS_LAST)
             after = None if out is None else out.contiguous(memory_format=_CHANNELS_LAST)
             taps = weight if weight.is_contiguous() else weight.contiguous(memory_format=_CHANNELS_LAST)
-            kept = (y.contiguous(), None if raw is None else raw.contiguous(), saved.contiguous())
+            intermediates = (y.contiguous(), None if raw is None else raw.contiguous(), saved.contiguous())
             try:
-                return (None, None, *kernel.backward(settings, grad, last, taps, scale, kept, after, needs))
+                return (None, None, *kernel.backward(settings, grad, last, taps, scale, intermediates, after, needs))
             except NotFinite:
                 pass
         # Recorded (create_graph=True), batched (is_grads_batched=True) or not finite. The residual counts by its ReLU

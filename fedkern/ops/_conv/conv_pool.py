@@ -117,8 +117,8 @@ class _ConvPool(EagerFunction):
             return conv_pool_reference(x, weight, bias, padding=padding, relu=relu)
 
         with torch.autocast("cpu", enabled=False):
-            found = library.differentiate_reference(reference, (x, weight, bias), needs, grad, _grad_enabled())
-        return (None, None, *found)
+            gradients = library.differentiate_reference(reference, (x, weight, bias), needs, grad, _grad_enabled())
+        return (None, None, *gradients)
 
 
 backend.serve("conv_pool", cpu=PoolKernels, dtypes=frozenset({torch.float32}), fits="pool_fits")

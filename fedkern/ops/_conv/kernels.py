@@ -103,7 +103,7 @@ class ConvKernels(Launcher):
         x: Tensor,
         weight: Tensor,
         scale: Tensor,
-        kept: Kept,
+        intermediates: Kept,
         out: Tensor | None,
         needs: Sequence[bool],
     ) -> Gradients:
@@ -115,7 +115,7 @@ class ConvKernels(Launcher):
             NotFinite: there are no gradients then.
         """
         stride, relu, pool, training = settings.stride, settings.relu, settings.pool, settings.training
-        y, raw, saved = kept
+        y, raw, saved = intermediates
         need_x, need_weight, need_scale, need_shift, need_bias, need_residual = needs
         dense = grad
         if not grad.is_contiguous(memory_format=_CHANNELS_LAST) or grad.is_neg():
