@@ -144,14 +144,14 @@ class FlatParameters:
             raise RuntimeError(
                 "FlatParameters moves memory and cannot be used under torch.compile or a torch.func transform"
             )
-        found = list(_tensors_of(self.module))
-        _check_tensors(found)
-        if unknown := self._apart - {name for _, _, name, _, _ in found}:
+        all_entries = list(_tensors_of(self.module))
+        _check_tensors(all_entries)
+        if unknown := self._apart - {name for _, _, name, _, _ in all_entries}:
             raise ValueError(f"apart must hold names of the module's tensors, which {sorted(unknown)[0]!r} is not")
-        floating = [entry for entry in found if entry[3].is_floating_point() or entry[3].is_complex()]
+        floating = [entry for entry in all_entries if entry[3].is_floating_point() or entry[3].is_complex()]
         self._integers = [
             entry
-            for entry in found
+            for entry in all_entries
             if not (entry[3].is_floating_point() or entry[3].is_complex()) and entry[2] not in self._apart
         ]
         # Frozen as a whole, as a teacher or for evaluation, a module keeps its layout.
@@ -166,7 +166,7 @@ class FlatParameters:
                 group = _flatten_group(entries, self._mixed, self._apart)
             self._groups[dtype], self._slots[dtype] = group
         places = {id(slot.tensor): slot for slots in self._slots.values() for slot in slots}
-        self._expected = [_expected(entry, places.get(id(entry[3]))) for entry in found]
+        self._expected = [_expected(entry, places.get(id(entry[3]))) for entry in all_entries]
         for owner in self.module.modules():
             if not owner._state_dict_hooks:  # else handles of its hooks would lose them
                 owner._state_dict_hooks = _StateDictHooks(owner)
@@ -263,8 +263,8 @@ class FlatParameters:
         tensors = [self._live(entry) for entry in self._integers]
         total = sum(tensor.numel() for tensor in tensors)
         if not isinstance(vector, Tensor) or vector.is_floating_point() or vector.is_complex():
-            given = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
-            raise TypeError(f"integers must be an int64 tensor, not {given}")
+            kind = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+            raise TypeError(f"integers must be an int64 tensor, not {kind}")
         _check_values(vector, "integers")
         if vector.shape != (total,):
             raise ValueError(f"integers must have shape [{total}], not {list(vector.shape)}")
@@ -312,17 +312,17 @@ class FlatParameters:
             ValueError: the module has several floating dtypes; use :meth:`layout`.
         """
         group = self._only()
-        found: dict[str, dict[str, slice]] = {name: {} for name in (*_KINDS, "integers")}
+        slices: dict[str, dict[str, slice]] = {name: {} for name in (*_KINDS, "integers")}
         for slot in (slot for slots in self._slots.values() for slot in slots):
             inside = [name for name in _KINDS[1:] if slot.offset >= getattr(group, name).storage_offset()]
             kind = [name for name in inside if len(getattr(group, name))]
             name = kind[-1] if kind else "parameters"  # also of a buffer that views a parameter
             begin = slot.offset - getattr(group, name).storage_offset()
-            found[name][slot.name] = slice(begin, begin + slot.tensor.numel())
+            slices[name][slot.name] = slice(begin, begin + slot.tensor.numel())
         end = 0
         for _, _, name, tensor, _ in self._integers:
-            found["integers"][name] = slice(end, end := end + tensor.numel())
-        return found
+            slices["integers"][name] = slice(end, end := end + tensor.numel())
+        return slices
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Returns name → view into ``vector [N]`` (or ``[P]``: parameters alone), shaped as the module's tensors.
@@ -336,8 +336,8 @@ class FlatParameters:
         """
         group = self._only()
         if not isinstance(vector, Tensor) or not (vector.is_floating_point() or vector.is_complex()):
-            given = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
-            raise TypeError(f"vector must be a floating-point tensor, not {given}")
+            kind = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+            raise TypeError(f"vector must be a floating-point tensor, not {kind}")
         check_dense(vector, "vector")
         total, parameters = group.vector.numel(), group.parameters.numel()
         if vector.shape not in ((total,), (parameters,)):
@@ -463,8 +463,8 @@ class FlatParameters:
         if not isinstance(vector, Tensor) or not (
             vector.is_floating_point() or (vector.is_complex() and target.is_complex())
         ):
-            given = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, not {given}")
+            kind = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, not {kind}")
         _check_values(vector, name)
         if vector.shape != target.shape:
             raise ValueError(f"{name} must have shape {list(target.shape)}, not {list(vector.shape)}")
@@ -609,9 +609,9 @@ def _tensors_of(module: nn.Module) -> Iterator[Entry]:
                 yield owner, key, f"{prefix}.{key}" if prefix else key, tensor, is_parameter
 
 
-def _check_tensors(found: list[Entry]) -> None:
+def _check_tensors(entries: list[Entry]) -> None:
     device: torch.device | None = None
-    for _, _, name, tensor, is_parameter in found:
+    for _, _, name, tensor, is_parameter in entries:
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ValueError(f"{name!r} is not initialised yet; run the lazy module once before flattening it")
         if type(tensor) is not Tensor and not (is_parameter and type(tensor) is nn.Parameter):

@@ -192,26 +192,26 @@ class _Forest:
 
     def cut(self, vector: Tensor) -> dict[int, Any]:
         """The floating entries in a vector ``[P]`` of :meth:`stacked`, in their shapes and dtypes."""
-        found: dict[int, Any] = {}
+        entries: dict[int, Any] = {}
         ones = [self.rows[i][0] for i in self.floating]
         sizes = [int(np.prod(one.shape)) for one in ones]
         for i, one, piece in zip(self.floating, ones, _pieces(vector, sizes), strict=True):
-            found[i] = piece.view(one.shape).to(_flat(one).dtype)
-        return found
+            entries[i] = piece.view(one.shape).to(_flat(one).dtype)
+        return entries
 
     def model(self, floating: Mapping[int, Any]) -> Any:
         """A model of this form: the given floating entries, and the maximum of the others."""
-        made = []
+        entries = []
         for i, (key, row) in enumerate(zip(self.keys, self.rows, strict=True)):
             entry = floating[i] if i in floating else _largest(row)
             if isinstance(entry, Tensor) and not isinstance(self.first[key], Tensor):
                 entry = entry.numpy()
-            made.append(entry)
+            entries.append(entry)
         if not isinstance(self.first, Mapping):
-            return tuple(made) if isinstance(self.first, tuple) else made
+            return tuple(entries) if isinstance(self.first, tuple) else entries
         if not isinstance(self.first, OrderedDict):
-            return dict(zip(self.keys, made, strict=True))
-        ordered = OrderedDict(zip(self.keys, made, strict=True))
+            return dict(zip(self.keys, entries, strict=True))
+        ordered = OrderedDict(zip(self.keys, entries, strict=True))
         if hasattr(self.first, "_metadata"):  # of a state dict: the versions of its modules
             cast(Any, ordered)._metadata = self.first._metadata
         return ordered
@@ -220,7 +220,7 @@ class _Forest:
 def _by_coordinate(models: Sequence[Tree], operator: Callable[[Sequence[Tensor] | Tensor], Tensor]) -> Tree:
     """Applies an operator that treats coordinates apart to every entry of the models."""
     forest = _Forest(models)
-    found: dict[int, Any] = {}
+    results: dict[int, Any] = {}
     small: dict[Any, list[int]] = {}
     for i in forest.floating:
         row = forest.rows[i]
@@ -229,19 +229,19 @@ def _by_coordinate(models: Sequence[Tree], operator: Callable[[Sequence[Tensor] 
             if one.size < _LARGE:
                 small.setdefault(one.dtype, []).append(i)
             else:
-                found[i] = operator([_flat(x) for x in row]).numpy().reshape(one.shape)
+                results[i] = operator([_flat(x) for x in row]).numpy().reshape(one.shape)
         elif one.numel() < _LARGE:
             small.setdefault((one.dtype, one.device), []).append(i)
         else:
             vectors, stride = _vectors(row)
-            found[i] = operator(vectors).as_strided(one.shape, stride)
+            results[i] = operator(vectors).as_strided(one.shape, stride)
     for kind, group in small.items():
         rows = [forest.rows[i] for i in group]
         pieces = _small_arrays(rows, operator) if isinstance(kind, np.dtype) else _small_tensors(rows, operator)
-        found.update(zip(group, pieces, strict=True))
-    if not found:
+        results.update(zip(group, pieces, strict=True))
+    if not results:
         operator([torch.zeros(0)] * len(models))  # the arguments are checked even where nothing is averaged
-    return cast(Tree, forest.model(found))
+    return cast(Tree, forest.model(results))
 
 
 def _small_arrays(rows: Sequence[Sequence[Any]], operator: Callable[[Tensor], Tensor]) -> list[Any]:
