@@ -45,7 +45,7 @@ class TokenDecoder(nn.Module):
             tokens = network.encode_image(images)[:, 1:]
             tokens = F.layer_norm(tokens, tokens.shape[-1:])  # encoders differ in the scale of their tokens
         x = tokens.transpose(1, 2).unflatten(2, network.grid)
-        half = [max(-(-side // 2), own) for side, own in zip(self.size, network.grid, strict=True)]
+        half = [max(-(-side // 2), cells) for side, cells in zip(self.size, network.grid, strict=True)]
         x = F.interpolate(F.relu(self.first(x)), half, mode="bilinear", align_corners=False)
         x = F.interpolate(F.relu(self.second(x)), self.size, mode="bilinear", align_corners=False)
         return self.last(x)

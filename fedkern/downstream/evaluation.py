@@ -69,9 +69,9 @@ def evaluate_run(
     elif data is None:
         if data_options:
             raise UserError("--data-option is for another data set, named with --data: the run's own data keep theirs.")
-        given = {name: value for name, value in config.data_options.items() if name != "window"}  # that of the training
-        own = {**_as_trained(config.data, about, config), **given}
-        config = config.replace(data_root=data_root or config.data_root, data_options=own)
+        rest = {name: value for name, value in config.data_options.items() if name != "window"}  # that of the training
+        options = {**_as_trained(config.data, about, config), **rest}
+        config = config.replace(data_root=data_root or config.data_root, data_options=options)
         loaded = finished_data(config, out, cache=folder, progress=progress)
     elif not isinstance(data, str):
         raise UserError(f"data must be the name of a data set or FederatedData, not {type(data).__name__}.")
@@ -104,8 +104,8 @@ def evaluate_run(
     code = partial(named, f"The method's evaluate of {config.method}", config.kind)
     with cpu_threads(config.threads), computing(config.precision):
         with evaluating(config, flat and not apart) as at_once:
-            found = evaluate(judge, module, sets, code, at_once, keep=True)
-        return {**found, **final_figures(sets, loaded.classes).metrics, **found}, tuple(loaded.tests)
+            figures = evaluate(judge, module, sets, code, at_once, keep=True)
+        return {**figures, **final_figures(sets, loaded.classes).metrics, **figures}, tuple(loaded.tests)
 
 
 def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:
@@ -132,16 +132,16 @@ def counted(data: FederatedData) -> Iterator[str]:
 
 def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[str, object]:
     """The options by which images are sized, coloured and scaled and labels read as in the training."""
-    known: dict[str, object] = {}
+    values: dict[str, object] = {}
     options, (height, width) = lookup(data).options, about["image_size"] if "items" not in about else (0, 1)
     if "bits" in options:
-        known = {"bits": about["grey_bits"], "window": as_text(about["window"])}
+        values = {"bits": about["grey_bits"], "window": as_text(about["window"])}
     if {"size", "colour"} <= {*options} and height == width and not config.data_options.get("crop"):
-        known |= {"size": height, "colour": "grey" if about["channels"] == 1 else "rgb"}
+        values |= {"size": height, "colour": "grey" if about["channels"] == 1 else "rgb"}
     if data == config.data == "segmentation":
-        known["names"] = "|".join(about["classes"])
+        values["names"] = "|".join(about["classes"])
     named = data == "csv" and about["task"] in (lookup(data).options["task"].choices or ())
-    return {**known, "task": about["task"]} if named else known
+    return {**values, "task": about["task"]} if named else values
 
 
 def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], config: RunConfig) -> dict[str, Reader]:
@@ -159,26 +159,26 @@ def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], conf
 
 def _fitted(data: FederatedData, about: Mapping[str, Any], out: Path) -> FederatedData:
     """The data, whose test sets and validation set get the network's classes: the data may lack some of them."""
-    task, known = data.task, list(about["classes"])
+    task, classes = data.task, list(about["classes"])
     if data.task.name != about["task"]:
         raise UserError(f'The run in {out} is for {about["task"]}, and the data set "{data.name}" is for {task.name}.')
     if bool(data.form.lacks) != ("items" in about):
         noun = "samples that are no images" if "items" in about else "images"
         raise UserError(f'The run in {out} is of {noun}, and the data set "{data.name}" is of {data.form.noun}.')
     if data.form.lacks:
-        return replace(data, classes=tuple(known))
+        return replace(data, classes=tuple(classes))
     check_shape(data, about, out)
-    if list(data.classes) == known:
+    if list(data.classes) == classes:
         return data
-    places = task.places(data.classes, known)
+    places = task.places(data.classes, classes)
     if places is None:
         raise UserError(
             f'The classes of "{data.name}" are {first_of(data.classes, 5)}, but the network in {out} tells '
-            f"{first_of(known, 5)}: name data with some of these classes (masks: in the same order) and no others."
+            f"{first_of(classes, 5)}: name data with some of these classes (masks: in the same order) and no others."
         )
 
-    def told(split: Split) -> Split:
-        return replace(split, labels=task.relabelled(split.labels, places, len(known)))
+    def relabel(split: Split) -> Split:
+        return replace(split, labels=task.relabelled(split.labels, places, len(classes)))
 
-    tests = {name: told(split) for name, split in data.tests.items()}
-    return replace(data, classes=tuple(known), tests=tests, validation=told(data.validation))
+    tests = {name: relabel(split) for name, split in data.tests.items()}
+    return replace(data, classes=tuple(classes), tests=tests, validation=relabel(data.validation))

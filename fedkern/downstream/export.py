@@ -116,7 +116,7 @@ def of_items(module: nn.Module, about: Mapping[str, Any]) -> Exportable:
     """A user's network of samples that are no images: the user's own module."""
     form: Any = form_of(about)
     network, unfit = inner(module), ""
-    told = {"task": about["task"], "classes": about["classes"], "input": about["inputs"]}
+    description = {"task": about["task"], "classes": about["classes"], "input": about["inputs"]}
     inputs: Any = Positional()
     if form.inputs is None:
         unfit = "the run's loss calls the network itself, so that its inputs are not known"
@@ -126,13 +126,13 @@ def of_items(module: nn.Module, about: Mapping[str, Any]) -> Exportable:
         inputs = form.noise(2, np.random.default_rng(0))
     by_name = isinstance(inputs, Keywords)
     args = () if by_name else tuple(inputs) if isinstance(inputs, Positional) else (inputs,)
-    told["output"] = "what the network gives"
+    description["output"] = "what the network gives"
     kwargs = dict(inputs) if by_name else {}
-    return Exportable(network, network, args, kwargs, Tensor.float, told, told["input"], unfit=unfit)
+    return Exportable(network, network, args, kwargs, Tensor.float, description, description["input"], unfit=unfit)
 
 
 @reproducible()
-def export(found: Exportable, out: Path, kind: str) -> list[Path]:
+def export(bundle: Exportable, out: Path, kind: str) -> list[Path]:
     """Writes the network to a file in one of the `FORMATS`, and what it is to a JSON file beside it; returns both.
 
     ``onnx`` and ``torch-export`` files take any number of samples; those of images fp32 ``[B, C, H, W]`` in [0, 1], and
@@ -147,13 +147,13 @@ def export(found: Exportable, out: Path, kind: str) -> list[Path]:
     """
     writers: dict[str, Callable[[Exportable, Path], None]] = {"onnx": _onnx, "torch-export": _program}
     if kind == "state-dict":
-        state = {name: tensor.clone() for name, tensor in found.network.state_dict().items()}
+        state = {name: tensor.clone() for name, tensor in bundle.network.state_dict().items()}
         atomic.write(out, lambda temporary: torch.save(state, temporary))
-    elif found.unfit:
-        raise UserError(f"No file of --format {kind} can be written ({found.unfit}): take --format state-dict.")
+    elif bundle.unfit:
+        raise UserError(f"No file of --format {kind} can be written ({bundle.unfit}): take --format state-dict.")
     else:
         try:
-            atomic.write(out, lambda temporary: writers[kind](found, temporary))
+            atomic.write(out, lambda temporary: writers[kind](bundle, temporary))
         except UserError:
             raise
         except Exception as error:  # exporters raise many kinds
@@ -162,7 +162,7 @@ def export(found: Exportable, out: Path, kind: str) -> list[Path]:
                 f"No file of --format {kind} can be written of this network and read again ({reason}): take --format "
                 "state-dict, and build the network again from the run folder."
             ) from error
-    about = found.about | {"format": kind} | ({"input": found.raw} if kind == "state-dict" else {})
+    about = bundle.about | {"format": kind} | ({"input": bundle.raw} if kind == "state-dict" else {})
     path = out.with_name(out.name + ABOUT)
     try:
         atomic.write_bytes(path, (json.dumps(about, indent=2) + "\n").encode())
@@ -172,48 +172,48 @@ def export(found: Exportable, out: Path, kind: str) -> list[Path]:
     return [out, path]
 
 
-def _dynamic(found: Exportable) -> Any:
+def _dynamic(bundle: Exportable) -> Any:
     """The first axis of every input, the number of samples."""
     batch = torch.export.Dim("batch", min=1)
-    args = mapped(lambda leaf: {0: batch}, found.args)
-    if not found.kwargs:
+    args = mapped(lambda leaf: {0: batch}, bundle.args)
+    if not bundle.kwargs:
         return args
-    names = list(inspect.signature(found.program.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **mapped(lambda leaf: {0: batch}, found.kwargs)}
+    names = list(inspect.signature(bundle.program.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **mapped(lambda leaf: {0: batch}, bundle.kwargs)}
 
 
-def _traced(found: Exportable) -> Any:
-    return torch.export.export(found.program, found.args, found.kwargs, dynamic_shapes=_dynamic(found))
+def _traced(bundle: Exportable) -> Any:
+    return torch.export.export(bundle.program, bundle.args, bundle.kwargs, dynamic_shapes=_dynamic(bundle))
 
 
-def _program(found: Exportable, path: Path) -> None:
+def _program(bundle: Exportable, path: Path) -> None:
     with path.open("w+b") as file:
-        torch.export.save(_traced(found), file)
+        torch.export.save(_traced(bundle), file)
         file.seek(0)
         program = torch.export.load(file)
     if any(str(node.target).startswith("fedkern.") for node in program.graph.nodes):
         raise UserError("This network has operators of fedkern, which nothing else reads: take --format state-dict.")
-    check(program.module()(*found.args, **found.kwargs), found)
+    check(program.module()(*bundle.args, **bundle.kwargs), bundle)
 
 
-def _onnx(found: Exportable, path: Path) -> None:
+def _onnx(bundle: Exportable, path: Path) -> None:
     onnx = needed("--format onnx needs the packages onnx and onnxscript", "export", "onnx", "onnxscript")
-    _traced(found)  # its error is clearer than that of the exporter
+    _traced(bundle)  # its error is clearer than that of the exporter
     logging.getLogger(ONNX_LOG).addFilter(_of_the_network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own parts
         program = torch.onnx.export(
-            found.program, found.args, kwargs=found.kwargs, dynamo=True, dynamic_shapes=_dynamic(found),
-            input_names=found.names or None, output_names=["logits"] if found.names else None, verbose=False,
+            bundle.program, bundle.args, kwargs=bundle.kwargs, dynamo=True, dynamic_shapes=_dynamic(bundle),
+            input_names=bundle.names or None, output_names=["logits"] if bundle.names else None, verbose=False,
         )  # fmt: skip
     assert program is not None
     program.save(str(path), include_initializers=True, keep_initializers_as_inputs=False, external_data=False)
     onnx.checker.check_model(str(path))
     if find_spec("onnxruntime") is not None:
         session = import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        inputs = [leaf.numpy() for leaf in leaves([*found.args, found.kwargs])]
-        names = found.names or [each.name for each in session.get_inputs()]
-        check([torch.from_numpy(each) for each in session.run(None, dict(zip(names, inputs, strict=True)))], found)
+        inputs = [leaf.numpy() for leaf in leaves([*bundle.args, bundle.kwargs])]
+        names = bundle.names or [each.name for each in session.get_inputs()]
+        check([torch.from_numpy(each) for each in session.run(None, dict(zip(names, inputs, strict=True)))], bundle)
 
 
 def _of_the_network(record: logging.LogRecord) -> bool:
@@ -222,12 +222,12 @@ def _of_the_network(record: logging.LogRecord) -> bool:
 
 
 @torch.no_grad()
-def check(outputs: Any, found: Exportable) -> None:
+def check(outputs: Any, bundle: Exportable) -> None:
     """Raises UserError where what a file says of the two samples is not what the network says."""
-    for pair in zip(leaves(outputs), leaves(found()), strict=True):
+    for pair in zip(leaves(outputs), leaves(bundle()), strict=True):
         if not isinstance(pair[1], Tensor):
             continue
-        there, here = (found.judged(leaf.float()) for leaf in pair)
+        there, here = (bundle.judged(leaf.float()) for leaf in pair)
         difference = float((there - here).abs().max() / here.abs().max().clamp(min=1))
         if not difference <= TOLERANCE:
             raise UserError(

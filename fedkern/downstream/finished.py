@@ -84,13 +84,13 @@ class Finished:
                 cache=cache, progress=progress,
             )  # fmt: skip
             return cls(Path(out), config, module, about, loaded)
-        given = dict(data_options or {})
-        if set(given) - {"labels"}:
+        extra = dict(data_options or {})
+        if set(extra) - {"labels"}:
             raise UserError(
                 "--data-option is for another data set, named with --data: of the run's own data only labels may "
                 "change."
             )
-        config = config.replace(data_options={**config.data_options, **given}, data_root=data_root or config.data_root)
+        config = config.replace(data_options={**config.data_options, **extra}, data_root=data_root or config.data_root)
         return cls(Path(out), config, module, about, finished_data(config, out, cache=cache, progress=progress))
 
     @property

@@ -14,21 +14,21 @@ def check_shape(data: FederatedData, about: Mapping[str, Any], out: Path) -> Non
     """Raises UserError where the images of a data set have other channels, height or width than ``about`` tells."""
     expected = (about["channels"], *about["image_size"])
     if tuple(data.form.shape) != expected:
-        shown = ["x".join(str(side) for side in shape) for shape in (data.form.shape, expected)]
+        sizes = ["x".join(str(side) for side in shape) for shape in (data.form.shape, expected)]
         raise UserError(
-            f'The images of "{data.name}" are {shown[0]} (channels, height, width), but the run in {out} saw '
-            f"{shown[1]}: {_way_out(data.name, tuple(data.form.shape), expected)}."
+            f'The images of "{data.name}" are {sizes[0]} (channels, height, width), but the run in {out} saw '
+            f"{sizes[1]}: {_way_out(data.name, tuple(data.form.shape), expected)}."
         )
 
 
 def _way_out(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """Advice for images that are not ``expected``: the data set's options that match them, or another data set."""
     options = DATASETS[name].options if name in DATASETS else {}
-    wanted = {}
+    values = {}
     if shape[1:] != expected[1:]:
-        wanted["size"] = str(expected[1]) if expected[1] == expected[2] else None
+        values["size"] = str(expected[1]) if expected[1] == expected[2] else None
     if shape[0] != expected[0]:
-        wanted["colour"] = {1: "grey", 3: "rgb"}.get(expected[0])
-    if any(option not in options or value is None for option, value in wanted.items()):
+        values["colour"] = {1: "grey", 3: "rgb"}.get(expected[0])
+    if any(option not in options or value is None for option, value in values.items()):
         return "it has no option for such images; name a data set that has with --data"
-    return "match them with " + " ".join(f"--data-option {option}={value}" for option, value in wanted.items())
+    return "match them with " + " ".join(f"--data-option {option}={value}" for option, value in values.items())

@@ -19,7 +19,7 @@ from fedkern.process.torch_modes import reproducible
 
 @reproducible()
 @torch.no_grad()
-def outputs(module: nn.Module, data: FederatedData, given: Any, size: int) -> Any:
+def outputs(module: nn.Module, data: FederatedData, samples: Any, size: int) -> Any:
     """The network's outputs on the CPU: probabilities of the classes, or all that a user's own task has it give.
 
     Args:
@@ -31,25 +31,25 @@ def outputs(module: nn.Module, data: FederatedData, given: Any, size: int) -> An
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = module.to(device).eval()
 
-    def said(inputs: Any) -> Any:
+    def answer(inputs: Any) -> Any:
         try:
             return mapped(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, module(inputs))
         except RAISED as error:  # the user's own network may raise anything
             raise UserError(f"the network fails on the samples ({cause(error)}).") from error
 
-    if is_dataset(given):
-        reader = ItemReader(items_like(data, given, "the samples"), device, seed=0, size=size)
-        pairs = [(said(inputs), count) for inputs, count in _inputs(reader, data)]
-        found = together([each for each, _ in pairs], [count for _, count in pairs])
+    if is_dataset(samples):
+        reader = ItemReader(items_like(data, samples, "the samples"), device, seed=0, size=size)
+        pairs = [(answer(inputs), count) for inputs, count in _inputs(reader, data)]
+        results = together([each for each, _ in pairs], [count for _, count in pairs])
     else:
-        inputs = Positional(given) if isinstance(given, tuple) else given
-        found = said(sent(Keywords(inputs) if isinstance(inputs, Mapping) else inputs, device))
-    return data.task.probabilities(found) if "classes" in data.offers else found
+        inputs = Positional(samples) if isinstance(samples, tuple) else samples
+        results = answer(sent(Keywords(inputs) if isinstance(inputs, Mapping) else inputs, device))
+    return data.task.probabilities(results) if "classes" in data.offers else results
 
 
 def _inputs(reader: ItemReader, data: FederatedData) -> Iterator[tuple[Any, int]]:
     """The network's inputs of every batch, and its number of samples; the samples may have no targets."""
     takes = 0 if data.form.inputs is None else len(data.form.inputs["args"])
     for batch in reader.batches():
-        whole = isinstance(batch.data, (tuple, list)) and len(batch.data) == takes > 1
-        yield Positional(batch.data) if whole else batch.inputs, len(batch.indices)
+        inputs_only = isinstance(batch.data, (tuple, list)) and len(batch.data) == takes > 1
+        yield Positional(batch.data) if inputs_only else batch.inputs, len(batch.indices)

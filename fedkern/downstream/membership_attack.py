@@ -96,14 +96,14 @@ def attack(
     every = torch.cat(members)
     _check(every, others, out)
     independent, groups = grouped(splits, test)
-    found = membership_attack(every, others, groups=groups)
+    outcome = membership_attack(every, others, groups=groups)
     result = {
         "network": "best" if best else "last",
-        **found.to_dict(),
+        **outcome.to_dict(),
         "independent": independent,
         "member_loss": float(every.mean()),
         "other_loss": float(others.mean()),
-        "clients": [membership_attack(own, others).auc if len(own) > 1 else None for own in members],
+        "clients": [membership_attack(values, others).auc if len(values) > 1 else None for values in members],
     }
     left_out = sum(len(split) for split in (test, *splits)) - len(every) - len(others)
     result |= {name: count for name, count in (("left_out", left_out), ("untrained", untrained)) if count}
@@ -121,10 +121,10 @@ def trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], int]:
     context = RunContext(config, data)
     splits, count = [], 0
     for k, split in enumerate(data.clients):
-        kept = torch.ones(len(split), dtype=torch.bool)
-        kept[torch.from_numpy(method.untrained(Client(context, k, {})))] = False
-        splits.append(split if kept.all() else split.subset(kept.nonzero().flatten()))
-        count += int((~kept).sum())
+        in_training = torch.ones(len(split), dtype=torch.bool)
+        in_training[torch.from_numpy(method.untrained(Client(context, k, {})))] = False
+        splits.append(split if in_training.all() else split.subset(in_training.nonzero().flatten()))
+        count += int((~in_training).sum())
     return splits, count
 
 
@@ -135,11 +135,11 @@ def grouped(members: Sequence[Split], others: Split) -> tuple[str, tuple[Tensor,
         The unit's name, and the group numbers of the members' and the others' images; None where images are the unit.
     """
     splits = (*members, others)
-    known = [torch.cat([(part[:, None] >= 0).flatten(1).any(1) for part in in_parts(one.labels)]) for one in splits]
+    loss_rows = [torch.cat([(part[:, None] >= 0).flatten(1).any(1) for part in in_parts(one.labels)]) for one in splits]
     for name, numbers in (("patient", [s.patients for s in splits]), ("case", [s.cases for s in splits])):
-        own = [n[rows] for n, rows in zip(numbers, known, strict=True) if n is not None]
-        if len(own) == len(splits):
-            of_members, of_others = torch.cat(own[:-1]), own[-1]
+        groups = [n[rows] for n, rows in zip(numbers, loss_rows, strict=True) if n is not None]
+        if len(groups) == len(splits):
+            of_members, of_others = torch.cat(groups[:-1]), groups[-1]
             if name == "case":  # members and others number their cases separately, and share none
                 of_others = of_others + int(of_members.max()) + 1 - int(of_others.min())
             return name, (of_members, of_others)

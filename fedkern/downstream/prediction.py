@@ -99,10 +99,10 @@ class Predictor:
                     f"The network in {out} saw parts of images (data option {name}={options[name]}): predictions are "
                     "for networks that see whole images."
                 )
-        made = cls(as_in_the_run(module, config), about, where=out)
+        predictor = cls(as_in_the_run(module, config), about, where=out)
         if not config.statistics:  # batch norm then normalises by the batch, so that answers depend on its size
-            made.batch = BATCH
-        return made
+            predictor.batch = BATCH
+        return predictor
 
     @reproducible()
     def read(self, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
@@ -158,28 +158,28 @@ class Predictor:
             yield from zip(paths[rows], self.probabilities(images), sizes, strict=True)
 
 
-def found_images(given: Sequence[Path]) -> list[Path]:
+def found_images(paths: Sequence[Path]) -> list[Path]:
     """The given image files, and all image files in the given folders and their subfolders.
 
     Raises:
         UserError: a path that does not exist, a folder without images, or two paths to one file.
     """
-    found: list[Path] = []
-    for path in given:
+    images: list[Path] = []
+    for path in paths:
         check_text(str(path), "the path")
         if not path.is_dir():
             if what := standing(path):
                 raise UserError(f"{path} is {what}: name image files, or folders of image files.")
-            found.append(path)
+            images.append(path)
             continue
         folders = [path, *sorted(one for one in path.rglob("*") if one.is_dir())]
         inside = [image for folder in folders for image in list_images(folder)]
         if not inside:
             raise UserError(f"The folder {path} holds no image file.")
-        found += inside
-    if twice := repeated(found):
+        images += inside
+    if twice := repeated(images):
         raise UserError(f"The image {twice} is named twice.")
-    return found
+    return images
 
 
 def repeated(values: Sequence[Value]) -> Value | None:
@@ -208,8 +208,8 @@ def write_table(out: Path, predictor: Predictor, rows: Iterable[Row]) -> None:
             before = "p_" if {"path", PREDICTED} & {*classes} else ""
             writer.writerow(["path", PREDICTED, *(f"{before}{name}" for name in classes)])
             for path, probabilities, _ in rows:
-                found = predictor.task.predicted(probabilities, classes)
-                writer.writerow([str(path), found, *(f"{value:.6g}" for value in probabilities.tolist())])
+                prediction = predictor.task.predicted(probabilities, classes)
+                writer.writerow([str(path), prediction, *(f"{value:.6g}" for value in probabilities.tolist())])
 
     try:
         filesystem.replace(out, fill)
@@ -248,9 +248,9 @@ def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[Row]) -> Non
     try:
         for name, (_, answer, size) in zip(names, rows, strict=True):
             mask = Image.fromarray(answer.argmax(0).to(torch.uint8).numpy())
-            whole = mask.resize((int(size[0]), int(size[1])), Image.Resampling.NEAREST)
+            full_mask = mask.resize((int(size[0]), int(size[1])), Image.Resampling.NEAREST)
             with (part / name).open("wb") as file:
-                whole.save(file, format="PNG")
+                full_mask.save(file, format="PNG")
                 file.flush()
                 os.fsync(file.fileno())
         part.rename(folder)

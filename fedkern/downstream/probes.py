@@ -59,16 +59,16 @@ class LinearProbe:
 def few_shot_rows(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
     """``shots`` random rows of every class (all rows of a class with fewer), sorted, int64."""
     rng = stream(seed, f"few-shot/{shots}", round=draw)
-    known = labels.cpu().numpy()
-    rows = [rng.permutation(np.flatnonzero(known == label))[:shots] for label in np.unique(known)]
+    values = labels.cpu().numpy()
+    rows = [rng.permutation(np.flatnonzero(values == label))[:shots] for label in np.unique(values)]
     return torch.from_numpy(np.sort(np.concatenate(rows)))
 
 
 def figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """``accuracy`` and ``auc`` of logits ``[n, C]``; without ``auc`` where all labels are the same."""
-    found = {"accuracy": float((logits.argmax(1) == labels).double().mean())}
+    result = {"accuracy": float((logits.argmax(1) == labels).double().mean())}
     area = macro_auc(F.softmax(logits.double(), 1), labels)
-    return found if math.isnan(area) else {**found, "auc": area}
+    return result if math.isnan(area) else {**result, "auc": area}
 
 
 def averaged(many: Sequence[dict[str, float]]) -> dict[str, float]:

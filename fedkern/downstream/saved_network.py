@@ -219,9 +219,9 @@ def read_model(
             f"began: name a client, fedkern.load({str(out)!r}).model(client=0)."
         )
     _check_code(path, about["model"], trusted, model)
-    given = model if about["model"].startswith("module:") else None
+    module = model if about["model"].startswith("module:") else None
     try:
-        with models.available(about["model"], given):
+        with models.available(about["model"], module):
             fresh = "samples" in about
             network = _rebuilt(Path(out), about, trusted) if fresh else _plain(about, Path(out), trusted)
     except (ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
@@ -239,7 +239,7 @@ def read_model(
         kind = f"module of {about['method']}" if "samples" in about else about["model"]
         raise UserError(f"{path} does not hold the parameters of a {kind}: {mend}.") from None
     if client is not None:
-        with models.available(about["model"], given):
+        with models.available(about["model"], module):
             network = _of_client(network, about, Path(out), trusted, client)
     return plain(network).eval(), about
 
@@ -305,16 +305,16 @@ def _of_client(
     if type(client) is not int or not 0 <= client < count:
         raise UserError(f"client must be a number from 0 to {count - 1}, not {shown(client)}.")
     context, state = _context(out, about, trusted, [1] * count), Checkpoints(out).last_client_state(client)
-    own = Network(context.build(), torch.device("cpu"))
-    inner(own.module).load_state_dict(inner(network).state_dict(), strict=False)  # which may lack statistics
-    asked: Any = SimpleNamespace(id=client, state=state)
+    wrapper = Network(context.build(), torch.device("cpu"))
+    inner(wrapper.module).load_state_dict(inner(network).state_dict(), strict=False)  # which may lack statistics
+    stand_in: Any = SimpleNamespace(id=client, state=state)
     try:
-        own.write({**config.new_method().own_vectors(asked, own.read()), **state.get("buffers_local", {})})
-        own.write_personal(state.get("personal", {}))
+        wrapper.write({**config.new_method().own_vectors(stand_in, wrapper.read()), **state.get("buffers_local", {})})
+        wrapper.write_personal(state.get("personal", {}))
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise UserError(f"The checkpoint in {out} is damaged (the state of client {client}: {error}).") from None
-    found = _plain(about, out, trusted)
-    found.load_state_dict(own.module.state_dict())
+    client_network = _plain(about, out, trusted)
+    client_network.load_state_dict(wrapper.module.state_dict())
     if about.get("statistics") == "batch" and "buffers_local" not in state:
-        _forget_statistics(found)
-    return found
+        _forget_statistics(client_network)
+    return client_network

@@ -40,17 +40,17 @@ def retrieve(run: Finished, ks: Sequence[int] = (1, 5, 10)) -> list[Row]:
     def of(split: Split, networks: Sequence[PairNetwork]) -> Row:
         texts = split.texts or ()
         gallery = Gallery.of(split.ids, texts)
-        found = []
+        figures = []
         for network in networks:
             images = run.image_embeddings(network, split)[gallery.images.to(run.device)]
-            found.append(recalls(images, run.text_embeddings(network, texts), ks, pairs=gallery.pairs))
-        return {**probes.averaged(found), "gallery": len(texts)}
+            figures.append(recalls(images, run.text_embeddings(network, texts), ks, pairs=gallery.pairs))
+        return {**probes.averaged(figures), "gallery": len(texts)}
 
     rows = [{"set": name, **of(split, run.networks)} for name, split in run.sets.items()]
-    own = run.data.client_tests
-    if own:
+    client_sets = run.data.client_tests
+    if client_sets:
         single = len(run.networks) == 1
-        each = [of(split, run.networks if single else run.networks[k : k + 1]) for k, split in enumerate(own)]
+        each = [of(split, run.networks if single else run.networks[k : k + 1]) for k, split in enumerate(client_sets)]
         rows.append({"set": "clients, mean", **probes.averaged(each)})
         rows.append({"set": "clients, worst", **{name: min(one[name] for one in each) for name in each[0]}})
     return rows
@@ -68,11 +68,11 @@ def zero_shot(run: Finished, prompts: str = "") -> list[Row]:
         UserError: fewer than two classes, or prompts that do not fit them.
     """
     classes = _classes(run)
-    own = lookup(run.data.name).prompts
-    if prompts or isinstance(own, str):
-        texts = read_prompts(prompts or str(own), classes)
+    default_prompts = lookup(run.data.name).prompts
+    if prompts or isinstance(default_prompts, str):
+        texts = read_prompts(prompts or str(default_prompts), classes)
     else:
-        texts = [list(own[name]) for name in classes]
+        texts = [list(default_prompts[name]) for name in classes]
 
     def fitted(network: PairNetwork) -> Callable[[Split], Tensor]:
         weight = torch.stack([normalize(run.text_embeddings(network, words).mean(0), dim=0) for words in texts])
@@ -102,17 +102,17 @@ def probe(
     if 0 in shots and not len(validation):
         raise UserError("A probe on all images chooses its penalty on the validation set, and this run has none.")
     rows: list[Row] = []
-    known = [(run.features(network, train, features), network) for network in run.networks]
+    pairs = [(run.features(network, train, features), network) for network in run.networks]
     labels = train.labels.to(run.device)
     for count in shots:
         fitted: list[Callable[[Split], Tensor]] = []
-        for seen, network in known:
+        for seen, network in pairs:
             if count:
                 chosen = [probes.few_shot_rows(train.labels, count, seed, draw).to(run.device) for draw in range(draws)]
-                made = [probes.LinearProbe(seen[own], labels[own], len(classes), probes.FEW_SHOT) for own in chosen]
+                fits = [probes.LinearProbe(seen[pick], labels[pick], len(classes), probes.FEW_SHOT) for pick in chosen]
             else:
-                made = [_chosen(run, network, seen, labels, validation, len(classes), features)]
-            fitted += [_applied(run, network, one, features) for one in made]
+                fits = [_chosen(run, network, seen, labels, validation, len(classes), features)]
+            fitted += [_applied(run, network, one, features) for one in fits]
         rows += [{"set": row.pop("set"), "shots": count or "all", **row} for row in _classified(run, fitted)]
     return rows
 
@@ -137,14 +137,14 @@ def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) 
         train = train.subset(torch.from_numpy(order).sort().values)
     classes = len(run.data.classes) if train.masks is None else 2
     tests = {name: split for name, split in run.sets.items() if (split.masks is None) == (train.masks is None)}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in tests}
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in tests}
     images = list(run.images(train))
     for network in run.networks:
         decoder = train_decoder(network, images, _pixels(run, train), classes, epochs=epochs, seed=seed)
         for name, split in tests.items():
             data = Pixelwise(list(run.images(split)), _pixels(run, split), split.cases, split.full)
-            found[name].append(segmentation(decoder, data))
-    return [{"set": name, **probes.averaged(each)} for name, each in found.items()]
+            figures[name].append(segmentation(decoder, data))
+    return [{"set": name, **probes.averaged(each)} for name, each in figures.items()]
 
 
 def _classes(run: Finished) -> tuple[str, ...]:
@@ -161,8 +161,8 @@ def _classified(run: Finished, classifiers: Sequence[Callable[[Split], Tensor]])
     """Figures on every test set of classifiers (functions from a split to logits), averaged over the classifiers."""
     rows = []
     for name, split in run.sets.items():
-        found = [probes.figures(logits(split).cpu(), split.labels) for logits in classifiers]
-        rows.append({"set": name, **probes.averaged(found)})
+        results = [probes.figures(logits(split).cpu(), split.labels) for logits in classifiers]
+        rows.append({"set": name, **probes.averaged(results)})
     return rows
 
 
@@ -176,10 +176,10 @@ def _chosen(
     run: Finished, network: PairNetwork, seen: Tensor, labels: Tensor, validation: Split, classes: int, features: str
 ) -> probes.LinearProbe:
     """The probe on all training images, with the penalty of the lowest cross-entropy on the validation set."""
-    held = run.features(network, validation, features)
+    embeddings = run.features(network, validation, features)
     truth = validation.labels.to(run.device)
     fitted = [probes.LinearProbe(seen, labels, classes, penalty) for penalty in probes.PENALTIES]
-    losses = [float(torch.nn.functional.cross_entropy(one.logits(held), truth)) for one in fitted]
+    losses = [float(torch.nn.functional.cross_entropy(one.logits(embeddings), truth)) for one in fitted]
     return fitted[min(range(len(fitted)), key=losses.__getitem__)]
 
 
