@@ -49,21 +49,21 @@ def parse(words: Sequence[str]) -> Request:
     parser.description = f"{COMMANDS[name][:1].upper()}{COMMANDS[name][1:]}."
     module.add_flags(parser)
     parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
-    found, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
+    arguments, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
     if parser.rest is not None:
-        parser.rest, found.words = rest, tuple(words)
+        parser.rest, arguments.words = rest, tuple(words)
     elif rest:
-        known = [word for action in parser._actions for word in action.option_strings]
-        given = rest[0].partition("=")[0]
-        raise UserError(f'{parser.prog} does not take "{given}".{nearest(given, known)} See --help.')
-    if found.help:
+        names = [word for action in parser._actions for word in action.option_strings]
+        unknown = rest[0].partition("=")[0]
+        raise UserError(f'{parser.prog} does not take "{unknown}".{nearest(unknown, names)} See --help.')
+    if arguments.help:
         return Request("help", help=parser.format_help())
     open_ones = [action.dest for action in parser._actions if action.option_strings and action.default is None]
-    check_filled({name: getattr(found, name) for name in open_ones})
-    if parser.folder_of and not getattr(found, "folder", getattr(found, "folders", None)):
+    check_filled({name: getattr(arguments, name) for name in open_ones})
+    if parser.folder_of and not getattr(arguments, "folder", getattr(arguments, "folders", None)):
         raise UserError(f"{parser.prog} needs the folder of {parser.folder_of}.")
-    settings = SETTINGS if "data_option" in found else (*SETTINGS, "data")
-    request = as_request(vars(found), settings, name)
+    settings = SETTINGS if "data_option" in arguments else (*SETTINGS, "data")
+    request = as_request(vars(arguments), settings, name)
     return getattr(module, "checked", lambda request, _: request)(request, parser)
 
 

@@ -38,10 +38,10 @@ def add_network(
         parser.add_argument("--network", choices=("last", "best"), default="last", metavar="last|best", help=text)
     if model:
         add(parser, {"model": ("NAME", "the run's network again, where it names code that may run")})
-    own = f"code that registers the run's method or network{', or that other data set' if data else ''}; repeatable"
+    text = f"code that registers the run's method or network{', or that other data set' if data else ''}; repeatable"
     add(parser, {
         "method_option": ("key=value", "an option of the run again, where it names code that may run; repeatable", []),
-        "plugin": ("FILE.py|MODULE", own, []),
+        "plugin": ("FILE.py|MODULE", text, []),
         "json": ("", f"print {printed} as JSON"),
     })  # fmt: skip
 

@@ -92,8 +92,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if lacking := re.fullmatch(r"argument (\S+): expected one argument", message):
-            shown = next(action.metavar for action in self._actions if lacking[1] in action.option_strings)
-            raise UserError(f"{lacking[1]} is given without a value: write {lacking[1]} {shown}.")
+            metavar = next(action.metavar for action in self._actions if lacking[1] in action.option_strings)
+            raise UserError(f"{lacking[1]} is given without a value: write {lacking[1]} {metavar}.")
         raise UserError(message[:1].upper() + message[1:] + ".")
 
 
@@ -124,10 +124,10 @@ def _metavar(name: str, type_: Any, choices: Iterable[Any] | None) -> str:
     return METAVARS.get(name) or {int: "N", float: "F", bool: "true|false"}.get(type_, "NAME")
 
 
-def _data_help(name: str, given: Option) -> str:
+def _data_help(name: str, option: Option) -> str:
     only = "" if name in COMMON_OPTIONS else ", ".join(k for k, v in DATASETS.items() if name in v.options) + ": "
-    default = "" if given.default == "" else f"; default {given.default}"
-    return f"{only}{given.help}{default}".replace("%", "%%")
+    default = "" if option.default == "" else f"; default {option.default}"
+    return f"{only}{option.help}{default}".replace("%", "%%")
 
 
 def _other_data_options() -> str:
@@ -147,15 +147,15 @@ def _parser(method: str | None, data: str) -> Parser:
         group = parser.add_argument_group(title)
         for each in settings:
             name, default = each.field, base.get(each.field, each.default)
-            shown, told = _metavar(name, each.type, each.choices), _describe(each, default).replace("%", "%%")
+            metavar, help_text = _metavar(name, each.type, each.choices), _describe(each, default).replace("%", "%%")
             if name == "rounds" and one_shot(method):
-                told = argparse.SUPPRESS  # accepted but hidden, so that giving it raises an error of its own
+                help_text = argparse.SUPPRESS  # accepted but hidden, so that giving it raises an error of its own
             alone: dict[str, Any] = {"nargs": "?", "const": "true"} if each.type is bool else {}
-            group.add_argument(flag(name), dest=name, metavar=shown, help=told, **alone)
+            group.add_argument(flag(name), dest=name, metavar=metavar, help=help_text, **alone)
         if title == "data":
-            for name, given in DATA_FLAGS.items():
-                shown = _metavar(name, type(given.default), given.choices)
-                group.add_argument(flag(name), dest=f"data:{name}", metavar=shown, help=_data_help(name, given))
+            for name, option in DATA_FLAGS.items():
+                metavar = _metavar(name, type(option.default), option.choices)
+                group.add_argument(flag(name), dest=f"data:{name}", metavar=metavar, help=_data_help(name, option))
             text = f"an option of one data set: {_other_data_options()}"
             add(group, {"data_option": ("key=value", text, [])})
     group = parser.add_argument_group("run")
@@ -225,13 +225,13 @@ def _unknown(word: str, method: str | None, *parsers: Parser) -> UserError:
     if not word.startswith("-"):
         both = f"; {PROGRAM} compare {method} {word} plays both" if word in METHODS and word != method else ""
         return UserError(f'Unexpected word "{word}": one METHOD is expected, and values follow their flag{both}.')
-    given = word.partition("=")[0]
-    option = given.lstrip("-").replace("-", "_")
+    token = word.partition("=")[0]
+    option = token.lstrip("-").replace("-", "_")
     if method is not None and option in registry.option_names(method):
-        return UserError(f"{given} is an option of {method}: write --method-option {option}=VALUE.")
-    hint = nearest(given, [name for parser in parsers for action in parser._actions for name in action.option_strings])
+        return UserError(f"{token} is an option of {method}: write --method-option {option}=VALUE.")
+    hint = nearest(token, [name for parser in parsers for action in parser._actions for name in action.option_strings])
     see = f"{PROGRAM} {method or 'METHOD'}" if len(parsers) == 1 else parsers[-1].prog
-    return UserError(f'Unknown flag "{given}".{hint}{registry.owners(option)} See {see} --help.')
+    return UserError(f'Unknown flag "{token}".{hint}{registry.owners(option)} See {see} --help.')
 
 
 def parse(argv: Sequence[str], *around: Parser) -> Request:

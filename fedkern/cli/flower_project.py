@@ -17,24 +17,24 @@ def write(request: Request) -> int:
             nobody says how many clients there are, or the folder is not empty.
     """
     assert request.flower is not None
-    asked = given(request)
-    config = asked.config()
+    choices = given(request)
+    config = choices.config()
     check_networks(request.settings, config.data)
     config.check_effect(request.settings)
     check_portable(config)
     if request.own_data:
         check_own_data(config)
     project = Project(
-        method=asked.method,
-        settings=asked.settings,
-        options=asked.options,
-        data_options=asked.data_options,
+        method=choices.method,
+        settings=choices.settings,
+        options=choices.options,
+        data_options=choices.data_options,
         plugins=[*config.plugins],
         out=None if request.out is None else request.out.absolute(),
         own_data=request.own_data,
         report=request.report,
         predictions=request.predictions,
-        clients=_clients(asked),
+        clients=_clients(choices),
     )
     files = project.write(request.flower)
     print(f"Flower project: {request.flower}")
@@ -43,9 +43,9 @@ def write(request: Request) -> int:
     return 0
 
 
-def _clients(asked: Given) -> list[str]:
+def _clients(choices: Given) -> list[str]:
     """The clients: the given number, or those that the data name."""
-    config = asked.config()
+    config = choices.config()
     if "clients" not in config.unset:
         return [str(k) for k in range(config.trained_clients)]
     data = load_data(config, masks=False)

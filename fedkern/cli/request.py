@@ -136,9 +136,9 @@ def trusted(folder: Path, options: Sequence[str], settings: Mapping[str, Any] | 
     if not options and model is None:
         return ()
     stored = load_settings(folder, device="cpu")
-    given = given_options(stored.method, options)
-    named = stored.replace(options={**stored.options, **given}, model=stored.model if model is None else model)
+    values = given_options(stored.method, options)
+    named = stored.replace(options={**stored.options, **values}, model=stored.model if model is None else model)
     if changed := named.differences(stored):
         raise UserError(f"The run in {folder} has other settings ({'; '.join(changed)}): leave these flags out.")
-    own = () if model is None else (named.model,)
-    return (*own, *(part for _, part in METHODS[stored.method].Options.code(given)))
+    model_code = () if model is None else (named.model,)
+    return (*model_code, *(part for _, part in METHODS[stored.method].Options.code(values)))

@@ -22,14 +22,14 @@ def play(request: Request) -> int:
 
     out, best = folder(request), request.arguments["network"] == "best"
     root = request.settings.get("data_root")
-    found = membership_attack.attack(out, data_root=root, keep=False, trusted=code(request), best=best)
+    result = membership_attack.attack(out, data_root=root, keep=False, trusted=code(request), best=best)
     if request.json:
-        put(plain(found))
+        put(plain(result))
     else:
         from fedkern.report.live.progress import terminal
         from fedkern.report.tables import attack_table
 
-        terminal().print(attack_table(found, f"{out}, network of the {found['network']} round"))
+        terminal().print(attack_table(result, f"{out}, network of the {result['network']} round"))
     # Last, so that the printed result is not lost if the folder cannot be written.
-    membership_attack.write(out, found)
+    membership_attack.write(out, result)
     return 0

@@ -62,15 +62,15 @@ def checked(request: Request, parser: Parser) -> Request:
     from fedkern.comparison.compared import check_select
     from fedkern.comparison.seed_statistics import Target
 
-    words, given = parser.rest or [], request.arguments
+    words, arguments = parser.rest or [], request.arguments
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     names, rest = words[:count], words[count:]
     folders = [name for name in names if name not in METHODS and Path(name).is_dir()]
     if names and len(folders) == len(names):
-        new = {**{name: given[name] for name in ("seeds", "sweep", "select")}, "method_option": request.options}
+        new = {**{name: arguments[name] for name in ("seeds", "sweep", "select")}, "method_option": request.options}
         if extra := [*(flag(name) for name, value in new.items() if value), *rest]:
             raise UserError(f"{extra[0]} is for new runs: name methods instead of folders, or leave it out.")
-        return dataclasses.replace(request, arguments={"target": given["target"], "folders": folders})
+        return dataclasses.replace(request, arguments={"target": arguments["target"], "folders": folders})
     if folders and len(folders) < len(names):
         other = next(name for name in names if name not in folders)
         what = "a method" if other in METHODS else "no folder"
@@ -80,17 +80,17 @@ def checked(request: Request, parser: Parser) -> Request:
     options = key_values(request.options, "method_option")
     for name in options:
         check_option(name, names)
-    sweep = read_sweep(given["sweep"])
-    check_select(given["select"], sweep)
+    sweep = read_sweep(arguments["sweep"])
+    check_select(arguments["select"], sweep)
     planned = {
         "variants": variants(names, sweep, {*run.settings, *options}),
-        "seeds": read_seeds(given["seeds"] or "3", run.settings.get("seed", 0)),
+        "seeds": read_seeds(arguments["seeds"] or "3", run.settings.get("seed", 0)),
         "options": options,
     }
-    if given["target"] is not None:
-        Target.read(given["target"])
+    if arguments["target"] is not None:
+        Target.read(arguments["target"])
     common = {name: getattr(request, name) for name in ("command", "out", "report", "quiet", "json")}
-    return dataclasses.replace(run, arguments={**given, **planned}, **common)
+    return dataclasses.replace(run, arguments={**arguments, **planned}, **common)
 
 
 def _settings(method: str, rest: Sequence[str], parser: Parser) -> Request:
@@ -110,13 +110,13 @@ def play(request: Request) -> int:
     from fedkern.comparison.cell_runner import Runner
     from fedkern.comparison.seed_statistics import Target
 
-    given = request.arguments
-    target = None if given["target"] is None else Target.read(given["target"])
-    if "folders" in given:
-        return _tell(request, compared.compare_found(given["folders"], out=request.out, target=target), {})
+    arguments = request.arguments
+    target = None if arguments["target"] is None else Target.read(arguments["target"])
+    if "folders" in arguments:
+        return _tell(request, compared.compare_found(arguments["folders"], out=request.out, target=target), {})
     check_backend()
-    shown = board(quiet=request.quiet, json=request.json)
-    notes = compared.unread([*given["variants"]], request.settings, given["options"])
+    live_board = board(quiet=request.quiet, json=request.json)
+    notes = compared.unread([*arguments["variants"]], request.settings, arguments["options"])
     where: list[Path] = []
     tracebacks: dict[str, str] = {}
 
@@ -124,23 +124,23 @@ def play(request: Request) -> int:
         where.append(out)
         given_names = frozenset(request.settings)
         runner = Runner(
-            out, lambda variant, seed: _config(request, variant, seed), given_names, shown, tracebacks=tracebacks
+            out, lambda variant, seed: _config(request, variant, seed), given_names, live_board, tracebacks=tracebacks
         )
-        variants, seeds, select = (given[name] for name in ("variants", "seeds", "select"))
+        variants, seeds, select = (arguments[name] for name in ("variants", "seeds", "select"))
         return compared.play(runner, variants, seeds, select=select, target=target, notes=notes)
 
     try:
-        found = compared.in_folder(request.out, begin)
+        result = compared.in_folder(request.out, begin)
     except KeyboardInterrupt as stop:
         interrupts.ended()
-        shown.close()
-        asked = isinstance(stop, interrupts.Terminated)
-        how = "terminated" if asked else "interrupted"
+        live_board.close()
+        terminated = isinstance(stop, interrupts.Terminated)
+        how = "terminated" if terminated else "interrupted"
         begun = bool(where) and any(where[0].glob("*/config.toml"))
-        again = f"; go on with: {_again(given['words'], where[0])}" if begun else " before anything was written"
+        again = f"; go on with: {_again(arguments['words'], where[0])}" if begun else " before anything was written"
         print(f"{how}{again}", file=sys.stderr)
-        return 143 if asked else 130
-    return _tell(request, found, tracebacks)
+        return 143 if terminated else 130
+    return _tell(request, result, tracebacks)
 
 
 def _again(words: Sequence[str], out: Path) -> str:
@@ -154,38 +154,38 @@ def _config(request: Request, variant: Any, seed: int) -> RunConfig:
     from fedkern.comparison.cells import own_settings, word
 
     method, options = variant.method, request.arguments["options"]
-    own = {name: value for name, value in options.items() if name in registry.option_names(method)}
-    both: Mapping[str, Any] = {**own, **variant.options}
+    common = {name: value for name, value in options.items() if name in registry.option_names(method)}
+    both: Mapping[str, Any] = {**common, **variant.options}
     settings = {**own_settings(method, request.settings), **variant.settings, "seed": seed}
     words = tuple(f"{name}={word(value)}" for name, value in both.items())
     return effective(dataclasses.replace(request, method=method, settings=settings, options=words))
 
 
-def _tell(request: Request, found: Any, tracebacks: Mapping[str, str]) -> int:
+def _tell(request: Request, comparison: Any, tracebacks: Mapping[str, str]) -> int:
     from fedkern.comparison.boards import result_table
     from fedkern.report.live.progress import terminal
     from fedkern.report.names import say
 
-    result = found.result
+    result = comparison.result
     if request.json:
-        put(result.to_json(found.folder))
+        put(result.to_json(comparison.folder))
     elif request.quiet:
-        print(found.folder)
+        print(comparison.folder)
     else:
         console = terminal()
         console.print(result_table(result.title(), result.header(), result.text_rows()))
         for text in result.sentences():
             say(console, text)
-        say(console, f"folder: {found.folder}")
-        say(console, f"files:  {', '.join(path.name for path in found.files)}")
+        say(console, f"folder: {comparison.folder}")
+        say(console, f"files:  {', '.join(path.name for path in comparison.files)}")
     for text in tracebacks.values():
         print(printable(text), end="", file=sys.stderr)
-    for text in found.failures:
+    for text in comparison.failures:
         print(f"error: {text}", file=sys.stderr)
     if request.report:
         from fedkern.comparison.comparison_page import write_report
 
-        written = write_report(found.folder, found.result, commands=first_commands(found.result))
+        written = write_report(comparison.folder, comparison.result, commands=first_commands(comparison.result))
         if not (request.json or request.quiet):
             say(terminal(), f"report: {written}")
-    return 1 if found.failures else 0
+    return 1 if comparison.failures else 0

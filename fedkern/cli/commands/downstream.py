@@ -85,9 +85,9 @@ def play(request: Request) -> int:
 
     check_backend()
     keep_freed_memory()
-    out, told = folder(request), display(quiet=False, json=request.json).on_notice
+    out, notify = folder(request), display(quiet=False, json=request.json).on_notice
     finished = Finished.open(
-        out, data_options=request.data_options, trusted=code(request), progress=told, **request.settings
+        out, data_options=request.data_options, trusted=code(request), progress=notify, **request.settings
     )
     task: Any = {"retrieval": retrieve, "zero-shot": zero_shot, "probe": probe, "decode": decode}[request.command]
     result = {

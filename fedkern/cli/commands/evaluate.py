@@ -29,9 +29,9 @@ def play(request: Request) -> int:
     keep_freed_memory()
     out, data, best = folder(request), request.settings["data"], request.arguments["network"] == "best"
     where = {name: request.settings.get(name) for name in ("data", "data_root", "cache")}
-    told = display(quiet=False, json=request.json).on_notice
+    notify = display(quiet=False, json=request.json).on_notice
     metrics, sets = evaluate_run(
-        out, data_options=request.data_options, trusted=code(request), best=best, progress=told, **where
+        out, data_options=request.data_options, trusted=code(request), best=best, progress=notify, **where
     )
     config, network = load_settings(out, device="cpu"), "best" if best else "last"
     result = {"method": config.method, "data": data or config.data, "network": network, "metrics": plain(metrics)}

@@ -29,10 +29,10 @@ def checked(request: Request, parser: Parser) -> Request:
 def play(request: Request) -> int:
     """Writes the network in another form, and prints the files."""
     kind, best = request.arguments["format"], request.arguments["network"] == "best"
-    found = export.exportable(folder(request), code(request), best=best)
+    bundle = export.exportable(folder(request), code(request), best=best)
     out = request.out or folder(request) / f"{'best' if best else 'model'}{export.FORMATS[kind]}"
     check_new(out, "export")
-    written = [str(path) for path in export.export(found, out, kind)]
+    written = [str(path) for path in export.export(bundle, out, kind)]
     if request.json:
         put({"files": written})
     else:

@@ -57,10 +57,10 @@ def extended(request: Request) -> Request:
     check_readable(stored.data)
     before = {path.name for path in out.iterdir()}
     config = extend(out, request.arguments["rounds"])
-    made = sorted({path.name for path in out.iterdir()} - before)
-    told = [f"results of the former network: {out / name}" for name in made]
+    names = sorted({path.name for path in out.iterdir()} - before)
+    lines = [f"results of the former network: {out / name}" for name in names]
     if spans := METHODS[config.method].spans:
-        told.append(f"{spans}: the network will not be that of a run of {config.rounds} rounds from the start")
-    for text in () if request.quiet or request.json else told:
+        lines.append(f"{spans}: the network will not be that of a run of {config.rounds} rounds from the start")
+    for text in () if request.quiet or request.json else lines:
         say(terminal(), text)
     return dataclasses.replace(request, command="resume", resume=out, folder=None, arguments={})

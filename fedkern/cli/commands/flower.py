@@ -66,8 +66,8 @@ def _simulated(name: str | None) -> bool:
     """Whether a connection of Flower's configuration, None for its default one, is a simulation on this machine."""
     with suppress(OSError, ValueError, LookupError, AttributeError):  # Flower writes the file, or says what is wrong
         path = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
-        known = tomllib.loads(path.read_text(encoding="utf-8"))["superlink"]
-        return known[name or known["default"]].get("address", ":local:") in (":local:", ":local-in-memory:")
+        connections = tomllib.loads(path.read_text(encoding="utf-8"))["superlink"]
+        return connections[name or connections["default"]].get("address", ":local:") in (":local:", ":local-in-memory:")
     return True
 
 
@@ -78,9 +78,9 @@ def _simulator() -> Iterator[None]:
         port = os.environ["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(probe.getsockname()[1])
     with tempfile.NamedTemporaryFile() as log, _python([*_SUPERLINK, port], log.file) as process:
         try:
-            while b"Uvicorn running on" not in (said := Path(log.name).read_bytes()):
+            while b"Uvicorn running on" not in (output := Path(log.name).read_bytes()):
                 if process.poll() is not None:
-                    raise RunFailed(f"Flower's SuperLink has not started: {said[-500:].decode(errors='replace')}")
+                    raise RunFailed(f"Flower's SuperLink has not started: {output[-500:].decode(errors='replace')}")
                 time.sleep(0.1)
             yield
         finally:
@@ -93,14 +93,14 @@ def _simulator() -> Iterator[None]:
 def _play(words: Sequence[str], where: Sequence[str]) -> None:
     """Submits a run, prints its log and waits for its end; stops it at Ctrl-C."""
     with _python([*_FLWR, "run", "--stream", *words]) as process:
-        run, said = "", bytearray()
+        run, output = "", bytearray()
         try:
-            run = _submitted(process, said)
+            run = _submitted(process, output)
             for line in process.stdout or ():
                 print(printable(re.sub(r"\x1b\[[0-9;]*m", "", line.decode(errors="replace"))), end="", flush=True)
             _end(run, where)
         except KeyboardInterrupt:
-            run = run or _submitted(process, said)  # a run that is submitted by now must not go on unseen
+            run = run or _submitted(process, output)  # a run that is submitted by now must not go on unseen
             print(f"stopping run {run} ...", file=sys.stderr)
             _python([*_FLWR, "stop", run, *where]).communicate()
             raise
@@ -108,24 +108,24 @@ def _play(words: Sequence[str], where: Sequence[str]) -> None:
             process.kill()
 
 
-def _submitted(process: subprocess.Popen[bytes], said: bytearray) -> str:
+def _submitted(process: subprocess.Popen[bytes], output: bytearray) -> str:
     """The number of the run, from what Flower has said and says; raises UserError where Flower refuses the run."""
-    while not (found := re.search(r"Successfully started run (\d+)", text := said.decode(errors="replace"))):
+    while not (match := re.search(r"Successfully started run (\d+)", text := output.decode(errors="replace"))):
         for line in process.stdout or ():
-            said += line
+            output += line
             break
         else:
             raise UserError(f"Flower: {' '.join(re.findall(r'│ (.*?) *│', text)) or text}")
-    return found[1]
+    return match[1]
 
 
 def _end(run: str, where: Sequence[str]) -> None:
     """Waits for the end of a run, whose log ends before it where the connection is lost; raises RunFailed."""
     record = {"status": ""}
     while not record["status"].startswith("finished"):
-        said, _ = _python([*_FLWR, "ls", *where, "--run-id", run, "--format", "json"]).communicate()
+        output, _ = _python([*_FLWR, "ls", *where, "--run-id", run, "--format", "json"]).communicate()
         try:
-            record = json.loads(said[said.index(b"{") :])["runs"][0]
+            record = json.loads(output[output.index(b"{") :])["runs"][0]
         except (ValueError, LookupError):
             raise RunFailed(f"The SuperLink does not tell how run {run} goes on: ask it with flwr ls.") from None
     if record["status"] != "finished:completed":

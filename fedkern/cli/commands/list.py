@@ -37,17 +37,17 @@ def catalogue() -> dict[str, dict[str, str]]:
         "partitioners": {info.usage: info.description for info in PARTITIONERS.values()},
         "aggregators": {Rule(name).text: entry.description for name, entry in AGGREGATORS.items()},
         **(metrics if METRICS else {}),
-        **{f"{kind}s": found for kind in ("part", "filter") if (found := plugins.described(kind))},
+        **{f"{kind}s": descriptions for kind in ("part", "filter") if (descriptions := plugins.described(kind))},
     }
 
 
 def play(request: Request) -> int:
     """Prints the catalogue."""
-    found = catalogue()
+    sections = catalogue()
     if request.json:
-        put(found)
+        put(sections)
         return 0
-    for i, (title, entries) in enumerate(found.items()):
+    for i, (title, entries) in enumerate(sections.items()):
         print(("\n" if i else "") + title)
         width = max(len(name) for name in entries) + 2
         for name, text in entries.items():

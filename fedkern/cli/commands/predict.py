@@ -37,7 +37,7 @@ def play(request: Request) -> int:
     from fedkern.report.live.progress import advancing
 
     predictor = prediction.Predictor.open(folder(request), code(request), best=request.arguments["network"] == "best")
-    name, shown, write = prediction.WRITERS[predictor.task.network]
+    name, limit, write = prediction.WRITERS[predictor.task.network]
     out = request.out or Path(name)
     check_new(out, "predict")
     paths = prediction.found_images(request.arguments["paths"])
@@ -46,7 +46,7 @@ def play(request: Request) -> int:
 
         def rows() -> Iterator[tuple[Path, Any, Any]]:
             for row in predictor.files(paths):
-                if len(first) < shown:
+                if len(first) < limit:
                     first.append(row[:2])
                 yield row
                 step()
@@ -57,7 +57,7 @@ def play(request: Request) -> int:
         return 0
     for path, probabilities in first:
         print(f"{path}  {predictor.task.said(probabilities, predictor.classes)}")
-    if len(paths) > shown > 0:
+    if len(paths) > limit > 0:
         print("...")
     count = f"{len(paths)} image{'s' if len(paths) > 1 else ''}"
     print(f"{count}: {out}")

@@ -44,12 +44,12 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
         check_free(request.out, (*PICTURES.values(), PICTURE_LIST, *([REPORT] if request.report else [])))
         yield request.out
         return
-    made = not RUNS.exists()
+    new_parent = not RUNS.exists()
     out = reserve(RUNS, run_name(config), "name another run folder with --out")
     try:
         yield out
     finally:
-        for folder in (out, RUNS) if made else (out,):
+        for folder in (out, RUNS) if new_parent else (out,):
             with suppress(OSError):  # not empty: a run has begun there
                 folder.rmdir()
 
@@ -90,8 +90,8 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
     else:
         code = trusted(out, request.options, request.settings)
     others = trackers(request)
-    shown = display(quiet=request.quiet, json=request.json)
-    tee = Listeners(*others, shown)  # a tracker that asks something at its start does so before the progress bar
+    view = display(quiet=request.quiet, json=request.json)
+    tee = Listeners(*others, view)  # a tracker that asks something at its start does so before the progress bar
     complete = False
     try:
         summary = run(
@@ -104,30 +104,30 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
             predictions=request.predictions,
         )
         complete = True
-        shown.close()
+        view.close()
         data: Any = None if tee.info is None else tee.info.data
         if data is not None and config.augment == data.form.augment:
             config = config.replace(augment=None)  # the data set's default, not the user's choice
         _close(request, config, out, summary)
-        _illustrate(request, config, out, data, code, shown)
+        _illustrate(request, config, out, data, code, view)
     except KeyboardInterrupt as stop:
         interrupts.ended()
-        shown.close()
+        view.close()
         how = "terminated" if isinstance(stop, Terminated) else "interrupted"
         if (out / "config.toml").exists():
             again = " ".join([quote(out), *dict.fromkeys(flag for flag, _ in config.code())])
             way = "the run is complete, draw its pictures with" if complete else "continue with"
-            say(shown.console, f"{how}; {way}: {PROGRAM} --resume {again}{' --report' * request.report}")
+            say(view.console, f"{how}; {way}: {PROGRAM} --resume {again}{' --report' * request.report}")
         else:
-            say(shown.console, f"{how} before anything was written; start again.")
+            say(view.console, f"{how} before anything was written; start again.")
         return 143 if isinstance(stop, Terminated) else 130
     finally:
-        shown.close()
+        view.close()
     return 0
 
 
 def _illustrate(
-    request: Request, config: RunConfig, out: Path, data: Any, code: tuple[str, ...], shown: Listener
+    request: Request, config: RunConfig, out: Path, data: Any, code: tuple[str, ...], view: Listener
 ) -> None:
     """Draws the pictures of a finished run, and writes its report where it was asked for."""
     from fedkern.report.figures.pictures import finished_pictures
@@ -139,7 +139,7 @@ def _illustrate(
             say(terminal(), text)
 
     missing: list[str] = []
-    warn = partial(shown.on_warning, "no-picture")
+    warn = partial(view.on_warning, "no-picture")
     pictures, undrawn = finished_pictures(out, data=data, data_root=config.data_root, trusted=code, warn=warn)
     if undrawn is not None:
         missing.append(f"pictures ({undrawn}): draw them with {PROGRAM} --resume {quote(out)}")
@@ -160,16 +160,16 @@ def _illustrate(
 
 def trackers(request: Request) -> list[Listener]:
     """The trackers that ``--tensorboard`` and ``--wandb`` name."""
-    found: list[Listener] = []
+    listeners: list[Listener] = []
     if request.tensorboard:
         from fedkern.listeners import TensorBoard
 
-        found.append(TensorBoard())
+        listeners.append(TensorBoard())
     if request.wandb is not None:
         from fedkern.listeners import WandB
 
-        found.append(WandB(request.wandb, quiet=request.quiet or request.json))
-    return found
+        listeners.append(WandB(request.wandb, quiet=request.quiet or request.json))
+    return listeners
 
 
 def _stored(request: Request) -> RunConfig:
@@ -178,24 +178,24 @@ def _stored(request: Request) -> RunConfig:
     Flags may repeat stored settings.  Only --data-root, --cache, --device and --workers may differ from them.
     """
     assert request.resume is not None
-    wanted = dict(request.settings)
-    stored = load_settings(request.resume, **({"device": wanted["device"]} if "device" in wanted else {}))
+    changes = dict(request.settings)
+    stored = load_settings(request.resume, **({"device": changes["device"]} if "device" in changes else {}))
     plugins.check_given(request.plugins, stored.plugins, request.resume)
     if request.method is not None and request.method != stored.method:
-        wanted["method"], wanted["options"] = request.method, {}
+        changes["method"], changes["options"] = request.method, {}
     elif request.options:
-        wanted["options"] = {**stored.options, **registry.given_options(stored.method, request.options)}
+        changes["options"] = {**stored.options, **registry.given_options(stored.method, request.options)}
     if request.data_options:
-        typed = given_options(str(wanted.get("data", stored.data)), request.data_options)
-        wanted["data_options"] = {**stored.data_options, **typed}
-    wanted.pop("device", None)
-    differences = stored.replace(**wanted).with_client_threads().differences(stored) if wanted else []
+        typed = given_options(str(changes.get("data", stored.data)), request.data_options)
+        changes["data_options"] = {**stored.data_options, **typed}
+    changes.pop("device", None)
+    differences = stored.replace(**changes).with_client_threads().differences(stored) if changes else []
     if differences:
         raise UserError(
             f"The run in {request.resume} has other settings ({'; '.join(differences)}): leave these flags out to "
             "resume it, or start a new run without --resume."
         )
-    return stored.replace(**{name: wanted.get(name, getattr(stored, name)) for name in RESUMABLE})
+    return stored.replace(**{name: changes.get(name, getattr(stored, name)) for name in RESUMABLE})
 
 
 def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str, Any]) -> None:
