@@ -121,26 +121,26 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         plugin_room.load_installed()
         loaded = plugin_room.given(plugins)
         kind = registry.get(method)
-        known = cls.names()
+        names = cls.names()
         for name in settings:
-            if name not in known:
-                raise UserError(f'Unknown setting "{name}".{nearest(name, known)}')
-        given = cls.read({name: value for name, value in settings.items() if value is not None})
-        if kind.one_shot and "rounds" in given:
+            if name not in names:
+                raise UserError(f'Unknown setting "{name}".{nearest(name, names)}')
+        values = cls.read({name: value for name, value in settings.items() if value is not None})
+        if kind.one_shot and "rounds" in values:
             raise UserError(
                 f"--rounds is not for {method}, a one-shot method whose plan has the rounds it needs: give a client's "
                 "whole budget with --local-epochs."
             )
-        if kind.one_shot and "local_steps" in given:
+        if kind.one_shot and "local_steps" in values:
             raise UserError(
                 f"--local-steps is not for {method}, a one-shot method: give its budget with --local-epochs."
             )
-        usual = defaults(method, str(given.get("data", default_data(method))))
-        base = {**usual, **given}
+        usual = defaults(method, str(values.get("data", default_data(method))))
+        base = {**usual, **values}
         check_networks({name: value for name, value in base.items() if value != usual.get(name)}, str(base["data"]))
-        if "width" not in given and base["model"] != usual["model"]:
+        if "width" not in values and base["model"] != usual["model"]:
             base.pop("width", None)  # the default width belongs to the default network
-        if "local_epochs" in given and "local_steps" not in given:
+        if "local_epochs" in values and "local_steps" not in values:
             base.pop("local_steps", None)  # the default steps give way to the user's epochs
         if kind.one_shot:
             base["rounds"] = 1
@@ -148,9 +148,9 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         explicit = registry.given_options(method, options)
         merged = kind.Options.resolved({**default_options, **explicit}, explicit.keys())
         merged_data = given_options(str(base["data"]), data_options or {})
-        for name, whole in PARTS.items():
-            if name in merged_data and not merged_data.get(whole):
-                raise UserError(f"Data option {name} has no effect without {whole}: give that too, or leave it out.")
+        for name, parent in PARTS.items():
+            if name in merged_data and not merged_data.get(parent):
+                raise UserError(f"Data option {name} has no effect without {parent}: give that too, or leave it out.")
         rule = str(base.get("aggregator", MEAN)).partition(":")[0].strip()
         used = plugin_room.used(
             {"method": method, "data set": str(base["data"]), "model": str(base["model"]), "aggregator": rule}
@@ -161,7 +161,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
             config["method_sha256"] = script_methods.fingerprint(kind)
         if config.get("width") is None and config["model"] in MODELS:
             config["width"] = MODELS[config["model"]].width
-        return cls.of({**config, "unset": frozenset(DATA_DEPENDENT) - set(given)})
+        return cls.of({**config, "unset": frozenset(DATA_DEPENDENT) - set(values)})
 
     @classmethod
     def names(cls) -> set[str]:
@@ -202,14 +202,14 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
             if isinstance(value, str):
                 check_text(value, f"the setting {name}")
 
-    def check_effect(self, given: Collection[str]) -> None:
+    def check_effect(self, names: Collection[str]) -> None:
         """Raises UserError where a setting has no effect beside the others: the user would take the result for its own.
 
         Args:
             given: names of the settings that the user gave; a stored run or a config file of one names all of them.
         """
         for name, way in self.unused().items():
-            if name in given:
+            if name in names:
                 raise UserError(f"{flag(name)} has no effect {way}.")
 
     def check_code(self, folder: str | os.PathLike[str], trusted: Collection[str]) -> None:
@@ -224,9 +224,9 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
     def code(self) -> list[tuple[str, str]]:
         """Code that the settings name and a run imports: pairs of the flag that names the code, and the code's name."""
         options = self.kind.Options.code(self.options)
-        found = [(f"--method-option {shlex.quote(f'{name}={self.options[name]}')}", part) for name, part in options]
-        own = named_code.parse(self.model) is not None
-        return [*found, *([(f"--model {shlex.quote(self.model)}", self.model)] if own else [])]
+        pairs = [(f"--method-option {shlex.quote(f'{name}={self.options[name]}')}", part) for name, part in options]
+        is_code = named_code.parse(self.model) is not None
+        return [*pairs, *([(f"--model {shlex.quote(self.model)}", self.model)] if is_code else [])]
 
     def differences(self, stored: RunConfig) -> list[str]:
         """Differences from a stored run, as ``name: stored -> now``; empty where there are none.

@@ -153,12 +153,12 @@ def defaults(method: str, data: str) -> dict[str, Any]:
         UserError: an unknown data set.
     """
     info = lookup(data)
-    own = {"clients": info.clients, "partition": info.partition, "correlation": info.correlation}
+    data_defaults = {"clients": info.clients, "partition": info.partition, "correlation": info.correlation}
     both = METHOD.get(method, {}), METHOD_ON.get((method, data), {})
     options = {name: value for table in both for name, value in table.get("options", {}).items()}
     kind = info.task.network
     usual = DATA.get(data, USUAL.get(kind, {}))
-    result = {**COMMON, **own, **usual, **both[0], **both[1], "data": data}
+    result = {**COMMON, **data_defaults, **usual, **both[0], **both[1], "data": data}
     if kind in NETWORKS:  # METHOD names networks that give classes of images
         result["model"] = {"model": NETWORKS[kind], **DATA.get(data, {}), **both[1]}["model"]
     return {**result, "options": options} if options else result

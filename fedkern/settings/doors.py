@@ -50,17 +50,17 @@ def spoken(sentence: str) -> str:
     return _FLAG.sub(_argument, _COMPARED.sub(r"fedkern.compare(METHOD, \1)", _SAID.sub(r"\1", sentence)))
 
 
-def _key(found: re.Match[str]) -> str:
-    before, flag, gap, word = (part or "" for part in found.groups())
+def _key(match: re.Match[str]) -> str:
+    before, flag, gap, word = (part or "" for part in match.groups())
     if flag == "resume":  # of a run that the command line began
-        return found[0]
+        return match[0]
     if flag in _TABLES and "=" in word:
         return f"{before}{flag}.{word}"
     return f"{before}{flag}={_value(word)}" if _is_value(flag, word) else f"{before}{flag}{gap}{word}"
 
 
-def _argument(found: re.Match[str]) -> str:
-    before, flag, gap, word = (part or "" for part in found.groups())
+def _argument(match: re.Match[str]) -> str:
+    before, flag, gap, word = (part or "" for part in match.groups())
     name, (key, equals, value) = flag.replace("-", "_"), word.partition("=")
     if flag == "resume":
         call = f"fedkern.load({_value(word)}).resume()" if _is_value(flag, word) else f"resume(){gap}{word}"

@@ -38,12 +38,12 @@ class ExecutionSettings(FederationSettings):
     )
 
     def resolved(self) -> dict[str, Any]:
-        found = super().resolved()
+        values = super().resolved()
         if self.device == "auto":
-            found["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+            values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         if self.threads == 0:
-            found["threads"] = torch.get_num_threads()
-        return found
+            values["threads"] = torch.get_num_threads()
+        return values
 
     def check(self) -> None:
         super().check()

@@ -96,12 +96,12 @@ class FederationSettings(DataSettings):
     )
 
     def resolved(self) -> dict[str, Any]:
-        found = {**super().resolved(), "aggregator": Rule(self.aggregator).text}
-        found["server_rule"] = ServerRule(self.server_rule).text
+        values = {**super().resolved(), "aggregator": Rule(self.aggregator).text}
+        values["server_rule"] = ServerRule(self.server_rule).text
         for setting, entries in (("compress", COMPRESSORS), ("asynchronous", POLICIES)):
-            if (given := getattr(self, setting)) is not None:
-                found[setting] = spelled(*with_options(flag(setting), given, entries))
-        return found
+            if (text := getattr(self, setting)) is not None:
+                values[setting] = spelled(*with_options(flag(setting), text, entries))
+        return values
 
     def check(self) -> None:
         super().check()
@@ -121,9 +121,9 @@ class FederationSettings(DataSettings):
 
     def check_able(self, able: bool, what: str, *names: str) -> None:
         """Raises UserError for settings of methods that do ``what`` where the method is not ``able`` to."""
-        if not able and (given := next(self.given(*names), None)):
+        if not able and (name := next(self.given(*names), None)):
             raise UserError(
-                f"{given} is for methods {what}, which {self.method} with these options does not do: leave it out."
+                f"{name} is for methods {what}, which {self.method} with these options does not do: leave it out."
             )
 
     @property

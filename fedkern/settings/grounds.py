@@ -33,7 +33,7 @@ def files_identity(config: RunConfig) -> dict[str, str]:
     Raises:
         UserError: a file cannot be read.
     """
-    found = {"version": fedkern.__version__}
+    identity = {"version": fedkern.__version__}
     for name, value in settings_by_name(config).items():
         if isinstance(value, str) and name not in _ELSEWHERE and Path(value).is_absolute():
             digest = hashlib.sha256()
@@ -41,8 +41,8 @@ def files_identity(config: RunConfig) -> dict[str, str]:
                 digest.update(f"{path.relative_to(value)}\0".encode(errors="surrogateescape"))
                 with reading(path), open_regular(path) as file:
                     digest.update(hashlib.file_digest(cast(Any, file), "sha256").digest())
-                found[name] = digest.hexdigest()
-    return found
+                identity[name] = digest.hexdigest()
+    return identity
 
 
 def _files(path: Path) -> list[Path]:
@@ -96,8 +96,8 @@ def difference(first: RunConfig, second: RunConfig) -> str:
 def _in_words(name: str, config: RunConfig) -> str:
     if name == "version":
         return "version of fedkern"
-    part, _, own = name.partition(".")
+    part, _, key = name.partition(".")
     if part == "plugins":
-        return f"plugin {own}"
+        return f"plugin {key}"
     value = settings_by_name(config).get(name)
-    return f"{'class of the method' if name == 'method' else own or name} {value}".strip()
+    return f"{'class of the method' if name == 'method' else key or name} {value}".strip()

@@ -14,7 +14,7 @@ from fedkern.errors import UserError, quoted
 _READING = ("data_root", "cache", "public_samples", "correlation")
 
 
-def check_in_memory(data: Any, model: Any, given: Mapping[str, Any]) -> None:
+def check_in_memory(data: Any, model: Any, settings: Mapping[str, Any]) -> None:
     """Raises UserError where a setting would be ignored, and the user would take the result for its own.
 
     Args:
@@ -22,24 +22,24 @@ def check_in_memory(data: Any, model: Any, given: Mapping[str, Any]) -> None:
         model: a name or a module.
         given: the settings by name.
     """
-    said = {name: value for name, value in given.items() if value is not None}
-    if isinstance(model, nn.Module) and "width" in said:
+    values = {name: value for name, value in settings.items() if value is not None}
+    if isinstance(model, nn.Module) and "width" in values:
         raise UserError("width has no effect on a module: leave it out, or name code that takes a width.")
     if data is None or isinstance(data, str):
         return
     federated = isinstance(data, FederatedData)
     shared = not federated and is_dataset(data)
-    options = said.get("data_options")
+    options = values.get("data_options")
     names = list(options) if isinstance(options, Mapping) else []
     if federated and not data.form.lacks:  # whose samples the run itself can mark
         names = [name for name in names if not name.startswith("backdoor_")]
-    unused = [name for name in _READING if name in said]
-    unused += ["partition"] if "partition" in said and not shared else []
-    unused += ["train_samples"] if "train_samples" in said and federated else []
+    unused = [name for name in _READING if name in values]
+    unused += ["partition"] if "partition" in values and not shared else []
+    unused += ["train_samples"] if "train_samples" in values and federated else []
     if each := (*unused, *names):
         raise UserError(
             f"{each[0]} has no effect on data in memory, whose clients have what they were given: leave it out."
         )
     count = len(data.clients) if federated else len(data) if isinstance(data, (Mapping, list, tuple)) else None
-    if count and said.get("clients", count) != count:
-        raise UserError(f"clients is {quoted(said['clients'])}, and the data have {count}: leave it out.")
+    if count and values.get("clients", count) != count:
+        raise UserError(f"clients is {quoted(values['clients'])}, and the data have {count}: leave it out.")

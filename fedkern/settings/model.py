@@ -120,8 +120,8 @@ class ModelSettings(Section):
             )
 
     def unused(self) -> dict[str, str]:
-        found = super().unused()
-        return found | ({"init_partial": "without --init: give that too, or leave it out"} if self.init is None else {})
+        ways = super().unused()
+        return ways | ({"init_partial": "without --init: give that too, or leave it out"} if self.init is None else {})
 
     @property
     def keeps_parts(self) -> bool:
@@ -139,20 +139,20 @@ class ModelSettings(Section):
         return self.buffers in ("average", "pool")
 
 
-def check_networks(given: Mapping[str, Any], data: str) -> None:
-    """Raises UserError where ``given`` settings choose a kind of network that the data set ``data`` does not use.
+def check_networks(settings: Mapping[str, Any], data: str) -> None:
+    """Raises UserError where ``settings`` choose a kind of network that the data set ``data`` does not use.
 
     Such a setting would have no effect, and the user would take the result for that network's.
     """
     pairs = [name for name, info in DATASETS.items() if "pairs" in info.task.offers]
-    if data in pairs and "model" in given:
+    if data in pairs and "model" in settings:
         raise UserError(
-            f'--model {given["model"]} has no effect on the data set "{data}", whose network is a pair of encoders: '
+            f'--model {settings["model"]} has no effect on the data set "{data}", whose network is a pair of encoders: '
             "leave model out and choose them with --image-encoder and --text-encoder."
         )
     for name in ("image_encoder", "text_encoder"):
-        if data not in pairs and name in given:
+        if data not in pairs and name in settings:
             raise UserError(
-                f"{flag(name)} {given[name]} is for image-text data ({', '.join(pairs)}), and the data set "
+                f"{flag(name)} {settings[name]} is for image-text data ({', '.join(pairs)}), and the data set "
                 f'"{data}" has no texts: leave {name} out and choose the network with --model.'
             )

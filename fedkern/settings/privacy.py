@@ -68,11 +68,11 @@ class PrivacySettings(FaultSettings, ModelSettings):
     )
 
     def resolved(self) -> dict[str, Any]:
-        found = super().resolved()
+        values = super().resolved()
         if self.records is None:
             promised = self.kind.promises(self.chosen) or bool(self.dp_noise)
-            found["records"] = "private" if promised else "all"
-        return found
+            values["records"] = "private" if promised else "all"
+        return values
 
     def check(self) -> None:
         super().check()
@@ -87,8 +87,8 @@ class PrivacySettings(FaultSettings, ModelSettings):
         What depends on the method's plan is checked before the run starts.
         """
         if (self.dp_clip is None) != (self.dp_noise is None):
-            given, other = ("--dp-clip", "--dp-noise") if self.dp_noise is None else ("--dp-noise", "--dp-clip")
-            raise UserError(f"{given} needs {other}: give both, or leave both out.")
+            name, other = ("--dp-clip", "--dp-noise") if self.dp_noise is None else ("--dp-noise", "--dp-clip")
+            raise UserError(f"{name} needs {other}: give both, or leave both out.")
         if self.dp_clip is None:
             for flag, there in (("--dp-delta", self.dp_delta is not None), ("--dp-draws", self.dp_draws != "secret")):
                 if there:

@@ -58,8 +58,8 @@ def load_data(
         return GroundingDino(name, box_threshold, text_threshold, device=config.device)
 
     info = lookup(config.data)
-    left = {"backdoor_clients", *(() if masks else DETECTION_OPTIONS)}
-    options = {key: value for key, value in config.data_options.items() if key not in left}
+    exclusions = {"backdoor_clients", *(() if masks else DETECTION_OPTIONS)}
+    options = {key: value for key, value in config.data_options.items() if key not in exclusions}
     # A default of the method stays; the data set's own gives way to sites that the data name.
     usual = {"clients": info.clients, "partition": info.partition}
     free = {name for name, value in usual.items() if name in config.unset and getattr(config, name) == value}
@@ -86,10 +86,10 @@ def decided(config: RunConfig, data: FederatedData) -> RunConfig:
 
     Own test sets that the data have stay, unless the user asks for others.
     """
-    found: dict[str, Any] = {"partition": data.statistics.partition, "clients": len(data.clients)}
+    facts: dict[str, Any] = {"partition": data.statistics.partition, "clients": len(data.clients)}
     if data.client_tests:
-        found["client_test"] = 0.0
-    return config.replace(**{name: value for name, value in found.items() if name in config.unset})
+        facts["client_test"] = 0.0
+    return config.replace(**{name: value for name, value in facts.items() if name in config.unset})
 
 
 def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
@@ -104,13 +104,15 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
         UserError: see :func:`fedkern.data.sharing.holdout.hold_out`, :func:`fedkern.data.sharing.patients.limited` and
             :func:`fedkern.data.sharing.backdoor.add_backdoor`.
     """
-    kept = hold_out(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
-    if config.records == "private" and kept.drawn_validation:
-        kept = replace(kept, validation=kept.validation.subset(torch.zeros(0, dtype=torch.int64)))
+    data = hold_out(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
+    if config.records == "private" and data.drawn_validation:
+        data = replace(data, validation=data.validation.subset(torch.zeros(0, dtype=torch.int64)))
     if config.unit.name == "patient":
-        kept = limited(kept, config.unit.images, config.seed)
-    asked = read_options(config.data, config.data_options)[1]
-    return add_backdoor(kept, asked["backdoor_clients"], asked["backdoor_target"], asked["backdoor_size"], config.seed)
+        data = limited(data, config.unit.images, config.seed)
+    options = read_options(config.data, config.data_options)[1]
+    return add_backdoor(
+        data, options["backdoor_clients"], options["backdoor_target"], options["backdoor_size"], config.seed
+    )
 
 
 def finished_data(
@@ -168,8 +170,8 @@ def effective(config: RunConfig, data: Any) -> RunConfig:
     Raises:
         UserError: settings do not fit together with what the data decide.
     """
-    found = {"clients": len(data.clients), "main": data.task.main, "better": data.task.better}
-    config = config.replace(**found, augment=config.augment or data.form.augment).with_client_threads()
+    facts = {"clients": len(data.clients), "main": data.task.main, "better": data.task.better}
+    config = config.replace(**facts, augment=config.augment or data.form.augment).with_client_threads()
     config.check()
     return config
 
@@ -186,11 +188,11 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
         able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.serves(data)))
         if kind.serves(data.task):
             raise UserError(f"{config.method} needs images, and these samples are none: methods for them are {able}.")
-        own = " and ".join(name for name, task in TASKS.items() if kind.serves(task)) or "no task"
+        tasks = " and ".join(name for name, task in TASKS.items() if kind.serves(task)) or "no task"
         what = f'the data set "{config.data}" is for {data.task.name}'
         if data.task.name == "own":
             what = "a loss of your own tells no classes"
-        raise UserError(f"{config.method} is for {own}, but {what}: methods for that are {able}.")
+        raise UserError(f"{config.method} is for {tasks}, but {what}: methods for that are {able}.")
     check_gives(config.model, data.task.network, config.data, "with --model")
     if config.augment not in (None, "none") and data.form.lacks:
         raise UserError(f"--augment {config.augment} is for images, and these samples are none: leave it out.")
@@ -240,38 +242,38 @@ def _shared_patients(data: FederatedData) -> list[str]:
 
     trained = set().union(*map(people, (*data.clients, *(() if data.public is None else (data.public,)))))
     sets = {f"the {set_noun(name)}": [split] for name, split in {**data.tests, "validation": data.validation}.items()}
-    found = []
+    overlaps = []
     for name, splits in {**sets, "the clients' own test sets": data.client_tests}.items():
-        known = [people(split) for split in splits]
-        if count := sum(len(own & trained) for own in known):
-            found.append(f"{name} ({count} of {sum(map(len, known))})")
-    if not found:
+        patients = [people(split) for split in splits]
+        if count := sum(len(group & trained) for group in patients):
+            overlaps.append(f"{name} ({count} of {sum(map(len, patients))})")
+    if not overlaps:
         return []
     return [
-        f"Patients whose images are trained on are also in {' and '.join(found)}, so that figures there are not those "
-        "of unknown patients: name one client for all images of a patient, or leave images out."
+        f"Patients whose images are trained on are also in {' and '.join(overlaps)}, so that figures there are not "
+        "those of unknown patients: name one client for all images of a patient, or leave images out."
     ]
 
 
 def caveats(data: FederatedData) -> list[str]:
     """Sentences on patients and on classes whose figures on the test sets are not what they seem."""
-    told = _shared_patients(data)
+    sentences = _shared_patients(data)
     if data.statistics.counts.any() and not data.form.lacks:  # no sample is counted where clients are elsewhere
         every = set(range(len(data.classes)))
-        shown = every - _unseen(every, (*data.tests.values(), data.validation))
-        if untrained := sorted(_unseen(shown, data.clients)):
+        test_classes = every - _unseen(every, (*data.tests.values(), data.validation))
+        if untrained := sorted(_unseen(test_classes, data.clients)):
             names = first_of([data.classes[label] for label in untrained], SHOWN)
-            told.append(f"No client trains on an image of {names}, which a test set or the validation set shows.")
-    return told
+            sentences.append(f"No client trains on an image of {names}, which a test set or the validation set shows.")
+    return sentences
 
 
 def _unseen(classes: set[int], splits: Sequence[Split]) -> set[int]:
     """Those of the classes that no image of the splits shows; little is read once all have been seen."""
-    left = set(classes)
+    rest = set(classes)
     parts = ((split.task, rows) for split in splits for part in in_parts(split.labels) for rows in part.split(64))
-    for task, labels in takewhile(lambda _: left, parts):
-        left.difference_update(task.shown_classes(labels).tolist())
-    return left
+    for task, labels in takewhile(lambda _: rest, parts):
+        rest.difference_update(task.shown_classes(labels).tolist())
+    return rest
 
 
 def check_sets(data: Any, plugins: Mapping[str, str]) -> None:

@@ -26,12 +26,12 @@ def read_settings(text: str, *, source: str = NAME) -> dict[str, Any]:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
         raise UserError(f"{source} is not a valid TOML file: {error}.") from None
-    known = RunConfig.names()
+    names = RunConfig.names()
     plain: dict[str, Any] = {}
     for written, value in table.items():
         name = written.replace("-", "_")
-        if name not in known:
-            raise UserError(f'{source} has an unknown setting "{name}".{nearest(name, known)}')
+        if name not in names:
+            raise UserError(f'{source} has an unknown setting "{name}".{nearest(name, names)}')
         if name in plain:
             raise UserError(f'{source} has {name} twice, with "_" and with "-": leave one out.')
         plain[name] = value
@@ -95,13 +95,13 @@ def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) 
     plugins.restore(table.get("plugins", {}), folder, trusted)
 
 
-def _plugin_table(given: Any, source: str) -> dict[str, str]:
+def _plugin_table(value: Any, source: str) -> dict[str, str]:
     """Identities of plugins by name, from a table of a config file or from a list of names there."""
-    if isinstance(given, list) and all(isinstance(name, str) for name in given):
-        return dict.fromkeys(given, "")
-    if not isinstance(given, Mapping) or not all(isinstance(identity, str) for identity in given.values()):
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return dict.fromkeys(value, "")
+    if not isinstance(value, Mapping) or not all(isinstance(identity, str) for identity in value.values()):
         raise UserError(f'{source}: plugins must be a list of names, or a table of lines "NAME" = "IDENTITY".')
-    return dict(given)
+    return dict(value)
 
 
 def check_regular(folder: str | os.PathLike[str]) -> None:

@@ -46,8 +46,8 @@ class TrainingSettings(Section):
     )
 
     def resolved(self) -> dict[str, Any]:
-        found = super().resolved()
-        return found if self.lr_steps is None else {**found, "lr_steps": ",".join(map(str, self.lr_epochs))}
+        values = super().resolved()
+        return values if self.lr_steps is None else {**values, "lr_steps": ",".join(map(str, self.lr_epochs))}
 
     def check(self) -> None:
         super().check()
@@ -55,12 +55,12 @@ class TrainingSettings(Section):
             raise UserError("--momentum must be below 1; at 1 the velocity never decays.")
 
     def unused(self) -> dict[str, str]:
-        found = super().unused()
+        ways = super().unused()
         if self.local_steps is not None:
-            found["local_epochs"] = "beside --local-steps: leave one of the two out"
+            ways["local_epochs"] = "beside --local-steps: leave one of the two out"
         if self.lr_steps is None:
-            found["lr_step_factor"] = "without --lr-steps: give that too, or leave it out"
-        return found
+            ways["lr_step_factor"] = "without --lr-steps: give that too, or leave it out"
+        return ways
 
     @property
     def lr_epochs(self) -> tuple[int, ...]:
