@@ -138,7 +138,7 @@ class Task:
         ends = [one[self.main] for one in each if self.main in one]
         return {**means, **({f"lowest_{self.main}": min(ends), f"highest_{self.main}": max(ends)} if ends else {})}
 
-    def final(self, data: Any, kept: Sequence[Tensor], names: Sequence[str]) -> Figures:
+    def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         """Figures of the run's end from what the last evaluation kept, one entry for every network."""
         return Figures()
 
@@ -257,10 +257,10 @@ class Task:
         """The labels where the class at position k is the class number ``places[k]`` of ``classes``."""
         return torch.tensor(places)[labels]
 
-    def places(self, classes: Sequence[str], known: Sequence[str]) -> Sequence[int] | None:
+    def places(self, classes: Sequence[str], network_classes: Sequence[str]) -> Sequence[int] | None:
         """Positions of data's classes among those that a network knows; None where the data do not fit the network."""
-        places = [known.index(name) for name in classes if name in known]
-        return places if len(places) == len(classes) and len({*known}) == len(known) else None
+        places = [network_classes.index(name) for name in classes if name in network_classes]
+        return places if len(places) == len(classes) and len({*network_classes}) == len(network_classes) else None
 
     # -- networks --------------------------------------------------------------------------------------------------
 
@@ -324,9 +324,9 @@ class Task:
 
 def check_shape(labels: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
     """Raises ValueError where a split's labels have another dtype or shape."""
-    expected, given = (f"{each} {[*axes]}"[6:] for each, axes in ((dtype, shape), (labels.dtype, labels.shape)))
-    if given != expected:
-        raise ValueError(f"labels: expected {expected}, got {given}")
+    expected, actual = (f"{each} {[*axes]}"[6:] for each, axes in ((dtype, shape), (labels.dtype, labels.shape)))
+    if actual != expected:
+        raise ValueError(f"labels: expected {expected}, got {actual}")
 
 
 def answers(model: nn.Module, data: Any) -> Iterator[tuple[Any, Any]]:
@@ -339,16 +339,16 @@ def answers(model: nn.Module, data: Any) -> Iterator[tuple[Any, Any]]:
         for batch in data.batches():
             yield model(batch.inputs), batch.targets
         return
-    asked = torch.no_grad()(model)
+    forward = torch.no_grad()(model)
     ahead: deque[tuple[Future[Tensor], Any]] = deque()
     for batch in data.batches():
         # Copy this thread's context: the precision of networks is a context variable.
-        ahead.append((pool.submit(copy_context().run, asked, batch.inputs), batch.targets))
+        ahead.append((pool.submit(copy_context().run, forward, batch.inputs), batch.targets))
         if len(ahead) > AHEAD:
-            done, known = ahead.popleft()
-            yield done.result(), known
-    for done, known in ahead:
-        yield done.result(), known
+            done, targets = ahead.popleft()
+            yield done.result(), targets
+    for done, targets in ahead:
+        yield done.result(), targets
 
 
 def mean(values: Sequence[Tensor]) -> Tensor:

@@ -42,12 +42,12 @@ class Classification(Task):
         exists, holds further metrics (see `registered_metrics`), whose values are added by name.
         """
         correct, loss, confidence, total = 0, 0.0, 0.0, 0
-        predictions, kept = [], []
+        predictions, all_outputs = [], []
         keep = getattr(data, "keep", None)
         gathered = Answers(getattr(data, "metrics", ()))
-        for said, labels in answers(model, data):
-            gathered.add(said, labels)
-            logits = said.double()
+        for outputs, labels in answers(model, data):
+            gathered.add(outputs, labels)
+            logits = outputs.double()
             log_probability = F.log_softmax(logits, 1).gather(1, labels[:, None])
             predicted = logits.argmax(1)
             correct += int((predicted == labels).sum())
@@ -56,36 +56,36 @@ class Classification(Task):
             total += labels.numel()
             predictions.append(predicted)
             if keep is not None:
-                kept.append(said.cpu())
+                all_outputs.append(outputs.cpu())
         if total == 0:
             raise ValueError("data: expected at least one sample, given none")
         record = getattr(data, "record", None)
         if record is not None:
             record(torch.cat(predictions))
         if keep is not None:
-            keep(torch.cat(kept))
-        found = {"accuracy": correct / total, "loss": loss / total, "confidence": confidence / total}
-        return {**found, **gathered.figures()}
+            keep(torch.cat(all_outputs))
+        figures = {"accuracy": correct / total, "loss": loss / total, "confidence": confidence / total}
+        return {**figures, **gathered.figures()}
 
     @torch.no_grad()
     def member_figures(self, model: Any, data: Any) -> dict[str, float]:
         clients = len(model.members)
         correct, loss, confidence = (torch.zeros(clients, dtype=torch.float64) for _ in range(3))
         total = 0
-        keep, kept = getattr(data, "keep", None), []
+        keep, all_outputs = getattr(data, "keep", None), []
         for batch in data.batches():
-            said, labels = model.logits(batch.inputs), batch.targets
+            outputs, labels = model.logits(batch.inputs), batch.targets
             if keep is not None:
-                kept.append(said.cpu())
-            logits = said.double()
+                all_outputs.append(outputs.cpu())
+            logits = outputs.double()
             truth = F.log_softmax(logits, 2).gather(2, labels.expand(clients, -1)[..., None])[..., 0]
             correct += (logits.argmax(2) == labels).sum(1).cpu()
             loss -= truth.sum(1).cpu()
             confidence += truth.exp().sum(1).cpu()
             total += labels.numel()
         if keep is not None:
-            for k, own in enumerate(torch.cat(kept, 1)):
-                keep(own, client=k)
+            for k, client_outputs in enumerate(torch.cat(all_outputs, 1)):
+                keep(client_outputs, client=k)
         accuracy = correct / total
         return {
             "accuracy": float(accuracy.mean()),
@@ -95,9 +95,9 @@ class Classification(Task):
             "confidence": float(confidence.mean()) / total,
         }
 
-    def final(self, data: Any, kept: Sequence[Tensor], names: Sequence[str]) -> Figures:
+    def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         labels = data.labels.cpu()
-        each = [_classified(logits, labels) for logits in kept]
+        each = [_classified(logits, labels) for logits in outputs]
         metrics = {
             figure: sum(one[figure] for one, _ in each) / len(each)
             for figure in each[0][0]
@@ -111,7 +111,7 @@ class Classification(Task):
         }
         matrix = None
         if len(names) <= MATRIX:
-            matrices = [of_classes.confusion(labels, logits.double().argmax(1), len(names)) for logits in kept]
+            matrices = [of_classes.confusion(labels, logits.double().argmax(1), len(names)) for logits in outputs]
             matrix = torch.stack(matrices).sum(0)
         return Figures(metrics, per_class, matrix)
 

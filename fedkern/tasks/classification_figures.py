@@ -47,14 +47,14 @@ def areas(scores: Tensor, labels: Tensor) -> Tensor:
         scores: ``[n, L]``, larger where a label is more likely; ties count one half.  A label with a NaN has no area.
         labels: 0 and 1, ``[n, L]``.
     """
-    found = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
+    result = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
     for column in range(scores.shape[1]):
-        own = labels[:, column].bool()
-        positive, negative = int(own.sum()), int((~own).sum())
+        has_label = labels[:, column].bool()
+        positive, negative = int(has_label.sum()), int((~has_label).sum())
         if positive and negative and not bool(scores[:, column].isnan().any()):
             ranks = mean_ranks(scores[:, column])
-            found[column] = (float(ranks[own].sum()) - positive * (positive + 1) / 2) / (positive * negative)
-    return found
+            result[column] = (float(ranks[has_label].sum()) - positive * (positive + 1) / 2) / (positive * negative)
+    return result
 
 
 def roc_areas(scores: Tensor, labels: Tensor) -> Tensor:

@@ -77,16 +77,16 @@ def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
 def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> None:
     """Raises UserError where figures of a test set, users' ``metrics`` included, would have the names of others'."""
     figures = ("loss", "gallery", "hd95", "object_area", "gradcam_in_object", "dice_1", *FRACTIONS, *metrics)
-    kept = {"validation_": "the validation set", **dict.fromkeys(OVER_CLIENTS, "the clients")}
+    others = {"validation_": "the validation set", **dict.fromkeys(OVER_CLIENTS, "the clients")}
     sets = {f"{name}_" if name else "": f"the {set_noun(name)}{'' if name else ' without a name'}" for name in names}
-    for own in sets:
-        for other, called in (sets | kept).items():
-            rest = own[len(other) :] if own.startswith(other) else ""
-            alike = own == "test_" or any(figure.startswith(rest) for figure in figures)
-            if own == other in kept or (rest and alike):
+    for prefix in sets:
+        for other, called in (sets | others).items():
+            rest = prefix[len(other) :] if prefix.startswith(other) else ""
+            alike = prefix == "test_" or any(figure.startswith(rest) for figure in figures)
+            if prefix == other in others or (rest and alike):
                 raise UserError(
-                    f'The test set "{own[:-1]}" cannot have this name, as its figures would have the names of those of '
-                    f"{called}: give it another name."
+                    f'The test set "{prefix[:-1]}" cannot have this name, as its figures would have the names of those '
+                    f"of {called}: give it another name."
                 )
 
 
@@ -128,13 +128,13 @@ def short_title(name: str) -> str:
     return _titled(name, {**_FIGURES, **_SHORT})
 
 
-def _titled(name: str, known: Mapping[str, str]) -> str:
-    figure = max((each for each in known if f"_{name}".endswith(f"_{each}")), key=len, default="")
+def _titled(name: str, titles: Mapping[str, str]) -> str:
+    figure = max((each for each in titles if f"_{name}".endswith(f"_{each}")), key=len, default="")
     ending = next((each for each in _ENDINGS if name.endswith(each)), "")
     if not figure:
         return name.removesuffix(ending).replace("_", " ") + _ENDINGS.get(ending, "")
     which = name.removesuffix(figure).replace("_", " ").strip()
-    return f"{which}: {known[figure]}" if which else known[figure]
+    return f"{which}: {titles[figure]}" if which else titles[figure]
 
 
 def set_title(name: str) -> str:

@@ -53,22 +53,24 @@ class Multilabel(Task):
         loss = float(binary_cross_entropy_with_logits(logits.double(), labels.double()))
         return {**label_figures(logits, labels), "loss": loss}
 
-    def final(self, data: Any, kept: Sequence[Tensor], names: Sequence[str]) -> Figures:
+    def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         labels = data.labels.cpu()
         each = {"auroc": areas, "average_precision": average_precisions}
         return Figures(
-            per_class={name: named(mean([of(logits, labels) for logits in kept]), names) for name, of in each.items()}
+            per_class={
+                name: named(mean([of(logits, labels) for logits in outputs]), names) for name, of in each.items()
+            }
         )
 
     def defined(self, data: Any) -> bool:
         return bool((data.labels != data.labels[:1]).any())
 
-    def chance(self, data: Any, classes: int, **known: Any) -> float | None:
+    def chance(self, data: Any, classes: int, **facts: Any) -> float | None:
         return 0.5
 
     def unvaried(self, data: Any) -> bool:
-        kept = [logits for _, logits in data.kept if logits.shape == data.labels.shape]
-        return bool(kept) and len(data) > 1 and all(map(unvaried, kept))
+        outputs = [logits for _, logits in data.kept if logits.shape == data.labels.shape]
+        return bool(outputs) and len(data) > 1 and all(map(unvaried, outputs))
 
     def checked(self, labels: Tensor) -> Tensor:
         if labels.is_complex() or not bool(((labels == 0) | (labels == 1)).all()):
@@ -149,15 +151,15 @@ def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """
     predicted, true = logits > 0, labels.bool()
     f1 = 2 * (predicted & true).sum(0).double() / (predicted.sum(0) + true.sum(0))
-    found = {
+    figures = {
         MAIN: float(areas(logits, labels).nanmean()),
         "mean_average_precision": float(average_precisions(logits, labels).nanmean()),
         "macro_f1": float(f1[true.any(0)].mean()),  # NaN without a label that occurs
         "exact_match": float((predicted == true).all(1).double().mean()),
     }
     if bool(logits.isnan().any()):  # no label is predicted then, which would be right for many images
-        return dict.fromkeys(found, math.nan)
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+        return dict.fromkeys(figures, math.nan)
+    return {name: value for name, value in figures.items() if not math.isnan(value)}
 
 
 def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
@@ -169,16 +171,16 @@ def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
         scores: ``[n, L]``, larger where a label is more likely.  A label with a NaN has no average precision.
         labels: 0 and 1, ``[n, L]``.
     """
-    found = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
+    result = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
     for column in range(scores.shape[1]):
-        own = labels[:, column].double()
-        if not bool(own.any()) or bool(scores[:, column].isnan().any()):
+        truth = labels[:, column].double()
+        if not bool(truth.any()) or bool(scores[:, column].isnan().any()):
             continue
         values, place = torch.unique(scores[:, column], return_inverse=True)
-        hits = torch.bincount(place, weights=own, minlength=len(values)).flip(0)  # from the highest score down
+        hits = torch.bincount(place, weights=truth, minlength=len(values)).flip(0)  # from the highest score down
         images = torch.bincount(place, minlength=len(values)).flip(0)
-        found[column] = float((hits * hits.cumsum(0) / images.cumsum(0)).sum() / own.sum())
-    return found
+        result[column] = float((hits * hits.cumsum(0) / images.cumsum(0)).sum() / truth.sum())
+    return result
 
 
 def unvaried(logits: Tensor) -> bool:

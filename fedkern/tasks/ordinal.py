@@ -72,7 +72,7 @@ class Ordinal(Task):
 
         Predictions are the likeliest classes; the answers kept are the logarithms of the probabilities, [n, K].
         """
-        parts = [(said.double(), labels) for said, labels in answers(model, data)]
+        parts = [(outputs.double(), labels) for outputs, labels in answers(model, data)]
         if not parts:
             raise ValueError("data: expected at least one sample, given none")
         logits, labels = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -90,8 +90,8 @@ class Ordinal(Task):
             "loss": float(F.nll_loss(logits, labels)),
         }
 
-    def final(self, data: Any, kept: Sequence[Tensor], names: Sequence[str]) -> Figures:
-        labels, every = data.labels.cpu(), [logits.argmax(1) for logits in kept]
+    def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
+        labels, every = data.labels.cpu(), [logits.argmax(1) for logits in outputs]
         recalls = mean([of_classes.recalls(labels, predicted, len(names)) for predicted in every])
         matrices = [of_classes.confusion(labels, predicted, len(names)) for predicted in every]
         return Figures(per_class={"recall": named(recalls, names)}, confusion=torch.stack(matrices).sum(0))

@@ -66,17 +66,17 @@ class Retrieval(Task):
             raise ValueError("data: expected at least one sample, given none")
         images, texts = torch.cat([x for x, _ in both]), torch.cat([y for _, y in both])
         gallery = Gallery.of(data.split.ids, data.split.texts)
-        found = recalls(images[gallery.images.to(images.device)], texts, RECALLS, pairs=gallery.pairs)
+        figures = recalls(images[gallery.images.to(images.device)], texts, RECALLS, pairs=gallery.pairs)
         loss = contrastive_among(images, texts, data.loss_batch)
-        return {**found, "loss": loss, "gallery": float(len(texts))}
+        return {**figures, "loss": loss, "gallery": float(len(texts))}
 
     def comparable(self, sizes: Sequence[int]) -> tuple[str, ...]:
         return ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5") if len(set(sizes)) == 1 else ()  # of equally many candidates
 
-    def chance(self, data: Any, classes: int, *, candidates: float = 0.0, **known: Any) -> float | None:
+    def chance(self, data: Any, classes: int, *, candidates: float = 0.0, **facts: Any) -> float | None:
         return 1 / candidates if candidates else None
 
-    def places(self, classes: Sequence[str], known: Sequence[str]) -> Sequence[int] | None:
+    def places(self, classes: Sequence[str], network_classes: Sequence[str]) -> Sequence[int] | None:
         return range(len(classes))  # nothing is learnt of the classes
 
     def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
@@ -220,7 +220,7 @@ def recalls(
 
 
 def _recalls(queries: Tensor, gallery: Tensor, ks: Sequence[int], pairs: Tensor) -> list[float]:
-    found = torch.zeros(len(ks), dtype=torch.float64)
+    hits = torch.zeros(len(ks), dtype=torch.float64)
     counted = 0
     order = torch.argsort(pairs[:, 0], stable=True)
     pairs = pairs[order]
@@ -229,18 +229,18 @@ def _recalls(queries: Tensor, gallery: Tensor, ks: Sequence[int], pairs: Tensor)
         # Equal texts should tie for a query, but a matrix product may round their columns differently.
         scores = (scores.double() * 2**20).round().nan_to_num_(nan=-torch.inf)  # NaN ranks last
         first, last = torch.searchsorted(pairs[:, 0].contiguous(), torch.tensor([start, start + CHUNK]).to(pairs))
-        own = torch.zeros_like(scores, dtype=torch.bool)
-        own[pairs[first:last, 0] - start, pairs[first:last, 1]] = True
-        has = own.any(1)
-        scores, own = scores[has], own[has]
-        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        is_pair = torch.zeros_like(scores, dtype=torch.bool)
+        is_pair[pairs[first:last, 0] - start, pairs[first:last, 1]] = True
+        has = is_pair.any(1)
+        scores, is_pair = scores[has], is_pair[has]
+        best = scores.masked_fill(~is_pair, -torch.inf).amax(1, keepdim=True)
         ahead = (scores > best).sum(1)
         level = scores == best
-        tied, right = level.sum(1), (level & own).sum(1)
+        tied, right = level.sum(1), (level & is_pair).sum(1)
         for i, k in enumerate(ks):
-            found[i] += float(_among(k - ahead, tied, right).sum())
+            hits[i] += float(_among(k - ahead, tied, right).sum())
         counted += int(has.sum())
-    return (found / max(counted, 1)).tolist()
+    return (hits / max(counted, 1)).tolist()
 
 
 def _among(drawn: Tensor, tied: Tensor, right: Tensor) -> Tensor:

@@ -59,17 +59,17 @@ class Segmentation(Task):
         return pixelwise_loss(outputs, batch.targets, per_sample=batch.per_sample)
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        known = (targets >= 0).flatten(1)
+        valid = (targets >= 0).flatten(1)
         loss = F.cross_entropy(outputs, targets.clamp_min(0), reduction="none").flatten(1)
-        pixels = known.sum(1)
-        mean = torch.where(known, loss, 0.0).sum(1) / pixels
+        pixels = valid.sum(1)
+        mean = torch.where(valid, loss, 0.0).sum(1) / pixels
         return mean[pixels > 0]
 
     def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
         return segmentation(model, data)
 
-    def final(self, data: Any, kept: Sequence[Tensor], names: Sequence[str]) -> Figures:
-        return Figures(per_class={"dice": named(mean(kept), names)})
+    def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
+        return Figures(per_class={"dice": named(mean(outputs), names)})
 
     def kept_shape(self, data: Any, classes: int) -> tuple[int, ...]:
         return (classes,)
@@ -86,7 +86,7 @@ class Segmentation(Task):
         value, best = constant_dice(data.labels, len(classes), data.cases, data.full)
         return Constant({"dice": value}, classes[best] if value else "")
 
-    def chance(self, data: Any, classes: int, **known: Any) -> float | None:
+    def chance(self, data: Any, classes: int, **facts: Any) -> float | None:
         return None if data is None else constant_dice(data.labels, classes, data.cases, data.full)[0]
 
     def unfit(self, split: Any) -> str:
@@ -118,8 +118,8 @@ class Segmentation(Task):
     def both_labels(self, labels: Sequence[Any], classes: Sequence[str]) -> str:
         return "two masks"
 
-    def places(self, classes: Sequence[str], known: Sequence[str]) -> Sequence[int] | None:
-        places = super().places(classes, known)  # the values of masks are numbers in the order of the classes
+    def places(self, classes: Sequence[str], network_classes: Sequence[str]) -> Sequence[int] | None:
+        places = super().places(classes, network_classes)  # the values of masks are numbers in the order of the classes
         return places if places == [*range(len(classes))] else None
 
     def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
@@ -141,15 +141,15 @@ def pixelwise_loss(logits: Tensor, labels: Tensor, *, per_sample: bool = False) 
         per_sample: True: the mean over samples of each sample's mean (0 without known pixels), so that a sample's
             gradient does not depend on the other samples' known pixels.  False: the mean over all known pixels.
     """
-    known = labels >= 0
-    labels = labels.masked_fill(~known, IGNORE)
+    valid = labels >= 0
+    labels = labels.masked_fill(~valid, IGNORE)
     if per_sample or added_in_any_order(logits):
         losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)  # 0 where unknown
         if not per_sample:
-            return losses.sum() / known.sum().clamp_min(1)
-        return (losses.flatten(1).sum(1) / known.flatten(1).sum(1).clamp_min(1)).mean()
+            return losses.sum() / valid.sum().clamp_min(1)
+        return (losses.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp_min(1)).mean()
     # Bit-identical to cross_entropy's own mean, except that no known pixels give 0 instead of NaN.
-    return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE) / known.sum().clamp_min(1)
+    return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE) / valid.sum().clamp_min(1)
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
     Raises:
         ValueError: no pixel has a label.
     """
-    loss, known = 0.0, 0
+    loss, pixels = 0.0, 0
     full = getattr(data, "full", None)
     counts: list[Tensor] = []  # per image and class: pixels in both, predicted, true
     distances: list[float] = []
@@ -181,7 +181,7 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
         here = labels >= 0
         truth = labels.clamp_min(0)
         loss -= float(F.log_softmax(logits, 1).gather(1, truth[:, None])[:, 0][here].double().sum())
-        known += int(here.sum())
+        pixels += int(here.sum())
         predicted = logits.argmax(1)
         if full is None:
             counts.append(overlaps(predicted, labels, logits.shape[1]))
@@ -189,7 +189,7 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
             counts.append(full.overlaps(predicted, sum(map(len, counts)), logits.shape[1]))
         distances += _distances(predicted.cpu().numpy(), labels.cpu().numpy())
         predictions.append(predicted.to(torch.uint8 if logits.shape[1] <= 256 else torch.int64))
-    if known == 0:
+    if pixels == 0:
         raise ValueError("data: expected at least one labelled pixel, given none")
     record = getattr(data, "record", None)
     if record is not None:
@@ -201,10 +201,10 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
     if keep is not None:
         keep(every)
     by_class = every[1:]
-    both, said, true = per_image.sum(0).double().unbind(0)
-    union = torch.where(true > 0, said + true - both, math.nan)[1:]
+    both, guesses, true = per_image.sum(0).double().unbind(0)
+    union = torch.where(true > 0, guesses + true - both, math.nan)[1:]
     means = {"dice": float(by_class.nanmean()), "iou": float((both[1:] / union).nanmean())}
-    figures = {**{name: mean for name, mean in means.items() if not math.isnan(mean)}, "loss": loss / known}
+    figures = {**{name: mean for name, mean in means.items() if not math.isnan(mean)}, "loss": loss / pixels}
     if distances:
         figures["hd95"] = float(np.mean(distances))
     if len(by_class) > 1:
@@ -228,8 +228,8 @@ def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     """
     rows = torch.arange(len(truth), device=truth.device).repeat_interleave(truth[0].numel() if len(truth) else 0)
     guess, label = predicted.reshape(-1), truth.reshape(-1)
-    known = label >= 0
-    rows, guess, label = rows[known], guess[known], label[known]
+    valid = label >= 0
+    rows, guess, label = rows[valid], guess[valid], label[valid]
 
     def count(rows: Tensor, of: Tensor) -> Tensor:
         return torch.bincount(rows * classes + of, minlength=len(truth) * classes).view(len(truth), classes).cpu()
@@ -246,10 +246,10 @@ def dice(counts: Tensor) -> Tensor:
     Args:
         counts: int64 [n, 3, C], as from :func:`overlaps`.
     """
-    both, said, true = counts.double().unbind(1)
+    both, guesses, true = counts.double().unbind(1)
     healthy = true[:, 1:].sum(1, keepdim=True) == 0
-    counted = (true.sum(0) > 0) & ((true > 0) | (healthy & (said > 0)))
-    return torch.where(counted, 2 * both / (said + true), math.nan).nanmean(0)
+    counted = (true.sum(0) > 0) & ((true > 0) | (healthy & (guesses > 0)))
+    return torch.where(counted, 2 * both / (guesses + true), math.nan).nanmean(0)
 
 
 def constant_dice(labels: Tensor, classes: int, cases: Tensor | None = None, full: Any = None) -> tuple[float, int]:
@@ -266,12 +266,12 @@ def constant_dice(labels: Tensor, classes: int, cases: Tensor | None = None, ful
         counts = full.overlaps(torch.zeros(labels.shape, dtype=torch.uint8), 0, classes)
         counts[:, 0] = counts[:, 2]
     counts[:, 1] = counts[:, 2].sum(1, keepdim=True)  # all known pixels are predicted as the class
-    found = dice(counts if cases is None else _together(counts, cases))[1:]
-    present = int((~found.isnan()).sum())
+    scores = dice(counts if cases is None else _together(counts, cases))[1:]
+    present = int((~scores.isnan()).sum())
     if not present:
         return 0.0, 0
-    best = int(found.nan_to_num(-1.0).argmax())
-    return float(found[best]) / present, best + 1
+    best = int(scores.nan_to_num(-1.0).argmax())
+    return float(scores[best]) / present, best + 1
 
 
 def hausdorff95(predicted: Mask, truth: Mask) -> float:
@@ -304,12 +304,12 @@ def hausdorff95(predicted: Mask, truth: Mask) -> float:
 
 def _distances(predicted: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> list[float]:
     """Hausdorff distances of every image and every foreground class in the image's truth."""
-    found = []
+    distances = []
     for guess, label in zip(predicted, truth, strict=True):
-        known = label >= 0
+        valid = label >= 0
         for c in np.unique(label[label > 0]):
-            found.append(hausdorff95((guess == c) & known, label == c))
-    return found
+            distances.append(hausdorff95((guess == c) & valid, label == c))
+    return distances
 
 
 def _together(counts: Tensor, cases: Tensor) -> Tensor:

@@ -95,18 +95,18 @@ class OwnTask(Task):
     def criterion(self, outputs: Any, batch: Any) -> Tensor:
         return self._checked("loss_fn", self.loss_fn, outputs, batch.targets)
 
-    def _checked(self, name: str, function: Callable[..., Any], *given: Any) -> Tensor:
+    def _checked(self, name: str, function: Callable[..., Any], *arguments: Any) -> Tensor:
         with explained(name, function):
-            value: Any = repeatable(self._placed(function, given), given[0])(*given)
+            value: Any = repeatable(self._placed(function, arguments), arguments[0])(*arguments)
         if not isinstance(value, Tensor) or value.dim():
             what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UserError(f"{name} must return one number, a tensor of no axes, and returns {what}: take the mean.")
         return value
 
-    def _placed(self, function: Any, given: tuple[Any, ...]) -> Any:
+    def _placed(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """A loss that is a module with tensors (weights of classes) on the device of what it is given."""
         weight = next(iter(function.state_dict().values()), None) if isinstance(function, nn.Module) else None
-        device = next((leaf.device for leaf in leaves(given) if isinstance(leaf, Tensor)), None)
+        device = next((leaf.device for leaf in leaves(arguments) if isinstance(leaf, Tensor)), None)
         if weight is None or device is None or weight.device == device:
             return function
         if device not in self._copies:
@@ -187,6 +187,6 @@ def _first_parameter(function: Callable[..., Any]) -> str:
         return ""
 
 
-def _number(name: str, metric: Callable[..., Any], *given: Any) -> float:
+def _number(name: str, metric: Callable[..., Any], *arguments: Any) -> float:
     with explained(name, metric):
-        return float(metric(*given))
+        return float(metric(*arguments))
