@@ -79,65 +79,65 @@ class _Served:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
 
-    def written(self, *given: Any, **named: Any) -> Any:
+    def written(self, *args: Any, **named: Any) -> Any:
         """What the module's class does."""
-        return type(self.module).forward(self.module, *given, **named)
+        return type(self.module).forward(self.module, *args, **named)
 
 
 def _install(module: nn.Module, served: _Served) -> None:
-    held = vars(module)
-    held["forward"] = served
+    attributes = vars(module)
+    attributes["forward"] = served
     for key, function in (("__reduce_ex__", _reduced), ("__deepcopy__", _copied)):
         bound: Any = partial(function, module)
         bound.as_written = True
-        held[key] = bound
+        attributes[key] = bound
 
 
 def _reduced(module: Any, protocol: Any) -> tuple[Any, ...]:
     """How a plain module would be pickled."""
     kind: Any = type(module)
-    make, given, state, *rest = kind.__reduce_ex__(module, protocol)
+    make, args, state, *rest = kind.__reduce_ex__(module, protocol)
     if isinstance(state, dict):
         state = {key: each for key, each in state.items() if key not in _KEYS}
-    return make, given, state, *rest
+    return make, args, state, *rest
 
 
 def _copied(module: Any, memo: dict[int, Any]) -> Any:
     """A deep copy, accelerated as the module is."""
     if hasattr(type(module), "__deepcopy__"):
-        made = type(module).__deepcopy__(module, memo)
+        result = type(module).__deepcopy__(module, memo)
     else:
-        make, given, state, *_ = _reduced(module, 4)
-        made = memo[id(module)] = make(*copy.deepcopy(given, memo))
-        made.__setstate__(copy.deepcopy(state, memo))
-    _install(made, type(vars(module)["forward"])(made))
-    return made
+        make, args, state, *_ = _reduced(module, 4)
+        result = memo[id(module)] = make(*copy.deepcopy(args, memo))
+        result.__setstate__(copy.deepcopy(state, memo))
+    _install(result, type(vars(module)["forward"])(result))
+    return result
 
 
 class _Root(_Served):
     """The forward of a network: a call in which convolutions wait."""
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        return self.within(self.written, *given, **named)
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.within(self.written, *args, **named)
 
-    def within(self, function: Any, *given: Any, **named: Any) -> Any:
+    def within(self, function: Any, *args: Any, **named: Any) -> Any:
         """Calls a function of the network or of parts of it as a call of the network."""
         if getattr(_thread, "run", None) is not None or _watched(self.module):
-            return function(*given, **named)
+            return function(*args, **named)
         _thread.run = begun = Run(getattr(_thread, "serve", _serve))
         try:
-            found = _plain(function(*given, **named))
+            result = _plain(function(*args, **named))
             begun.finish()
-            return found
+            return result
         finally:
             _thread.run = None
             begun.over = True
 
 
-def called(module: nn.Module, function: Any, *given: Any) -> Any:
+def called(module: nn.Module, function: Any, *args: Any) -> Any:
     """Calls a function of parts of a network; as a call of the network where it is accelerated."""
     root = vars(module).get("forward")
-    return root.within(function, *given) if isinstance(root, _Root) else function(*given)
+    return root.within(function, *args) if isinstance(root, _Root) else function(*args)
 
 
 @contextmanager
@@ -175,16 +175,16 @@ def _products(shape: tuple[int, ...], weight: Tensor) -> int:
     return batch * height * width * weight.numel()
 
 
-def _plain(found: Any) -> Any:
+def _plain(result: Any) -> Any:
     """A network's result, in which nothing waits; objects with tensors are looked into as far as attributes."""
-    if isinstance(found, (Tensor, tuple, list)) or type(found) is dict:
-        return computed(found)
-    for name, each in list(getattr(found, "__dict__", {}).items()):
+    if isinstance(result, (Tensor, tuple, list)) or type(result) is dict:
+        return computed(result)
+    for name, each in list(getattr(result, "__dict__", {}).items()):
         if type(each) is Pending:
-            object.__setattr__(found, name, computed(each))  # a dataclass may be frozen
-    if isinstance(found, dict):
-        found.update({key: computed(each) for key, each in found.items() if type(each) is Pending})
-    return found
+            object.__setattr__(result, name, computed(each))  # a dataclass may be frozen
+    if isinstance(result, dict):
+        result.update({key: computed(each) for key, each in result.items() if type(each) is Pending})
+    return result
 
 
 def _watched(module: nn.Module) -> bool:
@@ -204,11 +204,11 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
         if isinstance(layer, torch.jit.ScriptModule):
             yield layer
         elif layer is not None:
-            held = vars(layer)
-            layers += held["_modules"].values()
+            attributes = vars(layer)
+            layers += attributes["_modules"].values()
             if hooked(layer):
                 for name in HOOKS if layer is not module else HOOKS[2:]:
-                    yield from held[name].values()
+                    yield from attributes[name].values()
 
 
 def takes_computed(hook: Any) -> bool:
@@ -266,13 +266,13 @@ def _serve(chain: Chain, dense: bool) -> Tensor | None:
     """A chain by an operator; None where the layers have to run as written, or are faster than copies around it."""
     site = chain.site
     products = _products(site.shape, site.weight)
-    found = _pooled(chain, dense)
-    if found is None and site.padding == site.weight.shape[2] // 2:
-        found = _normed(chain, dense, products)
+    result = _pooled(chain, dense)
+    if result is None and site.padding == site.weight.shape[2] // 2:
+        result = _normed(chain, dense, products)
     record: Record | None = getattr(_thread, "record", None)
-    if found is not None and record is not None:
+    if result is not None and record is not None:
         record[0].append((site, products))
-    return found
+    return result
 
 
 def _pooled(chain: Chain, dense: bool) -> Tensor | None:
@@ -311,13 +311,13 @@ def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
         elif bias is not None and variance is not None:
             shift, bias = shift + bias * norm.weight * torch.rsqrt(variance + norm.eps), None
         settings = Settings(mean, variance, norm.momentum, norm.eps, *after, tracks, norm.training)
-    given = settings.mean, settings.variance, residual, chain.pool, site.stride, settings.groups
-    kernel = serving(x, site.weight, norm.weight, shift, *given, bias if settings.groups else None)
+    arguments = settings.mean, settings.variance, residual, chain.pool, site.stride, settings.groups
+    kernel = serving(x, site.weight, norm.weight, shift, *arguments, bias if settings.groups else None)
     if kernel is None:
         return None
     site.moved += moved
-    found = run(kernel, settings, x, site.weight, norm.weight, shift, residual, bias)
+    result = run(kernel, settings, x, site.weight, norm.weight, shift, residual, bias)
     if moves is not None and bias is not None:
         with torch.no_grad():
             moves.add_(bias, alpha=settings.momentum)
-    return found
+    return result

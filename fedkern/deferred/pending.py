@@ -54,9 +54,9 @@ class Norm:
 
     def __call__(self, y: Tensor) -> Tensor:
         """The norm as torch computes it."""
-        given = (None, None) if self.training and self.counted else (self.mean, self.variance)
+        statistics = (None, None) if self.training and self.counted else (self.mean, self.variance)
         self.counted = True
-        return F.batch_norm(y, *given, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return F.batch_norm(y, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
 
 
 class GroupNorm:
@@ -143,8 +143,8 @@ class Run:
     def compute(self) -> None:
         """Computes what the network's code still holds."""
         for reference in reversed(self.made):  # what comes last releases what it is made of
-            if (kept := reference()) is not None:
-                value(kept.__dict__["node"])
+            if (tensor := reference()) is not None:
+                value(tensor.__dict__["node"])
 
 
 def version(tensor: Tensor) -> int:
@@ -174,9 +174,9 @@ class Pending(Tensor):
     ) -> Any:
         how = _EXTENDING.get(func)
         if how is not None and not _autocast("cpu"):
-            found = how(*args, **(kwargs or {}))
-            if found is not None:
-                return found
+            result = how(*args, **(kwargs or {}))
+            if result is not None:
+                return result
         elif func in _ABOUT:
             with WithoutTorchFunction():
                 return func(*args, **(kwargs or {}))
@@ -195,43 +195,43 @@ class Pending(Tensor):
 def handle(node: Node) -> Pending:
     """A tensor for the network's code."""
     grad = node.chain.site.grad
-    made: Pending = Tensor._make_wrapper_subclass(Pending, node.shape, dtype=torch.float32, requires_grad=grad)
+    tensor: Pending = Tensor._make_wrapper_subclass(Pending, node.shape, dtype=torch.float32, requires_grad=grad)
     if grad:
         # As register_hook, in a tenth of its time. Only what takes it past __torch_function__, as a custom
         # autograd.Function does, brings it into a graph.
         with WithoutTorchFunction():
-            made._backward_hooks = _LOST
-    made.__dict__["node"] = node
-    node.run.made.append(weakref.ref(made))
-    return made
+            tensor._backward_hooks = _LOST
+    tensor.__dict__["node"] = node
+    node.run.made.append(weakref.ref(tensor))
+    return tensor
 
 
-def computed(given: Any) -> Any:
+def computed(item: Any) -> Any:
     """A value with what waits in it computed; contiguous, as torch's convolutions give it."""
-    if type(given) is Pending:
-        return value(given.__dict__["node"])
-    if type(given) in (tuple, list):
-        return type(given)(map(computed, given))
-    if isinstance(given, tuple) and hasattr(given, "_fields"):
-        return type(given)(*map(computed, given))
-    return {key: computed(each) for key, each in given.items()} if type(given) is dict else given
+    if type(item) is Pending:
+        return value(item.__dict__["node"])
+    if type(item) in (tuple, list):
+        return type(item)(map(computed, item))
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return type(item)(*map(computed, item))
+    return {key: computed(each) for key, each in item.items()} if type(item) is dict else item
 
 
 def value(node: Node, dense: bool = True) -> Tensor:
     """The result of a node, computed once; ``dense``: contiguous, else as the operator gave it."""
-    found = node.value
-    if found is not None and not (dense and not found.is_contiguous()):
-        return found
+    result = node.value
+    if result is not None and not (dense and not result.is_contiguous()):
+        return result
     if node.run.over:
         raise RuntimeError("a tensor of a call of an accelerated network that failed is not there any more")
     grad = node.chain.site.grad
     if grad == _grad_enabled() and not _autocast("cpu") and saved_hooks(True) is None:
-        found = _found(node, dense)
+        result = _found(node, dense)
     else:  # as where the convolution stands: a checkpoint counts what is saved inside of it
         with torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=False), saved_tensors_hooks(_same, _same):
-            found = _found(node, dense)
-    node.value, node.version, node.parent, node.step = found, version(found), None, None
-    return found
+            result = _found(node, dense)
+    node.value, node.version, node.parent, node.step = result, version(result), None, None
+    return result
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -239,11 +239,11 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _found(node: Node, dense: bool) -> Tensor:
-    found = _computed(node, dense) if node.value is None else node.value
-    if found.is_contiguous() or not dense:
-        return found
-    node.chain.site.moved += found.numel()
-    return found.contiguous()
+    result = _computed(node, dense) if node.value is None else node.value
+    if result.is_contiguous() or not dense:
+        return result
+    node.chain.site.moved += result.numel()
+    return result.contiguous()
 
 
 def _computed(node: Node, dense: bool) -> Tensor:
@@ -325,10 +325,10 @@ def _batch_norm(
     if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
         return None
     norm = Norm(mean, variance, weight, bias, training or mean is None, momentum, eps)
-    made = _extended(x, node, norm, Chain(node.chain.site, norm))
+    result = _extended(x, node, norm, Chain(node.chain.site, norm))
     if not norm.counted:
-        node.run.norms.append(made.__dict__["node"])
-    return made
+        node.run.norms.append(result.__dict__["node"])
+    return result
 
 
 def _group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
@@ -386,8 +386,8 @@ def _max_pool(
     return_indices: bool = False,
 ) -> Tensor | None:  # fmt: skip
     node = _waiting(x)
-    wanted = [(kernel_size, 2), (kernel_size if stride is None or stride == [] else stride, 2), (padding, 0)]
-    square = all(given in (size, (size, size), [size, size]) for given, size in (*wanted, (dilation, 1)))
+    pairs = [(kernel_size, 2), (kernel_size if stride is None or stride == [] else stride, 2), (padding, 0)]
+    square = all(actual in (size, (size, size), [size, size]) for actual, size in (*pairs, (dilation, 1)))
     if node is None or not square or ceil_mode or return_indices or min(node.shape[2:]) < 2:
         return None
     site, norm, residual, relu, pool = node.chain
