@@ -81,15 +81,15 @@ def docstring(thing: Any) -> str:
         return str(thing.__name__)
 
 
-def keyword_options(function: Callable[..., Any], own: Collection[str]) -> dict[str, Any]:
-    """The keyword parameters of a registered function with their defaults, without fedkern's ``own`` parameters.
+def keyword_options(function: Callable[..., Any], exclusions: Collection[str]) -> dict[str, Any]:
+    """The keyword parameters of a registered function with their defaults, without fedkern's own (``exclusions``).
 
     Raises:
         TypeError: a parameter has no default, or the function takes any keywords or any further arguments.
     """
     options = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        if name in own:
+        if name in exclusions:
             continue
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             raise TypeError(f"{function.__qualname__}: expected options as named parameters, given {parameter}")
