@@ -77,8 +77,8 @@ class Accountant:
         if not noise >= 0 or math.isinf(noise):
             raise ValueError(f"noise must be a finite number of at least 0, not {noise}")
         if not 1 <= drawn <= shards or steps < 0:
-            given = f"{shards}, {drawn} and {steps}"
-            raise ValueError(f"shards and drawn must be at least 1, drawn <= shards, and steps at least 0, not {given}")
+            text = f"{shards}, {drawn} and {steps}"
+            raise ValueError(f"shards and drawn must be at least 1, drawn <= shards, and steps at least 0, not {text}")
         self._book(channel, Entry(GAUSSIAN, float(noise), drawn / shards, steps))
 
     def dp_sgd(self, channel: str, noise: float, *, rate: float, steps: int) -> None:
@@ -114,7 +114,7 @@ class Accountant:
         """
         if not 0 < delta < 1:
             raise ValueError(f"delta must be in (0, 1), not {delta}")
-        return replaced(tuple(e for name, own in self._entries.items() if channel in (None, name) for e in own), delta)
+        return replaced(tuple(e for name, log in self._entries.items() if channel in (None, name) for e in log), delta)
 
     def figure(self, delta: float) -> Figure:
         """The epsilon of all channels together and of each alone."""
@@ -141,8 +141,8 @@ def least_noise(account: Callable[[float], Accountant], epsilon: float, delta: f
     @functools.cache
     def excess(logarithm: float) -> float:
         """Logarithm of epsilon over its target, kept finite for the bracketed search."""
-        found = account(math.exp(logarithm)).epsilon(delta)
-        return min(math.log(found / epsilon), 50.0) if found > 0 else -50.0
+        value = account(math.exp(logarithm)).epsilon(delta)
+        return min(math.log(value / epsilon), 50.0) if value > 0 else -50.0
 
     low, high = 0.0, 0.0
     while excess(high) > 0:

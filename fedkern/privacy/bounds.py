@@ -77,19 +77,19 @@ def replaced(entries: Entries, delta: float) -> float:
     if any(entry.noise == 0 for entry in entries):
         return math.inf
     sampled = tuple(entry for entry in entries if entry.kind == DP_SGD)
-    whole = tuple(entry for entry in entries if entry.kind == GAUSSIAN and entry.rate == 1)
+    unsampled = tuple(entry for entry in entries if entry.kind == GAUSSIAN and entry.rate == 1)
     shards = tuple(entry for entry in entries if entry.kind == GAUSSIAN and entry.rate < 1)
-    found = []
+    bounds = []
     if not sampled:
-        found.append(_rdp(shards + whole, "REPLACE_ONE", delta))
+        bounds.append(_rdp(shards + unsampled, "REPLACE_ONE", delta))
     if not shards:
-        found.append(_together(whole, sampled, delta))
-    for share in SPLITS if shards and (whole or sampled) else ():
+        bounds.append(_together(unsampled, sampled, delta))
+    for share in SPLITS if shards and (unsampled or sampled) else ():
         one, other = share * delta, (1 - share) * delta
-        found.append(_rdp(shards, "REPLACE_ONE", one) + _together(whole, sampled, other))
-        if sampled and whole:
-            found.append(replaced(shards + whole, one) + _together((), sampled, other))
-    return min(found)
+        bounds.append(_rdp(shards, "REPLACE_ONE", one) + _together(unsampled, sampled, other))
+        if sampled and unsampled:
+            bounds.append(replaced(shards + unsampled, one) + _together((), sampled, other))
+    return min(bounds)
 
 
 def added_or_removed(entries: Entries, delta: float) -> float:
@@ -104,40 +104,40 @@ def added_or_removed(entries: Entries, delta: float) -> float:
 # -- exact, and by privacy loss distributions --------------------------------------------------------------------------
 
 
-def _together(whole: Entries, sampled: Entries, delta: float) -> float:
+def _together(unsampled: Entries, sampled: Entries, delta: float) -> float:
     """The epsilon of releases of all data and Poisson-sampled releases together."""
     if not sampled:
-        return _exact(whole, delta)
-    found = [_losses(whole, sampled, delta)]
-    if not whole:
-        found.append(_hop(sampled, delta))
+        return _exact(unsampled, delta)
+    bounds = [_losses(unsampled, sampled, delta)]
+    if not unsampled:
+        bounds.append(_hop(sampled, delta))
     else:
-        found += [_exact(whole, s * delta) + _hop(sampled, (1 - s) * delta) for s in SPLITS]
-    return min(found)
+        bounds += [_exact(unsampled, s * delta) + _hop(sampled, (1 - s) * delta) for s in SPLITS]
+    return min(bounds)
 
 
-def _exact(whole: Entries, delta: float) -> float:
+def _exact(unsampled: Entries, delta: float) -> float:
     """The epsilon of Gaussian releases of noise z_i, which are together one of noise (sum of z_i^-2)^-1/2."""
-    if not whole:
+    if not unsampled:
         return 0.0
-    noise = math.fsum(entry.steps / entry.noise**2 for entry in whole) ** -0.5
+    noise = math.fsum(entry.steps / entry.noise**2 for entry in unsampled) ** -0.5
     return float(need_accounting().get_epsilon_gaussian(noise, delta)) + 1e-11  # the root is known to 1e-12
 
 
-def _losses(whole: Entries, sampled: Entries, delta: float) -> float:
+def _losses(unsampled: Entries, sampled: Entries, delta: float) -> float:
     """The epsilon by PLD; infinite where PLD is not tried, or does not support the releases under this relation."""
-    rough = added_or_removed(sampled, TYPICAL) + _exact(whole, TYPICAL)
+    rough = added_or_removed(sampled, TYPICAL) + _exact(unsampled, TYPICAL)
     if not rough < LARGEST:
         return math.inf
     steps = sum(entry.steps for entry in sampled)  # rounding error grows with the steps and the bin width squared
     width = max(rough * min(FINENESS, 100 * FINENESS / math.sqrt(steps)), 1e-7)
     width = 2.0 ** math.ceil(math.log2(width))  # the same for every split of delta
-    accountant = _distribution(whole, sampled, width)
+    accountant = _distribution(unsampled, sampled, width)
     return math.inf if accountant is None else float(accountant.get_epsilon(delta))
 
 
 @functools.lru_cache(maxsize=16)
-def _distribution(whole: Entries, sampled: Entries, width: float) -> Any:
+def _distribution(unsampled: Entries, sampled: Entries, width: float) -> Any:
     """The library's accountant of these releases, or None where it does not support them."""
     dp = need_accounting()
     import dp_accounting.pld
@@ -145,7 +145,7 @@ def _distribution(whole: Entries, sampled: Entries, width: float) -> Any:
     relation = dp.NeighboringRelation.REPLACE_ONE
     accountant = dp_accounting.pld.PLDAccountant(neighboring_relation=relation, value_discretization_interval=width)
     # The library's sensitivity is the change by an added record: half of the change by a replaced record.
-    events = [(dp.GaussianDpEvent(2 * entry.noise), entry.steps) for entry in whole]
+    events = [(dp.GaussianDpEvent(2 * entry.noise), entry.steps) for entry in unsampled]
     events += [(dp.PoissonSampledDpEvent(e.rate, dp.GaussianDpEvent(e.noise)), e.steps) for e in sampled]
     if not all(accountant.supports(event) for event, _ in events):
         return None

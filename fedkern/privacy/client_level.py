@@ -50,9 +50,9 @@ class ClientLevel:
         """The factor in (0, 1] on an update of this norm."""
         return min(1.0, self.clip / norm) if norm else 1.0
 
-    def deviation(self, asked: int) -> float:
-        """Standard deviation of the noise on every entry of the mean over ``asked`` clients."""
-        return self.noise * self.clip / asked
+    def deviation(self, clients: int) -> float:
+        """Standard deviation of the noise on every entry of the mean over ``clients`` clients."""
+        return self.noise * self.clip / clients
 
     def epsilon(self, releases: int, *, drawn: int = 1, of: int = 1) -> float:
         """Epsilon at :attr:`delta` of rounds together; 0 without rounds, infinite without noise.
@@ -67,14 +67,14 @@ class ClientLevel:
         """
         if not releases:
             return 0.0
-        whole = Accountant()
-        whole.gaussian(CHANNEL, self.noise / 2, steps=releases)
-        found = whole.epsilon(self.delta)
+        unsampled = Accountant()
+        unsampled.gaussian(CHANNEL, self.noise / 2, steps=releases)
+        bound = unsampled.epsilon(self.delta)
         if drawn < of and self.noise:
             sampled = Accountant()
             sampled.gaussian(CHANNEL, self.noise / 2, shards=of, drawn=drawn, steps=releases)
-            found = min(found, sampled.epsilon(self.delta))
-        return found
+            bound = min(bound, sampled.epsilon(self.delta))
+        return bound
 
 
 def keep_variances(new: Tensor, old: Tensor) -> None:

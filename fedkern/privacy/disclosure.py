@@ -35,19 +35,21 @@ class Disclosure:
     appraised: Collection[str] | None = None
 
     @classmethod
-    def of(cls, records: str | None, said: Guarantee | None) -> Disclosure:
-        """The rules for a value of ``--records``, where ``said`` is the run's privacy guarantee."""
+    def of(cls, records: str | None, guarantee: Guarantee | None) -> Disclosure:
+        """The rules for a value of ``--records``, where ``guarantee`` is the run's privacy guarantee."""
         if records != "private":
             return cls()
-        covered = said is not None and said.complete
-        return cls(clients=False, server=covered, appraised=said.appraised if said is not None and covered else ())
+        covered = guarantee is not None and guarantee.complete
+        return cls(
+            clients=False, server=covered, appraised=guarantee.appraised if guarantee is not None and covered else ()
+        )
 
     def oracle_metrics(self, figures: Mapping[str, float], prefixes: Iterable[str]) -> dict[str, float]:
         """The figures of ``Method.oracle_metrics`` that may be told, on any test set."""
         if self.appraised is None:
             return dict(figures)
-        told = {prefix + name for prefix in prefixes for name in self.appraised}
-        return {name: value for name, value in figures.items() if name in told}
+        names = {prefix + name for prefix in prefixes for name in self.appraised}
+        return {name: value for name, value in figures.items() if name in names}
 
     def told(self, entries: Mapping[str, tuple[About, Any]]) -> dict[str, Any]:
         """The entries that may be told, by name, of those that parts of the run have written."""

@@ -79,15 +79,15 @@ class Guarantee:
     def statement(self, epsilon: float) -> str:
         """One sentence: for whom, for which files and on what condition the figure holds, and what it covers."""
         finite = math.isfinite(epsilon)
-        given = f"Epsilon {epsilon:.3g}" if finite else "No finite epsilon"
+        figure = f"Epsilon {epsilon:.3g}" if finite else "No finite epsilon"
         of = f"{self.public if self.complete else self.part} "
         holds = f", is of {of}while {listed(self.conditions)}; it" if finite else ","
-        made = (f"so {self.follows}",) if self.complete and self.follows else ()
-        covered = (*self.covers.values(), *made)
+        consequence = (f"so {self.follows}",) if self.complete and self.follows else ()
+        covered = (*self.covers.values(), *consequence)
         covers = f"covers {listed(covered)}" if covered else "covers nothing"
         leaves = f", but not {listed(list(self.leaves.values()))}" if self.leaves else ""
-        whole = "" if self.complete else ": the whole release has no epsilon"
-        return f"{given} at delta {self.delta:g}, {self.neighbour}{holds} {covers}{leaves}{whole}."
+        remark = "" if self.complete else ": the whole release has no epsilon"
+        return f"{figure} at delta {self.delta:g}, {self.neighbour}{holds} {covers}{leaves}{remark}."
 
     def warning(self) -> str:
         """The warning before a run whose guarantee is not :attr:`complete`."""

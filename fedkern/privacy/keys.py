@@ -38,8 +38,8 @@ def noise_key(secret: bytes, client: int, channel: str, release: int) -> NoiseKe
         ValueError: ``secret`` has another length, or ``release`` is negative.
     """
     if len(secret) != SECRET_BYTES or release < 0:
-        given = f"{len(secret)} bytes and release {release}"
-        raise ValueError(f"noise_key: expected {SECRET_BYTES} bytes and a release of at least 0, given {given}")
+        text = f"{len(secret)} bytes and release {release}"
+        raise ValueError(f"noise_key: expected {SECRET_BYTES} bytes and a release of at least 0, given {text}")
     words = f"{client}/{release}/{channel}".encode()
     digest = hashlib.blake2b(words, key=secret, digest_size=16, person=b"fedkern noise").digest()
     seed, place = (int.from_bytes(half, "little") for half in (digest[:8], digest[8:]))

@@ -81,16 +81,16 @@ def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, 
     # A record with a lower loss is more likely a member.
     x, y = (-_checked(losses, name) for losses, name in ((members, "members"), (others, "others")))
     owners = (np.arange(len(x)), np.arange(len(y)) + len(x)) if groups is None else _owners(groups, len(x), len(y))
-    sizes = [counts[counts > 0] for counts in (np.bincount(own) for own in owners)]
+    sizes = [counts[counts > 0] for counts in (np.bincount(numbers) for numbers in owners)]
     # Kish: the number of independent records that grouped records are worth if they agree within their group.
-    effective = [float(own.sum() ** 2 / (own**2).sum()) for own in sizes]
+    effective = [float(counts.sum() ** 2 / (counts**2).sum()) for counts in sizes]
     # For each record the share of the other kind that it beats, ties counting half, from its mean rank.
     both, own_x, own_y = _midranks(np.concatenate([x, y])), _midranks(x), _midranks(y)
     beats = (both[: len(x)] - own_x) / len(y)
     beaten = 1 - (both[len(x) :] - own_y) / len(x)
     auc = float(beats.mean())
     low, high = None, None
-    if min(len(own) for own in sizes) >= LEAST:
+    if min(len(counts) for counts in sizes) >= LEAST:
         z = float(ndtri(0.5 + CONFIDENCE / 2))
         deviation = math.sqrt(_variance(beats - auc, beaten - auc, *owners))
         limits = [_score_limit(auc, edge, z, *effective) for edge in (0.0, 1.0)]
@@ -122,7 +122,7 @@ def _variance(beats: np.ndarray, beaten: np.ndarray, members: np.ndarray, others
     """Obuchowski's variance of the area from every record's part in it; DeLong's where each group is one record."""
     count = max(int(members.max()), int(others.max())) + 1
     a, b = np.bincount(members, beats, count) / len(beats), np.bincount(others, beaten, count) / len(beaten)
-    of_a, of_b = (len(np.unique(own)) for own in (members, others))
+    of_a, of_b = (len(np.unique(numbers)) for numbers in (members, others))
     every = len(np.union1d(members, others))
     together = 2 * every / (every - 1) * (a * b).sum()  # groups with records of both kinds
     return max(0.0, float(of_a / (of_a - 1) * (a * a).sum() + of_b / (of_b - 1) * (b * b).sum() + together))
@@ -153,10 +153,10 @@ def _clopper_pearson(share: float, count: float) -> tuple[float, float]:
 
 def _owners(groups: tuple[Tensor, Tensor], members: int, others: int) -> tuple[np.ndarray, np.ndarray]:
     """The group numbers of members and of others, counted from 0."""
-    for own, count, name in zip(groups, (members, others), ("members", "others"), strict=True):
-        if tuple(own.shape) != (count,) or own.is_floating_point():
-            raise ValueError(f"groups must be integers [{count}] for the {name}, not {own.dtype} {list(own.shape)}")
-    numbers = np.unique(np.concatenate([own.cpu().numpy() for own in groups]), return_inverse=True)[1]
+    for group, count, name in zip(groups, (members, others), ("members", "others"), strict=True):
+        if tuple(group.shape) != (count,) or group.is_floating_point():
+            raise ValueError(f"groups must be integers [{count}] for the {name}, not {group.dtype} {list(group.shape)}")
+    numbers = np.unique(np.concatenate([group.cpu().numpy() for group in groups]), return_inverse=True)[1]
     return numbers[:members], numbers[members:]
 
 

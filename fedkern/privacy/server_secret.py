@@ -21,9 +21,9 @@ _DIGITS = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}\n")
 
 def draw(folder: Path) -> str:
     """Draws the secret of a new run and writes it to the folder of its checkpoints; 32 hexadecimal digits."""
-    made = secrets.token_hex(SECRET_BYTES)
-    atomic.write_bytes(folder / NAME, f"{made}\n".encode())
-    return made
+    secret = secrets.token_hex(SECRET_BYTES)
+    atomic.write_bytes(folder / NAME, f"{secret}\n".encode())
+    return secret
 
 
 def read(folder: Path) -> str:

@@ -29,8 +29,8 @@ class Unit:
     @property
     def change(self) -> str:
         """What neighbouring data sets differ in, as a clause."""
-        whole = self.name == "client"
-        return "the whole data set of one is replaced" if whole else f"one of a client's {self} is replaced"
+        by_client = self.name == "client"
+        return "the whole data set of one is replaced" if by_client else f"one of a client's {self} is replaced"
 
 
 IMAGE = Unit()
