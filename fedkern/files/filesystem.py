@@ -45,8 +45,8 @@ def cache_folder(name: str) -> Path:
     Raises:
         UserError: the user has no home folder, and neither variable is set.
     """
-    if own := os.environ.get("FEDKERN_CACHE_DIR"):
-        return expand(own) / name
+    if folder := os.environ.get("FEDKERN_CACHE_DIR"):
+        return expand(folder) / name
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else expand("~/.cache")) / "fedkern" / name
 
@@ -77,7 +77,7 @@ def check_text(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        shown = text.encode(errors="backslashreplace").decode().replace("\\udc", "\\x")  # bytes, as Python reads them
+        quote = text.encode(errors="backslashreplace").decode().replace("\\udc", "\\x")  # bytes, as Python reads them
         try:
             text.encode(errors="surrogateescape").decode()
         except UnicodeError:
@@ -87,7 +87,7 @@ def check_text(text: str, what: str) -> None:
                 "letters that Python does not read in this locale: set PYTHONUTF8=1 in the environment, or a locale "
                 "of UTF-8."
             )
-        raise UserError(f'{what} "{shown}" has {reason}') from None
+        raise UserError(f'{what} "{quote}" has {reason}') from None
 
 
 def replace(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:

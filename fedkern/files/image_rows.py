@@ -47,13 +47,13 @@ class ImageStore:
 
     def gather(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """A copy of the images at ``rows``, uint8 ``[m, H, W, C]``."""
-        found = self._images[rows]
-        self._read += found.nbytes
+        pixels = self._images[rows]
+        self._read += pixels.nbytes
         if self._read > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             # Mapped pages count as memory of the process, although the system could drop them at any time.
             self._read = 0
             self._map.madvise(mmap.MADV_DONTNEED)
-        return found
+        return pixels
 
     def __reduce__(self) -> tuple[Callable[[str, Shape], ImageStore], tuple[str, Shape]]:
         return _opened, (f"/proc/{os.getpid()}/fd/{self._descriptor}", self.shape)
@@ -173,15 +173,15 @@ class ImageRows(FileRows):
         _, height, width, channels = store.shape
         box = (0, 0, height, width) if box is None else box
         # The tensor itself has no memory: code that bypassed the overrides below would fail, not read other values.
-        made = torch.empty(len(rows), channels, *box[2:], dtype=torch.uint8, device="meta").as_subclass(cls)
-        made._store, made._chosen, made._box = store, rows, box
-        return made
+        result = torch.empty(len(rows), channels, *box[2:], dtype=torch.uint8, device="meta").as_subclass(cls)
+        result._store, result._chosen, result._box = store, rows, box
+        return result
 
     def plain(self) -> Tensor:
         """The images in memory, uint8 ``[n, C, h, w]``, contiguous."""
-        found = self.nhwc().permute(0, 3, 1, 2)
+        pixels = self.nhwc().permute(0, 3, 1, 2)
         # Of grey images contiguous() would keep the strides of one channel as they are, which choose other kernels.
-        return torch.empty(found.shape, dtype=torch.uint8).copy_(found)
+        return torch.empty(pixels.shape, dtype=torch.uint8).copy_(pixels)
 
     def picked(self, chosen: Tensor) -> ImageRows:
         """The images at ``chosen``, int64 ``[m]`` rows of the store."""
@@ -194,11 +194,11 @@ class ImageRows(FileRows):
     def nhwc(self, index: Tensor | None = None) -> Tensor:
         """The images at ``index`` (int64 ``[m]``; None: all) in memory, uint8 ``[m, h, w, C]``, contiguous."""
         rows = self._chosen if index is None else self._chosen[index]
-        found = self._store.gather(rows.numpy())
+        pixels = self._store.gather(rows.numpy())
         top, left, height, width = self._box
-        if found.shape[1:3] != (height, width):
-            found = np.ascontiguousarray(found[:, top : top + height, left : left + width])
-        return torch.from_numpy(found)
+        if pixels.shape[1:3] != (height, width):
+            pixels = np.ascontiguousarray(pixels[:, top : top + height, left : left + width])
+        return torch.from_numpy(pixels)
 
     def windowed(self, sides: tuple[int, int]) -> ImageRows:
         """The central window of height and width ``sides`` of every image; reads nothing.
@@ -230,9 +230,9 @@ class PixelClasses(FileRows):
             rows: int64 ``[n]``.
             meaning: the class of every value of a mask, int64 ``[256]``.
         """
-        made = torch.empty(len(rows), *store.shape[1:3], dtype=torch.int64, device="meta").as_subclass(cls)
-        made._store, made._chosen, made._meaning = store, rows, meaning
-        return made
+        result = torch.empty(len(rows), *store.shape[1:3], dtype=torch.int64, device="meta").as_subclass(cls)
+        result._store, result._chosen, result._meaning = store, rows, meaning
+        return result
 
     def plain(self) -> Tensor:
         """The classes in memory, int64 ``[n, H, W]``, contiguous."""
@@ -272,10 +272,10 @@ def in_parts(tensor: Tensor) -> Iterator[Tensor]:
 
 def _joined(parts: Sequence[Tensor]) -> FileRows | None:
     """The concatenation of rows of one store; None for other tensors."""
-    own = [part for part in parts if isinstance(part, FileRows)]
-    if not own or len(own) < len(parts) or not all(own[0].like(part) for part in own):
+    file_rows = [part for part in parts if isinstance(part, FileRows)]
+    if not file_rows or len(file_rows) < len(parts) or not all(file_rows[0].like(part) for part in file_rows):
         return None
-    return own[0].picked(torch.cat([part._chosen for part in own]))
+    return file_rows[0].picked(torch.cat([part._chosen for part in file_rows]))
 
 
 def _read(value: Any) -> Any:

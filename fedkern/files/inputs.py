@@ -36,8 +36,8 @@ def special(path: Path) -> str:
 
     Opening a named pipe would wait for a writer.
     """
-    found = standing(path)
-    return found if found in SPECIAL.values() else ""
+    kind = standing(path)
+    return kind if kind in SPECIAL.values() else ""
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -117,8 +117,8 @@ def read_json(path: str | Path) -> Any:
 def real_file(path: Path) -> tuple[int, int] | str:
     """Identity of a file or folder: equal for two paths that lead to the same one by links, hard links or mounts."""
     try:
-        found = path.stat()
-        return (found.st_dev, found.st_ino) if found.st_ino else str(path.resolve())
+        status = path.stat()
+        return (status.st_dev, status.st_ino) if status.st_ino else str(path.resolve())
     except (OSError, RuntimeError):  # RuntimeError: links that lead to each other
         return str(path)
 
