@@ -21,7 +21,7 @@ def commit(package: Path = PACKAGE) -> str:
         return (package / "commit.txt").read_text().strip()
     if not (package.parent / ".git").exists():
         return ""
-    asked = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--match="]
+    command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--match="]
     with contextlib.suppress(OSError):
-        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return ""

@@ -32,7 +32,7 @@ def needed(what: str, extra: str, *modules: str) -> Any:
         UserError: a module is not installed; ``what`` says what needs it, and the rest how to install ``extra``.
     """
     try:
-        found = [import_module(name) for name in modules]
+        imports = [import_module(name) for name in modules]
     except ImportError:
         raise UserError(f"{what}: {install(extra)}.") from None
-    return found[0]
+    return imports[0]

@@ -41,17 +41,17 @@ _MEMORY = {
 
 def free_memory() -> int:
     """Free memory in bytes: what the system has left, at most what the control group and those above it have left."""
-    found = []
+    amounts = []
     with suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) << 10)
+                amounts.append(int(line.split()[1]) << 10)
     for controller, (limit, used, reclaimable) in _MEMORY.items():
         for folder in _groups(controller):
             with suppress(OSError, ValueError):
-                left = int((folder / limit).read_text()) - int((folder / used).read_text())
-                found.append(left + _statistic(folder, reclaimable))
-    return max(0, min(found, default=sys.maxsize))
+                free = int((folder / limit).read_text()) - int((folder / used).read_text())
+                amounts.append(free + _statistic(folder, reclaimable))
+    return max(0, min(amounts, default=sys.maxsize))
 
 
 def _statistic(folder: Path, name: str) -> int:

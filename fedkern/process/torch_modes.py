@@ -91,13 +91,13 @@ def modes() -> dict[str, Any]:
     }
 
 
-def set_modes(given: dict[str, Any]) -> None:
+def set_modes(settings: dict[str, Any]) -> None:
     """Sets the process-wide settings that :func:`modes` returned in another process."""
     now = modes()
-    if (now["deterministic"], now["warn_only"]) != (given["deterministic"], given["warn_only"]):
+    if (now["deterministic"], now["warn_only"]) != (settings["deterministic"], settings["warn_only"]):
         # Called only for a change: the call imports torch's compiler, which takes a second.
-        torch.use_deterministic_algorithms(given["deterministic"], warn_only=given["warn_only"])
-    torch.backends.mkldnn.enabled = given["mkldnn"]
+        torch.use_deterministic_algorithms(settings["deterministic"], warn_only=settings["warn_only"])
+    torch.backends.mkldnn.enabled = settings["mkldnn"]
 
 
 _CPU: Any = torch.backends.mkldnn
