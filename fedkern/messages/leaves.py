@@ -15,8 +15,8 @@ TARGETS = ("labels", "targets")
 def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """The same nesting with every leaf changed; an object that is none of these counts as a leaf."""
     if isinstance(value, Mapping):
-        made = {key: mapped(function, each) for key, each in value.items()}
-        return Keywords(made) if isinstance(value, Keywords) else made
+        result = {key: mapped(function, each) for key, each in value.items()}
+        return Keywords(result) if isinstance(value, Keywords) else result
     if isinstance(value, (tuple, list)):
         parts = [mapped(function, each) for each in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
@@ -44,8 +44,8 @@ def together(values: list[Any], sizes: list[int]) -> Any:
     if isinstance(first, Mapping):
         return {key: together([each[key] for each in values], sizes) for key in first}
     if isinstance(first, tuple) or (isinstance(first, list) and _positions(values, sizes)):
-        made = [together(list(parts), sizes) for parts in zip(*values, strict=True)]
-        return made if isinstance(first, list) else tuple(made)
+        result = [together(list(parts), sizes) for parts in zip(*values, strict=True)]
+        return result if isinstance(first, list) else tuple(result)
     if isinstance(first, Tensor):
         return torch.cat([each.reshape(1) if each.dim() == 0 else each for each in values])
     return [part for each in values for part in (each if isinstance(each, list) else [each])]
@@ -53,12 +53,12 @@ def together(values: list[Any], sizes: list[int]) -> Any:
 
 def _positions(values: list[Any], sizes: list[int]) -> bool:
     """Whether lists of batches hold tensors of all samples, one behind another."""
-    whole = all(
+    per_sample = all(
         isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size
         for each, size in zip(values, sizes, strict=True)
         for leaf in each
     )
-    return whole and len({len(each) for each in values}) == 1
+    return per_sample and len({len(each) for each in values}) == 1
 
 
 def sent(value: Any, device: torch.device) -> Any:

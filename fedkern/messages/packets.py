@@ -136,11 +136,11 @@ class _Light(pickle.Pickler):
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, known: dict[tuple[int, int], tuple[_Place, Tensor]], number: int) -> None:
+    def __init__(self, tensors: dict[tuple[int, int], tuple[_Place, Tensor]], number: int) -> None:
         self.number = number  # number of the file that new tensors go to
         self.file = io.BytesIO()
         super().__init__(self.file, protocol=5)
-        self._known = known
+        self._known = tensors
         self.fresh: list[tuple[int, Tensor]] = []  # offset and a contiguous view
         self.placed: list[tuple[Tensor, _Place]] = []
         self._new: dict[tuple[int, int], _Place] = {}
@@ -190,10 +190,10 @@ def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
     try:
         os.ftruncate(descriptor, size)
         for offset, piece in pieces:
-            left = memoryview(piece.numpy().data)
-            while left:
-                written = os.pwrite(descriptor, left, offset)
-                left, offset = left[written:], offset + written
+            rest = memoryview(piece.numpy().data)
+            while rest:
+                written = os.pwrite(descriptor, rest, offset)
+                rest, offset = rest[written:], offset + written
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     except BaseException:
