@@ -47,10 +47,10 @@ class ListenerGroup(Listeners):
 
     def _leave_out(self, listener: Listener, hook: str, error: BaseException) -> None:
         self._present.remove(listener)
-        shown = self._names[id(listener)]
+        label = self._names[id(listener)]
         reason = (told(error) or described(error)).rstrip(".")
-        name = f"listener-{shown}"
-        where = f"{shown}{origin(error, type(listener))} failed in {hook}{self._when}"
+        name = f"listener-{label}"
+        where = f"{label}{origin(error, type(listener))} failed in {hook}{self._when}"
         text = f"The listener {where} ({reason}): the run goes on without it."
         self.warnings[name] = text
         self.on_warning(name, text)
@@ -109,7 +109,7 @@ def _parts(listener: Listener) -> Iterator[Listener]:
 
 def _numbered(name: str, names: Iterable[str]) -> str:
     """``name``, with a number behind it where another listener of the same class came before."""
-    taken, found, number = set(names), name, 2
-    while found in taken:
-        found, number = f"{name}-{number}", number + 1
-    return found
+    taken, candidate, number = set(names), name, 2
+    while candidate in taken:
+        candidate, number = f"{name}-{number}", number + 1
+    return candidate

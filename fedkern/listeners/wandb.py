@@ -126,8 +126,8 @@ class WandB(Listener):
 def _last(file: Path, id: str) -> int:
     """The last round logged to the run of that id; 0 where that is not known."""
     try:
-        found = read_json(file)
+        state = read_json(file)
     except (OSError, ValueError):
         return 0
-    known = isinstance(found, dict) and found.get("id") == id and type(found.get("round")) is int
-    return int(found["round"]) if known else 0
+    valid = isinstance(state, dict) and state.get("id") == id and type(state.get("round")) is int
+    return int(state["round"]) if valid else 0
