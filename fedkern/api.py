@@ -142,10 +142,10 @@ class Run:
         Raises:
             UserError: the run is not finished.
         """
-        found = read_summary(self.out)
-        if found is None:
+        contents = read_summary(self.out)
+        if contents is None:
             raise UserError(f"The run in {self.out} is not finished: go on with it by resume().")
-        return found
+        return contents
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -260,13 +260,13 @@ class Run:
         from fedkern.downstream.evaluation import evaluate_run
 
         self._give_method()
-        own = self._kept_data() if data is None else data
+        source = self._kept_data() if data is None else data
         if self._data is not None and self._data.form.lacks and is_dataset(data):
-            own = replace(self._data, tests={"": items_like(self._data, data, "data")}, client_tests=())
+            source = replace(self._data, tests={"": items_like(self._data, data, "data")}, client_tests=())
         root = None if data_root is None else str(data_root)
         options = table_of(data_options, "data_options")
         return evaluate_run(
-            self.out, data=own, data_root=root, data_options=options, cache=cache, trusted=self._trusted,
+            self.out, data=source, data_root=root, data_options=options, cache=cache, trusted=self._trusted,
             model=self._script.network,
         )[0]  # fmt: skip
 
@@ -424,8 +424,8 @@ def simulate(
     script = ScriptObjects.of(model, train, settings)
     start = settings.pop("init") if isinstance(settings.get("init"), nn.Module) else None
     config, memory = requested(method, data, model, settings)
-    given = {name for name, value in settings.items() if value is not None}
-    config.check_effect(given if start is None else given - {"init_partial"})
+    names = {name for name, value in settings.items() if value is not None}
+    config.check_effect(names if start is None else names - {"init_partial"})
     if pictures and where is not None:
         check_vacant(where)
         check_free(where, (*PICTURES.values(), PICTURE_LIST))
@@ -455,48 +455,48 @@ def federated(data: Any, about: Mapping[str, Any], settings: Mapping[str, Any]) 
     Raises:
         UserError: arguments about data sets stand beside other data, or something is no data set.
     """
-    given = {name: value for name, value in about.items() if value is not None}
-    if unknown := [name for name in given if name not in ABOUT]:
+    arguments = {name: value for name, value in about.items() if value is not None}
+    if unknown := [name for name in arguments if name not in ABOUT]:
         raise UserError(f'There is no argument "{unknown[0]}".{nearest(unknown[0], ABOUT)}')
     if data is None or isinstance(data, (str, FederatedData)):
-        if given:
-            raise UserError(f"{next(iter(given))} is for data sets of PyTorch, data=[...] or a dict: leave it out.")
+        if arguments:
+            raise UserError(f"{next(iter(arguments))} is for data sets of PyTorch, data=[...] or a dict: leave it out.")
         return data
     how = {"samples": "train_samples", "seed": "seed"}
     if not isinstance(data, (Mapping, list, tuple)):
         how |= {"count": "clients", "partition": "partition"}
     given_too = RunConfig.read({key: settings[key] for key in how.values() if settings.get(key) is not None})
-    said = {name: given_too[key] for name, key in how.items() if key in given_too}
-    return FederatedData.from_datasets(data, given.pop("test", None), **given, **said)
+    options = {name: given_too[key] for name, key in how.items() if key in given_too}
+    return FederatedData.from_datasets(data, arguments.pop("test", None), **arguments, **options)
 
 
 _ARGUMENTS = ("data", *ABOUT, "model", "out", "progress", "listener", "pictures", "fedkern.load(DIR).resume()")
 
 
 def requested(
-    method: str | Method | type[Method], data: Any, model: str | nn.Module | None, given: Mapping[str, Any]
+    method: str | Method | type[Method], data: Any, model: str | nn.Module | None, arguments: Mapping[str, Any]
 ) -> tuple[RunConfig, FederatedData | None]:
     """The settings of a run with the arguments of :func:`simulate`, and its data where they are in memory.
 
     Raises:
         UserError: an unknown name or a value out of range.
     """
-    settings = dict(given)
+    settings = dict(arguments)
     settings |= {each: table_of(settings.get(each), each) for each in ("options", "data_options")}
     settings["plugins"] = plugins_of(settings.get("plugins"))
     plugins.given(settings["plugins"])
     name, made_with = named(method)
     memory = data if isinstance(data, FederatedData) else None
-    own = registry.option_names(name)
+    option_names = registry.option_names(name)
     fields = {each.field for each in RunConfig.declared()} | {"options", "data_options", "plugins"}
     options = settings.pop("options")
-    for each in [each for each in settings if each in own and each not in fields]:
+    for each in [each for each in settings if each in option_names and each not in fields]:
         options[each] = settings.pop(each)
     for each in settings:
         if each in _LOADERS:
             raise UserError(f"{each} is a DataLoader's: {_LOADERS[each]}, so leave it out.")
         if each not in fields:
-            hint = nearest(each, {*fields, *own, *_ARGUMENTS}) + registry.owners(each)
+            hint = nearest(each, {*fields, *option_names, *_ARGUMENTS}) + registry.owners(each)
             raise UserError(f'{registry.short(name)} and its runs have no setting "{each}".{hint}')
     for each in ("freeze", "personal", "stages"):
         if isinstance(settings.get(each), (list, tuple)):
@@ -518,26 +518,26 @@ def requested(
     return config, memory
 
 
-def plugins_of(given: Any) -> list[str]:
+def plugins_of(value: Any) -> list[str]:
     """The names in an argument ``plugins``; raises UserError where it is no list of files and modules."""
-    return [] if given is None else _paths(given, "plugins must be a list of files and modules")
+    return [] if value is None else _paths(value, "plugins must be a list of files and modules")
 
 
-def _paths(given: Any, must: str) -> list[str]:
+def _paths(value: Any, must: str) -> list[str]:
     """Texts of a list of texts and paths; raises UserError, beginning with ``must``, where it is none."""
-    found = None if isinstance(given, (str, os.PathLike)) or not isinstance(given, Iterable) else [*given]
-    if found is None or not all(isinstance(each, (str, os.PathLike)) for each in found):
-        raise UserError(f"{must}, not {shown(given)}.")
-    return [os.fspath(each) for each in found]
+    paths = None if isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable) else [*value]
+    if paths is None or not all(isinstance(each, (str, os.PathLike)) for each in paths):
+        raise UserError(f"{must}, not {shown(value)}.")
+    return [os.fspath(each) for each in paths]
 
 
-def table_of(given: Any, name: str) -> dict[str, Any]:
+def table_of(value: Any, name: str) -> dict[str, Any]:
     """A copy of the values by name in an argument; raises UserError where it is no dict of these."""
-    if given is None:
+    if value is None:
         return {}
-    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-        raise UserError(f"{name} must be a dict of values by name, not {shown(given)}.")
-    return dict(given)
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"{name} must be a dict of values by name, not {shown(value)}.")
+    return dict(value)
 
 
 def folder_of(out: Any) -> Path:
@@ -624,13 +624,13 @@ def _play(
     from fedkern.report.figures.pictures import existing, finished_pictures
     from fedkern.report.live.display import display
 
-    given = _listeners(listener)
-    shown = display(quiet=not progress, json=False)
-    everybody = Listeners(*given, shown)
+    listeners = _listeners(listener)
+    view = display(quiet=not progress, json=False)
+    everybody = Listeners(*listeners, view)
     try:
         run(config, out=out, resume=resume, listener=everybody, data=data, script=script, trusted=trusted)
     finally:
-        shown.close()
+        view.close()
     if not pictures:
         return
     code = trusted if resume else [part for _, part in config.code()]
@@ -638,21 +638,21 @@ def _play(
     shared = None if everybody.info is None else everybody.info.data
     if shared is None and data is not None and not existing(out):  # the run was finished before, without pictures
         shared = kept_data(config, data)
-    warn = partial(shown.on_warning, "no-picture")
+    warn = partial(view.on_warning, "no-picture")
     _, undrawn = finished_pictures(out, data=shared, model=network, data_root=config.data_root, trusted=code, warn=warn)
     if undrawn is not None:
         again = f"draw them with fedkern.load({str(out)!r}).plot()"
-        shown.on_warning("no-pictures", f"The run is complete, but not its pictures ({undrawn}): {again}.")
+        view.on_warning("no-pictures", f"The run is complete, but not its pictures ({undrawn}): {again}.")
 
 
-def _listeners(given: Listener | Sequence[Listener] | None) -> list[Listener]:
+def _listeners(listener: Listener | Sequence[Listener] | None) -> list[Listener]:
     """The listeners of an argument ``listener``."""
-    found = [] if given is None else [given] if isinstance(given, Listener) else given
-    for each in found if isinstance(found, (list, tuple)) else [found]:
+    listeners = [] if listener is None else [listener] if isinstance(listener, Listener) else listener
+    for each in listeners if isinstance(listeners, (list, tuple)) else [listeners]:
         if not isinstance(each, Listener):
             hint = f": make one, {each.__name__}()" if isinstance(each, type) and issubclass(each, Listener) else ""
             what = (
                 f"the class {each.__name__}" if isinstance(each, type) else f"an object of type {type(each).__name__}"
             )
             raise UserError(f"listener must be a fedkern.listeners.Listener or a list of them, not {what}{hint}.")
-    return [*found]
+    return [*listeners]
