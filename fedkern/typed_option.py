@@ -70,8 +70,8 @@ class Option:
     def named(self, field: str, label: str) -> Self:
         """The option of a field; ``{}`` in its label stands for its name, in a flag's with hyphens."""
         name = self.name or field
-        shown = label.format(name.replace("_", "-") if label.startswith("--") else name)
-        return dataclasses.replace(self, name=name, field=field, label=shown)
+        label = label.format(name.replace("_", "-") if label.startswith("--") else name)
+        return dataclasses.replace(self, name=name, field=field, label=label)
 
     @property
     def range(self) -> str:
@@ -127,13 +127,13 @@ class Option:
             return
         if isinstance(value, float) and math.isinf(value) and not self.infinite:
             raise UserError(f"{self.label} must be finite, not {value:g}.")
-        shown = f"{value:g}" if isinstance(value, float) else str(value)  # :g fails for integers that overflow a float
+        text = f"{value:g}" if isinstance(value, float) else str(value)  # :g fails for integers that overflow a float
         if self.choices is not None:
             if value not in self.choices:
                 raise UserError(f"{self.label} must be {self.range}, not {quoted(value)}.")
             return
         if self.high is None and (most := self._most(value)) is not None and value > most:
-            raise UserError(f"{self.label} must be at most {most}, not {shown}.")
+            raise UserError(f"{self.label} must be at most {most}, not {text}.")
         bad = (
             value != value
             or (self.low is not None and value < self.low)
@@ -141,7 +141,7 @@ class Option:
             or (self.above is not None and value <= self.above)
         )
         if bad:
-            raise UserError(f"{self.label} must be {self.range or 'a number'}, not {shown}.")
+            raise UserError(f"{self.label} must be {self.range or 'a number'}, not {text}.")
 
     def _chosen(self, value: str) -> str:
         """The one of the choices that a word means."""
@@ -218,18 +218,18 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) 
     name, colon, rest = text.strip().partition(":")
     if name not in entries:
         raise UserError(f'{flag} must be one of {", ".join(entries)}, not "{name}".{nearest(name, entries)}')
-    known = {each.name: each for each in entries[name]}
-    values: dict[str, Value | None] = {key: each.default for key, each in known.items()}
+    options = {each.name: each for each in entries[name]}
+    values: dict[str, Value | None] = {key: each.default for key, each in options.items()}
     seen = set()
     for word in rest.split(",") if colon else ():
         key, equals, value = (part.strip() for part in word.partition("="))
-        if key not in known or not equals:
-            has = f"It has {', '.join(known)}." if known else "It has no options."
-            raise UserError(f'{flag} {name} has no option "{word}".{nearest(key, known)} {has}')
+        if key not in options or not equals:
+            has = f"It has {', '.join(options)}." if options else "It has no options."
+            raise UserError(f'{flag} {name} has no option "{word}".{nearest(key, options)} {has}')
         if key in seen:
             raise UserError(f"{flag} {name} has the option {key} twice.")
         seen.add(key)
-        values[key] = known[key].convert(value)
+        values[key] = options[key].convert(value)
     return name, values
 
 
