@@ -141,10 +141,10 @@ def _guarded(words: list[str], leftover: bool) -> int:
         return _say(f"code that the command runs called sys.exit({error.code!r}): let it raise an exception", FAILED)
     except KeyboardInterrupt as stop:
         ended()
-        asked = isinstance(stop, Terminated)
+        terminated = isinstance(stop, Terminated)
         if _first():
-            print("terminated" if asked else "interrupted", file=sys.stderr)
-        return TERMINATED if asked else INTERRUPTED
+            print("terminated" if terminated else "interrupted", file=sys.stderr)
+        return TERMINATED if terminated else INTERRUPTED
     except MemoryError as error:
         why = f" ({error})" if str(error) else ""
         return _say(
