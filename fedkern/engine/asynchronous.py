@@ -195,9 +195,9 @@ def check(config: RunConfig, method: Method, plan: Iterable[Round]) -> None:
         "--stragglers": config.stragglers != "keep", "--dp-clip": config.dp_clip is not None,
         "--buffers pool": config.buffers == "pool",
     }  # fmt: skip
-    if given := next((flag for flag, there in others.items() if there), None):
+    if option := next((flag for flag, there in others.items() if there), None):
         raise UserError(
-            f"{given} is about rounds that all their clients begin and end, and --asynchronous has none: leave one of "
+            f"{option} is about rounds that all their clients begin and end, and --asynchronous has none: leave one of "
             "the two out."
         )
     rounds = [entry for entry in plan if not entry.one_off]

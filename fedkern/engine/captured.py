@@ -87,8 +87,8 @@ def replayable(kind: type[Objective], network: nn.Module | None = None) -> bool 
         return None if replayable(kind) is not False else False
     for each in kind.__mro__:
         if "replayable" in vars(each):
-            said = bool(vars(each)["replayable"])
-            return said if each is kind or not said or _known(kind) else None
+            flag = bool(vars(each)["replayable"])
+            return flag if each is kind or not flag or _known(kind) else None
         if "loss" in vars(each):
             return False if _known(each) else None
     return False
@@ -127,8 +127,8 @@ class Recorded(NamedTuple):
         return len(self.records)
 
     def __call__(self, batches: Sequence[Batch]) -> Outcome:
-        for table, given in zip(self.tables, zip(*map(_tensors, batches), strict=True), strict=True):
-            torch.stack([in_memory(tensor) for tensor in given], out=table[: len(batches)])
+        for table, tensors in zip(self.tables, zip(*map(_tensors, batches), strict=True), strict=True):
+            torch.stack([in_memory(tensor) for tensor in tensors], out=table[: len(batches)])
         self.counter.zero_()
         for _ in batches:
             self.replay()
@@ -202,10 +202,10 @@ class Graphs:
 
     def hold(self, name: str, tensor: Tensor) -> Tensor:
         """A copy at the address of the last one of that name and size, where a recorded step will find it."""
-        held = self.held.get(name)
-        if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
-            self.held[name] = held = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        return held.copy_(tensor)
+        buffer = self.held.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            self.held[name] = buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        return buffer.copy_(tensor)
 
     def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """Records what ``work`` starts on the GPU without running it: a function that runs it, and ``work``'s result.
@@ -261,27 +261,27 @@ class Graphs:
             settings: what ``run`` has beside tensors.
             strange: whether nobody knows that ``run`` can be recorded.
         """
-        held = tuple((name, tensor.data_ptr()) for name, tensor in self.held.items())
-        of = (network, method, ahead, settings, held, *_state(network))
+        addresses = tuple((name, tensor.data_ptr()) for name, tensor in self.held.items())
+        of = (network, method, ahead, settings, addresses, *_state(network))
         if of != self._of:
             self._of, self._fleeting = of, False
             self._recorded.clear()
             self._eager.clear()
             self._values.clear()
             self._compare.clear()
-        left, who = dict(sizes), (network, type(method))
+        remaining, who = dict(sizes), (network, type(method))
         self._compare = {key: max(1, count) for key, count in self._compare.items()}
 
         def recorded(batch: Batch, key: Hashable) -> Recorded | None:
             size = len(batch.indices)
-            left[size] = left.get(size, 0) - 1
-            found = self._recorded.pop(key, None)
-            if found is not None:
-                self._recorded[key] = found  # the one that was used last is the last
-                return found
+            remaining[size] = remaining.get(size, 0) - 1
+            recording = self._recorded.pop(key, None)
+            if recording is not None:
+                self._recorded[key] = recording  # the one that was used last is the last
+                return recording
             self._eager[key] += 1
             # Clients of few batches share a recording that lasts; whether one does is known once it is made.
-            worth = left[size] + 1 >= LEAST or (self._eager[key] > EAGER + LEAST and not self._fleeting)
+            worth = remaining[size] + 1 >= LEAST or (self._eager[key] > EAGER + LEAST and not self._fleeting)
             allowed = not self.off and who not in self._strangers
             if allowed and key is not None and self._eager[key] > EAGER and worth and self._room():
                 try:
@@ -306,21 +306,21 @@ class Graphs:
                 if waiting and key != last:
                     yield step(waiting)
                     waiting = []
-                found, last = recorded(batch, key), key
-                if found is None:
+                recording, last = recorded(batch, key), key
+                if recording is None:
                     outcome = run(batch, received)
                     self._values[key] = sum(part.numel() for part in outcome.parts())
                     yield outcome
                     continue
                 if strange and self._compare[key]:
                     self._compare[key] -= 1
-                    outcome, same = self._compared(found, run, batch, received, network)
+                    outcome, same = self._compared(recording, run, batch, received, network)
                     yield outcome
                     if not same:
                         self._recorded.clear()
                         give_up(RuntimeError("a recorded step gives other numbers than the same step in Python"))
                     continue
-                step = found
+                step = recording
                 waiting.append(batch)
                 if len(waiting) == step.rows:
                     yield step(waiting)
@@ -332,7 +332,7 @@ class Graphs:
             with self.stream():
                 yield play
         finally:
-            lasting = {key: made for key, made in self._recorded.items() if made.lasting}
+            lasting = {key: recording for key, recording in self._recorded.items() if recording.lasting}
             if len(lasting) < len(self._recorded):
                 self._fleeting = True
             if self._fleeting:  # the next recording may need what only an eager pass makes of the next message
@@ -346,14 +346,14 @@ class Graphs:
             RuntimeError: it gives other numbers, draws on the host or changes what the network or the method holds.
         """
         before = Moment(self._written(network), self.device)
-        held = {**attributes(network.module), **fields(method)}
+        fields_before = {**attributes(network.module), **fields(method)}
         objects = [(thing, dict(vars(thing))) for thing in (*network.module.modules(), method)]
         try:
             first = run(batch, received)
             if drawn := before.drawn():
                 raise RuntimeError(f"it draws from {drawn} generator on the host")
             now = {**attributes(network.module), **fields(method)}
-            if changed := [name for name, value in now.items() if held.get(name) != value]:
+            if changed := [name for name, value in now.items() if fields_before.get(name) != value]:
                 raise RuntimeError(f"it changes {', '.join(changed)}")
             after = Moment(self._written(network), self.device)
             before.restore()
@@ -404,12 +404,12 @@ class Graphs:
         watched = _Watched(received)
 
         def work() -> Outcome:
-            given, targets, *others = (
+            inputs, targets, *others = (
                 table.index_select(0, counter).as_strided(like.shape, dense_stride(like))
                 for table, like in zip(tables, _tensors(batch), strict=True)
             )
-            known = {**drawn, **dict(zip(_drawn(batch), others, strict=True))}
-            static = replace(batch, inputs=given, targets=targets, drawn=known, **unread)
+            draws = {**drawn, **dict(zip(_drawn(batch), others, strict=True))}
+            static = replace(batch, inputs=inputs, targets=targets, drawn=draws, **unread)
             with _gradients_apart(network.trained) as collect:
                 outcome = run(static, cast(Received, watched), collect=collect)
             row = torch.cat([part.reshape(-1).double() for part in outcome.parts()])
@@ -489,10 +489,10 @@ def _gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[]
             parameter.grad = gradient
 
     def collect() -> None:
-        found = [(old, each.grad) for old, each in zip(flat, parameters, strict=True) if each.grad is not None]
+        pairs = [(old, each.grad) for old, each in zip(flat, parameters, strict=True) if each.grad is not None]
         put_back()
-        if found:
-            foreach_add_([old for old, _ in found], [new for _, new in found])
+        if pairs:
+            foreach_add_([old for old, _ in pairs], [new for _, new in pairs])
 
     for parameter in parameters:
         parameter.grad = None
@@ -504,11 +504,11 @@ def _gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[]
 
 def _state(network: Any) -> tuple[Any, ...]:
     """What a recorded step has taken over from a network and from the process, beside the values of tensors."""
-    held = list(network.module.modules())
-    modules = tuple((id(module), module.training, getattr(module, "track_running_stats", None)) for module in held)
+    layers = list(network.module.modules())
+    modules = tuple((id(module), module.training, getattr(module, "track_running_stats", None)) for module in layers)
     tensors = tuple(
         (id(each), each.data_ptr(), each.requires_grad)
-        for module in held
+        for module in layers
         for each in (*module._parameters.values(), *module._buffers.values())
         if each is not None
     )

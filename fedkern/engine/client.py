@@ -111,16 +111,16 @@ class Client(Node):
             return {name: value.cpu() for name, value in network.read().items() if name in context.trained_vectors}
         if context.script.train is not None:
             return self.upload(context.script.trained(self.model(message), self))
-        own, flat = self._loaded(network, message)
+        buffers, flat = self._loaded(network, message)
         schedule = self._in_time(phase, rows, steps=steps)
-        received = self._received(phase, message, schedule.epochs, own, anchor, flat)
+        received = self._received(phase, message, schedule.epochs, buffers, anchor, flat)
         received.extras = extras or {}
         network.fixed = self.statistics_fixed(phase)
         trained = network if parts is None else Part(network, parts)
         data = context.client_data(self.id)
-        told = started(self, method, phase, trained, data, received, schedule, rows, graphs=context.graphs)
+        read_figures = started(self, method, phase, trained, data, received, schedule, rows, graphs=context.graphs)
         result = self._left(network, trained, flat)
-        self._then(lambda: self.report.update(told()))
+        self._then(lambda: self.report.update(read_figures()))
         return result
 
     def _then(self, work: Callable[[], None]) -> None:
@@ -137,32 +137,32 @@ class Client(Node):
         Returns:
             The buffers of the client's own, and the parameters on the device.
         """
-        own = None
+        buffers = None
         if self._context.config.buffers != "average":
-            own = self._own_buffers()
-            network.write(own or self._context.initial_buffers())
+            buffers = self._own_buffers()
+            network.write(buffers or self._context.initial_buffers())
         network.write_personal(self.personal)
         flat = self._context.placed.there(message["parameters"]) if "parameters" in message else None
         network.write(message if flat is None else {**message, "parameters": flat})
-        return own, flat
+        return buffers, flat
 
-    def _left(self, network: Network, trained: Network | Part, given: Tensor | None = None) -> Message:
+    def _left(self, network: Network, trained: Network | Part, start: Tensor | None = None) -> Message:
         """What a trained network, or a part of it, leaves: vectors that travel, and what the client keeps.
 
-        They are on their way, as is the norm of an update of the ``given`` parameters that stays on the GPU.
+        They are on their way, as is the norm of an update of the parameters ``start`` that stays on the GPU.
         """
         policy = self._context.config.buffers
         result: Message = trained.read()
         if personal := network.read_personal():
             self.state["personal"] = {name: bring(value) for name, value in personal.items()}
         if policy == "local":
-            whole = result if trained is network else network.read()
-            self.state["buffers_local"] = {name: bring(value) for name, value in whole.items() if name != "parameters"}
+            copies = result if trained is network else network.read()
+            self.state["buffers_local"] = {name: bring(value) for name, value in copies.items() if name != "parameters"}
         if policy != "average":
             result = {"parameters": result["parameters"]}
-        if "parameters" in self.on_gpu and given is not None and is_alike(result["parameters"], given):
+        if "parameters" in self.on_gpu and start is not None and is_alike(result["parameters"], start):
             vector = result["parameters"]
-            self.drift = Drift(vector, vector._version, bring(torch.linalg.vector_norm(vector - given)))
+            self.drift = Drift(vector, vector._version, bring(torch.linalg.vector_norm(vector - start)))
         return {name: value if name in self.on_gpu else bring(value) for name, value in result.items()}
 
     # -- a loop of somebody's own ----------------------------------------------------------------------------------
@@ -221,8 +221,8 @@ class Client(Node):
             return schedule
         self.report["work_done"] = share
         epoch = len(batch_slices(samples, schedule.batch_size))
-        whole = schedule.epochs * epoch if schedule.limit is None else schedule.limit
-        return replace(schedule, limit=max(1, math.floor(share * whole)))
+        total = schedule.epochs * epoch if schedule.limit is None else schedule.limit
+        return replace(schedule, limit=max(1, math.floor(share * total)))
 
     def statistics_fixed(self, phase: Phase) -> bool:
         after = self._context.config.freeze_bn_after

@@ -67,10 +67,10 @@ class ClientPrivacy:
         # Number of rounds, by rounds done, for which the client was asked that was asked most often.
         self._most = list(range(len(plan) + 1))
         if not self.amplified and some:
-            asked: Counter[int] = Counter()
+            requests: Counter[int] = Counter()
             for number, entry in enumerate(plan):
-                asked.update(participation.clients(entry, number))
-                self._most[number + 1] = max(asked.values())
+                requests.update(participation.clients(entry, number))
+                self._most[number + 1] = max(requests.values())
         self.planned = self.epsilon(len(plan)) if self.level.noise else math.inf
 
     def keep(self, secret: str) -> None:
@@ -97,21 +97,21 @@ class ClientPrivacy:
             conditions.append("who takes part in a round stays secret")
         if self._config.dp_draws == "seed":
             conditions.append("the run's seed stays secret")
-        said = ClientGuarantee(
+        base = ClientGuarantee(
             self.level.delta,
             {"networks": "the networks of all rounds and all that is computed from them"},
             conditions=tuple(conditions),
             planned=self.planned,
             rounds=len(self._most) - 1,
         )
-        found = said if self._config.records == "private" else said.with_records()
-        assert isinstance(found, ClientGuarantee)
-        return found
+        guarantee = base if self._config.records == "private" else base.with_records()
+        assert isinstance(guarantee, ClientGuarantee)
+        return guarantee
 
     def spent(self, rounds: int) -> dict[str, float]:
         """The figure of the first ``rounds`` rounds by its name, for a record; empty without noise."""
-        said = self.guarantee()
-        return {} if said is None else {said.figure: self.epsilon(rounds)}
+        guarantee = self.guarantee()
+        return {} if guarantee is None else {guarantee.figure: self.epsilon(rounds)}
 
     def report(self, rounds: int) -> dict[str, Any]:
         """The ``privacy`` entry of summary.json after ``rounds`` rounds; empty without noise.
@@ -120,19 +120,19 @@ class ClientPrivacy:
         ``leaves_uncovered`` as for every guarantee, ``clip`` and ``noise``, ``drawn`` and ``of`` where epsilon counts
         the draw of so many clients, and ``statement``.
         """
-        said = self.guarantee()
-        if said is None:
+        guarantee = self.guarantee()
+        if guarantee is None:
             return {}
-        found = self.epsilon(rounds)
+        epsilon = self.epsilon(rounds)
         draw = {"drawn": self._config.sampled_clients, "of": self._config.trained_clients} if self.amplified else {}
         return {
-            **said.to_dict(),
-            said.figure: found,
+            **guarantee.to_dict(),
+            guarantee.figure: epsilon,
             "rounds": rounds,
             "clip": self.level.clip,
             "noise": self.level.noise,
             **draw,
-            "statement": said.statement(found),
+            "statement": guarantee.statement(epsilon),
         }
 
 

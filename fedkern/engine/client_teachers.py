@@ -77,13 +77,13 @@ class Teachers:
         theirs = info["config"]
         names = [name for name in OF_DATA if name == "data" or theirs.get(name) != config.get(name)]
 
-        def told(settings: Mapping[str, Any], number: int) -> str:
+        def text(settings: Mapping[str, Any], number: int) -> str:
             each = [f"{name.replace('_', '-')} {settings.get(name, 'unset')}" for name in names]
             return f"{', '.join(each)}; fingerprint {number:08x}"
 
         return (
             f"The networks that --teachers brings from {self.root} were trained on other data "
-            f"({told(theirs, info['data'])}) than this run's ({told(config, fingerprint)}): a client's may know images "
+            f"({text(theirs, info['data'])}) than this run's ({text(config, fingerprint)}): a client's may know images "
             "of other clients, or those that it is tested on."
         )
 
@@ -117,13 +117,13 @@ class Teachers:
             )
         # A copy is flattened: the module itself may be part of a network that is flat already.
         flat = FlatParameters(place(copy.deepcopy(module).cpu(), torch.device("cpu")))
-        found = {name: vectors[name].numel() if name in vectors else 0 for name in VECTORS}
-        wanted = {name: getattr(flat, name).numel() for name in VECTORS}
-        if found != wanted:
-            which = next(name for name in VECTORS if found[name] != wanted[name])
+        sizes = {name: vectors[name].numel() if name in vectors else 0 for name in VECTORS}
+        expected = {name: getattr(flat, name).numel() for name in VECTORS}
+        if sizes != expected:
+            which = next(name for name in VECTORS if sizes[name] != expected[name])
             raise UserError(
                 f"--teachers: the network of client {client} in {self.root} is of another architecture "
-                f"({found[which]:,} {which} instead of {wanted[which]:,}): give the --model and the models it was "
+                f"({sizes[which]:,} {which} instead of {expected[which]:,}): give the --model and the models it was "
                 "trained with."
             )
         flat.load_vectors(vectors)
@@ -134,9 +134,9 @@ class Teachers:
         entry = self._entry
         if entry is None:
             return None
-        own = self._files[0].get(client)
-        kept = None if own is None else self._part(own, "teacher")
-        return self._part(entry["server"], "members", client) if kept is None else kept
+        file = self._files[0].get(client)
+        teacher = None if file is None else self._part(file, "teacher")
+        return self._part(entry["server"], "members", client) if teacher is None else teacher
 
     def _part(self, name: str, *keys: str | int) -> Any:
         path = self.root / FOLDER / name

@@ -57,10 +57,10 @@ def check_teachers(method: Method, context: RunContext) -> None:
     """
     networks: dict[tuple[Any, ...], Any] = {}
     for k in range(context.federation.clients if context.teachers is not None else 0):
-        client, own = Client(context, k, {}), method.architecture(k)
-        key = tuple(sorted(own.items()))
+        client, architecture = Client(context, k, {}), method.architecture(k)
+        key = tuple(sorted(architecture.items()))
         if key not in networks:  # loading overwrites every tensor, so clients of one architecture share a network
-            networks[key] = client.network(**own)
+            networks[key] = client.network(**architecture)
         client.load_pretrained(networks[key])
 
 

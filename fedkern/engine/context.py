@@ -183,11 +183,11 @@ class RunContext:
         seed = self.config.seed if seed is None else seed
         if model is not None:  # the run's own network was checked before
             check_gives(model, self.data.task.network, self.config.data, "in the method option that names it")
-        own = model is None or model == self.config.model
+        same_model = model is None or model == self.config.model
         about = {
             "model": self.config.model if model is None else model,
             "classes": self.federation.classes if classes is None else classes,
-            "width": self.config.width if width is None and own else width,
+            "width": self.config.width if width is None and same_model else width,
             **(self.described if model is None else {}),
         }
         return self.data.form.build(self.data.task, about, seed)
@@ -296,31 +296,31 @@ class RunContext:
         """The batches of a client's training samples."""
         if client not in self._clients:
             split = self.data.clients[client]
-            made = self.reader(split, client=client, augment=self.augment, cache=self.cache)
+            batches = self.reader(split, client=client, augment=self.augment, cache=self.cache)
             if not self.cache:
                 self._clients.clear()  # one client's images at a time
             elif len(self._clients) >= max(PREPARED, 10 * self.config.sampled_clients):
                 del self._clients[next(iter(self._clients))]
-            self._clients[client] = made
+            self._clients[client] = batches
         return self._clients[client]
 
     def frozen(
-        self, message: Message, buffers: Mapping[str, Tensor] | None, kept: Mapping[str, Tensor] | None = None
+        self, message: Message, buffers: Mapping[str, Tensor] | None, own_tensors: Mapping[str, Tensor] | None = None
     ) -> nn.Module:
         """The frozen copy of a received network, in eval mode; clients that received the same vectors share it.
 
         Args:
             message: what was received.
             buffers: those of the client's own (``--buffers local``), or None.
-            kept: what the client keeps to itself (``--personal``), by name, or None.
+            own_tensors: what the client keeps to itself (``--personal``), by name, or None.
         """
         network = self.network("frozen")
         # The key holds the tensors themselves, so that no new tensor can get the identity of a freed one.
-        key = (message["parameters"], *(buffers or {}).values(), *message.values(), *(kept or {}).values())
-        known, _ = self._frozen
-        if len(key) != len(known) or any(a is not b for a, b in zip(key, known, strict=True)):
+        key = (message["parameters"], *(buffers or {}).values(), *message.values(), *(own_tensors or {}).values())
+        old_key, _ = self._frozen
+        if len(key) != len(old_key) or any(a is not b for a, b in zip(key, old_key, strict=True)):
             network.write({**message, **(buffers or {})})
-            network.write_personal(kept or {})
+            network.write_personal(own_tensors or {})
             network.statistics = self.config.statistics or bool(buffers)
             network.eval_mode()
             self._frozen = key, frozen(network.module)
@@ -331,10 +331,10 @@ class RunContext:
         local = self.placed.networks.get(("local", 0))
         if local is None or not local.attributes:
             return
-        if found := [name for name, value in attributes(local.module).items() if local.attributes.get(name) != value]:
+        if names := [name for name, value in attributes(local.module).items() if local.attributes.get(name) != value]:
             client.warn(
                 "python-state",
-                f"The network changes {', '.join(found)} as it runs, and a client finds what another client of its "
+                f"The network changes {', '.join(names)} as it runs, and a client finds what another client of its "
                 "process has left there: the same bits are promised neither for another number of workers nor after "
                 "--resume; keep such state in a registered buffer.",
             )

@@ -85,17 +85,17 @@ def batch_size(device: torch.device, statistics: bool) -> int:
 
 
 @contextmanager
-def evaluating(config: RunConfig, own: bool) -> Iterator[int]:
+def evaluating(config: RunConfig, run_network: bool) -> Iterator[int]:
     """Sets the threads of an evaluation; yields how many sets or batches are evaluated side by side.
 
     A run and the command ``evaluate`` both call it: the number of threads changes bits.
 
     Args:
         config: the run's settings.
-        own: whether the network is the run's own, not a module of the method.  Such a module may be traced at its first
-            call, and torch.fx patches every module's call while it traces.
+        run_network: whether the network is the run's own, not a module of the method.  Such a module may be
+            traced at its first call, and torch.fx patches every module's call while it traces.
     """
-    count = config.threads // config.client_threads if own and config.device == "cpu" else 1
+    count = config.threads // config.client_threads if run_network and config.device == "cpu" else 1
     with cpu_threads(config.client_threads if count > 1 else config.threads):
         yield count
 
@@ -126,12 +126,12 @@ def evaluate_clients(
         UserError: a set is a single image, which the network cannot normalise.
     """
 
-    def own(k: int) -> dict[str, float]:
+    def figures(k: int) -> dict[str, float]:
         label = client_label(names, k)
         with _explained(f"The test set of client {label}", sets[k]), code(label):
             return {name: float(value) for name, value in method.evaluate_own(network, sets[k], k).items()}
 
-    return dict(zip(sets, _side_by_side(own, list(sets), at_once), strict=True))
+    return dict(zip(sets, _side_by_side(figures, list(sets), at_once), strict=True))
 
 
 def evaluate(
@@ -167,15 +167,15 @@ def evaluate(
             for data in sets.values():
                 data.pool = pool
             try:
-                found = {prefix: figures(prefix) for prefix in sets}
+                results = {prefix: figures(prefix) for prefix in sets}
             finally:
                 for data in sets.values():
                     data.pool = None
     else:
         # The largest set first, so that no thread is left with it at the end.
         order = sorted(sets, key=lambda prefix: -len(sets[prefix]))
-        found = dict(zip(order, _side_by_side(figures, order, at_once), strict=True))
-    return {prefix + name: float(value) for prefix in sets for name, value in found[prefix].items()}
+        results = dict(zip(order, _side_by_side(figures, order, at_once), strict=True))
+    return {prefix + name: float(value) for prefix in sets for name, value in results[prefix].items()}
 
 
 def _side_by_side(task: Callable[[Key], Value], keys: Sequence[Key], at_once: int) -> list[Value]:
@@ -188,7 +188,7 @@ def _side_by_side(task: Callable[[Key], Value], keys: Sequence[Key], at_once: in
     with _threads(at_once) as pool:
         # In a copy of this thread's context, which holds the precision that networks compute in.
         tasks = [pool.submit(copy_context().run, task, key) for key in keys]
-        return [made.result() for made in tasks]
+        return [future.result() for future in tasks]
 
 
 def _threads(count: int) -> ThreadPoolExecutor:

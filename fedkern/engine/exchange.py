@@ -118,11 +118,11 @@ class Exchange:
             clients = {k: here.client(k) for k in asked.participants}
             for client in clients.values():
                 client.report = {}
-            found = asked.hooks.cohort_update(clients, asked.phase, asked.sent)
-            if found is not None:
+            uploads = asked.hooks.cohort_update(clients, asked.phase, asked.sent)
+            if uploads is not None:
                 each = (time.perf_counter() - start) / len(asked.sent)
-                told = {k: figures(one.report, f"client {k}: client.report", TAKEN) for k, one in clients.items()}
-                return (Answer(k, found.pop(k), report=told[k], seconds=each) for k in list(asked.sent))
+                reports = {k: figures(one.report, f"client {k}: client.report", TAKEN) for k, one in clients.items()}
+                return (Answer(k, uploads.pop(k), report=reports[k], seconds=each) for k in list(asked.sent))
         begun: dict[int, dict[ClientId, Message]] = {}
         for k, message in asked.sent.items():
             begun.setdefault(asked.phase.round - asked.staleness(k), {})[k] = message

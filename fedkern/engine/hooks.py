@@ -61,14 +61,14 @@ class Hooks:
 
     Args:
         asker: name of the object in the executors' tables, ``"method"`` or ``"pooling"``.
-        asked: the object.
+        handler: the object.
         server: the server.
         context: of the run.
         code: names the method in an exception.
     """
 
-    def __init__(self, asker: str, asked: Any, server: Server, context: RunContext, code: MethodCode) -> None:
-        self.asker, self._asked, self._server, self._context, self._code = asker, asked, server, context, code
+    def __init__(self, asker: str, handler: Any, server: Server, context: RunContext, code: MethodCode) -> None:
+        self.asker, self._asked, self._server, self._context, self._code = asker, handler, server, context, code
 
     @property
     def own(self) -> bool:
@@ -82,8 +82,8 @@ class Hooks:
 
     def messages(self, outgoing: Any, clients: Iterable[ClientId]) -> dict[ClientId, Message]:
         """The messages out of what :meth:`send` returned, of the clients that have one (see :func:`messages_for`)."""
-        found = messages_for(outgoing, clients, getattr(self._asked, "selective", False))
-        return {k: message for k, message in found.items() if message is not None}
+        messages = messages_for(outgoing, clients, getattr(self._asked, "selective", False))
+        return {k: message for k, message in messages.items() if message is not None}
 
     def declared(self, phase: Phase, client: ClientId, message: Message) -> Declaration:
         """The declaration of a client's upload."""
@@ -114,8 +114,8 @@ class Hooks:
         if not self.own:
             return None
         with self._context.drawing(self._server, phase), self._code("cohort_update"):
-            found = self._asked.cohort_update(clients, phase, sent)
-            return None if found is None else dict(found)
+            uploads = self._asked.cohort_update(clients, phase, sent)
+            return None if uploads is None else dict(uploads)
 
     def server_update(self, phase: Phase, uploads: Iterator[Upload]) -> None:
         """Hands the server all uploads of an exchange."""
@@ -171,12 +171,12 @@ def messages_for(outgoing: Any, clients: Iterable[int], selective: bool = False)
     # Looked at once for all clients: a message for every client of a large federation is a long dict.
     if not outgoing or not all(isinstance(key, int) for key in outgoing):
         return dict.fromkeys(clients, outgoing)
-    found: dict[int, Message | None] = {}
+    messages: dict[int, Message | None] = {}
     for k in clients:
         if k not in outgoing and not selective:
             raise ValueError(f"send: expected a message for client {k}, which takes part; given none")
-        found[k] = outgoing.get(k)
-    return found
+        messages[k] = outgoing.get(k)
+    return messages
 
 
 def message_for(outgoing: Any, client: int, selective: bool = False) -> Message | None:

@@ -84,8 +84,8 @@ class Images(Reader):
         """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
         chosen, there = as_index(indices), self._there.device
         index = self.pixels.sent(chosen)
-        own = index if index.device == there else send(chosen, there)
-        labels = send(loaded(self._there.index_select(0, own)), self.device)
+        label_index = index if index.device == there else send(chosen, there)
+        labels = send(loaded(self._there.index_select(0, label_index)), self.device)
         return self._pick(self.pixels, index, labels, rng)
 
     def planned(
@@ -101,10 +101,10 @@ class Images(Reader):
             there, sent = sent.tensor_split([sum(sizes[parts])])
             images, labels = self.pairs(there, rng)
             pairs = zip(images.split(sizes[parts]), labels.split(sizes[parts]), strict=True)
-            for indices, (own, known) in zip(plan[parts], pairs, strict=True):
+            for indices, (inputs, truth) in zip(plan[parts], pairs, strict=True):
                 yield Batch(
-                    inputs=own,
-                    targets=self.task.targets(known, self.tokens, as_index(indices)),
+                    inputs=inputs,
+                    targets=self.task.targets(truth, self.tokens, as_index(indices)),
                     indices=indices,
                     phase=phase,
                     epoch=epoch,
@@ -123,8 +123,8 @@ class Images(Reader):
         Raises:
             ValueError: nothing is known about what is object and what is background.
         """
-        found = self._detected()
-        return {**found, "images": found["images"].masked_fill(found["masks"][:, None], 0)}
+        tensors = self._detected()
+        return {**tensors, "images": tensors["images"].masked_fill(tensors["masks"][:, None], 0)}
 
     def _detected(self) -> dict[str, Tensor]:
         """The images with a detected object, with their masks and labels."""

@@ -73,16 +73,16 @@ class Network:
     def gradient_vectors(self) -> tuple[Tensor, ...]:
         """``gradients``, and fp32 [A] those of ``personal`` where there are such parameters."""
         if not self._gradients:
-            own = (self._flat.apart_gradients(),) if len(self.personal) else ()
-            self._gradients = (self._flat.gradients(), *own)
+            apart = (self._flat.apart_gradients(),) if len(self.personal) else ()
+            self._gradients = (self._flat.gradients(), *apart)
         return self._gradients
 
     def finite(self) -> Tensor:
         """bool 0-d: whether all parameters and buffers are finite, but for buffers infinite from the start."""
         finite = all_finite(self.parameters) & self.finite_buffers()
-        own = self._flat.apart_buffers
-        if len(self.personal) or len(own):
-            finite &= all_finite(self.personal) & (torch.isfinite(own) | (self._infinite_apart & ~own.isnan())).all()
+        rest = self._flat.apart_buffers
+        if len(self.personal) or len(rest):
+            finite &= all_finite(self.personal) & (torch.isfinite(rest) | (self._infinite_apart & ~rest.isnan())).all()
         return finite
 
     def finite_buffers(self, which: slice = slice(None)) -> Tensor:
@@ -124,15 +124,15 @@ class Network:
         Raises:
             UserError: a name or shape differs.
         """
-        own = inner(self.module)
-        now = own.state_dict()
-        given = bare_names(inner(module).state_dict(), now)
-        still = {name for name, each in own.named_parameters() if not each.requires_grad}
-        norms = [(name, norm) for name, norm in own.named_modules() if norm in self._still]
+        target = inner(self.module)
+        now = target.state_dict()
+        source = bare_names(inner(module).state_dict(), now)
+        still = {name for name, each in target.named_parameters() if not each.requires_grad}
+        norms = [(name, norm) for name, norm in target.named_modules() if norm in self._still]
         still |= {f"{name}.{each}" for name, norm in norms for each, _ in norm.named_buffers()}
-        if unfit := misfits(now, given):
+        if unfit := misfits(now, source):
             raise UserError(f"The trained network is no longer the run's: {next(iter(unfit.values()))}.")
-        own.load_state_dict({name: now[name] if name in still else given[name] for name in now})
+        target.load_state_dict({name: now[name] if name in still else source[name] for name in now})
 
     def eval_mode(self) -> None:
         """Puts the module in eval mode; without meaningful running statistics batch norm uses the batch's own."""
@@ -172,10 +172,10 @@ class Part:
 
     def __init__(self, network: Network, names: Sequence[str]) -> None:
         self.module, self.names, self._network = network.module, tuple(names), network
-        known = dict(network.module.named_children())
-        if missing := [name for name in names if name not in known]:
-            raise ValueError(f"parts: expected names of {', '.join(known)}, given {', '.join(missing)}")
-        self.trained = [each for name in names for each in known[name].parameters() if each.requires_grad]
+        children = dict(network.module.named_children())
+        if missing := [name for name in names if name not in children]:
+            raise ValueError(f"parts: expected names of {', '.join(children)}, given {', '.join(missing)}")
+        self.trained = [each for name in names for each in children[name].parameters() if each.requires_grad]
         self._stretches = {kind: _stretch(network.places[kind], self.names) for kind in VECTORS}
         self.parameters = network.parameters[self._stretches["parameters"]]
         self.gradients = network.gradients[self._stretches["parameters"]]
@@ -194,8 +194,8 @@ class Part:
 
     def read(self) -> dict[str, Tensor]:
         """As :meth:`Network.read`, of the part alone."""
-        whole = self._network.read()
-        result = {name: whole[name][where].clone() for name, where in self._stretches.items() if name in whole}
+        vectors = self._network.read()
+        result = {name: vectors[name][where].clone() for name, where in self._stretches.items() if name in vectors}
         return {name: vector for name, vector in result.items() if vector.numel()}
 
 
@@ -211,8 +211,8 @@ def _stretch(places: Mapping[str, slice], names: tuple[str, ...]) -> slice:
     first, last = inside.index(True), len(inside) - inside[::-1].index(True)
     if not all(inside[first:last]):
         raise ValueError(f"parts: expected neighbours in the network's vectors, given {', '.join(names)}")
-    own = list(places.values())[first:last]
-    return slice(own[0].start, own[-1].stop)
+    slices = list(places.values())[first:last]
+    return slice(slices[0].start, slices[-1].stop)
 
 
 class Trainable:

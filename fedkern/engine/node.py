@@ -70,13 +70,13 @@ class Node:
 
 def figures(report: Mapping[str, Any], whose: str, taken: Collection[str] = ()) -> dict[str, float]:
     """A report's figures as Python's numbers; raises UserError for anything else, and for a name that is ``taken``."""
-    found = {}
+    numbers = {}
     for name, value in report.items():
         where = f'{whose}["{name}"]'
         if name in taken:
             raise UserError(f"{where} has a name of the engine's: choose one besides {', '.join(sorted(taken))}.")
         try:
-            found[name] = value if isinstance(value, int) else real(value, where)
+            numbers[name] = value if isinstance(value, int) else real(value, where)
         except (TypeError, ValueError) as error:
             raise UserError(f"{error}: report a number, or leave it out.") from None
-    return found
+    return numbers

@@ -41,16 +41,16 @@ def parts_of(run: RunObjects) -> list[Part]:
 
 def filters_of(run: RunObjects) -> list[Filter]:
     """What uploads pass on their way to the server of a run, in order; the run has its executor."""
-    found: list[Filter] = _built(FILTERS, FILTER_ORDER, run)
-    whole = any(each.whole for each in found)
-    return [each for each in found if not (whole and each.stays)]
+    filters: list[Filter] = _built(FILTERS, FILTER_ORDER, run)
+    needs_whole = any(each.whole for each in filters)
+    return [each for each in filters if not (needs_whole and each.stays)]
 
 
 def _built(table: Registry[Any], order: Sequence[str], run: RunObjects) -> list[Any]:
-    own = [name for name in plugins.of_run(table, run.config.plugins) if name not in order]
-    names = [each for name in order for each in (own if name == USERS else [name])]
-    made = (user_parts.build(table[name], run) if name in own else table[name].build(run) for name in names)
-    return [each for each in made if each is not None]
+    user_names = [name for name in plugins.of_run(table, run.config.plugins) if name not in order]
+    names = [each for name in order for each in (user_names if name == USERS else [name])]
+    objects = (user_parts.build(table[name], run) if name in user_names else table[name].build(run) for name in names)
+    return [each for each in objects if each is not None]
 
 
 def states_of(parts: Sequence[Part], filters: Sequence[Filter]) -> dict[str, Any]:
@@ -62,11 +62,11 @@ def states_of(parts: Sequence[Part], filters: Sequence[Filter]) -> dict[str, Any
     return {"parts": of_parts, **({"filters": of_filters} if of_filters else {})}
 
 
-def _states(made: Sequence[Part] | Sequence[Filter], order: Sequence[str]) -> dict[str, Any]:
-    return {each.name: state or {} for each in made if (state := each.state()) or each.name not in order}
+def _states(objects: Sequence[Part] | Sequence[Filter], order: Sequence[str]) -> dict[str, Any]:
+    return {each.name: state or {} for each in objects if (state := each.state()) or each.name not in order}
 
 
-def restore(kind: str, made: Sequence[Part] | Sequence[Filter], run: RunObjects) -> None:
+def restore(kind: str, objects: Sequence[Part] | Sequence[Filter], run: RunObjects) -> None:
     """Gives ``"parts"`` or ``"filters"`` of a run the states of the checkpoint that it goes on from, if there is one.
 
     Raises:
@@ -74,12 +74,12 @@ def restore(kind: str, made: Sequence[Part] | Sequence[Filter], run: RunObjects)
     """
     if run.entry is None:
         return
-    states, names = run.entry["info"].get(kind, {}), [each.name for each in made]
+    states, names = run.entry["info"].get(kind, {}), [each.name for each in objects]
     for name in sorted(({*states} ^ {*names}) - {*(PART_ORDER if kind == "parts" else FILTER_ORDER)}):
         what = f'the {kind[:-1]} "{name}"'
         if name in states:
             raise UserError(f"The run in {run.out} began with {what}: register it again, or start a new run.")
         raise UserError(f"The run in {run.out} began without {what}: leave it out, or start a new run.")
-    for each in made:
+    for each in objects:
         if state := states.get(each.name):
             each.restore(state)

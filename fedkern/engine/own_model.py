@@ -52,14 +52,14 @@ def settled(
     entry = MODELS.get(config.model)
     if entry is None:
         raise UserError(unknown(config.model))
-    own = isinstance(entry.make, Own)
-    if not own and not (config.init or config.features or config.stages) and not data.form.lacks:
+    from_user = isinstance(entry.make, Own)
+    if not from_user and not (config.init or config.features or config.stages) and not data.form.lacks:
         return config, data, []
     context = RunContext(config, data)
     network = context.build()
-    said = [context.unfit] if context.unfit and stored is None else []
-    if not own:
-        return config, data, said
+    notes = [context.unfit] if context.unfit and stored is None else []
+    if not from_user:
+        return config, data, notes
     make: Any = entry.make
     if data.form.lacks:
         data = _tried(network, make, data)
@@ -79,7 +79,7 @@ def settled(
             )
         if stored.model_sha256 not in (None, sha):
             what = "has other initial weights" if isinstance(make.what, nn.Module) else "has changed"
-            said.append(
+            notes.append(
                 f"The network {make.text} {what} since the run in {out} began: the run may give other bits than an "
                 "uninterrupted one."
             )
@@ -87,7 +87,7 @@ def settled(
         config = config.replace(served=stored.served)
     elif config.accelerate == "auto" and config.device == "cpu" and config.precision == "fp32" and known:
         config = config.replace(served=serving.decided(RunContext(config, data), network))
-    return config.replace(model_layout=layout, model_sha256=sha), data, said
+    return config.replace(model_layout=layout, model_sha256=sha), data, notes
 
 
 def _tried(network: Any, make: Own, data: Any) -> Any:

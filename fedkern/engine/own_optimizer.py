@@ -19,13 +19,15 @@ from fedkern.usercode.execution import explained
 def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser that a user's factory makes; raises UserError where it is none that a loop can step."""
     with explained("optimizer", make):
-        found = make(parameters)
-    if not isinstance(found, torch.optim.Optimizer):
-        raise UserError(f"optimizer must return a torch.optim.Optimizer, not {shown(found)}.")
-    closure = inspect.signature(type(found).step).parameters.get("closure")
+        optimizer = make(parameters)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"optimizer must return a torch.optim.Optimizer, not {shown(optimizer)}.")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
-        raise UserError(f"optimizer makes {type(found).__name__}, which evaluates a batch several times: take another.")
-    return found
+        raise UserError(
+            f"optimizer makes {type(optimizer).__name__}, which evaluates a batch several times: take another."
+        )
+    return optimizer
 
 
 def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
@@ -39,7 +41,7 @@ def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
 
 
 def own_stepper(
-    network: Any, schedule: Any, terms: Terms | None, kept: Mapping[str, Any]
+    network: Any, schedule: Any, terms: Terms | None, previous: Mapping[str, Any]
 ) -> tuple[Callable[[float], ops.StepResult], Callable[[], dict[str, Any]]]:
     """As `fedkern.engine.training.stepper`, with the optimiser of ``schedule.make``.
 
@@ -50,8 +52,8 @@ def own_stepper(
     vectors = network.gradient_vectors
     optimizer = made(schedule.make, network.trained)
     rates = [group["lr"] for group in optimizer.param_groups]
-    if kept:
-        state = {int(index): copy.deepcopy(values) for index, values in kept.items()}  # steps change what is loaded
+    if previous:
+        state = {int(index): copy.deepcopy(values) for index, values in previous.items()}  # steps change what is loaded
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     @torch.no_grad()
@@ -66,12 +68,12 @@ def own_stepper(
             each.zero_()
         return ops.StepResult(torch.isfinite(norm), norm.square())
 
-    def held() -> dict[str, Any]:
-        found = optimizer.state_dict()["state"]
+    def read_state() -> dict[str, Any]:
+        states = optimizer.state_dict()["state"]
         plain = (Tensor, int, float, str)
         return {
             str(index): {name: value for name, value in values.items() if isinstance(value, plain)}
-            for index, values in found.items()
+            for index, values in states.items()
         }
 
-    return step, held
+    return step, read_state

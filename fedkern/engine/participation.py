@@ -177,8 +177,8 @@ class Participation:
         rounds = enumerate(entry for entry in plan if not entry.one_off)
         if not config.dropout_rate and (config.stragglers != "drop" or not config.straggler_rate):
             return min((self._size(entry) for _, entry in rounds), default=config.sampled_clients)
-        asked = ((each, self.clients(entry, each)) for each, entry in rounds)
-        counts = (len(them) - len(absent_clients(config, each, them)) for each, them in asked)
+        draws = ((each, self.clients(entry, each)) for each, entry in rounds)
+        counts = (len(them) - len(absent_clients(config, each, them)) for each, them in draws)
         return min(counts, default=config.sampled_clients)
 
     def _size(self, entry: Round) -> int:

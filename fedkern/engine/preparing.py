@@ -178,8 +178,8 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
     with context.drawing(server, BEFORE), code("start"):
         method.start(server)
     participation = (asynchronous.Asynchronous if config.asynchronous else Participation)(config, context.federation)
-    private, said = _privacy(config, context, method, server, code, participation)
-    context.disclosure = Disclosure.of(config.records, said)
+    private, run_guarantee = _privacy(config, context, method, server, code, participation)
+    context.disclosure = Disclosure.of(config.records, run_guarantee)
     if profile and not context.disclosure.clients:
         raise UserError(
             "--profile writes what every client computed, step by step, and the records of this run are private: "
@@ -187,10 +187,10 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
         )
     if predictions:
         predictions_file.check(context.data.task, told=context.disclosure.clients)
-    if said is not None and not said.complete:
-        context.warn("partly-covered", said.warning())
-    told = diagnostics.emulated(config.precision, config.device) | diagnostics.unrepeatable(context)
-    for name, text in told.items():
+    if run_guarantee is not None and not run_guarantee.complete:
+        context.warn("partly-covered", run_guarantee.warning())
+    warnings = diagnostics.emulated(config.precision, config.device) | diagnostics.unrepeatable(context)
+    for name, text in warnings.items():
         context.warn(name, text)
     if not begun:  # a run that goes on has loaded most of them already
         check_teachers(method, context)
@@ -198,16 +198,16 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
         plan = list(method.rounds(context.federation))
     asynchronous.check(config, method, plan)
     hooks = {
-        name: Hooks(name, asked, server, context, code) for name, asked in (("method", method), ("pooling", pooling))
+        name: Hooks(name, target, server, context, code) for name, target in (("method", method), ("pooling", pooling))
     }
-    found = Prepared(
-        config, context, method, pooling, server, progress, code, hooks, plan, participation, private, said, profile,
-        predictions,
+    prepared = Prepared(
+        config, context, method, pooling, server, progress, code, hooks, plan, participation, private, run_guarantee,
+        profile, predictions,
     )  # fmt: skip
     rule = Rule(config.aggregator)
     if rule.entry.function is not None:
         rule.check(participation.fewest_uploads(plan))
-    return found
+    return prepared
 
 
 def _privacy(
@@ -220,16 +220,16 @@ def _privacy(
 ) -> tuple[ClientPrivacy | None, Guarantee | None]:
     """Privacy of whole clients, and the guarantee of the run."""
     private: ClientPrivacy | None = None
-    said: Guarantee | None
+    run_guarantee: Guarantee | None
     if config.dp_clip is not None:
         private = ClientPrivacy(config, method, server, context, participation)
-        said = private.guarantee()
+        run_guarantee = private.guarantee()
     else:
         with code("guarantee"):
-            said = guarantee(method, server, config.records)
-    if config.privacy_unit != "image" and said is None:
+            run_guarantee = guarantee(method, server, config.records)
+    if config.privacy_unit != "image" and run_guarantee is None:
         raise UserError(
             f"--privacy-unit {config.privacy_unit} says what an epsilon protects, and this run of {config.method} "
             "promises none: ask for one with a privacy option of its method (fediod has some), or leave it out."
         )
-    return private, said
+    return private, run_guarantee

@@ -120,5 +120,5 @@ def declared(samples: int, rows: np.ndarray | None, spending: DPSGD) -> int:
     """Number of samples that a schedule may depend on: every patient counts as the largest allowed number of images."""
     if spending.patients is None:
         return samples if rows is None else len(rows)
-    own = spending.patients if rows is None else spending.patients[rows]
-    return spending.images * len(np.unique(own))
+    patients = spending.patients if rows is None else spending.patients[rows]
+    return spending.images * len(np.unique(patients))

@@ -45,8 +45,8 @@ class Progress:
         """
         entry = self.entry
         if entry is None or entry.one_off:
-            told = "" if entry is None else _told(entry, exchange)
-            return (f"after round {self.done}" if self.done else "before the first round") + told
+            name = "" if entry is None else _told(entry, exchange)
+            return (f"after round {self.done}" if self.done else "before the first round") + name
         return f"in round {self.index + 1}" + (_told(entry, exchange) if exchange is not None else "")
 
 

@@ -52,15 +52,15 @@ def serve(group: TorchrunGroup) -> int:
     except Exception as error:
         if not isinstance(error, UserError):
             traceback.print_exc()
-        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}."
-        group.leave(FAILED, said)
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}."
+        group.leave(FAILED, reason)
         try:
             _wait(connection)
         except Ended:  # rank 0 has heard it, and says it
             return FAILED
         except Lost:
             pass
-        raise RunFailed(f"Rank {group.rank} failed: {said}") from None
+        raise RunFailed(f"Rank {group.rank} failed: {reason}") from None
     return 0
 
 
@@ -73,10 +73,10 @@ class RankWorker(Worker):
         self._kept: dict[tuple[int, str], Tensor] = {}  # by client and name, until the next exchange
         self._serial.keep = self._keep
 
-    def _heed(self, asked: Any) -> None:
-        if isinstance(asked, Sum):
-            total = Accumulator(asked.size, exact=True)
-            for client, name, weight in asked.terms:
+    def _heed(self, request: Any) -> None:
+        if isinstance(request, Sum):
+            total = Accumulator(request.size, exact=True)
+            for client, name, weight in request.terms:
                 total.add(self._kept[client, name], weight)
             try:
                 self._group.reduced(total, self._context.config.device)
@@ -84,9 +84,9 @@ class RankWorker(Worker):
                 _wait(self._group.connections[0])  # rank 0 says which rank was lost, or was lost itself
                 raise
             return
-        if isinstance(asked, Cleared) or asked == Forget():
+        if isinstance(request, Cleared) or request == Forget():
             self._kept.clear()
-        super()._heed(asked)
+        super()._heed(request)
 
     def _keep(self, client: int, name: str, vector: Tensor) -> None:
         self._kept[client, name] = vector.clone()  # the next client may train in the same memory

@@ -66,8 +66,8 @@ class RoundLog:
         self._states.done(k)
         self.reports.append(info)
         self.clients.setdefault(str(k), {}).update(info)
-        told = self._context.disclosure.client({**info, "seconds": seconds})
-        self._listener.on_client(self._progress.shown, k, told)
+        entry = self._context.disclosure.client({**info, "seconds": seconds})
+        self._listener.on_client(self._progress.shown, k, entry)
 
     def note(self, k: ClientId, figures: Mapping[str, float]) -> None:
         """Adds figures to a client that is done."""
@@ -100,12 +100,12 @@ class RoundLog:
         """
         if self._silent or not self._context.disclosure.server:
             why = "is not as declared"
-        shown, exchange = self._context.data.client_label(k), self._progress.exchange
-        said = f"Client {shown}'s upload {self._progress.when(exchange)} {why}"
+        label, exchange = self._context.data.client_label(k), self._progress.exchange
+        sentence = f"Client {label}'s upload {self._progress.when(exchange)} {why}"
         if self._context.config.on_nan == "stop":
-            raise UserError(f"{said}; leave such uploads out with --on-nan skip.{self._hint}")
+            raise UserError(f"{sentence}; leave such uploads out with --on-nan skip.{self._hint}")
         self.leave_out(k, {"exchange": exchange, "reason": why})
-        self._warn(f"refused-upload-{k}", f"{said}; it was left out.")
+        self._warn(f"refused-upload-{k}", f"{sentence}; it was left out.")
 
     def leave_out(self, k: ClientId, why: dict[str, Any]) -> None:
         """Leaves a client out of the rest of the round."""
@@ -134,31 +134,31 @@ class RoundLog:
         """A client works elsewhere and nothing came of it."""
         exchange = self._progress.exchange
         self.leave_out(k, {"exchange": exchange, "reason": why})
-        shown, when = self._context.data.client_label(k), self._progress.when(exchange)
-        self._warn(f"missing-client-{k}", f"Client {shown} was left out {when}, as {why}.")
+        label, when = self._context.data.client_label(k), self._progress.when(exchange)
+        self._warn(f"missing-client-{k}", f"Client {label} was left out {when}, as {why}.")
 
     def _broke(self, k: ClientId, problem: Diverged | ClientFailed) -> None:
         """A client diverged or failed."""
         when, config = self._progress.when(), self._context.config
-        shown, told = self._context.data.client_label(k), self._context.disclosure.clients
+        label, public = self._context.data.client_label(k), self._context.disclosure.clients
         why: dict[str, Any] = {}
         if isinstance(problem, ClientFailed):
             if config.on_error == "stop":
-                raise problem.at(when, shown) from problem.__cause__
-            where, name = f"Client {shown} failed {when}", f"failing-client-{k}"
-            if told:
+                raise problem.at(when, label) from problem.__cause__
+            where, name = f"Client {label} failed {when}", f"failing-client-{k}"
+            if public:
                 where, why = f"{where}: {problem.what}", {"reason": problem.what}
         else:
-            where, name = f"Client {shown} diverged {when}", "diverging-client"
-            if told:  # that the upload is missing is visible anyway; the reason is private
+            where, name = f"Client {label} diverged {when}", "diverging-client"
+            if public:  # that the upload is missing is visible anyway; the reason is private
                 where += f", batch {problem.batch}: {problem.what}"
                 why = {"batch": problem.batch, "reason": problem.what}
             if config.on_nan == "stop":
                 raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
         self.leave_out(k, why)
         one_off = self._progress.entry is not None and self._progress.entry.one_off
-        left = "what it would have made is missing from the run" if one_off else "it was left out of that round"
-        self._warn(name, f"{where}; {left}.")
+        consequence = "what it would have made is missing from the run" if one_off else "it was left out of that round"
+        self._warn(name, f"{where}; {consequence}.")
 
     def _warn(self, name: str, text: str) -> None:
         if not self._silent:

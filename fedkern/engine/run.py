@@ -98,11 +98,11 @@ def run(
             cpu_threads(config.threads), in_order(), computing(config.precision), current_gpu(config.device),
             available(config.model, script.network),
         ):  # fmt: skip
-            known = data is None or remote is None
-            context = with_data(config, data, listeners.on_notice, script, stored, entry, out, known=known)
+            local = data is None or remote is None
+            context = with_data(config, data, listeners.on_notice, script, stored, entry, out, known=local)
             if check is not None:
                 check(context.config)
-            prepared = prepare(context, known=known, begun=entry is not None, profile=profile, predictions=predictions)
+            prepared = prepare(context, known=local, begun=entry is not None, profile=profile, predictions=predictions)
             with (
                 own_fork_server(setup_of(context, prepared.handlers)),
                 writing(out, fresh=not resume) as alone,
@@ -124,13 +124,13 @@ def _played(
     """Plays the rounds that are left, and returns the summary."""
     parts: list[Part] = []
     filters: list[Filter] = []
-    kept = partial(states_of, parts, filters)
-    run = opened(prepared, out, listener, alone, kept, resume=resume, remote=remote is not None)
+    states = partial(states_of, parts, filters)
+    run = opened(prepared, out, listener, alone, states, resume=resume, remote=remote is not None)
     parts += parts_of(run)
     restore("parts", parts, run)
     if run.entry is not None:
-        told = {**changes(run.entry["info"], run.config), **repairs(run.checkpoints, run.entry, out)}
-        for name, text in told.items():
+        warnings = {**changes(run.entry["info"], run.config), **repairs(run.checkpoints, run.entry, out)}
+        for name, text in warnings.items():
             run.context.warn(name, text)
     executor = run.states.executor = executor_of(run, remote)
     try:

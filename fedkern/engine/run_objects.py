@@ -78,8 +78,8 @@ class RunObjects(Prepared):
     @property
     def here(self) -> Serial:
         """The executor of this process."""
-        found: Serial = self.executor.here
-        return found
+        executor: Serial = self.executor.here
+        return executor
 
     @property
     def parameters(self) -> int:

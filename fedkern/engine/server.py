@@ -60,8 +60,8 @@ class Server(Node):
         return network.module
 
     def accumulator(self, size: int) -> Any:
-        own = ops.Accumulator(size, exact=self._context.config.sums == "exact")
-        return own if self.summing is None else self.summing(own)
+        total = ops.Accumulator(size, exact=self._context.config.sums == "exact")
+        return total if self.summing is None else self.summing(total)
 
     def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:
         if self.showing:

@@ -53,12 +53,12 @@ def decided(context: RunContext, network: nn.Module) -> str:
         if name := _differs(waiting, plain, 1e-5):
             return f"as written: {name} is another one where convolutions wait"
         with calls.recording() as record:
-            found = _played(network, batch)
+            results = _played(network, batch)
     except Exception as error:  # a network's code may raise anything about a tensor that it does not know
         return f"as written: {described(error)}"
     if (share := worth(record)) < LEAST:
         return f"as written: operators would save work in {share:.0%} of its convolutions"
-    if name := _far(found, plain):
+    if name := _far(results, plain):
         return f"as written: {name} is another one where operators compute it"
     return f"served {len(dict(record[0])) // 2} of {len(record[1]) // 2} convolutions"
 
@@ -81,47 +81,47 @@ def as_in_the_run(module: nn.Module, config: RunConfig) -> nn.Module:
 
 def _played(network: nn.Module, batch: Any) -> Found:
     """Loss, gradients, buffers and evaluated outputs of a copy, by name."""
-    made = copy.deepcopy(network)
+    module = copy.deepcopy(network)
     with seeded(0):
-        train_mode(made)
-        loss = batch.task.loss(made, batch)
+        train_mode(module)
+        loss = batch.task.loss(module, batch)
         loss.backward()
-    found: Found = {"the loss": loss.detach()}
-    found |= {f"the gradient of {name}": each.grad for name, each in inner(made).named_parameters()}
-    found |= {name: each.detach() for name, each in inner(made).named_buffers()}
-    made.eval()
+    results: Found = {"the loss": loss.detach()}
+    results |= {f"the gradient of {name}": each.grad for name, each in inner(module).named_parameters()}
+    results |= {name: each.detach() for name, each in inner(module).named_buffers()}
+    module.eval()
     with seeded(0), torch.no_grad():
-        answer = [leaf for leaf in leaves(made(batch.inputs)) if isinstance(leaf, Tensor)]
-    return found | {f"output {number}": leaf for number, leaf in enumerate(answer)}
+        answer = [leaf for leaf in leaves(module(batch.inputs)) if isinstance(leaf, Tensor)]
+    return results | {f"output {number}": leaf for number, leaf in enumerate(answer)}
 
 
-def _differs(found: Found, plain: Found, tolerance: float) -> str:
+def _differs(results: Found, plain: Found, tolerance: float) -> str:
     """The first thing that differs by more than a share of the largest of its kind; empty where nothing does."""
     gradients = [each for name, each in plain.items() if name.startswith("the gradient") and each is not None]
     largest = max((float(each.abs().max()) for each in gradients), default=0.0)
     for name, expected in plain.items():
-        given = found.get(name)
-        if given is None or expected is None:
-            if given is not expected:
+        result = results.get(name)
+        if result is None or expected is None:
+            if result is not expected:
                 return name
             continue
         scale = largest if name.startswith("the gradient") else float(expected.abs().max()) if expected.numel() else 0.0
-        if not torch.allclose(given.double(), expected.double(), rtol=0, atol=tolerance * scale, equal_nan=True):
+        if not torch.allclose(result.double(), expected.double(), rtol=0, atol=tolerance * scale, equal_nan=True):
             return name
     return ""
 
 
-def _far(found: Found, plain: Found) -> str:
+def _far(results: Found, plain: Found) -> str:
     """What operators have computed too far from torch; empty where nothing is."""
     gradients = {name: each for name, each in plain.items() if name.startswith("the gradient") and each is not None}
     rest = {name: each for name, each in plain.items() if name not in gradients}
-    if name := _differs(found, rest, 1e-3):
+    if name := _differs(results, rest, 1e-3):
         return name
-    if missing := [name for name in gradients if found[name] is None]:
+    if missing := [name for name in gradients if results[name] is None]:
         return missing[0]
-    apart: Mapping[str, float] = {name: float((found[name] - each).norm()) for name, each in gradients.items()}  # type: ignore[operator]
-    whole = float(torch.cat([each.flatten() for each in gradients.values()]).norm())
-    if sum(each**2 for each in apart.values()) ** 0.5 > 5e-2 * whole:
+    apart: Mapping[str, float] = {name: float((results[name] - each).norm()) for name, each in gradients.items()}  # type: ignore[operator]
+    norm = float(torch.cat([each.flatten() for each in gradients.values()]).norm())
+    if sum(each**2 for each in apart.values()) ** 0.5 > 5e-2 * norm:
         return max(apart, key=lambda name: apart[name])
-    own = {name: float(each.norm()) for name, each in gradients.items()}
-    return next((name for name in own if own[name] > 1e-2 * whole and apart[name] > 0.2 * own[name]), "")
+    norms = {name: float(each.norm()) for name, each in gradients.items()}
+    return next((name for name in norms if norms[name] > 1e-2 * norm and apart[name] > 0.2 * norms[name]), "")

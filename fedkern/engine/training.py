@@ -113,7 +113,7 @@ def stepper(
     network: Network | Part | Trainable,
     schedule: Schedule,
     terms: Terms | None,
-    kept: Mapping[str, Any],
+    previous: Mapping[str, Any],
     hold: Callable[[str, Tensor], Tensor] | None = None,
 ) -> tuple[Callable[[Any], ops.StepResult], Callable[[], dict[str, Any]]]:
     """Makes the optimiser's step, a function of the learning rate that applies a batch's gradients and zeroes them.
@@ -122,20 +122,20 @@ def stepper(
     the norm of all.
 
     Args:
-        kept: the state of the client's last exchange.
+        previous: the state of the client's last exchange.
         hold: where the step's tensors are from exchange to exchange (see :meth:`Graphs.hold`).
 
     Returns:
         The step, and a function that returns the state to keep.
     """
     if schedule.make is not None:
-        return own_stepper(network, schedule, terms, kept)
+        return own_stepper(network, schedule, terms, previous)
     theta, gradients = network.parameters.detach(), network.gradients
     if not (isinstance(network, Network) and len(network.personal)):
-        return _steps(theta, gradients, schedule, terms, kept, hold)
+        return _steps(theta, gradients, schedule, terms, previous, hold)
     plain, vectors = replace(schedule, clip_norm=0.0), network.gradient_vectors
-    shared, held = _steps(theta, gradients, plain, None, kept.get("shared", {}))
-    alone, held_alone = _steps(network.personal.detach(), vectors[1], plain, None, kept.get("personal", {}))
+    shared, shared_state = _steps(theta, gradients, plain, None, previous.get("shared", {}))
+    alone, alone_state = _steps(network.personal.detach(), vectors[1], plain, None, previous.get("personal", {}))
 
     @torch.no_grad()
     def both(lr: float) -> ops.StepResult:
@@ -146,7 +146,7 @@ def stepper(
         first, second = shared(lr), alone(lr)
         return ops.StepResult(first.finite & second.finite, first.squared_norm + second.squared_norm)
 
-    return both, lambda: {"shared": held(), "personal": held_alone()}
+    return both, lambda: {"shared": shared_state(), "personal": alone_state()}
 
 
 def _steps(
@@ -154,7 +154,7 @@ def _steps(
     gradients: Tensor,
     schedule: Schedule,
     terms: Terms | None,
-    kept: Mapping[str, Any],
+    previous: Mapping[str, Any],
     hold: Callable[[str, Tensor], Tensor] | None = None,
 ) -> tuple[Callable[[Any], ops.StepResult], Callable[[], dict[str, Any]]]:
     """As :func:`stepper`, of the parameters ``theta``, fp32 [P]."""
@@ -165,7 +165,7 @@ def _steps(
         settings |= terms.arguments()
     if hold is not None:
         settings = {name: hold(name, x) if isinstance(x, Tensor) else x for name, x in settings.items()}
-    state = {name: value.to(theta.device, copy=True) if name != "steps" else value for name, value in kept.items()}
+    state = {name: value.to(theta.device, copy=True) if name != "steps" else value for name, value in previous.items()}
     if schedule.optimizer == "adamw":
         state = {"first": torch.zeros_like(gradients), "second": torch.zeros_like(gradients), "steps": 0, **state}
 
@@ -193,10 +193,10 @@ def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator
         for _ in range(schedule.epochs):
             yield batch_plan(count, schedule.batch_size, rng)
         return
-    left = schedule.limit
-    while left > 0:
-        plan = batch_plan(count, schedule.batch_size, rng)[:left]
-        left -= len(plan)
+    remaining = schedule.limit
+    while remaining > 0:
+        plan = batch_plan(count, schedule.batch_size, rng)[:remaining]
+        remaining -= len(plan)
         yield plan
 
 
@@ -262,11 +262,11 @@ def one_by_one(run: Callable[[Batch], Outcome], batches: Iterable[Batch]) -> Ite
     return map(run, batches)
 
 
-def train(client: Client, *given: Any, **how: Any) -> dict[str, float]:
+def train(client: Client, *arguments: Any, **how: Any) -> dict[str, float]:
     """As :func:`started`, and waits for the device: the figures."""
-    told = started(client, *given, **how)
+    read_figures = started(client, *arguments, **how)
     arrived(client.device)
-    return told()
+    return read_figures()
 
 
 def started(
@@ -305,17 +305,17 @@ def started(
     kind = type(method)
     adjusts = kind.adjust_gradient is not Objective.adjust_gradient
     prepares = kind.prepare is not Objective.prepare
-    kept = client.state.get(key := f"optimizer {phase.exchange} {len(gradients)}", {}) if schedule.keep else {}
+    previous = client.state.get(key := f"optimizer {phase.exchange} {len(gradients)}", {}) if schedule.keep else {}
     terms = None if adjusts else method.terms(received)
-    known = replayable(kind, network.module) if data.recordable else False
-    if known is False:
+    recordable = replayable(kind, network.module) if data.recordable else False
+    if recordable is False:
         graphs = None
     hold = None  # where the tensors of a step are that is recorded as a whole: AdamW's numbers are others every time
     alone = len(network.gradient_vectors) > 1  # parameters that the client keeps to itself
     if graphs is not None and not adjusts and not alone and schedule.make is None and schedule.optimizer == "sgd":
         hold = graphs.hold
-    whole = hold is not None
-    apply, held = stepper(network, schedule, terms, kept, hold)
+    as_whole = hold is not None
+    apply, read_state = stepper(network, schedule, terms, previous, hold)
     rate = torch.zeros((), dtype=torch.float64, device=theta.device)
     rate = rate if hold is None else hold("rate", rate)
     for each in network.gradient_vectors:
@@ -334,14 +334,14 @@ def started(
                     batch.drawn = {**batch.drawn, **method.prepare(network.module, batch, received)}
             yield batch
 
-    run = partial(one_pass, method, network.module, partial(apply, rate) if whole else None)
+    run = partial(one_pass, method, network.module, partial(apply, rate) if as_whole else None)
     passes: AbstractContextManager[Play] = nullcontext(partial(one_by_one, partial(run, received=received)))
     if graphs is not None:
         passes = graphs.replaying(
             network, method, received, run, batch_sizes(count, schedule), partial(_warn, client),
-            ahead=whole and not prepares,
-            settings=(whole, schedule.momentum, schedule.weight_decay, schedule.clip_norm, terms and terms.proximal),
-            strange=known is None,
+            ahead=as_whole and not prepares,
+            settings=(as_whole, schedule.momentum, schedule.weight_decay, schedule.clip_norm, terms and terms.proximal),
+            strange=recordable is None,
         )  # fmt: skip
     records: list[Outcome] = []
     with passes as play:
@@ -353,7 +353,7 @@ def started(
                 for outcome in play(batches(epoch, chosen)):
                     if adjusts:
                         method.adjust_gradient(theta.detach(), gradients, received)
-                    records.append(outcome if whole else outcome._replace(squared_norm=apply(lr).squared_norm))
+                    records.append(outcome if as_whole else outcome._replace(squared_norm=apply(lr).squared_norm))
             except ValueError as error:
                 if min(map(len, chosen)) == 1 and "more than 1 value per channel" in str(error):
                     raise UserError(_too_small(client)) from None
@@ -367,19 +367,19 @@ def started(
     counted = schedule.make is not None or alone  # by the stepper
     if terms is not None and terms.gradient_sum is not None and not counted:
         terms.gradient_sum.steps += done + sum(outcome.loss.numel() for outcome in records)
-        if graphs is not None and whole:
+        if graphs is not None and as_whole:
             terms.gradient_sum.total.copy_(graphs.held["gradient_sum"])
     if schedule.keep:
-        client.state[key] = mapped(lambda leaf: fetch(leaf) if isinstance(leaf, Tensor) else leaf, held())
+        client.state[key] = mapped(lambda leaf: fetch(leaf) if isinstance(leaf, Tensor) else leaf, read_state())
 
     groups, values = _gathered(records, finite)
     values = bring(values)
 
-    def told() -> dict[str, float]:
+    def read_figures() -> dict[str, float]:
         _digest(client.id, phase, groups, values, done, totals, seen)
         return {name: totals[name] / seen[name] for name in totals}
 
-    return told
+    return read_figures
 
 
 def _warn(client: Client, error: Exception) -> None:
@@ -407,9 +407,9 @@ def _gathered(records: list[Outcome], finite: Tensor | None = None) -> tuple[Gro
     columns: list[Tensor] = []
     groups: Groups = []
     for names, mates in groupby(records, lambda outcome: outcome.names):
-        told = [outcome.parts() for outcome in mates]
-        columns += [torch.cat([part.reshape(-1) for part in column]) for column in zip(*told, strict=True)]
-        groups.append((names, sum(loss.numel() for loss, *_ in told)))
+        parts = [outcome.parts() for outcome in mates]
+        columns += [torch.cat([part.reshape(-1) for part in column]) for column in zip(*parts, strict=True)]
+        groups.append((names, sum(loss.numel() for loss, *_ in parts)))
     columns += [] if finite is None else [finite.reshape(1)]
     there = [column.to(columns[-1].device, torch.float64) for column in columns]
     return groups, torch.cat(there) if there else torch.empty(0)

@@ -54,9 +54,9 @@ def build(kind: Any, run: RunObjects) -> Any:
     return part
 
 
-def _call(name: str, code: MethodCode, function: Callable[..., Any], *given: Any, **more: Any) -> Any:
+def _call(name: str, code: MethodCode, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     with code(name):
-        value = function(*given, **more)
+        value = function(*arguments, **more)
         kind, due = _RETURNED.get(name, (object, ""))
         if value is not None and not isinstance(value, kind):
             raise UserError(f"it must return {due} or nothing, not {shown(value)}")

@@ -75,18 +75,18 @@ class Worker:
             packet, _ = self._channel.receive()
             self._heed(self._unpacker.unpack(packet))  # no reference stays: a message would live until the next one
 
-    def _heed(self, asked: Any) -> None:
-        if isinstance(asked, Cleared):
+    def _heed(self, request: Any) -> None:
+        if isinstance(request, Cleared):
             self._unpacker.clear()
-        elif isinstance(asked, Forget):
-            self._forget(asked)
+        elif isinstance(request, Forget):
+            self._forget(request)
         else:
-            self._send(self._done(asked))
+            self._send(self._done(request))
 
-    def _forget(self, asked: Forget) -> None:
-        for k in asked.clients:
+    def _forget(self, request: Forget) -> None:
+        for k in request.clients:
             self._serial.forget(k)
-        if not asked.clients:
+        if not request.clients:
             self._serial.end_round()
             self._unpacker.clear()
 
@@ -180,24 +180,24 @@ def serve(end: socket.socket, parent: int, setup: Setup | None = None) -> NoRetu
 def _serve(end: socket.socket, setup: Setup | None) -> None:
     channel, unpacker = Channel(end), Unpacker()
     if setup is None:
-        sys.path[:], wanted = channel.told()[0]
+        sys.path[:], plugin_list = channel.told()[0]
         packet, _ = channel.receive()
         try:
-            plugins.receive(wanted)
+            plugins.receive(plugin_list)
             setup = unpacker.unpack(packet)
         except Exception as error:
             channel.say(f"{type(error).__name__}: {error}")
             return
     else:  # networks stay with the run's process
-        make, given, state = setup.context.__reduce__()
-        context = make(*given)
+        make, arguments, state = setup.context.__reduce__()
+        context = make(*arguments)
         vars(context).update(state)
         setup = replace(setup, context=context)
     channel.say("ready")
     while True:
-        asked, descriptors = channel.told()
-        if asked != "fork":
-            channel.say(_ended(int(asked)))
+        request, descriptors = channel.told()
+        if request != "fork":
+            channel.say(_ended(int(request)))
             continue
         ours = os.getpid()
         child = os.fork()
@@ -217,8 +217,8 @@ def _ended(process: int) -> int | None:
     """Exit code of a worker (see ``os.waitstatus_to_exitcode``); None where it has not ended, or is not known."""
     with suppress(ChildProcessError):
         for _ in range(50):  # the worker's connection closes a little before the worker has ended
-            found, status = os.waitpid(process, os.WNOHANG)
-            if found:
+            child, status = os.waitpid(process, os.WNOHANG)
+            if child:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.02)
     return None

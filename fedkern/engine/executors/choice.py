@@ -26,8 +26,8 @@ def executor_of(run: RunObjects, remote: Remote | None) -> Executor:
     if remote is not None:
         return remote(run)
     config, context = run.config, run.context
-    left = islice(run.plan, run.progress.planned, None)
-    asks = config.sampled_clients * sum(len(entry.exchanges) for entry in left if not entry.cohort)
+    rounds = islice(run.plan, run.progress.planned, None)
+    asks = config.sampled_clients * sum(len(entry.exchanges) for entry in rounds if not entry.cohort)
     if (ranks := torchrun_group.present()) is not None:
         return _on_ranks(run, ranks, asks)
     count = workers_for(config, context, asks, run.parameters)
@@ -45,6 +45,6 @@ def _on_ranks(run: RunObjects, ranks: torchrun_group.TorchrunGroup, asks: int) -
         context.warn("no-workers", f"--workers {config.workers} changes nothing here, as {why}.")
     if not asks or config.clients_of_a_round < 2:
         return run.here
-    found = Ranks(context, run.here, run.handlers, run.checkpoints.reader, ranks)
-    run.server.summing = found.accumulator
-    return found
+    executor = Ranks(context, run.here, run.handlers, run.checkpoints.reader, ranks)
+    run.server.summing = executor.accumulator
+    return executor

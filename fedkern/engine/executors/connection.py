@@ -73,9 +73,9 @@ class Ended(Exception):
         said: why it failed, as one sentence; empty where it did not.
     """
 
-    def __init__(self, code: int, said: str) -> None:
-        super().__init__(said)
-        self.code, self.said = code, said
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code, self.said = code, reason
 
 
 class Connection:
@@ -123,15 +123,15 @@ class Connection:
         """Forgets which files the other end has; called when the other end drops them too."""
         self._sent.clear()
 
-    def leave(self, code: int, said: str = "") -> None:
+    def leave(self, code: int, reason: str = "") -> None:
         """Tells the other end, before anything that still waits to be sent, that this end ends.
 
         Args:
             code: exit code of this process.
-            said: why this end fails, as one sentence.
+            reason: why this end fails, as one sentence.
         """
         if self._leaving is None:
-            self._leaving = _Frame(_BYE, pickle.dumps((code, said)))
+            self._leaving = _Frame(_BYE, pickle.dumps((code, reason)))
             self._outgoing.put(_Frame(_BEAT))  # wakes the thread that sends
 
     def left(self, seconds: float, *, heard: bool = False) -> None:

@@ -54,8 +54,8 @@ def fork_early() -> None:
     Only the command line does this, before anything is computed: a process whose OpenMP threads have run cannot be
     forked.  A user's script may have computed before it starts a run, so a run started there starts a new process.
     """
-    if (made := _fork(None)) is not None:
-        _early.append(made)
+    if (server := _fork(None)) is not None:
+        _early.append(server)
 
 
 _own: list[tuple[_Process, socket.socket]] = []
@@ -74,8 +74,8 @@ def own_fork_server(setup: Setup) -> Iterator[None]:
             check_portable(setup)
         except NotPortable:
             # What is open, such as a file of samples, would have one position for all processes.
-            if only_code_bars(setup) and (made := _fork(setup)) is not None:
-                _own.append(made)
+            if only_code_bars(setup) and (server := _fork(setup)) is not None:
+                _own.append(server)
     try:
         yield
     finally:
@@ -112,9 +112,9 @@ def end_early() -> None:
     _end(_early)
 
 
-def _end(made: list[tuple[_Process, socket.socket]]) -> None:
-    while made:
-        process, end = made.pop()
+def _end(servers: list[tuple[_Process, socket.socket]]) -> None:
+    while servers:
+        process, end = servers.pop()
         process.kill()
         process.wait()
         end.close()
@@ -188,9 +188,9 @@ class ForkServer:
             return True
         if not wait and not select.select([self._channel], [], [], 0)[0]:
             return False
-        said = self._answer()
-        if said != "ready":
-            raise Gone(f"a worker process could not be prepared ({said})")
+        answer = self._answer()
+        if answer != "ready":
+            raise Gone(f"a worker process could not be prepared ({answer})")
         self._ready = True
         return True
 

@@ -175,7 +175,7 @@ class Ranks:
 
     def _work(self, k: ClientId, asker: str, phase: Phase, message: Message) -> Done:
         """Has a client work on this rank.  Its warnings and its exception wait for its turn, as another rank's do."""
-        told, self._context.warnings = self._context.warnings, {}
+        earlier, self._context.warnings = self._context.warnings, {}
         try:
             if k not in self.here.working():  # the client begins its round here
                 self.here.take(k, self._readers[k](), self._played.get(k, ()))
@@ -184,7 +184,7 @@ class Ranks:
         except Exception as error:
             return Done(None, failed=error)
         finally:
-            self._context.warnings = told
+            self._context.warnings = earlier
         return Done(answer)
 
     def _heard(self, connection: Connection, seconds: float) -> Done | None:
@@ -196,27 +196,27 @@ class Ranks:
             raise
         if packet is None:
             return None
-        said = Unpacker().unpack(packet)
-        if isinstance(said, Notice):
-            self._context.notice(said.text)
+        message = Unpacker().unpack(packet)
+        if isinstance(message, Notice):
+            self._context.notice(message.text)
             return None
-        assert isinstance(said, Done)
-        return said
+        assert isinstance(message, Done)
+        return message
 
     # -- sums --------------------------------------------------------------------------------------------------------
 
-    def accumulator(self, own: Accumulator) -> Accumulator | Spread:
-        """An accumulator for ``own``'s vectors that also adds those that have stayed on other ranks."""
-        return Spread(own, self._summed) if own.exact else own
+    def accumulator(self, local: Accumulator) -> Accumulator | Spread:
+        """An accumulator for ``local``'s vectors that also adds those that have stayed on other ranks."""
+        return Spread(local, self._summed) if local.exact else local
 
     def _summed(self, size: int, terms: Mapping[ClientId, list[tuple[Kept, float]]]) -> Accumulator:
         """The exact sum of vectors that have stayed on other ranks: one reduction of integers."""
         there: dict[int, list[tuple[int, str, float]]] = {rank: [] for rank in self._connections}
         weights = Accumulator(0, exact=True)
         for k, each in terms.items():
-            for kept, weight in each:
-                there[self._home[k]].append((k, kept.name, weight))
-                weights.add(torch.empty(0, dtype=kept.dtype), weight)
+            for stand_in, weight in each:
+                there[self._home[k]].append((k, stand_in.name, weight))
+                weights.add(torch.empty(0, dtype=stand_in.dtype), weight)
         for rank, connection in self._connections.items():
             connection.send(self._packer.pack(Sum(size, tuple(there[rank]))))
         try:
@@ -226,9 +226,9 @@ class Ranks:
                 self._group.check()
                 time.sleep(0.1)
             raise RunFailed(f"A rank was lost, as {lost}: {GO_ON}.") from None
-        found = Accumulator(size, exact=True)
-        found.load_state_dict({**weights.state_dict(), "size": size, "digits": digits, "top": top})
-        return found
+        total = Accumulator(size, exact=True)
+        total.load_state_dict({**weights.state_dict(), "size": size, "digits": digits, "top": top})
+        return total
 
     # -- the round ---------------------------------------------------------------------------------------------------
 
@@ -273,14 +273,14 @@ class Spread:
     """An exact accumulator some of whose vectors have stayed on other ranks (compare :class:`fedkern.ops.Accumulator`).
 
     Args:
-        own: adds the vectors of this rank.
+        local: adds the vectors of this rank.
         summed: gives the sum of the others, from the length of the vectors, and their stand-ins and weights by client.
     """
 
     def __init__(
-        self, own: Accumulator, summed: Callable[[int, Mapping[ClientId, list[tuple[Kept, float]]]], Accumulator]
+        self, local: Accumulator, summed: Callable[[int, Mapping[ClientId, list[tuple[Kept, float]]]], Accumulator]
     ) -> None:
-        self._own, self._summed = own, summed
+        self._own, self._summed = local, summed
         self._far: dict[ClientId, list[tuple[Kept, float]]] = {}
 
     def add(self, vector: Tensor | Kept, weight: float | Tensor = 1.0) -> None:

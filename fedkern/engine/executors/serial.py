@@ -152,10 +152,10 @@ class Serial:
 
     def _beside(self, message: Message, upload: Any) -> Message:
         """A message whose parameters are read on the GPU, where training has sent them, if the upload's are there."""
-        given, got = message.get("parameters"), upload.get("parameters") if isinstance(upload, Mapping) else None
-        if not isinstance(given, Tensor) or not isinstance(got, Tensor) or got.device == given.device:
+        sent, got = message.get("parameters"), upload.get("parameters") if isinstance(upload, Mapping) else None
+        if not isinstance(sent, Tensor) or not isinstance(got, Tensor) or got.device == sent.device:
             return message
-        return {**message, "parameters": self._context.placed.there(given)}
+        return {**message, "parameters": self._context.placed.there(sent)}
 
     def changed(self, client: ClientId) -> dict[str, Any] | None:
         if client not in self._clients:

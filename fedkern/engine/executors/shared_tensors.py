@@ -70,8 +70,8 @@ class Channel:
             descriptors: list[int] = []
             for level, kind, content in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    whole = len(content) - len(content) % 4
-                    descriptors += array.array("i", content[:whole]).tolist()
+                    length = len(content) - len(content) % 4
+                    descriptors += array.array("i", content[:length]).tolist()
             if size:
                 payload = self._exactly(size)
             else:

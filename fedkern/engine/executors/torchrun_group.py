@@ -55,14 +55,14 @@ class Place:
 
 def place() -> Place | None:
     """The place of this process; None where torchrun has not started it."""
-    given = os.environ
-    if "TORCHELASTIC_RUN_ID" not in given:
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" not in environment:
         return None
     try:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        rank, size, local, here = (int(given[name]) for name in names)
-        restarts = int(given.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        most = int(given.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+        rank, size, local, here = (int(environment[name]) for name in names)
+        restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        most = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     except (KeyError, ValueError):
         return None
     return Place(rank, size, local, here, restarts, most, _job())
@@ -134,7 +134,7 @@ class TorchrunGroup:
         if self.rank:
             self.connections[0].say((list(words), installed, versions.kernels()))
             return
-        own = versions.kernels()
+        ours = versions.kernels()
         for rank, connection in self.connections.items():
             theirs, their_versions, kernels = self._told(connection)
             if theirs != list(words):
@@ -148,7 +148,7 @@ class TorchrunGroup:
                     "versions on every machine."
                 )
             # Rank 0 sends the others its own backend and instruction set to compute with.
-            if kernels["torch"] != own["torch"]:
+            if kernels["torch"] != ours["torch"]:
                 self.odd[rank] = kernels["torch"]
 
     def _connect(self, limit: timedelta) -> None:
@@ -182,11 +182,11 @@ class TorchrunGroup:
             if isinstance(connection.over, Lost):
                 raise RunFailed(f"Rank {rank} was lost, as {connection.over}: {GO_ON}.")
 
-    def reduced(self, own: Accumulator, device: str) -> tuple[Tensor, Tensor]:
+    def reduced(self, local: Accumulator, device: str) -> tuple[Tensor, Tensor]:
         """Adds up the exact accumulators of all ranks, in a reduction of integers that every rank takes part in.
 
         Args:
-            own: what this rank adds, an exact accumulator of the same size on every rank, in main memory.
+            local: what this rank adds, an exact accumulator of the same size on every rank, in main memory.
             device: the run's device; with "cuda" the integers travel between GPUs, over NCCL.
 
         Returns:
@@ -195,10 +195,10 @@ class TorchrunGroup:
         Raises:
             Lost: a rank is gone.
         """
-        state = own.state_dict()
+        state = local.state_dict()
         nccl = device == "cuda" and dist.is_nccl_available()
         where = f"cuda:{self.place.local}" if nccl else "cpu"
-        found: list[Tensor] = []
+        sums: list[Tensor] = []
 
         def reduce() -> None:
             if nccl and self._between_gpus is None:
@@ -209,22 +209,22 @@ class TorchrunGroup:
             dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
             digits = risen(state["digits"].to(where), top.long() - before.long())
             dist.reduce(digits, 0, dist.ReduceOp.SUM, group=group)
-            found.extend((digits.cpu(), top.cpu()))
+            sums.extend((digits.cpu(), top.cpu()))
 
         try:
             patiently(reduce)
         except Exception as error:
             raise Lost(how(error)) from None
-        digits, top = found
+        digits, top = sums
         return digits, top
 
-    def leave(self, code: int, said: str = "") -> None:
+    def leave(self, code: int, reason: str = "") -> None:
         """Tells the other ranks that this one ends (see `Connection.leave`), and waits until they know.
 
         Rank 0 also waits for their answer: a connection that closes too early may lose what it was told last.
         """
         for connection in self.connections.values():
-            connection.leave(code, said)
+            connection.leave(code, reason)
         drained(self.connections.values(), LEAVING, heard=self.rank == 0)
 
 
@@ -247,22 +247,22 @@ def _agreed(store: Any, rank: int, size: int, seconds: float) -> str:
     Raises:
         TimeoutError: not all ranks have come in time.
     """
-    until, own, asked = time.monotonic() + seconds, uuid.uuid4().hex, ""
+    until, token, last = time.monotonic() + seconds, uuid.uuid4().hex, ""
     if rank == 0:
-        store.set("fedkern/name", own)
+        store.set("fedkern/name", token)
     while time.monotonic() < until:
         if rank == 0:
-            words = [f"fedkern/{own}/{other}" for other in range(1, size)]
+            words = [f"fedkern/{token}/{other}" for other in range(1, size)]
             if store.check(words):
-                store.set(f"fedkern/{own}/all", " ".join(store.get(word).decode() for word in words))
-                return own
+                store.set(f"fedkern/{token}/all", " ".join(store.get(word).decode() for word in words))
+                return token
         elif store.check(["fedkern/name"]):
             name = store.get("fedkern/name").decode()
-            if name != asked:
-                asked = name
-                store.set(f"fedkern/{name}/{rank}", own)
+            if name != last:
+                last = name
+                store.set(f"fedkern/{name}/{rank}", token)
             answer = f"fedkern/{name}/all"
-            if store.check([answer]) and own in store.get(answer).decode().split():
+            if store.check([answer]) and token in store.get(answer).decode().split():
                 return name
         time.sleep(0.02)
     raise TimeoutError(f"not all ranks have come within {seconds:g} seconds")

@@ -216,8 +216,8 @@ class Workers:
         self._seconds += answer.seconds
         if self._left is None or self._fork_server is not None or self._given_up:
             return
-        left = (self._left - self._asked) * self._seconds / self._asked
-        if left > WORTH_STARTING:
+        seconds = (self._left - self._asked) * self._seconds / self._asked
+        if seconds > WORTH_STARTING:
             self._start()
 
     # -- the workers -----------------------------------------------------------------------------------------------
@@ -308,12 +308,12 @@ class Workers:
                 self._lost(worker)
                 continue
             size = sum(os.fstat(descriptor).st_size for descriptor in packet.files.values())
-            said = Unpacker().unpack(packet)
-            if isinstance(said, Notice):
-                self._context.notice(said.text)
+            message = Unpacker().unpack(packet)
+            if isinstance(message, Notice):
+                self._context.notice(message.text)
                 continue
             assert worker.client is not None  # it was busy
-            self._found[worker.client] = said, size
+            self._found[worker.client] = message, size
             worker.client = None
 
     def _lost(self, worker: _Worker) -> None:

@@ -42,8 +42,8 @@ class Answers(Part):
 
     @classmethod
     def build(cls, run: RunObjects) -> Answers:
-        told = run.context.disclosure.clients
-        return cls(run.out, run.context, run.sets, run.alone, counts=told, each=run.predictions)
+        counts = run.context.disclosure.clients
+        return cls(run.out, run.context, run.sets, run.alone, counts=counts, each=run.predictions)
 
     def finish(self, summary: Summary) -> None:
         self._alone()
@@ -58,7 +58,7 @@ class Answers(Part):
             set_name(prefix): (data.split.ids, data.labels.cpu(), answers(data, len(classes)))
             for prefix, data in self._sets.items()
         }
-        if any(kept for _, _, kept in sets.values()):
+        if any(logits for _, _, logits in sets.values()):
             predictions.write(self._out, classes, sets)
         else:
             method = self._context.config.method

@@ -21,11 +21,11 @@ class Artifacts(Part):
         server: the server.
         log: where they are kept.
         progress: of the run.
-        told: whether what the server computes may be told.
+        public: whether what the server computes may be told.
     """
 
-    def __init__(self, server: Server, log: ArtifactLog, progress: Progress, told: bool) -> None:
-        self._server, self._log, self._progress, self._told = server, log, progress, told
+    def __init__(self, server: Server, log: ArtifactLog, progress: Progress, public: bool) -> None:
+        self._server, self._log, self._progress, self._told = server, log, progress, public
 
     @classmethod
     def build(cls, run: RunObjects) -> Artifacts:

@@ -70,9 +70,9 @@ class Evaluation(Part):
 
     @classmethod
     def build(cls, run: RunObjects) -> Evaluation:
-        own, told = client_sets(run.context), run.context.disclosure.clients
+        own_sets, public = client_sets(run.context), run.context.disclosure.clients
         judge = judged(run.method, run.server, run.context, run.checkpoints)
-        return cls(judge, run.hooks["method"], run.code, run.context, run.sets, own, clients=told)
+        return cls(judge, run.hooks["method"], run.code, run.context, run.sets, own_sets, clients=public)
 
     def round_end(self, record: Record) -> None:
         self._kept = False
@@ -101,17 +101,17 @@ class Evaluation(Part):
         network = summary.network
         if not self._kept:  # resumed after the last round, or ended before it
             self._evaluate(network, last=True)
-        own, own_sets = OWN, self._client_sets
+        test_set, own_sets = OWN, self._client_sets
         if not own_sets and (own_sets := site_sets(self._context)):
-            own = ONLY
+            test_set = ONLY
             self._evaluate_clients(network, own_sets)
-        summary.own, summary.own_set = with_undefined(self.own, own_sets), own
+        summary.own, summary.own_set = with_undefined(self.own, own_sets), test_set
         summary.final = final_figures(self._sets, self._context.data.classes)
         # The method's own figures come first, and stay where one has the name of a figure of ours.
         summary.of_tests = {**self.latest, **summary.final.metrics, **self.latest, **self._gradcam(network)}
         summary.latest, summary.best = self.latest, self.best
         summary.metrics.update(summary.of_tests)
-        summary.entries.update(self._of_clients(own, own_sets))
+        summary.entries.update(self._of_clients(test_set, own_sets))
         if summary.final.per_class:
             summary.entries["per_class"] = summary.final.per_class
 
@@ -126,10 +126,10 @@ class Evaluation(Part):
         """Evaluates the network; the test sets keep the answers to the last one, for the figures of the run's end."""
         code = partial(self._code, "evaluate")
         with self._at_once(network) as at_once:
-            found = evaluate(self._method, network, self._sets, code, at_once, keep=last)
+            metrics = evaluate(self._method, network, self._sets, code, at_once, keep=last)
         self._evaluate_clients(network, self._client_sets)
         self.latest.clear()
-        self.latest.update(found)
+        self.latest.update(metrics)
         self.latest.update(over_clients(self.own, self._client_sets))
         self._kept = last
 
@@ -155,15 +155,15 @@ class Evaluation(Part):
         def named(k: int) -> dict[str, Any]:
             return {} if names is None else {"name": names[k]}
 
-        own = with_undefined(self.own, sets)
-        found: dict[str, Any] = {
+        metrics = with_undefined(self.own, sets)
+        entries: dict[str, Any] = {
             "client_test_set": test_set,
-            "client_metrics": {str(k): {**named(k), **figures} for k, figures in own.items()},
+            "client_metrics": {str(k): {**named(k), **figures} for k, figures in metrics.items()},
         }
         if worst is not None:
             k, figure = worst
-            found["worst_client"] = {"client": k, **named(k), "metric": figure, "value": self.own[k][figure]}
-        return found
+            entries["worst_client"] = {"client": k, **named(k), "metric": figure, "value": self.own[k][figure]}
+        return entries
 
     def _gradcam(self, network: Any) -> dict[str, float]:
         # Grad-CAM takes single images in eval mode, which needs running statistics.

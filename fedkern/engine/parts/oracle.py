@@ -49,6 +49,6 @@ class Oracle(Part):
         if self._disclosure.appraised is not None and not self._disclosure.appraised:
             return
         with self._code("oracle_metrics"):
-            found = self._method.oracle_metrics(self._server, self._everybody, self._sets)
-        found = figures(found, "oracle_metrics")
-        summary.metrics.update(self._disclosure.oracle_metrics(found, ("", *self._sets)))
+            metrics = self._method.oracle_metrics(self._server, self._everybody, self._sets)
+        metrics = figures(metrics, "oracle_metrics")
+        summary.metrics.update(self._disclosure.oracle_metrics(metrics, ("", *self._sets)))

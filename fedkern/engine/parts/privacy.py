@@ -23,7 +23,7 @@ class Privacy(Part):
     """Keeps the promises of a run that has a guarantee, or whole clients of which are private.
 
     Args:
-        said: the run's guarantee; None without noise.
+        guarantee: the run's guarantee; None without noise.
         private: client-level privacy; None without it.
         releases: digests of what is released; None without a guarantee.
         context: of the run.
@@ -34,7 +34,7 @@ class Privacy(Part):
 
     def __init__(
         self,
-        said: Guarantee | None,
+        guarantee: Guarantee | None,
         private: ClientPrivacy | None,
         releases: Releases | None,
         context: RunContext,
@@ -42,7 +42,7 @@ class Privacy(Part):
         progress: Progress,
         rounds: int,
     ) -> None:
-        self._said, self._private, self._releases, self._context = said, private, releases, context
+        self._said, self._private, self._releases, self._context = guarantee, private, releases, context
         self._checkpoints, self._progress, self._rounds = checkpoints, progress, rounds
         self._before: Mapping[str, Any] = {}  # what the run was planned for when it was begun
 
@@ -70,13 +70,13 @@ class Privacy(Part):
 
     def finish(self, summary: Summary) -> None:
         if self._private is not None:
-            found = self._private.report(self._progress.done)
+            report = self._private.report(self._progress.done)
         else:
             clients = self._context.config.trained_clients
-            found = privacy_figures(self._said, self._checkpoints.client_state, clients)
-        summary.metrics.update({name: found[name] for name in (EPSILON, PART, "delta") if name in found})
-        if found:
-            summary.entries["privacy"] = found
+            report = privacy_figures(self._said, self._checkpoints.client_state, clients)
+        summary.metrics.update({name: report[name] for name in (EPSILON, PART, "delta") if name in report})
+        if report:
+            summary.entries["privacy"] = report
 
     def state(self) -> dict[str, Any]:
         if self._private is None or self._said is None:

@@ -65,5 +65,5 @@ class Results(Part):
         data = self._context.data
         if data.client_names is None:
             return {}
-        held = {} if data.statistics.held_out is None else {"held_out_client_name": data.statistics.held_out[0]}
-        return {"client_names": list(data.client_names), **held}
+        holdout = {} if data.statistics.held_out is None else {"held_out_client_name": data.statistics.held_out[0]}
+        return {"client_names": list(data.client_names), **holdout}

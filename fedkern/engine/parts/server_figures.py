@@ -33,8 +33,8 @@ class ServerFigures(Part):
     def round_end(self, record: Record) -> None:
         if record.entry.one_off:
             return
-        known = {*self._disclosure.told(record.entries), "round", "rounds", "name", "seconds", "evaluated"}
-        for name, value in figures(self._server.report, "server.report", known).items():
+        names = {*self._disclosure.told(record.entries), "round", "rounds", "name", "seconds", "evaluated"}
+        for name, value in figures(self._server.report, "server.report", names).items():
             self._server.report[name] = float(value)
         record.put(self._server.report, About.SERVER)
 

@@ -37,11 +37,11 @@ class StopAt(Part):
     """
 
     def __init__(self, target: str, context: RunContext) -> None:
-        found = _TARGET.fullmatch(target)
-        if found is None:
+        match = _TARGET.fullmatch(target)
+        if match is None:
             raise UserError(f'--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as accuracy>=0.9, not "{target}".')
-        self._context, self._value = context, float(found["value"])
-        self._figure, self._sign = found["figure"], found["sign"]
+        self._context, self._value = context, float(match["value"])
+        self._figure, self._sign = match["figure"], match["sign"]
         check_reachable("--stop-at", self._figure, self._value, falls=self._sign == "<=", own=context.data.tests)
         self._reason = ""  # once the value is reached
 
@@ -55,8 +55,8 @@ class StopAt(Part):
     def round_end(self, record: Record) -> Stop | None:
         if not record.due:
             return None
-        told = self._context.disclosure.told(record.entries)
-        figures = {name: value for name, value in told.items() if isinstance(value, float) and name != "seconds"}
+        entries = self._context.disclosure.told(record.entries)
+        figures = {name: value for name, value in entries.items() if isinstance(value, float) and name != "seconds"}
         if self._figure not in figures:
             raise UserError(
                 f'--stop-at: the records of this run have no figure "{self._figure}", but {", ".join(sorted(figures))}.'
@@ -145,9 +145,9 @@ class Patience(Part):
             )
         self._best["file"] = self._kept = there[0]
 
-    def _main(self, told: Mapping[str, Any]) -> tuple[str, float]:
+    def _main(self, metrics: Mapping[str, Any]) -> tuple[str, float]:
         """The main figure on the validation set."""
-        for name, value in told.items():
+        for name, value in metrics.items():
             test_set, figure = split_metric(name, self._context.data.tests)
             if test_set == "validation" and figure.endswith(self._context.config.main):
                 return name, float(value)

@@ -61,8 +61,8 @@ class Traffic(Part):
             self._ledger.book(k, "up", raw)
         words = self._context.words() if self._shared_words else None
         if words is not None:
-            for k, own in enumerate(words[0]):
-                self._ledger.book(k, "up", own)
+            for k, client_words in enumerate(words[0]):
+                self._ledger.book(k, "up", client_words)
                 self._ledger.book(k, "down", words[1])
 
     def before_round(self, record: Record) -> None:
@@ -85,10 +85,10 @@ class Traffic(Part):
             record.put({"bytes": {f"train/{name}": sums.get(name, nothing) for name in record.exchanges}})
 
     def finish(self, summary: Summary) -> None:
-        found = self._ledger.summary()
+        entry = self._ledger.summary()
         if self._secret:
-            del found["clients"]
-        summary.entries["bytes"] = found
+            del entry["clients"]
+        summary.entries["bytes"] = entry
         if self._wire:
             summary.entries["wire"] = self._wire
 
@@ -97,6 +97,6 @@ class Traffic(Part):
         return {"ledger": ledger, **({"wire": self._wire} if self._wire else {})}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        whole = "up" in state["ledger"]  # written where the clients were fewer than a table is for
-        self._ledger.restore(state["ledger"], None if whole else self._checkpoints.booked())
+        complete = "up" in state["ledger"]  # written where the clients were fewer than a table is for
+        self._ledger.restore(state["ledger"], None if complete else self._checkpoints.booked())
         self._wire.update(state.get("wire", {}))

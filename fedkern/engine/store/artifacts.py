@@ -82,11 +82,11 @@ class ArtifactLog:
         """Whether artifacts of this round, counted from 1, are kept."""
         return round in self._wanted
 
-    def add(self, shown: Artifact) -> None:
+    def add(self, artifact: Artifact) -> None:
         """Adds an artifact of a round that is kept."""
-        self._entries.append(shown)
-        self._sum.update(f"{shown.name} {shown.round} {shown.axes} {list(shown.value.shape)}".encode())
-        self._sum.update(shown.value.contiguous().numpy().tobytes())
+        self._entries.append(artifact)
+        self._sum.update(f"{artifact.name} {artifact.round} {artifact.axes} {list(artifact.value.shape)}".encode())
+        self._sum.update(artifact.value.contiguous().numpy().tobytes())
         self._changed = True
 
     def restore(self, round: int, digest: str) -> None:

@@ -33,9 +33,9 @@ class BackgroundWriter:
         ):
             self._first()
         self._check()
-        given = self._thread.submit(self._do, job)
-        self._pending.append((given, size))
-        return given
+        future = self._thread.submit(self._do, job)
+        self._pending.append((future, size))
+        return future
 
     def settle(self, until: Future[None] | None = None) -> None:
         """Waits until all jobs are done, or all jobs up to ``until``.

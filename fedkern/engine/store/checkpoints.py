@@ -240,8 +240,8 @@ class Checkpoints:
     def _load(self, name: str) -> dict[str, Any]:
         if (waiting := self._waiting.get(name)) is not None:
             return dict(waiting.state())
-        known = self._unchecked.pop(name, None)
-        if known is not None and checksum(self.folder / name) != known:
+        crc = self._unchecked.pop(name, None)
+        if crc is not None and checksum(self.folder / name) != crc:
             path = self.folder / name
             raise UserError(f"{path} is missing or damaged: put the file back, or start the run again.")
         try:
@@ -320,10 +320,10 @@ class Checkpoints:
         """
         if self._writer is not None and self._last is not None:
             self._writer.settle(self._last)  # at most one commit waits: a slow disk would fall ever further behind
-        kept = {"server": server, **({"participation": participation} if participation else {})}
-        named = {key: self._write(f"{key}-{plan:06d}.safetensors", state) for key, state in kept.items()}
-        left = self._leaving(list(named.values()))
-        add = self._adder(plan, booked or {}, left) if self._table is not None else None
+        contents = {"server": server, **({"participation": participation} if participation else {})}
+        named = {key: self._write(f"{key}-{plan:06d}.safetensors", state) for key, state in contents.items()}
+        files = self._leaving(list(named.values()))
+        add = self._adder(plan, booked or {}, files) if self._table is not None else None
         clients = {} if add is not None else {str(k): file for k, file in sorted(self.clients.items())}
 
         def enter() -> None:
@@ -341,17 +341,17 @@ class Checkpoints:
             if add is None:
                 self._collect(clients.values())
             else:
-                self._drop(left)
+                self._drop(files)
 
         self._last = self._do(enter)
 
     def _adder(
-        self, plan: int, booked: Mapping[int, Sequence[int]], left: list[str]
+        self, plan: int, booked: Mapping[int, Sequence[int]], files: list[str]
     ) -> Callable[[], tuple[dict[str, int], dict[str, Any]]]:
         """A function that adds to the table what has changed since the last commit.
 
         It returns the CRC-32 of the new files by name, and the table's place.  A table's file that it replaces goes to
-        ``left``.
+        ``files``.
         """
         named = {k: self.clients.get(k) for k in {*self._touched, *booked}}
         self._touched.clear()
@@ -367,7 +367,7 @@ class Checkpoints:
             before = self._table.file
             place = self._table.add(plan, rows)
             if before is not None and before != place["file"]:
-                left.append(before)
+                files.append(before)
             return fresh, place
 
         return add
@@ -378,8 +378,8 @@ class Checkpoints:
             self._leave(name, None)
         for name in named:
             self._leave(None, name)
-        self._named, left, self._left = named, list(self._left), {}
-        return left
+        self._named, files, self._left = named, list(self._left), {}
+        return files
 
     def _flush(self) -> None:
         """Flushes files and their names to the disk that were written in the background."""
@@ -389,10 +389,10 @@ class Checkpoints:
         if loose:
             filesystem.sync_folder(self.folder)
 
-    def _drop(self, left: list[str]) -> None:
-        """Deletes what no kept entry needs any more, after a commit that no longer needs the files ``left``."""
+    def _drop(self, files: list[str]) -> None:
+        """Deletes what no kept entry needs any more, after a commit that no longer needs the ``files``."""
         self._sums.clear()  # those of clients are in the table now
-        self._due.append(left)
+        self._due.append(files)
         while len(self._due) >= KEEP:
             for name in self._due.pop(0):
                 (self.folder / name).unlink(missing_ok=True)
@@ -431,14 +431,14 @@ class Checkpoints:
 
     def _collect(self, clients: Iterable[str] = ()) -> None:
         """Deletes checkpoint files that neither a kept entry nor ``clients`` (file names) names."""
-        wanted = {MANIFEST, *clients}
+        names = {MANIFEST, *clients}
         for entry in self.entries:
-            wanted.update(entry["files"])
+            names.update(entry["files"])
         there = [path.name for path in self.folder.iterdir()]
         for name in there:
-            if name not in wanted and (_of_state(name) or TABLE.fullmatch(name)):  # other files are left alone
+            if name not in names and (_of_state(name) or TABLE.fullmatch(name)):  # other files are left alone
                 (self.folder / name).unlink(missing_ok=True)
-        self._sums = {name: value for name, value in self._sums.items() if name in wanted}
+        self._sums = {name: value for name, value in self._sums.items() if name in names}
 
     def discard(self) -> None:
         """Deletes the files of a run that has committed nothing, and the folder if nothing else is in it."""

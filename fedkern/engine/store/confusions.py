@@ -51,8 +51,8 @@ def read(out: Path) -> Confusions | None:
     if standing(path) == "missing":
         return None
     try:
-        found = read_json(path)
-        classes, sets = found["classes"], found["test_sets"]
+        content = read_json(path)
+        classes, sets = content["classes"], content["test_sets"]
         if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
             raise ValueError("its classes are no list of names")
         if not (isinstance(sets, dict) and all(_square(rows, len(classes)) for rows in sets.values())):

@@ -22,7 +22,7 @@ Row = tuple[str, str, str, float | None]
 def rows(
     metrics: Mapping[str, float],
     prefixes: Sequence[str],
-    own: Mapping[int, Mapping[str, float | None]],
+    by_client: Mapping[int, Mapping[str, float | None]],
     names: Sequence[str] | None = None,
     test_set: str = OWN,
 ) -> Iterator[Row]:
@@ -31,22 +31,22 @@ def rows(
     Args:
         metrics: figures by name, with the prefix of their test set; figures over clients are left out.
         prefixes: prefixes of the test sets (``""``, ``"id_"``); figures with the prefix ``validation_`` are left out.
-        own: figures by client, None where one is not defined; empty where there are none, or nothing of them may be
-            told.
+        by_client: figures by client, None where one is not defined; empty where there are none, or nothing of them may
+            be told.
         names: the clients' names, or None: their numbers.
-        test_set: what ``own`` was computed on: `OWN`, or `ONLY` for every client's part of the run's test set.
+        test_set: what ``by_client`` was computed on: `OWN`, or `ONLY` for every client's part of the run's test set.
     """
-    known = sorted({*prefixes, "", *_LEFT_OUT}, key=len, reverse=True)
+    by_length = sorted({*prefixes, "", *_LEFT_OUT}, key=len, reverse=True)
     for name, value in metrics.items():
-        prefix = next(prefix for prefix in known if name.startswith(prefix))
+        prefix = next(prefix for prefix in by_length if name.startswith(prefix))
         if prefix not in _LEFT_OUT:
             yield "", prefix.removesuffix("_") or ONLY, name.removeprefix(prefix), value
-    for k, own_figures in own.items():
+    for k, own_figures in by_client.items():
         client = str(k) if names is None else names[k]
         yield from ((client, test_set, name, value) for name, value in own_figures.items())
 
 
-def write_evaluation(out: Path, found: Iterator[Row]) -> None:
+def write_evaluation(out: Path, table: Iterator[Row]) -> None:
     """Writes evaluation.csv, completely or not at all: a header, then one row per figure; floats in full precision.
 
     The value of a figure that is not defined is empty.
@@ -58,6 +58,6 @@ def write_evaluation(out: Path, found: Iterator[Row]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows(
-        (client, test_set, name, "" if value is None else repr(float(value))) for client, test_set, name, value in found
+        (client, test_set, name, "" if value is None else repr(float(value))) for client, test_set, name, value in table
     )
     atomic.write_bytes(out / EVALUATION, text.getvalue().encode())

@@ -55,13 +55,13 @@ def write(
         sets: by test set the images' names (None: their row numbers are written), labels int64 [n], and the logits
             [n, C] of every network with its client.
     """
-    clients = any(client is not None for _, _, kept in sets.values() for client, _ in kept)
+    clients = any(client is not None for _, _, outputs in sets.values() for client, _ in outputs)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     columns = [*COLUMNS, *(f"p_{name}" for name in names)]
     table.writerow([columns[0], "client", *columns[1:]] if clients else columns)
-    for name, (ids, labels, kept) in sets.items():
-        for client, logits in kept:
+    for name, (ids, labels, outputs) in sets.items():
+        for client, logits in outputs:
             before: list[Any] = [name, "" if client is None else client] if clients else [name]
             table.writerows([*before, *row] for row in _rows(names, ids, labels, logits))
     atomic.write_bytes(out / FILE, text.getvalue().encode("utf-8", "backslashreplace"))

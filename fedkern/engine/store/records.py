@@ -67,9 +67,9 @@ class Metrics:
 
     def check_entry(self, entry: Mapping[str, Any]) -> int:
         """Compares the file with what the entry of a checkpoint says of it, as :meth:`check`; returns the size."""
-        kept = entry["info"]["parts"]["records"]
-        self.check(kept["bytes"], kept["sha256"])
-        return int(kept["bytes"])
+        state = entry["info"]["parts"]["records"]
+        self.check(state["bytes"], state["sha256"])
+        return int(state["bytes"])
 
     def truncate(self, size: int, digest: str | None = None) -> None:
         """Drops what was written after a checkpoint at which the file had ``size`` bytes (0: the whole file).

@@ -49,10 +49,10 @@ class Releases:
         """
         try:
             text = self._path.read_bytes() if self._path.exists() else b""
-            whole = text[: text.rfind(b"\n") + 1]
-            if whole != text:
-                atomic.write_bytes(self._path, whole)
-            lines = [json.loads(line) for line in whole.decode().splitlines()]
+            complete = text[: text.rfind(b"\n") + 1]
+            if complete != text:
+                atomic.write_bytes(self._path, complete)
+            lines = [json.loads(line) for line in complete.decode().splitlines()]
             self._due = {(int(at), str(what), int(k)): str(digest) for at, what, k, digest in lines if at >= plan}
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
@@ -66,13 +66,13 @@ class Releases:
         Raises:
             UserError: a different message left in its place before the run was interrupted, or the disk is full.
         """
-        key, found = (plan, exchange, client), digest(message)
+        key, message_digest = (plan, exchange, client), digest(message)
         before = self._due.pop(key, None)
         if before is None:
-            line = json.dumps([*key, found]) + "\n"
+            line = json.dumps([*key, message_digest]) + "\n"
             with atomic.changing(self._path, "ab", durable=True) as file:
                 file.write(line.encode())
-        elif before != found:
+        elif before != message_digest:
             who, what = ("the server", "the mean of a round") if client < 0 else (f"client {client}", "its answer")
             raise UserError(
                 f"This private run was interrupted after {who} had released {what}, and what would be "

@@ -265,22 +265,22 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
         info: of the checkpoint that the run goes on from.
         config: the settings that the run goes on with.
     """
-    found = {}
+    warnings = {}
     theirs, device = info["versions"]["torch"], info["config"]["device"]
     if theirs != torch.__version__:
-        found["other-versions"] = (
+        warnings["other-versions"] = (
             f"The run was started with PyTorch {theirs} and continued with {torch.__version__}: its bits differ from "
             "an uninterrupted one."
         )
     if device != config.device:
-        found["other-device"] = (
+        warnings["other-device"] = (
             f"The run was started on {device} and continued on {config.device}: its bits differ from an uninterrupted "
             "one."
         )
     before = info["config"].get("plugins") or {}
     other = [name for name, identity in config.plugins.items() if identity not in before.values()]  # a file may move
     if other:
-        found["other-plugin"] = (
+        warnings["other-plugin"] = (
             f"The run goes on with {', '.join(other)} as it is now, not as the run was started with: its bits may "
             "differ from an uninterrupted one."
         )
@@ -288,11 +288,11 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     stored = info["kernels"]
     differ = [f"{name} {value} and now {now[name]}" for name, value in stored.items() if now.get(name, value) != value]
     if differ:
-        found["other-kernels"] = (
+        warnings["other-kernels"] = (
             f"The run was started with other kernels ({'; '.join(differ)}), which this machine does not have: its bits "
             "differ from an uninterrupted one."
         )
-    return found
+    return warnings
 
 
 def repairs(checkpoints: Checkpoints, entry: Mapping[str, Any], out: Path) -> dict[str, str]:
@@ -303,14 +303,14 @@ def repairs(checkpoints: Checkpoints, entry: Mapping[str, Any], out: Path) -> di
         entry: the checkpoint that the run goes on from.
         out: the run folder.
     """
-    found = {}
+    warnings = {}
     if checkpoints.skipped:
-        found["damaged-checkpoint"] = (
+        warnings["damaged-checkpoint"] = (
             f"The newest checkpoint in {checkpoints.folder} is missing or damaged ({'; '.join(checkpoints.skipped)}): "
             f"the run goes on from the one of round {entry['round']}."
         )
     if entry["info"]["finished"]:
         other = [name for name in damaged(out, entry) if (out / name).exists()]
         if other:
-            found["damaged-results"] = f"{', '.join(other)} in {out} was not what the run wrote, and was made again."
-    return found
+            warnings["damaged-results"] = f"{', '.join(other)} in {out} was not what the run wrote, and was made again."
+    return warnings

@@ -117,7 +117,7 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
     Raises:
         UserError: the folder is not vacant, another process writes to it, or it cannot be written.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    folders = [folder for folder in (out, *out.parents) if not folder.exists()]
     begun = not fresh
     try:
         with atomic.writing(out):
@@ -135,7 +135,7 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
                 raise
     except Exception as error:
         if not begun:
-            for folder in made:
+            for folder in folders:
                 with suppress(OSError):  # the folder is not empty
                     folder.rmdir()
         if isinstance(error, atomic.Unwritable):

@@ -45,8 +45,8 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
         "rounds": rounds,
     }
     about |= context.described
-    if flat and (kept := [*context.initial_personal]):
-        about["personal"] = kept
+    if flat and (names := [*context.initial_personal]):
+        about["personal"] = names
     if flat and lacks_statistics(context, config):
         about["statistics"] = "batch"
     # The key "samples" marks a module that only the method can build again.

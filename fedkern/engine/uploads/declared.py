@@ -47,10 +47,10 @@ def examined(
     Returns:
         Why the upload is refused, else ``""``.
     """
-    given, got = message.get("parameters"), answer.get("parameters") if isinstance(answer, Mapping) else None
+    sent, got = message.get("parameters"), answer.get("parameters") if isinstance(answer, Mapping) else None
     seen: Tensor | None = None
-    if isinstance(given, Tensor) and isinstance(got, Tensor) and is_alike(got, given):
+    if isinstance(sent, Tensor) and isinstance(got, Tensor) and is_alike(got, sent):
         norm = None if measured is None else measured.of(got)
-        info["drift"] = drift = float(torch.linalg.vector_norm(got - given) if norm is None else norm)
+        info["drift"] = drift = float(torch.linalg.vector_norm(got - sent) if norm is None else norm)
         seen = got if math.isfinite(drift) else None  # a finite norm has only finite elements
     return why_refused(answer, declared, seen)

@@ -94,8 +94,8 @@ class Encoders:
         """See :meth:`Encoder.encode`; ``leaving.state`` holds the states of all encoders by name."""
         message, checked = leaving.message, None
         for name, one in self.each:
-            own = leaving.state.get(name, {}) if name else {}
-            message, checked = one.encode(replace(leaving, message=message, state=own))
-            if name and own:
-                leaving.state[name] = own
+            state = leaving.state.get(name, {}) if name else {}
+            message, checked = one.encode(replace(leaving, message=message, state=state))
+            if name and state:
+                leaving.state[name] = state
         return message, checked

@@ -142,8 +142,8 @@ class Filter:
 
 def encoders_of(filters: Sequence[Filter], asked: Asked) -> dict[ClientId, Encoders]:
     """The encoders of every client whose upload does not travel as it is."""
-    found: dict[ClientId, list[tuple[str, Encoder]]] = {}
+    encoders: dict[ClientId, list[tuple[str, Encoder]]] = {}
     for one in reversed(filters):
         for k, encoder in (one.encoders(asked) or {}).items():
-            found.setdefault(k, []).append((one.name if one.keeps else "", encoder))
-    return {k: Encoders(tuple(each)) for k, each in found.items()}
+            encoders.setdefault(k, []).append((one.name if one.keeps else "", encoder))
+    return {k: Encoders(tuple(each)) for k, each in encoders.items()}

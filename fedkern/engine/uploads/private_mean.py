@@ -58,13 +58,13 @@ class ClippedSum:
         self._sum.add(change.mul_(factor))
         return norm, factor
 
-    def release(self, asked: int, key: NoiseKey) -> Message:
-        """The vectors fp32 ``[P_i]`` by name: start plus the sum with noise over ``asked``, the number of clients."""
+    def release(self, clients: int, key: NoiseKey) -> Message:
+        """The vectors fp32 ``[P_i]`` by name: start plus the sum with noise over ``clients``, the number of clients."""
         total = self._sum.mean().mul_(self._sum.count) if self._sum.count else torch.zeros(self._sum.size).double()
         deviation = self._level.noise * self._level.clip
         if deviation:
             total += ops.clip_and_noise(torch.zeros(len(total)), 1.0, deviation, key.seed, key.offset)
-        parts = total.div_(asked).split([vector.numel() for vector in self._start.values()])
+        parts = total.div_(clients).split([vector.numel() for vector in self._start.values()])
         return {
             name: (there.double() + part).to(there.dtype)
             for (name, there), part in zip(self._start.items(), parts, strict=True)
@@ -111,9 +111,9 @@ class PrivateMean(Filter):
             del upload  # free this upload before the next one arrives
         message = total.release(asked.clients, self._key(asked.plan, asked.phase))
         if "buffers" in message and self._privacy.level.noise:
-            own = message["buffers"][self._variances]
-            keep_variances(own, start["buffers"][self._variances])
-            message["buffers"][self._variances] = own
+            values = message["buffers"][self._variances]
+            keep_variances(values, start["buffers"][self._variances])
+            message["buffers"][self._variances] = values
         if "integers" in declared:  # numbers of batches, which no noise covers, stay as they are
             message["integers"] = state["integers"]
         yield Upload(RELEASED, 1, message, share=asked.clients / self._server.federation.clients)
@@ -125,8 +125,8 @@ class PrivateMean(Filter):
         return {name: state[name] if name in VECTORS else torch.zeros(size_of(declared[name])) for name in names}
 
     def _key(self, number: int, phase: Phase) -> NoiseKey:
-        own = self._privacy.secret
-        material = bytes.fromhex(own) if own else stream(self._config.seed, "privacy").bytes(SECRET_BYTES)
+        secret = self._privacy.secret
+        material = bytes.fromhex(secret) if secret else stream(self._config.seed, "privacy").bytes(SECRET_BYTES)
         return noise_key(material, RELEASED, f"{CHANNEL}/{phase.exchange}", number)
 
     @cached_property
@@ -138,7 +138,7 @@ class PrivateMean(Filter):
 def variances(network: nn.Module) -> Tensor:
     """Where the running variances are among a network's floating buffers, bool ``[Q]``."""
     flat = ops.FlatParameters(network)
-    found = torch.zeros(len(flat.buffers), dtype=torch.bool)
+    mask = torch.zeros(len(flat.buffers), dtype=torch.bool)
     for name, place in flat.places()["buffers"].items():
-        found[place] = name.endswith("running_var")
-    return found
+        mask[place] = name.endswith("running_var")
+    return mask

@@ -69,21 +69,21 @@ class Reducing:
 
     def encode(self, leaving: Departure) -> tuple[Any, dict[str, Any] | None]:
         """See :meth:`Encoder.encode`; an upload that does not fit travels whole, and the server says why."""
-        found: dict[str, Any] = {}
+        info: dict[str, Any] = {}
         upload, keep = leaving.message, leaving.keep
         if (
             (keep is None and not self.on_gpu)
-            or examined(leaving.sent, upload, self.declared, found, leaving.drift)
+            or examined(leaving.sent, upload, self.declared, info, leaving.drift)
             or not upload
         ):
             return _fetched(upload) if self.on_gpu else upload, None
         if keep is None:
-            return upload, found
+            return upload, info
         stay = {name: upload[name] for name in self.names if name in upload}
         for name, vector in stay.items():
             keep(leaving.client, name, vector)
         stand_ins = {name: Kept(leaving.client, name, vector.numel(), vector.dtype) for name, vector in stay.items()}
-        return {**upload, **stand_ins}, found
+        return {**upload, **stand_ins}, info
 
 
 def _without_tensors(declared: Any) -> Any:
@@ -104,18 +104,18 @@ class Following:
     """An accumulator on the device of its first vector (compare :class:`fedkern.ops.Accumulator`).
 
     Args:
-        own: the accumulator, without vectors, that is made anew on that device.
+        accumulator: the accumulator, without vectors, that is made anew on that device.
     """
 
-    def __init__(self, own: Accumulator) -> None:
-        self._own = own
+    def __init__(self, accumulator: Accumulator) -> None:
+        self._own = accumulator
 
     def add(self, vector: Tensor, weight: float | Tensor = 1.0) -> None:
         """Adds ``weight * vector``."""
-        own = self._own
-        if not own.count and vector.device != own.device:
-            self._own = own = Accumulator(own.size, own.exact, device=vector.device)
-        own.add(vector.to(own.device), weight)
+        accumulator = self._own
+        if not accumulator.count and vector.device != accumulator.device:
+            self._own = accumulator = Accumulator(accumulator.size, accumulator.exact, device=vector.device)
+        accumulator.add(vector.to(accumulator.device), weight)
 
     def mean(self) -> Tensor:
         """The weighted mean of all vectors, ``[P]``, in the host's memory."""
