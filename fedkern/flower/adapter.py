@@ -34,21 +34,20 @@ _HOW = install("flower")
 
 def _check_version() -> None:
     try:
-        found = importlib.metadata.version("flwr")
+        version = importlib.metadata.version("flwr")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"fedkern.flower needs Flower, which is not installed: {_HOW}.") from None
-    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST:
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
-        raise UserError(f"fedkern.flower works with flwr {oldest} and later, but flwr {found} is installed: {_HOW}.")
+        raise UserError(f"fedkern.flower works with flwr {oldest} and later, but flwr {version} is installed: {_HOW}.")
 
 
 def warn_of_version() -> None:
     """Logs a warning where whole runs are not tested on the version of flwr that is installed."""
-    found = importlib.metadata.version("flwr")
-    if ".".join(found.split(".")[:2]) not in TESTED:
-        log(
-            WARNING, "whole runs are tested on flwr %s, not on flwr %s, which is installed", " and ".join(TESTED), found
-        )
+    version = importlib.metadata.version("flwr")
+    if ".".join(version.split(".")[:2]) not in TESTED:
+        tested = " and ".join(TESTED)
+        log(WARNING, "whole runs are tested on flwr %s, not on flwr %s, which is installed", tested, version)
 
 
 _check_version()
@@ -160,9 +159,9 @@ class StreamedGrid(Grid):
             return list(Arrivals(self._grid, sent, timeout, len(sent)))
         if kind != MessageType.TRAIN:
             return self._grid.send_and_receive(sent, timeout=timeout)
-        held = records(sent[0].content, ArrayRecord)
+        array_records = records(sent[0].content, ArrayRecord)
         named = sent[0].content.get(self._strategy.arrayrecord_key)
-        arrays = named if isinstance(named, ArrayRecord) else next(iter(held), None)
+        arrays = named if isinstance(named, ArrayRecord) else next(iter(array_records), None)
         self._strategy.begin(arrays, [message.metadata.dst_node_id for message in sent])
         if not getattr(self._strategy.aggregate_train, "streams", False):
             return self._grid.send_and_receive(sent, timeout=timeout)
@@ -181,8 +180,8 @@ class Arrivals:
         self._end = None if timeout is None else time.monotonic() + timeout
         ids = list(grid.push_messages(messages))
         self._pending = [name for name in ids if name]
-        asked = [message.metadata.dst_node_id for message in messages]
-        self._asked = dict(zip(ids, asked, strict=False))
+        node_ids = [message.metadata.dst_node_id for message in messages]
+        self._asked = dict(zip(ids, node_ids, strict=False))
         if len(self._pending) < len(messages):
             log(WARNING, "%s of %s messages could not be sent.", len(messages) - len(self._pending), len(messages))
 
@@ -193,11 +192,11 @@ class Arrivals:
             late = self._end is not None and time.monotonic() >= self._end
             answered: set[str] = set()
             for begin in range(0, len(self._pending), self._group):
-                found = list(self._grid.pull_messages(self._pending[begin : begin + self._group]))
-                answered.update(reply.metadata.reply_to_message_id for reply in found)
-                self._name_nodes(found)
-                while found:
-                    yield found.pop(0)  # not kept in a name, which would outlive the caller's use of the reply
+                replies = list(self._grid.pull_messages(self._pending[begin : begin + self._group]))
+                answered.update(reply.metadata.reply_to_message_id for reply in replies)
+                self._name_nodes(replies)
+                while replies:
+                    yield replies.pop(0)  # not kept in a name, which would outlive the caller's use of the reply
             self._pending = [name for name in self._pending if name not in answered]
             if late or not self._pending:
                 return
@@ -218,12 +217,12 @@ def nodes(grid: Grid) -> list[int]:
         listed = list(grid.get_nodes())
     except AttributeError:  # flwr below 1.38 tells ids alone
         return sorted(map(int, grid.get_node_ids()))
-    found = [(str(getattr(node, "registered_at", "") or ""), int(node.node_id)) for node in listed]
-    return [node for _, node in sorted(found)]
+    pairs = [(str(getattr(node, "registered_at", "") or ""), int(node.node_id)) for node in listed]
+    return [node for _, node in sorted(pairs)]
 
 
 def record(
-    layout: Layout, vector: Tensor | Mapping[str, bytes], whole: Mapping[str, np.ndarray[Any, Any]]
+    layout: Layout, vector: Tensor | Mapping[str, bytes], others: Mapping[str, np.ndarray[Any, Any]]
 ) -> ArrayRecord:
     """A model as Flower's arrays: its floating entries ``[P]``, or the bytes of their arrays by key, and the others."""
     import numpy as np  # not above, as with torch: a process that only hands messages on needs neither
@@ -232,20 +231,20 @@ def record(
     from fedkern.flower.array_bytes import FLAT, LISTING
 
     floats = vector if isinstance(vector, Mapping) else _bytes_of(layout, vector)
-    made = ArrayRecord()
+    arrays = ArrayRecord()
     if layout.flat:
-        made[FLAT] = Array(layout.flat, (layout.size,), FLAT, floats[FLAT])
+        arrays[FLAT] = Array(layout.flat, (layout.size,), FLAT, floats[FLAT])
         listing = layout.listing
-        made[LISTING] = Array("uint8", (len(listing),), LISTING, listing)
+        arrays[LISTING] = Array("uint8", (len(listing),), LISTING, listing)
     for entry in layout.entries:
         if entry.floating and layout.flat:
             continue
         if entry.floating:
             data = floats[entry.key]
         else:
-            data = array_bytes.npy_bytes(np.ascontiguousarray(whole[entry.key]), entry.shape)
-        made[entry.key] = Array(entry.dtype, entry.shape, array_bytes.NUMPY, data)
-    return made
+            data = array_bytes.npy_bytes(np.ascontiguousarray(others[entry.key]), entry.shape)
+        arrays[entry.key] = Array(entry.dtype, entry.shape, array_bytes.NUMPY, data)
+    return arrays
 
 
 def _bytes_of(layout: Layout, vector: Tensor) -> dict[str, bytes]:
@@ -255,11 +254,11 @@ def _bytes_of(layout: Layout, vector: Tensor) -> dict[str, bytes]:
 
     if layout.flat:
         return {FLAT: array_bytes.raw_bytes(vector.to(FLOATS[layout.flat]))}
-    made = {}
+    arrays = {}
     for entry in layout.floating:
         numbers = vector[entry.begin : entry.end].to(FLOATS[entry.dtype]).numpy()
-        made[entry.key] = array_bytes.npy_bytes(numbers, entry.shape)
-    return made
+        arrays[entry.key] = array_bytes.npy_bytes(numbers, entry.shape)
+    return arrays
 
 
 def records(content: RecordDict, kind: type[Any]) -> list[Any]:
@@ -360,23 +359,23 @@ class NodeChannel:
         """The replies that have come to some messages; each is handed on once."""
         if not names:
             return []
-        found: list[Arrived] = []
+        arrivals: list[Arrived] = []
         for reply in self._grid.pull_messages(list(names)):
             to = reply.metadata.reply_to_message_id
             if reply.has_error():
                 error = reply.error
                 text = str(error.reason or f"error {error.code}")
-                found.append(Arrived(to, error=text, lost=error.code in _LOST))
+                arrivals.append(Arrived(to, error=text, lost=error.code in _LOST))
                 continue
             try:
                 packed = opened(reply)[1]
                 self.received += packed.size + len(packed.text)
-                found.append(Arrived(to, packed))
+                arrivals.append(Arrived(to, packed))
             except Malformed as why:
-                found.append(Arrived(to, malformed=str(why)))
+                arrivals.append(Arrived(to, malformed=str(why)))
             except Exception as error:  # a node's reply may hold anything, and ends no run
-                found.append(Arrived(to, malformed=f"cannot be read ({type(error).__name__}: {error})"))
-        return found
+                arrivals.append(Arrived(to, malformed=f"cannot be read ({type(error).__name__}: {error})"))
+        return arrivals
 
 
 def for_one_message() -> bool:
@@ -396,18 +395,18 @@ def opened(message: Message) -> tuple[str, PackedMessage]:
     """
     content = message.content
     header, text, arrays = (content.get(name) for name in (_HEADER, _TEXT, _ARRAYS))
-    whole = isinstance(header, ConfigRecord) and isinstance(text, ConfigRecord) and isinstance(arrays, ArrayRecord)
-    if not whole or len(content) != 3 or set(header) != {"header"} or set(text) != {"text"}:
+    complete = isinstance(header, ConfigRecord) and isinstance(text, ConfigRecord) and isinstance(arrays, ArrayRecord)
+    if not complete or len(content) != 3 or set(header) != {"header"} or set(text) != {"text"}:
         raise Malformed("has other records than a message of fedkern")
-    told, tree = header["header"], text["text"]
-    if not isinstance(told, str) or not isinstance(tree, str):
+    header_text, tree = header["header"], text["text"]
+    if not isinstance(header_text, str) or not isinstance(tree, str):
         raise Malformed("has other records than a message of fedkern")
     tensors = {}
     for name, array in arrays.items():
         if array.stype != _RAW or not isinstance(array.dtype, str) or not isinstance(array.data, bytes):
             raise Malformed(f"has an array, {name[:80]!r}, in an encoding that is not known")
         tensors[name] = Raw(array.dtype, tuple(array.shape), array.data)
-    return told, PackedMessage(tree, tensors)
+    return header_text, PackedMessage(tree, tensors)
 
 
 def replied(message: Message, packed: PackedMessage) -> Message:

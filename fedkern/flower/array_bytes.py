@@ -79,24 +79,24 @@ def header(array: Any, name: str) -> Header:
     if array.stype == FLAT:
         if array.dtype not in FLOATS or len(array.shape) != 1 or not is_shape(array.shape):
             raise Misfit("dtypes", f"has {name} of another form than that of a flat vector")
-        found, size = Header(array.dtype, tuple(array.shape)), FLOATS[array.dtype].itemsize
+        form, size = Header(array.dtype, tuple(array.shape)), FLOATS[array.dtype].itemsize
     elif array.stype == NUMPY:
         start = 10 if data[6:7] == b"\x01" else 12
         length = start + int.from_bytes(data[8:start], "little")
         if data[:6] != _MAGIC or length > min(len(data), _LONGEST_HEADER):
             raise Misfit("size", f"has {name} without the header of a .npy file")
         try:
-            found, size = _parsed(data[:length])
+            form, size = _parsed(data[:length])
         except Exception as error:  # the header is a client's: NumPy may raise what it likes
             kind = type(error).__name__
             raise Misfit("dtypes", f"has {name} with a header that NumPy cannot read ({kind})") from None
     else:
         raise Misfit("dtypes", f"has {name} in the encoding {str(array.stype)[:80]!r}, which is not known")
-    if len(data) - found.begin != found.elements * size:
+    if len(data) - form.begin != form.elements * size:
         raise Misfit(
-            "size", f"has {name} of {len(data) - found.begin} bytes where {found.elements * size} belong to its shape"
+            "size", f"has {name} of {len(data) - form.begin} bytes where {form.elements * size} belong to its shape"
         )
-    return found
+    return form
 
 
 @functools.lru_cache(maxsize=4096)  # the models of a round have the same headers
@@ -148,8 +148,8 @@ def joined(arrays: Sequence[tuple[Any, Header]]) -> Tensor:
 
 def _address(data: Any) -> int:
     """Where the bytes of an object with a buffer lie."""
-    found: int = _start_of(data) if type(data) is bytes else np.frombuffer(data, np.uint8).ctypes.data
-    return found
+    address: int = _start_of(data) if type(data) is bytes else np.frombuffer(data, np.uint8).ctypes.data
+    return address
 
 
 def numbers(array: Any, form: Header) -> np.ndarray[Any, Any]:
@@ -158,8 +158,8 @@ def numbers(array: Any, form: Header) -> np.ndarray[Any, Any]:
     stored = dtype.newbyteorder() if form.swapped else dtype
     if not form.elements:
         return np.empty(form.shape, dtype)
-    made = np.frombuffer(array.data, stored, form.elements, form.begin).reshape(form.shape, order=form.order)
-    return np.asarray(made, dtype)
+    view = np.frombuffer(array.data, stored, form.elements, form.begin).reshape(form.shape, order=form.order)
+    return np.asarray(view, dtype)
 
 
 def npy_bytes(vector: np.ndarray[Any, Any], shape: tuple[int, ...]) -> bytes:

@@ -75,14 +75,14 @@ class Layout:
     """
 
     def __init__(self, forms: Sequence[tuple[str, tuple[int, ...], str]], flat: str | None = None) -> None:
-        made, place, dtype = [], 0, None
+        rows, place, dtype = [], 0, None
         for key, shape, name in forms:
             count = Header(name, shape).elements if name in FLOATS else 0
-            made.append(Entry(key, shape, name, place if name in FLOATS else 0, place + count if name in FLOATS else 0))
+            rows.append(Entry(key, shape, name, place if name in FLOATS else 0, place + count if name in FLOATS else 0))
             if name in FLOATS:
                 place += count
                 dtype = FLOATS[name] if dtype is None else torch.promote_types(dtype, FLOATS[name])
-        self.entries = tuple(made)
+        self.entries = tuple(rows)
         self.size = place
         self.dtype = dtype or torch.float32
         self.flat = flat
@@ -124,10 +124,10 @@ class Layout:
     def form(self, key: str, array: Any) -> Header:
         """`array_bytes.header` of an entry's array; the arrays of a round mostly begin with the same bytes."""
         data = array.data
-        known = self._known.get(key)
+        entry = self._known.get(key)
         plain = array.stype == NUMPY and type(data) is bytes
-        if plain and known is not None and len(data) == known[1] and data.startswith(known[0]):
-            return known[2]
+        if plain and entry is not None and len(data) == entry[1] and data.startswith(entry[0]):
+            return entry[2]
         form = array_bytes.header(array, _name(key))
         if plain:
             self._known[key] = (data[: form.begin], len(data), form)
@@ -143,9 +143,9 @@ class Layout:
         if FLAT not in record:
             forms = {key: array_bytes.header(array, _name(key)) for key, array in record.items()}
             return cls([(key, form.shape, form.dtype) for key, form in forms.items()])
-        found = cls(_listed(record), record[FLAT].dtype)
-        Model(record, found)  # checks the vector's length, and the other arrays
-        return found
+        layout = cls(_listed(record), record[FLAT].dtype)
+        Model(record, layout)  # checks the vector's length, and the other arrays
+        return layout
 
 
 def _listed(record: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
@@ -184,11 +184,11 @@ class Model:
         """Bytes of the floating entries."""
         self.whole: dict[str, np.ndarray[Any, Any]] = {}
         """The entries that are not floating, by key."""
-        held = set(record)
-        if FLAT in held:
-            held = self._read_flat(record, held)
+        keys = set(record)
+        if FLAT in keys:
+            keys = self._read_flat(record, keys)
         else:
-            _check_keys(held, {entry.key for entry in layout.entries})
+            _check_keys(keys, {entry.key for entry in layout.entries})
         for entry in layout.entries:
             if self._vector is not None and entry.floating:
                 continue
@@ -204,12 +204,12 @@ class Model:
             elif form.dtype == entry.dtype:
                 self.whole[entry.key] = array_bytes.numbers(array, form)
             else:
-                wanted = "a floating dtype" if entry.floating else entry.dtype
-                raise Misfit("dtypes", f"has {_name(entry.key)} of {form.dtype} where {wanted} is expected")
+                expected = "a floating dtype" if entry.floating else entry.dtype
+                raise Misfit("dtypes", f"has {_name(entry.key)} of {form.dtype} where {expected} is expected")
 
-    def _read_flat(self, record: Mapping[str, Any], held: set[str]) -> set[str]:
+    def _read_flat(self, record: Mapping[str, Any], keys: set[str]) -> set[str]:
         layout = self._layout
-        if LISTING not in held or record[LISTING].data != layout.listing:
+        if LISTING not in keys or record[LISTING].data != layout.listing:
             listed = {key: (shape, dtype in FLOATS, dtype) for key, shape, dtype in _listed(record)}
             _check_keys(set(listed), {entry.key for entry in layout.entries})
             if list(listed) != [entry.key for entry in layout.entries]:
@@ -221,7 +221,7 @@ class Model:
                     raise Misfit("shapes", f"has {name} of shape {list(shape)} where {list(entry.shape)} is expected")
                 if floating != entry.floating:
                     raise Misfit("dtypes", f"has {name} of {dtype[:20]} where {entry.dtype} is expected")
-        _check_keys(held - {FLAT, LISTING}, {entry.key for entry in layout.whole})
+        _check_keys(keys - {FLAT, LISTING}, {entry.key for entry in layout.whole})
         form = array_bytes.header(record[FLAT], FLAT)
         if record[FLAT].stype != FLAT:
             raise Misfit("dtypes", f"has {FLAT!r} in another encoding than its own")
@@ -230,7 +230,7 @@ class Model:
         self._vector = array_bytes.tensor(record[FLAT], form)
         self._dtypes = {(form.dtype, entry.dtype) for entry in layout.floating}
         self.nbytes = self._vector.nbytes
-        return held
+        return keys
 
     def entry(self, entry: Entry) -> Tensor:
         """The numbers of a floating entry, ``[n]``."""
@@ -266,7 +266,7 @@ class Model:
         With ``but_for_sums`` nothing is checked where a sum in fp64 shows whether the numbers are good.
         """
         flat = self._layout.flat
-        if but_for_sums and all(_shows_in_sums(FLOATS[own], FLOATS[flat or wanted]) for own, wanted in self._dtypes):
+        if but_for_sums and all(_shows_in_sums(FLOATS[old], FLOATS[flat or new]) for old, new in self._dtypes):
             return
         for run in self._layout.segments:
             kind = FLOATS[flat or run[0].dtype]
@@ -278,8 +278,8 @@ class Model:
 
     def _changed(self, entry: Entry) -> Tensor:
         """The numbers of a floating entry, with 0 in the place of infinities that were sent (a causal mask of -inf)."""
-        own = self.entry(entry)
-        return own if self._sent is None else own.masked_fill(own.isinf() & (own == self._sent.entry(entry)), 0.0)
+        data = self.entry(entry)
+        return data if self._sent is None else data.masked_fill(data.isinf() & (data == self._sent.entry(entry)), 0.0)
 
     def check_variances(self) -> None:
         """Checks that running variances are not negative.
@@ -287,12 +287,12 @@ class Model:
         Raises:
             Misfit: they are, or numbers are not finite.
         """
-        found = self._layout.variances
-        if self._vector is None and found:
-            least = float(array_bytes.joined([self._arrays[entry.key] for entry in found]).min())
+        entries = self._layout.variances
+        if self._vector is None and entries:
+            least = float(array_bytes.joined([self._arrays[entry.key] for entry in entries]).min())
             if not least < 0:
                 return
-        for entry in found:
+        for entry in entries:
             if float(self.entry(entry).min()) < 0:
                 self.check_finite()
                 raise Misfit("variance", f"has negative variances in {_name(entry.key)}")
@@ -300,9 +300,9 @@ class Model:
     def distance(self, start: Model) -> float:
         """Euclidean distance to another model over all floating entries, computed in fp64."""
         parts = []
-        for own, other in zip(self.segments(), start.segments(), strict=True):
-            wide = torch.promote_types(own.dtype, other.dtype)
-            parts.append(float(ops.pairwise_distances([own.to(wide), other.to(wide)])[0, 1]))
+        for part, other in zip(self.segments(), start.segments(), strict=True):
+            wide = torch.promote_types(part.dtype, other.dtype)
+            parts.append(float(ops.pairwise_distances([part.to(wide), other.to(wide)])[0, 1]))
         return math.hypot(*parts)
 
     def norm(self) -> float:
@@ -327,10 +327,10 @@ def _shows_in_sums(dtype: torch.dtype, kind: torch.dtype) -> bool:
     return dtype != torch.float64 and (kind.itemsize > 2 or dtype == kind)
 
 
-def _check_keys(held: set[str], wanted: set[str]) -> None:
-    for key in sorted(wanted - held):
+def _check_keys(keys: set[str], expected: set[str]) -> None:
+    for key in sorted(expected - keys):
         raise Misfit("keys", f"lacks {_name(key)}")
-    for key in sorted(held - wanted):
+    for key in sorted(keys - expected):
         raise Misfit("keys", f"should not hold {_name(key)}")
 
 

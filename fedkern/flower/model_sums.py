@@ -67,8 +67,8 @@ class NewModel:
         """Puts small entries into arrays of their own, once all segments are written."""
         for run, part in self._copied:
             for entry in run:
-                own = part[entry.begin - run[0].begin : entry.end - run[0].begin].numpy()
-                self.data[entry.key] = array_bytes.npy_bytes(own, entry.shape)
+                values = part[entry.begin - run[0].begin : entry.end - run[0].begin].numpy()
+                self.data[entry.key] = array_bytes.npy_bytes(values, entry.shape)
         if self.vector is None and self._layout.flat:
             self.data.setdefault(FLAT, b"")  # no segment has asked for a part
         self._copied = []
@@ -122,16 +122,16 @@ class RunningMean:
         """Euclidean norms of the updates, one for each of :attr:`nodes`; empty where they are not wanted."""
         return self._norms
 
-    def result(self, made: NewModel) -> tuple[NewModel, Whole] | None:
-        """Writes the mean to ``made``; gives it with the other entries, or None where no weight was added.
+    def result(self, model: NewModel) -> tuple[NewModel, Whole] | None:
+        """Writes the mean to ``model``; gives it with the other entries, or None where no weight was added.
 
         The sums are given up on the way, so that sums and mean are never whole at the same time.
         """
         if not self._some:
             return None
         for run in reversed(self._layout.segments):
-            self._sums.pop().mean(out=made.part(run))
-        return made.finish(), self._whole
+            self._sums.pop().mean(out=model.part(run))
+        return model.finish(), self._whole
 
 
 class _Held(NamedTuple):
@@ -166,22 +166,22 @@ class AllModels:
 
     def sort(self) -> None:
         """Orders the models by node, so that nothing depends on the order of arrival."""
-        self._held.sort(key=lambda held: held[:2])
+        self._held.sort(key=lambda reply: reply[:2])
 
     @property
     def nodes(self) -> list[int]:
         """The nodes, in order."""
-        return [held.node for held in self._held]
+        return [reply.node for reply in self._held]
 
     @property
     def weights(self) -> list[float]:
         """The models' weights, in order."""
-        return [held.weight for held in self._held]
+        return [reply.weight for reply in self._held]
 
     @property
     def vectors(self) -> list[Tensor]:
         """The models, each ``[P]``, in order; a plain model is copied."""
-        return [held.model.vector() for held in self._held]
+        return [reply.model.vector() for reply in self._held]
 
     def rows(self, run: Sequence[Entry], chosen: Sequence[int] | None = None) -> list[Tensor]:
         """The numbers of a segment of the chosen models (None: of all) in the layout's dtype: M vectors."""
@@ -190,10 +190,10 @@ class AllModels:
 
     def by_coordinate(self, rule: Callable[[list[Tensor]], Tensor], chosen: Sequence[int] | None = None) -> Tensor:
         """``[P]``: a rule that treats coordinates apart, over the chosen models (None: over all)."""
-        made = torch.empty(self.layout.size, dtype=self.layout.dtype)
+        vector = torch.empty(self.layout.size, dtype=self.layout.dtype)
         for run in self.layout.segments:
-            made[run[0].begin : run[-1].end] = rule(self.rows(run, chosen))
-        return made
+            vector[run[0].begin : run[-1].end] = rule(self.rows(run, chosen))
+        return vector
 
     def mean(self, as_arrays: bool) -> NewModel | None:
         """The weighted mean of all models (see :class:`NewModel`); None where all weights are 0.
@@ -202,30 +202,30 @@ class AllModels:
         models move to :attr:`refused`.  Numbers of which the mean does not tell must have been checked before.
         """
         while any(self.weights):
-            made = NewModel(self.layout, as_arrays)
+            model = NewModel(self.layout, as_arrays)
             self._squares = None
-            finite = [self._mean_of(run, made) for run in self.layout.segments]
+            finite = [self._mean_of(run, model) for run in self.layout.segments]
             if all(finite) or not self._refuse():
-                return made.finish()
+                return model.finish()
         return None
 
     def _refuse(self) -> bool:
         """Takes out the models that are not finite; whether there were any."""
         before = len(self._held)
-        for held in list(self._held):
+        for reply in list(self._held):
             try:
-                held.model.check_finite()
+                reply.model.check_finite()
             except Misfit as misfit:
-                self.refused[held.place] = misfit
-                self._held.remove(held)
+                self.refused[reply.place] = misfit
+                self._held.remove(reply)
         return len(self._held) < before
 
-    def _mean_of(self, run: tuple[Entry, ...], made: NewModel) -> bool:
+    def _mean_of(self, run: tuple[Entry, ...], model: NewModel) -> bool:
         """Writes the mean of a segment; whether it is finite."""
-        rows = [held.model.segment(run) for held in self._held]
+        rows = [reply.model.segment(run) for reply in self._held]
         wide = functools.reduce(torch.promote_types, (row.dtype for row in rows))
         rows = [row.to(wide) for row in rows]
-        part = made.part(run)
+        part = model.part(run)
         if not part.numel():
             return True
         ops.weighted_mean(rows, self.weights, out=part)
@@ -247,7 +247,7 @@ class AllModels:
         if squares is None or self._grown:
             squares = torch.zeros(len(self._held), dtype=torch.float64)
             for run in self.layout.segments:
-                rows = [held.model.segment(run) for held in self._held]
+                rows = [reply.model.segment(run) for reply in self._held]
                 squares += self._measured(run, self._start.segment(run), rows)
         return squares.sqrt().tolist()
 

@@ -33,33 +33,33 @@ def introduce(message: Message, context: Context) -> Message:
     Where the server says that its run has ended, this node's process of the run ends too.
     """
     header, _ = opened(message)
-    asked = parse_json(header)
-    if isinstance(asked, dict) and isinstance(asked.get("end"), str):
-        return replied(message, _ended(asked["end"], context))
+    request = parse_json(header)
+    if isinstance(request, dict) and isinstance(request.get("end"), str):
+        return replied(message, _ended(request["end"], context))
     from fedkern.flower.runs.node_client import PROTOCOL
     from fedkern.flower.runs.portable import pack
 
-    found: dict[str, Any] = {"protocol": PROTOCOL, "client": own_client(context.node_config)}
-    if isinstance(asked, dict) and asked.get("data") is True:
+    entries: dict[str, Any] = {"protocol": PROTOCOL, "client": own_client(context.node_config)}
+    if isinstance(request, dict) and request.get("data") is True:
         from fedkern.flower.runs.node_process import facts
 
-        found["data"] = facts(context.run_config, context.node_config, _notice)
-    return replied(message, pack(found))
+        entries["data"] = facts(context.run_config, context.node_config, _notice)
+    return replied(message, pack(entries))
 
 
 @app.train()
 def answer(message: Message, context: Context) -> Message:
     """Answers a message of the run's server."""
     header, packed = opened(message)
-    found: PackedMessage | None = None
+    reply: PackedMessage | None = None
     stays = _stays(context.run_config.get("flower.resident", client_daemon.STAYS))
     if stays > 0 and for_one_message():
-        found = client_daemon.ask(header, packed, context.run_config, context.node_config, _notice, stays)
-    if found is None:
+        reply = client_daemon.ask(header, packed, context.run_config, context.node_config, _notice, stays)
+    if reply is None:
         from fedkern.flower.runs import node_process
 
-        found = node_process.answer(header, packed, context.run_config, context.node_config, _notice)
-    return replied(message, found)
+        reply = node_process.answer(header, packed, context.run_config, context.node_config, _notice)
+    return replied(message, reply)
 
 
 def _ended(run: str, context: Context) -> PackedMessage:
@@ -73,10 +73,10 @@ def _ended(run: str, context: Context) -> PackedMessage:
     return PackedMessage("null", {})
 
 
-def _stays(given: Any) -> float:
+def _stays(value: Any) -> float:
     """Seconds that a client daemon stays; 0 for what is no number of seconds, which reading the settings refuses."""
     try:
-        seconds = float(given)
+        seconds = float(value)
     except (TypeError, ValueError):
         return 0.0
     return seconds if math.isfinite(seconds) else 0.0

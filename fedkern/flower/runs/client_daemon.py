@@ -105,8 +105,8 @@ def end(run: str, node: Mapping[str, Any]) -> None:
 
 
 def _run(header: str) -> str:
-    told = parse_json(header)
-    return str(told.get("run")) if isinstance(told, dict) else ""
+    values = parse_json(header)
+    return str(values.get("run")) if isinstance(values, dict) else ""
 
 
 def _name(run: str, node: Mapping[str, Any]) -> bytes:
@@ -170,20 +170,20 @@ def _asked(
         raise _Gone from error
     while True:
         try:
-            found, answer = receive(replies)
+            values, answer = receive(replies)
         except (EOFError, OSError):
             raise Lost(
                 "The process of this client ended before it had answered: the machine's log says why; it may have had "
                 "too little memory."
             ) from None
-        if "notice" in found:
-            notice(found["notice"])
-        elif "malformed" in found:
-            raise Malformed(found["malformed"])
-        elif "refused" in found:
-            raise UserError(found["refused"])
-        elif "failed" in found:
-            raise RuntimeError(found["failed"])
+        if "notice" in values:
+            notice(values["notice"])
+        elif "malformed" in values:
+            raise Malformed(values["malformed"])
+        elif "refused" in values:
+            raise UserError(values["refused"])
+        elif "failed" in values:
+            raise RuntimeError(values["failed"])
         else:
             return answer
 
@@ -193,15 +193,15 @@ def _asked(
 
 def user_of(link: socket.socket) -> int:
     """The user whose process is at the other end."""
-    found = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(found)[1])
+    credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(credentials)[1])
 
 
-def send(link: socket.socket, told: Mapping[str, Any], packed: PackedMessage | None = None) -> None:
+def send(link: socket.socket, values: Mapping[str, Any], packed: PackedMessage | None = None) -> None:
     """Sends plain values and a packed: a length, that much JSON, and the arrays' bytes."""
     packed = packed or PackedMessage("", {})
     forms = [[name, raw.dtype, list(raw.shape), len(raw.data)] for name, raw in packed.tensors.items()]
-    head = json.dumps({"told": told, "text": packed.text, "tensors": forms}).encode()
+    head = json.dumps({"told": values, "text": packed.text, "tensors": forms}).encode()
     link.sendall(_LENGTH.pack(len(head)) + head)
     for raw in packed.tensors.values():
         link.sendall(raw.data)
@@ -214,7 +214,7 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], PackedMessage]:
 
 
 def _exactly(stream: BinaryIO, size: int) -> bytes:
-    found = stream.read(size)
-    if len(found) < size:
+    data = stream.read(size)
+    if len(data) < size:
         raise EOFError
-    return found
+    return data

@@ -60,7 +60,7 @@ def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., Packed
             send(link, {"notice": text})
 
     try:
-        found = answer(request["header"], packed, request["run_config"], request["node"], notice)
+        reply = answer(request["header"], packed, request["run_config"], request["node"], notice)
     except Malformed as why:
         send(link, {"malformed": str(why)})
     except UserError as error:
@@ -68,5 +68,5 @@ def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., Packed
     except Exception as error:  # of a message that no server of fedkern sends
         send(link, {"failed": f"{type(error).__name__}: {error}"})
     else:
-        send(link, {}, found)
+        send(link, {}, reply)
     return True

@@ -98,16 +98,16 @@ class ClientRequest:
         }
 
     @classmethod
-    def read(cls, given: Any) -> ClientRequest:
+    def read(cls, values: Any) -> ClientRequest:
         """Checks plain values and makes a request of them.
 
         Raises:
             Malformed: they are not what :meth:`to_dict` makes.
         """
-        if not isinstance(given, dict) or given.get("protocol") != PROTOCOL:
-            other = given.get("protocol") if isinstance(given, dict) else None
+        if not isinstance(values, dict) or values.get("protocol") != PROTOCOL:
+            other = values.get("protocol") if isinstance(values, dict) else None
             raise Malformed(f"has the form {other!r} where this version of fedkern reads {PROTOCOL}")
-        table = {name: value for name, value in given.items() if name != "protocol"}
+        table = {name: value for name, value in values.items() if name != "protocol"}
         kinds = {name: str(kind) for name, kind in cls.__annotations__.items()}
         if table.keys() != kinds.keys():
             raise Malformed("lacks entries of its header, or has others")
@@ -130,11 +130,11 @@ class ClientRequest:
         return cls(**{**table, "phase": Phase(*phase), "version": _version(table["version"]), "begin": begin})
 
 
-def _version(given: Any) -> Version:
-    whole = isinstance(given, list) and [type(part) for part in given] == [int, int]
-    if not whole or not 0 < given[0] < 10**6 or not 0 <= given[1] < 10**6:
+def _version(value: Any) -> Version:
+    is_pair = isinstance(value, list) and [type(part) for part in value] == [int, int]
+    if not is_pair or not 0 < value[0] < 10**6 or not 0 <= value[1] < 10**6:
         raise Malformed("names no round")
-    return Version(*given)
+    return Version(*value)
 
 
 @dataclass
@@ -286,16 +286,16 @@ class NodeClients:
         return reply
 
     def _reply(self, request: ClientRequest, answer: Answer, changed: bool, ledger: Any) -> PackedMessage:
-        told = self._context.disclosure.clients
+        public = self._context.disclosure.clients
         return pack(
             {
                 "client": request.client,
                 "version": list(request.version),
                 "message": answer.message,
-                "problem": _problem(answer, told),
-                "report": answer.report if told else {},
-                "warnings": dict(self._context.warnings) if told else {},
-                "seconds": answer.seconds if told else 0.0,
+                "problem": _problem(answer, public),
+                "report": answer.report if public else {},
+                "warnings": dict(self._context.warnings) if public else {},
+                "seconds": answer.seconds if public else 0.0,
                 "changed": changed,
                 "ledger": ledger,
             },
@@ -323,14 +323,14 @@ def failed(request: ClientRequest, what: str, traceback: str) -> PackedMessage:
     return pack({**head, **empty, "problem": problem})
 
 
-def _problem(answer: Answer, told: bool) -> dict[str, Any] | None:
+def _problem(answer: Answer, public: bool) -> dict[str, Any] | None:
     problem = answer.problem
     if problem is None:
         return None
     if isinstance(problem, Diverged):
-        told_batch, what = (problem.batch, problem.what) if told else (0, "")
-        return {"kind": "diverged", "round": problem.round, "batch": told_batch, "what": what}
-    return {"kind": "failed", "what": problem.what if told else "", "traceback": problem.traceback if told else ""}
+        batch, what = (problem.batch, problem.what) if public else (0, "")
+        return {"kind": "diverged", "round": problem.round, "batch": batch, "what": what}
+    return {"kind": "failed", "what": problem.what if public else "", "traceback": problem.traceback if public else ""}
 
 
 # -- the server's end of a reply -------------------------------------------------------------------------------------
@@ -361,9 +361,9 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
         data = kept_data(config, data)
     else:
         data = data_of_one(config, notice=notice, node=True)
-        (own,) = data.clients
-        none = own.subset(torch.zeros(0, dtype=torch.int64))
-        data = replace(data, clients=tuple(own if k == alone else none for k in range(config.clients)))
+        (split,) = data.clients
+        none = split.subset(torch.zeros(0, dtype=torch.int64))
+        data = replace(data, clients=tuple(split if k == alone else none for k in range(config.clients)))
         config = effective(config, data)
     if notice is not None and data.form.seen:
         notice(data.form.seen[0])
@@ -378,31 +378,31 @@ def read_reply(packed: PackedMessage, client: int, version: Version) -> Reply:
     Raises:
         Malformed: the reply is none of fedkern's, or answers another message.
     """
-    found = unpack(packed)
-    if not isinstance(found, dict) or found.keys() != {*_REPLY, "message", "problem", "ledger"}:
+    values = unpack(packed)
+    if not isinstance(values, dict) or values.keys() != {*_REPLY, "message", "problem", "ledger"}:
         raise Malformed("is no answer of a fedkern client")
-    if any(type(found[name]) is not kind for name, kind in _REPLY.items()):
+    if any(type(values[name]) is not kind for name, kind in _REPLY.items()):
         raise Malformed("is no answer of a fedkern client")
-    if found["client"] != client or found["version"] != list(version):
+    if values["client"] != client or values["version"] != list(version):
         raise Malformed("answers another message")
-    report, warnings = found["report"], found["warnings"]
+    report, warnings = values["report"], values["warnings"]
     if not _named(report, TAKEN) or not all(isinstance(value, (int, float)) for value in report.values()):
         raise Malformed("has a report that is none")
     if not all(abs(value) <= LARGEST_FIGURE or not math.isfinite(value) for value in report.values()):
         raise Malformed(f"reports a figure above {LARGEST_FIGURE:g}")
     if not _named(warnings) or not all(isinstance(text, str) for text in warnings.values()):
         raise Malformed("has warnings that are none")
-    if not 0 <= found["seconds"] <= LARGEST_FIGURE:
+    if not 0 <= values["seconds"] <= LARGEST_FIGURE:
         raise Malformed("has a report that is none")
     answer = Answer(
         client,
-        found["message"],
-        problem=_read_problem(found["problem"], client),
+        values["message"],
+        problem=_read_problem(values["problem"], client),
         report=report,
         warnings={name: printable(text) for name, text in warnings.items()},
-        seconds=found["seconds"],
+        seconds=values["seconds"],
     )
-    return Reply(answer, found["changed"], found["ledger"])
+    return Reply(answer, values["changed"], values["ledger"])
 
 
 def _named(table: dict[Any, Any], taken: tuple[str, ...] = ()) -> bool:
@@ -411,16 +411,16 @@ def _named(table: dict[Any, Any], taken: tuple[str, ...] = ()) -> bool:
     return len(table) <= MOST_NAMES and names and table.keys().isdisjoint(taken)
 
 
-def _read_problem(given: Any, client: int) -> Diverged | ClientFailed | None:
-    if given is None:
+def _read_problem(value: Any, client: int) -> Diverged | ClientFailed | None:
+    if value is None:
         return None
     forms: dict[str, dict[str, type]] = {
         "diverged": {"kind": str, "round": int, "batch": int, "what": str},
         "failed": {"kind": str, "what": str, "traceback": str},
     }
-    form = forms.get(str(given.get("kind"))) if isinstance(given, dict) else None
-    if form is None or given.keys() != form.keys() or any(type(given[name]) is not kind for name, kind in form.items()):
+    form = forms.get(str(value.get("kind"))) if isinstance(value, dict) else None
+    if form is None or value.keys() != form.keys() or any(type(value[name]) is not kind for name, kind in form.items()):
         raise Malformed("has a problem that is none")
-    if given["kind"] == "diverged":
-        return Diverged(client, given["round"], given["batch"], printable(given["what"]))
-    return ClientFailed(client, given["what"] or "its part of the method raised an exception", given["traceback"])
+    if value["kind"] == "diverged":
+        return Diverged(client, value["round"], value["batch"], printable(value["what"]))
+    return ClientFailed(client, value["what"] or "its part of the method raised an exception", value["traceback"])

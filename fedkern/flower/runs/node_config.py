@@ -10,13 +10,13 @@ from fedkern.errors import UserError
 
 def own_client(node_config: Mapping[str, Any]) -> int:
     """The client that the node is; raises UserError where the node's configuration does not say it."""
-    given, of = (node_config.get(name) for name in ("partition-id", "num-partitions"))
-    if type(given) is not int or given < 0 or (of is not None and (type(of) is not int or given >= of)):
+    client, of = (node_config.get(name) for name in ("partition-id", "num-partitions"))
+    if type(client) is not int or client < 0 or (of is not None and (type(of) is not int or client >= of)):
         raise UserError(
-            f"partition-id must be a number from 0 to num-partitions - 1, not {given!r}: start the node with "
+            f"partition-id must be a number from 0 to num-partitions - 1, not {client!r}: start the node with "
             "--node-config 'partition-id=K num-partitions=N'."
         )
-    return given
+    return client
 
 
 def folder(node_config: Mapping[str, Any], name: str) -> str | None:

@@ -118,7 +118,7 @@ class Nodes:
         assert not encoders  # no filter of a run over Flower has any: an encoder is code, which no node takes
         self._registry.find()
         end = time.monotonic() + self._deadline if self._deadline else None
-        found: dict[ClientId, Answer] = {}
+        answers: dict[ClientId, Answer] = {}
         versions: dict[ClientId, Version] = {}
         waiting: dict[str, ClientId] = {}
         packed: dict[int, PackedMessage] = {}
@@ -128,33 +128,33 @@ class Nodes:
                 packed[id(message)] = self._packed(message)
             node = self._registry.home.get(k)
             if node is None:
-                found[k] = Answer(k, absent="no node of it is connected")
+                answers[k] = Answer(k, absent="no node of it is connected")
                 continue
             name = self._channel.send(
                 node, TRAIN, json.dumps(request.to_dict()), packed[id(message)], self._deadline or None
             )
             if name is None:
-                found[k] = Answer(k, absent="its message could not be sent")
+                answers[k] = Answer(k, absent="its message could not be sent")
             else:
                 waiting[name] = k
         packed.clear()
         pause = _FIRST_PAUSE
         for k in messages:
-            while k not in found:
+            while k not in answers:
                 check()
                 late = end is not None and time.monotonic() >= end
                 heard = self._heard(k, waiting)
                 for name, arrived in heard:
                     client = waiting.pop(name)
-                    found[client] = self._answer(client, arrived, asker, phase, messages[client], versions[client])
-                if k in found:
+                    answers[client] = self._answer(client, arrived, asker, phase, messages[client], versions[client])
+                if k in answers:
                     break
                 if late:
-                    found[k] = Answer(k, absent=f"it had not answered after {self._deadline:g} seconds")
+                    answers[k] = Answer(k, absent=f"it had not answered after {self._deadline:g} seconds")
                     break
                 pause = _FIRST_PAUSE if heard else min(1.5 * pause, _LAST_PAUSE)
                 time.sleep(pause if end is None else min(pause, max(0.0, end - time.monotonic())))
-            yield found.pop(k)
+            yield answers.pop(k)
 
     def _packed(self, message: Message) -> PackedMessage:
         try:
@@ -193,8 +193,8 @@ class Nodes:
     def _heard(self, first: ClientId, waiting: Mapping[str, ClientId]) -> list[tuple[str, Arrived]]:
         """Replies that have come: of the next client in order, then of some of the others."""
         names = sorted(waiting, key=lambda name: waiting[name] != first)
-        found = [(each.reply_to, each) for each in self._channel.arrived(names[:_AT_ONCE])]
-        return [(name, each) for name, each in found if name in waiting]
+        replies = [(each.reply_to, each) for each in self._channel.arrived(names[:_AT_ONCE])]
+        return [(name, each) for name, each in replies if name in waiting]
 
     def _answer(
         self, k: ClientId, arrived: Arrived, asker: str, phase: Phase, message: Message, version: Version

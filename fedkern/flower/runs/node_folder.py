@@ -70,7 +70,7 @@ class NodeFolder:
     def write_state(self, version: Version, content: dict[str, Any], oldest: int) -> None:
         """Writes a state, and deletes those that no checkpoint of the server can name: of rounds before ``oldest``."""
         states.save(self._state(version), content)
-        names = [Version(*found) for found in self._numbered(_STATE)]
+        names = [Version(*numbers) for numbers in self._numbered(_STATE)]
         before = max((each for each in names if each.plan == version.plan and each < version), default=None)
         for each in names:
             of_this_round = each.plan == version.plan and each not in (version, before)
@@ -92,21 +92,21 @@ class NodeFolder:
     def message(self, version: Version) -> tuple[dict[str, Any], PackedMessage]:
         """A kept message; raises UserError where it is missing or damaged."""
         try:
-            kept = states.load(self._message(version))
-            data = kept["data"]
+            content = states.load(self._message(version))
+            data = content["data"]
             tensors = {
                 name: Raw(dtype, tuple(shape), data[name].numpy().tobytes() if name in data else b"")
-                for name, (dtype, shape) in kept["forms"].items()
+                for name, (dtype, shape) in content["forms"].items()
             }
-            return kept["header"], PackedMessage(kept["text"], tensors)
+            return content["header"], PackedMessage(content["text"], tensors)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"An earlier message of this round cannot be read ({error}).") from None
 
     def drop_messages(self, plan: int) -> None:
         """Deletes the kept messages of rounds before ``plan``."""
-        for found in self._numbered(_MESSAGE):
-            if found[0] < plan:
-                self._message(Version(*found)).unlink(missing_ok=True)
+        for numbers in self._numbered(_MESSAGE):
+            if numbers[0] < plan:
+                self._message(Version(*numbers)).unlink(missing_ok=True)
 
     def _message(self, version: Version) -> Path:
         return self.path / f"message-{version.plan:06d}-{version.number:06d}.safetensors"

@@ -37,9 +37,9 @@ def answer(
         Malformed: the message is none of fedkern's, or is for another client.
         UserError: the node's configuration does not say which client it is.
     """
-    request, own = ClientRequest.read(parse_json(header)), node_config.own_client(node)
-    if request.client != own:
-        raise Malformed(f"is for client {request.client}, and this node is client {own}")
+    request, client = ClientRequest.read(parse_json(header)), node_config.own_client(node)
+    if request.client != client:
+        raise Malformed(f"is for client {request.client}, and this node is client {client}")
     try:
         return _clients(request, run_config, node, notice).answer(request, packed)
     except Malformed as why:
@@ -69,8 +69,8 @@ def _clients(
         return _here[1]
     forget()
     settings = run_settings.read(run_config, node_config.folder(node, "data-root"))
-    given = node_config.folder(node, "state-dir") or settings.state
-    base = expand(given) if given else cache_folder(STATES)
+    folder = node_config.folder(node, "state-dir") or settings.state
+    base = expand(folder) if folder else cache_folder(STATES)
     clients = NodeClients(
         settings.config, Path(base), notice, own_data=settings.own_data, half=settings.transport == "bf16"
     )

@@ -98,9 +98,9 @@ class NodeRegistry:
         for arrived in self._channel.arrived(list(self._waiting)):
             if arrived.reply_to in self._waiting:
                 node = self._waiting.pop(arrived.reply_to)
-                found = self._introduced(node, arrived)
-                if found is not None:
-                    self._client_of[node] = found
+                client = self._introduced(node, arrived)
+                if client is not None:
+                    self._client_of[node] = client
         self.home = {}
         for node in present:
             if node in self._client_of:
@@ -116,8 +116,8 @@ class NodeRegistry:
         try:
             if arrived.packed is None:
                 raise Malformed(arrived.malformed or f"failed: {arrived.error}")
-            found = unpack(arrived.packed)
-            spoken, k = (found.get("protocol"), found.get("client")) if isinstance(found, dict) else (None, None)
+            values = unpack(arrived.packed)
+            spoken, k = (values.get("protocol"), values.get("client")) if isinstance(values, dict) else (None, None)
             if spoken != PROTOCOL:
                 raise Malformed(
                     f"has form {spoken!r} of fedkern's messages, and the server has form {PROTOCOL}: install one "
@@ -128,7 +128,7 @@ class NodeRegistry:
             if not 0 <= k < self.count:
                 raise Malformed(f"says that it is client {k}, and the run has {self.count} clients, numbered from 0")
             if self._own_data:
-                self.facts[k] = _facts(found.get("data"))
+                self.facts[k] = _facts(values.get("data"))
             return k
         except Malformed as why:
             problem = str(why)
@@ -139,10 +139,10 @@ class NodeRegistry:
         return None
 
 
-def _facts(given: Any) -> dict[str, Any]:
-    samples = given.get("samples") if isinstance(given, dict) else None
+def _facts(values: Any) -> dict[str, Any]:
+    samples = values.get("samples") if isinstance(values, dict) else None
     if type(samples) is not int or not 0 < samples < 1 << 40:
         raise Malformed("does not say how many samples it has")
-    if not all(isinstance(value, (str, int, float, list)) for value in given.values()) or len(given) > MOST_FACTS:
+    if not all(isinstance(value, (str, int, float, list)) for value in values.values()) or len(values) > MOST_FACTS:
         raise Malformed("does not say what form its data have")
-    return dict(given)
+    return dict(values)

@@ -53,12 +53,12 @@ def declared(config: RunConfig, registry: NodeRegistry, warn: Callable[[str, str
             f"Clients without a node: {', '.join(map(str, missing))}; where nodes have their own data, all must be "
             "connected before the first round."
         )
-    own = form_of(data)
+    form = form_of(data)
     for k in range(config.clients):
-        found = {name: value for name, value in registry.facts[k].items() if name != "samples"}
-        for name, value in own.items():
-            if found.get(name) != value:
-                theirs = printable_name(str(found.get(name)), 200)
+        facts = {name: value for name, value in registry.facts[k].items() if name != "samples"}
+        for name, value in form.items():
+            if facts.get(name) != value:
+                theirs = printable_name(str(facts.get(name)), 200)
                 raise UserError(
                     f"Client {k}'s data have other {name} than the server's ({theirs}, and here {value}): give all "
                     "folders the same classes and kind of images."

@@ -58,12 +58,12 @@ def pack(value: Any, *, half: bool = False) -> PackedMessage:
         TypeError: ``value`` holds something else; the message says where.
     """
     tensors: dict[str, Raw] = {}
-    known: dict[int, tuple[Any, dict[str, Any]]] = {}
+    entries: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     def tensor(value: Any, where: str) -> dict[str, Any]:
-        if id(value) not in known:
-            known[id(value)] = value, _tensor(value, f"t{len(tensors)}", where, tensors, half)
-        return known[id(value)][1]
+        if id(value) not in entries:
+            entries[id(value)] = value, _tensor(value, f"t{len(tensors)}", where, tensors, half)
+        return entries[id(value)][1]
 
     tree = tree_of(value, "message", tensor, LARGEST_WHOLE)
     return PackedMessage(json.dumps(tree, allow_nan=False, separators=(",", ":")), tensors)
@@ -71,13 +71,13 @@ def pack(value: Any, *, half: bool = False) -> PackedMessage:
 
 def _tensor(value: Any, name: str, where: str, tensors: dict[str, Raw], half: bool) -> dict[str, Any]:
     array = isinstance(value, np.ndarray)
-    found = torch.from_numpy(np.ascontiguousarray(value)) if array else value.detach()
-    if found.layout is not torch.strided or found.is_quantized or found.is_meta or found.dtype not in _NAMES:
-        raise TypeError(f"{where} is a {found.layout} tensor of {found.dtype}, which cannot travel")
-    plain = found.resolve_conj().resolve_neg().cpu()
+    tensor = torch.from_numpy(np.ascontiguousarray(value)) if array else value.detach()
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in _NAMES:
+        raise TypeError(f"{where} is a {tensor.layout} tensor of {tensor.dtype}, which cannot travel")
+    plain = tensor.resolve_conj().resolve_neg().cpu()
     plain = torch.empty_like(plain).copy_(plain) if _gaps(tuple(plain.shape), plain.stride()) else plain
     flat = plain.as_strided((plain.numel(),), (1,)) if plain.numel() else plain.reshape(-1)
-    halved = half and not array and found.dtype == torch.float32 and plain.numel() >= LEAST_HALVED
+    halved = half and not array and tensor.dtype == torch.float32 and plain.numel() >= LEAST_HALVED
     if halved:
         flat = flat.bfloat16()
     tensors[name] = Raw(_NAMES[flat.dtype], tuple(plain.shape), raw_bytes(flat))
@@ -109,14 +109,14 @@ def unpack(packed: PackedMessage) -> Any:
         tree = parse_json(packed.text)
     except ValueError:
         raise Malformed("has a text that is not JSON") from None
-    made: dict[str, Tensor] = {}
-    value = _unpacked(tree, packed.tensors, made, 0)
-    if unnamed := [name for name in packed.tensors if name not in made]:
+    cache: dict[str, Tensor] = {}
+    value = _unpacked(tree, packed.tensors, cache, 0)
+    if unnamed := [name for name in packed.tensors if name not in cache]:
         raise Malformed(f"holds an array, {unnamed[0][:80]!r}, that its text does not name")
     return value
 
 
-def _unpacked(tree: Any, tensors: Mapping[str, Raw], made: dict[str, Tensor], depth: int) -> Any:
+def _unpacked(tree: Any, tensors: Mapping[str, Raw], cache: dict[str, Tensor], depth: int) -> Any:
     if depth > DEEPEST:
         raise Malformed("has dicts and lists that stand too deep in one another")
     if tree is None or isinstance(tree, (str, bool)):
@@ -131,35 +131,35 @@ def _unpacked(tree: Any, tensors: Mapping[str, Raw], made: dict[str, Tensor], de
         raise Malformed("has a text that describes no message")
     ((kind, value),) = tree.items()
     if kind in ("tensor", "array", "halved"):
-        found = _made(value, tensors, made, kind == "halved")
-        return found.numpy() if kind == "array" else found
+        tensor = _made(value, tensors, cache, kind == "halved")
+        return tensor.numpy() if kind == "array" else tensor
     if kind == "float" and value in ("nan", "inf", "-inf"):
         return float(value)
     if kind in ("list", "tuple") and isinstance(value, list):
-        entries = [_unpacked(entry, tensors, made, depth + 1) for entry in value]
+        entries = [_unpacked(entry, tensors, cache, depth + 1) for entry in value]
         return entries if kind == "list" else tuple(entries)
     if kind == "dict" and isinstance(value, list):
         result: dict[Any, Any] = {}
         for pair in value:
             if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) in (str, int)):
                 raise Malformed("has a dict that is none")
-            result[pair[0]] = _unpacked(pair[1], tensors, made, depth + 1)
+            result[pair[0]] = _unpacked(pair[1], tensors, cache, depth + 1)
         return result
     raise Malformed("has a text that describes no message")
 
 
-def _made(value: Any, tensors: Mapping[str, Raw], made: dict[str, Tensor], halved: bool) -> Tensor:
+def _made(value: Any, tensors: Mapping[str, Raw], cache: dict[str, Tensor], halved: bool) -> Tensor:
     if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], list)):
         raise Malformed("has a tensor that is none")
     name, stride = value
     if name not in tensors:
         raise Malformed(f"names an array, {name[:80]!r}, that did not come with it")
-    if name not in made:
-        found = _strided(name, tensors[name], stride)
-        if halved and found.dtype != torch.bfloat16:
-            raise Malformed(f"has {name} of {found.dtype} where bf16 is said to come")
-        made[name] = found.float() if halved else found
-    return made[name]
+    if name not in cache:
+        tensor = _strided(name, tensors[name], stride)
+        if halved and tensor.dtype != torch.bfloat16:
+            raise Malformed(f"has {name} of {tensor.dtype} where bf16 is said to come")
+        cache[name] = tensor.float() if halved else tensor
+    return cache[name]
 
 
 def _strided(name: str, raw: Raw, stride: list[Any]) -> Tensor:

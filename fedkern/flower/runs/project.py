@@ -71,7 +71,7 @@ class Project:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not an empty folder: name a new one with --flower.")
         code = self._code()
-        made = not folder.exists()
+        fresh = not folder.exists()
         with atomic.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -82,7 +82,7 @@ class Project:
         except BaseException as error:
             for path in folder.iterdir():
                 path.unlink()
-            if made:
+            if fresh:
                 folder.rmdir()
             if isinstance(error, OSError):
                 raise atomic.unwritable(folder, error) from None
@@ -91,19 +91,19 @@ class Project:
 
     def _code(self) -> dict[str, Path]:
         """Files of code that the project takes along, by the name that the settings have for them."""
-        found = {name: Path(name) for name in self.plugins if Path(name).is_absolute()}
+        files = {name: Path(name) for name in self.plugins if Path(name).is_absolute()}
         for named in (named_code.parse(str(self.settings.get(field) or "")) for field in CODE):
             if named is not None and named.file:
-                found[named.file] = Path(named.file)
+                files[named.file] = Path(named.file)
         by_name: dict[str, Path] = {}
-        for path in found.values():
+        for path in files.values():
             if not path.is_file():
                 raise UserError(f"{path} cannot be copied into the project, as it is no file.")
             if by_name.setdefault(path.name, path) != path:
                 raise UserError(
                     f"{by_name[path.name]} and {path} have one name, and a project is one folder: rename one."
                 )
-        return found
+        return files
 
     # -- pyproject.toml --------------------------------------------------------------------------------------------
 
@@ -140,15 +140,15 @@ clientapp = "fedkern.flower.runs.client_app:app"
 
     def _settings(self) -> dict[str, tuple[Any, str]]:
         usual = defaults(self.method, self._data)
-        given = {**GOES_ON, **self.settings}
+        settings = {**GOES_ON, **self.settings}
         rows: dict[str, tuple[Any, str]] = {"method": (self.method, "")}
         for each in RunConfig.declared():
             if each.field == "method" or each.field in ELSEWHERE:
                 continue
-            value = given.get(each.field)
+            value = settings.get(each.field)
             default = usual.get(each.field, each.default)
-            said = "" if value is not None or default is None else f"default {default}"
-            rows[setting_key(each.field)] = (self._portable(each.field, value), said)
+            comment = "" if value is not None or default is None else f"default {default}"
+            rows[setting_key(each.field)] = (self._portable(each.field, value), comment)
         named = (Path(name).name if Path(name).is_absolute() else name for name in self.plugins)
         rows["plugins"] = (",".join(named), "")
         rows["out"] = ("" if self.out is None else str(self.out), "the run folder; resume = true goes on with it")
@@ -184,9 +184,9 @@ clientapp = "fedkern.flower.runs.client_app:app"
     @staticmethod
     def _table(rows: Mapping[str, tuple[Any, str]]) -> str:
         lines = []
-        for key, (value, told) in rows.items():
+        for key, (value, comment) in rows.items():
             line = toml.line(key, value)
-            lines.append(f"{line}  # {' '.join(told.split())}" if told and len(line) < _WIDE else line)
+            lines.append(f"{line}  # {' '.join(comment.split())}" if comment and len(line) < _WIDE else line)
         return "".join(f"{line}\n" for line in lines)
 
     # -- README.md ---------------------------------------------------------------------------------------------------
@@ -261,8 +261,8 @@ Files that settings name by a path (data, initial weights, teachers) must be on 
 """
 
 
-def simulation(folder: Path, given: Sequence[str]) -> list[str]:
-    """Flower's settings of a simulation of a project on this machine: fedkern's, then the user's ``given`` ones.
+def simulation(folder: Path, options: Sequence[str]) -> list[str]:
+    """Flower's settings of a simulation of a project on this machine: fedkern's, then the user's ``options``.
 
     In a :class:`Project`, each client needs a node; the folder may be that of any other Flower project too.
 
@@ -277,11 +277,11 @@ def simulation(folder: Path, given: Sequence[str]) -> list[str]:
     nodes = []
     with suppress(OSError, ValueError, LookupError, TypeError):  # Flower says what is wrong with a project
         app = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
-        if app["components"]["serverapp"] == SERVER_APP and not any("num-supernodes" in text for text in given):
+        if app["components"]["serverapp"] == SERVER_APP and not any("num-supernodes" in text for text in options):
             if not app["config"]["clients"]:
                 raise UserError(
                     "The project leaves its number of clients to the data set: give that number with "
                     "--federation-config num-supernodes=N."
                 )
             nodes = [f"num-supernodes={app['config']['clients']}"]
-    return ["client-resources-num-cpus=1", *nodes, *given]
+    return ["client-resources-num-cpus=1", *nodes, *options]

@@ -88,24 +88,24 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
     Raises:
         UserError: an unknown key, a value out of range, or a plugin or file that is not on this machine.
     """
-    given = {key: word for key, value in run_config.items() if (word := as_typed(value).strip())}
+    values = {key: word for key, value in run_config.items() if (word := as_typed(value).strip())}
     fields = {setting_key(each.field): each.field for each in RunConfig.declared() if each.field not in ELSEWHERE}
-    known = [*fields, *SWITCHES, *FLOWER, "out", "plugins"]
-    for key in given:
-        if key not in known and not key.startswith((METHOD_OPTION, DATA_OPTION)):
-            raise UserError(f'The run-config has an unknown key "{key}".{nearest(key, known)}')
-    named = [_located(name.strip()) for name in given.get("plugins", "").split(",") if name.strip()]
+    keys = [*fields, *SWITCHES, *FLOWER, "out", "plugins"]
+    for key in values:
+        if key not in keys and not key.startswith((METHOD_OPTION, DATA_OPTION)):
+            raise UserError(f'The run-config has an unknown key "{key}".{nearest(key, keys)}')
+    named = [_located(name.strip()) for name in values.get("plugins", "").split(",") if name.strip()]
     plugins.load_installed()
     loaded = plugins.given(named)
-    settings: dict[str, Any] = {fields[key]: word for key, word in given.items() if key in fields}
+    settings: dict[str, Any] = {fields[key]: word for key, word in values.items() if key in fields}
     method = settings.pop("method", "fedavg")
     settings |= {field: _located_code(settings[field]) for field in CODE if field in settings}
     if "data" in settings:
         open_code(settings["data"])
     if data_root:
         settings["data_root"] = data_root
-    words = [f"{key.removeprefix(METHOD_OPTION)}={word}" for key, word in _under(given, METHOD_OPTION)]
-    data_options = {key.removeprefix(DATA_OPTION).replace("-", "_"): word for key, word in _under(given, DATA_OPTION)}
+    words = [f"{key.removeprefix(METHOD_OPTION)}={word}" for key, word in _under(values, METHOD_OPTION)]
+    data_options = {key.removeprefix(DATA_OPTION).replace("-", "_"): word for key, word in _under(values, DATA_OPTION)}
     config = RunConfig.make(
         method,
         options=words,
@@ -114,19 +114,21 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
         **settings,
     )
     # The ClientApp reads flower.resident itself, before it imports all this.
-    own: dict[str, Any] = {
-        key: each.named(key, key).convert(given[key]) if key in given else each.default
+    switches: dict[str, Any] = {
+        key: each.named(key, key).convert(values[key]) if key in values else each.default
         for key, each in {**SWITCHES, **FLOWER}.items()
     }
-    if own["flower.own-data"]:
+    if switches["flower.own-data"]:
         check_own_data(config)
         shares = {name: share for name, share in JUDGING.items() if name in lookup(config.data).options}
         config = config.replace(data_options={**shares, **config.data_options})
     return RunSettings(
         config=config,
-        out=Path(given["out"]).expanduser() if "out" in given else None,
+        out=Path(values["out"]).expanduser() if "out" in values else None,
         **{
-            key.removeprefix("flower.").replace("-", "_"): each for key, each in own.items() if key != "flower.resident"
+            key.removeprefix("flower.").replace("-", "_"): each
+            for key, each in switches.items()
+            if key != "flower.resident"
         },
     )
 
@@ -174,8 +176,8 @@ def check_own_data(config: RunConfig) -> None:
         )
 
 
-def _under(given: Mapping[str, str], prefix: str) -> Iterable[tuple[str, str]]:
-    return ((key, word) for key, word in given.items() if key.startswith(prefix))
+def _under(values: Mapping[str, str], prefix: str) -> Iterable[tuple[str, str]]:
+    return ((key, word) for key, word in values.items() if key.startswith(prefix))
 
 
 def _located(name: str) -> str:
@@ -183,8 +185,8 @@ def _located(name: str) -> str:
     path = Path(name)
     if path.is_absolute() or not name.endswith(".py"):
         return name
-    found = next((each for folder in sys.path if (each := Path(folder) / name).is_file()), None)
-    return name if found is None else str(found.absolute())
+    file = next((each for folder in sys.path if (each := Path(folder) / name).is_file()), None)
+    return name if file is None else str(file.absolute())
 
 
 def _located_code(text: str) -> str:

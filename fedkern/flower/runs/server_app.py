@@ -42,17 +42,17 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
         RunFailed: the run was stopped, or failed without a result to keep.
     """
     settings = run_settings.read(run_config)
-    config, out, made = settings.config, settings.out, False
+    config, out, fresh = settings.config, settings.out, False
     run_settings.check_portable(config)
     if out is None:
         if settings.resume:
             raise UserError('resume=true goes on with a run: name its folder, out="DIR", in the run-config.')
-        out, made = reserve(RUNS, run_name(config), 'name another run folder, out="DIR", in the run-config'), True
+        out, fresh = reserve(RUNS, run_name(config), 'name another run folder, out="DIR", in the run-config'), True
     out = out.absolute()
     log(INFO, "run folder: %s", out)
     again = f"flwr run with the run-config 'out=\"{out}\" resume=true'"
     code = tuple(part for _, part in config.code())
-    channel, told = NodeChannel(grid), Told()
+    channel, listener = NodeChannel(grid), Told()
     registry = NodeRegistry(channel, wait=settings.wait, own_data=settings.own_data)
     try:
         summary = run(
@@ -60,7 +60,7 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
             data=declared(config, registry, _warn) if settings.own_data else None,
             out=out,
             resume=settings.resume,
-            listener=told,
+            listener=listener,
             trusted=(*code, *config.plugins),
             predictions=settings.predictions,
             remote=lambda run: Nodes(
@@ -78,12 +78,12 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
     except KeyboardInterrupt:
         raise RunFailed(f"The run was stopped; go on with {again}.") from None
     finally:
-        if made:
+        if fresh:
             with suppress(OSError):  # not empty: the run has begun
                 out.rmdir()
     if wire := summary.get("wire"):
         log(INFO, "on the wire: %.3g MB to nodes, %.3g MB from nodes", wire["down"] / 1e6, wire["up"] / 1e6)
-    draw(out, told.data, config.data_root, code, settings.report)
+    draw(out, listener.data, config.data_root, code, settings.report)
     return summary
 
 
@@ -129,11 +129,11 @@ class Told(Listener):
         from fedkern.report.live.progress import main_figures
 
         figures = [f"loss {record['loss']:.3f}"] if "loss" in record else []
-        if shown := main_figures(record, self.data.task.main, self.data.tests):
-            figures.append(shown)
+        if text := main_figures(record, self.data.task.main, self.data.tests):
+            figures.append(text)
         seconds = f"{record['round_seconds']:.1f} s"
-        if left := sorted({entry["client"] for entry in record.get("dropped", [])}):
-            seconds += f", without client{'s' * (len(left) > 1)} {', '.join(map(str, left))}"
+        if clients := sorted({entry["client"] for entry in record.get("dropped", [])}):
+            seconds += f", without client{'s' * (len(clients) > 1)} {', '.join(map(str, clients))}"
         log(INFO, "round %s of %s: %s", record["round"], record["rounds"], ", ".join([*figures, seconds]))
 
     def on_warning(self, name: str, text: str) -> None:

@@ -84,11 +84,11 @@ def constructed_like(original: Any, *extra: str) -> Callable[[C], C]:
         def construct(self: Any, *args: Any, **named: Any) -> None:
             inherited(self, *args, **named)
 
-        shown = list(inspect.signature(original.__init__).parameters.values())
+        parameters = list(inspect.signature(original.__init__).parameters.values())
         keyword = inspect.Parameter.KEYWORD_ONLY
-        own = [inspect.Parameter(name, keyword) for name in extra]
-        own += [inspect.Parameter(name, keyword, default=value) for name, value in _OWN.items()]
-        construct.__signature__ = inspect.Signature(shown + own)  # type: ignore[attr-defined]
+        options = [inspect.Parameter(name, keyword) for name in extra]
+        options += [inspect.Parameter(name, keyword, default=value) for name, value in _OWN.items()]
+        construct.__signature__ = inspect.Signature(parameters + options)  # type: ignore[attr-defined]
         cls.__init__ = construct  # type: ignore[misc]
         return cls
 
@@ -228,7 +228,7 @@ class FedAvg(flower.FedAvg):
             return None, None
         gathered = self._gather(self._layout)
         contents: list[_Content] = []
-        left: list[LeftOut] = []
+        faults: list[LeftOut] = []
         absent = set(self._nodes) if self._sent is not None else set()
         for reply in replies:
             absent.discard(_node(reply))
@@ -236,15 +236,17 @@ class FedAvg(flower.FedAvg):
                 with _threads():
                     contents.append(self._take(reply, gathered))
             except Exception as error:  # whatever a reply makes of the code that reads it
-                left.append(_left_out(server_round, reply, error))
+                faults.append(_left_out(server_round, reply, error))
             del reply  # otherwise it would be held while the next one is fetched
-        left += [LeftOut(server_round, node, "absent", "has not come in time") for node in absent]
+        faults += [LeftOut(server_round, node, "absent", "has not come in time") for node in absent]
         with _threads():
             combined = self._combine(gathered, server_round) if contents else None
             if isinstance(gathered, AllModels):
                 for place, misfit in sorted(gathered.refused.items(), reverse=True):
-                    left.append(LeftOut(server_round, contents.pop(place).node, misfit.reason, printable(str(misfit))))
-            self._tell(server_round, len(contents), left)
+                    faults.append(
+                        LeftOut(server_round, contents.pop(place).node, misfit.reason, printable(str(misfit)))
+                    )
+            self._tell(server_round, len(contents), faults)
             self._warn_of_far(server_round, gathered.nodes, gathered.norms())
             del gathered
             arrays = None
@@ -256,7 +258,7 @@ class FedAvg(flower.FedAvg):
         contents.sort(key=lambda content: content.node)
         if combined is not None and combined.nodes is not None:
             contents = [content for content in contents if content.node in combined.nodes]
-        return arrays, self._metrics(contents, left)
+        return arrays, self._metrics(contents, faults)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Combines the metrics of an evaluation; replies that do not count are left out, as in training.
@@ -268,7 +270,7 @@ class FedAvg(flower.FedAvg):
             The metrics; None where no reply counts and none is left out.
         """
         contents: list[_Content] = []
-        left: list[LeftOut] = []
+        faults: list[LeftOut] = []
         absent = set(self._evaluating)
         self._evaluating = []
         for reply in sorted(replies, key=_node):
@@ -276,11 +278,11 @@ class FedAvg(flower.FedAvg):
             try:
                 contents.append(_Content(_node(reply), _content(reply), self._weight(_content(reply))))
             except Exception as error:  # as in aggregate_train
-                left.append(_left_out(server_round, reply, error))
-        left += [LeftOut(server_round, node, "absent", "has not come in time") for node in absent]
-        if contents or left:
-            self._log(server_round, len(contents), left, "replies of the evaluation")
-        return self._aggregated(contents, left, self.evaluate_metrics_aggr_fn)
+                faults.append(_left_out(server_round, reply, error))
+        faults += [LeftOut(server_round, node, "absent", "has not come in time") for node in absent]
+        if contents or faults:
+            self._log(server_round, len(contents), faults, "replies of the evaluation")
+        return self._aggregated(contents, faults, self.evaluate_metrics_aggr_fn)
 
     # -- the nodes of a round ------------------------------------------------------------------------------------------
 
@@ -307,8 +309,8 @@ class FedAvg(flower.FedAvg):
     ) -> Iterable[Message]:
         config["server-round"] = server_round
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        made: Iterable[Message] = self._construct_messages(content, chosen, kind)
-        return made
+        messages: Iterable[Message] = self._construct_messages(content, chosen, kind)
+        return messages
 
     def begin(self, arrays: ArrayRecord | None, nodes: Sequence[int]) -> None:
         """Notes the arrays and nodes of a round: replies must have the form of ``arrays``, or if None their own.
@@ -371,25 +373,25 @@ class FedAvg(flower.FedAvg):
                     )
         return float(weight)
 
-    def _log(self, server_round: int, counted: int, left: list[LeftOut], to: str) -> None:
+    def _log(self, server_round: int, counted: int, faults: list[LeftOut], to: str) -> None:
         """Logs and notes which replies counted."""
-        left.sort()
-        self.left_out += left
-        adapter.log(adapter.INFO, "Round %s: %s %s count, %s do not.", server_round, counted, to, len(left))
-        for fault in left:
+        faults.sort()
+        self.left_out += faults
+        adapter.log(adapter.INFO, "Round %s: %s %s count, %s do not.", server_round, counted, to, len(faults))
+        for fault in faults:
             adapter.log(adapter.WARNING, "Round %s: the reply of node %s %s: left out.", *fault[:2], fault.text)
 
-    def _tell(self, server_round: int, counted: int, left: list[LeftOut]) -> None:
+    def _tell(self, server_round: int, counted: int, faults: list[LeftOut]) -> None:
         """Logs which replies counted."""
-        self._log(server_round, counted, left, "replies")
+        self._log(server_round, counted, faults, "replies")
         self._ever_fitted |= bool(counted)
         if counted:
             self._lost = []
-        elif left:
-            self._lost += [fault for fault in left if fault.reason != "empty"][:1]  # weights of 0 are no fault
+        elif faults:
+            self._lost += [fault for fault in faults if fault.reason != "empty"][:1]  # weights of 0 are no fault
             adapter.log(adapter.WARNING, "Round %s: no reply counts, the model stays as it was.", server_round)
-        ours = [fault for fault in left if fault.reason in _OF_THE_APP]
-        if ours and not self._ever_fitted and len(ours) == sum(fault.reason not in _OF_NOBODY for fault in left):
+        ours = [fault for fault in faults if fault.reason in _OF_THE_APP]
+        if ours and not self._ever_fitted and len(ours) == sum(fault.reason not in _OF_NOBODY for fault in faults):
             raise UserError(
                 f"{type(self).__name__}: no reply of round {server_round} counts; that of node {ours[0].node} "
                 f"{ours[0].text}: let the ClientApp reply with one ArrayRecord like the one sent, and one MetricRecord "
@@ -409,12 +411,12 @@ class FedAvg(flower.FedAvg):
                     "max_update_norm leaves such updates out.", server_round, node, norm, median,
                 )  # fmt: skip
 
-    def _metrics(self, contents: list[_Content], left: list[LeftOut]) -> MetricRecord | None:
+    def _metrics(self, contents: list[_Content], faults: list[LeftOut]) -> MetricRecord | None:
         """The metrics of a round's training."""
-        return self._aggregated(contents, left, self.train_metrics_aggr_fn)
+        return self._aggregated(contents, faults, self.train_metrics_aggr_fn)
 
     def _aggregated(
-        self, contents: list[_Content], left: list[LeftOut], rule: Callable[[list[RecordDict], str], MetricRecord]
+        self, contents: list[_Content], faults: list[LeftOut], rule: Callable[[list[RecordDict], str], MetricRecord]
     ) -> MetricRecord | None:
         """The replies' own metrics, and the nodes left out by reason."""
         contents = _alike(contents)
@@ -423,11 +425,11 @@ class FedAvg(flower.FedAvg):
             metrics = rule([content.record for content in contents], self.weighted_by_key)
         elif contents:
             adapter.log(adapter.WARNING, "The weights of all replies are 0, so that their metrics have no mean.")
-        if not left:
+        if not faults:
             return metrics
         metrics = MetricRecord() if metrics is None else metrics
-        for reason in sorted({fault.reason for fault in left}):
-            metrics[LEFT_OUT + reason] = [fault.node for fault in left if fault.reason == reason]
+        for reason in sorted({fault.reason for fault in faults}):
+            metrics[LEFT_OUT + reason] = [fault.node for fault in faults if fault.reason == reason]
         return metrics
 
     # -- what other strategies do differently --------------------------------------------------------------------------
@@ -454,13 +456,13 @@ class FedAvg(flower.FedAvg):
             averaged = gathered.result(NewModel(self._layout, as_arrays))
         else:
             gathered.sort()
-            made = gathered.mean(as_arrays)
+            model = gathered.mean(as_arrays)
             counted = [i for i, weight in enumerate(gathered.weights) if weight]
-            averaged = None if made is None else (made, gathered.whole(counted))
+            averaged = None if model is None else (model, gathered.whole(counted))
         if averaged is None:
             return None
-        made, whole = averaged
-        return Combined(made.data if made.vector is None else made.vector, whole)
+        model, others = averaged
+        return Combined(model.data if model.vector is None else model.vector, others)
 
     def _step(self, vector: Tensor, server_round: int) -> Tensor:
         """The new global model ``[P]``, from the combined one."""
@@ -491,16 +493,16 @@ def mean_of_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricR
     """
     records = [_only(content, MetricRecord) for content in contents]
     weights = [float(record[weighted_by_key]) for record in records]
-    made = MetricRecord()
+    metrics = MetricRecord()
     for name in records[0] if any(weights) else ():
         if name == weighted_by_key:
             continue
         values = [record[name] for record in records]
         if isinstance(values[0], list):
-            made[name] = [_mean(column, weights) for column in zip(*values, strict=True)]
+            metrics[name] = [_mean(column, weights) for column in zip(*values, strict=True)]
         else:
-            made[name] = _mean(values, weights)
-    return made
+            metrics[name] = _mean(values, weights)
+    return metrics
 
 
 def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
@@ -534,13 +536,13 @@ def _alike(contents: list[_Content]) -> list[_Content]:
     if len(counts) < 2:
         return contents
     best = min(counts, key=lambda kind: (-counts[kind], kind))
-    kept = [content for content in contents if form(content) == best]
+    majority = [content for content in contents if form(content) == best]
     others = [content.node for content in contents if form(content) != best]
     adapter.log(
         adapter.WARNING, "%s replies have metrics of other names than most, those of nodes %s: these are left out of "
         "the metrics.", len(others), ", ".join(map(str, others)),
     )  # fmt: skip
-    return kept
+    return majority
 
 
 def _content(reply: Message) -> RecordDict:
@@ -567,10 +569,10 @@ def _shown(number: float) -> str:
 
 
 def _only(content: RecordDict, kind: type[Any]) -> Any:
-    found = adapter.records(content, kind)
-    if len(found) != 1:
-        raise Misfit("records", f"has {len(found)} {kind.__name__}s where one is expected")
-    return found[0]
+    records = adapter.records(content, kind)
+    if len(records) != 1:
+        raise Misfit("records", f"has {len(records)} {kind.__name__}s where one is expected")
+    return records[0]
 
 
 def _layout_of_first(replies: Iterable[Message]) -> Layout | None:

@@ -30,14 +30,14 @@ def pack(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> adapt
     Raises:
         UserError: an entry is no tensor of real numbers, or ``dtype`` is another one.
     """
-    known = tuple(FLOATS.values())
-    if dtype is not None and dtype not in known:
+    dtypes = tuple(FLOATS.values())
+    if dtype is not None and dtype not in dtypes:
         raise UserError(f"pack: dtype must be float32, float64, bfloat16 or float16, not {dtype}.")
     for key, value in state.items():
         real = isinstance(value, Tensor) and not value.is_complex()
-        if not real or (value.is_floating_point() and value.dtype not in known):
-            given = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"pack: {key!r} must be a tensor of real numbers, not {given}.")
+        if not real or (value.is_floating_point() and value.dtype not in dtypes):
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"pack: {key!r} must be a tensor of real numbers, not {kind}.")
     return adapter.to_flat(state, dtype)
 
 
@@ -58,10 +58,10 @@ def unpack(record: adapter.ArrayRecord) -> OrderedDict[str, Tensor]:
         model = Model(record, layout)
     except Misfit as misfit:
         raise UserError(f"unpack: the record {misfit}.") from None
-    made: OrderedDict[str, Tensor] = OrderedDict()
+    state: OrderedDict[str, Tensor] = OrderedDict()
     for entry in layout.entries:
         if entry.floating:
-            made[entry.key] = model.entry(entry).to(FLOATS[entry.dtype], copy=True).reshape(entry.shape)
+            state[entry.key] = model.entry(entry).to(FLOATS[entry.dtype], copy=True).reshape(entry.shape)
         else:
-            made[entry.key] = torch.from_numpy(model.whole[entry.key].copy())
-    return made
+            state[entry.key] = torch.from_numpy(model.whole[entry.key].copy())
+    return state

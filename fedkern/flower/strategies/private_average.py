@@ -62,13 +62,13 @@ class DPFedAvg(FedAvg):
         noise_seed: int | None = None,
         **named: Any,
     ) -> None:
-        for name, value, good, wanted in (
+        for name, value, good, condition in (
             ("noise_multiplier", noise_multiplier, 0 <= noise_multiplier < math.inf, "finite and at least 0"),
             ("clipping_norm", clipping_norm, 0 < clipping_norm < math.inf, "finite and above 0"),
             ("delta", delta, 0 < delta < 1, "between 0 and 1"),
         ):
             if not good:
-                raise UserError(f"DPFedAvg: {name} must be {wanted}, not {value}.")
+                raise UserError(f"DPFedAvg: {name} must be {condition}, not {value}.")
         super().__init__(*args, **named)
         self.noise_multiplier, self.clipping_norm = float(noise_multiplier), float(clipping_norm)
         self.delta, self.noise_seed = float(delta), noise_seed
@@ -112,11 +112,11 @@ class DPFedAvg(FedAvg):
     def _combine(self, gathered: Any, server_round: int) -> Combined | None:
         assert self._start is not None
         assert self._layout is not None
-        found, count = gathered.result(NewModel(self._layout, False, torch.float64)), len(self._nodes)
-        if found is None:
+        result, count = gathered.result(NewModel(self._layout, False, torch.float64)), len(self._nodes)
+        if result is None:
             return None
         old = self._start.vector()
-        vector = found[0].vector.mul_(len(gathered.nodes) / count).add_(old)
+        vector = result[0].vector.mul_(len(gathered.nodes) / count).add_(old)
         deviation = self._level.deviation(count)
         if deviation:
             rng = self._noise(server_round)
@@ -132,8 +132,8 @@ class DPFedAvg(FedAvg):
             return stream(self.noise_seed, "flower noise", round=server_round)
         return np.random.Generator(np.random.Philox(key=secrets.randbits(128)))
 
-    def _metrics(self, contents: list[RecordDict], left: list[LeftOut]) -> MetricRecord | None:
-        metrics = super()._metrics(contents, left)
+    def _metrics(self, contents: list[RecordDict], faults: list[LeftOut]) -> MetricRecord | None:
+        metrics = super()._metrics(contents, faults)
         metrics = MetricRecord() if metrics is None else metrics
         metrics[EPSILON] = self.epsilon()
         return metrics

@@ -38,12 +38,12 @@ class _Optimised(FedAvg):
         if [moment.numel() for moment in self._moments] != [layout.size] * self.moments:
             self._moments = [like_states(layout) for _ in range(self.moments)]
         states: dict[str, Any] = dict(zip(("first", "second")[: self.moments], self._moments, strict=True))
-        given = {**states, **self._settings(server_round)}
-        made = ops.server_step(self._start.vector(), [vector], [1.0], self.rule, similarities=False, **given).model
+        options = {**states, **self._settings(server_round)}
+        model = ops.server_step(self._start.vector(), [vector], [1.0], self.rule, similarities=False, **options).model
         for entry in layout.floating:
             if entry.statistic:
-                made[entry.begin : entry.end] = vector[entry.begin : entry.end]
-        return made
+                model[entry.begin : entry.end] = vector[entry.begin : entry.end]
+        return model
 
 
 @constructed_like(flower.FedAvgM)
