@@ -275,7 +275,7 @@ def test_ctrl_c_while_drawing_comes_after_the_result(capsys, finished, monkeypat
         told.append(capsys.readouterr().out)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(pictures, "drawn", lambda _: [])
+    monkeypatch.setattr(pictures, "existing", lambda _: [])
     monkeypatch.setattr(pictures, "_draw", stop)
     assert main(["--resume", str(folder), "--quiet", "--report"]) == 130
     assert told == [f"{folder}\n"]
