@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fedkern.data import DATASETS
 from fedkern.data.registry import open_code
 from fedkern.usercode import named_code
 
@@ -21,7 +22,12 @@ def open_all() -> None:
 
 
 def function(paper: str, name: str) -> Any:
-    """A function of a paper's file."""
+    """A function of a paper's file.  What the file registers is taken back: other tests list what a process knows."""
     named = named_code.parse(f"{paper.rpartition(':')[0]}:{name}")
     assert named is not None
-    return named_code.load(named, "the function")[0]
+    before = dict(DATASETS)
+    try:
+        return named_code.load(named, "the function")[0]
+    finally:
+        DATASETS.clear()
+        DATASETS.update(before)

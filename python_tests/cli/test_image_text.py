@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from fedkern.data import DATASETS
 from fedkern.settings.config import RunConfig
 
 TINY = ("--train-samples", "60", "--clients", "2", "--rounds", "1", "--width", "4", "--local-steps", "1",
@@ -30,8 +29,7 @@ def test_a_network_that_image_text_data_do_not_have(model, fails):
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--image-encoder", "vit"), ("--text-encoder", "words")])
-def test_encoders_of_data_without_texts(flag, value, fails, monkeypatch):
-    monkeypatch.delitem(DATASETS, "reports", raising=False)  # an example's, which tests of this process may have loaded
+def test_encoders_of_data_without_texts(flag, value, fails):
     sentence = fails("fedavg", "--data", "digits", flag, value, "--out", "run")
     assert f"{flag} {value} is for image-text data (captions, pairs)" in sentence
     assert "--model" in sentence
