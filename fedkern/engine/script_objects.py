@@ -23,7 +23,7 @@ INSTANCE = "module:"
 _PARTS = ("client_update", "loss", "terms", "adjust_gradient", "draw", "prepare")
 """What makes up a method's local training: a function replaces that of FedAvg, whatever the method's server does."""
 _UNREAD = {
-    "train": ("momentum", "weight_decay", "clip_norm", "fix_statistics", "optimizer", "optimizer_state"),
+    "train": ("momentum", "weight_decay", "clip_norm", "freeze_bn_after", "optimizer", "optimizer_state"),
     "optimizer": ("lr", "momentum", "weight_decay"),
 }
 """Settings that a function takes the place of."""

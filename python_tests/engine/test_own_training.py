@@ -225,6 +225,7 @@ def factory(found):
     [
         ("fedavg", {"train": "loop"}, "train must be a function of a model and a client, not 'loop'"),
         ("fedavg", {"train": loop, "momentum": 0.5}, "momentum has no effect beside a function train"),
+        ("fedavg", {"train": loop, "freeze_bn_after": 1}, "freeze_bn_after has no effect beside a function train"),
         ("fedavg", {"train": loop, "optimizer": sgd}, "optimizer has no effect beside a function train"),
         ("fedavg", {"optimizer": sgd, "lr": 0.1}, "lr has no effect beside a function optimizer"),
         ("fedavg", {"optimizer": factory(lambda p: None)}, r"optimizer must return a torch.optim.Optimizer, not None"),
