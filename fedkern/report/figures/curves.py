@@ -172,7 +172,7 @@ def levels(figure: str, values: Iterable[float | None]) -> dict[str, Any]:
 def client_panels(records: Sequence[Mapping[str, Any]], main: str) -> list[Panel]:
     """The main figure of the mean and the worst client on their own test sets, over thin curves of single clients.
 
-    None where the records have no such figure, such as those of clients without test sets.
+    No panel where the records have no such figure, such as those of clients without test sets.
     """
     factor, unit = scale(main)
     curves = by_name(
