@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -258,8 +257,7 @@ def test_a_second_process_is_refused(make_data, make_config, tmp_path):
 
 PROGRAM = """
 import sys
-sys.path.insert(0, {here!r})
-from benchmarks.conftest import federation
+from python_tests.engine.conftest import federation
 from fedkern.engine.run import run
 from fedkern.process.interrupts import Terminated
 from fedkern.listeners import Listener
@@ -280,8 +278,9 @@ except Terminated:
 
 
 def start(out, mode):
-    program = PROGRAM.format(here=str(Path(__file__).parent))
-    return subprocess.Popen([sys.executable, "-c", program, str(out), mode], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-P", "-c", PROGRAM, str(out), mode]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def kill_after(process, lines, number):

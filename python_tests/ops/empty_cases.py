@@ -1,6 +1,6 @@
 """Every operator on inputs without elements, each optional argument given and left out.
 
-``python python_tests/ops/empty_cases.py BACKEND N`` runs every N-th on one backend against the reference, in a process
+``python -m python_tests.ops.empty_cases BACKEND N`` runs every N-th on one backend against the reference, in a process
 of its own because a kernel that goes wrong here takes the process with it. The last line printed names the case.
 """
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +13,15 @@ from fedkern import ops
 from python_tests.ops import empty_cases
 from python_tests.ops.operator_cases import BACKENDS, KERNELS
 
-SCRIPT = Path(empty_cases.__file__)
 # Every so many cases, and blend's in full; all of them where slow tests run.
 SOME, FEW = 6, 40
 
 
 def child(*arguments: str) -> None:
     """Runs Python in a process of its own: what goes wrong in these tests ends it."""
-    found = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-P", *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     last = found.stdout.rstrip().rpartition("\n")[2]
     assert found.returncode == 0, f"exit {found.returncode} in {last}\n{found.stderr[-4000:]}"
 
@@ -34,13 +35,13 @@ def test_every_operator_and_every_optional_argument_has_cases() -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [*BACKENDS, "emulated"])
 def test_inputs_without_elements(name: str) -> None:
-    child(str(SCRIPT), name, str(FEW if name in ("triton", "emulated") else SOME))
+    child("-m", empty_cases.__name__, name, str(FEW if name in ("triton", "emulated") else SOME))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*BACKENDS, "emulated"])
 def test_all_inputs_without_elements(name: str) -> None:
-    child(str(SCRIPT), name, "1")
+    child("-m", empty_cases.__name__, name, "1")
 
 
 BLEND = """
