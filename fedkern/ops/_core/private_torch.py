@@ -63,7 +63,8 @@ def function_modes() -> bool:
     A default device (``torch.set_default_device``, ``with torch.device(...)``) does not count: operators name the
     device of every tensor that they make.
     """
-    return any(type(_function_mode(i)).__module__ != "torch.utils._device" for i in range(_function_modes()))
+    count = _function_modes()  # asked at every call of an operator, and nearly always 0
+    return count > 0 and any(type(_function_mode(i)).__module__ != "torch.utils._device" for i in range(count))
 
 
 is_legacy_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor")
