@@ -15,18 +15,31 @@ from fedkern.models.teacher_stack import FUSE_BYTES, folded
 from fedkern.ops import FusedBlocks
 
 
+def mean_logits(logits: Tensor, weights: Tensor) -> Tensor:
+    """The mean ``[B, C, *positions]`` of logits ``[M, B, C, *positions]`` by weights ``[M]`` or ``[M, 1, C]``."""
+    if weights.dim() > 1:
+        return torch.einsum("mc,mbc...->bc...", weights[:, 0], logits)
+    return torch.einsum("m,mbc...->bc...", weights, logits)
+
+
 class Ensemble(nn.Module):
     """Frozen networks whose logits are averaged; always in eval mode.
+
+    With weights by class the members' logits are their log-probabilities: a softmax ignores a constant that is added to
+    all logits of a member, and a mean that weighs the members differently for every class does not (FedIOD, arXiv
+    2312.14478).
 
     Members of one architecture run in one pass through ``FusedBlocks`` (folded batch norm) if the input needs no
     gradient.  Otherwise the members run one after another, and hooks on their layers are called.
 
     Attributes:
+        weights: the normalised weights, ``[M]``, or ``[M, 1, C]`` by class.
         head: a classifier on :meth:`features` that replaces the mean of the logits, or None (:meth:`replace_head`).
 
     Args:
         members: M >= 1 networks with ``features`` and a linear ``head``, of any architecture, with the same classes.
-        weights: M numbers of at least 0, the members' weights in the mean; normalised to sum 1, by default equal.
+        weights: numbers of at least 0, the members' weights in the mean, M or ``[M, C]`` by class; normalised to sum 1
+            over the members, by default equal. A class in which no member has a weight weighs all alike.
         pool: :meth:`features` concatenates the members' features or takes their mean (members of one width).
 
     Raises:
@@ -38,7 +51,7 @@ class Ensemble(nn.Module):
     def __init__(
         self,
         members: Sequence[Any],
-        weights: Sequence[float] | Tensor | None = None,
+        weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
         *,
         pool: Literal["concat", "mean"] = "concat",
     ) -> None:
@@ -54,9 +67,15 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
         self.pool = pool
         w = torch.ones(len(members)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
-        if w.shape != (len(members),) or not bool((w >= 0).all()) or not bool(w.sum() > 0):
-            raise ValueError(f"weights must be {len(members)} numbers of at least 0, not all 0, but is {w.tolist()}")
-        self.register_buffer("weights", (w / w.sum()).to(next(self.parameters()).device))
+        count, by_class = len(members), (len(members), *classes)
+        if w.shape not in ((count,), by_class) or not bool((w >= 0).all()) or not bool(w.sum() > 0):
+            raise ValueError(
+                f"weights must be {count} numbers of at least 0, not all 0, or {list(by_class)} of them by class, but "
+                f"is {w.tolist()}"
+            )
+        total = w.sum(0)
+        w = w / total if w.dim() == 1 else torch.where(total > 0, w / total, 1 / count)[:, None]
+        self.register_buffer("weights", w.to(next(self.parameters()).device))
         self.head: nn.Linear | None = None
         self.requires_grad_(False)
         super().train(False)
@@ -82,6 +101,10 @@ class Ensemble(nn.Module):
 
     def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """The members' features, M times ``[B, d_m]``, and logits ``[M, B, C]``; with ``*positions`` for U-Nets."""
+        each, logits = self._answers(x)
+        return each, logits if self.weights.dim() == 1 else logits.log_softmax(2)
+
+    def _answers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         if not (torch.is_grad_enabled() and x.requires_grad):
             fused = self._fuse()
             if fused is not None:
@@ -110,7 +133,7 @@ class Ensemble(nn.Module):
 
     def mix(self, logits: Tensor) -> Tensor:
         """The weighted mean ``[B, C, *positions]`` of the members' logits ``[M, B, C, *positions]``."""
-        return torch.einsum("m,mbc...->bc...", self.weights, logits)
+        return mean_logits(logits, self.weights)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, C]``: the weighted mean of the members' logits, or those of :attr:`head`."""
@@ -125,7 +148,12 @@ class Ensemble(nn.Module):
 
         On concatenated features it gives exactly the weighted mean of the members' logits.  On the mean of the
         features it is the weighted mean of the members' heads.
+
+        Raises:
+            ValueError: the weights are by class: no linear classifier gives the mean of log-probabilities.
         """
+        if self.weights.dim() > 1:
+            raise ValueError("weights must be a number for each member, not by class, for a classifier to start from")
         heads: list[Any] = [member.head for member in self.members]
         rows = [w * head.weight for w, head in zip(self.weights, heads, strict=True)]
         weight = torch.cat(rows, 1) if self.pool == "concat" else torch.stack(rows).sum(0)

@@ -1,6 +1,7 @@
 """The ensemble: one pass for all members gives what each of them says."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -70,6 +71,49 @@ def test_weights_and_order():
     torch.testing.assert_close(Ensemble(members[::-1], [1, 0, 3])(x), expected, rtol=1e-4, atol=1e-5)
 
 
+class Constant(torch.nn.Module):
+    """A network that says the same of every image."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.head = torch.nn.Linear(1, len(logits))
+        torch.nn.init.zeros_(self.head.weight)
+        self.head.bias = torch.nn.Parameter(torch.tensor(logits))
+
+    def features(self, x):
+        return x.mean((1, 2, 3))[:, None]
+
+
+def test_weights_by_class_by_hand():
+    """Log-probabilities in ln 2 and ln 3, with the weights 3/4 and 1/4, 0 and 1, 1/2 and 1/2 of the two members."""
+    two, three = math.log(2), math.log(3)
+    first = [-two, -2 * two, -2 * two]  # of 1/2, 1/4, 1/4
+    second = [-3 * two, -3 * two, three - 2 * two]  # of 1/8, 1/8, 3/4
+    expected = torch.tensor([-1.5 * two, -3 * two, 0.5 * three - 2 * two]).expand(2, 3)
+    for shift in (0.0, 7.0):  # a softmax does not see it, nor does the ensemble
+        members = [Constant([value + shift for value in first]), Constant(second)]
+        ensemble = Ensemble(members, [[3, 0, 1], [1, 2, 1]])
+        assert ensemble.weights.tolist() == [[[0.75, 0.0, 0.5]], [[0.25, 1.0, 0.5]]]
+        torch.testing.assert_close(ensemble(images(2)), expected)
+    nobody = Ensemble(members, [[3, 0, 0], [1, 2, 0]])
+    assert nobody.weights[:, 0, 2].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("names", [["cnn"] * 2, ["cnn", "resnet8"]])
+def test_weights_by_class_of_networks(names):
+    members, x = networks(*names), images()
+    counts = torch.tensor([[3.0, 0, 1, 0], [1, 2, 1, 5]])
+    log_probs = torch.stack([m(x).log_softmax(1) for m in members])
+    expected = (log_probs * (counts / counts.sum(0))[:, None]).sum(0)
+    ensemble = Ensemble(members, counts)
+    torch.testing.assert_close(ensemble.logits(x), log_probs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ensemble(x), expected, rtol=1e-4, atol=1e-5)
+    x.requires_grad_()
+    torch.testing.assert_close(ensemble(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="weights must be a number for each member, not by class"):
+        ensemble.joint_head()
+
+
 def test_stays_frozen_in_eval_mode():
     ensemble = Ensemble(networks("cnn", "cnn")).train()
     before = copy.deepcopy(ensemble.state_dict())
@@ -112,6 +156,6 @@ def test_bad_members_and_weights_are_named():
         Ensemble([*networks("cnn"), *networks("cnn", classes=5)])
     with pytest.raises(ValueError, match=r"shapes \[C, 24\] and \[C\], not \[4, 12\]"):
         Ensemble(networks("cnn", "cnn")).replace_head(torch.zeros(4, 12), torch.zeros(4))
-    for weights in ([1.0], [1.0, -1.0], [0.0, 0.0]):
+    for weights in ([1.0], [1.0, -1.0], [0.0, 0.0], [[1.0] * 3] * 2, [[1.0] * 4], [[-1.0] * 4] * 2, [[0.0] * 4] * 2):
         with pytest.raises(ValueError, match="weights must be 2 numbers"):
             Ensemble(networks("cnn", "cnn"), weights)

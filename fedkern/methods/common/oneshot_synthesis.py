@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkern import ops
 from fedkern.errors import UserError
-from fedkern.models.ensemble import Ensemble
+from fedkern.models.ensemble import Ensemble, mean_logits
 from fedkern.models.freezing import train_mode
 from fedkern.models.generator import Generator
 from fedkern.models.precision import full
@@ -111,10 +111,10 @@ def divergence(student: Tensor, teachers: Tensor, weights: Tensor) -> Tensor:
     Args:
         student: logits [B, C].
         teachers: logits [K, B, C].
-        weights: [K], the teachers' weights in the mean of the logits.
+        weights: the teachers' weights in the mean of the logits, [K] or [K, 1, C].
     """
     rows = ops.ensemble_kl(student, teachers, weights, mix="logits", reduction="none")
-    mixed = torch.einsum("k,kbc->bc", weights, teachers.detach())
+    mixed = mean_logits(teachers.detach(), weights)
     return (rows * (mixed.argmax(1) != student.detach().argmax(1))).mean()
 
 

@@ -90,6 +90,10 @@ def test_divergence_counts_the_boundary_alone():
     rows = (p * (p / q).log()).sum(1)
     torch.testing.assert_close(divergence(s, t, weights), rows[1] / 2)  # they agree on the first image
     assert divergence(t.mean(0), t, weights) == 0
+    by_class = torch.tensor([[[0.25, 0.5, 1.0]], [[0.75, 0.5, 0.0]]])
+    p = torch.tensor([[1.5, 0, 0], [0, 3.0, 0]]).softmax(1)
+    rows = (p * (p / q).log()).sum(1)
+    torch.testing.assert_close(divergence(s, t, by_class), rows[1] / 2)
 
 
 def test_teachers_and_student_stay_as_they_are(teachers):
