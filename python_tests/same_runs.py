@@ -7,9 +7,9 @@ OLD and NEW are checkouts with their compiled core built in place.  Bits differ 
 here.  Every method in its smallest form runs in one process, in two workers, on two ranks of torchrun, on Flower's
 nodes, and killed and resumed; wrong commands are given to both.  Compared are the files of the run folder and what is
 in them without times, the events of a listener, warnings, exit codes and what is printed on errors.  ``config.toml``
-may gain the keys of `ADDED`.  A task that a method has lost counts as a difference, one that it has gained is named and
-not played.  Two costs are told as ratios: the peak memory of a run, and the processor time of ``--help``.  The exit
-code is 1 where anything differs.
+may gain the settings and method options of `ADDED`.  A task that a method has lost counts as a difference, one that it
+has gained is named and not played.  Two costs are told as ratios: the peak memory of a run, and the processor time of
+``--help``.  The exit code is 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ WRONG = (
     "compare fedavg --seeds 0", "fedavg --on-nan perhaps", "fedavg --model python:nowhere:Net",
     "predict nowhere nothing.png",
 )  # fmt: skip
-ADDED = {"optimizer_state", "init_partial", "accelerate"}  # what config.toml may have only in NEW
+ADDED = {"optimizer_state", "init_partial", "accelerate", "class_weights"}  # what config.toml may have only in NEW
 SERVED = """
 import json, sys
 from fedkern.methods import METHODS
@@ -253,7 +253,7 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted({*old, *new}, key=str):
             if name not in old or name not in new:
-                if name in old or name not in ADDED or where != "/config.toml":
+                if name in old or name not in ADDED or where not in ("/config.toml", "/config.toml/options"):
                     yield f"{where}/{name} is only in {'OLD' if name in old else 'NEW'}"
             else:
                 yield from differences(old[name], new[name], f"{where}/{name}")

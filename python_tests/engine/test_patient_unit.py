@@ -24,8 +24,8 @@ from fedkern.engine.run import run
 from fedkern.engine.training import Schedule
 from fedkern.errors import UserError
 from fedkern.methods.base import Objective, Phase
+from fedkern.methods.common.class_counts import class_counts
 from fedkern.methods.fediod import private_messages as privacy
-from fedkern.methods.fediod.local_teachers import histogram
 from fedkern.methods.fediod.local_teachers import split as held_out
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.privacy import DPSGD, LEDGER, Accountant
@@ -206,7 +206,7 @@ def test_shards_and_hold_outs_have_whole_patients_and_public_sizes(federation, m
 def test_class_counts_change_by_all_images_of_a_patient(federation, make_config):
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     who, options = client(federation, make_config, {"histogram_noise": 30.0})
-    privacy.release_histogram(who, histogram(who), options)
+    privacy.release_histogram(who, class_counts(who), options)
     ((kind, noise, rate, steps),) = who.state[LEDGER]["histogram"]
     assert (kind, rate, steps) == ("gaussian", 1.0, 1)
     assert noise == pytest.approx(30 / (3 * math.sqrt(2)))

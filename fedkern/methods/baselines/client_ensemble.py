@@ -2,7 +2,8 @@
 
 Every client trains the whole local budget once and uploads its network; the server keeps all networks.  The prediction
 is the mean of the members' logits.  The accuracies of the majority vote and of the mean probabilities are reported
-too.  With ``calibrate``, one classifier on the features of all members replaces the mean of their logits.
+too; all members count alike in these.  With ``calibrate``, one classifier on the features of all members replaces the
+mean of their logits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern import models
+from fedkern.errors import UserError
 from fedkern.methods.base import vectors_of
 from fedkern.methods.common.oneshot import MemberNetworks, exhaust
 from fedkern.methods.common.oneshot_members import Members
@@ -47,6 +49,19 @@ class Ensemble(MemberNetworks):
             choices=("concat", "mean"),
         )
 
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.class_weights == "counts" and self.weighting == "samples":
+                raise UserError(
+                    'Method options "class_weights" = counts and "weighting" = samples exclude each other, since both '
+                    "weigh the members: leave one of the two out."
+                )
+            if self.class_weights == "counts" and self.calibrate:
+                raise UserError(
+                    'Method option "class_weights" = counts weighs the mean of the logits, which calibrate replaces: '
+                    "leave one of the two out."
+                )
+
     # -- training: nothing is averaged -----------------------------------------------------------------------------
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
@@ -68,9 +83,9 @@ class Ensemble(MemberNetworks):
         members, state = self.members(server), server.state
         if "members" not in state:  # no client has trained yet
             return models.Ensemble([server.build()])
-        weights = None
+        weights = self.member_weights(server)
         if self.options.weighting == "samples":
-            weights = [float(state["members"][k]["samples"]) for k in members.clients()]
+            weights = torch.tensor([float(state["members"][k]["samples"]) for k in members.clients()])
         ensemble = models.Ensemble(members.modules(), weights, pool=self.options.pool)
         if "head" in state:
             ensemble.replace_head(state["head"]["weight"], state["head"]["bias"])

@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedkern.errors import UserError
 from fedkern.methods.base import vectors_of
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
+from fedkern.methods.common.class_counts import class_counts
 from fedkern.methods.common.oneshot_members import Members, OwnNetworks, flatten, load, vectors
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Server
-from fedkern.methods.uploads import Declaration, cached, like
+from fedkern.methods.uploads import Declaration, Values, cached, like
 from fedkern.typed_option import option
 
 
@@ -138,6 +139,12 @@ class MemberNetworks(OwnNetworks, OneShot):
         models: str = option(
             "", "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all"
         )
+        class_weights: str = option(
+            "uniform",
+            "weight of a member for a class in the mean of the logits: uniform (as published), or counts (its client's "
+            "share of the class's samples, which clients then tell; a mean of log-probabilities, as FedIOD's)",
+            choices=("uniform", "counts"),
+        )
 
     needs_statistics = True
 
@@ -153,8 +160,25 @@ class MemberNetworks(OwnNetworks, OneShot):
         """The uploaded networks."""
         return Members(server, self.architectures)
 
+    @property
+    def by_class(self) -> bool:
+        """Whether clients tell their class counts, by which their networks are weighed class by class."""
+        return bool(self.options.class_weights == "counts")
+
+    def member_weights(self, server: Server) -> Tensor | None:
+        """The members' class counts ``[M, C]``, which are their weights in an ensemble; None where all weigh alike."""
+        if not self.by_class:
+            return None
+        members = server.state["members"]
+        return torch.stack([members[k]["classes"] for k in sorted(members)])
+
     def start(self, server: Server) -> None:
         super().start(server)
+        if self.by_class and "classes" not in server.task.offers:
+            raise UserError(
+                f"class_weights=counts weighs networks class by class, and this run is for {server.task.name}: leave "
+                "it out."
+            )
         self.members(server).check()
 
     def send(self, server: Server, phase: Phase) -> Message | dict[int, Message]:
@@ -163,8 +187,14 @@ class MemberNetworks(OwnNetworks, OneShot):
         return super().send(server, phase)
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        if phase.exchange != "update":
+            return super().client_update(client, phase, message)
+        answer = self._trained(client, phase, message)
+        return {**answer, "classes": class_counts(client)} if self.by_class else answer
+
+    def _trained(self, client: Client, phase: Phase, message: Message) -> Message:
         architecture = self.architecture(client.id)
-        if phase.exchange != "update" or not architecture:
+        if not architecture:
             return super().client_update(client, phase, message)
         module = client.network(**architecture)
         client.fit(self, phase, module)
@@ -173,9 +203,13 @@ class MemberNetworks(OwnNetworks, OneShot):
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         architecture = self.architecture(client)
         if phase.exchange != "update" or not architecture:
-            return super().expects(server, phase, client, message)
-        key = f"member {architecture['model']} {architecture['width']}"
-        return cached(server.round_cache, key, lambda: like(vectors(flatten(server.build(**architecture)))))
+            declared = super().expects(server, phase, client, message)
+        else:
+            key = f"member {architecture['model']} {architecture['width']}"
+            declared = cached(server.round_cache, key, lambda: like(vectors(flatten(server.build(**architecture)))))
+        if phase.exchange != "update" or not self.by_class:
+            return declared
+        return {**declared, "classes": Values((server.federation.classes,), low=0)}
 
 
 def exhaust(uploads: Iterable[Upload]) -> None:

@@ -71,7 +71,7 @@ class Distilled(MemberNetworks):
     ) -> dict[str, float]:
         """Trains the student for an epoch on batches of images [B, C, H, W] and the members' logits [K, B, C].
 
-        The loss is ``T^2 KL(softmax(mean_k t_k / T) || softmax(s / T))``.
+        The loss is ``T^2 KL(softmax(mean_k t_k / T) || softmax(s / T))``, a mean by the teachers' weights.
 
         Returns:
             ``distil_loss`` and ``teacher_agreement``, the share of images on which student and ensemble predict the
@@ -138,7 +138,8 @@ class Distilled(MemberNetworks):
             if self.options.student_init == "average":
                 load(flat, server.state)
             train_mode(student)
-            self.distil(server, phase, Ensemble(self.members(server).modules()), student)
+            teachers = Ensemble(self.members(server).modules(), self.member_weights(server))
+            self.distil(server, phase, teachers, student)
             refuse_diverged(student)
             server.state.update(vectors(flat))
             del server.state["members"]  # later rounds do not need the members

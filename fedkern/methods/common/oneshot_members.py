@@ -91,7 +91,7 @@ def load(flat: FlatParameters, message: Message) -> nn.Module:
 
 
 class Members:
-    """The uploaded networks in ``server.state["members"]``: vectors and number of samples by client id.
+    """The uploaded networks in ``server.state["members"]``: vectors, number of samples and class counts by client id.
 
     Args:
         place: the server, or a client that received the networks.
@@ -124,6 +124,8 @@ class Members:
                 self.server.refuse(k, f"The network of client {k} cannot be used: its logits are not finite")
                 continue
             members[upload.client_id] = {**vectors_of(upload.message), "samples": upload.samples}
+            if "classes" in upload.message:
+                members[upload.client_id]["classes"] = upload.message["classes"].cpu()
             yield upload
         if not members:
             raise UserError("Every client's network was refused: lower --lr, or set --clip-norm.")

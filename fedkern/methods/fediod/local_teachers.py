@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedkern.data.sharing.groups import drawn_rows
 from fedkern.methods.common.oneshot_members import Architectures, architecture, flatten, load, vectors
@@ -109,8 +109,3 @@ def build(client: Client, architectures: Architectures) -> Any:
 def teacher(client: Client, architectures: Architectures) -> nn.Module:
     """The client's trained teacher, frozen, in eval mode."""
     return load(flatten(build(client, architectures)), client.state["teacher"]).eval().requires_grad_(False)
-
-
-def histogram(client: Client) -> Tensor:
-    """Samples (labelled pixels for segmentation) of every class, fp32 [C]."""
-    return torch.bincount(client.labels[client.labels >= 0], minlength=len(client.classes)).float()

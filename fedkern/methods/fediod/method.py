@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
+from fedkern.methods.common.class_counts import class_counts
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, vectors
 from fedkern.methods.fediod import privacy_options as promise
@@ -39,7 +40,7 @@ from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.artifacts import show
 from fedkern.methods.fediod.client import Answers
 from fedkern.methods.fediod.comparisons import oracle_metrics
-from fedkern.methods.fediod.local_teachers import build, histogram, make_teacher, split, teacher
+from fedkern.methods.fediod.local_teachers import build, make_teacher, split, teacher
 from fedkern.methods.fediod.losses import asks_teachers, teacher_log_probs
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, first_taught, make_generator
@@ -294,7 +295,7 @@ class FedIOD(Objective, OwnNetworks):
     def _train(self, client: Client, message: Message) -> Message:
         private.agree(client, message)
         make_teacher(self, client, self.architectures, self.settings)
-        counts = private.release_histogram(client, histogram(client), self.settings)
+        counts = private.release_histogram(client, class_counts(client), self.settings)
         how = self.options.class_weights
         return {} if how == "uniform" else {"classes": counts if how == "counts" else counts > 0}
 

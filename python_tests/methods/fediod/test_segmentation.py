@@ -12,7 +12,8 @@ from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
-from fedkern.methods.fediod.local_teachers import histogram, split
+from fedkern.methods.common.class_counts import class_counts
+from fedkern.methods.fediod.local_teachers import split
 from fedkern.methods.fediod.losses import distillation, diversity, importance, mixture, normalised, teacher_terms
 from fedkern.methods.fediod.presets import IODOptions, settle
 from python_tests.tasks import test_segmentation_figures as segmented
@@ -38,7 +39,7 @@ class Place:
 
 def test_weights_count_pixels():
     labels = torch.tensor([[[0, 0, 1], [0, 1, IGNORE]], [[2, 2, 2], [0, 0, IGNORE]]])
-    counts = histogram(Place(labels))
+    counts = class_counts(Place(labels))
     assert counts.tolist() == [5, 2, 3]
     weights = normalised(importance(torch.stack([counts, torch.tensor([5.0, 0, 1])]), None))[:, 0]
     torch.testing.assert_close(weights, torch.tensor([[0.5, 1, 0.75], [0.5, 0, 0.25]]))

@@ -1,0 +1,139 @@
+"""Class counts that clients tell, and the ensembles that weigh their networks by them as FedIOD does."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
+from fedkern.errors import UserError
+from fedkern.methods import METHODS
+from fedkern.methods.baselines.client_ensemble import Ensemble
+from fedkern.methods.common.class_counts import class_counts
+from fedkern.methods.common.oneshot_distill import Distilled
+from fedkern.tasks import MULTILABEL, TASKS
+
+COUNTS = {"class_weights": "counts"}
+MEMBERS = ("ensemble", "feddf", "dense")
+SMALL = {
+    "ensemble": {},
+    "feddf": {"distill_batch": 4, "distill_epochs": 1},
+    "dense": {"nz": 4, "ngf": 2, "generator_steps": 1, "synthesis_batch": 8, "distill_batch": 4, "distill_epochs": 1},
+}
+
+
+@pytest.fixture
+def data(make_data, make_public):
+    return make_public(make_data(), samples=10)
+
+
+def counts_of(data):
+    return torch.stack([class_counts(SimpleNamespace(labels=c.labels, classes=data.classes)) for c in data.clients])
+
+
+def test_counts_are_of_known_labels():
+    client = SimpleNamespace(labels=torch.tensor([0, 2, 2, -1]), classes=("a", "b", "c", "d"))
+    assert class_counts(client).tolist() == [1.0, 0.0, 2.0, 0.0]
+    pixels = SimpleNamespace(labels=torch.tensor([[[0, 1], [1, -1]]]), classes=("ground", "cell"))
+    assert class_counts(pixels).tolist() == [1.0, 2.0]
+
+
+def test_the_ensemble_is_that_of_fediods_teachers(data, make_config, tmp_path):
+    """The same networks, the same counts: the figure that FedIOD calls its weighted ensemble."""
+    settings = {"model": "cnn", "grad_cam": 0}
+    config = make_config("ensemble", rounds=None, options=COUNTS, local_epochs=2, **settings)
+    summary = run(config, out=tmp_path / "ensemble", data=data)
+    network, _ = read_model(tmp_path / "ensemble")
+    counts = counts_of(data)
+    torch.testing.assert_close(network.weights[:, 0], counts / counts.sum(0))
+    options = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1}
+    config = make_config("fediod", rounds=1, options=options, teachers=str(tmp_path / "ensemble"), **settings)
+    figures = run(config, out=tmp_path / "fediod", data=data)["metrics"]
+    for test_set in data.tests:
+        assert summary["metrics"][f"{test_set}_accuracy"] == figures[f"{test_set}_ensemble_weighted"]
+    assert summary["metrics"]["id_accuracy"] != figures["id_ensemble_uniform"]
+
+
+@pytest.mark.parametrize("method", MEMBERS)
+def test_counts_travel_once_and_cost_four_bytes_a_class(method, data, make_config, tmp_path):
+    for how in ("uniform", "counts"):
+        options = {**SMALL[method], "class_weights": how}
+        run(make_config(method, model="cnn", rounds=None, options=options), out=tmp_path / how, data=data)
+    uniform, counts = (read_metrics(tmp_path / how) for how in ("uniform", "counts"))
+    for record, other in zip(counts, uniform, strict=True):
+        assert record["bytes_up"] - other["bytes_up"] == 4 * len(data.classes) * len(data.clients)
+        assert record["bytes_down"] == other["bytes_down"]
+    assert counts[-1]["id_loss"] != uniform[-1]["id_loss"]
+
+
+@pytest.mark.parametrize("method", ["feddf", "dense"])
+def test_students_follow_an_ensemble_weighed_by_counts(method, data, make_config, tmp_path, monkeypatch):
+    """Networks of two architectures; a client's network was refused, and its counts with it."""
+    weights = []
+    real, trained = Distilled.follow, Distilled.client_update
+
+    def follow(self, student, teachers, *others):
+        weights.append(teachers.weights)
+        return real(self, student, teachers, *others)
+
+    def diverged(self, client, phase, message):
+        answer = trained(self, client, phase, message)
+        if client.id == 1 and phase.exchange == "update":
+            answer["parameters"][0] = float("nan")
+        return answer
+
+    monkeypatch.setattr(Distilled, "follow", follow)
+    monkeypatch.setattr(Distilled, "client_update", diverged)
+    options = {**SMALL[method], **COUNTS, "models": "cnn:2,cnn:2,resnet8:2"}
+    run(make_config(method, model="cnn", rounds=None, options=options, on_nan="skip"), out=tmp_path, data=data)
+    counts = counts_of(data)[[0, 2]]
+    torch.testing.assert_close(weights[0][:, 0], counts / counts.sum(0))
+
+
+def test_who_has_the_option_and_its_default():
+    for name in MEMBERS:
+        assert METHODS[name].Options().class_weights == "uniform"
+        assert METHODS[name].Options.parse(["class_weights=counts"]).class_weights == "counts"
+    for name in ("oneshot-fedavg", "ccvr", "fusefl"):
+        with pytest.raises(UserError, match=f'Unknown method option "class_weights" of {name}'):
+            METHODS[name].Options.parse(["class_weights=counts"], method=name)
+
+
+def test_tasks_without_classes_are_refused():
+    assert not any(METHODS[name].serves(TASKS["multilabel"]) for name in MEMBERS)
+
+    class Anything(Ensemble):
+        asks = frozenset({"loss"})
+
+        def members(self, server):
+            return SimpleNamespace(check=lambda: None)
+
+    network = torch.nn.Linear(1, 1)
+    server = SimpleNamespace(task=MULTILABEL, initial=dict, state={"buffers": None}, build=lambda: network)
+    Anything().start(server)
+    with pytest.raises(UserError, match="weighs networks class by class, and this run is for multilabel: leave it out"):
+        Anything(class_weights="counts").start(server)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [({"weighting": "samples"}, "exclude each other, since both weigh"), ({"calibrate": True}, "calibrate replaces")],
+)
+def test_what_the_ensemble_cannot_do_beside_counts(option, words):
+    with pytest.raises(UserError, match=words):
+        Ensemble(**COUNTS, **option)
+
+
+def test_counts_below_zero_are_refused(data, make_config, tmp_path, monkeypatch):
+    real = Ensemble.client_update
+
+    def negative(self, client, phase, message):
+        answer = real(self, client, phase, message)
+        answer["classes"][0] = -1.0
+        return answer
+
+    monkeypatch.setattr(Ensemble, "client_update", negative)
+    with pytest.raises(UserError, match="Client 0's upload in round 1 has classes with -1 where 0 is the least"):
+        run(make_config("ensemble", model="cnn", rounds=None, options=COUNTS), out=tmp_path, data=data)
