@@ -69,8 +69,8 @@ class FedLPFM(LocalTraining):
     class Options(LocalTraining.Options):
         teacher: str = option(
             "pretrained",
-            "frozen teachers, separated by commas: pretrained[:MODEL/WIDTH], clip:PATH_OR_NAME, logits:FILE, "
-            "python:MODULE:NAME",
+            "frozen teachers, separated by commas: pretrained[:MODEL/WIDTH], clip:PATH_OR_NAME, efficientnet-lite0, "
+            "logits:FILE, python:MODULE:NAME",
             path=teachers.absolute,
             code=teachers.code,
         )

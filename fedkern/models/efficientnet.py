@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -55,7 +57,13 @@ class EfficientNetB0(StagedNetwork):
         width: channels of the stem; every layer scales with width / 32, rounded to multiples of 8.
         stem: ``"imagenet"`` has the paper's strides.  ``"cifar"``, for images up to 64 pixels, has stride 1 in the
             stem, so that 32-pixel images end in 2x2 maps (methods note 5.5).
+
+    Attributes:
+        activation, block: make the activations outside of blocks, and the blocks.
     """
+
+    activation: ClassVar[type[nn.Module]] = nn.SiLU
+    block: ClassVar[Callable[..., InvertedResidual]] = staticmethod(mbconv)
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = WIDTH, stem: Stem = "cifar") -> None:
         scale = width / WIDTH
@@ -65,12 +73,14 @@ class EfficientNetB0(StagedNetwork):
         for i, (expansion, size, after, count, stride) in enumerate(STAGES):
             layers: list[nn.Module] = []
             if i == 0:
-                layers += conv_norm(channels, current, 3, stride=1 if stem == "cifar" else 2, activation=nn.SiLU())
+                first = 1 if stem == "cifar" else 2
+                layers += conv_norm(channels, current, 3, stride=first, activation=self.activation())
             for j in range(count):
                 wide = divisible(after * scale)
-                layers.append(mbconv(current, wide, size=size, stride=stride if j == 0 else 1, expansion=expansion))
+                step = stride if j == 0 else 1
+                layers.append(self.block(current, wide, size=size, stride=step, expansion=expansion))
                 current = wide
             if i == len(STAGES) - 1:
-                layers += conv_norm(current, features, 1, activation=nn.SiLU())
+                layers += conv_norm(current, features, 1, activation=self.activation())
             stages.append(NormSequential(*layers))
         super().__init__(stages, width=features, classes=classes)

@@ -12,6 +12,8 @@ from torch import nn
 from fedkern.errors import UserError, nearest
 from fedkern.files import filesystem
 from fedkern.models.clip import ClipTeacher
+from fedkern.models.efficientnet_lite import NAME as LITE
+from fedkern.models.efficientnet_lite import EfficientNetLiteTeacher
 from fedkern.models.registry import MODELS
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.teacher import CallableTeacher, NetworkTeacher, Teacher
@@ -19,7 +21,9 @@ from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import Labelled, Recipe, pretrained
 from fedkern.usercode import named_code
 
-KINDS = ("pretrained", "clip", "logits", "python")
+KINDS = ("pretrained", "clip", LITE, "logits", "python")
+ALONE = ("pretrained", LITE)
+"""Kinds that need nothing after them."""
 # Candidates of plain ``pretrained``, in order of size with ten classes: it takes the smallest that are larger than the
 # run's own network.
 LARGER = (("resnet8", 32), ("cnn", 64), ("resnet8", 64), ("resnet18", 32), ("resnet18", 64), ("resnet18", 96))
@@ -49,9 +53,9 @@ def parse(text: str) -> list[Spec]:
         if kind not in KINDS:
             raise UserError(
                 f'unknown teacher "{word.strip()}": expected pretrained, pretrained:MODEL/WIDTH, clip:PATH_OR_NAME, '
-                f"logits:FILE or python:MODULE:NAME.{nearest(kind, KINDS)}"
+                f"{LITE}, logits:FILE or python:MODULE:NAME.{nearest(kind, KINDS)}"
             )
-        if kind != "pretrained" and not what:
+        if kind not in ALONE and not what:
             raise UserError(f"the teacher {kind} needs a name after the colon, for example {_EXAMPLES[kind]}.")
         specs.append(Spec(kind, what))
     return specs
@@ -61,8 +65,8 @@ def absolute(text: str) -> str:
     """The same list with absolute paths; names, and paths whose absolute form has a comma, stay as they are."""
     words = []
     for spec in parse(text):
-        resolve = {"clip": filesystem.absolute_folder, "logits": filesystem.absolute}.get(spec.kind, str)
-        path = resolve(spec.what)
+        paths = {"clip": filesystem.absolute_folder, "logits": filesystem.absolute, LITE: filesystem.absolute}
+        path = paths.get(spec.kind, str)(spec.what) if spec.what else ""
         words.append(str(spec if "," in path else Spec(spec.kind, path)))
     return ",".join(words)
 
@@ -145,6 +149,10 @@ class Teachers:
                 std=self.cache.std,
                 prompts=self.prompts,
                 device=self.device,
+            )
+        if spec.kind == LITE:
+            return EfficientNetLiteTeacher(
+                self.classes, mean=self.cache.mean, std=self.cache.std, path=spec.what, device=self.device
             )
         if spec.kind == "logits":
             return StoredLogits(spec.what, len(self.classes), self.cache.mean, self.cache.std)
