@@ -57,7 +57,7 @@ OWN: dict[str, dict[str, Any]] = {  # of a method, and of a method on a task
     "fedlpfm": {"public_samples": 20, "partition": "iid"},
     "fml": {"partition": "iid"},
     "feddf": {"public_samples": 20, "partition": "iid", "rounds": None},
-    **{name: {"rounds": None} for name in ("ccvr", "dense", "ensemble", "fusefl", "oneshot-fedavg")},
+    **{name: {"rounds": None} for name in ("ccvr", "dense", "ensemble", "fedcgs", "fusefl", "oneshot-fedavg")},
     "ensemble, segmentation": {"options": {"models": "unet-small:2,unet-small:3"}},
     "feddf, segmentation": {"options": {"distill_batch": 4, "distill_epochs": 2}},
     "scaffold, retrieval": {"options": {"control": "II"}},

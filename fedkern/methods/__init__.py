@@ -10,6 +10,7 @@ from fedkern.methods.baselines.client_ensemble import Ensemble
 from fedkern.methods.baselines.dense import DENSE
 from fedkern.methods.baselines.ditto import Ditto
 from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.methods.baselines.fedcgs import FedCGS
 from fedkern.methods.baselines.feddf import FedDF
 from fedkern.methods.baselines.feddyn import FedDyn
 from fedkern.methods.baselines.fedntd import FedNTD
@@ -48,6 +49,7 @@ __all__ = [
     "Ditto",
     "Ensemble",
     "FedAvg",
+    "FedCGS",
     "FedDF",
     "FedDRA",
     "FedDyn",

@@ -96,6 +96,7 @@ METHOD: Mapping[str, Mapping[str, Any]] = {
     "fusefl": ONE_SHOT,
     "oneshot-fedavg": ONE_SHOT,
     "ccvr": ONE_SHOT,
+    "fedcgs": ONE_SHOT,
     "ensemble": ONE_SHOT,
     "feddf": {**ONE_SHOT, "public_samples": 1000},
     "feddra": {"data": "captions"},

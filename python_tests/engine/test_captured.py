@@ -35,8 +35,8 @@ from fedkern.process.torch_modes import reproducible
 from python_tests.smallest import SETTINGS
 
 SMALL = {"width": 2, "rounds": 2, "local_epochs": 2, "batch_size": 2, "clients": 3, "workers": "1", "grad_cam": 0}
-ALIKE = {"ccvr", "dense", "feddf"}
-"""Methods whose clients train as those of oneshot-fedavg do."""
+ALIKE = {"ccvr", "dense", "fedcgs", "feddf"}
+"""Methods whose clients train as those of oneshot-fedavg do, or not at all."""
 OWN = {
     "fedproto": {"options": {"networks": "averaged"}, "rounds": 3},
     "fedlpfm": {"data": "digits", "train_samples": 60, "public_samples": 20, "partition": "iid"},

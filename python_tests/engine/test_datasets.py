@@ -654,8 +654,8 @@ def test_a_broken_item_is_named(tmp_path):
 
 
 SERVES = {
-    "afl", "ccvr", "centralised", "ditto", "ensemble", "fedavg", "feddf", "feddyn", "fedntd", "fedper", "fedproto",
-    "fedprox", "fml", "local", "moon", "oneshot-fedavg", "scaffold",
+    "afl", "ccvr", "centralised", "ditto", "ensemble", "fedavg", "fedcgs", "feddf", "feddyn", "fedntd", "fedper",
+    "fedproto", "fedprox", "fml", "local", "moon", "oneshot-fedavg", "scaffold",
 }  # fmt: skip
 
 

@@ -44,21 +44,27 @@ class OneShot(FedAvg):
     """Whether the server uses the clients' networks in eval mode, so that batch norm needs running statistics."""
 
     @property
+    def calibrates(self) -> bool:
+        """Whether the server replaces the classifier by what class statistics tell."""
+        return bool(self.options.calibrate)
+
+    @property
     def needs(self) -> str:
-        return "features" if self.options.calibrate else super().needs
+        return "features" if self.calibrates else super().needs
 
     def start(self, server: Server) -> None:
         super().start(server)
-        if self.options.calibrate and "features" not in server.task.offers:
+        if self.calibrates and "features" not in server.task.offers:
             raise UserError(
                 f"calibrate draws a classifier's features of whole images, and this run is for {server.task.name}: "
                 "leave it out."
             )
-        if self.options.calibrate and not isinstance(server.build().head, nn.Linear):
+        if self.calibrates and not isinstance(server.build().head, nn.Linear):
             raise UserError(
-                "calibrate is for a linear classifier, which --features takes away: leave one of the two out."
+                "A classifier from class statistics is linear, and --features takes the linear classifier away: leave "
+                "one of the two out."
             )
-        needed = (self.needs_statistics or self.options.calibrate) and "buffers" not in server.state
+        needed = (self.needs_statistics or self.calibrates) and "buffers" not in server.state
         if needed and any(buffer.is_floating_point() for buffer in server.build().buffers()):
             raise UserError(
                 f"{self.name} needs the running statistics of the clients' networks: use --buffers average, not local "
@@ -67,7 +73,7 @@ class OneShot(FedAvg):
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         yield Round("train", participants="all", trains="clients' networks")
-        if self.options.calibrate:
+        if self.calibrates:
             yield Round("calibrate", exchanges=("statistics",), participants="all", trains="classifier")
 
     def send(self, server: Server, phase: Phase) -> Message | dict[int, Message]:

@@ -1,0 +1,170 @@
+"""FedCGS (Guan et al., AAAI 2025, arXiv 2503.06962): a classifier from statistics of frozen features, in one round.
+
+Clients train nothing.  Of the features f of the network that they are sent (a pretrained one: ``--init``, or a network
+file that loads its weights) they upload, per class, the count n_c and mean mu_c, and the mean and scatter of all
+features.  The server pools these exactly and sets the classifier of a Gaussian with one covariance Sigma for all
+classes:
+
+    w_c = Sigma^-1 mu_c        b_c = log(n_c / n) - mu_c^T Sigma^-1 mu_c / 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.errors import UserError
+from fedkern.methods.common.calibration import ClassStatistics, shrunk
+from fedkern.methods.common.oneshot import OneShot
+from fedkern.methods.options import Options as BaseOptions
+from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
+from fedkern.methods.registry import register
+from fedkern.methods.roles import Client, Server
+from fedkern.methods.uploads import Declaration, Values
+from fedkern.typed_option import option
+
+STATISTICS = "statistics"
+
+
+@register("fedcgs")
+class FedCGS(OneShot):
+    """A classifier set from class means and one covariance of a frozen network's features (arXiv 2503.06962)."""
+
+    asks = frozenset({"classes", "features"})
+    takes_teachers = False
+    unread = OneShot.unread | {"local_epochs", "local_steps", "batch_size", "lr", "momentum", "optimizer"}
+
+    @dataclass(frozen=True)
+    class Options(BaseOptions):
+        """Options of FedCGS."""
+
+        shrinkage: bool = option(True, "shrink the covariance to its mean variance; off: as published")
+
+    calibrates = True
+
+    @property
+    def averages(self) -> bool:
+        return False
+
+    def rounds(self, federation: Federation) -> Iterator[Round]:
+        yield Round(STATISTICS, exchanges=(STATISTICS,), participants="all", trains="classifier")
+
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        network = self.published(client, message)
+        own = FeatureStatistics(len(client.classes), network.head.in_features)
+        with torch.no_grad():
+            for batch in client.in_order():
+                own.add(network.features(batch.inputs), batch.targets)
+        return own.message()
+
+    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        head = self.head(server)
+        width = head.in_features
+        return {
+            "means": Values(("classes present", width)),
+            "counts": Values((head.out_features,), torch.int32, low=0),
+            "mean": Values((width,)),
+            "scatter": Values((width * (width + 1) // 2,)),
+        }
+
+    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
+        head = self.head(server)
+        pooled = FeatureStatistics(head.out_features, head.in_features)
+        for upload in uploads:
+            try:
+                pooled.merge(upload.message)
+            except ValueError as error:
+                server.refuse(upload.client_id, f"The statistics of client {upload.client_id} cannot be used: {error}")
+        if not pooled.samples:
+            raise UserError("The statistics of every client were refused, so that there is no classifier to set.")
+        self.replace_head(server, pooled.classifier(shrinkage=self.options.shrinkage))
+
+    def reduce(self, phase: Phase) -> tuple[str, ...]:
+        return ()
+
+
+class FeatureStatistics:
+    """Counts and sums of features per class, and the scatter of all features, exact for any partition of the samples.
+
+    Args:
+        classes: number of classes C.
+        width: number of features d.
+    """
+
+    def __init__(self, classes: int, width: int) -> None:
+        self.counts = torch.zeros(classes, dtype=torch.int64)
+        self.sums = torch.zeros(classes, width, dtype=torch.float64)
+        self.total = ClassStatistics(1, width)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples of all classes."""
+        return int(self.counts.sum())
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Adds a batch: ``features`` [B, d] of any floating type, ``labels`` int64 [B]."""
+        self.total.add(features, torch.zeros_like(labels))
+        self.counts += torch.bincount(labels.cpu(), minlength=len(self.counts))
+        self.sums.index_add_(0, labels.cpu(), features.double().cpu())
+
+    def message(self) -> Message:
+        """A client's upload.
+
+        ``counts`` int32 [C], ``means`` fp32 [C', d] of the C' classes that the client has, ``mean`` fp32 [d] and
+        ``scatter`` fp32 [d (d + 1) / 2] (upper triangle by rows) of all features.
+        """
+        present = self.counts > 0
+        total = self.total.message()
+        return {
+            "means": (self.sums[present] / self.counts[present, None]).float(),
+            "counts": self.counts.int(),
+            "mean": total["means"][0],
+            "scatter": total["scatters"][0],
+        }
+
+    def merge(self, message: Mapping[str, Any]) -> None:
+        """Adds a client's :meth:`message`.
+
+        Raises:
+            ValueError: the means are not those of the classes counted, or see :meth:`ClassStatistics.merge`.
+        """
+        counts, means = message["counts"].long(), message["means"].double()
+        present = counts > 0
+        if len(means) != int(present.sum()):
+            raise ValueError(f"{len(means)} means came for {int(present.sum())} classes")
+        total = {"counts": counts.sum()[None], "means": message["mean"][None], "scatters": message["scatter"][None]}
+        self.total.merge(total)
+        self.counts += counts
+        self.sums[present] += means * counts[present, None]
+
+    def classifier(self, *, shrinkage: bool) -> nn.Linear:
+        """The linear classifier of these statistics, fp32 [d] to [C].
+
+        A class without samples has the mean of all features and the prior of half a sample.
+
+        Args:
+            shrinkage: of the covariance, see `fedkern.methods.common.calibration.shrunk`.
+
+        Raises:
+            UserError: the covariance is singular, as it is where samples are fewer than features.
+        """
+        covariance = (shrunk(self.total) if shrinkage else self.total.covariances())[0]
+        present = (self.counts > 0)[:, None]
+        means = torch.where(present, self.sums / self.counts.clamp_min(1)[:, None], self.total.means)
+        root, failed = torch.linalg.cholesky_ex(covariance)
+        if int(failed):
+            raise UserError(
+                f"The covariance of the {self.total.width} features of {self.samples} samples has no inverse: take "
+                "shrinkage=true, or a network whose features are not all equal."
+            )
+        weight = torch.cholesky_solve(means.T, root).T
+        prior = (self.counts.clamp_min(0.5) / self.samples).log()
+        head = nn.Linear(self.total.width, len(self.counts))
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            head.bias.copy_(prior - (weight * means).sum(1) / 2)
+        return head.requires_grad_(False)
