@@ -13,6 +13,8 @@ from fedkern.tasks.figure_names import check_reachable
 
 LEVEL = 0.95
 """Confidence level of intervals."""
+FALLING = ("loss", "ece", "hd95")
+"""Ends of the names of figures of which a lower one is better."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Target:
             value = math.nan
         if not equals or not name.strip() or not math.isfinite(value):
             raise UserError(f'--target needs the form FIGURE=VALUE, such as accuracy=0.8, got "{text}".')
-        target = cls(name.strip(), value, falls=name.strip().endswith(("loss", "ece", "hd95")))
+        target = cls(name.strip(), value, falls=name.strip().endswith(FALLING))
         target.check()
         return target
 
@@ -75,6 +77,23 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.figure} {'<=' if self.falls else '>='} {self.value:g}"
+
+    def crossing(self, records: Sequence[Mapping[str, Any]]) -> float | None:
+        """Rounds up to the target on the curve of the best values so far; None where the curve stays below it.
+
+        Between evaluated rounds the curve is interpolated linearly (McMahan et al., arXiv 1602.05629, section 3).
+        """
+        sign, curve = -1 if self.falls else 1, tuple[float, float]()
+        for record in records:
+            value = record.get(self.figure)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                continue
+            number = float(record["round"])
+            if sign * value >= sign * self.value:
+                before, best = curve or (number, value)
+                return number - (number - before) * (value - self.value) / (value - best) if curve else number
+            curve = number, max(value, curve[1], key=lambda each: sign * each) if curve else value
+        return None
 
     def reached(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
         """Rounds, bytes in both directions and seconds up to the first round that has the target; None without one."""
