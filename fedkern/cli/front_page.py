@@ -23,6 +23,7 @@ _USAGE = {
     "export DIR": "a finished run's network as a file for other programs",
     "extend DIR --rounds R": "more rounds for a run",
     "compare METHOD METHOD...": "several methods over seeds and settings, or finished runs",
+    "reproduce NAME|FILE.toml": "a paper's published table beside the figures of runs on this machine",
     "report DIR...": "one HTML file of a run or a comparison, to read in a browser",
     "flower PROJECT_DIR": "a Flower project, run to its end on a SuperLink or in a simulation",
     "list": "show methods, data sets, models, encoders, partitioners, aggregators",

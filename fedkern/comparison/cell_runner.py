@@ -18,7 +18,7 @@ from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.resuming import with_identity
 from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError
-from fedkern.listeners.events import Listener
+from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods.registry import short
 from fedkern.process import interrupts
 from fedkern.report.tables import human_metric
@@ -67,6 +67,7 @@ class Runner:
         failures: what went wrong, by the cell's name.
         tracebacks: of cells in which Python code failed.
         begun: run folders so far, with their settings.
+        listener: receives the events of the runs beside the board.
     """
 
     out: Path
@@ -78,6 +79,7 @@ class Runner:
     failures: dict[str, str] = field(default_factory=dict)
     tracebacks: dict[str, str] = field(default_factory=dict)
     begun: list[tuple[Path, RunConfig]] = field(default_factory=list)
+    listener: Listener = field(default_factory=Listener)
 
     def plan(self, variants: Sequence[Variant], seeds: Sequence[int]) -> list[Cell]:
         """The cells of some variants, whose run folders, where they exist, must be those of the same settings.
@@ -156,8 +158,8 @@ class Runner:
         resume = (folder / SETTINGS).exists()
         config = cell.config if not resume else self._stored(cell)
         run(
-            config, out=folder, resume=resume, listener=self.board, data=self.data(config), script=self.script,
-            trusted=self._trusted(cell), check=lambda now: self._check_grounds(now, folder),
+            config, out=folder, resume=resume, listener=Listeners(self.board, self.listener), data=self.data(config),
+            script=self.script, trusted=self._trusted(cell), check=lambda now: self._check_grounds(now, folder),
         )  # fmt: skip
 
     def _check_grounds(self, config: RunConfig, folder: Path) -> None:

@@ -57,8 +57,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of the run folder: ``fedgid_alpha=0.3_seed=0``."""
-        return folder_name([*self.variant.label.split(" "), f"seed={self.seed}"])
+        """Name of the run folder."""
+        return run_name(self.variant, self.seed)
+
+
+def run_name(variant: Variant, seed: int) -> str:
+    """Name of the folder of a variant's run: ``fedgid_alpha=0.3_seed=0``."""
+    return folder_name([*variant.label.split(" "), f"seed={seed}"])
 
 
 def word(value: Any) -> str:

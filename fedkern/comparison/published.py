@@ -256,12 +256,9 @@ def _paper(path: Path, table: Mapping[str, Any]) -> Paper:
         path.stem, path.parent, tuple(cells), {each.name: each for each in befores}, table.get("words", {}),
         **{key: table.get(key, "") for key in ("title", "citation", "note")},
     )  # fmt: skip
-    for kind, entries in (
-        ("cell", [each.name for each in cells]),
-        ("entry of before", [each.name for each in befores]),
-    ):
+    for entries in ([each.name for each in cells], [each.name for each in befores]):
         if twice := next((name for name in entries if entries.count(name) > 1), None):
-            raise UserError(f'the {kind} "{twice}" is there twice: give every {kind} a name of its own.')
+            raise UserError(f'the name "{twice}" is there twice: give every cell a name of its own.')
     for cell in cells:
         if cell.baseline and paper.find(cell.baseline).figure != cell.figure:
             raise UserError(f'cell "{cell.name}": its baseline has another figure, {paper.find(cell.baseline).figure}.')

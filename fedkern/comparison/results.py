@@ -7,7 +7,7 @@ import io
 import json
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -206,20 +206,11 @@ class Result:
 
     def to_csv(self) -> str:
         """:meth:`run_rows` as CSV."""
-        rows = self.run_rows()
-        file = io.StringIO()
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return file.getvalue()
+        return csv_text(self.run_rows())
 
     def to_markdown(self) -> str:
         """Table and sentences as Markdown."""
-        header = self.header()
-        lines = ["| " + " | ".join(map(_markdown, row)) + " |" for row in (header, *self.text_rows())]
-        lines.insert(1, "|---|" + "---:|" * (len(header) - 1))
-        texts = (f"{_markdown(text)}\n" for text in self.all_sentences())
-        return "\n".join([f"# {_markdown(self.title())}", "", *lines, "", *texts])
+        return markdown(self.title(), self.header(), self.text_rows(), self.all_sentences())
 
     def to_latex(self) -> str:
         """The table as LaTeX (package booktabs); the sentences are comments."""
@@ -294,6 +285,23 @@ def _intervals(groups: Sequence[Group], figures: Sequence[str]) -> str:
         f"{differences}, paired by seed, each with a 95 % interval (Student's t) that rests on "
         f"{count} seeds{few}{several}."
     )
+
+
+def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], sentences: Iterable[str]) -> str:
+    """A title, a table and the sentences below it as Markdown."""
+    lines = ["| " + " | ".join(map(_markdown, row)) + " |" for row in (header, *rows)]
+    lines.insert(1, "|---|" + "---:|" * (len(header) - 1))
+    texts = (f"{_markdown(text)}\n" for text in sentences)
+    return "\n".join([f"# {_markdown(title)}", "", *lines, "", *texts])
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, with all names that one of them has."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 def _markdown(text: str) -> str:

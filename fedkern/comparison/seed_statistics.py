@@ -83,7 +83,8 @@ class Target:
 
         Between evaluated rounds the curve is interpolated linearly (McMahan et al., arXiv 1602.05629, section 3).
         """
-        sign, curve = -1 if self.falls else 1, tuple[float, float]()
+        sign = -1 if self.falls else 1
+        curve: tuple[float, float] | None = None  # the last evaluated round and the best value so far
         for record in records:
             value = record.get(self.figure)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -92,7 +93,7 @@ class Target:
             if sign * value >= sign * self.value:
                 before, best = curve or (number, value)
                 return number - (number - before) * (value - self.value) / (value - best) if curve else number
-            curve = number, max(value, curve[1], key=lambda each: sign * each) if curve else value
+            curve = number, value if curve is None else sign * max(sign * value, sign * curve[1])
         return None
 
     def reached(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:

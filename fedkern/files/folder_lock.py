@@ -29,6 +29,10 @@ SETTLE = 1.0
 """Seconds after which a process that took the file looks whether another one has taken it at the same time."""
 
 
+class InUse(UserError):
+    """Another process is at work in a folder."""
+
+
 class FolderLock:
     """The lock of a run folder, held inside a ``with`` statement.
 
@@ -36,7 +40,8 @@ class FolderLock:
     that names a process is watched for up to `WATCH` seconds.
 
     Raises:
-        UserError: another process is at work in the folder, or the lock file is a link or cannot be written.
+        InUse: another process is at work in the folder.
+        UserError: the lock file is a link or cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -98,9 +103,9 @@ class FolderLock:
             if now != before:
                 raise self._in_use(now)
 
-    def _in_use(self, content: bytes) -> UserError:
+    def _in_use(self, content: bytes) -> InUse:
         process = _named(content)
-        return UserError(
+        return InUse(
             f"{self.path.parent} is in use by {process[0].lower()}{process[1:]}: wait for it, or choose another --out."
         )
 

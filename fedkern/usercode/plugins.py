@@ -39,7 +39,7 @@ GROUP = "fedkern.plugins"
 
 COMMANDS = (
     "attack", "compare", "decode", "doctor", "evaluate", "export", "extend", "flower", "help", "list", "predict",
-    "probe", "report", "resume", "retrieval", "run", "zero-shot",
+    "probe", "report", "reproduce", "resume", "retrieval", "run", "zero-shot",
 )  # fmt: skip
 """Names that nothing may be registered as, because the command line would read them as commands."""
 

@@ -57,6 +57,27 @@ def test_a_loss_is_to_fall():
     assert str(target) == "ood_loss <= 0.5"
 
 
+@pytest.mark.parametrize(
+    ("values", "rounds"),
+    [
+        ((0.2, 0.6, 1.0), 2.5),
+        ((0.9, 1.0), 1.0),
+        ((0.2, 0.6, 0.1, 1.0), 3.5),  # the curve of the best values does not fall
+        ((0.2, None, 0.6, None, 1.0), 4.0),  # between evaluated rounds
+        ((math.nan, 0.6, 1.0), 2.5),
+        ((0.2, 0.8), 2.0),
+        ((0.2, 0.7), None),
+        ((), None),
+    ],
+)
+def test_a_target_is_crossed_on_the_curve_of_the_best_values(values, rounds):
+    target = Target.read("accuracy=0.8")
+    crossing = target.crossing(records("accuracy", *values))
+    assert crossing == pytest.approx(rounds) if rounds is not None else crossing is None
+    mirrored = [None if value is None else -value for value in values]
+    assert Target("loss", -0.8, falls=True).crossing(records("loss", *mirrored)) == crossing
+
+
 @pytest.mark.parametrize("text", ["accuracy=80", "id_balanced_accuracy=1.01", "mean_client_dice=95", "ood_ece=-0.1"])
 def test_a_target_that_no_fraction_reaches_is_refused(text):
     with pytest.raises(UserError, match=r"^--target: .* is a fraction from 0 to 1, which never reaches .*: give a"):

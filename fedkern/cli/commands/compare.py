@@ -124,7 +124,7 @@ def play(request: Request) -> int:
         where.append(out)
         given_names = frozenset(request.settings)
         runner = Runner(
-            out, lambda variant, seed: _config(request, variant, seed), given_names, live_board, tracebacks=tracebacks
+            out, lambda variant, seed: config_of(request, variant, seed), given_names, live_board, tracebacks=tracebacks
         )
         variants, seeds, select = (arguments[name] for name in ("variants", "seeds", "select"))
         return compared.play(runner, variants, seeds, select=select, target=target, notes=notes)
@@ -149,8 +149,8 @@ def _again(words: Sequence[str], out: Path) -> str:
     return " ".join([PROGRAM, *map(quote, words), *([] if named else ["--out", quote(out)])])
 
 
-def _config(request: Request, variant: Any, seed: int) -> RunConfig:
-    """The settings of one run: the common ones, the variant's, and the options that the method has."""
+def config_of(request: Request, variant: Any, seed: int) -> RunConfig:
+    """The settings of one run: the common ones, the variant's, and those of ``arguments["options"]`` the method has."""
     from fedkern.comparison.cells import own_settings, word
 
     method, options = variant.method, request.arguments["options"]

@@ -1,0 +1,160 @@
+"""``reproduce NAME|FILE.toml``: a paper's published table beside the figures of runs on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedkern.cli import extensions, flags
+from fedkern.cli.commands.compare import config_of
+from fedkern.cli.flags import Parser, add, key_values
+from fedkern.cli.front_page import PROGRAM
+from fedkern.cli.request import Request
+from fedkern.errors import UserError, printable
+from fedkern.process import interrupts
+from fedkern.process.standard_streams import put
+
+if TYPE_CHECKING:
+    from fedkern.comparison.reproduction import Command, Reproduction
+
+DATA_ROOT = "FEDKERN_DATA_ROOT"
+"""Environment variable with the folder of the data files, where ``--data-root`` is not given."""
+_UNITS = {"h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0}
+_OTHERWISE = {
+    "seed": "the key seeds gives the seeds",
+    "data_root": "--data-root of this command names the data's folder",
+    "out": "--out of this command names the folder of all runs",
+    **dict.fromkeys(
+        ("resume", "flower", "tensorboard", "wandb", "profile", "predictions", "report", "quiet", "json", "config"),
+        "it is for a single run",
+    ),
+}
+"""Flags of a run that a cell's command does not take, with the way out."""
+
+USAGE = f"""\
+{PROGRAM} reproduce NAME|FILE.toml [flags]    play a paper's table, and write published figures beside ours
+
+NAME is a paper that fedkern ships, FILE.toml one of your own (docs/reproducing.md). The same command with the same
+--out goes on where it stopped, and plays nothing twice; two such commands may run side by side.
+"""
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags."""
+    parser.begin(USAGE)
+    parser.add_argument("paper", nargs="?", metavar="NAME|FILE.toml", help="a paper that fedkern ships, or your own")
+    add(parser, {
+        "table": ("T", "cells of one table alone"),
+        "cells": ("NAME,NAME", "cells of these names alone; a name may be a pattern such as 'CNN*'"),
+        "budget": ("2h", "time to spend, such as 2h, 90m or 30s: cells whose estimates fit are played, the dearest "
+                         "last, and a run stops between two rounds once the time is used up; 0 plays nothing"),
+        "data_root": ("DIR", f"folder of the data files; default the environment variable {DATA_ROOT}"),
+        "cache": ("DIR", "folder that keeps the decoded images"),
+        "workers": ("N", "processes in which the clients of a run work side by side"),
+        "out": ("DIR", "folder of the runs and of the table; default reproductions/<name>"),
+        "quiet": ("", "no display; only the folder at the end"),
+        "json": ("", "print the table as JSON, and nothing else"),
+    })  # fmt: skip
+
+
+def checked(request: Request, parser: Parser) -> Request:
+    """The request; raises UserError where no paper is named or the budget is none."""
+    from fedkern.comparison import published
+
+    arguments = request.arguments
+    if not arguments["paper"]:
+        names = ", ".join(published.names())
+        raise UserError(f"{parser.prog} needs a paper: {names}, or a file of your own, FILE.toml.")
+    budget = arguments["budget"]
+    settings = dict(request.settings)
+    if "data_root" not in settings and os.environ.get(DATA_ROOT):
+        settings["data_root"] = os.environ[DATA_ROOT]
+    changes = {"budget": None if budget is None else read_budget(budget)}
+    return dataclasses.replace(request, settings=settings, arguments={**arguments, **changes})
+
+
+def read_budget(text: str) -> float:
+    """Seconds of a time such as ``2h``, ``90m`` or ``0``; raises UserError for another text."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(h|min|m|s)?\s*", text)
+    if match is None or (match[2] is None and float(match[1])):
+        raise UserError(f'--budget must be a time such as 2h, 90m or 30s, not "{text}".')
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def play(request: Request) -> int:
+    """Plays what the budget allows; returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM."""
+    from fedkern.cli.backend_check import check_backend
+    from fedkern.comparison import published
+    from fedkern.comparison.boards import board
+    from fedkern.comparison.reproduction import REPRODUCTIONS, Reproduction
+    from fedkern.report.live.progress import terminal
+    from fedkern.report.names import say
+
+    arguments = request.arguments
+    paper = published.read(arguments["paper"])
+    out = request.out or REPRODUCTIONS / paper.name
+    check_backend()
+    reproduction = Reproduction(
+        paper, out, lambda words: command_of(request, words), lambda: board(quiet=request.quiet, json=request.json),
+        arguments["budget"],
+    )  # fmt: skip
+    if not (request.quiet or request.json):
+        reproduction.tell = lambda text: say(terminal(stderr=True), text)
+    names = [name.strip() for name in (arguments["cells"] or "").split(",") if name.strip()]
+    cells, lines = reproduction.plan(reproduction.select(names, arguments["table"]))
+    for line in lines:
+        reproduction.tell(line)
+    try:
+        reproduction.play(cells)
+        reproduction.write()
+    except KeyboardInterrupt as stop:
+        interrupts.ended()
+        terminated = isinstance(stop, interrupts.Terminated)
+        print(f"{'terminated' if terminated else 'interrupted'}; the same command goes on", file=sys.stderr)
+        return 143 if terminated else 130
+    return _tell(request, reproduction)
+
+
+def command_of(request: Request, words: Sequence[str]) -> Command:
+    """What the words of a cell's command ask for, with the data folder and the workers of this command."""
+    from fedkern.comparison.reproduction import Command
+
+    extensions.load(words)
+    run = flags.parse(words)
+    if (method := run.method) is None:
+        raise UserError("its command names no method: write METHOD and the flags of a run.")
+    for name, way in _OTHERWISE.items():
+        if getattr(run, name, None) or name in run.settings:
+            raise UserError(f"its command has {flags.flag(name)}: leave it out, as {way}.")
+    options = key_values(run.options, "method_option")
+    names = frozenset({*run.settings, *options})
+    settings = {**run.settings, **request.settings}
+    run = dataclasses.replace(run, command="reproduce", settings=settings, arguments={"options": options})
+    return Command(method, names, lambda point, seed: config_of(run, point, seed))
+
+
+def _tell(request: Request, reproduction: Reproduction) -> int:
+    from fedkern.comparison.boards import result_table
+    from fedkern.comparison.reproduction_table import HEADER, sentences, summary
+    from fedkern.report.live.progress import terminal
+    from fedkern.report.names import say
+
+    rows, paper = reproduction.rows(), reproduction.paper
+    if request.json:
+        put({"rows": [row.values() for row in rows], "folder": str(reproduction.out)})
+    elif request.quiet:
+        print(reproduction.out)
+    else:
+        console = terminal()
+        console.print(result_table(paper.title or paper.name, HEADER, [row.texts() for row in rows]))
+        for text in (summary(rows), *sentences(paper, rows), f"folder: {reproduction.out}"):
+            say(console, text)
+    for text in reproduction.tracebacks.values():
+        print(printable(text), end="", file=sys.stderr)
+    for name, text in reproduction.failures.items():
+        print(f"error: {name}: {text}", file=sys.stderr)
+    return 1 if reproduction.failures else 0

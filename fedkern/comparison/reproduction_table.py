@@ -1,0 +1,140 @@
+"""The table of a reproduction: published figures beside ours, with verdicts, as Markdown, CSV and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedkern.comparison.published import ROUNDS, Paper, PublishedCell
+from fedkern.comparison.results import csv_text, markdown
+from fedkern.comparison.seed_statistics import Difference
+from fedkern.comparison.verdicts import VERDICTS, Outcome, Verdict, shown
+from fedkern.errors import first_of, listed
+from fedkern.report.pages.html_page import Block, Code, Page, Table, section
+from fedkern.report.tables import human_time
+
+HEADER = ("table", "cell", "published", "ours", "to the baseline", "seeds", "swept, first seed", "verdict")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell of a paper with its verdict; ``outcome`` None: not all of its runs, in ``folder``, are finished."""
+
+    cell: PublishedCell
+    verdict: Verdict
+    outcome: Outcome | None
+    folder: str
+
+    def texts(self) -> list[str]:
+        """The row's texts, one for every title of `HEADER`."""
+        cell, verdict, outcome = self.cell, self.verdict, self.outcome
+        published = "" if cell.published is None else shown(cell, cell.published)
+        ours = "" if verdict.ours is None else _interval(cell, verdict.ours)
+        gap = "" if verdict.gap is None or cell.measure != "value" else _interval(cell, verdict.gap, "+")
+        if gap and verdict.published_gap is not None:
+            gap += f", published {shown(cell, verdict.published_gap, '+')}"
+        seeds, effect = ("", "") if outcome is None else (str(len(outcome.values)), outcome.effect)
+        name = cell.name if cell.measure == "value" else f"{cell.name} ({cell.measure} to {cell.baseline})"
+        return [cell.table, name, published, ours, gap, seeds, effect, str(verdict)]
+
+    def values(self) -> dict[str, Any]:
+        """The row as plain values by name, empty where there is none."""
+        cell, verdict, outcome = self.cell, self.verdict, self.outcome
+        keys = ("table", "name", "figure", "target", "measure", "baseline", "published")
+        row = {key: getattr(cell, key) for key in keys}
+        for name, difference in (("ours", verdict.ours), ("gap", verdict.gap)):
+            for part in ("mean", "low", "high"):
+                row[name if part == "mean" else f"{name}_{part}"] = getattr(difference, part, None)
+        row |= {"published_gap": verdict.published_gap, "verdict": verdict.kind, "detail": verdict.detail}
+        row |= {key: getattr(cell, key) for key in ("scale", "smaller", "tolerance", "source")}
+        if outcome is not None:
+            values = " ".join(f"{seed}={value}" for seed, value in outcome.values.items())
+            row |= {"values": values, "swept": outcome.effect, "seconds": outcome.seconds, "fedkern": outcome.build}
+        return {**row, "command": cell.command, "folder": self.folder}
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """The table as CSV, a row for every cell."""
+    return csv_text([row.values() for row in rows])
+
+
+def to_markdown(paper: Paper, rows: Sequence[Row]) -> str:
+    """The table and the sentences below it as Markdown."""
+    return markdown(_title(paper), HEADER, [row.texts() for row in rows], [summary(rows), *sentences(paper, rows)])
+
+
+def page(paper: Paper, rows: Sequence[Row]) -> Page:
+    """The page of a reproduction."""
+    tables = dict.fromkeys(row.cell.table for row in rows)
+    sections = [
+        section(f"table-{number}", f"Table {name}", _table([row for row in rows if row.cell.table == name]))
+        for number, name in enumerate(tables)
+    ]
+    notes = section("notes", "What the table rests on", sentences(paper, rows))
+    commands = section("commands", "Commands", _commands(paper))
+    about = f"{len(rows)} cells · {paper.citation}" if paper.citation else f"{len(rows)} cells"
+    return Page(_title(paper), about, [summary(rows)], [], [], [*sections, notes, commands])
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One sentence with the number of cells of every verdict."""
+    counts = {kind: sum(row.verdict.kind == kind for row in rows) for kind in VERDICTS}
+    return f"{listed([f'{count} {kind}' for kind, count in counts.items() if count])}, of {len(rows)} cells."
+
+
+def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:
+    """What the table rests on, sentence by sentence."""
+    texts = [f"Published figures: {paper.citation}." if paper.citation else "", paper.note]
+    sources: dict[str, list[str]] = {}
+    for row in rows:
+        if row.cell.source:
+            sources.setdefault(row.cell.source, []).append(row.cell.name)
+    texts += [f"{source}: {first_of(names, len(names), '; ')}." for source, names in sources.items()]
+    if any(row.outcome is not None for row in rows):
+        texts.append(
+            "Ours: mean over the seeds, with a 95 % interval (Student's t); differences and ratios to a baseline are "
+            "paired by seed. Intervals are not corrected for their number."
+        )
+    if any(row.cell.figure == ROUNDS for row in rows):
+        texts.append(
+            "Rounds: up to the target on the curve of the best values so far, interpolated linearly between evaluated "
+            "rounds (McMahan et al., arXiv 1602.05629, section 3)."
+        )
+    by_figure = [row.cell.name for row in rows if row.cell.sweep and row.cell.select == "figure"]
+    if by_figure:
+        texts.append(
+            "Swept settings: the best point by the first seed's own figure, on the test set; this seed is among those "
+            "reported."
+        )
+    texts += [f"{row.cell.name}, smaller scale: {row.cell.smaller}." for row in rows if row.cell.smaller]
+    outcomes = [row.outcome for row in rows if row.outcome is not None]
+    if outcomes:
+        seconds = sum(outcome.seconds for outcome in outcomes)
+        builds = ", ".join(dict.fromkeys(outcome.build for outcome in outcomes))
+        texts.append(f"Played with fedkern {builds}; the reported runs took {human_time(seconds)} together.")
+    return [text for text in texts if text]
+
+
+def _table(rows: Sequence[Row]) -> Iterator[Block]:
+    yield Table(HEADER[1:], [row.texts()[1:] for row in rows], words=1)
+
+
+def _commands(paper: Paper) -> Iterator[Block]:
+    for before in paper.befores.values():
+        yield f"{before.name}, played before others"
+        yield Code(paper.text(before.command))
+    for cell in paper.cells:
+        yield cell.name
+        yield Code(paper.text(cell.command) + "".join(f" --sweep {each}" for each in cell.sweep))
+
+
+def _title(paper: Paper) -> str:
+    return paper.title or paper.name
+
+
+def _interval(cell: PublishedCell, ours: Difference, sign: str = "") -> str:
+    """A mean and its interval, for people."""
+    if ours.low is None or ours.high is None:
+        return shown(cell, ours.mean, sign)
+    return f"{shown(cell, ours.mean, sign)} [{shown(cell, ours.low, sign)}, {shown(cell, ours.high, sign)}]"

@@ -1,0 +1,224 @@
+"""Verdicts on a cell of a published table: our figures over seeds beside the paper's value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedkern.comparison.found_runs import FoundRun
+from fedkern.comparison.published import BEST, BYTES, ROUNDS, PublishedCell
+from fedkern.comparison.seed_statistics import FALLING, Difference, paired
+from fedkern.errors import UserError, nearest
+from fedkern.report.tables import human_metric
+from fedkern.tasks.figure_names import number, scale
+
+REPRODUCED, DIFFERS, UNDECIDED = "reproduced", "differs", "undecided"
+SAME, REVERSED, BASELINE = (f"smaller scale: {text}" for text in ("same ordering", "reversed", "baseline"))
+UNPUBLISHED, NO_DATA, NOT_PLAYED = "nothing published", "no data here", "not played"
+VERDICTS = (REPRODUCED, DIFFERS, UNDECIDED, SAME, REVERSED, BASELINE, UNPUBLISHED, NO_DATA, NOT_PLAYED)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A cell all of whose runs are finished.
+
+    Attributes:
+        values: the figure by seed, at least one; None where a seed does not reach the target.
+        rounds: rounds played, by seed.
+        effect: the figure at every point of the sweep, for people.
+        seconds: time of the runs.
+        build: fedkern's version in the runs.
+    """
+
+    values: Mapping[int, float | None]
+    rounds: Mapping[int, float] = field(default_factory=dict)
+    effect: str = ""
+    seconds: float = 0.0
+    build: str = ""
+
+    @property
+    def reached(self) -> dict[int, float]:
+        """The values of the seeds that have one."""
+        return {seed: value for seed, value in self.values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verdict, one of `VERDICTS`, and what it rests on.
+
+    Attributes:
+        detail: a few words, such as by how much the figure differs.
+        ours: mean over the seeds of the cell's measure, with its interval; None where a seed has no figure.
+        gap: mean difference to the baseline, paired by seed, with its interval; None without a baseline.
+        published_gap: the paper's difference to its baseline; None where the paper does not tell.
+    """
+
+    kind: str
+    detail: str = ""
+    ours: Difference | None = None
+    gap: Difference | None = None
+    published_gap: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
+
+def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
+    """The cell's figure of a finished run; None where the run does not reach the target.
+
+    Raises:
+        UserError: the run does not tell the figure.
+    """
+    if cell.goal is not None:
+        check_told(cell.goal.figure, run)
+        return cell.goal.crossing(run.records)
+    if cell.figure == BYTES:
+        return float(run.summary["bytes"]["total"])
+    if cell.figure.startswith(BEST):
+        return best(cell.figure.removeprefix(BEST), run)
+    if cell.figure not in run.metrics:
+        raise _untold(cell.figure, run, run.metrics)
+    return run.metrics[cell.figure]
+
+
+def best(figure: str, run: FoundRun) -> float:
+    """The best value of a figure over the evaluated rounds; raises UserError where no round tells the figure."""
+    check_told(figure, run)
+    values = [record[figure] for record in run.records if isinstance(record.get(figure), float)]
+    finite = [value for value in values if math.isfinite(value)]
+    return (min if falls(figure, run) else max)(finite, default=math.nan)
+
+
+def check_told(figure: str, run: FoundRun) -> None:
+    """Raises UserError where no round of a run tells a figure."""
+    figures = {name for record in run.records for name, value in record.items() if isinstance(value, float)}
+    if figure not in figures:
+        raise _untold(figure, run, figures)
+
+
+def _untold(figure: str, run: FoundRun, figures: Mapping[str, float] | set[str]) -> UserError:
+    return UserError(
+        f'The run in {run.folder} tells no figure "{figure}": it has {", ".join(sorted(figures))}.'
+        f"{nearest(figure, figures)}"
+    )
+
+
+def falls(figure: str, run: FoundRun) -> bool:
+    """Whether a lower figure is a better one."""
+    least = run.config.better == "min" and figure.endswith(run.config.main)
+    return least or figure in (ROUNDS, BYTES) or figure.endswith(FALLING)
+
+
+def quality(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
+    """How good a run is in what a sweep's best point is best in, the larger the better; without the target: worse.
+
+    Raises:
+        UserError: the run does not tell the figure.
+    """
+    name, reached = cell.figure.removeprefix(BEST), 1.0
+    if cell.select == "validation":
+        name = f"validation_{run.config.main}"
+        if name not in run.metrics:
+            raise _untold(name, run, run.metrics)
+        value: float | None = run.metrics[name]
+    else:
+        value = figure_of(cell, run)
+    if value is None:
+        assert cell.goal is not None
+        name, reached = cell.goal.figure, 0.0
+        value = best(name, run)
+    return reached, -math.inf if math.isnan(value) else -value if falls(name, run) else value
+
+
+def judge(
+    cell: PublishedCell, outcome: Outcome, baseline: Outcome | None = None, published_baseline: float | None = None
+) -> Verdict:
+    """The verdict on a cell all of whose runs are finished.
+
+    Args:
+        cell: the cell.
+        outcome: of its runs.
+        baseline: of the baseline's runs; None without a baseline or while it is not played.
+        published_baseline: the paper's value of the baseline.
+    """
+    values, others = outcome.reached, {} if baseline is None else baseline.reached
+    published, gap = cell.published, paired(values, others)
+    published_gap: float | None
+    if cell.measure == "value":
+        ours = paired(values, dict.fromkeys(values, 0.0)) if len(values) == len(outcome.values) else None
+        published_gap = None if published is None or published_baseline is None else published - published_baseline
+    elif cell.measure == "difference":
+        ours, published_gap = gap, published
+    else:
+        ours, published_gap = _ratio(values, others), None if published is None else published - 1
+
+    def verdict(kind: str, detail: str = "") -> Verdict:
+        return Verdict(kind, detail, ours, gap, published_gap)
+
+    if published is None:
+        return verdict(UNPUBLISHED)
+    if cell.scale == "smaller" and not cell.baseline:
+        return verdict(BASELINE)
+    if len(values) < len(outcome.values):
+        return verdict(*_unreached(cell, published, outcome))
+    if cell.scale == "smaller":
+        return verdict(*_ordering(gap, published_gap))
+    if ours is None:
+        return verdict(UNDECIDED, "its baseline is not played")
+    return verdict(*_value(cell, published, ours))
+
+
+def _ratio(values: Mapping[int, float], others: Mapping[int, float]) -> Difference | None:
+    """The geometric mean of the ratios over common seeds, with the interval of their logarithms; None without any."""
+    if any(value <= 0 for value in (*values.values(), *others.values())):
+        return None
+    logarithms = [{seed: math.log(value) for seed, value in each.items()} for each in (values, others)]
+    difference = paired(*logarithms)
+    if difference is None:
+        return None
+    low, high = (None if end is None else math.exp(end) for end in (difference.low, difference.high))
+    return Difference(math.exp(difference.mean), low, high)
+
+
+def _value(cell: PublishedCell, published: float, ours: Difference) -> tuple[str, str]:
+    if ours.low is None or ours.high is None:
+        return UNDECIDED, "one seed has no interval"
+    if not ours.low <= published <= ours.high:
+        return DIFFERS, f"by {shown(cell, ours.mean - published, '+')}"
+    half = (ours.high - ours.low) / 2
+    if cell.tolerance is not None and half > cell.tolerance:
+        return UNDECIDED, f"± {shown(cell, half)} is wider than ± {shown(cell, cell.tolerance)}"
+    return REPRODUCED, ""
+
+
+def _ordering(gap: Difference | None, published_gap: float | None) -> tuple[str, str]:
+    if gap is None or published_gap is None:
+        return UNDECIDED, "its baseline is not played" if gap is None else "the paper tells no value of the baseline"
+    if gap.low is None or gap.high is None:
+        return UNDECIDED, "one seed has no interval"
+    if gap.low <= 0 <= gap.high:
+        return UNDECIDED, "the interval of the difference holds 0"
+    return (SAME if gap.mean * published_gap > 0 else REVERSED), ""
+
+
+def _unreached(cell: PublishedCell, published: float, outcome: Outcome) -> tuple[str, str]:
+    """The verdict where seeds miss the target: they need more rounds than they played."""
+    missing = [outcome.rounds[seed] for seed, value in outcome.values.items() if value is None]
+    count = f"{len(missing)} of {len(outcome.values)} seeds miss {cell.goal} in {min(missing):,.0f} rounds"
+    fewest = min([*missing, *outcome.reached.values()])
+    if cell.scale == "paper" and cell.measure == "value" and fewest > published + (cell.tolerance or 0):
+        return DIFFERS, f"by more than {shown(cell, fewest - published, '+')}; {count}"
+    return UNDECIDED, count
+
+
+def shown(cell: PublishedCell, value: float, sign: str = "") -> str:
+    """A value of the cell's measure, or with ``sign`` "+" a difference, for people."""
+    if cell.measure == "ratio":
+        return f"{value:{sign}.2f}"
+    if cell.figure in (ROUNDS, BYTES):
+        return f"{value:{sign},.0f}"
+    figure = cell.figure.removeprefix(BEST)
+    if sign or cell.measure == "difference":
+        return number(figure, value, sign or "+") + " points" * bool(scale(figure)[1])
+    return human_metric(figure, value)

@@ -1,0 +1,54 @@
+"""Networks and splits of FedAvg's first table."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from fedkern.comparison.papers.mcmahan2017 import CNN, TwoNN, mnist, shares
+from fedkern.errors import UserError
+
+LABELS = torch.from_numpy(np.random.default_rng(0).permutation(np.arange(6000) % 10))
+
+
+@pytest.mark.parametrize(("kind", "parameters"), [(TwoNN, 199_210), (CNN, 1_663_370)])
+def test_the_networks_have_the_papers_number_of_parameters(kind, parameters):
+    network = kind()
+    assert sum(each.numel() for each in network.parameters()) == parameters
+    assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("partition", ["iid", "classes:2"])
+def test_every_image_is_at_one_client(partition):
+    parts = shares(LABELS, 100, partition, 3)
+    assert [len(rows) for rows in parts] == [60] * 100
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(6000))
+    assert all(torch.equal(*pair) for pair in zip(parts, shares(LABELS, 100, partition, 3), strict=True))
+    assert not torch.equal(parts[0], shares(LABELS, 100, partition, 4)[0])
+
+
+def test_a_shard_has_one_digit_and_a_client_two_shards():
+    digits = [len(LABELS[rows].unique()) for rows in shares(LABELS, 100, "classes:2", 0)]
+    assert set(digits) == {1, 2}  # every digit fills 20 whole shards here
+    assert len(LABELS[shares(LABELS, 100, "iid", 0)[0]].unique()) > 5
+
+
+def test_another_partition_is_refused():
+    with pytest.raises(UserError, match="iid and classes:2"):
+        shares(LABELS, 100, "dirichlet:0.5", 0)
+
+
+def test_mnist_has_all_images_as_pixels_in_0_to_1(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 400), ("t10k", 30)):
+        images, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), (np.arange(count) % 10).astype(np.uint8)
+        for kind, magic, array in (("images-idx3", 0x803, images), ("labels-idx1", 0x801, labels)):
+            header = struct.pack(f">{1 + array.ndim}I", magic, *array.shape)
+            (tmp_path / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    data = mnist(tmp_path, 20, "classes:2", 0)
+    assert data.client_sizes == (20,) * 20
+    assert len(data.tests[""]) == 30
+    assert len(data.validation) == 0
+    assert (data.form.mean, data.form.std) == ((0.0,), (1.0,))

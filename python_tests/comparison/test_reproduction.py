@@ -1,0 +1,264 @@
+"""Playing a paper's cells: budgets, sweeps, runs beforehand, what is played once, data that are not here."""
+
+import csv
+
+import pytest
+
+from fedkern.cli.command_parser import parse
+from fedkern.cli.commands import reproduce
+from fedkern.comparison import cell_runner, published, reproduction
+from fedkern.comparison.reproduction import CSV, MARKDOWN, Deadline, OutOfTime, Reproduction
+from fedkern.errors import UserError
+from fedkern.files.folder_lock import FolderLock
+
+DIGITS = (
+    "--data digits --train-samples 90 --clients 3 --model mlp --width 8 --threads 1 --grad-cam 0 --local-steps 2 "
+    "--rounds 2"
+)
+PAPER = f"""
+title = "Tiny"
+[words]
+digits = "{DIGITS}"
+[defaults]
+table = "1"
+figure = "accuracy"
+scale = "smaller"
+smaller = "digits"
+seeds = 2
+
+[[cells]]
+name = "average"
+command = "fedavg {{digits}}"
+published = 0.9
+sweep = ["lr=0.0001,0.1"]
+minutes = 3
+
+[[cells]]
+name = "proximal"
+command = "fedprox {{digits}} --lr 0.1"
+published = 0.95
+baseline = "average"
+minutes = 2
+
+[[cells]]
+name = "bytes"
+table = "2"
+command = "fedprox {{digits}} --lr 0.1"
+figure = "bytes"
+seeds = 3
+minutes = 1
+"""
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """The runs that are begun: method, learning rate and seed."""
+    begun, real = [], cell_runner.run
+
+    def run(config, **more):
+        begun.append((config.method, config.lr, config.seed))
+        return real(config, **more)
+
+    monkeypatch.setattr(cell_runner, "run", run)
+    return begun
+
+
+@pytest.fixture
+def paper(tmp_path):
+    def made(text: str = PAPER, *flags: str, budget: float | None = None) -> Reproduction:
+        path = tmp_path / "tiny.toml"
+        path.write_text(text)
+        request = parse(["reproduce", str(path), "--workers", "1", *flags])
+        return Reproduction(
+            published.read(str(path)),
+            tmp_path / "out",
+            lambda words: reproduce.command_of(request, words),
+            budget=budget,
+        )
+
+    return made
+
+
+def verdicts(made: Reproduction) -> dict[str, str]:
+    return {row.cell.name: row.verdict.kind for row in made.rows()}
+
+
+def test_cells_are_played_once_and_the_best_point_with_every_seed(paper, played):
+    made = paper()
+    cells, lines = made.plan(made.select())
+    assert [cell.name for cell in cells] == ["bytes", "proximal", "average"]  # the dearest last
+    assert lines[0] == "next: bytes (0 of 3 runs finished, about 1 min 00 s left)"
+    made.play(cells)
+    assert not made.failures
+    assert played == [
+        *(("fedprox", 0.1, seed) for seed in (0, 1, 2)),  # those of "proximal" are among these
+        ("fedavg", 0.0001, 0), ("fedavg", 0.1, 0), ("fedavg", 0.1, 1),
+    ]  # fmt: skip
+    found = verdicts(made)
+    assert found["average"] == "smaller scale: baseline"
+    assert found["bytes"] == "nothing published"
+    again = paper()
+    assert again.plan(again.select())[0] == []
+    assert verdicts(again) == found
+    rows = list(csv.DictReader((made.out / CSV).read_text().splitlines()))
+    assert [row["name"] for row in rows] == ["average", "proximal", "bytes"]
+    assert "lr 0.1: " in rows[0]["swept"]
+    assert rows[0]["swept"].endswith("(chosen)")
+    assert float(rows[1]["gap"]) == pytest.approx(float(rows[1]["ours"]) - float(rows[0]["ours"]))
+    text = (made.out / MARKDOWN).read_text()
+    assert text.startswith("# Tiny\n")
+    assert "average, smaller scale: digits." in text
+    assert "Tiny" in (made.out / "report.html").read_text()
+
+
+def test_a_budget_leaves_the_dearest_out(paper):
+    made = paper(budget=200)
+    cells, lines = made.plan(made.select())
+    assert [cell.name for cell in cells] == ["bytes", "proximal"]
+    assert lines[2].startswith("beyond the budget: average")
+    assert verdicts(made) == dict.fromkeys(("average", "proximal", "bytes"), "not played")
+
+
+def test_cells_are_chosen_by_name_pattern_and_table(paper):
+    made = paper()
+    assert [cell.name for cell in made.select(["p*", "bytes"])] == ["proximal", "bytes"]
+    assert [cell.name for cell in made.select(table="1")] == ["average", "proximal"]
+    for names, table, said in ((["averge"], None, 'Did you mean "average"'), ([], "3", 'no table "3", but 1, 2')):
+        with pytest.raises(UserError, match=said):
+            made.select(names, table)
+
+
+def test_a_run_stops_between_rounds_and_goes_on(paper, played, monkeypatch):
+    made = paper(budget=1000)
+    rounds, check = [], Deadline.check
+
+    def out_of_time(deadline):
+        rounds.append(len(played))
+        if len(rounds) == 3:  # before the cell, and before the second round of its first run
+            raise OutOfTime
+        check(deadline)
+
+    monkeypatch.setattr(Deadline, "check", out_of_time)
+    made.play(made.select(["bytes"]))
+    assert played == [("fedprox", 0.1, 0)]
+    assert not made.failures
+    monkeypatch.setattr(Deadline, "check", check)
+    again = paper(budget=1000)
+    again.play(again.select(["bytes"]))
+    assert played[1:] == [("fedprox", 0.1, seed) for seed in (0, 1, 2)]
+    assert verdicts(again)["bytes"] == "nothing published"
+
+
+def test_a_cell_that_another_process_plays_is_left_to_it(paper, played):
+    made = paper()
+    job = made.jobs["average"]
+    job.folder.mkdir(parents=True)
+    lines = []
+    made.tell = lines.append
+    with FolderLock(job.folder):
+        made.play(made.select(["average", "bytes"]))
+    assert {method for method, _, _ in played} == {"fedprox"}
+    assert "  another process plays it" in lines
+    assert verdicts(made)["average"] == "not played"
+
+
+def test_a_point_that_fails_is_not_played_again(paper, played):
+    made = paper(PAPER.replace("lr=0.0001,0.1", "lr=1e30,0.1"))
+    made.play(made.select(["average"]))
+    assert played == [("fedavg", 1e30, 0), ("fedavg", 0.1, 0), ("fedavg", 0.1, 1)]
+    assert not made.failures
+    (row, *_) = made.rows()
+    assert row.outcome.effect.startswith("lr 1e+30: failed; lr 0.1: ")
+    assert paper(PAPER.replace("lr=0.0001,0.1", "lr=1e30,0.1")).plan(made.select(["average"]))[0] == []
+
+
+def test_a_cell_that_fails_leaves_the_others(paper):
+    made = paper(PAPER.replace('fedprox {digits} --lr 0.1"\npublished', 'fedprox {digits} --lr 1e30"\npublished'))
+    made.play(made.plan(made.select())[0])
+    assert list(made.failures) == ["proximal"]
+    assert verdicts(made) == {
+        "average": "smaller scale: baseline", "proximal": "not played", "bytes": "nothing published"
+    }  # fmt: skip
+    assert "proximal" in (made.out / MARKDOWN).read_text()
+
+
+BEFORE = f"""
+[[before]]
+name = "teachers"
+command = "ensemble {DIGITS.replace(" --local-steps 2 --rounds 2", " --local-epochs 1")}"
+minutes = 2
+
+[[cells]]
+table = "1"
+name = "students"
+command = "ensemble {DIGITS.replace(" --local-steps 2 --rounds 2", " --local-epochs 1")} --teachers {{before}}"
+figure = "accuracy"
+seeds = 2
+before = "teachers"
+minutes = 1
+"""
+
+
+def test_what_is_run_before_is_played_for_every_seed(paper, played):
+    made = paper(BEFORE)
+    assert made.plan(made.select())[1] == ["next: students (0 of 2 runs finished, about 3 min 00 s left)"]
+    made.play(made.select())
+    assert not made.failures
+    assert [seed for _, _, seed in played] == [0, 1, 0, 1]
+    job = made.jobs["students"]
+    for seed in (0, 1):
+        config = job.runner.make(job.points[0], seed)
+        assert config.teachers == str((made.out / job.before.folder.name / f"ensemble_seed={seed}").absolute())
+    assert paper(BEFORE).plan(made.select())[0] == []
+
+
+def test_a_second_process_waits_for_what_is_run_before(paper, played, monkeypatch):
+    monkeypatch.setattr(reproduction, "POLL", 0.01)
+    made, other = paper(BEFORE), paper(BEFORE)
+    before = other.jobs["students"].before
+    before.folder.mkdir(parents=True)
+    lock = FolderLock(before.folder)
+    lock.__enter__()
+    polls = []
+
+    def sleep(seconds):
+        polls.append(seconds)
+        if len(polls) == 2:
+            lock.__exit__()
+
+    monkeypatch.setattr(reproduction.time, "sleep", sleep)
+    made.play(made.select())
+    assert len(polls) >= 2
+    assert verdicts(made) == {"students": "nothing published"}
+
+
+def test_cells_without_data_are_said_beforehand(paper):
+    text = PAPER.replace("fedavg {digits}", "fedavg --data mnist --clients 3")
+    made = paper(text.replace("fedprox {digits}", "fedprox {digits} --plugin examples/papers/nothing.py", 1))
+    cells, lines = made.plan(made.select())
+    assert [cell.name for cell in cells] == ["bytes"]
+    assert lines[0].startswith('no data here: average (data set "mnist" is read from files')
+    assert lines[1].startswith("no data here: proximal (examples/papers/nothing.py is neither")
+    assert verdicts(made) == {"average": "no data here", "proximal": "no data here", "bytes": "not played"}
+
+
+def test_a_figure_that_runs_do_not_tell_is_refused(paper):
+    made = paper(PAPER.replace('figure = "bytes"', 'figure = "accurcy"'))
+    made.play(made.select(["bytes"]))
+    assert 'no figure "accurcy"' in made.failures["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--seed 1", "its command has --seed: leave it out, as the key seeds gives the seeds"),
+        ("--out x", "its command has --out"),
+        ("--data-root x", "its command has --data-root"),
+        ("--resume x", "its command has --resume"),
+        ("--lr -1", "--lr"),
+    ],
+)
+def test_a_command_that_is_no_cell_is_refused(paper, flag, said):
+    with pytest.raises(UserError, match='cell "average": ') as error:
+        paper(PAPER.replace("fedavg {digits}", f"fedavg {{digits}} {flag}"))
+    assert said in str(error.value)
