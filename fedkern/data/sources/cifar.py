@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ def read_records(folder: Path, name: str, data: str, label_counts: tuple[int, ..
     return images, torch.from_numpy(labels)
 
 
+CIFAR10_SCALE: Mapping[str, tuple[float, ...]] = {
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+"""Normalisation of CIFAR-10's images, per channel."""
+
+
 def open_cifar10(root: str | Path | None) -> Source:
     """Reads CIFAR-10 from ``root``, ``root/cifar10`` or ``root/cifar-10-batches-bin``."""
     batches = [f"data_batch_{i}.bin" for i in range(1, 6)]
@@ -73,8 +81,7 @@ def open_cifar10(root: str | Path | None) -> Source:
     parts = [read_records(folder, name, "cifar10", (10,)) for name in batches]
     train = torch.cat([images for images, _ in parts]), torch.cat([labels[:, 0] for _, labels in parts])
     test_images, test_labels = read_records(folder, "test_batch.bin", "cifar10", (10,))
-    scale = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
-    return _source("cifar10", CIFAR10_CLASSES, train, (test_images, test_labels[:, 0]), **scale)
+    return _source("cifar10", CIFAR10_CLASSES, train, (test_images, test_labels[:, 0]), **CIFAR10_SCALE)
 
 
 def open_cifar100(root: str | Path | None, labels: str = "fine") -> Source:

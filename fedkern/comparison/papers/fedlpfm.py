@@ -1,0 +1,46 @@
+"""EfficientNet-Lite0's frozen features under a linear classifier, for the row of FedCGS beside Fed-LPFM."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.data.sources.cifar import CIFAR10_CLASSES, CIFAR10_SCALE
+from fedkern.models.efficientnet_lite import NAME, SHA256, EfficientNetLiteTeacher
+from fedkern.models.teacher import CallableTeacher
+from fedkern.models.teacher_cache import LogitsCache
+
+WIDTH = 1280
+
+
+class FrozenFeatures(nn.Module):
+    """A linear classifier on the features of EfficientNet-Lite0; the classifier alone has parameters and travels.
+
+    An image's features are computed once and kept in the user's cache folder, beside teachers' logits.
+
+    Args:
+        classes: number of classes.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """CIFAR-10's normalised images fp32 ``[B, 3, 32, 32]`` to logits ``[B, classes]``."""
+        store, extractor = _extractor()
+        with torch.no_grad():
+            features = store.logits(extractor, [images])
+        logits: Tensor = self.head(features.to(images.device))
+        return logits
+
+
+@cache
+def _extractor() -> tuple[LogitsCache, CallableTeacher]:
+    mean, std = CIFAR10_SCALE["mean"], CIFAR10_SCALE["std"]
+    network = EfficientNetLiteTeacher(CIFAR10_CLASSES, mean=mean, std=std)
+    name = f"features of {NAME}"
+    extractor = CallableTeacher(network.features, WIDTH, name=name, identity={"model": name, "weights": SHA256})
+    return LogitsCache(None, mean, std), extractor
