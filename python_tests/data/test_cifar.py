@@ -77,27 +77,18 @@ def test_missing_batch(tmp_path: Path) -> None:
         load("cifar10", root=tmp_path)
 
 
-def test_truncated_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("data_batch_2.bin", lambda raw: raw[:-1], rf"holds {12 * 3073 - 1} bytes.*records of 3073 bytes"),
+        ("test_batch.bin", lambda raw: b"", "holds 0 bytes"),
+        ("data_batch_1.bin", lambda raw: bytes([77]) + raw[1:], "holds label 77, expected 0 to 9"),
+    ],
+)
+def test_a_damaged_batch_is_named_with_its_damage(tmp_path: Path, name: str, change, words: str) -> None:
     write_cifar10(tmp_path)
-    path = tmp_path / "data_batch_2.bin"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"data_batch_2.bin holds {12 * 3073 - 1} bytes.*records of 3073 bytes"):
-        load("cifar10", root=tmp_path)
-
-
-def test_empty_batch(tmp_path: Path) -> None:
-    write_cifar10(tmp_path)
-    (tmp_path / "test_batch.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"test_batch.bin holds 0 bytes"):
-        load("cifar10", root=tmp_path)
-
-
-def test_label_out_of_range(tmp_path: Path) -> None:
-    content = write_cifar10(tmp_path)
-    rows = content["data_batch_1.bin"].copy()
-    rows[5, 0] = 77
-    rows.tofile(tmp_path / "data_batch_1.bin")
-    with pytest.raises(UserError, match=r"data_batch_1.bin holds label 77, expected 0 to 9"):
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    with pytest.raises(UserError, match=f"{name} {words}"):
         load("cifar10", root=tmp_path)
 
 

@@ -65,60 +65,43 @@ def test_one_missing_file_is_named(tmp_path: Path, write_idx, name: str) -> None
         load("mnist", root=tmp_path, clients=2)
 
 
-def test_truncated_file(tmp_path: Path, write_idx) -> None:
+FULL = 16 + 120 * 784
+DAMAGES = {
+    "truncated": (TRAIN_IMAGES, lambda raw: raw[:-100], f"holds {FULL - 100} bytes, expected {FULL} for the 120x28x28"),
+    "trailing bytes": (TRAIN_LABELS, lambda raw: raw + b"x", "holds 129 bytes, expected 128"),
+    "another magic": (
+        TRAIN_IMAGES,
+        lambda raw: b"\x89PNG" + raw[4:],
+        "starts with magic 0x89504e47, expected 0x00000803",
+    ),
+    "no header": (TRAIN_IMAGES, lambda raw: b"\0\0\x08", "has 3 bytes, fewer than the 16 of an IDX header"),
+    "too few labels": (
+        TRAIN_LABELS,
+        lambda raw: struct.pack(">2I", 0x801, 7) + bytes(7),
+        "announces 120 images but .* 7 labels",
+    ),
+    "a label out of range": (
+        TRAIN_LABELS,
+        lambda raw: struct.pack(">2I", 0x801, 120) + bytes(119) + b"\x0a",
+        "holds label 10, expected 0 to 9",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_with_its_damage(tmp_path: Path, write_idx, damage: str) -> None:
+    name, change, words = DAMAGES[damage]
     write_idx(tmp_path)
-    path = tmp_path / TRAIN_IMAGES
-    path.write_bytes(path.read_bytes()[:-100])
-    full = 16 + 120 * 784
-    with pytest.raises(UserError, match=rf"{TRAIN_IMAGES} holds {full - 100} bytes, expected {full} for the 120x28x28"):
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    with pytest.raises(UserError, match=words) as caught:
         load("mnist", root=tmp_path, clients=2)
+    assert name in str(caught.value) or damage == "too few labels"
 
 
-def test_trailing_bytes(tmp_path: Path, write_idx) -> None:
-    write_idx(tmp_path)
-    path = tmp_path / TRAIN_LABELS
-    path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(UserError, match=rf"{TRAIN_LABELS} holds 129 bytes, expected 128"):
-        load("mnist", root=tmp_path, clients=2)
-
-
-def test_wrong_magic(tmp_path: Path, write_idx) -> None:
-    write_idx(tmp_path)
-    path = tmp_path / TRAIN_IMAGES
-    path.write_bytes(b"\x89PNG" + path.read_bytes()[4:])
-    with pytest.raises(UserError, match=rf"{TRAIN_IMAGES} starts with magic 0x89504e47, expected 0x00000803"):
-        load("mnist", root=tmp_path, clients=2)
-
-
-def test_header_only_and_empty_files(tmp_path: Path, write_idx) -> None:
-    write_idx(tmp_path)
-    (tmp_path / TRAIN_IMAGES).write_bytes(b"\0\0\x08")
-    with pytest.raises(UserError, match="has 3 bytes, fewer than the 16 of an IDX header"):
-        load("mnist", root=tmp_path, clients=2)
-
-
-def test_counts_that_disagree(tmp_path: Path, write_idx) -> None:
-    write_idx(tmp_path)
-    (tmp_path / TRAIN_LABELS).write_bytes(struct.pack(">2I", 0x801, 7) + bytes(7))
-    with pytest.raises(UserError, match=r"announces 120 images but .* 7 labels"):
-        load("mnist", root=tmp_path, clients=2)
-
-
-def test_label_out_of_range(tmp_path: Path, write_idx) -> None:
-    write_idx(tmp_path)
-    (tmp_path / TRAIN_LABELS).write_bytes(struct.pack(">2I", 0x801, 120) + bytes(119) + b"\x0a")
-    with pytest.raises(UserError, match="holds label 10, expected 0 to 9"):
-        load("mnist", root=tmp_path, clients=2)
-
-
-@pytest.mark.parametrize("damage", ["cut", "garbage", "flipped"])
-def test_damaged_gzip(tmp_path: Path, write_idx, damage: str) -> None:
+def test_damaged_gzip(tmp_path: Path, write_idx) -> None:
     write_idx(tmp_path, compressed=True)
     path = tmp_path / f"{TRAIN_IMAGES}.gz"
-    raw = bytearray(path.read_bytes())
-    if damage == "flipped":
-        raw[len(raw) // 2] ^= 0xFF
-    path.write_bytes({"cut": raw[: len(raw) // 2], "garbage": b"not gzip at all", "flipped": raw}[damage])
+    path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=rf"{TRAIN_IMAGES}.gz is not a complete gzip file"):
         load("mnist", root=tmp_path, clients=2)
 

@@ -348,10 +348,6 @@ def test_segmentation_in_split_folders(tmp_path, splits):
         (lambda t: (t / "masks" / "3.png").write_text("no"), r"cannot read the mask or its image .*masks/3"),
         (lambda t: picture(t / "masks" / "3.png", 3), r"masks/3\.png has colours"),
         (lambda t: mask(t / "masks" / "3.png", np.zeros((4, 5))), r"masks/3\.png has 5x4 pixels, its image .* 12x10"),
-        (
-            lambda t: mask(t / "masks" / "3.png", np.full((10, 12), 4)),
-            r"hold 0, 4, 255 \(255 in .*/masks/0\.png\), expected",
-        ),
         (lambda t: Image.new("I;16", (12, 10), 700).save(t / "masks" / "3.png"), "holds 700, expected class numbers"),
         (
             lambda t: mask(t / "masks" / "3.tif", np.zeros((10, 12))),
@@ -432,12 +428,6 @@ def test_what_is_not_known_is_ignored(tmp_path):
         opened("segmentation", tmp_path, size=16, ignore=255)
 
 
-def test_a_class_beyond_the_names(tmp_path):
-    write_pairs(tmp_path, (0, 1, 2))
-    with pytest.raises(UserError, match=r"holds 2, expected 0 to 1"):
-        opened("segmentation", tmp_path, names="background|tumour")
-
-
 @pytest.mark.parametrize(
     ("method", "settings", "words"),
     [
@@ -512,19 +502,3 @@ def test_what_macos_adds_is_no_table(tmp_path):
     listed_images(tmp_path, "path,label", "img/{i}.png,{label}")
     (tmp_path / "._list.csv").write_bytes(b"\0\5")
     assert load("csv", root=tmp_path, options={"size": 8}, partition="iid", clients=2).classes == ("a", "b")
-
-
-@pytest.mark.parametrize("names", ["", "ground|one|two"])
-def test_void_pixels_name_the_option(tmp_path, names):
-    for i in range(20):
-        for folder in ("images", "masks"):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            picture = Image.new("L", (8, 8), i if folder == "images" else 2)
-            picture.paste(255, (0, 0, 2, 8))
-            picture.paste(1, (2, 0, 4, 8))
-            picture.paste(0, (4, 0, 6, 8))
-            picture.save(tmp_path / folder / f"{i}.png")
-    options = {"size": 8, "names": names}
-    with pytest.raises(UserError, match=r"255.*, expected .*; where 255 marks unknown .* --data-option ignore=255$"):
-        load("segmentation", root=tmp_path, options=options)
-    assert len(load("segmentation", root=tmp_path, options={**options, "ignore": 255}, clients=2).classes) == 3

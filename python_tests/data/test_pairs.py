@@ -69,7 +69,7 @@ def test_a_window_is_no_larger_than_the_image(tmp_path):
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(UserError, match='data set "pairs": crop is 32, more than size, 16'):
         opened("pairs", tmp_path, crop=32)
-    config = RunConfig.make("feddra", data="captions", augment="window", rounds=1)
+    config = RunConfig.make("feddra", data="captions", augment="window", train_samples=24)
     with pytest.raises(UserError, match=r"--augment window draws the place of a window .* crop=N"):
         run(config, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

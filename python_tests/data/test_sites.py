@@ -65,16 +65,6 @@ def test_a_column_makes_the_clients(tmp_path, name, column):
     assert said == []
 
 
-def test_masks_of_named_clients(tmp_path):
-    root = table(tmp_path, "image,mask,hospital", line="{i}.png,m{i}.png,{site}")
-    for i in range(30):
-        mask = Image.new("L", (9, 8))
-        mask.paste(255, (1, 1, 4, 4))
-        mask.save(root / f"m{i}.png")
-    data = opened("segmentation", root)
-    assert (data.client_names, held_by(data)) == (SITES, [0, 1, 2])
-
-
 def test_the_first_of_the_columns_and_the_one_that_is_named(tmp_path):
     root = table(tmp_path, "path,label,hospital,site,client,ward", line="{i}.png,{label},X,{site},,W{site}")
     assert opened("csv", root).client_names == SITES  # client is empty, and site comes before hospital
@@ -501,16 +491,6 @@ def test_segmentation_counts_the_largest_object(tmp_path):
     assert data.statistics.counts.tolist() == [
         [0, len(split) + test] for split, test in zip(apart.clients, apart.statistics.own_tests, strict=True)
     ]
-
-
-def test_a_held_out_site_takes_its_own_test_images_along(tmp_path):
-    data = opened("folder", site_folders(tmp_path, ("train", "test")))
-    apart = hold_out(data, held_out=2, share=0, seed=0)
-    assert {name.split("/")[0] for name in apart.tests[""].ids} == {"Aachen", "Bonn"}
-    seen = {*data.clients[2].ids, *data.client_tests[2].ids}
-    assert set(apart.tests["held_out"].ids) == seen | {name for name in data.validation.ids if "Celle" in name}
-    assert [len(split) for split in apart.client_tests] == [20, 20]
-    assert apart.statistics.own_tests == (20, 20)
 
 
 def test_messages_name_the_client(tmp_path):
