@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -218,15 +217,6 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
     assert read_prompts(str(tmp_path / "prompts.json"), CLASSES)[0] == ["x"]
 
 
-def test_folders_that_hold_no_clip(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="needs the extra [foundation]")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=f"cannot load a CLIP from {tmp_path}"):
-        make(tmp_path).logits(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(UserError, match=r"the CLIP folder .*nowhere does not exist"):
-        make(tmp_path / "nowhere")
-
-
 def pickled(folder: Path, base: Path, drop: str = "-", **more: Any) -> Path:
     """A copy of a folder whose weights are pytorch_model.bin, without those whose names hold ``drop``."""
     copied = base / "pickled"
@@ -264,12 +254,6 @@ def test_a_pickle_of_more_than_tensors_is_refused(folder: Path, tmp_path: Path) 
 def test_a_clip_without_some_of_its_weights_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the CLIP .*pickled lacks 1 of the \d+ tensors .*, such as visual_projection"):
         make(pickled(folder, tmp_path, drop="visual_projection")).logits(torch.zeros(1, 3, 32, 32))
-
-
-def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="needs transformers: pip install "):
-        make(folder).logits(torch.zeros(1, 3, 32, 32))
 
 
 def test_a_whole_run_with_clip(

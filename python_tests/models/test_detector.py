@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +122,16 @@ def test_other_thresholds_are_detected_anew(folder: Path, tmp_path: Path, forwar
 
 
 def test_the_thresholds_filter_scores(folder: Path) -> None:
-    images = load("digits", clients=1, partition="iid", train_samples=12).clients[0].images.expand(-1, 3, -1, -1)
+    images = load("digits", clients=1, partition="iid", train_samples=6).clients[0].images.expand(-1, 3, -1, -1)
     count = {
         (box, text): sum(map(len, GroundingDino(folder, box, text).detect(images, "7")))
-        for box in (0.0, 0.6, 0.9) for text in (0.0, 0.6, 0.9)
+        for box in (0.0, 0.9) for text in (0.0, 0.6, 0.9)
     }  # fmt: skip
-    assert count[0.0, 0.0] == 12 * 4  # all queries
+    assert count[0.0, 0.0] == 6 * 4  # all queries
     assert count[0.0, 0.0] > count[0.9, 0.0] > 0
     assert count[0.0, 0.0] > count[0.0, 0.9]
     # The name's own token may fall short where the best token passes, never the other way round.
-    assert all(count[box, 0.9] <= count[box, 0.6] <= count[box, 0.0] for box in (0.0, 0.6, 0.9))
+    assert all(count[box, 0.9] <= count[box, 0.6] <= count[box, 0.0] for box in (0.0, 0.9))
     assert count[0.9, 0.9] == count[0.0, 0.9]
 
 
@@ -211,25 +210,7 @@ def test_a_folder_with_a_pickle_alone(folder: Path, tmp_path: Path) -> None:
         GroundingDino(copied).detect(images, "3")
 
 
-def test_a_folder_without_a_model(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="needs the extra [foundation]")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=f"cannot load a Grounding DINO from {tmp_path}"):
-        GroundingDino(tmp_path).detect(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "cat")
-
-
-def test_a_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the detector folder .*nowhere does not exist"):
-        GroundingDino(tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize("thresholds", [(-0.1, 0.2), (0.2, 1.5), (float("nan"), 0.2)])
 def test_thresholds_outside_their_range(folder: Path, thresholds: tuple[float, float]) -> None:
     with pytest.raises(UserError, match=r"_threshold of the detector must lie in \[0, 1\]"):
         GroundingDino(folder, *thresholds)
-
-
-def test_without_transformers_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="needs transformers: pip install "):
-        GroundingDino(tmp_path).detect(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "cat")

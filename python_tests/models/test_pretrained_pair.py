@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -313,17 +312,12 @@ def test_a_run_and_its_model(
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["fedavg", "local"])
 def test_a_wrong_folder_ends_before_the_run_folder_is_made(tmp_path: Path, method: str) -> None:
+    few = {"train_samples": 60, "data_options": {"test_samples": 6, "validation_samples": 4}}
     with pytest.raises(UserError, match=r"the folder .*nowhere of the image encoder does not exist"):
-        run(RunConfig.make(method, data="captions", train_samples=60, image_encoder="./nowhere"), out=tmp_path / "run")
+        run(RunConfig.make(method, data="captions", **few, image_encoder="./nowhere"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_it_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
     pair(folders, "vit", "bert")
     assert capfd.readouterr() == ("", "")
-
-
-def test_without_transformers(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="needs transformers: pip install "):
-        pair(folders, "vit", "bert")

@@ -124,7 +124,8 @@ def test_a_run_learns_the_grades(tmp_path):
     assert math.isclose(float(np.asarray(probabilities).sum()), 1.0, abs_tol=1e-5)
 
 
-def test_resumed_and_with_workers_it_is_the_same_run(tmp_path):
+@pytest.mark.exhaustive
+def test_with_workers_it_is_the_same_run(tmp_path):
     settings = graded(tmp_path, ("1", "2", "10"), 40)
     options = {"size": 12, "task": "ordinal"}
     made = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -132,11 +133,12 @@ def test_the_parser_knows_a_question(code, count):
 def test_few_ask_what_kind_of_task_there_is():
     """Everything outside `fedkern.tasks` leaves it to the task's own methods, refusals excepted."""
     root = Path(fedkern.__file__).parent
-    found = [
+    words = re.compile("|".join(("task", *LABELS, *TEXTS)))
+    questions = [
         f"{path.relative_to(root)}:{node.lineno}"
         for path in sorted(root.rglob("*.py"))
-        if path.relative_to(root).parts[0] != "tasks"
-        for node in ast.walk(ast.parse(path.read_text()))
+        if path.relative_to(root).parts[0] != "tasks" and words.search(text := path.read_text())
+        for node in ast.walk(ast.parse(text))
         if is_question(node)
     ]
-    assert len(found) <= 25, found
+    assert len(questions) <= 25, questions
