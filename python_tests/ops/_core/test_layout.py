@@ -90,6 +90,7 @@ for part in (convolved, blocks, zoo, own):
 """
 
 
+@pytest.mark.exhaustive
 def test_no_part_writes_past_its_memory() -> None:
     """glibc's checks of its heap end the process where they find bytes that nobody asked for changed."""
     checks = {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}

@@ -10,7 +10,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._core import memory as _memory
+from python_tests.ops.every_operator import Operator, each_operator
 from python_tests.ops.operator_cases import KERNELS
+from python_tests.ops.operator_runs import run
 
 pytestmark = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 
@@ -173,50 +175,20 @@ def test_results_are_tensors_like_others() -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
-def test_every_operator_in_used_memory(last: bool, own_cache: _memory.Cache) -> None:
-    """Its first results leave other numbers where its second ones are written."""
-    torch.manual_seed(0)
-    layout = torch.channels_last if last else torch.contiguous_format
-    x, y = (torch.randn(20, 64, 32, 32).contiguous(memory_format=layout) for _ in range(2))
-    logits, others = (torch.randn(64, 40, 32, 32).contiguous(memory_format=layout) for _ in range(2))
-    vectors, index = list(torch.randn(3, 1_500_000)), torch.randperm(20)
-    boxes = torch.tensor([[[0.25, 0.25, 0.75, 0.75]]]).repeat(20, 1, 1)
-    calls: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "blend": lambda x, y: ops.blend(x, y, 0.3, index=index),
-        "erase_boxes": lambda x, _: ops.erase_boxes(x, boxes),
-        "fuse_concat": lambda x, y: ops.fuse_concat([x, y], activation="relu"),
-        "fuse_mean": lambda x, y: ops.fuse_mean([x, y]),
-    }
-    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "kl_div": lambda x, y: ops.kl_div(x, y, temperature=2.0),
-        "entropy": lambda x, _: ops.entropy(x),
-        "js_div": lambda x, y: ops.js_div(torch.stack([x, y])),
-    }
-    flat: dict[str, Callable[[], Tensor]] = {
-        "weighted_mean": lambda: ops.weighted_mean(vectors, [1.0, 2.0, 3.0]),
-        "median": lambda: ops.median(vectors),
-        "clip_by_norm": lambda: ops.clip_by_norm(vectors, 1.0),
-        "server_step": lambda: ops.server_step(vectors[0], vectors, [1.0] * 3, rule="mean")[0],
-    }
-
-    def results(backend_: str) -> dict[str, list[Tensor]]:
-        found: dict[str, list[Tensor]] = {}
-        with ops.use_backend(backend_):
-            for group, inputs in ((calls, (x, y)), (losses, (logits, others))):
-                for name, call in group.items():
-                    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-                    out = call(*leaves)
-                    out.sum().backward()
-                    found[name] = [out.detach(), *[t.grad for t in leaves if t.grad is not None]]
-            found |= {name: [call()] for name, call in flat.items()}
-        return found
-
-    wanted = results("reference")
-    results("cpu")
-    assert own_cache.free()
-    for name, tensors in results("cpu").items():
-        for one, other in zip(tensors, wanted[name], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+@each_operator
+def test_every_operator_in_used_memory(operator: Operator, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others left where the second results are written is in none of them."""
+    monkeypatch.setattr(_memory, "KEPT", 1 << 16)
+    inputs, others = (operator.inputs(large=True, seed=seed) for seed in (0, 1))
+    if last:
+        inputs, others = ([x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in tensors]
+                          for tensors in (inputs, others))  # fmt: skip
+    with ops.use_backend(None):
+        expected = run(operator, inputs, operator.gradient)
+        for _ in range(2):
+            run(operator, others, operator.gradient)
+        results = run(operator, inputs, operator.gradient)
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(results, expected, strict=True))
 
 
 def test_threads_do_not_share_what_is_in_use() -> None:
@@ -225,7 +197,7 @@ def test_threads_do_not_share_what_is_in_use() -> None:
 
     def work(seed: int) -> None:
         held: list[Tensor] = []
-        for turn in range(30):
+        for turn in range(12):
             held.append(joined(seed=seed))
             if turn % 3 == 2:
                 wrong.extend(seed for one in held if not torch.equal(one, wanted[seed]))

@@ -1,4 +1,4 @@
-"""What threads and processes leave a kernel: small stacks, little memory, a lost thread pool, flushed denormals."""
+"""What threads and processes leave a kernel: small stacks, little memory, flushed denormals."""
 
 from __future__ import annotations
 
@@ -68,41 +68,6 @@ with use_backend("cpu"):
             print(type(error).__name__)
 """
 
-FORKED = """
-torch.set_num_threads(2)
-torch.randn(1 << 20).add_(1)
-vectors = torch.randn(9, 1 << 18)
-vectors[0] = 1e12
-
-
-def results():
-    one, two = ops.Accumulator(1 << 18, exact), ops.Accumulator(1 << 18, exact)
-    for m, vector in enumerate(vectors):
-        (one if m % 2 or not exact else two).add(vector, m + 1.0)
-    if exact:
-        one.merge(two)
-        two.reset()
-    state = one.state_dict()
-    other = ops.Accumulator(1 << 18, exact)
-    other.load_state_dict(state)
-    return other.mean(), ops.geometric_median(vectors)
-
-
-for exact in (False, True):
-    with use_backend("cpu"):
-        expected = results()
-        child = os.fork()
-        if not child:
-            try:
-                same = all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(results(), expected))
-                os._exit(0 if same else 2)
-            finally:
-                os._exit(3)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code:
-            sys.exit(f"exact={exact}: {code}")
-"""
-
 
 def run(program: str, **values: object) -> subprocess.CompletedProcess[str]:
     code = (BEGIN + program).replace("{folder!r}", repr(str(FOLDER)))
@@ -111,6 +76,7 @@ def run(program: str, **values: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
 
 
+@pytest.mark.exhaustive
 def test_every_operator_works_in_a_stack_of_64_kb() -> None:
     done = run(SMALL_STACK)
     assert done.returncode == 0, f"{done.stdout.splitlines()[-1]} failed: {done.stderr[-500:]}"
@@ -122,12 +88,6 @@ def test_too_little_memory_is_an_error_and_no_end_of_the_process(threads: int) -
     done = run(LITTLE_MEMORY, threads=threads)
     assert done.returncode == 0, done.stderr[-500:]
     assert done.stdout.split() == ["MemoryError"] * 2
-
-
-@pytest.mark.exhaustive
-def test_accumulators_in_a_forked_child() -> None:
-    done = run(FORKED)
-    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_denormals_are_flushed_on_every_thread_or_on_none() -> None:
