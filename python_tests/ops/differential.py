@@ -7,6 +7,7 @@ formulas are written here from the definitions, not taken from the operators' re
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -179,6 +180,11 @@ def _rounded(x: Tensor, coarse: bool) -> Tensor:
     return x.float() if coarse and x.dtype == torch.float64 else x
 
 
+def promoted(*tensors: Tensor) -> torch.dtype:
+    """The dtype of a result of tensors that may have several."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+
+
 def is_coarse(*computed: Tensor) -> bool:
     return not any(x.dtype == torch.float64 for x in computed)
 
@@ -292,6 +298,7 @@ def check_kl_div(case: Case) -> None:
     T, reduction = case["temperature"], case["reduction"]
     s, t, w = exact(student), exact(teacher), exact(weight)
     got = ops.kl_div(student, teacher, T, weight=weight, reduction=reduction)
+    assert got.dtype == promoted(student, teacher)
     assert s is not None
     assert t is not None
     expected = reduced(_weighted(kl(s, t, T), w), reduction)
@@ -318,6 +325,7 @@ def check_dual_kl(case: Case) -> None:
     assert t is not None
     assert y is not None
     got = ops.dual_kl(a, b, teacher, T, direction=direction, weight=weight, reduction=reduction)
+    assert got.dtype == promoted(a, b, teacher)
     pairs = kl(x, t, T) + kl(y, t, T) if direction == "teacher" else kl(t, x, T) + kl(t, y, T)
     expected = reduced(_weighted(pairs, w), reduction)
     size = spread(a, b, teacher)
@@ -402,6 +410,7 @@ def check_ensemble_kl(case: Case) -> None:
         log_probs=case["log_probs"],
         reduction=reduction,
     )
+    assert got.dtype == promoted(student, teachers)
     W = shares(w, t.shape, known)
     if mode == "mean_of_kl":
         each = sum(W[k].select(1, 0) * _teacher_kl(s, t[k], T, case["log_probs"]) for k in range(K))
@@ -569,6 +578,7 @@ def check_contrastive(case: Case) -> None:
         given = torch.tensor(0.3, requires_grad=case["learnt"])
         T, t = given, exact(given)
     got = ops.contrastive(x, y, T)
+    assert got.dtype == promoted(x, y)
     scores = a @ b.T / t
     each = -(scores.log_softmax(0).diagonal() + scores.log_softmax(1).diagonal())
     expected = each.mean() if len(a) else scores.sum() * 0
@@ -586,11 +596,12 @@ def check_contrastive(case: Case) -> None:
 def blend_case(draw: st.DrawFn) -> Case:
     B, N = draw(FEW), draw(FEW)
     dtype, inner = draw(dtypes), draw(st.lists(SIZES, max_size=3))
+    other = draw(st.sampled_from([dtype, *DTYPES]))
     indexed = draw(st.booleans()) and (N > 0 or B == 0)
     alpha = draw(st.sampled_from(["number", "whole", "scalar", "each"]))
     return {
         "foreground": draw(tensor([B, *inner], dtype)),
-        "background": draw(tensor([N if indexed else B, *inner], dtype)),
+        "background": draw(tensor([N if indexed else B, *inner], other)),
         "indexed": indexed,
         "index_layout": draw(st.sampled_from(["contiguous", "strided", "expanded"])),
         "kind": alpha,
@@ -618,6 +629,7 @@ def check_blend(case: Case) -> None:
         alpha = given = make(case["alpha"])
         a = exact(given)
     got = ops.blend(foreground, background, alpha, index=index)
+    assert got.dtype == promoted(foreground, background)
     each = a.reshape(-1, *(1,) * (x.dim() - 1)) if isinstance(a, Tensor) and a.dim() else a
     expected = each * x + (1 - each) * (y if index is None else y[index])
     inputs = {

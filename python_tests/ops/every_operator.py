@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,14 @@ class Operator:
         draw = torch.Generator().manual_seed(seed)
         tensors = [torch.randn(shape, generator=draw) for shape in (self.large if large else self.shapes)]
         return [(x.abs() + 0.1 if i in self.positive else x).to(dtype) for i, x in enumerate(tensors)]
+
+    def two_sizes(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs of two sizes that have the same numbers of axes."""
+        few, many = self.inputs(), self.inputs(large=True, seed=1)
+        if [x.dim() for x in few] != [x.dim() for x in many]:
+            # The index is of a batch of its own.
+            many = [torch.cat([x, x], -1 if self.name == "blend index" else 0) for x in few]
+        return few, many
 
     def fresh(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """``tensors``, copied where the operator writes to them."""
@@ -142,6 +151,12 @@ OPERATORS = [
         positive=(2,),
     ),
     Operator("dual_kl", lambda a, b, t: ops.dual_kl(a, b, t, 2.0), (_LOGITS,) * 3, (_MANY,) * 3),
+    Operator(
+        "dual_kl limit",
+        lambda a, b, t: ops.dual_kl(a, b, t, math.inf, direction="student", reduction="none"),
+        (_LOGITS,) * 3,
+        (_MANY,) * 3,
+    ),
     Operator("entropy", lambda x: ops.entropy(x), (_LOGITS,), (_MANY,)),
     Operator(
         "ensemble_kl",
@@ -161,6 +176,13 @@ OPERATORS = [
         lambda s, t, w: ops.ensemble_kl(s, t, w, mode="mean_of_kl"),
         ((4, 7, 3), (3, 4, 7, 3), (3,)),
         ((64, 21, 400), (3, 64, 21, 400), (3,)),
+        positive=(2,),
+    ),
+    Operator(
+        "ensemble_kl limit",
+        lambda s, t, w: ops.ensemble_kl(s, t, w, math.inf, reduction="sum"),
+        (_LOGITS, (3, *_LOGITS), (3,)),
+        (_MANY, (3, *_MANY), (3,)),
         positive=(2,),
     ),
     Operator("js_div", ops.js_div, ((3, *_LOGITS), (3,)), ((3, *_MANY), (3,)), positive=(1,)),

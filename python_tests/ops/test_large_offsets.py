@@ -44,14 +44,16 @@ def far_apart(x: Tensor, memory: Tensor, place: int) -> Tensor:
     return view.copy_(x)
 
 
+@pytest.mark.parametrize("axis", [0, -1])
 @each_operator
-def test_inputs_far_apart(operator: Operator, memory: Tensor) -> None:
+def test_inputs_far_apart(operator: Operator, axis: int, memory: Tensor) -> None:
     """Also through the backward pass."""
     if operator.only_cpu:
         pytest.skip("its kernel takes dense maps of fp32 alone")
     near = operator.inputs(HALF)
-    far = [far_apart(x, memory, 4096 * i) for i, x in enumerate(near)]
-    assert any(x.dim() and x.stride(0) * (x.shape[0] - 1) > 2**31 for x in far)
+    turned = [x.movedim(axis, 0) if x.dim() else x for x in near]
+    far = [far_apart(x, memory, 4096 * i).movedim(0, axis) for i, x in enumerate(turned)]
+    assert any(x.dim() and x.stride(axis) * (x.shape[axis] - 1) > 2**31 for x in far)
     if operator.changed and not operator.alike:  # state is contiguous
         far = [n if i in operator.changed else f for i, (n, f) in enumerate(zip(near, far, strict=True))]
         near, far = ([x.float() if i in operator.changed else x for i, x in enumerate(g)] for g in (near, far))

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fedkern
 from python_tests.ops import wrong_calls
@@ -45,6 +47,27 @@ def test_no_gradient_may_be_wanted(backend: str) -> None:
 def test_no_operator_is_left_out() -> None:
     names = {name.removeprefix("fedkern::") for name in torch._C._dispatch_get_all_op_names() if "fedkern::" in name}
     assert names == set(wrong_calls.right_calls())
+
+
+# The others have no gradient, or one that is the reference's.
+DIFFERENTIABLE = {
+    *("divergence", "entropy", "ensemble", "jensen_shannon", "consensus", "contrastive", "weighted_mean"),
+    *("blend", "blend_backward", "fill_boxes", "fuse", "fuse_backward"),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", wrong_calls.right_calls())
+def test_opcheck(name: str) -> None:
+    for arguments in wrong_calls.right_calls()[name]:
+        utilities: dict[str, Any] = {}
+        if name in DIFFERENTIABLE:
+            for x in wrong_calls._flat(arguments):
+                if isinstance(x, Tensor) and x.is_floating_point():
+                    x.requires_grad_()
+        elif name.endswith("_backward"):
+            utilities["test_utils"] = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(getattr(FEDKERN, name).default, arguments, **utilities)
 
 
 def test_wrong_arguments_are_refused_before_any_memory_is_touched() -> None:

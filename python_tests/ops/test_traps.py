@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -36,6 +36,12 @@ def compiled() -> bool:
 
 def close(got: Any, expected: Any) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def near(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Beside each one's largest value."""
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * max(1.0, float(y.detach().abs().max())))
 
 
 def test_every_public_operator_is_covered() -> None:
@@ -215,6 +221,32 @@ def test_inputs_are_left_alone(operator: Operator) -> None:
         assert torch.equal(x.detach(), kept)
 
 
+@each_operator
+def test_what_changes_before_the_backward_pass(operator: Operator) -> None:
+    """The gradients are those of the values that the call has seen, or an error says that they no longer are."""
+    if not operator.gradient:
+        return
+
+    def leaves() -> list[Tensor]:
+        return [x.clone().requires_grad_() for x in operator.inputs()]
+
+    inputs = leaves()
+    expected = torch.autograd.grad(sum(x.sum() for x in operator.results(*inputs)), inputs)
+    for changed in range(len(inputs) + 1):
+        inputs = leaves()
+        results = operator.results(*inputs)
+        loss = sum(x.sum() for x in results)
+        with torch.no_grad():
+            (*inputs, results[0])[changed].mul_(2)
+        try:
+            gradients = torch.autograd.grad(loss, inputs)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+        else:
+            close(gradients, expected)
+
+
 WRITES: dict[str, tuple[Operator, Callable[[list[Tensor], Tensor], Any]]] = {
     "weighted_mean out": (EVERY["weighted_mean"], lambda x, out: ops.weighted_mean(*x, out=out)),
     "server_step out": (EVERY["server_step"], lambda x, out: ops.server_step(*x, UPLOAD_WEIGHTS, out=out)),
@@ -272,10 +304,32 @@ def test_gradient_or_a_clear_error(operator: Operator) -> None:
         assert not any(x.requires_grad for x in operator.results(*inputs))
     assert torch.autograd.gradcheck(operator.results, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(operator.results, inputs, fast_mode=True)
+    every = tuple(range(len(inputs)))
+    directions = [torch.randn_like(x) for x in inputs]
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return sum(x.pow(2).sum() for x in operator.results(*tensors))  # type: ignore[return-value]
+
+    def along(gradients: tuple[Tensor, ...]) -> Tensor:
+        return sum((g * v).sum() for g, v in zip(gradients, directions, strict=True))  # type: ignore[return-value]
+
+    first = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
+    second = torch.func.grad(lambda *x: along(torch.func.grad(loss, every)(*x)), every)(*(x.detach() for x in inputs))
+    torch.testing.assert_close(second, torch.autograd.grad(along(first), inputs))
+
+
+@pytest.mark.exhaustive
+@each_operator
+def test_derivatives_in_every_backend(backend: str, operator: Operator) -> None:
+    if not operator.gradient or (operator.only_cpu and backend != "reference"):
+        pytest.skip("has no gradient, or no kernel for fp64")
+    inputs = [x.requires_grad_() for x in operator.inputs(torch.float64)]
+    assert torch.autograd.gradcheck(operator.results, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(operator.results, inputs, fast_mode=True)
 
 
 @each_operator
-def test_grad_outputs_of_any_layout_and_a_second_backward(operator: Operator) -> None:
+def test_grad_outputs_of_any_layout_many_at_once_and_a_second_backward(operator: Operator) -> None:
     if not operator.gradient:
         pytest.skip("has no gradient")
     inputs = [x.requires_grad_() for x in operator.inputs()]
@@ -293,6 +347,11 @@ def test_grad_outputs_of_any_layout_and_a_second_backward(operator: Operator) ->
     close(list(gradients(grads)), expected)  # what was saved is as it was
     ones = gradients([torch.ones_like(x) for x in results])
     close(list(gradients([torch.ones(()).expand(x.shape) for x in results])), list(ones))
+    with torch.autocast("cpu", torch.bfloat16, enabled=operator.compiled):  # the forward pass had none
+        both = [torch.stack([g, -2 * g]) for g in grads]
+        batched = torch.autograd.grad(results, inputs, both, is_grads_batched=True)
+    for i, factor in enumerate((1, -2)):
+        near([x[i] for x in batched], [factor * x for x in expected])
 
 
 # --- hooks on saved tensors
@@ -360,30 +419,59 @@ def test_vmap_and_func_grad_or_a_clear_error(operator: Operator) -> None:
     def loss(*tensors: Tensor) -> Tensor:
         return sum(x.pow(2).sum() for x in operator.results(*tensors))  # type: ignore[return-value]
 
-    got = torch.func.grad(loss, argnums=tuple(range(len(inputs))))(*inputs)
+    gradient = torch.func.grad(loss, argnums=tuple(range(len(inputs))))
     leaves = [x.clone().requires_grad_() for x in inputs]
-    close(list(got), list(torch.autograd.grad(loss(*leaves), leaves)))
+    close(list(gradient(*inputs)), list(torch.autograd.grad(loss(*leaves), leaves)))
+    # Mapped over the last axis, one input after the other being shared.
+    for shared in range(len(inputs)):
+        axes = tuple(None if i == shared and i else -1 for i in range(len(inputs)))
+        given = [x if a is None else b.movedim(0, -1) for x, b, a in zip(inputs, batches, axes, strict=True)]
+        each = torch.vmap(gradient, in_dims=axes)(*given)
+        for i in range(3):
+            one = [x if a is None else b[i] for x, b, a in zip(inputs, batches, axes, strict=True)]
+            near([x[i] for x in each], gradient(*one))
 
 
 @pytest.mark.sampled(8)
 @each_operator
-def test_compiled_without_graph_break_or_recompilation(operator: Operator) -> None:
+def test_compiled_to_one_node_without_recompilation(operator: Operator) -> None:
+    nodes: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        calls = (node.target for node in graph.graph.nodes if node.op == "call_function")
+        nodes.extend(name for name in map(str, calls) if name.startswith("fedkern."))
+        return graph.forward
+
     torch._dynamo.reset()
-    compiled = torch.compile(operator.call, fullgraph=True, dynamic=True, backend="eager")
+    compiled = torch.compile(operator.call, fullgraph=True, dynamic=True, backend=keep)
     # Sizes that happen to be equal at first are not the same.
     distinct = torch.fx.experimental._config.patch(use_duck_shape=False)
     # torch's own convolution, which serves conv_norm and conv_pool here, may compile anew for another batch size.
     with torch._dynamo.config.patch(error_on_recompile=not operator.only_cpu), distinct:
-        few, many = operator.inputs(), operator.inputs(large=True, seed=1)
-        if [x.dim() for x in few] != [x.dim() for x in many]:
-            # The index is of a batch of its own.
-            axis = -1 if operator.name == "blend index" else 0
-            many = [torch.cat([x, x], axis) for x in few]
-        for inputs in (few, many):
+        for inputs in operator.two_sizes():
             got = compiled(*operator.fresh(inputs))
             with ops.use_backend("reference" if operator.only_cpu else None):
                 expected = operator.results(*inputs)
             close(got if isinstance(got, tuple) else (got,), expected)
+    assert len(nodes) == (not operator.only_cpu)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("forced", [None, "reference"])
+@pytest.mark.parametrize("operator", [o for o in OPERATORS if o.gradient], ids=lambda o: o.name)
+def test_compiled_gradients(operator: Operator, forced: str | None) -> None:
+    """Also where no kernel serves: a compiler meets the plain reference inside the operator."""
+
+    def total(*tensors: Tensor) -> Tensor:
+        return torch.stack([result.square().sum() for result in operator.results(*tensors)]).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True, dynamic=True)
+    with ops.use_backend("reference" if operator.only_cpu else forced):
+        for inputs in operator.two_sizes():
+            leaves = [x.requires_grad_() for x in inputs]
+            expected = torch.autograd.grad(total(*leaves), leaves)
+            near(torch.autograd.grad(compiled(*leaves), leaves), expected)
 
 
 @contextlib.contextmanager

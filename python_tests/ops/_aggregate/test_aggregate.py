@@ -42,29 +42,9 @@ def check(name: str, count: int, size: int, dtype: torch.dtype, kind: str, seed:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("size", SIZES)
-def test_sizes(name: str, size: int) -> None:
-    check(name, 3, size, torch.float32, "counts")
-
-
-@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("count", [2, 23])
 def test_more_than_a_block(name: str, count: int) -> None:
     check(name, count, 70001, torch.float32, "random")
-
-
-@pytest.mark.sampled(21)
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("count", CLIENTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_clients(name: str, count: int, dtype: torch.dtype) -> None:
-    check(name, count, 1000, dtype, "random")
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("kind", WEIGHTS)
-def test_weights(name: str, kind: str) -> None:
-    check(name, 11, 129, torch.float32, kind)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -166,19 +146,6 @@ def test_out_may_be_an_input_or_overlap_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_odd_strides(name: str) -> None:
-    memory = torch.randn(5, 3001)
-    vectors = [memory[0, ::3], memory[1, 1:1002], memory[2, :1].expand(1001)[:1001], memory[3, -1001:], memory[4, ::3]]
-    with using(name):
-        close(weighted_mean(vectors, [1, 2, 3, 4, 5]), exact_mean(vectors, [1.0, 2, 3, 4, 5]))
-        for exact in (False, True):
-            accumulator = Accumulator(1001, exact=exact)
-            for weight, vector in enumerate(vectors, 1):
-                accumulator.add(vector, weight)
-            close(accumulator.mean(), exact_mean(vectors, [1.0, 2, 3, 4, 5]))
-
-
-@pytest.mark.parametrize("name", BACKENDS)
 def test_a_client_of_weight_zero_does_not_count(name: str) -> None:
     vectors = [torch.randn(50), torch.full((50,), math.nan), torch.randn(50)]
     with using(name):
@@ -192,9 +159,9 @@ def test_a_client_of_weight_zero_does_not_count(name: str) -> None:
 
 def large() -> list[Tensor]:
     torch.manual_seed(1)
-    vectors = [torch.randn(1_000_003) for _ in range(12)]
+    vectors = [torch.randn(300_007) for _ in range(12)]
     weights = make_weights("random", 12)
-    plain, exact = Accumulator(1_000_003), Accumulator(1_000_003, exact=True)
+    plain, exact = Accumulator(300_007), Accumulator(300_007, exact=True)
     for vector, weight in zip(vectors, weights, strict=True):
         plain.add(vector, weight)
         exact.add(vector, weight)
@@ -290,34 +257,15 @@ V = [torch.ones(4), torch.ones(4)]
 
 
 WRONG = [
-    (([], []), {}, ValueError, "vectors must hold at least one tensor"),
     ((torch.ones(4), [1]), {}, ValueError, r"vectors must have shape \[M, P\] with M > 0, but has \[4\]"),
     ((torch.ones(0, 4), []), {}, ValueError, r"but has \[0, 4\]"),
-    ((torch.ones(2, 4).int(), [1, 1]), {}, TypeError, "vectors must have dtype float32.*but has torch.int32"),
-    (
-        ([V[0], torch.ones(5)], [1, 1]),
-        {},
-        ValueError,
-        r"vectors\[1\] must have the shape \[4\] of vectors\[0\], but has \[5\]",
-    ),
-    (
-        ([V[0], torch.ones(4).double()], [1, 1]),
-        {},
-        TypeError,
-        r"vectors\[1\] must have the dtype torch.float32 of vectors\[0\]",
-    ),
     (([V[0], torch.ones(4, 1)], [1, 1]), {}, ValueError, r"vectors\[1\] must have shape \[P\], but has \[4, 1\]"),
-    (([V[0], [1.0]], [1, 1]), {}, TypeError, r"vectors\[1\] must be a tensor, but got list"),
     ((V, [1]), {}, ValueError, "weights must have one value for each of the 2 vectors, not 1"),
-    ((V, None), {}, TypeError, "weights must be numbers in a list, or a tensor, not NoneType"),
-    ((V, "12"), {}, TypeError, "weights must be numbers in a list, or a tensor, not str"),
     ((V, torch.ones(3)), {}, ValueError, r"weights must have shape \[2\], but has \[3\]"),
     ((V, [1, -1]), {}, ValueError, r"weights\[1\] must be finite and not negative, not -1"),
-    ((V, [1, math.nan]), {}, ValueError, r"weights\[1\] must be finite and not negative, not nan"),
     ((V, [0, 0]), {}, ValueError, "weights must have a positive, finite sum, not 0"),
     ((V, [1e308, 1e308]), {}, ValueError, "weights must have a positive, finite sum, not inf"),
     ((V, [1, 1]), {"out": torch.ones(5)}, ValueError, r"out must have shape \[4\], but has \[5\]"),
-    ((V, [1, 1]), {"out": torch.ones(4).int()}, TypeError, "out must have dtype float32.*but has torch.int32"),
     ((V, [1, 1]), {"out": torch.ones(1).expand(4)}, ValueError, "out must not be expanded"),
     ((V, [1, 1]), {"out": torch.ones(4, requires_grad=True)}, ValueError, "out takes no part in differentiation"),
 ]

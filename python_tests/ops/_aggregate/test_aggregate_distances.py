@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.ops import geometric_median, krum, pairwise_distances, weighted_mean
 from fedkern.ops._aggregate import distances as aggregate_distances
-from python_tests.ops._aggregate.aggregate_cases import close, make_vectors, make_weights, odd_views
+from python_tests.ops._aggregate.aggregate_cases import close, make_vectors, make_weights
 from python_tests.ops.operator_cases import DTYPES, pairwise, thinned
 
 
@@ -153,16 +153,6 @@ def test_geometric_median_of_one_vector_is_that_vector(backend: str, count: int)
     given = geometric_median(vectors, [0.0] * (count - 1) + [2.0])
     assert torch.equal(given[1:], vectors[-1][1:])
     assert bool(given[0].isnan())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_odd_strides_and_offsets(backend: str, dtype: torch.dtype) -> None:
-    vectors = make_vectors(7, 143, dtype)
-    weights = make_weights("random", 7)
-    wanted = [pairwise_distances(vectors), krum(vectors, 2, 2), geometric_median(vectors, weights)]
-    for views in odd_views(vectors):
-        given = [pairwise_distances(views), krum(views, 2, 2), geometric_median(views, weights)]
-        assert all(map(torch.equal, given, wanted))
 
 
 def krum_in_python(vectors: list[Tensor], byzantine: int, keep: int) -> list[int]:

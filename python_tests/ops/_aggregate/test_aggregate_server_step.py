@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedkern.ops import server_step, weighted_mean
 from python_tests.ops._aggregate.aggregate_cases import close, make_vectors, make_weights
-from python_tests.ops.operator_cases import DTYPES, KERNELS, pairwise, thinned, using
+from python_tests.ops.operator_cases import DTYPES, pairwise, thinned
 
 RULES = ["mean", "momentum", "adam", "yogi", "adagrad"]
 # Flower's strategies FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad.
@@ -238,29 +238,3 @@ def test_out_and_odd_strides(backend: str) -> None:
         assert step.model is out
         assert out._version > version
         close(out.float(), wanted.model.double())
-
-
-def test_versions_of_what_is_written(backend: str) -> None:
-    given = states("adam", 64, torch.float32)
-    global_ = torch.zeros(64)
-    before = [t._version for t in (*given.values(), global_)]
-    server_step(global_, make_vectors(2, 64, torch.float32), [1, 1], "adam", **given, out=global_)
-    assert all(t._version > old for t, old in zip((*given.values(), global_), before, strict=True))
-
-
-@pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
-def test_same_bits_for_every_thread_count() -> None:
-    vectors = make_vectors(7, 200_001, torch.float32)
-    before = torch.get_num_threads()
-    for name in KERNELS:
-        runs = []
-        try:
-            for threads in (1, 2):
-                torch.set_num_threads(threads)
-                given = states("adam", 200_001, torch.float32)
-                with using(name):
-                    step = server_step(torch.zeros(200_001), vectors, [1.0] * 7, "adam", **given)
-                runs.append([*step, *given.values()])
-        finally:
-            torch.set_num_threads(before)
-        assert all(map(torch.equal, *runs))

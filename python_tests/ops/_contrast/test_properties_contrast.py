@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._contrast.reference import contrastive_reference
 from python_tests.ops.property_inputs import QUARTERS, examples, logits, orders
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,21 +58,3 @@ def test_partners_that_nothing_tells_apart(one: list[Tensor], temperature: float
     loss = ops.contrastive(x, x[:1].expand_as(x), temperature)
     assert float(loss) >= 2 * math.log(len(x)) * (1 - 1e-6) - 1e-6 * spread(x, x, temperature)
     close(ops.contrastive(x[:1].expand_as(x), x[:1].expand_as(x), temperature), torch.tensor(2 * math.log(len(x))), 1.0)
-
-
-@examples
-@given(logits(2, QUARTERS), TEMPERATURES)
-def test_gradients_of_the_float64_reference(pair: list[Tensor], temperature: float) -> None:
-    """And what scaling x, scaling y and dividing by the temperature share."""
-    inputs = [*(t.requires_grad_() for t in pair), torch.tensor(temperature, requires_grad=True)]
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    loss = ops.contrastive(*inputs)
-    expected = torch.autograd.grad(contrastive_reference(*exact), exact)
-    gradients = torch.autograd.grad(loss, inputs)
-    x, y, learnt = (t.detach() for t in inputs)
-    scale = spread(x, y, temperature)
-    size = max(1.0, float(x.abs().max()), float(y.abs().max())) / temperature * 2
-    for got, wanted in zip(gradients[:2], expected[:2], strict=True):
-        close(got.double(), wanted, scale * max(1.0, size))
-    products = [float((a * b).sum()) for a, b in zip((x, y, -learnt), gradients, strict=True)]
-    assert products == pytest.approx([products[0]] * 3, rel=1e-4, abs=1e-5 * scale**2)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -218,51 +215,6 @@ def test_bits_do_not_depend_on_how_many_sums_of_wide_weights_are_held(name: str)
     finally:
         torch.set_num_threads(before)
     assert_same(*found)
-
-
-PEAK = """
-import sys, torch
-from fedkern import ops
-torch.set_num_threads(int(sys.argv[1]))
-def megabytes(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
-def run(batch, channels, out, side):
-    last = torch.channels_last
-    x = torch.randn(batch, channels, side, side).contiguous(memory_format=last).requires_grad_()
-    weight = torch.randn(out, channels, 3, 3, requires_grad=True)
-    scale, shift = torch.ones(out, requires_grad=True), torch.zeros(out, requires_grad=True)
-    open("/proc/self/clear_refs", "w").write("5")
-    base = megabytes("VmRSS")
-    ops.conv_norm(x, weight, scale, shift, torch.zeros(out), torch.ones(out)).sum().backward()
-    return megabytes("VmHWM") - base
-with ops.use_backend(sys.argv[2]):
-    run(4, 16, 16, 8)
-    print(run(*map(int, sys.argv[3:])))
-"""
-
-
-@needs_core
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("shape", [(256, 1024, 1024, 8), (64, 1024, 1024, 16), (256, 512, 512, 4), (128, 512, 1024, 8)])
-def test_memory_beside_torchs(shape: tuple[int, ...], threads: int) -> None:
-    """Of a forward and a backward pass; weights are held transformed, as sixteen numbers in place of nine.
-
-    Memory that is kept for later results counts as the process's, but as nobody's where the system needs it.
-    """
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("the system does not tell the peak of a process")
-    peak = {}
-    for backend in ("cpu", "reference"):
-        told = subprocess.run(
-            [sys.executable, "-c", PEAK, *map(str, (threads, backend, *shape))],
-            env={**os.environ, "FEDKERN_CACHE_MB": "0"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peak[backend] = float(told.stdout)
-    assert peak["cpu"] <= 2 * peak["reference"] + 16, peak
 
 
 @each_kernel

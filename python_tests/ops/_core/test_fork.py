@@ -104,6 +104,18 @@ def loaded() -> Tensor:
     return flat.vector.clone()
 
 
+def accumulated(exact: bool) -> Tensor:
+    """The mean of two accumulators, merged where they are exact, by way of a state."""
+    vectors = torch.linspace(-1, 1, 9 << 18).view(9, -1)
+    one, two, again = (ops.Accumulator(1 << 18, exact) for _ in range(3))
+    for m, vector in enumerate(vectors):
+        (one if m % 2 or not exact else two).add(vector, m + 1.0)
+    if exact:
+        one.merge(two)
+    again.load_state_dict(one.state_dict())
+    return again.mean()
+
+
 def gradient(function: Callable[..., Any], *given: Tensor) -> tuple[Tensor, ...]:
     leaves = [x.clone().requires_grad_() for x in given]
     result = function(*leaves)
@@ -126,6 +138,7 @@ def torch_calls() -> Iterator[tuple[str, Callable[[], tuple[Tensor, ...]]]]:
     yield "tree.krum", lambda: tuple(ops.tree.krum(models, 0).values())
     yield "FlatParameters", lambda: (ops.FlatParameters(module()).vector.clone(),)
     yield "FlatParameters.load", lambda: (loaded(),)
+    yield "Accumulator", lambda: (accumulated(False), accumulated(True))
     yield "weighted_mean", partial(by, "reference", ops.weighted_mean, rows, torch.ones(4))
     yield "kl_div in fp64", partial(by, "reference", ops.kl_div, logits.double(), logits.double().flip(0))
     yield "a gradient", partial(gradient, ops.kl_div, logits, logits.flip(0))
@@ -177,31 +190,6 @@ def test_every_operator_and_gradient_in_a_child(forced: str | None, dtype: torch
         if operator.gradient:
             calls.append((f"{operator.name}, gradient", partial(by, forced, partial(gradient, operator.call), *inputs)))
     in_a_child(with_results(calls))
-
-
-class Computing(torch.utils.data.Dataset):
-    """Item i is whether operator i gives in a worker what it gave in the parent."""
-
-    def __init__(self, cases: list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]) -> None:
-        self.cases = cases
-
-    def __len__(self) -> int:
-        return len(self.cases)
-
-    def __getitem__(self, item: int) -> tuple[int, bool, int]:
-        operator, inputs, expected = self.cases[item]
-        with torch.no_grad():
-            return item, same(operator.results(*inputs), expected), os.getpid()
-
-
-def test_data_loader_workers(woken: list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]) -> None:
-    loader = torch.utils.data.DataLoader(
-        Computing(woken), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=SECONDS
-    )
-    seen = list(loader)
-    assert [item for item, _, _ in seen] == list(range(len(woken)))
-    assert not [woken[item][0].name for item, equal, _ in seen if not equal]
-    assert os.getpid() not in {process for _, _, process in seen}
 
 
 # A child that meets the compiled core for the first time, after its parent's threads have run.

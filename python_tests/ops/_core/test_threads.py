@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from python_tests.ops.every_operator import OPERATORS
+from python_tests.ops.every_operator import OPERATORS, Operator
 from python_tests.ops.operator_cases import KERNELS, using
+
+SUMMED_BY_TORCH = {"weighted_mean", "weighted_mean list"}  # the gradients of their weights are
+SAME_AT_EVERY_LEVEL = {"blend", "fuse_concat", "fuse_mean", "weighted_mean", "trimmed_mean", "median"}
 
 
 @pytest.fixture(autouse=True)
@@ -61,17 +64,40 @@ def test_two_threads_at_once() -> None:
     assert not wrong, wrong
 
 
+def results(operator: Operator, inputs: list[Tensor], gradient: bool) -> list[Tensor]:
+    """Results, and with ``gradient`` the gradients of their sums."""
+    found = operator.results(*inputs)
+    gradients = torch.autograd.grad([x.sum() for x in found], inputs) if gradient else ()
+    return [x.detach() for x in (*found, *gradients)]
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_bits_do_not_depend_on_threads(name: str) -> None:
-    """Forward results of every operator that one core computes, for 1, 2 and 5 threads."""
+    """Of every operator that one core computes, for 1, 2 and 5 threads."""
     for operator in OPERATORS:
         if not operator.compiled or (operator.only_cpu and name == "cpu-portable"):
             continue
-        inputs = operator.inputs(large=True)
-        with using(name), torch.no_grad():
+        gradient = operator.gradient and operator.name not in SUMMED_BY_TORCH
+        inputs = [x.requires_grad_(gradient) for x in operator.inputs(large=True)]
+        with using(name):
             torch.set_num_threads(1)
-            expected = operator.results(*inputs)
+            expected = results(operator, inputs, gradient)
             for threads in (2, 5):
                 torch.set_num_threads(threads)
-                for got, one in zip(operator.results(*inputs), expected, strict=True):
-                    assert torch.equal(got, one), f"{operator.name} with {threads} threads"
+                for i, (got, one) in enumerate(zip(results(operator, inputs, gradient), expected, strict=True)):
+                    assert torch.equal(got, one), f"{operator.name}: {i} with {threads} threads"
+
+
+@pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
+def test_bits_do_not_depend_on_the_isa_level() -> None:
+    """Of operators that sum nothing along a vector, or in fp64."""
+    same = [operator for operator in OPERATORS if operator.name.split()[0] in SAME_AT_EVERY_LEVEL]
+    for operator in same:
+        gradient = operator.gradient and operator.name not in SUMMED_BY_TORCH
+        inputs = [x.requires_grad_(gradient) for x in operator.inputs(large=True)]
+        with using(KERNELS[0]):
+            expected = results(operator, inputs, gradient)
+        for name in KERNELS[1:]:
+            with using(name):
+                for i, (got, one) in enumerate(zip(results(operator, inputs, gradient), expected, strict=True)):
+                    assert torch.equal(got, one), f"{operator.name}: {i} at {name}"

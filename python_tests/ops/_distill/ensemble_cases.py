@@ -237,6 +237,29 @@ def run_ensemble(number: int, names: list[str], device: torch.device = CPU) -> N
     compare(case, names, *ensemble(case, mask), tensors, NEEDS[case["needs"]])
 
 
+# --- js_div and consensus in every way
+
+AGREEMENTS = pairwise(
+    {
+        **COMMON,
+        "operator": ("js_div", "consensus"),
+        "weights": (None, "K", "KB", "rows"),
+        "needs": ("logits", "weights", "all"),
+    },
+    seed=4,
+)
+NEEDS_OF_AGREEMENTS = {"logits": (False, True, False), "weights": (False, False, True), "all": (False, True, True)}
+
+
+def run_agreement(number: int, names: list[str], device: torch.device = CPU) -> None:
+    """Case ``number`` of :data:`AGREEMENTS` on the backends ``names``."""
+    case = AGREEMENTS[number]
+    _, stack, weights = make_inputs(case, seed=number)
+    needs = NEEDS_OF_AGREEMENTS["logits" if weights is None else case["needs"]]
+    tensors = [None, *(x if x is None else moved(x, device) for x in (stack, weights))]
+    compare(case, names, *agreement(case), tensors, needs)
+
+
 # --- little mass: masks and weights by class that take from teachers what they are sure of
 
 DIFFERENCES = (10.0, 18.0, 30.0, 88.0, 200.0, 1e4)

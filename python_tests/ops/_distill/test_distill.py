@@ -24,6 +24,7 @@ from python_tests.ops.operator_cases import (
     assert_close,
     backends,
     describe,
+    moved,
     pairwise,
     using,
 )
@@ -155,43 +156,48 @@ CASES = pairwise(AXES, seed=2)
 @pytest.mark.sampled(48)
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
 def test_against_float64(number: int) -> None:
-    compare(number, backends(number, CASES[number]["rows"] * CASES[number]["classes"]))
+    case = CASES[number]
+    compare(case, *make_inputs(case, seed=number), backends(number, case["rows"] * case["classes"]))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
 def test_every_case_in_tritons_interpreter(number: int) -> None:
-    compare(number, ["triton"])
+    compare(CASES[number], *make_inputs(CASES[number], seed=number), ["triton"])
 
 
-def compare(number: int, names: list[str]) -> None:
+def compare(
+    case: dict[str, Any],
+    logits: list[Tensor],
+    weight: Tensor | None,
+    names: list[str],
+    device: torch.device | str = "cpu",
+) -> None:
     """A case on these backends against the reference in float64."""
-    case = CASES[number]
-    logits, weight = make_inputs(case, seed=number)
     exact = [x.double() for x in logits]
     expected, gradients = differentiate(case, call_reference, exact, None if weight is None else weight.double())
     count = max(expected.numel() if case["reduction"] == "none" else logits[0].numel() // logits[0].shape[1], 1)
     # What a sum over rows may be off by grows with the rows, a gradient's error with what it is multiplied by.
     factor = {"none": 5 * FACTOR, "sum": FACTOR, "batchmean": FACTOR / count}[case["reduction"]]
     scale = spread(exact) * (case["temperature"] if case["temperature"] < math.inf else 1.0)
+    given = [moved(x, torch.device(device)) for x in logits]
     for name in names:
         with using(name):
-            loss, got = differentiate(case, call, logits, weight)
+            loss, got = differentiate(case, call, given, None if weight is None else weight.to(device))
         assert loss.dtype == case["dtype"]
-        assert_close(
-            f"{name} loss", loss, expected, absolute=1e-6 * scale * (count if case["reduction"] == "sum" else 1)
-        )
+        absolute = 1e-6 * scale * (count if case["reduction"] == "sum" else 1)
+        assert_close(f"{name} loss", loss.cpu(), expected, absolute=absolute)
         assert not (loss < 0).any(), f"{name}: a negative divergence"
         for i, (ours, theirs) in enumerate(zip(got, gradients, strict=True)):
             assert (ours is None) == (theirs is None)
             if ours is None or theirs is None:
                 continue
             if i < len(logits) and case["layout"] in ("rows", "positions", "channels_last"):
-                assert strides(ours) == strides(logits[i]), f"{name}: gradient {i} in another memory format"
+                assert strides(ours) == strides(given[i]), f"{name}: gradient {i} in another memory format"
             # Autograd through the reference, in float32, subtracts larger terms than the kernels do.
             magnitude = scale * factor * (10 if name == "reference" else 1)
-            assert_close(f"{name} gradient {i}", ours, theirs, absolute=1e-6 * magnitude)
+            assert_close(f"{name} gradient {i}", ours.cpu(), theirs, absolute=1e-6 * magnitude)
 
 
 def test_pairs_are_covered() -> None:

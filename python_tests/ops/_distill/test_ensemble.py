@@ -13,6 +13,8 @@ from fedkern.ops._distill.ensemble_reference import ensemble_reference
 from python_tests.ops._distill.ensemble_cases import (
     DIFFERENCES,
     ENSEMBLES,
+    PLAIN,
+    agreement,
     compare,
     compare_dtypes_of_weights,
     compare_little_mass,
@@ -41,40 +43,31 @@ def test_every_case_in_tritons_interpreter(number: int) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(
-    ("mix", "by_class", "log_probs", "temperature"),
+    "how",
     [
-        ("probs", False, False, 2.0),
-        ("probs", True, False, 1.0),
-        ("probs", True, True, 1.0),
-        ("logits", True, False, 2.0),
-        ("mean", False, True, 1.0),
-        ("probs", True, False, math.inf),
-        ("mean", False, False, math.inf),
+        {"temperature": 2.0},
+        {"weights": "K1C"},
+        {"weights": "K1C", "log_probs": True},
+        {"mix": "logits", "weights": "K1C", "temperature": 2.0},
+        {"mix": "mean", "log_probs": True},
+        {"weights": "K1C", "temperature": math.inf},
+        {"mix": "mean", "temperature": math.inf},
+        {"operator": "js_div", "weights": "KB", "zeros": False},
+        {"operator": "consensus", "weights": "KB", "zeros": False},
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("near", [None, 1e-2])
-def test_rows_longer_than_the_workspace(
-    name: str, mix: str, by_class: bool, log_probs: bool, temperature: float, near: float | None
-) -> None:
+def test_rows_longer_than_the_workspace(name: str, how: dict[str, Any], near: float | None) -> None:
     """So long that all teachers' rows are read again for every pass."""
     case = {
-        "teachers": 3,
-        "classes": 33_001,
-        "rows": 1,
-        "dtype": torch.float32,
-        "reduction": "batchmean",
-        "layout": "stacked",
-        "near": near,
-        "zeros": True,
-        "special": None,
-        "mix": mix,
-        "log_probs": log_probs,
-        "temperature": temperature,
-        "weights": "K1C" if by_class else "KB1",
+        **{**PLAIN, "teachers": 3, "classes": 33_001, "rows": 1, "reduction": "batchmean", "near": near},
+        **{"special": None, "zeros": True, "weights": "KB1", **how},
     }
-    tensors = make_inputs(case, seed=1)
-    compute, reference = ensemble(case, None)
-    compare(case, [name], compute, reference, list(tensors), (True, True, True))
+    student, teachers, weights = make_inputs(case, seed=1)
+    alone = "operator" in case
+    functions = agreement(case) if alone else ensemble(case, None)
+    compare(case, [name], *functions, [None if alone else student, teachers, weights], (not alone, True, True))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 20.0, 40.0])
@@ -159,25 +152,6 @@ def test_weights_of_large_logits_of_one_class_have_no_gradient(backend: str) -> 
         loss = ops.ensemble_kl(student, teachers, weights.requires_grad_(), mix="logits")
         (gradient,) = torch.autograd.grad(loss, weights)
         assert gradient.abs().max() <= 1e-9
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_the_same_bits_for_any_number_of_threads(name: str) -> None:
-    before = torch.get_num_threads()
-    student, teachers, weights = logits(700, 129), logits(8, 700, 129, seed=1), torch.rand(8, 700, 1)
-    results = []
-    try:
-        with using(name):
-            for threads in (1, 2, 1):
-                torch.set_num_threads(threads)
-                leaves = [x.clone().requires_grad_() for x in (student, teachers, weights)]
-                loss = ops.ensemble_kl(*leaves, 2.0, reduction="sum")
-                loss.backward()
-                results.append([loss.detach(), *[x.grad for x in leaves]])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedkern import ops
-from python_tests.ops._distill.distill_operators import logits
+from python_tests.ops._distill.ensemble_cases import logits
 from python_tests.ops._distill.finite_masks import CALLS, compare
 from python_tests.ops.operator_cases import DTYPES
 

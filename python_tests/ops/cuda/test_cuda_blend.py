@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedkern.ops import blend, erase_boxes, keep_boxes
 from fedkern.ops._blend.boxes import fill_boxes_reference
-from fedkern.ops._blend.reference import blend_reference
-from python_tests.ops.operator_cases import DTYPES, assert_close, describe, moved, pairwise
+from python_tests.ops._blend.test_blend import check
+from python_tests.ops.operator_cases import DTYPES, describe, moved, pairwise
 
 AXES: dict[str, Any] = {
     "rows": (0, 1, 5, 33),
@@ -22,16 +22,6 @@ AXES: dict[str, Any] = {
     "layout": ("rows", "gaps", "offset", "channels_last"),
 }
 CASES = pairwise(AXES, seed=3)
-
-
-def make_index(kind: str, rows: int, generator: torch.Generator) -> tuple[Tensor | None, int]:
-    """How samples pick their background, and how many there are."""
-    if kind == "identity" or not rows:
-        return None, rows
-    if kind == "permutation":
-        return torch.randperm(rows, generator=generator), rows
-    count = {"repeated": rows, "one": 1, "many": 2 * rows + 3}[kind]
-    return torch.randint(0, count, (rows,), generator=generator), count
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
@@ -49,29 +39,8 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: describe(CASES[n]))
 def test_blend(device: torch.device, number: int) -> None:
     case = CASES[number]
-    generator = torch.Generator().manual_seed(number)
-    rows, size, dtype = case["rows"], case["size"], case["dtype"]
-    index, count = make_index(case["index"], rows, generator)
-    foreground, grad = (torch.randn(rows, size, generator=generator).to(dtype) for _ in range(2))
-    background = torch.randn(count, size, generator=generator).to(dtype)
-    maps = [lay_out(x.to(device), case["layout"]) for x in (foreground, background, grad)]
-    alpha: Any = {"number": 0.3, "zero": 0.0, "one": 1.0}.get(case["alpha"])
-    leaves = [x.requires_grad_() for x in maps[:2]]
-    if alpha is None:
-        alpha = torch.rand(rows, generator=generator).to(torch.float64 if case["alpha"] == "double" else dtype)
-        leaves.append(alpha.to(device).requires_grad_())
-    exact = [x.detach().cpu().double().requires_grad_() for x in leaves]
-    out = blend(*leaves[:2], leaves[2] if len(leaves) > 2 else alpha, index=None if index is None else index.to(device))
-    out.backward(maps[2] * 2)
-    expected = blend_reference(*exact[:2], exact[2] if len(exact) > 2 else alpha, index)
-    expected.backward(maps[2].cpu().double() * 2)
-    assert out.dtype == dtype
-    assert_close("result", out.cpu(), expected)
-    for i, (leaf, other) in enumerate(zip(leaves, exact, strict=True)):
-        assert leaf.grad is not None
-        assert other.grad is not None
-        # alpha's gradient is a sum of products over a sample
-        assert_close(f"gradient {i}", leaf.grad.cpu(), other.grad, absolute=1e-6 * (1 + size if i == 2 else 1))
+    shape, kinds = (case["rows"], case["size"]), (case["index"], case["alpha"])
+    check("cuda", shape, case["dtype"], *kinds, number, lambda x: lay_out(x.to(device), case["layout"]))
 
 
 def test_index_out_of_range_stops_the_kernel(device: torch.device) -> None:

@@ -10,35 +10,26 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
-from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS, REDUCTIONS
+from fedkern.ops._distill.ensemble_reference import ensemble_reference, js_reference
+from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS
 from python_tests.ops._distill.ensemble_cases import (
+    AGREEMENTS,
     DIFFERENCES,
     ENSEMBLES,
+    agreement,
+    compare,
     compare_dtypes_of_weights,
     compare_little_mass,
     compare_random_masks,
+    ensemble,
+    lay_out,
+    make_inputs,
+    run_agreement,
     run_ensemble,
 )
-from python_tests.ops.operator_cases import DTYPES, assert_close, describe, moved, pairwise
+from python_tests.ops.operator_cases import assert_close, describe, moved
 
-AXES: dict[str, Any] = {
-    "operator": ("probs", "logits", "mean", "js", "consensus"),
-    "count": (1, 2, 5, 20),
-    "classes": (1, 3, 10, 33, 100, 1030),
-    "rows": (0, 1, 4, 9),
-    "dtype": DTYPES,
-    "layout": ("rows", "gaps", "positions", "channels_last"),
-    "weights": ("none", "teacher", "row", "zeros", "class", "mask"),
-    "near": (None, 1e-3, 0.0),
-    "special": (None, "extreme", "masked"),
-    "reduction": ("none", "sum", "batchmean"),
-    "needs": ("student", "all"),
-    "temperature": (1.0, 3.0, math.inf),
-    "log_probs": (False, True),
-}
-CASES = pairwise(AXES, seed=9)
-FACTOR = 3.0
+OPERATORS = ("probs", "logits", "mean", "js_div", "consensus")
 # What mixes for a student: ensemble_kl's arguments, and the reference's.
 MIXES: dict[str, tuple[dict[str, str], int]] = {
     "probs": ({"mix": "probs"}, PROBS),
@@ -47,120 +38,18 @@ MIXES: dict[str, tuple[dict[str, str], int]] = {
 }
 
 
-def lay_out(values: Tensor, layout: str) -> Tensor:
-    """Logits ``[..., B, C]`` in another shape or with other strides."""
-    *_, rows, classes = values.shape
-    if layout == "gaps":
-        wide = values.new_full((*values.shape[:-1], 2 * classes + 3), 7.0)
-        return wide[..., 1 : 2 * classes : 2].copy_(values)
-    width = 3 if rows % 3 == 0 else 1
-    split = values.unflatten(-2, (rows // width, width)).transpose(-1, -2)
-    if layout == "positions":
-        return split.contiguous()
-    if layout == "channels_last":
-        return split.transpose(-1, -2).contiguous().transpose(-1, -2)
-    return values
+@pytest.mark.parametrize("number", range(len(ENSEMBLES)), ids=lambda n: f"{n}-{describe(ENSEMBLES[n])}")
+def test_ensemble_kl(device: torch.device, number: int) -> None:
+    run_ensemble(number, ["cuda"], device)
 
 
-def make(case: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Student, teachers, weights and mask."""
-    generator = torch.Generator().manual_seed(seed)
-    count, rows, classes = case["count"], case["rows"], case["classes"]
-    student = torch.randn(rows, classes, generator=generator) * 2
-    noise = torch.randn(count, rows, classes, generator=generator)
-    teachers = 2 * noise if case["near"] is None else student + case["near"] * noise
-    if case["special"] == "extreme":
-        teachers[..., :1] = 1e4
-        student[..., -1:] = 1e4
-    if case["special"] == "masked" and classes > 2:
-        gone = torch.rand(count, rows, classes, generator=generator) < 0.3
-        gone[..., :2] = False
-        teachers.masked_fill_(gone, -torch.inf)
-        student[..., -1] = -torch.inf
-        teachers[..., -1] = -torch.inf
-    if case["log_probs"] and case["operator"] in ("probs", "mean"):
-        teachers = teachers.log_softmax(-1)
-    weights = mask = None
-    by_class = case["operator"] in ("probs", "logits")
-    kind = case["weights"] if by_class or case["weights"] not in ("class", "mask") else "row"
-    if kind == "teacher":
-        weights = torch.rand(count, generator=generator) + 0.2
-    elif kind in ("row", "zeros"):
-        weights = torch.rand(count, rows, generator=generator) + 0.2
-        if kind == "zeros":
-            weights[torch.rand(count, rows, generator=generator) < 0.4] = 0
-    elif kind == "class":
-        weights = torch.rand(count, 1, classes, generator=generator) + 0.2
-        weights[0] = 0
-    elif kind == "mask":
-        mask = torch.rand(count, classes, generator=generator) < 0.7
-    split = lay_out(student.to(case["dtype"]), case["layout"]), lay_out(teachers.to(case["dtype"]), case["layout"])
-    if weights is not None and weights.dim() == 2:
-        width = split[0].shape[2] if split[0].dim() > 2 else 1
-        weights = weights.unflatten(1, (rows // width, width)) if split[0].dim() > 2 else weights
-    if weights is not None and weights.dim() == 3 and kind == "class" and split[0].dim() > 2:
-        weights = weights.unsqueeze(-1)
-    return *split, weights, mask
-
-
-def call(case: dict[str, Any], student: Tensor, teachers: Tensor, weights: Any, mask: Any) -> tuple[Tensor, ...]:
-    reduction = case["reduction"]
-    if case["operator"] == "js":
-        return (ops.js_div(teachers, weights, reduction=reduction),)
-    if case["operator"] == "consensus":
-        return ops.consensus(teachers, weights, reduction=reduction)
-    if weights is not None and weights.dim() == teachers.dim() - 1 > 1:
-        weights = weights.unsqueeze(2)  # [K, B] is undecidable where B = C
-    how, _ = MIXES[case["operator"]]
-    more: dict[str, Any] = {"class_mask": mask, "log_probs": case["log_probs"], "reduction": reduction, **how}
-    return (ops.ensemble_kl(student, teachers, weights, case["temperature"], **more),)
-
-
-def call_reference(
-    case: dict[str, Any], student: Tensor, teachers: Tensor, weights: Any, mask: Any
-) -> tuple[Tensor, ...]:
-    reduction = REDUCTIONS[case["reduction"]]
-    if weights is not None:
-        weights = weights.reshape(weights.shape[0], *[1] * (teachers.dim() - 1)) if weights.dim() == 1 else weights
-        if weights.dim() < teachers.dim():
-            weights = weights.unsqueeze(2)
-        weights = weights.expand(teachers.shape[0], teachers.shape[1], weights.shape[2], *teachers.shape[3:])
-    if case["operator"] in ("js", "consensus"):
-        weights = None if weights is None else weights.squeeze(2)
-        if case["operator"] == "js":
-            return (js_reference(teachers, weights, reduction),)
-        return consensus_reference(teachers, weights, reduction)
-    given = (student, teachers, weights, mask, case["temperature"], MIXES[case["operator"]][1])
-    return (ensemble_reference(*given, case["log_probs"], reduction),)
-
-
-def differentiate(case: dict[str, Any], compute: Any, *given: Any) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
-    student, teachers, weights, mask = given
-    everything = case["needs"] == "all"
-    alone = case["operator"] in ("js", "consensus")
-    leaves = [
-        student.detach().requires_grad_(not alone),
-        teachers.detach().requires_grad_(everything or alone),
-        None if weights is None else weights.detach().requires_grad_(everything),
-    ]
-    results = compute(case, *leaves, mask)
-    loss = sum(
-        (r * (FACTOR * (i + 1) * (torch.arange(r.numel(), device=r.device) % 5 + 1).view_as(r)).to(r.dtype)).sum()
-        for i, r in enumerate(results)
-    )
-    wanted = [x for x in leaves if x is not None and x.requires_grad]
-    assert isinstance(loss, Tensor)
-    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
-    return results, [next(found) if x is not None and x.requires_grad else None for x in leaves]
-
-
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
-def test_against_float64(device: torch.device, number: int) -> None:
-    compare(device, CASES[number], make(CASES[number], number))
+@pytest.mark.parametrize("number", range(len(AGREEMENTS)), ids=lambda n: f"{n}-{describe(AGREEMENTS[n])}")
+def test_js_div_and_consensus(device: torch.device, number: int) -> None:
+    run_agreement(number, ["cuda"], device)
 
 
 # Rows that a thread or a block holds, and those that are one number too long for it.
-@pytest.mark.parametrize("layout", ["rows", "positions"])
+@pytest.mark.parametrize("layout", ["stacked", "positions"])
 @pytest.mark.parametrize("near", [None, 1e-2, 0.0])
 @pytest.mark.parametrize(
     ("count", "classes"),
@@ -169,17 +58,23 @@ def test_against_float64(device: torch.device, number: int) -> None:
         *[(64, 32), (65, 31), (1, 853), (2, 1024), (2, 1025)],
     ],
 )
-@pytest.mark.parametrize("operator", AXES["operator"])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_rows_held_by_a_thread_or_a_block(
     device: torch.device, operator: str, count: int, classes: int, near: float | None, layout: str
 ) -> None:
-    for rows, needs, weights in ((3, "all", "zeros"), (40 if count * classes < 600 else 1, "student", "row")):
+    alone = operator in ("js_div", "consensus")
+    for rows, everything in ((3, True), (40 if count * classes < 600 else 1, False)):
         case = {
-            **{"operator": operator, "count": count, "classes": classes, "rows": rows, "dtype": torch.float32},
-            **{"layout": layout, "weights": weights, "near": near, "special": "masked", "reduction": "batchmean"},
-            **{"needs": needs, "temperature": 1.0 if rows == 3 else 2.0, "log_probs": False},
+            **({"operator": operator} if alone else {"mix": operator}),
+            **{"teachers": count, "classes": classes, "rows": rows},
+            **{"dtype": torch.float32, "layout": layout, "weights": "KB", "zeros": everything, "near": near},
+            **{"special": "masked", "reduction": "batchmean", "temperature": 1.0 if everything else 2.0},
+            "log_probs": False,
         }
-        compare(device, case, make(case, count))
+        student, teachers, weights = make_inputs(case, seed=count)
+        functions = agreement(case) if alone else ensemble(case, None)
+        tensors = [x if x is None else moved(x, device) for x in (None if alone else student, teachers, weights)]
+        compare(case, ["cuda"], *functions, tensors, (not alone, everything or alone, everything))
 
 
 @pytest.mark.parametrize(("count", "classes"), [(5, 4), (20, 10), (20, 100)])
@@ -205,31 +100,6 @@ def test_who_has_weight_zero_may_hold_anything(device: torch.device, count: int,
         clean, spoiled = (torch.autograd.grad(sum(loss), x)[0] for loss, x in zip(losses, stacks, strict=True))
         assert torch.equal(clean, spoiled)
         assert not spoiled[[0, -2]].any()
-
-
-def compare(device: torch.device, case: dict[str, Any], given: tuple[Tensor | None, ...]) -> None:
-    exact = [x if x is None or x.dtype is torch.bool else x.double() for x in given]
-    expected, gradients = differentiate(case, call_reference, *exact)
-    results, got = differentiate(case, call, *(None if x is None else moved(x, device) for x in given))
-    rows = max(1, case["rows"])
-    values = exact[1][exact[1].isfinite()] if exact[1] is not None else torch.zeros(1)
-    spread = max(1.0, float(values.max() - values.min())) if values.numel() else 1.0
-    # At T = infinity losses are squares of logits.
-    scale = 1e-6 * spread * (case["temperature"] ** 2 if math.isfinite(case["temperature"]) else spread)
-    total = scale * (rows if case["reduction"] == "sum" else 1)
-    for i, (ours, theirs) in enumerate(zip(results, expected, strict=True)):
-        assert ours.dtype == case["dtype"]
-        assert_close(f"result {i}", ours.cpu(), theirs, absolute=total)
-        assert not (ours < 0).any(), "a negative divergence"
-    for name, ours, theirs in zip(("student", "teachers", "weights"), got, gradients, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None and theirs is not None:
-            assert_close(f"gradient of {name}", ours.cpu(), theirs, absolute=scale * 5 * FACTOR * 4)
-
-
-@pytest.mark.parametrize("number", range(len(ENSEMBLES)), ids=lambda n: f"{n}-{describe(ENSEMBLES[n])}")
-def test_every_case_of_ensemble_kl(device: torch.device, number: int) -> None:
-    run_ensemble(number, ["cuda"], device)
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-3])
@@ -371,20 +241,20 @@ def test_a_loss_scale_lifts_gradients_of_16_bits(device: torch.device, mix: str)
 
 # By a thread each, by warps, by blocks for long rows.
 @pytest.mark.parametrize(
-    ("count", "classes", "rows", "layout"), [(70, 40, 9, "positions"), (6, 500, 9, "rows"), (3, 1030, 6, "rows")]
+    ("count", "classes", "rows", "layout"), [(70, 40, 9, "positions"), (6, 500, 9, "stacked"), (3, 1030, 6, "stacked")]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("operator", ["js", "consensus"])
+@pytest.mark.parametrize("operator", ["js_div", "consensus"])
 def test_rows_keep_what_their_gradients_have_in_common(
     device: torch.device, operator: str, dtype: torch.dtype, count: int, classes: int, rows: int, layout: str
 ) -> None:
     generator = torch.Generator().manual_seed(rows)
     values = torch.randn(count, rows, classes, generator=generator)
     values[:, ::3] = values[:1, ::3] + 1e-2 * values[:, ::3]  # js_div of these is found in fp64
-    logits = lay_out(values.to(dtype), layout).to(device)
+    logits = lay_out(values.to(dtype), layout, rows).to(device)
     weights = torch.rand(count, generator=generator)
     weights[1] = 0
-    case = {"operator": operator, "reduction": "none"}
+    call, reference = agreement({"operator": operator, "reduction": "none"})
     kept: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -394,12 +264,11 @@ def test_rows_keep_what_their_gradients_have_in_common(
 
     leaf = logits.detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        results = call(case, leaf, leaf, weights.to(device), None)
-    factors = [torch.rand(r.shape, generator=generator).to(device, dtype) for r in results]
+        results = call(None, leaf, weights.to(device))
+    factors = torch.rand(results.shape, generator=generator).to(device, dtype)
     (got,) = torch.autograd.grad(results, leaf, factors, retain_graph=True)
     exact = logits.detach().double().cpu().requires_grad_()
-    losses = call_reference(case, exact, exact, weights.double(), None)
-    (expected,) = torch.autograd.grad(losses, exact, [factor.double().cpu() for factor in factors])
+    (expected,) = torch.autograd.grad(reference(None, exact, weights.double()), exact, factors.double().cpu())
     assert_close("gradient", got.cpu(), expected, absolute=2e-6)
     (numbers,) = kept
     numbers.fill_(math.nan)

@@ -1,4 +1,4 @@
-"""The distill family in Triton's interpreter where the operators' own tests do not lead: rows in parts, ensembles."""
+"""The distill family in Triton's interpreter where the operators' own tests do not lead: rows in parts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
+from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
-from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS, REDUCTIONS
-from python_tests.ops.operator_cases import BACKENDS, assert_close, pairwise, using
+from fedkern.ops._distill.rows import REDUCTIONS
+from python_tests.ops.operator_cases import BACKENDS, assert_close, using
 
 if "triton" not in BACKENDS:
     pytest.skip("Triton's interpreter is not there", allow_module_level=True)
@@ -74,53 +74,6 @@ def test_rows_in_parts_of_maps_without_one_stride() -> None:
         wanted = kl_div_reference(one, teacher, other=two, reverse=True)
         compare(ops.dual_kl(*tensors, direction="student"), tensors, wanted, exact)
         compare(ops.entropy(tensors[0]), tensors[:1], entropy_reference(exact[0]), exact[:1])
-
-
-ENSEMBLES = pairwise(
-    {
-        "mix": (PROBS, LOGITS, MEAN),
-        "shape": ((3,), (3, 5, 1), (3, 1, 7), (3, 5, 7)),
-        "positions": ((), (2, 2)),
-        "masked": (False, True),
-        "temperature": (1.0, 2.0),
-        "log_probs": (False, True),
-        "reduction": tuple(REDUCTIONS),
-        "dtype": (torch.float32, torch.float64, torch.bfloat16),
-    },
-    seed=6,
-)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("number", range(len(ENSEMBLES)))
-def test_ensembles(number: int) -> None:
-    case = ENSEMBLES[number]
-    by_class = case["shape"][-1] == 7
-    mix = PROBS if case["mix"] == MEAN and (by_class or case["masked"]) else case["mix"]
-    log_probs = case["log_probs"] and mix != LOGITS
-    student, teachers = torch.randn(5, 7, *case["positions"]), torch.randn(3, 5, 7, *case["positions"])
-    teachers = teachers.log_softmax(2) if log_probs else teachers
-    weights = torch.rand(case["shape"]) + 0.1
-    weights[0] = 0
-    mask = torch.rand(3, 7) > 0.4 if case["masked"] else None
-    leaves = [x.to(case["dtype"]).requires_grad_() for x in (student, teachers, weights)]
-    exact = [x.detach().double().requires_grad_() for x in leaves]
-    full = exact[2].reshape(3, *exact[2].shape[1:], *[1] * (2 + teachers.dim() - 3 + 1 - exact[2].dim()))
-    full = full.expand(3, 5, 7 if by_class else 1, *case["positions"])
-    with using("triton"):
-        loss = ops.ensemble_kl(
-            *leaves,
-            case["temperature"],
-            mix="logits" if mix == LOGITS else "probs",
-            mode="mean_of_kl" if mix == MEAN else "kl_of_mean",
-            class_mask=mask,
-            log_probs=log_probs,
-            reduction=case["reduction"],
-        )
-        wanted = ensemble_reference(
-            exact[0], exact[1], full, mask, case["temperature"], mix, log_probs, REDUCTIONS[case["reduction"]]
-        )
-        compare(loss, leaves, wanted, exact, 20.0 if case["reduction"] == "sum" else 4.0)
 
 
 @pytest.mark.exhaustive
