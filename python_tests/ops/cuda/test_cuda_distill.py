@@ -14,7 +14,7 @@ from fedkern.ops._distill.kernels import DistillKernels, divergence_settings
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 from python_tests.ops._distill.finite_masks import CALLS as CALLS_OF_MASKS
 from python_tests.ops._distill.finite_masks import compare as compare_masks
-from python_tests.ops._distill.test_distill import (
+from python_tests.ops._distill.test_kl import (
     LAYOUTS,
     OPERATORS,
     compare,

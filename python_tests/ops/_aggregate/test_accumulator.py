@@ -1,4 +1,4 @@
-"""Accumulator: the exact sum, states, and what it refuses; test_aggregate.py compares its means."""
+"""Accumulator: the exact sum, states, and what it refuses; test_mean.py compares its means."""
 
 from __future__ import annotations
 
