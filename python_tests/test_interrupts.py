@@ -11,7 +11,8 @@ import pytest
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.process import interrupts
 from fedkern.process.interrupts import Terminated, check, in_order
-from python_tests.interrupted import lose
+from fedkern.run import main
+from python_tests.interrupted import lose, outcome
 
 BOTH = pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 
@@ -86,12 +87,13 @@ def test_handlers_are_given_back_and_others_are_left_alone():
         pytest.param(signal.SIGINT, 130, "inter", marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_burst_ends_a_command_once(number, code, word, tmp_path):
-    words = ["fedavg", "--train-samples", "300", "--rounds", "500", "--width", "2", "--threads", "1", "--grad-cam", "0",
-             "--model", "mlp", "--eval-every", "500", "--out", str(tmp_path / "run")]  # fmt: skip
+def test_a_burst_ends_a_command_once_and_resume_gives_the_uninterrupted_run(number, code, word, monkeypatch, tmp_path):
+    words = ["fedavg", "--data", "digits", "--train-samples", "300", "--rounds", "60", "--clients", "3", "--threads",
+             "1", "--workers", "1", "--grad-cam", "0", "--model", "mlp", "--eval-every", "60"]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-m", "fedkern.run", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "fedkern.run", *words, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     manifest = tmp_path / "run" / "checkpoints" / "manifest.json"
     end = time.monotonic() + 60
     while not (manifest.exists() and b"round" in manifest.read_bytes()) and time.monotonic() < end:
@@ -104,4 +106,8 @@ def test_a_burst_ends_a_command_once(number, code, word, tmp_path):
     assert "Traceback" not in out + err
     assert (out + err).count(f"{word}") == 1
     assert "--resume" in out + err
-    assert Checkpoints(tmp_path / "run").open()["round"] >= 1
+    assert 1 <= Checkpoints(tmp_path / "run").open()["round"] < 60
+    monkeypatch.setattr("fedkern.report.figures.pictures._draw", lambda *_: [])
+    assert main(["--resume", str(tmp_path / "run"), "--quiet"]) == 0
+    assert main([*words, "--quiet", "--out", str(tmp_path / "whole")]) == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

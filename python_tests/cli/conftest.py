@@ -17,8 +17,9 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Runs end without pictures, which take longer to draw than a small run to play."""
+    """Runs end without pictures, reports have empty charts: drawing takes longer than a small run."""
     monkeypatch.setattr("fedkern.report.figures.pictures._draw", lambda *_: [])
+    monkeypatch.setattr("fedkern.report.pages.charts.svg", lambda figure, name: "<svg></svg>")
 
 
 @pytest.fixture

@@ -119,6 +119,7 @@ def test_large_data_of_evaluate_are_in_a_file(result, tmp_path, monkeypatch):
     assert "decoding 60 images (0.0 MB) into a temporary file" in result("evaluate", "run")[1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_extend_takes_a_cache(result, decoded, tmp_path):
     played("decoded")
     decoded.clear()

@@ -105,10 +105,6 @@ def _moved(fails):
     ("words", "said"),
     [
         ((), "Nothing to compare"),
-        (("fedprx",), 'Did you mean "fedprox"'),
-        (("fedavg", "fedavg"), "named twice"),
-        (("fedavg", "--method-option", "mu=1"), "None of the methods (fedavg)"),
-        (("fedavg", "--sweep", "mu=1,2"), "Neither the runs nor the methods"),
         (("fedavg", "--sedes", "3"), 'Did you mean "--seeds"'),
         (("fedavg", "--resume", "x"), "--resume is not for compare"),
         (("fedavg", "--sweep", "lr=1,2", "--lr", "3"), "swept and given"),

@@ -28,7 +28,7 @@ def called(*words, python=(), cwd=None, shell="", **variables):
 
 @pytest.mark.parametrize(
     "python",
-    [("-OO", "-I"), *(pytest.param((flag,), marks=pytest.mark.exhaustive) for flag in ("-OO", "-O", "-I"))],
+    [("-OO", "-I"), ("-OO",), ("-O",), ("-I",)],
     ids=" ".join,
 )
 def test_optimised_and_isolated_python(python, tmp_path, result):
@@ -55,7 +55,7 @@ def test_a_script_without_docstrings_and_its_workers(tmp_path):
     assert "hides" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["FORCE_COLOR", pytest.param("TTY_COMPATIBLE", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE"])
 def test_no_cursor_moves_in_a_file(name, monkeypatch, result):
     monkeypatch.setenv(name, "1")
     written = "".join(result(*RUN, "--out", "run"))
@@ -92,7 +92,7 @@ def test_a_locale_that_cannot_read_a_name_is_told(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_names_that_standard_output_cannot_show_are_escaped(encoding, tmp_path):
     rng = np.random.default_rng(0)
     for site, kind in itertools.product(("Charit\u00e9", "\u65e5\u672c"), ("na\u00efve", "\u03b2")):
@@ -118,7 +118,7 @@ def test_names_that_standard_output_cannot_show_are_escaped(encoding, tmp_path):
     assert done.stderr.splitlines()[-1] == "[0, 0, 0, 0, 0, 2]", done.stderr
 
 
-@pytest.mark.parametrize(("delta", "told"), [("0.34", True), ("0.5", True), ("0.01", False)])
+@pytest.mark.parametrize(("delta", "told"), [("0.34", True), ("0.01", False)])
 def test_a_delta_of_one_in_the_clients_is_told(delta, told, tmp_path, result):
     pytest.importorskip("dp_accounting")
     _, err = result(*RUN, "--dp-clip", "0.5", "--dp-noise", "8", "--dp-delta", delta, "--out", str(tmp_path / "run"))

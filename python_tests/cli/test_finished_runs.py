@@ -207,14 +207,6 @@ def test_predictions_are_those_of_the_network(digits, result, tmp_path):
         torch.testing.assert_close(values, expected[number], rtol=1e-4, atol=1e-6)
 
 
-def test_files_are_predicted_in_the_order_given(digits, result, tmp_path):
-    folder, _ = digits
-    images = sorted((folder / "images").rglob("*.png"), reverse=True)[:3]
-    text, _ = result("predict", str(folder / "run"), *map(str, images), "--out", "mine.csv", "--json")
-    assert json.loads(text)["images"] == 3
-    assert [row["path"] for row in table(tmp_path / "mine.csv")] == [str(image) for image in images]
-
-
 def test_many_predictions_tell_how_far_they_have_come(digits, result, tmp_path, monkeypatch):
     folder, _ = digits
     command = ["predict", str(folder / "run"), str(folder / "images")]
@@ -233,6 +225,7 @@ def test_many_predictions_tell_how_far_they_have_come(digits, result, tmp_path, 
     assert result(*command, "--out", "quiet.csv", "--json")[1] == ""
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_segmentation_gives_masks_of_the_images_own_size(result, tmp_path):
     command = ["fedavg", "--data", "segdigits", "--train-samples", "60", "--clients", "2", "--rounds", "1"]
     command += ["--local-steps", "2", "--threads", "1", "--width", "4", "--quiet", "--out", "run"]
@@ -363,7 +356,7 @@ def test_an_onnx_file_that_cannot_be_read_leaves_nothing(where, digits, exporter
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("plugged")
+@pytest.mark.usefixtures("plugged", "undrawn")
 def test_a_plugin_given_again_may_be_executed(result, fails, tmp_path):
     plugin = Marked(tmp_path / "plugin")
     flag = ["--plugin", str(plugin.path)]
@@ -387,6 +380,7 @@ def test_a_plugin_given_again_may_be_executed(result, fails, tmp_path):
     assert load_settings("run", trusted=[str(plugin.path)]).rounds == 3
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_knows_the_held_out_client(result, tmp_path):
     held = ["--held-out-client", "1", "--clients", "3"]
     result("fedavg", "--data", "digits", *TINY, "--model", "mlp", *held, "--out", "run")

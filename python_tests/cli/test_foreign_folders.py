@@ -84,6 +84,7 @@ def unfinished(out: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resume_runs_no_code_that_the_folder_names(lpfm, marker, fails, capsys):
     unfinished(lpfm)
     said = fails("--resume", str(lpfm))

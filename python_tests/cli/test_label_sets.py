@@ -163,15 +163,10 @@ def test_other_methods_learn_it_too(listed, result, tmp_path, method):
     [
         (["fedgid"], 'fedgid is for classification, but the data set "csv" is for multilabel: methods for that are '
          "afl, centralised, ditto, fedavg, feddyn, fedper, fedprox, local, scaffold."),
-        (["moon"], "moon is for classification, but"),
-        (["fusefl"], "fusefl is for classification, but"),
         (["fedavg", "--partition", "dirichlet:0.5"], "take iid, or attribute with a column client"),
         (["fedavg", "--partition", "stratified"], '"stratified" cannot share it out'),
-        (["fedavg", "--predictions"], "--predictions writes a class for every image"),
-        (["fedavg", "--data-option", "cue_clients=1"], "option cue_clients is for classification"),
         (["fedavg", "--data-option", "labels=lables"], 'names the column "lables"'),
         (["fedavg", "--data-option", "labels=site", "--data-option", "label=site"], "leave out one of the options"),
-        (["fedavg", "--model", "unet"], "The network unet gives classes of pixels, and"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_sentence(listed, fails, tmp_path, words, said):

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from fedkern.process import launcher
+
 RUN = ["fedavg", "--data", "digits", "--clients", "2", "--train-samples", "60", "--model", "mlp", "--local-steps", "1",
        "--rounds", "1", "--quiet", "--grad-cam", "0"]  # fmt: skip
 LEFT = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1",
@@ -42,12 +44,19 @@ def left_over(*words, cwd, **change):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [
-    {"RANK": "0", "LOCAL_RANK": "0"},
-    *(pytest.param(change, marks=pytest.mark.exhaustive) for change in ({}, {"WORLD_SIZE": "1"})),
-], ids=str)  # fmt: skip
-def test_a_run_with_leftover_variables_is_refused(tmp_path, change):
-    done = left_over("-m", "fedkern.run", *RUN, "--out", "run", cwd=tmp_path, **change)
+def test_a_run_with_leftover_variables_is_refused(fails, result, monkeypatch, tmp_path):
+    for name, value in LEFT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launcher, "_started_by_launcher", lambda: False)
+    assert "torchrun's variables are set, but torchrun did not start this process" in fails(*RUN, "--out", "run")
+    assert not (tmp_path / "run").exists()
+    assert "fedavg" in result("list")[0]
+    assert os.environ[launcher.JOB] == LEFT[launcher.JOB]
+
+
+@pytest.mark.exhaustive
+def test_a_shell_with_leftover_variables_is_no_launcher(tmp_path):
+    done = left_over("-m", "fedkern.run", *RUN, "--out", "run", cwd=tmp_path, RANK="0", LOCAL_RANK="0")
     assert done.returncode == 2
     assert done.stderr.startswith("error: torchrun's variables are set, but torchrun did not start this process")
     assert len(done.stderr.splitlines()) == 1

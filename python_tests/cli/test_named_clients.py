@@ -56,6 +56,7 @@ def records(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_column_names_the_clients_everywhere(listed, result, tmp_path):
     out = tmp_path / "run"
     words = ("fedavg", "--data", "csv", "--data-root", str(listed), *TINY, "--client-test", "0.2", "--out", str(out))
@@ -88,6 +89,7 @@ def test_a_column_names_the_clients_everywhere(listed, result, tmp_path):
     assert not any(row["test_set"] == "validation" or "client_" in row["metric"] for row in evaluation(out))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_held_out_site_is_shown_as_held_out(listed, result, tmp_path):
     out = tmp_path / "run"
     words = ("fedavg", "--data", "csv", "--data-root", str(listed), *TINY)
@@ -134,6 +136,7 @@ def test_parts_of_the_test_set_tell_the_sites_apart(listed, result, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_pooled_training_is_compared_on_the_sites_too(listed, result, tmp_path):
     out = tmp_path / "run"
     result("centralised", "--data", "csv", "--data-root", str(listed), *TINY, "--out", str(out), "--quiet")
@@ -141,6 +144,7 @@ def test_pooled_training_is_compared_on_the_sites_too(listed, result, tmp_path):
     assert "name" not in records(out)[0]["clients"]["0"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_site_folders_bring_their_own_tests(folders, result, tmp_path):
     out = tmp_path / "run"
     result("fedavg", "--data", "folder", "--data-root", str(folders), *TINY, "--out", str(out), "--quiet")
@@ -164,24 +168,9 @@ def test_own_test_folders_stay_where_a_share_is_the_default(folders, result, tmp
     assert shares["client_metrics"]["0"]["gallery"] != summary["client_metrics"]["0"]["gallery"]
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_another_partition_says_so_and_the_repeated_command_keeps_it(listed, result, tmp_path):
-    words = ("fedprox", "--data", "csv", "--data-root", str(listed), *TINY)
-    told, shown = result(*words, "--partition", "iid", "--out", str(tmp_path / "iid"))
-    said = 'The column "hospital" of list.csv names 3 clients and is not used: --partition iid shares the samples out.'
-    assert said in shown.splitlines()
-    assert "--partition iid" in told
-    told, shown = result(*words, "--out", str(tmp_path / "sites"))
-    assert "is not used" not in shown
-    assert "--partition" not in told  # FedAvg on the same data takes the same sites
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--clients", "4"), 'by the column "hospital" of list.csv to 3 clients, not 4; take --clients 3'),
-        (("--client-column", "ward"), 'option client_column names the column "ward", which'),
-        (("--data-option", "label=kind"), "it has path, label, hospital"),
         (("--client-column", "label", "--data-option", "client_column=path"), 'option "client_column" is given twice'),
         (("--held-out-client", "3"), "one of the clients, 0 (Aachen), 1 (Bonn), 2 (Celle), not 3."),
         (("--held-out-client", "Bon"), 'not Bon. Did you mean "Bonn"?'),
@@ -237,6 +226,7 @@ def test_a_stored_partition_stays_though_the_data_name_sites(listed, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"] == before["metrics"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_private_records_withhold_the_figures_of_clients(listed, result, tmp_path):
     out = tmp_path / "run"
     words = ("fedavg", "--data", "csv", "--data-root", str(listed), *TINY, "--client-test", "0.2", "--records",
@@ -262,6 +252,7 @@ def test_pictures_name_the_sites(listed, tmp_path, monkeypatch):
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(SITES)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_clients_of_the_digits_have_numbers(result, tmp_path):
     out = tmp_path / "run"
     told, shown = result("fedavg", "--data", "digits", "--train-samples", "60", "--clients", "2", *TINY[:8],

@@ -16,6 +16,7 @@ TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model
         "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--rounds", "1"]  # fmt: skip
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_at_the_end_of_a_run_and_later(result, tmp_path):
     out, _ = result("fedprox", *TINY, "--seed", "3", "--method-option", "mu=0.5", "--out", "run", "--report")
     assert "report:     run/report.html" in out
@@ -74,6 +75,7 @@ def test_a_new_run_does_not_write_over_a_report(fails, tmp_path):
     assert (tmp_path / "run/report.html").read_text() == "mine"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_that_cannot_be_written_does_not_lose_the_run(capsys, monkeypatch, tmp_path):
     from fedkern.errors import UserError
     from fedkern.report.pages import run_page
@@ -133,6 +135,7 @@ def test_a_run_of_a_vision_transformer_ends_with_its_pictures(words, result, tmp
     result("--resume", "run")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_with_data_in_memory_has_no_command(tmp_path):
     import numpy as np
 

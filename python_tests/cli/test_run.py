@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -69,19 +68,6 @@ def test_the_version_is_told_without_loading_torch():
     assert done.stdout == f"fedkern {fedkern.__version__}\n"
 
 
-def test_a_terminal_is_told_that_torch_is_loading():
-    """A terminal that somebody looks at has a line at once; the line is gone before the command's own output."""
-    main, side = os.openpty()
-    code = "import fedkern.run; fedkern.run.main(['list', '--json'])"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=side, text=True)
-    os.close(side)
-    told = os.read(main, 1000).decode()
-    os.close(main)
-    assert done.returncode == 0
-    assert json.loads(done.stdout)
-    assert re.fullmatch(r"loading torch \.\.\.\r +\r", told)
-
-
 @pytest.mark.parametrize(("command", "flag"), [("attack", "--data-root DIR"), ("list", "--json"), ("doctor", "--json")])
 def test_a_command_has_a_help_of_its_own(result, command, flag):
     text, _ = result(command, "--help")
@@ -142,16 +128,11 @@ def test_doctor(result):
     [
         ([], ["Which method", "fedgid"]),
         (["fedgidd"], ['"fedgidd"', 'Did you mean "fedgid"']),
-        (["doctr"], ['Did you mean "doctor"']),
         (["doctor", "--profile"], ['doctor does not take "--profile"']),
-        (["--quiet", "list"], ["Name list first, then its flags: python -m fedkern.run list."]),
         (["attack", "DIR", "--predictions"], ['attack does not take "--predictions"']),
         (["fedgid", "--roundz", "3"], ['"--roundz"', 'Did you mean "--rounds"']),
-        (["--roundz", "3"], ['"--roundz"', 'Did you mean "--rounds"']),
         (["--methodoption=alpha=1", "fedgid"], ['"--methodoption"', 'Did you mean "--method-option"']),
         (["fedgid", "--alpha", "0.5"], ["--alpha", "--method-option alpha=VALUE"]),
-        (["fedgid", "--mix-stage=map"], ["--method-option mix_stage=VALUE"]),
-        (["fedgid", "more"], ['"more"']),
         (["fedavg", "--augment", "flip"], ["--augment", "crop-flip"]),
         (["fedavg", "--lr", "inf"], ["--lr", "finite"]),
         (["fedavg", "--lr", "1e39"], ["--lr", "at most 1e+30"]),
@@ -160,42 +141,28 @@ def test_doctor(result):
         (["fedprox", "--method-option", "mu=1e300"], ['"mu"', "at most 1e+30"]),
         (["feddyn", "--method-option", "alpha=1e300"], ['"alpha"', "at most 1e+30"]),
         (["fedavg", "--threads", "99999999999"], ["--threads", "[0, 1024]", "99999999999"]),
-        (["fedavg", "--width", "1" + "0" * 20], ["--width", "[1, 65536]"]),
-        (["fedavg", "--batch-size", "1" + "0" * 20], ["--batch-size", "at most 2147483647"]),
         (["fedavg", "--data", "folder", "--data-option", "size=1000000"], ["size", "in [8, 8192]"]),
-        (["fedavg", "--data", "folder", "--data-option", "size=1" + "0" * 20], ["size", "in [8, 8192]"]),
         (["fedavg", "--data-option", "test_samples=1" + "0" * 20], ["test_samples", "at most 2147483647"]),
         (["fedgid", "--lr"], ["--lr"]),
         (["fedgid", "--rounds", "many"], ["--rounds", "integer", '"many"']),
         (["fedgid", "--rounds", "0"], ["--rounds", "[1, 100000]"]),
-        (["fedgid", "--sample-fraction", "1.5"], ["--sample-fraction"]),
-        (["fedgid", "--correlation", "-0.1"], ["--correlation"]),
-        (["fedgid", "--on-nan", "skipp"], ["--on-nan", 'Did you mean "skip"']),
         (["fedgid", "--buffers", "mean"], ["--buffers", "average, local, drop"]),
         (["fedgid", "--method-option", "alpah=1"], ['"alpah"', 'Did you mean "alpha"']),
         (["fedgid", "--method-option", "alpha=1.5"], ['"alpha"', "[0, 1]"]),
-        (["fedgid", "--method-option", "alpha=-0.01"], ['"alpha"', "[0, 1]"]),
-        (["fedgid", "--method-option", "alpha=nan"], ['"alpha"', "[0, 1]"]),
         (["fedgid", "--method-option", "alpha"], ["key=value"]),
         (["fedgid", "--data", "colourdigits"], ['"colourdigits"', 'Did you mean "colordigits"']),
         (["fedgid", "--data-option", "sise=3"], ['"sise"']),
         (["fedgid", *("--data-option", "test_samples=3"), *("--data-option", "test-samples=4")], ["given twice"]),
         (["fedgid", "--client-column", "site"], ["client_column"]),
         (["fedavg", "--local-epochs", "1", "--local-steps", "1"], ["--local-epochs has no effect beside --local"]),
-        (["fedavg", "--lr-step-factor", "0.5"], ["--lr-step-factor has no effect without --lr-steps"]),
         (["fedavg", "--backdoor-target", "1"], ["backdoor_target has no effect without backdoor_clients"]),
-        (["fedavg", "--partition", ""], ["--partition is given without a value"]),
-        (["fedgid", "--model", "resnet-18"], ['"resnet-18"', 'Did you mean "resnet18"']),
-        (["fedgid", "--partition", "dirichelt:1"], ['"dirichelt:1"', 'Did you mean "dirichlet"']),
         (["fedgid", "--partition", "dirichlet:0"], ["positive"]),
         (["fedgid", "--clients", "2000"], ["2000"]),
         (["fedgid", "--train-samples", "3", "--clients", "5"], ["5"]),
         (["fedavg", "--data", "mnist"], ["--data-root"]),
-        (["fedavg", "--data", "mnist", "--data-root", "nowhere"], ["nowhere"]),
         (["fedgid", "--config", "none.toml"], ["none.toml"]),
         (["--resume", "nowhere"], ["nowhere does not exist", "--out"]),
         (["--resume", "nowhere", "--out", "there"], ["--out"]),
-        (["list", "--rounds", "3"], ["list"]),
     ],
     ids=lambda value: " ".join(value)[:40] if value and isinstance(value, list) else "",
 )  # fmt: skip

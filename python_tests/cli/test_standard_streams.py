@@ -39,14 +39,9 @@ def test_a_run_goes_on(where, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize(("command", "where"), [
-    ("list", ">/dev/full"), ("no-such-command", "2>/dev/full"),
-    *(pytest.param(command, where, marks=pytest.mark.exhaustive) for command, where in (
-        ("list", "2>/dev/full"), ("list", ">&- 2>&-"),
-        ("no-such-command", ">/dev/full"), ("no-such-command", ">&- 2>&-"),
-        ("doctor", ">/dev/full"), ("doctor", ">&- 2>&-"), ("doctor", "2>/dev/full"),
-    )),
+@pytest.mark.parametrize("where", [">/dev/full", "2>/dev/full", ">&- 2>&-"])
+@pytest.mark.parametrize("command", [
+    "--version", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("doctor", "no-such-command")),
 ])  # fmt: skip
 def test_other_commands_neither(command, where, tmp_path):
     done = shell(f"{RUN} {command} {where}", tmp_path)
@@ -56,9 +51,8 @@ def test_other_commands_neither(command, where, tmp_path):
 
 
 def test_a_reader_that_has_gone_still_ends_a_command(tmp_path):
-    done = shell(f"set -o pipefail; {RUN} list | true", tmp_path)
-    assert done.returncode in (0, 141)
-    assert "Traceback" not in done.stderr
+    done = shell(f"(sleep 0.2; exec {RUN} --version) | true; echo ${{PIPESTATUS[0]}}", tmp_path)
+    assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 def noise(how):

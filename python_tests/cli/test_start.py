@@ -39,8 +39,13 @@ def command(*words: str) -> tuple[str, set[str]]:
     return done.stdout, set(done.stderr.split())
 
 
-def test_help_needs_no_torch():
-    text, modules = command("--help")
+@pytest.fixture(scope="module")
+def help_page() -> tuple[str, set[str]]:
+    return command("--help")
+
+
+def test_help_needs_no_torch(help_page):
+    text, modules = help_page
     assert not modules & {"torch", "numpy", "rich", "fedkern.engine", "fedkern.methods"}
     for name in front_page.COMMANDS:
         assert f"{front_page.PROGRAM} {name} " in text
@@ -55,17 +60,19 @@ def test_a_command_imports_its_own_file_alone():
     assert not modules & {"fedkern.engine.run", "fedkern.downstream", "fedkern.comparison.compared"}
 
 
-def test_help_is_the_same_once_torch_is_loaded(result):
-    assert result("--help")[0] == result("-h", "--json")[0] == command("-h")[0]
+def test_help_is_the_same_once_torch_is_loaded(result, help_page):
+    assert result("--help")[0] == result("-h", "--json")[0] == help_page[0]
 
 
-def test_help_names_the_methods_of_a_plugin(result, plugged, tmp_path):  # noqa: F811
+def test_help_names_the_methods_of_a_plugin(result, help_page, plugged, tmp_path):  # noqa: F811
     text, _ = result("--help", "--plugin", str(Marked(tmp_path).path))
     assert f"  {'mine':<16}A method of a test." in text.splitlines()
-    assert "mine" not in command("--help")[0]
+    assert "mine" not in help_page[0]
 
 
-@pytest.mark.parametrize(("given", "kept"), [("", True), ("sys.argv[1:]", False)])
+@pytest.mark.parametrize(
+    ("given", "kept"), [("", True), pytest.param("sys.argv[1:]", False, marks=pytest.mark.exhaustive)]
+)
 def test_the_collector_leaves_out_what_the_command_imports_not_what_a_script_has(given, kept):
     code = f"""
 import atexit, gc, sys

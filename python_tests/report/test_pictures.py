@@ -289,17 +289,6 @@ def test_sets_with_other_numbers_of_candidates_are_on_other_axes():
     assert accuracy_curves([{"round": 1, "i2t_r1": 0.5, "gallery": float("inf")}], "i2t_r1").axes
 
 
-def test_the_names_of_curves_stand_under_the_axes():
-    """FedDRA's recall rises into every corner of the axes."""
-    records = [{"round": i, "i2t_r1": 0.01 * i, "minority_i2t_r1": 0.2 - 0.01 * i} for i in range(1, 16)]
-    figure = accuracy_curves(records, "i2t_r1", title="t", chance={"i2t_r1": 0.002})
-    figure.draw_without_rendering()
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["test", "minority", "chance"]
-    axes = figure.axes[0].get_tightbbox()
-    assert 0 <= legend.get_window_extent().y0 < legend.get_window_extent().y1 <= axes.y0
-
-
 def test_a_long_title_stays_inside_the_picture():
     title = "a method with a name of many words on " + "the-folder-of-a-data-set" * 3
     figure = accuracy_curves([{"round": 1, "accuracy": 0.5}], "accuracy", title=title)
@@ -370,30 +359,6 @@ def test_the_partition_of_a_coloured_set_shows_its_colours(clients):
     assert [tick.get_text() for tick in colours.get_xticklabels()] == [str(digit) for digit in range(10)]
 
 
-def test_a_coloured_set_with_random_colours_alone_has_none_to_show(tmp_path):
-    assert load("colordigits", clients=2, train_samples=60, correlation=0).statistics.colours is None
-    assert opened_size(tmp_path, correlation=0)[1] < opened_size(tmp_path, correlation=1)[1]
-
-
-def opened_size(folder, correlation):
-    """Width and height of a partition's picture."""
-    statistics = load("colordigits", clients=2, train_samples=60, correlation=correlation).statistics
-    plots.save(plots.partition_picture(statistics, title="t"), folder / "p.png")
-    return opened(folder / "p.png").shape[1::-1]
-
-
-def test_names_with_dollars_are_no_formulas(tmp_path, data):
-    names = ("US$ a_{$", "b$", *(f"$c_{i}" for i in range(8)))
-    statistics = PartitionStatistics(np.eye(10, dtype=int), names, "iid")
-    plots.save(plots.partition_picture(statistics, title="$ a_{$"), tmp_path / "p.png")
-    split = data.tests["id"].subset(torch.arange(10))
-    model = models.build("cnn", classes=10, channels=3, image_size=32, seed=0)
-    panel = (split.images, torch.zeros(10, 3, 32, 32), split.labels, None)
-    gradcam.draw(model, {"id": panel}, tmp_path / "g.png", classes=names, title="$ a_{$")
-    for name in ("p.png", "g.png"):
-        assert opened(tmp_path / name).std() > 10
-
-
 def test_letters_are_drawn_without_hints(tmp_path):
     before, seen = rcParams["text.hinting"], []
 
@@ -406,21 +371,6 @@ def test_letters_are_drawn_without_hints(tmp_path):
     plots.save(figure, tmp_path / "p.png")
     assert seen == ["none"]
     assert rcParams["text.hinting"] == before != "none"
-
-
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    (tmp_path / "p.png").write_bytes(b"older")
-
-    def full(self, content):
-        with self.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UserError, match=r"p\.png cannot be written, the disk is full"):
-        plots.save(accuracy_curves([{"round": 1, "accuracy": 0.5}], "accuracy", title="t"), tmp_path / "p.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
-    assert (tmp_path / "p.png").read_bytes() == b"older"
 
 
 FAULTS = [
@@ -498,17 +448,3 @@ def test_examples_go_through_the_classes_in_turn():
     assert gradcam.choose(labels, 5).tolist() == [1, 3, 0, 2, 4]
     assert gradcam.choose(labels, 99).tolist() == [1, 3, 0, 2, 4, 5]
     assert gradcam.choose(labels[:0], 4).tolist() == []
-
-
-def test_damaged_files_are_named(tmp_path, data):
-    folder = make_run(tmp_path, data)
-    (folder / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        pictures.write_pictures(folder, data=data)
-    other = models.build("resnet8", classes=10, channels=3, image_size=32, seed=0)
-    save_model(other, folder)
-    with pytest.raises(UserError, match="parameters of a cnn"):
-        pictures.write_pictures(folder, data=data)
-    (folder / "metrics.jsonl").write_text('{"round": 1}\n{"rou\n{"round": 3}\n')
-    with pytest.raises(UserError, match="line 2"):
-        pictures.write_pictures(folder, data=data)

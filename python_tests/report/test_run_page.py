@@ -43,6 +43,12 @@ def finished_page(finished):
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Charts without their drawings, which take longer than all else of a page."""
+    monkeypatch.setattr("fedkern.report.pages.charts.svg", lambda figure, name: "<svg></svg>")
+
+
+@pytest.fixture
 def folder(finished, tmp_path):
     """A copy of the finished run, to be changed."""
     return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
@@ -70,6 +76,7 @@ def test_the_headline_is_what_a_sceptic_concludes(finished, finished_page):
     assert "finished" in page.text("p")[0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_headline_tells_of_poor_figures_and_warnings(finished):
     run = run_page.read(finished)
     poor = {**run.summary, "metrics": {**run.summary["metrics"], "accuracy": 0.1}}
@@ -91,6 +98,7 @@ def columns(chart):
     return dict(zip(table.header, zip(*table.rows, strict=True), strict=True))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_charts_hold_the_figures_of_the_run(finished):
     run, records = run_page.read(finished), read_metrics(finished)
     found = charts(run_page.page(run))
@@ -123,8 +131,8 @@ def test_the_file_has_every_chart_with_a_text_and_a_table(finished, finished_pag
     assert (finished / "report.html").stat().st_size < 1_000_000
 
 
-def test_the_same_folder_gives_the_same_file(finished):
-    first = run_page.write_report(finished).read_bytes()
+def test_the_same_folder_gives_the_same_file(finished, finished_page):
+    first = (finished / "report.html").read_bytes()
     assert run_page.write_report(finished).read_bytes() == first
 
 
@@ -133,14 +141,16 @@ def test_numbered_parts_of_a_phase_are_one():
     assert found == {"train": 3.0, "train/images": 1.5, "evaluate": 1.0}
 
 
-def test_settings_versions_and_command(finished):
-    page = read(finished, command="python -m fedkern.run fedavg --rounds 2")
+@pytest.mark.usefixtures("undrawn")
+def test_settings_versions_and_command(folder):
+    page = read(folder, command="python -m fedkern.run fedavg --rounds 2")
     assert page.text("code") == ["python -m fedkern.run fedavg --rounds 2"]
     assert {"client_test", "0.2"} <= {*page.text("th"), *page.text("td")}
-    summary = json.loads((finished / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["versions"]["torch"] in page.text("td")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_whose_data_are_gone_keeps_the_picture_of_the_partition(folder, monkeypatch):
     def gone(*_, **__):
         raise UserError("The folder /data does not exist.")
@@ -153,6 +163,7 @@ def test_a_run_whose_data_are_gone_keeps_the_picture_of_the_partition(folder, mo
     assert [text for text in page.text("p") if text.startswith("Predicting the commonest class")]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_only_pictures_of_the_folder_are_embedded(folder, tmp_path):
     (tmp_path / "secret.png").write_bytes(b"no picture")
     (folder / "gradcam.png").write_bytes(b"GIF89a")
@@ -162,6 +173,7 @@ def test_only_pictures_of_the_folder_are_embedded(folder, tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("undrawn")
 def test_missing_pictures_are_drawn(folder):
     for name in ("pictures.json", "accuracy.png"):
         (folder / name).unlink()
@@ -190,6 +202,7 @@ class Stopped(Listener):
             raise KeyboardInterrupt
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_is_not_finished_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {"data": "digits", "train_samples": 280, "clients": 14, "model": "mlp", "threads": 1, "grad_cam": 0,
@@ -207,6 +220,7 @@ def test_a_run_that_is_not_finished_says_so(tmp_path, monkeypatch):
     assert [path.name for path in run.out.glob("*.png")] == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_of_many_clients_some_are_charted(finished):
     run = run_page.read(finished)
     counts = np.random.default_rng(0).integers(1, 9, size=(10_000, 10))
@@ -221,6 +235,7 @@ def test_of_many_clients_some_are_charted(finished):
     assert text.startswith("10,000 clients with")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_private_records_tell_nothing_of_clients(tmp_path):
     folder = tmp_path / "run"
     assert main(["fedavg", *TINY, "--records", "private", "--out", str(folder)]) == 0
@@ -288,6 +303,7 @@ def test_every_method_has_a_report(method, tmp_path):
         assert "Picking at random gives" in page.words
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_extended_run_is_not_finished_until_its_last_round(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = fedkern.simulate("fedavg", data="digits", model="mlp", train_samples=100, clients=2, rounds=1, out="run",

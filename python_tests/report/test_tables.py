@@ -7,11 +7,9 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from fedkern.data import PartitionStatistics
-from fedkern.privacy import membership_attack
 from fedkern.report import tables
 
 
@@ -110,14 +108,6 @@ def test_final_table_of_retrieval():
     assert "candidates in retrieval 40 20" in lines
 
 
-def test_metrics_of_the_final_network():
-    assert tables.human_metric("id_macro_f1", 0.5) == "50.0 %"
-    assert tables.human_metric("ece", 0.0321) == "3.2 %"
-    assert tables.human_metric("ood_auroc", 0.98765) == "98.8 %"
-    names = ["id_accuracy", "id_balanced_accuracy", "id_macro_f1", "id_auroc", "id_confidence", "id_ece", "id_loss"]
-    assert tables.ordered(dict.fromkeys(reversed(names), 0.5)) == names
-
-
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
     [
@@ -209,22 +199,6 @@ def test_the_partition_table_says_what_skew_is():
     overall = counts.sum(0) / counts.sum()
     moved = [np.maximum(own - overall * own.sum(), 0).sum() / own.sum() for own in counts]
     np.testing.assert_allclose(statistics.skew, moved)
-
-
-def test_names_are_shown_as_they_are():
-    names = ("[red]", "x [/y]", ":dog:")
-    shown = text(tables.partition_table(PartitionStatistics(np.eye(3, dtype=int), names, "iid [/b]")))
-    for name in (*names, "(iid [/b])"):
-        assert name in shown
-    classes = {"recall": dict.fromkeys(names, 0.5) | {"[blue]none": None}}
-    shown = text(tables.class_table({"per_class": {"set [/b]": classes}}))
-    assert all(name in shown for name in (*names, '"[blue]none"'))
-    found = membership_attack(torch.ones(3), torch.ones(3)).to_dict()
-    found |= {"independent": "image", "member_loss": 1.0, "other_loss": 1.0}
-    assert "on runs/a[/b]" in text(tables.attack_table(found, "runs/a[/b]"))
-    rows = [{"set": "a [/b]", "auc": 0.5}]
-    result = {"command": "probe", "method": "m", "data": "d", "networks": 1, "rows": rows}
-    assert "a [/b]" in text(tables.downstream_table(result))
 
 
 @pytest.mark.parametrize("name", ["validation_north", "id_north", "north", "balanced"])
