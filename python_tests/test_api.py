@@ -318,7 +318,11 @@ def test_layouts_and_dtypes_of_images():
 
 
 def test_importing_fedkern_loads_no_torch():
-    code = "import sys, fedkern; dir(fedkern); dir(fedkern.listeners); assert 'torch' not in sys.modules"
+    code = (
+        "import sys, fedkern; dir(fedkern); dir(fedkern.listeners)\n"
+        "assert 'fedkern.usercode.plugins' not in sys.modules\n"
+        "from fedkern.usercode import plugins; assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert issubclass(fedkern.listeners.WandB, Listener)

@@ -36,13 +36,8 @@ def test_every_example_is_known() -> None:
     assert {path.stem for path in SCRIPTS} == set(SAYS)
 
 
-def _case(path: Path) -> Any:
-    """Whole runs take five seconds; one script stands for those of operators."""
-    first = path.stem == "whole_models"
-    return pytest.param(path, id=path.stem, marks=[] if first else [pytest.mark.exhaustive])
-
-
-@pytest.mark.parametrize("path", [_case(path) for path in SCRIPTS])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_runs(path: Path, tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 40
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

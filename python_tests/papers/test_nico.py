@@ -165,8 +165,6 @@ def test_no_tree(tmp_path: Path) -> None:
     [
         ({"protocol": "F8"}, "protocol.*must be one of F7, L7"),
         ({"protocoll": "F7"}, 'no option "protocoll".*Did you mean "protocol"'),
-        ({"size": "large"}, "size.*must be an integer"),
-        ({"size": 4}, r"size.*must be in \[8, 8192\]"),
         ({"held_out": 0.5}, r"held_out.*must be in \[0, 0.33\]"),
     ],
 )
