@@ -63,21 +63,3 @@ def test_blend(node: str, shape: tuple[int, ...], layout: str, pick: str, thread
     runs = contestants(foreground, background, grad, index)
     case = f"{list(shape)} {layout}, {pick}"
     compare(node, "blend", case, runs, model_bytes=bytes_, copy=True, threads=threads)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [(64, 128), (32, 64, 8, 8)], ids=str)
-def test_small_blend(node: str, shape: tuple[int, ...], dtype: torch.dtype, threads: int) -> None:
-    foreground, background, grad = leaves(shape, torch.contiguous_format, dtype)
-    index = torch.randperm(shape[0])
-    alpha = torch.rand(shape[0]).to(dtype)
-
-    case = f"{list(shape)} {str(dtype).removeprefix('torch.')}, alpha [B]"
-    compare(
-        node,
-        "blend",
-        case,
-        contestants(foreground, background, grad, index, alpha),
-        threads=threads,
-        note="an empty autograd.Function takes most of it",
-    )

@@ -113,17 +113,6 @@ def test_fuse_concat(node: str, count: int, layout: str, backward: bool, threads
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(64, 20, 16, 16), (64, 512)], ids=str)
-def test_small_fuse_concat(node: str, shape: tuple[int, ...], layout: str, threads: int) -> None:
-    if len(shape) == 2 and layout != "contiguous":
-        pytest.skip("vectors have one layout")
-    maps, norm = maps_of(10, shape, layout), Norm(10 * shape[1])
-    grad = torch.randn(shape[0], 10 * shape[1], *shape[2:]).contiguous(memory_format=LAYOUTS[layout])
-    case = f"M=10 {list(shape)} {layout}, forward + backward"
-    compare(node, "fuse_concat", case, contestants(fused, eager, training(maps, norm, grad)), threads=threads)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(64, 20, 16, 16), (64, 64, 16, 16), (64, 64, 32, 32)], ids=str)
 def test_fuse_mean(node: str, layout: str, shape: tuple[int, ...], threads: int) -> None:
     maps, norm = maps_of(10, shape, layout), Norm(10 * shape[1])

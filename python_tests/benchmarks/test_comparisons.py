@@ -1,4 +1,4 @@
-"""What recording keeps, refuses and says about itself, and which rows pages show."""
+"""What recording keeps, refuses and says about itself, on which machines, and which rows pages show."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gate, machines, page_figures, report, shown, sources
-from benchmarks.comparisons import RESULTS, Comparison, Recorder, read_results, write_results
+from benchmarks.comparisons import RESULTS, Comparison, Recorder, read_results, slug, write_results
 from fedkern.process.commit import commit
 
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
+INTEL = {**AMD, "cpu": "Intel(R) Xeon(R) Processor", "time": "2026-01-02"}
 ROW = Comparison(
     group="toy",
     case="small",
@@ -146,39 +147,6 @@ def test_pages_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeyp
     assert table == [f"{len([*shown.nodes()])} rows left out, not recorded with the present kernels."]
 
 
-def test_rows_that_are_behind_stand_below_those_of_their_test(tmp_path: Path) -> None:
-    """Of one thread, whatever kernels they are of; those of earlier ones are marked until somebody measures again."""
-    now = sources.hashes(sources.CSRC)["_cpu blend"]
-    row = replace(ROW, group="blend", backend="cpu", sources=now)
-    rows = [
-        replace(row, test=f"bench_blend.py::test_blend[{name}", case=name, threads=threads, sources=kernels,
-                speedup={"eager": over})
-        for name, threads, kernels, over in (
-            ("(64, 256, 14, 14)-contiguous-permutation-1]", 1, now, 2.0), ("behind-1]", 1, now, 0.5),
-            ("earlier-1]", 1, "earlier", 0.6), ("ahead-1]", 1, now, 1.5), ("two-2]", 2, now, 0.5),
-        )
-    ]  # fmt: skip
-    write_results(rows, AMD, tmp_path)
-    _, _, *table = page_figures.operators("amd-epyc", folder=tmp_path)
-    cells = [[cell.strip() for cell in line.split("|")[2:6]] for line in table if line.startswith("|")]
-    assert cells == [
-        ["[64,256,14,14]", "1", "100 µs", "2.00×"],
-        ["behind-1]", "1", "100 µs", "**0.50×**"],
-        ["earlier-1]", "1", "100 µs ‡", "**0.60×**"],
-    ]
-    write_results([replace(rows[2], sources=now, speedup={"eager": 1.1})], {**AMD, "cpu": "Intel Xeon"}, tmp_path)
-    assert "earlier" not in " ".join(page_figures.operators("intel-xeon", "amd-epyc", folder=tmp_path))
-
-
-def test_strategies_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not any("left out" in line for line in page_figures.over_flower())
-    (tmp_path / "aggregate.cpp").write_text("quicker")
-    monkeypatch.setattr(sources, "CSRC", tmp_path)
-    _, _, told, *rows = page_figures.over_flower()
-    assert told == "6 rows left out, not recorded with the present kernels."
-    assert not any("ResNet-18" in row for row in rows)
-
-
 def test_the_rows_that_pages_show_exist_and_are_at_most_sixty() -> None:
     """Collected, not measured: every name is that of a test."""
     command = [
@@ -279,18 +247,6 @@ def test_a_processor_is_known_by_more_than_its_name(tmp_path: Path) -> None:
     assert machines.chip(tmp_path / "none", tmp_path / "none") == {}
 
 
-@pytest.mark.parametrize("forced", ["", "reference"])
-def test_a_run_says_what_served(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDKERN_BACKEND", forced)
-    assert machines.machine("cpu").get("backend", "") == forced
-    backend, core = machines.served_by("cpu")
-    if forced:
-        assert (backend, core) == ("reference", "")
-    else:
-        assert backend in ("cpu", "reference")
-        assert (len(core) == 16) == (backend == "cpu")
-
-
 def test_results_name_their_commit() -> None:
     made = commit(sources.CSRC)
     assert machines.machine("cpu")["commit"] == made
@@ -298,3 +254,68 @@ def test_results_name_their_commit() -> None:
     assert page_figures.caption(machine)[0] == "AMD EPYC 7763, 2026-01-02, commit unrecorded."
     told = page_figures.caption({**machine, "cpu": "Intel(R) Xeon(R) Processor", "cores": 2, "commit": "abc1234"})[0]
     assert told == "Intel Xeon, 2 cores, 2026-01-02 at commit `abc1234`."
+
+
+# -- machines ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("AMD EPYC", "amd-epyc"),
+        ("AMD EPYC 7763 64-Core Processor", "amd-epyc-7763"),
+        ("Intel(R) Xeon(R) Processor", "intel-xeon"),
+        ("Intel(R) Xeon(R) Processor (Skylake, IBRS)", "intel-xeon-skylake-ibrs"),
+        ("Intel(R) Core(TM) i7-9700K CPU @ 3.60GHz", "intel-core-i7-9700k"),
+        ("", "unknown"),
+    ],
+)
+def test_files_are_named_by_maker_and_model(name: str, short: str) -> None:
+    assert slug({"cpu": name}) == short
+    assert slug({"cpu": name, "gpu": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
+
+
+def test_a_row_names_the_one_backend_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDKERN_BACKEND", raising=False)
+    for cores, served in (
+        ({"cuda": "c", "triton": ""}, ("cuda", "c")),
+        ({"triton": ""}, ("triton", "")),
+        ({}, ("reference", "")),
+    ):
+        monkeypatch.setattr(machines, "_core_of", cores.get)
+        assert machines.served_by("cuda") == served
+
+
+def test_processors_of_the_same_slug_keep_a_file_each(tmp_path: Path) -> None:
+    clocked = {**INTEL, "cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz"}
+    names = [write_results([ROW], machine, tmp_path)[0].name for machine in (INTEL, clocked, INTEL, clocked)]
+    assert names == ["toy-intel-xeon.json", "toy-intel-xeon-2.json"] * 2
+
+
+def test_recording_a_few_tests_adds_to_the_file(tmp_path: Path) -> None:
+    gone = replace(ROW, case="gone", test="bench_toy.py::test_gone")
+    foreign = replace(ROW, case="foreign", test="bench_else.py::test_foreign")
+    write_results([ROW, OTHER, gone, foreign], AMD, tmp_path)
+    renamed = replace(ROW, case="[64, 20]", speedup={"eager": 5.0})
+    (path,) = write_results([renamed], AMD, tmp_path, collected=[ROW.test, OTHER.test])
+    (recorded,) = read_results(tmp_path)["toy"]
+    assert [row.case for row in recorded.rows] == ["large", "foreign", "[64, 20]"]
+    assert recorded.rows[2] == renamed
+    (path,) = write_results([replace(ROW, device="cuda")], {**AMD, "gpu": "NVIDIA H200"}, tmp_path)
+    assert path.name == "toy-cuda-nvidia-h200.json"
+    assert [recorded.name for recorded in read_results(tmp_path)["toy"]] == ["toy-amd-epyc", "toy-cuda-nvidia-h200"]
+
+
+def test_the_page_shows_machine_after_machine(tmp_path: Path) -> None:
+    row = replace(ROW, backend="reference")
+    write_results([row], AMD, tmp_path)
+    write_results([replace(row, speedup={"eager": 1.2})], INTEL, tmp_path)
+    command = ["--results", str(tmp_path)]
+    assert report.main([*command, "--check"]) == 1
+    assert report.main(command) == 0
+    assert report.main([*command, "--check"]) == 0
+    amd, intel = (tmp_path / "README.md").read_text().split("\n## ")[1:]
+    assert amd.startswith("toy on AMD EPYC\n\nAMD EPYC, 2 cores")
+    assert "| small | 1 thread | 100 µs | 2.00× |" in amd
+    assert intel.startswith("toy on Intel(R) Xeon(R) Processor\n")
+    assert "| small | 1 thread | 100 µs | 1.20× |" in intel

@@ -8,19 +8,15 @@ import subprocess
 import sys
 import tarfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import bench_methods, comparisons, gpu_figures, timing
-from benchmarks.gpu import beside, counters, fifteen, kernels, stages, without
+from benchmarks.gpu import fifteen, kernels, stages, without
 from benchmarks.gpu.playing import FAILED, PASSED, RECORD
 from benchmarks.gpu.stages import ROOT, Stage
-from benchmarks.rounds import setting
-from benchmarks.rounds.plays import Played
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
 from fedkern.engine import lanes, training
@@ -107,14 +103,6 @@ def test_an_archive_after_every_line_a_table_last_and_what_failed_again(pretende
     assert outcomes(pretended) == dict.fromkeys(("build", "tests", "kernels", "memcheck"), PASSED)
 
 
-def test_a_first_command_begins_anew(pretended, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    (fifteen.BESIDE / "results").mkdir(parents=True)
-    assert fifteen.main([]) == 1
-    assert pretended.exists()
-    assert not (fifteen.BESIDE / "results").exists()
-
-
 @pytest.mark.parametrize(
     ("words", "found", "told"),
     [
@@ -129,16 +117,6 @@ def test_what_it_cannot_take_is_one_sentence(words, found, told, pretended, monk
         fifteen.main(words)
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
-
-
-def test_an_archive_stays_small(tmp_path) -> None:
-    for name, size in (("a.log", 300), ("b.json", 900), ("c.json", 200), ("d.pt", 1)):
-        (tmp_path / name).write_bytes(bytes(size))
-    fifteen.pack(tmp_path, tmp_path / "x.tar.gz", fifteen.KINDS, 600)
-    with tarfile.open(tmp_path / "x.tar.gz") as packed:
-        assert packed.getnames() == ["a.log", "c.json"]
-    assert fifteen.MOST < 16_000_000
-    assert not {".gz", ".pt", ".safetensors"} & fifteen.KINDS
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------
@@ -208,16 +186,6 @@ def test_pytest_finds_what_a_line_names(name) -> None:
     assert count == 3 if name == "compile" else count >= len(fifteen.CHANGED)
 
 
-def test_a_failed_case_is_measured_again(small, tmp_path, monkeypatch) -> None:
-    words = ["--results", str(tmp_path), "--missing", "median", "--backends", "reference"]
-    with monkeypatch.context() as broken:
-        broken.setattr(kernels, "measure", lambda *_: 1 / 0)
-        assert kernels.main(words) == 1
-    assert kernels.main(words) == 0
-    monkeypatch.setattr(kernels, "measure", lambda *_: 1 / 0)
-    assert kernels.main(words) == 0  # nothing is missing
-
-
 def test_bounds_are_what_must_be_moved(small) -> None:
     made = {name: make for name, _, make in kernels.cases(torch.float32, odd=False)}
     assert made["geometric_median"]()[1] == (2 * kernels.CLIENTS + 1) * 12 * 4
@@ -268,122 +236,3 @@ def test_runs_are_runs(name, monkeypatch) -> None:
     assert (now is before) == (part != "graphs")
     assert part != "graphs" or now(object, None) is False
     assert (most > 1) == (part != "lanes")
-
-
-def test_phases_of_runs_are_told(tmp_path) -> None:
-    folder = tmp_path / "runs" / "fedavg-without-graphs"
-    records = [{"round_seconds": s, "phases": {"train": s / 2, "serve": 0.001}} for s in (3.0, 1.0, 2.0, 1.0)]
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"round_sec')  # cut off
-    text = "\n".join(fifteen.told(tmp_path, H200, {}))
-    assert "| fedavg-without-graphs | 3000 ms | 1000.0 ms | train 500.0, serve 1.0 |" in text
-
-
-@pytest.mark.parametrize("name", fifteen.NETWORKS)
-def test_rounds_beside_the_lean_loop(name, tmp_path, monkeypatch, capsys, registries) -> None:
-    played = []
-
-    def play(who, task):
-        played.append((who.name, who.device, task.model, task.clients, task.rounds))
-        return Played(1.0, [5.0, *([0.2 if who.name == beside.OURS else 0.8] * (task.rounds - 1))], 0.5)
-
-    monkeypatch.setattr(beside.plays, "play", play)
-    monkeypatch.setattr(setting, "synthetic", _images)
-    monkeypatch.setattr(beside.Task, "load", _told)
-    monkeypatch.setenv(beside.DEVICE, "")
-    words = words_of(f"rounds {name}")
-    words[-1] = str(tmp_path / "rounds")
-    assert beside.main(words) == 0
-    _, clients, rounds = fifteen.NETWORKS[name]
-    assert played == [(who, "cuda", name, clients, rounds + 1) for who in (beside.LEAN, beside.OURS)]
-    assert "first round and median of later ones: lean loop 5000 ms and 800.0 ms" in capsys.readouterr().out
-    assert "| 5000.0 ms | 800.0 ms | 5000.0 ms | 200.0 ms | 4.00× |" in "\n".join(fifteen.told(tmp_path, H200, {}))
-
-
-def _told(folder: str) -> SimpleNamespace:
-    return SimpleNamespace(**json.loads((Path(folder) / "task.json").read_text()))
-
-
-def _images(count: int, test: int) -> tuple[torch.Tensor, ...]:
-    found = [torch.zeros(n, 3, 32, 32, dtype=torch.uint8) for n in (count, test)]
-    return found[0], torch.arange(count) % 10, found[1], torch.arange(test) % 10
-
-
-def test_a_traced_round(tmp_path, monkeypatch, capsys, registries) -> None:
-    monkeypatch.setattr(setting, "TEST", 20)
-    monkeypatch.setattr(beside, "Setting", lambda *given, rounds: setting.Setting(*given, samples=16, rounds=rounds))
-    monkeypatch.setenv(beside.DEVICE, "")
-    words = words_of("trace lenet")
-    words[-1], words[2] = str(tmp_path / "traces" / "lenet"), "2"
-    for _ in range(2):  # a second time over what the first has left
-        assert beside.main([*words, "--device", "cpu"]) == 0
-    assert "no GPU, 0 waits" in capsys.readouterr().out
-    assert "| LeNet, 2 clients × 16 | – | 0 |" in "\n".join(fifteen.told(tmp_path, H200, {}))
-
-
-def test_losses_beside_others_are_told_by_both_clocks(tmp_path) -> None:
-    row = comparisons.Comparison(
-        "kl_div", fifteen.SIZE, "fedkern", 1, 7, {"fedkern": 4e-5, "eager": 8e-5, "compile": 2e-5},
-        {"eager": 2.0, "compile": 0.5}, {}, device="cuda",
-        wall_seconds={"fedkern": 2e-4, "eager": 3e-4, "compile": 4e-4},
-    )  # fmt: skip
-    comparisons.write_results([row], {"gpu": "NVIDIA H200", **MACHINE}, tmp_path / "results")
-    text = "\n".join(fifteen.told(tmp_path, H200, {}))
-    assert "| kl_div | (4096, 1000) | 40.0 µs | 200.0 µs | 2.00× (1.50×) | **0.50×** (2.00×) |  |" in text
-
-
-NCU = """==PROF== Connected
-"ID","Kernel Name","gpu__time_duration.sum","dram","issue","warps","registers"
-"","","ns","%","%","%","register/thread"
-"0","void at::native::fill(int)","1,000","1","1","1","16"
-"1","void fedkern::cuda::(anonymous namespace)::rows<float, (int)3>(fedkern::Rows)","43,800","61.2","35.0","48.1","80"
-"""
-
-
-def test_counters(small, tmp_path, monkeypatch, capsys) -> None:
-    program = tmp_path / "ncu"
-    text = NCU
-    for name, metric in zip(("dram", "issue", "warps", "registers"), list(counters.METRICS.values())[1:], strict=True):
-        text = text.replace(f'"{name}"', f'"{metric}"')
-    (tmp_path / "csv").write_text(text)
-    program.write_text(f'#!/bin/sh\nwhile [ "$1" != --log-file ]; do shift; done\ncp {tmp_path / "csv"} "$2"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    words = words_of("counters")
-    words[0] = str(tmp_path / "counters.csv")
-    assert counters.main(words) == 0
-    assert "1 kernels" in capsys.readouterr().out
-    assert "| rows | 43.8 | 61 | 35 | 48 | 80 |" in "\n".join(fifteen.told(tmp_path, H200, {}))
-    words[0] = str(tmp_path / "other.csv")
-    program.unlink()
-    assert counters.main(words) == 1
-    assert "ncu does not start" in capsys.readouterr().out
-
-
-def test_what_is_left_half_written_ends_no_other_line(tmp_path) -> None:
-    (tmp_path / "counters.csv").write_text(NCU)  # no such metrics
-    (tmp_path / "rounds").mkdir()
-    (tmp_path / "rounds" / "cnn.json").write_text('{"case')
-    text = fifteen.told(tmp_path, H200, {})
-    assert [line.partition(": ")[0] for line in text if line.startswith("no table")] == [
-        "no table of rounds", "no table of counters",
-    ]  # fmt: skip
-
-
-def test_what_is_counted_is_called_twice(small, monkeypatch) -> None:
-    log = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    profiler = SimpleNamespace(start=lambda: log.append("on"), stop=lambda: log.append("off"))
-    monkeypatch.setattr(torch.cuda, "profiler", profiler)
-    own = kernels.asked
-
-    def asked(words, backends):
-        for row, _ in own(words, backends):
-            yield row, partial(lambda name: (partial(log.append, name), 0), row["operator"])
-
-    monkeypatch.setattr(kernels, "asked", asked)
-    monkeypatch.setattr(counters.ops, "use_backend", lambda name: emulated())
-    assert counters.main([counters.INSIDE, *words_of("counters")[1:]]) == 0
-    called = [name.split()[0] for name in fifteen.COUNTED]
-    assert sorted(log[: len(called)]) == sorted(called)
-    assert log == [*log[: len(called)], "on", *log[: len(called)], "off"]

@@ -81,16 +81,6 @@ def test_every_method_and_network_has_a_stage():
         assert stage.command[-3:] == (stage.name.split()[1], "--device", "cuda")
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", stages.NETWORKS)
-def test_two_runs_of_a_network(name, monkeypatch, capsys):
-    small = {"train_samples": 60, "width": 8, "rounds": 1, "local_steps": 1, "clients": 2}
-    monkeypatch.setitem(stages.NETWORKS, name, {**stages.NETWORKS[name], **small})
-    assert repeats.main([name, "--device", "cpu"]) == 0
-    assert capsys.readouterr().out == f"{name}: two runs on cpu with one seed have the same model and metrics\n"
-
-
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("settings", [LITTLE, {**LITTLE, "lr": -1.0}], ids=["alike", "failed"])
 def test_two_runs(settings, monkeypatch, capsys):
     monkeypatch.setattr(bench_methods, "CASES", (bench_methods.Case("fedavg", "default", settings),))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tarfile
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import playing, published, stages
+from benchmarks.gpu import stages
 from benchmarks.gpu.playing import CUT, FAILED, PASSED, RECORD, Playing
 from benchmarks.gpu.stages import ROOT, Stage
 from fedkern.cli.flags import parse
@@ -47,18 +46,6 @@ def test_what_has_passed_is_not_played_again(tmp_path):
     assert len(mark.read_text()) == 5
 
 
-def test_what_failed_comes_after_what_was_never_played(tmp_path):
-    asked = [python("bad", "raise SystemExit(1)"), python("good", "")]
-    Playing(tmp_path / "out", GPU, "code").play(asked[:1])
-    playing = Playing(tmp_path / "out", GPU, "code")
-    order = []
-    playing._run = lambda stage, limit, cut: order.append(stage.name) or {"outcome": FAILED, "seconds": 0, "last": ""}
-    playing.play(asked)
-    assert order == ["good", "bad"]
-    Playing(tmp_path / "out", GPU, "other code", 3600).play(asked)  # all of it is new
-    assert outcomes(tmp_path / "out") == {"bad": FAILED, "good": PASSED}
-
-
 @pytest.mark.parametrize(("goes_on", "outcome"), [(False, FAILED), (True, CUT)])
 def test_a_stage_that_takes_too_long_is_ended_with_all_it_started(goes_on, outcome, tmp_path):
     mark = tmp_path / "kept"
@@ -78,22 +65,6 @@ def test_a_stage_that_takes_too_long_is_ended_with_all_it_started(goes_on, outco
     while Path(f"/proc/{first}/cmdline").exists() and Path(f"/proc/{first}/cmdline").read_bytes():
         assert time.monotonic() < limit
         time.sleep(0.05)
-
-
-def test_stages_for_which_no_time_is_left_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(playing, "LEAST", 0.2)
-    asked = [python("one", "import time; time.sleep(600)"), python("two", "")]
-    left = Playing(tmp_path / "out", GPU, "code", seconds=1.5, patience=0.0).play(asked)
-    assert [stage.name for stage in left] == ["two"]
-    assert outcomes(tmp_path / "out") == {"one": CUT}  # no failure: it had less time than it may take
-
-
-def test_a_stage_that_finds_nothing_to_do_is_not_played(tmp_path):
-    ready, missing = ((sys.executable, "-c", f"raise SystemExit({code})") for code in (0, 1))
-    Playing(tmp_path / "out", GPU, "code").play(
-        [python("built", "", ready=ready), python("missing", "", ready=missing)]
-    )
-    assert outcomes(tmp_path / "out") == {"missing": PASSED}
 
 
 def test_the_plan():
@@ -127,18 +98,6 @@ def test_published_settings_are_settings(method):
     assert effective(parse(words)).method == method
 
 
-def test_a_run_is_begun_and_gone_on_with(tmp_path, capsys):
-    out = tmp_path / "run"
-    words = [
-        "fedavg", "--data", "digits", "--train-samples", "60", "--width", "2", "--rounds", "2", "--local-steps", "1",
-        "--clients", "2", "--grad-cam", "0", "--workers", "1", "--quiet", "--out", str(out),
-    ]  # fmt: skip
-    assert published.reached("fedavg", out) == "fedavg: no round is done"
-    assert published.main(words) == 0
-    assert "fedavg: 2 rounds, accuracy" in capsys.readouterr().out
-    assert published.main(words) == 0  # a folder that holds a run is resumed, not refused
-
-
 def test_no_gpu_is_one_sentence(capsys):
     with pytest.raises(SystemExit) as ended:
         command.main(["--out", "nowhere"])
@@ -164,11 +123,3 @@ def test_stages_are_chosen_by_name_and_packed(tmp_path, monkeypatch, capsys):
     assert "failed: doctor" in capsys.readouterr().out
     command.main(["--list", "--out", str(tmp_path / "new")])
     assert "doctor: failed" in capsys.readouterr().out
-
-
-@pytest.mark.exhaustive
-def test_the_script_lists_its_stages():
-    done = subprocess.run(
-        ["benchmarks/gpu/all.sh", "--list"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
-    )
-    assert "memcheck: not played" in done.stdout

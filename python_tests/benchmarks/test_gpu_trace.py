@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 
 import pytest
@@ -41,16 +40,6 @@ def test_waits_and_idle_time_are_counted(tmp_path):
     assert (tmp_path / "trace.png").stat().st_size > 5000
 
 
-def test_events_without_a_length_and_of_other_kinds_are_left_out(tmp_path):
-    path = tmp_path / "trace.json.gz"
-    others = [{"ph": "M", "name": "process_name"}, event("python_function", "f", 0, 1), {"ph": "i", "cat": "kernel"}]
-    path.write_bytes(gzip.compress(json.dumps({"traceEvents": [*others, *reversed(EVENTS)]}).encode()))
-    assert trace.read(path) == EVENTS
-    with pytest.raises(ValueError, match="the trace is empty"):
-        trace.figures([])
-
-
-@pytest.mark.exhaustive
 def test_a_run_on_the_cpu_waits_for_no_gpu(tmp_path, capsys):
     words = [
         "fedavg", "--data", "digits", "--train-samples", "60", "--clients", "2", "--width", "2", "--rounds", "2",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import contestants, peak_memory, timing
+from benchmarks import contestants, timing
 
 CPU = torch.device("cpu")
 
@@ -81,32 +81,6 @@ def test_cuda_clock_flushes_before_each_call_and_waits_once(monkeypatch: pytest.
     log.clear()
     assert clock.wall(lambda: log.append("call"), 2) is not None
     assert log == ["wait", "call", "call", "wait"]
-
-
-@pytest.mark.exhaustive
-def test_peak_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
-    if peak_memory.peak_bytes(lambda: None, CPU) is None:
-        pytest.skip("this kernel does not let a process set back its high-water mark")
-    size = 8 << 20
-    leaf = torch.ones(size // 4, requires_grad=True)
-    numbers = leaf.detach().numpy()
-
-    def backward() -> None:
-        leaf.grad = None
-        (leaf * 2).sum().backward()
-
-    for run, least, most in (
-        (lambda: None, 0, 0),
-        (lambda: torch.ones(size // 4), size, size),
-        (lambda: numbers * 2, size, size),  # not torch's memory
-        (lambda: [torch.ones(size // 4) for _ in range(3)], 3 * size, 3 * size),
-        (backward, size, 3 * size),  # the gradient, which the call before left, and what lives beside it
-    ):
-        run()
-        rise = peak_memory.peak_bytes(run, CPU)
-        assert rise is not None
-        assert least <= rise + (1 << 20)  # the kernel counts pages by processor, and adds them up now and then
-        assert rise <= most + (3 << 20)  # what else grows in a process meanwhile
 
 
 def test_contestants_that_cannot_run_say_why() -> None:

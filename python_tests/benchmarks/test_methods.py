@@ -5,13 +5,13 @@ import importlib
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_methods, gpu_figures, page_figures, processes
+from benchmarks import bench_methods, processes
 from benchmarks.bench_methods import CASES, Case, Row
 from benchmarks.gpu_use import Use
 from benchmarks.plain import common, feddra, fedgid, fediod, fedlpfm, fedprox, fusefl
@@ -234,14 +234,6 @@ def test_what_the_plain_method_does_not_compute_is_refused(given, word, tmp_path
         bench_methods.plain_words(RunConfig.make("fedgid", **given), tmp_path, seed=0, threads=0)
 
 
-@pytest.mark.exhaustive
-def test_contestants_that_cannot_run_say_why(tmp_path):
-    assert "--before" in bench_methods.missing("before", None)
-    assert bench_methods.missing("plain", None) == ""
-    with pytest.raises(SystemExit, match="no fedkern with a compiled core"):
-        bench_methods.checked(tmp_path)
-
-
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
@@ -263,15 +255,6 @@ def test_the_cost_of_a_command_has_its_children(tmp_path):
     assert cost.seconds >= 0.6
     assert cost.peak_bytes > 60 << 20
     assert cost.processes == 3
-
-
-@pytest.mark.exhaustive
-def test_the_cost_of_a_command_has_children_that_nobody_waited_for(tmp_path):
-    """As a run's workers: who forked them is killed, and they end with it."""
-    spin = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ntime.sleep(60)"
-    script = f"import subprocess, sys, time, os\np = subprocess.Popen([sys.executable, '-c', {spin!r}], stdout=-1)"
-    script += "\np.stdout.readline()\ntime.sleep(1)\np.kill()\nos._exit(0)"
-    assert processes.run([sys.executable, "-c", script], {}, tmp_path).cpu_seconds > 0.4
 
 
 def test_a_command_that_fails_says_its_last_line(tmp_path):
@@ -310,20 +293,6 @@ def test_figures_beyond_the_spread_of_the_seeds_are_seen(shift, apart):
     assert ("**" in bench_methods._figure_table([one])[-1]) is apart
 
 
-def test_the_first_round_stands_apart(monkeypatch):
-    one = row(plain=[10.0], fedkern=[5.0])
-    content = {"machine": {"gpu": "A GPU", "torch": "2", "cuda": "13", "time": "2026-11-29"}, "cases": [asdict(one)]}
-    monkeypatch.setattr(gpu_figures, "load", lambda name, folder: content)
-    assert bench_methods._rounds_table([one]) == []
-    assert gpu_figures.whole_runs()[-1] == "| `fedavg` | 10.0 s | 5.0 s | 2.00× | 5.00 s | 2.50 s | 2.00× |"
-    one.first_seconds, one.later_seconds = {"plain": [4.0], "fedkern": [2.0]}, {"plain": [0.9], "fedkern": [0.1]}
-    content["cases"] = [asdict(one)]
-    assert bench_methods._rounds_table([one])[-2] == "| fedavg | 4.00, 0.90 | 2.00, 0.10 |"
-    header, _, line = gpu_figures.whole_runs()[-3:]
-    assert "first round: plain | fedkern | over plain | later ones: plain" in header
-    assert line.endswith("| 4.00 s | 2.00 s | 2.00× | 0.90 s | 0.10 s | 9.00× |")
-
-
 def test_a_run_with_other_settings_before_counts_in_no_mean():
     rows = [row("fedavg", before=[4.0], fedkern=[2.0]), row("fediod", before=[90.0], fedkern=[1.0], plain=[3.0])]
     rows[1].differs = ["preset: paper, study"]
@@ -348,15 +317,6 @@ def test_cases_measured_again_replace_their_own_alone(tmp_path):
     assert "no --before was given" in page
     assert "lr: 0.1, 0.2" in page
     assert "| fedavg | 4.00 (2.00) | 1.00 (0.50) | 4.00× (4.00×) |" in page
-
-
-def test_other_defaults_of_the_other_checkout_are_told(tmp_path):
-    for name, lr in (("old", 0.1), ("new", 0.2)):
-        (tmp_path / name / "run").mkdir(parents=True)
-        more = "more = 1" if name == "new" else ""
-        text = f'lr = {lr}\n{more}\n[options]\nmu = 1\nteacher_cache = "{name}"\nboxes = "{name}"\n'
-        (tmp_path / name / "run" / "config.toml").write_text(text)
-    assert bench_methods.other_settings(tmp_path / "old", tmp_path / "new") == ["lr: 0.1, 0.2"]
 
 
 def test_on_a_gpu_all_contestants_are_sent_there_and_it_is_watched(tmp_path, monkeypatch):
@@ -417,47 +377,6 @@ def test_contestants_run_in_turn_with_the_seeds_of_the_repeats(tmp_path, monkeyp
     assert found.missing == {"before": "no --before was given"}
     assert found.seconds == {"plain": [2.0, 2.0], "fedkern": [2.0, 2.0]}
     assert found.main == "accuracy"
-
-
-@pytest.mark.parametrize("contestant", bench_methods.ONE_CORE.values())
-def test_on_one_core_a_contestant_has_one_thread_in_one_process(contestant, tmp_path, monkeypatch):
-    def fake(command, environment, folder):
-        assert command[command.index("--threads") + 1] == "1"
-        if contestant == bench_methods.ONE_CORE[bench_methods.OURS]:
-            config = request.effective(flags.parse([*command[3:], "--client-threads", "1"]))
-            assert (config.threads, config.workers) == (1, "1")
-            (folder.parent / "run").mkdir()
-            (folder.parent / "run" / "metrics.jsonl").write_text(2 * (json.dumps(record) + "\n"))
-        (folder.parent / "records.json").write_text(json.dumps({"rounds": 2 * [record]}))
-        return processes.Cost(5.0, 4.0, 100, 1)
-
-    record = {"round_seconds": 1.5, "accuracy": 0.5}
-    monkeypatch.setattr(processes, "run", fake)
-    case = Case("fedavg", "default", {"rounds": 2})
-    found = bench_methods.measure(case, (contestant,), 1, before=None, data_root=None)
-    assert found.seconds == {contestant: [5.0]}
-    assert found.outside_seconds(contestant) == 2.0
-    assert found.first_seconds == found.later_seconds == {contestant: [1.5]}
-    assert bench_methods.missing(contestant, None, "cuda")
-
-
-def test_who_earned_it_stands_beside_the_seconds():
-    names = ("plain", "fedkern", "bf16", "reference", *bench_methods.ONE_CORE.values())
-    one = row(**{name: [seconds] for name, seconds in zip(names, (12.0, 6.0, 5.0, 6.6, 18.0, 9.0), strict=True)})
-    one.rounds = 1
-    one.cpu_seconds = {"plain": [20.0], "fedkern": [8.0]}
-    found = page_figures.earned(one)
-    assert [found[f"over plain: {per}"] for per in ("machine", "processor seconds", "one core")] == [
-        "2.00×", "2.50×", "2.00×",
-    ]  # fmt: skip
-    assert (found["over the reference"], found["processes"]) == ("1.10×", "1.50×")
-    assert (found["outside of rounds: plain"], found["outside of rounds: fedkern"]) == ("6.0 s", "3.0 s")
-    for name in ("reference", *bench_methods.ONE_CORE.values()):
-        del one.seconds[name]
-    one.rounds = 0
-    found = page_figures.earned(one)
-    assert {found[name] for name in ("over plain: one core", "over the reference", "processes")} == {"–"}
-    assert found["outside of rounds: plain"] == "–"
 
 
 def test_a_command_ends_with_whoever_measures_it(tmp_path, monkeypatch):

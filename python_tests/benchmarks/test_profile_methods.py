@@ -10,7 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import fedkern
 from benchmarks import profile_methods
-from benchmarks.bench_methods import CASES
 from benchmarks.profile_methods import (
     BACKWARD,
     BATCHES,
@@ -68,23 +67,6 @@ def test_every_event_counts_once_for_its_region_or_its_operator():
     assert set(found) == set(PARTS)
 
 
-def test_a_real_profile_is_divided_without_rest(monkeypatch):
-    monkeypatch.setattr(ops, "kl_div", profile_methods.marked(ops.kl_div, OURS))
-    x, w = torch.randn(4, 3, 8, 8), torch.randn(10, 3, 8, 8, requires_grad=True)
-
-    def run():
-        logits = torch.conv2d(x, w).flatten(1)
-        ops.kl_div(logits, torch.randn(4, 10)).backward()
-
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        profile_methods.marked(run, WHOLE)()
-    events = profiler.events()
-    found = profile_methods.divided(events, profile_methods.functions_of_ours())
-    assert all(found[part] > 0 for part in (FORWARD, BACKWARD, OURS, PYTHON))
-    whole = next(event for event in events if event.name == f"fedkern/{WHOLE}")
-    assert sum(found.values()) == pytest.approx(whole.cpu_time_total / 1e6, rel=0.05)
-
-
 @pytest.mark.parametrize("path", [*REGIONS, *(f"fedkern.ops:{name}" for name in OPERATORS)])
 def test_what_is_marked_is_there(path):
     module, _, name = path.partition(":")
@@ -117,8 +99,3 @@ def test_backward_passes_of_our_operators_are_known():
     x = torch.randn(4, 10, requires_grad=True)
     loss = ops.kl_div(x, torch.randn(4, 10))
     assert loss.grad_fn.name() in profile_methods.functions_of_ours()
-
-
-def test_profiled_runs_are_short():
-    cases = [profile_methods.shortened(case) for case in CASES if case.setting == "default"]
-    assert all(case.settings.get("rounds", 0) <= 6 for case in cases)

@@ -15,7 +15,6 @@ TINY = {
 STILL = 1e-12  # a learning rate that leaves the classifier where it was
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["fusefl", "ensemble"])
 def test_it_starts_from_the_classifier_before_and_gets_somewhere(method, tmp_path):
     calibrated = {"calibrate": True, "virtual_features": 50}
@@ -47,7 +46,6 @@ def test_an_ordinary_network_is_one_branch(tmp_path):
     assert found[kinds[1].name]["accuracy"] > metrics["accuracy"]
 
 
-@pytest.mark.exhaustive
 def test_networks_that_cannot_be_calibrated_anew(tmp_path):
     run(RunConfig.make("oneshot-fedavg", options={"calibrate": True, "virtual_features": 50}, **TINY), out=tmp_path)
     with pytest.raises(ValueError, match=r"only its calibrated classifier left: run it with calibrate=false"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -13,10 +11,8 @@ import torch
 
 from benchmarks import bench_rounds, harness
 from benchmarks.contestants import Absent
-from benchmarks.gpu.stages import ROUNDS
-from benchmarks.processes import proportional_bytes
 from benchmarks.rounds import lean, ours, setting
-from benchmarks.rounds.plays import Contestant, Failed, family, play
+from benchmarks.rounds.plays import Contestant, Failed, play
 from benchmarks.rounds.setting import Setting
 from benchmarks.rounds.task import NETWORKS, Task
 from fedkern import models
@@ -82,22 +78,6 @@ def test_a_contestant_that_takes_too_long_is_ended(task: Task, tmp_path: Path) -
     assert time.monotonic() - start < 20
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")
-def test_memory_counts_children_and_shared_pages_once() -> None:
-    held = torch.ones(8 << 20)  # 32 MB, shared by parent and child
-    before = proportional_bytes(os.getpid())
-    child = os.fork()
-    if child == 0:
-        signal.pause()
-    try:
-        assert child in family(os.getpid(), "no such word")
-        both = proportional_bytes(os.getpid()) + proportional_bytes(child)
-        assert both < before + held.nbytes  # the sum of resident sizes would be twice as large
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
 def test_a_framework_without_an_environment_is_absent_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -122,31 +102,8 @@ def test_on_a_gpu_contestants_are_told_so_and_frameworks_without_an_adapter_are_
     assert "Flower" not in bench_rounds.contestants(1)[1]
 
 
-def test_the_stages_rounds_are_settings() -> None:
-    known = {f"{one.model}-{one.clients}" for one in bench_rounds.SETTINGS}
-    assert len(known) == len(bench_rounds.SETTINGS)
-    assert known.issuperset(ROUNDS)
-    assert "resnet18-10" in ROUNDS
-
-
-def test_a_contestant_learns_where_to_train(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = _program(tmp_path, "echo $FEDKERN_ROUNDS_DEVICE >&2; exit 3")
-    with pytest.raises(Failed, match="cuda"):
-        play(Contestant("one", "any", program, device="cuda"), task)
-    monkeypatch.setenv("FEDKERN_ROUNDS_DEVICE", "meta")
-    there = Task.load(task.folder)
-    assert {x.device.type for x in (there.images, there.labels, there.orders, *there.network().parameters())} == {
-        "meta"
-    }
-
-
 def test_the_judged_contestant_chooses_its_workers() -> None:
     name, found = bench_rounds.contestants(2)
     assert name == "fedkern auto"
     assert [found[f"fedkern {who}"].words for who in ("serial", "workers", "auto")] == [("1",), ("2",), ("auto",)]
     assert bench_rounds.contestants(1)[0] == "fedkern serial"
-
-
-def test_accuracies_beyond_the_scatter_are_named() -> None:
-    found = bench_rounds.unequal({"lean loop": 0.6, "fluke": 0.62, "pfl": 0.5}, "lean loop")
-    assert found == {"pfl": 0.5}

@@ -190,7 +190,6 @@ def test_a_folder_made_with_other_settings_or_defaults_is_refused(monkeypatch, t
         study.run([case], tmp_path)
 
 
-@pytest.mark.exhaustive
 def test_what_a_failing_run_says_last_is_repeated(tmp_path):
     case = study.Case("bad", ("fedavg", "--data", "mnist", "--data-root", str(tmp_path / "missing")))
     with pytest.raises(SystemExit, match=r"bad failed with exit code 2: error: .*missing"):

@@ -1,6 +1,5 @@
 """Every run that FedIOD's studies ask for is a command line that the program takes, and every table can be written."""
 
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +7,10 @@ import pytest
 from PIL import Image
 
 from benchmarks.studies import fediod_runs, study_fediod, study_fediod_segment
-from fedkern.cli import flags, request
 from fedkern.data import load
+from python_tests.benchmarks.test_studies import Metrics, taken
 
 BYTES = {"up": 10, "down": 10, "one_off_up": 1, "one_off_down": 0}
-
-
-class Figures(defaultdict):
-    """Any figure there may be."""
-
-    def get(self, name, default=None):
-        return self[name]
 
 
 def dry(kind, asked, finished):
@@ -35,7 +27,7 @@ def dry(kind, asked, finished):
 
         def metrics(self, case):
             assert case.name in finished
-            return Figures(lambda: 0.5)
+            return Metrics(lambda: 0.5)
 
         def rounds(self, case):
             assert case.name in finished
@@ -59,8 +51,7 @@ def check(module, kind, name, tmp_path):
     for case in asked.values():
         names = frozenset(w.partition("=")[0] for w in case.arguments if w.startswith("--") or "=" in w)
         shapes.setdefault((case.arguments[0], names), case)
-    for case in shapes.values():
-        request.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
+    taken(shapes.values(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist"])
