@@ -185,6 +185,7 @@ def source_distribution(folder: Path) -> Path:
     return archive.with_suffix("")
 
 
+@pytest.mark.exhaustive
 def test_a_source_distribution_holds_all_that_a_build_needs(tmp_path: Path) -> None:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -28,13 +29,21 @@ def modules(package: str) -> dict[str, Path]:
     return found
 
 
+def import_statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif not isinstance(child, ast.expr):
+            yield from import_statements(child)
+
+
 def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
     """The modules that a file imports, also inside its functions and under TYPE_CHECKING."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in import_statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             inside = path.relative_to(ROOT).parent.parts if node.level else ()
             base = ".".join([*inside[: len(inside) + 1 - node.level], *([node.module] if node.module else [])])
             found |= {each if (each := f"{base}.{alias.name}") in known else base for alias in node.names}

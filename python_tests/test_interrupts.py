@@ -88,8 +88,9 @@ def test_handlers_are_given_back_and_others_are_left_alone():
     ],
 )
 def test_a_burst_ends_a_command_once_and_resume_gives_the_uninterrupted_run(number, code, word, monkeypatch, tmp_path):
-    words = ["fedavg", "--data", "digits", "--train-samples", "300", "--rounds", "60", "--clients", "3", "--threads",
-             "1", "--workers", "1", "--grad-cam", "0", "--model", "mlp", "--eval-every", "60"]  # fmt: skip
+    words = ["fedavg", "--data", "digits", "--train-samples", "300", "--rounds", "25", "--clients", "2", "--threads",
+             "1", "--workers", "1", "--grad-cam", "0", "--model", "mlp", "--local-steps", "1", "--eval-every",
+             "25"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "fedkern.run", *words, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
@@ -106,7 +107,7 @@ def test_a_burst_ends_a_command_once_and_resume_gives_the_uninterrupted_run(numb
     assert "Traceback" not in out + err
     assert (out + err).count(f"{word}") == 1
     assert "--resume" in out + err
-    assert 1 <= Checkpoints(tmp_path / "run").open()["round"] < 60
+    assert 1 <= Checkpoints(tmp_path / "run").open()["round"] < 25
     monkeypatch.setattr("fedkern.report.figures.pictures._draw", lambda *_: [])
     assert main(["--resume", str(tmp_path / "run"), "--quiet"]) == 0
     assert main([*words, "--quiet", "--out", str(tmp_path / "whole")]) == 0

@@ -220,6 +220,7 @@ def test_an_nvcc_that_does_not_run_leaves_the_cpu_core(tmp_path: Path) -> None:
     assert "_cuda.dir" not in (tmp_path / "build" / "build.ninja").read_text()
 
 
+@pytest.mark.exhaustive
 def test_an_nvcc_that_does_not_compile_leaves_the_cpu_core(tmp_path: Path) -> None:
     told = configure(tmp_path, '[ "$1" = --version ]', "auto")
     assert told.returncode == 0, told.stderr
@@ -227,6 +228,7 @@ def test_an_nvcc_that_does_not_compile_leaves_the_cpu_core(tmp_path: Path) -> No
     assert "CMake says: " in told.stderr
 
 
+@pytest.mark.exhaustive
 def test_an_nvcc_that_was_insisted_on_is_an_error(tmp_path: Path) -> None:
     told = configure(tmp_path, "exit 1", "1")
     assert told.returncode

@@ -135,9 +135,9 @@ def exported(run, folder, kind):
 
 
 def played_on(run, folder):
-    """A copy of the run that goes on for a round, with its pictures."""
+    """A copy of the run that goes on for a round."""
     shutil.copytree(run.out, folder / "copy")
-    found = fedkern.load(folder / "copy").extend(3, progress=False, workers=1)
+    found = fedkern.load(folder / "copy").extend(3, progress=False, pictures=False, workers=1)
     return weights(found.out)
 
 

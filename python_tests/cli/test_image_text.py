@@ -36,6 +36,7 @@ def test_encoders_of_data_without_texts(flag, value, fails):
     assert not Path("run").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_file_of_all_settings_is_still_read(result, fails):
     """It names a model too, as config.toml of every run does."""
     few = {"test_samples": 10, "validation_samples": 10}
@@ -48,6 +49,7 @@ def test_a_file_of_all_settings_is_still_read(result, fails):
     assert "--model mlp has no effect" in fails("fedavg", "--config", "other.toml", "--out", "again")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_first_lines_name_the_encoders(result):
     shown = "".join(result("fedavg", "--data", "captions", *TINY, "--image-encoder", "vit", "--out", "run"))
     assert "vit+words with" in shown

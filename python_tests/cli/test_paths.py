@@ -107,6 +107,7 @@ def test_names_and_templates_stay_as_they_are(tmp_path):
     assert effective("fedavg", "--model", "cnn", "--detector", "org/dino").data_options["detector"] == "org/dino"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_resumed_elsewhere_uses_the_same_cache(tmp_path, monkeypatch, result):
     argv = ["fedlpfm", *TINY, "--rounds", "1", "--grad-cam", "0", "--quiet", "--out", "run", "--partition", "iid"]
     argv += ["--data-option", "test_samples=20", "--method-option", "teacher=pretrained:cnn/8"]
