@@ -11,7 +11,7 @@ import pytest
 from fedkern import UserError
 from fedkern.process import extras
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OFFERED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 BARE = re.compile(r"[\w-]+")
 
