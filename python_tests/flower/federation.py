@@ -69,39 +69,27 @@ class Outcome:
         return self.status == "finished:completed"
 
 
-class Refused(Exception):
-    """A SuperNode that has ended in place of connecting; the message is its log."""
-
-
 class Federation:
     """A SuperLink and its SuperNodes, which end with the block.
 
     Args:
         folder: an existing folder for everything that they write; the SuperLink's working folder, so that what a
             ServerApp writes into its own lies there.
-        secure: whether there is TLS, and SuperNodes must be registered.
     """
 
-    def __init__(self, folder: Path, *, secure: bool = False) -> None:
-        self.folder, self.secure = folder.resolve(), secure
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
         self._nodes: dict[int, Node] = {}
-        self.keys: dict[int, Path] = {}
-        self._configs: dict[int, dict] = {}
-        self.certificates: dict[str, Path] = {}
         self._started: list[subprocess.Popen] = []
 
     def __enter__(self) -> Federation:
         try:
             commands(self.folder / "bin")
-            if self.secure:
-                self.certificates = deployment().certificates(self._made("certificates"))
             self.superlink, self.superlink_log, self.port = self._superlink()
             self.home = self._made("home")
-            authority = json.dumps(str(self.certificates.get("authority")))
-            trust = f"root-certificates = {authority}" if self.secure else "insecure = true"
             (self.home / "config.toml").write_text(
                 f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-                f'address = "127.0.0.1:{self.port}"\n{trust}\n'
+                f'address = "127.0.0.1:{self.port}"\ninsecure = true\n'
             )
         except BaseException:
             self.__exit__()
@@ -156,14 +144,7 @@ class Federation:
         for attempt in range(TRIES):
             port, home, log = free_port(), self._made("superlink"), self.folder / f"superlink-{attempt}.log"
             words = ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
-            if self.secure:
-                files = {"certfile": "certificate", "keyfile": "key", "ca-certfile": "authority"}
-                for flag, name in files.items():
-                    words += [f"--ssl-{flag}", str(self.certificates[name])]
-                words.append("--enable-supernode-auth")
-            else:
-                words.append("--insecure")
-            process = self._started_process("flower-superlink", words, home, log)
+            process = self._started_process("flower-superlink", [*words, "--insecure"], home, log)
             if wait_for(process, log, r"Uvicorn running on"):
                 return process, log, port
             self._end(process)
@@ -171,87 +152,45 @@ class Federation:
                 break
         raise AssertionError(f"the SuperLink has not started:\n{log.read_text(errors='replace')}")
 
-    def register(self, number: int) -> Path:
-        """Makes a node's key and registers it; the private key."""
-        private, public = deployment().node_key(self._made("keys") / f"node-{number}")
-        done = self.flwr("supernode", "register", str(public), CONNECTION)
-        assert done.returncode == 0, done.stdout + done.stderr
-        self.keys[number] = private
-        return private
-
-    def start_node(self, number: int, *, key: Path | None = None, **config: object) -> Node:
+    def start_node(self, number: int, **config: object) -> Node:
         """Starts a SuperNode and waits until it is connected.
 
         Args:
-            number: its place; a number that has been started before takes the place of that SuperNode.
-            key: another private key than that of :meth:`register`.
+            number: its place.
             **config: its ``node_config``, beside ``partition-id``; underscores stand for hyphens.
-
-        Raises:
-            Refused: it has ended in place of connecting.
         """
-        config = {"partition_id": number, **self._configs.get(number, {}), **config}
-        self._configs[number] = config
+        config = {"partition_id": number, **config}
         listed = " ".join(f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in config.items())
         home = self._made(f"node-{number}")
-        for attempt in range(TRIES):
+        for _ in range(TRIES):
             log = self.folder / f"node-{number}-{len(self._started)}.log"
             words = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port()), "--node-config", listed]
-            if self.secure:
-                words += ["--root-certificates", str(self.certificates["authority"])]
-                if (private := key or self.keys.get(number)) is not None:
-                    words += ["--auth-supernode-private-key", str(private)]
-            else:
-                words.append("--insecure")
-            process = self._started_process("flower-supernode", words, home, log)
+            process = self._started_process("flower-supernode", [*words, "--insecure"], home, log)
             found = wait_for(process, log, r"SuperNode ID: (\d+)")
             if found:
                 node = self._nodes[number] = Node(number, int(found[1]), process, log)
                 return node
             self._end(process)
-            if TAKEN not in log.read_text(errors="replace") or attempt == TRIES - 1:
-                raise Refused(log.read_text(errors="replace"))
-        raise AssertionError
+            if TAKEN not in log.read_text(errors="replace"):
+                break
+        raise AssertionError(f"the SuperNode has not connected:\n{log.read_text(errors='replace')}")
 
     def start_nodes(self, *configs: dict) -> list[Node]:
-        """Starts SuperNodes 0, 1, ... side by side, registered where they must be.
+        """Starts SuperNodes 0, 1, ... side by side.
 
         Args:
             *configs: the ``node_config`` of each; see :meth:`start_node`.
         """
-        if self.secure:
-            for number in range(len(configs)):
-                self.register(number)
         with ThreadPoolExecutor(len(configs)) as pool:
             return list(pool.map(lambda number: self.start_node(number, **configs[number]), range(len(configs))))
 
     def running(self) -> list[Node]:
-        """The SuperNodes, by place; a killed one is among them."""
+        """The SuperNodes, by place."""
         return [self._nodes[number] for number in sorted(self._nodes)]
 
     def node(self, id: int) -> Node:
         """The SuperNode with this number of Flower's."""
         return next(node for node in self._nodes.values() if node.id == id)
-
-    def kill(self, node: Node) -> None:
-        """Ends a SuperNode and all its processes at once, as a power cut does."""
-        with suppress(ProcessLookupError):
-            os.killpg(node.process.pid, signal.SIGKILL)
-        node.process.wait()
-
-    def back(self, node: Node, patience: float = 120) -> Node:
-        """Starts a killed SuperNode again, as a supervisor does, until the SuperLink takes it.
-
-        The SuperLink refuses a registered node's key as long as it takes the node for connected, up to a minute.
-        """
-        limit = time.monotonic() + patience
-        while True:
-            try:
-                return self.start_node(node.number)
-            except Refused:
-                if time.monotonic() > limit:
-                    raise
-                time.sleep(2)
 
     def _end(self, process: subprocess.Popen) -> None:
         with suppress(ProcessLookupError):

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
 from fedkern.run import main
-from python_tests.flower.federation import HERE, Federation, Node, surroundings
+from python_tests.flower.federation import Federation, Node, surroundings
 
 pytestmark = [pytest.mark.flower, pytest.mark.exhaustive]
 
@@ -139,27 +139,6 @@ def test_a_killed_server_app_resumes_with_the_same_bits(tmp_path):
     assert (tmp_path / "run/model.safetensors").read_bytes() == in_one_process(tmp_path, "scaffold", *words)
 
 
-def test_faulty_answers_are_refused_by_name_and_the_run_goes_on(tmp_path):
-    faults = ["", "nan", "shape", "oversized", "malformed", "missing"]
-    made = project(tmp_path, "fedavg", "--clients", str(len(faults)), "--rounds", "1", "--on-nan", "skip")
-    (made / "faulty.py").write_text((HERE / "quickstart/faulty_fedkern_app.py").read_text())
-    settings = (made / "pyproject.toml").read_text()
-    assert settings.count("fedkern.flower.runs.client_app:app") == 1
-    (made / "pyproject.toml").write_text(settings.replace("fedkern.flower.runs.client_app:app", "faulty:app"))
-    (tmp_path / "federation").mkdir()
-    with Federation(tmp_path / "federation") as federation:
-        nodes = configs(federation, len(faults))
-        federation.start_nodes(*({**config, "fault": fault} for config, fault in zip(nodes, faults, strict=True)))
-        outcome = federation.run(made)
-        assert outcome.completed, outcome.log
-    (left,) = dropped(tmp_path).values()
-    said = {1: "NaN or infinite", 2: "shape", 3: "are the most", 4: "is not JSON", 5: "did not come with it"}
-    assert list(left) == list(said)
-    for client, words in said.items():
-        assert words in left[client]
-        assert f"Client {client}'s upload in round 1 {left[client]}" in outcome.log
-
-
 def test_a_client_that_fails_ends_the_run_with_its_traceback(tmp_path):
     made = plugin_project(tmp_path, "broken", BROKEN, "--clients", "2", "--rounds", "1", "--on-error", "stop")
     (tmp_path / "federation").mkdir()
@@ -205,23 +184,3 @@ def test_a_node_that_does_not_answer_costs_the_deadline_and_is_back_in_the_next_
     assert list(first) == [1]
     assert "had not answered after 40 seconds" in first[1]
     assert second == {}
-
-
-@pytest.mark.slow
-def test_a_supernode_killed_in_a_round_is_back_in_a_later_one(tmp_path):
-    """With authentication the node keeps its number; Flower takes a silent node for connected for a minute."""
-    made = project(tmp_path, "scaffold", "--clients", "2", "--rounds", "6")
-    (tmp_path / "federation").mkdir()
-    with Federation(tmp_path / "federation", secure=True) as federation:
-        _, node = federation.start_nodes(*configs(federation, 2))
-        run = federation.submit(made, **{"flower.deadline": 100.0})
-        until(lambda: works(node))
-        federation.kill(node)
-        assert federation.back(node).id == node.id
-        outcome = federation.ended(run, 400)
-        assert outcome.completed, outcome.log
-    left = dropped(tmp_path)
-    assert list(left[1]) == [1]
-    # The latter where the SuperNode was back before the server looked: its message is lost all the same.
-    assert "its node was lost" in left[1][1] or "had not answered after 100 seconds" in left[1][1]
-    assert left[6] == {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower
 from flwr.app import Context, RecordDict
 
 from python_tests.flower.fake_grid import FakeGrid
-from python_tests.flower.federation import Federation, Refused, deployment, write_project
+from python_tests.flower.federation import Federation, write_project
 from python_tests.flower.test_quickstart import HERE, SERVER, module, played
 
 pytestmark = [pytest.mark.flower, pytest.mark.exhaustive]
@@ -105,62 +104,3 @@ def test_faulty_replies_are_named_and_the_others_count(tmp_path, monkeypatch):
         assert "ZeroDivisionError: division by zero at this site" in outcome.log
         found = model(federation)
     assert_equal(found, by_the_honest(tmp_path / "alone", monkeypatch))
-
-
-def test_an_app_that_always_fails_is_a_failed_run(tmp_path):
-    (tmp_path / "federation").mkdir()
-    with Federation(tmp_path / "federation") as federation:
-        federation.start_nodes({"fault": "raises"})
-        outcome = federation.run(faulty(tmp_path / "project", 1))
-    assert outcome.status == "finished:failed"
-    assert "no reply of this run has counted" in outcome.details
-    assert "in a_broken_pipeline" in outcome.log
-
-
-def test_a_node_that_never_answers_costs_the_deadline_and_is_named(tmp_path):
-    (tmp_path / "federation").mkdir()
-    with Federation(tmp_path / "federation") as federation:
-        federation.start_nodes({}, {"hangs_in_round": 1, "marker": str(tmp_path / "hangs")})
-        begin = time.monotonic()
-        outcome = federation.run(faulty(tmp_path / "project", 2, rounds=2, deadline=20.0))
-        assert outcome.completed, outcome.log
-        assert time.monotonic() - begin < 100
-        assert (tmp_path / "hangs").exists()
-        assert left_out(federation) == [(1, 1, "absent"), (2, 1, "absent")]
-        assert "has not come in time: left out." in outcome.log
-    assert federation.processes() == []
-
-
-@pytest.mark.slow
-def test_a_supernode_killed_in_a_round_is_back_in_the_next(tmp_path):
-    """With authentication the node keeps its number; Flower takes a silent node for connected for a minute."""
-    (tmp_path / "federation").mkdir()
-    marker = tmp_path / "hangs"
-    with Federation(tmp_path / "federation", secure=True) as federation:
-        _, killed = federation.start_nodes({}, {"hangs_in_round": 1, "marker": str(marker)})
-        run = federation.submit(faulty(tmp_path / "project", 2, rounds=2, deadline=100.0))
-        limit = time.monotonic() + 90
-        while not marker.exists():
-            assert time.monotonic() < limit
-            time.sleep(0.2)
-        federation.kill(killed)
-        again = federation.back(killed)
-        assert again.id == killed.id
-        outcome = federation.ended(run)
-        assert outcome.completed, outcome.log
-        # "absent" where the SuperNode was back before the server looked: its message is lost all the same.
-        assert left_out(federation) in ([(1, 1, "error")], [(1, 1, "absent")])
-        assert "Round 2: 2 replies count, 0 do not." in outcome.log
-
-
-def test_a_supernode_that_is_not_registered_is_refused(tmp_path):
-    (tmp_path / "federation").mkdir()
-    with Federation(tmp_path / "federation", secure=True) as federation:
-        with pytest.raises(Refused, match="Failed to initialize the connection to the SuperLink"):
-            federation.start_node(0)  # no key
-        stranger, _ = deployment().node_key(tmp_path / "stranger")
-        with pytest.raises(Refused, match="Failed to initialize the connection to the SuperLink"):
-            federation.start_node(1, key=stranger)
-        federation.start_nodes({}, {}, {})  # registered ones connect, over TLS
-        outcome = federation.run(quickstart(tmp_path / "project"))
-        assert outcome.completed, outcome.log

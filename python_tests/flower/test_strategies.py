@@ -160,25 +160,22 @@ def test_krum_ranks_updates_that_are_small_beside_the_weights():
 # -- any order of arrival, one reply at a time -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*PAIRS, "GeometricMedian"])
-def test_the_order_of_arrival_does_not_change_a_bit(name):
-    settings = {**EVERYBODY, "min_train_nodes": 4, **PAIRS.get(name, {})}
+LOW_MEMORY = ("FedAvg", "FedAdam", "FedAvgM")
+
+
+@pytest.mark.parametrize(
+    ("name", "low_memory"), [*((name, False) for name in (*PAIRS, "GeometricMedian")), *((n, True) for n in LOW_MEMORY)]
+)
+def test_the_order_of_arrival_does_not_change_a_bit(name, low_memory):
+    settings = {**EVERYBODY, "min_train_nodes": 4, "low_memory": low_memory, **PAIRS.get(name, {})}
     orders = list(itertools.permutations(range(4)))[::5]
     results = [run(getattr(strategies, name)(**settings), learners(4), order, rounds=2)[0] for order in orders]
     for other in results[1:]:
         same(results[0].arrays, other.arrays)
         assert results[0].train_metrics_clientapp == other.train_metrics_clientapp
-
-
-@pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedAvgM"])
-def test_low_memory_does_not_depend_on_the_order_either(name):
-    settings = {**EVERYBODY, "min_train_nodes": 4, "low_memory": True}
-    orders = list(itertools.permutations(range(4)))[::5]
-    results = [run(getattr(strategies, name)(**settings), learners(4), order, rounds=2)[0] for order in orders]
-    for other in results[1:]:
-        same(results[0].arrays, other.arrays)
-    kept, _ = run(getattr(strategies, name)(**{**settings, "low_memory": False}), learners(4), rounds=2)
-    close(results[0].arrays, kept.arrays, rtol=1e-6)
+    if low_memory:
+        kept, _ = run(getattr(strategies, name)(**{**settings, "low_memory": False}), learners(4), rounds=2)
+        close(results[0].arrays, kept.arrays, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
@@ -383,13 +380,6 @@ def test_a_bad_reply_is_left_out_and_named(reason, name, caplog):
     assert metrics[f"left-out/{reason}"] == [3]
     assert metrics["loss"] == 0.5
     assert not any(metric.startswith("left-out") for metric in wanted.train_metrics_clientapp[1])
-
-
-@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), 2**60, [1, 2]])
-def test_a_weight_that_is_none_is_refused(weight):
-    strategy = strategies.FedAvg(**EVERYBODY, min_train_nodes=3)
-    run(strategy, {1: client(START), 2: client(START), 3: client(START, weight)}, rounds=1)
-    assert [left.reason for left in strategy.left_out] == ["weight"]
 
 
 def test_a_run_whose_replies_never_fit_ends_in_one_sentence():
@@ -750,8 +740,7 @@ def test_private_arguments_are_named():
 WRAPPERS = ["DifferentialPrivacyServerSideFixedClipping", "DifferentialPrivacyClientSideFixedClipping"]
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedMedian"])
+@pytest.mark.parametrize(("wrapper", "name"), [(WRAPPERS[0], "FedAvg"), (WRAPPERS[1], "FedMedian")])
 def test_flowers_accounting_wrappers_say_what_to_use(wrapper, name):
     accounting = pytest.importorskip("flwr.supercore.privacy_accounting")
     kind = getattr(theirs, wrapper)
