@@ -8,7 +8,10 @@ import torch
 
 from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.data.forms import ImageForm
+from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import CLASSIFICATION
+from python_tests.smallest import SETTINGS
 
 CLASSES = 3
 SIDE = 8
@@ -110,5 +113,19 @@ def make_config():
     def make(method="fedavg", **settings):
         plain = {"width": 2, "rounds": 2, "local_epochs": 1, "batch_size": 4, "clients": 3, "threads": 1, "grad_cam": 4}
         return RunConfig.make(method, **{**plain, **settings})  # None takes one of these away
+
+    return make
+
+
+@pytest.fixture
+def make_small(make_data, make_pairs, make_public, make_config):
+    """Settings of a short run of any method, and data that it learns."""
+
+    def make(method, rounds=1, two_tests=True, **more):
+        plan = {"rounds": None if METHODS[method].one_shot else rounds, "grad_cam": 0}
+        config = make_config(method, **{**plan, **SETTINGS.get(method, {}), **more})
+        if METHODS[method].serves(CLASSIFICATION):
+            return config, make_public(make_data(two_tests=two_tests), samples=12)
+        return config, make_pairs()
 
     return make

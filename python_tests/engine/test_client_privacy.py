@@ -25,9 +25,7 @@ from fedkern.privacy import ClientLevel, server_secret
 from fedkern.privacy.keys import noise_key
 from fedkern.report.live.progress import headline
 from fedkern.settings.config import RunConfig
-from fedkern.tasks import CLASSIFICATION
 from python_tests.interrupted import Kill, KillAt, outcome
-from python_tests.smallest import SETTINGS
 
 SIZES = (20, 13, 9, 15)
 SECRET = bytes(range(16))
@@ -250,18 +248,15 @@ def refusal(config):
 
 @pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", sorted(filter(shipped, METHODS)))
-def test_every_method_runs_or_is_refused(name, make_data, make_pairs, make_public, make_config, tmp_path):
+def test_every_method_runs_or_is_refused(name, make_small, tmp_path):
     needs_accounting()
-    given = {**({"rounds": None} if METHODS[name].one_shot else {"rounds": 1}), "grad_cam": 0, **SETTINGS.get(name, {})}
-    if name == "fedgid":
-        del given["options"]  # they share images
-    refused = refusal(make_config(name, **given))
+    own = {"options": {}} if name == "fedgid" else {}  # they share images
+    refused = refusal(make_small(name, **own)[0])
     assert not (refused and name in ("fedavg", "fedgid", "fml", "oneshot-fedavg", "scaffold"))
-    pairs = not METHODS[name].serves(CLASSIFICATION)
-    data = make_pairs() if pairs else make_public(make_data(two_tests=False), samples=12)
 
     def play():
-        return run(make_config(name, **{**given, **NOISED}), out=tmp_path / "run", data=data)
+        config, data = make_small(name, two_tests=False, **own, **NOISED)
+        return run(config, out=tmp_path / "run", data=data)
 
     if not refused:
         private = play()["privacy"]

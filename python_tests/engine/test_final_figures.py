@@ -24,7 +24,6 @@ from fedkern.methods import METHODS, FedAvg, register
 from fedkern.methods.common import final_figures
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
-from python_tests.smallest import SETTINGS
 
 FIGURES = ("balanced_accuracy", "macro_f1", "auroc", "ece")
 FILES = ("summary.json", "confusion.json", "predictions.csv")
@@ -134,10 +133,9 @@ def test_methods_that_evaluate_themselves(method, settings, make_data, make_conf
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", sorted(name for name, kind in METHODS.items() if kind.serves(CLASSIFICATION)))
-def test_every_method_has_them(method, make_data, make_public, make_config, tmp_path):
-    settings = {**({"rounds": None} if METHODS[method].one_shot else {}), "grad_cam": 0, **SETTINGS.get(method, {})}
-    data = make_public(make_data(), samples=12)
-    summary = run(make_config(method, **settings), out=tmp_path, data=data, predictions=True)
+def test_every_method_has_them(method, make_small, tmp_path):
+    config, data = make_small(method)
+    summary = run(config, out=tmp_path, data=data, predictions=True)
     assert {f"{prefix}_{name}" for prefix in ("id", "ood") for name in FIGURES} <= set(summary["metrics"])
     assert (tmp_path / "predictions.csv").exists()
 

@@ -139,22 +139,18 @@ def test_its_images_and_maps_have_the_strides_of_a_data_loader(
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_trains_it_or_says_what_it_needs(method, own, make_data, make_public, tmp_path):
-    from python_tests.smallest import SETTINGS
-
+def test_every_method_trains_it_or_says_what_it_needs(method, make_small, tmp_path):
     kind = METHODS[method]
     if not kind.serves(CLASSIFICATION):
         pytest.skip("for image-text pairs")
-    plan = {"rounds": None} if kind.one_shot else {}
-    given = {name: value for name, value in SETTINGS.get(method, {}).items() if name != "width"}
     for model in (STAGED, PLAIN, RAW):
         out = tmp_path / model.rpartition(":")[2]
-        config = own(method, **{**plan, **given, "model": model, "grad_cam": 0})
+        config, data = make_small(method, width=None, model=model)
         if LEVELS.index(kind(kind.Options.parse(config.options)).needs) <= LEVELS.index(HAS[model]):
-            assert run(config, out=out, data=make_public(make_data(), 12))["metrics"]
+            assert run(config, out=out, data=data)["metrics"]
             continue
         with pytest.raises(UserError, match=rf"{method} needs .*fedavg"):
-            run(config, out=out, data=make_public(make_data(), 12))
+            run(config, out=out, data=data)
         assert not out.exists()
 
 

@@ -42,11 +42,9 @@ def tensors(value):
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_runs_and_keeps_fp32(method, make_data, make_pairs, make_public, make_config, tmp_path):
-    plan = {"rounds": None} if METHODS[method].one_shot else {}
-    config = make_config(method, **BF16, **{**plan, **SETTINGS.get(method, {})})
-    pairs = not METHODS[method].serves(CLASSIFICATION)
-    summary = run(config, out=tmp_path, data=make_pairs() if pairs else make_public(make_data(), samples=12))
+def test_every_method_runs_and_keeps_fp32(method, make_small, tmp_path):
+    config, data = make_small(method, 2, grad_cam=4, **BF16)
+    summary = run(config, out=tmp_path, data=data)
     assert all(math.isfinite(value) for name, value in summary["metrics"].items() if not name.endswith("hd95"))
     kept = load_file(tmp_path / "model.safetensors")
     assert all(bool(torch.isfinite(x).all()) for x in kept.values())

@@ -20,9 +20,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
 from fedkern.process.interrupts import Terminated
 from fedkern.settings.stored import load_settings
-from fedkern.tasks import CLASSIFICATION
 from python_tests.interrupted import Kill, KillAt, killed_at_rename, lose, outcome, without
-from python_tests.smallest import SETTINGS
 
 STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}
 PLAIN = {"rounds": 4}
@@ -89,11 +87,8 @@ def test_killed_again_and_again(make_data, make_config, tmp_path, reference):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_resumes(method, make_data, make_pairs, make_public, make_config, tmp_path):
-    plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 3, "sample_fraction": 0.67}
-    config = make_config(method, **{**plan, "grad_cam": 0, **SETTINGS.get(method, {})})
-    pairs = not METHODS[method].serves(CLASSIFICATION)
-    data = make_pairs() if pairs else make_public(make_data(), samples=12)
+def test_every_method_resumes(method, make_small, tmp_path):
+    config, data = make_small(method, 3, **({} if METHODS[method].one_shot else {"sample_fraction": 0.67}))
     run(config, out=tmp_path / "whole", data=data)
     cut = tmp_path / "cut"
     for attempt in range(20):

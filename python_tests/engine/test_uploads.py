@@ -17,21 +17,6 @@ from fedkern.methods import METHODS, FedAvg, FedDyn, FedProto, Scaffold
 from fedkern.methods.uploads import Maybe, Number, Values, all_finite, why_refused
 from fedkern.privacy import LEDGER
 from fedkern.run import main
-from fedkern.tasks import CLASSIFICATION
-from python_tests.smallest import SETTINGS
-
-
-@pytest.fixture
-def settle(make_data, make_pairs, make_public, make_config):
-    """Settings and data of a short run of a method."""
-
-    def make(method, **more):
-        plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 1}
-        given = {**plan, "grad_cam": 0, **SETTINGS.get(method, {}), **more}
-        pairs = not METHODS[method].serves(CLASSIFICATION)
-        return make_config(method, **given), make_pairs() if pairs else make_public(make_data(), samples=12)
-
-    return make
 
 
 def first(message):
@@ -92,7 +77,7 @@ def hostile(message):
 
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_refuses_hostile_uploads(method, settle, tmp_path, monkeypatch):
+def test_every_method_refuses_hostile_uploads(method, make_small, tmp_path, monkeypatch):
     """Honest uploads of every exchange pass; nothing else does, and no server sees it."""
     seen = {}
     decode = Declared.decode
@@ -102,7 +87,7 @@ def test_every_method_refuses_hostile_uploads(method, settle, tmp_path, monkeypa
         seen.setdefault((phase.name.split()[0], phase.exchange.split()[0]), (arrival.declared, arrival.message))
         return decode(self, arrival)
 
-    config, data = settle(method)
+    config, data = make_small(method)
     with monkeypatch.context() as patch:
         patch.setattr(Declared, "decode", watch)
         run(config, out=tmp_path / "honest", data=data)

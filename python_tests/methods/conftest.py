@@ -6,6 +6,7 @@ from python_tests.engine.conftest import make_config as make_config
 from python_tests.engine.conftest import make_data as make_data
 from python_tests.engine.conftest import make_pairs as make_pairs
 from python_tests.engine.conftest import make_public as make_public
+from python_tests.engine.conftest import make_small as make_small
 from python_tests.methods.feddra_parts import SETTINGS, Parts
 
 

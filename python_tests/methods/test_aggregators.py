@@ -12,11 +12,9 @@ from fedkern.errors import UserError
 from fedkern.methods import AGGREGATORS, METHODS, FedAvg, register_aggregator
 from fedkern.methods.aggregators import Gathered, Rule
 from fedkern.settings.config import RunConfig
-from fedkern.tasks import CLASSIFICATION
-from python_tests.smallest import SETTINGS
 
 SIZES = (20, 13, 9, 15, 11)
-PERSONAL = {"fedproto": {"options": {"networks": "averaged"}}}
+AVERAGED = {"fedproto": {"options": {"networks": "averaged"}}}
 
 
 @pytest.fixture
@@ -122,12 +120,9 @@ AVERAGING = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", AVERAGING)
-def test_every_method_that_averages_takes_a_rule(method, make_data, make_public, make_pairs, make_config, tmp_path):
-    plan = {"rounds": None} if METHODS[method].one_shot else {}
-    settings = {**plan, "aggregator": "median", **SETTINGS.get(method, {}), **PERSONAL.get(method, {})}
-    pairs = not METHODS[method].serves(CLASSIFICATION)
-    data = make_pairs() if pairs else make_public(make_data(), 12)
-    run(make_config(method, **settings), out=tmp_path / "run", data=data)
+def test_every_method_that_averages_takes_a_rule(method, make_small, tmp_path):
+    config, data = make_small(method, 2, aggregator="median", **AVERAGED.get(method, {}))
+    run(config, out=tmp_path / "run", data=data)
 
 
 def test_krum_takes_a_client_with_its_running_statistics(make_data, make_config, tmp_path, monkeypatch):

@@ -12,12 +12,10 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.methods.server_rules import ServerRule
 from fedkern.settings.config import RunConfig
-from fedkern.tasks import CLASSIFICATION
 from python_tests.interrupted import Kill, KillAt, outcome
-from python_tests.smallest import SETTINGS
 
 SIZES = (20, 13, 9)
-PERSONAL = {"fedproto": {"options": {"networks": "averaged"}}}
+AVERAGED = {"fedproto": {"options": {"networks": "averaged"}}}
 ONCE = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options()).steps_once]
 
 
@@ -104,10 +102,6 @@ def test_moments_survive_an_interruption(make_data, make_config, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ONCE)
-def test_every_method_that_averages_once_a_round_takes_a_rule(
-    method, make_data, make_public, make_pairs, make_config, tmp_path
-):
-    pairs = not METHODS[method].serves(CLASSIFICATION)
-    settings = {**SETTINGS.get(method, {}), **PERSONAL.get(method, {}), "server_rule": "adagrad:tau=0.1"}
-    data = make_pairs() if pairs else make_public(make_data(SIZES), 12)
-    run(make_config(method, **settings), out=tmp_path / "run", data=data)
+def test_every_method_that_averages_once_a_round_takes_a_rule(method, make_small, tmp_path):
+    config, data = make_small(method, 2, server_rule="adagrad:tau=0.1", **AVERAGED.get(method, {}))
+    run(config, out=tmp_path / "run", data=data)

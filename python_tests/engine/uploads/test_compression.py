@@ -24,9 +24,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.base import Phase, Round
 from fedkern.methods.uploads import why_refused
-from fedkern.tasks import CLASSIFICATION
 from python_tests.interrupted import Kill, KillAt, outcome, without
-from python_tests.smallest import SETTINGS
 
 HOW = ("topk:share=0.05", "int8")
 AVERAGING = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options()).averages]
@@ -211,16 +209,12 @@ def test_what_no_client_of_fedkern_sends_is_refused(text):
 
 
 @pytest.fixture
-def settle(make_data, make_pairs, make_public, make_config):
+def settle(make_small):
     """Settings and data of a short run of a method that compresses."""
 
-    def make(method, **more):
-        plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 2}
-        given = {**plan, "grad_cam": 0, **SETTINGS.get(method, {}), "workers": "1", "compress": "topk:share=0.02"}
-        if method == "fedproto":
-            given["options"] = {}
-        pairs = not METHODS[method].serves(CLASSIFICATION)
-        return make_config(method, **{**given, **more}), make_pairs() if pairs else make_public(make_data(), samples=12)
+    def make(method, rounds=2, **more):
+        averaged = {"options": {}} if method == "fedproto" else {}
+        return make_small(method, rounds, **{"workers": "1", **averaged, **more})
 
     return make
 
