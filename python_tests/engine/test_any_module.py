@@ -151,13 +151,6 @@ def test_killed_and_resumed_it_ends_alike(hook, count, stack, data, make_config,
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
-def test_other_public_data_are_other_data(stack, make_data, make_public, make_config, tmp_path):
-    with pytest.raises(Kill):
-        run(make(make_config), out=tmp_path, data=make_public(make_data()), listener=KillAt("client", 4))
-    with pytest.raises(UserError, match="data are not those"):
-        run(make(make_config), out=tmp_path, data=make_public(make_data(), seed=9), resume=True)
-
-
 def test_nothing_to_evaluate_yet(stack, data, make_config, tmp_path, monkeypatch):
     whole = stack.model
     monkeypatch.setattr(
@@ -167,17 +160,6 @@ def test_nothing_to_evaluate_yet(stack, data, make_config, tmp_path, monkeypatch
     first, second = read_metrics(tmp_path)
     assert "id_accuracy" not in first
     assert "id_accuracy" in second
-
-
-def test_a_diverging_client_is_named(stack, data, make_config, tmp_path):
-    with pytest.raises(UserError, match="Client 0 diverged in round 1, batch"):
-        run(make(make_config, lr=1e30), out=tmp_path, data=data)
-
-
-def test_a_name_that_the_engine_writes_cannot_be_reported(stack, data, make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(stack, "server_update", lambda self, server, phase, uploads: server.report.update(rounds=1))
-    with pytest.raises(UserError, match=r'server.report\["rounds"\] has a name of the engine'):
-        run(make(make_config), out=tmp_path, data=data)
 
 
 def test_rounds_are_not_a_setting_of_a_one_shot_method(stack, make_config):

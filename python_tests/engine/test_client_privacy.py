@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from benchmarks.studies.audit import audit
 from fedkern.engine.hooks import reduced
 from fedkern.engine.participation import absent_clients, sample_clients
 from fedkern.engine.run import run
-from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.private_mean import ClippedSum, variances
@@ -393,20 +390,6 @@ def test_another_release_in_the_place_of_the_first_ends_the_run(make_data, make_
         run(config, out=out, data=make_data(), resume=True)
 
 
-def test_more_rounds_cost_more_and_say_so(make_data, make_config, tmp_path):
-    needs_accounting()
-    config, out = make_config("fedavg", rounds=2, **NOISED), tmp_path / "run"
-    before = run(config, out=out, data=make_data())
-    config = extend(out, 5)
-    after = run(config, out=out, data=make_data(), resume=True)
-    assert after["privacy"]["epsilon"] > before["privacy"]["epsilon"]
-    assert after["privacy"]["rounds"] == 5
-    said = f"planned for 2 rounds with epsilon {before['privacy']['epsilon']:.3g}: its 5 rounds have epsilon"
-    assert said in after["diagnostics"]["larger-epsilon"]
-    run(make_config("fedavg", rounds=5, **NOISED), out=tmp_path / "whole", data=make_data())
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-
-
 # -- epsilon, and what is told -----------------------------------------------------------------------------------------
 
 
@@ -532,48 +515,6 @@ def test_nothing_tells_of_a_client_that_is_left_out(make_data, make_config, tmp_
         )
         assert not any("client" in key for key in summary["diagnostics"])
     assert seen["ailing"] == seen["well"]
-
-
-def test_a_large_update_is_refused_before_it_is_clipped(make_data, make_config, tmp_path):
-    needs_accounting()
-    config = make_config("fedavg", rounds=1, max_update_norm=1e-6, **NOISED)
-    with pytest.raises(UserError, match="upload in round 1 is not as declared; leave such uploads out"):
-        run(config, out=tmp_path / "run", data=make_data())
-
-
-def test_a_run_without_dp_accounting_ends_in_a_sentence(make_data, make_config, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "dp_accounting", None)
-    with pytest.raises(UserError, match="Privacy accounting needs dp-accounting: pip install "):
-        run(make_config("fedavg", **NOISED), out=tmp_path / "run", data=make_data())
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_failed_first_round_leaves_nothing(make_data, make_config, tmp_path, monkeypatch):
-    needs_accounting()
-
-    class Failing(FedAvg):
-        """FedAvg whose clients diverge."""
-
-        def client_update(self, client, phase, message):
-            raise Diverged(client.id, phase.round, 3, "the loss is not finite")
-
-    monkeypatch.setitem(METHODS, "fedavg", Failing)
-    with pytest.raises(UserError, match="diverged in round 1"):
-        run(make_config("fedavg", **{**NOISED, "dp_draws": "secret"}), out=tmp_path / "run", data=make_data())
-    assert not (tmp_path / "run").exists()
-
-
-def test_python_takes_the_settings(tmp_path):
-    needs_accounting()
-    import fedkern
-
-    tiny = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "local_steps": 2,
-            "workers": 1, "progress": False, "pictures": False, "out": tmp_path / "run"}  # fmt: skip
-    made = fedkern.simulate("fedavg", rounds=2, dp_clip=0.5, dp_noise=4.0, **tiny)
-    assert made.history["epsilon"] == [ClientLevel(0.5, 4.0, 1e-5).epsilon(rounds) for rounds in (1, 2)]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["records"] == "private"
-    checkpoints = Checkpoints(tmp_path / "run")
-    assert checkpoints.peek()["info"]["parts"]["privacy"] == {"rounds": 2, "epsilon": made.metrics["epsilon"]}
 
 
 @pytest.mark.exhaustive

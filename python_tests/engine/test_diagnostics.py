@@ -32,20 +32,6 @@ def test_a_healthy_run_has_none(make_data, make_config, tmp_path):
     assert summary["diagnostics"] == told == {}
 
 
-def test_warnings_are_told_once(make_data, make_config, tmp_path):
-    told = []
-
-    class Hear(Listener):
-        def on_warning(self, name, text):
-            told.append(name)
-
-    data = make_data()
-    data.clients[0].masks[:] = False
-    summary = run(make_config("fedgid", rounds=3), out=tmp_path, data=data, listener=Hear())
-    assert sorted(told) == sorted(summary["diagnostics"])
-    assert told.count("background-bank-empty") == 1
-
-
 def pretended(network, shape, device="cuda"):
     """A run's context, on a GPU that is not there."""
     own, form = types.SimpleNamespace(module=network), types.SimpleNamespace(**({"shape": shape} if shape else {}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -72,14 +71,6 @@ def test_they_describe_the_network_that_was_saved(make_data, make_config, tmp_pa
     assert list(found[0]) == ["test_set", "sample", "true_class", "predicted_class", "p_a", "p_b", "p_c"]
 
 
-def test_only_the_last_round_has_them(make_data, make_config, tmp_path):
-    run(make_config(rounds=3), out=tmp_path, data=make_data())
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert all("id_accuracy" in line for line in lines)
-    assert not any("id_auroc" in line for line in lines)
-    assert not (tmp_path / "predictions.csv").exists()
-
-
 def test_the_same_with_workers_and_after_a_resume_at_the_very_end(make_data, make_config, tmp_path, monkeypatch):
     data, config = make_data(), make_config(workers="1")
     run(config, out=tmp_path / "one", data=data, predictions=True)
@@ -90,19 +81,6 @@ def test_the_same_with_workers_and_after_a_resume_at_the_very_end(make_data, mak
             run(config, out=tmp_path / "cut", data=data)
     run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True, predictions=True)
     assert told(tmp_path / "one") == told(tmp_path / "two") == told(tmp_path / "cut")
-
-
-def test_a_finished_run_gives_its_predictions_later(make_data, make_config, tmp_path):
-    data = make_data()
-    run(make_config(), out=tmp_path / "whole", data=data, predictions=True)
-    before = run(make_config(), out=tmp_path / "later", data=data)
-    stored = load_settings(tmp_path / "later")
-    run(stored, out=tmp_path / "later", data=data, resume=True, predictions=True)
-    assert told(tmp_path / "later") == told(tmp_path / "whole")
-    assert read_summary(tmp_path / "later")["metrics"] == before["metrics"]
-    there = (tmp_path / "later" / "predictions.csv").stat().st_mtime_ns
-    run(stored, out=tmp_path / "later", resume=True, predictions=True)  # it is there: no data are needed
-    assert (tmp_path / "later" / "predictions.csv").stat().st_mtime_ns == there
 
 
 @pytest.mark.sampled(2)
@@ -236,12 +214,6 @@ def test_a_segmentation_has_the_dice_of_every_class(make_config, tmp_path):
     with pytest.raises(UserError, match="--predictions writes a class for every image, and these data are for segm"):
         run(config, out=tmp_path / "other", data=data, predictions=True)
     assert not (tmp_path / "other").exists()
-
-
-def test_pairs_have_no_predictions(make_pairs, make_config, tmp_path):
-    with pytest.raises(UserError, match="these data are for retrieval"):
-        run(make_config("fedavg", width=8), out=tmp_path / "run", data=make_pairs(), predictions=True)
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

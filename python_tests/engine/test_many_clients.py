@@ -303,30 +303,6 @@ def test_a_run_that_began_without_a_table_goes_on_with_one(make_many, small, tmp
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
-def test_bytes_of_every_client_survive(make_many, small, tmp_path):
-    """The ledger's rows come from the table, those of clients without a state too."""
-    data, config = make_many(300), small(300, rounds=6, buffers="average")
-    run(config, out=tmp_path / "whole", data=data)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", 4))
-    go_on(tmp_path / "cut", data)
-    sent = [json.loads((tmp_path / name / "summary.json").read_text())["bytes"] for name in ("whole", "cut")]
-    assert sent[0] == sent[1]
-    assert sum(each["up"] > 0 for each in sent[0]["clients"].values()) > WORKING
-
-
-@pytest.mark.exhaustive
-def test_a_finished_run_is_extended(make_many, small, tmp_path):
-    from fedkern.engine.store.extending import extend
-
-    data = make_many(300)
-    run(small(300, rounds=4), out=tmp_path / "longer", data=data)
-    run(extend(tmp_path / "longer", 6), out=tmp_path / "longer", resume=True, data=data)
-    run(small(300, rounds=6), out=tmp_path / "whole", data=data)
-    model, _, summary = outcome(tmp_path / "longer")
-    assert (model, summary["bytes"]) == (outcome(tmp_path / "whole")[0], outcome(tmp_path / "whole")[2]["bytes"])
-
-
 @pytest.mark.parametrize("slack", [0, 1 << 16])
 def test_what_is_written_beside_the_rounds_is_what_is_written_at_once(slack, commit, tmp_path, monkeypatch):
     monkeypatch.setattr(client_table, "SLACK", slack)

@@ -449,16 +449,6 @@ def test_initial_weights_of_a_file(weights, own, make_data, tmp_path):
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "run")
 
 
-def test_a_run_goes_on_from_another_runs_model(make_config, make_data, tmp_path):
-    run(make_config(), out=tmp_path / "first", data=make_data())
-    init = str(tmp_path / "first" / "model.safetensors")
-    run(make_config(init=init, lr=1e-12, rounds=1), out=tmp_path / "second", data=make_data())
-    first, second = (saved(tmp_path / name)["head.weight"] for name in ("first", "second"))
-    torch.testing.assert_close(first, second)
-    (tmp_path / "first" / "model.safetensors").unlink()
-    read_model(tmp_path / "second")
-
-
 def test_a_run_goes_on_from_another_runs_folder(make_config, make_data, tmp_path):
     first, data = tmp_path / "first", make_data()
     run(make_config(), out=first, data=data)

@@ -82,6 +82,7 @@ def test_who_is_asked_in_a_round():
     assert list(asked.assign(Round(participants="all"), 1).clients) == [0, 1, 2, 3, 4]
     drawn = asked.assign(Round(), 2).clients
     assert drawn == sample_clients(asked._config, 2) != sample_clients(asked._config, 3)
+    assert len(drawn) == len({*drawn}) == 2
     asked.secret = "5a" * 16
     assert asked.assign(Round(), 2).clients == sample_clients(asked._config, 2, "5a" * 16) != drawn
 
@@ -151,30 +152,6 @@ def test_settings_that_do_not_fit_are_refused(method, settings, message):
         RunConfig.make(method, **settings)
 
 
-def test_who_is_missing_is_sent_to_and_recorded_but_not_averaged(make_data, make_config, tmp_path, monkeypatch):
-    averaged = []
-
-    class Seeing(FedAvg):
-        """FedAvg that notes its uploads."""
-
-        def weight(self, server, upload):
-            averaged.append(upload.client_id)
-            return super().weight(server, upload)
-
-    monkeypatch.setitem(METHODS, "fedavg", Seeing)
-    config = make_config("fedavg", rounds=4, dropout_rate=0.5, clients=4)
-    run(config, out=tmp_path / "run", data=make_data(SIZES))
-    missing = [absent_clients(config, round, range(4)) for round in range(4)]
-    assert sum(map(len, missing)) > 2
-    assert averaged == [k for found in missing for k in range(4) if k not in found]
-    records = read_metrics(tmp_path / "run")
-    told = [[(each["client"], each["reason"]) for each in record.get("dropped", [])] for record in records]
-    assert told == [sorted(found.items()) for found in missing]
-    one = records[0]["round_bytes_down"] / 4
-    assert all(record["round_bytes_down"] == 4 * one for record in records)
-    assert [record["round_bytes_up"] for record in records] == [one * (4 - len(found)) for found in missing]
-
-
 def steps_of(config, data, out, monkeypatch):
     """The numbers of batches that every client trained on, by round."""
     found = {}
@@ -205,23 +182,6 @@ def test_a_slow_client_does_a_part_of_its_steps(make_data, make_config, tmp_path
     record = json.loads((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()[0])
     told = {int(k): info.get("work_done", 1.0) for k, info in record["clients"].items()}
     assert told == {k: shares[0, n] for k, n in enumerate(SIZES)}
-
-
-def test_the_same_clients_are_missing_after_an_interruption_and_on_workers(make_data, make_config, tmp_path):
-    settings = {"rounds": 3, "clients": 4, "dropout_rate": 0.3, "straggler_rate": 0.5}
-    run(make_config("scaffold", **settings), out=tmp_path / "whole", data=make_data(SIZES))
-    config = make_config("scaffold", workers="2", **settings)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "parts", data=make_data(SIZES), listener=KillAt("round", 2))
-    run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True)
-    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
-
-
-def test_a_slow_client_of_fml_does_a_part_of_its_steps(make_data, make_config, tmp_path):
-    config = make_config("fml", clients=4, rounds=1, local_epochs=2, straggler_rate=1.0)
-    run(config, out=tmp_path / "run", data=make_data(SIZES))
-    told = read_metrics(tmp_path / "run")[0]["clients"]
-    assert {int(k): info["work_done"] for k, info in told.items()} == {k: share_of_work(config, 0, k) for k in range(4)}
 
 
 def test_a_rule_that_a_thinned_round_is_too_small_for_is_refused_at_once(make_data, make_config, tmp_path):

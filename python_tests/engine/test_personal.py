@@ -216,20 +216,6 @@ def test_an_absent_client_has_the_parts_of_a_fresh_network(make_data, tmp_path):
     assert sorted(fresh) == [False, True, True]
 
 
-class Refused(FedAvg):
-    """FedAvg whose server refuses client 1 in the second round."""
-
-    def server_update(self, server, phase, uploads):
-        def looked_at():
-            for upload in uploads:
-                if (upload.client_id, phase.round) == (1, 1):
-                    server.refuse(1, "the upload of client 1 is refused")
-                else:
-                    yield upload
-
-        super().server_update(server, phase, looked_at())
-
-
 class Large(FedAvg):
     """FedAvg whose client 1 uploads too much in the second round."""
 

@@ -136,14 +136,6 @@ def test_it_is_stored_and_a_run_goes_on_in_its_own(make_data, make_config, tmp_p
     assert lower() is None  # nothing of it is left behind
 
 
-def test_a_run_of_a_version_without_it_is_one_in_fp32(make_data, make_config, tmp_path):
-    with pytest.raises(Kill):
-        run(make_config(), out=tmp_path, data=make_data(), listener=KillAt("round", 0))
-    path = tmp_path / "config.toml"
-    path.write_text("\n".join(line for line in path.read_text().split("\n") if not line.startswith("precision")))
-    assert load_settings(tmp_path).precision == "fp32"
-
-
 def test_an_unknown_one_is_refused(make_config):
     with pytest.raises(UserError, match=r"precision.*fp32, bf16.*fp16"):
         make_config(precision="fp16")

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fedkern.engine.run import run
-from fedkern.listeners import Listener
 from fedkern.methods import METHODS, Method, Round, option, register
 from fedkern.methods.uploads import Number
 from fedkern.settings.stored import load_settings
@@ -106,26 +105,6 @@ def test_exchanges_messages_and_states(probe, make_data, make_config, tmp_path):
         except Kill:
             run(load_settings(out), out=out, resume=True, data=data)
         assert outcome(out) == outcome(tmp_path / "whole")
-
-
-def test_listeners_hear_what_set_up_rounds_make(probe, make_data, make_config, tmp_path):
-    heard = []
-
-    class Hear(Listener):
-        def on_start(self, run):
-            heard.append([(entry.name, entry.exchanges) for entry in run.rounds])
-
-        def on_notice(self, text):
-            heard.append(text)
-
-    run(make_config("probe", rounds=2), out=tmp_path, data=make_data(), listener=Hear())
-    assert heard == [[("train", ("ask", "tell"))] * 2, "set-up: greetings"]
-
-
-def test_a_client_left_out_by_send_is_an_error(probe, make_data, make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "send", lambda self, server, phase: {0: {}, 2: {}})
-    with pytest.raises(ValueError, match="message for client 1"):
-        run(make_config("probe"), out=tmp_path, data=make_data())
 
 
 def test_a_server_that_reads_nothing_still_lets_clients_work(probe, make_data, make_config, tmp_path, monkeypatch):

@@ -2,13 +2,10 @@
 
 from typing import ClassVar
 
-import pytest
-
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
-from fedkern.errors import UserError
 from fedkern.settings.run_data import declared_data
 from python_tests.interrupted import outcome
 
@@ -56,31 +53,6 @@ def test_who_does_not_answer_is_left_out_and_named(make_data, make_config, tmp_p
     told = outcome(tmp_path)[2]["diagnostics"]
     assert told["missing-client-0"] == "Client 0 was left out in round 2, as it had not answered after 5 seconds."
     assert told["refused-upload-1"].startswith("Client 1's upload in round 1 has a text that is no JSON")
-
-
-def test_an_answer_that_cannot_be_read_stops_the_run_unless_told_otherwise(make_data, make_config, tmp_path):
-    fault = {"r0_1": {"refused": "has a text that is no JSON"}}
-    with pytest.raises(UserError, match="has a text that is no JSON; leave such uploads out with --on-nan skip"):
-        run(make_config("scaffold"), out=tmp_path, data=make_data(), remote=remote(**fault))
-
-
-def test_nothing_is_told_of_who_is_missing_where_nothing_may_be_told(make_data, make_config, tmp_path):
-    pytest.importorskip("dp_accounting")
-    private = {"rounds": 2, "on_nan": "skip", "records": "private", "dp_clip": 1.0, "dp_noise": 1.0}
-    config = make_config("fedavg", **private)
-    faults = {"r1_0": {"absent": "it had not answered after 5 seconds"}, "r0_1": {"refused": "has a text"}}
-    run(config, out=tmp_path / "all", data=make_data(), remote=remote())
-    run(config, out=tmp_path / "some", data=make_data(), remote=remote(**faults))
-    found = [outcome(tmp_path / name)[2] for name in ("all", "some")]
-    assert not any(name.startswith(("missing", "refused")) for name in found[1]["diagnostics"])
-    assert found[0]["bytes"] == found[1]["bytes"]
-    assert not any("dropped" in record for record in read_metrics(tmp_path / "some"))
-
-
-def test_nobody_answers(make_data, make_config, tmp_path):
-    faults = {f"r0_{k}": {"absent": "no node of it is connected"} for k in range(len(make_data().clients))}
-    with pytest.raises(UserError, match="No client is left in round 1"):
-        run(make_config("fedavg"), out=tmp_path, data=make_data(), remote=remote(**faults))
 
 
 def test_data_of_which_only_the_sizes_are_known(make_data):

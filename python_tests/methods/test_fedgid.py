@@ -158,12 +158,9 @@ def test_alpha_one_mixes_nothing(make_data, make_config):
 def test_lambda_zero_without_intervention_is_fedavg_bit_for_bit(make_data, make_config, tmp_path):
     data = make_data()
     off = {"intervention": False, "lambda": 0}
-    for name, config in {
-        "avg": make_config("fedavg"),
-        "gid": make_config("fedgid", options=off),
-        "on": make_config("fedgid"),
-    }.items():
-        run(config, out=tmp_path / name, data=data)
+    configs = {"avg": make_config("fedavg"), "gid": make_config("fedgid", options=off), "on": make_config("fedgid")}
+    sent = [run(config, out=tmp_path / name, data=data)["bytes"] for name, config in configs.items()]
+    assert sent[0] == sent[1] == sent[2]
     avg, gid, on = (load_file(tmp_path / n / "model.safetensors") for n in ("avg", "gid", "on"))
     assert all(torch.equal(avg[k], gid[k]) for k in avg)
     assert any(not torch.equal(avg[k], on[k]) for k in avg)

@@ -123,6 +123,7 @@ def test_a_record_has_the_figures_of_the_network():
     assert (told["mean_client_accuracy"], told["worst_client_accuracy"]) == (0.75, 0.5)
     assert about(one, About.CLIENTS) == {"loss", "client_metrics"}
     assert told["client_metrics"]["1"]["accuracy"] == 0.5
+    assert not any("auroc" in name for name in told)  # which the summary has
     assert about(one, About.SERVER) == set()
     assert one.seconds["evaluate"] > 0
 

@@ -15,8 +15,6 @@ from fedkern.engine.server import Server
 from fedkern.errors import UserError
 from fedkern.methods import FML, FedLPFM, Phase
 from fedkern.methods.baselines.fml import Pair
-from fedkern.settings.stored import load_settings
-from python_tests.interrupted import Kill, KillAt, outcome
 from python_tests.methods.proxies import PHASE, Fixed, scene
 
 EQUAL = {"momentum": 0.9}  # the methods' own defaults differ
@@ -78,15 +76,6 @@ def test_fml_without_mutual_terms_is_fedavg(buffers, make_data, make_config, tmp
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
-
-
-def test_fml_resumed_ends_alike(make_data, make_config, tmp_path):
-    data, config = make_data(), make_config("fml", rounds=3)
-    run(config, out=tmp_path / "whole", data=data)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4))
-    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
 def test_fml_private_models_of_another_kind(make_data, make_config, tmp_path):

@@ -1,7 +1,5 @@
 """One-shot FedAvg and CCVR: one round, one average, and a classifier that alone is calibrated."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,12 +8,10 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, Phase
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
 from fedkern.ops import FlatParameters
 
 FAST = {"virtual_features": 50, "calibration_epochs": 1}
-PHASE = Phase(0, "train", "update")
 
 
 def tensors(out):
@@ -65,26 +61,6 @@ def test_bytes_of_calibration(make_data, make_config, tmp_path):
     assert two["bytes_down"] - one["bytes_down"] == one["bytes_down"] == 3 * model
 
 
-def test_a_poisoned_upload_is_left_out_and_named(make_data, make_config, tmp_path, monkeypatch):
-    real = OneShotFedAvg.client_update
-
-    def poisoned(self, client, phase, message):
-        answer = real(self, client, phase, message)
-        if client.id == 1:
-            answer["parameters"][5] = float("nan")
-        return answer
-
-    data = make_data()
-    monkeypatch.setattr(OneShotFedAvg, "client_update", poisoned)
-    with pytest.raises(UserError, match="Client 1's upload in round 1 holds NaN or infinite values in parameters"):
-        run(make_config("oneshot-fedavg", model="cnn", rounds=None), out=tmp_path / "stop", data=data)
-    summary = run(
-        make_config("oneshot-fedavg", model="cnn", rounds=None, on_nan="skip"), out=tmp_path / "skip", data=data
-    )
-    assert "values in parameters; it was left out" in summary["diagnostics"]["refused-upload-1"]
-    assert all(bool(torch.isfinite(t).all()) for t in tensors(tmp_path / "skip").values())
-
-
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("value", "why", "nobody"),
@@ -122,15 +98,3 @@ def test_running_statistics_are_needed(method, make_data, make_public, make_conf
     with pytest.raises(UserError, match=f"{method} needs the running statistics .* --buffers average"):
         run(config, out=tmp_path, data=make_public(make_data()))
     assert not (tmp_path / "config.toml").exists()
-
-
-@pytest.mark.parametrize("method", ["oneshot-fedavg", "ccvr", "ensemble", "feddf", "dense"])
-def test_registered_and_described(method):
-    assert METHODS[method].one_shot
-    assert "arXiv" in METHODS[method].description or method == "ensemble"
-
-
-def test_plan_and_report_are_in_the_summary(make_data, make_config, tmp_path):
-    run(make_config("ccvr", model="cnn", rounds=None, options=FAST), out=tmp_path, data=make_data())
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["rounds"] == 2
