@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import entry_sum
 from fedkern.engine.store.records import read_metrics
 from fedkern.listeners import Listener
@@ -96,6 +97,12 @@ def killed_at_rename(count, when):
         patch.setattr(Path, "replace", replace)
         with pytest.raises(Kill):
             yield
+
+
+def killed(config, *, at, **how):
+    """Plays a run that dies where it comes to a hook."""
+    with pytest.raises(Kill):
+        run(config, listener=at, **how)
 
 
 class KillAt(Listener):

@@ -17,7 +17,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg, Method, Objective, Phase, Round, register
 from fedkern.methods.uploads import Number, like
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import KillAt, killed, outcome
 
 PHASE = Phase(0, "train", "update")
 WIDTHS = (2, 3, 2)
@@ -145,8 +145,7 @@ def test_a_module_of_the_method_is_saved_and_read_back(stack, data, make_config,
 def test_killed_and_resumed_it_ends_alike(hook, count, stack, data, make_config, tmp_path):
     config = make(make_config)
     run(config, out=tmp_path / "whole", data=data)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt(hook, count))
+    killed(config, out=tmp_path / "cut", data=data, at=KillAt(hook, count))
     run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 

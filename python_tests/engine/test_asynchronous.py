@@ -21,7 +21,7 @@ from fedkern.methods import METHODS, FedAvg, Phase, Round
 from fedkern.methods.base import Federation, Upload
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import KillAt, killed, outcome
 
 SIZES = (20, 13, 9, 15)
 TEN = Federation(rounds=30, samples=tuple(range(10, 110, 10)), classes=2)
@@ -211,8 +211,7 @@ def test_the_bits_are_equal_on_workers_and_after_an_interruption(
     config = make_config(method, workers="2", **settings)
     for kill in (KillAt("client", 5), KillAt("round", 3)):
         out = tmp_path / kill.hook
-        with pytest.raises(Kill):
-            run(config, out=out, data=data, listener=kill)
+        killed(config, out=out, data=data, at=kill)
         run(config, out=out, data=data, resume=True)
         assert outcome(out) == outcome(tmp_path / "whole")
     assert "participation" in Checkpoints(tmp_path / "whole").peek()

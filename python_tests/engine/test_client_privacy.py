@@ -22,7 +22,7 @@ from fedkern.privacy import ClientLevel, server_secret
 from fedkern.privacy.keys import noise_key
 from fedkern.report.live.progress import headline
 from fedkern.settings.config import RunConfig
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import Kill, KillAt, killed, outcome
 
 SIZES = (20, 13, 9, 15)
 SECRET = bytes(range(16))
@@ -383,8 +383,7 @@ def test_another_release_in_the_place_of_the_first_ends_the_run(make_data, make_
     needs_accounting()
     config = make_config("fedavg", rounds=4, checkpoint_every=3, **{**NOISED, "dp_draws": "secret"})
     out = tmp_path / "run"
-    with pytest.raises(Kill):
-        run(config, out=out, data=make_data(), listener=KillAt("round", 1))
+    killed(config, out=out, data=make_data(), at=KillAt("round", 1))
     (out / "checkpoints" / server_secret.NAME).write_text("00" * 16 + "\n")
     with pytest.raises(UserError, match="interrupted after the server had released the mean of a round"):
         run(config, out=out, data=make_data(), resume=True)

@@ -29,6 +29,7 @@ from fedkern.report.tables import final_table
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data
 from fedkern.settings.stored import load_settings, read_settings
+from python_tests.interrupted import KillAt, killed
 
 needs_accounting = pytest.mark.skipif(
     find_spec("dp_accounting") is None, reason="dp-accounting is not installed (pip install '.[privacy]')"
@@ -286,15 +287,12 @@ def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config,
 @pytest.mark.parametrize("cut", [1, 2])
 def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, make_data, make_config, tmp_path):
     """Also of a run that is interrupted in its first round, before there is a checkpoint, or in its second."""
-    from python_tests.interrupted import Kill, KillAt
-
     data, out = make_data(two_tests=False), tmp_path / "run"
     found = of_memory(data)
     run(make_config("fedavg", rounds=1, records="all"), out=tmp_path / "all", data=data)
     assert found["labels"] in (tmp_path / "all" / "config.toml").read_text()
     config = make_config("fedavg", rounds=2, records="private")
-    with pytest.raises(Kill):
-        run(config, out=out, data=data, listener=KillAt("round-start", round=cut))
+    killed(config, out=out, data=data, at=KillAt("round-start", round=cut))
     run(load_settings(out), out=out, data=data, resume=True)
     write_report(out, data=data)
     assert load_settings(out).identity.keys() == {"version"}
@@ -306,13 +304,10 @@ def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, ma
 
 @needs_accounting
 def test_a_private_run_that_goes_on_stays_private(make_data, make_config, tmp_path):
-    from python_tests.interrupted import Kill, KillAt
-
     data = make_data(two_tests=False)
     config = make_config("fediod", model="cnn-gn", width=4, rounds=3, options=PARTLY, grad_cam=0)
     whole = run(config, out=tmp_path / "whole", data=data)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", round=3))
+    killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", round=3))
     again = run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert again["metrics"] == whole["metrics"]
     assert again["diagnostics"] == whole["diagnostics"]

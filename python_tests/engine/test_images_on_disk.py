@@ -22,7 +22,7 @@ from fedkern.settings.run_data import load_data
 from fedkern.settings.run_format import NAME
 from fedkern.settings.stored import load_settings
 from python_tests.image_files import two_brightnesses
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import KillAt, killed, outcome
 
 FORM = ImageForm((3, 8, 8), (0.4,) * 3, (0.2,) * 3)
 
@@ -145,8 +145,7 @@ def test_resumed_with_and_without_a_cache(root, on_disk, tmp_path, first):
     run(config, out=tmp_path / "whole")
     cached = config.replace(cache=str(tmp_path / "cache"))
     on_disk()
-    with pytest.raises(Kill):
-        run(cached if first else config, out=tmp_path / "run", listener=KillAt("round", 1))
+    killed(cached if first else config, out=tmp_path / "run", at=KillAt("round", 1))
     run(config if first else cached, out=tmp_path / "run", resume=True)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 

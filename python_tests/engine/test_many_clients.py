@@ -28,7 +28,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.settings.run_format import FORMAT
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import Kill, KillAt, killed_at_rename, outcome, without
+from python_tests.interrupted import KillAt, killed, killed_at_rename, outcome, without
 
 WORKING = 5
 STATEFUL = {"buffers": "local", "grad_cam": 0, "eval_every": 50, "batch_size": 2}
@@ -198,8 +198,7 @@ def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkey
 def test_a_killed_run_goes_on(at, make_many, small, tmp_path):
     data, config = make_many(300), small(300, rounds=6)
     run(config, out=tmp_path / "whole", data=data)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt(*at))
+    killed(config, out=tmp_path / "cut", data=data, at=KillAt(*at))
     run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
@@ -222,8 +221,7 @@ def test_killed_around_every_file(when, make_many, small, tmp_path):
 def cut(make_many, small, tmp_path):
     """A run of 300 clients and six rounds that was killed in the last."""
     out = tmp_path / "cut"
-    with pytest.raises(Kill):
-        run(small(300, rounds=6), out=out, data=make_many(300), listener=KillAt("round-start", 5))
+    killed(small(300, rounds=6), out=out, data=make_many(300), at=KillAt("round-start", 5))
     return out
 
 
@@ -294,8 +292,7 @@ def test_a_run_that_began_without_a_table_goes_on_with_one(make_many, small, tmp
     run(config, out=tmp_path / "whole", data=data)
     with monkeypatch.context() as patch:
         patch.setattr(module, "INLINE", 1000)
-        with pytest.raises(Kill):
-            run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", 3))
+        killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", 3))
     assert "table" not in Checkpoints(tmp_path / "cut").peek()
     go_on(tmp_path / "cut", data)
     entry = Checkpoints(tmp_path / "cut").peek()
@@ -395,8 +392,7 @@ def test_ten_thousand_clients(method, make_many, small, tmp_path):
     data = make_many(10_000)
     config = small(10_000, method, rounds=3, sample_fraction=0.01, buffers="average", eval_every=3)
     run(config, out=tmp_path / "whole", data=data)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", 2))
+    killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", 2))
     go_on(tmp_path / "cut", data)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     states = list((tmp_path / "whole" / "checkpoints").glob("client-*"))

@@ -32,8 +32,9 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 from python_tests import own_networks
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.own_networks import Plain, Raw, Staged
+from python_tests.saved_network import same_network, tensors
 
 STAGED, PLAIN, RAW = (f"python:python_tests.own_networks:{kind.__name__}" for kind in (Staged, Plain, Raw))
 HAS = {STAGED: "stages", PLAIN: "features", RAW: "logits"}
@@ -60,10 +61,6 @@ def file(tmp_path):
     return path
 
 
-def saved(out):
-    return load_file(out / "model.safetensors")
-
-
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "settings",
@@ -75,7 +72,7 @@ def test_a_mask_of_infinities_travels_as_any_buffer(own, make_data, tmp_path, se
     """The uploads count, and the run is that of the same network without the mask."""
     for name in ("Plain", "Masked"):
         run(own(model=f"python:python_tests.own_networks:{name}", **settings), out=tmp_path / name, data=make_data())
-    expected, given = saved(tmp_path / "Plain"), saved(tmp_path / "Masked")
+    expected, given = tensors(tmp_path / "Plain"), tensors(tmp_path / "Masked")
     mask = given.pop("mask")
     assert torch.equal(mask == -torch.inf, torch.ones(3, 3).triu(1).bool())
     assert not mask[mask.isfinite()].any() or "dp_noise" in settings
@@ -190,8 +187,8 @@ def test_grad_cam_of_a_network_with_stages(own, make_data, tmp_path):
 
 def test_tied_weights_stay_tied(own, make_data, tmp_path):
     run(own(model=RAW), out=tmp_path, data=make_data())
-    tensors = saved(tmp_path)
-    assert torch.equal(tensors["one.weight"], tensors["two.weight"])
+    saved = tensors(tmp_path)
+    assert torch.equal(saved["one.weight"], saved["two.weight"])
     module, _ = read_model(tmp_path, trusted=[RAW])
     assert module.module.one.weight is module.module.two.weight
 
@@ -248,21 +245,20 @@ def test_a_module_begins_with_its_own_weights_and_is_not_changed(make_config, ma
     summary = run(config, out=tmp_path, data=make_data(), script=ScriptObjects(module))
     assert summary["model"] == "module:Staged"
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    for name, value in saved(tmp_path).items():
+    for name, value in tensors(tmp_path).items():
         if "running" not in name and "tracked" not in name:
             torch.testing.assert_close(value, before[name])
     with pytest.raises(UserError, match=r"holds a module that a script made \(Staged\)"):
         read_model(tmp_path)
     read, _ = read_model(tmp_path, model=Staged())
-    assert torch.equal(read.module[0].weight, saved(tmp_path)["0.weight"])
+    assert torch.equal(read.module[0].weight, tensors(tmp_path)["0.weight"])
     assert attack(tmp_path, data=make_data(), keep=False, model=Staged())["members"] == 42
 
 
 def test_a_module_is_resumed_with_the_module(make_config, make_data, tmp_path):
     config, data, module = make_config(rounds=3), make_data(), Staged()
     run(config, out=tmp_path / "whole", data=data, script=ScriptObjects(module))
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, script=ScriptObjects(module), listener=KillAt("client", 4))
+    killed(config, out=tmp_path / "cut", data=data, script=ScriptObjects(module), at=KillAt("client", 4))
     with pytest.raises(UserError, match="go on with it in Python"):
         run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     with pytest.raises(UserError, match=r"module:Staged -> module:Plain"):
@@ -278,8 +274,7 @@ def test_a_module_is_resumed_with_the_module(make_config, make_data, tmp_path):
 
 
 def test_other_initial_weights_are_said(make_config, make_data, tmp_path):
-    with pytest.raises(Kill):
-        run(make_config(), out=tmp_path, data=make_data(), script=ScriptObjects(Staged()), listener=KillAt("round"))
+    killed(make_config(), out=tmp_path, data=make_data(), script=ScriptObjects(Staged()), at=KillAt("round"))
     notices = Notices()
     run(make_config(), out=tmp_path, data=make_data(), resume=True, script=ScriptObjects(Staged()), listener=notices)
     assert "module:Staged has other initial weights since the run" in notices.said[0]
@@ -302,8 +297,7 @@ def test_killed_and_resumed_a_file_ends_alike(file, own, make_data, tmp_path):
     name, data = f"{file}:Staged", make_data()
     config = own("fedgid", model=name, rounds=3)
     run(config, out=tmp_path / "whole", data=data)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4))
+    killed(config, out=tmp_path / "cut", data=data, at=KillAt("client", 4))
     stored = load_settings(tmp_path / "cut")
     assert stored.model == name
     assert len(stored.model_sha256) == 64
@@ -319,8 +313,7 @@ def test_killed_and_resumed_a_file_ends_alike(file, own, make_data, tmp_path):
 def test_a_file_that_has_changed(file, own, make_data, tmp_path):
     name, data, text = f"{file}:Staged", make_data(), file.read_text()
     out = tmp_path / "run"
-    with pytest.raises(Kill):
-        run(own(model=name), out=out, data=data, listener=KillAt("round"))
+    killed(own(model=name), out=out, data=data, at=KillAt("round"))
     file.write_text(text.replace("nn.Conv2d(4, 6, 3", "nn.Conv2d(4, 7, 3").replace("nn.Linear(6,", "nn.Linear(7,"))
     with pytest.raises(UserError, match=r"networks.py:Staged has other parameters than when the run in"):
         run(load_settings(out), out=out, data=data, resume=True, trusted=[name])
@@ -432,11 +425,10 @@ def test_initial_weights_of_a_file(weights, own, make_data, tmp_path):
     run(config, out=tmp_path / "run", data=make_data())
     run(own(rounds=3), out=tmp_path / "same", data=make_data(), script=ScriptObjects(module))
     run(own(rounds=3), out=tmp_path / "other", data=make_data())
-    found = [saved(tmp_path / name)["0.weight"] for name in ("run", "same", "other")]
+    found = [tensors(tmp_path / name)["0.weight"] for name in ("run", "same", "other")]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=make_data(), listener=KillAt("round", 1))
+    killed(config, out=tmp_path / "cut", data=make_data(), at=KillAt("round", 1))
     stored = load_settings(tmp_path / "cut")
     assert len(stored.init_sha256) == 64
     content = weights.read_bytes()
@@ -454,8 +446,7 @@ def test_a_run_goes_on_from_another_runs_folder(make_config, make_data, tmp_path
     run(make_config(), out=first, data=data)
     run(make_config(init=str(first / "model.safetensors"), rounds=3), out=tmp_path / "file", data=data)
     config = make_config(init=str(first), rounds=3)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round", 1))
+    killed(config, out=tmp_path / "cut", data=data, at=KillAt("round", 1))
     stored = load_settings(tmp_path / "cut")
     assert stored.init_sha256 == load_settings(tmp_path / "file").init_sha256
     content = (first / "model.safetensors").read_bytes()
@@ -472,8 +463,7 @@ def test_a_run_goes_on_from_another_runs_folder(make_config, make_data, tmp_path
 
 def test_a_folder_that_has_no_network_to_begin_with(make_config, make_data, tmp_path):
     data = make_data()
-    with pytest.raises(Kill):
-        run(make_config(rounds=3), out=tmp_path / "cut", data=data, listener=KillAt("round", 1))
+    killed(make_config(rounds=3), out=tmp_path / "cut", data=data, at=KillAt("round", 1))
     for init, config, said in (
         ("cut", {}, r"is the folder of a run that is not finished: finish it with --resume"),
         (".", {}, r"is a folder without model.safetensors: name the folder of a finished run, or a"),
@@ -529,7 +519,7 @@ def test_a_start_from_a_file_or_a_module(suffix, own, make_data, tmp_path):
     fedkern.simulate("fedavg", data=memory, init=given, out=out, **how)
     for name, value in module.state_dict().items():
         if name.endswith(("weight", "bias")):
-            torch.testing.assert_close(saved(out)[name], value, msg=name)
+            torch.testing.assert_close(tensors(out)[name], value, msg=name)
     if given is module:
         assert load_file(out / "init.safetensors").keys() == module.state_dict().keys()
         again = fedkern.load(out, data=memory, trusted=[STAGED]).extend(2, progress=False, pictures=False)
@@ -550,9 +540,7 @@ def test_a_wrapped_module_is_the_run_s_network(make_data, tmp_path):
     how = {"data": memory, "rounds": 1, "progress": False, "pictures": False}
     for name, model in (("plain", module), ("wrapped", torch.nn.DataParallel(module))):
         fedkern.simulate("fedavg", model=model, out=tmp_path / name, **how)
-    expected, found = saved(tmp_path / "plain"), saved(tmp_path / "wrapped")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert same_network(tmp_path / "plain", tmp_path / "wrapped")
     assert fedkern.load(tmp_path / "wrapped", model=torch.nn.DataParallel(module)).model() is not None
 
 
@@ -565,9 +553,8 @@ def test_a_run_takes_an_accelerated_network_as_it_is_written(make_data, make_con
         run(
             make_config(width=None, workers=workers), out=tmp_path / name, data=make_data(), script=ScriptObjects(model)
         )
-    expected = saved(tmp_path / "plain")
-    for name in ("one", "two"):
-        assert all(torch.equal(value, expected[key]) for key, value in saved(tmp_path / name).items())
+    assert same_network(tmp_path / "plain", tmp_path / "one")
+    assert same_network(tmp_path / "plain", tmp_path / "two")
     assert "forward" in vars(network)
 
 
@@ -588,7 +575,7 @@ def test_a_partial_start_lists_what_does_not_fit(own, make_data, tmp_path):
     )  # fmt: skip
     for name, value in big.state_dict().items():
         if name[0] in "014":
-            assert torch.equal(saved(out)[name], value), name
+            assert torch.equal(tensors(out)[name], value), name
     torch.save({"far": torch.zeros(1)}, tmp_path / "far.pt")
     with pytest.raises(UserError, match=r"far.pt is not for \S+: it has no 0.weight, of shape \[4, 3, 3, 3\]\.$"):
         run(own(init=str(tmp_path / "far.pt"), init_partial=True), out=tmp_path / "no", data=make_data())
@@ -616,13 +603,13 @@ def test_an_image_classifier_of_transformers(own, make_data, tmp_path):
     name = f"{tmp_path}/classifier.py:Classifier"
     out = tmp_path / "run"
     run(own("moon", model=name, lr=1e-12, rounds=1), out=out, data=make_data())
-    tensors = saved(out)
+    saved = tensors(out)
     begun = transformers.ViTForImageClassification.from_pretrained(tmp_path / "vit").state_dict()
     shared = [key for key in begun if not key.startswith("classifier")]
     assert len(shared) > 10
     for key in shared:
-        torch.testing.assert_close(tensors[f"network.{key}"], begun[key])
-    assert tensors["network.classifier.weight"].shape == (3, 8)
+        torch.testing.assert_close(saved[f"network.{key}"], begun[key])
+    assert saved["network.classifier.weight"].shape == (3, 8)
     assert json.loads((out / "summary.json").read_text())["model"] == name
     read_model(out, trusted=[name])
 

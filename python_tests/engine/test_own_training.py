@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -17,8 +16,9 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.own_networks import Plain, Staged
+from python_tests.saved_network import same_network, tensors
 
 HOW = {"lr": 0.05, "momentum": 0.5, "local_epochs": 2, "rounds": 3}
 
@@ -50,15 +50,6 @@ def adam(parameters):
 OWN = ScriptObjects(train=loop)
 
 
-def weights(out):
-    return load_file(out / "model.safetensors")
-
-
-def same(one, two):
-    first, second = weights(one), weights(two)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 @pytest.fixture
 def played(make_config, make_data, tmp_path):
     def play(name, method="fedavg", script=ScriptObjects(), **settings):
@@ -86,14 +77,13 @@ def test_a_loop_like_fedavg_has_its_bits(settings, kind, played):
     torch.manual_seed(0)
     model = None if kind == "cnn" else kind()
     scripts = {"fedavg": ScriptObjects(model), "own": ScriptObjects(model, loop)}
-    same(*(played(name, script=script, **settings) for name, script in scripts.items()))
+    assert same_network(*(played(name, script=script, **settings) for name, script in scripts.items()))
 
 
 def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_data, played, tmp_path):
     expected = played("one", script=OWN, workers="1")
     assert outcome(expected)[0] == outcome(played("two", script=OWN, workers="2"))[0]
-    with pytest.raises(Kill):
-        run(make_config(**HOW), out=tmp_path / "cut", data=make_data(), script=OWN, listener=KillAt("round", 1))
+    killed(make_config(**HOW), out=tmp_path / "cut", data=make_data(), script=OWN, at=KillAt("round", 1))
     stored = load_settings(tmp_path / "cut")
     with pytest.raises(UserError, match=r"trains with a script's own train function loop: go on with it in Python"):
         run(stored, out=tmp_path / "cut", data=make_data(), resume=True)
@@ -125,7 +115,7 @@ def test_python_s_words(known, tmp_path):
     assert any(line.startswith("local training: AdamW(lr=0.01, betas=(0.9, 0.999)") for line in told)
     again = fedkern.load(tmp_path / "adam", data=known(), optimizer=adam).extend(2, progress=False, pictures=False)
     whole = fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "two", **{**how, "rounds": 2})
-    same(again.out, whole.out)
+    assert same_network(again.out, whole.out)
     with pytest.raises(UserError, match="go on with it in Python"):
         fedkern.load(tmp_path / "loop", data=known()).extend(2)
     assert len(found.extend(2, progress=False, pictures=False).history) == 2  # with the objects that it had
@@ -146,8 +136,8 @@ def test_what_is_frozen_stays_as_it_is(played):
     first, found = played("fedavg", script=ScriptObjects(model)), played("own", script=ScriptObjects(model, loop))
     for name, value in model.state_dict().items():
         if name.startswith(("0.", "1.")):
-            assert torch.equal(weights(found)[name], value), name
-    assert weights(found).keys() == weights(first).keys()
+            assert torch.equal(tensors(found)[name], value), name
+    assert tensors(found).keys() == tensors(first).keys()
 
 
 def test_a_method_s_own_update_has_the_same_words(played, monkeypatch):
@@ -167,7 +157,7 @@ def test_a_method_s_own_update_has_the_same_words(played, monkeypatch):
             return client.upload(model)
 
     monkeypatch.setitem(METHODS, "own-update", Own)
-    same(played("fedavg"), played("own", "own-update"))
+    assert same_network(played("fedavg"), played("own", "own-update"))
 
 
 # -- sentences ---------------------------------------------------------------------------------------------------------
@@ -256,7 +246,7 @@ def test_a_method_that_changes_only_its_server_takes_a_loop(known, tmp_path):
     how = {"data": known(), "model": "cnn", "width": 2, "rounds": 2, "pictures": False, "progress": False}
     one = fedkern.simulate(Late, out=tmp_path / "a", momentum=0.5, **how)
     two = fedkern.simulate(Late, out=tmp_path / "b", train=loop, **how)
-    same(one.out, two.out)
+    assert same_network(one.out, two.out)
 
 
 # -- an optimiser ------------------------------------------------------------------------------------------------------
@@ -265,7 +255,7 @@ def test_a_method_that_changes_only_its_server_takes_a_loop(known, tmp_path):
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "scaffold", "feddyn", "moon", "fedgid", "fml"])
 def test_torch_s_sgd_has_the_bits_of_the_built_in_one(method, played):
-    same(played("in", method), played("own", method, script=ScriptObjects(optimizer=sgd)))
+    assert same_network(played("in", method), played("own", method, script=ScriptObjects(optimizer=sgd)))
 
 
 def test_the_run_s_schedule_multiplies_the_rates(played):
@@ -274,8 +264,8 @@ def test_the_run_s_schedule_multiplies_the_rates(played):
 
     how = {"lr_steps": "1,3", "lr_step_factor": 0.5, "clip_norm": 0.1}
     one, two = played("in", **how), played("own", script=ScriptObjects(optimizer=half), **how)
-    for name, value in weights(one).items():
-        torch.testing.assert_close(weights(two)[name], value, rtol=1e-5, atol=1e-6)
+    for name, value in tensors(one).items():
+        torch.testing.assert_close(tensors(two)[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.sampled(1)
@@ -287,14 +277,13 @@ def test_the_run_s_schedule_multiplies_the_rates(played):
 def test_a_kept_state_goes_on_in_the_next_round(factory, settings, played, make_config, make_data, tmp_path):
     keep = {**settings, "optimizer_state": "keep"}
     built_in, own = played("in", **keep), played("own", script=ScriptObjects(optimizer=factory), **keep)
-    fresh = weights(played("fresh", **settings))
-    for name, value in weights(built_in).items():
-        torch.testing.assert_close(weights(own)[name], value, rtol=1e-4, atol=1e-6)
-    assert any(not torch.equal(weights(built_in)[name], fresh[name]) for name in fresh)
+    fresh = tensors(played("fresh", **settings))
+    for name, value in tensors(built_in).items():
+        torch.testing.assert_close(tensors(own)[name], value, rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(tensors(built_in)[name], fresh[name]) for name in fresh)
     for name, given in (("in", ScriptObjects()), ("own", ScriptObjects(optimizer=factory))):
         config, cut = make_config(**{**HOW, **keep}), tmp_path / f"cut-{name}"
-        with pytest.raises(Kill):
-            run(config, out=cut, data=make_data(), script=given, listener=KillAt("round", 2))
+        killed(config, out=cut, data=make_data(), script=given, at=KillAt("round", 2))
         run(load_settings(cut), out=cut, data=make_data(), script=given, resume=True)
         assert outcome(cut) == outcome(tmp_path / name)
         assert outcome(played(f"two-{name}", script=given, workers="2", **keep))[0] == outcome(cut)[0]

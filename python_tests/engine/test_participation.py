@@ -27,7 +27,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Round
 from fedkern.methods.base import Federation
 from fedkern.settings.config import RunConfig
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import KillAt, killed, outcome
 
 SIZES = (20, 13, 9, 15)
 
@@ -200,8 +200,7 @@ def test_slow_clients_with_an_epsilon_are_refused(monkeypatch):
 def test_the_clock_of_a_run_and_the_shares_of_its_clients(make_data, make_config, tmp_path):
     config = make_config("fedavg", clients=4, rounds=4, straggler_rate=0.6, deadline=1.2, workers="2")
     run(config, out=tmp_path / "whole", data=make_data(SIZES))
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "parts", data=make_data(SIZES), listener=KillAt("round", 2))
+    killed(config, out=tmp_path / "parts", data=make_data(SIZES), at=KillAt("round", 2))
     run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True)
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
     again = Participation(config, Federation(4, SIZES, 3, config.local_epochs))
@@ -281,8 +280,7 @@ def test_what_a_policy_keeps_survives_an_interruption(clients, make_data, make_c
     assert heard == [(k, int(number > 0)) for number in range(5) for k in range(4)]
     for kill in (KillAt("client", 9), KillAt("round", 2)):
         config, out = make_config("fedavg", **settings), tmp_path / kill.hook
-        with pytest.raises(Kill):
-            run(config, out=out, data=make_data(SIZES), listener=kill)
+        killed(config, out=out, data=make_data(SIZES), at=kill)
         run(config, out=out, data=make_data(SIZES), resume=True)
         assert outcome(out) == outcome(tmp_path / "whole")
         names = {path.name for path in (out / "checkpoints").glob("participation-*")}
@@ -297,8 +295,7 @@ def test_a_damaged_file_of_a_policy_falls_back_to_the_checkpoint_before(make_dat
     monkeypatch.setattr(preparing, "Participation", Belated)
     config = make_config("fedavg", clients=4, rounds=4)
     run(config, out=tmp_path / "whole", data=make_data(SIZES))
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=make_data(SIZES), listener=KillAt("round-start", 3))
+    killed(config, out=tmp_path / "cut", data=make_data(SIZES), at=KillAt("round-start", 3))
     (tmp_path / "cut" / "checkpoints" / "participation-000003.safetensors").unlink()
     run(config, out=tmp_path / "cut", data=make_data(SIZES), resume=True)
     found, whole = outcome(tmp_path / "cut"), outcome(tmp_path / "whole")
@@ -329,8 +326,7 @@ def test_a_plan_draws_from_the_run(make_data, make_config, tmp_path, monkeypatch
     assert walks[0] == walks[1] != walks[2]
     assert [list(record["clients"]) for record in read_metrics(tmp_path / "whole")] == [[str(k)] for k in walks[0]]
     config = make_config("fedavg", workers="2", **{**settings, "rounds": 4})
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "parts", data=make_data(SIZES), listener=KillAt("round", 1))
+    killed(config, out=tmp_path / "parts", data=make_data(SIZES), at=KillAt("round", 1))
     run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True)
     run(extend(tmp_path / "parts", 6), out=tmp_path / "parts", data=make_data(SIZES), resume=True)
     assert outcome(tmp_path / "parts")[0] == outcome(tmp_path / "whole")[0]

@@ -24,7 +24,7 @@ from fedkern.models.precision import computing, lower
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.smallest import SETTINGS
 
 BF16 = {"precision": "bf16"}
@@ -126,8 +126,7 @@ def test_image_text_pairs_and_segmentation(make_pairs, make_config, tmp_path):
 def test_it_is_stored_and_a_run_goes_on_in_its_own(make_data, make_config, tmp_path):
     config = make_config("fedgid", **BF16, rounds=3)
     run(config, out=tmp_path / "whole", data=make_data())
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=make_data(), listener=KillAt("round", 0))
+    killed(config, out=tmp_path / "cut", data=make_data(), at=KillAt("round", 0))
     assert 'precision = "bf16"' in (tmp_path / "cut" / "config.toml").read_text()
     with pytest.raises(UserError, match="precision: bf16 -> fp32"):
         run(config.replace(precision="fp32"), out=tmp_path / "cut", resume=True, data=make_data())

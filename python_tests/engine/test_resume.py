@@ -19,7 +19,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
 from fedkern.process.interrupts import Terminated
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import Kill, KillAt, killed_at_rename, lose, outcome, without
+from python_tests.interrupted import Kill, KillAt, killed, killed_at_rename, lose, outcome, without
 
 STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}
 PLAIN = {"rounds": 4}
@@ -48,8 +48,7 @@ def reference(tmp_path_factory):
 def test_killed_at_a_hook(settings, hook, count, make_data, make_config, tmp_path, reference):
     data, config = make_data(), make_config("fedgid", **settings)
     expected = reference(f"hook-{len(settings)}", config, data)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path, data=data, listener=KillAt(hook, count))
+    killed(config, out=tmp_path, data=data, at=KillAt(hook, count))
     run(load_settings(tmp_path), out=tmp_path, resume=True, data=data)
     assert outcome(tmp_path) == expected
 
@@ -105,8 +104,7 @@ def test_sparse_checkpoints_and_evaluation(make_data, make_config, tmp_path):
     data = make_data()
     config = make_config(rounds=7, checkpoint_every=3, eval_every=2, buffers="local")
     run(config, out=tmp_path / "whole", data=data)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 16))
+    killed(config, out=tmp_path / "cut", data=data, at=KillAt("client", 16))
     assert Checkpoints(tmp_path / "cut").peek()["round"] == 3
     run(config, out=tmp_path / "cut", resume=True, data=data)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
@@ -115,8 +113,7 @@ def test_sparse_checkpoints_and_evaluation(make_data, make_config, tmp_path):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_data, make_config, tmp_path):
     data, config = make_data(), make_config(rounds=4)
     run(config, out=tmp_path / "whole", data=data)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt("round-start", 3))
+    killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", 3))
     entry = Checkpoints(tmp_path / "cut").peek()
     assert entry["round"] == 3
     file = tmp_path / "cut" / "checkpoints" / entry["server"]
@@ -153,10 +150,18 @@ def test_a_finished_run_returns_its_summary_without_data(make_data, make_config,
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_lost_summary_is_made_again(make_data, make_config, tmp_path):
+    run(make_config("fedgid"), out=tmp_path, data=make_data())
+    before = outcome(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    run(load_settings(tmp_path), out=tmp_path, resume=True, data=make_data())
+    assert outcome(tmp_path) == before
+
+
 def test_other_settings_are_refused_and_named(make_data, make_config, tmp_path):
     config = make_config("fedgid")
-    with pytest.raises(Kill):
-        run(config, out=tmp_path, data=make_data(), listener=KillAt("round", 0))
+    killed(config, out=tmp_path, data=make_data(), at=KillAt("round", 0))
     for change, words in (
         ({"lr": 0.5}, r"lr: 0\.05 -> 0\.5"),
         ({"options": {**config.options, "alpha": 0.9}}, r"options\.alpha: 0\.6 -> 0\.9"),
@@ -167,8 +172,7 @@ def test_other_settings_are_refused_and_named(make_data, make_config, tmp_path):
 
 
 def test_other_data_are_refused(make_data, make_config, tmp_path):
-    with pytest.raises(Kill):
-        run(make_config(), out=tmp_path, data=make_data(), listener=KillAt("client", 4))
+    killed(make_config(), out=tmp_path, data=make_data(), at=KillAt("client", 4))
     with pytest.raises(UserError, match="data are not those"):
         run(make_config(), out=tmp_path, resume=True, data=make_data(seed=1))
 
@@ -179,8 +183,7 @@ def test_not_a_run_folder(make_config, tmp_path):
 
 
 def test_damaged_manifest_is_one_sentence(make_data, make_config, tmp_path):
-    with pytest.raises(Kill):
-        run(make_config(), out=tmp_path, data=make_data(), listener=KillAt("client", 4))
+    killed(make_config(), out=tmp_path, data=make_data(), at=KillAt("client", 4))
     (tmp_path / "checkpoints" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         run(make_config(), out=tmp_path, resume=True, data=make_data())
@@ -291,8 +294,7 @@ def test_a_signal_that_was_lost_ends_the_run_at_that_batch(number, kind, make_da
 @pytest.mark.parametrize("what", ["clients", "classes"])
 def test_names_that_have_changed_since_are_a_sentence(what, make_data, make_config, tmp_path):
     data = dataclasses.replace(make_data(), client_names=("north", "south", "west"))
-    with pytest.raises(Kill):
-        run(make_config(rounds=3), out=tmp_path, data=data, listener=KillAt("round", 1))
+    killed(make_config(rounds=3), out=tmp_path, data=data, at=KillAt("round", 1))
     field = {"clients": "client_names", "classes": "classes"}[what]
     renamed = dataclasses.replace(data, **{field: (*getattr(data, field)[:-1], "other")})
     before = (tmp_path / "metrics.jsonl").read_bytes()

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 import fedkern
@@ -20,6 +19,7 @@ from fedkern.report.live.progress import headline
 from fedkern.settings.stored import load_settings
 from python_tests.guest_networks import Doubling, Head, block
 from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.saved_network import same_network, tensors
 
 pytestmark = pytest.mark.skipif(not backend.active_isa().startswith("avx"), reason="the kernel serves AVX2 and AVX-512")
 
@@ -86,15 +86,6 @@ def played(make_config, make_data, tmp_path):
     return play
 
 
-def weights(out):
-    return load_file(out / "model.safetensors")
-
-
-def equal(one, other):
-    first, second = weights(one), weights(other)
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "said"),
@@ -132,7 +123,7 @@ def test_the_header_says_it(make_config, make_data, tmp_path):
 @pytest.mark.parametrize("kind", [Guest, Rows])
 @pytest.mark.parametrize("method", ["fedavg", "moon", "scaffold", "fedproto"])
 def test_a_run_that_is_served_is_near_the_one_as_written(kind, method, played):
-    one, other = weights(played("auto", kind, method)), weights(played("off", kind, method, accelerate="off"))
+    one, other = tensors(played("auto", kind, method)), tensors(played("off", kind, method, accelerate="off"))
     assert any(not torch.equal(one[name], other[name]) for name in one)
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-2 * float(other[name].abs().max()) + 1e-4)
@@ -150,16 +141,16 @@ def test_stages_are_served(kind, played, monkeypatch):
     served = calls._serve
     monkeypatch.setattr(calls, "_serve", serve)
     given = {"stages": "b1,b2"} if kind is Guest else {}
-    one = weights(played("auto", kind, "fedgid", **given))
+    one = tensors(played("auto", kind, "fedgid", **given))
     assert len(chains) > 20
-    other = weights(played("off", kind, "fedgid", accelerate="off", **given))
+    other = tensors(played("off", kind, "fedgid", accelerate="off", **given))
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-2 * float(other[name].abs().max()) + 1e-4)
 
 
 def test_the_same_bits_in_workers_and_after_a_kill(played, make_config, make_data, tmp_path):
     expected = played("one", workers="1", rounds=3)
-    assert equal(expected, played("two", workers="2", rounds=3))
+    assert same_network(expected, played("two", workers="2", rounds=3))
     with pytest.raises(Kill):
         run(
             make_config(width=None, lr=0.05, rounds=3), out=tmp_path / "cut", data=make_data(),
@@ -182,7 +173,7 @@ def test_operators_that_compute_something_else_are_not_taken(played, monkeypatch
     assert load_settings(out).served.startswith("as written: ")
     assert "is another one where operators compute it" in load_settings(out).served
     monkeypatch.undo()
-    assert equal(out, played("off", accelerate="off"))
+    assert same_network(out, played("off", accelerate="off"))
 
 
 def test_what_a_run_hands_out_is_plain_and_its_figures_are_those_of_the_run(make_data, tmp_path):

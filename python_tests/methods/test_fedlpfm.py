@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, softmax
 
 from fedkern.engine.client import Client
@@ -23,8 +23,9 @@ from fedkern.methods.protocol import BEFORE
 from fedkern.models.teacher import CallableTeacher
 from fedkern.models.teacher_training import tune
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.methods.proxies import PHASE, scene
+from python_tests.saved_network import same_network
 
 EQUAL = {"lr": 0.05, "momentum": 0.9}  # the methods' own defaults differ
 SMALL = {"teacher": "pretrained:cnn/3", "pretrain_epochs": 2}
@@ -101,8 +102,7 @@ def test_lambda_0_is_fedavg_bit_for_bit(mixing, make_data, make_config, tmp_path
     data = make_data()  # no public images: no teacher is asked for
     run(make_config("fedavg", **EQUAL), out=tmp_path / "a", data=data)
     run(make_config("fedlpfm", options={"lambda": 0, "mixing": mixing}, **EQUAL), out=tmp_path / "b", data=data)
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert same_network(tmp_path / "a", tmp_path / "b")
     assert not (tmp_path / "cache").exists()
 
 
@@ -245,8 +245,7 @@ def test_resumed_it_ends_alike_even_when_the_cache_is_gone(tuning, data, make_co
     config = small(make_config, options=options, rounds=3)
     run(config, out=tmp_path / "whole", data=data)
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4))
+    killed(config, out=tmp_path / "cut", data=data, at=KillAt("client", 4))
     shutil.rmtree(tmp_path / "cache")
     run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")

@@ -14,7 +14,7 @@ from fedkern.engine.timing import Timing
 from fedkern.errors import UserError
 from fedkern.methods.base import Phase, Round
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import KillAt, killed, outcome
 
 
 def record(entry=None):
@@ -87,8 +87,7 @@ def test_a_run_keeps_to_its_bytes_and_goes_on_alike(make_data, make_config, tmp_
     summary = run(limited, out=tmp_path / "limited", data=data)
     assert (summary["rounds"], summary["bytes"]["total"]) == (3, whole["bytes"]["total"])
     assert summary["stopped"]["by"] == "max-bytes"
-    with pytest.raises(Kill):
-        run(limited, out=tmp_path / "cut", data=data, listener=KillAt("client", 5))
+    killed(limited, out=tmp_path / "cut", data=data, at=KillAt("client", 5))
     run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "limited")
 

@@ -23,7 +23,8 @@ from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import About, Disclosure
 from fedkern.report.pages.run_page import headline, read
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.saved_network import tensors
 
 
 def record(number, due=True, about=About.RUN, **figures):
@@ -108,7 +109,7 @@ def test_the_best_round_stays_beside_the_last(data, make_config, tmp_path):
     assert figures.items() < read_metrics(tmp_path / "patient")[best - 1].items()
     assert summary["stopped"]["by"] == "patience"
     run(config.replace(patience=None, rounds=best), out=tmp_path / "short", data=data)
-    expected = load_file(tmp_path / "short" / "model.safetensors")
+    expected = tensors(tmp_path / "short")
     found = load_file(tmp_path / "patient" / "best.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert not list((tmp_path / "patient").glob("best-*"))
@@ -176,8 +177,7 @@ def test_an_interrupted_run_ends_alike(flag, at, data, make_config, tmp_path):
         config = config.replace(patience=None, stop_at=f"loss<={min(losses)!r}")
     summary = run(config, out=tmp_path / "whole", data=data)
     assert 1 < summary["rounds"] < 12
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt(*at))
+    killed(config, out=tmp_path / "cut", data=data, at=KillAt(*at))
     run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     best = [tmp_path / name / "best.safetensors" for name in ("cut", "whole")]
@@ -198,8 +198,7 @@ def test_patience_looks_at_the_validation_set_alone(name, tmp_path):
 
 
 def test_a_lost_network_of_the_best_round_is_named(data, make_config, tmp_path):
-    with pytest.raises(Kill):
-        run(patient(make_config, patience=9), out=tmp_path, data=data, listener=KillAt("round-start", 5))
+    killed(patient(make_config, patience=9), out=tmp_path, data=data, at=KillAt("round-start", 5))
     for path in tmp_path.glob("best-*"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="is not what the run wrote of its best round: put the file back"):

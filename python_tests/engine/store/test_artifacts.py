@@ -21,7 +21,7 @@ from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import LEDGER, Accountant, Guarantee
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import Kill, KillAt, unvouched
+from python_tests.interrupted import KillAt, killed, unvouched
 
 
 class Telling(FedAvg):
@@ -78,8 +78,7 @@ def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_da
 
     for cut in (0, 7):
         out = tmp_path / f"cut{cut}"
-        with pytest.raises(Kill):
-            run(config, out=out, data=data, listener=KillAt("round", cut))
+        killed(config, out=out, data=data, at=KillAt("round", cut))
         again = run(load_settings(out), out=out, resume=True, data=data)
         assert (out / artifacts.FILE).read_bytes() == (tmp_path / "whole" / artifacts.FILE).read_bytes()
         assert again["privacy"] == summary["privacy"]

@@ -10,7 +10,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.extending import extend
 from fedkern.errors import UserError
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import Kill, KillAt, forge
+from python_tests.interrupted import KillAt, forge, killed
 
 NAMES = ("../../victim", "../metrics.jsonl", "ABSOLUTE", "", ".", "..", "manifest.json", "client-00001-000001/../../x")
 
@@ -27,8 +27,7 @@ def folder(request, make_data, make_config, tmp_path, monkeypatch):
     """A run that was killed in its third round."""
     if request.param == "clients in a table":
         monkeypatch.setattr("fedkern.engine.store.checkpoints.INLINE", 1)
-    with pytest.raises(Kill):
-        run(make_config("scaffold", rounds=4), out=tmp_path / "run", data=make_data(), listener=KillAt("round", 2))
+    killed(make_config("scaffold", rounds=4), out=tmp_path / "run", data=make_data(), at=KillAt("round", 2))
     return tmp_path / "run"
 
 
@@ -89,8 +88,7 @@ def test_names_in_a_manifest(which, put, way, folder, victim, make_data):
 def test_names_in_the_table_of_clients(make_data, make_config, tmp_path, victim, monkeypatch):
     monkeypatch.setattr("fedkern.engine.store.checkpoints.INLINE", 1)
     folder = tmp_path / "run"
-    with pytest.raises(Kill):
-        run(make_config("scaffold", rounds=4), out=folder, data=make_data(), listener=KillAt("round", 2))
+    killed(make_config("scaffold", rounds=4), out=folder, data=make_data(), at=KillAt("round", 2))
 
     def change(entry):
         path = folder / "checkpoints" / entry["table"]["file"]
@@ -130,8 +128,7 @@ def test_links_are_not_written_through(way, name, kind, make_data, make_config, 
     folder = tmp_path / "run"
     private = {"dp_clip": 1.0, "dp_noise": 1.0} if "releases" in name else {}
     config = make_config(rounds=4, **private)
-    with pytest.raises(Kill):
-        run(config, out=folder, data=make_data(), listener=KillAt("round", 2))
+    killed(config, out=folder, data=make_data(), at=KillAt("round", 2))
     lead(folder / name, victim, kind)
     content = victim.read_bytes() if victim.exists() else None
     there = sorted(path.name for path in tmp_path.iterdir())
@@ -147,8 +144,7 @@ def test_links_are_not_written_through(way, name, kind, make_data, make_config, 
 @pytest.mark.parametrize("way", ["resume", "extend"])
 def test_a_folder_that_is_a_link(way, dangling, make_data, make_config, tmp_path):
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    with pytest.raises(Kill):
-        run(make_config(rounds=4), out=folder, data=make_data(), listener=KillAt("round", 2))
+    killed(make_config(rounds=4), out=folder, data=make_data(), at=KillAt("round", 2))
     (folder / "checkpoints").rename(elsewhere)
     (folder / "checkpoints").symlink_to(tmp_path / "nowhere" if dangling else elsewhere)
     before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
@@ -162,8 +158,7 @@ def test_a_folder_that_is_a_link(way, dangling, make_data, make_config, tmp_path
 @pytest.mark.parametrize("lost", ["manifest", "checkpoints"])
 def test_a_run_whose_manifest_is_gone_does_not_begin_anew(lost, method, make_data, make_config, tmp_path):
     config = make_config(rounds=4, dp_clip=1.0, dp_noise=1.0) if method == "dp" else make_config(method, rounds=4)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path, data=make_data(), listener=KillAt("round", 2))
+    killed(config, out=tmp_path, data=make_data(), at=KillAt("round", 2))
     for path in (tmp_path / "checkpoints").iterdir():
         if lost == "checkpoints" or path.name == "manifest.json":
             path.unlink()

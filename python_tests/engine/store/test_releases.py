@@ -16,7 +16,7 @@ from fedkern.methods.fediod import client as fediod_client
 from fedkern.methods.fediod import private_messages
 from fedkern.privacy import Accountant
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import Kill, KillAt
+from python_tests.interrupted import KillAt, killed
 
 OPTIONS = {
     "iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "sigma_d": 9.0,
@@ -30,8 +30,7 @@ def cut(request, make_data, make_config, tmp_path):
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     data = make_data(two_tests=False)
     config = make_config("fediod", rounds=2, options=OPTIONS, grad_cam=0)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path / "cut", data=data, listener=KillAt("client", 4, round=request.param))
+    killed(config, out=tmp_path / "cut", data=data, at=KillAt("client", 4, round=request.param))
 
     def go_on():
         return run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)

@@ -19,15 +19,14 @@ from fedkern.errors import UserError
 from fedkern.ops import use_backend, use_isa
 from fedkern.ops._core import backend
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import Kill, KillAt, forge, outcome, without
+from python_tests.interrupted import KillAt, forge, killed, outcome, without
 
 
 @pytest.fixture
 def cut(make_data, make_config, tmp_path):
     """A run of three rounds that was killed after two checkpoints."""
     out = tmp_path / "cut"
-    with pytest.raises(Kill):
-        run(make_config(rounds=3), out=out, data=make_data(), listener=KillAt("round", 2))
+    killed(make_config(rounds=3), out=out, data=make_data(), at=KillAt("round", 2))
     return out
 
 
@@ -273,8 +272,7 @@ def test_a_finished_run_with_other_records_is_not_finished(make_data, make_confi
 def test_pictures_are_what_the_run_showed(make_data, make_config, tmp_path):
     tiny = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1}
     config = make_config("fediod", model="cnn", grad_cam=0, rounds=2, options=tiny)
-    with pytest.raises(Kill):
-        run(config, out=tmp_path, data=make_data(), listener=KillAt("round", 1))
+    killed(config, out=tmp_path, data=make_data(), at=KillAt("round", 1))
     path = tmp_path / "shown.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -302,8 +300,8 @@ def test_a_damaged_server_state_is_not_read(make_data, make_config, tmp_path):
 
 def test_another_backend_is_told_like_another_setting(make_data, make_config, tmp_path):
     out = tmp_path / "cut"
-    with pytest.raises(Kill), use_backend("reference"):
-        run(make_config(rounds=3), out=out, data=make_data(), listener=KillAt("round", 2))
+    with use_backend("reference"):
+        killed(make_config(rounds=3), out=out, data=make_data(), at=KillAt("round", 2))
     assert Checkpoints(out).peek()["info"]["kernels"]["backend"] == "reference"
     with pytest.raises(UserError, match=r"\(backend: reference -> auto\): set FEDKERN_BACKEND=reference, then resume"):
         go_on(out, make_data())
@@ -319,8 +317,8 @@ def test_another_backend_than_the_free_choice(cut, make_data):
 @pytest.mark.skipif("avx2" not in backend.cpu_core().available_isas(), reason="this machine has one ISA alone")
 def test_another_isa_is_told_where_it_can_be_had(make_data, make_config, tmp_path):
     out = tmp_path / "cut"
-    with pytest.raises(Kill), use_isa("portable"):
-        run(make_config(rounds=3), out=out, data=make_data(), listener=KillAt("round", 2))
+    with use_isa("portable"):
+        killed(make_config(rounds=3), out=out, data=make_data(), at=KillAt("round", 2))
     with use_isa("avx2"), pytest.raises(UserError, match=r"isa: portable -> avx2\): set FEDKERN_CPU_ISA=portable"):
         go_on(out, make_data())
     with use_isa("portable"):

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
@@ -13,12 +12,9 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods.baselines.client_ensemble import Ensemble, vote
 from fedkern.tasks import SEGMENTATION
+from python_tests.saved_network import tensors
 
 FAST = {"virtual_features": 50, "calibration_epochs": 1}
-
-
-def tensors(out):
-    return load_file(out / "model.safetensors")
 
 
 def id_test(data, name="id"):

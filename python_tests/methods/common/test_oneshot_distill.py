@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
@@ -15,14 +14,11 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords
 from fedkern.methods.common.oneshot_distill import Distilled, Pool
+from python_tests.saved_network import same_network
 
 SMALL = {"nz": 4, "ngf": 2, "generator_steps": 2, "synthesis_batch": 8, "distill_batch": 4, "distill_epochs": 2}
 OPTIONS = {"feddf": {"distill_batch": 4, "distill_epochs": 2}, "dense": SMALL}
 CALIBRATED = {"calibrate": True, "virtual_features": 20, "calibration_epochs": 1}
-
-
-def tensors(out):
-    return load_file(out / "model.safetensors")
 
 
 @pytest.fixture
@@ -55,8 +51,7 @@ def test_labels_of_public_images_are_not_looked_at(data, make_config, tmp_path):
     config = make_config("feddf", model="cnn", rounds=None, options=OPTIONS["feddf"])
     run(config, out=tmp_path / "a", data=data)
     run(config, out=tmp_path / "b", data=dataclasses.replace(data, public=other))
-    a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert same_network(tmp_path / "a", tmp_path / "b")
 
 
 def test_feddf_follows_the_ensemble(data, make_config, tmp_path):
