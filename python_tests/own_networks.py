@@ -18,6 +18,18 @@ class Plain(nn.Module):
         return self.fc(x.view(len(x), -1))
 
 
+class Small(nn.Module):
+    """A normalised backbone and a head, for any number of pixels."""
+
+    def __init__(self, classes=3, channels=3):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.pool, self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.head(self.pool(self.backbone(x)))
+
+
 class Masked(Plain):
     """Holds a mask of -inf among its buffers, as causal attention does; it adds nothing to the logits."""
 

@@ -9,7 +9,6 @@ import torch
 
 from fedkern.data import Split
 from fedkern.data.forms import ImageForm
-from fedkern.engine.context import RunContext
 from fedkern.engine.images import Images
 from fedkern.engine.run import run
 from fedkern.errors import UserError
@@ -25,28 +24,15 @@ def some(count, seed=0):
     return Split(images, torch.from_numpy(rng.integers(0, 3, count)))
 
 
-def check(sizes, count, size):
-    """As ever, but that a rest of one joins the batch before it."""
+@pytest.mark.parametrize(("count", "size"), EDGES)
+def test_a_rest_of_one_joins_the_batch_before_it(count, size):
+    data = Images(some(count), FORM, torch.device("cpu"), size=size)
+    found = list(data.batches())
     plain = [min(size, count - start) for start in range(0, count, size)]
     if len(plain) > 1 and plain[-1] == 1 and size > 1:
         plain[-2:] = [size + 1]
-    assert sizes == plain
-
-
-@pytest.mark.parametrize(("count", "size"), EDGES)
-def test_a_clients_samples(count, size, make_data, make_config):
-    client = RunContext(make_config(), make_data((count,))).client_data(0)
-    found = list(client.batches(size))
-    check([len(batch.inputs) for batch in found], count, size)
-    assert torch.equal(torch.cat([batch.targets for batch in found]), client.labels)
+    assert [len(batch.inputs) for batch in found] == plain
     assert np.concatenate([batch.indices for batch in found]).tolist() == list(range(count))
-
-
-@pytest.mark.parametrize(("count", "size"), EDGES)
-def test_a_test_sets_images(count, size):
-    data = Images(some(count), FORM, torch.device("cpu"), size=size)
-    found = list(data.batches())
-    check([len(batch.inputs) for batch in found], count, size)
     assert torch.equal(torch.cat([batch.targets for batch in found]), data.labels)
     assert torch.equal(torch.cat([batch.inputs for batch in found]), data.pixels.take(None))
 

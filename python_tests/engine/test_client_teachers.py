@@ -236,16 +236,6 @@ WORDS = [
 ]  # fmt: skip
 
 
-def test_the_command_line_ends_in_a_sentence(given, tmp_path, capsys):
-    for method in ("fediod", "feddf"):
-        words = [method, *WORDS, "--teachers", str(given / "elsewhere"), "--out", str(tmp_path / "out")]
-        words += ["--public-samples", "20"] if method == "feddf" else []
-        assert main(words) == 2
-        said = capsys.readouterr().err
-        assert said == f"error: --teachers: there is no folder {given / 'elsewhere'}.\n"
-        assert not (tmp_path / "out").exists()
-
-
 def test_a_part_of_a_state(tmp_path, monkeypatch):
     """What is under some keys, without a look at the rest."""
     members = {k: {"parameters": torch.full((4,), float(k)), "samples": k} for k in range(3)}

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from typing import ClassVar
 
 import pytest
 import torch
@@ -12,11 +11,12 @@ import fedkern
 from fedkern import models
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
-from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models.freezing import freeze, train_mode
 from fedkern.models.norms import freeze_bn_after
 from fedkern.tasks import CLASSIFICATION
 from python_tests import smallest
+from python_tests.own_networks import Small
+from python_tests.recording import Recording
 
 
 class Adapter(nn.Module):
@@ -33,36 +33,14 @@ class Adapter(nn.Module):
         return self.layer(x) + self.up(self.down(x))
 
 
-class Backbone(nn.Module):
-    """A normalised backbone and a head on 8 × 8 images."""
-
-    def __init__(self, classes=3, channels=3):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.pool, self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(8, classes)
-
-    def forward(self, x):
-        return self.head(self.pool(self.backbone(x)))
-
-
 def made(freeze=True, adapter=False):
     torch.manual_seed(3)
-    network = Backbone()
+    network = Small()
     network.backbone[1].running_mean.normal_(0, 0.1)
     network.backbone.requires_grad_(not freeze)
     if adapter:
         network.head = Adapter(network.head)
     return network
-
-
-class Recording(FedAvg):
-    """FedAvg that writes down the rows and the images of every batch."""
-
-    rows: ClassVar[list] = []
-
-    def loss(self, model, batch, received):
-        Recording.rows.append((batch.phase.round, received.samples, batch.inputs.clone(), batch.targets.clone()))
-        return super().loss(model, batch, received)
 
 
 def played(out, network, make_data, method="fedavg", data=None, **settings):
@@ -150,9 +128,9 @@ def test_a_network_of_fedkerns_own(make_data, tmp_path, model):
 
 
 WRONG = {
-    "no name": ({"freeze": "bakbone.*"}, r'freeze="bakbone\.\*" matches no parameter of module:Backbone, whose parts '
+    "no name": ({"freeze": "bakbone.*"}, r'freeze="bakbone\.\*" matches no parameter of module:Small, whose parts '
                 r'are backbone\.\*, head\.\*\. Did you mean "backbone\.\*"\?'),
-    "everything": ({"freeze": "*"}, "every parameter of module:Backbone is frozen, so there is nothing to train"),
+    "everything": ({"freeze": "*"}, "every parameter of module:Small is frozen, so there is nothing to train"),
 }  # fmt: skip
 
 
@@ -177,7 +155,7 @@ def test_every_method_leaves_it_as_it_is(make_data, make_public, tmp_path, metho
     settings["options"] = {**settings.get("options", {}), **({"blocks": 2} if method == "fusefl" else {})}
     network = made()
     if METHODS[method].keeps_head:
-        with pytest.raises(UserError, match=r"leaves nothing of module:Backbone to be shared"):
+        with pytest.raises(UserError, match=r"leaves nothing of module:Small to be shared"):
             played(tmp_path / "run", network, make_data, method, data, **settings)
         return
     found = played(tmp_path / "run", network, make_data, method, data, **settings).model().state_dict()

@@ -291,18 +291,6 @@ def test_what_a_policy_keeps_survives_an_interruption(clients, make_data, make_c
     assert outcome(tmp_path / "now")[0] != outcome(tmp_path / "prompt")[0] == outcome(tmp_path / "whole")[0]
 
 
-def test_a_damaged_file_of_a_policy_falls_back_to_the_checkpoint_before(make_data, make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "Participation", Belated)
-    config = make_config("fedavg", clients=4, rounds=4)
-    run(config, out=tmp_path / "whole", data=make_data(SIZES))
-    killed(config, out=tmp_path / "cut", data=make_data(SIZES), at=KillAt("round-start", 3))
-    (tmp_path / "cut" / "checkpoints" / "participation-000003.safetensors").unlink()
-    run(config, out=tmp_path / "cut", data=make_data(SIZES), resume=True)
-    found, whole = outcome(tmp_path / "cut"), outcome(tmp_path / "whole")
-    assert found[:2] == whole[:2]
-    assert "participation-000003.safetensors of round 3" in found[2]["diagnostics"]["damaged-checkpoint"]
-
-
 # -- plans that draw ---------------------------------------------------------------------------------------------------
 
 

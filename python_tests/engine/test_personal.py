@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from typing import ClassVar
 
 import pytest
 import torch
@@ -19,34 +18,14 @@ from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models import personal
 from fedkern.tasks import CLASSIFICATION
 from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.own_networks import Small
+from python_tests.recording import Recording
 from python_tests.smallest import SETTINGS
-
-
-class Small(nn.Module):
-    """A normalised backbone and a head on 8 × 8 images."""
-
-    def __init__(self, classes=3, channels=3):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.pool, self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(8, classes)
-
-    def forward(self, x):
-        return self.head(self.pool(self.backbone(x)))
 
 
 def small():
     torch.manual_seed(3)
     return Small()
-
-
-class Recording(FedAvg):
-    """FedAvg that writes down the rows and the images of every batch."""
-
-    rows: ClassVar[list] = []
-
-    def loss(self, model, batch, received):
-        Recording.rows.append((batch.phase.round, received.samples, batch.inputs.clone(), batch.targets.clone()))
-        return super().loss(model, batch, received)
 
 
 def played(out, make_data, method="fedavg", sizes=(20, 13, 9), **settings):

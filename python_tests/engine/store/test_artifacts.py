@@ -76,12 +76,11 @@ def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_da
     assert torch.equal(tables[-1].value, torch.arange(6.0).view(3, 2) + 11)
     assert tables[-1].axes == ("client", "class")
 
-    for cut in (0, 7):
-        out = tmp_path / f"cut{cut}"
-        killed(config, out=out, data=data, at=KillAt("round", cut))
-        again = run(load_settings(out), out=out, resume=True, data=data)
-        assert (out / artifacts.FILE).read_bytes() == (tmp_path / "whole" / artifacts.FILE).read_bytes()
-        assert again["privacy"] == summary["privacy"]
+    out = tmp_path / "cut"
+    killed(config, out=out, data=data, at=KillAt("round", 7))
+    again = run(load_settings(out), out=out, resume=True, data=data)
+    assert (out / artifacts.FILE).read_bytes() == (tmp_path / "whole" / artifacts.FILE).read_bytes()
+    assert again["privacy"] == summary["privacy"]
 
     private = json.loads((tmp_path / "whole" / "summary.json").read_text())["privacy"]
     expected = Accountant()

@@ -130,18 +130,6 @@ def test_a_damaged_entry_falls_back_to_the_one_before(key, cut, make_data, make_
         go_on(cut, make_data())
 
 
-def test_a_damaged_model_is_made_again(make_data, make_config, tmp_path):
-    run(make_config(), out=tmp_path, data=make_data())
-    before = outcome(tmp_path)
-    path = tmp_path / "model.safetensors"
-    for content in (b"nothing", path.read_bytes()[:-1]):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"is damaged \(.*\): delete it, and --resume .* makes it again"):
-            read_model(tmp_path)
-        go_on(tmp_path, make_data())
-        assert without(outcome(tmp_path), "damaged-results") == before
-
-
 # -- what is on the disk is what the run wrote ---------------------------------------------------------------------
 
 
@@ -267,32 +255,6 @@ def test_a_finished_run_with_other_records_is_not_finished(make_data, make_confi
     swap(tmp_path / "metrics.jsonl", b'"round": 2', b'"round": 9')
     with pytest.raises(UserError, match=r"metrics\.jsonl is not what the run wrote"):
         go_on(tmp_path, make_data())
-
-
-def test_pictures_are_what_the_run_showed(make_data, make_config, tmp_path):
-    tiny = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1}
-    config = make_config("fediod", model="cnn", grad_cam=0, rounds=2, options=tiny)
-    killed(config, out=tmp_path, data=make_data(), at=KillAt("round", 1))
-    path = tmp_path / "shown.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
-    with pytest.raises(UserError, match=r"shown\.safetensors is not what the run wrote: delete it, only pictures"):
-        go_on(tmp_path, make_data())
-    path.unlink()
-    assert go_on(tmp_path, make_data())["rounds"] == 2
-    assert path.exists()
-
-
-def test_a_damaged_server_state_is_not_read(make_data, make_config, tmp_path):
-    run(make_config("fusefl", rounds=None, model="cnn", local_epochs=2, options={"width": "2"}), out=tmp_path,
-        data=make_data())  # fmt: skip
-    path = tmp_path / "checkpoints" / Checkpoints(tmp_path).peek()["server"]
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
-    with pytest.raises(UserError, match=r"server-\d+\.safetensors is missing or damaged"):
-        read_model(tmp_path)
 
 
 # -- the kernels ---------------------------------------------------------------------------------------------------
