@@ -178,6 +178,24 @@ def test_the_server_holds_one_upload_at_a_time(make_data, make_config, tmp_path,
     assert most == [0] * 6  # nothing is left of an upload when the next client starts
 
 
+def test_a_server_that_reads_nothing_still_lets_clients_work(make_data, make_config, tmp_path, monkeypatch):
+    worked = []
+
+    class Deaf(FedAvg):
+        """FedAvg whose server keeps what it began with."""
+
+        def client_update(self, client, phase, message):
+            worked.append(client.id)
+            return message
+
+        def server_update(self, server, phase, uploads):
+            pass
+
+    monkeypatch.setitem(METHODS, "fedavg", Deaf)
+    run(make_config(rounds=1), out=tmp_path, data=make_data())
+    assert worked == [0, 1, 2]
+
+
 def test_weighting_and_lr_decay_reach_the_run(make_data, make_config, tmp_path):
     data = make_data()
     base = {"out": tmp_path / "a", "data": data}

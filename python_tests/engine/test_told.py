@@ -25,20 +25,6 @@ def test_a_trace_of_one_round(make_config, make_data, tmp_path):
     assert not (tmp_path / "plain" / "profile.json.gz").exists()
 
 
-def test_a_trace_where_workers_would_work(make_config, make_data, tmp_path):
-    config = make_config(rounds=1, workers="2")
-    run(config, out=tmp_path / "run", data=make_data(), profile=True)
-    with gzip.open(tmp_path / "run" / "profile.json.gz") as file:
-        assert b"aten::convolution_backward" in file.read()
-
-
-def test_a_trace_that_is_there_is_not_written_over(make_config, make_data, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "profile.json.gz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"profile\.json\.gz"):
-        run(make_config(rounds=1), out=tmp_path / "run", data=make_data())
-
-
 def test_private_records_have_no_trace(make_config, make_data, tmp_path):
     """From a trace a client's number of steps can be read."""
     with pytest.raises(UserError, match="--profile writes what every client computed"):

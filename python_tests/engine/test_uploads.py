@@ -11,7 +11,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.declared import Declared
 from fedkern.errors import RunFailed, UserError
-from fedkern.methods import METHODS, FedProto, Scaffold
+from fedkern.methods import METHODS, Scaffold
 from fedkern.methods.uploads import Maybe, Number, Values, all_finite, why_refused
 
 
@@ -140,27 +140,6 @@ def poisoned(kind, value, client=1, rounds=None):
     return Poisoned
 
 
-def test_a_client_that_has_nothing_and_may_is_nobodys(make_data, make_config, tmp_path, monkeypatch):
-    """FedProto collects the networks of clients that have one."""
-    seen = []
-
-    class Watched(FedProto):
-        def client_update(self, client, phase, message):
-            silent = phase.exchange == "collect" and client.id == 1
-            return {} if silent else super().client_update(client, phase, message)
-
-        def server_update(self, server, phase, uploads):
-            kept = list(uploads)
-            seen.append((phase.exchange, [upload.client_id for upload in kept]))
-            super().server_update(server, phase, iter(kept))
-
-    monkeypatch.setitem(METHODS, "fedproto", Watched)
-    config = make_config("fedproto", rounds=1, options={"networks": "personal"})
-    summary = run(config, out=tmp_path, data=make_data())
-    assert seen == [("update", [0, 1, 2]), ("collect", [0, 2])]
-    assert "refused-upload-1" not in summary["diagnostics"]
-
-
 def test_a_model_that_is_not_finite_is_not_written(make_data, make_config, tmp_path, monkeypatch):
     class Overflow(Scaffold):
         def server_update(self, server, phase, uploads):
@@ -211,24 +190,6 @@ def test_a_bound_that_nothing_reaches_changes_no_bit(make_data, make_config, tmp
         run(make_config(**more), out=tmp_path / name, data=make_data())
         files.append((tmp_path / name / "model.safetensors").read_bytes())
     assert files[0] == files[1]
-
-
-AVERAGING = {name for name, kind in METHODS.items() if kind().averages}
-
-
-@pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("name", ["max_update_norm", "clip_update_norm"])
-def test_bounds_are_for_averaging_methods(method, name, make_config):
-    rounds = {"rounds": None} if METHODS[method].one_shot else {}
-    if (method, name) == ("feddyn", "clip_update_norm"):
-        with pytest.raises(UserError, match="is not for feddyn, whose clients keep a gradient of their whole update"):
-            make_config(method, **{name: 3.0}, **rounds)
-        return
-    if method in AVERAGING:
-        assert getattr(make_config(method, **{name: 3.0}, **rounds), name) == 3.0
-        return
-    with pytest.raises(UserError, match=rf"--{name.replace('_', '-')} is for methods that average .* {method} "):
-        make_config(method, **{name: 3.0}, **rounds)
 
 
 # -- declarations --------------------------------------------------------------------------------------------------

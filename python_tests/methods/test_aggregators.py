@@ -69,12 +69,6 @@ def test_a_text_that_is_no_rule(text, message):
         RunConfig.make("fedavg", aggregator=text)
 
 
-@pytest.mark.parametrize("method", ["feddf", "ensemble", "fediod", "local"])
-def test_methods_that_do_not_average_refuse_it(method):
-    with pytest.raises(UserError, match=f"--aggregator is for methods that average .* {method} with these options"):
-        RunConfig.make(method, aggregator="median")
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

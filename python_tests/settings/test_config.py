@@ -117,6 +117,30 @@ def test_mistakes_are_one_sentence(settings, message):
         RunConfig.make("fedgid", **settings)
 
 
+AVERAGED = {
+    "max_update_norm": {"max_update_norm": 3.0}, "clip_update_norm": {"clip_update_norm": 3.0},
+    "compress": {"compress": "int8"}, "aggregator": {"aggregator": "median"},
+    "dp_clip": {"dp_clip": 1.0, "dp_noise": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_what_is_for_methods_that_average_is_refused_for_others(name):
+    said = f"^--{name.replace('_', '-')} is for methods that average .* "
+    for method, kind in METHODS.items():
+        given = {**AVERAGED[name], **({"rounds": None} if kind.one_shot else {})}
+        if not kind(kind.Options()).averages:
+            with pytest.raises(UserError, match=f"{said}{method} "):
+                RunConfig.make(method, **given)
+        elif name == "max_update_norm":
+            assert RunConfig.make(method, **given).max_update_norm == 3.0
+
+
+def test_feddyn_clips_no_update():
+    with pytest.raises(UserError, match="is not for feddyn, whose clients keep a gradient of their whole update"):
+        RunConfig.make("feddyn", clip_update_norm=3.0)
+
+
 @pytest.mark.parametrize("method", ["fediod", "ensemble", "fusefl"])
 def test_fixed_statistics_are_for_networks_trained_round_by_round(method):
     with pytest.raises(UserError, match=f"--freeze-bn-after is not for {method}"):

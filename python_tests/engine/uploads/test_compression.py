@@ -415,13 +415,6 @@ def test_a_wrong_compression_is_named(text, why, make_config):
     assert str(caught.value).startswith(why)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - set(AVERAGING)))
-def test_methods_that_average_nothing_refuse(method, make_config):
-    rounds = {"rounds": None} if METHODS[method].one_shot else {}
-    with pytest.raises(UserError, match=f"^--compress is for methods that average .* {method} "):
-        make_config(method, compress="int8", **rounds)
-
-
 def test_private_means_refuse(make_config):
     with pytest.raises(UserError, match=r"^--compress int8 keeps what .* --dp-noise counts on clients that keep noth"):
         make_config(compress="int8", dp_clip=1.0, dp_noise=1.0)

@@ -72,18 +72,6 @@ def test_bad_uploads_are_named_or_left_out(level, change, said, make_data, make_
         assert torch.isfinite(model(torch.randn(2, 3, 8, 8))).all()
 
 
-def test_nobody_left_is_an_error(make_data, make_config, tmp_path, monkeypatch):
-    class AllClients(FuseFL):
-        def client_update(self, place, phase, message):
-            upload = super().client_update(place, phase, message)
-            nan(upload)
-            return upload
-
-    monkeypatch.setitem(METHODS, "fusefl", AllClients)
-    with pytest.raises(UserError, match="No client is left in round 1, as all diverged, were refused or dropped out"):
-        run(config_of(make_config, on_nan="skip"), out=tmp_path / "blocks", data=make_data())
-
-
 def test_no_statistics_left_is_an_error(make_data, make_config):
     play = Play(config_of(make_config, {"width": "2"}, on_nan="skip"), make_data())
     play.round(0, "level1")
