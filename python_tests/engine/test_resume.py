@@ -15,7 +15,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
-from fedkern.listeners import Listener
+from fedkern.listeners import Listener, Listeners
 from fedkern.methods import METHODS, FedAvg
 from fedkern.process.interrupts import Terminated
 from fedkern.settings.stored import load_settings
@@ -148,6 +148,14 @@ def test_a_finished_run_returns_its_summary_without_data(make_data, make_config,
     again = run(load_settings(tmp_path), out=tmp_path, resume=True)
     assert again == json.loads(json.dumps(summary))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    class Deaf(Listener):
+        def on_end(self, summary):
+            raise ValueError("no disk")
+
+    heard = Rounds()
+    assert run(config, out=tmp_path, resume=True, listener=Listeners(Deaf(), heard)) == again
+    assert [*heard.warnings] == ["listener-Deaf"]
 
 
 def test_a_lost_summary_is_made_again(make_data, make_config, tmp_path):

@@ -1,0 +1,120 @@
+"""The listeners of a run: one that raises is left out, and states of listeners are kept with the checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedkern.errors import UserError
+from fedkern.listeners import Listener, Listeners
+from fedkern.listeners.listener_group import ListenerGroup
+
+
+class Keeping(Listener):
+    """Keeps the rounds that it heard of, and notes what it is given again."""
+
+    def __init__(self):
+        self.rounds, self.given, self.closed = [], None, 0
+
+    def state(self):
+        return {"rounds": self.rounds}
+
+    def restore(self, state):
+        self.rounds, self.given = list(state["rounds"]), dict(state)
+
+    def on_round(self, record):
+        self.rounds = [*self.rounds, record["round"]]
+
+    def close(self):
+        self.closed += 1
+
+
+class Broken(Listener):
+    """Raises an error at one hook."""
+
+    def __init__(self, hook, error=None, **own):
+        def fail(*_):
+            raise error or ValueError("no\ndisk.")
+
+        setattr(self, hook, fail)
+        self.__dict__.update(own)
+
+
+class Warned(Listener):
+    def __init__(self):
+        self.texts = {}
+
+    def on_warning(self, name, text):
+        assert name not in self.texts
+        self.texts[name] = text
+
+
+def told(group, rounds):
+    """Tells listeners of a run of so many rounds."""
+    group.on_start(None)
+    for number in rounds:
+        group.on_round_start(number, "train", [0])
+        group.on_client(number, 0, {})
+        group.on_round({"round": number})
+        group.states()
+    group.on_end({})
+    group.close()
+
+
+def test_states_of_a_checkpoint_go_on_and_those_of_absent_listeners_stay():
+    first, second = Keeping(), Keeping()
+    group = ListenerGroup(Listeners(first, Listeners(second)))
+    told(group, (1, 2))
+    assert (first.closed, second.closed) == (1, 1)
+    states = group.states()
+    assert states == {"Keeping": {"rounds": [1, 2]}, "Keeping-2": {"rounds": [1, 2]}}
+    without = ListenerGroup(Listener())
+    without.restore_all(states)
+    assert without.states() == states
+    third, fourth = Keeping(), Keeping()
+    group = ListenerGroup(Listeners(third, fourth))
+    group.restore_all(without.states())
+    assert third.given == fourth.given == {"rounds": [1, 2]}
+    told(group, (3,))
+    assert group.states()["Keeping-2"] == {"rounds": [1, 2, 3]}
+
+
+@pytest.mark.parametrize("hook", ["on_start", "on_round_start", "on_client", "on_round", "state", "close", "on_end"])
+def test_a_listener_that_raises_is_left_out(hook):
+    warned, last = Warned(), Keeping()
+    group = ListenerGroup(Listeners(warned, Broken(hook), last))
+    told(group, (1, 2))
+    line = next(
+        number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "raise error" in text
+    )
+    when = "" if hook in ("on_start", "on_end", "close") else " in round 1"
+    where = f"Broken (test_listener_group.py, line {line}) failed in {hook}{when}"
+    text = f"The listener {where} (ValueError: no disk): the run goes on without it."
+    assert warned.texts == group.warnings == {"listener-Broken": text}
+    assert last.rounds == [1, 2]
+
+
+@pytest.mark.parametrize("state", [[1], {1: 2}, {"a": (1,)}, {"a": float("nan")}, {"a": object()}])
+def test_what_is_no_state(state):
+    class Wrong(Listener):
+        def state(self):
+            return state
+
+    group = ListenerGroup(Wrong())
+    assert group.states() == {}
+    assert "a dict" in group.warnings["listener-Wrong"] or "JSON" in group.warnings["listener-Wrong"]
+
+
+@pytest.mark.parametrize(
+    ("listener", "error"),
+    [
+        (Broken("on_start", UserError("Log in.")), UserError),  # nothing is lost yet
+        (Broken("on_round", KeyboardInterrupt()), KeyboardInterrupt),
+        (Broken("on_round", essential=True), ValueError),
+    ],
+    ids=["the user's", "Ctrl-C", "essential"],
+)
+def test_errors_that_end_the_run(listener, error):
+    with pytest.raises(error):
+        told(ListenerGroup(listener), (1,))
