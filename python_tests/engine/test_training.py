@@ -1,7 +1,6 @@
 """The training loop against torch.optim.SGD, and what it does when a client diverges."""
 
 import copy
-import itertools
 
 import numpy as np
 import pytest
@@ -103,17 +102,6 @@ def test_gradients_are_channels_last_views_of_one_vector(make_data, make_config)
     own = torch.cat([p.grad.flatten().abs() for p in network.module.parameters()])
     assert own.sum() == pytest.approx(float(flat.abs().sum()), rel=1e-5)
     assert flat.shape == message["parameters"].shape
-
-
-@pytest.mark.parametrize(("samples", "size"), list(itertools.product([1, 2, 3, 4, 5, 7, 8, 9, 33], [1, 2, 4, 8, 40])))
-def test_batches_cover_the_client_and_never_hold_one_sample_by_accident(samples, size):
-    plan = batch_plan(samples, size, np.random.default_rng(0))
-    assert sorted(np.concatenate(plan).tolist()) == list(range(samples))
-    assert all(len(batch) <= size + 1 for batch in plan)
-    if size > 1 and samples > 1:
-        assert min(map(len, plan)) > 1
-    if samples <= size:
-        assert len(plan) == 1
 
 
 class Drawing(FedAvg):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from types import SimpleNamespace
 
@@ -12,14 +11,12 @@ import torch
 from torch import nn
 
 from fedkern.engine.ledger import Ledger
-from fedkern.engine.parts import trace
 from fedkern.engine.parts.artifacts import Artifacts
 from fedkern.engine.parts.base import Part, Summary
 from fedkern.engine.parts.listening import Listening
 from fedkern.engine.parts.privacy import Privacy
 from fedkern.engine.parts.records import Records
 from fedkern.engine.parts.server_figures import ServerFigures
-from fedkern.engine.parts.trace import Trace
 from fedkern.engine.parts.traffic import Traffic
 from fedkern.engine.parts.warnings import Warnings
 from fedkern.engine.progress import Progress
@@ -442,53 +439,3 @@ def test_a_run_that_goes_on_for_more_rounds_says_what_that_costs(tmp_path):
         "planned for 3 rounds with epsilon 1.5: its 4 rounds have epsilon 2."
         in again.context.warnings["larger-epsilon"]
     )
-
-
-# -- traces ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def profiles(monkeypatch):
-    """The profilers that a part of traces makes."""
-    made = []
-
-    class Profile:
-        def __init__(self, activities):
-            self.calls = []
-            made.append(self)
-
-        def start(self):
-            self.calls.append("start")
-
-        def stop(self):
-            self.calls.append("stop")
-
-        def export_chrome_trace(self, path):
-            with open(path, "w") as file:  # noqa: PTH123
-                file.write(f"trace {len(made)}")
-
-    monkeypatch.setattr(trace, "profile", Profile)
-    return made
-
-
-@pytest.mark.parametrize(("rounds", "traced"), [(4, 2), (1, 1)])
-def test_the_second_round_is_traced_or_the_only_one(rounds, traced, profiles, tmp_path):
-    part = Trace(tmp_path)
-    for number in (-1, *range(1, rounds + 1)):
-        one = record(number, rounds)
-        part.before_round(one)
-        assert one.together is (number == traced)  # an operator of another process would be missing
-        part.round_end(one)
-        assert trace.TRACE in [path.name for path in tmp_path.iterdir()] or number < traced
-    part.close()
-    assert [profile.calls for profile in profiles] == [["start", "stop"]]
-    assert gzip.decompress((tmp_path / trace.TRACE).read_bytes()) == b"trace 1"
-
-
-def test_a_trace_ends_with_a_run_that_fails(profiles, tmp_path):
-    part = Trace(tmp_path)
-    part.before_round(record(1, 1))
-    part.close()
-    part.close()
-    assert [profile.calls for profile in profiles] == [["start", "stop"]]
-    assert [*tmp_path.iterdir()] == []

@@ -11,7 +11,6 @@ from fedkern.data.forms import ImageForm
 from fedkern.data.images import transforms
 from fedkern.engine import images as reader_of_images
 from fedkern.engine.images import Images
-from fedkern.engine.reader import batch_plan
 from fedkern.models.vocabulary import Vocabulary
 from fedkern.tasks import RETRIEVAL, SEGMENTATION
 
@@ -179,12 +178,6 @@ def test_tokens_are_those_of_the_rows_up_to_the_longest(one):
     assert [len(batch.inputs) for batch in found] == [6, 6]  # no pair is left alone
     close(torch.cat([batch.inputs for batch in found]), plain(one.images))
     assert torch.equal(torch.cat([batch.targets.ids for batch in found]), tokens.ids)
-
-
-def test_an_epoch_is_the_streams_permutation_in_batches():
-    plan = batch_plan(13, 4, stream())
-    assert [len(rows) for rows in plan] == [4, 4, 5]
-    assert np.concatenate(plan).tolist() == stream().permutation(13).tolist()
 
 
 # -- backgrounds ---------------------------------------------------------------------------------------------------

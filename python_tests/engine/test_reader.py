@@ -1,4 +1,4 @@
-"""Batches without a rest of one, which batch norm cannot normalise where a network has no running statistics."""
+"""Batches of samples: their order, and none of a single sample, which batch norm may not be able to normalise."""
 
 import dataclasses
 import itertools
@@ -10,6 +10,7 @@ import torch
 from fedkern.data import Split
 from fedkern.data.forms import ImageForm
 from fedkern.engine.images import Images
+from fedkern.engine.reader import batch_plan
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 
@@ -22,6 +23,23 @@ def some(count, seed=0):
     rng = np.random.default_rng(seed)
     images = torch.from_numpy(rng.integers(0, 256, (count, 3, 8, 8)).astype(np.uint8))
     return Split(images, torch.from_numpy(rng.integers(0, 3, count)))
+
+
+@pytest.mark.parametrize(("samples", "size"), list(itertools.product([1, 2, 3, 4, 5, 7, 8, 9, 33], [1, 2, 4, 8, 40])))
+def test_batches_cover_the_client_and_never_hold_one_sample_by_accident(samples, size):
+    plan = batch_plan(samples, size, np.random.default_rng(0))
+    assert sorted(np.concatenate(plan).tolist()) == list(range(samples))
+    assert all(len(batch) <= size + 1 for batch in plan)
+    if size > 1 and samples > 1:
+        assert min(map(len, plan)) > 1
+    if samples <= size:
+        assert len(plan) == 1
+
+
+def test_an_epoch_is_the_streams_permutation_in_batches():
+    plan = batch_plan(13, 4, np.random.default_rng(7))
+    assert [len(rows) for rows in plan] == [4, 4, 5]
+    assert np.concatenate(plan).tolist() == np.random.default_rng(7).permutation(13).tolist()
 
 
 @pytest.mark.parametrize(("count", "size"), EDGES)
