@@ -6,7 +6,6 @@ from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
-from fedkern.settings.run_data import declared_data
 from python_tests.interrupted import outcome
 
 
@@ -53,12 +52,3 @@ def test_who_does_not_answer_is_left_out_and_named(make_data, make_config, tmp_p
     told = outcome(tmp_path)[2]["diagnostics"]
     assert told["missing-client-0"] == "Client 0 was left out in round 2, as it had not answered after 5 seconds."
     assert told["refused-upload-1"].startswith("Client 1's upload in round 1 has a text that is no JSON")
-
-
-def test_data_of_which_only_the_sizes_are_known(make_data):
-    data = make_data()
-    found = declared_data(data, [5, 7])
-    assert found.client_sizes == (5, 7)
-    assert found.task == data.task
-    assert list(found.statistics.sizes) == [5, 7]
-    assert sum(split.images.numel() for split in found.clients) < 100

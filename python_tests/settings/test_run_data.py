@@ -1,4 +1,4 @@
-"""Validation sets that are drawn from the clients' images: a private run has no figure on them."""
+"""Data of a run: a private run has no figure on validation sets that are drawn from the clients' images."""
 
 import pytest
 from PIL import Image
@@ -7,7 +7,7 @@ from fedkern.data import FederatedData, load
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import kept_data
+from fedkern.settings.run_data import declared_data, kept_data
 
 PRIVATE = {
     "client-level": ("fedavg", {"dp_clip": 0.5, "dp_noise": 2.0}),
@@ -98,3 +98,12 @@ def test_no_file_of_a_private_run_tells_of_it(tmp_path, noted):
     texts = [path.read_text() for path in out.iterdir() if path.suffix in (".json", ".jsonl", ".csv")]
     assert any('"validation_' in text for text in texts) == (noted == "all")
     assert len(data.validation)
+
+
+def test_data_of_which_only_the_sizes_are_known(tmp_path):
+    data = folders(tmp_path)
+    found = declared_data(data, [5, 7])
+    assert found.client_sizes == (5, 7)
+    assert found.task == data.task
+    assert list(found.statistics.sizes) == [5, 7]
+    assert sum(split.images.numel() for split in found.clients) < 100
