@@ -22,6 +22,7 @@ from fedkern.privacy import ClientLevel, server_secret
 from fedkern.privacy.keys import noise_key
 from fedkern.report.live.progress import headline
 from fedkern.settings.config import RunConfig
+from python_tests.hearing import Hearing
 from python_tests.interrupted import Kill, KillAt, killed, outcome
 
 SIZES = (20, 13, 9, 15)
@@ -392,20 +393,9 @@ def test_another_release_in_the_place_of_the_first_ends_the_run(make_data, make_
 # -- epsilon, and what is told -----------------------------------------------------------------------------------------
 
 
-class Started(Listener):
-    def __init__(self):
-        self.info, self.drawn = None, []
-
-    def on_start(self, run):
-        self.info = run
-
-    def on_round_start(self, round, name, participants):
-        self.drawn.append(list(participants))
-
-
 def test_epsilon_is_told_as_planned_so_far_and_spent(make_data, make_config, tmp_path):
     needs_accounting()
-    heard = Started()
+    heard = Hearing()
     config = make_config("fedavg", rounds=3, **NOISED)
     summary = run(config, out=tmp_path / "run", data=make_data(), listener=heard)
     level = ClientLevel(0.5, 2.0, 1e-5)
@@ -431,7 +421,7 @@ def test_delta(clients, given, delta):
 def test_a_secret_draw_counts_and_nothing_tells_of_it(make_data, make_config, tmp_path):
     needs_accounting()
     config = make_config("fedavg", rounds=6, clients=4, sample_fraction=0.25, **{**NOISED, "dp_draws": "secret"})
-    heard = Started()
+    heard = Hearing()
     summary = run(config, out=tmp_path / "run", data=make_data(SIZES), listener=heard)
     level = ClientLevel(0.5, 2.0, 1e-5)
     assert summary["privacy"]["epsilon"] == level.epsilon(6, drawn=1, of=4)

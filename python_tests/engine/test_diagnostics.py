@@ -10,26 +10,21 @@ from torch import nn
 
 from fedkern import models
 from fedkern.engine.run import run
-from fedkern.listeners import Listener
 from fedkern.methods.common import diagnostics
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.vit import PatchEmbedding
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import CLASSIFICATION, SEGMENTATION
+from python_tests.hearing import Hearing
 
 ACCURACY, DICE = (RunConfig.make("fedavg", main=name) for name in ("accuracy", "dice"))
 
 
 def test_a_healthy_run_has_none(make_data, make_config, tmp_path):
-    told = {}
-
-    class Hear(Listener):
-        def on_warning(self, name, text):
-            told[name] = text
-
-    summary = run(make_config(rounds=8, local_epochs=3, width=8), out=tmp_path, data=make_data(), listener=Hear())
+    heard = Hearing()
+    summary = run(make_config(rounds=8, local_epochs=3, width=8), out=tmp_path, data=make_data(), listener=heard)
     assert summary["metrics"]["id_accuracy"] > 0.8
-    assert summary["diagnostics"] == told == {}
+    assert summary["diagnostics"] == heard.warnings == {}
 
 
 def pretended(network, shape, device="cuda"):
@@ -72,20 +67,15 @@ def test_positions_are_interpolated_where_it_is_said(sides):
 
 
 def test_a_run_on_a_gpu_tells_of_its_own_network(make_data, make_config, tmp_path, monkeypatch):
-    own, told = diagnostics.unrepeatable, {}
-
-    class Hear(Listener):
-        def on_warning(self, name, text):
-            told[name] = text
-
+    own, heard = diagnostics.unrepeatable, Hearing()
     monkeypatch.setattr(
         diagnostics,
         "unrepeatable",
         lambda context: own(pretended(context.network("server").module, (*context.data.form.shape[:2], 100))),
     )
     data, settings = make_data(), {"model": "vit-tiny", "width": 8, "rounds": 1, "local_steps": 1}
-    run(make_config(**settings), out=tmp_path / "run", data=data, listener=Hear())
-    assert "bicubic" in told["unrepeatable-gradient"]
+    run(make_config(**settings), out=tmp_path / "run", data=data, listener=heard)
+    assert "bicubic" in heard.warnings["unrepeatable-gradient"]
 
 
 def test_collapsed_class():

@@ -22,7 +22,6 @@ from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.extending import extend
 from fedkern.errors import UserError
-from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.models import MODELS, register_model
 from fedkern.models.user_models import LEVELS
@@ -30,20 +29,13 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 from python_tests import own_networks
+from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.own_networks import Plain, Raw, Staged
 from python_tests.saved_network import same_network, tensors
 
 STAGED, PLAIN, RAW = (f"python:python_tests.own_networks:{kind.__name__}" for kind in (Staged, Plain, Raw))
 HAS = {STAGED: "stages", PLAIN: "features", RAW: "logits"}
-
-
-class Notices(Listener):
-    def __init__(self):
-        self.said = []
-
-    def on_notice(self, text):
-        self.said.append(text)
 
 
 @pytest.fixture
@@ -265,17 +257,17 @@ def test_a_module_is_resumed_with_the_module(make_config, make_data, tmp_path):
     other[9] = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3))
     with pytest.raises(UserError, match="module:Staged has other parameters than when the run"):
         run(config, out=tmp_path / "cut", data=data, resume=True, script=ScriptObjects(other))
-    notices = Notices()
-    run(config, out=tmp_path / "cut", data=data, resume=True, script=ScriptObjects(module), listener=notices)
+    heard = Hearing()
+    run(config, out=tmp_path / "cut", data=data, resume=True, script=ScriptObjects(module), listener=heard)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
-    assert not notices.said
+    assert not heard.notices
 
 
 def test_other_initial_weights_are_said(make_config, make_data, tmp_path):
     killed(make_config(), out=tmp_path, data=make_data(), script=ScriptObjects(Staged()), at=KillAt("round"))
-    notices = Notices()
-    run(make_config(), out=tmp_path, data=make_data(), resume=True, script=ScriptObjects(Staged()), listener=notices)
-    assert "module:Staged has other initial weights since the run" in notices.said[0]
+    heard = Hearing()
+    run(make_config(), out=tmp_path, data=make_data(), resume=True, script=ScriptObjects(Staged()), listener=heard)
+    assert "module:Staged has other initial weights since the run" in heard.notices[0]
 
 
 @pytest.mark.parametrize(
@@ -301,10 +293,10 @@ def test_killed_and_resumed_a_file_ends_alike(file, own, make_data, tmp_path):
     assert len(stored.model_sha256) == 64
     with pytest.raises(UserError, match=r"names code to run, .*networks.py:Staged.* --model .*networks.py:Staged"):
         run(stored, out=tmp_path / "cut", data=data, resume=True)
-    notices = Notices()
-    run(config, out=tmp_path / "cut", data=data, resume=True, trusted=[name], listener=notices)
+    heard = Hearing()
+    run(config, out=tmp_path / "cut", data=data, resume=True, trusted=[name], listener=heard)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
-    assert not notices.said
+    assert not heard.notices
     assert name not in MODELS
 
 
@@ -316,9 +308,9 @@ def test_a_file_that_has_changed(file, own, make_data, tmp_path):
     with pytest.raises(UserError, match=r"networks.py:Staged has other parameters than when the run in"):
         run(load_settings(out), out=out, data=data, resume=True, trusted=[name])
     file.write_text(text.replace("nn.ReLU(), nn.Max", "nn.Tanh(), nn.Max"))
-    notices = Notices()
-    run(load_settings(out), out=out, data=data, resume=True, trusted=[name], listener=notices)
-    assert "networks.py:Staged has changed since the run in" in notices.said[0]
+    heard = Hearing()
+    run(load_settings(out), out=out, data=data, resume=True, trusted=[name], listener=heard)
+    assert "networks.py:Staged has changed since the run in" in heard.notices[0]
 
 
 def test_a_registered_name(own, make_data, tmp_path):
@@ -555,10 +547,10 @@ def test_a_partial_start_lists_what_does_not_fit(own, make_data, tmp_path):
     with pytest.raises(UserError, match=r"not \[3, 6\]; --init-partial takes what fits\.$"):
         run(own(init=str(tmp_path / "big.pt")), out=tmp_path / "no", data=make_data())
     assert not (tmp_path / "no").exists()
-    told, out = Notices(), tmp_path / "run"
+    told, out = Hearing(), tmp_path / "run"
     frozen = own(init=str(tmp_path / "big.pt"), init_partial=True, freeze="0.*,1.*,4.*")
     run(frozen, out=out, data=make_data(), listener=told)
-    (said,) = (text for text in told.said if "big.pt" in text)
+    (said,) = (text for text in told.notices if "big.pt" in text)
     assert re.search(
         r"9 of 11 tensors of \S+ are taken; its 9.weight has shape \[7, 6\], not \[3, 6\]; its 9.bias has shape \[7\], "
         r"not \[3\]; its extra \[2\] has no place\.$", said
@@ -637,18 +629,13 @@ CHANGES = {
 def test_one_warning_names_the_state_that_a_network_keeps_in_python(
     change, workers, file, make_data, make_config, tmp_path
 ):
-    told = []
-
-    class Hear(Listener):
-        def on_warning(self, name, text):
-            told.append((name, text))
-
     name, first, text = CHANGES[change]
     file.write_text("from torch import nn\n" + REMEMBERING.format(name=name, first=first, change=text))
     config = make_config(width=None, workers=workers, grad_cam=0, model=f"{file}:Net")
     # Only the last client has a batch of three images.
-    summary = run(config, out=tmp_path / "run", data=make_data((20, 12, 11)), listener=Hear())
-    found = [text for name, text in told if name == "python-state"]
+    heard = Hearing()
+    summary = run(config, out=tmp_path / "run", data=make_data((20, 12, 11)), listener=heard)
+    found = [text for name, text in heard.told if name == "python-state"]
     assert len(found) == (change != "nothing")
     assert [summary["diagnostics"]["python-state"]] == found if found else "python-state" not in summary["diagnostics"]
     assert all(f"The network changes body.1.{name} as it runs" in text for text in found)

@@ -12,10 +12,11 @@ import fedkern
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.errors import ClientFailed, UserError
-from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.report.live.progress import headline
 from fedkern.settings.stored import load_settings
+from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.own_networks import Plain, Staged
 from python_tests.saved_network import same_network, tensors
@@ -100,19 +101,13 @@ def known(make_data):
 
 
 def test_python_s_words(known, tmp_path):
-    class Headed(Listener):
-        def on_start(self, run):
-            from fedkern.report.live.progress import headline
-
-            told.extend(headline(run))
-
-    told = []
-    how = {"model": "cnn", "width": 2, "rounds": 1, "pictures": False, "progress": False, "listener": Headed()}
+    heard = Hearing()
+    how = {"model": "cnn", "width": 2, "rounds": 1, "pictures": False, "progress": False, "listener": heard}
     found = fedkern.simulate("fedavg", data=known(), train=loop, out=tmp_path / "loop", **how)
-    assert "local training: train function loop" in told
+    assert "local training: train function loop" in headline(heard.info)
     assert found.history.records[0]["clients"]["0"]["steps"] > 0
     fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "adam", **how)
-    assert any(line.startswith("local training: AdamW(lr=0.01, betas=(0.9, 0.999)") for line in told)
+    assert any(line.startswith("local training: AdamW(lr=0.01, betas=(0.9, 0.999)") for line in headline(heard.info))
     again = fedkern.load(tmp_path / "adam", data=known(), optimizer=adam).extend(2, progress=False, pictures=False)
     whole = fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "two", **{**how, "rounds": 2})
     assert same_network(again.out, whole.out)

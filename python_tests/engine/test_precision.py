@@ -17,13 +17,13 @@ from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import ClientFailed, UserError
-from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.fedgid import FedGID
 from fedkern.models.precision import computing, lower
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
+from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.smallest import SETTINGS
 
@@ -173,17 +173,12 @@ def test_emulated_bf16_is_told(lacking, make_data, make_config, tmp_path, monkey
     known = {"architecture": "x86_64", "avx512_bf16": not lacking, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     told = {}
-
-    class Hear(Listener):
-        def on_warning(self, name, text):
-            told[name] = text
-
-    run(make_config(**BF16), out=tmp_path / "bf16", data=make_data(), listener=Hear())
-    assert ("emulated-bf16" in told) is lacking
-    if lacking:
-        assert "neither AVX512-BF16 nor AMX-BF16" in told.pop("emulated-bf16")
-    run(make_config(), out=tmp_path / "fp32", data=make_data(), listener=Hear())
-    assert "emulated-bf16" not in told
+    for name, precision in (("bf16", BF16), ("fp32", {})):
+        heard = Hearing()
+        run(make_config(**precision), out=tmp_path / name, data=make_data(), listener=heard)
+        told[name] = heard.warnings.get("emulated-bf16", "")
+    assert ("neither AVX512-BF16 nor AMX-BF16" in told["bf16"]) is lacking
+    assert not told["fp32"]
 
 
 # -- weights that are cast -------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from fedkern.listeners import Listener, Listeners
 from fedkern.methods import METHODS, FedAvg
 from fedkern.process.interrupts import Terminated
 from fedkern.settings.stored import load_settings
+from python_tests.hearing import Hearing
 from python_tests.interrupted import Kill, KillAt, killed, killed_at_rename, lose, outcome, without
 
 STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}
@@ -120,25 +121,12 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_data, make_confi
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
-    listener = Rounds()
+    listener = Hearing()
     run(config, out=tmp_path / "cut", resume=True, data=data, listener=listener)
-    assert listener.first == 2
+    assert listener.info.first_round == 2
     told = listener.warnings["damaged-checkpoint"]
     assert f"({entry['server']} of round 3): the run goes on from the one of round 2" in told
     assert without(outcome(tmp_path / "cut"), "damaged-checkpoint") == outcome(tmp_path / "whole")
-
-
-class Rounds(Listener):
-    first = None
-
-    def __init__(self):
-        self.warnings = {}
-
-    def on_warning(self, name, text):
-        self.warnings[name] = text
-
-    def on_start(self, run):
-        self.first = run.first_round
 
 
 def test_a_finished_run_returns_its_summary_without_data(make_data, make_config, tmp_path):
@@ -153,7 +141,7 @@ def test_a_finished_run_returns_its_summary_without_data(make_data, make_config,
         def on_end(self, summary):
             raise ValueError("no disk")
 
-    heard = Rounds()
+    heard = Hearing()
     assert run(config, out=tmp_path, resume=True, listener=Listeners(Deaf(), heard)) == again
     assert [*heard.warnings] == ["listener-Deaf"]
 

@@ -15,42 +15,18 @@ from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
-from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg, Phase
 from fedkern.ops import FlatParameters
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 from fedkern.settings.stored import load_settings
-
-
-class Recorder(Listener):
-    def __init__(self):
-        self.events, self.records, self.clients, self.warnings, self.summary, self.run = [], [], [], {}, None, None
-
-    def on_start(self, run):
-        self.run = run
-        self.events.append("start")
-
-    def on_round_start(self, round, name, participants):
-        self.events.append(("round", round, name, tuple(participants)))
-
-    def on_client(self, round, client, info):
-        self.clients.append((round, client, info))
-
-    def on_round(self, record):
-        self.records.append(record)
-
-    def on_warning(self, name, text):
-        self.warnings[name] = text
-
-    def on_end(self, summary):
-        self.summary = summary
+from python_tests.hearing import Hearing
 
 
 def test_folder_holds_what_the_interface_promises(make_data, make_config, tmp_path):
-    listener = Recorder()
+    heard = Hearing()
     config = make_config("fedgid")
-    summary = run(config, out=tmp_path / "run", listener=listener, data=make_data())
+    summary = run(config, out=tmp_path / "run", listener=heard, data=make_data())
     out = tmp_path / "run"
     stored = load_settings(out)
     assert {"images", "labels", "version"} <= stored.identity.keys()
@@ -67,11 +43,10 @@ def test_folder_holds_what_the_interface_promises(make_data, make_config, tmp_pa
     assert {"method", "data", "seed", "rounds", "metrics", "bytes", "seconds", "versions"} <= set(summary)
     for name in ("id_accuracy", "ood_accuracy", "id_confidence", "id_gradcam_in_object"):
         assert 0 <= summary["metrics"][name] <= 1
-    assert listener.events[0] == "start"
-    assert [e for e in listener.events if e != "start"] == [("round", r, "train", (0, 1, 2)) for r in (1, 2)]
-    assert [r["round"] for r in listener.records] == [1, 2]
-    assert listener.summary == summary
-    assert [(r, c) for r, c, _ in listener.clients] == [(r, c) for r in (1, 2) for c in range(3)]
+    assert heard.info.out == out
+    assert heard.drawn == [[0, 1, 2]] * 2
+    assert [r["round"] for r in heard.records] == [1, 2]
+    assert heard.summary == summary
     assert not list(out.rglob("*.part"))
 
 

@@ -13,11 +13,11 @@ from fedkern.deferred import calls
 from fedkern.deferred.calls import _Root
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
-from fedkern.listeners import Listener
 from fedkern.ops._core import backend
 from fedkern.report.live.progress import headline
 from fedkern.settings.stored import load_settings
 from python_tests.guest_networks import Doubling, Head, block
+from python_tests.hearing import Hearing
 from python_tests.interrupted import Kill, KillAt, outcome
 from python_tests.saved_network import same_network, tensors
 
@@ -104,19 +104,9 @@ def test_the_record_says_what_is_served_or_why_not(kind, said, played):
 
 
 def test_the_header_says_it(make_config, make_data, tmp_path):
-    class Headed(Listener):
-        def on_start(self, run):
-            told.extend(headline(run))
-
-    told = []
-    run(
-        make_config(width=None),
-        out=tmp_path / "run",
-        data=make_data(),
-        script=ScriptObjects(guest(Guest)),
-        listener=Headed(),
-    )
-    assert "module:Guest: served 2 of 2 convolutions" in told
+    heard, script = Hearing(), ScriptObjects(guest(Guest))
+    run(make_config(width=None), out=tmp_path / "run", data=make_data(), script=script, listener=heard)
+    assert "module:Guest: served 2 of 2 convolutions" in headline(heard.info)
 
 
 @pytest.mark.sampled(3)

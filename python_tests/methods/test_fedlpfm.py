@@ -17,12 +17,12 @@ from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
-from fedkern.listeners import Listener
 from fedkern.methods import Batch, FedLPFM, Phase
 from fedkern.methods.protocol import BEFORE
 from fedkern.models.teacher import CallableTeacher
 from fedkern.models.teacher_training import tune
 from fedkern.settings.stored import load_settings
+from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.methods.proxies import PHASE, scene
 from python_tests.saved_network import same_network
@@ -106,14 +106,6 @@ def test_lambda_0_is_fedavg_bit_for_bit(mixing, make_data, make_config, tmp_path
     assert not (tmp_path / "cache").exists()
 
 
-class Told(Listener):
-    def __init__(self):
-        self.said = []
-
-    def on_notice(self, text):
-        self.said.append(text)
-
-
 def small(make_config, **settings):
     options = {**SMALL, **settings.pop("options", {})}
     return make_config("fedlpfm", options=options, **settings)
@@ -121,9 +113,9 @@ def small(make_config, **settings):
 
 def test_a_run_costs_the_bytes_of_fedavg_and_names_its_teacher(data, make_config, tmp_path):
     plain = run(make_config("fedavg"), out=tmp_path / "a", data=data)
-    listener = Told()
+    listener = Hearing()
     summary = run(small(make_config), out=tmp_path / "b", data=data, listener=listener)
-    assert "training cnn of width 3 on 12 public images: epoch 1 of 2" in listener.said
+    assert "training cnn of width 3 on 12 public images: epoch 1 of 2" in listener.notices
     assert summary["bytes"] == plain["bytes"]
     told = summary["diagnostics"]["teacher"]
     assert "cnn of width 3, pre-trained by fedkern on 12 public images (zero-shot)" in told

@@ -1,0 +1,32 @@
+"""A listener that keeps what a run tells."""
+
+from fedkern.listeners import Listener
+
+
+class Hearing(Listener):
+    """Keeps facts about the run, notices, warnings, participants of every round, records and the summary."""
+
+    def __init__(self):
+        self.info, self.notices, self.told, self.drawn, self.records, self.summary = None, [], [], [], [], None
+
+    @property
+    def warnings(self):
+        return dict(self.told)
+
+    def on_start(self, run):
+        self.info = run
+
+    def on_notice(self, text):
+        self.notices.append(text)
+
+    def on_warning(self, name, text):
+        self.told.append((name, text))
+
+    def on_round_start(self, round, name, participants):
+        self.drawn.append(list(participants))
+
+    def on_round(self, record):
+        self.records.append(record)
+
+    def on_end(self, summary):
+        self.summary = summary
