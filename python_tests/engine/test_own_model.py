@@ -329,12 +329,6 @@ def test_a_registered_name(own, make_data, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_networks_that_draw_leave_the_global_generators_alone(own, make_data, tmp_path):
-    before = torch.get_rng_state()
-    run(own(), out=tmp_path, data=make_data())
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 # -- workers -------------------------------------------------------------------------------------------------------
 
 
@@ -351,29 +345,6 @@ def forked(monkeypatch):
 
     monkeypatch.setattr(ForkServer, "fork", seen)
     return found
-
-
-def compared(config, data, folder, **more):
-    for count in ("1", "2"):
-        run(config.replace(workers=count), out=folder / count, data=data, **more)
-    return outcome(folder / "1"), outcome(folder / "2")
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", ["file", "module", "registered"])
-def test_workers_give_the_same_bits(kind, file, own, make_data, tmp_path, forked):
-    config, more = own("fedgid", model=f"{file}:Staged"), {}
-    if kind == "module":
-        config, more = own(), {"script": ScriptObjects(Staged())}
-    if kind == "registered":
-        register_model("mine")(Staged)
-        config = own(model="mine")
-    try:
-        alone, workers = compared(config, make_data(), tmp_path, **more)
-    finally:
-        MODELS.pop("mine", None)
-    assert workers == alone
-    assert len(forked) == 2
 
 
 @pytest.mark.sampled(1)

@@ -22,7 +22,6 @@ from fedkern.methods.fedgid import FedGID
 from fedkern.models.precision import computing, lower
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
-from fedkern.tasks import CLASSIFICATION
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.smallest import SETTINGS
@@ -57,46 +56,21 @@ def test_every_method_runs_and_keeps_fp32(method, make_small, tmp_path):
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
-DIGITS = {
-    "threads": 1, "grad_cam": 0, "device": "cpu", "data": "digits", "train_samples": 500, "partition": "iid",
-    "clients": 3, "model": "cnn", "width": 8, "batch_size": 16, "lr": 0.02,
-}  # fmt: skip
-ROUNDS = {"rounds": 4, "local_epochs": 3, "eval_every": 4}
-ONCE = {"local_epochs": 12}
-MADE = {"nz": 32, "ngf": 8, "distill_epochs": 3, "generator_steps": 3, "synthesis_batch": 64}
-OWN = {
-    "dense": {"options": MADE},
-    "ditto": {"local_epochs": 6},  # every client's own network has a third of the images
-    "ensemble": {"options": {"models": "cnn:8,resnet8:4"}},
-    "feddf": {"public_samples": 100, "options": {"distill_epochs": 5}},
-    "fedgid": {"data": "colordigits", "partition": None},
-    "fediod": {"rounds": 2, "local_epochs": 8, "options": {"iterations": 20, "batch": 32, "ngf": 8, "ndf": 8}},
-    "fedlpfm": {"public_samples": 200, "options": {"teacher": "pretrained:cnn/24", "pretrain_epochs": 5}},
-    "fusefl": {"options": {"width": "8"}},
-}
-QUICK = ("fedavg", "fedgid", "fusefl", "moon", "ensemble")
-
-
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in sorted(METHODS)
-        if METHODS[name].serves(CLASSIFICATION)
-    ],
-)
+@pytest.mark.parametrize("method", ["fedavg", "moon"])
 def test_accuracy_is_that_of_fp32(method, tmp_path):
-    usual = ONCE if METHODS[method].one_shot else ROUNDS
-    settings = {**DIGITS, **usual, **OWN.get(method, {})}
+    settings = {
+        "threads": 1, "grad_cam": 0, "device": "cpu", "data": "digits", "train_samples": 500, "partition": "iid",
+        "clients": 3, "model": "cnn", "width": 8, "batch_size": 16, "lr": 0.02, "rounds": 4, "local_epochs": 3,
+        "eval_every": 4,
+    }  # fmt: skip
     found = {}
     for precision in ("fp32", "bf16"):
         config = RunConfig.make(method, precision=precision, **settings)
         found[precision] = run(config, out=tmp_path / precision)["metrics"]
-    name = "id_accuracy" if "id_accuracy" in found["fp32"] else "accuracy"
-    assert found["bf16"][name] != found["fp32"][name] or found["bf16"] != found["fp32"]  # it was another computation
+    assert found["bf16"] != found["fp32"]  # it was another computation
     # So short a training is chaotic: one step is compared closely in python_tests/models/test_precision.py.
-    assert found["bf16"][name] > found["fp32"][name] - 0.15
+    assert found["bf16"]["accuracy"] > found["fp32"]["accuracy"] - 0.15
 
 
 @pytest.mark.exhaustive

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
@@ -75,26 +74,3 @@ def test_every_round_of_a_run_stands_in_them(last, tmp_path, monkeypatch, capsys
     for record, (step, value) in zip(read_metrics(out), found["accuracy"], strict=True):
         assert (record["round"], record["accuracy"]) == (step, pytest.approx(value, rel=1e-6))
     assert capsys.readouterr().out.strip() == str(out)
-
-
-@pytest.mark.exhaustive
-def test_fediods_figures_stand_in_them(tmp_path):
-    """Those of the generator, the student and the clients by round, and those of the teachers at the end."""
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install '.[tensorboard]')")
-    out = tmp_path / "run"
-    options = ("nz=4", "ngf=2", "ndf=2", "batch=4", "iterations=2", "student_steps=1", "warmup=0.5")
-    words = ["fediod", *WORDS[1:], *(word for option in options for word in ("--method-option", option))]
-    words[words.index("--rounds") + 1] = "2"
-    assert play(parse([*words, "--out", str(out)])) == 0
-    found, records = read(out / FOLDER), read_metrics(out)
-    for name in ("accuracy", "clarity", "diversity", "balance", "student_loss", "student_agreement"):
-        expected = [(r["round"], pytest.approx(r[name], rel=1e-6)) for r in records if name in r]
-        assert found[name] == expected, name
-    assert [step for step, _ in found["student_loss"]] == [2]  # the first round is the generator's alone
-    for name in ("critic_loss", "realism", "holdout"):
-        own = [[client[name] for client in r["clients"].values()] for r in records]
-        assert found[f"clients/{name}"] == [(i + 1, pytest.approx(sum(v) / len(v))) for i, v in enumerate(own)], name
-    metrics = json.loads((out / "summary.json").read_text())["metrics"]
-    for name in ("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted", "holdout"):
-        assert found[f"final/{name}"] == [(2, pytest.approx(metrics[name], rel=1e-6))], name
-    assert "final/validation/best_teacher" in found

@@ -255,15 +255,6 @@ def test_variants_run(options, make_pairs, make_config, tmp_path):
     assert 0 <= metrics["i2t_r1"] <= 1
 
 
-@pytest.mark.exhaustive
-def test_a_hundred_and_twenty_clients(make_pairs, make_config, tmp_path):
-    settings = {**SETTINGS, "local_steps": 1, "clients": 120, "rounds": 1}
-    config = make_config("feddra", **settings, options={"alignment_steps": 1})
-    summary = run(config, out=tmp_path, data=make_pairs((6,) * 120))
-    assert len(summary["bytes"]["clients"]) == 120
-    assert 0 < summary["metrics"]["smallest_weight"] < 1 / 120 < summary["metrics"]["largest_weight"]
-
-
 def test_options_are_checked():
     with pytest.raises(UserError, match="rho"):
         RunConfig.make("feddra", options={"rho": -1})

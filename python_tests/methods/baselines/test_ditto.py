@@ -68,6 +68,7 @@ def test_personal_networks_are_those_of_the_algorithm(tmp_path):
             torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.exhaustive
 def test_bits_in_two_workers_and_killed_and_resumed(tmp_path):
     settings = {"sample_fraction": 0.7, "optimizer_state": "keep"}
     one, two = played(tmp_path / "one", "ditto", **settings), played(tmp_path / "two", "ditto", workers=2, **settings)
@@ -80,18 +81,6 @@ def test_bits_in_two_workers_and_killed_and_resumed(tmp_path):
             assert same(one.model(client=k).state_dict(), other.model(client=k).state_dict())
     kept = Checkpoints(one.out).last_client_state(0)
     assert {"optimizer update", "optimizer own", "own"} == {name.rsplit(" ", 1)[0] for name in kept}
-
-
-@pytest.mark.exhaustive
-def test_the_term_pulls_towards_the_global_network(tmp_path):
-    apart = []
-    for lam in (0, 10.0):
-        run = played(tmp_path / str(lam), Ditto(**{"lambda": lam}))
-        glob, own = run.model().state_dict(), run.model(client=0).state_dict()
-        apart.append(
-            sum(float((glob[name] - own[name]).square().sum()) for name in dict(run.model().named_parameters()))
-        )
-    assert apart[1] < 0.5 * apart[0]
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
