@@ -22,6 +22,7 @@ from fedkern.privacy import ClientLevel, server_secret
 from fedkern.privacy.keys import noise_key
 from fedkern.report.live.progress import headline
 from fedkern.settings.config import RunConfig
+from python_tests.extras import needs_accounting
 from python_tests.hearing import Hearing
 from python_tests.interrupted import Kill, KillAt, killed, outcome
 
@@ -29,10 +30,6 @@ SIZES = (20, 13, 9, 15)
 SECRET = bytes(range(16))
 ONLY_CLIP = {"dp_clip": 0.05, "dp_noise": 0.0}
 NOISED = {"dp_clip": 0.5, "dp_noise": 2.0, "dp_draws": "seed"}
-
-
-def needs_accounting():
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
 
 
 def shipped(name):
@@ -196,8 +193,8 @@ def test_scaffold_clips_network_and_control_variate_together(make_data, make_con
         torch.testing.assert_close(each["end"]["control"].double(), wanted, rtol=1e-5, atol=1e-9)
 
 
+@needs_accounting
 def test_a_larger_client_weighs_no_more(make_data, make_config, tmp_path, monkeypatch):
-    needs_accounting()
     seen = watched(monkeypatch, "fedavg")
     config = make_config("fedavg", rounds=1, workers="1", **{**NOISED, "dp_clip": 1e-3, "dp_noise": 1e-9})
     run(config, out=tmp_path / "run", data=make_data((60, 6, 6)))
@@ -211,8 +208,8 @@ def test_a_larger_client_weighs_no_more(make_data, make_config, tmp_path, monkey
     assert min(along) > 0.15e-3  # a mean by samples would be nearly the large client's alone
 
 
+@needs_accounting
 def test_heavy_noise_leaves_variances_positive_and_counts_alone(make_data, make_config, tmp_path, monkeypatch):
-    needs_accounting()
     seen = watched(monkeypatch, "fedavg")
     config = make_config("fedavg", rounds=2, dp_clip=1.0, dp_noise=50.0, workers="1")
     run(config, out=tmp_path / "run", data=make_data())
@@ -244,10 +241,10 @@ def refusal(config):
     return ""
 
 
+@needs_accounting
 @pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", sorted(filter(shipped, METHODS)))
 def test_every_method_runs_or_is_refused(name, make_small, tmp_path):
-    needs_accounting()
     own = {"options": {}} if name == "fedgid" else {}  # they share images
     refused = refusal(make_small(name, **own)[0])
     assert not (refused and name in ("fedavg", "fedgid", "fml", "oneshot-fedavg", "scaffold"))
@@ -291,6 +288,7 @@ def test_settings_that_do_not_fit_are_refused(method, settings, message):
         RunConfig.make(method, **settings)
 
 
+@needs_accounting
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
@@ -301,14 +299,13 @@ def test_settings_that_do_not_fit_are_refused(method, settings, message):
     ],
 )
 def test_options_that_do_not_fit_are_refused(method, settings, message, make_data, make_config, tmp_path):
-    needs_accounting()
     with pytest.raises(UserError, match=message):
         run(make_config(method, **{**settings, **NOISED}), out=tmp_path / "run", data=make_data())
     assert not (tmp_path / "run").exists()
 
 
+@needs_accounting
 def test_what_image_text_data_cannot_keep_private_is_refused(make_pairs, make_config, tmp_path):
-    needs_accounting()
     config = make_config("fedavg", **{**NOISED, "buffers": "average", "width": 4})
     with pytest.raises(UserError, match="does not cover the vocabulary that --text-encoder"):
         run(config, out=tmp_path / "run", data=make_pairs())
@@ -317,8 +314,8 @@ def test_what_image_text_data_cannot_keep_private_is_refused(make_pairs, make_co
         run(config, out=tmp_path / "run", data=make_pairs())
 
 
+@needs_accounting
 def test_a_method_whose_server_weighs_clients_is_refused(make_data, make_config, tmp_path, monkeypatch):
-    needs_accounting()
 
     class Weighing(FedAvg):
         """FedAvg that weighs clients by their number."""
@@ -340,6 +337,7 @@ def constant(monkeypatch):
     monkeypatch.setattr(server_secret.secrets, "token_hex", lambda count: "5a" * count)
 
 
+@needs_accounting
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("method", "settings"),
@@ -349,7 +347,6 @@ def constant(monkeypatch):
     ],
 )
 def test_workers_and_an_interruption_change_no_bit(method, settings, constant, make_data, make_config, tmp_path):
-    needs_accounting()
     given = {"rounds": 4, "clients": 4, **NOISED, **settings}
     run(make_config(method, **given), out=tmp_path / "whole", data=make_data(SIZES))
     config = make_config(method, workers="2", **given)
@@ -364,8 +361,8 @@ def test_workers_and_an_interruption_change_no_bit(method, settings, constant, m
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
+@needs_accounting
 def test_a_secret_run_does_not_follow_from_its_seed(make_data, make_config, tmp_path):
-    needs_accounting()
     config = make_config("fedavg", rounds=2, **{**NOISED, "dp_draws": "secret"})
     models = []
     for name in ("one", "other"):
@@ -379,9 +376,9 @@ def test_a_secret_run_does_not_follow_from_its_seed(make_data, make_config, tmp_
     assert models[0] != models[1]
 
 
+@needs_accounting
 def test_another_release_in_the_place_of_the_first_ends_the_run(make_data, make_config, tmp_path):
     """Round 2 was released after the last checkpoint, and with another secret its noise would be other noise."""
-    needs_accounting()
     config = make_config("fedavg", rounds=4, checkpoint_every=3, **{**NOISED, "dp_draws": "secret"})
     out = tmp_path / "run"
     killed(config, out=out, data=make_data(), at=KillAt("round", 1))
@@ -393,8 +390,8 @@ def test_another_release_in_the_place_of_the_first_ends_the_run(make_data, make_
 # -- epsilon, and what is told -----------------------------------------------------------------------------------------
 
 
+@needs_accounting
 def test_epsilon_is_told_as_planned_so_far_and_spent(make_data, make_config, tmp_path):
-    needs_accounting()
     heard = Hearing()
     config = make_config("fedavg", rounds=3, **NOISED)
     summary = run(config, out=tmp_path / "run", data=make_data(), listener=heard)
@@ -418,8 +415,8 @@ def test_delta(clients, given, delta):
     assert config.delta == pytest.approx(delta)
 
 
+@needs_accounting
 def test_a_secret_draw_counts_and_nothing_tells_of_it(make_data, make_config, tmp_path):
-    needs_accounting()
     config = make_config("fedavg", rounds=6, clients=4, sample_fraction=0.25, **{**NOISED, "dp_draws": "secret"})
     heard = Hearing()
     summary = run(config, out=tmp_path / "run", data=make_data(SIZES), listener=heard)
@@ -438,6 +435,7 @@ def test_a_secret_draw_counts_and_nothing_tells_of_it(make_data, make_config, tm
     assert heard.drawn == [sample_clients(config, number, secret) for number in range(6)]
 
 
+@needs_accounting
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -449,7 +447,6 @@ def test_a_secret_draw_counts_and_nothing_tells_of_it(make_data, make_config, tm
     ],
 )
 def test_a_draw_that_is_told_or_remembered_does_not_count(method, settings, make_data, make_config, tmp_path):
-    needs_accounting()
     config = make_config(method, rounds=6, clients=4, sample_fraction=0.5, **{**NOISED, **settings})
     summary = run(config, out=tmp_path / "run", data=make_data(SIZES))
     asked = [k for number in range(6) for k in sample_clients(config, number)]
@@ -461,8 +458,8 @@ def test_a_draw_that_is_told_or_remembered_does_not_count(method, settings, make
     assert (summary["privacy"]["leaves_uncovered"] == ["records"]) == ("records" in settings)
 
 
+@needs_accounting
 def test_clients_that_remember_although_their_method_says_they_do_not(make_data, make_config, tmp_path, monkeypatch):
-    needs_accounting()
 
     class Remembering(FedAvg):
         """FedAvg whose clients count their rounds."""
@@ -478,8 +475,8 @@ def test_clients_that_remember_although_their_method_says_they_do_not(make_data,
     assert not (tmp_path / "run").exists()
 
 
+@needs_accounting
 def test_nothing_tells_of_a_client_that_is_left_out(make_data, make_config, tmp_path, monkeypatch):
-    needs_accounting()
 
     class Ailing(FedAvg):
         """FedAvg one of whose clients diverges, and another of which sends nonsense."""
@@ -506,9 +503,9 @@ def test_nothing_tells_of_a_client_that_is_left_out(make_data, make_config, tmp_
     assert seen["ailing"] == seen["well"]
 
 
+@needs_accounting
 @pytest.mark.exhaustive
 def test_modest_noise_still_learns(tmp_path):
-    needs_accounting()
     config = RunConfig.make(
         "fedavg", data="digits", model="mlp", width=16, clients=40, partition="iid", rounds=15, local_epochs=2,
         lr=0.1, dp_clip=1.0, dp_noise=0.3, dp_draws="seed", threads=1, workers="1", eval_every=15, grad_cam=0,

@@ -24,13 +24,13 @@ from fedkern.data.sharing.holdout import hold_out
 from fedkern.data.sources.items import Items
 from fedkern.errors import UserError
 from fedkern.flower.runs.own_data import form_of
-from fedkern.listeners import Listener
 from fedkern.messages.leaves import Keywords, Positional, parted
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models.user_models import ItemNetwork
 from fedkern.run import main
 from fedkern.tasks import CLASSIFICATION, OwnTask, Task
+from python_tests.interrupted import Kill, KillAt
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 HERE = {"progress": False, "pictures": False, "workers": 1, "threads": 1, "client_threads": 1}
@@ -145,13 +145,8 @@ def test_bits_do_not_depend_on_workers_threads_and_interruptions(method, tmp_pat
     assert same(state(one), state(played("two", workers=2)))
     assert same(state(one), state(played("threads", threads=2)))
 
-    class Stop(Listener):
-        def on_round_start(self, round, name, participants):
-            if round == 2:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        played("cut", listener=Stop())
+    with pytest.raises(Kill):
+        played("cut", listener=KillAt("round-start", round=2))
     again = fedkern.load(tmp_path / "cut", **drawing()).resume(progress=False, pictures=False, workers=2)
     assert same(state(one), state(again))
 
@@ -423,13 +418,9 @@ def test_another_loss_is_no_resumption(tmp_path):
     data = {"data": [TensorDataset(torch.rand(8, 2), torch.rand(8, 1))], "model": nn.Linear(2, 1)}
     data["test"] = data["data"][0]
 
-    class Stop(Listener):
-        def on_round_start(self, round, name, participants):
-            if round == 2:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fedkern.simulate("fedavg", **data, loss_fn=first_loss, rounds=3, out=tmp_path / "run", listener=Stop(), **HERE)
+    kill = KillAt("round-start", round=2)
+    with pytest.raises(Kill):
+        fedkern.simulate("fedavg", **data, loss_fn=first_loss, rounds=3, out=tmp_path / "run", listener=kill, **HERE)
     for changed, said in (
         ({"loss_fn": second_loss}, "The loss, a metric or the collation is another than when the run in .* began"),
         (

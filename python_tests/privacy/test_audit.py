@@ -6,7 +6,6 @@ The program of the page (benchmarks/studies/privacy_audit.py) runs them with few
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,14 +15,8 @@ from scipy.stats import binom
 from benchmarks.studies import privacy_audit as audited
 from benchmarks.studies.audit import audit, claimed_mu
 from fedkern.privacy import Accountant
+from python_tests.extras import needs_accounting, needs_opacus
 
-needs_accounting = pytest.mark.skipif(
-    find_spec("dp_accounting") is None,
-    reason="dp-accounting is not installed (pip install '.[privacy]')",
-)
-needs_opacus = pytest.mark.skipif(
-    find_spec("opacus") is None, reason="opacus is not installed (pip install '.[privacy]')"
-)
 REPEATS = 10_000
 
 

@@ -29,11 +29,9 @@ from fedkern.report.tables import final_table
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data
 from fedkern.settings.stored import load_settings, read_settings
+from python_tests.extras import needs_accounting
 from python_tests.interrupted import KillAt, killed
 
-needs_accounting = pytest.mark.skipif(
-    find_spec("dp_accounting") is None, reason="dp-accounting is not installed (pip install '.[privacy]')"
-)
 SMALL = {"iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "noise": "seed"}
 PARTLY = {**SMALL, "sigma_d": 9.0, "histogram_noise": 5.0}
 WHOLE = {**SMALL, "epsilon": 8.0, "teacher_dp": True, "class_weights": "uniform"}

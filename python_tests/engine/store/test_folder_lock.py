@@ -12,7 +12,9 @@ from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.files import atomic, folder_lock
 from fedkern.files.folder_lock import FolderLock
+from fedkern.listeners import Listener
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import KillAt, killed
 
 HOLDER = """
 import errno, fcntl, sys, time
@@ -94,8 +96,6 @@ def test_a_lock_file_that_nobody_changes_is_taken_over(tmp_path):
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_run_whose_folder_was_taken_over_stops(resumed, make_data, make_config, tmp_path, monkeypatch):
-    from fedkern.listeners import Listener
-
     monkeypatch.setattr(folder_lock, "BEAT", 60)  # a beat that has just looked would write over the other's name
 
     class TakenOver(Listener):
@@ -104,8 +104,7 @@ def test_a_run_whose_folder_was_taken_over_stops(resumed, make_data, make_config
                 of_another_machine(tmp_path / ".lock")
 
     if resumed:
-        with pytest.raises(UserError, match="cut short"):
-            run(make_config(rounds=4), out=tmp_path, data=make_data(), listener=cut_short(1))
+        killed(make_config(rounds=4), out=tmp_path, data=make_data(), at=KillAt("round-start", round=2))
     config = load_settings(tmp_path) if resumed else make_config(rounds=4)
     with pytest.raises(UserError, match=r"Process 1 on elsewhere has taken over .*: this one stops here"):
         run(config, out=tmp_path, data=make_data(), listener=TakenOver(), resume=resumed)
@@ -113,19 +112,6 @@ def test_a_run_whose_folder_was_taken_over_stops(resumed, make_data, make_config
     manifest = (tmp_path / "checkpoints" / "manifest.json").read_text()
     assert '"round": 1' in manifest
     assert '"round": 2' not in manifest
-
-
-def cut_short(round):
-    from fedkern.listeners import Listener
-
-    class Stop(Listener):
-        essential = True
-
-        def on_round_start(self, number, name, participants):
-            if number == round + 1:
-                raise UserError("cut short")
-
-    return Stop()
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,7 @@ from fedkern.methods.fediod import privacy_options as promise
 from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.settings.config import RunConfig
+from python_tests.extras import needs_accounting
 
 THROUGH_D, THROUGH_T, LOGITS = "discriminator_gradients", "teacher_gradients", "teacher_logits"
 COUNTS, KNOWN, SCORES = "class_counts", "known_classes", "scores"
@@ -31,11 +31,6 @@ ADVERSARIAL = (
     "the generator)"
 )
 SILENT = {"class_weights": "uniform"}
-
-needs_accounting = pytest.mark.skipif(
-    find_spec("dp_accounting") is None,
-    reason="dp-accounting is not installed (pip install '.[privacy]')",
-)
 
 
 def options(**settings):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,12 +19,9 @@ from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.privacy import IMAGE, LEDGER, Accountant
 from fedkern.privacy.keys import noise_key
 from fedkern.streams import stream
+from python_tests.extras import needs_accounting
 
 PHASE = Phase(0, "round", "gradients")
-needs_accounting = pytest.mark.skipif(
-    find_spec("dp_accounting") is None,
-    reason="dp-accounting is not installed (pip install '.[privacy]')",
-)
 
 
 def Options(**settings):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections import Counter
 
 import pytest
@@ -15,12 +14,9 @@ from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.discriminators import Discriminators
 from fedkern.methods.fediod.local_teachers import teacher
 from fedkern.methods.fediod.losses import against
+from python_tests.extras import needs_accounting
 from python_tests.methods.fediod_play import TINY, World, cleared_and_live, frozen, same
 
-needs_accounting = pytest.mark.skipif(
-    importlib.util.find_spec("dp_accounting") is None,
-    reason="dp-accounting is not installed (pip install '.[privacy]')",
-)
 SHARDED = {"sigma_d": 5.0, "shards": 3, "noise": "seed"}
 
 
