@@ -18,8 +18,7 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.messages import states
 from fedkern.methods import METHODS
-from fedkern.run import main
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig
 
 GENERATED = {"nz": 4, "ngf": 2, "generator_steps": 1, "synthesis_batch": 4, "distill_batch": 4, "distill_epochs": 1}
 OPTIONS = {
@@ -228,14 +227,6 @@ def test_statistics_of_networks_that_are_brought_travel_as_those_of_trained_ones
     assert sent[0] == sent[1]
 
 
-# -- the command line --------------------------------------------------------------------------------------------------
-
-WORDS = [
-    "--data", "digits", "--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--width", "2", "--model",
-    "cnn", "--grad-cam", "0", "--partition", "iid", "--quiet",
-]  # fmt: skip
-
-
 def test_a_part_of_a_state(tmp_path, monkeypatch):
     """What is under some keys, without a look at the rest."""
     members = {k: {"parameters": torch.full((4,), float(k)), "samples": k} for k in range(3)}
@@ -274,7 +265,4 @@ def test_a_part_of_a_state(tmp_path, monkeypatch):
 def test_a_relative_folder_is_stored_as_an_absolute_one(tmp_path, monkeypatch):
     """A run may be resumed from anywhere."""
     monkeypatch.chdir(tmp_path)
-    for method, folder in (("ensemble", None), ("ccvr", "own")):
-        words = [method, *WORDS, "--out", "own" if folder is None else "out"]
-        assert main([*words, *(["--teachers", folder] if folder else [])]) == 0
-    assert load_settings(tmp_path / "out").teachers == str(tmp_path / "own")
+    assert RunConfig.make("ccvr", teachers="own").teachers == str(tmp_path / "own")

@@ -35,6 +35,7 @@ def bits(monkeypatch):
     return drawn
 
 
+@pytest.mark.exhaustive
 def test_private_teachers_follow_their_cosine(make_data, make_config, tmp_path):
     """And have a clipping norm of their own."""
     pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")

@@ -243,6 +243,7 @@ def test_resumed_it_ends_alike_even_when_the_cache_is_gone(tuning, data, make_co
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.exhaustive
 def test_what_the_teacher_knows_reaches_classes_that_a_client_lacks(make_data, make_public, make_config, tmp_path):
     """One class per client: only the teacher's probabilities tell the other classes apart."""
     data = make_public(make_data((30, 30, 30)), samples=60)

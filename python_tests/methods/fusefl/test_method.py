@@ -172,10 +172,10 @@ def test_the_base_width_is_read_from_the_network(name):
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
+        ({"model": "mlp", "width": 6}, {"blocks": 3, "ccvr_compat": True}),
         ({"model": "resnet8"}, {"blocks": 5, "adaptor": "avg", "final_fuse": "sum"}),
         ({"model": "resnet8"}, {"cuts": "0,2", "adaptor": "sum", "covariance": "diagonal"}),
         ({"model": "vit-tiny", "width": 4, "local_epochs": 2}, {"blocks": 2, "adaptor_init": "random"}),
-        ({"model": "mlp", "width": 6}, {"blocks": 3, "ccvr_compat": True}),
         ({"model": "resnet8"}, {"blocks": 2, "final_fuse": "concat"}),
         ({"model": "cnn"}, {"models": "resnet18,resnet10", "blocks": 2, "width": "1", "frozen_bn": "batch"}),
     ],
