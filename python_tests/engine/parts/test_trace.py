@@ -61,7 +61,7 @@ def test_a_trace_ends_with_a_run_that_fails(profiles, tmp_path):
 
 
 def test_a_trace_of_one_round(make_config, make_data, tmp_path):
-    config, data = make_config(rounds=3), make_data()
+    config, data = make_config(rounds=2), make_data()
     run(config, out=tmp_path / "plain", data=data)
     run(config, out=tmp_path / "run", data=data, profile=True)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "plain")

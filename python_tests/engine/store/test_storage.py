@@ -66,7 +66,7 @@ tree = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.text(max_size=6), tree, max_size=4))
 def test_any_state_round_trips(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("state") / "x.safetensors"
