@@ -57,20 +57,17 @@ def of_another_machine(path):
     path.write_bytes(b"1\nelsewhere\nanother boot\n0123456789abcdef\n000000000007\n")
 
 
-def test_exclusive_and_released(tmp_path):
+@pytest.mark.parametrize("lock", ["the system's", *LOCKS, "no fcntl"])
+def test_exclusive_and_released(lock, tmp_path, monkeypatch):
+    """Also where the file system knows no locks, where they stay on one machine, and where the system has none."""
+    if lock in LOCKS:
+        monkeypatch.setattr(fcntl, "flock", LOCKS[lock])
+    elif lock == "no fcntl":
+        monkeypatch.setattr(folder_lock, "fcntl", None)
     with FolderLock(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
         FolderLock(tmp_path).__enter__()
     with FolderLock(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("lock", LOCKS)
-def test_exclusive_without_locks_between_machines(lock, tmp_path, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", LOCKS[lock])
-    with FolderLock(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
-        FolderLock(tmp_path).__enter__()
-    with FolderLock(tmp_path):
-        pass
+        assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()}\n")
 
 
 def test_a_second_process_neither_waits_for_nor_disturbs_the_first(make_data, make_config, tmp_path, monkeypatch):
@@ -128,14 +125,6 @@ def test_a_lock_file_that_is_something_else(kind, tmp_path):
         FolderLock(folder).__enter__()
     assert victim.exists() == (kind != "dangling link")
     assert kind == "dangling link" or victim.read_text() == "mine"
-
-
-def test_a_system_without_fcntl_has_the_lock_that_watches(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_lock, "fcntl", None)
-    with FolderLock(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
-        FolderLock(tmp_path).__enter__()
-    with FolderLock(tmp_path):
-        assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()}\n")
 
 
 def test_a_lock_that_cannot_be_filled_is_one_sentence(tmp_path, monkeypatch):
