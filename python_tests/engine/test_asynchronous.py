@@ -182,7 +182,7 @@ class Own(FedAvg):
     asynchronous = True
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("method", "more"),
     [

@@ -108,7 +108,7 @@ def test_a_wrong_file_is_named_before_anything_is_written(wrong, given, attempt,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ABLE)
 def test_every_method_looks_at_them_before_anything_is_written(method, given, attempt, tmp_path):
     (given / "client-2.safetensors").write_bytes(b"no")

@@ -256,7 +256,7 @@ def check(place, kind, code, err):
     assert when in err
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("place", "kind", "workers"), [*cases()])
 def test_place_and_round_of_a_failure_are_named(place, kind, workers, command, tmp_path):
     code, err = command(place, kind, "--workers", workers)

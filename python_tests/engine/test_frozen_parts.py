@@ -51,6 +51,7 @@ def played(out, network, make_data, method="fedavg", data=None, **settings):
     )  # fmt: skip
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("adapter", [False, True], ids=["head", "adapter"])
 def test_it_is_the_run_of_plain_pytorch(make_data, tmp_path, adapter):
     Recording.rows, network = [], made(adapter=adapter)
@@ -146,7 +147,7 @@ def test_a_frozen_module_trains_nothing(make_data, tmp_path):
         played(tmp_path / "run", made().requires_grad_(False), make_data)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", sorted(name for name, kind in METHODS.items() if kind.serves(CLASSIFICATION)))
 def test_every_method_leaves_it_as_it_is(make_data, make_public, tmp_path, method):
     """Where the run ends with one network of the given kind; else it runs to its end."""

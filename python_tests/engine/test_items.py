@@ -76,6 +76,7 @@ def plainly(network, sizes, loss_fn, lr, momentum):
     return network
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("example", ["table", "text", "volumes", "regression", "frozen"])
 def test_it_is_the_run_of_plain_pytorch(example, tmp_path):
     Recorded.seen = []
@@ -266,7 +267,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_sample(kind, tmp_path):
     found = fedkern.simulate("fedavg", **KINDS[kind], rounds=2, out=tmp_path / "run", **HERE)
@@ -719,7 +720,7 @@ def weighed(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("make", "network", "given"),
     [

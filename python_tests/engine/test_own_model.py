@@ -51,7 +51,7 @@ def file(tmp_path):
     return path
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"aggregator": "krum:byzantine=0"}, {"aggregator": "geometric_median"}, {"server_rule": "adam"},
@@ -454,7 +454,7 @@ def test_weights_of_another_network(change, said, weights, own, make_data, tmp_p
 # -- what is already there -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "safetensors", "module", "wrapped"])
 def test_a_start_from_a_file_or_a_module(suffix, own, make_data, tmp_path):
     torch.manual_seed(5)

@@ -51,7 +51,7 @@ def same(first, second):
 # -- training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -103,7 +103,7 @@ AVERAGING = sorted(
 )  # fmt: skip
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", AVERAGING)
 def test_every_averaging_method_shares_the_rest(make_data, make_public, tmp_path, method):
     data = make_public(dataclasses.replace(make_data(), name="arrays"), 12)

@@ -39,7 +39,7 @@ def tensors(value):
 # -- every method ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_runs_and_keeps_fp32(method, make_small, tmp_path):
     config, data = make_small(method, 2, grad_cam=4, **BF16)

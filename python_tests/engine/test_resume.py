@@ -40,7 +40,7 @@ def reference(tmp_path_factory):
     return get
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("settings", [PLAIN, STATEFUL], ids=["plain", "stateful"])
 @pytest.mark.parametrize(
     ("hook", "count"),
@@ -54,7 +54,7 @@ def test_killed_at_a_hook(settings, hook, count, make_data, make_config, tmp_pat
     assert outcome(tmp_path) == expected
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("count", range(0, 15, 2))
 def test_killed_around_every_file(count, when, make_data, make_config, tmp_path, reference):

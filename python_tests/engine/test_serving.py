@@ -86,7 +86,7 @@ def played(make_config, make_data, tmp_path):
     return play
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
@@ -109,7 +109,7 @@ def test_the_header_says_it(make_config, make_data, tmp_path):
     assert "module:Guest: served 2 of 2 convolutions" in headline(heard.info)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", [Guest, Rows])
 @pytest.mark.parametrize("method", ["fedavg", "moon", "scaffold", "fedproto"])
 def test_a_run_that_is_served_is_near_the_one_as_written(kind, method, played):

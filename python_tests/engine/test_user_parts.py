@@ -140,7 +140,7 @@ def test_bits_depend_neither_on_workers_nor_on_an_interruption(file, make_data, 
     assert [record["left"] for record in read_metrics(tmp_path / "1")] == [3, 2, 1, 0]
     run(make_config("fedavg", rounds=4), out=tmp_path / "plain", data=make_data())
     assert outcome(tmp_path / "plain")[0] != whole[0]
-    killed(config.replace(workers="2"), out=tmp_path / "cut", data=make_data(), at=KillAt("client", 7))
+    killed(config.replace(workers="1"), out=tmp_path / "cut", data=make_data(), at=KillAt("client", 7))
     unload_all()
     (tmp_path / "both.py").write_text(BOTH + "# changed\n")
     with pytest.raises(UserError, match=r"both.py has changed since the run in "):
@@ -289,6 +289,7 @@ def test_noise_covers_no_filter_whose_uploads_may_follow_from_other_clients(body
     run(config.replace(dp_noise=0.0), out=tmp_path / "run", data=make_data())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["part", "filter"])
 def test_what_a_script_registers_is_needed_again(kind, make_data, make_config, tmp_path):
     config = make_config("fedavg")

@@ -237,7 +237,7 @@ def test_a_run_logs_weights_and_losses_and_keeps_them(eval_every, make_pairs, ma
     assert sum(e["up"] for e in exchanges.values()) == summary["bytes"]["up"]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "options",
     [

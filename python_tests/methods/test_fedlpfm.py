@@ -97,6 +97,7 @@ def test_other_divergences():
     torch.testing.assert_close(method.divergence(z, method._mixture(teacher)), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("mixing", ["convex", "additive"])
 def test_lambda_0_is_fedavg_bit_for_bit(mixing, make_data, make_config, tmp_path):
     data = make_data()  # no public images: no teacher is asked for

@@ -241,7 +241,7 @@ def same(one, other):
     )
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", AVERAGING)
 @pytest.mark.parametrize("text", ["topk:share=0.02", "int8"])
 def test_every_method_that_averages_compresses(text, method, settle, tmp_path):
@@ -360,6 +360,7 @@ def test_a_lost_upload_leaves_the_residual_as_it_was(what, make_data, make_confi
     assert "x" not in stored(tmp_path / "3")[1]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("text", HOW)
 def test_bounds_are_those_of_what_the_server_reads(text, make_data, make_config, tmp_path):
     config = make_config(rounds=1, compress=text, workers="1")
