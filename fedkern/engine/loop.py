@@ -100,8 +100,8 @@ class Loop:
         exchanges = self._pooling.exchanges(entry, record.due)
         record.exchanges = tuple(name for name, _ in exchanges)
         self._log.begin()
-        for name, asker in exchanges:
-            self._progress.exchange, self._progress.last_exchange = name, name == exchanges[-1][0]
+        for number, (name, asker) in enumerate(exchanges, 1):
+            self._progress.exchange, self._progress.last_exchange = name, number == len(exchanges)
             begun, hooks = time.perf_counter(), self._hooks[asker]
             phase = Phase(self._progress.index, entry.name, name)
             outgoing = hooks.send(phase)

@@ -262,8 +262,9 @@ def test_exchanges_of_the_pooling_are_asked_of_the_pooling():
     assert bench.parts[0].records[0].exchanges == ("update", "statistics")
 
 
-def test_states_are_forgotten_after_the_last_exchange():
-    bench = Bench((Round(exchanges=("first", "second")),))
+@pytest.mark.parametrize("names", [("first", "second"), ("same", "same")])
+def test_states_are_forgotten_after_the_last_exchange(names):
+    bench = Bench((Round(exchanges=names),))
     bench.loop.play()
     calls = [what for what, _ in bench.executor.calls]
     assert calls == [*3 * ["works"], *3 * ["works", "forget"], "end round"]
