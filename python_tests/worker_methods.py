@@ -1,7 +1,9 @@
 """Methods that worker processes import, and whose clients do what tests want to see."""
 
+import dataclasses
 import os
 import signal
+from pathlib import Path
 
 import torch
 
@@ -32,6 +34,22 @@ class Dying(FedAvg):
     def client_update(self, client, phase, message):
         if client.id == 1 and os.environ.get("FEDKERN_TEST_PARENT") != str(os.getpid()):
             os.kill(os.getpid(), signal.SIGKILL)
+        return super().client_update(client, phase, message)
+
+
+class DyingOnce(FedAvg):
+    """Clients count their rounds in states that are written as a round ends; client 2 ends its worker process once."""
+
+    def rounds(self, federation):
+        for entry in super().rounds(federation):
+            yield dataclasses.replace(entry, states="round")
+
+    def client_update(self, client, phase, message):
+        mark = Path(os.environ["FEDKERN_TEST_MARK"])
+        if client.id == 2 and os.environ["FEDKERN_TEST_PARENT"] != str(os.getpid()) and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        client.state["rounds"] = client.report["rounds"] = client.state.get("rounds", 0) + 1
         return super().client_update(client, phase, message)
 
 

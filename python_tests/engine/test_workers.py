@@ -139,6 +139,17 @@ def test_a_lost_worker_is_replaced(count, make_data, make_config, tmp_path, proc
     assert not living(processes)
 
 
+def test_states_of_a_lost_workers_earlier_clients_are_written(make_data, make_config, tmp_path, monkeypatch, processes):
+    """The worker of client 2 has answered for another client, whose state waits for the end of the round."""
+    monkeypatch.setitem(METHODS, "fedavg", worker_methods.DyingOnce)
+    monkeypatch.setenv("FEDKERN_TEST_PARENT", str(os.getpid()))
+    monkeypatch.setenv("FEDKERN_TEST_MARK", str(tmp_path / "mark"))
+    serial, side_by_side = compared(make_config(), make_data(), tmp_path)
+    assert len(processes) == 3
+    assert "lost-worker" in side_by_side[2]["diagnostics"]
+    assert without(side_by_side, "lost-worker") == serial
+
+
 @pytest.mark.exhaustive
 def test_a_worker_that_is_lost_while_it_is_told_something(make_data, make_config, tmp_path, monkeypatch, processes):
     """What it was working on is not forgotten where the message to it, and not its silence, tells that it is gone."""

@@ -171,7 +171,7 @@ class Workers:
         return self.here.changed(client)
 
     def working(self) -> list[ClientId]:
-        return sorted({*self._round.at, *self.here.working()})
+        return sorted({*self._round.readers, *self.here.working()})
 
     def forget(self, client: ClientId) -> None:
         worker = self._round.at.pop(client, None)
@@ -179,6 +179,7 @@ class Workers:
             self._tell(worker, Forget((client,)))
         self._round.changed.pop(client, None)
         self._round.played.pop(client, None)
+        self._round.readers.pop(client, None)
         self.here.forget(client)
 
     def end_round(self) -> None:
