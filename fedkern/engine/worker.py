@@ -92,10 +92,10 @@ class Worker:
 
     def _done(self, job: Job) -> Done:
         self._context.warnings.clear()
-        if job.fresh:
-            self._serial.take(job.client, dict(job.state or {}), job.played)
+        if job.state is not None:
+            self._serial.take(job.client, dict(job.state), job.played)
         try:
-            answer = self._serial.ask(job.client, job.asker, job.phase, job.message, job.encoder)
+            answer = self._serial.ask(job.client, *job.request)
         except Exception as error:
             return Done(None, failed=portable(error))
         answer.warnings = dict(self._context.warnings)

@@ -156,7 +156,7 @@ def test_a_worker_that_is_lost_while_it_is_told_something(make_data, make_config
     forget, killed = Workers.forget, []
 
     def late(self, client):
-        worker = self._round.at.get(client)
+        worker = self._at.get(client)
         if not killed and worker is not None and worker.client is not None:
             killed.append(worker.process)
             os.kill(worker.process, signal.SIGKILL)
@@ -288,11 +288,11 @@ def test_held_uploads_are_bounded(make_data, make_config, tmp_path, monkeypatch)
     """With room for none, a worker that is done waits until the server has seen what comes before."""
     monkeypatch.setattr(module, "HELD_BYTES", 0)
     most = []
-    find = Workers._hear
+    unwatched = Workers._hear
 
     def hear(self, *args):
-        find(self, *args)
-        most.append(len(self._found))
+        unwatched(self, *args)
+        most.append(len(self._replies))
 
     monkeypatch.setattr(Workers, "_hear", hear)
     data = make_data((40, 5, 5, 5, 5, 5))

@@ -14,8 +14,8 @@ from fedkern.methods.base import ClientId, Message, Phase
 States = Callable[[ClientId], Callable[[], dict[str, Any]]]
 """Function of a client id.  It returns a reader of the client's state at the beginning of the round; the reader may be
 called several times within the round."""
-Played = tuple[str, Phase, Message, Encoder | None]
-"""A message that a client has answered in a round: name of the asker, exchange, message, and encoder of the answer."""
+Request = tuple[str, Phase, Message, Encoder | None]
+"""What a client answers: name of the asker, exchange, message, and encoder of the answer."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer, Played, States
+from fedkern.engine.executors.base import Answer, Request, States
 from fedkern.engine.lanes import lanes, on_this_stream, side_by_side
 from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.training import Diverged
@@ -56,12 +56,12 @@ class Serial:
             self.take(k, self._states(k)())
         return self._clients[k]
 
-    def take(self, k: ClientId, state: dict[str, Any], played: Iterable[Played] = ()) -> None:
+    def take(self, k: ClientId, state: dict[str, Any], played: Iterable[Request] = ()) -> None:
         """Begins the round of client ``k`` with ``state``, and plays again the messages that it has answered."""
         client = self._clients[k] = Client(self._context, k, state)
         self._before[k] = fingerprint(client.stored)
-        for asker, phase, message, encoder in played:
-            self.ask(k, asker, phase, message, encoder)
+        for request in played:
+            self.ask(k, *request)
 
     def answers(
         self,

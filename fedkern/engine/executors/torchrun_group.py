@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from fedkern.engine.executors.connection import SILENCE, Connection, Ended, Lost, drained, how, silence
 from fedkern.errors import RunFailed, UserError
+from fedkern.messages.packets import Packet
 from fedkern.ops import Accumulator
 from fedkern.ops._aggregate.reference import risen
 from fedkern.process import versions
@@ -161,16 +162,18 @@ class TorchrunGroup:
         )  # its collectives never meet the connections' packets
 
     def _told(self, connection: Connection) -> Any:
-        while True:
+        while (packet := self.heard(connection, 0.5)) is None:
             self.check()
             check()
-            try:
-                packet = connection.get(0.5)
-            except (Lost, Ended):
-                self.check()
-                raise
-            if packet is not None:
-                return pickle.loads(packet.payload)
+        return pickle.loads(packet.payload)
+
+    def heard(self, connection: Connection, seconds: float) -> Packet | None:
+        """The next packet on a connection of rank 0, as `Connection.get` has it; raises as `check` for a lost rank."""
+        try:
+            return connection.get(seconds)
+        except (Lost, Ended):
+            self.check()
+            raise
 
     def check(self) -> None:
         """Raises RunFailed on rank 0 where another rank has failed or is lost; after Ctrl-C its exception instead."""

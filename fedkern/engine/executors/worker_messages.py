@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedkern.engine.context import RunContext
+from fedkern.engine.executors.base import Request
 from fedkern.models import ModelEntry
 
 
@@ -49,32 +50,29 @@ class Job:
 
     Attributes:
         client: the client's id.
-        asker: name of the object whose ``client_update`` is called.
-        phase: the exchange.
-        message: the client's message.
-        fresh: whether the client begins its round in this worker.
-        state: the client's state at the beginning of the round, where the job is ``fresh``.
+        request: the message.
+        state: the client's state at the beginning of the round, where the client begins its round in this worker; else
+            None.
         played: the client's earlier messages of the round, which a lost worker answered; they are played again first.
-        encoder: changes the upload before it leaves; None: it travels as it is.
     """
 
     client: int
-    asker: str
-    phase: Any
-    message: Any
-    fresh: bool
+    request: Request
     state: dict[str, Any] | None = None
-    played: tuple[tuple[str, Any, Any, Any], ...] = ()
-    encoder: Any = None
+    played: tuple[Request, ...] = ()
 
 
 @dataclass
 class Done:
-    """A worker's reply to a job: the answer and, if the job changed it, the client's state; or an exception."""
+    """A worker's reply to a job: the answer and, if the job changed it, the client's state; or an exception.
+
+    The run's process notes in ``size`` how many bytes of tensors have come.
+    """
 
     answer: Any
     state: dict[str, Any] | None = None
     failed: Exception | None = None
+    size: int = 0
 
 
 @dataclass(frozen=True)

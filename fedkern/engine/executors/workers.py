@@ -1,10 +1,7 @@
 """Parallel executor: clients in worker processes on the CPU, with the bits of :class:`Serial` for any worker count.
 
-Answers are handed on in client order, whatever order they arrive in, so that the server sums them in that order.
-
-A client keeps its worker within a round, because its ``round_cache`` is there.  In the next round any worker may get
-the client, and is sent the client's state.  If a worker is lost, another worker starts from the client's state at the
-beginning of the round and plays the client's messages of the round again.
+A client keeps its worker within a round.  In the next round any worker may get the client.  If a worker is lost,
+another one begins its clients' round again (see `fedkern.engine.executors.ordered`).
 
 Until the workers have started (a second or two, to load PyTorch), clients work in this process.
 """
@@ -15,22 +12,21 @@ import contextlib
 import os
 import select
 import signal
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer, Played, States
+from fedkern.engine.executors.base import Answer, States
 from fedkern.engine.executors.fork_server import ForkServer, Gone
+from fedkern.engine.executors.ordered import Ordered
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.shared_tensors import Channel
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice, Setup
-from fedkern.engine.uploads.encoders import Encoder
+from fedkern.engine.executors.worker_messages import Cleared, Forget, Setup
 from fedkern.errors import RunFailed
-from fedkern.messages.packets import NotPortable, Packer, Unpacker
-from fedkern.methods.base import ClientId, Message, Phase
+from fedkern.messages.packets import NotPortable, Packer
+from fedkern.methods.base import ClientId
 from fedkern.ops._core import backend
-from fedkern.process.interrupts import check
 from fedkern.process.torch_modes import modes
 
 HELD_BYTES = 1 << 30
@@ -54,26 +50,7 @@ class _Worker:
     exchange: int = 0
 
 
-@dataclass
-class _Round:
-    """The clients of a round.
-
-    Attributes:
-        at: where a client works; None is this process.
-        readers: readers of the states that clients began the round with.
-        played: the messages that a client has answered.
-        changed: states that clients have changed.
-        losses: how often a client's worker was lost.
-    """
-
-    at: dict[ClientId, _Worker | None] = field(default_factory=dict)
-    readers: dict[ClientId, Any] = field(default_factory=dict)
-    played: dict[ClientId, list[Played]] = field(default_factory=dict)
-    changed: dict[ClientId, dict[str, Any]] = field(default_factory=dict)
-    losses: dict[ClientId, int] = field(default_factory=dict)
-
-
-class Workers:
+class Workers(Ordered):
     """The executor of several processes (see :class:`~fedkern.engine.executors.base.Executor`).
 
     Args:
@@ -87,8 +64,6 @@ class Workers:
         patient: whether to wait for the workers instead of beginning without them.
     """
 
-    remote = False
-
     def __init__(
         self,
         context: RunContext,
@@ -100,95 +75,52 @@ class Workers:
         asks: int | None = None,
         patient: bool = False,
     ) -> None:
-        self.here, self._context, self._handlers, self._states, self.count = (
-            here,
-            context,
-            dict(handlers),
-            states,
-            count,
-        )
-        self._patient = patient
+        super().__init__(context, here, states)
+        self._handlers, self.count, self._patient = dict(handlers), count, patient
         self._left, self._asked, self._seconds = asks, 0, 0.0
         self._fork_server: ForkServer | None = None
         self._given_up = False
         self._workers: list[_Worker] = []
         self._packer = Packer()
         self._exchange = 0
-        self._round = _Round()
-        # State of this exchange:
-        self._encoders: Mapping[ClientId, Encoder] = {}
-        self._todo: list[ClientId] = []  # clients that are not at work yet
-        self._found: dict[ClientId, tuple[Done, int]] = {}  # replies, with the bytes of their tensors
+        self._losses: dict[ClientId, int] = {}  # how often a client's worker was lost in this round
+        self._todo: list[ClientId] = []  # clients of this exchange that are not at work yet
         if asks is None:
             self._start()
 
     # -- the executor ----------------------------------------------------------------------------------------------
 
-    def answers(
-        self,
-        asker: str,
-        phase: Phase,
-        messages: Mapping[ClientId, Message],
-        encoders: Mapping[ClientId, Encoder] | None = None,
-    ) -> Iterator[Answer]:
+    def _begin(self) -> None:
         self._exchange += 1
-        self._encoders = encoders or {}
         self._packer.clear()
-        self._found.clear()
-        self._todo = list(messages)
-        for k in messages:
-            self._round.readers.setdefault(k, self._states(k))
-        for k in messages:
-            yield self._answer(k, asker, phase, messages)
-            self._round.played.setdefault(k, []).append((asker, phase, messages[k], self._encoders.get(k)))
+        self._todo = list(self._requests)
 
-    def _answer(self, k: ClientId, asker: str, phase: Phase, messages: Mapping[ClientId, Message]) -> Answer:
-        """The answer of the next client in order; meanwhile workers go on with later clients."""
-        while True:
-            check()
-            self._hear(0.0)
-            self._hire()
-            self._hand_out(k, asker, phase, messages)
-            if k in self._found:
-                done, _ = self._found.pop(k)
-                if done.failed is not None:
-                    raise done.failed
-                if done.state is not None:
-                    self._round.changed[k] = done.state
-                answer = done.answer
-                break
-            if k in self._todo:
-                self._todo.remove(k)
-                answer = self._ask_here(k, asker, phase, messages[k])
-                break
-            self._hear(1.0)
-        self._count(answer)
+    def _advance(self, k: ClientId) -> None:
+        self._hear(0.0 if k in self._todo or k in self._replies else 1.0)
+        self._hire()
+        self._hand_out(k)  # also where the reply is there, so that no worker is idle while the server is at work
+        if k in self._todo:
+            self._todo.remove(k)
+            self._replies[k] = self._work(k)
+
+    def _answer(self, k: ClientId) -> Answer:
+        """Counts the answer, and starts workers if enough work is left for them to pay."""
+        answer = super()._answer(k)
+        self._asked += 1
+        self._seconds += answer.seconds
+        if self._left is not None and self._fork_server is None and not self._given_up:
+            seconds = (self._left - self._asked) * self._seconds / self._asked
+            if seconds > WORTH_STARTING:
+                self._start()
         return answer
-
-    def changed(self, client: ClientId) -> dict[str, Any] | None:
-        if client in self._round.changed:
-            return self._round.changed.pop(client)
-        return self.here.changed(client)
-
-    def working(self) -> list[ClientId]:
-        return sorted({*self._round.readers, *self.here.working()})
-
-    def forget(self, client: ClientId) -> None:
-        worker = self._round.at.pop(client, None)
-        if worker is not None:
-            self._tell(worker, Forget((client,)))
-        self._round.changed.pop(client, None)
-        self._round.played.pop(client, None)
-        self._round.readers.pop(client, None)
-        self.here.forget(client)
 
     def end_round(self) -> None:
         for worker in list(self._workers):
             self._tell(worker, Forget())
             worker.channel.forget()
         self._packer.clear()
-        self._round = _Round()
-        self.here.end_round()
+        self._losses.clear()
+        super().end_round()
 
     def close(self) -> None:
         """Ends all processes, whatever they are doing."""
@@ -202,24 +134,6 @@ class Workers:
         if self._fork_server is not None:
             self._fork_server.close()
             self._fork_server = None
-
-    # -- this process ----------------------------------------------------------------------------------------------
-
-    def _ask_here(self, k: ClientId, asker: str, phase: Phase, message: Message) -> Answer:
-        if k not in self.here.working():  # the client begins its round here
-            self._round.at[k] = None
-            self.here.take(k, self._round.readers[k](), self._round.played.get(k, ()))
-        return self.here.ask(k, asker, phase, message, self._encoders.get(k))
-
-    def _count(self, answer: Answer) -> None:
-        """Counts an answer, and starts workers if enough work is left for them to pay."""
-        self._asked += 1
-        self._seconds += answer.seconds
-        if self._left is None or self._fork_server is not None or self._given_up:
-            return
-        seconds = (self._left - self._asked) * self._seconds / self._asked
-        if seconds > WORTH_STARTING:
-            self._start()
 
     # -- the workers -----------------------------------------------------------------------------------------------
 
@@ -252,47 +166,44 @@ class Workers:
             self._fork_server = None
             self._give_up(str(error), "")
 
-    def _hand_out(self, first: ClientId, asker: str, phase: Phase, messages: Mapping[ClientId, Message]) -> None:
+    def _hand_out(self, first: ClientId) -> None:
         """Gives every idle worker the next client that it may have."""
         for worker in list(self._workers):
             if worker.client is not None:
                 continue
             for k in list(self._todo):
-                if self._round.at.get(k, worker) is not worker:
+                if self._at.get(k, worker) is not worker:
                     continue  # another worker or this process has the client in this round
-                if k != first and sum(size for _, size in self._found.values()) > HELD_BYTES:
+                if k != first and sum(reply.size for reply in self._replies.values()) > HELD_BYTES:
                     break
-                if self._send(worker, k, asker, phase, messages[k]):
+                if self._send(worker, k):
                     self._todo.remove(k)
                     break
                 if worker not in self._workers:
                     break
 
-    def _send(self, worker: _Worker, k: ClientId, asker: str, phase: Phase, message: Message) -> bool:
-        fresh = self._round.at.get(k) is not worker
-        state = self._round.readers[k]() if fresh else None
-        played = tuple(self._round.played.get(k, ())) if fresh else ()
+    def _send(self, worker: _Worker, k: ClientId) -> bool:
+        job = self._job(k)
         if worker.exchange != self._exchange:
             worker.exchange = self._exchange
             worker.channel.forget()
             if not self._tell(worker, Cleared()):
                 return False
         try:
-            if not self._tell(worker, Job(k, asker, phase, message, fresh, state, played, self._encoders.get(k))):
+            if not self._tell(worker, job):
                 return False
         except NotPortable:
-            self._round.at[k] = None  # the message cannot be sent, so the client works in this process in this round
+            self._at[k] = None  # the message cannot be sent, so the client works in this process in this round
             return False
-        worker.client, self._round.at[k] = k, worker
+        worker.client, self._at[k] = k, worker
         return True
 
-    def _tell(self, worker: _Worker, what: Any) -> bool:
-        """Sends ``what`` to a worker; False where the worker is lost."""
-        packet = self._packer.pack(what)
+    def _tell(self, process: _Worker, message: Any) -> bool:
+        packet = self._packer.pack(message)
         try:
-            worker.channel.send(packet)
+            process.channel.send(packet)
         except OSError:
-            self._lost(worker)
+            self._lost(process)
             return False
         return True
 
@@ -309,13 +220,11 @@ class Workers:
                 self._lost(worker)
                 continue
             size = sum(os.fstat(descriptor).st_size for descriptor in packet.files.values())
-            message = Unpacker().unpack(packet)
-            if isinstance(message, Notice):
-                self._context.notice(message.text)
-                continue
-            assert worker.client is not None  # it was busy
-            self._found[worker.client] = message, size
-            worker.client = None
+            reply = self._read(packet)
+            if reply is not None:
+                assert worker.client is not None  # it was busy
+                reply.size = size
+                self._replies[worker.client], worker.client = reply, None
 
     def _lost(self, worker: _Worker) -> None:
         """Frees the clients of a worker that has ended, so that they begin their round again elsewhere.
@@ -328,13 +237,13 @@ class Workers:
         self._workers.remove(worker)
         worker.channel.close()
         how = self._fork_server.how(worker.process) if self._fork_server is not None else "it ended"
-        for k in [k for k, at in self._round.at.items() if at is worker]:
-            del self._round.at[k]
+        for k in [k for k, process in self._at.items() if process is worker]:
+            del self._at[k]
         if worker.client is None:
             return
         k = worker.client
-        self._round.losses[k] = self._round.losses.get(k, 0) + 1
-        if self._round.losses[k] >= LOSSES:
+        self._losses[k] = self._losses.get(k, 0) + 1
+        if self._losses[k] >= LOSSES:
             raise RunFailed(
                 f"The worker process of client {self._context.data.client_label(k)} was lost {LOSSES} times in this "
                 f"round ({how}): give fewer --workers, or a smaller --batch-size, --model or --width."

@@ -1,8 +1,8 @@
 """Executor of Flower: every client works on its own node, with the bits of the serial executor.
 
-The messages of an exchange are sent at once; answers are handed on in client order, whatever order they arrive in.  A
-client's state stays on its node.  In its place the server's checkpoint has the name of the state, so that a resumed
-server tells every node which state the round begins with (see `fedkern.flower.runs.node_folder`).
+The messages of an exchange are sent at once.  A client's state stays on its node.  In its place the server's
+checkpoint has the name of the state, so that a resumed server tells every node which state the round begins with (see
+`fedkern.flower.runs.node_folder`).
 
 A client whose node is not connected, or that has not answered by the deadline, is left out of the round.  What comes
 from a node is checked: a reply that is none, or that is larger than the declared upload, is refused by name.
@@ -14,17 +14,17 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from fedkern.engine.executors.base import Answer
-from fedkern.engine.executors.serial import Serial
+from fedkern.engine.executors.ordered import Ordered
+from fedkern.engine.executors.worker_messages import Done
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.run_folder import NODES
-from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import ClientFailed, UserError, printable_name
 from fedkern.files import atomic
 from fedkern.files.inputs import read_json
@@ -37,7 +37,6 @@ from fedkern.flower.runs.portable import pack
 from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.methods.uploads import Maybe, Number, Values
 from fedkern.privacy import LEDGER, Accountant
-from fedkern.process.interrupts import check
 
 STATE = "flower"
 """Entry of a checkpoint's client state that has the name of the state on the node."""
@@ -53,7 +52,7 @@ _FIRST_PAUSE, _LAST_PAUSE = 0.01, 0.5
 _AT_ONCE = 16  # replies asked for at once
 
 
-class Nodes:
+class Nodes(Ordered):
     """The executor of a run's clients on nodes of Flower (see :class:`~fedkern.engine.executors.base.Executor`).
 
     Args:
@@ -77,17 +76,19 @@ class Nodes:
         half: bool,
         own_data: bool,
     ) -> None:
-        self.here: Serial = run.here
+        super().__init__(run.context, run.here, lambda k: cache(run.checkpoints.reader(k)))
         self._run, self._channel, self._registry, self._deadline = run, channel, registry, deadline
         self.count = registry.count = run.context.federation.clients
         self._attempt, self._half = uuid.uuid4().hex, half
         self._data = None if own_data else run.facts["data"]
         self._booked = {"up": 0, "down": 0}  # bytes of this process that the run has in its sums
         self._names: dict[ClientId, set[str]] = {}  # of figures and warnings in all replies of a client
-        # State of this round:
-        self._begin: dict[ClientId, Version | None] = {}
         self._sent: dict[ClientId, int] = {}  # messages of the round
-        self._changed: dict[ClientId, dict[str, Any]] = {}
+        # State of this exchange:
+        self._end: float | None = None  # when the deadline is
+        self._pause = _FIRST_PAUSE
+        self._versions: dict[ClientId, Version] = {}
+        self._waiting: dict[str, ClientId] = {}  # by the name of a message whose reply has not come
         registry.meet(run.context.warn)
         self._name = self._named()
 
@@ -108,53 +109,49 @@ class Nodes:
 
     # -- the executor ----------------------------------------------------------------------------------------------
 
-    def answers(
-        self,
-        asker: str,
-        phase: Phase,
-        messages: Mapping[ClientId, Message],
-        encoders: Mapping[ClientId, Encoder] | None = None,
-    ) -> Iterator[Answer]:
-        assert not encoders  # no filter of a run over Flower has any: an encoder is code, which no node takes
+    def _begin(self) -> None:
         self._registry.find()
-        end = time.monotonic() + self._deadline if self._deadline else None
-        answers: dict[ClientId, Answer] = {}
-        versions: dict[ClientId, Version] = {}
-        waiting: dict[str, ClientId] = {}
+        self._end = time.monotonic() + self._deadline if self._deadline else None
+        self._pause = _FIRST_PAUSE
+        self._waiting.clear()
         packed: dict[int, PackedMessage] = {}
-        for k, message in messages.items():
-            versions[k], request = self._request(k, asker, phase)
+        for k, (asker, phase, message, encoder) in self._requests.items():
+            assert encoder is None  # no filter of a run over Flower has any: an encoder is code, which no node takes
+            request = self._request(k, asker, phase)
+            self._versions[k] = request.version
             if id(message) not in packed:
                 packed[id(message)] = self._packed(message)
             node = self._registry.home.get(k)
             if node is None:
-                answers[k] = Answer(k, absent="no node of it is connected")
+                self._lacks(k, "no node of it is connected")
                 continue
             name = self._channel.send(
                 node, TRAIN, json.dumps(request.to_dict()), packed[id(message)], self._deadline or None
             )
             if name is None:
-                answers[k] = Answer(k, absent="its message could not be sent")
+                self._lacks(k, "its message could not be sent")
             else:
-                waiting[name] = k
-        packed.clear()
-        pause = _FIRST_PAUSE
-        for k in messages:
-            while k not in answers:
-                check()
-                late = end is not None and time.monotonic() >= end
-                heard = self._heard(k, waiting)
-                for name, arrived in heard:
-                    client = waiting.pop(name)
-                    answers[client] = self._answer(client, arrived, asker, phase, messages[client], versions[client])
-                if k in answers:
-                    break
-                if late:
-                    answers[k] = Answer(k, absent=f"it had not answered after {self._deadline:g} seconds")
-                    break
-                pause = _FIRST_PAUSE if heard else min(1.5 * pause, _LAST_PAUSE)
-                time.sleep(pause if end is None else min(pause, max(0.0, end - time.monotonic())))
-            yield answers.pop(k)
+                self._waiting[name] = k
+
+    def _advance(self, k: ClientId) -> None:
+        if k in self._replies:
+            return
+        late = self._end is not None and time.monotonic() >= self._end
+        heard = self._heard(k)
+        for name, arrived in heard:
+            client = self._waiting.pop(name)
+            self._replies[client] = self._reply(client, arrived)
+        if k in self._replies:
+            return
+        if late:
+            self._lacks(k, f"it had not answered after {self._deadline:g} seconds")
+            return
+        self._pause = _FIRST_PAUSE if heard else min(1.5 * self._pause, _LAST_PAUSE)
+        time.sleep(self._pause if self._end is None else min(self._pause, max(0.0, self._end - time.monotonic())))
+
+    def _lacks(self, k: ClientId, why: str) -> None:
+        """Notes that nothing comes from a client."""
+        self._replies[k] = Done(Answer(k, absent=why))
 
     def _packed(self, message: Message) -> PackedMessage:
         try:
@@ -165,22 +162,20 @@ class Nodes:
                 f"{method} cannot work over Flower, as what it sends to clients cannot travel: {error}."
             ) from None
 
-    def _request(self, k: ClientId, asker: str, phase: Phase) -> tuple[Version, ClientRequest]:
+    def _request(self, k: ClientId, asker: str, phase: Phase) -> ClientRequest:
         run = self._run
-        if k not in self._begin:
-            name = run.checkpoints.reader(k)().get(STATE)
-            self._begin[k] = None if name is None else Version(*name)
+        name = self._readers[k]().get(STATE)
         version = Version(run.progress.planned + 1, self._sent.get(k, 0))
         self._sent[k] = version.number + 1
         oldest = run.checkpoints.oldest(k)
-        request = ClientRequest(
+        return ClientRequest(
             run=self._name,
             attempt=self._attempt,
             client=k,
             asker=asker,
             phase=phase,
             version=version,
-            begin=self._begin[k],
+            begin=None if name is None else Version(*name),
             oldest=version.plan if oldest is None else oldest,
             last=run.progress.last_exchange,
             threads=run.context.config.threads,
@@ -188,40 +183,38 @@ class Nodes:
             served=run.context.config.served or "",
             data=self._data,
         )
-        return version, request
 
-    def _heard(self, first: ClientId, waiting: Mapping[str, ClientId]) -> list[tuple[str, Arrived]]:
+    def _heard(self, first: ClientId) -> list[tuple[str, Arrived]]:
         """Replies that have come: of the next client in order, then of some of the others."""
-        names = sorted(waiting, key=lambda name: waiting[name] != first)
+        names = sorted(self._waiting, key=lambda name: self._waiting[name] != first)
         replies = [(each.reply_to, each) for each in self._channel.arrived(names[:_AT_ONCE])]
-        return [(name, each) for name, each in replies if name in waiting]
+        return [(name, each) for name, each in replies if name in self._waiting]
 
-    def _answer(
-        self, k: ClientId, arrived: Arrived, asker: str, phase: Phase, message: Message, version: Version
-    ) -> Answer:
+    def _reply(self, k: ClientId, arrived: Arrived) -> Done:
+        """What a node has sent, checked."""
         if arrived.lost:
-            return Answer(k, absent=f"its node was lost ({printable_name(arrived.error, 200)})")
+            return Done(Answer(k, absent=f"its node was lost ({printable_name(arrived.error, 200)})"))
         if arrived.error:
-            return Answer(k, problem=ClientFailed(k, arrived.error))
+            return Done(Answer(k, problem=ClientFailed(k, arrived.error)))
         try:
             if arrived.packed is None:
                 raise Malformed(arrived.malformed)
-            self._check_size(arrived.packed, asker, phase, k, message)
-            reply = read_reply(arrived.packed, k, version)
+            self._check_size(arrived.packed, k)
+            reply = read_reply(arrived.packed, k, self._versions[k])
             ledger = self._checked(reply.ledger)
             names = self._names.setdefault(k, set())
             names.update(reply.answer.report, reply.answer.warnings)
             if len(names) > MOST_NAMES:  # records and checkpoints keep each
                 raise Malformed(f"brings names of figures and warnings beyond the {MOST_NAMES} of a client")
         except Malformed as why:
-            return Answer(k, refused=printable_name(str(why), 400))
+            return Done(Answer(k, refused=printable_name(str(why), 400)))
         except Exception as error:  # a node's reply may hold anything, and ends no run
-            return Answer(k, refused=printable_name(f"cannot be read ({type(error).__name__}: {error})", 400))
-        if reply.changed:
-            self._changed[k] = {STATE: list(version), **({} if ledger is None else {LEDGER: ledger})}
-        return reply.answer
+            return Done(Answer(k, refused=printable_name(f"cannot be read ({type(error).__name__}: {error})", 400)))
+        state = {STATE: list(self._versions[k]), **({} if ledger is None else {LEDGER: ledger})}
+        return Done(reply.answer, state if reply.changed else None)
 
-    def _check_size(self, packed: PackedMessage, asker: str, phase: Phase, k: ClientId, message: Message) -> None:
+    def _check_size(self, packed: PackedMessage, k: ClientId) -> None:
+        asker, phase, message, _ = self._requests[k]
         declared = self._run.hooks[asker].declared(phase, k, message)
         most = _bytes(declared)
         most = LARGEST_REPLY if most is None else most + SLACK
@@ -240,24 +233,17 @@ class Nodes:
             raise Malformed(f"has a privacy ledger of more than {MOST_ENTRIES} entries")
         return state
 
-    def changed(self, client: ClientId) -> dict[str, Any] | None:
-        return self._changed.pop(client, None)
-
-    def working(self) -> list[ClientId]:
-        return sorted(self._sent)
-
     def forget(self, client: ClientId) -> None:
-        for table in (self._begin, self._sent, self._changed):
-            table.pop(client, None)
+        super().forget(client)
+        self._sent.pop(client, None)
 
     def end_round(self) -> None:
-        for table in (self._begin, self._sent, self._changed):
-            table.clear()
+        super().end_round()
+        self._sent.clear()
         if self._run.context.disclosure.clients:  # lengths of texts depend on what a client does not tell
             for direction, total in (("up", self._channel.received), ("down", self._channel.sent)):
                 self._run.wire[direction] = self._run.wire.get(direction, 0) + total - self._booked[direction]
                 self._booked[direction] = total
-        self.here.end_round()
 
     def close(self) -> None:
         """Ends the processes of this run on the nodes, which otherwise hold the run's data for a while longer."""

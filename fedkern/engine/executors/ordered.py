@@ -1,0 +1,140 @@
+"""Client order, replay of a round's messages and changed states: what all executors share whose clients work elsewhere.
+
+Answers are handed on in client order, whatever order they arrive in, so that the server sums them in that order.
+
+A client keeps its process within a round, because its ``round_cache`` is there.  A process that has not worked for the
+client in this round starts from the client's state at the beginning of the round, and plays the messages again that the
+client has answered since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from fedkern.engine.context import RunContext
+from fedkern.engine.executors.base import Answer, Request, States
+from fedkern.engine.executors.serial import Serial
+from fedkern.engine.executors.worker_messages import Done, Forget, Job, Notice
+from fedkern.engine.uploads.encoders import Encoder
+from fedkern.messages.packets import Packet, Unpacker
+from fedkern.methods.base import ClientId, Message, Phase
+from fedkern.process.interrupts import check
+
+
+class Ordered:
+    """An executor over a transport (see :class:`~fedkern.engine.executors.base.Executor`).
+
+    A transport derives from it: :meth:`_begin` and :meth:`_advance` send ``_requests`` and fill ``_replies``.
+
+    Args:
+        context: of the run.
+        here: the executor of this process.
+        states: where a client's state comes from when the client first works in a round.
+    """
+
+    remote = False
+
+    def __init__(self, context: RunContext, here: Serial, states: States) -> None:
+        self.here, self._context, self._states = here, context, states
+        # State of this round:
+        self._readers: dict[ClientId, Callable[[], dict[str, Any]]] = {}  # of states that clients began the round with
+        self._at: dict[ClientId, Any] = {}  # the process that has begun a client's round; None: this process
+        self._played: dict[ClientId, list[Request]] = {}  # messages that a client has answered
+        self._changed: dict[ClientId, dict[str, Any]] = {}
+        # State of this exchange:
+        self._requests: dict[ClientId, Request] = {}
+        self._replies: dict[ClientId, Done] = {}  # that wait for their turn
+
+    def answers(
+        self,
+        asker: str,
+        phase: Phase,
+        messages: Mapping[ClientId, Message],
+        encoders: Mapping[ClientId, Encoder] | None = None,
+    ) -> Iterator[Answer]:
+        """See :class:`~fedkern.engine.executors.base.Executor`."""
+        encoders = encoders or {}
+        self._requests = {k: (asker, phase, message, encoders.get(k)) for k, message in messages.items()}
+        for k in messages:
+            self._readers.setdefault(k, self._states(k))
+        self._replies.clear()
+        self._begin()
+        for k in messages:
+            yield self._answer(k)
+
+    def _answer(self, k: ClientId) -> Answer:
+        """The answer of the next client in order."""
+        while True:
+            check()
+            self._advance(k)
+            if k in self._replies:
+                break
+        reply = self._replies.pop(k)
+        if reply.failed is not None:
+            raise reply.failed
+        if reply.state is not None:
+            self._changed[k] = reply.state
+        if not self.remote:  # a remote client's node keeps what it may have to play again
+            self._played.setdefault(k, []).append(self._requests[k])
+        answer: Answer = reply.answer
+        return answer
+
+    def changed(self, client: ClientId) -> dict[str, Any] | None:
+        if client in self._changed:
+            return self._changed.pop(client)
+        return self.here.changed(client)
+
+    def working(self) -> list[ClientId]:
+        return sorted({*self._readers, *self.here.working()})
+
+    def forget(self, client: ClientId) -> None:
+        process = self._at.pop(client, None)
+        if process is not None:
+            self._tell(process, Forget((client,)))
+        for table in (self._readers, self._played, self._changed):
+            table.pop(client, None)
+        self.here.forget(client)
+
+    def end_round(self) -> None:
+        for table in (self._readers, self._at, self._played, self._changed, self._requests, self._replies):
+            table.clear()
+        self.here.end_round()
+
+    # -- what a transport does -------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Begins an exchange."""
+        raise NotImplementedError
+
+    def _advance(self, k: ClientId) -> None:
+        """Goes on with the exchange until there may be a reply of client ``k``, the next in order."""
+        raise NotImplementedError
+
+    def _tell(self, process: Any, message: Any) -> bool:
+        """Sends a message to another process that is in ``_at``; False where the process is lost."""
+        raise NotImplementedError
+
+    # -- what a transport uses -------------------------------------------------------------------------------------
+
+    def _job(self, k: ClientId) -> Job:
+        """What the process of client ``k`` is sent; ``k`` begins its round there where it is not in ``_at``."""
+        if k in self._at:
+            return Job(k, self._requests[k])
+        return Job(k, self._requests[k], self._readers[k](), tuple(self._played.get(k, ())))
+
+    def _work(self, k: ClientId) -> Done:
+        """Has client ``k`` work in this process."""
+        if k not in self.here.working():  # the client begins its round here
+            self._at[k] = None
+            self.here.take(k, self._readers[k](), self._played.get(k, ()))
+        return Done(self.here.ask(k, *self._requests[k]))
+
+    def _read(self, packet: Packet) -> Done | None:
+        """The reply that another process has sent; None where it has sent a notice, which is passed on."""
+        message = Unpacker().unpack(packet)
+        if isinstance(message, Notice):
+            self._context.notice(message.text)
+            return None
+        assert isinstance(message, Done)
+        return message
