@@ -112,10 +112,7 @@ def sgd_step(
         if not momentum:
             raise ValueError("velocity must be None without momentum")
         check_like(velocity, "velocity", parameters)
-    return _take(
-        "sgd_step", parameters, gradients, {"velocity": velocity}, lr, momentum, weight_decay, anchor, proximal,
-        correction, gradient_sum, max_norm, zero, None,
-    )  # fmt: skip
+    return _take("sgd_step", call, momentum, {"first": "velocity"}, None)
 
 
 def adamw_step(
@@ -162,11 +159,11 @@ def adamw_step(
     numbers = None
     if type(step) is int and 0 < step <= MOST_STEPS and not _is_compiling():
         numbers = _numbers(betas, step, eps)
+    call = _new(Call, (
+        parameters, gradients, first, second, anchor, correction, gradient_sum, lr, 0.0, weight_decay, proximal,
+        max_norm, zero, numbers,
+    ))  # fmt: skip
     if numbers is not None:
-        call = _new(Call, (
-            parameters, gradients, first, second, anchor, correction, gradient_sum, lr, 0.0, weight_decay, proximal,
-            max_norm, zero, numbers,
-        ))  # fmt: skip
         kernel = ready("optimise", call, _grad_enabled())
         if kernel is not None:
             result = kernel.step(call)
@@ -177,10 +174,7 @@ def adamw_step(
     check_like(second, "second", parameters)
     step = check_count(step, "step", 1, MOST_STEPS)
     adamw = (check_betas(betas), step, check_number(eps, "eps"))
-    return _take(
-        "adamw_step", parameters, gradients, {"first": first, "second": second}, lr, 0.0, weight_decay, anchor,
-        proximal, correction, gradient_sum, max_norm, zero, adamw,
-    )  # fmt: skip
+    return _take("adamw_step", call, 0.0, {}, adamw)
 
 
 def _numbers(betas: Any, step: int, eps: float) -> AdamW | None:
@@ -194,27 +188,19 @@ def _numbers(betas: Any, step: int, eps: float) -> AdamW | None:
 
 
 def _take(
-    name: str,
-    parameters: Tensor,
-    gradients: Tensor,
-    states: dict[str, Tensor | None],
-    lr: float | Sequence[float] | Tensor,
-    momentum: float,
-    weight_decay: float,
-    anchor: Tensor | None,
-    proximal: float,
-    correction: Tensor | None,
-    gradient_sum: Tensor | None,
-    max_norm: float | None,
-    zero: bool,
-    adamw: tuple[tuple[float, float], int, float] | None,
+    name: str, call: Call, momentum: float, public: dict[str, str], adamw: tuple[tuple[float, float], int, float] | None
 ) -> StepResult:
-    """The general path: every check, in Python; the caller has checked ``parameters``, ``states`` and ``adamw``."""
+    """The general path: every check, in Python.
+
+    The caller has checked the parameters, the states (``public``: their names where the function has others), momentum
+    and ``adamw``.
+    """
+    parameters, gradients, _, _, anchor, correction, gradient_sum = every = call[:7]
+    lr, max_norm, zero = call.lr, call.max_norm, call.zero
     check_like(gradients, "gradients", parameters)
-    every = (parameters, gradients, *states.values(), anchor, correction, gradient_sum)
     ordinary = backend.eager(*(each for each in every if each is not None))
     rate = check_lr(lr, parameters, known=ordinary)
-    weight_decay, proximal = check_number(weight_decay, "weight_decay"), check_number(proximal, "proximal")
+    weight_decay, proximal = check_number(call.weight_decay, "weight_decay"), check_number(call.proximal, "proximal")
     if max_norm is not None:
         max_norm = check_number(max_norm, "max_norm", above=True)
     check_flag(zero, "zero")
@@ -225,12 +211,7 @@ def _take(
             check_like(vector, key, parameters, shared=True)
     if gradient_sum is not None:
         check_like(gradient_sum, "gradient_sum", parameters)
-    first, second = (*states.values(), None)[:2]
-    call = Call(
-        parameters, gradients, first, second, anchor, correction, gradient_sum, rate, momentum, weight_decay, proximal,
-        max_norm, zero, None,
-    )  # fmt: skip
-    public = dict(zip(("first", "second"), states, strict=False))
+    call = Call(*every, rate, momentum, weight_decay, proximal, max_norm, zero, None)
     tensors, changed = ({public.get(key, key): x for key, x in some().items()} for some in (call.tensors, call.written))
     check_memory(changed, tensors, hidden=not ordinary or parameters.is_meta)
     refuse_gradient(name, *tensors.values(), lr)
@@ -242,10 +223,7 @@ def _take(
         rate = library.numbers_tensor(rate)
     elif not isinstance(rate, Tensor):
         rate = library.number_tensor(rate)
-    return StepResult(*_operators[zero](
-        parameters, gradients, first, second, anchor, correction, gradient_sum, rate,
-        library.numbers_tensor(settings), step,
-    ))  # fmt: skip
+    return StepResult(*_operators[zero](*every, rate, library.numbers_tensor(settings), step))
 
 
 def _compute(call: Call) -> tuple[Tensor, Tensor]:
