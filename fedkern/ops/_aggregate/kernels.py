@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedkern.ops._aggregate.checks import Vectors, Weights, check_weights, count_of, deliver, rows_or_stack, size_of
 from fedkern.ops._aggregate.plain import PlainAggregate
-from fedkern.ops._aggregate.rules import ServerRule
+from fedkern.ops._aggregate.rules import ServerCall
 from fedkern.ops._core import backend
 from fedkern.ops._core.launch import Launcher
 
@@ -72,21 +72,12 @@ class AggregateKernels(PlainAggregate, Launcher):
         self.core.exact_mean(digits, top, weight, target, self.at(top))
         return target
 
-    def server_step(
-        self,
-        global_: Tensor,
-        vectors: Vectors,
-        weights: Weights,
-        rule: ServerRule,
-        first: Tensor | None,
-        second: Tensor | None,
-        out: Tensor | None,
-        similarities: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def server_step(self, call: ServerCall) -> tuple[Tensor, Tensor, Tensor]:
+        global_, vectors, weights, rule, first, second, out, similarities = call
         count = count_of(vectors)
         if self.gpu and count > self.core.aggregate_table:
             backend.not_forced("server_step", "cuda", f"of {count} vectors")
-            return super().server_step(global_, vectors, weights, rule, first, second, out, similarities)
+            return super().server_step(call)
         old = global_.contiguous()
         target = self.fresh(_empty_like(old)) if out is None else out
         # Two tensors: an operator's results must not share memory.
@@ -127,8 +118,8 @@ class AggregateKernels(PlainAggregate, Launcher):
 
     def _sorted(self, vectors: Vectors, low: int, high: int, weights: Weights | None, median: bool) -> Tensor:
         result = self._vector(vectors)
-        given = None if weights is None else self._weights(weights)
-        self._call(self.core.sorted_mean, vectors, low, high, given, median, result, self.at(result))
+        numbers = None if weights is None else self._weights(weights)
+        self._call(self.core.sorted_mean, vectors, low, high, numbers, median, result, self.at(result))
         return result
 
     def squared_distances(self, vectors: Vectors) -> Tensor:
@@ -168,9 +159,9 @@ class AggregateKernels(PlainAggregate, Launcher):
         if self.host or count_of(vectors) > self.core.aggregate_sorted or iterations > MOST_ITERATIONS:
             return None
         settings = iterations, tolerance, smoothing
-        given, shares = self._weights(weights), self._per_vector(count_of(vectors), weights)
+        numbers, shares = self._weights(weights), self._per_vector(count_of(vectors), weights)
         self._call(
-            self.core.geometric_shares, vectors, given, *settings, shares, self._workspace(shares), self.at(shares)
+            self.core.geometric_shares, vectors, numbers, *settings, shares, self._workspace(shares), self.at(shares)
         )
         return shares
 
@@ -184,16 +175,16 @@ class AggregateKernels(PlainAggregate, Launcher):
 
     def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
         result = self._matrix(vectors)
-        given = factors.contiguous()
-        self._call(self.core.scale_and_noise, vectors, given, deviation, seed, offset, result, self.at(result))
+        scales = factors.contiguous()
+        self._call(self.core.scale_and_noise, vectors, scales, deviation, seed, offset, result, self.at(result))
         return result
 
     def scale_each(
         self, vectors: Sequence[Tensor], factors: Tensor, deviation: float, seed: int, offset: int
     ) -> list[Tensor]:
         results = [_empty_like(vector, memory_format=torch.contiguous_format) for vector in vectors]
-        given = factors.contiguous()
-        self._call(self.core.scale_and_noise, vectors, given, deviation, seed, offset, results, self.at(results[0]))
+        scales = factors.contiguous()
+        self._call(self.core.scale_and_noise, vectors, scales, deviation, seed, offset, results, self.at(results[0]))
         return results
 
     def _call(self, function: Callable[..., bool], vectors: Vectors, *others: Any) -> None:

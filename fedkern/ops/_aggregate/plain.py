@@ -17,7 +17,7 @@ from fedkern.ops._aggregate.reference import (
     mean_in_pieces,
     weighted_mean_reference,
 )
-from fedkern.ops._aggregate.rules import ServerRule
+from fedkern.ops._aggregate.rules import ServerCall
 
 # Sums of squares below this have lost digits to the end of fp64's range (csrc/bindings/cpu_aggregate_privacy.cpp).
 _LEAST_SQUARE = 1e-280
@@ -72,29 +72,15 @@ class PlainAggregate:
         exact_mean_reference(digits, top, weight, target)
         return target
 
-    def server_step(
-        self,
-        global_: Tensor,
-        vectors: Vectors,
-        weights: Weights,
-        rule: ServerRule,
-        first: Tensor | None,
-        second: Tensor | None,
-        out: Tensor | None,
-        similarities: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One round of a server optimiser, in one pass over ``vectors``; see :func:`fedkern.ops.server_step`.
-
-        ``global_ [P]`` has the vectors' dtype and any stride.  ``first`` and ``second [P]``, fp32 or fp64 of unit
-        stride, are updated in place; None where the rule has no such state.  ``out`` may be ``global_``.
+    def server_step(self, call: ServerCall) -> tuple[Tensor, Tensor, Tensor]:
+        """One round of a server optimiser, in one pass over the vectors; ``out`` may be ``global_``.
 
         Returns:
             ``out`` or a new model of the vectors' dtype, the M norms of the deltas in fp64, and their M cosines to the
             mean delta in fp64; without ``similarities`` these two are empty.
         """
-        target = _target(global_.dtype if out is None else out, global_)
-        step = robust.server_step_reference(global_, vectors, weights, rule, first, second, target, similarities)
-        return target, *step
+        target = _target(call.global_.dtype if call.out is None else call.out, call.global_)
+        return target, *robust.server_step_reference(call, target)
 
     def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
         """The (weighted) mean of the values at places ``low <= k < high`` of every coordinate's ascending order.

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedkern.ops._aggregate.checks import Vectors, Weights
 from fedkern.ops._aggregate.philox import normal
 from fedkern.ops._aggregate.reference import pieces
-from fedkern.ops._aggregate.rules import RULES, ServerRule
+from fedkern.ops._aggregate.rules import RULES, ServerCall, ServerRule
 from fedkern.ops._core.memory import placed
 
 # Relative tolerance: a partial sum of weights this close to half of their sum counts as half, however it was rounded.
@@ -43,23 +43,23 @@ def sorted_mean_reference(vectors: Vectors, low: int, high: int, weights: Weight
     out = torch.empty_like(vectors[0], memory_format=torch.contiguous_format)
     for piece in pieces(len(out)):
         values, order = torch.sort(stack(vectors, piece), dim=0, stable=True)
-        kept = values[low:high].double()
+        middle = values[low:high].double()
         if weights is None:
-            out[piece] = kept.sum(0) / (high - low)
+            out[piece] = middle.sum(0) / (high - low)
             continue
         shares = as_weights(weights, out)[order[low:high]]
-        out[piece] = torch.where(shares == 0, 0.0, shares * kept).sum(0) / shares.sum(0)
+        out[piece] = torch.where(shares == 0, 0.0, shares * middle).sum(0) / shares.sum(0)
     return out
 
 
 def weighted_median_reference(vectors: Vectors, weights: Weights) -> Tensor:
     """The mean of the lower and the upper weighted median; see :func:`fedkern.ops.median`."""
     out = torch.empty_like(vectors[0], memory_format=torch.contiguous_format)
-    given = as_weights(weights, out)
-    half = given.cumsum(0)[-1] / 2
+    weight_tensor = as_weights(weights, out)
+    half = weight_tensor.cumsum(0)[-1] / 2
     for piece in pieces(len(out)):
         values, order = torch.sort(stack(vectors, piece), dim=0, stable=True)
-        below = given[order].cumsum(0)
+        below = weight_tensor[order].cumsum(0)
         last = len(values) - 1
         lower = (below < half * (1 - HALF)).sum(0, keepdim=True).clamp_max(last)
         upper = (below <= half * (1 + HALF)).sum(0, keepdim=True).clamp_max(last)
@@ -97,22 +97,22 @@ def geometric_median_reference(
 ) -> Tensor:
     """Smoothed Weiszfeld iterations (RFA, arXiv 1912.13445, algorithm 2) on the vectors themselves, in fp64."""
     wide = torch.stack([vector.double() for vector in vectors])
-    given = as_weights([1.0] * len(wide) if weights is None else weights, wide)
-    wide, given = wide[given > 0], given[given > 0]
+    weight_tensor = as_weights([1.0] * len(wide) if weights is None else weights, wide)
+    wide, weight_tensor = wide[weight_tensor > 0], weight_tensor[weight_tensor > 0]
     if len(wide) == 1:
         return wide[0].to(vectors[0].dtype)
-    shares = given / given.sum()
+    shares = weight_tensor / weight_tensor.sum()
     if iterations:
         if len(vectors) <= MOST_FROM_DISTANCES:
             apart = squared_distances_reference(wide).sqrt()
-            apart = apart[(apart @ given).argmin()]
+            apart = apart[(apart @ weight_tensor).argmin()]
         else:
-            apart = squared_distances_to_reference(wide, weighted_median_reference(wide, given)).sqrt()
-        scale, shares = start(apart, given, smoothing)
+            apart = squared_distances_to_reference(wide, weighted_median_reference(wide, weight_tensor)).sqrt()
+        scale, shares = start(apart, weight_tensor, smoothing)
     point = (shares[:, None] * wide).sum(0)
     for _ in range(iterations):
         distances = squared_distances_to_reference(wide, point).sqrt()
-        pulls = given / distances.clamp_min(smoothing)
+        pulls = weight_tensor / distances.clamp_min(smoothing)
         before, point = point, (pulls[:, None] * wide).sum(0) / pulls.sum()
         if float(difference(point, before).norm()) <= tolerance * float(scale):
             break
@@ -144,19 +144,11 @@ def krum_scores_reference(squared: Tensor, byzantine: int) -> Tensor:
     return others[:, : squared.shape[0] - byzantine - 2].sum(1)
 
 
-def server_step_reference(
-    global_: Tensor,
-    vectors: Vectors,
-    weights: Weights,
-    rule: ServerRule,
-    first: Tensor | None,
-    second: Tensor | None,
-    out: Tensor,
-    similarities: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """One round of FedAvg, FedAvgM, FedAdam, FedYogi or FedAdagrad in fp64; see :func:`fedkern.ops.server_step`."""
-    given = as_weights(weights, global_)
-    total = given.cumsum(0)[-1]
+def server_step_reference(call: ServerCall, out: Tensor) -> tuple[Tensor, Tensor]:
+    """One round of FedAvg, FedAvgM, FedAdam, FedYogi or FedAdagrad in fp64, whose model is written to ``out``."""
+    global_, vectors, weights, rule, first, second, _, similarities = call
+    weight_tensor = as_weights(weights, global_)
+    total = weight_tensor.cumsum(0)[-1]
     count = len(vectors) if similarities else 0
     squares, products = (torch.zeros(count, dtype=torch.float64, device=global_.device) for _ in range(2))
     square = torch.zeros((), dtype=torch.float64, device=global_.device)
@@ -164,7 +156,7 @@ def server_step_reference(
         old = global_[piece].double()
         deltas = difference(stack(vectors, piece).double(), old)
         mean = torch.zeros_like(old)
-        for weight, delta in zip(given, deltas, strict=True):
+        for weight, delta in zip(weight_tensor, deltas, strict=True):
             # A client of weight zero does not count, whatever it sent.
             mean = torch.where(weight == 0, mean, mean + weight * delta)
         mean = mean / total

@@ -1,8 +1,12 @@
-"""aggregate: the rules of server optimisers, by name and number, with their hyperparameters."""
+"""aggregate: server optimisers: their rules, by name and number, with their hyperparameters, and a call of one."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from torch import Tensor
+
+from fedkern.ops._aggregate.checks import Vectors, Weights
 
 # The numbers are those of csrc/include/fedkern/aggregate_server.h.
 RULES = ("mean", "momentum", "adam", "yogi", "adagrad")
@@ -16,6 +20,26 @@ class ServerRule(NamedTuple):
     beta1: float
     beta2: float
     tau: float
+
+
+class ServerCall(NamedTuple):
+    """A call of server_step; see :func:`fedkern.ops.server_step`.
+
+    Attributes:
+        global_: ``[P]`` of the vectors' dtype and any stride.
+        first, second: ``[P]``, fp32 or fp64 of unit stride, updated in place; None where the rule has no such state.
+        out: tensor ``[P]`` that receives the new model; None: a new one of the vectors' dtype.
+        similarities: whether norms and cosines are computed; else they are empty.
+    """
+
+    global_: Tensor
+    vectors: Vectors
+    weights: Weights
+    rule: ServerRule
+    first: Tensor | None = None
+    second: Tensor | None = None
+    out: Tensor | None = None
+    similarities: bool = True
 
 
 # Flower's defaults for FedAvg, FedAvgM, FedAdam, FedYogi and FedAdagrad.

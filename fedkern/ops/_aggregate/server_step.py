@@ -25,7 +25,7 @@ from fedkern.ops._aggregate.checks import (
 )
 from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.mean import select
-from fedkern.ops._aggregate.rules import DEFAULTS, RULES, ServerRule
+from fedkern.ops._aggregate.rules import DEFAULTS, RULES, ServerCall, ServerRule
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import ready
 from fedkern.ops._core.checks import (
@@ -133,7 +133,8 @@ def server_step(
             settings = _settings(rule, learning_rate, beta1, beta2, tau)
             if _ordinary(kernel, global_, vectors, settings.rule, first, second, out):
                 values = kernel.numbers(weights, count_of(vectors))
-                step = kernel.server_step(global_, vectors, values, settings, first, second, out, similarities)
+                call = ServerCall(global_, vectors, values, settings, first, second, out, similarities)
+                step = kernel.server_step(call)
                 if first is not None or out is not None:
                     written(first, second, out)
                 return ServerStep(*step)
@@ -150,17 +151,18 @@ def server_step(
     if out is not None:
         check_out(out, size, one.device)
     ordinary = eager(vectors, weights, global_, first, second, out)
+    call = ServerCall(global_, vectors, weights, settings, first, second, out, similarities)
     if first is not None:
-        _check_apart(global_, vectors, weights, first, second, out, share_memory if ordinary else operator.is_)
+        _check_apart(call, share_memory if ordinary else operator.is_)
     refuse_gradient("server_step", global_, *rows_or_stack(vectors), weights, first, second, out)
     if not ordinary:
-        given = as_tensor(weights, one, count)
+        weight_tensor = as_tensor(weights, one, count)
         dtype = None if out is None else out.dtype
         numbers = library.numbers_tensor(settings[1:])  # a schedule compiles nothing anew
         others = settings.rule, numbers, first, second, dtype, similarities
-        result = ServerStep(*_operator(global_, rows_of(vectors), given, *others))
+        result = ServerStep(*_operator(global_, rows_of(vectors), weight_tensor, *others))
         return result if out is None else result._replace(model=out.copy_(result.model))
-    return _compute(global_, vectors, weights, settings, first, second, out, similarities)
+    return _compute(call)
 
 
 def _settings(
@@ -172,10 +174,10 @@ def _settings(
     if learning_rate is beta1 is beta2 is tau is None:
         return default
     numbers = (learning_rate, beta1, beta2, tau)
-    given = [usual if number is None else number for number, usual in zip(numbers, default[1:], strict=True)]
-    for number, name in zip(given, ("learning_rate", "beta1", "beta2", "tau"), strict=True):
+    rates = [usual if number is None else number for number, usual in zip(numbers, default[1:], strict=True)]
+    for number, name in zip(rates, ("learning_rate", "beta1", "beta2", "tau"), strict=True):
         check_number(number, name, 1.0 if name.startswith("beta") else float("inf"))
-    return ServerRule(default.rule, *(float(number) for number in given))
+    return ServerRule(default.rule, *(float(number) for number in rates))
 
 
 def _ordinary(
@@ -202,8 +204,8 @@ def _ordinary(
 
 
 def _check_states(rule: str, first: Tensor | None, second: Tensor | None, size: int, device: torch.device) -> None:
-    wanted = {"first": rule != "mean", "second": rule in ("adam", "yogi", "adagrad")}
-    for (name, needed), state in zip(wanted.items(), (first, second), strict=True):
+    required = {"first": rule != "mean", "second": rule in ("adam", "yogi", "adagrad")}
+    for (name, needed), state in zip(required.items(), (first, second), strict=True):
         if not needed:
             if state is not None:
                 raise ValueError(f'{name} must be None for rule "{rule}", which keeps no such state')
@@ -219,42 +221,25 @@ def _check_states(rule: str, first: Tensor | None, second: Tensor | None, size: 
         raise TypeError(f"second must have the dtype {first.dtype} of first, but has {second.dtype}")
 
 
-def _check_apart(
-    global_: Tensor,
-    vectors: Vectors,
-    weights: Tensor | Sequence[float],
-    first: Tensor,
-    second: Tensor | None,
-    out: Tensor | None,
-    shared: Callable[[Tensor, Tensor], bool],
-) -> None:
+def _check_apart(call: ServerCall, shared: Callable[[Tensor, Tensor], bool]) -> None:
     """Raises ValueError if ``shared`` is true for a state and another argument: states are written to."""
-    others: dict[str, object] = {"second": second, "out": out, "global_": global_, "weights": weights}
-    others |= {f"vectors[{m}]": vector for m, vector in enumerate(rows_of(vectors))}
-    for name, state in (("first", first), ("second", second)):
+    others: dict[str, object] = {name: getattr(call, name) for name in ("second", "out", "global_", "weights")}
+    others |= {f"vectors[{m}]": vector for m, vector in enumerate(rows_of(call.vectors))}
+    for name, state in (("first", call.first), ("second", call.second)):
         others.pop(name, None)
         for other, tensor in others.items():
             if state is not None and isinstance(tensor, Tensor) and shared(state, tensor):
                 raise ValueError(f"{name} must not share memory with {other}: it is written to while that is used")
 
 
-def _compute(
-    global_: Tensor,
-    vectors: Vectors,
-    weights: Tensor | Sequence[float],
-    settings: ServerRule,
-    first: Tensor | None,
-    second: Tensor | None,
-    out: Tensor | None,
-    similarities: bool,
-) -> ServerStep:
+def _compute(call: ServerCall) -> ServerStep:
+    global_, vectors, weights, _, first, second, out, _ = call
     kernel = select(vectors, global_, *(state for state in (first, second) if state is not None))
     values = kernel_weights(weights, len(vectors))
     target = out
     if out is not None and not _direct(out, global_, vectors, first, second):
         target = torch.empty_like(out, memory_format=torch.contiguous_format)  # rounded once, to out's dtype
-    step = kernel.server_step(global_, vectors, values, settings, first, second, target, similarities)
-    model, norms, cosines = step
+    model, norms, cosines = kernel.server_step(call._replace(weights=values, out=target))
     written(first, second)
     return ServerStep(model if out is None else deliver(model, out), norms, cosines)
 
@@ -275,7 +260,7 @@ def _implementation(global_: Tensor, vectors: list[Tensor], weights: Tensor, *ot
     rule, numbers, first, second, dtype, similarities = others
     settings = ServerRule(rule, *numbers.tolist())
     out = None if dtype is None else global_.new_empty(global_.shape, dtype=dtype)
-    return tuple(_compute(global_, vectors, weights, settings, first, second, out, similarities))
+    return tuple(_compute(ServerCall(global_, vectors, weights, settings, first, second, out, similarities)))
 
 
 def _fake(global_: Tensor, vectors: list[Tensor], *others: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -143,7 +143,7 @@ def spread_weights(weights: Any, teachers: Tensor) -> Tensor:
     elif (
         dims in (3, teachers.dim())
         and shape[0] == count
-        and all(size in (1, wanted) for size, wanted in zip(shape[1:], teachers.shape[1:], strict=False))
+        and all(size in (1, full_size) for size, full_size in zip(shape[1:], teachers.shape[1:], strict=False))
     ):
         full = tuple(shape)
     if full is None:

@@ -13,7 +13,7 @@ from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._distill.checks import check_reduction, check_stack, check_values, spread_row_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
 from fedkern.ops._distill.entries import CONSENSUS, JS
-from fedkern.ops._distill.kernels import DistillKernels
+from fedkern.ops._distill.kernels import DistillKernels, consensus_call, js_call
 from fedkern.ops._distill.library import reference_gradients
 from fedkern.ops._distill.rows import MAX_DIMS, NONE, REDUCTIONS
 
@@ -54,7 +54,7 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
         return js_reference(logits, weights, code)
     if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
         return _JensenShannon.call((kernel, code), logits, weights)
-    return kernel.js_forward(logits, weights, code)
+    return kernel.ensemble_forward(js_call(logits, weights, code))
 
 
 def consensus(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean") -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def consensus(logits: Tensor, weights: Tensor | None = None, *, reduction: str =
         return consensus_reference(logits, weights, code)
     if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
         return _Consensus.call((kernel, code), logits, weights)
-    return kernel.consensus_forward(logits, weights, code)
+    return kernel.ensemble_forward(consensus_call(logits, weights, code))
 
 
 def _check(
@@ -105,13 +105,14 @@ class _JensenShannon(EagerFunction):
     @staticmethod
     def forward(ctx: Any, how: tuple[DistillKernels, int], logits: Tensor, weights: Tensor | None) -> Tensor:
         ctx.how = kernel, reduction = how
+        call = js_call(logits, weights, reduction)
         if reduction == NONE or not kernel.fused or ctx.needs_input_grad[2]:
-            kept = None if ctx.needs_input_grad[2] else kernel.stack_kept(logits)
-            ctx.save_for_backward(logits, weights, kept)
-            return kernel.js_forward(logits, weights, reduction, None, kept)
+            statistics = None if ctx.needs_input_grad[2] else kernel.stack_statistics(logits)
+            ctx.save_for_backward(logits, weights, statistics)
+            return kernel.ensemble_forward(call, statistics=statistics)
         gradient = kernel.empty_gradient(logits)
         ctx.save_for_backward(logits, weights, None, gradient)
-        return kernel.js_forward(logits, weights, reduction, gradient)
+        return kernel.ensemble_forward(call, (None, gradient, None))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,21 +121,22 @@ class _JensenShannon(EagerFunction):
         needs = ctx.needs_input_grad[1:]
         if not readable(grad):
             return (None, *reference_gradients(js_reference, (grad,), saved[:2], (reduction,), needs, graph=True))
-        logits, weights, kept, *taken = saved
+        logits, weights, statistics, *taken = saved
         if taken:
             scaled = kernel.scaled(tuple(taken), grad)
             if scaled is not None:
                 return None, handed_out(scaled, taken)[0], None
-        return (None, *kernel.js_backward(grad, logits, weights, reduction, needs, kept))
+        # Its None for a student's gradient is that of ``how``.
+        return kernel.ensemble_backward((grad,), js_call(logits, weights, reduction), (False, *needs), statistics)
 
 
 # Zero grad_outputs for a scalar result that is not used: zeros made by autograd take a microsecond each.
 _ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in DTYPES}
 
 
-def _zero(given: Tensor, plain: bool) -> Tensor:
-    """Zeros for the absent grad_output beside ``given``; ``plain``: the zeros have to be :func:`readable`."""
-    return _ZEROS[given.dtype] if plain and given.dim() == 0 and given.is_cpu else torch.zeros_like(given)
+def _zero(grad: Tensor, plain: bool) -> Tensor:
+    """Zeros for the absent grad_output beside ``grad``; ``plain``: the zeros have to be :func:`readable`."""
+    return _ZEROS[grad.dtype] if plain and grad.dim() == 0 and grad.is_cpu else torch.zeros_like(grad)
 
 
 class _Consensus(EagerFunction):
@@ -146,9 +148,9 @@ class _Consensus(EagerFunction):
     ) -> tuple[Tensor, Tensor]:
         ctx.how = kernel, reduction = how
         ctx.set_materialize_grads(False)
-        kept = None if ctx.needs_input_grad[2] else kernel.consensus_kept(logits)
-        ctx.save_for_backward(logits, weights, kept)
-        return kernel.consensus_forward(logits, weights, reduction, kept)
+        statistics = None if ctx.needs_input_grad[2] else kernel.consensus_statistics(logits)
+        ctx.save_for_backward(logits, weights, statistics)
+        return kernel.ensemble_forward(consensus_call(logits, weights, reduction), statistics=statistics)
 
     @staticmethod
     def backward(ctx: Any, to_mixture: Tensor | None, to_mean: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -164,9 +166,9 @@ class _Consensus(EagerFunction):
             plain = readable(to_mixture) and readable(to_mean)
         kernel, reduction = ctx.how
         needs = ctx.needs_input_grad[1:]
-        logits, weights, kept = saved_tensors(ctx)
+        logits, weights, statistics = saved_tensors(ctx)
         grads = (to_mixture, to_mean)
         if not plain:
             saved = (logits, weights)
             return (None, *reference_gradients(consensus_reference, grads, saved, (reduction,), needs, graph=True))
-        return (None, *kernel.consensus_backward(*grads, logits, weights, reduction, needs, kept))
+        return kernel.ensemble_backward(grads, consensus_call(logits, weights, reduction), (False, *needs), statistics)

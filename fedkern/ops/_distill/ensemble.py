@@ -22,7 +22,7 @@ from fedkern.ops._distill.checks import (
 )
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
 from fedkern.ops._distill.entries import ENSEMBLE, select_at
-from fedkern.ops._distill.kernels import DistillKernels, Ensemble, ensemble_settings
+from fedkern.ops._distill.kernels import DistillKernels, Ensemble, new_call
 from fedkern.ops._distill.library import reference_gradients
 from fedkern.ops._distill.reference import is_flat
 from fedkern.ops._distill.rows import LOGITS, MAX_DIMS, MEAN, NONE, PROBS, REDUCTIONS
@@ -126,12 +126,12 @@ def ensemble_kl(
         weights = spread_weights(weights, teachers)
     if kernel is None:
         return ensemble_reference(student, teachers, weights, class_mask, temperature, how, log_probs, code)
-    settings = ensemble_settings(temperature, how, log_probs, code)
+    call = new_call(Ensemble, (student, teachers, weights, class_mask, temperature, how, log_probs, code))
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:
-                return _Ensemble.call((kernel, settings), student, teachers, weights, class_mask)
-    return kernel.ensemble_forward(student, teachers, weights, class_mask, settings)
+                return _Ensemble.call((kernel, call), student, teachers, weights, class_mask)
+    return kernel.ensemble_forward(call)
 
 
 def _mixture(mix: Any, mode: Any) -> int:
@@ -164,15 +164,16 @@ class _Ensemble(EagerFunction):
         weights: Tensor | None,
         class_mask: Tensor | None,
     ) -> Tensor:
-        ctx.how = kernel, settings = how
+        kernel, call = how
+        ctx.how = kernel, call[4:]  # without tensors, which autograd keeps
         to_student, to_teachers, _ = needs = ctx.needs_input_grad[1:4]
-        if settings.reduction == NONE or not kernel.ensemble_fused(student, needs):
+        if call.reduction == NONE or not kernel.ensemble_fused(student, needs):
             ctx.save_for_backward(student, teachers, weights, class_mask)
-            return kernel.ensemble_forward(student, teachers, weights, class_mask, settings)
+            return kernel.ensemble_forward(call)
         to_student = kernel.empty_gradient(student) if to_student else None
         to_teachers = kernel.empty_gradient(teachers) if to_teachers else None
         ctx.save_for_backward(student, teachers, weights, class_mask, to_student, to_teachers)
-        return kernel.ensemble_forward(student, teachers, weights, class_mask, settings, to_student, to_teachers)
+        return kernel.ensemble_forward(call, (to_student, to_teachers, None))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -183,10 +184,9 @@ class _Ensemble(EagerFunction):
         if not readable(grad):
             if tensors[2] is not None and tensors[2].dim() == 1:
                 tensors = (*tensors[:2], spread_weights(tensors[2], tensors[1]), tensors[3])
-            how = (settings.temperature, settings.mix, settings.log_probs, settings.reduction)
-            return (None, *reference_gradients(ensemble_reference, (grad,), tensors, how, needs, graph=True), None)
+            return (None, *reference_gradients(ensemble_reference, (grad,), tensors, settings, needs, graph=True), None)
         if taken:
             scaled = kernel.scaled(taken, grad)
             if scaled is not None:
                 return (None, *handed_out(scaled, taken), None, None)
-        return (None, *kernel.ensemble_backward(grad, *tensors, settings, needs), None)
+        return (None, *kernel.ensemble_backward((grad,), Ensemble(*tensors, *settings), needs), None)

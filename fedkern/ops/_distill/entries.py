@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,14 @@ from torch import Tensor
 from fedkern.ops._core.backend import select
 from fedkern.ops._distill.checks import check_values
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
-from fedkern.ops._distill.kernels import DistillKernels, divergence_settings, ensemble_settings
+from fedkern.ops._distill.kernels import (
+    DistillKernels,
+    Divergence,
+    Ensemble,
+    consensus_call,
+    entropy_call,
+    js_call,
+)
 from fedkern.ops._distill.library import Loss, Optionals, define, fold_rows, fold_stack, fold_tensors
 from fedkern.ops._distill.reference import divergence_reference, entropy_rows_reference, is_flat, result_dtype
 
@@ -27,8 +34,8 @@ def select_at(temperature: float, operator: str, *tensors: Tensor | None) -> Dis
     return None if kernel is not None and temperature == math.inf and not kernel.limits else kernel
 
 
-def _kernel_of_divergence(tensors: Optionals, settings: Sequence[Any]) -> DistillKernels | None:
-    return select_at(settings[0], "kl_div" if tensors[1] is None else "dual_kl", *tensors)
+def _kernel_of_divergence(call: Divergence) -> DistillKernels | None:
+    return select_at(call.temperature, "kl_div" if call.other is None else "dual_kl", *call[:4])
 
 
 DIVERGENCE = define(
@@ -39,9 +46,9 @@ DIVERGENCE = define(
         settings=("float temperature", "bool reverse", "int reduction"),
         results=1,
         stacked=(False, False, False, False),
+        call=Divergence,
         kernel=_kernel_of_divergence,
         method="divergence",
-        how=lambda settings: (divergence_settings(*settings),),
         reference=divergence_reference,
         dtype=lambda tensors: result_dtype(*tensors[:3]),
     )
@@ -54,9 +61,10 @@ ENTROPY = define(
         settings=("int reduction",),
         results=1,
         stacked=(False,),
-        kernel=lambda tensors, settings: _select("entropy", *tensors),
-        method="entropy",
-        how=tuple,
+        call=entropy_call,
+        kernel=lambda call: _select("entropy", call.teacher),
+        method="divergence",
+        skips=2,
         reference=entropy_rows_reference,
         dtype=lambda tensors: tensors[0].dtype,
     )
@@ -70,9 +78,9 @@ def _check_weights(weights: Tensor | None, dims: int) -> None:
     check_values(weights)
 
 
-def _kernel_of_ensemble(tensors: Optionals, settings: Sequence[Any]) -> DistillKernels | None:
-    _check_weights(tensors[2], tensors[1].dim())
-    return select_at(settings[0], "ensemble_kl", *tensors[:3])
+def _kernel_of_ensemble(call: Ensemble) -> DistillKernels | None:
+    _check_weights(call.weights, call.teachers.dim())
+    return select_at(call.temperature, "ensemble_kl", *call[:3])
 
 
 def _fold_ensemble(loss: Loss, tensors: Optionals, axes: Sequence[int | None], count: int) -> Optionals:
@@ -98,9 +106,9 @@ ENSEMBLE = define(
         settings=("float temperature", "int mix", "bool log_probs", "int reduction"),
         results=1,
         stacked=(False, True, True),
+        call=Ensemble,
         kernel=_kernel_of_ensemble,
         method="ensemble",
-        how=lambda settings: (ensemble_settings(*settings),),
         reference=ensemble_reference,
         dtype=lambda tensors: result_dtype(tensors[0], None, tensors[1]),
         fold=_fold_ensemble,
@@ -108,10 +116,10 @@ ENSEMBLE = define(
 )
 
 
-def _over_logits(name: str, operator: str, method: str, results: int, reference: Any) -> Loss:
-    def kernel(tensors: Optionals, settings: Sequence[Any]) -> DistillKernels | None:
-        _check_weights(tensors[1], tensors[0].dim() - 1)
-        return _select(operator, *tensors)
+def _over_logits(name: str, operator: str, call: Callable[..., Ensemble], results: int, reference: Any) -> Loss:
+    def kernel(call: Ensemble) -> DistillKernels | None:
+        _check_weights(call.weights, call.teachers.dim() - 1)
+        return _select(operator, call.teachers, call.weights)
 
     return Loss(
         name=name,
@@ -120,13 +128,14 @@ def _over_logits(name: str, operator: str, method: str, results: int, reference:
         settings=("int reduction",),
         results=results,
         stacked=(True, True),
+        call=call,
         kernel=kernel,
-        method=method,
-        how=tuple,
+        method="ensemble",
+        skips=1,
         reference=reference,
         dtype=lambda tensors: tensors[0].dtype,
     )
 
 
-JS = define(_over_logits("jensen_shannon", "js_div", "js", 1, js_reference))
-CONSENSUS = define(_over_logits("consensus", "consensus", "consensus", 2, consensus_reference))
+JS = define(_over_logits("jensen_shannon", "js_div", js_call, 1, js_reference))
+CONSENSUS = define(_over_logits("consensus", "consensus", consensus_call, 2, consensus_reference))

@@ -13,7 +13,7 @@ from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._distill.checks import check_logits, check_reduction
 from fedkern.ops._distill.entries import ENTROPY
-from fedkern.ops._distill.kernels import DistillKernels
+from fedkern.ops._distill.kernels import DistillKernels, entropy_call
 from fedkern.ops._distill.reference import entropy_rows_reference
 from fedkern.ops._distill.rows import NONE, REDUCTIONS
 
@@ -50,7 +50,7 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
         return entropy_rows_reference(logits, code)
     if logits.requires_grad and torch.is_grad_enabled():
         return _Entropy.call(logits, code, kernel)
-    return kernel.entropy_forward(logits, code)
+    return kernel.divergence_forward(entropy_call(logits, code))
 
 
 class _Entropy(EagerFunction):
@@ -59,14 +59,15 @@ class _Entropy(EagerFunction):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, reduction: int, kernel: DistillKernels) -> Tensor:
         ctx.reduction, ctx.kernel = reduction, kernel
+        call = entropy_call(logits, reduction)
         gradient = None if reduction == NONE or not kernel.fused else kernel.empty_gradient(logits)
-        kept = kernel.entropy_kept(logits) if gradient is None else None
-        ctx.save_for_backward(logits, gradient, kept)
-        return kernel.entropy_forward(logits, reduction, gradient, kept)
+        statistics = kernel.divergence_statistics(call) if gradient is None else None
+        ctx.save_for_backward(logits, gradient, statistics)
+        return kernel.divergence_forward(call, (None, None, gradient), statistics=statistics)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        logits, gradient, kept = saved_tensors(ctx)
+        logits, gradient, statistics = saved_tensors(ctx)
         if not readable(grad):
             (result,) = library.differentiate_reference(
                 lambda x: entropy_rows_reference(x, ctx.reduction), (logits,), (True,), grad
@@ -76,4 +77,5 @@ class _Entropy(EagerFunction):
             scaled = ctx.kernel.scaled((gradient,), grad)
             if scaled is not None:
                 return handed_out(scaled, (gradient,))[0], None, None
-        return ctx.kernel.entropy_backward(grad, logits, ctx.reduction, kept), None, None
+        call = entropy_call(logits, ctx.reduction)
+        return ctx.kernel.divergence_backward((grad,), call, (False, False, True, False), statistics)[2], None, None

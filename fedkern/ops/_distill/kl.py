@@ -17,8 +17,8 @@ from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight
 from fedkern.ops._distill.entries import DIVERGENCE, select_at
-from fedkern.ops._distill.kernels import DistillKernels, Divergence, divergence_settings
-from fedkern.ops._distill.reference import divergence_reference, is_flat, result_dtype
+from fedkern.ops._distill.kernels import DistillKernels, Divergence, new_call
+from fedkern.ops._distill.reference import FLAT, divergence_reference, result_dtype
 from fedkern.ops._distill.rows import NONE, REDUCTIONS, mean_scale, row_shape
 
 
@@ -115,18 +115,18 @@ def _dispatch(
         tensors = (*tensors, weight)
         if not eager(weight) or weight.is_neg():
             kernel = None
-    if kernel is None or is_flat(temperature):
+    if kernel is None or temperature > FLAT:
         if not eager(*tensors):
             return DIVERGENCE(student, other, teacher, weight, temperature, reverse, code)
         kernel = select_at(temperature, operator, *tensors)
     if kernel is None:
         return divergence_reference(student, other, teacher, weight, temperature, reverse, code)
-    settings = divergence_settings(temperature, reverse, code)
+    call = new_call(Divergence, (student, other, teacher, weight, temperature, reverse, code))
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:
-                return _Divergence.call((kernel, settings, other is not None), *tensors)
-    return kernel.divergence_forward(student, other, teacher, weight, settings)
+                return _Divergence.call((kernel, call), *tensors)
+    return kernel.divergence_forward(call)
 
 
 class _Divergence(EagerFunction):
@@ -140,30 +140,29 @@ class _Divergence(EagerFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[DistillKernels, Divergence, bool], *tensors: Tensor) -> Tensor:
-        ctx.how = how
-        kernel, settings, dual = how
-        recompute = settings.reduction == NONE or not kernel.fused
+    def forward(ctx: Any, how: tuple[DistillKernels, Divergence], *tensors: Tensor) -> Tensor:
+        kernel, call = how
+        student, other, teacher, weight, _, _, reduction = call
+        dual = other is not None
+        ctx.how = kernel, call[4:], dual  # without tensors, which autograd keeps
+        recompute = reduction == NONE or not kernel.fused
         needs = ctx.needs_input_grad[1:]
-        if not recompute and len(tensors) == (3 if dual else 2):
+        if not recompute and weight is None:
             # The general case below without its lists and loops, whose time shows at 64 rows.
-            student, teacher = tensors[0], tensors[-1]
-            to_student = kernel.empty_gradient(student) if needs[0] else None
+            to_student = kernel.empty_gradient(tensors[0]) if needs[0] else None
             to_teacher = kernel.empty_gradient(teacher) if needs[-1] else None
-            other = to_other = None
+            to_other = None
             if dual:
-                other = tensors[1]
-                to_other = kernel.empty_gradient(other) if needs[1] else None
+                to_other = kernel.empty_gradient(tensors[1]) if needs[1] else None
                 ctx.save_for_backward(student, other, teacher, to_student, to_other, to_teacher)
             else:
                 ctx.save_for_backward(student, teacher, to_student, to_teacher)
-            return kernel.divergence_forward(student, other, teacher, None, settings, to_student, to_other, to_teacher)
-        student, other, teacher, weight = _spread(tensors, dual)
+            return kernel.divergence_forward(call, (to_student, to_other, to_teacher))
         if recompute:
             to_weight = weight is not None and needs[-1]
-            kept = None if to_weight else kernel.divergence_kept(student, other, teacher, settings)
-            ctx.save_for_backward(*tensors, kept)
-            return kernel.divergence_forward(student, other, teacher, weight, settings, kept=kept)
+            statistics = None if to_weight else kernel.divergence_statistics(call)
+            ctx.save_for_backward(*tensors, statistics)
+            return kernel.divergence_forward(call, statistics=statistics)
         logits = 3 if dual else 2
         gradients = [
             kernel.empty_gradient(x) if need else None for x, need in zip(tensors[:logits], needs, strict=False)
@@ -172,13 +171,11 @@ class _Divergence(EagerFunction):
         if weight is not None:
             if needs[logits]:
                 dtype = compute_dtype(result_dtype(student, other, teacher))
-                raw = torch.empty(row_shape(student), dtype=dtype, device=student.device)
+                raw = torch.empty(row_shape(teacher), dtype=dtype, device=teacher.device)
             gradients.append(raw)
         to_other = gradients[1] if dual else None
         ctx.save_for_backward(*tensors, *gradients)
-        return kernel.divergence_forward(
-            student, other, teacher, weight, settings, gradients[0], to_other, gradients[logits - 1], raw
-        )
+        return kernel.divergence_forward(call, (gradients[0], to_other, gradients[logits - 1]), raw)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -186,15 +183,15 @@ class _Divergence(EagerFunction):
         count = len(ctx.needs_input_grad) - 1
         if not readable(grad):
             return (None, *_backward_through_graph(ctx, saved[:count], grad))
-        kernel, settings, dual = ctx.how
-        if settings.reduction == NONE or not kernel.fused:
+        kernel, (_, _, reduction), dual = ctx.how
+        if reduction == NONE or not kernel.fused:
             return (None, *_backward_from_logits(ctx, saved[:count], grad, saved[count]))
         gradients = kernel.scaled(saved[count:], grad)
         if gradients is None:
             return (None, *_backward_from_logits(ctx, saved[:count], grad))
         logits = 3 if dual else 2
         if count > logits and gradients[logits] is not None:
-            scaled = gradients[logits] * mean_scale(saved[0], settings.reduction)
+            scaled = gradients[logits] * mean_scale(saved[0], reduction)
             gradients = (*gradients[:logits], scaled.to(saved[logits].dtype))
         return (None, *handed_out(gradients, saved[count:]))
 
@@ -211,18 +208,17 @@ def _backward_through_graph(ctx: Any, tensors: Sequence[Tensor], grad: Tensor) -
     _, settings, dual = ctx.how
 
     def reference(*inputs: Tensor) -> Tensor:
-        spread = _spread(inputs, dual)
-        return divergence_reference(*spread, settings.temperature, settings.reverse, settings.reduction)
+        return divergence_reference(*_spread(inputs, dual), *settings)
 
     return library.differentiate_reference(reference, tensors, ctx.needs_input_grad[1:], grad)
 
 
 def _backward_from_logits(
-    ctx: Any, tensors: Sequence[Tensor], grad: Tensor, kept: Tensor | None = None
+    ctx: Any, tensors: Sequence[Tensor], grad: Tensor, statistics: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
     kernel, settings, dual = ctx.how
-    student, other, teacher, weight = _spread(tensors, dual)
-    needs = ctx.needs_input_grad[1:]
-    full = (needs[0], dual and needs[1], needs[2 if dual else 1], weight is not None and needs[-1])
-    gradients = kernel.divergence_backward(grad, student, other, teacher, weight, settings, full, kept)
-    return tuple(x for x, given in zip(gradients, (True, dual, True, weight is not None), strict=True) if given)
+    call = Divergence(*_spread(tensors, dual), *settings)
+    weighted, needs = call.weight is not None, ctx.needs_input_grad[1:]
+    full = (needs[0], dual and needs[1], needs[2 if dual else 1], weighted and needs[-1])
+    gradients = kernel.divergence_backward((grad,), call, full, statistics)
+    return tuple(x for x, present in zip(gradients, (True, dual, True, weighted), strict=True) if present)

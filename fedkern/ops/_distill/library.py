@@ -30,9 +30,10 @@ class Loss:
         settings: the other arguments with their types; the last one is the reduction.
         results: number of results.
         stacked: for each tensor that folds, whether its batch is axis 1, as of ``[K, B, C, *positions]``, and not 0.
-        kernel: (tensors, settings) to the kernel that serves, or None: the reference does.
+        call: tensors and settings to the call that kernels take.
+        kernel: (call) to the kernel that serves, or None: the reference does.
         method: the kernel's methods are ``<method>_forward`` and ``<method>_backward``.
-        how: (settings) to the last arguments of these methods.
+        skips: tensors at the beginning of the call that the operator has not.
         reference: the loss in plain PyTorch, with tensors and settings as separate arguments.
         dtype: (tensors) to the dtype of the results.
         fold: as :func:`fold_tensors`, for tensors that do not all fold alike.
@@ -44,12 +45,13 @@ class Loss:
     settings: tuple[str, ...]
     results: int
     stacked: tuple[bool, ...]
-    kernel: Callable[[Optionals, Sequence[Any]], Any]
+    call: Callable[..., Any]
+    kernel: Callable[[Any], Any]
     method: str
-    how: Callable[[Sequence[Any]], tuple[Any, ...]]
     reference: Callable[..., Any]
     dtype: Callable[[Optionals], torch.dtype]
     fold: Callable[[Loss, Optionals, Sequence[int | None], int], Optionals] | None = None
+    skips: int = 0
 
     def rows(self, tensors: Optionals) -> tuple[int, ...]:
         """``[B, *positions]``."""
@@ -59,13 +61,13 @@ class Loss:
 
 def define(loss: Loss) -> Callable[..., Any]:
     """Registers the operators of ``loss``; returns the function that calls the loss."""
-    count, wanted = len(loss.tensors), loss.differentiable
+    count, differentiable = len(loss.tensors), loss.differentiable
     named = [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in loss.tensors]
     # A temperature travels as a tensor under a compiler, which would compile every number anew.
     heated = loss.settings[0] == "float temperature"
     arguments = ", ".join([*named, *(["Tensor? heat"] if heated else []), *loss.settings])
     # One gradient alone is always wanted.
-    asked = [f"bool need_{name.rstrip('?')}" for name in loss.tensors[:wanted]] if wanted > 1 else []
+    flags = [f"bool need_{name.rstrip('?')}" for name in loss.tensors[:differentiable]] if differentiable > 1 else []
     grads_arguments = ", ".join(f"Tensor grad{i}" for i in range(loss.results))
     result = "Tensor" if loss.results == 1 else f"({', '.join(['Tensor'] * loss.results)})"
     results, fold = loss.results, loss.fold or fold_tensors
@@ -80,6 +82,9 @@ def define(loss: Loss) -> Callable[..., Any]:
         """Of what programs that call the operators themselves may get wrong, what no kernel sees."""
         if reduction not in REDUCTIONS.values():
             raise ValueError(f"reduction must be one of {REDUCTIONS}, but is {reduction}")
+        for name, tensor in zip(loss.tensors, tensors, strict=True):
+            if tensor is None and not name.endswith("?"):
+                raise TypeError(f"{name} must be a tensor, but is None")
         expected = tuple(loss.rows(tensors)) if reduction == NONE else ()
         for grad in grads:
             if tuple(grad.shape) != expected:
@@ -98,10 +103,11 @@ def define(loss: Loss) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:
         tensors, settings = inputs[:count], plain(inputs[count:])
         check(tensors, settings[-1])
-        kernel = loss.kernel(tensors, settings)
+        call = loss.call(*tensors, *settings)
+        kernel = loss.kernel(call)
         if kernel is None:
             return loss.reference(*tensors, *settings)
-        return getattr(kernel, f"{loss.method}_forward")(*tensors, *loss.how(settings))
+        return getattr(kernel, f"{loss.method}_forward")(call)
 
     def fake(*inputs: Any) -> Any:
         tensors = inputs[:count]
@@ -113,11 +119,11 @@ def define(loss: Loss) -> Callable[..., Any]:
         ctx.settings = inputs[count:]
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needs = [bool(need) for need in ctx.needs_input_grad[:wanted]]
-        gradients = gradients_of(*grads, *ctx.saved_tensors, *ctx.settings, *needs[: len(asked)])
-        gradients = (gradients,) if wanted == 1 else gradients
-        given = [g if need else None for g, need in zip(gradients, needs, strict=True)]
-        return (*given, *[None] * (count - wanted + len(ctx.settings)))
+        needs = [bool(need) for need in ctx.needs_input_grad[:differentiable]]
+        gradients = gradients_of(*grads, *ctx.saved_tensors, *ctx.settings, *needs[: len(flags)])
+        gradients = (gradients,) if differentiable == 1 else gradients
+        outputs = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+        return (*outputs, *[None] * (count - differentiable + len(ctx.settings)))
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         size, *settings, reduction = (info.batch_size, *inputs[count:])
@@ -129,27 +135,27 @@ def define(loss: Loss) -> Callable[..., Any]:
     def split(inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any], Sequence[Any]]:
         """(grads, tensors, settings, needs)"""
         rest = inputs[results + count :]
-        settings, needs = (rest[:-wanted], rest[-wanted:]) if asked else (rest, (True,))
+        settings, needs = (rest[:-differentiable], rest[-differentiable:]) if flags else (rest, (True,))
         return inputs[:results], inputs[results : results + count], settings, needs
 
     def run_backward(*inputs: Any) -> Any:
         grads, tensors, settings, needs = split(inputs)
         check(tuple(tensors), settings[-1], grads)
         settings = plain(settings)
-        kernel = loss.kernel(tuple(tensors), settings)
+        call = loss.call(*tensors, *settings)
+        kernel = loss.kernel(call)
         if kernel is None:
             gradients = reference_gradients(loss.reference, grads, tensors, settings, needs)
-        elif wanted == 1:
-            gradients = (getattr(kernel, f"{loss.method}_backward")(*grads, *tensors, *loss.how(settings)),)
         else:
-            gradients = getattr(kernel, f"{loss.method}_backward")(*grads, *tensors, *loss.how(settings), needs)
-        given = place(gradients, tensors[:wanted], needs)
-        return given[0] if wanted == 1 else given
+            padded = (*[False] * loss.skips, *needs, False)
+            gradients = getattr(kernel, f"{loss.method}_backward")(grads, call, padded)[loss.skips :][:differentiable]
+        outputs = place(gradients, tensors[:differentiable], needs)
+        return outputs[0] if differentiable == 1 else outputs
 
     def fake_backward(*inputs: Any) -> Any:
         _, tensors, _, needs = split(inputs)
-        given = place([None] * wanted, tensors[:wanted], needs)
-        return given[0] if wanted == 1 else given
+        outputs = place([None] * differentiable, tensors[:differentiable], needs)
+        return outputs[0] if differentiable == 1 else outputs
 
     def setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[: results + count])
@@ -160,7 +166,7 @@ def define(loss: Loss) -> Callable[..., Any]:
             return reference(*tensors, *ctx.settings)
 
         back = library.second_derivative(value, results, ctx.saved_tensors, ctx.needs, cotangents)
-        return (*back, *[None] * (len(ctx.settings) + len(asked)))
+        return (*back, *[None] * (len(ctx.settings) + len(flags)))
 
     def vmap_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         size = info.batch_size
@@ -169,14 +175,14 @@ def define(loss: Loss) -> Callable[..., Any]:
         rows = loss.rows(folded)
         rows = (rows[0] // size, *rows[1:])
         spread = [spread_mapped(g, d, size, rows, settings[-1]) for g, d in zip(grads, in_dims, strict=False)]
-        given = gradients_of(*spread, *folded, *settings[:-1], NONE, *needs[: len(asked)])
-        given = (given,) if wanted == 1 else given
+        gradients = gradients_of(*spread, *folded, *settings[:-1], NONE, *needs[: len(flags)])
+        gradients = (gradients,) if differentiable == 1 else gradients
         back = tuple(
             g if not need else unfold_stack(g, size) if stacked else g.unflatten(0, (size, len(g) // size))
-            for g, need, stacked in zip(given, needs, loss.stacked, strict=True)
+            for g, need, stacked in zip(gradients, needs, loss.stacked, strict=True)
         )
         dims = tuple(0 if need else None for need in needs)
-        return (back[0], dims[0]) if wanted == 1 else (back, dims)
+        return (back[0], dims[0]) if differentiable == 1 else (back, dims)
 
     value_of = library.register(
         loss.name,
@@ -190,8 +196,8 @@ def define(loss: Loss) -> Callable[..., Any]:
     )
     gradients_of = library.register(
         f"{loss.name}_backward",
-        f"({', '.join([grads_arguments, arguments, *asked])}) -> "
-        + ("Tensor" if wanted == 1 else f"({', '.join(['Tensor'] * wanted)})"),
+        f"({', '.join([grads_arguments, arguments, *flags])}) -> "
+        + ("Tensor" if differentiable == 1 else f"({', '.join(['Tensor'] * differentiable)})"),
         run_backward,
         fake=fake_backward,
         setup_context=setup_second,

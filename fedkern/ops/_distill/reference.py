@@ -137,10 +137,10 @@ def entropy_rows_reference(logits: Tensor, reduction: int) -> Tensor:
     return reduce_rows(rows, None, reduction).to(logits.dtype)
 
 
-def result_dtype(student: Tensor, other: Tensor | None, teacher: Tensor) -> torch.dtype:
-    dtype = student.dtype
-    if teacher.dtype is not dtype:
-        dtype = torch.promote_types(dtype, teacher.dtype)
+def result_dtype(student: Tensor | None, other: Tensor | None, teacher: Tensor) -> torch.dtype:
+    dtype = teacher.dtype
+    if student is not None and student.dtype is not dtype:
+        dtype = torch.promote_types(dtype, student.dtype)
     if other is not None and other.dtype is not dtype:
         dtype = torch.promote_types(dtype, other.dtype)
     return dtype

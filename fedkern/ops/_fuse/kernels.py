@@ -13,7 +13,7 @@ from fedkern.ops._core.backend import compute_dtype, not_forced
 from fedkern.ops._core.launch import Launcher
 from fedkern.ops._core.memory import HUGE
 from fedkern.ops._fuse.maps import empty_map
-from fedkern.ops._fuse.reference import FuseGradients, FuseNeeds, fuse_backward_reference, fuse_mean_reference
+from fedkern.ops._fuse.reference import FuseCall, FuseGradients, FuseNeeds, fuse_backward_reference, fuse_mean_reference
 
 _empty_like = torch.empty_like
 _CHANNELS_LAST = torch.channels_last
@@ -24,8 +24,7 @@ class FuseKernels(Launcher):
     """``fuse_concat`` and ``fuse_mean`` of both compiled cores; Triton's launcher has the same methods.
 
     Arguments are checked, tensors strided and not negated.  Maps have shape ``[B, C_m, *S]``, one dtype and any
-    strides.  ``scale`` and ``shift`` have shape ``[sum of C_m]`` and any of the four dtypes.  Products and sums are
-    taken in fp32 (fp64 for fp64 maps) and rounded once.
+    strides.  Products and sums are taken in fp32 (fp64 for fp64 maps) and rounded once.
 
     The cores read most maps as they are.  They say so where they do not, and are called again with copies.  On a GPU a
     mean of more than 48 maps is left to plain PyTorch.
@@ -39,20 +38,12 @@ class FuseKernels(Launcher):
         self.views = not self.gpu
         self._forward, self._backward = core.fuse_forward, core.fuse_backward
 
-    def forward(
-        self,
-        features: Sequence[Tensor],
-        scale: Tensor | None,
-        shift: Tensor | None,
-        relu: bool,
-        mean: bool,
-        channels: Sequence[int],
-        channels_last: bool,
-    ) -> Tensor:
+    def forward(self, features: Sequence[Tensor], call: FuseCall) -> Tensor:
         """``act(scale * f_m + shift)``, concatenated along the channels or (``mean``) averaged over the maps.
 
-        The result is dense, in the layout of :func:`fedkern.ops._fuse.maps.wants_channels_last`.
+        The result is dense.
         """
+        scale, shift, relu, mean, channels, channels_last = call
         first = features[0]
         if mean and (first.is_contiguous(memory_format=_CHANNELS_LAST) if channels_last else first.is_contiguous()):
             out = _empty_like(first)  # takes half as long as making a map from its shape
@@ -72,27 +63,18 @@ class FuseKernels(Launcher):
         return out
 
     def backward(
-        self,
-        grad: Tensor,
-        features: Sequence[Tensor] | None,
-        out: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        relu: bool,
-        mean: bool,
-        channels: Sequence[int],
-        needs: FuseNeeds,
-        channels_last: bool,
+        self, grad: Tensor, features: Sequence[Tensor] | None, out: Tensor | None, call: FuseCall, needs: FuseNeeds
     ) -> FuseGradients:
         """The gradients that ``needs`` asks for, the same bits every time.
 
         ``features`` are given for scale's gradient and for that of a mean of ReLUs. Without them ``out``, the result of
         a concatenation with ReLU, shows where the gradient passes. The maps' gradients are dense.
         """
+        scale, shift, relu, mean, channels, channels_last = call
         need_features, need_scale, need_shift = needs
         targets = self._targets(grad, mean, channels, need_features, channels_last)
         if mean and self._too_many(channels):
-            plain = fuse_backward_reference(grad, features, out, scale, shift, relu, mean, channels, needs)
+            plain = fuse_backward_reference(grad, features, out, call, needs)
             for target, x in zip(targets, plain[0], strict=True):
                 if target is not None and x is not None:
                     target.copy_(x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern.ops._core import backend, library
 from fedkern.ops._fuse.maps import empty_map, order_of, wants_channels_last
-from fedkern.ops._fuse.reference import fuse_backward_reference, fuse_concat_reference, fuse_mean_reference
+from fedkern.ops._fuse.reference import FuseCall, fuse_backward_reference, fuse_concat_reference, fuse_mean_reference
 
 
 def _reference(features: list[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool) -> Tensor:
@@ -23,7 +23,7 @@ def _implementation(
     kernel = backend.select("fuse_mean" if mean else "fuse_concat", *features)
     if kernel is not None:
         channels = [x.shape[1] for x in features]
-        out = kernel.forward(features, scale, shift, relu, mean, channels, wants_channels_last(features))
+        out = kernel.forward(features, FuseCall(scale, shift, relu, mean, channels, wants_channels_last(features)))
         # A mean has the first map's strides, which may be any along axes of size 1 or without elements.
         odd = mean and (1 in out.shape or 0 in out.shape)
         return library.laid_out(out, _fake(features, scale, shift, relu, mean)) if odd else out
@@ -57,12 +57,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _backward_implementation(
     grad: Tensor, features: list[Tensor], out: Tensor | None, *others: Any
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    scale, shift, _, mean, _, *needs = others
+    scale, shift, relu, mean, channels, *needs = others
     if (needs[1] and scale is None) or (needs[2] and shift is None):
         raise ValueError("a scale or shift that is not given has no gradient")
     kernel = backend.select("fuse_mean" if mean else "fuse_concat", grad)
-    arguments = (grad, features or None, out, *others[:5], tuple(needs))
-    result = fuse_backward_reference(*arguments) if kernel is None else kernel.backward(*arguments, order_of(grad) == 1)
+    run = fuse_backward_reference if kernel is None else kernel.backward
+    call = FuseCall(scale, shift, relu, mean, channels, order_of(grad) == 1)
+    result = run(grad, features or None, out, call, tuple(needs))
     maps, to_scale, to_shift = _backward_fake(grad, features, out, *others)
     filled = [library.laid_out(x, empty) for x, empty in zip(result[0], maps, strict=True)]
     return filled, library.laid_out(result[1], to_scale), library.laid_out(result[2], to_shift)
@@ -97,8 +98,8 @@ def _second_derivative(ctx: Any, to_maps: list[Tensor], to_scale: Tensor, to_shi
     count = len(features)
 
     def gradients(grad: Tensor, scale: Tensor | None, shift: Tensor | None, *features: Tensor) -> Tensor:
-        arguments = (grad, features or None, out, scale, shift, relu, mean, channels, needs)
-        maps, by_scale, by_shift = fuse_backward_reference(*arguments)
+        call = FuseCall(scale, shift, relu, mean, channels, False)
+        maps, by_scale, by_shift = fuse_backward_reference(grad, features or None, out, call, needs)
         total = grad.new_zeros((), dtype=torch.float64)
         for x, seed in (*zip(maps, to_maps, strict=True), (by_scale, to_scale), (by_shift, to_shift)):
             if x is not None and seed is not None:

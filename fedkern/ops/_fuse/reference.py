@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import compute_dtype
+
+
+class FuseCall(NamedTuple):
+    """A call of fuse_concat or (``mean``) fuse_mean, but for its maps ``[B, C_m, *S]``.
+
+    Attributes:
+        scale, shift: ``[sum of C_m]``, of any of the four dtypes.
+        channels: the C_m.
+        channels_last: layout of the result, that of :func:`fedkern.ops._fuse.maps.wants_channels_last`.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+    relu: bool
+    mean: bool
+    channels: Sequence[int]
+    channels_last: bool
+
 
 # Which gradients are wanted: of each map, of scale, of shift.
 FuseNeeds = tuple[Sequence[bool], bool, bool]
@@ -46,17 +65,10 @@ def fuse_mean_reference(
 
 
 def fuse_backward_reference(
-    grad: Tensor,
-    features: Sequence[Tensor] | None,
-    out: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-    mean: bool,
-    channels: Sequence[int],
-    needs: FuseNeeds,
+    grad: Tensor, features: Sequence[Tensor] | None, out: Tensor | None, call: FuseCall, needs: FuseNeeds
 ) -> FuseGradients:
     """The gradients, by operations that can be differentiated again; sums over batch and positions in fp64."""
+    scale, shift, relu, mean, channels, _ = call
     need_features, need_scale, need_shift = needs
     wide = grad.to(compute_dtype(grad.dtype))
     if mean:

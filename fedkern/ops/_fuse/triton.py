@@ -18,7 +18,7 @@ from fedkern.ops._core.triton.launch import cdiv, launch, power_of_two, processo
 from fedkern.ops._core.triton.numbers import COMPUTE
 from fedkern.ops._core.triton.offsets import pick, starts_of, tensor_starts, wholes
 from fedkern.ops._fuse.maps import empty_map
-from fedkern.ops._fuse.reference import FuseGradients, FuseNeeds
+from fedkern.ops._fuse.reference import FuseCall, FuseGradients, FuseNeeds
 
 BLOCK = 1024
 # Maps that one launch takes as parameters.
@@ -174,16 +174,8 @@ class TritonFuse:
 
     views = False
 
-    def forward(
-        self,
-        features: Sequence[Tensor],
-        scale: Tensor | None,
-        shift: Tensor | None,
-        relu: bool,
-        mean: bool,
-        channels: Sequence[int],
-        channels_last: bool,
-    ) -> Tensor:
+    def forward(self, features: Sequence[Tensor], call: FuseCall) -> Tensor:
+        scale, shift, relu, mean, channels, channels_last = call
         first = features[0]
         shape, width = first.shape, channels[0] if mean else sum(channels)
         out = empty_map((shape[0], width, *shape[2:]), channels_last, first)
@@ -219,18 +211,9 @@ class TritonFuse:
         return out
 
     def backward(
-        self,
-        grad: Tensor,
-        features: Sequence[Tensor] | None,
-        out: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        relu: bool,
-        mean: bool,
-        channels: Sequence[int],
-        needs: FuseNeeds,
-        channels_last: bool,
+        self, grad: Tensor, features: Sequence[Tensor] | None, out: Tensor | None, call: FuseCall, needs: FuseNeeds
     ) -> FuseGradients:
+        scale, shift, relu, mean, channels, channels_last = call
         batch, positions, device = grad.shape[0], grad.shape[2:], grad.device
         need_features, need_scale, need_shift = needs
         targets = [

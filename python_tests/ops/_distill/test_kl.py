@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._core.backend import select
-from fedkern.ops._distill.kernels import divergence_settings
+from fedkern.ops._distill.kernels import Divergence
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 from python_tests.ops import operator_cases
 from python_tests.ops.operator_cases import (
@@ -317,7 +317,7 @@ def test_every_offset_over_sentinels(name: str, dtype: torch.dtype) -> None:
             to_s, to_o, to_t = (x[offset + 11 : offset + 11 + size].view(rows, classes) for x in out)
             kernel = select("dual_kl", s, t)
             assert kernel is not None
-            loss = kernel.divergence_forward(s, o, t, None, divergence_settings(1.0, False, 2), to_s, to_o, to_t)
+            loss = kernel.divergence_forward(Divergence(s, o, t, None, 1.0, False, 2), (to_s, to_o, to_t))
             inputs = [x.double().requires_grad_() for x in (s, t, o)]
             expected = kl_div_reference(inputs[0], inputs[1], other=inputs[2])
             expected.backward()

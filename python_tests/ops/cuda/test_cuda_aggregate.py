@@ -14,7 +14,7 @@ from fedkern.ops._aggregate.distances import _scores, _shares
 from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.philox import normal
 from fedkern.ops._aggregate.plain import PLAIN
-from fedkern.ops._aggregate.rules import RULES, ServerRule
+from fedkern.ops._aggregate.rules import RULES, ServerCall, ServerRule
 from fedkern.ops._core import backend
 from python_tests.ops._aggregate.aggregate_cases import REFINED, REFINED_SEED, refined_numbers
 from python_tests.ops.operator_cases import DTYPES, assert_close, describe, pairwise
@@ -179,14 +179,15 @@ def test_server_step(device: torch.device, number: int) -> None:
     theirs = [state.double() for state in states] + [None] * (2 - len(states))
     old = model.clone().to(device)
     in_place = old if number % 4 else None
-    alone, *nothing = served.server_step(old, vectors, weights, rule, *others, None, similarities=False)
-    target, norms, cosines = served.server_step(old, vectors, weights, rule, *ours, in_place)
+    alone, *nothing = served.server_step(ServerCall(old, vectors, weights, rule, *others, None, False))
+    target, norms, cosines = served.server_step(ServerCall(old, vectors, weights, rule, *ours, in_place))
     assert in_place is None or target is old
     for one, other in zip((target, *ours), (alone, *others), strict=True):
         assert one is other is None or torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
     assert [len(numbers) for numbers in nothing] == [0, 0]
     wide = [row.double() for row in rows]
-    expected, exact_norms, exact_cosines = PLAIN.server_step(model.double(), wide, numbers, rule, *theirs, None)
+    call = ServerCall(model.double(), wide, numbers, rule, *theirs)
+    expected, exact_norms, exact_cosines = PLAIN.server_step(call)
     close("model", target, expected)
     close("norms", norms, exact_norms)
     close("cosines", cosines, exact_cosines)
@@ -208,8 +209,9 @@ def test_server_step_of_full_tiles(device: torch.device, dtype: torch.dtype, cou
     for models in (rows.to(device), odd):
         ours, theirs = ([torch.zeros(4099, dtype=torch.float64) for _ in range(2)] for _ in range(2))
         moments = [state.to(device) for state in ours]
-        got = served.server_step(models[0], list(models[1:]), weights, rule, *moments, None)
-        expected = PLAIN.server_step(rows[0].double(), list(rows[1:].double()), weights, rule, *theirs, None)
+        got = served.server_step(ServerCall(models[0], list(models[1:]), weights, rule, *moments))
+        wide = rows.double()
+        expected = PLAIN.server_step(ServerCall(wide[0], list(wide[1:]), weights, rule, *theirs))
         for one, other in zip((*got, *moments), (*expected, *theirs), strict=True):
             close("step", one, other)
 

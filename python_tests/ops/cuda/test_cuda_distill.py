@@ -10,7 +10,7 @@ import torch
 
 from fedkern import ops
 from fedkern.ops._core import backend
-from fedkern.ops._distill.kernels import DistillKernels, divergence_settings
+from fedkern.ops._distill.kernels import DistillKernels, Divergence, entropy_call
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 from python_tests.ops._distill.finite_masks import CALLS as CALLS_OF_MASKS
 from python_tests.ops._distill.finite_masks import compare as compare_masks
@@ -85,20 +85,18 @@ def test_what_the_forward_pass_kept_changes_no_bit(
     if not students:
         if reverse:
             return
-        kept = kernel.entropy_kept(teacher).fill_(math.nan)
-        assert torch.equal(kernel.entropy_forward(teacher, 0, None, kept)[2:], kernel.entropy_forward(teacher, 0)[2:])
-        plain, kept = (kernel.entropy_backward(grad, teacher, 0, x)[torch.arange(rows) != 1] for x in (None, kept))
+        call, needs = entropy_call(teacher, 0), (False, False, True, False)
+        kept = kernel.divergence_statistics(call).fill_(math.nan)
+        assert torch.equal(kernel.divergence_forward(call, statistics=kept)[2:], kernel.divergence_forward(call)[2:])
+        both = (kernel.divergence_backward((grad,), call, needs, x)[2] for x in (None, kept))
+        plain, kept = (gradient[torch.arange(rows) != 1] for gradient in both)
         assert torch.equal(plain, kept)
         return
-    tensors = (given[0], given[1] if students == 2 else None, teacher)
-    settings = divergence_settings(2.0, reverse, 0)
-    kept = kernel.divergence_kept(*tensors, settings).fill_(math.nan)
-    assert torch.equal(
-        kernel.divergence_forward(*tensors, weight, settings, kept=kept),
-        kernel.divergence_forward(*tensors, weight, settings),
-    )
+    call = Divergence(given[0], given[1] if students == 2 else None, teacher, weight, 2.0, reverse, 0)
+    kept = kernel.divergence_statistics(call).fill_(math.nan)
+    assert torch.equal(kernel.divergence_forward(call, statistics=kept), kernel.divergence_forward(call))
     for needs in ((True, True, True, False), (True, True, False, False), (False, False, True, False)):
-        plain, short = (kernel.divergence_backward(grad, *tensors, weight, settings, needs, x) for x in (None, kept))
+        plain, short = (kernel.divergence_backward((grad,), call, needs, x) for x in (None, kept))
         for x, y in zip(plain, short, strict=True):
             assert (x is None) == (y is None)
             assert x is None or (torch.equal(x, y) and not x[1].any())
@@ -207,7 +205,7 @@ def test_nothing_beside_the_gradients_is_written(device: torch.device, dtype: to
     for offset in (0, 1, 7, 8, 16):
         room = torch.full((6 * (classes + 16) + 64,), 777.0, dtype=dtype, device=device)
         gradient = room[offset:].as_strided((5, classes), (classes + 16, 1))
-        kernel.entropy_forward(logits, 2, gradient)
+        kernel.divergence_forward(entropy_call(logits, 2), (None, None, gradient))
         assert_close("gradient", gradient.cpu(), exact.grad)
         assert int((room != 777.0).sum()) <= gradient.numel()
         gradient.fill_(777.0)

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 import fedkern.ops
-from fedkern.ops._aggregate.rules import RULES, ServerRule
+from fedkern.ops._aggregate.rules import RULES, ServerCall, ServerRule
 from fedkern.ops._aggregate.triton.aggregate import TritonAggregate
 from fedkern.ops._blend.triton.blend import TritonBlend
 from fedkern.ops._blend.triton.boxes import TritonBoxes
 from fedkern.ops._contrast.triton import TritonContrast
-from fedkern.ops._distill.kernels import Divergence, Ensemble
+from fedkern.ops._distill.kernels import Divergence, Ensemble, consensus_call, entropy_call, js_call
 from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, PROBS
 from fedkern.ops._distill.triton.distill import TritonDistill
+from fedkern.ops._fuse.reference import FuseCall
 from fedkern.ops._fuse.triton import TritonFuse
 from fedkern.ops._optimise.kernels import AdamW, Call
 from fedkern.ops._optimise.triton import TritonOptimise
@@ -162,30 +163,29 @@ def distill_cases(full: bool) -> Iterator[Case]:
             for x in layouts:
                 label = f"distill {dtype} {list(shape)}"
                 rows = torch.empty(shape[:1] + shape[2:], dtype=dtype)
-                mean = Divergence(2.0, False, BATCHMEAN)
-                reverse = Divergence(2.0, True, BATCHMEAN)
-                each = Divergence(2.0, False, NONE)
+                kl = Divergence(x, None, x, None, 2.0, False, BATCHMEAN)
+                dual = Divergence(x, x, x, None, 2.0, True, BATCHMEAN)
+                kl_rows = Divergence(x, None, x, rows, 2.0, False, NONE)
+                dual_rows = Divergence(x, x, x, rows, 2.0, False, BATCHMEAN)
+                entropy = entropy_call(x, BATCHMEAN)
                 one = torch.empty((), dtype=dtype)
                 forward, backward = kernel.divergence_forward, kernel.divergence_backward
                 calls = [
-                    ("kl", lambda: forward(x, None, x, None, mean)),
-                    ("kl to student", lambda: backward(one, x, None, x, None, mean, (True, False, False, False))),
-                    ("dual", lambda: forward(x, x, x, None, reverse)),
-                    ("dual to both", lambda: backward(one, x, x, x, None, reverse, (True, True, False, False))),
+                    ("kl", lambda: forward(kl)),
+                    ("kl to student", lambda: backward((one,), kl, (True, False, False, False))),
+                    ("dual", lambda: forward(dual)),
+                    ("dual to both", lambda: backward((one,), dual, (True, True, False, False))),
+                    ("entropy", lambda: forward(entropy)),
+                    ("entropy gradient", lambda: backward((one,), entropy, (False, False, True, False))),
                 ]
                 if full:
                     calls += [
-                        ("kl per row", lambda: forward(x, None, x, rows, each)),
-                        ("kl to all", lambda: backward(rows, x, None, x, rows, each, (True, False, True, True))),
-                        ("dual to all", lambda: backward(one, x, x, x, rows, mean, (True, True, True, True))),
+                        ("kl per row", lambda: forward(kl_rows)),
+                        ("kl to all", lambda: backward((rows,), kl_rows, (True, False, True, True))),
+                        ("dual to all", lambda: backward((one,), dual_rows, (True, True, True, True))),
                     ]
                 for name, call in calls:
                     yield f"{label} {name}", call
-                yield f"{label} entropy", lambda: kernel.entropy_forward(x, BATCHMEAN)
-                yield (
-                    f"{label} entropy gradient",
-                    lambda: kernel.entropy_backward(torch.empty((), dtype=dtype), x, BATCHMEAN),
-                )
 
 
 def ensemble_cases(full: bool) -> Iterator[Case]:
@@ -199,34 +199,26 @@ def ensemble_cases(full: bool) -> Iterator[Case]:
             by_class = torch.ones(shape)
             label = f"ensemble {dtype} {list(shape)}"
             for mix in (PROBS, LOGITS, MEAN):
-                settings = Ensemble(2.0, mix, False, BATCHMEAN)
                 for weights in (by_row, by_class)[: 2 if full and mix != MEAN else 1]:
-                    known = mask if full and mix != MEAN else None
-                    yield (
-                        f"{label} mix {mix}",
-                        lambda: kernel.ensemble_forward(student, x, weights, known, settings),
-                    )
+                    classes = mask if full and mix != MEAN else None
+                    call = Ensemble(student, x, weights, classes, 2.0, mix, False, BATCHMEAN)
+                    yield f"{label} mix {mix}", lambda: kernel.ensemble_forward(call)
                     for needs in ((True, False, False), (False, True, True)):
                         if full or needs[0] or mix == PROBS:
                             yield (
                                 f"{label} mix {mix} backward",
-                                lambda: kernel.ensemble_backward(one, student, x, weights, known, settings, needs),
+                                lambda: kernel.ensemble_backward((one,), call, needs),
                             )
-            settings = Ensemble(1.0, MEAN, True, BATCHMEAN)
-            yield f"{label} of log-probabilities", lambda: kernel.ensemble_forward(student, x, by_row, None, settings)
-            yield (
-                f"{label} of log-probabilities backward",
-                lambda: kernel.ensemble_backward(one, student, x, by_row, None, settings, (True, True, True)),
-            )
-            rows = by_row.squeeze(2)
-            yield f"{label} js", lambda: kernel.js_forward(x, None, BATCHMEAN)
-            yield f"{label} js backward", lambda: kernel.js_backward(one, x, None, BATCHMEAN, (True, False))
-            yield f"{label} consensus", lambda: kernel.consensus_forward(x, rows, BATCHMEAN)
+            forward, backward = kernel.ensemble_forward, kernel.ensemble_backward
+            log_probs = Ensemble(student, x, by_row, None, 1.0, MEAN, True, BATCHMEAN)
+            js, consensus = js_call(x, None, BATCHMEAN), consensus_call(x, by_row.squeeze(2), BATCHMEAN)
+            yield f"{label} of log-probabilities", lambda: forward(log_probs)
+            yield f"{label} of log-probabilities backward", lambda: backward((one,), log_probs, (True, True, True))
+            yield f"{label} js", lambda: forward(js)
+            yield f"{label} js backward", lambda: backward((one,), js, (False, True, False))
+            yield f"{label} consensus", lambda: forward(consensus)
             if full:
-                yield (
-                    f"{label} consensus backward",
-                    lambda: kernel.consensus_backward(one, one, x, rows, BATCHMEAN, (True, True)),
-                )
+                yield f"{label} consensus backward", lambda: backward((one, one), consensus, (False, True, True))
 
 
 def aggregate_cases(full: bool) -> Iterator[Case]:
@@ -242,11 +234,8 @@ def aggregate_cases(full: bool) -> Iterator[Case]:
             state = torch.empty(size)
             for rule in range(len(RULES)) if full else (2,):
                 states = [state if rule > k else None for k in (0, 1)]
-                settings = ServerRule(rule, 1.0, 0.9, 0.99, 1e-3)
-                yield (
-                    f"{label} server_step {RULES[rule]}",
-                    lambda: kernel.server_step(stack[0], rows, weights, settings, *states, None),
-                )
+                call = ServerCall(stack[0], rows, weights, ServerRule(rule, 1.0, 0.9, 0.99, 1e-3), *states)
+                yield f"{label} server_step {RULES[rule]}", lambda: kernel.server_step(call)
             if number == 0 or full:
                 total = torch.empty(size, dtype=torch.float64)
                 yield f"{label} accumulate", lambda: kernel.accumulate(total, rows[0], 2.0)
@@ -265,30 +254,22 @@ def fuse_cases(full: bool) -> Iterator[Case]:
                 vector, channels = torch.empty(count * shape[1], dtype=dtype), [shape[1]] * count
                 for mean in (False, True):
                     label = f"fuse {dtype} {count} maps {list(shape)} {'mean' if mean else 'concat'} {layout}"
-                    yield f"{label} forward", lambda: kernel.forward(maps, vector, vector, True, mean, channels, last)
+                    call = FuseCall(vector, vector, True, mean, channels, last)
+                    yield f"{label} forward", lambda: kernel.forward(maps, call)
                     grad = torch.empty((shape[0], shape[1] * (1 if mean else count), *shape[2:]), dtype=dtype)
                     grad = grad.contiguous(memory_format=layout)
                     for vectors in (False, True):
                         needs = ((not vectors,) * count, vectors, vectors)
-                        yield (
-                            f"{label} backward",
-                            lambda: kernel.backward(
-                                grad, maps, None, vector, vector, True, mean, channels, needs, last
-                            ),
-                        )
+                        yield f"{label} backward", lambda: kernel.backward(grad, maps, None, call, needs)
                     if full and not mean:
                         needs = ((True,) * count, False, True)
                         yield (
                             f"{label} backward from the result",
-                            lambda: kernel.backward(
-                                grad, None, grad, vector, vector, True, mean, channels, needs, last
-                            ),
+                            lambda: kernel.backward(grad, None, grad, call, needs),
                         )
                     if full:
-                        yield (
-                            f"{label} forward alone",
-                            lambda: kernel.forward(maps, None, None, False, mean, channels, last),
-                        )
+                        alone = FuseCall(None, None, False, mean, channels, last)
+                        yield f"{label} forward alone", lambda: kernel.forward(maps, alone)
 
 
 def size_one(full: bool) -> Iterator[Case]:
@@ -300,32 +281,24 @@ def size_one(full: bool) -> Iterator[Case]:
         yield f"boxes {list(shape)}", lambda: boxes.fill(images, corners, fill, False, torch.empty_like(images))
     for shape in ((1, 100_000), (1, 1), (3, 1), (1, 3, 1, 1))[: 4 if full else 1]:
         x, one = torch.empty(shape), torch.empty(())
-        settings = Divergence(2.0, False, BATCHMEAN)
-        yield f"distill {list(shape)}", lambda: distill.divergence_forward(x, None, x, None, settings)
-        needs = (True, False, True, False)
-        yield f"distill {list(shape)}", lambda: distill.divergence_backward(one, x, None, x, None, settings, needs)
+        call, needs = Divergence(x, None, x, None, 2.0, False, BATCHMEAN), (True, False, True, False)
+        yield f"distill {list(shape)}", lambda: distill.divergence_forward(call)
+        yield f"distill {list(shape)}", lambda: distill.divergence_backward((one,), call, needs)
     rows = list(torch.empty(20, 1))
     weights = [1.0] * len(rows)
-    settings_ = ServerRule(0, 1.0, 0.9, 0.99, 1e-3)
+    step = ServerCall(rows[0], rows, weights, ServerRule(0, 1.0, 0.9, 0.99, 1e-3))
     yield "aggregate [1] weighted_mean", lambda: aggregate.weighted_mean(rows, weights, None)
-    yield (
-        "aggregate [1] server_step",
-        lambda: aggregate.server_step(rows[0], rows, weights, settings_, None, None, None),
-    )
+    yield "aggregate [1] server_step", lambda: aggregate.server_step(step)
     for count, shape in ((2, (3, 1, 4, 4)), (1, (1, 3, 4, 4)), (2, (1, 1, 1, 1)))[: 3 if full else 2]:
         maps, vector = [torch.empty(shape) for _ in range(count)], torch.empty(count * shape[1])
         grad = torch.empty((shape[0], shape[1] * count, *shape[2:]))
         for vectors in (False, True):
             wanted = ((not vectors,) * count, vectors, vectors)
-            yield (
-                f"fuse {count} {list(shape)}",
-                lambda: fuse.backward(grad, maps, None, vector, vector, True, False, [shape[1]] * count, wanted, False),
-            )
+            fused = FuseCall(vector, vector, True, False, [shape[1]] * count, False)
+            yield f"fuse {count} {list(shape)}", lambda: fuse.backward(grad, maps, None, fused, wanted)
         for mean in (False, True):
-            yield (
-                f"fuse {count} {list(shape)}",
-                lambda: fuse.forward(maps, vector, vector, True, mean, [shape[1]] * count, False),
-            )
+            fused = FuseCall(vector, vector, True, mean, [shape[1]] * count, False)
+            yield f"fuse {count} {list(shape)}", lambda: fuse.forward(maps, fused)
 
 
 def weights_cases(full: bool) -> Iterator[Case]:
@@ -340,4 +313,4 @@ def weights_cases(full: bool) -> Iterator[Case]:
         ([*apart[2:], apart[0], apart[0]], [2.0] * 8),
     ):
         yield "weights weighted_mean", lambda: kernel.weighted_mean(rows, weights, None)
-        yield "weights server_step", lambda: kernel.server_step(rows[0], rows, weights, rule, None, None, None)
+        yield "weights server_step", lambda: kernel.server_step(ServerCall(rows[0], rows, weights, rule))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._aggregate.plain import PLAIN
-from fedkern.ops._aggregate.rules import RULES, ServerRule
+from fedkern.ops._aggregate.rules import RULES, ServerCall, ServerRule
 from python_tests.ops.operator_cases import BACKENDS, DTYPES, pairwise
 
 if "triton" not in BACKENDS:
@@ -131,12 +131,12 @@ def test_server_step(rule: int) -> None:
         settings = ServerRule(rule, 0.3, 0.9, 0.99, 1e-3)
         states = [torch.rand(case["size"], dtype=state) if rule > k else None for k in (0, 1)]
         copies, others = ([None if x is None else x.clone() for x in states] for _ in range(2))
-        got = KERNEL.server_step(old, vectors, given, settings, *states, None)
-        expected = PLAIN.server_step(old, vectors, weights, settings, *copies, None)
+        got = KERNEL.server_step(ServerCall(old, vectors, given, settings, *states))
+        expected = PLAIN.server_step(ServerCall(old, vectors, weights, settings, *copies))
         for one, two in zip((*got, *states), (*expected, *copies), strict=True):
             if one is not None:
                 same(one, two, 1e-6 if one.dtype is torch.float32 else 1e-5)
-        here, *nothing = KERNEL.server_step(old, vectors, given, settings, *others, old, similarities=False)
+        here, *nothing = KERNEL.server_step(ServerCall(old, vectors, given, settings, *others, old, False))
         assert here is old
         assert torch.equal(here, got[0])
         assert [len(numbers) for numbers in nothing] == [0, 0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern.ops._aggregate.checks import Vectors, Weights, deliver, direct_target, rows_of
 from fedkern.ops._aggregate.plain import PlainAggregate
-from fedkern.ops._aggregate.rules import ServerRule
+from fedkern.ops._aggregate.rules import ServerCall
 from fedkern.ops._aggregate.triton.means import add_kernel, divide_kernel, encoded, mean_kernel, step_kernel
 from fedkern.ops._core import backend
 from fedkern.ops._core.triton.launch import cdiv, double_bits, filled, launch, power_of_two
@@ -42,20 +42,20 @@ class TritonAggregate(PlainAggregate):
         for begin in range(0, len(rows), MEMBERS):
             end = min(begin + MEMBERS, len(rows))
             shares, unrolled = _parameters(weights[begin:end]), 0
-            given: object
+            base: object
             offsets: tuple[int, ...] = ()
-            kept: object = None
+            copies: object = None
             if end - begin <= UNROLLED:
                 some, stride = _same_stride(rows[begin:end])
-                given, row_stride, unrolled = filled(some, some[0]), 0, power_of_two(len(some))
+                base, row_stride, unrolled = filled(some, some[0]), 0, power_of_two(len(some))
             else:
-                given, offsets, (row_stride, stride), kept = Table.of(vectors[begin:end])
+                base, offsets, (row_stride, stride), copies = Table.of(vectors[begin:end])
             launch(
-                mean_kernel, programs, device, given, offsets, shares, total, sums, target, end - begin, size,
+                mean_kernel, programs, device, base, offsets, shares, total, sums, target, end - begin, size,
                 row_stride, stride, UNROLLED=unrolled, BITS=_bits(shares), COUNT=len(offsets),
                 MEMBERS=power_of_two(end - begin), FIRST=begin == 0, LAST=end == len(rows), BLOCK=BLOCK,
             )  # fmt: skip
-            del kept
+            del copies
         return target if out is None else deliver(target, out)
 
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
@@ -70,26 +70,17 @@ class TritonAggregate(PlainAggregate):
         launch(divide_kernel, cdiv(size, BLOCK), total.device, total, double_bits(weight), target, size, BLOCK=BLOCK)
         return target
 
-    def server_step(
-        self,
-        global_: Tensor,
-        vectors: Vectors,
-        weights: Weights,
-        rule: ServerRule,
-        first: Tensor | None,
-        second: Tensor | None,
-        out: Tensor | None,
-        similarities: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def server_step(self, call: ServerCall) -> tuple[Tensor, Tensor, Tensor]:
+        global_, vectors, weights, rule, first, second, out, similarities = call
         size, device, count = len(global_), global_.device, len(vectors)
         if count > MOST:
             backend.not_forced("server_step", "triton", f"of {count} vectors")
-            return super().server_step(global_, vectors, weights, rule, first, second, out, similarities)
+            return super().server_step(call)
         target = torch.empty(size, dtype=global_.dtype, device=device) if out is None else out
         programs = cdiv(size, BLOCK)
-        given = count if similarities else 0
-        partial = torch.empty(programs, 2 * given + 1, dtype=torch.float64, device=device)
-        base, offsets, strides, kept = Table.of(vectors)
+        columns = count if similarities else 0
+        partial = torch.empty(programs, 2 * columns + 1, dtype=torch.float64, device=device)
+        base, offsets, strides, copies = Table.of(vectors)
         shares = _parameters(weights)
         launch(
             step_kernel, programs, device, global_, base, offsets, shares, first, second, target, partial, count, size,
@@ -97,7 +88,7 @@ class TritonAggregate(PlainAggregate):
             double_bits(rule.beta2), double_bits(rule.tau), RULE=rule.rule, BITS=_bits(shares), COUNT=len(offsets),
             MEMBERS=power_of_two(count), SIMILAR=similarities, BLOCK=BLOCK,
         )  # fmt: skip
-        del kept
+        del copies
         if not similarities:
             return target, partial.new_empty(0), partial.new_empty(0)
         sums = partial.sum(0)

@@ -10,10 +10,10 @@ from torch import Tensor
 from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._core.triton.launch import double_bits, launch, power_of_two
 from fedkern.ops._core.triton.numbers import finish
-from fedkern.ops._distill.kernels import CONSENSUS, DistillKernels, Divergence, Gradients
+from fedkern.ops._distill.kernels import NO_GRADIENTS, DistillKernels, Divergence, Gradients
 from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, NONE, row_count, row_shape
-from fedkern.ops._distill.triton.ensemble import ensemble, stack
+from fedkern.ops._distill.triton.ensemble import ensemble
 from fedkern.ops._distill.triton.losses import divergence_kernel, entropy_kernel
 from fedkern.ops._distill.triton.rows import (
     ALL_ROWS,
@@ -45,20 +45,19 @@ class TritonDistill(DistillKernels):
     def _divergence(
         self,
         grad: Tensor | None,
-        student: Tensor,
-        other: Tensor | None,
-        teacher: Tensor,
-        weight: Tensor | None,
-        settings: Divergence,
+        call: Divergence,
         dtype: torch.dtype,
         gradients: Gradients,
         raw: Tensor | None,
         result: Tensor | None,
-        kept: Tensor | None = None,
+        statistics: Tensor | None = None,
     ) -> None:
-        reduction = settings.reduction
+        student, other, teacher, weight, temperature, reverse, reduction = call
+        if student is None:
+            self._entropy(grad, teacher, reduction, gradients[2], result)
+            return
         compute, device = compute_dtype(dtype), student.device
-        wanted, (to_student, to_other, to_teacher) = gradients, (writable(x) for x in gradients)
+        targets, (to_student, to_other, to_teacher) = gradients, (writable(x) for x in gradients)
         gradients = (to_student, to_other, to_teacher)
         rows = row_count(student)
         if not rows:
@@ -68,10 +67,10 @@ class TritonDistill(DistillKernels):
         other = None if other is None else readable(other, to_other)
         weight, grad = readable_rows(weight), readable_rows(grad)
         second = teacher if other is None else other
-        given = [known_steps(x) for x in (teacher, student, second)]
+        logit_steps = [known_steps(x) for x in (teacher, student, second)]
         by_row = [row_steps_of(weight), row_steps_of(grad) if reduction == NONE else ALL_ROWS]
         plan, steps = share(
-            teacher, [*given, *(s for s in by_row if s is not None)], 2 if other is None else 3, compute
+            teacher, [*logit_steps, *(s for s in by_row if s is not None)], 2 if other is None else 3, compute
         )
         count = max(rows, 1) if reduction == BATCHMEAN else 1
         t_steps, s_steps, o_steps, w_steps, g_steps = steps
@@ -92,8 +91,8 @@ class TritonDistill(DistillKernels):
             terms = SERIES[compute]
             launch(
                 divergence_kernel, plan.groups * plan.splits, device, *tensors, *parts, values,
-                double_bits(settings.temperature), count, plan.inner, plan.classes, plan.tiles, plan.splits, plan.span,
-                rows, *strides, TERMS=terms, REVERSE=settings.reverse, MEAN=mean, WHOLE=plan.whole,
+                double_bits(temperature), count, plan.inner, plan.classes, plan.tiles, plan.splits, plan.span,
+                rows, *strides, TERMS=terms, REVERSE=reverse, MEAN=mean, WHOLE=plan.whole,
                 SPLITS=power_of_two(plan.splits), **meta,
             )  # fmt: skip
 
@@ -103,25 +102,22 @@ class TritonDistill(DistillKernels):
             run(gradients, losses, raw, total)
             if total is not None and result is not None and total is not result:
                 finish(total, result, count)
-            hand_over(gradients, wanted)
+            hand_over(gradients, targets)
             return
 
         # Rows split among programs: statistics first, then the rows' losses if wanted, or needed by a gradient.
-        parts = _statistics(
-            [x for x in (teacher, student, other) if x is not None], steps, plan, settings.temperature, compute
-        )
-        nothing = (None, None, None)
+        parts = _statistics([x for x in (teacher, student, other) if x is not None], steps, plan, temperature, compute)
         values = None
-        own = (to_student is not None or to_other is not None) if settings.reverse else to_teacher is not None
-        if own:
+        by_value = (to_student is not None or to_other is not None) if reverse else to_teacher is not None
+        if by_value:
             values = torch.empty(2, rows, dtype=compute, device=device)
             for place, x in enumerate((student, other)):
                 if x is not None:
-                    values[place] = self._row_values(x, teacher, settings)
+                    values[place] = self._row_values(Divergence(x, None, teacher, None, temperature, reverse, NONE))
         if result is not None or raw is not None:
             losses = torch.empty(rows, plan.splits, dtype=compute, device=device)
             unweighted = torch.empty_like(losses) if raw is not None else None
-            run(nothing, losses, unweighted, None, parts)
+            run(NO_GRADIENTS, losses, unweighted, None, parts)
             if raw is not None and unweighted is not None:
                 torch.sum(unweighted, 1, out=raw.view(-1))
             if result is not None:
@@ -131,15 +127,14 @@ class TritonDistill(DistillKernels):
                     finish(losses.to(torch.float64), result, count)
         if any(x is not None for x in gradients):
             run(gradients, None, None, None, parts, values)
-            hand_over(gradients, wanted)
+            hand_over(gradients, targets)
 
-    def _row_values(self, student: Tensor, teacher: Tensor, settings: Divergence) -> Tensor:
+    def _row_values(self, call: Divergence) -> Tensor:
         """KL of each row, without the factor T²."""
-        none = Divergence(settings.temperature, settings.reverse, NONE)
-        dtype = result_dtype(student, None, teacher)
-        raw = torch.empty(row_shape(student), dtype=compute_dtype(dtype), device=student.device)
-        self._divergence(None, student, None, teacher, None, none, dtype, (None, None, None), raw, None)
-        return raw.view(-1) / settings.temperature**2
+        teacher, dtype = call.teacher, result_dtype(call.student, None, call.teacher)
+        raw = torch.empty(row_shape(teacher), dtype=compute_dtype(dtype), device=teacher.device)
+        self._divergence(None, call, dtype, NO_GRADIENTS, raw, None)
+        return raw.view(-1) / call.temperature**2
 
     def _entropy(
         self,
@@ -148,13 +143,12 @@ class TritonDistill(DistillKernels):
         reduction: int,
         gradient: Tensor | None,
         result: Tensor | None,
-        kept: Tensor | None = None,
     ) -> None:
         rows, compute, device = row_count(logits), compute_dtype(logits.dtype), logits.device
         if not rows:
             clear(result)
             return
-        wanted, gradient = gradient, writable(gradient)
+        target, gradient = gradient, writable(gradient)
         logits, grad = readable(logits, gradient), readable_rows(grad)
         by_row = row_steps_of(grad) if reduction == NONE else ALL_ROWS
         assert by_row is not None
@@ -180,7 +174,7 @@ class TritonDistill(DistillKernels):
             run(gradient, result if reduction == NONE else None, total)
             if total is not None and result is not None and total is not result:
                 finish(total, result, count)
-            hand_over((gradient,), (wanted,))
+            hand_over((gradient,), (target,))
             return
         parts = _statistics([logits], [steps], plan, 1.0, compute)
         losses = torch.empty(rows, plan.splits, dtype=compute, device=device)
@@ -193,25 +187,9 @@ class TritonDistill(DistillKernels):
                 finish(losses.to(torch.float64), result, count)
         if gradient is not None:
             run(gradient, None, None, parts, values)
-            hand_over((gradient,), (wanted,))
+            hand_over((gradient,), (target,))
 
     _ensemble = staticmethod(ensemble)
-
-    def _run_stack(
-        self,
-        kind: int,
-        logits: Tensor,
-        weights: Tensor | None,
-        reduction: int,
-        to_logits: Tensor | None,
-        to_weights: Tensor | None,
-        grads: tuple[Tensor, ...],
-        first: Tensor | None,
-        second: Tensor | None,
-        kept: Tensor | None = None,
-    ) -> None:
-        gradients, one, two = (None, to_logits, to_weights), *(*grads, None, None)[:2]
-        stack(one, two, None, logits, weights, reduction, gradients, (first, second), consensus=kind == CONSENSUS)
 
 
 def _statistics(

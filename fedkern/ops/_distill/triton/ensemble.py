@@ -10,7 +10,7 @@ from torch import Tensor
 from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._core.triton.launch import double_bits, launch
 from fedkern.ops._core.triton.numbers import finish
-from fedkern.ops._distill.kernels import Ensemble, Gradients
+from fedkern.ops._distill.kernels import CONSENSUS, JS, Ensemble, Gradients, Pair
 from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, row_count
 from fedkern.ops._distill.triton.members import stack_kernel
@@ -32,70 +32,56 @@ from fedkern.ops._distill.triton.rows import (
     totals_of,
     writable,
 )
-from fedkern.ops._distill.triton.stacks import Call
+from fedkern.ops._distill.triton.stacks import Mixture
 
 
 def ensemble(
-    grad: Tensor | None,
-    student: Tensor,
-    teachers: Tensor,
-    weights: Tensor | None,
-    class_mask: Tensor | None,
-    settings: Ensemble,
+    grads: Pair,
+    call: Ensemble,
     dtype: torch.dtype,
     by_class: bool,
     gradients: Gradients,
-    result: Tensor | None,
+    results: Pair,
+    statistics: Tensor | None = None,
 ) -> None:
     """:meth:`fedkern.ops._distill.kernels.DistillKernels._ensemble` in Triton."""
-    if settings.mix == MEAN:
-        to_student, to_teachers, to_weights = gradients
-        stack(
-            grad, None, student, teachers, None if weights is None else weights.squeeze(2), settings.reduction,
-            (to_student, to_teachers, None if to_weights is None else to_weights.squeeze(2)), (result, None),
-            temperature=settings.temperature, log_probs=settings.log_probs and settings.temperature == 1,
-        )  # fmt: skip
+    student, teachers, weights, _, temperature, mix, log_probs, _ = call
+    log_probs = log_probs and temperature == 1
+    if student is None or mix == MEAN:
+        if mix == MEAN:
+            to_student, to_teachers, to_weights = gradients
+            call = call._replace(weights=None if weights is None else weights.squeeze(2))
+            gradients = (to_student, to_teachers, None if to_weights is None else to_weights.squeeze(2))
+        stack(grads, call, log_probs, gradients, results)
         return
     if not row_count(student):
-        clear(result, *gradients)
+        clear(results[0], *gradients)
         return
-    call = Call.of(grad, student, teachers, weights, class_mask, settings, gradients, result)
-    plan, compute = call.plan, call.compute
-    log_probs = settings.log_probs and settings.temperature == 1
-    known = log_probs or settings.mix == LOGITS
-    tops, logs = _members(call.teachers, call.steps[1], plan, settings.temperature, compute, known)
+    mixture = Mixture.of(grads[0], student, call, gradients, results[0])
+    plan, compute = mixture.plan, mixture.compute
+    as_is = log_probs or mix == LOGITS
+    tops, logs = _members(mixture.teachers, mixture.steps[1], plan, temperature, compute, as_is)
     terms = SERIES[compute]
     launch(
-        mixture_kernel, plan.groups, student.device, call.student, call.teachers, call.weights, call.mask, call.grad,
-        tops, logs, *call.gradients, call.losses, call.total, double_bits(settings.temperature), call.count_rows,
-        len(teachers), plan.inner, plan.classes, plan.tiles, row_count(student), *call.strides,
-        TERMS=terms, LOGITS=settings.mix == LOGITS, LOG_PROBS=log_probs, BY_CLASS=call.by_class,
-        MEAN=call.mean, **meta_of(plan, compute, stack=True),
+        mixture_kernel, plan.groups, student.device, mixture.student, mixture.teachers, mixture.weights, mixture.mask,
+        mixture.grad, tops, logs, *mixture.gradients, mixture.losses, mixture.total, double_bits(temperature),
+        mixture.count_rows, len(teachers), plan.inner, plan.classes, plan.tiles, row_count(student), *mixture.strides,
+        TERMS=terms, LOGITS=mix == LOGITS, LOG_PROBS=log_probs, BY_CLASS=mixture.by_class,
+        MEAN=mixture.mean, **meta_of(plan, compute, stack=True),
     )  # fmt: skip
-    call.close()
+    mixture.close()
 
 
-def stack(
-    grad: Tensor | None,
-    more_grad: Tensor | None,
-    student: Tensor | None,
-    logits: Tensor,
-    weights: Tensor | None,
-    reduction: int,
-    gradients: Gradients,
-    results: tuple[Tensor | None, Tensor | None],
-    *,
-    consensus: bool = False,
-    temperature: float = 1.0,
-    log_probs: bool = False,
-) -> None:
+def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, results: Pair) -> None:
+    """js_div, consensus, and ensemble_kl's mean of divergences; weights are ``[K, B, *positions]``."""
+    student, logits, weights, _, temperature, mix, _, reduction = call
+    grad, more_grad = grads
     rows = row_count(logits[0])
     if not rows:
         clear(*results, *gradients)
         return
-    dtype = logits.dtype if student is None else result_dtype(student, None, logits)
-    compute, device = compute_dtype(dtype), logits.device
-    wanted, (to_student, to_logits, to_weights) = gradients, gradients
+    compute, device = compute_dtype(result_dtype(student, None, logits)), logits.device
+    targets, (to_student, to_logits, to_weights) = gradients, gradients
     to_student, to_logits = writable(to_student), writable(to_logits, 2)
     gradients = (to_student, to_logits, to_weights)
     logits, student = readable(logits, to_logits, 2), None if student is None else readable(student, to_student)
@@ -118,7 +104,7 @@ def stack(
     tops, logs = _members(logits, t_steps, plan, temperature, compute, log_probs)
     terms = SERIES[compute]
     totals = [totals_of(result, reduction, plan) for result in results]
-    bound = math.log(len(logits)) if student is None and not consensus else math.inf
+    bound = math.log(len(logits)) if mix == JS else math.inf
     launch(
         stack_kernel, plan.groups, device, student, logits, weights, grad, more_grad, tops, logs, *gradients,
         *(results if each else (None, None)), *totals, double_bits(temperature),
@@ -126,19 +112,19 @@ def stack(
         rows, *s_steps, *t_steps, w_steps.outer, w_steps.row, g_steps.outer, g_steps.row, m_steps.outer, m_steps.row,
         b_steps.outer, b_steps.row, logits.stride(0), 0 if weights is None else weights.stride(0),
         0 if to_weights is None else to_weights.stride(0), TERMS=terms,
-        CONSENSUS=consensus, LOG_PROBS=log_probs, MEAN=totals[0] is not None and totals[0].dim() == 0,
+        CONSENSUS=mix == CONSENSUS, LOG_PROBS=log_probs, MEAN=totals[0] is not None and totals[0].dim() == 0,
         **meta_of(plan, compute, stack=True),
     )  # fmt: skip
     for total, result in zip(totals, results, strict=True):
         if total is not None and result is not None and total is not result:
             finish(total, result, rows if reduction == BATCHMEAN else 1)
-    hand_over(gradients, wanted)
+    hand_over(gradients, targets)
 
 
 def _members(
-    teachers: Tensor, steps: Steps, plan: Rows, temperature: float, compute: torch.dtype, known: bool
+    teachers: Tensor, steps: Steps, plan: Rows, temperature: float, compute: torch.dtype, as_is: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    if known:
+    if as_is:
         return None, None
     rows = plan.outer * plan.inner
     tops, logs = torch.empty(2, len(teachers), rows, dtype=compute, device=teachers.device).unbind()

@@ -129,7 +129,7 @@ def divergence_kernel(
             z_log = tl.log(z_total)
 
     by_row = ones_or(weight, batch, inside, weight_outer, weight_row, valid, COMPUTE)
-    kept = valid & (by_row != 0)
+    row_mask = valid & (by_row != 0)
 
     # the divergence of each row: to the student and, in two-student calls, to the other
     one = tl.zeros([ROWS], COMPUTE)
@@ -164,8 +164,8 @@ def divergence_kernel(
                 two += tl.sum(tl.where((column < last)[None, :], terms, 0.0), axis=1)
         loss = t * t * (one + two)
         if raw is not None:
-            tl.store(raw + row * splits + split, tl.where(kept, loss, 0.0), mask=valid)
-        loss = tl.where(kept, loss * by_row, 0.0)
+            tl.store(raw + row * splits + split, tl.where(row_mask, loss, 0.0), mask=valid)
+        loss = tl.where(row_mask, loss * by_row, 0.0)
         if losses is not None:
             tl.store(losses + row * splits + split, narrow(loss, losses), mask=valid)
         if total is not None:
@@ -175,8 +175,8 @@ def divergence_kernel(
         factor = by_row * t / count.to(COMPUTE)
         if grad is not None:
             factor = factor * tl.load(grad + batch * grad_outer + inside * grad_row, mask=valid, other=0).to(COMPUTE)
-        factor = tl.where(kept, factor, 0.0)[:, None]
-        kept_ = kept[:, None]
+        factor = tl.where(row_mask, factor, 0.0)[:, None]
+        tile_mask = row_mask[:, None]
         for begin in range(first, last, COLUMNS):
             if not WHOLE:
                 column, mask = piece(begin, last, valid, COLUMNS)
@@ -190,7 +190,7 @@ def divergence_kernel(
                 by_teacher = _by_p(p, u, one)
             if to_student is not None:
                 place = at_student[:, None] + (column * student_column)[None, :]
-                value = tl.where(kept_, factor * by_student, 0.0)
+                value = tl.where(tile_mask, factor * by_student, 0.0)
                 tl.store(to_student + place, narrow(value, to_student), mask=mask)
             if other is not None:
                 if not WHOLE:
@@ -204,11 +204,11 @@ def divergence_kernel(
                 by_teacher += more
                 if to_other is not None:
                     place = at_other[:, None] + (column * other_column)[None, :]
-                    value = tl.where(kept_, factor * by_other, 0.0)
+                    value = tl.where(tile_mask, factor * by_other, 0.0)
                     tl.store(to_other + place, narrow(value, to_other), mask=mask)
             if to_teacher is not None:
                 place = at_teacher[:, None] + (column * teacher_column)[None, :]
-                value = tl.where(kept_, factor * by_teacher, 0.0)
+                value = tl.where(tile_mask, factor * by_teacher, 0.0)
                 tl.store(to_teacher + place, narrow(value, to_teacher), mask=mask)
 
 

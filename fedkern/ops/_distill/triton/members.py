@@ -87,9 +87,9 @@ def stack_kernel(
     at_weight = batch * weight_outer + inside * weight_row
     at_by = batch * by_outer + inside * by_row
 
-    whole = tl.zeros([ROWS], COMPUTE)
+    weight_sum = tl.zeros([ROWS], COMPUTE)
     for k_ in range(count):
-        whole += _row_weight(weights, at_weight, tl.cast(k_, tl.int64), weight_stride, valid, COMPUTE, ROWS)
+        weight_sum += _row_weight(weights, at_weight, tl.cast(k_, tl.int64), weight_stride, valid, COMPUTE, ROWS)
     q_top = tl.zeros([ROWS], COMPUTE)
     q_log = tl.zeros([ROWS], COMPUTE)
     if student is not None:
@@ -123,7 +123,7 @@ def stack_kernel(
             for k_ in range(count):
                 k = tl.cast(k_, tl.int64)
                 raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
-                share = share_of(raw, whole, count)
+                share = share_of(raw, weight_sum, count)
                 x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
                 terms, _, _, p, log_p = _against(
                     x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
@@ -160,7 +160,7 @@ def stack_kernel(
             for k_ in range(count):
                 k = tl.cast(k_, tl.int64)
                 raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
-                share = share_of(raw, whole, count)
+                share = share_of(raw, weight_sum, count)
                 mass = tl.zeros([ROWS], COMPUTE) - 1.0
                 for begin in range(0, classes, COLUMNS):
                     column, mask = piece(begin, classes, valid, COLUMNS)
@@ -182,7 +182,7 @@ def stack_kernel(
             for k_ in range(count):
                 k = tl.cast(k_, tl.int64)
                 raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
-                share = share_of(raw, whole, count)[:, None]
+                share = share_of(raw, weight_sum, count)[:, None]
                 x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
                 _, by_other, _, _, _ = _against(
                     x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
@@ -196,8 +196,8 @@ def stack_kernel(
         for k_ in range(count):
             k = tl.cast(k_, tl.int64)
             raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
-            share = share_of(raw, whole, count)
-            own = tl.zeros([ROWS], COMPUTE)  # this teacher's divergence or entropy
+            share = share_of(raw, weight_sum, count)
+            teacher_value = tl.zeros([ROWS], COMPUTE)  # this teacher's divergence or entropy
             cross = tl.zeros([ROWS], COMPUTE)  # this teacher's mean of -log mixture
             for stage in range(2):
                 for begin in range(0, classes, COLUMNS):
@@ -218,27 +218,27 @@ def stack_kernel(
                     mixed_surprise = tl.where((p == 0) | (other == float("-inf")), 0.0, -other)
                     if stage == 0:
                         if CONSENSUS:
-                            own += tl.sum(tl.where(mask, p * surprise, 0.0), axis=1)
+                            teacher_value += tl.sum(tl.where(mask, p * surprise, 0.0), axis=1)
                             cross += tl.sum(tl.where(mask, p * mixed_surprise, 0.0), axis=1)
                         else:
-                            own += tl.sum(tl.where(mask, terms, 0.0), axis=1)
+                            teacher_value += tl.sum(tl.where(mask, terms, 0.0), axis=1)
                     elif to_teachers is not None:
                         by_share = (share * t)[:, None]
                         if CONSENSUS:
                             by_x = factor[:, None] * p * (mixed_surprise - cross[:, None])
-                            by_x += more_factor[:, None] * p * (surprise - own[:, None])
+                            by_x += more_factor[:, None] * p * (surprise - teacher_value[:, None])
                         elif LOG_PROBS:
-                            by_x = factor[:, None] * _by_p(p, u, tl.zeros_like(own))
+                            by_x = factor[:, None] * _by_p(p, u, tl.zeros_like(teacher_value))
                         else:
-                            by_x = factor[:, None] * _by_p(p, u, own)
+                            by_x = factor[:, None] * _by_p(p, u, teacher_value)
                         by_x = tl.where((share == 0)[:, None], 0.0, by_share * by_x)
                         place = (at_teacher + k * teacher_stride)[:, None] + (column * teacher_column)[None, :]
                         tl.store(to_teachers + place, narrow(by_x, to_teachers), mask=mask)
             if to_weights is not None:
                 if CONSENSUS:
-                    by_weight = factor * (cross - mixed_value) + more_factor * (own - value)
+                    by_weight = factor * (cross - mixed_value) + more_factor * (teacher_value - value)
                 else:
-                    by_weight = factor * t * t * (own - value)
-                present = (raw != 0) & (whole != 0)
-                by_weight = tl.where(present, by_weight / tl.where(present, whole, 1.0), 0.0)
+                    by_weight = factor * t * t * (teacher_value - value)
+                present = (raw != 0) & (weight_sum != 0)
+                by_weight = tl.where(present, by_weight / tl.where(present, weight_sum, 1.0), 0.0)
                 tl.store(to_weights + at_by + k * by_stride, by_weight, mask=valid)

@@ -42,8 +42,8 @@ def _raw(weights, at_weight, weight_column, class_mask, mask_column, k, weight_s
         place = k * weight_stride + at_weight[:, None] + (column * weight_column)[None, :]
         raw = tl.load(weights + place, mask=mask, other=0).to(COMPUTE)
     if class_mask is not None:
-        known = tl.load(class_mask + k * mask_stride + column[None, :] * mask_column, mask=mask, other=0)
-        raw = tl.where(known != 0, raw, 0.0)
+        class_known = tl.load(class_mask + k * mask_stride + column[None, :] * mask_column, mask=mask, other=0)
+        raw = tl.where(class_known != 0, raw, 0.0)
     return raw
 
 
@@ -258,18 +258,18 @@ def mixture_kernel(
                         if LOGITS:
                             by_mixed = by_mixed * scale
                             by_share = tl.where(counts, x * by_mixed, 0.0)
-                            own = tl.where(counts, share * by_mixed, 0.0)
+                            by_x = tl.where(counts, share * by_mixed, 0.0)
                             back = tl.where(by_mixed == 0, 0.0, mixed * t * by_mixed)
                         else:
                             top, log_total = _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS, COMPUTE)
                             log_p = (x - top[:, None]) * scale - log_total[:, None]
                             ratio = tl.where(counts, tl.exp(log_p - mixed), 0.0)
                             by_share = ratio * by_mixed
-                            own = share * by_share
+                            by_x = share * by_share
                             back = by_mixed
                         present = (raw != 0) & (sum_of_weights != 0) & mask
                         if stage == 0:
-                            inner_sum += tl.sum(own, axis=1)
+                            inner_sum += tl.sum(by_x, axis=1)
                             used += tl.sum(tl.where((share > 0) & mask, 1.0, 0.0), axis=1)
                             by_weight += tl.sum(
                                 tl.where(present, (by_share - back) / tl.where(present, sum_of_weights, 1.0), 0.0),
@@ -279,10 +279,10 @@ def mixture_kernel(
                             if to_teachers is not None:
                                 if not LOGITS and not LOG_PROBS:
                                     p_k = tl.exp(log_p)
-                                    own = (own - p_k * inner_sum[:, None]) * scale
-                                own = tl.where((used > 0)[:, None] & (x != float("-inf")), own, 0.0)
+                                    by_x = (by_x - p_k * inner_sum[:, None]) * scale
+                                by_x = tl.where((used > 0)[:, None] & (x != float("-inf")), by_x, 0.0)
                                 place = (at_teacher + k * teacher_stride)[:, None] + (column * teacher_column)[None, :]
-                                tl.store(to_teachers + place, narrow(own, to_teachers), mask=mask)
+                                tl.store(to_teachers + place, narrow(by_x, to_teachers), mask=mask)
                             if to_weights is not None and BY_CLASS:
                                 place = (at_by + k * by_stride)[:, None] + (column * by_column)[None, :]
                                 each = (by_share - back) / tl.where(present, sum_of_weights, 1.0)

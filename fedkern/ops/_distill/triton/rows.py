@@ -121,9 +121,9 @@ def gather(tops, totals, row, valid, splits, scale, SPLITS: tl.constexpr):
     top = tl.load(tops + place, mask=mask, other=0)
     total = tl.load(totals + place, mask=mask, other=0)
     top = tl.where((part < splits)[None, :], top, float("-inf"))
-    whole = tl.max(top, axis=1)
-    base = tl.where(whole == float("-inf"), 0.0, whole)
-    return whole, tl.log(tl.sum(total * tl.exp((top - base[:, None]) * scale), axis=1))
+    row_top = tl.max(top, axis=1)
+    base = tl.where(row_top == float("-inf"), 0.0, row_top)
+    return row_top, tl.log(tl.sum(total * tl.exp((top - base[:, None]) * scale), axis=1))
 
 
 @triton.jit

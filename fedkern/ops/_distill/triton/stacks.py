@@ -27,8 +27,8 @@ from fedkern.ops._distill.triton.rows import (
 )
 
 
-class Call(NamedTuple):
-    """A student, K teachers and their weights as kernels read them, and memory for what they write."""
+class Mixture(NamedTuple):
+    """A call of ensemble_kl with a mixture: its tensors as kernels read them, and memory for what they write."""
 
     compute: torch.dtype
     plan: Rows
@@ -39,7 +39,7 @@ class Call(NamedTuple):
     mask: Tensor | None
     grad: Tensor | None
     gradients: Gradients
-    wanted: Gradients
+    targets: Gradients
     losses: Tensor | None
     total: Tensor | None
     result: Tensor | None
@@ -51,15 +51,13 @@ class Call(NamedTuple):
         cls,
         grad: Tensor | None,
         student: Tensor,
-        teachers: Tensor,
-        weights: Tensor | None,
-        class_mask: Tensor | None,
-        settings: Ensemble,
+        call: Ensemble,
         gradients: Gradients,
         result: Tensor | None,
-    ) -> Call:
-        """The call for these arguments, which must have at least one row."""
-        each = settings.reduction == NONE
+    ) -> Mixture:
+        """The launch of a call that has at least one row; ``student`` is the call's."""
+        _, teachers, weights, class_mask, _, _, _, reduction = call
+        each = reduction == NONE
         compute = compute_dtype(result_dtype(student, None, teachers))
         to_student, to_teachers, to_weights = writable(gradients[0]), writable(gradients[1], 2), gradients[2]
         student, teachers = readable(student, to_student), readable(teachers, to_teachers, 2)
@@ -79,7 +77,7 @@ class Call(NamedTuple):
         return cls(
             compute,
             plan,
-            row_count(student) if settings.reduction == BATCHMEAN else 1,
+            row_count(student) if reduction == BATCHMEAN else 1,
             student,
             teachers,
             weights,
@@ -88,7 +86,7 @@ class Call(NamedTuple):
             (to_student, to_teachers, to_weights),
             gradients,
             result if each else None,
-            totals_of(result, settings.reduction, plan),
+            totals_of(result, reduction, plan),
             result,
             steps,
         )
@@ -121,4 +119,4 @@ class Call(NamedTuple):
         """Sums the programs' totals into the result, and hands the gradients over."""
         if self.total is not None and self.result is not None and self.total is not self.result:
             finish(self.total, self.result, self.count_rows)
-        hand_over(self.gradients, self.wanted)
+        hand_over(self.gradients, self.targets)
