@@ -169,8 +169,8 @@ class Accumulator:
             self._units += other._units
             self._weight = total
             if other._dtype is not None:
-                own = self._dtype
-                self._dtype = other._dtype if own is None else torch.promote_types(own, other._dtype)
+                dtype = self._dtype
+                self._dtype = other._dtype if dtype is None else torch.promote_types(dtype, other._dtype)
 
     def mean(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Returns the weighted mean so far, ``[P]``; more vectors may be added afterwards.
@@ -267,16 +267,16 @@ class Accumulator:
                 f"the state must be of size {self.size} and exact={self.exact}, "
                 f"not of size {shown(size)} and exact={exact}"
             )
-        wanted: dict[str, tuple[torch.dtype, list[int]]] = {"sum": (torch.float64, [size])}
+        forms: dict[str, tuple[torch.dtype, list[int]]] = {"sum": (torch.float64, [size])}
         if exact:
-            wanted = {
+            forms = {
                 "units": (torch.uint8, [_WEIGHT_BYTES]),
                 "digits": (torch.int64, [3, size]),
                 "top": (torch.int8, [size]),
             }
-        for name in sorted({*state} ^ {*numbers, *wanted}, key=str):
+        for name in sorted({*state} ^ {*numbers, *forms}, key=str):
             raise ValueError(f"the state must {'not ' if name in state else ''}have the entry {shown(name)!r}")
-        for name, form in wanted.items():
+        for name, form in forms.items():
             _check_entry(state[name], name, *form)
         count, weight = _whole(state, "count"), check_weight(state["weight"], "the state's weight")
         if exact:

@@ -105,18 +105,18 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
         ValueError: there are not ``count`` weights, one is negative or not finite, or their sum is zero or infinite.
     """
     if isinstance(weights, Tensor):
-        given = weights.tolist()
+        numbers = weights.tolist()
     elif isinstance(weights, Sequence) and not isinstance(weights, (str, bytes, bytearray)):
-        given = list(weights)
+        numbers = list(weights)
     elif hasattr(weights, "__array__"):  # arrays of NumPy, series of pandas
-        given = np.atleast_1d(np.asarray(weights)).tolist()
+        numbers = np.atleast_1d(np.asarray(weights)).tolist()
     else:
         raise TypeError(f"weights must be numbers in a list, or a tensor, not {type(weights).__name__}")
-    if len(given) != count:
-        raise ValueError(f"weights must have one value for each of the {count} vectors, not {len(given)}")
+    if len(numbers) != count:
+        raise ValueError(f"weights must have one value for each of the {count} vectors, not {len(numbers)}")
     values = [
         value if type(value) is float else _constant(value, f"weights[{position}]")
-        for position, value in enumerate(given)
+        for position, value in enumerate(numbers)
     ]
     total = 0.0
     for value in values:

@@ -88,21 +88,21 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
     single = isinstance(vectors, Tensor) and vectors.dim() == 1
     if isinstance(vectors, Tensor) and vectors.dim() not in (1, 2) and vectors.dtype in backend.FLOATS:
         raise ValueError(f"vectors must have shape [P] or [M, P], or be a list of [P], but has {list(vectors.shape)}")
-    given: Vectors = (vectors,) if single else vectors  # type: ignore[assignment]
-    kernel: AggregateKernels | None = ready("aggregate", given, torch.is_grad_enabled())
+    stack: Vectors = (vectors,) if single else vectors  # type: ignore[assignment]
+    kernel: AggregateKernels | None = ready("aggregate", stack, torch.is_grad_enabled())
     if kernel is not None:
-        _check_deviation(deviation, given[0].dtype)
-        return _rows(kernel, vectors, given, max_norm, deviation, seed, offset)
-    given = vectors[None] if single else vectors  # type: ignore[call-overload]
-    if isinstance(given, Tensor) and not given.shape[0] and given.dtype in backend.FLOATS:
-        return given.clone()
-    check_vectors(given)
-    refuse_gradient(name, *rows_or_stack(given))
-    _check_deviation(deviation, given[0].dtype)
-    if eager(given):
-        return _rows(select(given), vectors, given, max_norm, deviation, seed, offset)
+        _check_deviation(deviation, stack[0].dtype)
+        return _rows(kernel, vectors, stack, max_norm, deviation, seed, offset)
+    stack = vectors[None] if single else vectors  # type: ignore[call-overload]
+    if isinstance(stack, Tensor) and not stack.shape[0] and stack.dtype in backend.FLOATS:
+        return stack.clone()
+    check_vectors(stack)
+    refuse_gradient(name, *rows_or_stack(stack))
+    _check_deviation(deviation, stack[0].dtype)
+    if eager(stack):
+        return _rows(select(stack), vectors, stack, max_norm, deviation, seed, offset)
     numbers = library.numbers_tensor((max_norm, deviation))
-    result = _operator(rows_of(given), numbers, signed(seed), signed(offset))
+    result = _operator(rows_of(stack), numbers, signed(seed), signed(offset))
     return result[0] if single else result if isinstance(vectors, Tensor) else [row.clone() for row in result.unbind(0)]
 
 
@@ -114,14 +114,14 @@ def _check_deviation(deviation: float, dtype: torch.dtype) -> None:
 
 
 def _rows(
-    kernel: PlainAggregate, vectors: Vectors, given: Vectors, max_norm: float, deviation: float, seed: int, offset: int
+    kernel: PlainAggregate, vectors: Vectors, stack: Vectors, max_norm: float, deviation: float, seed: int, offset: int
 ) -> Any:
-    """The results in the form of ``vectors``, whose rows are ``given``.
+    """The results in the form of ``vectors``, whose rows are ``stack``.
 
     Those of a list have memory of their own.
     """
     if isinstance(vectors, Tensor):
-        result = kernel.clip_and_noise(given, max_norm, deviation, seed, offset)
+        result = kernel.clip_and_noise(stack, max_norm, deviation, seed, offset)
         return result[0] if vectors.dim() == 1 else result
     if not kernel.host:
         return kernel.scale_each(vectors, kernel.clip_factors(vectors, max_norm, deviation), deviation, seed, offset)

@@ -162,12 +162,12 @@ def geometric_median(
     first, count = check_vectors(vectors)
     check_call("geometric_median", vectors, weights, first, count)
     if weights is None:  # made on the device: a copy from the host would wait, and end the capture of a CUDA graph
-        given = torch.ones(count, dtype=torch.float64, device=first.device)
+        weight_tensor = torch.ones(count, dtype=torch.float64, device=first.device)
     else:
-        given = as_tensor(weights, first, count)
+        weight_tensor = as_tensor(weights, first, count)
     if not eager(vectors, weights):
-        return _geometric_median_operator(rows_of(vectors), given, iterations, tolerance, smoothing)
-    return _geometric_median(vectors, given, iterations, tolerance, smoothing)
+        return _geometric_median_operator(rows_of(vectors), weight_tensor, iterations, tolerance, smoothing)
+    return _geometric_median(vectors, weight_tensor, iterations, tolerance, smoothing)
 
 
 def _pairwise(vectors: Vectors) -> Tensor:
@@ -253,36 +253,36 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
     count, device = len(vectors), vectors[0].device
     if weights.device.type == "cpu":
         check_weights(weights.detach(), count)
-    given = near_one(weights.to(device, torch.float64))
+    weight_tensor = near_one(weights.to(device, torch.float64))
     kernel = select(vectors)
     # Also where Triton serves, which has none.
     if getattr(kernel.squared_distances, "__func__", None) is PlainAggregate.squared_distances:
-        return geometric_median_reference(vectors, given, iterations, tolerance, smoothing)
+        return geometric_median_reference(vectors, weight_tensor, iterations, tolerance, smoothing)
     if kernel.host and count <= MOST_FROM_DISTANCES:
-        return _median_from_distances(kernel, vectors, given.tolist(), iterations, tolerance, smoothing)
+        return _median_from_distances(kernel, vectors, weight_tensor.tolist(), iterations, tolerance, smoothing)
     if not iterations:
-        return _mean(vectors, given / given.sum())
-    shares = kernel.geometric_shares(vectors, given, iterations, tolerance, smoothing)
+        return _mean(vectors, weight_tensor / weight_tensor.sum())
+    shares = kernel.geometric_shares(vectors, weight_tensor, iterations, tolerance, smoothing)
     if shares is not None:
         return _mean(vectors, shares)
     # On a GPU the host reads no result: all iterations run, and a flag keeps the shares once they have settled.
-    used = given > 0
+    used = weight_tensor > 0
     products: Tensor | None = None
     if count <= MOST_FROM_DISTANCES:
         both = used & used[:, None]
         distances = torch.where(both, kernel.squared_distances(vectors), 0.0).sqrt_()
-        middle = torch.where(used, distances @ given, math.inf).argmin(0, keepdim=True)
+        middle = torch.where(used, distances @ weight_tensor, math.inf).argmin(0, keepdim=True)
         apart = distances.index_select(0, middle)[0]
-        centre = _point(vectors, torch.zeros_like(given).scatter_(0, middle, 1.0))
-        scale, current = start(apart, given, smoothing)
+        centre = _point(vectors, torch.zeros_like(weight_tensor).scatter_(0, middle, 1.0))
+        scale, current = start(apart, weight_tensor, smoothing)
         products = torch.where(both, _products(kernel, vectors, centre, apart, scale), 0.0)
     else:
-        centre = kernel.weighted_median(vectors, given).double()
-        scale, current = start(kernel.squared_distances_to(vectors, centre).sqrt_(), given, smoothing)
+        centre = kernel.weighted_median(vectors, weight_tensor).double()
+        scale, current = start(kernel.squared_distances_to(vectors, centre).sqrt_(), weight_tensor, smoothing)
     settled = torch.zeros((), dtype=torch.bool, device=device)
     for _ in range(iterations):
         distances = _distances_to_mean(vectors, current, products)
-        pulls = torch.where(used, given / distances.clamp_min(smoothing), 0.0)
+        pulls = torch.where(used, weight_tensor / distances.clamp_min(smoothing), 0.0)
         following = pulls / pulls.sum()
         step = _step(vectors, current, following, products)
         current = torch.where(settled, current, following)
@@ -304,14 +304,14 @@ def _median_from_distances(
     if not iterations:
         return kernel.weighted_mean(vectors, weights, None)
     used = [m for m, weight in enumerate(weights) if weight > 0]
-    given = np.array(weights)[used]
+    weight_array = np.array(weights)[used]
     squared = kernel.squared_distances(vectors).numpy()[np.ix_(used, used)]
     with np.errstate(all="ignore"):  # NaN and infinities spread as they do in torch
         distances = np.sqrt(squared)
-        middle = int((distances * given).sum(1).argmin())
+        middle = int((distances * weight_array).sum(1).argmin())
         apart = distances[middle]
         order = apart.argsort(kind="stable")
-        below = given[order].cumsum()
+        below = weight_array[order].cumsum()
         scale = max(float(apart[order[min(int((2 * below <= below[-1]).sum()), len(order) - 1)]]), smoothing)
         most = float(apart.max())
         if most <= _MOST_APART * scale:
@@ -321,8 +321,8 @@ def _median_from_distances(
             parts = torch.from_numpy(apart), torch.tensor(scale, dtype=torch.float64)
             products = _products(kernel, rows, rows[middle], *parts).numpy()
         far = most > max(FAR * scale, FAR_BESIDE_SMOOTHING * smoothing)
-        pulls = given / np.maximum(apart, scale) if far else given
-        shares = _weiszfeld(products, given, pulls / pulls.sum(), iterations, tolerance * scale, smoothing)
+        pulls = weight_array / np.maximum(apart, scale) if far else weight_array
+        shares = _weiszfeld(products, weight_array, pulls / pulls.sum(), iterations, tolerance * scale, smoothing)
     every = [0.0] * len(weights)
     for m, share in zip(used, shares.tolist(), strict=True):
         every[m] = share
@@ -341,10 +341,10 @@ def _weiszfeld(
 
     They end with a step no longer than ``least``.
     """
-    own = products.diagonal()
+    squares = products.diagonal()
     for _ in range(iterations):
         sums = (products * shares).sum(1)  # not by BLAS, whose bits may depend on its threads
-        distances = np.sqrt(np.maximum(own - 2 * sums + (shares * sums).sum(), 0.0))
+        distances = np.sqrt(np.maximum(squares - 2 * sums + (shares * sums).sum(), 0.0))
         following = weights / np.maximum(distances, smoothing)
         following /= following.sum()
         change, shares = following - shares, following
@@ -364,9 +364,9 @@ def _products(kernel: PlainAggregate, vectors: Vectors, centre: Tensor, apart: T
     count, size = len(apart), len(centre)
     squared = torch.zeros(count, count, dtype=torch.float64, device=apart.device)
     norms = torch.zeros_like(apart)
-    held = max(_HELD // count, 1)
-    for begin in range(0, size, held):
-        piece = slice(begin, begin + held)
+    length = max(_HELD // count, 1)
+    for begin in range(0, size, length):
+        piece = slice(begin, begin + length)
         drawn = difference(stack(vectors, piece).double(), centre[piece].double()).mul_(factors[:, None])
         squared += kernel.squared_distances(drawn)
         norms += kernel.squared_norms(drawn)

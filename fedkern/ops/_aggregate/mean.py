@@ -73,19 +73,19 @@ def weighted_mean(
     if out is not None:
         check_out(out, first.shape[-1], first.device)
     rows: Sequence[Tensor] = (vectors,) if isinstance(vectors, Tensor) else vectors
-    given = [*rows, weights] if isinstance(weights, Tensor) else [*rows]
-    if not backend.eager(*given, *(() if out is None else (out,))):
+    tensors = [*rows, weights] if isinstance(weights, Tensor) else [*rows]
+    if not backend.eager(*tensors, *(() if out is None else (out,))):
         stacked = vectors if isinstance(vectors, Tensor) else torch.stack(list(vectors))
         weights = as_tensor(weights, first, count)
         result = _weighted_mean(stacked, weights, None if out is None else out.dtype)
         return result if out is None else out.copy_(result)
     if torch.is_grad_enabled():
-        wanted = any(tensor.requires_grad for tensor in given)
-        if out is not None and (wanted or out.requires_grad):
+        differentiable = any(tensor.requires_grad for tensor in tensors)
+        if out is not None and (differentiable or out.requires_grad):
             raise ValueError(
                 "out takes no part in differentiation; call weighted_mean under torch.no_grad(), or without out"
             )
-        if wanted:
+        if differentiable:
             values = weights if isinstance(weights, Tensor) else check_weights(weights, count)
             return _WeightedMean.call(select(vectors), isinstance(vectors, Tensor), values, *rows)
     return _compute(vectors, weights, out)
@@ -114,13 +114,13 @@ class _WeightedMean(EagerFunction):
         ctx: Any, kernel: PlainAggregate, stacked: bool, weights: Tensor | tuple[list[float], float], *rows: Tensor
     ) -> Tensor:
         ctx.stacked = stacked
-        given: Vectors = rows[0] if stacked else rows
+        vectors: Vectors = rows[0] if stacked else rows
         if isinstance(weights, tuple):
             ctx.numbers = weights
-            return kernel.weighted_mean(given, weights[0], None)
+            return kernel.weighted_mean(vectors, weights[0], None)
         ctx.numbers = None
         ctx.save_for_backward(weights, *(rows if ctx.needs_input_grad[2] else ()))
-        return kernel.weighted_mean(given, kernel_weights(weights, count_of(given)), None)
+        return kernel.weighted_mean(vectors, kernel_weights(weights, count_of(vectors)), None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

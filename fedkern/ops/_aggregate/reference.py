@@ -54,14 +54,14 @@ def add_reference(total: Tensor, vector: Tensor, weight: float) -> None:
 
 def mean_in_pieces(vectors: Tensor | Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype | None) -> Tensor:
     """:func:`weighted_mean_reference` of weights that the host knows, without its large temporaries and a graph."""
-    *_, whole = itertools.accumulate(weights)
+    *_, weight_sum = itertools.accumulate(weights)
     result = torch.empty_like(vectors[0], dtype=dtype)
     for piece in pieces(len(result)):
         total = torch.zeros_like(result[piece], dtype=torch.float64)
         for vector, weight in zip(vectors, weights, strict=True):
             if weight:
                 add_reference(total, vector[piece], weight)
-        result[piece] = total / whole
+        result[piece] = total / weight_sum
     return result
 
 
@@ -87,9 +87,9 @@ def _exact_add(digits: Tensor, top: Tensor, product: Tensor) -> None:
     rest = product * _power_of_two(-32 * after.clamp(max=HIGHEST))
     digits *= finite
     for row in digits:
-        whole = rest.trunc()
-        row += whole.to(torch.int64)
-        rest = (rest - whole) * 2.0**32
+        integer = rest.trunc()
+        row += integer.to(torch.int64)
+        rest = (rest - integer) * 2.0**32
 
 
 def risen(digits: Tensor, rise: Tensor) -> Tensor:
@@ -112,11 +112,11 @@ def exact_merge_reference(digits: Tensor, top: Tensor, more: Tensor, more_top: T
         after = torch.maximum(before, theirs)
         finite = after < INFINITE
         opposed = (torch.minimum(before, theirs) >= INFINITE) & (before != theirs)
-        own, added = (
+        ours, added = (
             risen(each[:, piece], torch.where(finite, after - position, 0))
             for each, position in ((digits, before), (more, theirs))
         )
-        digits[:, piece] = (own + added) * finite
+        digits[:, piece] = (ours + added) * finite
         top[piece] = torch.where(opposed, NOT_A_NUMBER, after).to(torch.int8)
 
 

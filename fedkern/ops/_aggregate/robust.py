@@ -111,8 +111,8 @@ def _sorted_mean(
     vectors: Vectors, low: int, high: int, weights: Tensor | Sequence[float] | None, first: Tensor, count: int
 ) -> Tensor:
     if not eager(vectors, weights):
-        given = None if weights is None else as_tensor(weights, first, count)
-        return _sorted_mean_operator(rows_of(vectors), low, high, given)
+        weight_tensor = None if weights is None else as_tensor(weights, first, count)
+        return _sorted_mean_operator(rows_of(vectors), low, high, weight_tensor)
     return _sorted_mean_implementation(vectors, low, high, weights)
 
 

@@ -379,16 +379,16 @@ def eager(*tensors: Tensor) -> bool:
     )
 
 
-def ready(operator: str, *given: Any) -> Any | None:
+def ready(operator: str, *arguments: Any) -> Any | None:
     """The launcher of a compiled core that serves an ordinary call, found in few steps; None: the general path decides.
 
     A call is ordinary where nothing intercepts it, a core serves the operator, and the check that :func:`serve` named
-    finds nothing unusual about ``given``.  On small tensors the general path takes longer than a kernel.
+    finds nothing unusual about ``arguments``.  On small tensors the general path takes longer than a kernel.
     """
     if intercepted():  # first of all: a compiler would guard on everything that is looked up below
         return None
-    known = _ordinary.get(operator)
-    return None if known is None else known[1][known[0](*given)]
+    entry = _ordinary.get(operator)
+    return None if entry is None else entry[1][entry[0](*arguments)]
 
 
 def settle(operator: str, device: str) -> bool:

@@ -38,7 +38,7 @@ def python_number(value: Any) -> Any:
     return float(value) if isinstance(value, Real) else value
 
 
-def real(value: Any, name: str, wanted: str = "a number") -> float:
+def real(value: Any, name: str, kind: str = "a number") -> float:
     """``value``, a real number of any type or a tensor of one element, as a float.
 
     Raises:
@@ -55,7 +55,7 @@ def real(value: Any, name: str, wanted: str = "a number") -> float:
             raise ValueError(f"{name} must be a number that a float can hold, not {shown(value)}") from None
         except (TypeError, ValueError, RuntimeError):
             pass
-    raise TypeError(f"{name} must be {wanted}, not {'complex' if complex_ else type(value).__name__}")
+    raise TypeError(f"{name} must be {kind}, not {'complex' if complex_ else type(value).__name__}")
 
 
 def check_dense(tensor: Tensor, name: str) -> None:
@@ -98,10 +98,10 @@ def check_flag(value: bool, name: str) -> None:
         raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
 
 
-def refuse_gradient(name: str, *given: object) -> None:
-    """Raises ValueError if a tensor in ``given`` asks for a gradient: the operator ``name`` has none."""
-    recorded = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given)
-    if recorded or backend.tangents(given):
+def refuse_gradient(name: str, *arguments: object) -> None:
+    """Raises ValueError if a tensor in ``arguments`` asks for a gradient: the operator ``name`` has none."""
+    recorded = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
+    if recorded or backend.tangents(arguments):
         raise ValueError(f"{name} has no gradient; call it under torch.no_grad(), or detach its arguments")
 
 
@@ -134,17 +134,17 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     )
 
 
-def check_tensor(tensor: Any, name: str, wanted: str = "a tensor") -> None:
-    """Raises TypeError unless ``tensor`` is a dense tensor; ``wanted`` says what of, for the message."""
+def check_tensor(tensor: Any, name: str, kind: str = "a tensor") -> None:
+    """Raises TypeError unless ``tensor`` is a dense tensor; ``kind`` says of what, for the message."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be {wanted}, but got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be {kind}, but got {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         check_dense(tensor, name)
 
 
-def check_floating(tensor: Any, name: str, wanted: str = "a tensor") -> None:
+def check_floating(tensor: Any, name: str, kind: str = "a tensor") -> None:
     """Raises TypeError unless ``tensor`` is a dense tensor of a floating dtype that kernels take."""
-    check_tensor(tensor, name, wanted)
+    check_tensor(tensor, name, kind)
     if tensor.dtype not in backend.FLOATS:
         raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {tensor.dtype}")
 

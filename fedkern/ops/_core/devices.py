@@ -69,22 +69,22 @@ def only_forced(backend: str) -> str:
         return str(error)
     if old is None:
         return ""
-    wanted = f"Triton supports sm_{OLDEST_OF_TRITON} and newer"
-    return f"{old[0]} is of sm_{old[1]}, and {wanted}; FEDKERN_BACKEND=triton tries it"
+    support = f"Triton supports sm_{OLDEST_OF_TRITON} and newer"
+    return f"{old[0]} is of sm_{old[1]}, and {support}; FEDKERN_BACKEND=triton tries it"
 
 
 def _gpus() -> list[tuple[str, int]]:
     """Name and compute capability (90 for 9.0) of every GPU that torch sees."""
     if not torch.cuda.is_available():
         return []
-    found = []
+    gpus = []
     try:
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
-            found.append((f"GPU {index} ({torch.cuda.get_device_name(index)})", 10 * major + minor))
+            gpus.append((f"GPU {index} ({torch.cuda.get_device_name(index)})", 10 * major + minor))
     except RuntimeError as error:
         raise Unavailable(f"torch cannot use the GPUs ({str(error).splitlines()[0]})") from None
-    return found
+    return gpus
 
 
 def version(number: int) -> str:

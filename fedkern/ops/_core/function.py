@@ -19,7 +19,7 @@ def handed_out(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None
     """
     if not graph_is_retained():
         return gradients
-    return [x.clone() if x is not None and any(x is kept for kept in saved) else x for x in gradients]
+    return [x.clone() if x is not None and any(x is original for original in saved) else x for x in gradients]
 
 
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:

@@ -159,8 +159,8 @@ def differentiate_reference(
     """
     with recording():
         result = reference(*inputs)
-        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
+        operands = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
         gradients = iter(
-            torch.autograd.grad(result, wanted, grad, create_graph=twice, allow_unused=True) if wanted else ()
+            torch.autograd.grad(result, operands, grad, create_graph=twice, allow_unused=True) if operands else ()
         )
     return tuple(next(gradients) if need and t is not None else None for t, need in zip(inputs, needs, strict=True))

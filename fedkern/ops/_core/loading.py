@@ -63,8 +63,8 @@ def load_core(name: str) -> ModuleType:
         core = _installed_core(name)
         if core is None:
             if kind := elsewhere():
-                made = "fedkern's compiled kernels are made for Linux on x86-64"
-                raise Unsuited(f"{made}, and this is {kind}") from None
+                requirement = "fedkern's compiled kernels are made for Linux on x86-64"
+                raise Unsuited(f"{requirement}, and this is {kind}") from None
             raise Unavailable(f"fedkern.{name} was not built") from None
         return core
     except ImportError as error:
@@ -85,11 +85,11 @@ def load_triton(module: str) -> ModuleType:
         raise Unavailable(f"triton does not load ({error})") from error
     if not hasattr(triton, "jit"):  # a folder of that name
         raise Unavailable("triton is not installed (pip install triton)")
-    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if found < TRITON:
-        wanted = ".".join(str(part) for part in TRITON)
-        raise Unavailable(f"triton {triton.__version__} is installed, and fedkern needs {wanted} or newer")
-    if found == (3, 6) and interpreted():
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if release < TRITON:
+        oldest = ".".join(str(part) for part in TRITON)
+        raise Unavailable(f"triton {triton.__version__} is installed, and fedkern needs {oldest} or newer")
+    if release == (3, 6) and interpreted():
         import numpy
 
         try:

@@ -141,10 +141,10 @@ def cache() -> Cache:
     Raises:
         ValueError: ``FEDKERN_CACHE_MB`` is not a number of megabytes.
     """
-    given = os.environ.get("FEDKERN_CACHE_MB", "")
-    if given and not given.isdecimal():
-        raise ValueError(f"FEDKERN_CACHE_MB must be a whole number of megabytes, 0 or more, not {given!r}")
-    return Cache((int(given) if given else CACHE_MB) << 20)
+    megabytes = os.environ.get("FEDKERN_CACHE_MB", "")
+    if megabytes and not megabytes.isdecimal():
+        raise ValueError(f"FEDKERN_CACHE_MB must be a whole number of megabytes, 0 or more, not {megabytes!r}")
+    return Cache((int(megabytes) if megabytes else CACHE_MB) << 20)
 
 
 def empty_cache() -> None:
@@ -180,8 +180,8 @@ def fresh(core: Any, tensor: Tensor) -> Tensor:
 
 def _moved(tensor: Tensor, bytes_: int) -> bool:
     """Moves ``tensor`` into memory of the cache where possible; returns whether it did."""
-    kept = cache()
-    if bytes_ > kept.most or tensor.untyped_storage().nbytes() != bytes_:
+    memory = cache()
+    if bytes_ > memory.most or tensor.untyped_storage().nbytes() != bytes_:
         return False
     # torch's deterministic mode has filled the tensor, so that elements left unwritten are the same in every run.
     # Memory of the cache is not filled.
@@ -189,7 +189,7 @@ def _moved(tensor: Tensor, bytes_: int) -> bool:
     if fills and torch.are_deterministic_algorithms_enabled():
         return False
     try:
-        tensor.set_(kept.storage(bytes_), 0, tensor.shape, tensor.stride())
+        tensor.set_(memory.storage(bytes_), 0, tensor.shape, tensor.stride())
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise

@@ -298,11 +298,11 @@ def table_problem(capsule: object) -> str:
         if failed:
             return "it fails on a tensor of the CPU"
         names = "data", "byte_offset", "device_type", "dims", "code", "bits", "vector"
-        found = tuple(getattr(view, name) for name in names)
+        values = tuple(getattr(view, name) for name in names)
         # On the CPU (1), floating (2), one value an element.
         expected: tuple[Any, ...] = (x.data_ptr(), 0, 1, x.dim(), 2, 8 * x.element_size(), 1)
         shape = tuple(view.shape[: x.dim()]) if view.shape else ()
         strides = tuple(view.strides[: x.dim()]) if view.strides else ()
-        if (*found, shape, strides) != (*expected, tuple(x.shape), x.stride()):
+        if (*values, shape, strides) != (*expected, tuple(x.shape), x.stride()):
             return "it describes a small tensor wrongly"
     return ""

@@ -63,10 +63,10 @@ def mean_kernel(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     sum_ = tl.zeros([BLOCK], tl.float64)
-    whole = tl.zeros([1], tl.float64)
+    weight_sum = tl.zeros([1], tl.float64)
     if not FIRST:
         sum_ += tl.load(total + place, mask=mask, other=0)
-        whole += tl.load(sums + tl.program_id(0))
+        weight_sum += tl.load(sums + tl.program_id(0))
     member = tl.arange(0, MEMBERS)
     share = weights_of(weights, member, count, BITS)
     if UNROLLED > 0:
@@ -74,19 +74,19 @@ def mean_kernel(
             weight = pick(share, member, m)
             x = tl.load(vectors[m] + place * stride, mask=mask & (weight != 0), other=0)
             sum_ += weight * _wide(x)
-            whole += weight
+            weight_sum += weight
     else:
         start = starts_of(offsets, row_stride, member, COUNT)
         for m in range(count):
             weight, begin = pick(share, member, m), pick(start, member, m)
             x = tl.load(vectors + begin + place * stride, mask=mask & (weight != 0), other=0)
             sum_ += weight * _wide(x)
-            whole += weight
+            weight_sum += weight
     if LAST:
-        tl.store(out + place, narrow(sum_ / whole, out), mask=mask)
+        tl.store(out + place, narrow(sum_ / weight_sum, out), mask=mask)
     else:
         tl.store(total + place, sum_, mask=mask)
-        tl.store(sums + tl.program_id(0) + tl.arange(0, 1), whole)
+        tl.store(sums + tl.program_id(0) + tl.arange(0, 1), weight_sum)
 
 
 @triton.jit(do_not_specialize=["weight"])
@@ -125,7 +125,7 @@ def step_kernel(
     mask = place < size
     before = _wide(tl.load(old + place * old_stride, mask=mask, other=0))
     mean = tl.zeros([BLOCK], tl.float64)
-    whole = tl.zeros([1], tl.float64)
+    weight_sum = tl.zeros([1], tl.float64)
     member = tl.arange(0, MEMBERS)
     share = weights_of(weights, member, count, BITS)
     start = starts_of(offsets, row_stride, member, COUNT)
@@ -133,8 +133,8 @@ def step_kernel(
         weight, begin = pick(share, member, m), pick(start, member, m)
         x = tl.load(vectors + begin + place * stride, mask=mask, other=0)
         mean += tl.where(weight == 0, 0.0, weight * difference(_wide(x), before))
-        whole += weight
-    mean = tl.where(mask, mean / whole, 0.0)
+        weight_sum += weight
+    mean = tl.where(mask, mean / weight_sum, 0.0)
     if SIMILAR:
         partial += program * (2 * count + 1)
         tl.store(partial + 2 * count, tl.sum(mean * mean, axis=0))

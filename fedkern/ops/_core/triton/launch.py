@@ -48,8 +48,8 @@ def power_of_two(value: int) -> int:
 
 def filled(values: Iterable[T], filler: T) -> tuple[T, ...]:
     """Kernel parameters, padded to a power of two, so that fewer kernels are compiled."""
-    given = tuple(values)
-    return given + (filler,) * (power_of_two(len(given)) - len(given))
+    parameters = tuple(values)
+    return parameters + (filler,) * (power_of_two(len(parameters)) - len(parameters))
 
 
 def cdiv(a: int, b: int) -> int:
