@@ -269,12 +269,13 @@ class DistillKernels(Launcher):
 
         consensus gives two: the entropy of the mixture and the weighted mean of the entropies.
         """
-        teachers, reduction = call.teachers, call.reduction
-        dtype = result_dtype(call.student, None, teachers)
+        student, teachers, _, _, _, mix, _, reduction = call
+        dtype = result_dtype(student, None, teachers)
+        by_class = student is not None and _by_class(call)
         first, second = self._result(teachers, 1, dtype, reduction), None
-        if call.mix == CONSENSUS:
+        if mix == CONSENSUS:
             second = self._result(teachers, 1, dtype, reduction)
-        self._ensemble((None, None), call, dtype, _by_class(call), gradients, (first, second), statistics)
+        self._ensemble((None, None), call, dtype, by_class, gradients, (first, second), statistics)
         return first if second is None else (first, second)
 
     def ensemble_backward(
@@ -314,6 +315,8 @@ class DistillKernels(Launcher):
         Only consensus has two results.  ``statistics`` is as in :meth:`_divergence`.
         """
         student, teachers, weights, class_mask, temperature, mix, log_probs, reduction = call
+        to_student, to_teachers, to_weights = gradients
+        (grad, more_grad), (first, second) = grads, results
         self._distill_ensemble(
             mix,
             temperature == math.inf,
@@ -327,9 +330,12 @@ class DistillKernels(Launcher):
             teachers,
             weights,
             class_mask,
-            *gradients,
-            *grads,
-            (reduction == NONE, *results, statistics),
+            to_student,
+            to_teachers,
+            to_weights,
+            grad,
+            more_grad,
+            (reduction == NONE, first, second, statistics),
             self._stack_space(teachers) if self.gpu else None,
             self.at(teachers),
         )
