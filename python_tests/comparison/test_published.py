@@ -114,5 +114,11 @@ def test_a_paper_that_fedkern_ships_is_in_the_format(name):
         assert cell.source or cell.published is None
 
 
+def test_the_pages_paper_is_in_the_format(write):
+    page = (Path(__file__).parents[2] / "docs" / "reproducing.md").read_text()
+    paper = published.read(write(page.partition("```toml\n")[2].partition("```")[0]))
+    assert [cell.baseline for cell in paper.cells] == ["", "FedAvg"]
+
+
 def test_fedkern_ships_papers():
     assert "mcmahan2017" in published.names()
