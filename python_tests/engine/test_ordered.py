@@ -46,6 +46,9 @@ class Here(Process, Executor):
     def working(self):
         return sorted(self.sums)
 
+    def changed(self, k):
+        return {"sum": self.sums[k]} if k in self.sums else None
+
 
 class Transport(Ordered):
     """Two processes, which have as many clients each and whose replies come last client first.
@@ -148,6 +151,14 @@ def test_the_round_of_a_client_whose_process_is_lost_begins_again(transport, che
     (other, *_) = [*transport.processes, transport.here]
     assert sorted(other.sums) == list(range(4))
     assert transport.here.working() == (list(range(4)) if lost == 2 else [])
+
+
+def test_a_state_from_a_lost_process_gives_way_to_a_later_one(transport):
+    assert len(list(exchange(transport, 1))) == 4
+    for process in list(transport.processes):
+        transport.lose(process)
+    assert sums(exchange(transport, 2)) == {k: 100 * k + 3 for k in range(4)}  # in the run's own process
+    assert [transport.changed(k)["sum"] for k in range(4)] == [3, 103, 203, 303]
 
 
 def test_states_of_clients_whose_process_is_lost_are_not(transport):

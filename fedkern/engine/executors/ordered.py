@@ -128,6 +128,7 @@ class Ordered:
         if k not in self.here.working():  # the client begins its round here
             self._at[k] = None
             self.here.take(k, self._readers[k](), self._played.get(k, ()))
+            self._changed.pop(k, None)  # the client's state here is a later one than that of a process that was lost
         return Done(self.here.ask(k, *self._requests[k]))
 
     def _read(self, packet: Packet) -> Done | None:

@@ -96,12 +96,14 @@ class Workers(Ordered):
         self._todo = list(self._requests)
 
     def _advance(self, k: ClientId) -> None:
-        self._hear(0.0 if k in self._todo or k in self._replies else 1.0)
+        self._hear(0.0)
         self._hire()
         self._hand_out(k)  # also where the reply is there, so that no worker is idle while the server is at work
         if k in self._todo:
             self._todo.remove(k)
             self._replies[k] = self._work(k)
+        elif k not in self._replies:
+            self._hear(1.0)
 
     def _answer(self, k: ClientId) -> Answer:
         """Counts the answer, and starts workers if enough work is left for them to pay."""
