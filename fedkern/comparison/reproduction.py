@@ -26,6 +26,7 @@ from fedkern.comparison.verdicts import (
     judge,
     quality,
     shown,
+    tells,
 )
 from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError, described
@@ -130,17 +131,19 @@ class Job:
 
     @property
     def count(self) -> tuple[int, int]:
-        """Number of the runs that are finished, and of all."""
-        total, first = len(self.points) + len(self.seeds) - 1, self.seeds[0]
-        firsts = sum(self.finished(first, point) or self.failed(point).exists() for point in self.points)
-        others = max(sum(self.finished(seed, point) for seed in self.seeds[1:]) for point in self.points)
-        return firsts + others, total
+        """Number of the runs that are finished, and of all; runs of points that are not the best one do not count."""
+        first, swept = self.seeds[0], len(self.points) > 1
+        done = sum(self.finished(first, point) or (swept and self.failed(point).exists()) for point in self.points)
+        best = self.chosen() if done == len(self.points) else None
+        if best is not None:
+            done += sum(self.finished(seed, best) for seed in self.seeds[1:])
+        return done, len(self.points) + len(self.seeds) - 1
 
     @property
     def complete(self) -> bool:
         """Whether all runs are finished."""
         done, total = self.count
-        return done == total
+        return done == total and self.chosen() is not None
 
     @property
     def minutes(self) -> float:
@@ -165,6 +168,9 @@ class Job:
                 except InUse:
                     deadline.check()
                     time.sleep(POLL)
+                else:
+                    if not self.before.complete:
+                        raise UserError(f"{self.before.entry.name}: {'; '.join(self.before.runner.failures.values())}")
             if len(self.points) > 1:
                 self._play_points()
             if (point := self.chosen()) is None:
@@ -172,11 +178,17 @@ class Job:
             self.runner.play(self.runner.plan([point], self.seeds))
 
     def _play_points(self) -> None:
-        """Plays the points of the sweep with the first seed; one that fails is noted and not played again."""
+        """Plays the points of the sweep with the first seed; one that fails is noted and not played again.
+
+        Where all fail for the same reason, such as a missing package, no point is to blame and none is noted.
+        """
         points = [point for point in self.points if not self.failed(point).exists()]
         firsts = self.runner.plan(points, self.seeds[:1])
         try:
             self.runner.play(firsts)
+        except Exception:
+            firsts = []
+            raise
         finally:
             for cell in firsts:
                 if (text := self.runner.failures.pop(cell.name, None)) is not None:
@@ -188,7 +200,8 @@ class Job:
             return self.points[0]
         entry, firsts = self.entry, [(point, run) for point, run in self.first_runs() if run is not None]
         assert isinstance(entry, PublishedCell)
-        return max(firsts, key=lambda each: quality(entry, each[1]), default=(None, None))[0]
+        told = [(point, run) for point, run in firsts if tells(entry, run)]  # a figure that is NaN is not told
+        return max(told or firsts, key=lambda each: quality(entry, each[1]), default=(None, None))[0]
 
     def first_runs(self) -> list[tuple[Variant, FoundRun | None]]:
         """Every point of the sweep with its run of the first seed; None where that failed."""
@@ -241,8 +254,11 @@ class Reproduction:
                 raise UserError(f'{self.paper.name}, cell "{cell.name}": {error}') from None
         reasons: dict[str, str] = {}
         for name, job in self.jobs.items():
-            if not job.complete and (reason := _without_data(job, reasons)):
-                self.absent[name] = reason
+            try:
+                if not job.complete and (reason := _without_data(job, reasons)):
+                    self.absent[name] = reason
+            except UserError as error:
+                raise UserError(f'{self.paper.name}, cell "{name}": {error}') from None
 
     def select(self, names: Sequence[str] = (), table: str | None = None) -> list[PublishedCell]:
         """The cells whose names are among ``names``, which may be patterns such as ``2NN*``, in a table; or all.
@@ -257,11 +273,16 @@ class Reproduction:
         for name in names:
             if not any(fnmatchcase(cell.name, name) for cell in cells):
                 self.paper.find(name)  # raises
-        return [
+        chosen = [
             cell
             for cell in cells
             if table in (None, cell.table) and (not names or any(fnmatchcase(cell.name, name) for name in names))
         ]
+        if not chosen:
+            raise UserError(
+                f'table "{table}" of {self.paper.name} has no cell {" or ".join(names)}: leave --table out.'
+            )
+        return chosen
 
     def plan(self, cells: Sequence[PublishedCell]) -> tuple[list[PublishedCell], list[str]]:
         """Those cells that have runs left and fit the budget, the dearest last; and a line on every cell for people."""
@@ -400,10 +421,14 @@ def _needed(job: Job) -> list[Job]:
     return [job] if job.before is None else [job.before, job]
 
 
+_OF_DATA = ("data", "data_options", "clients", "partition", "train_samples", "public_samples", "correlation")
+"""Settings that decide whether data can be loaded."""
+
+
 def _without_data(job: Job, reasons: dict[str, str]) -> str:
     """Why a job has no data here, or ""; ``reasons`` keeps the answers for jobs on the same data."""
     config = job.runner.make(job.points[0], job.seeds[0])
-    key = repr((config.data, config.data_options))
+    key = repr([(name, getattr(config, name)) for name in _OF_DATA])
     if key not in reasons:
         try:
             load_data(config, masks=False)

@@ -131,6 +131,15 @@ def quality(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
     return reached, -math.inf if math.isnan(value) else -value if falls(name, run) else value
 
 
+def tells(cell: PublishedCell, run: FoundRun) -> bool:
+    """Whether a run tells what a sweep's best point is best in."""
+    try:
+        quality(cell, run)
+    except UserError:
+        return False
+    return True
+
+
 def judge(
     cell: PublishedCell, outcome: Outcome, baseline: Outcome | None = None, published_baseline: float | None = None
 ) -> Verdict:
@@ -162,10 +171,11 @@ def judge(
         return verdict(BASELINE)
     if len(values) < len(outcome.values):
         return verdict(*_unreached(cell, published, outcome))
+    alone = "its baseline is not played" if baseline is None else "no seed of its baseline has the figure"
     if cell.scale == "smaller":
-        return verdict(*_ordering(gap, published_gap))
+        return verdict(*_ordering(gap, published_gap, alone))
     if ours is None:
-        return verdict(UNDECIDED, "its baseline is not played")
+        return verdict(UNDECIDED, alone)
     return verdict(*_value(cell, published, ours))
 
 
@@ -192,13 +202,15 @@ def _value(cell: PublishedCell, published: float, ours: Difference) -> tuple[str
     return REPRODUCED, ""
 
 
-def _ordering(gap: Difference | None, published_gap: float | None) -> tuple[str, str]:
+def _ordering(gap: Difference | None, published_gap: float | None, alone: str) -> tuple[str, str]:
     if gap is None or published_gap is None:
-        return UNDECIDED, "its baseline is not played" if gap is None else "the paper tells no value of the baseline"
+        return UNDECIDED, alone if gap is None else "the paper tells no value of the baseline"
     if gap.low is None or gap.high is None:
         return UNDECIDED, "one seed has no interval"
     if gap.low <= 0 <= gap.high:
         return UNDECIDED, "the interval of the difference holds 0"
+    if published_gap == 0:
+        return UNDECIDED, "the paper's values are equal"
     return (SAME if gap.mean * published_gap > 0 else REVERSED), ""
 
 

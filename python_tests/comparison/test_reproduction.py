@@ -123,7 +123,11 @@ def test_cells_are_chosen_by_name_pattern_and_table(paper):
     made = paper()
     assert [cell.name for cell in made.select(["p*", "bytes"])] == ["proximal", "bytes"]
     assert [cell.name for cell in made.select(table="1")] == ["average", "proximal"]
-    for names, table, said in ((["averge"], None, 'Did you mean "average"'), ([], "3", 'no table "3", but 1, 2')):
+    for names, table, said in (
+        (["averge"], None, 'Did you mean "average"'),
+        ([], "3", 'no table "3", but 1, 2'),
+        (["bytes"], "1", 'table "1" of tiny has no cell bytes'),
+    ):
         with pytest.raises(UserError, match=said):
             made.select(names, table)
 
@@ -172,6 +176,32 @@ def test_a_point_that_fails_is_not_played_again(paper, played):
     assert paper(PAPER.replace("lr=0.0001,0.1", "lr=1e30,0.1")).plan(made.select(["average"]))[0] == []
 
 
+def test_points_that_all_fail_alike_are_played_again(paper, monkeypatch):
+    made = paper()
+    with monkeypatch.context() as patch:
+        patch.setattr(cell_runner, "run", lambda config, **more: (_ for _ in ()).throw(UserError("no such package.")))
+        made.play(made.select(["average"]))
+    assert made.failures == {"average": "no such package."}
+    assert not list(made.out.rglob("*.failed"))
+    again = paper()
+    assert not again.jobs["average"].complete
+    again.play(again.select(["average"]))
+    assert verdicts(again)["average"] == "smaller scale: baseline"
+
+
+def test_a_better_point_is_played_with_every_seed(paper, played):
+    made = paper()
+    made.play(made.select(["average"]))
+    swept = PAPER.replace("lr=0.0001,0.1", "lr=0.0001,0.1,0.3")
+    more = paper(swept)
+    assert more.jobs["average"].count == (2, 4)
+    more.play(more.select(["average"]))
+    best = more.jobs["average"].chosen()
+    assert more.jobs["average"].complete
+    assert [seed for seed, run in more.jobs["average"].runs(best).items() if run] == [0, 1]
+    assert played[3][1] == 0.3
+
+
 def test_a_cell_that_fails_leaves_the_others(paper):
     made = paper(PAPER.replace('fedprox {digits} --lr 0.1"\npublished', 'fedprox {digits} --lr 1e30"\npublished'))
     made.play(made.plan(made.select())[0])
@@ -212,6 +242,20 @@ def test_what_is_run_before_is_played_for_every_seed(paper, played):
     assert paper(BEFORE).plan(made.select())[0] == []
 
 
+def test_a_run_beforehand_that_fails_ends_the_cell(paper, monkeypatch):
+    real = cell_runner.run
+
+    def run(config, **more):
+        if config.seed == 1:
+            raise UserError("seed 1 fails.")
+        return real(config, **more)
+
+    monkeypatch.setattr(cell_runner, "run", run)
+    made = paper(BEFORE)
+    made.play(made.select())
+    assert made.failures == {"students": "teachers: ensemble, seed 1: seed 1 fails."}
+
+
 def test_a_second_process_waits_for_what_is_run_before(paper, played, monkeypatch):
     monkeypatch.setattr(reproduction, "POLL", 0.01)
     made, other = paper(BEFORE), paper(BEFORE)
@@ -240,6 +284,12 @@ def test_cells_without_data_are_said_beforehand(paper):
     assert lines[0].startswith('no data here: average (data set "mnist" is read from files')
     assert lines[1].startswith("no data here: proximal (examples/papers/nothing.py is neither")
     assert verdicts(made) == {"average": "no data here", "proximal": "no data here", "bytes": "not played"}
+
+
+def test_data_that_cannot_be_cut_so_are_no_reason_for_other_cells(paper):
+    made = paper(PAPER.replace("fedavg {digits}", "fedavg {digits} --train-samples 90000"))
+    assert list(made.absent) == ["average"]
+    assert "90000" in made.absent["average"] or "90,000" in made.absent["average"]
 
 
 def test_a_figure_that_runs_do_not_tell_is_refused(paper):
