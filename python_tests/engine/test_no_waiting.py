@@ -13,7 +13,7 @@ from fedkern.settings.config import RunConfig
 from python_tests.pretended_gpu import META, pretend
 from python_tests.smallest import SETTINGS
 
-STEADY = {"rounds": 2, "local_epochs": 1, "batch_size": 8, "clients": 3, "augment": "crop-flip", "workers": "1"}
+STEADY = {"rounds": 2, "local_epochs": 2, "batch_size": 8, "clients": 3, "augment": "crop-flip", "workers": "1"}
 NETWORK = {"data": "digits", "model": "resnet8", "width": 2}
 OWN = {
     "ensemble": {"options": {"models": "cnn:2,resnet8:2", "calibrate": False}},
