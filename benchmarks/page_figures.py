@@ -54,6 +54,31 @@ def megabytes(count: float, digits: int = 3) -> str:
     return f"{count / 1e6:.{digits}f}"
 
 
+def reproduced(paper: str, *tables: str) -> Lines:
+    """The cells of a paper's tables as ``reproduce --json`` gave them: fractions in per cent, intervals of 95 %."""
+    rows = []
+    for row in load(f"reproduction_{paper}")["rows"]:
+        if row["table"] not in tables:
+            continue
+        seeds = [float(each.partition("=")[2]) for each in (row.get("values") or "").split()]
+        name, baseline = (row[key].removeprefix(f"{row['table']}: ") for key in ("name", "baseline"))
+        gap = "" if row["gap"] is None else f"{points(row['gap'])} to {baseline}"
+        if row["gap_low"] is not None:
+            gap += f" [{points(row['gap_low'])}, {points(row['gap_high'])}]"
+        rows.append([name, percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap])
+    return table([", ".join(tables), "mean", "seeds", "difference, paired by seed"], rows).split("\n")
+
+
+def verdicts(paper: str) -> Lines:
+    """Published figures beside ours, in the figures' own units, and the verdicts."""
+    rows = []
+    for row in load(f"reproduction_{paper}")["rows"]:
+        ours = "" if row["ours"] is None else f"{row['ours']:,.0f} [{row['ours_low']:,.0f}, {row['ours_high']:,.0f}]"
+        verdict = ": ".join(filter(None, (row["verdict"], row["detail"])))
+        rows.append([row["name"], f"{row['published']:,.0f}", ours, row.get("swept") or "", verdict])
+    return table(["cell", "published", "ours", "swept, seed 0", "verdict"], rows).split("\n")
+
+
 def command(method: str, digits: int = 1, scale: float = 100.0, unit: str = "%") -> Lines:
     """The page's command, what it gave, and how long that took."""
     text = commands()[method].text()
@@ -368,18 +393,6 @@ def iod_table(data: str) -> Lines:
     return table(["method", *(skew.replace("dirichlet:", "Dirichlet ") for skew in SKEWS)], rows).split("\n")
 
 
-def iod_counts() -> Lines:
-    """FedIOD and its rivals with the clients' class counts and without, where both were measured."""
-    terms, one = load("fediod_mnist_terms"), partial(iod, "mnist", SKEWS[0])
-    uniform = terms["uniform class weights"]
-    rows = [
-        ["FedIOD", percent(one("FedIOD")[0]), percent(uniform["accuracy"])],
-        ["ensemble of its teachers", percent(one("weighted ensemble")[0]), percent(one("uniform ensemble")[0])],
-        *([IOD_ROWS[row], "–", percent(one(row)[0])] for row in ("FedDF, public images", "DENSE")),
-    ]
-    return table(["MNIST, Dirichlet 0.1, seed 0", "told the class counts", "not told"], rows).split("\n")
-
-
 def iod_seeds() -> Lines:
     rows = []
     for data, shown in (("mnist", "MNIST"), ("cifar10", "CIFAR-10")):
@@ -450,7 +463,10 @@ def iod_segments() -> Lines:
 def _fediod() -> Page:
     return Page(
         "docs/fediod.md",
-        {"fediod mnist": partial(undated, partial(iod_table, "mnist")), "fediod counts": iod_counts,
+        {"fediod mnist": partial(undated, partial(iod_table, "mnist")),
+         "fediod counts": partial(reproduced, "fediod", "MNIST"),
+         "fediod counts cifar10": partial(reproduced, "fediod", "CIFAR-10"),
+         "fediod architectures": partial(reproduced, "fediod", "three architectures"),
          "fediod cifar10": partial(iod_table, "cifar10"),
          "fediod seeds": iod_seeds, "fediod clients": iod_clients, "fediod terms": iod_terms,
          "fediod bytes": iod_bytes, "fediod privacy": iod_privacy, "fediod segments": iod_segments,
@@ -868,6 +884,11 @@ PAGES: tuple[Page, ...] = (
     _fusefl(),
     _fedlpfm(),
     _fediod(),
+    Page(
+        "docs/reproducing.md",
+        {"reproducing mcmahan2017": partial(verdicts, "mcmahan2017")},
+        "FedAvg's first table, played here",
+    ),
     _feddra(),
     _flower(),
     _flower_app(),
