@@ -131,19 +131,22 @@ class Job:
 
     @property
     def count(self) -> tuple[int, int]:
-        """Number of the runs that are finished, and of all; runs of points that are not the best one do not count."""
+        """Number of the runs that are finished, and of all; runs of points that are not the best one do not count.
+
+        Where every point of a sweep has failed, none counts.
+        """
         first, swept = self.seeds[0], len(self.points) > 1
         done = sum(self.finished(first, point) or (swept and self.failed(point).exists()) for point in self.points)
-        best = self.chosen() if done == len(self.points) else None
-        if best is not None:
-            done += sum(self.finished(seed, best) for seed in self.seeds[1:])
+        if done == len(self.points):
+            best = self.chosen()
+            done = 0 if best is None else done + sum(self.finished(seed, best) for seed in self.seeds[1:])
         return done, len(self.points) + len(self.seeds) - 1
 
     @property
     def complete(self) -> bool:
         """Whether all runs are finished."""
         done, total = self.count
-        return done == total and self.chosen() is not None
+        return done == total
 
     @property
     def minutes(self) -> float:
