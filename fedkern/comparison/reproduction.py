@@ -26,13 +26,13 @@ from fedkern.comparison.verdicts import (
     judge,
     quality,
     shown,
-    tells,
 )
-from fedkern.engine.store.records import SUMMARY
+from fedkern.engine.store.records import METRICS, SUMMARY, read_metrics
 from fedkern.errors import UserError, described
 from fedkern.files import atomic
 from fedkern.files.folder_lock import FolderLock, InUse
 from fedkern.listeners.events import Listener
+from fedkern.report.figures.comparison_plot import Groups
 from fedkern.report.pages import html_page
 from fedkern.report.tables import human_metric, human_time
 from fedkern.settings.config import RunConfig
@@ -201,14 +201,30 @@ class Job:
         """The best point of the sweep, all of whose points are played; None where all failed."""
         if len(self.points) == 1:
             return self.points[0]
-        entry, firsts = self.entry, [(point, run) for point, run in self.first_runs() if run is not None]
-        assert isinstance(entry, PublishedCell)
-        told = [(point, run) for point, run in firsts if tells(entry, run)]  # a figure that is NaN is not told
-        return max(told or firsts, key=lambda each: quality(entry, each[1]), default=(None, None))[0]
+        assert isinstance(self.entry, PublishedCell)
+        told, untold = [], None
+        for point, run in self.first_runs():
+            try:
+                if run is not None:
+                    told.append((quality(self.entry, run), point))
+            except UserError as error:  # a figure that is NaN is not told
+                untold = error
+        if untold is not None and not told:
+            raise untold
+        return max(told, key=lambda each: each[0], default=((), None))[1]
 
     def first_runs(self) -> list[tuple[Variant, FoundRun | None]]:
         """Every point of the sweep with its run of the first seed; None where that failed."""
         return [(point, self.runs(point).get(self.seeds[0])) for point in self.points]
+
+    def histories(self) -> Groups:
+        """Records of the rounds of every run, finished or not, by the point of the sweep and the seed."""
+        histories = {}
+        for point in self.points:
+            for seed in self.seeds:
+                if ((folder := self.folder_of(seed, point)) / METRICS).exists():
+                    histories[", ".join(filter(None, (_point(point), f"seed {seed}")))] = [read_metrics(folder)]
+        return histories
 
     def runs(self, point: Variant) -> dict[int, FoundRun]:
         """The finished runs of a point, by seed."""
@@ -255,13 +271,6 @@ class Reproduction:
                 self.absent[cell.name] = str(error)
             except UserError as error:
                 raise UserError(f'{self.paper.name}, cell "{cell.name}": {error}') from None
-        reasons: dict[str, str] = {}
-        for name, job in self.jobs.items():
-            try:
-                if not job.complete and (reason := _without_data(job, reasons)):
-                    self.absent[name] = reason
-            except UserError as error:
-                raise UserError(f'{self.paper.name}, cell "{name}": {error}') from None
 
     def select(self, names: Sequence[str] = (), table: str | None = None) -> list[PublishedCell]:
         """The cells whose names are among ``names``, which may be patterns such as ``2NN*``, in a table; or all.
@@ -288,8 +297,19 @@ class Reproduction:
         return chosen
 
     def plan(self, cells: Sequence[PublishedCell]) -> tuple[list[PublishedCell], list[str]]:
-        """Those cells that have runs left and fit the budget, the dearest last; and a line on every cell for people."""
-        allowed, lines, seconds, planned = [], [], 0.0, set[Path]()
+        """Those cells that have runs left and fit the budget, the dearest last; and a line on every cell for people.
+
+        Cells without data are noted as absent.
+        """
+        reasons: dict[str, str] = {}
+        for cell in cells:
+            try:
+                job = self.jobs.get(cell.name)
+                if job is not None and not job.complete and (reason := _without_data(job, reasons)):
+                    self.absent[cell.name] = reason
+            except UserError as error:
+                raise UserError(f'{self.paper.name}, cell "{cell.name}": {error}') from None
+        allowed, lines, seconds, planned = [], list[str](), 0.0, dict[Path, float]()
         lines += [f"{NO_DATA}: {cell.name} ({self.absent[cell.name]})" for cell in cells if cell.name in self.absent]
         jobs = {cell.name: self.jobs[cell.name] for cell in cells if cell.name not in self.absent}
         costs = {name: 60 * sum(each.minutes for each in _needed(job)) for name, job in jobs.items()}
@@ -298,14 +318,14 @@ class Reproduction:
             if job.complete:
                 lines.append(f"finished: {name}")
                 continue
-            cost = 60 * sum(each.minutes for each in _needed(job) if each.folder not in planned)
+            cost = 60 * sum(max(0.0, each.minutes - planned.get(each.folder, 0.0)) for each in _needed(job))
             fits = self.budget is None or seconds + cost <= self.budget
             done, total = job.count
             what = "next" if fits else "beyond the budget"
             lines.append(f"{what}: {name} ({done} of {total} runs finished, about {human_time(cost)} left)")
             if fits:
                 seconds += cost
-                planned |= {each.folder for each in _needed(job)}
+                planned |= {each.folder: max(each.minutes, planned.get(each.folder, 0.0)) for each in _needed(job)}
                 allowed.append(self.paper.find(name))
         return allowed, lines
 
@@ -391,9 +411,9 @@ class Reproduction:
             else:
                 done, total = self.jobs[cell.name].count
                 verdict = Verdict(NOT_PLAYED, f"{done} of {total} runs finished" * bool(done))
-            rows.append(
-                Row(cell, verdict, outcome, "" if cell.name in self.absent else str(self.jobs[cell.name].folder))
-            )
+            job = None if cell.name in self.absent else self.jobs[cell.name]
+            curves = job.histories() if job is not None and cell.goal is not None else {}
+            rows.append(Row(cell, verdict, outcome, "" if job is None else str(job.folder), curves))
         return rows
 
     def write(self) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedkern.comparison.published import ROUNDS, Paper, PublishedCell
@@ -11,20 +11,29 @@ from fedkern.comparison.results import csv_text, markdown
 from fedkern.comparison.seed_statistics import Difference
 from fedkern.comparison.verdicts import VERDICTS, Outcome, Verdict, shown
 from fedkern.errors import first_of, listed
+from fedkern.report.figures.comparison_plot import Groups, comparison_panels
+from fedkern.report.pages.charts import curves
 from fedkern.report.pages.html_page import Block, Code, Page, Table, section
-from fedkern.report.tables import human_time
+from fedkern.report.tables import human_metric, human_time
 
 HEADER = ("table", "cell", "published", "ours", "to the baseline", "seeds", "swept, first seed", "verdict")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A cell of a paper with its verdict; ``outcome`` None: not all of its runs, in ``folder``, are finished."""
+    """A cell of a paper with its verdict.
+
+    Attributes:
+        outcome: of all runs; None where some are not finished.
+        folder: of the runs.
+        curves: of a cell with a target, the records of every run that is begun, by the name of its curve.
+    """
 
     cell: PublishedCell
     verdict: Verdict
     outcome: Outcome | None
     folder: str
+    curves: Groups = field(default_factory=dict)
 
     def texts(self) -> list[str]:
         """The row's texts, one for every title of `HEADER`."""
@@ -71,10 +80,11 @@ def page(paper: Paper, rows: Sequence[Row]) -> Page:
         section(f"table-{number}", f"Table {name}", _table([row for row in rows if row.cell.table == name]))
         for number, name in enumerate(tables)
     ]
+    curved = section("curves", "Curves", _curves(rows))
     notes = section("notes", "What the table rests on", sentences(paper, rows))
     commands = section("commands", "Commands", _commands(paper))
     about = f"{len(rows)} cells · {paper.citation}" if paper.citation else f"{len(rows)} cells"
-    return Page(_title(paper), about, [summary(rows)], [], [], [*sections, notes, commands])
+    return Page(_title(paper), about, [summary(rows)], [], [], [*sections, curved, notes, commands])
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -118,6 +128,16 @@ def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:
 
 def _table(rows: Sequence[Row]) -> Iterator[Block]:
     yield Table(HEADER[1:], [row.texts()[1:] for row in rows], words=1)
+
+
+def _curves(rows: Sequence[Row]) -> Iterator[Block]:
+    for place, row in enumerate(rows):
+        if row.cell.goal is not None and row.curves:
+            figure = row.cell.goal.figure
+            target = f"target {human_metric(figure, row.cell.goal.value)}"
+            for panel in comparison_panels(row.curves, [figure], chance={figure: row.cell.goal.value}).values():
+                panels = [replace(panel, level_name=target)]
+                yield curves(f"curve-{place}", f"{row.cell.name}: {panel.axis}, over the rounds", panels)
 
 
 def _commands(paper: Paper) -> Iterator[Block]:

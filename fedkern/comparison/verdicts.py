@@ -131,15 +131,6 @@ def quality(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
     return reached, -math.inf if math.isnan(value) else -value if falls(name, run) else value
 
 
-def tells(cell: PublishedCell, run: FoundRun) -> bool:
-    """Whether a run tells what a sweep's best point is best in."""
-    try:
-        quality(cell, run)
-    except UserError:
-        return False
-    return True
-
-
 def judge(
     cell: PublishedCell, outcome: Outcome, baseline: Outcome | None = None, published_baseline: float | None = None
 ) -> Verdict:

@@ -119,6 +119,40 @@ def test_a_budget_leaves_the_dearest_out(paper):
     assert verdicts(made) == dict.fromkeys(("average", "proximal", "bytes"), "not played")
 
 
+def test_cells_that_share_runs_cost_what_the_longer_one_does(paper):
+    made = paper(budget=330)
+    cells, _ = made.plan(made.select(["bytes", "proximal"]))
+    assert [cell.name for cell in cells] == ["bytes", "proximal"]
+    job = made.jobs["average"]
+    assert made.plan(made.select(["average"]))[1] == [
+        f"next: average (0 of {job.count[1]} runs finished, about 3 min 00 s left)"
+    ]
+    made = paper(budget=299)  # one minute, the second of proximal's two, and three
+    assert [cell.name for cell in made.plan(made.select())[0]] == ["bytes", "proximal"]
+
+
+def test_the_page_has_the_curve_of_a_run_cut_short(paper, played, monkeypatch):
+    text = PAPER.replace('figure = "bytes"', 'figure = "rounds"\ntarget = "accuracy=0.99"')
+    made, check = paper(text, budget=1000), Deadline.check
+    calls = []
+
+    def out_of_time(deadline):
+        calls.append(deadline)
+        if len(calls) == 3:  # before the second round of the first run
+            raise OutOfTime
+        check(deadline)
+
+    monkeypatch.setattr(Deadline, "check", out_of_time)
+    made.play(made.select(["bytes"]))
+    (row,) = [row for row in made.rows() if row.cell.name == "bytes"]
+    assert row.verdict.kind == "not played"
+    assert list(row.curves) == ["seed 0"]
+    made.write()
+    page = (made.out / "report.html").read_text()
+    assert "Bytes: accuracy, over the rounds. seed 0: " in page
+    assert "target 99.0 %" in page
+
+
 def test_cells_are_chosen_by_name_pattern_and_table(paper):
     made = paper()
     assert [cell.name for cell in made.select(["p*", "bytes"])] == ["proximal", "bytes"]
@@ -288,6 +322,9 @@ def test_cells_without_data_are_said_beforehand(paper):
 
 def test_data_that_cannot_be_cut_so_are_no_reason_for_other_cells(paper):
     made = paper(PAPER.replace("fedavg {digits}", "fedavg {digits} --train-samples 90000"))
+    made.plan(made.select(["bytes"]))
+    assert not made.absent  # of a cell that nobody asked for
+    made.plan(made.select())
     assert list(made.absent) == ["average"]
     assert "90000" in made.absent["average"] or "90,000" in made.absent["average"]
 
