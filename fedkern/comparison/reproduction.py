@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fedkern.comparison import reproduction_table
@@ -392,6 +393,7 @@ class Reproduction:
             {seed: float(run.records[-1]["round"]) for seed, run in runs.items()},
             "; ".join(effects),
             sum(run.summary["seconds"] for run in runs.values()),
+            fmean(run.summary["bytes"]["up"] for run in runs.values()),
             ", ".join(dict.fromkeys(_build(run) for run in runs.values())),
         )
 

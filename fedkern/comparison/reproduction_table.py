@@ -59,7 +59,8 @@ class Row:
         row |= {key: getattr(cell, key) for key in ("scale", "smaller", "tolerance", "source")}
         if outcome is not None:
             values = " ".join(f"{seed}={value}" for seed, value in outcome.values.items())
-            row |= {"values": values, "swept": outcome.effect, "seconds": outcome.seconds, "fedkern": outcome.build}
+            row |= {"values": values, "swept": outcome.effect, "seconds": outcome.seconds, "bytes_up": outcome.up}
+            row["fedkern"] = outcome.build
         return {**row, "command": cell.command, "folder": self.folder}
 
 

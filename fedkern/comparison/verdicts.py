@@ -28,6 +28,7 @@ class Outcome:
         rounds: rounds played, by seed.
         effect: the figure at every point of the sweep, for people.
         seconds: time of the runs.
+        up: bytes that all clients of a run send together, mean over the seeds.
         build: fedkern's version in the runs.
     """
 
@@ -35,6 +36,7 @@ class Outcome:
     rounds: Mapping[int, float] = field(default_factory=dict)
     effect: str = ""
     seconds: float = 0.0
+    up: float = 0.0
     build: str = ""
 
     @property

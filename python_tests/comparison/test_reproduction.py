@@ -104,6 +104,7 @@ def test_cells_are_played_once_and_the_best_point_with_every_seed(paper, played)
     assert [row["name"] for row in rows] == ["average", "proximal", "bytes"]
     assert "lr 0.1: " in rows[0]["swept"]
     assert rows[0]["swept"].endswith("(chosen)")
+    assert float(rows[2]["bytes_up"]) == pytest.approx(float(rows[2]["ours"]) / 2)  # FedProx's bytes, each way
     assert float(rows[1]["gap"]) == pytest.approx(float(rows[1]["ours"]) - float(rows[0]["ours"]))
     text = (made.out / MARKDOWN).read_text()
     assert text.startswith("# Tiny\n")
