@@ -398,7 +398,7 @@ class Graphs:
         marks = torch.arange(rows, device=self.device)[:, None]
         records = torch.zeros(rows, values, dtype=torch.float64, device=self.device)
         # A loss that reads these fails, instead of being replayed with one batch's values.
-        unread: Any = {name: _Unread(f"batch.{name}") for name in ("indices", "phase", "epoch")}
+        unread: Any = {name: _Unread(f"batch.{name}") for name in ("indices", "phase", "epoch", "masks")}
         drawn: dict[str, Any] = {name: _Unread(f'batch.drawn["{name}"]') for name in batch.drawn}
         drawn |= _constants(batch)
         watched = _Watched(received)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.forms import ImageForm
-from fedkern.data.images.pixels import PICK, Pixels, as_index, images_alone, placed
+from fedkern.data.images.pixels import PICK, Pixels, as_index, images_alone, images_and_labels, placed
 from fedkern.engine.reader import BATCH, Reader
 from fedkern.files.image_rows import in_parts, loaded
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
@@ -82,14 +82,34 @@ class Images(Reader):
 
     def pairs(self, indices: np.ndarray | Tensor, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
-        chosen, there = as_index(indices), self._there.device
+        chosen = as_index(indices)
         index = self.pixels.sent(chosen)
-        label_index = index if index.device == there else send(chosen, there)
-        labels = send(loaded(self._there.index_select(0, label_index)), self.device)
-        return self._pick(self.pixels, index, labels, rng)
+        return self._pick(self.pixels, index, self._labels(chosen, index), rng)
+
+    def _labels(self, chosen: Tensor, index: Tensor) -> Tensor:
+        label_index = index if index.device == self._there.device else send(chosen, self._there.device)
+        return send(loaded(self._there.index_select(0, label_index)), self.device)
+
+    def _masked(self, chosen: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels and object masks bool [B, H, W] at ``chosen``; masks move with the images."""
+        index = self.pixels.sent(chosen)
+        masks = self._masks.index_select(0, send(index, self.device)).long()
+        images, moved = images_and_labels(self.pixels, index, masks, rng)
+        return images, self._labels(chosen, index), moved > 0  # what comes from outside the image is no object
+
+    @cached_property
+    def _masks(self) -> Tensor:
+        masks: Tensor = self.split.masks.to(self.device)
+        return masks
 
     def planned(
-        self, plan: Sequence[np.ndarray], phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
+        self,
+        plan: Sequence[np.ndarray],
+        phase: Phase = OUTSIDE,
+        epoch: int = 0,
+        rng: np.random.Generator | None = None,
+        *,
+        masked: bool = False,
     ) -> Iterator[Batch]:
         """The batches of an epoch, made when they are asked for; their indices are sent to the device at once."""
         sent = self.pixels.sent(as_index(plan[0] if len(plan) == 1 else np.concatenate(plan)))
@@ -99,9 +119,9 @@ class Images(Reader):
         for first in range(0, len(plan), at_once):
             parts = slice(first, first + at_once)
             there, sent = sent.tensor_split([sum(sizes[parts])])
-            images, labels = self.pairs(there, rng)
-            pairs = zip(images.split(sizes[parts]), labels.split(sizes[parts]), strict=True)
-            for indices, (inputs, truth) in zip(plan[parts], pairs, strict=True):
+            columns = self._masked(there, rng) if masked else self.pairs(there, rng)
+            rows = zip(*(column.split(sizes[parts]) for column in columns), strict=True)
+            for indices, (inputs, truth, *masks) in zip(plan[parts], rows, strict=True):
                 yield Batch(
                     inputs=inputs,
                     targets=self.task.targets(truth, self.tokens, as_index(indices)),
@@ -110,6 +130,7 @@ class Images(Reader):
                     epoch=epoch,
                     fresh=rng is not None,
                     task=self.task,
+                    masks=masks[0] if masks else None,
                 )
 
     def masked_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:

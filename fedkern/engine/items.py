@@ -54,7 +54,13 @@ class ItemReader(Reader):
             self._targets = torch.cat(seen)
 
     def planned(
-        self, plan: Sequence[np.ndarray], phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
+        self,
+        plan: Sequence[np.ndarray],
+        phase: Phase = OUTSIDE,
+        epoch: int = 0,
+        rng: np.random.Generator | None = None,
+        *,
+        masked: bool = False,
     ) -> Iterator[Batch]:
         """The batches of an epoch, each read when it is asked for."""
         purpose = f"items/{phase.exchange}/{epoch}" if phase != OUTSIDE else f"items/{self.split.who}"

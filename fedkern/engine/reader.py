@@ -58,9 +58,18 @@ class Reader:
         raise NotImplementedError
 
     def planned(
-        self, plan: Sequence[np.ndarray], phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
+        self,
+        plan: Sequence[np.ndarray],
+        phase: Phase = OUTSIDE,
+        epoch: int = 0,
+        rng: np.random.Generator | None = None,
+        *,
+        masked: bool = False,
     ) -> Iterator[Batch]:
-        """The batches of an epoch, made when they are asked for; images are augmented where there is an ``rng``."""
+        """The batches of an epoch, made when they are asked for; images are augmented where there is an ``rng``.
+
+        ``masked``: batches carry the objects' masks, which the images then have.
+        """
         raise NotImplementedError
 
     def batch(

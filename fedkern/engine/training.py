@@ -325,7 +325,7 @@ def started(
     done, count = 0, len(data) if rows is None else len(rows)
 
     def batches(epoch: int, plan: list[np.ndarray]) -> Iterator[Batch]:
-        for batch in data.planned(plan, phase, epoch, augmentation):
+        for batch in data.planned(plan, phase, epoch, augmentation, masked=method.masked):
             check()
             if draws is not None:
                 batch.drawn = method.draw(client, batch, draws)

@@ -8,6 +8,9 @@ the label.  Distillation: the client pulls both its own and the mixed features t
 with KL_T(u || g) = KL(softmax(u / T) || softmax(g / T)) over the d feature channels, batch mean.  T is 1 in the paper;
 T^2 keeps the gradient's size for other temperatures.
 
+``intervene=image`` is a variant of ours: f_INV are the features of the sample's object on a random background, composed
+in the image, so that nothing of the sample's own background is left in them.
+
 Only the model travels, so every round costs the bytes of FedAvg.  ``background_pool=shared`` adds a one-off exchange.
 """
 
@@ -69,6 +72,10 @@ class FedGID(LocalTraining):
         alpha: float = option(0.6, "weight of a sample's own features in the mixture", low=0, high=1)
         lam: float = option(1.0, "weight of the distillation loss", low=0, name="lambda")
         temperature: float = option(1.0, "temperature of the distillation loss", above=0, infinite=True)
+        intervene: str = option(
+            "map", "where a sample meets a background: in its features, or in the image, by object masks",
+            choices=("map", "image"),
+        )  # fmt: skip
         mix_stage: str = option(
             "map", "stage whose features are mixed with backgrounds; map: the last map but one", choices=STAGES
         )
@@ -83,14 +90,28 @@ class FedGID(LocalTraining):
             "mean", "colour of erased objects: the mean colour, or black", choices=("mean", "zero")
         )
 
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.intervene == "map":
+                return
+            if not self.intervention:
+                raise UserError('Method option "intervene" = image has no effect with intervention=off: leave one out.')
+            for name, published in (("alpha", 0.6), ("mix_stage", "map")):
+                if getattr(self, name) != published:
+                    raise UserError(f'Method option "{name}" has no effect with intervene=image: leave one out.')
+
     @property
     def needs(self) -> str:
-        return "maps"
+        return "features" if self.masked else "maps"
+
+    @property
+    def masked(self) -> bool:
+        return bool(self.options.intervene == "image")
 
     @property
     def _mixes(self) -> bool:
-        """Whether features are mixed; with an alpha of 1 a mixture is the sample itself."""
-        return self.options.intervention and self.options.alpha < 1
+        """Whether backgrounds are mixed in; with an alpha of 1 a mixture is the sample itself."""
+        return bool(self.options.intervention and self.options.alpha < 1)
 
     # -- the client ------------------------------------------------------------------------------------------------
 
@@ -109,25 +130,31 @@ class FedGID(LocalTraining):
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         o, drawn = self.options, batch.drawn
-        stage = resolve_stage(model, o.mix_stage)
-
-        maps = model.stages(batch.inputs, upto=stage)
-        features = model.tail(maps, after=stage)
+        if self.masked:
+            features = model.features(batch.inputs)
+        else:
+            stage = resolve_stage(model, o.mix_stage)
+            maps = model.stages(batch.inputs, upto=stage)
+            features = model.tail(maps, after=stage)
         logits = model.head(features)
         em = batch.task.criterion(logits, batch)
         total, figures = em, {"loss_em": em.detach()}
 
         mixed, mixed_logits, gi = features, logits, em  # an alpha of 1 mixes nothing in
-        if "maps" in drawn:
-            blended = ops.blend(maps, drawn["maps"], o.alpha, index=drawn.get("rows"))
+        mixes = "maps" in drawn or "composed" in drawn
+        if mixes:
             with batch_statistics_only(model):
-                mixed = model.tail(blended, after=stage)
+                if self.masked:
+                    mixed = model.features(drawn["composed"])
+                else:
+                    blended = ops.blend(maps, drawn["maps"], o.alpha, index=drawn.get("rows"))
+                    mixed = model.tail(blended, after=stage)
             mixed_logits = model.head(mixed)
             gi = batch.task.criterion(mixed_logits, batch)
             changed = mixed_logits.detach().argmax(1) != logits.detach().argmax(1)
             figures["intervention_changed"] = changed.float().mean()
         # A client without backgrounds has nothing to mix with.
-        intervenes = o.intervention and (not self._mixes or "maps" in drawn)
+        intervenes = o.intervention and (mixes or not self._mixes)
         if intervenes:
             total = total + gi
             figures["loss_gi"] = gi.detach()
@@ -149,13 +176,26 @@ class FedGID(LocalTraining):
     # -- the frozen global encoder ---------------------------------------------------------------------------------
 
     def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
-        """``maps`` of backgrounds and ``rows``, int64 [B], of every sample's map (absent: in order); ``anchor``."""
+        """``maps`` of backgrounds and ``rows``, int64 [B], of every sample's map (absent: in order); ``anchor``.
+
+        ``composed`` [B, C, H, W] instead of maps with ``intervene=image``.
+        """
         tensors: dict[str, Any] = {}
         if self.options.distillation and self.options.lam:
             tensors["anchor"] = self._anchor(batch, received)
-        if "index" in batch.drawn:
+        if "index" in batch.drawn and self.masked:
+            tensors["composed"] = self._composed(batch)
+        elif "index" in batch.drawn:
             tensors |= self._background_maps(batch, received, resolve_stage(model, self.options.mix_stage))
         return tensors
+
+    def _composed(self, batch: Batch) -> Tensor:
+        """Every sample's object on its background; a sample of which no object is known stays as it is."""
+        drawn, masks = batch.drawn, batch.masks
+        assert masks is not None
+        backgrounds = drawn["images"] if "images" in drawn else drawn["bank"].take(drawn["index"])
+        kept = masks | ~masks.flatten(1).any(1)[:, None, None]
+        return torch.where(kept[:, None], batch.inputs, backgrounds)
 
     def _background_maps(self, batch: Batch, received: Received, stage: str) -> dict[str, Tensor]:
         drawn = batch.drawn
@@ -210,7 +250,8 @@ class FedGID(LocalTraining):
     def start(self, server: Server) -> None:
         super().start(server)
         network: Any = self.model(server)
-        resolve_stage(network, self.options.mix_stage)  # raises on an unknown stage before the run starts
+        if not self.masked:
+            resolve_stage(network, self.options.mix_stage)  # raises on an unknown stage before the run starts
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         if self.options.background_pool == "shared" and self._mixes:
@@ -260,9 +301,10 @@ class FedGID(LocalTraining):
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
         changed = observed.get("intervention_changed")
         if changed is not None and changed.high == 0:
+            way = "" if self.masked else "lower alpha, mix at an earlier stage, or "
             return {
-                "intervention-inert": "The intervention never changed a prediction: lower alpha, mix at an earlier "
-                "stage, or check that the backgrounds differ."
+                "intervention-inert": f"The intervention never changed a prediction: {way}check that the backgrounds "
+                "differ."
             }
         return {}
 

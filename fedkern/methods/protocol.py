@@ -162,6 +162,8 @@ class Batch:
         per_sample: whether the loss must be a mean over samples of independent per-sample losses, as DP-SGD needs.  A
             mean over all known pixels of the batch is not.
         raw: see ``data``.
+        masks: bool [B, H, W], the pixels of ``inputs`` that are objects, moved with them; only for methods that are
+            ``masked``, else None.
         task: the run's task; ``batch.task.loss(model, batch)`` is its loss.
     """
 
@@ -175,6 +177,7 @@ class Batch:
     per_sample: bool = False
     task: Task = CLASSIFICATION
     raw: Any = None
+    masks: Tensor | None = None
 
     @property
     def data(self) -> Any:

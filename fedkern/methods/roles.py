@@ -30,6 +30,11 @@ class Objective:
     the class that says so, or of a class from which that class derives; where a class of somebody's own says nothing,
     recorded steps are compared with eager ones."""
 
+    @property
+    def masked(self) -> bool:
+        """Whether training batches carry the objects' ``masks``; the client's images then have masks."""
+        return False
+
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The local objective of one batch, a scalar; optionally with named scalars whose means are recorded."""
         raise NotImplementedError

@@ -92,7 +92,7 @@ def test_outside_is_exactly_zero_after_normalisation(kind: str) -> None:
     assert made.shape == batch.shape
     if kind in STILL:
         assert made is batch
-    elif kind != "dihedral":
+    elif kind not in ("dihedral", "jitter"):
         assert (made == 0).any()
     if kind in ("crop", "crop-flip"):
         # Every pixel is the fill or a pixel of its own image.
@@ -176,6 +176,8 @@ def test_masks_follow_their_images(kind: str, channels_last: bool) -> None:
         inside = moved != IGNORE
         assert ((made[:, 0] - moved).abs()[inside] < 0.51).double().mean() > 0.75
         assert set(moved.unique().tolist()) <= {IGNORE, 1, 2, 3, 4}
+    elif kind == "jitter":
+        assert torch.equal(moved, labels)
     else:
         assert torch.equal(made[:, 0], moved.masked_fill(moved == IGNORE, 0).float())
         assert bool((moved == IGNORE).any()) == (kind in ("crop", "crop-flip"))
@@ -197,6 +199,26 @@ def test_the_symmetries_of_a_square() -> None:
     kept = dihedral(oblong, np.random.default_rng(0))
     choices = torch.stack([oblong, oblong.flip(2), oblong.flip(3), oblong.flip((2, 3))])
     assert (choices == kept).flatten(2).all(2).sum(0).eq(1).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jitter_scales_and_shifts_every_channel_of_every_image(channels: int) -> None:
+    batch = images(dtype=torch.float32)[:, :channels]
+    made = augment(batch, "jitter", np.random.default_rng(5)).double()
+    rng = np.random.default_rng(5)
+    scale, shift = (
+        torch.from_numpy(rng.uniform(low, high, (len(batch), channels)))[..., None, None]
+        for low, high in ((0.2, 1.8), (-1, 1))
+    )
+    torch.testing.assert_close(made, scale * batch + shift, rtol=1e-5, atol=1e-5)
+    assert len({tuple(each) for each in scale.flatten(1).tolist()}) == len(batch)
+
+
+def test_jitter_of_bytes_is_jitter_of_what_they_stand_for() -> None:
+    batch = torch.full((4, 3, 2, 2), 100, dtype=torch.uint8)
+    made = augment(batch, "jitter", np.random.default_rng(0))
+    values = augment((batch.float() - 127.5) / 64, "jitter", np.random.default_rng(0))
+    assert torch.equal(made, (values * 64 + 127.5).round().clamp(0, 255).to(torch.uint8))
 
 
 def test_unknown_augmentation() -> None:

@@ -20,6 +20,8 @@ from fedkern.tasks.segmentation import IGNORE
 
 PADDING = 4
 ROTATION = 15.0
+SCALES, SHIFT = (0.2, 1.8), 1.0
+"""Range of the factor and largest shift, in standard deviations, of `jitter`."""
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], *, channels_last: bool = False) -> Tensor:
@@ -165,6 +167,25 @@ def dihedral(images: Tensor, rng: np.random.Generator) -> Tensor:
     return _gather(images.permute(0, 2, 3, 1), rows, columns).contiguous(memory_format=_format(images))
 
 
+def jitter(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Scales and shifts every channel of every image: ``v -> a v + b`` of a normalised value.
+
+    The colour of a surface then says little, while edges stay.  A grey image changes its contrast and brightness.
+
+    Args:
+        images: normalised floats ``[B, C, H, W]``, or uint8, whose 127.5 and 64 count as mean and deviation.
+        rng: draws ``a`` from `SCALES`, then ``b`` from ``[-SHIFT, SHIFT]``, uniformly, ``[B, C]`` each.
+    """
+    scale, shift = (
+        send(torch.from_numpy(rng.uniform(low, high, images.shape[:2])).float(), images.device)[..., None, None]
+        for low, high in (SCALES, (-SHIFT, SHIFT))
+    )
+    if images.dtype == torch.uint8:
+        values = ((images.float() - 127.5) * scale).add_(64 * shift + 127.5)
+        return values.round_().clamp_(0, 255).to(torch.uint8)
+    return (images * scale.to(images.dtype)).add_(shift.to(images.dtype))
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Transforms of a training image, in this order.
@@ -174,12 +195,14 @@ class Augmentation:
         flip: mirror half of the images, left to right.
         degrees: largest angle of a rotation.
         symmetries: flip and rotate by right angles.
+        jitter: scale and shift every channel, but not the last ``nearest`` ones.
     """
 
     padding: int | None = None
     flip: bool = False
     degrees: float = 0.0
     symmetries: bool = False
+    jitter: bool = False
 
     def __call__(
         self, images: Tensor, rng: np.random.Generator, fill: float | Sequence[float], nearest: int = 0
@@ -188,7 +211,13 @@ class Augmentation:
             images = crop(images, rng, padding=self.padding, flip=self.flip, fill=fill)
         if self.degrees:
             images = rotate(images, rng, degrees=self.degrees, fill=fill, nearest=nearest)
-        return dihedral(images, rng) if self.symmetries else images
+        if self.symmetries:
+            images = dihedral(images, rng)
+        if not self.jitter:
+            return images
+        colours = images.shape[1] - nearest
+        jittered = jitter(images[:, :colours], rng)
+        return jittered if not nearest else torch.cat([jittered, images[:, colours:]], 1)
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {
@@ -198,6 +227,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "nico": Augmentation(padding=PADDING, flip=True, degrees=ROTATION),
     "flip-rotate": Augmentation(padding=0, flip=True, degrees=20.0),
     "dihedral": Augmentation(symmetries=True),
+    "jitter": Augmentation(jitter=True),
     "window": Augmentation(),
 }
 
@@ -211,6 +241,7 @@ def augment(images: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
     - ``nico``: ``crop-flip``, and a rotation of up to 15 degrees (the NICO setting of FedGID's authors).
     - ``flip-rotate``: horizontal flip, and a rotation of up to 20 degrees (FuseFL's setting for Tiny-ImageNet).
     - ``dihedral``: flips and quarter turns, for images without an up and a down, such as microscopy.
+    - ``jitter``: a random scale and shift of every channel, against colours that give the class away (`jitter`).
     - ``window``: no change beyond the random window of data read with the option ``crop``.  For such data every kind
       but ``none`` draws the place of the window (`window`).
 

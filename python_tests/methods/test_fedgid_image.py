@@ -1,0 +1,171 @@
+"""FedGID with ``intervene=image``: the sample's own background is replaced in the image, by object masks."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from fedkern.engine.images import Images
+from fedkern.engine.run import run
+from fedkern.engine.store.records import read_metrics
+from fedkern.errors import UserError
+from fedkern.methods import METHODS, FedGID
+from fedkern.settings.stored import load_settings
+from python_tests.engine.test_captured import SMALL, same_runs
+from python_tests.engine.test_workers import compared
+from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.methods.test_fedgid import PHASE, Scene, gradient
+
+IMAGE = {"intervene": "image"}
+SHARED = {**IMAGE, "background_pool": "shared"}
+
+
+@pytest.fixture
+def scene(make_data, make_config):
+    def make(**options):
+        made = Scene(make_data, make_config, **IMAGE, **options)
+        data = made.bench.client_data(0)
+        rows = made.batch.indices
+        planned = data.batch(rows)
+        assert planned.masks is None  # only methods that ask have them
+        (masked,) = data.planned([rows], PHASE, masked=True)
+        masked.masks[2] = False  # nothing was detected
+        made.batch = dataclasses.replace(made.batch, masks=masked.masks)
+        return made
+
+    return make
+
+
+def composed(scene):
+    """Pixel by pixel: the object stays, all else is the background; an image without an object stays."""
+    batch, bank = scene.batch, scene.batch.drawn["bank"].take(scene.batch.drawn["index"])
+    made = batch.inputs.clone()
+    for image, background, mask in zip(made, bank, batch.masks, strict=True):
+        if mask.any():
+            image[:, ~mask] = background[:, ~mask]
+    return made
+
+
+@pytest.mark.parametrize("kl", ["local_global", "global_local"])
+@pytest.mark.parametrize("on", ["features", "logits"])
+@pytest.mark.parametrize("gd", [True, False])
+def test_loss_and_gradient_are_the_formula_of_the_page(kl, on, gd, scene):
+    made = scene(kl_direction=kl, distill_on=on, distillation=gd, temperature=2.0, **{"lambda": 0.4})
+    made.local.train()
+    x, y = composed(made), made.batch.targets
+    assert not torch.equal(x, made.batch.inputs)
+    assert torch.equal(x[2], made.batch.inputs[2])
+    loss, seen = made.loss()
+    own, intervened = (made.local.features(images) for images in (made.batch.inputs, x))
+    anchor = made.frozen.features(made.batch.inputs)
+    expected = 0
+    for f in (own, intervened):
+        z = made.local.head(f)
+        expected = expected + cross_entropy(z, y)
+        u, g = (f, anchor) if on == "features" else (z, made.frozen.head(anchor))
+        p, q = (u, g) if kl == "local_global" else (g, u)
+        p, q = torch.softmax(p / 2, 1), torch.softmax(q / 2, 1)
+        expected = expected + gd * 0.4 * 4 * (p * (p.log() - q.log())).sum(1).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient(made.local, loss), gradient(made.local, expected), rtol=1e-7, atol=1e-9)
+    assert ("loss_gd" in seen) == gd
+    assert seen.keys() >= {"loss_em", "loss_gi", "intervention_changed"}
+
+
+@pytest.mark.parametrize("kind", ["none", "crop-flip", "nico", "dihedral", "jitter"])
+def test_masks_move_with_their_images(kind, make_data):
+    """An image that shows its own mask still does; images, labels and draws are those of batches without masks."""
+    data = make_data()
+    split = dataclasses.replace(
+        data.clients[0], images=(255 * data.clients[0].masks[:, None].byte()).expand(-1, 3, -1, -1).contiguous()
+    )
+    reader = Images(split, dataclasses.replace(data.form, mean=(0.0,) * 3), torch.device("cpu"), augment=kind)
+    plan = [np.arange(20)[::-1][:11], np.array([3, 3, 0])]
+    rngs = [np.random.default_rng(4) for _ in range(2)]
+    pairs = zip(reader.planned(plan, rng=rngs[0]), reader.planned(plan, rng=rngs[1], masked=True), strict=True)
+    for plain, masked in pairs:
+        assert torch.equal(plain.inputs, masked.inputs)
+        assert torch.equal(plain.targets, masked.targets)
+        assert masked.masks.dtype == torch.bool
+        if kind == "jitter":
+            assert torch.equal(masked.masks, split.masks[masked.indices.copy()])
+        else:
+            shown = masked.inputs[:, 0] > 0.5 * masked.inputs.max()
+            assert (shown == masked.masks).double().mean() > (0.9 if kind == "nico" else 1 - 1e-9)
+    assert rngs[0].random() == rngs[1].random()
+
+
+def test_backgrounds_are_augmented_apart(make_data, make_config, tmp_path, monkeypatch):
+    found = []
+
+    class Spy(FedGID):
+        def loss(self, model, batch, received):
+            drawn = batch.drawn
+            ground = ~batch.masks & batch.masks.flatten(1).any(1)[:, None, None]
+            found.append(torch.equal(drawn["composed"].movedim(1, -1)[ground], drawn["images"].movedim(1, -1)[ground]))
+            found.append(torch.equal(drawn["composed"].movedim(1, -1)[~ground], batch.inputs.movedim(1, -1)[~ground]))
+            return super().loss(model, batch, received)
+
+    monkeypatch.setitem(METHODS, "fedgid", Spy)
+    run(make_config("fedgid", augment="crop-flip", options=IMAGE), out=tmp_path, data=make_data())
+    assert len(found) > 4
+    assert all(found)
+
+
+@pytest.mark.parametrize("options", [IMAGE, SHARED])
+def test_two_workers_give_the_bits_of_one(options, make_data, make_config, tmp_path):
+    one, two = compared(make_config("fedgid", augment="crop-flip", options=options), make_data(), tmp_path)
+    assert one == two
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(make_data, make_config, tmp_path):
+    data, config = make_data(), make_config("fedgid", rounds=3, sample_fraction=0.6, options=SHARED)
+    run(config, out=tmp_path / "whole", data=data)
+    killed(config, out=tmp_path / "killed", data=data, at=KillAt("client", 3))
+    run(load_settings(tmp_path / "killed"), out=tmp_path / "killed", resume=True, data=data)
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_a_step_is_replayable(augment, make_data, make_config, tmp_path, monkeypatch):
+    config = make_config("fedgid", **{**SMALL, "augment": augment, "options": IMAGE})
+    same, tapes, diagnostics = same_runs(config, make_data(), tmp_path, monkeypatch)
+    assert same
+    assert tapes.replayed > 3 * tapes.recorded > 0
+    assert "no-cuda-graph" not in diagnostics
+
+
+def test_a_client_without_an_object_trains_without_the_intervention(make_data, make_config, tmp_path):
+    data = make_data()
+    data.clients[1].masks[:] = False
+    run(make_config("fedgid", options=IMAGE), out=tmp_path, data=data)
+    clients = read_metrics(tmp_path)[0]["clients"]
+    assert "loss_gi" in clients["0"]
+    assert "loss_gi" not in clients["1"]
+
+
+def test_without_masks_the_run_is_refused(make_data, make_config, tmp_path):
+    with pytest.raises(UserError, match=r"where the objects are.*--boxes FILE or --detector"):
+        run(make_config("fedgid", options=IMAGE), out=tmp_path / "run", data=make_data(masked=False))
+    assert not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("alpha=0.5", '"alpha" has no effect with intervene=image'),
+        ("mix_stage=feature", '"mix_stage" has no effect with intervene=image'),
+        ("intervention=off", '"intervene" = image has no effect with intervention=off'),
+    ],
+)
+def test_options_without_effect_are_refused(extra, message):
+    with pytest.raises(UserError, match=message):
+        FedGID.Options.parse(["intervene=image", extra])
+    assert FedGID.Options.parse(["intervene=image", "alpha=0.6"]).alpha == 0.6  # a stored run names all options
+
+
+def test_a_network_needs_no_stages():
+    needs = [FedGID(FedGID.Options.parse(options)).needs for options in ([], ["intervene=image"])]
+    assert needs == ["maps", "features"]
