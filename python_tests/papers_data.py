@@ -10,8 +10,8 @@ from fedkern.data.registry import open_code
 from fedkern.usercode import named_code
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "papers"
-BRATS, NICO, REPORTS, TINYIMAGENET = PAPERS = tuple(
-    f"{FOLDER / name}.py:{name}" for name in ("brats", "nico", "reports", "tinyimagenet")
+BRATS, NICO, REPORTS, SLIDES, TINYIMAGENET = PAPERS = tuple(
+    f"{FOLDER / name}.py:{name}" for name in ("brats", "nico", "reports", "slides", "tinyimagenet")
 )
 
 
