@@ -39,7 +39,8 @@ Keys of a cell:
 - ``command``: METHOD and flags of a run, as behind ``python -m fedkern.run``.  No seed, no output and no data folder:
   ``seeds``, ``--out`` and ``--data-root`` give these.  ``{NAME}`` is a text of ``words``, ``{before}`` the run folder
   of ``before`` with the same seed.  A file name without a folder, ``FILE.py:NAME``, is looked up beside the TOML file,
-  ``examples/papers/FILE.py:NAME`` in a checkout of fedkern; where there is none, the cell has no data here.
+  ``examples/papers/FILE.py:NAME`` in a checkout of fedkern, ``package:NAME/FOLDER`` in an installed package; where
+  there is none, the cell has no data here.
 - ``figure``: what is published.  A final figure of a run (``accuracy``, ``ood_accuracy``, ``dice``); ``best FIGURE``,
   its best value over the rounds; ``rounds``, communication rounds to ``target`` on the curve of the best values so far,
   interpolated between evaluated rounds, as McMahan et al. count them; ``bytes``, sent in both directions.
@@ -66,6 +67,7 @@ Keys of a cell:
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import re
 import shlex
@@ -97,7 +99,7 @@ _TABLES = {"title": str, "citation": str, "note": str, "words": dict, "defaults"
 
 
 class NotHere(UserError):
-    """A file of code that a cell names is not on this machine."""
+    """A file of code or a package that a cell names is not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -174,10 +176,10 @@ class Paper:
         return command
 
     def words(self, command: str, before: Path | None = None) -> list[str]:
-        """The words of a command, with the run folder ``before``; files of code by their place on this machine.
+        """The words of a command, with the run folder ``before``; files of code and folders by their place here.
 
         Raises:
-            NotHere: a file of code is not there.
+            NotHere: a file of code or a package is not there.
             UserError: the command has an open quote, or a name in braces that stands for nothing.
         """
         try:
@@ -190,6 +192,11 @@ class Paper:
         return words
 
     def _located(self, word: str) -> str:
+        if match := re.fullmatch(r"package:(\w+)/(.+)", word):  # none of its code is run
+            spec = importlib.util.find_spec(match[1])
+            if spec is None or not spec.submodule_search_locations:
+                raise NotHere(f"the package {match[1]} is missing: pip install {match[1].replace('_', '-')}")
+            return str(Path(spec.submodule_search_locations[0]) / match[2])
         head, equals, code = word.rpartition("=")
         match = re.fullmatch(r"(?P<file>[^:]+\.py)(:(?P<name>\w+))?", code)
         if match is None or Path(match["file"]).is_absolute():

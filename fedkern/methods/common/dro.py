@@ -68,6 +68,12 @@ class Robust(LocalTraining):
             "batch size for the clients' losses, the same for all clients; smaller for a client with fewer samples",
             low=2,
         )
+        loss_samples: int = option(
+            0,
+            "samples of a client's loss at least: the mean over its latest rounds that together judged so many; 0: over"
+            " this round alone",
+            low=0,
+        )
 
     @property
     def radius(self) -> float:
@@ -232,9 +238,23 @@ class Robust(LocalTraining):
         batches = _batches_of(self.rows(client)[1], int(message["batch"]))
         with torch.no_grad():
             losses = [float(self.judge(network, client.batch(rows))) for rows in batches]
-        loss = sum(losses) / len(losses)
+        loss = self.running(client, sum(losses) / len(losses), sum(map(len, batches)))
         client.report["own_loss"] = loss
         return {"loss": loss}
+
+    def running(self, client: Client, loss: float, samples: int) -> float:
+        """Mean of a loss over this round's samples and those of the latest rounds, until there are `loss_samples`.
+
+        The rounds' samples are the same ones: the mean smooths what the models' last steps did to few of them.
+        """
+        least = self.options.loss_samples
+        if samples >= least:
+            return loss
+        past = client.state.get("losses", torch.empty(0, 2, dtype=torch.float64))
+        latest = torch.cat([torch.tensor([[loss, samples]], dtype=torch.float64), past])  # [rounds, 2], latest first
+        before = latest[:, 1].cumsum(0) - latest[:, 1]
+        client.state["losses"] = latest = latest[before < least]
+        return float((latest[:, 0] * latest[:, 1]).sum() / latest[:, 1].sum())
 
     def judge(self, model: Any, batch: Any) -> Tensor:
         """Loss of a batch, a scalar, that determines the client weights."""
