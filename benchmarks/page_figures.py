@@ -16,6 +16,7 @@ from benchmarks.shown import nodes
 from benchmarks.studies import study_compress
 from benchmarks.studies.page_commands import commands
 from benchmarks.studies.study import spread, table
+from fedkern.comparison.published import ROUNDS
 from fedkern.settings.config import RunConfig
 
 Lines = Sequence[str]
@@ -70,12 +71,15 @@ def reproduced(paper: str, *tables: str) -> Lines:
 
 
 def verdicts(paper: str) -> Lines:
-    """Published figures beside ours, in the figures' own units, and the verdicts."""
+    """Published figures beside ours, fractions in per cent, and the verdicts."""
     rows = []
     for row in load(f"reproduction_{paper}")["rows"]:
-        ours = "" if row["ours"] is None else f"{row['ours']:,.0f} [{row['ours_low']:,.0f}, {row['ours_high']:,.0f}]"
+        told = "{:,.0f}".format if row["figure"] == ROUNDS else percent
+        ours = "" if row["ours"] is None else told(row["ours"])
+        if row["ours_low"] is not None:
+            ours += f" [{told(row['ours_low'])}, {told(row['ours_high'])}]"
         verdict = ": ".join(filter(None, (row["verdict"], row["detail"])))
-        rows.append([row["name"], f"{row['published']:,.0f}", ours, row.get("swept") or "", verdict])
+        rows.append([row["name"], told(row["published"]), ours, row.get("swept") or "", verdict])
     return table(["cell", "published", "ours", "swept, seed 0", "verdict"], rows).split("\n")
 
 
@@ -886,8 +890,8 @@ PAGES: tuple[Page, ...] = (
     _fediod(),
     Page(
         "docs/reproducing.md",
-        {"reproducing mcmahan2017": partial(verdicts, "mcmahan2017")},
-        "FedAvg's first table, played here",
+        {f"reproducing {paper}": partial(verdicts, paper) for paper in ("mcmahan2017", "niidbench2022")},
+        "Tables played here",
     ),
     _feddra(),
     _flower(),

@@ -1,14 +1,12 @@
 """Networks and splits of FedAvg's first table."""
 
-import gzip
-import struct
-
 import numpy as np
 import pytest
 import torch
 
 from fedkern.comparison.papers.mcmahan2017 import CNN, TwoNN, mnist, shares
 from fedkern.errors import UserError
+from python_tests.comparison.idx_files import write_mnist
 
 LABELS = torch.from_numpy(np.random.default_rng(0).permutation(np.arange(6000) % 10))
 
@@ -41,12 +39,7 @@ def test_another_partition_is_refused():
 
 
 def test_mnist_has_all_images_as_pixels_in_0_to_1(tmp_path):
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 400), ("t10k", 30)):
-        images, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), (np.arange(count) % 10).astype(np.uint8)
-        for kind, magic, array in (("images-idx3", 0x803, images), ("labels-idx1", 0x801, labels)):
-            header = struct.pack(f">{1 + array.ndim}I", magic, *array.shape)
-            (tmp_path / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    write_mnist(tmp_path, train=400, test=30)
     data = mnist(tmp_path, 20, "classes:2", 0)
     assert data.client_sizes == (20,) * 20
     assert len(data.tests[""]) == 30

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern.data.sources.idx import open_idx
+from fedkern.comparison.papers.pixel_mnist import pixel_mnist
 from fedkern.data.types import FederatedData
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -55,15 +55,7 @@ def mnist(root: str | Path | None, clients: int, partition: str, seed: int) -> F
     Raises:
         UserError: another partition, or files that are missing or damaged.
     """
-    source = open_idx("mnist", root)
-    pools = [pool.take(torch.arange(len(pool))) for pool in (source.train, source.validation)]
-    images, labels = torch.cat([each.images for each in pools]), torch.cat([each.labels for each in pools])
-    test = source.tests[""].take(torch.arange(len(source.tests[""])))
-    parts = shares(labels, clients, partition, seed)
-    return FederatedData.from_arrays(
-        [(images[rows], labels[rows]) for rows in parts], (test.images, test.labels), classes=source.classes,
-        mean=(0.0,), std=(1.0,),
-    )  # fmt: skip
+    return pixel_mnist(root, lambda labels: shares(labels, clients, partition, seed))
 
 
 def shares(labels: Tensor, clients: int, partition: str, seed: int) -> list[Tensor]:

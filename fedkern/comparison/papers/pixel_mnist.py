@@ -1,0 +1,32 @@
+"""MNIST for papers that train on all 60,000 images with pixels in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedkern.data.sources.idx import open_idx
+from fedkern.data.types import FederatedData
+
+
+def pixel_mnist(root: str | Path | None, shares: Callable[[Tensor], list[Tensor]]) -> FederatedData:
+    """MNIST with all training images at clients, pixels in [0, 1], and no validation set.
+
+    Args:
+        root: folder of the IDX files.
+        shares: rows of every client, int64, from the labels, int64 ``[60000]``.
+
+    Raises:
+        UserError: files are missing or damaged.
+    """
+    source = open_idx("mnist", root)
+    pools = [pool.take(torch.arange(len(pool))) for pool in (source.train, source.validation)]
+    images, labels = torch.cat([each.images for each in pools]), torch.cat([each.labels for each in pools])
+    test = source.tests[""].take(torch.arange(len(source.tests[""])))
+    return FederatedData.from_arrays(
+        [(images[rows], labels[rows]) for rows in shares(labels)], (test.images, test.labels), classes=source.classes,
+        mean=(0.0,), std=(1.0,),
+    )  # fmt: skip

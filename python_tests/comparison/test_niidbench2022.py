@@ -1,0 +1,93 @@
+"""Network and splits of NIID-Bench's MNIST rows."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fedkern.comparison import published
+from fedkern.comparison.papers.niidbench2022 import CNN, mnist, shares
+from fedkern.data.sharing.partition import partition
+from fedkern.errors import UserError
+from python_tests.comparison.idx_files import write_mnist
+
+LABELS = torch.from_numpy(np.random.default_rng(0).permutation(np.arange(6000) % 10))
+
+
+def test_the_network_is_the_released_codes():
+    torch.manual_seed(0)
+    network = CNN()
+    assert sum(each.numel() for each in network.parameters()) == 44_426
+    images = torch.rand(3, 1, 28, 28)
+    first, second, *linear = [each for each in network if hasattr(each, "weight")]
+    maps = functional.max_pool2d(functional.conv2d(images, first.weight, first.bias).relu(), 2)
+    hidden = functional.max_pool2d(functional.conv2d(maps, second.weight, second.bias).relu(), 2).flatten(1)
+    assert hidden.shape == (3, 16 * 4 * 4)
+    for each in linear[:-1]:
+        hidden = each(hidden).relu()
+    torch.testing.assert_close(network(images), linear[-1](hidden))
+
+
+@pytest.mark.parametrize("spec", ["dirichlet:0.5", "classes:2"])
+def test_every_image_is_at_one_party(spec):
+    parts = shares(LABELS, 10, spec, 3)
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(6000))
+    assert all(torch.equal(*pair) for pair in zip(parts, shares(LABELS, 10, spec, 3), strict=True))
+    assert not torch.equal(parts[0], shares(LABELS, 10, spec, 4)[0])
+
+
+def test_a_party_has_its_own_digit_and_another_one_whose_holders_share_equally():
+    second = []
+    for seed in range(20):
+        parts = shares(LABELS, 10, "classes:2", seed)
+        digits = [set(LABELS[rows].tolist()) for rows in parts]
+        assert all(len(pair) == 2 and own in pair for own, pair in enumerate(digits))
+        second += [next(iter(pair - {own})) for own, pair in enumerate(digits)]
+        for digit in range(10):
+            counts = [int((LABELS[rows] == digit).sum()) for rows in parts if digit in LABELS[rows]]
+            assert max(counts) - min(counts) <= 1
+    assert set(second) == set(range(10))
+    assert max(second[:10].count(digit) for digit in range(10)) > 1  # fedkern's own classes:2 gives each digit to two
+
+
+def test_more_parties_begin_with_the_first_digit_again():
+    digits = [set(LABELS[rows].tolist()) for rows in shares(LABELS, 12, "classes:2", 0)]
+    assert 0 in digits[10]
+    assert 1 in digits[11]
+
+
+def test_dirichlet_is_fedkerns_own():
+    expected = partition("dirichlet:0.5", LABELS.numpy(), 10, 3)
+    for rows, own in zip(shares(LABELS, 10, "dirichlet:0.5", 3), expected, strict=True):
+        assert torch.equal(rows, torch.from_numpy(own))
+
+
+def test_fewer_parties_than_digits_are_refused():
+    with pytest.raises(UserError, match="a client for each of 10 digits, and there are 9"):
+        shares(LABELS, 9, "classes:2", 0)
+
+
+def test_mnist_has_all_images_as_pixels_in_0_to_1(tmp_path):
+    write_mnist(tmp_path, train=400, test=30)
+    data = mnist(tmp_path, 10, "classes:2", 0)
+    assert sum(data.client_sizes) == 400
+    assert len(data.tests[""]) == 30
+    assert len(data.validation) == 0
+    assert (data.form.mean, data.form.std) == ((0.0,), (1.0,))
+
+
+def test_cells_play_the_papers_settings():
+    paper = published.read("niidbench2022")
+    assert {cell.name: cell.published for cell in paper.cells} == {
+        "Dirichlet 0.5: FedAvg": 0.989, "Dirichlet 0.5: SCAFFOLD": 0.99, "Dirichlet 0.5: FedProx": 0.989,
+        "two digits: FedAvg": 0.97, "two digits: SCAFFOLD": 0.959, "two digits: FedProx": 0.964,
+    }  # fmt: skip
+    for cell in paper.cells:
+        words = " ".join(paper.words(cell.command))
+        for setting in (
+            "--clients 10", "--rounds 50", "--local-epochs 10", "--batch-size 64", "--lr 0.01", "--momentum 0.9",
+            "--weight-decay 0.00001",
+        ):  # fmt: skip
+            assert setting in words, cell.name
+        assert ("mu=0.01" in words) == ("FedProx" in cell.name)
+        assert cell.seeds == (0,)
