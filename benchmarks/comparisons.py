@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.recorded import UNRECORDED
+
 RESULTS = Path(__file__).parent / "results"
 # What of a machine moves ratios.
 IDENTITY = ("cpu", "cores", "isa", "gpu", "backend", "torch")
@@ -217,8 +219,8 @@ def spoken(machine: Mapping[str, Any]) -> str:
 
 def dated(machine: Mapping[str, Any]) -> str:
     """The day of a measurement and its commit, as captions end."""
-    commit = machine.get("commit")
-    return f"{machine['time'][:10]}{f' at commit `{commit}`' if commit else ', commit unrecorded'}."
+    commit = machine["commit"]
+    return f"{machine['time'][:10]}{', commit unrecorded' if commit == UNRECORDED else f' at commit `{commit}`'}."
 
 
 def slug(machine: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedkern.process.commit import commit
+from benchmarks.recorded import recorded_commit
 from fedkern.report.doctor import CPUINFO, cpuinfo
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -37,7 +37,7 @@ def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on; a forced backend is part of it."""
     info: dict[str, Any] = {
         "time": now(),
-        "commit": commit(Path(__file__).parent),
+        "commit": recorded_commit(),
         "cpu": platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),

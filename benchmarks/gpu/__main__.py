@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.gpu.playing import CUT, FAILED, RECORD, Playing
 from benchmarks.gpu.stages import ROOT, Stage, plan
+from benchmarks.recorded import recorded_commit
 
 ABSENT = "there is no NVIDIA GPU here (nvidia-smi lists none): run it on a machine that has one"
 
@@ -84,7 +85,14 @@ def gpu() -> dict[str, Any] | None:
     if not found:
         return None
     name, capability, driver, memory = (word.strip() for word in found[0].split(","))
-    return {"gpu": name, "capability": capability, "driver": driver, "memory": memory, "python": sys.version.split()[0]}
+    return {
+        "gpu": name,
+        "capability": capability,
+        "driver": driver,
+        "memory": memory,
+        "python": sys.version.split()[0],
+        "commit": recorded_commit(),
+    }
 
 
 def code() -> str:

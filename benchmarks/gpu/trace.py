@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.playing import wait
+from benchmarks.recorded import recorded_commit
 from fedkern.engine.store.run_folder import TRACE
 
 HOST, RUNTIME = "cpu_op", {"cuda_runtime", "cuda_driver"}
@@ -152,7 +153,7 @@ def main(words: Sequence[str]) -> int:
 def conclude(name: str, flags: Sequence[str], path: Path, out: Path) -> str:
     """Writes what the trace in ``path`` says into ``out``; returns it in one line."""
     events = read(path)
-    found = {"method": name, "flags": list(flags), **figures(events)}
+    found = {"commit": recorded_commit(), "method": name, "flags": list(flags), **figures(events)}
     (out / "trace.json").write_text(json.dumps(found, indent=1) + "\n")
     busy = "no GPU" if found["busy"] is None else f"GPU busy {100 * found['busy']:.0f} %"
     count, seconds = (

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.recorded import recorded_commit
 from benchmarks.studies import study_feddra, study_fedgid, study_fediod, study_fedlpfm
 from benchmarks.studies.fediod_runs import IOD, STUDENTS, IODRuns
 from benchmarks.studies.fusefl_runs import CALIBRATED, STUDIES, FuseFLRuns
@@ -106,7 +107,9 @@ def main() -> None:
             parser.error(f"{name} needs --{command.files}")
         found = _run(command, root)
         kept = json.loads(FILE.read_text()) if FILE.exists() else {}
-        FILE.write_text(json.dumps({**kept, name: found, "versions": versions()}, indent=1) + "\n")
+        FILE.write_text(
+            json.dumps({**kept, name: found, "versions": {**versions(), "commit": recorded_commit()}}, indent=1) + "\n"
+        )
         print(name, found, flush=True)
 
 

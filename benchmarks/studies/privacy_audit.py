@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.recorded import recorded_commit
 from benchmarks.studies.audit import audit, claimed_mu
 from benchmarks.studies.study import RESULTS
 from fedkern.data import Split
@@ -346,6 +347,7 @@ def main() -> None:
                 flush=True,
             )
         made_with = {name: versions()[name] for name in ("fedkern", "torch", "numpy", "python")}
+        made_with["commit"] = recorded_commit()
         RESULT.write_text(json.dumps({"versions": made_with, "mechanisms": rows}, indent=1) + "\n")
     rows = json.loads(RESULT.read_text())["mechanisms"]
     PAGE.write_text(with_table(PAGE.read_text(), rows))

@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.recorded import UNRECORDED
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
 from fedkern.engine.store.records import read_metrics, read_summary
@@ -208,8 +209,8 @@ def publish(
     name: str, title: str, about: str, page: str, numbers: Mapping[str, Any], versions: Mapping[str, str]
 ) -> None:
     """Writes ``results/<name>.md`` and ``.json``, and prints the page."""
-    at = versions.get("commit", "unknown")
-    software = f"fedkern {versions['fedkern']} at commit {at}, torch {versions['torch']}"
+    versions = {"commit": UNRECORDED, **versions}
+    software = f"fedkern {versions['fedkern']} at commit {versions['commit']}, torch {versions['torch']}"
     made = f"{software}, {platform.machine()}, one thread per run."
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{about}  {made}\n\n{page}")

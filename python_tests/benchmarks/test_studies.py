@@ -163,7 +163,7 @@ def test_a_page_names_the_commit_of_its_runs(found, monkeypatch, tmp_path):
     versions = {"fedkern": "1.0", "torch": "2.0", **({"commit": found} if found else {})}
     study.publish("some_table", "Title", "About.", "## Page\n", {"a": 1}, versions)
     page = (tmp_path / "results" / "some_table.md").read_text()
-    assert page.startswith(f"# Title\n\nAbout.  fedkern 1.0 at commit {found or 'unknown'}, torch 2.0")
+    assert page.startswith(f"# Title\n\nAbout.  fedkern 1.0 at commit {found or 'unrecorded'}, torch 2.0")
     assert page.endswith("## Page\n")
     assert '"versions"' in (tmp_path / "results" / "some_table.json").read_text()
 
