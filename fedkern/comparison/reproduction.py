@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean
@@ -393,8 +394,9 @@ class Reproduction:
             {seed: float(run.records[-1]["round"]) for seed, run in runs.items()},
             "; ".join(effects),
             sum(run.summary["seconds"] for run in runs.values()),
-            fmean(run.summary["bytes"]["up"] for run in runs.values()),
+            *(fmean(run.summary["bytes"][way] for run in runs.values()) for way in ("total", "up")),
             ", ".join(dict.fromkeys(_build(run) for run in runs.values())),
+            max(_finished(run) for run in runs.values()),
         )
 
     def rows(self) -> list[Row]:
@@ -440,6 +442,11 @@ def _build(run: FoundRun) -> str:
     """fedkern's version and commit in a run."""
     versions = run.summary["versions"]
     return " ".join(str(versions[name]) for name in ("fedkern", "commit") if name in versions)
+
+
+def _finished(run: FoundRun) -> str:
+    """The day on which a run was finished, in UTC."""
+    return datetime.fromtimestamp((run.folder / SUMMARY).stat().st_mtime, UTC).date().isoformat()
 
 
 def _needed(job: Job) -> list[Job]:

@@ -59,8 +59,8 @@ class Row:
         row |= {key: getattr(cell, key) for key in ("scale", "smaller", "tolerance", "source")}
         if outcome is not None:
             values = " ".join(f"{seed}={value}" for seed, value in outcome.values.items())
-            row |= {"values": values, "swept": outcome.effect, "seconds": outcome.seconds, "bytes_up": outcome.up}
-            row["fedkern"] = outcome.build
+            row |= {"values": values, "swept": outcome.effect, "seconds": outcome.seconds}
+            row |= {"bytes": outcome.bytes, "bytes_up": outcome.up, "fedkern": outcome.build, "date": outcome.date}
         return {**row, "command": cell.command, "folder": self.folder}
 
 

@@ -28,16 +28,20 @@ class Outcome:
         rounds: rounds played, by seed.
         effect: the figure at every point of the sweep, for people.
         seconds: time of the runs.
-        up: bytes that all clients of a run send together, mean over the seeds.
+        bytes: sent in both directions, mean of the runs.
+        up: those of them that clients sent.
         build: fedkern's version in the runs.
+        date: day on which the last run was finished, in UTC.
     """
 
     values: Mapping[int, float | None]
     rounds: Mapping[int, float] = field(default_factory=dict)
     effect: str = ""
     seconds: float = 0.0
+    bytes: float = 0.0
     up: float = 0.0
     build: str = ""
+    date: str = ""
 
     @property
     def reached(self) -> dict[int, float]:

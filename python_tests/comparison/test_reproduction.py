@@ -1,6 +1,9 @@
 """Playing a paper's cells: budgets, sweeps, runs beforehand, what is played once, data that are not here."""
 
 import csv
+import os
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -110,6 +113,18 @@ def test_cells_are_played_once_and_the_best_point_with_every_seed(paper, played)
     assert text.startswith("# Tiny\n")
     assert "average, smaller scale: digits." in text
     assert "Tiny" in (made.out / "report.html").read_text()
+
+
+def test_a_row_tells_bytes_and_the_day_of_its_last_run(paper):
+    made = paper()
+    made.play(made.plan(made.paper.cells)[0])
+    moments = (datetime(2026, 1, 2, 12, tzinfo=UTC), datetime(2026, 1, 3, 12, tzinfo=UTC))
+    _, proximal, size = made.rows()
+    for path, moment in zip(sorted(Path(proximal.folder).glob("*/summary.json")), moments, strict=False):
+        os.utime(path, (moment.timestamp(),) * 2)
+    _, proximal, size = (row.values() for row in made.rows())
+    assert proximal["bytes"] == size["ours"] > 0
+    assert proximal["date"] == "2026-01-03"
 
 
 def test_a_budget_leaves_the_dearest_out(paper):
