@@ -69,7 +69,8 @@ WRONG = (
     "compare fedavg --seeds 0", "fedavg --on-nan perhaps", "fedavg --model python:nowhere:Net",
     "predict nowhere nothing.png",
 )  # fmt: skip
-ADDED = {"optimizer_state", "init_partial", "accelerate", "class_weights", "intervene"}  # what config.toml may have only in NEW
+ADDED = {"optimizer_state", "init_partial", "accelerate", "class_weights", "intervene"}
+"""What config.toml may have only in NEW."""
 SERVED = """
 import json, sys
 from fedkern.methods import METHODS
