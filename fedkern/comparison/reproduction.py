@@ -394,9 +394,10 @@ class Reproduction:
             {seed: float(run.records[-1]["round"]) for seed, run in runs.items()},
             "; ".join(effects),
             sum(run.summary["seconds"] for run in runs.values()),
-            *(fmean(run.summary["bytes"][way] for run in runs.values()) for way in ("total", "up")),
-            ", ".join(dict.fromkeys(_build(run) for run in runs.values())),
-            max(_finished(run) for run in runs.values()),
+            bytes=fmean(run.summary["bytes"]["total"] for run in runs.values()),
+            up=fmean(run.summary["bytes"]["up"] for run in runs.values()),
+            build=", ".join(dict.fromkeys(_build(run) for run in runs.values())),
+            date=max(_finished(run) for run in runs.values()),
         )
 
     def rows(self) -> list[Row]:
