@@ -504,6 +504,25 @@ def dra_parts() -> Lines:
     return dra_table("ablations", names)
 
 
+def dra_noisy(*tables: str) -> Lines:
+    """Losses on captions with a noisy minority: means with their intervals, and differences to the first row's."""
+
+    def interval(row: Mapping[str, Any], key: str) -> str:
+        if row[key] is None:
+            return ""
+        low, high = row[f"{key}_low"], row[f"{key}_high"]
+        text = nats(row[key]) + ("" if low is None else f" [{nats(low)}, {nats(high)}]")
+        return text.replace("-", "−")
+
+    found: dict[str, list[str]] = {}
+    for row in load("reproduction_feddra")["rows"]:
+        if row["table"] in tables:
+            cells = found.setdefault(row["name"].removeprefix(f"{row['table']}: "), [])
+            cells += [interval(row, "ours") or "not played", interval(row, "gap")]
+    heads = [head for name in tables for head in (name, "difference, paired by seed")]
+    return table(["minority, figure", *heads], [[name, *cells] for name, cells in found.items()]).split("\n")
+
+
 def dra_downstream() -> Lines:
     figures = {"zero-shot, digits": "zero-shot accuracy", "colours": "zero-shot accuracy of colours",
                "linear probe, digits": "linear probe accuracy", "decoder, Dice": "Dice of the digits"}  # fmt: skip
@@ -521,7 +540,10 @@ def dra_downstream() -> Lines:
 def _feddra() -> Page:
     return Page(
         "docs/feddra.md",
-        {"feddra table": partial(undated, partial(dra_table, "table")), "feddra parts": dra_parts,
+        {"feddra tenth": partial(dra_noisy, "10 %: worst loss", "10 %: mean loss"),
+         "feddra fifth": partial(dra_noisy, "20 %: worst loss", "20 %: mean loss"),
+         "feddra minilm": partial(dra_noisy, "MiniLM"),
+         "feddra table": partial(undated, partial(dra_table, "table")), "feddra parts": dra_parts,
          "feddra sweeps": partial(dra_table, "sweeps"), "feddra weights": partial(
              dra_table, "ablations", ("full", "weights on losses", "weights as in the released code",
                                       "losses on training samples")),

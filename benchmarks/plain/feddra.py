@@ -29,8 +29,8 @@ FLAGS: dict[str, Any] = {
     "loss_share": 0.1, "loss_batch": 32,
 }  # fmt: skip
 ASSUMES = {
-    "weighting": "uniform", "dro_apply": "aggregate", "loss_split": "holdout", "dro": True, "anchors": True,
-    "align_reduction": "mean", "stages": "two", "stage_schedule": "sequential", "joint_start": "own",
+    "weighting": "uniform", "dro_apply": "aggregate", "loss_split": "holdout", "loss_samples": 0, "dro": True,
+    "anchors": True, "align_reduction": "mean", "stages": "two", "stage_schedule": "sequential", "joint_start": "own",
 }  # fmt: skip
 TEMPERATURE = 0.07
 FROZEN_FIRST = ("image_encoder", "text_encoder")

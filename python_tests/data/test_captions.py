@@ -8,7 +8,7 @@ import torch
 
 from fedkern.data import Split, load, lookup
 from fedkern.data.sharing.partition import parse_partition
-from fedkern.data.sources.canvas import CELL, INK, SIDE, Ground, Placed, draw
+from fedkern.data.sources.canvas import CELL, INK, SIDE, Ground, Placed, draw, noisy
 from fedkern.data.sources.captions import CLASSES, WORDS, make_captions
 from fedkern.data.sources.digits import read_digits
 from fedkern.data.split import joined
@@ -133,6 +133,42 @@ def test_the_minority_has_its_own_words_and_concepts():
     assert shares[:-1, liked].sum(1).max() < 0.3
 
 
+def test_a_noisy_minority_has_the_words_and_concepts_of_all():
+    own, data = (captions(train_samples=600, options={"minority": 0.2, **more}) for more in ({}, NOISY))
+    assert data.client_sizes == own.client_sizes
+    assert set(data.tests) == set(own.tests)
+    third = {word for choices in WORDS.values() for word in choices[2].split()} - {
+        word for choices in WORDS.values() for text in choices[:2] for word in text.split()
+    }
+    assert not third & set(" ".join(text for split in every_split(data) for text in split.texts).split())
+    assert data.statistics.shares[-1].max() < 0.5
+    none = captions(train_samples=600, options={"minority": 0, **NOISY})
+    assert data.clients[0].texts == none.clients[0].texts[: data.client_sizes[0]]  # nobody avoids a concept
+    everybody = data.tests[""]
+    noisy = [data.clients[-1].images, data.tests["minority"].images, data.client_tests[-1].images]
+    noisy += [everybody.images[everybody.homes == 4], data.validation.images[data.validation.homes == 4]]
+    clean = [split.images for split in (*data.clients[:-1], *data.client_tests[:-1], data.tests["unseen"])]
+    clean += [everybody.images[everybody.homes != 4], data.validation.images[data.validation.homes != 4]]
+    assert min(map(roughness, noisy)) > 1.5 * max(map(roughness, clean))
+
+
+NOISY = {"minority_trait": "noise"}
+
+
+def roughness(images):
+    """Mean difference of neighbouring pixels."""
+    return images.float().diff(dim=3).abs().mean()
+
+
+def test_noise_is_even_and_bounded():
+    image = np.full((3, 64, 64), 100, dtype=np.uint8)
+    change = noisy(image, 40, np.random.default_rng(0)).astype(int) - 100
+    assert sorted(set(change.flatten().tolist())) == list(range(-40, 41))
+    assert abs(change.mean()) < 1
+    assert change.std() == pytest.approx(np.sqrt(81**2 / 12), rel=0.02)
+    assert noisy(image + 140, 40, np.random.default_rng(0)).max() == 255
+
+
 def test_unseen_clients_speak_with_known_words():
     data = captions(train_samples=1500)
     known = set(" ".join(text for split in data.clients for text in split.texts).split())
@@ -189,6 +225,7 @@ def test_many_clients():
     ("settings", "words"),
     [
         ({"clients": 30, "train_samples": 20}, "30 clients are more than 20 canvases"),
+        ({"options": {"minority_trait": "noisy"}}, "minority_trait .*concepts"),
         ({"options": {"minority": 0.7}}, "minority .*must be in .0, 0.5."),
         ({"public_samples": 5}, "no public samples"),
         ({"options": {"cue_clients": 1}}, "cue_clients is for classification"),

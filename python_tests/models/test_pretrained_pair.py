@@ -309,6 +309,28 @@ def test_a_run_and_its_model(
     assert main(["retrieval", str(tmp_path / "run"), "--json"]) == 0
 
 
+@pytest.mark.parametrize("method", ["fedavg", "feddra"])
+def test_a_frozen_text_encoder_stays_and_never_travels(method: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    words = [method, "--data", "captions", "--text-encoder", str(folders["bert"]), "--clients", "2", "--width", "4",
+             "--train-samples", "24", "--rounds", "2", "--local-steps", "1", "--batch-size", "4", "--quiet",
+             "--data-option", "test_samples=6", "--data-option", "validation_samples=4", "--data-option", "minority=0",
+             "--buffers", "average"]  # fmt: skip
+    sent = {}
+    for name, more in (("trained", []), ("frozen", ["--freeze", "text_encoder.*"])):
+        assert main([*words, *more, "--out", str(tmp_path / name)]) == 0
+        sent[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["round_bytes_up"]
+    made, _ = read_model(tmp_path / "frozen")
+    trained, _ = read_model(tmp_path / "trained")
+    given = transformers.AutoModel.from_pretrained(folders["bert"]).state_dict()
+    own = made.text_encoder.network.state_dict()
+    assert all(torch.equal(own[key], given[key]) for key in own)
+    assert not all(torch.equal(value, given[key]) for key, value in trained.text_encoder.network.state_dict().items())
+    assert not torch.equal(made.text_head[0].weight, build_pair(**made.about).text_head[0].weight)
+    frozen_bytes = 4 * sum(value.numel() for value in made.text_encoder.parameters())
+    saved = (sent["trained"] - sent["frozen"]) / 2  # of a client; a vector has gaps between its parameters
+    assert frozen_bytes <= saved < 1.02 * frozen_bytes
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["fedavg", "local"])
 def test_a_wrong_folder_ends_before_the_run_folder_is_made(tmp_path: Path, method: str) -> None:

@@ -10,9 +10,12 @@ from scipy.optimize import minimize
 
 from fedkern import ops
 from fedkern.engine.run import run
+from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.methods import AFL, Federation, Phase, Upload
 from fedkern.methods.common.robust_weights import distance
+from fedkern.settings.stored import load_settings
+from python_tests.interrupted import Kill, KillAt, outcome
 from python_tests.methods.feddra_parts import JOINT, LOSSES, SETTINGS
 
 # Client weights.
@@ -91,6 +94,58 @@ def test_adamw_does_not_see_the_weights_of_the_released_code(parts):
     # But for gradients that are nothing but rounding (biases before batch norm), which Adam makes as large as any.
     same = (results[0] - results[1]).abs() < 0.01 * results[0].abs().max()
     assert same.float().mean() > 0.9
+
+
+def reported(p, values):
+    """The loss that every client reports of models whose loss is each of ``values`` in turn, by client."""
+    told = {client.id: [] for client in p.clients}
+    for value in values:
+        p.method.judge = lambda model, batch, value=value: torch.tensor(value)
+        for upload in p.exchange(LOSSES)[1]:
+            told[upload.client_id].append(upload.message["loss"])
+    return told
+
+
+def test_a_loss_is_the_mean_over_the_latest_rounds_of_enough_samples(parts):
+    """A fifth of 40, 20 and 13 samples in batches of 3: each round judges 6, 3 and 3 samples."""
+    values = [1.0, 2.0, 4.0, 8.0]
+    assert reported(parts(sizes=(40, 20, 13), loss_share=0.2), values) == dict.fromkeys(range(3), values)
+    p = parts(sizes=(40, 20, 13), loss_share=0.2, loss_samples=7)
+    few = [1.0, 1.5, 7 / 3, 14 / 3]
+    assert reported(p, values) == {0: [1.0, 1.5, 3.0, 6.0], 1: pytest.approx(few), 2: pytest.approx(few)}
+    assert [client.state["losses"].tolist() for client in p.clients] == [
+        [[8.0, 6.0], [4.0, 6.0]], *[[[8.0, 3.0], [4.0, 3.0], [2.0, 3.0]]] * 2
+    ]  # fmt: skip
+    client, before = p.clients[0], p.clients[0].state["losses"].clone()
+    client.state["losses"] = kept = torch.tensor([[10.0, 1.0]], dtype=torch.float64)
+    assert p.method.running(client, 3.0, 6) == pytest.approx((18 + 10) / 7)  # by samples, not by rounds
+    assert kept.tolist() == [[10.0, 1.0]]  # what a refused client gets back
+    assert p.method.running(client, 3.0, 7) == 3.0
+    assert len(before) == 2
+
+
+@pytest.mark.parametrize("method", ["afl", "feddra"])
+def test_kept_losses_move_to_workers_and_are_resumed(method, make_data, make_pairs, make_config, tmp_path):
+    settings, data = ({"rounds": 3}, make_data) if method == "afl" else ({**SETTINGS, "rounds": 3}, make_pairs)
+
+    def played(name, listener=None, **more):
+        options = {"loss_samples": 9, **({"alignment_steps": 1} if method == "feddra" else {})}
+        config = make_config(method, **settings, options=options, **more)
+        return (
+            run(config, out=tmp_path / name, data=data(), listener=listener)
+            if listener
+            else run(config, out=tmp_path / name, data=data())
+        )
+
+    played("one")
+    played("two", workers=2)
+    with pytest.raises(Kill):
+        played("killed", KillAt("client", 1, round=2))
+    run(load_settings(tmp_path / "killed"), out=tmp_path / "killed", data=data(), resume=True)
+    assert outcome(tmp_path / "two") == outcome(tmp_path / "one") == outcome(tmp_path / "killed")
+    states = [Checkpoints(tmp_path / name).last_client_state(2)["losses"] for name in ("one", "two", "killed")]
+    assert all(torch.equal(state, states[0]) for state in states)
+    assert len(states[0]) > 1
 
 
 def test_too_few_samples_are_named(make_pairs, make_config, tmp_path):
