@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from benchmarks import bench_methods, comparisons, gpu_figures, profile_methods, sources
+from benchmarks import bench_methods, comparisons, gpu_figures, method_gains, profile_methods, sources
 from benchmarks.comparisons import Comparison, read_results
 from benchmarks.page import Page, load
 from benchmarks.report import left_out, our_time, present, ratio
@@ -859,46 +859,10 @@ def _running() -> Page:
 # -- README ------------------------------------------------------------------------------------------------------------
 
 
-def measured() -> Lines:
-    """What every method reached in its paper's form, our best form of it, and where that stands."""
-    gid, worst = partial(ood, GID_ALL, correlation="0.8"), partial(dra, "ablations", figure="worst loss")
-    found = {
-        "fedgid": (
-            "FedGID", "accuracy on ColorMNIST, other backgrounds", f"{percent(gid(GID))} %",
-            f"{percent(gid(GID_TUNED[GID_ALL]))} %: lambda 3",
-            "above FedAvg; FedDyn gains as much",
-        ),
-        "fusefl": (
-            "FuseFL", "accuracy on CIFAR-10, Dirichlet 0.1, width 7",
-            f"{percent(at(WIDTH, 'FuseFL, width 7', 'calibrated'))} %",
-            f"{percent(alike('FuseFL', '0.1', 'concat', '0.01'))} %: the ensemble's classifier",
-            "far above one-shot FedAvg; level with an ensemble of equal memory",
-        ),
-        "fedlpfm": (
-            "Fed-LPFM", "accuracy on CIFAR-10, Dirichlet 0.1",
-            f"{percent(lpfm('Fed-LPFM', SPLITS['Dirichlet 0.1']))} %", "",
-            "above all federated baselines; far below training on the teacher's public images",
-        ),
-        "fediod": (
-            "FedIOD", "accuracy on MNIST, Dirichlet 0.1", f"{percent(iod('mnist', SKEWS[0], 'FedIOD'))} %", "",
-            "above its best teacher; below the weighted ensemble of all; below FedDF without the class counts, which "
-            "FedDF is not told",
-        ),
-        "feddra": (
-            "FedDRA", "loss of the worst client on captions, nats", nats(worst("full")),
-            f"{nats(worst('one stage'))}: one stage instead of two", "within the noise; FedProx is lower",
-        ),
-    }  # fmt: skip
-    heads = ["method", "measured", "as in the paper", "best of ours", "beside its baselines"]
-    rows = [[f"[{name}](docs/{page}.md)", *told] for page, (name, *told) in found.items()]
-    header, _, *lines = table(heads, rows).split("\n")
-    return [header, "|---|---|---:|---:|---|", *lines]
-
-
 def _readme() -> Page:
     return Page(
         "README.md",
-        {"speed": partial(whole_runs, "default", IN_SHORT), "measured": partial(undated, measured)},
+        {"speed": partial(whole_runs, "default", IN_SHORT), "measured": method_gains.in_short},
         part="Do the methods keep their promises?",
     )
 
@@ -919,4 +883,5 @@ PAGES: tuple[Page, ...] = (
     _flower(),
     _flower_app(),
     _running(),
+    Page("docs/methods/README.md", {"where each method fits": method_gains.in_full}),
 )
