@@ -83,10 +83,6 @@ class FuseFLRuns(Runs):
         method, own = ONE_SHOT[name]
         return self.run_of(method, alpha, lr, seed, own, *words, **changes)
 
-    def wide(self, alpha: float, lr: float, seed: int) -> Case:
-        """FuseFL whose clients are as wide as the baselines' (the method's option, not the setting of that name)."""
-        return self.run_of("fusefl", alpha, lr, seed, {"width": self.study.settings["width"]}, "wide")
-
     def run_of(
         self, method: str, alpha: float, lr: float, seed: int, options: Mapping[str, Any], *words: str, **changes: Any
     ) -> Case:

@@ -3,7 +3,7 @@
     python -m benchmarks.studies.study_compress digits                      # embedded data
     python -m benchmarks.studies.study_compress cifar10 --data-root DIR     # the official binary files
 
-FedAvg on the clients of ``study_fedlpfm`` under Dirichlet 0.1.  Bytes are saved without compression too, and both ways
+FedAvg on the clients of ``fedlpfm.toml`` under Dirichlet 0.1.  Bytes are saved without compression too, and both ways
 stand beside every compression: whole uploads until the round that reaches as many bytes, which is in the records of a
 run that is there, and whole uploads in fewer rounds of more epochs, which train as long.  The network has batch norm,
 whose running statistics travel whole (``--buffers average``) or not at all (``drop``).  The learning rate of every row
@@ -16,15 +16,14 @@ It takes about an hour of one core, goes on where it was interrupted, and writes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.studies import study_fedlpfm
 from benchmarks.studies.study import JPEG, Case, Runs, best_rate, run_sections, spread, table
-from benchmarks.studies.study_fedlpfm import SEEDS, Study
 
+SEEDS = (0, 1, 2)
 WHOLE = "none"
 BUFFERS = ("average", "drop")
 COMPRESSIONS = ("int8", "topk:share=0.1", "topk:share=0.05", "topk:share=0.01")
@@ -32,10 +31,31 @@ FEWER = (5, 10)
 """Local epochs in place of one, in so many times fewer rounds."""
 LATE = 5
 """Rounds at the end whose mean stands beside the last one: accuracies swing from round to round."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Settings of every run, and learning rates to choose from."""
+
+    settings: Mapping[str, Any]
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+
+
+_COMMON = {
+    "clients": 5, "model": "cnn", "batch_size": 32, "momentum": 0.9, "weight_decay": 5e-4, "local_epochs": 1,
+    "eval_every": 1, "checkpoint_every": 10, "grad_cam": 0,
+}  # fmt: skip
 STUDIES = {
-    name: replace(study, settings={**study.settings, "partition": "dirichlet:0.1", "eval_every": 1})
-    for name, study in study_fedlpfm.STUDIES.items()
-}
+    "digits": Study(
+        {"data": "digits", **_COMMON, "width": 8, "rounds": 20, "public_samples": 300, "partition": "dirichlet:0.1"}
+    ),
+    "cifar10": Study(
+        {
+            "data": "cifar10", **_COMMON, "width": 16, "rounds": 30, "train_samples": 5000, "public_samples": 5000,
+            "test_samples": 2000, "validation_samples": 1000, "partition": "dirichlet:0.1",
+        }
+    ),
+}  # fmt: skip
 
 
 class CompressRuns(Runs):

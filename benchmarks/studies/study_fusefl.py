@@ -4,11 +4,13 @@
     python -m benchmarks.studies.study_fusefl cifar10 --data-root DIR     # the official binary files
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (all baselines, three heterogeneities, three seeds),
-``datafree``, ``width``, ``parts`` (every decision alone), ``alike`` (all under the same classifiers; more clients, more
-blocks), ``code`` (as in the released code), ``edges`` (learning rates beyond the
-grid), ``cue`` (spurious shapes), ``backdoor`` (a backdoored client), ``refused`` (a client whose upload cannot be
+``datafree``, ``alike`` (all under the same classifiers; more clients, more blocks), ``edges`` (learning rates beyond
+the grid), ``cue`` (spurious shapes), ``backdoor`` (a backdoored client), ``refused`` (a client whose upload cannot be
 used).  Each goes on where it was interrupted and writes
 ``benchmarks/studies/results/fusefl_<study>_<section>.md``, ``.json``.
+
+``fedkern reproduce fusefl`` plays every method at its own and at the other's width, and
+``fedkern reproduce benchmarks/studies/fusefl.toml`` every part changed alone, and all as in the released code.
 
 Most sections take an hour or less on two cores; ``alike`` takes longer.
 
@@ -21,7 +23,6 @@ in a column comes from the same grid, by the accuracy of that column on the vali
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from benchmarks.studies.fusefl_alike import alike
@@ -51,7 +52,6 @@ from benchmarks.studies.study import (
     transfer_seconds,
     tried_rates,
 )
-from fedkern.downstream.saved_network import read_model
 
 Section = tuple[str, dict[str, Any]]
 
@@ -134,20 +134,6 @@ def _transfer(up: float, down: float) -> list[str]:
     return [f"{up:.3f}", f"{down:.3f}", *(f"{transfer_seconds((up + down) * 1e6, link):.2f}" for link in LINKS)]
 
 
-def _rows(runs: FuseFLRuns, cases: Mapping[str, Case], numbers: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for name, case in cases.items():
-        last = runs.record(case, CALIBRATED)
-        memory = runs.metrics(case).get("memory_ratio", 1.0)
-        numbers[name] = {**last, "memory_ratio": memory}
-        figures = [f"{100 * runs.uncalibrated(case):.1f}", f"{100 * last['accuracy']:.1f}"]
-        rows.append([name, *figures, *_transfer(*runs.megabytes(case, CALIBRATED)), f"{memory:.2f}"])
-    return rows
-
-
-HEADER = ["run", "before calibration, %", "calibrated, %", *TRANSFER, "memory"]
-
-
 def datafree(runs: FuseFLRuns) -> Section:
     """Distillation of the ensemble, FedDF on public and on generated images and DENSE, beside what is distilled."""
     rates, alpha, numbers = runs.rates(), runs.study.alphas[0], {}
@@ -177,87 +163,6 @@ def datafree(runs: FuseFLRuns) -> Section:
     return title + table(header, rows) + "\n", numbers
 
 
-def width(runs: FuseFLRuns) -> Section:
-    """Is it the fusion or the width: every method at its own and at the other's width."""
-    rates, alpha, numbers = runs.rates(), runs.study.alphas[0], {}
-    wide = runs.study.settings["width"]
-    narrow = round(wide / runs.study.settings["clients"] ** 0.5)
-
-    def case(name: str, channels: int, seed: int) -> Case:
-        lr = rates[name, CALIBRATED]
-        if name == "FuseFL":
-            return runs.wide(alpha, lr, seed) if channels == wide else runs.one_shot(name, alpha, lr, seed)
-        return runs.one_shot(name, alpha, lr, seed, **({} if channels == wide else {"width": channels}))
-
-    runs.run(case(name, channels, seed) for name in ONE_SHOT for channels in (narrow, wide) for seed in SEEDS)
-    rows = []
-    for name in ONE_SHOT:
-        for channels in (narrow, wide):
-            cases = [case(name, channels, seed) for seed in SEEDS]
-            found = [runs.record(one, CALIBRATED)["accuracy"] for one in cases]
-            before = [runs.uncalibrated(one) for one in cases]
-            up, down = runs.megabytes(cases[0], CALIBRATED)
-            parameters = _parameters(runs.folder / cases[0].name)
-            numbers[f"{name}, width {channels}"] = {"calibrated": found, "before": before, "parameters": parameters}
-            row = [name, str(channels), spread(before), spread(found), f"{up:.3f}", f"{down:.3f}", f"{parameters:,}"]
-            rows.append(row)
-    header = ["method", "width", "before calibration, %", "calibrated, %", "MB up", "MB down", "parameters"]
-    title = f"## Width, Dirichlet {alpha}, {len(SEEDS)} seeds\n\n"
-    return title + table(header, rows) + "\n", numbers
-
-
-def _parameters(folder: Path) -> int:
-    return sum(p.numel() for p in read_model(folder)[0].parameters())
-
-
-PARTS: Mapping[str, Mapping[str, Any]] = {
-    "FuseFL": {},
-    "adaptor averages": {"adaptor": "avg"},
-    "adaptor sums": {"adaptor": "sum"},
-    "adaptor starts at random": {"adaptor_init": "random"},
-    "features are summed at the end": {"final_fuse": "sum"},
-    "frozen batch norm by the batch": {"frozen_bn": "batch"},
-    "frozen batch norm as in the code": {"frozen_bn": "code"},
-    "calibration as in the code": {"ccvr_compat": True},
-    "diagonal covariances": {"covariance": "diagonal"},
-    "three blocks": {"blocks": 3},
-}
-
-
-def parts(runs: FuseFLRuns) -> Section:
-    """Every decision changed alone."""
-    lr, alpha, numbers = runs.rates()["FuseFL", CALIBRATED], runs.study.alphas[0], {}
-    cases = {name: runs.one_shot("FuseFL", alpha, lr, 0, **changes) for name, changes in PARTS.items()}
-    cases["not narrower"] = runs.wide(alpha, lr, 0)
-    runs.run(cases.values())
-    title = f"## Every part of FuseFL changed alone, Dirichlet {alpha}, seed 0, learning rate {lr}\n\n"
-    return title + table(HEADER, _rows(runs, cases, numbers)) + "\n", numbers
-
-
-AS_RELEASED: Mapping[str, Any] = {
-    "final_fuse": "sum", "adaptor_init": "random", "frozen_bn": "code", "ccvr_compat": True,
-}  # fmt: skip
-
-
-def code(runs: FuseFLRuns) -> Section:
-    """All that the released code does otherwise, together."""
-    lr, numbers, rows = runs.rates()["FuseFL", CALIBRATED], {}, []
-    kinds: Mapping[str, Mapping[str, Any]] = {"FuseFL": {}, "as in the released code": AS_RELEASED}
-    cases = {
-        (name, alpha): [runs.one_shot("FuseFL", alpha, lr, seed, **changes) for seed in SEEDS]
-        for name, changes in kinds.items()
-        for alpha in runs.study.alphas
-    }
-    runs.run(case for several in cases.values() for case in several)
-    for name in kinds:
-        found = [[runs.record(c, CALIBRATED)["accuracy"] for c in cases[name, alpha]] for alpha in runs.study.alphas]
-        numbers[name] = dict(zip(map(str, runs.study.alphas), found, strict=True))
-        rows.append([name, *map(spread, found)])
-    title = f"## As in the released code: accuracy over {len(SEEDS)} seeds, in %, learning rate {lr}\n\n"
-    title += f"{', '.join(f'{key} {value}' for key, value in AS_RELEASED.items())}.\n\n"
-    return title + table(["", *(f"Dirichlet {alpha}" for alpha in runs.study.alphas)], rows) + "\n", numbers
-
-
 def edges(runs: FuseFLRuns) -> Section:
     """One learning rate further where the main table's is the edge of its grid."""
     rates, grid, numbers, rows = runs.rates(), runs.study.rates, {}, []
@@ -276,10 +181,7 @@ def edges(runs: FuseFLRuns) -> Section:
 SECTIONS: Mapping[str, Callable[[FuseFLRuns], Section]] = {
     "table": main_table,
     "datafree": datafree,
-    "width": width,
-    "parts": parts,
     "alike": alike,
-    "code": code,
     "edges": edges,
     "cue": cue,
     "backdoor": backdoor,

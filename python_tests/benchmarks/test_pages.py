@@ -9,9 +9,9 @@ import pytest
 from benchmarks import page_figures, pages
 from benchmarks.pages import Page
 from benchmarks.studies.page_commands import commands
-from benchmarks.studies.study_fusefl import AS_RELEASED
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
+from fedkern.comparison import published
 from fedkern.methods.fediod.presets import PUBLISHED
 
 BY_PATH = {page.path: page for page in page_figures.PAGES}
@@ -127,13 +127,16 @@ def test_a_pages_command_gave_its_tables_figure(method):
 def test_the_published_commands_are_the_published_settings():
     text = (pages.ROOT / "docs/methods/README.md").read_text().replace("\\\n", " ")
     found = {}
-    published = r"^python -m fedkern\.run (.*(?:--lr-steps|preset=code|ccvr_compat).*)$"
-    for line in re.findall(published, text, re.MULTILINE):
+    commands_of = r"^python -m fedkern\.run (.*(?:--lr-steps|preset=code|ccvr_compat).*)$"
+    for line in re.findall(commands_of, text, re.MULTILINE):
         config = effective(parse(shlex.split(line)))
         found[config.method] = config
     assert set(found) == {"fusefl", "fedlpfm", "fediod"}
     fuse = found["fusefl"].options
-    assert {name: fuse[name] for name in AS_RELEASED} == AS_RELEASED
+    cells = published.read(str(pages.ROOT / "benchmarks/studies/fusefl.toml"))
+    released = effective(parse(cells.words(cells.find("Dirichlet 0.5: as in the released code").command))).options
+    changed = ("final_fuse", "adaptor_init", "frozen_bn", "ccvr_compat")
+    assert [fuse[name] for name in changed] == [released[name] for name in changed] == ["sum", "random", "code", True]
     assert found["fusefl"].model == "resnet18"
     assert fuse["width"] == "20"
     code = found["fediod"]

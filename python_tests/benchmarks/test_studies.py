@@ -12,10 +12,12 @@ from benchmarks.studies import (
     study_compress,
     study_feddra,
     study_fedgid,
-    study_fedlpfm,
     study_fusefl,
 )
-from fedkern.cli import flags, request
+from fedkern.cli import command_parser, flags, request
+from fedkern.cli.commands import reproduce
+from fedkern.comparison import published
+from fedkern.comparison.cells import read_sweep, variants
 from fedkern.settings import config
 
 FIGURES = (
@@ -60,13 +62,11 @@ def taken(cases, tmp_path):
 
 
 @pytest.mark.parametrize(("module", "kind"), [
-    (study_fusefl, study_fusefl.FuseFLRuns), (study_fedlpfm, study_fedlpfm.LPFMRuns),
-    (study_compress, study_compress.CompressRuns),
+    (study_fusefl, study_fusefl.FuseFLRuns), (study_compress, study_compress.CompressRuns),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
 def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path):
     monkeypatch.setattr(study_fusefl, "probe", lambda folder, blocks: [0.1, 0.2])
-    monkeypatch.setattr(study_fusefl, "_parameters", lambda folder: 1)
     monkeypatch.setattr(fusefl_misled, "patched", lambda folder, calibrated: 0.1 if calibrated else None)
     found = {"accuracy": 0.5}
     monkeypatch.setattr(fusefl_alike, "recalibrate", lambda folder, wanted: {one.name: found for one in wanted})
@@ -82,6 +82,18 @@ def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path)
         words = tuple(word for word in case.arguments if word.startswith("--") or "=" in word)
         shapes.setdefault((case.arguments[0], words), case)
     taken(shapes.values(), tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(study.RESULTS.parent.glob("*.toml")), ids=lambda path: path.stem)
+def test_cells_of_a_file_are_command_lines_of_different_runs(path, tmp_path):
+    paper = published.read(str(path))
+    asked = command_parser.parse(["reproduce", str(path), "--data-root", str(tmp_path)])
+    runs = []
+    for cell in paper.cells:
+        command = reproduce.command_of(asked, paper.words(cell.command))
+        for point in variants([command.method], read_sweep(cell.sweep), command.names)[command.method]:
+            runs.append((cell.table, cell.figure, command.make(point, cell.seeds[0]).to_toml()))
+    assert len(set(runs)) == len(runs)
 
 
 @pytest.mark.parametrize("name", study_fedgid.STUDIES)
