@@ -23,7 +23,6 @@ from pathlib import Path
 from benchmarks.recorded import recorded_commit
 from benchmarks.studies import study_feddra, study_fedgid, study_fediod
 from benchmarks.studies.fediod_runs import IOD, STUDENTS, IODRuns
-from benchmarks.studies.fusefl_runs import CALIBRATED, STUDIES, FuseFLRuns
 from benchmarks.studies.study import RESULTS, Case
 from fedkern.cli.flags import parse
 from fedkern.cli.repeat import command_line
@@ -64,7 +63,6 @@ class Command:
 def commands() -> Mapping[str, Command]:
     """By method, in the order of the pages."""
     gid = study_fedgid.FedGIDRuns(study_fedgid.STUDIES["digits"], NOWHERE, 1, {})
-    fuse = FuseFLRuns(STUDIES["cifar10"], NOWHERE, 1, {})
     dra = study_feddra.DRARuns(study_feddra.STUDIES["captions"], NOWHERE, 1, {})
     found = json.loads((RESULTS / "fedgid_digits.json").read_text())
     return {
@@ -72,20 +70,24 @@ def commands() -> Mapping[str, Command]:
             gid.variant(study_fedgid.FULL, 0.7, found[f"{study_fedgid.FULL}, correlation 0.7"]["lr"], 0),
             "", "ood_accuracy",
         ),
-        "fusefl": Command(fuse.one_shot("FuseFL", 0.1, fuse.rates()["FuseFL", CALIBRATED], 0), "cifar10", "accuracy"),
+        "fusefl": Command(_cell("fusefl", "FuseFL of width 7"), "cifar10", "accuracy"),
         "fedlpfm": Command(_fedlpfm(), "cifar10", "accuracy"),
         "fediod": Command(_fediod(), "mnist", "accuracy"),
         "feddra": Command(dra.of("FedDRA", dra.rate(), 0), "", "worst_client_loss", 1.0),
     }  # fmt: skip
 
 
+def _cell(paper: str, name: str, *flags: str) -> Case:
+    """A cell of a paper, or of the file ``NAME.toml``, with seed 0."""
+    file = published.read(paper)
+    return Case(name, (*file.words(file.find(name).command), *flags, "--seed", "0"))
+
+
 def _fedlpfm() -> Case:
-    """A cell at the rate of the page's table."""
-    paper = published.read(str(Path(__file__).with_name("fedlpfm.toml")))
-    words = paper.words(paper.find("two classes: Fed-LPFM").command)
+    """At the rate of the page's table."""
     table = json.loads((RESULTS / "fedlpfm_cifar10_table.json").read_text())
     lr = table["Fed-LPFM, class split (2 a client)"]["lr"]
-    return Case("fedlpfm", (*words, "--lr", str(lr), "--seed", "0"))
+    return _cell(str(Path(__file__).with_name("fedlpfm.toml")), "two classes: Fed-LPFM", "--lr", str(lr))
 
 
 def _fediod() -> Case:
