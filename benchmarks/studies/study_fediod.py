@@ -5,10 +5,10 @@
     python -m benchmarks.studies.study_fediod cifar10 --data-root DIR     # the official binary files
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (every baseline on the same teachers, two heterogeneities,
-three seeds), ``terms`` (every loss term and importance weight taken away), ``clients`` (how many, and how fast the
-student learns), ``privacy`` (accuracy and membership attack against epsilon) and ``bytes``.  Each goes on where it was
-interrupted and writes ``benchmarks/studies/results/fediod_<study>_<section>.md`` and ``.json``.
-``study_fediod_segment`` is the same for segmentation.
+three seeds), ``clients`` (how many, and how fast the student learns), ``privacy`` (accuracy and membership attack
+against epsilon) and ``bytes``.  Each goes on where it was interrupted and writes
+``benchmarks/studies/results/fediod_<study>_<section>.md`` and ``.json``.  ``study_fediod_segment`` is the same for
+segmentation, and ``fedkern reproduce benchmarks/studies/fediod.toml`` takes every loss term and weight away.
 
 The clients' networks are trained once for every split (``ensemble``) and brought to every other method
 (``--teachers``), so that all distil or average the same ones.  Settings are chosen by the validation accuracy at seed 0
@@ -116,53 +116,6 @@ def _names(cases: Mapping[tuple[str, Any, int], Case]) -> list[str]:
 def _order(found: Mapping[str, Any]) -> list[str]:
     first = [IOD, *FROM_IOD, AVERAGE]
     return [*first, *(name for name in found if name not in first)]
-
-
-TERMS: Mapping[str, Mapping[str, Any]] = {
-    "FedIOD": {},
-    "without realism": {"w_real": 0.0},
-    "without clarity": {"w_clear": 0.0},
-    "without diversity": {"w_diverse": 0.0},
-    "diversity minimised (the code's sign)": {"js_sign": 1},
-    "diversity: mutual information": {"diversity": "mutual_information"},
-    "with the adversarial term": {"w_adv": 0.2},
-    "without the balance term": {"w_balance": 0.0},
-    "uniform class weights": {"class_weights": "uniform"},
-    "with discriminators' weights": {"disc_weight": True},
-    "without discriminators' weights": {"disc_weight": False},
-    "without importance weights": {"class_weights": "uniform", "disc_weight": False},
-    "teachers mixed as logits": {"mix": "logits"},
-    "teachers mixed as probabilities": {"mix": "probs"},
-    "average of the generator": {"ema": 0.99},
-    "discriminators of 10 x 10 pixels": {"critic_layers": 2},
-    "without the warm-up": {"warmup": 0.0},
-    "the paper's preset": {"w_real": 1.0, "w_balance": 0.0, "critic_layers": 2, "disc_weight": True, "warmup": 0.0},
-    "the code's preset": {
-        "preset": "code",
-        "w_real": 1.0,
-        "w_balance": 10.0,
-        "critic_layers": 2,
-        "disc_weight": False,
-        "warmup": 0.0,
-    },
-    "outputs on public images": {"mode": "public"},
-}
-
-
-def terms(runs: IODRuns) -> Section:
-    """Every loss term and importance weight taken away or added."""
-    alpha, numbers = runs.study.alphas[0], {}
-    teachers = runs.trained(alpha, 0)
-    runs.run([teachers])
-    cases = {name: runs.iod(teachers, alpha, 0, **own) for name, own in TERMS.items()}
-    runs.run(cases.values())
-    rows = []
-    for name, case in cases.items():
-        metrics = runs.metrics(case)
-        numbers[name] = dict(metrics)
-        rows.append([name, *(f"{100 * metrics[figure]:.1f}" for figure in ("accuracy", "ensemble_weighted"))])
-    title = f"## Every term changed alone, Dirichlet {alpha}, seed 0: accuracy in %\n\n"
-    return title + table(["", "student", "its ensemble"], rows) + "\n", numbers
 
 
 def clients(runs: IODRuns) -> Section:
@@ -277,7 +230,6 @@ def bytes_(runs: IODRuns) -> Section:
 
 SECTIONS: Mapping[str, Callable[[IODRuns], Section]] = {
     "table": main_table,
-    "terms": terms,
     "clients": clients,
     "privacy": privacy,
     "bytes": bytes_,

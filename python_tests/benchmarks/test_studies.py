@@ -90,7 +90,7 @@ def test_cells_of_a_file_are_command_lines_of_different_runs(path, tmp_path):
     asked = command_parser.parse(["reproduce", str(path), "--data-root", str(tmp_path)])
     runs = []
     for cell in paper.cells:
-        command = reproduce.command_of(asked, paper.words(cell.command))
+        command = reproduce.command_of(asked, paper.words(cell.command, tmp_path))
         for point in variants([command.method], read_sweep(cell.sweep), command.names)[command.method]:
             runs.append((cell.table, cell.figure, command.make(point, cell.seeds[0]).to_toml()))
     assert len(set(runs)) == len(runs)
