@@ -55,19 +55,40 @@ def megabytes(count: float, digits: int = 3) -> str:
     return f"{count / 1e6:.{digits}f}"
 
 
-def reproduced(paper: str, *tables: str) -> Lines:
-    """The cells of a paper's tables as ``reproduce --json`` gave them: fractions in per cent, intervals of 95 %."""
+def by_seed(row: Mapping[str, Any]) -> dict[str, float]:
+    """A reproduced cell's figure by seed; empty where it is not played."""
+    return {seed: float(value) for seed, _, value in (each.partition("=") for each in row.get("values", "").split())}
+
+
+def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, Any]) -> str:
+    """Share of the gap between ``start`` and ``goal`` that a row closes, over the seeds that all three have."""
+    cells = [by_seed(each) for each in (row, start, goal)]
+    shared = set.intersection(*(set(cell) for cell in cells))
+    if not shared:
+        return ""
+    here, low, high = (mean(cell[seed] for seed in sorted(shared)) for cell in cells)
+    return f"{100 * (here - low) / (high - low):.0f} %".replace("-", "−")
+
+
+def reproduced(paper: str, *tables: str, goal: str = "") -> Lines:
+    """The cells of a paper's tables as ``reproduce --json`` gave them: fractions in per cent, intervals of 95 %.
+
+    ``goal`` names a cell of another table.  Rows then tell how much of the gap between their baseline and it they close.
+    """
+    cells = {row["name"]: row for row in load(f"reproduction_{paper}")["rows"]}
     rows = []
-    for row in load(f"reproduction_{paper}")["rows"]:
-        if row["table"] not in tables:
+    for row in cells.values():
+        if row["table"] not in tables and row["name"] != goal:
             continue
-        seeds = [float(each.partition("=")[2]) for each in (row.get("values") or "").split()]
+        seeds = [*by_seed(row).values()]
         name, baseline = (row[key].removeprefix(f"{row['table']}: ") for key in ("name", "baseline"))
         gap = "" if row["gap"] is None else f"{points(row['gap'])} to {baseline}"
         if row["gap_low"] is not None:
             gap += f" [{points(row['gap_low'])}, {points(row['gap_high'])}]"
-        rows.append([name, percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap])
-    return table([", ".join(tables), "mean", "seeds", "difference, paired by seed"], rows).split("\n")
+        share = [closed(row, cells[row["baseline"]], cells[goal]) if row["baseline"] else ""] if goal else []
+        rows.append([name, percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap, *share])
+    header = [", ".join(tables), "mean", "seeds", "difference, paired by seed", *(["share of the gap"] if goal else [])]
+    return table(header, rows).split("\n")
 
 
 def verdicts(paper: str) -> Lines:
@@ -165,7 +186,9 @@ def gid_sweeps() -> Lines:
 def _fedgid() -> Page:
     return Page(
         "docs/fedgid.md",
-        {"fedgid parts": partial(undated, gid_parts), "fedgid others": gid_others, "fedgid schedules": gid_schedules,
+        {**{f"fedgid gap {name}": partial(reproduced, "fedgid", name, goal=f"FedAvg without a tie: {name.split()[0]}")
+            for name in ("ColorMNIST 0.8", "ColorMNIST 0.5", "slides 0.8")},
+         "fedgid parts": partial(undated, gid_parts), "fedgid others": gid_others, "fedgid schedules": gid_schedules,
          "fedgid sweeps": gid_sweeps, "fedgid command": partial(command, "fedgid")},
     )  # fmt: skip
 
