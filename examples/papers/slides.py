@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkern import FederatedData, UserError, register_data
-from fedkern.data import Option, Split
+from fedkern.data import Option, Pool, Split
 from fedkern.data.images.image_files import MAX_PIXELS, list_images, open_image
 from fedkern.data.sharing.coloured import INK_THRESHOLD
 from fedkern.data.sources.found_files import need_root
@@ -39,7 +39,7 @@ def slides(
     *,
     clients: int,
     seed: int,
-    samples: int = Option(6000, "training images of all clients together", low=1),
+    samples: int = Option(6000, "training images of all clients together", low=1, high=50_000),
     correlation: float = Option(0.8, "share of images with their client's texture of their class", low=0, high=1),
 ) -> FederatedData:
     """MNIST on crops of slides whose textures are tied to class and client; out-of-distribution test with random ones.
@@ -51,29 +51,20 @@ def slides(
         UserError: files are missing or damaged, or slides have several sizes or are smaller than a crop.
     """
     source, (trained, unseen) = open_idx("mnist", root), _slides(need_root(root, "slides", "image/0.png") / "image")
-    chosen = stream(seed, "train-samples").choice(len(source.train), min(samples, len(source.train)), replace=False)
-    maps = [stream(seed, "class-textures", client=k).permutation(len(TEXTURES)) for k in range(clients)]
+    maps = np.stack([stream(seed, "class-textures", client=k).permutation(len(TEXTURES)) for k in range(clients)])
 
-    def painted(pool: str, share: float, tissue: Tensor, rows: npt.NDArray[np.int64], client: int = -1) -> Split:
-        digits = {"train": source.train, "validation": source.validation}.get(pool, source.tests[""])
-        grey, rng = digits.take(torch.from_numpy(rows)), stream(seed, f"textures/{pool}", client=client)
-        homes = rng.integers(clients, size=len(rows)) if client < 0 else np.full(len(rows), client)
-        own = np.stack(maps)[homes, grey.labels.numpy()]
-        textures = np.where(rng.random(len(rows)) < share, own, rng.integers(len(TEXTURES), size=len(rows)))
-        return _painted(grey, textures, tissue, rng)
+    def painted(purpose: str, pool: Pool, rows: npt.NDArray[np.int64] | None = None, client: int = -1) -> Split:
+        grey = pool.take(torch.arange(len(pool)) if rows is None else torch.from_numpy(rows))
+        rng = stream(seed, f"textures/{purpose}", client=client)
+        homes = rng.integers(clients, size=len(grey)) if client < 0 else np.full(len(grey), client)
+        tied = rng.random(len(grey)) < (0.0 if purpose == "ood" else correlation)
+        textures = np.where(tied, maps[homes, grey.labels.numpy()], rng.integers(len(TEXTURES), size=len(grey)))
+        return _painted(grey, textures, unseen if pool is test else trained, rng)
 
-    parts = [
-        painted("train", correlation, trained, np.sort(rows), k)
-        for k, rows in enumerate(np.array_split(chosen, clients))
-    ]
-    sets = [
-        painted(pool, share, tissue, np.arange(len(digits)))
-        for pool, digits, share, tissue in (
-            ("validation", source.validation, correlation, trained),
-            ("id", source.tests[""], correlation, unseen),
-            ("ood", source.tests[""], 0.0, unseen),
-        )
-    ]
+    test = source.tests[""]
+    chosen = np.array_split(stream(seed, "train-samples").choice(len(source.train), samples, replace=False), clients)
+    parts = [painted("train", source.train, np.sort(rows), k) for k, rows in enumerate(chosen)]
+    sets = painted("validation", source.validation), painted("id", test), painted("ood", test)
     *pairs, validation, inside, outside = [(split.images, split.labels) for split in (*parts, *sets)]
     data = FederatedData.from_arrays(
         pairs, {"id": inside, "ood": outside}, validation=validation, classes=source.classes, mean=(0.5,), std=(0.2,)
@@ -93,11 +84,12 @@ def _slides(folder: Path) -> tuple[Tensor, Tensor]:
             f'data set "slides": expected two or more images of one size, at least {SIDES[-1]} pixels a side, in '
             f"{folder}, found {len(slides)} of the sizes {sizes}"
         )
-    return torch.stack(slides).split([len(slides) - max(1, len(slides) // 4), max(1, len(slides) // 4)])
+    tested = max(1, len(slides) // 4)
+    return torch.stack(slides[:-tested]), torch.stack(slides[-tested:])
 
 
 def _painted(grey: Split, textures: npt.NDArray[np.int64], tissue: Tensor, rng: np.random.Generator) -> Split:
-    """Digits uint8 [n, 1, H, W] in white on crops of the ``textures``, with their masks."""
+    """Digits uint8 [n, 1, H, W] on crops of the ``textures``, with their masks."""
     sides = grey.images.shape[2:]
     grounds = torch.empty(len(grey), 1, *sides)
     for texture in np.unique(textures):
