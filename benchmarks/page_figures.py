@@ -73,7 +73,7 @@ def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, 
 def reproduced(paper: str, *tables: str, goal: str = "") -> Lines:
     """The cells of a paper's tables as ``reproduce --json`` gave them: fractions in per cent, intervals of 95 %.
 
-    ``goal`` names a cell of another table.  Rows then tell how much of the gap between their baseline and it they close.
+    ``goal`` names a cell of another table.  Rows then tell what share of the gap from their baseline to it they close.
     """
     cells = {row["name"]: row for row in load(f"reproduction_{paper}")["rows"]}
     rows = []
@@ -86,7 +86,9 @@ def reproduced(paper: str, *tables: str, goal: str = "") -> Lines:
         if row["gap_low"] is not None:
             gap += f" [{points(row['gap_low'])}, {points(row['gap_high'])}]"
         share = [closed(row, cells[row["baseline"]], cells[goal]) if row["baseline"] else ""] if goal else []
-        rows.append([name, percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap, *share])
+        rows.append(
+            [name, percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap, *share]
+        )
     header = [", ".join(tables), "mean", "seeds", "difference, paired by seed", *(["share of the gap"] if goal else [])]
     return table(header, rows).split("\n")
 
@@ -133,6 +135,7 @@ GID_COLUMNS = {"embedded digits, 0.7": ("fedgid_digits", "0.7"), "ColorMNIST, 0.
                "ColorMNIST, 0.8": (GID_ALL, "0.8")}  # fmt: skip
 GID_PARTS = ("FedAvg", "FedProx", "+GD", "+GI feature", "+GI map", GID)
 GID_TUNED = {"fedgid_digits": "FedGID, alpha 0.8", GID_ALL: "FedGID, lambda 3.0"}
+GID_GAPS = {"colormnist strong": "ColorMNIST 0.8", "colormnist weak": "ColorMNIST 0.5", "slides": "slides 0.8"}
 GID_OTHERS = ("FedAvg", GID, "FedProx", "MOON", "SCAFFOLD", "FedDyn", "FedProto", "FedNTD")
 
 
@@ -186,8 +189,8 @@ def gid_sweeps() -> Lines:
 def _fedgid() -> Page:
     return Page(
         "docs/fedgid.md",
-        {**{f"fedgid gap {name}": partial(reproduced, "fedgid", name, goal=f"FedAvg without a tie: {name.split()[0]}")
-            for name in ("ColorMNIST 0.8", "ColorMNIST 0.5", "slides 0.8")},
+        {**{f"fedgid gap {short}": partial(reproduced, "fedgid", name, goal=f"FedAvg without a tie: {name.split()[0]}")
+            for short, name in GID_GAPS.items()},
          "fedgid parts": partial(undated, gid_parts), "fedgid others": gid_others, "fedgid schedules": gid_schedules,
          "fedgid sweeps": gid_sweeps, "fedgid command": partial(command, "fedgid")},
     )  # fmt: skip

@@ -144,3 +144,25 @@ def test_the_published_commands_are_the_published_settings():
     assert {name: code.options[name] for name in PUBLISHED} == PUBLISHED
     assert (code.options["diversity"], code.options["js_sign"], code.options["holdout"]) == ("reverse_kl", 1, 0)
     assert (found["fedlpfm"].rounds, found["fedlpfm"].lr, found["fedlpfm"].weight_decay) == (600, 0.01, 5e-4)
+
+
+def test_a_row_tells_the_share_of_the_gap_that_it_closes(monkeypatch):
+    def row(table, name, baseline="", **values):
+        played = {"values": " ".join(f"{seed[1:]}={value}" for seed, value in values.items())} if values else {}
+        gap = dict.fromkeys(("gap", "gap_low", "gap_high"))
+        return {"table": table, "name": name, "baseline": baseline, **gap, **played}
+
+    rows = [
+        row("free", "goal", s0=0.9, s1=0.94, s2=0.1),
+        row("tied", "tied: FedAvg", s0=0.8, s1=0.84),
+        row("tied", "tied: half", "tied: FedAvg", s1=0.89),
+        row("tied", "tied: worse", "tied: FedAvg", s0=0.79, s1=0.83),
+        row("tied", "tied: open", "tied: FedAvg"),
+    ]
+    monkeypatch.setattr(page_figures, "load", lambda name: {"rows": rows})
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in page_figures.reproduced("x", "tied", goal="goal")
+    ]
+    assert [line[0] for line in cells[2:]] == ["goal", "FedAvg", "half", "worse", "open"]
+    assert [line[-1] for line in cells[2:]] == ["", "", "50 %", "−10 %", ""]
+    assert len(page_figures.reproduced("x", "tied")) == 2 + 4
