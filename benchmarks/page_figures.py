@@ -90,7 +90,14 @@ def reproduced(paper: str, *tables: str, goal: str = "") -> Lines:
             [name, percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap, *share]
         )
     header = [", ".join(tables), "mean", "seeds", "difference, paired by seed", *(["share of the gap"] if goal else [])]
-    return table(header, rows).split("\n")
+    return [*table(header, rows).split("\n"), *made(paper, *tables)]
+
+
+def made(paper: str, *tables: str) -> Lines:
+    """Commits and days of a paper's rows, below a blank line; nothing where no row is played."""
+    rows = [row for row in load(f"reproduction_{paper}")["rows"] if row["table"] in tables and by_seed(row)]
+    told = [found.made for row in rows if (found := method_gains.reproduced(paper, row["name"]))]
+    return ["", f"Commit and day: {'; '.join(dict.fromkeys(told))}."] if told else []
 
 
 def verdicts(paper: str) -> Lines:
@@ -357,6 +364,35 @@ def lpfm_table() -> Lines:
     return table(["method", *SPLITS], rows).split("\n")
 
 
+def lpfm_foundation() -> Lines:
+    found = {row["name"]: row for row in load("reproduction_fedlpfm")["rows"]}
+    splits = dict.fromkeys(row["table"] for row in found.values())
+    rows = []
+    for method in dict.fromkeys(name.partition(": ")[2] for name in found):
+        rows.append([method, *(mean_and_gap(found[f"{split}: {method}"]) for split in splits)])
+    return table(["method", *splits], rows).split("\n")
+
+
+def mean_and_gap(row: Mapping[str, Any]) -> str:
+    """A cell's mean in per cent and its difference to the baseline with its interval, in points."""
+    if row["ours"] is None:
+        return "not played"
+    text = percent(row["ours"])
+    if row["gap"] is None:
+        return text
+    return f"{text}; {points(row['gap'])} [{points(row['gap_low'])}, {points(row['gap_high'])}]"
+
+
+def lpfm_inference() -> Lines:
+    rows = [
+        [name, f"{cost['side']}", f"{cost['parameters']:,}", f"{cost['flops'] / 1e6:,.1f}"]
+        for name, cost in load("inference_cost")["networks"].items()
+    ]
+    return table(["network at inference", "pixels a side", "parameters", "million operations an image"], rows).split(
+        "\n"
+    )
+
+
 def lpfm_partitions() -> Lines:
     kinds = ("IID", "1.0", "0.1", "0.01")
     rows = [[name, *(percent(at("fedlpfm_cifar10_partitions", name, k)) for k in kinds)] for name in FOUR]
@@ -395,7 +431,8 @@ def lpfm_edges() -> Lines:
 def _fedlpfm() -> Page:
     return Page(
         "docs/fedlpfm.md",
-        {"fedlpfm table": partial(undated, lpfm_table), "fedlpfm partitions": lpfm_partitions,
+        {"fedlpfm foundation": lpfm_foundation, "fedlpfm inference": lpfm_inference,
+         "fedlpfm table": partial(undated, lpfm_table), "fedlpfm partitions": lpfm_partitions,
          "fedlpfm changes": lpfm_changes, "fedlpfm proxy": lpfm_proxy, "fedlpfm edges": lpfm_edges,
          "fedlpfm command": partial(command, "fedlpfm")},
     )  # fmt: skip
@@ -490,12 +527,21 @@ def iod_segments() -> Lines:
     return table(["method", "Dice"], [[IOD_ROWS[n], percent(v)] for n, v in found.items()]).split("\n")
 
 
+def iod_beyond() -> Lines:
+    """FedIOD's mean differences to methods that are told the class counts too, with their intervals."""
+    sets, rows = ("MNIST", "CIFAR-10"), []
+    for name in ("FedDF with counts", "DENSE with counts", "ensemble with counts"):
+        both = [[method_gains.reproduced("fediod", f"{data}: {each}") for each in ("FedIOD", name)] for data in sets]
+        rows.append([name, *(method_gains.Contest(own, other, "").gain() for own, other in both)])
+    return table(["FedIOD over", *sets], rows).split("\n")
+
+
 def _fediod() -> Page:
     return Page(
         "docs/fediod.md",
         {"fediod mnist": partial(undated, partial(iod_table, "mnist")),
          "fediod counts": partial(reproduced, "fediod", "MNIST"),
-         "fediod counts cifar10": partial(reproduced, "fediod", "CIFAR-10"),
+         "fediod counts cifar10": partial(reproduced, "fediod", "CIFAR-10"), "fediod beyond": iod_beyond,
          "fediod architectures": partial(reproduced, "fediod", "three architectures"),
          "fediod cifar10": partial(iod_table, "cifar10"),
          "fediod seeds": iod_seeds, "fediod clients": iod_clients, "fediod terms": iod_terms,

@@ -1,0 +1,35 @@
+"""Inference cost of the networks in docs/fedlpfm.md: the one that travels and the frozen teacher.
+
+    python -m benchmarks.studies.inference_cost
+
+Writes ``benchmarks/studies/results/inference_cost.json``.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from benchmarks.studies.study import RESULTS
+from fedkern.models import build
+from fedkern.models.cost import cost
+from fedkern.models.efficientnet_lite import NAME, SIDE, EfficientNetLite0
+from fedkern.process.versions import versions
+
+
+def main() -> None:
+    networks = {
+        "cnn, width 16": (build("cnn", classes=10, channels=3, image_size=32, seed=0, width=16), 32),
+        NAME: (EfficientNetLite0(), SIDE),
+    }
+    found = {}
+    for name, (network, side) in networks.items():
+        costs = cost(network, torch.zeros(2, 3, side, side))
+        found[name] = {"side": side, "parameters": costs.parameters, "flops": costs.inference_flops}
+    text = json.dumps({"networks": found, "versions": versions()}, indent=1)
+    (RESULTS / "inference_cost.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
