@@ -17,6 +17,7 @@ from benchmarks.studies import study_compress
 from benchmarks.studies.page_commands import commands
 from benchmarks.studies.study import spread, table
 from fedkern.comparison.published import ROUNDS
+from fedkern.comparison.seed_statistics import paired
 from fedkern.settings.config import RunConfig
 
 Lines = Sequence[str]
@@ -61,10 +62,14 @@ def by_seed(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, Any]) -> str:
-    """Share of the gap between ``start`` and ``goal`` that a row closes, over the seeds that all three have."""
+    """Share of the gap between ``start`` and ``goal`` that a row closes, over the seeds that all three have.
+
+    No share where the gap's own 95 % interval, paired by seed, holds 0.
+    """
     cells = [by_seed(each) for each in (row, start, goal)]
     shared = set.intersection(*(set(cell) for cell in cells))
-    if not shared:
+    gap = paired(*({int(seed): cell[seed] for seed in shared} for cell in (cells[2], cells[1])))
+    if gap is None or gap.low is None or gap.low <= 0:
         return ""
     here, low, high = (mean(cell[seed] for seed in sorted(shared)) for cell in cells)
     return f"{100 * (here - low) / (high - low):.0f} %".replace("-", "−")
@@ -76,10 +81,8 @@ def reproduced(paper: str, *tables: str, goal: str = "") -> Lines:
     ``goal`` names a cell of another table.  Rows then tell what share of the gap from their baseline to it they close.
     """
     cells = {row["name"]: row for row in load(f"reproduction_{paper}")["rows"]}
-    rows = []
-    for row in cells.values():
-        if row["table"] not in tables and row["name"] != goal:
-            continue
+    shown, rows = [row for row in cells.values() if row["table"] in tables or row["name"] == goal], []
+    for row in shown:
         seeds = [*by_seed(row).values()]
         name, baseline = (row[key].removeprefix(f"{row['table']}: ") for key in ("name", "baseline"))
         gap = "" if row["gap"] is None else f"{points(row['gap'])} to {baseline}"
@@ -90,13 +93,12 @@ def reproduced(paper: str, *tables: str, goal: str = "") -> Lines:
             [name, percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap, *share]
         )
     header = [", ".join(tables), "mean", "seeds", "difference, paired by seed", *(["share of the gap"] if goal else [])]
-    return [*table(header, rows).split("\n"), *made(paper, *tables)]
+    return [*table(header, rows).split("\n"), *made(paper, shown)]
 
 
-def made(paper: str, *tables: str) -> Lines:
-    """Commits and days of a paper's rows, below a blank line; nothing where no row is played."""
-    rows = [row for row in load(f"reproduction_{paper}")["rows"] if row["table"] in tables and by_seed(row)]
-    told = [found.made for row in rows if (found := method_gains.reproduced(paper, row["name"]))]
+def made(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
+    """Commits and days of rows, below a blank line; nothing where no row is played."""
+    told = [found.made for row in rows if by_seed(row) and (found := method_gains.reproduced(paper, row["name"]))]
     return ["", f"Commit and day: {'; '.join(dict.fromkeys(told))}."] if told else []
 
 

@@ -155,14 +155,18 @@ def test_a_row_tells_the_share_of_the_gap_that_it_closes(monkeypatch):
     rows = [
         row("free", "goal", s0=0.9, s1=0.94, s2=0.1),
         row("tied", "tied: FedAvg", s0=0.8, s1=0.84),
-        row("tied", "tied: half", "tied: FedAvg", s1=0.89),
+        row("tied", "tied: half", "tied: FedAvg", s0=0.85, s1=0.89),
+        row("tied", "tied: once", "tied: FedAvg", s1=0.89),  # one seed: the gap has no interval
         row("tied", "tied: worse", "tied: FedAvg", s0=0.79, s1=0.83),
         row("tied", "tied: open", "tied: FedAvg"),
+        row("noisy", "noisy: FedAvg", s0=0.7, s1=0.94),
+        row("noisy", "noisy: half", "noisy: FedAvg", s0=0.8, s1=0.94),
     ]
     monkeypatch.setattr(page_figures, "load", lambda name: {"rows": rows})
     cells = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in page_figures.reproduced("x", "tied", goal="goal")
     ]
-    assert [line[0] for line in cells[2:]] == ["goal", "FedAvg", "half", "worse", "open"]
-    assert [line[-1] for line in cells[2:]] == ["", "", "50 %", "−10 %", ""]
-    assert len(page_figures.reproduced("x", "tied")) == 2 + 4
+    assert [line[0] for line in cells[2:]] == ["goal", "FedAvg", "half", "once", "worse", "open"]
+    assert [line[-1] for line in cells[2:]] == ["", "", "50 %", "", "−10 %", ""]
+    assert len(page_figures.reproduced("x", "tied")) == 2 + 5
+    assert "%" not in "".join(page_figures.reproduced("x", "noisy", goal="goal"))  # the gap's interval holds 0
