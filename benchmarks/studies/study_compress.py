@@ -3,11 +3,11 @@
     python -m benchmarks.studies.study_compress digits                      # embedded data
     python -m benchmarks.studies.study_compress cifar10 --data-root DIR     # the official binary files
 
-FedAvg on the clients of ``fedlpfm.toml`` under Dirichlet 0.1.  Bytes are saved without compression too, and both ways
-stand beside every compression: whole uploads until the round that reaches as many bytes, which is in the records of a
-run that is there, and whole uploads in fewer rounds of more epochs, which train as long.  The network has batch norm,
-whose running statistics travel whole (``--buffers average``) or not at all (``drop``).  The learning rate of every row
-comes from one grid, by the accuracy on the validation split (seed 0) alone.
+FedAvg on the clients of ``fedlpfm_changes.toml`` under Dirichlet 0.1.  Bytes are saved without compression too, and
+both ways stand beside every compression: whole uploads until the round that reaches as many bytes, which is in the
+records of a run that is there, and whole uploads in fewer rounds of more epochs, which train as long.  The network has
+batch norm, whose running statistics travel whole (``--buffers average``) or not at all (``drop``).  The learning rate
+of every row comes from one grid, by the accuracy on the validation split (seed 0) alone.
 
 It takes about an hour of one core, goes on where it was interrupted, and writes
 ``benchmarks/studies/results/compress_<study>_table.md`` and ``.json``.

@@ -8,7 +8,7 @@
 three seeds), ``clients`` (how many, and how fast the student learns), ``privacy`` (accuracy and membership attack
 against epsilon) and ``bytes``.  Each goes on where it was interrupted and writes
 ``benchmarks/studies/results/fediod_<study>_<section>.md`` and ``.json``.  ``study_fediod_segment`` is the same for
-segmentation, and ``fedkern reproduce benchmarks/studies/fediod.toml`` takes every loss term and weight away.
+segmentation, and ``fedkern reproduce benchmarks/studies/fediod_terms.toml`` takes every loss term and weight away.
 
 The clients' networks are trained once for every split (``ensemble``) and brought to every other method
 (``--teachers``), so that all distil or average the same ones.  Settings are chosen by the validation accuracy at seed 0

@@ -10,7 +10,7 @@ used).  Each goes on where it was interrupted and writes
 ``benchmarks/studies/results/fusefl_<study>_<section>.md``, ``.json``.
 
 ``fedkern reproduce fusefl`` plays every method at its own and at the other's width, and
-``fedkern reproduce benchmarks/studies/fusefl.toml`` every part changed alone, and all as in the released code.
+``fedkern reproduce benchmarks/studies/fusefl_parts.toml`` every part changed alone, and all as in the released code.
 
 Most sections take an hour or less on two cores; ``alike`` takes longer.
 

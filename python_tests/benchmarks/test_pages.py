@@ -133,7 +133,7 @@ def test_the_published_commands_are_the_published_settings():
         found[config.method] = config
     assert set(found) == {"fusefl", "fedlpfm", "fediod"}
     fuse = found["fusefl"].options
-    cells = published.read(str(pages.ROOT / "benchmarks/studies/fusefl.toml"))
+    cells = published.read(str(pages.ROOT / "benchmarks/studies/fusefl_parts.toml"))
     released = effective(parse(cells.words(cells.find("Dirichlet 0.5: as in the released code").command))).options
     changed = ("final_fuse", "adaptor_init", "frozen_bn", "ccvr_compat")
     assert [fuse[name] for name in changed] == [released[name] for name in changed] == ["sum", "random", "code", True]

@@ -87,6 +87,7 @@ def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path)
 @pytest.mark.parametrize("path", sorted(study.RESULTS.parent.glob("*.toml")), ids=lambda path: path.stem)
 def test_cells_of_a_file_are_command_lines_of_different_runs(path, tmp_path):
     paper = published.read(str(path))
+    assert paper.name not in published.names()  # whose default folder has another table
     asked = command_parser.parse(["reproduce", str(path), "--data-root", str(tmp_path)])
     runs = []
     for cell in paper.cells:
