@@ -192,12 +192,9 @@ class Paper:
         return words
 
     def _located(self, word: str) -> str:
-        if match := re.fullmatch(r"package:(\w+)/(.+)", word):  # none of its code is run
-            spec = importlib.util.find_spec(match[1])
-            if spec is None or not spec.submodule_search_locations:
-                raise NotHere(f"the package {match[1]} is missing: pip install {match[1].replace('_', '-')}")
-            return str(Path(spec.submodule_search_locations[0]) / match[2])
         head, equals, code = word.rpartition("=")
+        if code.startswith("package:"):
+            return f"{head}{equals}{_folder_of_package(code)}"
         match = re.fullmatch(r"(?P<file>[^:]+\.py)(:(?P<name>\w+))?", code)
         if match is None or Path(match["file"]).is_absolute():
             return word
@@ -214,6 +211,20 @@ class Paper:
             if cell.name == name:
                 return cell
         raise UserError(f'{self.name} has no cell "{name}".{nearest(name, [cell.name for cell in self.cells])}')
+
+
+def _folder_of_package(word: str) -> Path:
+    """The folder of ``package:NAME/FOLDER``; none of the package's code is run."""
+    match = re.fullmatch(r"package:(\w+)/([^/].*)", word)
+    if match is None or ".." in Path(match[2]).parts:
+        raise UserError(f'"{word}" must be package:NAME/FOLDER: the name of a module, and a folder in it without "..".')
+    spec = importlib.util.find_spec(match[1])
+    if spec is None or not spec.submodule_search_locations:
+        raise NotHere(f"the package {match[1]} is missing: pip install {match[1].replace('_', '-')}")
+    folder = Path(spec.submodule_search_locations[0]) / match[2]
+    if not folder.is_dir():
+        raise NotHere(f"the package {match[1]} has no folder {match[2]}: pip install -U {match[1].replace('_', '-')}")
+    return folder
 
 
 Entry = TypeVar("Entry", Before, PublishedCell)

