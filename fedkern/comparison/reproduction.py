@@ -137,12 +137,8 @@ class Job:
 
         Where every point of a sweep has failed, none counts.
         """
-        first, swept = self.seeds[0], len(self.points) > 1
-        done = sum(self.finished(first, point) or (swept and self.failed(point).exists()) for point in self.points)
-        if done == len(self.points):
-            best = self.chosen()
-            done = 0 if best is None else done + sum(self.finished(seed, best) for seed in self.seeds[1:])
-        return done, len(self.points) + len(self.seeds) - 1
+        total = len(self.points) + len(self.seeds) - 1
+        return total - len(self.left()), total
 
     @property
     def complete(self) -> bool:
@@ -150,11 +146,26 @@ class Job:
         done, total = self.count
         return done == total
 
-    @property
-    def minutes(self) -> float:
-        """The estimate of the runs that are not finished."""
-        done, total = self.count
-        return self.entry.minutes * (1 - done / total)
+    def left(self) -> dict[tuple[object, ...], float]:
+        """Estimated minutes of every run that is not finished, by its folder.
+
+        Until a sweep's best point is known, runs of it are named by what chooses it.
+        """
+        first, *others = self.seeds
+        swept = len(self.points) > 1
+        over = [self.finished(first, point) or (swept and self.failed(point).exists()) for point in self.points]
+        best = self.chosen() if all(over) or not swept else None
+        again = all(over) and best is None
+        runs: list[tuple[object, ...]] = [
+            (self.folder_of(first, point),) for point, done in zip(self.points, over, strict=True) if again or not done
+        ]
+        if best is not None:
+            runs += [(self.folder_of(seed, best),) for seed in others if not self.finished(seed, best)]
+        else:
+            assert isinstance(self.entry, PublishedCell)
+            chooser = self.entry.select == "validation" or (self.entry.figure, self.entry.target)
+            runs += [(self.folder, self.entry.sweep, chooser, seed) for seed in others]
+        return dict.fromkeys(runs, self.entry.minutes / (len(self.points) + len(others)))
 
     def play(self, deadline: Deadline) -> None:
         """Plays the runs that are not finished.
@@ -311,23 +322,26 @@ class Reproduction:
                     self.absent[cell.name] = reason
             except UserError as error:
                 raise UserError(f'{self.paper.name}, cell "{cell.name}": {error}') from None
-        allowed, lines, seconds, planned = [], list[str](), 0.0, dict[Path, float]()
+        allowed, lines, seconds, planned = [], list[str](), 0.0, dict[tuple[object, ...], float]()
         lines += [f"{NO_DATA}: {cell.name} ({self.absent[cell.name]})" for cell in cells if cell.name in self.absent]
         jobs = {cell.name: self.jobs[cell.name] for cell in cells if cell.name not in self.absent}
-        costs = {name: 60 * sum(each.minutes for each in _needed(job)) for name, job in jobs.items()}
-        for name in sorted(jobs, key=costs.__getitem__):
+        left = {
+            name: {run: cost for each in _needed(job) for run, cost in each.left().items()}
+            for name, job in jobs.items()
+        }
+        for name in sorted(jobs, key=lambda name: sum(left[name].values())):
             job = jobs[name]
             if job.complete:
                 lines.append(f"finished: {name}")
                 continue
-            cost = 60 * sum(max(0.0, each.minutes - planned.get(each.folder, 0.0)) for each in _needed(job))
+            cost = 60 * sum(max(0.0, minutes - planned.get(run, 0.0)) for run, minutes in left[name].items())
             fits = self.budget is None or seconds + cost <= self.budget
             done, total = job.count
             what = "next" if fits else "beyond the budget"
             lines.append(f"{what}: {name} ({done} of {total} runs finished, about {human_time(cost)} left)")
             if fits:
                 seconds += cost
-                planned |= {each.folder: max(each.minutes, planned.get(each.folder, 0.0)) for each in _needed(job)}
+                planned |= {run: max(minutes, planned.get(run, 0.0)) for run, minutes in left[name].items()}
                 allowed.append(self.paper.find(name))
         return allowed, lines
 

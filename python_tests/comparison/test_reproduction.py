@@ -143,8 +143,32 @@ def test_cells_that_share_runs_cost_what_the_longer_one_does(paper):
     assert made.plan(made.select(["average"]))[1] == [
         f"next: average (0 of {job.count[1]} runs finished, about 3 min 00 s left)"
     ]
-    made = paper(budget=299)  # one minute, the second of proximal's two, and three
+    made = paper(budget=299)  # bytes: 3 runs of 20 s; proximal: 2 of these again, of 60 s; average: 180 s
     assert [cell.name for cell in made.plan(made.select())[0]] == ["bytes", "proximal"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "seconds"),
+    [
+        ("seeds = [0, 1, 5]", ("1 min 00 s", "20.0 s")),  # one run more than the cell before has
+        ("seeds = [7]", ("1 min 00 s", "1 min 00 s")),
+        ('sweep = ["lr=0.2"]\nseeds = 3', ("1 min 00 s", "1 min 00 s")),
+        ('sweep = ["lr=0.2,0.3"]\nseeds = 1', ("1 min 00 s", "1 min 00 s")),
+    ],
+)
+def test_cells_of_one_command_with_other_runs_do_not_share_costs(paper, changed, seconds):
+    other = '[[cells]]\ntable = "2"\nname = "other"\ncommand = "fedprox {digits}"\nfigure = "bytes"\nminutes = 1\n'
+    made = paper(PAPER.replace('{digits} --lr 0.1"\nfigure', '{digits}"\nfigure') + other + changed)
+    _, lines = made.plan(made.select(["bytes", "other"]))
+    assert [line.partition("about ")[2] for line in lines] == [f"{each} left)" for each in seconds]
+
+
+def test_runs_of_a_best_point_are_shared_where_the_same_figure_chooses_it(paper):
+    cell = '\n[[cells]]\nname = "{}"\ncommand = "fedavg {{digits}}"\nsweep = ["lr=0.0001,0.1"]\nminutes = 3\n'
+    same, loss = cell.format("same"), cell.format("loss") + 'figure = "loss"\n'
+    made = paper(PAPER + same + loss)
+    lines = made.plan(made.select(["average", "same", "loss"]))[1]
+    assert [line.partition("about ")[2] for line in lines] == ["3 min 00 s left)", "0.00 s left)", "1 min 00 s left)"]
 
 
 def test_the_page_has_the_curve_of_a_run_cut_short(paper, played, monkeypatch):
