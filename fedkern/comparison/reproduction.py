@@ -414,9 +414,19 @@ class Reproduction:
             date=max(_finished(run) for run in runs.values()),
         )
 
+    def _curves(self, cell: PublishedCell) -> Groups:
+        """Records of the runs of a cell with a target; none where they cannot be read, which is noted."""
+        job = self.jobs.get(cell.name)
+        try:
+            return {} if job is None or cell.goal is None else job.histories()
+        except UserError as error:
+            self.failures[cell.name] = str(error)
+            return {}
+
     def rows(self) -> list[Row]:
         """A row for every cell of the paper."""
         outcomes = {cell.name: self.outcome(cell) for cell in self.paper.cells}
+        curves = {cell.name: self._curves(cell) for cell in self.paper.cells}
         rows = []
         for cell in self.paper.cells:
             outcome, baseline = outcomes[cell.name], outcomes.get(cell.baseline)
@@ -431,8 +441,7 @@ class Reproduction:
                 done, total = self.jobs[cell.name].count
                 verdict = Verdict(NOT_PLAYED, f"{done} of {total} runs finished" * bool(done))
             job = None if cell.name in self.absent else self.jobs[cell.name]
-            curves = job.histories() if job is not None and cell.goal is not None else {}
-            rows.append(Row(cell, verdict, outcome, "" if job is None else str(job.folder), curves))
+            rows.append(Row(cell, verdict, outcome, "" if job is None else str(job.folder), curves[cell.name]))
         return rows
 
     def write(self) -> list[Path]:
@@ -460,7 +469,11 @@ def _build(run: FoundRun) -> str:
 
 
 def _finished(run: FoundRun) -> str:
-    """The day on which a run was finished, in UTC."""
+    """The day on which a run was finished, in UTC.
+
+    No file of a run tells a time, so this is the time of the summary's file, which a copy keeps only with ``cp -p`` or
+    ``rsync -t``.
+    """
     return datetime.fromtimestamp((run.folder / SUMMARY).stat().st_mtime, UTC).date().isoformat()
 
 

@@ -171,6 +171,17 @@ def test_runs_of_a_best_point_are_shared_where_the_same_figure_chooses_it(paper)
     assert [line.partition("about ")[2] for line in lines] == ["3 min 00 s left)", "0.00 s left)", "1 min 00 s left)"]
 
 
+def test_damaged_records_are_a_failure_of_their_cell_alone(paper):
+    made = paper(PAPER.replace('figure = "bytes"', 'figure = "rounds"\ntarget = "accuracy=0.99"'))
+    run = made.jobs["bytes"].folder_of(0, made.jobs["bytes"].points[0])
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("{\n{}\n")
+    made.write()
+    assert "metrics.jsonl, line 1, is damaged" in made.failures["bytes"]
+    assert [(row.cell.name, row.verdict.kind) for row in made.rows() if row.verdict.detail] == [("bytes", "not played")]
+    assert "is damaged" in (made.out / MARKDOWN).read_text()
+
+
 def test_the_page_has_the_curve_of_a_run_cut_short(paper, played, monkeypatch):
     text = PAPER.replace('figure = "bytes"', 'figure = "rounds"\ntarget = "accuracy=0.99"')
     made, check = paper(text, budget=1000), Deadline.check
