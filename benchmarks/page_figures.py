@@ -111,7 +111,8 @@ def verdicts(paper: str) -> Lines:
         if row["ours_low"] is not None:
             ours += f" [{told(row['ours_low'])}, {told(row['ours_high'])}]"
         verdict = ": ".join(filter(None, (row["verdict"], row["detail"])))
-        rows.append([row["name"], told(row["published"]), ours, row.get("swept") or "", verdict])
+        published = "" if row["published"] is None else told(row["published"])
+        rows.append([row["name"], published, ours, row.get("swept") or "", verdict])
     return table(["cell", "published", "ours", "swept, seed 0", "verdict"], rows).split("\n")
 
 

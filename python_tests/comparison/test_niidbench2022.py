@@ -63,7 +63,7 @@ def test_dirichlet_is_fedkerns_own():
 
 
 def test_fewer_parties_than_digits_are_refused():
-    with pytest.raises(UserError, match="a client for each of 10 digits, and there are 9"):
+    with pytest.raises(UserError, match="a client for every digit, not 9: use --clients 10"):
         shares(LABELS, 9, "classes:2", 0)
 
 
@@ -78,11 +78,9 @@ def test_mnist_has_all_images_as_pixels_in_0_to_1(tmp_path):
 
 def test_cells_play_the_papers_settings():
     paper = published.read("niidbench2022")
-    assert {cell.name: cell.published for cell in paper.cells} == {
-        "Dirichlet 0.5: FedAvg": 0.989, "Dirichlet 0.5: SCAFFOLD": 0.99, "Dirichlet 0.5: FedProx": 0.989,
-        "two digits: FedAvg": 0.97, "two digits: SCAFFOLD": 0.959, "two digits: FedProx": 0.964,
-    }  # fmt: skip
-    for cell in paper.cells:
+    for cell in paper.cells:  # nobody has read the paper's own table
+        assert (cell.published is None) == ("FedProx" in cell.name)  # whose published mu is the best of four
+        assert cell.published is None or "Flower's baseline" in cell.source
         words = " ".join(paper.words(cell.command))
         for setting in (
             "--clients 10", "--rounds 50", "--local-epochs 10", "--batch-size 64", "--lr 0.01", "--momentum 0.9",

@@ -58,7 +58,9 @@ def shares(labels: Tensor, clients: int, partition: str, seed: int) -> list[Tens
         return [torch.from_numpy(rows) for rows in splits.partition(partition, labels.numpy(), clients, seed)]
     rng, classes = stream(seed, "partition"), int(labels.max()) + 1
     if clients < classes:
-        raise UserError(f"the paper's classes:2 needs a client for each of {classes} digits, and there are {clients}.")
+        raise UserError(
+            f"the paper's classes:2 needs a client for every digit, not {clients}: use --clients {classes}."
+        )
     held = [(own, (own + rng.integers(1, classes)) % classes) for own in np.arange(clients) % classes]
     parts: list[list[Tensor]] = [[] for _ in range(clients)]
     for digit in range(classes):
