@@ -94,6 +94,8 @@ class FedDRA(Robust):
                     'Method option "joint_start" = average is for both stages in every round: give stages=two and '
                     "stage_schedule=per_round too."
                 )
+            if self.loss_samples and not self.dro:
+                raise UserError('Method option "loss_samples" has no effect with dro=off: leave one out.')
 
     @property
     def radius(self) -> float:

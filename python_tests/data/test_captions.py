@@ -142,7 +142,7 @@ def test_a_noisy_minority_has_the_words_and_concepts_of_all():
     }
     assert not third & set(" ".join(text for split in every_split(data) for text in split.texts).split())
     assert data.statistics.shares[-1].max() < 0.5
-    none = captions(train_samples=600, options={"minority": 0, **NOISY})
+    none = captions(train_samples=600, options={"minority": 0})
     assert data.clients[0].texts == none.clients[0].texts[: data.client_sizes[0]]  # nobody avoids a concept
     everybody = data.tests[""]
     noisy = [data.clients[-1].images, data.tests["minority"].images, data.client_tests[-1].images]
@@ -226,6 +226,9 @@ def test_many_clients():
     [
         ({"clients": 30, "train_samples": 20}, "30 clients are more than 20 canvases"),
         ({"options": {"minority_trait": "noisy"}}, "minority_trait .*concepts"),
+        ({"options": {"minority_trait": "noise", "minority": 0}}, "minority_trait = noise has no effect without a min"),
+        ({"options": {"minority_trait": "noise"}, "partition": "iid"}, "give --partition attribute"),
+        ({"options": {"minority_trait": "noise"}, "clients": 1}, "two clients or more"),
         ({"options": {"minority": 0.7}}, "minority .*must be in .0, 0.5."),
         ({"public_samples": 5}, "no public samples"),
         ({"options": {"cue_clients": 1}}, "cue_clients is for classification"),

@@ -67,6 +67,12 @@ def test_a_start_that_would_do_nothing_is_refused(other):
         FedDRA.Options(joint_start="average", **other)
 
 
+def test_samples_of_losses_that_nobody_reports_are_refused():
+    with pytest.raises(UserError, match='"loss_samples" has no effect with dro=off'):
+        FedDRA.Options.parse(["dro=off", "loss_samples=64"])
+    assert FedDRA.Options.parse(["dro=off", "loss_samples=0"]).loss_samples == 0  # a stored run names all options
+
+
 def test_spliced_replaces_the_ends():
     whole = {"parameters": torch.arange(5.0), "buffers": torch.arange(3.0)}
     assert spliced(whole, {"parameters": torch.tensor([9.0, 8.0])})["parameters"].tolist() == [0, 1, 2, 9, 8]

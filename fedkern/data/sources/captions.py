@@ -148,10 +148,15 @@ def make_captions(
         - `client_tests`: a test for every client, in its style and with the subjects that it trains on.
 
     Raises:
-        UserError: too few samples, or a partition that cannot be met.
+        UserError: too few samples, a partition that cannot be met, or noise for a minority that there is not.
     """
     samples = SAMPLES if samples is None else samples
     small = spec.name == "attribute" and clients > 1 and minority > 0
+    if minority_trait != "concepts" and not small:
+        raise UserError(
+            f"Data option minority_trait = {minority_trait} has no effect without a minority: give --partition "
+            "attribute, two clients or more and a minority above 0, or leave it out."
+        )
     apart = small and minority_trait == "concepts"
     styles = [_style(seed, k, rare=apart and k == clients - 1, avoid=apart) for k in range(clients)]
     if small and not apart:
