@@ -173,16 +173,18 @@ def jitter(images: Tensor, rng: np.random.Generator) -> Tensor:
     The colour of a surface then says little, while edges stay.  A grey image changes its contrast and brightness.
 
     Args:
-        images: normalised floats ``[B, C, H, W]``, or uint8, whose 127.5 and 64 count as mean and deviation.
+        images: normalised floats ``[B, C, H, W]``.
         rng: draws ``a`` from `SCALES`, then ``b`` from ``[-SHIFT, SHIFT]``, uniformly, ``[B, C]`` each.
+
+    Raises:
+        ValueError: images that are no floats, which have no standard deviation to shift by.
     """
+    if not images.is_floating_point():
+        raise ValueError(f"images: expected normalised floats [B, C, H, W] for jitter, got {images.dtype}")
     scale, shift = (
         send(torch.from_numpy(rng.uniform(low, high, images.shape[:2])).float(), images.device)[..., None, None]
         for low, high in (SCALES, (-SHIFT, SHIFT))
     )
-    if images.dtype == torch.uint8:
-        values = ((images.float() - 127.5) * scale).add_(64 * shift + 127.5)
-        return values.round_().clamp_(0, 255).to(torch.uint8)
     return (images * scale.to(images.dtype)).add_(shift.to(images.dtype))
 
 
@@ -246,8 +248,8 @@ def augment(images: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
       but ``none`` draws the place of the window (`window`).
 
     Args:
-        images: ``[B, C, H, W]``, normalised floats or uint8.  What lies outside the original image becomes 0, in
-            normalised images the mean colour.
+        images: ``[B, C, H, W]``, normalised floats or, but for ``jitter``, uint8.  What lies outside the original image
+            becomes 0, in normalised images the mean colour.
         kind: a key of `AUGMENTATIONS`.
         rng: the batch's own generator, the only source of randomness.
 
@@ -256,6 +258,7 @@ def augment(images: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
 
     Raises:
         UserError: an unknown kind; the message suggests the nearest known one.
+        ValueError: uint8 images for ``jitter``.
     """
     return _find(kind)(images, rng, 0.0)
 
