@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkern.data.forms import ImageForm
 from fedkern.data.images.pixels import PICK, Pixels, as_index, images_alone, images_and_labels, placed
+from fedkern.data.images.transforms import window
 from fedkern.engine.reader import BATCH, Reader
 from fedkern.files.image_rows import in_parts, loaded
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
@@ -62,9 +63,11 @@ class Images(Reader):
     ) -> None:
         super().__init__(split, device, split.task.batch_size(size, math.prod(split.images.shape[2:])))
         self.form, self.tokens = form, tokens
-        make = partial(Pixels, mean=form.mean, std=form.std, device=device, cache=cache, augment=augment)
+        make = partial(
+            Pixels, mean=form.mean, std=form.std, device=device, cache=cache, augment=augment, sides=form.shape[1:]
+        )
         self._make_pixels = make
-        self.pixels = make(split.images, sides=form.shape[1:])
+        self.pixels = make(split.images)
         self._pick = PICK.get(self.task.network, images_alone)
         self.labels: Tensor = split.labels
         self._there = placed(split.labels, device)
@@ -136,29 +139,24 @@ class Images(Reader):
     def masked_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first ``count`` images with their masks bool [B, H, W]."""
         for part in batch_slices(min(count, len(self)), self.size):
-            yield self.pixels.take(np.arange(part.start, part.stop)), self.split.masks[part]
+            masks = window(self.split.masks[part, None], self.form.shape[1:])[:, 0]
+            yield self.pixels.take(np.arange(part.start, part.stop)), masks
 
     def background_images(self) -> dict[str, Tensor]:
         """Images with a detected object, the object's pixels black: uint8 images, bool masks, int64 labels.
 
+        Of images that are larger than what a network sees, the central windows.
+
         Raises:
             ValueError: nothing is known about what is object and what is background.
         """
-        tensors = self._detected()
+        tensors = _detected(self.form.central(self.split))
         return {**tensors, "images": tensors["images"].masked_fill(tensors["masks"][:, None], 0)}
-
-    def _detected(self) -> dict[str, Tensor]:
-        """The images with a detected object, with their masks and labels."""
-        split = self.split
-        if split.masks is None:
-            raise ValueError("masks: expected bool [n, H, W] for a background bank, given none")
-        detected = split.masks.flatten(1).any(1)
-        return {"images": split.images[detected], "masks": split.masks[detected], "labels": split.labels[detected]}
 
     def backgrounds(self, fill: str) -> BackgroundBank:
         """The client's own bank, made once."""
         if fill not in self._banks:
-            self._banks[fill] = self.make_backgrounds(self._detected(), fill)
+            self._banks[fill] = self.make_backgrounds(_detected(self.split), fill)
         return self._banks[fill]
 
     def make_backgrounds(self, message: Mapping[str, Tensor], fill: str) -> BackgroundBank:
@@ -167,3 +165,11 @@ class Images(Reader):
         value = torch.zeros_like(mean) if fill == "mean" else -mean / std
         pixels = self._make_pixels(message["images"], erased=message["masks"], fill=value)
         return BackgroundBank(pixels, message["labels"].cpu().numpy())
+
+
+def _detected(split: Any) -> dict[str, Tensor]:
+    """The images of a split with a detected object, with their masks and labels."""
+    if split.masks is None:
+        raise ValueError("masks: expected bool [n, H, W] for a background bank, given none")
+    detected = split.masks.flatten(1).any(1)
+    return {"images": split.images[detected], "masks": split.masks[detected], "labels": split.labels[detected]}

@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedkern.data import AUGMENTATIONS, Split, normalise
+from fedkern.data.forms import ImageForm
+from fedkern.data.images.transforms import window
 from fedkern.engine.images import Images
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
@@ -75,14 +78,15 @@ def test_loss_and_gradient_are_the_formula_of_the_page(kl, on, gd, scene):
     assert seen.keys() >= {"loss_em", "loss_gi", "intervention_changed"}
 
 
-@pytest.mark.parametrize("kind", ["none", "crop-flip", "nico", "dihedral", "jitter"])
-def test_masks_move_with_their_images(kind, make_data):
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
+@pytest.mark.parametrize("sides", [(32, 32), (21, 25)])
+def test_masks_move_with_their_images(kind, sides):
     """An image that shows its own mask still does; images, labels and draws are those of batches without masks."""
-    data = make_data()
-    split = dataclasses.replace(
-        data.clients[0], images=(255 * data.clients[0].masks[:, None].byte()).expand(-1, 3, -1, -1).contiguous()
-    )
-    reader = Images(split, dataclasses.replace(data.form, mean=(0.0,) * 3), torch.device("cpu"), augment=kind)
+    rng = np.random.default_rng(0)
+    masks = torch.from_numpy(rng.random((20, 8, 8)) < 0.5).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    images = (255 * masks[:, None].byte()).expand(-1, 3, -1, -1).contiguous()
+    split = Split(images, torch.from_numpy(rng.integers(0, 3, 20)), masks)
+    reader = Images(split, ImageForm((3, *sides), (0.0,) * 3, (0.2,) * 3), torch.device("cpu"), augment=kind)
     plan = [np.arange(20)[::-1][:11], np.array([3, 3, 0])]
     rngs = [np.random.default_rng(4) for _ in range(2)]
     pairs = zip(reader.planned(plan, rng=rngs[0]), reader.planned(plan, rng=rngs[1], masked=True), strict=True)
@@ -90,12 +94,52 @@ def test_masks_move_with_their_images(kind, make_data):
         assert torch.equal(plain.inputs, masked.inputs)
         assert torch.equal(plain.targets, masked.targets)
         assert masked.masks.dtype == torch.bool
-        if kind == "jitter":
-            assert torch.equal(masked.masks, split.masks[masked.indices.copy()])
-        else:
-            shown = masked.inputs[:, 0] > 0.5 * masked.inputs.max()
-            assert (shown == masked.masks).double().mean() > (0.9 if kind == "nico" else 1 - 1e-9)
+        assert masked.masks.shape[1:] == masked.inputs.shape[2:] == sides
+        low, high = (part(masked.inputs[:, 0], (1, 2)).view(-1, 1, 1) for part in (torch.amin, torch.amax))
+        shown = (masked.inputs[:, 0] - low) / (high - low)
+        pure = (shown - 0.5).abs() > 0.499  # where a rotation has not mixed pixels
+        assert pure.double().mean() > 0.6
+        assert torch.equal(masked.masks[pure], shown[pure] > 0.5)
     assert rngs[0].random() == rngs[1].random()
+
+
+def test_a_bank_shows_windows_as_a_batch_does(make_data):
+    data, sides, rows = make_data(), (5, 6), np.array([4, 0, 4])
+    split = data.clients[0]
+    form = dataclasses.replace(data.form, shape=(3, *sides))
+    erased = normalise(split.images, form.mean, form.std).masked_fill(split.masks[:, None], 0)[rows]
+    reader = Images(split, form, torch.device("cpu"), augment="window")
+    bank = reader.backgrounds("mean")
+    torch.testing.assert_close(bank.take(rows), window(erased, sides))
+    rng, again = (np.random.default_rng(3) for _ in range(2))
+    torch.testing.assert_close(bank.take(rows, rng), window(erased, sides, again))
+    ((_, masks),) = reader.masked_batches(20)
+    assert torch.equal(masks[:, None], window(split.masks[:, None], sides))
+
+
+@pytest.mark.parametrize(
+    ("augment", "options"), [("none", IMAGE), ("crop-flip", SHARED), ("none", SHARED), ("crop-flip", {})]
+)
+def test_a_network_may_see_windows(augment, options, make_data, make_config, tmp_path):
+    data = make_data()
+    splits = [
+        dataclasses.replace(split, **{name: twice(getattr(split, name)) for name in ("images", "masks")})
+        for split in (*data.clients, data.validation, *data.tests.values())
+    ]
+    data = dataclasses.replace(
+        data,
+        clients=tuple(splits[:3]),
+        validation=splits[3],
+        tests=dict(zip(data.tests, splits[4:], strict=True)),
+        form=dataclasses.replace(data.form, shape=(3, 9, 12)),
+    )
+    run(make_config("fedgid", augment=augment, options=options), out=tmp_path / "run", data=data)
+    assert all("loss_gi" in client for client in read_metrics(tmp_path / "run")[-1]["clients"].values())
+
+
+def twice(pixels):
+    """Pixels [..., H, W] of twice the height and width."""
+    return pixels.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
 def test_backgrounds_are_augmented_apart(make_data, make_config, tmp_path, monkeypatch):

@@ -65,8 +65,8 @@ class Pixels:
             return send(self._file.permute(0, 2, 3, 1).contiguous(), self._device)
         return send(self._file.nhwc(as_index(indices)), self._device)
 
-    def take(self, indices: np.ndarray | Tensor | None, rng: np.random.Generator | None = None) -> Tensor:
-        """fp32 [B, C, H, W] (channels-last) of the images at ``indices``; augmented when there is an ``rng``."""
+    def _whole(self, indices: np.ndarray | Tensor | None) -> Tensor:
+        """fp32 [B, C, H, W] (channels-last) of the images at ``indices``, as they are kept."""
         if self._cache and self._rows.dtype == torch.uint8:
             self._rows, self._erased = self._normalise(self._rows, self._erased), None
         rows, erased = self._rows, self._erased
@@ -78,12 +78,27 @@ class Pixels:
             erased = None if erased is None else erased[index]
         if rows.dtype == torch.uint8:
             rows = self._normalise(rows, erased)
+        return rows.permute(0, 3, 1, 2)
+
+    def _window(self, images: Tensor, rng: np.random.Generator | None) -> Tensor:
+        return images if self._sides is None else transforms.window(images, self._sides, rng)
+
+    def take(self, indices: np.ndarray | Tensor | None, rng: np.random.Generator | None = None) -> Tensor:
+        """fp32 [B, C, H, W] (channels-last) of the images at ``indices``; augmented when there is an ``rng``."""
         if self.augment == "none":
             rng = None
-        images = rows.permute(0, 3, 1, 2)
-        if self._sides is not None:
-            images = transforms.window(images, self._sides, rng)
+        images = self._window(self._whole(indices), rng)
         return images if rng is None else transforms.augment(images, self.augment, rng)
+
+    def pairs(self, index: Tensor, labels: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+        """What :meth:`take` gives of the images at ``index``, and their pixels' ``labels`` int64, moved with them."""
+        if self.augment == "none":
+            rng = None
+        images = self._whole(index)
+        if self._sides is not None:  # a window of both: class numbers are exact as a last channel
+            both = self._window(torch.cat([images, labels[:, None].to(images.dtype)], 1), rng)
+            images, labels = both[:, :-1].contiguous(memory_format=torch.channels_last), both[:, -1].long()
+        return (images, labels) if rng is None else transforms.augment_pairs(images, labels, self.augment, rng)
 
 
 def as_index(indices: np.ndarray | Tensor) -> Tensor:
@@ -107,8 +122,7 @@ def images_and_labels(
     pixels: Pixels, index: Tensor, labels: Tensor, rng: np.random.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Images at ``index`` and the classes of their pixels, augmented together where there is an ``rng``."""
-    images = pixels.take(index)
-    return (images, labels) if rng is None else transforms.augment_pairs(images, labels, pixels.augment, rng)
+    return pixels.pairs(index, labels, rng)
 
 
 PICK = {"pixels": images_and_labels}

@@ -107,10 +107,14 @@ def window(images: Tensor, sides: tuple[int, int], rng: np.random.Generator | No
 
 def central(split: Split, sides: tuple[int, int]) -> Split:
     """The split with the central window of ``sides`` of every image; ``split`` itself if the window is the image."""
-    if isinstance(split.images, ImageRows) and tuple(split.images.shape[2:]) != tuple(sides):
-        return dataclasses.replace(split, images=split.images.windowed(sides))
-    images = window(split.images, sides)
-    return split if images is split.images else dataclasses.replace(split, images=images)
+    if tuple(split.images.shape[2:]) == tuple(sides):
+        return split
+    images, masks = split.images, split.masks
+    return dataclasses.replace(
+        split,
+        images=images.windowed(sides) if isinstance(images, ImageRows) else window(images, sides),
+        masks=None if masks is None else window(masks[:, None], sides)[:, 0],
+    )
 
 
 def rotate(
