@@ -1,5 +1,6 @@
 """FedGID with ``intervene=image``: the sample's own background is replaced in the image, by object masks."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -76,6 +77,18 @@ def test_loss_and_gradient_are_the_formula_of_the_page(kl, on, gd, scene):
     torch.testing.assert_close(gradient(made.local, loss), gradient(made.local, expected), rtol=1e-7, atol=1e-9)
     assert ("loss_gd" in seen) == gd
     assert seen.keys() >= {"loss_em", "loss_gi", "intervention_changed"}
+
+
+def test_running_statistics_ignore_composed_images(scene):
+    made = scene(distillation=False)
+    made.local.train()
+    twin = copy.deepcopy(made.local)
+    twin(made.batch.inputs)
+    _, seen = made.loss()
+    assert seen["loss_gi"] != seen["loss_em"]
+    buffers = dict(made.local.named_buffers())
+    assert buffers
+    assert all(torch.equal(value, buffers[name]) for name, value in twin.named_buffers())
 
 
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
