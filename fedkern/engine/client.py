@@ -80,7 +80,7 @@ class Client(Node):
 
     @property
     def objects_known(self) -> bool:
-        return self._context.data.clients[self.id].masks is not None
+        return getattr(self._context.data.clients[self.id], "masks", None) is not None
 
     def network(
         self,
@@ -390,3 +390,13 @@ class Client(Node):
     def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
         name = purpose if phase.exchange == "update" else f"{purpose}/{phase.exchange}"
         return stream(self._context.config.seed, name, round=phase.round, client=self.id)
+
+
+def check_client(method: Any, client: Client) -> None:
+    """Raises UserError if a client's data lack what the method needs."""
+    method.check(client)
+    if method.masked and not client.objects_known:
+        raise UserError(
+            f"{type(method).__name__} trains on object masks (its masked is True), and client {client.label} has no "
+            "images with masks: give --boxes FILE or --detector PATH_OR_NAME, or data with masks."
+        )

@@ -10,7 +10,7 @@ from typing import Any
 from fedkern.data.identity import of_memory
 from fedkern.data.sources.items import unsteady
 from fedkern.engine import asynchronous, own_model
-from fedkern.engine.client import Client
+from fedkern.engine.client import Client, check_client
 from fedkern.engine.client_privacy import ClientPrivacy
 from fedkern.engine.clients import check_teachers
 from fedkern.engine.context import RunContext
@@ -171,7 +171,7 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
         )
     for k in range(context.federation.clients) if known else ():
         with code("check"):
-            method.check(Client(context, k, {}))
+            check_client(method, Client(context, k, {}))
     if context.described:
         network = context.network("server")  # raises where an encoder's folder cannot be read
         pooling.check(network.module)

@@ -2,12 +2,15 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
 
+import fedkern
 from fedkern.data import AUGMENTATIONS, Split, normalise
 from fedkern.data.forms import ImageForm
 from fedkern.data.images.transforms import window
@@ -15,7 +18,7 @@ from fedkern.engine.images import Images
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, FedGID
+from fedkern.methods import METHODS, FedAvg, FedGID
 from fedkern.settings.stored import load_settings
 from python_tests.engine.test_captured import SMALL, same_runs
 from python_tests.engine.test_workers import compared
@@ -207,6 +210,29 @@ def test_a_client_without_an_object_trains_without_the_intervention(make_data, m
 def test_without_masks_the_run_is_refused(make_data, make_config, tmp_path):
     with pytest.raises(UserError, match=r"where the objects are.*--boxes FILE or --detector"):
         run(make_config("fedgid", options=IMAGE), out=tmp_path / "run", data=make_data(masked=False))
+    assert not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_method_of_ones_own_that_asks_for_masks_is_refused_without(
+    images, make_data, make_config, tmp_path, monkeypatch
+):
+    class Masked(FedAvg):
+        asks = frozenset({"loss"})
+        masked = True
+
+    monkeypatch.setitem(METHODS, "fedavg", Masked)
+    items, out = TensorDataset(torch.randn(12, 3), torch.arange(12) % 3), tmp_path / "run"
+    play = (
+        partial(run, make_config("fedavg"), out=out, data=make_data(masked=False))
+        if images
+        else partial(
+            fedkern.simulate, "fedavg", data=[items, items], test=items, model=torch.nn.Linear(3, 3), rounds=1,
+            workers=1, progress=False, out=out,
+        )
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"Masked trains on object masks .* client 0 has no images with masks"):
+        play()
     assert not list(tmp_path.glob("run/*"))
 
 

@@ -20,7 +20,7 @@ import torch
 
 from fedkern.data.identity import data_fingerprint
 from fedkern.engine import own_model
-from fedkern.engine.client import Client
+from fedkern.engine.client import Client, check_client
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
@@ -236,7 +236,7 @@ class NodeClients:
                 f"This node is client {k}, and the run has {clients} clients, numbered from 0: start it with another "
                 "partition-id."
             )
-        self._method.check(Client(self._context, k, {}))
+        check_client(self._method, Client(self._context, k, {}))
         self._known.add(k)
 
     def _tell(self, text: str) -> None:
