@@ -248,5 +248,5 @@ def _feddra() -> Tool:
             Contest(cell("robust weights"), cell("FedAvg uniform"), "", "robust weights alone"),
         )],
         "with both stages the alignment modules travel twice a round; clients judge the model on held samples",
-        "FedProx",
+        "FedAvg with `weighting=uniform`, which has not been told from it",
     )  # fmt: skip

@@ -373,7 +373,7 @@ def lpfm_foundation() -> Lines:
     rows = []
     for method in dict.fromkeys(name.partition(": ")[2] for name in found):
         rows.append([method, *(mean_and_gap(found[f"{split}: {method}"]) for split in splits)])
-    return table(["method", *splits], rows).split("\n")
+    return [*table(["method", *splits], rows).split("\n"), *made("fedlpfm", [*found.values()])]
 
 
 def mean_and_gap(row: Mapping[str, Any]) -> str:
@@ -590,12 +590,13 @@ def dra_noisy(*tables: str) -> Lines:
         return text.replace("-", "−")
 
     found: dict[str, list[str]] = {}
-    for row in load("reproduction_feddra")["rows"]:
-        if row["table"] in tables:
-            cells = found.setdefault(row["name"].removeprefix(f"{row['table']}: "), [])
-            cells += [interval(row, "ours") or "not played", interval(row, "gap")]
+    shown = [row for row in load("reproduction_feddra")["rows"] if row["table"] in tables]
+    for row in shown:
+        cells = found.setdefault(row["name"].removeprefix(f"{row['table']}: "), [])
+        cells += [interval(row, "ours") or "not played", interval(row, "gap")]
     heads = [head for name in tables for head in (name, "difference, paired by seed")]
-    return table(["minority, figure", *heads], [[name, *cells] for name, cells in found.items()]).split("\n")
+    text = table(["minority, figure", *heads], [[name, *cells] for name, cells in found.items()])
+    return [*text.split("\n"), *made("feddra", shown)]
 
 
 def dra_downstream() -> Lines:
