@@ -338,7 +338,9 @@ def fuse_code() -> Lines:
 def _fusefl() -> Page:
     return Page(
         "docs/fusefl.md",
-        {"fusefl equal memory": partial(undated, fuse_equal), "fusefl table": fuse_table, "fusefl alike": fuse_alike,
+        {"fusefl equal memory": partial(undated, fuse_equal),
+         "fusefl equal upload": partial(reproduced, "fusefl", "upload and memory"),
+         "fusefl table": fuse_table, "fusefl alike": fuse_alike,
          "fusefl more": fuse_more, "fusefl distilled": fuse_distilled, "fusefl misled": fuse_misled,
          "fusefl refused": fuse_refused, "fusefl code": fuse_code, "fusefl command": partial(command, "fusefl")},
     )  # fmt: skip

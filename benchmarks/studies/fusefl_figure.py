@@ -1,0 +1,62 @@
+"""Accuracy of FuseFL and its rivals against upload and against memory, the figure of docs/fusefl.md.
+
+    python -m benchmarks.studies.fusefl_figure
+
+Draws ``benchmarks/studies/results/fusefl_upload_memory.png`` from ``reproduction_fusefl.json``; parameters are those of
+``fusefl_cifar10_width.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.page import load
+from benchmarks.studies.study import RESULTS
+from fedkern.report.figures import plots
+
+LOOKS = {"FuseFL": (plots.BLUE, "o"), "one-shot FedAvg": (plots.ORANGE, "s"), "ensemble": (plots.GREY, "D")}
+CLIENTS = 5
+SIZE = " of width "
+
+
+def points(rows: list[Mapping[str, Any]]) -> dict[str, tuple[float, float, list[float]]]:
+    """Bytes that a client sends, parameters of the final model and accuracies in per cent by seed, by cell."""
+    parameters, found = load("fusefl_cifar10_width"), {}
+    for row in rows:
+        if row["table"] == "upload and memory" and row["ours"] is not None:
+            values = [100 * float(each.partition("=")[2]) for each in row["values"].split()]
+            found[row["name"]] = (
+                row["bytes_up"] / 5,
+                parameters[row["name"].replace(" of", ",")]["parameters"],
+                values,
+            )
+    return found
+
+
+def draw(rows: list[Mapping[str, Any]], path: Path) -> None:
+    """Two panels with a common axis of accuracy; a thin mark is a seed, a large one the mean."""
+    figure = plots.new_figure(8.4, 3.6)
+    panels = figure.subplots(1, 2, sharey=True)
+    for place, (panel, title) in enumerate(
+        zip(panels, ("a client sends, MB", "parameters of the final model, thousands"), strict=True)
+    ):
+        for name, found in points(rows).items():
+            method, width = name.split(SIZE)
+            colour, mark = LOOKS[method]
+            at, values = (found[0] / 1e6, found[1] / 1e3)[place], found[2]
+            mean = sum(values) / len(values)
+            panel.plot([at] * len(values), values, mark, color=colour, markersize=4, alpha=0.35)
+            panel.plot(at, mean, mark, color=colour, markersize=9, label=method if width == "16" else None)
+            panel.annotate(width, (at, mean), (7, 4), textcoords="offset points", fontsize=8)
+        panel.set_xscale("log")
+        panel.set_xlabel(title)
+        plots.frame(panel)
+    panels[0].set_ylabel("accuracy, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    plots.save(figure, path)
+
+
+if __name__ == "__main__":
+    draw(load("reproduction_fusefl")["rows"], RESULTS / "fusefl_upload_memory.png")
