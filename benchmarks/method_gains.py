@@ -81,7 +81,7 @@ class Setting:
 class Tool:
     """A method: its page below docs/, where it is the right tool, its cost beside FedAvg, and what is better elsewhere.
 
-    ``settings``: the first one of which anything was played is shown.
+    ``settings``: of those with most contests played the first is shown.
     """
 
     name: str
@@ -93,9 +93,8 @@ class Tool:
 
     @property
     def setting(self) -> Setting:
-        """The setting that is shown."""
-        played = (each for each in self.settings if any(contest.made for contest in each.contests))
-        return next(played, self.settings[0])
+        """The setting that is shown: the first with most contests played."""
+        return max(self.settings, key=lambda each: sum(bool(contest.made) for contest in each.contests))
 
 
 def reproduced(paper: str, cell: str) -> Sample | None:

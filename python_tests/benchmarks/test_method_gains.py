@@ -48,7 +48,7 @@ def test_what_is_not_played_says_so():
     assert contest.made == []
 
 
-def test_the_first_setting_with_a_result_is_shown():
+def test_the_first_setting_with_most_results_is_shown():
     absent, there = Contest(None, None, ""), Contest(sample(0.5), sample(0.4), "")
     settings = [Setting("new", absent, absent), Setting("old", there, absent)]
     tool = Tool("A", "a.md", "", settings, "", "")
@@ -56,6 +56,8 @@ def test_the_first_setting_with_a_result_is_shown():
     tool = Tool("A", "a.md", "", [Setting("new", absent, there), settings[1]], "", "")
     assert tool.setting.figure == "new"
     assert Tool("A", "a.md", "", settings[:1], "", "").setting.figure == "new"
+    whole = Setting("old", there, there)  # a rival of the older study is not left out for half of a newer one
+    assert Tool("A", "a.md", "", [Setting("new", there, absent), whole], "", "").setting.figure == "old"
 
 
 def test_a_reproduced_cell_is_read_by_seed(results):
