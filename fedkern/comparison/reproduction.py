@@ -137,14 +137,17 @@ class Job:
 
         Where every point of a sweep has failed, none counts.
         """
-        total = len(self.points) + len(self.seeds) - 1
-        return total - len(self.left()), total
+        return self.total - len(self.left()), self.total
+
+    @property
+    def total(self) -> int:
+        """Number of all runs."""
+        return len(self.points) + len(self.seeds) - 1
 
     @property
     def complete(self) -> bool:
         """Whether all runs are finished."""
-        done, total = self.count
-        return done == total
+        return not self.left()
 
     def left(self) -> dict[tuple[object, ...], float]:
         """Estimated minutes of every run that is not finished, by its folder.
@@ -165,7 +168,7 @@ class Job:
             assert isinstance(self.entry, PublishedCell)
             chooser = self.entry.select == "validation" or (self.entry.figure, self.entry.target)
             runs += [(self.folder, self.entry.sweep, chooser, seed) for seed in others]
-        return dict.fromkeys(runs, self.entry.minutes / (len(self.points) + len(others)))
+        return dict.fromkeys(runs, self.entry.minutes / self.total)
 
     def play(self, deadline: Deadline) -> None:
         """Plays the runs that are not finished.
@@ -314,34 +317,34 @@ class Reproduction:
 
         Cells without data are noted as absent.
         """
-        reasons: dict[str, str] = {}
+        reasons, left = dict[str, str](), dict[str, dict[tuple[object, ...], float]]()
         for cell in cells:
             try:
-                job = self.jobs.get(cell.name)
-                if job is not None and not job.complete and (reason := _without_data(job, reasons)):
-                    self.absent[cell.name] = reason
+                if (job := self.jobs.get(cell.name)) is not None:
+                    left[cell.name] = job.left()
+                    if left[cell.name] and (reason := _without_data(job, reasons)):
+                        self.absent[cell.name] = reason
             except UserError as error:
                 raise UserError(f'{self.paper.name}, cell "{cell.name}": {error}') from None
         allowed, lines, seconds, planned = [], list[str](), 0.0, dict[tuple[object, ...], float]()
         lines += [f"{NO_DATA}: {cell.name} ({self.absent[cell.name]})" for cell in cells if cell.name in self.absent]
         jobs = {cell.name: self.jobs[cell.name] for cell in cells if cell.name not in self.absent}
-        left = {
-            name: {run: cost for each in _needed(job) for run, cost in each.left().items()}
-            for name, job in jobs.items()
+        needed = {
+            name: left[name] if job.before is None else job.before.left() | left[name] for name, job in jobs.items()
         }
-        for name in sorted(jobs, key=lambda name: sum(left[name].values())):
+        for name in sorted(jobs, key=lambda name: sum(needed[name].values())):
             job = jobs[name]
-            if job.complete:
+            if not left[name]:
                 lines.append(f"finished: {name}")
                 continue
-            cost = 60 * sum(max(0.0, minutes - planned.get(run, 0.0)) for run, minutes in left[name].items())
+            cost = 60 * sum(max(0.0, minutes - planned.get(run, 0.0)) for run, minutes in needed[name].items())
             fits = self.budget is None or seconds + cost <= self.budget
-            done, total = job.count
+            done = job.total - len(left[name])
             what = "next" if fits else "beyond the budget"
-            lines.append(f"{what}: {name} ({done} of {total} runs finished, about {human_time(cost)} left)")
+            lines.append(f"{what}: {name} ({done} of {job.total} runs finished, about {human_time(cost)} left)")
             if fits:
                 seconds += cost
-                planned |= {run: max(minutes, planned.get(run, 0.0)) for run, minutes in left[name].items()}
+                planned |= {run: max(minutes, planned.get(run, 0.0)) for run, minutes in needed[name].items()}
                 allowed.append(self.paper.find(name))
         return allowed, lines
 
