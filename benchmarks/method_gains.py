@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.page import load
+from benchmarks.page import by_seed, decimal, load
 from benchmarks.recorded import UNRECORDED
 from benchmarks.studies.study import RESULTS, table
 from fedkern.comparison.seed_statistics import FALLING, paired
@@ -49,7 +49,7 @@ class Contest:
             assert found is not None, f"no seed in common with {self.rival}"
             digits = 1 if self.own.scale == 100 else 2
             mean, low, high = (
-                "" if each is None else f"{round(self.own.scale * each, digits) + 0.0:+.{digits}f}".replace("-", "−")
+                "" if each is None else decimal(self.own.scale * each, digits, "+")
                 for each in (found.mean, found.low, found.high)
             )
             told = f"{mean} [{low}, {high}]" if low else f"{mean}, one seed"
@@ -105,10 +105,9 @@ def reproduced(paper: str, cell: str) -> Sample | None:
     if row is None:
         return None
     falls = row["figure"].endswith(FALLING)
-    values = {int(seed): float(value) for seed, value in (each.split("=") for each in row["values"].split())}
     commits = ", ".join(f"`{build.partition(' ')[2]}`" for build in row["fedkern"].split(", "))
     made = f"{commits}, {row.get('date', 'no day')}"
-    return Sample({seed: -value if falls else value for seed, value in values.items()}, 1 if falls else 100, made)
+    return Sample({seed: -value if falls else value for seed, value in by_seed(row).items()}, 1 if falls else 100, made)
 
 
 def sent(paper: str, cell: str, clients: int) -> float:

@@ -27,6 +27,18 @@ class Page:
     part: str = ""
 
 
+def by_seed(row: Mapping[str, Any]) -> dict[int, float]:
+    """A figure by seed, of a row of ``reproduce --json``; empty where it is not played."""
+    return {
+        int(seed): float(value) for seed, _, value in (each.partition("=") for each in row.get("values", "").split())
+    }
+
+
+def decimal(value: float, digits: int, sign: str = "") -> str:
+    """A difference with so many digits; what rounds to nothing is not negative.  ``sign`` "+": above 0 too."""
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
+
+
 @cache
 def load(name: str, folder: Path = RESULTS) -> Mapping[str, Any]:
     """The results ``<name>.json``."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import bench_methods, comparisons, gpu_figures, method_gains, profile_methods, sources
 from benchmarks.comparisons import Comparison, read_results
-from benchmarks.page import Page, load
+from benchmarks.page import Page, by_seed, decimal, load
 from benchmarks.report import left_out, our_time, present, ratio
 from benchmarks.shown import nodes
 from benchmarks.studies import study_compress
@@ -48,17 +48,12 @@ def nats(values: float | Sequence[float]) -> str:
 
 def points(difference: float, digits: int = 1) -> str:
     """A difference of fractions in points; what rounds to nothing has no sign."""
-    return f"{round(100 * difference, digits) + 0.0:.{digits}f}".replace("-", "−")
+    return decimal(100 * difference, digits)
 
 
 def megabytes(count: float, digits: int = 3) -> str:
     """Bytes in MB."""
     return f"{count / 1e6:.{digits}f}"
-
-
-def by_seed(row: Mapping[str, Any]) -> dict[str, float]:
-    """A reproduced cell's figure by seed; empty where it is not played."""
-    return {seed: float(value) for seed, _, value in (each.partition("=") for each in row.get("values", "").split())}
 
 
 def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, Any]) -> str:
@@ -68,7 +63,7 @@ def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, 
     """
     cells = [by_seed(each) for each in (row, start, goal)]
     shared = set.intersection(*(set(cell) for cell in cells))
-    gap = paired(*({int(seed): cell[seed] for seed in shared} for cell in (cells[2], cells[1])))
+    gap = paired(*({seed: cell[seed] for seed in shared} for cell in (cells[2], cells[1])))
     if gap is None or gap.low is None or gap.low <= 0:
         return ""
     here, low, high = (mean(cell[seed] for seed in sorted(shared)) for cell in cells)

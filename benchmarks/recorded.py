@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedkern.process.commit import commit
+from fedkern.process.versions import versions
 
 UNRECORDED = "unrecorded"
 """What stands in a result file whose commit nobody knows."""
@@ -13,3 +14,8 @@ UNRECORDED = "unrecorded"
 def recorded_commit() -> str:
     """The short hash of the checkout, with "-dirty" where files differ from the commit, or :data:`UNRECORDED`."""
     return commit(Path(__file__).parent) or UNRECORDED
+
+
+def recorded_versions() -> dict[str, str]:
+    """The packages' versions and the commit, which a result file names."""
+    return {**versions(), "commit": recorded_commit()}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.page import load
+from benchmarks.page import by_seed, load
 from benchmarks.studies.study import RESULTS
 from fedkern.report.figures import plots
 
@@ -26,12 +26,8 @@ def points(rows: list[Mapping[str, Any]]) -> dict[str, tuple[float, float, list[
     parameters, found = load("fusefl_cifar10_width"), {}
     for row in rows:
         if row["table"] == "upload and memory" and row["ours"] is not None:
-            values = [100 * float(each.partition("=")[2]) for each in row["values"].split()]
-            found[row["name"]] = (
-                row["bytes_up"] / 5,
-                parameters[row["name"].replace(" of", ",")]["parameters"],
-                values,
-            )
+            size = parameters[row["name"].replace(" of", ",")]["parameters"]
+            found[row["name"]] = row["bytes_up"] / CLIENTS, size, [100 * value for value in by_seed(row).values()]
     return found
 
 

@@ -11,11 +11,11 @@ import json
 
 import torch
 
+from benchmarks.recorded import recorded_versions
 from benchmarks.studies.study import RESULTS
 from fedkern.models import build
 from fedkern.models.cost import cost
 from fedkern.models.efficientnet_lite import NAME, SIDE, EfficientNetLite0
-from fedkern.process.versions import versions
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     for name, (network, side) in networks.items():
         costs = cost(network, torch.zeros(2, 3, side, side))
         found[name] = {"side": side, "parameters": costs.parameters, "flops": costs.inference_flops}
-    text = json.dumps({"networks": found, "versions": versions()}, indent=1)
+    text = json.dumps({"networks": found, "versions": recorded_versions()}, indent=1)
     (RESULTS / "inference_cost.json").write_text(text + "\n")
 
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.recorded import recorded_commit
+from benchmarks.recorded import recorded_versions
 from benchmarks.studies import study_feddra, study_fedgid, study_fediod
 from benchmarks.studies.fediod_runs import IOD, STUDENTS, IODRuns
 from benchmarks.studies.study import RESULTS, Case
@@ -28,7 +28,6 @@ from fedkern.cli.flags import parse
 from fedkern.cli.repeat import command_line
 from fedkern.cli.request import effective
 from fedkern.comparison import published
-from fedkern.process.versions import versions
 from fedkern.settings.config import RunConfig
 
 FILE = RESULTS / "page_commands.json"
@@ -117,9 +116,7 @@ def main() -> None:
             parser.error(f"{name} needs --{command.files}")
         found = _run(command, root)
         kept = json.loads(FILE.read_text()) if FILE.exists() else {}
-        FILE.write_text(
-            json.dumps({**kept, name: found, "versions": {**versions(), "commit": recorded_commit()}}, indent=1) + "\n"
-        )
+        FILE.write_text(json.dumps({**kept, name: found, "versions": recorded_versions()}, indent=1) + "\n")
         print(name, found, flush=True)
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.recorded import recorded_commit
+from benchmarks.recorded import recorded_versions
 from benchmarks.studies.audit import audit, claimed_mu
 from benchmarks.studies.study import RESULTS
 from fedkern.data import Split
@@ -42,7 +42,6 @@ from fedkern.methods.base import Objective, Phase
 from fedkern.methods.fediod import private_messages
 from fedkern.methods.fediod.presets import IODOptions, settle
 from fedkern.privacy import DPSGD, IMAGE, LEDGER
-from fedkern.process.versions import versions
 from fedkern.report.figures import plots
 from fedkern.streams import stream
 
@@ -346,8 +345,7 @@ def main() -> None:
                 f"{wrong['defect']} {wrong['lower']:.3f}",
                 flush=True,
             )
-        made_with = {name: versions()[name] for name in ("fedkern", "torch", "numpy", "python")}
-        made_with["commit"] = recorded_commit()
+        made_with = {name: recorded_versions()[name] for name in ("fedkern", "torch", "numpy", "python", "commit")}
         RESULT.write_text(json.dumps({"versions": made_with, "mechanisms": rows}, indent=1) + "\n")
     rows = json.loads(RESULT.read_text())["mechanisms"]
     PAGE.write_text(with_table(PAGE.read_text(), rows))
