@@ -80,7 +80,7 @@ from typing import Any, TypeVar
 import fedkern
 from fedkern.comparison.cells import read_seeds, read_sweep
 from fedkern.comparison.seed_statistics import Target
-from fedkern.errors import UserError, nearest, shown
+from fedkern.errors import UserError, first_of, nearest, shown
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import read_text
 from fedkern.tasks.figure_names import check_reachable
@@ -210,7 +210,9 @@ class Paper:
         for cell in self.cells:
             if cell.name == name:
                 return cell
-        raise UserError(f'{self.name} has no cell "{name}".{nearest(name, [cell.name for cell in self.cells])}')
+        names = [cell.name for cell in self.cells]
+        way = nearest(name, names) or f" Its cells are {first_of(names, 8)}."
+        raise UserError(f'{self.name} has no cell "{name}".{way}')
 
 
 def _folder_of_package(word: str) -> Path:

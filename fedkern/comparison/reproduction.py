@@ -17,7 +17,7 @@ from fedkern.comparison.cell_runner import Board, Runner, check_out
 from fedkern.comparison.cells import Variant, read_sweep, run_name, variants, word
 from fedkern.comparison.found_runs import FoundRun
 from fedkern.comparison.published import Before, NotHere, Paper, PublishedCell
-from fedkern.comparison.reproduction_table import Row
+from fedkern.comparison.reproduction_table import Row, by_reason
 from fedkern.comparison.verdicts import (
     NO_DATA,
     NOT_PLAYED,
@@ -30,7 +30,7 @@ from fedkern.comparison.verdicts import (
     shown,
 )
 from fedkern.engine.store.records import METRICS, SUMMARY, read_metrics
-from fedkern.errors import UserError, described
+from fedkern.errors import UserError, described, first_of
 from fedkern.files import atomic
 from fedkern.files.folder_lock import FolderLock, InUse
 from fedkern.listeners.events import Listener
@@ -313,7 +313,7 @@ class Reproduction:
         return chosen
 
     def plan(self, cells: Sequence[PublishedCell]) -> tuple[list[PublishedCell], list[str]]:
-        """Those cells that have runs left and fit the budget, the dearest last; and a line on every cell for people.
+        """Those cells that have runs left and fit the budget, the dearest last; and lines on all cells for people.
 
         Cells without data are noted as absent.
         """
@@ -327,7 +327,8 @@ class Reproduction:
             except UserError as error:
                 raise UserError(f'{self.paper.name}, cell "{cell.name}": {error}') from None
         allowed, lines, seconds, planned = [], list[str](), 0.0, dict[tuple[object, ...], float]()
-        lines += [f"{NO_DATA}: {cell.name} ({self.absent[cell.name]})" for cell in cells if cell.name in self.absent]
+        for reason, names in by_reason((self.absent.get(cell.name, ""), cell.name) for cell in cells).items():
+            lines.append(f"{NO_DATA}: {first_of(names, 3)} ({reason})")
         jobs = {cell.name: self.jobs[cell.name] for cell in cells if cell.name not in self.absent}
         needed = {
             name: left[name] if job.before is None else job.before.left() | left[name] for name, job in jobs.items()

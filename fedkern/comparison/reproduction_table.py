@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedkern.comparison.published import ROUNDS, Paper, PublishedCell
 from fedkern.comparison.results import csv_text, markdown
 from fedkern.comparison.seed_statistics import Difference
-from fedkern.comparison.verdicts import VERDICTS, Outcome, Verdict, shown
+from fedkern.comparison.verdicts import NO_DATA, VERDICTS, Outcome, Verdict, shown
 from fedkern.errors import first_of, listed
 from fedkern.report.figures.comparison_plot import Groups, comparison_panels
 from fedkern.report.pages.charts import curves
@@ -45,7 +45,9 @@ class Row:
             gap += f", published {shown(cell, verdict.published_gap, '+')}"
         seeds, effect = ("", "") if outcome is None else (str(len(outcome.values)), outcome.effect)
         name = cell.name if cell.measure == "value" else f"{cell.name} ({cell.measure} to {cell.baseline})"
-        return [cell.table, name, published, ours, gap, seeds, effect, str(verdict)]
+        # The sentences below the table have the reason, which many cells share.
+        short = verdict.kind if verdict.kind == NO_DATA else str(verdict)
+        return [cell.table, name, published, ours, gap, seeds, effect, short]
 
     def values(self) -> dict[str, Any]:
         """The row as plain values by name, empty where there is none."""
@@ -97,11 +99,10 @@ def summary(rows: Sequence[Row]) -> str:
 def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:
     """What the table rests on, sentence by sentence."""
     texts = [f"Published figures: {paper.citation}." if paper.citation else "", paper.note]
-    sources: dict[str, list[str]] = {}
-    for row in rows:
-        if row.cell.source:
-            sources.setdefault(row.cell.source, []).append(row.cell.name)
-    texts += [f"{source}: {first_of(names, len(names), '; ')}." for source, names in sources.items()]
+    sources = by_reason((row.cell.source, row.cell.name) for row in rows)
+    texts += [f"{source}: {'; '.join(names)}." for source, names in sources.items()]
+    absent = by_reason((row.verdict.detail * (row.verdict.kind == NO_DATA), row.cell.name) for row in rows)
+    texts += [f"No data for {first_of(names, 3)}: {reason}" for reason, names in absent.items()]
     if any(row.outcome is not None for row in rows):
         texts.append(
             "Ours: mean over the seeds, with a 95 % interval (Student's t); differences and ratios to a baseline are "
@@ -125,6 +126,15 @@ def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:
         builds = ", ".join(dict.fromkeys(outcome.build for outcome in outcomes))
         texts.append(f"Played with fedkern {builds}; the reported runs took {human_time(seconds)} together.")
     return [text for text in texts if text]
+
+
+def by_reason(cells: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Names of cells by what is said of all of them, from pairs of both; where nothing is said, a cell is left out."""
+    names: dict[str, list[str]] = {}
+    for reason, name in cells:
+        if reason:
+            names.setdefault(reason, []).append(name)
+    return names
 
 
 def _table(rows: Sequence[Row]) -> Iterator[Block]:

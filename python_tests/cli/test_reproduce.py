@@ -53,8 +53,9 @@ def test_a_table_is_played_and_goes_on(result):
 
 def test_without_data_a_shipped_paper_says_so(result, tmp_path, monkeypatch):
     out, err = result("reproduce", "mcmahan2017", "--table", "1")
-    assert err.count("no data here: ") == 5
+    assert err.count("no data here: 2NN IID B=10, 2NN non-IID B=10, 2NN IID B=inf and 2 more (") == 1
     assert "5 no data here, of 5 cells." in out
+    assert out.count("data set ") == 1  # one reason, below the table
     monkeypatch.setenv("FEDKERN_DATA_ROOT", str(tmp_path / "nothing"))
     assert f"the data root {tmp_path / 'nothing'} is not a folder" in " ".join(
         result("reproduce", "mcmahan2017", "--json", "--out", "y")[0].split()
@@ -64,7 +65,8 @@ def test_without_data_a_shipped_paper_says_so(result, tmp_path, monkeypatch):
 def test_refusals(fails, tmp_path):
     assert "needs a paper: " in fails("reproduce")
     assert 'Did you mean "mcmahan2017"?' in fails("reproduce", "mcmahan")
-    assert 'no cell "averge"' in fails("reproduce", "tiny.toml", "--cells", "averge")
+    assert 'Did you mean "average"?' in fails("reproduce", "tiny.toml", "--cells", "averge")
+    assert 'no cell "nothing". Its cells are average.' in fails("reproduce", "tiny.toml", "--cells", "nothing")
     assert 'no table "2", but 1' in fails("reproduce", "tiny.toml", "--table", "2")
     assert "--budget must be a time" in fails("reproduce", "tiny.toml", "--budget", "long")
     assert '"--lr"' in fails("reproduce", "tiny.toml", "--lr", "0.1")
