@@ -19,6 +19,11 @@ from fedkern.report.figures import plots
 LOOKS = {"FuseFL": (plots.BLUE, "o"), "one-shot FedAvg": (plots.ORANGE, "s"), "ensemble": (plots.GREY, "D")}
 CLIENTS = 5
 SIZE = " of width "
+PANELS = {
+    "a client sends, MB": [0.1, 0.2, 0.5, 1, 2],
+    "parameters of the final model, thousands": [10, 20, 50, 100, 200, 500],
+}
+"""Titles of the axes, with where they have ticks."""
 
 
 def points(rows: list[Mapping[str, Any]]) -> dict[str, tuple[float, float, list[float]]]:
@@ -35,9 +40,7 @@ def draw(rows: list[Mapping[str, Any]], path: Path) -> None:
     """Two panels with a common axis of accuracy; a thin mark is a seed, a large one the mean."""
     figure = plots.new_figure(8.4, 3.6)
     panels = figure.subplots(1, 2, sharey=True)
-    for place, (panel, title) in enumerate(
-        zip(panels, ("a client sends, MB", "parameters of the final model, thousands"), strict=True)
-    ):
+    for place, (panel, (title, ticks)) in enumerate(zip(panels, PANELS.items(), strict=True)):
         for name, found in points(rows).items():
             method, width = name.split(SIZE)
             colour, mark = LOOKS[method]
@@ -45,8 +48,12 @@ def draw(rows: list[Mapping[str, Any]], path: Path) -> None:
             mean = sum(values) / len(values)
             panel.plot([at] * len(values), values, mark, color=colour, markersize=4, alpha=0.35)
             panel.plot(at, mean, mark, color=colour, markersize=9, label=method if width == "16" else None)
-            panel.annotate(width, (at, mean), (7, 4), textcoords="offset points", fontsize=8)
+            panel.annotate(f"width {width}", (at, mean), (8, 5), textcoords="offset points", fontsize=8)
         panel.set_xscale("log")
+        # Tick labels of a log axis are formulas, which fedkern's figures show as text.
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set_xticks([], minor=True)
+        panel.margins(x=0.2)
         panel.set_xlabel(title)
         plots.frame(panel)
     panels[0].set_ylabel("accuracy, %")
