@@ -203,7 +203,7 @@ def _fedlpfm() -> Tool:
         return reproduced("fedlpfm", f"two classes a client: {name}")
 
     return Tool(
-        "Fed-LPFM", "fedlpfm.md", "clients see few classes, and a pretrained network knows them all",
+        "Fed-LPFM", "fedlpfm.md", "clients see few classes, and a teacher was trained on images like theirs",
         [Setting(
             "accuracy, points; CIFAR-10, two classes a client, EfficientNet-Lite0 as teacher",
             Contest(cell("Fed-LPFM"), cell("FedAvg"), ""),
