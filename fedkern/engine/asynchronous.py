@@ -16,7 +16,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -25,12 +25,9 @@ from fedkern.engine.participation import Assignment, Participation, local_steps,
 from fedkern.engine.registry import register_filter
 from fedkern.engine.uploads.filters import Asked, Filter
 from fedkern.errors import UserError
-from fedkern.methods import METHODS
-from fedkern.methods.base import ClientId, Federation, Message, Method, Round, Upload
+from fedkern.methods.base import ClientId, Federation, Message, Round, Upload
 from fedkern.settings.config import RunConfig
-from fedkern.settings.federation import POLICIES
 from fedkern.streams import stream
-from fedkern.typed_option import with_options
 
 
 class Asynchronous(Participation):
@@ -43,22 +40,12 @@ class Asynchronous(Participation):
     Attributes:
         name: of the policy.
         options: its options.
-
-    Raises:
-        UserError: an unknown policy or option, or more uploads to a step than clients.
     """
 
     def __init__(self, config: RunConfig, federation: Federation) -> None:
         super().__init__(config, federation)
-        assert config.asynchronous is not None
-        self.name, options = with_options("--asynchronous", config.asynchronous, POLICIES)
-        self.options = cast(dict[str, Any], options)
+        self.name, self.options = config.policy
         self._buffer: int = self.options.get("buffer", 1)
-        if self._buffer > config.trained_clients:
-            raise UserError(
-                f"--asynchronous {config.asynchronous} steps after the uploads of {self._buffer} clients, and the run "
-                f"has {config.trained_clients}: take a smaller buffer, or more clients."
-            )
         self._at_work: dict[ClientId, tuple[int, float]] = {}  # the rounds they began in, and when they are done
         self._sent: dict[ClientId, Message] = {}
         self._started: list[ClientId] = []  # in this round
@@ -169,37 +156,12 @@ def check_local(config: RunConfig) -> None:
         )
 
 
-def check(config: RunConfig, method: Method, plan: Iterable[Round]) -> None:
-    """Checks that ``--asynchronous`` fits a run.
-
-    Args:
-        config: the run's settings.
-        method: its method.
-        plan: the method's rounds.
-
-    Raises:
-        UserError: it does not.
-    """
+def check_plan(config: RunConfig, plan: Iterable[Round]) -> None:
+    """Raises UserError where ``--asynchronous`` does not fit a method's rounds, or where clients work."""
     if config.asynchronous is None:
         return
     if torchrun_group.place() is not None:
         check_local(config)
-    if not (vars(type(method)).get("asynchronous", False) and method.averages):
-        able = ", ".join(name for name, kind in METHODS.items() if vars(kind).get("asynchronous", False))
-        raise UserError(
-            f"--asynchronous is for methods whose class declares that stale uploads do no harm ({able}), and "
-            f"{config.method} counts on whole rounds: leave it out, or choose another method."
-        )
-    others = {
-        "--dropout-rate": config.dropout_rate > 0, "--deadline": config.deadline != 1,
-        "--stragglers": config.stragglers != "keep", "--dp-clip": config.dp_clip is not None,
-        "--buffers pool": config.buffers == "pool",
-    }  # fmt: skip
-    if option := next((flag for flag, there in others.items() if there), None):
-        raise UserError(
-            f"{option} is about rounds that all their clients begin and end, and --asynchronous has none: leave one of "
-            "the two out."
-        )
     rounds = [entry for entry in plan if not entry.one_off]
     if any(entry.participants != "sampled" or len(entry.exchanges) > 1 or entry.cohort for entry in rounds):
         raise UserError(

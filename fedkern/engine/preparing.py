@@ -196,7 +196,7 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
         check_teachers(method, context)
     with code("rounds"):
         plan = list(method.rounds(context.federation))
-    asynchronous.check(config, method, plan)
+    asynchronous.check_plan(config, plan)
     hooks = {
         name: Hooks(name, target, server, context, code) for name, target in (("method", method), ("pooling", pooling))
     }

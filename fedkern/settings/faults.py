@@ -62,7 +62,9 @@ class FaultSettings(FederationSettings):
                 f"--straggler-rate is not for {self.method} with differential privacy, whose epsilon counts all steps "
                 "of a client: leave one of the two out."
             )
+        self.check_whole_rounds("--dropout-rate", self.dropout_rate > 0)
         for name, plain in (("deadline", 1.0), ("stragglers", "keep")):
+            self.check_whole_rounds(flag(name), getattr(self, name) != plain)
             if getattr(self, name) != plain and not self.straggler_rate:
                 raise UserError(f"{flag(name)} is about slow clients: give --straggler-rate too, or leave it out.")
         if self.clip_update_norm and self.kind.follows_own_update:

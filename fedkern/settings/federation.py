@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from fedkern.errors import UserError
+from fedkern.methods import registry
 from fedkern.methods.aggregators import AGGREGATORS, MEAN, Rule
 from fedkern.methods.server_rules import SERVER_RULES, ServerRule
 from fedkern.settings.data import DataSettings
@@ -31,6 +33,14 @@ POLICIES = {
     ),
 }
 """Options of every policy of asynchronous rounds (`fedkern.engine.asynchronous`), by its name."""
+_TARGET = re.compile(r"\s*([A-Za-z]\w*)\s*(>=|<=)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*")
+
+
+def stop_target(text: str) -> tuple[str, str, float]:
+    """The figure, ``>=`` or ``<=``, and the value of ``--stop-at``; raises UserError where it is something else."""
+    if (match := _TARGET.fullmatch(text)) is None:
+        raise UserError(f'--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as accuracy>=0.9, not "{text}".')
+    return match[1], match[2], float(match[3])
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,33 @@ class FederationSettings(DataSettings):
         self.check_able(self.made.averages, AVERAGING, "compress", "aggregator")
         once = "whose server averages the clients' parameters once a round"
         self.check_able(self.made.steps_once, once, "server_rule", "server_lr")
+        if self.stop_at is not None:
+            stop_target(self.stop_at)
+        if self.asynchronous is not None:
+            self._check_asynchronous()
+
+    def _check_asynchronous(self) -> None:
+        """Raises UserError where the method cannot take stale uploads, or a step needs more clients than there are."""
+        if not (vars(self.kind).get("asynchronous", False) and self.made.averages):
+            able = ", ".join(name for name, kind in registry.METHODS.items() if vars(kind).get("asynchronous", False))
+            raise UserError(
+                f"--asynchronous is for methods whose class declares that stale uploads do no harm ({able}), and "
+                f"{self.method} counts on whole rounds: leave it out, or choose another method."
+            )
+        _, options = self.policy
+        if options.get("buffer", 1) > self.trained_clients and "clients" not in self.unset:
+            raise UserError(
+                f"--asynchronous {self.asynchronous} steps after the uploads of {options['buffer']} clients, and the "
+                f"run has {self.trained_clients}: take a smaller buffer, or more clients."
+            )
+
+    def check_whole_rounds(self, name: str, given: bool) -> None:
+        """Raises UserError where ``--asynchronous`` forbids a setting, which is about rounds that end for all."""
+        if given and self.asynchronous is not None:
+            raise UserError(
+                f"{name} is about rounds that all their clients begin and end, and --asynchronous has none: leave one "
+                "of the two out."
+            )
 
     def check_able(self, able: bool, what: str, *names: str) -> None:
         """Raises UserError for settings of methods that do ``what`` where the method is not ``able`` to."""
@@ -125,6 +162,11 @@ class FederationSettings(DataSettings):
             raise UserError(
                 f"{name} is for methods {what}, which {self.method} with these options does not do: leave it out."
             )
+
+    @property
+    def policy(self) -> tuple[str, dict[str, Any]]:
+        """The policy of ``asynchronous`` and its options."""
+        return cast(tuple[str, dict[str, Any]], with_options("--asynchronous", self.asynchronous or "", POLICIES))
 
     @property
     def sampled_clients(self) -> int:

@@ -78,6 +78,8 @@ class PrivacySettings(FaultSettings, ModelSettings):
         super().check()
         self.check_able(self.made.averages, AVERAGING, "dp_clip", "dp_noise")
         self._check_client_level()
+        self.check_whole_rounds("--dp-clip", self.dp_clip is not None)
+        self.check_whole_rounds("--buffers pool", self.buffers == "pool")
         if self.patient_images is not None and self.privacy_unit != "patient":
             raise UserError("--patient-images is for --privacy-unit patient: give that too, or leave it out.")
 

@@ -203,9 +203,6 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
         )
     if config.buffers == "pool" and "pairs" not in data.task.offers:
         raise UserError("--buffers pool is for image-text data, whose networks have batch norm in their heads alone.")
-    if config.teachers is not None and not kind.takes_teachers:
-        able = ", ".join(sorted(name for name, kind in registry.METHODS.items() if kind.takes_teachers))
-        raise UserError(f"--teachers is not for {config.method}, whose clients train round by round; it is for {able}.")
     _check_pairs(config, data)
     if alone is None and not all(map(len, data.tests.values())):
         raise UserError(f"There are no test {data.form.noun}: name a test split in the data, or a test_share above 0.")

@@ -248,8 +248,8 @@ class Twice(FedAvg):
         ("scaffold", {}, r"class declares that stale uploads do no harm \(.*fedavg.*\), and scaffold counts on whole"),
         ("feddyn", {}, "feddyn counts on whole rounds"),
         ("afl", {}, "afl counts on whole rounds"),
+        ("fedproto", {"options": {"networks": "personal"}}, "fedproto counts on whole rounds"),
         (Inheriting, {}, "fedavg counts on whole rounds"),
-        (Twice, {}, "for rounds of one exchange with clients that are drawn, and fedavg"),
         ("fedavg", {"dropout_rate": 0.1}, "--dropout-rate is about rounds that all their clients begin and end"),
         ("fedavg", {"straggler_rate": 0.1, "deadline": 2.0}, "--deadline is about rounds"),
         ("fedavg", {"straggler_rate": 0.1, "stragglers": "drop"}, "--stragglers is about rounds"),
@@ -262,26 +262,47 @@ class Twice(FedAvg):
         ("fedavg", {"asynchronous": "fedasync:buffer=2"}, '--asynchronous fedasync has no option "buffer=2"'),
         ("fedavg", {"asynchronous": "fedbuff:buffer=0"}, '"buffer" of --asynchronous fedbuff must be at least 1'),
         ("fedavg", {"asynchronous": "fedbuff:buffer=5"}, "steps after the uploads of 5 clients, and the run has 4"),
-        ("fedavg", {"asynchronous": "fedbuff:buffer=2", "aggregator": "krum:byzantine=1"}, "cannot combine 2 uploads"),
+        ("fedavg", {"data": "captions"}, "--buffers pool is about rounds"),
     ],
 )
-def test_what_does_not_fit_is_refused_at_once(method, settings, message, make_data, make_config, tmp_path, monkeypatch):
+def test_settings_that_do_not_fit_are_refused_before_the_data_are_read(method, settings, message, monkeypatch):
     if not isinstance(method, str):
         monkeypatch.setitem(METHODS, "fedavg", method)
         method = "fedavg"
-    given = {"asynchronous": "fedbuff:buffer=2", **settings}
     with pytest.raises(UserError, match=message):
-        run(make_config(method, clients=4, **given), out=tmp_path / "run", data=make_data(SIZES))
+        RunConfig.make(method, **{"clients": 4, "asynchronous": "fedbuff:buffer=2", **settings})
+
+
+def test_a_buffer_waits_for_the_number_of_clients_that_the_data_tell(make_data, make_config, tmp_path):
+    config = make_config("fedavg", clients=None, asynchronous="fedbuff:buffer=12")
+    assert "clients" in config.unset
+    with pytest.raises(UserError, match="steps after the uploads of 12 clients, and the run has 4"):
+        run(config, out=tmp_path / "run", data=make_data(SIZES))
     assert not (tmp_path / "run").exists()
 
 
-def test_pooled_statistics_are_refused(make_pairs, tmp_path):
-    config = RunConfig.make(
-        "fedavg", data="captions", clients=3, rounds=1, width=4, batch_size=8, threads=1, asynchronous="fedasync",
-        buffers="pool",
-    )  # fmt: skip
-    with pytest.raises(UserError, match="--buffers pool is about rounds"):
-        run(config, out=tmp_path / "run", data=make_pairs())
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (Twice, {}, "for rounds of one exchange with clients that are drawn, and fedavg"),
+        (METHODS["fedavg"], {"aggregator": "krum:byzantine=1"}, "cannot combine 2 uploads"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_at_once(
+    method, settings, message, make_data, make_config, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(METHODS, "fedavg", method)
+    config = make_config("fedavg", clients=4, asynchronous="fedbuff:buffer=2", **settings)
+    with pytest.raises(UserError, match=message):
+        run(config, out=tmp_path / "run", data=make_data(SIZES))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_comparison_is_refused_before_its_first_run(tmp_path, capsys):
+    words = ["compare", "fedavg", "scaffold", "--data", "digits", "--asynchronous", "fedasync"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "scaffold counts on whole rounds" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_ranks_and_flower_are_refused(make_data, make_config, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,8 @@ from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import BEST, BEST_SO_FAR
 from fedkern.engine.store.saved_model import about_network, checksum, write_model
 from fedkern.errors import UserError
+from fedkern.settings.federation import stop_target
 from fedkern.tasks.figure_names import check_reachable, split_metric
-
-_TARGET = re.compile(
-    r"\s*(?P<figure>[A-Za-z]\w*)\s*(?P<sign>>=|<=)\s*(?P<value>[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?)\s*"
-)
 
 
 @register_part("stop_at")
@@ -37,11 +33,8 @@ class StopAt(Part):
     """
 
     def __init__(self, target: str, context: RunContext) -> None:
-        match = _TARGET.fullmatch(target)
-        if match is None:
-            raise UserError(f'--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as accuracy>=0.9, not "{target}".')
-        self._context, self._value = context, float(match["value"])
-        self._figure, self._sign = match["figure"], match["sign"]
+        self._context = context
+        self._figure, self._sign, self._value = stop_target(target)
         check_reachable("--stop-at", self._figure, self._value, falls=self._sign == "<=", own=context.data.tests)
         self._reason = ""  # once the value is reached
 

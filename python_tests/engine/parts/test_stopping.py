@@ -22,6 +22,7 @@ from fedkern.errors import UserError
 from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import About, Disclosure
 from fedkern.report.pages.run_page import headline, read
+from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.saved_network import tensors
@@ -59,7 +60,7 @@ def test_a_run_ends_with_the_round_that_reaches_the_value(target, before, reache
 )
 def test_another_target_is_refused(target):
     with pytest.raises(UserError, match="--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as "):
-        stop_at(target)
+        RunConfig.make("fedavg", stop_at=target)
 
 
 @pytest.mark.parametrize(

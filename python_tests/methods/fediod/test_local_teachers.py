@@ -8,7 +8,6 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
-from fedkern.settings.run_data import check_data
 from fedkern.settings.stored import load_settings
 from python_tests.methods.fediod_play import TINY
 
@@ -61,9 +60,9 @@ def test_teachers_of_an_earlier_run_or_of_ones_own(method, make_data, make_confi
     assert load_settings(tmp_path / "with-own").teachers == str(tmp_path / "own")
 
 
-def test_a_method_that_trains_none_takes_no_teachers(make_config, make_data, tmp_path):
+def test_a_method_that_trains_none_takes_no_teachers(make_config, tmp_path):
     with pytest.raises(UserError, match="--teachers is not for fedavg"):
-        check_data(make_config("fedavg", teachers=str(tmp_path)), make_data())
+        make_config("fedavg", teachers=str(tmp_path))
 
 
 def test_a_cosine_of_the_teachers_rate():
