@@ -244,6 +244,20 @@ def test_curves_of_an_asynchronous_run_are_over_the_clock():
     assert axes.get_xlabel().startswith("virtual clock")
 
 
+def test_every_picture_of_an_asynchronous_run_is_over_the_clock():
+    clients = {"0": {"weight": 0.4, "loss": 1.0}}
+    rounds = [
+        {"round": i, "mean_client_accuracy": 0.1, "clients": clients, "clock": 7.5 * i, "staleness": 0.5}
+        for i in (1, 2)
+    ]
+    records = [{"round": -1, "clients": clients}, *rounds]  # a set-up round takes no time
+    axes = clients_picture(records, "accuracy", title="t").axes[0]
+    assert list(axes.get_lines()[0].get_xdata()) == [7.5, 15.0]
+    assert axes.get_xlabel().startswith("virtual clock")
+    (weights,) = client_curves.weight_panels(records)
+    assert weights.curves[0].at == [0.0, 7.5, 15.0]
+
+
 def test_the_mean_and_the_worst_client_have_a_curve_each():
     records = [{"round": i, "mean_client_accuracy": 0.1 * i, "worst_client_accuracy": 0.05 * i} for i in (1, 2)]
     axes = clients_picture([*records, {"round": 3, "loss": 1.0}], "accuracy", title="t").axes[0]
@@ -396,6 +410,13 @@ def quick(monkeypatch, tmp_path, data):
     monkeypatch.setattr(gradcam, "draw", lambda _, panels, path, **__: path.touch())
     monkeypatch.setattr(artifact_sheet, "draw", lambda _, path, **__: path.touch())
     return make_run(tmp_path, data)
+
+
+def test_the_settings_are_loaded_once(quick, data, monkeypatch):
+    read, loaded = RunConfig.of, []
+    monkeypatch.setattr(RunConfig, "of", lambda values: loaded.append(values) or read(values))
+    pictures.write_pictures(quick, data=data)
+    assert len(loaded) == 1
 
 
 @pytest.mark.parametrize(("place", "picture"), FAULTS)

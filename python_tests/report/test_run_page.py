@@ -119,6 +119,18 @@ def test_charts_hold_the_figures_of_the_run(finished):
     assert counts == [record["samples"] for record in records[0]["clients"].values()]
 
 
+def test_curves_of_an_asynchronous_run_are_over_the_clock(finished, monkeypatch):
+    run, drawn = run_page.read(finished), []
+    monkeypatch.setattr(run_page, "curves", lambda _, __, panels, **___: drawn.extend(panels))
+    records = [{**record, "clock": 7.5 * record["round"], "staleness": 0.5} for record in run.records]
+    run = dataclasses.replace(run, records=records)
+    for part in (run_page._curves, run_page.clients):
+        list(part(run))
+    every = [curve for panel in drawn for curve in panel.curves]
+    assert len(every) > 6
+    assert all(list(curve.at) == [7.5 * number for number in curve.rounds] for curve in every)
+
+
 def test_the_file_has_every_chart_with_a_text_and_a_table(finished, finished_page):
     page = finished_page
     assert page.unclosed == []

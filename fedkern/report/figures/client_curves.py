@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from fedkern.report.figures.curves import Curve, Panel, Points, by_name, look, thin_curves
+from fedkern.report.figures.curves import Curve, Panel, Points, by_name, look, over_clock, thin_curves
 from fedkern.report.figures.plots import GREY, ORANGE
 
 CLIENTS = 12
@@ -58,7 +58,7 @@ def weight_panels(records: Sequence[Mapping[str, Any]], *, by_samples: bool = Fa
         summary = [] if few else client_curves(records, key)
         if points:
             panels.append(Panel(axis, curves, "", key == "weight", False, levels, name, summary))
-    return panels
+    return over_clock(records, panels)
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, Points]:

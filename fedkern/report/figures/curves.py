@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -114,15 +114,11 @@ def by_name(points: Iterable[tuple[str, int, Any]], factor: float = 1) -> dict[s
 # -- the panels of a run -----------------------------------------------------------------------------------------------
 
 
-def set_curves(points: Mapping[str, Points], clock: Mapping[int, float] | None = None) -> dict[str, Curve]:
-    """A curve for every test set, known sets first; ``clock``: see :func:`clock_of`."""
+def set_curves(points: Mapping[str, Points]) -> dict[str, Curve]:
+    """A curve for every test set, known sets first."""
     others = [name for name in points if name not in _SETS]
     looks = _SETS | {name: look(2 + number) for number, name in enumerate(others)}
-    return {
-        name: Curve(set_title(name) or "test", *points[name], looks[name],
-                    at=[clock.get(at, at) for at in points[name][0]] if clock else None)
-        for name in looks if name in points
-    }  # fmt: skip
+    return {name: Curve(set_title(name) or "test", *points[name], looks[name]) for name in looks if name in points}
 
 
 def accuracy_panels(
@@ -150,15 +146,15 @@ def accuracy_panels(
         (name, at, value) for name, figure, at, value in split if figure == "gallery"
     ).items()}  # fmt: skip
     panels: dict[float, dict[str, Curve]] = {}  # curves by number of candidates
-    for name, curve in set_curves(points, clock_of(records)).items():
+    for name, curve in set_curves(points).items():
         panels.setdefault(sizes.get(name, 0.0), {})[name] = curve
-    return [
+    return over_clock(records, [
         Panel(
             short_title(main) + (f"\namong {size:,.0f} candidates" if size else ""), [*curves.values()], unit,
             ends=True, **levels(main, [(chance or {}).get(f"{name}_{main}" if name else main) for name in curves]),
         )
         for size, curves in panels.items()
-    ]  # fmt: skip
+    ])  # fmt: skip
 
 
 def levels(figure: str, values: Iterable[float | None]) -> dict[str, Any]:
@@ -185,7 +181,7 @@ def client_panels(records: Sequence[Mapping[str, Any]], main: str) -> list[Panel
     )
     every = [*thin_curves(singles), *(Curve(name, *points) for name, points in curves.items())]
     axis = f"{short_title(main)}\non the clients' own test sets"
-    return [Panel(axis, every, unit, ends=True)] if curves else []
+    return over_clock(records, [Panel(axis, every, unit, ends=True)]) if curves else []
 
 
 def thin_curves(points: Mapping[str, Points]) -> list[Curve]:
@@ -198,6 +194,17 @@ def thin_curves(points: Mapping[str, Points]) -> list[Curve]:
 def clock_of(records: Iterable[Mapping[str, Any]]) -> dict[int, float]:
     """When every round of an asynchronous run was over on the virtual clock; empty for a run of synchronous rounds."""
     return {int(record["round"]): float(record["clock"]) for record in records if "staleness" in record}
+
+
+def over_clock(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> list[Panel]:
+    """The panels, their curves over the clock where the records are of an asynchronous run."""
+    if not (clock := clock_of(records)):
+        return [*panels]
+
+    def moved(curve: Curve) -> Curve:
+        return replace(curve, at=[clock.get(number, 0.0) for number in curve.rounds])  # set-up rounds take no time
+
+    return [replace(panel, curves=[*map(moved, panel.curves)]) for panel in panels]
 
 
 # -- the drawing -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from fedkern.files import atomic
 from fedkern.report.figures.matplotlib_import import undocumented
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
-from fedkern.settings.stored import load_plugins, load_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,10 +72,15 @@ def write_pictures(
         UserError: a file of the run is missing, damaged or not written by the run, or the run's settings were changed;
             or the records are private and the run is not finished.
     """
-    load_plugins(run_dir, trusted)
-    _check(run_dir)
+    root = {} if data_root is None else {"data_root": data_root}
+    config = unedited(run_dir, trusted=trusted, device="cpu", cache=remembered(run_dir), **root)
+    if read_summary(run_dir) is None and config.records == "private":
+        raise UserError(
+            f"{run_dir} has no summary.json, and its records are private: finish the run with --resume "
+            f"{shlex.quote(str(run_dir))} before its pictures are drawn."
+        )
     failed: dict[str, str] = {}
-    paths = _draw(run_dir, data, model, data_root, trusted, failed)
+    paths = _draw(run_dir, config, data, model, trusted, failed)
     for name, why in failed.items():
         (run_dir / name).unlink(missing_ok=True)  # of an older network
         warn(f"{name} is missing, as it cannot be drawn: {why}.")
@@ -109,21 +113,11 @@ def finished_pictures(
         return [], str(error).rstrip(".")
 
 
-def _check(run_dir: Path) -> None:
-    """Raises UserError if the run's settings were changed, or the records are private and the run is not finished."""
-    config = unedited(run_dir, device="cpu")
-    if read_summary(run_dir) is None and config.records == "private":
-        raise UserError(
-            f"{run_dir} has no summary.json, and its records are private: finish the run with --resume "
-            f"{shlex.quote(str(run_dir))} before its pictures are drawn."
-        )
-
-
 def _draw(
     run_dir: Path,
+    config: RunConfig,
     data: Any,
     model: torch.nn.Module | None,
-    data_root: str | None,
     trusted: Collection[str],
     failed: dict[str, str],
 ) -> list[Path]:
@@ -134,8 +128,6 @@ def _draw(
         from fedkern.report import chance
         from fedkern.report.figures import client_curves, confusion_sheet, curves, plots
 
-    root = {} if data_root is None else {"data_root": data_root}
-    config = load_settings(run_dir, device="cpu", cache=remembered(run_dir), **root)
     data = kept_data(config, load_data(config, masks=False)) if data is None else data
     name = f"{config.method} on {config.data}"
     paths: list[Path] = []

@@ -35,7 +35,15 @@ from fedkern.methods.common.final_figures import set_name
 from fedkern.report import chance
 from fedkern.report.figures import confusion_sheet, pictures
 from fedkern.report.figures.client_curves import SPREAD, client_curves, weight_panels
-from fedkern.report.figures.curves import Curve, Panel, accuracy_panels, by_name, client_panels, set_curves
+from fedkern.report.figures.curves import (
+    Curve,
+    Panel,
+    accuracy_panels,
+    by_name,
+    client_panels,
+    over_clock,
+    set_curves,
+)
 from fedkern.report.figures.plots import COLOURS, DRAWN, partition_picture
 from fedkern.report.names import CELL
 from fedkern.report.pages import html_page
@@ -424,7 +432,8 @@ def _curves(run: Contents) -> Iterator[Block]:
         for test_set, figure in [run.split(name)] if figure == "loss" and (test_set or main in record)
     ) | by_name(("training", record["round"], _training_loss(record, main)) for record in run.records)  # fmt: skip
     if losses:
-        yield curves("loss", "Loss over the rounds", [Panel("loss", [*set_curves(losses).values()], zero=False)])
+        panels = [Panel("loss", [*set_curves(losses).values()], zero=False)]
+        yield curves("loss", "Loss over the rounds", over_clock(run.records, panels))
 
 
 def _training_loss(record: Mapping[str, Any], main: str) -> float | None:
@@ -465,7 +474,8 @@ def clients(run: Contents) -> Iterator[Block]:
         if each := client_curves(run.records, key):
             some = {curve.name for curve in each} == {*SPREAD}
             note = "The highest, the middle and the lowest value of each round." if some else ""
-            yield curves(f"client-{key}", title, [Panel(axis, each, zero=key != "loss")], note=note)
+            panels = [Panel(axis, each, zero=key != "loss")]
+            yield curves(f"client-{key}", title, over_clock(run.records, panels), note=note)
     yield from _client_table(run)
 
 
