@@ -140,14 +140,9 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
     """Checks that the server of a method only adds vectors up, once a round, which noise on their sum covers.
 
     Raises:
-        UserError: it does more with uploads, clients keep what clipping would spoil, or other things travel.
+        UserError: it does more with uploads, or other things travel.
     """
     name = config.method
-    if method.follows_own_update:
-        raise UserError(
-            f"--dp-clip is not for {name}, whose clients keep a gradient of their whole update, which the server "
-            "scales down: leave it out."
-        )
     if method.guarantee(server) is not None:
         raise UserError(f"--dp-clip is not for {name}, which has differential privacy of its own: leave it out.")
     for entry in method.rounds(server.federation):
@@ -172,11 +167,6 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
                 f'--dp-clip is not for {name} with these options, whose clients upload "{key}", which the server does '
                 "not only add up: leave it out, or choose other options."
             )
-    if config.buffers == "pool":
-        raise UserError(
-            "--buffers pool has clients upload sums over their samples, which --dp-clip does not bound: take --buffers "
-            "average, local or drop."
-        )
     if config.dp_noise and context.words() is not None:
         raise UserError(
             f"--dp-noise does not cover the vocabulary that --text-encoder {config.text_encoder} learns from the "

@@ -18,7 +18,7 @@ from fedkern.methods import registry, script_methods
 from fedkern.methods.aggregators import AGGREGATORS, MEAN
 from fedkern.models import MODELS
 from fedkern.settings import toml
-from fedkern.settings.data import DATA_DEPENDENT, PARTS
+from fedkern.settings.data import DATA_DEPENDENT
 from fedkern.settings.defaults import default_data, defaults
 from fedkern.settings.execution import ExecutionSettings
 from fedkern.settings.found import FINGERPRINTS, Found
@@ -148,9 +148,6 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         explicit = registry.given_options(method, options)
         merged = kind.Options.resolved({**default_options, **explicit}, explicit.keys())
         merged_data = given_options(str(base["data"]), data_options or {})
-        for name, parent in PARTS.items():
-            if name in merged_data and not merged_data.get(parent):
-                raise UserError(f"Data option {name} has no effect without {parent}: give that too, or leave it out.")
         rule = str(base.get("aggregator", MEAN)).partition(":")[0].strip()
         used = plugin_room.used(
             {"method": method, "data set": str(base["data"]), "model": str(base["model"]), "aggregator": rule}

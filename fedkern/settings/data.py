@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from fedkern.data import AUGMENTATIONS, DATASETS
+from fedkern.errors import UserError
 from fedkern.files.filesystem import absolute
 from fedkern.settings.defaults import COMMON
 from fedkern.settings.section import OF_METHOD, Section
@@ -63,6 +64,12 @@ class DataSettings(Section):
     )
     data_options: Mapping[str, Any] = field(default_factory=dict)
     unset: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def check(self) -> None:
+        super().check()
+        for name, parent in PARTS.items():
+            if name in self.data_options and not self.data_options.get(parent):
+                raise UserError(f"Data option {name} has no effect without {parent}: give that too, or leave it out.")
 
     def replace(self, **settings: Any) -> Self:
         """A copy with some settings changed, which are then no longer left open; nothing is converted or checked."""
