@@ -137,9 +137,11 @@ class FederationSettings(DataSettings):
         """Raises UserError where the method cannot take stale uploads, or a step needs more clients than there are."""
         if not (vars(self.kind).get("asynchronous", False) and self.made.averages):
             able = ", ".join(name for name, kind in registry.METHODS.items() if vars(kind).get("asynchronous", False))
+            own = "asynchronous" in vars(self.kind)
+            why = "counts on whole rounds" if own else "does not declare it in its own class"
             raise UserError(
                 f"--asynchronous is for methods whose class declares that stale uploads do no harm ({able}), and "
-                f"{self.method} counts on whole rounds: leave it out, or choose another method."
+                f"{self.method} {why}: leave it out, or choose another method."
             )
         _, options = self.policy
         if options.get("buffer", 1) > self.trained_clients and "clients" not in self.unset:

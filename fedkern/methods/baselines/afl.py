@@ -24,6 +24,7 @@ class AFL(Robust):
     """Weighs clients for the worst of all their mixtures: agnostic federated learning (arXiv 1902.00146)."""
 
     asks = frozenset({"loss"})
+    asynchronous = False  # counts on whole rounds
     replayable = True
 
     @property

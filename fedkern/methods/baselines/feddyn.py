@@ -38,6 +38,7 @@ class FedDyn(FedAvg):
     """Regularises every client dynamically, so that local and global optima agree (arXiv 2111.04263)."""
 
     asks = frozenset({"loss"})
+    asynchronous = False  # counts on whole rounds
     follows_own_update = True
     memoryless = False
 

@@ -45,6 +45,7 @@ class Scaffold(FedAvg):
     """Corrects local steps by control variates against client drift; twice FedAvg's bytes (arXiv 1910.06378)."""
 
     asks = frozenset({"loss"})
+    asynchronous = False  # counts on whole rounds
     memoryless = False
 
     @dataclass(frozen=True)
