@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -37,6 +37,7 @@ class Hooked(OwnNetwork):
         features: name of the submodule that gives the features; None: they are what ``head`` takes.
         shape: of an image.
         widths: numbers of features and logits.
+        changed: the stages whose results the network changes in place later (an in-place ReLU): it gets copies of them.
 
     Attributes:
         stage_names: the stages, then ``"feature"``.
@@ -46,11 +47,11 @@ class Hooked(OwnNetwork):
 
     def __init__(
         self, module: nn.Module, head: str | None, stages: Sequence[str], features: str | None, shape: Sequence[int],
-        widths: tuple[int, int] = (0, 0),
+        widths: tuple[int, int] = (0, 0), changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(module, head)
         self.stage_names = (*stages, FEATURE)
-        self._shape, self._features = tuple(shape), features
+        self._shape, self._features, self._changed = tuple(shape), features, changed
         self.found, self.calls = dict[str, Tensor](), Counter[str]()
         self._rest = None if features is None else Rest(self, *widths)
 
@@ -72,7 +73,8 @@ class Hooked(OwnNetwork):
             results[stage] = result
             if stage == stop:
                 raise _Stop
-            return result  # in the place of what waits to be computed
+            # In the place of what waits to be computed; a copy, where the result would not stay as it is.
+            return result.clone() if stage in self._changed else result
 
         met.takes_computed = True  # type: ignore[attr-defined]
         with ExitStack() as hooks:
@@ -171,5 +173,18 @@ def find_taps(
                 raise UserError(f"{what}: {text} calls it {times} times, or it gives no tensor of a row an image.")
             if not torch.allclose(tried.again(name, result)[LOGITS], results[LOGITS], rtol=1e-3, atol=1e-4):
                 raise UserError(f"{what}: the logits of {text} depend on more than it gives: name a later submodule.")
+        changed = {name for mode in (False, True) for name in _changed(tried.train(mode), images)}
     widths = results[FEATURE].shape[1], results[LOGITS].shape[1]
-    return head, stages, features, shape, widths
+    return head, stages, features, shape, widths, changed
+
+
+@torch.random.fork_rng(devices=[])
+def _changed(network: Hooked, images: Tensor) -> list[str]:
+    """The stages whose results are no longer those of the submodules when the network has run to its end."""
+
+    def results(stop: str = "") -> dict[str, Tensor]:
+        torch.manual_seed(0)  # dropout
+        return network.call(images, stop=stop)
+
+    whole = results()
+    return [name for name in network.stage_names if not torch.equal(whole[name], results(name)[name])]

@@ -12,7 +12,7 @@ from fedkern.engine.script_objects import ScriptObjects
 from fedkern.errors import UserError
 from fedkern.models.hooked import Hooked, find_taps
 from fedkern.models.precision import computing
-from fedkern.models.user_models import ItemNetwork, OwnNetwork
+from fedkern.models.user_models import ItemNetwork, Own, OwnNetwork
 from fedkern.settings.config import RunConfig
 
 SHAPE = (3, 8, 8)
@@ -60,6 +60,16 @@ class Skipping(Functional):
         return self.fc2(F.relu(self.fc1(x.view(len(x), -1))))
 
 
+class InPlace(Functional):
+    """Activations and dropout that change their inputs."""
+
+    def forward(self, x):
+        x = F.dropout(self.norm1(self.conv1(x)), 0.2, self.training, inplace=True)
+        x = F.max_pool2d(F.relu(x, inplace=True), 2)
+        x = F.max_pool2d(F.relu(self.norm2(self.conv2(x)), inplace=True), 2)
+        return self.fc2(F.relu(self.fc1(x.view(len(x), -1)), inplace=True))
+
+
 class Twice(Functional):
     def forward(self, x):
         return super().forward(x) + super().forward(x.flip(0))
@@ -105,6 +115,38 @@ def test_a_pass_from_a_stage_on_is_that_of_the_sequence(stage, network, images):
         for one, other in zip(plain.buffers(), parts.buffers(), strict=True):
             torch.testing.assert_close(one, other)
         assert plain.training is mode
+
+
+@pytest.mark.parametrize("stage", ["norm1", "norm2", "fc1"])
+@pytest.mark.parametrize("training", [True, False])
+def test_results_stay_as_they_are_before_in_place_layers(stage, training, images):
+    """A method mixes the maps that a stage gives, not what an in-place ReLU makes of them."""
+    torch.manual_seed(0)
+    found = hooked(InPlace(), [stage]).train(training)
+    torch.manual_seed(2)
+    own = found.stages(images, upto=stage)
+    assert own.min() < 0
+    with torch.no_grad():
+        torch.manual_seed(2)
+        assert torch.equal(own, found.stages(images, upto=stage))
+    mixed = own + 1
+    before = mixed.clone()
+    found.tail(mixed, after=stage)
+    assert torch.equal(mixed, before)
+
+
+def test_a_sequence_leaves_maps_as_they_are(images):
+    """Also where a stage ends before an in-place ReLU."""
+    parts = sequence(Functional())
+    parts[2], parts[6] = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+    parts.stages = {"norm1": "1", "norm2": "5"}
+    network = Own(parts, "net")(classes=3, channels=3, sides=SHAPE[1:], seed=0, word=0, width=None)
+    for stage in network.stage_names[:-1]:
+        own = network.stages(images, upto=stage)
+        before = own.clone()
+        network.tail(own, after=stage)
+        assert own.min() < 0
+        assert torch.equal(own, before)
 
 
 def test_what_is_known_is_not_computed_again(network, images):
