@@ -46,6 +46,11 @@ class ImageForm:
         """The size of a sample in words."""
         return f" of {'×'.join(map(str, self.shape))}"
 
+    def stored(self) -> tuple[str, ...]:
+        """A line on images that are no files: depth, colour and size."""
+        colour = {1: "grey", 3: "RGB"}.get(self.shape[0], f"{self.shape[0]} channels")
+        return (f"images: 8-bit {colour}, {self.shape[2]} x {self.shape[1]}",)
+
     def central(self, split: Any) -> Any:
         """A split that is not augmented: the window that a network sees."""
         return central(split, self.shape[1:])
@@ -109,6 +114,10 @@ class ItemForm:
     def said(self) -> str:
         """The tensors of a batch in words."""
         return f", two of which are {', '.join(self.shapes)}"
+
+    def stored(self) -> tuple[str, ...]:
+        """Nothing: samples are what a user's data set gives."""
+        return ()
 
     def central(self, split: Any) -> Any:
         """The split itself."""

@@ -230,6 +230,10 @@ def test_only_warnings_are_left(quiet, json):
     assert out.file.getvalue() == "warning (bank): no background [at all]\n"
 
 
+def test_depth_colour_and_size_of_images_that_are_no_files_are_told():
+    assert "images: 8-bit grey, 8 x 8" in progress.headline(info())
+
+
 def test_a_resumed_run_says_so():
     assert progress.headline(info(first_round=2))[-1] == "resumed after round 2 of 3"
 

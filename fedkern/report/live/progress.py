@@ -35,7 +35,7 @@ UNSHOWN = (
 
 
 def headline(run: RunInfo) -> list[str]:
-    """Heading of a run: method, data, model, device, run folder and what epsilon covers, in two to seven lines."""
+    """Heading of a run: method, data, model, device, run folder and what epsilon covers, in two to eight lines."""
     config = run.config
     samples, clients = sum(run.samples), len(run.samples)
     tests = [
@@ -66,7 +66,7 @@ def headline(run: RunInfo) -> list[str]:
         lines.append(f"sites: {', '.join(sites[:SITES])}{', ...' * (len(sites) > SITES)}")
     lines += [f"{config.model}: {config.served}"] if config.served else []
     lines += [f"local training: {config.training}"] if config.training else []
-    notes = run.data.form.seen if run.data is not None else ()
+    notes = () if run.data is None else run.data.form.seen or run.data.form.stored()
     lines += notes[:1] if run.private else notes[1:] or notes  # of single sites nothing, where records are private
     lines += _resized(run.data)
     if run.guarantee is not None:
