@@ -40,6 +40,12 @@ def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
     return norm
 
 
+def _of_groups(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """The values of an optimiser's groups as texts, by name, but for parameters and rates."""
+    names = dict.fromkeys(name for group in optimizer.param_groups for name in group if name not in ("params", "lr"))
+    return {name: repr([group.get(name) for group in optimizer.param_groups]) for name in names}
+
+
 def own_stepper(
     network: Any, schedule: Any, terms: Terms | None, previous: Mapping[str, Any]
 ) -> tuple[Callable[[float], ops.StepResult], Callable[[], dict[str, Any]]]:
@@ -51,7 +57,7 @@ def own_stepper(
     theta, gradients = network.parameters.detach(), network.gradients
     vectors = network.gradient_vectors
     optimizer = made(schedule.make, network.trained)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates, begun = [group["lr"] for group in optimizer.param_groups], _of_groups(optimizer)
     if previous:
         state = {int(index): copy.deepcopy(values) for index, values in previous.items()}  # steps change what is loaded
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -69,11 +75,17 @@ def own_stepper(
         return ops.StepResult(torch.isfinite(norm), norm.square())
 
     def read_state() -> dict[str, Any]:
-        states = optimizer.state_dict()["state"]
-        plain = (Tensor, int, float, str)
-        return {
-            str(index): {name: value for name, value in values.items() if isinstance(value, plain)}
-            for index, values in states.items()
+        states = {
+            str(index): {name: value for name, value in values.items() if value is not None}
+            for index, values in optimizer.state_dict()["state"].items()
         }
+        kept = {name: value for values in states.values() for name, value in values.items()}
+        unkept = [name for name, value in kept.items() if not isinstance(value, (Tensor, int, float, str))]
+        if unkept := unkept + [name for name, text in _of_groups(optimizer).items() if text != begun.get(name)]:
+            raise UserError(
+                f"optimizer_state keep: {type(optimizer).__name__} has {unkept[0]}, which cannot be kept: tensors, "
+                "numbers and texts of single parameters can. Leave optimizer_state out."
+            )
+        return states
 
     return step, read_state

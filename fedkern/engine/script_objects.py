@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,19 @@ _UNREAD = {
     "optimizer": ("lr", "momentum", "weight_decay"),
 }
 """Settings that a function takes the place of."""
+
+
+def _check_arguments(name: str, function: Any, words: str, count: int) -> None:
+    """Raises UserError where a function cannot be called with ``count`` arguments, which ``words`` name."""
+    try:
+        if function is not None:
+            inspect.signature(function).bind(*range(count))
+    except ValueError:  # it tells no signature
+        return
+    except TypeError as error:
+        code = getattr(function, "__code__", None)
+        where = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
+        raise UserError(f"{name} must be a function of {words}: {error}{where}.") from None
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,8 @@ class ScriptObjects:
         optimizer = settings.pop("optimizer") if callable(settings.get("optimizer")) else None
         if train is not None and not callable(train):
             raise UserError(f"train must be a function of a model and a client, not {shown(train)}.")
+        _check_arguments("train", train, "a model and a client", 2)
+        _check_arguments("optimizer", optimizer, "a list of parameters", 1)
         what = "train" if train is not None else "optimizer" if optimizer is not None else ""
         for name in _UNREAD.get(what, ()):
             if settings.get(name) is not None or (name == "optimizer" and optimizer is not None):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +13,19 @@ from torch.nn.functional import cross_entropy
 import fedkern
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import ClientFailed, UserError
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.report.live.progress import headline
+from fedkern.settings.defaults import COMMON
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.own_networks import Plain, Staged
 from python_tests.saved_network import same_network, tensors
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 HOW = {"lr": 0.05, "momentum": 0.5, "local_epochs": 2, "rounds": 3}
 
 
@@ -81,6 +86,102 @@ def test_a_loop_like_fedavg_has_its_bits(settings, kind, played):
     assert same_network(*(played(name, script=script, **settings) for name, script in scripts.items()))
 
 
+class Trainer:
+    """A trainer as libraries have them: it asks the module for optimiser and loss, and reads its loader every epoch."""
+
+    def fit(self, module, loader, epochs):
+        optimizer = module.optimizer()
+        for _ in range(epochs):
+            for batch in loader:
+                optimizer.zero_grad()
+                module.step(*batch).backward()
+                optimizer.step()
+
+
+class Module(nn.Module):
+    def __init__(self, network, lr):
+        super().__init__()
+        self.network, self.lr = network, lr
+
+    def step(self, inputs, targets):
+        return cross_entropy(self.network(inputs), targets)
+
+    def optimizer(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.5)
+
+
+class Loader:
+    def __init__(self, client):
+        self.client = client
+
+    def __iter__(self):
+        return ((batch.inputs, batch.targets) for batch in self.client.batches())
+
+
+def fitted(model, client):
+    Trainer().fit(Module(model, client.lr), Loader(client), client.epochs)
+
+
+def in_halves(model, client):
+    """Gradients of two halves of a batch, accumulated."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=client.lr, momentum=0.5)
+    for _ in range(client.epochs):
+        for batch in client.batches():
+            optimizer.zero_grad()
+            rows = len(batch.targets)
+            for half in torch.arange(rows).chunk(2):
+                loss = cross_entropy(model(batch.inputs[half]), batch.targets[half], reduction="sum")
+                (loss / rows).backward()
+            optimizer.step()
+
+
+def in_bf16(model, client):
+    """AMP with a scaler and a scheduler of the exchange."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, client.epochs)
+    scaler = torch.amp.GradScaler("cpu")
+    for _ in range(client.epochs):
+        for batch in client.batches():
+            optimizer.zero_grad()
+            with torch.autocast(client.device.type, torch.bfloat16):
+                loss = cross_entropy(model(batch.inputs), batch.targets)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        scheduler.step()
+    client.report["rate"] = scheduler.get_last_lr()[0]
+
+
+def test_a_trainer_s_fit_has_the_bits_of_fedavg(played):
+    torch.manual_seed(0)
+    model = Staged()
+    found = played("fedavg", script=ScriptObjects(model)), played("own", script=ScriptObjects(model, fitted))
+    assert same_network(*found)
+
+
+def test_accumulated_gradients_are_fedavg_s_to_rounding(played):
+    torch.manual_seed(0)
+    model = Plain()
+    first, found = played("fedavg", script=ScriptObjects(model)), played("own", script=ScriptObjects(model, in_halves))
+    for name, value in tensors(first).items():
+        torch.testing.assert_close(tensors(found)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_amp_and_a_scheduler_have_the_same_bits_in_workers(played):
+    script = ScriptObjects(train=in_bf16)
+    one, two = (played(workers, script=script, workers=workers) for workers in "12")
+    assert outcome(one)[0] == outcome(two)[0]
+    rates = [record["clients"]["0"]["rate"] for record in read_metrics(one)]
+    assert rates == pytest.approx([0, 0, 0], abs=1e-9)
+    assert not same_network(one, played("sgd", script=OWN))
+
+
+def test_the_example_has_the_bits_of_fedavg(played):
+    example = runpy.run_path(str(EXAMPLES / "own_loop.py"))["train"]
+    usual = {"momentum": COMMON["momentum"]}
+    assert same_network(played("fedavg", **usual), played("own", script=ScriptObjects(train=example), **usual))
+
+
 def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_data, played, tmp_path):
     expected = played("one", script=OWN, workers="1")
     assert outcome(expected)[0] == outcome(played("two", script=OWN, workers="2"))[0]
@@ -133,6 +234,21 @@ def test_what_is_frozen_stays_as_it_is(played):
         if name.startswith(("0.", "1.")):
             assert torch.equal(tensors(found)[name], value), name
     assert tensors(found).keys() == tensors(first).keys()
+
+
+def test_an_error_in_a_method_s_own_update_names_file_and_line(known, tmp_path):
+    class Own(FedAvg):
+        """FedAvg with a loop that fails inside of torch."""
+
+        def client_update(self, client, phase, message):
+            model = client.model(message)
+            for batch in client.batches():
+                cross_entropy(model(batch.inputs), batch.inputs)
+            return client.upload(model)
+
+    line = Own.client_update.__code__.co_firstlineno + 3
+    with pytest.raises(ClientFailed, match=rf"Client 0 failed in round 1: .*\(test_own_training.py, line {line}\)"):
+        fedkern.simulate(Own, data=known(), model="cnn", width=2, out=tmp_path / "run", progress=False, pictures=False)
 
 
 def test_a_method_s_own_update_has_the_same_words(played, monkeypatch):
@@ -209,6 +325,9 @@ def factory(found):
     ("method", "given", "said"),
     [
         ("fedavg", {"train": "loop"}, "train must be a function of a model and a client, not 'loop'"),
+        ("fedavg", {"train": lambda model: None}, r"train must be a function of a model and a client: too many "
+         r"positional arguments \(test_own_training.py, line \d+\)"),
+        ("fedavg", {"optimizer": lambda: None}, r"optimizer must be a function of a list of parameters: too .*line"),
         ("fedavg", {"train": loop, "momentum": 0.5}, "momentum has no effect beside a function train"),
         ("fedavg", {"train": loop, "freeze_bn_after": 1}, "freeze_bn_after has no effect beside a function train"),
         ("fedavg", {"train": loop, "optimizer": sgd}, "optimizer has no effect beside a function train"),
@@ -281,6 +400,32 @@ def test_a_kept_state_goes_on_in_the_next_round(factory, settings, played, make_
     run(load_settings(cut), out=cut, data=make_data(), script=script, resume=True)
     assert outcome(cut) == outcome(own)
     assert outcome(played("two", script=script, workers="2", **keep))[0] == outcome(own)[0]
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in its group, as schedule-free optimisers do."""
+
+    def step(self, closure=None):
+        self.param_groups[0]["steps"] = self.param_groups[0].get("steps", 0) + 1
+        return super().step(closure)
+
+
+class Remembering(torch.optim.SGD):
+    """Keeps a list for every parameter."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter].setdefault("norms", []).append(float(parameter.grad.norm()))
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Counting, "steps"), (Remembering, "norms")])
+def test_a_state_that_cannot_be_kept_is_refused(kind, name, played):
+    """Else the optimiser would begin the next round with a part of it."""
+    script = ScriptObjects(optimizer=lambda parameters: kind(parameters, lr=0.05))
+    with pytest.raises(UserError, match=f"optimizer_state keep: {kind.__name__} has {name}, which cannot be kept"):
+        played("keep", script=script, optimizer_state="keep", rounds=1)
+    assert (played("new", script=script, rounds=1) / "summary.json").exists()
 
 
 def test_kept_states_cost_the_secrecy_of_draws(played):
