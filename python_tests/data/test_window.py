@@ -82,7 +82,31 @@ def test_what_files_hold_and_a_network_sees_is_told(scans):
     assert not told  # the header tells it
 
 
-def test_percentiles_are_of_the_files(scans):
+def test_percentiles_are_of_the_training_files(scans):
+    for i, path in enumerate(sorted(scans.rglob("*.png"))):
+        split = scans / ("test" if i % 4 == 0 else "train") / path.parent.name
+        split.mkdir(parents=True, exist_ok=True)
+        moved = split / path.name
+        path.rename(moved)
+        if i % 4 == 0:
+            Image.fromarray(np.full((SIDE, SIDE), 60000, np.uint16)).save(moved)
+    for name in ("ill", "well"):
+        (scans / name).rmdir()
+    form = load("folder", root=scans, clients=2, partition="iid", options=options(window="0%,90%")).form
+    assert form.window == pytest.approx((40 + AIR, 40 + AIR), abs=150)
+
+
+def test_a_window_without_effect_is_told(tmp_path):
+    for i in range(12):
+        folder = tmp_path / "ab"[i % 2]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(np.full((9, 9), i, np.uint8)).save(folder / f"{i}.png")
+    told = []
+    load("folder", root=tmp_path, clients=2, partition="iid", options=options(window="40,400"), notice=told.append)
+    assert told == ["The data option window=40,400 has no effect: no file has greys of over 8 bits."]
+
+
+def test_percentiles_are_of_the_pixels(scans):
     paths = sorted(scans.rglob("*.png"))
     looks = looked_at(paths[::2], 10**6, True).values()
     low, high = window_of("0%,100%", looks)

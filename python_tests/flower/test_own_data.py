@@ -119,6 +119,18 @@ def test_data_that_do_not_fit_together(folders):
     assert not (folders / "run").exists()
 
 
+def test_windows_of_every_folder_s_own_percentiles_do_not_fit_together(folders):
+    """The same grey would be another one to every client."""
+    rng = np.random.default_rng(0)
+    for k, machine in enumerate(map(str, SIZES)):
+        for path in sorted((folders / machine).rglob("*.png")):
+            Image.fromarray(rng.integers(1000 * k, 1000 * k + 5000, (8, 8)).astype(np.uint16)).save(path)
+    options = {"data-option.window": "1%,99%", "data-option.bits": 16}
+    with pytest.raises(UserError, match=r"have other window than the server's .*: give data-option.window=CENTRE"):
+        over_flower(folders, **options)
+    assert not (folders / "run").exists()
+
+
 def test_a_node_has_the_server_s_data_where_nobody_says_that_it_has_its_own(folders):
     """``flower.own-data`` forgotten: every site would train on a part of its own images."""
     with pytest.raises(UserError, match=r"data on this node are other than the server's.*set flower\.own-data=true"):

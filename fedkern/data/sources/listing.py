@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -133,7 +133,8 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     numbers = {name: k for k, name in enumerate(sites)}
     groups = torch.tensor([numbers.get(name, -1) for name in listing.clients]) if sites else None
     patients = None if listing.patients is None else torch.from_numpy(units)
-    files, seen, notices = _image_files(data, listing, reading)
+    trained_on = {listing.paths[row] for row in rows["train"].tolist()}
+    files, seen, notices = _image_files(data, listing, reading, trained_on)
     places = {path: place for place, path in enumerate(files.paths)}
     images = torch.tensor([places[path] for path in listing.paths], dtype=torch.int64)
 
@@ -174,13 +175,15 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     )
 
 
-def _image_files(data: str, listing: Listing, reading: Reading) -> tuple[ImageFiles, dict[str, Any], list[str]]:
+def _image_files(
+    data: str, listing: Listing, reading: Reading, trained_on: Collection[Path]
+) -> tuple[ImageFiles, dict[str, Any], list[str]]:
     """The files, each once though it may have several texts; `Source.files`; and sentences on their greys."""
     paths = tuple(dict.fromkeys(listing.paths))
     spread = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
     looks = looked_at(spread, reading.max_image_pixels, not reading.bits or "%" in reading.window)
     bits = reading.bits or grey_bits(look.top for look in looks.values() if look.top is not None)
-    window = window_of(reading.window, looks.values())
+    window = window_of(reading.window, [look for path, look in looks.items() if path in trained_on])
     sets = dict(zip(listing.paths, zip(listing.splits, listing.clients, strict=True), strict=True))
     first = {one: path for path, one in reversed(sets.items())}
     lacking = [first[one] for one in first.keys() - {sets[path] for path in looks}]
@@ -189,8 +192,10 @@ def _image_files(data: str, listing: Listing, reading: Reading) -> tuple[ImageFi
     grey = reading.colour == "grey"
     seen = described(sets, every, (sides, "grey" if grey else "RGB"), bits, window)
     files = ImageFiles(paths, reading.size, data, grey, reading.pad, reading.max_image_pixels, bits, window)
-    darker = [*_darker(listing, looks, bits)] if window is None else []
-    return files, {"grey_bits": bits, "window": window, "seen": seen}, darker
+    sentences = [*_darker(listing, looks, bits)] if window is None else []
+    if reading.window and every and not any(look.mode.startswith(("I", "F")) for look in every.values()):
+        sentences.append(f"The data option window={reading.window} has no effect: no file has greys of over 8 bits.")
+    return files, {"grey_bits": bits, "window": window, "seen": seen}, sentences
 
 
 def _targets(masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | Tensor, rows: Tensor) -> Tensor:

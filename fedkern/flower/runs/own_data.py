@@ -36,6 +36,7 @@ def form_of(data: FederatedData) -> dict[str, Any]:
         "std": list(data.form.std),
         "augment": data.form.augment,
         "bits": data.form.grey_bits,
+        "window": list(data.form.window or ()),
     }
 
 
@@ -59,8 +60,10 @@ def declared(config: RunConfig, registry: NodeRegistry, warn: Callable[[str, str
         for name, value in form.items():
             if facts.get(name) != value:
                 theirs = printable_name(str(facts.get(name)), 200)
+                way = "give all folders the same classes and kind of images"
+                if name == "window":  # percentiles are of every folder's own files
+                    way = "give --data-option window=CENTRE,WIDTH instead of percentiles"
                 raise UserError(
-                    f"Client {k}'s data have other {name} than the server's ({theirs}, and here {value}): give all "
-                    "folders the same classes and kind of images."
+                    f"Client {k}'s data have other {name} than the server's ({theirs}, and here {value}): {way}."
                 )
     return declared_data(data, [registry.facts[k]["samples"] for k in range(config.clients)])
