@@ -28,7 +28,7 @@ from fedkern.methods.base import VECTORS, Federation, Message, Phase
 from fedkern.methods.protocol import Batch
 from fedkern.models import personal
 from fedkern.models.freezing import freeze
-from fedkern.models.hooked import Hooked, find_taps
+from fedkern.models.hooked import find_taps
 from fedkern.models.precision import frozen
 from fedkern.models.python_state import attributes
 from fedkern.models.registry import added, check_gives
@@ -155,8 +155,8 @@ class RunContext:
             partial = self.config.init_partial
             self.unfit = load_by_name(network, self._init, self.config.init, self.model_name, partial)
         if self.config.features or self.config.stages:
-            taps = self._taps  # first: only a user's network, which they are for, has a module
-            network = Hooked(network.module, *taps)
+            kind, *taps = self._taps  # first: only a user's network, which they are for, has a module
+            network = kind(network.module, *taps)
         if self.config.accelerated:
             accelerate(inner(network))
         if self.config.freeze is not None:
@@ -176,8 +176,8 @@ class RunContext:
     def _taps(self) -> tuple[Any, ...]:
         """Where ``--features`` and ``--stages`` take the results of the run's network."""
         stages = [name.strip() for name in (self.config.stages or "").split(",") if name.strip()]
-        shape, network = getattr(self.data.form, "shape", ()), self._built(None, None, None, None)
-        return find_taps(network, stages, self.config.features, shape, self.model_name)
+        network = self._built(None, None, None, None)
+        return find_taps(network, stages, self.config.features, self.data.form, self.model_name)
 
     def _built(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> Any:
         seed = self.config.seed if seed is None else seed

@@ -8,11 +8,13 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedkern.deferred.pending import computed
 from fedkern.errors import UserError, nearest
+from fedkern.messages.leaves import mapped
 from fedkern.models.cutting import find_head, moved
 from fedkern.models.precision import full
 from fedkern.models.user_models import ItemNetwork, OwnNetwork
@@ -35,7 +37,7 @@ class Hooked(OwnNetwork):
         head: name of the linear layer that gives the logits, or None.
         stages: names of submodules in order.
         features: name of the submodule that gives the features; None: they are what ``head`` takes.
-        shape: of an image.
+        blank: zeros in the form of a network's inputs, of one sample.
         widths: numbers of features and logits.
         changed: the stages whose results the network changes in place later (an in-place ReLU): it gets copies of them.
 
@@ -46,17 +48,17 @@ class Hooked(OwnNetwork):
     """
 
     def __init__(
-        self, module: nn.Module, head: str | None, stages: Sequence[str], features: str | None, shape: Sequence[int],
+        self, module: nn.Module, head: str | None, stages: Sequence[str], features: str | None, blank: Any,
         widths: tuple[int, int] = (0, 0), changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(module, head)
         self.stage_names = (*stages, FEATURE)
-        self._shape, self._features, self._changed = tuple(shape), features, changed
+        self._blank, self._features, self._changed = blank, features, changed
         self.found, self.calls = dict[str, Tensor](), Counter[str]()
         self._rest = None if features is None else Rest(self, *widths)
 
     def call(
-        self, x: Tensor, *, stop: str = "", put: tuple[str, Tensor, Callable[[], None]] | None = None
+        self, x: Any, *, stop: str = "", put: tuple[str, Tensor, Callable[[], None]] | None = None
     ) -> dict[str, Tensor]:
         """A call of the network up to the stage ``stop``; returns what it has found.
 
@@ -104,7 +106,8 @@ class Hooked(OwnNetwork):
             layer.training = False
         try:
             with torch.no_grad():
-                return self.call(h.new_zeros((len(h), *self._shape)), put=(stage, h, resume))
+                inputs = mapped(lambda leaf: leaf.to(h.device).expand(len(h), *leaf.shape[1:]), self._blank)
+                return self.call(inputs, put=(stage, h, resume))
         finally:
             resume()
 
@@ -113,7 +116,7 @@ class Hooked(OwnNetwork):
         results = self.found
         return results if results.get(stage) is h and LOGITS in results else self.again(stage, h)
 
-    def stages(self, x: Tensor, upto: str) -> Tensor:
+    def stages(self, x: Any, upto: str) -> Tensor:
         """See :meth:`fedkern.models.StagedNetwork.stages`."""
         return self.call(x, stop="" if torch.is_grad_enabled() else upto)[upto]
 
@@ -121,7 +124,7 @@ class Hooked(OwnNetwork):
         """See :meth:`fedkern.models.StagedNetwork.tail`."""
         return h if after == FEATURE else self.after(after, h)[FEATURE]
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Any) -> Tensor:
         """The features ``[B, d]``: the named submodule's result, flattened, or what the classifier takes."""
         return self.stages(x, FEATURE)
 
@@ -134,6 +137,10 @@ class Hooked(OwnNetwork):
         return {**vars(self), "found": {}}
 
 
+class HookedItems(Hooked, ItemNetwork):
+    """A user's network for samples of any kind, with features at a named submodule."""
+
+
 class Rest:
     """What follows the features of a network, called as its classifier."""
 
@@ -144,47 +151,54 @@ class Rest:
         return self._network.after(FEATURE, z)[LOGITS]
 
 
-def find_taps(
-    network: Any, stages: Sequence[str], features: str | None, shape: Sequence[int], text: str
-) -> tuple[Any, ...]:
-    """What `Hooked` takes beside the module, for a user's ``network`` called ``text``; a copy is tried.
+def find_taps(network: Any, stages: Sequence[str], features: str | None, form: Any, text: str) -> tuple[Any, ...]:
+    """The class of a user's ``network`` called ``text`` with these taps, and what it takes beside the module.
+
+    A copy is tried on two samples of the ``form`` (see `fedkern.data.forms`).
 
     Raises:
         UserError: a submodule is missing, is not called once, or gives no tensor; or the logits depend on more of the
-            images than its result.
+            samples than its result.
     """
-    if not isinstance(network, OwnNetwork) or isinstance(network, ItemNetwork):
-        raise UserError(f"--features and --stages are for a network of your own on images, not {text}: leave them out.")
-    images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
+    items = isinstance(network, ItemNetwork)
+    if not isinstance(network, OwnNetwork) or (items and network.raw):
+        raise UserError(
+            f"--features and --stages are for a network of your own that gives logits, not {text}: leave them out."
+        )
+    if items and stages:
+        raise UserError("--stages is for images, and the samples of these data are none: leave it out.")
+    kind: type[Hooked] = HookedItems if items else Hooked
+    samples = form.noise(2, np.random.default_rng(0))
+    blank = mapped(lambda leaf: torch.zeros_like(leaf[:1]), samples)
     paths = [name for name, _ in network.module.named_modules() if name]
     for flag, name in [("stages", each) for each in stages] + [("features", features)] * (features is not None):
         if name not in paths:
             raise UserError(f'--{flag}: the network {text} has no submodule "{name}".{nearest(str(name), paths)}')
-    head = find_head(network.module, images)
+    head = None if items else find_head(network.module, samples)
     if head is None and features is None:
         raise UserError(f"--stages: {text} ends in no linear layer, whose input are the features: give --features too.")
-    tried = Hooked(moved(network.module).eval(), head, stages, features, shape)
+    tried = kind(moved(network.module).eval(), head, stages, features, blank)
     with torch.no_grad():
-        results, calls = tried.call(images), tried.calls
+        results, calls = tried.call(samples), tried.calls
         for name in tried.stage_names:
             what = f"--stages {name}" if name != FEATURE else f"--features {features}"
             result, times = results.get(name), calls[name]
-            if times != 1 or not isinstance(result, Tensor) or len(result) != len(images):
-                raise UserError(f"{what}: {text} calls it {times} times, or it gives no tensor of a row an image.")
+            if times != 1 or not isinstance(result, Tensor) or len(result) != 2:
+                raise UserError(f"{what}: {text} calls it {times} times, or it gives no tensor of a row a sample.")
             if not torch.allclose(tried.again(name, result)[LOGITS], results[LOGITS], rtol=1e-3, atol=1e-4):
                 raise UserError(f"{what}: the logits of {text} depend on more than it gives: name a later submodule.")
-        changed = {name for mode in (False, True) for name in _changed(tried.train(mode), images)}
+        changed = {name for mode in (False, True) for name in _changed(tried.train(mode), samples)}
     widths = results[FEATURE].shape[1], results[LOGITS].shape[1]
-    return head, stages, features, shape, widths, changed
+    return kind, head, stages, features, blank, widths, changed
 
 
 @torch.random.fork_rng(devices=[])
-def _changed(network: Hooked, images: Tensor) -> list[str]:
+def _changed(network: Hooked, samples: Any) -> list[str]:
     """The stages whose results are no longer those of the submodules when the network has run to its end."""
 
     def results(stop: str = "") -> dict[str, Tensor]:
         torch.manual_seed(0)  # dropout
-        return network.call(images, stop=stop)
+        return network.call(samples, stop=stop)
 
     whole = results()
     return [name for name in network.stage_names if not torch.equal(whole[name], results(name)[name])]

@@ -102,9 +102,9 @@ class ItemNetwork(OwnNetwork):
         raw: whether the output is all that the module gives, which a user's loss takes; else it is the logits.
     """
 
-    def __init__(self, module: nn.Module, head: str | None, raw: bool) -> None:
+    def __init__(self, module: nn.Module, head: str | None, raw: bool = False) -> None:
         super().__init__(module, head)
-        self._raw = raw
+        self.raw = raw
 
     @autocasts
     def _logits(self, x: Any) -> Any:
@@ -112,7 +112,7 @@ class ItemNetwork(OwnNetwork):
             output = self.module(*x)
         else:
             output = self.module(**x) if isinstance(x, Keywords) else self.module(x)
-        return output if self._raw else logits_of(output)
+        return output if self.raw else logits_of(output)
 
     def forward(self, x: Any) -> Any:
         """What the module gives for a batch's inputs."""

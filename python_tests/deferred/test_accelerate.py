@@ -498,15 +498,16 @@ def test_a_hook_on_the_network_itself_sees_its_result(images, served):
 
 @core
 def test_fedkern_s_own_hooks_are_given_what_is_computed(images, served):
-    from fedkern.models.hooked import Hooked, find_taps
+    from fedkern.data.forms import ImageForm
+    from fedkern.models.hooked import find_taps
     from fedkern.models.user_models import OwnNetwork
 
     network = made("functional").eval()
     own = [OwnNetwork(copy.deepcopy(network), "fc"), OwnNetwork(fedkern.accelerate(copy.deepcopy(network)), "fc")]
     torch.testing.assert_close(own[1].features(images), own[0].features(images), rtol=1e-4, atol=1e-4)
     assert len(served) == 3
-    taps = find_taps(own[0], ["b2"], None, (3, 16, 16), "net")
-    plain, other = (Hooked(each.module, *taps) for each in own)
+    kind, *taps = find_taps(own[0], ["b2"], None, ImageForm((3, 16, 16), (0.5,) * 3, (0.2,) * 3), "net")
+    plain, other = (kind(each.module, *taps) for each in own)
     served.clear()
     maps = [each.stages(images, upto="b2") for each in (plain, other)]
     assert type(maps[1]) is torch.Tensor

@@ -671,6 +671,40 @@ def test_every_method_learns_it_or_says_what_it_misses(method, tmp_path):
             play()
 
 
+class Hidden(nn.Module):
+    """A network whose activation is a function."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.first, self.last = copy.deepcopy(parts[0]), copy.deepcopy(parts[2])
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("method", ["moon", "fedproto"])
+def test_features_of_a_functional_network_are_those_of_the_sequence(method, tmp_path):
+    torch.manual_seed(0)
+    parts = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    given = {"data": {"a": table(30), "b": table(20, 1)}, "test": table(12, 2), "rounds": 2}
+    vectors = []
+    for name, model, features in (("hooks", Hidden(parts), "first"), ("parts", parts, "0"), ("usual", parts, None)):
+        found = fedkern.simulate(method, **given, model=model, features=features, out=tmp_path / name, **HERE)
+        vectors.append(torch.nn.utils.parameters_to_vector(found.model().parameters()))
+    torch.testing.assert_close(vectors[0], vectors[1])
+    assert not torch.allclose(vectors[0], vectors[2])
+
+
+def test_stages_are_for_images(tmp_path):
+    given = {"data": [table(9)] * 2, "test": table(6), "model": nn.Linear(4, 4), "out": tmp_path / "run"}
+    with pytest.raises(UserError, match="stages is for images, and the samples of these data are none: leave it out"):
+        fedkern.simulate("fedavg", **given, stages=["0"], **HERE)
+    with pytest.raises(UserError, match="are for a network of your own that gives logits, not module:Linear"):
+        fedkern.simulate(
+            "fedavg", **given, features="0", loss_fn=lambda network, batch: network(batch[0]).sum(), **HERE
+        )
+
+
 class Clock(Drawing):
     generator = torch.Generator()
 

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fedkern.data.forms import ImageForm
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.errors import UserError
-from fedkern.models.hooked import Hooked, find_taps
+from fedkern.models.hooked import find_taps
 from fedkern.models.precision import computing
 from fedkern.models.user_models import ItemNetwork, Own, OwnNetwork
 from fedkern.settings.config import RunConfig
@@ -60,6 +61,16 @@ class Skipping(Functional):
         return self.fc2(F.relu(self.fc1(x.view(len(x), -1))))
 
 
+class Rectified(Functional):
+    """The same with in-place activations."""
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x)), inplace=True), 2)
+        x = F.max_pool2d(F.relu(self.norm2(self.conv2(x)), inplace=True), 2)
+        x = F.relu(self.fc1(x.view(len(x), -1)), inplace=True)
+        return self.fc2(F.dropout(x, 0.2, self.training))
+
+
 class InPlace(Functional):
     """Activations and dropout that change their inputs."""
 
@@ -76,7 +87,12 @@ class Twice(Functional):
 
 
 def hooked(module, stages=(), features=None, shape=SHAPE):
-    return Hooked(module, *find_taps(OwnNetwork(module), stages, features, shape, "net"))
+    kind, *taps = find_taps(OwnNetwork(module), stages, features, form_of(shape), "net")
+    return kind(module, *taps)
+
+
+def form_of(shape):
+    return ImageForm(shape, (0.5,) * shape[0], (0.2,) * shape[0])
 
 
 @pytest.fixture
@@ -203,14 +219,14 @@ def test_what_cannot_be_cut_is_one_sentence(module, given, said):
 
 
 def test_other_networks_have_no_such_names(network):
-    for other in (nn.Linear(2, 2), ItemNetwork(network, None, False)):
-        with pytest.raises(UserError, match="are for a network of your own on images, not net"):
-            find_taps(other, ["conv1"], None, SHAPE, "net")
+    for other in (nn.Linear(2, 2), ItemNetwork(network, None, raw=True)):
+        with pytest.raises(UserError, match="are for a network of your own that gives logits, not net"):
+            find_taps(other, ["conv1"], None, form_of(SHAPE), "net")
 
 
 def test_fedkern_s_networks_have_none_either(make_data, tmp_path):
     config = RunConfig.make("fedavg", rounds=1, clients=3, features="head", model="cnn")
-    with pytest.raises(UserError, match="are for a network of your own on images, not cnn: leave them out"):
+    with pytest.raises(UserError, match="are for a network of your own that gives logits, not cnn: leave them out"):
         run(config, out=tmp_path / "run", data=make_data())
 
 
@@ -220,13 +236,17 @@ def test_fedkern_s_networks_have_none_either(make_data, tmp_path):
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("method", "given"),
-    [("fedgid", {"stages": "conv1,conv2"}), ("fedgid", {"stages": "conv2"}), ("fedproto", {"features": "fc1"}),
+    [("fedgid", {"stages": "conv1,conv2"}), ("fedgid", {"stages": "conv2"}), ("fedgid", {"stages": "norm1,norm2"}),
+     ("fedproto", {"features": "fc1"}),
      ("moon", {"features": "fc1"}), ("moon", {}), ("fedproto", {}), ("fml", {})],
 )  # fmt: skip
 def test_a_method_has_the_result_of_the_sequence(method, given, network, make_data, tmp_path):
     how = {"rounds": 2, "local_epochs": 1, "batch_size": 4, "clients": 3, "threads": 1, "grad_cam": 0, "seed": 3}
     parts = sequence(network)
     parts.stages = {"conv2": "4"} if given.get("stages") == "conv2" else parts.stages
+    if given.get("stages") == "norm1,norm2":  # before in-place activations
+        parts.stages = {"norm1": "1", "norm2": "5"}
+        network.__class__ = Rectified
     for name, model, own in (("hooks", network, given), ("parts", parts, {})):
         if method != "fedgid" and given and name == "parts":
             own = {"features": "9"}
