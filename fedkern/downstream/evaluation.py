@@ -17,6 +17,7 @@ from fedkern.data.images.greys import as_text
 from fedkern.data.registry import lookup
 from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
+from fedkern.downstream.prediction import PARTS
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.context import reader
 from fedkern.engine.evaluate import batch_size, evaluate, evaluating, prefixed
@@ -136,8 +137,12 @@ def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[
     options, (height, width) = lookup(data).options, about["image_size"] if "items" not in about else (0, 1)
     if "bits" in options:
         values = {"bits": about["grey_bits"], "window": as_text(about["window"])}
-    if {"size", "colour"} <= {*options} and height == width and not config.data_options.get("crop"):
+    if {"size", "colour"} <= {*options} and height == width:
         values |= {"size": height, "colour": "grey" if about["channels"] == 1 else "rgb"}
+        for part in PARTS:
+            if part in options and config.data_options.get(part):  # the network sees parts of larger images
+                whole = config.data_options.get("size", lookup(config.data).options["size"].default)
+                values |= {"size": whole, part: height}
     if data == config.data == "segmentation":
         values["names"] = "|".join(about["classes"])
     named = data == "csv" and about["task"] in (lookup(data).options["task"].choices or ())

@@ -1,16 +1,20 @@
 """Windows of greys of more than eight bits: lesions of +35 HU that separate, and what a network keeps of them."""
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fedkern
 from fedkern.data import load
 from fedkern.data.images.greys import as_text, looked_at, window_of
+from fedkern.downstream.evaluation import _as_trained
 from fedkern.errors import UserError
+from fedkern.settings.config import RunConfig
 
 SIDE, AIR = 24, 1024  # stored values are Hounsfield units + 1024
 HOW = {"model": "cnn", "width": 8, "clients": 2, "partition": "iid", "rounds": 12, "local_epochs": 2, "lr": 0.05,
@@ -67,6 +71,32 @@ def test_a_window_is_kept_in_prediction_evaluation_and_export(scans, tmp_path):
     _, about = run.export(tmp_path / "network.pt", "state-dict")
     assert json.loads(about.read_text())["window"] == [AIR - 160, AIR + 240]
     assert run.evaluate("folder", data_root=scans)["accuracy"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("data", "given"),
+    [("pairs", {"crop": 8}), ("pairs", {"crop": 8, "size": 16}), ("pairs", {"size": 16}), ("segmentation", {"tile": 8}),
+     ("segmentation", {"tile": 8, "size": 16})],
+)  # fmt: skip
+def test_other_images_are_seen_in_the_size_of_the_run(data, given, tmp_path):
+    """Also where its network sees parts of them."""
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for i in range(20):
+        place = tmp_path / ("images" if data == "segmentation" else "")
+        Image.fromarray(rng.integers(0, 256, (20, 20)).astype(np.uint8)).save(place / f"{i}.png")
+        Image.fromarray((np.eye(20) * (i % 2)).astype(np.uint8)).save(tmp_path / "masks" / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"image {i}")
+    if data == "pairs":
+        shutil.rmtree(tmp_path / "masks")
+    opened = partial(load, data, root=tmp_path, clients=1, partition="iid")
+    trained = opened(options={"colour": "grey", **given})
+    config = RunConfig.make("feddra", data=data, data_options={"colour": "grey", **given})
+    about = {**trained.form.about(), "task": trained.task.name, "classes": [*trained.classes]}
+    other = opened(options=_as_trained(data, about, config))
+    assert other.form.shape == trained.form.shape
+    assert torch.equal(other.tests[""].images[:], trained.tests[""].images[:])
 
 
 def test_what_files_hold_and_a_network_sees_is_told(scans):
