@@ -20,8 +20,8 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, FedGID
 from fedkern.settings.stored import load_settings
+from python_tests.engine.executors.test_workers import compared
 from python_tests.engine.test_captured import SMALL, same_runs
-from python_tests.engine.test_workers import compared
 from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.methods.test_fedgid import PHASE, Scene, gradient
 from python_tests.pretended_gpu import pretend

@@ -16,7 +16,7 @@ from fedkern.methods.common.class_counts import class_counts
 from fedkern.methods.fediod.local_teachers import split
 from fedkern.methods.fediod.losses import distillation, diversity, importance, mixture, normalised, teacher_terms
 from fedkern.methods.fediod.presets import IODOptions, settle
-from python_tests.tasks import test_segmentation_figures as segmented
+from python_tests.tasks import test_segmentation as segmented
 
 K, B, C, H, W = 3, 2, 4, 3, 5
 

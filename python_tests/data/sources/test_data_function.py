@@ -333,7 +333,7 @@ def test_a_named_function_keeps_what_its_decorator_says(registries, tmp_path):
 
 def test_image_files_in_another_layout(registries, tmp_path):
     """The function of docs/plugins.md: decoded when needed, with the options of image files, sites and copies."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "plugins.md").read_text()
+    page = (Path(__file__).resolve().parents[3] / "docs" / "plugins.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def wards" in block)
     (tmp_path / "mine.py").write_text(code)
     for i in range(40):

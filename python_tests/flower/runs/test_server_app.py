@@ -195,7 +195,7 @@ def test_a_plugin_with_its_own_network(tmp_path, monkeypatch):
     """A project's code is found where Flower puts the project on sys.path."""
     from fedkern.run import main
     from fedkern.usercode import plugins
-    from python_tests.flower.test_project import FLAGS, MODEL, PLUGIN, run_config
+    from python_tests.flower.runs.test_project import FLAGS, MODEL, PLUGIN, run_config
 
     (tmp_path / "halved.py").write_text(
         PLUGIN.replace("return message", "return super().client_update(client, phase, message)")

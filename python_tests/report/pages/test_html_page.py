@@ -127,7 +127,7 @@ def test_a_folder_in_the_file_s_place(tmp_path):
 
 
 def test_templates_are_part_of_the_package():
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["fedkern"]
     root = Path(fedkern.__file__).parent
     packed = {path for pattern in patterns for path in root.glob(pattern)}

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fedkern.process import launcher
+from fedkern.run import main
 
 RUN = ["fedavg", "--data", "digits", "--clients", "2", "--train-samples", "60", "--model", "mlp", "--local-steps", "1",
        "--rounds", "1", "--quiet", "--grad-cam", "0"]  # fmt: skip
@@ -44,13 +45,17 @@ def left_over(*words, cwd, **change):
     )  # fmt: skip
 
 
-def test_a_run_with_leftover_variables_is_refused(fails, result, monkeypatch, tmp_path):
+def test_a_run_with_leftover_variables_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     for name, value in LEFT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(launcher, "_started_by_launcher", lambda: False)
-    assert "torchrun's variables are set, but torchrun did not start this process" in fails(*RUN, "--out", "run")
+    assert main([*RUN, "--out", "run"]) == 2
+    sentence = "error: torchrun's variables are set, but torchrun did not start this process"
+    assert capsys.readouterr().err.startswith(sentence)
     assert not (tmp_path / "run").exists()
-    assert "fedavg" in result("list")[0]
+    assert main(["list"]) == 0
+    assert "fedavg" in capsys.readouterr().out
     assert os.environ[launcher.JOB] == LEFT[launcher.JOB]
 
 

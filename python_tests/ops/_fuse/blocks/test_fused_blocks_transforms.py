@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedkern.models import resnet
 from fedkern.ops import FusedBlocks, use_isa
 from fedkern.ops._fuse.blocks.choice import LOWERINGS
-from python_tests.ops._fuse.test_fused_blocks import channels, make, vgg
+from python_tests.ops._fuse.blocks.test_fused_blocks import channels, make, vgg
 from python_tests.ops.operator_cases import KERNELS
 
 NAMES = ("residual, stride 2", "stem", "VGG", "adaptor and block", "own block", "perceptron")

@@ -13,7 +13,7 @@ from fedkern.ops import FusedBlocks
 from fedkern.ops._fuse.blocks import folded as folding
 from fedkern.ops._fuse.blocks.choice import LOWERINGS
 from fedkern.ops._fuse.blocks.conv import MAX_COLUMNS
-from python_tests.ops._fuse.test_fused_blocks import make
+from python_tests.ops._fuse.blocks.test_fused_blocks import make
 
 WAYS = [None, *LOWERINGS]
 

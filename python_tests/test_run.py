@@ -160,7 +160,7 @@ def test_a_command_with_torch_ends_its_process(words, code, seen):
 
 def test_the_console_script_says_that_torch_is_loading_and_ends_its_process(seen, tmp_path):
     """A terminal that somebody looks at has a line at once; the line is gone before the command's own output."""
-    with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
+    with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as file:
         module, function = tomllib.load(file)["project"]["scripts"]["fedkern"].split(":")
     script = tmp_path / "fedkern"  # as pip writes it
     script.write_text(f"import sys\nfrom {module} import {function}\nif __name__ == '__main__':\n"

@@ -297,7 +297,7 @@ def diverging(model, client):
 @pytest.mark.parametrize(
     ("train", "said"),
     [
-        (broken, r"Client 0 failed in round 1: KeyError: 'no such thing' \(test_own_training.py, line \d+\)"),
+        (broken, r"Client 0 failed in round 1: KeyError: 'no such thing' \(test_script_objects.py, line \d+\)"),
         (leaving, r"train must return nothing, not Linear.*: what it leaves in the model .* is the upload"),
         (shrinking, r"The trained network is no longer the run's: its head.weight has shape \[1, 1\], not"),
         (counting, r"client.batches takes a phase or nothing, not 8: client.in_order\(8\) gives all samples in stored"),
@@ -334,7 +334,7 @@ def factory(found):
         ("fedavg", {"optimizer": sgd, "lr": 0.1}, "lr has no effect beside a function optimizer"),
         ("fedavg", {"optimizer": factory(lambda p: None)}, r"optimizer must return a torch.optim.Optimizer, not None"),
         ("fedavg", {"optimizer": factory(torch.optim.LBFGS)}, "makes LBFGS, which evaluates a batch several times"),
-        ("fedavg", {"optimizer": factory(lambda p: 1 / 0)}, r"optimizer fails \(ZeroDivisionError.*test_own_training"),
+        ("fedavg", {"optimizer": factory(lambda p: 1 / 0)}, r"optimizer fails \(ZeroDivisionError.*test_script_"),
         ("fediod", {"optimizer": sgd, "teacher_dp": True}, "fediod with differential privacy has an optimiser"),
         *(
             (method, {"train": loop}, f"would drop what {method} adds to local training: write a class derived from it")
