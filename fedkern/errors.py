@@ -260,9 +260,9 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
         return ""
     names = {_plain(name): name for name in candidates}
     meant = [each.partition("=") for each in MEANT.get(_plain(word), ())]
-    found = [names[_plain(name)] + equals + value for name, equals, value in meant if _plain(name) in names]
-    found = found or [names[name] for name in difflib.get_close_matches(_plain(word), names, n=1, cutoff=0.5)]
-    return f""" Did you mean {" or ".join(f'"{name}"' for name in found)}?""" if found else ""
+    meanings = [names[_plain(name)] + equals + value for name, equals, value in meant if _plain(name) in names]
+    meanings = meanings or [names[name] for name in difflib.get_close_matches(_plain(word), names, n=1, cutoff=0.5)]
+    return f""" Did you mean {" or ".join(f'"{name}"' for name in meanings)}?""" if meanings else ""
 
 
 def _plain(name: str) -> str:

@@ -218,16 +218,16 @@ class Job:
         if len(self.points) == 1:
             return self.points[0]
         assert isinstance(self.entry, PublishedCell)
-        told, untold = [], None
+        scores, undefined = [], None
         for point, run in self.first_runs():
             try:
                 if run is not None:
-                    told.append((quality(self.entry, run), point))
-            except UserError as error:  # a figure that is NaN is not told
-                untold = error
-        if untold is not None and not told:
-            raise untold
-        return max(told, key=lambda each: each[0], default=((), None))[1]
+                    scores.append((quality(self.entry, run), point))
+            except UserError as error:  # a figure that is NaN
+                undefined = error
+        if undefined is not None and not scores:
+            raise undefined
+        return max(scores, key=lambda each: each[0], default=((), None))[1]
 
     def first_runs(self) -> list[tuple[Variant, FoundRun | None]]:
         """Every point of the sweep with its run of the first seed; None where that failed."""

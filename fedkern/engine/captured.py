@@ -110,7 +110,7 @@ class Recorded(NamedTuple):
         counter: int64 [1], the row that the next replay is for, which it moves by one.
         records: fp64 [rows, values], where it writes what is told of the batch.
         replay: runs the step.
-        told: an outcome's tensors of one batch, for their shapes, and its names.
+        outcome: an outcome's tensors of one batch, for their shapes, and its names.
         lasting: whether the step does not depend on what the client received.
     """
 
@@ -118,7 +118,7 @@ class Recorded(NamedTuple):
     counter: Tensor
     records: Tensor
     replay: Callable[[], None]
-    told: Outcome
+    outcome: Outcome
     lasting: bool
 
     @property
@@ -132,9 +132,9 @@ class Recorded(NamedTuple):
         self.counter.zero_()
         for _ in batches:
             self.replay()
-        loss, *others = self.records[: len(batches)].clone().split([part.numel() for part in self.told.parts()], 1)
-        squared = None if self.told.squared_norm is None else others.pop(0)[:, 0]
-        return self.told._replace(loss=loss[:, 0], squared_norm=squared, figures=tuple(others))
+        loss, *others = self.records[: len(batches)].clone().split([part.numel() for part in self.outcome.parts()], 1)
+        squared = None if self.outcome.squared_norm is None else others.pop(0)[:, 0]
+        return self.outcome._replace(loss=loss[:, 0], squared_norm=squared, figures=tuple(others))
 
 
 class Graphs:

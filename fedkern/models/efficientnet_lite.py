@@ -108,8 +108,8 @@ class EfficientNetLiteTeacher(Teacher):
         network.load_released(torch.load(self._weights, map_location="cpu", weights_only=True))
         head = nn.Linear(network.width, len(self._members))
         with torch.no_grad():
-            for own, theirs in ((head.weight, network.head.weight), (head.bias, network.head.bias)):
-                own.copy_(torch.stack([theirs[group].mean(0) for group in self._members]))
+            for parameter, released in ((head.weight, network.head.weight), (head.bias, network.head.bias)):
+                parameter.copy_(torch.stack([released[group].mean(0) for group in self._members]))
         self.network = folded(network.eval())
         return _Trunk(self.network, self._preprocessing), head
 

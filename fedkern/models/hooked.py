@@ -43,7 +43,7 @@ class Hooked(OwnNetwork):
 
     Attributes:
         stage_names: the stages, then ``"feature"``.
-        found: results of the last call: of stages, features and logits.
+        results: results of the last call: of stages, features and logits.
         calls: how often each was met in it.
     """
 
@@ -54,7 +54,7 @@ class Hooked(OwnNetwork):
         super().__init__(module, head)
         self.stage_names = (*stages, FEATURE)
         self._blank, self._features, self._changed = blank, features, changed
-        self.found, self.calls = dict[str, Tensor](), Counter[str]()
+        self.results, self.calls = dict[str, Tensor](), Counter[str]()
         self._rest = None if features is None else Rest(self, *widths)
 
     def call(
@@ -90,7 +90,7 @@ class Hooked(OwnNetwork):
                 results[LOGITS] = full(self._logits(x))
         if FEATURE in results:
             results[FEATURE] = full(results[FEATURE].flatten(1))
-        self.found, self.calls = results, calls
+        self.results, self.calls = results, calls
         return results
 
     def again(self, stage: str, h: Tensor) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ class Hooked(OwnNetwork):
 
     def after(self, stage: str, h: Tensor) -> dict[str, Tensor]:
         """What follows a stage's result: known from the last call where ``h`` is of it, else found by another one."""
-        results = self.found
+        results = self.results
         return results if results.get(stage) is h and LOGITS in results else self.again(stage, h)
 
     def stages(self, x: Any, upto: str) -> Tensor:
@@ -134,7 +134,7 @@ class Hooked(OwnNetwork):
         return super().head if self._rest is None else self._rest
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "found": {}}
+        return {**vars(self), "results": {}}
 
 
 class HookedItems(Hooked, ItemNetwork):

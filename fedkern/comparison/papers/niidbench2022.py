@@ -61,10 +61,10 @@ def shares(labels: Tensor, clients: int, partition: str, seed: int) -> list[Tens
         raise UserError(
             f"the paper's classes:2 needs a client for every digit, not {clients}: use --clients {classes}."
         )
-    held = [(own, (own + rng.integers(1, classes)) % classes) for own in np.arange(clients) % classes]
+    pairs = [(first, (first + rng.integers(1, classes)) % classes) for first in np.arange(clients) % classes]
     parts: list[list[Tensor]] = [[] for _ in range(clients)]
     for digit in range(classes):
-        holders = [client for client, pair in enumerate(held) if digit in pair]
+        holders = [client for client, pair in enumerate(pairs) if digit in pair]
         rows = rng.permutation(np.flatnonzero(labels.numpy() == digit))
         for client, piece in zip(holders, np.array_split(rows, len(holders)), strict=True):
             parts[client].append(torch.from_numpy(piece))

@@ -45,7 +45,7 @@ class Record:
         seconds: by what was done in them, such as "train".
         started: when the round began, as ``time.perf_counter`` has it.
         entries: what the record says, by name; with what each entry is about.
-        told: the record as it may be told.
+        public: the record as it may be told.
         stop: why the run ends with this round; None where it goes on.
     """
 
@@ -62,7 +62,7 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     entries: dict[str, tuple[About, Any]] = field(default_factory=dict)
-    told: dict[str, Any] = field(default_factory=dict)
+    public: dict[str, Any] = field(default_factory=dict)
     stop: Stop | None = None
 
     @property
@@ -85,8 +85,8 @@ class Summary:
         of_tests: those of the network on the test sets and the validation set.
         latest, best: the figures of the last evaluation, and the best of every main figure over all evaluations.
         final: its further figures on the test sets.
-        own: the clients' figures on their own test sets, None where one is not defined.
-        own_set: what these sets are, as in evaluation.csv.
+        of_clients: the clients' figures on their own test sets, None where one is not defined.
+        client_set: what these sets are, as in evaluation.csv.
         entries: the other entries of summary.json.
         stop: why the run ended before its plan did; None where it did not.
     """
@@ -97,8 +97,8 @@ class Summary:
     latest: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     final: FinalFigures = field(default_factory=FinalFigures)
-    own: dict[int, dict[str, float | None]] = field(default_factory=dict)
-    own_set: str = ""
+    of_clients: dict[int, dict[str, float | None]] = field(default_factory=dict)
+    client_set: str = ""
     entries: dict[str, Any] = field(default_factory=dict)
     stop: Stop | None = None
 

@@ -60,7 +60,7 @@ class Diagnoses(Part):
             diagnostics.poor_metrics(summary.metrics, summary.best, len(classes), constant, config, names),
             diagnostics.missing_statistics(config.buffers, flat and lacks_statistics(context, config)),
             diagnostics.missing_metrics(config.method, config.data, sets, summary.latest),
-            diagnostics.undefined_figures(sets, summary.own, context.data.client_label),
+            diagnostics.undefined_figures(sets, summary.of_clients, context.data.client_label),
             observed,
         ):
             for name, text in texts.items():

@@ -46,7 +46,7 @@ class Evaluation(Part):
     Attributes:
         latest: the figures of the last evaluation, by name.
         best: the best finite value so far of the main figure, with any prefix: ``ood_accuracy``, ``vote_accuracy``.
-        own: figures of every client on its own test set or its part of the run's; empty where they may not be told.
+        of_clients: figures of every client on its own test set or its part of the run's; empty where they are private.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Evaluation(Part):
         self._kept = False  # whether the test sets have kept the present network's answers
         self.latest: dict[str, float] = {}
         self.best: dict[str, float] = {}
-        self.own: dict[int, dict[str, float]] = {}
+        self.of_clients: dict[int, dict[str, float]] = {}
 
     @classmethod
     def build(cls, run: RunObjects) -> Evaluation:
@@ -89,8 +89,10 @@ class Evaluation(Part):
             self._evaluate(network, last=record.last)
             record.figures = {**self.latest}
             record.put(self.latest)
-            if self.own:
-                record.put({"client_metrics": {str(k): figures for k, figures in self.own.items()}}, About.CLIENTS)
+            if self.of_clients:
+                record.put(
+                    {"client_metrics": {str(k): figures for k, figures in self.of_clients.items()}}, About.CLIENTS
+                )
             config, better = self._context.config, min if self._context.config.better == "min" else max
             for name, value in self.latest.items():
                 if name.endswith(config.main) and math.isfinite(value):  # a checkpoint has no other values
@@ -105,7 +107,7 @@ class Evaluation(Part):
         if not own_sets and (own_sets := site_sets(self._context)):
             test_set = ONLY
             self._evaluate_clients(network, own_sets)
-        summary.own, summary.own_set = with_undefined(self.own, own_sets), test_set
+        summary.of_clients, summary.client_set = with_undefined(self.of_clients, own_sets), test_set
         summary.final = final_figures(self._sets, self._context.data.classes)
         # The method's own figures come first, and stay where one has the name of a figure of ours.
         summary.of_tests = {**self.latest, **summary.final.metrics, **self.latest, **self._gradcam(network)}
@@ -130,7 +132,7 @@ class Evaluation(Part):
         self._evaluate_clients(network, self._client_sets)
         self.latest.clear()
         self.latest.update(metrics)
-        self.latest.update(over_clients(self.own, self._client_sets))
+        self.latest.update(over_clients(self.of_clients, self._client_sets))
         self._kept = last
 
     def _evaluate_clients(self, network: nn.Module, sets: dict[int, Reader]) -> None:
@@ -138,7 +140,7 @@ class Evaluation(Part):
             names = self._context.data.client_names
             code = lambda label: self._code(f"evaluate_own for client {label}")  # noqa: E731
             with self._at_once(network) as at_once:
-                self.own = evaluate_clients(self._method, network, sets, at_once, names, code)
+                self.of_clients = evaluate_clients(self._method, network, sets, at_once, names, code)
 
     def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:
         return evaluating(self._context.config, self._global and self._context.is_flat(network))
@@ -148,21 +150,21 @@ class Evaluation(Part):
 
         ``test_set`` says what these sets are, as in evaluation.csv.
         """
-        if not self.own:
+        if not self.of_clients:
             return {}
-        names, worst = self._context.data.client_names, worst_client(self.own, sets)
+        names, worst = self._context.data.client_names, worst_client(self.of_clients, sets)
 
         def named(k: int) -> dict[str, Any]:
             return {} if names is None else {"name": names[k]}
 
-        metrics = with_undefined(self.own, sets)
+        metrics = with_undefined(self.of_clients, sets)
         entries: dict[str, Any] = {
             "client_test_set": test_set,
             "client_metrics": {str(k): {**named(k), **figures} for k, figures in metrics.items()},
         }
         if worst is not None:
             k, figure = worst
-            entries["worst_client"] = {"client": k, **named(k), "metric": figure, "value": self.own[k][figure]}
+            entries["worst_client"] = {"client": k, **named(k), "metric": figure, "value": self.of_clients[k][figure]}
         return entries
 
     def _gradcam(self, network: Any) -> dict[str, float]:

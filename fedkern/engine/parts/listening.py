@@ -41,7 +41,7 @@ class Listening(Part):
 
     def round_end(self, record: Record) -> None:
         if not record.entry.one_off:
-            self._listener.on_round(record.told)
+            self._listener.on_round(record.public)
 
     def state(self) -> dict[str, Any]:
         return self._listener.states()

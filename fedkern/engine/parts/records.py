@@ -65,9 +65,9 @@ class Records(Part):
         if used := device_use.figures(self._context.device):
             record.put({"device": used})
         record.put({"round_seconds": time.perf_counter() - record.started, "seconds": self._timing.seconds()})
-        record.told = self._context.disclosure.told(record.entries)
+        record.public = self._context.disclosure.told(record.entries)
         self._metrics.append(
-            {name: value for name, value in record.told.items() if name not in ("rounds", "evaluated")}
+            {name: value for name, value in record.public.items() if name not in ("rounds", "evaluated")}
         )
 
     def finish(self, summary: Summary) -> None:

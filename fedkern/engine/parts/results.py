@@ -41,7 +41,9 @@ class Results(Part):
     def finish(self, summary: Summary) -> None:
         context, config, done = self._context, self._context.config, self._progress.done
         names = context.data.client_names
-        write_evaluation(self._out, rows(summary.of_tests, [*self._sets], summary.own, names, summary.own_set))
+        write_evaluation(
+            self._out, rows(summary.of_tests, [*self._sets], summary.of_clients, names, summary.client_set)
+        )
         flat = context.is_flat(summary.network)
         write_model(self._out / MODEL, summary.network, about_network(context, config, done, flat))
         first: dict[str, Any] = {

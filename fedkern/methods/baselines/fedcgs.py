@@ -55,11 +55,11 @@ class FedCGS(OneShot):
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         network = self.published(client, message)
-        own = FeatureStatistics(len(client.classes), network.head.in_features)
+        statistics = FeatureStatistics(len(client.classes), network.head.in_features)
         with torch.no_grad():
             for batch in client.in_order():
-                own.add(network.features(batch.inputs), batch.targets)
-        return own.message()
+                statistics.add(network.features(batch.inputs), batch.targets)
+        return statistics.message()
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         head = self.head(server)

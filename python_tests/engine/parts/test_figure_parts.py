@@ -184,12 +184,12 @@ def test_what_the_summary_gets(own):
     assert summary.entries["per_class"]["ood"]["recall"] == {"cat": 1.0, "dog": pytest.approx(2 / 3)}
     assert summary.final.confusion["ood"].tolist() == [[1, 0], [1, 2]]
     if own:
-        assert summary.own_set == summary.entries["client_test_set"] == "own"
-        assert summary.own[1]["accuracy"] == summary.entries["client_metrics"]["1"]["accuracy"] == 0.5
+        assert summary.client_set == summary.entries["client_test_set"] == "own"
+        assert summary.of_clients[1]["accuracy"] == summary.entries["client_metrics"]["1"]["accuracy"] == 0.5
         assert summary.entries["worst_client"] == {"client": 1, "metric": "accuracy", "value": 0.5}
     else:
         assert summary.entries.keys() == {"per_class"}
-        assert summary.own == {}
+        assert summary.of_clients == {}
 
 
 def test_the_network_is_evaluated_at_the_end_only_where_it_has_to_be():
@@ -364,8 +364,8 @@ def test_the_files_of_a_run(names, tmp_path):
         client_names=names, statistics=SimpleNamespace(held_out=("z", 3) if names else None), **facts
     )
     summary = Summary(
-        Says(0.25), metrics={"accuracy": 0.5, "epsilon": 2.0}, of_tests={"accuracy": 0.5}, own={1: {"accuracy": None}},
-        own_set="own", entries={"bytes": {"total": 8}, "diagnostics": {}},
+        Says(0.25), metrics={"accuracy": 0.5, "epsilon": 2.0}, of_tests={"accuracy": 0.5},
+        of_clients={1: {"accuracy": None}}, client_set="own", entries={"bytes": {"total": 8}, "diagnostics": {}},
     )  # fmt: skip
     Results(tmp_path, context, {"": None}, Progress(done=2), Timing()).finish(summary)
     assert (tmp_path / "evaluation.csv").read_text().splitlines() == [

@@ -78,16 +78,21 @@ def test_a_record_says_what_may_be_told(private, tmp_path):
     one = noted.round(1, due=True)
     assert about(one, About.CLIENTS) == {"clients"}
     assert values(one)["clients"] == {"1": {"name": "y", "loss": 0.5}}
-    assert ("clients" in one.told) is not private
-    assert (one.told["round"], one.told["rounds"], one.told["evaluated"], one.told["name"]) == (1, 3, True, "train")
-    assert one.told["dropped"] == [{"round": 1, "client": 0}]
+    assert ("clients" in one.public) is not private
+    assert (one.public["round"], one.public["rounds"], one.public["evaluated"], one.public["name"]) == (
+        1,
+        3,
+        True,
+        "train",
+    )
+    assert one.public["dropped"] == [{"round": 1, "client": 0}]
     (line,) = noted.lines()
-    assert line.keys() == one.told.keys() - {"rounds", "evaluated"}
+    assert line.keys() == one.public.keys() - {"rounds", "evaluated"}
     assert line["phases"] == {"train": 2.0}
     assert 0 <= line["round_seconds"] <= line["seconds"] + 1
     assert line["seconds"] > 0
     assert noted.round(-1).entries == {}  # which is no communication round
-    assert "dropped" not in noted.round(2).told  # told once
+    assert "dropped" not in noted.round(2).public  # told once
     assert [line["round"] for line in noted.lines()] == [1, 2]
     assert noted.timing.phases == {"train": 4.0}
 
@@ -288,7 +293,7 @@ def test_listeners_hear_of_rounds_what_may_be_told():
     setup = record(-1, entry=Round("setup", one_off=True, trains="generator"))
     one = record(1, entry=Round("train", trains="network"))
     one.put({"secret": 1.0}, About.CLIENTS)
-    one.told = {"round": 1}
+    one.public = {"round": 1}
     for each in (setup, one):
         part.before_round(each)
         part.round_end(each)
