@@ -103,6 +103,40 @@ def test_a_run_in_one_process_where_fcntl_and_memory_files_are_absent(tmp_path: 
     assert ranks == "Ranks of torchrun share memory as only Linux has it: start the run without torchrun."
 
 
+ORDER = (
+    "errors streams", "ops", "files", "process", "messages privacy typed_option usercode", "deferred", "models",
+    "tasks", "data", "methods", "settings", "listeners", "engine", "downstream", "report", "flower", "api",
+    "comparison", "cli", "run",
+)  # fmt: skip
+"""Rooms and loose files of fedkern, from below; those of one text do not import each other."""
+
+
+def test_rooms_import_from_below() -> None:
+    """A file that must import from above is in the wrong room (docs/architecture.md)."""
+    floors = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms.split()}
+    known = modules("fedkern")
+    assert {name.split(".")[1] for name in known if "." in name} == floors.keys()
+    wrong = [
+        f"{name} imports {each}"
+        for name, path in known.items() if "." in name
+        for each in imported(name, path, known) - {"fedkern"}
+        if name.split(".")[1] != each.split(".")[1] and floors[name.split(".")[1]] <= floors[each.split(".")[1]]
+    ]  # fmt: skip
+    assert not wrong
+
+
+def test_tests_lie_as_their_modules_do() -> None:
+    """Tests with the name of one module of their room lie where the module lies in fedkern."""
+    misplaced = []
+    for path in (ROOT / "python_tests").rglob("test_*.py"):
+        place, stem = path.parent.relative_to(ROOT / "python_tests"), path.stem.removeprefix("test_")
+        room = ROOT / "fedkern" / place.parts[0] if place.parts else ROOT / "fedkern" / "none"
+        homes = {each.parent.relative_to(ROOT / "fedkern") for each in room.rglob(f"{stem}.py")}
+        if len(homes) == 1 and place not in homes:
+            misplaced.append(f"{place / path.name}, and the module is in {homes.pop()}")
+    assert not misplaced
+
+
 @pytest.mark.parametrize("package", ["fedkern", "benchmarks"])
 def test_no_circle_of_imports(package: str) -> None:
     known = modules(package)

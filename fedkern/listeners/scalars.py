@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from fedkern.errors import printable_name
+
+TAG = 200
+"""Most characters of a tag."""
 _NOT_FIGURES = {"round", "rounds", "name", "evaluated", "clients", "dropped", "phases"}
 _BOOKKEEPING = {"clock", "seconds", "round_seconds", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down"}
 _NOT_OF_CLIENTS = {"samples", "seconds"}
@@ -16,7 +20,6 @@ def scalars(record: Mapping[str, Any], sets: Collection[str] = ()) -> dict[str, 
     Metrics and losses keep their names, with the test set before a slash.  Times and bytes stand under ``run/``, means
     over the clients of the round under ``clients/``.
     """
-    from fedkern.report.names import CELL, label
     from fedkern.tasks.figure_names import split_metric
 
     result: dict[str, float] = {}
@@ -25,9 +28,9 @@ def scalars(record: Mapping[str, Any], sets: Collection[str] = ()) -> dict[str, 
             continue
         test_set, figure = split_metric(name, sets)
         tag = f"run/{name}" if name in _BOOKKEEPING else f"{test_set}/{figure}" if test_set else name
-        result[label(tag, CELL)] = float(value)
+        result[printable_name(tag, TAG)] = float(value)
     for name, mean in _means(list(record.get("clients", {}).values())).items():
-        result[label(f"clients/{name}", CELL)] = mean
+        result[printable_name(f"clients/{name}", TAG)] = mean
     return result
 
 
