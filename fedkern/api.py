@@ -626,16 +626,16 @@ def _play(
 
     listeners = _listeners(listener)
     view = display(quiet=not progress, json=False)
-    everybody = Listeners(*listeners, view)
+    heard = Listeners(*listeners, view)
     try:
-        run(config, out=out, resume=resume, listener=everybody, data=data, script=script, trusted=trusted)
+        run(config, out=out, resume=resume, listener=heard, data=data, script=script, trusted=trusted)
     finally:
         view.close()
     if not pictures:
         return
     code = trusted if resume else [part for _, part in config.code()]
     network = None if script.network is None or config.keeps_parts else read_model(out, code, script.network)[0]
-    shared = None if everybody.info is None else everybody.info.data
+    shared = None if heard.info is None else heard.info.data
     if shared is None and data is not None and not existing(out):  # the run was finished before, without pictures
         shared = kept_data(config, data)
     warn = partial(view.on_warning, "no-picture")

@@ -79,7 +79,7 @@ for name in ("memfd_create", "MFD_CLOEXEC", "MFD_ALLOW_SEALING", "sched_getaffin
 import numpy as np
 import fedkern
 import fedkern.api
-from fedkern.engine.executors.torchrun_group import Place, TorchrunGroup
+from fedkern.engine.executors.torchrun_group import LaunchedRank, TorchrunGroup
 
 settings = {"data": "digits", "clients": 2, "train_samples": 40, "rounds": 1, "model": "mlp", "grad_cam": 0,
             "threads": 1, "progress": False, "pictures": False}
@@ -88,7 +88,7 @@ assert fedkern.load(alone.out).evaluate()["accuracy"] == alone.metrics["accuracy
 several = fedkern.simulate("fedavg", workers=2, out=sys.argv[1] + "/several", **settings)
 print(several.summary["diagnostics"]["no-workers"])
 try:
-    TorchrunGroup(Place(0, 2, 0, 2, 0, 0, "job")).meet([])
+    TorchrunGroup(LaunchedRank(0, 2, 0, 2, 0, 0, "job")).meet([])
 except fedkern.UserError as error:
     print(error)
 """

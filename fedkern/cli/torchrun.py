@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fedkern.cli.request import Request
 from fedkern.engine.executors import torchrun_group
-from fedkern.engine.executors.torchrun_group import Place
+from fedkern.engine.executors.torchrun_group import LaunchedRank
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.settings.run_format import NAME
@@ -23,29 +23,29 @@ def play(request: Request, words: Sequence[str], done: Callable[[Request], int])
     Raises:
         UserError: the ranks do not fit together, or the run cannot go on.
     """
-    place = torchrun_group.place()
-    if place is None:
+    launched = torchrun_group.launched()
+    if launched is None:
         return done(request)
     if request.command not in RUNS:
-        return done(request) if place.rank == 0 else 0
-    if place.size == 1:
-        return done(_again(request, place))
+        return done(request) if launched.rank == 0 else 0
+    if launched.size == 1:
+        return done(_again(request, launched))
     from fedkern.cli.backend_check import check_backend
 
     check_backend()
-    _take_gpu(request, place)
-    with torchrun_group.joined(place) as ranks:
+    _take_gpu(request, launched)
+    with torchrun_group.joined(launched) as ranks:
         ranks.meet(words)
-        if place.rank:
+        if launched.rank:
             from fedkern.engine import rank
 
             return rank.serve(ranks)
-        code = done(_again(request, place))
+        code = done(_again(request, launched))
         ranks.leave(code)
         return code
 
 
-def _take_gpu(request: Request, place: Place) -> None:
+def _take_gpu(request: Request, launched: LaunchedRank) -> None:
     """Gives this rank the GPU of its number on this machine, where there are GPUs."""
     import torch
 
@@ -55,27 +55,27 @@ def _take_gpu(request: Request, place: Place) -> None:
     if device == "cpu" or not torch.cuda.is_available():
         return
     count = torch.cuda.device_count()
-    if count < place.here:
+    if count < launched.here:
         raise UserError(
-            f"This machine has {count} GPU{'s' * (count != 1)} for {place.here} ranks: give torchrun --nproc-per-node "
-            f"{count}, or fedkern --device cpu."
+            f"This machine has {count} GPU{'s' * (count != 1)} for {launched.here} ranks: give torchrun "
+            f"--nproc-per-node {count}, or fedkern --device cpu."
         )
-    torch.cuda.set_device(place.local)
+    torch.cuda.set_device(launched.local)
 
 
-def _again(request: Request, place: Place) -> Request:
+def _again(request: Request, launched: LaunchedRank) -> Request:
     """The request of this start of the ranks: after a restart, that goes on with the run which was begun before."""
     if request.command == "run":
         if request.out is None:
-            if not place.most_restarts:
+            if not launched.most_restarts:
                 return request
             raise UserError("torchrun --max-restarts goes on in the run's folder: name the folder with --out.")
-        if place.most_restarts and (request.out / NAME).exists():
+        if launched.most_restarts and (request.out / NAME).exists():
             # A restart that another machine asked for is not counted on this one.
             entry = Checkpoints(request.out).peek()
-            if place.restarts if entry is None else entry["info"].get("torchrun") == place.job:
+            if launched.restarts if entry is None else entry["info"].get("torchrun") == launched.job:
                 return replace(request, command="resume", resume=request.out, out=None, config=None)
-    if request.command == "extend" and place.most_restarts and request.folder is not None:
+    if request.command == "extend" and launched.most_restarts and request.folder is not None:
         stored = load_settings(request.folder, device="cpu")
         if stored.rounds == request.arguments["rounds"]:  # extended before the restart
             return replace(request, command="resume", resume=request.folder, folder=None, arguments={})

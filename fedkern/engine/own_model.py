@@ -26,7 +26,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.tasks.user_tasks import inner
 
 
-def settled(
+def resolve(
     config: RunConfig, data: Any, stored: RunConfig | None, out: Path, known: bool = True
 ) -> tuple[RunConfig, Any, list[str]]:
     """Tries the network of a run and describes it in the settings.

@@ -131,13 +131,13 @@ def with_data(
     if stored is not None:
         check_settings(config, stored, out)
     check_data(config, data)
-    if (data.form.lacks or script.functions) and torchrun_group.place() is not None:
+    if (data.form.lacks or script.functions) and torchrun_group.launched() is not None:
         raise UserError(
             "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's other "
             "ranks have none: start the script without torchrun, with workers=N."
         )
-    config, data, changed = own_model.settled(config, data, stored, out, known)
-    config = script.settled(RunContext(config, data), stored, out)
+    config, data, changed = own_model.resolve(config, data, stored, out, known)
+    config = script.resolve(RunContext(config, data), stored, out)
     for sentence in (*caveats(data), *changed):
         notice(sentence)
     return RunContext(config, data, notice, script=script)

@@ -140,7 +140,7 @@ class ScriptObjects:
                 f"fedkern.load(DIR, {name}=FUNCTION).resume()."
             )
 
-    def settled(self, context: Any, stored: RunConfig | None, out: Path) -> RunConfig:
+    def resolve(self, context: Any, stored: RunConfig | None, out: Path) -> RunConfig:
         """The settings with what the functions are, in words and as a hash; an optimiser is made once to be tried.
 
         Raises:

@@ -311,7 +311,7 @@ def test_ranks_and_flower_are_refused(make_data, make_config, tmp_path, monkeypa
     assert main(words) == 2
     assert "leave it out over Flower and on ranks of torchrun" in capsys.readouterr().err
     assert not (tmp_path / "project").exists()
-    monkeypatch.setattr(asynchronous.torchrun_group, "place", lambda: SimpleNamespace(job="one"))
+    monkeypatch.setattr(asynchronous.torchrun_group, "launched", lambda: SimpleNamespace(job="one"))
     with pytest.raises(UserError, match="leave it out over Flower and on ranks of torchrun"):
         run(make_config("fedavg", asynchronous="fedasync"), out=tmp_path / "run", data=make_data(SIZES))
     assert not (tmp_path / "run").exists()

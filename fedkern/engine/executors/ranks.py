@@ -68,7 +68,7 @@ class Ranks(Ordered):
         self._start(dict(handlers))
 
     def _start(self, handlers: dict[str, Any]) -> None:
-        if self._group.place.here < self._group.size and _in_a_file(self._context.data):
+        if self._group.launched.here < self._group.size and _in_a_file(self._context.data):
             raise UserError(
                 "The decoded images are in a file on rank 0's machine, which ranks on other machines cannot read: use "
                 "ranks of one machine, or fewer or smaller images, which are kept in memory."

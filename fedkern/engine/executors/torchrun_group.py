@@ -35,7 +35,7 @@ LEAVING = 10.0
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchedRank:
     """This process among the ranks.
 
     Attributes:
@@ -54,8 +54,8 @@ class Place:
     job: str
 
 
-def place() -> Place | None:
-    """The place of this process; None where torchrun has not started it."""
+def launched() -> LaunchedRank | None:
+    """This process among the ranks; None where torchrun has not started it."""
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
@@ -66,7 +66,7 @@ def place() -> Place | None:
         most = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     except (KeyError, ValueError):
         return None
-    return Place(rank, size, local, here, restarts, most, _job())
+    return LaunchedRank(rank, size, local, here, restarts, most, _job())
 
 
 def _job() -> str:
@@ -86,13 +86,13 @@ class TorchrunGroup:
     """The ranks, as this process sees them.
 
     Attributes:
-        place: of this process.
+        launched: this process among them.
         connections: by rank: on rank 0 to all others, on another rank to rank 0.
         odd: on rank 0, the ISA level of PyTorch on ranks where it is another, by rank (see `versions.kernels`).
     """
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, launched: LaunchedRank) -> None:
+        self.launched = launched
         self.connections: dict[int, Connection] = {}
         self.odd: dict[int, str] = {}
         self._group: Any = None
@@ -100,11 +100,11 @@ class TorchrunGroup:
 
     @property
     def rank(self) -> int:
-        return self.place.rank
+        return self.launched.rank
 
     @property
     def size(self) -> int:
-        return self.place.size
+        return self.launched.size
 
     def meet(self, words: Sequence[str]) -> None:
         """Connects the ranks and compares what they were started with.
@@ -200,7 +200,7 @@ class TorchrunGroup:
         """
         state = local.state_dict()
         nccl = device == "cuda" and dist.is_nccl_available()
-        where = f"cuda:{self.place.local}" if nccl else "cpu"
+        where = f"cuda:{self.launched.local}" if nccl else "cpu"
         sums: list[Tensor] = []
 
         def reduce() -> None:
@@ -308,21 +308,21 @@ def met() -> bool:
 
 
 @contextmanager
-def joined(place: Place) -> Iterator[TorchrunGroup]:
+def joined(launched: LaunchedRank) -> Iterator[TorchrunGroup]:
     """Has this process belong to its ranks inside the block, whose end all other ranks learn on rank 0.
 
     An exception is told to the other ranks as its exit code: rank 0 says it.
     """
     global _present, _begun
-    _present, _begun = TorchrunGroup(place), True
+    _present, _begun = TorchrunGroup(launched), True
     try:
         yield _present
     except UserError as error:
-        if not place.rank:
+        if not launched.rank:
             _present.leave(error.exit_code)
         raise
     except BaseException:
-        if not place.rank:
+        if not launched.rank:
             _present.leave(1)
         raise
     finally:

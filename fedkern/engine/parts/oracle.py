@@ -21,7 +21,7 @@ class Oracle(Part):
     Args:
         method, server: give the figures.
         code: names the method in an exception.
-        everybody: all clients.
+        clients: all clients of the run.
         sets: the test sets by metric prefix.
         disclosure: which figures may be told.
     """
@@ -31,24 +31,24 @@ class Oracle(Part):
         method: Method,
         server: Server,
         code: MethodCode,
-        everybody: AllClients,
+        clients: AllClients,
         sets: dict[str, Reader],
         disclosure: Disclosure,
     ) -> None:
-        self._method, self._server, self._code, self._everybody = method, server, code, everybody
+        self._method, self._server, self._code, self._clients = method, server, code, clients
         self._sets, self._disclosure = sets, disclosure
 
     @classmethod
     def build(cls, run: RunObjects) -> Oracle | None:
         if run.remote:
             return None
-        everybody = AllClients(run.context, run.checkpoints)
-        return cls(run.method, run.server, run.code, everybody, run.sets, run.context.disclosure)
+        clients = AllClients(run.context, run.checkpoints)
+        return cls(run.method, run.server, run.code, clients, run.sets, run.context.disclosure)
 
     def finish(self, summary: Summary) -> None:
         if self._disclosure.appraised is not None and not self._disclosure.appraised:
             return
         with self._code("oracle_metrics"):
-            metrics = self._method.oracle_metrics(self._server, self._everybody, self._sets)
+            metrics = self._method.oracle_metrics(self._server, self._clients, self._sets)
         metrics = figures(metrics, "oracle_metrics")
         summary.metrics.update(self._disclosure.oracle_metrics(metrics, ("", *self._sets)))

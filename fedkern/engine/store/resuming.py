@@ -165,7 +165,7 @@ def unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any)
 def facts_of(config: RunConfig, data: FederatedData, fingerprint: int) -> dict[str, Any]:
     """What checkpoints keep of a run, so that it goes on with the same settings, data and kernels, or says so."""
     names = {"clients": data.client_names or (), "classes": data.classes}
-    place = torchrun_group.place()
+    launched = torchrun_group.launched()
     return {
         "config": config.to_dict(),
         "data": fingerprint,
@@ -173,7 +173,7 @@ def facts_of(config: RunConfig, data: FederatedData, fingerprint: int) -> dict[s
         "names": {what: zlib.crc32(json.dumps(list(each)).encode()) for what, each in names.items()},
         "versions": versions.versions(),
         "kernels": versions.kernels(),
-        **({} if place is None else {"torchrun": place.job}),  # by which a restart knows the run
+        **({} if launched is None else {"torchrun": launched.job}),  # by which a restart knows the run
     }
 
 

@@ -368,7 +368,7 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
     if notice is not None and data.form.seen:
         notice(data.form.seen[0])
     check_data(config, data, alone)
-    config, _, _ = own_model.settled(config, data, None, Path(), known=False)
+    config, _, _ = own_model.resolve(config, data, None, Path(), known=False)
     return RunContext(config, data, notice)
 
 

@@ -16,7 +16,7 @@ from fedkern.engine.executors import connection as module
 from fedkern.engine.executors import torchrun_group
 from fedkern.engine.executors.connection import SILENCE, WINDOW, Connection, Ended, Lost, drained, how
 from fedkern.engine.executors.ranks import Spread
-from fedkern.engine.executors.torchrun_group import Place, TorchrunGroup
+from fedkern.engine.executors.torchrun_group import LaunchedRank, TorchrunGroup
 from fedkern.errors import RunFailed, UserError
 from fedkern.messages.packets import Packer, Unpacker
 from fedkern.methods.uploads import Kept
@@ -222,7 +222,7 @@ WORDS = ("fedavg", "--rounds", "3")
 
 
 def teams(size):
-    return [TorchrunGroup(Place(rank, size, rank, size, 0, 0, "tests")) for rank in range(size)]
+    return [TorchrunGroup(LaunchedRank(rank, size, rank, size, 0, 0, "tests")) for rank in range(size)]
 
 
 @pytest.fixture

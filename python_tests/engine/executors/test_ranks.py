@@ -282,19 +282,19 @@ def test_other_commands_are_for_rank_0(tmp_path):
 def test_torchruns_variables(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    assert torchrun_group.place() is None
+    assert torchrun_group.launched() is None
     for name, value in zip(TORCHRUN, ("none", "3", "4", "1", "2"), strict=True):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "5")
-    found = torchrun_group.place()
+    found = torchrun_group.launched()
     assert (found.rank, found.size, found.local, found.here) == (3, 4, 1, 2)
     assert (found.restarts, found.most_restarts) == (2, 5)
     assert str(os.getppid()) in found.job  # torchrun's own id says nothing
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
-    assert torchrun_group.place().job == "job-7"
+    assert torchrun_group.launched().job == "job-7"
     monkeypatch.delenv("WORLD_SIZE")
-    assert torchrun_group.place() is None
+    assert torchrun_group.launched() is None
 
 
 def test_every_start_of_the_ranks_has_a_name_of_its_own():
