@@ -21,9 +21,10 @@ from fedkern.methods import registry
 from fedkern.models import MODELS, Own
 from fedkern.models.cutting import find_head
 from fedkern.models.registry import unknown
-from fedkern.models.user_models import check_output, digest, seeded
+from fedkern.models.user_models import check_output, seeded
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.user_tasks import inner
+from fedkern.usercode import identity
 
 
 def resolve(
@@ -69,8 +70,8 @@ def resolve(
         check_output(network, make.text, shape, data.task.output(classes, shape[1:]), classes, config.data)
     registry.check_network(config.method, config.made.needs, network, data, make.text)
     state = network.state_dict()
-    layout = digest(state, values=False)
-    sha = digest(make.what.state_dict(), values=True) if isinstance(make.what, nn.Module) else make.sha256
+    layout = identity.layout(state)
+    sha = identity.layout(make.what.state_dict(), values=True) if isinstance(make.what, nn.Module) else make.sha256
     if stored is not None:
         if stored.model_layout not in (None, layout):
             raise UserError(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -424,16 +423,6 @@ def check_output(
         )
     if not bool(torch.isfinite(logits).all()):
         raise UserError(f"the network {text} gives values that are not finite for random images.")
-
-
-def digest(tensors: Mapping[str, Tensor], *, values: bool) -> str:
-    """SHA-256 of names, dtypes and shapes of tensors, and of their ``values`` if asked."""
-    state = hashlib.sha256()
-    for name, tensor in tensors.items():
-        state.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        if values:
-            state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return state.hexdigest()
 
 
 def channels_last(module: nn.Module) -> bool:

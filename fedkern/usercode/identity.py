@@ -134,6 +134,16 @@ def digest(**values: Any) -> str:
     return state.hexdigest()
 
 
+def layout(tensors: Mapping[str, Any], *, values: bool = False) -> str:
+    """SHA-256 of names, dtypes and shapes of tensors, and of their ``values`` if asked."""
+    state = hashlib.sha256()
+    for name, tensor in tensors.items():
+        state.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        if values:
+            state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
 def hashed(value: Any, update: Callable[[bytes], object], deep: int = DEEP) -> None:
     """Hashes nested tensors, arrays, texts and numbers, and functions; of other objects type and attributes."""
     if isinstance(value, Mapping):
