@@ -247,7 +247,7 @@ def test_an_error_in_a_method_s_own_update_names_file_and_line(known, tmp_path):
             return client.upload(model)
 
     line = Own.client_update.__code__.co_firstlineno + 3
-    with pytest.raises(ClientFailed, match=rf"Client 0 failed in round 1: .*\(test_own_training.py, line {line}\)"):
+    with pytest.raises(ClientFailed, match=rf"Client 0 failed in round 1: .*\(test_script_objects.py, line {line}\)"):
         fedkern.simulate(Own, data=known(), model="cnn", width=2, out=tmp_path / "run", progress=False, pictures=False)
 
 
@@ -326,7 +326,7 @@ def factory(found):
     [
         ("fedavg", {"train": "loop"}, "train must be a function of a model and a client, not 'loop'"),
         ("fedavg", {"train": lambda model: None}, r"train must be a function of a model and a client: too many "
-         r"positional arguments \(test_own_training.py, line \d+\)"),
+         r"positional arguments \(test_script_objects.py, line \d+\)"),
         ("fedavg", {"optimizer": lambda: None}, r"optimizer must be a function of a list of parameters: too .*line"),
         ("fedavg", {"train": loop, "momentum": 0.5}, "momentum has no effect beside a function train"),
         ("fedavg", {"train": loop, "freeze_bn_after": 1}, "freeze_bn_after has no effect beside a function train"),
