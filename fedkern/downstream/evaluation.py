@@ -104,7 +104,8 @@ def evaluate_run(
     sets = _sets(loaded, module, about, config)
     code = partial(named, f"The method's evaluate of {config.method}", config.kind)
     with cpu_threads(config.threads), computing(config.precision):
-        with evaluating(config, flat and not apart) as at_once:
+        threads = config.client_threads if apart else config.threads  # as in the run
+        with evaluating(config.replace(threads=threads), flat and not apart) as at_once:
             figures = evaluate(judge, module, sets, code, at_once, keep=True)
         return {**figures, **final_figures(sets, loaded.classes).metrics, **figures}, tuple(loaded.tests)
 

@@ -53,6 +53,11 @@ class Client(Node):
         self.later: list[Callable[[], None]] | None = None
 
     @property
+    def context(self) -> RunContext:
+        """What all clients share: for the engine, not for methods."""
+        return self._context
+
+    @property
     def stored(self) -> dict[str, Any]:
         """What the checkpoint keeps of the client: its state, with those of its encoders."""
         return {**self.state, STATES: self.encoded} if self.encoded else self.state

@@ -7,10 +7,8 @@ from typing import Any
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.base import Method
-from fedkern.methods.common.personal import ClientsNetworks
 
 
 class AllClients(Mapping[int, Client]):
@@ -32,18 +30,6 @@ class AllClients(Mapping[int, Client]):
         if k not in self._known:
             self._known[k] = Client(self._context, k, self._checkpoints.client_state(k))
         return self._known[k]
-
-
-def judged(method: Method, server: Server, context: RunContext, checkpoints: Checkpoints) -> Method | ClientsNetworks:
-    """What gives a run's figures: the method, or all clients' networks where they have some of their own."""
-    if not context.config.own_networks:
-        return method
-
-    def network(k: int) -> Any:
-        client = Client(context, k, checkpoints.client_state(k))
-        return client.frozen(method.own_vectors(client, method.vectors(server)))
-
-    return ClientsNetworks(method, range(context.federation.clients), network)
 
 
 def check_teachers(method: Method, context: RunContext) -> None:

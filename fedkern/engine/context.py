@@ -18,6 +18,7 @@ from fedkern.deferred import accelerate
 from fedkern.engine import initial_weights
 from fedkern.engine.captured import Graphs
 from fedkern.engine.client_teachers import Teachers
+from fedkern.engine.evaluate import client_sets, site_sets, test_sets
 from fedkern.engine.images import CACHE_BYTES, Images
 from fedkern.engine.items import ItemReader
 from fedkern.engine.network import Network, place
@@ -285,6 +286,21 @@ class RunContext:
     def initial_personal(self) -> Message:
         """What every client keeps to itself as a fresh network has it, by name; empty where nothing is."""
         return personal.copies(personal.tensors(inner(self.build()))) if self.config.keeps_parts else {}
+
+    @cached_property
+    def test_sets(self) -> dict[str, Reader]:
+        """See :func:`~fedkern.engine.evaluate.test_sets`."""
+        return test_sets(self)
+
+    @cached_property
+    def client_sets(self) -> dict[int, Reader]:
+        """See :func:`~fedkern.engine.evaluate.client_sets`."""
+        return client_sets(self)
+
+    @cached_property
+    def site_sets(self) -> dict[int, Reader]:
+        """See :func:`~fedkern.engine.evaluate.site_sets`."""
+        return site_sets(self)
 
     def validation(self) -> Iterator[Batch]:
         """The validation split in batches; none where it is empty."""

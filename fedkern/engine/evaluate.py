@@ -17,6 +17,7 @@ from fedkern.engine.reader import BATCH, Reader
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.common.personal import ClientsNetworks
+from fedkern.methods.roles import Client
 from fedkern.process.torch_modes import cpu_threads
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.figure_names import set_noun
@@ -105,12 +106,13 @@ def _test_set(context: Any, split: Any) -> Reader:
 
 
 def evaluate_clients(
-    method: Method | ClientsNetworks,
+    method: Method,
     network: nn.Module,
     sets: Mapping[int, Reader],
     at_once: int,
     names: Sequence[str] | None,
     code: Callable[[str], AbstractContextManager[None]],
+    client: Callable[[int], Client],
 ) -> dict[int, dict[str, float]]:
     """The method's figures on every client's own test set, by client.
 
@@ -121,15 +123,18 @@ def evaluate_clients(
         at_once: number of sets that are evaluated side by side, in threads.
         names: the clients' names, for messages.
         code: names the method's part, and the client of the given label, in an exception.
+        client: a client with its state, asked for where the method may look at it.
 
     Raises:
         UserError: a set is a single image, which the network cannot normalise.
     """
+    looks = type(method).evaluate_own is not Method.evaluate_own
 
     def figures(k: int) -> dict[str, float]:
         label = client_label(names, k)
         with _explained(f"The test set of client {label}", sets[k]), code(label):
-            return {name: float(value) for name, value in method.evaluate_own(network, sets[k], k).items()}
+            each = method.evaluate_own(network, sets[k], client(k)) if looks else method.evaluate(network, sets[k])
+            return {name: float(value) for name, value in each.items()}
 
     return dict(zip(sets, _side_by_side(figures, list(sets), at_once), strict=True))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedkern.data.identity import of_memory
 from fedkern.data.sources.items import unsteady
-from fedkern.engine import asynchronous, own_model
+from fedkern.engine import asynchronous, own_figures, own_model
 from fedkern.engine.client import Client, check_client
 from fedkern.engine.client_privacy import ClientPrivacy
 from fedkern.engine.clients import check_teachers
@@ -78,7 +78,8 @@ class Prepared:
     @property
     def handlers(self) -> dict[str, object]:
         """Objects whose ``client_update`` may be called, by name."""
-        return {"method": self.method, "pooling": self.pooling}
+        figures = {own_figures.NAME: own_figures.OwnFigures(self.method)} if self.config.own_networks else {}
+        return {"method": self.method, "pooling": self.pooling, **figures}
 
     @property
     def silent(self) -> bool:

@@ -12,7 +12,6 @@ from torch import nn
 from fedkern.data.identity import data_fingerprint
 from fedkern.engine.client_states import ClientStates
 from fedkern.engine.clients import compare_teachers
-from fedkern.engine.evaluate import test_sets
 from fedkern.engine.executors.base import Executor
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.ledger import Ledger
@@ -126,7 +125,7 @@ def opened(
         checkpoints=checkpoints, metrics=metrics, ledger=Ledger(config.trained_clients), wire={}, timing=timing,
         releases=None if prepared.said is None else Releases(checkpoints.folder),
         log=RoundLog(context, progress, states, listener, silent=prepared.silent, hint=_undeclared(prepared)),
-        states=states, network=context.build(), sets=test_sets(context),
+        states=states, network=context.build(), sets=context.test_sets,
     )  # fmt: skip
 
 

@@ -263,8 +263,13 @@ class Method:
         """
         return message
 
-    def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
-        """Figures, as :meth:`evaluate` returns them, of the network that this client would use on its own test set."""
+    def evaluate_own(self, model: nn.Module, data: Any, client: Client) -> dict[str, float]:
+        """Figures, as :meth:`evaluate` returns them, of the network that this client would use on its own test set.
+
+        Changes of ``client.state`` are dropped.  Where every client has a network of its own, ``model`` is that
+        network, and the call is made where the client works.  Elsewhere it is made where the server is, possibly from
+        several threads; over Flower ``client.state`` is empty there, since nodes keep it.
+        """
         return self.evaluate(model, data)
 
     def oracle_metrics(

@@ -2,6 +2,9 @@
 
 import copy
 import dataclasses
+import functools
+import os
+import re
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.nn.functional import cross_entropy
 import fedkern
 from fedkern import models
 from fedkern.data import normalise
+from fedkern.engine.executors.workers import Workers
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
@@ -249,6 +253,109 @@ def test_a_run_ends_by_the_clients_figures(make_data, tmp_path):
     stopped = played(tmp_path / "run", make_data, personal="head.*", rounds=4, stop_at=f"id_loss<={losses[1]}")
     assert len(stopped.history) == min(i for i, loss in enumerate(losses, 1) if loss <= losses[1])
     assert stopped.summary["stopped"]["by"] == "stop-at"
+
+
+class Told(FedAvg):
+    """FedAvg whose clients count their rounds, and tell the count and their process in the figures on their own set."""
+
+    memoryless = False
+
+    def client_update(self, client, phase, message):
+        client.state["rounds"] = client.state.get("rounds", 0) + 1
+        return super().client_update(client, phase, message)
+
+    def evaluate_own(self, model, data, client):
+        figures = super().evaluate_own(model, data, client)
+        rounds = client.state.get("rounds", 0)
+        client.state["rounds"] = -1  # is not kept
+        return {**figures, "rounds": rounds, "process": os.getpid()}
+
+
+def told(run, name):
+    figures = run.summary["client_metrics"]
+    return [figures[str(k)][name] for k in range(len(figures))]
+
+
+def nameless(found):
+    """An outcome without the numbers of processes."""
+    model, metrics, summary = found
+    for each in (*metrics, summary):
+        for figures in each.get("client_metrics", {}).values():
+            del figures["process"]
+    return model, metrics, summary
+
+
+@pytest.fixture
+def own_sets(make_data):
+    data = dataclasses.replace(make_data((20, 13, 9, 8)), name="arrays")
+    return dataclasses.replace(data, client_tests=tuple(data.clients))
+
+
+def test_a_client_is_judged_where_it_works_and_by_its_state(make_data, own_sets, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
+    settings = {"data": own_sets, "personal": "head.*", "rounds": 3, "sample_fraction": 0.5, "eval_every": 2}
+    one = played(tmp_path / "one", make_data, Told, **settings)
+    two = played(tmp_path / "two", make_data, Told, workers=2, **settings)
+    with pytest.raises(Kill):
+        played(tmp_path / "killed", make_data, Told, listener=KillAt("client", 1, round=3), **settings)
+    given = {"data": own_sets, "trusted": [f"python:{__name__}:Told"]}
+    resumed = fedkern.load(tmp_path / "killed", **given).resume(progress=False, pictures=False)
+    taken = [sum(str(k) in record["clients"] for record in one.history.records) for k in range(4)]
+    assert told(one, "rounds") == taken
+    assert len({*taken}) > 1
+    assert {*told(one, "process")} == {os.getpid()}
+    assert len({*told(two, "process")} - {os.getpid()}) == 2
+    expected = nameless(outcome(one.out))
+    assert nameless(outcome(two.out)) == nameless(outcome(resumed.out)) == expected
+    for k in range(4):
+        states = [Checkpoints(run.out).last_client_state(k) for run in (one, two, resumed)]
+        assert [state.get("rounds", 0) for state in states] == [taken[k]] * 3
+
+
+def test_a_method_with_one_network_sees_the_clients_states_too(make_data, own_sets, tmp_path):
+    run = played(tmp_path / "run", make_data, Told, data=own_sets, sample_fraction=0.5, rounds=3)
+    assert told(run, "rounds") == [sum(str(k) in each["clients"] for each in run.history.records) for k in range(4)]
+
+
+def test_a_run_that_is_resumed_at_its_end_has_its_figures(make_data, own_sets, tmp_path):
+    """It evaluates after the workers are gone."""
+    settings = {"data": own_sets, "personal": "head.*", "rounds": 2}
+    whole = played(tmp_path / "whole", make_data, **settings)
+    with pytest.raises(Kill):
+        played(tmp_path / "run", make_data, listener=KillAt("end"), workers=2, **settings)
+    (tmp_path / "run" / "summary.json").unlink(missing_ok=True)
+    resumed = fedkern.load(tmp_path / "run", data=own_sets).resume(progress=False, pictures=False)
+    assert outcome(resumed.out) == outcome(whole.out)
+
+
+class Failing(FedAvg):
+    """FedAvg whose client 1 cannot be evaluated."""
+
+    kind = ZeroDivisionError
+
+    def evaluate_own(self, model, data, client):
+        if client.id == 1:
+            raise self.kind("no figures")
+        return super().evaluate_own(model, data, client)
+
+
+class Refusing(Failing):
+    """As Failing, with an error of the user's."""
+
+    kind = UserError
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(("method", "workers"), [(Failing, 2), (Refusing, 1), (Failing, 1), (Refusing, 2)])
+def test_a_failed_evaluation_names_its_client(make_data, own_sets, tmp_path, monkeypatch, method, workers):
+    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
+    with pytest.raises(UserError) as failed:
+        played(tmp_path / "run", make_data, method, data=own_sets, personal="head.*", workers=workers)
+    what = "ZeroDivisionError: no figures" if method is Failing else "no figures"
+    sentence = rf"The evaluation of client 1's network in round 1 failed: {what} \(test_personal\.py, line \d+\)\."
+    assert re.fullmatch(sentence, str(failed.value))
+    assert failed.value.exit_code == (1 if method is Failing else 2)
+    assert ("raise self.kind" in failed.value.traceback) is (method is Failing)
 
 
 # -- a client's network --------------------------------------------------------------------------------------------

@@ -141,10 +141,14 @@ def test_the_best_figure_and_the_end_of_patience(tmp_path, monkeypatch):
     assert isinstance(stops[3], Stop)
     assert part.state()["best"] == {"figure": "validation_mae", "value": 0.75, "round": 2, "file": part._best["file"],
                                     "metrics": {"mae": 0.75}, "sum": 0}  # fmt: skip
-    judge = Evaluation(None, hooks, None, context, {}, {}, clients=False)
-    monkeypatch.setattr(judge, "_evaluate", lambda network, last: judge.latest.update(mae=next(values)))
+    judge = Evaluation(None, hooks, None, context, {}, {}, clients=False, client=None)
+    monkeypatch.setattr(judge, "_evaluate", lambda network, last, here: judge.latest.update(mae=next(values)))
     values = iter((1.5, 0.75, float("nan"), 1.0))
     for _ in VALUES:
         entry = SimpleNamespace(one_off=False)
-        judge.round_end(SimpleNamespace(entry=entry, clients={}, due=True, last=False, put=lambda *_: None, seconds={}))
+        judge.round_end(
+            SimpleNamespace(
+                entry=entry, clients={}, due=True, last=False, together=False, put=lambda *_: None, seconds={}
+            )
+        )
     assert judge.best == {"mae": 0.75}

@@ -72,7 +72,7 @@ class Executor(Protocol):
         """Yields the clients' answers in the order of ``messages``, each as soon as it and all before it are there.
 
         Args:
-            asker: name of the object whose ``client_update`` is called, ``"method"`` or ``"pooling"``.
+            asker: name of the object whose ``client_update`` is called, ``"method"``, ``"pooling"`` or ``"figures"``.
             phase: the exchange.
             encoders: changes a client's upload where the client works, by client; none where it travels as it is.
         """

@@ -26,8 +26,10 @@ def executor_of(run: RunObjects, remote: Remote | None) -> Executor:
     if remote is not None:
         return remote(run)
     config, context = run.config, run.context
-    rounds = islice(run.plan, run.progress.planned, None)
+    rounds = list(islice(run.plan, run.progress.planned, None))
     asks = config.sampled_clients * sum(len(entry.exchanges) for entry in rounds if not entry.cohort)
+    if config.own_networks:  # all clients evaluate theirs
+        asks += context.federation.clients * -(-len(rounds) // config.eval_every)
     if (ranks := torchrun_group.present()) is not None:
         return _on_ranks(run, ranks, asks)
     count = workers_for(config, context, asks, run.parameters)

@@ -68,7 +68,8 @@ class Ranks(Ordered):
         self._start(dict(handlers))
 
     def _start(self, handlers: dict[str, Any]) -> None:
-        if self._group.launched.here < self._group.size and _in_a_file(self._context.data):
+        tests = self._context.config.own_networks
+        if self._group.launched.here < self._group.size and _in_a_file(self._context.data, tests):
             raise UserError(
                 "The decoded images are in a file on rank 0's machine, which ranks on other machines cannot read: use "
                 "ranks of one machine, or fewer or smaller images, which are kept in memory."
@@ -186,9 +187,9 @@ class Ranks(Ordered):
         self._packer.clear()
 
 
-def _in_a_file(data: Any) -> bool:
-    """Whether clients' or validation images or masks are read from a file when they are needed."""
-    splits = (*data.clients, data.validation)
+def _in_a_file(data: Any, tests: bool) -> bool:
+    """Whether images or masks that other ranks need are read from a file when they are needed."""
+    splits = (*data.clients, data.validation, *((*data.tests.values(), *data.client_tests) if tests else ()))
     return any(isinstance(part, FileRows) for split in splits for part in (split.images, split.labels))
 
 

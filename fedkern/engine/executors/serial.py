@@ -147,7 +147,7 @@ class Serial:
         except Diverged as problem:
             answer.problem = problem
         except RAISED as error:
-            code = self._context.script.train or type(self._handlers[asker])
+            code = self._context.script.train or type(self._handlers["method"])
             answer.problem = ClientFailed.of(answer.client, error, code)
 
     def _beside(self, message: Message, upload: Any) -> Message:

@@ -48,5 +48,7 @@ def unavailable(device: str) -> str:
 
 def worker_bytes(context: RunContext, parameters: int) -> int:
     """Estimated bytes of a worker, without the data, which all workers map."""
-    images = sum(split.memory for split in context.data.clients) if context.cache else 0
+    data = context.data
+    tests = (*data.tests.values(), data.validation, *data.client_tests) if context.config.own_networks else ()
+    images = sum(split.memory for split in (*data.clients, *tests)) if context.cache else 0
     return BASE_BYTES + NETWORKS * 4 * parameters + images

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from fedkern.engine.clients import judged
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.evaluate import client_sets, evaluate, evaluate_clients, evaluating, site_sets
+from fedkern.engine.evaluate import evaluate, evaluate_clients, evaluating
 from fedkern.engine.hooks import Hooks, MethodCode
+from fedkern.engine.own_figures import ClientsFigures
 from fedkern.engine.parts.base import Part, Record, Summary
 from fedkern.engine.reader import Reader
 from fedkern.engine.registry import register_part
@@ -26,7 +27,6 @@ from fedkern.methods.base import Method
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
 from fedkern.methods.common.figures import gradcam
 from fedkern.methods.common.final_figures import final_figures
-from fedkern.methods.common.personal import ClientsNetworks
 from fedkern.privacy.disclosure import About
 
 
@@ -35,13 +35,15 @@ class Evaluation(Part):
     """Evaluates the network that the method hands out.
 
     Args:
-        method: gives the figures, as a method does.
+        method: gives the figures.
         hooks: hands out the network.
         code: names the method in an exception.
         context: of the run.
         sets: the test sets by metric prefix; those of the end keep the network's answers.
         own_sets: every client's own test set.
         clients: whether figures of single clients may be told.
+        client: a client with its state.
+        networks: gives the figures of the clients' own networks; None where the method's network is judged.
 
     Attributes:
         latest: the figures of the last evaluation, by name.
@@ -51,7 +53,7 @@ class Evaluation(Part):
 
     def __init__(
         self,
-        method: Method | ClientsNetworks,
+        method: Method,
         hooks: Hooks,
         code: MethodCode,
         context: RunContext,
@@ -59,10 +61,12 @@ class Evaluation(Part):
         own_sets: dict[int, Reader],
         *,
         clients: bool,
+        client: Callable[[int], Client],
+        networks: ClientsFigures | None = None,
     ) -> None:
         self._method, self._hooks, self._code, self._context = method, hooks, code, context
         self._sets, self._client_sets, self._clients = sets, own_sets, clients
-        self._global = not isinstance(method, ClientsNetworks)  # whether the hooks' network is the judged one
+        self._client, self._networks = client, networks
         self._kept = False  # whether the test sets have kept the present network's answers
         self.latest: dict[str, float] = {}
         self.best: dict[str, float] = {}
@@ -70,9 +74,13 @@ class Evaluation(Part):
 
     @classmethod
     def build(cls, run: RunObjects) -> Evaluation:
-        own_sets, public = client_sets(run.context), run.context.disclosure.clients
-        judge = judged(run.method, run.server, run.context, run.checkpoints)
-        return cls(judge, run.hooks["method"], run.code, run.context, run.sets, own_sets, clients=public)
+        context, checkpoints = run.context, run.checkpoints
+        return cls(
+            run.method, run.hooks["method"], run.code, context, run.sets, context.client_sets,
+            clients=context.disclosure.clients, client=lambda k: Client(context, k, checkpoints.client_state(k)),
+            networks=ClientsFigures(run.method, run.server, context, run.states, run.code)
+            if run.config.own_networks else None,
+        )  # fmt: skip
 
     def round_end(self, record: Record) -> None:
         self._kept = False
@@ -86,7 +94,7 @@ class Evaluation(Part):
         begun = time.perf_counter()
         network = self._hooks.network()
         if network is not None:
-            self._evaluate(network, last=record.last)
+            self._evaluate(network, last=record.last, here=record.together)
             record.figures = {**self.latest}
             record.put(self.latest)
             if self.of_clients:
@@ -102,11 +110,14 @@ class Evaluation(Part):
     def finish(self, summary: Summary) -> None:
         network = summary.network
         if not self._kept:  # resumed after the last round, or ended before it
-            self._evaluate(network, last=True)
+            self._evaluate(network, last=True, here=True)
         test_set, own_sets = OWN, self._client_sets
-        if not own_sets and (own_sets := site_sets(self._context)):
+        if not own_sets and (own_sets := self._context.site_sets):
             test_set = ONLY
-            self._evaluate_clients(network, own_sets)
+            if self._networks is None:
+                self._evaluate_clients(network, own_sets)
+            elif self._clients:
+                _, self.of_clients = self._networks("site_sets", tests=False, keep=False, here=True)
         summary.of_clients, summary.client_set = with_undefined(self.of_clients, own_sets), test_set
         summary.final = final_figures(self._sets, self._context.data.classes)
         # The method's own figures come first, and stay where one has the name of a figure of ours.
@@ -124,12 +135,19 @@ class Evaluation(Part):
         self.best.update(state["best"])
         self.latest.update(state["latest"])
 
-    def _evaluate(self, network: nn.Module, last: bool) -> None:
-        """Evaluates the network; the test sets keep the answers to the last one, for the figures of the run's end."""
-        code = partial(self._code, "evaluate")
-        with self._at_once(network) as at_once:
-            metrics = evaluate(self._method, network, self._sets, code, at_once, keep=last)
-        self._evaluate_clients(network, self._client_sets)
+    def _evaluate(self, network: nn.Module, last: bool, here: bool) -> None:
+        """Evaluates the network; the test sets keep the answers to the last one, for the figures of the run's end.
+
+        With ``here``, clients with networks of their own evaluate them in this process.
+        """
+        if self._networks is None:
+            code = partial(self._code, "evaluate")
+            with self._at_once(network) as at_once:
+                metrics = evaluate(self._method, network, self._sets, code, at_once, keep=last)
+            self._evaluate_clients(network, self._client_sets)
+        else:
+            own = "client_sets" if self._clients else ""
+            metrics, self.of_clients = self._networks(own, tests=True, keep=last, here=here)
         self.latest.clear()
         self.latest.update(metrics)
         self.latest.update(over_clients(self.of_clients, self._client_sets))
@@ -140,10 +158,10 @@ class Evaluation(Part):
             names = self._context.data.client_names
             code = lambda label: self._code(f"evaluate_own for client {label}")  # noqa: E731
             with self._at_once(network) as at_once:
-                self.of_clients = evaluate_clients(self._method, network, sets, at_once, names, code)
+                self.of_clients = evaluate_clients(self._method, network, sets, at_once, names, code, self._client)
 
     def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:
-        return evaluating(self._context.config, self._global and self._context.is_flat(network))
+        return evaluating(self._context.config, self._context.is_flat(network))
 
     def _of_clients(self, test_set: str, sets: dict[int, Reader]) -> dict[str, Any]:
         """The clients' figures on their own ``sets`` as entries of the summary; empty where nothing may be told.
@@ -169,7 +187,8 @@ class Evaluation(Part):
 
     def _gradcam(self, network: Any) -> dict[str, float]:
         # Grad-CAM takes single images in eval mode, which needs running statistics.
-        count = self._context.config.grad_cam if self._context.config.statistics and self._global else 0
+        judged, config = self._networks is None, self._context.config  # whether by this network
+        count = config.grad_cam if config.statistics and judged else 0
         with spared(lambda why: self._context.warn("no-grad-cam", f"The figures of Grad-CAM are missing: {why}.")):
             return gradcam(network, self._sets, count)
         return {}

@@ -77,8 +77,8 @@ class Local(Objective, Method):
         figures: dict[str, float] = data.task.member_figures(model, data)
         return figures
 
-    def evaluate_own(self, model: Any, data: Any, client: ClientId) -> dict[str, float]:
-        return super().evaluate(model.members[client], data)
+    def evaluate_own(self, model: Any, data: Any, client: Client) -> dict[str, float]:
+        return super().evaluate(model.members[client.id], data)
 
 
 class Pairs(nn.Module):

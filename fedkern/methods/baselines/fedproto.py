@@ -198,9 +198,9 @@ class FedProto(LocalTraining):
             return super().evaluate(model, data)
         return mean_figures(super().evaluate, zip(model.clients, model.members, strict=True), data)
 
-    def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
-        if isinstance(model, Personal) and client in model.clients:
-            model = model.members[model.clients.index(client)]
+    def evaluate_own(self, model: nn.Module, data: Any, client: Client) -> dict[str, float]:
+        if isinstance(model, Personal) and client.id in model.clients:
+            model = model.members[model.clients.index(client.id)]
         elif isinstance(model, Personal):
             # Never took part: evaluate the mean of the others' logits.
             data = OfClient(data, None)

@@ -101,7 +101,3 @@ class ClientsNetworks:
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
         """The mean over all clients' networks."""
         return mean_figures(self._method.evaluate, ((k, self._network(k)) for k in self._clients), data)
-
-    def evaluate_own(self, model: nn.Module, data: Any, client: ClientId) -> dict[str, float]:
-        """The figures of a client's network on its own test set."""
-        return self._method.evaluate_own(self._network(client), data, client)

@@ -140,6 +140,7 @@ def test_two_ranks(tmp_path):
         (2, ("fedavg", "--data", "digits", "--sample-fraction", "0.6", "--compress", "int8", "--sums", "exact")),
         (4, ("fedgid", "--data", "colordigits", "--method-option", "background_pool=shared")),
         (2, ("fedlpfm", "--data", "digits")),
+        (2, ("ditto", "--data", "digits", "--client-test", "0.2")),
     ],
     ids=lambda given: given if isinstance(given, int) else given[0],
 )

@@ -90,7 +90,7 @@ class Bench:
 
     def __init__(self, *, clients=True, own=True):
         self.method, self.network, self.context = Judged(), Says(0.5), Context(2, **SETTINGS)
-        self.context.data.tests = {}
+        self.context.data.tests, self.context.site_sets = {}, {}
         # At a level of 0.5 all of "id" is right, and three quarters of "ood".
         self.sets = {
             "id_": brightness_set([0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1]),
@@ -99,7 +99,7 @@ class Bench:
         own_sets = {0: brightness_set([0.1, 0.9], [0, 1]), 1: brightness_set([0.1, 0.9], [1, 1])} if own else {}
         self.part = Evaluation(
             self.method, SimpleNamespace(network=lambda: self.network), code(self.method), self.context, self.sets,
-            own_sets, clients=clients,
+            own_sets, clients=clients, client=None,
         )  # fmt: skip
 
     def round(self, number=1, **given):

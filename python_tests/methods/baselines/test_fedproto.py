@@ -153,7 +153,7 @@ def test_personal_networks_are_tested_on_their_clients_own_samples(make_data, ma
     stranger = Personal({7: model.members[0], 9: model.members[1]})
     whole_set = Batch(normalise(own[2].images, data.form.mean, data.form.std), own[2].labels, np.arange(len(own[2])))
     asked = SimpleNamespace(batches=lambda: iter([whole_set]), task=data.task)
-    whole = FedProto().evaluate_own(stranger, asked, 2)
+    whole = FedProto().evaluate_own(stranger, asked, SimpleNamespace(id=2))
     assert whole == super(FedProto, FedProto()).evaluate(stranger, asked)
 
 
