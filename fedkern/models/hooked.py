@@ -106,7 +106,7 @@ class Hooked(OwnNetwork):
             layer.training = False
         try:
             with torch.no_grad():
-                inputs = mapped(lambda leaf: leaf.to(h.device).expand(len(h), *leaf.shape[1:]), self._blank)
+                inputs = mapped(lambda leaf: h.new_zeros((len(h), *leaf.shape[1:]), dtype=leaf.dtype), self._blank)
                 return self.call(inputs, put=(stage, h, resume))
         finally:
             resume()
@@ -177,28 +177,31 @@ def find_taps(network: Any, stages: Sequence[str], features: str | None, form: A
     head = None if items else find_head(network.module, samples)
     if head is None and features is None:
         raise UserError(f"--stages: {text} ends in no linear layer, whose input are the features: give --features too.")
-    tried = kind(moved(network.module).eval(), head, stages, features, blank)
-    with torch.no_grad():
-        results, calls = tried.call(samples), tried.calls
-        for name in tried.stage_names:
-            what = f"--stages {name}" if name != FEATURE else f"--features {features}"
-            result, times = results.get(name), calls[name]
-            if times != 1 or not isinstance(result, Tensor) or len(result) != 2:
-                raise UserError(f"{what}: {text} calls it {times} times, or it gives no tensor of a row a sample.")
-            if not torch.allclose(tried.again(name, result)[LOGITS], results[LOGITS], rtol=1e-3, atol=1e-4):
-                raise UserError(f"{what}: the logits of {text} depend on more than it gives: name a later submodule.")
-        changed = {name for mode in (False, True) for name in _changed(tried.train(mode), samples)}
+    tried, changed = kind(moved(network.module), head, stages, features, blank), set[str]()
+
+    def results_of(stop: str = "") -> dict[str, Tensor]:
+        torch.manual_seed(0)  # dropout
+        return tried.call(mapped(torch.clone, samples), stop=stop)
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for training in (False, True):
+            tried.train(training)
+            results, calls = results_of(), tried.calls
+            for name in tried.stage_names:
+                what = f"--stages {name}" if name != FEATURE else f"--features {features}"
+                result, times = results.get(name), calls[name]
+                if times != 1 or not isinstance(result, Tensor) or len(result) != 2:
+                    where = " in train mode" * training
+                    raise UserError(
+                        f"{what}: {text} calls it {times} times{where}, or it gives no tensor of a row a sample."
+                    )
+                before = results_of(name)[name]  # what follows has not changed it
+                changed |= set() if torch.equal(result, before) else {name}
+                if not training and not torch.allclose(
+                    tried.again(name, before)[LOGITS], results[LOGITS], rtol=1e-3, atol=1e-4
+                ):
+                    raise UserError(
+                        f"{what}: the logits of {text} depend on more than it gives: name a later submodule."
+                    )
     widths = results[FEATURE].shape[1], results[LOGITS].shape[1]
     return kind, head, stages, features, blank, widths, changed
-
-
-@torch.random.fork_rng(devices=[])
-def _changed(network: Hooked, samples: Any) -> list[str]:
-    """The stages whose results are no longer those of the submodules when the network has run to its end."""
-
-    def results(stop: str = "") -> dict[str, Tensor]:
-        torch.manual_seed(0)  # dropout
-        return network.call(samples, stop=stop)
-
-    whole = results()
-    return [name for name in network.stage_names if not torch.equal(whole[name], results(name)[name])]

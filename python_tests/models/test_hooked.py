@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedkern.data.forms import ImageForm
+from fedkern.data.forms import ImageForm, ItemForm
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.errors import UserError
@@ -81,6 +81,24 @@ class InPlace(Functional):
         return self.fc2(F.relu(self.fc1(x.view(len(x), -1)), inplace=True))
 
 
+class Doubled(Functional):
+    """In-place steps of which a second one would show, on the images too."""
+
+    def forward(self, x):
+        x = self.conv1(x.sub_(0.5)).mul_(2)
+        x = F.max_pool2d(self.conv2(F.max_pool2d(x, 2)).mul_(2), 2)
+        return self.fc2(self.fc1(x.view(len(x), -1)).mul_(2))
+
+
+class EvalOnly(Functional):
+    """A layer that is skipped in training."""
+
+    def forward(self, x):
+        x = F.max_pool2d(self.conv1(x), 2)
+        x = F.max_pool2d(self.conv2(x), 2).view(len(x), -1)
+        return self.fc2(x[:, :12] if self.training else self.fc1(x))
+
+
 class Twice(Functional):
     def forward(self, x):
         return super().forward(x) + super().forward(x.flip(0))
@@ -151,6 +169,22 @@ def test_results_stay_as_they_are_before_in_place_layers(stage, training, images
     assert torch.equal(mixed, before)
 
 
+@pytest.mark.parametrize("stage", ["conv1", "conv2", "fc1"])
+def test_in_place_steps_are_taken_once(stage, images):
+    found = hooked(Doubled().eval(), [stage])
+    whole = found(images.clone())
+    own = found.stages(images.clone(), upto=stage)
+    torch.testing.assert_close(found.head(found.tail(own.clone(), after=stage)), whole)
+
+
+def test_items_may_be_changed_in_place():
+    module = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 5), nn.Linear(5, 3))
+    form = ItemForm(("float32 [2, 4]",), {"args": ["float32 [2, 4]"], "kwargs": {}}, None)
+    kind, *taps = find_taps(ItemNetwork(module, None), [], "1", form, "net")
+    network, x = kind(module, *taps), torch.randn(6, 4)
+    torch.testing.assert_close(network.head(network.features(x).clone()), network(x))
+
+
 def test_a_sequence_leaves_maps_as_they_are(images):
     """Also where a stage ends before an in-place ReLU."""
     parts = sequence(Functional())
@@ -211,6 +245,7 @@ def test_bf16(network, images):
         (Scaled, {"stages": ["conv1"]}, "--stages: net ends in no linear layer.*: give --features too"),
         (Skipping, {"stages": ["conv2"]}, "--stages conv2: the logits of net depend on more than it gives"),
         (Twice, {"features": "fc1"}, "--features fc1: net calls it 2 times"),
+        (EvalOnly, {"features": "fc1"}, "--features fc1: net calls it 0 times in train mode"),
     ],
 )
 def test_what_cannot_be_cut_is_one_sentence(module, given, said):
