@@ -12,6 +12,7 @@ from PIL import Image
 import fedkern
 from fedkern.data import load
 from fedkern.data.images.greys import as_text, looked_at, window_of
+from fedkern.data.sources import listing
 from fedkern.downstream.evaluation import _as_trained
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
@@ -124,6 +125,21 @@ def test_percentiles_are_of_the_training_files(scans):
         (scans / name).rmdir()
     form = load("folder", root=scans, clients=2, partition="iid", options=options(window="0%,90%")).form
     assert form.window == pytest.approx((40 + AIR, 40 + AIR), abs=150)
+
+
+def test_percentiles_of_few_training_files_among_many(tmp_path, monkeypatch):
+    """The files of the header, evenly spread over all, may hold none of the training."""
+    monkeypatch.setattr(listing, "LOOKED_AT", 4)
+    for split, count in (("test", 44), ("train", 3)):
+        for i in range(count):
+            folder = tmp_path / split / "ab"[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            value = 60000 if split == "test" else 1000 + 100 * i
+            Image.fromarray(np.full((9, 9), value, np.uint16)).save(folder / f"{i:02}.png")
+    form = load(
+        "folder", root=tmp_path, clients=1, partition="iid", options=options(window="0%,100%", validation_share=0.0)
+    ).form
+    assert form.window == (1000, 1200)
 
 
 def test_a_window_without_effect_is_told(tmp_path):
