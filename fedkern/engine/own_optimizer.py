@@ -57,10 +57,11 @@ def own_stepper(
     theta, gradients = network.parameters.detach(), network.gradients
     vectors = network.gradient_vectors
     optimizer = made(schedule.make, network.trained)
-    rates, begun = [group["lr"] for group in optimizer.param_groups], _of_groups(optimizer)
+    rates = [group["lr"] for group in optimizer.param_groups]
     if previous:
         state = {int(index): copy.deepcopy(values) for index, values in previous.items()}  # steps change what is loaded
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    begun = _of_groups(optimizer)  # of the copies that loading makes
 
     @torch.no_grad()
     def step(factor: float) -> ops.StepResult:

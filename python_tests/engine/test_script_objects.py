@@ -419,6 +419,19 @@ class Remembering(torch.optim.SGD):
         return super().step(closure)
 
 
+class Marked(torch.optim.SGD):
+    """Has an object in its group whose copies have other texts."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.05, momentum=0.9)
+        self.param_groups[0]["mark"] = object()
+
+
+def test_an_object_in_a_group_is_no_change_of_it(played):
+    script = ScriptObjects(optimizer=Marked)
+    assert played("run", script=script, optimizer_state="keep", rounds=2)
+
+
 @pytest.mark.parametrize(("kind", "name"), [(Counting, "steps"), (Remembering, "norms")])
 def test_a_state_that_cannot_be_kept_is_refused(kind, name, played):
     """Else the optimiser would begin the next round with a part of it."""
