@@ -31,11 +31,13 @@ class Cut:
             stage is ``"feature"``, whose result ``[B, d]`` the classifier takes.
         head: name of the classifier.
         maps: number of leading stages whose result is a map ``[B, C, H, W]``.
+        changed: names of stages whose results a later submodule changes in place (an in-place ReLU).
     """
 
     stages: tuple[tuple[str, tuple[str, ...]], ...]
     head: str
     maps: int
+    changed: frozenset[str] = frozenset()
 
 
 class NotCut(Exception):
@@ -86,7 +88,7 @@ def find_cut(module: nn.Module, images: Tensor, declared: Any = None) -> Cut:
         raise NotCut("it has no submodules")
     _check_shared(module, names)
     while True:
-        used, shapes = _tried(module, names, images)
+        used, shapes, changed = _tried(module, names, images)
         pieces, head = used[:-1], used[-1]
         stages = _declared(paths, pieces, module) if paths else _automatic(module, pieces, shapes)
         opened = _opened(module, names)
@@ -95,7 +97,8 @@ def find_cut(module: nn.Module, images: Tensor, declared: Any = None) -> Cut:
         names = opened
     ends = [sum(len(inside) for _, inside in stages[: i + 1]) for i in range(len(stages))]
     maps = next((i for i, end in enumerate(ends) if len(shapes[end - 1]) != 4), len(ends))
-    return Cut((*stages, ("feature", tuple(pieces[ends[-1] :]))), head, maps)
+    inputs = frozenset(stage for (stage, _), end in zip(stages, ends, strict=True) if end - 1 in changed)
+    return Cut((*stages, ("feature", tuple(pieces[ends[-1] :]))), head, maps, inputs)
 
 
 def _wanted(declared: Any) -> dict[str, str]:
@@ -176,29 +179,35 @@ def moved(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _run(module: nn.Module, names: Sequence[str], x: Tensor) -> tuple[list[str], list[Tensor]]:
-    """The pieces with ``FLATTEN`` where it is needed, and the result of every piece."""
+def _run(module: nn.Module, names: Sequence[str], x: Tensor) -> tuple[list[str], list[Tensor], set[int]]:
+    """The pieces with ``FLATTEN`` where it is needed, the results, and which of them later pieces changed in place."""
     used: list[str] = []
     results: list[Tensor] = []
+    versions: list[int] = []
     for name in names:
         layer = module.get_submodule(name)
         if isinstance(layer, nn.Linear) and x.dim() == 4 and x.shape[-1] != layer.in_features:
             x = x.flatten(1)
             used.append(FLATTEN)
             results.append(x)
+            versions.append(x._version)
         x = layer(x)
         if not isinstance(x, Tensor):
             raise NotCut(f"{name} gives {type(x).__name__}, not a tensor")
         used.append(name)
         results.append(x)
-    return used, results
+        versions.append(x._version)
+    return used, results, {i for i, result in enumerate(results) if result._version != versions[i]}
 
 
 @torch.no_grad()
-def _tried(module: nn.Module, names: Sequence[str], images: Tensor) -> tuple[list[str], list[tuple[int, ...]]]:
-    """The pieces with ``FLATTEN``, and the shape of every piece's result, if the pieces are the network."""
+def _tried(
+    module: nn.Module, names: Sequence[str], images: Tensor
+) -> tuple[list[str], list[tuple[int, ...]], set[int]]:
+    """The pieces with ``FLATTEN``, the shapes of their results and which change, if the pieces are the network."""
     used: list[str] = []
     results: list[Tensor] = []
+    changed: set[int] = set()
     for training in (True, False):
         network, parts = moved(module).train(training), moved(module).train(training)
         with torch.random.fork_rng(devices=[]):
@@ -206,18 +215,19 @@ def _tried(module: nn.Module, names: Sequence[str], images: Tensor) -> tuple[lis
             expected = logits_of(network(images))
             torch.default_generator.manual_seed(0)
             try:
-                used, results = _run(parts, names, images)
+                used, results, later = _run(parts, names, images)
             except NotCut:
                 raise
             except Exception:  # a module that gets what it was not made for may raise anything
                 raise NotCut("its modules do not run one after another") from None
+        changed |= later
         outputs = results[-1] if results else images
         if outputs.shape != expected.shape or not torch.allclose(outputs, expected, rtol=1e-4, atol=1e-5):
             raise NotCut("its modules, run one after another, give other logits")
     layer = module.get_submodule(used[-1])
     if not isinstance(layer, nn.Linear) or layer.bias is None or len(results) < 2 or results[-2].dim() != 2:
         raise NotCut("its last module is no linear layer with a bias on features [B, d]")
-    return used, [tuple(result.shape) for result in results]
+    return used, [tuple(result.shape) for result in results], changed
 
 
 def _declared(paths: Mapping[str, str], names: Sequence[str], module: nn.Module) -> list[tuple[str, tuple[str, ...]]]:

@@ -142,8 +142,8 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
 
     @autocasts
     def _run(self, x: Tensor, first: int, last: int) -> Tensor:
-        if 0 < first <= last and getattr(next(iter(self.stage(self.stage_names[first])), None), "inplace", False):
-            x = x.clone()  # the caller's map stays as it is before an in-place ReLU
+        if 0 < first <= last and self.stage_names[first - 1] in self._cut.changed:
+            x = x.clone()  # the caller's map stays as it is
         x = called(self.module, self._pieces, plain_strides(x) if first == 0 else x, first, last)
         return full(x) if last == len(self.stage_names) - 1 else x
 

@@ -199,6 +199,33 @@ def test_a_sequence_leaves_maps_as_they_are(images):
         assert torch.equal(own, before)
 
 
+class Xception(nn.Module):
+    """A block that begins with an in-place ReLU, as Xception's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1))
+
+    def forward(self, x):
+        return self.inside(x) + x
+
+
+@pytest.mark.parametrize("before", [[], [nn.Dropout(0.2)]])
+def test_a_sequence_leaves_the_input_of_a_block_as_it_is(before, images):
+    """Also behind a layer that hands its input on, such as dropout in evaluation."""
+    parts = nn.Sequential(
+        nn.Conv2d(3, 4, 3), *before, Xception(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    parts.stages = {"stem": "0", "block": str(1 + len(before))}
+    network = Own(parts, "net")(classes=3, channels=3, sides=SHAPE[1:], seed=0, word=0, width=None)
+    for training in (True, False):
+        own = network.train(training).stages(images, upto="stem")
+        before_tail = own.clone()
+        network.tail(own, after="stem")
+        assert own.min() < 0
+        assert torch.equal(own, before_tail)
+
+
 def test_what_is_known_is_not_computed_again(network, images):
     calls = []
     network.conv1.register_forward_hook(lambda *_: calls.append(1))
