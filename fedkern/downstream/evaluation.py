@@ -140,10 +140,11 @@ def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[
         values = {"bits": about["grey_bits"], "window": as_text(about["window"])}
     if {"size", "colour"} <= {*options} and height == width:
         values |= {"size": height, "colour": "grey" if about["channels"] == 1 else "rgb"}
+        trained = lookup(config.data).options  # of a user's data set they may have other names
         for part in PARTS:
-            if part in options and config.data_options.get(part):  # the network sees parts of larger images
-                whole = config.data_options.get("size", lookup(config.data).options["size"].default)
-                values |= {"size": whole, part: height}
+            if {part, "size"} <= {*options} & {*trained} and config.data_options.get(part):
+                # The network sees parts of larger images.
+                values |= {"size": config.data_options.get("size", trained["size"].default), part: height}
     if data == config.data == "segmentation":
         values["names"] = "|".join(about["classes"])
     named = data == "csv" and about["task"] in (lookup(data).options["task"].choices or ())

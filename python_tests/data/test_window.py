@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from PIL import Image
 
 import fedkern
-from fedkern.data import load
+from fedkern.data import load, lookup
 from fedkern.data.images.greys import as_text, looked_at, window_of
 from fedkern.data.sources import listing
+from fedkern.downstream import evaluation
 from fedkern.downstream.evaluation import _as_trained
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
@@ -98,6 +100,15 @@ def test_other_images_are_seen_in_the_size_of_the_run(data, given, tmp_path):
     other = opened(options=_as_trained(data, about, config))
     assert other.form.shape == trained.form.shape
     assert torch.equal(other.tests[""].images[:], trained.tests[""].images[:])
+
+
+def test_a_user_s_data_set_may_have_parts_without_a_size(monkeypatch):
+    info = SimpleNamespace(options={"crop": lookup("pairs").options["crop"]})
+    monkeypatch.setattr(evaluation, "lookup", lambda data: info if data == "mine" else lookup(data))
+    about = {"image_size": (8, 8), "channels": 1, "grey_bits": 8, "window": None, "task": "pairs"}
+    seen = _as_trained("pairs", about, SimpleNamespace(data="mine", data_options={"crop": 8}))
+    assert (seen["size"], seen["colour"]) == (8, "grey")
+    assert "crop" not in seen
 
 
 def test_what_files_hold_and_a_network_sees_is_told(scans):
