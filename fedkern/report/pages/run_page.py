@@ -433,7 +433,7 @@ def _curves(run: Contents) -> Iterator[Block]:
     ) | by_name(("training", record["round"], _training_loss(record, main)) for record in run.records)  # fmt: skip
     if losses:
         panels = [Panel("loss", [*set_curves(losses).values()], zero=False)]
-        yield curves("loss", "Loss over the rounds", over_clock(run.records, panels))
+        yield curves("loss", "Loss", over_clock(run.records, panels))
 
 
 def _training_loss(record: Mapping[str, Any], main: str) -> float | None:
