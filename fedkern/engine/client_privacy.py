@@ -167,6 +167,11 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
                 f'--dp-clip is not for {name} with these options, whose clients upload "{key}", which the server does '
                 "not only add up: leave it out, or choose other options."
             )
+    if config.buffers == "pool":  # after what no setting mends: FedDRA has it by default
+        raise UserError(
+            "--buffers pool has clients upload sums over their samples, which --dp-clip does not bound: take --buffers "
+            "average, local or drop."
+        )
     if config.dp_noise and context.words() is not None:
         raise UserError(
             f"--dp-noise does not cover the vocabulary that --text-encoder {config.text_encoder} learns from the "

@@ -115,11 +115,6 @@ class PrivacySettings(FaultSettings, ModelSettings):
                 f"--dp-clip is not for {self.method}, whose clients keep a gradient of their whole update, which the "
                 "server scales down: leave it out."
             )
-        if self.buffers == "pool":
-            raise UserError(
-                "--buffers pool has clients upload sums over their samples, which --dp-clip does not bound: take "
-                "--buffers average, local or drop."
-            )
         if self.own_networks and self.dp_noise:
             raise UserError(
                 f"--dp-noise is not for {self.method if self.personal is None else '--personal'}: it covers what "

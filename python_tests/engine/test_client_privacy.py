@@ -279,7 +279,6 @@ def test_every_method_runs_or_is_refused(name, make_small, tmp_path):
         ("fedavg", {**NOISED, "aggregator": "krum"}, "--aggregator krum.* is not for --dp-clip"),
         ("fedavg", {**NOISED, "clip_update_norm": 1.0}, "--clip-update-norm clips what --dp-clip clips already"),
         ("feddyn", NOISED, "whose clients keep a gradient of their whole update"),
-        ("fedavg", {**NOISED, "buffers": "pool"}, "--buffers pool has clients upload sums over their samples"),
         ("fedavg", {**NOISED, "freeze_bn_after": 1}, "--freeze-bn-after keeps .* leave one of the two out"),
         ("fedavg", {**NOISED, "privacy_unit": "patient"}, "--privacy-unit patient is for methods that protect"),
         ("fedproto", {**NOISED, "options": {"networks": "personal"}}, "--dp-clip is for methods that average"),
@@ -297,6 +296,7 @@ def test_settings_that_do_not_fit_are_refused(method, settings, message):
         ("fedgid", {"options": {"background_pool": "shared"}}, MORE.format("collect")),
         ("fedproto", {"options": {"networks": "averaged"}}, "whose server does more with uploads than adding them up"),
         ("oneshot-fedavg", {"rounds": None, "options": {"calibrate": True}}, "whose server does more with uploads"),
+        ("fedavg", {"buffers": "pool"}, "--buffers pool"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(method, settings, message, make_data, make_config, tmp_path):
@@ -309,6 +309,9 @@ def test_options_that_do_not_fit_are_refused(method, settings, message, make_dat
 def test_what_image_text_data_cannot_keep_private_is_refused(make_pairs, make_config, tmp_path):
     config = make_config("fedavg", **{**NOISED, "buffers": "average", "width": 4})
     with pytest.raises(UserError, match="does not cover the vocabulary that --text-encoder"):
+        run(config, out=tmp_path / "run", data=make_pairs())
+    config = make_config("fedavg", **{**NOISED, "buffers": "pool", "width": 4})
+    with pytest.raises(UserError, match="--buffers pool has clients upload sums over their samples"):
         run(config, out=tmp_path / "run", data=make_pairs())
 
 

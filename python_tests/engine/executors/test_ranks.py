@@ -78,7 +78,7 @@ def launched(ranks, words, *, restarts=0, seconds=170, **environment):
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     return subprocess.run(
         [*launch, "--max-restarts", str(restarts), "-m", "fedkern.run", *words],
-        capture_output=True, text=True, timeout=seconds, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=seconds, env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
     )  # fmt: skip
 
 
