@@ -345,7 +345,8 @@ def main() -> None:
                 f"{wrong['defect']} {wrong['lower']:.3f}",
                 flush=True,
             )
-        made_with = {name: recorded_versions()[name] for name in ("fedkern", "torch", "numpy", "python", "commit")}
+        known = recorded_versions()
+        made_with = {name: known[name] for name in ("fedkern", "torch", "numpy", "python", "commit")}
         RESULT.write_text(json.dumps({"versions": made_with, "mechanisms": rows}, indent=1) + "\n")
     rows = json.loads(RESULT.read_text())["mechanisms"]
     PAGE.write_text(with_table(PAGE.read_text(), rows))

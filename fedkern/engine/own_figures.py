@@ -16,7 +16,7 @@ from fedkern.engine.hooks import MethodCode
 from fedkern.engine.server import Server
 from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.methods.base import ClientId, Message, Method, Phase
-from fedkern.methods.common.personal import ClientsNetworks
+from fedkern.methods.common.personal import ClientsNetworks, means
 
 NAME = "figures"
 """The handler's name in the executors' tables, and that of the exchange."""
@@ -110,7 +110,7 @@ class ClientsFigures:
             executor.end_round()
         for prefix, data in context.test_sets.items() if keep else ():
             data.kept = kept[prefix]
-        return {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}, of_clients
+        return means(figures), of_clients
 
     def _taken(self, answer: Answer) -> Any:
         for name, text in answer.warnings.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -80,8 +80,12 @@ def mean_figures(
     figures: Callable[[Any, Any], Mapping[str, float]], networks: Iterable[tuple[ClientId, Any]], data: Any
 ) -> dict[str, float]:
     """Means of the figures of the clients' networks on a test set."""
-    each = [figures(network, OfClient(data, client)) for client, network in networks]
-    return {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+    return means([figures(network, OfClient(data, client)) for client, network in networks])
+
+
+def means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every figure over the clients, at least one, which all have the same figures."""
+    return {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
 
 
 class ClientsNetworks:
