@@ -593,7 +593,7 @@ def load(
         data: the run's data, where they were in memory.
         model: the run's network, where it was a module of a script.
         train, optimizer: functions that the run trains with, for :meth:`Run.resume`.
-        trusted: code that the folder names and that may be imported, such as ``["python:MODULE:NAME"]``.
+        trusted: code that the folder names and that may be imported, such as ``["MODULE:NAME"]``.
 
     Raises:
         UserError: there is no run, or ``method`` is not the run's.

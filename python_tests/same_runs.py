@@ -48,7 +48,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "retrieval": {"data": "captions", "train_samples": 80, "clients": None, "width": 4},
 }
 NETWORKS: dict[str, dict[str, Any]] = {  # a user's own, modules in a row and a function, for averaging methods
-    name: {"data": "digits", "model": f"python:own_networks:{kind}", "width": None}
+    name: {"data": "digits", "model": f"own_networks:{kind}", "width": None}
     for name, kind in (("rows", "Staged"), ("function", "Whole"))
 }
 OWN: dict[str, dict[str, Any]] = {  # of a method, and of a method on a task
@@ -66,7 +66,7 @@ WRONG = (
     "fedavgg", "fedavg --rounds 0", "fedavg --roundz 2", "fedavg --data nowhere", "fedavg --partition dirichlet",
     "fedavg --method-option lam=1", "fusefl --rounds 3", "feddra --data digits", "fedavg --resume nowhere",
     "fedavg --aggregator krum:byzantine=9", "fedavg --dp-noise 1", "fediod --dp-clip 1", "evaluate nowhere",
-    "compare fedavg --seeds 0", "fedavg --on-nan perhaps", "fedavg --model python:nowhere:Net",
+    "compare fedavg --seeds 0", "fedavg --on-nan perhaps", "fedavg --model nowhere:Net",
     "predict nowhere nothing.png",
 )  # fmt: skip
 ADDED = {"optimizer_state", "init_partial", "accelerate", "class_weights", "intervene", "loss_samples"}

@@ -199,7 +199,7 @@ class Paper:
         if match is None or Path(match["file"]).is_absolute():
             return word
         if self.folder == PAPERS and "/" not in match["file"] and match["name"]:  # the same wherever it is installed
-            return f"{head}{equals}python:{PAPERS_PACKAGE}.{match['file'].removesuffix('.py')}:{match['name']}"
+            return f"{head}{equals}{PAPERS_PACKAGE}.{match['file'].removesuffix('.py')}:{match['name']}"
         for root in (self.folder, Path(fedkern.__file__).parents[1]):
             if (root / match["file"]).is_file():
                 return f"{head}{equals}{root / code}"

@@ -361,7 +361,7 @@ def register_data(
 
 
 def open_code(text: str) -> str:
-    """Registers the function that the user's words name, ``FILE.py:NAME`` or ``python:MODULE:NAME``, as a data set.
+    """Registers the function that the user's words name, ``FILE.py:NAME`` or ``MODULE:NAME``, as a data set.
 
     A function that `register_data` decorates keeps what its file says there.  Only words of the user's come here:
     nothing that a run folder names is imported.

@@ -219,7 +219,7 @@ def read_model(
             f"began: name a client, fedkern.load({str(out)!r}).model(client=0)."
         )
     _check_code(path, about["model"], trusted, model)
-    module = model if about["model"].startswith("module:") else None
+    module = model if about["model"].startswith(named_code.INSTANCE) else None
     try:
         with models.available(about["model"], module):
             fresh = "samples" in about
@@ -248,9 +248,9 @@ def _check_code(path: Path, name: str, trusted: Collection[str], model: nn.Modul
     """Raises UserError where a network is made by code that only the file names, or was a module of a script."""
     if named_code.parse(name) is not None and not named_code.trusts(trusted, name):
         raise named_code.untrusted(path, name, f"it again, --model {shlex.quote(name)} (in Python trusted=[...])")
-    if model is None and name.startswith("module:"):
+    if model is None and name.startswith(named_code.INSTANCE):
         raise UserError(
-            f"{path} holds a module that a script made ({name.removeprefix('module:')}): give such a module "
+            f"{path} holds a module that a script made ({name.removeprefix(named_code.INSTANCE)}): give such a module "
             "to fedkern.load(DIR, model=MODULE)."
         )
 

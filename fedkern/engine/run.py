@@ -61,7 +61,7 @@ def run(
         resume: continue from the last checkpoint (round 0 where there is none); a finished run returns its summary.
         listener: receives the run's events; several go into :class:`fedkern.listeners.Listeners`.
         data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe them.
-        trusted: code that a resumed run may import, such as ``["python:MODULE:NAME"]`` or the name of a plugin; any
+        trusted: code that a resumed run may import, such as ``["MODULE:NAME"]`` or the name of a plugin; any
             other code that the run folder names is refused.
         script: network and functions that a script gives; a resumed run needs them again.
         profile: write a trace of one round to ``out/profile.json.gz``: the second round that is played, or the only

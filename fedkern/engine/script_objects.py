@@ -18,9 +18,8 @@ from fedkern.methods.base import LocalTraining
 from fedkern.models.user_models import check_module, unwrapped
 from fedkern.settings.config import RunConfig
 from fedkern.usercode.identity import digest
+from fedkern.usercode.named_code import INSTANCE
 
-INSTANCE = "module:"
-"""Beginning of the name of a network that is given as a module."""
 _PARTS = ("client_update", "loss", "terms", "adjust_gradient", "draw", "prepare")
 """What makes up a method's local training: a function replaces that of FedAvg, whatever the method's server does."""
 _UNREAD = {

@@ -70,7 +70,7 @@ class FedLPFM(LocalTraining):
         teacher: str = option(
             "pretrained",
             "frozen teachers, separated by commas: pretrained[:MODEL/WIDTH], clip:PATH_OR_NAME, efficientnet-lite0, "
-            "logits:FILE, python:MODULE:NAME",
+            "logits:FILE, FILE.py:NAME, MODULE:NAME",
             path=teachers.absolute,
             code=teachers.code,
         )

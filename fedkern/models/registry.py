@@ -215,7 +215,7 @@ def available(name: str, module: nn.Module | None = None) -> Iterator[None]:
     """Context in which ``MODELS`` has the network of a run, where it is not registered.
 
     Args:
-        name: a registered name; code, ``FILE.py:NAME`` or ``python:MODULE:NAME``, which is imported; or the name that
+        name: a registered name; code, ``FILE.py:NAME`` or ``MODULE:NAME``, which is imported; or the name that
             ``module`` gets.
         module: a network made by the user.
 

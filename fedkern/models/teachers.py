@@ -20,8 +20,11 @@ from fedkern.models.teacher import CallableTeacher, NetworkTeacher, Teacher
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import Labelled, Recipe, pretrained
 from fedkern.usercode import named_code
+from fedkern.usercode.named_code import FORMS
 
-KINDS = ("pretrained", "clip", LITE, "logits", "python")
+KINDS = ("pretrained", "clip", LITE, "logits")
+CODE = "code"
+"""Kind of a teacher that is a function or module of the user's code."""
 ALONE = ("pretrained", LITE)
 """Kinds that need nothing after them."""
 # Candidates of plain ``pretrained``, in order of size with ten classes: it takes the smallest that are larger than the
@@ -32,13 +35,13 @@ CHOICES = 3
 
 @dataclass(frozen=True)
 class Spec:
-    """One teacher as the user names it: ``kind:what``."""
+    """One teacher as the user names it: ``kind:what``, or the name of code alone."""
 
     kind: str
     what: str
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.what}" if self.what else self.kind
+        return self.what if self.kind == CODE else f"{self.kind}:{self.what}" if self.what else self.kind
 
 
 def parse(text: str) -> list[Spec]:
@@ -51,10 +54,12 @@ def parse(text: str) -> list[Spec]:
     for word in text.split(","):
         kind, _, what = word.strip().partition(":")
         if kind not in KINDS:
-            raise UserError(
-                f'unknown teacher "{word.strip()}": expected pretrained, pretrained:MODEL/WIDTH, clip:PATH_OR_NAME, '
-                f"{LITE}, logits:FILE or python:MODULE:NAME.{nearest(kind, KINDS)}"
-            )
+            if named_code.parse(word.strip()) is None:
+                raise UserError(
+                    f'unknown teacher "{word.strip()}": expected pretrained, pretrained:MODEL/WIDTH, '
+                    f"clip:PATH_OR_NAME, {LITE}, logits:FILE, {FORMS}.{nearest(kind, KINDS)}"
+                )
+            kind, what = CODE, word.strip()
         if kind not in ALONE and not what:
             raise UserError(f"the teacher {kind} needs a name after the colon, for example {_EXAMPLES[kind]}.")
         specs.append(Spec(kind, what))
@@ -65,7 +70,10 @@ def absolute(text: str) -> str:
     """The same list with absolute paths; names, and paths whose absolute form has a comma, stay as they are."""
     words = []
     for spec in parse(text):
-        paths = {"clip": filesystem.absolute_folder, "logits": filesystem.absolute, LITE: filesystem.absolute}
+        paths = {
+            "clip": filesystem.absolute_folder, "logits": filesystem.absolute, LITE: filesystem.absolute,
+            CODE: named_code.absolute,
+        }  # fmt: skip
         path = paths.get(spec.kind, str)(spec.what) if spec.what else ""
         words.append(str(spec if "," in path else Spec(spec.kind, path)))
     return ",".join(words)
@@ -73,10 +81,10 @@ def absolute(text: str) -> str:
 
 def code(text: str) -> list[str]:
     """The teachers in a list that are Python code: making such a teacher imports, and so runs, a module."""
-    return [str(spec) for spec in parse(text) if spec.kind == "python"]
+    return [str(spec) for spec in parse(text) if spec.kind == CODE]
 
 
-_EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE", "python": "python:MODULE:NAME"}
+_EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE"}
 
 
 def expand(specs: Sequence[Spec], build: Callable[..., Any]) -> list[Spec]:
@@ -156,7 +164,7 @@ class Teachers:
             )
         if spec.kind == "logits":
             return StoredLogits(spec.what, len(self.classes), self.cache.mean, self.cache.std)
-        if spec.kind == "python":
+        if spec.kind == CODE:
             return self._imported(spec)
         model, _, width = spec.what.partition("/")
         if model not in MODELS or (width and not (width.isdigit() and int(width) > 0)):
@@ -176,11 +184,10 @@ class Teachers:
         return NetworkTeacher(network, name, self.device)
 
     def _imported(self, spec: Spec) -> Teacher:
-        """The callable or :class:`Teacher` ``MODULE:NAME``; with an attribute ``identity`` its logits are cached."""
-        named = named_code.parse(str(spec))
-        thing: Any = None if named is None else named_code.load(named, "the teacher")[0]
-        if thing is None:
-            raise UserError(f"the teacher {spec} must have the form python:MODULE:NAME.")
+        """The callable or :class:`Teacher` of a name; with an attribute ``identity`` its logits are cached."""
+        named = named_code.parse(spec.what)
+        assert named is not None  # parse has looked
+        thing: Any = named_code.load(named, "the teacher")[0]
         if isinstance(thing, Teacher):
             return thing
         return CallableTeacher(

@@ -1,4 +1,4 @@
-"""Code that a user names: FILE.py:NAME, or python:MODULE:NAME."""
+"""Code that a user names: FILE.py:NAME, or MODULE:NAME."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from fedkern.files import filesystem
 from fedkern.usercode import identity
 from fedkern.usercode.execution import module_name, run
 
-FORMS = "FILE.py:NAME or python:MODULE:NAME"
+FORMS = "FILE.py:NAME or MODULE:NAME"
+INSTANCE = "module:"
+"""Beginning of the name of a network that a script gives as a module, which no code can be named by."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,17 @@ class Named:
     module: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.name}" if self.file else f"python:{self.module}:{self.name}"
+        return f"{self.file or self.module}:{self.name}"
 
 
 def parse(text: str) -> Named | None:
     """The class or function that ``text`` names; None where the text has neither form."""
-    if text.startswith("python:"):
-        module, _, name = text.removeprefix("python:").rpartition(":")
-        return Named(name, module=module) if module and name else None
-    file, _, name = text.rpartition(":")
-    return Named(name, file=filesystem.absolute(file)) if file.endswith(".py") and name.isidentifier() else None
+    place, _, name = text.rpartition(":")
+    if not name.isidentifier() or text.startswith(INSTANCE):
+        return None
+    if place.endswith(".py"):
+        return Named(name, file=filesystem.absolute(place))
+    return Named(name, module=place) if all(part.isidentifier() for part in place.split(".")) else None
 
 
 def absolute(text: str) -> str:

@@ -34,7 +34,7 @@ with pathlib.Path({marker!r}).open("a") as file:
 def teacher(images):
     return images.flatten(1)[:, :10]
 """
-TEACHER = "python:foreign_code_of_a_test:teacher"
+TEACHER = "foreign_code_of_a_test:teacher"
 
 
 class Marker:
@@ -92,7 +92,7 @@ def test_resume_runs_no_code_that_the_folder_names(lpfm, marker, fails, capsys):
     assert f"--method-option teacher={TEACHER}" in said
     assert not marker.ran()
     assert [path.name for path in lpfm.iterdir()] == ["config.toml"]
-    other = fails("--resume", str(lpfm), "--method-option", "teacher=python:other:teacher")
+    other = fails("--resume", str(lpfm), "--method-option", "teacher=other:teacher")
     assert "has other settings" in other
     assert "names code to run" in fails("--resume", str(lpfm), "--method-option", "lambda=0.9")
     assert not marker.ran()
@@ -108,7 +108,7 @@ def test_a_finished_run_is_looked_at_without_its_code(lpfm, marker, capsys):
     for words in (["--resume", str(lpfm), "--quiet"], ["attack", str(lpfm)]):
         assert main(words) == 0
         assert main([*words, "--method-option", f"teacher={TEACHER}"]) == 0
-        assert main([*words, "--method-option", "teacher=python:other:teacher"]) == 2
+        assert main([*words, "--method-option", "teacher=other:teacher"]) == 2
     (lpfm / "pictures.json").unlink()
     assert main(["--resume", str(lpfm), "--quiet"]) == 0  # draws them again
     assert not marker.ran()
@@ -153,11 +153,11 @@ def test_the_library_asks_too(lpfm, marker):
 
 
 def test_every_option_that_imports_says_so():
-    """An option whose help offers python:MODULE:NAME, or takes it, is one that a stored run is asked about."""
+    """An option whose help offers MODULE:NAME, or takes it, is one that a stored run is asked about."""
     found = set()
     for name, kind in METHODS.items():
         for each in kind.Options.declared():
-            if "python:" in each.help or each.code is not None:
+            if "MODULE:NAME" in each.help or each.code is not None:
                 assert each.code is not None, (name, each.name)
                 found.add((name, each.name))
     assert found == {("fedlpfm", "teacher")}

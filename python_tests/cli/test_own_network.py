@@ -125,5 +125,5 @@ def test_methods_that_cannot_use_it_say_so(file, tmp_path, fails):
 
 def test_help_names_the_forms(result):
     out, _ = result("fedavg", "--help")
-    assert "FILE.py:NAME or python:MODULE:NAME" in " ".join(out.split())
+    assert "FILE.py:NAME or MODULE:NAME" in " ".join(out.split())
     assert "--init FILE" in out

@@ -81,14 +81,15 @@ def test_bytes_that_are_no_text(fails, tmp_path, argv):
 def test_method_options_that_are_paths_are_stored_absolute(tmp_path):
     (tmp_path / "clipfolder").mkdir()
     words = [
-        "teacher=pretrained:cnn/64, clip:openai/clip,clip:clipfolder,clip:./other,logits:l.pt,python:a.b:c",
+        "teacher=pretrained:cnn/64, clip:openai/clip,clip:clipfolder,clip:./other,logits:l.pt,a.b:c,own.py:net",
         "teacher_cache=cache",
         "prompts=my.txt",
     ]
     options = effective("fedlpfm", *(word for option in words for word in ("--method-option", option))).options
     here = str(tmp_path)
     assert options["teacher"] == (
-        f"pretrained:cnn/64,clip:openai/clip,clip:{here}/clipfolder,clip:{here}/other,logits:{here}/l.pt,python:a.b:c"
+        f"pretrained:cnn/64,clip:openai/clip,clip:{here}/clipfolder,clip:{here}/other,logits:{here}/l.pt,a.b:c,"
+        f"{here}/own.py:net"
     )
     assert options["teacher_cache"] == f"{here}/cache"
     assert options["prompts"] == f"{here}/my.txt"

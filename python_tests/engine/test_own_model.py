@@ -34,7 +34,7 @@ from python_tests.interrupted import KillAt, killed, outcome
 from python_tests.own_networks import Plain, Raw, Staged
 from python_tests.saved_network import same_network, tensors
 
-STAGED, PLAIN, RAW = (f"python:python_tests.own_networks:{kind.__name__}" for kind in (Staged, Plain, Raw))
+STAGED, PLAIN, RAW = (f"python_tests.own_networks:{kind.__name__}" for kind in (Staged, Plain, Raw))
 HAS = {STAGED: "stages", PLAIN: "features", RAW: "logits"}
 
 
@@ -61,7 +61,7 @@ def file(tmp_path):
 def test_a_mask_of_infinities_travels_as_any_buffer(own, make_data, tmp_path, settings):
     """The uploads count, and the run is that of the same network without the mask."""
     for name in ("Plain", "Masked"):
-        run(own(model=f"python:python_tests.own_networks:{name}", **settings), out=tmp_path / name, data=make_data())
+        run(own(model=f"python_tests.own_networks:{name}", **settings), out=tmp_path / name, data=make_data())
     expected, given = tensors(tmp_path / "Plain"), tensors(tmp_path / "Masked")
     mask = given.pop("mask")
     assert torch.equal(mask == -torch.inf, torch.ones(3, 3).triu(1).bool())
@@ -120,7 +120,7 @@ def test_its_images_and_maps_have_the_strides_of_a_data_loader(
         form=ImageForm((channels, 8, 8), data.form.mean[:channels], data.form.std[:channels]),
         tests={name: first(split) for name, split in data.tests.items()},
     )  # fmt: skip
-    config = own(method, model=f"python:python_tests.own_networks:{model}", grad_cam=4, **settings)
+    config = own(method, model=f"python_tests.own_networks:{model}", grad_cam=4, **settings)
     assert run(config, out=tmp_path / "run", data=data)["metrics"]
 
 
@@ -217,7 +217,7 @@ def test_logits_are_looked_at_before_anything_is_written(give, said, make_config
 
 @pytest.mark.exhaustive
 def test_classes_of_pixels(tmp_path):
-    name = "python:python_tests.own_networks:Pixels"
+    name = "python_tests.own_networks:Pixels"
     settings = {"data": "segdigits", "rounds": 1, "local_epochs": 1, "train_samples": 20, "clients": 2, "threads": 1}
     summary = run(RunConfig.make("fedavg", model=name, **settings), out=tmp_path / "run")
     assert "dice" in summary["metrics"]
@@ -324,7 +324,7 @@ def test_a_registered_name(own, make_data, tmp_path):
         del MODELS["mine"]
     with pytest.raises(UserError, match='there is no model "mine"'):
         run(own(model="mine"), out=tmp_path / "other", data=make_data())
-    with pytest.raises(UserError, match=r"python:python_tests.own_networks:Staged is code: register that network"):
+    with pytest.raises(UserError, match=r"python_tests.own_networks:Staged is code: register that network"):
         run(own("ensemble", **ONESHOT, options={"models": STAGED}), out=tmp_path / "other", data=make_data())
     assert not (tmp_path / "other").exists()
 

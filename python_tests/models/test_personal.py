@@ -298,7 +298,7 @@ def test_a_client_is_judged_where_it_works_and_by_its_state(make_data, own_sets,
     two = played(tmp_path / "two", make_data, Told, workers=2, **settings)
     with pytest.raises(Kill):
         played(tmp_path / "killed", make_data, Told, listener=KillAt("client", 1, round=3), **settings)
-    given = {"data": own_sets, "trusted": [f"python:{__name__}:Told"]}
+    given = {"data": own_sets, "trusted": [f"{__name__}:Told"]}
     resumed = fedkern.load(tmp_path / "killed", **given).resume(progress=False, pictures=False)
     taken = [sum(str(k) in record["clients"] for record in one.history.records) for k in range(4)]
     assert told(one, "rounds") == taken

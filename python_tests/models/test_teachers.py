@@ -383,9 +383,9 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module.bright = lambda images: images.mean((2, 3)).expand(-1, 3)  # type: ignore[attr-defined]
     module.mine = counting()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "teachers_of_a_test", module)
-    (spec,) = teachers.parse("python:teachers_of_a_test:bright")
+    (spec,) = teachers.parse("teachers_of_a_test:bright")
     assert made(spec, tmp_path).logits(torch.ones(2, 1, 8, 8)).tolist() == [[1.0] * 3] * 2
-    assert made(teachers.parse("python:teachers_of_a_test:mine")[0], tmp_path) is module.mine
+    assert made(teachers.parse("teachers_of_a_test:mine")[0], tmp_path) is module.mine
 
 
 @pytest.mark.parametrize(
@@ -395,11 +395,12 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("clip", "needs a name after the colon, for example clip:openai"),
         ("pretrained:resnet", r'must be pretrained:MODEL .* Did you mean "resnet'),
         ("pretrained:cnn/x", "must be pretrained:MODEL or pretrained:MODEL/WIDTH"),
-        ("python:nowhere_at_all:f", "cannot be imported"),
-        ("python:math:nothing", "cannot be imported"),
-        ("python:.math:floor", "cannot be imported: TypeError"),
-        ("python:math", "must have the form python:MODULE:NAME"),
-        ("python:math:pi", "is of type float: name a function or module that takes images"),
+        ("nowhere_at_all:f", "cannot be imported"),
+        ("math:nothing", "cannot be imported"),
+        (".math:floor", r'unknown teacher ".math:floor"'),
+        ("math", r'unknown teacher "math": .* logits:FILE, FILE.py:NAME or MODULE:NAME'),
+        ("nowhere.py:f", "the teacher /.*/nowhere.py:f cannot be read"),
+        ("math:pi", "is of type float: name a function or module that takes images"),
     ],
 )
 def test_names_that_mean_nothing(tmp_path: Path, text: str, sentence: str) -> None:

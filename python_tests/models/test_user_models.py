@@ -453,7 +453,7 @@ def test_code_of_a_file(file, monkeypatch):
         ("{0}:module", "is a module, not a class or function: write a function"),
         ("{0}:number", "is int, not a class or function"),
         ("{0}x.py:Net", "cannot be read: No such file"),
-        ("python:nowhere_at_all:Net", "cannot be imported: ModuleNotFoundError"),
+        ("nowhere_at_all:Net", "cannot be imported: ModuleNotFoundError"),
     ],
 )
 def test_code_that_is_not_there(file, name, said):

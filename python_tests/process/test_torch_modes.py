@@ -307,7 +307,7 @@ SOURCES = {
     "plugin, a file": lambda _, path: plugins.load(str(path)),
     "plugin, a module": lambda _, path: plugins.load(path.stem),
     "network in a file": lambda _, path: named_code.load(named_code.parse(f"{path}:Net"), "the model"),
-    "teacher in a module": lambda _, path: named_code.load(named_code.parse(f"python:{path.stem}:Net"), "the teacher"),
+    "teacher in a module": lambda _, path: named_code.load(named_code.parse(f"{path.stem}:Net"), "the teacher"),
     "function of data": put_into_data,
     "network's constructor": put_into_network,
 }

@@ -19,7 +19,6 @@ from fedkern.data import DATASETS, Split
 from fedkern.data.images.used_cache import remembered
 from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sources.arrays import NAME as ARRAYS
-from fedkern.engine.script_objects import INSTANCE
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.artifacts import read as read_artifacts
@@ -63,6 +62,7 @@ from fedkern.tasks.figure_names import (
     split_metric,
 )
 from fedkern.typed_option import as_typed
+from fedkern.usercode.named_code import INSTANCE
 
 LISTED = 100
 """Most clients in the table."""
