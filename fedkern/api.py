@@ -124,7 +124,9 @@ class Run:
     def _give_method(self) -> None:
         """Puts the run's own class in the place of one of its name that a notebook has defined since."""
         if self._kind is not None:
-            script_methods.give_again(self._kind, self.config.method, self.config.method_sha256, self.out)
+            script_methods.give_again(
+                self._kind, self.config.method, self.config.method_sha256, self.out, self._trusted
+            )
 
     def __repr__(self) -> str:
         return f"<fedkern.Run {self.config.method} on {self.config.data} in {str(self.out)!r}>"
@@ -589,11 +591,12 @@ def load(
     Args:
         out: the run folder.
         method: the run's method, where it was a class of a script: the class, or an object with the run's options.
-            The class must have the code that the run began with.
         data: the run's data, where they were in memory.
         model: the run's network, where it was a module of a script.
         train, optimizer: functions that the run trains with, for :meth:`Run.resume`.
-        trusted: code that the folder names and that may be imported, such as ``["MODULE:NAME"]``.
+        trusted: code that the folder names and that may be imported, such as ``["MODULE:NAME"]``.  Code that has
+            changed since the run began is refused, and goes on with a warning where it is named here: by that name, or
+            as ``"method"``, ``"train"``, ``"optimizer"`` or ``"loss_fn"`` (with metrics and collation).
 
     Raises:
         UserError: there is no run, or ``method`` is not the run's.

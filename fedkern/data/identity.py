@@ -17,7 +17,7 @@ from fedkern.data.split import AnySplit, Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.files.image_rows import in_parts
 from fedkern.streams import stream
-from fedkern.usercode.identity import digest
+from fedkern.usercode.identity import identity_of
 
 SAMPLED_IMAGES, SAMPLED_BYTES = 2000, 32 << 20
 """Most images, and most of their bytes, that stand for a training pool of which a run reads only some."""
@@ -161,7 +161,7 @@ def _digest(rows: Iterable[bytes]) -> str:
 def code_of(data: FederatedData) -> str:
     """A hash of the code that the user gives beside the data: loss, metrics or task, and collation; empty without."""
     collate = getattr(data.clients[0], "collate", default_collate)
-    return data.task.digest() + ("" if collate is default_collate else digest(collate_fn=collate))
+    return data.task.digest() + ("" if collate is default_collate else identity_of({"collate_fn": collate}))
 
 
 def data_fingerprint(data: FederatedData) -> int:

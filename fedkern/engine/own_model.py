@@ -24,7 +24,7 @@ from fedkern.models.registry import unknown
 from fedkern.models.user_models import check_output, seeded
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.user_tasks import inner
-from fedkern.usercode import identity
+from fedkern.usercode.identity import identity_of, layout
 
 
 def resolve(
@@ -41,8 +41,8 @@ def resolve(
         known: whether the clients' samples are in this process.
 
     Returns:
-        The settings, the data with the classes that the network tells where nobody named them, and sentences on what
-        has changed since the run began.
+        The settings, the data with the classes that the network tells where nobody named them, and sentences for the
+        user.
 
     Raises:
         UserError: the network does not fit, or another one was meant when the run began.
@@ -70,25 +70,24 @@ def resolve(
         check_output(network, make.text, shape, data.task.output(classes, shape[1:]), classes, config.data)
     registry.check_network(config.method, config.made.needs, network, data, make.text)
     state = network.state_dict()
-    layout = identity.layout(state)
-    sha = identity.layout(make.what.state_dict(), values=True) if isinstance(make.what, nn.Module) else make.sha256
+    shapes = layout(state)
+    sha = identity_of(make.what.state_dict()) if isinstance(make.what, nn.Module) else make.sha256
     if stored is not None:
-        if stored.model_layout not in (None, layout):
+        if stored.model_layout not in (None, shapes):
             raise UserError(
                 f"The network {make.text} has other parameters than when the run in {out} began: put its code back, or "
                 "start a new run."
             )
-        if stored.model_sha256 not in (None, sha):
-            what = "has other initial weights" if isinstance(make.what, nn.Module) else "has changed"
+        if isinstance(make.what, nn.Module) and stored.model_sha256 not in (None, sha):
             notes.append(
-                f"The network {make.text} {what} since the run in {out} began: the run may give other bits than an "
-                "uninterrupted one."
+                f"The network {make.text} has other initial weights since the run in {out} began: the run may give "
+                "other bits than an uninterrupted one."
             )
-        layout, sha = stored.model_layout or layout, stored.model_sha256
+        shapes = stored.model_layout or shapes
         config = config.replace(served=stored.served)
     elif config.accelerate == "auto" and config.device == "cpu" and config.precision == "fp32" and known:
         config = config.replace(served=serving.decided(RunContext(config, data), network))
-    return config.replace(model_layout=layout, model_sha256=sha), data, notes
+    return config.replace(model_layout=shapes, model_sha256=sha), data, notes
 
 
 def _tried(network: Any, make: Own, data: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fedkern.engine.progress import Progress
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.server import Server
 from fedkern.engine.store import predictions as predictions_file
-from fedkern.engine.store.resuming import check_settings, with_identity
+from fedkern.engine.store.resuming import check_settings, same_code, with_identity
 from fedkern.errors import UserError
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Method, Round
@@ -100,6 +100,7 @@ def with_data(
     stored: RunConfig | None,
     entry: dict[str, Any] | None,
     out: Path,
+    trusted: Collection[str],
     *,
     known: bool,
 ) -> RunContext:
@@ -113,6 +114,7 @@ def with_data(
         stored: the settings of the run that is resumed, or None.
         entry: the checkpoint that the run goes on from, or None.
         out: the run folder.
+        trusted: code that may have changed since the run began (`same_code`).
         known: whether the clients' samples are in this process.
 
     Raises:
@@ -137,11 +139,17 @@ def with_data(
             "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's other "
             "ranks have none: start the script without torchrun, with workers=N."
         )
-    config, data, changed = own_model.resolve(config, data, stored, out, known)
-    config = script.resolve(RunContext(config, data), stored, out)
-    for sentence in (*caveats(data), *changed):
+    config, data, notes = own_model.resolve(config, data, stored, out, known)
+    config = script.resolve(RunContext(config, data))
+    changed: list[str] = []
+    if stored is not None:
+        config, changed = same_code(config, stored, entry, data, out, trusted)
+    for sentence in (*caveats(data), *notes):
         notice(sentence)
-    return RunContext(config, data, notice, script=script)
+    context = RunContext(config, data, notice, script=script)
+    if changed:
+        context.warn("other-code", " ".join(changed))
+    return context
 
 
 def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, predictions: bool) -> Prepared:

@@ -99,7 +99,7 @@ def run(
             available(config.model, script.network),
         ):  # fmt: skip
             local = data is None or remote is None
-            context = with_data(config, data, listeners.on_notice, script, stored, entry, out, known=local)
+            context = with_data(config, data, listeners.on_notice, script, stored, entry, out, trusted, known=local)
             if check is not None:
                 check(context.config)
             prepared = prepare(context, known=local, begun=entry is not None, profile=profile, predictions=predictions)

@@ -115,6 +115,7 @@ def opened(
         compare_teachers(context, facts["data"])
     else:
         check_same(entry, facts, prepared.plan, out)
+        facts["task"] = entry["info"]["task"]  # of the code that the run began with
         prepared.server.state = checkpoints.server_state()
         prepared.participation.restore(checkpoints.participation_state())
         progress.done, progress.planned = entry["round"], entry["plan"]

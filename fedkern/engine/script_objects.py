@@ -17,7 +17,7 @@ from fedkern.methods import registry
 from fedkern.methods.base import LocalTraining
 from fedkern.models.user_models import check_module, unwrapped
 from fedkern.settings.config import RunConfig
-from fedkern.usercode.identity import digest
+from fedkern.usercode.identity import identity_of
 from fedkern.usercode.named_code import INSTANCE
 
 _PARTS = ("client_update", "loss", "terms", "adjust_gradient", "draw", "prepare")
@@ -139,11 +139,11 @@ class ScriptObjects:
                 f"fedkern.load(DIR, {name}=FUNCTION).resume()."
             )
 
-    def resolve(self, context: Any, stored: RunConfig | None, out: Path) -> RunConfig:
+    def resolve(self, context: Any) -> RunConfig:
         """The settings with what the functions are, in words and as a hash; an optimiser is made once to be tried.
 
         Raises:
-            UserError: a factory makes no optimiser, or the run that is resumed began with other functions.
+            UserError: a factory makes no optimiser.
         """
         config: RunConfig = context.config
         if not self.functions:
@@ -154,10 +154,5 @@ class ScriptObjects:
             optimizer = made(self.optimizer, [each for each in context.build().parameters() if each.requires_grad])
             values = {name: value for name, value in optimizer.defaults.items() if value not in (None, False)}
             words = f"{type(optimizer).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-        sha = digest(train=self.train, optimizer=self.optimizer)
-        if stored is not None and stored.training_sha256 != sha:
-            raise UserError(
-                f"The run in {out} began with {stored.training or 'no functions'}, and the code given now ({words}) is "
-                "another: give the same train or optimizer, or start a new run."
-            )
+        sha = identity_of({"train": self.train, "optimizer": self.optimizer})
         return config.replace(training=words, training_sha256=sha)

@@ -8,10 +8,8 @@ may be another one then: a script that was ``__main__`` is a module where anothe
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 from fedkern.errors import UserError
@@ -19,11 +17,11 @@ from fedkern.methods.base import Method
 from fedkern.methods.options import Options
 from fedkern.methods.registry import CLASS, GIVEN, METHODS, short
 from fedkern.typed_option import Value
-from fedkern.usercode.identity import PLAIN, bytecode, text
+from fedkern.usercode import named_code
+from fedkern.usercode.identity import PLAIN, by_bytecode, identity_of
 
 _MISSING = object()
 _FINGERPRINTS: dict[type[Method], str] = {}  # kept, as the file of a class may change while the process runs
-_FOREIGN = {"fedkern", *sys.stdlib_module_names} - {"__main__", "builtins"}  # code run by exec has "builtins"
 
 
 def name_of(kind: type[Method]) -> str:
@@ -46,18 +44,25 @@ def give(kind: type[Method]) -> str:
     return name
 
 
-def give_again(kind: type[Method], name: str, sha256: str | None, folder: str | os.PathLike[str]) -> None:
+def give_again(
+    kind: type[Method],
+    name: str,
+    sha256: str | None,
+    folder: str | os.PathLike[str],
+    trusted: Collection[str] = (),
+) -> None:
     """Makes the class of a stored run known to this process.
 
     Args:
         name, sha256: name and fingerprint of the run's method.
+        trusted: has ``"method"`` where the class may have changed.
 
     Raises:
         UserError: the run has another method, or the class has other code than when the run began.
     """
     if name.startswith(CLASS):
         _check(kind)
-        _compare(kind, name, sha256, folder)
+        _compare(kind, name, sha256, folder, trusted)
         GIVEN[name] = kind
     elif METHODS.get(name) is not kind:
         raise UserError(
@@ -65,7 +70,7 @@ def give_again(kind: type[Method], name: str, sha256: str | None, folder: str | 
         )
 
 
-def check(name: str, sha256: str | None, folder: str | os.PathLike[str]) -> None:
+def check(name: str, sha256: str | None, folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:
     """Raises UserError where a stored run's method is a class that is not given here, or whose code has changed."""
     if not name.startswith(CLASS):
         return
@@ -75,7 +80,7 @@ def check(name: str, sha256: str | None, folder: str | os.PathLike[str]) -> None
             f"The method of the run in {folder} is {short(name)}, a class of the script or module {module}: go on with "
             f"it in Python, fedkern.load({str(folder)!r}, method={short(name)})."
         )
-    _compare(GIVEN[name], name, sha256, folder)
+    _compare(GIVEN[name], name, sha256, folder, trusted)
 
 
 def options_of(method: Method) -> dict[str, Value]:
@@ -110,27 +115,26 @@ def fingerprint(kind: type[Method]) -> str:
     """
     if kind in _FINGERPRINTS:
         return _FINGERPRINTS[kind]
-    return _FINGERPRINTS.setdefault(kind, _digest(kind, lambda each: text(each) or bytecode(each)))
+    return _FINGERPRINTS.setdefault(kind, identity_of(kind))
 
 
-def _digest(kind: type[Method], of: Callable[[type], str]) -> str:
-    hasher = hashlib.sha256()
-    for each in kind.__mro__:
-        if each is not object and each.__module__.partition(".")[0] not in _FOREIGN:
-            hasher.update(of(each).encode())
-    return hasher.hexdigest()
+def changed(kind: type[Method], sha256: str | None) -> bool:
+    """Whether a class is another than when a run stored its fingerprint; False without one."""
+    # A class of a notebook may have moved into a file.
+    return sha256 is not None and sha256 not in (fingerprint(kind), by_bytecode(kind))
 
 
-def _compare(kind: type[Method], name: str, sha256: str | None, folder: str | os.PathLike[str]) -> None:
-    now = fingerprint(kind)
-    if sha256 in (now, _digest(kind, bytecode)):  # a class of a notebook may have moved into a file
+def _compare(
+    kind: type[Method], name: str, sha256: str | None, folder: str | os.PathLike[str], trusted: Collection[str]
+) -> None:
+    if not changed(kind, sha256):
         return
     if kind.__name__ != short(name):
         raise UserError(f"The method of the run in {folder} is {short(name)}, not {kind.__name__}: give that class.")
-    raise UserError(
-        f"The code of the class {kind.__name__} is not that which the run in {folder} began with (sha256:"
-        f"{str(sha256)[:12]} then, sha256:{now[:12]} now): put the former code back, or start a new run."
-    )
+    if "method" not in trusted:
+        then, now = (f"sha256:{str(each)[:12]}" for each in (sha256, fingerprint(kind)))
+        again = 'trusted=["method"] to fedkern.load'
+        raise named_code.changed(f"the class {kind.__name__}", folder, then, now, again)
 
 
 def _check(kind: type[Method]) -> None:

@@ -59,7 +59,8 @@ def load_settings(
     """The settings of a run folder, some of them ``replaced``; loads the run's plugins.
 
     Args:
-        trusted: plugins that may be executed in any case (see :func:`fedkern.usercode.plugins.restore`).
+        trusted: plugins that may be executed in any case (see :func:`fedkern.usercode.plugins.restore`), and
+            ``"method"`` where the class may have changed.
         given: the class of the run's method, where a script gave it (`fedkern.methods.script_methods`).
         **replaced: settings.
 
@@ -76,8 +77,8 @@ def load_settings(
     table = {name: value for name, value in table.items() if name not in UNSTORED}
     method, sha256 = str(table.get("method", RunConfig.method)), table.get("method_sha256")
     if given is not None:
-        script_methods.give_again(given, method, sha256, folder)
-    script_methods.check(method, sha256, folder)
+        script_methods.give_again(given, method, sha256, folder, trusted)
+    script_methods.check(method, sha256, folder, trusted)
     return RunConfig.of({**table, **replaced})
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.usercode.identity import digest
+from fedkern.usercode.identity import identity_of
 
 AHEAD = 16
 """Most batches that wait for a thread; more batches would only use memory."""
@@ -266,7 +266,7 @@ class Task:
 
     def digest(self) -> str:
         """A hash of the code and state that a user gave for the task; empty for fedkern's own."""
-        return "" if type(self).__module__.startswith("fedkern.") else digest(task=self)
+        return "" if type(self).__module__.startswith("fedkern.") else identity_of({"task": self})
 
     def described(self, context: Any) -> dict[str, Any]:
         """What :meth:`build` needs beside the network's name and sizes: entries of model.safetensors."""

@@ -17,7 +17,7 @@ from fedkern.tasks.base import Task
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
 from fedkern.usercode.execution import explained
-from fedkern.usercode.identity import digest
+from fedkern.usercode.identity import identity_of
 
 MOST = 1 << 30
 """Bytes of outputs and targets that are concatenated for metrics at most."""
@@ -82,7 +82,8 @@ class OwnTask(Task):
         return self
 
     def digest(self) -> str:
-        return digest(main=self.main, better=self.better, loss_fn=self.loss_fn, metrics=self.metrics)
+        names = ("main", "better", "loss_fn", "metrics")
+        return identity_of({name: getattr(self, name) for name in names})
 
     def known(self, batch: Any) -> int:
         return len(batch.indices)

@@ -1,4 +1,4 @@
-"""Identity of what a user gives: a file, a module of a distribution, the source of code, the values of an object.
+"""Identity of what a user gives: the content of a file, a module, a class, a function, an object with its values.
 
 A resumed run is told from another one by it.  PyTorch is imported where values are hashed, since the front page of the
 command line is printed without it.
@@ -24,11 +24,34 @@ from fedkern.files.inputs import open_regular, reading
 PLAIN = (bool, int, float, str)
 DEEP = 5
 """Levels of attributes of objects that are looked at."""
+_FOREIGN = {"fedkern", *sys.stdlib_module_names} - {"__main__", "builtins"}
+"""Packages whose classes say nothing of a class derived from them; code run by exec has "builtins"."""
 
 
-def sha256(content: bytes) -> str:
-    """``sha256:HEX`` of a file's content."""
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+def identity_of(thing: Any) -> str:
+    """What a thing is told from its later self by, the same in every process.
+
+    Args:
+        thing: the content of a file, as bytes; the name of a module, as a text, which is found without importing it or
+            its packages; a class, which counts with its bases outside fedkern; or a function, an object, tensors and
+            values, nested by name, of which code, state and attributes count.
+
+    Returns:
+        Of bytes ``sha256:HEX``; of a module its version, that of its file, and the file; of everything else the SHA-256
+        in hexadecimal.
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
+    """
+    if isinstance(thing, bytes):
+        return f"sha256:{hashlib.sha256(thing).hexdigest()}"
+    if isinstance(thing, str):
+        return _of_module(thing)
+    if isinstance(thing, type):
+        return _of_class(thing, source)
+    state = hashlib.sha256()
+    hashed(thing, state.update)
+    return state.hexdigest()
 
 
 def content(path: str | Path, what: str = "") -> bytes:
@@ -41,16 +64,15 @@ def content(path: str | Path, what: str = "") -> bytes:
         return file.read()
 
 
-def distribution(name: str) -> str | None:
-    """Version, SHA-256 and origin of a module, found without importing the module or its packages; None: no module."""
+def _of_module(name: str) -> str:
     spec = _spec(name)
     if spec is None:
-        return None
+        raise ModuleNotFoundError(f"No module named {name!r}")
     package = name.partition(".")[0]
     versions = {metadata.version(each) for each in metadata.packages_distributions().get(package, ())}
     parts = [" ".join(sorted(versions)) or "no version"]
     if spec.origin is not None and Path(spec.origin).is_file():
-        parts += [sha256(Path(spec.origin).read_bytes()), spec.origin]
+        parts += [identity_of(Path(spec.origin).read_bytes()), spec.origin]
     return ", ".join(parts)
 
 
@@ -72,16 +94,21 @@ def _spec(name: str) -> ModuleSpec | None:
     return spec
 
 
-def text(code: Any) -> str | None:
-    """The source of a function or class; None where Python has none, as in an interactive interpreter."""
-    try:
-        return textwrap.dedent(inspect.getsource(code))
-    except (OSError, TypeError, SyntaxError, IndexError):
-        return None
+def by_bytecode(kind: type) -> str:
+    """The identity of a class from which Python has no source, as in a notebook; other versions of Python differ."""
+    return _of_class(kind, _bytecode)
+
+
+def _of_class(kind: type, of: Callable[[type], str]) -> str:
+    state = hashlib.sha256()
+    for each in kind.__mro__:
+        if each is not object and each.__module__.partition(".")[0] not in _FOREIGN:
+            state.update(of(each).encode())
+    return state.hexdigest()
 
 
 def source(code: Any) -> str:
-    """The source of a function or class, or that of an object's class; bytecode where there is none, else the name.
+    """The source of a function or class, or that of an object's class; bytecode where Python has no source.
 
     Of a lambda it is the bytecode, since its lines hold more than the lambda.
     """
@@ -89,13 +116,16 @@ def source(code: Any) -> str:
         code = type(code)
     if isinstance(code, FunctionType) and code.__name__ == "<lambda>":
         return "\n".join(_instructions(code.__code__))
-    if (lines := text(code)) is not None:
-        return lines
+    try:
+        return textwrap.dedent(inspect.getsource(code))
+    except (OSError, TypeError, SyntaxError, IndexError):
+        if isinstance(code, type):
+            return _bytecode(code)
     name = f"{getattr(code, '__module__', '')}.{getattr(code, '__qualname__', '')}"
     return "\n".join([name, *_instructions(code.__code__)]) if isinstance(code, FunctionType) else name
 
 
-def bytecode(kind: type) -> str:
+def _bytecode(kind: type) -> str:
     """What the functions and plain attributes of a class do, without line numbers and docstrings of the class."""
     return "\n".join([kind.__name__, *_members(kind)])
 
@@ -127,21 +157,10 @@ def _instructions(code: CodeType) -> Iterator[str]:
             yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
 
 
-def digest(**values: Any) -> str:
-    """SHA-256 of functions, modules, objects and values by name: of their code, state and attributes."""
-    state = hashlib.sha256()
-    hashed(values, state.update)
-    return state.hexdigest()
-
-
-def layout(tensors: Mapping[str, Any], *, values: bool = False) -> str:
-    """SHA-256 of names, dtypes and shapes of tensors, and of their ``values`` if asked."""
-    state = hashlib.sha256()
-    for name, tensor in tensors.items():
-        state.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        if values:
-            state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return state.hexdigest()
+def layout(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 of names, dtypes and shapes of tensors."""
+    lines = (f"{name} {tensor.dtype} {list(tensor.shape)};" for name, tensor in tensors.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def hashed(value: Any, update: Callable[[bytes], object], deep: int = DEEP) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fedkern.errors import UserError, nearest
 from fedkern.files import filesystem
-from fedkern.usercode import identity
+from fedkern.usercode import plugin_files
 from fedkern.usercode.execution import module_name, run
+from fedkern.usercode.identity import content, identity_of
 
 FORMS = "FILE.py:NAME or MODULE:NAME"
 INSTANCE = "module:"
@@ -72,7 +74,30 @@ def untrusted(file: object, code: str, again: str) -> UserError:
     )
 
 
-def load(named: Named, what: str) -> tuple[Any, str | None]:
+def changed(what: str, out: object, then: str, now: str, again: str) -> UserError:
+    """The refusal to go on with code that is not as it was when the run in ``out`` began, where nobody has trusted it.
+
+    Args:
+        what: the code, as the subject of a sentence.
+        then, now: its identity or description; empty where nothing tells them apart.
+        again: what the user is to give to go on with the code as it is now.
+    """
+    differ = f" ({then} then, {now} now)" if then != now else ""
+    return UserError(
+        f"{what} has changed since the run in {out} began{differ}: put back the former one, or give {again} to go on "
+        "with the changed one."
+    )
+
+
+def as_it_is(what: str) -> str:
+    """The warning on changed code that the user has trusted."""
+    return (
+        f"The run goes on with {what} as it is now, not as the run was started with: its bits may differ from an "
+        "uninterrupted one."
+    )
+
+
+def load(named: Named, what: str) -> tuple[Any, str]:
     """Imports the module, or runs the file, and returns what it calls by that name.
 
     A file is run once for each content, as a module of its own; modules beside the file can be imported.
@@ -81,21 +106,26 @@ def load(named: Named, what: str) -> tuple[Any, str | None]:
         what: subject of the error messages, such as ``"the teacher"``.
 
     Returns:
-        The object, and the SHA-256 of the file with its definition; None for a module that comes from no Python file.
+        The object, and the identity of its file, with those that it imports from its own folder, or of its module.
 
     Raises:
         UserError: there is no such file, module or name, or the code raises an exception.
     """
-    source = identity.content(named.file, f"{what} {named}") if named.file else None
     try:
-        module = run(named.module) if source is None else run(module_name(named.file, source), named.file, source)
+        if named.file:
+            file, source = Path(os.path.realpath(named.file)), content(named.file, f"{what} {named}")
+            module = run(module_name(named.file, source), named.file, source)
+            identity = plugin_files.identity(file, source, plugin_files.imported(file, source))
+        else:
+            module = run(named.module)
+            made_here = getattr(module, "__spec__", None) is None  # a notebook, or a script that runs
+            identity = identity_of(getattr(module, named.name, None) if made_here else named.module)
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
         raise UserError(f"{what} {named} cannot be imported: {type(error).__name__}: {error}.") from None
-    if source is None and (file := getattr(module, "__file__", None) or "").endswith(".py"):
-        source = identity.content(file, f"{what} {named}")
-    digest = None if source is None else hashlib.sha256(source).hexdigest()
     try:
-        return getattr(module, named.name), digest
+        return getattr(module, named.name), identity
     except AttributeError:
         hint = nearest(named.name, [name for name in vars(module) if not name.startswith("_")])
         where = named.file or named.module

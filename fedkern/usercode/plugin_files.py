@@ -22,7 +22,7 @@ from importlib.machinery import all_suffixes
 from pathlib import Path, PurePosixPath
 
 from fedkern.errors import UserError
-from fedkern.usercode.identity import content, sha256
+from fedkern.usercode.identity import content, identity_of
 
 _PART = re.compile(r"(?:(?P<path>.+?) )??(?P<hash>sha256:[0-9a-f]{64})(?:; |$)", re.DOTALL)
 _INSTALLED = ("site-packages", "dist-packages")
@@ -35,7 +35,7 @@ def identity(file: Path, source: bytes, neighbours: Iterable[Path]) -> str:
         UserError: a neighbour cannot be read.
     """
     parts = sorted((path.relative_to(file.parent).as_posix(), path) for path in {*neighbours} - {file})
-    return "; ".join([sha256(source), *(f"{name} {sha256(content(path))}" for name, path in parts)])
+    return "; ".join([identity_of(source), *(f"{name} {identity_of(content(path))}" for name, path in parts)])
 
 
 def parsed(text: str) -> dict[str, str]:
@@ -61,7 +61,7 @@ def changes(file: Path, source: bytes, stored: Mapping[str, str]) -> dict[str, s
         path, now = PurePosixPath(name), ""
         if not path.is_absolute() and ".." not in path.parts:
             with suppress(UserError):
-                now = sha256(content(file.parent / path) if name else source)
+                now = identity_of(content(file.parent / path) if name else source)
         if now != stored[name]:
             changed[name] = now
     return changed

@@ -30,8 +30,8 @@ from fedkern.errors import UserError
 from fedkern.files.filesystem import cache_folder, check_text, expand
 from fedkern.usercode import execution, plugin_files
 from fedkern.usercode.execution import module_name
-from fedkern.usercode.identity import content, distribution, sha256
-from fedkern.usercode.named_code import untrusted
+from fedkern.usercode.identity import content, identity_of
+from fedkern.usercode.named_code import changed, untrusted
 from fedkern.usercode.registry import REGISTRIES, Registry, docstring
 
 GROUP = "fedkern.plugins"
@@ -101,7 +101,7 @@ def load(name: str) -> Plugin:
         if plugin is None or _change(name, path, plugin.identity) is not None:
             unload(name)
             _forget_changed(path.parent)
-            plugin = _execute(Plugin(name, sha256(source), source))
+            plugin = _execute(Plugin(name, identity_of(source), source))
     _LOADED[name] = plugin = replace(plugin, given=True)
     return plugin
 
@@ -175,14 +175,14 @@ def _located(text: str) -> tuple[str, Path | None]:
 
 
 def _module_identity(name: str) -> str:
-    text = distribution(name)
-    if text is None:
+    try:
+        return identity_of(name)
+    except ModuleNotFoundError:
         file = f" (or --plugin {name}.py)" if Path(f"{name}.py").is_file() else ""
         raise UserError(
             f'The plugin "{name}" is no module that Python can import: install it, add its folder to PYTHONPATH, or '
             f"name a file, --plugin FILE.py{file}."
-        )
-    return text
+        ) from None
 
 
 def _module_name(plugin: Plugin) -> str:
@@ -390,10 +390,7 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
             ) from None
         if change is not None:
             what, then, present = change
-            raise UserError(
-                f"{what} has changed since the run in {folder} began ({then} then, {present} now): put back the former "
-                f"one, or give the plugin again to go on with the changed one, {again}."
-            )
+            raise changed(what, folder, then, present, f"the plugin again, {again},")
         if full != name or not _remembered(name, identity):
             raise untrusted(Path(folder) / "config.toml", f"the plugin {name}", f"the plugin again, {again}")
         load(name)
@@ -412,7 +409,7 @@ def _change(name: str, path: Path | None, identity: str) -> tuple[str, str, str]
         return None if now == identity else (f"The plugin {name}", _short(identity), _short(now))
     source, stored = content(path, f"The plugin {path}"), plugin_files.parsed(identity)
     if not stored:
-        return f"The plugin {name}", _short(identity), _short(sha256(source))
+        return f"The plugin {name}", _short(identity), _short(identity_of(source))
     for each, now in plugin_files.changes(path, source, stored).items():
         what = f"{path.parent / each}, which the plugin {name} imports," if each else f"The plugin {name}"
         return what, _short(stored[each]), _short(now) or "gone"

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -423,7 +424,7 @@ def test_another_loss_is_no_resumption(tmp_path):
     with pytest.raises(Kill):
         fedkern.simulate("fedavg", **data, loss_fn=first_loss, rounds=3, out=tmp_path / "run", listener=kill, **HERE)
     for changed, said in (
-        ({"loss_fn": second_loss}, "The loss, a metric or the collation is another than when the run in .* began"),
+        ({"loss_fn": second_loss}, "the loss, a metric or the collation has changed since the run in .* began"),
         (
             {"loss_fn": first_loss, "data": [TensorDataset(torch.rand(8, 2), torch.rand(8, 1))]},
             "The data are not those",
@@ -431,7 +432,11 @@ def test_another_loss_is_no_resumption(tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             fedkern.load(tmp_path / "run", **{**data, **changed}).resume(progress=False)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
     fedkern.load(tmp_path / "run", **data, loss_fn=first_loss).resume(progress=False, pictures=False)
+    other = fedkern.load(tmp_path / "other", **data, loss_fn=second_loss, trusted=["loss_fn"])
+    other = other.resume(progress=False, pictures=False)
+    assert "goes on with the loss, a metric or the collation as it is now" in other.summary["diagnostics"]["other-code"]
 
 
 # -- what is not taken -------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_
     stored = load_settings(tmp_path / "cut")
     with pytest.raises(UserError, match=r"trains with a script's own train function loop: go on with it in Python"):
         run(stored, out=tmp_path / "cut", data=make_data(), resume=True)
-    with pytest.raises(UserError, match=r"began with train function loop, and the code given now \(SGD\(lr=0.05"):
+    with pytest.raises(UserError, match=r"began \(train function loop then, SGD\(lr=0.05.* trusted=\[\"train\"\]"):
         run(stored, out=tmp_path / "cut", data=make_data(), resume=True, script=ScriptObjects(optimizer=sgd))
     run(stored, out=tmp_path / "cut", data=make_data(), resume=True, script=OWN)
     assert outcome(tmp_path / "cut") == outcome(expected)

@@ -155,12 +155,15 @@ def test_what_differs_is_said(monkeypatch):
     from moved_of_a_test import Slow as Moved
 
     assert fedkern.load("run", method=Moved).metrics == run.metrics
-    with pytest.raises(fedkern.UserError, match=r"The code of the class Slow is not that .* put the former code back"):
+    way = r'put back the former one, or give trusted=\["method"\] to fedkern\.load'
+    with pytest.raises(fedkern.UserError, match=rf"the class Slow has changed since the run in run began .* {way}"):
         fedkern.load("run", method=second)
+    longer = fedkern.load("run", method=second, trusted=["method"]).extend(2, **QUIET)
+    assert "goes on with the class Slow as it is now" in longer.summary["diagnostics"]["other-code"]
     with pytest.raises(fedkern.UserError, match="is Slow, not Half: give that class"):
         fedkern.load("run", method=Half)
     fedkern.simulate(second, rounds=1, out="other", **TINY)  # a cell of a notebook was changed and run again
-    assert run.extend(2, **QUIET).summary["rounds"] == 2
+    assert run.extend(3, **QUIET).summary["rounds"] == 3
     fedkern.simulate(FedProx(mu=0.1), rounds=1, out="prox", **TINY)
     with pytest.raises(fedkern.UserError, match="one of the method fedprox, not of Slow: leave method out"):
         fedkern.load("prox", method=Slow)

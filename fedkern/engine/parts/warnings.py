@@ -41,7 +41,7 @@ class Warnings(Part):
         return dict(self._context.warnings)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._context.warnings = {**state}
+        self._context.warnings = {**state, **self._context.warnings, **state}
         self._told = {*state}
 
     def _tell(self) -> None:

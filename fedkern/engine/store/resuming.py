@@ -19,6 +19,7 @@ from fedkern.engine.store.checkpoints import Checkpoints, newest
 from fedkern.engine.store.run_folder import NODES
 from fedkern.engine.store.saved_model import damaged
 from fedkern.errors import UserError
+from fedkern.methods import script_methods
 from fedkern.methods.base import Round
 from fedkern.ops._core import backend
 from fedkern.ops._core.loading import Unavailable
@@ -26,7 +27,7 @@ from fedkern.process import versions
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.stored import load_settings
-from fedkern.usercode import plugins
+from fedkern.usercode import named_code, plugins
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""
@@ -177,6 +178,49 @@ def facts_of(config: RunConfig, data: FederatedData, fingerprint: int) -> dict[s
     }
 
 
+def same_code(
+    config: RunConfig,
+    stored: RunConfig,
+    entry: Mapping[str, Any] | None,
+    data: FederatedData,
+    out: Path,
+    trusted: Collection[str],
+) -> tuple[RunConfig, list[str]]:
+    """Compares method, network, training, loss and metrics of the user's own with those that a run began with.
+
+    Args:
+        config: the settings, with the identities of network and functions as they are now.
+        stored: the run's settings.
+        entry: the checkpoint that the run goes on from, or None.
+        out: the run folder.
+        trusted: code that may have changed: the name of a network, or of the argument that a script gives the code in.
+
+    Returns:
+        The settings with the identities that the run began with, and warnings on what has changed since.
+
+    Raises:
+        UserError: code that is not ``trusted`` has changed.
+    """
+    began, now = stored.training or "none", config.training or "none"
+    functions = "train" if "train function" in began + now else "optimizer"
+    kind, code = config.kind, code_of(data)
+    network = stored.model_sha256 not in (None, config.model_sha256) and named_code.parse(config.model) is not None
+    changed = [
+        (script_methods.changed(kind, stored.method_sha256), f"the class {kind.__name__}", "method", "", ""),
+        (network, f"the network {config.model}", config.model, "", ""),
+        (stored.training_sha256 != config.training_sha256, "the training of clients", functions, began, now),
+        (entry is not None and code != entry["info"]["task"], "the loss, a metric or the collation", "loss_fn", "", ""),
+    ]
+    warnings = []
+    for differs, what, name, then, present in changed:
+        if differs and not named_code.trusts(trusted, name):
+            raise named_code.changed(what, out, then, present, f'trusted=["{name}"] to fedkern.load')
+        if differs:
+            warnings.append(named_code.as_it_is(what))
+    kept = {name: getattr(stored, name) for name in ("model_sha256", "training", "training_sha256")}
+    return config.replace(**kept), warnings
+
+
 def check_same(entry: Mapping[str, Any], facts: Mapping[str, Any], plan: Sequence[Round], out: Path) -> None:
     """Compares data and method with those that the run was started with.
 
@@ -193,11 +237,6 @@ def check_same(entry: Mapping[str, Any], facts: Mapping[str, Any], plan: Sequenc
     judged = ("main", "better")
     if info["data"] != facts["data"] or any(info["config"][each] != facts["config"][each] for each in judged):
         raise UserError(f"The data are not those that {out} was started with: restore the files, or start anew.")
-    if info["task"] != facts["task"]:
-        raise UserError(
-            f"The loss, a metric or the collation is another than when the run in {out} began: give the same loss_fn, "
-            "metrics and collate_fn, or start a new run."
-        )
     for what, total in facts["names"].items():
         if info["names"][what] != total:
             raise UserError(
@@ -280,10 +319,7 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     before = info["config"].get("plugins") or {}
     other = [name for name, identity in config.plugins.items() if identity not in before.values()]  # a file may move
     if other:
-        warnings["other-plugin"] = (
-            f"The run goes on with {', '.join(other)} as it is now, not as the run was started with: its bits may "
-            "differ from an uninterrupted one."
-        )
+        warnings["other-plugin"] = named_code.as_it_is(", ".join(other))
     now = versions.kernels()
     stored = info["kernels"]
     differ = [f"{name} {value} and now {now[name]}" for name, value in stored.items() if now.get(name, value) != value]
