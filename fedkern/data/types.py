@@ -15,6 +15,7 @@ from fedkern.data.sharing.statistics import SKEW, PartitionStatistics
 from fedkern.data.sources.arrays import parts_of_arrays
 from fedkern.data.sources.datasets import parts_of_datasets
 from fedkern.data.split import Split, rows_of
+from fedkern.streams import stream
 from fedkern.tasks import Task, task_of
 
 LISTED = 12
@@ -65,13 +66,19 @@ class Pool:
         return Split(images, labels, sizes=sizes, homes=rows_of(self.groups, rows), task=self.task, **columns)
 
 
-def memory_pool(images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None) -> Pool:
-    """A pool over ``images`` uint8 ``[N, C, H, W]`` that holds the given ``rows`` and names them ``prefix/row``."""
+def memory_pool(
+    images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None, targets: Tensor | None = None
+) -> Pool:
+    """A pool over ``images`` uint8 ``[N, C, H, W]`` that holds the given ``rows`` and names them ``prefix/row``.
+
+    ``targets`` are the classes of their pixels, int64 ``[N, H, W]`` (segmentation).
+    """
     rows = torch.arange(len(labels)) if rows is None else rows
     return Pool(
         labels=labels[rows],
         ids=tuple(f"{prefix}/{i}" for i in rows.tolist()),
         read=lambda positions: (images[rows[positions]], None),
+        targets=None if targets is None else lambda positions: targets[rows[positions]],
     )
 
 
@@ -132,15 +139,16 @@ def client_label(names: Sequence[str] | None, client: int) -> str:
 
 
 def memory_source(
-    classes: tuple[str, ...], train: Labelled, test: Labelled, order: Sequence[int], held_out: int, **how: Any
+    data: str, train: Labelled, test: Labelled, held_out: int, order: Sequence[int] | None = None, **how: Any
 ) -> Source:
     """A data set in memory; of the training images the last ``held_out`` in ``order`` are the validation set.
 
-    ``how`` are other attributes of the source.
+    The order is a random one by default, the same for every seed.  ``how`` are other attributes of the source.
     """
-    train_rows, rest = fixed_rows(order, len(order) - held_out)
+    count = len(train[1])
+    order = stream(0, f"split/{data}").permutation(count).tolist() if order is None else order
+    train_rows, rest = fixed_rows(order, count - held_out)
     return Source(
-        classes=classes,
         train=memory_pool(*train, "train", train_rows),
         validation=memory_pool(*train, "train", rest),
         tests={"": memory_pool(*test, "test")},

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from fedkern.data.sources.digits import read_digits
+from fedkern.data.sources.digits import Bytes, enlarged, resized
 
 SIDE, CELL = 32, 16  # a canvas has two by two cells
 SUBJECT, OTHER = 14, 11  # side in pixels of the digit that the caption begins with, and of the other digits
@@ -21,8 +20,6 @@ INK = {
 TEXTURES = ("plain", "gradient", "rows", "columns", "diagonal", "checks", "speckles")
 BRIGHTEST = 95  # largest value of a background's channel, of 255, so that every ink stands out
 INK_THRESHOLD = 96  # opacity above which a pixel belongs to the digit
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -44,22 +41,9 @@ class Placed:
 
 
 @functools.cache
-def _digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
-    images, labels = read_digits()
-    return images[:, 0].numpy(), labels.numpy()
-
-
-def digit_labels() -> npt.NDArray[np.int64]:
-    """The classes of all digits, int64 ``[1797]``."""
-    return _digits()[1].copy()
-
-
-@functools.cache
 def _glyphs(side: int) -> Bytes:
-    """All digits as opacities, uint8 ``[1797, side, side]``; Pillow filters in integers, so all machines agree."""
-    images = _digits()[0]
-    box = Image.Resampling.BICUBIC
-    return np.stack([np.asarray(Image.fromarray(image).resize((side, side), box)) for image in images])
+    """All digits as opacities, uint8 ``[1797, side, side]``."""
+    return np.stack([resized(image, side) for image in enlarged()[0]])
 
 
 def random_ground(texture: str, rng: np.random.Generator) -> Ground:

@@ -26,15 +26,13 @@ from fedkern.data.sources.canvas import (
     TEXTURES,
     Ground,
     Placed,
-    digit_labels,
     draw,
     noisy,
     random_ground,
 )
-from fedkern.data.sources.digits import TRAIN, VALIDATION
-from fedkern.data.sources.listing import interleaved
+from fedkern.data.sources.digits import enlarged, fixed_split
 from fedkern.data.split import Split
-from fedkern.data.types import FederatedData, fixed_rows
+from fedkern.data.types import FederatedData
 from fedkern.errors import UserError
 from fedkern.streams import stream
 
@@ -162,8 +160,8 @@ def make_captions(
     if small and not apart:
         styles[-1] = replace(styles[-1], noise=NOISE)
     sizes, subjects = _subjects(spec, clients, samples, seed, minority if small else 0.0)
-    drawn = digit_labels()
-    pools = [rows.numpy() for rows in fixed_rows(interleaved(drawn, "split/digits"), TRAIN, VALIDATION)]
+    drawn = enlarged()[1]
+    pools = [rows.numpy() for rows in fixed_split(drawn)]
 
     def canvases(purpose: str, k: int, chosen: list[Style], count: int, subjects: Digits | None = None) -> Split:
         # Each split draws its digits from the same split of the digits data set.

@@ -13,7 +13,6 @@ from torch import Tensor
 from fedkern.data.sources.found_files import find_folder, read_bytes
 from fedkern.data.types import Labelled, Source, memory_source
 from fedkern.errors import UserError
-from fedkern.streams import stream
 
 PIXELS = 3 * 32 * 32
 VALIDATION_SHARE = 10
@@ -81,7 +80,7 @@ def open_cifar10(root: str | Path | None) -> Source:
     parts = [read_records(folder, name, "cifar10", (10,)) for name in batches]
     train = torch.cat([images for images, _ in parts]), torch.cat([labels[:, 0] for _, labels in parts])
     test_images, test_labels = read_records(folder, "test_batch.bin", "cifar10", (10,))
-    return _source("cifar10", CIFAR10_CLASSES, train, (test_images, test_labels[:, 0]), **CIFAR10_SCALE)
+    return _source("cifar10", train, (test_images, test_labels[:, 0]), classes=CIFAR10_CLASSES, **CIFAR10_SCALE)
 
 
 def open_cifar100(root: str | Path | None, labels: str = "fine") -> Source:
@@ -92,15 +91,13 @@ def open_cifar100(root: str | Path | None, labels: str = "fine") -> Source:
     test_images, test_labels = read_records(folder, "test.bin", "cifar100", (20, 100))
     return _source(
         "cifar100",
-        CIFAR100_CLASSES if labels == "fine" else CIFAR100_COARSE_CLASSES,
         (train_images, train_labels[:, column].contiguous()),
         (test_images, test_labels[:, column].contiguous()),
+        classes=CIFAR100_CLASSES if labels == "fine" else CIFAR100_COARSE_CLASSES,
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
     )
 
 
-def _source(data: str, classes: tuple[str, ...], train: Labelled, test: Labelled, **scale: Any) -> Source:
-    n = len(train[1])
-    order = stream(0, f"split/{data}").permutation(n).tolist()
-    return memory_source(classes, train, test, order, max(1, n // VALIDATION_SHARE), augment="crop-flip", **scale)
+def _source(data: str, train: Labelled, test: Labelled, **how: Any) -> Source:
+    return memory_source(data, train, test, max(1, len(train[1]) // VALIDATION_SHARE), augment="crop-flip", **how)

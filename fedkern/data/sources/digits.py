@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from fedkern.data.types import Source, fixed_rows, memory_pool
 SIZE = 32
 TRAIN, VALIDATION = 1_200, 247  # the other 350 are the test set
 
+Bytes = npt.NDArray[np.uint8]
+
 
 def small_digits() -> tuple[np.ndarray, np.ndarray]:
     """The digits as UCI has them: images fp64 ``[1797, 8, 8]`` from 0 to 16, and labels int64 ``[1797]``.
@@ -27,34 +30,47 @@ def small_digits() -> tuple[np.ndarray, np.ndarray]:
         return stored["images"].astype(np.float64), stored["labels"].astype(np.int64)
 
 
-def read_digits() -> tuple[Tensor, Tensor]:
-    """The digits as images uint8 ``[1797, 1, 32, 32]`` and labels int64 ``[1797]``.
+def glyphs() -> Bytes:
+    """The digits as opacities, uint8 ``[1797, 8, 8]``."""
+    return np.rint(small_digits()[0] * (255 / 16)).astype(np.uint8)
 
-    Pillow's bicubic filter works in integers, so every machine gets the same bytes.
-    """
-    large, labels = _enlarged()
-    return torch.from_numpy(large.copy()).unsqueeze(1), torch.from_numpy(labels.copy())
+
+def resized(image: Bytes, side: int) -> Bytes:
+    """An image of ``side`` x ``side`` pixels: Pillow's bicubic filter is in integers, so that all machines agree."""
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
 
 
 @cache
-def _enlarged() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Kept, as a process often opens the digits more than once: a run and its pictures, the runs of a comparison."""
-    pixels, labels = small_digits()
-    small = np.rint(pixels * (255 / 16)).astype(np.uint8)
-    large = [np.asarray(Image.fromarray(one).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for one in small]
-    return np.stack(large), labels
+def enlarged() -> tuple[Bytes, npt.NDArray[np.int64]]:
+    """The digits uint8 ``[1797, 32, 32]`` and their labels, which nobody may change.
+
+    Kept, as a process often opens the digits more than once: a run and its pictures, the runs of a comparison.
+    """
+    return np.stack([resized(glyph, SIZE) for glyph in glyphs()]), small_digits()[1]
+
+
+def read_digits() -> tuple[Tensor, Tensor]:
+    """The digits as images uint8 ``[1797, 1, 32, 32]`` and labels int64 ``[1797]``."""
+    large, labels = enlarged()
+    return torch.from_numpy(large.copy()).unsqueeze(1), torch.from_numpy(labels.copy())
+
+
+def fixed_split(labels: npt.NDArray[np.int64]) -> list[Tensor]:
+    """The rows of the digits to train, to validate and to test with, the same for every seed."""
+    return fixed_rows(interleaved(labels, "split/digits"), TRAIN, VALIDATION)
+
+
+def digit_source(prefix: str, images: Tensor, labels: Tensor, targets: Tensor | None = None, **how: Any) -> Source:
+    """A data set with an image of every digit and their fixed split; see `memory_pool`.
+
+    ``how`` are other attributes of the source.
+    """
+    train, validation, test = (
+        memory_pool(images, labels, prefix, rows, targets) for rows in fixed_split(labels.numpy())
+    )
+    return Source(train=train, validation=validation, tests={"": test}, augment="none", **how)
 
 
 def open_digits() -> Source:
-    """The digits with their fixed split: 1,200 to train, 247 to validate, 350 to test, the same for every seed."""
-    images, labels = read_digits()
-    train, validation, test = fixed_rows(interleaved(labels.numpy(), "split/digits"), TRAIN, VALIDATION)
-    return Source(
-        classes=tuple(str(digit) for digit in range(10)),
-        train=memory_pool(images, labels, "digits", train),
-        validation=memory_pool(images, labels, "digits", validation),
-        tests={"": memory_pool(images, labels, "digits", test)},
-        mean=(0.3101,),
-        std=(0.3490,),
-        augment="none",
-    )
+    """The digits with their fixed split."""
+    return digit_source("digits", *read_digits(), classes=tuple(map(str, range(10))), mean=(0.3101,), std=(0.3490,))

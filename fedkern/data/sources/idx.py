@@ -15,7 +15,6 @@ from torch import Tensor
 from fedkern.data.sources.found_files import find_folder, read_bytes
 from fedkern.data.types import Source, memory_source
 from fedkern.errors import UserError
-from fedkern.streams import stream
 
 IMAGES_MAGIC, LABELS_MAGIC = 0x00000803, 0x00000801
 # One image in six of the official training set is held out for validation, the same images for every seed.
@@ -106,11 +105,9 @@ def open_idx(data: str, root: str | Path | None) -> Source:
     if len(train_labels) == 60_000 and bool((counts == 6_000).all()) != idx_set.balanced:
         other = IDX_SETS["mnist" if data == "fashionmnist" else "fashionmnist"]
         raise UserError(f'data set "{data}": the files in {folder} are not {idx_set.title} (probably {other.title})')
-    n = len(train_labels)
-    order = stream(0, f"split/{data}").permutation(n).tolist()
     train, test = (train_images, train_labels), (test_images, test_labels)
     how: dict[str, Any] = {"mean": (idx_set.mean,), "std": (idx_set.std,), "augment": "none"}
-    return memory_source(idx_set.classes, train, test, order, n // VALIDATION_SHARE, **how)
+    return memory_source(data, train, test, len(train_labels) // VALIDATION_SHARE, classes=idx_set.classes, **how)
 
 
 def _read_pair(folder: Path, data: str, images: str, labels: str, classes: int) -> tuple[Tensor, Tensor]:

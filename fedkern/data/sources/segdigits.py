@@ -14,21 +14,16 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fedkern.data.sources.digits import small_digits
-from fedkern.data.sources.listing import interleaved
-from fedkern.data.types import Pool, Source, fixed_rows
+from fedkern.data.sources.digits import digit_source, glyphs, resized, small_digits
+from fedkern.data.types import Source
 from fedkern.streams import stream
 
 SIZE = 32
 SMALLEST, LARGEST = 24, 30  # side of a digit in pixels
 CONTRAST = 90  # least difference in brightness between ink and ground
-TRAIN, VALIDATION = 1_200, 247  # the other 350 are the test set, as in the digits data set
 MEAN, STD = (0.3837, 0.3838, 0.3849), (0.1769, 0.1771, 0.1764)
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @cache
@@ -37,17 +32,16 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
 
     Drawn in integers from a fixed stream: every machine and every seed of a run gets the same bytes.
     """
-    pixels, digits = small_digits()
-    glyphs = np.rint(pixels * (255 / 16)).astype(np.uint8)
-    images = np.empty((len(glyphs), SIZE, SIZE, 3), dtype=np.uint8)
-    labels = np.zeros((len(glyphs), SIZE, SIZE), dtype=np.int64)
+    digits = small_digits()[1]
+    images = np.empty((len(digits), SIZE, SIZE, 3), dtype=np.uint8)
+    labels = np.zeros((len(digits), SIZE, SIZE), dtype=np.int64)
     rng = stream(0, "segdigits")
-    for i, glyph in enumerate(glyphs):
+    for i, glyph in enumerate(glyphs()):
         ground, ink = _brightness(rng)
         side = int(rng.integers(SMALLEST, LARGEST + 1))
         top, left = rng.integers(0, SIZE - side + 1, size=2)
         cover = np.zeros((SIZE, SIZE), dtype=np.int64)
-        cover[top : top + side, left : left + side] = _resize(glyph, side)
+        cover[top : top + side, left : left + side] = resized(glyph, side)
         share = cover[..., None]
         images[i] = (share * _texture(ink, rng) + (255 - share) * _texture(ground, rng) + 127) // 255
         labels[i][cover >= 128] = 1 + int(digits[i])
@@ -55,29 +49,10 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
 
 
 def open_segdigits() -> Source:
-    """The data set with the split of digits: 1,200 to train, 247 to validate, 350 to test, the same for every seed."""
+    """The data set with the split of the digits."""
     images, targets = read_segdigits()
-    digits = targets.flatten(1).amax(1)
-    pieces = fixed_rows(interleaved(digits.numpy(), "split/digits"), TRAIN, VALIDATION)
-    train, validation, test = (_pool(images, targets, digits, rows) for rows in pieces)
-    return Source(
-        classes=("background", *(str(digit) for digit in range(10))),
-        train=train,
-        validation=validation,
-        tests={"": test},
-        mean=MEAN,
-        std=STD,
-        augment="none",
-    )
-
-
-def _pool(images: Tensor, targets: Tensor, digits: Tensor, rows: Tensor) -> Pool:
-    return Pool(
-        labels=digits[rows],
-        ids=tuple(f"segdigits/{i}" for i in rows.tolist()),
-        read=lambda positions: (images[rows[positions]], None),
-        targets=lambda positions: targets[rows[positions]],
-    )
+    classes = ("background", *map(str, range(10)))
+    return digit_source("segdigits", images, targets.flatten(1).amax(1), targets, classes=classes, mean=MEAN, std=STD)
 
 
 def _brightness(rng: np.random.Generator) -> tuple[int, int]:
@@ -91,14 +66,9 @@ def _texture(brightness: int, rng: np.random.Generator) -> npt.NDArray[np.int64]
     values = np.full((SIZE, SIZE, 3), brightness, dtype=np.int64) + rng.integers(-18, 19, size=3)
     for cells, size in ((3, 24), (8, 20), (SIZE, 12)):
         grid = rng.integers(128 - size, 129 + size, size=(cells, cells, 3)).astype(np.uint8)
-        values += _resize(grid, SIZE).astype(np.int64) - 128
+        values += resized(grid, SIZE).astype(np.int64) - 128
     across, down = rng.integers(-8, 9, size=2)
     period = int(rng.integers(24, 65))
     y, x = np.mgrid[:SIZE, :SIZE]
     values += int(rng.integers(0, 17)) * (2 * ((across * x + down * y) // period % 2) - 1)[..., None]
     return np.clip(values, 0, 255)
-
-
-def _resize(image: Bytes, side: int) -> Bytes:
-    """Resizes to ``side`` x ``side`` with Pillow's bicubic filter, which works in integers."""
-    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))

@@ -69,4 +69,4 @@ def open_svhn(root: str | Path | None, extra: str = "no") -> Source:
     classes, held_out = tuple(str(digit) for digit in range(10)), max(1, len(order) // VALIDATION_SHARE)
     scale = {"mean": (0.4377, 0.4438, 0.4728), "std": (0.1980, 0.2010, 0.1970)}
     # Not augmented: a flipped or shifted house number may be another number.
-    return memory_source(classes, train, test, order, held_out, augment="none", **scale)
+    return memory_source("svhn", train, test, held_out, order, classes=classes, augment="none", **scale)
