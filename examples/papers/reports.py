@@ -124,7 +124,7 @@ def reports(
     """
     columns = {"image": image, "report": report, "label": label, "view": view, "split": split, "patient": patient,
                "client_column": client_column}  # fmt: skip
-    table = open_table(root, "reports", ("image", "report"), columns, required=())
+    table = open_table(root, "reports", ("image", "report"), columns)
     path = table.path
     images, texts = _column(table, IMAGE), _reports(table)
     if images is None or texts is None:
@@ -145,7 +145,7 @@ def reports(
             f'data set "reports": none of the {len(texts)} rows of {path} is left: {sum(seen)} have a view that counts '
             f"(views={views}) and {sum(long_enough)} a report of at least {shortest} tokens"
         )
-    table = table.only(rows)
+    table = replace(table, rows=[table.rows[row] for row in rows], lines=[table.lines[row] for row in rows])
     labels = _labels(table)
     classes, numbers = table.classes(labels)
     listing = Listing(labels=numbers, texts=[texts[row] for row in rows], **table.listed(images))

@@ -21,9 +21,8 @@ from fedkern.data.sources.data_function import DataFunction
 from fedkern.data.sources.datasets import open_datasets
 from fedkern.data.sources.digits import open_digits
 from fedkern.data.sources.idx import open_idx
-from fedkern.data.sources.labelled_images import CSV_TASKS, open_csv, open_folder
+from fedkern.data.sources.labelled_images import CSV_TASKS, open_csv, open_folder, open_pairs
 from fedkern.data.sources.listing import Reading
-from fedkern.data.sources.pairs import open_pairs
 from fedkern.data.sources.segdigits import open_segdigits
 from fedkern.data.sources.segmentation import open_segmentation
 from fedkern.data.sources.site_folders import LAYOUTS

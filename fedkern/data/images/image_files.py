@@ -138,7 +138,6 @@ def read_images(
     paths: Sequence[Path],
     size: int,
     data: str,
-    *,
     grey: bool = False,
     pad: bool = False,
     max_pixels: int = MAX_PIXELS,
@@ -222,7 +221,7 @@ class ImageFiles:
 
     @property
     def how(self) -> tuple[Any, ...]:
-        """Everything but the files that decides the decoded images."""
+        """Everything but the files that decides the decoded images, in the order of `read_images`."""
         return self.size, self.data, self.grey, self.pad, self.max_pixels, self.bits, self.window
 
     @property
@@ -232,11 +231,7 @@ class ImageFiles:
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Decodes the files at ``rows`` (int64 ``[n]``), see `read_images`."""
-        paths = [self.paths[row] for row in rows.tolist()]
-        return read_images(
-            paths, self.size, self.data, grey=self.grey, pad=self.pad, max_pixels=self.max_pixels, bits=self.bits,
-            window=self.window,
-        )  # fmt: skip
+        return read_images([self.paths[row] for row in rows.tolist()], *self.how)
 
 
 @dataclass(frozen=True)

@@ -58,18 +58,16 @@ def unified(values: Sequence[str], where: str) -> tuple[list[str], list[str]]:
     for value in dict.fromkeys(values):
         spellings.setdefault(_key(value), []).append(value)
     one = {key: min(same, key=lambda text: (len(text), text)) for key, same in spellings.items()}
-    notices = []
-    several = [sorted(same) for same in spellings.values() if len(same) > 1]
-    if several:
-        notices.append(f"{where} writes one value in several ways, which count as one: {_examples(several)}.")
-    alike: dict[str, list[str]] = {}
+    alike: dict[Hashable, list[str]] = {}
     for text in one.values():
         alike.setdefault(_folded(text), []).append(text)
-    apart = [sorted(each) for each in alike.values() if len(each) > 1]
-    if apart:
-        notices.append(
-            f"{where} has values that differ only in case or spaces and do not count as one: {_examples(apart)}."
-        )
+    notices = []
+    for groups, what in (
+        (spellings, "writes one value in several ways, which count as one"),
+        (alike, "has values that differ only in case or spaces and do not count as one"),
+    ):
+        if several := [sorted(texts) for texts in groups.values() if len(texts) > 1]:
+            notices.append(f"{where} {what}: {_examples(several)}.")
     return [one[_key(value)] for value in values], notices
 
 

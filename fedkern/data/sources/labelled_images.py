@@ -1,25 +1,26 @@
-"""Image classification set of the user: class folders, or images listed in a CSV file.
+"""Data sets of the user's own images with a class, several labels or a text: in folders, or listed in a CSV file.
 
-Folders are ``train/<class>/*`` and ``test/<class>/*``, or ``<class>/*`` alone.  Where clients are sites, every site has
-such a tree in a folder of its own: ``<site>/<class>/*``.
+`fedkern.data.sources.site_folders` tells which folders are splits and sites.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedkern.data.images.image_files import hidden, subfolders
+from fedkern.data.images.image_files import subfolders
 from fedkern.data.labels.label_sets import COLUMN as SETS
 from fedkern.data.labels.label_sets import check_several, label_sets
 from fedkern.data.labels.spelling import number, numbered, unified
-from fedkern.data.sources.found_files import need_root
+from fedkern.data.sources.found_files import need_root, read_file
 from fedkern.data.sources.listing import Listing, Reading, to_source
 from fedkern.data.sources.site_folders import Tree, find_trees, holds_classes, holds_images, nested_images, tree_table
-from fedkern.data.sources.table import AUTO, open_table
+from fedkern.data.sources.table import AUTO, Table, csv_files, open_table
 from fedkern.data.types import Source
 from fedkern.errors import UserError
 from fedkern.tasks import TASKS, task_of
@@ -27,17 +28,15 @@ from fedkern.tasks import TASKS, task_of
 COLUMNS = {"class": "label", "labels": SETS}
 """The column of a CSV file with the labels, by the kind of labels (`fedkern.tasks.Task.target`)."""
 CSV_TASKS = (AUTO, *(name for name, task in TASKS.items() if task.target in COLUMNS))
+ANY = "any"
+"""Class of images that have a text and no label."""
 
 
 def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Source:
-    """Reads a tree of class folders; images are decoded when a split needs them.
+    """Reads a folder for every class, ``<class>/*``, with splits and sites around it where there are any.
 
     Args:
-        root: holds ``train`` and ``test``, each with a folder for every class, or the class folders themselves, from
-            which a fixed split is then drawn.  ``val`` beside ``test`` is the validation set; without ``test`` it is
-            the test set.  `SPLITS` has the other accepted names, in any case.  Or ``root`` holds a folder for every
-            site with such a tree in it, and the sites are the clients.  The test folder of a site is then the own test
-            set of that client; the test set of the run joins them.
+        root: the folder that holds them.
         reading: how files become images.
         layout: one of `fedkern.data.sources.site_folders.LAYOUTS`; with ``patients``, ``<class>/<patient>/*``.
 
@@ -58,7 +57,7 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
         if tree in training:
             holders.setdefault(spelled[name], set()).add(tree.site)
     if not holders:
-        tables = sorted(path for path in base.glob("*.csv") if not hidden(path.name))
+        tables = csv_files(base)
         table = f"; for the images that a table lists give --data csv --data-root {tables[0]}" if tables else ""
         raise UserError(
             f'data set "folder": expected train/CLASS/image.png or CLASS/image.png under {base}, found 0 '
@@ -83,7 +82,7 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
             rows += [{**image, "label": spelled[name]} for image in images]
         return rows
 
-    files = tree_table(base, "folder", trees, images)
+    files = tree_table(base, "folder", layout, trees, images)
     trained = {row["label"] for row in files.rows if row["split"] in ("", "train")}
     classes = numbered(holders)
     for name in classes:
@@ -113,7 +112,8 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, *
     Raises:
         UserError: anything wrong with the file or an image it names.
     """
-    table = open_table(root, "csv", ("path", "label"), chosen, required=("path",))
+    table = open_table(root, "csv", ("path", "label"), chosen)
+    table.require("path")
     choice = TASKS.get(task)
     sets = chosen.get(SETS) or (SETS in table.rows[0] and "label" not in table.rows[0])
     target = choice.target if choice else "labels" if sets and not chosen.get("label") else "class"
@@ -140,3 +140,55 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, *
     kind = task_of(labels, said=task)
     kind.check_classes(classes, bool(order) or None not in map(number, classes))
     return to_source("csv", Listing(labels=labels, task=kind, **table.listed("path")), classes, reading)
+
+
+def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: str, **chosen: str) -> Source:
+    """Reads images and their texts.
+
+    CSV file: the columns are ``image``, ``text``, optionally ``label``, and those of `open_table`.  An image with
+    several captions has one row for each.
+
+    Folder: every image has a text file of the same name beside it, as ``cat.jpg`` and ``cat.txt``.  Images lie directly
+    in the folder or in a folder for each label, with splits and sites around them where there are any.
+
+    Args:
+        root, chosen: see `open_table`.
+        reading: how files become images, with black bars where they are not square.
+        longest: words kept of a text.
+        layout: one of `fedkern.data.sources.site_folders.LAYOUTS`; with ``patients``, ``LABEL/PATIENT/image``.
+
+    Raises:
+        UserError: anything wrong with a file, an image without a text, or an empty text.
+    """
+    table = open_table(root, "pairs", ("image", "text"), chosen, tree=_captioned, layout=layout)
+    table.require("image", "text")
+    rest = table.listed("image")
+    classes, labels = table.classes([label or ANY for label in table.column("label")])
+    texts = [" ".join(text.split()[:longest]) for text in table.column("text")]
+    return to_source("pairs", Listing(labels=labels, texts=texts, **rest), classes, replace(reading, pad=True))
+
+
+def _captioned(base: Path, layout: str) -> Table:
+    single = layout == "patients" or holds_images(base)
+    has_layout = lambda folder: holds_images(folder) or holds_classes(folder)  # noqa: E731
+    trees = find_trees(base, "pairs", layout, plain=holds_images, whole=has_layout, mixed=True, single=single)
+
+    def images(tree: Tree) -> Iterator[dict[str, Any]]:
+        for label in ("", *subfolders(tree.folder)):
+            for image in nested_images(tree.folder / label, layout if label else ""):
+                yield {**image, "label": label, "text": _text(image["image"])}
+
+    table = tree_table(base, "pairs", layout, trees, images)
+    if not table.rows:
+        raise UserError(f'data set "pairs": no image found in {base} (expected image.jpg with image.txt beside it)')
+    return table
+
+
+def _text(image: Path) -> str:
+    path = image.with_suffix(".txt")
+    if not path.exists():
+        raise UserError(f'data set "pairs": the image {image} has no text {path.name} beside it')
+    text = read_file(path, 'data set "pairs"').strip()
+    if not text:
+        raise UserError(f'data set "pairs": the text {path} is empty')
+    return text

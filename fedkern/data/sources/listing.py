@@ -40,18 +40,13 @@ GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's values, averaged over the
 
 @dataclass(frozen=True)
 class Reading:
-    """How files become images.
+    """How files become images: the options of `fedkern.data.READING`, and two of data sets.
 
     Attributes:
-        colour: ``"rgb"`` or ``"grey"``.
-        test_share: share of the images held out as test set where the files have no split of their own; 0: none, and
-            the test set may be empty.
-        validation_share: share of the training images held out as validation set where there is none; 0: none.
-        pad: keep the proportions of images that are not square.
+        test_share: 0: nothing is held out as test set, and the test set may be empty.
+        validation_share: 0: nothing is held out as validation set.
+        pad: keep the proportions of images that are not square, see `fedkern.data.images.image_files.read_images`.
         crop: side of the window of an image that a network sees, at most ``size``; 0 for the whole image.
-        max_image_pixels: most pixels of an image, as its file announces them.
-        bits: bits of a grey value in files with more than eight; 0: `fedkern.data.images.image_files.grey_bits` tells.
-        window: the values of such files that become black to white, see `fedkern.data.images.greys.window_of`.
     """
 
     size: int

@@ -1,26 +1,30 @@
-"""Segmentation data set of the user: images with masks, in folders or listed in a CSV file."""
+"""Segmentation data set of the user: images with masks, in folders or listed in a CSV file.
+
+`fedkern.data.sources.site_folders` tells which folders are splits and sites.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from fedkern.data.images.full_masks import FullMasks, MaskStore
-from fedkern.data.images.image_cache import CHUNK_BYTES, masks_on_disk
+from fedkern.data.images.image_cache import masks_on_disk
 from fedkern.data.images.image_files import MaskFiles, list_images, read_mask
 from fedkern.data.images.tiles import tiled
 from fedkern.data.sources.listing import Listing, Reading, check_one, to_source
 from fedkern.data.sources.site_folders import Tree, find_trees, tree_table
-from fedkern.data.sources.table import CLIENT, PATIENT, Table, open_table
+from fedkern.data.sources.table import Table, open_table
 from fedkern.data.split import MOST, are_classes
 from fedkern.data.types import Source
 from fedkern.errors import UserError, first_of
-from fedkern.files.image_rows import ImageStore, PixelClasses
+from fedkern.files.image_rows import ImageRows, PixelClasses, in_parts
 from fedkern.tasks.segmentation import IGNORE
 
 PAIRS = ("images", "masks"), ("image", "label")
@@ -48,8 +52,7 @@ def open_segmentation(
     CSV file: the columns are ``image``, ``mask`` and those of `open_table`.
 
     Folder: it holds ``images`` and ``masks`` (or ``image`` and ``label``, as in public microscopy sets) whose files
-    have the same names, directly or under ``train`` and ``test`` (and ``val``); or a folder for every site that holds
-    these.
+    have the same names, with splits and sites around them where there are any.
 
     A mask holds class numbers, 0 for the background, or 0 and 255 (two classes).  Without ``names`` all masks together
     hold every number from 0 to the largest, at most `MOST` of them.
@@ -70,6 +73,7 @@ def open_segmentation(
             do not look like class numbers.
     """
     table = open_table(root, "segmentation", ("image", "mask"), chosen, tree=_tree, layout=layout)
+    table.require("image", "mask")
     rest, masks = table.listed("image"), table.files("mask")
     check_one("segmentation", rest["ids"], table.names_of("mask"), "the image {} has two masks", table.lines)
     size = reading.size
@@ -78,11 +82,8 @@ def open_segmentation(
     files = MaskFiles(rest["paths"], masks, size, "segmentation", reading.max_image_pixels)
     store = None if tile else masks_on_disk(files, cache, notice)
     everything = torch.arange(len(files))
-    if store is None:
-        values = files.read(everything)[0][:, 0].numpy()
-        counts = _counts([values])
-    else:
-        counts = _counts(_stored(store))
+    values = files.read(everything)[0] if store is None else ImageRows.of(store, everything)
+    counts = _counts(values)
     unknown = counts[:, ignore].copy() if ignore >= 0 else np.zeros(len(counts), dtype=np.int32)
     for row in np.flatnonzero(unknown == size * size):
         raise UserError(f'data set "segmentation": the mask {masks[row]} holds nothing but {ignore}, which is ignored')
@@ -93,12 +94,13 @@ def open_segmentation(
         counts[:, 0] += unknown
     if ignore >= 0:
         meaning[ignore] = IGNORE
+    class_of = meaning.astype(np.int16)
     pixels: npt.NDArray[np.int16] | PixelClasses
     if store is None:
-        pixels = meaning.astype(np.int16)[values]
+        pixels = class_of[values[:, 0].numpy()]
     else:
         pixels = PixelClasses.of(store, everything, torch.from_numpy(meaning))
-    full = FullMasks(MaskStore(Meanings(files, meaning.astype(np.int16), len(classes)), size), everything)
+    full = FullMasks(MaskStore(Meanings(files, class_of, len(classes)), size), everything)
     listing = Listing(labels=_largest(counts, len(classes)), masks=pixels, full=full, **rest)
     source = to_source("segmentation", listing, classes, reading)
     return source.with_pools(lambda pool: tiled(pool, tile)) if tile else source
@@ -140,13 +142,10 @@ def _pair(tree: Tree) -> tuple[Path, Path]:
 
 
 def _tree(base: Path, layout: str) -> Table:
-    """The images under ``base`` and their masks; with the layout ``patients`` what would be sites are patients."""
     trees = find_trees(base, "segmentation", layout, plain=_is_part, whole=_has_pair, mixed=True)
-    table = tree_table(base, "segmentation", trees, _images)
+    table = tree_table(base, "segmentation", layout, trees, _images)
     if not table.rows:
         raise UserError(f'data set "segmentation": no image found in {_pair(trees[-1])[0]}')
-    if layout == "patients":
-        table = replace(table, rows=[{**row, PATIENT[0]: row[CLIENT[0]], CLIENT[0]: ""} for row in table.rows])
     return table
 
 
@@ -168,17 +167,10 @@ def _images(tree: Tree) -> Iterator[dict[str, Path]]:
         yield {"image": image, "mask": partners[image.stem]}
 
 
-def _stored(store: ImageStore) -> Iterator[npt.NDArray[np.uint8]]:
-    """All masks of a store in their order, some at a time."""
-    count, height, width, _ = store.shape
-    at_once = max(1, CHUNK_BYTES // (height * width))
-    for start in range(0, count, at_once):
-        yield store.gather(np.arange(start, min(start + at_once, count)))
-
-
-def _counts(parts: Iterable[npt.NDArray[np.uint8]]) -> npt.NDArray[np.int32]:
+def _counts(masks: Tensor) -> npt.NDArray[np.int32]:
     """How many pixels of every mask have every value, int32 ``[n, 256]``."""
-    return np.stack([np.bincount(mask.reshape(-1), minlength=256).astype(np.int32) for part in parts for mask in part])
+    each = (mask.reshape(-1) for part in in_parts(masks) for mask in part.numpy())
+    return np.stack([np.bincount(mask, minlength=256).astype(np.int32) for mask in each])
 
 
 def _classes(

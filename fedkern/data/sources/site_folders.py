@@ -1,4 +1,12 @@
-"""Tables of images in folders; where clients are sites, each has a folder that is laid out as the data set itself."""
+"""Tables of images in folders.
+
+The folder of a data set may hold the folders ``train`` and ``test`` (`SPLITS` has the other names, in any case), each
+laid out as the data set without splits; else a fixed split is drawn.  ``val`` beside ``test`` is the validation set;
+without ``test`` it is the test set.
+
+Where clients are sites, each has a folder that is laid out as the data set itself.  The test folder of a site is the
+own test set of that client, and the test set of the run joins them.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +47,8 @@ class Tree(NamedTuple):
     folder: Path
 
 
-def split_folders(base: Path, data: str) -> dict[str, str]:
-    """Maps every split to the name of its folder, one of `SPLITS` in any case; empty without a training folder.
+def _split_trees(site: str, base: Path, data: str) -> list[Tree]:
+    """The trees of the splits in ``base``, whose names are in `SPLITS` in any case; none without a training folder.
 
     Raises:
         UserError: a training folder without a test folder, or two folders for one split.
@@ -48,7 +56,7 @@ def split_folders(base: Path, data: str) -> dict[str, str]:
     folders: dict[str, str] = {}
     named = [(SPLITS[name.lower()], name) for name in subfolders(base) if name.lower() in SPLITS]
     if "train" not in dict(named):
-        return folders
+        return []
     for split, name in named:
         if split in folders:
             raise UserError(f'data set "{data}": {base} has two folders for one split, {folders[split]} and {name}')
@@ -57,7 +65,7 @@ def split_folders(base: Path, data: str) -> dict[str, str]:
         if "validation" not in folders:
             raise UserError(f'data set "{data}": {base} has a folder {folders["train"]}, but no folder test or val')
         folders["test"] = folders.pop("validation")
-    return folders
+    return [Tree(site, split, base / name) for split, name in folders.items()]
 
 
 def holds_images(folder: Path) -> bool:
@@ -87,7 +95,7 @@ def find_trees(
     split folders that are.
 
     Args:
-        layout: one of `LAYOUTS`; with ``patients`` the folders are read alike and the caller knows better.
+        layout: one of `LAYOUTS`.
         plain: whether a folder in ``base`` is part of a tree without sites, such as a class folder with images.
         whole: whether a folder has the layout of the data set without splits, such as class folders with images.
         mixed: whether a tree with plain folders beside whole ones is read as one without sites; otherwise it is an
@@ -98,15 +106,17 @@ def find_trees(
         UserError: a single site, a folder beside the sites that is none, sites of which some have split folders and
             others have not, plain folders beside sites, or names that look like patients under ``auto``.
     """
-    splits = split_folders(base, data)
+    splits, alone = _split_trees("", base, data), [Tree("", "", base)]
+    if splits or single:
+        return splits or alone
     names = subfolders(base)
-    parts = [] if splits or single else [name for name in names if plain(base / name)]
-    if splits or single or (parts and mixed):
-        return _trees("", base, splits)
-    layouts = {name: _splits(base / name, data, whole) for name in names if name not in parts}
-    sites = {name: folders for name, folders in layouts.items() if folders is not None}
+    parts = [name for name in names if plain(base / name)]
+    if parts and mixed:
+        return alone
+    layouts = {name: _site_trees(name, base / name, data, whole) for name in names if name not in parts}
+    sites = {name: trees for name, trees in layouts.items() if trees}
     if not sites:
-        return _trees("", base, {})
+        return alone
     first = next(iter(sites))
     if parts:
         raise UserError(
@@ -124,30 +134,26 @@ def find_trees(
             f'data set "{data}": {base} holds the single site {first}; name {base / first} with --data-root to share '
             "its images out, or put the folders of other sites beside it"
         )
-    for name, folders in sites.items():
-        if set(folders) != set(sites[first]):
-            more, less = (name, first) if len(folders) > len(sites[first]) else (first, name)
-            split = next(split for split in sites[more] if split not in sites[less])
+    for trees in sites.values():
+        less, more = sorted((sites[first], trees), key=len)
+        splits_of_less = {tree.split for tree in less}
+        if lacking := [tree for tree in more if tree.split not in splits_of_less]:
             raise UserError(
-                f'data set "{data}": the site {more} has a folder {sites[more][split]} and the site {less} has none '
-                "for that split; lay all sites out alike"
+                f'data set "{data}": the site {more[0].site} has a folder {lacking[0].folder.name} and the site '
+                f"{less[0].site} has none for that split; lay all sites out alike"
             )
-    trees = [tree for name, folders in sites.items() for tree in _trees(name, base / name, folders)]
+    trees = [tree for each in sites.values() for tree in each]
     if layout == "auto":
         _check_names(base, data, [*sites], trees)
     return trees
 
 
-def _splits(folder: Path, data: str, has_layout: Callable[[Path], bool]) -> dict[str, str] | None:
-    """The split folders of a site, {} where it has none; None where the folder is no site."""
-    splits = split_folders(folder, data)
-    if any(has_layout(folder / name) for name in splits.values()):
+def _site_trees(site: str, folder: Path, data: str, whole: Callable[[Path], bool]) -> list[Tree]:
+    """The trees of the site in a folder; none where the folder is no site."""
+    splits = _split_trees(site, folder, data)
+    if any(whole(tree.folder) for tree in splits):
         return splits
-    return {} if has_layout(folder) else None
-
-
-def _trees(site: str, base: Path, splits: dict[str, str]) -> list[Tree]:
-    return [Tree(site, split, base / name) for split, name in splits.items()] or [Tree(site, "", base)]
+    return [Tree(site, "", folder)] if whole(folder) else []
 
 
 def _check_names(base: Path, data: str, sites: Sequence[str], trees: Sequence[Tree]) -> None:
@@ -162,10 +168,13 @@ def _check_names(base: Path, data: str, sites: Sequence[str], trees: Sequence[Tr
             )
 
 
-def tree_table(base: Path, data: str, trees: Sequence[Tree], read: Callable[[Tree], Iterable[dict[str, Any]]]) -> Table:
+def tree_table(
+    base: Path, data: str, layout: str, trees: Sequence[Tree], read: Callable[[Tree], Iterable[dict[str, Any]]]
+) -> Table:
     """The table of the images in folders.
 
     Args:
+        layout: with ``patients`` what would be sites are patients.
         trees: the folders, from `find_trees`.
         read: the images of a folder, each as a row without split and client; `FILES` are paths.
 
@@ -174,6 +183,7 @@ def tree_table(base: Path, data: str, trees: Sequence[Tree], read: Callable[[Tre
     """
     rows: list[dict[str, str]] = []
     used: list[Path] = []
+    owner = PATIENT[0] if layout == "patients" else CLIENT[0]
     for tree in trees:
         images = [*read(tree)]
         if tree.site and tree.split != "validation" and not images:
@@ -184,7 +194,7 @@ def tree_table(base: Path, data: str, trees: Sequence[Tree], read: Callable[[Tre
             paths = {name: image[name] for name in FILES if name in image}
             used += paths.values()
             names = {name: path.relative_to(base).as_posix() for name, path in paths.items()}
-            rows.append({**image, **names, "split": tree.split, CLIENT[0]: tree.site})
+            rows.append({owner: tree.site, **image, **names, "split": tree.split})
     return Table(data, base, rows, notices=left_out(base, used))
 
 

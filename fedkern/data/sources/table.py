@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from os.path import normpath
 from pathlib import Path
@@ -69,24 +69,21 @@ class Table:
         """The values of a column, ``""`` in every row if the column is missing."""
         return [row.get(name, "") for row in self.rows]
 
-    def require(self, column: str) -> None:
-        """Raises UserError where the table has no such column, or a row has no value there."""
-        if column not in self.rows[0]:
-            raise UserError(
-                f'data set "{self.data}": {self.path} has no column "{column}"; beside it the columns split, client '
-                f"and patient_id are read; name the column to take for it with --data-option {column}=COLUMN."
-                f"{nearest(column, self.rows[0])}"
-            )
-        for row, line in zip(self.rows, self.lines, strict=True):
-            if not row.get(column):
+    def require(self, *columns: str) -> None:
+        """Raises UserError where the table lacks one of the columns, or a row of a CSV file has no value there."""
+        for column in columns:
+            if column not in self.rows[0]:
                 raise UserError(
-                    f'data set "{self.data}": {self.path}, line {line}, has no {self.chosen.get(column, column)} (NA, '
-                    "NULL, None and nan count as empty)"
+                    f'data set "{self.data}": {self.path} has no column "{column}"; beside it the columns split, '
+                    "client and patient_id are read; name the column to take for it with --data-option "
+                    f"{column}=COLUMN.{nearest(column, self.rows[0])}"
                 )
-
-    def only(self, rows: Sequence[int]) -> Table:
-        """A CSV file's table reduced to ``rows``."""
-        return replace(self, rows=[self.rows[row] for row in rows], lines=[self.lines[row] for row in rows])
+            for row, line in zip(self.rows, self.lines, strict=False):
+                if not row.get(column):
+                    raise UserError(
+                        f'data set "{self.data}": {self.path}, line {line}, has no {self.chosen.get(column, column)} '
+                        "(NA, NULL, None and nan count as empty)"
+                    )
 
     def files(self, name: str) -> list[Path]:
         """Paths of the files in a column.
@@ -166,7 +163,6 @@ def open_table(
     columns: tuple[str, ...],
     chosen: Mapping[str, str],
     *,
-    required: tuple[str, ...] | None = None,
     tree: Callable[[Path, str], Table] | None = None,
     layout: str = "auto",
 ) -> Table:
@@ -187,15 +183,14 @@ def open_table(
         chosen: columns of the file by what they hold: the name of a column that the data set reads, such as ``text``,
             ``patient`` or ``client_column``.  The values of a chosen column are read in the place of that column's.
             Empty names choose nothing; an empty ``patient``, which is `AUTO` by default, reads no column as patients.
-        required: the columns that are filled in every row; default: ``columns``.
         tree: makes a table of a folder and its layout; None: the data set is read from a CSV file alone.
         layout: the option on folders, see `fedkern.data.sources.site_folders.LAYOUTS`.
 
     Raises:
         UserError: no root given, root does not exist, or the folder holds several CSV files, or none and has no tree;
             an option is for folders and there is a CSV file, or the other way round; the file is unreadable or has no
-            row, a required or chosen column is missing or empty, a column occurs twice, a required value is empty, or a
-            row has more values than there are columns; or what ``tree`` raises.
+            row, a chosen column is missing or empty, a column occurs twice, or a row has more values than there are
+            columns; or what ``tree`` raises.
     """
     path = _csv_file(root, data, columns)
     if path is not None:
@@ -203,7 +198,7 @@ def open_table(
             raise UserError(
                 f'data set "{data}": the option layout is for folders, and {path} lists the images; leave it out'
             )
-        return _read_csv(path, data, columns if required is None else required, chosen)
+        return _read_csv(path, data, chosen)
     if tree is None:
         raise UserError(f'data set "{data}": {root} holds no CSV file')
     for option, column in chosen.items():
@@ -226,15 +221,20 @@ def _csv_file(root: str | Path | None, data: str, columns: tuple[str, ...]) -> P
         return path
     if not path.is_dir():
         raise UserError(f'data set "{data}": the data root {path} is neither a CSV file nor a folder')
-    named = (one for one in path.iterdir() if one.suffix.lower() == ".csv" and not hidden(one.name))
-    tables = sorted(one for one in named if one.is_file())
+    tables = csv_files(path)
     if len(tables) > 1:
         names = ", ".join(one.name for one in tables[:4])
         raise UserError(f'data set "{data}": {path} holds several CSV files ({names}): name one with --data-root')
     return tables[0] if tables else None
 
 
-def _read_csv(path: Path, data: str, required: tuple[str, ...], chosen: Mapping[str, str]) -> Table:
+def csv_files(folder: Path) -> list[Path]:
+    """The CSV files directly in ``folder``, sorted, without hidden ones."""
+    named = (path for path in folder.iterdir() if path.suffix.lower() == ".csv" and not hidden(path.name))
+    return sorted(path for path in named if path.is_file())
+
+
+def _read_csv(path: Path, data: str, chosen: Mapping[str, str]) -> Table:
     names, rows, lines, notices = parsed(path, f'data set "{data}"')
     if not rows:
         raise UserError(f'data set "{data}": {path} lists no image')
@@ -256,10 +256,7 @@ def _read_csv(path: Path, data: str, required: tuple[str, ...], chosen: Mapping[
     sources = {name: name for name in rows[0] if options["patient"] or name not in PATIENT}
     sources |= {_READ_AS.get(option, option): column for option, column in choices.items()}
     rows = [{name: row[column] for name, column in sources.items()} for row in rows]
-    table = Table(data, path, rows, lines, choices, notices)
-    for column in required:
-        table.require(column)
-    return table
+    return Table(data, path, rows, lines, choices, notices)
 
 
 def parsed(path: Path, what: str) -> tuple[list[str], list[dict[str, str]], list[int], list[str]]:
