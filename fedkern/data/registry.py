@@ -109,19 +109,17 @@ _LAYOUT = {
 
 _HELD = {
     "path": "the image files", "image": "the image files", "mask": "the mask files", "label": "the labels",
-    "text": "the texts", "split": "the splits", "patient": "the patients",
-    "labels": "several labels an image, joined by |",
+    "text": "the texts", "split": "the splits", "labels": "several labels an image, joined by |",
 }  # fmt: skip
 
 
 def _columns(*options: str) -> dict[str, Option]:
     """Options that name the columns of a CSV file, see `fedkern.data.sources.table.open_table`."""
     named = {name: Option("", f"CSV column with {_HELD[name]}, by default found by its name") for name in options}
-    patient = Option(
-        AUTO, f"CSV column with {_HELD['patient']}, auto: found by its name, empty: no column names patients"
-    )
     return named | {
-        "patient": patient,
+        "patient": Option(
+            AUTO, "CSV column with the patients, auto: found by its name, empty: no column names patients"
+        ),
         "client_column": Option(
             "", "CSV column that names every row's client; by default client, site or hospital where there is one"
         ),

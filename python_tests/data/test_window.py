@@ -12,8 +12,8 @@ from PIL import Image
 
 import fedkern
 from fedkern.data import load, lookup
+from fedkern.data.images import greys
 from fedkern.data.images.greys import as_text, looked_at, window_of
-from fedkern.data.sources import listing
 from fedkern.downstream import evaluation
 from fedkern.downstream.evaluation import _as_trained
 from fedkern.errors import UserError
@@ -140,7 +140,7 @@ def test_percentiles_are_of_the_training_files(scans):
 
 def test_percentiles_of_few_training_files_among_many(tmp_path, monkeypatch):
     """The files of the header, evenly spread over all, may hold none of the training."""
-    monkeypatch.setattr(listing, "LOOKED_AT", 4)
+    monkeypatch.setattr(greys, "LOOKED_AT", 4)
     for split, count in (("test", 44), ("train", 3)):
         for i in range(count):
             folder = tmp_path / split / "ab"[i % 2]

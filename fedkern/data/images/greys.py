@@ -20,7 +20,7 @@ Window = tuple[float, float]
 Set = tuple[str, str]
 """Split and site of a file, empty where it has none."""
 LOOKED_AT = 128
-"""Most files, evenly spread over a data set, whose grey values tell the bit depth of all."""
+"""Most files, evenly spread over those of a data set, that tell of all."""
 EACH = 4096
 """Pixels of a file, evenly spread, that percentiles are of."""
 LINES = 4
@@ -45,7 +45,8 @@ class Look(NamedTuple):
 
 
 def looked_at(paths: Sequence[Path], max_pixels: int, pixels: bool) -> dict[Path, Look]:
-    """Looks at the files that can be read, each once; with ``pixels`` at those of deep greys and fractions too."""
+    """Looks at up to `LOOKED_AT` of the files, at those that can be read; with ``pixels`` at greys of deep ones too."""
+    paths = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
     looks: list[Look | None] = [None] * len(paths)
 
     def look(row: int) -> None:

@@ -175,9 +175,9 @@ def _image_files(
 ) -> tuple[ImageFiles, dict[str, Any], list[str]]:
     """The files, each once though it may have several texts; `Source.files`; and sentences on their greys."""
     paths = tuple(dict.fromkeys(listing.paths))
-    looks = looked_at(_spread(paths), reading.max_image_pixels, not reading.bits)
+    looks = looked_at(paths, reading.max_image_pixels, not reading.bits)
     bits = reading.bits or grey_bits(look.top for look in looks.values() if look.top is not None)
-    training = _spread([path for path in paths if path in trained_on]) if "%" in reading.window else ()
+    training = [path for path in paths if path in trained_on] if "%" in reading.window else ()
     window = window_of(reading.window, looked_at(training, reading.max_image_pixels, True).values())
     sets = dict(zip(listing.paths, zip(listing.splits, listing.clients, strict=True), strict=True))
     first = {one: path for path, one in reversed(sets.items())}
@@ -191,11 +191,6 @@ def _image_files(
     if reading.window and every and not any(look.mode.startswith(("I", "F")) for look in every.values()):
         sentences.append(f"The data option window={reading.window} has no effect: no file has greys of over 8 bits.")
     return files, {"grey_bits": bits, "window": window, "seen": seen}, sentences
-
-
-def _spread(paths: Sequence[Path]) -> Sequence[Path]:
-    """At most `LOOKED_AT` of the files, evenly spread."""
-    return paths[:: max(1, -(-len(paths) // LOOKED_AT))]
 
 
 def _targets(masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | Tensor, rows: Tensor) -> Tensor:

@@ -32,9 +32,7 @@ PATIENT = ("subject_id", "patient_id", "patient id", "patientid", "patient")
 """Names of the patient column, as in the tables of MIMIC-CXR, NIH's ChestX-ray14 and others."""
 CLIENT = ("client", "site", "hospital", "institution")
 """Names of the column that names the client of every row; the first one with a value counts."""
-CLIENT_COLUMN = "client_column"
-"""The option that names this column."""
-_READ_AS = {"patient": PATIENT[0], CLIENT_COLUMN: CLIENT[0]}
+_READ_AS = {"patient": PATIENT[0], "client_column": CLIENT[0]}
 """Under which name a chosen column is read, where that is not the option's own name."""
 SHOWN = 200
 """Most characters of a value in a message: a text in the place of a file name may be a whole report."""
@@ -54,7 +52,7 @@ class Table:
         rows: the stripped values of every row by column name, at least one row; names of files are relative to the
             CSV file's folder, or to the folder that holds the tree.
         lines: line number of every row in the file; empty for a tree.
-        chosen: the columns that the user chose, by option, see `open_table`.
+        chosen: the columns that the user chose, by the names under which they are read, see `open_table`.
         notices: sentences for the user on values that are not read as they are written; methods add theirs.
     """
 
@@ -105,34 +103,33 @@ class Table:
         """Names of the column's files in the data set, normalised: ``./a.png`` and ``a.png`` are one image."""
         return tuple(normpath(value) for value in self.column(name))
 
-    def called(self, option: str, column: str) -> str:
-        """Words for a column that was read for an option."""
-        named = f'column "{self.chosen.get(option, column)}" of {self.path.name}'
+    def called(self, column: str) -> str:
+        """Words for a column."""
+        named = f'column "{self.chosen.get(column, column)}" of {self.path.name}'
         return named if self.lines else f"layout of {self.path}"
 
     def classes(self, labels: Sequence[str], order: str = "") -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
         """The classes of ``labels``, which stand in the label column, and every row's class, see `classes_of`."""
-        classes, numbers, notices = classes_of(labels, f"The {self.called('label', 'label')}", order)
+        classes, numbers, notices = classes_of(labels, f"The {self.called('label')}", order)
         self.notices.extend(notices)
         return classes, numbers
 
     def listed(self, image: str) -> dict[str, Any]:
         """What the table says of the images in a column beside their labels: attributes of a `Listing`."""
         paths, splits, owners = self.files(image), self.splits(), {}
-        for option, names in (("patient", PATIENT), (CLIENT_COLUMN, CLIENT)):
+        for names in (PATIENT, CLIENT):
             column = next((name for name in names if any(self.column(name))), None)
             if column is not None:
-                words = self.called(option, column)
-                values, notices = unified(self.column(column), f"The {words}")
-                owners[option] = values, f"the {words}"
+                values, notices = unified(self.column(column), f"The {self.called(column)}")
+                owners[names] = values, f"the {self.called(column)}"
                 self.notices.extend(notices)
-        clients, named_by = owners.get(CLIENT_COLUMN, ([""] * len(self.rows), ""))
+        clients, named_by = owners.get(CLIENT, ([""] * len(self.rows), ""))
         return {
             "paths": paths,
             "ids": self.names_of(image),
             "splits": splits,
             "clients": clients,
-            "patients": owners["patient"][0] if "patient" in owners else None,
+            "patients": owners[PATIENT][0] if PATIENT in owners else None,
             "named_by": named_by,
             "own_tests": bool(named_by) and not self.lines and "test" in splits,
             "lines": self.lines,
@@ -238,11 +235,11 @@ def _read_csv(path: Path, data: str, chosen: Mapping[str, str]) -> Table:
     names, rows, lines, notices = parsed(path, f'data set "{data}"')
     if not rows:
         raise UserError(f'data set "{data}": {path} lists no image')
-    options = {"patient": AUTO, **chosen}
-    choices = {option: column.strip().lower() for option, column in options.items() if column}
-    if choices.get("patient") == AUTO:
-        del choices["patient"]
-    for option, column in choices.items():
+    choices: dict[str, str] = {}
+    for option, text in chosen.items():
+        column = text.strip().lower()
+        if not text or (option == "patient" and column == AUTO):
+            continue
         if not column or column not in names:
             there = ", ".join(name for name in names if name)
             raise UserError(
@@ -253,8 +250,9 @@ def _read_csv(path: Path, data: str, chosen: Mapping[str, str]) -> Table:
             raise UserError(
                 f'data set "{data}": the option {option} names the column "{column}" of {path}, which is empty'
             )
-    sources = {name: name for name in rows[0] if options["patient"] or name not in PATIENT}
-    sources |= {_READ_AS.get(option, option): column for option, column in choices.items()}
+        choices[_READ_AS.get(option, option)] = column
+    unread = PATIENT if chosen.get("patient") == "" else ()
+    sources = {name: name for name in rows[0] if name not in unread} | choices
     rows = [{name: row[column] for name, column in sources.items()} for row in rows]
     return Table(data, path, rows, lines, choices, notices)
 
