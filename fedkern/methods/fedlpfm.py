@@ -46,6 +46,7 @@ from fedkern.methods.uploads import Declaration, Maybe, Number
 from fedkern.models import prompts as templates
 from fedkern.models import teachers
 from fedkern.models.cost import cost, count_flops
+from fedkern.models.precision import computing
 from fedkern.models.prompts import DEFAULT
 from fedkern.models.teacher import CallableTeacher, NetworkTeacher, Teacher, content
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
@@ -423,6 +424,7 @@ class FedLPFM(LocalTraining):
         return notes
 
 
+@computing("fp32")  # in bf16 a teacher computes with a copy of its layers, whose calls are not counted
 def teacher_mflops(teacher: Teacher, images: Tensor) -> float:
     """Millions of operations (matrix products and convolutions) of a teacher per image."""
     with count_flops(getattr(teacher, "network", None)) as counter:

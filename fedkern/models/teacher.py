@@ -66,8 +66,8 @@ class Teacher:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
-        return sum(p.numel() for part in self.parts for p in part.parameters())
+        """Number of parameters; a head that is part of the trunk counts once."""
+        return sum(p.numel() for p in nn.ModuleList(self.parts).parameters())
 
     def copy(self) -> tuple[nn.Module, nn.Linear]:
         """Trainable copies of trunk and head."""

@@ -18,7 +18,9 @@ from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedLPFM, Phase
+from fedkern.methods.fedlpfm import teacher_mflops
 from fedkern.methods.protocol import BEFORE
+from fedkern.models.precision import computing
 from fedkern.models.teacher import CallableTeacher
 from fedkern.models.teacher_training import tune
 from fedkern.settings.stored import load_settings
@@ -128,6 +130,15 @@ def test_a_run_costs_the_bytes_of_fedavg_and_names_its_teacher(data, make_config
     for record in read_metrics(tmp_path / "b"):
         assert all(0 <= entry["teacher_right"] <= 1 and entry["loss_kd"] > 0 for entry in record["clients"].values())
     assert json.loads((tmp_path / "b" / "summary.json").read_text())["metrics"] == metrics
+
+
+def test_operations_of_a_teacher_are_the_same_in_either_precision(data, make_config):
+    teacher = started(data, small(make_config))[0]._teachers[0]
+    images = torch.zeros(2, *data.clients[0].images.shape[1:])
+    expected = teacher_mflops(teacher, images)
+    with computing("bf16"):
+        teacher.logits(images)
+        assert teacher_mflops(teacher, images) == expected > 0
 
 
 def test_teachers_own_accuracy_is_reported(data, make_config, tmp_path):

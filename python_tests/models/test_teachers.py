@@ -268,6 +268,7 @@ def test_a_network_is_a_frozen_teacher() -> None:
     assert torch.equal(teacher.logits(images), network.eval()(images).detach())
     assert not teacher.logits(images).requires_grad
     assert not any(p.requires_grad for p in network.parameters())
+    assert teacher.parameters == sum(p.numel() for p in network.parameters())
     with torch.no_grad():
         network.head.weight[0, 0] += 1
     assert NetworkTeacher(network, "mine").identity != teacher.identity
