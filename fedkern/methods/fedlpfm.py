@@ -48,7 +48,7 @@ from fedkern.models import teachers
 from fedkern.models.cost import cost, count_flops
 from fedkern.models.precision import computing
 from fedkern.models.prompts import DEFAULT
-from fedkern.models.teacher import CallableTeacher, NetworkTeacher, Teacher, content
+from fedkern.models.teacher import Teacher, trained_teacher
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, pretrained, tune
 from fedkern.models.transfer import send
@@ -356,13 +356,7 @@ class FedLPFM(LocalTraining):
         if server.public is not None:
             network = server.build()
             pretrained(network, server.public, self._teachers.cache, name="proxy", recipe=self._teachers.recipe)
-            if hasattr(network, "head"):
-                self._proxy = NetworkTeacher(network, "proxy", server.device)
-            else:  # a user's network whose logits are no layer's result
-                identity = {"model": "proxy", "weights": content(network)}
-                self._proxy = CallableTeacher(
-                    network, len(server.classes), name="proxy", device=server.device, identity=identity
-                )
+            self._proxy = trained_teacher(network, "proxy", len(server.classes), server.device)
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
         """Figures of the proxy, and ``teacher_accuracy`` and ``public_proxy_accuracy`` where they can be computed.

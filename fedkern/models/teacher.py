@@ -1,4 +1,4 @@
-"""Frozen teachers: the base class, any callable that gives logits, and fedkern's own networks."""
+"""Frozen teachers: the base class, and any callable that gives logits."""
 
 from __future__ import annotations
 
@@ -126,13 +126,13 @@ class CallableTeacher(Teacher):
     """Any frozen callable: normalised images fp32 ``[B, C, H, W]`` to logits ``[B, classes]``.
 
     Args:
-        function: called without gradients; a module is put in eval mode, moved to ``device`` and frozen.
+        network: called without gradients; a module is put in eval mode, moved to ``device`` and frozen.
         identity: see :class:`Teacher`; without it the logits are not cached on disk.
     """
 
     def __init__(
         self,
-        function: Callable[[Tensor], Tensor],
+        network: Callable[[Tensor], Tensor],
         classes: int,
         *,
         name: str = "callable",
@@ -140,17 +140,17 @@ class CallableTeacher(Teacher):
         identity: Identity | None = None,
     ) -> None:
         super().__init__(name, classes, device, identity)
-        if not callable(function):
+        if not callable(network):
             raise UserError(
-                f"the teacher {name} is of type {type(function).__name__}: name a function or module that takes images."
+                f"the teacher {name} is of type {type(network).__name__}: name a function or module that takes images."
             )
-        if isinstance(function, nn.Module):
-            function.to(self.device).eval().requires_grad_(False)
-        self.function = function
+        if isinstance(network, nn.Module):
+            network.to(self.device).eval().requires_grad_(False)
+        self.network = network
 
     def load(self) -> tuple[nn.Module, nn.Linear]:
-        if isinstance(self.function, StagedNetwork):
-            return Features(self.function), self.function.head
+        if isinstance(self.network, StagedNetwork):
+            return Features(self.network), self.network.head
         raise UserError(
             f"the teacher {self.name} gives logits alone, and tuning needs features: take teacher_tuning=zero-shot, or "
             "a network of fedkern or CLIP."
@@ -158,14 +158,14 @@ class CallableTeacher(Teacher):
 
     @property
     def parameters(self) -> int:
-        module = self.function
-        return sum(p.numel() for p in module.parameters()) if isinstance(module, nn.Module) else 0
+        return sum(p.numel() for p in self.network.parameters()) if isinstance(self.network, nn.Module) else 0
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         try:
-            images = images.to(self.device)
-            answer = self.function(images if isinstance(self.function, StagedNetwork) else plain_strides(images))
+            if isinstance(self.network, StagedNetwork):
+                return super().logits(images)
+            answer = self.network(plain_strides(images.to(self.device)))
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the user's own code may raise anything
@@ -174,15 +174,10 @@ class CallableTeacher(Teacher):
         return self.checked(answer, len(images))
 
 
-class NetworkTeacher(Teacher):
-    """A trained :class:`StagedNetwork`; the hash of its weights is part of its identity."""
-
-    def __init__(self, network: StagedNetwork, name: str, device: torch.device | str = "cpu") -> None:
-        super().__init__(name, network.head.out_features, device, {"model": name, "weights": content(network)})
-        self.network = network
-
-    def load(self) -> tuple[nn.Module, nn.Linear]:
-        return Features(self.network), self.network.head
+def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.device | str = "cpu") -> CallableTeacher:
+    """A trained network as a teacher; the hash of its weights is part of its identity."""
+    identity = {"model": name, "weights": content(network)}
+    return CallableTeacher(network, classes, name=name, device=device, identity=identity)
 
 
 class Features(nn.Module):

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +23,9 @@ from fedkern.files import filesystem
 from fedkern.files.filesystem import cache_folder, expand
 from fedkern.files.inputs import parse_json, special
 from fedkern.models.precision import computing
-from fedkern.models.teacher import Identity, Teacher, wrong_classes
+from fedkern.models.teacher import CallableTeacher, Identity, Teacher, wrong_classes
+
+T = TypeVar("T")
 
 FORMAT = 1
 KEY = 16  # bytes of an image's key
@@ -33,8 +36,10 @@ TELL_EVERY = 5.0  # seconds between two notices
 class LogitsCache:
     """Cache of teacher logits, keyed by image content, so that runs with any partition and seed share them.
 
+    A teacher has a file of ``"logits"``, and one of ``"weights"`` where fedkern trained it.
+
     Args:
-        folder: folder of the files, one per teacher (default: ``fedkern/teachers`` in the user's cache folder).  If the
+        folder: folder of the files (default: ``fedkern/teachers`` in the user's cache folder).  If the
             default folder cannot be written, nothing is cached; if a named folder cannot be written, that is an error.
         mean, std: normalisation of the images, per channel.  Keys are taken from the images before normalisation.
         notice: called with the progress of a long computation, and when a file is damaged.
@@ -52,9 +57,12 @@ class LogitsCache:
         self.mean, self.std = tuple(mean), tuple(std)
         self.notice = notice
 
-    def path(self, identity: Identity) -> Path:
-        """The path of a teacher's file."""
-        return self.folder / file_name("logits", identity)
+    def path(self, kind: str, identity: Identity) -> Path:
+        """The path of a teacher's file of a kind: kind, last part of the model's name, hash of the whole identity."""
+        text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
+        model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(identity.get("model", "teacher"))).name).strip("-")
+        code = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return self.folder / f"{kind}-{model[:60]}-{code}.safetensors"
 
     @computing("fp32")  # runs of either precision read the cached logits
     def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
@@ -70,58 +78,86 @@ class LogitsCache:
         """
         identity = teacher.identity
         if identity is None:
-            rows = [teacher.logits(part).cpu() for images in batches for part in images.split(teacher.batch)]
-            return torch.cat(rows) if rows else torch.empty(0, teacher.classes)
-        stored = self.read(identity, teacher.classes)
-        new: dict[bytes, Tensor] = {}
+            each = [teacher.logits(part).cpu() for images in batches for part in images.split(teacher.batch)]
+            return torch.cat(each) if each else torch.empty(0, teacher.classes)
+        rows = self.read_logits(identity, teacher.classes)
         keys: list[bytes] = []
-        written, tell = 0, paced(self.notice, time.monotonic())
+        written, tell = len(rows), paced(self.notice, time.monotonic())
         try:
             for images in batches:
                 batch = image_keys(images, self.mean, self.std)
                 keys += batch
-                missing = [row for row, key in enumerate(batch) if key not in stored and key not in new]
+                missing = [row for row, key in enumerate(batch) if key not in rows]
                 for start in range(0, len(missing), teacher.batch):
                     part = missing[start : start + teacher.batch]
                     answers = teacher.logits(images[torch.tensor(part, device=images.device)]).cpu()
-                    new.update(zip((batch[row] for row in part), answers, strict=True))
-                    if len(new) - written >= SAVE_EVERY:
-                        self.write(identity, new)
-                        written = len(new)
+                    rows.update(zip((batch[row] for row in part), answers, strict=True))
+                    if len(rows) - written >= SAVE_EVERY:
+                        self.write_logits(identity, rows)
+                        written = len(rows)
                     done = len(keys) - len(missing) + start + len(part)
                     of = "" if total is None else f" of {total:,}"
                     tell(f"asking the teacher {teacher.name}: {done:,}{of} images")
         finally:  # an interrupted computation keeps its logits so far
-            if len(new) > written:
-                self.write(identity, new)
-        stored.update(new)
-        return torch.stack([stored[key] for key in keys]) if keys else torch.empty(0, teacher.classes)
+            if len(rows) > written:
+                self.write_logits(identity, rows)
+        return torch.stack([rows[key] for key in keys]) if keys else torch.empty(0, teacher.classes)
 
-    def read(self, identity: Identity, classes: int) -> dict[bytes, Tensor]:
-        """Logits in a teacher's file by image key; empty if the file is missing or damaged (and then made anew)."""
-        path = self.path(identity)
-        if not path.exists():
-            return {}
-        try:
-            return read_logits(path, classes, identity)
-        except (OSError, ValueError, UserError) as error:
-            if self.notice is not None:
-                self.notice(f"the cached teacher logits {path} are damaged and made anew ({error})")
-            return {}
+    def read_logits(self, identity: Identity, classes: int) -> dict[bytes, Tensor]:
+        """Logits in a teacher's file by image key; empty if the file is missing or damaged."""
+        return self.read("logits", identity, lambda tensors: by_key(tensors, classes, "")) or {}
 
-    def write(self, identity: Identity, new: Mapping[bytes, Tensor]) -> None:
+    def write_logits(self, identity: Identity, rows: Mapping[bytes, Tensor]) -> None:
         """Adds logits to a teacher's file; another run may add logits to the same file at the same time."""
-        classes = next(iter(new.values())).numel()
+        classes = next(iter(rows.values())).numel()
 
         def merged() -> dict[str, Tensor]:
-            rows = {**self.read(identity, classes), **new}
-            keys = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, KEY)
-            return {"keys": torch.from_numpy(keys.copy()), "logits": torch.stack(list(rows.values()))}
+            every = {**self.read_logits(identity, classes), **rows}
+            keys = np.frombuffer(b"".join(every), dtype=np.uint8).reshape(-1, KEY)
+            return {"keys": torch.from_numpy(keys.copy()), "logits": torch.stack(list(every.values()))}
 
-        write_file(self.path(identity), merged, identity, required=self.named)
+        self.write("logits", identity, merged)
+
+    def read(self, kind: str, identity: Identity, parse: Callable[[dict[str, Tensor]], T]) -> T | None:
+        """What ``parse`` makes of the tensors in a teacher's file; None if the file is missing or damaged.
+
+        ``parse`` raises ValueError or UserError for tensors that do not fit: the file then counts as damaged.
+        """
+        path = self.path(kind, identity)
+        if not path.exists():
+            return None
+        try:
+            return parse(read_file(path, identity))
+        except (OSError, ValueError, UserError) as error:
+            if self.notice is not None:
+                self.notice(f"the cached teacher {kind} {path} are damaged and made anew ({error})")
+            return None
+
+    def write(self, kind: str, identity: Identity, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Writes a teacher's file completely or not at all; its metadata has the identity.
+
+        ``tensors`` gives the content; it is called while no other process writes in this folder.
+
+        Raises:
+            UserError: a file in a named folder cannot be written.
+        """
+        path = self.path(kind, identity)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with filesystem.one_writer(path.parent / ".lock"):
+                content = dict(tensors())
+                about = {"format": FORMAT, "identity": dict(identity), "sum": _sum(content)}
+                metadata = {"fedkern": json.dumps(about, sort_keys=True)}
+                filesystem.replace(path, lambda temporary: save_file(content, temporary, metadata=metadata))
+        except (OSError, SafetensorError) as error:
+            if self.named:
+                raise UserError(
+                    f"cannot write the teacher cache {path}: {getattr(error, 'strerror', None) or error}; name another "
+                    "folder with the method option teacher_cache."
+                ) from None
 
 
-class StoredLogits(Teacher):
+class StoredLogits(CallableTeacher):
     """A teacher given by a file of its logits, in the cache's format; the file may come from another machine.
 
     Args:
@@ -134,23 +170,19 @@ class StoredLogits(Teacher):
 
     def __init__(self, path: str | Path, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
         self.path = expand(path)
-        super().__init__(f"logits:{path}", classes, "cpu", None)
+        super().__init__(self._look_up, classes, name=f"logits:{path}")
         self.mean, self.std = tuple(mean), tuple(std)
         try:
-            self.rows = read_logits(self.path, classes)
+            self.rows = by_key(read_file(self.path), classes, f"logits:{self.path}")
         except FileNotFoundError:
             raise UserError(f"the file of teacher logits {self.path} does not exist.") from None
         except (OSError, ValueError) as error:
             raise UserError(f"the file of teacher logits {self.path} is damaged: {error}.") from None
 
-    @property
-    def parameters(self) -> int:
-        return 0
-
     def load(self) -> tuple[torch.nn.Module, torch.nn.Linear]:
         raise UserError(f"the teacher {self.name} is a file of logits and cannot be tuned: teacher_tuning=zero-shot.")
 
-    def logits(self, images: Tensor) -> Tensor:
+    def _look_up(self, images: Tensor) -> Tensor:
         keys = image_keys(images, self.mean, self.std)
         absent = sum(key not in self.rows for key in keys)
         if absent:
@@ -158,7 +190,7 @@ class StoredLogits(Teacher):
                 f"{self.path} lacks the logits of {absent} of {len(keys)} images: make it from these data, and take "
                 "teacher_view=cached (an augmented image is another one)."
             )
-        return self.checked(torch.stack([self.rows[key] for key in keys]), len(keys)).to(images.device)
+        return torch.stack([self.rows[key] for key in keys])
 
 
 def paced(notice: Callable[[str], None] | None, since: float = -math.inf) -> Callable[[str], None]:
@@ -187,61 +219,29 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.float() * scale + torch.tensor(mean, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)
 
 
-def read_logits(path: Path, classes: int, identity: Identity | None = None) -> dict[bytes, Tensor]:
-    """Reads a file of logits: image key to logits fp32 ``[classes]``.
+def by_key(tensors: Mapping[str, Tensor], classes: int, name: str) -> dict[bytes, Tensor]:
+    """The content of a file of logits: image key to logits fp32 ``[classes]``.
+
+    Args:
+        tensors: ``keys`` uint8 [n, 16] and ``logits`` [n, classes].
+        name: of the teacher, for the error.
 
     Raises:
-        ValueError: not a file of logits.
-        UserError: the file has another number of classes.
-        FileNotFoundError, OtherFormat, ValueError: as for :func:`read_file`.
+        ValueError: the tensors are no logits by key.
+        UserError: the logits have another number of classes.
     """
-    tensors = read_file(path, identity)
     keys, logits = tensors.get("keys"), tensors.get("logits")
     if keys is None or logits is None or keys.dim() != 2 or keys.shape[1] != KEY or keys.dtype != torch.uint8:
         raise ValueError("it does not hold keys and logits")
     if logits.dim() != 2 or len(logits) != len(keys) or not bool(torch.isfinite(logits).all()):
         raise ValueError("its logits are not finite rows, one for each key")
     if logits.shape[1] != classes:
-        raise wrong_classes(f"logits:{path}", logits.shape[1], classes)
+        raise wrong_classes(name, logits.shape[1], classes)
     return dict(zip((row.tobytes() for row in keys.numpy()), logits.float(), strict=True))
 
 
-def file_name(kind: str, identity: Identity) -> str:
-    """A readable, unique file name: kind, last part of the model's name, and a hash of format and whole identity."""
-    text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
-    model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(identity.get("model", "teacher"))).name).strip("-")
-    return f"{kind}-{model[:60]}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.safetensors"
-
-
-def write_file(path: Path, tensors: Callable[[], Mapping[str, Tensor]], identity: Identity, *, required: bool) -> None:
-    """Writes a cache file completely or not at all.
-
-    Args:
-        path: the file; its folder is made.
-        tensors: gives the file's content; called while no other process writes in this folder.
-        identity: written into the file's metadata.
-        required: whether a file that cannot be written is an error.
-
-    Raises:
-        UserError: the file is ``required`` and cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filesystem.one_writer(path.parent / ".lock"):
-            content = dict(tensors())
-            about = {"format": FORMAT, "identity": dict(identity), "sum": _sum(content)}
-            metadata = {"fedkern": json.dumps(about, sort_keys=True)}
-            filesystem.replace(path, lambda temporary: save_file(content, temporary, metadata=metadata))
-    except (OSError, SafetensorError) as error:
-        if required:
-            raise UserError(
-                f"cannot write the teacher cache {path}: {getattr(error, 'strerror', None) or error}; name another "
-                "folder with the method option teacher_cache."
-            ) from None
-
-
 def read_file(path: Path, identity: Identity | None = None) -> dict[str, Tensor]:
-    """The tensors of a file that :func:`write_file` wrote.
+    """The tensors of a file that :meth:`LogitsCache.write` wrote.
 
     Args:
         identity: of a cache file; None: a file that the user names, which another program may have written.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from fedkern.models.optimisers import SGD
 from fedkern.models.precision import computing
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.teacher import Identity, Teacher, content
-from fedkern.models.teacher_cache import LogitsCache, file_name, image_keys, paced, read_file, write_file
+from fedkern.models.teacher_cache import LogitsCache, image_keys, paced
 
 PROBE_LR, FINETUNE_LR = 1e-3, 1e-5
 
@@ -104,22 +104,16 @@ def pretrained(
         "device": device.type,
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
     }
-    path = cache.folder / file_name("weights", identity)
-    try:
-        stored = read_file(path, identity)
-    except (OSError, ValueError, UserError):
-        stored = {}
-    if _fits(network, stored):
+    stored = cache.read("weights", identity, lambda tensors: _fitting(network, tensors))
+    if stored is not None:
         network.load_state_dict(stored)
         network.eval()
         return
-    if path.exists() and cache.notice is not None:
-        cache.notice(f"the cached teacher {path} is damaged and trained anew")
     tell, of = paced(cache.notice), f"of {recipe.epochs}"
     images = f"{len(data):,} public images"
     pretrain(network, data, recipe, seed, lambda epoch: tell(f"training {name} on {images}: epoch {epoch + 1} {of}"))
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
-    write_file(path, lambda: tensors, identity, required=cache.named)
+    cache.write("weights", identity, lambda: tensors)
 
 
 def tune(
@@ -180,8 +174,11 @@ def _digest(data: Labelled, mean: Sequence[float], std: Sequence[float], seed: i
     return digest.hexdigest()
 
 
-def _fits(network: nn.Module, stored: Mapping[str, Tensor]) -> bool:
+def _fitting(network: nn.Module, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights ``stored``; raises ValueError where they are not finite, or not those of such a network."""
     state = network.state_dict()
-    return state.keys() == stored.keys() and all(
-        state[key].shape == stored[key].shape and bool(torch.isfinite(stored[key]).all()) for key in state
-    )
+    if state.keys() != stored.keys() or any(state[key].shape != stored[key].shape for key in state):
+        raise ValueError("they are of another network")
+    if not all(bool(torch.isfinite(value).all()) for value in stored.values()):
+        raise ValueError("they are not finite")
+    return stored

@@ -16,7 +16,7 @@ from fedkern.models.efficientnet_lite import NAME as LITE
 from fedkern.models.efficientnet_lite import EfficientNetLiteTeacher
 from fedkern.models.registry import MODELS
 from fedkern.models.staged import StagedNetwork
-from fedkern.models.teacher import CallableTeacher, NetworkTeacher, Teacher
+from fedkern.models.teacher import CallableTeacher, Teacher, trained_teacher
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits
 from fedkern.models.teacher_training import Labelled, Recipe, pretrained
 from fedkern.usercode import named_code
@@ -181,7 +181,7 @@ class Teachers:
         name = f"{model} of width {int(width) if width else MODELS[model].width}"
         pretrained(network, self.public, self.cache, name=name, recipe=self.recipe)
         name += f", pre-trained by fedkern on {len(self.public):,} public images"
-        return NetworkTeacher(network, name, self.device)
+        return trained_teacher(network, name, len(self.classes), self.device)
 
     def _imported(self, spec: Spec) -> Teacher:
         """The callable or :class:`Teacher` of a name; with an attribute ``identity`` its logits are cached."""

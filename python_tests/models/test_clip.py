@@ -139,8 +139,10 @@ def test_templates_are_averaged_as_unit_vectors(folder: Path, tmp_path: Path) ->
 
 def test_prompts_name_the_cache(folder: Path, tmp_path: Path) -> None:
     cache = LogitsCache(tmp_path, **SCALE)
-    assert cache.path(make(folder).identity) == cache.path(make(folder, prompts=DEFAULT).identity)
-    assert cache.path(make(folder).identity) != cache.path(make(folder, prompts="a {class}").identity)
+    assert cache.path("logits", make(folder).identity) == cache.path("logits", make(folder, prompts=DEFAULT).identity)
+    assert cache.path("logits", make(folder).identity) != cache.path(
+        "logits", make(folder, prompts="a {class}").identity
+    )
     copy = tmp_path / folder.name
     copy.mkdir()
     for path in folder.iterdir():

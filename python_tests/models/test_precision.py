@@ -10,7 +10,7 @@ from fedkern.models.blocks import cut
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork
 from fedkern.models.generator import Generator
 from fedkern.models.precision import autocasts, computing, frozen, lower
-from fedkern.models.teacher import NetworkTeacher
+from fedkern.models.teacher import trained_teacher
 from fedkern.models.teacher_cache import LogitsCache
 from fedkern.models.teacher_stack import TeacherStack, folded
 from fedkern.models.unet import UNet
@@ -183,7 +183,7 @@ def test_batch_norms_statistics_stay_fp32():
 
 
 def test_a_teachers_kept_answers_are_those_of_fp32(tmp_path):
-    teacher = NetworkTeacher(build("cnn").eval(), "mine")
+    teacher = trained_teacher(build("cnn").eval(), "mine", 4)
     cache = LogitsCache(str(tmp_path), (0.5,) * 3, (0.2,) * 3)
     x = images()
     exact = teacher.logits(x)

@@ -19,7 +19,7 @@ from fedkern import models
 from fedkern.errors import UserError
 from fedkern.models import teacher_cache, teachers
 from fedkern.models.cost import cost
-from fedkern.models.teacher import CallableTeacher, NetworkTeacher
+from fedkern.models.teacher import CallableTeacher, trained_teacher
 from fedkern.models.teacher_cache import LogitsCache, StoredLogits, image_keys, read_file
 from fedkern.models.teacher_training import Recipe, pretrain, pretrained, tune
 
@@ -89,25 +89,25 @@ def test_an_image_is_asked_about_once(tmp_path: Path) -> None:
 
 
 def test_writers_at_the_same_time_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = LogitsCache.read
+    read = LogitsCache.read_logits
 
     def slow(self: LogitsCache, *arguments: Any) -> dict[bytes, torch.Tensor]:
         found = read(self, *arguments)
         time.sleep(0.01)
         return found
 
-    monkeypatch.setattr(LogitsCache, "read", slow)
+    monkeypatch.setattr(LogitsCache, "read_logits", slow)
     images, cache = normalised(bytes_of(8)), LogitsCache(tmp_path, MEAN, STD)
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda k: cache.logits(counting(), [images[k : k + 1]]), range(8)))
-    assert len(cache.read(counting().identity or {}, 3)) == 8
+    assert len(cache.read_logits(counting().identity or {}, 3)) == 8
 
 
 def test_cache_files_have_the_mode_of_the_users_umask(tmp_path: Path) -> None:
     cache = LogitsCache(tmp_path, MEAN, STD)
     cache.logits(counting(), [normalised(bytes_of(2))])
     (tmp_path / "other").touch()
-    assert cache.path(counting().identity or {}).stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert cache.path("logits", counting().identity or {}).stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_keys_are_the_images_before_normalisation() -> None:
@@ -129,7 +129,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
     said: list[str] = []
     cache, teacher = LogitsCache(tmp_path, MEAN, STD, said.append), counting()
     expected = cache.logits(teacher, [images])
-    path = cache.path(teacher.identity or {})
+    path = cache.path("logits", teacher.identity or {})
     stored = read_file(path, teacher.identity)
     keys, logits = stored["keys"], stored["logits"]
     if damage == "empty":
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
     elif damage == "another teacher's":
         other = counting(2)
         cache.logits(other, [images])
-        cache.path(other.identity or {}).replace(path)
+        cache.path("logits", other.identity or {}).replace(path)
     elif damage == "nan":
         save_file({"keys": keys, "logits": logits * float("nan")}, path)
     else:
@@ -195,7 +195,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_file_of_logits_is_a_teacher(tmp_path: Path) -> None:
     images, cache = normalised(bytes_of(6)), LogitsCache(tmp_path, MEAN, STD)
     expected = cache.logits(counting(), [images])
-    path = cache.path(counting().identity or {})
+    path = cache.path("logits", counting().identity or {})
     stored = StoredLogits(path, 3, MEAN, STD)
     assert torch.equal(stored.logits(images[[4, 1]]), expected[[4, 1]])
     with pytest.raises(UserError, match="lacks the logits of 2 of 3 images"):
@@ -217,7 +217,7 @@ def test_logits_of_another_format_are_refused_or_computed_anew(tmp_path: Path, m
     with monkeypatch.context() as patch:
         patch.setattr(teacher_cache, "FORMAT", teacher_cache.FORMAT + 1)
         expected = cache.logits(counting(), [images])
-        other = cache.path(identity)
+        other = cache.path("logits", identity)
     with pytest.raises(UserError, match="has format 2, and this version of fedkern reads format 1:"):
         StoredLogits(other, 3, MEAN, STD)
     content, teacher = other.read_bytes(), counting()
@@ -263,7 +263,7 @@ class Asks(nn.Module):
 
 def test_a_network_is_a_frozen_teacher() -> None:
     network = build()
-    teacher = NetworkTeacher(network, "mine")
+    teacher = trained_teacher(network, "mine", 3)
     images = normalised(bytes_of(5)).requires_grad_()
     assert torch.equal(teacher.logits(images), network.eval()(images).detach())
     assert not teacher.logits(images).requires_grad
@@ -271,7 +271,7 @@ def test_a_network_is_a_frozen_teacher() -> None:
     assert teacher.parameters == sum(p.numel() for p in network.parameters())
     with torch.no_grad():
         network.head.weight[0, 0] += 1
-    assert NetworkTeacher(network, "mine").identity != teacher.identity
+    assert trained_teacher(network, "mine", 3).identity != teacher.identity
 
 
 def test_pre_training_learns_and_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +341,7 @@ def test_too_few_public_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["probe", "finetune"])
 def test_tuning_starts_from_the_zero_shot_teacher_and_leaves_it_alone(kind: str) -> None:
     public = Public()
-    teacher = NetworkTeacher(build(width=4), "mine")
+    teacher = trained_teacher(build(width=4), "mine", 3)
     before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
 
     def tuned(epochs: int, lr: float) -> torch.Tensor:

@@ -23,13 +23,13 @@ def test_features_are_asked_once_and_the_head_alone_travels(tmp_path: Path, monk
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     logits = network(images)
     store, extractor = fedlpfm._extractor()
-    direct = network.head(extractor.function(images))
+    direct = network.head(extractor.network(images))
     assert torch.equal(logits, direct)
     logits.sum().backward()
     assert network.head.weight.grad is not None
-    monkeypatch.setattr(extractor, "function", lambda images: pytest.fail("an image is asked about twice"))
+    monkeypatch.setattr(extractor, "network", lambda images: pytest.fail("an image is asked about twice"))
     assert torch.equal(network(images.flip(0)), direct.flip(0))
-    assert store.path(extractor.identity).is_file()
+    assert store.path("logits", extractor.identity).is_file()
     fedlpfm._extractor.cache_clear()
 
 
