@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedkern.engine.network import place
 from fedkern.engine.store.checkpoints import Checkpoints, checksum
@@ -30,7 +30,7 @@ OF_DATA = (
 """The settings that say which images a client has."""
 
 
-class Teachers:
+class ClientTeachers:
     """The folder of ``--teachers``, read network by network; nothing in it is read before a network is asked for.
 
     The folder has ``client-K.safetensors``, ``client-K.pt`` or ``client-K.pth`` with a state dict for every client K
@@ -48,19 +48,17 @@ class Teachers:
         Raises:
             UserError: the weights are missing, damaged, of another architecture or not finite.
         """
-        for suffix in SUFFIXES:
-            path = self.root / f"client-{client}{suffix}"
-            if path.exists():
-                _load_state(path, client, read_state_dict(path, f"--teachers: {path}"), module)
-                break
-        else:
+        paths = (self.root / f"client-{client}{suffix}" for suffix in SUFFIXES)
+        path = next(filter(Path.exists, paths), None)
+        if path is None:
             self._load_of_run(client, module)
-            path = self.root
+        else:
+            _load_state(path, client, module)
         kinds = dict.fromkeys(dict(module.named_parameters()), "parameters")
         for name, value in module.state_dict().items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise UserError(
-                    f"--teachers: the network of client {client} in {path} cannot be used: its "
+                    f"--teachers: the network of client {client} in {path or self.root} cannot be used: its "
                     f"{kinds.get(name, 'buffers')} are not finite ({name}); bring one whose training has not diverged."
                 )
 
@@ -71,10 +69,10 @@ class Teachers:
             config: this run's settings, as the manifest of a checkpoint has them.
             fingerprint: of this run's data (see :func:`fedkern.data.identity.data_fingerprint`).
         """
-        if not self._asked_run or self._entry is None or self._entry["info"]["data"] == fingerprint:
+        entry = self._checkpoint[0] if self._asked_run else None
+        if entry is None or entry["info"]["data"] == fingerprint:
             return None
-        info = self._entry["info"]
-        theirs = info["config"]
+        theirs, number = entry["info"]["config"], entry["info"]["data"]
         names = [name for name in OF_DATA if name == "data" or theirs.get(name) != config.get(name)]
 
         def text(settings: Mapping[str, Any], number: int) -> str:
@@ -83,31 +81,31 @@ class Teachers:
 
         return (
             f"The networks that --teachers brings from {self.root} were trained on other data "
-            f"({text(theirs, info['data'])}) than this run's ({text(config, fingerprint)}): a client's may know images "
+            f"({text(theirs, number)}) than this run's ({text(config, fingerprint)}): a client's may know images "
             "of other clients, or those that it is tested on."
         )
 
     # -- a run folder ----------------------------------------------------------------------------------------------
 
     @cached_property
-    def _entry(self) -> dict[str, Any] | None:
-        """The newest checkpoint of the folder; None where it is no run folder, or has no checkpoint."""
-        try:
-            return Checkpoints(self.root).peek()
-        except UserError as error:
-            raise UserError(f"--teachers: {error}") from None
+    def _checkpoint(self) -> tuple[dict[str, Any] | None, dict[int, str], dict[str, int]]:
+        """The newest checkpoint of the folder, its files of the clients' states, and the CRC-32 of all of its files.
 
-    @cached_property
-    def _files(self) -> tuple[dict[int, str], dict[str, int]]:
-        """The files of the clients' states in that checkpoint, and the CRC-32 of all of its files."""
+        The checkpoint is None where the folder is no run folder, or has none.
+        """
+        checkpoints = Checkpoints(self.root)
         try:
-            return Checkpoints(self.root).files_of(self._entry) if self._entry is not None else ({}, {})
+            entry = checkpoints.peek()
+            return (entry, *checkpoints.files_of(entry)) if entry is not None else (None, {}, {})
         except UserError as error:
             raise UserError(f"--teachers: {error}") from None
 
     def _load_of_run(self, client: int, module: nn.Module) -> None:
         self._asked_run = True
-        vectors = self._of_run(client)
+        entry, files, _ = self._checkpoint
+        vectors = self._part(files[client], "teacher") if client in files else None
+        if vectors is None and entry is not None:
+            vectors = self._part(entry["server"], "members", client)
         if vectors is None:
             raise UserError(
                 f"--teachers: {self.root} has neither client-{client}.safetensors (nor .pt, .pth) nor a run's network "
@@ -117,31 +115,20 @@ class Teachers:
             )
         # A copy is flattened: the module itself may be part of a network that is flat already.
         flat = FlatParameters(place(copy.deepcopy(module).cpu(), torch.device("cpu")))
-        sizes = {name: vectors[name].numel() if name in vectors else 0 for name in VECTORS}
-        expected = {name: getattr(flat, name).numel() for name in VECTORS}
-        if sizes != expected:
-            which = next(name for name in VECTORS if sizes[name] != expected[name])
-            raise UserError(
-                f"--teachers: the network of client {client} in {self.root} is of another architecture "
-                f"({sizes[which]:,} {which} instead of {expected[which]:,}): give the --model and the models it was "
-                "trained with."
-            )
+        for name in VECTORS:
+            size, expected = vectors[name].numel() if name in vectors else 0, getattr(flat, name).numel()
+            if size != expected:
+                raise UserError(
+                    f"--teachers: the network of client {client} in {self.root} is of another architecture ({size:,} "
+                    f"{name} instead of {expected:,}): give the --model and the models it was trained with."
+                )
         flat.load_vectors(vectors)
         module.load_state_dict(flat.module.state_dict())
-
-    def _of_run(self, client: int) -> Mapping[str, Tensor] | None:
-        """The vectors of a client's network in a run folder; None where the folder has no such network."""
-        entry = self._entry
-        if entry is None:
-            return None
-        file = self._files[0].get(client)
-        teacher = None if file is None else self._part(file, "teacher")
-        return self._part(entry["server"], "members", client) if teacher is None else teacher
 
     def _part(self, name: str, *keys: str | int) -> Any:
         path = self.root / FOLDER / name
         # All members of an ensemble are in one file, whose checksum is computed only once.
-        if name not in self._sound and checksum(path) != self._files[1].get(name):
+        if name not in self._sound and checksum(path) != self._checkpoint[2].get(name):
             raise UserError(f"--teachers: {path} is missing or damaged: bring the networks of another run.")
         self._sound.add(name)
         try:
@@ -153,7 +140,8 @@ class Teachers:
 # -- the user's own files ----------------------------------------------------------------------------------------------
 
 
-def _load_state(path: Path, client: int, tensors: Mapping[str, Any], module: nn.Module) -> None:
+def _load_state(path: Path, client: int, module: nn.Module) -> None:
+    tensors = read_state_dict(path, f"--teachers: {path}")
     try:
         module.load_state_dict(dict(bare_names(tensors, module.state_dict())))
     except RuntimeError as error:

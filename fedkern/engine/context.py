@@ -17,7 +17,7 @@ from fedkern.data.split import AnySplit
 from fedkern.deferred import accelerate
 from fedkern.engine import initial_weights
 from fedkern.engine.captured import Graphs
-from fedkern.engine.client_teachers import Teachers
+from fedkern.engine.client_teachers import ClientTeachers
 from fedkern.engine.evaluate import client_sets, site_sets, test_sets
 from fedkern.engine.images import CACHE_BYTES, Images
 from fedkern.engine.items import ItemReader
@@ -100,7 +100,7 @@ class RunContext:
         self._described, self.script = described, script
         self._init: Mapping[str, Tensor] | None = None
         self.unfit = ""
-        self.teachers = None if config.teachers is None else Teachers(config.teachers)
+        self.teachers = None if config.teachers is None else ClientTeachers(config.teachers)
         self.uploaded: list[Message] = []  # every client's raw data, for a pooled method
 
     def __reduce__(self) -> tuple[Any, ...]:
