@@ -11,8 +11,9 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from fedkern.files.inputs import read_json
 from fedkern.models.efficientnet import EfficientNetB0
 from fedkern.models.mobilenet import InvertedResidual
 from fedkern.models.preprocessing import BILINEAR, Preprocessing
-from fedkern.models.teacher import Teacher
+from fedkern.models.teacher import Features, Teacher
 from fedkern.models.teacher_stack import folded
 
 NAME = "efficientnet-lite0"
@@ -101,30 +102,22 @@ class EfficientNetLiteTeacher(Teacher):
         self._members = members(names, path)
         identity = {"model": NAME, "weights": SHA256, "classes": json.dumps(self._members)}
         super().__init__(NAME, len(names), device, identity)
-        self._preprocessing = Preprocessing(PIXELS, mean, std, SIDE)
+        self._prepare = partial(_flipped, Preprocessing(PIXELS, mean, std, SIDE))
 
     def load(self) -> tuple[nn.Module, nn.Linear]:
-        network: Any = EfficientNetLite0()
+        network = EfficientNetLite0()
         network.load_released(torch.load(self._weights, map_location="cpu", weights_only=True))
         head = nn.Linear(network.width, len(self._members))
         with torch.no_grad():
             for parameter, released in ((head.weight, network.head.weight), (head.bias, network.head.bias)):
                 parameter.copy_(torch.stack([released[group].mean(0) for group in self._members]))
-        self.network = folded(network.eval())
-        return _Trunk(self.network, self._preprocessing), head
+        self.network = cast(EfficientNetLite0, folded(network.eval()))
+        return Features(self.network, self._prepare), head
 
 
-class _Trunk(nn.Module):
-    """Normalised images of the data ``[B, C, H, W]`` to features ``[B, 1280]``."""
-
-    def __init__(self, network: Any, preprocessing: Preprocessing) -> None:
-        super().__init__()
-        self.network, self.preprocessing = network, preprocessing
-
-    def forward(self, images: Tensor) -> Tensor:
-        pixels = self.preprocessing(images).flip(2, 3)
-        features: Tensor = self.network.features(pixels.contiguous(memory_format=torch.channels_last))
-        return features
+def _flipped(preprocessing: Preprocessing, images: Tensor) -> Tensor:
+    """What the network takes of the data's normalised images ``[B, C, H, W]``."""
+    return preprocessing(images).flip(2, 3).contiguous(memory_format=torch.channels_last)
 
 
 def weights() -> Path:

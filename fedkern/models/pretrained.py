@@ -63,7 +63,18 @@ class Pretrained:
 
     @functools.cached_property
     def _content(self) -> str:
-        return content_hash(self.folder)
+        """Hash of the folder's weights and settings, so that a folder with new weights gets a new cache."""
+        files = sorted(path for path in self.folder.iterdir() if path.is_file())
+        # With safetensors present, transformers does not read pytorch_model.bin.
+        safe = any(path.suffix == ".safetensors" for path in files)
+        digest = hashlib.blake2b(digest_size=16)
+        for path in files:
+            pickled = not safe and path.suffix == ".bin" and path.name.startswith("pytorch_model")
+            if path.suffix in (".json", ".safetensors", ".txt") or pickled:
+                with path.open("rb") as file:
+                    digest.update(path.name.encode())
+                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+        return digest.hexdigest()
 
     def load(self, kind: str, user: str, title: str, hint: str = "") -> Loaded:
         """Loads the network as transformers' class ``kind``.
@@ -169,21 +180,6 @@ def loading(title: str, user: str, where: str | Path) -> Iterator[Any]:
 
 def first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
-
-
-def content_hash(folder: Path) -> str:
-    """Hash of a folder's weights and settings, so that a folder with new weights gets a new cache."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    # With safetensors present, transformers does not read pytorch_model.bin.
-    safe = any(path.suffix == ".safetensors" for path in files)
-    digest = hashlib.blake2b(digest_size=16)
-    for path in files:
-        pickled = not safe and path.suffix == ".bin" and path.name.startswith("pytorch_model")
-        if path.suffix in (".json", ".safetensors", ".txt") or pickled:
-            with path.open("rb") as file:
-                digest.update(path.name.encode())
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
 
 
 def check_complete(name: str, network: nn.Module, used: nn.Module, missing: Collection[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -68,11 +67,6 @@ class Teacher:
     def parameters(self) -> int:
         """Number of parameters; a head that is part of the trunk counts once."""
         return sum(p.numel() for p in nn.ModuleList(self.parts).parameters())
-
-    def copy(self) -> tuple[nn.Module, nn.Linear]:
-        """Trainable copies of trunk and head."""
-        trunk, head = copy.deepcopy(self.parts)
-        return trunk.requires_grad_(True), head.requires_grad_(True)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -181,15 +175,14 @@ def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.d
 
 
 class Features(nn.Module):
-    """A module that gives the pooled features of a staged network."""
+    """The pooled features ``[B, d]`` of a staged network, of images ``[B, C, H, W]`` that ``prepare`` has changed."""
 
-    def __init__(self, network: StagedNetwork) -> None:
+    def __init__(self, network: StagedNetwork, prepare: Callable[[Tensor], Tensor] = lambda images: images) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.prepare = network, prepare
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, d]``."""
-        return self.network.features(images)
+        return self.network.features(self.prepare(images))
 
 
 def content(module: nn.Module) -> str:
