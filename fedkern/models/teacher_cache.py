@@ -105,7 +105,8 @@ class LogitsCache:
 
     def read_logits(self, identity: Identity, classes: int) -> dict[bytes, Tensor]:
         """Logits in a teacher's file by image key; empty if the file is missing or damaged."""
-        return self.read("logits", identity, lambda tensors: by_key(tensors, classes, "")) or {}
+        name = f"logits:{self.path('logits', identity)}"
+        return self.read("logits", identity, lambda tensors: by_key(tensors, classes, name)) or {}
 
     def write_logits(self, identity: Identity, rows: Mapping[bytes, Tensor]) -> None:
         """Adds logits to a teacher's file; another run may add logits to the same file at the same time."""

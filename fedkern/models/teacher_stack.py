@@ -42,21 +42,16 @@ class TeacherStack:
         for k, network in enumerate(networks):
             shapes = tuple((name, tuple(value.shape)) for name, value in network.state_dict().items())
             groups.setdefault((type(network), shapes), []).append(k)
-        self.count = len(networks)
         self._groups = [(members, group([folded(networks[k]) for k in members])) for members in groups.values()]
-
-    def __len__(self) -> int:
-        return self.count
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits ``[K, B, C, *positions]`` of normalised images ``[B, C, H, W]``; gradients reach the images."""
         if len(self._groups) == 1:
             return self._groups[0][1].logits(images)
-        rows: list[Any] = [None] * self.count
+        rows: dict[int, Tensor] = {}
         for members, networks in self._groups:
-            for k, row in zip(members, networks.logits(images), strict=True):
-                rows[k] = row
-        return torch.stack(rows)
+            rows.update(zip(members, networks.logits(images), strict=True))
+        return torch.stack([rows[k] for k in range(len(rows))])
 
 
 def in_chunks(answer: Callable[[Tensor], Tensor], images: Tensor, dim: int) -> Tensor:
