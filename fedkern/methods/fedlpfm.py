@@ -346,7 +346,7 @@ class FedLPFM(LocalTraining):
         for index in self._used():
             teacher = self._teachers[index]
             if self.options.teacher_tuning != "zero-shot":
-                _ = teacher.parts  # raises if the teacher has no parts to tune
+                _ = teacher.classifier  # raises if the teacher cannot be tuned
             if isinstance(teacher, StoredLogits):
                 continue
             teacher.logits(images)  # reports wrong classes, a missing package or NaN before anything is written
@@ -421,6 +421,6 @@ class FedLPFM(LocalTraining):
 @computing("fp32")  # in bf16 a teacher computes with a copy of its layers, whose calls are not counted
 def teacher_mflops(teacher: Teacher, images: Tensor) -> float:
     """Millions of operations (matrix products and convolutions) of a teacher per image."""
-    with count_flops(getattr(teacher, "network", None)) as counter:
+    with count_flops(teacher.network) as counter:
         teacher.logits(images)
     return counter.flops / len(images) / 1e6

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fedkern.errors import UserError
+from fedkern.models.allocate import linear_of
 from fedkern.models.precision import autocasts, full
 from fedkern.models.pretrained import Pretrained, check_complete
 from fedkern.models.prompts import DEFAULT, read_prompts
+from fedkern.models.staged import Classifier
 from fedkern.models.teacher import Identity, Teacher
 from fedkern.models.teacher_cache import to_pixels
 
@@ -59,7 +61,7 @@ class ClipTeacher(Teacher):
         """Everything that the logits depend on: model, content hash (of a local folder) and prompts."""
         return {**self._source.identity, "prompts": json.dumps(self.prompts)}
 
-    def load(self) -> tuple[nn.Module, nn.Linear]:
+    def load(self) -> Classifier:
         hint = " (not a folder here; one that was downloaded before is given as clip:FOLDER)"
         source = self._source.load("CLIPModel", f"teacher {self.name}", "a CLIP", hint)
         if self._source.folder.is_dir():
@@ -67,21 +69,17 @@ class ClipTeacher(Teacher):
         network = source.network.float().eval().to(self.device)
         scale = network.logit_scale.detach().exp()
         weight = text_features(network, source.tokenizer, self.prompts, self.device) * scale
-        head = nn.Linear(weight.shape[1], weight.shape[0], device=self.device)
-        with torch.no_grad():
-            head.weight.copy_(weight)
-            head.bias.zero_()
-        return ImageEncoder(network, self.mean, self.std, source.settings), head
+        return ClipClassifier(network, weight, self.mean, self.std, source.settings or {})
 
 
-class ImageEncoder(nn.Module):
-    """CLIP's image encoder with its preprocessing: normalised images of the data to unit features ``[B, d]``."""
+class ClipClassifier(Classifier):
+    """CLIP's image encoder with its preprocessing, and class weights ``[C, d]`` on its unit features."""
 
     def __init__(
-        self, network: Any, mean: Sequence[float], std: Sequence[float], settings: Mapping[str, Any] | None = None
+        self, network: Any, weight: Tensor, mean: Sequence[float], std: Sequence[float], settings: Mapping[str, Any]
     ) -> None:
         super().__init__()
-        settings = settings or {}
+        self.head = linear_of({"weight": weight, "bias": weight.new_zeros(len(weight))}, weight.device)
         self.vision, self.projection = network.vision_model, network.visual_projection
         self.mean, self.std = tuple(mean), tuple(std)
         self.resize = _side(settings.get("size"), SIDE) if settings.get("do_resize", True) else 0
@@ -113,9 +111,9 @@ class ImageEncoder(nn.Module):
         mean, std = (torch.tensor(x, device=pixels.device).view(1, 3, 1, 1) for x in (self.own_mean, self.own_std))
         return (pixels - mean) / std
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Unit vectors fp32 ``[B, d]``."""
-        return functional.normalize(self._project(self.prepare(images)), dim=1)
+    def features(self, x: Tensor) -> Tensor:
+        """Unit vectors fp32 ``[B, d]`` of the data's normalised images."""
+        return functional.normalize(self._project(self.prepare(x)), dim=1)
 
     @autocasts
     def _project(self, pixels: Tensor) -> Tensor:

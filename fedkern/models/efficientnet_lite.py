@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -21,10 +20,12 @@ from torch import Tensor, nn
 from fedkern.errors import UserError, nearest
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import read_json
+from fedkern.models.allocate import linear_of
 from fedkern.models.efficientnet import EfficientNetB0
 from fedkern.models.mobilenet import InvertedResidual
 from fedkern.models.preprocessing import BILINEAR, Preprocessing
-from fedkern.models.teacher import Features, Teacher
+from fedkern.models.staged import Classifier
+from fedkern.models.teacher import Teacher
 from fedkern.models.teacher_stack import folded
 
 NAME = "efficientnet-lite0"
@@ -102,22 +103,31 @@ class EfficientNetLiteTeacher(Teacher):
         self._members = members(names, path)
         identity = {"model": NAME, "weights": SHA256, "classes": json.dumps(self._members)}
         super().__init__(NAME, len(names), device, identity)
-        self._prepare = partial(_flipped, Preprocessing(PIXELS, mean, std, SIDE))
+        self._preprocessing = Preprocessing(PIXELS, mean, std, SIDE)
 
-    def load(self) -> tuple[nn.Module, nn.Linear]:
+    def load(self) -> Classifier:
         network = EfficientNetLite0()
         network.load_released(torch.load(self._weights, map_location="cpu", weights_only=True))
-        head = nn.Linear(network.width, len(self._members))
-        with torch.no_grad():
-            for parameter, released in ((head.weight, network.head.weight), (head.bias, network.head.bias)):
-                parameter.copy_(torch.stack([released[group].mean(0) for group in self._members]))
+        return _Grouped(network, self._members, self._preprocessing)
+
+
+class _Grouped(Classifier):
+    """The network on the data's normalised images, with a class for every group of its own classes."""
+
+    def __init__(
+        self, network: EfficientNetLite0, groups: Sequence[Sequence[int]], preprocessing: Preprocessing
+    ) -> None:
+        super().__init__()
+        released = network.head.state_dict()
+        self.head = linear_of(
+            {name: torch.stack([value[group].mean(0) for group in groups]) for name, value in released.items()}
+        )
         self.network = cast(EfficientNetLite0, folded(network.eval()))
-        return Features(self.network, self._prepare), head
+        self.preprocessing = preprocessing
 
-
-def _flipped(preprocessing: Preprocessing, images: Tensor) -> Tensor:
-    """What the network takes of the data's normalised images ``[B, C, H, W]``."""
-    return preprocessing(images).flip(2, 3).contiguous(memory_format=torch.channels_last)
+    def features(self, x: Tensor) -> Tensor:
+        pixels = self.preprocessing(x).flip(2, 3)
+        return self.network.features(pixels.contiguous(memory_format=torch.channels_last))
 
 
 def weights() -> Path:

@@ -1,4 +1,4 @@
-"""Base class of the classifiers: named stages, pooled features, a linear head."""
+"""Base classes of the classifiers: features and a linear head; the features' named stages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ from fedkern.errors import UserError, nearest
 from fedkern.models.precision import autocasts, lower
 
 
-class StagedNetwork(nn.Module):
+class Classifier(nn.Module):
+    """A network with features ``[B, d]`` and a linear classifier, ``head``, on them."""
+
+    head: nn.Linear
+
+    def features(self, x: Tensor) -> Tensor:
+        """Returns the features ``[B, d]`` of images ``[B, C, H, W]``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits ``[B, classes]`` of images ``[B, C, H, W]``."""
+        return self.head(self.features(x))
+
+
+class StagedNetwork(Classifier):
     """A convolutional network that can be entered and left between its stages.
 
     ``features(x) == tail(stages(x, upto=s), after=s)`` for every stage ``s``.  Mixing feature maps (FedGID, arXiv
@@ -25,7 +39,6 @@ class StagedNetwork(nn.Module):
 
     stage_names: tuple[str, ...]
     width: int
-    head: nn.Linear
 
     def __init__(self, stages: list[nn.Module], *, width: int, classes: int) -> None:
         super().__init__()
@@ -101,10 +114,6 @@ class StagedNetwork(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Returns the pooled features ``[B, d]`` of images ``[B, C, H, W]``."""
         return self._run(x, 0, len(self.stage_names) - 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the logits ``[B, classes]`` of images ``[B, C, H, W]``."""
-        return self.head(self.features(x))
 
 
 def resolve_stage(model: StagedNetwork, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,87 +12,112 @@ from torch import Tensor, nn
 
 from fedkern.errors import UserError
 from fedkern.models.precision import frozen, lower
-from fedkern.models.staged import StagedNetwork
+from fedkern.models.staged import Classifier
 from fedkern.ops._core.layout import plain_strides
 
 Identity = Mapping[str, str | int | float]
 
 
 class Teacher:
-    """A frozen classifier: a trunk that gives features, and a linear head on the features.
+    """A frozen network that answers: normalised images ``[B, C, H, W]`` to logits ``[B, classes]``.
 
-    Trunk and head are made on first use (:meth:`load`), so a teacher whose logits are all cached costs nothing.
+    The network is made on first use (:meth:`load`), so a teacher whose logits are all cached costs nothing.
 
     Attributes:
         name: name in messages.
         classes: number of classes C of the data.
-        device: device of trunk and head.
+        device: device of the network.
         identity: everything that decides the logits of an image; names the cache file.  None if that is not known:
             then no logits are cached on disk.
         batch: images per pass.
+        untunable: what to say of a teacher whose network is no :class:`Classifier`, after its name.
     """
 
     batch = 256
+    untunable = (
+        "gives logits alone, and tuning needs features: take teacher_tuning=zero-shot, or a network of fedkern or CLIP."
+    )
 
     def __init__(self, name: str, classes: int, device: torch.device | str, identity: Identity | None) -> None:
         self.name, self.classes, self.device = name, classes, torch.device(device)
         self._identity = identity
-        self._parts: tuple[nn.Module, nn.Linear] | None = None
-        self._cast: nn.Module | None = None
 
     @property
     def identity(self) -> Identity | None:
         return self._identity
 
-    def load(self) -> tuple[nn.Module, nn.Linear]:
-        """Makes the trunk (normalised images ``[B, C, H, W]`` to features ``[B, d]``) and the head.
+    def load(self) -> Callable[[Tensor], Tensor]:
+        """Makes the network; a module is then frozen, in eval mode and on the teacher's device.
 
         Raises:
-            UserError: the teacher cannot be loaded, or gives logits without features.
+            UserError: the network cannot be loaded.
         """
         raise NotImplementedError
 
+    @cached_property
+    def network(self) -> Any:
+        """What :meth:`load` makes.
+
+        Raises:
+            UserError: it cannot be loaded, or has another number of classes.
+        """
+        network = self.load()
+        if isinstance(network, nn.Module):
+            network.to(self.device).eval().requires_grad_(False)
+        if isinstance(network, Classifier) and network.head.out_features != self.classes:
+            raise wrong_classes(self.name, network.head.out_features, self.classes)
+        return network
+
     @property
-    def parts(self) -> tuple[nn.Module, nn.Linear]:
-        """Trunk and head, frozen and in eval mode."""
-        if self._parts is None:
-            trunk, head = self.load()
-            trunk.to(self.device).eval().requires_grad_(False)
-            head.to(self.device).requires_grad_(False)
-            if head.out_features != self.classes:
-                raise wrong_classes(self.name, head.out_features, self.classes)
-            self._parts = trunk, head
-        return self._parts
+    def classifier(self) -> Classifier:
+        """The network, where it can be tuned.
+
+        Raises:
+            UserError: it gives logits without features.
+        """
+        if not isinstance(self.network, Classifier):
+            raise UserError(f"the teacher {self.name} {self.untunable}")
+        return self.network
+
+    @cached_property
+    def _lowered(self) -> Classifier:
+        """The network, its weights cast for computing in the lower precision."""
+        return frozen(self.classifier)
 
     @property
     def parameters(self) -> int:
-        """Number of parameters; a head that is part of the trunk counts once."""
-        return sum(p.numel() for p in nn.ModuleList(self.parts).parameters())
+        """Number of parameters."""
+        return sum(p.numel() for p in self.network.parameters()) if isinstance(self.network, nn.Module) else 0
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """The trunk's features fp32 ``[B, d]`` of normalised images ``[B, C, H, W]``.
+        """The features fp32 ``[B, d]`` of normalised images ``[B, C, H, W]``.
 
         Raises:
             UserError: the teacher gives logits without features.
         """
-        trunk, _ = self.parts
-        if lower() is not None:
-            if self._cast is None:
-                self._cast = frozen(trunk)
-            trunk = self._cast
-        features: Tensor = trunk(images.to(self.device))
-        return features.float()
+        network = self.classifier if lower() is None else self._lowered
+        return network.features(images.to(self.device)).float()
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Logits fp32 ``[B, classes]`` of normalised images ``[B, C, H, W]``.
 
         Raises:
-            UserError: the logits have another shape, or are not finite.
+            UserError: the network fails, or the logits have another shape or are not finite.
         """
-        head = self.parts[1]
-        return self.checked(head(self.features(images)), len(images))
+        network = self.network
+        try:
+            if isinstance(network, Classifier):
+                answer = network.head(self.features(images))
+            else:
+                answer = network(plain_strides(images.to(self.device)))
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the user's own code may raise anything
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"the teacher {self.name} failed on images {list(images.shape)} ({what}).") from error
+        return self.checked(answer, len(images))
 
     def checked(self, logits: Any, count: int) -> Tensor:
         """``logits`` as fp32 ``[count, classes]``.
@@ -120,13 +146,13 @@ class CallableTeacher(Teacher):
     """Any frozen callable: normalised images fp32 ``[B, C, H, W]`` to logits ``[B, classes]``.
 
     Args:
-        network: called without gradients; a module is put in eval mode, moved to ``device`` and frozen.
+        function: called without gradients; a module is put in eval mode, moved to ``device`` and frozen.
         identity: see :class:`Teacher`; without it the logits are not cached on disk.
     """
 
     def __init__(
         self,
-        network: Callable[[Tensor], Tensor],
+        function: Callable[[Tensor], Tensor],
         classes: int,
         *,
         name: str = "callable",
@@ -134,55 +160,20 @@ class CallableTeacher(Teacher):
         identity: Identity | None = None,
     ) -> None:
         super().__init__(name, classes, device, identity)
-        if not callable(network):
+        if not callable(function):
             raise UserError(
-                f"the teacher {name} is of type {type(network).__name__}: name a function or module that takes images."
+                f"the teacher {name} is of type {type(function).__name__}: name a function or module that takes images."
             )
-        if isinstance(network, nn.Module):
-            network.to(self.device).eval().requires_grad_(False)
-        self.network = network
+        self._function = function
 
-    def load(self) -> tuple[nn.Module, nn.Linear]:
-        if isinstance(self.network, StagedNetwork):
-            return Features(self.network), self.network.head
-        raise UserError(
-            f"the teacher {self.name} gives logits alone, and tuning needs features: take teacher_tuning=zero-shot, or "
-            "a network of fedkern or CLIP."
-        )
-
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.network.parameters()) if isinstance(self.network, nn.Module) else 0
-
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        try:
-            if isinstance(self.network, StagedNetwork):
-                return super().logits(images)
-            answer = self.network(plain_strides(images.to(self.device)))
-        except (UserError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # the user's own code may raise anything
-            what = f"{type(error).__name__}: {error}"
-            raise UserError(f"the teacher {self.name} failed on images {list(images.shape)} ({what}).") from error
-        return self.checked(answer, len(images))
+    def load(self) -> Callable[[Tensor], Tensor]:
+        return self._function
 
 
-def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.device | str = "cpu") -> CallableTeacher:
+def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.device | str = "cpu") -> Teacher:
     """A trained network as a teacher; the hash of its weights is part of its identity."""
     identity = {"model": name, "weights": content(network)}
     return CallableTeacher(network, classes, name=name, device=device, identity=identity)
-
-
-class Features(nn.Module):
-    """The pooled features ``[B, d]`` of a staged network, of images ``[B, C, H, W]`` that ``prepare`` has changed."""
-
-    def __init__(self, network: StagedNetwork, prepare: Callable[[Tensor], Tensor] = lambda images: images) -> None:
-        super().__init__()
-        self.network, self.prepare = network, prepare
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network.features(self.prepare(images))
 
 
 def content(module: nn.Module) -> str:

@@ -23,7 +23,7 @@ from fedkern.files import filesystem
 from fedkern.files.filesystem import cache_folder, expand
 from fedkern.files.inputs import parse_json, special
 from fedkern.models.precision import computing
-from fedkern.models.teacher import CallableTeacher, Identity, Teacher, wrong_classes
+from fedkern.models.teacher import Identity, Teacher, wrong_classes
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ class LogitsCache:
                 ) from None
 
 
-class StoredLogits(CallableTeacher):
+class StoredLogits(Teacher):
     """A teacher given by a file of its logits, in the cache's format; the file may come from another machine.
 
     Args:
@@ -169,9 +169,11 @@ class StoredLogits(CallableTeacher):
         UserError: the file is missing, is damaged, or has another number of classes.
     """
 
+    untunable = "is a file of logits and cannot be tuned: teacher_tuning=zero-shot."
+
     def __init__(self, path: str | Path, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
         self.path = expand(path)
-        super().__init__(self._look_up, classes, name=f"logits:{path}")
+        super().__init__(f"logits:{path}", classes, "cpu", None)
         self.mean, self.std = tuple(mean), tuple(std)
         try:
             self.rows = by_key(read_file(self.path), classes, f"logits:{self.path}")
@@ -180,8 +182,8 @@ class StoredLogits(CallableTeacher):
         except (OSError, ValueError) as error:
             raise UserError(f"the file of teacher logits {self.path} is damaged: {error}.") from None
 
-    def load(self) -> tuple[torch.nn.Module, torch.nn.Linear]:
-        raise UserError(f"the teacher {self.name} is a file of logits and cannot be tuned: teacher_tuning=zero-shot.")
+    def load(self) -> Callable[[Tensor], Tensor]:
+        return self._look_up
 
     def _look_up(self, images: Tensor) -> Tensor:
         keys = image_keys(images, self.mean, self.std)

@@ -140,14 +140,14 @@ def tune(
     Returns:
         The trained copy (images to logits; of a probe: features to logits), and its logits fp32 ``[n, classes]`` (CPU).
     """
-    trunk, head = copy.deepcopy(teacher.parts)
-    module: nn.Module = head if head_only else nn.Sequential(trunk, head)
+    network = teacher.classifier
+    module = copy.deepcopy(network.head if head_only else network).requires_grad_(True)
     if head_only:
         inputs = torch.cat([teacher.features(part) for images in batches for part in images.split(teacher.batch)])
     else:
         inputs = torch.cat(list(batches)).to(teacher.device)
     targets = labels.to(inputs.device)
-    optimiser = torch.optim.AdamW(module.requires_grad_(True).parameters(), lr=lr)
+    optimiser = torch.optim.AdamW(module.parameters(), lr=lr)
     for _ in range(epochs):
         order = torch.from_numpy(rng.permutation(len(labels)))
         for index in order.split(128):

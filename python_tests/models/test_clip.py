@@ -94,7 +94,7 @@ def test_logits_are_those_of_transformers(folder: Path) -> None:
     teacher, images = make(folder), pictures(5, 32, 32)
     made = teacher.logits(normalised(images))
     prompts = ["a photo of a cat.", "a photo of a big dog.", "a photo of a ship."]
-    expected = theirs(folder, prompts, teacher.parts[0].prepare(normalised(images)))
+    expected = theirs(folder, prompts, teacher.network.prepare(normalised(images)))
     assert float(expected.std()) > 0.1
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
     # End to end with the preprocessing of Pillow: at most one byte in 255 apart here and there.
@@ -105,7 +105,7 @@ def test_logits_are_those_of_transformers(folder: Path) -> None:
 def test_preprocessing_is_pillows(folder: Path, height: int, width: int, channels: int) -> None:
     images = pictures(3, height, width, channels)
     scale = {name: SCALE[name][:channels] for name in SCALE}
-    made = ClipTeacher(folder, CLASSES, **scale).parts[0].prepare(normalised(images))
+    made = ClipTeacher(folder, CLASSES, **scale).network.prepare(normalised(images))
     assert made.shape == (3, 3, SIDE, SIDE)
     byte = max(1 / (255 * std) for std in clip.STD)
     apart = (made - pillow(images)).abs()
@@ -113,15 +113,16 @@ def test_preprocessing_is_pillows(folder: Path, height: int, width: int, channel
     assert (apart > 0.1 * byte).float().mean() < 0.02
 
 
-def test_without_a_preprocessing_file_it_is_clips_own(folder: Path) -> None:
-    encoder = clip.ImageEncoder(_network(folder), **SCALE)
+@pytest.mark.parametrize("text", [None, "null"])
+def test_without_a_preprocessing_file_it_is_clips_own(folder: Path, tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / folder.name
+    shutil.copytree(folder, path)
+    (path / "preprocessor_config.json").unlink()
+    if text is not None:
+        (path / "preprocessor_config.json").write_text(text)
+    encoder = make(path).network
     assert encoder.prepare(normalised(pictures(1, 32, 32))).shape == (1, 3, 224, 224)
     assert (encoder.own_mean, encoder.own_std) == (clip.MEAN, clip.STD)
-
-
-def _network(folder: Path) -> Any:
-    transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
-    return transformers.CLIPModel.from_pretrained(folder)
 
 
 def test_templates_are_averaged_as_unit_vectors(folder: Path, tmp_path: Path) -> None:
@@ -129,11 +130,11 @@ def test_templates_are_averaged_as_unit_vectors(folder: Path, tmp_path: Path) ->
     images = normalised(pictures(5, 32, 32))
     teacher = make(folder, prompts=str(tmp_path / "templates.txt"))
     assert teacher.prompts[1] == ["a photo of a big dog.", "a drawing of the big dog."]
-    features = [make(folder, prompts=template).parts[1].weight for template in ("a photo of a {class}.",
+    features = [make(folder, prompts=template).network.head.weight for template in ("a photo of a {class}.",
                                                                                "a drawing of the {}.")]  # fmt: skip
     scale = features[0].norm(dim=1, keepdim=True)
     expected = functional.normalize(features[0] + features[1], dim=1) * scale
-    torch.testing.assert_close(teacher.parts[1].weight, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(teacher.network.head.weight, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(teacher.logits(images), make(folder).logits(images), atol=1e-3)
 
 
@@ -263,13 +264,13 @@ def test_a_whole_run_with_clip(
 ) -> None:
     """Fed-LPFM end to end: CLIP sees every image once, whatever the seed, and nothing of it is booked."""
     passed: list[int] = []
-    forward = clip.ImageEncoder.forward
+    forward = clip.ClipClassifier.features
 
     def count(self: Any, images: torch.Tensor) -> torch.Tensor:
         passed.append(len(images))
         return forward(self, images)
 
-    monkeypatch.setattr(clip.ImageEncoder, "forward", count)
+    monkeypatch.setattr(clip.ClipClassifier, "features", count)
     data = make_data()
     options = {"teacher": f"clip:{folder}", "prompts": "a photo of {class}", "teacher_cache": str(tmp_path / "cache")}
 

@@ -205,7 +205,7 @@ def test_a_file_of_logits_is_a_teacher(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere does not exist"):
         StoredLogits(tmp_path / "nowhere", 3, MEAN, STD)
     with pytest.raises(UserError, match="cannot be tuned"):
-        _ = stored.parts
+        _ = stored.classifier
     path.write_bytes(b"x")
     with pytest.raises(UserError, match="is damaged"):
         StoredLogits(path, 3, MEAN, STD)
