@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def parse(text: str) -> list[Spec]:
     for word in text.split(","):
         kind, _, what = word.strip().partition(":")
         if kind not in KINDS:
-            if named_code.parse(word.strip()) is None:
+            misspelt = nearest(kind, KINDS) and kind.isidentifier() and find_spec(kind) is None
+            if named_code.parse(word.strip()) is None or misspelt:
                 raise UserError(
                     f'unknown teacher "{word.strip()}": expected pretrained, pretrained:MODEL/WIDTH, '
                     f"clip:PATH_OR_NAME, {LITE}, logits:FILE, {FORMS}.{nearest(kind, KINDS)}"
