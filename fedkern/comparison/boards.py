@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from fedkern.comparison.cell_runner import Board
@@ -19,7 +18,8 @@ from fedkern.listeners.events import RunInfo
 from fedkern.report.live.notebook import Output
 from fedkern.report.live.progress import main_figures, terminal
 from fedkern.report.names import plain, say
-from fedkern.report.tables import human_time, new_table
+from fedkern.report.tables import human_time
+from fedkern.report.text_table import Table
 
 SHOWN_SEEDS = 8
 """Most seeds with a column of their own in the live table."""
@@ -121,18 +121,13 @@ class LiveBoard(LineBoard):
         """The table as it is now."""
         seeds = list(dict.fromkeys(cell.seed for cell in self.planned))
         columns = seeds if len(seeds) <= SHOWN_SEEDS else []
-        result = new_table(plain(f"run {min(self.done + 1, len(self.planned))} of {len(self.planned)}{self.left}"))
-        result.add_column("")
-        for seed in columns:
-            result.add_column(f"seed {seed}", justify="right")
-        if not columns:
-            result.add_column("finished", justify="right")
+        title = f"run {min(self.done + 1, len(self.planned))} of {len(self.planned)}{self.left}"
+        header = ["", *(f"seed {seed}" for seed in columns)] if columns else ["", "finished"]
+        rows: list[list[str | Text]] = []
         for label in dict.fromkeys(cell.variant.label for cell in self.planned):
             texts = [self.texts.get((label, seed), Text("")) for seed in seeds]
-            result.add_row(
-                plain(label), *(texts if columns else [f"{sum(t.style == 'bold' for t in texts)} of {len(seeds)}"])
-            )
-        return result
+            rows.append([label, *(texts if columns else [f"{sum(t.style == 'bold' for t in texts)} of {len(seeds)}"])])
+        return Table(header, rows, title)
 
     def close(self) -> None:
         self.live.stop()
@@ -144,13 +139,3 @@ def board(*, quiet: bool, json: bool) -> Board:
     if quiet or (json and not console.is_terminal):
         return Board()
     return LiveBoard(console) if console.is_terminal or console.is_jupyter else LineBoard(console)
-
-
-def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The result's table for a terminal, a row for every group."""
-    table = new_table(plain(title, "table.title"))
-    for number, name in enumerate(header):
-        table.add_column(plain(name), justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(plain, row))
-    return table

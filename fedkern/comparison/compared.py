@@ -15,7 +15,6 @@ from fedkern.comparison.found_runs import SHOWN, FoundRun, grouped, read_runs
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.data import FederatedData
-from fedkern.data.html_table import html_table
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.errors import RunFailed, UserError, first_of, printable
 from fedkern.files.filesystem import expand
@@ -44,8 +43,7 @@ class Comparison:
         return f"<fedkern.Comparison of {len(self.result.groups)} groups in {str(self.folder)!r}>"
 
     def _repr_html_(self) -> str:
-        notes = [*self.result.all_sentences(), f"files in {self.folder}"]
-        return html_table(self.result.title(), self.result.header(), self.result.text_rows(), notes)
+        return self.result.text_table([*self.result.all_sentences(), f"files in {self.folder}"]).html()
 
     @property
     def table(self) -> list[dict[str, Any]]:

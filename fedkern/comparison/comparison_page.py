@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from fedkern.report.figures.comparison_plot import comparison_panels, on_clock
 from fedkern.report.names import CELL
 from fedkern.report.pages import html_page, run_page
 from fedkern.report.pages.charts import bars, curves, dots
-from fedkern.report.pages.html_page import Block, Code, Page, Table, section, versions_table
+from fedkern.report.pages.html_page import Block, Code, Page, section, versions_table
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
+from fedkern.report.text_table import Table
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.tasks.figure_names import figure_title, number, scale, set_title, split_metric
 
@@ -187,9 +188,9 @@ def _tiles(result: Result) -> list[tuple[str, str]]:
 
 def _table(folder: Path, result: Result) -> Iterator[Block]:
     """The comparison's own table and sentences, as ``comparison.md`` has them, or made again."""
-    header, rows, sentences = _markdown(folder) or (result.header(), result.text_rows(), result.sentences())
-    yield from sentences
-    yield Table(header, rows)
+    table = _stored_table(folder) or result.text_table(result.sentences())
+    yield from table.notes
+    yield replace(table, title="")
     figures, sets = dict.fromkeys((name for run in result.runs for name in run.metrics), 0.0), own_sets(result.groups)
     body = []
     for name in ordered(figures, sets, result.runs[0].config.main):
@@ -205,22 +206,12 @@ def _human(name: str, mean: float, deviation: float | None) -> str:
     return text if deviation is None else f"{text} ± {human_metric(name, deviation)}"
 
 
-def _markdown(folder: Path) -> tuple[list[str], list[list[str]], list[str]] | None:
-    """Header, rows and sentences of ``comparison.md``; None where the file does not have its usual form."""
+def _stored_table(folder: Path) -> Table | None:
+    """The table and sentences of ``comparison.md``; None where the file does not have its usual form."""
     try:
-        lines = read_text(folder / MARKDOWN).splitlines()
+        return Table.of_markdown(read_text(folder / MARKDOWN))
     except (OSError, UnicodeDecodeError):
         return None
-
-    def plain(text: str) -> str:
-        return re.sub(r"\\(.)", r"\1", text)
-
-    table = [line for line in lines if line.startswith("| ")]
-    rows = [[plain(cell) for cell in line[2:-2].split(" | ")] for line in table]
-    if len(rows) < 2 or any(len(row) != len(rows[0]) for row in rows):
-        return None
-    after = lines[lines.index(table[-1]) + 1 :]
-    return rows[0], rows[1:], [plain(line) for line in after if line.strip()]
 
 
 def _curves(result: Result) -> Iterator[Block]:

@@ -457,7 +457,8 @@ class Reproduction:
         rows = self.rows()
         with atomic.writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-        texts = {MARKDOWN: reproduction_table.to_markdown(self.paper, rows), CSV: reproduction_table.to_csv(rows)}
+        table = reproduction_table.text_table(self.paper, rows)
+        texts = {MARKDOWN: table.markdown(), CSV: reproduction_table.to_csv(rows)}
         for name, text in texts.items():
             atomic.write_bytes(self.out / name, text.encode())
         return [

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedkern.comparison.published import ROUNDS, Paper, PublishedCell
-from fedkern.comparison.results import csv_text, markdown
+from fedkern.comparison.results import csv_text
 from fedkern.comparison.seed_statistics import Difference
 from fedkern.comparison.verdicts import NO_DATA, VERDICTS, Outcome, Verdict, shown
 from fedkern.errors import first_of, listed
 from fedkern.report.figures.comparison_plot import Groups, comparison_panels
 from fedkern.report.pages.charts import curves
-from fedkern.report.pages.html_page import Block, Code, Page, Table, section
+from fedkern.report.pages.html_page import Block, Code, Page, section
 from fedkern.report.tables import human_metric, human_time
+from fedkern.report.text_table import Table
 
 HEADER = ("table", "cell", "published", "ours", "to the baseline", "seeds", "swept, first seed", "verdict")
 
@@ -71,9 +72,9 @@ def to_csv(rows: Sequence[Row]) -> str:
     return csv_text([row.values() for row in rows])
 
 
-def to_markdown(paper: Paper, rows: Sequence[Row]) -> str:
-    """The table and the sentences below it as Markdown."""
-    return markdown(_title(paper), HEADER, [row.texts() for row in rows], [summary(rows), *sentences(paper, rows)])
+def text_table(paper: Paper, rows: Sequence[Row]) -> Table:
+    """The table in texts, a row for every cell, with what it rests on below."""
+    return Table(HEADER, [row.texts() for row in rows], _title(paper), notes=[summary(rows), *sentences(paper, rows)])
 
 
 def page(paper: Paper, rows: Sequence[Row]) -> Page:
@@ -138,7 +139,7 @@ def by_reason(cells: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def _table(rows: Sequence[Row]) -> Iterator[Block]:
-    yield Table(HEADER[1:], [row.texts()[1:] for row in rows], words=1)
+    yield Table(HEADER[1:], [row.texts()[1:] for row in rows])
 
 
 def _curves(rows: Sequence[Row]) -> Iterator[Block]:

@@ -7,7 +7,7 @@ import io
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fedkern.methods.registry import short
 from fedkern.report.chance import constants
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time
+from fedkern.report.text_table import Table
 from fedkern.tasks.figure_names import number, scale, short_set_title, short_title, split_metric
 
 CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.tex", "comparison.png"
@@ -131,8 +132,11 @@ class Result:
         """:meth:`sentences`, and a sentence for every failed run."""
         return [*self.sentences(), *(f"Failed: {text}" for text in self.failures)]
 
-    def header(self) -> list[str]:
-        """Titles of the columns of :meth:`text_rows`."""
+    def text_table(self, notes: Sequence[str] = ()) -> Table:
+        """The table in texts, a row for every group: mean ± standard deviation, and differences with their interval."""
+        return Table(self._header(), self._text_rows(), self.title(), notes=notes)
+
+    def _header(self) -> list[str]:
         columns = ["", "seeds"]
         for test_set, figure in map(split_metric, self.figures):
             title = f"{short_set_title(test_set)} {short_title(figure)}".strip()
@@ -141,8 +145,7 @@ class Result:
             columns += [f"{name} to target" for name in TAKEN]
         return [*columns, "sent", "time"]
 
-    def text_rows(self) -> list[list[str]]:
-        """The table in texts: mean ± standard deviation, and differences with their interval."""
+    def _text_rows(self) -> list[list[str]]:
         texts = []
         for row in self.table:
             cells = [printable_name(row["group"], CELL), str(row["seeds"])]
@@ -180,7 +183,8 @@ class Result:
             from fedkern.report.figures.plots import save
 
         folder.mkdir(parents=True, exist_ok=True)
-        texts = {CSV: self.to_csv(), MARKDOWN: self.to_markdown(), LATEX: self.to_latex()}
+        table = self.text_table(self.all_sentences())
+        texts = {CSV: csv_text(self.run_rows()), MARKDOWN: table.markdown(), LATEX: table.latex()}
         for name, text in texts.items():
             atomic.write_bytes(folder / name, text.encode())
         paths = [folder / name for name in texts]
@@ -203,22 +207,6 @@ class Result:
         confusion = None if first.config.records == "private" else confusions.read(first.folder)
         every = [dict.fromkeys(self.figures), first.summary["metrics"]]
         return constants(every, first.config.main, {}, confusion, 0)
-
-    def to_csv(self) -> str:
-        """:meth:`run_rows` as CSV."""
-        return csv_text(self.run_rows())
-
-    def to_markdown(self) -> str:
-        """Table and sentences as Markdown."""
-        return markdown(self.title(), self.header(), self.text_rows(), self.all_sentences())
-
-    def to_latex(self) -> str:
-        """The table as LaTeX (package booktabs); the sentences are comments."""
-        header = self.header()
-        lines = [f"% {' '.join(text.split())}" for text in (self.title(), *self.all_sentences())]
-        lines += [f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", "\\toprule", _latex_row(header), "\\midrule"]
-        lines += [*map(_latex_row, self.text_rows()), "\\bottomrule", "\\end{tabular}"]
-        return "\n".join(lines) + "\n"
 
     def to_json(self, folder: Path) -> str:
         """Table, sentences and folder as JSON."""
@@ -287,14 +275,6 @@ def _intervals(groups: Sequence[Group], figures: Sequence[str]) -> str:
     )
 
 
-def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], sentences: Iterable[str]) -> str:
-    """A title, a table and the sentences below it as Markdown."""
-    lines = ["| " + " | ".join(map(_markdown, row)) + " |" for row in (header, *rows)]
-    lines.insert(1, "|---|" + "---:|" * (len(header) - 1))
-    texts = (f"{_markdown(text)}\n" for text in sentences)
-    return "\n".join([f"# {_markdown(title)}", "", *lines, "", *texts])
-
-
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as CSV, with all names that one of them has."""
     file = io.StringIO()
@@ -302,17 +282,3 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
-
-
-def _markdown(text: str) -> str:
-    return "".join(f"\\{c}" if c in "|*_`<>\\" else c for c in " ".join(text.split()))
-
-
-_TEX: Mapping[str, str] = {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--",
-    "<": r"$<$", ">": r"$>$", **{c: f"\\{c}" for c in "&%$#_{}"},
-}  # fmt: skip
-
-
-def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join("".join(_TEX.get(c, c) for c in cell) for cell in cells) + r" \\"

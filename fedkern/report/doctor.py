@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from fedkern.errors import MESSAGE
 from fedkern.process.commit import commit
 from fedkern.report.names import plain, say
-from fedkern.report.tables import human_bytes, new_table
+from fedkern.report.tables import human_bytes
+from fedkern.report.text_table import Table
 
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = (
@@ -200,7 +201,7 @@ def collect() -> dict[str, Any]:
 def show(console: Console, report: dict[str, Any] | None = None) -> None:
     """Prints the report: versions, processor, threads, GPU, and the backends that serve each operator."""
     report = collect() if report is None else report
-    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts = TerminalTable(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
 
@@ -267,12 +268,8 @@ def _backends(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _operator_table(rows: list[dict[str, Any]]) -> Table:
-    table = new_table(None)
-    table.add_column("operator")
-    backends = _backends(rows)
-    for name in backends:
-        table.add_column(name, justify="center")
+    backends, lines = _backends(rows), []
     for operator in dict.fromkeys(row["operator"] for row in rows):
         serves = {row["backend"]: row["serves"] for row in rows if row["operator"] == operator}
-        table.add_row(operator, *("yes" if serves.get(name) else "-" for name in backends))
-    return table
+        lines.append([operator, *("yes" if serves.get(name) else "-" for name in backends)])
+    return Table(["operator", *backends], lines, words=1 + len(backends))

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
-
-from rich import box
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from fedkern.data.sharing.statistics import SKEW
 from fedkern.errors import MESSAGE, printable_name
 from fedkern.privacy.guarantee import EPSILON, PART
-from fedkern.report.names import TICK, plain
+from fedkern.report.names import CELL, TICK, label
+from fedkern.report.text_table import Table
 from fedkern.tasks.figure_names import RECALLS, TEST_SETS, figure_title, scale, set_title, short_title, split_metric
 
 _ORDER = (
@@ -122,15 +119,10 @@ def covering(private: Mapping[str, Any]) -> str:
     return f"{name}{figure} covers everything that {who}: {covers}"
 
 
-def new_table(title: Text | str | None, **how: Any) -> Table:
-    """An empty table as fedkern prints them; ``how``: further arguments of rich's."""
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, **how)
-
-
-def by_test_set(
-    metrics: Mapping[str, float], sets: Collection[str], main: str, *, by_name: bool = False
-) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """The test sets that have figures, and every figure's values by test set; the validation set's are no results.
+def figures_table(
+    title: str, metrics: Mapping[str, float], sets: Collection[str], main: str, *, by_name: bool = False
+) -> Table:
+    """A row for each figure and a column for each test set that has figures; the validation set's are no results.
 
     With ``by_name`` the Dice of single classes is left out, which a table of the classes has.
     """
@@ -140,22 +132,10 @@ def by_test_set(
         if test_set != "validation" and not (by_name and figure.startswith("dice_")):
             figures.setdefault(figure, {})[test_set] = human_metric(name, metrics[name])
     present = {test_set for row in figures.values() for test_set in row}
-    return [test_set for test_set in dict.fromkeys((*TEST_SETS, *sets)) if test_set in present] or [""], figures
-
-
-def figures_table(
-    title: Text | str, metrics: Mapping[str, float], sets: Collection[str], main: str, *, by_name: bool = False
-) -> Table:
-    """A row for each figure and a column for each test set; see :func:`by_test_set`."""
-    columns, figures = by_test_set(metrics, sets, main, by_name=by_name)
-    title = plain(title, "table.title") if isinstance(title, str) else title
-    table = new_table(title, show_header=columns != [""])
-    table.add_column("")
-    for test_set in columns:
-        table.add_column(plain(set_title(test_set) or "test", most=TICK), justify="right", style="bold")
-    for figure, row in figures.items():
-        table.add_row(plain(figure_title(figure)), *(row.get(test_set, "") for test_set in columns))
-    return table
+    columns = [test_set for test_set in dict.fromkeys((*TEST_SETS, *sets)) if test_set in present] or [""]
+    rows = [[figure_title(figure), *(row.get(test_set, "") for test_set in columns)] for figure, row in figures.items()]
+    header = ["", *(set_title(test_set) or "test" for test_set in columns)]
+    return Table(header, rows, title, bold=True, bare=columns == [""])
 
 
 def final_table(summary: Mapping[str, Any], main: str) -> Table:
@@ -165,19 +145,18 @@ def final_table(summary: Mapping[str, Any], main: str) -> Table:
     """
     rounds = max(int(summary.get("rounds", 1)), 1)
     rounds_ = f"{rounds} round{'s' * (rounds > 1)}"
-    title = plain(f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds_}", "table.title")
+    title = printable_name(f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds_}", CELL)
     if summary.get("privacy"):
-        title.append("\n").append(plain(covering(summary["privacy"]), most=MESSAGE))
+        title += f"\n{printable_name(covering(summary['privacy']), MESSAGE)}"
     by_class = summary.get("per_class", {})
     by_name = any("dice" in each for each in by_class.values())
     table = figures_table(title, summary["metrics"], by_class, main, by_name=by_name)
-    table.add_section()
-    rows = sent_rows(summary["bytes"])
-    rows["time per round"] = human_time(summary["seconds"] / rounds)
-    rows["time"] = human_time(summary["seconds"])
-    for text, value in rows.items():
-        table.add_row(text, value)
-    return table
+    costs = sent_rows(summary["bytes"])
+    costs["time per round"] = human_time(summary["seconds"] / rounds)
+    costs["time"] = human_time(summary["seconds"])
+    blank = [""] * (len(table.header) - 2)
+    rows = [*table.rows, *([text, value, *blank] for text, value in costs.items())]
+    return replace(table, rows=rows, breaks=[len(table.rows)])
 
 
 def sent_rows(sent: Mapping[str, Any]) -> dict[str, str]:
@@ -193,28 +172,40 @@ ALL, LOWEST = 6, 3
 """Classes up to which a terminal shows all, and the number of classes that it shows of more."""
 
 
-def class_table(summary: Mapping[str, Any]) -> Group | None:
-    """Recall (Dice, or AUROC of labels) of the classes by test set; of many classes those with the lowest figures.
+def class_figures(summary: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, float | None]]]:
+    """Recall, Dice or AUROC of every class or label by test set, by kind; AUROC only where there is no recall."""
+    tables = {name: table for name, table in summary.get("per_class", {}).items() if name != "validation"}
+    figures = {
+        kind: {name: table[kind] for name, table in tables.items() if table.get(kind)}
+        for kind in ("recall", "dice", "auroc")
+    }
+    figures["auroc"] = {name: table for name, table in figures["auroc"].items() if name not in figures["recall"]}
+    return {kind: by_set for kind, by_set in figures.items() if by_set}
+
+
+def class_title(kind: str) -> str:
+    """Title of the :func:`class_figures` of a kind."""
+    return f"{short_title(kind)} of every {'label' if kind == 'auroc' else 'class'}"
+
+
+def class_table(summary: Mapping[str, Any]) -> Table | None:
+    """:func:`class_figures` of the first kind; of many classes those with the lowest figures.
 
     A line below names classes without a figure, because a test set has no sample of them.  The figures of all classes
     are in summary.json.  None where a summary has no such figures.
     """
-    tables = {name: table for name, table in summary.get("per_class", {}).items() if name != "validation"}
-    figure = next((name for name in ("recall", "dice", "auroc") if any(name in each for each in tables.values())), None)
-    if figure is None:
+    figure, tables = next(iter(class_figures(summary).items()), ("", {}))
+    if not tables:
         return None
-    tables = {name: table[figure] for name, table in tables.items() if figure in table}
     names = list(dict.fromkeys(each for table in tables.values() for each in table))
-    by_class = {each: [table[each] for table in tables.values() if table.get(each) is not None] for each in names}
+    by_class = {each: [value for table in tables.values() if (value := table.get(each)) is not None] for each in names}
     rows = names
     if len(names) > ALL:
         rows = sorted((each for each in names if by_class[each]), key=lambda each: min(by_class[each]))[:LOWEST]
-    labels = figure == "auroc"
-    noun = short_title(figure)
-    title = f"{noun} of every {'label' if labels else 'class'}"
+    labels, title = figure == "auroc", class_title(figure)
     if len(rows) < len(names):
         many = f"{len(names)} {'labels' if labels else 'classes'}"
-        title = f"lowest {noun} among {many} (all of them: per_class in summary.json)"
+        title = f"lowest {short_title(figure)} among {many} (all of them: per_class in summary.json)"
     gaps = []
     for name, table in tables.items():
         none = [f'"{printable_name(each, TICK)}"' for each in names if table.get(each) is None]
@@ -223,38 +214,26 @@ def class_table(summary: Mapping[str, Any]) -> Group | None:
             only = "" if len(tables) == 1 else f" ({set_title(name)})"
             what = "labels that all images have, or none" if labels else "classes without samples"
             gaps.append(f"means leave out {len(none)} of {len(names)} {what}{only}: {some}")
-    result = new_table(None, show_header=len(tables) > 1)
-    result.add_column("")
-    for name in tables:
-        result.add_column(plain(set_title(name), most=TICK), justify="right", style="bold")
+    texts = []
     for each in rows:
         values = [table.get(each) for table in tables.values()]
-        result.add_row(
-            plain(each, most=TICK),
-            *("none" if value is None else human_metric(figure, value) for value in values),
-        )
-    # The title is no part of the table, which would break it at the width of the columns.
-    notes = [plain("; ".join(gaps), most=MESSAGE)] if gaps else []
-    return Group(plain(title, "table.title"), result, *notes)
+        texts.append([label(each), *("none" if value is None else human_metric(figure, value) for value in values)])
+    header = ["", *(label(set_title(name)) for name in tables)]
+    notes = ["; ".join(gaps)] if gaps else []
+    return Table(header, texts, title, notes=notes, bold=True, bare=len(tables) == 1)
 
 
 def partition_table(statistics: Any, limit: int = CLIENTS) -> Table:
     """Client x class counts of a partition's ``PartitionStatistics``, for at most ``limit`` clients."""
     what = "client and class" if statistics.classes else "client"
-    title = plain(f"training samples per {what} ({statistics.partition})", "table.title")
-    caption = plain(SKEW, "table.caption") if statistics.classes else None
-    table = new_table(title, caption=caption, caption_justify="left")
     header = statistics.header()
     # More than twelve classes do not fit a terminal.
     columns = len(header) - (len(statistics.classes) if len(statistics.classes) > 12 else 0)
-    for name in header[:columns]:
-        table.add_column(plain(name, most=TICK), justify="left" if name == "name" else "right")
-    rows = statistics.rows(limit)
-    for row in rows[:-1]:
-        table.add_row(*(plain(cell, most=TICK) for cell in row[:columns]))
-    table.add_section()
-    table.add_row(*rows[-1][:columns])
-    return table
+    header, *rows = [[*map(label, row[:columns])] for row in (header, *statistics.rows(limit))]
+    title = printable_name(f"training samples per {what} ({statistics.partition})", CELL)
+    words = 2 if statistics.names is not None else 0
+    notes = [SKEW] if statistics.classes else []
+    return Table(header, rows, title, words=words, notes=notes, breaks=[len(rows) - 1])
 
 
 def own_tests_table(summary: Mapping[str, Any], main: str) -> Table:
@@ -265,21 +244,15 @@ def own_tests_table(summary: Mapping[str, Any], main: str) -> Table:
     clients = summary["client_metrics"]
     own_sets = summary.get("client_test_set") == "own"
     title = "own test sets of the clients" if own_sets else "the clients' parts of the test set"
-    table = new_table(title)
     has_names = any("name" in figures for figures in clients.values())
     columns = [name for name in (main, *_OF_A_CLIENT) if any(name in figures for figures in clients.values())]
-    table.add_column("client", justify="right")
-    if has_names:
-        table.add_column("name")
-    for name in columns:
-        table.add_column(figure_title(name), justify="right")
+    header, rows = ["client", *(["name"] if has_names else []), *map(figure_title, columns)], []
     for k in list(clients)[:CLIENTS]:
         figures = clients[k]
         cells = [human_metric(name, figures[name]) if figures.get(name) is not None else "" for name in columns]
-        table.add_row(k, *([plain(figures.get("name", ""), most=TICK)] if has_names else []), *cells)
-    if len(clients) > CLIENTS:
-        table.add_row(f"... {len(clients) - CLIENTS} more")
-    return table
+        rows.append([k, *([label(figures.get("name", ""))] if has_names else []), *cells])
+    more = [f"... {len(clients) - CLIENTS} more"] if len(clients) > CLIENTS else []
+    return Table(header, rows, title, words=2 if has_names else 0, notes=more)
 
 
 def worst_client_line(summary: Mapping[str, Any]) -> str:
@@ -294,9 +267,6 @@ def worst_client_line(summary: Mapping[str, Any]) -> str:
 
 def attack_table(attack: Mapping[str, Any], name: str) -> Table:
     """The table of what `fedkern.downstream.membership_attack.attack` found about the run ``name``."""
-    table = new_table(plain(f"membership attack on {name}", "table.title"), show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right", style="bold")
     unit, groups = attack["independent"], (attack["member_groups"], attack["other_groups"])
     interval = f"none: too few {unit}s" if attack["low"] is None else f"{attack['low']:.3f} to {attack['high']:.3f}"
     rows = {
@@ -313,25 +283,19 @@ def attack_table(attack: Mapping[str, Any], name: str) -> Table:
         rows["images left out, without a known pixel"] = str(attack["left_out"])
     if attack.get("untrained"):
         rows["images left out, which the method kept from the training"] = str(attack["untrained"])
-    for text, value in rows.items():
-        table.add_row(text, value)
-    return table
+    title = printable_name(f"membership attack on {name}", CELL)
+    return Table(["", ""], [[*row] for row in rows.items()], title, bold=True, bare=True)
 
 
 def downstream_table(result: Mapping[str, Any]) -> Table:
     """The table of a downstream task's figures, with a row for each test set; fractions are shown in per cent."""
     many = result["networks"]
     mean = f", mean over {many} networks" if many > 1 else ""
-    title = plain(f"{result['command']}: {result['method']} on {result['data']}{mean}", "table.title")
-    table = new_table(title, min_width=len(title))
-    rows = result["rows"]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    for name in columns:
-        heading = {"set": "test set", "auc": "AUC"}.get(name, figure_title(name))
-        table.add_column(plain(heading), justify="left" if name == "set" else "right")
-    for row in rows:
-        table.add_row(*(plain(_cell(name, row.get(name, ""))) for name in columns))
-    return table
+    columns = list(dict.fromkeys(name for row in result["rows"] for name in row))
+    header = [{"set": "test set", "auc": "AUC"}.get(name, figure_title(name)) for name in columns]
+    rows = [[_cell(name, row.get(name, "")) for name in columns] for row in result["rows"]]
+    title = printable_name(f"{result['command']}: {result['method']} on {result['data']}{mean}", CELL)
+    return Table(header, rows, title)
 
 
 def _cell(name: str, value: Any) -> str:

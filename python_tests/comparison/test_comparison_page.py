@@ -27,7 +27,7 @@ def test_the_page_of_a_comparison(compared):
     page = Reader(path.read_text())
     assert page.unclosed == []
     assert page.text("h1") == ["fedavg, fedprox on digits"]
-    rows = compared.result.text_rows()
+    rows = compared.result.text_table().rows
     assert all(cell in [*page.text("td"), *page.text("th")] for row in rows for cell in row if cell)
     assert "rounds to target" in page.text("th")
     assert all(text in page.text("p") for text in compared.notes)

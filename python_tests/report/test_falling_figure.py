@@ -63,9 +63,9 @@ def test_curves_and_tables_begin_with_it_and_know_no_per_cent():
     worst = client_panels(RECORDS, "mae")[0].curves[-1]
     assert (worst.name, worst.rounds, worst.values) == ("worst client", [1, 2, 3], [3.0, 1.5, 2.5])
     assert tables.ordered({"loss": 1.0, "accuracy": 0.5, "mae": 1.0}, main="mae") == ["mae", "accuracy", "loss"]
-    assert next(tables.final_table(summary(1.25), "mae").columns[0].cells).plain == "mae"
+    assert tables.final_table(summary(1.25), "mae").rows[0][0] == "mae"
     shown = tables.own_tests_table({"client_metrics": {"0": {"mae": 1.25, "loss": 1.0}}}, "mae")
-    assert [column.header for column in shown.columns] == ["client", "mae", "loss"]
+    assert shown.header == ["client", "mae", "loss"]
 
 
 def found(mae, lr=0.1, **more):
@@ -79,8 +79,8 @@ def test_runs_are_compared_in_its_own_unit():
     ]
     result = Result(groups, Target.read("mae=1"))
     assert result.figures == ["mae"]
-    assert [row[2] for row in result.text_rows()] == ["1.38 ± 0.177", "1 ± 0"]
-    assert result.text_rows()[1][3].startswith("-0.375 [")
+    assert [row[2] for row in result.text_table().rows] == ["1.38 ± 0.177", "1 ± 0"]
+    assert result.text_table().rows[1][3].startswith("-0.375 [")
     assert "percentage points" not in " ".join(result.sentences())
     assert str(result.target) == "mae <= 1"
     assert result.target.reached(RECORDS)["rounds"] == 2

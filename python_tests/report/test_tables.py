@@ -209,7 +209,7 @@ def test_a_set_with_any_name_has_a_column(name):
         "metrics": metrics, "per_class": {each: {} for each in ("validation", name, "a")},
     }  # fmt: skip
     table = tables.final_table(summary, "accuracy")
-    columns = {str(column.header): list(column.cells) for column in table.columns}
+    columns = dict(zip(table.header, zip(*table.rows, strict=True), strict=True))
     assert columns[name][0] == "20.0 %"
     assert columns["a"][0] == "30.0 %"
     assert not any("10.0 %" in cells for cells in columns.values())

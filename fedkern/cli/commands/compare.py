@@ -162,7 +162,6 @@ def config_of(request: Request, variant: Any, seed: int) -> RunConfig:
 
 
 def _tell(request: Request, comparison: Any, tracebacks: Mapping[str, str]) -> int:
-    from fedkern.comparison.boards import result_table
     from fedkern.report.live.progress import terminal
     from fedkern.report.names import say
 
@@ -173,7 +172,7 @@ def _tell(request: Request, comparison: Any, tracebacks: Mapping[str, str]) -> i
         print(comparison.folder)
     else:
         console = terminal()
-        console.print(result_table(result.title(), result.header(), result.text_rows()))
+        console.print(result.text_table())
         for text in result.sentences():
             say(console, text)
         say(console, f"folder: {comparison.folder}")

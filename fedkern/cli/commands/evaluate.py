@@ -6,6 +6,7 @@ from fedkern.cli.finished_runs import add_data, add_network, code, folder, publi
 from fedkern.cli.flags import Parser
 from fedkern.cli.request import Request
 from fedkern.engine.store.records import plain
+from fedkern.errors import printable_name
 from fedkern.settings.stored import load_settings
 from fedkern.usercode import named_code
 
@@ -23,6 +24,7 @@ def play(request: Request) -> int:
     from fedkern.downstream.evaluation import evaluate_run
     from fedkern.process.allocator import keep_freed_memory
     from fedkern.report.live.display import display
+    from fedkern.report.names import CELL
     from fedkern.report.tables import figures_table
 
     check_backend()
@@ -35,6 +37,6 @@ def play(request: Request) -> int:
     )
     config, network = load_settings(out, device="cpu"), "best" if best else "last"
     result = {"method": config.method, "data": data or config.data, "network": network, "metrics": plain(metrics)}
-    title = f"{result['method']} on {result['data']}, network of the {network} round"
+    title = printable_name(f"{result['method']} on {result['data']}, network of the {network} round", CELL)
     name = "-".join(["evaluate", *(["best"] if best else []), *([named_code.short(data)] if data else [])])
     return publish(request, result, figures_table(title, metrics, sets, config.main), out / f"{name}.json")

@@ -138,8 +138,7 @@ def command_of(request: Request, words: Sequence[str]) -> Command:
 
 
 def _tell(request: Request, reproduction: Reproduction) -> int:
-    from fedkern.comparison.boards import result_table
-    from fedkern.comparison.reproduction_table import HEADER, sentences, summary
+    from fedkern.comparison.reproduction_table import text_table
     from fedkern.report.live.progress import terminal
     from fedkern.report.names import say
 
@@ -150,8 +149,9 @@ def _tell(request: Request, reproduction: Reproduction) -> int:
         print(reproduction.out)
     else:
         console = terminal()
-        console.print(result_table(paper.title or paper.name, HEADER, [row.texts() for row in rows]))
-        for text in (summary(rows), *sentences(paper, rows), f"folder: {reproduction.out}"):
+        table = text_table(paper, rows)
+        console.print(dataclasses.replace(table, notes=()))
+        for text in (*table.notes, f"folder: {reproduction.out}"):
             say(console, text)
     for text in reproduction.tracebacks.values():
         print(printable(text), end="", file=sys.stderr)

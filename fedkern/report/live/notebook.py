@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from fedkern.data.html_table import LINE, html_table
+from fedkern.data.html_table import LINE
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import printable_name
 from fedkern.listeners.events import RunInfo
 from fedkern.report.live.progress import UNSHOWN, Clock, Lines, figures_by_set, headline, training_words
 from fedkern.report.tables import final_table, human_bytes, human_time, worst_client_line
+from fedkern.report.text_table import Table
 
 ROUNDS = 30
 """Most rounds that a table lists."""
@@ -24,19 +25,12 @@ PAUSE = 0.2
 """Least seconds before the end of a client moves the bar again: the whole table travels to the browser."""
 
 
-def of_rich(table: Table, notes: Sequence[str] = ()) -> str:
-    """A terminal's table as HTML."""
-    header = [str(column.header) for column in table.columns]
-    rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
-    words = sum(column.justify == "left" for column in table.columns)
-    return html_table(str(table.title or ""), header, list(rows), notes, words=words)
-
-
 def run_table(summary: Mapping[str, Any], out: Path, main: str) -> str:
     """The final figures of a run and its warnings, from its ``summary.json``, as HTML."""
     warnings = [f"warning ({name}): {text}" for name, text in (summary.get("diagnostics") or {}).items()]
     worst = worst_client_line(summary)
-    return of_rich(final_table(summary, main), [*([worst] if worst else []), *warnings, f"run folder {out}"])
+    notes = [*([worst] if worst else []), *warnings, f"run folder {out}"]
+    return replace(final_table(summary, main), notes=notes).html()
 
 
 def rounds_table(
@@ -61,7 +55,7 @@ def rounds_table(
         rows.append([str(record["round"]), *cells])
     header = ["round", *titles, *losses, "up", "down", "time"] if rows else []
     some = [] if few else [f"{len(selection)} of {len(records)} rounds"]
-    return html_table(title, header, rows, [*some, *notes])
+    return Table(header, rows, title, notes=[*some, *notes]).html()
 
 
 class Output:
@@ -74,10 +68,10 @@ class Output:
         """Does nothing: the first content makes the place.  Start and stop are those of ``rich.live.Live``."""
 
     def update(self, content: str | Table) -> None:
-        """Shows an HTML text, or a terminal's table."""
+        """Shows an HTML text, or a table."""
         from IPython.display import HTML, display
 
-        html = HTML(of_rich(content) if isinstance(content, Table) else content)
+        html = HTML(content.html() if isinstance(content, Table) else content)
         if self._handle is None:
             self._handle = display(html, display_id=True)
         else:

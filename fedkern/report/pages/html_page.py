@@ -16,21 +16,9 @@ from fedkern.engine.store.extending import REPORT
 from fedkern.errors import UserError, spared
 from fedkern.files import atomic
 from fedkern.process.versions import versions
+from fedkern.report.text_table import Table
 
 _TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of texts, with the columns' titles and as many cells in every row; the caption may be empty.
-
-    The first ``words`` columns hold words.  The others hold numbers and are set to the right.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    words: int = 1
 
 
 @dataclass(frozen=True)

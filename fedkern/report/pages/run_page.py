@@ -47,8 +47,19 @@ from fedkern.report.figures.plots import COLOURS, DRAWN, partition_picture
 from fedkern.report.names import CELL
 from fedkern.report.pages import html_page
 from fedkern.report.pages.charts import bars, chart, counts_table, curves
-from fedkern.report.pages.html_page import Block, Code, Page, Picture, Table, section, versions_table
-from fedkern.report.tables import by_test_set, covering, human_metric, human_time, in_unit, ordered, sent_rows
+from fedkern.report.pages.html_page import Block, Code, Page, Picture, section, versions_table
+from fedkern.report.tables import (
+    class_figures,
+    class_title,
+    covering,
+    figures_table,
+    human_metric,
+    human_time,
+    in_unit,
+    ordered,
+    sent_rows,
+)
+from fedkern.report.text_table import Table
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
 from fedkern.settings.stored import stored_settings
@@ -400,26 +411,21 @@ def _tiles(run: Contents) -> Iterator[tuple[str, str]]:
 def _figures(run: Contents) -> Iterator[Block]:
     if not run.finished:
         return
-    by_class = {name: table for name, table in run.summary.get("per_class", {}).items() if name != "validation"}
+    by_class = class_figures(run.summary)
     metrics = {name: value for name, value in run.metrics.items() if not name.startswith(OVER_CLIENTS)}
-    sets, figures = by_test_set(metrics, run.tests, run.config.main, by_name=bool(by_class))
-    rows = [[figure_title(figure), *(row.get(each, "") for each in sets)] for figure, row in figures.items()]
-    yield Table(["", *(set_title(each) or "test" for each in sets)], rows)
+    yield figures_table("", metrics, run.tests, run.config.main, by_name=bool(by_class))
     over_clients = dict.fromkeys(name.partition("_client_")[2] for name in run.metrics if name not in metrics)
     rows = [[figure_title(name), *(human_metric(name, run.metrics[which + name]) for which in OVER_CLIENTS)]
             for name in over_clients]  # fmt: skip
     if rows:
         yield Table(["over the clients' own test sets", "mean", "worst"], rows)
-    kinds = {"recall": "Recall of every class", "dice": "Dice of every class", "auroc": "AUROC of every label"}
-    for kind, title in kinds.items():
-        tables = {name: table[kind] for name, table in by_class.items()
-                  if table.get(kind) and (kind != "auroc" or not table.get("recall"))}  # fmt: skip
+    for kind, tables in by_class.items():
         classes = list(dict.fromkeys(each for table in tables.values() for each in table))
         missing = sum(all(table.get(each) is None for table in tables.values()) for each in classes)
         note = f"{missing} of {len(classes)} classes have no sample in any test set." if missing else ""
         series = {set_title(name): _scaled(map(table.get, classes), 100) for name, table in tables.items()}
-        if tables:
-            yield bars(f"class-{kind}", title, classes, series, axis=short_title(kind), unit="%", note=note)
+        title = class_title(kind)
+        yield bars(f"class-{kind}", title, classes, series, axis=short_title(kind), unit="%", note=note)
 
 
 def _curves(run: Contents) -> Iterator[Block]:

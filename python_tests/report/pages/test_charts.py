@@ -73,7 +73,7 @@ def test_a_long_curve_is_small_and_its_table_says_what_it_leaves_out():
     chart = curves("a", "A", [Panel("sent", [Curve("x", rounds, [*values[:-1], 1e10])], "B")])
     assert "10.0 GB" in texts(chart)
     assert len(chart.tables[0].rows) == ROWS
-    assert chart.tables[0].caption == "30 of 10000 rounds"
+    assert chart.tables[0].title == "30 of 10000 rounds"
     assert chart.tables[0].rows[-1] == ["10000", "10.0 GB"]
     assert len(chart.svg) < 200_000
 
@@ -106,7 +106,7 @@ def test_counts_by_row_and_column():
     large = counts_table(np.ones((500, 100), dtype=int), names, names[:100], row="r", column="c")
     assert len(large.rows) == 30
     assert len(large.header) == 21
-    assert large.caption == "number of samples; 30 of 500 rows; 20 of 100 columns"
+    assert large.title == "number of samples; 30 of 500 rows; 20 of 100 columns"
 
 
 def test_dots_of_runs_and_their_mean(drawn):

@@ -14,7 +14,8 @@ from fedkern.report.figures.fitting import fitted
 from fedkern.report.names import TITLE, label
 from fedkern.report.pages import html_page
 from fedkern.report.pages.charts import curves
-from fedkern.report.pages.html_page import Code, Page, Picture, Section, Table, section
+from fedkern.report.pages.html_page import Code, Page, Picture, Section, section
+from fedkern.report.text_table import Table
 from python_tests.html_reader import Reader
 
 EVIL = "</script><script>alert(1)</script><img src=https://example.org/x.png>&amp;"

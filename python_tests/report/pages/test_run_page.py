@@ -243,7 +243,7 @@ def test_of_many_clients_some_are_charted(finished):
     assert chart.name == "labels"
     assert chart.title.startswith("Label distribution of 200 of 10,000 clients")
     assert chart.tables[0].rows[0][0] == f"client {int(np.argsort(-counts.sum(1), kind='stable')[0])}"
-    assert chart.tables[0].caption == "number of samples; 30 of 200 rows"
+    assert chart.tables[0].title == "number of samples; 30 of 200 rows"
     assert text.startswith("10,000 clients with")
 
 

@@ -1,0 +1,105 @@
+"""A table of texts, described once: for a terminal, a notebook, a page, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Group
+from rich.table import Table as TerminalTable
+from rich.text import Text
+
+from fedkern.data.html_table import html_table
+from fedkern.errors import MESSAGE
+from fedkern.report.names import plain
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts, with the columns' titles and as many cells in every row.
+
+    The first ``words`` columns hold words.  The others hold numbers and are set to the right.
+
+    Attributes:
+        header: titles of the columns.
+        rows: the texts; a ``Text`` has a style of its own on a terminal.
+        title: one line or several, so names in it are ``printable_name``; may be empty.
+        words: number of the columns of words.
+        notes: lines below the table.
+        breaks: positions of rows before which a terminal leaves a line free.
+        bold: whether the numbers stand out on a terminal.
+        bare: whether a terminal leaves the header out.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str | Text]]
+    title: str = ""
+    words: int = 1
+    notes: Sequence[str] = ()
+    breaks: Sequence[int] = ()
+    bold: bool = False
+    bare: bool = False
+
+    def __rich__(self) -> Group:
+        table = TerminalTable(box=box.SIMPLE_HEAD, pad_edge=False, show_header=not self.bare)
+        for number, name in enumerate(self.header):
+            words = number < self.words
+            style = "bold" if self.bold and not words else ""
+            table.add_column(plain(name), justify="left" if words else "right", style=style, overflow="fold")
+        for number, row in enumerate(self.rows):
+            if number in self.breaks:
+                table.add_section()
+            table.add_row(*(cell if isinstance(cell, Text) else plain(cell) for cell in row))
+        # The title is no part of the table, which would break it at the width of the columns.
+        titles = [plain(line, "table.title", MESSAGE) for line in self.title.split("\n") if line]
+        return Group(*titles, table, *(plain(note, most=MESSAGE) for note in self.notes))
+
+    def html(self) -> str:
+        """The table as HTML in the colours of a notebook."""
+        rows = [[str(cell) for cell in row] for row in self.rows]
+        return html_table(self.title, self.header, rows, self.notes, words=self.words)
+
+    def markdown(self) -> str:
+        """Title, table and notes as Markdown."""
+        lines = ["| " + " | ".join(_markdown(str(cell)) for cell in row) + " |" for row in (self.header, *self.rows)]
+        lines.insert(1, "|---|" + "---:|" * (len(self.header) - 1))
+        notes = (f"{_markdown(note)}\n" for note in self.notes)
+        return "\n".join([f"# {_markdown(self.title)}", "", *lines, "", *notes])
+
+    @classmethod
+    def of_markdown(cls, text: str) -> Table | None:
+        """Header, rows and notes of a :meth:`markdown`; None where the text does not have this form."""
+        lines = text.splitlines()
+        body = [line for line in lines if line.startswith("| ")]
+        rows = [[_of_markdown(cell) for cell in line[2:-2].split(" | ")] for line in body]
+        if len(rows) < 2 or any(len(row) != len(rows[0]) for row in rows):
+            return None
+        after = lines[lines.index(body[-1]) + 1 :]
+        return cls(rows[0], rows[1:], notes=[_of_markdown(line) for line in after if line.strip()])
+
+    def latex(self) -> str:
+        """The table as LaTeX (package booktabs); title and notes are comments."""
+        lines = [f"% {' '.join(text.split())}" for text in (self.title, *self.notes)]
+        lines += [f"\\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", "\\toprule", _latex(self.header)]
+        lines += ["\\midrule", *map(_latex, self.rows), "\\bottomrule", "\\end{tabular}"]
+        return "\n".join(lines) + "\n"
+
+
+def _markdown(text: str) -> str:
+    return "".join(f"\\{c}" if c in "|*_`<>\\" else c for c in " ".join(text.split()))
+
+
+def _of_markdown(text: str) -> str:
+    return re.sub(r"\\(.)", r"\1", text)
+
+
+_TEX: Mapping[str, str] = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--",
+    "<": r"$<$", ">": r"$>$", **{c: f"\\{c}" for c in "&%$#_{}"},
+}  # fmt: skip
+
+
+def _latex(cells: Sequence[str | Text]) -> str:
+    return " & ".join("".join(_TEX.get(c, c) for c in str(cell)) for cell in cells) + r" \\"
