@@ -21,6 +21,8 @@ from fedkern.report.names import CELL
 from fedkern.report.pages import html_page, run_page
 from fedkern.report.pages.charts import bars, curves, dots
 from fedkern.report.pages.html_page import Block, Code, Page, section, versions_table
+from fedkern.report.run_contents import merged
+from fedkern.report.run_contents import read as read_contents
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
 from fedkern.report.text_table import Table
 from fedkern.settings.run_format import NAME as SETTINGS
@@ -87,7 +89,7 @@ def write_report(
 def page(folder: Path, result: Result, commands: Mapping[str, str], data_root: str | None = None) -> Page:
     """The page of a comparison; see :func:`write_report`."""
     groups, runs = result.groups, result.runs
-    first = run_page.read(runs[0].folder, data_root=data_root)
+    first = read_contents(runs[0].folder, data_root=data_root)
     diagnostics: dict[str, list[str]] = {}
     for run in runs:
         for name, text in dict(run.summary.get("diagnostics") or {}).items():
@@ -239,7 +241,7 @@ def _cost(result: Result) -> Iterator[Block]:
     labels, table = [group.label for group in result.groups], result.table
     sent = {"sent": [row["bytes"] for row in table]}
     yield bars("bytes", "Sent in both directions, mean of the runs", labels, sent, axis="sent", unit="B")
-    phases = [run_page.merged(*(run.summary.get("phases") or {} for run in group.runs.values()))
+    phases = [merged(*(run.summary.get("phases") or {} for run in group.runs.values()))
               for group in result.groups]  # fmt: skip
     seconds = {"whole run": [row["seconds"] for row in table]}
     for name in dict.fromkeys(name for each in phases for name in each if "/" not in name):

@@ -98,7 +98,7 @@ def test_a_finished_run_without_gradcam_keeps_its_pictures(result, fails, finish
     def gone(*_, **__):
         raise UserError("The data are gone.")
 
-    monkeypatch.setattr("fedkern.report.figures.pictures.load_data", gone)
+    monkeypatch.setattr("fedkern.report.run_contents.load_data", gone)
     out, _ = result("--resume", "probe", "--data-option", "test_samples=20", "--train-samples", "60")
     assert "pictures:   accuracy.png, confusion.png, partition.png" in out
     assert (finished / "accuracy.png").stat().st_mtime_ns == before
@@ -134,7 +134,7 @@ def test_the_summary_comes_before_what_is_wrong_with_the_pictures(capsys, finish
     def gone(config, **_):
         raise UserError(f"There are no data in {config.data_root}.")
 
-    monkeypatch.setattr("fedkern.report.figures.pictures.load_data", gone)
+    monkeypatch.setattr("fedkern.report.run_contents.load_data", gone)
     assert main(["--resume", "probe", "--json", "--data-root", "moved"]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out)["rounds"] == 1

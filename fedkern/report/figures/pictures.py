@@ -13,20 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedkern.data import normalise
-from fedkern.data.images.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
-from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.extending import PICTURE_LIST
 from fedkern.engine.store.extending import pictures as listed
 from fedkern.engine.store.records import read_metrics, read_summary
-from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, spared
 from fedkern.files import atomic
 from fedkern.report.figures.matplotlib_import import undocumented
-from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import kept_data, load_data
+from fedkern.report.run_contents import Contents, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,21 +67,31 @@ def write_pictures(
         UserError: a file of the run is missing, damaged or not written by the run, or the run's settings were changed;
             or the records are private and the run is not finished.
     """
-    root = {} if data_root is None else {"data_root": data_root}
-    config = unedited(run_dir, trusted=trusted, device="cpu", cache=remembered(run_dir), **root)
-    if read_summary(run_dir) is None and config.records == "private":
+    run = read(run_dir, data=data, data_root=data_root, trusted=trusted)
+    return draw_pictures(run, model=model, trusted=trusted, warn=warn)
+
+
+def draw_pictures(
+    run: Contents, *, model: torch.nn.Module | None, trusted: Collection[str], warn: Callable[[str], object]
+) -> list[Path]:
+    """:func:`write_pictures` of a run folder that is read already."""
+    if run.private and read_summary(run.folder) is None:
         raise UserError(
-            f"{run_dir} has no summary.json, and its records are private: finish the run with --resume "
-            f"{shlex.quote(str(run_dir))} before its pictures are drawn."
+            f"{run.folder} has no summary.json, and its records are private: finish the run with --resume "
+            f"{shlex.quote(str(run.folder))} before its pictures are drawn."
         )
+    if not run.records:
+        read_metrics(run.folder)  # refuses a folder without the file, of which a page may be
+    if run.data is None:
+        raise UserError(run.no_data)
     failed: dict[str, str] = {}
-    paths = _draw(run_dir, config, data, model, trusted, failed)
+    paths = _draw(run, model, trusted, failed)
     for name, why in failed.items():
-        (run_dir / name).unlink(missing_ok=True)  # of an older network
+        (run.folder / name).unlink(missing_ok=True)  # of an older network
         warn(f"{name} is missing, as it cannot be drawn: {why}.")
     # A picture that failed is listed, so that :func:`existing` has it drawn again.
     names = json.dumps({"pictures": [*(path.name for path in paths), *failed]})
-    atomic.write_bytes(run_dir / PICTURE_LIST, (names + "\n").encode())
+    atomic.write_bytes(run.folder / PICTURE_LIST, (names + "\n").encode())
     return paths
 
 
@@ -113,42 +118,26 @@ def finished_pictures(
         return [], str(error).rstrip(".")
 
 
-def _draw(
-    run_dir: Path,
-    config: RunConfig,
-    data: Any,
-    model: torch.nn.Module | None,
-    trusted: Collection[str],
-    failed: dict[str, str],
-) -> list[Path]:
+def _draw(run: Contents, model: torch.nn.Module | None, trusted: Collection[str], failed: dict[str, str]) -> list[Path]:
     """Draws the pictures; those that fail, by name, get their reason in ``failed``."""
     from fedkern.data.sharing.partition import parse_partition
 
     with undocumented():
-        from fedkern.report import chance
         from fedkern.report.figures import client_curves, confusion_sheet, curves, plots
 
-    data = kept_data(config, load_data(config, masks=False)) if data is None else data
-    name = f"{config.method} on {config.data}"
+    config, data, records, confusion = run.config, run.data, run.records, run.confusion
+    title = f"{run.name}, seed {config.seed}"
     paths: list[Path] = []
 
     def keep(picture: str, make: Callable[[], Any], **how: Any) -> None:
         """Draws what ``make`` gives: a figure, or panels of curves with arguments for their drawing."""
         with spared(partial(failed.setdefault, PICTURES[picture])):
             if drawing := make():
-                plots.save(curves.draw(drawing, **how) if how else drawing, run_dir / PICTURES[picture])
-                paths.append(run_dir / PICTURES[picture])
-
-    title = f"{name}, seed {config.seed}"
-    records = read_metrics(run_dir)
-    private = config.records == "private"
-    confusion = None if private else confusions.read(run_dir)
+                plots.save(curves.draw(drawing, **how) if how else drawing, run.folder / PICTURES[picture])
+                paths.append(run.folder / PICTURES[picture])
 
     def accuracy() -> list[Panel]:
-        lines = chance.constants(
-            records, config.main, {} if private or data.form.lacks else data.tests, confusion, len(data.classes)
-        )
-        return curves.accuracy_panels(records, config.main, tests=data.tests, chance=lines)
+        return curves.accuracy_panels(records, config.main, tests=data.tests, chance=run.chance(records))
 
     def partition() -> Figure:
         holdout = data.statistics.held_out
@@ -158,9 +147,9 @@ def _draw(
 
     keep(CURVES.get(config.main, "accuracy"), accuracy, title=title)
     keep("clients", lambda: curves.client_panels(records, config.main), title=f"Clients of {title}")
-    if private:
+    if run.private:
         for picture in ("confusion", "partition"):
-            (run_dir / PICTURES[picture]).unlink(missing_ok=True)
+            (run.folder / PICTURES[picture]).unlink(missing_ok=True)
     else:
         if confusion is not None and confusion.matrices and confusion.classes:
             keep("confusion", lambda: confusion_sheet.draw(confusion, title=f"Confusion of {title}"))
@@ -169,62 +158,60 @@ def _draw(
     by_samples = config.options.get("weighting") == "samples"
     weights = partial(client_curves.weight_panels, records, by_samples=by_samples)
     keep("weights", weights, title=f"Clients of {title}", stacked=True)
-    paths += draw_artifacts(read_shown(run_dir), run_dir, name, data.classes, failed)
+    paths += draw_artifacts(run.artifacts, run.folder, run.name, data.classes, failed)
     # A network of which clients keep parts to themselves answers nothing.
     for each in () if data.form.lacks or config.keeps_parts else data.task.pictures:
-        target = run_dir / PICTURES[each]
+        target = run.folder / PICTURES[each]
         with spared(partial(failed.setdefault, target.name)):
-            model = read_model(run_dir, trusted)[0] if model is None else model
-            if _ANSWERS[each](target, name, model, data, config, trusted):
+            model = read_model(run.folder, trusted)[0] if model is None else model
+            if _ANSWERS[each](run, model, trusted, target):
                 paths.append(target)
     return paths
 
 
-def _draw_segmentation(target: Path, name: str, model: Any, data: Any, config: RunConfig, trusted: Any) -> bool:
-    with undocumented():
-        from fedkern.report.figures import segmentation_sheet
+def _draw_segmentation(run: Contents, model: Any, trusted: Collection[str], target: Path) -> bool:
+    from fedkern.report.figures import segmentation_sheet
 
-    split = next(iter(data.tests.values()))
+    split = next(iter(run.data.tests.values()))
     split = split.subset(segmentation_sheet.examples(split.labels, EXAMPLES))
-    inputs = normalise(split.images, data.form.mean, data.form.std)
-    segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=f"Segmentation of {name}")
+    inputs = normalise(split.images, run.data.form.mean, run.data.form.std)
+    title = f"Segmentation of {run.name}"
+    segmentation_sheet.draw(model, split, inputs, target, classes=run.data.classes, title=title)
     return True
 
 
-def _draw_retrieval(target: Path, name: str, model: Any, data: Any, config: RunConfig, trusted: Any) -> bool:
-    with undocumented():
-        from fedkern.report.figures import retrieval_sheet
+def _draw_retrieval(run: Contents, model: Any, trusted: Collection[str], target: Path) -> bool:
+    from fedkern.report.figures import retrieval_sheet
 
     try:
-        examples, title = retrieval_sheet.retrieval_examples(target.parent, config, data, model=model, trusted=trusted)
+        examples, title = retrieval_sheet.retrieval_examples(run, model=model, trusted=trusted)
     except UserError:  # the method has no pair of encoders, as the report says
         return False
-    retrieval_sheet.draw(examples, target, title=f"{title}, {name}")
+    retrieval_sheet.draw(examples, target, title=f"{title}, {run.name}")
     return True
 
 
-def _draw_gradcam(target: Path, name: str, model: Any, data: Any, config: RunConfig, trusted: Any) -> bool:
+def _draw_gradcam(run: Contents, model: Any, trusted: Collection[str], target: Path) -> bool:
     from fedkern.models import StagedNetwork
     from fedkern.models.mlp import MLP
-
-    with undocumented():
-        from fedkern.report.figures import gradcam
+    from fedkern.report.figures import gradcam
 
     # Without running statistics a prediction depends on the batch, so Grad-CAM of a few images would mislead.
     # Maps of an MLP have one position, which Grad-CAM would show as an even colour.
     fitting = isinstance(model, StagedNetwork) and not isinstance(model, MLP) and model.maps
-    if not (fitting and config.grad_cam and config.statistics):
+    if not (fitting and run.config.grad_cam and run.config.statistics):
         return False
-    panels = {}
-    for key, split in data.tests.items():
+    panels, form = {}, run.data.form
+    for key, split in run.data.tests.items():
         rows = gradcam.choose(split.labels, EXAMPLES)
         if len(rows) == 0:
             continue
         images = split.images[rows]
         masks = split.masks[rows] if split.masks is not None else None
-        panels[key] = (images, normalise(images, data.form.mean, data.form.std), split.labels[rows], masks)
+        panels[key] = (images, normalise(images, form.mean, form.std), split.labels[rows], masks)
     if panels:
-        gradcam.draw(model, panels, target, classes=data.classes, title=f"Grad-CAM of the global model, {name}")
+        title = f"Grad-CAM of the global model, {run.name}"
+        gradcam.draw(model, panels, target, classes=run.data.classes, title=title)
     return bool(panels)
 
 

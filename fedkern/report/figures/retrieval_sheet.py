@@ -11,14 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedkern.data import FederatedData
 from fedkern.downstream.finished import Finished
 from fedkern.downstream.saved_network import read_model
 from fedkern.report.figures.fitting import fitted
 from fedkern.report.figures.plots import GREEN, evenly
 from fedkern.report.figures.sheet import Sheet, rgb
 from fedkern.report.names import label
-from fedkern.settings.config import RunConfig
+from fedkern.report.run_contents import Contents
 from fedkern.tasks.figure_names import set_title
 from fedkern.tasks.retrieval import Gallery
 
@@ -57,21 +56,16 @@ def draw(examples: Sequence[Example], path: Path, *, title: str) -> None:
 
 
 def retrieval_examples(
-    folder: Path,
-    config: RunConfig,
-    data: FederatedData,
-    *,
-    model: nn.Module | None = None,
-    trusted: Collection[str] = (),
+    contents: Contents, *, model: nn.Module | None = None, trusted: Collection[str] = ()
 ) -> tuple[list[Example], str]:
     """Images evenly spread over the first test set, each with its nearest captions, and a title for them.
 
     Raises:
         UserError: the run's encoders cannot be read.
     """
-    module, about = read_model(folder, trusted, model)
-    run = Finished(folder, config, module, about, data)
-    name, split = next(iter(data.tests.items()))
+    module, about = read_model(contents.folder, trusted, model)
+    run = Finished(contents.folder, contents.config, module, about, contents.data)
+    name, split = next(iter(run.data.tests.items()))
     network, texts = run.networks[0], split.texts or ()
     gallery = Gallery.of(split.ids, texts)
     rows = gallery.images[torch.tensor(evenly(len(gallery.images), EXAMPLES))]

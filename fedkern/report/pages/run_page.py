@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 import shlex
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -15,23 +14,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fedkern.data import DATASETS, Split
-from fedkern.data.images.used_cache import remembered
+from fedkern.data import DATASETS
 from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sources.arrays import NAME as ARRAYS
-from fedkern.engine.store import confusions
-from fedkern.engine.store.artifacts import Artifact
-from fedkern.engine.store.artifacts import read as read_artifacts
-from fedkern.engine.store.checkpoints import newest
-from fedkern.engine.store.confusions import Confusions
-from fedkern.engine.store.records import METRICS, read_metrics, read_summary
-from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.files.inputs import open_regular
 from fedkern.methods import registry
 from fedkern.methods.common.diagnostics import hardly_better
 from fedkern.methods.common.final_figures import set_name
-from fedkern.report import chance
 from fedkern.report.figures import confusion_sheet, pictures
 from fedkern.report.figures.client_curves import SPREAD, client_curves, weight_panels
 from fedkern.report.figures.curves import (
@@ -48,6 +38,7 @@ from fedkern.report.names import CELL
 from fedkern.report.pages import html_page
 from fedkern.report.pages.charts import bars, chart, counts_table, curves
 from fedkern.report.pages.html_page import Block, Code, Page, Picture, section, versions_table
+from fedkern.report.run_contents import Contents, merged, read
 from fedkern.report.tables import (
     class_figures,
     class_title,
@@ -56,12 +47,10 @@ from fedkern.report.tables import (
     human_metric,
     human_time,
     in_unit,
-    ordered,
     sent_rows,
 )
 from fedkern.report.text_table import Table
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import kept_data, load_data
 from fedkern.settings.stored import stored_settings
 from fedkern.tasks.figure_names import (
     OVER_CLIENTS,
@@ -70,7 +59,6 @@ from fedkern.tasks.figure_names import (
     set_noun,
     set_title,
     short_title,
-    split_metric,
 )
 from fedkern.typed_option import as_typed
 from fedkern.usercode.named_code import INSTANCE
@@ -81,122 +69,6 @@ _LARGEST = 32 << 20
 """Bytes of a picture from which on it is left out."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PRIVATE = "The records are private: nothing is told of single clients."
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What is known of a run.
-
-    Attributes:
-        summary: contents of ``summary.json``, or those that the rounds so far tell.
-        data: the run's ``FederatedData``; None where it cannot be had.
-        no_data: why there are no data, as a sentence; empty where there are.
-        confusion: confusion matrices, where the run has them.
-        artifacts: what the method logged.
-        built: versions that the run was made with.
-    """
-
-    folder: Path
-    config: RunConfig
-    records: Sequence[Mapping[str, Any]]
-    summary: Mapping[str, Any]
-    data: Any = field(repr=False)
-    no_data: str = ""
-    finished: bool = True
-    confusion: Confusions | None = None
-    warnings: Mapping[str, str] = field(default_factory=dict)
-    artifacts: Sequence[Artifact] = ()
-    built: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def private(self) -> bool:
-        """Whether nothing may be told of single clients and of counts of samples."""
-        return self.config.records == "private"
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The final figures that are numbers; those of the last evaluated round where the run is not finished."""
-        metrics = self.summary["metrics"]
-        return {name: metrics[name] for name in ordered(metrics, main=self.config.main) if math.isfinite(metrics[name])}
-
-    @property
-    def main(self) -> list[str]:
-        """Names of the main figures on the test sets."""
-        main = self.config.main  # with any prefix: ``ood_accuracy``, ``vote_accuracy``
-        names = [name for name in self.metrics if name.endswith(main) and self.split(name)[0] != "validation"]
-        return [name for name in names if self.split(name)[1] == main] or names[:1]
-
-    @property
-    def statistics(self) -> Any:
-        """The partition's statistics, or None where they are not known or must not be told."""
-        return None if self.data is None or self.private else self.data.statistics
-
-    @property
-    def tests(self) -> Mapping[str, Split]:
-        """The test sets; none where the data cannot be had."""
-        return {} if self.data is None else self.data.tests
-
-    def chance(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """See :func:`fedkern.report.chance.constants`; without what must not be told."""
-        counted = {} if self.data is None or self.private or self.data.form.lacks else self.tests
-        classes = 0 if self.data is None else len(self.data.classes)
-        return chance.constants(records, self.config.main, counted, self.confusion, classes)
-
-    def split(self, name: str) -> tuple[str, str]:
-        """Test set and figure of a name such as ``ood_accuracy``, also of test sets that a user has named."""
-        return split_metric(name, self.tests)
-
-    def client(self, k: str) -> str:
-        """A client's name, or "client" with its number."""
-        names = self.summary.get("client_names")
-        if names is None and self.data is not None:
-            names = self.data.client_names
-        return names[int(k)] if names is not None and int(k) < len(names) else f"client {k}"
-
-
-def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trusted: Collection[str] = ()) -> Contents:
-    """Reads a run folder, and the run's data where they can be had.
-
-    Args:
-        run_dir: the run folder.
-        data: the run's ``FederatedData`` without its holdout; None loads the data again.
-        data_root: current folder of the data files.
-        trusted: code that may be imported (see :func:`fedkern.load`).
-
-    Raises:
-        UserError: there is no run, a file is damaged, or the settings were changed after the run began.
-    """
-    root = {} if data_root is None else {"data_root": data_root}
-    config = unedited(run_dir, trusted=trusted, device="cpu", cache=remembered(run_dir), **root)
-    entry = newest(run_dir)
-    info = {} if entry is None else entry["info"]
-    summary = read_summary(run_dir) if info.get("finished", True) else None  # an older one, of a run since extended
-    no_data = ""
-    if data is None:
-        try:
-            data = kept_data(config, load_data(config, masks=False))
-        except UserError as error:
-            no_data = str(error)
-        else:
-            if len(data.statistics.counts) != config.trained_clients:
-                data, no_data = None, f"The data found now are of another number of clients than the run in {run_dir}."
-    records = read_metrics(run_dir) if entry or (run_dir / METRICS).exists() else []
-    return Contents(
-        run_dir, config, records, summary or _so_far(records, config.main), data, no_data, summary is not None,
-        confusion=None if config.records == "private" else confusions.read(run_dir),
-        warnings=info.get("parts", {}).get("warnings", {}) if summary is None else summary.get("diagnostics", {}),
-        artifacts=read_artifacts(run_dir), built=(summary or info).get("versions") or {},
-    )  # fmt: skip
-
-
-def _so_far(records: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any]:
-    """What the summary of a run that is not finished would hold; figures are those of the last evaluated round."""
-    evaluated = (each for each in reversed(records) if any(name.endswith(main) for name in each))
-    last = records[-1] if records else {}
-    sent = {"total": last["bytes_up"] + last["bytes_down"]} if "bytes_up" in last else {}
-    phases = merged(*(record.get("phases", {}) for record in records))
-    seconds = {"seconds": last["seconds"]} if records else {}
-    return {"metrics": next(evaluated, {}), "rounds": last.get("round", 0), "bytes": sent, "phases": phases, **seconds}
 
 
 def in_memory(config: RunConfig) -> bool:
@@ -239,11 +111,10 @@ def write_report(
     run = read(run_dir, data=data, data_root=data_root, trusted=trusted)
     undrawn: list[str] = []
     if run.finished and not pictures.existing(run_dir):
-        why: str | None = run.no_data.rstrip(".")
-        if run.data is not None:
-            how: dict[str, Any] = {"model": model, "trusted": trusted, "warn": undrawn.append}
-            why = pictures.finished_pictures(run_dir, data=run.data, **how)[1]
-        undrawn += [f"The run's pictures could not be drawn: {why}."] if why is not None else []
+        try:
+            pictures.draw_pictures(run, model=model, trusted=trusted, warn=undrawn.append)
+        except UserError as error:
+            undrawn.append(f"The run's pictures could not be drawn: {str(error).rstrip('.')}.")
     return html_page.write(page(run, command=command, undrawn=undrawn), run_dir)
 
 
@@ -255,7 +126,7 @@ def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Pa
         f"{run.summary.get('model') or config.model} · {'finished' if run.finished else 'not finished'}"
     )
     return Page(
-        title=printable_name(f"{config.method} on {config.data}", CELL),
+        title=printable_name(run.name, CELL),
         about=printable_name(about, CELL),
         headline=[*headline(run)],
         warnings=[*run.warnings.items()],
@@ -609,8 +480,7 @@ def _pictures(run: Contents, undrawn: Sequence[str]) -> Iterator[Block]:
         failed: dict[str, str] = {}
         classes = () if run.data is None else run.data.classes
         with tempfile.TemporaryDirectory() as folder:
-            title = f"{run.config.method} on {run.config.data}"
-            for path in pictures.draw_artifacts(run.artifacts, Path(folder), title, classes, failed):
+            for path in pictures.draw_artifacts(run.artifacts, Path(folder), run.name, classes, failed):
                 yield from _picture(path, *texts[path.name])
         yield from (f"{name} is missing, as it cannot be drawn: {why}." for name, why in failed.items())
 
@@ -631,15 +501,6 @@ def _settings(run: Contents, command: str) -> Iterator[Block]:
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
-
-
-def merged(*tables: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by phase over all tables, where the numbered parts of a phase (``train/images 3``) are one."""
-    seconds: dict[str, float] = {}
-    for name, value in (item for table in tables for item in table.items()):
-        plain = re.sub(r" \d+$", "", name)
-        seconds[plain] = seconds.get(plain, 0.0) + float(value)
-    return seconds
 
 
 def _scaled(values: Iterable[float | None], factor: float) -> list[float | None]:

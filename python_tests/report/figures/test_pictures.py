@@ -18,7 +18,7 @@ from fedkern import models
 from fedkern.data import PartitionStatistics, Split, load
 from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
-from fedkern.report import chance
+from fedkern.report import chance, run_contents
 from fedkern.report.figures import (
     artifact_sheet,
     client_curves,
@@ -138,7 +138,7 @@ def test_data_that_are_loaded_again_are_those_of_the_run(tmp_path, data, monkeyp
     def draw(model, panels, path, **_):
         seen["panels"] = list(panels)
 
-    monkeypatch.setattr(pictures, "load_data", loaded)
+    monkeypatch.setattr(run_contents, "load_data", loaded)
     monkeypatch.setattr(gradcam, "draw", draw)
     pictures.write_pictures(folder, data_root="/now")
     assert seen == {"root": "/now", "panels": ["id", "ood", "held_out"]}
@@ -404,8 +404,8 @@ def quick(monkeypatch, tmp_path, data):
         monkeypatch.setattr(module, name, lambda *_, **__: object())
     monkeypatch.setattr(confusion_sheet, "draw", lambda *_, **__: object())
     monkeypatch.setattr(chance, "constants", lambda *_: {})
-    monkeypatch.setattr(pictures.confusions, "read", lambda _: SimpleNamespace(matrices={"id": 0}, classes=("0",)))
-    monkeypatch.setattr(pictures, "read_shown", lambda _: [SimpleNamespace(name="clouds")])
+    monkeypatch.setattr(run_contents.confusions, "read", lambda _: SimpleNamespace(matrices={"id": 0}, classes=("0",)))
+    monkeypatch.setattr(run_contents, "read_artifacts", lambda _: [SimpleNamespace(name="clouds")])
     monkeypatch.setattr(plots, "save", lambda _, path: path.touch())
     monkeypatch.setattr(gradcam, "draw", lambda _, panels, path, **__: path.touch())
     monkeypatch.setattr(artifact_sheet, "draw", lambda _, path, **__: path.touch())

@@ -11,6 +11,7 @@ from fedkern.report.figures import plots, sheet
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.report.figures.retrieval_sheet import EXAMPLES, NEAREST, Example, draw, retrieval_examples
 from fedkern.report.pages import run_page
+from fedkern.report.run_contents import read
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 
@@ -24,7 +25,7 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
     data = load_data(config)
     run(config, out=tmp_path)
     assert "retrieval.png" in [path.name for path in write_pictures(tmp_path, data=data)]
-    examples, title = retrieval_examples(tmp_path, config, data)
+    examples, title = retrieval_examples(read(tmp_path, data=data))
     split = data.tests[""]
     assert len(examples) == EXAMPLES
     assert title == f"Test images and the nearest of {len(set(split.texts))} captions"
@@ -37,8 +38,7 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
 
     missing = "There are no retrieval examples: they need a complete network with an image and a text encoder."
     for there in (True, False):
-        contents = run_page.read(tmp_path, data=data)
-        *_, section, _ = run_page.page(contents).sections
+        *_, section, _ = run_page.page(read(tmp_path, data=data)).sections
         assert (missing in section.blocks) is not there
         assert ("Retrieval examples" in [getattr(block, "title", "") for block in section.blocks]) is there
         (tmp_path / "retrieval.png").unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
+from fedkern.report import run_contents
 from fedkern.report.figures import pictures
 from fedkern.report.pages import run_page
 from fedkern.report.pages.html_page import Chart
@@ -78,7 +79,7 @@ def test_the_headline_is_what_a_sceptic_concludes(finished, finished_page):
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_headline_tells_of_poor_figures_and_warnings(finished):
-    run = run_page.read(finished)
+    run = run_contents.read(finished)
     poor = {**run.summary, "metrics": {**run.summary["metrics"], "accuracy": 0.1}}
     page = run_page.page(dataclasses.replace(run, summary=poor, warnings={"chance-level": "accuracy is 0.100"}))
     assert any(text.endswith("The network is hardly better.") for text in page.headline)
@@ -100,7 +101,7 @@ def columns(chart):
 
 @pytest.mark.usefixtures("undrawn")
 def test_charts_hold_the_figures_of_the_run(finished):
-    run, records = run_page.read(finished), read_metrics(finished)
+    run, records = run_contents.read(finished), read_metrics(finished)
     found = charts(run_page.page(run))
     assert {"main", "loss", "labels", "client-final", "client-loss", "client-drift", "bytes", "phases", "class-recall",
             "confusion-0"} <= found.keys()  # fmt: skip
@@ -120,7 +121,7 @@ def test_charts_hold_the_figures_of_the_run(finished):
 
 
 def test_curves_of_an_asynchronous_run_are_over_the_clock(finished, monkeypatch):
-    run, drawn = run_page.read(finished), []
+    run, drawn = run_contents.read(finished), []
     monkeypatch.setattr(run_page, "curves", lambda _, __, panels, **___: drawn.extend(panels))
     records = [{**record, "clock": 7.5 * record["round"], "staleness": 0.5} for record in run.records]
     run = dataclasses.replace(run, records=records)
@@ -149,7 +150,7 @@ def test_the_same_folder_gives_the_same_file(finished, finished_page):
 
 
 def test_numbered_parts_of_a_phase_are_one():
-    found = run_page.merged({"train": 3.0, "train/images 0": 1.0, "train/images 11": 0.5, "evaluate": 1})
+    found = run_contents.merged({"train": 3.0, "train/images 0": 1.0, "train/images 11": 0.5, "evaluate": 1})
     assert found == {"train": 3.0, "train/images": 1.5, "evaluate": 1.0}
 
 
@@ -167,7 +168,7 @@ def test_a_run_whose_data_are_gone_keeps_the_picture_of_the_partition(folder, mo
     def gone(*_, **__):
         raise UserError("The folder /data does not exist.")
 
-    monkeypatch.setattr(run_page, "load_data", gone)
+    monkeypatch.setattr(run_contents, "load_data", gone)
     page = read(folder)
     assert "labels" not in page.charts
     assert "as the data cannot be read: The folder /data does not exist." in page.words
@@ -234,7 +235,7 @@ def test_a_run_that_is_not_finished_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("undrawn")
 def test_of_many_clients_some_are_charted(finished):
-    run = run_page.read(finished)
+    run = run_contents.read(finished)
     counts = np.random.default_rng(0).integers(1, 9, size=(10_000, 10))
     sizes = tuple(counts.sum(1).tolist())
     statistics = dataclasses.replace(run.data.statistics, counts=counts, own_tests=(), samples=sizes)
