@@ -6,27 +6,28 @@ import csv
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.cells import word
 from fedkern.comparison.found_runs import grouped, own_sets, read_run, read_runs
 from fedkern.comparison.results import CSV, MARKDOWN, Result, spread_text
-from fedkern.comparison.seed_statistics import spread
+from fedkern.comparison.seed_statistics import plus_minus, spread
+from fedkern.data.text_table import Table
 from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError, printable_name
 from fedkern.files.inputs import read_text
 from fedkern.report.figures.comparison_plot import comparison_panels, on_clock
-from fedkern.report.names import CELL
+from fedkern.report.names import CELL, capital
 from fedkern.report.pages import html_page, run_page
 from fedkern.report.pages.charts import bars, curves, dots
 from fedkern.report.pages.html_page import Block, Code, Page, section, versions_table
 from fedkern.report.run_contents import merged
 from fedkern.report.run_contents import read as read_contents
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
-from fedkern.report.text_table import Table
 from fedkern.settings.run_format import NAME as SETTINGS
-from fedkern.tasks.figure_names import figure_title, number, scale, set_title, split_metric
+from fedkern.tasks.figure_names import figure_and_set, figure_title, number, scale, split_metric
 
 TOLD = 6
 """Most differences that the headline tells of."""
@@ -172,9 +173,7 @@ def headline(result: Result) -> list[str]:
 
 
 def _called(figure: str) -> str:
-    test_set, name = split_metric(figure)
-    title = f"{figure_title(name)}{f', {set_title(test_set)}' if test_set else ''}"
-    return title[:1].upper() + title[1:]
+    return capital(figure_and_set(figure))
 
 
 def _value(figure: str, row: Mapping[str, Any]) -> str:
@@ -198,14 +197,10 @@ def _table(folder: Path, result: Result) -> Iterator[Block]:
     for name in ordered(figures, sets, result.runs[0].config.main):
         if split_metric(name, sets)[0] != "validation":
             values = [list(group.values(name).values()) for group in result.groups]
-            body.append([_called(name), *(_human(name, *spread(each)) if each else "" for each in values)])
+            text = partial(human_metric, name)
+            body.append([_called(name), *(plus_minus(*spread(each), text) if each else "" for each in values)])
     caption = "All final figures: mean ± standard deviation over the runs"
     yield Table(["figure", *(group.label for group in result.groups)], body, caption)
-
-
-def _human(name: str, mean: float, deviation: float | None) -> str:
-    text = human_metric(name, mean)
-    return text if deviation is None else f"{text} ± {human_metric(name, deviation)}"
 
 
 def _stored_table(folder: Path) -> Table | None:

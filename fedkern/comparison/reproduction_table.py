@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fedkern.comparison.published import ROUNDS, Paper, PublishedCell
 from fedkern.comparison.results import csv_text
-from fedkern.comparison.seed_statistics import Difference
+from fedkern.comparison.seed_statistics import Difference, interval_text
 from fedkern.comparison.verdicts import NO_DATA, VERDICTS, Outcome, Verdict, shown
+from fedkern.data.text_table import Table
 from fedkern.errors import first_of, listed
 from fedkern.report.figures.comparison_plot import Groups, comparison_panels
 from fedkern.report.pages.charts import curves
 from fedkern.report.pages.html_page import Block, Code, Page, section
 from fedkern.report.tables import human_metric, human_time
-from fedkern.report.text_table import Table
 
 HEADER = ("table", "cell", "published", "ours", "to the baseline", "seeds", "swept, first seed", "verdict")
 
@@ -166,7 +167,4 @@ def _title(paper: Paper) -> str:
 
 
 def _interval(cell: PublishedCell, ours: Difference, sign: str = "") -> str:
-    """A mean and its interval, for people."""
-    if ours.low is None or ours.high is None:
-        return shown(cell, ours.mean, sign)
-    return f"{shown(cell, ours.mean, sign)} [{shown(cell, ours.low, sign)}, {shown(cell, ours.high, sign)}]"
+    return interval_text(ours.mean, ours.low, ours.high, partial(shown, cell, sign=sign))

@@ -9,11 +9,13 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.found_runs import Group, differing_settings, main_figures, own_sets
-from fedkern.comparison.seed_statistics import Target, paired, spread
+from fedkern.comparison.seed_statistics import Target, interval_text, paired, plus_minus, spread
+from fedkern.data.text_table import Table
 from fedkern.engine.store import confusions, records
 from fedkern.errors import UserError, nearest, printable_name, spared
 from fedkern.files import atomic
@@ -21,7 +23,6 @@ from fedkern.methods.registry import short
 from fedkern.report.chance import constants
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time
-from fedkern.report.text_table import Table
 from fedkern.tasks.figure_names import number, scale, short_set_title, short_title, split_metric
 
 CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.tex", "comparison.png"
@@ -134,34 +135,22 @@ class Result:
 
     def text_table(self, notes: Sequence[str] = ()) -> Table:
         """The table in texts, a row for every group: mean ± standard deviation, and differences with their interval."""
-        return Table(self._header(), self._text_rows(), self.title(), notes=notes)
-
-    def _header(self) -> list[str]:
-        columns = ["", "seeds"]
-        for test_set, figure in map(split_metric, self.figures):
-            title = f"{short_set_title(test_set)} {short_title(figure)}".strip()
-            columns += [title, *([f"{title}: difference"] if len(self.groups) > 1 else [])]
-        if self.target is not None:
-            columns += [f"{name} to target" for name in TAKEN]
-        return [*columns, "sent", "time"]
-
-    def _text_rows(self) -> list[list[str]]:
-        texts = []
-        for row in self.table:
-            cells = [printable_name(row["group"], CELL), str(row["seeds"])]
-            for figure in self.figures:
-                cells.append(spread_text(figure, row[figure], row[f"{figure}_std"]))
-                if len(self.groups) > 1:
-                    parts = (row[f"{figure}_{part}"] for part in ("difference", "low", "high"))
-                    cells.append(_difference(figure, *parts))
-            if self.target is not None:
-                for name in TAKEN:
-                    mean, deviation = row[f"{name}_to_target"], row[f"{name}_to_target_std"]
-                    missed = f"reached by {row['reached']} of {row['seeds']}"
-                    absent = missed if name == "rounds" else "–"
-                    cells.append(absent if mean is None else _amount(name, mean, deviation))
-            texts.append([*cells, human_bytes(row["bytes"]), human_time(row["seconds"])])
-        return texts
+        rows = self.table
+        columns: list[tuple[str, list[str]]] = [
+            ("", [printable_name(row["group"], CELL) for row in rows]), ("seeds", [str(row["seeds"]) for row in rows]),
+        ]  # fmt: skip
+        for figure in self.figures:
+            test_set, name = split_metric(figure)
+            title = f"{short_set_title(test_set)} {short_title(name)}".strip()
+            columns.append((title, [spread_text(figure, row[figure], row[f"{figure}_std"]) for row in rows]))
+            if len(rows) > 1:
+                columns.append((f"{title}: difference", [_difference(figure, row) for row in rows]))
+        for name in TAKEN if self.target is not None else ():
+            columns.append((f"{name} to target", [_taken(name, row) for row in rows]))
+        columns.append(("sent", [human_bytes(row["bytes"]) for row in rows]))
+        columns.append(("time", [human_time(row["seconds"]) for row in rows]))
+        titles, cells = zip(*columns, strict=True)
+        return Table(titles, [[*row] for row in zip(*cells, strict=True)], self.title(), notes=notes)
 
     def title(self) -> str:
         """Title of the comparison."""
@@ -220,21 +209,21 @@ def spread_text(figure: str, mean: float | None, deviation: float | None) -> str
         return "not told"
     if deviation is None:
         return human_metric(figure, mean)
-    return f"{number(figure, mean)} ± {number(figure, deviation)} {scale(figure)[1]}".rstrip()
+    return f"{plus_minus(mean, deviation, partial(number, figure))} {scale(figure)[1]}".rstrip()
 
 
-def _difference(figure: str, mean: float | None, low: float | None, high: float | None) -> str:
+def _difference(figure: str, row: Mapping[str, Any]) -> str:
+    mean, low, high = (row[f"{figure}_{part}"] for part in ("difference", "low", "high"))
+    return "" if mean is None else interval_text(mean, low, high, partial(number, figure, sign="+"))
+
+
+def _taken(name: str, row: Mapping[str, Any]) -> str:
+    """What reaching the target took, with its unit."""
+    mean, deviation = row[f"{name}_to_target"], row[f"{name}_to_target_std"]
     if mean is None:
-        return ""
-    text = number(figure, mean, "+")
-    return text if low is None or high is None else f"{text} [{number(figure, low, '+')}, {number(figure, high, '+')}]"
-
-
-def _amount(name: str, mean: float, deviation: float | None) -> str:
-    if name == "rounds":
-        return f"{mean:.1f} ± {deviation:.1f}" if deviation is not None else f"{mean:.0f}"
-    text = {"bytes": human_bytes, "seconds": human_time}[name]
-    return text(mean) if deviation is None else f"{text(mean)} ± {text(deviation)}"
+        return f"reached by {row['reached']} of {row['seeds']}" if name == "rounds" else "–"
+    rounds = "{:.0f}" if deviation is None else "{:.1f}"
+    return plus_minus(mean, deviation, {"rounds": rounds.format, "bytes": human_bytes, "seconds": human_time}[name])
 
 
 def _listed(seeds: Sequence[int]) -> str:

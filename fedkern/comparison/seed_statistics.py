@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -29,6 +29,16 @@ class Difference:
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and standard deviation (n - 1) of at least one value; None as the deviation of a single value."""
     return fmean(values), stdev(values) if len(values) > 1 else None
+
+
+def plus_minus(mean: float, deviation: float | None, text: Callable[[float], str]) -> str:
+    """A mean ± standard deviation, if it has one, for people; ``text`` makes a value readable."""
+    return text(mean) if deviation is None else f"{text(mean)} ± {text(deviation)}"
+
+
+def interval_text(mean: float, low: float | None, high: float | None, text: Callable[[float], str]) -> str:
+    """A mean with its interval, if it has one, for people; ``text`` makes a value readable."""
+    return text(mean) if low is None or high is None else f"{text(mean)} [{text(low)}, {text(high)}]"
 
 
 def paired(values: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.data.html_table import html_table
 from fedkern.data.images.full_masks import FullMasks
 from fedkern.data.sharing.statistics import SKEW, PartitionStatistics
 from fedkern.data.sources.arrays import parts_of_arrays
 from fedkern.data.sources.datasets import parts_of_datasets
 from fedkern.data.split import Split, rows_of
+from fedkern.data.text_table import Table
 from fedkern.streams import stream
 from fedkern.tasks import Task, task_of
 
@@ -201,7 +201,7 @@ class FederatedData:
         statistics = self.statistics
         words = 1 + (statistics.names is not None)
         notes = [f"partition: {statistics.partition}", *([SKEW] if statistics.classes else [])]
-        return html_table(self._about(), statistics.header(), statistics.rows(LISTED), notes, words=words)
+        return Table(statistics.header(), statistics.rows(LISTED), self._about(), words, notes).html()
 
     def _about(self) -> str:
         clients, validation = len(self.clients), len(self.validation)

@@ -18,6 +18,11 @@ def label(name: object, most: int = TICK) -> str:
     return printable_name(str(name), most)
 
 
+def capital(text: str) -> str:
+    """A text that begins with a capital letter."""
+    return text[:1].upper() + text[1:]
+
+
 def entry(name: object, most: int = TICK) -> str:
     """:func:`label` in a legend, from which matplotlib leaves out texts that begin with "_"."""
     text = label(name, most)

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from fedkern.data.sharing.statistics import SKEW
+from fedkern.data.text_table import Table
 from fedkern.errors import MESSAGE, printable_name
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.report.names import CELL, TICK, label
-from fedkern.report.text_table import Table
 from fedkern.tasks.figure_names import RECALLS, TEST_SETS, figure_title, scale, set_title, short_title, split_metric
 
 _ORDER = (
@@ -151,20 +151,21 @@ def final_table(summary: Mapping[str, Any], main: str) -> Table:
     by_class = summary.get("per_class", {})
     by_name = any("dice" in each for each in by_class.values())
     table = figures_table(title, summary["metrics"], by_class, main, by_name=by_name)
-    costs = sent_rows(summary["bytes"])
-    costs["time per round"] = human_time(summary["seconds"] / rounds)
-    costs["time"] = human_time(summary["seconds"])
     blank = [""] * (len(table.header) - 2)
-    rows = [*table.rows, *([text, value, *blank] for text, value in costs.items())]
+    rows = [*table.rows, *([text, value, *blank] for text, value in cost_rows(summary).items())]
     return replace(table, rows=rows, breaks=[len(table.rows)])
 
 
-def sent_rows(sent: Mapping[str, Any]) -> dict[str, str]:
-    """Bytes of a run, the entry ``bytes`` of its ``summary.json``, in words."""
-    rows = {"sent to the server (up)": human_bytes(sent["up"]), "sent to the clients (down)": human_bytes(sent["down"])}
-    for way in ("up", "down"):
+def cost_rows(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Bytes and time in a run's ``summary.json``, in words; a run that is not finished has no bytes by direction."""
+    ways, sent = {"up": "sent to the server (up)", "down": "sent to the clients (down)"}, summary["bytes"]
+    rows = {text: human_bytes(sent[way]) for way, text in ways.items() if way in sent}
+    for way in ways:
         if sent.get(f"one_off_{way}"):
             rows[f"sent once, before training ({way})"] = human_bytes(sent[f"one_off_{way}"])
+    if "seconds" in summary:
+        rows["time per round"] = human_time(summary["seconds"] / max(summary.get("rounds", 1), 1))
+        rows["time"] = human_time(summary["seconds"])
     return rows
 
 

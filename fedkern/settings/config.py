@@ -236,7 +236,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         * the number of workers and the cache of decoded images, which change no bit;
         * what was found in files that the settings name.
         """
-        mine, theirs = (_flat({**each.to_dict(), "plugins": {}, "identity": {}}) for each in (self, stored))
+        mine, theirs = (flat({**each.to_dict(), "plugins": {}, "identity": {}}) for each in (self, stored))
         if self.method != stored.method:
             mine, theirs = (
                 {name: value for name, value in table.items() if not name.startswith("options.")}
@@ -250,7 +250,8 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         ]
 
 
-def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+def flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, those of a table such as ``options`` as ``options.NAME``."""
     result: dict[str, Any] = {}
     for name, value in table.items():
         if isinstance(value, Mapping):

@@ -123,6 +123,12 @@ def figure_title(name: str) -> str:
     return _titled(name, _FIGURES)
 
 
+def figure_and_set(name: str, own: Collection[str] = ()) -> str:
+    """A figure's name for people with its test set: ``"accuracy, out of distribution"``."""
+    test_set, figure = split_metric(name, own)
+    return f"{figure_title(figure)}, {set_title(test_set)}" if test_set else figure_title(figure)
+
+
 def short_title(name: str) -> str:
     """A figure's name for a line, an axis or a column."""
     return _titled(name, {**_FIGURES, **_SHORT})

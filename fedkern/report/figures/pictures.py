@@ -21,6 +21,7 @@ from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError, spared
 from fedkern.files import atomic
 from fedkern.report.figures.matplotlib_import import undocumented
+from fedkern.report.names import capital
 from fedkern.report.run_contents import Contents, read
 
 if TYPE_CHECKING:
@@ -245,8 +246,8 @@ def draw_artifacts(
     paths = []
     for name, those in by_name.items():
         target = artifact_path(folder, name)
-        text = name.replace("_", " ")
+        heading = f"{capital(name.replace('_', ' '))}, {title}"
         with spared(partial(failed.setdefault, target.name)):
-            artifact_sheet.draw(those, target, title=f"{text[:1].upper()}{text[1:]}, {title}", classes=classes)
+            artifact_sheet.draw(those, target, title=heading, classes=classes)
             paths.append(target)
     return paths

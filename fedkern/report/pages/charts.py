@@ -11,13 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fedkern.data.text_table import Table
 from fedkern.report.figures.curves import THIN, Curve, Panel, draw
 from fedkern.report.figures.fitting import fitted
 from fedkern.report.figures.plots import COLOURS, MARKERS, PAGE, evenly, frame, legend_below, new_figure, svg
-from fedkern.report.names import TITLE, entry, label
+from fedkern.report.names import TITLE, capital, entry, label
 from fedkern.report.pages.html_page import Chart
 from fedkern.report.tables import in_unit
-from fedkern.report.text_table import Table
 
 ROWS, COLUMNS, TOLD = 30, 20, 6
 """Most rows and columns of a chart's table, and curves that a chart's text tells of."""
@@ -121,7 +121,7 @@ def _rounds_table(series: Sequence[Curve], unit: str, caption: str) -> Table:
 
 def chart(name: str, title: str, text: str, figure: Figure, tables: Sequence[Table], note: str = "") -> Chart:
     """A chart of a figure, with its title in upper case."""
-    return Chart(name, f"{title[:1].upper()}{title[1:]}", text, svg(figure, name), tables, note)
+    return Chart(name, capital(title), text, svg(figure, name), tables, note)
 
 
 def _rows(names: Sequence[str], axis: str, unit: str, height: float) -> tuple[Figure, Axes]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedkern.data.text_table import Table
 from fedkern.engine.store.extending import REPORT
 from fedkern.errors import UserError, spared
 from fedkern.files import atomic
 from fedkern.process.versions import versions
-from fedkern.report.text_table import Table
 
 _TEMPLATES = Path(__file__).parent / "templates"
 

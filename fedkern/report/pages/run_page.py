@@ -17,6 +17,7 @@ from torch import nn
 from fedkern.data import DATASETS
 from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sources.arrays import NAME as ARRAYS
+from fedkern.data.text_table import Table
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.files.inputs import open_regular
 from fedkern.methods import registry
@@ -34,7 +35,7 @@ from fedkern.report.figures.curves import (
     set_curves,
 )
 from fedkern.report.figures.plots import COLOURS, DRAWN, partition_picture
-from fedkern.report.names import CELL
+from fedkern.report.names import CELL, capital
 from fedkern.report.pages import html_page
 from fedkern.report.pages.charts import bars, chart, counts_table, curves
 from fedkern.report.pages.html_page import Block, Code, Page, Picture, section, versions_table
@@ -42,18 +43,18 @@ from fedkern.report.run_contents import Contents, merged, read
 from fedkern.report.tables import (
     class_figures,
     class_title,
+    cost_rows,
     covering,
     figures_table,
     human_metric,
     human_time,
     in_unit,
-    sent_rows,
 )
-from fedkern.report.text_table import Table
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import RunConfig, flat
 from fedkern.settings.stored import stored_settings
 from fedkern.tasks.figure_names import (
     OVER_CLIENTS,
+    figure_and_set,
     figure_title,
     scale,
     set_noun,
@@ -174,8 +175,7 @@ def headline(run: Contents) -> Iterator[str]:
     if dropped := sum(bool(record.get("dropped")) for record in run.records):
         yield f"Clients were left out in {dropped} of {len(run.records)} rounds."
     if summary.get("privacy"):
-        text = covering(summary["privacy"])
-        yield f"{text[0].upper()}{text[1:]}."
+        yield f"{capital(covering(summary['privacy']))}."
 
 
 def _values(run: Contents) -> list[str]:
@@ -265,9 +265,7 @@ def _certainty(run: Contents) -> Iterator[str]:
 
 def _tiles(run: Contents) -> Iterator[tuple[str, str]]:
     for name in run.main[:3]:
-        test_set, figure = run.split(name)
-        where = f", {set_title(test_set)}" if test_set else ""
-        yield f"{figure_title(figure)}{where}", human_metric(name, run.metrics[name])
+        yield figure_and_set(name, run.tests), human_metric(name, run.metrics[name])
     if worst := run.summary.get("worst_client"):
         yield f"worst client, {figure_title(worst['metric'])}", human_metric(worst["metric"], worst["value"])
     if "total" in run.summary["bytes"]:
@@ -430,12 +428,8 @@ def _cost(run: Contents) -> Iterator[Block]:
         if by_round and len(run.records) > 1:
             panel = Panel("time", [Curve(name, *points) for name, points in by_round.items()], "s")
             yield curves("phase-rounds", "Time of every round by phase", [panel])
-    rows = [[*row] for row in sent_rows(run.summary["bytes"]).items()] if run.finished else []
-    if "seconds" in run.summary:
-        seconds_each = run.summary["seconds"] / max(run.summary["rounds"], 1)
-        rows += [["time", human_time(run.summary["seconds"])], ["time per round", human_time(seconds_each)]]
-    if rows:
-        yield Table(["", "whole run"], rows)
+    if rows := cost_rows(run.summary):
+        yield Table(["", "whole run"], [[*row] for row in rows.items()])
 
 
 def _confusion(run: Contents) -> Iterator[Block]:
@@ -468,7 +462,7 @@ def _pictures(run: Contents, undrawn: Sequence[str]) -> Iterator[Block]:
         alt = f"Images that the method logged as {text}, a row for every round kept." if entry.value.dim() == 4 else (
             f"Tables that the method logged as {text}, as heat maps of several rounds."
         )  # fmt: skip
-        title = f"{text[:1].upper()}{text[1:]}, as the method logged it"
+        title = f"{capital(text)}, as the method logged it"
         texts[pictures.artifact_path(run.folder, entry.name).name] = title, alt
     if run.finished:
         for name, (title, alt) in texts.items():
@@ -491,11 +485,8 @@ def _settings(run: Contents, command: str) -> Iterator[Block]:
     else:
         yield "The command that repeats this run:"
         yield Code(command or f"python -m fedkern.run --config {shlex.quote(str(run.folder / 'config.toml'))}")
-    rows: list[list[str]] = []
-    for name, value in {**run.config.to_dict(), "device": stored_device(run.folder)}.items():
-        several = isinstance(value, Mapping)
-        entries = {f"{name}.{key}": one for key, one in value.items()} if several else {name: value}
-        rows += [[key, printable_name(as_typed(one), 1000)] for key, one in entries.items()]
+    settings = flat({**run.config.to_dict(), "device": stored_device(run.folder)})
+    rows = [[name, printable_name(as_typed(value), 1000)] for name, value in settings.items()]
     yield Table(["setting", "value"], rows, "Every setting, as in config.toml", words=2)
     yield versions_table([run.built])
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import fedkern
 from fedkern.comparison.boards import LiveBoard
-from fedkern.data.html_table import html_table
+from fedkern.data.text_table import Table
 from fedkern.listeners import RunInfo
 from fedkern.listeners.events import Listener
 from fedkern.methods.base import Round
@@ -134,7 +134,7 @@ def test_of_many_rounds_evaluated_ones_are_listed_and_the_last(count):
 
 
 def test_names_are_texts_and_a_number_keeps_its_unit():
-    html = html_table("<i>x</i>\nfolder", ["a&b", "time"], [["<td>\x1b", "2.0 s"]], ["note"])
+    html = Table(["a&b", "time"], [["<td>\x1b", "2.0 s"]], "<i>x</i>\nfolder", notes=["note"]).html()
     assert cells_of(html) == [["a&b", "time"], [r"<td>\x1b", "2.0 s"]]
     assert "2.0\u00a0s" in html  # which no narrow screen parts
     assert Reader(html).text("p") == ["<i>x</i>folder", "note"]

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 from rich.text import Text
 
-from fedkern.report.text_table import Table
+from fedkern.data.text_table import Table
 from python_tests.html_reader import Reader
 
 ODD = "a|b *c* _d_ <e> `f` \\g ± 50 % – {h}"

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Group
-from rich.table import Table as TerminalTable
-from rich.text import Text
+from fedkern.errors import MESSAGE, printable_name
 
-from fedkern.data.html_table import html_table
-from fedkern.errors import MESSAGE
-from fedkern.report.names import plain
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.text import Text
+
+CELL, LINE = 200, 2000
+"""Most characters of a cell, and of a line above or below the table in a notebook."""
+NO_BREAK = "\u00a0"
+"""A space at which a number is not parted from its unit."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class Table:
     bare: bool = False
 
     def __rich__(self) -> Group:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table as TerminalTable
+        from rich.text import Text
+
+        def plain(text: str, most: int = CELL, style: str = "") -> Text:
+            return Text(printable_name(text, most), style=style)
+
         table = TerminalTable(box=box.SIMPLE_HEAD, pad_edge=False, show_header=not self.bare)
         for number, name in enumerate(self.header):
             words = number < self.words
@@ -53,13 +65,34 @@ class Table:
                 table.add_section()
             table.add_row(*(cell if isinstance(cell, Text) else plain(cell) for cell in row))
         # The title is no part of the table, which would break it at the width of the columns.
-        titles = [plain(line, "table.title", MESSAGE) for line in self.title.split("\n") if line]
-        return Group(*titles, table, *(plain(note, most=MESSAGE) for note in self.notes))
+        titles = [plain(line, MESSAGE, "table.title") for line in self.title.split("\n") if line]
+        return Group(*titles, table, *(plain(note, MESSAGE) for note in self.notes))
 
     def html(self) -> str:
-        """The table as HTML in the colours of a notebook."""
-        rows = [[str(cell) for cell in row] for row in self.rows]
-        return html_table(self.title, self.header, rows, self.notes, words=self.words)
+        """The table in a notebook's own colours, where the title's first line stands out; none without a header."""
+
+        def text(name: str, most: int = LINE) -> str:
+            return escape(printable_name(name, most))
+
+        def row(tag: str, cells: Sequence[str | Text]) -> str:
+            texts = [text(str(cell), CELL) for cell in cells]
+            if tag == "td":
+                texts[self.words :] = [number.replace(" ", NO_BREAK) for number in texts[self.words :]]
+            sides = ["left" if number < self.words else "right" for number in range(len(texts))]
+            return "".join(
+                f'<{tag} style="text-align: {side}">{cell}</{tag}>' for side, cell in zip(sides, texts, strict=True)
+            )
+
+        first, *more = self.title.split("\n")
+        above = "<br>".join([f"<strong>{text(first)}</strong>", *map(text, more)])
+        body = "\n".join(f"<tr>{row('td', cells)}</tr>" for cells in self.rows)
+        table = f"<table>\n<thead><tr>{row('th', self.header)}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+        parts = [
+            f"<p>{above}</p>" if self.title else "",
+            f'<div style="overflow-x: auto">\n{table}\n</div>' if self.header else "",
+            f"<p>{'<br>'.join(map(text, self.notes))}</p>" if self.notes else "",
+        ]
+        return "\n".join(["<div>", *filter(None, parts), "</div>"])
 
     def markdown(self) -> str:
         """Title, table and notes as Markdown."""
