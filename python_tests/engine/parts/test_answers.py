@@ -1,0 +1,51 @@
+"""The part that writes answers to test images."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from fedkern.engine.parts.answers import Answers
+from fedkern.engine.parts.base import Summary
+from fedkern.engine.store import confusions
+from fedkern.methods.common.final_figures import final_figures
+from python_tests.engine.parts.judged import SETTINGS, Judged, Says, brightness_set
+from python_tests.stand_ins import Context
+
+
+def answered(out, *, keep=True, alone=lambda: None, counts=True, each=True):
+    """Writes the answers to a test set of two images."""
+    sets, network = {"id_": brightness_set([0.1, 0.9], [1, 1])}, Says(0.5)
+    if keep:
+        with sets["id_"].keeping():
+            Judged().evaluate(network, sets["id_"])
+    context = Context(**SETTINGS)
+    summary = Summary(network, final=final_figures(sets, ("cat", "dog")))
+    Answers(out, context, sets, alone, counts=counts, each=each).finish(summary)
+    return context.warnings
+
+
+def test_answers_are_written_as_counts_and_image_by_image(tmp_path):
+    assert answered(tmp_path) == {}
+    assert confusions.read(tmp_path).matrices["id"].tolist() == [[0, 0], [1, 1]]
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["test_set"], row["true_class"], row["predicted_class"]) for row in rows] == [
+        ("id", "dog", "cat"), ("id", "dog", "dog"),
+    ]  # fmt: skip
+
+
+def test_answers_that_are_not_asked_for_may_not_be_told_or_are_not_there(tmp_path):
+    assert answered(tmp_path, counts=False, each=False) == {}
+    assert [*answered(tmp_path, keep=False)] == ["no-predictions"]
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_answers_are_not_written_to_a_folder_that_was_taken_over(tmp_path):
+    def taken():
+        raise RuntimeError("taken over")
+
+    with pytest.raises(RuntimeError, match="taken over"):
+        answered(tmp_path, alone=taken)
+    assert [*tmp_path.iterdir()] == []

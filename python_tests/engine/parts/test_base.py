@@ -1,0 +1,20 @@
+"""What a part does that overrides nothing."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fedkern.engine.parts.base import Part, Summary
+from python_tests.stand_ins import record
+
+
+def test_a_part_that_overrides_nothing_does_nothing():
+    part, one, summary = Part(), record(), Summary(nn.Identity())
+    part.begin(resumed=False)
+    assert part.before_round(one) is None
+    assert part.round_end(one) is None
+    part.finish(summary)
+    part.restore({})
+    part.close()
+    assert part.state() == {}
+    assert (one.entries, summary.entries, summary.metrics) == ({}, {}, {})

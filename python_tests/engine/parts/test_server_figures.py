@@ -1,0 +1,65 @@
+"""The part of figures that the server reports."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedkern.engine.parts.base import Summary
+from fedkern.engine.parts.server_figures import ServerFigures
+from fedkern.errors import UserError
+from fedkern.privacy.disclosure import About, Disclosure
+from python_tests.stand_ins import about, record, stored, values
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_figures_that_the_server_reports(told):
+    server, disclosure = SimpleNamespace(report={}), Disclosure(False, told)
+    part, setup, one = ServerFigures(server, disclosure), record(-1), record()
+    part.restore({"norm": 1, "spread": None})
+    part.round_end(setup)
+    part.round_end(one)
+    assert setup.entries == {}
+    assert about(one, About.SERVER) == {"norm", "spread"}
+    assert server.report["norm"] == 1.0
+    assert type(server.report["norm"]) is float
+    assert server.report["spread"] != server.report["spread"]  # NaN, which a resumed run gets as None
+    summary = Summary(nn.Identity())
+    part.finish(summary)
+    assert summary.metrics.keys() == ({"norm", "spread"} if told else set())
+
+
+def test_the_servers_figures_go_on_from_a_checkpoint():
+    part = ServerFigures(SimpleNamespace(report={"norm": 1.0}), Disclosure())
+    again = ServerFigures(SimpleNamespace(report={}), Disclosure())
+    again.restore(stored(part.state()))
+    assert again.state() == {"norm": 1.0}
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), torch.tensor(0.5), np.float64(0.5)])
+def test_numbers_that_the_server_reports_become_pythons(value):
+    server, one = SimpleNamespace(report={"x": value}), record()
+    ServerFigures(server, Disclosure()).round_end(one)
+    assert type(server.report["x"]) is float
+    assert values(one) == {"x": 0.5}
+
+
+@pytest.mark.parametrize("value", [None, "0.5", [0.5], np.zeros(2), 1j])
+def test_what_the_server_reports_must_be_numbers(value):
+    server, one = SimpleNamespace(report={"x": value}), record()
+    with pytest.raises(UserError, match=r'server.report\["x"\] must be a number, not .*: report a number, or leave'):
+        ServerFigures(server, Disclosure()).round_end(one)
+    assert one.entries == {}
+
+
+@pytest.mark.parametrize("name", ["accuracy", "round", "seconds"])
+def test_the_server_may_report_no_name_of_the_engines(name):
+    one = record()
+    one.put({"accuracy": 0.5})
+    part = ServerFigures(SimpleNamespace(report={name: 1.0}), Disclosure())
+    with pytest.raises(UserError, match=rf'server.report\["{name}"\] has a name of the engine\'s: choose one besides'):
+        part.round_end(one)

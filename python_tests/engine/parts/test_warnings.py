@@ -1,0 +1,45 @@
+"""The part that tells of warnings."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fedkern.engine.parts.base import Summary
+from fedkern.engine.parts.warnings import Warnings
+from fedkern.listeners.events import Listeners
+from fedkern.listeners.listener_group import ListenerGroup
+from python_tests.engine.parts.hearing import Hearing
+from python_tests.stand_ins import Context, record, stored
+
+
+def test_every_warning_is_told_once():
+    context, heard = Context(), Hearing()
+    part = Warnings(context, ListenerGroup(heard))
+    context.warn("setup", "It is slow.")
+    part.round_end(record(-1))
+    assert heard.events == []  # with the first communication round
+    part.round_end(record(1))
+    context.warn("setup", "It is still slow.")
+    part.round_end(record(2))
+    state = stored(part.state())
+    context.warn("late", "It is late.")
+    summary = Summary(nn.Identity())
+    part.finish(summary)
+    assert heard.events == [("warning", "setup", "It is slow."), ("warning", "late", "It is late.")]
+    assert summary.entries == {"diagnostics": {"setup": "It is slow.", "late": "It is late."}}
+    resumed, again = Context(), Hearing()
+    part = Warnings(resumed, ListenerGroup(again))
+    part.restore(state)
+    part.round_end(record(3))
+    assert again.events == []
+    assert resumed.warnings == {"setup": "It is slow."}
+
+
+def test_warnings_about_listeners_stand_beside_the_others():
+    context, broken, other = Context(), Hearing("round"), Hearing()
+    listeners = ListenerGroup(Listeners(broken, other))
+    listeners.on_round({"round": 1})
+    part = Warnings(context, listeners)
+    part.round_end(record())
+    assert [*context.warnings] == ["listener-Hearing"]
+    assert [event[0] for event in other.events] == ["warning", "round"]  # told at once, and not again
