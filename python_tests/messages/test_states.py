@@ -1,0 +1,139 @@
+"""States on disk, and fingerprints that see what changed in them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedkern.errors import UserError
+from fedkern.messages import states
+
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float) and math.isnan(a):
+        return isinstance(b, float) and math.isnan(b)
+    return type(a) is type(b) and a == b
+
+
+leaf = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+    st.sampled_from(DTYPES).map(lambda d: (torch.arange(6) % 2).reshape(2, 3).to(d)),
+)  # fmt: skip
+tree = st.recursive(
+    leaf,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=2).map(tuple),
+        st.dictionaries(st.one_of(st.text(max_size=6), st.integers(-5, 5)), inner, max_size=3),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.dictionaries(st.text(max_size=6), tree, max_size=4))
+def test_any_state_round_trips(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("state") / "x.safetensors"
+    states.save(path, content)
+    assert same(states.load(path), content)
+
+
+def test_awkward_tensors_round_trip(tmp_path):
+    base = torch.arange(240.0).reshape(2, 4, 5, 6)
+    content = {
+        "channels_last": base.to(memory_format=torch.channels_last),
+        "strided": base[:, ::2, :, 1:4],
+        "view": base[0, 0, 0, :2],
+        "shared": base,
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+        "grad": torch.ones(3, requires_grad=True),
+        "array": np.arange(4),
+        "dict": {"$tensor": 1, "tensor": "t0", 3: {"dict": []}},
+    }
+    states.save(tmp_path / "x.safetensors", content)
+    back = states.load(tmp_path / "x.safetensors")
+    assert same({**content, "grad": content["grad"].detach()}, back)
+    assert (tmp_path / "x.safetensors").stat().st_size < 6000  # the small view did not drag its base along
+
+
+def test_same_state_same_bytes(tmp_path):
+    content = {"b": torch.ones(3), "a": {"x": 1, "y": torch.zeros(2)}}
+    states.save(tmp_path / "1", content)
+    states.save(tmp_path / "2", content)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+@pytest.mark.parametrize("bad", [{"x": object()}, {"x": {1.5: 2}}, {"x": [{True: 1}]}, {"x": {1, 2}}])
+def test_what_cannot_be_stored_is_named(bad, tmp_path):
+    with pytest.raises(TypeError, match=r"state\['x'\]"):
+        states.save(tmp_path / "x", bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_state(tmp_path):
+    states.save(tmp_path / "x", {"a": torch.ones(100)})
+    content = (tmp_path / "x").read_bytes()
+    for cut in (b"", content[:50], b"\xff" * 100):
+        (tmp_path / "x").write_bytes(cut)
+        with pytest.raises(ValueError, match="missing or damaged"):
+            states.load(tmp_path / "x")
+    with pytest.raises(ValueError, match="missing or damaged"):
+        states.load(tmp_path / "y")
+
+
+def test_a_state_of_another_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(states, "FORMAT", states.FORMAT + 1)
+    states.save(tmp_path / "x", {"a": torch.ones(1)})
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=rf"x has format 2, and this version of fedkern reads format {states.FORMAT}:"):
+        states.load(tmp_path / "x")
+
+
+def test_fingerprint_sees_every_change():
+    content = {"a": torch.zeros(3), "n": 1, "d": {"x": [1.5, torch.ones(2)]}, "w": np.zeros(2)}
+    before = states.fingerprint(content)
+    assert states.fingerprint(content) == before
+    for change in (
+        lambda: content["a"].add_(1),
+        lambda: content.update(n=2),
+        lambda: content["d"]["x"].append(0),
+        lambda: content.update(a=torch.zeros(3)),
+        lambda: content["w"].__setitem__(0, 1),
+        lambda: content.pop("n"),
+    ):
+        now = states.fingerprint(content)
+        change()
+        assert states.fingerprint(content) != now
+
+
+def test_fingerprint_knows_a_tensor_in_the_memory_of_the_last():
+    content = {"a": torch.zeros(20_000_000)}
+    before, place = states.fingerprint(content), content["a"].data_ptr()
+    for _ in range(3):
+        del content["a"]
+        content["a"] = torch.zeros(20_000_000)
+        assert content["a"].data_ptr() != place, "it may have the number and the version of the old one as well"
+        assert states.fingerprint(content) != before
