@@ -79,8 +79,9 @@ class Choosing(FedAvg):
 def test_steps_that_wait_are_noticed(kind, what, make_data, monkeypatch, tmp_path):
     monkeypatch.setitem(METHODS, "fedavg", kind)
     waits = pretend(monkeypatch)
+    short = {**settings("fedavg"), "rounds": 1, "local_epochs": 1}
     with waits:
-        run(RunConfig.make("fedavg", device="cpu", grad_cam=0, **settings("fedavg")), data=make_data(), out=tmp_path)
+        run(RunConfig.make("fedavg", device="cpu", grad_cam=0, **short), data=make_data(), out=tmp_path)
     assert any(what in found for found in waits.found)
 
 

@@ -99,14 +99,19 @@ class Hostile(FedAvg):
         return answer
 
 
-def test_the_mean_is_untouched_and_robust_rules_ignore_an_outlier(make_data, make_config, tmp_path, monkeypatch):
+def test_a_run_takes_the_rule_and_ignores_an_outlier(make_data, make_config, tmp_path, monkeypatch):
     usual = trained(make_data, make_config, tmp_path / "usual")
-    assert torch.equal(trained(make_data, make_config, tmp_path / "mean", aggregator="mean"), usual)
     monkeypatch.setitem(METHODS, "fedavg", Hostile)
-    for i, text in enumerate(("median", "trimmed_mean", "krum", "geometric_median", "mean")):
-        found = trained(make_data, make_config, tmp_path / str(i), aggregator=text)
-        far = float((found - usual).abs().max())
-        assert (far < 20) == (text != "mean"), text
+    for text in ("krum", "mean"):
+        attacked = trained(make_data, make_config, tmp_path / text, aggregator=text)
+        assert (float((attacked - usual).abs().max()) < 20) == (text != "mean"), text
+
+
+@pytest.mark.parametrize("text", ["median", "trimmed_mean", "krum", "geometric_median"])
+def test_robust_rules_ignore_an_outlier(text):
+    hostile = vectors()
+    hostile[2] = hostile[2] + 1e3
+    assert float((Rule(text)(hostile, WEIGHTS) - Rule(text)(vectors(), WEIGHTS)).abs().max()) < 20
 
 
 AVERAGING = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options()).averages]

@@ -77,6 +77,7 @@ TOLERANCE = 2e-6
 """Of parameters around 2 in a run, whose vectors are fp32."""
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
 def test_fedavg_stops_where_its_formula_says(weighting, clients, tmp_path):
     expected = fixed_point(clients, weighting)
@@ -84,6 +85,7 @@ def test_fedavg_stops_where_its_formula_says(weighting, clients, tmp_path):
     assert np.abs(expected - optimum(clients, weighting)).max() > 0.1
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("mu", [0.3, 1.0])
 def test_fedprox_stops_where_its_formula_says(mu, clients, tmp_path):
     expected = fixed_point(clients, "samples", mu)
@@ -92,6 +94,7 @@ def test_fedprox_stops_where_its_formula_says(mu, clients, tmp_path):
     assert 0.1 < np.abs(expected - best).max() < np.abs(plain - best).max()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("control", ["I", "II"])
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
 def test_scaffold_reaches_the_optimum_that_fedavg_misses(weighting, control, clients, tmp_path):

@@ -60,6 +60,19 @@ def processes(monkeypatch):
     return found
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Puts a method in FedAvg's place that cannot be sent: its workers are forked, and no process loads PyTorch."""
+
+    def put(kind):
+        class Local(kind):
+            pass
+
+        monkeypatch.setitem(METHODS, "fedavg", Local)
+
+    return put
+
+
 class At(Listener):
     """Does something after a client is done, counted over the run."""
 
@@ -245,9 +258,9 @@ def test_what_cannot_be_sent_out_stays(make_data, make_config, tmp_path, monkeyp
     assert side_by_side == serial
 
 
-def test_clients_tell(make_data, make_config, tmp_path, monkeypatch):
+def test_clients_tell(make_data, make_config, tmp_path, processes, forked):
     """Diagnostics are those of the first client in order, notices arrive."""
-    monkeypatch.setitem(METHODS, "fedavg", worker_methods.Telling)
+    forked(worker_methods.Telling)
     heard = []
 
     class Hears(Listener):
@@ -258,6 +271,7 @@ def test_clients_tell(make_data, make_config, tmp_path, monkeypatch):
     assert side_by_side == serial
     assert side_by_side[2]["diagnostics"]["one-name"] == "client 0 warned first"
     assert sorted(heard) == sorted(2 * [f"client {k} is at work" for k in range(3)])
+    assert len(processes) == 2
 
 
 @pytest.mark.exhaustive
@@ -278,14 +292,15 @@ def test_a_notice_that_was_kept(make_data, make_config, tmp_path, monkeypatch, p
     assert sorted(heard) == ["client 0", "client 1", "client 2"]
 
 
-def test_a_client_that_writes_into_its_message(make_data, make_config, tmp_path, monkeypatch):
+def test_a_client_that_writes_into_its_message(make_data, make_config, tmp_path, forked):
     """It changes nothing of the server's; what the next client of the same worker gets is the method's own fault."""
-    monkeypatch.setitem(METHODS, "fedavg", worker_methods.Writing)
+    forked(worker_methods.Writing)
     run(make_config(workers="2", rounds=1, sample_fraction=0.34), out=tmp_path / "run", data=make_data())
 
 
-def test_held_uploads_are_bounded(make_data, make_config, tmp_path, monkeypatch):
+def test_held_uploads_are_bounded(make_data, make_config, tmp_path, monkeypatch, forked):
     """With room for none, a worker that is done waits until the server has seen what comes before."""
+    forked(METHODS["fedavg"])
     monkeypatch.setattr(module, "HELD_BYTES", 0)
     most = []
     unwatched = Workers._hear

@@ -56,6 +56,7 @@ def test_the_ensemble_is_that_of_fediods_teachers(data, make_config, tmp_path):
     assert summary["metrics"]["id_accuracy"] != figures["id_ensemble_uniform"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", MEMBERS)
 def test_counts_travel_once_and_cost_four_bytes_a_class(method, data, make_config, tmp_path):
     for how in ("uniform", "counts"):
@@ -68,6 +69,7 @@ def test_counts_travel_once_and_cost_four_bytes_a_class(method, data, make_confi
     assert counts[-1]["id_loss"] != uniform[-1]["id_loss"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["feddf", "dense"])
 def test_students_follow_an_ensemble_weighed_by_counts(method, data, make_config, tmp_path, monkeypatch):
     """Networks of two architectures; a client's network was refused, and its counts with it."""
