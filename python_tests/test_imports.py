@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import json
 import os
@@ -20,6 +21,7 @@ import fedkern
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@functools.cache
 def modules(package: str) -> dict[str, Path]:
     """The files of a package by the name of their module."""
     found = {}
@@ -37,8 +39,14 @@ def import_statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
             yield from import_statements(child)
 
 
+@functools.cache
+def imports(package: str) -> dict[str, set[str]]:
+    """The modules of a package that each of its files imports, also inside its functions and under TYPE_CHECKING."""
+    known = modules(package)
+    return {name: imported(name, path, known) for name, path in known.items()}
+
+
 def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules that a file imports, also inside its functions and under TYPE_CHECKING."""
     found = set()
     for node in import_statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -114,12 +122,11 @@ ORDER = (
 def test_rooms_import_from_below() -> None:
     """A file that must import from above is in the wrong room (docs/architecture.md)."""
     floors = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms.split()}
-    known = modules("fedkern")
-    assert {name.split(".")[1] for name in known if "." in name} == floors.keys()
+    assert {name.split(".")[1] for name in modules("fedkern") if "." in name} == floors.keys()
     wrong = [
         f"{name} imports {each}"
-        for name, path in known.items() if "." in name
-        for each in imported(name, path, known) - {"fedkern"}
+        for name, others in imports("fedkern").items() if "." in name
+        for each in others - {"fedkern"}
         if name.split(".")[1] != each.split(".")[1] and floors[name.split(".")[1]] <= floors[each.split(".")[1]]
     ]  # fmt: skip
     assert not wrong
@@ -139,9 +146,8 @@ def test_tests_lie_as_their_modules_do() -> None:
 
 @pytest.mark.parametrize("package", ["fedkern", "benchmarks"])
 def test_no_circle_of_imports(package: str) -> None:
-    known = modules(package)
     # The names at the top of the package are looked up when they are asked for, so that everything may import it.
-    graph = {name: imported(name, path, known) - {package} for name, path in known.items()}
+    graph = {name: others - {package} for name, others in imports(package).items()}
     assert len(graph) > 50
     try:
         TopologicalSorter(graph).prepare()

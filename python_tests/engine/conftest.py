@@ -49,6 +49,21 @@ def make_data():
     return federation
 
 
+@pytest.fixture(scope="module")
+def played_once(tmp_path_factory):
+    """Folders of runs that several tests of a module look at: plays a run where its name is new."""
+    folders = {}
+
+    def get(name, play):
+        if name not in folders:
+            folder = tmp_path_factory.mktemp("played") / name
+            play(folder)
+            folders[name] = folder
+        return folders[name]
+
+    return get
+
+
 @pytest.fixture
 def commit():
     """Commits checkpoint ``number`` with new states of some clients."""

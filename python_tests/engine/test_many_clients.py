@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import time
 from collections import deque
 from dataclasses import replace
@@ -193,14 +194,19 @@ def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkey
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def whole(played_once, make_many, small):
+    """The outcome of the run of 300 clients and six rounds."""
+    return outcome(played_once("whole", lambda out: run(small(300, rounds=6), out=out, data=make_many(300))))
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("at", [("client", 12), ("round-start", 5), ("round", 3), ("end", 0)])
-def test_a_killed_run_goes_on(at, make_many, small, tmp_path):
+def test_a_killed_run_goes_on(at, make_many, small, whole, tmp_path):
     data, config = make_many(300), small(300, rounds=6)
-    run(config, out=tmp_path / "whole", data=data)
     killed(config, out=tmp_path / "cut", data=data, at=KillAt(*at))
     run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "cut") == whole
 
 
 @pytest.mark.exhaustive
@@ -218,11 +224,13 @@ def test_killed_around_every_file(when, make_many, small, tmp_path):
 
 
 @pytest.fixture
-def cut(make_many, small, tmp_path):
-    """A run of 300 clients and six rounds that was killed in the last."""
-    out = tmp_path / "cut"
-    killed(small(300, rounds=6), out=out, data=make_many(300), at=KillAt("round-start", 5))
-    return out
+def cut(played_once, make_many, small, tmp_path):
+    """The run of 300 clients and six rounds, killed in the last."""
+
+    def play(out):
+        killed(small(300, rounds=6), out=out, data=make_many(300), at=KillAt("round-start", 5))
+
+    return shutil.copytree(played_once("cut", play), tmp_path / "cut")
 
 
 def go_on(out, data):
@@ -266,30 +274,27 @@ def test_a_lost_state_is_named_before_the_run_goes_on(cut, make_many):
         go_on(cut, make_many(300))
 
 
-def test_a_cut_table_falls_back_to_the_checkpoint_before(cut, make_many, small, tmp_path):
-    run(small(300, rounds=6), out=tmp_path / "whole", data=make_many(300))
+def test_a_cut_table_falls_back_to_the_checkpoint_before(cut, make_many, whole):
     newest = Checkpoints(cut).peek()
     path = cut / "checkpoints" / newest["table"]["file"]
     path.write_bytes(path.read_bytes()[:-5])
     go_on(cut, make_many(300))
     found = outcome(cut)
     assert path.name in found[2]["diagnostics"]["damaged-checkpoint"]
-    assert without(found, "damaged-checkpoint") == outcome(tmp_path / "whole")
+    assert without(found, "damaged-checkpoint") == whole
 
 
-def test_what_an_interrupted_commit_left_in_the_table_is_dropped(cut, make_many, small, tmp_path):
-    run(small(300, rounds=6), out=tmp_path / "whole", data=make_many(300))
+def test_what_an_interrupted_commit_left_in_the_table_is_dropped(cut, make_many, whole):
     path = cut / "checkpoints" / Checkpoints(cut).peek()["table"]["file"]
     with path.open("a") as file:
         file.write('{"0": ["client-00000-0000')
     go_on(cut, make_many(300))
-    assert outcome(cut) == outcome(tmp_path / "whole")
+    assert outcome(cut) == whole
 
 
 @pytest.mark.exhaustive
-def test_a_run_that_began_without_a_table_goes_on_with_one(make_many, small, tmp_path, monkeypatch):
+def test_a_run_that_began_without_a_table_goes_on_with_one(make_many, small, whole, tmp_path, monkeypatch):
     data, config = make_many(300), small(300, rounds=6)
-    run(config, out=tmp_path / "whole", data=data)
     with monkeypatch.context() as patch:
         patch.setattr(module, "INLINE", 1000)
         killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", 3))
@@ -297,7 +302,7 @@ def test_a_run_that_began_without_a_table_goes_on_with_one(make_many, small, tmp
     go_on(tmp_path / "cut", data)
     entry = Checkpoints(tmp_path / "cut").peek()
     assert "clients" not in entry
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "cut") == whole
 
 
 @pytest.mark.parametrize("slack", [0, 1 << 16])

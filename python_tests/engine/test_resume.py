@@ -26,18 +26,9 @@ STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_
 PLAIN = {"rounds": 4}
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    cache = {}
-
-    def get(name, config, data):
-        if name not in cache:
-            out = tmp_path_factory.mktemp(name)
-            run(config, out=out, data=data)
-            cache[name] = outcome(out)
-        return cache[name]
-
-    return get
+@pytest.fixture
+def reference(played_once):
+    return lambda name, config, data: outcome(played_once(name, lambda out: run(config, out=out, data=data)))
 
 
 @pytest.mark.sampled(2)

@@ -7,6 +7,7 @@ from python_tests.engine.conftest import make_data as make_data
 from python_tests.engine.conftest import make_pairs as make_pairs
 from python_tests.engine.conftest import make_public as make_public
 from python_tests.engine.conftest import make_small as make_small
+from python_tests.engine.conftest import played_once as played_once
 from python_tests.methods.feddra_parts import SETTINGS, Parts
 
 

@@ -432,7 +432,7 @@ def test_vmap_and_func_grad_or_a_clear_error(operator: Operator) -> None:
             near([x[i] for x in each], gradient(*one))
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @each_operator
 def test_compiled_to_one_node_without_recompilation(operator: Operator) -> None:
     nodes: list[str] = []

@@ -1,6 +1,7 @@
 """A private run that goes on releases again what it released before it was interrupted, or ends before it does."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -25,12 +26,16 @@ OPTIONS = {
 
 
 @pytest.fixture(params=[2])
-def cut(request, make_data, make_config, tmp_path):
+def cut(request, played_once, make_data, make_config, tmp_path):
     """A run killed when client 1 of a round was about to hand its first gradients to the server, after client 0."""
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     data = make_data(two_tests=False)
     config = make_config("fediod", rounds=2, options=OPTIONS, grad_cam=0)
-    killed(config, out=tmp_path / "cut", data=data, at=KillAt("client", 4, round=request.param))
+
+    def play(out):
+        killed(config, out=out, data=data, at=KillAt("client", 4, round=request.param))
+
+    shutil.copytree(played_once(f"cut{request.param}", play), tmp_path / "cut")
 
     def go_on():
         return run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)

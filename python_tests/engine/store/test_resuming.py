@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -23,11 +24,13 @@ from python_tests.interrupted import KillAt, forge, killed, outcome, without
 
 
 @pytest.fixture
-def cut(make_data, make_config, tmp_path):
+def cut(played_once, make_data, make_config, tmp_path):
     """A run of three rounds that was killed after two checkpoints."""
-    out = tmp_path / "cut"
-    killed(make_config(rounds=3), out=out, data=make_data(), at=KillAt("round", 2))
-    return out
+
+    def play(out):
+        killed(make_config(rounds=3), out=out, data=make_data(), at=KillAt("round", 2))
+
+    return shutil.copytree(played_once("cut", play), tmp_path / "cut")
 
 
 def go_on(out, data, **replaced):

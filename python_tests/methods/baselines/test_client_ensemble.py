@@ -8,7 +8,7 @@ import torch
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.methods.baselines.client_ensemble import Ensemble, vote
 from fedkern.tasks import SEGMENTATION
@@ -23,6 +23,13 @@ def id_test(data, name="id"):
     return (split.images / 255 - mean) / std, split.labels
 
 
+@pytest.fixture
+def plain(played_once, make_data, make_config):
+    """The folder of a run with the method's defaults."""
+    config = make_config("ensemble", model="cnn", rounds=None)
+    return played_once("plain", lambda out: run(config, out=out, data=make_data()))
+
+
 def test_vote_and_its_ties():
     sure, unsure = [0.0, 5.0, 0.0], [0.2, 0.0, 0.1]
     logits = torch.tensor([[sure, sure, unsure], [unsure, [9.0, 0, 0], unsure], [unsure, unsure, sure]])
@@ -33,10 +40,9 @@ def test_vote_and_its_ties():
     assert vote(tie.flip(0)).tolist() == [1]
 
 
-def test_members_figures_and_memory(make_data, make_config, tmp_path):
-    data = make_data()
-    summary = run(make_config("ensemble", model="cnn", rounds=None), out=tmp_path, data=data)
-    network, about = read_model(tmp_path)
+def test_members_figures_and_memory(plain, make_data):
+    data, summary = make_data(), read_summary(plain)
+    network, about = read_model(plain)
     assert isinstance(network, models.Ensemble)
     assert about["method"] == "ensemble"
     images, labels = id_test(data)
@@ -52,7 +58,7 @@ def test_members_figures_and_memory(make_data, make_config, tmp_path):
     assert summary["bytes"]["up"] == summary["bytes"]["down"]  # one network each way for every client
 
 
-def test_a_member_is_the_network_that_its_client_trains(make_data, make_config, tmp_path):
+def test_a_member_is_the_network_that_its_client_trains(plain, make_data, make_config, tmp_path):
     """What FedAvg's server gets from a client in its first round, seen as the average of that client alone."""
     from fedkern.methods import FedAvg
 
@@ -64,22 +70,18 @@ def test_a_member_is_the_network_that_its_client_trains(make_data, make_config, 
             sent[client.id] = real(self, client, phase, message)
             return sent[client.id]
 
-    data = make_data()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FedAvg, "client_update", Spy.client_update)
-        run(make_config("fedavg", rounds=1), out=tmp_path / "fedavg", data=data)
-    run(make_config("ensemble", model="cnn", rounds=None), out=tmp_path / "ensemble", data=data)
-    members = [m.state_dict() for m in read_model(tmp_path / "ensemble")[0].members]
+        run(make_config("fedavg", rounds=1), out=tmp_path / "fedavg", data=make_data())
+    members = [m.state_dict() for m in read_model(plain)[0].members]
     for k, member in enumerate(members):
         total = sum(t.double().sum() for t in member.values() if t.is_floating_point())
         expected = sent[k]["parameters"].double().sum() + sent[k]["buffers"].double().sum()
         torch.testing.assert_close(total, expected)
 
 
-def test_calibrated_on_all_features(make_data, make_config, tmp_path):
-    data = make_data()
-    run(make_config("ensemble", model="cnn", rounds=None), out=tmp_path / "plain", data=data)
-    plain = tensors(tmp_path / "plain")
+def test_calibrated_on_all_features(plain, make_data, make_config, tmp_path):
+    data, uncalibrated = make_data(), tensors(plain)
     for pool, width in (("concat", 24), ("mean", 8)):
         out = tmp_path / pool
         run(
@@ -89,7 +91,7 @@ def test_calibrated_on_all_features(make_data, make_config, tmp_path):
         )
         calibrated = tensors(out)
         assert calibrated["head.weight"].shape == (3, width)
-        assert all(torch.equal(calibrated[name], plain[name]) for name in plain)
+        assert all(torch.equal(calibrated[name], value) for name, value in uncalibrated.items())
         before, after = read_metrics(out)
         assert before["id_loss"] != after["id_loss"]
         assert before["id_vote_accuracy"] == after["id_vote_accuracy"]  # the vote stays the members' own
