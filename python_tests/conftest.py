@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.util
 import os
 import signal
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,43 @@ def registries() -> Iterator[None]:
     for table, kept in zip(tables, before, strict=True):
         table.clear()
         table.update(kept)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers have started before the first client works; they are forked from this process, which has PyTorch loaded.
+
+    Otherwise a short run ends before it has workers.
+    """
+    from fedkern.engine.executors.workers import Workers
+    from fedkern.messages.packets import NotPortable
+
+    def refuse(setup: object) -> None:
+        raise NotPortable("what a test trains")
+
+    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
+    monkeypatch.setattr("fedkern.engine.executors.fork_server.check_portable", refuse)
+
+
+@contextmanager
+def _undrawn() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedkern.report.figures.pictures._draw", lambda *_: [])
+        patch.setattr("fedkern.report.pages.charts.svg", lambda figure, name: "<svg></svg>")
+        yield
+
+
+@pytest.fixture
+def undrawn() -> Iterator[None]:
+    """Runs end without pictures, reports have empty charts: drawing takes longer than a small run."""
+    with _undrawn():
+        yield
+
+
+@pytest.fixture(scope="session")
+def undrawing() -> Callable[[], AbstractContextManager[None]]:
+    """The context of ``undrawn``, for a run that a module plays once."""
+    return _undrawn
 
 
 @pytest.fixture(autouse=True)

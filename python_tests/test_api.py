@@ -41,6 +41,7 @@ def sites(count=40, size=12):
     return {name: pair(count) for name in ("north", "south", "west")}, pair(60)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_from_python_is_that_of_the_command_line(tmp_path):
     run = fedkern.simulate("fedprox", rounds=2, mu=0.1, out="mine", **TINY)
     words = [

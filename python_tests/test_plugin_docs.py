@@ -27,7 +27,7 @@ def _case(command: str) -> Any:
     return pytest.param(command, marks=[pytest.mark.exhaustive] if played else [])
 
 
-@pytest.mark.usefixtures("plugged")
+@pytest.mark.usefixtures("plugged", "undrawn")
 @pytest.mark.parametrize("command", [_case(command) for command in COMMANDS])
 def test_a_command_runs(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

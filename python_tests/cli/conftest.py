@@ -16,13 +16,6 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Runs end without pictures, reports have empty charts: drawing takes longer than a small run."""
-    monkeypatch.setattr("fedkern.report.figures.pictures._draw", lambda *_: [])
-    monkeypatch.setattr("fedkern.report.pages.charts.svg", lambda figure, name: "<svg></svg>")
-
-
-@pytest.fixture
 def fails(capsys):
     """Runs a command that must end in one sentence and exit code 2, and returns the sentence."""
 

@@ -32,12 +32,13 @@ DAMAGES = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, undrawing):
     from fedkern.run import main
 
     base = tmp_path_factory.mktemp("runs")
     for seed in ("0", "1"):
-        assert main(["fedavg", *TINY, "--seed", seed, "--out", str(base / seed)]) == 0
+        with undrawing():
+            assert main(["fedavg", *TINY, "--seed", seed, "--out", str(base / seed)]) == 0
     return base / "0", base / "1"
 
 

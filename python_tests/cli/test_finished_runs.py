@@ -28,10 +28,11 @@ TINY = ["--train-samples", "200", "--clients", "2", "--rounds", "2", "--threads"
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
+def digits(tmp_path_factory, undrawing):
     """A run on the embedded digits, and the first images of its test set as files in a folder of folders."""
     folder = tmp_path_factory.mktemp("digits")
-    assert main(["fedavg", "--data", "digits", *TINY, "--model", "mlp", "--out", str(folder / "run")]) == 0
+    with undrawing():
+        assert main(["fedavg", "--data", "digits", *TINY, "--model", "mlp", "--out", str(folder / "run")]) == 0
     test = open_digits().tests[""]
     split = test.take(torch.arange(30))
     for row, image in enumerate(split.images):

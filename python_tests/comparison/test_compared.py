@@ -76,8 +76,9 @@ def test_settings_that_a_method_does_not_read_are_named(tmp_path):
         ("local", "sample_fraction", 0.5), ("centralised", "sample_fraction", 0.5), ("oneshot-fedavg", "lr_decay", 0.5),
         ("ensemble", "optimizer_state", "keep"),
     ):  # fmt: skip
-        of_rounds = OF_ROUNDS if METHODS[method].one_shot else ()
-        how = {key: each for key, each in given.items() if key not in of_rounds}
+        how = dict(given)
+        if METHODS[method].one_shot:
+            how = {"local_epochs": 2, **{key: each for key, each in given.items() if key not in OF_ROUNDS}}
         runs = [
             fedkern.simulate(method, out=tmp_path / f"{method}{len(more)}", pictures=False, **how, **more)
             for more in ({}, {name: value})

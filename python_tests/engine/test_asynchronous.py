@@ -182,6 +182,7 @@ class Own(FedAvg):
     asynchronous = True
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("method", "more"),

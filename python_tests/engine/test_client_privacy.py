@@ -338,6 +338,7 @@ def constant(monkeypatch):
     monkeypatch.setattr(server_secret.secrets, "token_hex", lambda count: "5a" * count)
 
 
+@pytest.mark.usefixtures("forked_workers")
 @needs_accounting
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(

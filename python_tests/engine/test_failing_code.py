@@ -222,11 +222,10 @@ def cases():
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capfd):
+def command(tmp_path, monkeypatch, capfd, undrawn):
     """Runs the failing method, and returns exit code and standard error; the summary where there is one."""
     plugin = tmp_path / "failing.py"
     plugin.write_text(FAILING)
-    monkeypatch.setattr("fedkern.report.figures.pictures._draw", lambda *_: [])
 
     def run(place, kind, *words, out="run"):
         monkeypatch.setenv("FEDKERN_TEST_PLACE", place)

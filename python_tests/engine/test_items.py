@@ -135,6 +135,7 @@ def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True)) and first[1] == second[1]
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["fedavg", "scaffold"])
 def test_bits_do_not_depend_on_workers_threads_and_interruptions(method, tmp_path):
@@ -903,6 +904,7 @@ class Net(torch.nn.Linear):
 '''
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_code_is_named_on_the_command_line(tmp_path, monkeypatch, registries, capsys):
     (tmp_path / "mine.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)

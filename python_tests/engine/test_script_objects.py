@@ -26,7 +26,7 @@ from python_tests.own_networks import Plain, Staged
 from python_tests.saved_network import same_network, tensors
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-HOW = {"lr": 0.05, "momentum": 0.5, "local_epochs": 2, "rounds": 3}
+HOW = {"lr": 0.05, "momentum": 0.5, "local_epochs": 2, "rounds": 2}
 
 
 def loop(model, client):
@@ -167,12 +167,13 @@ def test_accumulated_gradients_are_fedavg_s_to_rounding(played):
         torch.testing.assert_close(tensors(found)[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_amp_and_a_scheduler_have_the_same_bits_in_workers(played):
     script = ScriptObjects(train=in_bf16)
     one, two = (played(workers, script=script, workers=workers) for workers in "12")
     assert outcome(one)[0] == outcome(two)[0]
     rates = [record["clients"]["0"]["rate"] for record in read_metrics(one)]
-    assert rates == pytest.approx([0, 0, 0], abs=1e-9)
+    assert rates == pytest.approx([0, 0], abs=1e-9)
     assert not same_network(one, played("sgd", script=OWN))
 
 
@@ -182,6 +183,7 @@ def test_the_example_has_the_bits_of_fedavg(played):
     assert same_network(played("fedavg", **usual), played("own", script=ScriptObjects(train=example), **usual))
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_data, played, tmp_path):
     expected = played("one", script=OWN, workers="1")
     assert outcome(expected)[0] == outcome(played("two", script=OWN, workers="2"))[0]
@@ -314,7 +316,7 @@ def test_a_diverging_client_is_skipped(played):
         (diverging if client.id == 0 else loop)(model, client)
 
     found = played("run", script=ScriptObjects(train=first_fails), on_nan="skip")
-    assert json.loads((found / "summary.json").read_text())["rounds"] == 3
+    assert json.loads((found / "summary.json").read_text())["rounds"] == 2
 
 
 def factory(found):
@@ -382,6 +384,7 @@ def test_the_run_s_schedule_multiplies_the_rates(played):
         torch.testing.assert_close(tensors(two)[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("factory", "settings"),
@@ -396,7 +399,7 @@ def test_a_kept_state_goes_on_in_the_next_round(factory, settings, played, make_
         torch.testing.assert_close(tensors(own)[name], value, rtol=1e-4, atol=1e-6)
     assert any(not torch.equal(tensors(built_in)[name], fresh[name]) for name in fresh)
     config, cut, script = make_config(**{**HOW, **keep}), tmp_path / "cut", ScriptObjects(optimizer=factory)
-    killed(config, out=cut, data=make_data(), script=script, at=KillAt("round", 2))
+    killed(config, out=cut, data=make_data(), script=script, at=KillAt("round", 1))
     run(load_settings(cut), out=cut, data=make_data(), script=script, resume=True)
     assert outcome(cut) == outcome(own)
     assert outcome(played("two", script=script, workers="2", **keep))[0] == outcome(own)[0]

@@ -138,6 +138,7 @@ def test_stages_are_served(kind, played, monkeypatch):
         torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-2 * float(other[name].abs().max()) + 1e-4)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_same_bits_in_workers_and_after_a_kill(played, make_config, make_data, tmp_path):
     expected = played("one", workers="1", rounds=3)
     assert same_network(expected, played("two", workers="2", rounds=3))

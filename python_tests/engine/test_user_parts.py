@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from importlib.metadata import EntryPoint
 
@@ -11,7 +10,6 @@ import pytest
 import fedkern
 from fedkern.cli.commands.list import catalogue
 from fedkern.engine import run as module
-from fedkern.engine.executors.workers import Workers
 from fedkern.engine.order import FILTER_ORDER, PART_ORDER, USERS
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
@@ -126,9 +124,8 @@ def test_they_stand_in_their_place_of_every_run_of_their_plugin(file, make_data,
     assert PART_ORDER.index(USERS) < PART_ORDER.index("records") < PART_ORDER.index("checkpoints")
 
 
-def test_bits_depend_neither_on_workers_nor_on_an_interruption(file, make_data, make_config, tmp_path, monkeypatch):
-    # Workers have started before the first client works.
-    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
+@pytest.mark.usefixtures("forked_workers")
+def test_bits_depend_neither_on_workers_nor_on_an_interruption(file, make_data, make_config, tmp_path):
     config = make_config("fedavg", plugins=[file], rounds=4)
     for workers in ("1", "2"):
         run(config.replace(workers=workers), out=tmp_path / workers, data=make_data())

@@ -176,6 +176,7 @@ def test_backgrounds_are_augmented_apart(make_data, make_config, tmp_path, monke
     assert all(found)
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("options", [SHARED, IMAGE])
 def test_two_workers_give_the_bits_of_one(options, make_data, make_config, tmp_path):

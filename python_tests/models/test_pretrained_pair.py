@@ -283,6 +283,7 @@ def test_a_tokenizer_of_another_network_is_refused(folders: dict[str, Path], tmp
         pair(folders, "vit", str(other))
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("method", "more"),
@@ -309,6 +310,7 @@ def test_a_run_and_its_model(
     assert main(["retrieval", str(tmp_path / "run"), "--json"]) == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("method", ["fedavg", "feddra"])
 def test_a_frozen_text_encoder_stays_and_never_travels(method: str, folders: dict[str, Path], tmp_path: Path) -> None:
     words = [method, "--data", "captions", "--text-encoder", str(folders["bert"]), "--clients", "2", "--width", "4",

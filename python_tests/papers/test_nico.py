@@ -192,6 +192,7 @@ def test_the_limit_of_pixels(tmp_path: Path, write_nico) -> None:
     load(NICO, root=tmp_path, options={"size": 8, "max_image_pixels": 240})
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_finished_run_is_evaluated_on_its_own_data(tmp_path: Path, write_nico) -> None:
     """A run folder may not name code alone: the user names the same file again, and no more."""
     write_nico(tmp_path / "data")

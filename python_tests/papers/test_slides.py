@@ -101,6 +101,7 @@ def test_the_seed_decides_and_tests_show_slides_that_no_client_has(root: Path) -
     assert flat.unique().tolist() == [128]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_replaces_backgrounds(root: Path, tmp_path: Path) -> None:
     words = [
         "--data",

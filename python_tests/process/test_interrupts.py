@@ -80,6 +80,7 @@ def test_handlers_are_given_back_and_others_are_left_alone():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("number", "code", "word"),
     [
@@ -87,7 +88,7 @@ def test_handlers_are_given_back_and_others_are_left_alone():
         pytest.param(signal.SIGINT, 130, "inter", marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_burst_ends_a_command_once_and_resume_gives_the_uninterrupted_run(number, code, word, monkeypatch, tmp_path):
+def test_a_burst_ends_a_command_once_and_resume_gives_the_uninterrupted_run(number, code, word, tmp_path):
     words = ["fedavg", "--data", "digits", "--train-samples", "300", "--rounds", "25", "--clients", "2", "--threads",
              "1", "--workers", "1", "--grad-cam", "0", "--model", "mlp", "--local-steps", "1", "--eval-every",
              "25"]  # fmt: skip
@@ -108,7 +109,6 @@ def test_a_burst_ends_a_command_once_and_resume_gives_the_uninterrupted_run(numb
     assert (out + err).count(f"{word}") == 1
     assert "--resume" in out + err
     assert 1 <= Checkpoints(tmp_path / "run").open()["round"] < 25
-    monkeypatch.setattr("fedkern.report.figures.pictures._draw", lambda *_: [])
     assert main(["--resume", str(tmp_path / "run"), "--quiet"]) == 0
     assert main([*words, "--quiet", "--out", str(tmp_path / "whole")]) == 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

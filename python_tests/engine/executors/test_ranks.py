@@ -122,6 +122,7 @@ def alone(words, out):
 # -- the bits of one process ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_ranks(tmp_path):
     words = ("fedavg", "--data", "digits", *SMALL, "--rounds", "2", "--clients", "3", "--grad-cam", "0")
     ranks = ended(started(*2 * [(*words, "--out", tmp_path / "ranks")]))

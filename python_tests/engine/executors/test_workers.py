@@ -60,19 +60,6 @@ def processes(monkeypatch):
     return found
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """Puts a method in FedAvg's place that cannot be sent: its workers are forked, and no process loads PyTorch."""
-
-    def put(kind):
-        class Local(kind):
-            pass
-
-        monkeypatch.setitem(METHODS, "fedavg", Local)
-
-    return put
-
-
 class At(Listener):
     """Does something after a client is done, counted over the run."""
 
@@ -152,6 +139,7 @@ def test_a_lost_worker_is_replaced(count, make_data, make_config, tmp_path, proc
     assert not living(processes)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_states_of_a_lost_workers_earlier_clients_are_written(make_data, make_config, tmp_path, monkeypatch, processes):
     """The worker of client 2 has answered for another client, whose state waits for the end of the round."""
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.DyingOnce)
@@ -258,9 +246,10 @@ def test_what_cannot_be_sent_out_stays(make_data, make_config, tmp_path, monkeyp
     assert side_by_side == serial
 
 
-def test_clients_tell(make_data, make_config, tmp_path, processes, forked):
+@pytest.mark.usefixtures("forked_workers")
+def test_clients_tell(make_data, make_config, tmp_path, monkeypatch, processes):
     """Diagnostics are those of the first client in order, notices arrive."""
-    forked(worker_methods.Telling)
+    monkeypatch.setitem(METHODS, "fedavg", worker_methods.Telling)
     heard = []
 
     class Hears(Listener):
@@ -292,15 +281,16 @@ def test_a_notice_that_was_kept(make_data, make_config, tmp_path, monkeypatch, p
     assert sorted(heard) == ["client 0", "client 1", "client 2"]
 
 
-def test_a_client_that_writes_into_its_message(make_data, make_config, tmp_path, forked):
+@pytest.mark.usefixtures("forked_workers")
+def test_a_client_that_writes_into_its_message(make_data, make_config, tmp_path, monkeypatch):
     """It changes nothing of the server's; what the next client of the same worker gets is the method's own fault."""
-    forked(worker_methods.Writing)
+    monkeypatch.setitem(METHODS, "fedavg", worker_methods.Writing)
     run(make_config(workers="2", rounds=1, sample_fraction=0.34), out=tmp_path / "run", data=make_data())
 
 
-def test_held_uploads_are_bounded(make_data, make_config, tmp_path, monkeypatch, forked):
+@pytest.mark.usefixtures("forked_workers")
+def test_held_uploads_are_bounded(make_data, make_config, tmp_path, monkeypatch):
     """With room for none, a worker that is done waits until the server has seen what comes before."""
-    forked(METHODS["fedavg"])
     monkeypatch.setattr(module, "HELD_BYTES", 0)
     most = []
     unwatched = Workers._hear

@@ -267,6 +267,7 @@ def test_bytes_are_those_that_travel(make_data, make_config, tmp_path):
     assert sizes["int8"] == 2 * 3 * (parameters + 4 * -(-parameters // CHUNK))
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize(
     "method", ["fedavg", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("scaffold", "feddra"))]
 )

@@ -30,8 +30,8 @@ class Recording(Ditto):
 
 def test_the_global_network_and_the_bytes_are_those_of_fedavg(tmp_path):
     average, ditto = (
-        played(tmp_path / "fedavg", "fedavg", client_test=0.0),
-        played(tmp_path / "ditto", "ditto", client_test=0.0),
+        played(tmp_path / "fedavg", "fedavg", client_test=0.0, rounds=2),
+        played(tmp_path / "ditto", "ditto", client_test=0.0, rounds=2),
     )
     assert same(average.model().state_dict(), ditto.model().state_dict())
     assert average.summary["bytes"] == ditto.summary["bytes"]
@@ -41,18 +41,17 @@ def test_the_global_network_and_the_bytes_are_those_of_fedavg(tmp_path):
 
 
 def test_personal_networks_are_those_of_the_algorithm(tmp_path):
-    Recording.rows, lam, received = [], 0.5, []
-    for rounds in (1, 2):  # what clients receive in the rounds after the first
-        received.append(played(tmp_path / f"average{rounds}", "fedavg", rounds=rounds).model().state_dict())
-    run = played(tmp_path / "run", Recording(**{"lambda": lam}))
+    Recording.rows, lam = [], 0.5
+    average = played(tmp_path / "average", "fedavg", rounds=1)  # what clients receive in the second round
+    run = played(tmp_path / "run", Recording(**{"lambda": lam}), rounds=2)
     start = models.build("cnn", classes=10, channels=1, image_size=28, seed=0, width=2)
-    received.insert(0, start.state_dict())
+    received = [start.state_dict(), average.model().state_dict()]
     sizes = list(dict.fromkeys(size for _, size, *_ in Recording.rows))
     if len(sizes) < 3:
         pytest.skip("clients of one size cannot be told apart")
     for client, size in enumerate(sizes):
         own = copy.deepcopy(start).train()
-        for turn in range(3):
+        for turn in range(2):
             optimiser = torch.optim.SGD(own.parameters(), 0.05, 0.9, weight_decay=run.config.weight_decay)
             for _, _, images, targets in [row for row in Recording.rows if row[:2] == (turn, size)]:
                 optimiser.zero_grad()
@@ -68,6 +67,7 @@ def test_personal_networks_are_those_of_the_algorithm(tmp_path):
             torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.exhaustive
 def test_bits_in_two_workers_and_killed_and_resumed(tmp_path):
     settings = {"sample_fraction": 0.7, "optimizer_state": "keep"}

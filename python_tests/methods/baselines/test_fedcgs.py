@@ -73,6 +73,7 @@ def test_means_that_no_class_counts_are_refused():
     assert server.samples == 0
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_run_changes_the_classifier_alone_and_counts_its_bytes(make_data, make_config, tmp_path):
     data, config = make_data(), make_config("fedcgs", model="cnn", rounds=None)
     run(config, out=tmp_path / "one", data=data)

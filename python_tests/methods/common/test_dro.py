@@ -124,6 +124,7 @@ def test_a_loss_is_the_mean_over_the_latest_rounds_of_enough_samples(parts):
     assert len(before) == 2
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["afl", "feddra"])
 def test_kept_losses_move_to_workers_and_are_resumed(method, make_data, make_pairs, make_config, tmp_path):

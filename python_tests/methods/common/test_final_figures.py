@@ -71,6 +71,7 @@ def test_they_describe_the_network_that_was_saved(make_data, make_config, tmp_pa
     assert list(found[0]) == ["test_set", "sample", "true_class", "predicted_class", "p_a", "p_b", "p_c"]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_same_with_workers_and_after_a_resume_at_the_very_end(make_data, make_config, tmp_path, monkeypatch):
     data, config = make_data(), make_config(workers="1")
     run(config, out=tmp_path / "one", data=data, predictions=True)

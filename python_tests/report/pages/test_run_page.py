@@ -44,12 +44,6 @@ def finished_page(finished):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Charts without their drawings, which take longer than all else of a page."""
-    monkeypatch.setattr("fedkern.report.pages.charts.svg", lambda figure, name: "<svg></svg>")
-
-
-@pytest.fixture
 def folder(finished, tmp_path):
     """A copy of the finished run, to be changed."""
     return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
