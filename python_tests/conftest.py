@@ -77,6 +77,22 @@ def registries() -> Iterator[None]:
 
 
 @pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every worker process that is forked, in order."""
+    from fedkern.engine.executors.fork_server import ForkServer
+
+    numbers, fork = [], ForkServer.fork
+
+    def noted(self: ForkServer) -> object:
+        process, channel = fork(self)
+        numbers.append(process)
+        return process, channel
+
+    monkeypatch.setattr(ForkServer, "fork", noted)
+    return numbers
+
+
+@pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers have started before the first client works; they are forked from this process, which has PyTorch loaded.
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import time
 import weakref
 from contextlib import contextmanager
@@ -42,6 +43,13 @@ def forge(out, change):
         change(entry)
         entry["sum"] = entry_sum(entry)
     manifest.write_text(json.dumps(content))
+
+
+def unfinished(out):
+    """Takes a run back to the time before its first round: nothing committed, nothing learnt."""
+    for path in out.iterdir():
+        if path.name != "config.toml":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def unvouched(out):

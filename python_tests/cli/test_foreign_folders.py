@@ -23,7 +23,7 @@ from fedkern.methods import METHODS
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import unvouched
+from python_tests.interrupted import unfinished, unvouched
 
 TINY = ["--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--data", "digits", "--partition", "iid"]  # fmt: skip
@@ -75,13 +75,6 @@ def marker(made):
 @pytest.fixture
 def lpfm(made, tmp_path):
     return Path(shutil.copytree(made[0], tmp_path / "run"))
-
-
-def unfinished(out: Path) -> None:
-    """Takes the run back to the time before its first round: nothing committed, nothing learnt."""
-    for path in out.iterdir():
-        if path.name != "config.toml":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from fedkern.cli import flags, request
 from fedkern.settings.stored import load_settings
 from python_tests import own_networks
+from python_tests.interrupted import unfinished
 
 TINY = ["--data", "digits", "--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--partition", "iid", "--rounds", "1"]  # fmt: skip
@@ -33,13 +33,6 @@ def file(tmp_path):
     path = tmp_path / "net.py"
     path.write_text(NETWORK)
     return path
-
-
-def unfinished(out: Path) -> None:
-    """Takes a run back to the time before its first round."""
-    for path in out.iterdir():
-        if path.name != "config.toml":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -5,39 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 import fedkern
-from fedkern.methods import FedAvg, FedProx, option, registry
+from fedkern.methods import FedAvg, FedProx
 from fedkern.settings.stored import load_settings
+from python_tests.methods.test_script_methods import Slow, elsewhere  # noqa: F401
 
 TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
         "local_steps": 2, "workers": 1, "rounds": 1, "progress": False}  # fmt: skip
-
-
-class Slow(FedAvg):
-    """FedAvg whose server goes only a share of the way."""
-
-    @dataclass(frozen=True)
-    class Options(FedAvg.Options):
-        share: float = option(1.0, "share of the way", above=0, high=1)
-
-    def server_update(self, server, phase, uploads):
-        before = server.state["parameters"]
-        super().server_update(server, phase, uploads)
-        server.state["parameters"] = torch.lerp(before, server.state["parameters"], self.options.share)
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    registry.GIVEN.clear()
-    yield
-    registry.GIVEN.clear()
 
 
 def test_objects_are_compared_with_names():

@@ -1,7 +1,5 @@
 """Runs whose images are in a file: the bits of a run in memory, and few images in memory at once."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from fedkern.data import Split, load
 from fedkern.data.forms import ImageForm
 from fedkern.data.identity import data_fingerprint
 from fedkern.data.images import image_cache
-from fedkern.engine.executors.workers import Workers
 from fedkern.engine.images import Images
 from fedkern.engine.run import run
 from fedkern.errors import UserError
@@ -120,8 +117,8 @@ def test_the_bits_of_a_segmentation_in_memory(tmp_path, on_disk, monkeypatch, me
 
 
 @pytest.mark.exhaustive
-def test_the_same_with_workers(root, on_disk, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
+@pytest.mark.usefixtures("forked_workers")
+def test_the_same_with_workers(root, on_disk, tmp_path):
     run(settings(root), out=tmp_path / "memory")
     on_disk()
     run(settings(root, workers="2"), out=tmp_path / "disk")

@@ -16,8 +16,6 @@ import fedkern
 from fedkern.data.forms import ImageForm
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.executors.fork_server import ForkServer
-from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.extending import extend
@@ -332,24 +330,10 @@ def test_a_registered_name(own, make_data, tmp_path):
 # -- workers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """The worker processes that were forked; they have started before the first client works."""
-    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
-    found = []
-    fork = ForkServer.fork
-
-    def seen(self):
-        found.append(1)
-        return fork(self)
-
-    monkeypatch.setattr(ForkServer, "fork", seen)
-    return found
-
-
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_module_of_main_works_in_forked_workers_of_one_thread(own, make_data, tmp_path, forked, threads):
+def test_a_module_of_main_works_in_forked_workers_of_one_thread(own, make_data, tmp_path, processes, threads):
     class Here(Staged):
         """As a notebook's cell defines it."""
 
@@ -358,7 +342,7 @@ def test_a_module_of_main_works_in_forked_workers_of_one_thread(own, make_data, 
     summary = run(config, out=tmp_path / "2", data=make_data(), script=ScriptObjects(Here()))
     said = summary["diagnostics"].get("no-workers", "")
     assert ("Here, which is defined in __main__, cannot be sent" in said) is (threads > 1)
-    assert len(forked) == (2 if threads == 1 else 0)
+    assert len(processes) == (2 if threads == 1 else 0)
 
 
 # -- initial weights -----------------------------------------------------------------------------------------------

@@ -45,21 +45,6 @@ def patient(monkeypatch):
     monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
 
 
-@pytest.fixture
-def processes(monkeypatch):
-    """Every worker process that was forked, in order."""
-    found = []
-    fork = ForkServer.fork
-
-    def seen(self):
-        process, channel = fork(self)
-        found.append(process)
-        return process, channel
-
-    monkeypatch.setattr(ForkServer, "fork", seen)
-    return found
-
-
 class At(Listener):
     """Does something after a client is done, counted over the run."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -11,8 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedkern.engine.executors.fork_server import ForkServer
-from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics
@@ -291,11 +288,9 @@ def test_workers_and_interruptions_change_no_bit(method, settle, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_a_lost_worker_compresses_again_what_its_clients_had_sent(settle, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("forked_workers")
+def test_a_lost_worker_compresses_again_what_its_clients_had_sent(settle, tmp_path, processes):
     """FedDRA's clients keep their worker within a round: another one plays the first exchange again."""
-    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
-    processes, fork = [], ForkServer.fork
-    monkeypatch.setattr(ForkServer, "fork", lambda self: (made := fork(self), processes.append(made[0]))[0])
 
     class Killing(Listener):
         left = 4  # in the second exchange of the first round

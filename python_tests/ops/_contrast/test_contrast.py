@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
 from fedkern.ops._contrast.reference import contrastive_reference, gradients_reference
 from fedkern.ops._core import backend as backends
 from python_tests.ops._contrast.contrast_cases import AXES, check, choose, embeddings
+from python_tests.ops._conv.conv_cases import Watching
 from python_tests.ops.operator_cases import KERNELS, describe, pairwise, using
 
 
@@ -132,13 +132,6 @@ def test_a_loss_scale_lifts_float16_gradients(backend: str) -> None:
     (contrastive_reference(*exact, 100.0) * 4096.0).backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), exact[0].grad, rtol=2e-3, atol=1e-7)
-
-
-class Watching(TorchDispatchMode):
-    """A mode that changes nothing."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
 
 
 def test_second_derivatives_in_a_dispatch_mode() -> None:

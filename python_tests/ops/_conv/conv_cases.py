@@ -197,6 +197,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, kernels: type) -> list[str]:
 
 
 class Watching(TorchDispatchMode):
+    """A mode that changes nothing."""
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return function(*args, **(kwargs or {}))
 

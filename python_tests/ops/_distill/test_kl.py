@@ -14,6 +14,7 @@ from fedkern.ops._core.backend import select
 from fedkern.ops._distill.kernels import Divergence
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 from python_tests.ops import operator_cases
+from python_tests.ops._distill.ensemble_cases import strides
 from python_tests.ops.operator_cases import (
     BACKENDS,
     CLASSES,
@@ -143,11 +144,6 @@ def spread(logits: list[Tensor]) -> float:
     """The largest finite difference of logits, at least 1: what float32 rounding is measured by."""
     finite = torch.cat([x.double()[x.isfinite()].flatten() for x in logits])
     return max(1.0, float(finite.max() - finite.min())) if finite.numel() else 1.0
-
-
-def strides(x: Tensor) -> list[int]:
-    """Those that matter: of axes longer than 1."""
-    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
 CASES = pairwise(AXES, seed=2)
