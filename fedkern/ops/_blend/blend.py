@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._blend.kernels import BlendKernels, check_memory
+from fedkern.ops._blend.kernels import BlendCall, BlendKernels, check_memory
 from fedkern.ops._blend.library import BLEND, BLEND_BACKWARD
 from fedkern.ops._blend.reference import blend_reference, check_values
 from fedkern.ops._core import backend, library
@@ -67,14 +67,15 @@ def blend(
         if weights is not None:
             weights = weights.resolve_neg()  # kernels read memory as it is
         kernel = select("blend", foreground, background)
-        if kernel is None:
-            check_values(weights, index, background.shape[0])
-            return blend_reference(foreground, background, value if weights is None else weights, index)
+    call = BlendCall(weights, value, index, background.shape[0])
+    if kernel is None:
+        check_values(call)
+        return blend_reference(foreground, background, value if weights is None else weights, index)
     if torch.is_grad_enabled() and (
         foreground.requires_grad or background.requires_grad or (weights is not None and weights.requires_grad)
     ):
-        return _Blend.call(kernel, foreground, background, weights, value, index)
-    return kernel.forward(foreground, background, weights, value, index)
+        return _Blend.call(kernel, call, foreground, background, weights)
+    return kernel.forward(foreground, background, call)
 
 
 def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index: Tensor | None) -> None:
@@ -108,24 +109,20 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
 
 
 class _Blend(EagerFunction):
+    """Autograd function of a kernel; its tensors are (foreground, background, alpha), alpha that of the call."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        kernel: Any,
-        foreground: Tensor,
-        background: Tensor,
-        alpha: Tensor | None,
-        value: float,
-        index: Tensor | None,
+        ctx: Any, kernel: BlendKernels, call: BlendCall, foreground: Tensor, background: Tensor, alpha: Tensor | None
     ) -> Tensor:
-        out = kernel.forward(foreground, background, alpha, value, index)
+        out = kernel.forward(foreground, background, call)
         if alpha is None:
-            ctx.save_for_backward(index)
+            ctx.save_for_backward(call.indices)
         else:
             # Only the gradient of alpha needs the values of the inputs.
-            need = ctx.needs_input_grad[3]
-            ctx.save_for_backward(index, foreground if need else None, background if need else None, alpha)
-        ctx.settings = (kernel, value, background.shape[0], out.stride())
+            need = ctx.needs_input_grad[4]
+            ctx.save_for_backward(call.indices, foreground if need else None, background if need else None, alpha)
+        ctx.settings = (kernel, call.value, call.background_rows, out.stride())
         return out
 
     @staticmethod
@@ -133,17 +130,15 @@ class _Blend(EagerFunction):
         (grad,) = grads
         saved = saved_tensors(ctx)
         index, foreground, background, alpha = saved if len(saved) > 1 else (saved[0], None, None, None)
-        needs = ctx.needs_input_grad[1:4]
+        needs = ctx.needs_input_grad[2:]
         kernel, value, background_rows, strides = ctx.settings
-        check_memory(index, foreground, background, alpha)
+        call = BlendCall(alpha, value, index, background_rows)
+        check_memory(foreground, background, call)
         if not backend.readable(grad) or grad.is_neg():
             # Recorded (create_graph=True) or batched (is_grads_batched=True): the library operator has rules for both.
-            gradients = BLEND_BACKWARD(grad, foreground, background, alpha, value, index, background_rows, *needs)
-            return (None, *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
-        to_front, to_back, per_sample = kernel.backward(
-            grad, foreground, background, alpha, value, index, background_rows, needs, strides
-        )
-        return None, to_front, to_back, per_sample, None, None
+            gradients = BLEND_BACKWARD(grad, foreground, background, *call, *needs)
+            return (None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True)))
+        return (None, None, *kernel.backward(grad, foreground, background, call, needs, strides))
 
 
 backend.serve("blend", cpu=BlendKernels, cuda=BlendKernels, triton="_blend.triton.blend:TritonBlend", fits="blend_fits")

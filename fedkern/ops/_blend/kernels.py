@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,21 @@ from fedkern.ops._core.launch import Launcher
 from fedkern.ops._core.memory import HUGE
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class BlendCall(NamedTuple):
+    """A call of blend, but for its maps.
+
+    Attributes:
+        alpha: ``[B]``, or None where ``value`` is the weight of every foreground.
+        indices: ``int64 [B]``, each sample's row of the background, or None where sample b is mixed with row b.
+        background_rows: rows of the background.
+    """
+
+    alpha: Tensor | None
+    value: float
+    indices: Tensor | None
+    background_rows: int
 
 
 def sample_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
@@ -54,14 +69,12 @@ def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return copy.copy_(tensor)
 
 
-def check_memory(
-    index: Tensor | None, foreground: Tensor | None, background: Tensor | None, alpha: Tensor | None
-) -> None:
+def check_memory(foreground: Tensor | None, background: Tensor | None, call: BlendCall) -> None:
     """Raises RuntimeError, for every backend, if the memory of a tensor that the backward pass reads was freed."""
-    if index is not None:
-        checks.check_memory(index, "index")
-    if alpha is not None:
-        for tensor, name in ((alpha, "alpha"), (foreground, "foreground"), (background, "background")):
+    if call.indices is not None:
+        checks.check_memory(call.indices, "index")
+    if call.alpha is not None:
+        for tensor, name in ((call.alpha, "alpha"), (foreground, "foreground"), (background, "background")):
             if tensor is not None:
                 checks.check_memory(tensor, name)
 
@@ -90,13 +103,9 @@ class BlendKernels(_Launcher):
     take longer than a small blend.
     """
 
-    def forward(
-        self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
-    ) -> Tensor:
-        """Returns the result, with :func:`output_strides` of the foreground; both maps have one dtype.
-
-        ``alpha`` is ``[B]``, or None where ``value`` is the weight of every foreground.
-        """
+    def forward(self, foreground: Tensor, background: Tensor, call: BlendCall) -> Tensor:
+        """Returns the result, with :func:`output_strides` of the foreground; both maps have one dtype."""
+        alpha, value, index, _ = call
         if alpha is not None:
             alpha = self.wide(alpha)
         out = _empty_like(foreground)
@@ -118,10 +127,7 @@ class BlendKernels(_Launcher):
         grad: Tensor,
         foreground: Tensor | None,
         background: Tensor | None,
-        alpha: Tensor | None,
-        value: float,
-        index: Tensor | None,
-        background_rows: int,
+        call: BlendCall,
         needs: Sequence[bool],
         strides: tuple[int, ...] | None = None,
     ) -> Gradients:
@@ -130,6 +136,7 @@ class BlendKernels(_Launcher):
         The maps are read for alpha's gradient alone. ``strides`` are the result's, which the maps' gradients get too;
         None: those of ``grad`` without gaps.
         """
+        alpha, value, index, background_rows = call
         shape, count, sums = grad.shape, grad.numel(), 1
         to_front = to_back = per_sample = start = order = None
         if count and grad.stride() == strides and grad.is_contiguous():

@@ -7,33 +7,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._blend.kernels import check_memory, output_strides
+from fedkern.ops._blend.kernels import BlendCall, check_memory, output_strides
 from fedkern.ops._blend.reference import backward_reference, blend_reference, check_values, second_derivative
 from fedkern.ops._core import backend, library
 
 
-def _implementation(
+def _reference(
     foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
 ) -> Tensor:
+    return blend_reference(foreground, background, value if alpha is None else alpha, index)
+
+
+def _implementation(foreground: Tensor, background: Tensor, *others: Any) -> Tensor:
+    alpha, value, index = others
+    call = BlendCall(alpha, value, index, background.shape[0])
     kernel = backend.select("blend", foreground, background)
     if kernel is not None:
-        return kernel.forward(foreground, background, alpha, value, index)
-    check_values(alpha, index, background.shape[0])
-    result = blend_reference(foreground, background, value if alpha is None else alpha, index)
-    return _fake(foreground, background, alpha, value, index).copy_(result)
+        return kernel.forward(foreground, background, call)
+    check_values(call)
+    return _fake(foreground).copy_(_reference(foreground, background, *others))
 
 
-def _fake(foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None) -> Tensor:
+def _fake(foreground: Tensor, *others: Any) -> Tensor:
     strides = output_strides(foreground.shape, foreground.stride())
     return torch.empty_strided(foreground.shape, strides, dtype=foreground.dtype, device=foreground.device)
 
 
 def _backward_implementation(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    foreground, background, alpha, _, index, _, *needs = others
-    check_memory(index, foreground, background, alpha)
+    foreground, background, *settings, need_foreground, need_background, need_alpha = others
+    call = BlendCall(*settings)
+    check_memory(foreground, background, call)
     kernel = backend.select("blend", grad)
     run: Any = backward_reference if kernel is None else kernel.backward
-    result = run(grad, *others[:6], tuple(needs))
+    result = run(grad, foreground, background, call, (need_foreground, need_background, need_alpha))
     to_front, to_back, per_sample = map(library.laid_out, result, _backward_fake(grad, *others))
     return to_front, to_back, per_sample
 
@@ -120,9 +126,7 @@ BLEND = library.register(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
-    reference=lambda foreground, background, alpha, value, index: blend_reference(
-        foreground, background, value if alpha is None else alpha, index
-    ),
+    reference=_reference,
 )
 BLEND_BACKWARD = library.register(
     "blend_backward",

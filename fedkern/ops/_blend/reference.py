@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._blend.kernels import Gradients
+from fedkern.ops._blend.kernels import BlendCall, Gradients
 
 
 def blend_reference(
@@ -26,8 +26,9 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def check_values(alpha: Tensor | None, index: Tensor | None, background_rows: int) -> None:
+def check_values(call: BlendCall) -> None:
     """Raises ValueError for CPU values out of range, as the CPU kernel does before it touches memory."""
+    alpha, _, index, background_rows = call
     if index is not None and index.device.type == "cpu" and len(index):
         wrong = ((index < 0) | (index >= background_rows)).nonzero()
         if len(wrong):
@@ -51,12 +52,10 @@ def backward_reference(
     grad: Tensor,
     foreground: Tensor | None,
     background: Tensor | None,
-    alpha: Tensor | None,
-    value: float,
-    index: Tensor | None,
-    background_rows: int,
+    call: BlendCall,
     needs: tuple[bool, ...],
 ) -> Gradients:
+    alpha, value, index, background_rows = call
     dtype, grad = grad.dtype, wide(grad)
     weight = value if alpha is None else per_sample(alpha.to(grad.dtype), grad)
     to_front = (weight * grad).to(dtype) if needs[0] else None

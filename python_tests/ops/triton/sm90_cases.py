@@ -17,6 +17,7 @@ import torch
 import fedkern.ops
 from fedkern.ops._aggregate.rules import RULES, ServerCall, ServerRule
 from fedkern.ops._aggregate.triton.aggregate import TritonAggregate
+from fedkern.ops._blend.kernels import BlendCall
 from fedkern.ops._blend.triton.blend import TritonBlend
 from fedkern.ops._blend.triton.boxes import TritonBoxes
 from fedkern.ops._contrast.triton import TritonContrast
@@ -88,17 +89,17 @@ def blend_cases(full: bool) -> Iterator[Case]:
                 for a in (None, alpha):
                     if full or (i is None) == (a is None):
                         needs = (True, True, a is not None)
-                        yield f"{label} forward", lambda x=x, y=y, i=i, a=a: kernel.forward(x, y, a, 0.3, i)
+                        call = BlendCall(a, 0.3, i, len(y))
+                        yield f"{label} forward", lambda x=x, y=y, call=call: kernel.forward(x, y, call)
                         yield (
                             f"{label} backward",
-                            lambda x=x, y=y, i=i, a=a, needs=needs: kernel.backward(x, x, y, a, 0.3, i, len(y), needs),
+                            lambda x=x, y=y, call=call, needs=needs: kernel.backward(x, x, y, call, needs),
                         )
             few = y[: max(len(y) // 8, 1)]
+            call = BlendCall(None, 0.3, index, len(few))
             yield (
                 f"{label} backward, rows used by many",
-                lambda x=x, few=few, i=index: kernel.backward(
-                    x, None, None, None, 0.3, i, len(few), (True, True, False)
-                ),
+                lambda x=x, call=call: kernel.backward(x, None, None, call, (True, True, False)),
             )
 
 

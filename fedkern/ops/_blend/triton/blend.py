@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedkern.ops._blend.kernels import Gradients, in_layout, output_strides, users
+from fedkern.ops._blend.kernels import BlendCall, Gradients, in_layout, output_strides, users
 from fedkern.ops._blend.reference import check_values
 from fedkern.ops._core.triton.launch import cdiv, double_bits, launch, power_of_two, processors
 from fedkern.ops._core.triton.numbers import COMPUTE, double_of
@@ -180,12 +180,11 @@ def tile(rows: int, size: int) -> tuple[int, int]:
 class TritonBlend:
     """The methods of :class:`fedkern.ops._blend.kernels.BlendKernels` in Triton."""
 
-    def forward(
-        self, foreground: Tensor, background: Tensor, alpha: Tensor | None, value: float, index: Tensor | None
-    ) -> Tensor:
+    def forward(self, foreground: Tensor, background: Tensor, call: BlendCall) -> Tensor:
+        alpha, value, index, background_rows = call
         shape, device = foreground.shape, foreground.device
         if device.type == "cpu":
-            check_values(alpha, index, background.shape[0])
+            check_values(call)
         if foreground.is_contiguous() and background.is_contiguous():
             out = torch.empty_like(foreground, memory_format=torch.contiguous_format)
         else:
@@ -211,7 +210,7 @@ class TritonBlend:
             double_bits(value),
             out,
             rows,
-            background.shape[0],
+            background_rows,
             size,
             *steps,
             0 if alpha is None else alpha.stride(0),
@@ -228,22 +227,22 @@ class TritonBlend:
         grad: Tensor,
         foreground: Tensor | None,
         background: Tensor | None,
-        alpha: Tensor | None,
-        value: float,
-        index: Tensor | None,
-        background_rows: int,
+        call: BlendCall,
         needs: Sequence[bool],
         strides: tuple[int, ...] | None = None,
     ) -> Gradients:
+        alpha, _, index, background_rows = call
         shape, device = grad.shape, grad.device
         strides = output_strides(shape, grad.stride() if strides is None else strides)
         grad = in_layout(grad, strides)
-        index = None if index is None else index.contiguous()
+        if index is not None:
+            index = index.contiguous()
+            call = call._replace(indices=index)
         to_front = torch.empty_strided(shape, strides, dtype=grad.dtype, device=device) if needs[0] else None
         to_back = None
         if needs[1]:
             to_back = torch.empty_strided((background_rows, *shape[1:]), strides, dtype=grad.dtype, device=device)
-        self._maps(grad, alpha, value, index, to_front, to_back)
+        self._maps(grad, call, to_front, to_back)
         by_alpha = None
         if needs[2]:
             assert foreground is not None
@@ -253,15 +252,8 @@ class TritonBlend:
             by_alpha = self._alpha(grad, foreground, background, index).to(alpha.dtype)
         return to_front, to_back, by_alpha
 
-    def _maps(
-        self,
-        grad: Tensor,
-        alpha: Tensor | None,
-        value: float,
-        index: Tensor | None,
-        to_front: Tensor | None,
-        to_back: Tensor | None,
-    ) -> None:
+    def _maps(self, grad: Tensor, call: BlendCall, to_front: Tensor | None, to_back: Tensor | None) -> None:
+        alpha, value, index, _ = call
         samples, size = grad.shape[0], math.prod(grad.shape[1:])
         if to_front is None and to_back is None:
             return
