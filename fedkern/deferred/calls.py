@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from fedkern.deferred import pending
 from fedkern.deferred.layers import GLOBAL_HOOKS, HOOKS, Convolution, convolution, hooked
 from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Serve, Site, computed, handle, shape_of, value
-from fedkern.ops._conv.conv_norm import Settings, run, serving
+from fedkern.ops._conv.conv_norm import run, serving
 from fedkern.ops._conv.conv_pool import pooling, run_pooling
+from fedkern.ops._conv.kernels import Inputs, Pooling, Settings
 from fedkern.ops._core.backend import intercepted
 from fedkern.ops._core.private_torch import functorch_active, saved_hooks
 
@@ -259,7 +260,9 @@ def _fits(layer: Convolution, shape: tuple[int, ...]) -> bool:
     weight, ones = weight.detach(), torch.ones(len(weight))
     if stride == 1 and pooling(x, weight, None, padding) is not None:
         return True
-    return padding == side // 2 and serving(x, weight, ones, ones, ones, ones, None, 1, stride) is not None
+    if padding != side // 2:
+        return False
+    return serving(Inputs(x, weight, ones, ones), Settings(ones, ones, stride=stride)) is not None
 
 
 def _serve(chain: Chain, dense: bool) -> Tensor | None:
@@ -283,7 +286,7 @@ def _pooled(chain: Chain, dense: bool) -> Tensor | None:
     kernel = pooling(site.x, site.weight, site.bias, site.padding)
     if kernel is None:
         return None
-    return run_pooling(kernel, site.x, site.weight, site.bias, site.padding, chain.relu, dense)
+    return run_pooling(kernel, site.x, site.weight, site.bias, Pooling(site.padding, chain.relu, dense))
 
 
 def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
@@ -311,12 +314,12 @@ def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
         elif bias is not None and variance is not None:
             shift, bias = shift + bias * norm.weight * torch.rsqrt(variance + norm.eps), None
         settings = Settings(mean, variance, norm.momentum, norm.eps, *after, tracks, norm.training)
-    arguments = settings.mean, settings.variance, residual, chain.pool, site.stride, settings.groups
-    kernel = serving(x, site.weight, norm.weight, shift, *arguments, bias if settings.groups else None)
+    inputs = Inputs(x, site.weight, norm.weight, shift, bias, residual)
+    kernel = serving(inputs if settings.groups else inputs._replace(bias=None), settings)
     if kernel is None:
         return None
     site.moved += moved
-    result = run(kernel, settings, x, site.weight, norm.weight, shift, residual, bias)
+    result = run(kernel, inputs, settings)
     if moves is not None and bias is not None:
         with torch.no_grad():
             moves.add_(bias, alpha=settings.momentum)

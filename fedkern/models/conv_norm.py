@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.deferred.layers import GLOBAL_HOOKS, PARAMETERS, convolution, hooked
-from fedkern.ops._conv.conv_norm import Settings, run, serving
+from fedkern.ops._conv.conv_norm import run, serving
+from fedkern.ops._conv.kernels import Inputs, Settings
 from fedkern.ops._core.layout import normed
 from fedkern.ops._core.private_torch import functorch_active
 
@@ -80,16 +81,17 @@ def _served(x: Tensor, conv: Any, norm: Any, relu: Any, pool: Any, residual: Ten
     size = 1 if pool is None else 2
     if padding != side // 2 or bias is not None or norm.eps <= 0 or any(GLOBAL_HOOKS):  # batch norm refuses such an eps
         return None
-    kernel = serving(x, weight, scale, shift, mean, variance, residual, size, stride)
+    batch = training or (mean is None and variance is None)
+    inputs = Inputs(x, weight, scale, shift, None, residual)
+    settings = Settings(mean, variance, momentum or 0.0, norm.eps, stride, relu is not None, size, tracks, batch)
+    kernel = serving(inputs, settings)
     if kernel is None:
         return None
     if tracks and count is not None:
         count.add_(1)
         if momentum is None:  # the cumulative average
-            momentum = 1 / float(count)
-    batch = training or (mean is None and variance is None)
-    settings = Settings(mean, variance, momentum or 0.0, norm.eps, stride, relu is not None, size, tracks, batch)
-    return run(kernel, settings, x, weight, scale, shift, residual)
+            settings = settings._replace(momentum=1 / float(count))
+    return run(kernel, inputs, settings)
 
 
 class NormSequential(nn.Sequential):

@@ -32,13 +32,14 @@ def calls(monkeypatch):
     """Calls of the operator, which serves ordinary tensors of any size; the settings of each."""
     found: list[dict[str, object]] = []
 
-    def run(_, settings, *tensors):
-        *four, residual = tensors
+    def run(_, inputs, settings):
+        *four, _, residual = inputs
         mean, variance, *rest = settings
         found.append(dict(zip(settings._fields[2:], rest, strict=True)))
         return ops.conv_norm(*four, mean, variance, residual=residual, **found[-1])
 
-    def serving(x, *_):
+    def serving(inputs, _):
+        x = inputs.x
         return (type(x) is Tensor and x.dim() == 4 and not torch.is_autocast_enabled("cpu")) or None
 
     monkeypatch.setattr(conv_norm, "run", run)

@@ -7,31 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.ops._conv.kernels import Inputs, Settings
 from fedkern.ops._core.checks import check_count, check_device, check_flag, check_floating, check_number, shown
 
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def check_settings(
-    momentum: Any, eps: Any, stride: Any, relu: Any, pool: Any, update: Any, training: Any, groups: Any
-) -> tuple[float, float, int, int, int]:
-    """Returns ``momentum``, ``eps``, ``stride``, ``pool`` and ``groups`` as numbers.
+def check_settings(settings: Settings) -> Settings:
+    """The settings, as plain numbers.
 
     Raises:
         TypeError, ValueError: a setting has the wrong type or value.
     """
+    mean, variance, momentum, eps, stride, relu, pool, update, training, groups = settings
     for name, flag in (("relu", relu), ("update", update), ("training", training)):
         check_flag(flag, name)
-    numbers = check_number(momentum, "momentum", 1), check_number(eps, "eps", above=True)
-    counts = check_count(stride, "stride", 1, 2), check_count(pool, "pool", 1, 2), check_count(groups, "groups", 0)
-    return *numbers, *counts
+    momentum, eps = check_number(momentum, "momentum", 1), check_number(eps, "eps", above=True)
+    stride, pool = check_count(stride, "stride", 1, 2), check_count(pool, "pool", 1, 2)
+    groups = check_count(groups, "groups", 0)
+    return Settings(mean, variance, momentum, eps, stride, relu, pool, update, training, groups)
 
 
-def check_tensors(
-    x: Any, weight: Any, scale: Any, shift: Any, mean: Any, variance: Any, residual: Any, stride: int, pool: int,
-    training: bool, groups: int, bias: Any,
-) -> None:  # fmt: skip
+def check_tensors(inputs: Inputs, settings: Settings) -> None:
     """Raises TypeError or ValueError unless all tensors fit together."""
+    x, weight, scale, shift, bias, residual = inputs
+    mean, variance, _, _, stride, _, pool, _, training, groups = settings
     _check_maps(x, weight)
     taps = tuple(weight.shape[2:])
     if weight.dim() != 4 or weight.shape[1] != x.shape[1] or taps not in ((3, 3), (1, 1)) or weight.shape[0] < 1:
@@ -61,7 +61,7 @@ def check_tensors(
             raise ValueError("mean and variance must be given with training=False")
     free = _converted(x)
     _check_like(weight, "weight", x, free)
-    vectors = {"scale": scale, "shift": shift, "mean": mean, "variance": variance, "bias": bias}
+    vectors: dict[str, Any] = {"scale": scale, "shift": shift, "mean": mean, "variance": variance, "bias": bias}
     for name, vector in vectors.items():
         if vector is None and name not in ("scale", "shift"):
             continue

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedkern.ops._conv.checks import check_settings, check_tensors
 from fedkern.ops._conv.choice import check_forced, chosen
-from fedkern.ops._conv.kernels import ConvKernels, NotFinite, Settings
-from fedkern.ops._conv.reference import conv_norm_reference
+from fedkern.ops._conv.kernels import ConvKernels, Inputs, NotFinite, Settings
+from fedkern.ops._conv.reference import conv_norm_reference, norm_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import readable
 from fedkern.ops._core.checks import written
@@ -92,33 +92,20 @@ def conv_norm(
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong.
         RuntimeError: a forced backend cannot serve the call.
     """
-    momentum, eps, stride, pool, groups = check_settings(momentum, eps, stride, relu, pool, update, training, groups)
-    kernel = serving(x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias)
+    settings = check_settings(Settings(mean, variance, momentum, eps, stride, relu, pool, update, training, groups))
+    inputs = Inputs(x, weight, scale, shift, bias, residual)
+    kernel = serving(inputs, settings)
     if kernel is None or (mean is None and not training and not groups):
-        check_tensors(x, weight, scale, shift, mean, variance, residual, stride, pool, training, groups, bias)
-        check_forced("conv_norm", x, weight, scale, shift, mean, variance, residual, bias)
-        return conv_norm_reference(
-            x, weight, scale, shift, mean, variance, momentum=momentum, eps=eps, stride=stride, relu=relu,
-            pool=pool, residual=residual, update=update, training=training, groups=groups, bias=bias,
-        )  # fmt: skip
-    settings = Settings(mean, variance, momentum, eps, stride, relu, pool, update, training, groups)
-    return run(kernel, settings, x, weight, scale, shift, residual, bias)
+        check_tensors(inputs, settings)
+        check_forced("conv_norm", *inputs, mean, variance)
+        return conv_norm_reference(inputs, settings)
+    return run(kernel, inputs, settings)
 
 
-def serving(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    residual: Tensor | None = None,
-    pool: int = 1,
-    stride: int = 1,
-    groups: int = 0,
-    bias: Tensor | None = None,
-) -> ConvKernels | None:
+def serving(inputs: Inputs, settings: Settings) -> ConvKernels | None:
     """The kernel that serves this call, for :func:`run`; None where there is none. Never raises."""
+    x, weight, scale, shift, bias, residual = inputs
+    mean, variance, _, _, stride, _, pool, _, _, groups = settings
     arguments = x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias
     kernel: ConvKernels | None = chosen("conv_norm", *arguments)
     if kernel is None:
@@ -128,25 +115,17 @@ def serving(
     return kernel
 
 
-def run(
-    kernel: ConvKernels,
-    settings: Settings,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    bias: Tensor | None = None,
-) -> Tensor:
+def run(kernel: ConvKernels, inputs: Inputs, settings: Settings) -> Tensor:
     """:func:`conv_norm` by the kernel that :func:`serving` gave; the settings are not checked.
 
-    Args:
-        bias: with batch statistics, which take it out again, too: it gets zeros for a gradient.
+    There may be a bias with batch statistics, too, which take it out again: it gets zeros for a gradient.
     """
+    x, weight, scale, shift, bias, residual = inputs
     if not x.is_contiguous(memory_format=_CHANNELS_LAST):  # the weight is channels-last
         x = x.contiguous(memory_format=_CHANNELS_LAST)
     if residual is not None and not residual.is_contiguous(memory_format=_CHANNELS_LAST):
         residual = residual.contiguous(memory_format=_CHANNELS_LAST)
+    inputs = Inputs(x, weight, scale, shift, bias, residual)
     try:
         if _grad_enabled() and (
             x.requires_grad
@@ -156,33 +135,24 @@ def run(
             or (residual is not None and residual.requires_grad)
             or (bias is not None and bias.requires_grad)
         ):
-            result: Tensor = _ConvNorm.call(kernel, settings, x, weight, scale, shift, bias, residual)
+            result: Tensor = _ConvNorm.call(kernel, settings, *inputs)
         else:
-            result = kernel.forward(settings, x, weight, scale, shift, bias, residual, False)[0]
+            result = kernel.forward(inputs, settings, False)[0]
     except NotFinite:
-        group_bias = bias if settings.groups else None
-        return conv_norm_reference(x, weight, scale, shift, residual=residual, bias=group_bias, **settings._asdict())
+        return conv_norm_reference(inputs if settings.groups else inputs._replace(bias=None), settings)
     if settings.training and settings.update and settings.mean is not None:
         written(settings.mean, settings.variance)
     return result
 
 
 class _ConvNorm(EagerFunction):
-    """Autograd function of the kernel; its tensors are (x, weight, scale, shift, bias, residual)."""
+    """Autograd function of the kernel; its tensors are those of :class:`Inputs`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        kernel: ConvKernels,
-        settings: Settings,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-    ) -> Tensor:
-        out, intermediates = kernel.forward(settings, x, weight, scale, shift, bias, residual, True)
+    def forward(ctx: Any, kernel: ConvKernels, settings: Settings, *tensors: Any) -> Tensor:
+        inputs = Inputs(*tensors)
+        x, weight, scale, shift, bias, residual = inputs
+        out, intermediates = kernel.forward(inputs, settings, True)
         masked = residual is not None and settings.relu
         frozen = not any(ctx.needs_input_grad[2:4])  # the map and the weight may then change before the backward pass
         after = out if masked else None
@@ -212,20 +182,20 @@ class _ConvNorm(EagerFunction):
         # alone.
         if out is not None:
             grad = grad.masked_fill(out <= 0, 0)
-        eps, stride, pool, training = settings.eps, settings.stride, settings.pool, settings.training
         mean = variance = None
-        if not training and not settings.groups:  # the running statistics may have changed since
-            mean, variance = saved[0, : len(scale)], saved[1, : len(scale)].pow(-2) - eps
-        relu = settings.relu and not added
+        if not settings.training and not settings.groups:  # the running statistics may have changed since
+            mean, variance = saved[0, : len(scale)], saved[1, : len(scale)].pow(-2) - settings.eps
+        plain = settings._replace(mean=mean, variance=variance, relu=settings.relu and not added)
         if frozen:
-            height, width = (-(-size // stride) for size in x.shape[2:])
+            height, width = (-(-size // settings.stride) for size in x.shape[2:])
             x, weight = y.view(len(x), height, width, -1).movedim(-1, 1)[:, : len(scale)], None
 
-        def reference(x: Tensor, weight: Tensor | None, scale: Tensor, shift: Tensor, bias: Tensor | None) -> Tensor:
-            return conv_norm_reference(
-                x, weight, scale, shift, mean, variance, eps=eps, stride=stride, relu=relu, pool=pool,
-                training=training, groups=settings.groups, bias=bias if settings.groups else None,
-            )  # fmt: skip
+        def reference(x: Tensor, weight: Any, scale: Tensor, shift: Tensor, bias: Tensor | None) -> Tensor:
+            bias = bias if settings.groups else None
+            inputs = Inputs(x, weight, scale, shift, bias)
+            if frozen:
+                return norm_reference(x if bias is None else x + bias[:, None, None], inputs, plain)
+            return conv_norm_reference(inputs, plain)
 
         felt = needs[4] and settings.groups > 0
         with torch.autocast("cpu", enabled=False):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedkern.ops._conv.checks import check_pooled
 from fedkern.ops._conv.choice import check_forced, chosen
-from fedkern.ops._conv.kernels import NotFinite, PoolKernels
+from fedkern.ops._conv.kernels import NotFinite, Pooling, PoolKernels
 from fedkern.ops._conv.reference import conv_pool_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import readable
@@ -63,7 +63,7 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
         check_forced("conv_pool", x, weight, bias)
         return conv_pool_reference(x, weight, bias, padding=padding, relu=relu)
     last = any(each.stride(1) == 1 and each.is_contiguous(memory_format=_CHANNELS_LAST) for each in (x, weight))
-    return run_pooling(kernel, x, weight, bias, padding, relu, not last or len(weight) == 1)
+    return run_pooling(kernel, x, weight, bias, Pooling(padding, relu, not last or len(weight) == 1))
 
 
 def pooling(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> PoolKernels | None:
@@ -71,17 +71,15 @@ def pooling(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Poo
     return chosen("conv_pool", x, weight, bias, padding)
 
 
-def run_pooling(
-    kernel: PoolKernels, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, relu: bool, dense: bool
-) -> Tensor:
-    """:func:`conv_pool` by the kernel that :func:`pooling` gave; ``dense``: contiguous, else channels-last."""
+def run_pooling(kernel: PoolKernels, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Pooling) -> Tensor:
+    """:func:`conv_pool` by the kernel that :func:`pooling` gave."""
     try:
         if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-            result: Tensor = _ConvPool.call(kernel, (padding, relu, dense), x, weight, bias)
+            result: Tensor = _ConvPool.call(kernel, settings, x, weight, bias)
             return result
-        return kernel.forward(x, weight, bias, padding, relu, dense)[0]
+        return kernel.forward(x, weight, bias, settings)[0]
     except NotFinite:
-        return conv_pool_reference(x, weight, bias, padding=padding, relu=relu)
+        return conv_pool_reference(x, weight, bias, padding=settings.padding, relu=settings.relu)
 
 
 class _ConvPool(EagerFunction):
@@ -89,32 +87,27 @@ class _ConvPool(EagerFunction):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        kernel: PoolKernels,
-        settings: tuple[int, bool, bool],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        ctx: Any, kernel: PoolKernels, settings: Pooling, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        out, places = kernel.forward(x, weight, bias, *settings)
+        out, places = kernel.forward(x, weight, bias, settings)
         ctx.save_for_backward(x, weight, bias, places)
         ctx.settings = kernel, settings
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, (padding, relu, dense) = ctx.settings
+        kernel, settings = ctx.settings
         x, weight, bias, places = saved_tensors(ctx)
         needs = ctx.needs_input_grad[2:]
         if readable(grad):
             try:
-                return (None, None, *kernel.backward(grad, x, weight, places, padding, relu, dense, needs))
+                return (None, None, *kernel.backward(grad, x, weight, places, settings, needs))
             except NotFinite:
                 pass
 
         # Recorded (create_graph=True), batched (is_grads_batched=True) or not finite.
         def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return conv_pool_reference(x, weight, bias, padding=padding, relu=relu)
+            return conv_pool_reference(x, weight, bias, padding=settings.padding, relu=settings.relu)
 
         with torch.autocast("cpu", enabled=False):
             gradients = library.differentiate_reference(reference, (x, weight, bias), needs, grad, _grad_enabled())

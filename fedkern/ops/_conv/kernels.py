@@ -19,19 +19,38 @@ _LARGE = HUGE // 4  # elements of float32; fresh() compares bytes
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-class Settings(NamedTuple):
-    """The settings of a call, checked, and the running statistics, which autograd does not see."""
+class Inputs(NamedTuple):
+    """The tensors of a call of conv_norm that may have a gradient; see :func:`fedkern.ops.conv_norm`."""
 
-    mean: Tensor | None
-    variance: Tensor | None
-    momentum: float
-    eps: float
-    stride: int
-    relu: bool
-    pool: int
-    update: bool
-    training: bool
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+
+
+class Settings(NamedTuple):
+    """The settings of a call of conv_norm, and the running statistics, which autograd does not see."""
+
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    momentum: float = 0.1
+    eps: float = 1e-5
+    stride: int = 1
+    relu: bool = True
+    pool: int = 1
+    update: bool = True
+    training: bool = True
     groups: int = 0
+
+
+class Pooling(NamedTuple):
+    """The settings of a call of conv_pool; ``dense``: the result is contiguous, else channels-last."""
+
+    padding: int
+    relu: bool
+    dense: bool
 
 
 # What a backward pass reads: y, the convolution's result; raw, those of y that the maxima come from, laid out as the
@@ -52,17 +71,7 @@ class ConvKernels(Launcher):
         super().__init__(core)
         self._forward, self._backward, self._channels = core.conv_forward, core.conv_backward, core.conv_channels
 
-    def forward(
-        self,
-        settings: Settings,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        keep: bool,
-    ) -> tuple[Tensor, Kept]:
+    def forward(self, inputs: Inputs, settings: Settings, keep: bool) -> tuple[Tensor, Kept]:
         """The result and what the backward pass reads; without ``keep`` only the last of that.
 
         Writes the running statistics where the settings say so.
@@ -70,6 +79,7 @@ class ConvKernels(Launcher):
         Raises:
             NotFinite: nothing is written then.
         """
+        x, weight, scale, shift, bias, residual = inputs
         mean, variance, momentum, eps, stride, relu, pool, update, training, groups = settings
         bias = bias if groups else None  # batch statistics take it out again
         update = update and mean is not None
@@ -141,14 +151,13 @@ class ConvKernels(Launcher):
 class PoolKernels(Launcher):
     """conv_pool of ``fedkern._cpu``, for calls that ``pool_fits`` takes; maps are contiguous or channels-last."""
 
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, relu: bool, dense: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The result, contiguous where ``dense`` and else channels-last, and which values the maxima were.
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, pooling: Pooling) -> tuple[Tensor, Tensor]:
+        """The result, and which values the maxima were.
 
         Raises:
             NotFinite: x or weight has an infinity or NaN, whose products with zeros the backward pass would leave out.
         """
+        padding, relu, dense = pooling
         batch, channels = len(x), len(weight)
         high, wide = ((side + 2 * padding - weight.shape[2] + 1) // 2 for side in x.shape[2:])
         layout = torch.contiguous_format if dense else _CHANNELS_LAST
@@ -159,21 +168,14 @@ class PoolKernels(Launcher):
         return out, chosen
 
     def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        chosen: Tensor,
-        padding: int,
-        relu: bool,
-        dense: bool,
-        needs: Sequence[bool],
+        self, grad: Tensor, x: Tensor, weight: Tensor, chosen: Tensor, pooling: Pooling, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of (x, weight, bias) that ``needs`` asks for, in the inputs' layouts.
 
         Raises:
             NotFinite: there are no gradients then.
         """
+        padding, relu, dense = pooling
         grad = grad.resolve_neg().contiguous(memory_format=torch.contiguous_format if dense else _CHANNELS_LAST)
         x, weight = (
             each if each.is_contiguous() else each.contiguous(memory_format=_CHANNELS_LAST) for each in (x, weight)

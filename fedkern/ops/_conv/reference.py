@@ -6,33 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedkern.ops._conv.kernels import Inputs, Settings
 from fedkern.ops._core.layout import conv2d, group_normed, normed
 
 
-def conv_norm_reference(
-    x: Tensor,
-    weight: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    *,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    stride: int = 1,
-    relu: bool = True,
-    pool: int = 1,
-    residual: Tensor | None = None,
-    update: bool = True,
-    training: bool = True,
-    groups: int = 0,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """The specification of :func:`fedkern.ops.conv_norm`; without ``weight``, x is the convolution's result."""
-    if weight is not None:
-        y = conv2d(x, weight, bias, (stride, stride), (weight.shape[2] // 2,) * 2, (1, 1), 1)
-    else:
-        y = x if bias is None else x + bias[:, None, None]
+def conv_norm_reference(inputs: Inputs, settings: Settings) -> Tensor:
+    """The specification of :func:`fedkern.ops.conv_norm`."""
+    x, weight, _, _, bias, _ = inputs
+    y = conv2d(x, weight, bias, (settings.stride,) * 2, (weight.shape[2] // 2,) * 2, (1, 1), 1)
+    return norm_reference(y, inputs, settings)
+
+
+def norm_reference(y: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """The same from the convolution's result ``y``."""
+    _, _, scale, shift, _, residual = inputs
+    mean, variance, momentum, eps, _, relu, pool, update, training, groups = settings
     if training and not update:
         mean = variance = None
     if mean is not None and variance is not None and not training:

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
+from fedkern.ops._conv import conv_norm
+from fedkern.ops._conv.kernels import ConvKernels, Inputs, Settings
 from python_tests.ops.operator_cases import KERNELS
 
 LAST = torch.channels_last
@@ -221,6 +223,12 @@ SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = 
     "triton": lambda: ops.use_backend("triton"),
     "cuda": lambda: ops.use_backend("cuda"),
 }
+
+
+def serving(**call: Any) -> ConvKernels | None:
+    """The kernel that serves a call of conv_norm with these arguments."""
+    inputs = {name: call.pop(name, None) for name in LEAVES}
+    return conv_norm.serving(Inputs(**inputs), Settings(**call))
 
 
 def check_never_served(serves: Callable[..., Any], given: dict[str, Any]) -> None:

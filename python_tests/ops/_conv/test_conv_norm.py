@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._conv.conv_norm import serving
 from python_tests.ops._conv.conv_cases import (
     CONV,
     GROUPED,
@@ -25,6 +24,7 @@ from python_tests.ops._conv.conv_cases import (
     exact,
     grad_for,
     results,
+    serving,
 )
 from python_tests.ops.operator_cases import describe, pairwise, using
 

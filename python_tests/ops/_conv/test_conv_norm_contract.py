@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._conv.conv_norm import serving
 from fedkern.ops._conv.kernels import ConvKernels
 from fedkern.ops._core import backend
 from python_tests.ops._conv.conv_cases import (
@@ -29,6 +28,7 @@ from python_tests.ops._conv.conv_cases import (
     exact,
     grad_for,
     results,
+    serving,
 )
 from python_tests.ops.operator_cases import using
 

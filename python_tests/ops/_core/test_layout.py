@@ -22,18 +22,20 @@ from torch import nn
 
 from fedkern import models, ops
 from fedkern.models.blocks import cut
+from fedkern.ops._conv.kernels import Inputs, Settings
 from fedkern.ops._conv.reference import conv_norm_reference
 
 torch.set_num_threads(1)
 
 
 def convolved(channels, stride, batch):
-    for call in (ops.conv_norm, conv_norm_reference):
-        for relu in (True, False):
-            step = min(stride, 2)
-            x = maps(channels, step, batch)
-            weight = torch.randn(8, channels, 1, 1, requires_grad=True)
-            call(x, weight, torch.ones(8), torch.zeros(8), None, None, stride=step, relu=relu).sum().backward()
+    for relu in (True, False):
+        step = min(stride, 2)
+        x = maps(channels, step, batch)
+        weight = torch.randn(8, channels, 1, 1, requires_grad=True)
+        inputs = Inputs(x, weight, torch.ones(8), torch.zeros(8))
+        ops.conv_norm(*inputs[:4], None, None, stride=step, relu=relu).sum().backward()
+        conv_norm_reference(inputs, Settings(stride=step, relu=relu)).sum().backward()
 
 
 def blocks(channels, stride, batch):
