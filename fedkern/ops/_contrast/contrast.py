@@ -14,7 +14,7 @@ from torch import Tensor
 from fedkern.ops._contrast.checks import check_pair, check_temperature
 from fedkern.ops._contrast.kernels import CpuContrast, CudaContrast
 from fedkern.ops._contrast.library import CONTRASTIVE, CONTRASTIVE_TRAINING, reference_at
-from fedkern.ops._contrast.reference import contrastive_reference
+from fedkern.ops._contrast.reference import ContrastCall, contrastive_reference
 from fedkern.ops._contrast.tiled import TiledContrast
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import eager, readable, ready, select, serve
@@ -66,9 +66,10 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
         kernel = select("contrastive", *tensors)
     if kernel is None:
         return contrastive_reference(x, y, temperature)
+    call = ContrastCall(x, y, temperature)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _Contrastive.call(kernel, None if learnt is not None else temperature, *tensors)
-    return kernel.loss(x, y, temperature)
+        return _Contrastive.call(kernel, call, *tensors)
+    return kernel.loss(call)
 
 
 def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | Tensor) -> Tensor:
@@ -90,11 +91,10 @@ class _Contrastive(EagerFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, kernel: CpuContrast | TiledContrast, temperature: float | None, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, kernel: CpuContrast | TiledContrast, call: ContrastCall, *tensors: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:]
-        value = tensors[2] if temperature is None else temperature
-        loss, gradients = kernel.loss_and_gradients(tensors[0], tensors[1], value, (*needs, False)[:3])
-        ctx.kernel, ctx.temperature = kernel, temperature
+        loss, gradients = kernel.loss_and_gradients(call, (*needs, False)[:3])
+        ctx.kernel, ctx.temperature = kernel, None if len(tensors) > 2 else call.temperature
         ctx.save_for_backward(*tensors, *gradients)
         return loss
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._contrast.products import similarities, times, transposed_times
-from fedkern.ops._contrast.reference import Gradients
+from fedkern.ops._contrast.reference import ContrastCall, Gradients
 from fedkern.ops._contrast.tiled import Pairs, TiledContrast
-from fedkern.ops._core.backend import DTYPES
+from fedkern.ops._core.backend import DTYPES, compute_dtype
 from fedkern.ops._core.launch import Launcher
 
 # Most bytes of similarities that a call holds whole.  Reading them again costs less than multiplying again, until
@@ -30,11 +30,12 @@ _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in DTYPE
 
 
 class _Batch(NamedTuple):
-    """Contiguous embeddings in the computing dtype, and 1 / temperature."""
+    """Contiguous embeddings in the computing dtype, 1 / temperature, and the loss's dtype."""
 
     x: Tensor
     y: Tensor
     scale: float
+    dtype: torch.dtype
 
 
 # A launcher for each core: the CPU core returns the loss as a number and takes tiles of any height. On a GPU the loss
@@ -42,47 +43,42 @@ class _Batch(NamedTuple):
 class CpuContrast(Launcher):
     """contrastive of ``fedkern._cpu``; :class:`TiledContrast` has the same methods for GPUs.
 
-    ``x`` and ``y`` are ``[B, D]`` with any strides, ``temperature`` is a float or a 0-d tensor; the public function has
-    checked them.  Sums are taken in float32 (float64 where an input is float64) and rounded once.  On CUDA no method
-    reads a tensor's value, because that would synchronise.
+    Sums are taken in float32 (float64 where an input is float64) and rounded once.  On CUDA no method reads a tensor's
+    value, because that would synchronise.
     """
 
     def __init__(self, core: Any) -> None:
         super().__init__(core)
         self._contrast = core.contrast_whole
 
-    def loss(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
+    def loss(self, call: ContrastCall) -> Tensor:
         """The loss, in the promoted dtype of x and y."""
-        return self._loss(x, y, self._batch(x, y, temperature), None)
+        return self._loss(_batch(call), None)
 
-    def loss_and_sums(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_sums(self, call: ContrastCall) -> tuple[Tensor, Tensor]:
         """The loss, and the softmax statistics ``[4, B]``: maxima and sums of the rows, then of the columns.
 
         A softmax is ``exp((x yᵀ - maximum) / temperature) / sum``.  The statistics have the computing dtype.
         """
-        batch = self._batch(x, y, temperature)
-        sums = batch.x.new_empty(4, x.shape[0])
-        return self._loss(x, y, batch, sums), sums
+        batch = _batch(call)
+        sums = batch.x.new_empty(4, batch.x.shape[0])
+        return self._loss(batch, sums), sums
 
-    def loss_and_gradients(
-        self, x: Tensor, y: Tensor, temperature: float | Tensor, needs: Sequence[bool]
-    ) -> tuple[Tensor, Gradients]:
+    def loss_and_gradients(self, call: ContrastCall, needs: Sequence[bool]) -> tuple[Tensor, Gradients]:
         """The loss, and the gradients that ``needs`` (x, y, temperature) asks for."""
-        batch = self._batch(x, y, temperature)
+        batch = _batch(call)
         if not _fits(batch):
-            sums = batch.x.new_empty(4, x.shape[0])
-            return self._loss(x, y, batch, sums), self._gradients(batch, sums, needs)
+            sums = batch.x.new_empty(4, batch.x.shape[0])
+            return self._loss(batch, sums), self._gradients(batch, sums, needs)
         matrix = similarities(batch.x, batch.y)
-        loss = self._whole(x, y, batch, matrix, batch.scale / max(x.shape[0], 1), None)
+        loss = self._whole(batch, matrix, batch.scale / max(batch.x.shape[0], 1), None)
         to_x = times(matrix, batch.y) if needs[0] or needs[2] else None
         to_y = transposed_times(matrix, batch.x).contiguous() if needs[1] else None
         return loss, self._with_temperature(batch, to_x, to_y, needs)
 
-    def gradients(
-        self, x: Tensor, y: Tensor, temperature: float | Tensor, sums: Tensor, needs: Sequence[bool]
-    ) -> Gradients:
+    def gradients(self, call: ContrastCall, sums: Tensor, needs: Sequence[bool]) -> Gradients:
         """The gradients, from the statistics ``sums`` of :meth:`loss_and_sums`."""
-        return self._gradients(self._batch(x, y, temperature), sums, needs)
+        return self._gradients(_batch(call), sums, needs)
 
     def scaled(
         self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
@@ -98,32 +94,25 @@ class CpuContrast(Launcher):
             ]
         )
 
-    def _batch(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> _Batch:
-        scale = 1.0 / (temperature if type(temperature) is float else float(temperature))
-        compute = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-        # No detach(), which takes as long as a small product: autograd records nothing here.
-        x, y = (t if t.dtype is compute and t.is_contiguous() else t.to(compute).contiguous() for t in (x, y))
-        return _Batch(x, y, scale)
-
-    def _whole(self, x: Tensor, y: Tensor, batch: _Batch, matrix: Tensor, factor: float, sums: Tensor | None) -> Tensor:
+    def _whole(self, batch: _Batch, matrix: Tensor, factor: float, sums: Tensor | None) -> Tensor:
         """The loss from all similarities ``matrix``, which its gradient overwrites if ``factor`` is not 0."""
-        a, b, scale = batch
-        return _scalar(self._contrast(a, b, matrix, scale, factor, sums, self.at(a)), x, y)
+        x, y, scale, dtype = batch
+        return _scalar(self._contrast(x, y, matrix, scale, factor, sums, self.at(x)), dtype)
 
-    def _loss(self, x: Tensor, y: Tensor, batch: _Batch, sums: Tensor | None) -> Tensor:
-        a, b, scale = batch
+    def _loss(self, batch: _Batch, sums: Tensor | None) -> Tensor:
+        x, y, scale, dtype = batch
         if _fits(batch):
-            return self._whole(x, y, batch, similarities(a, b), 0.0, sums)
-        bounded = self.core.contrast_bounded(a, b, scale)
-        statistics = a.new_empty(5, a.shape[0], dtype=torch.float64)
-        for first, rows in _tiles(a):
-            tile = similarities(a[first : first + rows], b)
-            self.core.contrast_sums(tile, first, scale, bounded, statistics, self.at(a))
-        return _scalar(self.core.contrast_finish(scale, bounded, statistics, sums), x, y)
+            return self._whole(batch, similarities(x, y), 0.0, sums)
+        bounded = self.core.contrast_bounded(x, y, scale)
+        statistics = x.new_empty(5, x.shape[0], dtype=torch.float64)
+        for first, rows in _tiles(x):
+            tile = similarities(x[first : first + rows], y)
+            self.core.contrast_sums(tile, first, scale, bounded, statistics, self.at(x))
+        return _scalar(self.core.contrast_finish(scale, bounded, statistics, sums), dtype)
 
     def _gradients(self, batch: _Batch, sums: Tensor, needs: Sequence[bool]) -> Gradients:
         """The gradients, from similarities that are multiplied again, tile by tile."""
-        x, y, scale = batch
+        x, y, scale, _ = batch
         factor, bounded = scale / max(x.shape[0], 1), self.core.contrast_bounded(x, y, scale)
         to_x = torch.empty_like(x) if needs[0] or needs[2] else None
         to_y = None
@@ -168,8 +157,17 @@ class CudaContrast(TiledContrast, Launcher):
         self.core.contrast_gradient(tile, first, pairs.temperature, sums, self.at(tile))
 
 
-def _scalar(value: float, x: Tensor, y: Tensor) -> Tensor:
+def _batch(call: ContrastCall) -> _Batch:
+    x, y, temperature = call
+    scale = 1.0 / (temperature if type(temperature) is float else float(temperature))
     dtype = x.dtype if x.dtype is y.dtype else torch.promote_types(x.dtype, y.dtype)
+    compute = compute_dtype(dtype)
+    # No detach(), which takes as long as a small product: autograd records nothing here.
+    x, y = (t if t.dtype is compute and t.is_contiguous() else t.to(compute).contiguous() for t in (x, y))
+    return _Batch(x, y, scale, dtype)
+
+
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(_SCALARS[dtype]).fill_(value)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._contrast.kernels import CpuContrast
-from fedkern.ops._contrast.reference import Gradients, contrastive_reference, gradients_reference
+from fedkern.ops._contrast.reference import ContrastCall, Gradients, contrastive_reference, gradients_reference
 from fedkern.ops._contrast.tiled import TiledContrast
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import compute_dtype, select
@@ -17,21 +17,21 @@ from fedkern.ops._core.backend import compute_dtype, select
 
 def _kernel(
     x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float
-) -> tuple[CpuContrast | TiledContrast | None, float | Tensor]:
-    """The kernel and the temperature of a call."""
+) -> tuple[CpuContrast | TiledContrast | None, ContrastCall]:
+    """The kernel that serves a call, and the call."""
     if x.dim() != 2 or x.shape != y.shape:
         raise ValueError(f"x and y must have one shape [B, D], but have {list(x.shape)} and {list(y.shape)}")
     if learnt is not None and learnt.dim():
         raise ValueError(f"a learnt temperature must be a 0-d tensor, but has shape {list(learnt.shape)}")
-    return select("contrastive", x, y), temperature if learnt is None else learnt
+    return select("contrastive", x, y), ContrastCall(x, y, temperature if learnt is None else learnt)
 
 
 def _run(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    kernel, value = _kernel(x, y, learnt, temperature)
+    kernel, call = _kernel(x, y, learnt, temperature)
     if kernel is None:
-        loss = contrastive_reference(x, y, value)
+        loss = contrastive_reference(*call)
         return loss, x.new_zeros((4, x.shape[0]), dtype=compute_dtype(loss.dtype))  # gradients_reference needs none
-    return kernel.loss_and_sums(x, y, value)
+    return kernel.loss_and_sums(call)
 
 
 def _loss_alone(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool) -> tuple[Tensor]:
@@ -47,12 +47,12 @@ def _fake(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float) -> tu
 def _run_backward(
     grad: Tensor, x: Tensor, y: Tensor, learnt: Tensor | None, sums: Tensor, temperature: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel, value = _kernel(x, y, learnt, temperature)
+    kernel, call = _kernel(x, y, learnt, temperature)
     inputs = (x, y, learnt)
     if kernel is None:
-        raw = gradients_reference(grad, x, y, value)
+        raw = gradients_reference(grad, *call)
     else:
-        raw = kernel.gradients(x, y, value, sums, needs)
+        raw = kernel.gradients(call, sums, needs)
         raw = Gradients(*kernel.scaled(raw, grad, inputs))
     a, b, c = (
         _nothing(x) if t is None or g is None or not need else library.laid_out(g, torch.empty_like(t))
@@ -113,12 +113,12 @@ def _second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
 def _run_training(
     x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernel, value = _kernel(x, y, learnt, temperature)
+    kernel, call = _kernel(x, y, learnt, temperature)
     if kernel is None:
-        loss = contrastive_reference(x, y, value)
-        gradients = gradients_reference(torch.ones_like(loss), x, y, value)
+        loss = contrastive_reference(*call)
+        gradients = gradients_reference(torch.ones_like(loss), *call)
     else:
-        loss, gradients = kernel.loss_and_gradients(x, y, value, needs)
+        loss, gradients = kernel.loss_and_gradients(call, needs)
     compute = compute_dtype(loss.dtype)
     a, b, c = (
         _nothing(x) if g is None or not need else g.to(compute).contiguous()

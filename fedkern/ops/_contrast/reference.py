@@ -11,6 +11,14 @@ from torch import Tensor
 from fedkern.ops._core.backend import compute_dtype
 
 
+class ContrastCall(NamedTuple):
+    """A call of contrastive, checked: embeddings ``[B, D]`` with any strides, and a number or a 0-d tensor."""
+
+    x: Tensor
+    y: Tensor
+    temperature: float | Tensor
+
+
 class Gradients(NamedTuple):
     """Gradients with respect to x, y and the temperature, for a grad_output of 1, in the computing dtype.
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops._contrast.reference import Gradients
+from fedkern.ops._contrast.reference import ContrastCall, Gradients
 from fedkern.ops._core.backend import compute_dtype
 
 # Most bytes of similarities that a call holds whole (8,192 pairs in fp32), and bytes of a tile of more.
@@ -22,11 +22,12 @@ TILE = 64 << 20
 
 
 class Pairs(NamedTuple):
-    """Contiguous embeddings in the computing dtype, and the temperature."""
+    """Contiguous embeddings in the computing dtype, the temperature, and the loss's dtype."""
 
     x: Tensor
     y: Tensor
     temperature: float | Tensor
+    dtype: torch.dtype
 
     @property
     def size(self) -> int:
@@ -56,25 +57,21 @@ class TiledContrast:
         """Overwrites a tile with the loss's gradient with respect to ``x yᵀ``."""
         raise NotImplementedError
 
-    def loss(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
-        return self.loss_and_sums(x, y, temperature)[0]
+    def loss(self, call: ContrastCall) -> Tensor:
+        return self.loss_and_sums(call)[0]
 
-    def loss_and_sums(self, x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-        pairs = _pairs(x, y, temperature)
-        return self._sums(x, y, pairs, self._memory(pairs))
+    def loss_and_sums(self, call: ContrastCall) -> tuple[Tensor, Tensor]:
+        pairs = _pairs(call)
+        return self._sums(pairs, self._memory(pairs))
 
-    def loss_and_gradients(
-        self, x: Tensor, y: Tensor, temperature: float | Tensor, needs: Sequence[bool]
-    ) -> tuple[Tensor, Gradients]:
-        pairs = _pairs(x, y, temperature)
+    def loss_and_gradients(self, call: ContrastCall, needs: Sequence[bool]) -> tuple[Tensor, Gradients]:
+        pairs = _pairs(call)
         memory = self._memory(pairs)
-        loss, sums = self._sums(x, y, pairs, memory)
+        loss, sums = self._sums(pairs, memory)
         return loss, self._gradients(pairs, sums, needs, memory, ready=memory.shape[0] == pairs.size)
 
-    def gradients(
-        self, x: Tensor, y: Tensor, temperature: float | Tensor, sums: Tensor, needs: Sequence[bool]
-    ) -> Gradients:
-        pairs = _pairs(x, y, temperature)
+    def gradients(self, call: ContrastCall, sums: Tensor, needs: Sequence[bool]) -> Gradients:
+        pairs = _pairs(call)
         return self._gradients(pairs, sums, needs, self._memory(pairs), ready=False)
 
     def scaled(
@@ -97,10 +94,10 @@ class TiledContrast:
         for first in range(0, pairs.size, max(rows, 1)):
             yield first, memory[: pairs.size - first]
 
-    def _sums(self, x: Tensor, y: Tensor, pairs: Pairs, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums(self, pairs: Pairs, memory: Tensor) -> tuple[Tensor, Tensor]:
         count, dtype = pairs.size, pairs.x.dtype
         sums = pairs.x.new_empty(4, count)
-        loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, y.dtype))
+        loss = pairs.x.new_zeros((), dtype=pairs.dtype)
         if not count:
             return loss, sums
         blocks = -(-count // self.block(dtype))
@@ -114,7 +111,7 @@ class TiledContrast:
 
     def _gradients(self, pairs: Pairs, sums: Tensor, needs: Sequence[bool], memory: Tensor, ready: bool) -> Gradients:
         """The gradients; ``ready``: ``memory`` already holds all similarities."""
-        x, y, temperature = pairs
+        x, y, temperature, _ = pairs
         to_x = torch.empty_like(x) if needs[0] or needs[2] else None
         to_y = torch.zeros_like(y) if needs[1] else None
         for first, tile in self._tiles(pairs, memory):
@@ -136,8 +133,10 @@ class TiledContrast:
         return Gradients(to_x if needs[0] else None, to_y, to_temperature)
 
 
-def _pairs(x: Tensor, y: Tensor, temperature: float | Tensor) -> Pairs:
-    compute = compute_dtype(torch.promote_types(x.dtype, y.dtype))
+def _pairs(call: ContrastCall) -> Pairs:
+    x, y, temperature = call
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    compute = compute_dtype(dtype)
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(compute)
-    return Pairs(x.detach().to(compute).contiguous(), y.detach().to(compute).contiguous(), temperature)
+    return Pairs(x.detach().to(compute).contiguous(), y.detach().to(compute).contiguous(), temperature, dtype)

@@ -20,6 +20,7 @@ from fedkern.ops._aggregate.triton.aggregate import TritonAggregate
 from fedkern.ops._blend.kernels import BlendCall
 from fedkern.ops._blend.triton.blend import TritonBlend
 from fedkern.ops._blend.triton.boxes import TritonBoxes
+from fedkern.ops._contrast.reference import ContrastCall
 from fedkern.ops._contrast.triton import TritonContrast
 from fedkern.ops._distill.kernels import Divergence, Ensemble, consensus_call, entropy_call, js_call
 from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, PROBS
@@ -132,8 +133,9 @@ def contrast_cases(full: bool) -> Iterator[Case]:
             learnt = torch.ones((), dtype=dtype)
             for temperature in (0.07, learnt) if full else (learnt,):
                 label = f"contrast {dtype} {count} {'learnt' if temperature is learnt else ''}"
-                yield f"{label} loss", lambda: kernel.loss_and_sums(x, x, temperature)
-                yield f"{label} gradient", lambda: kernel.gradients(x, x, temperature, sums, (True, True, True))
+                call = ContrastCall(x, x, temperature)
+                yield f"{label} loss", lambda: kernel.loss_and_sums(call)
+                yield f"{label} gradient", lambda: kernel.gradients(call, sums, (True, True, True))
 
 
 def optimise_cases(full: bool) -> Iterator[Case]:
