@@ -26,6 +26,9 @@ from fedkern.methods.roles import Server
 from fedkern.models.ensemble import Ensemble
 from fedkern.typed_option import option
 
+IMAGES = 2048
+"""That the generator makes."""
+
 
 @register("feddf")
 class FedDF(Distilled):
@@ -44,7 +47,6 @@ class FedDF(Distilled):
         )
         distill_epochs: int = option(20, "epochs over the images", low=1)
         distill_lr: float = option(1e-3, "learning rate of the distillation (Adam, cosine to 0)", above=0)
-        synthetic: int = option(2048, "number of images that the generator makes", low=2)
 
     def start(self, server: Server) -> None:
         public = 0 if server.public is None else len(server.public)
@@ -81,10 +83,10 @@ class FedDF(Distilled):
             for batch in server.public.batches(min(server.task.outside, 500)):
                 pool.add(batch.inputs)
             return pool
-        pool = Pool(teachers, o.synthetic)
+        pool = Pool(teachers, IMAGES)
         draw = torch_stream(server, "generator", phase)
         generator = self.generator(server, draw)
-        while len(pool) < o.synthetic:
+        while len(pool) < IMAGES:
             images, _ = synthesise(generator, teachers, None, self.synthesis(), draw, classes)
-            pool.add(images[: o.synthetic - len(pool)])
+            pool.add(images[: IMAGES - len(pool)])
         return pool
