@@ -1,4 +1,8 @@
-"""torchrun's variables in processes that torchrun has not started: children of a rank, and shells with leftovers."""
+"""torchrun's variables in processes that torchrun has not started: children of a rank, and shells with leftovers.
+
+Such a process would take itself for a rank. Tried with the variables of rank 3 of 8: ``fedkern list`` and a mistaken
+flag print nothing, as only the first rank speaks, and a run waits 600 seconds for the other ranks before it fails.
+"""
 
 from __future__ import annotations
 
