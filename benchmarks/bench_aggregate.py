@@ -1,6 +1,6 @@
 """weighted_mean and Accumulator against a loop of add_, _foreach_add_ and torch.compile.
 
-Model bytes: every vector read once, the result written once, (M + 1) * P * 4.  The contestants write into memory of
+Model bytes: every vector read once, the result written once, (M + 1) * P * 4.  The implementations write into memory of
 their own that they reuse.
 """
 

@@ -1,7 +1,7 @@
 """blend against eager torch and torch.compile: forward and backward on leaf inputs.
 
 Eager is the form people write, ``alpha * fg + (1 - alpha) * bg[index]``.  Model bytes of blend: two maps read and one
-written forward, one read and two written backward.  Every contestant allocates its results afresh, as in training.
+written forward, one read and two written backward.  Every implementation allocates its results afresh, as in training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def fedkern(foreground: Tensor, background: Tensor, alpha: float | Tensor, index
     return ops.blend(foreground, background, alpha, index=index)
 
 
-def contestants(
+def implementations(
     foreground: Tensor, background: Tensor, grad: Tensor, index: Tensor, alpha: float | Tensor = 0.6
 ) -> dict[str, Callable[[], None]]:
     """Forward and backward of each, into fresh gradients."""
@@ -60,6 +60,6 @@ def test_blend(node: str, shape: tuple[int, ...], layout: str, pick: str, thread
     index = torch.randperm(shape[0]) if pick == "permutation" else torch.randint(0, shape[0], (shape[0],))
 
     bytes_ = 6 * foreground.numel() * 4
-    runs = contestants(foreground, background, grad, index)
+    runs = implementations(foreground, background, grad, index)
     case = f"{list(shape)} {layout}, {pick}"
     compare(node, "blend", case, runs, model_bytes=bytes_, copy=True, threads=threads)

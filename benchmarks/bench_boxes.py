@@ -1,6 +1,6 @@
 """erase_boxes and keep_boxes, two boxes per image, against a loop of slices, a mask in eager torch and torch.compile.
 
-Model bytes: the images read and written once.  Every contestant allocates its result afresh.
+Model bytes: the images read and written once.  Every implementation allocates its result afresh.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, softmax
 
-from benchmarks.contestants import liger_jsd
+from benchmarks.baselines import liger_jsd
 from benchmarks.harness import compare
 from fedkern import ops
 

@@ -59,7 +59,7 @@ def test_a_round(node: str, case: tuple[str, str, int, int], threads: int) -> No
     name = f"{rule} of {clients} × {model}"
     samples = asked("time", rule, model, clients, "--threads", str(threads), "--pairs", "11")
     measured, _ = harness.summarise(samples, OURS)
-    peaks = {each: asked("memory", rule, model, clients, "--contestant", each) for each in samples}
+    peaks = {each: asked("memory", rule, model, clients, "--variant", each) for each in samples}
     models = ", ".join(f"{each} {rise / size:.1f}" for each, rise in peaks.items())
     backend, core = machines.served_by("cpu")
     row = Comparison(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.contestants import folded
+from benchmarks.baselines import folded
 from benchmarks.harness import compare
 from fedkern import ops
 from fedkern.models.resnet import BasicBlock
@@ -57,7 +57,7 @@ def fused_mean(maps: Sequence[Tensor], norm: Norm) -> Tensor:
     return ops.fuse_mean(maps, norm.scale, norm.shift, "relu")
 
 
-def contestants(
+def implementations(
     ours: Callable[..., Tensor],
     theirs: Callable[..., Tensor],
     make: Callable[[Callable[..., Tensor]], Callable[[], Any]],
@@ -107,7 +107,7 @@ def test_fuse_concat(node: str, count: int, layout: str, backward: bool, threads
         grad = torch.randn(64, 64 * count, 32, 32).contiguous(memory_format=LAYOUTS[layout])
         make = training(maps, norm, grad)
     case = f"M={count} {list(shape)} {layout}, {'forward + backward' if backward else 'forward'}"
-    runs = contestants(fused, eager, make)
+    runs = implementations(fused, eager, make)
     bytes_ = (5 if backward else 2) * size
     compare(node, "fuse_concat", case, runs, model_bytes=bytes_, copy=True, pairs=9, threads=threads)
 
@@ -118,7 +118,7 @@ def test_fuse_mean(node: str, layout: str, shape: tuple[int, ...], threads: int)
     maps, norm = maps_of(10, shape, layout), Norm(10 * shape[1])
     grad = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
     case = f"M=10 {list(shape)} {layout}, forward + backward"
-    runs = contestants(fused_mean, eager_mean, training(maps, norm, grad))
+    runs = implementations(fused_mean, eager_mean, training(maps, norm, grad))
     bytes_ = 3 * sum(x.nbytes for x in maps) + 2 * maps[0].nbytes
     compare(node, "fuse_mean", case, runs, model_bytes=bytes_, copy=True, pairs=9, threads=threads)
 

@@ -3,7 +3,7 @@
     python -m benchmarks.bench_methods --before DIR --data-root FOLDER     # measures, writes results/methods_<cpu>.*
     python -m benchmarks.bench_methods --device cuda                       # the same on a GPU, methods_<gpu>.*
 
-Contestants, every one a command of its own, so that imports and start-up count:
+Variants, every one a command of its own, so that imports and start-up count:
 
 * ``plain``: benchmarks/plain, the method as it is usually written;
 * ``before``: another checkout of fedkern with its compiled core, for example the commit that a change began at;
@@ -46,15 +46,15 @@ ROOT = Path(__file__).parent.parent
 RESULTS = comparisons.RESULTS
 PLAIN, OURS = "plain", "fedkern"
 ONE_CORE = {PLAIN: "plain one core", OURS: "fedkern one core"}
-CONTESTANTS = (PLAIN, "before", OURS, "bf16", "reference", *ONE_CORE.values())
+VARIANTS = (PLAIN, "before", OURS, "bf16", "reference", *ONE_CORE.values())
 METHODS = ("fedgid", "fedlpfm", "fusefl", "fediod", "feddra", "fedavg", "fedprox", "scaffold")
-PATHS = ("teacher_cache", "boxes")  # settings that name a file of the contestant's own
+PATHS = ("teacher_cache", "boxes")  # settings that name a file of the variant's own
 MAIN = ("accuracy", "ood_accuracy", "i2t_r1")
 """The main figure of a run is the first of these that it has."""
 ENVIRONMENT = (
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "PYTHONPATH", "FEDKERN_BACKEND",
 )  # fmt: skip
-"""What a contestant does not inherit: every one has its own defaults."""
+"""What a variant does not inherit: every one has its own defaults."""
 
 COMMON: Mapping[str, Any] = {"grad_cam": 0}  # a figure for fedkern's report that nobody else draws
 IMAGES = {"data": "cifar10", "train_samples": 5000, "clients": 10, "partition": "iid", "model": "resnet8"}
@@ -63,7 +63,7 @@ LARGE_STEPS = {**IMAGES, "local_epochs": 1}
 
 @dataclass(frozen=True)
 class Case:
-    """What all contestants run.
+    """What all variants run.
 
     Attributes:
         setting: "default", a default run that is shorter, or "large".
@@ -199,11 +199,11 @@ def plain_words(effective: RunConfig, folder: Path, seed: int, threads: int) -> 
     return [*words, "--seed", str(seed), "--threads", str(threads), "--out", str(folder / "records.json")]
 
 
-def missing(contestant: str, before: Path | None, device: str = "cpu") -> str:
-    """Why a contestant cannot run, or ""."""
-    if contestant in ONE_CORE.values() and device != "cpu":
+def missing(variant: str, before: Path | None, device: str = "cpu") -> str:
+    """Why a variant cannot run, or ""."""
+    if variant in ONE_CORE.values() and device != "cpu":
         return "cores are the CPU's"
-    if contestant == "before" and before is None:
+    if variant == "before" and before is None:
         return "no --before was given"
     return ""
 
@@ -227,11 +227,11 @@ def checked(before: Path) -> Path:
     return before
 
 
-def environment(contestant: str, before: Path | None) -> dict[str, str]:
-    """The environment of a contestant's commands."""
+def environment(variant: str, before: Path | None) -> dict[str, str]:
+    """The environment of a variant's commands."""
     own = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
-    own["PYTHONPATH"] = str(before if contestant == "before" else ROOT)
-    if contestant == "reference" or contestant.startswith(PLAIN):  # whose networks are fedkern's, with its operators
+    own["PYTHONPATH"] = str(before if variant == "before" else ROOT)
+    if variant == "reference" or variant.startswith(PLAIN):  # whose networks are fedkern's, with its operators
         own["FEDKERN_BACKEND"] = "reference"
     return own
 
@@ -241,7 +241,7 @@ def environment(contestant: str, before: Path | None) -> dict[str, str]:
 
 @dataclass
 class Row:
-    """The runs of a case: lists by contestant, an entry per repeat.
+    """The runs of a case: lists by variant, an entry per repeat.
 
     Attributes:
         seconds, cpu_seconds, peak_bytes: of the whole command.
@@ -251,7 +251,7 @@ class Row:
         gpu_utilisation, gpu_bytes: of runs on a GPU, the mean in per cent, and the most memory beyond that before.
         figure: the run's main figure, named ``main``.
         rounds: how many rounds every run had; 0: not known.
-        missing: contestants that did not run, and why.
+        missing: variants that did not run, and why.
         differs: settings of ``before``'s run that are not ours, as "name: theirs, ours".
     """
 
@@ -286,25 +286,25 @@ class Row:
         found = self.ratios(slower, faster, of)
         return median(found) if found else None
 
-    def outside_seconds(self, contestant: str) -> float | None:
+    def outside_seconds(self, variant: str) -> float | None:
         """Of a command, without its rounds: start-up, data, what comes before the first round, pictures."""
-        if contestant not in self.seconds or not self.rounds:
+        if variant not in self.seconds or not self.rounds:
             return None
-        times = zip(self.seconds[contestant], self.round_seconds[contestant], strict=True)
+        times = zip(self.seconds[variant], self.round_seconds[variant], strict=True)
         return median(whole - self.rounds * one for whole, one in times)
 
-    def apart(self, contestant: str) -> bool | None:
+    def apart(self, variant: str) -> bool | None:
         """Whether the main figure differs from ours by more than twice the spread over the seeds; None: not known."""
-        own, other = self.figure.get(OURS, []), self.figure.get(contestant, [])
+        own, other = self.figure.get(OURS, []), self.figure.get(variant, [])
         if min(len(own), len(other)) < 2:
             return None
         spread = math.sqrt((stdev(own) ** 2 + stdev(other) ** 2) / 2)
         return abs(mean(own) - mean(other)) > 2 * max(spread, 1e-3)
 
 
-def read_rounds(contestant: str, folder: Path) -> list[dict[str, Any]]:
+def read_rounds(variant: str, folder: Path) -> list[dict[str, Any]]:
     """The records of a run's rounds."""
-    if contestant.startswith(PLAIN):
+    if variant.startswith(PLAIN):
         return json.loads((folder / "records.json").read_text())["rounds"]
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
@@ -327,17 +327,17 @@ def other_settings(before: Path, ours: Path) -> list[str]:
 
 def measure(
     case: Case,
-    contestants: Sequence[str],
+    variants: Sequence[str],
     repeats: int,
     *,
     before: Path | None,
     data_root: str | None,
     device: str = "cpu",
 ) -> Row:
-    """Runs a case's contestants in turn; the one that begins changes from repeat to repeat."""
+    """Runs a case's variants in turn; the one that begins changes from repeat to repeat."""
     row = Row(case.method, case.setting, settings={**case.settings, **case.options})
-    row.missing = {name: why for name in contestants if (why := missing(name, before, device))}
-    there = [name for name in contestants if name not in row.missing]
+    row.missing = {name: why for name in variants if (why := missing(name, before, device))}
+    there = [name for name in variants if name not in row.missing]
     for repeat in range(repeats):
         turn = repeat % len(there)
         with tempfile.TemporaryDirectory(prefix="methods-") as made:
@@ -440,9 +440,9 @@ def page(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
     lines = [
         f"# Whole runs on {comparisons.processor(machine)}",
         "",
-        "Made by `python -m benchmarks.bench_methods`, which says what the contestants are. "
+        "Made by `python -m benchmarks.bench_methods`, which says what the variants are. "
         f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('isa')}; torch {machine.get('torch')}; "
-        f'{machine.get("time")}. "before" is fedkern at {content["before"] or "no commit"}. Every contestant had '
+        f'{machine.get("time")}. "before" is fedkern at {content["before"] or "no commit"}. Every variant had '
         "its own default of threads, but for those on one core; fedkern's command makes OpenMP's threads sleep early "
         "while they wait, the plain scripts leave OpenMP as it is. Seconds are medians over the repeats, a speed-up is "
         "the median of the ratios of one repeat; below 1 it is bold. A run whose settings were others before counts in "
@@ -461,7 +461,7 @@ def page(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
-    return [name for name in CONTESTANTS if any(name in row.seconds for row in rows)]
+    return [name for name in VARIANTS if any(name in row.seconds for row in rows)]
 
 
 def _speed_table(rows: Sequence[Row]) -> list[str]:
@@ -549,9 +549,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-root", help="folder of CIFAR-10's binary files, for the larger setting")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--settings", nargs="+", choices=("default", "large"), default=("default", "large"))
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, every one with a seed of its own")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all contestants compute")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all variants compute")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--dry", action="store_true", help="print the page and write nothing")
     given = parser.parse_args(argv)
@@ -570,7 +570,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in cases:
         rows.append(
             measure(
-                case, given.contestants, given.repeats, before=before, data_root=data_root, device=given.device,
+                case, given.variants, given.repeats, before=before, data_root=data_root, device=given.device,
             )
         )  # fmt: skip
         if not given.dry:  # a session that is killed loses the case that it was at

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.contestants import Contestant
+from benchmarks.baselines import Implementation
 from benchmarks.harness import compare
 from fedkern import ops
 
@@ -24,7 +24,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class Case:
-    """One optimiser's vectors; every contestant has its own."""
+    """One optimiser's vectors; every implementation has its own."""
 
     def __init__(self, size: int) -> None:
         torch.manual_seed(0)
@@ -66,7 +66,7 @@ class Case:
         function = torch.compile(step, dynamic=False)
         return lambda: function(theta, g, v)
 
-    def optim_sgd(self, **kind: bool) -> Contestant:
+    def optim_sgd(self, **kind: bool) -> Implementation:
         return self._optim(lambda leaf: torch.optim.SGD([leaf], LR, MOMENTUM, weight_decay=DECAY, **kind))
 
     def adamw(self) -> Callable[[], Tensor]:
@@ -101,7 +101,7 @@ class Case:
 
         return run
 
-    def optim_adamw(self, **kind: bool) -> Contestant:
+    def optim_adamw(self, **kind: bool) -> Implementation:
         return self._optim(lambda leaf: torch.optim.AdamW([leaf], LR, BETAS, EPS, DECAY, **kind))
 
     def _optim(self, make: Callable[[torch.nn.Parameter], torch.optim.Optimizer]) -> Callable[[], Tensor]:
@@ -129,7 +129,7 @@ KINDS: dict[str, dict[str, bool]] = {
 @pytest.mark.parametrize("size", SIZES)
 def test_sgd(node: str, size: int, threads: int) -> None:
     case = Case(size)
-    runs: dict[str, Contestant] = {"fedkern": case.sgd(), "eager": case.eager_sgd(), "compile": case.compiled_sgd()}
+    runs: dict[str, Implementation] = {"fedkern": case.sgd(), "eager": case.eager_sgd(), "compile": case.compiled_sgd()}
     runs |= {f"torch.optim.SGD {name}": case.optim_sgd(**kind) for name, kind in KINDS.items()}
     compare(node, "optimise", f"sgd P={size:,}", runs, model_bytes=6 * size * 4, copy=True, threads=threads, pairs=15)
 
@@ -137,6 +137,6 @@ def test_sgd(node: str, size: int, threads: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_adamw(node: str, size: int, threads: int) -> None:
     case = Case(size)
-    runs: dict[str, Contestant] = {"fedkern": case.adamw(), "eager": case.eager_adamw()}
+    runs: dict[str, Implementation] = {"fedkern": case.adamw(), "eager": case.eager_adamw()}
     runs |= {f"torch.optim.AdamW {name}": case.optim_adamw(**kind) for name, kind in KINDS.items()}
     compare(node, "optimise", f"adamw P={size:,}", runs, model_bytes=8 * size * 4, copy=True, threads=threads, pairs=15)

@@ -4,15 +4,15 @@
         [--environment flower=DIR] [--environment fluke=DIR] [--environment pfl=DIR] [--environment fedlab=DIR] \\
         [--environment blazefl=DIR]
 
-Every contestant plays the same rounds with the same network, first weights, images, order of samples and threads, and
+Every program plays the same rounds with the same network, first weights, images, order of samples and threads, and
 trains its clients with the same function (rounds/task.py), but for fedkern and the lean loop, whose own training is
 what is looked at.  A framework lives in a virtual environment of its own, which the command line names; one that is
 not named, or fails, stands in the table with the reason.
 
-A contestant is a process.  Contestants take turns, and a speed-up is the median over their turns.  "A round" is the
+A program is a process.  Programs take turns, and a speed-up is the median over their turns.  "A round" is the
 median of a process's rounds without the first; the time from a round's beginning to the next one's counts, so that
 whatever a framework does between rounds is in it.  Nobody evaluates between rounds.  Memory, of all processes of a
-contestant together, is looked at in a play before, which is not timed.
+program together, is looked at in a play before, which is not timed.
 
 With one thread serial programs meet: fedkern's serial engine, the lean loop, frameworks that train in one process.
 With two, each takes two cores in its own way: two torch threads in one process, or two processes of one thread.
@@ -38,10 +38,10 @@ from typing import Any
 import pytest
 
 from benchmarks import gate, harness, machines, sources
+from benchmarks.baselines import Absent
 from benchmarks.comparisons import Comparison
-from benchmarks.contestants import Absent
 from benchmarks.rounds import setting
-from benchmarks.rounds.plays import Contestant, Failed, Played, play
+from benchmarks.rounds.plays import Failed, Played, Program, play
 from benchmarks.rounds.setting import Setting
 from benchmarks.rounds.task import Task
 
@@ -74,16 +74,16 @@ def trial(one: Setting) -> Setting:
     return replace(one, clients=min(one.clients, 4), samples=40, rounds=2, repeats=2)
 
 
-def contestants(threads: int, device: str = "cpu") -> tuple[str, dict[str, Contestant | Absent]]:
+def programs(threads: int, device: str = "cpu") -> tuple[str, dict[str, Program | Absent]]:
     """Who meets on so many threads, or on a GPU, and which of them is judged."""
     here = Path(sys.executable)
-    found: dict[str, Contestant | Absent] = {}
+    found: dict[str, Program | Absent] = {}
     names = {"fedkern serial": "1"}
     if threads > 1:
         names |= {"fedkern workers": str(threads), "fedkern auto": "auto"}
     for judged, workers in names.items():
-        found[judged] = Contestant(judged, "ours", here, threads, words=(workers,), device=device)
-    found[LEAN] = Contestant(LEAN, "lean", here, threads, device=device)
+        found[judged] = Program(judged, "ours", here, threads, words=(workers,), device=device)
+    found[LEAN] = Program(LEAN, "lean", here, threads, device=device)
     for name, (adapter, processes) in FRAMEWORKS.items():
         folder = harness.SETTINGS.environments.get(adapter)
         if processes and threads == 1 and (device == "cpu" or name != "Flower"):
@@ -94,7 +94,7 @@ def contestants(threads: int, device: str = "cpu") -> tuple[str, dict[str, Conte
             found[name] = Absent(f"no --environment {adapter}=DIR was given")
         else:
             one, many = (1, threads if device == "cpu" else SIDE_BY_SIDE) if processes else (threads, 1)
-            found[name] = Contestant(name, adapter, folder / "bin" / "python", one, many, device=device)
+            found[name] = Program(name, adapter, folder / "bin" / "python", one, many, device=device)
     return judged, found
 
 
@@ -104,15 +104,15 @@ def tolerance(accuracy: float, count: int = setting.TEST) -> float:
 
 
 def unequal(accuracy: Mapping[str, float], against: str) -> dict[str, float]:
-    """The contestants whose accuracy is not that of ``against``, within the tolerance."""
+    """The programs whose accuracy is not that of ``against``, within the tolerance."""
     allowed = tolerance(accuracy[against])
     return {name: value for name, value in accuracy.items() if abs(value - accuracy[against]) > allowed}
 
 
 def compete(
-    playing: dict[str, Contestant], task: Task, repeats: int, limit: float
+    playing: dict[str, Program], task: Task, repeats: int, limit: float
 ) -> tuple[dict[str, list[Played]], dict[str, Played], dict[str, str]]:
-    """Lets contestants take turns.
+    """Lets programs take turns.
 
     Returns:
         their timed plays, as many of each; the play in which memory was looked at; and why others have none.
@@ -156,9 +156,9 @@ def test_rounds(node: str, one: Setting, threads: int) -> None:
     if refusal:
         pytest.fail(refusal, pytrace=False)
     one = trial(one) if harness.SETTINGS.rounds == "small" else one
-    judged, all_of_them = contestants(threads, device)
+    judged, all_of_them = programs(threads, device)
     missing = {name: who.reason for name, who in all_of_them.items() if isinstance(who, Absent)}
-    playing = {name: who for name, who in all_of_them.items() if isinstance(who, Contestant)}
+    playing = {name: who for name, who in all_of_them.items() if isinstance(who, Program)}
     with tempfile.TemporaryDirectory(prefix="task-") as folder:
         root = harness.SETTINGS.data_root
         setting.write(one, Path(folder), None if root is None else str(root))

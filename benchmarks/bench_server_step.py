@@ -20,7 +20,7 @@ from fedkern.ops._aggregate.rules import DEFAULTS
 
 
 class Case:
-    """The uploads, once for every contestant; each has a model and states of its own."""
+    """The uploads, once for every implementation; each has a model and states of its own."""
 
     def __init__(self, count: int, size: int) -> None:
         torch.manual_seed(0)

@@ -27,25 +27,25 @@ class Comparison:
     Attributes:
         group: operator, for example ``"kl_div"``.
         case: shape and setting.
-        ours: which contestant is judged.
-        seconds: median time of one call, by contestant; on a GPU the time of its kernels.
-        speedup: median over pairs of (other's time / our time), by contestant.
-        scatter: interquartile range over median of each contestant's own times; a page marks what scatters too much.
+        ours: which implementation is judged.
+        seconds: median time of one call, by implementation; on a GPU the time of its kernels.
+        speedup: median over pairs of (other's time / our time), by implementation.
+        scatter: interquartile range over median of each implementation's times; a page marks what scatters too much.
         model_bytes: bytes the operator must move at least.
         copy_seconds: median time of copying ``model_bytes`` (half read, half written) in the same run, if asked for.
         note: what a reader must know, for example which path serves this size.
         device: "cpu" or "cuda".
         test: the pytest node that measured it, relative to benchmarks/.
-        peak_bytes: the most memory a call takes beyond its inputs, by contestant.
-        wall_seconds: on a GPU, wall time of one of many calls in a row, by contestant.
-        missing: contestants that cannot run here, with the reason.
+        peak_bytes: the most memory a call takes beyond its inputs, by implementation.
+        wall_seconds: on a GPU, wall time of one of many calls in a row, by implementation.
+        missing: implementations that cannot run here, with the reason.
         time: when it was measured, as an ISO date with time.
         sources: the hash over what of csrc/ the operator is built from (see sources.py), or "" where no compiled core
             served.
         backend: what served: the backend that was forced, else the first that could.
-        startup_seconds: of whole runs, from the start of the process until the first round begins, by contestant.
-        first_seconds: of whole runs, the first round, which ``seconds`` leaves out, by contestant.
-        accuracy: of whole runs, what came out, by contestant.
+        startup_seconds: of whole runs, from the start of the process until the first round begins, by implementation.
+        first_seconds: of whole runs, the first round, which ``seconds`` leaves out, by implementation.
+        accuracy: of whole runs, what came out, by implementation.
     """
 
     group: str

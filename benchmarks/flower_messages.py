@@ -4,7 +4,7 @@
     python -m benchmarks.flower_messages --dry
 
 In an environment with flwr and fedkern.  A SuperLink and two SuperNodes run on this machine, with Flower's own
-intervals.  The network is so small that nearly all is the cost of a message.  Contestants are the same run
+intervals.  The network is so small that nearly all is the cost of a message.  Variants are the same run
 
 * ``in process``: in one process, clients one after another;
 * ``resident``: over Flower, the clients' processes staying (`fedkern.flower.runs.client_daemon`), the default;
@@ -35,7 +35,7 @@ from fedkern.engine.store.records import read_metrics
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples/flower_deployment/deploy.py"
 CLIENTS, ROUNDS, ITERATIONS, REPEATS = 2, 8, 8, 2
-CONTESTANTS = ("in process", "resident", "no resident")
+VARIANTS = ("in process", "resident", "no resident")
 COMMON = [
     "--data", "digits", "--train-samples", "160", "--width", "2", "--batch-size", "8", "--grad-cam", "0", "--threads",
     "1", "--client-threads", "1", "--clients", str(CLIENTS),
@@ -75,10 +75,10 @@ def command(*words: str) -> None:
 
 
 def measure(methods: Sequence[str], repeats: int, folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Seconds by method and contestant, one of each repeat."""
+    """Seconds by method and variant, one of each repeat."""
     deploy = _deploy()
     port = deploy.free_port()
-    found: dict[str, dict[str, list[float]]] = {name: {who: [] for who in CONTESTANTS} for name in methods}
+    found: dict[str, dict[str, list[float]]] = {name: {who: [] for who in VARIANTS} for name in methods}
     with deploy.Processes(folder) as processes:
         processes.start(
             "superlink",
@@ -101,7 +101,7 @@ def measure(methods: Sequence[str], repeats: int, folder: Path) -> dict[str, dic
             )  # fmt: skip
         for repeat in range(repeats):
             for method in methods:
-                for who in CONTESTANTS:
+                for who in VARIANTS:
                     run = folder / f"{method}-{repeat}-{who.replace(' ', '-')}"
                     words = [method, *COMMON, *METHODS[method], "--seed", str(repeat), "--out", str(run)]
                     if who == "in process":

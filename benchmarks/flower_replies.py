@@ -1,7 +1,7 @@
 """A round's replies through Flower's strategies and fedkern's: run by the python of an environment that has both.
 
     python flower_replies.py time RULE MODEL CLIENTS --threads T --pairs N
-    python flower_replies.py memory RULE MODEL CLIENTS --contestant NAME
+    python flower_replies.py memory RULE MODEL CLIENTS --variant NAME
     python flower_replies.py ranking RULE MODEL CLIENTS --pairs N
 
 Writes one line of JSON.  "time" takes turns in one process, from the first reply to the new arrays, with all replies in
@@ -112,7 +112,7 @@ def reply(arrays: ArrayRecord, node: int) -> Message:
 
 
 def strategy(name: str, rule: str, start: ArrayRecord, clients: int) -> Any:
-    """A contestant's strategy at the beginning of a round's answers."""
+    """A variant's strategy at the beginning of a round's answers."""
     if name == THEIRS:
         made = getattr(flower, rule)(**SETTINGS[rule])
         if hasattr(made, "eta"):
@@ -123,7 +123,7 @@ def strategy(name: str, rule: str, start: ArrayRecord, clients: int) -> Any:
     return made
 
 
-def contestants(rule: str) -> list[str]:
+def variants(rule: str) -> list[str]:
     """Who meets: rules that need all replies have no sums."""
     return [*LOW_MEMORY, THEIRS] if rule in ("FedAvg", "FedAdam") else [OURS, THEIRS]
 
@@ -136,9 +136,9 @@ def handed(replies: list[Message], begin: list[float], clock: Callable[[], float
 
 
 def times(rule: str, name: str, clients: int, pairs: int) -> dict[str, list[float]]:
-    """Seconds of each contestant, in turns; the first turn is not counted."""
+    """Seconds of each variant, in turns; the first turn is not counted."""
     start, records = record(model(name, 0)), [record(model(name, node + 1)) for node in range(clients)]
-    names = contestants(rule)
+    names = variants(rule)
     # One thread is timed in its own processor time: the machine may be shared.
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     found: dict[str, list[float]] = {each: [] for each in names}
@@ -158,7 +158,7 @@ def times(rule: str, name: str, clients: int, pairs: int) -> dict[str, list[floa
     return found
 
 
-def peak(rule: str, name: str, clients: int, contestant: str) -> int:
+def peak(rule: str, name: str, clients: int, variant: str) -> int:
     """Highest rise of resident memory, from before the first reply."""
     start, made = record(model(name, 0)), record(model(name, 1))
 
@@ -168,8 +168,8 @@ def peak(rule: str, name: str, clients: int, contestant: str) -> int:
 
     def run() -> None:
         # Flower's grid collects the replies of a round before it gives them to the strategy.
-        replies: Iterable[Message] = list(fetched()) if contestant == THEIRS else fetched()
-        judged = strategy(contestant, rule, start, clients)
+        replies: Iterable[Message] = list(fetched()) if variant == THEIRS else fetched()
+        judged = strategy(variant, rule, start, clients)
         assert judged.aggregate_train(1, replies)[0] is not None
 
     run()
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("clients", type=int)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--contestant", default=OURS, choices=(*LOW_MEMORY, THEIRS))
+    parser.add_argument("--variant", default=OURS, choices=(*LOW_MEMORY, THEIRS))
     asked = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     torch.set_num_threads(asked.threads)
@@ -216,7 +216,7 @@ def main() -> None:
     if asked.what == "time":
         told: Any = times(asked.rule, asked.model, asked.clients, asked.pairs)
     elif asked.what == "memory":
-        told = peak(asked.rule, asked.model, asked.clients, asked.contestant)
+        told = peak(asked.rule, asked.model, asked.clients, asked.variant)
     else:
         told = ranking(asked.clients, 100_000, asked.pairs)
     print(json.dumps(told))

@@ -1,7 +1,7 @@
 """Floors under speed-ups, and what a new measurement says about them.
 
-``floors.toml`` holds, for one machine and the rows of shown.py that are quick enough, how many times as fast as one
-other contestant ours was in each of several processes, which differ in where their memory lies, and that contestant's
+``floors.toml`` holds, for one machine and the rows of shown.py that are quick enough, how many times as fast as a
+baseline ours was in each of several processes, which differ in where their memory lies, and that baseline's
 seconds.  ``pytest benchmarks --set-floors`` measures and writes them; run again, it adds a process.  ``--gate-short``
 measures in the same way, and again in fresh processes where a row stays below :data:`FACTOR` of the highest ratio
 seen; it fails where none of :data:`PROCESSES` reaches that.  A kernel that takes 30 % longer has at best 0.77 of the
@@ -9,7 +9,7 @@ highest, whatever the process.  A row of which fewer than :data:`OFTEN` of the p
 kernels would fail.
 
 A measurement cannot tell, and the test is skipped, where other processes compute meanwhile, times scatter, or the
-other contestant is not as fast as it was: hosts of the same name differ, and so do their ratios.  So are all tests on
+baseline is not as fast as it was: hosts of the same name differ, and so do their ratios.  So are all tests on
 another kind of machine.
 """
 
@@ -30,10 +30,10 @@ OFTEN = 0.9  # share of the processes in which a row that is held reached its fl
 PROCESSES = 4  # that find a row too slow before it is: a sound kernel's are all unlucky once in 10,000 times at most
 ATTEMPTS = 2  # measurements in each
 PAUSE = 1.0  # seconds before a second attempt: neighbours on the host come and go
-DRIFT = 0.15  # by which a contestant may leave the times that it took where the floor was seen
+DRIFT = 0.15  # by which a baseline may leave the times that it took where the floor was seen
 NOISY = 0.3  # scatter (interquartile range over median) above which times tell nothing
 BUSY = 0.15  # share of the processors that others may take beside a measurement
-LONGEST = 0.1  # seconds that a row's two contestants take at most, one call of each
+LONGEST = 0.1  # seconds that a row's two baselines take at most, one call of each
 STAT = Path("/proc/stat")
 
 
@@ -42,7 +42,7 @@ class Floor:
     """What was seen of one row.
 
     Attributes:
-        against: the contestant.
+        against: the baseline.
         ratios: its time over ours, process by process.
         seconds: its own time, process by process.
     """
@@ -62,7 +62,7 @@ class Floor:
         return sum(ratio >= self.lowest for ratio in self.ratios) >= OFTEN * len(self.ratios)
 
     def drift(self, seconds: float) -> float:
-        """By which share a time of the contestant's lies outside of those that were seen."""
+        """By which share a time of the baseline's lies outside of those that were seen."""
         least, most = min(self.seconds), max(self.seconds)
         return max(seconds / most - 1, 1 - seconds / least, 0.0)
 
@@ -91,7 +91,7 @@ class Verdict:
 
 def write_floors(floors: Floors, path: Path = FLOORS) -> None:
     """Writes floors.toml as a whole."""
-    lines = ["# Times another contestant's time over ours, as pytest benchmarks --set-floors saw it.", "", "[machine]"]
+    lines = ["# Times a baseline's time over ours, as pytest benchmarks --set-floors saw it.", "", "[machine]"]
     lines += [f"{fact} = {_text(value)}" for fact, value in floors.machine.items()]
     lines += ["", "[floors]"]
     for test, floor in sorted(floors.rows.items()):
@@ -127,7 +127,7 @@ def usable_cpus() -> int:
 
 @dataclass(frozen=True)
 class Duel:
-    """A measurement of ours beside the other contestant.
+    """A measurement of ours beside the baseline.
 
     Attributes:
         ratios: the other's time over ours, pair by pair.
@@ -151,7 +151,7 @@ def judge(floor: Floor, duel: Duel) -> Verdict:
     """Compares a measurement with its floor."""
     reached = duel.ratio >= floor.lowest
     seen = f"{duel.ratio:.3g}× {floor.against}, {'above' if reached else 'below'} {floor.lowest:.3g}×"
-    if floor.drift(duel.seconds) > DRIFT:  # a contestant that is slow today lets a slow kernel pass
+    if floor.drift(duel.seconds) > DRIFT:  # a baseline that is slow today lets a slow kernel pass
         return Verdict("skip", f"{seen}, but here {floor.against} is not as fast as where the floor was seen")
     if reached:
         return Verdict("pass")

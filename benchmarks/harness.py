@@ -1,14 +1,15 @@
-"""What every benchmark shares: interleaved contestants, medians of per-pair ratios, model bytes, a copy.
+"""What every benchmark shares: interleaved implementations, medians of per-pair ratios, model bytes, a copy.
 
-A benchmark is a pytest function that calls :func:`compare` with its contestants.  Times on a shared machine drift by
-more than the differences looked for, so the contestants take turns: a "pair" is one sample of each, the one that starts
-changes from pair to pair, and a speed-up is the median of the pairs' ratios (theirs over ours), never a ratio of two
-medians.  Where a benchmark asks for it, a copy of as many bytes as the operator must move runs among them: "% of copy"
-says how far a memory-bound kernel is from the machine's limit.  The gate (gate.py says when it fails) measures ours and
-one other contestant, one thread in the thread's own processor time; a recording measures all of them in wall time.
+A benchmark is a pytest function that calls :func:`compare` with its implementations.  Times on a shared machine drift
+by more than the differences looked for, so the implementations take turns: a "pair" is one sample of each, the one that
+starts changes from pair to pair, and a speed-up is the median of the pairs' ratios (theirs over ours), never a ratio of
+two medians.  Where a benchmark asks for it, a copy of as many bytes as the operator must move runs among them: "% of
+copy" says how far a memory-bound kernel is from the machine's limit.  The gate (gate.py says when it fails) measures
+ours and a baseline, one thread in the thread's own processor time; a recording measures all of them in wall time.
 
 The same files measure a GPU with ``--device cuda``: tensors that a benchmark makes without naming a device are made
-there.  While the contestants run that default is lifted (it would put a dispatch mode between them and their kernels).
+there.  While the implementations run that default is lifted (it would put a dispatch mode between them and their
+kernels).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ import pytest
 import torch
 
 from benchmarks import gate, machines, peak_memory, shown, sources, timing
+from benchmarks.baselines import Absent
 from benchmarks.comparisons import Comparison, Recorder, machine_difference
-from benchmarks.contestants import Absent
 
 HERE = Path(__file__).parent
 MAX_SECONDS = 20.0  # of a measurement, after which it ends once it has LEAST_PAIRS pairs
@@ -77,7 +78,7 @@ def compare(
     node: str,
     group: str,
     case: str,
-    contestants: dict[str, Callable[[], Any] | Absent],
+    implementations: dict[str, Callable[[], Any] | Absent],
     *,
     ours: str = "fedkern",
     model_bytes: int = 0,
@@ -86,14 +87,14 @@ def compare(
     threads: int = 1,
     note: str = "",
 ) -> None:
-    """Times the contestants against each other.
+    """Times the implementations against each other.
 
     Args:
         node: the pytest node that measures, relative to benchmarks/.
-        contestants: callables without arguments, or why one cannot run here; the first calls of each (compilation,
+        implementations: callables without arguments, or why one cannot run here; the first calls of each (compilation,
             page faults) are not timed.
         copy: also time a copy of ``model_bytes``.
-        threads: torch threads for all contestants.
+        threads: torch threads for all implementations.
 
     Under ``--gate-short`` the test fails where the row's ratio stays below its floor when measured again, and is
     skipped, with the reason, where that cannot be told.  Under ``--record`` the row is written at once; the test fails
@@ -105,7 +106,7 @@ def compare(
     refusal = SETTINGS.recorder.refusal(group, where.type) if SETTINGS.recorder else ""
     if refusal:
         pytest.fail(refusal, pytrace=False)
-    runs = {name: run for name, run in contestants.items() if not isinstance(run, Absent)}
+    runs = {name: run for name, run in implementations.items() if not isinstance(run, Absent)}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     if "torch._dynamo" in sys.modules:
@@ -140,7 +141,7 @@ def compare(
             device=where.type,
             test=node,
             peak_bytes={name: rise for name, rise in peak.items() if rise is not None},
-            missing={name: run.reason for name, run in contestants.items() if isinstance(run, Absent)},
+            missing={name: run.reason for name, run in implementations.items() if isinstance(run, Absent)},
             time=machines.now(),
             sources=sources.behind(served_by, core, group),
             backend=served_by,
@@ -245,10 +246,10 @@ def _copy(moved: int, where: torch.device) -> Callable[[], Any]:
 
 
 def summarise(samples: dict[str, list[float]], ours: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """What of a :class:`Comparison` follows from the contestants' times, and the pairs' ratios by contestant.
+    """What of a :class:`Comparison` follows from the implementations' times, and the pairs' ratios by implementation.
 
     Args:
-        samples: seconds by contestant, each time beside those that it was measured among.
+        samples: seconds by implementation, each time beside those that it was measured among.
     """
     own = samples[ours]
     ratios = {

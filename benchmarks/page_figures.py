@@ -762,7 +762,7 @@ def whole_runs(setting: str, columns: Sequence[str] = ()) -> Lines:
     return [*caption(found["machine"]), *lines]
 
 
-CONTESTANTS_OF_ROUNDS = {
+PROGRAMS_OF_ROUNDS = {
     "fedkern serial": "fedkern, one process", "fedkern auto": "fedkern, two workers", "lean loop": "lean loop",
     "fluke": "fluke", "pfl": "pfl", "FedLab": "FedLab", "Flower": "Flower, two processes",
     "BlazeFL": "BlazeFL, two processes",
@@ -773,7 +773,7 @@ CONTESTANTS_OF_ROUNDS = {
 def rounds_of_fedavg(machine: str) -> Lines:
     """Milliseconds a round of FedAvg, ours and other frameworks', and how they compare with the best of ours."""
     (recorded,) = (each for each in read_results(comparisons.RESULTS)["rounds"] if each.name.endswith(machine))
-    played = [name for name in CONTESTANTS_OF_ROUNDS if any(name in row.seconds for row in recorded.rows)]
+    played = [name for name in PROGRAMS_OF_ROUNDS if any(name in row.seconds for row in recorded.rows)]
     lines = []
     for row in sorted(recorded.rows, key=lambda row: row.threads):
         times = (row.speedup.get(name) for name in played)
@@ -781,7 +781,7 @@ def rounds_of_fedavg(machine: str) -> Lines:
         own = (f"{1e3 * row.seconds[one]:.0f}" if one in row.seconds else "–" for one in played)
         cells = (ms + gain for ms, gain in zip(own, against, strict=True))
         lines.append([row.case, str(row.threads), *cells])
-    header = ["milliseconds a round", "cores", *(CONTESTANTS_OF_ROUNDS[name] for name in played)]
+    header = ["milliseconds a round", "cores", *(PROGRAMS_OF_ROUNDS[name] for name in played)]
     return [*caption(recorded.machine), *table(header, lines).split("\n")]
 
 
@@ -870,7 +870,7 @@ LOW_MEMORY = "fedkern low memory"
 
 
 def in_models(row: Comparison) -> dict[str, str]:
-    """The highest memory of every contestant, in models."""
+    """The highest memory of every implementation, in models."""
     return dict(part.rsplit(" ", 1) for part in row.note.removeprefix("peak memory in models: ").split(", "))
 
 

@@ -61,16 +61,16 @@ def dates(recorded: Recorded) -> str:
     return days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
 
 
-def contestants(rows: Sequence[Comparison]) -> list[str]:
+def baselines(rows: Sequence[Comparison]) -> list[str]:
     """Everyone but us, in the order in which they first appear."""
     return list(dict.fromkeys(name for row in rows for name in row.speedup))
 
 
 def families(rows: Sequence[Comparison]) -> list[list[Comparison]]:
-    """Rows that share contestants, together: each family makes a table without empty columns."""
+    """Rows that share baselines, together: each family makes a table without empty columns."""
     found: list[list[Comparison]] = []
     for row in rows:
-        related = [family for family in found if set(contestants(family)) & set(row.speedup)]
+        related = [family for family in found if set(baselines(family)) & set(row.speedup)]
         merged = [one for family in related for one in family] + [row]
         found = [family for family in found if family not in related] + [merged]
     return sorted(found, key=lambda family: min(rows.index(row) for row in family))
@@ -95,9 +95,9 @@ def _digits(value: float) -> str:
     return f"{value:.{max(0, min(2, 2 - math.floor(math.log10(value))))}f}"
 
 
-def noisy(row: Comparison, contestant: str) -> bool:
-    """Whether a row's times, the contestant's or ours, scatter so much that their ratio tells little."""
-    return max(row.scatter[contestant], row.scatter[row.ours]) > gate.NOISY
+def noisy(row: Comparison, baseline: str) -> bool:
+    """Whether a row's times, the baseline's or ours, scatter so much that their ratio tells little."""
+    return max(row.scatter[baseline], row.scatter[row.ours]) > gate.NOISY
 
 
 def ratio(row: Comparison, name: str) -> str:
@@ -117,7 +117,7 @@ def our_time(row: Comparison) -> str:
 
 def table(rows: Sequence[Comparison]) -> list[str]:
     """All that was measured of one operator, or of one family of its rows."""
-    names = contestants(rows)
+    names = baselines(rows)
     walls = any(row.wall_seconds for row in rows)
     heads = ["size", "run on", "time", *(["wall time"] if walls else []), *(f"against {name}" for name in names)]
     heads += ["model bytes", "of a copy", "peak memory", "theirs"]
@@ -143,11 +143,11 @@ def table(rows: Sequence[Comparison]) -> list[str]:
 
 
 def whole_runs(rows: Sequence[Comparison]) -> list[str]:
-    """A line per contestant of the rows that are whole runs, with what else was measured of them; none without any."""
+    """A line per program of the rows that are whole runs, with what else was measured of them; none without any."""
     rows = [row for row in rows if row.startup_seconds]
     if not rows:
         return []
-    lines = ["| size | run on | contestant | a round | the first | start-up | peak memory | accuracy |"]
+    lines = ["| size | run on | program | a round | the first | start-up | peak memory | accuracy |"]
     lines.append("|---|---|---|" + "---:|" * 5)
     for row in rows:
         for name in (row.ours, *(name for name in row.seconds if name != row.ours)):
@@ -168,14 +168,14 @@ def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
         "one per operator and machine (processor, cores, ISA level, forced backend), so that recording on one leaves",
         "the others' results alone.",
         "",
-        "Contestants take turns in one process; a speed-up is the median over pairs of their time over ours, bold if",
+        "Calls take turns in one process; a speed-up is the median over pairs of a baseline's time over ours, bold if",
         'below 1. "Of a copy" sets our time against copying as many bytes as the operator must move. "Peak memory" is',
         'what a call takes at most beyond its inputs, gradients included, "theirs" in the order of the columns before.',
         f"`{SCATTERS}`: times scatter by more than {100 * gate.NOISY:.0f} % (interquartile range over median).",
         "",
         *left_out(sum(not present(row, cores) for row in every)),
     ]
-    # Operators of one family, recorded alike, share a section, and a table where their contestants are the same.
+    # Operators of one family, recorded alike, share a section, and a table where their baselines are the same.
     sections: dict[tuple[str, str], dict[tuple[str, ...], list[Comparison]]] = {}
     for group, files in results.items():
         for recorded in files:
@@ -188,7 +188,7 @@ def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
             tables = sections.setdefault((title, machine_line(Recorded(recorded.machine, rows, recorded.name))), {})
             for family in families(rows):
                 named = [row if group == name else replace(row, case=f"{group} {row.case}") for row in family]
-                tables.setdefault(tuple(contestants(family)), []).extend(named)
+                tables.setdefault(tuple(baselines(family)), []).extend(named)
     for (title, machine), tables in sections.items():
         lines += [f"## {title}", "", machine, ""]
         for rows in tables.values():

@@ -18,8 +18,8 @@ class Shown:
         operator, size: as the page has them.
         against: the plain PyTorch that the page compares with.
         threads: with how many it is measured; with one where two make no difference, or the time is long.
-        held: the contestant of the gate's floor, where it is another: a copy of the operator's bytes where PyTorch's
-            time depends on how much memory the process has at hand.
+        held: the baseline of the gate's floor, where it is another: a copy of the operator's bytes where PyTorch's time
+            depends on how much memory the process has at hand.
     """
 
     operator: str

@@ -1,4 +1,4 @@
-"""Clocks, and contestants that take turns: what :func:`harness.compare` measures with."""
+"""Clocks, and implementations that take turns: what :func:`harness.compare` measures with."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def clock(device: torch.device, *, one_thread: bool = False) -> Clock:
 def interleave(
     runs: dict[str, Run], pairs: int, clock: Clock, *, longest: float, least: int = 15
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Lets the contestants take turns; the first changes from pair to pair.  Returns ``sample`` and ``wall`` of each.
+    """Lets implementations take turns; the first changes from pair to pair.  Returns ``sample`` and ``wall`` of each.
 
     Args:
         pairs: how many samples of each.

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.gpu import trace
 from benchmarks.rounds import ours, plays, setting
-from benchmarks.rounds.plays import Contestant
+from benchmarks.rounds.plays import Program
 from benchmarks.rounds.setting import Setting
 from benchmarks.rounds.task import DEVICE, Task
 from fedkern.engine.run import run
@@ -59,7 +59,7 @@ def contest(task: Task, device: str) -> dict[str, dict[str, float]]:
     """Seconds of the first round and the median of the later ones, and the accuracy, of each."""
     found: dict[str, dict[str, float]] = {"first": {}, "later": {}, "accuracy": {}}
     for name, adapter, *more in ((LEAN, "lean"), (OURS, "ours", "1")):
-        who = Contestant(name, adapter, Path(sys.executable), words=tuple(more), device=device)
+        who = Program(name, adapter, Path(sys.executable), words=tuple(more), device=device)
         played = plays.play(who, task)
         found["first"][name] = played.rounds[0]
         found["later"][name] = statistics.median(played.rounds[1:])

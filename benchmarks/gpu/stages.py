@@ -140,7 +140,7 @@ def traces(out: Path) -> list[Stage]:
 
 def methods(out: Path, data_root: str | None) -> list[Stage]:
     """Every method's whole run beside the same method in plain PyTorch; the larger setting needs CIFAR-10's files."""
-    words = (sys.executable, "-m", "benchmarks.bench_methods", "--device", "cuda", "--repeats", "2", "--contestants",
+    words = (sys.executable, "-m", "benchmarks.bench_methods", "--device", "cuda", "--repeats", "2", "--variants",
              "plain", "fedkern", "bf16", "reference", "--results", str(out / "results"))  # fmt: skip
     found = []
     for setting, more in (("default", ()), ("large", ("--data-root", data_root))):

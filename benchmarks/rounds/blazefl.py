@@ -53,7 +53,7 @@ class Marked(FedAvgBaseServerHandler):
 
 
 class Trainer(FedAvgProcessPoolClientTrainer):
-    """Trains every client as all contestants do."""
+    """Trains every client as all programs do."""
 
     contested: Contest
 

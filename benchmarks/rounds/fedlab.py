@@ -18,7 +18,7 @@ from .task import Contest, Task, contest  # noqa: E402
 
 
 class Trainer(SGDSerialClientTrainer):
-    """Trains every client as all contestants do."""
+    """Trains every client as all programs do."""
 
     task: Task
     contested: Contest

@@ -19,7 +19,7 @@ from .task import CLASSES, Contest, Task, contest  # noqa: E402
 
 
 class Trainer(Client):
-    """A client that trains as all contestants do."""
+    """A client that trains as all programs do."""
 
     task: Task
 

@@ -1,7 +1,7 @@
 """fedkern's own engine on the task: ``fedavg`` as ``python -m fedkern.run`` plays it, from images in memory.
 
 The run folder, its checkpoints after every round and its records are what a user gets; only the evaluation waits for
-the end, as it does for every contestant.
+the end, as it does for every program.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .task import Contest, Task, contest
 
 
 class Trained(PyTorchModel):
-    """A model whose local epochs are those of all contestants."""
+    """A model whose local epochs are those of all programs."""
 
     task: Task
     round = -1

@@ -1,4 +1,4 @@
-"""Plays a contestant in a process of its own: when its rounds began, its accuracy, the memory of all its processes."""
+"""Plays a program in a process of its own: when its rounds began, its accuracy, the memory of all its processes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .task import DEVICE, Task
 
 ROOT = Path(__file__).parents[2]
 PROC = Path("/proc")
-MARK = "FEDKERN_ROUNDS"  # in the environment of a contestant's processes, with a word of its own
+MARK = "FEDKERN_ROUNDS"  # in the environment of a program's processes, with a word of its own
 WATCH_SECONDS = 0.1
-PATIENCE_SECONDS = 5.0  # for what a contestant leaves behind
+PATIENCE_SECONDS = 5.0  # for what a program leaves behind
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Program:
     """Whom to play.
 
     Attributes:
@@ -50,7 +50,7 @@ class Contestant:
 
 
 class Failed(Exception):
-    """A contestant did not come to its end; says why."""
+    """A program did not come to its end; says why."""
 
 
 @dataclass
@@ -72,15 +72,15 @@ class Played:
     said: dict[str, str] = field(default_factory=dict)
 
 
-def play(who: Contestant, task: Task, *, watch: bool = False, limit: float = 3600.0) -> Played:
+def play(who: Program, task: Task, *, watch: bool = False, limit: float = 3600.0) -> Played:
     """Plays the task's rounds.
 
     Args:
         watch: look at the memory all the time, which costs time: not for the plays that are timed.
-        limit: seconds after which a contestant is ended.
+        limit: seconds after which a program is ended.
 
     Raises:
-        Failed: the contestant failed, or took longer than ``limit``.
+        Failed: the program failed, or took longer than ``limit``.
     """
     word = f"{MARK}={uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="rounds-") as folder:
@@ -149,7 +149,7 @@ def family(pid: int, word: str) -> list[int]:
 
 
 def end(process: subprocess.Popen[bytes], word: str) -> None:
-    """Ends a contestant with everything that it started: gently, then not."""
+    """Ends a program with everything that it started: gently, then not."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:

@@ -38,7 +38,7 @@ class Setting:
         model: one of :data:`NAMES`, or a network of fedkern's that task.py knows too.
         width: channels of its first stage.
         rounds: those that are timed; the first counts apart, and one more is played behind them.
-        repeats: processes that every contestant gets.
+        repeats: processes that every program gets.
     """
 
     model: str

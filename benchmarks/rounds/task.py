@@ -1,6 +1,6 @@
-"""What all contestants share: one folder of data, batches and first weights; networks; a client's training.
+"""What all programs share: one folder of data, batches and first weights; networks; a client's training.
 
-``python -m benchmarks.rounds.ADAPTER FOLDER OUT THREADS WORKERS`` runs one contestant on the task in ``FOLDER`` (see
+``python -m benchmarks.rounds.ADAPTER FOLDER OUT THREADS WORKERS`` runs one program on the task in ``FOLDER`` (see
 setting.py) and writes ``OUT/marks.json`` and ``OUT/final.pt``.  Where the environment's
 :data:`DEVICE` is "cuda", networks and data are on the GPU.  Torch and NumPy are all this file needs.
 """
@@ -177,8 +177,8 @@ class Task:
     def load(cls, folder: str | Path) -> Task:
         """Reads what setting.py wrote.
 
-        On the CPU the images are mapped, so that the processes of a contestant share them.  A GPU gets all of them at
-        once, as every contestant has its data in memory.
+        On the CPU the images are mapped, so that the processes of a program share them.  A GPU gets all of them at
+        once, as every program has its data in memory.
         """
         device = torch.device(os.environ.get(DEVICE, "cpu"))
         folder = Path(folder)
@@ -238,7 +238,7 @@ class Task:
 
 
 class Contest:
-    """What a contestant's process was asked for, and what it says of itself.
+    """What a program's process was asked for, and what it says of itself.
 
     Attributes:
         task: the task.

@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).resolve().parents[2] / "benchmarks"
 
 TOY = '''
-"""Contestants that return their own duration; ours is as much slower as SLOWER says."""
+"""Implementations that return their own duration; ours is as much slower as SLOWER says."""
 import os
 
 from benchmarks import gate
@@ -22,7 +22,7 @@ from benchmarks import harness
 import pytest
 from benchmarks import shown
 from benchmarks import timing
-from benchmarks.contestants import Absent
+from benchmarks.baselines import Absent
 
 SLOWER = float(os.environ.get("SLOWER", "1"))
 shown.SHOWN = {f"bench_toy.py::test_toy[{size}": shown.Shown("", size) for size in ("small", "large", "lasting")}
@@ -103,8 +103,8 @@ def double(x):
 @pytest.mark.parametrize("rows", range(1, 13))
 def test_shape(node, rows):
     compiled, x, before = torch.compile(double, backend=counting, dynamic=False), torch.ones(rows), len(BUILT)
-    contestants = {"fedkern": lambda: x * 2, "compile": lambda: compiled(x)}
-    harness.compare(node, "compiled", str(rows), contestants, pairs=3)
+    implementations = {"fedkern": lambda: x * 2, "compile": lambda: compiled(x)}
+    harness.compare(node, "compiled", str(rows), implementations, pairs=3)
     assert len(BUILT) > before
 '''
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import contestants, timing
+from benchmarks import baselines, timing
 
 CPU = torch.device("cpu")
 
 
-def test_contestants_take_turns_and_each_starts_equally_often() -> None:
+def test_implementations_take_turns_and_each_starts_equally_often() -> None:
     order: list[str] = []
 
     class Told:
@@ -83,8 +83,8 @@ def test_cuda_clock_flushes_before_each_call_and_waits_once(monkeypatch: pytest.
     assert log == ["wait", "call", "call", "wait"]
 
 
-def test_contestants_that_cannot_run_say_why() -> None:
+def test_implementations_that_cannot_run_say_why() -> None:
     x = torch.zeros(2, 4, 3)
-    for absent in (contestants.liger_kl(x[0], x[1], 2.0), contestants.liger_jsd(x)):
-        assert isinstance(absent, contestants.Absent)
+    for absent in (baselines.liger_kl(x[0], x[1], 2.0), baselines.liger_jsd(x)):
+        assert isinstance(absent, baselines.Absent)
         assert "Liger-Kernel" in absent.reason

@@ -203,7 +203,7 @@ def test_augmented_images_keep_their_shape_and_move():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_case_is_a_command_of_all_contestants(case, tmp_path):
+def test_every_case_is_a_command_of_all_variants(case, tmp_path):
     words = bench_methods.run_words(case, tmp_path, "/data", seed=1, threads=2)
     effective = request.effective(flags.parse(words))
     wanted = bench_methods.config(case, tmp_path, "/data").replace(seed=1, threads=2)
@@ -237,7 +237,7 @@ def test_what_the_plain_method_does_not_compute_is_refused(given, word, tmp_path
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
-def test_plain_contestants_compute_without_the_kernels(monkeypatch):
+def test_plain_variants_compute_without_the_kernels(monkeypatch):
     """Their networks are fedkern's, which ask operators."""
     monkeypatch.setenv("FEDKERN_BACKEND", "cpu")
     for name in ("plain", "plain one core"):
@@ -319,7 +319,7 @@ def test_cases_measured_again_replace_their_own_alone(tmp_path):
     assert "| fedavg | 4.00 (2.00) | 1.00 (0.50) | 4.00× (4.00×) |" in page
 
 
-def test_on_a_gpu_all_contestants_are_sent_there_and_it_is_watched(tmp_path, monkeypatch):
+def test_on_a_gpu_all_variants_are_sent_there_and_it_is_watched(tmp_path, monkeypatch):
     asked = []
 
     def fake(command, environment, folder):
@@ -356,7 +356,7 @@ def test_a_gpu_that_is_not_here_is_one_sentence(command, capsys, monkeypatch):
     assert "torch sees no GPU here" in capsys.readouterr().err
 
 
-def test_contestants_run_in_turn_with_the_seeds_of_the_repeats(tmp_path, monkeypatch):
+def test_variants_run_in_turn_with_the_seeds_of_the_repeats(tmp_path, monkeypatch):
     asked = []
 
     def fake(command, environment, folder):

@@ -1,4 +1,4 @@
-"""bench_rounds: the task that all contestants share, and the processes that play it."""
+"""bench_rounds: the task that all programs share, and the processes that play it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks import bench_rounds, harness
-from benchmarks.contestants import Absent
+from benchmarks.baselines import Absent
 from benchmarks.rounds import lean, ours, setting
-from benchmarks.rounds.plays import Contestant, Failed, play
+from benchmarks.rounds.plays import Failed, Program, play
 from benchmarks.rounds.setting import Setting
 from benchmarks.rounds.task import NETWORKS, Task
 from fedkern import models
@@ -61,20 +61,20 @@ def _program(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_contestant_that_fails_says_why_and_leaves_no_process_behind(task: Task, tmp_path: Path) -> None:
+def test_a_program_that_fails_says_why_and_leaves_no_process_behind(task: Task, tmp_path: Path) -> None:
     left = tmp_path / "left"
     # A daemon: another session, another parent.
     script = f"setsid sleep 300 >/dev/null 2>&1 &\necho $! > {left}\necho 'no such package' >&2\nexit 3"
     with pytest.raises(Failed, match="no such package"):
-        play(Contestant("x", "x", _program(tmp_path, script)), task)
+        play(Program("x", "x", _program(tmp_path, script)), task)
     status = Path("/proc") / left.read_text().strip() / "stat"  # gone, or waiting for its new parent to look
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
 
 
-def test_a_contestant_that_takes_too_long_is_ended(task: Task, tmp_path: Path) -> None:
+def test_a_program_that_takes_too_long_is_ended(task: Task, tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(Failed, match="longer than 1 s"):
-        play(Contestant("x", "x", _program(tmp_path, "sleep 300")), task, limit=1.0)
+        play(Program("x", "x", _program(tmp_path, "sleep 300")), task, limit=1.0)
     assert time.monotonic() - start < 20
 
 
@@ -82,28 +82,28 @@ def test_a_framework_without_an_environment_is_absent_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(harness.SETTINGS, "environments", {"fluke": tmp_path})
-    _, found = bench_rounds.contestants(2)
+    _, found = bench_rounds.programs(2)
     assert found["Flower"] == Absent("no --environment flower=DIR was given")
-    assert isinstance(found["fluke"], Contestant)
+    assert isinstance(found["fluke"], Program)
     assert found["fluke"].python == tmp_path / "bin" / "python"
 
 
-def test_on_a_gpu_contestants_are_told_so_and_frameworks_without_an_adapter_are_absent(
+def test_on_a_gpu_programs_are_told_so_and_frameworks_without_an_adapter_are_absent(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(bench_rounds.harness.SETTINGS, "environments", {"flower": tmp_path, "fluke": tmp_path})
-    judged, found = bench_rounds.contestants(1, "cuda")
+    judged, found = bench_rounds.programs(1, "cuda")
     assert judged == "fedkern serial"
-    playing = {name: who for name, who in found.items() if isinstance(who, Contestant)}
+    playing = {name: who for name, who in found.items() if isinstance(who, Program)}
     assert set(playing) == {"fedkern serial", "lean loop", "Flower"}
     assert {who.device for who in playing.values()} == {"cuda"}
     assert (playing["Flower"].threads, playing["Flower"].workers) == (1, 2)
     assert found["fluke"].reason == "its adapter trains on the CPU"
-    assert "Flower" not in bench_rounds.contestants(1)[1]
+    assert "Flower" not in bench_rounds.programs(1)[1]
 
 
-def test_the_judged_contestant_chooses_its_workers() -> None:
-    name, found = bench_rounds.contestants(2)
+def test_the_judged_program_chooses_its_workers() -> None:
+    name, found = bench_rounds.programs(2)
     assert name == "fedkern auto"
     assert [found[f"fedkern {who}"].words for who in ("serial", "workers", "auto")] == [("1",), ("2",), ("auto",)]
-    assert bench_rounds.contestants(1)[0] == "fedkern serial"
+    assert bench_rounds.programs(1)[0] == "fedkern serial"

@@ -1,4 +1,4 @@
-"""Contestants compute what our operators do, call after call, and do not spoil what they are given."""
+"""Baselines compute what our operators do, call after call, and do not spoil what they are given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_aggregate, bench_boxes, bench_robust, bench_server_step, contestants
+from benchmarks import baselines, bench_aggregate, bench_boxes, bench_robust, bench_server_step
 from fedkern import ops
 from fedkern.models.resnet import BasicBlock
 
@@ -71,7 +71,7 @@ def test_folded_modules(block: BasicBlock) -> None:
             torch.nn.init.normal_(layer.running_mean)  # type: ignore[arg-type]
             torch.nn.init.uniform_(layer.running_var, 0.5, 2.0)  # type: ignore[arg-type]
     block.eval()
-    before, made = copy.deepcopy(block.state_dict()), contestants.folded(block)
+    before, made = copy.deepcopy(block.state_dict()), baselines.folded(block)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in made.modules())
     x = torch.randn(2, 4, 6, 6)
     torch.testing.assert_close(made(x), block(x), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Contestants from packages that may not be here, and what cannot run here in their place."""
+"""Baselines from packages that may not be here, and what cannot run here in their place."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 @dataclass(frozen=True)
 class Absent:
-    """A contestant that cannot run here: the table names it with the reason."""
+    """A baseline that cannot run here: the table names it with the reason."""
 
     reason: str
 
 
-Contestant = Callable[[], Any] | Absent
+Implementation = Callable[[], Any] | Absent
 
 
 def folded(module: nn.Module) -> nn.Module:
@@ -45,7 +45,7 @@ def _load(module: str, package: str, tensor: Tensor) -> Any | Absent:
         return Absent(f"{package} cannot be imported: {error}")
 
 
-def liger_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Contestant:
+def liger_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Implementation:
     """Forward and backward of Liger-Kernel's KL divergence, which takes log-probabilities and probabilities."""
     liger = _load("liger_kernel.transformers.kl_div", "Liger-Kernel", student)
     if isinstance(liger, Absent):
@@ -60,7 +60,7 @@ def liger_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Cont
     return step
 
 
-def liger_jsd(logits: Tensor) -> Contestant:
+def liger_jsd(logits: Tensor) -> Implementation:
     """Forward and backward of Liger-Kernel's Jensen-Shannon divergence: two teachers ``[2, B, C]`` of equal weight."""
     liger = _load("liger_kernel.transformers.jsd", "Liger-Kernel", logits)
     if isinstance(liger, Absent):
