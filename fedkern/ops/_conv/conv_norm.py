@@ -122,10 +122,9 @@ def run(kernel: ConvKernels, inputs: Inputs, settings: Settings) -> Tensor:
     """
     x, weight, scale, shift, bias, residual = inputs
     if not x.is_contiguous(memory_format=_CHANNELS_LAST):  # the weight is channels-last
-        x = x.contiguous(memory_format=_CHANNELS_LAST)
+        inputs = inputs._replace(x=x.contiguous(memory_format=_CHANNELS_LAST))
     if residual is not None and not residual.is_contiguous(memory_format=_CHANNELS_LAST):
-        residual = residual.contiguous(memory_format=_CHANNELS_LAST)
-    inputs = Inputs(x, weight, scale, shift, bias, residual)
+        inputs = inputs._replace(residual=residual.contiguous(memory_format=_CHANNELS_LAST))
     try:
         if _grad_enabled() and (
             x.requires_grad
