@@ -20,8 +20,8 @@ from fedkern import ops
 
 def eager_contrastive(x: Tensor, y: Tensor, temperature: float) -> Tensor:
     similarities = x @ y.T / temperature
-    own = torch.arange(len(x), device=x.device)
-    return cross_entropy(similarities, own) + cross_entropy(similarities.T, own)
+    partners = torch.arange(len(x), device=x.device)
+    return cross_entropy(similarities, partners) + cross_entropy(similarities.T, partners)
 
 
 def pair(pairs: int, size: int) -> list[Tensor]:

@@ -34,10 +34,10 @@ class Stage:
         x = channels_last(batch, self.channels, self.size, self.size).requires_grad_(self.channels > 3)
         weight = channels_last(self.width, self.channels, self.taps, self.taps) / (self.taps * self.channels**0.5)
         scale, shift, mean, variance = (fill(self.width) for fill in (torch.ones, torch.zeros, torch.zeros, torch.ones))
-        given = [x, weight.requires_grad_(), scale.requires_grad_(), shift.requires_grad_(), mean, variance]
+        tensors = [x, weight.requires_grad_(), scale.requires_grad_(), shift.requires_grad_(), mean, variance]
         if self.residual:
-            given.append(channels_last(batch, self.width, self.size, self.size).requires_grad_())
-        return given
+            tensors.append(channels_last(batch, self.width, self.size, self.size).requires_grad_())
+        return tensors
 
 
 def channels_last(*shape: int) -> Tensor:

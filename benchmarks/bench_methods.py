@@ -217,23 +217,23 @@ def checked(before: Path) -> Path:
     before = before.resolve()
     asked = "import torch, fedkern._cpu; print(fedkern.__file__)"  # its own path: before moves, modules had other names
     with tempfile.TemporaryDirectory() as folder:
-        found = subprocess.run(
+        answer = subprocess.run(
             [sys.executable, "-c", asked], cwd=folder, env=environment("before", before), check=False,
             capture_output=True, text=True,
         )  # fmt: skip
-    if found.returncode or not Path(found.stdout.strip()).is_relative_to(before):
-        last = (found.stderr.strip().splitlines() or [found.stdout.strip()])[-1]
+    if answer.returncode or not Path(answer.stdout.strip()).is_relative_to(before):
+        last = (answer.stderr.strip().splitlines() or [answer.stdout.strip()])[-1]
         sys.exit(f"--before {before} holds no fedkern with a compiled core: {last}")
     return before
 
 
 def environment(variant: str, before: Path | None) -> dict[str, str]:
     """The environment of a variant's commands."""
-    own = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
-    own["PYTHONPATH"] = str(before if variant == "before" else ROOT)
+    variables = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    variables["PYTHONPATH"] = str(before if variant == "before" else ROOT)
     if variant == "reference" or variant.startswith(PLAIN):  # whose networks are fedkern's, with its operators
-        own["FEDKERN_BACKEND"] = "reference"
-    return own
+        variables["FEDKERN_BACKEND"] = "reference"
+    return variables
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -283,8 +283,8 @@ class Row:
 
     def speedup(self, slower: str, faster: str = OURS, of: str = "seconds") -> float | None:
         """The median of :meth:`ratios`."""
-        found = self.ratios(slower, faster, of)
-        return median(found) if found else None
+        ratios = self.ratios(slower, faster, of)
+        return median(ratios) if ratios else None
 
     def outside_seconds(self, variant: str) -> float | None:
         """Of a command, without its rounds: start-up, data, what comes before the first round, pictures."""
@@ -295,11 +295,11 @@ class Row:
 
     def apart(self, variant: str) -> bool | None:
         """Whether the main figure differs from ours by more than twice the spread over the seeds; None: not known."""
-        own, other = self.figure.get(OURS, []), self.figure.get(variant, [])
-        if min(len(own), len(other)) < 2:
+        ours, other = self.figure.get(OURS, []), self.figure.get(variant, [])
+        if min(len(ours), len(other)) < 2:
             return None
-        spread = math.sqrt((stdev(own) ** 2 + stdev(other) ** 2) / 2)
-        return abs(mean(own) - mean(other)) > 2 * max(spread, 1e-3)
+        spread = math.sqrt((stdev(ours) ** 2 + stdev(other) ** 2) / 2)
+        return abs(mean(ours) - mean(other)) > 2 * max(spread, 1e-3)
 
 
 def read_rounds(variant: str, folder: Path) -> list[dict[str, Any]]:
@@ -317,12 +317,12 @@ def main_figure(rounds: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
 def other_settings(before: Path, ours: Path) -> list[str]:
     """What two run folders' config.toml say differently, of the settings that both have."""
     old, new = (tomllib.loads((folder / "run" / "config.toml").read_text()) for folder in (before, ours))
-    found = []
+    differences = []
     for table in ("", "options", "data_options"):
         a, b = (one.get(table, {}) if table else one for one in (old, new))
         names = [name for name in a if name in b and not isinstance(a[name], dict)]
-        found += [f"{name}: {a[name]}, {b[name]}" for name in names if a[name] != b[name] and name not in PATHS]
-    return found
+        differences += [f"{name}: {a[name]}, {b[name]}" for name in names if a[name] != b[name] and name not in PATHS]
+    return differences
 
 
 def measure(
@@ -477,8 +477,8 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
         lines.append(f"| {row.method} | {' | '.join(cells)} |")
     means = []
     for pair in pairs:
-        found, rounds = speedups(rows, *pair), speedups(rows, *pair, of="round_seconds")
-        means.append(f"{_ratio(geometric_mean(found))} ({_ratio(geometric_mean(rounds))})" if found else "–")
+        whole, rounds = speedups(rows, *pair), speedups(rows, *pair, of="round_seconds")
+        means.append(f"{_ratio(geometric_mean(whole))} ({_ratio(geometric_mean(rounds))})" if whole else "–")
     return [*lines, f"| geometric mean |{' |' * len(names)} {' | '.join(means)} |"]
 
 
@@ -554,27 +554,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all variants compute")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--dry", action="store_true", help="print the page and write nothing")
-    given = parser.parse_args(argv)
-    if given.device == "cuda" and not torch.cuda.is_available():
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here: leave --device out")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the command that is measured ends too
-    cases = [case for case in CASES if case.method in given.methods and case.setting in given.settings]
-    left_out = [case.name for case in cases if case.needs_files and not given.data_root]
+    cases = [case for case in CASES if case.method in args.methods and case.setting in args.settings]
+    left_out = [case.name for case in cases if case.needs_files and not args.data_root]
     cases = [case for case in cases if case.name not in left_out]
     if left_out:
         print(f"left out without --data-root: {', '.join(left_out)}")
-    data_root = str(Path(given.data_root).resolve()) if given.data_root else None
-    machine = machines.machine(given.device)
-    before = checked(given.before) if given.before else None
+    data_root = str(Path(args.data_root).resolve()) if args.data_root else None
+    machine = machines.machine(args.device)
+    before = checked(args.before) if args.before else None
     rows = []
     for case in cases:
         rows.append(
             measure(
-                case, given.variants, given.repeats, before=before, data_root=data_root, device=given.device,
+                case, args.variants, args.repeats, before=before, data_root=data_root, device=args.device,
             )
         )  # fmt: skip
-        if not given.dry:  # a session that is killed loses the case that it was at
-            write(rows, machine, before=_revision(before), folder=given.results)
+        if not args.dry:  # a session that is killed loses the case that it was at
+            write(rows, machine, before=_revision(before), folder=args.results)
     content = {"machine": machine, "before": _revision(before)}
     print(page(rows, content))
     return 0
@@ -585,8 +585,8 @@ def _revision(checkout: Path | None) -> str:
     if checkout is None:
         return ""
     asked = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or checkout.name
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or checkout.name
 
 
 if __name__ == "__main__":

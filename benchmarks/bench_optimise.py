@@ -76,10 +76,10 @@ class Case:
         def run() -> Tensor:
             nonlocal step
             step += 1
-            found = ops.adamw_step(
+            result = ops.adamw_step(
                 theta, g, first, second, step, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, zero=True
             )
-            return found.squared_norm
+            return result.squared_norm
 
         return run
 

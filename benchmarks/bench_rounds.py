@@ -77,25 +77,25 @@ def trial(one: Setting) -> Setting:
 def programs(threads: int, device: str = "cpu") -> tuple[str, dict[str, Program | Absent]]:
     """Who meets on so many threads, or on a GPU, and which of them is judged."""
     here = Path(sys.executable)
-    found: dict[str, Program | Absent] = {}
+    entries: dict[str, Program | Absent] = {}
     names = {"fedkern serial": "1"}
     if threads > 1:
         names |= {"fedkern workers": str(threads), "fedkern auto": "auto"}
     for judged, workers in names.items():
-        found[judged] = Program(judged, "ours", here, threads, words=(workers,), device=device)
-    found[LEAN] = Program(LEAN, "lean", here, threads, device=device)
+        entries[judged] = Program(judged, "ours", here, threads, words=(workers,), device=device)
+    entries[LEAN] = Program(LEAN, "lean", here, threads, device=device)
     for name, (adapter, processes) in FRAMEWORKS.items():
         folder = harness.SETTINGS.environments.get(adapter)
         if processes and threads == 1 and (device == "cpu" or name != "Flower"):
             continue
         if device != "cpu" and name != "Flower":
-            found[name] = Absent("its adapter trains on the CPU")
+            entries[name] = Absent("its adapter trains on the CPU")
         elif folder is None:
-            found[name] = Absent(f"no --environment {adapter}=DIR was given")
+            entries[name] = Absent(f"no --environment {adapter}=DIR was given")
         else:
             one, many = (1, threads if device == "cpu" else SIDE_BY_SIDE) if processes else (threads, 1)
-            found[name] = Program(name, adapter, folder / "bin" / "python", one, many, device=device)
-    return judged, found
+            entries[name] = Program(name, adapter, folder / "bin" / "python", one, many, device=device)
+    return judged, entries
 
 
 def tolerance(accuracy: float, count: int = setting.TEST) -> float:
@@ -169,9 +169,9 @@ def test_rounds(node: str, one: Setting, threads: int) -> None:
     measured, _ = harness.summarise({n: [later(p) for p in plays] for n, plays in timed.items()}, judged)
     accuracy = {name: plays[-1].accuracy for name, plays in timed.items()}
     if wrong := unequal(accuracy, LEAN):
-        told = ", ".join(f"{name} {value:.4f}" for name, value in wrong.items())
+        accuracies = ", ".join(f"{name} {value:.4f}" for name, value in wrong.items())
         allowed = tolerance(accuracy[LEAN])
-        pytest.fail(f"{one.case}: {told}, but the lean loop {accuracy[LEAN]:.4f} ± {allowed:.4f}", pytrace=False)
+        pytest.fail(f"{one.case}: {accuracies}, but the lean loop {accuracy[LEAN]:.4f} ± {allowed:.4f}", pytrace=False)
     harness.conclude(_row(node, one, threads, judged, measured, timed, watched, missing | why))
 
 

@@ -109,15 +109,15 @@ class Recorded:
 
 def read_results(folder: Path = RESULTS) -> dict[str, list[Recorded]]:
     """The recorded operators by name, each with an entry per machine, CPUs first; other JSON files are left alone."""
-    found: dict[str, list[Recorded]] = {}
+    groups: dict[str, list[Recorded]] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or not isinstance(content.get("results"), list) or "machine" not in content:
             continue
         rows = [Comparison(**record) for record in content["results"] if "speedup" in record]
         if rows:
-            found.setdefault(rows[0].group, []).append(Recorded(content["machine"], rows, path.stem))
-    return {group: sorted(files, key=lambda one: one.rows[0].device) for group, files in found.items()}
+            groups.setdefault(rows[0].group, []).append(Recorded(content["machine"], rows, path.stem))
+    return {group: sorted(files, key=lambda one: one.rows[0].device) for group, files in groups.items()}
 
 
 class Recorder:

@@ -57,10 +57,10 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     settings.rounds = config.getoption("--rounds")
     settings.data_root = config.getoption("--data-root")
-    for given in config.getoption("--environment"):
-        framework, _, folder = given.partition("=")
+    for word in config.getoption("--environment"):
+        framework, _, folder = word.partition("=")
         if not (Path(folder) / "bin" / "python").exists():
-            raise pytest.UsageError(f"--environment {given}: expected FRAMEWORK=DIR with a DIR/bin/python")
+            raise pytest.UsageError(f"--environment {word}: expected FRAMEWORK=DIR with a DIR/bin/python")
         settings.environments[framework] = Path(folder).absolute()
     if config.getoption("--record") and settings.rounds == "small":
         raise pytest.UsageError("--rounds small is a trial, which --record does not take")

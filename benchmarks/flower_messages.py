@@ -78,7 +78,7 @@ def measure(methods: Sequence[str], repeats: int, folder: Path) -> dict[str, dic
     """Seconds by method and variant, one of each repeat."""
     deploy = _deploy()
     port = deploy.free_port()
-    found: dict[str, dict[str, list[float]]] = {name: {who: [] for who in VARIANTS} for name in methods}
+    seconds: dict[str, dict[str, list[float]]] = {name: {who: [] for who in VARIANTS} for name in methods}
     with deploy.Processes(folder) as processes:
         processes.start(
             "superlink",
@@ -111,9 +111,9 @@ def measure(methods: Sequence[str], repeats: int, folder: Path) -> dict[str, dic
                         command(*words, "--flower", str(project))
                         asked = "flower.resident=0" if who == "no resident" else ""
                         command("flower", str(project), *(["--run-config", asked] if asked else []))
-                    found[method][who].append(seconds_of(method, run))
-                    print(f"{method}, {who}, seed {repeat}: {found[method][who][-1]:.4f} s", flush=True)
-    return found
+                    seconds[method][who].append(seconds_of(method, run))
+                    print(f"{method}, {who}, seed {repeat}: {seconds[method][who][-1]:.4f} s", flush=True)
+    return seconds
 
 
 def _deploy() -> ModuleType:
@@ -131,11 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--dry", action="store_true", help="write no results")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        samples = measure(given.methods, given.repeats, Path(folder))
-    if not given.dry:
+        samples = measure(args.methods, args.repeats, Path(folder))
+    if not args.dry:
         machine = machines.machine("cpu")
         content = {
             "machine": machine,

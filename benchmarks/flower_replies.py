@@ -45,13 +45,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def resnet18() -> dict[str, tuple[int, ...]]:
     """Shapes of a ResNet-18 for 10 classes: 122 entries, 11.2 million numbers."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def block(name: str, into: int, out: int, size: int) -> None:
-        found[f"{name}.conv.weight"] = (out, into, size, size)
+        shapes[f"{name}.conv.weight"] = (out, into, size, size)
         for entry in ("weight", "bias", "running_mean", "running_var"):
-            found[f"{name}.bn.{entry}"] = (out,)
-        found[f"{name}.bn.num_batches_tracked"] = ()
+            shapes[f"{name}.bn.{entry}"] = (out,)
+        shapes[f"{name}.bn.num_batches_tracked"] = ()
 
     block("stem", 3, 64, 3)
     width = 64
@@ -62,7 +62,7 @@ def resnet18() -> dict[str, tuple[int, ...]]:
             if width != out:
                 block(f"{stage}.{i}.shortcut", width, out, 1)
             width = out
-    return found | {"head.weight": (10, 512), "head.bias": (10,)}
+    return shapes | {"head.weight": (10, 512), "head.bias": (10,)}
 
 
 MODELS: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
@@ -141,7 +141,7 @@ def times(rule: str, name: str, clients: int, pairs: int) -> dict[str, list[floa
     names = variants(rule)
     # One thread is timed in its own processor time: the machine may be shared.
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    found: dict[str, list[float]] = {each: [] for each in names}
+    samples: dict[str, list[float]] = {each: [] for each in names}
     for turn in range(pairs + 1):
         for each in names[turn % len(names) :] + names[: turn % len(names)]:
             # Flower's median takes the arrays out of the replies: everybody gets replies of his own.
@@ -154,8 +154,8 @@ def times(rule: str, name: str, clients: int, pairs: int) -> dict[str, list[floa
             assert arrays is not None
             del arrays, replies, judged
             if turn:
-                found[each].append(seconds)
-    return found
+                samples[each].append(seconds)
+    return samples
 
 
 def peak(rule: str, name: str, clients: int, variant: str) -> int:
@@ -175,10 +175,10 @@ def peak(rule: str, name: str, clients: int, variant: str) -> int:
     run()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    found = peak_memory.peak_bytes(run, torch.device("cpu"))
-    if found is None:
+    rise = peak_memory.peak_bytes(run, torch.device("cpu"))
+    if rise is None:
         raise SystemExit("the kernel does not tell the peak of resident memory")
-    return found
+    return rise
 
 
 def ranking(clients: int, size: int, rounds: int) -> dict[str, int]:
@@ -194,7 +194,7 @@ def ranking(clients: int, size: int, rounds: int) -> dict[str, int]:
         wanted = models[int(np.argmin(scores))]
         for each in wrong:
             judged = strategy(each, "Krum", record({"w": base.astype(np.float32)}), clients)
-            arrays, _ = judged.aggregate_train(1, [reply(record({"w": own}), i) for i, own in enumerate(models)])
+            arrays, _ = judged.aggregate_train(1, [reply(record({"w": one}), i) for i, one in enumerate(models)])
             wrong[each] += not np.array_equal(arrays["w"].numpy(), wanted)
     return wrong
 
@@ -214,12 +214,12 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     if asked.what == "time":
-        told: Any = times(asked.rule, asked.model, asked.clients, asked.pairs)
+        figures: Any = times(asked.rule, asked.model, asked.clients, asked.pairs)
     elif asked.what == "memory":
-        told = peak(asked.rule, asked.model, asked.clients, asked.variant)
+        figures = peak(asked.rule, asked.model, asked.clients, asked.variant)
     else:
-        told = ranking(asked.clients, 100_000, asked.pairs)
-    print(json.dumps(told))
+        figures = ranking(asked.clients, 100_000, asked.pairs)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -179,15 +179,15 @@ class Others:
 
     def share(self) -> float:
         """Since this was made; 0 where the system does not tell."""
-        busy, whole, own = (b - a for a, b in zip(self._start, self._spent(), strict=True))
-        return max(0.0, (busy - own) / whole) if whole else 0.0
+        busy, whole, ours = (b - a for a, b in zip(self._start, self._spent(), strict=True))
+        return max(0.0, (busy - ours) / whole) if whole else 0.0
 
     @staticmethod
     def _spent() -> tuple[float, float, float]:
         """Busy and whole seconds of all processors, and this process's own."""
-        own = sum(os.times()[:2])
+        ours = sum(os.times()[:2])
         if not STAT.exists():
-            return 0.0, 0.0, own
+            return 0.0, 0.0, ours
         ticks = [int(word) for word in STAT.read_text().split("\n", 1)[0].split()[1:9]]
         second = os.sysconf("SC_CLK_TCK")
-        return (sum(ticks) - ticks[3] - ticks[4]) / second, sum(ticks) / second, own
+        return (sum(ticks) - ticks[3] - ticks[4]) / second, sum(ticks) / second, ours

@@ -37,8 +37,8 @@ def kernel_table(rows: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str
     """At the large size: the share of a copy's bandwidth (in brackets that of ``before``), and the reference's time."""
     header = ["operator", "fp32", "of a copy: fp32", "fp32, odd", "bf16", "bf16, odd", "over the reference"]
     earlier, lines = _large(before), []
-    for name, found in _large(rows).items():
-        ours, plain = found.get(("fp32", False, "cuda")), found.get(("fp32", False, "reference"))
+    for name, by_backend in _large(rows).items():
+        ours, plain = by_backend.get(("fp32", False, "cuda")), by_backend.get(("fp32", False, "reference"))
         if ours is None:
             continue
         shares = []
@@ -50,7 +50,7 @@ def kernel_table(rows: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str
                 shares.append("4-byte loads")
                 continue
             was = f" ({100 * one['share']:.0f} %)" if (one := earlier.get(name, {}).get(key)) else ""
-            shares.append(f"{100 * found[key]['share']:.0f} %{was}" if key in found else "–")
+            shares.append(f"{100 * by_backend[key]['share']:.0f} %{was}" if key in by_backend else "–")
         lines.append([
             f"`{name}`", f"{1e6 * ours['seconds']:.0f} µs", *shares,
             "–" if plain is None else f"{plain['seconds'] / ours['seconds']:.1f}×",
@@ -60,11 +60,11 @@ def kernel_table(rows: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str
 
 def _large(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[tuple[str, bool, str], Mapping[str, Any]]]:
     """Rows of the large size by operator, and by dtype, alignment and backend."""
-    found: dict[str, dict[tuple[str, bool, str], Mapping[str, Any]]] = {}
+    operators: dict[str, dict[tuple[str, bool, str], Mapping[str, Any]]] = {}
     for row in rows:
         if row["size"] == "large" and "seconds" in row and row["operator"] != "contrastive":  # which products bind
-            found.setdefault(row["operator"], {})[row["dtype"], row["odd"], row["backend"]] = row
-    return found
+            operators.setdefault(row["operator"], {})[row["dtype"], row["odd"], row["backend"]] = row
+    return operators
 
 
 def beside_others() -> Lines:
@@ -100,7 +100,7 @@ def losses() -> Lines:
     """Losses forward and backward, with the kernels before these, and others' times over ours by both clocks."""
     content = load(LOSSES, comparisons.RESULTS)
     before = {(row.group, row.case): row for one in _recorded() for row in one.rows}
-    lines, told, times = [], [], []
+    lines, ratios, times = [], [], []
     for row in content["rows"]:
         known = before.get((row["operator"], row["case"]))
         if known is None:
@@ -113,14 +113,14 @@ def losses() -> Lines:
             ratio, wall = known.seconds[name] / row["seconds"], known.wall_seconds[name] / row["wall"]
             cells.append(f"{_over(ratio)} ({_over(wall)})")
             if row["operator"] == "kl_div" and name != "compile":
-                told.append((name, row["case"], ratio, wall))
+                ratios.append((name, row["case"], ratio, wall))
         times.append(known.time)
         lines.append([
             f"`{row['operator']}`", row["case"],
             *(f"{1e6 * seconds:.1f} µs" for seconds in (known.seconds[known.ours], row["seconds"])), *cells,
         ])  # fmt: skip
-    eager = [f"{wall:.2f}× at {case} (GPU: {ratio:.2f}×)" for name, case, ratio, wall in told if name == "eager"]
-    liger = [(ratio, wall) for name, _, ratio, wall in told if name == "Liger-Kernel"]
+    eager = [f"{wall:.2f}× at {case} (GPU: {ratio:.2f}×)" for name, case, ratio, wall in ratios if name == "eager"]
+    liger = [(ratio, wall) for name, _, ratio, wall in ratios if name == "Liger-Kernel"]
     (least, lowest), (most, highest) = (tuple(map(f, zip(*liger, strict=True))) for f in (min, max))
     missing = (
         "Missing: a sitting in which all took turns. The present kernels were timed at "

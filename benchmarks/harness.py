@@ -183,8 +183,8 @@ def _afresh(node: str, verdict: gate.Verdict) -> gate.Verdict:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *SETTINGS.afresh, str(HERE / node)]
     verdicts = [verdict]
     while verdicts[-1].outcome != "pass" and len(verdicts) < gate.PROCESSES:
-        told = subprocess.run(command, capture_output=True, text=True, check=False)
-        outcome = "fail" if told.returncode else "pass" if " passed" in told.stdout else "skip"
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        outcome = "fail" if answer.returncode else "pass" if " passed" in answer.stdout else "skip"
         verdicts.append(gate.Verdict(outcome, verdict.reason))
     return gate.joint(verdicts)
 
@@ -200,12 +200,12 @@ def _look(node: str, seen: gate.Floors, runs: dict[str, Callable[[], Any]], ours
     cost = min(sum(clock.sample(runs[name], 1) for name in (ours, against)) for _ in range(3))
     if cost > gate.LONGEST:
         pytest.skip(f"a call of both takes {cost:.2f} s, too long for the gate")
-    found = [_duel(runs, ours, against, threads) for _ in range(gate.ATTEMPTS)]
-    if threads > 1 and (others := max(duel.others for duel in found)) > gate.BUSY:
+    duels = [_duel(runs, ours, against, threads) for _ in range(gate.ATTEMPTS)]
+    if threads > 1 and (others := max(duel.others for duel in duels)) > gate.BUSY:
         pytest.skip(f"others took {100 * others:.0f} % of the processors")
-    if min(duel.scatter for duel in found) > gate.NOISY:
+    if min(duel.scatter for duel in duels) > gate.NOISY:
         pytest.skip("times scatter too much for a floor")
-    ratio, seconds = (statistics.median(getattr(duel, fact) for duel in found) for fact in ("ratio", "seconds"))
+    ratio, seconds = (statistics.median(getattr(duel, fact) for duel in duels) for fact in ("ratio", "seconds"))
     seen.rows[node] = gate.Floor(against, (ratio,), (seconds,)).after(seen.rows.get(node))
     GATED.append(f"{node}: {ratio:.3g}× {against}")
 
@@ -251,12 +251,12 @@ def summarise(samples: dict[str, list[float]], ours: str) -> tuple[dict[str, Any
     Args:
         samples: seconds by implementation, each time beside those that it was measured among.
     """
-    own = samples[ours]
+    base = samples[ours]
     ratios = {
-        name: [a / b for a, b in zip(values, own, strict=True)] for name, values in samples.items() if name != ours
+        name: [a / b for a, b in zip(values, base, strict=True)] for name, values in samples.items() if name != ours
     }
     measured = {
-        "pairs": len(own),
+        "pairs": len(base),
         "seconds": {name: statistics.median(values) for name, values in samples.items()},
         "speedup": {name: statistics.median(values) for name, values in ratios.items()},
         "scatter": {name: timing.scatter(values) for name, values in samples.items()},

@@ -88,8 +88,8 @@ def served_by(device: str) -> tuple[str, str]:
     forced = _forced()
     if forced:
         return forced, _core_of(forced) or ""
-    found = [name for name in (("cuda", "triton") if device == "cuda" else ("cpu",)) if _core_of(name) is not None]
-    return (found[0], _core_of(found[0]) or "") if found else ("reference", "")
+    names = [name for name in (("cuda", "triton") if device == "cuda" else ("cpu",)) if _core_of(name) is not None]
+    return (names[0], _core_of(names[0]) or "") if names else ("reference", "")
 
 
 @functools.cache

@@ -116,8 +116,8 @@ def _play(asked: Mapping[str, Any]) -> None:
     config = RunConfig.make(asked["method"], **{**SETTINGS, "data_root": asked["root"], "rounds": asked["rounds"]})
     meter = Meter(out, asked["since"], [*MARKS, asked["rounds"]])
     summary = play(config, out=out, listener=meter)
-    found = {"start_seconds": meter.start, "start_cpu_seconds": meter.start_cpu, "seconds": summary["seconds"]}
-    print(json.dumps({**found, "rounds": meter.rows}))
+    figures = {"start_seconds": meter.start, "start_cpu_seconds": meter.start_cpu, "seconds": summary["seconds"]}
+    print(json.dumps({**figures, "rounds": meter.rows}))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,20 +128,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--dry", action="store_true", help="write no results, print them")
     parser.add_argument("--play", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.play is not None:
-        _play(json.loads(given.play))
+    args = parser.parse_args(arguments)
+    if args.play is not None:
+        _play(json.loads(args.play))
         return 0
-    if given.data_root is None:
+    if args.data_root is None:
         parser.error("--data-root is needed")
-    found = {}
-    for method in given.methods:
+    runs = {}
+    for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
-            found[method] = measure(method, given.data_root, given.rounds, Path(folder) / "run")
-        print(method, json.dumps(found[method], indent=1), flush=True)
-    if not given.dry:
+            runs[method] = measure(method, args.data_root, args.rounds, Path(folder) / "run")
+        print(method, json.dumps(runs[method], indent=1), flush=True)
+    if not args.dry:
         machine = machines.machine("cpu")
-        content = {"machine": machine, "settings": dict(SETTINGS), "runs": found}
+        content = {"machine": machine, "settings": dict(SETTINGS), "runs": runs}
         results_path(machine).write_text(json.dumps(content, indent=1) + "\n")
     return 0
 

@@ -43,17 +43,17 @@ class Contest:
     def gain(self) -> str:
         """The mean difference, paired by seed, with its 95 % interval; above 0: the method is better."""
         if self.own is None or self.other is None:
-            told = NOT_PLAYED
+            gain = NOT_PLAYED
         else:
-            found = paired(self.own.values, self.other.values)
-            assert found is not None, f"no seed in common with {self.rival}"
+            difference = paired(self.own.values, self.other.values)
+            assert difference is not None, f"no seed in common with {self.rival}"
             digits = 1 if self.own.scale == 100 else 2
             mean, low, high = (
                 "" if each is None else decimal(self.own.scale * each, digits, "+")
-                for each in (found.mean, found.low, found.high)
+                for each in (difference.mean, difference.low, difference.high)
             )
-            told = f"{mean} [{low}, {high}]" if low else f"{mean}, one seed"
-        return ", ".join(filter(None, (f"{self.variant}: {told}" if self.variant else told, self.rival)))
+            gain = f"{mean} [{low}, {high}]" if low else f"{mean}, one seed"
+        return ", ".join(filter(None, (f"{self.variant}: {gain}" if self.variant else gain, self.rival)))
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def in_short(at: str = "docs/") -> list[str]:
 
 def _text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     first, _, *lines = table(header, rows).split("\n")
-    told = "Mean differences, paired by seed, in brackets 95 % intervals of Student's t; above 0, the method is better."
-    return [told, "", first, "|---" * len(header) + "|", *lines]
+    text = "Mean differences, paired by seed, in brackets 95 % intervals of Student's t; above 0, the method is better."
+    return [text, "", first, "|---" * len(header) + "|", *lines]
 
 
 def tools() -> list[Tool]:

@@ -42,5 +42,5 @@ def decimal(value: float, digits: int, sign: str = "") -> str:
 @cache
 def load(name: str, folder: Path = RESULTS) -> Mapping[str, Any]:
     """The results ``<name>.json``."""
-    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return content

@@ -93,20 +93,20 @@ def reproduced(paper: str, *tables: str, goal: str = "") -> Lines:
 
 def made(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
     """Commits and days of rows, below a blank line; nothing where no row is played."""
-    told = [found.made for row in rows if by_seed(row) and (found := method_gains.reproduced(paper, row["name"]))]
-    return ["", f"Commit and day: {'; '.join(dict.fromkeys(told))}."] if told else []
+    lines = [one.made for row in rows if by_seed(row) and (one := method_gains.reproduced(paper, row["name"]))]
+    return ["", f"Commit and day: {'; '.join(dict.fromkeys(lines))}."] if lines else []
 
 
 def verdicts(paper: str) -> Lines:
     """Published figures beside ours, fractions in per cent, and the verdicts."""
     rows = []
     for row in load(f"reproduction_{paper}")["rows"]:
-        told = "{:,.0f}".format if row["figure"] == ROUNDS else percent
-        ours = "" if row["ours"] is None else told(row["ours"])
+        as_text = "{:,.0f}".format if row["figure"] == ROUNDS else percent
+        ours = "" if row["ours"] is None else as_text(row["ours"])
         if row["ours_low"] is not None:
-            ours += f" [{told(row['ours_low'])}, {told(row['ours_high'])}]"
+            ours += f" [{as_text(row['ours_low'])}, {as_text(row['ours_high'])}]"
         verdict = ": ".join(filter(None, (row["verdict"], row["detail"])))
-        published = "" if row["published"] is None else told(row["published"])
+        published = "" if row["published"] is None else as_text(row["published"])
         rows.append([row["name"], published, ours, row.get("swept") or "", verdict])
     return table(["cell", "published", "ours", "swept, seed 0", "verdict"], rows).split("\n")
 
@@ -184,8 +184,8 @@ def gid_sweeps() -> Lines:
         for value in values:
             cells = []
             for name in (GID_ALL, "fedgid_digits"):
-                found = at(name, f"{knob} {value}")
-                cells += [percent(found["validation_accuracy"]), percent(found["ood_accuracy"])]
+                metrics = at(name, f"{knob} {value}")
+                cells += [percent(metrics["validation_accuracy"]), percent(metrics["ood_accuracy"])]
             rows.append([f"{knob} {value}", *cells])
     header = ["setting", "ColorMNIST, 0.8: validation", "OOD", "embedded digits, 0.7: validation", "OOD"]
     return table(header, rows).split("\n")
@@ -215,8 +215,8 @@ def fuse(name: str, alpha: str, column: str, figure: str = "accuracy") -> list[f
 
 def alike(name: str, alpha: str, pool: str, lr: str) -> list[float]:
     """Accuracies under one classifier."""
-    found: list[float] = at(ALIKE, f"{name}, {pool}, lr {lr}, full, alpha {alpha}")
-    return found
+    values: list[float] = at(ALIKE, f"{name}, {pool}, lr {lr}, full, alpha {alpha}")
+    return values
 
 
 def fuse_equal() -> Lines:
@@ -319,14 +319,14 @@ def fuse_misled() -> Lines:
 
 
 def fuse_refused() -> Lines:
-    found = load("fusefl_cifar10_refused")
-    rows = [[name, percent(row["sound"]), percent(row["refused"])] for name, row in found.items() if "refused" in row]
+    results = load("fusefl_cifar10_refused")
+    rows = [[name, percent(row["sound"]), percent(row["refused"])] for name, row in results.items() if "refused" in row]
     return table(["what is refused", "every upload sound", "one refused"], rows).split("\n")
 
 
 def fuse_code() -> Lines:
-    found = load("fusefl_cifar10_code")
-    rows = [[name, *(percent(found[name][a]) for a in ALPHAS)] for name in ("FuseFL", "as in the released code")]
+    results = load("fusefl_cifar10_code")
+    rows = [[name, *(percent(results[name][a]) for a in ALPHAS)] for name in ("FuseFL", "as in the released code")]
     return table(["", *(f"Dirichlet {a}" for a in ALPHAS)], rows).split("\n")
 
 
@@ -365,12 +365,12 @@ def lpfm_table() -> Lines:
 
 
 def lpfm_foundation() -> Lines:
-    found = {row["name"]: row for row in load("reproduction_fedlpfm")["rows"]}
-    splits = dict.fromkeys(row["table"] for row in found.values())
+    results = {row["name"]: row for row in load("reproduction_fedlpfm")["rows"]}
+    splits = dict.fromkeys(row["table"] for row in results.values())
     rows = []
-    for method in dict.fromkeys(name.partition(": ")[2] for name in found):
-        rows.append([method, *(mean_and_gap(found[f"{split}: {method}"]) for split in splits)])
-    return [*table(["method", *splits], rows).split("\n"), *made("fedlpfm", [*found.values()])]
+    for method in dict.fromkeys(name.partition(": ")[2] for name in results):
+        rows.append([method, *(mean_and_gap(results[f"{split}: {method}"]) for split in splits)])
+    return [*table(["method", *splits], rows).split("\n"), *made("fedlpfm", [*results.values()])]
 
 
 def mean_and_gap(row: Mapping[str, Any]) -> str:
@@ -403,26 +403,26 @@ def lpfm_partitions() -> Lines:
 def lpfm_changes() -> Lines:
     rows = []
     for name in ("loss", "teachers"):
-        for row, found in load(f"fedlpfm_cifar10_{name}").items():
-            if "classes:2" in found:
-                cells = [percent(found[split]["accuracy"]) for split in ("classes:2", "dirichlet:0.1")]
+        for row, splits in load(f"fedlpfm_cifar10_{name}").items():
+            if "classes:2" in splits:
+                cells = [percent(splits[split]["accuracy"]) for split in ("classes:2", "dirichlet:0.1")]
                 shown = {"lambda 0.5": "lambda 0.5, the default", "as it is": "lambda 0.5 on another machine"}
                 rows.append([shown.get(row, row), *cells])
     return table(["Fed-LPFM, one seed", *SPLITS], rows).split("\n")
 
 
 def lpfm_proxy() -> Lines:
-    found, rates = load("fedlpfm_cifar10_proxy"), ("0.01", "0.03", "0.1")
-    rows = [[name, *(percent(found[name][r]["accuracy"]) for r in rates), f"{found[name]['best']:g}"] for name in FOUR]
+    runs, rates = load("fedlpfm_cifar10_proxy"), ("0.01", "0.03", "0.1")
+    rows = [[name, *(percent(runs[name][r]["accuracy"]) for r in rates), f"{runs[name]['best']:g}"] for name in FOUR]
     return table(["ResNet-8 as the proxy, one seed", *rates, "chosen"], rows).split("\n")
 
 
 def lpfm_edges() -> Lines:
     rows = []
-    for row, found in load("fedlpfm_cifar10_edges").items():
-        if "best" in found and row.startswith(FOUR):
-            rates = [key for key in found if key != "best"]
-            cells = (f"{float(r):.2g}: {percent(found[r]['validation_accuracy'])}, {percent(found[r]['accuracy'])}"
+    for row, figures in load("fedlpfm_cifar10_edges").items():
+        if "best" in figures and row.startswith(FOUR):
+            rates = [key for key in figures if key != "best"]
+            cells = (f"{float(r):.2g}: {percent(figures[r]['validation_accuracy'])}, {percent(figures[r]['accuracy'])}"
                      for r in rates)  # fmt: skip
             rows.append([row, *cells])
     return table(["one seed", "chosen: validation, test", "next outwards: validation, test"], rows).split("\n")
@@ -451,8 +451,8 @@ SKEWS = ("dirichlet:0.1", "dirichlet:1.0")
 
 def iod(data: str, skew: str, row: str) -> list[float]:
     """Accuracies of FedIOD's main tables over the seeds."""
-    found: list[float] = at(f"fediod_{data}_table", skew, "accuracy", row)
-    return found
+    values: list[float] = at(f"fediod_{data}_table", skew, "accuracy", row)
+    return values
 
 
 def iod_table(data: str) -> Lines:
@@ -479,20 +479,20 @@ def iod_clients() -> Lines:
 
 
 def iod_terms() -> Lines:
-    found = load("fediod_mnist_terms")
+    results = load("fediod_mnist_terms")
     rows = [
         [name, percent(row["accuracy"]), percent(row["ensemble_weighted"])]
-        for name, row in found.items()
+        for name, row in results.items()
         if "accuracy" in row
     ]
     return table(["changed", "student", "its ensemble"], rows).split("\n")
 
 
 def iod_bytes() -> Lines:
-    found = load("fediod_mnist_bytes")
+    results = load("fediod_mnist_bytes")
     rows = [
         [name, f"{row['megabytes_up']:.2f}", f"{row['megabytes_down']:.2f}", percent(row["accuracy"])]
-        for name, row in found.items()
+        for name, row in results.items()
         if "megabytes_up" in row
     ]
     return table(["", "MB up of a client", "MB down", "accuracy"], rows).split("\n")
@@ -508,23 +508,23 @@ def iod_privacy() -> Lines:
         for target in ("None", "10.0", "5.0", "2.0"):
             row = at("fediod_mnist_privacy", f"{kind}, epsilon {target}")
             m = row["metrics"]
-            found = [percent(m[name]) for name in ("accuracy", "mean_teacher", "ensemble_uniform")]
+            accuracies = [percent(m[name]) for name in ("accuracy", "mean_teacher", "ensemble_uniform")]
             attack = row.get("attack")
             area = "" if attack is None else f"{attack['auc']:.3f} ({attack['low']:.3f}–{attack['high']:.3f})"
             if target == "None":
                 if "alone" not in shown:
                     continue
-                rows.append(["nothing", "∞", *found, f"{m['image_spread']:.2f}", area])
+                rows.append(["nothing", "∞", *accuracies, f"{m['image_spread']:.2f}", area])
             else:
-                rows.append([shown, f"{float(target):g}", *found, f"{m['image_spread']:.2f}", area])
+                rows.append([shown, f"{float(target):g}", *accuracies, f"{m['image_spread']:.2f}", area])
     header = ["covered", "epsilon", "student", "mean teacher", "teachers' ensemble", "spread of the images",
               "attack on the student: AUC (95 %)"]  # fmt: skip
     return table(header, rows).split("\n")
 
 
 def iod_segments() -> Lines:
-    found = at("fediod_segment_membrane_table", "attribute", "dice")
-    return table(["method", "Dice"], [[IOD_ROWS[n], percent(v)] for n, v in found.items()]).split("\n")
+    dice = at("fediod_segment_membrane_table", "attribute", "dice")
+    return table(["method", "Dice"], [[IOD_ROWS[n], percent(v)] for n, v in dice.items()]).split("\n")
 
 
 def iod_beyond() -> Lines:
@@ -532,7 +532,7 @@ def iod_beyond() -> Lines:
     sets, rows = ("MNIST", "CIFAR-10"), []
     for name in ("FedDF with counts", "DENSE with counts", "ensemble with counts"):
         both = [[method_gains.reproduced("fediod", f"{data}: {each}") for each in ("FedIOD", name)] for data in sets]
-        rows.append([name, *(method_gains.Contest(own, other, "").gain() for own, other in both)])
+        rows.append([name, *(method_gains.Contest(ours, other, "").gain() for ours, other in both)])
     return table(["FedIOD over", *sets], rows).split("\n")
 
 
@@ -558,8 +558,8 @@ DRA_FIGURES = ("R@1", "minority R@1", "unseen R@1", "mean loss", "worst loss")
 
 def dra(section: str, row: str, figure: str) -> list[float]:
     """A figure of FedDRA's study over the seeds."""
-    found: list[float] = at(f"{DRA}_{section}", row, figure)
-    return found
+    values: list[float] = at(f"{DRA}_{section}", row, figure)
+    return values
 
 
 def dra_table(section: str, rows: Sequence[str] | None = None, figures: Sequence[str] = DRA_FIGURES) -> Lines:
@@ -586,13 +586,13 @@ def dra_noisy(*tables: str) -> Lines:
         text = nats(row[key]) + ("" if low is None else f" [{nats(low)}, {nats(high)}]")
         return text.replace("-", "−")
 
-    found: dict[str, list[str]] = {}
+    rows_by_name: dict[str, list[str]] = {}
     shown = [row for row in load("reproduction_feddra")["rows"] if row["table"] in tables]
     for row in shown:
-        cells = found.setdefault(row["name"].removeprefix(f"{row['table']}: "), [])
+        cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table']}: "), [])
         cells += [interval(row, "ours") or "not played", interval(row, "gap")]
     heads = [head for name in tables for head in (name, "difference, paired by seed")]
-    text = table(["minority, figure", *heads], [[name, *cells] for name, cells in found.items()])
+    text = table(["minority, figure", *heads], [[name, *cells] for name, cells in rows_by_name.items()])
     return [*text.split("\n"), *made("feddra", shown)]
 
 
@@ -650,21 +650,21 @@ def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESUL
         if name and name in recorded.name
         for row in recorded.rows
     ]
-    found = {row.test: (row, mark) for row, mark in rows if present(row, cores)}
+    present_rows = {row.test: (row, mark) for row, mark in rows if present(row, cores)}
     behind = {
-        row.test: (row, mark if row.test in found else f"{mark} ‡")
+        row.test: (row, mark if row.test in present_rows else f"{mark} ‡")
         for row, mark in rows
         if row.threads == 1
         and row.group != "overhead"  # beside a call of PyTorch's that does something else
         and row.test not in named
         and min(row.speedup.values(), default=1.0) < 1
-        and (present(row, cores) or row.test not in found)
+        and (present(row, cores) or row.test not in present_rows)
     }
     lines: list[list[str]] = []
-    operator, told, count = "", "", 0
+    operator, above, count = "", "", 0
     for i, (node, case) in enumerate(shown):
         operator, test = case.operator or operator, node.partition("[")[0]
-        picked = [(case.size, *found[node])] if node in found else []
+        picked = [(case.size, *present_rows[node])] if node in present_rows else []
         count += len(picked)
         if not any(later.startswith(f"{test}[") for later, _ in shown[i + 1 :]):
             picked += [(row.case, row, mark) for row, mark in behind.values() if row.test.startswith(f"{test}[")]
@@ -673,11 +673,11 @@ def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESUL
             others = [name for name in row.speedup if name not in (case.against, *compiled)]
             best = min(others, key=lambda name: row.speedup[name], default="")
             lines.append([
-                operator if operator != told else "", size, str(row.threads), our_time(row) + mark,
+                operator if operator != above else "", size, str(row.threads), our_time(row) + mark,
                 ratio(row, case.against), ratio(row, compiled[0]) if compiled else "",
                 f"{ratio(row, best)} {best}" if best else "",
             ])  # fmt: skip
-            told = operator
+            above = operator
     told_left = left_out(len(shown) - count)[:1]
     if not lines:
         return told_left
@@ -755,11 +755,11 @@ IN_SHORT = ("run", "of the default", "plain PyTorch", "fedkern", "over plain: ma
 
 def whole_runs(setting: str, columns: Sequence[str] = ()) -> Lines:
     """The table of a setting's whole runs, with all columns or some, but those that no run was measured for."""
-    found = load(RUNS[setting], comparisons.RESULTS)
-    rows = [earned(bench_methods.Row(**row)) for row in found["cases"] if row["setting"] == setting]
+    content = load(RUNS[setting], comparisons.RESULTS)
+    rows = [earned(bench_methods.Row(**row)) for row in content["cases"] if row["setting"] == setting]
     columns = [name for name in columns or rows[0] if any(row[name] != "–" for row in rows)]
     lines = table(columns, [[row[name] for name in columns] for row in rows]).split("\n")
-    return [*caption(found["machine"]), *lines]
+    return [*caption(content["machine"]), *lines]
 
 
 PROGRAMS_OF_ROUNDS = {
@@ -778,8 +778,8 @@ def rounds_of_fedavg(machine: str) -> Lines:
     for row in sorted(recorded.rows, key=lambda row: row.threads):
         times = (row.speedup.get(name) for name in played)
         against = (f" ({gain:.2f}×)" if gain is not None else "" for gain in times)
-        own = (f"{1e3 * row.seconds[one]:.0f}" if one in row.seconds else "–" for one in played)
-        cells = (ms + gain for ms, gain in zip(own, against, strict=True))
+        milliseconds = (f"{1e3 * row.seconds[one]:.0f}" if one in row.seconds else "–" for one in played)
+        cells = (ms + gain for ms, gain in zip(milliseconds, against, strict=True))
         lines.append([row.case, str(row.threads), *cells])
     header = ["milliseconds a round", "cores", *(PROGRAMS_OF_ROUNDS[name] for name in played)]
     return [*caption(recorded.machine), *table(header, lines).split("\n")]
@@ -801,19 +801,19 @@ def networks_of_your_own(machine: str) -> Lines:
 def where_seconds_go() -> Lines:
     """The share of every part of a run."""
     content = load(PROFILED, comparisons.RESULTS)
-    found = content["runs"]
+    profiles = content["runs"]
     rows = [
-        [part, *(f"{100 * run['parts'][part] / run['seconds']:.0f} %" for run in found)]
+        [part, *(f"{100 * run['parts'][part] / run['seconds']:.0f} %" for run in profiles)]
         for part in profile_methods.PARTS
-        if any(run["parts"][part] >= 0.005 * run["seconds"] for run in found)
+        if any(run["parts"][part] >= 0.005 * run["seconds"] for run in profiles)
     ]
-    return [*caption(content["machine"]), *table(["", *(run["method"] for run in found)], rows).split("\n")]
+    return [*caption(content["machine"]), *table(["", *(run["method"] for run in profiles)], rows).split("\n")]
 
 
 def ten_thousand_clients() -> Lines:
     """Runs with many clients: what a round takes as rounds go by."""
-    found, rows = load(MANY_CLIENTS, comparisons.RESULTS), []
-    for method, run in found["runs"].items():
+    content, rows = load(MANY_CLIENTS, comparisons.RESULTS), []
+    for method, run in content["runs"].items():
         rows += [
             [
                 method if i == 0 else "",
@@ -837,7 +837,7 @@ def ten_thousand_clients() -> Lines:
         "files",
         "run folder",
     ]
-    return [*caption(found["machine"]), *table(names, rows).split("\n")]
+    return [*caption(content["machine"]), *table(names, rows).split("\n")]
 
 
 def _speed() -> Page:
@@ -890,14 +890,14 @@ def over_flower() -> Lines:
         "strategy", "time", "times as fast as Flower", "with `low_memory`", "memory, models", "with `low_memory`",
         "Flower",
     ]  # fmt: skip
-    told = left_out(len(one_thread) - len(rows))
-    return [*caption(recorded.machine), *told, *table(header, rows).split("\n")]
+    note = left_out(len(one_thread) - len(rows))
+    return [*caption(recorded.machine), *note, *table(header, rows).split("\n")]
 
 
 def messages(method: str) -> tuple[str, ...]:
     """Seconds in process, with a resident and without, of a round or an iteration."""
-    found = load(MESSAGES, comparisons.RESULTS)["seconds"][method]
-    return tuple(f"{median(values):.2g}" for values in found.values())
+    seconds = load(MESSAGES, comparisons.RESULTS)["seconds"][method]
+    return tuple(f"{median(values):.2g}" for values in seconds.values())
 
 
 def message_seconds() -> Lines:

@@ -39,19 +39,19 @@ def fill(text: str, page: Page) -> str:
 
 def faults(text: str, page: Page) -> list[str]:
     """What is wrong with a page: sections that are not what the results say, and results outside of them."""
-    found = []
+    sentences = []
     written = {match[2] for match in SECTION.finditer(text)}
-    found += [f'the section "{name}" is not on it' for name in page.tables if name not in written]
+    sentences += [f'the section "{name}" is not on it' for name in page.tables if name not in written]
     unknown = written - set(page.tables)
-    found += [f'nothing makes the section "{name}"' for name in sorted(unknown)]
+    sentences += [f'nothing makes the section "{name}"' for name in sorted(unknown)]
     if unknown:
-        return [f"{page.path}: {line}" for line in found]
+        return [f"{page.path}: {line}" for line in sentences]
     for old, new in zip(text.splitlines(), fill(text, page).splitlines(), strict=False):
         if old != new:
-            found.append(f'"{old.strip()}" should be "{new.strip()}"')
+            sentences.append(f'"{old.strip()}" should be "{new.strip()}"')
             break
-    found += [f'a result outside of the generated sections: "{where}"' for where in unbound(text, page)]
-    return [f"{page.path}: {line}" for line in found]
+    sentences += [f'a result outside of the generated sections: "{where}"' for where in unbound(text, page)]
+    return [f"{page.path}: {line}" for line in sentences]
 
 
 def unbound(text: str, page: Page) -> list[str]:
@@ -74,12 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail where a page is not up to date")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     wrong = []
     for page in PAGES:
         path = ROOT / page.path
         text = path.read_text()
-        if not given.check and not {m[2] for m in SECTION.finditer(text)} - set(page.tables):
+        if not args.check and not {m[2] for m in SECTION.finditer(text)} - set(page.tables):
             text = fill(text, page)
             path.write_text(text)
         wrong += faults(text, page)

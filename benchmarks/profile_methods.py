@@ -113,8 +113,8 @@ def functions_of_ours() -> set[str]:
             yield one
             yield from below(one)
 
-    found = below(torch.autograd.Function)
-    return {f"{kind.__name__}Backward" for kind in found if kind.__module__.startswith("fedkern.")}
+    kinds = below(torch.autograd.Function)
+    return {f"{kind.__name__}Backward" for kind in kinds if kind.__module__.startswith("fedkern.")}
 
 
 # -- events ------------------------------------------------------------------------------------------------------------
@@ -158,20 +158,20 @@ def divided(events: Iterable[Any], ours: Iterable[str] = ()) -> dict[str, float]
             event = event.cpu_parent
         above = WHOLE if event is None else known[id(event)]
         for one in reversed(stack):
-            own = part_of(one.name, ours)
-            if above in (EVALUATE, LOAD, KEEP) or (above in regions and own not in regions):
-                own = above  # a region keeps what happens in it
-            above = known[id(one)] = above if own is None else own
+            region = part_of(one.name, ours)
+            if above in (EVALUATE, LOAD, KEEP) or (above in regions and region not in regions):
+                region = above  # a region keeps what happens in it
+            above = known[id(one)] = above if region is None else region
         return above
 
     seconds = dict.fromkeys(PARTS, 0.0)
     for event in events:
         if event.thread == thread:
-            found = part(event)
+            name = part(event)
             # An operator below the whole run alone has no part yet; the whole run's own time is Python's.
-            if found == WHOLE:
-                found = PYTHON if event.name == f"fedkern/{WHOLE}" else OTHER
-            seconds[found] += event.self_cpu_time_total / 1e6
+            if name == WHOLE:
+                name = PYTHON if event.name == f"fedkern/{WHOLE}" else OTHER
+            seconds[name] += event.self_cpu_time_total / 1e6
     return seconds
 
 
@@ -218,8 +218,8 @@ def profiled(case: Case) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.profile_methods", "--child", str(folder / "parts.json")]
         command += [str(time.time()), *words[watched]]
         processes.run(command, environment, watched / "empty")
-        found = json.loads((folder / "parts.json").read_text())
-    return {"method": case.method, "settings": dict(case.settings), "unwatched_seconds": cost.seconds, **found}
+        parts = json.loads((folder / "parts.json").read_text())
+    return {"method": case.method, "settings": dict(case.settings), "unwatched_seconds": cost.seconds, **parts}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -230,14 +230,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--results", type=Path, default=comparisons.RESULTS, help="folder to write to")
     parser.add_argument("--dry", action="store_true", help="print the results and write nothing")
-    given = parser.parse_args(words)
+    args = parser.parse_args(words)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the run that is measured ends too
     machine = machines.machine("cpu")
-    path = given.results / f"profile_{comparisons.slug(machine)}.json"
-    runs = [profiled(shortened(case)) for case in CASES if case.setting == "default" and case.method in given.methods]
+    path = args.results / f"profile_{comparisons.slug(machine)}.json"
+    runs = [profiled(shortened(case)) for case in CASES if case.setting == "default" and case.method in args.methods]
     content = json.dumps({"machine": machine, "runs": runs}, indent=1)
-    if not given.dry:
-        given.results.mkdir(parents=True, exist_ok=True)
+    if not args.dry:
+        args.results.mkdir(parents=True, exist_ok=True)
         path.write_text(content + "\n")
     print(content)
     return 0

@@ -68,12 +68,12 @@ def baselines(rows: Sequence[Comparison]) -> list[str]:
 
 def families(rows: Sequence[Comparison]) -> list[list[Comparison]]:
     """Rows that share baselines, together: each family makes a table without empty columns."""
-    found: list[list[Comparison]] = []
+    groups: list[list[Comparison]] = []
     for row in rows:
-        related = [family for family in found if set(baselines(family)) & set(row.speedup)]
+        related = [family for family in groups if set(baselines(family)) & set(row.speedup)]
         merged = [one for family in related for one in family] + [row]
-        found = [family for family in found if family not in related] + [merged]
-    return sorted(found, key=lambda family: min(rows.index(row) for row in family))
+        groups = [family for family in groups if family not in related] + [merged]
+    return sorted(groups, key=lambda family: min(rows.index(row) for row in family))
 
 
 def duration(seconds: float) -> str:
@@ -193,7 +193,7 @@ def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
         lines += [f"## {title}", "", machine, ""]
         for rows in tables.values():
             lines += [*table(rows), ""]
-            lines += [*told, ""] if (told := whole_runs(rows)) else []
+            lines += [*table_lines, ""] if (table_lines := whole_runs(rows)) else []
     return "\n".join(lines)
 
 

@@ -55,13 +55,13 @@ def _unused(folder: Path, core: str, without: re.Pattern[str]) -> list[str]:
     texts = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.[ch]*")}
     texts = {name: text for name, text in texts.items() if not without.search(name)}
     headers = {name for name in texts if name.endswith(("h", "cuh"))}
-    found = {name for name in set(texts) - headers if name.startswith((f"{core[1:]}/", f"bindings/{core[1:]}"))}
+    used = {name for name in set(texts) - headers if name.startswith((f"{core[1:]}/", f"bindings/{core[1:]}"))}
     while True:
-        asked = {part for name in found for part in re.findall(r'#include "(?:.*/)?(.*)"', texts[name])}
-        more = {name for name in headers - found if Path(name).name in asked}
+        asked = {part for name in used for part in re.findall(r'#include "(?:.*/)?(.*)"', texts[name])}
+        more = {name for name in headers - used if Path(name).name in asked}
         if not more:
-            return [f"^{re.escape(name)}$" for name in headers - found]
-        found |= more
+            return [f"^{re.escape(name)}$" for name in headers - used]
+        used |= more
 
 
 @functools.cache

@@ -34,33 +34,33 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--again", action="store_true", help="play what has passed too")
     parser.add_argument("--list", action="store_true", help="print the stages and what became of them")
-    given = parser.parse_args(words)
-    out = given.out.resolve()
-    found = gpu()
-    if found is None and not given.list:
+    args = parser.parse_args(words)
+    out = args.out.resolve()
+    facts = gpu()
+    if facts is None and not args.list:
         parser.error(ABSENT)
-    every = plan(found["capability"] if found else "9.0", out, given.data_root)
-    chosen = [stage for stage in every if not given.stages or any(_meant(stage, word) for word in given.stages)]
-    unknown = [word for word in given.stages if not any(_meant(stage, word) for stage in every)]
+    every = plan(facts["capability"] if facts else "9.0", out, args.data_root)
+    chosen = [stage for stage in every if not args.stages or any(_meant(stage, word) for word in args.stages)]
+    unknown = [word for word in args.stages if not any(_meant(stage, word) for stage in every)]
     if unknown:
         parser.error(f"there is no stage {unknown[0]!r}: --list names them")
-    if given.packed is not None and given.packed.exists() and not (out / RECORD).exists():
-        with tarfile.open(given.packed) as packed:
+    if args.packed is not None and args.packed.exists() and not (out / RECORD).exists():
+        with tarfile.open(args.packed) as packed:
             packed.extractall(out, filter="data")
-    if given.list:
+    if args.list:
         known = Playing(out, {}, "").done if (out / RECORD).exists() else {}
         for stage in chosen:
             print(f"{stage.name}: {known.get(stage.name, {}).get('outcome', 'not played')}")
         return 0
-    playing = Playing(out, found or {}, code(), None if given.minutes is None else 60 * given.minutes)
+    playing = Playing(out, facts or {}, code(), None if args.minutes is None else 60 * args.minutes)
     try:
-        left = playing.play(chosen, again=given.again)
+        left = playing.play(chosen, again=args.again)
     except KeyboardInterrupt:
         print("stopped; the same command goes on")
         return 130
     finally:
-        if given.packed is not None:
-            pack(out, given.packed)
+        if args.packed is not None:
+            pack(out, args.packed)
     failed = [stage.name for stage in chosen if playing.done.get(stage.name, {}).get("outcome") == FAILED]
     left += [stage for stage in chosen if playing.done.get(stage.name, {}).get("outcome") == CUT and stage not in left]
     if failed:
@@ -79,12 +79,12 @@ def gpu() -> dict[str, Any] | None:
     names = ("name", "compute_cap", "driver_version", "memory.total")
     try:
         asked = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+        lines = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
-    if not found:
+    if not lines:
         return None
-    name, capability, driver, memory = (word.strip() for word in found[0].split(","))
+    name, capability, driver, memory = (word.strip() for word in lines[0].split(","))
     return {
         "gpu": name,
         "capability": capability,

@@ -39,32 +39,32 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--traced", action="store_true")
-    given = parser.parse_args(words)
-    os.environ[DEVICE] = given.device
-    given.out.mkdir(parents=True, exist_ok=True)
-    one = Setting(given.model, given.width, given.clients, rounds=given.rounds)
+    args = parser.parse_args(words)
+    os.environ[DEVICE] = args.device
+    args.out.mkdir(parents=True, exist_ok=True)
+    one = Setting(args.model, args.width, args.clients, rounds=args.rounds)
     with tempfile.TemporaryDirectory(prefix="task-") as folder:
         setting.write(one, Path(folder))
         task = Task.load(folder)
-        if given.traced:
-            print(traced(one, task, given.out))
+        if args.traced:
+            print(traced(one, task, args.out))
             return 0
-        found = {"case": one.case, **contest(task, given.device)}
-    (given.out / f"{given.model}.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(told(found))
+        facts = {"case": one.case, **contest(task, args.device)}
+    (args.out / f"{args.model}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(told(facts))
     return 0
 
 
 def contest(task: Task, device: str) -> dict[str, dict[str, float]]:
     """Seconds of the first round and the median of the later ones, and the accuracy, of each."""
-    found: dict[str, dict[str, float]] = {"first": {}, "later": {}, "accuracy": {}}
+    facts: dict[str, dict[str, float]] = {"first": {}, "later": {}, "accuracy": {}}
     for name, adapter, *more in ((LEAN, "lean"), (OURS, "ours", "1")):
         who = Program(name, adapter, Path(sys.executable), words=tuple(more), device=device)
         played = plays.play(who, task)
-        found["first"][name] = played.rounds[0]
-        found["later"][name] = statistics.median(played.rounds[1:])
-        found["accuracy"][name] = played.accuracy
-    return found
+        facts["first"][name] = played.rounds[0]
+        facts["later"][name] = statistics.median(played.rounds[1:])
+        facts["accuracy"][name] = played.accuracy
+    return facts
 
 
 def traced(one: Setting, task: Task, out: Path) -> str:
@@ -75,14 +75,14 @@ def traced(one: Setting, task: Task, out: Path) -> str:
     return trace.conclude(one.case, [], out / "run" / TRACE, out)
 
 
-def told(found: dict[str, Any]) -> str:
+def told(facts: dict[str, Any]) -> str:
     """One line."""
     each = ", ".join(
-        f"{name} {1e3 * found['first'][name]:.0f} ms and {1e3 * seconds:.1f} ms ({100 * found['accuracy'][name]:.1f} %)"
-        for name, seconds in found["later"].items()
+        f"{name} {1e3 * facts['first'][name]:.0f} ms and {1e3 * seconds:.1f} ms ({100 * facts['accuracy'][name]:.1f} %)"
+        for name, seconds in facts["later"].items()
     )
-    gain = found["later"][LEAN] / found["later"][OURS]
-    return f"{found['case']}, first round and median of later ones: {each}, {gain:.2f}×"
+    gain = facts["later"][LEAN] / facts["later"][OURS]
+    return f"{facts['case']}, first round and median of later ones: {each}, {gain:.2f}×"
 
 
 if __name__ == "__main__":

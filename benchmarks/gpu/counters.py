@@ -64,14 +64,14 @@ def read(path: Path) -> list[list[str]]:
     """Name and counters, as :data:`METRICS` names them, of fedkern's kernels in ncu's log."""
     text = path.read_text(errors="replace") if path.exists() else ""
     rows = list(csv.DictReader(line for line in text.splitlines() if line.startswith('"')))
-    found = []
+    table = []
     for row in rows[1:]:  # the first has the units
         name = row.get("Kernel Name", "")
         if "fedkern" in name:
             values = [float(row[metric].replace(",", "")) for metric in METRICS.values()]
             short = re.split(r"[<(]", name.replace("(anonymous namespace)::", ""))[0].rpartition("::")[2]
-            found.append([short, f"{values[0] / 1e3:.1f}", *(f"{value:.0f}" for value in values[1:])])
-    return found
+            table.append([short, f"{values[0] / 1e3:.1f}", *(f"{value:.0f}" for value in values[1:])])
+    return table
 
 
 if __name__ == "__main__":

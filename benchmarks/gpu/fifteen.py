@@ -68,7 +68,7 @@ def lines(capability: str, out: Path, *, known: bool) -> list[Stage]:
     results = str(out / "results")
     measured = ("--missing", "--results", results, "--backends")
     taken = (f"{name} large" for name in WITHOUT_TRITON)
-    found = [
+    plan = [
         replace(stages.build(capability), seconds=105, ready=()),
         replace(stages.doctor(), seconds=20),
         _line("tests", 60, "pytest", "-q", "-n", "9", *stages.CHOSEN, *TESTED),
@@ -80,19 +80,19 @@ def lines(capability: str, out: Path, *, known: bool) -> list[Stage]:
             name = method if part == "nothing" else f"{method} without {part}"
             folder = out / "runs" / name.replace(" ", "-")
             words = ("benchmarks.gpu.without", part, method, *FLAGS, "--out", str(folder))
-            found.append(_line(f"run {name}", 10, *words))
+            plan.append(_line(f"run {name}", 10, *words))
     for name, size in NETWORKS.items():
         words = ("benchmarks.gpu.beside", name, *map(str, size), "--out", str(out / "rounds"))
-        found.append(_line(f"rounds {name}", 30, *words))
+        plan.append(_line(f"rounds {name}", 30, *words))
     for name, (width, clients, _) in NETWORKS.items():
         size = (width, min(clients, TRACED_CLIENTS), 1)
         words = ("benchmarks.gpu.beside", name, *map(str, size), "--traced", "--out", str(out / "traces" / name))
-        found.append(_line(f"trace {name}", 20, *words))
+        plan.append(_line(f"trace {name}", 20, *words))
     losses = [f"benchmarks/bench_distill.py::test_{name}[{SIZE}-1]" for name in ("kl_div", "dual_kl", "entropy")]
-    found.append(_line("compile", 45, "pytest", "-q", *losses, "--device", "cuda", "--record", "--results", results))
+    plan.append(_line("compile", 45, "pytest", "-q", *losses, "--device", "cuda", "--record", "--results", results))
     if known:
-        found.append(_line("counters", 20, "benchmarks.gpu.counters", str(out / "counters.csv"), *COUNTED))
-    return found
+        plan.append(_line("counters", 20, "benchmarks.gpu.counters", str(out / "counters.csv"), *COUNTED))
+    return plan
 
 
 def _line(name: str, seconds: int, *words: str) -> Stage:
@@ -102,12 +102,12 @@ def _line(name: str, seconds: int, *words: str) -> Stage:
 def checks(*, known: bool) -> list[Stage]:
     """What `again` adds: the changed kernels under NVIDIA's checkers, and runs twice with one seed."""
     chosen = f"gives_the_reference_result and ({' or '.join(CHANGED)})"
-    found = []
+    quick = []
     for stage in stages.sanitizers():
         words = [chosen if word == stages.SMALL else word for word in stage.command]
-        found.append(replace(stage, command=tuple(words), seconds=40))
+        quick.append(replace(stage, command=tuple(words), seconds=40))
     twice = [replace(stage, seconds=20) for stage in stages.repeats() if stage.name.split()[1] in TWICE]
-    return [*found, *(twice if known else [])]
+    return [*quick, *(twice if known else [])]
 
 
 class Lines(Playing):
@@ -115,8 +115,8 @@ class Lines(Playing):
 
     archive: Path
 
-    def _note(self, stage: Stage, found: dict[str, Any]) -> None:
-        super()._note(stage, found)
+    def _note(self, stage: Stage, entry: dict[str, Any]) -> None:
+        super()._note(stage, entry)
         (self.out / TABLE).write_text("\n".join(told(self.out, self.facts, self.done)) + "\n")
         pack(self.out, self.archive, KINDS, MOST)
 
@@ -126,24 +126,24 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu/fifteen.sh", description=__doc__)
     parser.add_argument("again", nargs="?", choices=("again",), help="what failed, and checks of it")
     parser.add_argument("--out", default=os.environ.get("OUT"), metavar="DIR", help="of the archive; by default $OUT")
-    given = parser.parse_args(words)
-    found = gpu()
-    if not given.out:
+    args = parser.parse_args(words)
+    facts = gpu()
+    if not args.out:
         parser.error("name the archive's folder with --out DIR or in the variable OUT")
-    if found is None:
+    if facts is None:
         parser.error(ABSENT)
-    if given.again and not (BESIDE / RECORD).exists():
+    if args.again and not (BESIDE / RECORD).exists():
         parser.error(f"{BESIDE} has no {RECORD}, so nothing was played here: leave 'again' out")
-    if not given.again:
+    if not args.again:
         shutil.rmtree(BESIDE, ignore_errors=True)
-    known = comparisons.slug(found) == gpu_figures.GPU
-    asked = every = lines(found["capability"], BESIDE, known=known)
-    playing = Lines(BESIDE, found, code(), AGAIN if given.again else FIRST, PATIENCE)
-    playing.archive = Path(given.out).resolve() / ARCHIVE
-    if given.again:
+    known = comparisons.slug(facts) == gpu_figures.GPU
+    asked = every = lines(facts["capability"], BESIDE, known=known)
+    playing = Lines(BESIDE, facts, code(), AGAIN if args.again else FIRST, PATIENCE)
+    playing.archive = Path(args.out).resolve() / ARCHIVE
+    if args.again:
         failed = [line for line in every if playing.done.get(line.name, {}).get("outcome") != PASSED]
         asked = [*failed, *checks(known=known)]
-        playing.play([stages.build(found["capability"])])  # nothing to do but where that failed, or kernels were mended
+        playing.play([stages.build(facts["capability"])])  # nothing to do but where that failed, or kernels were mended
         playing.play([line for line in failed if line.name != "build"], again=True)
         playing.play(checks(known=known), again=True)
     else:
@@ -161,7 +161,7 @@ def told(out: Path, facts: Mapping[str, Any], done: Mapping[str, Mapping[str, An
     text = [", ".join(map(str, facts.values())), "", table(["line", "outcome", "s", "said last"], rows)]
     for part in (_kernels, _rounds, _runs, _traces, _losses, _counters):
         try:
-            text += [line for found in part(out, facts) for line in ("", found)]
+            text += [line for paragraph in part(out, facts) for line in ("", paragraph)]
         except Exception as error:  # what a line has left half written must not end the others
             text += ["", f"no table of{part.__name__.replace('_', ' ')}: {type(error).__name__}: {error}"]
     return text
@@ -176,12 +176,12 @@ def _kernels(out: Path, facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rounds(out: Path, facts: Mapping[str, Any]) -> Iterator[str]:
-    found = [json.loads(path.read_text()) for path in sorted((out / "rounds").glob("*.json"))]
-    if found:
+    cases = [json.loads(path.read_text()) for path in sorted((out / "rounds").glob("*.json"))]
+    if cases:
         columns = [(name, part) for name in (beside.LEAN, beside.OURS) for part in ("first", "later")]
         rows = [
             [one["case"], *(f"{1e3 * one[part][name]:.1f} ms" for name, part in columns),
-             f"{one['later'][beside.LEAN] / one['later'][beside.OURS]:.2f}×"] for one in found
+             f"{one['later'][beside.LEAN] / one['later'][beside.OURS]:.2f}×"] for one in cases
         ]  # fmt: skip
         yield table(["rounds", *(f"{name}: {part}" for name, part in columns), "later over"], rows)
 
@@ -194,18 +194,18 @@ def _runs(out: Path, facts: Mapping[str, Any]) -> Iterator[str]:
             first, *later = (one["round_seconds"] for one in records)
             phases = {name: median(one["phases"].get(name, 0) for one in records[1:]) for name in records[1]["phases"]}
             most = sorted(phases.items(), key=lambda item: -item[1])[:4]
-            told = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in most)
-            rows.append([path.parent.name, f"{1e3 * first:.0f} ms", f"{1e3 * median(later):.1f} ms", told])
+            operators = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in most)
+            rows.append([path.parent.name, f"{1e3 * first:.0f} ms", f"{1e3 * median(later):.1f} ms", operators])
     if rows:
         yield table(["run", "first round", "later ones", "phases of later ones, ms"], rows)
 
 
 def _traces(out: Path, facts: Mapping[str, Any]) -> Iterator[str]:
-    found = [json.loads(path.read_text()) for path in sorted((out / "traces").glob("*/trace.json"))]
-    if found:
+    traces = [json.loads(path.read_text()) for path in sorted((out / "traces").glob("*/trace.json"))]
+    if traces:
         rows = [
             [one["method"], "–" if one["busy"] is None else f"{100 * one['busy']:.0f} %", f"{one['kernels']:,}",
-             ", ".join(f"{count} {name}" for name, (count, _) in list(one["waits"].items())[:3])] for one in found
+             ", ".join(f"{count} {name}" for name, (count, _) in list(one["waits"].items())[:3])] for one in traces
         ]  # fmt: skip
         yield table(["one round traced", "GPU busy", "kernels", "most waits"], rows)
 

@@ -133,8 +133,8 @@ def losses(rows: int, classes: int, dtype: torch.dtype) -> Iterator[tuple[str, C
     experts = 4
 
     def one(loss: Callable[..., Tensor], leaves: int, others: int) -> Made:
-        given = [drawn(rows, classes, dtype=dtype, leaf=i < leaves) for i in range(leaves + others)]
-        return trained(loss, given[:leaves], given[leaves:]), (2 * leaves + others) * moved
+        tensors = [drawn(rows, classes, dtype=dtype, leaf=i < leaves) for i in range(leaves + others)]
+        return trained(loss, tensors[:leaves], tensors[leaves:]), (2 * leaves + others) * moved
 
     def ensemble(temperature: float = 2.0, **kind: str) -> Made:
         student, teachers = drawn(rows, classes, dtype=dtype, leaf=True), drawn(experts, rows, classes, dtype=dtype)
@@ -147,8 +147,8 @@ def losses(rows: int, classes: int, dtype: torch.dtype) -> Iterator[tuple[str, C
         return trained(ops.js_div, [drawn(2, rows, classes, dtype=dtype, leaf=True)]), 4 * moved
 
     def agreed() -> Made:
-        given = drawn(experts, rows, classes, dtype=dtype)
-        return lambda: ops.consensus(given), experts * moved
+        logits = drawn(experts, rows, classes, dtype=dtype)
+        return lambda: ops.consensus(logits), experts * moved
 
     yield "kl_div", partial(one, lambda s, t: ops.kl_div(s, t, 2.0), 1, 1)
     yield "dual_kl", partial(one, lambda a, b, t: ops.dual_kl(a, b, t, 2.0), 2, 1)
@@ -176,15 +176,15 @@ def maps(shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[str, Callab
 
     def fused(call: Callable[..., Tensor], out: int, gradient: bool) -> Made:
         width = 2 * channels
-        given = [drawn(*shape, dtype=dtype, leaf=gradient) for _ in range(2)]
-        given += [drawn(width, dtype=dtype, leaf=gradient) for _ in range(2)]
+        tensors = [drawn(*shape, dtype=dtype, leaf=gradient) for _ in range(2)]
+        tensors += [drawn(width, dtype=dtype, leaf=gradient) for _ in range(2)]
 
         def joined(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
             return call([x, y], scale, shift, "relu")
 
         if not gradient:
-            return lambda: joined(*given), (2 + out) * moved
-        return trained(joined, given), (2 * (2 + out) + 2) * moved
+            return lambda: joined(*tensors), (2 + out) * moved
+        return trained(joined, tensors), (2 * (2 + out) + 2) * moved
 
     yield "erase_boxes", partial(boxed, ops.erase_boxes)
     yield "keep_boxes", partial(boxed, ops.keep_boxes)
@@ -198,8 +198,8 @@ def features(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Made]]
     for size, rows in (("small", 256), ("large", 8192)):
 
         def make(rows: int = rows) -> Made:
-            given = [drawn(rows, 128, dtype=dtype, leaf=True) for _ in range(2)]
-            return trained(ops.contrastive, given), 4 * rows * 128 * dtype.itemsize
+            embeddings = [drawn(rows, 128, dtype=dtype, leaf=True) for _ in range(2)]
+            return trained(ops.contrastive, embeddings), 4 * rows * 128 * dtype.itemsize
 
         yield "contrastive", size, make
 
@@ -231,9 +231,9 @@ def measure(made: Made, clock: CudaClock) -> dict[str, Any]:
     call()
     half = max(moved // 8, 1)
     source, target = (torch.ones(half, device=DEVICE) for _ in range(2))
-    found, copied = clock.sample(call, SAMPLES), clock.sample(lambda: target.copy_(source), SAMPLES)
-    wall = clock.wall(call, CALLS) or found
-    return {"seconds": found, "wall": wall, "copy": copied, "share": copied / found}
+    seconds, copied = clock.sample(call, SAMPLES), clock.sample(lambda: target.copy_(source), SAMPLES)
+    wall = clock.wall(call, CALLS) or seconds
+    return {"seconds": seconds, "wall": wall, "copy": copied, "share": copied / seconds}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -243,12 +243,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True, metavar="DIR")
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton", "reference"])
     parser.add_argument("--missing", action="store_true", help="measure what DIR has no row of")
-    given = parser.parse_args(words)
-    given.results.mkdir(parents=True, exist_ok=True)
-    clock, table = CudaClock(torch.device(DEVICE)), Table(given.results / FILE)
+    args = parser.parse_args(words)
+    args.results.mkdir(parents=True, exist_ok=True)
+    clock, table = CudaClock(torch.device(DEVICE)), Table(args.results / FILE)
     failed = False
-    for row, make in asked(given.operators, given.backends):
-        if given.missing and table.has(row):
+    for row, make in asked(args.operators, args.backends):
+        if args.missing and table.has(row):
             continue
         torch.manual_seed(0)
         try:

@@ -104,12 +104,12 @@ class Playing:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
-    def _note(self, stage: Stage, found: dict[str, Any]) -> None:
-        self.done[stage.name] = found
+    def _note(self, stage: Stage, entry: dict[str, Any]) -> None:
+        self.done[stage.name] = entry
         partial = self.out / f"{RECORD}.partial"
         partial.write_text(json.dumps({"machine": dict(self.facts), "stages": self.done}, indent=1) + "\n")
         partial.replace(self.out / RECORD)
-        print(f"{stage.name}: {found['outcome']} in {found['seconds']:.0f} s; {found['last']}", flush=True)
+        print(f"{stage.name}: {entry['outcome']} in {entry['seconds']:.0f} s; {entry['last']}", flush=True)
 
 
 def _end(process: subprocess.Popen[Any], patience: float) -> None:

@@ -34,11 +34,11 @@ def reached(method: str, out: Path) -> str:
     records = read_metrics(out) if (out / METRICS).exists() else []
     if not records:
         return f"{method}: no round is done"
-    told = [f"{method}: {records[-1]['round']} rounds"]
-    told += [f"{name} {100 * best:.2f} %" for name in FIGURES if (best := _latest(records, name)) is not None]
+    parts = [f"{method}: {records[-1]['round']} rounds"]
+    parts += [f"{name} {100 * best:.2f} %" for name in FIGURES if (best := _latest(records, name)) is not None]
     if method in PAPERS:
-        told.append(f"in the paper {PAPERS[method]}")
-    return ", ".join(told)
+        parts.append(f"in the paper {PAPERS[method]}")
+    return ", ".join(parts)
 
 
 def _latest(records: Sequence[dict[str, Any]], name: str) -> float | None:

@@ -30,27 +30,27 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.repeats", description=__doc__.split("\n")[0])
     parser.add_argument("name", metavar="METHOD|NETWORK", choices=(*bench_methods.METHODS, *stages.NETWORKS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    given = parser.parse_args(words)
-    if given.device == "cuda" and not torch.cuda.is_available():
+    args = parser.parse_args(words)
+    if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; give --device cpu")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the run that is compared ends too
     networks = [bench_methods.Case("fedavg", name, settings) for name, settings in stages.NETWORKS.items()]
     case = next(
         one for one in (*bench_methods.CASES, *networks)
-        if given.name == (one.method if one.setting == "default" else one.setting)
+        if args.name == (one.method if one.setting == "default" else one.setting)
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="repeats-") as made:
         folders = [Path(made) / name for name in ("first", "second")]
         try:
-            runs = [play(case, given.device, folder) for folder in folders]
+            runs = [play(case, args.device, folder) for folder in folders]
         except processes.Failed as failure:
             print(failure)
             return 1
-        found = differences(*runs)
-    if found:
-        print(f"{given.name}: two runs on {given.device} with one seed differ: {'; '.join(found)}")
+        sentences = differences(*runs)
+    if sentences:
+        print(f"{args.name}: two runs on {args.device} with one seed differ: {'; '.join(sentences)}")
         return 1
-    print(f"{given.name}: two runs on {given.device} with one seed have the same model and metrics")
+    print(f"{args.name}: two runs on {args.device} with one seed have the same model and metrics")
     return 0
 
 
@@ -72,21 +72,21 @@ def play(case: bench_methods.Case, device: str, folder: Path) -> Path:
 
 def differences(first: Path, second: Path) -> list[str]:
     """What two run folders do not share, though deterministic runs must; one entry for the model, one for metrics."""
-    found = []
+    sentences = []
     one, other = (load_file(folder / MODEL) for folder in (first, second))
     if (first / MODEL).read_bytes() != (second / MODEL).read_bytes():
         names = [name for name in one if name not in other or not _same_bits(one[name], other[name])]
         names += [name for name in other if name not in one]
-        found.append(f"{len(names)} of the model's {len(one)} tensors, {names[0]} first" if names else f"{MODEL}")
+        sentences.append(f"{len(names)} of the model's {len(one)} tensors, {names[0]} first" if names else f"{MODEL}")
     rounds = [[repeatable(record) for record in read_metrics(folder)] for folder in (first, second)]
     if len(rounds[0]) != len(rounds[1]):
-        found.append(f"{len(rounds[0])} and {len(rounds[1])} rounds")
-    for own, again in zip(*rounds, strict=False):
-        if own != again:
-            names = sorted(name for name in own.keys() | again.keys() if own.get(name) != again.get(name))
-            found.append(f"metrics from round {own['round']} on: {', '.join(names)}")
+        sentences.append(f"{len(rounds[0])} and {len(rounds[1])} rounds")
+    for one_round, again in zip(*rounds, strict=False):
+        if one_round != again:
+            names = sorted(name for name in one_round.keys() | again.keys() if one_round.get(name) != again.get(name))
+            sentences.append(f"metrics from round {one_round['round']} on: {', '.join(names)}")
             break
-    return found
+    return sentences
 
 
 def repeatable(record: Any) -> Any:

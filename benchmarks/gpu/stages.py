@@ -53,9 +53,9 @@ def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
         out: folder of results.
         data_root: folder of the binary files of CIFAR-10 and of MNIST's; None: nothing is trained at published scale.
     """
-    found = [build(capability), doctor(), tests(), *repeats(), kernels(out), *operators(out)]
-    found += [*sanitizers(), *rounds(out), *traces(out), *methods(out, data_root)]
-    return found + ([] if data_root is None else published(out, data_root))
+    stages = [build(capability), doctor(), tests(), *repeats(), kernels(out), *operators(out)]
+    stages += [*sanitizers(), *rounds(out), *traces(out), *methods(out, data_root)]
+    return stages + ([] if data_root is None else published(out, data_root))
 
 
 def build(capability: str) -> Stage:
@@ -142,10 +142,10 @@ def methods(out: Path, data_root: str | None) -> list[Stage]:
     """Every method's whole run beside the same method in plain PyTorch; the larger setting needs CIFAR-10's files."""
     words = (sys.executable, "-m", "benchmarks.bench_methods", "--device", "cuda", "--repeats", "2", "--variants",
              "plain", "fedkern", "bf16", "reference", "--results", str(out / "results"))  # fmt: skip
-    found = []
+    stages = []
     for setting, more in (("default", ()), ("large", ("--data-root", data_root))):
         if None not in more:
-            found += [
+            stages += [
                 Stage(
                     f"methods {method} {setting}",
                     (*words, "--methods", method, "--settings", setting, *map(str, more)),
@@ -153,7 +153,7 @@ def methods(out: Path, data_root: str | None) -> list[Stage]:
                 )
                 for method in METHODS
             ]
-    return found
+    return stages
 
 
 ROUNDS = ("lenet-10", "cnn-10", "cnn-50", "resnet8-10", "resnet18-10")

@@ -61,18 +61,18 @@ def around(events: Sequence[Event], chosen: Iterable[Event]) -> list[str]:
     """For each of the chosen events the innermost operator of PyTorch that it belongs to, in the trace's order."""
     wanted = {id(one) for one in chosen}
     open_here: dict[Any, list[Event]] = {}  # by thread, the outermost operator first
-    found = []
+    operators = []
     for one in events:
         stack = open_here.setdefault(one.get("tid"), [])
         if id(one) in wanted:
             while stack and stack[-1]["ts"] + stack[-1]["dur"] < one["ts"] + one["dur"]:
                 stack.pop()
-            found.append(stack[-1]["name"] if stack else "no operator")
+            operators.append(stack[-1]["name"] if stack else "no operator")
         elif one["cat"] == HOST:
             while stack and stack[-1]["ts"] + stack[-1]["dur"] <= one["ts"]:
                 stack.pop()
             stack.append(one)
-    return found
+    return operators
 
 
 def figures(events: Sequence[Event]) -> dict[str, Any]:
@@ -90,17 +90,17 @@ def figures(events: Sequence[Event]) -> dict[str, Any]:
         raise ValueError("the trace is empty")
     begin, end = events[0]["ts"], max(one["ts"] + one["dur"] for one in events)
     device = [one for one in events if one["cat"] in DEVICE]
-    found: dict[str, list[float]] = {}
+    counts: dict[str, list[float]] = {}
     waited = waits(events)
     for one, operator in zip(waited, around(events, waited), strict=True):
-        own = found.setdefault(operator, [0, 0.0])
-        own[0] += 1
-        own[1] += one["dur"] / 1e6
+        pair = counts.setdefault(operator, [0, 0.0])
+        pair[0] += 1
+        pair[1] += one["dur"] / 1e6
     return {
         "seconds": (end - begin) / 1e6,
         "busy": covered(device, begin, end) / (end - begin) if device else None,
         "kernels": sum(one["cat"] == "kernel" for one in events),
-        "waits": dict(sorted(found.items(), key=lambda item: -item[1][1])),
+        "waits": dict(sorted(counts.items(), key=lambda item: -item[1][1])),
     }
 
 
@@ -118,15 +118,15 @@ def draw(events: Sequence[Event], path: Path, title: str) -> None:
     for one in shown:
         if one["cat"] in DEVICE:
             rows.setdefault(f"GPU, stream {one.get('args', {}).get('stream', one.get('tid'))}", []).append(one)
-    names = sorted({one["name"] for own in rows.values() for one in own})
+    names = sorted({one["name"] for row in rows.values() for one in row})
     colours = {name: colormaps["tab20"](number % 20) for number, name in enumerate(names)}
     figure = Figure(figsize=(12, 1.2 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for number, own in enumerate(rows.values()):
+    for number, row in enumerate(rows.values()):
         axes.broken_barh(
-            [((one["ts"] - first) / 1e3, max(one["dur"], 1) / 1e3) for one in own],
+            [((one["ts"] - first) / 1e3, max(one["dur"], 1) / 1e3) for one in row],
             (number - 0.4, 0.8),
-            facecolors=[colours[one["name"]] for one in own],
+            facecolors=[colours[one["name"]] for one in row],
         )
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_xlim(0, WINDOW / 1e3)
@@ -153,15 +153,15 @@ def main(words: Sequence[str]) -> int:
 def conclude(name: str, flags: Sequence[str], path: Path, out: Path) -> str:
     """Writes what the trace in ``path`` says into ``out``; returns it in one line."""
     events = read(path)
-    found = {"commit": recorded_commit(), "method": name, "flags": list(flags), **figures(events)}
-    (out / "trace.json").write_text(json.dumps(found, indent=1) + "\n")
-    busy = "no GPU" if found["busy"] is None else f"GPU busy {100 * found['busy']:.0f} %"
+    facts = {"commit": recorded_commit(), "method": name, "flags": list(flags), **figures(events)}
+    (out / "trace.json").write_text(json.dumps(facts, indent=1) + "\n")
+    busy = "no GPU" if facts["busy"] is None else f"GPU busy {100 * facts['busy']:.0f} %"
     count, seconds = (
-        (sum(column) for column in zip(*found["waits"].values(), strict=True)) if found["waits"] else (0, 0)
+        (sum(column) for column in zip(*facts["waits"].values(), strict=True)) if facts["waits"] else (0, 0)
     )
-    told = f"{name}: {found['seconds']:.2f} s under the profiler, {busy}, {count:.0f} waits of {seconds:.2f} s in all"
-    draw(events, out / "trace.png", told)
-    return told
+    title = f"{name}: {facts['seconds']:.2f} s under the profiler, {busy}, {count:.0f} waits of {seconds:.2f} s in all"
+    draw(events, out / "trace.png", title)
+    return title
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def main() -> None:
     if len(source.validation):
         tests["validation_"] = source.validation
     sets = {name: (pairs(split, source, model), split.texts) for name, split in tests.items()}
-    own = [(pairs(split, source, model), split.texts) for split in source.client_tests]
+    test_sets = [(pairs(split, source, model), split.texts) for split in source.client_tests]
     loss_batch = min(args.loss_batch, *(len(data) for data in held))
     weights = [1 / len(training)] * len(training)
     first = min(args.alignment_rounds or max(1, args.rounds // 4), args.rounds - 1)
@@ -227,7 +227,7 @@ def main() -> None:
         if records.due(number, args.rounds):
             for name, (data, texts) in sets.items():
                 figures.update({name + key: value for key, value in evaluate(model, data, texts).items()})
-            each = [evaluate(model, data, texts) for data, texts in own]
+            each = [evaluate(model, data, texts) for data, texts in test_sets]
             for key in each[0] if each else ():
                 figures[f"mean_client_{key}"] = sum(one[key] for one in each) / len(each)
         records.add(figures)

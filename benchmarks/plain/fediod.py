@@ -53,18 +53,18 @@ def generator_loss(
     logits: Sequence[Tensor], patches: Sequence[Tensor], shares: Sequence[float], args: argparse.Namespace
 ) -> Tensor:
     """Realism, clarity, diversity and balance of images by what every teacher and discriminator says of them."""
-    probabilities = [own.softmax(1) for own in logits]
+    probabilities = [x.softmax(1) for x in logits]
     mixture = sum(share * p for share, p in zip(shares, probabilities, strict=True))
     clarity = sum(share * entropy(p).mean() for share, p in zip(shares, probabilities, strict=True))
     diversity = entropy(mixture).mean() - clarity
     balance = -sum(share * entropy(p.mean(0)) for share, p in zip(shares, probabilities, strict=True)) / math.log(2)
-    realism = sum(share * F.softplus(-own).mean() for share, own in zip(shares, patches, strict=True))
+    realism = sum(share * F.softplus(-x).mean() for share, x in zip(shares, patches, strict=True))
     return args.w_real * realism + args.w_clear * clarity - args.w_diverse * diversity + args.w_balance * balance
 
 
 def ensemble(logits: Sequence[Tensor], weights: Tensor) -> Tensor:
     """The mean of the teachers' log-probabilities [B, C] with weights [K, C] of their classes."""
-    return sum(w * own.log_softmax(1) for w, own in zip(weights, logits, strict=True))
+    return sum(w * x.log_softmax(1) for w, x in zip(weights, logits, strict=True))
 
 
 def student_loss(student: Tensor, target: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def student_loss(student: Tensor, target: Tensor) -> Tensor:
 
 def class_weights(labels: Sequence[Tensor], classes: int) -> Tensor:
     """Every client's share [K, C] of a class's samples; the same for all where nobody has one."""
-    counts = torch.stack([torch.bincount(own, minlength=classes) for own in labels]).float()
+    counts = torch.stack([torch.bincount(targets, minlength=classes) for targets in labels]).float()
     total = counts.sum(0)
     return torch.where(total > 0, counts / total.clamp_min(1), 1 / len(counts))
 
@@ -95,8 +95,8 @@ def train_teachers(federation: common.Federation, args: argparse.Namespace) -> l
         teacher = common.build_model(args, federation.source)
         held = min(round(args.holdout * len(dataset)), len(dataset) - 1)
         rows = torch.randperm(len(dataset))[held:]
-        own = common.Images(dataset.images[rows], dataset.columns[0][rows], augment=dataset.augment)
-        common.train(teacher, own, args, teacher_loss)
+        data = common.Images(dataset.images[rows], dataset.columns[0][rows], augment=dataset.augment)
+        common.train(teacher, data, args, teacher_loss)
         teachers.append(teacher.requires_grad_(False).eval())
     return teachers
 
@@ -142,12 +142,12 @@ def main() -> None:
             progress = iteration / total
             images = generator(torch.randn(args.batch, args.nz, device=args.device))
             for critic, optimizer, batches in zip(critics, of_critics, real, strict=True):
-                own = next(batches, None)
-                if own is None:
+                batch = next(batches, None)
+                if batch is None:
                     continue
                 optimizer.param_groups[0]["lr"] = cosine(args.critic_lr, 0.0, progress)
                 optimizer.zero_grad()
-                loss = F.softplus(critic(images.detach())).mean() + F.softplus(-critic(own)).mean()
+                loss = F.softplus(critic(images.detach())).mean() + F.softplus(-critic(batch)).mean()
                 (loss / 2).backward()
                 optimizer.step()
             loss = generator_loss(

@@ -40,10 +40,10 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor, teacher: Tensor, a
     return (1 - weight) * F.cross_entropy(logits, labels) + weight * temperature**2 * distilled
 
 
-def larger_model(args: argparse.Namespace, source: Any, own: nn.Module) -> Any:
+def larger_model(args: argparse.Namespace, source: Any, client_model: nn.Module) -> Any:
     """The first network of the list that has more parameters than the shared one."""
     made = (common.build_model(args, source, name, width) for name, width in LARGER)
-    size = sum(parameter.numel() for parameter in own.parameters())
+    size = sum(parameter.numel() for parameter in client_model.parameters())
     return next(model for model in made if sum(parameter.numel() for parameter in model.parameters()) > size)
 
 

@@ -18,7 +18,7 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor, *, globally: nn.Mo
     """The cross-entropy and mu/2 ||theta - theta_global||^2."""
     loss = F.cross_entropy(model(images), labels)
     pairs = zip(model.parameters(), globally.parameters(), strict=True)
-    return loss + mu / 2 * sum((own - received.detach()).pow(2).sum() for own, received in pairs)
+    return loss + mu / 2 * sum((parameter - received.detach()).pow(2).sum() for parameter, received in pairs)
 
 
 def main() -> None:

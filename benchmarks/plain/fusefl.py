@@ -101,9 +101,9 @@ def class_statistics(
     features = torch.cat([fused.features(images.to(device)) for images in dataset.images.split(500)]).double()
     result = []
     for c in range(classes):
-        own = features[labels == c]
-        mean = own.mean(0) if len(own) else features.new_zeros(features.shape[1])
-        result.append((len(own), mean, (own - mean).T @ (own - mean)))
+        of_class = features[labels == c]
+        mean = of_class.mean(0) if len(of_class) else features.new_zeros(features.shape[1])
+        result.append((len(of_class), mean, (of_class - mean).T @ (of_class - mean)))
     return result
 
 
@@ -112,8 +112,8 @@ def pooled(each: Sequence[Sequence[tuple[int, Tensor, Tensor]]]) -> list[tuple[i
     result = []
     for parts in zip(*each, strict=True):
         n = sum(count for count, _, _ in parts)
-        mean = sum(count * own for count, own, _ in parts) / max(n, 1)
-        scatter = sum(own + count * torch.outer(m - mean, m - mean) for count, m, own in parts)
+        mean = sum(count * m for count, m, _ in parts) / max(n, 1)
+        scatter = sum(s + count * torch.outer(m - mean, m - mean) for count, m, s in parts)
         result.append((n, mean, scatter / max(n - 1, 1)))
     return result
 

@@ -64,10 +64,10 @@ def main() -> None:
 
     @server_app.main()
     def serve(grid: Grid, context: Context) -> None:
-        found = Marked(contested).start(
+        result = Marked(contested).start(
             grid=grid, initial_arrays=ArrayRecord(task.network().state_dict()), num_rounds=task.rounds
         )
-        contested.finish(found.arrays.to_torch_state_dict())
+        contested.finish(result.arrays.to_torch_state_dict())
 
     run_simulation(
         server_app=server_app,

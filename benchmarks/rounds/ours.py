@@ -29,7 +29,7 @@ from .task import CLASSES, Contest, Task, contest
 def federated_data(task: Task) -> FederatedData:
     """The task's images as the engine takes them."""
     images, labels = np.load(task.folder / "raw_images.npy"), task.labels.cpu()
-    clients = tuple(Split(torch.from_numpy(own), its) for own, its in zip(images, labels, strict=True))
+    clients = tuple(Split(torch.from_numpy(rows), its) for rows, its in zip(images, labels, strict=True))
     test = Split(
         torch.from_numpy(np.load(task.folder / "raw_test_images.npy")),
         torch.from_numpy(np.load(task.folder / "test_labels.npy")),

@@ -43,11 +43,11 @@ class Marked(FederatedAveraging):
     contested: Contest
 
     def get_next_central_contexts(self, model: Any, *rest: Any) -> Any:
-        found = super().get_next_central_contexts(model, *rest)
-        if found[0] is not None:
+        contexts = super().get_next_central_contexts(model, *rest)
+        if contexts[0] is not None:
             self.contested.begin()
             model.round += 1
-        return found
+        return contexts
 
 
 def main() -> None:

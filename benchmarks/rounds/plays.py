@@ -113,11 +113,11 @@ def play(who: Program, task: Task, *, watch: bool = False, limit: float = 3600.0
             end(process, word)
         if process.returncode or not (out / "marks.json").exists():
             raise Failed(last_words(log.read_text(errors="replace")) or f"exit code {process.returncode}")
-        told = json.loads((out / "marks.json").read_text())
-        marks = told["marks"]
+        answer = json.loads((out / "marks.json").read_text())
+        marks = answer["marks"]
         accuracy = task.accuracy(torch.load(out / "final.pt", weights_only=True))
     rounds = [after - before for before, after in itertools.pairwise(marks)]
-    return Played(marks[0] - start, rounds, accuracy, peak or None, {k: v for k, v in told["said"].items() if v})
+    return Played(marks[0] - start, rounds, accuracy, peak or None, {k: v for k, v in answer["said"].items() if v})
 
 
 def last_words(log: str) -> str:
@@ -129,7 +129,7 @@ def last_words(log: str) -> str:
 def family(pid: int, word: str) -> list[int]:
     """A process, its descendants, and whoever has the word in its environment (daemons have another parent)."""
     parents: dict[int, int] = {}
-    found = {pid}
+    members = {pid}
     for entry in PROC.iterdir():
         if not entry.name.isdigit():
             continue
@@ -137,15 +137,15 @@ def family(pid: int, word: str) -> list[int]:
             # Behind the name, which stands in parentheses and may hold anything, come the state and the parent.
             parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             if word.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.add(int(entry.name))
+                members.add(int(entry.name))
         except (OSError, IndexError, ValueError):
             continue  # it has ended, or is not ours
     grown = True
     while grown:
-        more = {child for child, parent in parents.items() if parent in found} - found
-        found |= more
+        more = {child for child, parent in parents.items() if parent in members} - members
+        members |= more
         grown = bool(more)
-    return sorted(found)
+    return sorted(members)
 
 
 def end(process: subprocess.Popen[bytes], word: str) -> None:

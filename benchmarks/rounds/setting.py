@@ -83,9 +83,9 @@ def write(setting: Setting, folder: Path, data_root: str | None = None) -> None:
                 orders[round, client, epoch] = rng.permutation(setting.samples)
     np.save(folder / "orders.npy", orders)
     torch.save(first_weights(setting), folder / "initial.pt")
-    told = {name: getattr(setting, name) for name in ("model", "width", "clients", "samples", "epochs")}
-    told |= {name: getattr(setting, name) for name in ("batch_size", "lr", "momentum")}
-    (folder / "task.json").write_text(json.dumps({**told, "rounds": rounds, "seed": SEED}))
+    content = {name: getattr(setting, name) for name in ("model", "width", "clients", "samples", "epochs")}
+    content |= {name: getattr(setting, name) for name in ("batch_size", "lr", "momentum")}
+    (folder / "task.json").write_text(json.dumps({**content, "rounds": rounds, "seed": SEED}))
 
 
 def register(model: str) -> None:

@@ -108,20 +108,20 @@ class IODRuns(Runs):
     ) -> Case:  # fmt: skip
         """FedIOD with the settings ``chosen``; ``changes`` are method options, or settings that the study fixes."""
         settings = {key: value for key, value in changes.items() if key in SETTINGS}
-        given = {key: value for key, value in changes.items() if key not in SETTINGS}
-        given = {**(self.chosen(IOD) if chosen is None else chosen), **given}
-        options = {"iterations": self.study.iterations, "holdout": 0, **self.study.iod, **given}
-        return self.brought("fediod", teachers, alpha, seed, options, *_said(given), own=own, **settings)
+        iod_options = {key: value for key, value in changes.items() if key not in SETTINGS}
+        iod_options = {**(self.chosen(IOD) if chosen is None else chosen), **iod_options}
+        options = {"iterations": self.study.iterations, "holdout": 0, **self.study.iod, **iod_options}
+        return self.brought("fediod", teachers, alpha, seed, options, *_said(iod_options), own=own, **settings)
 
     def student(
         self, name: str, teachers: Case, alpha: Any, seed: int, chosen: Mapping[str, Any] | None = None
     ) -> Case:
         """A method that distils the teachers, with the settings ``chosen``."""
-        method, given = STUDENTS[name][0], self.chosen(name) if chosen is None else chosen
+        method, choice = STUDENTS[name][0], self.chosen(name) if chosen is None else chosen
         if method == "fediod":
-            return self.iod(teachers, alpha, seed, chosen=given)
+            return self.iod(teachers, alpha, seed, chosen=choice)
         options = {} if method == "feddf" else dict(self.study.free)
-        return self.brought(method, teachers, alpha, seed, {**options, **given}, *_said(given))
+        return self.brought(method, teachers, alpha, seed, {**options, **choice}, *_said(choice))
 
     # -- learning rates --------------------------------------------------------------------------------------------
 
@@ -172,8 +172,8 @@ class IODRuns(Runs):
         path = membership_attack.place(self.folder / case.name)
         if not path.exists():
             membership_attack.attack(self.folder / case.name)
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        result: dict[str, Any] = json.loads(path.read_text())
+        return result
 
     def megabytes(self, case: Case) -> tuple[float, float]:
         """What a client sends and receives on average in the whole run, what is sent once (class counts) included."""

@@ -40,11 +40,11 @@ def alike(runs: FuseFLRuns) -> tuple[str, dict[str, Any]]:
         for one in _classifiers("full"):
             if name not in BOTH and one.pool != "concat":
                 continue  # of one branch both are the same
-            found = [_accuracies(runs, main[name, alpha], one) for alpha in alphas]
-            for alpha, accuracies in zip(alphas, found, strict=True):
+            by_alpha = [_accuracies(runs, main[name, alpha], one) for alpha in alphas]
+            for alpha, accuracies in zip(alphas, by_alpha, strict=True):
                 numbers[f"{name}, {one.name}, alpha {alpha}"] = accuracies
             reads = POOLS[one.pool] if name in BOTH else "one network's features"
-            rows.append([name, reads, f"{one.lr:g}", *(spread(accuracies) for accuracies in found)])
+            rows.append([name, reads, f"{one.lr:g}", *(spread(accuracies) for accuracies in by_alpha)])
     header = ["method", "the classifier reads", "its lr", *(f"Dirichlet {alpha}" for alpha in alphas)]
     page = f"## Calibrated alike: accuracy, mean ± standard deviation over {len(SEEDS)} seeds, in %\n\n"
     page += table(header, rows) + "\n\n"
@@ -77,12 +77,12 @@ def _others(runs: FuseFLRuns) -> dict[str, Sequence[Case]]:
     def case(name: str, **changes: Any) -> Case:
         return runs.one_shot(name, alpha, rates[name, CALIBRATED], 0, **changes)
 
-    found = {f"{m} clients": [case(name, clients=m, covariance="diagonal") for name in BOTH] for m in study.many}
+    cases = {f"{m} clients": [case(name, clients=m, covariance="diagonal") for name in BOTH] for m in study.many}
     whole = case("ensemble", **deep)
     for k in (2, 4, 8):
-        found[f"{model} of width {width}, K = {k}"] = [case("FuseFL", **deep, blocks=k, adaptor="cnn1x1"), whole]
-    found[f"{epochs} epochs"] = [case(name, local_epochs=epochs) for name in BOTH]
-    return found
+        cases[f"{model} of width {width}, K = {k}"] = [case("FuseFL", **deep, blocks=k, adaptor="cnn1x1"), whole]
+    cases[f"{epochs} epochs"] = [case(name, local_epochs=epochs) for name in BOTH]
+    return cases
 
 
 def _classifiers(covariance: str) -> list[Classifier]:

@@ -28,12 +28,12 @@ PANELS = {
 
 def points(rows: list[Mapping[str, Any]]) -> dict[str, tuple[float, float, list[float]]]:
     """Bytes that a client sends, parameters of the final model and accuracies in per cent by seed, by cell."""
-    parameters, found = load("fusefl_cifar10_width"), {}
+    parameters, figures = load("fusefl_cifar10_width"), {}
     for row in rows:
         if row["table"] == "upload and memory" and row["ours"] is not None:
             size = parameters[row["name"].replace(" of", ",")]["parameters"]
-            found[row["name"]] = row["bytes_up"] / CLIENTS, size, [100 * value for value in by_seed(row).values()]
-    return found
+            figures[row["name"]] = row["bytes_up"] / CLIENTS, size, [100 * value for value in by_seed(row).values()]
+    return figures
 
 
 def draw(rows: list[Mapping[str, Any]], path: Path) -> None:
@@ -41,10 +41,10 @@ def draw(rows: list[Mapping[str, Any]], path: Path) -> None:
     figure = plots.new_figure(8.4, 3.6)
     panels = figure.subplots(1, 2, sharey=True)
     for place, (panel, (title, ticks)) in enumerate(zip(panels, PANELS.items(), strict=True)):
-        for name, found in points(rows).items():
+        for name, point in points(rows).items():
             method, width = name.split(SIZE)
             colour, mark = LOOKS[method]
-            at, values = (found[0] / 1e6, found[1] / 1e3)[place], found[2]
+            at, values = (point[0] / 1e6, point[1] / 1e3)[place], point[2]
             mean = sum(values) / len(values)
             panel.plot([at] * len(values), values, mark, color=colour, markersize=4, alpha=0.35)
             panel.plot(at, mean, mark, color=colour, markersize=9, label=method if width == "16" else None)

@@ -33,7 +33,9 @@ def cue(runs: FuseFLRuns) -> Section:
         return run(alpha, rates[name, column], seed, cue_clients=2)
 
     cases = {
-        (n, c): [one(n, seed, c) for seed in SEEDS] for n, own in {**OWN, REFERENCE: BOTH[:1]}.items() for c in own
+        (n, c): [one(n, seed, c) for seed in SEEDS]
+        for n, columns in {**OWN, REFERENCE: BOTH[:1]}.items()
+        for c in columns
     }
     lr = rates["ensemble", PUBLISHED]
     distilled = runs.distilled(alpha, lr, SEEDS[0], cue_clients=2)
@@ -41,11 +43,11 @@ def cue(runs: FuseFLRuns) -> Section:
     runs.run(case for several in cases.values() for case in several)
     rows = []
     for (name, column), several in cases.items():
-        found, rate = [runs.record(case, column) for case in several], rates.get((name, column), lr)
-        numbers[f"{name}, {column}"] = {"lr": rate, "runs": found}
-        drops = [r["cue_tied_accuracy"] - r["cue_random_accuracy"] for r in found]
+        records, rate = [runs.record(case, column) for case in several], rates.get((name, column), lr)
+        numbers[f"{name}, {column}"] = {"lr": rate, "runs": records}
+        drops = [r["cue_tied_accuracy"] - r["cue_random_accuracy"] for r in records]
         kinds = ("accuracy", "cue_tied_accuracy", "cue_random_accuracy")
-        figures = [*(spread([r[kind] for r in found]) for kind in kinds), spread(drops)]
+        figures = [*(spread([r[kind] for r in records]) for kind in kinds), spread(drops)]
         rows.append([f"{name}, {column}", str(rate), *figures])
     header = ["method", "lr", "no shape", "shape of the class", "random shape", "drop"]
     title = f"## Spurious cue on 2 clients, Dirichlet {alpha}, {len(SEEDS)} seeds: accuracy in %\n\n"
@@ -56,7 +58,7 @@ def cue(runs: FuseFLRuns) -> Section:
 def backdoor(runs: FuseFLRuns) -> Section:
     """One client's blocks are backdoored: how often its patch succeeds, and what is left of the clean accuracy."""
     rates, alpha, numbers = runs.rates(), runs.study.alphas[-1], {}
-    wanted = [(name, column) for name, own in OWN.items() for column in own]
+    wanted = [(name, column) for name, columns in OWN.items() for column in columns]
 
     def cases(name: str, column: Column, **changes: Any) -> list[Case]:
         return [runs.one_shot(name, alpha, rates[name, column], seed, **changes) for seed in SEEDS]
@@ -87,8 +89,8 @@ def backdoor(runs: FuseFLRuns) -> Section:
 
 def _controls(runs: FuseFLRuns, cases: Sequence[Case], column: Column) -> list[float]:
     """How often the patch makes clean models say class 0; nothing where the column's classifier is not kept."""
-    found = [patched(runs.folder / case.name, calibrated=column == CALIBRATED) for case in cases]
-    return [value for value in found if value is not None]
+    values = [patched(runs.folder / case.name, calibrated=column == CALIBRATED) for case in cases]
+    return [value for value in values if value is not None]
 
 
 @torch.no_grad()

@@ -80,8 +80,8 @@ class FuseFLRuns(Runs):
 
     def one_shot(self, name: str, alpha: float, lr: float, seed: int, *words: str, **changes: Any) -> Case:
         """A one-shot run: ``changes`` are method options, or settings that the study fixes otherwise."""
-        method, own = ONE_SHOT[name]
-        return self.run_of(method, alpha, lr, seed, own, *words, **changes)
+        method, options = ONE_SHOT[name]
+        return self.run_of(method, alpha, lr, seed, options, *words, **changes)
 
     def run_of(
         self, method: str, alpha: float, lr: float, seed: int, options: Mapping[str, Any], *words: str, **changes: Any

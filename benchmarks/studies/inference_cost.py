@@ -23,11 +23,11 @@ def main() -> None:
         "cnn, width 16": (build("cnn", classes=10, channels=3, image_size=32, seed=0, width=16), 32),
         NAME: (EfficientNetLite0(), SIDE),
     }
-    found = {}
+    figures = {}
     for name, (network, side) in networks.items():
         costs = cost(network, torch.zeros(2, 3, side, side))
-        found[name] = {"side": side, "parameters": costs.parameters, "flops": costs.inference_flops}
-    text = json.dumps({"networks": found, "versions": recorded_versions()}, indent=1)
+        figures[name] = {"side": side, "parameters": costs.parameters, "flops": costs.inference_flops}
+    text = json.dumps({"networks": figures, "versions": recorded_versions()}, indent=1)
     (RESULTS / "inference_cost.json").write_text(text + "\n")
 
 

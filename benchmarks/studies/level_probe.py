@@ -45,19 +45,19 @@ def probe(folder: Path, blocks: int, *, batch: int = 500) -> list[float]:
     levels = level_features(network, blocks)
 
     def features(images: Tensor) -> list[np.ndarray]:
-        found: list[list[Tensor]] = []
+        parts: list[list[Tensor]] = []
         with torch.no_grad():
             for part in images.split(batch):
-                found.append(levels(normalise(part, about["mean"], about["std"], channels_last=True)))
-        return [torch.cat(level).numpy() for level in zip(*found, strict=True)]
+                parts.append(levels(normalise(part, about["mean"], about["std"], channels_last=True)))
+        return [torch.cat(level).numpy() for level in zip(*parts, strict=True)]
 
     test = data.tests[""]
     train_labels = torch.cat([client.labels for client in data.clients]).numpy()
     train = features(torch.cat([client.images for client in data.clients]))
     accuracies = []
-    for own, other in zip(train, features(test.images), strict=True):
+    for level, other in zip(train, features(test.images), strict=True):
         regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        accuracies.append(float(regression.fit(own, train_labels).score(other, test.labels.numpy())))
+        accuracies.append(float(regression.fit(level, train_labels).score(other, test.labels.numpy())))
     return accuracies
 
 
@@ -81,11 +81,11 @@ def level_features(network: Any, blocks: int) -> Levels:
     def levels(x: Tensor) -> list[Tensor]:
         each = []
         for part in parts:
-            h, own = x, []
+            h, means = x, []
             for block in part.blocks:
                 h = block(h)
-                own.append(h.flatten(2).mean(2) if h.dim() == 4 else h)
-            each.append(own)
+                means.append(h.flatten(2).mean(2) if h.dim() == 4 else h)
+            each.append(means)
         return [torch.stack(level).mean(0) for level in zip(*each, strict=True)]
 
     return levels

@@ -63,10 +63,10 @@ def commands() -> Mapping[str, Command]:
     """By method, in the order of the pages."""
     gid = study_fedgid.FedGIDRuns(study_fedgid.STUDIES["digits"], NOWHERE, 1, {})
     dra = study_feddra.DRARuns(study_feddra.STUDIES["captions"], NOWHERE, 1, {})
-    found = json.loads((RESULTS / "fedgid_digits.json").read_text())
+    results = json.loads((RESULTS / "fedgid_digits.json").read_text())
     return {
         "fedgid": Command(
-            gid.variant(study_fedgid.FULL, 0.7, found[f"{study_fedgid.FULL}, correlation 0.7"]["lr"], 0),
+            gid.variant(study_fedgid.FULL, 0.7, results[f"{study_fedgid.FULL}, correlation 0.7"]["lr"], 0),
             "", "ood_accuracy",
         ),
         "fusefl": Command(_cell("fusefl", "FuseFL of width 7"), "cifar10", "accuracy"),
@@ -108,16 +108,16 @@ def main() -> None:
     parser.add_argument("--cifar10", help="folder of CIFAR-10's binary files")
     every = commands()
     parser.add_argument("--only", nargs="+", choices=every, default=list(every), help="methods (default: all)")
-    given = parser.parse_args()
-    for name in given.only:
+    args = parser.parse_args()
+    for name in args.only:
         command = every[name]
-        root = {"mnist": given.mnist, "cifar10": given.cifar10, "": ""}[command.files]
+        root = {"mnist": args.mnist, "cifar10": args.cifar10, "": ""}[command.files]
         if root is None:
             parser.error(f"{name} needs --{command.files}")
-        found = _run(command, root)
+        result = _run(command, root)
         kept = json.loads(FILE.read_text()) if FILE.exists() else {}
-        FILE.write_text(json.dumps({**kept, name: found, "versions": recorded_versions()}, indent=1) + "\n")
-        print(name, found, flush=True)
+        FILE.write_text(json.dumps({**kept, name: result, "versions": recorded_versions()}, indent=1) + "\n")
+        print(name, result, flush=True)
 
 
 def _run(command: Command, root: str) -> dict[str, object]:

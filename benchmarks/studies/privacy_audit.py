@@ -102,17 +102,17 @@ def channels(*, releases: int = 1, rows: int = 4, score: str = "discriminator", 
             serves = torch.tensor([_serves(client, t, i, options) for i in range(repeats)])
             u = sign * HUGE * flips * direction
             u_d = u * serves.repeat_interleave(rows)[:, None, None, None]
-            given = [u_d if options.sigma_d else None, u if options.sigma_t else None]
-            out = private_messages.sanitise(client, *given, options)  # type: ignore[arg-type]
-            for name, found in zip(("discriminator", "teacher"), out, strict=True):
-                if found is not None and score in (name, "both"):
+            gradients = [u_d if options.sigma_d else None, u if options.sigma_t else None]
+            out = private_messages.sanitise(client, *gradients, options)  # type: ignore[arg-type]
+            for name, noisy in zip(("discriminator", "teacher"), out, strict=True):
+                if noisy is not None and score in (name, "both"):
                     sigma, bound = (
                         (options.sigma_d, private_messages.clip_d(options))
                         if name == "discriminator"
                         else (options.sigma_t, options.clip_t)
                     )
                     # In multiples of the noise, times the signal in it: what tells most of independent parts.
-                    each = (found * flips * direction).flatten(1).sum(1).double() / (sigma * bound) / sigma
+                    each = (noisy * flips * direction).flatten(1).sum(1).double() / (sigma * bound) / sigma
                     scores += each.view(repeats, rows).sum(1)
         return scores, _of_one(client.state[LEDGER], repeats, score)
 
@@ -267,13 +267,13 @@ def measure(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
 
     That is half the noise, or no sampling where there was some; ``half`` is then what half the noise shows.
     """
-    found = audited(mechanism, repeats)
-    sampled = any(rate < 1 for rows in found["ledger"].values() for _, _, rate, _ in rows)
+    figures = audited(mechanism, repeats)
+    sampled = any(rate < 1 for rows in figures["ledger"].values() for _, _, rate, _ in rows)
     with unsampled() if sampled else draws(halved):
         wrong = audited(mechanism, repeats)
     defect = "sampling left out" if sampled else "half the noise"
     caught = {"defect": defect, "lower": wrong["lower"], "claimed": wrong["claimed"]}
-    row = {"mechanism": mechanism.name, **found, "caught": caught}
+    row = {"mechanism": mechanism.name, **figures, "caught": caught}
     if sampled:
         with draws(halved):
             half = audited(mechanism, repeats)
@@ -285,8 +285,8 @@ def audited(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
     """An audit's figures, the claimed mu at its false positives, and the ledger of one repeat."""
     one, ledger = mechanism.runs(repeats, -1.0)
     other, _ = mechanism.runs(repeats, 1.0)
-    found = audit(one, other, confidence=CONFIDENCE)
-    return {**found.to_dict(), "claimed": claimed_mu(ledger, found.false_positives), "ledger": ledger}
+    result = audit(one, other, confidence=CONFIDENCE)
+    return {**result.to_dict(), "claimed": claimed_mu(ledger, result.false_positives), "ledger": ledger}
 
 
 def page(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -162,8 +162,8 @@ class Runs:
 
     def versions(self) -> dict[str, str]:
         """Of fedkern and torch, from any of the runs; this process's where nothing was run."""
-        found: dict[str, str] = next(iter(self.summaries.values()), {}).get("versions") or versions()
-        return found
+        recorded: dict[str, str] = next(iter(self.summaries.values()), {}).get("versions") or versions()
+        return recorded
 
 
 def best_rate(scores: Mapping[float, Sequence[float]]) -> float:
@@ -179,11 +179,11 @@ def beyond(rate: float, grid: Sequence[float]) -> list[float]:
 RATES_HEADER = ("", "learning rate: validation, test accuracy in %", "best by validation")
 
 
-def tried_rates(name: str, found: Mapping[float, Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+def tried_rates(name: str, by_rate: Mapping[float, Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
     """A line under :data:`RATES_HEADER`, and its numbers, of figures by learning rate."""
-    best = best_rate({lr: [figures["validation_accuracy"]] for lr, figures in found.items()})
-    shown = (f"{lr:g}: {100 * m['validation_accuracy']:.1f}, {100 * m['accuracy']:.1f}" for lr, m in found.items())
-    return [name, "; ".join(shown), f"{best:g}"], {"best": best, **{str(lr): m for lr, m in found.items()}}
+    best = best_rate({lr: [figures["validation_accuracy"]] for lr, figures in by_rate.items()})
+    shown = (f"{lr:g}: {100 * m['validation_accuracy']:.1f}, {100 * m['accuracy']:.1f}" for lr, m in by_rate.items())
+    return [name, "; ".join(shown), f"{best:g}"], {"best": best, **{str(lr): m for lr, m in by_rate.items()}}
 
 
 def stored_rates(results: str, settings: Mapping[str, Any], rates: Sequence[float]) -> dict[str, float]:
@@ -238,12 +238,12 @@ def command_line(
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     if sections := tuple(sections):
         parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections (default: all)")
-    given = parser.parse_args()
-    if given.study in files and not given.data_root:
-        parser.error(f"{given.study} needs --data-root, the folder of {files[given.study]}")
-    given.data_root = str(Path(given.data_root).resolve()) if given.data_root else None
-    given.out = given.out or Path("runs") / f"{module.replace('_', '-')}-{given.study}"
-    return given
+    args = parser.parse_args()
+    if args.study in files and not args.data_root:
+        parser.error(f"{args.study} needs --data-root, the folder of {files[args.study]}")
+    args.data_root = str(Path(args.data_root).resolve()) if args.data_root else None
+    args.out = args.out or Path("runs") / f"{module.replace('_', '-')}-{args.study}"
+    return args
 
 
 def run_sections(
@@ -268,20 +268,20 @@ def run_sections(
     """
     module = f"study_{name}"
     files = {study: what for study, what in FILES.items() if study in studies}
-    given = command_line(module, description.split("\n")[0], studies, files, sections)
-    study = studies[given.study]
-    runs = make(study, given.out, given.workers, {"data_root": given.data_root} if given.data_root else {})
+    args = command_line(module, description.split("\n")[0], studies, files, sections)
+    study = studies[args.study]
+    runs = make(study, args.out, args.workers, {"data_root": args.data_root} if args.data_root else {})
     settings = ", ".join(f"{knob.replace('_', ' ')} {value}" for knob, value in study.settings.items())
-    for section in given.only:
+    for section in args.only:
         page, numbers = sections[section](runs)
         numbers = {**numbers, "settings": dict(study.settings)}
         if rates := getattr(study, "rates", None):
             numbers["rates"] = list(rates)
         made = (
-            f"Made by `python -m benchmarks.studies.{module} {given.study} --only {section}`: {settings}{about(study)}"
+            f"Made by `python -m benchmarks.studies.{module} {args.study} --only {section}`: {settings}{about(study)}"
         )
-        heading = f"{title} on {given.study}: {section}"
-        publish(f"{name}_{given.study}_{section}", heading, made, page, numbers, runs.versions())
+        heading = f"{title} on {args.study}: {section}"
+        publish(f"{name}_{args.study}_{section}", heading, made, page, numbers, runs.versions())
 
 
 def _launch(run_folder: Path, case: Case, said: Path) -> subprocess.Popen[bytes]:

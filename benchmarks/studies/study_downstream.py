@@ -67,14 +67,14 @@ def figures(folder: Path) -> dict[str, float]:
     Raises:
         SystemExit: a task failed; its sentence is repeated.
     """
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for task, words in TASKS.items():
         rows = json.loads(_result(folder, task, words).read_text())["rows"]
         for figure in (one for one in FIGURES if one.task == task):
             for row in rows:
                 if row["set"] in SETS and row.get("shots") == figure.shots and figure.name in row:
-                    found[f"{row['set']}: {figure.heading}"] = float(row[figure.name])
-    return found
+                    values[f"{row['set']}: {figure.heading}"] = float(row[figure.name])
+    return values
 
 
 def _result(folder: Path, task: str, words: Sequence[str]) -> Path:
@@ -102,19 +102,19 @@ def collect(named: Mapping[str, Iterable[Path]]) -> dict[str, list[dict[str, flo
     return {name: [figures(folder) for folder in folders] for name, folders in named.items()}
 
 
-def page(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def page(runs_of: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """A table for each group of clients, the best mean of a column in bold."""
     parts = []
     for which in SETS:
         columns = [
-            one.heading for one in FIGURES if all(f"{which}: {one.heading}" in runs[0] for runs in found.values())
+            one.heading for one in FIGURES if all(f"{which}: {one.heading}" in runs[0] for runs in runs_of.values())
         ]
         means = {
-            heading: {name: mean(run[f"{which}: {heading}"] for run in runs) for name, runs in found.items()}
+            heading: {name: mean(run[f"{which}: {heading}"] for run in runs) for name, runs in runs_of.items()}
             for heading in columns
         }
         rows = []
-        for name, runs in found.items():
+        for name, runs in runs_of.items():
             cells = []
             for heading in columns:
                 shown = spread([run[f"{which}: {heading}"] for run in runs])
@@ -131,22 +131,22 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
     parser.add_argument("--out", help="name of the results")
-    given = parser.parse_args()
+    args = parser.parse_args()
     named: dict[str, list[Path]] = {}
-    for folder in given.runs:
+    for folder in args.runs:
         named.setdefault(label(folder), []).append(folder)
-    found = collect(named)
-    if given.out is None:
-        print(page(found))
+    runs_of = collect(named)
+    if args.out is None:
+        print(page(runs_of))
         return
     seeds = max(len(folders) for folders in named.values())
-    summary = read_summary(given.runs[0])
+    summary = read_summary(args.runs[0])
     assert summary is not None  # the tasks above have read the run
     about = (
         f"Frozen encoders of finished runs on {summary['data']}, mean and standard deviation over "
         f"{seeds} seeds, in per cent. Chance: R@1 0.2, accuracy 10, of colours 17, AUC 50."
     )
-    publish(given.out, "Downstream tasks", about, page(found), {"figures": found}, summary["versions"])
+    publish(args.out, "Downstream tasks", about, page(runs_of), {"figures": runs_of}, summary["versions"])
 
 
 if __name__ == "__main__":

@@ -120,12 +120,12 @@ class DRARuns(Runs):
 
     def of(self, name: str, lr: float, seed: int, *, changed: Mapping[str, Any] | None = None, **options: Any) -> Case:
         """A run of a method of the table; ``changed`` settings and ``options`` are what it differs in."""
-        method, own = METHODS[name]
+        method, defaults = METHODS[name]
         settings = {**self.study.settings, "lr": lr, "seed": seed, **(changed or {})}
         if method == "centralised":  # as many steps as all clients together
             settings["local_steps"] *= settings["clients"]
-        every = {**(self.study.options if method == "feddra" else {}), **own, **options}
-        differing = {**own, **(changed or {}), **options}
+        every = {**(self.study.options if method == "feddra" else {}), **defaults, **options}
+        differing = {**defaults, **(changed or {}), **options}
         words = [f"{key}={value}" for key, value in differing.items()]
         return self.case(method, settings, every, *words, f"lr{lr}", f"s{seed}")
 
@@ -167,18 +167,18 @@ def _compared(
     seeds = runs.study.seeds
     cases = {name: [make(lr, seed) for seed in seeds] for name, make in rows.items()}
     runs.run(case for row in cases.values() for case in row)
-    found = {
+    means = {
         name: {figure: [runs.figure(case, names) for case in row] for figure, names in figures.items()}
         for name, row in cases.items()
     }
     lines = [
         [name, *(spread(values, *(() if figure.endswith("R@1") else (1.0, 2))) for figure, values in row.items())]
-        for name, row in found.items()
+        for name, row in means.items()
     ]
     one = "" if len(seeds) > 1 else f"  Seed {seeds[0]} alone."
-    numbers = {name: {"lr": lr, **row} for name, row in found.items()}
-    told = f"Learning rate {lr:g}.  Recall in per cent; losses in nats, less is better.{one}"
-    return f"## {title}\n\n{table(['', *figures], lines)}\n\n{told}\n", numbers
+    numbers = {name: {"lr": lr, **row} for name, row in means.items()}
+    note = f"Learning rate {lr:g}.  Recall in per cent; losses in nats, less is better.{one}"
+    return f"## {title}\n\n{table(['', *figures], lines)}\n\n{note}\n", numbers
 
 
 def main_table(runs: DRARuns) -> Section:

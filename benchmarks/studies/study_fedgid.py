@@ -98,14 +98,14 @@ class FedGIDRuns(Runs):
         settings: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Case:
-        method, own = VARIANTS[variant]
+        method, preset = VARIANTS[variant]
         # Validation and tests are looked at once, at the end: nothing on the way may choose anything.
         every = {"correlation": correlation, "lr": lr, "seed": seed, "eval_every": 1000, "checkpoint_every": 4}
         fixed = {**(settings or self.study.settings), **self.settings}
         words = [variant, *(f"{name}={value}" for name, value in options.items())]
         kind = "shorter" if settings == self.study.shorter else "full"
         words += [f"c{correlation}", f"lr{lr}", f"s{seed}", *([kind] if settings else [])]
-        return Case(folder_name(words), arguments(method, {**fixed, **every}, {**own, **options}))
+        return Case(folder_name(words), arguments(method, {**fixed, **every}, {**preset, **options}))
 
     def rates(self, variants: Iterable[str], settings: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Runs the grid and chooses every variant's learning rate, by validation accuracy."""
@@ -132,10 +132,10 @@ def _compared(
     """The lines of a table of finished runs: learning rate and a case per seed by name."""
     lines = []
     for name, (lr, cases) in rows.items():
-        found = [runs.metrics(case) for case in cases]
-        numbers[f"{name}, correlation {c}"] = {"lr": lr, "runs": found}
+        metrics = [runs.metrics(case) for case in cases]
+        numbers[f"{name}, correlation {c}"] = {"lr": lr, "runs": metrics}
         columns = ("ood_accuracy", "id_accuracy", "ood_gradcam_in_object", "ood_confidence")
-        lines.append([name, str(lr), *(spread([m[column] for m in found]) for column in columns)])
+        lines.append([name, str(lr), *(spread([m[column] for m in metrics]) for column in columns)])
     header = ["variant", "lr", "OOD accuracy", "ID accuracy", "Grad-CAM in object, OOD", "confidence, OOD"]
     title = f"## Correlation {c}: mean ± standard deviation over {len(SEEDS)} seeds, in %"
     return [title, "", table(header, lines), ""]
@@ -165,8 +165,8 @@ def parts(runs: FedGIDRuns) -> Section:
     runs.run(runs.variant(FULL, c, rates[FULL], seed, **{knob: value}) for c in correlations for seed in SEEDS)
 
     def cases(variant: str, c: float) -> list[Case]:
-        base, own = (FULL, {knob: value}) if variant == tuned else (variant, {})
-        return [runs.variant(base, c, rates[base], seed, **own) for seed in SEEDS]
+        base, changes = (FULL, {knob: value}) if variant == tuned else (variant, {})
+        return [runs.variant(base, c, rates[base], seed, **changes) for seed in SEEDS]
 
     page, numbers = ["The last row has the setting of the two sweeps below with the best validation accuracy.", ""], {}
     for c in correlations:
@@ -210,8 +210,8 @@ def schedule(runs: FedGIDRuns) -> Section:
     cases = {v: [runs.variant(v, c, rates[v], seed, shorter) for seed in SEEDS] for v in names}
     runs.run(case for several in cases.values() for case in several)
     lines = _compared(runs, c, {v: (rates[v], cases[v]) for v in names}, numbers)
-    told = f"{shorter['rounds']} rounds of {shorter['local_epochs']} epochs."
-    return "\n".join([told, "", *lines]), {**numbers, "settings": dict(shorter)}
+    note = f"{shorter['rounds']} rounds of {shorter['local_epochs']} epochs."
+    return "\n".join([note, "", *lines]), {**numbers, "settings": dict(shorter)}
 
 
 SECTIONS: Mapping[str, Callable[[FedGIDRuns], Section]] = {"parts": parts, "baselines": baselines, "schedule": schedule}
@@ -219,17 +219,17 @@ SECTIONS: Mapping[str, Callable[[FedGIDRuns], Section]] = {"parts": parts, "base
 
 def main() -> None:
     files = {"colormnist": "the four MNIST files"}
-    given = command_line("study_fedgid", (__doc__ or "").split("\n")[0], STUDIES, files, SECTIONS)
-    chosen = STUDIES[given.study]
-    runs = FedGIDRuns(chosen, given.out, given.workers, {"data_root": given.data_root} if given.data_root else {})
-    for section in given.only:
+    args = command_line("study_fedgid", (__doc__ or "").split("\n")[0], STUDIES, files, SECTIONS)
+    chosen = STUDIES[args.study]
+    runs = FedGIDRuns(chosen, args.out, args.workers, {"data_root": args.data_root} if args.data_root else {})
+    for section in args.only:
         page, numbers = SECTIONS[section](runs)
         held = numbers.get("settings", chosen.settings)
         settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in held.items())
-        about = f"""Made by `python -m benchmarks.studies.study_fedgid {given.study} --only {section}`: {settings};
+        about = f"""Made by `python -m benchmarks.studies.study_fedgid {args.study} --only {section}`: {settings};
 the rest as `python -m fedkern.run METHOD --data {chosen.name}` sets it.  Learning rates from {chosen.rates}, chosen by
 validation accuracy."""
-        name = f"fedgid_{given.study}" + ("" if section == "parts" else f"_{section}")
+        name = f"fedgid_{args.study}" + ("" if section == "parts" else f"_{section}")
         publish(name, f"FedGID on {chosen.name}", about, page, numbers, runs.versions())
 
 

@@ -79,24 +79,24 @@ def main_table(runs: IODRuns) -> Section:
     teachers = {(alpha, seed): runs.trained(alpha, seed) for alpha in study.alphas for seed in SEEDS}
     runs.run(teachers.values())
     cases: dict[tuple[str, Any, int], Case] = {}
-    for (alpha, seed), own in teachers.items():
+    for (alpha, seed), networks in teachers.items():
         for name in study.students:
-            cases[name, alpha, seed] = runs.student(name, own, alpha, seed)
-        cases[AVERAGE, alpha, seed] = runs.brought("oneshot-fedavg", own, alpha, seed, {})
+            cases[name, alpha, seed] = runs.student(name, networks, alpha, seed)
+        cases[AVERAGE, alpha, seed] = runs.brought("oneshot-fedavg", networks, alpha, seed, {})
         cases[REFERENCE, alpha, seed] = runs.reference(alpha, runs.rate(REFERENCE, alpha), seed)
     runs.run(cases.values())
     page, numbers = "", {}
     for alpha in study.alphas:
-        found = {name: [runs.metrics(cases[name, alpha, s])[study.figure] for s in SEEDS] for name in _names(cases)}
+        values = {name: [runs.metrics(cases[name, alpha, s])[study.figure] for s in SEEDS] for name in _names(cases)}
         for name, figure in FROM_IOD.items():
-            found[name] = [runs.metrics(cases[IOD, alpha, s])[figure] for s in SEEDS]
+            values[name] = [runs.metrics(cases[IOD, alpha, s])[figure] for s in SEEDS]
         rates = {name: shown(runs.chosen(name)) for name in study.students}
         rates[REFERENCE] = shown({"lr": runs.rate(REFERENCE, alpha)})
-        rows = [[name, rates.get(name, ""), spread(found[name])] for name in _order(found)]
+        rows = [[name, rates.get(name, ""), spread(values[name])] for name in _order(values)]
         lr = runs.rate("teachers", alpha)
         title = f"## {study.partition(alpha)}: {study.figure} in %, mean ± standard deviation over {len(SEEDS)} seeds; "
         page += f"{title}teachers' learning rate {lr}\n\n{table(['', 'settings chosen', study.figure], rows)}\n\n"
-        numbers[study.partition(alpha)] = {study.figure: found, "rates": rates, "teachers": lr}
+        numbers[study.partition(alpha)] = {study.figure: values, "rates": rates, "teachers": lr}
     page += "The best teacher is chosen by these very figures, which nobody in the federation could do.\n"
     return page, numbers
 
@@ -113,9 +113,9 @@ def _names(cases: Mapping[tuple[str, Any, int], Case]) -> list[str]:
     return list(dict.fromkeys(name for name, _, _ in cases))
 
 
-def _order(found: Mapping[str, Any]) -> list[str]:
+def _order(names: Mapping[str, Any]) -> list[str]:
     first = [IOD, *FROM_IOD, AVERAGE]
-    return [*first, *(name for name in found if name not in first)]
+    return [*first, *(name for name in names if name not in first)]
 
 
 def clients(runs: IODRuns) -> Section:
@@ -166,24 +166,24 @@ def privacy(runs: IODRuns) -> Section:
         "discriminators and teachers (everything released)": {"teacher_dp": True, "teacher_share": 0.7},
     }
     cases: dict[tuple[str, float | None], Case] = {}
-    for kind, own in kinds.items():
+    for kind, settings in kinds.items():
         for target in TARGETS:
             # The study can be repeated, which is for once worth more than bits that nobody knows.
-            noise = {} if target is None else {"epsilon": target, "shards": study.shards, "noise": "seed", **own}
-            trains = target is not None and "teacher_dp" in own
+            noise = {} if target is None else {"epsilon": target, "shards": study.shards, "noise": "seed", **settings}
+            trains = target is not None and "teacher_dp" in settings
             cases[kind, target] = runs.iod(teachers, alpha, 0, own=trains, **study.private, **quiet, **noise)
     runs.run(cases.values())
     rows = []
     for (kind, target), case in cases.items():
         metrics, private = runs.metrics(case), runs.summaries[case.name].get("privacy")
-        own = numbers[f"{kind}, epsilon {target}"] = {"metrics": dict(metrics)}
+        entry = numbers[f"{kind}, epsilon {target}"] = {"metrics": dict(metrics)}
         # Private records do not tell of teachers that are not covered: they are those of the run without privacy.
         teacher = metrics.get("mean_teacher", runs.metrics(cases[kind, None])["mean_teacher"])
         row = [kind, reached(private), *(f"{100 * figure:.1f}" for figure in (metrics["accuracy"], teacher))]
         if target is not None:
-            own["privacy"] = private
+            entry["privacy"] = private
         if target in ATTACKED:
-            own["attack"] = attack = runs.attack(case)
+            entry["attack"] = attack = runs.attack(case)
             row += [f"{attack['auc']:.3f} ({attack['low']:.3f} to {attack['high']:.3f})", f"{100 * attack['tpr']:.1f}"]
         else:
             row += ["", ""]

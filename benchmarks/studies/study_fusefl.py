@@ -72,10 +72,10 @@ def main_table(runs: FuseFLRuns) -> Section:
         for name in names:
             row = [name]
             for column in columns:
-                found = [runs.record(case(name, alpha, seed, column), column) for seed in SEEDS]
-                numbers[f"{name}, alpha {alpha}, {column}"] = {"lr": rates[name, column], "runs": found}
+                records = [runs.record(case(name, alpha, seed, column), column) for seed in SEEDS]
+                numbers[f"{name}, alpha {alpha}, {column}"] = {"lr": rates[name, column], "runs": records}
                 missing = column == CALIBRATED and name == REFERENCE
-                row += ["", ""] if missing else [str(rates[name, column]), spread([r["accuracy"] for r in found])]
+                row += ["", ""] if missing else [str(rates[name, column]), spread([r["accuracy"] for r in records])]
             rows.append([*row, *_otherwise(runs, name, [case(name, alpha, s, CALIBRATED) for s in SEEDS])])
         header = ["method", "lr", PUBLISHED, "lr", CALIBRATED, "before calibration", *VOTES]
         page += f"## Dirichlet {alpha}: accuracy, mean ± standard deviation over {len(SEEDS)} seeds, in %\n\n"
@@ -86,9 +86,9 @@ def main_table(runs: FuseFLRuns) -> Section:
     page += "regression on all training images.\n\n"
     rows = []
     for name in names:
-        found = probe(runs.folder / case(name, runs.study.alphas[0], 0, PUBLISHED).name, blocks=2)
-        numbers[f"{name}, probes"] = found
-        rows.append([name, *(f"{100 * value:.1f}" for value in found)])
+        accuracies = probe(runs.folder / case(name, runs.study.alphas[0], 0, PUBLISHED).name, blocks=2)
+        numbers[f"{name}, probes"] = accuracies
+        rows.append([name, *(f"{100 * value:.1f}" for value in accuracies)])
     return page + table(["method", "level 1", "level 2"], rows) + "\n", numbers
 
 
@@ -100,8 +100,8 @@ def _otherwise(runs: FuseFLRuns, name: str, cases: list[Case]) -> list[str]:
     """What was before calibration, and an ensemble's vote and mean probability."""
     cells = ["" if name == REFERENCE else spread([runs.uncalibrated(case) for case in cases])]
     for figure in VOTES.values():
-        found = [runs.record(case, PUBLISHED).get(figure) for case in cases]
-        cells.append(spread([value for value in found if value is not None]) if found[0] is not None else "")
+        values = [runs.record(case, PUBLISHED).get(figure) for case in cases]
+        cells.append(spread([value for value in values if value is not None]) if values[0] is not None else "")
     return cells
 
 
@@ -115,8 +115,8 @@ def _cost(runs: FuseFLRuns, cases: Mapping[str, Case]) -> str:
 
     for name, case in cases.items():
         if case.name.startswith("fusefl"):  # its calibration is a part of it
-            found = runs.record(case, CALIBRATED)
-            row(f"{name}, not calibrated", case, found["levels_up_bytes"] / 1e6, found["levels_down_bytes"] / 1e6)
+            record = runs.record(case, CALIBRATED)
+            row(f"{name}, not calibrated", case, record["levels_up_bytes"] / 1e6, record["levels_down_bytes"] / 1e6)
             row(f"{name}, calibrated", case, *runs.megabytes(case, CALIBRATED))
             continue
         for column in (PUBLISHED,) if name == REFERENCE else (PUBLISHED, CALIBRATED):
@@ -147,10 +147,10 @@ def datafree(runs: FuseFLRuns) -> Section:
     for name in (*distilled, *ONE_SHOT):
         row = [name]
         for column in columns:
-            found = runs.record(cases[name, column], column)
+            record = runs.record(cases[name, column], column)
             used = lr if name in distilled else rates[name, column]
-            numbers[f"{name}, {column}"] = {"lr": used, **found}
-            row += [str(used), f"{100 * found['accuracy']:.1f}"]
+            numbers[f"{name}, {column}"] = {"lr": used, **record}
+            row += [str(used), f"{100 * record['accuracy']:.1f}"]
         levels = numbers[f"{name}, probes"] = probe(runs.folder / cases[name, PUBLISHED].name, blocks=2)
         row += _transfer(*runs.megabytes(cases[name, PUBLISHED], PUBLISHED))
         rows.append([*row, *(f"{100 * value:.1f}" for value in levels)])
@@ -172,8 +172,8 @@ def edges(runs: FuseFLRuns) -> Section:
     cases = {(name, lr): runs.one_shot(name, alpha, lr, 0) for (name, _), lrs in tried.items() for lr in lrs}
     runs.run(cases.values())
     for (name, column), lrs in tried.items():
-        found = {lr: runs.record(cases[name, lr], column) for lr in lrs}
-        row, numbers[f"{name}, {column}"] = tried_rates(f"{name}, {column}", found)
+        records = {lr: runs.record(cases[name, lr], column) for lr in lrs}
+        row, numbers[f"{name}, {column}"] = tried_rates(f"{name}, {column}", records)
         rows.append(row)
     return f"## Dirichlet {alpha}, seed 0\n\n{table(RATES_HEADER, rows)}\n", numbers
 
