@@ -39,8 +39,8 @@ class DENSE(Distilled):
     class Options(Distilled.Options):
         """Options of DENSE; defaults of the released code: 200 epochs, SGD 0.005, T 20, weights 1.
 
-        The released code starts the student from fresh weights.  Here it starts from the average of the clients, as
-        every distilled student.
+        The released code starts the student from fresh weights (``student_init=fresh``).  Here the default is the
+        average of the clients, as for every distilled student.
         """
 
         distill_epochs: int = option(

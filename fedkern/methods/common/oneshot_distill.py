@@ -43,6 +43,11 @@ class Distilled(MemberNetworks):
         From ``nz`` on they are the generator's; its first five have the published settings of DENSE as defaults.
         """
 
+        student_init: str = option(
+            "average",
+            "initial weights of the student: the average of the clients with its network, or fresh ones",
+            choices=("average", "fresh"),
+        )
         temperature: float = option(1.0, "temperature of the distillation", above=0, infinite=True)
         distill_batch: int = option(128, "images per step of the distillation", low=2)
         nz: int = option(256, "dimensions of the generator's noise", low=1)
@@ -130,7 +135,8 @@ class Distilled(MemberNetworks):
             exhaust(uploads)
             flat = flatten(server.build())
             student = flat.module
-            load(flat, server.state)
+            if self.options.student_init == "average":
+                load(flat, server.state)
             train_mode(student)
             teachers = Ensemble(self.members(server).modules(), self.member_weights(server))
             self.distil(server, phase, teachers, student)

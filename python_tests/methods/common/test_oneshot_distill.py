@@ -127,13 +127,19 @@ def test_no_client_may_have_the_students_architecture(data, make_config, tmp_pat
     assert first["id_loss"] != second["id_loss"]
 
 
-def test_the_student_starts_from_the_average(data, make_config, tmp_path):
-    starts = student_starts(
-        make_config("feddf", model="cnn", rounds=None, options=OPTIONS["feddf"]), data, tmp_path / "run"
-    )
+def test_the_student_starts_from_the_average_or_fresh(data, make_config, tmp_path):
+    average_start, fresh_start = (
+        student_starts(
+            make_config("feddf", model="cnn", rounds=None, options={**OPTIONS["feddf"], "student_init": start}), data,
+            tmp_path / start,
+        )[0]
+        for start in ("average", "fresh")
+    )  # fmt: skip
+    initial = models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).parameters()
+    assert all(torch.equal(a, b) for a, b in zip(fresh_start, initial, strict=True))
     run(make_config("oneshot-fedavg", model="cnn", rounds=None), out=tmp_path / "plain", data=data)
     average = list(read_model(tmp_path / "plain")[0].parameters())
-    assert all(torch.equal(a, b) for a, b in zip(starts[0], average, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(average_start, average, strict=True))
 
 
 def test_pool_asks_every_image_once():
