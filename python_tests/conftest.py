@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import importlib.util
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -93,19 +93,32 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers, where there are any, have started before the first client works."""
+    from fedkern.engine.executors.fork_server import ForkServer
+
+    ready = ForkServer.ready
+
+    def waits(self: ForkServer) -> bool:
+        while not ready(self):
+            select.select([self.channel], [], [])
+        return True
+
+    monkeypatch.setattr(ForkServer, "ready", waits)
+
+
+@pytest.fixture
+def forked_workers(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers have started before the first client works; they are forked from this process, which has PyTorch loaded.
 
     Otherwise a short run ends before it has workers.
     """
-    from fedkern.engine.executors.workers import Workers
     from fedkern.messages.packets import NotPortable
 
     def refuse(setup: object) -> None:
         raise NotPortable("what a test trains")
 
-    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
-    monkeypatch.setattr("fedkern.engine.executors.fork_server.check_portable", refuse)
+    monkeypatch.setattr("fedkern.engine.executors.choice.check_portable", refuse)
 
 
 @contextmanager

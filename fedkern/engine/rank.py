@@ -94,7 +94,7 @@ class RankWorker(Worker):
 
 def _serve(group: TorchrunGroup, connection: Connection) -> None:
     plugins.receive(connection.told())
-    setup: Setup = Unpacker().unpack(connection.receive()[0])
+    setup: Setup = Unpacker().unpack(connection.receive())
     if setup.context.config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU on this machine, but on that of rank 0: give fedkern --device cpu.")
     with as_in_the_run(setup):

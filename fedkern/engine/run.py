@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine.executors.choice import Remote, executor_of
-from fedkern.engine.executors.fork_server import own_fork_server
-from fedkern.engine.executors.workers import setup_of
+from fedkern.engine.executors.choice import Remote, executor_of, own_fork_server
+from fedkern.engine.executors.worker_messages import Setup
 from fedkern.engine.loop import Loop
 from fedkern.engine.order import filters_of, parts_of, restore, states_of
 from fedkern.engine.parts.base import Part
@@ -104,7 +103,7 @@ def run(
                 check(context.config)
             prepared = prepare(context, known=local, begun=entry is not None, profile=profile, predictions=predictions)
             with (
-                own_fork_server(setup_of(context, prepared.handlers)),
+                own_fork_server(Setup.of(context, prepared.handlers)),
                 writing(out, fresh=not resume) as alone,
                 closing(listeners),
             ):  # closed first: what a listener takes back is gone then

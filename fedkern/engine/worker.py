@@ -26,14 +26,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.shared_tensors import Channel
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice, Setup
-from fedkern.messages.packets import NotPortable, Packer, Packet, Unpacker, portable
+from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup
+from fedkern.messages.packets import NotPortable, Packer, PacketStream, Unpacker, portable
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
 from fedkern.ops._core import backend, loading
@@ -45,20 +45,10 @@ from fedkern.usercode import plugins
 _PR_SET_PDEATHSIG = 1
 
 
-class Connection(Protocol):
-    """What a worker needs of its connection to the run's process (see :class:`Channel`)."""
-
-    def send(self, packet: Packet) -> None: ...
-
-    def receive(self) -> tuple[Packet, list[int]]: ...
-
-    def forget(self) -> None: ...
-
-
 class Worker:
     """Clients of this process, and the connection to the run's process."""
 
-    def __init__(self, setup: Setup, channel: Connection) -> None:
+    def __init__(self, setup: Setup, channel: PacketStream) -> None:
         self._channel = channel
         set_modes(setup.modes)
         MODELS.update({entry.name: entry for entry in setup.entries})
@@ -72,7 +62,7 @@ class Worker:
     def serve(self) -> None:
         """Works until the other end of the connection is closed."""
         while True:
-            packet, _ = self._channel.receive()
+            packet = self._channel.receive()
             self._heed(self._unpacker.unpack(packet))  # no reference stays: a message would live until the next one
 
     def _heed(self, request: Any) -> None:
@@ -81,7 +71,7 @@ class Worker:
         elif isinstance(request, Forget):
             self._forget(request)
         else:
-            self._send(self._done(request))
+            self._send(self._serial.reply(request))
 
     def _forget(self, request: Forget) -> None:
         for k in request.clients:
@@ -90,18 +80,9 @@ class Worker:
             self._serial.end_round()
             self._unpacker.clear()
 
-    def _done(self, job: Job) -> Done:
-        self._context.warnings.clear()
-        if job.state is not None:
-            self._serial.take(job.client, dict(job.state), job.played)
-        try:
-            answer = self._serial.ask(job.client, *job.request)
-        except Exception as error:
-            return Done(None, failed=portable(error))
-        answer.warnings = dict(self._context.warnings)
-        return Done(answer, self._serial.changed(job.client))
-
-    def _send(self, done: Any) -> None:
+    def _send(self, done: Done) -> None:
+        if done.failed is not None:
+            done.failed = portable(done.failed)
         sys.stdout.flush()  # shows what a client's code has printed: a worker may be killed at any time
         try:
             packet = self._packer.pack(done)
@@ -142,7 +123,7 @@ def _work(setup: Setup, end: socket.socket) -> None:
     with as_in_the_run(setup):
         if setup.context.config.client_threads > 1:
             backend.trust_fork()
-        with suppress(EOFError, ConnectionError):
+        with suppress(EOFError):
             Worker(setup, Channel(end)).serve()
 
 
@@ -169,7 +150,7 @@ def serve(end: socket.socket, parent: int, setup: Setup | None = None) -> NoRetu
     try:
         _end_with_parent()
         if os.getppid() == parent:
-            with suppress(EOFError, ConnectionError):
+            with suppress(EOFError):
                 _serve(end, setup)
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -180,8 +161,8 @@ def serve(end: socket.socket, parent: int, setup: Setup | None = None) -> NoRetu
 def _serve(end: socket.socket, setup: Setup | None) -> None:
     channel, unpacker = Channel(end), Unpacker()
     if setup is None:
-        sys.path[:], plugin_list = channel.told()[0]
-        packet, _ = channel.receive()
+        sys.path[:], plugin_list = channel.told()
+        packet = channel.receive()
         try:
             plugins.receive(plugin_list)
             setup = unpacker.unpack(packet)
@@ -195,21 +176,21 @@ def _serve(end: socket.socket, setup: Setup | None) -> None:
         setup = replace(setup, context=context)
     channel.say("ready")
     while True:
-        request, descriptors = channel.told()
-        if request != "fork":
-            channel.say(_ended(int(request)))
+        request = channel.receive()
+        if request.value != "fork":
+            channel.say(_ended(int(request.value)))
             continue
         ours = os.getpid()
         child = os.fork()
         if child:
-            os.close(descriptors[0])
+            os.close(request.more[0])
             channel.say(child)
             continue
         _end_with_parent()
         if os.getppid() == ours:
             end.close()
             assert setup is not None
-            _work(setup, socket.socket(fileno=descriptors[0]))
+            _work(setup, socket.socket(fileno=request.more[0]))
         os._exit(0)
 
 

@@ -18,6 +18,7 @@ import itertools
 import math
 import os
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -50,11 +51,51 @@ class _Place:
 
 @dataclass
 class Packet:
-    """A pickle and the memory files that hold its tensors, by file number: their descriptors, or their contents."""
+    """A pickle and the memory files that hold its tensors, by file number: their descriptors, or their contents.
+
+    Attributes:
+        more: descriptors that travel beside the files, between processes of one machine.
+    """
 
     payload: bytes
-    files: dict[int, int]
+    files: dict[int, int] = field(default_factory=dict)
     contents: dict[int, memoryview] = field(default_factory=dict)
+    more: Sequence[int] = ()
+
+    @property
+    def value(self) -> Any:
+        """The object, which holds no tensors."""
+        return pickle.loads(self.payload)
+
+
+class PacketStream:
+    """One end of a connection between two processes of a run, over which packets travel whole and in order."""
+
+    def __init__(self) -> None:
+        self._sent: set[int] = set()  # memory files that the other end has
+
+    def send(self, packet: Packet) -> None:
+        """Sends a packet, with the memory files that the other end does not have yet.
+
+        A connection that is over takes packets and drops them: :meth:`receive` tells.
+        """
+        raise NotImplementedError
+
+    def receive(self) -> Packet:
+        """The next packet, however long it takes; raises where the other end is gone."""
+        raise NotImplementedError
+
+    def say(self, value: Any, more: Sequence[int] = ()) -> None:
+        """Sends an object that holds no tensors, with ``more`` descriptors."""
+        self.send(Packet(pickle.dumps(value), more=more))
+
+    def told(self) -> Any:
+        """Receives an object that the other end sent with :meth:`say`."""
+        return self.receive().value
+
+    def forget(self) -> None:
+        """Forgets which files the other end has; called when the other end drops them too."""
+        self._sent.clear()
 
 
 class Packer:

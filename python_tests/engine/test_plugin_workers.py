@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 
-from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run
 from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
@@ -14,13 +11,7 @@ from fedkern.usercode import plugins
 from python_tests.interrupted import outcome
 from python_tests.plugin_sources import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("plugged")
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """Workers have started before the first client works."""
-    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
+pytestmark = pytest.mark.usefixtures("plugged", "patient")
 
 
 @pytest.mark.exhaustive

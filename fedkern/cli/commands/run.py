@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,15 @@ def play(request: Request) -> int:
         return _run(request, config, out)
 
 
-@contextmanager
-def _workers_ahead(config: RunConfig) -> Iterator[None]:
+def _workers_ahead(config: RunConfig) -> AbstractContextManager[None]:
     """Forks the process that starts workers, if the run may use workers, before this process computes anything."""
-    from fedkern.engine.executors import fork_server, sizing, torchrun_group
+    from fedkern.engine.executors import choice, fork_server, torchrun_group
 
-    alone = config.workers == "1" or config.trained_clients < 2 or bool(sizing.unavailable(config.device))
+    alone = config.workers == "1" or config.trained_clients < 2 or bool(choice.unavailable(config.device))
     alone = alone or bool(plugins.loaded())  # a plugin may have computed already
     alone = alone or torchrun_group.present() is not None  # clients work on ranks
     idle = min(machine.usable_cores(), config.threads) > 1 or config.workers != "auto"
-    if interrupts.whole_process() and idle and not alone:
-        fork_server.fork_early()
-    try:
-        yield
-    finally:
-        fork_server.end_early()
+    return fork_server.ahead() if interrupts.whole_process() and idle and not alone else nullcontext()
 
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:

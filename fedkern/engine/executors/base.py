@@ -52,7 +52,7 @@ class Executor(Protocol):
     """
 
     count: int
-    """Number of processes in which clients work side by side."""
+    """Number of this machine's processes in which clients work side by side."""
 
     remote: bool
     """Whether clients keep their data and states to themselves: no client ever works in this process."""

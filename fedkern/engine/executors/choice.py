@@ -1,19 +1,33 @@
-"""Which executor a run has: this process, workers of its own, the ranks of torchrun, or one of remote clients."""
+"""Which executor a run has: this process, workers of its own and how many, the ranks of torchrun, or remote clients."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
-from fedkern.engine.executors import torchrun_group
+import torch
+
+from fedkern.engine.context import RunContext
+from fedkern.engine.executors import fork_server, torchrun_group
 from fedkern.engine.executors.base import Executor
 from fedkern.engine.executors.ranks import Ranks
-from fedkern.engine.executors.sizing import workers_for
+from fedkern.engine.executors.worker_messages import Setup
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run_objects import RunObjects
+from fedkern.messages.packets import NotPortable, check_portable, only_code_bars
+from fedkern.process import machine
+from fedkern.settings.config import RunConfig
 
 Remote = Callable[[RunObjects], Executor]
 """Makes the executor of clients that keep their data and states to themselves (see :attr:`Executor.remote`)."""
+
+BASE_BYTES = 400 << 20
+"""Memory of a worker beside networks and images: the interpreter, PyTorch's own tables, a batch's activations."""
+NETWORKS = 8
+"""Copies of a network's parameters that a client may have at once: local, frozen, gradients, momentum, messages."""
 
 
 def executor_of(run: RunObjects, remote: Remote | None) -> Executor:
@@ -42,11 +56,70 @@ def executor_of(run: RunObjects, remote: Remote | None) -> Executor:
 def _on_ranks(run: RunObjects, ranks: torchrun_group.TorchrunGroup, asks: int) -> Executor:
     """The executor of several ranks; this process alone, where others would have nothing to do."""
     config, context = run.config, run.context
-    if config.workers not in ("auto", "1"):
-        why = "each rank of torchrun has its clients work one after another"
-        context.warn("no-workers", f"--workers {config.workers} changes nothing here, as {why}.")
+    if config.workers != "1":
+        _no_workers(config, context, "each rank of torchrun has its clients work one after another")
     if not asks or config.clients_of_a_round < 2:
         return run.here
     executor = Ranks(context, run.here, run.handlers, run.checkpoints.reader, ranks)
     run.server.summing = executor.accumulator
     return executor
+
+
+def _no_workers(config: RunConfig, context: RunContext, why: str) -> None:
+    if config.workers != "auto":
+        context.warn("no-workers", f"--workers {config.workers} changes nothing here, as {why}.")
+
+
+def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: int) -> int:
+    """The number of workers of a run; below 2 its clients work in the run's process.
+
+    Args:
+        asks: how often clients will be asked one by one, not as a cohort; with 0 a worker would have nothing to do.
+        parameters: number of parameters of the network.
+    """
+    if config.workers == "1" or not asks:
+        return 1
+    why = unavailable(config.device)
+    if why:
+        _no_workers(config, context, why)
+        return 1
+    most = config.clients_of_a_round
+    if config.workers != "auto":
+        return min(int(config.workers), most)
+    # Fewer --threads than cores: the user leaves the others to other work.
+    cores = min(machine.usable_cores(), config.threads)
+    return min(most, cores // config.client_threads, machine.free_memory() // worker_bytes(context, parameters))
+
+
+def unavailable(device: str) -> str:
+    """Why there can be no workers, as a part of a sentence; empty where there can."""
+    if sys.platform != "linux" or not hasattr(os, "memfd_create"):
+        return "workers need Linux"
+    if device != "cpu":
+        return f"clients share the one {device} device"
+    return "" if sys.executable else "this Python does not say how it was started"
+
+
+def worker_bytes(context: RunContext, parameters: int) -> int:
+    """Estimated bytes of a worker, without the data, which all workers map."""
+    data = context.data
+    tests = (*data.tests.values(), data.validation, *data.client_tests) if context.config.own_networks else ()
+    images = sum(split.memory for split in (*data.clients, *tests)) if context.cache else 0
+    return BASE_BYTES + NETWORKS * 4 * parameters + images
+
+
+def own_fork_server(setup: Setup) -> AbstractContextManager[None]:
+    """Context of a run whose fork server is forked from its process where what clients need cannot be sent to another.
+
+    The run has no thread of its own yet, and the fork server and its workers compute on one thread.
+    """
+    config = setup.context.config
+    barred = unavailable(config.device) or torch.cuda.is_initialized()
+    if config.workers != "1" and config.client_threads == 1 and not barred:
+        try:
+            check_portable(setup)
+        except NotPortable:
+            # What is open, such as a file of samples, would have one position for all processes.
+            if only_code_bars(setup):
+                return fork_server.ahead(setup)
+    return nullcontext()

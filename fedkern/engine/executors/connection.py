@@ -15,7 +15,6 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedkern.messages.packets import Packet, mapped
+from fedkern.messages.packets import Packet, PacketStream, mapped
 from fedkern.process.interrupts import check
 
 SILENCE = "FEDKERN_RANK_TIMEOUT"
@@ -54,10 +53,10 @@ def silence() -> float:
 
 @dataclass
 class _Frame:
-    """What is sent at once: kind, pickle, and the memory files that the other end lacks, as uint8 tensors."""
+    """What is sent at once: kind, what is pickled, and the memory files that the other end lacks, as uint8 tensors."""
 
     kind: int
-    payload: bytes = b""
+    value: Any = None
     files: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -78,8 +77,8 @@ class Ended(Exception):
         self.code, self.said = code, reason
 
 
-class Connection:
-    """One end of a connection between rank 0 and another rank (compare :class:`.shared_tensors.Channel`).
+class Connection(PacketStream):
+    """One end of a connection between rank 0 and another rank (see :class:`PacketStream`).
 
     Args:
         peer: the rank at the other end.
@@ -90,12 +89,12 @@ class Connection:
     """
 
     def __init__(self, peer: int, *, serving: bool) -> None:
+        super().__init__()
         self.peer = peer
         self.over: Lost | Ended | None = None
         self._window = threading.Semaphore(WINDOW) if serving else None
         self._outgoing: queue.SimpleQueue[_Frame] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[Packet | None] = queue.SimpleQueue()  # None: the connection is over
-        self._sent: set[int] = set()
         self._leaving: _Frame | None = None
         self._beat = min(15.0, silence() / 4)
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._send_all, self._receive_all)]
@@ -105,23 +104,12 @@ class Connection:
     # -- sending ---------------------------------------------------------------------------------------------------
 
     def send(self, packet: Packet) -> None:
-        """Sends a packet, with the memory files that the other end does not have yet.  It does not wait.
-
-        A connection that is over takes packets and drops them: :meth:`get` tells.
-        """
+        """See :meth:`PacketStream.send`; it does not wait."""
         new = {number: descriptor for number, descriptor in packet.files.items() if number not in self._sent}
         self._sent.update(new)
         # The contents of memory files, uint8 [bytes], stay when the descriptors are closed.
         files = {each: torch.frombuffer(mapped(descriptor), dtype=torch.uint8) for each, descriptor in new.items()}
         self._outgoing.put(_Frame(_PACKET, packet.payload, files))
-
-    def say(self, value: Any) -> None:
-        """Sends an object that holds no tensors."""
-        self.send(Packet(pickle.dumps(value), {}))
-
-    def forget(self) -> None:
-        """Forgets which files the other end has; called when the other end drops them too."""
-        self._sent.clear()
 
     def leave(self, code: int, reason: str = "") -> None:
         """Tells the other end, before anything that still waits to be sent, that this end ends.
@@ -131,12 +119,14 @@ class Connection:
             reason: why this end fails, as one sentence.
         """
         if self._leaving is None:
-            self._leaving = _Frame(_BYE, pickle.dumps((code, reason)))
+            self._leaving = _Frame(_BYE, (code, reason))
             self._outgoing.put(_Frame(_BEAT))  # wakes the thread that sends
 
-    def left(self, seconds: float, *, heard: bool = False) -> None:
-        """Waits until the other end has been told, and with ``heard`` has ended or answered; at most ``seconds``."""
-        until = time.monotonic() + seconds
+    def left(self, until: float, *, heard: bool = False) -> None:
+        """Waits until the other end has been told, and with ``heard`` has ended or answered.
+
+        ``until`` is the time on the monotonic clock at which the wait ends in any case.
+        """
         for thread in self._threads[: 1 + heard]:
             thread.join(max(0.0, until - time.monotonic()))
 
@@ -144,10 +134,7 @@ class Connection:
         try:
             last = time.monotonic()
             waiting: _Frame | None = None  # for the other end to take earlier ones
-            while True:
-                if self._leaving is not None:
-                    self._transmit(self._leaving)
-                    return
+            while self._leaving is None:
                 if waiting is None:
                     waiting = self._next()
                 if waiting is not None and self._may(waiting):
@@ -156,6 +143,7 @@ class Connection:
                 elif time.monotonic() - last >= self._beat:
                     self._transmit(_Frame(_BEAT))
                     last = time.monotonic()
+            self._transmit(self._leaving)
         except Exception as error:
             self._end(Lost(how(error)))
 
@@ -169,12 +157,10 @@ class Connection:
         return frame.kind != _PACKET or self._window is None or self._window.acquire(timeout=_TICK)
 
     def _transmit(self, frame: _Frame) -> None:
-        table = [[number, content.numel()] for number, content in frame.files.items()]
-        dist.send(torch.tensor([frame.kind, len(frame.payload), len(table)]), dst=self.peer)
-        if table:
-            dist.send(torch.tensor(table), dst=self.peer)
-        if frame.payload:
-            dist.send(torch.frombuffer(bytearray(frame.payload), dtype=torch.uint8), dst=self.peer)
+        sizes = {number: content.numel() for number, content in frame.files.items()}
+        head = pickle.dumps((frame.kind, frame.value, sizes))
+        for piece in (len(head).to_bytes(8, "little"), head):
+            dist.send(torch.frombuffer(bytearray(piece), dtype=torch.uint8), dst=self.peer)
         for content in frame.files.values():
             dist.send(content, dst=self.peer)
 
@@ -188,7 +174,7 @@ class Connection:
             Ended: the other end has said that it ends.
         """
         try:
-            packet = self._incoming.get(timeout=seconds) if seconds > 0 else self._incoming.get_nowait()
+            packet = self._incoming.get(timeout=seconds)
         except queue.Empty:
             return None
         if packet is None:
@@ -199,56 +185,34 @@ class Connection:
             self._outgoing.put(_Frame(_MORE))
         return packet
 
-    def receive(self) -> tuple[Packet, list[int]]:
-        """The next packet, however long it takes; the list is empty, where a `Channel` would give descriptors.
+    def receive(self) -> Packet:
+        """See :meth:`PacketStream.receive`.
 
         Raises:
             Lost, Ended: see :meth:`get`.
         """
         while True:
             check()
-            packet = self.get(_TICK)
-            if packet is not None:
-                return packet, []
-
-    def told(self) -> Any:
-        """Receives an object that the other end sent with :meth:`say`.
-
-        Raises:
-            Lost, Ended: see :meth:`get`.
-        """
-        return pickle.loads(self.receive()[0].payload)
+            if (packet := self.get(_TICK)) is not None:
+                return packet
 
     def _receive_all(self) -> None:
         try:
             while True:
-                kind, size, count = self._numbers(3).tolist()
-                if kind == _MORE and self._window is not None:
+                size = int.from_bytes(self._bytes(8), "little")
+                kind, value, sizes = pickle.loads(self._bytes(size))
+                if kind == _PACKET:
+                    files = {number: self._bytes(length) for number, length in sizes.items()}
+                    self._incoming.put(Packet(value, contents=files))
+                elif kind == _MORE and self._window is not None:
                     self._window.release()
-                if kind in (_BEAT, _MORE):
-                    continue
-                table = self._numbers(count, 2).tolist() if count else []
-                payload = self._bytes(size)
-                if kind == _BYE:
-                    self._end(Ended(*pickle.loads(payload)))
+                elif kind == _BYE:
+                    self._end(Ended(*value))
                     return
-                self._incoming.put(Packet(payload, {}, {number: self._file(length) for number, length in table}))
         except Exception as error:
             self._end(Lost(how(error)))
 
-    def _numbers(self, *shape: int) -> Tensor:
-        numbers = torch.empty(shape, dtype=torch.int64)
-        dist.recv(numbers, src=self.peer)
-        return numbers
-
-    def _bytes(self, size: int) -> bytes:
-        content = bytearray(size)
-        if size:
-            dist.recv(torch.frombuffer(content, dtype=torch.uint8), src=self.peer)
-        return bytes(content)
-
-    def _file(self, size: int) -> memoryview:
-        """Receives a memory file's content."""
+    def _bytes(self, size: int) -> memoryview:
         content = torch.empty(size, dtype=torch.uint8)
         dist.recv(content, src=self.peer)
         return content.numpy().data
@@ -266,11 +230,9 @@ def how(error: Exception) -> str:
         return f"it was silent for {silence():g} seconds"
     if any(words in text for words in ("closed", "reset", "Broken pipe", "refused")):
         return "its connection was closed"
-    return " ".join((text.splitlines() or [type(error).__name__])[0].split())
+    return first_line(error)
 
 
-def drained(connections: Iterable[Connection], seconds: float, *, heard: bool) -> None:
-    """Waits for all connections as `Connection.left` does for one, at most ``seconds`` in all."""
-    until = time.monotonic() + seconds
-    for connection in connections:
-        connection.left(max(0.0, until - time.monotonic()), heard=heard)
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    return " ".join((str(error).splitlines() or [type(error).__name__])[0].split())

@@ -4,7 +4,7 @@ Answers are handed on in client order, whatever order they arrive in, so that th
 
 A client keeps its process within a round, because its ``round_cache`` is there.  A process that has not worked for the
 client in this round starts from the client's state at the beginning of the round, and plays the messages again that the
-client has answered since.
+client has answered since.  A message that cannot be sent to another process has the client work in this one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, Request, States
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.worker_messages import Done, Forget, Job, Notice
+from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice
 from fedkern.engine.uploads.encoders import Encoder
-from fedkern.messages.packets import Packet, Unpacker
+from fedkern.messages.packets import NotPortable, Packer, Packet, Unpacker
 from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.process.interrupts import check
 
@@ -33,10 +33,13 @@ class Ordered:
         states: where a client's state comes from when the client first works in a round.
     """
 
+    count = 1
     remote = False
 
     def __init__(self, context: RunContext, here: Serial, states: States) -> None:
         self.here, self._context, self._states = here, context, states
+        self._processes: list[Any] = []  # packet streams to the other processes that clients work in
+        self._packer = Packer()
         # State of this round:
         self._readers: dict[ClientId, Callable[[], dict[str, Any]]] = {}  # of states that clients began the round with
         self._at: dict[ClientId, Any] = {}  # the process that has begun a client's round; None: this process
@@ -44,6 +47,7 @@ class Ordered:
         self._changed: dict[ClientId, dict[str, Any]] = {}
         # State of this exchange:
         self._requests: dict[ClientId, Request] = {}
+        self._todo: list[ClientId] = []  # clients that nothing works for yet
         self._replies: dict[ClientId, Done] = {}  # that wait for their turn
 
     def answers(
@@ -58,7 +62,9 @@ class Ordered:
         self._requests = {k: (asker, phase, message, encoders.get(k)) for k, message in messages.items()}
         for k in messages:
             self._readers.setdefault(k, self._states(k))
+        self._todo = list(messages)
         self._replies.clear()
+        self._clear(Cleared())
         self._begin()
         for k in messages:
             yield self._answer(k)
@@ -97,39 +103,48 @@ class Ordered:
         self.here.forget(client)
 
     def end_round(self) -> None:
+        self._clear(Forget())
         for table in (self._readers, self._at, self._played, self._changed, self._requests, self._replies):
             table.clear()
         self.here.end_round()
+
+    def close(self) -> None:
+        self._packer.clear()
 
     # -- what a transport does -------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Begins an exchange."""
-        raise NotImplementedError
 
     def _advance(self, k: ClientId) -> None:
         """Goes on with the exchange until there may be a reply of client ``k``, the next in order."""
         raise NotImplementedError
 
-    def _tell(self, process: Any, message: Any) -> bool:
-        """Sends a message to another process that is in ``_at``; False where the process is lost."""
-        raise NotImplementedError
-
     # -- what a transport uses -------------------------------------------------------------------------------------
 
-    def _job(self, k: ClientId) -> Job:
-        """What the process of client ``k`` is sent; ``k`` begins its round there where it is not in ``_at``."""
-        if k in self._at:
-            return Job(k, self._requests[k])
-        return Job(k, self._requests[k], self._readers[k](), tuple(self._played.get(k, ())))
-
-    def _work(self, k: ClientId) -> Done:
-        """Has client ``k`` work in this process."""
-        if k not in self.here.working():  # the client begins its round here
+    def _send(self, process: Any, k: ClientId) -> bool:
+        """Has client ``k`` work in another process; False where its message cannot be sent there."""
+        try:
+            self._tell(process, self._job(k, process))
+        except NotPortable:
             self._at[k] = None
-            self.here.take(k, self._readers[k](), self._played.get(k, ()))
-            self._changed.pop(k, None)  # the client's state here is a later one than that of a process that was lost
-        return Done(self.here.ask(k, *self._requests[k]))
+            return False
+        self._todo.remove(k)
+        return True
+
+    def _work(self, k: ClientId) -> None:
+        """Has client ``k`` work in this process."""
+        self._todo.remove(k)
+        self._replies[k] = self.here.reply(self._job(k, None))
+
+    def _job(self, k: ClientId, process: Any) -> Job:
+        """What client ``k`` has to do; it begins its round in ``process`` where it has not worked there yet."""
+        begun = k in self.here.working() if process is None else self._at.get(k) is process
+        self._at[k] = process
+        if begun:
+            return Job(k, self._requests[k])
+        self._changed.pop(k, None)  # of a process that was lost: the client's next state is a later one
+        return Job(k, self._requests[k], self._readers[k](), tuple(self._played.get(k, ())))
 
     def _read(self, packet: Packet) -> Done | None:
         """The reply that another process has sent; None where it has sent a notice, which is passed on."""
@@ -139,3 +154,13 @@ class Ordered:
             return None
         assert isinstance(message, Done)
         return message
+
+    def _tell(self, process: Any, message: Any) -> None:
+        process.send(self._packer.pack(message))
+
+    def _clear(self, message: Any) -> None:
+        """Has no later packet refer to tensors of earlier ones, which all processes drop at this message."""
+        self._packer.clear()
+        for process in self._processes:
+            process.forget()
+            self._tell(process, message)

@@ -6,14 +6,13 @@ ranks (`fedkern.engine.rank`) work as worker processes do and get the same messa
 The clients of a round are dealt out in turn, and keep their rank within the round (see
 `fedkern.engine.executors.ordered`).  A client's state comes with its first message of a round, and returns with its
 answer where it has changed: it is then in the checkpoint, from which torchrun's next attempt starts.  A lost rank is
-not replaced: the run ends, and torchrun starts all ranks again if it may.  A message that cannot be sent to another
-rank has rank 0 begin the client's round again.
+not replaced: the run ends, and torchrun starts all ranks again if it may.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +24,10 @@ from fedkern.engine.executors.connection import Connection, Lost
 from fedkern.engine.executors.ordered import Ordered
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.torchrun_group import GO_ON, TorchrunGroup
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Sum
-from fedkern.engine.executors.workers import setup_of
+from fedkern.engine.executors.worker_messages import Setup, Sum
 from fedkern.errors import RunFailed, UserError
 from fedkern.files.image_rows import FileRows
-from fedkern.messages.packets import NotPortable, Packer
+from fedkern.messages.packets import NotPortable
 from fedkern.methods.base import ClientId
 from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
@@ -54,20 +52,18 @@ class Ranks(Ordered):
         self, context: RunContext, here: Serial, handlers: Mapping[str, Any], states: States, group: TorchrunGroup
     ) -> None:
         super().__init__(context, here, states)
-        self._group, self.count = group, group.size
-        self._packer = Packer()
-        self._connections: list[Connection] = []  # to the ranks that clients work on, beside this one
+        self._group = group
+        self._processes: list[Connection] = []
         self._home: dict[ClientId, Any] = {}  # as _at, with clients of this round that are done
-        self._todo: list[ClientId] = []  # clients of this rank that have not worked in this exchange yet
         for rank, level in group.odd.items():
             context.warn(
                 "other-kernels",
                 f"Rank {rank} computes with other kernels than rank 0 (torch {level}): bits depend on where a client "
                 "works.",
             )
-        self._start(dict(handlers))
+        self._start(handlers)
 
-    def _start(self, handlers: dict[str, Any]) -> None:
+    def _start(self, handlers: Mapping[str, Any]) -> None:
         tests = self._context.config.own_networks
         if self._group.launched.here < self._group.size and _in_a_file(self._context.data, tests):
             raise UserError(
@@ -75,21 +71,20 @@ class Ranks(Ordered):
                 "ranks of one machine, or fewer or smaller images, which are kept in memory."
             )
         try:
-            packet = self._packer.pack(setup_of(self._context, handlers))
+            packet = self._packer.pack(Setup.of(self._context, handlers))
         except NotPortable as error:
-            self.count = 1
             self._context.warn(
                 "no-workers",
                 f"All clients work on rank 0, as {error} cannot be sent to other ranks: define it in a module of its "
                 "own to have them side by side.",
             )
             return
-        self._connections = list(self._group.connections.values())
-        for connection in self._connections:
+        self._processes = list(self._group.connections.values())
+        for connection in self._processes:
             connection.say(plugins.sent(self._context.config.plugins))
             connection.send(packet)
         self._packer.clear()
-        self._context.notice(f"clients work on {self.count} ranks")
+        self._context.notice(f"clients work on {self._group.size} ranks")
 
     # -- the executor ----------------------------------------------------------------------------------------------
 
@@ -99,22 +94,12 @@ class Ranks(Ordered):
         Vectors that encoders keep are added up by the accumulators of :meth:`accumulator`, until the next exchange
         begins.
         """
-        self._packer.clear()
-        self._todo.clear()
-        for connection in self._connections:
-            connection.forget()
-            self._tell(connection, Cleared())
-        ranks = (None, *self._connections)
+        ranks = (None, *self._processes)
         for k in self._requests:
-            rank = self._at[k] if k in self._at else ranks[len(self._at) % self.count]
-            try:
-                if rank is not None:
-                    self._tell(rank, self._job(k))
-            except NotPortable:
-                rank = None
-            self._at[k] = self._home[k] = rank
-            if rank is None:
-                self._todo.append(k)
+            rank = self._at[k] if k in self._at else ranks[len(self._at) % len(ranks)]
+            if rank is None or not self._send(rank, k):
+                self._at[k] = None
+        self._home.update(self._at)
 
     def _advance(self, k: ClientId) -> None:
         """Hears the rank of the next client in order; meanwhile this rank goes on with its later clients."""
@@ -125,25 +110,9 @@ class Ranks(Ordered):
             if packet is not None and (reply := self._read(packet)) is not None:
                 self._replies[k] = reply
             elif idle:
-                self._work_ahead(self._todo[0])
+                self._work(self._todo[0])
         elif k in self._todo:
-            self._work_ahead(k)
-
-    def _work_ahead(self, k: ClientId) -> None:
-        """Has a client work on this rank.  Its warnings and its exception wait for its turn, as another rank's do."""
-        self._todo.remove(k)
-        earlier, self._context.warnings = self._context.warnings, {}
-        try:
-            self._replies[k] = self._work(k)
-            self._replies[k].answer.warnings = self._context.warnings
-        except Exception as error:
-            self._replies[k] = Done(None, failed=error)
-        finally:
-            self._context.warnings = earlier
-
-    def _tell(self, process: Connection, message: Any) -> bool:
-        process.send(self._packer.pack(message))
-        return True
+            self._work(k)
 
     # -- sums --------------------------------------------------------------------------------------------------------
 
@@ -151,14 +120,13 @@ class Ranks(Ordered):
         """An accumulator for ``local``'s vectors that also adds those that have stayed on other ranks."""
         return Spread(local, self._summed) if local.exact else local
 
-    def _summed(self, size: int, terms: Mapping[ClientId, list[tuple[Kept, float]]]) -> Accumulator:
+    def _summed(self, size: int, terms: Sequence[tuple[Kept, float]]) -> Accumulator:
         """The exact sum of vectors that have stayed on other ranks: one reduction of integers."""
-        there: dict[Connection, list[tuple[int, str, float]]] = {rank: [] for rank in self._connections}
+        there: dict[Connection, list[tuple[int, str, float]]] = {rank: [] for rank in self._processes}
         weights = Accumulator(0, exact=True)
-        for k, each in terms.items():
-            for stand_in, weight in each:
-                there[self._home[k]].append((k, stand_in.name, weight))
-                weights.add(torch.empty(0, dtype=stand_in.dtype), weight)
+        for stand_in, weight in terms:
+            there[self._home[stand_in.client]].append((stand_in.client, stand_in.name, weight))
+            weights.add(torch.empty(0, dtype=stand_in.dtype), weight)
         for rank, vectors in there.items():
             self._tell(rank, Sum(size, tuple(vectors)))
         try:
@@ -172,19 +140,9 @@ class Ranks(Ordered):
         total.load_state_dict({**weights.state_dict(), "size": size, "digits": digits, "top": top})
         return total
 
-    # -- the round ---------------------------------------------------------------------------------------------------
-
     def end_round(self) -> None:
-        for connection in self._connections:
-            self._tell(connection, Forget())
-            connection.forget()
-        self._packer.clear()
         self._home.clear()
         super().end_round()
-
-    def close(self) -> None:
-        """Drops what waits to be packed; the other ranks end with the command (see `torchrun_group.joined`)."""
-        self._packer.clear()
 
 
 def _in_a_file(data: Any, tests: bool) -> bool:
@@ -198,19 +156,17 @@ class Spread:
 
     Args:
         local: adds the vectors of this rank.
-        summed: gives the sum of the others, from the length of the vectors, and their stand-ins and weights by client.
+        summed: gives the sum of the others, from the length of the vectors, and their stand-ins and weights.
     """
 
-    def __init__(
-        self, local: Accumulator, summed: Callable[[int, Mapping[ClientId, list[tuple[Kept, float]]]], Accumulator]
-    ) -> None:
+    def __init__(self, local: Accumulator, summed: Callable[[int, Sequence[tuple[Kept, float]]], Accumulator]) -> None:
         self._own, self._summed = local, summed
-        self._far: dict[ClientId, list[tuple[Kept, float]]] = {}
+        self._far: list[tuple[Kept, float]] = []
 
     def add(self, vector: Tensor | Kept, weight: float | Tensor = 1.0) -> None:
         """Adds ``weight * vector``; a vector on another rank is only noted."""
         if isinstance(vector, Kept):
-            self._far.setdefault(vector.client, []).append((vector, float(weight)))
+            self._far.append((vector, float(weight)))
         else:
             self._own.add(vector, weight)
 
@@ -218,5 +174,5 @@ class Spread:
         """The weighted mean of all vectors, ``[P]``: the other ranks add theirs up now."""
         if self._far:
             self._own.merge(self._summed(self._own.size, self._far))
-            self._far = {}
+            self._far = []
         return self._own.mean()

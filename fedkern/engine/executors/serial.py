@@ -12,6 +12,7 @@ from torch import Tensor
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, Request, States
+from fedkern.engine.executors.worker_messages import Done, Job
 from fedkern.engine.lanes import lanes, on_this_stream, side_by_side
 from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.training import Diverged
@@ -81,6 +82,21 @@ class Serial:
     def ask(self, k: ClientId, asker: str, phase: Phase, message: Message, encoder: Encoder | None = None) -> Answer:
         """One client's answer to a message, which an encoder may change."""
         return self._begin(k, asker, phase, message, encoder)()
+
+    def reply(self, job: Job) -> Done:
+        """Does a job.  The client's warnings and its exception are in the reply: they wait for its turn."""
+        context = self._context
+        earlier, context.warnings = context.warnings, {}
+        try:
+            if job.state is not None:
+                self.take(job.client, dict(job.state), job.played)
+            answer = self.ask(job.client, *job.request)
+            answer.warnings = context.warnings
+        except Exception as error:
+            return Done(None, failed=error)
+        finally:
+            context.warnings = earlier
+        return Done(answer, self.changed(job.client))
 
     def _begin(
         self,

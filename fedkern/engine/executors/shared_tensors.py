@@ -8,37 +8,31 @@ import os
 import pickle
 import socket
 import struct
-from collections.abc import Iterable
-from typing import Any
 
-from fedkern.messages.packets import Packet
+from fedkern.messages.packets import Packet, PacketStream
 
 _HEADER = struct.Struct("<QI")  # bytes of the pickle, number of memory files
 _INLINE = 1 << 15  # bytes; a longer pickle goes through a memory file, so that no message fills the socket's buffer
 _MOST_FILES = 250  # most files of one message (SCM_MAX_FD is 253)
 
 
-class Channel:
-    """One end of a connection between two processes, over which packets travel whole."""
+class Channel(PacketStream):
+    """One end of a connection between two processes of one machine (see :class:`PacketStream`)."""
 
     def __init__(self, end: socket.socket) -> None:
+        super().__init__()
         self._end = end
-        self._sent: set[int] = set()  # files that the other end has
 
     def fileno(self) -> int:
         """The connection's descriptor, for ``select``."""
         return self._end.fileno()
 
-    def send(self, packet: Packet, more: Iterable[int] = ()) -> None:
-        """Sends a packet, the descriptors of files that the other end does not have yet, then ``more`` descriptors.
-
-        Raises:
-            OSError: the other end is gone.
-        """
+    def send(self, packet: Packet) -> None:
+        """See :meth:`PacketStream.send`; the packet's further descriptors travel after those of its files."""
         new = {number: descriptor for number, descriptor in packet.files.items() if number not in self._sent}
         payload = pickle.dumps((list(new), packet.payload))
         spilt = len(payload) > _INLINE
-        descriptors = [*new.values(), *more]
+        descriptors = [*new.values(), *packet.more]
         if len(descriptors) + spilt > _MOST_FILES:
             raise ValueError(f"packet: expected at most {_MOST_FILES} files, given {len(descriptors) + spilt}")
         with contextlib.ExitStack() as stack:
@@ -49,12 +43,13 @@ class Channel:
                 descriptors.insert(0, file.fileno())
             header = _HEADER.pack(0 if spilt else len(payload), len(descriptors))
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-            sent = self._end.sendmsg([header], rights)
-            self._end.sendall(header[sent:] + (b"" if spilt else payload))
+            with contextlib.suppress(ConnectionError):
+                sent = self._end.sendmsg([header], rights)
+                self._end.sendall(header[sent:] + (b"" if spilt else payload))
         self._sent.update(new)
 
-    def receive(self) -> tuple[Packet, list[int]]:
-        """A packet and the descriptors that came beside its files.
+    def receive(self) -> Packet:
+        """See :meth:`PacketStream.receive`.
 
         Raises:
             EOFError: the other end is gone.
@@ -82,24 +77,7 @@ class Channel:
             raise EOFError from None
         numbers, inner = pickle.loads(payload)
         files = dict(zip(numbers, descriptors, strict=False))
-        return Packet(inner, files), descriptors[len(numbers) : count]
-
-    def say(self, value: Any, more: Iterable[int] = ()) -> None:
-        """Sends an object that holds no tensors, with ``more`` descriptors.
-
-        Raises:
-            OSError: the other end is gone.
-        """
-        self.send(Packet(pickle.dumps(value), {}), more)
-
-    def told(self) -> tuple[Any, list[int]]:
-        """Receives an object that the other end sent with :meth:`say`, and the descriptors that came with it.
-
-        Raises:
-            EOFError: the other end is gone.
-        """
-        packet, descriptors = self.receive()
-        return pickle.loads(packet.payload), descriptors
+        return Packet(inner, files, more=descriptors[len(numbers) : count])
 
     def _exactly(self, size: int) -> bytes:
         parts = bytearray()
@@ -109,10 +87,6 @@ class Channel:
                 raise EOFError
             parts += part
         return bytes(parts)
-
-    def forget(self) -> None:
-        """Forgets which files the other end has; called when the other end drops them too."""
-        self._sent.clear()
 
     def close(self) -> None:
         """Closes this end."""

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import os
-import pickle
-import queue
 import socket
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from fedkern.engine.executors.connection import SILENCE, Connection, Ended, Lost, drained, how, silence
+from fedkern.engine.executors.connection import SILENCE, Connection, Ended, Lost, first_line, how, silence
 from fedkern.errors import RunFailed, UserError
 from fedkern.messages.packets import Packet
 from fedkern.ops import Accumulator
@@ -29,6 +28,7 @@ from fedkern.ops._aggregate.reference import risen
 from fedkern.process import versions
 from fedkern.process.interrupts import check
 
+Result = TypeVar("Result")
 GO_ON = "go on from its last checkpoint with --resume, or have torchrun do so with --max-restarts"
 LEAVING = 10.0
 """Seconds that an ending rank gives the others to hear of it."""
@@ -123,9 +123,8 @@ class TorchrunGroup:
         try:
             patiently(lambda: self._connect(timedelta(seconds=seconds)))
         except Exception as error:
-            why = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
             raise RunFailed(
-                f"The {self.size} ranks cannot be connected ({why}): see whether all machines reach "
+                f"The {self.size} ranks cannot be connected ({first_line(error)}): see whether all machines reach "
                 f"{os.environ.get('MASTER_ADDR')}, and name their network in GLOO_SOCKET_IFNAME."
             ) from None
         _met = True
@@ -137,7 +136,9 @@ class TorchrunGroup:
             return
         ours = versions.kernels()
         for rank, connection in self.connections.items():
-            theirs, their_versions, kernels = self._told(connection)
+            while (hello := self.heard(connection, 0.5)) is None:
+                self.check()
+            theirs, their_versions, kernels = hello.value
             if theirs != list(words):
                 raise UserError(
                     f"Rank {rank} was started with other arguments than rank 0 ({' '.join(theirs)}): start torchrun "
@@ -157,15 +158,8 @@ class TorchrunGroup:
         store = dist.PrefixStore(f"fedkern/{_agreed(store, rank, size, limit.total_seconds())}", store)
         # Messages are tensors in a machine's own memory, also where clients train on GPUs.
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
-        self._group = dist.new_group(
-            backend="gloo", timeout=limit
-        )  # its collectives never meet the connections' packets
-
-    def _told(self, connection: Connection) -> Any:
-        while (packet := self.heard(connection, 0.5)) is None:
-            self.check()
-            check()
-        return pickle.loads(packet.payload)
+        # Its collectives never meet the connections' packets.
+        self._group = dist.new_group(backend="gloo", timeout=limit)
 
     def heard(self, connection: Connection, seconds: float) -> Packet | None:
         """The next packet on a connection of rank 0, as `Connection.get` has it; raises as `check` for a lost rank."""
@@ -177,8 +171,7 @@ class TorchrunGroup:
 
     def check(self) -> None:
         """Raises RunFailed on rank 0 where another rank has failed or is lost; after Ctrl-C its exception instead."""
-        if any(isinstance(connection.over, (Ended, Lost)) for connection in self.connections.values()):
-            check()
+        check()
         for rank, connection in self.connections.items():
             if isinstance(connection.over, Ended):
                 raise RunFailed(f"Rank {rank} failed: {connection.over.said}")
@@ -201,9 +194,8 @@ class TorchrunGroup:
         state = local.state_dict()
         nccl = device == "cuda" and dist.is_nccl_available()
         where = f"cuda:{self.launched.local}" if nccl else "cpu"
-        sums: list[Tensor] = []
 
-        def reduce() -> None:
+        def reduce() -> tuple[Tensor, Tensor]:
             if nccl and self._between_gpus is None:
                 self._between_gpus = dist.new_group(backend="nccl", timeout=timedelta(seconds=silence()))
             group = self._between_gpus if nccl else self._group
@@ -212,14 +204,12 @@ class TorchrunGroup:
             dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
             digits = risen(state["digits"].to(where), top.long() - before.long())
             dist.reduce(digits, 0, dist.ReduceOp.SUM, group=group)
-            sums.extend((digits.cpu(), top.cpu()))
+            return digits.cpu(), top.cpu()
 
         try:
-            patiently(reduce)
+            return patiently(reduce)
         except Exception as error:
             raise Lost(how(error)) from None
-        digits, top = sums
-        return digits, top
 
     def leave(self, code: int, reason: str = "") -> None:
         """Tells the other ranks that this one ends (see `Connection.leave`), and waits until they know.
@@ -228,7 +218,9 @@ class TorchrunGroup:
         """
         for connection in self.connections.values():
             connection.leave(code, reason)
-        drained(self.connections.values(), LEAVING, heard=self.rank == 0)
+        until = time.monotonic() + LEAVING
+        for connection in self.connections.values():
+            connection.left(until, heard=self.rank == 0)
 
 
 def _listed(versions: dict[str, str]) -> str:
@@ -271,26 +263,21 @@ def _agreed(store: Any, rank: int, size: int, seconds: float) -> str:
     raise TimeoutError(f"not all ranks have come within {seconds:g} seconds")
 
 
-def patiently(work: Any) -> None:
+def patiently(work: Callable[[], Result]) -> Result:
     """Does ``work`` in a thread, because a signal reaches no thread that waits inside torch.distributed."""
-    results: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+    future: Future[Result] = Future()
 
     def run() -> None:
         try:
-            work()
+            future.set_result(work())
         except Exception as error:
-            results.put(error)
-        else:
-            results.put(None)
+            future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    while True:
+    while not future.done():
         check()
-        with suppress(queue.Empty):
-            error = results.get(timeout=0.2)
-            break
-    if error is not None:
-        raise error
+        wait([future], timeout=0.2)
+    return future.result()
 
 
 _present: TorchrunGroup | None = None
@@ -317,13 +304,9 @@ def joined(launched: LaunchedRank) -> Iterator[TorchrunGroup]:
     _present, _begun = TorchrunGroup(launched), True
     try:
         yield _present
-    except UserError as error:
+    except BaseException as error:
         if not launched.rank:
-            _present.leave(error.exit_code)
-        raise
-    except BaseException:
-        if not launched.rank:
-            _present.leave(1)
+            _present.leave(error.exit_code if isinstance(error, UserError) else 1)
         raise
     finally:
         _present = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Request
 from fedkern.models import ModelEntry
+from fedkern.ops._core import backend
+from fedkern.process.torch_modes import modes
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,12 @@ class Setup:
     backend: str | None
     isa: str
     modes: dict[str, Any]
+
+    @classmethod
+    def of(cls, context: RunContext, handlers: Mapping[str, Any]) -> Setup:
+        """What clients need in order to work elsewhere as they would in this process."""
+        entries, forced = context.added_models, backend.forced_backend()
+        return cls(context, dict(handlers), entries, forced, backend.active_isa(), modes())
 
 
 @dataclass(frozen=True)
@@ -91,4 +100,4 @@ class Cleared:
 class Forget:
     """Tells a worker to drop these clients, which work no more in this round.  No clients: the round is over."""
 
-    clients: tuple[int, ...] = field(default=())
+    clients: tuple[int, ...] = ()

@@ -8,26 +8,22 @@ Until the workers have started (a second or two, to load PyTorch), clients work 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-import signal
+import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, States
-from fedkern.engine.executors.fork_server import ForkServer, Gone
+from fedkern.engine.executors.fork_server import ForkServer, Gone, fork_server_of
 from fedkern.engine.executors.ordered import Ordered
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.shared_tensors import Channel
-from fedkern.engine.executors.worker_messages import Cleared, Forget, Setup
+from fedkern.engine.executors.worker_messages import Setup
 from fedkern.errors import RunFailed
-from fedkern.messages.packets import NotPortable, Packer
+from fedkern.messages.packets import NotPortable
 from fedkern.methods.base import ClientId
-from fedkern.ops._core import backend
-from fedkern.process.torch_modes import modes
 
 HELD_BYTES = 1 << 30
 """Limit on the bytes of uploads that wait for earlier clients.  Beyond it, only the next client in order gets a
@@ -40,14 +36,13 @@ WORTH_STARTING = 3.0
 """Seconds that the clients' remaining work must take in this process for ``--workers auto`` to start workers."""
 
 
-@dataclass(eq=False)
-class _Worker:
-    """A worker process: process id, connection, the client it works for (None: idle), the last exchange it has seen."""
+class _Worker(Channel):
+    """A worker process: connection, process id, and the client it works for (None: idle)."""
 
-    process: int
-    channel: Channel
-    client: ClientId | None = None
-    exchange: int = 0
+    def __init__(self, process: int, end: socket.socket) -> None:
+        super().__init__(end)
+        self.process = process
+        self.client: ClientId | None = None
 
 
 class Workers(Ordered):
@@ -61,7 +56,6 @@ class Workers(Ordered):
         count: number of workers.
         asks: how often the plan will still ask clients in the whole run.  Workers are then started only if enough work
             is left for them to pay.  None: they are started at once.
-        patient: whether to wait for the workers instead of beginning without them.
     """
 
     def __init__(
@@ -73,35 +67,24 @@ class Workers(Ordered):
         count: int,
         *,
         asks: int | None = None,
-        patient: bool = False,
     ) -> None:
         super().__init__(context, here, states)
-        self._handlers, self.count, self._patient = dict(handlers), count, patient
+        self._handlers, self.count = handlers, count
         self._left, self._asked, self._seconds = asks, 0, 0.0
         self._fork_server: ForkServer | None = None
-        self._given_up = False
-        self._workers: list[_Worker] = []
-        self._packer = Packer()
-        self._exchange = 0
+        self._processes: list[_Worker] = []
         self._losses: dict[ClientId, int] = {}  # how often a client's worker was lost in this round
-        self._todo: list[ClientId] = []  # clients of this exchange that are not at work yet
         if asks is None:
             self._start()
 
     # -- the executor ----------------------------------------------------------------------------------------------
-
-    def _begin(self) -> None:
-        self._exchange += 1
-        self._packer.clear()
-        self._todo = list(self._requests)
 
     def _advance(self, k: ClientId) -> None:
         self._hear(0.0)
         self._hire()
         self._hand_out(k)  # also where the reply is there, so that no worker is idle while the server is at work
         if k in self._todo:
-            self._todo.remove(k)
-            self._replies[k] = self._work(k)
+            self._work(k)
         elif k not in self._replies:
             self._hear(1.0)
 
@@ -110,45 +93,36 @@ class Workers(Ordered):
         answer = super()._answer(k)
         self._asked += 1
         self._seconds += answer.seconds
-        if self._left is not None and self._fork_server is None and not self._given_up:
-            seconds = (self._left - self._asked) * self._seconds / self._asked
-            if seconds > WORTH_STARTING:
-                self._start()
+        if self._left is not None and (self._left - self._asked) * self._seconds / self._asked > WORTH_STARTING:
+            self._left = None
+            self._start()
         return answer
 
     def end_round(self) -> None:
-        for worker in list(self._workers):
-            self._tell(worker, Forget())
-            worker.channel.forget()
-        self._packer.clear()
         self._losses.clear()
         super().end_round()
 
     def close(self) -> None:
-        """Ends all processes, whatever they are doing."""
-        for worker in self._workers:
-            # Nobody has waited for the worker yet, so its process id is not another process's.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker.process, signal.SIGKILL)
-            worker.channel.close()
-        self._workers.clear()
-        self._packer.clear()
+        """Ends all processes, whatever they are doing: workers end with their fork server."""
         if self._fork_server is not None:
             self._fork_server.close()
             self._fork_server = None
+        for worker in self._processes:
+            worker.close()
+        self._processes.clear()
+        super().close()
 
     # -- the workers -----------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         try:
-            self._fork_server = ForkServer(setup_of(self._context, self._handlers))
+            self._fork_server = fork_server_of(Setup.of(self._context, self._handlers))
         except NotPortable as error:
             self._give_up(f"{error} cannot be sent to worker processes", "define it in a module of its own")
         except OSError as error:
             self._give_up(f"worker processes cannot be started ({error.strerror or error})", "")
 
     def _give_up(self, why: str, way: str) -> None:
-        self._given_up = True
         self._context.warn(
             "no-workers",
             f"Clients work one after another, as {why}" + (f": {way} to have them side by side." if way else "."),
@@ -156,13 +130,12 @@ class Workers(Ordered):
 
     def _hire(self) -> None:
         """Forks workers up to ``count``, once the fork server is ready."""
-        if self._fork_server is None or len(self._workers) >= self.count:
+        if self._fork_server is None or len(self._processes) >= self.count:
             return
         try:
-            if not self._fork_server.ready(self._patient):
-                return
-            while len(self._workers) < self.count:
-                self._workers.append(_Worker(*self._fork_server.fork()))
+            if self._fork_server.ready():
+                while len(self._processes) < self.count:
+                    self._processes.append(_Worker(*self._fork_server.fork()))
         except Gone as error:
             self._fork_server.close()
             self._fork_server = None
@@ -170,54 +143,21 @@ class Workers(Ordered):
 
     def _hand_out(self, first: ClientId) -> None:
         """Gives every idle worker the next client that it may have."""
-        for worker in list(self._workers):
-            if worker.client is not None:
-                continue
+        for worker in [worker for worker in self._processes if worker.client is None]:
             for k in list(self._todo):
                 if self._at.get(k, worker) is not worker:
                     continue  # another worker or this process has the client in this round
                 if k != first and sum(reply.size for reply in self._replies.values()) > HELD_BYTES:
                     break
                 if self._send(worker, k):
-                    self._todo.remove(k)
+                    worker.client = k
                     break
-                if worker not in self._workers:
-                    break
-
-    def _send(self, worker: _Worker, k: ClientId) -> bool:
-        job = self._job(k)
-        if worker.exchange != self._exchange:
-            worker.exchange = self._exchange
-            worker.channel.forget()
-            if not self._tell(worker, Cleared()):
-                return False
-        try:
-            if not self._tell(worker, job):
-                return False
-        except NotPortable:
-            self._at[k] = None  # the message cannot be sent, so the client works in this process in this round
-            return False
-        worker.client, self._at[k] = k, worker
-        return True
-
-    def _tell(self, process: _Worker, message: Any) -> bool:
-        packet = self._packer.pack(message)
-        try:
-            process.channel.send(packet)
-        except OSError:
-            self._lost(process)
-            return False
-        return True
 
     def _hear(self, seconds: float) -> None:
         """Receives what workers have sent, waiting up to ``seconds`` for the first of it."""
-        busy = [worker for worker in self._workers if worker.client is not None]
-        if not busy:
-            return
-        heard, _, _ = select.select([worker.channel for worker in busy], [], [], seconds)
-        for worker in [worker for worker in busy if worker.channel in heard]:
+        for worker in select.select(self._processes, [], [], seconds)[0]:
             try:
-                packet, _ = worker.channel.receive()
+                packet = worker.receive()
             except (EOFError, OSError):
                 self._lost(worker)
                 continue
@@ -234,13 +174,10 @@ class Workers(Ordered):
         Raises:
             RunFailed: the worker of one client was lost `LOSSES` times in the round.
         """
-        if worker not in self._workers:
-            return
-        self._workers.remove(worker)
-        worker.channel.close()
+        self._processes.remove(worker)
+        worker.close()
         how = self._fork_server.how(worker.process) if self._fork_server is not None else "it ended"
-        for k in [k for k, process in self._at.items() if process is worker]:
-            del self._at[k]
+        self._at = {k: process for k, process in self._at.items() if process is not worker}
         if worker.client is None:
             return
         k = worker.client
@@ -252,15 +189,3 @@ class Workers(Ordered):
             )
         self._context.warn("lost-worker", f"A worker process was lost ({how}); another one repeated its clients' work.")
         self._todo.insert(0, k)
-
-
-def setup_of(context: RunContext, handlers: dict[str, Any]) -> Setup:
-    """Everything that clients in another process need about the run."""
-    return Setup(
-        context=context,
-        handlers=handlers,
-        entries=context.added_models,
-        backend=backend.forced_backend(),
-        isa=backend.active_isa(),
-        modes=modes(),
-    )

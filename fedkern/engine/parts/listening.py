@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedkern.engine.executors.ranks import Ranks
-from fedkern.engine.executors.sizing import worker_bytes
+from fedkern.engine.executors.choice import worker_bytes
 from fedkern.engine.parts.base import Part, Record
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
@@ -52,7 +51,7 @@ class Listening(Part):
 
 def _info(run: RunObjects) -> RunInfo:
     """What listeners are told before the first round that is played."""
-    workers = 1 if isinstance(run.executor, Ranks) or run.remote else run.executor.count
+    workers = run.executor.count
     return RunInfo(
         config=run.config,
         out=run.out,

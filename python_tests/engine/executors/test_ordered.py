@@ -6,7 +6,7 @@ import pytest
 
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.ordered import Ordered
-from fedkern.engine.executors.worker_messages import Done, Forget
+from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job
 from fedkern.methods.base import Phase
 from python_tests.stand_ins import Checkpoints, Context, Executor
 
@@ -20,6 +20,9 @@ class Process:
     def take(self, k, state, played=()):
         self.sums[k] = state.get("sum", 0) + sum(message["x"] for _, _, message, _ in played)
 
+    def forget(self):
+        """As :class:`~fedkern.messages.packets.PacketStream` forgets files."""
+
     def ask(self, k, asker, phase, message, encoder=None):
         if message["x"] is None:
             raise ZeroDivisionError(f"client {k} has nothing to divide by")
@@ -27,6 +30,7 @@ class Process:
         return Answer(k, {"sum": self.sums[k]})
 
     def reply(self, job):
+        """As :class:`~fedkern.engine.executors.serial.Serial` does a job."""
         self.jobs.append(job)
         if job.state is not None:
             self.take(job.client, job.state, job.played)
@@ -42,6 +46,9 @@ class Here(Process, Executor):
     def __init__(self):
         Executor.__init__(self)
         Process.__init__(self)
+
+    def forget(self, k):
+        Executor.forget(self, k)
 
     def working(self):
         return sorted(self.sums)
@@ -59,17 +66,15 @@ class Transport(Ordered):
 
     def __init__(self, checkpoints):
         super().__init__(Context(), Here(), checkpoints.reader)
-        self.processes, self.told = [Process(), Process()], []
+        self._processes, self.told = [Process(), Process()], []
 
     def _begin(self):
         self.coming = []
         for k in self._requests:
-            process = self._at.get(k, self.processes[k % len(self.processes)]) if self.processes else self.here
-            if process is self.here:
-                self.coming.append((k, self._work(k)))
-                continue
-            job, self._at[k] = self._job(k), process
-            self.coming.append((k, process.reply(job)))
+            if self._processes:
+                self._send(self._at.get(k, self._processes[k % len(self._processes)]), k)
+            else:
+                self._work(k)
 
     def _advance(self, k):
         if self.coming:
@@ -77,11 +82,13 @@ class Transport(Ordered):
             self._replies[later] = reply
 
     def _tell(self, process, message):
-        self.told.append((process, message))
-        return True
+        if isinstance(message, Job):
+            self.coming.append((message.client, process.reply(message)))
+        elif not isinstance(message, Cleared):
+            self.told.append((process, message))
 
     def lose(self, process):
-        self.processes.remove(process)
+        self._processes.remove(process)
         self._at = {k: at for k, at in self._at.items() if at is not process}
 
 
@@ -130,7 +137,7 @@ def test_an_exception_waits_for_its_clients_turn(transport):
 def test_a_client_keeps_its_process_within_a_round(transport, checkpoints):
     assert sums(exchange(transport, 1)) == {k: 100 * k + 1 for k in range(4)}
     assert sums(exchange(transport, 2)) == {k: 100 * k + 3 for k in range(4)}
-    jobs = transport.processes[1].jobs
+    jobs = transport._processes[1].jobs
     assert [(job.client, job.state, job.played) for job in jobs[:2]] == [(k, {"sum": 100 * k}, ()) for k in (1, 3)]
     assert [(job.client, job.state, job.played) for job in jobs[2:]] == [(k, None, ()) for k in (1, 3)]
     transport.end_round()
@@ -144,18 +151,18 @@ def test_the_round_of_a_client_whose_process_is_lost_begins_again(transport, che
     assert sums(exchange(transport, 1)) == {k: 100 * k + 1 for k in range(4)}
     for k in range(4):  # what is written within the round is not what the round begins with
         checkpoints.write_client(k, 1, transport.changed(k))
-    for process in transport.processes[:lost]:
+    for process in transport._processes[:lost]:
         transport.lose(process)
     assert sums(exchange(transport, 2)) == {k: 100 * k + 3 for k in range(4)}
     assert sums(exchange(transport, 3)) == {k: 100 * k + 6 for k in range(4)}
-    (other, *_) = [*transport.processes, transport.here]
+    (other, *_) = [*transport._processes, transport.here]
     assert sorted(other.sums) == list(range(4))
     assert transport.here.working() == (list(range(4)) if lost == 2 else [])
 
 
 def test_a_state_from_a_lost_process_gives_way_to_a_later_one(transport):
     assert len(list(exchange(transport, 1))) == 4
-    for process in list(transport.processes):
+    for process in list(transport._processes):
         transport.lose(process)
     assert sums(exchange(transport, 2)) == {k: 100 * k + 3 for k in range(4)}  # in the run's own process
     assert [transport.changed(k)["sum"] for k in range(4)] == [3, 103, 203, 303]
@@ -163,7 +170,7 @@ def test_a_state_from_a_lost_process_gives_way_to_a_later_one(transport):
 
 def test_states_of_clients_whose_process_is_lost_are_not(transport):
     assert len(list(exchange(transport, 1))) == 4
-    transport.lose(transport.processes[0])
+    transport.lose(transport._processes[0])
     assert transport.working() == [0, 1, 2, 3]
     assert [transport.changed(k)["sum"] for k in range(4)] == [1, 101, 201, 301]
 
@@ -173,10 +180,10 @@ def test_a_forgotten_client_begins_with_its_present_state(transport, checkpoints
     checkpoints.write_client(2, 1, transport.changed(2))
     transport.forget(2)
     assert transport.working() == [0, 1, 3]
-    assert transport.told == [(transport.processes[0], Forget((2,)))]
-    transport.lose(transport.processes[0])
+    assert transport.told == [(transport._processes[0], Forget((2,)))]
+    transport.lose(transport._processes[0])
     assert sums(exchange(transport, 5, [2])) == {2: 206}
-    job = transport.processes[0].jobs[-1]
+    job = transport._processes[0].jobs[-1]
     assert (job.state, job.played) == ({"sum": 201}, ())
 
 
@@ -184,5 +191,5 @@ def test_a_client_is_forgotten_while_later_ones_work(transport):
     for answer in exchange(transport, 1):
         transport.forget(answer.client)
     assert transport.working() == []
-    assert transport.told == [(transport.processes[k % 2], Forget((k,))) for k in range(4)]
+    assert transport.told == [(transport._processes[k % 2], Forget((k,))) for k in range(4)]
     assert [call for call in transport.here.calls if call[0] == "forget"] == [("forget", k) for k in range(4)]

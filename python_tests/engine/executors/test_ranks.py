@@ -414,12 +414,11 @@ def test_a_spread_accumulator_has_the_bits_of_one():
     whole, asked = Accumulator(50, exact=True), []
 
     def summed(size, terms):
-        asked.append(sorted(terms))
+        asked.append([kept.client for kept, _ in terms])
         found = Accumulator(size, exact=True)
-        for k, each in terms.items():
-            for kept, weight in each:
-                assert kept.name == "parameters"
-                found.add(vectors[k], weight)
+        for kept, weight in terms:
+            assert kept.name == "parameters"
+            found.add(vectors[kept.client], weight)
         return found
 
     spread = Spread(Accumulator(50, exact=True), summed)

@@ -1,7 +1,6 @@
 """Clients side by side in worker processes: the bits of clients one after another, whatever happens to the workers."""
 
 import dataclasses
-import functools
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ import torch
 from fedkern import ops
 from fedkern.engine import evaluate as evaluation
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors import sizing
+from fedkern.engine.executors import choice
 from fedkern.engine.executors import workers as module
 from fedkern.engine.executors.fork_server import ForkServer
 from fedkern.engine.executors.workers import Workers
@@ -35,14 +34,10 @@ from python_tests import worker_methods
 from python_tests.interrupted import Kill, KillAt, outcome, without
 from python_tests.smallest import SETTINGS
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 SHORT = {"fedavg", "feddra", "fediod", "fedgid", "fedlpfm", "fusefl", "scaffold"}
 EVERY = [method if method in SHORT else pytest.param(method, marks=pytest.mark.slow) for method in sorted(METHODS)]
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """Workers, where there are any, have started before the first client works."""
-    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", functools.partial(Workers, patient=True))
 
 
 class At(Listener):
@@ -187,7 +182,7 @@ def test_the_process_that_forks_is_lost(make_data, make_config, tmp_path, monkey
     """Its workers end with it, and the run goes on in its own process."""
     nurseries = []
     ready = ForkServer.ready
-    monkeypatch.setattr(ForkServer, "ready", lambda self, wait: nurseries.append(self) or ready(self, wait))
+    monkeypatch.setattr(ForkServer, "ready", lambda self: nurseries.append(self) or ready(self))
     kills = At(1, lambda: (nurseries[0]._process.kill(), nurseries[0]._process.wait()))
     serial, side_by_side = compared(make_config(rounds=3), make_data(), tmp_path, kills)
     told = side_by_side[2]["diagnostics"]
@@ -393,7 +388,7 @@ def test_short_runs_start_none(make_data, make_config, tmp_path, processes):
         ({"threads": 2}, 8, 1 << 40, 2),
         ({"threads": 1}, 8, 1 << 40, 1),  # asked for one thread
         ({"threads": 8, "client_threads": 1}, 2, 1 << 40, 2),
-        ({"threads": 8}, 8, sizing.BASE_BYTES, 0),
+        ({"threads": 8}, 8, choice.BASE_BYTES, 0),
         ({"threads": 8, "sample_fraction": 0.6}, 8, 1 << 40, 2),
         ({"threads": 1, "workers": "2"}, 1, 0, 2),  # what is said counts
         ({"threads": 8, "workers": "1"}, 8, 1 << 40, 1),
@@ -403,7 +398,7 @@ def test_how_many(settings, cores, memory, count, make_data, make_config, monkey
     monkeypatch.setattr(machine, "usable_cores", lambda: cores)
     monkeypatch.setattr(machine, "free_memory", lambda: memory)
     config = make_config(**settings).with_client_threads()
-    assert sizing.workers_for(config, RunContext(config, make_data()), 100, 1000) == count
+    assert choice.workers_for(config, RunContext(config, make_data()), 100, 1000) == count
 
 
 @pytest.mark.exhaustive
@@ -419,8 +414,7 @@ def test_long_runs_begin_without_them(make_data, make_config, tmp_path, monkeypa
 
 
 def test_a_slow_start_is_no_waiting(make_data, make_config, tmp_path, monkeypatch, processes):
-    monkeypatch.setattr("fedkern.engine.executors.choice.Workers", Workers)
-    monkeypatch.setattr(ForkServer, "ready", lambda self, wait: False)
+    monkeypatch.setattr(ForkServer, "ready", lambda self: False)
     config, data = make_config(rounds=2), make_data()
     serial, side_by_side = compared(config, data, tmp_path)
     assert side_by_side == serial
