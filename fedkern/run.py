@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     with in_order(to_the_end=argv is None), without_leftovers() as leftover:
         code = _guarded(words, leftover)
-        if (ranks := _ranks()) is not None and argv is None:
-            ranks.end_process(code)
+        if (ranks := _ranks()) is not None and argv is None and ranks.begun():
+            _exit(code)  # threads that wait inside gloo would outlive the interpreter, which aborts then
         return code
 
 
@@ -95,11 +95,16 @@ def _modules_need_no_end() -> bool:
 
 def _end_process(code: int) -> NoReturn:
     """Ends the process as the interpreter does, except for taking modules apart and for what C registered for exit."""
-    import ctypes
-
     with suppress(KeyboardInterrupt):  # as in the interpreter, Ctrl-C only ends the wait
         threading._shutdown()  # type: ignore[attr-defined]  # joins threads, those of executors as well
     atexit._run_exitfuncs()
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process at once, with all that it has printed."""
+    import ctypes
+
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()  # type: ignore[union-attr]

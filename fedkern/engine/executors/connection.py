@@ -10,11 +10,13 @@ a machine that has vanished is noticed.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import queue
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fedkern.errors import UserError
 from fedkern.messages.packets import Packet, PacketStream, mapped
 from fedkern.process.interrupts import check
 
@@ -39,15 +42,13 @@ def silence() -> float:
     """Seconds of silence after which a rank counts as lost.
 
     Raises:
-        ValueError: the environment variable is no positive number.
+        UserError: the environment variable is no positive number.
     """
-    text = os.environ.get(SILENCE, "600")
-    try:
+    text, seconds = os.environ.get(SILENCE, "600"), math.nan
+    with suppress(ValueError):
         seconds = float(text)
-    except ValueError:
-        raise ValueError(text) from None
     if not 1 <= seconds <= 1e6:
-        raise ValueError(text)
+        raise UserError(f'{SILENCE} must be a number of seconds from 1 on, not "{text}".')
     return seconds
 
 

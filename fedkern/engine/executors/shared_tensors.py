@@ -11,7 +11,7 @@ import struct
 
 from fedkern.messages.packets import Packet, PacketStream
 
-_HEADER = struct.Struct("<QI")  # bytes of the pickle, number of memory files
+_HEADER = struct.Struct("<Q")  # bytes of the pickle that follows; 0: it is in the first file
 _INLINE = 1 << 15  # bytes; a longer pickle goes through a memory file, so that no message fills the socket's buffer
 _MOST_FILES = 250  # most files of one message (SCM_MAX_FD is 253)
 
@@ -41,10 +41,9 @@ class Channel(PacketStream):
                 file.write(payload)
                 file.flush()
                 descriptors.insert(0, file.fileno())
-            header = _HEADER.pack(0 if spilt else len(payload), len(descriptors))
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+            header = _HEADER.pack(0 if spilt else len(payload))
             with contextlib.suppress(ConnectionError):
-                sent = self._end.sendmsg([header], rights)
+                sent = socket.send_fds(self._end, [header], descriptors)
                 self._end.sendall(header[sent:] + (b"" if spilt else payload))
         self._sent.update(new)
 
@@ -55,18 +54,14 @@ class Channel(PacketStream):
             EOFError: the other end is gone.
         """
         try:
-            data, ancillary, _, _ = self._end.recvmsg(
+            data, rights, _, _ = self._end.recvmsg(
                 _HEADER.size, socket.CMSG_LEN(_MOST_FILES * 4), socket.MSG_CMSG_CLOEXEC
             )
             if not data:
                 raise EOFError
             data += self._exactly(_HEADER.size - len(data))
-            size, count = _HEADER.unpack(data)
-            descriptors: list[int] = []
-            for level, kind, content in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    length = len(content) - len(content) % 4
-                    descriptors += array.array("i", content[:length]).tolist()
+            descriptors = [descriptor for _, _, content in rights for descriptor in array.array("i", content)]
+            (size,) = _HEADER.unpack(data)
             if size:
                 payload = self._exactly(size)
             else:
@@ -76,8 +71,7 @@ class Channel(PacketStream):
         except ConnectionError:
             raise EOFError from None
         numbers, inner = pickle.loads(payload)
-        files = dict(zip(numbers, descriptors, strict=False))
-        return Packet(inner, files, more=descriptors[len(numbers) : count])
+        return Packet(inner, dict(zip(numbers, descriptors, strict=False)), more=descriptors[len(numbers) :])
 
     def _exactly(self, size: int) -> bytes:
         parts = bytearray()

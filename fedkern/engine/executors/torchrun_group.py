@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from fedkern.engine.executors.connection import SILENCE, Connection, Ended, Lost, first_line, how, silence
+from fedkern.engine.executors.connection import Connection, Ended, Lost, first_line, how, silence
 from fedkern.errors import RunFailed, UserError
 from fedkern.messages.packets import Packet
 from fedkern.ops import Accumulator
@@ -86,42 +85,32 @@ class TorchrunGroup:
     """The ranks, as this process sees them.
 
     Attributes:
-        launched: this process among them.
+        launched: this process among them; ``rank`` and ``size`` are its own.
         connections: by rank: on rank 0 to all others, on another rank to rank 0.
         odd: on rank 0, the ISA level of PyTorch on ranks where it is another, by rank (see `versions.kernels`).
     """
 
     def __init__(self, launched: LaunchedRank) -> None:
-        self.launched = launched
+        self.launched, self.rank, self.size = launched, launched.rank, launched.size
         self.connections: dict[int, Connection] = {}
         self.odd: dict[int, str] = {}
         self._group: Any = None
         self._between_gpus: Any = None
 
-    @property
-    def rank(self) -> int:
-        return self.launched.rank
-
-    @property
-    def size(self) -> int:
-        return self.launched.size
-
     def meet(self, words: Sequence[str]) -> None:
         """Connects the ranks and compares what they were started with.
 
         Raises:
-            UserError: a rank was started with another command line, or has another version of fedkern or PyTorch.
+            UserError: a rank was started with another command line, or has another version of fedkern or PyTorch; or
+                :func:`silence` is misstated.
             RunFailed: the ranks cannot be connected.
         """
         global _met
         if not hasattr(os, "memfd_create"):
             raise UserError("Ranks of torchrun share memory as only Linux has it: start the run without torchrun.")
+        limit = timedelta(seconds=silence())
         try:
-            seconds = silence()
-        except ValueError as error:
-            raise UserError(f'{SILENCE} must be a number of seconds from 1 on, not "{error}".') from None
-        try:
-            patiently(lambda: self._connect(timedelta(seconds=seconds)))
+            patiently(lambda: self._connect(limit))
         except Exception as error:
             raise RunFailed(
                 f"The {self.size} ranks cannot be connected ({first_line(error)}): see whether all machines reach "
@@ -289,6 +278,11 @@ def present() -> TorchrunGroup | None:
     return _present if _present is not None and _present.rank == 0 else None
 
 
+def begun() -> bool:
+    """Whether this process has begun to meet other ranks, so that threads may wait inside gloo."""
+    return _begun
+
+
 def met() -> bool:
     """Whether this process has met other ranks, so that an error of rank 0 ends all of them."""
     return _met
@@ -310,16 +304,3 @@ def joined(launched: LaunchedRank) -> Iterator[TorchrunGroup]:
         raise
     finally:
         _present = None
-
-
-def end_process(code: int) -> None:
-    """Ends this process at once if it has met other ranks; else does nothing.
-
-    Threads that wait inside gloo would outlive the interpreter, which aborts then.
-    """
-    if not _begun:
-        return
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)

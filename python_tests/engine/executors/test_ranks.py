@@ -17,6 +17,7 @@ from fedkern.engine.executors import torchrun_group
 from fedkern.engine.executors.connection import SILENCE, silence
 from fedkern.engine.executors.ranks import Spread
 from fedkern.engine.hooks import reduced
+from fedkern.errors import UserError
 from fedkern.methods import AFL, FedAvg, FedProx, Scaffold
 from fedkern.methods.base import Phase
 from fedkern.methods.uploads import Kept
@@ -328,7 +329,7 @@ def test_the_time_of_silence(monkeypatch):
     assert silence() == 600
     for text in ("0", "nan", "soon"):
         monkeypatch.setenv(SILENCE, text)
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises(UserError, match=f'must be a number of seconds from 1 on, not "{text}"'):
             silence()
 
 
