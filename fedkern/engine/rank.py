@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedkern.engine.executors.connection import Connection, Ended, Lost
 from fedkern.engine.executors.torchrun_group import GO_ON, LEAVING, TorchrunGroup
-from fedkern.engine.executors.worker_messages import Cleared, Forget, Setup, Sum
+from fedkern.engine.executors.worker_messages import Clear, Setup, Sum
 from fedkern.engine.worker import Worker, as_in_the_run
 from fedkern.errors import RunFailed, UserError
 from fedkern.messages.packets import Unpacker
@@ -84,7 +84,7 @@ class RankWorker(Worker):
                 _wait(self._group.connections[0])  # rank 0 says which rank was lost, or was lost itself
                 raise
             return
-        if isinstance(request, Cleared) or request == Forget():
+        if isinstance(request, Clear):
             self._kept.clear()
         super()._heed(request)
 

@@ -32,7 +32,7 @@ import torch
 
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.shared_tensors import Channel
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Notice, Setup
+from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Notice, Setup
 from fedkern.messages.packets import NotPortable, Packer, PacketStream, Unpacker, portable
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
@@ -66,19 +66,14 @@ class Worker:
             self._heed(self._unpacker.unpack(packet))  # no reference stays: a message would live until the next one
 
     def _heed(self, request: Any) -> None:
-        if isinstance(request, Cleared):
+        if isinstance(request, Clear):
             self._unpacker.clear()
+            if request.round_over:
+                self._serial.end_round()
         elif isinstance(request, Forget):
-            self._forget(request)
+            self._serial.forget(request.client)
         else:
             self._send(self._serial.reply(request))
-
-    def _forget(self, request: Forget) -> None:
-        for k in request.clients:
-            self._serial.forget(k)
-        if not request.clients:
-            self._serial.end_round()
-            self._unpacker.clear()
 
     def _send(self, done: Done) -> None:
         if done.failed is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, Request, States
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job, Notice
+from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Job, Notice
 from fedkern.engine.uploads.encoders import Encoder
 from fedkern.messages.packets import NotPortable, Packer, Packet, Unpacker
 from fedkern.methods.base import ClientId, Message, Phase
@@ -64,7 +64,7 @@ class Ordered:
             self._readers.setdefault(k, self._states(k))
         self._todo = list(messages)
         self._replies.clear()
-        self._clear(Cleared())
+        self._clear()
         self._begin()
         for k in messages:
             yield self._answer(k)
@@ -97,13 +97,13 @@ class Ordered:
     def forget(self, client: ClientId) -> None:
         process = self._at.pop(client, None)
         if process is not None:
-            self._tell(process, Forget((client,)))
+            self._tell(process, Forget(client))
         for table in (self._readers, self._played, self._changed):
             table.pop(client, None)
         self.here.forget(client)
 
     def end_round(self) -> None:
-        self._clear(Forget())
+        self._clear(round_over=True)
         for table in (self._readers, self._at, self._played, self._changed, self._requests, self._replies):
             table.clear()
         self.here.end_round()
@@ -158,9 +158,9 @@ class Ordered:
     def _tell(self, process: Any, message: Any) -> None:
         process.send(self._packer.pack(message))
 
-    def _clear(self, message: Any) -> None:
-        """Has no later packet refer to tensors of earlier ones, which all processes drop at this message."""
+    def _clear(self, *, round_over: bool = False) -> None:
+        """Has no later packet refer to tensors of earlier ones, which all processes drop."""
         self._packer.clear()
         for process in self._processes:
             process.forget()
-            self._tell(process, message)
+            self._tell(process, Clear(round_over))

@@ -92,12 +92,18 @@ class Notice:
 
 
 @dataclass(frozen=True)
-class Cleared:
-    """Tells a worker that no later packet will refer to the memory files of earlier exchanges."""
+class Clear:
+    """Tells a worker that no later packet will refer to the memory files of earlier packets.
+
+    Attributes:
+        round_over: whether the clients of this round work no more.
+    """
+
+    round_over: bool = False
 
 
 @dataclass(frozen=True)
 class Forget:
-    """Tells a worker to drop these clients, which work no more in this round.  No clients: the round is over."""
+    """Tells a worker to drop a client, which works no more in this round."""
 
-    clients: tuple[int, ...] = ()
+    client: int

@@ -6,7 +6,7 @@ import pytest
 
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.ordered import Ordered
-from fedkern.engine.executors.worker_messages import Cleared, Done, Forget, Job
+from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Job
 from fedkern.methods.base import Phase
 from python_tests.stand_ins import Checkpoints, Context, Executor
 
@@ -62,11 +62,12 @@ class Transport(Ordered):
 
     Attributes:
         told: what a process was told, beside its jobs.
+        cleared: processes that were told to drop earlier tensors, and whether the round was over.
     """
 
     def __init__(self, checkpoints):
         super().__init__(Context(), Here(), checkpoints.reader)
-        self._processes, self.told = [Process(), Process()], []
+        self._processes, self.told, self.cleared = [Process(), Process()], [], []
 
     def _begin(self):
         self.coming = []
@@ -84,7 +85,9 @@ class Transport(Ordered):
     def _tell(self, process, message):
         if isinstance(message, Job):
             self.coming.append((message.client, process.reply(message)))
-        elif not isinstance(message, Cleared):
+        elif isinstance(message, Clear):
+            self.cleared.append((process, message.round_over))
+        else:
             self.told.append((process, message))
 
     def lose(self, process):
@@ -145,6 +148,14 @@ def test_a_client_keeps_its_process_within_a_round(transport, checkpoints):
     assert sums(exchange(transport, 1, [1])) == {1: 8}
 
 
+def test_processes_drop_what_an_exchange_has_brought(transport):
+    one, two = transport._processes
+    for _ in range(2):
+        list(exchange(transport, 1))
+    transport.end_round()
+    assert transport.cleared == [(each, over) for over in (False, False, True) for each in (one, two)]
+
+
 @pytest.mark.parametrize("lost", [1, 2])
 def test_the_round_of_a_client_whose_process_is_lost_begins_again(transport, checkpoints, lost):
     """In another process, or in the run's own where none is left."""
@@ -180,7 +191,7 @@ def test_a_forgotten_client_begins_with_its_present_state(transport, checkpoints
     checkpoints.write_client(2, 1, transport.changed(2))
     transport.forget(2)
     assert transport.working() == [0, 1, 3]
-    assert transport.told == [(transport._processes[0], Forget((2,)))]
+    assert transport.told == [(transport._processes[0], Forget(2))]
     transport.lose(transport._processes[0])
     assert sums(exchange(transport, 5, [2])) == {2: 206}
     job = transport._processes[0].jobs[-1]
@@ -191,5 +202,5 @@ def test_a_client_is_forgotten_while_later_ones_work(transport):
     for answer in exchange(transport, 1):
         transport.forget(answer.client)
     assert transport.working() == []
-    assert transport.told == [(transport._processes[k % 2], Forget((k,))) for k in range(4)]
+    assert transport.told == [(transport._processes[k % 2], Forget(k)) for k in range(4)]
     assert [call for call in transport.here.calls if call[0] == "forget"] == [("forget", k) for k in range(4)]
