@@ -118,8 +118,9 @@ def load(named: Named, what: str) -> tuple[Any, str]:
             identity = plugin_files.identity(file, source, plugin_files.imported(file, source))
         else:
             module = run(named.module)
-            made_here = getattr(module, "__spec__", None) is None  # a notebook, or a script that runs
-            identity = identity_of(getattr(module, named.name, None) if made_here else named.module)
+            spec = getattr(module, "__spec__", None)  # os.path has another name there, as has __main__ of python -m
+            # Without one it is made here, by a notebook or a script that runs.
+            identity = identity_of(getattr(module, named.name, None) if spec is None else spec.name)
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported

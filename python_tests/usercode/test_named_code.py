@@ -1,6 +1,8 @@
 """Names of code: what is one, and what it is told from its later self by."""
 
+import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -44,6 +46,15 @@ def test_identity_of_a_file_counts_what_it_imports(monkeypatch, tmp_path):
 def test_identity_of_a_module_is_that_of_its_distribution():
     assert identity("numpy:mean").startswith(np.__version__)
     assert identity("numpy:mean").endswith(str(Path("numpy") / "__init__.py"))
+
+
+def test_a_module_may_have_another_name_than_it_is_imported_by(monkeypatch):
+    assert identity("os.path:join") == identity(f"{os.path.__name__}:join")
+    main = ModuleType("main_of_a_test")
+    main.__spec__ = find_spec("wave")  # as of python -m wave
+    main.make = len
+    monkeypatch.setitem(sys.modules, "main_of_a_test", main)
+    assert identity("main_of_a_test:make") == identity("wave:open")
 
 
 def test_code_of_a_running_script_has_its_own(monkeypatch):
