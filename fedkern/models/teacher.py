@@ -112,7 +112,7 @@ class Teacher:
                 answer = network.head(self.features(images))
             else:
                 answer = network(plain_strides(images.to(self.device)))
-        except (UserError, torch.OutOfMemoryError):
+        except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the user's own code may raise anything
             what = f"{type(error).__name__}: {error}"

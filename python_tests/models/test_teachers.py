@@ -243,6 +243,14 @@ def test_answers_that_are_no_logits(answer: Any, sentence: str) -> None:
         CallableTeacher(answer, 3).logits(torch.zeros(2, 1, 8, 8))
 
 
+def test_exhausted_memory_is_no_mistake_of_a_teacher() -> None:
+    def exhausted(images: torch.Tensor) -> torch.Tensor:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        CallableTeacher(exhausted, 3).logits(torch.zeros(2, 1, 8, 8))
+
+
 @pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 3, 8, 8), (1, 3, 1, 1)], ids=str)
 def test_a_callable_gets_the_strides_of_a_data_loader(shape: tuple[int, ...]) -> None:
     images, seen = torch.zeros(shape), []
