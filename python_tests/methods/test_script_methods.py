@@ -162,6 +162,12 @@ def test_what_differs_is_said(monkeypatch):
     assert "goes on with the class Slow as it is now" in longer.summary["diagnostics"]["other-code"]
     with pytest.raises(fedkern.UserError, match="is Slow, not Half: give that class"):
         fedkern.load("run", method=Half)
+    settings = Path("run/config.toml")
+    whole = settings.read_text()
+    settings.write_text(re.sub(r"(?m)^method_sha256 = .*\n", "", whole))
+    with pytest.raises(fedkern.UserError, match="the class Slow has changed since the run in run began"):
+        fedkern.load("run", method=first)
+    settings.write_text(whole)
     fedkern.simulate(second, rounds=1, out="other", **TINY)  # a cell of a notebook was changed and run again
     assert run.extend(3, **QUIET).summary["rounds"] == 3
     fedkern.simulate(FedProx(mu=0.1), rounds=1, out="prox", **TINY)
