@@ -148,7 +148,8 @@ def with_data(
         notice(sentence)
     context = RunContext(config, data, notice, script=script)
     if changed:
-        context.warn("other-code", " ".join(changed))
+        before = entry["info"]["parts"].get("warnings", {}).get("other-code", "") if entry is not None else ""
+        context.warn("other-code", " ".join([before, *(text for text in changed if text not in before)]).strip())
     return context
 
 

@@ -197,6 +197,19 @@ def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_
     assert outcome(tmp_path / "cut") == outcome(expected)
 
 
+def test_every_change_of_code_is_in_the_diagnostics(known, tmp_path):
+    file, out, quiet = tmp_path / "net.py", tmp_path / "run", {"pictures": False, "progress": False}
+    file.write_text("from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))\n")
+    name = f"{file}:net"
+    fedkern.simulate("fedavg", data=known(), model=name, train=loop, rounds=1, local_epochs=1, out=out, **quiet)
+    again = {"data": known(), "train": in_halves, "trusted": ["train", name]}
+    said = fedkern.load(out, **again).extend(2, **quiet).summary["diagnostics"]["other-code"]
+    file.write_text(file.read_text() + "\n# changed\n")
+    twice = fedkern.load(out, **again).extend(3, **quiet).summary["diagnostics"]["other-code"]
+    assert said.startswith("The run goes on with the training of clients")
+    assert twice.startswith(f"{said} The run goes on with the network {name}")
+
+
 @pytest.fixture
 def known(make_data):
     """Data in memory that have the name of a data set."""

@@ -41,8 +41,8 @@ class Warnings(Part):
         return dict(self._context.warnings)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._context.warnings = {**state, **self._context.warnings, **state}
-        self._told = {*state}
+        self._context.warnings = {**state, **self._context.warnings}
+        self._told = {name for name, text in state.items() if text == self._context.warnings[name]}
 
     def _tell(self) -> None:
         for name, text in self._listener.warnings.items():  # told already, to the listeners that are left

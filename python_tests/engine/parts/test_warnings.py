@@ -35,6 +35,17 @@ def test_every_warning_is_told_once():
     assert resumed.warnings == {"setup": "It is slow."}
 
 
+def test_a_resumed_run_tells_what_is_new():
+    context, heard = Context(), Hearing()
+    context.warn("same", "It is slow.")
+    context.warn("other", "It has changed. It has changed again.")
+    part = Warnings(context, ListenerGroup(heard))
+    part.restore({"early": "It was early.", "same": "It is slow.", "other": "It has changed."})
+    part.round_end(record(3))
+    assert heard.events == [("warning", "other", "It has changed. It has changed again.")]
+    assert [*context.warnings] == ["early", "same", "other"]
+
+
 def test_warnings_about_listeners_stand_beside_the_others():
     context, broken, other = Context(), Hearing("round"), Hearing()
     listeners = ListenerGroup(Listeners(broken, other))
