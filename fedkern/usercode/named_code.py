@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fedkern.usercode.identity import content, identity_of
 FORMS = "FILE.py:NAME or MODULE:NAME"
 INSTANCE = "module:"
 """Beginning of the name of a network that a script gives as a module, which no code can be named by."""
+_SEEN: dict[str, str] = {}  # identities of the files that this process has run, by module, and of those beside them
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,19 @@ def as_it_is(what: str) -> str:
     )
 
 
+def _forget_changed(module: str, identity: str, folder: Path, neighbours: Mapping[Path, str]) -> None:
+    """Has a file's module, and those beside it, made anew where one beside it has changed since this process ran it."""
+    now = {module: identity, **{str(path): identity_of(content(path)) for path in neighbours}}
+    if any(_SEEN.get(name, each) != each for name, each in now.items()):
+        for name in (module, *plugin_files.loaded(folder, neighbours.values())):
+            sys.modules.pop(name, None)
+    _SEEN.update(now)
+
+
 def load(named: Named, what: str) -> tuple[Any, str]:
     """Imports the module, or runs the file, and returns what it calls by that name.
 
-    A file is run once for each content, as a module of its own; modules beside the file can be imported.
+    A file is run once for each identity, as a module of its own; modules beside the file can be imported.
 
     Args:
         what: subject of the error messages, such as ``"the teacher"``.
@@ -114,8 +125,11 @@ def load(named: Named, what: str) -> tuple[Any, str]:
     try:
         if named.file:
             file, source = Path(os.path.realpath(named.file)), content(named.file, f"{what} {named}")
-            module = run(module_name(named.file, source), named.file, source)
-            identity = plugin_files.identity(file, source, plugin_files.imported(file, source))
+            neighbours = plugin_files.imported(file, source)
+            identity = plugin_files.identity(file, source, neighbours)
+            name = module_name(named.file, source)
+            _forget_changed(name, identity, file.parent, neighbours)
+            module = run(name, named.file, source)
         else:
             module = run(named.module)
             spec = getattr(module, "__spec__", None)  # os.path has another name there, as has __main__ of python -m

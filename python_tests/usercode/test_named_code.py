@@ -34,13 +34,15 @@ def identity(text):
 
 
 def test_identity_of_a_file_counts_what_it_imports(monkeypatch, tmp_path):
-    net, beside = tmp_path / "net_of_a_test.py", tmp_path / "beside_of_a_test.py"
-    net.write_text("import beside_of_a_test\n\ndef make():\n    return 1\n")
-    beside.write_text("")
-    before = identity(f"{net}:make")
-    assert identity(f"{net}:make") == before
-    beside.write_text("VALUE = 2\n")
-    assert identity(f"{net}:make") != before
+    net, beside = tmp_path / "net_of_a_test.py", tmp_path / "imported_by_a_test.py"
+    net.write_text("import imported_by_a_test\n\ndef make():\n    return imported_by_a_test.VALUE\n")
+    beside.write_text("VALUE = 1\n")
+    make, before = load(parse(f"{net}:make"), "the code")
+    assert load(parse(f"{net}:make"), "the code") == (make, before)
+    beside.write_text("VALUE = 22\n")  # in a notebook, whose process has loaded the former one
+    after, now = load(parse(f"{net}:make"), "the code")
+    assert now != before
+    assert (make(), after()) == (1, 22)
 
 
 def test_identity_of_a_module_is_that_of_its_distribution():
