@@ -265,7 +265,7 @@ def test_a_notice_that_was_kept(make_data, make_config, tmp_path, monkeypatch, p
 def test_a_client_that_writes_into_its_message(make_data, make_config, tmp_path, monkeypatch):
     """It changes nothing of the server's; what the next client of the same worker gets is the method's own fault."""
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Writing)
-    run(make_config(workers="2", rounds=1, sample_fraction=0.34), out=tmp_path / "run", data=make_data())
+    run(make_config(workers="2", rounds=1), out=tmp_path / "run", data=make_data())
 
 
 @pytest.mark.usefixtures("forked_workers")
