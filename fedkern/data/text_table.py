@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -114,14 +115,19 @@ class Table:
 
     def latex(self) -> str:
         """The table as LaTeX (package booktabs); title and notes are comments."""
-        lines = [f"% {' '.join(text.split())}" for text in (self.title, *self.notes)]
+        lines = [f"% {_line(text)}" for text in (self.title, *self.notes)]
         lines += [f"\\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", "\\toprule", _latex(self.header)]
         lines += ["\\midrule", *map(_latex, self.rows), "\\bottomrule", "\\end{tabular}"]
         return "\n".join(lines) + "\n"
 
 
+def _line(text: str) -> str:
+    """A text of a file: one line without control characters, of any length."""
+    return printable_name(" ".join(text.split()), sys.maxsize)
+
+
 def _markdown(text: str) -> str:
-    return "".join(f"\\{c}" if c in "|*_`<>\\" else c for c in " ".join(text.split()))
+    return "".join(f"\\{c}" if c in "|*_`<>\\" else c for c in _line(text))
 
 
 def _of_markdown(text: str) -> str:
@@ -135,4 +141,4 @@ _TEX: Mapping[str, str] = {
 
 
 def _latex(cells: Sequence[str | Text]) -> str:
-    return " & ".join("".join(_TEX.get(c, c) for c in str(cell)) for cell in cells) + r" \\"
+    return " & ".join("".join(_TEX.get(c, c) for c in _line(str(cell))) for cell in cells) + r" \\"

@@ -25,6 +25,14 @@ def test_markdown_is_read_back():
     assert Table.of_markdown("| a | b |\n|---|---:|\n| 1 |\n") is None
 
 
+def test_no_form_holds_control_characters():
+    name = "a\x1b[2J\n\u202eb"
+    table = Table(["", name], [[name, name]], name, notes=[name])
+    for text in (table.markdown(), table.latex(), table.html(), printed(table)):
+        assert text.replace("\n", "").isprintable()
+        assert text.count("x1b") >= 4
+
+
 def test_latex_has_every_cell_and_says_the_notes_in_comments():
     lines = TABLE.latex().splitlines()
     assert lines[:4] == ["% Title", "% A note.", f"% {ODD}", r"\begin{tabular}{lr}"]
