@@ -7,6 +7,7 @@ policy allows nothing else, so that the file loads nothing and runs no code that
 from __future__ import annotations
 
 import base64
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from fedkern.data.text_table import Table
 from fedkern.engine.store.extending import REPORT
-from fedkern.errors import UserError, spared
+from fedkern.errors import UserError, printable_name, spared
 from fedkern.files import atomic
 from fedkern.process.versions import versions
 
@@ -117,13 +118,20 @@ def render(page: Page) -> str:
 
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=_text,
     )  # fmt: skip
     return environment.get_template("report.html.j2").render(
         page=page,
         sections=[section for section in page.sections if section.blocks],
         style=(_TEMPLATES / "report.css").read_text("utf-8").strip(),
     )
+
+
+def _text(value: Any) -> Any:
+    """What the template shows: a text, which may hold names of users, without control characters; HTML as it is."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "\n".join(printable_name(line, sys.maxsize) for line in value.split("\n"))
 
 
 def write(page: Page, folder: Path) -> Path:

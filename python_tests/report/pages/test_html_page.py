@@ -57,6 +57,15 @@ def test_names_are_texts(evil):
     assert page.text("script") == []
 
 
+def test_control_characters_are_escaped_and_code_keeps_its_lines():
+    odd = html_page.render(made("a\x1b[2J\u202eb"))
+    assert odd.replace("\n", "").isprintable()
+    page = Reader(odd)
+    assert page.text("h1") == [r"a\x1b[2J\u202eb"]
+    assert r"a\x1b[2J\u202eb" in page.values("alt")
+    assert "<code>one\ntwo</code>" in html_page.render(made("one\ntwo"))
+
+
 def test_the_page_runs_and_loads_nothing(evil):
     page = Reader(evil)
     (policy,) = [given["content"] for tag, given, _ in page.elements if given.get("http-equiv")]
