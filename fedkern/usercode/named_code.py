@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,12 @@ def as_it_is(what: str) -> str:
     )
 
 
-def _forget_changed(module: str, identity: str, folder: Path, neighbours: Mapping[Path, str]) -> None:
+def _forget_changed(module: str, identity: str, folder: Path, neighbours: Iterable[str]) -> None:
     """Has a file's module, and those beside it, made anew where one beside it has changed since this process ran it."""
-    now = {module: identity, **{str(path): identity_of(content(path)) for path in neighbours}}
+    hashes = plugin_files.parsed(identity).items()
+    now = {module: identity, **{str(folder / path): each for path, each in hashes if path}}
     if any(_SEEN.get(name, each) != each for name, each in now.items()):
-        for name in (module, *plugin_files.loaded(folder, neighbours.values())):
+        for name in (module, *plugin_files.loaded(folder, neighbours)):
             sys.modules.pop(name, None)
     _SEEN.update(now)
 
@@ -128,7 +129,7 @@ def load(named: Named, what: str) -> tuple[Any, str]:
             neighbours = plugin_files.imported(file, source)
             identity = plugin_files.identity(file, source, neighbours)
             name = module_name(named.file, source)
-            _forget_changed(name, identity, file.parent, neighbours)
+            _forget_changed(name, identity, file.parent, neighbours.values())
             module = run(name, named.file, source)
         else:
             module = run(named.module)
