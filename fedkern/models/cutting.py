@@ -64,7 +64,7 @@ def find_head(module: nn.Module, images: Tensor) -> str | None:
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             layer.register_forward_hook(lambda _, __, output, name=name: calls.setdefault(name, []).append(output))
     with torch.no_grad():
-        logits = logits_of(tried(images))
+        logits = logits_of(tried(images.clone()))
     heads = [name for name, each in calls.items() if len(each) == 1 and each[0] is logits and logits.dim() == 2]
     return heads[0] if heads else None
 
@@ -212,10 +212,10 @@ def _tried(
         network, parts = moved(module).train(training), moved(module).train(training)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # dropout
-            expected = logits_of(network(images))
+            expected = logits_of(network(images.clone()))  # a network may change its input in place
             torch.default_generator.manual_seed(0)
             try:
-                used, results, later = _run(parts, names, images)
+                used, results, later = _run(parts, names, images.clone())
             except NotCut:
                 raise
             except Exception:  # a module that gets what it was not made for may raise anything

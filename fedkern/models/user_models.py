@@ -17,12 +17,13 @@ from fedkern.deferred import plain
 from fedkern.deferred.calls import called
 from fedkern.deferred.pending import computed
 from fedkern.errors import UserError
-from fedkern.messages.leaves import Keywords, Positional, mapped
+from fedkern.messages.leaves import Keywords, Positional, leaves, mapped
 from fedkern.models.cutting import Cut, NotCut, find_cut, find_head, logits_of
 from fedkern.models.precision import autocasts, full
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
 from fedkern.ops._core.layout import plain_strides
+from fedkern.ops._core.private_torch import functorch_active
 from fedkern.usercode import named_code
 from fedkern.usercode.execution import hosted
 from fedkern.usercode.named_code import Named
@@ -55,6 +56,7 @@ class OwnNetwork(nn.Module):
         nn.Module.__init__(self)
         self.module: Any = module
         self._head = head
+        self._changes_inputs: dict[Any, bool] = {}  # by kind of call
 
     @property
     def head(self) -> Any:
@@ -65,8 +67,25 @@ class OwnNetwork(nn.Module):
 
     @autocasts
     def _logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = logits_of(self.module(plain_strides(x)))
+        logits: Tensor = logits_of(self._call_apart(self.module, plain_strides(x)))
         return logits
+
+    def _call_apart(self, call: Callable[[Any], Any], x: Any, part: Any = None) -> Any:
+        """Call ``module``, or a part of it, so that its changes to the inputs in place do not reach the caller.
+
+        Other networks read the same batch.  The first call of a kind works on a copy and finds out whether later calls
+        need one.
+        """
+        kind = part, self.training, torch.is_grad_enabled()
+        changes = self._changes_inputs.get(kind)
+        if changes is False or (changes is None and not _comparable(x)):
+            return call(x)
+        copies = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
+        output = call(copies)
+        if changes is None:
+            pairs = zip(_tensors(copies), _tensors(x), strict=True)
+            self._changes_inputs[kind] = any(copy._version or not torch.equal(copy, leaf) for copy, leaf in pairs)
+        return output
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, classes]`` (or ``[B, classes, H, W]``) of images ``[B, C, H, W]``."""
@@ -107,11 +126,13 @@ class ItemNetwork(OwnNetwork):
 
     @autocasts
     def _logits(self, x: Any) -> Any:
-        if isinstance(x, Positional):
-            output = self.module(*x)
-        else:
-            output = self.module(**x) if isinstance(x, Keywords) else self.module(x)
+        output = self._call_apart(self._call, x)
         return output if self.raw else logits_of(output)
+
+    def _call(self, x: Any) -> Any:
+        if isinstance(x, Positional):
+            return self.module(*x)
+        return self.module(**x) if isinstance(x, Keywords) else self.module(x)
 
     def forward(self, x: Any) -> Any:
         """What the module gives for a batch's inputs."""
@@ -144,7 +165,10 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
     def _run(self, x: Tensor, first: int, last: int) -> Tensor:
         if 0 < first <= last and self.stage_names[first - 1] in self._cut.changed:
             x = x.clone()  # the caller's map stays as it is
-        x = called(self.module, self._pieces, plain_strides(x) if first == 0 else x, first, last)
+        if first == 0:
+            x = self._call_apart(lambda x: called(self.module, self._pieces, x, 0, last), plain_strides(x), last)
+        else:
+            x = called(self.module, self._pieces, x, first, last)
         return full(x) if last == len(self.stage_names) - 1 else x
 
     def _pieces(self, x: Tensor, first: int, last: int) -> Tensor:
@@ -156,6 +180,20 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
     def features(self, x: Tensor) -> Tensor:
         """The features ``[B, d]`` of images ``[B, C, H, W]``."""
         return StagedNetwork.features(self, x)
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
+
+
+def _comparable(x: Any) -> bool:
+    """Return whether the values of a batch's inputs can be read here: not while a call is traced or recorded."""
+    tensors = _tensors(x)
+    if not tensors or torch.compiler.is_compiling() or torch.jit.is_tracing() or functorch_active():
+        return False
+    if any(type(leaf) is not Tensor or leaf.is_meta or leaf.is_inference() for leaf in tensors):
+        return False
+    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def level(network: nn.Module) -> str:

@@ -71,6 +71,33 @@ def test_a_mask_of_infinities_travels_as_any_buffer(own, make_data, tmp_path, se
         torch.testing.assert_close(given[name], tensor)
 
 
+class Scaling(nn.Module):
+    """Scales its input in place, or a copy of it."""
+
+    def __init__(self, copies):
+        super().__init__()
+        torch.manual_seed(0)
+        self.copies, self.body = copies, nn.Sequential(nn.Flatten(), nn.Linear(1024, 8), nn.ReLU())
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc(self.body((x.clone() if self.copies else x).sub_(0.1).mul_(1.3)))
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("method", ["moon", "ensemble", "fedproto", "fml", "fedntd"])
+def test_networks_that_share_a_batch_do_not_see_each_other_s_changes_of_it(method, tmp_path):
+    data = {"data": "digits", "train_samples": 120, "clients": 2, "partition": "iid"}
+    rounds = {} if method == "ensemble" else {"rounds": 2}
+    how = {"progress": False, "pictures": False, "workers": 1, "threads": 1, "lr": 0.1, "batch_size": 16}
+    one, other = (
+        fedkern.simulate(method, model=Scaling(copies), out=tmp_path / str(copies), **data, **rounds, **how)
+        for copies in (True, False)
+    )
+    assert one.metrics == other.metrics
+    assert same_network(one.out, other.out)
+
+
 # -- methods -------------------------------------------------------------------------------------------------------
 
 ONESHOT = {"rounds": None, "local_epochs": 4}

@@ -178,6 +178,18 @@ class Tied(nn.Module):
         return self.head(self.two(self.one(self.start(x.flatten(1)))))
 
 
+class InPlace(nn.Module):
+    """Changes images until a pass without its scaling gives the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x.mul_(0)))
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
@@ -188,6 +200,7 @@ class Tied(nn.Module):
         (Tied, "one and two share parameters"),
         (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "no linear layer"),
         (lambda: nn.Linear(16, 3), "no submodules"),
+        (InPlace, "give other logits"),
     ],
 )
 def test_why_a_network_is_not_cut(make, why):

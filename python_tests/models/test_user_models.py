@@ -12,10 +12,11 @@ from torch import nn
 import fedkern
 from fedkern import ops
 from fedkern.errors import UserError
+from fedkern.messages.leaves import Positional
 from fedkern.models import MODELS, Ensemble, Own, OwnNetwork, StagedNetwork, available, build, grad_cam
 from fedkern.models.blocks import cut
 from fedkern.models.precision import computing, frozen
-from fedkern.models.user_models import channels_last, check_module, level
+from fedkern.models.user_models import ItemNetwork, channels_last, check_module, level
 from fedkern.models.weight_files import bare_names, load_by_name
 from fedkern.usercode import named_code
 from python_tests.own_networks import Looking, Whole
@@ -241,6 +242,65 @@ def test_images_and_maps_have_the_strides_of_a_data_loader(known, make, shape):
         torch.testing.assert_close(network.head(network.tail(network.stages(x, "layer1"), "layer1")), expected)
         grad_cam(network, x)
         torch.testing.assert_close(cut(network, 2)(x), expected)
+
+
+class Scaling(Plain):
+    """Scales its input in place, by one of two ways."""
+
+    def __init__(self, hidden=False):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, x):
+        (x.data if self.hidden else x).sub_(0.1).mul_(1.3)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "make", [Scaling, lambda: Scaling(hidden=True), lambda: nn.Sequential(nn.ReLU(inplace=True), *staged(3, 3))]
+)
+def test_a_forward_pass_in_place_does_not_reach_other_networks(known, make):
+    known("own")(make)
+    network = build("own", **SIZE, seed=0)
+    for training in (True, False):
+        network.train(training)
+        expected = network.module(IMAGES.clone())
+        for grad in (True, True, False, False):  # the first call of a kind finds out, the second one knows
+            images = IMAGES.clone()
+            with torch.set_grad_enabled(grad):
+                assert torch.equal(network(images), expected)
+                network.features(images)
+                if isinstance(network, StagedNetwork):
+                    network.stages(images, "layer1")
+            assert torch.equal(images, IMAGES)
+    assert isinstance(network, StagedNetwork) == (not isinstance(network.module, Scaling))
+
+
+def test_a_batch_of_several_inputs_stays_as_it_is():
+    class Two(nn.Module):
+        def forward(self, a, b):
+            return a.relu_() + b["b"].neg_()
+
+    network, batch = ItemNetwork(Two(), None, raw=True), Positional((-torch.ones(2), {"b": torch.ones(2)}))
+    for _ in range(2):
+        assert network(batch).tolist() == [-1, -1]
+        assert (batch[0].tolist(), batch[1]["b"].tolist()) == ([-1, -1], [1, 1])
+
+
+def test_a_network_that_changes_nothing_gets_the_batch_itself(known):
+    seen = []
+
+    class Watched(Plain):
+        def forward(self, x):
+            seen.append(x.data_ptr())
+            return super().forward(x)
+
+    known("own")(Watched)
+    network = build("own", **SIZE, seed=0)
+    seen.clear()
+    for _ in range(3):
+        network(IMAGES)
+    assert [pointer == IMAGES.data_ptr() for pointer in seen] == [False, True, True]
 
 
 def test_every_block_of_a_network_gets_such_maps(known):
