@@ -18,6 +18,7 @@ from torch import nn
 from fedkern import models
 from fedkern.data.forms import form_of
 from fedkern.deferred import plain
+from fedkern.engine.client import BUFFERS, PERSONAL, check_kept
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
 from fedkern.engine.server import Server
@@ -305,16 +306,17 @@ def _of_client(
     if type(client) is not int or not 0 <= client < count:
         raise UserError(f"client must be a number from 0 to {count - 1}, not {shown(client)}.")
     context, state = _context(out, about, trusted, [1] * count), Checkpoints(out).last_client_state(client)
+    check_kept(context, state, client)
     wrapper = Network(context.build(), torch.device("cpu"))
     inner(wrapper.module).load_state_dict(inner(network).state_dict(), strict=False)  # which may lack statistics
     stand_in: Any = SimpleNamespace(id=client, state=state)
     try:
-        wrapper.write({**config.new_method().own_vectors(stand_in, wrapper.read()), **state.get("buffers_local", {})})
-        wrapper.write_personal(state.get("personal", {}))
+        wrapper.write({**config.new_method().own_vectors(stand_in, wrapper.read()), **state.get(BUFFERS, {})})
+        wrapper.write_personal(state.get(PERSONAL, {}))
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise UserError(f"The checkpoint in {out} is damaged (the state of client {client}: {error}).") from None
     client_network = _plain(about, out, trusted)
     client_network.load_state_dict(wrapper.module.state_dict())
-    if about.get("statistics") == "batch" and "buffers_local" not in state:
+    if about.get("statistics") == "batch" and BUFFERS not in state:
         _forget_statistics(client_network)
     return client_network

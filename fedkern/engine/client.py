@@ -23,6 +23,7 @@ from fedkern.engine.private_training import declared, train_privately
 from fedkern.engine.training import Context, Course, Diverged, Schedule, started, train
 from fedkern.engine.uploads.encoders import STATES, Drift
 from fedkern.errors import UserError, shown
+from fedkern.messages import states
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
 from fedkern.methods.uploads import is_alike
@@ -31,6 +32,9 @@ from fedkern.ops._core.layout import plain_strides
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
 from fedkern.tasks.user_tasks import inner
+
+PERSONAL, BUFFERS = "personal", "buffers_local"
+"""Entries of a client's stored state: its personal parts, and the buffers of its own (``--buffers local``)."""
 
 
 class Client(Node):
@@ -43,7 +47,10 @@ class Client(Node):
         self.samples = len(context.data.clients[client])
         self.declared = context.federation.samples[client]
         self.unit = context.federation.unit
-        self.encoded: dict[str, Any] = state.pop(STATES, {})  # the states of its encoders
+        # The engine's own entries of the state, which no method sees: states of encoders, personal parts, buffers.
+        self.encoded: dict[str, Any] = state.pop(STATES, {})
+        self._kept: dict[str, Message] = {name: state.pop(name) for name in (PERSONAL, BUFFERS) if name in state}
+        check_kept(context, self._kept, self.label)
         self.state = state
         self.phase: Phase = BEFORE  # the exchange that the client is asked in
         self._courses: dict[Phase, Course] = {}
@@ -59,8 +66,31 @@ class Client(Node):
 
     @property
     def stored(self) -> dict[str, Any]:
-        """What the checkpoint keeps of the client: its state, with those of its encoders."""
-        return {**self.state, STATES: self.encoded} if self.encoded else self.state
+        """Return what the checkpoint keeps of the client: the method's state, and the engine's own entries."""
+        own: dict[str, Any] = {**self._kept, **({STATES: self.encoded} if self.encoded else {})}
+        return {**self.state, **own} if own else self.state
+
+    def check_state(self) -> None:
+        """Take what a file cannot hold out of the state.
+
+        Raises:
+            UserError: something was taken out; the message names the first such entry.
+        """
+        if not isinstance(self.state, dict):
+            given, self.state = self.state, {}
+            raise UserError(f"client.state must stay a dict, not {shown(given)}: give it entries instead.")
+        problems = []
+        for key in [*self.state]:
+            try:
+                if key in (PERSONAL, BUFFERS, STATES):
+                    raise TypeError(f"client.state[{key!r}] is an entry of fedkern's own: take another name")
+                states.tree_of({key: self.state[key]}, "client.state", states.check_tensor)
+            except (TypeError, RecursionError) as error:
+                del self.state[key]
+                deep = f"client.state[{key!r}] holds itself, or is nested too deeply: flatten it"
+                problems.append(deep if isinstance(error, RecursionError) else str(error))
+        if problems:
+            raise UserError(f"{problems[0]}.")
 
     def warn(self, name: str, text: str) -> None:
         if self._context.disclosure.clients:
@@ -144,7 +174,7 @@ class Client(Node):
         """
         buffers = None
         if self._context.config.buffers != "average":
-            buffers = self._own_buffers()
+            buffers = self.own_buffers
             network.write(buffers or self._context.initial_buffers())
         network.write_personal(self.personal)
         flat = self._context.placed.there(message["parameters"]) if "parameters" in message else None
@@ -159,10 +189,10 @@ class Client(Node):
         policy = self._context.config.buffers
         result: Message = trained.read()
         if personal := network.read_personal():
-            self.state["personal"] = {name: bring(value) for name, value in personal.items()}
+            self._kept[PERSONAL] = {name: bring(value) for name, value in personal.items()}
         if policy == "local":
             copies = result if trained is network else network.read()
-            self.state["buffers_local"] = {name: bring(value) for name, value in copies.items() if name != "parameters"}
+            self._kept[BUFFERS] = {name: bring(value) for name, value in copies.items() if name != "parameters"}
         if policy != "average":
             result = {"parameters": result["parameters"]}
         if "parameters" in self.on_gpu and start is not None and is_alike(result["parameters"], start):
@@ -233,20 +263,22 @@ class Client(Node):
         after = self._context.config.freeze_bn_after
         if after is None or phase.round < after:
             return False
-        if "personal" not in self.state and any(name.endswith("running_mean") for name in self.personal):
+        if PERSONAL not in self._kept and any(name.endswith("running_mean") for name in self.personal):
             return False
-        return self._context.config.buffers != "local" or self._own_buffers() is not None
+        return self._context.config.buffers != "local" or bool(self.own_buffers)
 
-    def _own_buffers(self) -> Message | None:
-        return self.state.get("buffers_local") if self._context.config.buffers == "local" else None
+    @property
+    def own_buffers(self) -> Message:
+        own: Message = self._kept.get(BUFFERS, {}) if self._context.config.buffers == "local" else {}
+        return own
 
     @property
     def personal(self) -> Message:
-        personal: Message = self.state.get("personal") or self._context.initial_personal
+        personal: Message = self._kept.get(PERSONAL) or self._context.initial_personal
         return personal
 
     def frozen(self, message: Message) -> Any:
-        return self._context.frozen(message, self._own_buffers(), self.personal)
+        return self._context.frozen(message, self.own_buffers, self.personal)
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
         return self._context.client_data(self.id).batch(indices, rng=rng)
@@ -395,6 +427,24 @@ class Client(Node):
     def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
         name = purpose if phase.exchange == "update" else f"{purpose}/{phase.exchange}"
         return stream(self._context.config.seed, name, round=phase.round, client=self.id)
+
+
+def check_kept(context: RunContext, kept: Mapping[str, Any], client: object) -> None:
+    """Raise UserError where personal parts or buffers that a ``client`` kept are not those of the run's network."""
+    for name, expected in ((PERSONAL, lambda: context.initial_personal), (BUFFERS, context.initial_buffers)):
+        if name in kept and not _fits(kept[name], expected()):
+            raise UserError(
+                f'The checkpoint is damaged: "{name}" of client {client} does not fit the run\'s network. '
+                "Put the run's files back, or start the run again."
+            )
+
+
+def _fits(value: Any, expected: Message) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and value.keys() == expected.keys()
+        and all(isinstance(value[k], Tensor) and is_alike(value[k], each) for k, each in expected.items())
+    )
 
 
 def check_client(method: Any, client: Client) -> None:

@@ -12,6 +12,7 @@ from fedkern.engine.executors.base import Answer, Executor
 from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.round_log import RoundLog
 from fedkern.engine.uploads.filters import Arrival, Asked, Filter, encoders_of
+from fedkern.errors import named
 from fedkern.methods.base import ClientId, Message, Upload
 from fedkern.process.interrupts import check
 
@@ -119,6 +120,9 @@ class Exchange:
             for client in clients.values():
                 client.report = {}
             uploads = asked.hooks.cohort_update(clients, asked.phase, asked.sent)
+            for client in clients.values():
+                with named(f"Client {client.label}", None):
+                    client.check_state()
             if uploads is not None:
                 each = (time.perf_counter() - start) / len(asked.sent)
                 reports = {k: figures(one.report, f"client {k}: client.report", TAKEN) for k, one in clients.items()}

@@ -28,7 +28,7 @@ def digest(message: Any) -> str:
         elif isinstance(value, Tensor):
             total.update(f"{value.dtype}{list(value.shape)}".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
-            total.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+            total.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         elif isinstance(value, np.ndarray):
             total.update(f"{value.dtype}{list(value.shape)}".encode())
             total.update(value.tobytes())

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedkern.errors import same_format
 from fedkern.files import atomic
 from fedkern.files.inputs import parse_json, special
+from fedkern.messages.digest import digest
 from fedkern.ops._core.checks import python_number
 
 ABOUT = "fedkern"  # the file's only metadata key: the order of several keys in the file would be random
@@ -60,8 +61,9 @@ class Packed:
         self.size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
 
     def _keep(self, value: Any, where: str) -> dict[str, str]:
+        check_tensor(value, where)
         array, name = isinstance(value, np.ndarray), f"t{len(self._tensors)}"
-        tensor = torch.from_numpy(value) if array else value.detach()
+        tensor = torch.from_numpy(value.copy()) if array else value.detach()  # a view may have negative strides
         # Copied, because safetensors refuses shared storage, and a view would be saved with its whole buffer.
         self._tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
         return {"array" if array else "tensor": name}
@@ -145,6 +147,22 @@ def tree_of(value: Any, where: str, tensor: Callable[[Any, str], Any], most: flo
     raise TypeError(f"{where} is of type {type(value).__name__}: take tensors, numbers, texts, lists and dicts")
 
 
+def check_tensor(value: Tensor | np.ndarray, where: str) -> None:
+    """Raise TypeError where a file cannot hold a tensor or an array, which error messages call ``where``."""
+    if isinstance(value, Tensor) and value.is_inference():
+        raise TypeError(f"{where} is an inference-mode tensor: clone it outside of torch.inference_mode()")
+    try:
+        tensor = torch.from_numpy(np.empty(0, value.dtype)) if isinstance(value, np.ndarray) else value
+    except (TypeError, ValueError):  # of objects, of texts, of another byte order
+        raise TypeError(f"{where} is an array of {value.dtype}: take numbers of this machine's kind") from None
+    kinds = {
+        "complex": tensor.is_complex(), "sparse": tensor.layout is not torch.strided, "nested": tensor.is_nested,
+        "quantized": tensor.is_quantized, "meta": tensor.is_meta,
+    }  # fmt: skip
+    for kind in (name for name, applies in kinds.items() if applies):
+        raise TypeError(f"{where} is a {kind} tensor: take an ordinary one of real numbers")
+
+
 def _unpack(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
     if not isinstance(tree, dict):
         return tree
@@ -171,14 +189,27 @@ class _Seen:
     memory: Any = field(compare=False)
 
 
-def fingerprint(value: Any) -> Any:
-    """A value that differs whenever the state has changed, made without reading the contents of tensors."""
+class Fingerprint:
+    """Record of a state, by which a change is noticed.
+
+    Whatever moves a tensor's version or address counts as a change.  Writes through ``.data``, NumPy's view or a fused
+    optimiser move neither: only then the contents are compared, by their BLAKE2b.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self._seen, self._digest = _look(state), digest(state)
+
+    def matches(self, state: Any) -> bool:
+        """Return whether the state is unchanged."""
+        return bool(_look(state) == self._seen) and digest(state) == self._digest
+
+
+def _look(value: Any) -> Any:
+    """Return a value that differs where a state has certainly changed; contents of tensors and arrays are not read."""
     if isinstance(value, Tensor):
         return ("tensor", _Seen(value._version, value.data_ptr(), tuple(value.shape), value.untyped_storage()))
-    if isinstance(value, dict):
-        return ("dict", tuple((key, fingerprint(entry)) for key, entry in value.items()))
+    if isinstance(value, Mapping):
+        return ("dict", tuple((key, _look(entry)) for key, entry in value.items()))
     if isinstance(value, (list, tuple)):
-        return (type(value).__name__, tuple(fingerprint(entry) for entry in value))
-    if isinstance(value, np.ndarray):
-        return ("array", value.tobytes(), value.shape)
-    return repr(value)
+        return (type(value).__name__, tuple(_look(entry) for entry in value))
+    return value.shape if isinstance(value, np.ndarray) else repr(value)

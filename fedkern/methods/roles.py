@@ -121,7 +121,7 @@ class Client(Node, Protocol):
         known: how many targets are known, samples or, of a segmentation, pixels.
         state: kept from round to round: tensors, numbers, strings and dicts of these, read back on the CPU.  A private
             method keeps the ``state`` of the client's :class:`fedkern.privacy.Accountant` under
-            ``fedkern.privacy.LEDGER``.
+            ``fedkern.privacy.LEDGER``.  The names ``personal``, ``buffers_local`` and ``encoders`` are taken.
         round_cache: kept between the exchanges of a round and dropped after the round.
         report: figures of the client in the round's record: numbers by names of their own (not ``samples``).
     """
@@ -157,6 +157,11 @@ class Client(Node, Protocol):
     @property
     def unit(self) -> Unit:
         """The unit of privacy."""
+        ...
+
+    @property
+    def own_buffers(self) -> Message:
+        """The buffers that training left at the client (``--buffers local``); empty where there are none."""
         ...
 
     @property

@@ -270,7 +270,9 @@ def test_clients_that_never_answer_are_sent_their_messages_all_the_same():
 def test_a_cohort_is_asked_at_once(remote):
     bench = Bench(filters=[a], entry=Round("train", cohort=True), hooks=Hooks({k: {"x": k} for k in range(3)}))
     bench.executor.remote = remote
-    bench.executor.client = lambda k: SimpleNamespace(id=k, report={"stale": 1.0})
+    bench.executor.client = lambda k: SimpleNamespace(
+        id=k, label=str(k), report={"stale": 1.0}, check_state=lambda: None
+    )
     messages = [upload.message for upload in bench.exchange.uploads()]
     if remote:  # each works where it is
         assert [call for call in bench.calls if call[0] == "works"] == [("works", k) for k in range(3)]
@@ -298,7 +300,7 @@ class Reporting(Hooks):
 )
 def test_a_cohorts_reports_are_numbers_by_names_of_their_own(report, why):
     bench = Bench(entry=Round("train", cohort=True), hooks=Reporting(report))
-    bench.executor.client = lambda k: SimpleNamespace(id=k, report={})
+    bench.executor.client = lambda k: SimpleNamespace(id=k, label=str(k), report={}, check_state=lambda: None)
     if not why:
         assert bench.clients() == [0, 1, 2]
         assert type(bench.log.clients["1"]["x"]) is float

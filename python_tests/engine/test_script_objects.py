@@ -5,6 +5,7 @@ import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -284,6 +285,77 @@ def test_a_method_s_own_update_has_the_same_words(played, monkeypatch):
 
     monkeypatch.setitem(METHODS, "own-update", Own)
     assert same_network(played("fedavg"), played("own", "own-update"))
+
+
+# -- the state of a client ---------------------------------------------------------------------------------------------
+
+
+def count_in_place(model, client):
+    """Change the state in ways that move the version of no tensor."""
+    counts = client.state.setdefault("counts", {"data": torch.zeros(2), "numpy": torch.zeros(1), "array": np.zeros(1)})
+    counts["data"].data.add_(1)
+    counts["numpy"].numpy()[0] += 1
+    counts["array"][0] += 1
+    fused = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=1.0, momentum=0.5, fused=True)
+    if "fused" in client.state:
+        fused.load_state_dict(client.state["fused"])
+    fused.param_groups[0]["params"][0].grad = torch.ones(3)
+    fused.step()
+    client.state["fused"] = fused.state_dict()
+    client.report.update({name: float(value[0]) for name, value in counts.items()})
+    client.report["momentum"] = float(client.state["fused"]["state"][0]["momentum_buffer"][0])
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_changes_of_a_state_in_place_are_kept(played):
+    script = ScriptObjects(train=count_in_place)
+    one, two = (played(workers, script=script, workers=workers, rounds=3) for workers in "12")
+    seen = [record["clients"]["0"] for record in read_metrics(one)]
+    for name in ("data", "numpy", "array"):
+        assert [each[name] for each in seen] == [1, 2, 3]
+    assert [each["momentum"] for each in seen] == [1, 1.5, 1.75]
+    assert outcome(one)[0] == outcome(two)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "said"),
+    [
+        ("x", lambda: {1}, "is of type set: take tensors"),
+        ("x", lambda: [len], "is of type builtin_function_or_method: take tensors"),
+        ("x", lambda: torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0), "is of type SGD: take tensors"),
+        ("x", lambda: torch.eye(2).to_sparse(), "is a sparse tensor: take an ordinary one"),
+        ("x", lambda: torch.ones(1, dtype=torch.complex64), "is a complex tensor: take an ordinary one"),
+        ("personal", lambda: torch.ones(1), "is an entry of fedkern's own: take another name"),
+        ("encoders", lambda: {}, "is an entry of fedkern's own: take another name"),
+        ("buffers_local", lambda: {}, "is an entry of fedkern's own: take another name"),
+    ],
+)
+def test_what_a_state_cannot_hold_is_one_sentence(name, make, said, played):
+    def train(model, client):
+        if client.id == 1:
+            client.state[name] = make()
+
+    with pytest.raises(ClientFailed, match=rf"Client 1 failed in round 1: client.state\['{name}'\]\S* {said}"):
+        played("run", script=ScriptObjects(train=train))
+    out = played("skipped", script=ScriptObjects(train=train), on_error="skip")
+    assert [each["client"] for each in read_metrics(out)[0]["dropped"]] == [1]
+
+
+def test_an_inference_tensor_and_a_state_that_holds_itself_are_refused(played):
+    def infer(model, client):
+        with torch.inference_mode():
+            client.state["x"] = torch.ones(1)
+
+    def nest(model, client):
+        client.state["x"] = client.state
+
+    def replace(model, client):
+        client.state = [1]
+
+    said = {infer: r"\['x'\] is an inference-mode", nest: r"\['x'\] holds itself", replace: " must stay a dict"}
+    for train, sentence in said.items():
+        with pytest.raises(ClientFailed, match=f"Client 0 failed in round 1: client.state{sentence}"):
+            played("run", script=ScriptObjects(train=train))
 
 
 # -- sentences ---------------------------------------------------------------------------------------------------------

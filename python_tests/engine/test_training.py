@@ -224,20 +224,20 @@ def test_local_buffers_stay_with_their_client(make_data, make_config):
     config = make_config(buffers="local")
     _, message, client, answer = one_client(config, make_data())
     assert set(answer) == {"parameters"}
-    kept = copy.deepcopy(client.state["buffers_local"])
+    kept = copy.deepcopy(client.own_buffers)
     assert kept["integers"].tolist() == [5] * 3
     FedAvg().client_update(client, Phase(1, "train", "update"), {"parameters": message["parameters"]})
-    assert client.state["buffers_local"]["integers"].tolist() == [10] * 3
-    assert not torch.equal(kept["buffers"], client.state["buffers_local"]["buffers"])
+    assert client.own_buffers["integers"].tolist() == [10] * 3
+    assert not torch.equal(kept["buffers"], client.own_buffers["buffers"])
 
 
 def test_own_statistics_are_measured_before_they_are_fixed(make_data, make_config):
     config = make_config(buffers="local", freeze_bn_after=0)
     _, message, client, _ = one_client(config, make_data())
-    first = copy.deepcopy(client.state["buffers_local"])
+    first = copy.deepcopy(client.own_buffers)
     assert first["integers"].tolist() == [5] * 3
     FedAvg().client_update(client, Phase(1, "train", "update"), {"parameters": message["parameters"]})
-    assert torch.equal(client.state["buffers_local"]["buffers"], first["buffers"])
+    assert torch.equal(client.own_buffers["buffers"], first["buffers"])
 
 
 @pytest.mark.sampled(1)

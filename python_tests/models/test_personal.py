@@ -19,6 +19,7 @@ from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models import personal
 from fedkern.tasks import CLASSIFICATION
+from python_tests.forged import forge
 from python_tests.interrupted import Kill, KillAt, outcome
 from python_tests.own_networks import Small
 from python_tests.recording import Recording
@@ -189,6 +190,30 @@ def test_bits_in_two_workers_and_killed_and_resumed(make_data, tmp_path):
         assert same(networks(other), networks(one))
     finished = Checkpoints(one.out).last_client_state(0)["personal"]
     assert set(finished) == {"head.weight", "head.bias"}
+
+
+def swapped(parts):
+    parts["head.weight"], parts["head.bias"] = parts["head.bias"], parts["head.weight"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict.popitem, swapped, lambda parts: parts.update(more=torch.ones(1)),
+        lambda parts: parts.update({"head.bias": 1}),
+        lambda parts: parts.update({"head.bias": torch.zeros(1)}),  # which PyTorch would broadcast
+        lambda parts: parts.update({"head.bias": torch.zeros(3, dtype=torch.int64)}),
+    ],
+)  # fmt: skip
+def test_forged_parts_are_refused_in_one_sentence(change, make_data, tmp_path):
+    run = played(tmp_path / "run", make_data, rounds=1, personal="head.*")
+    forge(run.out, "client-00001-000001.safetensors", lambda state: change(state["personal"]))
+    said = 'The checkpoint is damaged: "personal" of client 1.* does not fit the run\'s network'
+    with pytest.raises(UserError, match=said):
+        run.model(client=1)
+    assert run.model(client=0)
+    with pytest.raises(UserError, match=said):
+        fedkern.load(run.out, data=dataclasses.replace(make_data((20, 13, 9)), name="arrays")).extend(2, progress=False)
 
 
 def test_an_absent_client_has_the_parts_of_a_fresh_network(make_data, tmp_path):

@@ -18,7 +18,7 @@ from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.encoders import Departure, Encoder, Keep
 from fedkern.errors import RAISED, ClientFailed
-from fedkern.messages.states import fingerprint
+from fedkern.messages.states import Fingerprint
 from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.process.torch_modes import cpu_threads
 
@@ -44,7 +44,7 @@ class Serial:
         self._context, self._handlers, self._states, self._threads = context, handlers, states, threads
         self.keep: Keep | None = None
         self._clients: dict[ClientId, Client] = {}
-        self._before: dict[ClientId, Any] = {}  # fingerprints of their states
+        self._before: dict[ClientId, Fingerprint] = {}  # of their states, of clients that have worked since
         self._asked = 0
 
     @property
@@ -52,15 +52,17 @@ class Serial:
         return self
 
     def client(self, k: ClientId) -> Client:
-        """Client ``k`` in this round, made on first use."""
+        """Return client ``k`` in this round, made on first use: from now on changes of its state are noticed."""
         if k not in self._clients:
             self.take(k, self._states(k)())
+        if k not in self._before:
+            self._before[k] = Fingerprint(self._clients[k].stored)
         return self._clients[k]
 
     def take(self, k: ClientId, state: dict[str, Any], played: Iterable[Request] = ()) -> None:
         """Begins the round of client ``k`` with ``state``, and plays again the messages that it has answered."""
-        client = self._clients[k] = Client(self._context, k, state)
-        self._before[k] = fingerprint(client.stored)
+        self._clients[k] = Client(self._context, k, state)
+        self._before.pop(k, None)
         for request in played:
             self.ask(k, *request)
 
@@ -139,7 +141,10 @@ class Serial:
                 for work in client.later or () if answer.problem is None else ():
                     work()
                 answer.report = figures(client.report, "client.report", TAKEN) if answer.problem is None else {}
-            client.later = None
+            problem, client.later = answer.problem, None
+            with self._problems(answer, asker):
+                client.check_state()
+            answer.problem = problem or answer.problem  # the first
             self._asked += 1
             if self._asked & (self._asked - 1) == 0:  # after 1, 2, 4, 8 ... answers: a state may change late
                 context.tell_attributes(client)
@@ -174,13 +179,11 @@ class Serial:
         return {**message, "parameters": self._context.placed.there(sent)}
 
     def changed(self, client: ClientId) -> dict[str, Any] | None:
-        if client not in self._clients:
+        before = self._before.get(client)
+        state = self._clients[client].stored if before is not None else {}
+        if before is None or before.matches(state):
             return None
-        state = self._clients[client].stored
-        now = fingerprint(state)
-        if now == self._before[client]:
-            return None
-        self._before[client] = now
+        del self._before[client]  # taken anew where the client works again in this round
         return state
 
     def working(self) -> list[ClientId]:

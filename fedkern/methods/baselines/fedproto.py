@@ -101,7 +101,7 @@ class FedProto(LocalTraining):
         else:
             answer = super().client_update(client, phase, message)
             flat = with_vectors(network, {"parameters": answer["parameters"]}, client)
-            buffers = {**client.state.get("buffers_local", {}), **answer}.get("buffers")
+            buffers = {**client.own_buffers, **answer}.get("buffers")
             statistics = buffers is not None or not flat.buffers.numel()
             if buffers is not None:
                 flat.load_buffers(buffers)
