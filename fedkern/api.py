@@ -124,9 +124,7 @@ class Run:
     def _give_method(self) -> None:
         """Puts the run's own class in the place of one of its name that a notebook has defined since."""
         if self._kind is not None:
-            script_methods.give_again(
-                self._kind, self.config.method, self.config.method_sha256, self.out, self._trusted
-            )
+            script_methods.give_again(self._kind, self.config.method, self.out)
 
     def __repr__(self) -> str:
         return f"<fedkern.Run {self.config.method} on {self.config.data} in {str(self.out)!r}>"

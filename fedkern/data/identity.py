@@ -17,7 +17,6 @@ from fedkern.data.split import AnySplit, Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.files.image_rows import in_parts
 from fedkern.streams import stream
-from fedkern.usercode.identity import identity_of
 
 SAMPLED_IMAGES, SAMPLED_BYTES = 2000, 32 << 20
 """Most images, and most of their bytes, that stand for a training pool of which a run reads only some."""
@@ -36,7 +35,7 @@ def of_memory(data: FederatedData) -> dict[str, str]:
 
 
 def _of_items(data: FederatedData) -> dict[str, str]:
-    """Identity of items: their number and some of them, whoever holds them, and the user's loss and metrics."""
+    """Identity of items: their number and some of them, whoever holds them."""
     sets: dict[str, list[Any]] = {"train": list(data.clients), "validation": [data.validation]}
     sets |= {f"test {name}".strip(): [split] for name, split in data.tests.items()}
     datasets = {
@@ -44,12 +43,11 @@ def _of_items(data: FederatedData) -> dict[str, str]:
         for name, parts in sets.items()
     }
     sizes = {name: sum(map(len, parts)) for name, parts in datasets.items()}
-    most, code = per_set(sum(map(len, datasets.values()))), code_of(data)
+    most = per_set(sum(map(len, datasets.values())))
     return {
         "classes": _digest(repr(name).encode() for name in data.classes),
         "sizes": ", ".join(f"{name} {size}" for name, size in sizes.items() if size),
         "samples": _digest(sorted(part.digest(most) for parts in datasets.values() for part in parts)),
-        **({"loss_fn": code} if code else {}),
     }
 
 
@@ -158,10 +156,10 @@ def _digest(rows: Iterable[bytes]) -> str:
     return hasher.hexdigest()
 
 
-def code_of(data: FederatedData) -> str:
-    """A hash of the code that the user gives beside the data: loss, metrics or task, and collation; empty without."""
+def code_of(data: FederatedData) -> dict[str, Any]:
+    """Return the objects that the user gives beside the data: loss and metrics or a task, and collation, by name."""
     collate = getattr(data.clients[0], "collate", default_collate)
-    return data.task.digest() + ("" if collate is default_collate else identity_of({"collate_fn": collate}))
+    return {**data.task.code(), **({} if collate is default_collate else {"collate_fn": collate})}
 
 
 def data_fingerprint(data: FederatedData) -> int:

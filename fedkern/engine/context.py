@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, singledispatch
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ class RunContext:
     Attributes:
         unfit: a sentence on what of ``--init`` the network has not taken.
         script: the objects that a script gives; in another process without its network.
+        code: identities of the code that a script gives, by group.
         on_notice: called with the text of every notice; None: nobody listens.
     """
 
@@ -83,6 +85,7 @@ class RunContext:
         on_notice: Callable[[str], None] | None = None,
         described: dict[str, Any] | None = None,
         script: ScriptObjects = ScriptObjects(),
+        code: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     ) -> None:
         self.config, self.data = config, data
         self.on_notice = on_notice
@@ -97,7 +100,7 @@ class RunContext:
         self._clients: dict[int, Reader] = {}
         self._frozen: tuple[tuple[Any, ...], Any] = (), None  # the vectors of a frozen network, and the network
         self._initial_buffers: Message | None = None
-        self._described, self.script = described, script
+        self._described, self.script, self.code = described, script, code
         self._init: Mapping[str, Tensor] | None = None
         self.unfit = ""
         self.teachers = None if config.teachers is None else ClientTeachers(config.teachers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from fedkern.models.registry import unknown
 from fedkern.models.user_models import check_output, seeded
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.user_tasks import inner
-from fedkern.usercode.identity import identity_of, layout
+from fedkern.usercode.identity import digest, identity_table, layout
 
 
 def resolve(
@@ -71,7 +72,9 @@ def resolve(
     registry.check_network(config.method, config.made.needs, network, data, make.text)
     state = network.state_dict()
     shapes = layout(state)
-    sha = identity_of(make.what.state_dict()) if isinstance(make.what, nn.Module) else make.sha256
+    sha = make.sha256
+    if isinstance(make.what, nn.Module):
+        sha = digest(identity_table({"weights": dict(make.what.state_dict())}, limit=sys.maxsize))
     if stored is not None:
         if stored.model_layout not in (None, shapes):
             raise UserError(

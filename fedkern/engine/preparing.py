@@ -21,7 +21,7 @@ from fedkern.engine.progress import Progress
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.server import Server
 from fedkern.engine.store import predictions as predictions_file
-from fedkern.engine.store.resuming import check_settings, same_code, with_identity
+from fedkern.engine.store.resuming import check_settings, not_compared, same_code, with_identity
 from fedkern.errors import UserError
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Method, Round
@@ -34,6 +34,7 @@ from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
 from fedkern.settings.run_data import caveats, check_data, check_sets, decided, effective, kept_data, load_data
+from fedkern.usercode.identity import digest
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def with_data(
         config = config.replace(identity={**identity, **files_identity(config)})
     else:
         config = with_identity(config, entry)
+    code = script.code_at_begin(config, data)
     if stored is not None:
         check_settings(config, stored, out)
     check_data(config, data)
@@ -140,13 +142,16 @@ def with_data(
             "ranks have none: start the script without torchrun, with workers=N."
         )
     config, data, notes = own_model.resolve(config, data, stored, out, known)
-    config = script.resolve(RunContext(config, data))
+    config = script.resolve(RunContext(config, data), code)
     changed: list[str] = []
     if stored is not None:
-        config, changed = same_code(config, stored, entry, data, out, trusted)
-    for sentence in (*caveats(data), *notes):
+        config, changed = same_code(config, stored, entry, code, out, trusted)
+    hashes = {name: digest(code[name]) for name in ("network", "loss_fn") if name in code}
+    if entry is None:
+        config = config.replace(identity={**config.identity, **hashes})
+    for sentence in (*caveats(data), *notes, *not_compared(code)):
         notice(sentence)
-    context = RunContext(config, data, notice, script=script)
+    context = RunContext(config, data, notice, script=script, code=code)
     if changed:
         before = entry["info"]["parts"].get("warnings", {}).get("other-code", "") if entry is not None else ""
         context.warn("other-code", " ".join([before, *(text for text in changed if text not in before)]).strip())

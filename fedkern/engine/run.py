@@ -27,6 +27,7 @@ from fedkern.process.allocator import keep_freed_memory
 from fedkern.process.interrupts import in_order
 from fedkern.process.torch_modes import cpu_threads, current_gpu, reproducible
 from fedkern.settings.config import RunConfig
+from fedkern.usercode.identity import note_change
 
 
 def run(
@@ -108,7 +109,11 @@ def run(
                 closing(listeners),
             ):  # closed first: what a listener takes back is gone then
                 keep_settings(context.config, out, fresh=not resume)
-                return _played(prepared, out, listeners, alone, resume=resume, remote=remote)
+                try:
+                    return _played(prepared, out, listeners, alone, resume=resume, remote=remote)
+                finally:
+                    for group, table in script.code(context.config, context.data).items():
+                        note_change(context.code[group], table)
 
 
 def _played(

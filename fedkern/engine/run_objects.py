@@ -110,12 +110,12 @@ def opened(
     metrics, timing = Metrics(out), Timing()
     checkpoints = Checkpoints(out, BackgroundWriter(), config.trained_clients)
     entry = checkpoints.open(fresh=not resume, begun=resume and metrics.path.exists())
-    facts = facts_of(config, context.data, data_fingerprint(context.data))
+    facts = facts_of(context, data_fingerprint(context.data))
     if entry is None:
         compare_teachers(context, facts["data"])
     else:
         check_same(entry, facts, prepared.plan, out)
-        facts["task"] = entry["info"]["task"]  # of the code that the run began with
+        facts["code"] = entry["info"]["code"]  # that the run began with
         prepared.server.state = checkpoints.server_state()
         prepared.participation.restore(checkpoints.participation_state())
         progress.done, progress.planned = entry["round"], entry["plan"]

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedkern.data import FederatedData
+from fedkern.data.identity import code_of
 from fedkern.engine.own_optimizer import made
 from fedkern.errors import UserError, shown
 from fedkern.methods import registry
 from fedkern.methods.base import LocalTraining
 from fedkern.models.user_models import check_module, unwrapped
 from fedkern.settings.config import RunConfig
-from fedkern.usercode.identity import identity_of
+from fedkern.usercode.identity import digest, identity_table, only_code
 from fedkern.usercode.named_code import INSTANCE
 
 _PARTS = ("client_update", "loss", "terms", "adjust_gradient", "draw", "prepare")
@@ -53,11 +55,14 @@ class ScriptObjects:
             ones.  It is copied.
         train: ``train(model, client)`` in place of a method's local training.
         optimizer: ``optimizer(parameters)``, a factory for the run's loop.
+        began: identities of all code of the run when these objects were first used, by group, as objects may change
+            while they run; None: the objects count as they are.
     """
 
     network: nn.Module | None = None
     train: Callable[[Any, Any], None] | None = None
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+    began: dict[str, dict[str, str]] | None = field(default=None, repr=False)
 
     def __reduce__(self) -> Any:
         return ScriptObjects, (None, self.train, self.optimizer)  # another process gets the network with its entry
@@ -78,12 +83,32 @@ class ScriptObjects:
         for name in _UNREAD.get(what, ()):
             if settings.get(name) is not None or (name == "optimizer" and optimizer is not None):
                 raise UserError(f"{name} has no effect beside a function {what}, which decides it: set it there.")
-        return cls(None if isinstance(network, str) else unwrapped(network), train, optimizer)
+        return cls(None if isinstance(network, str) else unwrapped(network), train, optimizer, {})
 
     @property
     def functions(self) -> bool:
         """Whether functions of the script train."""
         return self.train is not None or self.optimizer is not None
+
+    def code(self, config: RunConfig, data: FederatedData) -> dict[str, dict[str, str]]:
+        """Return the identities of all code that a script gives, by group, as far as there is some."""
+        training = {"train": self.train, "optimizer": self.optimizer}
+        groups: dict[str, dict[str, Any]] = {
+            "method": {"method": config.kind} if config.method in registry.GIVEN else {},
+            "network": {} if self.network is None else {"model": self.network},
+            "training": {name: function for name, function in training.items() if function is not None},
+            "loss_fn": code_of(data),
+        }
+        return {name: identity_table(things, weights=False) for name, things in groups.items() if things}
+
+    def code_at_begin(self, config: RunConfig, data: FederatedData) -> dict[str, dict[str, str]]:
+        """Return what :meth:`code` returned when these objects were first used, unless functions or classes differ."""
+        now = self.code(config, data)
+        for name, table in now.items() if self.began is not None else ():
+            before = self.began.setdefault(name, table)  # type: ignore[union-attr]
+            if only_code(before) != only_code(table):
+                self.began[name] = table  # type: ignore[index]
+        return now if self.began is None else {name: self.began[name] for name in now}
 
     def trained(self, model: nn.Module, client: Any) -> nn.Module:
         """The model after ``train``, which trains it in place."""
@@ -139,7 +164,7 @@ class ScriptObjects:
                 f"fedkern.load(DIR, {name}=FUNCTION).resume()."
             )
 
-    def resolve(self, context: Any) -> RunConfig:
+    def resolve(self, context: Any, code: dict[str, dict[str, str]]) -> RunConfig:
         """The settings with what the functions are, in words and as a hash; an optimiser is made once to be tried.
 
         Raises:
@@ -154,5 +179,4 @@ class ScriptObjects:
             optimizer = made(self.optimizer, [each for each in context.build().parameters() if each.requires_grad])
             values = {name: value for name, value in optimizer.defaults.items() if value not in (None, False)}
             words = f"{type(optimizer).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-        sha = identity_of({"train": self.train, "optimizer": self.optimizer})
-        return config.replace(training=words, training_sha256=sha)
+        return config.replace(training=words, training_sha256=digest(code["training"]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fedkern.errors import UserError
@@ -18,10 +18,9 @@ from fedkern.methods.options import Options
 from fedkern.methods.registry import CLASS, GIVEN, METHODS, short
 from fedkern.typed_option import Value
 from fedkern.usercode import named_code
-from fedkern.usercode.identity import PLAIN, by_bytecode, identity_of
+from fedkern.usercode.identity import PLAIN, differences, digest, folded, identity_table, is_unchanged
 
 _MISSING = object()
-_FINGERPRINTS: dict[type[Method], str] = {}  # kept, as the file of a class may change while the process runs
 
 
 def name_of(kind: type[Method]) -> str:
@@ -44,25 +43,18 @@ def give(kind: type[Method]) -> str:
     return name
 
 
-def give_again(
-    kind: type[Method],
-    name: str,
-    sha256: str | None,
-    folder: str | os.PathLike[str],
-    trusted: Collection[str] = (),
-) -> None:
-    """Makes the class of a stored run known to this process.
-
-    Args:
-        name, sha256: name and fingerprint of the run's method.
-        trusted: has ``"method"`` where the class may have changed.
+def give_again(kind: type[Method], name: str, folder: str | os.PathLike[str]) -> None:
+    """Make the class of a stored run, whose method has this name, known to this process.
 
     Raises:
-        UserError: the run has another method, or the class has other code than when the run began.
+        UserError: the run has another method.
     """
     if name.startswith(CLASS):
         _check(kind)
-        _compare(kind, name, sha256, folder, trusted)
+        if kind.__name__ != short(name):
+            raise UserError(
+                f"The method of the run in {folder} is {short(name)}, not {kind.__name__}: give that class."
+            )
         GIVEN[name] = kind
     elif METHODS.get(name) is not kind:
         raise UserError(
@@ -70,8 +62,24 @@ def give_again(
         )
 
 
-def check(name: str, sha256: str | None, folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:
-    """Raises UserError where a stored run's method is a class that is not given here, or whose code has changed."""
+def check(
+    name: str,
+    sha256: str | None,
+    stored: Mapping[str, str],
+    folder: str | os.PathLike[str],
+    trusted: Collection[str] = (),
+) -> None:
+    """Check that the method of a stored run is known, and that its class is the one that the run began with.
+
+    Args:
+        name: of the run's method.
+        sha256, stored: hash and identity of its class.
+        folder: the run folder.
+        trusted: has ``"method"`` where the class may have changed.
+
+    Raises:
+        UserError: the method is a class that is not given here, or whose code has changed.
+    """
     if not name.startswith(CLASS):
         return
     if name not in GIVEN:
@@ -80,7 +88,10 @@ def check(name: str, sha256: str | None, folder: str | os.PathLike[str], trusted
             f"The method of the run in {folder} is {short(name)}, a class of the script or module {module}: go on with "
             f"it in Python, fedkern.load({str(folder)!r}, method={short(name)})."
         )
-    _compare(GIVEN[name], name, sha256, folder, trusted)
+    table = identity_table({"method": GIVEN[name]})
+    if not is_unchanged(sha256 or "", digest(table)) and "method" not in trusted:
+        words, again = differences(stored, folded(table)), 'trusted=["method"] to fedkern.load'
+        raise named_code.changed(f"the class {GIVEN[name].__name__}", folder, words, again)
 
 
 def options_of(method: Method) -> dict[str, Value]:
@@ -108,33 +119,8 @@ def options_of(method: Method) -> dict[str, Value]:
 
 
 def fingerprint(kind: type[Method]) -> str:
-    """SHA-256 of the source of a class and of its bases outside fedkern.
-
-    Where Python has no source of a class (a notebook, an interactive interpreter), its bytecode is taken.  That of
-    another version of Python differs.
-    """
-    if kind in _FINGERPRINTS:
-        return _FINGERPRINTS[kind]
-    return _FINGERPRINTS.setdefault(kind, identity_of(kind))
-
-
-def changed(kind: type[Method], sha256: str | None) -> bool:
-    """Whether a class is another than when a run stored its fingerprint; False without one."""
-    # A class of a notebook may have moved into a file.
-    return sha256 is not None and sha256 not in (fingerprint(kind), by_bytecode(kind))
-
-
-def _compare(
-    kind: type[Method], name: str, sha256: str | None, folder: str | os.PathLike[str], trusted: Collection[str]
-) -> None:
-    if sha256 is not None and not changed(kind, sha256):
-        return
-    if kind.__name__ != short(name):
-        raise UserError(f"The method of the run in {folder} is {short(name)}, not {kind.__name__}: give that class.")
-    if "method" not in trusted:
-        then, now = (f"sha256:{str(each)[:12]}" for each in (sha256, fingerprint(kind)))
-        again = 'trusted=["method"] to fedkern.load'
-        raise named_code.changed(f"the class {kind.__name__}", folder, then, now, again)
+    """Return the hash of a class, of its bases outside fedkern and of what their code names."""
+    return digest(identity_table({"method": kind}))
 
 
 def _check(kind: type[Method]) -> None:

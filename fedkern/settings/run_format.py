@@ -12,7 +12,7 @@ from fedkern.files.inputs import read_json
 NAME = "config.toml"
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
-FORMAT = 8
+FORMAT = 9
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -31,3 +31,10 @@ def check_format(out: Path) -> None:
     """Raises OtherFormat where a run folder has another format; a missing or damaged manifest says nothing."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         read_manifest(out / FOLDER / MANIFEST)
+
+
+def stored_code(out: Path) -> dict[str, dict[str, str]]:
+    """Return the identities, by group, of the code that a script gave a run; empty where the folder has none."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return dict(read_manifest(out / FOLDER / MANIFEST)["entries"][-1]["info"]["code"])
+    return {}

@@ -12,7 +12,7 @@ from fedkern.errors import UserError, nearest
 from fedkern.files.inputs import read_text, special
 from fedkern.methods import script_methods
 from fedkern.settings.config import UNSTORED, RunConfig
-from fedkern.settings.run_format import NAME, check_format
+from fedkern.settings.run_format import NAME, check_format, stored_code
 from fedkern.usercode import plugins
 
 
@@ -77,8 +77,8 @@ def load_settings(
     table = {name: value for name, value in table.items() if name not in UNSTORED}
     method, sha256 = str(table.get("method", RunConfig.method)), table.get("method_sha256")
     if given is not None:
-        script_methods.give_again(given, method, sha256, folder, trusted)
-    script_methods.check(method, sha256, folder, trusted)
+        script_methods.give_again(given, method, folder)
+    script_methods.check(method, sha256, stored_code(Path(folder)).get("method", {}), folder, trusted)
     return RunConfig.of({**table, **replaced})
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.usercode.identity import identity_of
 
 AHEAD = 16
 """Most batches that wait for a thread; more batches would only use memory."""
@@ -264,9 +263,9 @@ class Task:
 
     # -- networks --------------------------------------------------------------------------------------------------
 
-    def digest(self) -> str:
-        """A hash of the code and state that a user gave for the task; empty for fedkern's own."""
-        return "" if type(self).__module__.startswith("fedkern.") else identity_of({"task": self})
+    def code(self) -> dict[str, Any]:
+        """Return the objects that a user gave for the task, by name; none for a task of fedkern."""
+        return {} if type(self).__module__.startswith("fedkern.") else {"task": self}
 
     def described(self, context: Any) -> dict[str, Any]:
         """What :meth:`build` needs beside the network's name and sizes: entries of model.safetensors."""

@@ -17,7 +17,6 @@ from fedkern.tasks.base import Task
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
 from fedkern.usercode.execution import explained
-from fedkern.usercode.identity import identity_of
 
 MOST = 1 << 30
 """Bytes of outputs and targets that are concatenated for metrics at most."""
@@ -81,9 +80,9 @@ class OwnTask(Task):
     def __deepcopy__(self, memo: Any) -> OwnTask:
         return self
 
-    def digest(self) -> str:
-        names = ("main", "better", "loss_fn", "metrics")
-        return identity_of({name: getattr(self, name) for name in names})
+    def code(self) -> dict[str, Any]:
+        metrics = {f"metrics.{name}": metric for name, metric in self.metrics.items()}
+        return {"main": self.main, "better": self.better, "loss_fn": self.loss_fn, **metrics}
 
     def known(self, batch: Any) -> int:
         return len(batch.indices)

@@ -1,78 +1,609 @@
-"""Identity of what a user gives: the content of a file, a module, a class, a function, an object with its values.
+"""Identity of what a user gives: a table of texts by path, which tells an object from a changed one.
 
-A resumed run is told from another one by it.  PyTorch is imported where values are hashed, since the front page of the
-command line is printed without it.
+:func:`identity_table` walks through an object and writes a row for every value below it, such as ``loss_fn.weight``.
+A plain value of up to `READABLE` characters is its own text, every other one a SHA-256.  An equal object has an equal
+table in every process: no address, no ``hash()`` and no order of a set is in it.
+
+* **Plain values** count by value: numbers, texts, bytes, ranges, dates, paths, decimals, fractions, UUIDs, patterns,
+  dtypes, devices.
+* **Containers**: lists, tuples, deques and dicts in their order, sets sorted; of subclasses also class and attributes.
+* **Tensors and arrays**: dtype, shape and values, whatever the strides.  Sparse and quantised tensors, masked arrays
+  and arrays of objects count by their parts, tensors on ``meta`` without values.
+* **Objects**: class and attributes, private ones and ``__slots__`` too, without cached properties.  An enum counts by
+  name and value.  An object of C, or of an installed package that says how it is pickled, counts by what pickle keeps.
+* **nn.Module**: parameters, buffers (persistent or not), submodules, attributes and hooks, without the training mode.
+* **Classes**: bases and members of a class and of its bases, outside of Python, torch, fedkern and installed packages.
+* **Functions**: bytecode without line numbers; defaults, closures, attributes and what a decorator wraps; functions,
+  classes and values of the module that the code names; those of the user's other modules that it names as ``MODULE.X``;
+  the files of the user's modules that the code imports by itself.
+* **Partials, bound methods, callable objects**: function, arguments and object.
+* **Modules and code of packages** count by name and version.  Python, torch and fedkern have no version here: a run
+  compares those by itself.
+
+A value counts up to `LIMIT` bytes, nested objects up to `DEEP` levels, a table up to `NODES` values.  What lies beyond
+and what cannot be read (locks, open files, objects of C without pickling) has a row that begins with `NOT_COMPARED`.
+An object that is met again, also in a cycle, has a row with the path where it was met first.
+
+PyTorch is imported where values are walked, since the front page of the command line is printed without it.
 """
 
 from __future__ import annotations
 
+import dis
+import enum
 import functools
 import hashlib
 import importlib
 import inspect
+import os
+import re
 import sys
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
 from importlib import metadata
 from importlib.machinery import ModuleSpec
-from pathlib import Path
-from types import CodeType, FunctionType, MethodType
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import (
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
+from typing import Any, NamedTuple
+from uuid import UUID
 
 from fedkern.files.inputs import open_regular, reading
 
 PLAIN = (bool, int, float, str)
-DEEP = 5
-"""Levels of attributes of objects that are looked at."""
-_FOREIGN = {"fedkern", *sys.stdlib_module_names} - {"__main__", "builtins"}
-"""Packages whose classes say nothing of a class derived from them; code run by exec has "builtins"."""
+LIMIT, DEEP, NODES, READABLE, ROWS = 1 << 20, 40, 1 << 14, 60, 200
+"""Most bytes of a value, levels, values of a table, characters of a readable text, and rows that are stored."""
+NOT_COMPARED = "not compared: "
+"""Beginning of the text of a path at which nothing is compared; the reason follows."""
+INSTALLED = ("site-packages", "dist-packages")
+"""Folders of installed packages."""
+Table = dict[str, str]
+_PYTHON = "Python"
+_CHANGED: dict[str, set[str]] = {}  # digests of objects before runs of this process, by the digest after them
+_TEXTS = {
+    bool, int, float, complex, str, bytes, bytearray, range, date, datetime, time, timedelta, timezone, Decimal,
+    Fraction, UUID, PurePosixPath, PureWindowsPath, type(Path()), type(None), type(...), type(NotImplemented),
+}  # fmt: skip
+_FEW = 4  # elements of a tensor that is readable
+_HEAP = 1 << 9  # flag of a class that Python code has made
+_UNTOLD = {"__annotate__", "__classcell__", "__doc__", "__module__", "__name__", "__qualname__", "_abc_impl"}
+_PICKLING = ("__reduce_ex__", "__reduce__", "__getstate__")
 
 
-def identity_of(thing: Any) -> str:
-    """What a thing is told from its later self by, the same in every process.
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def identity_table(
+    things: Mapping[str, Any], *, weights: bool = True, limit: int = LIMIT, code: bool = True
+) -> dict[str, str]:
+    """Return the texts by which objects are told from changed ones, by path.
 
     Args:
-        thing: the content of a file, as bytes; the name of a module, as a text, which is found without importing it or
-            its packages; a class, which counts with its bases outside fedkern; or a function, an object, tensors and
-            values, nested by name, of which code, state and attributes count.
+        things: any objects, by the first part of their paths.
+        weights: whether parameters and persistent buffers of modules count.
+        limit: most bytes of a value that count.
+        code: whether the code of functions and classes counts, or their name alone.
+    """
+    walk = _Walk(weights, limit, code)
+    for name, thing in things.items():
+        walk.visit(thing, name, DEEP)
+    if any(text.startswith("code ") for text in walk.table.values()):
+        walk.write(_PYTHON, f"{sys.version_info.major}.{sys.version_info.minor}")  # others have another bytecode
+    return walk.table
 
-    Returns:
-        Of bytes ``sha256:HEX``; of a module its version, that of its file, and the file; of everything else the SHA-256
-        in hexadecimal.
+
+def digest(table: Mapping[str, str]) -> str:
+    """Return the SHA-256 of a table in hexadecimal; "" for an empty table."""
+    text = "\n".join(f"{path}\0{table[path]}" for path in sorted(table))
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() if table else ""
+
+
+def left_out(table: Mapping[str, str]) -> list[str]:
+    """Return the paths at which nothing is compared, each with the reason."""
+    texts = {path: text.removeprefix(NOT_COMPARED) for path, text in table.items() if text.startswith(NOT_COMPARED)}
+    return [f"`{path}` ({why})" for path, why in texts.items()]
+
+
+def only_code(table: Mapping[str, str]) -> dict[str, str]:
+    """Return the rows of functions and classes, which no training changes."""
+    return {path: text for path, text in table.items() if text.startswith(("code ", "class "))}
+
+
+def note_change(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    """Note that objects have changed while a run used them, so that they count as the former ones in this process."""
+    if before != after:
+        known = {digest(before), *_CHANGED.get(digest(before), ())}
+        _CHANGED.setdefault(digest(after), set()).update(known)
+
+
+def is_unchanged(stored: str | None, now: str) -> bool:
+    """Return whether a stored digest is that of a table now, or of what the objects were when a run began here."""
+    return stored in (None, now) or stored in _CHANGED.get(now, ())
+
+
+def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return what differs between two tables, readable values first: ``"`loss_fn.w` changed from 2.0 to 3.0"``.
+
+    What lies below a path that differs is left out where it is new or gone.
+    """
+    paths = {path for path in {*then, *now} if then.get(path) != now.get(path)}
+    values, others = [], []
+    for path in sorted(paths):
+        before, after = then.get(path), now.get(path)
+        if before is None or after is None:
+            if not any(path.startswith((f"{above}.", f"{above}[")) for above in paths):
+                others.append(f"`{path}` is {'new' if before is None else 'gone'}")
+        elif any(text.startswith(("code ", "sha256:")) for text in (before, after)):
+            others.append(f"`{path}` changed")
+        else:
+            values.append(f"`{path}` changed from {before} to {after}")
+    return [*values, *others]
+
+
+def folded(table: Mapping[str, str], rows: int = ROWS) -> dict[str, str]:
+    """Return a table of at most ``rows`` rows, if possible, in which a hash stands for all below a path."""
+    parts = {path: re.split(r"(?=[.\[])", path) for path in table}
+    groups: dict[str, Table] = {}
+    for depth in range(max(map(len, parts.values()), default=0), 0, -1):
+        groups = {}
+        for path, text in table.items():
+            groups.setdefault("".join(parts[path][:depth]), {})[path] = text
+        if len(groups) <= rows:
+            break
+    return {path: group[path] if [*group] == [path] else f"sha256:{digest(group)}" for path, group in groups.items()}
+
+
+# -- the walk ----------------------------------------------------------------------------------------------------------
+
+
+class _Walk:
+    """A walk through an object that fills ``table``."""
+
+    def __init__(self, weights: bool, limit: int, code: bool) -> None:
+        self.table: Table = {}
+        self._weights, self._limit, self._code, self._left = weights, limit, code, NODES
+        self._paths: dict[int, tuple[str, Any]] = {}  # of objects by id, with the objects, so that no id is used again
+        self._classes: dict[int, type] = {}
+
+    def write(self, path: str, text: str) -> str:
+        """Add a row, with a prime where the path is taken, and return its path."""
+        while path in self.table:
+            path += "'"
+        self.table[path] = text
+        return path
+
+    def _hash(self, path: str, about: str, content: bytes, whole: int) -> None:
+        """Add the hash of the first bytes of a value that has ``whole`` bytes."""
+        self.write(path, f"sha256:{hashlib.sha256(about.encode() + content).hexdigest()}")
+        if whole > len(content):
+            self.write(f"{path}[...]", f"{NOT_COMPARED}all after its first {len(content):,} bytes")
+
+    def visit(self, value: Any, path: str, deep: int) -> None:
+        """Add the rows of a value and of all below it."""
+        try:
+            text = _text(value, self._limit)
+            if text is None:
+                self._visit(value, path, deep)
+            elif len(text) <= READABLE:
+                self.write(path, text)
+            else:
+                content = text.encode(errors="surrogatepass")
+                self._hash(path, "", content[: self._limit], len(content))
+        except Exception as error:  # an object may raise anything
+            self.write(path, f"{NOT_COMPARED}{type(value).__name__}, {type(error).__name__}")
+
+    def _visit(self, value: Any, path: str, deep: int) -> None:
+        self._left -= 1
+        if deep < 0:
+            self.write(path, f"{NOT_COMPARED}deeper than {DEEP} levels")
+        elif self._left < 0:
+            if self._left == -1:
+                self.write(path, f"{NOT_COMPARED}this and all after {NODES:,} values")
+        elif isinstance(value, _arrays()):
+            self._array(value, path, deep)
+        elif id(value) in self._paths:
+            self.write(path, f"same as {self._paths[id(value)][0]}")
+        else:
+            self._paths[id(value)] = path, value
+            self._thing(value, path, deep - 1)
+
+    def _rows(self, values: Iterable[tuple[Any, Any]], path: str, deep: int, form: str = ".{}") -> None:
+        """Visit values by name, until the table is full."""
+        for name, value in values:
+            self.visit(value, path + form.format(name), deep)
+            if self._left < 0:
+                return
+
+    def _thing(self, value: Any, path: str, deep: int) -> None:
+        if isinstance(value, ModuleType):
+            self.write(path, _module_text(value))
+        elif isinstance(value, type):
+            self.write(path, f"class {_class_text(value)}")
+            self._class(value, deep)
+        elif isinstance(value, FunctionType):
+            self._function(value, path, deep)
+        elif isinstance(value, (MethodType, staticmethod, classmethod)):
+            self.visit(value.__func__, path, deep)
+            if isinstance(value, MethodType):
+                self.visit(value.__self__, f"{path}.__self__", deep)
+        elif isinstance(value, property):
+            for accessor in filter(None, (value.fget, value.fset, value.fdel)):
+                self.visit(accessor, path, deep)
+        elif isinstance(value, functools.partial):
+            self.visit(value.func, path, deep)
+            self._rows(enumerate(value.args), path, deep, "[{}]")
+            self._rows([*value.keywords.items(), *_attributes(value)], path, deep)
+        elif inspect.isroutine(value):  # a function of C
+            self.write(path, f"{getattr(value, '__module__', None) or ''} {value.__qualname__}".strip())
+            parts = {name: getattr(value, name, None) for name in ("__self__", "__wrapped__")}  # a method, lru_cache
+            parts = {name: part for name, part in parts.items() if not isinstance(part, (ModuleType, type, type(None)))}
+            self._rows(parts.items(), path, deep)
+        else:
+            self._object(value, path, deep)
+
+    def _array(self, value: Any, path: str, deep: int) -> None:
+        import numpy as np
+        import torch
+
+        if isinstance(value, torch.Tensor):
+            tensor = value.detach()
+            about = f"{tensor.dtype} {list(tensor.shape)}"
+            if tensor.layout != torch.strided or tensor.is_nested:
+                self.write(path, f"{tensor.layout} {about}")
+                self._pickled(tensor.__reduce_ex__(4), type(tensor), path, deep)
+            elif tensor.is_quantized:
+                self.visit([about, tensor.dequantize()], path, deep)
+            elif tensor.is_meta:
+                self.write(path, f"{about} without values")
+            elif tensor.numel() <= _FEW:
+                self.write(path, f"{about} {tensor.tolist()}")
+            else:
+                few = tensor.reshape(-1)[: max(1, self._limit // tensor.element_size())].resolve_conj().resolve_neg()
+                self._hash(path, about, few.cpu().contiguous().view(torch.uint8).numpy().tobytes(), tensor.nbytes)
+            return
+        about = f"{value.dtype} {list(value.shape)}"
+        if isinstance(value, np.ma.MaskedArray):
+            self.visit([np.asarray(value.data), np.ma.getmaskarray(value)], path, deep)
+        elif value.dtype.hasobject:
+            self.visit([about, value.tolist()], path, deep)
+        elif value.size <= _FEW:
+            self.write(path, f"{about} {value.tolist()}")
+        else:
+            part = np.asarray(value).reshape(-1)[: max(1, self._limit // value.itemsize)]
+            self._hash(path, about, part.tobytes(), value.nbytes)
+
+    def _object(self, value: Any, path: str, deep: int) -> None:
+        from torch import nn
+
+        kind = type(value)
+        user = _package(kind.__module__, kind) is None
+        base: Any = None if kind in _TEXTS else next((base for base in kind.__mro__ if base in _TEXTS), None)
+        size = f" of {len(value)}" if isinstance(value, (*_SEQUENCES, dict, set, frozenset)) else ""
+        maker = next(part for part in kind.__mro__ if any(name in vars(part) for name in _PICKLING))
+        whole = isinstance(value, (nn.Module, enum.Enum, MappingProxyType)) or bool(base or size)
+        pickled = not whole and maker is not object and _package(maker.__module__, maker) is not None
+        attributes = [] if pickled and not user else [*_attributes(value)]
+        reduced: Any = ""
+        if pickled or (not whole and maker is object and not (user and attributes)):
+            try:
+                reduced = value.__reduce_ex__(4)
+            except TypeError:  # the object has fields of C
+                if not attributes:
+                    raise
+                self.write(f"{path}[...]", f"{NOT_COMPARED}fields of C")
+            reduced = "" if attributes and not pickled else reduced
+        self.write(path, _class_text(kind) + size)
+        self._class(kind, deep)
+        if isinstance(value, nn.Module):
+            self._module(value, dict(attributes), path, deep)
+            return
+        if isinstance(value, enum.Enum):
+            attributes = [("name", value.name), ("value", value.value)]
+        elif base is not None:
+            self.visit(base.__repr__(value), f"{path}.value", deep)
+        elif isinstance(value, _SEQUENCES):
+            basic: Any = next(part for part in _SEQUENCES if isinstance(value, part))
+            self._rows(enumerate(basic.__iter__(value)), path, deep, "[{}]")
+        elif isinstance(value, (dict, MappingProxyType)):
+            items = dict.items(value) if isinstance(value, dict) else value.items()
+            self._rows(((self._key(key, deep), item) for key, item in items), path, deep, "[{}]")
+        elif isinstance(value, (set, frozenset)):
+            rows = {self._key(item, deep): item for item in value}
+            self._rows(sorted(rows.items(), key=lambda row: row[0]), path, deep, "[{}]")
+        self._rows(attributes, path, deep)
+        self._pickled(reduced, kind, path, deep)
+
+    def _pickled(self, reduced: Any, kind: type, path: str, deep: int) -> None:
+        """Add the rows of what ``__reduce_ex__`` has returned: a name, or arguments, state and content."""
+        if isinstance(reduced, str):
+            self._rows([("name", reduced)] if reduced else [], path, deep)
+            return
+        arguments = [part for part in reduced[1] if part is not kind]
+        content = [None if part is None else list(part) for part in reduced[3:5]]
+        parts = [arguments or None, *reduced[2:3], *content]
+        names = ("arguments", "state", "items", "pairs")
+        self._rows([pair for pair in zip(names, parts, strict=False) if pair[1] is not None], path, deep)
+
+    def _key(self, key: Any, deep: int) -> str:
+        """Return the text of a key or of a member of a set, which does not depend on those before it."""
+        text = _text(key, self._limit)
+        if text is None:
+            walk = _Walk(self._weights, self._limit, code=False)
+            walk._left, walk._paths = self._left, dict(self._paths)
+            walk.visit(key, "", deep)
+            self._left = walk._left
+            text = f"{_class_text(type(key))} {digest(walk.table)[:12]}"
+        return text if len(text) <= READABLE else hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+
+    def _module(self, module: Any, attributes: dict[str, Any], path: str, deep: int) -> None:
+        from torch import nn
+
+        passing = attributes.get("_non_persistent_buffers_set", ())
+        for group in ("_parameters", "_buffers", "_modules"):
+            parts = {name: part for name, part in attributes.pop(group, {}).items() if part is not None}
+            if not self._weights and group != "_modules":
+                parts = {name: part for name, part in parts.items() if group == "_buffers" and name in passing}
+            self._rows(parts.items(), path, deep)
+        for name in vars(nn.Module()).keys() & attributes.keys():
+            hooks = attributes.pop(name)  # numbered by a counter of the process; or modes
+            if isinstance(hooks, dict):
+                attributes |= {f"{name}[{place}]": hook for place, hook in enumerate(hooks.values())}
+        self._rows(attributes.items(), path, deep)
+
+    # -- code ----------------------------------------------------------------------------------------------------------
+
+    def _class(self, kind: type, deep: int) -> None:
+        """Add the rows of the members of a class and of its bases."""
+        for base in kind.__mro__ if self._code else ():
+            if id(base) in self._classes or _package(base.__module__, base) is not None:
+                continue
+            self._classes[id(base)] = base
+            own = self.write(_short_name(base), f"class of {', '.join(map(_class_text, base.__bases__))}")
+            members = [(name, member) for name, member in vars(base).items() if _counts(name, member)]
+            if issubclass(base, enum.Enum):
+                members = [pair for pair in members if pair[0] not in base.__members__ and not pair[0].startswith("_")]
+                members += [(name, member._value_) for name, member in base.__members__.items()]
+            self._rows(members, own, deep)
+
+    def _function(self, function: FunctionType, path: str, deep: int) -> None:
+        code, package = function.__code__, _package(function.__globals__.get("__name__", ""))
+        cells = zip(code.co_freevars, map(_cell_content, function.__closure__ or ()), strict=True)
+        attributes = {name: value for name, value in vars(function).items() if name not in _UNTOLD}
+        if package is not None or not self._code:
+            self.write(path, f"{function.__globals__.get('__name__', '')}.{code.co_qualname} {package or ''}".strip())
+            wrapped = {"__wrapped__": attributes["__wrapped__"]} if "__wrapped__" in attributes else {}
+            self._rows([*cells, *wrapped.items()], path, deep)
+            return
+        self.write(path, f"code {_code_hash(code)}")
+        names = code.co_varnames[: code.co_argcount]
+        defaults = function.__defaults__ or ()
+        self._rows(zip(names[len(names) - len(defaults) :], defaults, strict=True), path, deep)
+        self._rows((function.__kwdefaults__ or {}).items(), path, deep)
+        named = _names(code)
+        for name, value in cells:
+            self._named(value, f"{path}.{name}", named.attributes, deep)
+        for name in named.globals:
+            if name in function.__globals__:
+                self._named(function.__globals__[name], f"{path}.{name}", named.attributes, deep)
+        for name in named.imports:
+            if _package(name) is None:
+                with suppress(ModuleNotFoundError):
+                    self.write(f"{path}.{name}", module_identity(name, place=False))
+        self._rows(attributes.items(), path, deep)
+
+    def _named(self, value: Any, path: str, attributes: frozenset[str], deep: int) -> None:
+        """Add the rows of a value that code names, of a user's module also those of what the code names in it."""
+        self.visit(value, path, deep)
+        if isinstance(value, ModuleType) and _package(value.__name__) is None and deep > 0:
+            for name in sorted(attributes & vars(value).keys()):
+                self._named(vars(value)[name], f"{path}.{name}", attributes, deep - 1)
+
+
+_SEQUENCES = (list, tuple, deque)
+_FORMS: dict[type, str] = {list: "[{}]", tuple: "({})", dict: "{{{}}}", set: "set({})", frozenset: "frozenset({})"}
+
+
+def _text(value: Any, limit: int, deep: int = _FEW) -> str | None:
+    """Return the text of a plain value, or of containers of them, up to some characters over the limit; else None."""
+    kind = type(value)
+    if kind in _TEXTS:
+        zone = getattr(value, "tzinfo", None)
+        if kind is int and abs(value) > sys.maxsize:
+            return hex(value)  # the decimal form has a limit
+        return repr(value) if zone is None or type(zone) is timezone else None
+    if kind in _FORMS:
+        if not deep:
+            return None
+        texts: list[str] = []
+        size = 0
+        for item in value.items() if kind is dict else value:
+            parts = [_text(part, limit, deep - 1) for part in (item if kind is dict else (item,))]
+            if None in parts:
+                return None
+            texts.append(": ".join(filter(None, parts)))
+            size += len(texts[-1])
+            if size > limit and kind not in (set, frozenset):
+                break
+        return _FORMS[kind].format(", ".join(sorted(texts) if kind in (set, frozenset) else texts))
+    if isinstance(value, re.Pattern):
+        return f"re.compile({value.pattern!r}, {value.flags})"
+    if isinstance(value, memoryview):
+        return repr((value.format, value.shape, value.tobytes()))
+    return repr(value) if isinstance(value, _described()) else None
+
+
+@functools.cache
+def _arrays() -> tuple[type, ...]:
+    import numpy as np
+    import torch
+
+    return torch.Tensor, np.ndarray, np.generic
+
+
+@functools.cache
+def _described() -> tuple[type, ...]:
+    import numpy as np
+    import torch
+
+    return torch.dtype, torch.device, torch.layout, torch.memory_format, np.dtype
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of an object by name: slots, those of C, and its dict, without cached properties."""
+    for kind in type(value).__mro__:
+        for name, member in vars(kind).items() if "__slots__" in vars(kind) else ():
+            if isinstance(member, MemberDescriptorType):
+                with suppress(AttributeError):  # never set
+                    yield name, member.__get__(value)
+    for name in ("maxlen", "default_factory"):
+        if isinstance(value, (deque, defaultdict)) and hasattr(value, name):
+            yield name, getattr(value, name)
+    for name, attribute in list(getattr(value, "__dict__", {}).items()):
+        cached = isinstance(inspect.getattr_static(type(value), name, None), functools.cached_property)
+        if not cached and name not in _UNTOLD and not name.startswith("_torchdynamo"):  # numbers of the process
+            yield name, attribute
+
+
+def _counts(name: str, member: Any) -> bool:
+    """Return whether a member of a class can change what its objects do."""
+    if isinstance(member, (MemberDescriptorType, GetSetDescriptorType)) or name in _UNTOLD:
+        return False
+    special = name.startswith("__") and name.endswith("__")
+    return not special or callable(member) or isinstance(member, (classmethod, staticmethod, property))
+
+
+def _cell_content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _short_name(thing: Any) -> str:
+    name: str = thing.__qualname__
+    return name.rpartition("<locals>.")[2]
+
+
+def _class_text(kind: type) -> str:
+    package = _package(kind.__module__, kind)
+    place = "" if package is None or kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{place}{_short_name(kind)}" + (f" ({package})" if package else "")
+
+
+# -- code --------------------------------------------------------------------------------------------------------------
+
+
+class _Named(NamedTuple):
+    """Names in a piece of code: of globals, of attributes, and of modules that it imports."""
+
+    globals: list[str]
+    attributes: frozenset[str]
+    imports: list[str]
+
+
+def _names(code: CodeType) -> _Named:
+    """Return the names in a piece of code and in the functions and classes that it defines."""
+    steps = [step for part in _pieces(code) for step in dis.get_instructions(part)]
+    read = {step.argval for step in steps if step.opname.startswith("LOAD_") and step.opname.endswith(_READS)}
+    imports = {step.argval for step in steps if step.opname == "IMPORT_NAME" and step.argval}
+    return _Named(sorted(read), frozenset(name for part in _pieces(code) for name in part.co_names), sorted(imports))
+
+
+_READS = ("_GLOBAL", "_NAME", "_GLOBALS")  # LOAD_GLOBAL, LOAD_NAME, LOAD_FROM_DICT_OR_GLOBALS
+
+
+def _pieces(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _pieces(constant)
+
+
+def _code_hash(code: CodeType) -> str:
+    """Return a hash of what code does, without line numbers and names of files."""
+    about = hashlib.sha256()
+    for part in _pieces(code):
+        about.update(part.co_code + part.co_exceptiontable)
+        names = part.co_names, part.co_varnames, part.co_freevars, part.co_argcount, part.co_kwonlyargcount
+        constants = [_text(constant, LIMIT, DEEP) for constant in part.co_consts]  # None: code
+        about.update(repr((names, constants, part.co_flags)).encode(errors="surrogatepass"))
+    return about.hexdigest()
+
+
+def _package(module: str, kind: type | None = None) -> str | None:
+    """Return the name and version of the installed package of a module; None for a module of the user.
+
+    That of Python, torch and fedkern is "".
+
+    Args:
+        module: name of the module.
+        kind: a class of the module, since a class that ``exec`` makes is one of ``builtins``.
+    """
+    top = module.partition(".")[0]
+    if top == "builtins" and kind is not None:
+        return None if kind.__flags__ & _HEAP else ""
+    file = getattr(sys.modules.get(top), "__file__", None)
+    if file is None:
+        package = sys.modules.get(top)
+        file = next(iter(getattr(package, "__path__", ())), "") or ("" if package else _origin(top))
+    return _package_at(top, str(file))
+
+
+@functools.cache
+def _package_at(top: str, file: str) -> str | None:
+    if top in ("torch", "fedkern"):
+        return ""
+    if set(INSTALLED) & set(Path(file).parts):
+        return f"{top} {_version(top)}"
+    standard = Path(file).is_relative_to(Path(os.__file__).parent) if file else top in sys.stdlib_module_names
+    return "" if standard and top != "__main__" else None
+
+
+def _version(package: str) -> str:
+    version = getattr(sys.modules.get(package), "__version__", None)
+    if isinstance(version, str):
+        return version
+    versions = {metadata.version(name) for name in metadata.packages_distributions().get(package, ())}
+    return " ".join(sorted(versions)) or "no version"
+
+
+def _module_text(module: ModuleType) -> str:
+    package = _package(module.__name__)
+    if package is None:
+        package = str(vars(module).get("__version__", ""))
+    return f"module {module.__name__}" + (f" ({package})" if package else "")
+
+
+def _origin(name: str) -> str:
+    spec = _spec(name) if name else None
+    return (spec.origin or "") if spec is not None and spec.has_location else ""
+
+
+def module_identity(name: str, *, place: bool = True) -> str:
+    """Return version, hash and, with ``place``, path of the file of a module, which is found without importing it.
 
     Raises:
         ModuleNotFoundError: there is no such module.
     """
-    if isinstance(thing, bytes):
-        return f"sha256:{hashlib.sha256(thing).hexdigest()}"
-    if isinstance(thing, str):
-        return _of_module(thing)
-    if isinstance(thing, type):
-        return _of_class(thing, source)
-    state = hashlib.sha256()
-    hashed(thing, state.update)
-    return state.hexdigest()
-
-
-def content(path: str | Path, what: str = "") -> bytes:
-    """The content of a file of code; ``what`` names it in the error, by default as one that a plugin imports.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    with reading(what or f"{path}, which a plugin imports,"), open_regular(path) as file:
-        return file.read()
-
-
-def _of_module(name: str) -> str:
     spec = _spec(name)
     if spec is None:
         raise ModuleNotFoundError(f"No module named {name!r}")
     package = name.partition(".")[0]
-    versions = {metadata.version(each) for each in metadata.packages_distributions().get(package, ())}
+    versions = {metadata.version(part) for part in metadata.packages_distributions().get(package, ())}
     parts = [" ".join(sorted(versions)) or "no version"]
     if spec.origin is not None and Path(spec.origin).is_file():
-        parts += [identity_of(Path(spec.origin).read_bytes()), spec.origin]
+        parts += [content_hash(Path(spec.origin).read_bytes()), *([spec.origin] if place else [])]
     return ", ".join(parts)
 
 
@@ -87,150 +618,32 @@ def _spec(name: str) -> ModuleSpec | None:
             return None
         finders = [finder.find_spec for finder in sys.meta_path if hasattr(finder, "find_spec")]
         specs = (find(".".join(parts[:depth]), within) for find in finders)
-        spec = next((each for each in specs if each is not None), None)
+        spec = next((found for found in specs if found is not None), None)
         if spec is None:
             return None
         within = spec.submodule_search_locations
     return spec
 
 
-def by_bytecode(kind: type) -> str:
-    """The identity of a class from which Python has no source, as in a notebook; other versions of Python differ."""
-    return _of_class(kind, _bytecode)
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _of_class(kind: type, of: Callable[[type], str]) -> str:
-    state = hashlib.sha256()
-    for each in kind.__mro__:
-        if each is not object and each.__module__.partition(".")[0] not in _FOREIGN:
-            state.update(of(each).encode())
-    return state.hexdigest()
+def content_hash(content: bytes) -> str:
+    """Return ``sha256:HEX`` of the content of a file."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def source(code: Any) -> str:
-    """The source of a function or class, or that of an object's class; bytecode where Python has no source.
+def content(path: str | Path, what: str = "") -> bytes:
+    """Return the content of a file of code; ``what`` names it in the error, by default as one that a plugin imports.
 
-    Of a lambda it is the bytecode, since its lines hold more than the lambda.
+    Raises:
+        UserError: the file cannot be read.
     """
-    if not (isinstance(code, type) or inspect.isroutine(code)):
-        code = type(code)
-    if isinstance(code, FunctionType) and code.__name__ == "<lambda>":
-        return "\n".join(_instructions(code.__code__))
-    try:
-        return textwrap.dedent(inspect.getsource(code))
-    except (OSError, TypeError, SyntaxError, IndexError):
-        if isinstance(code, type):
-            return _bytecode(code)
-    name = f"{getattr(code, '__module__', '')}.{getattr(code, '__qualname__', '')}"
-    return "\n".join([name, *_instructions(code.__code__)]) if isinstance(code, FunctionType) else name
-
-
-def _bytecode(kind: type) -> str:
-    """What the functions and plain attributes of a class do, without line numbers and docstrings of the class."""
-    return "\n".join([kind.__name__, *_members(kind)])
-
-
-def _members(kind: type) -> Iterator[str]:
-    if hasattr(kind, "declared"):  # options of a method: what a dataclass makes of them says less
-        yield from (f"{each.name} {each.type.__name__} {each.default!r} {each.range}" for each in kind.declared())
-        return
-    for name, value in vars(kind).items():
-        function = inspect.unwrap(getattr(value, "__func__", None) or getattr(value, "fget", None) or value)
-        if isinstance(function, FunctionType):
-            yield name
-            yield repr(function.__defaults__)
-            yield from _instructions(function.__code__)
-        elif isinstance(value, type) and value.__qualname__ == f"{kind.__qualname__}.{name}":
-            yield from (name, *_members(value))
-        elif not name.startswith("__") and isinstance(value, (*PLAIN, tuple)):
-            yield f"{name}={value!r}"
-
-
-def _instructions(code: CodeType) -> Iterator[str]:
-    """What a piece of code does, without line numbers."""
-    yield code.co_code.hex()
-    yield repr((code.co_names, code.co_varnames, code.co_freevars))
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _instructions(constant)
-        else:  # the order of a set depends on the process
-            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
+    with reading(what or f"{path}, which a plugin imports,"), open_regular(path) as file:
+        return file.read()
 
 
 def layout(tensors: Mapping[str, Any]) -> str:
-    """SHA-256 of names, dtypes and shapes of tensors."""
+    """Return the SHA-256 of names, dtypes and shapes of tensors."""
     lines = (f"{name} {tensor.dtype} {list(tensor.shape)};" for name, tensor in tensors.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def hashed(value: Any, update: Callable[[bytes], object], deep: int = DEEP) -> None:
-    """Hashes nested tensors, arrays, texts and numbers, and functions; of other objects type and attributes."""
-    if isinstance(value, Mapping):
-        for key, each in value.items():
-            update(repr(key).encode())
-            hashed(each, update, deep)
-    elif isinstance(value, (tuple, list)):
-        update(f"{len(value)};".encode())
-        for each in value:
-            hashed(each, update, deep)
-    elif isinstance(value, (str, bytes, int, float, bool, type(None))):
-        update(repr(value).encode())
-    elif isinstance(value, _arrays()):
-        _values(value, update)
-    elif deep:
-        _object(value, update, deep - 1)
-
-
-@functools.cache
-def _arrays() -> tuple[type, ...]:
-    import numpy as np
-    import torch
-
-    return torch.Tensor, np.ndarray, np.generic
-
-
-def _values(value: Any, update: Callable[[bytes], object]) -> None:
-    import numpy as np
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu().contiguous()
-        update(f"{tensor.dtype} {list(tensor.shape)};".encode())
-        update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    else:
-        array = np.ascontiguousarray(value)
-        update(f"{array.dtype} {array.shape};".encode())
-        update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
-
-
-def _object(value: Any, update: Callable[[bytes], object], deep: int) -> None:
-    from numpy import asarray
-    from torch.nn import Module
-
-    if isinstance(value, functools.partial):
-        hashed([value.func, value.args, value.keywords], update, deep)
-    elif isinstance(value, MethodType):
-        hashed([value.__func__, value.__self__], update, deep)
-    elif isinstance(value, FunctionType):
-        update(source(value).encode())
-        hashed([value.__defaults__, value.__kwdefaults__], update, deep)
-        for cell in value.__closure__ or ():
-            hashed(_content(cell), update, deep)
-    else:
-        update(source(value).encode())
-        if inspect.isroutine(value) or isinstance(value, type):
-            return
-        if isinstance(value, Module):
-            hashed(value.state_dict(), update, deep)
-        if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
-            _values(asarray(value), update)
-        else:
-            attributes = getattr(value, "__dict__", {}).items()
-            hashed({name: each for name, each in attributes if not name.startswith("_")}, update, deep)
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, first_of, nearest
 from fedkern.files import filesystem
 from fedkern.usercode import plugin_files
 from fedkern.usercode.execution import module_name, run
-from fedkern.usercode.identity import content, identity_of
+from fedkern.usercode.identity import content, digest, identity_table, module_identity
 
 FORMS = "FILE.py:NAME or MODULE:NAME"
 INSTANCE = "module:"
@@ -76,15 +76,15 @@ def untrusted(file: object, code: str, again: str) -> UserError:
     )
 
 
-def changed(what: str, out: object, then: str, now: str, again: str) -> UserError:
+def changed(what: str, out: object, differences: Sequence[str], again: str) -> UserError:
     """The refusal to go on with code that is not as it was when the run in ``out`` began, where nobody has trusted it.
 
     Args:
         what: the code, as the subject of a sentence.
-        then, now: its identity or description; empty where nothing tells them apart.
+        differences: what differs, in words; empty where nothing is known.
         again: what the user is to give to go on with the code as it is now.
     """
-    differ = f" ({then} then, {now} now)" if then != now else ""
+    differ = f" ({first_of(differences, 3)})" if differences else ""
     return UserError(
         f"{what} has changed since the run in {out} began{differ}: put back the former one, or give {again} to go on "
         "with the changed one."
@@ -135,7 +135,8 @@ def load(named: Named, what: str) -> tuple[Any, str]:
             module = run(named.module)
             spec = getattr(module, "__spec__", None)  # os.path has another name there, as has __main__ of python -m
             # Without one it is made here, by a notebook or a script that runs.
-            identity = identity_of(getattr(module, named.name, None) if spec is None else spec.name)
+            thing = getattr(module, named.name, None)
+            identity = digest(identity_table({named.name: thing})) if spec is None else module_identity(spec.name)
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported

@@ -22,10 +22,9 @@ from importlib.machinery import all_suffixes
 from pathlib import Path, PurePosixPath
 
 from fedkern.errors import UserError
-from fedkern.usercode.identity import content, identity_of
+from fedkern.usercode.identity import INSTALLED, content, content_hash
 
 _PART = re.compile(r"(?:(?P<path>.+?) )??(?P<hash>sha256:[0-9a-f]{64})(?:; |$)", re.DOTALL)
-_INSTALLED = ("site-packages", "dist-packages")
 
 
 def identity(file: Path, source: bytes, neighbours: Iterable[Path]) -> str:
@@ -35,7 +34,7 @@ def identity(file: Path, source: bytes, neighbours: Iterable[Path]) -> str:
         UserError: a neighbour cannot be read.
     """
     parts = sorted((path.relative_to(file.parent).as_posix(), path) for path in {*neighbours} - {file})
-    return "; ".join([identity_of(source), *(f"{name} {identity_of(content(path))}" for name, path in parts)])
+    return "; ".join([content_hash(source), *(f"{name} {content_hash(content(path))}" for name, path in parts)])
 
 
 def parsed(text: str) -> dict[str, str]:
@@ -61,7 +60,7 @@ def changes(file: Path, source: bytes, stored: Mapping[str, str]) -> dict[str, s
         path, now = PurePosixPath(name), ""
         if not path.is_absolute() and ".." not in path.parts:
             with suppress(UserError):
-                now = identity_of(content(file.parent / path) if name else source)
+                now = content_hash(content(file.parent / path) if name else source)
         if now != stored[name]:
             changed[name] = now
     return changed
@@ -129,7 +128,7 @@ def _foreign(folder: Path) -> list[Path]:
 def _counts(path: Path, folder: Path, foreign: Iterable[Path]) -> bool:
     if not path.is_relative_to(folder) or any(path.is_relative_to(each) for each in foreign):
         return False
-    return not any(part in _INSTALLED for part in path.relative_to(folder).parts)
+    return not any(part in INSTALLED for part in path.relative_to(folder).parts)
 
 
 def _names(file: Path, source: bytes, folder: Path) -> Iterator[str]:

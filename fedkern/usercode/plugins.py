@@ -30,7 +30,7 @@ from fedkern.errors import UserError
 from fedkern.files.filesystem import cache_folder, check_text, expand
 from fedkern.usercode import execution, plugin_files
 from fedkern.usercode.execution import module_name
-from fedkern.usercode.identity import content, identity_of
+from fedkern.usercode.identity import content, content_hash, module_identity
 from fedkern.usercode.named_code import changed, untrusted
 from fedkern.usercode.registry import REGISTRIES, Registry, docstring
 
@@ -101,7 +101,7 @@ def load(name: str) -> Plugin:
         if plugin is None or _change(name, path, plugin.identity) is not None:
             unload(name)
             _forget_changed(path.parent)
-            plugin = _execute(Plugin(name, identity_of(source), source))
+            plugin = _execute(Plugin(name, content_hash(source), source))
     _LOADED[name] = plugin = replace(plugin, given=True)
     return plugin
 
@@ -176,7 +176,7 @@ def _located(text: str) -> tuple[str, Path | None]:
 
 def _module_identity(name: str) -> str:
     try:
-        return identity_of(name)
+        return module_identity(name)
     except ModuleNotFoundError:
         file = f" (or --plugin {name}.py)" if Path(f"{name}.py").is_file() else ""
         raise UserError(
@@ -390,7 +390,7 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
             ) from None
         if change is not None:
             what, then, present = change
-            raise changed(what, folder, then, present, f"the plugin again, {again},")
+            raise changed(what, folder, [f"{then} then, {present} now"], f"the plugin again, {again},")
         if full != name or not _remembered(name, identity):
             raise untrusted(Path(folder) / "config.toml", f"the plugin {name}", f"the plugin again, {again}")
         load(name)
@@ -409,7 +409,7 @@ def _change(name: str, path: Path | None, identity: str) -> tuple[str, str, str]
         return None if now == identity else (f"The plugin {name}", _short(identity), _short(now))
     source, stored = content(path, f"The plugin {path}"), plugin_files.parsed(identity)
     if not stored:
-        return f"The plugin {name}", _short(identity), _short(identity_of(source))
+        return f"The plugin {name}", _short(identity), _short(content_hash(source))
     for each, now in plugin_files.changes(path, source, stored).items():
         what = f"{path.parent / each}, which the plugin {name} imports," if each else f"The plugin {name}"
         return what, _short(stored[each]), _short(now) or "gone"

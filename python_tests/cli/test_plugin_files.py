@@ -16,7 +16,7 @@ import fedkern
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.usercode import plugin_files, plugins
-from fedkern.usercode.identity import identity_of
+from fedkern.usercode.identity import content_hash
 from python_tests.plugin_sources import begin, plugged, unload_all  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("plugged")
@@ -222,7 +222,7 @@ def test_installed_code_in_the_folder_is_no_neighbour(tmp_path, monkeypatch):
 def test_an_identity_is_read_as_it_is_written(tmp_path):
     (tmp_path / "a file.py").write_text("a")
     text = plugin_files.identity(tmp_path / "own.py", b"own", [tmp_path / "a file.py"])
-    assert plugin_files.parsed(text) == {"": identity_of(b"own"), "a file.py": identity_of(b"a")}
+    assert plugin_files.parsed(text) == {"": content_hash(b"own"), "a file.py": content_hash(b"a")}
     assert plugin_files.parsed(text.partition("; ")[2]) == {}
     for other in ("", "sha256:12", "1.0, sha256:" + 64 * "a" + ", /a/file.py", text + "; x"):
         assert plugin_files.parsed(other) == {}
@@ -267,4 +267,4 @@ def test_a_second_plugin_runs_what_its_identity_says(tmp_path):
     pair.write(22)  # of another length: Python takes bytecode of the same second and length for current
     found = plugins.load(str(third))
     assert METHODS["third"].weights == 22
-    assert identity_of(pair.helpers.read_bytes()) in found.identity
+    assert content_hash(pair.helpers.read_bytes()) in found.identity

@@ -262,13 +262,16 @@ def test_a_class_of_main_runs_in_forked_workers_and_is_loaded_from_its_module(tm
     assert run.extend(3, **QUIET).summary["rounds"] == 3
 
 
-def test_the_fingerprint_is_that_of_the_source_of_a_class_and_its_bases(tmp_path, monkeypatch):
+def test_the_fingerprint_is_that_of_a_class_and_its_bases(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     text = textwrap.dedent(
         """
         from fedkern.methods import FedAvg
+        def share():
+            return 1
         class Base(FedAvg):
-            '''One.'''
+            def weight(self, server, upload):
+                return share()
         class Derived(Base):
             '''Two.'''
         """
@@ -280,8 +283,8 @@ def test_the_fingerprint_is_that_of_the_source_of_a_class_and_its_bases(tmp_path
         return script_methods.fingerprint(module.Base), script_methods.fingerprint(module.Derived)
 
     before = fingerprints(text, "first_of_a_test")
-    assert fingerprints("import json\n" + text + "\nprint\n", "second_of_a_test") == before
-    other = fingerprints(text.replace("One", "Three"), "third_of_a_test")
+    assert fingerprints("import json\n" + text.replace("Two", "2") + "\nprint\n", "second_of_a_test") == before
+    other = fingerprints(text.replace("return 1", "return 2"), "third_of_a_test")
     assert other[0] != before[0]
     assert other[1] != before[1]
     assert script_methods.fingerprint(defined("1.0")) == script_methods.fingerprint(defined("1.0"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from fedkern.errors import UserError
 from fedkern.tasks import Task, task_of
 from fedkern.typed_option import Option
 from fedkern.usercode.execution import explained, hosted
-from fedkern.usercode.identity import source
+from fedkern.usercode.identity import digest, identity_table
 from fedkern.usercode.registry import keyword_options
 
 PARAMETERS = ("root", "clients", "partition", "seed", "reading")
@@ -46,7 +45,7 @@ class DataFunction:
 
     def identity(self) -> dict[str, str]:
         """Identity of data that the seed draws: that of the function's code."""
-        return {"function": hashlib.sha256(source(self.function).encode()).hexdigest()}
+        return {"function": digest(identity_table({"function": self.function}))}
 
     def make(
         self, root: str | Path | None, clients: int | None, partition: str | None, seed: int, options: Mapping[str, Any]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 import threading
 import zlib
 from bisect import bisect_right
@@ -22,7 +23,7 @@ from fedkern.errors import RAISED, UserError, described, told
 from fedkern.messages.leaves import leaves, parted
 from fedkern.streams import stream
 from fedkern.tasks import Task
-from fedkern.usercode.identity import hashed
+from fedkern.usercode.identity import digest, identity_table
 
 HASHED, HASHED_IN_ALL = 64, 2000
 """Most items of a set, and of all sets together but for two of each, that are read for the fingerprint."""
@@ -159,7 +160,7 @@ class Items:
         chosen = np.sort(stream(0, "items").permutation(count)[:most])
         value = hashlib.blake2b(f"{count};".encode(), digest_size=16)
         for item in self.read(chosen, 0):
-            hashed(item, value.update)
+            value.update(_item_digest(item))
         return value.digest()
 
 
@@ -167,11 +168,14 @@ def unsteady(splits: Sequence[Items]) -> list[str]:
     """The splits whose first item is another one when it is read again from the same seeds, in words."""
 
     def first(split: Items) -> bytes:
-        value = hashlib.blake2b()
-        hashed(next(split.read([0], 0)), value.update)
-        return value.digest()
+        return _item_digest(next(split.read([0], 0)))
 
     return [split.who for split in splits if len(split) and not split.still and first(split) != first(split)]
+
+
+def _item_digest(item: Any) -> bytes:
+    """Return a hash of an item: its values in full, of classes and functions the name alone."""
+    return digest(identity_table({"item": item}, limit=sys.maxsize, code=False)).encode()
 
 
 def per_set(sets: int) -> int:

@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 
-from fedkern.data import FederatedData
-from fedkern.data.identity import code_of
+from fedkern.engine.context import RunContext
 from fedkern.engine.executors import torchrun_group
 from fedkern.engine.store import predictions, records
 from fedkern.engine.store.checkpoints import Checkpoints, newest
 from fedkern.engine.store.run_folder import NODES
 from fedkern.engine.store.saved_model import damaged
-from fedkern.errors import UserError
-from fedkern.methods import script_methods
+from fedkern.errors import UserError, first_of
 from fedkern.methods.base import Round
 from fedkern.ops._core import backend
 from fedkern.ops._core.loading import Unavailable
@@ -27,7 +25,8 @@ from fedkern.process import versions
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.stored import load_settings
-from fedkern.usercode import named_code, plugins
+from fedkern.usercode import named_code, plugin_files, plugins
+from fedkern.usercode.identity import differences, digest, folded, is_unchanged, left_out
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""
@@ -163,14 +162,15 @@ def unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any)
     return config
 
 
-def facts_of(config: RunConfig, data: FederatedData, fingerprint: int) -> dict[str, Any]:
+def facts_of(context: RunContext, fingerprint: int) -> dict[str, Any]:
     """What checkpoints keep of a run, so that it goes on with the same settings, data and kernels, or says so."""
+    config, data = context.config, context.data
     names = {"clients": data.client_names or (), "classes": data.classes}
     launched = torchrun_group.launched()
     return {
         "config": config.to_dict(),
         "data": fingerprint,
-        "task": code_of(data),
+        "code": {group: folded(table) for group, table in context.code.items()},
         "names": {what: zlib.crc32(json.dumps(list(each)).encode()) for what, each in names.items()},
         "versions": versions.versions(),
         "kernels": versions.kernels(),
@@ -182,16 +182,17 @@ def same_code(
     config: RunConfig,
     stored: RunConfig,
     entry: Mapping[str, Any] | None,
-    data: FederatedData,
+    code: Mapping[str, Mapping[str, str]],
     out: Path,
     trusted: Collection[str],
 ) -> tuple[RunConfig, list[str]]:
-    """Compares method, network, training, loss and metrics of the user's own with those that a run began with.
+    """Compare method, network, training, loss and metrics of the user with those that a run began with.
 
     Args:
         config: the settings, with the identities of network and functions as they are now.
         stored: the run's settings.
         entry: the checkpoint that the run goes on from, or None.
+        code: identities of the code of a script when it was first used in this process, by group.
         out: the run folder.
         trusted: code that may have changed: the name of a network, or of the argument that a script gives the code in.
 
@@ -203,22 +204,37 @@ def same_code(
     """
     began, now = stored.training or "none", config.training or "none"
     functions = "train" if "train function" in began + now else "optimizer"
-    kind, code = config.kind, code_of(data)
-    network = stored.model_sha256 not in (None, config.model_sha256) and named_code.parse(config.model) is not None
-    changed = [
-        (script_methods.changed(kind, stored.method_sha256), f"the class {kind.__name__}", "method", "", ""),
-        (network, f"the network {config.model}", config.model, "", ""),
-        (stored.training_sha256 != config.training_sha256, "the training of clients", functions, began, now),
-        (entry is not None and code != entry["info"]["task"], "the loss, a metric or the collation", "loss_fn", "", ""),
-    ]
+    stored_code = {} if entry is None else entry["info"]["code"]
+    identity = with_identity(stored, entry).identity
+    groups = {
+        "method": (stored.method_sha256, f"the class {config.kind.__name__}", "method"),
+        "network": (identity.get("network"), f"the network {config.model.removeprefix(named_code.INSTANCE)}", "model"),
+        "training": (stored.training_sha256, "the training of clients", functions),
+        "loss_fn": (identity.get("loss_fn"), "the loss, a metric or the collation", "loss_fn"),
+    }
+    changed = []
+    for group, (sha256, what, name) in groups.items():
+        table = code.get(group, {})
+        if (sha256 or group in stored_code or entry is not None) and not is_unchanged(sha256 or "", digest(table)):
+            words = differences(stored_code[group], folded(table)) if group in stored_code else []
+            words = ([f"{began} then, {now} now"] if group == "training" and began != now else []) + words
+            changed.append((what, name, words))
+    if named_code.parse(config.model) is not None and stored.model_sha256 not in (None, config.model_sha256):
+        files = (plugin_files.parsed(str(sha256)) for sha256 in (stored.model_sha256, config.model_sha256))
+        changed.append((f"the network {config.model}", config.model, differences(*files)))
     warnings = []
-    for differs, what, name, then, present in changed:
-        if differs and not named_code.trusts(trusted, name):
-            raise named_code.changed(what, out, then, present, f'trusted=["{name}"] to fedkern.load')
-        if differs:
-            warnings.append(named_code.as_it_is(what))
+    for what, name, words in changed:
+        if not named_code.trusts(trusted, name):
+            raise named_code.changed(what, out, words, f'trusted=["{name}"] to fedkern.load')
+        warnings.append(named_code.as_it_is(what))
     kept = {name: getattr(stored, name) for name in ("model_sha256", "training", "training_sha256")}
     return config.replace(**kept), warnings
+
+
+def not_compared(code: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return a sentence on values of the user's code that no comparison looks at, if there are some."""
+    paths = [path for table in code.values() for path in left_out(table)]
+    return [f"A run that goes on does not compare {first_of(paths, 3)}."] if paths else []
 
 
 def check_same(entry: Mapping[str, Any], facts: Mapping[str, Any], plan: Sequence[Round], out: Path) -> None:
