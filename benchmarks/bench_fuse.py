@@ -1,12 +1,8 @@
-"""fuse_concat, fuse_mean and FusedBlocks against eager torch and torch.compile.
+"""fuse_concat and fuse_mean against eager torch and torch.compile.
 
 fuse_concat runs against ``relu(batch_norm(cat(maps)))`` with a frozen batch norm, forward alone and forward + backward
 on leaf maps.  Model bytes: every map read and written once (backward: the gradient and the result read, the maps'
 gradients written).
-
-FusedBlocks runs against M calls of the separate modules on the same input in the layout they come in (contiguous), and
-against modules with the frozen batch norms folded into the convolutions, channels-last like their input, compiled and
-not.
 """
 
 from __future__ import annotations
@@ -17,15 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from benchmarks.baselines import folded
 from benchmarks.harness import compare
 from fedkern import ops
-from fedkern.models.resnet import BasicBlock
-from fedkern.ops._core import backend
-from fedkern.ops._fuse.blocks.shapes import survey
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -121,47 +112,3 @@ def test_fuse_mean(node: str, layout: str, shape: tuple[int, ...], threads: int)
     runs = implementations(fused_mean, eager_mean, training(maps, norm, grad))
     bytes_ = 3 * sum(x.nbytes for x in maps) + 2 * maps[0].nbytes
     compare(node, "fuse_mean", case, runs, model_bytes=bytes_, copy=True, pairs=9, threads=threads)
-
-
-SETTINGS = [
-    pytest.param(count, width, size, id=f"M={count} width={width} {size}x{size}")
-    for count in (5, 10, 20)
-    for width in (14, 20, 29, 64)
-    for size in (16, 32)
-]
-
-
-def separate(blocks: list[nn.Module], x: Tensor) -> dict[str, Callable[[], Any]]:
-    """M calls: of the modules as they are, and of folded ones channels-last, compiled and not."""
-    plain = [folded(block).to(memory_format=torch.channels_last) for block in blocks]
-    x_last = x.contiguous(memory_format=torch.channels_last)
-    # Weights are arguments, so that one compiled block serves all of them.
-    compiled = torch.compile(lambda weights, x: functional_call(plain[0], weights, x), dynamic=False)
-    weights = [dict(block.named_parameters()) for block in plain]
-
-    def without_gradients(run: Callable[[], Any]) -> Callable[[], Any]:
-        return torch.no_grad()(run)
-
-    return {
-        "modules": without_gradients(lambda: [block(x) for block in blocks]),
-        "channels-last folded modules": without_gradients(lambda: [block(x_last) for block in plain]),
-        "compile": without_gradients(lambda: [compiled(one, x_last) for one in weights]),
-    }
-
-
-@pytest.mark.parametrize(("count", "width", "size"), SETTINGS)
-def test_residual_blocks(node: str, count: int, width: int, size: int, threads: int) -> None:
-    torch.manual_seed(0)
-    blocks: list[nn.Module] = [BasicBlock(width, width).eval() for _ in range(count)]
-    x = torch.randn(64, width, size, size)
-    module = ops.FusedBlocks(blocks)
-
-    def ours() -> Tensor:
-        with torch.no_grad():
-            return module(x)
-
-    runs = {"fedkern": ours, **separate(blocks, x)}
-    works = survey(module._steps, module._layers, module.count, x.shape, module.shared).works
-    note = f"lowering {module._choose(x, works, folded=True, core=backend.cpu_core())}"
-    case = f"M={count} residual blocks of width {width}, {list(x.shape)}"
-    compare(node, "fused_blocks", case, runs, pairs=7, threads=threads, note=note)

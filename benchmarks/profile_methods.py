@@ -46,7 +46,7 @@ REGIONS = {
 }
 """Functions whose time is one part, as module:name, where a run looks them up; of `stepper` it is the step."""
 OPERATORS = (
-    "Accumulator.add", "Accumulator.mean", "FlatParameters.load_vectors", "FusedBlocks.forward", "blend", "consensus",
+    "Accumulator.add", "Accumulator.mean", "FlatParameters.load_vectors", "blend", "consensus",
     "contrastive", "dual_kl", "ensemble_kl", "entropy", "fuse_concat", "fuse_mean", "js_div", "kl_div", "server_step",
     "weighted_mean",
 )  # fmt: skip

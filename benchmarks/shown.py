@@ -61,10 +61,6 @@ SHOWN = {
         "`fuse_concat` with affine, ReLU", "10 of [64,64,32,32]", held=COPY
     ),
     "bench_fuse.py::test_fuse_mean[(64, 64, 16, 16)-contiguous": Shown("`fuse_mean`", "10 of [64,64,16,16]", held=COPY),
-    "bench_fuse.py::test_residual_blocks[M=10 width=20 16x16": Shown(
-        "`FusedBlocks`, 10 residual blocks, forward", "width 20, 16×16", "modules"
-    ),
-    "bench_fuse.py::test_residual_blocks[M=10 width=64 32x32": Shown("", "width 64, 32×32", "modules", ONE),
     "bench_robust.py::test_median[10-1000000": Shown("`median`", "M=10, P=1 million", "torch", held=COPY),
     "bench_robust.py::test_trimmed_mean[10-1000000": Shown("`trimmed_mean`", "M=10, P=1 million", "torch", held=COPY),
     "bench_robust.py::test_geometric_median[10-1000000": Shown(
@@ -81,9 +77,6 @@ SHOWN = {
     "bench_aggregate.py::test_sixteen_bits[bf16": Shown("", "M=10, P=11 million, bfloat16", "add_"),
     "bench_aggregate.py::test_accumulator[exact-11000000": Shown(
         "`Accumulator(exact=True).add`", "P=11 million", "add_ to float64", ONE
-    ),
-    "bench_tree.py::test_weighted_mean[ResNet-18": Shown(
-        "`ops.tree.weighted_mean`", "11 of ResNet-18", "loop over state dicts", ONE
     ),
     "bench_server_step.py::test_adam[10-11000000": Shown("`server_step` Adam", "M=10, P=11 million", held=COPY),
     "bench_optimise.py::test_sgd[200000": Shown("`sgd_step`", "P=200,000"),

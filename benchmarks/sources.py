@@ -21,7 +21,6 @@ GROUPS = {
         "median",
         "pairwise_distances",
         "server_step",
-        "tree",
         "trimmed_mean",
     ),
     "blend": ("blend", "boxes"),
@@ -29,7 +28,7 @@ GROUPS = {
     "conv": ("conv", "guest"),
     "distill": ("consensus", "dual_kl", "ensemble_kl", "entropy", "js_div", "kl_div"),
     "optimise": ("optimise",),
-    "fuse": ("fuse_concat", "fuse_mean", "fused_adaptors", "fused_blocks"),
+    "fuse": ("fuse_concat", "fuse_mean"),
 }
 FAMILIES = {group: family for family, groups in GROUPS.items() for group in groups}
 

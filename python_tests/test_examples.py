@@ -28,7 +28,6 @@ SAYS = {
     "table": "accuracy after 5 rounds: 0.9",
     "text": "perplexity after 5 rounds: 2",
     "volumes": "accuracy after 5 rounds: 1.00",
-    "whole_models": "arrays: [(32, 20), (32,)",
 }
 
 

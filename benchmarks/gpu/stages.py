@@ -20,8 +20,8 @@ NETWORKS = {
     "unet-small": {"data": "segdigits", "model": "unet-small", "rounds": 2},
 }
 """Settings of FedAvg with attention, and with a loss of pixels."""
-NOT_OPERATORS = {"bench_conv", "bench_flower", "bench_methods", "bench_rounds", "bench_tree"}
-"""Benchmarks of whole runs, and what has no part of a GPU: a tree's arrays are NumPy's."""
+NOT_OPERATORS = {"bench_conv", "bench_flower", "bench_methods", "bench_rounds"}
+"""Benchmarks of whole runs."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-// fedkern._cpu.fuse_*: as fedkern._cuda has them, and FusedBlocks' convolution.
+// fedkern._cpu.fuse_*: as fedkern._cuda has them.
 #include <algorithm>
 #include <array>
 #include <memory>
@@ -155,41 +155,12 @@ bool backward(py::handle grad, const py::object& features, py::handle out, const
   return true;
 }
 
-const float* floats(const TensorView& x) { return static_cast<const float*>(x.data); }
-
-// Maps are [B, C, H, W] with dense samples, C those of all branches (`shared`: of one for all); the other tensors are dense.
-// Bias and `other` may be None. kernel: its height and width, stride, dilation, padding by height and width.
-void conv(py::handle x, py::handle weight, py::handle bias, py::handle other, py::handle out, std::int64_t branches, bool shared,
-          bool other_shared, const std::array<std::int64_t, 6>& kernel, bool relu, int threads) {
-  const TensorView from = checked_view(x.ptr()), taps = checked_view(weight.ptr()), to = checked_view(out.ptr());
-  const std::int64_t batch = from.shape[0], height = from.shape[2], width = from.shape[3];
-  const std::int64_t in_channels = shared ? from.shape[1] : from.shape[1] / branches, channels = to.shape[1] / branches;
-  const std::int64_t out_size = to.shape[2] * to.shape[3], block = taps.shape[3];
-  if (block < 1 || block > fuse_kernels().conv_block) throw py::value_error("block must fit this ISA level's registers");
-  FuseConv a{batch, branches, in_channels, height, width, channels, to.shape[2], to.shape[3],
-             kernel[0], kernel[1], kernel[2], kernel[3], kernel[4], kernel[5],
-             floats(from), from.strides[0], shared ? 0 : in_channels * height * width,
-             {}, 0, 0,
-             static_cast<float*>(to.data), to.strides[0], channels * out_size,
-             floats(taps), block, {}, relu, threads};
-  if (!other.is_none()) {
-    const TensorView added = checked_view(other.ptr());
-    a.other = {floats(added), true}, a.other_batch = added.strides[0], a.other_branch = other_shared ? 0 : channels * out_size;
-  }
-  if (!bias.is_none()) a.bias = {floats(checked_view(bias.ptr())), true};
-  if (a.out_width + (a.kernel_width - 1) * a.dilation / a.stride > kFuseConvColumns) throw py::value_error("maps too wide");
-  py::gil_scoped_release release;
-  fuse_kernels().conv(a);
-}
-
 }  // namespace
 
 void bind_fuse(py::module_& module) {
   module.def("fuse_reads", [](py::handle map, bool last) { return reads(MapView(map), last); });
   module.def("fuse_forward", forward);
   module.def("fuse_backward", backward);
-  module.def("fuse_conv", conv);
-  module.def("fuse_conv_block", [] { return fuse_kernels().conv_block; });
 }
 
 }  // namespace fedkern

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "fedkern/parallel.h"
-#include "fuse_conv.h"
 #include "fuse_rows.h"
 
 namespace fedkern::FEDKERN_ISA {
@@ -342,6 +341,6 @@ void backward_any(const FuseBackward& a) {
 
 }  // namespace
 
-const FuseTable fuse_table = {forward_any, backward_any, convolve, kConvBlock};
+const FuseTable fuse_table = {forward_any, backward_any};
 
 }  // namespace fedkern::FEDKERN_ISA

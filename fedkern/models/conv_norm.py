@@ -157,6 +157,6 @@ class ConvNorm(nn.Module):
         Args:
             residual: ``[B, channels_out, H, W]``, added before the ReLU.
         """
-        if type(x) is Tensor and not functorch_active():  # vmap and FusedBlocks know no memory formats
+        if type(x) is Tensor and not functorch_active():  # vmap knows no memory formats
             x = x.contiguous(memory_format=torch.channels_last)
         return run_conv_norm(x, self.conv, self.norm, self.relu, self.pool, residual)

@@ -96,7 +96,6 @@ def stored_bytes(module: nn.Module) -> int:
 def memory_ratio(evaluated: nn.Module, ordinary: nn.Module) -> float:
     """Memory of a method's evaluated model over that of one ordinary network, in parameters and buffers.
 
-    Copies that only make a model faster (the folded weights of :class:`fedkern.ops.FusedBlocks`) are not counted.
     The ratio is measured before calibration, which replaces the classifier by another of about the same size.
     """
     return stored_bytes(evaluated) / stored_bytes(ordinary)

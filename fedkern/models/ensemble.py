@@ -9,10 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.models.allocate import linear_of
-from fedkern.models.precision import lower, trunk
-from fedkern.models.staged import StagedNetwork
-from fedkern.models.teacher_stack import FUSE_BYTES, folded
-from fedkern.ops import FusedBlocks
 
 
 def mean_logits(logits: Tensor, weights: Tensor) -> Tensor:
@@ -28,9 +24,6 @@ class Ensemble(nn.Module):
     With weights by class the members' logits are their log-probabilities: a softmax ignores a constant that is added to
     all logits of a member, and a mean that weighs the members differently for every class does not (FedIOD, arXiv
     2312.14478).
-
-    Members of one architecture run in one pass through ``FusedBlocks`` (folded batch norm) if the input needs no
-    gradient.  Otherwise the members run one after another, and hooks on their layers are called.
 
     Attributes:
         weights: the normalised weights, ``[M]``, or ``[M, 1, C]`` by class.
@@ -79,45 +72,18 @@ class Ensemble(nn.Module):
         self.head: nn.Linear | None = None
         self.requires_grad_(False)
         super().train(False)
-        self._fused: tuple[nn.Module, Tensor, Tensor] | None = None
-        self._tried: tuple[torch.dtype | None] | None = None  # the dtype of the last attempt to fuse
 
     def train(self, mode: bool = True) -> Ensemble:
         """Does nothing: the members are frozen and stay in eval mode."""
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*arguments, **named)
-
-    def _forget(self) -> None:
-        self._fused, self._tried = None, None
-
     # -- features and logits ---------------------------------------------------------------------------------------
 
     def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """The members' features, M times ``[B, d_m]``, and logits ``[M, B, C]``; with ``*positions`` for U-Nets."""
-        each, logits = self._answers(x)
-        return each, logits if self.weights.dim() == 1 else logits.log_softmax(2)
-
-    def _answers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            fused = self._fuse()
-            if fused is not None:
-                body, weight, bias = fused
-                with torch.no_grad():
-                    dtype = lower()
-                    maps = body(x if dtype is None else x.to(dtype))
-                    features = maps.mean(dim=(2, 3), dtype=x.dtype).unflatten(1, (len(self.members), -1))
-                    logits = torch.baddbmm(bias, features.transpose(0, 1), weight)
-                return list(features.unbind(1)), logits
-        each = [member.features(x) for member in self.members]  # type: ignore[operator]
-        logits = torch.stack([member.head(f) for member, f in zip(self.members, each, strict=True)])  # type: ignore[operator]
-        return each, logits
+        features = [member.features(x) for member in self.members]  # type: ignore[operator]
+        logits = torch.stack([member.head(f) for member, f in zip(self.members, features, strict=True)])  # type: ignore[operator]
+        return features, logits if self.weights.dim() == 1 else logits.log_softmax(2)
 
     def logits(self, x: Tensor) -> Tensor:
         """Every member's logits ``[M, B, C]``; gradients reach ``x``."""
@@ -171,34 +137,3 @@ class Ensemble(nn.Module):
             shapes = f"{list(weight.shape)} and {list(bias.shape)}"
             raise ValueError(f"weight and bias must have shapes [C, {width}] and [C], not {shapes}")
         self.head = linear_of({"weight": weight, "bias": bias}, self.weights.device).requires_grad_(False)
-
-    # -- fused pass ------------------------------------------------------------------------------------------------
-
-    def _fuse(self) -> tuple[nn.Module, Tensor, Tensor] | None:
-        if self._tried != (lower(),):
-            self._tried = (lower(),)
-            self._fused = self._fused_members()
-        return self._fused
-
-    def _fused_members(self) -> tuple[nn.Module, Tensor, Tensor] | None:
-        members: list[Any] = list(self.members)
-        # Another forward may do more than its stages and the head.
-        staged = all(isinstance(m, StagedNetwork) and type(m).forward is StagedNetwork.forward for m in members)
-        alike = staged and all(type(m) is type(members[0]) for m in members)
-        if len(members) == 1 or not alike or len({m.stage_names for m in members}) > 1:
-            return None
-        if sum(p.numel() * p.element_size() for p in self.parameters()) > FUSE_BYTES:
-            return None
-        bodies: list[nn.Module] = [
-            nn.Sequential(*(getattr(m, name) for name in m.stage_names[:-1])).eval() for m in members
-        ]
-        dtype = lower()
-        if dtype is not None:
-            bodies = [trunk(folded(body), dtype) for body in bodies]
-        try:
-            body = FusedBlocks(bodies)
-        except (TypeError, ValueError):
-            return None  # a layer that FusedBlocks does not know, or members of different shapes
-        weight = torch.stack([m.head.weight.detach().T for m in members])
-        bias = torch.stack([m.head.bias.detach() for m in members])[:, None]
-        return body, weight, bias

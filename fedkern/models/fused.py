@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fedkern.models.allocate import uninitialised
 from fedkern.models.blocks import channels
-from fedkern.models.precision import autocasts, full, lower, trunk
-from fedkern.models.teacher_stack import folded
-from fedkern.ops import FusedBlocks, fuse_concat, fuse_mean
+from fedkern.models.precision import autocasts, full
+from fedkern.ops import fuse_concat, fuse_mean
 
 AdaptorKind = Literal["cnn1x1", "avg", "sum"]
 FinalFuse = Literal["mean", "sum", "concat"]
@@ -92,82 +91,43 @@ class Branch(NamedTuple):
 class FusedLevel(nn.Module):
     """The frozen (adaptor, block) pairs of all clients at one level, as one module on joined results.
 
-    Blocks of one structure run in one pass through ``FusedBlocks``, adaptors included and batch norms folded.  Blocks
-    of different depth, or with layers that FusedBlocks does not support (a transformer's), run one after another.
-
     Args:
         branches: one per client, in the order of the clients.
-        tokens: whether the level takes or gives tokens ``[B, N, C]``, which FusedBlocks does not support.
     """
 
-    def __init__(self, branches: Sequence[Branch], *, tokens: bool = False) -> None:
+    def __init__(self, branches: Sequence[Branch]) -> None:
         super().__init__()
         self.count = len(branches)
         self._buffer_names = [[name for name, _ in branch.block.named_buffers()] for branch in branches]
         first = branches[0].adaptor
         # A pooling adaptor is the same for every block, so it runs once, before all blocks.
         self.shared: nn.Module = first if isinstance(first, Pool) else nn.Identity()
-        fused = None if tokens else self._fuse(branches)
-        self.fused = fused
-        self.branches = nn.ModuleList(self._loaded(branch) for branch in branches) if fused is None else None
-        self._lowered: tuple[FusedBlocks, torch.dtype] | None = None
+        self.branches = nn.ModuleList(_loaded(branch) for branch in branches)
         self.requires_grad_(False)
         self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps the joined results of the level before (images at level 1) to the joined results of this level."""
-        dtype = lower()
-        if self.fused is not None:
-            if dtype is None or self.training:  # train mode takes batch statistics, in fp32
-                return self.fused(self.shared(x))
-            return self._cast(dtype)(self.shared(x.to(dtype)))
-        return self._one_by_one(self.shared(x))
-
     @autocasts
-    def _one_by_one(self, x: Tensor) -> Tensor:
-        results = [branch(x) for branch in cast(nn.ModuleList, self.branches)]
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the joined results of the level before (images at level 1) to the joined results of this level."""
+        x = self.shared(x)
+        results = [branch(x) for branch in self.branches]
         channels = 2 if results[0].dim() == 3 else 1
         joined = channels == 2 or torch.compiler.is_exporting()
         return torch.cat(results, dim=channels) if joined else fuse_concat(results)
 
-    def _cast(self, dtype: torch.dtype) -> FusedBlocks:
-        """The blocks of all clients with folded weights of ``dtype``, made once."""
-        if self._lowered is None or self._lowered[1] is not dtype:
-            blocks = [trunk(folded(block), dtype) for block in cast(FusedBlocks, self.fused).split()]
-            self._lowered = FusedBlocks(blocks), dtype
-        return self._lowered[0]
-
-    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
-        self._lowered = None
-        super()._load_from_state_dict(*arguments, **named)
-
     def statistics(self) -> list[dict[str, Tensor]]:
         """Every block's buffers (running statistics and counts) as they are now, copied to the CPU."""
-        states: Sequence[State] = (
-            self.fused.state_dicts()
-            if self.fused is not None
-            else [branch.state_dict() for branch in cast(nn.ModuleList, self.branches)]
-        )
+        states = [branch.state_dict() for branch in self.branches]
         return [
             {name: state[f"block.{name}"].detach().cpu().clone() for name in names}
             for state, names in zip(states, self._buffer_names, strict=True)
         ]
 
-    def _fuse(self, branches: Sequence[Branch]) -> FusedBlocks | None:
-        # One module for all branches that share a template, so that FusedBlocks inspects it once.
-        sequences: dict[int, nn.Module] = {}
-        templates = [sequences.setdefault(id(branch.block), _sequence(branch)) for branch in branches]
-        try:
-            fused = FusedBlocks(templates)
-        except (TypeError, ValueError):
-            return None
-        fused.load_state_dicts([_flat(branch, template) for branch, template in zip(branches, templates, strict=True)])
-        return fused
 
-    def _loaded(self, branch: Branch) -> nn.Module:
-        sequence = copy.deepcopy(_sequence(branch))
-        sequence.load_state_dict(_flat(branch, sequence))
-        return sequence
+def _loaded(branch: Branch) -> nn.Module:
+    sequence = copy.deepcopy(_sequence(branch))
+    sequence.load_state_dict(_flat(branch, sequence))
+    return sequence
 
 
 def _sequence(branch: Branch) -> nn.Sequential:

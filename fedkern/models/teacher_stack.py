@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,143 +15,54 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fedkern.models.precision import lower, trunk
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
-from fedkern.ops import FusedBlocks
-
-VECTOR = 16
-"""fp32 channels in a vector register of the widest instructions (AVX-512)."""
 
 CHUNK = 64
 """Images per pass on the CPU when no gradient is kept, so that their feature maps stay in the CPU's cache."""
-
-FUSE_BYTES = 256 << 20
-"""Largest total size of networks that run fused; the fused copy of larger ones would cost more than it gains."""
 
 
 class TeacherStack:
     """K frozen networks of any architectures on the same images; logits ``[K, B, C, *positions]``.
 
-    Batch norms are folded into the convolutions before them, and ReLUs and sums run in place.  Networks of one
-    architecture run fused (:class:`fedkern.ops.FusedBlocks`) where that is faster, all others one after another.
+    Batch norms are folded into the convolutions before them, and ReLUs and sums run in place.
 
     Args:
         networks: networks in eval mode on one device; they are copied and not changed.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
-        groups: dict[Any, list[int]] = {}
-        for k, network in enumerate(networks):
-            shapes = tuple((name, tuple(value.shape)) for name, value in network.state_dict().items())
-            groups.setdefault((type(network), shapes), []).append(k)
-        self._groups = [(members, group([folded(networks[k]) for k in members])) for members in groups.values()]
+        self._teachers = [_Teacher(folded(network)) for network in networks]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits ``[K, B, C, *positions]`` of normalised images ``[B, C, H, W]``; gradients reach the images."""
-        if len(self._groups) == 1:
-            return self._groups[0][1].logits(images)
-        rows: dict[int, Tensor] = {}
-        for members, networks in self._groups:
-            rows.update(zip(members, networks.logits(images), strict=True))
-        return torch.stack([rows[k] for k in range(len(rows))])
+        """Return logits ``[K, B, C, *positions]`` of normalised images ``[B, C, H, W]``; gradients reach the images."""
+        return torch.stack([teacher.logits(images) for teacher in self._teachers])
 
 
-def in_chunks(answer: Callable[[Tensor], Tensor], images: Tensor, dim: int) -> Tensor:
-    """``answer(images)``, from :data:`CHUNK` images at a time where that is faster; joined along ``dim``."""
-    at_once = len(images) <= CHUNK or not images.is_cpu or (torch.is_grad_enabled() and images.requires_grad)
-    return answer(images) if at_once else torch.cat([answer(part) for part in images.split(CHUNK)], dim)
+class _Teacher:
+    """A folded network, whose trunk computes in the current precision."""
 
-
-class Separate:
-    """Networks of one architecture that run one after another."""
-
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
-        self._dtype = lower()
-        self._heads: list[nn.Module] = []
-        if type(networks[0]).forward not in (StagedNetwork.forward, UNet.forward):
-            self._dtype = None  # another forward may do more than head(features)
+    def __init__(self, network: nn.Module) -> None:
+        # Another forward than these may do more than head(features), so that it stays in fp32.
+        splits = type(network).forward in (StagedNetwork.forward, UNet.forward)
+        self._dtype = lower() if splits else None
+        self._head: Any = nn.Identity()
         if self._dtype is not None:
-            self._heads = [network.head for network in networks]  # type: ignore[misc]
-            networks = [trunk(_headless(network), self._dtype) for network in networks]
-        self._networks = [overwriting(network) for network in networks]
+            self._head = network.head
+            network = trunk(_headless(network), self._dtype)
+        self._network = overwriting(network)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits ``[M, B, C, *positions]``."""
         images = images if self._dtype is None else images.to(self._dtype)
-        rows = [in_chunks(network, images, 0) for network in self._networks]
-        if self._dtype is not None:
-            rows = [head(features) for head, features in zip(self._heads, rows, strict=True)]
-        return torch.stack(rows)
+        at_once = len(images) <= CHUNK or not images.is_cpu or (torch.is_grad_enabled() and images.requires_grad)
+        parts = (images,) if at_once else images.split(CHUNK)
+        answers = [self._network(part) for part in parts]
+        return self._head(answers[0] if at_once else torch.cat(answers))
 
 
 def _headless(network: nn.Module) -> nn.Module:
-    """A copy that gives the features instead of the logits."""
+    """Return a copy that gives the features instead of the logits."""
     body = copy.copy(network)
     body._modules = {**network._modules, "head": nn.Identity()}
     return body
-
-
-class Fused:
-    """Staged networks of one architecture: the stages run as one module, the heads as one batched matrix product.
-
-    Raises:
-        TypeError, ValueError: no stage with parameters fits :class:`fedkern.ops.FusedBlocks`.
-    """
-
-    def __init__(self, networks: Sequence[StagedNetwork]) -> None:
-        self._dtype = lower()
-        if self._dtype is not None:
-            for network in networks:
-                trunk(nn.ModuleList(_units(network)), self._dtype)
-        units = [list(_units(network)) for network in networks]
-        self._count = len(networks)
-        self._rest: nn.Module | None = None
-        try:
-            self.body = FusedBlocks([nn.Sequential(*layers) for layers in units])
-        except TypeError:
-            # Last layers without parameters (a network's own pooling) are the same for all networks.
-            last = len(units[0])
-            while not any(True for _ in units[0][last - 1].parameters()):
-                last -= 1
-            self._rest = nn.Sequential(*units[0][last:])
-            self.body = FusedBlocks([nn.Sequential(*layers[:last]) for layers in units])
-        self._weight = torch.stack([n.head.weight.detach().T for n in networks])
-        self._bias = torch.stack([n.head.bias.detach() for n in networks])[:, None]
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits ``[M, B, C]``."""
-        return in_chunks(self._logits, images, 1)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        maps = self.body(images if self._dtype is None else images.to(self._dtype))
-        if self._rest is not None:
-            maps = self._rest(maps.unflatten(1, (self._count, -1)).flatten(0, 1)).unflatten(0, (-1, self._count))
-            maps = maps.flatten(1, 2)
-        features = maps.mean(dim=(2, 3), dtype=images.dtype).unflatten(1, (self._count, -1))
-        return torch.baddbmm(self._bias, features.transpose(0, 1), self._weight)
-
-
-def _units(network: StagedNetwork) -> Iterator[nn.Module]:
-    """The modules that compute a network's last feature map, in order."""
-    for name in network.stage_names[:-1]:
-        stage = getattr(network, name)
-        yield from stage if isinstance(stage, nn.Sequential) else (stage,)
-
-
-def group(networks: list[nn.Module]) -> Fused | Separate:
-    """Chooses the faster form for networks of one architecture: fused, or one after another.
-
-    On the CPU, running one after another is faster if every convolution has at least :data:`VECTOR` output channels:
-    a map is then still in the CPU's cache when the next layer reads it.
-    """
-    first = networks[0]
-    size = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
-    narrow = any(isinstance(layer, nn.Conv2d) and layer.out_channels < VECTOR for layer in first.modules())
-    one_by_one = len(networks) == 1 or size > FUSE_BYTES or (next(first.parameters()).is_cpu and not narrow)
-    if one_by_one or type(first).forward is not StagedNetwork.forward:
-        return Separate(networks)
-    try:
-        return Fused(networks)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return Separate(networks)  # a layer that FusedBlocks does not know
 
 
 @torch.no_grad()

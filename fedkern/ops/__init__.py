@@ -1,6 +1,5 @@
 """Fast operators for federated learning, most of them differentiable; a plain PyTorch reference specifies each."""
 
-from fedkern.ops import tree as tree
 from fedkern.ops._aggregate.accumulator import Accumulator
 from fedkern.ops._aggregate.clipping import clip_and_noise, clip_by_norm
 from fedkern.ops._aggregate.distances import geometric_median, krum, pairwise_distances
@@ -19,8 +18,8 @@ from fedkern.ops._distill.consensus import consensus, js_div
 from fedkern.ops._distill.ensemble import ensemble_kl
 from fedkern.ops._distill.entropy import entropy
 from fedkern.ops._distill.kl import dual_kl, kl_div
-from fedkern.ops._fuse.blocks.fused_blocks import FusedBlocks
 from fedkern.ops._fuse.fuse import fuse_concat, fuse_mean
+from fedkern.ops._fuse.fused_blocks import FusedBlocks
 from fedkern.ops._optimise.optimise import StepResult, adamw_step, sgd_step
 from fedkern.ops.flat import FlatParameters
 

@@ -40,29 +40,6 @@ def test_says_what_each_member_says(names):
     torch.testing.assert_close(ensemble(x), logits.mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_fused_where_no_gradient_is_asked_for():
-    ensemble = Ensemble(networks("cnn", "cnn"))
-    x = images().requires_grad_()
-    apart = ensemble.logits(x)
-    assert apart.requires_grad
-    assert ensemble._fused is None
-    (gradient,) = torch.autograd.grad(apart.sum(), x)
-    assert gradient.abs().sum() > 0
-    together = ensemble.logits(x.detach())
-    assert ensemble._fused is not None
-    torch.testing.assert_close(together, apart.detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_forgets_the_fused_copy_when_weights_change():
-    ensemble, other = Ensemble(networks("cnn", "cnn")), Ensemble(networks("resnet8", "cnn", "cnn")[1:])
-    before, expected = ensemble(images()), other(images())
-    ensemble.load_state_dict(other.state_dict())
-    torch.testing.assert_close(ensemble(images()), expected)
-    assert not torch.allclose(before, expected)
-    assert ensemble.double()(images().double()).dtype == torch.float64
-    assert copy.deepcopy(ensemble.float())._fused is None
-
-
 def test_weights_and_order():
     members = networks("cnn", "cnn", "cnn")
     x = images()

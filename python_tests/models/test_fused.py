@@ -99,8 +99,6 @@ def test_one_pass_is_separate_calls(names, blocks, kind):
     expected = by_hand(setup, x, kind)
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(setup.fused.features(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-    alike = len(set(names)) == 1 and names[0] != "vit-tiny"
-    assert all(level.fused is not None for level in setup.fused.levels) == alike
 
 
 @pytest.mark.exhaustive
@@ -128,8 +126,8 @@ def test_tokens_are_fused_over_their_channels():
         adaptor = make_adaptor(kind, (3, 5), 2, generator=random)
         states = {"adaptor": adaptor.state_dict()} if kind == "cnn1x1" else {}
         levels = [
-            FusedLevel([Branch(b, None, {"block": b.state_dict()}) for b in first], tokens=True),
-            FusedLevel([Branch(b, adaptor, {"block": b.state_dict(), **states}) for b in second], tokens=True),
+            FusedLevel([Branch(b, None, {"block": b.state_dict()}) for b in first]),
+            FusedLevel([Branch(b, adaptor, {"block": b.state_dict(), **states}) for b in second]),
         ]
         x = torch.randn(4, 3, 4, 4)
         tokens = [b(x) for b in first]

@@ -1104,9 +1104,7 @@ def blocks_case(draw: st.DrawFn) -> Case:
         "norm": draw(st.booleans()),
         "second": draw(st.booleans()),
         "shared": draw(st.booleans()),
-        "fold": draw(st.booleans()),
         "training": draw(st.booleans()),
-        "lowering": draw(st.sampled_from([None, "grouped", "separate", "direct"])),
         "input": draw(tensor([0], "float32")),
         "seed": draw(SEEDS),
     }
@@ -1133,7 +1131,7 @@ def check_fused_blocks(case: Case) -> None:
     batch, size = case["batch"], case["size"]
     if case["training"] and case["norm"] and batch * size < 8:
         return  # torch refuses to normalise one value, and few amplify rounding
-    fused = ops.FusedBlocks(blocks, shared=case["shared"], fold=case["fold"], lowering=case["lowering"])
+    fused = ops.FusedBlocks(blocks, shared=case["shared"])
     fused.train(case["training"])
     x = make({**case["input"], "shape": [batch, C if case["shared"] else M * C, size, size]})
     y = exact(x)

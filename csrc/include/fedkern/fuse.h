@@ -58,37 +58,9 @@ constexpr std::int64_t fuse_blocks(const FuseCall& call) {
   return (call.batch + fuse_block_samples(call) - 1) / fuse_block_samples(call);
 }
 
-// M branches' convolutions at once, planar fp32: out = relu(conv(x) + bias + other).
-//
-// Lanes run over positions, so channel counts that are no multiple of a vector (FuseFL's 14, 20, 29) waste nothing.
-struct FuseConv {
-  std::int64_t batch, branches;
-  std::int64_t in_channels, height, width;  // of one branch
-  std::int64_t channels, out_height, out_width;
-  std::int64_t kernel_height, kernel_width, stride, dilation, pad_height, pad_width;
-  // Channel planes are dense; strides in elements between samples and branches (0 where all branches share one map).
-  const float* x;
-  std::int64_t x_batch, x_branch;
-  Optional<const float> other;  // shape of out
-  std::int64_t other_batch, other_branch;
-  float* out;
-  std::int64_t out_batch, out_branch;
-  // [branches, blocks, in_channels * kernel_height * kernel_width, block]; channels past the last are zeros.
-  const float* weight;
-  std::int64_t block;
-  Optional<const float> bias;  // [branches, channels]
-  bool relu;
-  int threads;
-};
-
-// The widest scratch map, out_width + (kernel_width - 1) * dilation / stride.
-inline constexpr std::int64_t kFuseConvColumns = 256;
-
 struct FuseTable {
   void (*forward)(const FuseForward&);
   void (*backward)(const FuseBackward&);
-  void (*conv)(const FuseConv&);
-  std::int64_t conv_block;  // the largest FuseConv::block: what the registers hold
 };
 
 FEDKERN_DECLARE_TABLE(FuseTable, fuse)

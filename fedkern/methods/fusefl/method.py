@@ -352,7 +352,7 @@ class FuseFL(Objective, Method):
             if level > 1:
                 adaptor = make_adaptor(self.options.adaptor, shapes[0], len(levels[level - 1])).to(place.device)
             branches = [Branch(networks.of(j).blocks[level - 1], adaptor, pair) for j, pair in pairs.items()]
-            frozen.append(FusedLevel(branches, tokens=any(len(shape) == 2 for shape in shapes)))
+            frozen.append(FusedLevel(branches))
         return FusedNetwork(frozen, final=self.options.final_fuse)
 
 

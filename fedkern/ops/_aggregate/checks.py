@@ -35,8 +35,8 @@ def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
     first = vectors[0]
     if isinstance(first, (Mapping, list, tuple, np.ndarray)):
         raise TypeError(
-            f"vectors[0] must be a tensor [P], not {type(first).__name__}: fedkern.ops.tree takes whole models, as "
-            "state dicts or lists of arrays"
+            f"vectors[0] must be a tensor [P], not {type(first).__name__}: average whole models entry by entry, or as "
+            "the vectors of FlatParameters"
         )
     check_vector(first, "vectors[0]")
     dtype, shape, device = first.dtype, first.shape, first.device

@@ -1,24 +1,22 @@
 """What fedkern uses of torch that is not public, all in this file.
 
 Torch 2.11 to 2.15 have them all.  What would compute wrong numbers or read wrong memory if torch changed it is tried on
-tiny tensors at its first use: the table of tensors, a GPU's stream and oneDNN's convolutions.
+tiny tensors at its first use: the table of tensors and a GPU's stream.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedkern.errors import UserError
-from fedkern.ops._core.loading import Unsuited, tell
+from fedkern.ops._core.loading import Unsuited
 
 # The logger of the ONNX exporter's lines on packages that it has not found; under another name they are shown.
 ONNX_LOG = "torch.onnx._internal.exporter._registration"
@@ -164,51 +162,6 @@ def check_stream() -> None:
         index = torch.cuda.current_device()
         if raw_stream(index) != torch.cuda.current_stream(index).cuda_stream:
             raise Unsuited(f"kernels need {_changed('_C._cuda_getCurrentRawStream')}")
-
-
-class OneDNN(NamedTuple):
-    """oneDNN's convolutions with what follows them, and the layout of their weights.
-
-    Attributes:
-        reorder: gives weights the layout that ``convolve`` reads fastest.
-        convolve: a convolution and a ReLU.
-        convolve_and_add: a convolution, a sum and a ReLU.
-        narrow: whether ``convolve_and_add`` takes maps of one channel or one position; in torch 2.11 it does not.
-    """
-
-    reorder: Callable[..., Tensor]
-    convolve: Callable[..., Tensor]
-    convolve_and_add: Any
-    narrow: bool = False
-
-
-@functools.cache
-def onednn() -> OneDNN | None:
-    """oneDNN's fused convolutions; None where this torch has none, or others than fedkern knows."""
-    if not torch.backends.mkldnn.is_available():
-        return None
-    with contextlib.suppress(Exception):
-        convolve = torch.ops.mkldnn._convolution_pointwise
-        fused = OneDNN(torch.ops.mkldnn._reorder_convolution_weight, convolve, convolve.binary)
-        if _convolves(fused, 2):
-            with contextlib.suppress(RuntimeError):
-                return fused._replace(narrow=_convolves(fused, 1))
-            return fused
-    tell(f"slower public calls stand in for {_changed('ops.mkldnn._convolution_pointwise')}")
-    return None
-
-
-def _convolves(fused: OneDNN, channels: int) -> bool:
-    """Whether convolutions to so many channels are those of conv2d."""
-    how = [0, 0], [1, 1], [1, 1], 1
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        x = torch.arange(-8.0, 8.0, device="cpu", dtype=torch.float32).view(1, 4, 2, 2)
-        x = x.contiguous(memory_format=torch.channels_last)
-        weight, bias = x.new_tensor([1, -2, 3, 0.5] * channels).view(channels, 4, 1, 1), x.new_tensor([3.0] * channels)
-        expected, ready = F.conv2d(x, weight, bias), fused.reorder(weight, *how, list(x.shape))
-        plain = fused.convolve(x, ready, bias, *how, "none", [], "")
-        summed = fused.convolve_and_add(x, expected, ready, bias, *how, "add", None, "relu", [], None)
-        return torch.allclose(plain, expected) and torch.allclose(summed, (2 * expected).relu())
 
 
 # The table of functions through which compiled cores read tensors (csrc/bindings/exchange.h).

@@ -131,11 +131,9 @@ def by(backend: str | None, function: Callable[..., Any], *given: Tensor) -> tup
 
 def torch_calls() -> Iterator[tuple[str, Callable[[], tuple[Tensor, ...]]]]:
     """What rests on torch's own operators, all over tensors that torch shares among threads."""
-    models = [{"weight": torch.full((SIZE,), float(m)), "bias": torch.ones(3)} for m in (1, 2, 3, 40)]
     rows = torch.linspace(-3, 3, 4 * SIZE).view(4, SIZE)
     logits = torch.linspace(-3, 3, SIZE).view(-1, 100)
     yield "torch", lambda: (rows.square(),)
-    yield "tree.krum", lambda: tuple(ops.tree.krum(models, 0).values())
     yield "FlatParameters", lambda: (ops.FlatParameters(module()).vector.clone(),)
     yield "FlatParameters.load", lambda: (loaded(),)
     yield "Accumulator", lambda: (accumulated(False), accumulated(True))

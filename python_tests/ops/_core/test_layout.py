@@ -39,10 +39,10 @@ def convolved(channels, stride, batch):
 
 
 def blocks(channels, stride, batch):
-    for lowering, shared in itertools.product(("grouped", "separate"), (True, False)):
+    for shared in (True, False):
         made = [nn.Sequential(nn.Conv2d(channels, 8, 1, stride=(stride, 1 + batch % 2))) for _ in range(2)]
         x = maps(channels if shared else 2 * channels, stride, batch)
-        ops.FusedBlocks(made, shared=shared, lowering=lowering)(x).sum().backward()
+        ops.FusedBlocks(made, shared=shared)(x).sum().backward()
 
 
 def zoo(channels, stride, batch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
-import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,6 @@ import fedkern
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.ops._core import backend, loading, private_torch
-from fedkern.ops._fuse.blocks import onednn
 
 PACKAGE = Path(fedkern.__file__).parent
 
@@ -70,8 +68,6 @@ def owner(name: str) -> tuple[Any, str]:
 
 def test_this_torch_is_as_expected() -> None:
     assert private_torch.table_problem(private_torch.exchange_table()) == ""
-    if torch.backends.mkldnn.is_available():
-        assert private_torch.onednn() is not None
 
 
 def test_an_import_under_a_transform_is_as_any() -> None:
@@ -115,43 +111,6 @@ def test_a_backward_pass_adds_up_and_refuses_what_torch_refuses() -> None:
         private_torch.backward(x.square())
     with pytest.raises(RuntimeError, match="does not require grad"):
         private_torch.backward(x.detach().sum())
-
-
-def test_onednn_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    if private_torch.onednn() is None:
-        pytest.skip("this torch has no oneDNN")
-    module = again()
-    loading.tell.cache_clear()
-    monkeypatch.setattr(torch.ops.mkldnn, "_convolution_pointwise", lambda *given: given[0], raising=False)
-    with pytest.warns(loading.Slower, match=r"stand in for torch\.ops\.mkldnn\._convolution_pointwise, which"):
-        assert module.onednn() is None
-
-
-@pytest.mark.parametrize(("channels", "size"), [(1, 3), (2, 1), (2, 3)])
-def test_sums_that_onednn_refuses_go_the_long_way(channels: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.11 has no fused sum of maps of one channel or one position."""
-    known = private_torch.onednn()
-    if known is None:
-        pytest.skip("this torch has no oneDNN")
-    summed = []
-
-    def add(x: torch.Tensor, other: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if other.shape[1] == 1 or other.shape[2:].numel() == 1:
-            raise RuntimeError("could not create a memory")
-        summed.append(other)
-        return known.convolve_and_add(x, other, *rest)
-
-    monkeypatch.setattr(onednn, "onednn", lambda: known._replace(convolve_and_add=add, narrow=False))
-    x = torch.randn(2, 4, size, size).contiguous(memory_format=torch.channels_last)
-    weight, bias, other = torch.randn(channels, 4, 1, 1), torch.randn(channels), torch.randn(2, channels, size, size)
-    other = other.contiguous(memory_format=torch.channels_last)
-    conv: Any = types.SimpleNamespace(
-        padding=(0, 0), stride=(1, 1), dilation=(1, 1), result_shape=lambda *_: other.shape
-    )
-    with torch.no_grad():
-        found = onednn.convolve(conv, onednn.Prepared(), None, x, weight, bias, 1, other, True)
-    torch.testing.assert_close(found, (torch.conv2d(x, weight, bias) + other).relu())
-    assert bool(summed) == ((channels, size) == (2, 3))
 
 
 def capsule(**changed: Any) -> object:

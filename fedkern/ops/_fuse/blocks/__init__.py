@@ -1,1 +1,0 @@
-"""FusedBlocks: M clients' blocks of one structure as one module, and the compiler behind it."""
