@@ -5,7 +5,8 @@
 
 OLD and NEW are checkouts with their compiled core built in place.  Bits differ between processors, so both are played
 here.  Every method in its smallest form runs in one process, in two workers, on two ranks of torchrun, on Flower's
-nodes, and killed and resumed; wrong commands are given to both.  Compared are the files of the run folder and what is
+nodes, and killed and resumed; wrong commands are given to both.  Three methods train on users' data sets, which ranks
+and nodes do not take.  Compared are the files of the run folder and what is
 in them without times, the events of a listener, warnings, exit codes and what is printed on errors.  ``config.toml``
 may gain the settings and method options of `ADDED`.  A task that a method has lost counts as a difference, one that it
 has gained is named and not played.  Two costs are told as ratios: the peak memory of a run, and the processor time of
@@ -36,7 +37,7 @@ from safetensors import safe_open
 MODES = ("one process", "two workers", "two ranks", "flower", "resumed", "commands")
 VOLATILE = {"seconds", "round_seconds", "phases", "device", "wire", "time", "commit", "torchrun", "run", "out"}
 SUMS = {"files", "sum", "metrics_sha256", "shown_sha256", "metrics_bytes", "results"}  # of files that hold times
-UNREAD = {".png", ".html", ".lock"}  # pictures hold no figure that the other files have not
+UNREAD = {".png", ".html"}  # pictures hold no figure that the other files have not
 SETTINGS: dict[str, Any] = {
     "clients": 3, "train_samples": 60, "width": 2, "rounds": 2, "local_epochs": 1, "batch_size": 8,
     "grad_cam": 0, "threads": 1, "client_threads": 1, "device": "cpu",
@@ -51,6 +52,13 @@ NETWORKS: dict[str, dict[str, Any]] = {  # a user's own, modules in a row and a 
     name: {"data": "digits", "model": f"own_networks:{kind}", "width": None}
     for name, kind in (("rows", "Staged"), ("function", "Whole"))
 }
+DATASETS: dict[str, dict[str, Any]] = {  # a user's own, for averaging methods with and without state
+    name: {
+        "data": f"own_data:{name}", "model": f"own_data:{network}", "width": None, "train_samples": None,
+        "clients": clients,
+    }
+    for name, network, clients in (("table", "Rows", None), ("text", "Words", None), ("images", "Pixels", 3))
+}  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {  # of a method, and of a method on a task
     "feddra": {"local_epochs": None},
     "fedgid": {"data": "colordigits"},
@@ -189,7 +197,8 @@ class Checkout:
         files["events"] = self.runs / f"{out}.events.jsonl"
         for name, path in files.items():
             if path.is_file():
-                left[name] = None if path.suffix in UNREAD else content(path)
+                unread = path.suffix in UNREAD or path.name == ".lock"
+                left[name] = None if unread else without_folder(content(path), str(self.folder))
         return left, max(memory for _, _, memory in codes)
 
 
@@ -198,7 +207,7 @@ def settings_of(method: str, task: str) -> dict[str, Any]:
     from python_tests.smallest import SETTINGS as smallest
 
     own = {**smallest.get(method, {}), **OWN.get(method, {}), **OWN.get(f"{method}, {task}", {})}
-    given = {**SETTINGS, **(TASKS | NETWORKS)[task], **own}
+    given = {**SETTINGS, **(TASKS | NETWORKS | DATASETS)[task], **own}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -238,6 +247,15 @@ def content(path: Path) -> Any:
     if path.suffix == ".jsonl":
         return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
     return path.read_text(errors="replace").splitlines()
+
+
+def without_folder(value: Any, folder: str) -> Any:
+    """Return a JSON value whose texts name no checkout."""
+    if isinstance(value, dict):
+        return {name: without_folder(entry, folder) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [without_folder(entry, folder) for entry in value]
+    return value.replace(folder, "CHECKOUT") if isinstance(value, str) else value
 
 
 def timeless(value: Any) -> Any:
@@ -294,7 +312,9 @@ def main() -> int:
                 different += lost
                 print(f"{method}, {task}: {'differs' if lost else 'gained'}, only {'OLD' if lost else 'NEW'} serves it")
         both = [*sorted(before & after), *((method, name) for method in ("fedavg", "moon") for name in NETWORKS)]
+        both += [(method, name) for method in ("fedavg", "scaffold", "ditto") for name in DATASETS]
         cases = [(*served, mode) for served in both for mode in MODES[:-1] if mode in given.modes]
+        cases = [case for case in cases if case[1] not in DATASETS or case[2] not in ("two ranks", "flower")]
         for case in cases:
             if given.only in ", ".join(case):
                 with ThreadPoolExecutor() as pool:

@@ -106,7 +106,7 @@ class FusedBlocks(nn.Module):
         if x.dim() < 2 or (not self.shared and x.shape[1] % self.count):
             channels = "C" if self.shared else f"{self.count} * C"
             raise ValueError(f"x must have shape [B, {channels}, ...], not {list(x.shape)}")
-        if x.is_cpu and backend.eager(x) and not torch.jit.is_tracing():
+        if x.is_cpu and backend.eager(x):
             return self._run_separately(x)
         if self.shared and self.count > 1:
             x = x.repeat(1, self.count, *[1] * (x.dim() - 2))

@@ -103,19 +103,19 @@ def test_the_fused_module_can_be_trained_and_writes_to_no_input() -> None:
         assert all(p.grad is not None for p in module.parameters())
 
 
-def hooked() -> nn.Module:
+def make_hooked() -> nn.Module:
     layer = nn.Conv2d(2, 3, 1)
     layer.register_forward_hook(lambda *_: None)
     return layer
 
 
-def replaced() -> nn.Module:
+def make_replaced() -> nn.Module:
     layer = nn.Conv2d(2, 3, 1)
     layer.forward = lambda x: x  # type: ignore[method-assign]
     return layer
 
 
-def tied() -> nn.Module:
+def make_tied() -> nn.Module:
     layers = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
     layers[1].weight = layers[0].weight
     return layers
@@ -152,9 +152,9 @@ class Branching(nn.Module):
         (Mixing(lambda y: y.flatten()), "call flatten"),
         (Mixing(lambda y: y.mean(1)), "call mean"),
         (Branching(), "cannot trace the forward of Branching"),
-        (hooked(), "hooks or a replaced forward"),
-        (replaced(), "hooks or a replaced forward"),
-        (tied(), "tied parameters"),
+        (make_hooked(), "hooks or a replaced forward"),
+        (make_replaced(), "hooks or a replaced forward"),
+        (make_tied(), "tied parameters"),
         ("conv", "blocks must hold modules, not str"),
     ],
     ids=str,
@@ -164,7 +164,7 @@ def test_what_cannot_be_grouped_is_refused_by_name(block: Any, words: str) -> No
         ops.FusedBlocks([block, block])
 
 
-def scaled() -> nn.Module:
+def make_scaled() -> nn.Module:
     block = Residual()
     block.scale = 2.0
     return block
@@ -176,7 +176,7 @@ def scaled() -> nn.Module:
         (Residual().eval(), "training"),
         (Residual().double(), "conv.weight"),
         (Residual().requires_grad_(False), "conv.weight"),
-        (scaled(), "scale"),
+        (make_scaled(), "scale"),
         (nn.Conv2d(4, 4, 3), ""),
     ],
     ids=str,

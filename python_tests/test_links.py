@@ -1,0 +1,44 @@
+"""Files that pages and pyproject.toml name exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *ROOT.glob("[!.]*/**/*.md")) if "build" not in path.parts
+]
+LINK = re.compile(r"\]\(([^)\s]+)\)|<(?:img|a)[^>]*?(?:src|href)=\"([^\"]+)\"")
+NAME = re.compile(r"[\w.*/-]*\w/[\w.*/-]*\*?")
+
+
+def read_anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    words = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    return {word if not words[:i].count(word) else f"{word}-{words[:i].count(word)}" for i, word in enumerate(words)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_relative_links_resolve(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    broken = []
+    for match in LINK.finditer(text):
+        link = match[1] or match[2]
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in read_anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_files_that_pyproject_names_exist() -> None:
+    text = re.sub(r"https?://\S+|\"[^\"]*(?:/usr|/tmp)[^\"]*\"", "", (ROOT / "pyproject.toml").read_text())
+    names = {name for name in NAME.findall(text) if "." in name or "*" in name}
+    assert {"fedkern/data/sources/digits.txt", "report/pages/templates/*", ".ci/install-cuda"} <= names
+    assert [name for name in names if not any(True for base in (ROOT, ROOT / "fedkern") for _ in base.glob(name))] == []
