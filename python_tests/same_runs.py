@@ -117,6 +117,10 @@ class Log(Listener):
 method, settings, kill, out = json.loads(sys.argv[1])
 listener = Log(out + ".events.jsonl", kill)
 if kill is None:
+    if ":" in settings["data"]:  # a run folder may not name code alone
+        from fedkern.run import main
+        named = ["--data", settings["data"], "--model", settings["model"]]
+        sys.exit(main(["--resume", out, *named, "--quiet"]))
     fedkern.load(out, trusted=[settings.get("model", "")]).resume(listener=listener)
 else:
     fedkern.simulate(method, out=out, listener=listener, progress=False, **settings)
