@@ -17,12 +17,11 @@ from fedkern.errors import UserError
 from fedkern.files import atomic
 from fedkern.files.inputs import open_regular, reading, standing
 from fedkern.models.weight_files import read_state_dict
+from fedkern.settings.run_format import INIT
 from fedkern.settings.run_format import NAME as CONFIG
 
 MODEL = "model.safetensors"
 """File with the network of a finished run."""
-FILE = "init.safetensors"
-"""File in a run folder with the weights of a module that a script gave as ``init``."""
 _GIVEN: dict[str, bytes] = {}
 """Such files that are not written yet, by path."""
 
@@ -51,7 +50,7 @@ def _file(path: str) -> Path:
 
 def of_module(module: nn.Module, folder: Path) -> str:
     """Path of the file with a module's weights that :func:`keep` writes into a run folder; it can be read before."""
-    path = str((folder / FILE).absolute())
+    path = str((folder / INIT).absolute())
     _GIVEN[path] = save(
         {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
     )

@@ -110,7 +110,7 @@ def opened(
     metrics, timing = Metrics(out), Timing()
     checkpoints = Checkpoints(out, BackgroundWriter(), config.trained_clients)
     entry = checkpoints.open(fresh=not resume, begun=resume and metrics.path.exists())
-    facts = facts_of(context, data_fingerprint(context.data))
+    facts = facts_of(context, data_fingerprint(context.data), out)
     if entry is None:
         compare_teachers(context, facts["data"])
     else:

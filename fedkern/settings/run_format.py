@@ -12,6 +12,8 @@ from fedkern.files.inputs import read_json
 NAME = "config.toml"
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+INIT = "init.safetensors"
+"""File in a run folder with the weights of a module that a script gave as ``init``."""
 FORMAT = 9
 
 

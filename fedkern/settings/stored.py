@@ -12,7 +12,7 @@ from fedkern.errors import UserError, nearest
 from fedkern.files.inputs import read_text, special
 from fedkern.methods import script_methods
 from fedkern.settings.config import UNSTORED, RunConfig
-from fedkern.settings.run_format import NAME, check_format, stored_code
+from fedkern.settings.run_format import INIT, NAME, check_format, stored_code
 from fedkern.usercode import plugins
 
 
@@ -75,11 +75,18 @@ def load_settings(
     plugins.load_installed()
     plugins.restore(table.get("plugins", {}), folder, trusted)
     table = {name: value for name, value in table.items() if name not in UNSTORED}
+    if table.get("init") == INIT:
+        table["init"] = str(Path(folder).absolute() / INIT)
     method, sha256 = str(table.get("method", RunConfig.method)), table.get("method_sha256")
     if given is not None:
         script_methods.give_again(given, method, folder)
     script_methods.check(method, sha256, stored_code(Path(folder)).get("method", {}), folder, trusted)
     return RunConfig.of({**table, **replaced})
+
+
+def as_stored(config: RunConfig, folder: str | os.PathLike[str]) -> RunConfig:
+    """Return settings as a run folder stores them: of its own file of weights only the name, so that it can be moved."""
+    return config.replace(init=INIT) if config.init == str(Path(folder).absolute() / INIT) else config
 
 
 def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:

@@ -486,8 +486,12 @@ def test_a_start_from_a_file_or_a_module(suffix, own, make_data, tmp_path):
             torch.testing.assert_close(tensors(out)[name], value, msg=name)
     if given is module:
         assert load_file(out / "init.safetensors").keys() == module.state_dict().keys()
-        again = fedkern.load(out, data=memory, trusted=[STAGED]).extend(2, progress=False, pictures=False)
+        moved = out.rename(tmp_path / "moved")  # config.toml has no path of its own folder
+        again = fedkern.load(moved, data=memory, trusted=[STAGED]).extend(2, progress=False, pictures=False)
         assert len(again.history) == 2
+        (moved / "init.safetensors").write_bytes(b"x")
+        with pytest.raises(UserError, match="moved/init.safetensors is not the file that the run began with"):
+            fedkern.load(moved, data=memory, trusted=[STAGED]).extend(3, progress=False)
 
 
 def test_a_module_as_start_hides_no_setting_without_effect(make_data, tmp_path):

@@ -24,7 +24,7 @@ from fedkern.ops._core.loading import Unavailable
 from fedkern.process import versions
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import NAME as SETTINGS
-from fedkern.settings.stored import load_settings
+from fedkern.settings.stored import as_stored, load_settings
 from fedkern.usercode import named_code, plugin_files, plugins
 from fedkern.usercode.identity import differences, digest, folded, is_unchanged, left_out
 
@@ -134,7 +134,7 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
             f"The run in {out} was made with settings that this version of fedkern does not have ({error}): go on with "
             "the version that it was made with."
         ) from None
-    changed = [text for text in stored.differences(before) if text.partition(":")[0] not in MOVABLE]
+    changed = [text for text in as_stored(stored, out).differences(before) if text.partition(":")[0] not in MOVABLE]
     if changed:
         raise UserError(
             f"{out / SETTINGS} was changed after the run began ({'; '.join(changed)}): put back what stood there, "
@@ -162,13 +162,13 @@ def unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any)
     return config
 
 
-def facts_of(context: RunContext, fingerprint: int) -> dict[str, Any]:
+def facts_of(context: RunContext, fingerprint: int, out: Path) -> dict[str, Any]:
     """What checkpoints keep of a run, so that it goes on with the same settings, data and kernels, or says so."""
     config, data = context.config, context.data
     names = {"clients": data.client_names or (), "classes": data.classes}
     launched = torchrun_group.launched()
     return {
-        "config": config.to_dict(),
+        "config": as_stored(config, out).to_dict(),
         "data": fingerprint,
         "code": {group: folded(table) for group, table in context.code.items()},
         "names": {what: zlib.crc32(json.dumps(list(each)).encode()) for what, each in names.items()},

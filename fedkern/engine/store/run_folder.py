@@ -16,7 +16,8 @@ from fedkern.errors import UserError
 from fedkern.files import atomic, filesystem, folder_lock
 from fedkern.methods import registry
 from fedkern.settings import config
-from fedkern.settings.run_format import FOLDER
+from fedkern.settings.run_format import FOLDER, INIT
+from fedkern.settings.stored import as_stored
 from fedkern.usercode import named_code, plugins
 
 RUNS = Path("runs")
@@ -33,7 +34,7 @@ NODES = "flower.json"
 NAMES = (
     config.NAME, FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, TRACE,
     *ATTACKS.values(), BEST, *BEST_SO_FAR, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
-    initial_weights.FILE,
+    INIT,
 )  # fmt: skip
 """All files and folders that the engine writes into a run folder, except the lock."""
 
@@ -60,7 +61,7 @@ def keep_settings(settings: config.RunConfig, out: Path, *, fresh: bool) -> None
         used_cache.remember(out, settings.cache)
     if fresh:
         initial_weights.keep(settings.init)
-        atomic.write_bytes(out / config.NAME, settings.to_toml().encode())
+        atomic.write_bytes(out / config.NAME, as_stored(settings, out).to_toml().encode())
 
 
 def run_name(settings: config.RunConfig) -> str:
