@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data import FederatedData
-from fedkern.data.registry import check_readable, open_code
+from fedkern.data.registry import open_code
 from fedkern.data.sources.datasets import is_dataset, items_like
 from fedkern.downstream.item_prediction import outputs
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import initial_weights
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
-from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError, nearest, shown
@@ -284,14 +283,7 @@ class Run:
 
         Display, listeners, pictures, workers and the cache of decoded images are those of :func:`simulate`.
         """
-        self._give_method()
-        moved = RunConfig.read({"workers": workers, "cache": cache})
-        config = load_settings(self.out, trusted=self._trusted, **moved)
-        _play(
-            config, self.out, self._data, self._script, progress, listener, pictures, resume=True,
-            trusted=self._trusted,
-        )  # fmt: skip
-        return self
+        return self._go_on({"workers": workers, "cache": cache}, progress, listener, pictures)
 
     @python_words()
     def extend(
@@ -314,14 +306,28 @@ class Run:
             UserError: the run has no checkpoint, or not fewer rounds; or its method plans its own rounds, its rounds
                 depend on their number, or it promises differential privacy for them.
         """
-        _listeners(listener)  # before anything is written
+        moved = {"workers": workers, "cache": cache, "rounds": rounds}
+        try:
+            return self._go_on(moved, progress, listener, pictures)
+        finally:
+            self.config = load_settings(self.out, trusted=self._trusted, given=self._kind, device="cpu")
+
+    def _go_on(
+        self,
+        moved: Mapping[str, Any],
+        progress: bool,
+        listener: Listener | Sequence[Listener] | None,
+        pictures: bool,
+    ) -> Run:
         self._give_method()
-        played = RunConfig.read({"rounds": rounds})["rounds"]
-        self._script.check_given(self.config, self.out)  # before anything is moved
-        if self._data is None:
-            check_readable(self.config.data)
-        self.config = extend(self.out, played, trusted=self._trusted)
-        return self.resume(progress=progress, listener=listener, pictures=pictures, workers=workers, cache=cache)
+        changes = RunConfig.read(moved)
+        rounds = changes.pop("rounds", None)
+        config = load_settings(self.out, trusted=self._trusted, **changes)
+        _play(
+            config, self.out, self._data, self._script, progress, listener, pictures, resume=True,
+            trusted=self._trusted, rounds=rounds,
+        )  # fmt: skip
+        return self
 
     def _drawn(self) -> nn.Module | None:
         """The network for pictures, where it was a module of a script and clients share the whole of it."""
@@ -621,6 +627,7 @@ def _play(
     *,
     resume: bool,
     trusted: Collection[str] = (),
+    rounds: int | None = None,
 ) -> None:
     from fedkern.report.figures.pictures import existing, finished_pictures
     from fedkern.report.live.display import display
@@ -629,7 +636,7 @@ def _play(
     view = display(quiet=not progress, json=False)
     heard = Listeners(*listeners, view)
     try:
-        run(config, out=out, resume=resume, listener=heard, data=data, script=script, trusted=trusted)
+        run(config, out=out, resume=resume, listener=heard, data=data, script=script, trusted=trusted, rounds=rounds)
     finally:
         view.close()
     if not pictures:

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from fedkern.engine.run import run
-from fedkern.engine.store.checkpoints import entry_sum
+from fedkern.engine.store.checkpoints import checksum, entry_sum
 from fedkern.engine.store.records import read_metrics
 from fedkern.listeners import Listener
+from fedkern.messages import states
 
 TIMES = ("seconds", "round_seconds", "phases", "device", "wire")
 """What no two runs have alike: times, and the bytes around the messages, of which a resumed run has more."""
@@ -43,6 +44,15 @@ def forge(out, change):
         change(entry)
         entry["sum"] = entry_sum(entry)
     manifest.write_text(json.dumps(content))
+
+
+def forge_state(out, name, change):
+    """Apply ``change`` to the state in a file of a run's checkpoints, and make the checksums right."""
+    path = out / "checkpoints" / name
+    state = states.load(path)
+    change(state)
+    states.save(path, state)
+    forge(out, lambda entry: entry["files"].update({name: checksum(path)} if name in entry["files"] else {}))
 
 
 def unfinished(out):

@@ -248,13 +248,6 @@ def lookup(name: str) -> DatasetInfo:
     return DATASETS[name]
 
 
-def check_readable(name: str) -> None:
-    """Raises UserError where a data set is unknown, or was in the memory of a program."""
-    info = lookup(name)
-    if info.open in (open_arrays, open_datasets):
-        info.open(None)
-
-
 def _labelled(data: str, key: str) -> Option:
     option = lookup(data).options.get(key) or COMMON_OPTIONS[key]
     return dataclasses.replace(option, name=key, label=f'option {key} of data set "{data}"')

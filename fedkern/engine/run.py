@@ -16,6 +16,7 @@ from fedkern.engine.parts.base import Part
 from fedkern.engine.preparing import Prepared, prepare, with_data
 from fedkern.engine.run_objects import opened
 from fedkern.engine.script_objects import ScriptObjects
+from fedkern.engine.store.extending import aside, check_extension, write_extension
 from fedkern.engine.store.resuming import changes, check_place, finished_summary, repairs, resumed_settings
 from fedkern.engine.store.run_folder import check_vacant, keep_settings, writing
 from fedkern.engine.uploads.filters import Filter
@@ -43,6 +44,7 @@ def run(
     script: ScriptObjects = ScriptObjects(),
     remote: Remote | None = None,
     check: Callable[[RunConfig], None] | None = None,
+    rounds: int | None = None,
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
 
@@ -73,6 +75,9 @@ def run(
             of torchrun.  With ``data``, their samples are not known here (:func:`declared_data`).
         check: called with the effective settings, what was found in data and files included, before anything is
             written; its UserError ends the run.
+        rounds: communication rounds in all that a resumed run, finished or not, is to have: more than before.  Nothing
+            of the run changes until it is certain that it can go on
+            (:func:`~fedkern.engine.store.extending.check_extension`).
 
     Raises:
         UserError: anything the user can put right.  No half-written file is left.  A new run that has done no round
@@ -84,7 +89,9 @@ def run(
         config = script.described(config)
         stored = entry = None
         if resume:
-            config, stored, entry = resumed_settings(config, out, trusted)
+            if rounds is not None:
+                check_extension(out, rounds, trusted=trusted)
+            config, stored, entry = resumed_settings(config, out, trusted, rounds)
             finished = finished_summary(entry, out, predictions)
             if finished is not None:
                 listeners.on_end(finished)
@@ -110,7 +117,7 @@ def run(
             ):  # closed first: what a listener takes back is gone then
                 keep_settings(context.config, out, fresh=not resume)
                 try:
-                    return _played(prepared, out, listeners, alone, resume=resume, remote=remote)
+                    return _played(prepared, out, listeners, alone, resume=resume, remote=remote, rounds=rounds)
                 finally:
                     for group, table in script.code(context.config, context.data).items():
                         note_change(context.code[group], table)
@@ -124,12 +131,13 @@ def _played(
     *,
     resume: bool,
     remote: Remote | None,
+    rounds: int | None,
 ) -> dict[str, Any]:
     """Plays the rounds that are left, and returns the summary."""
     parts: list[Part] = []
     filters: list[Filter] = []
     states = partial(states_of, parts, filters)
-    run = opened(prepared, out, listener, alone, states, resume=resume, remote=remote is not None)
+    run = opened(prepared, out, listener, alone, states, resume=resume, remote=remote is not None, rounds=rounds)
     parts += parts_of(run)
     restore("parts", parts, run)
     if run.entry is not None:
@@ -144,6 +152,11 @@ def _played(
             run.plan, run.hooks, run.pooling, run.context, run.server, run.progress, run.participation,
             executor, run.states, run.log, filters, parts,
         )  # fmt: skip
+        if rounds is not None and run.entry is not None:
+            if write_extension(run.checkpoints, run.entry, out):
+                listener.on_notice(f"results of the former network: {aside(out, run.entry['round'])}")
+            if spans := run.config.kind.spans:
+                listener.on_notice(f"{spans}: the network will not be that of a run of {rounds} rounds from the start")
         for part in parts:
             part.begin(resumed=run.entry is not None)
         if (stop := loop.play()) is not None:

@@ -22,7 +22,7 @@ from fedkern.engine.store.background_writer import BackgroundWriter
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.store.releases import Releases
-from fedkern.engine.store.resuming import check_same, facts_of
+from fedkern.engine.store.resuming import check_same, facts_of, with_rounds
 from fedkern.engine.timing import Timing
 from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.methods.base import Method
@@ -95,12 +95,14 @@ def opened(
     *,
     resume: bool,
     remote: bool,
+    rounds: int | None = None,
 ) -> RunObjects:
     """The objects of a run that begins, or goes on from its last checkpoint, whose state the server then has.
 
     Args:
         prepared: method, server and data.
         resume: whether there may be a checkpoint.
+        rounds: communication rounds in all that an extended run is to have.
         out, listener, alone, kept, remote: see :class:`RunObjects`.
 
     Raises:
@@ -114,6 +116,7 @@ def opened(
     if entry is None:
         compare_teachers(context, facts["data"])
     else:
+        entry = with_rounds(entry, rounds)
         check_same(entry, facts, prepared.plan, out)
         facts["code"] = entry["info"]["code"]  # that the run began with
         prepared.server.state = checkpoints.server_state()

@@ -85,7 +85,7 @@ def load_settings(
 
 
 def as_stored(config: RunConfig, folder: str | os.PathLike[str]) -> RunConfig:
-    """Return settings as a run folder stores them: of its own file of weights only the name, so that it can be moved."""
+    """Return settings as a run folder stores them: the path of its own file of weights is a name."""
     return config.replace(init=INIT) if config.init == str(Path(folder).absolute() / INIT) else config
 
 

@@ -852,12 +852,21 @@ def test_a_registered_function_may_return_it(registries, tmp_path):
 def test_what_cannot_go_on_moves_nothing(tmp_path):
     given = {"data": [table(20), table(9)], "test": table(6, 2), "model": nn.Linear(4, 4)}
     fedkern.simulate("fedavg", **given, rounds=1, out=tmp_path / "run", **HERE)
-    before = sorted(tmp_path.rglob("*"))
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     without = {name: value for name, value in given.items() if name not in ("data", "test")}
-    for known, said in ((without, "is given through Python"), ({}, "trains a module that a script made")):
+    for known, said in (
+        (without, "is given through Python"),
+        ({}, "trains a module that a script made"),
+        ({**given, "data": [table(20), table(10)]}, "made with other settings|data are not those"),
+        ({**given, "data": {"a": table(20), "b": table(9)}}, "clients of the data have other names"),
+        ({**given, "data": [table(20)]}, "was made with other settings"),
+        ({**given, "model": nn.Sequential(nn.Linear(4, 4))}, "was made with other settings"),
+        ({**given, "loss_fn": nn.functional.cross_entropy}, "the loss, a metric or the collation has changed"),
+        ({**given, "train": lambda model, client: None}, "the training of clients has changed"),
+    ):
         with pytest.raises(UserError, match=said):
             fedkern.load(tmp_path / "run", **known).extend(2, progress=False)
-    assert sorted(tmp_path.rglob("*")) == before
+        assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     more = fedkern.load(tmp_path / "run", **given).extend(2, progress=False, pictures=False)
     whole = fedkern.simulate("fedavg", **given, rounds=2, out=tmp_path / "whole", **HERE)
     assert same(state(more), state(whole))

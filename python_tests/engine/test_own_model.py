@@ -18,7 +18,6 @@ from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
-from fedkern.engine.store.extending import extend
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.models import MODELS, register_model
@@ -438,7 +437,8 @@ def test_a_folder_that_has_no_network_to_begin_with(make_config, make_data, tmp_
         with pytest.raises(UserError, match=said):
             run(make_config(init=str(tmp_path / init), **config), out=tmp_path / "run", data=data)
         assert not (tmp_path / "run").exists()
-    extend(tmp_path / "done", 9)
+    config = load_settings(tmp_path / "done")
+    killed(config, out=tmp_path / "done", data=data, at=KillAt("round-start"), resume=True, rounds=9)
     with pytest.raises(UserError, match="not finished"):
         run(make_config(init=str(tmp_path / "done")), out=tmp_path / "run", data=data)
 
@@ -490,7 +490,7 @@ def test_a_start_from_a_file_or_a_module(suffix, own, make_data, tmp_path):
         again = fedkern.load(moved, data=memory, trusted=[STAGED]).extend(2, progress=False, pictures=False)
         assert len(again.history) == 2
         (moved / "init.safetensors").write_bytes(b"x")
-        with pytest.raises(UserError, match="moved/init.safetensors is not the file that the run began with"):
+        with pytest.raises(UserError, match=r"moved/init\.safetensors is not the file that the run began with"):
             fedkern.load(moved, data=memory, trusted=[STAGED]).extend(3, progress=False)
 
 

@@ -21,7 +21,6 @@ from fedkern.engine.participation import (
 )
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Round
@@ -317,7 +316,7 @@ def test_a_plan_draws_from_the_run(make_data, make_config, tmp_path, monkeypatch
     config = make_config("fedavg", workers="2", **{**settings, "rounds": 4})
     killed(config, out=tmp_path / "parts", data=make_data(SIZES), at=KillAt("round", 1))
     run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True)
-    run(extend(tmp_path / "parts", 6), out=tmp_path / "parts", data=make_data(SIZES), resume=True)
+    run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True, rounds=6)
     assert outcome(tmp_path / "parts")[0] == outcome(tmp_path / "whole")[0]
     other = make_config("fedavg", seed=1, **settings)
     run(other, out=tmp_path / "other", data=make_data(SIZES))

@@ -19,8 +19,7 @@ from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models import personal
 from fedkern.tasks import CLASSIFICATION
-from python_tests.forged import forge
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import Kill, KillAt, forge_state, outcome
 from python_tests.own_networks import Small
 from python_tests.recording import Recording
 from python_tests.smallest import SETTINGS
@@ -207,7 +206,7 @@ def swapped(parts):
 )  # fmt: skip
 def test_forged_parts_are_refused_in_one_sentence(change, make_data, tmp_path):
     run = played(tmp_path / "run", make_data, rounds=1, personal="head.*")
-    forge(run.out, "client-00001-000001.safetensors", lambda state: change(state["personal"]))
+    forge_state(run.out, "client-00001-000001.safetensors", lambda state: change(state["personal"]))
     said = 'The checkpoint is damaged: "personal" of client 1.* does not fit the run\'s network'
     with pytest.raises(UserError, match=said):
         run.model(client=1)

@@ -96,6 +96,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
             trusted=code,
             profile=request.profile,
             predictions=request.predictions,
+            rounds=request.arguments.get("rounds"),
         )
         complete = True
         view.close()
@@ -189,6 +190,7 @@ def _stored(request: Request) -> RunConfig:
             f"The run in {request.resume} has other settings ({'; '.join(differences)}): leave these flags out to "
             "resume it, or start a new run without --resume."
         )
+    stored = stored.replace(rounds=request.arguments.get("rounds", stored.rounds))  # of an extended run
     return stored.replace(**{name: changes.get(name, getattr(stored, name)) for name in RESUMABLE})
 
 

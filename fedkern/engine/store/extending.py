@@ -15,7 +15,6 @@ from fedkern.engine.store.run_folder import ATTACKS, NODES
 from fedkern.engine.store.saved_model import RESULTS
 from fedkern.errors import UserError
 from fedkern.files import atomic
-from fedkern.files.folder_lock import FolderLock
 from fedkern.files.inputs import read_json, standing
 from fedkern.methods.base import Federation, Round
 from fedkern.settings import toml
@@ -38,28 +37,22 @@ OF_A_NETWORK = (
 """Files in a run folder that tell of the run's last network, as patterns: the run's, and those of commands on it."""
 
 
-def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> RunConfig:
-    """Gives a run, finished or not, a larger number of rounds.
+def check_extension(out: Path, rounds: int, *, trusted: Collection[str] = ()) -> None:
+    """Check that a run, finished or not, may have more rounds; nothing is written.
 
-    Call :func:`fedkern.engine.run.run` with the returned settings and ``resume=True`` afterwards.  Where the method has
-    no schedule over all rounds (``Method.spans``), the network is then, bit for bit, that of a run that had this number
-    of rounds from the start.
+    Where the method has no schedule over all rounds (``Method.spans``), the network is then, bit for bit, that of a run
+    that had this number of rounds from the start.
 
     Args:
         out: the run folder.
         rounds: communication rounds in all.
         trusted: plugins that may be executed in any case.
 
-    Returns:
-        The run's new settings, which are also written to ``config.toml``.  What was made of the former network is moved
-        to a folder ``round-NNNN`` of the run folder.
-
     Raises:
         UserError: there is no run with a checkpoint, its clients are on nodes of Flower, the method plans its own
             rounds, the run promises differential privacy for its rounds, ``rounds`` is not larger than before, or the
             rounds that were played would have been others in such a run.
     """
-    out = Path(out)
     stored = load_settings(out, trusted=trusted, device="cpu")
     kind, options = stored.kind, stored.chosen
     if (out / NODES).exists():
@@ -69,42 +62,48 @@ def extend(out: Path | str, rounds: int, *, trusted: Collection[str] = ()) -> Ru
         )
     if kind.one_shot:
         raise UserError(f"{stored.method} is a one-shot method, whose plan has the rounds it needs: nothing to extend.")
-    with FolderLock(out):
-        checkpoints = Checkpoints(out)
-        entry = checkpoints.peek() and checkpoints.open()
-        if not entry:
-            raise UserError(f"The run in {out} has no checkpoint yet: start it again with the rounds it should have.")
-        before = int(entry["info"]["config"]["rounds"])
-        if kind.promises(options):
-            raise UserError(
-                f"The run in {out} promises differential privacy for its {before} rounds, and more rounds would cost "
-                "more: start a new run with --rounds."
-            )
-        # An extension that was interrupted between its two writes is finished by the same command.
-        half = rounds == before != stored.rounds
-        if rounds <= before and not half:
-            raise UserError(f"The run in {out} has {before} rounds: --rounds must be larger than that, not {rounds}.")
-        check_unedited(stored.replace(rounds=before), entry, out)
-        Metrics(out).check_entry(entry)  # before anything is changed: the resumed run would refuse it
-        method, done = kind(options), entry["plan"]
-        if not half and _plan(method, stored, before, done) != _plan(method, stored, rounds, done):
-            raise UserError(
-                f"The rounds of {stored.method} with these options depend on their number, so a run of {rounds} rounds "
-                f"would have begun otherwise: start a new run with --rounds {rounds}."
-            )
-        # From the file, not from `stored`, whose device is this machine's.
-        text = toml.dumps({**stored_settings(out), "rounds": rounds})
-        info = {**entry["info"], "config": {**entry["info"]["config"], "rounds": rounds}, "finished": False}
-        info.pop("results", None)
-        parts = dict(info["parts"])
-        ended = parts["diagnoses"]["final"]  # about a network that is not the final one any more
-        parts["diagnoses"] = {**parts["diagnoses"], "final": []}
-        warned = parts.get("warnings", {})
-        info["parts"] = {**parts, "warnings": {name: text for name, text in warned.items() if name not in ended}}
-        checkpoints.amend(info)
-        set_aside(out, entry["round"])
-        atomic.write_bytes(out / SETTINGS, text.encode())
-    return stored.replace(rounds=rounds)
+    entry = Checkpoints(out).peek()
+    if entry is None:
+        raise UserError(f"The run in {out} has no checkpoint yet: start it again with the rounds it should have.")
+    before = int(entry["info"]["config"]["rounds"])
+    if kind.promises(options):
+        raise UserError(
+            f"The run in {out} promises differential privacy for its {before} rounds, and more rounds would cost "
+            "more: start a new run with --rounds."
+        )
+    # An extension that was interrupted between its writes is finished by the same command.
+    half = rounds == before != stored.rounds
+    if rounds <= before and not half:
+        raise UserError(f"The run in {out} has {before} rounds: --rounds must be larger than that, not {rounds}.")
+    check_unedited(stored.replace(rounds=before), entry, out)
+    Metrics(out).check_entry(entry)
+    method, done = kind(options), entry["plan"]
+    if not half and _plan(method, stored, before, done) != _plan(method, stored, rounds, done):
+        raise UserError(
+            f"The rounds of {stored.method} with these options depend on their number, so a run of {rounds} rounds "
+            f"would have begun otherwise: start a new run with --rounds {rounds}."
+        )
+
+
+def write_extension(checkpoints: Checkpoints, entry: dict[str, Any], out: Path) -> bool:
+    """Give a run more rounds, and move what was made of the former network to a folder ``round-NNNN``.
+
+    An interruption between the three writes leaves a run that the same command extends.
+
+    Args:
+        checkpoints: of the run, opened.
+        entry: the newest checkpoint :func:`~fedkern.engine.store.resuming.with_rounds`.
+        out: the run folder.
+
+    Returns:
+        Whether anything was moved.
+    """
+    # From the file, not from the run's settings, whose device is this machine's.
+    text = toml.dumps({**stored_settings(out), "rounds": entry["info"]["config"]["rounds"]})
+    checkpoints.amend(entry["info"])
+    set_aside(out, entry["round"])
+    atomic.write_bytes(out / SETTINGS, text.encode())
+    return aside(out, entry["round"]).exists()
 
 
 def pictures(out: Path) -> list[str]:

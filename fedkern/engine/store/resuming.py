@@ -33,19 +33,22 @@ MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 
 
 def resumed_settings(
-    config: RunConfig, out: Path, trusted: Collection[str]
+    config: RunConfig, out: Path, trusted: Collection[str], rounds: int | None = None
 ) -> tuple[RunConfig, RunConfig, dict[str, Any] | None]:
-    """The settings that a stored run goes on with, those that it has stored, and its newest checkpoint or None.
+    """Return the settings that a stored run goes on with, its stored ones, and its newest checkpoint or None.
 
     Args:
         config: the settings given now.
         out: the run folder.
         trusted: code of the run that may be imported.
+        rounds: communication rounds in all that the run is to have; None: those that it has.
 
     Raises:
         UserError: there is no run, its settings are others, or were changed after it began.
     """
     stored = load_settings(out, trusted=trusted, device=config.device)  # the stored device may not exist here
+    if rounds is not None:
+        config, stored = config.replace(rounds=rounds), stored.replace(rounds=rounds)
     config = config.replace(
         client_threads=config.client_threads or stored.client_threads, plugins=plugins.now(stored.plugins)
     )
@@ -53,8 +56,23 @@ def resumed_settings(
     check_settings(config if config.augment else config.replace(augment=stored.augment), stored, out)
     entry = Checkpoints(out).peek()
     if entry is not None:
+        entry = with_rounds(entry, rounds)
         check_unedited(stored, entry, out)
     return config, stored, entry
+
+
+def with_rounds(entry: dict[str, Any], rounds: int | None) -> dict[str, Any]:
+    """Return a checkpoint as that of an unfinished run of so many communication rounds; None: as it is."""
+    if rounds is None:
+        return entry
+    info = {**entry["info"], "config": {**entry["info"]["config"], "rounds": rounds}, "finished": False}
+    info.pop("results", None)
+    parts = dict(info["parts"])
+    ended = parts["diagnoses"]["final"]  # about a network that is not the final one any more
+    parts["diagnoses"] = {**parts["diagnoses"], "final": []}
+    warned = parts.get("warnings", {})
+    info["parts"] = {**parts, "warnings": {name: text for name, text in warned.items() if name not in ended}}
+    return {**entry, "info": info}
 
 
 def check_settings(config: RunConfig, stored: RunConfig, out: Path) -> None:

@@ -2,19 +2,19 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
 import torch
 
+import fedkern
 from fedkern.cli.command_parser import parse
 from fedkern.cli.commands import extend
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.store import extending
 from fedkern.engine.store.records import read_metrics
-from fedkern.files import atomic
-from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
+from python_tests.interrupted import killed_at_rename
 
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
         "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--quiet"]  # fmt: skip
@@ -70,25 +70,20 @@ def test_warnings_about_a_network_that_is_no_longer_the_last_one_go(start, resul
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_an_extension_that_was_interrupted_between_its_writes_is_finished(start, monkeypatch, result, tmp_path):
-    start("fedavg", 1, "run")
+def test_an_extension_that_was_killed_at_a_write_is_finished(start, result, tmp_path):
+    start("fedavg", 1, "start")
     start("fedavg", 2, "long")
-
-    real, written = atomic.write_bytes, []
-
-    def second_fails(path, content):
-        written.append(path.name)
-        if len(written) == 2:
-            raise OSError(28, "No space left on device", str(path))
-        real(path, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(atomic, "write_bytes", second_fails)
-        with pytest.raises(OSError, match="No space"):
-            extending.extend("run", 2)
-    assert written == ["manifest.json", "config.toml"]
-    result("extend", "run", "--rounds", "2", "--quiet")
-    check_equal(tmp_path / "long", tmp_path / "run")
+    before = {path.name for path in (tmp_path / "start").iterdir()}
+    for count in range(8):  # the manifest, results that are moved, config.toml, files of the new round
+        out = shutil.copytree(tmp_path / "start", tmp_path / f"run{count}")
+        with killed_at_rename(count, "before"):
+            fedkern.load(out).extend(2, progress=False, pictures=False, workers=1)
+        if not count:
+            assert fedkern.load(out).model()
+            assert {path.name for path in out.iterdir()} == before
+        result("extend" if load_settings(out).rounds == 1 else "--resume", str(out), "--quiet", *["--rounds", "2"])
+        check_equal(tmp_path / "long", out)
+    assert load_settings(out).rounds == 2
 
 
 @pytest.mark.exhaustive
@@ -116,13 +111,12 @@ def test_a_schedule_over_all_rounds_is_told(result):
 @pytest.mark.parametrize(
     "flags", [["--tensorboard"], ["--wandb", "a/b"], ["--wandb=p", "--tensorboard", "--quiet"], []]
 )
-def test_the_trackers_of_a_run_follow_an_extended_one(flags, monkeypatch, tmp_path):
-    given = parse(["extend", "run", "--rounds", "9", *flags, "--workers", "2"])
-    monkeypatch.setattr(extending, "extend", lambda out, rounds: RunConfig.make("fedavg", rounds=rounds))
-    monkeypatch.setattr(extend, "load_settings", lambda *_, **__: RunConfig.make("fedavg"))
-    (tmp_path / "run").mkdir()
-    again, plain = extend.extended(given), parse(["--resume", "run", *flags, "--workers", "2"])
-    assert {**vars(again), "predictions": False} == vars(plain)
+def test_the_trackers_of_a_run_follow_an_extended_one(flags, monkeypatch):
+    given, played = parse(["extend", "run", "--rounds", "9", *flags, "--workers", "2"]), []
+    monkeypatch.setattr(extend.run, "play", played.append)
+    extend.play(given)
+    plain = parse(["--resume", "run", *flags, "--workers", "2"])
+    assert {**vars(played[0]), "predictions": False} == {**vars(plain), "arguments": {"rounds": 9}}
 
 
 @pytest.mark.exhaustive

@@ -7,7 +7,6 @@ import zlib
 import pytest
 
 from fedkern.engine.run import run
-from fedkern.engine.store.extending import extend
 from fedkern.errors import UserError
 from fedkern.settings.stored import load_settings
 from python_tests.interrupted import KillAt, forge, killed
@@ -33,8 +32,7 @@ def folder(request, make_data, make_config, tmp_path, monkeypatch):
 
 def go_on(folder, way, data):
     try:
-        config = extend(folder, 6) if way == "extend" else load_settings(folder)
-        run(config, out=folder, resume=True, data=data)
+        run(load_settings(folder), out=folder, resume=True, data=data, rounds=6 if way == "extend" else None)
     except UserError:
         return False
     return True

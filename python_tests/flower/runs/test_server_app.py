@@ -16,7 +16,7 @@ from flwr.app import Message
 from safetensors.torch import load_file
 
 from fedkern.engine.run import run
-from fedkern.engine.store.extending import extend
+from fedkern.engine.store.extending import check_extension
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import RunFailed, UserError
 from fedkern.flower.adapter import opened, replied
@@ -258,7 +258,7 @@ def test_a_run_goes_on_where_its_states_are(tmp_path):
     with pytest.raises(UserError, match="already holds a run"):
         over_flower(run_config, tmp_path / "run")
     with pytest.raises(UserError, match="are on nodes of Flower, where no run is extended"):
-        extend(tmp_path / "run", 5)
+        check_extension(tmp_path / "run", 5)
     (tmp_path / "run" / "flower.json").unlink()
     with pytest.raises(UserError, match="was not begun over Flower"):
         over_flower({**run_config, "resume": True}, tmp_path / "run")

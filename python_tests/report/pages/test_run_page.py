@@ -10,7 +10,6 @@ from scipy.stats import binomtest
 
 import fedkern
 from fedkern.engine.store import confusions
-from fedkern.engine.store.extending import extend
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
@@ -20,6 +19,7 @@ from fedkern.report.pages import run_page
 from fedkern.report.pages.html_page import Chart
 from fedkern.run import main
 from python_tests.html_reader import Reader
+from python_tests.interrupted import Kill, KillAt
 
 TINY = ["--data", "digits", "--train-samples", "200", "--clients", "3", "--rounds", "2", "--model", "mlp",
         "--threads", "1", "--workers", "1", "--grad-cam", "0", "--quiet"]  # fmt: skip
@@ -321,5 +321,6 @@ def test_an_extended_run_is_not_finished_until_its_last_round(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     run = fedkern.simulate("fedavg", data="digits", model="mlp", train_samples=100, clients=2, rounds=1, out="run",
                            threads=1, workers=1, progress=False, pictures=False)  # fmt: skip
-    extend("run", 3)
+    with pytest.raises(Kill):
+        run.extend(3, listener=KillAt("round-start"), progress=False)
     assert "This run is not finished: 1 of 3 rounds are done" in Reader(run.report().read_text()).words
