@@ -19,7 +19,7 @@ def table():
 
 
 class Texts(Dataset):
-    """Sentences of tokens as dicts; the class is that of the most frequent half of the vocabulary."""
+    """Sentences of tokens as dicts, whose class is the more frequent half of the vocabulary."""
 
     def __init__(self, seed, rows=20):
         self.tokens = torch.randint(0, 12, (rows, 7), generator=torch.Generator().manual_seed(seed))
@@ -38,7 +38,7 @@ def text():
 
 
 class Augmented(Dataset):
-    """Images with a bright half; every item draws from torch, NumPy and ``random``."""
+    """Images with a bright channel. Every item draws from torch, NumPy and ``random``."""
 
     def __init__(self, seed, rows=20):
         generator = torch.Generator().manual_seed(seed)
