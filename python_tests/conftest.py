@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
-import select
 import signal
 import sys
 import tempfile
@@ -21,6 +20,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+
+from python_tests.workers_first import waiting_for_workers
 
 
 def _take_benchmarks_from_the_checkout() -> None:
@@ -92,27 +93,16 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers, where there are any, have started before the first client works."""
-    from fedkern.engine.executors.fork_server import ForkServer
-
-    ready = ForkServer.ready
-
-    def waits(self: ForkServer) -> bool:
-        while not ready(self):
-            select.select([self.channel], [], [])
-        return True
-
-    monkeypatch.setattr(ForkServer, "ready", waits)
+@pytest.fixture(autouse=True, scope="session")
+def _waiting_for_workers() -> Iterator[None]:
+    """Tests of the same bits on two workers would else compare a run without workers with another one."""
+    with waiting_for_workers():
+        yield
 
 
 @pytest.fixture
-def forked_workers(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers have started before the first client works; they are forked from this process, which has PyTorch loaded.
-
-    Otherwise a short run ends before it has workers.
-    """
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forked from this process, which has PyTorch loaded."""
     from fedkern.messages.packets import NotPortable
 
     def refuse(setup: object) -> None:

@@ -106,7 +106,7 @@ def evaluate_run(
     with cpu_threads(config.threads), computing(config.precision):
         threads = config.client_threads if apart else config.threads  # as in the run
         with evaluating(config.replace(threads=threads), flat and not apart) as at_once:
-            figures = evaluate(judge, module, sets, code, at_once, keep=True)
+            figures = evaluate(judge, module, sets, code, at_once, seed=config.seed, keep=True)
         return {**figures, **final_figures(sets, loaded.classes).metrics, **figures}, tuple(loaded.tests)
 
 

@@ -34,10 +34,10 @@ from fedkern.models.hooked import find_taps
 from fedkern.models.precision import frozen
 from fedkern.models.python_state import attributes
 from fedkern.models.registry import added, check_gives
-from fedkern.models.user_models import seeded
 from fedkern.models.weight_files import load_by_name
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
+from fedkern.streams import seeded_generators
 from fedkern.tasks.user_tasks import inner
 
 
@@ -216,12 +216,13 @@ class RunContext:
     def drawing(self, node: Any, phase: Phase) -> AbstractContextManager[None]:
         """Context of a client's or the server's work in an exchange.
 
-        A user's network or loop may draw from global generators (dropout).  They begin anew at a word of the node's own
-        stream, so that the bits depend neither on the number of workers nor on an interruption.
+        A user's network, loss, loop or method may draw from global generators (dropout).  They begin anew at a word of
+        the node's own stream, so that the bits depend neither on the number of workers nor on an interruption.
         """
-        if not self.script.functions and not any(isinstance(entry.make, models.Own) for entry in self.added_models):
+        built_in = self.config.kind.__module__.startswith("fedkern.") and not self.data.form.lacks
+        if built_in and not self.script.functions and not self.added_models:
             return nullcontext()
-        return seeded(int(node.rng("layers", phase).integers(2**63)), self.device)
+        return seeded_generators(int(node.rng("layers", phase).integers(2**63)), self.device)
 
     @property
     def model_name(self) -> str:

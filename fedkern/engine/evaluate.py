@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
@@ -20,6 +20,7 @@ from fedkern.methods.common.personal import ClientsNetworks
 from fedkern.methods.roles import Client
 from fedkern.process.torch_modes import cpu_threads
 from fedkern.settings.config import RunConfig
+from fedkern.streams import preserve_generators
 from fedkern.tasks.figure_names import set_noun
 from fedkern.tasks.registered_metrics import metrics_of
 from fedkern.tasks.retrieval import LOSS_BATCH
@@ -113,6 +114,7 @@ def evaluate_clients(
     names: Sequence[str] | None,
     code: Callable[[str], AbstractContextManager[None]],
     client: Callable[[int], Client],
+    seed: int,
 ) -> dict[int, dict[str, float]]:
     """The method's figures on every client's own test set, by client.
 
@@ -124,6 +126,7 @@ def evaluate_clients(
         names: the clients' names, for messages.
         code: names the method's part, and the client of the given label, in an exception.
         client: a client with its state, asked for where the method may look at it.
+        seed: the run's.
 
     Raises:
         UserError: a set is a single image, which the network cannot normalise.
@@ -132,11 +135,32 @@ def evaluate_clients(
 
     def figures(k: int) -> dict[str, float]:
         label = client_label(names, k)
-        with _explained(f"The test set of client {label}", sets[k]), code(label):
+        explained = _explained(f"The test set of client {label}", sets[k])
+        with explained, sets[k].repeating(seed, "client", k), code(label):
             each = method.evaluate_own(network, sets[k], client(k)) if looks else method.evaluate(network, sets[k])
             return {name: float(value) for name, value in each.items()}
 
-    return dict(zip(sets, _side_by_side(figures, list(sets), at_once), strict=True))
+    def evaluate_all(at_once: int) -> dict[int, dict[str, float]]:
+        return dict(zip(sets, _side_by_side(figures, list(sets), at_once), strict=True))
+
+    return _without_chance(evaluate_all, sets.values(), at_once)
+
+
+def _without_chance(
+    evaluate_all: Callable[[int], dict[Key, Value]], sets: Collection[Reader], at_once: int
+) -> dict[Key, Value]:
+    """Return what ``evaluate_all`` returns with ``at_once`` sets or batches side by side.
+
+    Where it draws from global generators, the sets are evaluated once more, one after another, from their own words.
+    """
+    if not any(data.draws for data in sets):
+        with preserve_generators(next((data.device for data in sets), None)) as have_moved:
+            results = evaluate_all(at_once)
+            if not have_moved():
+                return results
+        for data in sets:
+            data.draws = True
+    return evaluate_all(1)
 
 
 def evaluate(
@@ -146,12 +170,13 @@ def evaluate(
     code: Callable[[], AbstractContextManager[None]],
     at_once: int = 1,
     *,
+    seed: int,
     keep: bool = False,
 ) -> dict[str, float]:
     """The method's figures on every set, names prefixed: ``id_accuracy``, ``ood_loss``, ``validation_accuracy`` ...
 
     With ``keep``, the sets keep the networks' answers (``Reader.kept``).  ``code`` names the method's part in an
-    exception.
+    exception.  What an evaluation draws follows from the run's ``seed`` and the set.
 
     ``at_once`` batches are evaluated side by side, in threads.  Where sets have few batches, the task takes one after
     the other, or the method has its own ``evaluate``, whole sets are evaluated side by side.
@@ -161,25 +186,29 @@ def evaluate(
     """
 
     def figures(prefix: str) -> dict[str, float]:
-        what = f"The {set_noun(prefix[:-1])}"
-        with _explained(what, sets[prefix]), sets[prefix].keeping() if keep else nullcontext(), code():
-            return method.evaluate(network, sets[prefix])
+        data = sets[prefix]
+        explained = _explained(f"The {set_noun(prefix[:-1])}", data)
+        with explained, data.keeping() if keep else nullcontext(), data.repeating(seed, prefix), code():
+            return method.evaluate(network, data)
 
     ordinary = type(method).evaluate is Method.evaluate
-    batches = (-(-len(data) // data.size) for data in sets.values() if data.task.concurrent)
-    if ordinary and 1 < at_once < max(batches, default=0):
-        with _threads(at_once) as pool:
-            for data in sets.values():
-                data.pool = pool
-            try:
-                results = {prefix: figures(prefix) for prefix in sets}
-            finally:
+    batches = [-(-len(data) // data.size) for data in sets.values() if data.task.concurrent]
+
+    def evaluate_all(at_once: int) -> dict[str, dict[str, float]]:
+        if ordinary and 1 < at_once < max(batches, default=0):
+            with _threads(at_once) as pool:
                 for data in sets.values():
-                    data.pool = None
-    else:
+                    data.pool = pool
+                try:
+                    return {prefix: figures(prefix) for prefix in sets}
+                finally:
+                    for data in sets.values():
+                        data.pool = None
         # The largest set first, so that no thread is left with it at the end.
         order = sorted(sets, key=lambda prefix: -len(sets[prefix]))
-        results = dict(zip(order, _side_by_side(figures, order, at_once), strict=True))
+        return dict(zip(order, _side_by_side(figures, order, at_once), strict=True))
+
+    results = _without_chance(evaluate_all, sets.values(), at_once)
     return {prefix + name: float(value) for prefix in sets for name, value in results[prefix].items()}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from fedkern.data.sources.items import Items
 from fedkern.engine.reader import BATCH, Reader
@@ -24,7 +25,8 @@ class ItemReader(Reader):
     Args:
         seed: the run's seed.
         client: the client that trains on the samples, or -1.  What an item draws begins at a word of seed, client,
-            round, exchange, epoch and row, and in evaluation of seed, set and row.
+            round, exchange, epoch and row, and in evaluation of seed, set and row.  For a collation all rows of the
+            batch take the place of the row.
     """
 
     recordable = False
@@ -32,7 +34,7 @@ class ItemReader(Reader):
     def __init__(self, split: Items, device: torch.device, *, seed: int, client: int = -1, size: int = BATCH) -> None:
         each = sum(leaf.nbytes for leaf in leaves(next(split.read([0], 0))) if isinstance(leaf, torch.Tensor))
         super().__init__(split, device, min(size, max(1, BYTES // max(1, each))))
-        self.fresh = not split.still
+        self.fresh = not split.still or split.collate is not default_collate
         self._seed, self._client = seed, client
         self._targets: torch.Tensor | None = None
 

@@ -44,6 +44,7 @@ class OwnFigures:
             the prefix of their test set (see :attr:`Reader.kept`).
         """
         context, k = client.context, client.id
+        seed = context.config.seed
         network = client.frozen(self._method.own_vectors(client, message["vectors"]))
         tests = context.test_sets if message["tests"] else {}
         sets = getattr(context, message["own"]) if message["own"] else {}
@@ -51,8 +52,8 @@ class OwnFigures:
         unnamed, itself = lambda _: nullcontext(), lambda _: client  # a failure is named where it arrives
         one = ClientsNetworks(self._method, [k], lambda _: network)
         return {
-            "figures": evaluate(one, network, tests, nullcontext, keep=message["keep"]),
-            "own": evaluate_clients(self._method, network, own, 1, names, unnamed, itself),
+            "figures": evaluate(one, network, tests, nullcontext, seed=seed, keep=message["keep"]),
+            "own": evaluate_clients(self._method, network, own, 1, names, unnamed, itself, seed),
             "kept": {prefix: each.kept for prefix, each in tests.items()} if message["keep"] else {},
         }
 

@@ -22,8 +22,9 @@ from fedkern.methods import registry
 from fedkern.models import MODELS, Own
 from fedkern.models.cutting import find_head
 from fedkern.models.registry import unknown
-from fedkern.models.user_models import check_output, seeded
+from fedkern.models.user_models import check_output
 from fedkern.settings.config import RunConfig
+from fedkern.streams import seeded_generators
 from fedkern.tasks.user_tasks import inner
 from fedkern.usercode.identity import digest, identity_table, layout
 
@@ -103,7 +104,7 @@ def _tried(network: Any, make: Own, data: Any) -> Any:
     batch = next(ItemReader(split, torch.device("cpu"), seed=0).planned([np.arange(min(2, len(split)))]))
     network.eval()
     try:
-        with torch.no_grad(), seeded(0):
+        with torch.no_grad(), seeded_generators(0):
             outputs = network(batch.inputs)
             if "classes" in data.task.offers:
                 count = _classes(outputs, batch.targets, make.text)
@@ -125,7 +126,7 @@ def _tried(network: Any, make: Own, data: Any) -> Any:
     if not math.isfinite(loss):
         raise UserError(f"the loss of two samples of {split.who} is {loss}: mend the network, the loss or the samples.")
     if isinstance(batch.inputs, Tensor):
-        with suppress(Exception), seeded(0):  # the network then has no head that a method could use
+        with suppress(Exception), seeded_generators(0):  # the network then has no head that a method could use
             data = replace(data, form=replace(data.form, head=find_head(inner(network), batch.inputs)))
     return data
 

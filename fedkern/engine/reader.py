@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkern.data.split import AnySplit
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
+from fedkern.streams import mix_words, seed_generators, seeded_generators, stream
 from fedkern.tasks.retrieval import LOSS_BATCH
 
 BATCH = 500
@@ -33,6 +34,7 @@ class Reader:
         loss_batch: pairs per batch of a contrastive loss.
         metrics: the run's own metrics.
         pool: threads that evaluate batches side by side, where there are.
+        draws: whether an evaluation has moved a global random generator, so that none may run beside another.
     """
 
     fresh: bool
@@ -48,6 +50,8 @@ class Reader:
         self.loss_batch = LOSS_BATCH
         self.metrics: Sequence[Any] = ()
         self.pool: ThreadPoolExecutor | None = None
+        self.draws = False
+        self._word: int | None = None
 
     def __len__(self) -> int:
         return len(self.split)
@@ -91,8 +95,31 @@ class Reader:
             raise ValueError("rng: expected a generator to augment with, given none")
         size, every = size or self.size, np.arange(len(self))
         parts = np.array_split(every, -(-len(self) // size)) if even else map(every.__getitem__, self.slices(size))
-        for rows in parts:
-            yield self.batch(rows, rng=rng if augment and self.fresh else None)
+        for number, rows in enumerate(parts):
+            batch = self.batch(rows, rng=rng if augment and self.fresh else None)
+            if self._word is not None:
+                seed_generators(mix_words(self._word, number), self.device)
+            yield batch
+
+    @contextmanager
+    def repeating(self, seed: int, name: str, client: int = -1) -> Iterator[None]:
+        """Have an evaluation that draws begin at a word of seed and set, and each of its batches at a word of its own.
+
+        Args:
+            seed: the run's.
+            name: of the set.
+            client: the client that the set belongs to, or -1.
+        """
+        if not self.draws:
+            yield
+            return
+        word = int(stream(seed, f"evaluation/{name}", client=client).integers(2**63))
+        with seeded_generators(word, self.device):
+            self._word = word
+            try:
+                yield
+            finally:
+                self._word = None
 
     def slices(self, size: int) -> list[slice]:
         """The samples of every batch of ``size``."""

@@ -15,9 +15,10 @@ from fedkern.engine.context import RunContext
 from fedkern.errors import described
 from fedkern.messages.leaves import leaves
 from fedkern.models.freezing import train_mode
-from fedkern.models.user_models import OwnNetwork, seeded
+from fedkern.models.user_models import OwnNetwork
 from fedkern.ops._core import backend
 from fedkern.settings.config import RunConfig
+from fedkern.streams import seeded_generators
 from fedkern.tasks.user_tasks import inner
 
 LEAST = 0.5
@@ -82,7 +83,7 @@ def as_in_the_run(module: nn.Module, config: RunConfig) -> nn.Module:
 def _played(network: nn.Module, batch: Any) -> Found:
     """Loss, gradients, buffers and evaluated outputs of a copy, by name."""
     module = copy.deepcopy(network)
-    with seeded(0):
+    with seeded_generators(0):
         train_mode(module)
         loss = batch.task.loss(module, batch)
         loss.backward()
@@ -90,7 +91,7 @@ def _played(network: nn.Module, batch: Any) -> Found:
     results |= {f"the gradient of {name}": each.grad for name, each in inner(module).named_parameters()}
     results |= {name: each.detach() for name, each in inner(module).named_buffers()}
     module.eval()
-    with seeded(0), torch.no_grad():
+    with seeded_generators(0), torch.no_grad():
         answer = [leaf for leaf in leaves(module(batch.inputs)) if isinstance(leaf, Tensor)]
     return results | {f"output {number}": leaf for number, leaf in enumerate(answer)}
 

@@ -38,6 +38,7 @@ from fedkern.models import MODELS
 from fedkern.models.precision import computing
 from fedkern.ops._core import backend, loading
 from fedkern.process.allocator import keep_freed_memory
+from fedkern.process.forking import has_threads, read_positions, reopen_files
 from fedkern.process.standard_streams import tolerate
 from fedkern.process.torch_modes import reproducible, set_modes
 from fedkern.usercode import plugins
@@ -122,7 +123,9 @@ def _work(setup: Setup, end: socket.socket) -> None:
             Worker(setup, Channel(end)).serve()
 
 
-def serve(end: socket.socket, parent: int, setup: Setup | None = None) -> NoReturn:
+def serve(
+    end: socket.socket, parent: int, setup: Setup | None = None, positions: dict[int, int] | None = None
+) -> NoReturn:
     """Runs the fork server, which ends when its connection to the run's process closes.
 
     The run's process sends, and the fork server answers:
@@ -137,6 +140,7 @@ def serve(end: socket.socket, parent: int, setup: Setup | None = None) -> NoRetu
         parent: process id of the run's process.
         setup: what clients need, where this process was forked with it.  It computes on one thread: OpenMP's threads
             are not there after a fork.
+        positions: those of the files that the run's process had open when this process was forked; None: it was not.
     """
     if setup is not None:
         torch.set_num_threads(1)
@@ -146,14 +150,14 @@ def serve(end: socket.socket, parent: int, setup: Setup | None = None) -> NoRetu
         _end_with_parent()
         if os.getppid() == parent:
             with suppress(EOFError):
-                _serve(end, setup)
+                _serve(end, setup, positions)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         os._exit(1)
     os._exit(0)
 
 
-def _serve(end: socket.socket, setup: Setup | None) -> None:
+def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | None) -> None:
     channel, unpacker = Channel(end), Unpacker()
     if setup is None:
         sys.path[:], plugin_list = channel.told()
@@ -169,13 +173,21 @@ def _serve(end: socket.socket, setup: Setup | None) -> None:
         context = make(*arguments)
         vars(context).update(state)
         setup = replace(setup, context=context)
+    try:
+        reopen_files(read_positions() if positions is None else positions)
+    except OSError as error:
+        channel.say(f"an open file cannot be opened again: {error}")
+        return
+    if has_threads():
+        channel.say("modules that it imports start threads")
+        return
     channel.say("ready")
     while True:
         request = channel.receive()
         if request.value != "fork":
             channel.say(_ended(int(request.value)))
             continue
-        ours = os.getpid()
+        ours, positions = os.getpid(), read_positions()
         child = os.fork()
         if child:
             os.close(request.more[0])
@@ -184,6 +196,7 @@ def _serve(end: socket.socket, setup: Setup | None) -> None:
         _end_with_parent()
         if os.getppid() == ours:
             end.close()
+            reopen_files(positions)
             assert setup is not None
             _work(setup, socket.socket(fileno=request.more[0]))
         os._exit(0)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +21,7 @@ from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
 from fedkern.ops._core.layout import plain_strides
 from fedkern.ops._core.private_torch import functorch_active
+from fedkern.streams import seeded_generators
 from fedkern.usercode import named_code
 from fedkern.usercode.execution import hosted
 from fedkern.usercode.named_code import Named
@@ -317,7 +315,7 @@ class Own:
         ):
             raise UserError(f"the model {self.text} needs a width: give one with --width.")
         values = {"classes": classes, "channels": channels, "image_size": side, "seed": seed, "width": width}
-        with seeded(word), hosted(self.named.file if self.named else ""):
+        with seeded_generators(word), hosted(self.named.file if self.named else ""):
             try:
                 module = self.what(**{name: values[name] for name in self.takes if values[name] is not None})
             except UserError:
@@ -468,24 +466,3 @@ def channels_last(module: nn.Module) -> bool:
     if any(getattr(part, "own", False) is True for part in module.modules()):
         return False
     return any(parameter.dim() == 4 for parameter in module.parameters())
-
-
-@contextmanager
-def seeded(word: int, device: torch.device | None = None) -> Iterator[None]:
-    """Context in which the global random generators begin at ``word``; afterwards they are as before.
-
-    A user's code draws from them: initial weights, dropout.
-    """
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(word)
-        if devices:
-            torch.cuda.manual_seed(word)
-        random.seed(word)
-        np.random.seed(word % 2**32)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])  # noqa: NPY002

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -32,6 +33,7 @@ from fedkern.models.user_models import ItemNetwork
 from fedkern.run import main
 from fedkern.tasks import CLASSIFICATION, OwnTask, Task
 from fedkern.usercode.identity import identity_table
+from python_tests import opened_at_import
 from python_tests.interrupted import Kill, KillAt
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -153,6 +155,127 @@ def test_bits_do_not_depend_on_workers_threads_and_interruptions(method, tmp_pat
         played("cut", listener=KillAt("round-start", round=2))
     again = fedkern.load(tmp_path / "cut", **drawing()).resume(progress=False, pictures=False, workers=2)
     assert same(state(one), state(again))
+
+
+DRAWN = []
+
+
+def hiding(items):
+    """Hide values of a batch, and note what was drawn."""
+    inputs, targets = default_collate(items)
+    hidden = torch.rand(inputs.shape) < 0.3
+    DRAWN.append((len(items), bytes(hidden.numpy()), float(np.random.rand()), random.random()))  # noqa: NPY002
+    return torch.where(hidden, 0.0, inputs), targets
+
+
+def in_a_loop(model, client):
+    for _ in range(client.epochs):
+        for batch in client.batches():
+            nn.functional.cross_entropy(model(batch.inputs), batch.targets).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.01 * parameter.grad
+
+
+@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.parametrize("kind", ["items", "tensors", "loop"])
+def test_every_batch_of_a_collation_has_draws_of_its_own(kind, tmp_path):
+    wrap = (lambda rows: TensorDataset(*default_collate(list(rows)))) if kind == "tensors" else (lambda rows: rows)
+    given = {"data": [wrap(table(20, 1)), wrap(table(20, 2))], "test": wrap(table(300, 3)), "model": nn.Linear(4, 4)}
+    given |= {"collate_fn": hiding, "rounds": 2, "local_epochs": 2, "batch_size": 5}
+    given |= {"train": in_a_loop} if kind == "loop" else {"lr": 0.1}
+    DRAWN.clear()
+    alone = fedkern.simulate("fedavg", **given, out=tmp_path / "one", **HERE)
+    drawn = [draws for size, *draws in DRAWN if size == 5]
+    assert len(drawn) >= 32  # four batches, two epochs, rounds and clients
+    of_tests = [draws for size, *draws in DRAWN if size == 64]
+    for generator in range(3):
+        assert len({draws[generator] for draws in drawn}) >= 32
+        assert len({draws[generator] for draws in of_tests}) == 4  # the same ones in every round
+    assert alone.evaluate()["loss"] == alone.metrics["loss"]
+    assert same(
+        state(alone), state(fedkern.simulate("fedavg", **given, out=tmp_path / "two", **{**HERE, "workers": 2}))
+    )
+
+
+class Sampled(nn.Linear):
+    """An encoder that samples, as a VAE's does, whatever the mode."""
+
+    def forward(self, x):
+        mean = super().forward(x)
+        return mean + torch.randn_like(mean)
+
+
+def denoising(model, batch):
+    level = torch.rand(len(batch[0]), 1)
+    return nn.functional.mse_loss(model((1 - level) * batch[0] + level * torch.randn_like(batch[0])), batch[1])
+
+
+def jittered(outputs, targets):
+    return ((outputs + random.gauss(0, 1) + np.random.randn() - targets) ** 2).mean()  # noqa: NPY002
+
+
+class Shaken:
+    """A metric that draws, from all outputs."""
+
+    def __call__(self, outputs, targets):
+        return float((outputs[torch.randperm(len(outputs))] - targets).abs().mean())
+
+
+@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.parametrize(
+    ("model", "given"),
+    [
+        (Sampled(4, 4), {"loss_fn": nn.MSELoss()}),
+        (nn.Linear(4, 4), {"loss_fn": denoising}),
+        (nn.Linear(4, 4), {"loss_fn": jittered}),
+        (nn.Linear(4, 4), {"loss_fn": nn.MSELoss(), "metrics": {"shaken": Shaken()}}),
+    ],
+    ids=["network", "loss of torch", "loss of Python", "metric"],
+)
+def test_an_evaluation_that_draws_repeats(model, given, tmp_path):
+    def site(count, seed):
+        inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+        return TensorDataset(inputs, inputs.flip(1))
+
+    given |= {"data": {"a": site(20, 1), "b": site(15, 2)}, "test": {"a": site(70, 3), "b": site(80, 4)}}
+    given |= {"validation": site(200, 5), "model": model, "lr": 0.05}
+
+    def played(name, rounds=3, **how):
+        return fedkern.simulate("fedavg", **given, rounds=rounds, out=tmp_path / name, **{**HERE, "threads": 2, **how})
+
+    def figures(run):
+        names = ("loss", "client_metrics", "validation_loss")
+        return [{name: record.get(name) for name in names} for record in run.history.records], run.metrics
+
+    one = played("one")
+    torch.rand(5), random.random()
+    assert figures(played("again")) == figures(one)
+    assert figures(played("two", workers=2)) == figures(one)
+    assert figures(played("cut", rounds=2).extend(3, progress=False, pictures=False)) == figures(one)
+    assert {name: one.evaluate()[name] for name in ("loss", "validation_loss")} == {
+        name: one.metrics[name] for name in ("loss", "validation_loss")
+    }
+
+
+def test_evaluations_of_batches_draw_different_numbers(tmp_path):
+    seen = []
+
+    class Noted(nn.Linear):
+        def forward(self, x):
+            if not self.training:
+                seen.append(float(torch.rand(())))
+            return super().forward(x)
+
+    run = fedkern.simulate(
+        "fedavg", data=[table(20)], test={"one": table(200, 1), "two": table(200, 1)}, model=Noted(4, 4), rounds=1,
+        lr=0.1, out=tmp_path / "run", **HERE,
+    )  # fmt: skip
+    drawn, before = seen[-8:], torch.get_rng_state()
+    run.evaluate()
+    assert len({*drawn}) == 8
+    assert seen[-8:] == drawn
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 SCRIPT = """
@@ -519,6 +642,36 @@ def test_open_files_are_not_shared_by_a_fork(tmp_path):
     alone = fedkern.simulate("fedavg", **given, out=tmp_path / "alone", **HERE)
     assert "cannot be pickled" in told.summary["diagnostics"]["no-workers"]
     assert same(state(told), state(alone))
+
+
+@pytest.mark.parametrize("loss", ["of a module", "lambda"])
+@pytest.mark.parametrize("kind", ["descriptor", "cached", "module"])
+def test_workers_have_positions_of_their_own_in_open_files(kind, loss, tmp_path, processes):
+    loss_fn = nn.CrossEntropyLoss() if loss == "of a module" else (lambda o, t: nn.functional.cross_entropy(o, t))
+    whole = opened_at_import.Bytes(kind, 0, 90)
+    given = {"data": [Subset(whole, range(45)), Subset(whole, range(45, 90))], "model": nn.Linear(2, 3), "rounds": 2}
+    given |= {"test": opened_at_import.Bytes(kind, 90, 40), "loss_fn": loss_fn, "lr": 0.1}
+    two = fedkern.simulate("fedavg", **given, out=tmp_path / "two", **{**HERE, "workers": 2})
+    assert len(processes) == 2
+    assert same(state(two), state(fedkern.simulate("fedavg", **given, out=tmp_path / "one", **HERE)))
+
+
+def test_a_process_with_threads_is_not_forked(tmp_path, processes):
+    given = {"data": [table(20, 1), table(20, 2)], "test": table(9), "model": nn.Linear(4, 4), "rounds": 1, "lr": 0.1}
+    given |= {"loss_fn": lambda o, t: nn.functional.cross_entropy(o, t), "out": tmp_path / "run"}
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    try:
+        run = fedkern.simulate("fedavg", **given, **{**HERE, "workers": 2})
+    finally:
+        end.set()
+        thread.join()
+    assert not processes
+    assert (
+        "cannot be sent to worker processes, and a process that has threads cannot be forked: define it in a module "
+        in (run.summary["diagnostics"]["no-workers"])
+    )
 
 
 class Heads(nn.Module):

@@ -11,7 +11,7 @@ from fedkern.usercode import plugins
 from python_tests.interrupted import outcome
 from python_tests.plugin_sources import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("plugged", "patient")
+pytestmark = pytest.mark.usefixtures("plugged")
 
 
 @pytest.mark.exhaustive

@@ -18,10 +18,10 @@ from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sharing.partition import partition as share_out
 from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.sources.arrays import check_names
-from fedkern.data.sources.items import Items, drawing
+from fedkern.data.sources.items import Items
 from fedkern.errors import UserError, shown
 from fedkern.messages.leaves import leaves, parted
-from fedkern.streams import stream
+from fedkern.streams import preserve_generators, stream
 from fedkern.tasks import CLASSIFICATION, OwnTask, Task
 
 NAME = "datasets"
@@ -231,7 +231,7 @@ def classes_of(dataset: Any) -> Tensor:
             f"All {len(dataset)} items are read once for their classes: give the data set an attribute targets.",
             stacklevel=5,
         )
-        with drawing():
+        with preserve_generators():
             targets = [parted(dataset[row])[1] for row in range(len(dataset))]
     try:
         classes = targets.detach().cpu() if isinstance(targets, Tensor) else torch.as_tensor(np.asarray(targets))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import sys
 import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -21,14 +19,13 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_colla
 
 from fedkern.errors import RAISED, UserError, described, told
 from fedkern.messages.leaves import leaves, parted
-from fedkern.streams import stream
+from fedkern.streams import mix_words, preserve_generators, seed_generators, stream
 from fedkern.tasks import Task
 from fedkern.usercode.identity import digest, identity_table
 
 HASHED, HASHED_IN_ALL = 64, 2000
 """Most items of a set, and of all sets together but for two of each, that are read for the fingerprint."""
 _LOCK = threading.RLock()  # items draw from the process's generators, and sets are evaluated in threads
-_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 @dataclass(eq=False)
@@ -118,10 +115,10 @@ class Items:
         Raises:
             UserError: an item cannot be read.
         """
-        with _LOCK, drawing():
+        with _LOCK, preserve_generators():
             for row in self._places(indices):
                 if not self.still:
-                    _seed(mixed(word, row))
+                    seed_generators(mix_words(word, row))
                 try:
                     item = self.dataset[row]
                 except RAISED as error:  # the user's own code may raise anything
@@ -129,7 +126,9 @@ class Items:
                 yield item
 
     def batch(self, indices: Sequence[int] | np.ndarray, word: int) -> Any:
-        """What ``collate`` makes of the items at ``indices``.
+        """Return what ``collate`` makes of the items at ``indices``.
+
+        What a user's collation draws begins at a seed made of ``word`` and all rows of the batch.
 
         Raises:
             UserError: an item cannot be read, or the items make no batch.
@@ -137,14 +136,15 @@ class Items:
         if type(self.dataset) is TensorDataset and self.collate is default_collate:  # the same, sooner
             rows = torch.tensor(self._places(indices), dtype=torch.int64)
             return [tensor[rows] for tensor in self.dataset.tensors]
-        items = list(self.read(indices, word))
+        items, places = list(self.read(indices, word)), self._places(indices)
         try:
-            with _LOCK, drawing():
-                if not self.still:
-                    _seed(mixed(word, -1))
+            if self.collate is default_collate:  # draws nothing
+                return default_collate(items)
+            digest = hashlib.blake2b(np.asarray(places, dtype=np.int64).tobytes(), digest_size=8).digest()
+            with _LOCK, preserve_generators():
+                seed_generators(mix_words(mix_words(word, -1), int.from_bytes(digest, "little")))
                 return self.collate(items)
         except RAISED as error:
-            places = self._places(indices)
             first = f"{', '.join(map(str, places[:3]))}{', ...' * (len(places) > 3)}"
             raise UserError(
                 f"Items {first} of {self.who} make no batch ({cause(error)}): give items of one shape, or a collate_fn."
@@ -181,32 +181,6 @@ def _item_digest(item: Any) -> bytes:
 def per_set(sets: int) -> int:
     """How many items of each of so many sets are read for fingerprints."""
     return max(2, min(HASHED, HASHED_IN_ALL // max(1, sets)))
-
-
-@contextmanager
-def drawing() -> Iterator[None]:
-    """Context in which the global generators may be moved; afterwards they are as before."""
-    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.default_generator.set_state(before[2])
-
-
-def _seed(word: int) -> None:
-    torch.default_generator.manual_seed(word)
-    np.random.seed(word % 2**32)  # noqa: NPY002
-    random.seed(word)
-
-
-def mixed(word: int, row: int) -> int:
-    """A word of 63 bits that no other word and row are likely to give (SplitMix64)."""
-    z = (word + (row + 2) * 0x9E3779B97F4A7C15) % 2**64
-    z = ((z ^ (z >> 30)) * _MIX[0]) % 2**64
-    z = ((z ^ (z >> 27)) * _MIX[1]) % 2**64
-    return (z ^ (z >> 31)) >> 1
 
 
 def cause(error: BaseException) -> str:

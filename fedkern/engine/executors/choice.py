@@ -10,6 +10,7 @@ from itertools import islice
 
 import torch
 
+from fedkern.data.sources.items import Items
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors import fork_server, torchrun_group
 from fedkern.engine.executors.base import Executor
@@ -19,6 +20,7 @@ from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run_objects import RunObjects
 from fedkern.messages.packets import NotPortable, check_portable, only_code_bars
 from fedkern.process import machine
+from fedkern.process.forking import read_positions
 from fedkern.settings.config import RunConfig
 
 Remote = Callable[[RunObjects], Executor]
@@ -118,8 +120,21 @@ def own_fork_server(setup: Setup) -> AbstractContextManager[None]:
     if config.workers != "1" and config.client_threads == 1 and not barred:
         try:
             check_portable(setup)
+            split = next(iter(setup.context.data.clients), None)
+            needed = isinstance(split, Items) and _reads_open_files(split)
         except NotPortable:
-            # What is open, such as a file of samples, would have one position for all processes.
-            if only_code_bars(setup):
-                return fork_server.ahead(setup)
+            # An object that is open, such as a connection, would be one for all processes.
+            needed = only_code_bars(setup)
+        if needed:
+            return fork_server.ahead(setup)
     return nullcontext()
+
+
+def _reads_open_files(split: Items) -> bool:
+    """Return whether reading items moves the position in a file that is open, whose descriptor no other process has."""
+    positions = read_positions()
+    for row in (0, len(split) - 1):
+        next(split.read([row], 0))
+        if any(position != read_positions().get(file) for file, position in positions.items()):
+            return True
+    return False

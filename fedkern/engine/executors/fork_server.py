@@ -18,6 +18,7 @@ import fedkern
 from fedkern.engine.executors.shared_tensors import Channel
 from fedkern.engine.executors.worker_messages import Setup
 from fedkern.messages.packets import Packer
+from fedkern.process.forking import has_threads, read_positions
 from fedkern.usercode import plugins
 
 
@@ -159,13 +160,18 @@ def ahead(setup: Setup | None = None) -> Iterator[None]:
 
 
 def _fork(setup: Setup | None) -> ForkServer | None:
-    """A forked fork server; None where the system allows no process more."""
+    """Return a forked fork server.
+
+    None where the system allows no process more, or where this process has threads.
+    """
     from fedkern.engine import worker
 
+    if has_threads():
+        return None
     ours, theirs = socket.socketpair()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # or both processes would write what is in the buffer
-    parent = os.getpid()
+    parent, positions = os.getpid(), read_positions()
     try:
         with warnings.catch_warnings():
             # The warning is about NumPy's threads, which cope with a fork.
@@ -178,7 +184,7 @@ def _fork(setup: Setup | None) -> ForkServer | None:
     if not child:
         ours.close()
         os.setpgid(0, 0)
-        worker.serve(theirs, parent, setup)  # does not return
+        worker.serve(theirs, parent, setup, positions)  # does not return
     theirs.close()
     return ForkServer(_Forked(child), ours, prepared=setup is not None)
 

@@ -22,8 +22,9 @@ from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.shared_tensors import Channel
 from fedkern.engine.executors.worker_messages import Setup
 from fedkern.errors import RunFailed
-from fedkern.messages.packets import NotPortable
+from fedkern.messages.packets import NotPortable, only_code_bars
 from fedkern.methods.base import ClientId
+from fedkern.process.forking import has_threads
 
 HELD_BYTES = 1 << 30
 """Limit on the bytes of uploads that wait for earlier clients.  Beyond it, only the next client in order gets a
@@ -115,10 +116,13 @@ class Workers(Ordered):
     # -- the workers -----------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        setup = Setup.of(self._context, self._handlers)
         try:
-            self._fork_server = fork_server_of(Setup.of(self._context, self._handlers))
+            self._fork_server = fork_server_of(setup)
         except NotPortable as error:
-            self._give_up(f"{error} cannot be sent to worker processes", "define it in a module of its own")
+            threads = has_threads() and only_code_bars(setup)
+            why = ", and a process that has threads cannot be forked" if threads else ""
+            self._give_up(f"{error} cannot be sent to worker processes{why}", "define it in a module of its own")
         except OSError as error:
             self._give_up(f"worker processes cannot be started ({error.strerror or error})", "")
 

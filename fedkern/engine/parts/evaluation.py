@@ -143,7 +143,9 @@ class Evaluation(Part):
         if self._networks is None:
             code = partial(self._code, "evaluate")
             with self._at_once(network) as at_once:
-                metrics = evaluate(self._method, network, self._sets, code, at_once, keep=last)
+                metrics = evaluate(
+                    self._method, network, self._sets, code, at_once, seed=self._context.config.seed, keep=last
+                )
             self._evaluate_clients(network, self._client_sets)
         else:
             own = "client_sets" if self._clients else ""
@@ -155,10 +157,12 @@ class Evaluation(Part):
 
     def _evaluate_clients(self, network: nn.Module, sets: dict[int, Reader]) -> None:
         if self._clients:
-            names = self._context.data.client_names
+            names, seed = self._context.data.client_names, self._context.config.seed
             code = lambda label: self._code(f"evaluate_own for client {label}")  # noqa: E731
             with self._at_once(network) as at_once:
-                self.of_clients = evaluate_clients(self._method, network, sets, at_once, names, code, self._client)
+                self.of_clients = evaluate_clients(
+                    self._method, network, sets, at_once, names, code, self._client, seed
+                )
 
     def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:
         return evaluating(self._context.config, self._context.is_flat(network))
