@@ -8,10 +8,14 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedkern.comparison.cells import Cell, Variant, cells
 from fedkern.comparison.found_runs import FoundRun, read_run
 from fedkern.data import FederatedData
+from fedkern.data.identity import of_memory
+from fedkern.engine import initial_weights
+from fedkern.engine.own_model import network_hash
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.checkpoints import newest
@@ -20,13 +24,15 @@ from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods.registry import short
+from fedkern.models import MODELS, Own, available
 from fedkern.process import interrupts
 from fedkern.report.tables import human_metric
 from fedkern.settings.config import RunConfig
-from fedkern.settings.grounds import difference
+from fedkern.settings.grounds import difference, files_identity
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.stored import check_regular, load_settings
 from fedkern.tasks.figure_names import short_title
+from fedkern.usercode.identity import digest
 
 COMPARISONS = Path("comparisons")
 """Folder of comparisons without ``out``."""
@@ -80,6 +86,7 @@ class Runner:
     tracebacks: dict[str, str] = field(default_factory=dict)
     begun: list[tuple[Path, RunConfig]] = field(default_factory=list)
     listener: Listener = field(default_factory=Listener)
+    _compared: set[Path] = field(default_factory=set)
 
     def plan(self, variants: Sequence[Variant], seeds: Sequence[int]) -> list[Cell]:
         """The cells of some variants, whose run folders, where they exist, must be those of the same settings.
@@ -189,9 +196,27 @@ class Runner:
                 f"{folder} was made with other settings ({'; '.join(changed)}): name another --out, or give the former "
                 "settings."
             )
-        if reason := difference(stored, cell.config):  # plugins and classes; data and files are not read yet
+        before = with_identity(stored, newest(folder))
+        if folder not in self._compared and (reason := difference(before, self._identified(now))):
             raise UserError(f"{folder} was made with {reason}: name another --out, or put the former code back.")
+        self._compared.add(folder)
         return now
+
+    def _identified(self, config: RunConfig) -> RunConfig:
+        """Return settings with the identity of code, files and data in memory now; fedkern's version is left out."""
+        data = self.data(config)
+        code = self.script.code_at_begin(config, data)
+        identity = {} if data is None else of_memory(data)
+        identity |= {name: text for name, text in files_identity(config).items() if name != "version"}
+        identity |= {name: digest(code[name]) for name in ("network", "loss_fn") if name in code}
+        found: dict[str, Any] = {"training_sha256": digest(code["training"])} if "training" in code else {}
+        if config.init is not None:
+            found["init_sha256"] = initial_weights.sha256(config.init)
+        with available(config.model, self.script.network):
+            maker = getattr(MODELS.get(config.model), "make", None)
+            if isinstance(maker, Own):
+                found["model_sha256"] = network_hash(maker)
+        return config.replace(identity=identity, **found)
 
 
 def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:

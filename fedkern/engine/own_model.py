@@ -73,9 +73,7 @@ def resolve(
     registry.check_network(config.method, config.made.needs, network, data, make.text)
     state = network.state_dict()
     shapes = layout(state)
-    sha = make.sha256
-    if isinstance(make.what, nn.Module):
-        sha = digest(identity_table({"weights": dict(make.what.state_dict())}, limit=sys.maxsize))
+    sha = network_hash(make)
     if stored is not None:
         if stored.model_layout not in (None, shapes):
             raise UserError(
@@ -92,6 +90,13 @@ def resolve(
     elif config.accelerate == "auto" and config.device == "cpu" and config.precision == "fp32" and known:
         config = config.replace(served=serving.decided(RunContext(config, data), network))
     return config.replace(model_layout=shapes, model_sha256=sha), data, notes
+
+
+def network_hash(make: Own) -> str | None:
+    """Return the hash of the weights of a module, or the identity of the file with the network's code, if any."""
+    if isinstance(make.what, nn.Module):
+        return digest(identity_table({"weights": dict(make.what.state_dict())}, limit=sys.maxsize))
+    return make.sha256
 
 
 def _tried(network: Any, make: Own, data: Any) -> Any:

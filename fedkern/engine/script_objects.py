@@ -90,18 +90,18 @@ class ScriptObjects:
         """Whether functions of the script train."""
         return self.train is not None or self.optimizer is not None
 
-    def code(self, config: RunConfig, data: FederatedData) -> dict[str, dict[str, str]]:
+    def code(self, config: RunConfig, data: FederatedData | None) -> dict[str, dict[str, str]]:
         """Return the identities of all code that a script gives, by group, as far as there is some."""
         training = {"train": self.train, "optimizer": self.optimizer}
         groups: dict[str, dict[str, Any]] = {
             "method": {"method": config.kind} if config.method in registry.GIVEN else {},
             "network": {} if self.network is None else {"model": self.network},
             "training": {name: function for name, function in training.items() if function is not None},
-            "loss_fn": code_of(data),
+            "loss_fn": {} if data is None else code_of(data),
         }
         return {name: identity_table(things, weights=False) for name, things in groups.items() if things}
 
-    def code_at_begin(self, config: RunConfig, data: FederatedData) -> dict[str, dict[str, str]]:
+    def code_at_begin(self, config: RunConfig, data: FederatedData | None) -> dict[str, dict[str, str]]:
         """Return what :meth:`code` returned when these objects were first used, unless functions or classes differ."""
         now = self.code(config, data)
         for name, table in now.items() if self.began is not None else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import fedkern
 from fedkern.files.inputs import open_regular, reading
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import FOLDER, NAME
+from fedkern.usercode import named_code, plugin_files
 
 OF_DATA = ("classes", "sizes", "names", "labels", "images", "samples", "function")
 """Entries of a run's identity that are the data's (`fedkern.data.identity`); others have the name of a setting."""
@@ -28,7 +30,7 @@ def settings_by_name(config: RunConfig) -> dict[str, Any]:
 
 
 def files_identity(config: RunConfig) -> dict[str, str]:
-    """Hashes of the files and folders that settings name, by setting, and fedkern's version.
+    """Hashes of files, folders and code that settings name, by setting, and fedkern's version.
 
     Raises:
         UserError: a file cannot be read.
@@ -42,6 +44,9 @@ def files_identity(config: RunConfig) -> dict[str, str]:
                 with reading(path), open_regular(path) as file:
                     digest.update(hashlib.file_digest(cast(Any, file), "sha256").digest())
                 identity[name] = digest.hexdigest()
+    for name, text in {"data": config.data, **dict(config.kind.Options.code(config.options))}.items():
+        if (named := named_code.parse(text)) is not None and named.file:
+            identity[name] = plugin_files.read_code(Path(os.path.realpath(named.file)), str(named))[2]
     return identity
 
 

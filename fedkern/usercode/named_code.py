@@ -13,7 +13,7 @@ from fedkern.errors import UserError, first_of, nearest
 from fedkern.files import filesystem
 from fedkern.usercode import plugin_files
 from fedkern.usercode.execution import module_name, run
-from fedkern.usercode.identity import content, digest, identity_table, module_identity
+from fedkern.usercode.identity import digest, identity_table, module_identity
 
 FORMS = "FILE.py:NAME or MODULE:NAME"
 INSTANCE = "module:"
@@ -125,9 +125,8 @@ def load(named: Named, what: str) -> tuple[Any, str]:
     """
     try:
         if named.file:
-            file, source = Path(os.path.realpath(named.file)), content(named.file, f"{what} {named}")
-            neighbours = plugin_files.imported(file, source)
-            identity = plugin_files.identity(file, source, neighbours)
+            file = Path(os.path.realpath(named.file))
+            source, neighbours, identity = plugin_files.read_code(file, f"{what} {named}")
             name = module_name(named.file, source)
             _forget_changed(name, identity, file.parent, neighbours.values())
             module = run(name, named.file, source)

@@ -37,6 +37,17 @@ def identity(file: Path, source: bytes, neighbours: Iterable[Path]) -> str:
     return "; ".join([content_hash(source), *(f"{name} {content_hash(content(path))}" for name, path in parts)])
 
 
+def read_code(file: Path, what: str) -> tuple[bytes, dict[Path, str], str]:
+    """Return content, neighbours with their modules, and identity of a file of code.
+
+    Raises:
+        UserError: the file, which the error calls ``what``, or a neighbour cannot be read.
+    """
+    source = content(file, what)
+    neighbours = imported(file, source)
+    return source, neighbours, identity(file, source, neighbours)
+
+
 def parsed(text: str) -> dict[str, str]:
     """Hashes by relative path, that of the plugin under ``""``; empty where the text is no identity of a file."""
     parts: dict[str, str] = {}
