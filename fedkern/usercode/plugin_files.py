@@ -60,21 +60,20 @@ def parsed(text: str) -> dict[str, str]:
     return parts if "" in parts else {}
 
 
-def changes(file: Path, source: bytes, stored: Mapping[str, str]) -> dict[str, str]:
-    """The hashes that files have now which are not as they were, by relative path, the plugin's own ``""`` first.
+def current(file: Path, source: bytes, stored: Mapping[str, str]) -> dict[str, str]:
+    """Return the hashes of a plugin's files now, by relative path, without executing anything.
 
-    Nothing is executed.  The hash is ``""`` for a file that cannot be read, and for a path that leaves the plugin's
-    folder.
+    These are the files of a stored identity, those that the plugin imports, and those that Python may load in their
+    place.  A file that cannot be read, or that lies outside the plugin's folder, is left out.
     """
-    changed = {}
-    for name in sorted(stored):
-        path, now = PurePosixPath(name), ""
+    found = [*imported(file, source), *in_the_place_of(file.parent, stored)]
+    hashes = {}
+    for name in {*stored, *(path.relative_to(file.parent).as_posix() for path in found)}:
+        path = PurePosixPath(name)
         if not path.is_absolute() and ".." not in path.parts:
             with suppress(UserError):
-                now = content_hash(content(file.parent / path) if name else source)
-        if now != stored[name]:
-            changed[name] = now
-    return changed
+                hashes[name] = content_hash(content(file.parent / path) if name else source)
+    return hashes
 
 
 def loaded(folder: Path, names: Iterable[str]) -> dict[str, Path]:

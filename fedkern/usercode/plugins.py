@@ -26,11 +26,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fedkern.errors import UserError
+from fedkern.errors import UserError, first_of
 from fedkern.files.filesystem import cache_folder, check_text, expand
 from fedkern.usercode import execution, plugin_files
 from fedkern.usercode.execution import module_name
-from fedkern.usercode.identity import content, content_hash, module_identity
+from fedkern.usercode.identity import content, content_hash, differences, module_identity
 from fedkern.usercode.named_code import changed, untrusted
 from fedkern.usercode.registry import REGISTRIES, Registry, docstring
 
@@ -98,7 +98,7 @@ def load(name: str) -> Plugin:
         plugin = plugin or _execute(Plugin(name, _module_identity(name)))
     else:
         source = content(path, f"The plugin {path}")
-        if plugin is None or _change(name, path, plugin.identity) is not None:
+        if plugin is None or _differences(name, path, plugin.identity):
             unload(name)
             _forget_changed(path.parent)
             plugin = _execute(Plugin(name, content_hash(source), source))
@@ -151,7 +151,7 @@ def _forget_changed(folder: Path) -> None:
         path = Path(plugin.name)
         if plugin.modules and path.parent == folder:
             with suppress(UserError):
-                if _change(plugin.name, path, plugin.identity) is None:
+                if not _differences(plugin.name, path, plugin.identity):
                     continue
             for name in plugin.modules:
                 sys.modules.pop(name, None)
@@ -382,15 +382,14 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
             continue
         try:
             full, path = _located(name)
-            change = _change(name, path, identity)
+            words = _differences(name, path, identity)
         except UserError as error:
             raise UserError(
                 f"The run in {folder} needs a plugin that is not there: {str(error).rstrip('.')}; where it has moved, "
                 "give it again with --plugin."
             ) from None
-        if change is not None:
-            what, then, present = change
-            raise changed(what, folder, [f"{then} then, {present} now"], f"the plugin again, {again},")
+        if words:
+            raise changed(f"The plugin {name}", folder, words, f"the plugin again, {again},")
         if full != name or not _remembered(name, identity):
             raise untrusted(Path(folder) / "config.toml", f"the plugin {name}", f"the plugin again, {again}")
         load(name)
@@ -398,26 +397,14 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
         _LOADED[name] = replace(_LOADED[name], given=False, identity=identity)
 
 
-def _change(name: str, path: Path | None, identity: str) -> tuple[str, str, str] | None:
-    """What has changed of a plugin since it had an identity, found without executing anything.
-
-    Returns:
-        The subject of a sentence, and the identity then and now; None where nothing has changed.
-    """
-    if path is None:
-        now = _module_identity(name)
-        return None if now == identity else (f"The plugin {name}", _short(identity), _short(now))
-    source, stored = content(path, f"The plugin {path}"), plugin_files.parsed(identity)
-    if not stored:
-        return f"The plugin {name}", _short(identity), _short(content_hash(source))
-    for each, now in plugin_files.changes(path, source, stored).items():
-        what = f"{path.parent / each}, which the plugin {name} imports," if each else f"The plugin {name}"
-        return what, _short(stored[each]), _short(now) or "gone"
-    for file in [*plugin_files.imported(path, source), *plugin_files.in_the_place_of(path.parent, stored)]:
-        if (each := file.relative_to(path.parent).as_posix()) not in stored:
-            now = plugin_files.changes(path, source, {each: ""}).get(each, "")
-            return f"{file}, which the plugin {name} imports,", "none", _short(now)
-    return None
+def _differences(name: str, path: Path | None, identity: str, source: bytes | None = None) -> list[str]:
+    """Return what has changed of a plugin since it had an identity, in words, without executing anything."""
+    then, now = {"": identity}, {"": "" if path is not None else _module_identity(name)}
+    if path is not None:
+        then = plugin_files.parsed(identity) or then
+        now = plugin_files.current(path, source or content(path, f"The plugin {path}"), then)
+    tables = ({str(Path(name).parent / part) if part else name: each[part] for part in each} for each in (then, now))
+    return [_short(text) for text in differences(*tables)]
 
 
 def _short(identity: str) -> str:
@@ -493,8 +480,7 @@ def receive(plugins: Iterable[Plugin]) -> None:
     for plugin in plugins:
         if plugin.name in _LOADED:
             continue
-        if plugin.source is not None:
-            stored, file = plugin_files.parsed(plugin.identity), Path(plugin.name)
-            for each in plugin_files.changes(file, plugin.source, stored):
-                raise UserError(f"{file.parent / each}, which the plugin {file} imports, has changed meanwhile")
+        path = None if plugin.source is None else Path(plugin.name)
+        if path is not None and (words := _differences(plugin.name, path, plugin.identity, plugin.source)):
+            raise UserError(f"The plugin {plugin.name} has changed meanwhile ({first_of(words, 3)}).")
         _LOADED[plugin.name] = replace(_execute(plugin), identity=plugin.identity)

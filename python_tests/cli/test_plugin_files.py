@@ -93,7 +93,7 @@ def test_an_unchanged_neighbour_goes_on(result, begun, pair):
 
 def test_a_changed_neighbour_is_not_executed_unless_the_plugin_is_given_again(fails, result, begun, pair):
     pair.write(20)
-    untouched(fails, begun, pair, f"{pair.helpers}, which the plugin {pair.path} imports, has changed since",
+    untouched(fails, begun, pair, f"The plugin {pair.path} has changed since", f"`{pair.helpers}` changed",
               f"--plugin {pair.path}")  # fmt: skip
     result("--resume", str(begun), "--plugin", str(pair.path), "--quiet")
     assert pair.runs == 2
@@ -103,12 +103,12 @@ def test_a_changed_neighbour_is_not_executed_unless_the_plugin_is_given_again(fa
 
 def test_a_neighbour_that_is_gone_or_new_is_a_change(fails, begun, pair):
     kept = pair.helpers.rename(pair.helpers.with_suffix(".txt"))
-    untouched(fails, begun, pair, "has changed since", "gone now")
+    untouched(fails, begun, pair, "has changed since", f"`{pair.helpers}` is gone")
     kept.rename(pair.helpers)
     package = pair.helpers.with_suffix("")
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit\n")
-    untouched(fails, begun, pair, f"{package / '__init__.py'}, which the plugin", "none then")
+    untouched(fails, begun, pair, f"`{package / '__init__.py'}` is new")
 
 
 def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, begun, pair):
@@ -118,8 +118,8 @@ def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, begun, pair):
     assert whole in config.read_text()
     for other, said in (
         (stored[""], "has changed since"),
-        (f"{whole}; ../../other.py {stored['']}", "gone now"),
-        (f"{whole}; {pair.helpers} {stored['']}", "gone now"),
+        (f"{whole}; ../../other.py {stored['']}", "is gone"),
+        (f"{whole}; {pair.helpers} {stored['']}", "has changed since"),
         (f"helpers_of_a_test.py {stored['helpers_of_a_test.py']}", "has changed since"),
     ):
         text = config.read_text()
@@ -135,7 +135,7 @@ def test_another_process_executes_no_other_neighbour(pair):
     assert [plugin.identity for plugin in plugins.loaded()] == [sent[0].identity]
     unload_all()
     pair.write(20)
-    with pytest.raises(UserError, match=r"helpers_of_a_test\.py, which the plugin .* imports, has changed meanwhile"):
+    with pytest.raises(UserError, match=r"has changed meanwhile \(`.*helpers_of_a_test\.py` changed"):
         plugins.receive(sent)
     assert pair.runs == 2
 
@@ -246,13 +246,11 @@ def test_a_stored_identity_without_its_plugin_is_not_there(fails, begun, pair):
 def test_what_python_would_load_instead_of_a_neighbour_is_a_change(tmp_path, name):
     pair = Pair(tmp_path / "p")
     identity = plugins.load(str(pair.path)).identity
-    assert plugins._change(str(pair.path), pair.path, identity) is None
+    assert plugins._differences(str(pair.path), pair.path, identity) == []
     file = pair.path.parent / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("")
-    what, then, _ = plugins._change(str(pair.path), pair.path, identity)
-    assert str(file) in what
-    assert then == "none"
+    assert plugins._differences(str(pair.path), pair.path, identity) == [f"`{file}` is new"]
 
 
 def test_a_second_plugin_runs_what_its_identity_says(tmp_path):
