@@ -16,16 +16,26 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 from torch import Tensor
 
 from fedkern.engine.executors import torchrun_group
-from fedkern.engine.participation import Assignment, Participation, local_steps, speed
+from fedkern.engine.participation import (
+    DAMAGED,
+    Assignment,
+    InFlight,
+    Participation,
+    State,
+    is_time,
+    local_steps,
+    speed,
+)
 from fedkern.engine.registry import register_filter
 from fedkern.engine.uploads.filters import Asked, Filter
 from fedkern.errors import UserError
-from fedkern.methods.base import ClientId, Federation, Message, Round, Upload
+from fedkern.methods.base import VECTORS, ClientId, Federation, Message, Round, Upload
 from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
 
@@ -48,6 +58,8 @@ class Asynchronous(Participation):
         self._buffer: int = self.options.get("buffer", 1)
         self._at_work: dict[ClientId, tuple[int, float]] = {}  # the rounds they began in, and when they are done
         self._sent: dict[ClientId, Message] = {}
+        self._numbers: dict[ClientId, int] = {}  # of their messages, among those that their round has sent
+        self._unseen: list[Message] = []  # from a checkpoint, not yet compared with what the server sends
         self._started: list[ClientId] = []  # in this round
         self._begun = 0  # in the whole run
         self._staleness = 0.0
@@ -81,11 +93,28 @@ class Asynchronous(Participation):
     ) -> dict[ClientId, Message]:
         if not self._started:  # a one-off round: in every other one somebody begins
             return send(clients)
-        self._sent.update(send(self._started))
+        fresh = send(self._started)
+        self._compare(next(iter(fresh.values())))
+        self._sent.update(fresh)
         answered = {k: self._sent.pop(k) for k in clients}
         # What is answered later is copied: the method may change the tensors of its server's state in place.
-        self._sent.update(copy.deepcopy({k: self._sent[k] for k in self._started if k in self._sent}))
+        later = copy.deepcopy({k: self._sent[k] for k in self._started if k in self._sent})
+        self._sent.update(later)
+        places: dict[int, int] = {}  # clients that began together may share a message
+        self._numbers.update({k: places.setdefault(id(message), len(places)) for k, message in later.items()})
         return answered
+
+    def _compare(self, fresh: Message) -> None:
+        """Compare messages that were read from a checkpoint with one that the server sends now.
+
+        Raises:
+            UserError: they have vectors of other networks.
+        """
+        for message, name in product(self._unseen, VECTORS):
+            value, expected = message.get(name), fresh.get(name)
+            if _form(value) != _form(expected):
+                raise UserError(DAMAGED)
+        self._unseen = []
 
     def fewest_uploads(self, plan: Iterable[Round]) -> int:
         return self._buffer
@@ -94,16 +123,45 @@ class Asynchronous(Participation):
         return {"clock": self.clock, "staleness": self._staleness}
 
     def state(self) -> dict[str, Any]:
-        # Clients that began together share a message, which is kept once.
-        messages = list({id(message): message for message in self._sent.values()}.values())
-        place = {id(message): number for number, message in enumerate(messages)}
-        at_work = {k: [*self._at_work[k], place[id(message)]] for k, message in self._sent.items()}
-        return {"clock": self.clock, "begun": self._begun, "at_work": at_work, "messages": messages}
+        at_work = {k: [*self._at_work[k], self._numbers[k]] for k in self._sent}
+        return {"clock": self.clock, "begun": self._begun, "at_work": at_work, "messages": sorted(self.in_flight())}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.clock, self._begun = state["clock"], state["begun"]
-        self._at_work = {k: (began, done) for k, (began, done, _) in state["at_work"].items()}
-        self._sent = {k: state["messages"][place] for k, (_, _, place) in state["at_work"].items()}
+    def in_flight(self) -> InFlight:
+        messages: InFlight = {}
+        for k, message in self._sent.items():
+            messages.setdefault(self._at_work[k][0], {})[self._numbers[k]] = message
+        return messages
+
+    def restore(self, state: State, messages: InFlight, rounds: int) -> None:
+        super().restore(state, messages, rounds)
+        at_work, self._begun = state["at_work"], state["begun"]
+        self._at_work = {k: (began, done) for k, (began, done, _) in at_work.items()}
+        self._numbers = {k: number for k, (_, _, number) in at_work.items()}
+        self._sent = {k: messages[began][number] for k, (began, _, number) in at_work.items()}
+        self._unseen = [*self._sent.values()]
+
+    def _can_restore(self, state: State, messages: InFlight, rounds: int) -> bool:
+        def fits(k: object, row: object) -> bool:
+            if type(k) is not int or k not in range(self._config.trained_clients) or not isinstance(row, list):
+                return False
+            if [type(each) for each in row] != [int, float, int] or not 0 <= row[0] < rounds or not is_time(row[1]):
+                return False
+            return row[1] >= state["clock"] and isinstance(messages.get(row[0], {}).get(row[2]), dict)
+
+        if not super()._can_restore(state, messages, rounds):
+            return False
+        begun, at_work = state["begun"], state["at_work"]
+        return (
+            type(begun) is int
+            and isinstance(at_work, dict)
+            and len(at_work) <= min(begun, self._config.sampled_clients)
+            and all(fits(k, row) for k, row in at_work.items())
+            and state["messages"] == sorted({began for began, _, _ in at_work.values()})
+        )
+
+
+def _form(vector: object) -> object:
+    return (vector.shape, vector.dtype) if isinstance(vector, Tensor) else type(vector)
 
 
 @register_filter("asynchronous")

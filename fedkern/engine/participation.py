@@ -6,16 +6,26 @@ all of this follows from the settings, the round and the client, on any machine 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedkern.errors import UserError
 from fedkern.methods.protocol import ClientId, Federation, Message, Round, batch_slices
 from fedkern.privacy.dpsgd import stream_name
 from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
 
 DROPPED_OUT = "it dropped out of the round"
+State = Mapping[str, Any]
+"""What a checkpoint keeps of who takes part, in tensors, numbers, texts and dicts of these."""
+InFlight = dict[int, dict[int, Message]]
+"""Messages that wait for an answer, by the communication round that sent them and their number within the round."""
+DAMAGED = (
+    "The checkpoint is damaged: what it says of the clients at work does not fit the run. Put the run's files back, or "
+    "start the run again."
+)
 LATE = "it had not finished by the deadline"
 
 
@@ -195,6 +205,29 @@ class Participation:
         """What a checkpoint keeps, in tensors, numbers, texts and dicts of these; empty: nothing."""
         return self.figures()
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what :meth:`state` returned at a checkpoint; empty: it returned nothing."""
+    def in_flight(self) -> InFlight:
+        """Return the messages that wait for an answer: those of a round never change."""
+        return {}
+
+    def restore(self, state: State, messages: InFlight, rounds: int) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state: what :meth:`state` returned.
+            messages: what :meth:`in_flight` returned, or more.
+            rounds: communication rounds done.
+
+        Raises:
+            UserError: these are not of such a run.
+        """
+        if not self._can_restore(state, messages, rounds):
+            raise UserError(DAMAGED)
         self.clock = state.get("clock", 0.0)
+
+    def _can_restore(self, state: State, messages: InFlight, rounds: int) -> bool:
+        return state.keys() == self.state().keys() and is_time(state.get("clock", 0.0))
+
+
+def is_time(value: object) -> bool:
+    """Return whether a stored value is a time of the virtual clock."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf

@@ -120,7 +120,9 @@ def opened(
         check_same(entry, facts, prepared.plan, out)
         facts["code"] = entry["info"]["code"]  # that the run began with
         prepared.server.state = checkpoints.server_state()
-        prepared.participation.restore(checkpoints.participation_state())
+        prepared.participation.restore(
+            checkpoints.participation_state(), checkpoints.messages_in_flight(), entry["round"]
+        )
         progress.done, progress.planned = entry["round"], entry["plan"]
     here = Serial(context, prepared.handlers, checkpoints.reader, config.client_threads)
     states = ClientStates(here, checkpoints, context, progress, prepared.amplified)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fedkern.engine import asynchronous
+from fedkern.engine import asynchronous, run_objects
 from fedkern.engine.asynchronous import Asynchronous, StaleUploads
 from fedkern.engine.participation import local_steps, speed
 from fedkern.engine.run import run
@@ -15,12 +16,13 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.filters import Asked
 from fedkern.errors import UserError
+from fedkern.listeners import Listener
 from fedkern.messages import states
 from fedkern.methods import METHODS, FedAvg, Phase, Round
 from fedkern.methods.base import Federation, Upload
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, forge_state, killed, killed_at_rename, outcome
 
 SIZES = (20, 13, 9, 15)
 TEN = Federation(rounds=30, samples=tuple(range(10, 110, 10)), classes=2)
@@ -98,11 +100,12 @@ def test_a_policy_goes_on_from_what_it_keeps(text, tmp_path):
 
     whole, first = play(policy(text), range(12)), policy(text)
     cut = play(first, range(5))
-    states.save(tmp_path / "kept", first.state())
-    kept = states.load(tmp_path / "kept")
-    assert len(kept["messages"]) < len(kept["at_work"])  # clients that began together share one
+    states.save(tmp_path / "kept", {"state": first.state(), "messages": first.in_flight()})
+    kept, messages = states.load(tmp_path / "kept").values()
+    assert sum(map(len, messages.values())) < len(kept["at_work"])  # clients that began together share one
+    assert kept["messages"] == sorted(messages)
     again = policy(text)
-    again.restore(kept)
+    again.restore(kept, messages, 5)
     assert cut + play(again, range(5, 12)) == whole
     assert first.state().keys() == kept.keys()
     fresh = policy(text)
@@ -213,6 +216,104 @@ def test_the_bits_are_equal_on_workers_and_after_an_interruption(
     run(config, out=tmp_path / "cut", data=data, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     assert "participation" in Checkpoints(tmp_path / "whole").peek()
+
+
+KILLED = {"clients": 4, "rounds": 5, "asynchronous": "fedbuff:buffer=1", "straggler_rate": 0.7, "workers": "1"}
+
+
+@pytest.mark.parametrize("clients", ["in the manifest", "in a table"])
+def test_each_message_is_written_once(clients, make_data, make_config, tmp_path, monkeypatch):
+    if clients == "in a table":
+        monkeypatch.setattr("fedkern.engine.store.checkpoints.INLINE", 1)
+    written, there = [], []
+
+    class Watch(Listener):
+        def on_round(self, record):
+            there.append({path.name for path in (tmp_path / "run" / "checkpoints").glob("messages-*")})
+
+    real = Checkpoints._write
+    monkeypatch.setattr(Checkpoints, "_write", lambda self, name, *how: written.append(name) or real(self, name, *how))
+    config = make_config("fedavg", **{**KILLED, "rounds": 12})
+    run(config, out=tmp_path / "run", data=make_data(SIZES), listener=Watch())
+    files = [name for name in written if name.startswith("messages-")]
+    assert len(files) == len(set(files)) > 4
+    entries = Checkpoints(tmp_path / "run")._read_manifest()
+    last = {path.name for path in (tmp_path / "run" / "checkpoints").glob("messages-*")}
+    assert last == {name for entry in entries for name in entry["files"] if name.startswith("messages-")}
+    assert any(set(one) & set(other) for one, other in zip(there, there[2:], strict=False))  # referred to later
+    assert len(last) < len(files)  # those that nobody refers to go
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("clients", ["in the manifest", "in a table"])
+@pytest.mark.sampled(1)
+def test_a_kill_between_any_two_writes_loses_nothing(when, clients, make_data, make_config, tmp_path, monkeypatch):
+    if clients == "in a table":
+        monkeypatch.setattr("fedkern.engine.store.checkpoints.INLINE", 1)
+    monkeypatch.setattr(run_objects, "BackgroundWriter", lambda: None)  # each write in its turn
+    config, data = make_config("fedavg", **KILLED), make_data(SIZES)
+    run(config, out=tmp_path / "whole", data=data)
+    names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir())
+    for count in range(3, 18, 2):
+        out = tmp_path / f"cut{count}"
+        with killed_at_rename(count, when):
+            run(config, out=out, data=data)
+        run(config, out=out, data=data, resume=True)
+        assert outcome(out) == outcome(tmp_path / "whole")
+        assert sorted(path.name for path in (out / "checkpoints").iterdir()) == names
+
+
+def drop(state):
+    del state["messages"]
+
+
+def with_row(index, value):
+    return lambda state: next(iter(state["at_work"].values())).__setitem__(index, value)
+
+
+@pytest.mark.parametrize("change", [
+    drop, lambda state: state["messages"].clear(), lambda state: state.pop("clock"), lambda state: state.update(more=1),
+    lambda state: state.update(clock="x"), lambda state: state.update(clock=float("nan")),
+    lambda state: state.update(at_work=[1]), lambda state: state["at_work"].update({99: [0, 0.0, 0]}),
+    lambda state: state["at_work"].update({"1": state["at_work"].popitem()[1]}), lambda state: state.update(begun=0),
+    with_row(0, 99), with_row(0, -1), with_row(0, True), with_row(1, "x"), with_row(1, -1.0), with_row(1, float("inf")),
+    with_row(2, 7), with_row(2, None),
+])  # fmt: skip
+def test_forged_states_are_refused_in_one_sentence(change, make_data, make_config, tmp_path, cut_run):
+    out = shutil.copytree(cut_run, tmp_path / "forged")
+    entry = Checkpoints(out).peek()
+    forge_state(out, entry["participation"], change)
+    with pytest.raises(
+        UserError, match=r"^The checkpoint is damaged: what it says of the clients at work does not fit"
+    ):
+        run(make_config("fedavg", **KILLED), out=out, data=make_data(SIZES), resume=True)
+
+
+@pytest.mark.parametrize("change", [
+    lambda message: message.pop("parameters"), lambda message: message.update(parameters=1),
+    lambda message: message.update(parameters=message["parameters"][:-1]),
+    lambda message: message.update(parameters=message["parameters"].double()),
+    lambda message: message.update(buffers=torch.zeros(0)),
+])  # fmt: skip
+def test_forged_messages_are_refused_in_one_sentence(change, make_data, make_config, tmp_path, cut_run):
+    out = shutil.copytree(cut_run, tmp_path / "forged")
+    names = [name for name in Checkpoints(out).peek()["files"] if name.startswith("messages-")]
+    forge_state(out, names[-1], lambda content: [change(message) for message in content.values()])
+    with pytest.raises(
+        UserError, match=r"^The checkpoint is damaged: what it says of the clients at work does not fit"
+    ):
+        run(make_config("fedavg", **KILLED), out=out, data=make_data(SIZES), resume=True)
+    for damage in (lambda path: path.write_bytes(b"x"), lambda path: path.unlink()):
+        damage(out / "checkpoints" / names[-1])
+        with pytest.raises(UserError, match=r"All checkpoints in .* are damaged|messages-0"):
+            run(make_config("fedavg", **KILLED), out=out, data=make_data(SIZES), resume=True)
+
+
+@pytest.fixture
+def cut_run(make_data, make_config, tmp_path):
+    killed(make_config("fedavg", **KILLED), out=tmp_path / "run", data=make_data(SIZES), at=KillAt("round", 3))
+    assert Checkpoints(tmp_path / "run").peek()["round"] >= 2
+    return tmp_path / "run"
 
 
 def test_running_variances_stay_positive_and_figures_finite(make_data, make_config, tmp_path):

@@ -237,8 +237,8 @@ class Belated(Participation):
     def state(self):
         return {**super().state(), "before": self._before}
 
-    def restore(self, state):
-        super().restore(state)
+    def restore(self, state, messages, rounds):
+        super().restore(state, messages, rounds)
         self._before = state["before"]
 
 

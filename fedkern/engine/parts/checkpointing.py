@@ -81,6 +81,7 @@ class Checkpointing(Part):
             plan=self._progress.planned,
             server=self._server.state,
             participation=self._participation.state(),
+            messages=self._participation.in_flight(),
             info=info,
             before=self._metrics.sync,
             booked=self._ledger.changed_rows(),

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedkern.engine.store import releases
 from fedkern.engine.store.background_writer import BackgroundWriter
@@ -18,12 +18,14 @@ from fedkern.errors import OtherFormat, UserError
 from fedkern.files import atomic, filesystem
 from fedkern.files.inputs import line_ends, open_regular, standing
 from fedkern.messages import states
+from fedkern.methods.protocol import Message
 from fedkern.privacy import server_secret
 from fedkern.settings.run_format import FOLDER, FORMAT, MANIFEST, read_manifest
 
 KEEP = 2
 _NAMED = ("server", "participation")
 _FILES = re.compile(rf"({'|'.join(_NAMED)})-\d{{6,}}\.safetensors")
+_MESSAGES = re.compile(r"messages-(\d{6,})\.safetensors")
 _DIGITS = re.compile(r"[0-9]+")
 _TOLD = 3  # damaged files that a message names
 
@@ -45,6 +47,9 @@ class Checkpoints:
     A run of more than `INLINE` clients has ``table`` instead of ``clients``: the place of a :class:`ClientTable`, which
     names the clients' files with their CRC-32.  ``files`` are then those that are new in this checkpoint.  A commit
     writes and deletes no more than what has changed, however many clients are absent.
+
+    Messages of an asynchronous run that wait for an answer are written once, into ``messages-NNNNNN.safetensors`` of
+    the communication round that sent them.  The ``files`` of later checkpoints name the same file.
 
     Files carry the round of the plan in their name and are never rewritten.  A file that no kept entry names is deleted
     after the next commit.  Client states stay on disk and are read when their client takes part.
@@ -120,6 +125,7 @@ class Checkpoints:
             self._unchecked = {name: crc for name, crc in self._sums.items() if name not in entries[-1]["files"]}
         needed = [self._needed(entry) for entry in entries]
         self._named = [entries[-1][key] for key in _NAMED if key in entries[-1]]
+        self._named += filter(_MESSAGES.fullmatch, entries[-1]["files"])
         self._due = [sorted(before - needed[-1]) for before in needed[:-1]]
         self._collect(set().union(*needed))
         return entries[-1]
@@ -220,6 +226,12 @@ class Checkpoints:
         """What the newest entry keeps of who takes part; empty where it keeps nothing."""
         return self._load(self.entries[-1]["participation"]) if "participation" in self.entries[-1] else {}
 
+    def messages_in_flight(self) -> dict[int, dict[int, Message]]:
+        """Return the messages that wait for an answer, by communication round from 0, and by number."""
+        names = [name for name in self.entries[-1]["files"] if _MESSAGES.fullmatch(name)]
+        contents = {int(name.partition("-")[2].partition(".")[0]) - 1: self._load(name) for name in names}
+        return cast(dict[int, dict[int, Message]], contents)
+
     def client_state(self, client: int) -> dict[str, Any]:
         """A client's state; empty for a client that has none yet."""
         return self._load(self.clients[client]) if client in self.clients else {}
@@ -306,6 +318,7 @@ class Checkpoints:
         server: dict[str, Any],
         info: dict[str, Any],
         participation: dict[str, Any] | None = None,
+        messages: Mapping[int, dict[int, Message]] | None = None,
         before: Callable[[], object] = lambda: None,
         booked: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
@@ -315,6 +328,8 @@ class Checkpoints:
             round, plan, info: of the entry.
             server: the server's state.
             participation: what is kept of who takes part; empty: nothing.
+            messages: those that wait for an answer, by communication round from 0.  A round that the last commit had is
+                not written again.
             before: called first; makes durable the other files that the entry refers to.
             booked: the rows of the byte ledger that have changed since the last commit, by client, for the table.
         """
@@ -322,7 +337,11 @@ class Checkpoints:
             self._writer.settle(self._last)  # at most one commit waits: a slow disk would fall ever further behind
         contents = {"server": server, **({"participation": participation} if participation else {})}
         named = {key: self._write(f"{key}-{plan:06d}.safetensors", state) for key, state in contents.items()}
-        files = self._leaving(list(named.values()))
+        in_flight = {f"messages-{k + 1:06d}.safetensors": content for k, content in (messages or {}).items()}
+        for name in in_flight.keys() - set(self._named):
+            self._write(name, in_flight[name])
+        lasting = [*named.values(), *in_flight]
+        files = self._leaving(lasting)
         add = self._adder(plan, booked or {}, files) if self._table is not None else None
         clients = {} if add is not None else {str(k): file for k, file in sorted(self.clients.items())}
 
@@ -330,12 +349,13 @@ class Checkpoints:
             before()
             self._flush()
             entry: dict[str, Any]
+            known = {**(self.entries[-1]["files"] if self.entries else {}), **self._sums}
             if add is None:
-                sums = {file: self._sums[file] for file in [*named.values(), *clients.values()]}
+                sums = {file: known[file] for file in [*lasting, *clients.values()]}
                 entry = {"round": round, "plan": plan, "files": sums, **named, "clients": clients, "info": info}
             else:
                 fresh, place = add()
-                sums = {**{name: self._sums[name] for name in named.values()}, **fresh}
+                sums = {**{name: known[name] for name in lasting}, **fresh}
                 entry = {"round": round, "plan": plan, "files": sums, **named, "table": place, "info": info}
             self._write_manifest([*self.entries, entry][-KEEP:])
             if add is None:
@@ -409,7 +429,7 @@ class Checkpoints:
         atomic.write_bytes(self.folder / MANIFEST, text.encode())
         self.entries = entries
 
-    def _write(self, name: str, content: dict[str, Any]) -> str:
+    def _write(self, name: str, content: dict[str, Any] | dict[int, Message]) -> str:
         # In the background the disk is waited for once, before the commit, and not for every file.
         path, at_once = self.folder / name, self._writer is None
         packed = states.Packed(content, durable=at_once)
@@ -495,7 +515,7 @@ def entry_sum(entry: dict[str, Any]) -> int:
 
 def _of_state(name: Any) -> bool:
     """Whether a name is that of a file with a state: no other name of a manifest is ever joined to the folder."""
-    return isinstance(name, str) and bool(_FILES.fullmatch(name) or STATE.fullmatch(name))
+    return isinstance(name, str) and any(each.fullmatch(name) for each in (_FILES, _MESSAGES, STATE))
 
 
 def _ours(name: str) -> bool:

@@ -47,7 +47,8 @@ class Bench:
         self.part = Checkpointing(
             self.checkpoints, out, facts={"data": 7}, every=every,
             states=lambda: {"parts": {"server": {"spread": math.nan}}}, server=self.server,
-            participation=SimpleNamespace(state=lambda: {"clock": 7.0}), progress=self.progress, timing=self.timing,
+            participation=SimpleNamespace(state=lambda: {"clock": 7.0}, in_flight=lambda: {4: {0: {}}}),
+            progress=self.progress, timing=self.timing,
             ledger=SimpleNamespace(changed_rows=lambda: {1: [8, 0, 0, 0]}),
             metrics=SimpleNamespace(sync=lambda: self.calls.append("sync")),
             releases=forget if releases else None, alone=lambda: self.calls.append("alone"),
@@ -84,6 +85,7 @@ def test_what_stands_in_a_checkpoint(tmp_path):
     (commit,) = bench.checkpoints.commits
     assert commit["server"] is bench.server.state
     assert commit["participation"] == {"clock": 7.0}
+    assert commit["messages"] == {4: {0: {}}}
     assert commit["booked"] == {1: [8, 0, 0, 0]}
     assert commit["info"] == {"data": 7, "parts": {"server": {"spread": None}}, "finished": False}  # as JSON has it
     assert bench.timing.phases["checkpoint"] > 0

@@ -56,19 +56,23 @@ def test_all_checkpoints_damaged(tmp_path, commit):
         Checkpoints(tmp_path).open()
 
 
-@pytest.mark.parametrize("name", ["server-000002", "client-00000-000002", "participation-000002"])
+@pytest.mark.parametrize("name", ["server-000002", "client-00000-000002", "participation-000002", "messages-000002"])
 def test_a_damaged_file_leads_back_to_the_checkpoint_before(name, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.open()
     for number in (1, 2):
         checkpoints.write_client(0, number, {"x": number})
-        checkpoints.commit(round=number, plan=number, server={"n": number}, info={}, participation={"clock": number})
+        checkpoints.commit(
+            round=number, plan=number, server={"n": number}, info={}, participation={"clock": number},
+            messages={sent: {0: {"x": sent}} for sent in range(number)},
+        )  # fmt: skip
     (checkpoints.folder / f"{name}.safetensors").write_bytes(b"")
     again = Checkpoints(tmp_path)
     assert again.open()["round"] == 1
     assert again.skipped == [f"{name}.safetensors of round 2"]
     assert (again.server_state(), again.client_state(0)) == ({"n": 1}, {"x": 1})
     assert again.participation_state() == {"clock": 1}
+    assert again.messages_in_flight() == {0: {0: {"x": 0}}}
 
 
 def test_manifest_of_another_format(tmp_path):
