@@ -153,7 +153,10 @@ class Client(Node):
         network.fixed = self.statistics_fixed(phase)
         trained = network if parts is None else Part(network, parts)
         data = context.client_data(self.id)
-        read_figures = started(self, method, phase, trained, data, received, schedule, rows, graphs=context.graphs)
+        read_figures = started(
+            self, method, phase, trained, data, received, schedule, rows, graphs=context.graphs,
+            first_steps=context.first_steps(phase),
+        )  # fmt: skip
         result = self._left(network, trained, flat)
         self._then(lambda: self.report.update(read_figures()))
         return result
@@ -239,7 +242,7 @@ class Client(Node):
 
     def upload(self, model: nn.Module) -> Message:
         network = self._context.network("local")
-        network.take(model)
+        self._context.first_steps(self.phase).take(self, network, model)
         if not network.finite():
             done = self._course(self.phase).done
             raise Diverged(self.id, self.phase.round, done, "the parameters are not finite")
@@ -311,8 +314,9 @@ class Client(Node):
         data = self._context.client_data(self.id)
         try:
             figures = train(
-                self, method, phase, trainable, data, received, schedule, rows, after_epoch, self._context.graphs
-            )
+                self, method, phase, trainable, data, received, schedule, rows, after_epoch, self._context.graphs,
+                self._context.first_steps(phase),
+            )  # fmt: skip
         finally:
             trainable.release()
         self.report.update(figures)

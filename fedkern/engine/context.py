@@ -20,6 +20,7 @@ from fedkern.engine import initial_weights
 from fedkern.engine.captured import Graphs
 from fedkern.engine.client_teachers import ClientTeachers
 from fedkern.engine.evaluate import client_sets, site_sets, test_sets
+from fedkern.engine.first_steps import FirstSteps
 from fedkern.engine.images import CACHE_BYTES, Images
 from fedkern.engine.items import ItemReader
 from fedkern.engine.network import Network, place
@@ -212,6 +213,11 @@ class RunContext:
     def graphs(self) -> Graphs | None:
         """Recorded steps of local training, those of the lane; None on the CPU."""
         return self.placed.recorded()
+
+    def first_steps(self, phase: Phase) -> FirstSteps:
+        """Return the watch over this process's first steps of an exchange."""
+        new = FirstSteps(keep_going=self.config.on_nan == "skip")
+        return self.placed.first_steps.setdefault((phase.name, phase.exchange), new)
 
     def drawing(self, node: Any, phase: Phase) -> AbstractContextManager[None]:
         """Context of a client's or the server's work in an exchange.

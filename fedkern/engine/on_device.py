@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.engine.captured import Graphs
+from fedkern.engine.first_steps import FirstSteps
 from fedkern.engine.network import Network
 
 
@@ -19,6 +20,7 @@ class OnDevice:
         lane: the one that the host speaks of.
         networks: by name and lane.
         graphs: recorded steps of local training by lane; None on the CPU.
+        first_steps: watches over this process's first steps, by name of the round and exchange.
     """
 
     def __init__(self, device: torch.device, build: Callable[[], torch.nn.Module]) -> None:
@@ -26,6 +28,7 @@ class OnDevice:
         self.lane = 0
         self.networks: dict[tuple[str, int], Network] = {}
         self.graphs: dict[int, Graphs | None] = {}
+        self.first_steps: dict[tuple[str, str], FirstSteps] = {}
         self._there: tuple[Tensor, int, Tensor] | None = None
 
     @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -102,34 +101,37 @@ def network_hash(make: Own) -> str | None:
 def _tried(network: Any, make: Own, data: Any) -> Any:
     """The data with the classes and the head that a network tells, after it had two samples of the first client.
 
+    The loss is looked at in the first training steps (`fedkern.engine.first_steps`): a call more would change a loss
+    that counts.  A loss of a model and a batch may call the network in any way: nothing is tried then.
+
     Raises:
-        UserError: the network cannot take them, or the loss is no finite number.
+        UserError: the network cannot take them, or tells other classes.
     """
+    offers = data.task.offers
+    if not offers & {"criterion", "classes"}:
+        return data
     split = data.clients[0]
     batch = next(ItemReader(split, torch.device("cpu"), seed=0).planned([np.arange(min(2, len(split)))]))
     network.eval()
     try:
-        with torch.no_grad(), seeded_generators(0):
+        with seeded_generators(0):
             outputs = network(batch.inputs)
-            if "classes" in data.task.offers:
-                count = _classes(outputs, batch.targets, make.text)
-                if len(data.classes) > count:
-                    raise UserError(
-                        f"the network {make.text} tells {count} classes, and the data have {len(data.classes)}: give "
-                        "the network as many outputs, or name other classes."
-                    )
-                data = replace(data, classes=data.classes or tuple(map(str, range(count))))
-            loss = float(data.task.loss(network, batch))
     except UserError:
         raise
     except RAISED as error:  # a network's code may raise anything
         raise UserError(
-            f"the network {make.text} or the loss fails on two samples of {split.who}, "
-            f"{', '.join(data.form.shapes)} ({cause(error)}){origin(error, type(inner(network)))}."
+            f"the network {make.text} fails on two samples of {split.who}, {', '.join(data.form.shapes)} "
+            f"({cause(error)}){origin(error, type(inner(network)))}."
         ) from error
     network.train()
-    if not math.isfinite(loss):
-        raise UserError(f"the loss of two samples of {split.who} is {loss}: mend the network, the loss or the samples.")
+    if "classes" in offers:
+        count = _classes(outputs, batch.targets, make.text)
+        if len(data.classes) > count:
+            raise UserError(
+                f"the network {make.text} tells {count} classes, and the data have {len(data.classes)}: give the "
+                "network as many outputs, or name other classes."
+            )
+        data = replace(data, classes=data.classes or tuple(map(str, range(count))))
     if isinstance(batch.inputs, Tensor):
         with suppress(Exception), seeded_generators(0):  # the network then has no head that a method could use
             data = replace(data, form=replace(data.form, head=find_head(inner(network), batch.inputs)))

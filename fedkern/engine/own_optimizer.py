@@ -17,7 +17,11 @@ from fedkern.usercode.execution import explained
 
 
 def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser that a user's factory makes; raises UserError where it is none that a loop can step."""
+    """Return the optimiser that a user's factory makes.
+
+    Raises:
+        UserError: it is none that a loop can step, or steps other parameters than those that it was given.
+    """
     with explained("optimizer", make):
         optimizer = make(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -27,7 +31,19 @@ def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Paramete
         raise UserError(
             f"optimizer makes {type(optimizer).__name__}, which evaluates a batch several times: take another."
         )
+    given, stepped = {id(each) for each in parameters}, stepped_by(optimizer)
+    if not stepped or any(id(each) not in given for each in stepped):
+        which = "parameters that it was not given" if stepped else "no parameters"
+        raise UserError(
+            f"optimizer makes {type(optimizer).__name__} of {which}: make it of the argument, as in lambda parameters: "
+            "torch.optim.SGD(parameters, lr=0.1), because a run trains a copy of the network."
+        )
     return optimizer
+
+
+def stepped_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the parameters of all groups of an optimiser."""
+    return [each for group in optimizer.param_groups for each in group["params"]]
 
 
 def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:

@@ -142,7 +142,7 @@ def with_data(
             "ranks have none: start the script without torchrun, with workers=N."
         )
     config, data, notes = own_model.resolve(config, data, stored, out, known)
-    config = script.resolve(RunContext(config, data), code)
+    config, warnings = script.resolve(RunContext(config, data), code)
     changed: list[str] = []
     if stored is not None:
         config, changed = same_code(config, stored, entry, code, out, trusted)
@@ -152,6 +152,7 @@ def with_data(
     for sentence in (*caveats(data), *notes, *not_compared(code)):
         notice(sentence)
     context = RunContext(config, data, notice, script=script, code=code)
+    context.warnings.update(warnings)
     if changed:
         before = entry["info"]["parts"].get("warnings", {}).get("other-code", "") if entry is not None else ""
         context.warn("other-code", " ".join([before, *(text for text in changed if text not in before)]).strip())

@@ -13,12 +13,13 @@ from torch import nn
 
 from fedkern.data import FederatedData
 from fedkern.data.identity import code_of
-from fedkern.engine.own_optimizer import made
-from fedkern.errors import UserError, shown
+from fedkern.engine.own_optimizer import made, stepped_by
+from fedkern.errors import UserError, first_of, shown
 from fedkern.methods import registry
 from fedkern.methods.base import LocalTraining
 from fedkern.models.user_models import check_module, unwrapped
 from fedkern.settings.config import RunConfig
+from fedkern.tasks.user_tasks import inner
 from fedkern.usercode.identity import digest, identity_table, only_code
 from fedkern.usercode.named_code import INSTANCE
 
@@ -164,19 +165,30 @@ class ScriptObjects:
                 f"fedkern.load(DIR, {name}=FUNCTION).resume()."
             )
 
-    def resolve(self, context: Any, code: dict[str, dict[str, str]]) -> RunConfig:
-        """The settings with what the functions are, in words and as a hash; an optimiser is made once to be tried.
+    def resolve(self, context: Any, code: dict[str, dict[str, str]]) -> tuple[RunConfig, dict[str, str]]:
+        """Return the settings with what the functions are, in words and as a hash, and warnings by name.
+
+        An optimiser is made once to be tried.
 
         Raises:
-            UserError: a factory makes no optimiser.
+            UserError: a factory makes no optimiser, or one of other parameters.
         """
         config: RunConfig = context.config
+        warnings: dict[str, str] = {}
         if not self.functions:
-            return config
+            return config, warnings
         if self.optimizer is None:
             words = f"train function {getattr(self.train, '__qualname__', type(self.train).__name__)}"
         else:
-            optimizer = made(self.optimizer, [each for each in context.build().parameters() if each.requires_grad])
+            trained = {name: each for name, each in inner(context.build()).named_parameters() if each.requires_grad}
+            optimizer = made(self.optimizer, [*trained.values()])
+            stepped = {id(each) for each in stepped_by(optimizer)}
             values = {name: value for name, value in optimizer.defaults.items() if value not in (None, False)}
             words = f"{type(optimizer).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-        return config.replace(training=words, training_sha256=digest(code["training"]))
+            if left := [name for name, each in trained.items() if id(each) not in stepped]:
+                words += f" of {len(stepped)} of {len(trained)} parameters"
+                warnings["partly-trained"] = (
+                    f"The optimizer of the script steps {len(stepped)} of the network's {len(trained)} parameters and "
+                    f"leaves {first_of(left, 3)} as they are: freeze these (requires_grad_(False)) if that is meant."
+                )
+        return config.replace(training=words, training_sha256=digest(code["training"])), warnings

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedkern import ops
 from fedkern.engine.captured import Graphs, Outcome, Play, replayable
+from fedkern.engine.first_steps import FirstSteps
 from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.own_optimizer import clip, own_stepper
 from fedkern.engine.reader import Reader, batch_plan
@@ -280,12 +281,14 @@ def started(
     rows: np.ndarray | None = None,
     after_epoch: Callable[[int], None] | None = None,
     graphs: Graphs | None = None,
+    first_steps: FirstSteps | None = None,
 ) -> Callable[[], dict[str, float]]:
     """Trains ``network`` (a :class:`Network` already holding the received vectors) on the client's data.
 
     Args:
         rows: int64, the samples to train on; None for all.
         after_epoch: called with the number of every epoch done; the next epoch begins in train mode again.
+        first_steps: watches the loss of the first steps in this process.
 
     Returns:
         A function that returns the means over all batches of ``loss`` and of whatever the method observed, once the
@@ -334,7 +337,8 @@ def started(
                     batch.drawn = {**batch.drawn, **method.prepare(network.module, batch, received)}
             yield batch
 
-    run = partial(one_pass, method, network.module, partial(apply, rate) if as_whole else None)
+    objective = method if first_steps is None else first_steps.watch(client, method, network)
+    run = partial(one_pass, objective, network.module, partial(apply, rate) if as_whole else None)
     passes: AbstractContextManager[Play] = nullcontext(partial(one_by_one, partial(run, received=received)))
     if graphs is not None:
         passes = graphs.replaying(

@@ -101,6 +101,15 @@ class Task:
         """The loss of a batch by the network's outputs, a scalar."""
         raise NotImplementedError
 
+    @property
+    def loss_code(self) -> object:
+        """The function or class of the loss, for messages."""
+        return type(self)
+
+    def with_loss_copied(self) -> Task:
+        """Return the task with a copy of the loss, whose calls do not change the loss of the run."""
+        return self
+
     def known(self, batch: Any) -> Any:
         """How many targets of a batch are known: samples or, of a segmentation, pixels."""
         return (batch.targets >= 0).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
 from fedkern.usercode.execution import explained
 
+_GRAPH = threading.Lock()
+"""Held while parameters take part in a graph: sets may be evaluated side by side, in threads."""
 MOST = 1 << 30
 """Bytes of outputs and targets that are concatenated for metrics at most."""
 
@@ -55,8 +58,15 @@ class OwnTask(Task):
     ) -> None:
         self.loss_fn, self.metrics = loss_fn, dict(metrics or {})
         self._copies: dict[torch.device, nn.Module] = {}
+        self._takes_gradients = False  # known after the first batch that is evaluated
         if not callable(loss_fn):
             raise UserError(f"loss_fn must be a function or a module, not an object of type {type(loss_fn).__name__}.")
+        trainable = loss_fn.named_parameters() if isinstance(loss_fn, nn.Module) else ()
+        if own := [name for name, each in trainable if each.requires_grad]:
+            raise UserError(
+                f"loss_fn has trainable parameters of its own ({', '.join(own)}), which no optimiser steps and no "
+                "message holds: make them layers of the network, or freeze them with requires_grad_(False)."
+            )
         if "loss" in self.metrics:
             raise UserError("metrics has one called loss, which is the loss itself: give it another name.")
         for each, metric in self.metrics.items():
@@ -83,6 +93,13 @@ class OwnTask(Task):
     def code(self) -> dict[str, Any]:
         metrics = {f"metrics.{name}": metric for name, metric in self.metrics.items()}
         return {"main": self.main, "better": self.better, "loss_fn": self.loss_fn, **metrics}
+
+    @property
+    def loss_code(self) -> object:
+        return self.loss_fn
+
+    def with_loss_copied(self) -> OwnTask:
+        return OwnTask(deepcopy(self.loss_fn), self.metrics, self.main, self.better)
 
     def known(self, batch: Any) -> int:
         return len(batch.indices)
@@ -113,6 +130,34 @@ class OwnTask(Task):
             self._copies[device] = deepcopy(function).to(device)
         return self._copies[device]
 
+    def _evaluated(self, model: nn.Module, batch: Any) -> tuple[object, float]:
+        """Return the outputs and the loss of a batch; the outputs are None where the loss calls the network."""
+
+        def play() -> tuple[object, float]:
+            if self.whole:
+                return None, self.loss(model, batch).item()
+            outputs = model(batch.inputs)
+            return outputs, self.criterion(outputs, batch).item()
+
+        if not self._takes_gradients:
+            try:
+                return play()
+            except (UserError, RuntimeError) as error:
+                if "does not require grad" not in str(error):
+                    raise
+            self._takes_gradients = True  # an evaluation that has drawn by then is repeated from its own seeds
+        # The loss or the network takes gradients itself, also of parameters that were frozen for the evaluation.
+        with _GRAPH, torch.enable_grad():
+            parameters = [*model.parameters()]
+            frozen = [] if any(each.requires_grad for each in parameters) else parameters
+            for each in frozen:
+                each.requires_grad_(True)
+            try:
+                return play()
+            finally:
+                for each in frozen:
+                    each.requires_grad_(False)
+
     @torch.no_grad()
     def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
         """Returns the metrics' values by name, and ``loss``, the mean over samples."""
@@ -129,14 +174,13 @@ class OwnTask(Task):
             samples = len(batch.indices)
             count += samples
             pair: tuple[Any, Any]
+            outputs, loss = self._evaluated(model, batch)
+            total += samples * loss
             if self.whole:
                 pair = inner(model), batch.data
-                total += samples * float(self._checked("loss_fn", self.loss_fn, *pair))
                 for name, metric in functions.items():
                     sums[name] += samples * _number(name, metric, *pair)
             else:
-                outputs = model(batch.inputs)
-                total += samples * float(self.criterion(outputs, batch))
                 pair = mapped(_on_cpu, outputs), mapped(_on_cpu, batch.targets)
                 if functions:
                     pairs.append(pair)

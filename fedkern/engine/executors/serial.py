@@ -13,6 +13,7 @@ from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer, Request, States
 from fedkern.engine.executors.worker_messages import Done, Job
+from fedkern.engine.first_steps import UnfitStep
 from fedkern.engine.lanes import lanes, on_this_stream, side_by_side
 from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.training import Diverged
@@ -167,6 +168,8 @@ class Serial:
             yield
         except Diverged as problem:
             answer.problem = problem
+        except UnfitStep:  # the fault is no single client's
+            raise
         except RAISED as error:
             code = self._context.script.train or type(self._handlers["method"])
             answer.problem = ClientFailed.of(answer.client, error, code)

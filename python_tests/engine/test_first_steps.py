@@ -1,0 +1,273 @@
+"""The watch over a process's first training steps: what would train nothing, or something else, is one sentence."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
+
+import fedkern
+from fedkern.errors import UserError
+from fedkern.methods import FedAvg
+
+HERE = {"progress": False, "pictures": False, "threads": 1, "workers": 1, "rounds": 2, "batch_size": 8}
+
+
+def clinic(seed, count=24):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, generator=generator)
+    return TensorDataset(x, (x[:, 0] > 0).long())
+
+
+SITES = {"data": [clinic(0), clinic(1)], "test": clinic(2)}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
+def simulate(tmp_path, name="run", method="fedavg", model=None, **given):
+    return fedkern.simulate(method, model=model or network(), out=tmp_path / name, **{**SITES, **HERE, **given})
+
+
+SCRIPT, TEACHER = network(), network()
+WEIGHTS, CENTRES = torch.zeros(2, requires_grad=True), nn.Parameter(torch.zeros(2))
+
+
+class Weighted(nn.Module):
+    def __init__(self, trained):
+        super().__init__()
+        self.s = nn.Parameter(torch.zeros(()), requires_grad=trained)
+
+    def forward(self, outputs, targets):
+        return torch.exp(-self.s) * cross_entropy(outputs, targets) + self.s
+
+
+class Callable:
+    """Holds parameters without being a module."""
+
+    def __init__(self):
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def __call__(self, outputs, targets):
+        return cross_entropy(outputs, targets) * self.weight
+
+
+class Changing(nn.Module):
+    """Changes its own parameters in its first training step."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.first, self.last, self.change = nn.Linear(4, 3), nn.Linear(3, 2), change
+
+    def forward(self, x):
+        if self.training:
+            self.change(self)
+        return self.last(self.first(x).tanh().to(self.last.weight.dtype)).float()
+
+
+def replace(module):
+    module.first.weight = nn.Parameter(module.first.weight.detach().clone())
+
+
+class Detaching(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+class Listed(nn.Linear):
+    """Has a layer in a list, which registers nothing."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.layers = [nn.Linear(4, 4)]
+
+    def forward(self, x):
+        return super().forward(self.layers[0](x))
+
+
+def alter(change):
+    return {"model": Changing(change)}
+
+
+REFUSED = {
+    "none": ({"loss_fn": lambda o, t: None}, "loss_fn must return one number.* NoneType"),
+    "float": ({"loss_fn": lambda o, t: float(cross_entropy(o, t).detach())}, "loss_fn must return one number.* float"),
+    "whole number": ({"loss_fn": lambda o, t: (o.argmax(1) != t).sum()}, r"loss_fn must .* a tensor \[\] of int64"),
+    "detached": ({"loss_fn": lambda o, t: cross_entropy(o.detach(), t)}, "loss_fn returns a float32 without a graph"),
+    "detaching network": ({"model": Detaching(4, 2)}, "The loss of the network's outputs returns a float32 without"),
+    "nan": ({"loss_fn": lambda o, t: cross_entropy(o, t) * torch.nan}, "loss_fn returns nan for the first batch of"),
+    "script's network": ({"loss_fn": lambda model, batch: cross_entropy(SCRIPT(batch[0]), batch[1])},
+                         "loss of none of the network's trained parameters, only of other ones"),
+    "its inputs": ({"loss_fn": lambda model, batch: batch[0].requires_grad_().mean()}, "none of the network's trained"),
+    "module": ({"loss_fn": Weighted(True)}, r"loss_fn has trainable parameters of its own \(s\)"),
+    "object": ({"loss_fn": Callable()}, r"loss_fn depends on trainable parameters .* \(\[\]\)"),
+    "closed-over": ({"loss_fn": lambda o, t: cross_entropy(o + CENTRES, t)}, r"that are not the network's \(\[2\]\)"),
+    "plain tensor": ({"loss_fn": lambda o, t: cross_entropy(o * WEIGHTS.exp(), t)}, r"the network's \(\[2\]\)"),
+    "teacher": ({"loss_fn": lambda model, batch: (model(batch[0]) - TEACHER(batch[0])).square().mean()},
+                r"the network's \(.* and 1 more\).* or freeze them with requires_grad_\(False\)"),
+    "list of layers": ({"model": Listed()}, r"The loss of the network's outputs depends on .* by nn\.ModuleList"),
+    "freezes": (alter(lambda module: module.first.requires_grad_(False)), "freezes the network's parameter first.we"),
+    "replaces": (alter(replace), "A training step replaces the network's parameter first.weight"),
+    "moves": (alter(lambda module: setattr(module.first.weight, "data", module.first.weight.data.clone())),
+              "replaces the network's parameter first.weight"),
+    "converts": (alter(lambda module: module.half().float() and module.last.double()), "the network's parameter"),
+    "adds": (alter(lambda module: setattr(module, "late", nn.Linear(1, 1))), "adds the network's parameter late.we"),
+    "in the loss": ({"loss_fn": lambda model, batch: cross_entropy(model[:2].requires_grad_(False) and model(batch[0]),
+                                                                   batch[1])}, "freezes the network's parameter 0.w"),
+    "other parameters": ({"optimizer": lambda parameters: torch.optim.SGD(SCRIPT.parameters(), 0.1)},
+                         "optimizer makes SGD of parameters that it was not given: make it of the argument"),
+    "more parameters": ({"optimizer": lambda parameters: torch.optim.Adam([*parameters, CENTRES])},
+                        "optimizer makes Adam of parameters that it was not given"),
+    "no parameters": ({"optimizer": lambda parameters: torch.optim.SGD([{"params": []}], 0.1)}, "of no parameters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_would_not_train_the_network_is_refused(given, said, tmp_path):
+    with pytest.raises(UserError, match=said) as told:
+        simulate(tmp_path, **copy.copy(given))
+    assert "\n" not in str(told.value)
+    assert ".py, line" not in str(told.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [{"workers": 2}, {"on_error": "skip"}])
+def test_the_sentence_comes_from_every_process_and_ends_the_run(settings, tmp_path):
+    with pytest.raises(UserError, match=r"^loss_fn returns a float32 without a graph") as told:
+        simulate(tmp_path, loss_fn=REFUSED["detached"][0]["loss_fn"], **settings)
+    assert told.value.exit_code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def hooking(model, batch):
+    model[0].register_forward_hook(lambda *_: None)
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+def hooking_once(model, batch):
+    if not model[0]._forward_hooks:
+        model[0].register_forward_hook(lambda *_: None)
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+class OwnParameters(FedAvg):
+    """Has a parameter beside the network."""
+
+    asks = frozenset({"loss"})
+
+    def loss(self, model, batch, received):
+        return super().loss(model, batch, received) + CENTRES.sum()
+
+
+def train_another(model, client):
+    other = copy.deepcopy(model)
+    for batch in client.batches():
+        cross_entropy(other(batch.inputs), batch.targets).backward()
+
+
+def halve(model, client):
+    model[0].weight.data.mul_(2)
+    model[2].half()
+
+
+TOLD = {
+    "other model": ({"train": train_another}, "untrained-upload", "loop of client 0 leaves all parameters bit for bit"),
+    "half": ({"train": halve}, "converted-parameters", "leaves parameters in float16, and the upload is"),
+    "part": ({"optimizer": lambda parameters: torch.optim.SGD(parameters[:1], lr=0.1)}, "partly-trained",
+             "steps 1 of the network's 4 parameters and leaves 0.bias, 2.weight, 2.bias as they are"),
+    "hooks": ({"loss_fn": hooking}, "piling-hooks", "Every training step adds a hook to 0, and none is removed"),
+    "method": ({"method": OwnParameters}, "untrained-parameters", "OwnParameters.loss depends on trainable parameters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "name", "said"), TOLD.values(), ids=TOLD)
+def test_what_may_be_meant_is_a_warning(given, name, said, tmp_path):
+    run = simulate(tmp_path, **given)
+    diagnostics = run.summary["diagnostics"]
+    assert re.search(said, diagnostics[name])
+    assert set(diagnostics) <= {name, "chance-level", "collapsed-class"}
+    if name == "partly-trained":
+        assert run.config.training.endswith(" of 1 of 4 parameters")
+
+
+class Counting:
+    """A loss that depends on how often it was called."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        return cross_entropy(model(batch[0]), batch[1]) * self.calls
+
+
+def reentrant(model, batch):
+    x = batch[0].clone().requires_grad_()
+    return cross_entropy(checkpoint(model, x, use_reentrant=True), batch[1])
+
+
+def with_a_temporary(model, batch):
+    shift = torch.zeros(4, requires_grad=True)
+    loss = cross_entropy(model(batch[0] + shift), batch[1])
+    return loss + loss.detach()
+
+
+def with_a_penalty(model, batch):
+    x = (batch[0] * torch.rand(len(batch[0]), 1)).requires_grad_()
+    outputs = model(x)
+    (gradient,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
+    return cross_entropy(outputs, batch[1]) + gradient.square().mean()
+
+
+def with_an_inner_step(model, batch):
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    steps = torch.autograd.grad(cross_entropy(model(batch[0]), batch[1]), parameters, create_graph=True)
+    moved = {name: each - 0.1 * step for name, each, step in zip(names, parameters, steps, strict=True)}
+    return cross_entropy(torch.func.functional_call(model, moved, (batch[0],)), batch[1])
+
+
+class Force(nn.Module):
+    """The gradient of an energy."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.energy = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+ACCEPTED = {
+    "gradient of inputs": {"loss_fn": with_a_penalty},
+    "gradient of parameters": {"loss_fn": with_an_inner_step},
+    "network's gradient": {"model": Force(), "loss_fn": lambda o, t: (o[:, 0] - t).square().mean()},
+    "counting": {"loss_fn": Counting()},
+    "fixed weight": {"loss_fn": Weighted(False)},
+    "hook": {"loss_fn": hooking_once},
+    "checkpoint": {"loss_fn": reentrant},
+    "temporary": {"loss_fn": with_a_temporary},
+    "groups": {"optimizer": lambda parameters: torch.optim.SGD([{"params": [each]} for each in parameters], lr=0.1)},
+}
+
+
+@pytest.mark.parametrize("given", ACCEPTED.values(), ids=ACCEPTED)
+def test_what_is_fine_trains_without_a_word(given, tmp_path):
+    run = simulate(tmp_path, **given)
+    assert set(run.summary["diagnostics"]) <= {"chance-level", "collapsed-class", "python-state"}
+    before, after = given.get("model", network()).state_dict(), run.model().state_dict()
+    still = [name for name, value in before.items() if torch.equal(value, after[name])]
+    assert still == (["energy.2.bias"] if "model" in given else [])
+
+
+def test_no_step_is_taken_beside_those_of_the_run(tmp_path):
+    loss = Counting()
+    simulate(tmp_path, loss_fn=loss, rounds=1, local_epochs=1)
+    assert loss.calls == 2 * 3 + 1  # three batches of each client, and the evaluation
