@@ -431,7 +431,7 @@ def simulate(
     start = settings.pop("init") if isinstance(settings.get("init"), nn.Module) else None
     config, memory = requested(method, data, model, settings)
     names = {name for name, value in settings.items() if value is not None}
-    config.check_effect(names if start is None else names - {"init_partial"})
+    config = config.for_user(names if start is None else names - {"init_partial"})
     if pictures and where is not None:
         check_vacant(where)
         check_free(where, (*PICTURES.values(), PICTURE_LIST))

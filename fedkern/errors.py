@@ -42,6 +42,10 @@ class UserError(Exception):
         super().__init__(printable(str(message)))
 
 
+class NoEffect(UserError):
+    """A setting that the user gave and that a run turns out not to use: nothing of a new run is kept."""
+
+
 class OtherFormat(UserError):
     """A stored file whose format has another number than this version of fedkern reads; see :func:`same_format`."""
 

@@ -20,7 +20,7 @@ def write(request: Request) -> int:
     choices = given(request)
     config = choices.config()
     check_networks(request.settings, config.data)
-    config.check_effect(request.settings)
+    config.for_user(request.settings)
     check_portable(config)
     if request.own_data:
         check_own_data(config)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedkern.cli.flags import DATA_FLAGS, flag, quote
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import one_shot
+from fedkern.engine.marks import PLACES, TRAINED
 from fedkern.settings.config import RunConfig
 from fedkern.settings.data import DataSettings
 from fedkern.settings.federation import FederationSettings
@@ -38,9 +39,12 @@ def command_line(method: str, config: RunConfig) -> str:
     target = RunConfig.make(method, data=config.data)
     width = RunConfig.make(method, data=config.data, model=config.model).width  # default width of the model
     words = [PROGRAM, method]
+    # Clients with --teachers do not train.
+    idle = {name for mark in TRAINED for name in PLACES[mark].settings} if config.teachers else set()
     for f in sorted(dataclasses.fields(RunConfig), key=_section):
         value = getattr(config, f.name)
-        if f.name in ("method", "options", "data_options", "plugins", "unset", *FINGERPRINTS) or value is None:
+        others = {"method", "options", "data_options", "plugins", *FINGERPRINTS, *idle}
+        if f.name not in config.names() - others or value is None:
             continue
         if f.name == "records" and value == config.replace(records=None).resolved()["records"]:
             continue  # follows from the method's options

@@ -66,13 +66,17 @@ def one_shot(method: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Given:
-    """What the ``--config`` file and the flags say about a new run, without defaults; plugins have their identities."""
+    """What the ``--config`` file and the flags say about a new run, without defaults; plugins have their identities.
+
+    ``names`` are the settings that somebody chose: a file that a run wrote has all settings.
+    """
 
     method: str
     settings: Mapping[str, Any]
     options: Mapping[str, Any]
     data_options: Mapping[str, Any]
     plugins: Mapping[str, str]
+    names: frozenset[str]
 
     def config(self) -> RunConfig:
         """The settings of the run: these, and defaults."""
@@ -87,10 +91,11 @@ def effective(request: Request) -> RunConfig:
     Raises:
         UserError: the file is missing or not TOML, or a setting is unknown or out of range.
     """
-    config = given(request).config()
+    choices = given(request)
+    config = choices.config()
     check_networks(request.settings, config.data)  # flags alone: a file lists unused settings too
     if request.command == "run":  # the runs of a comparison differ in which settings they use
-        config.check_effect(request.settings)
+        config = config.for_user(request.settings).replace(asked=choices.names)
     return config
 
 
@@ -101,6 +106,7 @@ def given(request: Request) -> Given:
         UserError: the file is missing or not TOML, or a setting is unknown or out of range.
     """
     table: dict[str, Any] = {}
+    names: set[str] = set()
     if request.config is not None:
         try:
             text = read_text(request.config, "utf-8-sig")
@@ -108,6 +114,7 @@ def given(request: Request) -> Given:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"The config file {request.config} cannot be read: {reason}.") from None
         table = read_settings(text, source=str(request.config))
+        names = set() if table.keys() & set(FINGERPRINTS) else {*table}
         table = {name: value for name, value in table.items() if name not in FINGERPRINTS}
     method = request.method or table.get("method")
     if method is None:
@@ -123,7 +130,7 @@ def given(request: Request) -> Given:
     data_options = {**table.pop("data_options", {}), **request.data_options}
     plugins = {**table.pop("plugins", {}), **dict.fromkeys(request.plugins, "")}
     settings = {**table, **request.settings}
-    return Given(method, settings, options, data_options, plugins)
+    return Given(method, settings, options, data_options, plugins, frozenset(names | request.settings.keys()))
 
 
 def trusted(folder: Path, options: Sequence[str], settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:

@@ -164,6 +164,7 @@ class Runner:
         folder = self.folder(cell)
         resume = (folder / SETTINGS).exists()
         config = cell.config if not resume else self._stored(cell)
+        config = config.replace(common=self.settings | cell.variant.settings.keys())
         run(
             config, out=folder, resume=resume, listener=Listeners(self.board, self.listener), data=self.data(config),
             script=self.script, trusted=self._trusted(cell), check=lambda now: self._check_grounds(now, folder),

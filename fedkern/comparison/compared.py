@@ -166,15 +166,14 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: Ta
 
 
 def unread(methods: Sequence[str], settings: Collection[str], options: Iterable[str]) -> list[str]:
-    """Sentences on settings that some of the methods do not take or read, and on options that a method has not."""
+    """Sentences on settings that some of the methods do not take, and on options that a method has not."""
     names = [name for name in OF_ROUNDS if name in settings]
     one_shot = [registry.short(method) for method in methods if registry.get(method).one_shot]
     flags = " and ".join(map(flag, names))
     sentences = (
         [f"{flags} is not used by {', '.join(one_shot)}, which plans its own rounds."] if names and one_shot else []
     )
-    ways = {flag(name): [name in registry.get(each).unread for each in methods] for name in sorted(settings)}
-    ways |= {f'The option "{name}"': [name not in registry.option_names(each) for each in methods] for name in options}
+    ways = {f'The option "{name}"': [name not in registry.option_names(each) for each in methods] for name in options}
     for name, marks in ways.items():
         others = [registry.short(method) for method, mark in zip(methods, marks, strict=True) if mark]
         sentences += [f"{name} is not read by {', '.join(others)}."] if others else []

@@ -124,7 +124,9 @@ class Result:
                 f"To target: up to the first evaluated round with {self.target}; bytes count both directions, seconds "
                 "are those of the machine that ran."
             )
-        if numbers := Counter(str(name) for run in self.runs for name in run.summary.get("diagnostics") or ()):
+        diagnostics = [run.summary.get("diagnostics") or {} for run in self.runs]
+        texts += dict.fromkeys(str(each["no-effect"]) for each in diagnostics if "no-effect" in each)
+        if numbers := Counter(str(name) for each in diagnostics for name in each if name != "no-effect"):
             counts = ", ".join(f"{name} ({count} run{'s' * (count > 1)})" for name, count in sorted(numbers.items()))
             texts.append(f"Warnings: {counts}; see diagnostics in the runs' summary.json.")
         return [*texts, *self.notes]

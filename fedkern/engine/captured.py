@@ -79,19 +79,13 @@ class Pass(Protocol):
 
 
 def replayable(kind: type[Objective], network: nn.Module | None = None) -> bool | None:
-    """Whether the class says so that has the ``loss``, or a class of fedkern's derived from it; None: nobody knows.
+    """Return whether a recorded step serves other batches; None: nobody says so.
 
-    A class or a ``network`` of somebody's own may compute on the host, in what it overrides.
+    A ``network`` of somebody's own may compute on the host.
     """
-    if network is not None and not all(_known(type(module)) for module in network.modules()):
-        return None if replayable(kind) is not False else False
-    for each in kind.__mro__:
-        if "replayable" in vars(each):
-            flag = bool(vars(each)["replayable"])
-            return flag if each is kind or not flag or _known(kind) else None
-        if "loss" in vars(each):
-            return False if _known(each) else None
-    return False
+    flag: bool | None = getattr(kind, "replayable", False)
+    known = network is None or all(_known(type(module)) for module in network.modules())
+    return flag if known or flag is False else None
 
 
 def _known(kind: type) -> bool:

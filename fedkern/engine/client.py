@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedkern.data.sharing.patients import numbered
 from fedkern.engine.context import RunContext
 from fedkern.engine.images import BackgroundBank
+from fedkern.engine.marks import TRAINED
 from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.node import Node
 from fedkern.engine.participation import share_of_work
@@ -54,6 +55,7 @@ class Client(Node):
         self.state = state
         self.phase: Phase = BEFORE  # the exchange that the client is asked in
         self._courses: dict[Phase, Course] = {}
+        self.marks: set[str] = set()
         self.on_gpu: tuple[str, ...] = ()  # vectors that train leaves there (see Encoder.on_gpu)
         self.drift: Drift | None = None
         # What train leaves to do when the GPU is done; None: train waits for it.
@@ -150,6 +152,7 @@ class Client(Node):
         schedule = self._in_time(phase, rows, steps=steps)
         received = self._received(phase, message, schedule.epochs, buffers, anchor, flat)
         received.extras = extras or {}
+        self.marks |= TRAINED
         network.fixed = self.statistics_fixed(phase)
         trained = network if parts is None else Part(network, parts)
         data = context.client_data(self.id)
@@ -210,16 +213,23 @@ class Client(Node):
             self._courses[phase] = Course(self, self._context.client_data(self.id), self._in_time(phase), phase)
         return self._courses[phase]
 
+    def left_marks(self) -> frozenset[str]:
+        """Return the marks that the client has left in this exchange."""
+        return frozenset(self.marks | {"epochs" for course in self._courses.values() if course.complete})
+
     @property
     def lr(self) -> float:
+        self.marks.add("lr")
         return self._course(self.phase).lr
 
     @property
     def batch_size(self) -> int:
+        self.marks.add("batches")
         return self._context.config.batch_size
 
     @property
     def epochs(self) -> int:
+        self.marks.add("epochs")
         return self._course(self.phase).schedule.epochs
 
     def batches(self, phase: Phase | None = None) -> Iterator[Batch]:
@@ -228,6 +238,7 @@ class Client(Node):
                 f"client.batches takes a phase or nothing, not {shown(phase)}: client.in_order({phase!r}) gives all "
                 "samples in stored order."
             )
+        self.marks |= {"batches", "augmented"}
         network = self._context.network("local").module
         for batch in self._course(phase or self.phase):
             if inner(network) is not network and isinstance(batch.inputs, Tensor):
@@ -263,6 +274,7 @@ class Client(Node):
         return replace(schedule, limit=max(1, math.floor(share * total)))
 
     def statistics_fixed(self, phase: Phase) -> bool:
+        self.marks.add("statistics")
         after = self._context.config.freeze_bn_after
         if after is None or phase.round < after:
             return False
@@ -284,9 +296,11 @@ class Client(Node):
         return self._context.frozen(message, self.own_buffers, self.personal)
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
+        self.marks |= set() if rng is None else {"augmented"}
         return self._context.client_data(self.id).batch(indices, rng=rng)
 
     def load_pretrained(self, module: nn.Module) -> bool:
+        self.marks.add("teachers")
         if self._context.teachers is None:
             return False
         self._context.teachers.load(self.id, module)
@@ -309,6 +323,7 @@ class Client(Node):
             return {}
         trainable = Trainable(module)
         trainable.fixed = self.statistics_fixed(phase)
+        self.marks |= TRAINED
         schedule = self._in_time(phase, rows, epochs=epochs, end=lr_end, first=first)
         received = self._received(phase, message or {}, schedule.epochs, None)
         data = self._context.client_data(self.id)
@@ -332,6 +347,7 @@ class Client(Node):
         rows: np.ndarray | None = None,
         lr_end: float | None = None,
     ) -> dict[str, float]:
+        self.marks |= TRAINED - {"clip"}
         schedule = self._schedule(phase, declared(self.samples, rows, spending), end=lr_end)
         received, data = self._received(phase, {}, schedule.epochs, None), self._context.client_data(self.id)
         figures = train_privately(self, method, phase, module, data, received, schedule, spending, rows)
@@ -396,6 +412,7 @@ class Client(Node):
     def in_order(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
+        self.marks |= {"augmented"} if augment else set()
         return self._context.client_data(self.id).batches(size, augment=augment, rng=rng)
 
     def validate(self, answer: Callable[[Tensor], Tensor]) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.hooks import message_for, reduced
+from fedkern.engine.hooks import message_for
 from fedkern.engine.participation import Participation
 from fedkern.engine.server import Server
 from fedkern.errors import UserError
@@ -145,6 +145,7 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
     name = config.method
     if method.guarantee(server) is not None:
         raise UserError(f"--dp-clip is not for {name}, which has differential privacy of its own: leave it out.")
+    seen = set()
     for entry in method.rounds(server.federation):
         more = entry.exchanges[0] if entry.one_off else next(iter(entry.exchanges[1:]), None)
         if more is not None:
@@ -152,21 +153,23 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
                 f'--dp-clip is not for {name} with these options, whose clients upload more ("{more}") than a change '
                 "of the network: leave it out, or choose other options."
             )
-        phase = Phase(0, entry.name, entry.exchanges[0])
-        summed = reduced(method, phase)
-        if "parameters" not in summed or entry.cohort or isinstance(entry.participants, tuple):
+        if "parameters" not in method.reduce or entry.cohort or isinstance(entry.participants, tuple):
             raise UserError(
                 f"--dp-clip is not for {name} with these options, whose server does more with uploads than adding them "
                 "up: leave it out."
             )
-    message = message_for(method.send(server, phase), 0, method.selective) or {}
-    for key, due in method.expects(server, phase, 0, message).items():
-        fits = key in summed and (key not in VECTORS or size_of(due) == server.state[key].numel())
-        if not fits and key != "integers":
-            raise UserError(
-                f'--dp-clip is not for {name} with these options, whose clients upload "{key}", which the server does '
-                "not only add up: leave it out, or choose other options."
-            )
+        phase = Phase(0, entry.name, entry.exchanges[0])
+        if phase in seen:
+            continue
+        seen.add(phase)
+        message = message_for(method.send(server, phase), 0, method.selective) or {}
+        for key, due in method.expects(server, phase, 0, message).items():
+            fits = key in method.reduce and (key not in VECTORS or size_of(due) == server.state[key].numel())
+            if not fits and key != "integers":
+                raise UserError(
+                    f'--dp-clip is not for {name} with these options, whose clients upload "{key}", which the server '
+                    "does not only add up: leave it out, or choose other options."
+                )
     if config.buffers == "pool":  # after what no setting mends: FedDRA has it by default
         raise UserError(
             "--buffers pool has clients upload sums over their samples, which --dp-clip does not bound: take --buffers "

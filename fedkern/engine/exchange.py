@@ -93,6 +93,8 @@ class Exchange:
         k = answer.client
         self._leave(k, self._asked.sent[k])
         self._log.heard(answer)
+        if self._asked.hooks.own:
+            self._log.marks |= answer.marks
         info: dict[str, Any] = {"samples": self._samples[k], **answer.report}
         arrival = Arrival(self._asked, k, answer.message, answer.checked, info)
         if answer.absent or answer.refused or answer.problem is not None:
@@ -118,7 +120,7 @@ class Exchange:
             start, here = time.perf_counter(), self._executor.here
             clients = {k: here.client(k) for k in asked.participants}
             for client in clients.values():
-                client.report = {}
+                client.report, client.marks = {}, set()
             uploads = asked.hooks.cohort_update(clients, asked.phase, asked.sent)
             for client in clients.values():
                 with named(f"Client {client.label}", None):
@@ -126,7 +128,10 @@ class Exchange:
             if uploads is not None:
                 each = (time.perf_counter() - start) / len(asked.sent)
                 reports = {k: figures(one.report, f"client {k}: client.report", TAKEN) for k, one in clients.items()}
-                return (Answer(k, uploads.pop(k), report=reports[k], seconds=each) for k in list(asked.sent))
+                marks = frozenset().union(*(client.left_marks() for client in clients.values()))
+                return (
+                    Answer(k, uploads.pop(k), report=reports[k], seconds=each, marks=marks) for k in list(asked.sent)
+                )
         begun: dict[int, dict[ClientId, Message]] = {}
         for k, message in asked.sent.items():
             begun.setdefault(asked.phase.round - asked.staleness(k), {})[k] = message

@@ -14,9 +14,7 @@ from fedkern.engine.finite import check_finite
 from fedkern.engine.progress import Progress
 from fedkern.engine.server import Server
 from fedkern.errors import RAISED, UserError, named, origin
-from fedkern.methods.base import ClientId, Declaration, Message, Method, Phase, Upload
-
-_SUMMING = ("reduce", "server_update", "average", "weight")
+from fedkern.methods.base import ClientId, Declaration, Message, Phase, Upload
 
 
 class MethodCode:
@@ -90,22 +88,21 @@ class Hooks:
         with self._code("expects"):
             return self._asked.expects(self._server, phase, client, message)
 
-    def reduced(self, phase: Phase) -> tuple[str, ...]:
+    @property
+    def reduced(self) -> tuple[str, ...]:
         """The vectors of an upload that the server only adds up; none of the pooling's."""
-        if not self.own:
-            return ()
-        with self._code("reduce"):
-            return reduced(self._asked, phase)
+        return tuple(self._asked.reduce) if self.own else ()
 
-    def on_gpu(self, phase: Phase) -> tuple[str, ...]:
-        """Those of :meth:`reduced` that may be left on the GPU: none where a ``client_update`` is somebody's own.
+    @property
+    def on_gpu(self) -> tuple[str, ...]:
+        """Those of :attr:`reduced` that may be left on the GPU: none where a ``client_update`` is somebody's own.
 
         That of others may compute with what ``train`` returned, on the CPU.
         """
         update = getattr(self._asked, "client_update", None)
         # Not __module__, which functools.wraps copies.
         module = getattr(update, "__globals__", {}).get("__name__", "")
-        return self.reduced(phase) if module.startswith("fedkern.") else ()
+        return self.reduced if module.startswith("fedkern.") else ()
 
     def cohort_update(
         self, clients: Mapping[ClientId, Client], phase: Phase, sent: Mapping[ClientId, Message]
@@ -143,17 +140,6 @@ class Hooks:
             network.eval()
             check_finite(network.state_dict(), f"in round {self._code.progress.done}", self._context)
         return network
-
-
-def reduced(method: Method, phase: Phase) -> tuple[str, ...]:
-    """The vectors of an upload that the method's server only adds up (see `Method.reduce`).
-
-    Empty where a class has a ``server_update``, ``average`` or ``weight`` of its own and inherits ``reduce``: what it
-    does with uploads is not declared.
-    """
-    kinds = type(method).__mro__
-    at = {name: next((i for i, kind in enumerate(kinds) if name in vars(kind)), len(kinds)) for name in _SUMMING}
-    return method.reduce(phase) if at["reduce"] == min(at.values()) else ()
 
 
 def messages_for(outgoing: Any, clients: Iterable[int], selective: bool = False) -> dict[int, Message | None]:

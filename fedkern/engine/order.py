@@ -21,8 +21,9 @@ from fedkern.usercode.registry import Registry
 USERS = "..."
 """Place of what users have registered."""
 PART_ORDER = (
-    "traffic", "artifacts", "evaluation", "server", "oracle", "privacy", USERS, "stop_at", "patience", "max_seconds",
-    "max_bytes", "diagnoses", "answers", "records", "warnings", "listeners", "results", "trace", "checkpoints",
+    "effects", "traffic", "artifacts", "evaluation", "server", "oracle", "privacy", USERS, "stop_at", "patience",
+    "max_seconds", "max_bytes", "diagnoses", "answers", "records", "warnings", "listeners", "results", "trace",
+    "checkpoints",
 )  # fmt: skip
 FILTER_ORDER = (
     "client_digests", "bytes", "reduction", "compress", USERS, "declared", "norm_bounds", "asynchronous",

@@ -31,6 +31,7 @@ class RoundLog:
         reports: what clients reported in this round, one exchange after another.
         left: clients of this round that are left out of the rest of it.
         dropped: an entry for every client left out since the last record.
+        marks: what the clients' code has used of the run so far.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class RoundLog:
         self.reports: list[dict[str, Any]] = []
         self.left: set[ClientId] = set()
         self.dropped: list[dict[str, Any]] = []
+        self.marks: set[str] = set()
 
     def begin(self) -> None:
         """A round begins."""

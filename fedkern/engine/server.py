@@ -27,6 +27,7 @@ class Server(Node):
         self.federation = context.federation
         self.trained_vectors = context.trained_vectors
         self.state: dict[str, Any] = {} if state is None else state
+        self.marks: set[str] = set()  # see `fedkern.engine.marks`
         self.refused: list[tuple[int, str]] = []  # in the current exchange
         self.showing = False  # whether log_image keeps the artifacts of this round
         self.artifacts: dict[str, tuple[Tensor, tuple[str, ...]]] = {}

@@ -219,6 +219,12 @@ class Course:
     def lr(self) -> float:
         return self.schedule.lr_at(self._epoch)
 
+    @property
+    def complete(self) -> bool:
+        """Whether the loop has taken as many epochs, or batches, as the run says."""
+        limit = self.schedule.limit
+        return self._epoch + self._amid == self.schedule.epochs if limit is None else self.done == limit
+
     def __iter__(self) -> Iterator[Batch]:
         self._epoch, self._amid = self._epoch + self._amid, True
         for batch in next(self._epochs, ()):

@@ -99,6 +99,7 @@ class Rule:
         entries = {name: entry.options for name, entry in AGGREGATORS.items()}
         name, self.options = with_options("--aggregator", text, entries)
         self.entry = AGGREGATORS[name]
+        self.used = False
 
     @property
     def text(self) -> str:
@@ -112,6 +113,7 @@ class Rule:
             UserError: the rule cannot combine so many vectors, raises another exception, or does not return ``[P]``.
         """
         assert self.entry.function is not None
+        self.used = True
         try:
             mixed = self.entry.function(list(vectors), torch.tensor(weights, dtype=torch.float64), **self.options)
         except (UserError, MemoryError):

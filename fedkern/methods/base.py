@@ -33,6 +33,19 @@ def vectors_of(message: Mapping[str, Any]) -> Message:
     return {name: message[name] for name in VECTORS if name in message}
 
 
+VOUCHED: Mapping[str, tuple[tuple[str, ...], Any]] = {
+    "averages": (("server_update", "average"), None),
+    "reduce": (("server_update", "average", "weight"), ()),
+    "asynchronous": (
+        ("rounds", "send", "client_update", "cohort_update", "server_update", "average", "weight", "terms",
+         "adjust_gradient"),
+        None,
+    ),
+    "replayable": (("loss",), None),
+}  # fmt: skip
+"""Hooks that a flag of a class vouches for, and the value of the flag where nobody vouches for them."""
+
+
 class Method:
     """A federated method; subclasses are registered with :func:`register`.
 
@@ -41,6 +54,9 @@ class Method:
 
     A pooled method (``pooled = True``) is not federated: a single client holds the data of all clients.  The byte
     ledger counts one upload of every client's raw images and labels.
+
+    The flags in `VOUCHED` vouch for hooks of the class that declares them.  A subclass that overrides such a hook and
+    does not declare the flag again loses the flag.
     """
 
     name: ClassVar[str] = ""
@@ -63,19 +79,42 @@ class Method:
     clients are drawn in secret; the engine checks that no state is written."""
     spans: ClassVar[str] = ""
     """What of the method follows a schedule over all rounds of a run; empty where nothing does."""
-    asynchronous: ClassVar[bool] = False
+    averages: bool | None = False
+    """Whether the server averages uploaded ``parameters``, so that ``--max-update-norm`` can bound updates.  None:
+    nobody says so of the class's own ``server_update`` or ``average``."""
+    reduce: tuple[str, ...] = ()
+    """Names of the vectors of an upload that ``server_update`` only hands to accumulators of the server.
+
+    With ``--sums exact`` these vectors stay on the rank of torchrun that made them.  The upload holds stand-ins
+    (`fedkern.methods.uploads.Kept`).  An accumulator's ``mean`` has the ranks add the vectors up and send one sum.
+    Where clients work on a GPU, one after another, the vectors stay there, unless ``client_update`` is your own.
+    With client-level differential privacy the vectors are clipped, and the server gets their noisy mean."""
+    asynchronous: bool | None = False
     """Whether the server may step by uploads that are stale, of clients that began in different rounds
-    (``--asynchronous``).  What a class inherits does not count: what it adds may count on whole rounds."""
+    (``--asynchronous``).  None: nobody says so of the class's own hooks, which may count on whole rounds."""
     keeps_head: ClassVar[bool] = False
     """Whether every client keeps the network's last linear layer to itself, where ``--personal`` names nothing else."""
     unread: ClassVar[frozenset[str]] = frozenset()
-    """Settings that a run takes and the method does not read; `fedkern.compare` names them."""
+    """Settings about later rounds, of a method whose clients train once.  A run refuses them, and `fedkern.compare`
+    names them; what else has no effect a run finds itself (`fedkern.engine.marks`)."""
     takes_teachers: ClassVar[bool] = False
     """Whether clients may load trained networks (``--teachers``) instead of training locally."""
 
     @dataclass(frozen=True)
     class Options(BaseOptions):
         """The method's options."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not isinstance(cls.reduce, tuple):
+            raise TypeError(f"{cls.__name__}.reduce: expected a tuple of names, given {cls.reduce!r}")
+        depth = {name: number for number, kind in reversed([*enumerate(cls.__mro__)]) for name in vars(kind)}
+        for name, (hooks, unknown) in VOUCHED.items():
+            # What the inherited loss calls may compute on the host, too.
+            called = getattr(getattr(cls, "loss", None), "__code__", None) if name == "replayable" else None
+            parts = (*hooks, *(called.co_names if called else ()))
+            if getattr(cls, name, None) and min(depth.get(part, depth[name]) for part in parts) < depth[name]:
+                setattr(cls, name, unknown)
 
     def __init__(self, options: Any = None, **values: Any) -> None:
         """Makes the method.
@@ -114,17 +153,12 @@ class Method:
         return "logits"
 
     @property
-    def averages(self) -> bool:
-        """Whether the server averages uploaded ``parameters``, so that ``--max-update-norm`` can bound updates."""
-        return False
-
-    @property
     def takes_personal(self) -> bool:
         """Whether clients may keep parts of the network to themselves (``--personal``).
 
         Vectors of messages and of ``adjust_gradient`` and ``terms`` then have the length of what is shared.
         """
-        return self.averages and not self.one_shot
+        return self.averages is not False and not self.one_shot
 
     @property
     def takes_buffers(self) -> bool:
@@ -133,8 +167,8 @@ class Method:
 
     @property
     def steps_once(self) -> bool:
-        """Whether the server takes one average of the whole network in a round, as a step of ``--server-rule`` is."""
-        return self.averages and not self.one_shot
+        """Whether the server may take one average of the whole network a round, as a step of ``--server-rule`` is."""
+        return self.averages is not False and not self.one_shot
 
     def architecture(self, client: ClientId) -> dict[str, Any]:
         """Arguments of ``Client.network`` for this client's network, trained or loaded; empty: the run's network."""
@@ -200,19 +234,6 @@ class Method:
         Every upload fits the declaration of ``expects``.  An upload is empty only where nothing is expected.
         """
         raise NotImplementedError
-
-    def reduce(self, phase: Phase) -> tuple[str, ...]:
-        """Names of the vectors of an upload that ``server_update`` only hands to accumulators of the server.
-
-        With ``--sums exact`` these vectors stay on the rank of torchrun that made them.  The upload holds stand-ins
-        (`fedkern.methods.uploads.Kept`).  An accumulator's ``mean`` has the ranks add the vectors up and send one sum.
-        Where clients work on a GPU, one after another, the vectors stay there, unless ``client_update`` is your own.
-        With client-level differential privacy the vectors are clipped, and the server gets their noisy mean.
-
-        The names hold for the class that declares them: where a subclass has a ``server_update``, ``average`` or
-        ``weight`` of its own and no ``reduce``, whole uploads travel.
-        """
-        return ()
 
     def model(self, server: Server) -> nn.Module | None:
         """The module that is evaluated (in eval mode) and saved; None while there is nothing to evaluate yet.
@@ -321,10 +342,8 @@ class LocalTraining(Objective, Method):
         )
 
     pools_statistics = True
-
-    @property
-    def averages(self) -> bool:
-        return True
+    averages = True
+    reduce: tuple[str, ...] = ("parameters", "buffers")
 
     def start(self, server: Server) -> None:
         server.state.update(server.initial())
@@ -344,9 +363,6 @@ class LocalTraining(Objective, Method):
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         server.state.update(self.average(server, uploads))
 
-    def reduce(self, phase: Phase) -> tuple[str, ...]:
-        return ("parameters", "buffers")
-
     def average(self, server: Server, uploads: Iterable[Upload]) -> Message:
         """The weighted means of the uploads' ``parameters`` and ``buffers``, and the largest of their ``integers``.
 
@@ -354,6 +370,7 @@ class LocalTraining(Objective, Method):
         after a step of a server optimiser from ``server.state["parameters"]`` towards them.
         """
         means: dict[str, Any] = {}
+        getattr(server, "marks", set[str]()).update(("average", "server_step"))
         rule = getattr(server, "aggregator", None)  # a server of somebody's own may know only the mean
         gathered = None if rule is None else Gathered(rule)
         integers: Tensor | None = None

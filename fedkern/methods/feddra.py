@@ -55,6 +55,8 @@ class FedDRA(Robust):
     """Trains image and text encoders in two stages, with anchors and robust client weights (arXiv 2404.03854)."""
 
     asks = frozenset({"loss", "pairs", "images"})
+    averages = True
+    replayable = False
 
     @dataclass(frozen=True)
     class Options(Robust.Options):

@@ -61,6 +61,8 @@ class FedGID(LocalTraining):
     asks = frozenset({"criterion", "classes", "images", "features"})
     memoryless = True
     asynchronous = True
+    averages = True
+    reduce = LocalTraining.reduce
     replayable = True
 
     @dataclass(frozen=True)
@@ -294,9 +296,6 @@ class FedGID(LocalTraining):
             server.round_cache.pop("pool")
         else:
             super().server_update(server, phase, uploads)
-
-    def reduce(self, phase: Phase) -> tuple[str, ...]:
-        return super().reduce(phase) if phase.exchange not in ("collect", "distribute") else ()
 
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
         changed = observed.get("intervention_changed")

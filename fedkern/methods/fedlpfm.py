@@ -65,6 +65,8 @@ class FedLPFM(LocalTraining):
     asks = frozenset({"criterion", "classes", "images"})
     replayable = True
     asynchronous = True
+    averages = True
+    reduce = LocalTraining.reduce
 
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
@@ -204,9 +206,6 @@ class FedLPFM(LocalTraining):
             super().server_update(server, phase, uploads)
         elif right := [upload.message["right"] for upload in uploads]:
             server.report["validation_tuned_teacher_accuracy"] = sum(right) / len(right)
-
-    def reduce(self, phase: Phase) -> tuple[str, ...]:
-        return super().reduce(phase) if phase.exchange != TUNE else ()
 
     def _tune(self, client: Client) -> Message:
         """Tunes the teachers that the client may use; uploads their mean validation accuracy as ``right``, if any."""

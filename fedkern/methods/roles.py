@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,15 +20,14 @@ from fedkern.tasks import Task
 class Objective:
     """Interface that the engine's training loop calls: the loss, its random draws and changes to the gradient."""
 
-    replayable: ClassVar[bool] = False
+    replayable: bool | None = None
     """Whether a recording of ``loss`` and its gradients, made with one batch, serves others (`engine/captured.py`).
 
     The loss then may depend on the network, on the batch's ``inputs``, ``targets`` and the tensors and numbers in
     ``drawn``, on the method's options and on what of ``received`` stays the same in the exchange.  It reads no value
     of a tensor on the host, and neither ``batch.indices`` nor ``epoch`` nor ``phase`` (``received.phase`` is the same);
-    it draws nothing but from torch's global generator, and changes no state of Python.  Counts only for the ``loss`` of
-    the class that says so, or of a class from which that class derives; where a class of somebody's own says nothing,
-    recorded steps are compared with eager ones."""
+    it draws nothing but from torch's global generator, and changes no state of Python.  The flag holds for the ``loss``
+    of the class that declares the flag.  None: nobody says so, and recorded steps are compared with eager ones."""
 
     @property
     def masked(self) -> bool:

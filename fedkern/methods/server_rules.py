@@ -47,7 +47,7 @@ class ServerRule:
 
     def __init__(self, text: str, learning_rate: float | None = None) -> None:
         self.name, self.options = with_options("--server-rule", text, SERVER_RULES)
-        self.learning_rate = learning_rate
+        self.learning_rate, self.used = learning_rate, False
 
     @property
     def text(self) -> str:
@@ -70,6 +70,7 @@ class ServerRule:
         Returns:
             fp32 [P].
         """
+        self.used = True
         moments = {}
         for which, rules in _MOMENTS.items():
             if self.name in rules:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +27,7 @@ from fedkern.settings.model import check_networks
 from fedkern.settings.privacy import PrivacySettings
 from fedkern.settings.run_format import NAME
 from fedkern.settings.training import TrainingSettings
-from fedkern.typed_option import Option, declared, flag
+from fedkern.typed_option import Option, declared
 from fedkern.usercode import named_code
 from fedkern.usercode import plugins as plugin_room
 
@@ -163,7 +164,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
     @classmethod
     def names(cls) -> set[str]:
         """Names of the settings in a config file; a run stores all but those of `UNSTORED`."""
-        return {f.name for f in dataclasses.fields(cls)} - {"unset"}
+        return {f.name for f in dataclasses.fields(cls)} - {"unset", "asked", "common"}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; settings that are ``None``, and those of `UNSTORED`, are left out."""
@@ -199,15 +200,26 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
             if isinstance(value, str):
                 check_text(value, f"the setting {name}")
 
-    def check_effect(self, names: Collection[str]) -> None:
-        """Raises UserError where a setting has no effect beside the others: the user would take the result for its own.
+    def for_user(self, names: Collection[str]) -> Self:
+        """Return the settings with the names of those that the user gave; a run refuses one without effect.
 
         Args:
-            given: names of the settings that the user gave; a stored run or a config file of one names all of them.
+            names: a stored run or a config file of one names all settings, and is not meant.
+
+        Raises:
+            UserError: a setting has no effect beside the others.
         """
         for name, way in self.unused().items():
-            if name in names:
-                raise UserError(f"{flag(name)} has no effect {way}.")
+            for label in self.given(name) if name in names else ():
+                raise UserError(f"{label} has no effect {way}.")
+        return self.replace(asked=frozenset(names))
+
+    def not_default(self) -> frozenset[str]:
+        """Return the names of the settings that are not at their defaults; none of data that only a script has."""
+        with suppress(UserError):
+            usual = {each.name: each.default for each in dataclasses.fields(self)} | defaults(self.method, self.data)
+            return frozenset(name for name in self.names() if getattr(self, name) != usual[name])
+        return frozenset()
 
     def check_code(self, folder: str | os.PathLike[str], trusted: Collection[str]) -> None:
         """Raises UserError where the settings of a run folder name code that is not ``trusted``.

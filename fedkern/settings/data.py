@@ -27,7 +27,8 @@ class DataSettings(Section):
     """The data.
 
     ``unset`` are the settings of `DATA_DEPENDENT` that nobody gave: they hold the data set's usual defaults until the
-    data are loaded.
+    data are loaded.  ``asked`` are the settings that the user gave, which the run must use; ``common`` are those that a
+    comparison gives to all its methods.
     """
 
     data: str = option(COMMON["data"], f"data set: {', '.join(DATASETS)}, {FORMS}", path=named_code.absolute)
@@ -64,6 +65,8 @@ class DataSettings(Section):
     )
     data_options: Mapping[str, Any] = field(default_factory=dict)
     unset: frozenset[str] = field(default=frozenset(), compare=False)
+    asked: frozenset[str] = field(default=frozenset(), compare=False)
+    common: frozenset[str] = field(default=frozenset(), compare=False)
 
     def check(self) -> None:
         super().check()

@@ -55,7 +55,7 @@ class FaultSettings(FederationSettings):
     def check(self) -> None:
         super().check()
         self.check_able(self.made.averages, AVERAGING, "max_update_norm", "clip_update_norm")
-        rounds = self.made.averages and not self.kind.one_shot
+        rounds = self.made.averages is not False and not self.kind.one_shot
         self.check_able(rounds, f"{AVERAGING} round by round", "dropout_rate", "straggler_rate")
         if self.straggler_rate and self.kind.promises(self.chosen):
             raise UserError(

@@ -125,7 +125,8 @@ class FederationSettings(DataSettings):
                     f"{flag(name)} is not for {self.method}, a one-shot method, whose rounds belong together: leave it "
                     "out."
                 )
-        self.check_able(self.made.averages, AVERAGING, "compress", "aggregator")
+        self.check_able(self.made.averages, AVERAGING, "compress")
+        self.check_able(self.made.averages is not False, AVERAGING, "aggregator")
         once = "whose server averages the clients' parameters once a round"
         self.check_able(self.made.steps_once, once, "server_rule", "server_lr")
         if self.stop_at is not None:
@@ -135,10 +136,10 @@ class FederationSettings(DataSettings):
 
     def _check_asynchronous(self) -> None:
         """Raises UserError where the method cannot take stale uploads, or a step needs more clients than there are."""
-        if not (vars(self.kind).get("asynchronous", False) and self.made.averages):
-            able = ", ".join(name for name, kind in registry.METHODS.items() if vars(kind).get("asynchronous", False))
-            own = "asynchronous" in vars(self.kind)
-            why = "counts on whole rounds" if own else "does not declare it in its own class"
+        if not (self.kind.asynchronous and self.made.averages):
+            able = ", ".join(name for name, kind in registry.METHODS.items() if kind.asynchronous)
+            silent = self.kind.asynchronous is None or self.made.averages is None
+            why = "overrides what they reach and does not declare it again" if silent else "counts on whole rounds"
             raise UserError(
                 f"--asynchronous is for methods whose class declares that stale uploads do no harm ({able}), and "
                 f"{self.method} {why}: leave it out, or choose another method."
@@ -158,12 +159,19 @@ class FederationSettings(DataSettings):
                 "of the two out."
             )
 
-    def check_able(self, able: bool, what: str, *names: str) -> None:
-        """Raises UserError for settings of methods that do ``what`` where the method is not ``able`` to."""
+    def check_able(self, able: bool | None, what: str, *names: str) -> None:
+        """Raises UserError for settings of methods that do ``what`` where the method is not ``able`` to.
+
+        ``able`` is None where the method's class has hooks of its own and does not declare ``averages`` again.
+        """
         if not able and (name := next(self.given(*names), None)):
-            raise UserError(
-                f"{name} is for methods {what}, which {self.method} with these options does not do: leave it out."
-            )
+            why = f"which {self.method} with these options does not do: leave it out."
+            if able is None:
+                why = (
+                    f"and {self.kind.__name__} has a server_update or average of its own: declare averages = True in "
+                    "the class if it does so too, or leave it out."
+                )
+            raise UserError(f"{name} is for methods {what}, {why}")
 
     @property
     def policy(self) -> tuple[str, dict[str, Any]]:

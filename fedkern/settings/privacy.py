@@ -76,7 +76,7 @@ class PrivacySettings(FaultSettings, ModelSettings):
 
     def check(self) -> None:
         super().check()
-        self.check_able(self.made.averages, AVERAGING, "dp_clip", "dp_noise")
+        self.check_able(self.made.averages is not False, AVERAGING, "dp_clip", "dp_noise")
         self._check_client_level()
         self.check_whole_rounds("--dp-clip", self.dp_clip is not None)
         self.check_whole_rounds("--buffers pool", self.buffers == "pool")

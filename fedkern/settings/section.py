@@ -12,6 +12,8 @@ from fedkern.methods.base import Method
 from fedkern.methods.options import Options
 from fedkern.typed_option import flag, option
 
+_NEUTRAL = {"sample_fraction": 1, "lr_decay": 1, "optimizer_state": "new", "augment": "none"}
+"""Values of settings that say nothing, beside 0 and the mean."""
 OF_METHOD = ("chosen", "made")
 """What is made once of a method and its options."""
 
@@ -39,7 +41,7 @@ class Section:
 
     def unused(self) -> dict[str, str]:
         """Settings that have no effect beside the others, each with why and the way out."""
-        return {}
+        return dict.fromkeys(self.kind.unread, f"on {self.method}, whose clients train once: leave it out")
 
     @property
     def kind(self) -> type[Method]:
@@ -65,4 +67,4 @@ class Section:
 
     def given(self, *names: str) -> Iterator[str]:
         """The flags of those of the settings that say anything."""
-        return (flag(name) for name in names if getattr(self, name) not in ("mean", None, 0))
+        return (flag(name) for name in names if getattr(self, name) not in ("mean", None, 0, _NEUTRAL.get(name)))

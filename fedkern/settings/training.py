@@ -64,6 +64,8 @@ class TrainingSettings(Section):
         ways = super().unused()
         if self.local_steps is not None:
             ways["local_epochs"] = "beside --local-steps: leave one of the two out"
+        if self.optimizer == "adamw":
+            ways["momentum"] = "with --optimizer adamw, which has moments of its own: leave it out"
         if self.lr_steps is None:
             ways["lr_step_factor"] = "without --lr-steps: give that too, or leave it out"
         return ways

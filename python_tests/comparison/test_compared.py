@@ -10,12 +10,11 @@ import torch
 import fedkern
 from fedkern.comparison import found_runs
 from fedkern.comparison.cells import OF_ROUNDS
-from fedkern.comparison.compared import unread
 from fedkern.comparison.found_runs import FoundRun, Group, main_figures
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, FedAvg
+from fedkern.methods import FedAvg
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 
@@ -70,22 +69,25 @@ def test_data_in_memory_and_one_folder_by_default():
 
 
 def test_settings_that_a_method_does_not_read_are_named(tmp_path):
-    """Those that methods declare change nothing of their runs."""
-    given = {**TINY, "rounds": 2, "momentum": 0.9, "data": "digits"}
-    for method, name, value in (
-        ("local", "sample_fraction", 0.5), ("centralised", "sample_fraction", 0.5), ("oneshot-fedavg", "lr_decay", 0.5),
-        ("ensemble", "optimizer_state", "keep"),
+    """They change nothing of its runs, which a comparison plays and a run of its own refuses."""
+    how = {name: value for name, value in TINY.items() if name not in OF_ROUNDS}
+    how |= {"data": "digits", "rounds": 2, "local_epochs": 1, "seeds": 1}
+    given = {"sample_fraction": 0.5, "lr_decay": 0.5, "optimizer_state": "keep"}
+    for method, names in (
+        ("local", {"sample_fraction"}), ("centralised", {"sample_fraction"}),
+        ("oneshot-fedavg", {"lr_decay", "optimizer_state"}), ("fedavg", set()),
     ):  # fmt: skip
-        how = dict(given)
-        if METHODS[method].one_shot:
-            how = {"local_epochs": 2, **{key: each for key, each in given.items() if key not in OF_ROUNDS}}
-        runs = [
-            fedkern.simulate(method, out=tmp_path / f"{method}{len(more)}", pictures=False, **how, **more)
-            for more in ({}, {name: value})
-        ]
-        assert runs[0].metrics == runs[1].metrics
-        assert f"--{name.replace('_', '-')} is not read by {method}." in unread([method, "fedavg"], {name}, ())
-    assert unread(["fedavg", "fedprox"], {"sample_fraction", "lr_decay"}, ()) == []
+        more = {name: given[name] for name in names}
+        figures = []
+        for number, each in enumerate(({}, more)):
+            found = fedkern.compare([method], out=tmp_path / f"{method}{number}", **how, **each)
+            figures.append(found.table[0]["accuracy"])
+        assert figures[0] == figures[1]
+        for name in names:
+            assert f"--{name.replace('_', '-')} has no effect on " in " ".join(found.notes)
+            single = {key: value for key, value in how.items() if key not in ("rounds", "seeds")}
+            with pytest.raises(UserError, match=f"^{name} has no effect on "):
+                fedkern.simulate(method, out=tmp_path / name, pictures=False, **{name: given[name]}, **single)
 
 
 class Broken(FedAvg):

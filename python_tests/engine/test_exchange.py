@@ -271,8 +271,9 @@ def test_a_cohort_is_asked_at_once(remote):
     bench = Bench(filters=[a], entry=Round("train", cohort=True), hooks=Hooks({k: {"x": k} for k in range(3)}))
     bench.executor.remote = remote
     bench.executor.client = lambda k: SimpleNamespace(
-        id=k, label=str(k), report={"stale": 1.0}, check_state=lambda: None
-    )
+        id=k, label=str(k), report={"stale": 1.0}, check_state=lambda: None,
+        marks={"stale"}, left_marks=lambda: frozenset({f"client {k}"}),
+    )  # fmt: skip
     messages = [upload.message for upload in bench.exchange.uploads()]
     if remote:  # each works where it is
         assert [call for call in bench.calls if call[0] == "works"] == [("works", k) for k in range(3)]
@@ -281,6 +282,7 @@ def test_a_cohort_is_asked_at_once(remote):
     assert ("works", 0) not in bench.calls
     assert [info["loss"] for info in bench.log.reports] == [0.0, 1.0, 2.0]
     assert "stale" not in bench.log.reports[0]
+    assert bench.log.marks == {"client 0", "client 1", "client 2"}
 
 
 class Reporting(Hooks):
@@ -300,7 +302,9 @@ class Reporting(Hooks):
 )
 def test_a_cohorts_reports_are_numbers_by_names_of_their_own(report, why):
     bench = Bench(entry=Round("train", cohort=True), hooks=Reporting(report))
-    bench.executor.client = lambda k: SimpleNamespace(id=k, label=str(k), report={}, check_state=lambda: None)
+    bench.executor.client = lambda k: SimpleNamespace(
+        id=k, label=str(k), report={}, check_state=lambda: None, left_marks=frozenset
+    )
     if not why:
         assert bench.clients() == [0, 1, 2]
         assert type(bench.log.clients["1"]["x"]) is float

@@ -345,6 +345,8 @@ def test_which_executor_has_the_clients_of_a_round(cohort, together, remote, her
 
     bench = Bench((Round(cohort=cohort),), [lambda calls: Tracing()])
     bench.executor.remote = remote
-    bench.executor.here.client = lambda k: SimpleNamespace(report={})
+    bench.executor.here.client = lambda k: SimpleNamespace(
+        label=str(k), report={}, check_state=lambda: None, left_marks=frozenset
+    )
     bench.loop.play()
     assert [len(each.asked) for each in (bench.executor, bench.executor.here)] == ([0, 3] if here else [3, 0])

@@ -166,6 +166,8 @@ def test_a_large_update_is_clipped(method, make_data, make_config, tmp_path, mon
     kind, sent = METHODS[method], {}
 
     class Watched(poisoned(kind, lambda answer: boosted(answer) if "parameters" in answer else answer)):
+        averages = True
+
         def server_update(self, server, phase, uploads):
             if phase.exchange == "update":
                 start, uploads = server.state["parameters"].double(), list(uploads)

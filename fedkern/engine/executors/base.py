@@ -29,6 +29,7 @@ class Answer:
         report: named figures of the client.
         warnings: diagnostics by name, from a client in a worker process; empty where this process has them already.
         seconds: duration of the client's own work.
+        marks: what the client's code has used of the run (see `fedkern.engine.marks`).
         checked: figures of the upload's check, where an encoder has checked it; else None.
         refused: why what came cannot be read as an answer, as the end of a sentence about the upload; empty: it can.
         absent: why nothing came, as the end of a sentence about the client; empty: something came.
@@ -40,6 +41,7 @@ class Answer:
     report: dict[str, float] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    marks: frozenset[str] = frozenset()
     checked: dict[str, Any] | None = None
     refused: str = ""
     absent: str = ""

@@ -113,7 +113,7 @@ class Serial:
         """Has a client work, on a ``lane`` without waiting for the GPU; returns what gets its answer."""
         start = time.perf_counter()
         context, client = self._context, self.client(k)
-        client.report, client.phase = {}, phase
+        client.report, client.phase, client.marks = {}, phase, set()
         client.on_gpu, client.drift = () if encoder is None else encoder.on_gpu, None
         client.later = None if lane is None else []
         answer, wait = Answer(k), None
@@ -142,7 +142,7 @@ class Serial:
                 for work in client.later or () if answer.problem is None else ():
                     work()
                 answer.report = figures(client.report, "client.report", TAKEN) if answer.problem is None else {}
-            problem, client.later = answer.problem, None
+            problem, client.later, answer.marks = answer.problem, None, client.left_marks()
             with self._problems(answer, asker):
                 client.check_state()
             answer.problem = problem or answer.problem  # the first

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedkern.data.images import used_cache
 from fedkern.engine import initial_weights
 from fedkern.engine.store import artifacts, checkpoints, confusions, evaluation_file, predictions, records, saved_model
-from fedkern.errors import UserError
+from fedkern.errors import NoEffect, UserError
 from fedkern.files import atomic, filesystem, folder_lock
 from fedkern.methods import registry
 from fedkern.settings import config
@@ -129,8 +129,8 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
             filesystem.drop_temporaries(out, NAMES.__contains__)
             try:
                 yield lock.check
-            except Exception:
-                begun = begun or _came_to_something(out)
+            except Exception as error:
+                begun = begun or (not isinstance(error, NoEffect) and _came_to_something(out))
                 if not begun:
                     _take_back(out)
                 raise

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fedkern import ops
 from fedkern.engine.client_privacy import ClientPrivacy, size_of
-from fedkern.engine.hooks import reduced
 from fedkern.engine.registry import register_filter
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.server import Server
@@ -103,7 +102,7 @@ class PrivateMean(Filter):
         self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
         declared, state = asked.declared(asked.participants[0]), self._server.state
-        start = self._start(declared, asked.phase)
+        start = self._start(declared)
         total = ClippedSum(self._privacy.level, start, self._config.sums == "exact")
         for upload in uploads:
             norm, factor = total.add(upload.message)
@@ -118,9 +117,9 @@ class PrivateMean(Filter):
             message["integers"] = state["integers"]
         yield Upload(RELEASED, 1, message, share=asked.clients / self._server.federation.clients)
 
-    def _start(self, declared: Declaration, phase: Phase) -> dict[str, Tensor]:
+    def _start(self, declared: Declaration) -> dict[str, Tensor]:
         """What clients' vectors are counted from: the global network's, zero for vectors that are changes already."""
-        names = [name for name in reduced(self._method, phase) if name in declared]
+        names = [name for name in self._method.reduce if name in declared]
         state = self._server.state
         return {name: state[name] if name in VECTORS else torch.zeros(size_of(declared[name])) for name in names}
 

@@ -46,7 +46,7 @@ class Reduction(Filter):
         return cls(gpu) if (ranks or gpu) and run.server.aggregator is None else None
 
     def encoders(self, asked: Asked) -> Mapping[ClientId, Encoder]:
-        names = asked.hooks.on_gpu(asked.phase) if self._gpu else asked.hooks.reduced(asked.phase)
+        names = asked.hooks.on_gpu if self._gpu else asked.hooks.reduced
         if not names:
             return {}
         there = names if self._gpu else ()

@@ -24,6 +24,7 @@ from fedkern.engine.client import Client, check_client
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.serial import Serial
+from fedkern.engine.marks import PLACES
 from fedkern.engine.node import TAKEN
 from fedkern.engine.server import Server
 from fedkern.engine.store.releases import DIVERGED, Releases
@@ -45,7 +46,7 @@ from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_data, data_of_one, decided, effective, kept_data, load_data
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Version of the messages; both ends must have the same."""
 ASKERS = ("method", "pooling")
 MOST_NAMES, LONGEST_NAME = 256, 200
@@ -295,6 +296,7 @@ class NodeClients:
                 "problem": _problem(answer, public),
                 "report": answer.report if public else {},
                 "warnings": dict(self._context.warnings) if public else {},
+                "marks": sorted(answer.marks),  # they tell of the method's code, not of the data
                 "seconds": answer.seconds if public else 0.0,
                 "changed": changed,
                 "ledger": ledger,
@@ -318,7 +320,7 @@ class NodeClients:
 def failed(request: ClientRequest, what: str, traceback: str) -> PackedMessage:
     """The reply of a client that could not begin to answer."""
     problem = {"kind": "failed", "what": what, "traceback": traceback}
-    empty: dict[str, Any] = {"message": None, "report": {}, "warnings": {}, "seconds": 0.0, "ledger": None}
+    empty: dict[str, Any] = {"message": None, "report": {}, "warnings": {}, "marks": [], "seconds": 0.0, "ledger": None}
     head = {"client": request.client, "version": list(request.version), "changed": False}
     return pack({**head, **empty, "problem": problem})
 
@@ -335,7 +337,9 @@ def _problem(answer: Answer, public: bool) -> dict[str, Any] | None:
 
 # -- the server's end of a reply -------------------------------------------------------------------------------------
 
-_REPLY = {"client": int, "version": list, "report": dict, "warnings": dict, "seconds": float, "changed": bool}
+_REPLY = {
+    "client": int, "version": list, "report": dict, "warnings": dict, "marks": list, "seconds": float, "changed": bool,
+}  # fmt: skip
 
 
 @dataclass
@@ -392,6 +396,8 @@ def read_reply(packed: PackedMessage, client: int, version: Version) -> Reply:
         raise Malformed(f"reports a figure above {LARGEST_FIGURE:g}")
     if not _named(warnings) or not all(isinstance(text, str) for text in warnings.values()):
         raise Malformed("has warnings that are none")
+    if not all(mark in [*PLACES] for mark in values["marks"]):
+        raise Malformed("has marks that are none")
     if not 0 <= values["seconds"] <= LARGEST_FIGURE:
         raise Malformed("has a report that is none")
     answer = Answer(
@@ -401,6 +407,7 @@ def read_reply(packed: PackedMessage, client: int, version: Version) -> Reply:
         report=report,
         warnings={name: printable(text) for name, text in warnings.items()},
         seconds=values["seconds"],
+        marks=frozenset(values["marks"]),
     )
     return Reply(answer, values["changed"], values["ledger"])
 

@@ -113,6 +113,7 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
         plugins=loaded,
         **settings,
     )
+    config = config.replace(asked=frozenset(settings))
     # The ClientApp reads flower.resident itself, before it imports all this.
     switches: dict[str, Any] = {
         key: each.named(key, key).convert(values[key]) if key in values else each.default

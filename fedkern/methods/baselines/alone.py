@@ -27,7 +27,6 @@ class Local(Objective, Method):
 
     asks = frozenset({"loss"})
     replayable = True
-    unread = frozenset({"sample_fraction"})
 
     @property
     def needs(self) -> str:

@@ -26,7 +26,6 @@ class Centralised(Objective, Method):
     pooled = True
     pools_statistics = True
     replayable = True
-    unread = frozenset({"sample_fraction"})
     asks = frozenset({"loss"})
 
     def start(self, server: Server) -> None:

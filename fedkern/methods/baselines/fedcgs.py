@@ -36,7 +36,7 @@ class FedCGS(OneShot):
 
     asks = frozenset({"classes", "features"})
     takes_teachers = False
-    unread = OneShot.unread | {"local_epochs", "local_steps", "batch_size", "lr", "momentum", "optimizer"}
+    averages = False
 
     @dataclass(frozen=True)
     class Options(BaseOptions):
@@ -45,10 +45,6 @@ class FedCGS(OneShot):
         shrinkage: bool = option(True, "shrink the covariance to its mean variance; off: as published")
 
     calibrates = True
-
-    @property
-    def averages(self) -> bool:
-        return False
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         yield Round(STATISTICS, exchanges=(STATISTICS,), participants="all", trains="classifier")
@@ -82,9 +78,6 @@ class FedCGS(OneShot):
         if not pooled.samples:
             raise UserError("The statistics of every client were refused, so that there is no classifier to set.")
         self.replace_head(server, pooled.classifier(shrinkage=self.options.shrinkage))
-
-    def reduce(self, phase: Phase) -> tuple[str, ...]:
-        return ()
 
 
 class FeatureStatistics:

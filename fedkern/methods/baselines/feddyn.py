@@ -39,6 +39,8 @@ class FedDyn(FedAvg):
 
     asks = frozenset({"loss"})
     asynchronous = False  # counts on whole rounds
+    averages = True
+    reduce = FedAvg.reduce  # server_update only counts the uploads
     follows_own_update = True
     memoryless = False
 
@@ -92,9 +94,6 @@ class FedDyn(FedAvg):
             server.state["average"] = average
             server.state["shift"] = server.state["shift"] + share * (average - before)
             server.state["parameters"] = average + server.state["shift"]
-
-    def reduce(self, phase: Phase) -> tuple[str, ...]:
-        return super().reduce(phase)  # server_update only counts the uploads
 
     @property
     def steps_once(self) -> bool:

@@ -15,6 +15,7 @@ class FedPer(FedAvg):
 
     asks = frozenset({"criterion"})
     memoryless = False
+    asynchronous = False
     keeps_head = True
 
     @property

@@ -50,6 +50,7 @@ class FedProto(LocalTraining):
 
     asks = frozenset({"criterion", "classes", "features"})
     replayable = True
+    averages = True
 
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
@@ -61,6 +62,11 @@ class FedProto(LocalTraining):
         predict: str = option(
             "head", "prediction by the classifier, or by the nearest prototype", choices=("head", "prototype")
         )
+
+    def __init__(self, options: Any = None, **values: Any) -> None:
+        super().__init__(options, **values)
+        if self.options.networks == "personal":
+            self.averages = False
 
     @property
     def needs(self) -> str:
@@ -111,12 +117,8 @@ class FedProto(LocalTraining):
     # -- the server ------------------------------------------------------------------------------------------------
 
     @property
-    def averages(self) -> bool:
-        return bool(self.options.networks == "averaged")
-
-    @property
     def takes_buffers(self) -> bool:
-        return self.averages
+        return self.averages is not False
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         yield from super().rounds(federation)

@@ -46,6 +46,8 @@ class Scaffold(FedAvg):
 
     asks = frozenset({"loss"})
     asynchronous = False  # counts on whole rounds
+    averages = True
+    reduce = (*FedAvg.reduce, "control")
     memoryless = False
 
     @dataclass(frozen=True)
@@ -96,9 +98,6 @@ class Scaffold(FedAvg):
             share = float(batch.known / client.known)
             (share * batch.task.loss(network, batch)).backward()
         return total
-
-    def reduce(self, phase: Phase) -> tuple[str, ...]:
-        return (*super().reduce(phase), "control")
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         samples = server.federation.samples

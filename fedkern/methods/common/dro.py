@@ -39,6 +39,8 @@ LEAST = 1e-12
 class Robust(LocalTraining):
     """Methods whose server weighs clients by the losses that they report in the exchange `LOSSES`."""
 
+    averages = True
+
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
         """Options of the client weights."""

@@ -38,6 +38,8 @@ class OneShot(FedAvg):
         calibrate: bool = option(False, "train the classifier anew on features drawn from class statistics (CCVR)")
 
     one_shot = True
+    averages = True
+    reduce = FedAvg.reduce
     unread = frozenset({"lr_decay", "optimizer_state"})  # clients train once
     takes_teachers = True
     needs_statistics = False
@@ -96,9 +98,6 @@ class OneShot(FedAvg):
         else:
             super().server_update(server, phase, uploads)
 
-    def reduce(self, phase: Phase) -> tuple[str, ...]:
-        return super().reduce(phase) if phase.exchange != "statistics" else ()
-
     def _calibrate(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         o, head = self.options, self.head(server)
 
@@ -153,14 +152,11 @@ class MemberNetworks(OwnNetworks, OneShot):
         )
 
     needs_statistics = True
+    averages = False  # every network also counts by itself
 
     @property
     def needs(self) -> str:
         return "features"
-
-    @property
-    def averages(self) -> bool:
-        return False  # every network also counts by itself
 
     def members(self, server: Server) -> Members:
         """The uploaded networks."""

@@ -16,10 +16,8 @@ import torch.distributed as dist
 from fedkern.engine.executors import torchrun_group
 from fedkern.engine.executors.connection import SILENCE, silence
 from fedkern.engine.executors.ranks import Spread
-from fedkern.engine.hooks import reduced
 from fedkern.errors import UserError
 from fedkern.methods import AFL, FedAvg, FedProx, Scaffold
-from fedkern.methods.base import Phase
 from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
 from fedkern.run import main
@@ -344,8 +342,8 @@ from fedkern.methods.uploads import Kept
 class Seeing(Scaffold):
     "SCAFFOLD that reports how many vectors of uploads its server did not see."
 
-    def reduce(self, phase):
-        return super().reduce(phase)
+    reduce = Scaffold.reduce
+    averages = True
 
     def server_update(self, server, phase, uploads):
         server.report["unseen"] = 0.0
@@ -398,16 +396,14 @@ class Weighing(FedProx):
 
 
 class Declaring(Looking):
-    def reduce(self, phase):
-        return ("parameters",)
+    reduce = ("parameters",)
 
 
 def test_what_a_method_declares_holds_for_its_own_class():
-    phase = Phase(0, "", "update")
-    assert reduced(FedAvg(), phase) == reduced(FedProx(), phase) == ("parameters", "buffers")
-    assert reduced(Scaffold(), phase) == ("parameters", "buffers", "control")
-    assert reduced(Looking(), phase) == reduced(Weighing(), phase) == reduced(AFL(), phase) == ()
-    assert reduced(Declaring(), phase) == ("parameters",)
+    assert FedAvg.reduce == FedProx.reduce == ("parameters", "buffers")
+    assert Scaffold.reduce == ("parameters", "buffers", "control")
+    assert Looking.reduce == Weighing.reduce == AFL.reduce == ()
+    assert Declaring.reduce == ("parameters",)
 
 
 def test_a_spread_accumulator_has_the_bits_of_one():

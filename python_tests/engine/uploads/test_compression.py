@@ -324,6 +324,8 @@ def test_a_lost_upload_leaves_the_residual_as_it_was(what, make_data, make_confi
     """What a client adds to its next update is what the server has not got, and nothing that it counts already."""
 
     class Losing(FedAvg):
+        averages = True
+
         def client_update(self, client, phase, message):
             if client.id == 1 and phase.round == 1:
                 if what == "failed":

@@ -28,12 +28,10 @@ class Hooks:
     """An exchange in which every client returns the parameters that it was sent."""
 
     own, asker = True, "method"
+    reduced = ("parameters",)
 
     def declared(self, phase, client, message):
         return message
-
-    def reduced(self, phase):
-        return ("parameters",)
 
 
 def asked(entry=None, clients=(0, 1), sent=None):

@@ -31,6 +31,7 @@ from fedkern.flower.runs import (
 )
 from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 from fedkern.flower.runs.portable import pack, unpack
+from fedkern.methods import FedAvg, registry
 from fedkern.ops._core.backend import active_isa
 from python_tests.flower.node_grid import NodeGrid, lost, silent
 from python_tests.interrupted import outcome
@@ -544,6 +545,21 @@ def test_what_cannot_be_played_over_flower_is_refused(more, why, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+class Untrained(FedAvg):
+    """Clients that return what they were sent."""
+
+    def client_update(self, client, phase, message):
+        return client.upload(client.model(message))
+
+
+def test_a_setting_that_no_node_uses_is_refused(tmp_path, monkeypatch):
+    over_flower(settings("fedavg", momentum=0.5), tmp_path / "used")
+    monkeypatch.setitem(registry.METHODS, "fedavg", Untrained)
+    with pytest.raises(UserError, match=r"^momentum has no effect on Untrained, whose clients take no such step"):
+        over_flower(settings("fedavg", momentum=0.5), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.exhaustive
 def test_messages_to_the_wrong_client(tmp_path):
     """A node answers for its own client alone, and takes no message of another form."""
@@ -635,12 +651,14 @@ def test_a_message_is_no_reply(tmp_path):
 
 @pytest.mark.parametrize("name", ["samples", "name", "seconds", "clipped", "update_norm"])
 def test_a_reply_reports_no_name_of_the_engines(name):
-    reply = {"client": 0, "version": [1, 0], "message": None, "problem": None, "warnings": {}, "seconds": 0.0,
-             "changed": False, "ledger": None}  # fmt: skip
+    reply = {"client": 0, "version": [1, 0], "message": None, "problem": None, "warnings": {}, "marks": [],
+             "seconds": 0.0, "changed": False, "ledger": None}  # fmt: skip
     version = node_client.Version(1, 0)
     assert node_client.read_reply(pack({**reply, "report": {"own": 1}}), 0, version).answer.report == {"own": 1}
     with pytest.raises(Malformed, match="has a report that is none"):
         node_client.read_reply(pack({**reply, "report": {name: 1}}), 0, version)
+    with pytest.raises(Malformed, match="has marks that are none"):
+        node_client.read_reply(pack({**reply, "report": {}, "marks": [name]}), 0, version)
 
 
 def test_flower_messages_of_other_apps():

@@ -1,0 +1,74 @@
+"""Marks of what a method has used of a run, by which settings without effect are found.
+
+A setting acts in one place: in the server's average, in an optimiser's step, in the batches, in the learning rate.  Who
+gets there leaves the mark of the place.  A client's marks travel with its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from fedkern.settings.config import RunConfig
+
+TRAINED = frozenset({"step", "clip", "batches", "augmented", "epochs", "lr"})
+"""Marks of a training by the run's own loop."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in which settings act.
+
+    Attributes:
+        settings: their names.
+        lacks: what a method lacks that never gets there, as the end of a sentence about the method.
+        way: what to do, in the imperative.
+    """
+
+    settings: tuple[str, ...]
+    lacks: str
+    way: str
+
+
+_AVERAGE = "whose server never calls average", "call self.average(server, uploads) in server_update"
+_STEP = "whose clients take no such step of the run's optimiser", "train with client.train or client.fit"
+PLACES = {
+    "drawn": Place(("sample_fraction",), "in whose rounds all clients take part", "plan rounds of sampled clients"),
+    "average": Place(("aggregator",), *_AVERAGE),
+    "server_step": Place(("server_rule", "server_lr"), *_AVERAGE),
+    "step": Place(("optimizer", "optimizer_state", "momentum", "weight_decay"), *_STEP),
+    "clip": Place(("clip_norm",), *_STEP),
+    "batches": Place(
+        ("batch_size", "straggler_rate"),
+        "whose clients take no batches of the run",
+        "take them from client.batches()",
+    ),
+    "augmented": Place(("augment",), "whose clients take no augmented images", "take them from client.batches()"),
+    "epochs": Place(
+        ("local_epochs", "local_steps"), "whose clients do not train for client.epochs", "read client.epochs"
+    ),
+    "lr": Place(
+        ("lr", "lr_decay", "lr_steps", "lr_step_factor"),
+        "whose clients never read client.lr",
+        "set client.lr in your optimiser",
+    ),
+    "statistics": Place(
+        ("freeze_bn_after",), "whose clients never ask client.statistics_fixed", "ask it, or train with client.train"
+    ),
+    "teachers": Place(("teachers",), "whose clients load no networks", "call client.load_pretrained"),
+}
+"""Places by the name of their mark."""
+
+
+def unused(config: RunConfig, names: Collection[str], marks: Collection[str]) -> Iterator[str]:
+    """Yield a sentence for each of the settings ``names`` that has no effect: beside others, or by a missing mark."""
+    for name, way in config.unused().items():
+        yield from (f"{label} has no effect {way}." for label in config.given(name) if name in names)
+    who, script = config.kind.__name__, (config.training or "").startswith("train ")
+    if script:
+        who = f"{who} with the {config.training}"
+    own = script or not config.kind.__module__.startswith("fedkern.")
+    for mark, place in PLACES.items():
+        for label in () if mark in marks else config.given(*(name for name in place.settings if name in names)):
+            way = f"{place.way}, or leave {label} out" if own else f"leave {label} out"
+            yield f"{label} has no effect on {who}, {place.lacks}: {way}."
