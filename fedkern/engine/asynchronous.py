@@ -152,9 +152,9 @@ class Asynchronous(Participation):
             return False
         begun, at_work = state["begun"], state["at_work"]
         return (
-            type(begun) is int
-            and isinstance(at_work, dict)
-            and len(at_work) <= min(begun, self._config.sampled_clients)
+            isinstance(at_work, dict)
+            and len(at_work) <= self._config.sampled_clients
+            and (type(begun), begun) == (int, rounds * self._buffer + len(at_work))
             and all(fits(k, row) for k, row in at_work.items())
             and state["messages"] == sorted({began for began, _, _ in at_work.values()})
         )

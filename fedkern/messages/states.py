@@ -155,12 +155,10 @@ def check_tensor(value: Tensor | np.ndarray, where: str) -> None:
         tensor = torch.from_numpy(np.empty(0, value.dtype)) if isinstance(value, np.ndarray) else value
     except (TypeError, ValueError):  # of objects, of texts, of another byte order
         raise TypeError(f"{where} is an array of {value.dtype}: take numbers of this machine's kind") from None
-    kinds = {
-        "complex": tensor.is_complex(), "sparse": tensor.layout is not torch.strided, "nested": tensor.is_nested,
-        "quantized": tensor.is_quantized, "meta": tensor.is_meta,
-    }  # fmt: skip
-    for kind in (name for name, applies in kinds.items() if applies):
-        raise TypeError(f"{where} is a {kind} tensor: take an ordinary one of real numbers")
+    odd = tensor.is_complex() or tensor.is_quantized or tensor.is_nested or tensor.is_meta
+    if odd or tensor.layout is not torch.strided:
+        what = f"{tensor.layout} and {tensor.dtype} on {tensor.device}"
+        raise TypeError(f"{where} is a tensor of {what}: take a strided one of real numbers")
 
 
 def _unpack(tree: Any, tensor: Callable[[str], Tensor]) -> Any:

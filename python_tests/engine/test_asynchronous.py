@@ -275,7 +275,8 @@ def with_row(index, value):
     drop, lambda state: state["messages"].clear(), lambda state: state.pop("clock"), lambda state: state.update(more=1),
     lambda state: state.update(clock="x"), lambda state: state.update(clock=float("nan")),
     lambda state: state.update(at_work=[1]), lambda state: state["at_work"].update({99: [0, 0.0, 0]}),
-    lambda state: state["at_work"].update({"1": state["at_work"].popitem()[1]}), lambda state: state.update(begun=0),
+    lambda state: state["at_work"].update({"1": state["at_work"].popitem()[1]}),
+    lambda state: state.update(begun=state["begun"] + 1),
     with_row(0, 99), with_row(0, -1), with_row(0, True), with_row(1, "x"), with_row(1, -1.0), with_row(1, float("inf")),
     with_row(2, 7), with_row(2, None),
 ])  # fmt: skip

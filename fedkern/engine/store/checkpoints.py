@@ -432,7 +432,10 @@ class Checkpoints:
     def _write(self, name: str, content: dict[str, Any] | dict[int, Message]) -> str:
         # In the background the disk is waited for once, before the commit, and not for every file.
         path, at_once = self.folder / name, self._writer is None
-        packed = states.Packed(content, durable=at_once)
+        try:
+            packed = states.Packed(content, durable=at_once)
+        except TypeError as error:
+            raise UserError(f"The {name.partition('-')[0]}'s {error}.") from None
         self._waiting[name] = packed
 
         def write() -> None:

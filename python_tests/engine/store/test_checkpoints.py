@@ -127,3 +127,10 @@ def test_a_state_that_is_taken_back_leaves_nothing(beside, clients, tmp_path, co
     for k, plans in ((5, []), (6, [4, 5]), (7, [1])):
         names = sorted(path.name for path in again.folder.glob(f"client-{k:05d}-*"))
         assert names == [f"client-{k:05d}-{plan:06d}.safetensors" for plan in plans]
+
+
+def test_a_state_that_no_file_can_hold_is_one_sentence(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.open()
+    with pytest.raises(UserError, match=r"^The server's state\['x'\] is of type set: take tensors, numbers, texts"):
+        checkpoints.commit(round=1, plan=1, server={"x": {1}}, info={})
