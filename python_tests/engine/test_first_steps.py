@@ -172,6 +172,7 @@ def train_another(model, client):
 
 
 def halve(model, client):
+    assert [*client.batches()]
     model[0].weight.data.mul_(2)
     model[2].half()
 
