@@ -40,6 +40,7 @@ from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
 from fedkern.streams import seeded_generators
 from fedkern.tasks.user_tasks import inner
+from fedkern.usercode.identity import identity_table
 
 
 @singledispatch
@@ -352,17 +353,35 @@ class RunContext:
             self._frozen = key, frozen(network.module)
         return self._frozen[1]
 
-    def tell_attributes(self, client: Any) -> None:
-        """Warns, in a client's name, of Python attributes that have changed since the clients' network was made."""
-        local = self.placed.networks.get(("local", 0))
-        if local is None or not local.attributes:
-            return
-        if names := [name for name, value in attributes(local.module).items() if local.attributes.get(name) != value]:
+    def user_objects(self) -> dict[str, str]:
+        """Return an identity table of the user's functions and objects that clients work with, without large values."""
+        task, split = self.data.task, next(iter(self.data.clients), None)
+        things = {
+            "task": None if type(task).__module__.startswith("fedkern.") else task,
+            "loss_fn": getattr(task, "loss_fn", None), "collate_fn": getattr(split, "collate", None),
+            "train": self.script.train, "optimizer": self.script.optimizer,
+        }  # fmt: skip
+        return identity_table({name: thing for name, thing in things.items() if thing is not None}, limit=1 << 14)
+
+    def tell_attributes(self, client: Any, objects: dict[str, str]) -> None:
+        """Warn, in a client's name, of Python state that has changed since this process began.
+
+        Args:
+            client: the client.
+            objects: what :meth:`user_objects` returned when the process began.
+        """
+        local, now = self.placed.networks.get(("local", 0)), self.user_objects()
+        before, held = ({}, {}) if local is None else (local.attributes, attributes(local.module))
+        names = [name for name in held if held[name] != before.get(name)]
+        paths = sorted(path for path in {*objects, *now} if objects.get(path) != now.get(path))
+        if names or paths:
+            parts = [f"The network changes {', '.join(names)} as it runs"] if names else []
+            parts += [f"{'c' if names else 'C'}lients change {', '.join(paths[:3])} as they work"] if paths else []
             client.warn(
                 "python-state",
-                f"The network changes {', '.join(names)} as it runs, and a client finds what another client of its "
-                "process has left there: the same bits are promised neither for another number of workers nor after "
-                "--resume; keep such state in a registered buffer.",
+                f"{', '.join(parts)}, and a client finds what another client of its process has left there: the same "
+                "bits are promised neither for another number of workers nor after --resume; keep such state in a "
+                f"registered buffer{' of the network, or in client.state' if paths else ''}.",
             )
 
     def warn(self, name: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Python attributes of users' networks, which no vector holds: they go from client to client of a process."""
+"""Python attributes and hooks of users' networks, which no vector holds: they go from client to client of a process."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import functools
 import io
 import pickle
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedkern.usercode.identity import digest, identity_table
+
 _SHIPPED = {"fedkern", "torch", *sys.stdlib_module_names} - {"__main__"}
 _ENGINES = {*vars(nn.Module()), "track_running_stats"}
 """Attributes that PyTorch and the engine change."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SMALL = 1 << 20
 """Most elements of a tensor whose values are compared; of a larger one it is the memory."""
 
@@ -31,22 +35,39 @@ class _Pickler(pickle.Pickler):
 
 
 def attributes(network: nn.Module) -> dict[str, int]:
-    """Hashes of what users' modules and their classes hold, by dotted name, beside what ``nn.Module`` itself keeps.
+    """Return hashes of what modules and their classes hold beside what ``nn.Module`` itself keeps, by dotted name.
 
-    Left out are attributes of PyTorch's and fedkern's own layers, cached properties and what cannot be pickled.
+    In a user's network the attributes of PyTorch's layers count too, such as a dropout's ``p``, and hooks.  Left out
+    are fedkern's own layers, cached properties and what cannot be pickled.
     """
     hashes: dict[str, int] = {}
+    user_defined = getattr(network, "own", False) is True or type(network).__module__.partition(".")[0] != "fedkern"
     for path, module in network.named_modules():
-        hashes |= {f"{path}.{name}".removeprefix("module.").removeprefix("."): x for name, x in fields(module).items()}
+        counts = user_defined and type(module).__module__.partition(".")[0] != "fedkern"
+        of_module = fields(module, shipped=counts)
+        for name in HOOKS if counts else ():
+            of_module[name] = _hash_hooks([*getattr(module, name).values()])
+        hashes |= {f"{path}.{name}".removeprefix("module.").removeprefix("."): x for name, x in of_module.items()}
     return hashes
 
 
-def fields(thing: Any) -> dict[str, int]:
-    """Hashes of what an object of a user's class, and the class, hold, by name; see :func:`attributes`."""
+def _hash_hooks(hooks: Sequence[Any]) -> int:
+    """Return a hash of the number of hooks and of what those of the user hold."""
+    of_user = [hook for hook in hooks if getattr(hook, "__module__", "").partition(".")[0] not in _SHIPPED]
+    return hash((len(hooks), digest(identity_table({"hooks": of_user}, weights=False)) if of_user else ""))
+
+
+def fields(thing: Any, *, shipped: bool = False) -> dict[str, int]:
+    """Return hashes of what an object of a user's class, and the class, hold, by name (see :func:`attributes`).
+
+    Args:
+        thing: the object.
+        shipped: whether an object of a class of PyTorch counts too.
+    """
     kinds = [kind for kind in type(thing).__mro__ if kind.__module__.partition(".")[0] not in _SHIPPED]
     of_classes = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}
     hashes: dict[str, int] = {}
-    for name, value in {**of_classes, **vars(thing)}.items() if kinds else ():
+    for name, value in {**of_classes, **vars(thing)}.items() if kinds or shipped else ():
         if name in _ENGINES or name.startswith("__") or isinstance(of_classes.get(name), functools.cached_property):
             continue
         with suppress(Exception), io.BytesIO() as file:  # a value may be anything

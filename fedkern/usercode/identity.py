@@ -256,6 +256,9 @@ class _Walk:
         import numpy as np
         import torch
 
+        if isinstance(value, torch.nn.Parameter) and not self._weights:
+            self.write(path, "parameter")
+            return
         if isinstance(value, torch.Tensor):
             tensor = value.detach()
             about = f"{tensor.dtype} {list(tensor.shape)}"

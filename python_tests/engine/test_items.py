@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import re
 import runpy
 import shutil
 import subprocess
@@ -211,7 +212,7 @@ def denoising(model, batch):
     return nn.functional.mse_loss(model((1 - level) * batch[0] + level * torch.randn_like(batch[0])), batch[1])
 
 
-def jittered(outputs, targets):
+def jitter_loss(outputs, targets):
     return ((outputs + random.gauss(0, 1) + np.random.randn() - targets) ** 2).mean()  # noqa: NPY002
 
 
@@ -228,7 +229,7 @@ class Shaken:
     [
         (Sampled(4, 4), {"loss_fn": nn.MSELoss()}),
         (nn.Linear(4, 4), {"loss_fn": denoising}),
-        (nn.Linear(4, 4), {"loss_fn": jittered}),
+        (nn.Linear(4, 4), {"loss_fn": jitter_loss}),
         (nn.Linear(4, 4), {"loss_fn": nn.MSELoss(), "metrics": {"shaken": Shaken()}}),
     ],
     ids=["network", "loss of torch", "loss of Python", "metric"],
@@ -241,18 +242,18 @@ def test_an_evaluation_that_draws_repeats(model, given, tmp_path):
     given |= {"data": {"a": site(20, 1), "b": site(15, 2)}, "test": {"a": site(70, 3), "b": site(80, 4)}}
     given |= {"validation": site(200, 5), "model": model, "lr": 0.05}
 
-    def played(name, rounds=3, **how):
+    def play(name, rounds=3, **how):
         return fedkern.simulate("fedavg", **given, rounds=rounds, out=tmp_path / name, **{**HERE, "threads": 2, **how})
 
     def figures(run):
         names = ("loss", "client_metrics", "validation_loss")
         return [{name: record.get(name) for name in names} for record in run.history.records], run.metrics
 
-    one = played("one")
+    one = play("one")
     torch.rand(5), random.random()
-    assert figures(played("again")) == figures(one)
-    assert figures(played("two", workers=2)) == figures(one)
-    assert figures(played("cut", rounds=2).extend(3, progress=False, pictures=False)) == figures(one)
+    assert figures(play("again")) == figures(one)
+    assert figures(play("two", workers=2)) == figures(one)
+    assert figures(play("cut", rounds=2).extend(3, progress=False, pictures=False)) == figures(one)
     assert {name: one.evaluate()[name] for name in ("loss", "validation_loss")} == {
         name: one.metrics[name] for name in ("loss", "validation_loss")
     }
@@ -672,6 +673,76 @@ def test_a_process_with_threads_is_not_forked(tmp_path, processes):
         "cannot be sent to worker processes, and a process that has threads cannot be forked: define it in a module "
         in (run.summary["diagnostics"]["no-workers"])
     )
+
+
+class Scheduled(nn.Module):
+    """A loss that smooths more with every batch, counted in a buffer, an attribute or a generator."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.count, self.generator = kind, 0, np.random.default_rng(0)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, outputs, targets):
+        loss = nn.functional.cross_entropy(outputs, targets)
+        if outputs.requires_grad and self.kind == "mean":
+            self.mean.mul_(0.9).add_(0.1 * loss.detach())
+        self.count += outputs.requires_grad and self.kind == "count"
+        noise = self.generator.random() if outputs.requires_grad and self.kind == "generator" else 0
+        return loss * (1 + self.count + self.mean + noise)
+
+
+STEPS = []
+
+
+def counted_in_a_global(outputs, targets):
+    STEPS.append(0)
+    return nn.functional.cross_entropy(outputs, targets, label_smoothing=1 / len(STEPS))
+
+
+class Collation:
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def join(self, items):
+        inputs, targets = default_collate(items)
+        return inputs + torch.randn(inputs.shape, generator=self.generator), targets
+
+
+def make_counter(kind):
+    calls = []
+
+    def train(model, client):
+        calls.append(0)
+        in_a_loop(model, client)
+
+    def factory(parameters):
+        calls.append(0)
+        return torch.optim.SGD(parameters, lr=0.1 / len(calls))
+
+    return train if kind == "train" else factory
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"loss_fn": Scheduled("count"), "lr": 0.1}, r"Clients change loss_fn\.count as"),
+        ({"loss_fn": Scheduled("mean"), "lr": 0.1}, r"Clients change loss_fn\.mean as"),
+        ({"loss_fn": Scheduled("generator"), "lr": 0.1}, r"Clients change loss_fn\.generator\S* as"),
+        ({"loss_fn": counted_in_a_global, "lr": 0.1}, r"Clients change loss_fn\.STEPS as"),
+        ({"collate_fn": Collation().join, "lr": 0.1}, r"Clients change collate_fn\.__self__\.generator\S* as"),
+        ({"train": make_counter("train")}, r"Clients change train\.calls as"),
+        ({"optimizer": make_counter("optimizer")}, r"Clients change optimizer\.calls as"),
+        ({"loss_fn": Scheduled("nothing"), "lr": 0.1, "collate_fn": partial(default_collate)}, None),
+        ({"train": in_a_loop}, None),
+        ({"optimizer": partial(torch.optim.SGD, lr=0.1)}, None),
+    ],
+)
+def test_state_that_clients_leave_in_a_users_objects_is_told(given, told, tmp_path):
+    given = {"data": [table(20, 1), table(20, 2)], "test": table(30, 3), "model": nn.Linear(4, 4), "rounds": 1, **given}
+    found = fedkern.simulate("fedavg", **given, out=tmp_path / "run", **HERE).summary["diagnostics"].get("python-state")
+    assert (found is None) == (told is None)
+    assert told is None or re.match(told + r" they work, .* or in client\.state\.$", found)
 
 
 class Heads(nn.Module):

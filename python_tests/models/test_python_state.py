@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fedkern.engine.network import Network
+from fedkern.models import build
 from fedkern.models.python_state import SMALL, attributes
 from fedkern.models.user_models import Own, OwnNetwork
 from python_tests import own_networks
@@ -80,6 +81,23 @@ def test_what_is_set_anew_or_of_the_class_is_named(monkeypatch):
     assert changed(network, lambda: setattr(layer, "kept", 2)) == ["1.part.kept"]
     assert changed(network, lambda: setattr(layer, "later", torch.zeros(2))) == ["1.part.later"]
     assert changed(network, lambda: monkeypatch.setattr(Inner, "shared", 1)) == ["1.part.shared"]
+
+
+def test_layers_of_torch_and_hooks_count_in_a_users_network():
+    calls = []
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.1))
+    network[0].register_forward_hook(lambda *_: None)
+    network[1].register_forward_pre_hook(lambda *_: calls.append(0) if calls else None)
+    assert changed(network, lambda: network(torch.ones(3, 2)).sum().backward()) == []
+    assert changed(network, lambda: setattr(network[2], "p", 0.2)) == ["2.p"]
+    assert changed(network, lambda: setattr(network[1], "momentum", None)) == ["1.momentum"]
+    assert changed(network, lambda: network[2].register_forward_hook(lambda *_: None)) == ["2._forward_hooks"]
+    assert changed(network, lambda: network[2].register_forward_hook(lambda *_: None).remove()) == []
+    calls.append(0)
+    assert changed(network, lambda: network(torch.ones(3, 2))) == ["1._forward_pre_hooks"]
+    built_in = build("cnn", classes=2, channels=1, image_size=8, seed=0)
+    layer = next(layer for layer in built_in.modules() if isinstance(layer, nn.Conv2d))
+    assert changed(built_in, lambda: setattr(layer, "other", 1)) == []
 
 
 class Usual(nn.Module):

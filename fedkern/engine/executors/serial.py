@@ -47,6 +47,7 @@ class Serial:
         self._clients: dict[ClientId, Client] = {}
         self._before: dict[ClientId, Fingerprint] = {}  # of their states, of clients that have worked since
         self._asked = 0
+        self._objects = context.user_objects()  # before any client has worked
 
     @property
     def here(self) -> Serial:
@@ -148,7 +149,7 @@ class Serial:
             answer.problem = problem or answer.problem  # the first
             self._asked += 1
             if self._asked & (self._asked - 1) == 0:  # after 1, 2, 4, 8 ... answers: a state may change late
-                context.tell_attributes(client)
+                context.tell_attributes(client, self._objects)
             if answer.problem is None and encoder is not None:
                 with self._problems(answer, asker), cpu_threads(self._threads):
                     sent = self._beside(message, answer.message) if encoder.on_gpu else message
