@@ -103,7 +103,6 @@ class RunContext:
         self._frozen: tuple[tuple[Any, ...], Any] = (), None  # the vectors of a frozen network, and the network
         self._initial_buffers: Message | None = None
         self._described, self.script, self.code = described, script, code
-        self._init: Mapping[str, Tensor] | None = None
         self.unfit = ""
         self.teachers = None if config.teachers is None else ClientTeachers(config.teachers)
         self.uploaded: list[Message] = []  # every client's raw data, for a pooled method
@@ -156,10 +155,8 @@ class RunContext:
         if model not in (None, self.config.model):
             return network
         if self.config.init is not None and classes is None:
-            if self._init is None:
-                self._init = initial_weights.read(self.config.init, self.config.init_sha256)
             partial = self.config.init_partial
-            self.unfit = load_by_name(network, self._init, self.config.init, self.model_name, partial)
+            self.unfit = load_by_name(network, self._initial_weights, self.config.init, self.model_name, partial)
         if self.config.features or self.config.stages:
             kind, *taps = self._taps  # first: only a user's network, which they are for, has a module
             network = kind(network.module, *taps)
@@ -177,6 +174,11 @@ class RunContext:
             return self.config.personal.split(",")
         head = getattr(network, "head", None)  # not known of a user's network before its first samples
         return [f"{name}.*" for name, each in inner(network).named_modules() if each is head]
+
+    @cached_property
+    def _initial_weights(self) -> Mapping[str, Tensor]:
+        """Weights of the file or run that ``--init`` names."""
+        return initial_weights.read(str(self.config.init), self.config.init_sha256)
 
     @cached_property
     def _taps(self) -> tuple[Any, ...]:
