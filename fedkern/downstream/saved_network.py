@@ -18,7 +18,7 @@ from torch import nn
 from fedkern import models
 from fedkern.data.forms import form_of
 from fedkern.deferred import plain
-from fedkern.engine.client import BUFFERS, PERSONAL, check_kept
+from fedkern.engine.client import BUFFERS, PERSONAL, check_own_entries
 from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
 from fedkern.engine.server import Server
@@ -306,7 +306,7 @@ def _of_client(
     if type(client) is not int or not 0 <= client < count:
         raise UserError(f"client must be a number from 0 to {count - 1}, not {shown(client)}.")
     context, state = _context(out, about, trusted, [1] * count), Checkpoints(out).last_client_state(client)
-    check_kept(context, state, client)
+    check_own_entries(context, state, client)
     wrapper = Network(context.build(), torch.device("cpu"))
     inner(wrapper.module).load_state_dict(inner(network).state_dict(), strict=False)  # which may lack statistics
     stand_in: Any = SimpleNamespace(id=client, state=state)

@@ -59,7 +59,7 @@ class Asynchronous(Participation):
         self._at_work: dict[ClientId, tuple[int, float]] = {}  # the rounds they began in, and when they are done
         self._sent: dict[ClientId, Message] = {}
         self._numbers: dict[ClientId, int] = {}  # of their messages, among those that their round has sent
-        self._unseen: list[Message] = []  # from a checkpoint, not yet compared with what the server sends
+        self._to_compare: list[Message] = []  # from a checkpoint, not yet compared with what the server sends
         self._started: list[ClientId] = []  # in this round
         self._begun = 0  # in the whole run
         self._staleness = 0.0
@@ -110,11 +110,11 @@ class Asynchronous(Participation):
         Raises:
             UserError: they have vectors of other networks.
         """
-        for message, name in product(self._unseen, VECTORS):
+        for message, name in product(self._to_compare, VECTORS):
             value, expected = message.get(name), fresh.get(name)
             if _form(value) != _form(expected):
                 raise UserError(DAMAGED)
-        self._unseen = []
+        self._to_compare = []
 
     def fewest_uploads(self, plan: Iterable[Round]) -> int:
         return self._buffer
@@ -138,7 +138,7 @@ class Asynchronous(Participation):
         self._at_work = {k: (began, done) for k, (began, done, _) in at_work.items()}
         self._numbers = {k: number for k, (_, _, number) in at_work.items()}
         self._sent = {k: messages[began][number] for k, (began, _, number) in at_work.items()}
-        self._unseen = [*self._sent.values()]
+        self._to_compare = [*self._sent.values()]
 
     def _can_restore(self, state: State, messages: InFlight, rounds: int) -> bool:
         def fits(k: object, row: object) -> bool:

@@ -50,8 +50,8 @@ class Client(Node):
         self.unit = context.federation.unit
         # The engine's own entries of the state, which no method sees: states of encoders, personal parts, buffers.
         self.encoded: dict[str, Any] = state.pop(STATES, {})
-        self._kept: dict[str, Message] = {name: state.pop(name) for name in (PERSONAL, BUFFERS) if name in state}
-        check_kept(context, self._kept, self.label)
+        self._own_entries: dict[str, Message] = {name: state.pop(name) for name in (PERSONAL, BUFFERS) if name in state}
+        check_own_entries(context, self._own_entries, self.label)
         self.state = state
         self.phase: Phase = BEFORE  # the exchange that the client is asked in
         self._courses: dict[Phase, Course] = {}
@@ -69,7 +69,7 @@ class Client(Node):
     @property
     def stored(self) -> dict[str, Any]:
         """Return what the checkpoint keeps of the client: the method's state, and the engine's own entries."""
-        own: dict[str, Any] = {**self._kept, **({STATES: self.encoded} if self.encoded else {})}
+        own: dict[str, Any] = {**self._own_entries, **({STATES: self.encoded} if self.encoded else {})}
         return {**self.state, **own} if own else self.state
 
     def check_state(self) -> None:
@@ -195,10 +195,10 @@ class Client(Node):
         policy = self._context.config.buffers
         result: Message = trained.read()
         if personal := network.read_personal():
-            self._kept[PERSONAL] = {name: bring(value) for name, value in personal.items()}
+            self._own_entries[PERSONAL] = {name: bring(value) for name, value in personal.items()}
         if policy == "local":
             copies = result if trained is network else network.read()
-            self._kept[BUFFERS] = {name: bring(value) for name, value in copies.items() if name != "parameters"}
+            self._own_entries[BUFFERS] = {name: bring(value) for name, value in copies.items() if name != "parameters"}
         if policy != "average":
             result = {"parameters": result["parameters"]}
         if "parameters" in self.on_gpu and start is not None and is_alike(result["parameters"], start):
@@ -278,18 +278,18 @@ class Client(Node):
         after = self._context.config.freeze_bn_after
         if after is None or phase.round < after:
             return False
-        if PERSONAL not in self._kept and any(name.endswith("running_mean") for name in self.personal):
+        if PERSONAL not in self._own_entries and any(name.endswith("running_mean") for name in self.personal):
             return False
         return self._context.config.buffers != "local" or bool(self.own_buffers)
 
     @property
     def own_buffers(self) -> Message:
-        own: Message = self._kept.get(BUFFERS, {}) if self._context.config.buffers == "local" else {}
+        own: Message = self._own_entries.get(BUFFERS, {}) if self._context.config.buffers == "local" else {}
         return own
 
     @property
     def personal(self) -> Message:
-        personal: Message = self._kept.get(PERSONAL) or self._context.initial_personal
+        personal: Message = self._own_entries.get(PERSONAL) or self._context.initial_personal
         return personal
 
     def frozen(self, message: Message) -> Any:
@@ -450,10 +450,10 @@ class Client(Node):
         return stream(self._context.config.seed, name, round=phase.round, client=self.id)
 
 
-def check_kept(context: RunContext, kept: Mapping[str, Any], client: object) -> None:
-    """Raise UserError where personal parts or buffers that a ``client`` kept are not those of the run's network."""
+def check_own_entries(context: RunContext, entries: Mapping[str, Any], client: object) -> None:
+    """Raise UserError where stored personal parts or buffers of a ``client`` are not those of the run's network."""
     for name, expected in ((PERSONAL, lambda: context.initial_personal), (BUFFERS, context.initial_buffers)):
-        if name in kept and not _fits(kept[name], expected()):
+        if name in entries and not _fits(entries[name], expected()):
             raise UserError(
                 f'The checkpoint is damaged: "{name}" of client {client} does not fit the run\'s network. '
                 "Put the run's files back, or start the run again."

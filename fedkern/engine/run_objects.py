@@ -22,7 +22,7 @@ from fedkern.engine.store.background_writer import BackgroundWriter
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.store.releases import Releases
-from fedkern.engine.store.resuming import check_same, facts_of, with_rounds
+from fedkern.engine.store.resuming import change_rounds, check_same, facts_of
 from fedkern.engine.timing import Timing
 from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.methods.base import Method
@@ -116,7 +116,7 @@ def opened(
     if entry is None:
         compare_teachers(context, facts["data"])
     else:
-        entry = with_rounds(entry, rounds)
+        entry = change_rounds(entry, rounds)
         check_same(entry, facts, prepared.plan, out)
         facts["code"] = entry["info"]["code"]  # that the run began with
         prepared.server.state = checkpoints.server_state()

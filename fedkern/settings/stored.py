@@ -84,7 +84,7 @@ def load_settings(
     return RunConfig.of({**table, **replaced})
 
 
-def as_stored(config: RunConfig, folder: str | os.PathLike[str]) -> RunConfig:
+def make_portable(config: RunConfig, folder: str | os.PathLike[str]) -> RunConfig:
     """Return settings as a run folder stores them: the path of its own file of weights is a name."""
     return config.replace(init=INIT) if config.init == str(Path(folder).absolute() / INIT) else config
 

@@ -340,8 +340,8 @@ class Checkpoints:
         in_flight = {f"messages-{k + 1:06d}.safetensors": content for k, content in (messages or {}).items()}
         for name in in_flight.keys() - set(self._named):
             self._write(name, in_flight[name])
-        lasting = [*named.values(), *in_flight]
-        files = self._leaving(lasting)
+        entry_files = [*named.values(), *in_flight]
+        files = self._leaving(entry_files)
         add = self._adder(plan, booked or {}, files) if self._table is not None else None
         clients = {} if add is not None else {str(k): file for k, file in sorted(self.clients.items())}
 
@@ -351,11 +351,11 @@ class Checkpoints:
             entry: dict[str, Any]
             known = {**(self.entries[-1]["files"] if self.entries else {}), **self._sums}
             if add is None:
-                sums = {file: known[file] for file in [*lasting, *clients.values()]}
+                sums = {file: known[file] for file in [*entry_files, *clients.values()]}
                 entry = {"round": round, "plan": plan, "files": sums, **named, "clients": clients, "info": info}
             else:
                 fresh, place = add()
-                sums = {**{name: known[name] for name in lasting}, **fresh}
+                sums = {**{name: known[name] for name in entry_files}, **fresh}
                 entry = {"round": round, "plan": plan, "files": sums, **named, "table": place, "info": info}
             self._write_manifest([*self.entries, entry][-KEEP:])
             if add is None:

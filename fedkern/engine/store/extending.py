@@ -92,7 +92,7 @@ def write_extension(checkpoints: Checkpoints, entry: dict[str, Any], out: Path) 
 
     Args:
         checkpoints: of the run, opened.
-        entry: the newest checkpoint :func:`~fedkern.engine.store.resuming.with_rounds`.
+        entry: the newest checkpoint :func:`~fedkern.engine.store.resuming.change_rounds`.
         out: the run folder.
 
     Returns:

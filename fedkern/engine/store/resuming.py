@@ -24,7 +24,7 @@ from fedkern.ops._core.loading import Unavailable
 from fedkern.process import versions
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import NAME as SETTINGS
-from fedkern.settings.stored import as_stored, load_settings
+from fedkern.settings.stored import load_settings, make_portable
 from fedkern.usercode import named_code, plugin_files, plugins
 from fedkern.usercode.identity import differences, digest, folded, is_unchanged, left_out
 
@@ -56,14 +56,14 @@ def resumed_settings(
     check_settings(config if config.augment else config.replace(augment=stored.augment), stored, out)
     entry = Checkpoints(out).peek()
     if entry is not None:
-        entry = with_rounds(entry, rounds)
+        entry = change_rounds(entry, rounds)
         check_unedited(stored, entry, out)
     elif not config.asked:  # a run folder does not keep which settings were given
         config = config.replace(asked=config.not_default())
     return config, stored, entry
 
 
-def with_rounds(entry: dict[str, Any], rounds: int | None) -> dict[str, Any]:
+def change_rounds(entry: dict[str, Any], rounds: int | None) -> dict[str, Any]:
     """Return a checkpoint as that of an unfinished run of so many communication rounds; None: as it is."""
     if rounds is None:
         return entry
@@ -154,7 +154,7 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
             f"The run in {out} was made with settings that this version of fedkern does not have ({error}): go on with "
             "the version that it was made with."
         ) from None
-    changed = [text for text in as_stored(stored, out).differences(before) if text.partition(":")[0] not in MOVABLE]
+    changed = [text for text in make_portable(stored, out).differences(before) if text.partition(":")[0] not in MOVABLE]
     if changed:
         raise UserError(
             f"{out / SETTINGS} was changed after the run began ({'; '.join(changed)}): put back what stood there, "
@@ -188,7 +188,7 @@ def facts_of(context: RunContext, fingerprint: int, out: Path) -> dict[str, Any]
     names = {"clients": data.client_names or (), "classes": data.classes}
     launched = torchrun_group.launched()
     return {
-        "config": as_stored(config, out).to_dict(),
+        "config": make_portable(config, out).to_dict(),
         "data": fingerprint,
         "code": {group: folded(table) for group, table in context.code.items()},
         "names": {what: zlib.crc32(json.dumps(list(each)).encode()) for what, each in names.items()},

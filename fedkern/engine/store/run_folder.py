@@ -17,7 +17,7 @@ from fedkern.files import atomic, filesystem, folder_lock
 from fedkern.methods import registry
 from fedkern.settings import config
 from fedkern.settings.run_format import FOLDER, INIT
-from fedkern.settings.stored import as_stored
+from fedkern.settings.stored import make_portable
 from fedkern.usercode import named_code, plugins
 
 RUNS = Path("runs")
@@ -61,7 +61,7 @@ def keep_settings(settings: config.RunConfig, out: Path, *, fresh: bool) -> None
         used_cache.remember(out, settings.cache)
     if fresh:
         initial_weights.keep(settings.init)
-        atomic.write_bytes(out / config.NAME, as_stored(settings, out).to_toml().encode())
+        atomic.write_bytes(out / config.NAME, make_portable(settings, out).to_toml().encode())
 
 
 def run_name(settings: config.RunConfig) -> str:
