@@ -64,11 +64,26 @@ def unused(config: RunConfig, names: Collection[str], marks: Collection[str]) ->
     """Yield a sentence for each of the settings ``names`` that has no effect: beside others, or by a missing mark."""
     for name, way in config.unused().items():
         yield from (f"{label} has no effect {way}." for label in config.given(name) if name in names)
-    who, script = config.kind.__name__, (config.training or "").startswith("train ")
-    if script:
-        who = f"{who} with the {config.training}"
-    own = script or not config.kind.__module__.startswith("fedkern.")
-    for mark, place in PLACES.items():
-        for label in () if mark in marks else config.given(*(name for name in place.settings if name in names)):
+    who, own = _code(config)
+    for place in _unmarked(marks):
+        for label in config.given(*(name for name in place.settings if name in names)):
             way = f"{place.way}, or leave {label} out" if own else f"leave {label} out"
             yield f"{label} has no effect on {who}, {place.lacks}: {way}."
+
+
+def unused_defaults(config: RunConfig, names: Collection[str], marks: Collection[str]) -> str:
+    """Return a sentence on the settings without effect beside ``names``; empty where there is none."""
+    others = {*names, *config.unused()}
+    labels = [each for place in _unmarked(marks) for each in config.given(*(set(place.settings) - others))]
+    return f"The defaults of {', '.join(sorted(labels))} have no effect on {_code(config)[0]}." if labels else ""
+
+
+def _unmarked(marks: Collection[str]) -> Iterator[Place]:
+    return (place for mark, place in PLACES.items() if mark not in marks)
+
+
+def _code(config: RunConfig) -> tuple[str, bool]:
+    """The class of the method, with the function that trains if there is one, and whether a user wrote them."""
+    who, script = config.kind.__name__, (config.training or "").startswith("train ")
+    name = f"{who} with the {config.training}" if script else who
+    return name, script or not config.kind.__module__.startswith("fedkern.")

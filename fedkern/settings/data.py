@@ -28,7 +28,7 @@ class DataSettings(Section):
 
     ``unset`` are the settings of `DATA_DEPENDENT` that nobody gave: they hold the data set's usual defaults until the
     data are loaded.  ``asked`` are the settings that the user gave, which the run must use; ``common`` are those that a
-    comparison gives to all its methods.
+    comparison gives to all its methods, None in a run of its own.
     """
 
     data: str = option(COMMON["data"], f"data set: {', '.join(DATASETS)}, {FORMS}", path=named_code.absolute)
@@ -66,7 +66,7 @@ class DataSettings(Section):
     data_options: Mapping[str, Any] = field(default_factory=dict)
     unset: frozenset[str] = field(default=frozenset(), compare=False)
     asked: frozenset[str] = field(default=frozenset(), compare=False)
-    common: frozenset[str] = field(default=frozenset(), compare=False)
+    common: frozenset[str] | None = field(default=None, compare=False)
 
     def check(self) -> None:
         super().check()

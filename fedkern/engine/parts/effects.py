@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedkern.engine.marks import unused
+from fedkern.engine.marks import unused, unused_defaults
 from fedkern.engine.parts.base import Part, Record
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
@@ -15,7 +15,7 @@ from fedkern.errors import NoEffect
 class Effects(Part):
     """Refuses a run whose user gave settings that nothing has used in the first communication round.
 
-    Settings that a comparison gives to all its methods are a warning.
+    In a comparison, whose settings are for all its methods, these and unused defaults are a warning.
     """
 
     def __init__(self, run: RunObjects) -> None:
@@ -26,7 +26,7 @@ class Effects(Part):
     @classmethod
     def build(cls, run: RunObjects) -> Effects | None:
         begun = run.entry is not None  # whose checkpoint tells what was given
-        return cls(run) if begun or run.config.asked or run.config.common else None
+        return cls(run) if begun or run.config.asked or run.config.common is not None else None
 
     def round_end(self, record: Record) -> None:
         run = self._run
@@ -35,13 +35,16 @@ class Effects(Part):
         marks = self._marks()
         for sentence in unused(run.config, self._given, marks):
             raise NoEffect(sentence)
-        if texts := [*unused(run.config, self._common, marks)]:
-            run.context.warn("no-effect", " ".join(texts))
+        if self._common is not None:
+            texts = [*unused(run.config, self._common, marks), unused_defaults(run.config, self._common, marks)]
+            if text := " ".join(filter(None, texts)):
+                run.context.warn("no-effect", text)
 
     def state(self) -> dict[str, list[str]]:
         if self._run.progress.done:
             return {}
-        return {"marks": sorted(self._marks()), "given": sorted(self._given), "common": sorted(self._common)}
+        common = {} if self._common is None else {"common": sorted(self._common)}
+        return {"marks": sorted(self._marks()), "given": sorted(self._given), **common}
 
     def _marks(self) -> set[str]:
         server = self._run.server
@@ -50,4 +53,5 @@ class Effects(Part):
 
     def restore(self, state: Mapping[str, list[str]]) -> None:
         self._run.log.marks.update(state["marks"])
-        self._given, self._common = frozenset(state["given"]), frozenset(state["common"])
+        self._given = frozenset(state["given"])
+        self._common = frozenset(state["common"]) if "common" in state else None
