@@ -600,7 +600,7 @@ def load(
         train, optimizer: functions that the run trains with, for :meth:`Run.resume`.
         trusted: code that the folder names and that may be imported, such as ``["MODULE:NAME"]``.  Code that has
             changed since the run began is refused, and goes on with a warning where it is named here: by that name, or
-            as ``"method"``, ``"train"``, ``"optimizer"`` or ``"loss_fn"`` (with metrics and collation).
+            as ``"method"``, ``"model"``, ``"train"``, ``"optimizer"`` or ``"loss_fn"`` (with metrics and collation).
 
     Raises:
         UserError: there is no run, or ``method`` is not the run's.

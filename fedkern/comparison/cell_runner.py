@@ -21,7 +21,7 @@ from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.resuming import with_identity
 from fedkern.engine.store.run_folder import reserve
-from fedkern.errors import UserError
+from fedkern.errors import UserError, first_of
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods.registry import short
 from fedkern.models import MODELS, Own, available
@@ -30,9 +30,10 @@ from fedkern.report.tables import human_metric
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import difference, files_identity
 from fedkern.settings.run_format import NAME as SETTINGS
+from fedkern.settings.run_format import stored_code
 from fedkern.settings.stored import check_regular, load_settings
 from fedkern.tasks.figure_names import short_title
-from fedkern.usercode.identity import digest
+from fedkern.usercode.identity import differences, digest, folded, is_unchanged
 
 COMPARISONS = Path("comparisons")
 """Folder of comparisons without ``out``."""
@@ -197,27 +198,38 @@ class Runner:
                 f"{folder} was made with other settings ({'; '.join(changed)}): name another --out, or give the former "
                 "settings."
             )
-        before = with_identity(stored, newest(folder))
-        if folder not in self._compared and (reason := difference(before, self._identified(now))):
-            raise UserError(f"{folder} was made with {reason}: name another --out, or put the former code back.")
-        self._compared.add(folder)
+        if folder not in self._compared:
+            self._check_identity(now, with_identity(stored, newest(folder)), folder)
+            self._compared.add(folder)
         return now
 
-    def _identified(self, config: RunConfig) -> RunConfig:
-        """Return settings with the identity of code, files and data in memory now; fedkern's version is left out."""
+    def _check_identity(self, config: RunConfig, stored: RunConfig, folder: Path) -> None:
+        """Raise UserError where code, files or data in memory are not those that a stored run was made with."""
         data = self.data(config)
         code = self.script.code_at_begin(config, data)
         identity = {} if data is None else of_memory(data)
         identity |= {name: text for name, text in files_identity(config).items() if name != "version"}
-        identity |= {name: digest(code[name]) for name in ("network", "loss_fn") if name in code}
-        found: dict[str, Any] = {"training_sha256": digest(code["training"])} if "training" in code else {}
+        hashes = {group: digest(table) for group, table in code.items()}
+        then = {**stored.identity, "method": stored.method_sha256}
+        hashes = {
+            group: then[group] or now if is_unchanged(then.get(group, ""), now) else now
+            for group, now in hashes.items()
+        }
+        identity |= {group: hashes[group] for group in ("network", "loss_fn") if group in hashes}
+        found: dict[str, Any] = {"method_sha256": hashes.get("method")}
         if config.init is not None:
             found["init_sha256"] = initial_weights.sha256(config.init)
         with available(config.model, self.script.network):
             maker = getattr(MODELS.get(config.model), "make", None)
             if isinstance(maker, Own):
                 found["model_sha256"] = network_hash(maker)
-        return config.replace(identity=identity, **found)
+        if reason := difference(stored, config.replace(identity=identity, **found)):
+            tables = stored_code(folder)
+            words = [text for group in tables.keys() & code for text in differences(tables[group], folded(code[group]))]
+            raise UserError(
+                f"{folder} was made with {reason}{f' ({first_of(words, 3)})' if words else ''}: name another --out, or "
+                "put the former code back."
+            )
 
 
 def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:

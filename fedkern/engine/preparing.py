@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedkern.data.identity import of_memory
-from fedkern.data.sources.items import unsteady
+from fedkern.data.sources.items import Items, not_compared, unsteady
 from fedkern.engine import asynchronous, own_figures, own_model
 from fedkern.engine.client import Client, check_client
 from fedkern.engine.client_privacy import ClientPrivacy
@@ -21,8 +21,8 @@ from fedkern.engine.progress import Progress
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.server import Server
 from fedkern.engine.store import predictions as predictions_file
-from fedkern.engine.store.resuming import check_settings, not_compared, same_code, with_identity
-from fedkern.errors import UserError
+from fedkern.engine.store.resuming import check_settings, same_code, with_identity
+from fedkern.errors import UserError, first_of
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Method, Round
 from fedkern.methods.common import diagnostics
@@ -34,7 +34,7 @@ from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
 from fedkern.settings.run_data import caveats, check_data, check_sets, decided, effective, kept_data, load_data
-from fedkern.usercode.identity import digest
+from fedkern.usercode.identity import digest, left_out
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,11 @@ def with_data(
     hashes = {name: digest(code[name]) for name in ("network", "loss_fn") if name in code}
     if entry is None:
         config = config.replace(identity={**config.identity, **hashes})
-    for sentence in (*caveats(data), *notes, *not_compared(code)):
+    for sentence in (
+        *caveats(data),
+        *notes,
+        *_not_compared(code, data.clients[0] if data.form.lacks and known else None),
+    ):
         notice(sentence)
     context = RunContext(config, data, notice, script=script, code=code)
     context.warnings.update(warnings)
@@ -157,6 +161,13 @@ def with_data(
         before = entry["info"]["parts"].get("warnings", {}).get("other-code", "") if entry is not None else ""
         context.warn("other-code", " ".join([before, *(text for text in changed if text not in before)]).strip())
     return context
+
+
+def _not_compared(code: Mapping[str, Mapping[str, str]], split: Items | None) -> list[str]:
+    """Return a sentence on values of code and items that no comparison looks at, if there are some."""
+    paths = [path for table in code.values() for path in left_out(table)]
+    paths += [] if split is None else not_compared(split)
+    return [f"A run that goes on does not compare {first_of(paths, 3)}."] if paths else []
 
 
 def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, predictions: bool) -> Prepared:

@@ -100,7 +100,7 @@ class ScriptObjects:
             "training": {name: function for name, function in training.items() if function is not None},
             "loss_fn": {} if data is None else code_of(data),
         }
-        return {name: identity_table(things, weights=False) for name, things in groups.items() if things}
+        return {name: identity_table(things, weights=name != "network") for name, things in groups.items() if things}
 
     def code_at_begin(self, config: RunConfig, data: FederatedData | None) -> dict[str, dict[str, str]]:
         """Return what :meth:`code` returned when these objects were first used, unless functions or classes differ."""

@@ -104,5 +104,5 @@ def _in_words(name: str, config: RunConfig) -> str:
     part, _, key = name.partition(".")
     if part == "plugins":
         return f"plugin {key}"
-    value = settings_by_name(config).get(name)
-    return f"{'class of the method' if name == 'method' else key or name} {value}".strip()
+    words = {"method": "class of the method", "network": "code of the network", "loss_fn": "loss, metric or collation"}
+    return f"{words.get(name, key or name)} {settings_by_name(config).get(name, '')}".strip()

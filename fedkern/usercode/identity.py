@@ -38,6 +38,7 @@ import inspect
 import os
 import re
 import sys
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -244,8 +245,11 @@ class _Walk:
             self.visit(value.func, path, deep)
             self._rows(enumerate(value.args), path, deep, "[{}]")
             self._rows([*value.keywords.items(), *_attributes(value)], path, deep)
+        elif isinstance(value, weakref.ReferenceType):
+            self.visit(value(), path, deep)
         elif inspect.isroutine(value):  # a function of C
-            self.write(path, f"{getattr(value, '__module__', None) or ''} {value.__qualname__}".strip())
+            module = getattr(value, "__module__", None) or ""
+            self.write(path, f"function {'' if _package(module) is None else f'{module}.'}{value.__qualname__}")
             parts = {name: getattr(value, name, None) for name in ("__self__", "__wrapped__")}  # a method, lru_cache
             parts = {name: part for name, part in parts.items() if not isinstance(part, (ModuleType, type, type(None)))}
             self._rows(parts.items(), path, deep)
@@ -368,7 +372,8 @@ class _Walk:
 
     def _class(self, kind: type, deep: int) -> None:
         """Add the rows of the members of a class and of its bases."""
-        for base in kind.__mro__ if self._code else ():
+        bases: tuple[type, ...] = (*kind.__mro__, *inspect.getmro(type(kind))) if self._code else ()
+        for base in bases:
             if id(base) in self._classes or _package(base.__module__, base) is not None:
                 continue
             self._classes[id(base)] = base
@@ -384,7 +389,8 @@ class _Walk:
         cells = zip(code.co_freevars, map(_cell_content, function.__closure__ or ()), strict=True)
         attributes = {name: value for name, value in vars(function).items() if name not in _UNTOLD}
         if package is not None or not self._code:
-            self.write(path, f"{function.__globals__.get('__name__', '')}.{code.co_qualname} {package or ''}".strip())
+            place = "" if package is None else f"{function.__globals__['__name__']}."
+            self.write(path, f"function {place}{_short_name(code)}" + (f" ({package})" if package else ""))
             wrapped = {"__wrapped__": attributes["__wrapped__"]} if "__wrapped__" in attributes else {}
             self._rows([*cells, *wrapped.items()], path, deep)
             return
@@ -494,7 +500,7 @@ def _cell_content(cell: Any) -> Any:
 
 
 def _short_name(thing: Any) -> str:
-    name: str = thing.__qualname__
+    name: str = thing.co_qualname if isinstance(thing, CodeType) else thing.__qualname__
     return name.rpartition("<locals>.")[2]
 
 

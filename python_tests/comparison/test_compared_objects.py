@@ -8,8 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
 import fedkern
+from fedkern.errors import UserError
 from fedkern.methods import FedAvg, FedProx
 from fedkern.settings.stored import load_settings
 from python_tests.methods.test_script_methods import Slow, elsewhere  # noqa: F401
@@ -49,6 +53,41 @@ def test_a_class_and_a_sweep_with_a_choice():
     assert [row["group"] for row in both.table] == ["Slow lr=0.1 share=0.5", "fedavg lr=0.1"]
     runs = fedkern.compare(["y/Slow_lr=0.1_share=0.5_seed=3", "y/fedavg_lr=0.1_seed=3"], out="z", progress=False)
     assert [row["group"] for row in runs.table] == ["Slow", "fedavg"]
+
+
+def test_finished_runs_of_other_code_or_data_are_refused(tmp_path):
+    def sites(seed):
+        rows = torch.randn(24, 4, generator=torch.Generator().manual_seed(seed))
+        return [TensorDataset(rows[k : k + 8], rows[k : k + 8, 0].gt(0).long()) for k in (0, 8, 16)]
+
+    def play(weight=1.0, seed=0):
+        *data, test = sites(seed)
+        loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([1.0, weight]))
+        torch.manual_seed(0)
+        return fedkern.compare(
+            ["fedavg", "fedprox"], data=data, test=test, model=nn.Linear(4, 2), loss_fn=loss_fn, rounds=1, out="x",
+            threads=1, workers=1, progress=False,
+        )  # fmt: skip
+
+    before = play().table
+    assert play().table == before
+    with pytest.raises(UserError, match=r"made with another loss, metric or collation \(`loss_fn.weight` changed from"):
+        play(weight=2.0)
+    with pytest.raises(UserError, match=r"was made with different data \(samples\): name another out"):
+        play(seed=1)
+
+
+def test_finished_runs_of_an_edited_network_are_refused(tmp_path):
+    file = Path("net_of_a_test.py")
+    net = "nn.Sequential(nn.Flatten(), nn.Linear(1024, WIDTH), nn.Linear(WIDTH, 10))"
+    text = f"from torch import nn\ndef net(): return {net}"
+    file.write_text(text.replace("WIDTH", "4"))
+    how = {**TINY, "model": f"{file}:net"}
+    before = fedkern.compare(["fedavg", "fedprox"], out="x", **how).table
+    assert fedkern.compare(["fedavg", "fedprox"], out="x", **how).table == before
+    file.write_text(text.replace("WIDTH", "8"))
+    with pytest.raises(UserError, match=r"was made with another model .*net_of_a_test.py:net: name another out"):
+        fedkern.compare(["fedavg", "fedprox"], out="x", **how)
 
 
 class Blind(Slow):

@@ -27,6 +27,7 @@ from fedkern.data.sharing.holdout import hold_out
 from fedkern.data.sources.items import Items
 from fedkern.errors import UserError
 from fedkern.flower.runs.own_data import form_of
+from fedkern.listeners import Listener
 from fedkern.messages.leaves import Keywords, Positional, parted
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
@@ -563,6 +564,125 @@ def test_another_loss_is_no_resumption(tmp_path):
     other = fedkern.load(tmp_path / "other", **data, loss_fn=second_loss, trusted=["loss_fn"])
     other = other.resume(progress=False, pictures=False)
     assert "goes on with the loss, a metric or the collation as it is now" in other.summary["diagnostics"]["other-code"]
+
+
+class Counting:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, outputs, targets):
+        self.calls += 1
+        return nn.functional.cross_entropy(outputs, targets)
+
+
+class Averaging(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+
+    def forward(self, outputs, targets):
+        loss = nn.functional.cross_entropy(outputs, targets)
+        self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+        return loss
+
+
+def logging_loop():
+    losses = []
+
+    def train(model, client):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for batch in client.batches():
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(batch.inputs), batch.targets)
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("loss_fn", Counting), ("loss_fn", Averaging), ("train", logging_loop)], ids=range(3)
+)
+def test_objects_that_change_while_they_run_go_on(name, make, tmp_path):
+    how = {"data": [table(9), table(9, 1)], "test": table(6), "model": nn.Linear(4, 4)}
+    first = make()
+    quiet = {"progress": False, "pictures": False, "workers": 1}
+    run = fedkern.simulate("fedavg", **how, **{name: first}, rounds=1, out=tmp_path / "run", **HERE)
+    before = identity_table({name: make()})
+    assert identity_table({name: first}) != before
+    run.evaluate()
+    run.extend(2, **quiet)
+    fedkern.load(tmp_path / "run", **how, **{name: first}).extend(3, **quiet)
+    fedkern.load(tmp_path / "run", **how, **{name: make()}).extend(4, **quiet)  # as in another process
+    if make is Counting:
+        first.calls = -5
+        with pytest.raises(UserError, match=r"\(`loss_fn.calls` changed from 0 to -5\): put back the former one"):
+            fedkern.load(tmp_path / "run", **how, loss_fn=first).extend(5, **quiet)
+
+
+class Scaled(nn.Linear):
+    def __init__(self, scale):
+        super().__init__(4, 4)
+        self.scale = scale
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
+def test_a_network_of_other_code_is_refused(tmp_path, monkeypatch):
+    how, quiet = {"data": [table(9)], "test": table(6)}, {"progress": False, "pictures": False, "workers": 1}
+    fedkern.simulate("fedavg", **how, model=Scaled(1), rounds=1, out=tmp_path / "run", **HERE)
+    with pytest.raises(UserError, match=r"the network Scaled has changed .* \(`model.scale` changed from 1 to 2\)"):
+        fedkern.load(tmp_path / "run", **how, model=Scaled(2)).extend(2, **quiet)
+    fedkern.load(tmp_path / "run", **how, model=Scaled(1)).extend(2, **quiet)  # of other weights
+    more = fedkern.load(tmp_path / "run", **how, model=Scaled(2), trusted=["model"]).extend(3, **quiet)
+    assert "goes on with the network Scaled as it is now" in more.summary["diagnostics"]["other-code"]
+    monkeypatch.setattr(Scaled, "forward", nn.Linear.forward)
+    with pytest.raises(UserError, match=r"\(`Scaled.forward` changed"):
+        fedkern.load(tmp_path / "run", **how, model=Scaled(1)).extend(4, **quiet)
+
+
+class Dated(Dataset):
+    """Items with an object that no network sees."""
+
+    def __init__(self, rows, thing):
+        self.rows, self.thing = rows, thing
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return (*self.rows[index], self.thing)
+
+
+def without_things(items):
+    return default_collate([item[:2] for item in items])
+
+
+def test_items_count_with_their_objects_and_what_does_not_is_told(tmp_path):
+    def how(thing):
+        data = {"data": [Dated(table(9), thing)], "test": Dated(table(6), thing)}
+        return {**data, "model": nn.Linear(4, 4), "collate_fn": without_things}
+
+    quiet = {"progress": False, "pictures": False, "workers": 1}
+    fedkern.simulate("fedavg", **how(Counting()), rounds=1, out=tmp_path / "run", **HERE)
+    other = Counting()
+    other.calls = 1
+    with pytest.raises(UserError, match="The data are not those"):
+        fedkern.load(tmp_path / "run", **how(other)).extend(2, **quiet)
+    fedkern.load(tmp_path / "run", **how(Counting())).extend(3, **quiet)
+    heard = Hearing()
+    fedkern.simulate("fedavg", **how(threading.Lock()), rounds=1, out=tmp_path / "lock", **HERE, listener=heard)
+    assert heard.notices == ["A run that goes on does not compare `item[2]` (lock, TypeError)."]
+
+
+class Hearing(Listener):
+    def __init__(self):
+        self.notices = []
+
+    def on_notice(self, text):
+        self.notices.append(text)
 
 
 # -- what is not taken -------------------------------------------------------------------------------------------------

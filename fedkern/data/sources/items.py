@@ -21,7 +21,7 @@ from fedkern.errors import RAISED, UserError, described, told
 from fedkern.messages.leaves import leaves, parted
 from fedkern.streams import mix_words, preserve_generators, seed_generators, stream
 from fedkern.tasks import Task
-from fedkern.usercode.identity import digest, identity_table
+from fedkern.usercode.identity import digest, identity_table, left_out
 
 HASHED, HASHED_IN_ALL = 64, 2000
 """Most items of a set, and of all sets together but for two of each, that are read for the fingerprint."""
@@ -160,22 +160,27 @@ class Items:
         chosen = np.sort(stream(0, "items").permutation(count)[:most])
         value = hashlib.blake2b(f"{count};".encode(), digest_size=16)
         for item in self.read(chosen, 0):
-            value.update(_item_digest(item))
+            value.update(digest(_table(item)).encode())
         return value.digest()
 
 
 def unsteady(splits: Sequence[Items]) -> list[str]:
     """The splits whose first item is another one when it is read again from the same seeds, in words."""
 
-    def first(split: Items) -> bytes:
-        return _item_digest(next(split.read([0], 0)))
+    def first(split: Items) -> dict[str, str]:
+        return _table(next(split.read([0], 0)))
 
     return [split.who for split in splits if len(split) and not split.still and first(split) != first(split)]
 
 
-def _item_digest(item: Any) -> bytes:
-    """Return a hash of an item: its values in full, of classes and functions the name alone."""
-    return digest(identity_table({"item": item}, limit=sys.maxsize, code=False)).encode()
+def _table(item: Any) -> dict[str, str]:
+    """Return the identity of an item: its values in full, of classes and functions the name alone."""
+    return identity_table({"item": item}, limit=sys.maxsize, code=False)
+
+
+def not_compared(split: Items) -> list[str]:
+    """Return the parts of the first item of a split at which no comparison looks."""
+    return left_out(_table(next(split.read([0], 0)))) if len(split) else []
 
 
 def per_set(sets: int) -> int:

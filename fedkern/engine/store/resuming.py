@@ -17,7 +17,7 @@ from fedkern.engine.store import predictions, records
 from fedkern.engine.store.checkpoints import Checkpoints, newest
 from fedkern.engine.store.run_folder import NODES
 from fedkern.engine.store.saved_model import damaged
-from fedkern.errors import UserError, first_of
+from fedkern.errors import UserError
 from fedkern.methods.base import Round
 from fedkern.ops._core import backend
 from fedkern.ops._core.loading import Unavailable
@@ -26,7 +26,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.stored import load_settings, make_portable
 from fedkern.usercode import named_code, plugin_files, plugins
-from fedkern.usercode.identity import differences, digest, folded, is_unchanged, left_out
+from fedkern.usercode.identity import differences, digest, folded, is_unchanged
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""
@@ -249,12 +249,6 @@ def same_code(
         warnings.append(named_code.as_it_is(what))
     kept = {name: getattr(stored, name) for name in ("model_sha256", "training", "training_sha256")}
     return config.replace(**kept), warnings
-
-
-def not_compared(code: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Return a sentence on values of the user's code that no comparison looks at, if there are some."""
-    paths = [path for table in code.values() for path in left_out(table)]
-    return [f"A run that goes on does not compare {first_of(paths, 3)}."] if paths else []
 
 
 def check_same(entry: Mapping[str, Any], facts: Mapping[str, Any], plan: Sequence[Round], out: Path) -> None:

@@ -1,0 +1,281 @@
+"""Identity of code and objects: a table by path that tells every change, and is the same in every process."""
+
+import collections
+import datetime
+import decimal
+import enum
+import fractions
+import functools
+import json
+import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedkern.usercode.identity import (
+    DEEP,
+    LIMIT,
+    NODES,
+    content_hash,
+    differences,
+    digest,
+    folded,
+    identity_table,
+    is_unchanged,
+    left_out,
+    note_change,
+)
+
+FACTOR = 1
+
+
+class Level(enum.Enum):
+    LOW, HIGH = 1, 2
+
+
+class Holder:
+    def __init__(self, value):
+        self._value = value
+
+
+class Slots:
+    __slots__ = ("__value",)
+
+    def __init__(self, value):
+        self.__value = value
+
+
+class Members(set):
+    """A set of objects that hash by address."""
+
+
+def table(thing):
+    return identity_table({"x": thing})
+
+
+def helper(value):
+    return value * FACTOR
+
+
+def module_of(value):
+    module = types.ModuleType("settings_of_a_test")
+    module.value = value
+    return lambda: module.value
+
+
+def executed(text):
+    scope = {}
+    exec(text, scope)
+    return scope["made"]
+
+
+def with_global(value):
+    globals()["FACTOR"] = value
+    return lambda x: [helper(y) for y in x]
+
+
+def decorated(value):
+    @torch.no_grad()
+    @functools.lru_cache
+    def function(x):
+        return x * value
+
+    return function
+
+
+def based(value):
+    class Base:
+        weight = value
+
+    class Derived(Base):
+        __slots__ = ()
+
+    return Derived()
+
+
+def made_by(value):
+    class Kind(type):
+        weight = value
+
+    return Kind("Made", (), {})()
+
+
+def hooked(value):
+    network = nn.Sequential(nn.ReLU())
+    network.register_forward_hook(lambda module, inputs, output: output * value)
+    return network
+
+
+def buffered(value):
+    network = nn.Module()
+    network.register_buffer("weight", torch.full((9,), float(value)), persistent=False)
+    return network
+
+
+def nested(value, depth=DEEP // 2):
+    for _ in range(depth):
+        value = Holder(value)
+    return value
+
+
+def generator(value):
+    return torch.Generator().manual_seed(value)
+
+
+KINDS = {
+    "closure": lambda v: lambda x: x * v, "default": lambda v: (lambda x, w=v: x), "global": with_global,
+    "constant": lambda v: executed(f"made = lambda x: x in {{'a', 'b', {v}}}"), "decorator": decorated,
+    "exec": lambda v: executed(f"W = {v}\ndef made(x):\n    return W"), "module": module_of, "slots": Slots,
+    "class": lambda v: executed(f"class made:\n    def f(self): return {v}"), "base": based, "metaclass": made_by,
+    "partial": lambda v: functools.partial(helper, v), "bound method": lambda v: Holder(v).__eq__, "hook": hooked,
+    "buffer": buffered, "private": Holder, "nested": nested, "enum": Level, "set": lambda v: {"a", "b", v},
+    "set of objects": lambda v: Members({Holder(v), Holder("a"), Holder("b")}), "dict": lambda v: {Level.LOW: [v]},
+    "deque": lambda v: collections.deque([v], maxlen=3), "named tuple": collections.namedtuple("Pair", "v"),
+    "default dict": lambda v: collections.defaultdict(functools.partial(list, [v])), "range": range, "path": lambda v:
+    pathlib.Path(f"p{v}"), "date": lambda v: datetime.date(2000 + v, 1, 1), "decimal": decimal.Decimal, "complex":
+    lambda v: complex(1, v), "fraction": lambda v: fractions.Fraction(v, 7), "pattern": lambda v: re.compile("a" * v),
+    "dtype": lambda v: (None, torch.float16, torch.bfloat16)[v], "bytes": lambda v: bytearray([v]), "random":
+    random.Random, "numpy random": np.random.default_rng, "generator": generator, "long": lambda v: "a" * 999 + str(v),
+    "array": lambda v: np.full((9, 2), v, np.float16)[::2], "objects": lambda v: np.array([Holder(v)], dtype=object),
+    "masked": lambda v: np.ma.array(np.ones(9), mask=np.arange(9) == v), "sparse": lambda v:
+    torch.eye(9).mul(v).to_sparse(),
+    "strided": lambda v: torch.eye(9).mul(v).t()[1:], "bfloat16": lambda v: torch.full((9,), v, dtype=torch.bfloat16),
+    "conjugate": lambda v: torch.full((9,), complex(1, v)).conj(), "subclass": lambda v: type("Own", (float,), {})(v),
+    "namespace": lambda v: types.SimpleNamespace(a=Holder(v)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_change_is_told_and_an_equal_object_is_equal(kind):
+    make = KINDS[kind]
+    before = table(make(1))
+    assert table(make(1)) == before
+    assert differences(before, table(make(2)))
+    assert left_out(before) == []
+
+
+TOLD = """
+import json
+from python_tests.usercode.test_identity import KINDS, digest, table
+print(json.dumps({kind: digest(table(make(1))) for kind, make in KINDS.items()}))
+"""
+
+
+def test_a_table_is_the_same_in_another_process():
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    told = subprocess.run(
+        [sys.executable, "-c", TOLD], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    assert json.loads(told) == {kind: digest(table(make(1))) for kind, make in KINDS.items()}
+
+
+def test_words_name_what_has_changed():
+    words = differences(table(Holder(2.0)), table(Holder(3.0)))
+    assert words == ["`x._value` changed from 2.0 to 3.0"]
+    first, second = (executed(f"def made(a):\n    return a + {n}") for n in (1, 2))
+    assert differences(table(first), table(second)) == ["`x` changed"]
+    assert differences(table(Holder(1)), table(Holder(Holder(1)))) == ["`x._value` changed from 1 to Holder"]
+    assert differences({"a": "1"}, {"b": "1"}) == ["`a` is gone", "`b` is new"]
+
+
+def test_lines_and_docstrings_of_classes_do_not_count():
+    first = executed("class made:\n    '''One.'''\n    def f(self): return 1")
+    second = executed("\n\nclass made:\n    '''Two.'''\n    # a comment\n    def f(self):\n        return 1")
+    assert table(first) == table(second)
+
+
+def test_modules_count_by_name_and_version():
+    from torch.nn import functional
+
+    def function(x):
+        return functional.relu(torch.as_tensor(np.abs(x)))
+
+    rows = table(function)
+    assert rows["x.functional"] == "module torch.nn.functional"
+    assert rows["x.np"] == f"module numpy (numpy {np.__version__})"
+    assert len(rows) < 6
+
+
+def test_a_module_that_code_imports_by_itself_counts_by_its_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "imported_inside_a_test.py"
+    function = executed("def made():\n    import imported_inside_a_test, torch, json")
+    file.write_text("a = 1")
+    before = table(function)
+    assert before["x.imported_inside_a_test"].endswith(content_hash(file.read_bytes()))
+    file.write_text("a = 2")
+    assert differences(before, table(function))
+
+
+@pytest.mark.parametrize(
+    ("thing", "said"),
+    [
+        (threading.Lock(), "lock"),
+        ([Holder(1), (x for x in ())], "generator"),
+        (nested(1, DEEP + 5), f"deeper than {DEEP} levels"),
+        (torch.zeros(LIMIT), f"all after its first {LIMIT:,} bytes"),
+        ("a" * 2 * LIMIT, f"all after its first {LIMIT:,} bytes"),
+        ([*range(LIMIT)], f"all after its first {LIMIT:,} bytes"),
+        ([Holder(n) for n in range(NODES)], f"this and all after {NODES:,} values"),
+    ],
+    ids=range(7),
+)
+def test_what_is_not_compared_is_listed(thing, said):
+    (listed,) = left_out(table(thing))
+    assert said in listed
+
+
+def test_an_object_that_raises_at_everything_is_walked():
+    def fails(*arguments):
+        raise RuntimeError
+
+    names = ("eq", "hash", "repr", "len", "bool", "iter", "array", "reduce", "getattr")
+    kind = type("Raising", (), {f"__{name}__": fails for name in names})
+    things = kind(), kind()
+    things[1].value = 2
+    assert differences(*map(table, things)) == ["`x.value` is new"]
+
+
+def test_cycles_end():
+    first, second = Holder(1), [1]
+    first._value = {"self": first, "list": second}
+    second.append(second)
+    assert table(first)["x._value['self']"] == "same as x"
+    assert left_out(table(first)) == []
+
+
+def test_weights_and_code_can_be_left_out():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    assert table(first) != table(second)
+    assert identity_table({"x": first}, weights=False) == identity_table({"x": second}, weights=False)
+    one, two = (executed(f"class made:\n    def f(self): return {n}")() for n in (1, 2))
+    assert table(one) != table(two)
+    assert identity_table({"x": one}, code=False) == identity_table({"x": two}, code=False)
+
+
+def test_a_large_table_is_stored_as_few_rows_that_tell_as_much():
+    first = table(nn.Sequential(*(nn.Sequential(nn.Dropout(0.1), nn.ReLU()) for _ in range(200))))
+    second = {**first, "x.150.0.p": "0.2"}
+    assert len(first) > 600
+    assert len(folded(first, 250)) <= 250
+    assert differences(folded(first, 250), folded(second, 250)) == ["`x.150` changed"]
+    assert folded({"a": "1"}) == {"a": "1"}
+
+
+def test_objects_that_a_run_has_changed_count_as_the_former_ones():
+    before, after, last = (table(Holder(f"changed by a run of a test {n}")) for n in range(3))
+    assert not is_unchanged(digest(before), digest(after))
+    note_change(before, after)
+    note_change(after, last)
+    assert is_unchanged(digest(before), digest(after))
+    assert is_unchanged(digest(before), digest(last))
+    assert not is_unchanged(digest(last), digest(before))
