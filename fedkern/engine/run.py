@@ -89,8 +89,7 @@ def run(
         config = script.described(config)
         stored = entry = None
         if resume:
-            if rounds is not None:
-                check_extension(out, rounds, trusted=trusted)
+            rounds = check_extension(out, rounds, trusted=trusted)
             config, stored, entry = resumed_settings(config, out, trusted, rounds)
             finished = finished_summary(entry, out, predictions)
             if finished is not None:

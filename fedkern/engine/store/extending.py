@@ -37,7 +37,7 @@ OF_A_NETWORK = (
 """Files in a run folder that tell of the run's last network, as patterns: the run's, and those of commands on it."""
 
 
-def check_extension(out: Path, rounds: int, *, trusted: Collection[str] = ()) -> None:
+def check_extension(out: Path, rounds: int | None, *, trusted: Collection[str] = ()) -> int | None:
     """Check that a run, finished or not, may have more rounds; nothing is written.
 
     Where the method has no schedule over all rounds (``Method.spans``), the network is then, bit for bit, that of a run
@@ -45,8 +45,11 @@ def check_extension(out: Path, rounds: int, *, trusted: Collection[str] = ()) ->
 
     Args:
         out: the run folder.
-        rounds: communication rounds in all.
+        rounds: communication rounds in all; None: those of ``config.toml``, where an extension was interrupted.
         trusted: plugins that may be executed in any case.
+
+    Returns:
+        The communication rounds that the run is to have; None where it goes on with those that it has.
 
     Raises:
         UserError: there is no run with a checkpoint, its clients are on nodes of Flower, the method plans its own
@@ -54,7 +57,12 @@ def check_extension(out: Path, rounds: int, *, trusted: Collection[str] = ()) ->
             rounds that were played would have been others in such a run.
     """
     stored = load_settings(out, trusted=trusted, device="cpu")
-    kind, options = stored.kind, stored.chosen
+    kind, options, entry = stored.kind, stored.chosen, Checkpoints(out).peek()
+    before = None if entry is None else int(entry["info"]["config"]["rounds"])
+    if rounds is None:
+        if before is None or stored.rounds <= before:
+            return None
+        rounds = stored.rounds
     if (out / NODES).exists():
         raise UserError(
             f"The states of the clients of {out} are on nodes of Flower, where no run is extended: start a new run "
@@ -62,33 +70,31 @@ def check_extension(out: Path, rounds: int, *, trusted: Collection[str] = ()) ->
         )
     if kind.one_shot:
         raise UserError(f"{stored.method} is a one-shot method, whose plan has the rounds it needs: nothing to extend.")
-    entry = Checkpoints(out).peek()
-    if entry is None:
+    if entry is None or before is None:
         raise UserError(f"The run in {out} has no checkpoint yet: start it again with the rounds it should have.")
-    before = int(entry["info"]["config"]["rounds"])
     if kind.promises(options):
         raise UserError(
             f"The run in {out} promises differential privacy for its {before} rounds, and more rounds would cost "
             "more: start a new run with --rounds."
         )
-    # An extension that was interrupted between its writes is finished by the same command.
-    half = rounds == before != stored.rounds
-    if rounds <= before and not half:
+    if rounds <= before:
         raise UserError(f"The run in {out} has {before} rounds: --rounds must be larger than that, not {rounds}.")
     check_unedited(stored.replace(rounds=before), entry, out)
     Metrics(out).check_entry(entry)
     method, done = kind(options), entry["plan"]
-    if not half and _plan(method, stored, before, done) != _plan(method, stored, rounds, done):
+    if _plan(method, stored, before, done) != _plan(method, stored, rounds, done):
         raise UserError(
             f"The rounds of {stored.method} with these options depend on their number, so a run of {rounds} rounds "
             f"would have begun otherwise: start a new run with --rounds {rounds}."
         )
+    return rounds
 
 
 def write_extension(checkpoints: Checkpoints, entry: dict[str, Any], out: Path) -> bool:
     """Give a run more rounds, and move what was made of the former network to a folder ``round-NNNN``.
 
-    An interruption between the three writes leaves a run that the same command extends.
+    After an interruption between the three writes, ``config.toml`` has the new number of rounds and the last checkpoint
+    the old one: the same command, or resuming, finishes the extension.
 
     Args:
         checkpoints: of the run, opened.
@@ -100,9 +106,9 @@ def write_extension(checkpoints: Checkpoints, entry: dict[str, Any], out: Path) 
     """
     # From the file, not from the run's settings, whose device is this machine's.
     text = toml.dumps({**stored_settings(out), "rounds": entry["info"]["config"]["rounds"]})
-    checkpoints.amend(entry["info"])
-    set_aside(out, entry["round"])
     atomic.write_bytes(out / SETTINGS, text.encode())
+    set_aside(out, entry["round"])
+    checkpoints.amend(entry["info"])
     return aside(out, entry["round"]).exists()
 
 
