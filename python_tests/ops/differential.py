@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedkern import ops
 from python_tests.ops.operator_cases import assert_close
@@ -1090,66 +1090,6 @@ def check_fuse(case: Case) -> None:
     compare(got, value, inputs, absolute=2e-6, gradient=2e-6, coarse=is_coarse(*features))
 
 
-@st.composite
-def blocks_case(draw: st.DrawFn) -> Case:
-    return {
-        "clients": draw(st.integers(1, 4)),
-        "channels": draw(st.sampled_from([1, 2, 3, 8])),
-        "width": draw(st.sampled_from([1, 3, 5, 8, 16])),
-        "size": draw(st.sampled_from([1, 3, 4, 8, 9])),
-        "batch": draw(FEW),
-        "kernel": draw(st.sampled_from([1, 3])),
-        "stride": draw(st.sampled_from([1, 2])),
-        "bias": draw(st.booleans()),
-        "norm": draw(st.booleans()),
-        "second": draw(st.booleans()),
-        "shared": draw(st.booleans()),
-        "training": draw(st.booleans()),
-        "input": draw(tensor([0], "float32")),
-        "seed": draw(SEEDS),
-    }
-
-
-def check_fused_blocks(case: Case) -> None:
-    torch.manual_seed(case["seed"])
-    M, C, W = case["clients"], case["channels"], case["width"]
-
-    def block() -> nn.Module:
-        def conv(inputs: int, stride: int) -> nn.Module:
-            return nn.Conv2d(inputs, W, case["kernel"], stride, case["kernel"] // 2, bias=case["bias"])
-
-        layers = [conv(C, case["stride"]), *([nn.BatchNorm2d(W)] if case["norm"] else []), nn.ReLU()]
-        made = nn.Sequential(*layers, *([conv(W, 1)] if case["second"] else []))
-        for module in made:
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_()  # type: ignore[union-attr]
-                module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
-                nn.init.normal_(module.weight)
-        return made.train(case["training"])
-
-    blocks = [block() for _ in range(M)]
-    batch, size = case["batch"], case["size"]
-    if case["training"] and case["norm"] and batch * size < 8:
-        return  # torch refuses to normalise one value, and few amplify rounding
-    fused = ops.FusedBlocks(blocks, shared=case["shared"])
-    fused.train(case["training"])
-    x = make({**case["input"], "shape": [batch, C if case["shared"] else M * C, size, size]})
-    y = exact(x)
-    assert y is not None
-    got = fused(x)
-    doubles = [one.double() for one in blocks]
-    parts = [y] * M if case["shared"] else list(y.split(C, 1))
-    expected = torch.cat([one(part) for one, part in zip(doubles, parts, strict=True)], 1)
-    assert_close("result", got, expected, relative=1e-4, absolute=1e-4)
-    if x.requires_grad:
-        along = torch.randn(got.shape)
-        (ours,) = torch.autograd.grad(got, x, along)
-        (theirs,) = torch.autograd.grad(expected, y, along.double())
-        far = (ours.double() - theirs).abs() > 1e-3 * theirs.abs() + 1e-3
-        # A value within rounding of ReLU's corner may fall on either side.
-        assert float(far.double().mean() if far.numel() else 0) < 0.02
-
-
 # -- optimise ----------------------------------------------------------------------------------------------------------
 
 
@@ -1432,7 +1372,6 @@ OPERATORS: dict[str, tuple[st.SearchStrategy[Case], Callable[[Case], None]]] = {
     "adamw_step": (step_case(), check_adamw_step),
     "fuse_concat": (fuse_case(), check_fuse),
     "fuse_mean": (fuse_case(), check_fuse),
-    "FusedBlocks": (blocks_case(), check_fused_blocks),
     "conv_norm": (conv_case(), check_conv_norm),
     "conv_pool": (pool_case(), check_conv_pool),
 }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedkern import ops
-from python_tests.ops.property_inputs import QUARTERS, examples, few_examples, logits, members, orders, tensors
+from python_tests.ops.property_inputs import QUARTERS, examples, logits, members, orders, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -158,32 +158,3 @@ def test_fusing_is_concatenating(channels: list[int], last: bool, seed: int) -> 
     one = maps[0]
     assert torch.equal(ops.fuse_mean([one]), one)
     torch.testing.assert_close(ops.fuse_mean([one] * 5), one)
-
-
-def block(inner: int, stride: int, seed: int) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(3, inner, 3, stride, 1, bias=False),
-        torch.nn.BatchNorm2d(inner),
-        torch.nn.ReLU(),
-        torch.nn.Conv2d(inner, inner, 3, 1, 1),
-        torch.nn.BatchNorm2d(inner),
-        torch.nn.ReLU(),
-    )
-
-
-@few_examples
-@given(st.integers(1, 4), st.integers(1, 5), st.sampled_from([1, 2]), st.integers(0, 99))
-def test_fused_blocks_go_back_to_the_same_states(count: int, inner: int, stride: int, seed: int) -> None:
-    blocks = [block(inner, stride, seed + m) for m in range(count)]
-    for one in blocks:
-        for buffer in one.buffers():
-            if buffer.is_floating_point():
-                buffer.uniform_(0.5, 2.0)
-    before = [{key: value.clone() for key, value in one.state_dict().items()} for one in blocks]
-    fused = ops.FusedBlocks(blocks)
-    after = fused.state_dicts()
-    assert len(after) == count
-    for old, new in zip(before, after, strict=True):
-        assert list(old) == list(new)
-        assert all(torch.equal(old[key], new[key]) for key in old)
