@@ -100,7 +100,7 @@ class RunContext:
         self.disclosure = Disclosure(clients=config.records != "private")
         self._placed: OnDevice | None = None
         self._clients: dict[int, Reader] = {}
-        self._frozen: tuple[tuple[Any, ...], Any] = (), None  # the vectors of a frozen network, and the network
+        self._frozen: tuple[list[Any], Any] = [], None  # the vectors of a frozen network, and the network
         self._initial_buffers: Message | None = None
         self._described, self.script, self.code = described, script, code
         self.unfit = ""
@@ -344,16 +344,22 @@ class RunContext:
             own_tensors: what the client keeps to itself (``--personal``), by name, or None.
         """
         network = self.network("frozen")
+        vectors = (message["parameters"], *(buffers or {}).values(), *message.values(), *(own_tensors or {}).values())
         # The key holds the tensors themselves, so that no new tensor can get the identity of a freed one.
-        key = (message["parameters"], *(buffers or {}).values(), *message.values(), *(own_tensors or {}).values())
+        key = [(vector, 0 if vector.is_inference() else vector._version) for vector in vectors]
         old_key, _ = self._frozen
-        if len(key) != len(old_key) or any(a is not b for a, b in zip(key, old_key, strict=True)):
+        if len(key) != len(old_key) or any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(key, old_key, strict=True)):
             network.write({**message, **(buffers or {})})
             network.write_personal(own_tensors or {})
             network.statistics = self.config.statistics or bool(buffers)
             network.eval_mode()
             self._frozen = key, frozen(network.module)
         return self._frozen[1]
+
+    def begin_exchange(self) -> None:
+        """Forget the vectors that clients received before: their tensors may have changed without a new version."""
+        self._frozen = [], None
+        self.placed.received = None
 
     def user_objects(self) -> dict[str, str]:
         """Return an identity table of the user's functions and objects that clients work with, without large values."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
@@ -14,6 +15,7 @@ from fedkern.engine.finite import check_finite
 from fedkern.engine.progress import Progress
 from fedkern.engine.server import Server
 from fedkern.errors import RAISED, UserError, named, origin
+from fedkern.messages.leaves import leaves
 from fedkern.methods.base import ClientId, Declaration, Message, Phase, Upload
 
 
@@ -80,8 +82,17 @@ class Hooks:
 
     def messages(self, outgoing: Any, clients: Iterable[ClientId]) -> dict[ClientId, Message]:
         """The messages out of what :meth:`send` returned, of the clients that have one (see :func:`messages_for`)."""
-        messages = messages_for(outgoing, clients, getattr(self._asked, "selective", False))
-        return {k: message for k, message in messages.items() if message is not None}
+        outgoing = messages_for(outgoing, clients, getattr(self._asked, "selective", False))
+        messages = {k: message for k, message in outgoing.items() if message is not None}
+        if type(self._asked).__module__.startswith("fedkern."):
+            return messages
+        # A user's server may write into the tensors of its state while other clients have yet to work.
+        copies: dict[int, Any] = {}
+        for leaf in leaves(messages):
+            if isinstance(leaf, Tensor) and id(leaf) not in copies:
+                copies[id(leaf)] = leaf.detach().clone()
+        with self._code("send"):
+            return copy.deepcopy(messages, copies)
 
     def declared(self, phase: Phase, client: ClientId, message: Message) -> Declaration:
         """The declaration of a client's upload."""

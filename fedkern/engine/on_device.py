@@ -21,6 +21,7 @@ class OnDevice:
         networks: by name and lane.
         graphs: recorded steps of local training by lane; None on the CPU.
         first_steps: watches over this process's first steps, by name of the round and exchange.
+        received: the vector that clients were sent last, its version and the vector on the device.
     """
 
     def __init__(self, device: torch.device, build: Callable[[], torch.nn.Module]) -> None:
@@ -29,7 +30,7 @@ class OnDevice:
         self.networks: dict[tuple[str, int], Network] = {}
         self.graphs: dict[int, Graphs | None] = {}
         self.first_steps: dict[tuple[str, str], FirstSteps] = {}
-        self._there: tuple[Tensor, int, Tensor] | None = None
+        self.received: tuple[Tensor, int, Tensor] | None = None
 
     @contextmanager
     def on_lane(self, lane: int) -> Iterator[None]:
@@ -60,7 +61,7 @@ class OnDevice:
         """A message's vector on the device, for reading; what all clients of a round get is sent once."""
         if self._device.type == "cpu" or vector.device.type != "cpu" or vector.is_inference():
             return vector.to(self._device)
-        last = self._there
+        last = self.received
         if last is None or last[0] is not vector or last[1] != vector._version:
-            self._there = last = vector, vector._version, vector.to(self._device)
+            self.received = last = vector, vector._version, vector.to(self._device)
         return last[2]

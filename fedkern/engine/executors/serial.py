@@ -75,6 +75,7 @@ class Serial:
         messages: Mapping[ClientId, Message],
         encoders: Mapping[ClientId, Encoder] | None = None,
     ) -> Iterator[Answer]:
+        self._context.begin_exchange()
         encoders = encoders or {}
         count = lanes(self._context, self._handlers[asker]) if len(messages) > 1 else 1
         begun = (
