@@ -233,7 +233,7 @@ def read_model(
         if checksum(path) != written.get("sum"):
             raise UserError(f"{path} is not what the run wrote: {mend}.")
     if about.get("statistics") == "batch":
-        _forget_statistics(network)
+        _forget_statistics(network, tensors)
     try:
         network.load_state_dict(tensors)
     except RuntimeError:
@@ -256,11 +256,13 @@ def _check_code(path: Path, name: str, trusted: Collection[str], model: nn.Modul
         )
 
 
-def _forget_statistics(module: nn.Module) -> None:
-    for _, layer in norms(module):
-        layer.track_running_stats = False
-        for buffer in RUNNING:
-            setattr(layer, buffer, None)
+def _forget_statistics(module: nn.Module, state: Collection[str]) -> None:
+    """Let each batch norm without running statistics in a state dict use the batch's own."""
+    for name, layer in norms(module):
+        if f"{name}.running_mean".removeprefix(".") not in state:
+            layer.track_running_stats = False
+            for buffer in RUNNING:
+                setattr(layer, buffer, None)
 
 
 def _plain(about: Mapping[str, Any], out: Path, trusted: Collection[str]) -> nn.Module:
@@ -318,5 +320,5 @@ def _of_client(
     client_network = _plain(about, out, trusted)
     client_network.load_state_dict(wrapper.module.state_dict())
     if about.get("statistics") == "batch" and BUFFERS not in state:
-        _forget_statistics(client_network)
+        _forget_statistics(client_network, network.state_dict())
     return client_network

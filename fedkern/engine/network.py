@@ -50,6 +50,8 @@ class Network:
         infinite = self.buffers.isinf()
         self._infinite = infinite if bool(infinite.any()) else None
         self._infinite_apart = self._flat.apart_buffers.isinf()
+        self._lacking: list[tuple[_BatchNorm, bool]] = []
+        """Layers that evaluate by the batch's own statistics, and their ``track_running_stats`` before."""
         self.statistics = True
         self.fixed = False
         self.attributes = attributes(module)
@@ -134,21 +136,29 @@ class Network:
             raise UserError(f"The trained network is no longer the run's: {next(iter(unfit.values()))}.")
         target.load_state_dict({name: now[name] if name in still else source[name] for name in now})
 
+    @torch.no_grad()  # what a module derives in eval() is copied with it
     def eval_mode(self) -> None:
-        """Puts the module in eval mode; without meaningful running statistics batch norm uses the batch's own."""
+        """Put the module in eval mode.
+
+        Without meaningful running statistics, each batch norm that learns them uses the batch's own instead.
+        """
+        self.train_mode()  # what the module derives from its weights in eval() follows those written since
+        learning = [layer for layer in self.module.modules() if isinstance(layer, _BatchNorm) and layer.training]
         self.module.eval()
-        for layer in self.module.modules():
-            if isinstance(layer, _BatchNorm) and layer not in self._still:
-                layer.track_running_stats = self.statistics
-                layer.training = not self.statistics
+        for layer in learning if not self.statistics else ():
+            self._lacking.append((layer, layer.track_running_stats))
+            layer.track_running_stats, layer.training = False, True
 
     def train_mode(self) -> None:
-        """Puts the module in train mode; batch norm stays in eval mode where it is frozen or its statistics fixed."""
+        """Put the module in train mode; batch norm stays in eval mode where it is frozen or its statistics fixed."""
+        for layer, tracks in self._lacking:
+            layer.track_running_stats = tracks
+        self._lacking.clear()
         self.module.train()
-        for layer in self.module.modules():
-            if isinstance(layer, _BatchNorm):
-                layer.track_running_stats = True
-                layer.training = not (self.fixed or layer in self._still)
+        for layer in self._still:
+            layer.eval()
+        if self.fixed:
+            freeze_bn_after(self.module)
 
     def freeze(self) -> None:
         """Takes the parameters out of autograd, unless some are frozen already: their places would be others."""

@@ -58,7 +58,8 @@ def find_head(module: nn.Module, images: Tensor) -> str | None:
         module: in any mode; a copy is run.
         images: ``[B, C, H, W]``.
     """
-    tried = moved(module).eval()
+    tried = moved(module)
+    tried.eval()  # whose train() may be the user's and return nothing
     calls: dict[str, list[Tensor]] = {}
     for name, layer in tried.named_modules():
         if isinstance(layer, nn.Linear) and layer.bias is not None:
@@ -209,7 +210,9 @@ def _tried(
     results: list[Tensor] = []
     changed: set[int] = set()
     for training in (True, False):
-        network, parts = moved(module).train(training), moved(module).train(training)
+        network, parts = moved(module), moved(module)
+        for copied in (network, parts):
+            copied.train(training)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # dropout
             expected = logits_of(network(images.clone()))  # a network may change its input in place

@@ -15,7 +15,7 @@ from fedkern.deferred.calls import called
 from fedkern.deferred.pending import computed
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, leaves, mapped
-from fedkern.models.cutting import Cut, NotCut, find_cut, find_head, logits_of
+from fedkern.models.cutting import Cut, NotCut, find_cut, find_head, logits_of, moved
 from fedkern.models.precision import autocasts, full
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
@@ -296,7 +296,9 @@ class Own:
     def _copy(self, *arguments: Any) -> nn.Module:
         """A copy of :meth:`_module`, as the code may take long, for example to read pretrained weights."""
         if self._latest is None or self._latest[0] != arguments:
-            self._latest = arguments, self._module(*arguments)
+            module = self._module(*arguments)
+            _check_modes(self._copied(module), self.text)
+            self._latest = arguments, module
         return self._copied(self._latest[1])
 
     def _module(
@@ -325,7 +327,8 @@ class Own:
         if not isinstance(module, nn.Module):
             raise UserError(f"the model {self.text} gives {type(module).__name__}, not an nn.Module.")
         check_module(module, self.text)
-        return module.cpu().train()
+        module.train()  # which may return nothing where it is the user's
+        return module.cpu()
 
     def _copied(self, module: nn.Module) -> nn.Module:
         try:
@@ -413,11 +416,43 @@ def check_module(module: nn.Module, text: str) -> None:
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype is not torch.float32:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"the model {text} has {name} in {kind}: only float32 is trained, call .float() on it.")
+    for name, tensor in module.named_buffers():
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise UserError(f"the model {text} has {name}, an expanded tensor, which cannot be loaded: clone() it.")
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(f"the model {text} has {name} in its state dict, which is no tensor and cannot be saved.")
+        if name == "__metadata__" or name.encode(errors="ignore").decode() != name:
+            raise UserError(f"the model {text} has {name!r} in its state dict, and no file holds that name: rename it.")
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise UserError(f"the model {text} has no parameters that require gradients, so there is nothing to train.")
+
+
+def _check_modes(module: nn.Module, text: str) -> None:
+    """Raise UserError where ``eval()`` changes the module's tensors, which messages are written into.
+
+    Args:
+        module: a copy, which is changed.
+    """
+    modes = [getattr(layer, name) for layer in module.modules() for name in ("train", "eval")]
+    if all(getattr(mode, "__func__", mode) in (nn.Module.train, nn.Module.eval) for mode in modes):
+        return
+    module.train()
+    tried = moved(module)  # what is merged may begin at zero
+    before = _weights_of(tried)
+    tried.eval()
+    after = _weights_of(tried)
+    kept = {name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])}
+    if changed := [name for name in {**before, **after} if name not in kept]:
+        raise UserError(
+            f"eval() of the model {text} changes {changed[0]}, and clients and server exchange weights in train mode: "
+            "give adapters merge_weights=False, or leave the weights as they are in eval()."
+        )
+
+
+def _weights_of(module: nn.Module) -> dict[str, Tensor]:
+    tensors = {**dict(module.named_parameters()), **module.state_dict()}
+    return {name: tensor.detach().clone().nan_to_num() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

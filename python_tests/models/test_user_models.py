@@ -46,6 +46,27 @@ def staged(classes, channels):
     )  # fmt: skip
 
 
+def holding(name, buffer, persistent=True):
+    module = staged(3, 3)
+    module.register_buffer(name, buffer, persistent=persistent)
+    return module
+
+
+class Merging(nn.Linear):
+    """An adapter that begins at zero and is merged into the frozen weight in eval mode."""
+
+    def __init__(self):
+        super().__init__(768, 3)
+        self.weight.requires_grad_(False)
+        self.a, self.b, self.merged = nn.Parameter(torch.randn(1, 768)), nn.Parameter(torch.zeros(3, 1)), False
+
+    def train(self, mode=True):
+        if mode == self.merged:
+            self.weight.data += (1 - 2 * mode) * (self.b @ self.a).data
+            self.merged = not mode
+        return super().train(mode)
+
+
 @pytest.fixture
 def known():
     """Registers networks for one test."""
@@ -93,6 +114,14 @@ def test_a_function_gets_the_arguments_that_it_takes(known):
         (lambda: nn.Sequential(nn.Linear(2, 2)).requires_grad_(False), None, "no parameters that require"),
         (lambda: nn.Linear(2, 2, device="meta"), None, "no plain tensor"),
         (lambda: nn.ReLU(), None, "no parameters"),
+        (lambda: holding("__metadata__", torch.ones(2)), None, "'__metadata__' .* no file holds that name"),
+        (lambda: holding("\ud800", torch.ones(2)), None, "no file holds that name"),
+        (
+            lambda: holding("mask", torch.ones(1, dtype=torch.bool).expand(2, 3), False),
+            None,
+            "has mask, an expanded tensor",
+        ),
+        (lambda: Merging(), None, r"eval\(\) of the model bad changes weight.*merge_weights=False"),
     ],
 )
 def test_what_cannot_be_made_or_trained(known, make, width, said):

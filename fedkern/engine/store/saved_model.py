@@ -63,7 +63,8 @@ def write_model(path: Path, module: nn.Module, about: Mapping[str, Any]) -> None
 
     The tensors are contiguous, by state-dict key; format and ``about`` are JSON in the metadata.
 
-    Where ``about["statistics"]`` is ``"batch"``, batch norm's running statistics are left out.
+    Where ``about["statistics"]`` is ``"batch"``, running statistics are left out of each batch norm that evaluates by
+    the batch's own.
     """
     # One metadata key only: the order of several keys in the file would be random.
     metadata = {"fedkern": json.dumps({"format": FORMAT, **about}, sort_keys=True)}
@@ -71,8 +72,8 @@ def write_model(path: Path, module: nn.Module, about: Mapping[str, Any]) -> None
     state = module.state_dict().items()
     tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
     if about.get("statistics") == "batch":
-        for name, _ in norms(module):
-            for buffer in RUNNING:
+        for name, layer in norms(module):
+            for buffer in RUNNING if layer.training else ():
                 tensors.pop(f"{name}.{buffer}" if name else buffer, None)
     atomic.write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 

@@ -55,5 +55,10 @@ def frozen_copy(model: nn.Module, vectors: Mapping[str, Tensor]) -> Any:
     network = copy.deepcopy(model)
     if precision.lower() is not None:
         network.float()  # the received network's weights are already in lower precision
+    modes = [(layer, layer.training) for layer in network.modules()]
+    network.train()
     personal.flatten(network).load_vectors(vectors)
+    network.eval()  # a user's module may derive tensors from its weights there
+    for layer, training in modes:
+        layer.training = training
     return precision.frozen(network.requires_grad_(False))
