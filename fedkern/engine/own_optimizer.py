@@ -26,6 +26,11 @@ def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Paramete
         optimizer = make(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optimizer must return a torch.optim.Optimizer, not {shown(optimizer)}.")
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise UserError(
+            f"optimizer makes {type(optimizer).__name__} with a learning rate of None, which the run's factors cannot "
+            "multiply: give it a number."
+        )
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise UserError(
@@ -57,14 +62,52 @@ def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
 
 
 def _of_groups(optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """The values of an optimiser's groups as texts, by name, but for parameters and rates."""
-    names = dict.fromkeys(name for group in optimizer.param_groups for name in group if name not in ("params", "lr"))
+    """The values of an optimiser's groups as texts, by name, but for parameters."""
+    names = dict.fromkeys(name for group in optimizer.param_groups for name in group if name != "params")
     return {name: repr([group.get(name) for group in optimizer.param_groups]) for name in names}
+
+
+class _Rates:
+    """The learning rates of an optimiser's groups, which are multiplied while the optimiser steps.
+
+    Hooks of the factory find and change the rates without the factor.  A rate that ``step`` changes keeps the change.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer, self._factor = optimizer, 1.0
+        self._own: list[tuple[Any, float]] = []  # each group's own rate and the multiplied one; empty between steps
+        self._hooked = getattr(type(optimizer).step, "hooked", False)  # not where a class leaves out torch's __init__
+        if self._hooked:
+            optimizer.register_step_pre_hook(self._multiply)
+            hook = optimizer.register_step_post_hook(self._restore)
+            hooks: Any = hook.hooks_dict_ref()
+            hooks.move_to_end(hook.id, last=False)  # before those of the factory
+
+    def step(self, factor: float) -> None:
+        self._factor = factor
+        if not self._hooked:
+            self._multiply()
+        self._optimizer.step()
+        self._restore()
+
+    def _multiply(self, *_: Any) -> None:
+        if self._factor == 1 or self._own:  # a class and its base may both call hooks
+            return
+        for group in self._optimizer.param_groups:
+            own = group["lr"]
+            group["lr"] = own * self._factor
+            self._own.append((own, float(group["lr"])))
+
+    def _restore(self, *_: Any) -> None:
+        for group, (own, multiplied) in zip(self._optimizer.param_groups, self._own, strict=False):
+            changed = float(group["lr"]) != multiplied
+            group["lr"] = group["lr"] / self._factor if changed else own
+        self._own.clear()
 
 
 def own_stepper(
     network: Any, schedule: Any, terms: Terms | None, previous: Mapping[str, Any]
-) -> tuple[Callable[[float], ops.StepResult], Callable[[], dict[str, Any]]]:
+) -> tuple[Callable[[float], ops.StepResult], Callable[[], dict[str, Any]], Callable[[bool], None]]:
     """As `fedkern.engine.training.stepper`, with the optimiser of ``schedule.make``.
 
     The method's terms are added to the gradients, which are then clipped, as `fedkern.ops.sgd_step` does; the learning
@@ -73,20 +116,28 @@ def own_stepper(
     theta, gradients = network.parameters.detach(), network.gradients
     vectors = network.gradient_vectors
     optimizer = made(schedule.make, network.trained)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = _Rates(optimizer)
+
+    def switch(training: bool) -> None:
+        """Call the optimiser's own ``train()`` or ``eval()``, which schedule-free optimisers have."""
+        method = getattr(optimizer, "train" if training else "eval", None)
+        if callable(method):
+            with explained("optimizer", schedule.make):
+                method()
+
     if previous:
+        switch(False)  # the state was kept in this mode
         state = {int(index): copy.deepcopy(values) for index, values in previous.items()}  # steps change what is loaded
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     begun = _of_groups(optimizer)  # of the copies that loading makes
+    switch(True)
 
     @torch.no_grad()
     def step(factor: float) -> ops.StepResult:
         if terms is not None:
             terms.add_to(gradients, theta)
         norm = clip(vectors, schedule.clip_norm)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        optimizer.step()
+        rates.step(factor)
         for each in vectors:
             each.zero_()
         return ops.StepResult(torch.isfinite(norm), norm.square())
@@ -105,4 +156,4 @@ def own_stepper(
             )
         return states
 
-    return step, read_state
+    return step, read_state, switch

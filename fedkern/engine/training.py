@@ -116,7 +116,7 @@ def stepper(
     terms: Terms | None,
     previous: Mapping[str, Any],
     hold: Callable[[str, Tensor], Tensor] | None = None,
-) -> tuple[Callable[[Any], ops.StepResult], Callable[[], dict[str, Any]]]:
+) -> tuple[Callable[[Any], ops.StepResult], Callable[[], dict[str, Any]], Callable[[bool], None]]:
     """Makes the optimiser's step, a function of the learning rate that applies a batch's gradients and zeroes them.
 
     Parameters that a client keeps to itself take the same step without the method's terms; gradients are clipped by
@@ -127,13 +127,14 @@ def stepper(
         hold: where the step's tensors are from exchange to exchange (see :meth:`Graphs.hold`).
 
     Returns:
-        The step, and a function that returns the state to keep.
+        The step; a function that returns the state to keep; and one that puts the optimiser in train mode (True) or
+        eval mode.
     """
     if schedule.make is not None:
         return own_stepper(network, schedule, terms, previous)
     theta, gradients = network.parameters.detach(), network.gradients
     if not (isinstance(network, Network) and len(network.personal)):
-        return _steps(theta, gradients, schedule, terms, previous, hold)
+        return *_steps(theta, gradients, schedule, terms, previous, hold), _no_mode
     plain, vectors = replace(schedule, clip_norm=0.0), network.gradient_vectors
     shared, shared_state = _steps(theta, gradients, plain, None, previous.get("shared", {}))
     alone, alone_state = _steps(network.personal.detach(), vectors[1], plain, None, previous.get("personal", {}))
@@ -147,7 +148,11 @@ def stepper(
         first, second = shared(lr), alone(lr)
         return ops.StepResult(first.finite & second.finite, first.squared_norm + second.squared_norm)
 
-    return both, lambda: {"shared": shared_state(), "personal": alone_state()}
+    return both, lambda: {"shared": shared_state(), "personal": alone_state()}, _no_mode
+
+
+def _no_mode(training: bool) -> None:
+    """Do nothing: the optimiser has no modes."""
 
 
 def _steps(
@@ -324,7 +329,7 @@ def started(
     if graphs is not None and not adjusts and not alone and schedule.make is None and schedule.optimizer == "sgd":
         hold = graphs.hold
     as_whole = hold is not None
-    apply, read_state = stepper(network, schedule, terms, previous, hold)
+    apply, read_state, switch = stepper(network, schedule, terms, previous, hold)
     rate = torch.zeros((), dtype=torch.float64, device=theta.device)
     rate = rate if hold is None else hold("rate", rate)
     for each in network.gradient_vectors:
@@ -371,8 +376,11 @@ def started(
             if graphs is None and theta.device.type == "cpu":
                 done, records = _digest(client.id, phase, *_gathered(records), done, totals, seen), []
             if after_epoch is not None:
+                switch(False)
                 after_epoch(epoch)
                 network.train_mode()
+                switch(True)
+    switch(False)
     finite = network.finite()
     counted = schedule.make is not None or alone  # by the stepper
     if terms is not None and terms.gradient_sum is not None and not counted:

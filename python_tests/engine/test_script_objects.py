@@ -421,6 +421,7 @@ def factory(found):
         ("fedavg", {"optimizer": sgd, "lr": 0.1}, "lr has no effect beside a function optimizer"),
         ("fedavg", {"optimizer": factory(lambda p: None)}, r"optimizer must return a torch.optim.Optimizer, not None"),
         ("fedavg", {"optimizer": factory(torch.optim.LBFGS)}, "makes LBFGS, which evaluates a batch several times"),
+        ("fedavg", {"optimizer": lambda p: torch.optim.Optimizer(p, {"lr": None})}, "with a learning rate of None"),
         ("fedavg", {"optimizer": factory(lambda p: 1 / 0)}, r"optimizer fails \(ZeroDivisionError.*test_script_"),
         ("fediod", {"optimizer": sgd, "teacher_dp": True}, "fediod with differential privacy has an optimiser"),
         *(
@@ -467,6 +468,75 @@ def test_the_run_s_schedule_multiplies_the_rates(played):
     one, two = played("in", **how), played("own", script=ScriptObjects(optimizer=half), **how)
     for name, value in tensors(one).items():
         torch.testing.assert_close(tensors(two)[name], value, rtol=1e-5, atol=1e-6)
+
+
+class Doubling(torch.optim.SGD):
+    """Doubles its rate in every step, as a warm-up does."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["lr"] *= 2
+
+
+def schedule_by(make, kind=float):
+    """A factory whose schedule takes a step behind each of the optimiser's."""
+
+    def factory(parameters):
+        optimizer = torch.optim.SGD(parameters, lr=kind(0.05))
+        schedule = make(optimizer)
+        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        return optimizer
+
+    return factory
+
+
+class Halving(torch.optim.SGD):
+    """Steps in its train mode, and halves the parameters in its eval mode."""
+
+    def train(self):
+        self.trains = True
+
+    @torch.no_grad()
+    def eval(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.mul_(0.5)
+
+    def step(self):
+        assert self.trains
+        super().step()
+
+
+FACTORIES = {
+    "exponential": schedule_by(lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)),
+    "lambda": schedule_by(lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))),
+    "tensor": schedule_by(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2), torch.tensor),
+    "step": lambda parameters: Doubling(parameters, lr=0.001),
+    "eval": lambda parameters: Halving(parameters, lr=0.05),
+}
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+@pytest.mark.parametrize("name", list(FACTORIES))
+def test_a_factory_keeps_its_own_schedule(name, decay, played):
+    """A rate of SGD is multiplied as its gradients are."""
+
+    def as_pytorch(model, client):
+        optimizer, factor = FACTORIES[name](list(model.parameters())), decay**client.phase.round
+        getattr(optimizer, "train", int)()
+        for _ in range(client.epochs):
+            for batch in client.batches():
+                optimizer.zero_grad()
+                (factor * cross_entropy(model(batch.inputs), batch.targets)).backward()
+                optimizer.step()
+        getattr(optimizer, "eval", int)()
+
+    runs = [
+        tensors(played(kind, script=ScriptObjects(**{kind: function}), lr_decay=decay))
+        for kind, function in (("optimizer", FACTORIES[name]), ("train", as_pytorch))
+    ]
+    for tensor, value in runs[0].items():
+        torch.testing.assert_close(runs[1][tensor], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -520,7 +590,7 @@ def test_an_object_in_a_group_is_no_change_of_it(played):
     assert played("run", script=script, optimizer_state="keep", rounds=2)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(Counting, "steps"), (Remembering, "norms")])
+@pytest.mark.parametrize(("kind", "name"), [(Counting, "steps"), (Remembering, "norms"), (Doubling, "lr")])
 def test_a_state_that_cannot_be_kept_is_refused(kind, name, played):
     """Else the optimiser would begin the next round with a part of it."""
     script = ScriptObjects(optimizer=lambda parameters: kind(parameters, lr=0.05))
