@@ -246,6 +246,12 @@ class Client(Node):
             yield batch
 
     def model(self, message: Message) -> Any:
+        if (precision := self._context.config.precision) != "fp32":
+            self._context.warn(
+                "loop-precision",
+                f"--precision {precision} has no effect in a training loop of your own, only in evaluations: use "
+                "torch.autocast in the loop.",
+            )
         network = self._context.network("local")
         self._loaded(network, message)
         network.train_mode()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
@@ -58,13 +58,19 @@ def autocasts(method: Callable[P, T]) -> Callable[P, T]:
         x: Any = args[1] if len(args) > 1 else next(iter(named.values()))
         if dtype is None or isinstance(x, fx.Proxy):  # a traced graph runs later, in its caller's precision
             return method(*args, **named)
-        # Autocast's cache would keep copies of the weights until the outermost autocast (perhaps a caller's) ends, and
-        # would miss an optimiser step on the flat buffer.
         device = x.device if isinstance(x, Tensor) else next(args[0].parameters()).device  # type: ignore[attr-defined]
-        with torch.autocast(device.type, dtype=dtype, cache_enabled=False):
+        with autocast_on(device):
             return method(*args, **named)
 
     return called
+
+
+def autocast_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context of the current precision on a device."""
+    # Autocast's cache would keep copies of the weights until the outermost autocast (perhaps a caller's) ends, and
+    # would miss an optimiser step on the flat buffer.
+    dtype = _dtype.get()
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def full(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from fedkern.errors import UserError, described
 from fedkern.messages.leaves import leaves, mapped, together
 from fedkern.models.cutting import logits_of
+from fedkern.models.precision import autocast_on, full
 from fedkern.tasks.base import Task
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
@@ -106,7 +108,8 @@ class OwnTask(Task):
 
     def loss(self, model: Any, batch: Any) -> Tensor:
         if self.whole:
-            return self._checked("loss_fn", self.loss_fn, inner(model), batch.data)
+            with autocast_on(next(model.parameters()).device):
+                return full(self._checked("loss_fn", self.loss_fn, inner(model), batch.data))
         return self.criterion(model(batch.inputs), batch)
 
     def criterion(self, outputs: Any, batch: Any) -> Tensor:
@@ -178,8 +181,6 @@ class OwnTask(Task):
             total += samples * loss
             if self.whole:
                 pair = inner(model), batch.data
-                for name, metric in functions.items():
-                    sums[name] += samples * _number(name, metric, *pair)
             else:
                 pair = mapped(_on_cpu, outputs), mapped(_on_cpu, batch.targets)
                 if functions:
@@ -191,9 +192,12 @@ class OwnTask(Task):
                             f"The outputs and targets for {', '.join(functions)} take more than 1 GB: use an object "
                             "with update, compute and reset, which sees a batch at a time."
                         )
-            for name, metric in objects.items():
-                with explained(name, metric):
-                    metric.update(*pair)
+            with autocast_on(next(model.parameters()).device) if self.whole else nullcontext():
+                for name, metric in functions.items() if self.whole else ():
+                    sums[name] += samples * _number(name, metric, *pair)
+                for name, metric in objects.items():
+                    with explained(name, metric):
+                        metric.update(*pair)
         if not count:
             raise ValueError("data: expected at least one sample, given none")
         values = {name: value / count for name, value in sums.items()}

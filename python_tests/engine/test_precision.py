@@ -3,12 +3,15 @@
 import dataclasses
 import math
 from collections import defaultdict
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
 
+import fedkern
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.context import RunContext
@@ -19,7 +22,7 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import ClientFailed, UserError
 from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.fedgid import FedGID
-from fedkern.models.precision import computing, lower
+from fedkern.models.precision import DTYPES, computing, lower
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
@@ -240,3 +243,40 @@ def test_what_a_loss_sees_is_fp32_but_for_maps(make_data, make_config, tmp_path,
     run(make_config(**BF16), out=tmp_path, data=make_data())
     assert seen.pop("maps") == torch.bfloat16
     assert set(seen.values()) == {torch.float32}
+
+
+class Products(torch.nn.Linear):
+    """Writes down the dtypes of its products."""
+
+    seen: ClassVar[list] = []
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.seen.append((self.training, y.dtype))
+        return y
+
+
+ROWS = [TensorDataset(torch.randn(20, 4), torch.randn(20, 1)) for _ in range(2)]
+QUIETLY = {"rounds": 1, "workers": 1, "threads": 1, "progress": False, "pictures": False}
+
+
+def test_a_loss_of_the_whole_batch_runs_in_bf16(tmp_path):
+    def loss(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    for precision in ("fp32", "bf16"):
+        Products.seen.clear()
+        how = {"data": ROWS, "test": ROWS[0], "model": Products(4, 1), "metrics": {"again": loss}}
+        out = tmp_path / precision
+        fedkern.simulate("fedavg", loss_fn=loss, precision=precision, out=out, **how, **QUIETLY)
+        expected = DTYPES[precision] or torch.float32
+        assert {dtype for training, dtype in Products.seen if training} == {expected}
+        assert Products.seen[-1] == (False, expected)  # of the metric in the last evaluation
+
+
+def test_a_loop_is_told_that_it_chooses_its_precision(tmp_path):
+    how = {"data": ROWS, "test": ROWS[0], "model": torch.nn.Linear(4, 1), "loss_fn": torch.nn.functional.mse_loss}
+    for precision in ("fp32", "bf16"):
+        out, loop = tmp_path / precision, lambda model, client: None
+        run = fedkern.simulate("fedavg", out=out, precision=precision, train=loop, **how, **QUIETLY)
+        assert ("loop-precision" in run.summary["diagnostics"]) == (precision == "bf16")
