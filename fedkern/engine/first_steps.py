@@ -19,8 +19,6 @@ STEPS = 2
 """Steps that are watched: what a loss does once, such as adding a hook, is told by the second from what piles up."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-Parameters = dict[str, tuple[tuple[int, int], bool, torch.dtype, torch.device]]
-
 
 class UnfitStep(UserError):
     """A training step that cannot train the network as it should; it ends the run, whichever client took it."""
@@ -45,7 +43,7 @@ class FirstSteps(Objective):
         self._client, self._method, self._network = client, method, network
         return self
 
-    def loss(self, model: nn.Module, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the method's loss of a batch.
 
         Raises:
@@ -55,33 +53,33 @@ class FirstSteps(Objective):
         if not self._left or recorded:
             return self._method.loss(model, batch, received)
         module = inner(self._network.module)
-        parameters, hooks = _parameters(module), _hooks(module)
+        before, hooks = _parameters(module), _hooks(module)
         result = self._method.loss(model, batch, received)
-        self._check_value(result[0] if isinstance(result, tuple) else result, batch)
-        self._check_parameters(parameters, _parameters(module))
-        self._check_graph(result[0] if isinstance(result, tuple) else result, batch)
+        self._check_loss(result[0] if isinstance(result, tuple) else result, batch)
+        after = _parameters(module)
+        if changed := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
+            raise UnfitStep(
+                f"A training step freezes, replaces, converts, adds or removes the network's parameter {changed[0]}, "
+                "and a run trains and sends those that it has before: do that where the network is made."
+            )
         grown = {name for name, count in _hooks(module).items() if count > hooks.get(name, 0)}
         if piling := sorted(grown & self._hooked):
             self._client.warn(
                 "piling-hooks",
-                f"Every training step adds a hook to {piling[0] or 'the network'}, and none is removed: each step "
-                "takes longer than the one before. Register the hook once, or call remove() on its handle.",
+                f"Every training step adds a hook to {piling[0] or 'the network'}, and none is removed: register it "
+                "once, or call remove() on its handle.",
             )
         self._hooked, self._left = grown, self._left - 1
-        if not self._left:
-            self._outside = []
         return result
 
     def take(self, client: Client, network: Network, model: nn.Module) -> None:
         """Copy what a user's loop has left in ``model`` into the client's network, and warn of the first ones."""
-        if not self._left:
-            network.take(model)
+        received = [vector.clone() for vector in (network.parameters, network.personal)] if self._left else []
+        network.take(model)
+        if not received:
             return
         self._left -= 1
-        received = [vector.clone() for vector in (network.parameters, network.personal)]
-        network.take(model)
-        kinds = {_kind(each) for each in inner(model).parameters() if each.is_floating_point()} - {"float32"}
-        if kinds:
+        if kinds := {_kind(each) for each in inner(model).parameters() if each.is_floating_point()} - {"float32"}:
             client.warn(
                 "converted-parameters",
                 f"The training loop leaves parameters in {', '.join(sorted(kinds))}, and the upload is their rounded "
@@ -94,15 +92,16 @@ class FirstSteps(Objective):
                 "train the model that it is given, in place.",
             )
 
-    def _name(self, batch: Batch) -> str:
-        """Return the name of the loss in a message."""
-        if not _is_shipped(kind := _owner(type(self._method))):
-            return f"{kind.__name__}.loss"
-        return "The loss of the network's outputs" if _is_shipped(batch.task.loss_code) else "loss_fn"
+    def _check_loss(self, loss: object, batch: Batch) -> None:
+        """Check that a loss is a finite number that depends on trained parameters, and on no others.
 
-    def _check_value(self, loss: object, batch: Batch) -> None:
-        """Check that a loss is a finite number that a gradient can be taken of."""
-        name = self._name(batch)
+        Raises:
+            UnfitStep: it is not.
+        """
+        owner = next(kind for kind in type(self._method).__mro__ if "loss" in vars(kind))
+        code = getattr(batch.task, "loss_fn", type(batch.task))
+        name = "The loss of the network's outputs" if _is_shipped(code) else "loss_fn"
+        name = name if _is_shipped(owner) else f"{owner.__name__}.loss"
         if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
             what = f"a tensor {list(loss.shape)} of {_kind(loss)}" if isinstance(loss, Tensor) else shown(loss)
             raise UnfitStep(f"{name} must return one floating number, a tensor of no axes, and returns {what}.")
@@ -117,51 +116,27 @@ class FirstSteps(Objective):
                 f"{name} returns {loss.item()} for the first batch of client {self._client.label}: mend the network, "
                 "the loss or the samples."
             )
-
-    def _check_parameters(self, before: Parameters, after: Parameters) -> None:
-        """Check that a step has left the network's parameters the tensors that they were."""
-        for name in {**before, **after}:
-            if before.get(name) == after.get(name):
-                continue
-            old, new = before.get(name), after.get(name)
-            if old is None or new is None:
-                does = "adds" if old is None else "removes"
-            elif old[2:] != new[2:]:
-                does = "converts"
-            else:
-                does = "replaces" if old[1] == new[1] else "freezes" if old[1] else "unfreezes"
-            raise UnfitStep(
-                f"A training step {does} the network's parameter {name}, and a run trains and sends the parameters "
-                "that the network has before its first step: do that where the network is made, not in its forward "
-                "pass or the loss."
-            )
-
-    def _check_graph(self, loss: Tensor, batch: Batch) -> None:
-        """Check that a loss is one of the trained parameters, and of no other trainable tensors."""
         found, opaque = _leaves_of(loss)
-        module = {id(parameter) for parameter in self._network.module.parameters()}
-        given = {id(leaf) for leaf in leaves([batch.inputs, batch.targets, batch.data])}
-        outside = [leaf for leaf in found if id(leaf) not in module | given]
+        known = {id(each) for each in (*self._network.module.parameters(), *leaves([batch.inputs, batch.data]))}
+        outside = [leaf for leaf in found if id(leaf) not in known]
         # A tensor that a loss makes for itself, to take its gradient, is another one in the next step.
         own = [leaf for leaf in outside if isinstance(leaf, nn.Parameter) or any(leaf is old for old in self._outside)]
-        self._outside = outside
-        name, shapes = self._name(batch), first_of([str(list(leaf.shape)) for leaf in own], 3)
-        if not opaque and not {id(parameter) for parameter in self._network.trained} & {id(leaf) for leaf in found}:
-            of = f", only of other ones, {shapes}" if own else ""
+        self._outside = outside if self._left > 1 else []
+        if not opaque and not {id(each) for each in self._network.trained} & {id(leaf) for leaf in found}:
             raise UnfitStep(
-                f"{name} returns a loss of none of the network's trained parameters{of}: compute it with the model "
-                "and the outputs that it is given, as every client trains a copy of the network."
+                f"{name} returns a loss of none of the network's trained parameters{', only of others' * bool(own)}: "
+                "compute it with the model and the outputs that it is given, as a run trains copies of the network."
             )
-        if not own:
-            return
         text = (
-            f"{name} depends on trainable parameters that are not the network's ({shapes}), which no optimiser steps "
-            "and no message holds: make them layers of the network (those of a list by nn.ModuleList), or freeze them "
-            "with requires_grad_(False)"
+            f"{name} depends on trainable parameters that are not the network's "
+            f"({first_of([str(list(leaf.shape)) for leaf in own], 3)}), which no optimiser steps and no message holds: "
+            "make them layers of the network (those of a list by nn.ModuleList), or freeze them with "
+            "requires_grad_(False)"
         )
-        if _is_shipped(_owner(type(self._method))):
+        if own and _is_shipped(owner):
             raise UnfitStep(f"{text}.")
-        self._client.warn("untrained-parameters", f"{text}; a method may also step them itself.")
+        if own:
+            self._client.warn("untrained-parameters", f"{text}; a method may also step them itself.")
 
 
 def _is_shipped(code: object) -> bool:
@@ -172,15 +147,10 @@ def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _owner(kind: type) -> type:
-    """Return the class that has the ``loss`` of a method."""
-    return next(each for each in kind.__mro__ if "loss" in vars(each))
-
-
-def _parameters(module: nn.Module) -> Parameters:
+def _parameters(module: nn.Module) -> dict[str, tuple[object, ...]]:
     """Return identity, memory and kind of every parameter, by name."""
     return {
-        name: ((id(each), 0 if each.is_meta else each.data_ptr()), each.requires_grad, each.dtype, each.device)
+        name: (id(each), 0 if each.is_meta else each.data_ptr(), each.requires_grad, each.dtype, each.device)
         for name, each in module.named_parameters()
     }
 
@@ -193,10 +163,8 @@ def _hooks(module: nn.Module) -> dict[str, int]:
 
 def _leaves_of(loss: Tensor) -> tuple[list[Tensor], bool]:
     """Return the leaves of a loss's graph, and whether a function may hide others (a reentrant checkpoint)."""
-    if loss.grad_fn is None:
-        return [loss], False
-    found: list[Tensor] = []
-    opaque, seen, waiting = False, {loss.grad_fn}, [loss.grad_fn]
+    found: list[Tensor] = [] if loss.grad_fn is not None else [loss]
+    opaque, seen, waiting = False, {loss.grad_fn}, [loss.grad_fn] if loss.grad_fn is not None else []
     while waiting:
         node: Any = waiting.pop()
         if isinstance(node, BackwardCFunction):

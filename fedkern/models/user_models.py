@@ -308,7 +308,9 @@ class Own:
             raise UserError(f"--width {width} is not for {self.text}, which takes no argument width: leave width out.")
         if isinstance(self.what, nn.Module):
             check_bare(self.what, self.text)
-            return self._copied(self.what).cpu()
+            module = self._copied(self.what).cpu()
+            module.train()  # may freeze parts, which then count as frozen from the beginning
+            return module
         unset = inspect.Parameter.empty
         if (
             width is None

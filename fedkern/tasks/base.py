@@ -101,11 +101,6 @@ class Task:
         """The loss of a batch by the network's outputs, a scalar."""
         raise NotImplementedError
 
-    @property
-    def loss_code(self) -> object:
-        """The function or class of the loss, for messages."""
-        return type(self)
-
     def with_loss_copied(self) -> Task:
         """Return the task with a copy of the loss, whose calls do not change the loss of the run."""
         return self

@@ -63,12 +63,6 @@ class OwnTask(Task):
         self._takes_gradients = False  # known after the first batch that is evaluated
         if not callable(loss_fn):
             raise UserError(f"loss_fn must be a function or a module, not an object of type {type(loss_fn).__name__}.")
-        trainable = loss_fn.named_parameters() if isinstance(loss_fn, nn.Module) else ()
-        if own := [name for name, each in trainable if each.requires_grad]:
-            raise UserError(
-                f"loss_fn has trainable parameters of its own ({', '.join(own)}), which no optimiser steps and no "
-                "message holds: make them layers of the network, or freeze them with requires_grad_(False)."
-            )
         if "loss" in self.metrics:
             raise UserError("metrics has one called loss, which is the loss itself: give it another name.")
         for each, metric in self.metrics.items():
@@ -95,10 +89,6 @@ class OwnTask(Task):
     def code(self) -> dict[str, Any]:
         metrics = {f"metrics.{name}": metric for name, metric in self.metrics.items()}
         return {"main": self.main, "better": self.better, "loss_fn": self.loss_fn, **metrics}
-
-    @property
-    def loss_code(self) -> object:
-        return self.loss_fn
 
     def with_loss_copied(self) -> OwnTask:
         return OwnTask(deepcopy(self.loss_fn), self.metrics, self.main, self.better)

@@ -48,16 +48,6 @@ class Weighted(nn.Module):
         return torch.exp(-self.s) * cross_entropy(outputs, targets) + self.s
 
 
-class Callable:
-    """Holds parameters without being a module."""
-
-    def __init__(self):
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def __call__(self, outputs, targets):
-        return cross_entropy(outputs, targets) * self.weight
-
-
 class Changing(nn.Module):
     """Changes its own parameters in its first training step."""
 
@@ -103,23 +93,22 @@ REFUSED = {
     "detaching network": ({"model": Detaching(4, 2)}, "The loss of the network's outputs returns a float32 without"),
     "nan": ({"loss_fn": lambda o, t: cross_entropy(o, t) * torch.nan}, "loss_fn returns nan for the first batch of"),
     "script's network": ({"loss_fn": lambda model, batch: cross_entropy(SCRIPT(batch[0]), batch[1])},
-                         "loss of none of the network's trained parameters, only of other ones"),
+                         "loss of none of the network's trained parameters, only of others"),
     "its inputs": ({"loss_fn": lambda model, batch: batch[0].requires_grad_().mean()}, "none of the network's trained"),
-    "module": ({"loss_fn": Weighted(True)}, r"loss_fn has trainable parameters of its own \(s\)"),
-    "object": ({"loss_fn": Callable()}, r"loss_fn depends on trainable parameters .* \(\[\]\)"),
+    "module": ({"loss_fn": Weighted(True)}, r"loss_fn depends on trainable parameters .* \(\[\]\)"),
     "closed-over": ({"loss_fn": lambda o, t: cross_entropy(o + CENTRES, t)}, r"that are not the network's \(\[2\]\)"),
     "plain tensor": ({"loss_fn": lambda o, t: cross_entropy(o * WEIGHTS.exp(), t)}, r"the network's \(\[2\]\)"),
     "teacher": ({"loss_fn": lambda model, batch: (model(batch[0]) - TEACHER(batch[0])).square().mean()},
                 r"the network's \(.* and 1 more\).* or freeze them with requires_grad_\(False\)"),
     "list of layers": ({"model": Listed()}, r"The loss of the network's outputs depends on .* by nn\.ModuleList"),
-    "freezes": (alter(lambda module: module.first.requires_grad_(False)), "freezes the network's parameter first.we"),
-    "replaces": (alter(replace), "A training step replaces the network's parameter first.weight"),
+    "freezes": (alter(lambda module: module.first.requires_grad_(False)), "the network's parameter first.we"),
+    "replaces": (alter(replace), "the network's parameter first.weight"),
     "moves": (alter(lambda module: setattr(module.first.weight, "data", module.first.weight.data.clone())),
-              "replaces the network's parameter first.weight"),
+              "the network's parameter first.weight"),
     "converts": (alter(lambda module: module.half().float() and module.last.double()), "the network's parameter"),
-    "adds": (alter(lambda module: setattr(module, "late", nn.Linear(1, 1))), "adds the network's parameter late.we"),
+    "adds": (alter(lambda module: setattr(module, "late", nn.Linear(1, 1))), "the network's parameter late.we"),
     "in the loss": ({"loss_fn": lambda model, batch: cross_entropy(model[:2].requires_grad_(False) and model(batch[0]),
-                                                                   batch[1])}, "freezes the network's parameter 0.w"),
+                                                                   batch[1])}, "the network's parameter 0.w"),
     "other parameters": ({"optimizer": lambda parameters: torch.optim.SGD(SCRIPT.parameters(), 0.1)},
                          "optimizer makes SGD of parameters that it was not given: make it of the argument"),
     "more parameters": ({"optimizer": lambda parameters: torch.optim.Adam([*parameters, CENTRES])},
@@ -192,7 +181,7 @@ def test_what_may_be_meant_is_a_warning(given, name, said, tmp_path):
     run = simulate(tmp_path, **given)
     diagnostics = run.summary["diagnostics"]
     assert re.search(said, diagnostics[name])
-    assert set(diagnostics) <= {name, "chance-level", "collapsed-class"}
+    assert set(diagnostics) <= {name, "chance-level", "collapsed-class", "python-state"}
     if name == "partly-trained":
         assert run.config.training.endswith(" of 1 of 4 parameters")
 
@@ -246,7 +235,24 @@ class Force(nn.Module):
         return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
 
 
+class Freezing(nn.Module):
+    """Freezes its first layer in train(), as fine-tuning does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def train(self, mode=True):
+        self.first.requires_grad_(False)
+        return super().train(mode)
+
+    def forward(self, x):
+        return self.last(self.first(x).tanh())
+
+
 ACCEPTED = {
+    "freezing": {"model": Freezing(), "weight_decay": 0.1},
     "gradient of inputs": {"loss_fn": with_a_penalty},
     "gradient of parameters": {"loss_fn": with_an_inner_step},
     "network's gradient": {"model": Force(), "loss_fn": lambda o, t: (o[:, 0] - t).square().mean()},
@@ -265,7 +271,8 @@ def test_what_is_fine_trains_without_a_word(given, tmp_path):
     assert set(run.summary["diagnostics"]) <= {"chance-level", "collapsed-class", "python-state"}
     before, after = given.get("model", network()).state_dict(), run.model().state_dict()
     still = [name for name, value in before.items() if torch.equal(value, after[name])]
-    assert still == (["energy.2.bias"] if "model" in given else [])
+    expected = {Force: ["energy.2.bias"], Freezing: ["first.weight", "first.bias"]}
+    assert still == expected.get(type(given.get("model")), [])
 
 
 def test_no_step_is_taken_beside_those_of_the_run(tmp_path):
