@@ -69,8 +69,7 @@ class Client(Node):
     @property
     def stored(self) -> dict[str, Any]:
         """Return what the checkpoint keeps of the client: the method's state, and the engine's own entries."""
-        own: dict[str, Any] = {**self._own_entries, **({STATES: self.encoded} if self.encoded else {})}
-        return {**self.state, **own} if own else self.state
+        return {**self.state, **self._own_entries, **({STATES: self.encoded} if self.encoded else {})}
 
     def check_state(self) -> None:
         """Take what a file cannot hold out of the state.

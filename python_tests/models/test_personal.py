@@ -191,14 +191,14 @@ def test_bits_in_two_workers_and_killed_and_resumed(make_data, tmp_path):
     assert set(finished) == {"head.weight", "head.bias"}
 
 
-def swapped(parts):
+def swap(parts):
     parts["head.weight"], parts["head.bias"] = parts["head.bias"], parts["head.weight"]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        dict.popitem, swapped, lambda parts: parts.update(more=torch.ones(1)),
+        dict.popitem, swap, lambda parts: parts.update(more=torch.ones(1)),
         lambda parts: parts.update({"head.bias": 1}),
         lambda parts: parts.update({"head.bias": torch.zeros(1)}),  # which PyTorch would broadcast
         lambda parts: parts.update({"head.bias": torch.zeros(3, dtype=torch.int64)}),
