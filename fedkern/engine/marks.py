@@ -32,54 +32,41 @@ class Place:
 
 _AVERAGE = "whose server never calls average", "call self.average(server, uploads) in server_update"
 _STEP = "whose clients take no such step of the run's optimiser", "train with client.train or client.fit"
+_BATCHES = "take them from client.batches()"
+_RATES = ("lr", "lr_decay", "lr_steps", "lr_step_factor")
 PLACES = {
     "drawn": Place(("sample_fraction",), "in whose rounds all clients take part", "plan rounds of sampled clients"),
     "average": Place(("aggregator",), *_AVERAGE),
     "server_step": Place(("server_rule", "server_lr"), *_AVERAGE),
     "step": Place(("optimizer", "optimizer_state", "momentum", "weight_decay"), *_STEP),
     "clip": Place(("clip_norm",), *_STEP),
-    "batches": Place(
-        ("batch_size", "straggler_rate"),
-        "whose clients take no batches of the run",
-        "take them from client.batches()",
-    ),
-    "augmented": Place(("augment",), "whose clients take no augmented images", "take them from client.batches()"),
-    "epochs": Place(
-        ("local_epochs", "local_steps"), "whose clients do not train for client.epochs", "read client.epochs"
-    ),
-    "lr": Place(
-        ("lr", "lr_decay", "lr_steps", "lr_step_factor"),
-        "whose clients never read client.lr",
-        "set client.lr in your optimiser",
-    ),
-    "statistics": Place(
-        ("freeze_bn_after",), "whose clients never ask client.statistics_fixed", "ask it, or train with client.train"
-    ),
+    "batches": Place(("batch_size", "straggler_rate"), "whose clients take no batches of the run", _BATCHES),
+    "augmented": Place(("augment",), "whose clients take no augmented images", _BATCHES),
+    "epochs": Place(("local_epochs", "local_steps"), "whose clients do not train for client.epochs", "read it there"),
+    "lr": Place(_RATES, "whose clients never read client.lr", "set client.lr in your optimiser"),
+    "statistics": Place(("freeze_bn_after",), "whose clients never ask client.statistics_fixed", "ask it there"),
     "teachers": Place(("teachers",), "whose clients load no networks", "call client.load_pretrained"),
 }
 """Places by the name of their mark."""
 
 
 def unused(config: RunConfig, names: Collection[str], marks: Collection[str]) -> Iterator[str]:
-    """Yield a sentence for each of the settings ``names`` that has no effect: beside others, or by a missing mark."""
-    for name, way in config.unused().items():
-        yield from (f"{label} has no effect {way}." for label in config.given(name) if name in names)
+    """Yield a sentence for each of the settings ``names`` that says something and whose mark is missing."""
     who, own = _code(config)
-    for place in _unmarked(marks):
-        for label in config.given(*(name for name in place.settings if name in names)):
+    for mark, place in PLACES.items():
+        for label in () if mark in marks else config.given(*(name for name in place.settings if name in names)):
             way = f"{place.way}, or leave {label} out" if own else f"leave {label} out"
             yield f"{label} has no effect on {who}, {place.lacks}: {way}."
 
 
-def unused_defaults(config: RunConfig, names: Collection[str], marks: Collection[str]) -> str:
-    """Return a sentence on the settings without effect beside ``names``; empty where there is none."""
-    others = {*names, *config.unused()}
-    labels = [each for place in _unmarked(marks) for each in config.given(*(set(place.settings) - others))]
-    return f"The defaults of {', '.join(sorted(labels))} have no effect on {_code(config)[0]}." if labels else ""
-
-
-def _unmarked(marks: Collection[str]) -> Iterator[Place]:
-    return (place for mark, place in PLACES.items() if mark not in marks)
+def comparison_notes(config: RunConfig, names: Collection[str], marks: Collection[str]) -> Iterator[str]:
+    """Yield sentences on settings without effect: those of ``names``, which a comparison gives, and defaults."""
+    for name, way in config.unused().items():
+        yield from (f"{label} has no effect {way}." for label in config.given(name) if name in names)
+    yield from unused(config, names, marks)
+    unmarked = {name for mark, place in PLACES.items() if mark not in marks for name in place.settings}
+    if labels := sorted(config.given(*(unmarked - {*names, *config.unused()}))):
+        yield f"The defaults of {', '.join(labels)} have no effect on {_code(config)[0]}."
 
 
 def _code(config: RunConfig) -> tuple[str, bool]:

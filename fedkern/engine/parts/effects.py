@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedkern.engine.marks import unused, unused_defaults
+from fedkern.engine.marks import comparison_notes, unused
 from fedkern.engine.parts.base import Part, Record
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
@@ -19,7 +19,7 @@ class Effects(Part):
     """
 
     def __init__(self, run: RunObjects) -> None:
-        self._run, self._given, self._common = run, run.config.asked, run.config.common
+        self._run, self._given = run, run.config.asked
         if any(entry.participants == "sampled" for entry in run.plan if not entry.one_off):
             run.log.marks.add("drawn")
 
@@ -29,22 +29,18 @@ class Effects(Part):
         return cls(run) if begun or run.config.asked or run.config.common is not None else None
 
     def round_end(self, record: Record) -> None:
-        run = self._run
-        if record.entry.one_off or run.progress.done != 1:
+        config, marks = self._run.config, self._marks()
+        if record.entry.one_off or self._run.progress.done != 1:
             return
-        marks = self._marks()
-        for sentence in unused(run.config, self._given, marks):
+        for sentence in unused(config, self._given, marks):
             raise NoEffect(sentence)
-        if self._common is not None:
-            texts = [*unused(run.config, self._common, marks), unused_defaults(run.config, self._common, marks)]
-            if text := " ".join(filter(None, texts)):
-                run.context.warn("no-effect", text)
+        if config.common is not None and (text := " ".join(comparison_notes(config, config.common, marks))):
+            self._run.context.warn("no-effect", text)
 
     def state(self) -> dict[str, list[str]]:
         if self._run.progress.done:
             return {}
-        common = {} if self._common is None else {"common": sorted(self._common)}
-        return {"marks": sorted(self._marks()), "given": sorted(self._given), **common}
+        return {"marks": sorted(self._marks()), "given": sorted(self._given)}
 
     def _marks(self) -> set[str]:
         server = self._run.server
@@ -54,4 +50,3 @@ class Effects(Part):
     def restore(self, state: Mapping[str, list[str]]) -> None:
         self._run.log.marks.update(state["marks"])
         self._given = frozenset(state["given"])
-        self._common = frozenset(state["common"]) if "common" in state else None
