@@ -38,7 +38,7 @@ from fedkern.models import MODELS
 from fedkern.models.precision import computing
 from fedkern.ops._core import backend, loading
 from fedkern.process.allocator import keep_freed_memory
-from fedkern.process.forking import has_threads, read_positions, reopen_files
+from fedkern.process.forking import cut_connections, has_threads, read_positions, reopen_files
 from fedkern.process.standard_streams import tolerate
 from fedkern.process.torch_modes import reproducible, set_modes
 from fedkern.usercode import plugins
@@ -173,6 +173,8 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
         context = make(*arguments)
         vars(context).update(state)
         setup = replace(setup, context=context)
+    if positions is not None:
+        cut_connections(end.fileno())
     try:
         reopen_files(read_positions() if positions is None else positions)
     except OSError as error:

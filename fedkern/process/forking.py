@@ -1,8 +1,9 @@
-"""What bars a process from being forked, and what a fork shares with it: positions in open files."""
+"""Forks of a process: which threads bar them, and how a fork gets positions in open files of its own."""
 
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import threading
 from contextlib import suppress
@@ -44,3 +45,16 @@ def reopen_files(positions: dict[int, int]) -> None:
         os.lseek(file, positions[descriptor], os.SEEK_SET)
         os.dup2(file, descriptor, inheritable=os.get_inheritable(descriptor))
         os.close(file)
+
+
+def cut_connections(kept: int) -> None:
+    """End this process's share in all sockets but the descriptor ``kept``.
+
+    Two processes that spoke over one connection would get each other's answers.
+    """
+    descriptors = [int(link.name) for link in Path("/proc/self/fd").iterdir() if link.is_socket()]
+    end, other = socket.socketpair()
+    other.close()
+    with end:
+        for descriptor in {*descriptors} - {0, 1, 2, kept}:
+            os.dup2(end.fileno(), descriptor, inheritable=False)

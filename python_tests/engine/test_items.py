@@ -284,6 +284,8 @@ SCRIPT = """
 import torch, fedkern
 from torch import nn
 from torch.utils.data import Dataset
+from python_tests.workers_first import waiting_for_workers
+waiting_for_workers().__enter__()
 torch.set_num_threads(2)
 (torch.rand(500, 500) @ torch.rand(500, 500)).sum()  # the process's OpenMP threads are there now
 

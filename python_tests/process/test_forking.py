@@ -1,10 +1,11 @@
 """What a fork shares: positions in open files, until it opens them again; and which threads bar a fork."""
 
 import os
+import socket
 import tempfile
 import threading
 
-from fedkern.process.forking import has_threads, read_positions, reopen_files
+from fedkern.process.forking import cut_connections, has_threads, read_positions, reopen_files
 
 
 def test_a_fork_has_positions_of_its_own(tmp_path):
@@ -31,6 +32,21 @@ def test_a_fork_has_positions_of_its_own(tmp_path):
     assert (tmp_path / "log").read_bytes() == b"child parent"  # which both write has one position
     os.close(read)
     os.close(log)
+
+
+def test_a_fork_ends_its_share_in_connections():
+    here, there = socket.socketpair()
+    kept, far = socket.socketpair()
+    if not (child := os.fork()):
+        cut_connections(kept.fileno())
+        kept.send(here.recv(1) or b"nothing")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert far.recv(9) == b"nothing"
+    there.send(b"a")
+    assert here.recv(1) == b"a"  # the parent's is as before
+    for end in (here, there, kept, far):
+        end.close()
 
 
 def test_threads_of_fedkern_do_not_count():

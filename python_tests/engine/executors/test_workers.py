@@ -432,6 +432,10 @@ from fedkern.settings.stored import load_settings
 from fedkern.methods import FedAvg
 from fedkern.methods.registry import register
 
+from python_tests.workers_first import waiting_for_workers
+
+waiting_for_workers().__enter__()
+
 @register("mine")
 class Mine(FedAvg):
     "FedAvg under another name."
@@ -448,9 +452,11 @@ for out, workers, client_threads in (("alone", "1", 1), ("beside", "2", 1), ("th
 @pytest.mark.exhaustive
 def test_what_main_defines_is_forked_or_stays_in_its_process(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     said = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=True
-    ).stdout.splitlines()
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
+        check=True,
+    ).stdout.splitlines()  # fmt: skip
     assert said[0] == "main runs"
     assert said[1].removeprefix("alone") == said[2].removeprefix("beside")
     assert said[2].endswith("None")
