@@ -26,6 +26,7 @@ from fedkern.engine.store.resuming import change_rounds, check_same, facts_of
 from fedkern.engine.timing import Timing
 from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.methods.base import Method
+from fedkern.settings.run_format import read_code
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def opened(
     else:
         entry = change_rounds(entry, rounds)
         check_same(entry, facts, prepared.plan, out)
-        facts["code"] = entry["info"]["code"]  # that the run began with
+        facts["code"] = read_code(entry["info"])  # that the run began with
         prepared.server.state = checkpoints.server_state()
         prepared.participation.restore(
             checkpoints.participation_state(), checkpoints.messages_in_flight(), entry["round"]

@@ -38,5 +38,13 @@ def check_format(out: Path) -> None:
 def stored_code(out: Path) -> dict[str, dict[str, str]]:
     """Return the identities, by group, of the code that a script gave a run; empty where the folder has none."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        return dict(read_manifest(out / FOLDER / MANIFEST)["entries"][-1]["info"]["code"])
+        return read_code(read_manifest(out / FOLDER / MANIFEST)["entries"][-1]["info"])
+    return {}
+
+
+def read_code(info: Any) -> dict[str, dict[str, str]]:
+    """Return the identities of code in what a checkpoint says of a run; empty where it says nothing of the kind."""
+    with suppress(LookupError, TypeError, AttributeError):
+        tables = info["code"].items()
+        return {group: {path: str(text) for path, text in table.items()} for group, table in tables}
     return {}

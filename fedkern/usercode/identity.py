@@ -362,7 +362,7 @@ class _Walk:
             if not self._weights and group != "_modules":
                 parts = {name: part for name, part in parts.items() if group == "_buffers" and name in passing}
             self._rows(parts.items(), path, deep)
-        for name in vars(nn.Module()).keys() & attributes.keys():
+        for name in sorted(vars(nn.Module()).keys() & attributes.keys()):
             hooks = attributes.pop(name)  # numbered by a counter of the process; or modes
             if isinstance(hooks, dict):
                 attributes |= {f"{name}[{place}]": hook for place, hook in enumerate(hooks.values())}
@@ -407,8 +407,8 @@ class _Walk:
                 self._named(function.__globals__[name], f"{path}.{name}", named.attributes, deep)
         for name in named.imports:
             if _package(name) is None:
-                with suppress(ModuleNotFoundError):
-                    self.write(f"{path}.{name}", module_identity(name, place=False))
+                file = Path(_origin(name))
+                self.write(f"{path}.{name}", content_hash(file.read_bytes()) if file.is_file() else "no file")
         self._rows(attributes.items(), path, deep)
 
     def _named(self, value: Any, path: str, attributes: frozenset[str], deep: int) -> None:
@@ -580,10 +580,11 @@ def _package_at(top: str, file: str) -> str | None:
 
 
 def _version(package: str) -> str:
-    version = getattr(sys.modules.get(package), "__version__", None)
-    if isinstance(version, str):
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    if isinstance(version := getattr(sys.modules.get(package), "__version__", None), str):
         return version
-    versions = {metadata.version(name) for name in metadata.packages_distributions().get(package, ())}
+    versions = {metadata.version(name) for name in metadata.packages_distributions().get(package, ())}  # slow
     return " ".join(sorted(versions)) or "no version"
 
 
@@ -599,8 +600,8 @@ def _origin(name: str) -> str:
     return (spec.origin or "") if spec is not None and spec.has_location else ""
 
 
-def module_identity(name: str, *, place: bool = True) -> str:
-    """Return version, hash and, with ``place``, path of the file of a module, which is found without importing it.
+def module_identity(name: str) -> str:
+    """Return version, hash and path of the file of a module, which is found without importing it.
 
     Raises:
         ModuleNotFoundError: there is no such module.
@@ -608,11 +609,9 @@ def module_identity(name: str, *, place: bool = True) -> str:
     spec = _spec(name)
     if spec is None:
         raise ModuleNotFoundError(f"No module named {name!r}")
-    package = name.partition(".")[0]
-    versions = {metadata.version(part) for part in metadata.packages_distributions().get(package, ())}
-    parts = [" ".join(sorted(versions)) or "no version"]
+    parts = [_version(name.partition(".")[0])]
     if spec.origin is not None and Path(spec.origin).is_file():
-        parts += [content_hash(Path(spec.origin).read_bytes()), *([spec.origin] if place else [])]
+        parts += [content_hash(Path(spec.origin).read_bytes()), spec.origin]
     return ", ".join(parts)
 
 

@@ -24,6 +24,7 @@ from fedkern.ops._core.loading import Unavailable
 from fedkern.process import versions
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import NAME as SETTINGS
+from fedkern.settings.run_format import read_code
 from fedkern.settings.stored import load_settings, make_portable
 from fedkern.usercode import named_code, plugin_files, plugins
 from fedkern.usercode.identity import differences, digest, folded, is_unchanged
@@ -224,7 +225,7 @@ def same_code(
     """
     began, now = stored.training or "none", config.training or "none"
     functions = "train" if "train function" in began + now else "optimizer"
-    stored_code = {} if entry is None else entry["info"]["code"]
+    stored_code = {} if entry is None else read_code(entry["info"])
     identity = with_identity(stored, entry).identity
     groups = {
         "method": (stored.method_sha256, f"the class {config.kind.__name__}", "method"),
