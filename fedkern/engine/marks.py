@@ -30,7 +30,7 @@ class Place:
     way: str
 
 
-_AVERAGE = "whose server never calls average", "call self.average(server, uploads) in server_update"
+_AVERAGE = "whose server never reaches the run's average", "call self.average(server, uploads), or super().average in it"
 _STEP = "whose clients take no such step of the run's optimiser", "train with client.train or client.fit"
 _BATCHES = "take them from client.batches()"
 _RATES = ("lr", "lr_decay", "lr_steps", "lr_step_factor")
@@ -42,9 +42,9 @@ PLACES = {
     "clip": Place(("clip_norm",), *_STEP),
     "batches": Place(("batch_size", "straggler_rate"), "whose clients take no batches of the run", _BATCHES),
     "augmented": Place(("augment",), "whose clients take no augmented images", _BATCHES),
-    "epochs": Place(("local_epochs", "local_steps"), "whose clients do not train for client.epochs", "read it there"),
+    "epochs": Place(("local_epochs", "local_steps"), "whose clients do not train for client.epochs", "loop over it"),
     "lr": Place(_RATES, "whose clients never read client.lr", "set client.lr in your optimiser"),
-    "statistics": Place(("freeze_bn_after",), "whose clients never ask client.statistics_fixed", "ask it there"),
+    "statistics": Place(("freeze_bn_after",), "whose clients never call client.statistics_fixed", "call it"),
     "teachers": Place(("teachers",), "whose clients load no networks", "call client.load_pretrained"),
 }
 """Places by the name of their mark."""
