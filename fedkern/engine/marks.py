@@ -30,7 +30,7 @@ class Place:
     way: str
 
 
-_AVERAGE = "whose server never reaches the run's average", "call self.average(server, uploads), or super().average in it"
+_AVERAGE = "whose server never reaches the run's average", "call self.average(server, uploads) or super().average"
 _STEP = "whose clients take no such step of the run's optimiser", "train with client.train or client.fit"
 _BATCHES = "take them from client.batches()"
 _RATES = ("lr", "lr_decay", "lr_steps", "lr_step_factor")
