@@ -349,6 +349,7 @@ class RunContext:
         key = [(vector, 0 if vector.is_inference() else vector._version) for vector in vectors]
         old_key, _ = self._frozen
         if len(key) != len(old_key) or any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(key, old_key, strict=True)):
+            network.train_mode()  # before the weights change that eval() has derived others from
             network.write({**message, **(buffers or {})})
             network.write_personal(own_tensors or {})
             network.statistics = self.config.statistics or bool(buffers)

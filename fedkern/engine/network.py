@@ -142,7 +142,7 @@ class Network:
 
         Without meaningful running statistics, each batch norm that learns them uses the batch's own instead.
         """
-        self.train_mode()  # what the module derives from its weights in eval() follows those written since
+        self.train_mode()  # so that eval() derives others from the weights written since
         learning = [layer for layer in self.module.modules() if isinstance(layer, _BatchNorm) and layer.training]
         self.module.eval()
         for layer in learning if not self.statistics else ():

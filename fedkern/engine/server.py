@@ -55,6 +55,7 @@ class Server(Node):
 
     def network(self, message: Message) -> nn.Module:
         network = self._context.network("server")
+        network.train_mode()  # before the weights change that eval() has derived others from
         network.write(message)
         network.statistics = self._context.config.statistics
         network.eval_mode()
