@@ -90,7 +90,7 @@ class _Rates:
         self._optimizer.step()
         self._restore()
 
-    def _multiply(self, *_: Any) -> None:
+    def _multiply(self, *_: object) -> None:
         if self._factor == 1 or self._own:  # a class and its base may both call hooks
             return
         for group in self._optimizer.param_groups:
@@ -98,7 +98,7 @@ class _Rates:
             group["lr"] = own * self._factor
             self._own.append((own, float(group["lr"])))
 
-    def _restore(self, *_: Any) -> None:
+    def _restore(self, *_: object) -> None:
         for group, (own, multiplied) in zip(self._optimizer.param_groups, self._own, strict=False):
             changed = float(group["lr"]) != multiplied
             group["lr"] = group["lr"] / self._factor if changed else own
