@@ -346,7 +346,8 @@ class RunContext:
         network = self.network("frozen")
         vectors = (message["parameters"], *(buffers or {}).values(), *message.values(), *(own_tensors or {}).values())
         # The key holds the tensors themselves, so that no new tensor can get the identity of a freed one.
-        key = [(vector, 0 if vector.is_inference() else vector._version) for vector in vectors]
+        counted = [isinstance(each, Tensor) and not each.is_inference() for each in vectors]  # others are numbers
+        key = [(each, each._version if has_version else 0) for each, has_version in zip(vectors, counted, strict=True)]
         old_key, _ = self._frozen
         if len(key) != len(old_key) or any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(key, old_key, strict=True)):
             network.train_mode()  # before the weights change that eval() has derived others from
