@@ -49,6 +49,7 @@ from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import (
+    CellType,
     CodeType,
     FunctionType,
     GetSetDescriptorType,
@@ -86,7 +87,7 @@ _PICKLING = ("__reduce_ex__", "__reduce__", "__getstate__")
 
 
 def identity_table(
-    things: Mapping[str, Any], *, weights: bool = True, limit: int = LIMIT, code: bool = True
+    things: Mapping[str, object], *, weights: bool = True, limit: int = LIMIT, code: bool = True
 ) -> dict[str, str]:
     """Return the texts by which objects are told from changed ones, by path.
 
@@ -190,7 +191,7 @@ class _Walk:
         if whole > len(content):
             self.write(f"{path}[...]", f"{NOT_COMPARED}all after its first {len(content):,} bytes")
 
-    def visit(self, value: Any, path: str, deep: int) -> None:
+    def visit(self, value: object, path: str, deep: int) -> None:
         """Add the rows of a value and of all below it."""
         try:
             text = _text(value, self._limit)
@@ -204,7 +205,7 @@ class _Walk:
         except Exception as error:  # an object may raise anything
             self.write(path, f"{NOT_COMPARED}{type(value).__name__}, {type(error).__name__}")
 
-    def _visit(self, value: Any, path: str, deep: int) -> None:
+    def _visit(self, value: object, path: str, deep: int) -> None:
         self._left -= 1
         if deep < 0:
             self.write(path, f"{NOT_COMPARED}deeper than {DEEP} levels")
@@ -219,7 +220,7 @@ class _Walk:
             self._paths[id(value)] = path, value
             self._thing(value, path, deep - 1)
 
-    def _rows(self, values: Iterable[tuple[Any, Any]], path: str, deep: int, form: str = ".{}") -> None:
+    def _rows(self, values: Iterable[tuple[object, object]], path: str, deep: int, form: str = ".{}") -> None:
         """Visit values by name, until the table is full."""
         for name, value in values:
             self.visit(value, path + form.format(name), deep)
@@ -313,7 +314,7 @@ class _Walk:
         self.write(path, _class_text(kind) + size)
         self._class(kind, deep)
         if isinstance(value, nn.Module):
-            self._module(value, dict(attributes), path, deep)
+            self._module(dict(attributes), path, deep)
             return
         if isinstance(value, enum.Enum):
             attributes = [("name", value.name), ("value", value.value)]
@@ -326,8 +327,8 @@ class _Walk:
             items = dict.items(value) if isinstance(value, dict) else value.items()
             self._rows(((self._key(key, deep), item) for key, item in items), path, deep, "[{}]")
         elif isinstance(value, (set, frozenset)):
-            rows = {self._key(item, deep): item for item in value}
-            self._rows(sorted(rows.items(), key=lambda row: row[0]), path, deep, "[{}]")
+            members = {self._key(item, deep): item for item in value}
+            self._rows(((key, members[key]) for key in sorted(members)), path, deep, "[{}]")
         self._rows(attributes, path, deep)
         self._pickled(reduced, kind, path, deep)
 
@@ -342,7 +343,7 @@ class _Walk:
         names = ("arguments", "state", "items", "pairs")
         self._rows([pair for pair in zip(names, parts, strict=False) if pair[1] is not None], path, deep)
 
-    def _key(self, key: Any, deep: int) -> str:
+    def _key(self, key: object, deep: int) -> str:
         """Return the text of a key or of a member of a set, which does not depend on those before it."""
         text = _text(key, self._limit)
         if text is None:
@@ -353,7 +354,7 @@ class _Walk:
             text = f"{_class_text(type(key))} {digest(walk.table)[:12]}"
         return text if len(text) <= READABLE else hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
-    def _module(self, module: Any, attributes: dict[str, Any], path: str, deep: int) -> None:
+    def _module(self, attributes: dict[str, Any], path: str, deep: int) -> None:
         from torch import nn
 
         passing = attributes.get("_non_persistent_buffers_set", ())
@@ -411,7 +412,7 @@ class _Walk:
                 self.write(f"{path}.{name}", content_hash(file.read_bytes()) if file.is_file() else "no file")
         self._rows(attributes.items(), path, deep)
 
-    def _named(self, value: Any, path: str, attributes: frozenset[str], deep: int) -> None:
+    def _named(self, value: object, path: str, attributes: frozenset[str], deep: int) -> None:
         """Add the rows of a value that code names, of a user's module also those of what the code names in it."""
         self.visit(value, path, deep)
         if isinstance(value, ModuleType) and _package(value.__name__) is None and deep > 0:
@@ -484,7 +485,7 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
             yield name, attribute
 
 
-def _counts(name: str, member: Any) -> bool:
+def _counts(name: str, member: object) -> bool:
     """Return whether a member of a class can change what its objects do."""
     if isinstance(member, (MemberDescriptorType, GetSetDescriptorType)) or name in _UNTOLD:
         return False
@@ -492,7 +493,7 @@ def _counts(name: str, member: Any) -> bool:
     return not special or callable(member) or isinstance(member, (classmethod, staticmethod, property))
 
 
-def _cell_content(cell: Any) -> Any:
+def _cell_content(cell: CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet

@@ -72,7 +72,7 @@ def module_of(value):
     return lambda: module.value
 
 
-def executed(text):
+def run_code(text):
     scope = {}
     exec(text, scope)
     return scope["made"]
@@ -83,7 +83,7 @@ def with_global(value):
     return lambda x: [helper(y) for y in x]
 
 
-def decorated(value):
+def with_decorator(value):
     @torch.no_grad()
     @functools.lru_cache
     def function(x):
@@ -92,7 +92,7 @@ def decorated(value):
     return function
 
 
-def based(value):
+def with_base(value):
     class Base:
         weight = value
 
@@ -102,26 +102,26 @@ def based(value):
     return Derived()
 
 
-def made_by(value):
+def with_metaclass(value):
     class Kind(type):
         weight = value
 
     return Kind("Made", (), {})()
 
 
-def hooked(value):
+def with_hook(value):
     network = nn.Sequential(nn.ReLU())
     network.register_forward_hook(lambda module, inputs, output: output * value)
     return network
 
 
-def buffered(value):
+def with_buffer(value):
     network = nn.Module()
     network.register_buffer("weight", torch.full((9,), float(value)), persistent=False)
     return network
 
 
-def nested(value, depth=DEEP // 2):
+def chain_of(value, depth=DEEP // 2):
     for _ in range(depth):
         value = Holder(value)
     return value
@@ -133,11 +133,12 @@ def generator(value):
 
 KINDS = {
     "closure": lambda v: lambda x: x * v, "default": lambda v: (lambda x, w=v: x), "global": with_global,
-    "constant": lambda v: executed(f"made = lambda x: x in {{'a', 'b', {v}}}"), "decorator": decorated,
-    "exec": lambda v: executed(f"W = {v}\ndef made(x):\n    return W"), "module": module_of, "slots": Slots,
-    "class": lambda v: executed(f"class made:\n    def f(self): return {v}"), "base": based, "metaclass": made_by,
-    "partial": lambda v: functools.partial(helper, v), "bound method": lambda v: Holder(v).__eq__, "hook": hooked,
-    "buffer": buffered, "private": Holder, "nested": nested, "enum": Level, "set": lambda v: {"a", "b", v},
+    "constant": lambda v: run_code(f"made = lambda x: x in {{'a', 'b', {v}}}"), "decorator": with_decorator,
+    "exec": lambda v: run_code(f"W = {v}\ndef made(x):\n    return W"), "module": module_of, "slots": Slots,
+    "class": lambda v: run_code(f"class made:\n    def f(self): return {v}"), "base": with_base,
+    "metaclass": with_metaclass,
+    "partial": lambda v: functools.partial(helper, v), "bound method": lambda v: Holder(v).__eq__, "hook": with_hook,
+    "buffer": with_buffer, "private": Holder, "nested": chain_of, "enum": Level, "set": lambda v: {"a", "b", v},
     "set of objects": lambda v: Members({Holder(v), Holder("a"), Holder("b")}), "dict": lambda v: {Level.LOW: [v]},
     "deque": lambda v: collections.deque([v], maxlen=3), "named tuple": collections.namedtuple("Pair", "v"),
     "default dict": lambda v: collections.defaultdict(functools.partial(list, [v])), "range": range, "path": lambda v:
@@ -150,7 +151,7 @@ KINDS = {
     torch.eye(9).mul(v).to_sparse(),
     "strided": lambda v: torch.eye(9).mul(v).t()[1:], "bfloat16": lambda v: torch.full((9,), v, dtype=torch.bfloat16),
     "conjugate": lambda v: torch.full((9,), complex(1, v)).conj(), "subclass": lambda v: type("Own", (float,), {})(v),
-    "namespace": lambda v: types.SimpleNamespace(a=Holder(v)),
+    "loss": lambda v: nn.SmoothL1Loss(beta=float(v)), "namespace": lambda v: types.SimpleNamespace(a=Holder(v)),
 }  # fmt: skip
 
 
@@ -181,16 +182,18 @@ def test_a_table_is_the_same_in_another_process():
 def test_words_name_what_has_changed():
     words = differences(table(Holder(2.0)), table(Holder(3.0)))
     assert words == ["`x._value` changed from 2.0 to 3.0"]
-    first, second = (executed(f"def made(a):\n    return a + {n}") for n in (1, 2))
+    first, second = (run_code(f"def made(a):\n    return a + {n}") for n in (1, 2))
     assert differences(table(first), table(second)) == ["`x` changed"]
     assert differences(table(Holder(1)), table(Holder(Holder(1)))) == ["`x._value` changed from 1 to Holder"]
     assert differences({"a": "1"}, {"b": "1"}) == ["`a` is gone", "`b` is new"]
 
 
 def test_lines_and_docstrings_of_classes_do_not_count():
-    first = executed("class made:\n    '''One.'''\n    def f(self): return 1")
-    second = executed("\n\nclass made:\n    '''Two.'''\n    # a comment\n    def f(self):\n        return 1")
+    first = run_code("class made:\n    '''One.'''\n    def f(self): return 1")
+    second = run_code("\n\nclass made:\n    '''Two.'''\n    # a comment\n    def f(self):\n        return 1")
     assert table(first) == table(second)
+    one, two = (lambda a: a + 1), (lambda a: a + 1)
+    assert table(one) == table(two) != table(lambda a: a + 2)
 
 
 def test_modules_count_by_name_and_version():
@@ -208,7 +211,7 @@ def test_modules_count_by_name_and_version():
 def test_a_module_that_code_imports_by_itself_counts_by_its_file(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "imported_inside_a_test.py"
-    function = executed("def made():\n    import imported_inside_a_test, torch, json")
+    function = run_code("def made():\n    import imported_inside_a_test, torch, json")
     file.write_text("a = 1")
     before = table(function)
     assert before["x.imported_inside_a_test"].endswith(content_hash(file.read_bytes()))
@@ -221,7 +224,7 @@ def test_a_module_that_code_imports_by_itself_counts_by_its_file(tmp_path, monke
     [
         (threading.Lock(), "lock"),
         ([Holder(1), (x for x in ())], "generator"),
-        (nested(1, DEEP + 5), f"deeper than {DEEP} levels"),
+        (chain_of(1, DEEP + 5), f"deeper than {DEEP} levels"),
         (torch.zeros(LIMIT), f"all after its first {LIMIT:,} bytes"),
         ("a" * 2 * LIMIT, f"all after its first {LIMIT:,} bytes"),
         ([*range(LIMIT)], f"all after its first {LIMIT:,} bytes"),
@@ -257,7 +260,7 @@ def test_weights_and_code_can_be_left_out():
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     assert table(first) != table(second)
     assert identity_table({"x": first}, weights=False) == identity_table({"x": second}, weights=False)
-    one, two = (executed(f"class made:\n    def f(self): return {n}")() for n in (1, 2))
+    one, two = (run_code(f"class made:\n    def f(self): return {n}")() for n in (1, 2))
     assert table(one) != table(two)
     assert identity_table({"x": one}, code=False) == identity_table({"x": two}, code=False)
 
