@@ -43,7 +43,7 @@ class FirstSteps(Objective):
         self._client, self._method, self._network = client, method, network
         return self
 
-    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: object, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the method's loss of a batch.
 
         Raises:

@@ -68,7 +68,7 @@ class OwnNetwork(nn.Module):
         logits: Tensor = logits_of(self._call_apart(self.module, plain_strides(x)))
         return logits
 
-    def _call_apart(self, call: Callable[[Any], Any], x: Any, part: Any = None) -> Any:
+    def _call_apart(self, call: Callable[[Any], Any], x: Any, part: object = None) -> Any:
         """Call ``module``, or a part of it, so that its changes to the inputs in place do not reach the caller.
 
         Other networks read the same batch.  The first call of a kind works on a copy and finds out whether later calls
@@ -180,11 +180,11 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
         return StagedNetwork.features(self, x)
 
 
-def _tensors(x: Any) -> list[Tensor]:
+def _tensors(x: object) -> list[Tensor]:
     return [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
 
 
-def _comparable(x: Any) -> bool:
+def _comparable(x: object) -> bool:
     """Return whether the values of a batch's inputs can be read here: not while a call is traced or recorded."""
     tensors = _tensors(x)
     if not tensors or torch.compiler.is_compiling() or torch.jit.is_tracing() or functorch_active():
