@@ -22,6 +22,14 @@ class Head(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(self.maps(x), 1), 1))
 
 
+class TwoBlocks(Head):
+    """Two blocks of 16 channels, for ``maps`` to use."""
+
+    def __init__(self):
+        super().__init__(16)
+        (self.c1, self.b1), (self.c2, self.b2) = block(3, 16), block(16, 16)
+
+
 def sequential():
     layers = []
     for one, other in ((3, 16), (16, 16), (16, 32)):
@@ -113,12 +121,8 @@ class PreActivation(Head):
         return F.relu(x + self.c2(F.relu(self.b2(self.c1(F.relu(self.b1(x)))))))
 
 
-class Branching(Head):
+class Branching(TwoBlocks):
     """A result that is used twice, and a branch on the data."""
-
-    def __init__(self):
-        super().__init__(16)
-        (self.c1, self.b1), (self.c2, self.b2) = block(3, 16), block(16, 16)
 
     def maps(self, x):
         raw = self.b1(self.c1(x))
@@ -143,12 +147,8 @@ class Looping(Head):
         return x
 
 
-class Asserting(Head):
+class Asserting(TwoBlocks):
     """Looks at shapes, strides and dtypes, and takes a strided view."""
-
-    def __init__(self):
-        super().__init__(16)
-        (self.c1, self.b1), (self.c2, self.b2) = block(3, 16), block(16, 16)
 
     def maps(self, x):
         out = self.c1(x)
@@ -190,12 +190,8 @@ class UNet(Head):
         return F.relu(self.b3(self.c3(torch.cat([one, F.interpolate(two, scale_factor=2)], 1))))
 
 
-class Unused(Head):
+class Unused(TwoBlocks):
     """Results that nobody uses: their statistics move."""
-
-    def __init__(self):
-        super().__init__(16)
-        (self.c1, self.b1), (self.c2, self.b2) = block(3, 16), block(16, 16)
 
     def maps(self, x):
         x = F.relu(self.b1(self.c1(x)))
@@ -203,12 +199,8 @@ class Unused(Head):
         return x
 
 
-class Stopping(Head):
+class Stopping(TwoBlocks):
     """A part without gradients."""
-
-    def __init__(self):
-        super().__init__(16)
-        (self.c1, self.b1), (self.c2, self.b2) = block(3, 16), block(16, 16)
 
     def maps(self, x):
         with torch.no_grad():

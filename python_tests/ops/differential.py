@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pytest
@@ -114,6 +114,10 @@ def _laid_out(x: Tensor, layout: str, generator: torch.Generator) -> Tensor:
     return x if layout == "expanded" else x.contiguous()
 
 
+@overload
+def exact(x: Tensor) -> Tensor: ...
+@overload
+def exact(x: None) -> None: ...
 def exact(x: Tensor | None) -> Tensor | None:
     """The same values as a float64 leaf of its own."""
     return None if x is None else x.detach().double().clone().requires_grad_(x.requires_grad)
@@ -288,6 +292,24 @@ def _weighted(each: Tensor, weight: Tensor | None) -> Tensor:
     return torch.where(weight == 0, 0.0 * weight, weight) * each
 
 
+def _compare_divergence(
+    case: Case, got: Tensor, rows: Tensor, inputs: dict[str, tuple[Tensor | None, Tensor | None]], terms: int = 1
+) -> None:
+    """Compare a sum of ``terms`` divergences of every row, whose tolerances grow with the logits' spread."""
+    logits = [leaf for name, (leaf, _) in inputs.items() if name != "weight" and leaf is not None]
+    assert got.dtype == promoted(*logits)
+    size, T = spread(*logits), case["temperature"]
+    many = max(1, len(logits[0])) if case["reduction"] == "sum" else 1
+    compare(
+        got,
+        reduced(rows, case["reduction"]),
+        inputs,
+        absolute=1e-6 * terms * size * times(T) * many * (size if math.inf == T else 1),
+        gradient=2e-6 * terms * size * times(T),
+        coarse=is_coarse(*logits),
+    )
+
+
 def check_kl_div(case: Case) -> None:
     student, teacher = make(case["student"]), make(case["teacher"])
     if case["same"]:
@@ -298,19 +320,8 @@ def check_kl_div(case: Case) -> None:
     T, reduction = case["temperature"], case["reduction"]
     s, t, w = exact(student), exact(teacher), exact(weight)
     got = ops.kl_div(student, teacher, T, weight=weight, reduction=reduction)
-    assert got.dtype == promoted(student, teacher)
-    assert s is not None
-    assert t is not None
-    expected = reduced(_weighted(kl(s, t, T), w), reduction)
-    size = spread(student, teacher)
-    many = max(1, expected.numel() and student.shape[0]) if reduction == "sum" else 1
-    compare(
-        got,
-        expected,
-        {"student": (student, s), "teacher": (teacher, t), "weight": (weight, w)},
-        absolute=1e-6 * size * times(T) * many * (size if math.inf == T else 1),
-        gradient=2e-6 * size * times(T),
-        coarse=is_coarse(student, teacher),
+    _compare_divergence(
+        case, got, _weighted(kl(s, t, T), w), {"student": (student, s), "teacher": (teacher, t), "weight": (weight, w)}
     )
 
 
@@ -321,23 +332,10 @@ def check_dual_kl(case: Case) -> None:
     weight = None if case["weight"] is None else make(case["weight"])
     T, reduction, direction = case["temperature"], case["reduction"], case["direction"]
     x, t, y, w = exact(a), exact(teacher), exact(b), exact(weight)
-    assert x is not None
-    assert t is not None
-    assert y is not None
     got = ops.dual_kl(a, b, teacher, T, direction=direction, weight=weight, reduction=reduction)
-    assert got.dtype == promoted(a, b, teacher)
     pairs = kl(x, t, T) + kl(y, t, T) if direction == "teacher" else kl(t, x, T) + kl(t, y, T)
-    expected = reduced(_weighted(pairs, w), reduction)
-    size = spread(a, b, teacher)
-    many = max(1, a.shape[0]) if reduction == "sum" else 1
-    compare(
-        got,
-        expected,
-        {"a": (a, x), "b": (b, y), "teacher": (teacher, t), "weight": (weight, w)},
-        absolute=2e-6 * size * times(T) * many * (size if math.inf == T else 1),
-        gradient=4e-6 * size * times(T),
-        coarse=is_coarse(a, b, teacher),
-    )
+    inputs = {"a": (a, x), "b": (b, y), "teacher": (teacher, t), "weight": (weight, w)}
+    _compare_divergence(case, got, _weighted(pairs, w), inputs, terms=2)
 
 
 @st.composite
@@ -397,8 +395,6 @@ def check_ensemble_kl(case: Case) -> None:
         known = torch.rand(K, C, generator=torch.Generator().manual_seed(3)) < 0.7
     T, mix, mode, reduction = case["temperature"], case["mix"], case["mode"], case["reduction"]
     s, t, w = exact(student), exact(teachers), exact(weights)
-    assert s is not None
-    assert t is not None
     got = ops.ensemble_kl(
         student,
         teachers,
@@ -477,13 +473,13 @@ def js_case(draw: st.DrawFn) -> Case:
     }
 
 
-def _js(case: Case) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, dict[str, Any], float]:
+def check_stack(case: Case, *, consensus: bool) -> None:
+    """js_div, or the two entropies of ``consensus`` whose difference it is."""
     logits = make(case["logits"])
     if case["mask"]:
         logits = masked(logits, case["mask"], 5, 2)
     weights = None if case["weights"] is None else make(case["weights"])
     x, w = exact(logits), exact(weights)
-    assert x is not None
     K, B, _, *rest = x.shape
     full = torch.ones(K, B, *rest, dtype=torch.float64)
     if w is not None:
@@ -496,42 +492,18 @@ def _js(case: Case) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, dict
     of_mixture = -(mixture * log_m).sum(1)
     of_each = -(W * torch.where(p > 0, p * log_p, 0.0).sum(2)).sum(0)
     js = (W * divergence(log_p, p, log_m.expand_as(log_p), 2)).sum(0)
-    inputs = {"logits": (logits, x), "weights": (weights, w)}
-    many = max(1, B) if case["reduction"] == "sum" else 1
-    return logits, weights, of_mixture, of_each, js, inputs, spread(logits) * many
-
-
-def check_js_div(case: Case) -> None:
-    logits, weights, _, _, js, inputs, size = _js(case)
-    got = ops.js_div(logits, weights, reduction=case["reduction"])
+    parts = (of_mixture, of_each) if consensus else (js,)
+    reduction = case["reduction"]
+    got = (ops.consensus if consensus else ops.js_div)(logits, weights, reduction=reduction)
+    size = spread(logits) * (max(1, B) if reduction == "sum" else 1)
     compare(
         got,
-        reduced(js, case["reduction"]),
-        inputs,
+        [reduced(part, reduction) for part in parts],
+        {"logits": (logits, x), "weights": (weights, w)},
         absolute=2e-6 * size,
         gradient=8e-6 * size,
-        by_weights=_of_entropies(logits, weights),
-        coarse=is_coarse(logits),
-        unseen=True,
-    )
-
-
-def _of_entropies(logits: Tensor, weights: Tensor | None) -> float:
-    """Gradients of weights are differences of entropies, which are log C at most."""
-    return over_weights(weights) * max(1.0, math.log(logits.shape[2]))
-
-
-def check_consensus(case: Case) -> None:
-    logits, weights, mixture, each, _, inputs, size = _js(case)
-    got = ops.consensus(logits, weights, reduction=case["reduction"])
-    expected = [reduced(part, case["reduction"]) for part in (mixture, each)]
-    compare(
-        got,
-        expected,
-        inputs,
-        absolute=2e-6 * size,
-        gradient=8e-6 * size,
-        by_weights=_of_entropies(logits, weights),
+        # Gradients of weights are differences of entropies, which are log C at most.
+        by_weights=over_weights(weights) * max(1.0, math.log(logits.shape[2])),
         coarse=is_coarse(logits),
         unseen=True,
     )
@@ -545,7 +517,6 @@ def entropy_case(draw: st.DrawFn) -> Case:
 def check_entropy(case: Case) -> None:
     logits = make(case["logits"])
     x = exact(logits)
-    assert x is not None
     log_p, p = log_softmax(x, 1)
     expected = reduced(-(p * log_p).sum(1), case["reduction"])
     size = spread(logits) * (max(1, logits.shape[0]) if case["reduction"] == "sum" else 1)
@@ -571,8 +542,6 @@ def check_contrastive(case: Case) -> None:
     x, y = make(case["x"]), make(case["y"])
     T: Any = case["temperature"]
     a, b = exact(x), exact(y)
-    assert a is not None
-    assert b is not None
     given, t = None, T
     if T == "tensor":
         given = torch.tensor(0.3, requires_grad=case["learnt"])
@@ -620,8 +589,6 @@ def check_blend(case: Case) -> None:
         elif case["index_layout"] == "strided":
             index = _laid_out(index, "strided", torch.Generator().manual_seed(0))
     x, y = exact(foreground), exact(background)
-    assert x is not None
-    assert y is not None
     alpha: Any = 1 if case["kind"] == "whole" else 0.3
     a: Any = alpha
     given = None
@@ -655,7 +622,7 @@ def boxes_case(draw: st.DrawFn) -> Case:
     }
 
 
-def _boxes(case: Case, keep: bool) -> None:
+def check_boxes(case: Case, *, keep: bool) -> None:
     images = make(case["images"])
     images.requires_grad_(case["grad"] and images.is_floating_point())
     B, C, H, W = images.shape
@@ -689,14 +656,6 @@ def _boxes(case: Case, keep: bool) -> None:
         assert torch.equal(got.double(), expected)
 
 
-def check_erase_boxes(case: Case) -> None:
-    _boxes(case, keep=False)
-
-
-def check_keep_boxes(case: Case) -> None:
-    _boxes(case, keep=True)
-
-
 # -- aggregate ---------------------------------------------------------------------------------------------------------
 
 WEIGHTS = st.sampled_from(["list", "tuple", "numpy", "float64", "float32", "int64", "tensor"])
@@ -718,23 +677,24 @@ def vectors_case(draw: st.DrawFn, grad: bool = False) -> Case:
     }
 
 
-def vectors_of(case: Case) -> tuple[Any, Tensor, list[tuple[Tensor | None, Tensor | None]]]:
+def vectors_of(case: Case) -> tuple[Any, Tensor, list[tuple[Tensor, Tensor]]]:
     """Vectors as they are given, float64 [M, P], and the pairs of leaves."""
     made = [make(one) for one in case["vectors"]]
     leaves = [exact(one) for one in made]
-    wide = leaves[0] if case["stacked"] else torch.stack([x for x in leaves if x is not None])
-    assert wide is not None
+    wide = leaves[0] if case["stacked"] else torch.stack(leaves)
     return (made[0] if case["stacked"] else made), wide, list(zip(made, leaves, strict=True))
 
 
 def weights_of(case: Case) -> tuple[Any, Tensor, Tensor | None]:
     """Weights as they are given, in float64, and the leaf where they are one; the first is never 0."""
     made = make(case["weight"]).detach().clone()
+    if not case.get("weighted", True):
+        return None, torch.ones(len(made), dtype=torch.float64), None
     made[:1] = 1.5
     kind = case["weights"]
     if kind == "tensor":
         leaf = made.requires_grad_(case["weight"]["grad"])
-        return leaf, exact(leaf), leaf  # type: ignore[return-value]
+        return leaf, exact(leaf), leaf
     if kind == "int64":
         made = (made * 3).ceil()
         return made.long(), made.double(), None
@@ -784,7 +744,7 @@ def check_weighted_mean(case: Case) -> None:
 def check_accumulator(case: Case) -> None:
     _, wide, leaves = vectors_of(case)
     _, w, _ = weights_of(case)
-    rows = leaves[0][0].detach() if case["stacked"] else [pair[0].detach() for pair in leaves]  # type: ignore[union-attr]
+    rows = leaves[0][0].detach() if case["stacked"] else [pair[0].detach() for pair in leaves]
     expected = (w[:, None] * wide).sum(0).detach() / w.detach().sum()
     largest = float(wide.detach().abs().max()) if wide.numel() else 1.0
     results = []
@@ -884,8 +844,6 @@ def _robust_bound(wide: Tensor) -> dict[str, float]:
 def check_trimmed_mean(case: Case) -> None:
     given, wide, _ = vectors_of(case)
     weights, w, _ = weights_of(case)
-    if not case["weighted"]:
-        weights, w = None, torch.ones(len(wide), dtype=torch.float64)
     trim, M = case["trim"], len(wide)
     order = wide.sort(dim=0, stable=True).indices
     kept = order[trim : M - trim]
@@ -897,8 +855,6 @@ def check_trimmed_mean(case: Case) -> None:
 def check_median(case: Case) -> None:
     given, wide, _ = vectors_of(case)
     weights, w, _ = weights_of(case)
-    if not case["weighted"]:
-        weights, w = None, torch.ones(len(wide), dtype=torch.float64)
     values, order = wide.sort(dim=0, stable=True)
     total, below = w.sum(), w[order].cumsum(0)
     slack = total * 2.0**-40
@@ -910,8 +866,6 @@ def check_median(case: Case) -> None:
 def check_geometric_median(case: Case) -> None:
     given, wide, _ = vectors_of(case)
     weights, w, _ = weights_of(case)
-    if not case["weighted"]:
-        weights, w = None, torch.ones(len(wide), dtype=torch.float64)
     w = w.detach()
     z, before = (w[:, None] * wide).sum(0) / w.sum(), math.inf
     for _ in range(100):
@@ -1073,7 +1027,7 @@ def check_fuse(case: Case) -> None:
     scale, shift = (None if case[name] is None else make(case[name]) for name in ("scale", "shift"))
     xs, a, b = [exact(x) for x in features], exact(scale), exact(shift)
     got = (ops.fuse_mean if case["mean"] else ops.fuse_concat)(features, scale, shift, case["activation"])
-    joined = torch.cat([x for x in xs if x is not None], 1)
+    joined = torch.cat(xs, 1)
     form = (1, -1, *(1,) * (joined.dim() - 2))
     value = joined if a is None else joined * a.reshape(form)
     value = value if b is None else value + b.reshape(form)
@@ -1124,15 +1078,7 @@ def step_case(draw: st.DrawFn) -> Case:
     }
 
 
-def check_sgd_step(case: Case) -> None:
-    _check_step(case, adamw=False)
-
-
-def check_adamw_step(case: Case) -> None:
-    _check_step(case, adamw=True)
-
-
-def _check_step(case: Case, *, adamw: bool) -> None:
+def check_step(case: Case, *, adamw: bool) -> None:
     names = ("parameters", "gradients", "first", "second", "anchor", "correction", "gradient_sum")
     given = {name: None if case[name] is None else make(case[name]) for name in names}
     theta, g, first, second, anchor, correction, total = (
@@ -1240,12 +1186,6 @@ def check_conv_norm(case: Case) -> None:
     running = [one.double() for one in given]
     stride, pool, training, groups = case["stride"], case["pool"], case["training"], case["groups"]
     a, w, s, b, c, r = (exact(one) for one in (x, weight, scale, shift, bias, residual))
-    assert a is not None
-    assert w is not None
-    assert s is not None
-    assert b is not None
-    assert c is not None
-    assert r is not None
     B, _, H, W = a.shape
     padded = a.new_zeros(B, a.shape[1], H + 2, W + 2)
     padded[:, :, 1:-1, 1:-1] = a
@@ -1322,9 +1262,6 @@ def check_conv_pool(case: Case) -> None:
     x, weight, bias = (make(case[name]) for name in ("x", "weight", "bias"))
     padding, relu, biased = case["padding"], case["relu"], case["biased"]
     a, w, b = exact(x), exact(weight), exact(bias)
-    assert a is not None
-    assert w is not None
-    assert b is not None
     B, C, H, W = a.shape
     padded = a.new_zeros(B, C, H + 2 * padding, W + 2 * padding)
     padded[:, :, padding : padding + H, padding : padding + W] = a
@@ -1349,13 +1286,13 @@ def check_conv_pool(case: Case) -> None:
 
 OPERATORS: dict[str, tuple[st.SearchStrategy[Case], Callable[[Case], None]]] = {
     "blend": (blend_case(), check_blend),
-    "erase_boxes": (boxes_case(), check_erase_boxes),
-    "keep_boxes": (boxes_case(), check_keep_boxes),
+    "erase_boxes": (boxes_case(), functools.partial(check_boxes, keep=False)),
+    "keep_boxes": (boxes_case(), functools.partial(check_boxes, keep=True)),
     "kl_div": (kl_div_case(), check_kl_div),
     "dual_kl": (kl_div_case(), check_dual_kl),
     "ensemble_kl": (ensemble_case(), check_ensemble_kl),
-    "js_div": (js_case(), check_js_div),
-    "consensus": (js_case(), check_consensus),
+    "js_div": (js_case(), functools.partial(check_stack, consensus=False)),
+    "consensus": (js_case(), functools.partial(check_stack, consensus=True)),
     "entropy": (entropy_case(), check_entropy),
     "contrastive": (contrastive_case(), check_contrastive),
     "weighted_mean": (mean_case(), check_weighted_mean),
@@ -1368,8 +1305,8 @@ OPERATORS: dict[str, tuple[st.SearchStrategy[Case], Callable[[Case], None]]] = {
     "pairwise_distances": (vectors_case(), check_pairwise_distances),
     "clip_by_norm": (clip_case(), check_clip_by_norm),
     "clip_and_noise": (clip_case(), check_clip_and_noise),
-    "sgd_step": (step_case(), check_sgd_step),
-    "adamw_step": (step_case(), check_adamw_step),
+    "sgd_step": (step_case(), functools.partial(check_step, adamw=False)),
+    "adamw_step": (step_case(), functools.partial(check_step, adamw=True)),
     "fuse_concat": (fuse_case(), check_fuse),
     "fuse_mean": (fuse_case(), check_fuse),
     "conv_norm": (conv_case(), check_conv_norm),

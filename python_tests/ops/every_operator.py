@@ -131,6 +131,12 @@ _MAP, _MAPS = (2, 3, 4, 5), (16, 8, 64, 64)
 # Channels last: x and weight of a convolution to 8 channels.
 _CONV, _CONVS = ((2, 6, 5, 3), (8, 3, 3, 3)), ((32, 32, 32, 8), (16, 8, 3, 3))
 
+Untracked = functools.partial(Operator, gradient=False, vmap=False)
+of_uploads = functools.partial(Untracked, shapes=(_VECTORS,), large=(_UPLOADS,))
+of_maps = functools.partial(Operator, shapes=(_MAP, _MAP, (6,), (6,)), large=(_MAPS, _MAPS, (16,), (16,)))
+Optimiser = functools.partial(Untracked, alike=True)
+Convolution = functools.partial(Operator, only_cpu=True)
+
 OPERATORS = [
     Operator("blend", lambda x, y: ops.blend(x, y, 0.3), ((4, 3, 2),) * 2, ((64, 20_000),) * 2),
     Operator("blend index", lambda x, y: ops.blend(x, y, 0.3, index=_index(x)), ((4, 3, 2),) * 2, ((64, 20_000),) * 2),
@@ -204,119 +210,43 @@ OPERATORS = [
         ((400_000,), (400_000,), (2,)),
         positive=(2,),
     ),
-    Operator(
-        "trimmed_mean",
-        lambda v: ops.trimmed_mean(v, 1),
-        (_VECTORS,),
-        (_UPLOADS,),
-        gradient=False,
-        vmap=False,
+    of_uploads("trimmed_mean", lambda v: ops.trimmed_mean(v, 1)),
+    of_uploads("median", lambda v: ops.median(v)),
+    Untracked("median weights", ops.median, (_VECTORS, (5,)), (_UPLOADS, (5,)), positive=(1,)),
+    of_uploads("geometric_median", ops.geometric_median),
+    of_uploads("krum", lambda v: ops.krum(v, 1, 2)),
+    of_uploads("pairwise_distances", ops.pairwise_distances),
+    of_uploads("clip_by_norm", lambda v: ops.clip_by_norm(v, 0.7)),
+    of_uploads("clip_and_noise", lambda v: ops.clip_and_noise(v, 0.7, 0.1, seed=3, offset=5)),
+    Untracked(
+        "server_step", lambda g, v: ops.server_step(g, v, UPLOAD_WEIGHTS), ((33,), _VECTORS), ((400_000,), _UPLOADS)
     ),
-    Operator("median", lambda v: ops.median(v), (_VECTORS,), (_UPLOADS,), gradient=False, vmap=False),
-    Operator(
-        "median weights",
-        ops.median,
-        (_VECTORS, (5,)),
-        (_UPLOADS, (5,)),
-        gradient=False,
-        vmap=False,
-        positive=(1,),
-    ),
-    Operator("geometric_median", ops.geometric_median, (_VECTORS,), (_UPLOADS,), gradient=False, vmap=False),
-    Operator("krum", lambda v: ops.krum(v, 1, 2), (_VECTORS,), (_UPLOADS,), gradient=False, vmap=False),
-    Operator(
-        "pairwise_distances",
-        ops.pairwise_distances,
-        (_VECTORS,),
-        (_UPLOADS,),
-        gradient=False,
-        vmap=False,
-    ),
-    Operator(
-        "clip_by_norm",
-        lambda v: ops.clip_by_norm(v, 0.7),
-        (_VECTORS,),
-        (_UPLOADS,),
-        gradient=False,
-        vmap=False,
-    ),
-    Operator(
-        "clip_and_noise",
-        lambda v: ops.clip_and_noise(v, 0.7, 0.1, seed=3, offset=5),
-        (_VECTORS,),
-        (_UPLOADS,),
-        gradient=False,
-        vmap=False,
-    ),
-    Operator(
-        "server_step",
-        lambda g, v: ops.server_step(g, v, UPLOAD_WEIGHTS),
-        ((33,), _VECTORS),
-        ((400_000,), _UPLOADS),
-        gradient=False,
-        vmap=False,
-    ),
-    Operator(
+    Untracked(
         "server_step adam",
         lambda g, v, m, s: ops.server_step(g, v, UPLOAD_WEIGHTS, "adam", first=m, second=s),
         ((33,), _VECTORS, (33,), (33,)),
         ((400_000,), _UPLOADS, (400_000,), (400_000,)),
-        gradient=False,
-        vmap=False,
         positive=(3,),
         changed=(2, 3),
     ),
-    Operator(
+    Optimiser(
         "sgd_step",
         lambda p, g: (ops.sgd_step(p, g, lr=0.1).squared_norm, p),
         ((33,),) * 2,
         ((400_000,),) * 2,
-        gradient=False,
-        vmap=False,
         changed=(0,),
-        alike=True,
     ),
-    Operator(
-        "sgd_step terms",
-        _sgd_step,
-        ((5, 33),) * 6,
-        ((3, 100_000),) * 6,
-        gradient=False,
-        vmap=False,
-        changed=(0, 2, 5),
-        alike=True,
-    ),
-    Operator(
-        "adamw_step",
-        _adamw_step,
-        ((33,),) * 4,
-        ((400_000,),) * 4,
-        gradient=False,
-        vmap=False,
-        positive=(3,),
-        changed=(0, 2, 3),
-        alike=True,
-    ),
-    Operator(
-        "fuse_concat",
-        lambda x, y, a, b: ops.fuse_concat([x, y], a, b, "relu"),
-        (_MAP, _MAP, (6,), (6,)),
-        (_MAPS, _MAPS, (16,), (16,)),
-    ),
-    Operator(
-        "fuse_mean",
-        lambda x, y, a, b: ops.fuse_mean([x, y], a, b, "relu"),
-        (_MAP, _MAP, (6,), (6,)),
-        (_MAPS, _MAPS, (16,), (16,)),
-    ),
-    Operator(
+    Optimiser("sgd_step terms", _sgd_step, ((5, 33),) * 6, ((3, 100_000),) * 6, changed=(0, 2, 5)),
+    Optimiser("adamw_step", _adamw_step, ((33,),) * 4, ((400_000,),) * 4, positive=(3,), changed=(0, 2, 3)),
+    of_maps("fuse_concat", lambda x, y, a, b: ops.fuse_concat([x, y], a, b, "relu")),
+    of_maps("fuse_mean", lambda x, y, a, b: ops.fuse_mean([x, y], a, b, "relu")),
+    Convolution(
         "conv_norm",
         lambda x, w, a, b: ops.conv_norm(x.movedim(-1, 1), w, a / 8, b / 8, None, None, pool=2),
         (*_CONV, (8,), (8,)),
         (*_CONVS, (16,), (16,)),
-        only_cpu=True,
     ),
-    Operator(
+    Convolution(
         "conv_norm residual",
         lambda x, w, a, b, r: ops.conv_norm(
             x.movedim(-1, 1),
@@ -330,29 +260,20 @@ OPERATORS = [
         ),
         (*_CONV, (8,), (8,), (2, 6, 5, 8)),
         (*_CONVS, (16,), (16,), (32, 32, 32, 16)),
-        only_cpu=True,
     ),
-    Operator(
+    Convolution(
         "conv_norm groups",
         lambda x, w, a, b, c: ops.conv_norm(x.movedim(-1, 1), w, a / 8, b / 8, None, None, groups=4, bias=c),
         (*_CONV, (8,), (8,), (8,)),
         (*_CONVS, (16,), (16,), (16,)),
-        only_cpu=True,
     ),
-    Operator(
+    Convolution(
         "conv_pool",
         lambda x, w, b: ops.conv_pool(x.movedim(-1, 1), w, b / 8, padding=1),
         (*_CONV, (8,)),
         (*_CONVS, (16,)),
-        only_cpu=True,
     ),
-    Operator(
-        "conv_pool relu",
-        lambda x, w: ops.conv_pool(x.movedim(-1, 1), w, relu=False),
-        _CONV,
-        _CONVS,
-        only_cpu=True,
-    ),
+    Convolution("conv_pool relu", lambda x, w: ops.conv_pool(x.movedim(-1, 1), w, relu=False), _CONV, _CONVS),
 ]
 
 

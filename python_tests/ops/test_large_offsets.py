@@ -106,22 +106,16 @@ def ends(compute: Callable[[int], Sequence[Tensor]], many: int) -> tuple[Tensor,
     return got, expected
 
 
-def _dual_kl_gradients() -> tuple[Tensor, Tensor]:
-    def compute(rows: int) -> Sequence[Tensor]:
-        teacher = expanded(rows, 8)
-        students = [factor * teacher[:1] for factor in (-1, 2)]
-        students = [x.expand(rows, 8).requires_grad_() for x in students]
-        return torch.autograd.grad(ops.dual_kl(*students, teacher, reduction="sum"), students)
-
-    return ends(compute, 2**28 + 5)
+def _dual_kl_gradients(rows: int) -> Sequence[Tensor]:
+    teacher = expanded(rows, 8)
+    students = [factor * teacher[:1] for factor in (-1, 2)]
+    students = [x.expand(rows, 8).requires_grad_() for x in students]
+    return torch.autograd.grad(ops.dual_kl(*students, teacher, reduction="sum"), students)
 
 
-def _entropy_gradient() -> tuple[Tensor, Tensor]:
-    def compute(rows: int) -> Sequence[Tensor]:
-        logits = expanded(rows, 8).requires_grad_()
-        return torch.autograd.grad(ops.entropy(logits, reduction="sum"), logits)
-
-    return ends(compute, 2**28 + 5)
+def _entropy_gradient(rows: int) -> Sequence[Tensor]:
+    logits = expanded(rows, 8).requires_grad_()
+    return torch.autograd.grad(ops.entropy(logits, reduction="sum"), logits)
 
 
 def stack(rows: int) -> Tensor:
@@ -129,31 +123,22 @@ def stack(rows: int) -> Tensor:
     return torch.stack((expanded(1, 8), expanded(1, 8).flip(1))).expand(2, rows, 8).requires_grad_()
 
 
-def _ensemble_gradients(**settings: Any) -> tuple[Tensor, Tensor]:
-    def compute(rows: int) -> Sequence[Tensor]:
-        student, teachers = (2 * expanded(1, 8)).expand(rows, 8).requires_grad_(), stack(rows)
-        loss = ops.ensemble_kl(student, teachers, reduction="sum", **settings)
-        to_student, to_teachers = torch.autograd.grad(loss, (student, teachers))
-        return [to_student, *to_teachers]
-
-    return ends(compute, 2**27 + 5)
+def _ensemble_gradients(rows: int, **settings: Any) -> Sequence[Tensor]:
+    student, teachers = (2 * expanded(1, 8)).expand(rows, 8).requires_grad_(), stack(rows)
+    loss = ops.ensemble_kl(student, teachers, reduction="sum", **settings)
+    to_student, to_teachers = torch.autograd.grad(loss, (student, teachers))
+    return [to_student, *to_teachers]
 
 
-def _js_gradient() -> tuple[Tensor, Tensor]:
-    def compute(rows: int) -> Sequence[Tensor]:
-        teachers = stack(rows)
-        return torch.autograd.grad(ops.js_div(teachers, reduction="sum"), teachers)
-
-    return ends(compute, 2**27 + 5)
+def _js_gradient(rows: int) -> Sequence[Tensor]:
+    teachers = stack(rows)
+    return torch.autograd.grad(ops.js_div(teachers, reduction="sum"), teachers)
 
 
-def _consensus_gradient() -> tuple[Tensor, Tensor]:
-    def compute(rows: int) -> Sequence[Tensor]:
-        teachers = stack(rows)
-        first, second = ops.consensus(teachers, reduction="sum")
-        return torch.autograd.grad(first - 0.5 * second, teachers)
-
-    return ends(compute, 2**27 + 5)
+def _consensus_gradient(rows: int) -> Sequence[Tensor]:
+    teachers = stack(rows)
+    first, second = ops.consensus(teachers, reduction="sum")
+    return torch.autograd.grad(first - 0.5 * second, teachers)
 
 
 def _mean() -> tuple[Tensor, Tensor]:
@@ -207,14 +192,14 @@ LARGE: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "boxes": _boxes,
     "kl_div": _kl,
     "kl_div gradient": _kl_gradient,
-    "dual_kl gradients": _dual_kl_gradients,
-    "entropy gradient": _entropy_gradient,
-    "ensemble_kl gradients": _ensemble_gradients,
-    "ensemble_kl logits gradients": partial(_ensemble_gradients, mix="logits"),
-    "ensemble_kl mean gradients": partial(_ensemble_gradients, mode="mean_of_kl"),
-    "ensemble_kl limit gradients": partial(_ensemble_gradients, temperature=torch.inf),
-    "js_div gradient": _js_gradient,
-    "consensus gradient": _consensus_gradient,
+    "dual_kl gradients": partial(ends, _dual_kl_gradients, 2**28 + 5),
+    "entropy gradient": partial(ends, _entropy_gradient, 2**28 + 5),
+    "ensemble_kl gradients": partial(ends, _ensemble_gradients, 2**27 + 5),
+    "ensemble_kl logits gradients": partial(ends, partial(_ensemble_gradients, mix="logits"), 2**27 + 5),
+    "ensemble_kl mean gradients": partial(ends, partial(_ensemble_gradients, mode="mean_of_kl"), 2**27 + 5),
+    "ensemble_kl limit gradients": partial(ends, partial(_ensemble_gradients, temperature=torch.inf), 2**27 + 5),
+    "js_div gradient": partial(ends, _js_gradient, 2**27 + 5),
+    "consensus gradient": partial(ends, _consensus_gradient, 2**27 + 5),
     "weighted_mean": _mean,
     "median": _median,
     "trimmed_mean": _trimmed_mean,
