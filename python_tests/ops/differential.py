@@ -1084,10 +1084,6 @@ def check_step(case: Case, *, adamw: bool) -> None:
     theta, g, first, second, anchor, correction, total = (
         None if x is None else x.double().clone() for x in given.values()
     )
-    assert theta is not None
-    assert g is not None
-    assert first is not None
-    assert second is not None
     rows = theta.shape[0] if theta.dim() == 2 else 1
     each = [case["lr"] * (m + 1) for m in range(rows)] if case["each"] else [case["lr"]] * rows
     lr = torch.tensor(each, dtype=torch.float64)[:, None] if theta.dim() == 2 else case["lr"]

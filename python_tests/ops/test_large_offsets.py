@@ -95,7 +95,6 @@ def _kl_gradient() -> tuple[Tensor, Tensor]:
     for rows in (2**28 + 5, 3):
         student = expanded(2**28 + 5, 8)[:rows].contiguous().requires_grad_()
         ops.kl_div(student, expanded(2**28 + 5, 8).flip(1)[:rows], reduction="sum").backward()
-        assert student.grad is not None
         gradients.append(student.grad[-3:].clone())
     return gradients[0], gradients[1]
 

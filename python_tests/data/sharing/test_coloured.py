@@ -44,7 +44,6 @@ def test_defaults(digits: FederatedData) -> None:
 
 def test_the_statistics_have_the_colours_of_the_images(digits: FederatedData) -> None:
     statistics = digits.statistics
-    assert statistics.colours is not None
     assert statistics.colours.shape == (5, 10, 3)
     assert statistics.tied == 0.7
     for split, own in zip(digits.clients, statistics.colours, strict=True):

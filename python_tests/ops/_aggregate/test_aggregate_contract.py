@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +60,7 @@ def test_wrong_vectors(name: str) -> None:
             {**CALLS, **own}[name](vectors)
 
 
+step = functools.partial(server_step, G, V, [1, 1, 1])
 WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: trimmed_mean(V, 2), ValueError, "trim must be less than half of the number of vectors, 3, not 2"),
     (lambda: trimmed_mean(V, -1), ValueError, "trim must be at least 0, not -1"),
@@ -77,48 +79,32 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: clip_and_noise(V, 1.0, -1.0, 0), ValueError, "noise must be at least 0, not -1"),
     (lambda: clip_and_noise(V, 1.0, 1.0, -1), ValueError, f"seed must be between 0 and {2**64 - 1}, not -1"),
     (lambda: clip_and_noise(V, 1.0, 1.0, 0, 1 << 64), ValueError, "offset must be between 0 and"),
-    (lambda: server_step(G, V, [1, 1, 1], "sgd"), ValueError, "rule must be one of mean, momentum, adam.*not 'sgd'"),
+    (lambda: step("sgd"), ValueError, "rule must be one of mean, momentum, adam.*not 'sgd'"),
     (lambda: server_step(torch.ones(5), V, [1, 1, 1]), ValueError, r"global_ must have shape \[4\], but has \[5\]"),
     (
         lambda: server_step(G.double(), V, [1, 1, 1]),
         ValueError,
         "global_ must have the dtype torch.float32 of the vectors, but has torch.float64",
     ),
-    (lambda: server_step(G, V, [1, 1, 1], "adam"), ValueError, 'first must be given for rule "adam"'),
-    (lambda: server_step(G, V, [1, 1, 1], "yogi", first=G), ValueError, 'second must be given for rule "yogi"'),
-    (lambda: server_step(G, V, [1, 1, 1], first=G), ValueError, 'first must be None for rule "mean"'),
+    (lambda: step("adam"), ValueError, 'first must be given for rule "adam"'),
+    (lambda: step("yogi", first=G), ValueError, 'second must be given for rule "yogi"'),
+    (lambda: step(first=G), ValueError, 'first must be None for rule "mean"'),
+    (lambda: step("momentum", first=G, second=G), ValueError, 'second must be None for rule "momentum"'),
     (
-        lambda: server_step(G, V, [1, 1, 1], "momentum", first=G, second=G),
-        ValueError,
-        'second must be None for rule "momentum"',
-    ),
-    (
-        lambda: server_step(G, V, [1, 1, 1], "adam", first=G, second=G.double()),
+        lambda: step("adam", first=G, second=G.double()),
         TypeError,
         "second must have the dtype torch.float32 of first, but has torch.float64",
     ),
     (
-        lambda: server_step(G, V, [1, 1, 1], "momentum", first=G.half()),
+        lambda: step("momentum", first=G.half()),
         TypeError,
         "first must have dtype float32 or float64, but has torch.float16",
     ),
-    (
-        lambda: server_step(G, V, [1, 1, 1], "momentum", first=torch.ones(8)[::2]),
-        ValueError,
-        "first must be contiguous",
-    ),
-    (
-        lambda: server_step(G, V, [1, 1, 1], "momentum", first=G, beta1=1.5),
-        ValueError,
-        "beta1 must be at least 0 and at most 1, not 1.5",
-    ),
-    (
-        lambda: server_step(G, V, [1, 1, 1], learning_rate=-1.0),
-        ValueError,
-        "learning_rate must be at least 0, not -1",
-    ),
-    (lambda: server_step(G, V, [1, 1, 1], out=torch.ones(5)), ValueError, r"out must have shape \[4\], but has \[5\]"),
-    (lambda: server_step(G, V, [1, 1, 1], out=torch.ones(1).expand(4)), ValueError, "out must not be expanded"),
+    (lambda: step("momentum", first=torch.ones(8)[::2]), ValueError, "first must be contiguous"),
+    (lambda: step("momentum", first=G, beta1=1.5), ValueError, "beta1 must be at least 0 and at most 1, not 1.5"),
+    (lambda: step(learning_rate=-1.0), ValueError, "learning_rate must be at least 0, not -1"),
+    (lambda: step(out=torch.ones(5)), ValueError, r"out must have shape \[4\], but has \[5\]"),
+    (lambda: step(out=torch.ones(1).expand(4)), ValueError, "out must not be expanded"),
 ]
 
 

@@ -409,55 +409,52 @@ def test_no_samples(end: dict[str, Any]) -> None:
 # --- what is refused
 
 GIVEN = arguments(residual=True)
-WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"x": torch.randn(8, 8, 8)}, ValueError, r"x must have shape \[B, in, H, W\].*has \[8, 8, 8\]"),
-    ({"x": torch.randn(4, 8, 0, 8)}, ValueError, r"x must have shape .* where only B may be 0, but has \[4, 8, 0, 8\]"),
-    ({"x": torch.randn(4, 3, 8, 8)}, ValueError, r"weight must have shape \[out, 3, 3, 3\].*has \[16, 8, 3, 3\]"),
-    ({"weight": torch.randn(16, 8, 5, 5)}, ValueError, r"weight must have shape .* but has \[16, 8, 5, 5\]"),
-    ({"weight": torch.randn(0, 8, 3, 3)}, ValueError, r"weight must have shape .* but has \[0, 8, 3, 3\]"),
-    ({"weight": GIVEN["weight"].double()}, TypeError, "weight must have dtype torch.float32 like x, but has torch.fl"),
-    ({"scale": torch.ones(8)}, ValueError, r"scale must have shape \[16\], a value per channel of the result, but has"),
-    (
-        {"scale": torch.ones(16).double()},
-        TypeError,
-        "scale must have dtype torch.float32 like x, but has torch.float64",
-    ),
-    ({"shift": torch.ones(16, 1)}, ValueError, r"shift must have shape \[16\]"),
-    ({"mean": torch.ones(3)}, ValueError, r"mean must have shape \[16\]"),
-    ({"mean": None}, ValueError, "mean and variance must both be given, or both be None"),
-    (
-        {"mean": None, "variance": None, "training": False},
-        ValueError,
-        "mean and variance must be given with training=F",
-    ),
-    ({"variance": torch.ones(16).bfloat16()}, TypeError, "variance must have dtype torch.float32 like x, but has"),
-    ({"mean": torch.ones(16, requires_grad=True)}, ValueError, "mean must not require a gradient"),
-    ({"residual": torch.randn(4, 8, 8, 8)}, ValueError, r"residual must have shape \[4, 16, 8, 8\], but has \[4, 8, 8"),
-    ({"residual": torch.randn(4, 16, 8, 8).half()}, TypeError, "residual must have dtype torch.float32 like x"),
-    ({"residual": GIVEN["residual"].to("meta")}, ValueError, "residual must be on cpu like x, but is on meta"),
-    ({"stride": 3}, ValueError, "stride must be between 1 and 2, not 3"),
-    ({"pool": 3}, ValueError, "pool must be between 1 and 2, not 3"),
-    ({"momentum": 1.5}, ValueError, "momentum must be at least 0 and at most 1, not 1.5"),
-    ({"eps": 0.0}, ValueError, "eps must be greater than 0, not 0"),
-    ({"groups": 4}, ValueError, "mean and variance must be None with groups"),
-    ({"groups": 3}, ValueError, "groups must divide the 16 channels of the result, but is 3"),
-    ({"groups": 32}, ValueError, "groups must divide the 16 channels of the result, but is 32"),
-    ({"bias": torch.ones(16)}, ValueError, "bias must be None without groups"),
-    (
-        {"mean": None, "variance": None, "groups": 4, "bias": torch.ones(8)},
-        ValueError,
-        r"bias must have shape \[16\], a value per channel of the result, but has \[8\]",
-    ),
-    (
-        {"mean": None, "variance": None, "groups": 4, "bias": torch.ones(16).double()},
-        TypeError,
-        "bias must have dtype torch.float32 like x, but has torch.float64",
-    ),
-]
+GROUPED = {"mean": None, "variance": None, "groups": 4}
+WRONG: dict[type[Exception], list[tuple[dict[str, Any], str]]] = {
+    ValueError: [
+        ({"x": torch.randn(8, 8, 8)}, r"x must have shape \[B, in, H, W\].*has \[8, 8, 8\]"),
+        ({"x": torch.randn(4, 8, 0, 8)}, r"x must have shape .* where only B may be 0, but has \[4, 8, 0, 8\]"),
+        ({"x": torch.randn(4, 3, 8, 8)}, r"weight must have shape \[out, 3, 3, 3\].*has \[16, 8, 3, 3\]"),
+        ({"weight": torch.randn(16, 8, 5, 5)}, r"weight must have shape .* but has \[16, 8, 5, 5\]"),
+        ({"weight": torch.randn(0, 8, 3, 3)}, r"weight must have shape .* but has \[0, 8, 3, 3\]"),
+        ({"scale": torch.ones(8)}, r"scale must have shape \[16\], a value per channel of the result, but has"),
+        ({"shift": torch.ones(16, 1)}, r"shift must have shape \[16\]"),
+        ({"mean": torch.ones(3)}, r"mean must have shape \[16\]"),
+        ({"mean": None}, "mean and variance must both be given, or both be None"),
+        ({"mean": None, "variance": None, "training": False}, "mean and variance must be given with training=F"),
+        ({"mean": torch.ones(16, requires_grad=True)}, "mean must not require a gradient"),
+        ({"residual": torch.randn(4, 8, 8, 8)}, r"residual must have shape \[4, 16, 8, 8\], but has \[4, 8, 8"),
+        ({"residual": GIVEN["residual"].to("meta")}, "residual must be on cpu like x, but is on meta"),
+        ({"stride": 3}, "stride must be between 1 and 2, not 3"),
+        ({"pool": 3}, "pool must be between 1 and 2, not 3"),
+        ({"momentum": 1.5}, "momentum must be at least 0 and at most 1, not 1.5"),
+        ({"eps": 0.0}, "eps must be greater than 0, not 0"),
+        ({"groups": 4}, "mean and variance must be None with groups"),
+        ({"groups": 3}, "groups must divide the 16 channels of the result, but is 3"),
+        ({"groups": 32}, "groups must divide the 16 channels of the result, but is 32"),
+        ({"bias": torch.ones(16)}, "bias must be None without groups"),
+        (
+            {**GROUPED, "bias": torch.ones(8)},
+            r"bias must have shape \[16\], a value per channel of the result, but has \[8\]",
+        ),
+    ],
+    TypeError: [
+        ({"weight": GIVEN["weight"].double()}, "weight must have dtype torch.float32 like x, but has torch.fl"),
+        ({"scale": torch.ones(16).double()}, "scale must have dtype torch.float32 like x, but has torch.float64"),
+        ({"variance": torch.ones(16).bfloat16()}, "variance must have dtype torch.float32 like x, but has"),
+        ({"residual": torch.randn(4, 16, 8, 8).half()}, "residual must have dtype torch.float32 like x"),
+        (
+            {**GROUPED, "bias": torch.ones(16).double()},
+            "bias must have dtype torch.float32 like x, but has torch.float64",
+        ),
+    ],
+}
 
 
-@pytest.mark.parametrize(("wrong", "error", "match"), WRONG, ids=[str(n) for n in range(len(WRONG))])
-def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], match: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "wrong", "match"), [(error, *case) for error, cases in WRONG.items() for case in cases]
+)
+def test_wrong_arguments(error: type[Exception], wrong: dict[str, Any], match: str) -> None:
     before = GIVEN["mean"].clone()
     with pytest.raises(error, match=match):
         ops.conv_norm(**{**GIVEN, **wrong})

@@ -125,7 +125,6 @@ def compare(
     temperature = case.get("temperature", 1.0)
     scale = spread * (temperature if temperature < math.inf else 1.0)
     teachers = tensors[1]
-    assert teachers is not None
     rows = max(teachers[0].numel() // case["classes"], 1)
     # What a sum over rows may be off by grows with the rows, a gradient's error with what it is multiplied by.
     factor = {"none": 5 * FACTOR, "sum": FACTOR, "batchmean": FACTOR / rows}[case["reduction"]]

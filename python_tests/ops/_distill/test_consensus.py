@@ -79,7 +79,6 @@ def test_who_has_weight_zero_is_not_looked_at(backend: str) -> None:
                 torch.testing.assert_close(got.detach(), expected)
             sum(results[1:], results[0]).backward()
             for x in (spoiled, again):
-                assert x.grad is not None
                 assert x.grad.isfinite().all()
                 assert not x.grad[2].any()
 
@@ -125,7 +124,6 @@ def test_gradients_from_what_consensus_kept(name: str, dtype: torch.dtype) -> No
             try:
                 with using(name):
                     kernel = select("consensus", x)
-                    assert kernel is not None
                     assert kernel.consensus_statistics(x) is not None
                     torch.set_num_threads(1)
                     got = gradient(x)

@@ -22,7 +22,6 @@ def test_gradient_is_handed_over_without_a_copy() -> None:
     loss = ops.kl_div(student, teacher)
     saved = {x.data_ptr() for x in loss.grad_fn.saved_tensors if x is not None}  # type: ignore[union-attr]
     loss.backward()
-    assert student.grad is not None
     assert student.grad.data_ptr() in saved
 
 
@@ -32,8 +31,6 @@ def test_a_loss_scale_lifts_float16_gradients() -> None:
     (ops.kl_div(student, teacher) * 1024).backward()
     exact = student.detach().double().requires_grad_()
     (kl_div_reference(exact, teacher.double()) * 1024).backward()
-    assert student.grad is not None
-    assert exact.grad is not None
     assert_close("scaled gradient", student.grad, exact.grad, absolute=1e-9)
 
 
@@ -89,7 +86,6 @@ def test_rows_of_weight_zero_count_nothing(backend: str) -> None:
                 loss.sum().backward()
             clean.sum().backward()
             for x, y in zip((*spoiled, again), (a, b, teacher, weight), strict=True):
-                assert x.grad is not None
                 assert y.grad is not None
                 assert (x.grad[2] == 0).all()
                 torch.testing.assert_close(x.grad, 2 * y.grad, rtol=1e-5, atol=1e-6)
@@ -103,8 +99,6 @@ def test_masked_classes(backend: str) -> None:
     loss = ops.kl_div(student, teacher, reduction="none")
     assert loss.isfinite().all()
     loss.sum().backward()
-    assert student.grad is not None
-    assert teacher.grad is not None
     assert (teacher.grad[:, 7:9] == 0).all()
     assert (student.grad[:, 7:9] > 0).all()  # the student spends probability there
     masked = student.detach().clone()
@@ -160,29 +154,25 @@ def test_calls_from_several_python_threads() -> None:
 
 def test_wrong_arguments() -> None:
     good, weight = torch.zeros(4, 5), torch.ones(4)
-    for match, error, arguments in [
-        (
-            r"teacher must have the shape \[4, 5\] of student, but has \[4, 6\]",
-            ValueError,
-            {"teacher": torch.zeros(4, 6)},
-        ),
-        (r"student must have shape \[B, C\].*has \[5\]", ValueError, {"student": torch.zeros(5)}),
-        (r"student must have shape.*at least one class.*\[4, 0\]", ValueError, {"student": torch.zeros(4, 0)}),
-        (
-            r"teacher must be on cpu like student, but is on meta",
-            ValueError,
-            {"teacher": torch.zeros(4, 5, device="meta")},
-        ),
-        (r"temperature must be above 0.*is 0", ValueError, {"temperature": 0}),
-        (r"temperature must be above 0.*is -1", ValueError, {"temperature": -1.0}),
-        (r"temperature must be above 0.*nan", ValueError, {"temperature": math.nan}),
-        (r"temperature must be a number.*Tensor", TypeError, {"temperature": torch.tensor(1.0)}),
-        (r'reduction must be "none", "sum" or "batchmean", but is \'mean\'', ValueError, {"reduction": "mean"}),
-        (r"weight must have shape \[4\].*\[3\]", ValueError, {"weight": torch.ones(3)}),
-        (r"weight must be on cpu.*meta", ValueError, {"weight": torch.ones(4, device="meta")}),
-    ]:
-        with pytest.raises(error, match=match):
-            ops.kl_div(**{"student": good, "teacher": good, "weight": weight, **arguments})
+    wrong = {
+        ValueError: [
+            (r"teacher must have the shape \[4, 5\] of student, but has \[4, 6\]", {"teacher": torch.zeros(4, 6)}),
+            (r"student must have shape \[B, C\].*has \[5\]", {"student": torch.zeros(5)}),
+            (r"student must have shape.*at least one class.*\[4, 0\]", {"student": torch.zeros(4, 0)}),
+            (r"teacher must be on cpu like student, but is on meta", {"teacher": torch.zeros(4, 5, device="meta")}),
+            (r"temperature must be above 0.*is 0", {"temperature": 0}),
+            (r"temperature must be above 0.*is -1", {"temperature": -1.0}),
+            (r"temperature must be above 0.*nan", {"temperature": math.nan}),
+            (r'reduction must be "none", "sum" or "batchmean", but is \'mean\'', {"reduction": "mean"}),
+            (r"weight must have shape \[4\].*\[3\]", {"weight": torch.ones(3)}),
+            (r"weight must be on cpu.*meta", {"weight": torch.ones(4, device="meta")}),
+        ],
+        TypeError: [(r"temperature must be a number.*Tensor", {"temperature": torch.tensor(1.0)})],
+    }
+    for error, cases in wrong.items():
+        for match, arguments in cases:
+            with pytest.raises(error, match=match):
+                ops.kl_div(**{"student": good, "teacher": good, "weight": weight, **arguments})
     with pytest.raises(ValueError, match=r"weight must have shape \[4\] or \[4, 3\], one value per row, but has \[3\]"):
         ops.kl_div(torch.zeros(4, 5, 3), torch.zeros(4, 5, 3), weight=torch.ones(3))
     with pytest.raises(ValueError, match=r'direction must be "teacher" or "student", but is \'both\''):

@@ -206,33 +206,31 @@ def test_compile_with_a_class_mask() -> None:
 
 def test_wrong_arguments() -> None:
     good, teachers = torch.zeros(4, 5), torch.zeros(3, 4, 5)
-    for match, error, arguments in [
-        (
-            r"student must have the shape \[4, 5\] of one of the teachers, but has \[4, 6\]",
-            ValueError,
-            {"student": torch.zeros(4, 6)},
-        ),
-        (
-            r"student must be on cpu like teachers, but is on meta",
-            ValueError,
-            {"student": torch.zeros(4, 5, device="meta")},
-        ),
-        (r"teachers must have shape \[K, B, C\].*has \[4, 5\]", ValueError, {"teachers": torch.zeros(4, 5)}),
-        (r"at least one teacher and class.*\[0, 4, 5\]", ValueError, {"teachers": torch.zeros(0, 4, 5)}),
-        (r"weights must have shape \[K\], \[K, B\].*\[2\]", ValueError, {"weights": torch.ones(2)}),
-        (r"class_mask must have dtype bool, but has torch.float32", TypeError, {"class_mask": torch.ones(3, 5)}),
-        (
-            r"class_mask must have shape \[K, C\], here \[3, 5\], but has \[5, 3\]",
-            ValueError,
-            {"class_mask": torch.ones(5, 3) > 0},
-        ),
-        (r"temperature must be above 0.*is 0", ValueError, {"temperature": 0}),
-        (r'mix must be "probs"', ValueError, {"mode": "mean_of_kl", "mix": "logits"}),
-        (r"weights per teacher", ValueError, {"mode": "mean_of_kl", "weights": torch.ones(3, 5)}),
-        (r"no class_mask", ValueError, {"mode": "mean_of_kl", "class_mask": torch.ones(3, 5) > 0}),
-    ]:
-        with pytest.raises(error, match=match):
-            ops.ensemble_kl(**{"student": good, "teachers": teachers, **arguments})
+    wrong = {
+        ValueError: [
+            (
+                r"student must have the shape \[4, 5\] of one of the teachers, but has \[4, 6\]",
+                {"student": torch.zeros(4, 6)},
+            ),
+            (r"student must be on cpu like teachers, but is on meta", {"student": torch.zeros(4, 5, device="meta")}),
+            (r"teachers must have shape \[K, B, C\].*has \[4, 5\]", {"teachers": torch.zeros(4, 5)}),
+            (r"at least one teacher and class.*\[0, 4, 5\]", {"teachers": torch.zeros(0, 4, 5)}),
+            (r"weights must have shape \[K\], \[K, B\].*\[2\]", {"weights": torch.ones(2)}),
+            (
+                r"class_mask must have shape \[K, C\], here \[3, 5\], but has \[5, 3\]",
+                {"class_mask": torch.ones(5, 3) > 0},
+            ),
+            (r"temperature must be above 0.*is 0", {"temperature": 0}),
+            (r'mix must be "probs"', {"mode": "mean_of_kl", "mix": "logits"}),
+            (r"weights per teacher", {"mode": "mean_of_kl", "weights": torch.ones(3, 5)}),
+            (r"no class_mask", {"mode": "mean_of_kl", "class_mask": torch.ones(3, 5) > 0}),
+        ],
+        TypeError: [(r"class_mask must have dtype bool, but has torch.float32", {"class_mask": torch.ones(3, 5)})],
+    }
+    for error, cases in wrong.items():
+        for match, arguments in cases:
+            with pytest.raises(error, match=match):
+                ops.ensemble_kl(**{"student": good, "teachers": teachers, **arguments})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -222,33 +222,27 @@ def test_sixteen_bit_maps_with_wide_vectors(backend: str) -> None:
 
 X = torch.zeros(2, 3, 4)
 WRONG = [
-    ((X,), {}, TypeError, "features must be a list of tensors, but got Tensor"),
-    (([X.int()],), {}, TypeError, r"features\[0\] must have dtype float32.*but has torch.int32"),
+    ((X,), TypeError, "features must be a list of tensors, but got Tensor"),
+    (([X.int()],), TypeError, r"features\[0\] must have dtype float32.*but has torch.int32"),
     (
         ([X, X.double()],),
-        {},
         TypeError,
         r"features\[1\] must have dtype torch.float32 like features\[0\], but has torch.fl",
     ),
-    (([torch.zeros(3)],), {}, ValueError, r"features\[0\] must have shape \[B, C, \*S\], but has \[3\]"),
-    (
-        ([X, X[:1]],),
-        {},
-        ValueError,
-        r"features\[1\] must have shape \[2, .*, 4\] like features\[0\], but has \[1, 3, 4\]",
-    ),
-    (([X, X[..., :2]],), {}, ValueError, r"features\[1\] must have shape .* but has \[2, 3, 2\]"),
-    (([X, X], torch.zeros(5)), {}, ValueError, r"scale must have shape \[6\], one value per channel.*but has \[5\]"),
-    (([X, X], None, torch.zeros(2, 3)), {}, ValueError, r"shift must have shape \[6\].*but has \[2, 3\]"),
-    (([X], None, None, "gelu"), {}, ValueError, "activation must be None or \"relu\", but is 'gelu'"),
+    (([torch.zeros(3)],), ValueError, r"features\[0\] must have shape \[B, C, \*S\], but has \[3\]"),
+    (([X, X[:1]],), ValueError, r"features\[1\] must have shape \[2, .*, 4\] like features\[0\], but has \[1, 3, 4\]"),
+    (([X, X[..., :2]],), ValueError, r"features\[1\] must have shape .* but has \[2, 3, 2\]"),
+    (([X, X], torch.zeros(5)), ValueError, r"scale must have shape \[6\], one value per channel.*but has \[5\]"),
+    (([X, X], None, torch.zeros(2, 3)), ValueError, r"shift must have shape \[6\].*but has \[2, 3\]"),
+    (([X], None, None, "gelu"), ValueError, "activation must be None or \"relu\", but is 'gelu'"),
 ]
 
 
 @pytest.mark.parametrize("function", [fuse_concat, fuse_mean])
-@pytest.mark.parametrize(("arguments", "options", "error", "message"), WRONG)
-def test_wrong_arguments(backend: str, function: Callable, arguments: tuple, options: dict, error: type, message: str):
+@pytest.mark.parametrize(("arguments", "error", "message"), WRONG)
+def test_wrong_arguments(backend: str, function: Callable, arguments: tuple, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        function(*arguments, **options)
+        function(*arguments)
 
 
 def test_mean_needs_one_width() -> None:

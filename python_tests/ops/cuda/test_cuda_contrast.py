@@ -25,7 +25,6 @@ def test_empty_and_single_batches(device: torch.device) -> None:
         loss = ops.contrastive(x, x.detach())
         loss.backward()
         assert loss.item() == 0
-        assert x.grad is not None
         assert not x.grad.any()
 
 

@@ -84,7 +84,6 @@ def test_against_float64(device: torch.device, number: int) -> None:
     for i, (ours, theirs) in enumerate(zip(inputs, exact, strict=True)):
         if ours is None or theirs is None or not ours.requires_grad:
             continue
-        assert ours.grad is not None
         assert theirs.grad is not None
         # Terms are computed in fp32 whatever the vectors' dtype.
         found = ours.grad.cpu()
@@ -107,14 +106,12 @@ def test_nan_passes_relu(device: torch.device) -> None:
     out = ops.fuse_concat([x], activation="relu")
     out.sum().backward()
     assert out.isnan().flatten().tolist() == [True, False, False, False]
-    assert x.grad is not None
     assert x.grad.flatten().tolist() == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_a_map_without_channels_alone_wants_a_gradient(device: torch.device) -> None:
     empty = torch.empty(2, 0, 4, 4, device=device, requires_grad=True)
     ops.fuse_concat([empty, torch.randn(2, 8, 4, 4, device=device)]).sum().backward()
-    assert empty.grad is not None
     assert empty.grad.shape == empty.shape
 
 
@@ -147,6 +144,5 @@ def test_channels_gradients_keep_their_digits(device: torch.device, dtype: torch
         out.backward(lay_out(grad.to(device), layout))
         terms = grad.double() * x.double(), grad.double()
         for vector, each in zip(vectors, terms, strict=True):
-            assert vector.grad is not None
             error = (vector.grad.cpu() - each.sum((0, 2, 3))).abs()
             assert (error <= 2**-21 * each.abs().sum((0, 2, 3))).all()
