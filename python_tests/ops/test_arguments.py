@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -174,12 +173,12 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
 class Public:
     """A public operator: right arguments, and the kind of each by its name."""
 
-    arguments: dict[str, Any]
-    kinds: dict[str, str] = field(default_factory=dict)
+    def __init__(self, **given: tuple[Any, str]) -> None:
+        self.arguments = {name: value for name, (value, _) in given.items()}
+        self.kinds = {name: kind for name, (_, kind) in given.items()}
 
 
 def logits(*shape: int) -> Tensor:
@@ -188,15 +187,14 @@ def logits(*shape: int) -> Tensor:
 
 _VECTORS = [torch.arange(6.0), torch.ones(6), torch.arange(6.0).flip(0), torch.zeros(6), torch.full((6,), 2.0)]
 _WEIGHTS = [1.0, 2.0, 3.0, 4.0, 5.0]
-_DISTILL = {"temperature": "number", "weight": "optional tensor", "reduction": "choice"}
+_LISTED, _SHARES, _SUM = (_VECTORS, "tensors"), (_WEIGHTS, "optional weights"), ("sum", "choice")
 _BOXES = Public(
-    {"images": logits(2, 2, 5, 5), "boxes": torch.tensor([[[1.0, 1.0, 3.0, 3.0]]] * 2), "fill": 0.5},
-    {"images": "images", "boxes": "boxes", "fill": "fill"},
-)
+    images=(logits(2, 2, 5, 5), "images"), boxes=(torch.tensor([[[1.0, 1.0, 3.0, 3.0]]] * 2), "boxes"),
+    fill=(0.5, "fill"),
+)  # fmt: skip
 _FUSE = Public(
-    {"features": [logits(2, 3, 4), logits(2, 3, 4)], "scale": torch.ones(6), "shift": torch.ones(6),
-     "activation": "relu"},
-    {"features": "tensors", "scale": "optional tensor", "shift": "optional tensor", "activation": "optional choice"},
+    features=([logits(2, 3, 4), logits(2, 3, 4)], "tensors"), scale=(torch.ones(6), "optional tensor"),
+    shift=(torch.ones(6), "optional tensor"), activation=("relu", "optional choice"),
 )  # fmt: skip
 # What both steps take, with its kind.
 _STEP: dict[str, tuple[Any, str]] = {
@@ -211,101 +209,71 @@ _STEP: dict[str, tuple[Any, str]] = {
 
 PUBLIC = {
     "blend": Public(
-        {"foreground": logits(4, 3), "background": logits(4, 3), "alpha": 0.5, "index": torch.tensor([1, 0, 3, 2])},
-        {"foreground": "tensor", "background": "tensor", "alpha": "number or tensor", "index": "index"},
+        foreground=(logits(4, 3), "tensor"), background=(logits(4, 3), "tensor"), alpha=(0.5, "number or tensor"),
+        index=(torch.tensor([1, 0, 3, 2]), "index"),
     ),
     "erase_boxes": _BOXES,
     "keep_boxes": _BOXES,
     "kl_div": Public(
-        {"student": logits(4, 7), "teacher": -logits(4, 7), "temperature": 2.0, "weight": torch.ones(4),
-         "reduction": "sum"},
-        {"student": "tensor", "teacher": "tensor", **_DISTILL},
+        student=(logits(4, 7), "tensor"), teacher=(-logits(4, 7), "tensor"), temperature=(2.0, "number"),
+        weight=(torch.ones(4), "optional tensor"), reduction=_SUM,
     ),
     "dual_kl": Public(
-        {"a": logits(4, 7), "b": logits(4, 7) * 2, "teacher": -logits(4, 7), "temperature": 2.0,
-         "direction": "teacher", "weight": torch.ones(4), "reduction": "sum"},
-        {"a": "tensor", "b": "tensor", "teacher": "tensor", "direction": "choice", **_DISTILL},
+        a=(logits(4, 7), "tensor"), b=(logits(4, 7) * 2, "tensor"), teacher=(-logits(4, 7), "tensor"),
+        temperature=(2.0, "number"), direction=("teacher", "choice"), weight=(torch.ones(4), "optional tensor"),
+        reduction=_SUM,
     ),
     "ensemble_kl": Public(
-        {"student": logits(4, 7), "teachers": logits(3, 4, 7), "weights": torch.ones(3), "temperature": 2.0,
-         "mix": "probs", "mode": "kl_of_mean", "class_mask": torch.ones(3, 7, dtype=torch.bool), "reduction": "sum"},
-        {"student": "tensor", "teachers": "tensor", "weights": "optional tensor", "temperature": "number",
-         "mix": "choice", "mode": "choice", "class_mask": "mask", "reduction": "choice"},
+        student=(logits(4, 7), "tensor"), teachers=(logits(3, 4, 7), "tensor"),
+        weights=(torch.ones(3), "optional tensor"), temperature=(2.0, "number"), mix=("probs", "choice"),
+        mode=("kl_of_mean", "choice"), class_mask=(torch.ones(3, 7, dtype=torch.bool), "mask"), reduction=_SUM,
     ),
-    "js_div": Public(
-        {"logits": logits(3, 4, 7), "weights": torch.ones(3), "reduction": "sum"},
-        {"logits": "tensor", "weights": "optional tensor", "reduction": "choice"},
-    ),
-    "consensus": Public(
-        {"logits": logits(3, 4, 7), "weights": torch.ones(3), "reduction": "sum"},
-        {"logits": "tensor", "weights": "optional tensor", "reduction": "choice"},
-    ),
-    "entropy": Public({"logits": logits(4, 7), "reduction": "sum"}, {"logits": "tensor", "reduction": "choice"}),
+    "js_div": Public(logits=(logits(3, 4, 7), "tensor"), weights=(torch.ones(3), "optional tensor"), reduction=_SUM),
+    "consensus": Public(logits=(logits(3, 4, 7), "tensor"), weights=(torch.ones(3), "optional tensor"), reduction=_SUM),
+    "entropy": Public(logits=(logits(4, 7), "tensor"), reduction=_SUM),
     "contrastive": Public(
-        {"x": logits(4, 7), "y": -logits(4, 7), "temperature": 0.5},
-        {"x": "tensor", "y": "tensor", "temperature": "number or tensor"},
+        x=(logits(4, 7), "tensor"), y=(-logits(4, 7), "tensor"), temperature=(0.5, "number or tensor"),
     ),
-    "weighted_mean": Public(
-        {"vectors": _VECTORS, "weights": _WEIGHTS, "out": None},
-        {"vectors": "tensors", "weights": "weights", "out": "optional tensor"},
-    ),
-    "trimmed_mean": Public(
-        {"vectors": _VECTORS, "trim": 1, "weights": _WEIGHTS},
-        {"vectors": "tensors", "trim": "count", "weights": "optional weights"},
-    ),
-    "median": Public({"vectors": _VECTORS, "weights": _WEIGHTS}, {"vectors": "tensors", "weights": "optional weights"}),
+    "weighted_mean": Public(vectors=_LISTED, weights=(_WEIGHTS, "weights"), out=(None, "optional tensor")),
+    "trimmed_mean": Public(vectors=_LISTED, trim=(1, "count"), weights=_SHARES),
+    "median": Public(vectors=_LISTED, weights=_SHARES),
     "geometric_median": Public(
-        {"vectors": _VECTORS, "weights": _WEIGHTS, "iterations": 3, "tolerance": 1e-6, "smoothing": 1e-6},
-        {"vectors": "tensors", "weights": "optional weights", "iterations": "count", "tolerance": "number",
-         "smoothing": "number"},
+        vectors=_LISTED, weights=_SHARES, iterations=(3, "count"), tolerance=(1e-6, "number"),
+        smoothing=(1e-6, "number"),
     ),
-    "krum": Public(
-        {"vectors": _VECTORS, "byzantine": 1, "keep": 2}, {"vectors": "tensors", "byzantine": "count", "keep": "count"}
-    ),
-    "pairwise_distances": Public({"vectors": _VECTORS}, {"vectors": "tensors"}),
-    "clip_by_norm": Public(
-        {"vectors": _VECTORS, "max_norm": 1.0}, {"vectors": "tensors", "max_norm": "number"}
-    ),
+    "krum": Public(vectors=_LISTED, byzantine=(1, "count"), keep=(2, "count")),
+    "pairwise_distances": Public(vectors=_LISTED),
+    "clip_by_norm": Public(vectors=_LISTED, max_norm=(1.0, "number")),
     "clip_and_noise": Public(
-        {"vectors": _VECTORS, "max_norm": 1.0, "noise": 0.5, "seed": 3, "offset": 4},
-        {"vectors": "tensors", "max_norm": "number", "noise": "number", "seed": "count", "offset": "count"},
+        vectors=_LISTED, max_norm=(1.0, "number"), noise=(0.5, "number"), seed=(3, "count"), offset=(4, "count"),
     ),
     "server_step": Public(
-        {"global_": torch.ones(6), "vectors": _VECTORS, "weights": _WEIGHTS, "rule": "adam", "first": torch.zeros(6),
-         "second": torch.zeros(6), "learning_rate": 0.1, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3, "out": None,
-         "similarities": True},
-        {"global_": "tensor", "vectors": "tensors", "weights": "weights", "rule": "choice", "first": "tensor",
-         "second": "tensor", "learning_rate": "optional number", "beta1": "optional number",
-         "beta2": "optional number", "tau": "optional number", "out": "optional tensor",
-         "similarities": "flag"},
+        global_=(torch.ones(6), "tensor"), vectors=_LISTED, weights=(_WEIGHTS, "weights"), rule=("adam", "choice"),
+        first=(torch.zeros(6), "tensor"), second=(torch.zeros(6), "tensor"), learning_rate=(0.1, "optional number"),
+        beta1=(0.9, "optional number"), beta2=(0.99, "optional number"), tau=(1e-3, "optional number"),
+        out=(None, "optional tensor"), similarities=(True, "flag"),
     ),
     "sgd_step": Public(
-        {"parameters": torch.ones(6), "gradients": torch.ones(6), "velocity": torch.zeros(6), "lr": 0.1,
-         "momentum": 0.9, **{name: value for name, (value, _) in _STEP.items()}},
-        {"parameters": "tensor", "gradients": "tensor", "velocity": "tensor", "lr": "number", "momentum": "number",
-         **{name: kind for name, (_, kind) in _STEP.items()}},
+        parameters=(torch.ones(6), "tensor"), gradients=(torch.ones(6), "tensor"), velocity=(torch.zeros(6), "tensor"),
+        lr=(0.1, "number"), momentum=(0.9, "number"), **_STEP,
     ),
     "adamw_step": Public(
-        {"parameters": torch.ones(6), "gradients": torch.ones(6), "first": torch.zeros(6), "second": torch.zeros(6),
-         "step": 2, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-6,
-         **{name: value for name, (value, _) in _STEP.items()}},
-        {"parameters": "tensor", "gradients": "tensor", "first": "tensor", "second": "tensor", "step": "count",
-         "lr": "number", "betas": "betas", "eps": "number", **{name: kind for name, (_, kind) in _STEP.items()}},
+        parameters=(torch.ones(6), "tensor"), gradients=(torch.ones(6), "tensor"), first=(torch.zeros(6), "tensor"),
+        second=(torch.zeros(6), "tensor"), step=(2, "count"), lr=(0.1, "number"), betas=((0.9, 0.99), "betas"),
+        eps=(1e-6, "number"), **_STEP,
     ),
     "fuse_concat": _FUSE,
     "fuse_mean": _FUSE,
     "conv_norm": Public(
-        {"x": logits(2, 3, 4, 5), "weight": logits(8, 3, 3, 3), "scale": torch.ones(8), "shift": torch.zeros(8),
-         "mean": torch.zeros(8), "variance": torch.ones(8), "momentum": 0.2, "eps": 1e-3, "stride": 1, "relu": True,
-         "pool": 1, "residual": logits(2, 8, 4, 5), "update": False, "training": True, "groups": 0, "bias": None},
-        {"x": "tensor", "weight": "tensor", "scale": "tensor", "shift": "tensor", "mean": "optional tensor",
-         "variance": "optional tensor", "momentum": "number", "eps": "number", "stride": "count", "relu": "flag",
-         "pool": "count", "residual": "optional tensor", "update": "flag", "training": "flag", "groups": "count",
-         "bias": "optional tensor"},
+        x=(logits(2, 3, 4, 5), "tensor"), weight=(logits(8, 3, 3, 3), "tensor"), scale=(torch.ones(8), "tensor"),
+        shift=(torch.zeros(8), "tensor"), mean=(torch.zeros(8), "optional tensor"),
+        variance=(torch.ones(8), "optional tensor"), momentum=(0.2, "number"), eps=(1e-3, "number"),
+        stride=(1, "count"), relu=(True, "flag"), pool=(1, "count"), residual=(logits(2, 8, 4, 5), "optional tensor"),
+        update=(False, "flag"), training=(True, "flag"), groups=(0, "count"), bias=(None, "optional tensor"),
     ),
     "conv_pool": Public(
-        {"x": logits(2, 3, 6, 5), "weight": logits(8, 3, 3, 3), "bias": torch.ones(8), "padding": 1, "relu": False},
-        {"x": "tensor", "weight": "tensor", "bias": "optional tensor", "padding": "count", "relu": "flag"},
+        x=(logits(2, 3, 6, 5), "tensor"), weight=(logits(8, 3, 3, 3), "tensor"),
+        bias=(torch.ones(8), "optional tensor"), padding=(1, "count"), relu=(False, "flag"),
     ),
 }  # fmt: skip
 
