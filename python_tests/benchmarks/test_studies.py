@@ -55,10 +55,27 @@ def dry(kind, asked):
     return Dry
 
 
-def taken(cases, tmp_path):
-    """Every case is a command line that the program takes."""
+def write_sections(module, runs):
+    """Check that all tables of a study can be written."""
+    for section in module.SECTIONS.values():
+        page, numbers = section(runs)
+        assert page.startswith("## ")
+        assert numbers
+
+
+def parse_cases(cases, tmp_path):
+    """Check that every case is a command line that the program takes."""
     for case in cases:
         request.effective(flags.parse([*case.arguments, "--out", str(tmp_path / "run")]))
+
+
+def one_per_shape(cases):
+    """Return one case of every method, set of flags and values of options."""
+    shapes = {}
+    for case in cases:
+        words = tuple(word for word in case.arguments if word.startswith("--") or "=" in word)
+        shapes.setdefault((case.arguments[0], words), case)
+    return shapes.values()
 
 
 @pytest.mark.parametrize(("module", "kind"), [
@@ -73,15 +90,8 @@ def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path)
     asked = {}
     settings = {"data_root": str(tmp_path)} if name == "cifar10" else {}
     runs = dry(kind, asked)(module.STUDIES[name], tmp_path, 2, settings)
-    for section in module.SECTIONS.values():
-        page, numbers = section(runs)
-        assert page.startswith("## ")
-        assert numbers
-    shapes = {}  # one of every method and set of flags is enough
-    for case in asked.values():
-        words = tuple(word for word in case.arguments if word.startswith("--") or "=" in word)
-        shapes.setdefault((case.arguments[0], words), case)
-    taken(shapes.values(), tmp_path)
+    write_sections(module, runs)
+    parse_cases(one_per_shape(asked.values()), tmp_path)
 
 
 @pytest.mark.parametrize("path", sorted(study.RESULTS.parent.glob("*.toml")), ids=lambda path: path.stem)
@@ -105,18 +115,15 @@ def test_every_case_of_fedgid_is_a_command_line(name, tmp_path):
     rows = {section: make(runs)[0] for section, make in study_fedgid.SECTIONS.items()}
     assert all(f"| {name} |" in rows["baselines"] for name in study_fedgid.BASELINES)
     assert all(f"| {name} |" in rows["parts"] for name in study_fedgid.PARTS)
-    taken(asked.values(), tmp_path)
+    parse_cases(asked.values(), tmp_path)
 
 
 @pytest.mark.parametrize("name", study_feddra.STUDIES)
 def test_every_case_of_feddra_is_a_command_line(name, tmp_path):
     asked = {}
     runs = dry(study_feddra.DRARuns, asked)(study_feddra.STUDIES[name], tmp_path, 2, {})
-    for section in study_feddra.SECTIONS.values():
-        page, numbers = section(runs)
-        assert page.startswith("## ")
-        assert numbers
-    taken(asked.values(), tmp_path)
+    write_sections(study_feddra, runs)
+    parse_cases(asked.values(), tmp_path)
 
 
 def test_late_figures_are_of_the_last_third_of_the_rounds(tmp_path):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from benchmarks.studies import fediod_runs, study_fediod, study_fediod_segment
 from fedkern.data import load
-from python_tests.benchmarks.test_studies import Metrics, taken
+from python_tests.benchmarks.test_studies import Metrics, one_per_shape, parse_cases, write_sections
 
 BYTES = {"up": 10, "down": 10, "one_off_up": 1, "one_off_down": 0}
 
@@ -43,15 +43,8 @@ def dry(kind, asked, finished):
 def check(module, kind, name, tmp_path):
     asked = {}
     runs = dry(kind, asked, set())(module.STUDIES[name], tmp_path / "runs", 2, {"data_root": str(tmp_path)})
-    for section in module.SECTIONS.values():
-        page, numbers = section(runs)
-        assert page.startswith("## ")
-        assert numbers
-    shapes = {}  # one of every method and set of flags is enough
-    for case in asked.values():
-        names = frozenset(w.partition("=")[0] for w in case.arguments if w.startswith("--") or "=" in w)
-        shapes.setdefault((case.arguments[0], names), case)
-    taken(shapes.values(), tmp_path)
+    write_sections(module, runs)
+    parse_cases(one_per_shape(asked.values()), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist"])

@@ -24,6 +24,15 @@ TINY = ("--data", "csv", "--data-root", "set", "--threads", "1", "--workers", "1
 NAMES = ("left", "right", "top")
 
 
+def write_list(folder, column, cells, separator=","):
+    """Write black images and a table of them, whose ``column`` holds ``cells``."""
+    folder.mkdir(exist_ok=True)
+    for i, _ in enumerate(cells):
+        Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+    lines = [f"path{separator}{column}", *(f"{i}.png{separator}{labels}" for i, labels in enumerate(cells))]
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+
+
 def cell(i):
     return "|".join(name for k, name in enumerate(NAMES) if i >> k & 1)
 
@@ -182,19 +191,12 @@ def test_what_cannot_be_is_one_sentence(listed, fails, tmp_path, words, said):
     ],
 )
 def test_too_few_labels(tmp_path, fails, cells, said):
-    (tmp_path / "set").mkdir()
-    for i, _ in enumerate(cells):
-        Image.new("RGB", (8, 8)).save(tmp_path / "set" / f"{i}.png")
-    lines = ["path,labels", *(f"{i}.png,{each}" for i, each in enumerate(cells))]
-    (tmp_path / "set" / "list.csv").write_text("\n".join(lines) + "\n")
+    write_list(tmp_path / "set", "labels", cells)
     assert said in fails("fedavg", *TINY, "--out", "run")
 
 
 def test_labels_that_count_as_empty_are_told(tmp_path):
-    for i in range(20):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
-    lines = ["path,labels", *(f"{i}.png,{'a|NA' if i == 3 else 'a|b'}" for i in range(20))]
-    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    write_list(tmp_path, "labels", ["a|NA" if i == 3 else "a|b" for i in range(20)])
     said = []
     data = load("csv", root=tmp_path, clients=2, options={"size": 8}, notice=said.append)
     assert data.classes == ("a", "b")
@@ -203,10 +205,7 @@ def test_labels_that_count_as_empty_are_told(tmp_path):
 
 @pytest.mark.parametrize("column", ["labels", "findings"])
 def test_a_label_in_every_row_is_a_class_or_one_of_several(tmp_path, column):
-    for i in range(20):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
-    lines = [f"path,{column}", *(f"{i}.png,{'abc'[i % 3]}" for i in range(20))]
-    (tmp_path / "list.csv").write_text("\n".join(lines))
+    write_list(tmp_path, column, ["abc"[i % 3] for i in range(20)])
     options = {"size": 8, **({} if column == "labels" else {"labels": column})}
     with pytest.raises(
         fedkern.UserError, match=f"exactly one label; .* label={column}; .* --data-option task=multilabel$"
@@ -219,11 +218,7 @@ def test_a_label_in_every_row_is_a_class_or_one_of_several(tmp_path, column):
 
 
 def test_labels_that_are_numbers_are_sorted_as_numbers(tmp_path):
-    (tmp_path / "set").mkdir()
-    for i in range(20):
-        Image.new("RGB", (8, 8)).save(tmp_path / "set" / f"{i}.png")
-    lines = ["path;labels", *(f"{i}.png;{'10|9' if i % 2 else '9'}" for i in range(20))]
-    (tmp_path / "set" / "list.csv").write_text("\n".join(lines) + "\n")
+    write_list(tmp_path / "set", "labels", ["10|9" if i % 2 else "9" for i in range(20)], separator=";")
     data = load("csv", root=tmp_path / "set", clients=2, options={"size": 8})
     assert data.classes == ("9", "10")
     assert data.statistics.partition == "iid"

@@ -20,7 +20,7 @@ def picture(path, value=1, text=True):
         path.with_suffix(".txt").write_text(f"text {value}")
 
 
-def opened(name, root, said=None, **settings):
+def open_set(name, root, said=None, **settings):
     options = {"size": 8, "colour": "grey", **settings.pop("options", {})}
     return load(name, root=root, options=options, notice=None if said is None else said.append, **settings)
 
@@ -40,8 +40,8 @@ def nested(root, outer=("cat", "dog"), inner=("patient0", "patient1", "patient2"
 def test_folders_of_patients_are_refused(tmp_path, name, inner):
     nested(tmp_path, inner=inner)
     with pytest.raises(UserError, match=r"looks like the folder of a patient, and cat, dog would be sites; .*layout="):
-        opened(name, tmp_path)
-    data = opened(name, tmp_path, options={"layout": "sites"})
+        open_set(name, tmp_path)
+    data = open_set(name, tmp_path, options={"layout": "sites"})
     assert (data.client_names, data.classes) == (("cat", "dog"), tuple(sorted(inner)))
 
 
@@ -57,7 +57,7 @@ def test_patients_in_class_folders(tmp_path, name, splits):
     picture(tmp_path / splits[0] / "cat" / "patient1" / "study1" / "deep.png", 201)
     said = []
     options = {"layout": "patients"}
-    data = opened(name, tmp_path, said, options=options, partition="iid", clients=2)
+    data = open_set(name, tmp_path, said, options=options, partition="iid", clients=2)
     assert (data.classes, said) == (("cat", "dog"), [])
     sets = (*data.clients, data.validation, data.tests[""])
     assert sum(map(len, sets)) == 62
@@ -72,7 +72,7 @@ def test_a_patient_in_two_spellings(tmp_path, name):
     nested(tmp_path, outer=("cat",), inner=[f"{k:03}" for k in range(10)])
     nested(tmp_path, outer=("dog",), inner=[f"{k}" for k in range(10)])
     said = []
-    data = opened(name, tmp_path, said, options={"layout": "patients"}, partition="iid", clients=2)
+    data = open_set(name, tmp_path, said, options={"layout": "patients"}, partition="iid", clients=2)
     assert [text.partition(" writes one value in several ways")[0] for text in said] == [f"The layout of {tmp_path}"]
     sets = [
         {int(each.split("/")[1]) for each in split.ids} for split in (*data.clients, data.validation, data.tests[""])
@@ -88,7 +88,7 @@ def test_images_in_linked_folders(tmp_path, name):
     (root / "cat" / "patient0" / "study").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
     said = []
-    data = opened(name, root, said, options={"layout": "patients"}, partition="iid", clients=2)
+    data = open_set(name, root, said, options={"layout": "patients"}, partition="iid", clients=2)
     found = [each for split in (*data.clients, data.validation, data.tests[""]) for each in split.ids]
     assert len(found) == 31
     assert "cat/patient0/study/deep/linked.png" in found
@@ -98,7 +98,7 @@ def test_images_in_linked_folders(tmp_path, name):
 def test_numbers_are_sorted_as_numbers(tmp_path):
     numbers = tuple(str(k) for k in range(12))
     nested(tmp_path, outer=("9", "10"), inner=numbers, count=4)
-    data = opened("folder", tmp_path, options={"layout": "sites"})
+    data = open_set("folder", tmp_path, options={"layout": "sites"})
     assert data.classes == numbers
     assert data.client_names == ("9", "10")
 
@@ -111,9 +111,9 @@ def test_patients_with_images_and_masks(tmp_path):
     with pytest.raises(
         UserError, match=r"patient0 in .* looks like the folder of a patient, and patient0, .* be sites"
     ):
-        opened("segmentation", tmp_path)
-    assert len(opened("segmentation", tmp_path, options={"layout": "sites"}).clients) == 8
-    data = opened("segmentation", tmp_path, options={"layout": "patients"}, clients=2)
+        open_set("segmentation", tmp_path)
+    assert len(open_set("segmentation", tmp_path, options={"layout": "sites"}).clients) == 8
+    data = open_set("segmentation", tmp_path, options={"layout": "patients"}, clients=2)
     sets = (*data.clients, data.validation, data.tests[""])
     held = [{each.split("/")[0] for each in split.ids} for split in sets]
     assert sum(map(len, held)) == len(set.union(*held)) == 8
@@ -121,7 +121,7 @@ def test_patients_with_images_and_masks(tmp_path):
 
 
 def test_other_names_are_sites_as_ever_and_the_heading_names_them(tmp_path):
-    data = opened("folder", nested(tmp_path, ("Berlin", "Bonn"), ("0", "1", "n01440764")))
+    data = open_set("folder", nested(tmp_path, ("Berlin", "Bonn"), ("0", "1", "n01440764")))
     assert (data.client_names, data.classes) == (("Berlin", "Bonn"), ("0", "1", "n01440764"))
     info = SimpleNamespace(
         config=RunConfig.make("fedavg", data="folder", clients=2), samples=[1, 1], test_sets={"": 1}, private=False,
@@ -140,14 +140,14 @@ def test_what_is_left_out_is_counted(tmp_path, name):
         picture(other / f"{k}.png", 1 if name == "segmentation" else 100 + k)
     said = []
     settings = {"partition": "iid", "clients": 2}
-    opened(name, tmp_path, said, **settings)
+    open_set(name, tmp_path, said, **settings)
     assert said == []
     picture(tree / "more" / "x.png", 99)
     picture(tree / "more" / "y.png", 98)
     for path in ("a.pgm", "b.jfif", "c.jfif", "._0.png", ".DS_Store", "README.md"):
         (tree / path).write_bytes(b"?")
     picture(tmp_path / "__MACOSX" / "cat" / "0.png", 5)
-    opened(name, tmp_path, said, **settings)
+    open_set(name, tmp_path, said, **settings)
     kinds = "2 .jfif, 2 .png, 1 ._* of macOS, 1 .pgm"
     assert said == [f"Files under {tmp_path} that are not read: {kinds}, such as {tree.name}/._0.png."]
 
@@ -161,11 +161,11 @@ def test_what_macos_adds_is_no_site(tmp_path, splits):
                     picture(tmp_path / site / split / label / f"{i}{split}.png", 40 * k + 10 * (label == "cat") + i)
     (tmp_path / "__MACOSX" / "A").mkdir(parents=True)
     (tmp_path / "__MACOSX" / "A" / "._0.png").write_bytes(b"?")
-    assert opened("folder", tmp_path).client_names == ("A", "B")
+    assert open_set("folder", tmp_path).client_names == ("A", "B")
 
 
 @pytest.mark.parametrize("name", ["pairs", "segmentation"])
 def test_a_table_has_no_layout(tmp_path, name):
     (tmp_path / "list.csv").write_text("image,text,mask\na.png,a,b.png\n")
     with pytest.raises(UserError, match=r"the option layout is for folders, and .*list.csv lists the images; leave"):
-        opened(name, tmp_path, options={"layout": "patients"})
+        open_set(name, tmp_path, options={"layout": "patients"})

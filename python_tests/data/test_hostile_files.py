@@ -39,7 +39,7 @@ def class_folders(root, classes="ab", images=6):
     return root
 
 
-def opened(name, root, **options):
+def open_set(name, root, **options):
     return load(name, root=root, clients=2, partition="iid", options={"size": 8, **options})
 
 
@@ -253,14 +253,14 @@ def test_a_caption_is_a_regular_file_or_a_link_to_one(tmp_path):
     root = captioned(tmp_path / "pairs")
     (root / "0.txt").rename(tmp_path / "elsewhere")
     (root / "0.txt").symlink_to(tmp_path / "elsewhere")
-    assert len(opened("pairs", root).image_ids) == 8
+    assert len(open_set("pairs", root).image_ids) == 8
     (root / "0.txt").unlink()
     os.mkfifo(root / "0.txt")
-    assert "0.txt: it is a named pipe, not a regular file" in in_time(lambda: opened("pairs", root))
+    assert "0.txt: it is a named pipe, not a regular file" in in_time(lambda: open_set("pairs", root))
     for target, words in (("/dev/zero", "a device"), (str(tmp_path), "a folder"), ("nowhere", "has no text 0.txt")):
         (root / "0.txt").unlink()
         (root / "0.txt").symlink_to(target)
-        assert words in in_time(lambda: opened("pairs", root))
+        assert words in in_time(lambda: open_set("pairs", root))
 
 
 @pytest.mark.parametrize(("target", "words"), [
@@ -272,14 +272,14 @@ def test_an_image_is_a_regular_file_or_a_link_to_one(tmp_path, target, words):
     path = tmp_path / "a" / "0.png"
     path.rename(tmp_path / "kept")
     path.symlink_to(tmp_path / "kept")
-    assert len(opened("folder", tmp_path).image_ids) == 12
+    assert len(open_set("folder", tmp_path).image_ids) == 12
     path.unlink()
     os.mkfifo(path) if target is None else path.symlink_to(target)
     assert words in in_time(lambda: list_images(tmp_path / "a"))
-    assert words in in_time(lambda: opened("folder", tmp_path))
+    assert words in in_time(lambda: open_set("folder", tmp_path))
     table = tmp_path / "list.csv"
     table.write_text("path,label\n" + "".join(f"{name}/{j}.png,{name}\n" for name in "ab" for j in range(6)))
-    assert words in in_time(lambda: opened("csv", table))
+    assert words in in_time(lambda: open_set("csv", table))
 
 
 @pytest.mark.parametrize("name", ["boxes.json", "boxes.csv", "prompts.txt", "prompts.json"])
@@ -342,10 +342,10 @@ def test_one_image_in_two_splits(tmp_path):
     rows = [f"{name}/{j}.png,{name},{'test' if j > 3 else 'train'}" for name in "ab" for j in range(6)]
     table = tmp_path / "list.csv"
     table.write_text("path,label,split\n" + "\n".join([*rows, "a/0.png,a,train"]))
-    opened("csv", table)  # a row that is there twice stays in its split
+    open_set("csv", table)  # a row that is there twice stays in its split
     table.write_text("path,label,split\n" + "\n".join([*rows, "./a/0.png,a,test"]))
     with pytest.raises(UserError, match=r"a/0\.png is in two splits, train \(line 2\) and test \(line 14\)"):
-        opened("csv", table)
+        open_set("csv", table)
 
 
 def test_links_to_other_folders_are_followed(tmp_path):
@@ -354,7 +354,7 @@ def test_links_to_other_folders_are_followed(tmp_path):
     for name in "ab":
         (tmp_path / "data" / name).symlink_to(tmp_path / "disk" / name)
     (tmp_path / "root").symlink_to(tmp_path / "data")
-    one, other = opened("folder", tmp_path / "disk"), opened("folder", tmp_path / "root")
+    one, other = open_set("folder", tmp_path / "disk"), open_set("folder", tmp_path / "root")
     assert all(torch.equal(a.images, b.images) for a, b in zip(one.clients, other.clients, strict=True))
 
 

@@ -38,7 +38,7 @@ def shares(count):
     return np.arange(count, 0, -1) / (count * (count + 1) / 2)
 
 
-def opened(root, cache=None, **settings):
+def open_set(root, cache=None, **settings):
     options = {"size": SIDE, "colour": "grey", **settings.pop("options", {})}
     if "partition" not in settings:
         settings |= {"partition": "iid", "clients": 2}
@@ -79,7 +79,7 @@ CASES = {
 @pytest.mark.parametrize("folder", [True, False], ids=["cache", "temporary"])
 def test_the_classes_of_a_set_in_memory(tmp_path, monkeypatch, decoded, values, settings, folder):
     root = written(tmp_path / "root", values)
-    expected = opened(root, **{**settings, "options": dict(settings.get("options", {}))})
+    expected = open_set(root, **{**settings, "options": dict(settings.get("options", {}))})
     assert not any(isinstance(split.labels, PixelClasses) for split in splits(expected))
     monkeypatch.setattr(image_cache, "CHUNK_BYTES", 5 * SIDE**2)
     if not folder:
@@ -87,7 +87,7 @@ def test_the_classes_of_a_set_in_memory(tmp_path, monkeypatch, decoded, values, 
     decoded.clear()
     for count in (IMAGES, 0 if folder else IMAGES):
         options = dict(settings.get("options", {}))
-        found = opened(root, tmp_path / "cache" if folder else None, **{**settings, "options": options})
+        found = open_set(root, tmp_path / "cache" if folder else None, **{**settings, "options": options})
         assert len(decoded) == count
         decoded.clear()
         assert found.classes == expected.classes
@@ -103,25 +103,25 @@ def test_the_classes_of_a_set_in_memory(tmp_path, monkeypatch, decoded, values, 
 def test_masks_have_files_beside_the_images(tmp_path):
     root = written(tmp_path / "root", (0, 1, 2))
     said = []
-    opened(root, tmp_path / "cache", notice=said.append)
+    open_set(root, tmp_path / "cache", notice=said.append)
     files = sorted(path.name for path in (tmp_path / "cache").iterdir())
     assert [name.rpartition(".")[2] for name in files] == ["images", "lock", "sizes"] * 2
     assert said[0] == f"decoding 24 masks (0.0 MB) into {tmp_path / 'cache'}"
     assert said[1].startswith("decoding 24 images")
-    opened(root, tmp_path / "cache", notice=said.append)
+    open_set(root, tmp_path / "cache", notice=said.append)
     assert said[2].startswith("24 decoded masks are read from")
     assert said[3].startswith("24 decoded images are read from")
 
 
 def test_a_changed_image_or_mask_is_looked_at_again(tmp_path, decoded):
     root = written(tmp_path / "root", (0, 1))
-    opened(root, tmp_path / "cache")
+    open_set(root, tmp_path / "cache")
     Image.new("L", (9, 9), 3).save(root / "images" / "4.png")
     with pytest.raises(UserError, match=r"masks/4\.png has .* pixels, its image .*4\.png 9x9"):
-        opened(root, tmp_path / "cache")
+        open_set(root, tmp_path / "cache")
     Image.new("L", (9, 9), 2).save(root / "masks" / "4.png")
     decoded.clear()
-    data = opened(root, tmp_path / "cache")
+    data = open_set(root, tmp_path / "cache")
     assert len(decoded) == IMAGES
     assert data.classes == ("0", "1", "2")
 
@@ -129,10 +129,10 @@ def test_a_changed_image_or_mask_is_looked_at_again(tmp_path, decoded):
 def test_small_masks_and_tiles_stay_in_memory(tmp_path, monkeypatch):
     root = written(tmp_path / "root", (0, 1))
     monkeypatch.setattr(image_cache, "MEMORY_BYTES", 8 * IMAGES * SIDE**2)
-    assert not isinstance(opened(root).clients[0].labels, PixelClasses)
+    assert not isinstance(open_set(root).clients[0].labels, PixelClasses)
     monkeypatch.setattr(image_cache, "MEMORY_BYTES", 8 * IMAGES * SIDE**2 - 1)
-    assert isinstance(opened(root).clients[0].labels, PixelClasses)
-    tiles = opened(root, tmp_path / "cache", options={"tile": 4})
+    assert isinstance(open_set(root).clients[0].labels, PixelClasses)
+    tiles = open_set(root, tmp_path / "cache", options={"tile": 4})
     assert not isinstance(tiles.clients[0].labels, PixelClasses)
     assert not (tmp_path / "cache").exists()
 
@@ -141,8 +141,8 @@ def test_sites_and_own_tests(tmp_path):
     for split in ("train", "test"):
         written(tmp_path / "root", (0, 1, 2), (f"north/{split}", f"south/{split}"))
     expected, found = (
-        opened(tmp_path / "root", partition=None),
-        opened(tmp_path / "root", tmp_path / "c", partition=None),
+        open_set(tmp_path / "root", partition=None),
+        open_set(tmp_path / "root", tmp_path / "c", partition=None),
     )
     assert found.client_names == ("north", "south")
     assert [len(split) for split in found.client_tests] == [12, 12]
@@ -168,4 +168,4 @@ def test_sites_and_own_tests(tmp_path):
 def test_wrong_classes_are_one_sentence(tmp_path, folder, values, options, said):
     root = written(tmp_path / "root", values)
     with pytest.raises(UserError, match=said):
-        opened(root, tmp_path / "cache" if folder else None, options=options)
+        open_set(root, tmp_path / "cache" if folder else None, options=options)

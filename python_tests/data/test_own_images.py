@@ -24,7 +24,7 @@ def mask(path, array, mode=None):
     Image.fromarray(np.asarray(array, np.uint8), mode).save(path) if mode is None else array.save(path)
 
 
-def opened(name, root, **options):
+def open_set(name, root, **options):
     clients = options.pop("clients", 2)
     partition = options.pop("partition", "iid")
     return load(name, root=root, clients=clients, partition=partition, options={"size": 16, **options})
@@ -50,7 +50,7 @@ LAYOUTS = [("train", "test"), ("train", "val"), ("train", "valid", "test"), ("Tr
 @pytest.mark.parametrize("splits", [*LAYOUTS, ("",)])
 def test_folders(tmp_path, splits):
     write_folder(tmp_path, splits, images=20)
-    data = opened("folder", tmp_path)
+    data = open_set("folder", tmp_path)
     assert data.classes == ("cat", "dog")
     assert data.form.shape == (3, 16, 16)
     found = [
@@ -68,19 +68,19 @@ def test_folders(tmp_path, splits):
     if splits == ("",):
         assert (len(data.tests[""]), len(data.validation)) == (8, 3)
         assert data.tests[""].labels.tolist().count(0) == 4
-        assert opened("folder", tmp_path).tests[""].ids == data.tests[""].ids
+        assert open_set("folder", tmp_path).tests[""].ids == data.tests[""].ids
 
 
 def test_a_class_that_only_the_test_set_has(tmp_path):
     write_folder(tmp_path, ("Training", "Testing"))
     picture(tmp_path / "Testing" / "fox" / "0.png", 1)
     with pytest.raises(UserError, match=r"Testing/fox is a class that .*/Training does not have"):
-        opened("folder", tmp_path)
+        open_set("folder", tmp_path)
 
 
 def test_grey_images_and_another_size(tmp_path):
     write_folder(tmp_path)
-    data = opened("folder", tmp_path, colour="grey", size=9)
+    data = open_set("folder", tmp_path, colour="grey", size=9)
     assert data.form.shape == (1, 9, 9)
     assert len(data.form.mean) == 1
     assert tuple(data.clients[0].sizes[0]) == (12, 10)
@@ -101,7 +101,7 @@ def test_bad_folders_are_one_sentence(tmp_path, change, words):
     write_folder(tmp_path)
     change(tmp_path)
     with pytest.raises(UserError, match=words):
-        opened("folder", tmp_path)
+        open_set("folder", tmp_path)
 
 
 @pytest.mark.parametrize(("name", "words"), [("x\udcff", r'the folder ".*x.xff"'), ("dog/x\udcff.png", "the image")])
@@ -112,15 +112,15 @@ def test_names_that_are_not_utf8(tmp_path, name, words):
     else:
         (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{words}.* has bytes that are not UTF-8"):
-        opened("folder", tmp_path)
+        open_set("folder", tmp_path)
 
 
 def test_a_folder_without_classes(tmp_path):
     with pytest.raises(UserError, match="found 0 class folders"):
-        opened("folder", tmp_path)
+        open_set("folder", tmp_path)
     (tmp_path / "scans.csv").write_text("path,label\n")
     with pytest.raises(UserError, match=r"found 0 class folders; for .* give --data csv --data-root .*scans.csv"):
-        opened("folder", tmp_path)
+        open_set("folder", tmp_path)
 
 
 # CSV files
@@ -139,7 +139,7 @@ def test_csv_with_everything(tmp_path):
     lines = [f"files/{i}.png;{'10' if i % 2 else '9'};{splits[i]};{holders[i]}" for i in range(24)]
     path = write_csv(tmp_path, lines, "\ufeffPath; label;split;client")
     for root in (path, tmp_path):
-        data = opened("csv", root, partition="attribute")
+        data = open_set("csv", root, partition="attribute")
         assert data.classes == ("9", "10")  # as numbers
         assert len(data.tests[""]) == 6
         for client, holds in zip(data.clients, ((0,), (1, 2)), strict=True):
@@ -149,7 +149,7 @@ def test_csv_with_everything(tmp_path):
         assert split.images[:, 0, 0, 0].tolist() == [10 * i for i in numbers]
         assert split.labels.tolist() == [i % 2 for i in numbers]
     with pytest.raises(UserError, match="to 2 clients, not 3"):
-        opened("csv", path, partition="attribute", clients=3)
+        open_set("csv", path, partition="attribute", clients=3)
 
 
 @pytest.mark.parametrize("source", ["folder", "csv"])
@@ -159,12 +159,12 @@ def test_a_share_of_0_holds_nothing_out(tmp_path, source, capsys):
     else:
         write_folder(tmp_path, ("",))
         root = tmp_path
-    whole = opened(source, root)
+    whole = open_set(source, root)
     images = sum(map(len, every_split(whole)))
-    data = opened(source, root, test_share=0, validation_share=0)
+    data = open_set(source, root, test_share=0, validation_share=0)
     assert (len(data.tests[""]), len(data.validation)) == (0, 0)
     assert sum(map(len, data.clients)) == images
-    data = opened(source, root, validation_share=0)
+    data = open_set(source, root, validation_share=0)
     assert (len(data.tests[""]), len(data.validation)) == (len(whole.tests[""]), 0)
     words = ["--data", source, "--data-root", str(root), "--data-option", "test_share=0", "--partition", "iid"]
     assert main(["fedavg", *words, "--out", str(tmp_path / "run")]) == 2
@@ -174,11 +174,11 @@ def test_a_share_of_0_holds_nothing_out(tmp_path, source, capsys):
 
 def test_csv_without_split(tmp_path):
     path = write_csv(tmp_path, [f"files/{i}.png,{'xyz'[i % 3]}" for i in range(24)])
-    data = opened("csv", path, test_share=0.25)
+    data = open_set("csv", path, test_share=0.25)
     assert len(data.tests[""]) == 6
     assert len({name for split in every_split(data) for name in split.ids}) == 24
     with pytest.raises(UserError, match="has no attribute"):
-        opened("csv", path, partition="attribute")
+        open_set("csv", path, partition="attribute")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_csv_without_split(tmp_path):
 def test_bad_csv_files_are_one_sentence(tmp_path, header, lines, words):
     path = write_csv(tmp_path, lines, header, count=3)
     with pytest.raises(UserError, match=words) as caught:
-        opened("csv", path)
+        open_set("csv", path)
     assert "\n" not in str(caught.value)
 
 
@@ -221,7 +221,7 @@ def test_bad_csv_files_are_one_sentence(tmp_path, header, lines, words):
 )
 def test_columns_are_found_by_their_place(tmp_path, header, line):
     path = write_csv(tmp_path, [line.format(i=i, label="xyz"[i % 3]) for i in range(24)], header)
-    data = opened("csv", path)
+    data = open_set("csv", path)
     assert data.classes == ("x", "y", "z")
     for split in every_split(data):
         assert split.labels.tolist() == [int(name[6:-4]) % 3 for name in split.ids]
@@ -232,7 +232,7 @@ def test_boxes_of_images_that_are_written_otherwise(tmp_path):
     boxes = tmp_path / "boxes.json"
     named = {f"{'./' if i % 2 else ''}files/{i}.png": [[0, 0, 6, 5]] for i in range(24)}
     boxes.write_text(json.dumps({"boxes": named}))
-    for split in opened("csv", path, boxes=str(boxes)).clients:
+    for split in open_set("csv", path, boxes=str(boxes)).clients:
         assert split.masks[:, :8, :8].all()
 
 
@@ -242,7 +242,7 @@ def test_a_text_in_the_place_of_a_file_is_not_repeated_as_a_whole(tmp_path):
     with pytest.raises(
         UserError, match=r"no focal consolidation .*\.\.\. of .*data\.csv, line 53, is missing"
     ) as caught:
-        opened("csv", path)
+        open_set("csv", path)
     assert len(str(caught.value)) < 400 + len(str(tmp_path)) * 2
     assert "\n" not in str(caught.value)
 
@@ -252,20 +252,20 @@ def test_clients_for_some_images_only(tmp_path):
         tmp_path, [f"files/{i}.png,{i % 2},{'a' if i < 20 else ''}" for i in range(24)], "path,label,client"
     )
     with pytest.raises(UserError, match="some training images name a client and others do not"):
-        opened("csv", path, partition="attribute")
+        open_set("csv", path, partition="attribute")
 
 
 def test_which_csv_file(tmp_path):
     with pytest.raises(UserError, match="name it with --data-root"):
-        opened("csv", None)
+        open_set("csv", None)
     with pytest.raises(UserError, match="holds no CSV file"):
-        opened("csv", tmp_path)
+        open_set("csv", tmp_path)
     with pytest.raises(UserError, match="neither a CSV file nor a folder"):
-        opened("csv", tmp_path / "nowhere")
+        open_set("csv", tmp_path / "nowhere")
     for name in "ab":
         (tmp_path / f"{name}.csv").write_text("path,label\n")
     with pytest.raises(UserError, match=r"several CSV files \(a\.csv, b\.csv\)"):
-        opened("csv", tmp_path)
+        open_set("csv", tmp_path)
 
 
 def test_a_run_on_ones_own_images(tmp_path):
@@ -297,7 +297,7 @@ def write_pairs(root, values=(0, 255), images=12, size=(12, 10), kind="L"):
 )
 def test_masks_become_the_class_of_every_pixel(tmp_path, values, kind, classes):
     write_pairs(tmp_path, values, kind=kind, size=(16, 16))
-    data = opened("segmentation", tmp_path)
+    data = open_set("segmentation", tmp_path)
     assert data.task.name == "segmentation"
     assert data.classes == tuple(str(label) for label in range(classes))
     for split in every_split(data):
@@ -315,7 +315,7 @@ def test_masks_become_the_class_of_every_pixel(tmp_path, values, kind, classes):
 
 def test_masks_are_resized_to_the_nearest_pixel(tmp_path):
     write_pairs(tmp_path, (0, 7), size=(48, 32))
-    data = opened("segmentation", tmp_path, names="|".join("abcdefgh"))
+    data = open_set("segmentation", tmp_path, names="|".join("abcdefgh"))
     assert data.classes == tuple("abcdefgh")
     assert {int(v) for split in every_split(data) for v in split.labels.unique()} == {0, 7}
 
@@ -324,7 +324,7 @@ def test_segmentation_from_a_csv_file_by_client(tmp_path):
     write_pairs(tmp_path)
     lines = [f"images/{i}.png,masks/{i}.png,{'test' if i > 8 else 'train'},{'pq'[i % 2]}" for i in range(12)]
     (tmp_path / "pairs.csv").write_text("\n".join(["image,mask,split,client", *lines]))
-    data = opened("segmentation", tmp_path, partition="attribute", names="background|tumour")
+    data = open_set("segmentation", tmp_path, partition="attribute", names="background|tumour")
     assert data.classes == ("background", "tumour")
     assert [{int(name[7:-4]) % 2 for name in client.ids} for client in data.clients] == [{0}, {1}]
     assert len(data.tests[""]) == 3
@@ -336,7 +336,7 @@ def test_segmentation_in_split_folders(tmp_path, splits):
         write_pairs_into = tmp_path / split
         write_pairs_into.mkdir()
         write_pairs(write_pairs_into, images=count)
-    data = opened("segmentation", tmp_path)
+    data = open_set("segmentation", tmp_path)
     assert all(name.startswith(f"{splits[1]}/") for name in data.tests[""].ids)
     assert sum(data.client_sizes) + len(data.validation) == 10
 
@@ -361,7 +361,7 @@ def test_bad_masks_are_one_sentence(tmp_path, change, words):
     write_pairs(tmp_path)
     change(tmp_path)
     with pytest.raises(UserError, match=words) as caught:
-        opened("segmentation", tmp_path)
+        open_set("segmentation", tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -378,14 +378,14 @@ def test_bad_masks_are_one_sentence(tmp_path, change, words):
 def test_what_segmentation_cannot_do_is_one_sentence(tmp_path, settings, words):
     write_pairs(tmp_path, images=20)
     with pytest.raises(UserError, match=words):
-        opened("segmentation", tmp_path, **settings)
+        open_set("segmentation", tmp_path, **settings)
 
 
 def test_tiles_stay_with_their_image(tmp_path):
     write_pairs(tmp_path, images=12, size=(32, 32))
     (tmp_path / "images").rename(tmp_path / "image")
     (tmp_path / "masks").rename(tmp_path / "label")
-    whole, data = (opened("segmentation", tmp_path, size=32, tile=tile) for tile in (0, 8))
+    whole, data = (open_set("segmentation", tmp_path, size=32, tile=tile) for tile in (0, 8))
     assert data.form.shape == (3, 8, 8)
     held = [{name.partition("#")[0] for name in split.ids} for split in every_split(data)]
     assert held == [set(split.ids) for split in every_split(whole)]
@@ -399,13 +399,13 @@ def test_tiles_stay_with_their_image(tmp_path):
             assert torch.equal(split.images[i], pictures.images[row][:, *window])
             assert torch.equal(split.labels[i], pictures.labels[row][window])
     with pytest.raises(UserError, match="size must be a multiple of tile, 32 is none of 12"):
-        opened("segmentation", tmp_path, size=32, tile=12)
+        open_set("segmentation", tmp_path, size=32, tile=12)
 
 
 @pytest.mark.parametrize("share", ["test_share", "validation_share"])
 def test_a_set_without_tiles(tmp_path, share):
     write_pairs(tmp_path, images=12, size=(16, 16))
-    data = opened("segmentation", tmp_path, tile=8, **{share: 0})
+    data = open_set("segmentation", tmp_path, tile=8, **{share: 0})
     empty, other = (data.tests[""], data.validation)[:: 1 if share == "test_share" else -1]
     assert empty.images.shape == (0, 3, 8, 8)
     assert empty.labels.shape == (0, 8, 8)
@@ -417,7 +417,7 @@ def test_what_is_not_known_is_ignored(tmp_path):
     margin = np.asarray(Image.open(tmp_path / "masks" / "3.png")).copy()
     margin[:, 0] = 255
     mask(tmp_path / "masks" / "3.png", margin)
-    data = opened("segmentation", tmp_path, size=16, ignore=255)
+    data = open_set("segmentation", tmp_path, size=16, ignore=255)
     assert data.classes == ("0", "1", "2")
     for split in every_split(data):
         for name, labels in zip(split.ids, split.labels, strict=True):
@@ -425,7 +425,7 @@ def test_what_is_not_known_is_ignored(tmp_path):
             assert not (labels[:, 1:] == IGNORE).any()
     mask(tmp_path / "masks" / "3.png", np.full((16, 16), 255))
     with pytest.raises(UserError, match=r"masks/3\.png holds nothing but 255"):
-        opened("segmentation", tmp_path, size=16, ignore=255)
+        open_set("segmentation", tmp_path, size=16, ignore=255)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def write(root, images=40, texts=5, client=lambda i, j: "ABC"[i % 3]):
     return path
 
 
-def opened(path, **settings):
+def open_set(path, **settings):
     return load("pairs", root=path, **{"clients": 3, "partition": "iid", "options": {"size": 8}, **settings})
 
 
@@ -45,7 +45,7 @@ def assert_apart(*splits):
 
 @pytest.mark.parametrize("spec", PARTITIONS)
 def test_a_client_has_all_texts_of_its_images(tmp_path, spec):
-    data = opened(write(tmp_path), partition=spec)
+    data = open_set(write(tmp_path), partition=spec)
     assert_apart(*data.clients, data.validation, data.tests[""])
     assert sum(data.client_sizes) == 5 * sum(len(set(split.ids)) for split in data.clients)
     assert int(data.statistics.counts.sum()) == sum(data.client_sizes)
@@ -59,14 +59,14 @@ def test_an_image_is_one_however_it_is_written(tmp_path):
     lines = path.read_text().splitlines()
     lines[41:81] = [f"./{line}" for line in lines[41:81]]
     path.write_text("\n".join(lines))
-    data = opened(path)
+    data = open_set(path)
     assert_apart(*data.clients, data.validation, data.tests[""])
     assert len(data.image_ids) == 40
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_what_is_set_aside_is_not_trained_on(tmp_path, share):
-    data = opened(write(tmp_path))
+    data = open_set(write(tmp_path))
     apart = hold_out(data, held_out=1, share=share, seed=0)
     assert_apart(*apart.clients, apart.tests["held_out"], *apart.client_tests)
     sizes = [len(split) for split in (*apart.clients, apart.tests["held_out"], *apart.client_tests)]
@@ -77,7 +77,7 @@ def test_what_is_set_aside_is_not_trained_on(tmp_path, share):
 
 
 def test_the_public_images_are_nobodys(tmp_path):
-    data = opened(write(tmp_path), train_samples=60, public_samples=23)
+    data = open_set(write(tmp_path), train_samples=60, public_samples=23)
     assert_apart(*data.clients, data.public)
     assert sum(data.client_sizes) == 60
     assert len(data.public) == 23
@@ -85,7 +85,7 @@ def test_the_public_images_are_nobodys(tmp_path):
 
 def test_an_image_of_two_clients_cannot_be_held_out(tmp_path):
     path = write(tmp_path, client=lambda i, j: "ABC"[i % 3])
-    data = opened(path, partition="attribute")
+    data = open_set(path, partition="attribute")
     shared = joined([data.clients[0], data.clients[2].subset(torch.arange(2))])
     data = replace(data, clients=(shared, *data.clients[1:]))
     with pytest.raises(
@@ -103,7 +103,7 @@ def robust(data, **options):
 
 @pytest.mark.parametrize("loss_share", [0.1, 0.3, 0.5])
 def test_losses_are_taken_on_images_that_are_not_trained_on(tmp_path, loss_share):
-    data = opened(write(tmp_path))
+    data = open_set(write(tmp_path))
     method, clients = robust(data, loss_share=loss_share)
     for client, split in zip(clients, data.clients, strict=True):
         method.check(client)
@@ -119,7 +119,7 @@ def test_losses_are_taken_on_images_that_are_not_trained_on(tmp_path, loss_share
 
 
 def test_too_few_images_are_named(tmp_path):
-    data = opened(write(tmp_path, images=6, texts=20, client=lambda i, j: ""), clients=4)
+    data = open_set(write(tmp_path, images=6, texts=20, client=lambda i, j: ""), clients=4)
     method, clients = robust(data)
     with pytest.raises(UserError, match="Client 0 has 20 samples of 1 images or patients, too few to keep some"):
         method.check(clients[0])
@@ -133,8 +133,8 @@ def test_too_few_images_are_named(tmp_path):
 def test_distinct_images_are_drawn_as_ever(tmp_path, spec, seed):
     """What recorded runs were made of: every draw is over the rows themselves."""
     path = write(tmp_path, images=120, texts=1)
-    data = opened(path, partition=spec, seed=seed)
-    whole = opened(path, clients=1, seed=seed).clients[0]
+    data = open_set(path, partition=spec, seed=seed)
+    whole = open_set(path, clients=1, seed=seed).clients[0]
     labels = whole.labels.numpy()
     groups = np.array([int(name.removesuffix(".png")) % 3 for name in whole.ids])
     parts = partition(spec, labels, 3, seed, class_count=3, groups=groups)
@@ -147,7 +147,7 @@ def test_distinct_images_are_drawn_as_ever(tmp_path, spec, seed):
         assert apart.clients[k].ids == tuple(split.ids[row] for row in np.sort(order[count:]))
     chosen = stream(seed, "train-samples").choice(len(whole), size=50, replace=False)
     public = stream(seed, "public-samples").choice(np.setdiff1d(np.arange(len(whole)), chosen), size=9, replace=False)
-    some = opened(path, clients=1, seed=seed, train_samples=50, public_samples=9)
+    some = open_set(path, clients=1, seed=seed, train_samples=50, public_samples=9)
     assert some.clients[0].ids == tuple(whole.ids[row] for row in np.sort(chosen))
     assert some.public.ids == tuple(whole.ids[row] for row in np.sort(public))
     method, clients = robust(data)

@@ -22,7 +22,7 @@ def caption(path, text):
     path.with_suffix(".txt").write_text(text)
 
 
-def opened(name, root, clients=None, partition=None, notice=None, **options):
+def open_set(name, root, clients=None, partition=None, notice=None, **options):
     return load(name, root=root, clients=clients, partition=partition, options={"size": 8, **options}, notice=notice)
 
 
@@ -57,7 +57,7 @@ READ = {
 def test_a_column_makes_the_clients(tmp_path, name, column):
     header, line = READ[name]
     said = []
-    data = opened(name, table(tmp_path, f"{header},{column}", line=f"{line},{{site}}"), notice=said.append)
+    data = open_set(name, table(tmp_path, f"{header},{column}", line=f"{line},{{site}}"), notice=said.append)
     assert data.client_names == SITES
     assert held_by(data) == [0, 1, 2]
     assert data.statistics.partition == "attribute"
@@ -67,18 +67,18 @@ def test_a_column_makes_the_clients(tmp_path, name, column):
 
 def test_the_first_of_the_columns_and_the_one_that_is_named(tmp_path):
     root = table(tmp_path, "path,label,hospital,site,client,ward", line="{i}.png,{label},X,{site},,W{site}")
-    assert opened("csv", root).client_names == SITES  # client is empty, and site comes before hospital
-    data = opened("csv", root, client_column="Ward")
+    assert open_set("csv", root).client_names == SITES  # client is empty, and site comes before hospital
+    data = open_set("csv", root, client_column="Ward")
     assert data.client_names == tuple(f"W{site}" for site in SITES)
     with pytest.raises(UserError, match=r'option client_column names the column "yard".*it has path, .*ward.*"ward"'):
-        opened("csv", root, client_column="yard")
+        open_set("csv", root, client_column="yard")
     with pytest.raises(UserError, match=r'option client_column names the column "client" of .*, which is empty'):
-        opened("csv", root, client_column="client")
+        open_set("csv", root, client_column="client")
 
 
 def test_another_partition_says_that_the_column_is_not_used(tmp_path):
     said = []
-    data = opened("csv", table(tmp_path), partition="iid", notice=said.append)
+    data = open_set("csv", table(tmp_path), partition="iid", notice=said.append)
     assert data.client_names is None
     assert len(data.clients) == 5
     assert said == [
@@ -89,16 +89,16 @@ def test_another_partition_says_that_the_column_is_not_used(tmp_path):
 def test_a_number_of_clients_that_contradicts_the_sites(tmp_path):
     root = table(tmp_path)
     with pytest.raises(UserError, match=r'by the column "site" of list.csv to 3 clients, not 4; take --clients 3 or'):
-        opened("csv", root, clients=4)
-    assert opened("csv", root, clients=3).client_names == SITES
-    assert len(opened("csv", root, clients=4, partition="iid").clients) == 4
+        open_set("csv", root, clients=4)
+    assert open_set("csv", root, clients=3).client_names == SITES
+    assert len(open_set("csv", root, clients=4, partition="iid").clients) == 4
 
 
 def test_rows_that_nobody_trains_on_need_no_client(tmp_path):
     root = table(tmp_path, "path,label,split,site", line="{i}.png,{label},{split},{site}")
     text = (root / "list.csv").read_text()
     (root / "list.csv").write_text(re.sub(r"test,\w+", "test,", text))
-    data = opened("csv", root)
+    data = open_set("csv", root)
     assert data.client_names == SITES
     assert len(data.tests[""]) == 6
     assert data.client_tests == ()
@@ -109,15 +109,15 @@ def test_training_rows_without_a_client(tmp_path):
     words = r'some training images name a client and others do not \(\d+ of \d+ in the column "site" of list.csv\)'
     for partition in (None, "attribute"):
         with pytest.raises(UserError, match=words):
-            opened("csv", root, partition=partition)
+            open_set("csv", root, partition=partition)
     said = []
-    assert len(opened("csv", root, partition="iid", notice=said.append).clients) == 5
+    assert len(open_set("csv", root, partition="iid", notice=said.append).clients) == 5
     assert "names clients and is not used" in said[0]
 
 
 def test_a_single_site_is_no_partition(tmp_path):
     said = []
-    data = opened("csv", table(tmp_path, sites=("Aachen",)), partition=None, clients=2, notice=said.append)
+    data = open_set("csv", table(tmp_path, sites=("Aachen",)), partition=None, clients=2, notice=said.append)
     assert data.statistics.partition == "dirichlet:0.5"
     assert "names 1 client and is not used" in said[0]
 
@@ -126,15 +126,15 @@ def test_a_site_that_is_drawn_into_the_held_out_sets_as_a_whole(tmp_path):
     """Both patients of a site are patients of others too, who are held out."""
     line = "{i}.png,{label},{site},{i}"
     root = table(tmp_path, "path,label,site,patient", line=line)
-    whole = opened("csv", root)
+    whole = open_set("csv", root)
     path, held = root / "list.csv", [name.removesuffix(".png") for name in whole.tests[""].ids[:2]]
     for i, patient in enumerate(held):
         picture(root / f"z{i}.png", i)
         path.write_text(path.read_text() + f"z{i}.png,c,Zell,{patient}\n")
     with pytest.raises(UserError, match=r"all images of Zell in the column .* were drawn into the test or validation"):
-        opened("csv", root)
+        open_set("csv", root)
     said = []
-    assert opened("csv", root, partition="attribute", notice=said.append).client_names == SITES
+    assert open_set("csv", root, partition="attribute", notice=said.append).client_names == SITES
     assert "names Zell too, which has no training image left and is no client" in said[-1]
 
 
@@ -168,11 +168,11 @@ def shares(split):
 @pytest.mark.parametrize("name", ["csv", "pairs", "segmentation"])
 def test_the_sets_are_drawn_of_every_site(tmp_path, name):
     said = []
-    data = opened(name, by_site(tmp_path, name, {"A": 10, "B": 10, "C": 40}), notice=said.append)
+    data = open_set(name, by_site(tmp_path, name, {"A": 10, "B": 10, "C": 40}), notice=said.append)
     assert shares(data.tests[""]) == {"A": 2, "B": 2, "C": 8}
     assert shares(data.validation) == {"A": 1, "B": 1, "C": 3}
     assert said == []
-    iid = opened(name, tmp_path, partition="iid", clients=2)
+    iid = open_set(name, tmp_path, partition="iid", clients=2)
     assert iid.tests[""].ids == data.tests[""].ids
 
 
@@ -181,7 +181,7 @@ def test_folders_of_sites_are_drawn_of_every_site(tmp_path):
         for label in "ab":
             for i in range(5):
                 picture(tmp_path / site / label / f"{i}.png", 40 * k + 20 * (label == "a") + i)
-    data = opened("folder", tmp_path)
+    data = open_set("folder", tmp_path)
     assert shares(data.tests[""]) == {"A": 2, "B": 2, "C": 2}
     assert shares(data.validation) == {"A": 1, "B": 1, "C": 1}
     assert data.tests[""].labels.bincount().tolist() == [3, 3]
@@ -202,13 +202,13 @@ def test_folders_of_sites_are_drawn_of_every_site(tmp_path):
 )
 def test_small_sites(tmp_path, counts, test, validation, told):
     said = []
-    data = opened("csv", by_site(tmp_path, "csv", counts), partition="attribute", notice=said.append)
+    data = open_set("csv", by_site(tmp_path, "csv", counts), partition="attribute", notice=said.append)
     assert (shares(data.tests[""]), shares(data.validation), said) == (test, validation, told)
     assert list(shares(data.clients[0])) == ["A"]
 
 
 def test_patients_of_every_site_are_held_out_whole(tmp_path):
-    data = opened("csv", by_site(tmp_path, "csv", {"A": 12, "B": 12, "C": 60}, patients=3))
+    data = open_set("csv", by_site(tmp_path, "csv", {"A": 12, "B": 12, "C": 60}, patients=3))
     assert shares(data.tests[""]) == {"A": 3, "B": 3, "C": 12}
     held = set(data.tests[""].patients.tolist())
     assert not held & {patient for split in (*data.clients, data.validation) for patient in split.patients.tolist()}
@@ -219,7 +219,7 @@ def test_a_rare_class_is_in_what_is_held_out(tmp_path):
     root = by_site(tmp_path, "csv", {"A": 20, "B": 20, "C": 20})
     path = root / "list.csv"
     path.write_text(path.read_text().replace("A3.png,b", "A3.png,c").replace("C5.png,b", "C5.png,c"))
-    data = opened("csv", root)
+    data = open_set("csv", root)
     assert data.classes == ("a", "b", "c")
     assert int((data.tests[""].labels == 2).sum()) == 1
     assert sum(int((split.labels == 2).sum()) for split in data.clients) == 1
@@ -228,7 +228,7 @@ def test_a_rare_class_is_in_what_is_held_out(tmp_path):
 @pytest.mark.parametrize("count", [3, 4, 6])
 def test_fewer_test_images_still_show_every_site(tmp_path, count):
     root = by_site(tmp_path, "csv", {"A": 5, "B": 5, "C": 60})
-    data = opened("csv", root, test_samples=count, validation_samples=3)
+    data = open_set("csv", root, test_samples=count, validation_samples=3)
     assert list(shares(data.tests[""])) == list(shares(data.validation)) == ["A", "B", "C"]
     assert len(data.tests[""]) == count
 
@@ -245,7 +245,7 @@ def test_fewer_test_images_still_show_every_site(tmp_path, count):
     ],
 )
 def test_columns_by_other_names(tmp_path, name, header, line, options):
-    data = opened(name, table(tmp_path, header, line=line), partition="iid", clients=2, **options)
+    data = open_set(name, table(tmp_path, header, line=line), partition="iid", clients=2, **options)
     for split in (*data.clients, data.validation, data.tests[""]):
         numbers = [int(one.removesuffix(".png")) for one in split.ids]
         if name == "csv":
@@ -257,8 +257,8 @@ def test_columns_by_other_names(tmp_path, name, header, line, options):
 
 def test_patients_and_splits_in_columns_by_other_names(tmp_path):
     line = "{i}.png,{label},{split},{split} {site}"
-    data = opened("csv", table(tmp_path, "path,label,set,person", line=line), split="set", patient="person", clients=2,
-                  partition="iid")  # fmt: skip
+    root = table(tmp_path, "path,label,set,person", line=line)
+    data = open_set("csv", root, split="set", patient="person", clients=2, partition="iid")
     assert {int(name.removesuffix(".png")) for name in data.tests[""].ids} == set(range(24, 30))
     patients = [set(split.patients.tolist()) for split in data.clients]
     assert not patients[0] & patients[1]
@@ -270,7 +270,7 @@ def test_masks_in_a_column_by_another_name(tmp_path):
         mask = Image.new("L", (9, 8))
         mask.paste(255, (1, 1, 4, 4))
         mask.save(root / f"m{i}.png")
-    assert opened("segmentation", root, clients=2, mask="outline").classes == ("0", "1")
+    assert open_set("segmentation", root, clients=2, mask="outline").classes == ("0", "1")
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_masks_in_a_column_by_another_name(tmp_path):
 )
 def test_columns_that_are_not_there(tmp_path, name, options, words):
     with pytest.raises(UserError, match=words):
-        opened(name, table(tmp_path), **options)
+        open_set(name, table(tmp_path), **options)
 
 
 def test_a_column_without_a_csv_file(tmp_path):
@@ -291,7 +291,7 @@ def test_a_column_without_a_csv_file(tmp_path):
         picture(tmp_path / f"{i}.png", i)
         caption(tmp_path / f"{i}.png", "a text")
     with pytest.raises(UserError, match=r'option text names the column "report" of a CSV file, and .* holds none'):
-        opened("pairs", tmp_path, text="report")
+        open_set("pairs", tmp_path, text="report")
 
 
 # Folders
@@ -308,14 +308,14 @@ def site_folders(root, splits=("",), classes=("cat", "dog"), images=10, sites=SI
 
 def test_a_folder_for_every_site(tmp_path):
     said = []
-    data = opened("folder", site_folders(tmp_path), notice=said.append)
+    data = open_set("folder", site_folders(tmp_path), notice=said.append)
     assert (data.client_names, data.classes, said) == (SITES, ("cat", "dog"), [])
     for split, site in zip(data.clients, SITES, strict=True):
         assert {name.split("/")[0] for name in split.ids} == {site}
         assert [name.split("/")[1] == "dog" for name in split.ids] == split.labels.bool().tolist()
     assert sum(data.client_sizes) + len(data.validation) + len(data.tests[""]) == 60
     assert data.client_tests == ()
-    opened("folder", tmp_path, partition="iid", notice=said.append)
+    open_set("folder", tmp_path, partition="iid", notice=said.append)
     assert said == [
         f"The layout of {tmp_path} names 3 clients and is not used: --partition iid shares the samples out."
     ]
@@ -323,7 +323,7 @@ def test_a_folder_for_every_site(tmp_path):
 
 @pytest.mark.parametrize("splits", [("train", "test"), ("Train", "val", "Test"), ("training", "valid")])
 def test_own_test_folders(tmp_path, splits):
-    data = opened("folder", site_folders(tmp_path, splits))
+    data = open_set("folder", site_folders(tmp_path, splits))
     assert sum(data.client_sizes) == (54 if len(splits) == 2 else 60)  # a tenth is drawn for validation
     assert [len(split) for split in data.client_tests] == [20] * 3
     for split, site in zip(data.client_tests, SITES, strict=True):
@@ -332,15 +332,15 @@ def test_own_test_folders(tmp_path, splits):
     assert set(data.tests[""].ids) == joined
     assert data.statistics.own_tests == (20, 20, 20)
     with pytest.raises(UserError, match=r"test_samples=2 leaves the site .* without a test image"):
-        opened("folder", tmp_path, test_samples=2)
-    assert opened("folder", tmp_path, partition="iid").client_tests == ()
+        open_set("folder", tmp_path, test_samples=2)
+    assert open_set("folder", tmp_path, partition="iid").client_tests == ()
 
 
 def test_a_site_may_lack_a_class(tmp_path):
     site_folders(tmp_path)
     for path in (tmp_path / "Bonn" / "dog").iterdir():
         path.unlink()
-    data = opened("folder", tmp_path)
+    data = open_set("folder", tmp_path)
     assert data.statistics.counts[1].tolist()[1] == 0
 
 
@@ -392,7 +392,7 @@ def remove(folder):
 def test_trees_that_are_ambiguous_or_not_alike(tmp_path, splits, change, words):
     change(site_folders(tmp_path, splits))
     with pytest.raises(UserError, match=words) as caught:
-        opened("folder", tmp_path)
+        open_set("folder", tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -422,7 +422,7 @@ def site_texts(root, splits=("",), labels=("a", "b"), images=4):
 @pytest.mark.parametrize(("name", "make"), [("segmentation", site_masks), ("pairs", site_texts)])
 @pytest.mark.parametrize("splits", [("",), ("train", "test")])
 def test_sites_of_masks_and_texts(tmp_path, name, make, splits):
-    data = opened(name, make(tmp_path, splits))
+    data = open_set(name, make(tmp_path, splits))
     assert data.client_names == SITES
     for split, site in zip(data.clients, SITES, strict=True):
         assert {one.split("/")[0] for one in split.ids} == {site}
@@ -433,7 +433,7 @@ def test_sites_of_masks_and_texts(tmp_path, name, make, splits):
 
 
 def test_texts_of_sites_without_labels(tmp_path):
-    data = opened("pairs", site_texts(tmp_path, ("train", "test"), labels=("",)))
+    data = open_set("pairs", site_texts(tmp_path, ("train", "test"), labels=("",)))
     assert (data.client_names, data.classes) == (SITES, ("any",))
 
 
@@ -441,13 +441,13 @@ def test_labels_of_texts_are_no_sites(tmp_path):
     """The layout without sites is read as before, also with another folder beside the labels."""
     site_texts(tmp_path, labels=("",), images=8)
     picture(tmp_path / "backup" / "deeper" / "0.png", 1)
-    data = opened("pairs", tmp_path, partition="iid", clients=2)
+    data = open_set("pairs", tmp_path, partition="iid", clients=2)
     assert data.classes == SITES
     assert data.client_names is None
 
 
 def test_tiles_keep_their_site(tmp_path):
-    data = opened("segmentation", site_masks(tmp_path, ("train", "test")), tile=4)
+    data = open_set("segmentation", site_masks(tmp_path, ("train", "test")), tile=4)
     for splits in (data.clients, data.client_tests):
         for split, site in zip(splits, SITES, strict=True):
             assert {one.split("/")[0] for one in split.ids} == {site}
@@ -457,7 +457,7 @@ def test_tiles_keep_their_site(tmp_path):
 
 
 def test_the_table_counts_what_clients_train_on(tmp_path):
-    data = opened("csv", table(tmp_path, rows=60))
+    data = open_set("csv", table(tmp_path, rows=60))
     apart = hold_out(data, held_out=1, share=0.25, seed=0)
     assert apart.client_names == ("Aachen", "Celle")
     table_ = apart.statistics
@@ -475,7 +475,7 @@ def test_the_table_counts_what_clients_train_on(tmp_path):
 
 
 def test_clients_without_names_are_numbers(tmp_path):
-    data = opened("csv", table(tmp_path, rows=60), partition="iid", clients=3)
+    data = open_set("csv", table(tmp_path, rows=60), partition="iid", clients=3)
     apart = hold_out(data, held_out=1, share=0, seed=0)
     assert apart.client_names is None
     assert [row[0] for row in apart.statistics.rows()] == ["0", "1", "held out (1)", "all"]
@@ -484,7 +484,7 @@ def test_clients_without_names_are_numbers(tmp_path):
 
 
 def test_segmentation_counts_the_largest_object(tmp_path):
-    data = opened("segmentation", site_masks(tmp_path, images=10))
+    data = open_set("segmentation", site_masks(tmp_path, images=10))
     apart = hold_out(data, held_out=None, share=0.3, seed=0)
     assert apart.statistics.sizes.tolist() == list(apart.client_sizes)
     assert apart.statistics.counts[:, 0].tolist() == [0, 0, 0]
@@ -495,7 +495,7 @@ def test_segmentation_counts_the_largest_object(tmp_path):
 
 def test_messages_name_the_client(tmp_path):
     root = table(tmp_path, rows=60, sites=("Aachen",) * 14 + ("Bonn",))
-    few = hold_out(opened("csv", root), held_out=None, share=0, seed=0)
+    few = hold_out(open_set("csv", root), held_out=None, share=0, seed=0)
     assert few.client_label(1) == "1 (Bonn)"
     assert few.pooled().client_label(0) == "0"
     with pytest.raises(UserError, match=r"Client 1 \(Bonn\) has \d+ samples, too few for a test set of its own"):

@@ -23,14 +23,8 @@ PHASE = Phase(0, "train", "update")
 
 class Received:
     def __init__(self, model, samples=20, epochs=1, phase=PHASE):
-        self.model, self.samples, self.epochs, self.phase, self.round_cache, self.message = (
-            model,
-            samples,
-            epochs,
-            phase,
-            {},
-            {},
-        )
+        self.model, self.samples, self.epochs, self.phase = model, samples, epochs, phase
+        self.round_cache, self.message = {}, {}
 
 
 def network(seed, model="cnn", width=4, side=16, dtype=torch.float32):

@@ -50,7 +50,7 @@ def write_cases(root, count=10, **settings):
     return [write_case(root / f"case{i}", i, **settings) for i in range(count)]
 
 
-def opened(root, clients=2, partition="iid", **options):
+def open_set(root, clients=2, partition="iid", **options):
     plain = {"modalities": "t1,flair", "size": 12}
     return load(BRATS, root=root, clients=clients, partition=partition, options={**plain, **options})
 
@@ -68,14 +68,14 @@ def test_cases_beside_the_folders_of_splits(tmp_path):
     for i, name in enumerate(names):
         write_case(tmp_path / name, i)
     with pytest.raises(UserError, match=r"cases outside of them, E, extra/F, extra/G and 1 more: put every case into"):
-        opened(tmp_path)
+        open_set(tmp_path)
 
 
 @pytest.mark.parametrize("share", ["test_share", "validation_share"])
 def test_a_share_of_0_holds_no_case_of_a_site_out(tmp_path, share):
     for i in range(8):
         write_case(tmp_path / "AB"[i % 2] / f"case{i}", i)
-    data = opened(tmp_path, partition="attribute", **{share: 0})
+    data = open_set(tmp_path, partition="attribute", **{share: 0})
     empty, other = (data.tests[""], data.validation)[:: 1 if share == "test_share" else -1]
     assert len(empty) == 0
     assert len(other) > 0
@@ -83,7 +83,7 @@ def test_a_share_of_0_holds_no_case_of_a_site_out(tmp_path, share):
 
 def test_what_macos_puts_beside_volumes_is_left_out_and_told(tmp_path):
     write_cases(tmp_path)
-    plain, told = opened(tmp_path), []
+    plain, told = open_set(tmp_path), []
     for path in [*tmp_path.rglob("*")]:
         if path.is_file():
             path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
@@ -98,7 +98,7 @@ def test_what_macos_puts_beside_volumes_is_left_out_and_told(tmp_path):
 
 def test_slices_of_whole_cases(tmp_path):
     written = write_cases(tmp_path)
-    data = opened(tmp_path, clients=3)
+    data = open_set(tmp_path, clients=3)
     assert data.task.name == "segmentation"
     assert data.classes == ("background", "object")
     assert data.form.shape == (2, 12, 12)
@@ -126,7 +126,7 @@ def test_slices_of_whole_cases(tmp_path):
 ])  # fmt: skip
 def test_parts_of_a_tumour(tmp_path, labels, classes, sizes):
     write_cases(tmp_path)
-    data = opened(tmp_path, labels=labels)
+    data = open_set(tmp_path, labels=labels)
     assert data.classes == ("background", *classes)
     one = next(split for split in every_split(data) if len(split) == 3)
     assert torch.bincount(one.labels.flatten(), minlength=len(classes) + 1)[1:].tolist() == sizes
@@ -137,7 +137,7 @@ def test_parts_of_a_tumour(tmp_path, labels, classes, sizes):
 )
 def test_which_slices(tmp_path, slices, every, count):
     write_cases(tmp_path)
-    data = opened(tmp_path, slices=slices, every=every)
+    data = open_set(tmp_path, slices=slices, every=every)
     assert all(len(split) == count * len(cases_of(split)) for split in every_split(data))
 
 
@@ -169,7 +169,7 @@ def test_intensities_are_those_of_the_volume():
 def test_sites_are_clients(tmp_path):
     for i in range(12):
         write_case(tmp_path / ("HGG" if i < 7 else "LGG") / f"case{i}", i)
-    data = opened(tmp_path, partition="attribute")
+    data = open_set(tmp_path, partition="attribute")
     assert [{name.split("/")[0] for name in client.ids} for client in data.clients] == [{"HGG"}, {"LGG"}]
     for held in (data.validation, data.tests[""]):
         assert sorted(name.split("/")[0] for name in cases_of(held)) == ["HGG", "LGG"]
@@ -178,14 +178,14 @@ def test_sites_are_clients(tmp_path):
 def test_split_folders(tmp_path):
     for i in range(9):
         write_case(tmp_path / ("val" if i < 3 else "train") / f"case{i}", i, separator="-")
-    data = opened(tmp_path)
+    data = open_set(tmp_path)
     assert cases_of(data.tests[""]) == {"val/case0", "val/case1", "val/case2"}
     assert all(name.startswith("train/") for split in (*data.clients, data.validation) for name in split.ids)
 
 
 def test_a_clients_own_test_set_has_whole_cases(tmp_path):
     write_cases(tmp_path, 30)
-    data = opened(tmp_path)
+    data = open_set(tmp_path)
     apart = hold_out(data, held_out=None, share=0.3, seed=0)
     held = [cases_of(split) for split in (*apart.clients, *apart.client_tests)]
     assert sum(map(len, held)) == len(set.union(*held)) == sum(len(cases_of(split)) for split in data.clients)
@@ -227,7 +227,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, change, words):
     write_cases(tmp_path)
     change(tmp_path / "case3")
     with pytest.raises(UserError, match=words) as caught:
-        opened(tmp_path)
+        open_set(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -256,14 +256,14 @@ def header(path, at, kind, value):
 def test_options_that_do_not_fit(tmp_path, options, words):
     write_cases(tmp_path, 3)
     with pytest.raises(UserError, match=words):
-        opened(tmp_path, **options)
+        open_set(tmp_path, **options)
 
 
 def test_a_share_of_0_holds_nothing_out(tmp_path):
     write_cases(tmp_path, 4)
-    whole = opened(tmp_path)
+    whole = open_set(tmp_path)
     slices = sum(map(len, [*whole.clients, whole.validation, whole.tests[""]]))
-    data = opened(tmp_path, test_share=0, validation_share=0)
+    data = open_set(tmp_path, test_share=0, validation_share=0)
     assert (len(data.tests[""]), len(data.validation)) == (0, 0)
     assert sum(map(len, data.clients)) == slices
 
@@ -271,7 +271,7 @@ def test_a_share_of_0_holds_nothing_out(tmp_path):
 def test_without_nibabel(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nibabel", None)
     with pytest.raises(UserError, match="nibabel, which is not installed: pip install "):
-        opened(tmp_path)
+        open_set(tmp_path)
 
 
 def moved(shift=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0)):
@@ -301,7 +301,7 @@ def test_a_file_at_another_place_than_its_mask_is_refused(tmp_path, name, slices
     save(path, np.asarray(nibabel.load(path).dataobj), affine)
     other = "case3_(t1|flair)" if name == "seg" else "case3_seg"
     with pytest.raises(UserError, match=r"the affine of .* mm away from those of .*; resample") as caught:
-        opened(tmp_path, slices=slices)
+        open_set(tmp_path, slices=slices)
     assert re.search(other, str(caught.value))
     assert path.name in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -311,14 +311,14 @@ def test_rounded_affines_and_other_axes_are_one_place(tmp_path):
     """A mask that is stored along other axes, as its affine says, and one whose affine is rounded."""
     place = moved((-88.123456, 40.2, 17.7), (0.9765625, 0.9765625, 3.0))
     write_cases(tmp_path, affine=place)
-    expected = opened(tmp_path)
+    expected = open_set(tmp_path)
     path = tmp_path / "case3" / "case3_seg.nii.gz"
     stored = np.asarray(nibabel.load(path).dataobj)
     turned = place @ np.array([[-1, 0, 0, SHAPE[0] - 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     save(path, stored[::-1], turned)
     rounded = tmp_path / "case4" / "case4_seg.nii.gz"
     save(rounded, np.asarray(nibabel.load(rounded).dataobj), place + 1e-3)
-    for one, other in zip(every_split(opened(tmp_path)), every_split(expected), strict=True):
+    for one, other in zip(every_split(open_set(tmp_path)), every_split(expected), strict=True):
         assert torch.equal(one.labels, other.labels)
         assert torch.equal(one.images, other.images)
 
@@ -341,7 +341,7 @@ def cases(root, count=6, ending=".nii.gz"):
 
 
 def cut_out(root):
-    return opened(root, size=8, modalities="t1")
+    return open_set(root, size=8, modalities="t1")
 
 
 @pytest.mark.parametrize("kind", ["Nifti1Image", "Nifti2Image"])

@@ -34,7 +34,7 @@ def every_split(data):
     return [*data.clients, data.validation, *data.tests.values()]
 
 
-def opened(root, clients=2, partition="iid", **options):
+def open_set(root, clients=2, partition="iid", **options):
     return load(REPORTS, root=root, clients=clients, partition=partition, options={"size": 16, **options})
 
 
@@ -103,7 +103,7 @@ def test_a_header_without_a_colon_has_a_line_to_itself(report, expected):
 
 
 def test_reports(tmp_path):
-    data = opened(write_reports(tmp_path))
+    data = open_set(write_reports(tmp_path))
     assert data.task.name == "retrieval"
     assert data.form.shape == (1, 16, 16)
     assert data.classes == ("effusion", "unlabelled")
@@ -120,7 +120,7 @@ def test_reports(tmp_path):
 
 @pytest.mark.parametrize(("views", "kept"), [("frontal", 16), ("known", 23), ("all", 30)])
 def test_views(tmp_path, views, kept):
-    data = opened(write_reports(tmp_path), views=views)
+    data = open_set(write_reports(tmp_path), views=views)
     assert sum(len(split) for split in every_split(data)) == kept
 
 
@@ -139,19 +139,19 @@ def test_which_views_are_frontal(tmp_path):
         picture(tmp_path / f"{i}.png", i)
         lines.append(f"{i}.png,The heart is normal.,{view}")
     (tmp_path / "reports.csv").write_text("\n".join(lines))
-    names = [name for split in every_split(opened(tmp_path)) for name in split.ids]
+    names = [name for split in every_split(open_set(tmp_path)) for name in split.ids]
     assert sorted(int(name[:-4]) for name in names) == list(range(len(OTHER_VIEWS), len(views)))
 
 
 def test_length_of_reports(tmp_path):
     root = write_reports(tmp_path, header="path,text", line='{i}.png,"{label} Seen: a b c"')
-    data = opened(root, shortest=5, longest=5)
+    data = open_set(root, shortest=5, longest=5)
     assert {text for split in every_split(data) for text in split.texts} == {"effusion seen a b c"}
     assert sum(len(split) for split in every_split(data)) == 15
 
 
 def test_the_sites_are_the_clients(tmp_path):
-    data = opened(write_reports(tmp_path), partition="attribute")
+    data = open_set(write_reports(tmp_path), partition="attribute")
     for k, split in enumerate(data.clients):
         assert {int(name.removesuffix(".png")) % 2 for name in split.ids} == {k}
 
@@ -159,15 +159,15 @@ def test_the_sites_are_the_clients(tmp_path):
 def test_tables_of_mimic(tmp_path):
     header = "ViewPosition,Filename,Impression,Findings,Atelectasis,No Finding,Edema"
     line = "PA,{i}.png,Stable.,Line in place; {label}.,-1.0,,1.0"
-    data = opened(write_reports(tmp_path, header=header, line=line))
+    data = open_set(write_reports(tmp_path, header=header, line=line))
     assert data.classes == ("edema",)
     assert set(data.clients[0].texts) == {"stable line in place effusion", "stable line in place"}
     missing = line.replace("Stable.", "nan").replace("1.0,,1.0", "NaN,nan,1.0")
-    again = opened(write_reports(tmp_path, header=header, line=missing), shortest=1)
+    again = open_set(write_reports(tmp_path, header=header, line=missing), shortest=1)
     assert again.classes == ("edema",)
     assert set(again.clients[0].texts) == {"line in place effusion", "line in place"}
     line = line.replace("1.0,,1.0", "0,1.0,1.0")
-    assert opened(write_reports(tmp_path, header=header, line=line)).classes == ("no finding",)
+    assert open_set(write_reports(tmp_path, header=header, line=line)).classes == ("no finding",)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_tables_of_mimic(tmp_path):
 )
 def test_wrong_tables_of_reports(tmp_path, change, options, words):
     with pytest.raises(UserError, match=words):
-        opened(write_reports(tmp_path, **change), **options)
+        open_set(write_reports(tmp_path, **change), **options)
 
 
 @pytest.mark.parametrize("partition", ["attribute", "stratified"])
@@ -204,12 +204,12 @@ def test_feddra_learns_from_reports(tmp_path, partition):
 
 
 def test_the_window_and_the_colour_are_options(tmp_path):
-    data = opened(write_reports(tmp_path), crop=8, colour="rgb")
+    data = open_set(write_reports(tmp_path), crop=8, colour="rgb")
     assert data.form.shape == (3, 8, 8)
     assert data.form.augment == "window"
     assert all(split.images.shape[2:] == (16, 16) for split in data.clients)
     with pytest.raises(UserError, match='data set "reports": crop is 32, more than size, 16'):
-        opened(tmp_path, crop=32)
+        open_set(tmp_path, crop=32)
 
 
 def test_columns_by_other_names_and_whole_patients(tmp_path):
@@ -219,7 +219,7 @@ def test_columns_by_other_names_and_whole_patients(tmp_path):
     cells = [row.rpartition(",") for row in rows[1:]]
     table = [rows[0], *(f"{row},p{int(number) // 3}" for row, _, number in cells)]
     (tmp_path / "reports.csv").write_text("\n".join(table))
-    data = opened(tmp_path, image="photo", report="words", patient="person", shortest=2)
+    data = open_set(tmp_path, image="photo", report="words", patient="person", shortest=2)
     people = [{int(name.removesuffix(".png")) // 3 for name in split.ids} for split in every_split(data)]
     assert sum(map(len, people)) == len(set.union(*people)) == 10
     assert all(text.startswith("some words of") for split in every_split(data) for text in split.texts)

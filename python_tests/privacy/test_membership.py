@@ -235,17 +235,7 @@ def test_an_overfitted_model_tells_and_an_untrained_one_does_not(tmp_path, data)
 
 
 def test_pixels_count_as_one_record(data):
-    class Constant(torch.nn.Module):
-        def forward(self, x):
-            logits = torch.zeros(len(x), 4, 8, 8)
-            logits[:, 0] = 2.0
-            return logits
-
-    split = data.tests[""]
-    labels = torch.zeros(300, 8, 8, dtype=torch.int64)
-    labels[:, 4:] = 1
-    half = dataclasses.replace(split, labels=labels, task=SEGMENTATION)
-    found = attacking.losses(Constant(), half, data)
+    found = attacking.losses(Sure(2.0), segmented(data, 4, 300), data)
     right, wrong = -math.log(math.exp(2) / (math.exp(2) + 3)), math.log(math.exp(2) + 3)
     assert found.shape == (300,)
     assert torch.allclose(found, torch.full((300,), (right + wrong) / 2, dtype=torch.float64))

@@ -43,7 +43,7 @@ def written(root, sides=SIDES, count=20):
     return root
 
 
-def opened(root, cache=None, **options):
+def open_set(root, cache=None, **options):
     given = {"size": 16, "colour": "grey", "ignore": 255, "names": "ground|cell|line", **options}
     return load("segmentation", root=root, clients=2, options=given, cache=cache)
 
@@ -91,7 +91,7 @@ def slow(split, said, root, size, tile=0):
 def test_dice_counts_the_pixels_of_the_files(tmp_path, tile, cached, pickled):
     root = written(tmp_path / "root")
     for _ in range(2 if cached else 1):
-        data = opened(root, tmp_path / "cache" if cached else None, tile=tile)
+        data = open_set(root, tmp_path / "cache" if cached else None, tile=tile)
     split = data.tests[""].subset(torch.arange(len(data.tests[""])).flip(0))
     if pickled:  # as a worker gets it
         split = pickle.loads(pickle.dumps(split))
@@ -108,14 +108,14 @@ def test_dice_counts_the_pixels_of_the_files(tmp_path, tile, cached, pickled):
 
 
 def test_masks_of_the_networks_size_are_counted_as_they_are(tmp_path):
-    split = opened(written(tmp_path, ((16, 16),)), tile=0).tests[""]
+    split = open_set(written(tmp_path, ((16, 16),)), tile=0).tests[""]
     answer = Answer(split)
     assert answer.full is None
     assert torch.equal(split.full.overlaps(answer.said, 0, 3), overlaps(answer.said, split.labels, 3))
 
 
 def test_a_line_that_the_small_masks_miss_counts(tmp_path):
-    split = opened(written(tmp_path, ((40, 40),)), size=8).tests[""]
+    split = open_set(written(tmp_path, ((40, 40),)), size=8).tests[""]
     assert not bool((split.labels == 2).any())
     counts = split.full.overlaps(torch.zeros_like(split.labels), 0, 3)
     assert counts[:, 2, 2].tolist() == [40] * len(split)
@@ -140,7 +140,7 @@ def test_a_value_that_only_the_full_mask_holds_is_named_before_the_run(tmp_path)
         mask[39, 39] = 7
         Image.fromarray(mask).save(root / "masks" / f"{i}.png")
     with pytest.raises(UserError, match=r"masks/\d+\.png holds 7, which is none of the classes"):
-        opened(root)
+        open_set(root)
 
 
 @pytest.mark.sampled(1)
@@ -155,7 +155,7 @@ def test_a_run_its_evaluation_and_its_predicted_masks_agree(tmp_path, workers, c
     )  # fmt: skip
     assert "images of 48x48 to 64x64 pixels are resized to 16x16 (1/3 to 1/4)" in capsys.readouterr().err
     assert run.evaluate()["dice"] == pytest.approx(run.metrics["dice"])
-    data = opened(root)
+    data = open_set(root)
     paths = [root / name for name in data.tests[""].ids]
     write_masks(tmp_path / "masks", paths, Predictor.open(tmp_path / "run").files(paths))
     counts = []

@@ -23,7 +23,7 @@ def written(path, top, kind=np.uint16):
     Image.fromarray(values.astype(kind)).save(path)
 
 
-def opened(root, name="pairs", **options):
+def open_set(root, name="pairs", **options):
     return load(name, root=root, clients=2, partition="iid", options={"size": 16, "colour": "grey", **options})
 
 
@@ -64,11 +64,11 @@ def assert_ramps(data):
 )
 def test_no_grey_value_is_cut_off(tmp_path, suffix, top, kind, colour):
     lines = write_all(tmp_path, suffix, top, kind)
-    assert_ramps(opened(tmp_path, colour=colour))
+    assert_ramps(open_set(tmp_path, colour=colour))
     table = tmp_path / "table.csv"
     table.write_text("\n".join(lines))
     for name in ("pairs", "csv"):
-        assert_ramps(opened(table, name, colour=colour))
+        assert_ramps(open_set(table, name, colour=colour))
 
 
 def test_no_grey_value_is_cut_off_in_class_folders(tmp_path):
@@ -76,7 +76,7 @@ def test_no_grey_value_is_cut_off_in_class_folders(tmp_path):
         (tmp_path / label).mkdir()
         for i in range(10):
             written(tmp_path / label / f"{i}.png", 65535)
-    assert_ramps(opened(tmp_path, "folder"))
+    assert_ramps(open_set(tmp_path, "folder"))
 
 
 def test_the_other_byte_order(tmp_path):
@@ -84,7 +84,7 @@ def test_the_other_byte_order(tmp_path):
     big_endian(tmp_path / "3.tif", 65535)
     with Image.open(tmp_path / "3.tif") as image:
         assert image.mode == "I;16B"
-    assert_ramps(opened(tmp_path))
+    assert_ramps(open_set(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_values_without_a_known_range_are_refused(tmp_path, image, words):
     write_all(tmp_path, "tif", 1, np.float32)
     Image.fromarray(image).save(tmp_path / "3.tif")
     with pytest.raises(UserError, match=words) as caught:
-        opened(tmp_path)
+        open_set(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -169,7 +169,7 @@ def test_a_value_has_one_brightness_in_a_data_set(tmp_path, name, marker, option
 def test_a_value_beyond_the_bits_is_refused_with_the_way_out(tmp_path):
     write_flat(tmp_path, 3000, 5000)
     with pytest.raises(UserError, match=r"5\.png holds grey values from 3000 to 5000, expected .* 0 to 4095;.*bits=16"):
-        opened(tmp_path / "table.csv", "csv", bits=12)
+        open_set(tmp_path / "table.csv", "csv", bits=12)
 
 
 def test_nothing_is_said_of_eight_bits(tmp_path):
@@ -198,7 +198,7 @@ def test_a_negative_looks_as_in_a_viewer(tmp_path, mode, compression, colour):
     for i in range(12):
         with Image.open(tmp_path / f"{i}.tif") as image:
             assert (image.mode, image.tag_v2[262]) == (mode, i % 2 == 0)
-    data = opened(tmp_path, colour=colour)
+    data = open_set(tmp_path, colour=colour)
     for split in (*data.clients, data.validation, *data.tests.values()):
         for image in split.images:
             for channel in image:

@@ -43,7 +43,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "home"))
 
 
-def opened(root, cache=None, name="folder", **settings):
+def open_set(root, cache=None, name="folder", **settings):
     options = {"size": SIDE, **settings.pop("options", {})}
     return load(name, root=root, clients=2, partition="iid", options=options, cache=cache, **settings)
 
@@ -66,63 +66,63 @@ def names(folder):
 
 
 def test_small_data_without_a_cache_stay_in_memory(root, tmp_path):
-    assert not any(isinstance(split.images, ImageRows) for split in splits(opened(root)))
+    assert not any(isinstance(split.images, ImageRows) for split in splits(open_set(root)))
     assert not (tmp_path / "home").exists()
 
 
 @pytest.mark.parametrize("colour", ["rgb", "grey"])
 def test_a_cache_gives_the_same_data_and_decodes_once(root, tmp_path, decoded, colour):
     options = {"colour": colour}
-    expected = opened(root, options=options)
+    expected = open_set(root, options=options)
     decoded.clear()
     said = []
-    assert_same(opened(root, tmp_path / "cache", options=options, notice=said.append), expected)
+    assert_same(open_set(root, tmp_path / "cache", options=options, notice=said.append), expected)
     assert sorted(decoded) == sorted(root.rglob("*.png"))
     assert said == [f"decoding 24 images (0.0 MB) into {tmp_path / 'cache'}"]
     assert names(tmp_path / "cache") == [".images", ".lock", ".sizes"]
     for seed in (0, 1):
         decoded.clear()
-        again = opened(root, tmp_path / "cache", options=options, seed=seed, notice=said.append)
+        again = open_set(root, tmp_path / "cache", options=options, seed=seed, notice=said.append)
         assert decoded == []
-        assert_same(again, opened(root, options=options, seed=seed))
+        assert_same(again, open_set(root, options=options, seed=seed))
     assert "24 decoded images are read from" in said[-1]
 
 
 def test_large_data_are_in_a_file_that_vanishes(root, tmp_path, monkeypatch):
-    expected = opened(root)
+    expected = open_set(root)
     monkeypatch.setattr(image_cache, "MEMORY_BYTES", IMAGES * 3 * SIDE**2)
-    assert not isinstance(opened(root).clients[0].images, ImageRows)
+    assert not isinstance(open_set(root).clients[0].images, ImageRows)
     monkeypatch.setattr(image_cache, "MEMORY_BYTES", IMAGES * 3 * SIDE**2 - 1)
     said = []
-    data = opened(root, notice=said.append)
+    data = open_set(root, notice=said.append)
     assert_same(data, expected)
     assert list((tmp_path / "home" / "images").iterdir()) == []
     assert said[0].endswith("with --cache DIR later runs need not decode them again")
 
 
 def test_only_the_wanted_images_are_decoded(root, tmp_path, decoded):
-    expected = opened(root, train_samples=4, public_samples=3, options={"test_samples": 2})
+    expected = open_set(root, train_samples=4, public_samples=3, options={"test_samples": 2})
     wanted = sorted(decoded)
     assert len(wanted) < IMAGES
     decoded.clear()
-    data = opened(root, tmp_path / "cache", train_samples=4, public_samples=3, options={"test_samples": 2})
+    data = open_set(root, tmp_path / "cache", train_samples=4, public_samples=3, options={"test_samples": 2})
     assert_same(data, expected)
     assert sorted(decoded) == wanted
     decoded.clear()
-    whole = opened(root, tmp_path / "cache")
+    whole = open_set(root, tmp_path / "cache")
     assert sorted([*decoded, *wanted]) == sorted(root.rglob("*.png"))
-    assert_same(whole, opened(root))
+    assert_same(whole, open_set(root))
 
 
 def test_a_changed_image_is_decoded_again(root, tmp_path, decoded):
-    opened(root, tmp_path / "cache")
+    open_set(root, tmp_path / "cache")
     before = (root / "a" / "0.png").stat()
     Image.new("RGB", (7, 7), (1, 2, 3)).save(root / "a" / "0.png")
     os.utime(root / "a" / "0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
     decoded.clear()
-    data = opened(root, tmp_path / "cache")
+    data = open_set(root, tmp_path / "cache")
     assert root / "a" / "0.png" in decoded
-    assert_same(data, opened(root))
+    assert_same(data, open_set(root))
 
 
 def test_an_interrupted_decoding_goes_on(root, tmp_path, monkeypatch, decoded):
@@ -137,12 +137,12 @@ def test_an_interrupted_decoding_goes_on(root, tmp_path, monkeypatch, decoded):
 
     monkeypatch.setattr(image_files, "read_images", stopped)
     with pytest.raises(KeyboardInterrupt):
-        opened(root, tmp_path / "cache")
+        open_set(root, tmp_path / "cache")
     assert len(decoded) == 10
-    data = opened(root, tmp_path / "cache")
+    data = open_set(root, tmp_path / "cache")
     assert sorted(decoded) == sorted(root.rglob("*.png"))
     monkeypatch.setattr(image_files, "read_images", read)
-    assert_same(data, opened(root))
+    assert_same(data, open_set(root))
 
 
 def cut(path):
@@ -175,13 +175,13 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_broken_cache_is_made_anew(root, tmp_path, decoded, damage):
-    opened(root, tmp_path / "cache")
+    open_set(root, tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("*.images")
     damage(path)
     decoded.clear()
-    data = opened(root, tmp_path / "cache")
+    data = open_set(root, tmp_path / "cache")
     assert len(decoded) == IMAGES
-    assert_same(data, opened(root))
+    assert_same(data, open_set(root))
 
 
 def flipped(content, size):
@@ -207,40 +207,40 @@ def shuffled(content, size):
 
 @pytest.mark.parametrize("damage", [flipped, zeroed, two_swapped, shuffled])
 def test_changed_images_are_decoded_again(root, tmp_path, decoded, damage):
-    opened(root, tmp_path / "cache")
+    open_set(root, tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("*.images")
     content = bytearray(path.read_bytes())
     count = damage(content, len(content) // IMAGES)
     path.write_bytes(content)
     decoded.clear()
     told = []
-    data = opened(root, tmp_path / "cache", notice=told.append)
+    data = open_set(root, tmp_path / "cache", notice=told.append)
     assert len(decoded) == count
     assert f"{count} images in {path} are damaged and are decoded again" in told
-    assert_same(data, opened(root))
+    assert_same(data, open_set(root))
     decoded.clear()
-    opened(root, tmp_path / "cache")
+    open_set(root, tmp_path / "cache")
     assert not decoded
 
 
 def test_a_changed_size_is_read_again(root, tmp_path, decoded):
-    opened(root, tmp_path / "cache")
+    open_set(root, tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("*.sizes")
     content = bytearray(path.read_bytes())
     content[image_cache.HEADER_BYTES] ^= 2
     path.write_bytes(content)
     decoded.clear()
-    assert_same(opened(root, tmp_path / "cache"), opened(root))
+    assert_same(open_set(root, tmp_path / "cache"), open_set(root))
     assert len(decoded) >= 1
 
 
 def test_a_cache_that_is_made_anew_leaves_readers_their_images(root, tmp_path):
-    data = opened(root, tmp_path / "cache")
+    data = open_set(root, tmp_path / "cache")
     for path in (tmp_path / "cache").glob("*.sizes"):
         path.unlink()
-    opened(root, tmp_path / "cache")
+    open_set(root, tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache")
-    assert_same(data, opened(root))
+    assert_same(data, open_set(root))
 
 
 def test_two_runs_at_once_decode_once(root, tmp_path, monkeypatch, decoded):
@@ -261,7 +261,8 @@ def test_two_runs_at_once_decode_once(root, tmp_path, monkeypatch, decoded):
             go.set()
 
     workers = [
-        threading.Thread(target=lambda: found.append(opened(root, tmp_path / "cache", notice=notice))) for _ in range(2)
+        threading.Thread(target=lambda: found.append(open_set(root, tmp_path / "cache", notice=notice)))
+        for _ in range(2)
     ]
     workers[0].start()
     assert entered.wait(20)
@@ -273,14 +274,14 @@ def test_two_runs_at_once_decode_once(root, tmp_path, monkeypatch, decoded):
     monkeypatch.setattr(image_files, "read_images", read)
     assert len(found) == 2
     for data in found:
-        assert_same(data, opened(root))
+        assert_same(data, open_set(root))
 
 
 def test_progress(root, tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "CHUNK_BYTES", 10 * 3 * SIDE**2)
     monkeypatch.setattr(image_cache, "NOTICE_SECONDS", 0.0)
     said = []
-    opened(root, tmp_path / "cache", notice=said.append)
+    open_set(root, tmp_path / "cache", notice=said.append)
     assert said[1:] == [f"decoding images: {done} of 24, about 1 min left" for done in (10, 20, 24)]
 
 
@@ -291,9 +292,9 @@ def test_an_image_with_several_texts_is_decoded_once(tmp_path, decoded):
         rows += [f"{number}.png,text {number}", f"{number}.png,words {number}"]
     (tmp_path / "table.csv").write_text("\n".join(rows))
     options = {"crop": 8}
-    expected = opened(tmp_path / "table.csv", name="pairs", options=options)
+    expected = open_set(tmp_path / "table.csv", name="pairs", options=options)
     decoded.clear()
-    data = opened(tmp_path / "table.csv", tmp_path / "cache", name="pairs", options=options)
+    data = open_set(tmp_path / "table.csv", tmp_path / "cache", name="pairs", options=options)
     assert len(decoded) == len(set(decoded)) == 12
     assert data.form.shape == (3, 8, 8)
     assert data.clients[0].images.shape[2:] == (16, 16)
@@ -306,7 +307,7 @@ def test_an_image_with_several_texts_is_decoded_once(tmp_path, decoded):
 def test_an_image_that_cannot_be_read_leaves_no_images(root, tmp_path):
     (root / "a" / "0.png").write_bytes(b"none")
     with pytest.raises(UserError, match=r"cannot read the image .*0\.png"):
-        opened(root, tmp_path / "cache")
+        open_set(root, tmp_path / "cache")
     assert names(tmp_path / "cache") == [".lock"]
 
 
@@ -316,7 +317,7 @@ def test_too_little_space(root, tmp_path, monkeypatch, cache):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2000, 1000, 1000))
     with pytest.raises(UserError, match=r"take 0\.0 MB and .* has 0\.0 MB left: free some space.*--cache DIR"):
-        opened(root, tmp_path / "cache" if cache else None)
+        open_set(root, tmp_path / "cache" if cache else None)
     assert not (tmp_path / "cache").exists()
 
 
@@ -334,7 +335,7 @@ def test_a_disk_that_becomes_full(root, tmp_path, monkeypatch, cache):
 
     monkeypatch.setattr(image_cache, "_write", full)
     with pytest.raises(UserError, match=r"do not fit on the disk of .*: free some space"):
-        opened(root, tmp_path / "cache" if cache else None)
+        open_set(root, tmp_path / "cache" if cache else None)
     folder = tmp_path / "cache" if cache else tmp_path / "home" / "images"
     assert names(folder) == ([".lock"] if cache else [])
 
@@ -342,10 +343,10 @@ def test_a_disk_that_becomes_full(root, tmp_path, monkeypatch, cache):
 def test_a_folder_that_cannot_be_written(root, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written to .* \(it is a file\)"):
-        opened(root, tmp_path / "file")
+        open_set(root, tmp_path / "file")
     for cache in (tmp_path / "file" / "below", Path("/proc/nothing")):
         with pytest.raises(UserError, match=r"cannot be written to .*: name another folder with --cache DIR"):
-            opened(root, cache)
+            open_set(root, cache)
 
 
 def test_a_broken_pipe_of_the_display_is_no_trouble_of_the_disk(root, tmp_path):
@@ -353,7 +354,7 @@ def test_a_broken_pipe_of_the_display_is_no_trouble_of_the_disk(root, tmp_path):
         raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        opened(root, tmp_path / "cache", notice=notice)
+        open_set(root, tmp_path / "cache", notice=notice)
 
 
 @pytest.mark.parametrize("name", ["digits", "colordigits", "captions"])

@@ -36,7 +36,7 @@ def write(root, column="subject_id", patients=30, owner=lambda i: i % 30, header
     return path
 
 
-def opened(name, path, **settings):
+def open_set(name, path, **settings):
     options = {"size": 8, "colour": "grey", **settings.pop("options", {})}
     return load(name, root=path, **{"clients": 3, "partition": "iid", "options": options, **settings})
 
@@ -54,7 +54,7 @@ def assert_apart(*splits):
 
 @pytest.mark.parametrize("name", ["csv", "pairs", "segmentation"])
 def test_a_patient_is_in_one_split_and_at_one_client(name, tmp_path):
-    data = opened(name, write(tmp_path))
+    data = open_set(name, write(tmp_path))
     splits = [*data.clients, data.validation, data.tests[""]]
     assert_apart(*splits)
     assert sum(map(len, splits)) == 30 * EACH
@@ -65,19 +65,19 @@ def test_a_patient_is_in_one_split_and_at_one_client(name, tmp_path):
 
 @pytest.mark.parametrize("spec", PARTITIONS)
 def test_every_partition_leaves_patients_whole(spec, tmp_path):
-    data = opened("pairs", write(tmp_path), partition=spec, train_samples=80, public_samples=11)
+    data = open_set("pairs", write(tmp_path), partition=spec, train_samples=80, public_samples=11)
     assert_apart(*data.clients, data.public)
     assert sum(data.client_sizes) == 80
 
 
 def test_a_partition_counts_the_images_of_patients(tmp_path):
-    data = opened("csv", write(tmp_path), partition="dirichlet:1", clients=8)
+    data = open_set("csv", write(tmp_path), partition="dirichlet:1", clients=8)
     assert min(data.client_sizes) >= 10  # of 21 or so patients
     assert_apart(*data.clients)
     with pytest.raises(UserError, match=r"100 clients are more than the \d\d training patients"):
-        opened("csv", write(tmp_path), clients=100)
+        open_set("csv", write(tmp_path), clients=100)
     with pytest.raises(UserError, match=r"has \d+ training images of \d+ patients, so it cannot give 900"):
-        opened("csv", write(tmp_path), train_samples=900)
+        open_set("csv", write(tmp_path), train_samples=900)
 
 
 def test_another_patient_in_the_file_changes_no_draw(tmp_path):
@@ -86,7 +86,7 @@ def test_another_patient_in_the_file_changes_no_draw(tmp_path):
     settings = {"clients": 1, "options": {"validation_share": 0}}
 
     def kept():
-        data = limited(opened("csv", path, **settings), 2, seed=0)
+        data = limited(open_set("csv", path, **settings), 2, seed=0)
         return [name for name in data.clients[0].ids if name != "new.png"]
 
     before = kept()
@@ -99,7 +99,7 @@ def test_another_patient_in_the_file_changes_no_draw(tmp_path):
 
 
 def test_tiles_of_a_patient(tmp_path):
-    data = opened("segmentation", write(tmp_path), options={"tile": 4})
+    data = open_set("segmentation", write(tmp_path), options={"tile": 4})
     assert len(data.tests[""]) == 6 * EACH * 4
     apart = hold_out(data, held_out=None, share=0.2, seed=0)
     assert_apart(*apart.clients, *apart.client_tests)
@@ -108,30 +108,30 @@ def test_tiles_of_a_patient(tmp_path):
 
 @pytest.mark.parametrize("column", ["subject_id", "Patient ID", "patient_id", "PatientID", "patient"])
 def test_what_the_column_is_called(column, tmp_path):
-    data = opened("csv", write(tmp_path, column))
+    data = open_set("csv", write(tmp_path, column))
     assert_apart(*data.clients, data.validation, data.tests[""])
 
 
 @pytest.mark.parametrize("column", ["subject", "other"])
 def test_other_columns_say_nothing_of_patients(column, tmp_path):
     """What an image is about is a subject too."""
-    data = opened("csv", write(tmp_path, column))
+    data = open_set("csv", write(tmp_path, column))
     assert data.clients[0].patients is None
     assert len(data.tests[""]) == 30
     assert people(data.tests[""]) & people(data.clients[0])
 
 
 def test_images_of_nobody_named_are_apart(tmp_path):
-    data = opened("csv", write(tmp_path, owner=lambda i: "" if i % 30 > 9 else i % 30))
+    data = open_set("csv", write(tmp_path, owner=lambda i: "" if i % 30 > 9 else i % 30))
     named = [{person for person in people(split) if person < 10} for split in (*data.clients, data.tests[""])]
     assert sum(map(len, named)) == len(set.union(*named))
     assert len(people(data.tests[""]) & people(data.clients[0])) > 3
 
 
 def test_a_column_without_names_changes_nothing(tmp_path):
-    empty = opened("csv", write(tmp_path, owner=lambda i: ""), seed=3)
-    none = opened("csv", write(tmp_path, "other", owner=lambda i: ""), seed=3)
-    alone = opened("csv", write(tmp_path, owner=lambda i: i), seed=3)  # a patient for every image
+    empty = open_set("csv", write(tmp_path, owner=lambda i: ""), seed=3)
+    none = open_set("csv", write(tmp_path, "other", owner=lambda i: ""), seed=3)
+    alone = open_set("csv", write(tmp_path, owner=lambda i: i), seed=3)  # a patient for every image
     for data in (empty, alone):
         assert [split.ids for split in data.clients] == [split.ids for split in none.clients]
         assert data.tests[""].ids == none.tests[""].ids
@@ -144,7 +144,7 @@ def test_the_tables_own_clients_and_splits_are_kept(tmp_path):
         return f",{'AB'[i // 75]},{'test' if i % 10 == 9 else 'train'}"
 
     path = write(tmp_path, header=",client,split", cell=where)
-    data = opened("pairs", path, clients=2, partition="attribute")
+    data = open_set("pairs", path, clients=2, partition="attribute")
     assert set(data.tests[""].ids) == {f"{i}.png" for i in range(150) if i % 10 == 9}
     for split, own in zip(data.clients, (range(75), range(75, 150)), strict=True):
         assert {int(name.removesuffix(".png")) for name in split.ids} <= set(own)
@@ -187,20 +187,20 @@ def test_an_image_of_two_patients(tmp_path):
     with pytest.raises(
         UserError, match=r"the image 3\.png belongs to two patients, 3 \(line 5\) and 17 \(line 152\); name one"
     ):
-        opened("pairs", path)
+        open_set("pairs", path)
 
 
 def test_too_few_patients_are_named(tmp_path):
     with pytest.raises(UserError, match="1 patients are too few to hold some out as test set"):
-        opened("csv", write(tmp_path, owner=lambda i: 7))
-    few = opened("csv", write(tmp_path, owner=lambda i: i % 6), clients=2)
+        open_set("csv", write(tmp_path, owner=lambda i: 7))
+    few = open_set("csv", write(tmp_path, owner=lambda i: i % 6), clients=2)
     with pytest.raises(UserError, match=r"Client 0 has \d patients, too few for a test set of its own"):
         hold_out(few, held_out=None, share=0.2, seed=0)
 
 
 @pytest.mark.parametrize(("patients", "share", "held"), [(30, 0.2, 1), (30, 0.05, 1), (30, 0, 0), (1, 0.5, 0)])
 def test_fediods_teachers_are_judged_on_patients_that_they_do_not_know(patients, share, held, tmp_path):
-    data = opened("csv", write(tmp_path))
+    data = open_set("csv", write(tmp_path))
     own = data.clients[0]
     own = own.subset(torch.nonzero(own.patients == own.patients[0])[:, 0]) if patients == 1 else own
     bench = RunContext(RunConfig.make("fediod", data="csv", clients=1), replace(data, clients=(own,)))
@@ -213,7 +213,7 @@ def test_fediods_teachers_are_judged_on_patients_that_they_do_not_know(patients,
 
 @pytest.mark.parametrize("loss_share", [0.1, 0.4])
 def test_losses_are_taken_on_patients_that_are_not_trained_on(loss_share, tmp_path):
-    data = opened("pairs", write(tmp_path))
+    data = open_set("pairs", write(tmp_path))
     options = {"loss_share": loss_share}
     bench = RunContext(RunConfig.make("feddra", data="pairs", clients=3, width=4, options=options), data)
     method = FedDRA(FedDRA.Options.parse(options))

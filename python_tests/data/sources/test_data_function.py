@@ -74,6 +74,12 @@ def registered(registries):
     return register_data
 
 
+def register_own(function, **settings):
+    """Register a function without a description as the data set "own"."""
+    function.__doc__ = "A source."
+    register_data("own", **settings)(function)
+
+
 def test_a_source_is_shared_out_like_fedkerns_own(registered):
     seen = {}
 
@@ -104,21 +110,13 @@ def test_a_source_is_shared_out_like_fedkerns_own(registered):
     ],
 )
 def test_options_are_checked(registered, options, message):
-    @registered("own")
-    def own(noise=0.5, size=SIDE):
-        """A source."""
-        return source()
-
+    register_own(lambda noise=0.5, size=SIDE: source())
     with pytest.raises(UserError, match=message):
         load("own", options=options)
 
 
 def test_federated_data_keep_their_clients(registered):
-    @registered("own")
-    def own():
-        """Three clients."""
-        return federated()
-
+    register_own(lambda: federated())
     data = load("own", options={"test_samples": 6, "validation_samples": 4, "backdoor_clients": 1})
     assert (data.name, data.client_sizes, len(data.validation)) == ("own", (10, 11, 12), 4)
     assert set(data.tests) == {"", "backdoor"}
@@ -145,11 +143,7 @@ def test_a_function_may_take_clients_partition_and_seed(registered):
 
 
 def test_a_function_that_makes_another_number_of_clients_is_told(registered):
-    @registered("own", clients=2, partition="iid")
-    def own(clients):
-        """Always three."""
-        return federated(3)
-
+    register_own(lambda clients: federated(3), clients=2, partition="iid")
     with pytest.raises(UserError, match="has 3 clients, not 2"):
         load("own")
 
@@ -175,12 +169,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
-def test_what_a_function_gets_wrong_is_one_sentence(registered, make, message):
-    @registered("own")
-    def own():
-        """Something."""
-        return make()
-
+def test_what_a_function_gets_wrong_is_one_sentence(registered, make, message, **settings):
+    register_own(lambda: make(), **settings)
     with pytest.raises(UserError, match=message) as told:
         load("own")
     assert "\n" not in str(told.value)
@@ -190,11 +180,7 @@ def test_a_registered_task_is_that_of_labels_which_can_have_it(registered, monke
     other = type("Other", (type(CLASSIFICATION),), {"name": "other"})()
     monkeypatch.setitem(TASKS, "other", other)
 
-    @registered("own", clients=2, task="other")
-    def own():
-        """A source."""
-        return source()
-
+    register_own(lambda: source(), clients=2, task="other")
     data = load("own")
     assert all(split.task is other for split in (*data.clients, data.validation, data.tests[""]))
 
@@ -212,11 +198,7 @@ def several(count=N, classes=2, **changed):
 
 
 def test_several_labels_an_image(registered):
-    @registered("own", clients=4, task="multilabel")
-    def own():
-        """A source."""
-        return several()
-
+    register_own(lambda: several(), clients=4, task="multilabel")
     data = load("own")
     assert (data.task.name, data.statistics.partition, data.client_sizes) == ("multilabel", "iid", (10, 10, 10, 10))
     assert data.tests[""].labels.tolist() == label_sets(N).tolist()
@@ -249,13 +231,7 @@ WRONG_SETS = {
 
 @pytest.mark.parametrize(("make", "message"), WRONG_SETS.values(), ids=WRONG_SETS)
 def test_wrong_sets_of_labels_are_one_sentence(registered, make, message):
-    @registered("own", task="multilabel")
-    def own():
-        """Something."""
-        return make()
-
-    with pytest.raises(UserError, match=message):
-        load("own")
+    test_what_a_function_gets_wrong_is_one_sentence(registered, make, message, task="multilabel")
 
 
 def test_registering_wrongly(registered):

@@ -23,7 +23,7 @@ def every_split(data):
     return [*data.clients, data.validation, *data.tests.values()]
 
 
-def opened(name, root, clients=2, partition="iid", **options):
+def open_set(name, root, clients=2, partition="iid", **options):
     return load(name, root=root, clients=clients, partition=partition, options={"size": 16, **options})
 
 
@@ -31,7 +31,7 @@ def test_proportions_are_kept(tmp_path):
     for i in range(8):
         picture(tmp_path / f"{i}.png", 200, size=(40, 20))
         (tmp_path / f"{i}.txt").write_text(f"number {i}")
-    image = opened("pairs", tmp_path).clients[0].images[0, 0]
+    image = open_set("pairs", tmp_path).clients[0].images[0, 0]
     assert int(image[:4].max()) == int(image[12:].max()) == 0
     assert int(image[4:12].min()) == 200
 
@@ -68,7 +68,7 @@ def test_a_window_is_no_larger_than_the_image(tmp_path):
     picture(tmp_path / "a.png", 1)
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(UserError, match='data set "pairs": crop is 32, more than size, 16'):
-        opened("pairs", tmp_path, crop=32)
+        open_set("pairs", tmp_path, crop=32)
     config = RunConfig.make("feddra", data="captions", augment="window", train_samples=24)
     with pytest.raises(UserError, match=r"--augment window draws the place of a window .* crop=N"):
         run(config, out=tmp_path / "run")
@@ -87,7 +87,7 @@ def test_folders_of_pairs(tmp_path, splits, labels):
                 path = tmp_path / split / label / f"{i}.png"
                 picture(path, i)
                 path.with_suffix(".txt").write_text(f" {split} {label}\n {i} ")
-    data = opened("pairs", tmp_path)
+    data = open_set("pairs", tmp_path)
     assert data.classes == (("any",) if labels == ("",) else labels)
     texts = []
     for split in every_split(data):
@@ -105,7 +105,7 @@ def test_an_image_with_several_captions_stays_in_one_split(tmp_path):
         picture(tmp_path / f"{i}.png", i)
         lines += [f"{i}.png,caption {i} {c},{'ab'[i % 2]}" for c in range(3)]
     (tmp_path / "captions.csv").write_text("\n".join(lines))
-    data = opened("pairs", tmp_path)
+    data = open_set("pairs", tmp_path)
     held = [set(data.tests[""].ids), set(data.validation.ids), set(data.clients[0].ids) | set(data.clients[1].ids)]
     assert sum(map(len, held)) == len(set.union(*held)) == 20
     assert len(data.tests[""]) == 3 * len(held[0]) == 12
@@ -128,7 +128,7 @@ def test_wrong_pairs(tmp_path, change, words):
         (tmp_path / f"{i}.txt").write_text("words")
     change(tmp_path)
     with pytest.raises(UserError, match=words):
-        opened("pairs", tmp_path)
+        open_set("pairs", tmp_path)
 
 
 def test_stratified_shares_are_equal():

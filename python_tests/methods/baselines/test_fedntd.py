@@ -10,25 +10,15 @@ from torch.nn.functional import cross_entropy
 from fedkern.engine.run import run
 from fedkern.methods import Batch, FedNTD, Phase
 from fedkern.methods.baselines.fedntd import not_true
+from python_tests.methods.proxies import Fixed
 from python_tests.saved_network import same_network
 
 PHASE = Phase(1, "train", "update")
 
 
-class Logits(torch.nn.Module):
-    """A network that answers with its own logits."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = torch.nn.Parameter(logits)
-
-    def forward(self, images):
-        return self.logits
-
-
 def parts(beta, temperature, local, glob, labels):
     n = len(labels)
-    received = types.SimpleNamespace(message={}, model=Logits(glob), round_cache={}, samples=n, epochs=1, phase=PHASE)
+    received = types.SimpleNamespace(message={}, model=Fixed(glob), round_cache={}, samples=n, epochs=1, phase=PHASE)
     batch = Batch(torch.zeros(n, 3, 4, 4), labels, np.arange(n), PHASE)
     method = FedNTD(FedNTD.Options(beta=beta, temperature=temperature))
     batch.drawn = method.prepare(local, batch, received)
@@ -40,7 +30,7 @@ def test_loss_is_the_published_one(beta, temperature):
     g = torch.Generator().manual_seed(3)
     own, glob = (3 * torch.randn(7, 5, generator=g, dtype=torch.float64) for _ in range(2))
     labels = torch.tensor([0, 1, 2, 3, 4, 0, 2])
-    local = Logits(own)
+    local = Fixed(own)
     loss, seen = parts(beta, temperature, local, glob, labels)
     loss.backward()
 
@@ -60,11 +50,11 @@ def test_loss_is_the_published_one(beta, temperature):
 
 def test_the_true_class_is_left_to_the_labels():
     own, glob, labels = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([5, 0, 3, 3])
-    local = Logits(own)
+    local = Fixed(own)
     loss, seen = parts(1.0, 1.0, local, glob, labels)
     moved = own.clone()
     moved[torch.arange(4), labels] += 10
-    torch.testing.assert_close(parts(1.0, 1.0, Logits(moved), glob, labels)[1]["loss_ntd"], seen["loss_ntd"])
+    torch.testing.assert_close(parts(1.0, 1.0, Fixed(moved), glob, labels)[1]["loss_ntd"], seen["loss_ntd"])
     (loss - cross_entropy(local.logits, labels)).backward()
     torch.testing.assert_close(local.logits.grad[torch.arange(4), labels], torch.zeros(4), atol=1e-7, rtol=0)
     assert (not_true(own, labels) == -torch.inf).sum() == 4
@@ -73,7 +63,7 @@ def test_the_true_class_is_left_to_the_labels():
 def test_nothing_to_distil_where_the_models_agree():
     logits, labels = torch.randn(4, 6), torch.tensor([5, 0, 3, 3])
     shifted = logits + torch.tensor([[1.0], [-3.0], [0.0], [7.0]])
-    assert float(parts(1.0, 1.0, Logits(logits), shifted, labels)[1]["loss_ntd"]) < 1e-6
+    assert float(parts(1.0, 1.0, Fixed(logits), shifted, labels)[1]["loss_ntd"]) < 1e-6
 
 
 def test_beta_zero_is_fedavg_bit_for_bit_and_bytes_never_differ(make_data, make_config, tmp_path):
