@@ -34,6 +34,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """Restore torch's number of threads where a test has set another."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture
 def cache_bytes() -> Iterator[Callable[[int], None]]:
     """Sets what the core takes for the size of the last-level cache."""

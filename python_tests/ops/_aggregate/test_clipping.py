@@ -154,15 +154,11 @@ def test_noise_does_not_depend_on_the_grouping(backend: str) -> None:
 def test_same_bits_for_every_isa_and_thread_count() -> None:
     vectors = torch.randn(3, 100_001, generator=torch.Generator().manual_seed(0))
     runs = []
-    before = torch.get_num_threads()
-    try:
-        for name, threads in [(name, 1) for name in KERNELS] + [(KERNELS[-1], 2)]:
-            torch.set_num_threads(threads)
-            with using(name):
-                # The norm is a sum, whose order is the ISA level's; a bound that is not reached leaves it out.
-                runs.append(clip_and_noise(vectors, 1e4, 1e-4, 3))
-    finally:
-        torch.set_num_threads(before)
+    for name, threads in [(name, 1) for name in KERNELS] + [(KERNELS[-1], 2)]:
+        torch.set_num_threads(threads)
+        with using(name):
+            # The norm is a sum, whose order is the ISA level's; a bound that is not reached leaves it out.
+            runs.append(clip_and_noise(vectors, 1e4, 1e-4, 3))
     assert all(torch.equal(run, runs[0]) for run in runs[1:])
 
 

@@ -182,22 +182,18 @@ def test_only_the_gradients_that_are_asked_for(
     ("side", "shape"), [(3, (3, 8, 32, 32)), (3, (8, 24, 9, 13)), (3, (32, 64, 16, 16)), (1, (16, 32, 16, 16))]
 )
 def test_bits_do_not_depend_on_threads(name: str, side: int, shape: tuple[int, int, int, int]) -> None:
-    before = torch.get_num_threads()
-    try:
-        ends = ((2, False, {}), (1, True, {}), (1, True, {"training": False}), (2, False, {"groups": 4}))
-        for pool, residual, norm in (*ends, (1, True, {"groups": 4})):
-            given = arguments(37, *shape, residual=residual, grouped="groups" in norm, side=side)
-            settings = {"pool": pool, **norm}
-            grad = grad_for(given, **settings)
-            found = []
-            for threads in (1, 2, 3, 5):
-                torch.set_num_threads(threads)
-                with using(name):
-                    found.append(results(given, grad, **settings))
-            for got in found[1:]:
-                assert_same(got, found[0])
-    finally:
-        torch.set_num_threads(before)
+    ends = ((2, False, {}), (1, True, {}), (1, True, {"training": False}), (2, False, {"groups": 4}))
+    for pool, residual, norm in (*ends, (1, True, {"groups": 4})):
+        given = arguments(37, *shape, residual=residual, grouped="groups" in norm, side=side)
+        settings = {"pool": pool, **norm}
+        grad = grad_for(given, **settings)
+        found = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            with using(name):
+                found.append(results(given, grad, **settings))
+        for got in found[1:]:
+            assert_same(got, found[0])
 
 
 @each_kernel
@@ -205,15 +201,11 @@ def test_bits_do_not_depend_on_how_many_sums_of_wide_weights_are_held(name: str)
     """Partial sums of 8 MB, of which one thread holds one beside the total, and five threads all four."""
     given = arguments(32, 256, 528, 5, 6)
     grad, found = torch.randn(32, 528, 5, 6).contiguous(memory_format=LAST), []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 5):
-            torch.set_num_threads(threads)
-            with using(name):
-                assert serving(**given) is not None
-                found.append(results(given, grad))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 5):
+        torch.set_num_threads(threads)
+        with using(name):
+            assert serving(**given) is not None
+            found.append(results(given, grad))
     assert_same(*found)
 
 

@@ -91,7 +91,6 @@ def test_too_little_memory_is_an_error_and_no_end_of_the_process(threads: int) -
 
 
 def test_denormals_are_flushed_on_every_thread_or_on_none() -> None:
-    before = torch.get_num_threads()
     vectors = torch.full((4, 1 << 22), 1e-40)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor does not flush denormals")
@@ -104,7 +103,6 @@ def test_denormals_are_flushed_on_every_thread_or_on_none() -> None:
                 results[flushes] = [ops.weighted_mean(vectors, [1.0] * 4) for _ in range(5)]
     finally:
         torch.set_flush_denormal(False)
-        torch.set_num_threads(before)
     for flushes, means in results.items():
         for mean in means:
             assert int(mean.view(torch.int32).count_nonzero()) == (0 if flushes else 1 << 22)

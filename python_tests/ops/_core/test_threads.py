@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,13 +13,6 @@ from python_tests.ops.operator_cases import KERNELS, using
 
 SUMMED_BY_TORCH = {"weighted_mean", "weighted_mean list"}  # the gradients of their weights are
 SAME_AT_EVERY_LEVEL = {"blend", "fuse_concat", "fuse_mean", "weighted_mean", "trimmed_mean", "median"}
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.exhaustive
