@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fedkern.engine.run import run
+from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
 from fedkern.usercode import plugins
 from python_tests.interrupted import Kill, KillAt
@@ -26,7 +27,17 @@ class Mine(FedAvg):
 '''
 
 
-class Marked:
+class Executed:
+    """A plugin that writes a line into ``marker`` whenever it is executed."""
+
+    marker: Path
+
+    @property
+    def runs(self) -> int:
+        return len(self.marker.read_text().splitlines()) if self.marker.exists() else 0
+
+
+class Marked(Executed):
     """A file that registers a method, and says how often it was executed."""
 
     def __init__(self, folder: Path, name: str = "mine") -> None:
@@ -36,10 +47,6 @@ class Marked:
 
     def change(self) -> None:
         self.path.write_text(self.path.read_text() + "# changed\n")
-
-    @property
-    def runs(self) -> int:
-        return len(self.marker.read_text().splitlines()) if self.marker.exists() else 0
 
 
 SETTINGS = {"train_samples": 40, "clients": 2, "local_epochs": 1, "threads": 1, "width": 4, "grad_cam": 0,
@@ -52,6 +59,22 @@ def begin(path: Path, out: Path) -> None:
     with pytest.raises(Kill):
         run(config, out=out, listener=KillAt("round", 1))
     unload_all()
+
+
+def check_refused(
+    fails: Callable[..., str], folder: Path, commands: list[list[str]], parts: tuple[str, ...],
+    readers: tuple[Callable[[Path], object], ...] = (),
+) -> None:  # fmt: skip
+    """Check that commands end in a sentence with these parts, that readers raise, and that the folder stays."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for words in commands:
+        sentence = fails(*words)
+        for part in parts:
+            assert part in sentence
+    for read in readers:
+        with pytest.raises(UserError):
+            read(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def unload_all() -> None:

@@ -17,7 +17,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.usercode import plugin_files, plugins
 from fedkern.usercode.identity import content_hash
-from python_tests.plugin_sources import begin, plugged, unload_all  # noqa: F401
+from python_tests.plugin_sources import Executed, begin, check_refused, plugged, unload_all  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("plugged")
 
@@ -38,7 +38,7 @@ WEIGHTS = {weights}
 """
 
 
-class Pair:
+class Pair(Executed):
     """A plugin and the module that it imports, which says how often it was executed."""
 
     def __init__(self, folder: Path) -> None:
@@ -49,10 +49,6 @@ class Pair:
 
     def write(self, weights: int) -> None:
         self.helpers.write_text(HELPERS.format(marker=str(self.marker), weights=weights))
-
-    @property
-    def runs(self) -> int:
-        return len(self.marker.read_text().splitlines()) if self.marker.exists() else 0
 
 
 @pytest.fixture
@@ -69,14 +65,9 @@ def begun(pair, tmp_path):
     return out
 
 
-def untouched(fails, begun, pair, *parts):
-    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
-    for words in (["--resume", str(begun)], ["attack", str(begun)]):
-        sentence = fails(*words)
-        for part in parts:
-            assert part in sentence
+def check_untouched(fails, begun, pair, *parts):
+    check_refused(fails, begun, [["--resume", str(begun)], ["attack", str(begun)]], parts)
     assert pair.runs == 1
-    assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
 
 
 # -- what a folder executes --------------------------------------------------------------------------------------------
@@ -93,7 +84,7 @@ def test_an_unchanged_neighbour_goes_on(result, begun, pair):
 
 def test_a_changed_neighbour_is_not_executed_unless_the_plugin_is_given_again(fails, result, begun, pair):
     pair.write(20)
-    untouched(fails, begun, pair, f"The plugin {pair.path} has changed since", f"`{pair.helpers}` changed",
+    check_untouched(fails, begun, pair, f"The plugin {pair.path} has changed since", f"`{pair.helpers}` changed",
               f"--plugin {pair.path}")  # fmt: skip
     result("--resume", str(begun), "--plugin", str(pair.path), "--quiet")
     assert pair.runs == 2
@@ -103,12 +94,12 @@ def test_a_changed_neighbour_is_not_executed_unless_the_plugin_is_given_again(fa
 
 def test_a_neighbour_that_is_gone_or_new_is_a_change(fails, begun, pair):
     kept = pair.helpers.rename(pair.helpers.with_suffix(".txt"))
-    untouched(fails, begun, pair, "has changed since", f"`{pair.helpers}` is gone")
+    check_untouched(fails, begun, pair, "has changed since", f"`{pair.helpers}` is gone")
     kept.rename(pair.helpers)
     package = pair.helpers.with_suffix("")
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit\n")
-    untouched(fails, begun, pair, f"`{package / '__init__.py'}` is new")
+    check_untouched(fails, begun, pair, f"`{package / '__init__.py'}` is new")
 
 
 def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, begun, pair):
@@ -124,7 +115,7 @@ def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, begun, pair):
     ):
         text = config.read_text()
         config.write_text(text.replace(whole, other))
-        untouched(fails, begun, pair, said)
+        check_untouched(fails, begun, pair, said)
         config.write_text(text)
 
 
@@ -239,7 +230,7 @@ def test_a_neighbour_that_cannot_be_read_leaves_nothing_registered(pair, monkeyp
 
 def test_a_stored_identity_without_its_plugin_is_not_there(fails, begun, pair):
     pair.path.unlink()
-    untouched(fails, begun, pair, "needs a plugin that is not there")
+    check_untouched(fails, begun, pair, "needs a plugin that is not there")
 
 
 @pytest.mark.parametrize("name", ["helpers_of_a_test.abi3.so", "helpers_of_a_test/__init__.py"])

@@ -19,7 +19,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.usercode import plugins
 from python_tests.interrupted import outcome
-from python_tests.plugin_sources import EXAMPLES, SETTINGS, Marked, begin, plugged, unload_all  # noqa: F401
+from python_tests.plugin_sources import EXAMPLES, SETTINGS, Marked, begin, check_refused, plugged, unload_all  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("plugged")
 
@@ -140,23 +140,16 @@ def test_a_killed_run_goes_on_with_its_plugin(result, begun, marked, tmp_path):
 # -- what no run folder executes ---------------------------------------------------------------------------------------
 
 
-def untouched(fails, begun, marked, runs, *parts):
+def check_untouched(fails, begun, marked, runs, *parts):
     """Every command ends in one sentence, executes nothing and leaves the folder as it is."""
-    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
-    for words in (["--resume", str(begun)], ["--resume", str(begun), "mine"], ["attack", str(begun)]):
-        sentence = fails(*words)
-        for part in parts:
-            assert part in sentence
-    for look in (load_settings, attack):
-        with pytest.raises(UserError):
-            look(begun)
+    commands = [["--resume", str(begun)], ["--resume", str(begun), "mine"], ["attack", str(begun)]]
+    check_refused(fails, begun, commands, parts, readers=(load_settings, attack))
     assert marked.runs == runs
-    assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
 
 
 def test_a_changed_plugin_is_not_executed_unless_given_again(fails, result, begun, marked):
     marked.change()
-    untouched(fails, begun, marked, 1, f"The plugin {marked.path} has changed since", f"--plugin {marked.path}")
+    check_untouched(fails, begun, marked, 1, f"The plugin {marked.path} has changed since", f"--plugin {marked.path}")
     result("--resume", str(begun), "--plugin", str(marked.path), "--quiet")
     assert marked.runs == 2
     summary = json.loads((begun / "summary.json").read_text())
@@ -167,7 +160,7 @@ def test_a_folder_from_elsewhere_executes_nothing_unless_the_plugin_is_given(
     fails, result, begun, marked, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache of somebody else"))
-    untouched(fails, begun, marked, 1, "names code to run", f"--plugin {marked.path}")
+    check_untouched(fails, begun, marked, 1, "names code to run", f"--plugin {marked.path}")
     result("--resume", str(begun), "--plugin", str(marked.path), "--quiet")
     assert marked.runs == 2
     unload_all()
@@ -180,7 +173,7 @@ def test_a_folder_from_elsewhere_executes_nothing_unless_the_plugin_is_given(
 
 def test_a_plugin_that_another_user_has_run_is_not_trusted(fails, begun, marked, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 12345)
-    untouched(fails, begun, marked, 1, "names code to run")
+    check_untouched(fails, begun, marked, 1, "names code to run")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -188,7 +181,7 @@ def test_a_plugin_that_is_gone_or_has_moved(fails, result, begun, marked, tmp_pa
     moved = tmp_path / "elsewhere" / "marked.py"
     moved.parent.mkdir()
     shutil.move(marked.path, moved)
-    untouched(fails, begun, marked, 1, "needs a plugin that is not there", "give it again with --plugin")
+    check_untouched(fails, begun, marked, 1, "needs a plugin that is not there", "give it again with --plugin")
     result("--resume", str(begun), "--plugin", str(moved), "--quiet")
     assert marked.runs == 2
 

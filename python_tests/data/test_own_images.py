@@ -454,15 +454,14 @@ def test_a_run_on_ones_own_masks(tmp_path):
     write_pairs(tmp_path / "data", images=14)
     settings = {
         "data_options": {"size": 16},
-        "model": "unet-small",
         "width": 2,
         "rounds": 1,
         "clients": 2,
         "threads": 1,
+        "model": "unet-small",
     }
-    config = RunConfig.make(
-        "fedavg", data="segmentation", data_root=str(tmp_path / "data"), augment="crop-flip", **settings
-    )
+    root = str(tmp_path / "data")
+    config = RunConfig.make("fedavg", data="segmentation", data_root=root, augment="crop-flip", **settings)
     metrics = run(config, out=tmp_path / "run")["metrics"]
     assert {"dice", "iou", "hd95", "loss"} <= set(metrics)
     assert "accuracy" not in metrics

@@ -350,40 +350,35 @@ def remove(folder):
     folder.rmdir()
 
 
+WHOLE, SPLIT = ("",), ("train", "test")
+
+
 @pytest.mark.parametrize(
     ("splits", "change", "words"),
     [
-        (("",), lambda t: picture(t / "Bonn" / "x.png", 1), "Bonn holds images and .*Aachen holds folders of images"),
-        (("",), lambda t: (t / "Dorf").mkdir(), "Aachen is laid out as a site and .*Dorf beside it is not"),
-        (("",), lambda t: [remove(t / name) for name in SITES[1:]], "holds the single site Aachen; name .*--data-root"),
+        (WHOLE, lambda t: picture(t / "Bonn" / "x.png", 1), "Bonn holds images and .*Aachen holds folders of images"),
+        (WHOLE, lambda t: (t / "Dorf").mkdir(), "Aachen is laid out as a site and .*Dorf beside it is not"),
+        (WHOLE, lambda t: [remove(t / name) for name in SITES[1:]], "holds the single site Aachen; name .*--data-root"),
+        (SPLIT, lambda t: remove(t / "Bonn" / "test"), "Bonn has a folder train, but no folder test"),
         (
-            ("train", "test"),
-            lambda t: remove(t / "Bonn" / "test"),
-            "Bonn has a folder train, but no folder test",
-        ),
-        (
-            ("train", "test"),
+            SPLIT,
             lambda t: picture(t / "Bonn" / "val" / "cat" / "0.png", 1),
             "the site Bonn has a folder val and the site Aachen has none for that split",
         ),
         (
-            ("train", "test"),
+            SPLIT,
             lambda t: [remove(t / "Bonn" / "test"), remove(t / "Bonn" / "train"), picture(t / "Bonn/cat/0.png", 1)],
             "the site Aachen has a folder t.* and the site Bonn has none",
         ),
         (
-            ("train", "test"),
+            SPLIT,
             lambda t: [path.unlink() for path in (t / "Bonn" / "test").rglob("*.png")],
             "the site Bonn has no image in .*Bonn/test",
         ),
+        (SPLIT, lambda t: picture(t / "Bonn/test/cow/0.png", 1), "Bonn/test/cow is a class that no site"),
+        (WHOLE, lambda t: [(t / s / "emu").mkdir() for s in SITES], "no site has a training image of the class emu"),
         (
-            ("train", "test"),
-            lambda t: picture(t / "Bonn/test/cow/0.png", 1),
-            "Bonn/test/cow is a class that no site",
-        ),
-        (("",), lambda t: [(t / s / "emu").mkdir() for s in SITES], "no site has a training image of the class emu"),
-        (
-            ("",),
+            WHOLE,
             lambda t: [(t / s / c).rename(t / s / f"{c}{s}") for s in SITES for c in ("cat", "dog")],
             "no two of the folders Aachen, Bonn, Celle in .* have a class in common",
         ),

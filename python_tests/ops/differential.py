@@ -273,9 +273,7 @@ def kl_div_case(draw: st.DrawFn) -> Case:
     shape = draw(rows())
     weight = draw(st.sampled_from([None, [shape[0]], [shape[0], *shape[2:]]]))
     return {
-        "student": draw(tensor(shape, values=LOGITS)),
-        "teacher": draw(tensor(shape, values=LOGITS)),
-        "third": draw(tensor(shape, values=LOGITS)),
+        **{name: draw(tensor(shape, values=LOGITS)) for name in ("student", "teacher", "third")},
         "weight": weight and draw(tensor(weight, values="weights")),
         "mask": draw(st.sampled_from([0.0, 0.3])),
         "temperature": draw(TEMPERATURES),
@@ -395,17 +393,8 @@ def check_ensemble_kl(case: Case) -> None:
         known = torch.rand(K, C, generator=torch.Generator().manual_seed(3)) < 0.7
     T, mix, mode, reduction = case["temperature"], case["mix"], case["mode"], case["reduction"]
     s, t, w = exact(student), exact(teachers), exact(weights)
-    got = ops.ensemble_kl(
-        student,
-        teachers,
-        weights,
-        T,
-        mix=mix,
-        mode=mode,
-        class_mask=known,
-        log_probs=case["log_probs"],
-        reduction=reduction,
-    )
+    settings = {name: case[name] for name in ("mix", "mode", "log_probs", "reduction")}
+    got = ops.ensemble_kl(student, teachers, weights, T, class_mask=known, **settings)
     assert got.dtype == promoted(student, teachers)
     W = shares(w, t.shape, known)
     if mode == "mean_of_kl":
@@ -706,6 +695,11 @@ def weights_of(case: Case) -> tuple[Any, Tensor, Tensor | None]:
     return given, torch.tensor(values, dtype=torch.float64), None
 
 
+def _robust_bound(wide: Tensor) -> dict[str, float]:
+    largest = float(wide.detach().abs().max()) if wide.numel() else 1.0
+    return {"relative": 1e-6, "absolute": 1e-7 * max(1.0, largest)}
+
+
 @st.composite
 def mean_case(draw: st.DrawFn) -> Case:
     case = draw(vectors_case(grad=True))
@@ -746,7 +740,6 @@ def check_accumulator(case: Case) -> None:
     _, w, _ = weights_of(case)
     rows = leaves[0][0].detach() if case["stacked"] else [pair[0].detach() for pair in leaves]
     expected = (w[:, None] * wide).sum(0).detach() / w.detach().sum()
-    largest = float(wide.detach().abs().max()) if wide.numel() else 1.0
     results = []
     for kept in (False, True):
         total = ops.Accumulator(wide.shape[1], exact=kept)
@@ -755,7 +748,7 @@ def check_accumulator(case: Case) -> None:
             total.add(rows[m], float(w[m]))
         results.append(total.mean())
     for got in results:
-        assert_close("mean", got, expected, relative=1e-6, absolute=1e-7 * max(1.0, largest))
+        assert_close("mean", got, expected, **_robust_bound(wide))
 
 
 RULES = st.sampled_from(["mean", "momentum", "adam", "yogi", "adagrad"])
@@ -834,11 +827,6 @@ def trimmed_case(draw: st.DrawFn) -> Case:
     case = draw(vectors_case())
     M = case["vectors"][0]["shape"][0] if case["stacked"] else len(case["vectors"])
     return {**case, "trim": draw(st.integers(0, (M - 1) // 2)), "weighted": draw(st.booleans())}
-
-
-def _robust_bound(wide: Tensor) -> dict[str, float]:
-    largest = float(wide.detach().abs().max()) if wide.numel() else 1.0
-    return {"relative": 1e-6, "absolute": 1e-7 * max(1.0, largest)}
 
 
 def check_trimmed_mean(case: Case) -> None:
@@ -1155,13 +1143,11 @@ def conv_case(draw: st.DrawFn) -> Case:
     return {
         "x": {**draw(tensor(shape, dtype)), "layout": draw(last)},
         "weight": draw(tensor([out, shape[1], 3, 3], dtype)),
-        "scale": draw(tensor([out], dtype)),
-        "shift": draw(tensor([out], dtype)),
+        **{name: draw(tensor([out], dtype)) for name in ("scale", "shift", "bias")},
         "mean": draw(tensor([out], dtype, grad=False)),
         "variance": draw(tensor([out], dtype, "positive", grad=False)),
         "statistics": not groups and (not training or draw(st.booleans())),
         "groups": groups,
-        "bias": draw(tensor([out], dtype)),
         "biased": groups > 0 and draw(st.booleans()),
         "residual": {**draw(tensor([shape[0], out, *rows], dtype)), "layout": draw(last)},
         "added": draw(st.booleans()),

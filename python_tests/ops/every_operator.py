@@ -282,4 +282,5 @@ def _each(operators: Sequence[Operator]) -> pytest.MarkDecorator:
 
 
 each_operator = _each(OPERATORS)
+each_differentiable = _each([o for o in OPERATORS if o.gradient])
 each_gpu_operator = _each([o for o in OPERATORS if not o.only_cpu])

@@ -539,6 +539,20 @@ def _optimiser(rule: str, module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.1)
 
 
+def train_both(rule: str, flat: FlatParameters, plain: nn.Module, *, unused: bool = False) -> None:
+    """Take three steps with each, after the first of the convolution alone where the others are ``unused``."""
+    optimiser, gradients = _optimiser(rule, plain), flat.gradients()
+    moments = torch.zeros_like(gradients), torch.zeros_like(gradients)
+    for number in (1, 2, 3):
+        gradients.zero_()
+        optimiser.zero_grad(set_to_none=not unused)
+        for own in (plain, flat.module):
+            used = own.conv if unused and number > 1 else own
+            used(batch()).square().mean().backward()
+        _step(rule, flat, gradients, moments, number)
+        optimiser.step()
+
+
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 @pytest.mark.parametrize("frozen", [["conv.weight"], ["norm.weight", "norm.bias"], ["encode.weight"], []])
 def test_steps_leave_frozen_parameters(rule: str, frozen: list[str]) -> None:
@@ -547,21 +561,13 @@ def test_steps_leave_frozen_parameters(rule: str, frozen: list[str]) -> None:
     for own in (plain, module):
         for name in frozen:
             own.get_parameter(name).requires_grad_(False)
-    flat, optimiser = FlatParameters(module), _optimiser(rule, plain)
-    gradients = flat.gradients()
+    flat = FlatParameters(module)
     trained = [p for p in plain.parameters() if p.requires_grad]
-    assert len(gradients) == len(flat.parameters) == len(laid_out(trained))
+    assert len(flat.gradients()) == len(flat.parameters) == len(laid_out(trained))
     others = [p for p in plain.parameters() if not p.requires_grad]
     assert torch.equal(flat.frozen, laid_out(others))
     assert len(flat.buffers) == len(laid_out(b for b in plain.buffers() if b.is_floating_point()))
-    moments = torch.zeros_like(gradients), torch.zeros_like(gradients)
-    for number in (1, 2, 3):
-        gradients.zero_()
-        optimiser.zero_grad()
-        for own in (plain, module):
-            own(batch()).square().mean().backward()
-        _step(rule, flat, gradients, moments, number)
-        optimiser.step()
+    train_both(rule, flat, plain)
     for (name, got), expected in zip(module.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got, expected)
         assert got.requires_grad or torch.equal(got, net().get_parameter(name))
@@ -632,17 +638,7 @@ def test_what_cannot_lie_apart() -> None:
 def test_steps_take_an_unused_parameter_as_one_of_gradient_zero(rule: str) -> None:
     """As torch.optim after ``zero_grad(set_to_none=False)``: gradients in one vector cannot be missing."""
     plain, module = net(), net()
-    flat, optimiser = FlatParameters(module), _optimiser(rule, plain)
-    gradients = flat.gradients()
-    moments = torch.zeros_like(gradients), torch.zeros_like(gradients)
-    for number in (1, 2, 3):
-        gradients.zero_()
-        optimiser.zero_grad(set_to_none=False)
-        for own in (plain, module):
-            used = own.conv if number > 1 else own
-            used(batch()).square().mean().backward()
-        _step(rule, flat, gradients, moments, number)
-        optimiser.step()
+    train_both(rule, FlatParameters(module), plain, unused=True)
     for got, expected in zip(module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got, expected)
     assert not torch.equal(module.decode.bias, net().decode.bias)

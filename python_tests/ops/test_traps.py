@@ -17,7 +17,14 @@ from fedkern import ops
 from fedkern.ops._core import backend
 from python_tests.ops import every_operator
 from python_tests.ops.emulated_core import emulated
-from python_tests.ops.every_operator import NO_OPERATORS, OPERATORS, UPLOAD_WEIGHTS, Operator, each_operator
+from python_tests.ops.every_operator import (
+    NO_OPERATORS,
+    OPERATORS,
+    UPLOAD_WEIGHTS,
+    Operator,
+    each_differentiable,
+    each_operator,
+)
 from python_tests.ops.operator_cases import BACKENDS, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,11 +198,9 @@ def test_inference_mode(operator: Operator) -> None:
 # --- autograd
 
 
-@each_operator
+@each_differentiable
 def test_gradients_may_be_changed_while_their_graph_is_retained(operator: Operator) -> None:
     """Also where the gradient was taken on the way forward and only waits to be asked for."""
-    if not operator.gradient:
-        return
     inputs = [x.requires_grad_() for x in operator.inputs()]
     results = operator.results(*inputs)
     loss = results[0] if results[0].dim() == 0 else sum(x.sum() for x in results)
@@ -221,11 +226,9 @@ def test_inputs_are_left_alone(operator: Operator) -> None:
         assert torch.equal(x.detach(), kept)
 
 
-@each_operator
+@each_differentiable
 def test_what_changes_before_the_backward_pass(operator: Operator) -> None:
     """The gradients are those of the values that the call has seen, or an error says that they no longer are."""
-    if not operator.gradient:
-        return
 
     def leaves() -> list[Tensor]:
         return [x.clone().requires_grad_() for x in operator.inputs()]
@@ -328,10 +331,8 @@ def test_derivatives_in_every_backend(backend: str, operator: Operator) -> None:
     assert torch.autograd.gradgradcheck(operator.results, inputs, fast_mode=True)
 
 
-@each_operator
+@each_differentiable
 def test_grad_outputs_of_any_layout_many_at_once_and_a_second_backward(operator: Operator) -> None:
-    if not operator.gradient:
-        pytest.skip("has no gradient")
     inputs = [x.requires_grad_() for x in operator.inputs()]
     results = operator.results(*inputs)
     draw = torch.Generator().manual_seed(1)
@@ -458,7 +459,7 @@ def test_compiled_to_one_node_without_recompilation(operator: Operator) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("forced", [None, "reference"])
-@pytest.mark.parametrize("operator", [o for o in OPERATORS if o.gradient], ids=lambda o: o.name)
+@each_differentiable
 def test_compiled_gradients(operator: Operator, forced: str | None) -> None:
     """Also where no kernel serves: a compiler meets the plain reference inside the operator."""
 

@@ -166,16 +166,11 @@ CASES = {
         lambda w, a, b, t: (w * (kl(t, a) + kl(t, b))).sum().square(),
         ROWS, (_STUDENTS,) * 3, 3, 1,
     ),
-    "ensemble_kl probs": Case(
+    **{f"ensemble_kl {name}": Case(
         lambda w, t, s: ops.ensemble_kl(s, t, w, reduction="sum"),
         lambda w, t, s: from_probs((share(w) * t.softmax(-1)).sum(0), s),
-        TEACHERS, (_STACK, _ONE), 1, 2,
-    ),
-    "ensemble_kl rows": Case(
-        lambda w, t, s: ops.ensemble_kl(s, t, w, reduction="sum"),
-        lambda w, t, s: from_probs((share(w) * t.softmax(-1)).sum(0), s),
-        PER_ROW, (_STACK, _ONE), 1, 2,
-    ),
+        weights, (_STACK, _ONE), 1, 2,
+    ) for name, weights in (("probs", TEACHERS), ("rows", PER_ROW))},
     "ensemble_kl logits": Case(
         lambda w, t, s: ops.ensemble_kl(s, t, w, mix="logits", reduction="sum"),
         lambda w, t, s: kl((share(w) * t).sum(0), s).sum(),

@@ -2,15 +2,18 @@
 
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from fedkern.data import Detections, load
+from fedkern.data import Detections, Split, load
 from fedkern.data.images.background import rasterise
 from fedkern.errors import UserError
+
+CLASSES = tuple("0123456789")
 
 
 class Corner:
@@ -39,14 +42,8 @@ def options(cache: Path) -> dict[str, object]:
 
 def test_boxes_become_masks_and_undetected_images_stay_empty(tmp_path: Path) -> None:
     detector = Corner()
-    data = load(
-        "digits",
-        clients=2,
-        partition="iid",
-        train_samples=60,
-        options=options(tmp_path),
-        make_detector=lambda *_: detector,
-    )
+    settings = {"clients": 2, "partition": "iid", "train_samples": 60, "options": options(tmp_path)}
+    data = load("digits", make_detector=lambda *_: detector, **settings)
     assert detector.count == 60
     assert {name for _, name in detector.seen} == set("0123456789")
     for split in data.clients:
@@ -83,13 +80,8 @@ def test_options_reach_the_detector(tmp_path: Path) -> None:
         given.append(arguments)
         return Corner()
 
-    load(
-        "digits",
-        train_samples=50,
-        partition="iid",
-        options={**options(tmp_path), "box_threshold": "0.5"},
-        make_detector=make,
-    )
+    chosen = {**options(tmp_path), "box_threshold": "0.5"}
+    load("digits", train_samples=50, partition="iid", options=chosen, make_detector=make)
     assert given == [("corner", 0.5, 0.25)]
 
 
@@ -104,42 +96,44 @@ class Interrupted(Corner):
 
 def test_an_interrupted_detection_keeps_what_it_has(tmp_path: Path) -> None:
     split = load("digits", clients=1, partition="iid", train_samples=100).clients[0]
-    classes = tuple("0123456789")
     stopped = Interrupted()
     with pytest.raises(KeyboardInterrupt):
-        Detections(stopped, tmp_path).boxes(split, classes)
+        Detections(stopped, tmp_path).boxes(split, CLASSES)
     rest = Corner()
-    Detections(rest, tmp_path).boxes(split, classes)
+    Detections(rest, tmp_path).boxes(split, CLASSES)
     assert stopped.count > 0
     assert stopped.count + rest.count == 100
     left = {path.name for path in tmp_path.iterdir()} - {".lock"}
     assert left == {Detections(rest, tmp_path).path.name}  # no temporary
 
 
-def test_two_runs_add_to_one_cache(tmp_path: Path) -> None:
+@pytest.fixture
+def halves(tmp_path: Path) -> Iterator[list[Split]]:
+    """Two halves of a split, of both of which the cache must hold the boxes afterwards."""
     split = load("digits", clients=1, partition="iid", train_samples=40).clients[0]
-    classes = tuple("0123456789")
-    one, two = split.subset(torch.arange(20)), split.subset(torch.arange(20, 40))
+    yield [split.subset(torch.arange(20)), split.subset(torch.arange(20, 40))]
+    last = Corner()
+    Detections(last, tmp_path).boxes(split, CLASSES)
+    assert last.count == 0
+
+
+def test_two_runs_add_to_one_cache(tmp_path: Path, halves: list[Split]) -> None:
+    one, two = halves
 
     class Slow(Corner):
         """Meanwhile another run finishes its own images."""
 
         def detect(self, images: Tensor, name: str) -> list[Tensor]:
             if not self.seen:
-                Detections(Corner(), tmp_path).boxes(two, classes)
+                Detections(Corner(), tmp_path).boxes(two, CLASSES)
             return super().detect(images, name)
 
-    Detections(Slow(), tmp_path).boxes(one, classes)
-    last = Corner()
-    Detections(last, tmp_path).boxes(split, classes)
-    assert last.count == 0
+    Detections(Slow(), tmp_path).boxes(one, CLASSES)
 
 
-def test_a_run_that_writes_while_another_does_waits(tmp_path: Path) -> None:
-    split = load("digits", clients=1, partition="iid", train_samples=40).clients[0]
-    classes = tuple("0123456789")
-    one, two = split.subset(torch.arange(20)), split.subset(torch.arange(20, 40))
-    other = threading.Thread(target=lambda: Detections(Corner(), tmp_path).boxes(two, classes))
+def test_a_run_that_writes_while_another_does_waits(tmp_path: Path, halves: list[Split]) -> None:
+    one, two = halves
+    other = threading.Thread(target=lambda: Detections(Corner(), tmp_path).boxes(two, CLASSES))
 
     class Writing(Detections):
         """The other run comes between this one's last look at the file and its replacement."""
@@ -154,39 +148,31 @@ def test_a_run_that_writes_while_another_does_waits(tmp_path: Path) -> None:
                 other.join(0.3)
             return found
 
-    Writing(Corner(), tmp_path).boxes(one, classes)
+    Writing(Corner(), tmp_path).boxes(one, CLASSES)
     other.join()
-    last = Corner()
-    Detections(last, tmp_path).boxes(split, classes)
-    assert last.count == 0
+
+
+DAMAGED = (
+    "{", "[]", '{"format": 1, "other": 1}', '{"format": 1, "boxes": 3}', '{"format": 1, "boxes": {"x": [[1, 2, 3]]}}',
+    '{"format": 1, "boxes": {"x": [[1, 2, 3, 4]]}, "sum": 5}',
+)  # fmt: skip
+READ = "and this version of fedkern reads"
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "told"),
     [
-        "{",
-        '{"format": 1, "other": 1}',
-        '{"format": 1, "boxes": {"x": [[1, 2, 3]]}}',
-        '{"format": 1, "boxes": {"x": [[1, 2, 3, 4]]}, "sum": 5}',
-        '{"format": 1, "boxes": 3}',
-        "[]",
+        *((content, "is damaged .*; delete it") for content in DAMAGED),
+        ('{"format": 2, "boxes": {}}', f"has format 2, {READ}"),
+        ("{}", f"has no format number, {READ}"),
     ],
 )
-def test_damaged_cache(tmp_path: Path, content: str) -> None:
+def test_a_cache_that_is_damaged_or_of_another_format_is_refused(tmp_path: Path, content: str, told: str) -> None:
     split = load("digits", clients=1, partition="iid", train_samples=4).clients[0]
     detections = Detections(Corner(), tmp_path)
     detections.path.write_text(content)
-    with pytest.raises(UserError, match=rf"{detections.path.name} is damaged .*; delete it"):
-        detections.boxes(split, tuple("0123456789"))
-
-
-@pytest.mark.parametrize(("content", "told"), [('{"format": 2, "boxes": {}}', "format 2"), ("{}", "no format number")])
-def test_a_cache_of_another_format_is_refused(tmp_path: Path, content: str, told: str) -> None:
-    split = load("digits", clients=1, partition="iid", train_samples=4).clients[0]
-    detections = Detections(Corner(), tmp_path)
-    detections.path.write_text(content)
-    with pytest.raises(UserError, match=rf"{detections.path.name} has {told}, and this version of fedkern reads"):
-        detections.boxes(split, tuple("0123456789"))
+    with pytest.raises(UserError, match=f"{detections.path.name} {told}"):
+        detections.boxes(split, CLASSES)
     assert detections.path.read_text() == content
 
 
@@ -194,13 +180,13 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     split = load("digits", clients=1, partition="iid", train_samples=4).clients[0]
     with pytest.raises(UserError, match=r"cannot write the detection cache .* detector_cache"):
-        Detections(Corner(), tmp_path / "file" / "below").boxes(split, tuple("0123456789"))
+        Detections(Corner(), tmp_path / "file" / "below").boxes(split, CLASSES)
 
 
 def test_progress_is_told(tmp_path: Path) -> None:
     told: list[str] = []
     split = load("digits", clients=1, partition="iid", train_samples=300).clients[0]
-    Detections(Corner(), tmp_path, told.append).boxes(split, tuple("0123456789"))
+    Detections(Corner(), tmp_path, told.append).boxes(split, CLASSES)
     assert told
     assert all(text.endswith("of 300 images") for text in told)
 
@@ -208,7 +194,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
 def test_the_file_is_readable_json(tmp_path: Path) -> None:
     split = load("digits", clients=1, partition="iid", train_samples=4).clients[0]
     detections = Detections(Corner(), tmp_path)
-    detections.boxes(split, tuple("0123456789"))
+    detections.boxes(split, CLASSES)
     content = json.loads(detections.path.read_text())
     assert content["detector"] == Corner().identity
     assert len(content["boxes"]) == 4

@@ -150,7 +150,7 @@ def cut(path):
         file.truncate(path.stat().st_size - 1)
 
 
-def uncommitted(path):
+def lose_sizes(path):
     """As after a power cut before the sizes were written."""
     content = path.with_suffix(".sizes").read_bytes()
     path.with_suffix(".sizes").write_bytes(content[: image_cache.HEADER_BYTES].ljust(len(content), b"\0"))
@@ -168,7 +168,7 @@ DAMAGES = {
     "sizes cut": lambda path: cut(path.with_suffix(".sizes")),
     "no images": lambda path: path.unlink(),
     "no sizes": lambda path: path.with_suffix(".sizes").unlink(),
-    "uncommitted": uncommitted,
+    "uncommitted": lose_sizes,
     "another header": other_header,
 }
 
@@ -184,28 +184,28 @@ def test_a_broken_cache_is_made_anew(root, tmp_path, decoded, damage):
     assert_same(data, open_set(root))
 
 
-def flipped(content, size):
+def flip_bits(content, size):
     content[5] ^= 1
     content[-1] ^= 128
     return 2
 
 
-def zeroed(content, size):
+def zero_images(content, size):
     content[size : 3 * size] = bytes(2 * size)
     return 2
 
 
-def two_swapped(content, size):
+def swap_images(content, size):
     content[: 2 * size] = content[size : 2 * size] + content[:size]
     return 2
 
 
-def shuffled(content, size):
+def rotate_images(content, size):
     content[:] = content[size:] + content[:size]
     return IMAGES
 
 
-@pytest.mark.parametrize("damage", [flipped, zeroed, two_swapped, shuffled])
+@pytest.mark.parametrize("damage", [flip_bits, zero_images, swap_images, rotate_images])
 def test_changed_images_are_decoded_again(root, tmp_path, decoded, damage):
     open_set(root, tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("*.images")

@@ -141,17 +141,24 @@ def test_parts_must_be_neighbours_and_exist(make_pairs, make_config):
         Part(network, ("nose",))
 
 
+class Watching(FedAvg):
+    """FedAvg that keeps its batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def loss(self, model, batch, received):
+        self.batches.append(batch)
+        return super().loss(model, batch, received)
+
+
 @pytest.mark.parametrize(("steps", "batches"), [(2, 2), (3, 3), (9, 9)])
 def test_a_limit_of_steps_replaces_epochs(steps, batches, make_data, make_config):
-    seen = []
-
-    class Counting(FedAvg):
-        def loss(self, model, batch, received):
-            seen.append(batch.indices)
-            return super().loss(model, batch, received)
-
+    method = Watching()
     client = Client(RunContext(make_config(local_steps=steps), make_data()), 0, {})
-    client.train(Counting(), PHASE, client._context.initial())
+    client.train(method, PHASE, client._context.initial())
+    seen = [batch.indices for batch in method.batches]
     assert len(seen) == batches
     assert len(set(map(int, torch.cat([torch.from_numpy(i) for i in seen[:5]])))) == sum(map(len, seen[:5]))
 
@@ -159,17 +166,11 @@ def test_a_limit_of_steps_replaces_epochs(steps, batches, make_data, make_config
 def test_adamw_is_torchs(make_data, make_config):
     config = make_config(optimizer="adamw", lr=0.01, weight_decay=0.05, local_steps=4)
     bench = RunContext(config, make_data())
-    batches = []
-
-    class Recording(FedAvg):
-        def loss(self, model, batch, received):
-            batches.append(batch)
-            return super().loss(model, batch, received)
-
-    result = Client(bench, 0, {}).train(Recording(), PHASE, bench.initial())
+    method = Watching()
+    result = Client(bench, 0, {}).train(method, PHASE, bench.initial())
     network = bench.build().to(memory_format=torch.channels_last)
     adam = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=0.05)
-    for batch in list(batches):
+    for batch in list(method.batches):
         adam.zero_grad()
         batch.task.loss(network, batch).backward()
         adam.step()
@@ -178,17 +179,11 @@ def test_adamw_is_torchs(make_data, make_config):
 
 
 def test_only_chosen_rows_are_trained_on(make_data, make_config):
-    seen = set()
-
-    class Recording(FedAvg):
-        def loss(self, model, batch, received):
-            seen.update(batch.indices.tolist())
-            return super().loss(model, batch, received)
-
+    method = Watching()
     bench = RunContext(make_config(), make_data())
     rows = torch.tensor([1, 4, 5, 8, 11]).numpy()
-    Client(bench, 0, {}).train(Recording(), PHASE, bench.initial(), rows=rows)
-    assert seen == set(rows.tolist())
+    Client(bench, 0, {}).train(method, PHASE, bench.initial(), rows=rows)
+    assert {row for batch in method.batches for row in batch.indices.tolist()} == set(rows.tolist())
 
 
 def test_one_shot_methods_have_no_steps():

@@ -261,10 +261,8 @@ def test_second_derivatives(end: dict[str, Any]) -> None:
             first = torch.autograd.grad(out, leaves, along, create_graph=True)
             weights = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in first]
             loss = torch.stack([(x * w).sum() for x, w in zip(first, weights, strict=True)]).sum()
-            second = torch.autograd.grad(loss, [*leaves, along], allow_unused=True)
-            found.append([x.detach() for x in first] + [
-                torch.zeros_like(y) if x is None else x for x, y in zip(second, [*leaves, along], strict=True)
-            ])  # fmt: skip
+            second = torch.autograd.grad(loss, [*leaves, along], materialize_grads=True)
+            found.append([x.detach() for x in (*first, *second)])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 

@@ -133,28 +133,22 @@ def test_backends_give_the_reference(name: str, dtype: torch.dtype, shape: tuple
             torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_sgd_is_that_of_torch_optim(momentum: float) -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.9, None])
+def test_steps_are_those_of_torch_optim(momentum: float | None) -> None:
+    """SGD's with ``momentum``, and AdamW's without."""
     theta, *gradients = vectors(1001, 6)
     leaf = torch.nn.Parameter(theta.clone())
-    theirs = torch.optim.SGD([leaf], lr=0.1, momentum=momentum, weight_decay=0.01)
-    velocity = torch.zeros_like(theta) if momentum else None
-    for g in gradients:
-        leaf.grad = g.clone()
-        theirs.step()
-        ops.sgd_step(theta, g, velocity, lr=0.1, momentum=momentum, weight_decay=0.01)
-    torch.testing.assert_close(theta, leaf.detach(), rtol=1e-6, atol=1e-7)
-
-
-def test_adamw_is_that_of_torch_optim() -> None:
-    theta, *gradients = vectors(1001, 6)
-    leaf = torch.nn.Parameter(theta.clone())
-    theirs = torch.optim.AdamW([leaf], lr=0.01, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1)
     first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+    sgd = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.01}
+    adamw = {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+    theirs = torch.optim.AdamW([leaf], **adamw) if momentum is None else torch.optim.SGD([leaf], **sgd)
     for step, g in enumerate(gradients, 1):
         leaf.grad = g.clone()
         theirs.step()
-        ops.adamw_step(theta, g, first, second, step, lr=0.01, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1)
+        if momentum is None:
+            ops.adamw_step(theta, g, first, second, step, **adamw)
+        else:
+            ops.sgd_step(theta, g, first if momentum else None, **sgd)
     torch.testing.assert_close(theta, leaf.detach(), rtol=1e-6, atol=1e-7)
 
 
