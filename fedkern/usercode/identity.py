@@ -36,6 +36,7 @@ import hashlib
 import importlib
 import inspect
 import os
+import random
 import re
 import sys
 import weakref
@@ -80,6 +81,7 @@ _TEXTS = {
 _FEW = 4  # elements of a tensor that is readable
 _HEAP = 1 << 9  # flag of a class that Python code has made
 _UNTOLD = {"__annotate__", "__classcell__", "__doc__", "__module__", "__name__", "__qualname__", "_abc_impl"}
+_CACHES = {"dispatch_cache", "cache_token"}  # of functools.singledispatch
 _PICKLING = ("__reduce_ex__", "__reduce__", "__getstate__")
 
 
@@ -230,6 +232,8 @@ class _Walk:
     def _thing(self, value: Any, path: str, deep: int) -> None:
         if isinstance(value, ModuleType):
             self.write(path, _module_text(value))
+        elif (why := _of_process(value)) is not None:
+            self.write(path, f"{NOT_COMPARED}{why}")
         elif isinstance(value, type):
             self.write(path, f"class {_class_text(value)}")
             self._class(value, deep)
@@ -248,7 +252,7 @@ class _Walk:
             self._rows([*value.keywords.items(), *_attributes(value)], path, deep)
         elif isinstance(value, weakref.ReferenceType):
             self.visit(value(), path, deep)
-        elif inspect.isroutine(value):  # a function of C
+        elif inspect.isroutine(value) and hasattr(value, "__qualname__"):  # a function of C, no descriptor of a user
             module = getattr(value, "__module__", None) or ""
             self.write(path, f"function {'' if _package(module) is None else f'{module}.'}{value.__qualname__}")
             parts = {name: getattr(value, name, None) for name in ("__self__", "__wrapped__")}  # a method, lru_cache
@@ -310,7 +314,7 @@ class _Walk:
                 if not attributes:
                     raise
                 self.write(f"{path}[...]", f"{NOT_COMPARED}fields of C")
-            reduced = "" if attributes and not pickled else reduced
+            reduced = "" if not pickled and (attributes or getattr(value, "__dict__", None)) else reduced
         self.write(path, _class_text(kind) + size)
         self._class(kind, deep)
         if isinstance(value, nn.Module):
@@ -387,7 +391,11 @@ class _Walk:
 
     def _function(self, function: FunctionType, path: str, deep: int) -> None:
         code, package = function.__code__, _package(function.__globals__.get("__name__", ""))
-        cells = zip(code.co_freevars, map(_cell_content, function.__closure__ or ()), strict=True)
+        cells = [
+            (name, _cell_content(cell))
+            for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
+            if package is None or name not in _CACHES
+        ]
         attributes = {name: value for name, value in vars(function).items() if name not in _UNTOLD}
         if package is not None or not self._code:
             place = "" if package is None else f"{function.__globals__['__name__']}."
@@ -481,8 +489,21 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
             yield name, getattr(value, name)
     for name, attribute in list(getattr(value, "__dict__", {}).items()):
         cached = isinstance(inspect.getattr_static(type(value), name, None), functools.cached_property)
-        if not cached and name not in _UNTOLD and not name.startswith("_torchdynamo"):  # numbers of the process
+        former = name.startswith("prev") and type(value).__module__.startswith("torch.")  # torch's modes keep it
+        if not cached and not former and name not in _UNTOLD and not name.startswith("_torchdynamo"):
             yield name, attribute
+
+
+def _of_process(value: object) -> str | None:
+    """Return what a value is that belongs to the process and differs between processes; else None."""
+    import numpy as np
+    import torch
+
+    if any(value is each for each in (random._inst, np.random.mtrand._rand, torch.default_generator)):
+        return "generator of the process, which a run seeds"
+    if value is os.environ:
+        return "environment of the process"
+    return "progress bar" if type(value).__module__.startswith("tqdm.") else None
 
 
 def _counts(name: str, member: object) -> bool:

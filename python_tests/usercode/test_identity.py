@@ -151,6 +151,7 @@ KINDS = {
     torch.eye(9).mul(v).to_sparse(),
     "strided": lambda v: torch.eye(9).mul(v).t()[1:], "bfloat16": lambda v: torch.full((9,), v, dtype=torch.bfloat16),
     "conjugate": lambda v: torch.full((9,), complex(1, v)).conj(), "subclass": lambda v: type("Own", (float,), {})(v),
+    "descriptor": lambda v: type("Made", (), {"w": type("Own", (), {"__get__": lambda *_: v})()})(),
     "loss": lambda v: nn.SmoothL1Loss(beta=float(v)), "namespace": lambda v: types.SimpleNamespace(a=Holder(v)),
 }  # fmt: skip
 
@@ -229,8 +230,12 @@ def test_a_module_that_code_imports_by_itself_counts_by_its_file(tmp_path, monke
         ("a" * 2 * LIMIT, f"all after its first {LIMIT:,} bytes"),
         ([*range(LIMIT)], f"all after its first {LIMIT:,} bytes"),
         ([Holder(n) for n in range(NODES)], f"this and all after {NODES:,} values"),
+        (os.environ, "environment of the process"),
+        (random.random, "generator of the process"),
+        (np.random.rand, "generator of the process"),
+        (torch.default_generator, "generator of the process"),
     ],
-    ids=range(7),
+    ids=range(11),
 )
 def test_what_is_not_compared_is_listed(thing, said):
     (listed,) = left_out(table(thing))
@@ -246,6 +251,14 @@ def test_an_object_that_raises_at_everything_is_walked():
     things = kind(), kind()
     things[1].value = 2
     assert differences(*map(table, things)) == ["`x.value` is new"]
+
+
+def test_what_a_call_leaves_in_functools_and_in_modes_of_torch_does_not_count():
+    mode, function = torch.autocast("cpu"), functools.singledispatch(helper)
+    before = table([mode, torch.no_grad(), function])
+    with mode:
+        function(1)
+    assert table([mode, torch.no_grad(), function]) == before
 
 
 def test_cycles_end():
