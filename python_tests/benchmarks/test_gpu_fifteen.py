@@ -196,16 +196,9 @@ def test_bounds_are_what_must_be_moved(small) -> None:
 
 
 def test_what_binds_a_kernel_stands_for_its_share() -> None:
+    measured = {"size": "large", "backend": "cuda", "share": 0.5, "seconds": 1e-6}
     rows = [
-        {
-            "operator": name,
-            "dtype": dtype,
-            "odd": odd,
-            "size": "large",
-            "backend": "cuda",
-            "share": 0.5,
-            "seconds": 1e-6,
-        }
+        {"operator": name, "dtype": dtype, "odd": odd, **measured}
         for name in ("clip_and_noise", "accumulator exact", "weighted_mean stack", "weighted_mean")
         for dtype in ("fp32", "bf16")
         for odd in (False, True)

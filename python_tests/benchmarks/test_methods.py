@@ -319,22 +319,28 @@ def test_cases_measured_again_replace_their_own_alone(tmp_path):
     assert "| fedavg | 4.00 (2.00) | 1.00 (0.50) | 4.00× (4.00×) |" in page
 
 
-def test_on_a_gpu_all_variants_are_sent_there_and_it_is_watched(tmp_path, monkeypatch):
-    asked = []
+def record_commands(monkeypatch):
+    """Have every command write the records of a round and do nothing else, and return the list of commands."""
+    asked, record = [], {"round_seconds": 1.0, "accuracy": 0.5}
 
     def fake(command, environment, folder):
-        asked.append(command[command.index("--device") + 1])
+        asked.append(command)
         (folder.parent / "run").mkdir()
-        (folder.parent / "run" / "metrics.jsonl").write_text(json.dumps({"round_seconds": 1.0, "accuracy": 0.5}))
-        (folder.parent / "records.json").write_text(json.dumps({"rounds": [{"round_seconds": 1.0, "accuracy": 0.5}]}))
+        (folder.parent / "run" / "metrics.jsonl").write_text(json.dumps(record))
+        (folder.parent / "records.json").write_text(json.dumps({"rounds": [record]}))
         return processes.Cost(2.0, 1.0, 100, 1)
 
     monkeypatch.setattr(processes, "run", fake)
+    return asked
+
+
+def test_on_a_gpu_all_variants_are_sent_there_and_it_is_watched(tmp_path, monkeypatch):
+    asked = record_commands(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_methods.gpu_use, "watched", lambda: nullcontext(Use([30.0, 50.0], 7_000_000)))
     case = Case("fedavg", "default", {"rounds": 1})
     found = bench_methods.measure(case, ("plain", "fedkern", "bf16"), 2, before=None, data_root=None, device="cuda")
-    assert asked == ["cuda"] * 6
+    assert [command[command.index("--device") + 1] for command in asked] == ["cuda"] * 6
     assert found.later_seconds == {}  # there is one round
     assert found.gpu_utilisation == {key: [40.0, 40.0] for key in ("plain", "fedkern", "bf16")}
     machine = {"cpu": "A chip", "gpu": "A GPU", "cores": 2, "isa": "avx2", "torch": "2.13.0", "time": "2026-01-01"}
@@ -357,23 +363,12 @@ def test_a_gpu_that_is_not_here_is_one_sentence(command, capsys, monkeypatch):
 
 
 def test_variants_run_in_turn_with_the_seeds_of_the_repeats(tmp_path, monkeypatch):
-    asked = []
-
-    def fake(command, environment, folder):
-        asked.append((command[2], command[command.index("--seed") + 1]))
-        rounds = [{"round_seconds": 1.0, "accuracy": 0.5}]
-        if command[2].startswith("benchmarks.plain"):
-            (folder.parent / "records.json").write_text(json.dumps({"rounds": rounds}))
-        else:
-            (folder.parent / "run").mkdir()
-            (folder.parent / "run" / "metrics.jsonl").write_text(json.dumps(rounds[0]))
-        return processes.Cost(2.0, 1.0, 100, 1)
-
-    monkeypatch.setattr(processes, "run", fake)
+    asked = record_commands(monkeypatch)
     case = Case("fedavg", "default", {"rounds": 1})
     found = bench_methods.measure(case, ("plain", "before", "fedkern"), 2, before=None, data_root=None)
     plain, ours = "benchmarks.plain.fedavg", "fedkern.run"
-    assert asked == [(plain, "0"), (ours, "0"), (ours, "1"), (plain, "1")]
+    turns = [(command[2], command[command.index("--seed") + 1]) for command in asked]
+    assert turns == [(plain, "0"), (ours, "0"), (ours, "1"), (plain, "1")]
     assert found.missing == {"before": "no --before was given"}
     assert found.seconds == {"plain": [2.0, 2.0], "fedkern": [2.0, 2.0]}
     assert found.main == "accuracy"

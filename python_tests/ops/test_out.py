@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
+from python_tests.ops._aggregate.aggregate_cases import accumulate
 from python_tests.ops.emulated_core import emulated
 from python_tests.ops.operator_cases import BACKENDS, DTYPES, using
 from python_tests.ops.test_traps import Calls, Named
@@ -20,10 +21,7 @@ WEIGHTS = [1.0, 2.0, 0.5]
 
 
 def accumulated(vectors: Tensor, out: Tensor, exact: bool) -> Tensor:
-    accumulator = ops.Accumulator(SIZE, exact)
-    for vector, weight in zip(vectors, WEIGHTS, strict=True):
-        accumulator.add(vector, weight)
-    return accumulator.mean(out=out)
+    return accumulate(vectors, WEIGHTS, exact).mean(out=out)
 
 
 def stepped(vectors: Tensor, out: Tensor) -> Tensor:

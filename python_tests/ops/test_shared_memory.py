@@ -33,16 +33,9 @@ def memory(start: int, step: int = 1) -> tuple[Tensor, Tensor]:
     return held[SIZE : 2 * SIZE], held[SIZE + start :][: SIZE * step : step]
 
 
-def first_is(name: str, start: int = 0, step: int = 1) -> Callable[[dict[str, Tensor]], None]:
+def shares(state: str, name: str, start: int = 0, step: int = 1) -> Callable[[dict[str, Tensor]], None]:
     def put(given: dict[str, Tensor]) -> None:
-        given["first"], given[name] = memory(start, step)
-
-    return put
-
-
-def second_is(name: str, start: int = 0, step: int = 1) -> Callable[[dict[str, Tensor]], None]:
-    def put(given: dict[str, Tensor]) -> None:
-        given["second"], given[name] = memory(start, step)
+        given[state], given[name] = memory(start, step)
 
     return put
 
@@ -64,23 +57,23 @@ def in_columns(given: dict[str, Tensor]) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
-    "out is first": (first_is("out"), "first must not share memory with out"),
-    "out is second": (second_is("out"), "second must not share memory with out"),
-    "out begins within first": (first_is("out", SIZE - 1), "first must not share memory with out"),
-    "out ends within first": (first_is("out", 1 - SIZE), "first must not share memory with out"),
-    "strided out within first": (first_is("out", -SIZE, 2), "first must not share memory with out"),
-    "first is second": (first_is("second"), "first must not share memory with second"),
-    "first overlaps second": (first_is("second", 3), "first must not share memory with second"),
+    "out is first": (shares("first", "out"), "first must not share memory with out"),
+    "out is second": (shares("second", "out"), "second must not share memory with out"),
+    "out begins within first": (shares("first", "out", SIZE - 1), "first must not share memory with out"),
+    "out ends within first": (shares("first", "out", 1 - SIZE), "first must not share memory with out"),
+    "strided out within first": (shares("first", "out", -SIZE, 2), "first must not share memory with out"),
+    "first is second": (shares("first", "second"), "first must not share memory with second"),
+    "first overlaps second": (shares("first", "second", 3), "first must not share memory with second"),
     "first is a vector": (a_row("first", 1), r"first must not share memory with vectors\[1\]"),
     "second is a vector": (a_row("second", 2), r"second must not share memory with vectors\[2\]"),
     "first overlaps two vectors": (between_rows, r"first must not share memory with vectors\[0\]"),
     "first lies among columns": (in_columns, r"first must not share memory with vectors\[0\]"),
-    "first is global_": (first_is("global_"), "first must not share memory with global_"),
-    "second overlaps global_": (second_is("global_", -2), "second must not share memory with global_"),
+    "first is global_": (shares("first", "global_"), "first must not share memory with global_"),
+    "second overlaps global_": (shares("second", "global_", -2), "second must not share memory with global_"),
 }
 APART: dict[str, Callable[[dict[str, Tensor]], None]] = {
-    "behind first": first_is("out", SIZE),
-    "before second": second_is("out", -SIZE),
+    "behind first": shares("first", "out", SIZE),
+    "before second": shares("second", "out", -SIZE),
     "vectors and states in one block": lambda given: given.update(
         zip(("vectors", "first", "second"), torch.randn(5, SIZE).abs().split([3, 1, 1]), strict=True)
     ),

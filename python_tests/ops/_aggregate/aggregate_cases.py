@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from fedkern.ops import Accumulator
 from fedkern.ops._aggregate.philox import philox
 
 CLIENTS = [1, 2, 3, 9, 10, 11, 20, 33]
@@ -47,6 +49,15 @@ def make_weights(kind: str, count: int, seed: int = 0) -> list[float]:
     if kind == "zeros":
         weights[1:] = [value if draw.random() < 0.5 else 0.0 for value in weights[1:]]
     return [value * {"tiny": 1e-300, "huge": 1e150}.get(kind, 1.0) for value in weights]
+
+
+def accumulate(vectors: Iterable[Tensor], weights: Iterable[float], exact: bool = True) -> Accumulator:
+    """An accumulator that has got these vectors."""
+    vectors = list(vectors)
+    accumulator = Accumulator(len(vectors[0]), exact=exact)
+    for vector, weight in zip(vectors, weights, strict=True):
+        accumulator.add(vector, weight)
+    return accumulator
 
 
 def exact_mean(vectors: list[Tensor], weights: list[float]) -> Tensor:

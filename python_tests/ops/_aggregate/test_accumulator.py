@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedkern.ops import Accumulator
+from python_tests.ops._aggregate.aggregate_cases import accumulate
 from python_tests.ops.operator_cases import BACKENDS, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,10 +67,8 @@ def test_exact_accumulator_has_the_same_digits_on_every_backend() -> None:
     vectors, weights = wild(9, 700)
     states = []
     for name in BACKENDS:
-        accumulator = Accumulator(700, exact=True)
         with using(name):
-            for vector, weight in zip(vectors, weights, strict=True):
-                accumulator.add(vector, weight)
+            accumulator = accumulate(vectors, weights)
             states.append((accumulator.state_dict(), accumulator.mean()))
     for state, mean in states[1:]:
         assert torch.equal(state["digits"][:, 6:], states[0][0]["digits"][:, 6:])
@@ -105,9 +104,7 @@ def test_merged_accumulators_have_the_bits_of_one(name: str) -> None:
 def test_weights_near_the_ends_of_the_range(name: str, weight: float, dtype: torch.dtype) -> None:
     vectors = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).to(dtype) * 1e4
     with using(name):
-        accumulator = Accumulator(40, exact=True)
-        for vector in vectors:
-            accumulator.add(vector, weight)
+        accumulator = accumulate(vectors, [weight] * 5)
         torch.testing.assert_close(accumulator.mean(dtype=torch.float64), vectors.double().mean(0), rtol=1e-12, atol=0)
         assert accumulator.mean().dtype == dtype
         if weight == 1e300:

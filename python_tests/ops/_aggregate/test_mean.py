@@ -14,7 +14,15 @@ from torch import Tensor
 
 from fedkern.ops import Accumulator, server_step, weighted_mean
 from fedkern.ops._aggregate.reference import weighted_mean_reference
-from python_tests.ops._aggregate.aggregate_cases import CLIENTS, SIZES, WEIGHTS, close, exact_mean, make_weights
+from python_tests.ops._aggregate.aggregate_cases import (
+    CLIENTS,
+    SIZES,
+    WEIGHTS,
+    accumulate,
+    close,
+    exact_mean,
+    make_weights,
+)
 from python_tests.ops.operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, thinned, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,10 +37,7 @@ def check(name: str, count: int, size: int, dtype: torch.dtype, kind: str, seed:
         mean = weighted_mean(vectors, weights)
         stacked = weighted_mean(torch.stack(vectors), torch.tensor(weights, dtype=torch.float64))
         columns = weighted_mean(torch.stack(vectors, 1).t(), weights)
-        running, unordered = Accumulator(size), Accumulator(size, exact=True)
-        for vector, weight in zip(vectors, weights, strict=True):
-            running.add(vector, weight)
-            unordered.add(vector, weight)
+        running, unordered = (accumulate(vectors, weights, in_any_order) for in_any_order in (False, True))
         assert mean.dtype == dtype
         close(mean, exact)
         assert torch.equal(mean, stacked)
@@ -63,10 +68,7 @@ def test_mean_of_equal_vectors_is_that_vector(name: str, dtype: torch.dtype) -> 
             weights = make_weights(kind, count, count)
             assert torch.equal(weighted_mean([vector] * count, weights), vector)
             for exact in (False, True):
-                accumulator = Accumulator(len(vector), exact=exact)
-                for weight in weights:
-                    accumulator.add(vector, weight)
-                assert torch.equal(accumulator.mean(), vector)
+                assert torch.equal(accumulate([vector] * count, weights, exact).mean(), vector)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -82,14 +84,10 @@ def test_a_mean_half_way_between_two_numbers_is_rounded_to_the_even_one(
     vectors, weights = list(whole.to(dtype)), [120.0] * 10
     exact = (whole.sum(0).double() / 10).to(dtype)
     with using(name):
-        running, unordered = Accumulator(4099), Accumulator(4099, exact=True)
-        for vector, weight in zip(vectors, weights, strict=True):
-            running.add(vector, weight)
-            unordered.add(vector, weight)
+        for in_any_order in (False, True):
+            assert torch.equal(accumulate(vectors, weights, in_any_order).mean(), exact)
         assert torch.equal(weighted_mean(vectors, weights), exact)
         assert torch.equal(weighted_mean(torch.stack(vectors), weights), exact)
-        assert torch.equal(running.mean(), exact)
-        assert torch.equal(unordered.mean(), exact)
         assert torch.equal(server_step(torch.zeros_like(exact), vectors, weights).model, exact)
 
 
@@ -103,10 +101,7 @@ def test_every_offset_over_sentinels(isa: str, dtype: torch.dtype) -> None:
         for i in range(41):
             vectors = [source[i : i + size] for source in sources]
             exact = exact_mean(vectors, weights)
-            accumulators = [Accumulator(size), Accumulator(size, exact=True)]
-            for vector, weight in zip(vectors, weights, strict=True):
-                for accumulator in accumulators:
-                    accumulator.add(vector, weight)
+            accumulators = [accumulate(vectors, weights, in_any_order) for in_any_order in (False, True)]
             at_once = functools.partial(weighted_mean, vectors, weights)
             for write in (at_once, *(a.mean for a in accumulators)):
                 buffer = torch.full((size + 82,), 777.0, dtype=dtype)
@@ -150,9 +145,7 @@ def test_a_client_of_weight_zero_does_not_count(name: str) -> None:
     vectors = [torch.randn(50), torch.full((50,), math.nan), torch.randn(50)]
     with using(name):
         assert torch.equal(weighted_mean(vectors, [1, 0, 2]), weighted_mean(vectors[::2], [1, 2]))
-        accumulator = Accumulator(50, exact=True)
-        for vector, weight in zip(vectors, (1, 0, 2), strict=True):
-            accumulator.add(vector, weight)
+        accumulator = accumulate(vectors, (1, 0, 2), exact=True)
         assert not accumulator.mean().isnan().any()
         assert accumulator.count == 3
 
@@ -161,10 +154,7 @@ def large() -> list[Tensor]:
     torch.manual_seed(1)
     vectors = [torch.randn(300_007) for _ in range(12)]
     weights = make_weights("random", 12)
-    plain, exact = Accumulator(300_007), Accumulator(300_007, exact=True)
-    for vector, weight in zip(vectors, weights, strict=True):
-        plain.add(vector, weight)
-        exact.add(vector, weight)
+    plain, exact = (accumulate(vectors, weights, in_any_order) for in_any_order in (False, True))
     return [weighted_mean(vectors, weights), weighted_mean(vectors[:3], weights[:3]), plain.mean(), exact.mean()]
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedkern import ops
+from python_tests.ops._aggregate.aggregate_cases import accumulate
 from python_tests.ops.property_inputs import VALUES, examples, orders, tensors, uploads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,19 +19,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Uploads = tuple[Tensor, Tensor]
 
 
-def exact_mean(vectors: Tensor, weights: Tensor) -> Tensor:
-    accumulator = ops.Accumulator(vectors.shape[1], exact=True)
-    for vector, weight in zip(vectors, weights.tolist(), strict=True):
-        accumulator.add(vector, weight)
-    return accumulator.mean()
-
-
 # What sums in the order given may differ in the last bit of an fp64 sum, and so after rounding in fp32's last bit;
 # what orders or bins first may not.
 ORDERED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "median": lambda v, w: ops.median(v),
     "median weights": ops.median,
-    "exact": exact_mean,
+    "exact": lambda v, w: accumulate(v, w.tolist()).mean(),
 }
 SUMMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "weighted_mean": ops.weighted_mean,
