@@ -11,13 +11,8 @@ from fedkern.privacy import need_accounting
 from fedkern.privacy.dpsgd import need_opacus
 
 
-def test_dp_accounting(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(UserError, match="needs dp-accounting: pip install "):
-        need_accounting()
-
-
-def test_opacus(monkeypatch):
-    monkeypatch.setitem(sys.modules, "opacus", None)
-    with pytest.raises(UserError, match="needs opacus: pip install "):
-        need_opacus()
+@pytest.mark.parametrize(("package", "need"), [("dp_accounting", need_accounting), ("opacus", need_opacus)])
+def test_a_missing_package(monkeypatch, package, need):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"needs {package.replace('_', '-')}: pip install "):
+        need()

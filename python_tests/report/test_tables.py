@@ -54,12 +54,15 @@ def test_metric_names():
     ]
 
 
+def make_summary(method, data, metrics, **more):
+    figures = {"seed": 0, "rounds": 1, "seconds": 3.0, "bytes": {"up": 10, "down": 20}, "metrics": metrics}
+    return {"method": method, "data": data, **figures, **more}
+
+
 def test_final_table():
-    summary = {
-        "method": "fedgid", "data": "colordigits", "seed": 3, "rounds": 40, "seconds": 80.0,
-        "metrics": {"ood_accuracy": 0.934, "id_accuracy": 0.96, "validation_accuracy": 0.1234},
-        "bytes": {"up": 75_000_000, "down": 76_000_000},
-    }  # fmt: skip
+    metrics = {"ood_accuracy": 0.934, "id_accuracy": 0.96, "validation_accuracy": 0.1234}
+    sent = {"up": 75_000_000, "down": 76_000_000}
+    summary = make_summary("fedgid", "colordigits", metrics, seed=3, rounds=40, seconds=80.0, bytes=sent)
     shown = text(tables.final_table(summary, "accuracy"))
     assert "fedgid on colordigits, seed 3, 40 rounds" in shown
     assert re.search(r"in distribution +out of distribution", shown)
@@ -80,11 +83,9 @@ def test_figures_of_a_set_of_any_name_are_shown(name):
 
 
 def test_final_table_of_a_single_test_set():
-    summary = {
-        "method": "fedavg", "data": "digits", "seed": 0, "rounds": 1, "seconds": 3.0,
-        "metrics": {"accuracy": 0.5, "loss": 1.2345, "worst_client_loss": 2.0},
-        "bytes": {"up": 10, "down": 20, "one_off_up": 5, "one_off_down": 0},
-    }  # fmt: skip
+    metrics = {"accuracy": 0.5, "loss": 1.2345, "worst_client_loss": 2.0}
+    sent = {"up": 10, "down": 20, "one_off_up": 5, "one_off_down": 0}
+    summary = make_summary("fedavg", "digits", metrics, bytes=sent)
     lines = [line.split() for line in text(tables.final_table(summary, "accuracy")).splitlines()]
     assert ["accuracy", "50.0", "%"] in lines
     assert ["loss", "1.23"] in lines
@@ -94,12 +95,8 @@ def test_final_table_of_a_single_test_set():
 
 def test_final_table_of_retrieval():
     figures = {"i2t_r1": 0.5, "t2i_r10": 0.75, "gallery": 40.0, "loss": 3.0}
-    summary = {
-        "method": "feddra", "data": "captions", "seed": 0, "rounds": 1, "seconds": 3.0,
-        "metrics": {**figures, **{f"unseen_{name}": value / 2 for name, value in figures.items()},
-                    "worst_client_i2t_r1": 0.25},
-        "bytes": {"up": 10, "down": 20},
-    }  # fmt: skip
+    unseen = {f"unseen_{name}": value / 2 for name, value in figures.items()}
+    summary = make_summary("feddra", "captions", {**figures, **unseen, "worst_client_i2t_r1": 0.25})
     lines = [" ".join(line.split()) for line in text(tables.final_table(summary, "accuracy")).splitlines()]
     assert "test unseen client" in lines
     assert lines.index("image to text, recall at 1 50.0 % 25.0 %") < lines.index("loss 3 1.5")
@@ -156,11 +153,9 @@ def test_class_table_of_many_classes_has_the_lowest():
 
 
 def test_a_segmentation_shows_its_classes_by_name():
-    summary = {
-        "method": "fedavg", "data": "segmentation", "seed": 0, "rounds": 1, "seconds": 3.0,
-        "metrics": {"dice": 0.5, "dice_1": 0.6, "dice_2": 0.4}, "bytes": {"up": 10, "down": 20},
-        "per_class": {"test": {"dice": {"background": 0.98, "edema": 0.6, "core": 0.4}}},
-    }  # fmt: skip
+    classes = {"test": {"dice": {"background": 0.98, "edema": 0.6, "core": 0.4}}}
+    metrics = {"dice": 0.5, "dice_1": 0.6, "dice_2": 0.4}
+    summary = make_summary("fedavg", "segmentation", metrics, per_class=classes)
     assert "dice 1" not in text(tables.final_table(summary, "accuracy"))
     assert "dice 1" in text(tables.final_table({**summary, "per_class": {}}, "accuracy"))
     lines = [" ".join(line.split()) for line in text(tables.class_table(summary)).splitlines()]
@@ -204,10 +199,7 @@ def test_the_partition_table_says_what_skew_is():
 @pytest.mark.parametrize("name", ["validation_north", "id_north", "north", "balanced"])
 def test_a_set_with_any_name_has_a_column(name):
     metrics = {"validation_accuracy": 0.1, f"{name}_accuracy": 0.2, "a_accuracy": 0.3, "mean_client_accuracy": 0.4}
-    summary = {
-        "method": "fedavg", "data": "arrays", "seed": 0, "seconds": 1.0, "bytes": {"up": 1, "down": 1},
-        "metrics": metrics, "per_class": {each: {} for each in ("validation", name, "a")},
-    }  # fmt: skip
+    summary = make_summary("fedavg", "arrays", metrics, per_class={split: {} for split in ("validation", name, "a")})
     table = tables.final_table(summary, "accuracy")
     columns = dict(zip(table.header, zip(*table.rows, strict=True), strict=True))
     assert columns[name][0] == "20.0 %"
