@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedkern import ops
 from fedkern.ops._conv import conv_norm
 from fedkern.ops._conv.kernels import ConvKernels, Inputs, Settings
-from python_tests.ops.operator_cases import KERNELS
+from python_tests.ops.operator_cases import KERNELS, using
 
 LAST = torch.channels_last
 # At the portable ISA level there is no kernel.
@@ -163,6 +163,16 @@ def results(
         gradients = torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))
         found |= {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
     return found
+
+
+def serve_both(
+    name: str, given: dict[str, Any], oracle: dict[str, Any], grad: Tensor | None = None, **settings: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the results of a kernel for ``given``, and those of the reference for ``oracle``."""
+    with using(name):
+        got = results(given, grad, **settings)
+    with ops.use_backend("reference"):
+        return got, results(oracle, grad, **settings)
 
 
 def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5, what: str = "") -> None:

@@ -24,6 +24,7 @@ from python_tests.ops._conv.conv_cases import (
     exact,
     grad_for,
     results,
+    serve_both,
     serving,
 )
 from python_tests.ops.operator_cases import describe, pairwise, using
@@ -107,10 +108,7 @@ def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
         "eps": 1e-3,
     }
     grad = grad_for(given, **settings)
-    with ops.use_backend("reference"):
-        expected = results(exact(given), grad, **settings)
-    with using(name):
-        got = results(given, grad, **settings)
+    got, expected = serve_both(name, given, exact(given), grad, **settings)
     assert got["out"].is_contiguous(memory_format=LAST)
     assert got["gradient of weight"].stride() == given["weight"].stride()
     assert_near(got, expected)
@@ -133,12 +131,9 @@ def test_group_norms(name: str, case: dict[str, Any]) -> None:
         given["bias"] = None
     settings = {"groups": groups, "stride": stride, "relu": case["relu"], "pool": case["end"].get("pool", 1)}
     grad = grad_for(given, **settings)
-    with ops.use_backend("reference"):
-        expected = results(exact(given), grad, **settings)
-    with using(name):
-        got = results(given, grad, **settings)
-        with torch.no_grad():
-            alone = results(given, **settings)
+    got, expected = serve_both(name, given, exact(given), grad, **settings)
+    with using(name), torch.no_grad():
+        alone = results(given, **settings)
     assert_same(got, alone, list(alone))
     if case["bias"] and groups == shape[1]:  # the norm takes it out, and its gradient is nothing but rounding
         largest = float(expected["gradient of shift"].abs().max())
@@ -249,10 +244,7 @@ def test_ties_in_windows_go_to_the_first(name: str, training: bool, relu: bool) 
     grad = torch.randn(3, 16, 3, 3)
     dead = ops.conv_norm(**exact(given), **{**settings, "update": False})[:, 8::2] if relu else None
     assert dead is None or not dead.any()
-    with using(name):
-        got = results(given, grad, **settings)
-    with ops.use_backend("reference"):
-        expected = results(given, grad, **settings)
+    got, expected = serve_both(name, given, given, grad, **settings)
     # In the other channels rounding may choose otherwise than in torch.
     torch.testing.assert_close(got["out"], expected["out"])
     rows = "gradient of weight"

@@ -29,6 +29,7 @@ from python_tests.ops._conv.conv_cases import (
     pool_arguments,
     pool_grad_for,
     results,
+    serve_both,
 )
 from python_tests.ops.operator_cases import describe, pairwise, using
 
@@ -97,10 +98,7 @@ def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
     relu = case["relu"]
     given = pool_arguments(**{key: value for key, value in case.items() if key != "relu"})
     grad = pool_grad_for(given, relu)
-    with ops.use_backend("reference"):
-        expected = pooled(exact(given), grad, relu=relu)
-    with using(name):
-        got = pooled(given, grad, relu=relu)
+    got, expected = serve_both(name, given, exact(given), grad, relu=relu, call=ops.conv_pool)
     assert_near(got, expected)
     for leaf, x in given.items():
         assert not isinstance(x, Tensor) or got[f"gradient of {leaf}"].stride() == x.stride()
@@ -212,10 +210,7 @@ def test_ties_go_to_the_first(name: str, shape: tuple[int, ...], relu: bool) -> 
                 )
             given["weight"][::3] = 0
         grad = (4 * pool_grad_for(given, False)).round() + 1
-        with ops.use_backend("reference"):
-            expected = pooled(exact(given), grad, relu=relu)
-        with using(name):
-            got = pooled(given, grad, relu=relu)
+        got, expected = serve_both(name, given, exact(given), grad, relu=relu, call=ops.conv_pool)
         assert_same({which: x.double() for which, x in got.items()}, expected)
 
 
@@ -286,10 +281,7 @@ def test_a_window_with_nan_is_nan(name: str, relu: bool, served: list[str]) -> N
         given["bias"][3] = math.nan
     grad = pool_grad_for(given, relu)
     grad[:, 3] = 1
-    with ops.use_backend("reference"):
-        expected = pooled(given, grad, relu=relu)
-    with using(name):
-        got = pooled(given, grad, relu=relu)
+    got, expected = serve_both(name, given, given, grad, relu=relu, call=ops.conv_pool)
     assert served == ["forward", "backward"]
     assert got["out"][:, 3].isnan().all()
     assert_near(
@@ -308,10 +300,7 @@ def test_finite_values_that_overflow(name: str, shape: tuple[int, ...]) -> None:
         given["weight"].zero_()
         given["weight"][:, 0, middle, middle] = torch.linspace(-1, 10, shape[3])
     grad = torch.ones_like(ops.conv_pool(**given))
-    with ops.use_backend("reference"):
-        expected = pooled(given, grad)
-    with using(name):
-        got = pooled(given, grad)
+    got, expected = serve_both(name, given, given, grad, call=ops.conv_pool)
     assert expected["out"].isinf().any()
     assert expected["out"].isfinite().any()
     for which in ("out", "gradient of x", "gradient of bias"):
