@@ -53,8 +53,10 @@ PLACES = {
 def unused(config: RunConfig, names: Collection[str], marks: Collection[str]) -> Iterator[str]:
     """Yield a sentence for each of the settings ``names`` that says something and whose mark is missing."""
     who, own = _code(config)
+    factory = {"optimizer"} if config.training and not config.training.startswith("train ") else set()
     for mark, place in PLACES.items():
-        for label in () if mark in marks else config.given(*(name for name in place.settings if name in names)):
+        labels = {*config.given(*(name for name in place.settings if name in names)), *factory & {*place.settings}}
+        for label in () if mark in marks else sorted(labels):
             way = f"{place.way}, or leave {label} out" if own else f"leave {label} out"
             yield f"{label} has no effect on {who}, {place.lacks}: {way}."
 

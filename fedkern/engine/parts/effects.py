@@ -26,7 +26,8 @@ class Effects(Part):
     @classmethod
     def build(cls, run: RunObjects) -> Effects | None:
         begun = run.entry is not None  # whose checkpoint tells what was given
-        return cls(run) if begun or run.config.asked or run.config.common is not None else None
+        config = run.config
+        return cls(run) if begun or config.asked or config.training or config.common is not None else None
 
     def round_end(self, record: Record) -> None:
         config, marks = self._run.config, self._marks()

@@ -121,6 +121,7 @@ def data(make_data):
         (Loop, {"weight_decay": 0.1}, "weight_decay has no effect on Loop"),
         (Loop, {"clip_norm": 1.0}, "clip_norm has no effect on Loop"),
         (Loop, {"optimizer": "adamw"}, "optimizer has no effect on Loop"),
+        (Loop, {"optimizer": torch.optim.Adam}, "optimizer has no effect on Loop"),
         (Loop, {"freeze_bn_after": 1}, "freeze_bn_after has no effect on Loop"),
         (Reading, {"lr": 0.1, "lr_decay": 0.5, "batch_size": 4, "local_epochs": 2}, ""),
         (Reading, {"local_steps": 2}, ""),
