@@ -120,7 +120,7 @@ class Packer:
         pickler = _Pickler(self._known, next(self._numbers))
         try:
             pickler.dump(value)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+        except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
             raise NotPortable(f"something that cannot be pickled ({error})") from None
         if pickler.fresh:
             self._files[pickler.number] = _write(pickler.fresh, pickler.size)
@@ -150,7 +150,7 @@ def check_portable(value: Any) -> None:
     """Raises NotPortable as :meth:`Packer.pack` does; tensors and arrays are not copied for it."""
     try:
         _Light(io.BytesIO(), protocol=5).dump(value)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
         raise NotPortable(f"something that cannot be pickled ({error})") from None
 
 
