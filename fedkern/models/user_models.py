@@ -441,11 +441,12 @@ def _check_modes(module: nn.Module, text: str) -> None:
         return
     module.train()
     tried = moved(module)  # what is merged may begin at zero
-    before = _weights_of(tried)
+    before, memory = _weights_of(tried), _memory_of(tried)
     tried.eval()
-    after = _weights_of(tried)
+    after, memory_after = _weights_of(tried), _memory_of(tried)
     kept = {name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])}
-    if changed := [name for name in {**before, **after} if name not in kept]:
+    changed = [name for name in {**before, **after} if name not in kept]
+    if changed := changed + [name for name, place in memory.items() if memory_after.get(name) != place]:
         raise UserError(
             f"eval() of the model {text} changes {changed[0]}, and clients and server exchange weights in train mode: "
             "give adapters merge_weights=False, or leave the weights as they are in eval()."
@@ -455,6 +456,10 @@ def _check_modes(module: nn.Module, text: str) -> None:
 def _weights_of(module: nn.Module) -> dict[str, Tensor]:
     tensors = {**dict(module.named_parameters()), **module.state_dict()}
     return {name: tensor.detach().clone().nan_to_num() for name, tensor in tensors.items()}
+
+
+def _memory_of(module: nn.Module) -> dict[str, int]:
+    return {name: buffer.data_ptr() for name, buffer in module.named_buffers()}
 
 
 @torch.no_grad()

@@ -67,6 +67,18 @@ class Merging(nn.Linear):
         return super().train(mode)
 
 
+class Derived(nn.Linear):
+    """Keeps a sum of its weights in a new buffer in every eval()."""
+
+    def __init__(self):
+        super().__init__(768, 3)
+        self.register_buffer("sum", torch.zeros(()), persistent=False)
+
+    def train(self, mode=True):
+        self.sum = self.sum if mode else self.weight.sum().detach()
+        return super().train(mode)
+
+
 @pytest.fixture
 def known():
     """Registers networks for one test."""
@@ -121,6 +133,7 @@ def test_a_function_gets_the_arguments_that_it_takes(known):
             None,
             "has mask, an expanded tensor",
         ),
+        (lambda: Derived(), None, r"eval\(\) of the model bad changes sum,"),
         (lambda: Merging(), None, r"eval\(\) of the model bad changes weight.*merge_weights=False"),
     ],
 )
