@@ -35,10 +35,11 @@ class FirstSteps(Objective):
         self._left, self._keep_going = STEPS, keep_going
         self._outside: list[Tensor] = []  # leaves of the last loss that are no parameters of the network
         self._hooked: set[str] = set()
+        self._clears = False  # whether the loss replaces gradients, as model.zero_grad() does
 
     def watch(self, client: Client, method: Objective, network: Network | Part | Trainable) -> Objective:
         """Return an object with the method's ``loss``, for a client that trains ``network``."""
-        if not self._left:
+        if not self._left and not self._clears:
             return method
         self._client, self._method, self._network = client, method, network
         return self
@@ -51,16 +52,25 @@ class FirstSteps(Objective):
         """
         recorded = self._client.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if not self._left or recorded:
-            return self._method.loss(model, batch, received)
-        module = inner(self._network.module)
-        before, hooks = _parameters(module), _hooks(module)
+            result = self._method.loss(model, batch, received)
+            if self._clears:
+                self._network.attach_gradients()
+            return result
+        module, trained = inner(self._network.module), self._network.trained
+        flat = not isinstance(self._network, Trainable)  # whose buffers lie in no vector
+        before, hooks, gradients = _tensors(module, flat), _hooks(module), [each.grad for each in trained]
         result = self._method.loss(model, batch, received)
-        self._check_loss(result[0] if isinstance(result, tuple) else result, batch)
-        after = _parameters(module)
+        loss: Any = result[0] if isinstance(result, tuple) else result
+        if isinstance(loss, Tensor) and loss.is_leaf and loss.requires_grad and not loss.any():
+            return result  # a batch that has nothing to learn from, such as one without pairs
+        self._check_loss(loss, batch)
+        after = _tensors(module, flat)
         if changed := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
+            buffer = changed[0] in dict(module.named_buffers())
             raise UnfitStep(
-                f"A training step freezes, replaces, converts, adds or removes the network's parameter {changed[0]}, "
-                "and a run trains and sends those that it has before: do that where the network is made."
+                f"A training step freezes, replaces, converts, adds or removes the network's "
+                f"{'buffer' if buffer else 'parameter'} {changed[0]}, and a run trains and sends those that it has "
+                f"before: {'write into it in place (copy_)' if buffer else 'do that where the network is made'}."
             )
         grown = {name for name, count in _hooks(module).items() if count > hooks.get(name, 0)}
         if piling := sorted(grown & self._hooked):
@@ -70,6 +80,9 @@ class FirstSteps(Objective):
                 "once, or call remove() on its handle.",
             )
         self._hooked, self._left = grown, self._left - 1
+        if any(each.grad is not view for each, view in zip(trained, gradients, strict=True)):
+            self._clears = True
+            self._network.attach_gradients()
         return result
 
     def take(self, client: Client, network: Network, model: nn.Module) -> None:
@@ -147,11 +160,12 @@ def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _parameters(module: nn.Module) -> dict[str, tuple[object, ...]]:
-    """Return identity, memory and kind of every parameter, by name."""
+def _tensors(module: nn.Module, buffers: bool) -> dict[str, tuple[object, ...]]:
+    """Return identity, memory and kind of every parameter, and of floating buffers if asked, by name."""
+    floating = [(name, each) for name, each in module.named_buffers() if buffers and each.is_floating_point()]
     return {
         name: (id(each), 0 if each.is_meta else each.data_ptr(), each.requires_grad, each.dtype, each.device)
-        for name, each in module.named_parameters()
+        for name, each in (*module.named_parameters(), *floating)
     }
 
 

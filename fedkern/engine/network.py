@@ -53,7 +53,7 @@ class Network:
         self._lacking: list[tuple[_BatchNorm, bool]] = []
         """Layers that evaluate by the batch's own statistics, and their ``track_running_stats`` before."""
         self.statistics = True
-        self.fixed = False
+        self.fixed = self._untrained = False
         self.attributes = attributes(module)
 
     @property
@@ -75,9 +75,13 @@ class Network:
     def gradient_vectors(self) -> tuple[Tensor, ...]:
         """``gradients``, and fp32 [A] those of ``personal`` where there are such parameters."""
         if not self._gradients:
-            apart = (self._flat.apart_gradients(),) if len(self.personal) else ()
-            self._gradients = (self._flat.gradients(), *apart)
+            self.attach_gradients()
         return self._gradients
+
+    def attach_gradients(self) -> None:
+        """Make every ``.grad`` a view of ``gradient_vectors``, with its present values."""
+        apart = (self._flat.apart_gradients(),) if len(self.personal) else ()
+        self._gradients = (self._flat.gradients(), *apart)
 
     def finite(self) -> Tensor:
         """bool 0-d: whether all parameters and buffers are finite, but for buffers infinite from the start."""
@@ -159,10 +163,13 @@ class Network:
             layer.eval()
         if self.fixed:
             freeze_bn_after(self.module)
+        if self._untrained:
+            self.module.requires_grad_(False)  # a user's train() may thaw parts
 
     def freeze(self) -> None:
         """Takes the parameters out of autograd, unless some are frozen already: their places would be others."""
         if not len(self.frozen):
+            self._untrained = True
             self.module.requires_grad_(False)
 
 
@@ -190,6 +197,7 @@ class Part:
         self.parameters = network.parameters[self._stretches["parameters"]]
         self.gradients = network.gradients[self._stretches["parameters"]]
         self.gradient_vectors = (self.gradients,)
+        self.attach_gradients = network.attach_gradients
 
     def train_mode(self) -> None:
         """Puts the part in train mode and everything else in eval mode."""
@@ -246,6 +254,7 @@ class Trainable:
         self.parameters: Tensor = self._flat.parameters
         self.gradients: Tensor = self._flat.gradients()
         self.gradient_vectors = (self.gradients,)
+        self.attach_gradients = self._flat.gradients
 
     def train_mode(self) -> None:
         """Puts the module in train mode; batch norm stays in eval mode where it is frozen or its statistics fixed."""

@@ -107,6 +107,7 @@ REFUSED = {
               "the network's parameter first.weight"),
     "converts": (alter(lambda module: module.half().float() and module.last.double()), "the network's parameter"),
     "adds": (alter(lambda module: setattr(module, "late", nn.Linear(1, 1))), "the network's parameter late.we"),
+    "buffer": (alter(lambda module: module.register_buffer("late", torch.ones(1))), "buffer late, .* in place"),
     "in the loss": ({"loss_fn": lambda model, batch: cross_entropy(model[:2].requires_grad_(False) and model(batch[0]),
                                                                    batch[1])}, "the network's parameter 0.w"),
     "other parameters": ({"optimizer": lambda parameters: torch.optim.SGD(SCRIPT.parameters(), 0.1)},
@@ -215,6 +216,17 @@ def with_a_penalty(model, batch):
     return cross_entropy(outputs, batch[1]) + gradient.square().mean()
 
 
+def with_backward(model, batch):
+    cross_entropy(model(batch[0]), batch[1]).backward()
+    model.zero_grad()
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+def without_pairs(model, batch, calls=[]):  # noqa: B006
+    calls.append(batch)
+    return cross_entropy(model(batch[0]), batch[1]) if len(calls) > 1 else torch.zeros((), requires_grad=True)
+
+
 def with_an_inner_step(model, batch):
     names, parameters = zip(*model.named_parameters(), strict=True)
     steps = torch.autograd.grad(cross_entropy(model(batch[0]), batch[1]), parameters, create_graph=True)
@@ -255,6 +267,8 @@ ACCEPTED = {
     "freezing": {"model": Freezing(), "weight_decay": 0.1},
     "gradient of inputs": {"loss_fn": with_a_penalty},
     "gradient of parameters": {"loss_fn": with_an_inner_step},
+    "cleared gradients": {"loss_fn": with_backward},
+    "without pairs": {"loss_fn": without_pairs},
     "network's gradient": {"model": Force(), "loss_fn": lambda o, t: (o[:, 0] - t).square().mean()},
     "counting": {"loss_fn": Counting()},
     "fixed weight": {"loss_fn": Weighted(False)},

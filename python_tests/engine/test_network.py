@@ -120,15 +120,21 @@ class Cached(Product):
         return super().forward(x) if self.weight is None else self.head(linear(x, self.weight))
 
 
+class Thawed(Product):
+    def train(self, mode=True):
+        self.a.requires_grad_(mode)
+        return super().train(mode)
+
+
 @pytest.mark.parametrize("method", ["fedavg", "moon"])
 def test_what_eval_derives_follows_the_weights(method, tmp_path):
     runs = [
         fedkern.simulate(
             method, data=SITES, test=site(3), model=kind(), rounds=3, workers=1, out=tmp_path / name, **HOW
         )
-        for name, kind in (("plain", Product), ("cached", Cached))
+        for name, kind in (("plain", Product), ("cached", Cached), ("thawed", Thawed))
     ]
-    assert same_network(*(run.out for run in runs))
+    assert all(same_network(runs[0].out, run.out) for run in runs[1:])
     assert len({run.metrics["loss"] for run in runs}) == 1
 
 
