@@ -371,7 +371,8 @@ class RunContext:
             "loss_fn": getattr(task, "loss_fn", None), "collate_fn": getattr(split, "collate", None),
             "train": self.script.train, "optimizer": self.script.optimizer,
         }  # fmt: skip
-        return identity_table({name: thing for name, thing in things.items() if thing is not None}, limit=1 << 14)
+        given = {name: thing for name, thing in things.items() if thing is not None}
+        return identity_table(given, limit=1 << 14, here=True)
 
     def tell_attributes(self, client: Any, objects: dict[str, str]) -> None:
         """Warn, in a client's name, of Python state that has changed since this process began.

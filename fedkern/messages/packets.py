@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fedkern.errors import described
 from fedkern.files.filesystem import fcntl
@@ -120,8 +121,10 @@ class Packer:
         pickler = _Pickler(self._known, next(self._numbers))
         try:
             pickler.dump(value)
-        except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
-            raise NotPortable(f"something that cannot be pickled ({error})") from None
+        except NotPortable:
+            raise
+        except Exception as error:  # an object may raise anything when it is pickled
+            raise NotPortable(f"something that cannot be pickled ({str(error).partition(chr(10))[0]})") from None
         if pickler.fresh:
             self._files[pickler.number] = _write(pickler.fresh, pickler.size)
             pickler.used.add(pickler.number)
@@ -150,8 +153,10 @@ def check_portable(value: Any) -> None:
     """Raises NotPortable as :meth:`Packer.pack` does; tensors and arrays are not copied for it."""
     try:
         _Light(io.BytesIO(), protocol=5).dump(value)
-    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
-        raise NotPortable(f"something that cannot be pickled ({error})") from None
+    except NotPortable:
+        raise
+    except Exception as error:
+        raise NotPortable(f"something that cannot be pickled ({str(error).partition(chr(10))[0]})") from None
 
 
 def only_code_bars(value: Any) -> bool:
@@ -167,6 +172,10 @@ class _Held(pickle.Pickler):
     def persistent_id(self, value: Any) -> str | None:
         code = (type, FunctionType, BuiltinFunctionType, ModuleType)
         return "not looked at" if isinstance(value, (*code, Tensor, np.ndarray)) else None
+
+    def reducer_override(self, value: Any) -> Any:
+        parametrized = isinstance(value, nn.Module) and is_parametrized(value)  # torch refuses to pickle those
+        return (object, (), vars(value)) if parametrized else NotImplemented
 
 
 class _Light(pickle.Pickler):

@@ -7,7 +7,6 @@ import io
 import pickle
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,10 +36,13 @@ class _Pickler(pickle.Pickler):
 def attributes(network: nn.Module) -> dict[str, int]:
     """Return hashes of what modules and their classes hold beside what ``nn.Module`` itself keeps, by dotted name.
 
-    In a user's network the attributes of PyTorch's layers count too, such as a dropout's ``p``, and hooks.  Left out
-    are fedkern's own layers, cached properties and what cannot be pickled.
+    In a user's network the attributes of PyTorch's layers count too, such as a dropout's ``p``, and hooks; of all
+    classes of users also what their code names, such as a counter of the module.  Left out
+    are fedkern's own layers, cached properties and tensors of a graph.
     """
-    hashes: dict[str, int] = {}
+    kinds = dict.fromkeys(map(type, network.modules()))
+    code = identity_table({"classes": [*kinds]}, weights=False, limit=1 << 14, here=True)  # what their code names
+    hashes = {path: hash(text) for path, text in code.items() if path.count(".") > 1}  # members are fields, see below
     user_defined = getattr(network, "own", False) is True or type(network).__module__.partition(".")[0] != "fedkern"
     for path, module in network.named_modules():
         counts = user_defined and type(module).__module__.partition(".")[0] != "fedkern"
@@ -54,7 +56,7 @@ def attributes(network: nn.Module) -> dict[str, int]:
 def _hash_hooks(hooks: Sequence[Any]) -> int:
     """Return a hash of the number of hooks and of what those of the user hold."""
     of_user = [hook for hook in hooks if getattr(hook, "__module__", "").partition(".")[0] not in _SHIPPED]
-    return hash((len(hooks), digest(identity_table({"hooks": of_user}, weights=False)) if of_user else ""))
+    return hash((len(hooks), digest(identity_table({"hooks": of_user}, weights=False, here=True)) if of_user else ""))
 
 
 def fields(thing: Any, *, shipped: bool = False) -> dict[str, int]:
@@ -70,7 +72,14 @@ def fields(thing: Any, *, shipped: bool = False) -> dict[str, int]:
     for name, value in {**of_classes, **vars(thing)}.items() if kinds or shipped else ():
         if name in _ENGINES or name.startswith("__") or isinstance(of_classes.get(name), functools.cached_property):
             continue
-        with suppress(Exception), io.BytesIO() as file:  # a value may be anything
-            _Pickler(file).dump(value)
-            hashes[name] = hash(file.getvalue())
+        if isinstance(value, dict):
+            value = {key: each for key, each in value.items() if getattr(each, "grad_fn", None) is None}
+        elif getattr(value, "grad_fn", None) is not None:  # of a graph: what the last pass left
+            continue
+        try:
+            with io.BytesIO() as file:
+                _Pickler(file).dump(value)
+                hashes[name] = hash(file.getvalue())
+        except Exception:  # a value may be anything
+            hashes[name] = hash(digest(identity_table({name: value}, weights=False, code=False, here=True)))
     return hashes

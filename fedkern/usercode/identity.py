@@ -53,6 +53,7 @@ from types import (
     CellType,
     CodeType,
     FunctionType,
+    GeneratorType,
     GetSetDescriptorType,
     MappingProxyType,
     MemberDescriptorType,
@@ -89,7 +90,7 @@ _PICKLING = ("__reduce_ex__", "__reduce__", "__getstate__")
 
 
 def identity_table(
-    things: Mapping[str, object], *, weights: bool = True, limit: int = LIMIT, code: bool = True
+    things: Mapping[str, object], *, weights: bool = True, limit: int = LIMIT, code: bool = True, here: bool = False
 ) -> dict[str, str]:
     """Return the texts by which objects are told from changed ones, by path.
 
@@ -98,8 +99,10 @@ def identity_table(
         weights: whether parameters and persistent buffers of modules count.
         limit: most bytes of a value that count.
         code: whether the code of functions and classes counts, or their name alone.
+        here: whether the table is compared in this process alone, before and after a use of the objects.  Tensors of a
+            graph, which a use leaves behind, do not count then, and of a tensor over ``limit`` the version does too.
     """
-    walk = _Walk(weights, limit, code)
+    walk = _Walk(weights, limit, code, here)
     for name, thing in things.items():
         walk.visit(thing, name, DEEP)
     if any(text.startswith("code ") for text in walk.table.values()):
@@ -174,9 +177,9 @@ def folded(table: Mapping[str, str], rows: int = ROWS) -> dict[str, str]:
 class _Walk:
     """A walk through an object that fills ``table``."""
 
-    def __init__(self, weights: bool, limit: int, code: bool) -> None:
+    def __init__(self, weights: bool, limit: int, code: bool, here: bool) -> None:
         self.table: Table = {}
-        self._weights, self._limit, self._code, self._left = weights, limit, code, NODES
+        self._weights, self._limit, self._code, self._here, self._left = weights, limit, code, here, NODES
         self._paths: dict[int, tuple[str, Any]] = {}  # of objects by id, with the objects, so that no id is used again
         self._classes: dict[int, type] = {}
 
@@ -197,7 +200,7 @@ class _Walk:
         """Add the rows of a value and of all below it."""
         try:
             text = _text(value, self._limit)
-            if text is None:
+            if text is None or (self._here and text == "{}"):  # a table that may get tensors of a graph
                 self._visit(value, path, deep)
             elif len(text) <= READABLE:
                 self.write(path, text)
@@ -225,13 +228,17 @@ class _Walk:
     def _rows(self, values: Iterable[tuple[object, object]], path: str, deep: int, form: str = ".{}") -> None:
         """Visit values by name, until the table is full."""
         for name, value in values:
-            self.visit(value, path + form.format(name), deep)
+            if not (self._here and getattr(value, "grad_fn", None) is not None):
+                self.visit(value, path + form.format(name), deep)
             if self._left < 0:
                 return
 
     def _thing(self, value: Any, path: str, deep: int) -> None:
         if isinstance(value, ModuleType):
             self.write(path, _module_text(value))
+        elif isinstance(value, GeneratorType):
+            self.write(path, f"{NOT_COMPARED}the place in a generator")
+            self._rows(inspect.getgeneratorlocals(value).items(), path, deep)
         elif (why := _of_process(value)) is not None:
             self.write(path, f"{NOT_COMPARED}{why}")
         elif isinstance(value, type):
@@ -282,6 +289,7 @@ class _Walk:
                 self.write(path, f"{about} {tensor.tolist()}")
             else:
                 few = tensor.reshape(-1)[: max(1, self._limit // tensor.element_size())].resolve_conj().resolve_neg()
+                about += f" {tensor._version}" if self._here and few.numel() < tensor.numel() else ""
                 self._hash(path, about, few.cpu().contiguous().view(torch.uint8).numpy().tobytes(), tensor.nbytes)
             return
         about = f"{value.dtype} {list(value.shape)}"
@@ -315,7 +323,7 @@ class _Walk:
                     raise
                 self.write(f"{path}[...]", f"{NOT_COMPARED}fields of C")
             reduced = "" if not pickled and (attributes or getattr(value, "__dict__", None)) else reduced
-        self.write(path, _class_text(kind) + size)
+        self.write(path, _class_text(kind) + ("" if self._here else size))  # here the rows tell
         self._class(kind, deep)
         if isinstance(value, nn.Module):
             self._module(dict(attributes), path, deep)
@@ -351,7 +359,7 @@ class _Walk:
         """Return the text of a key or of a member of a set, which does not depend on those before it."""
         text = _text(key, self._limit)
         if text is None:
-            walk = _Walk(self._weights, self._limit, code=False)
+            walk = _Walk(self._weights, self._limit, code=False, here=self._here)
             walk._left, walk._paths = self._left, dict(self._paths)
             walk.visit(key, "", deep)
             self._left = walk._left

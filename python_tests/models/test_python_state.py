@@ -16,11 +16,17 @@ from fedkern.models.python_state import SMALL, attributes
 from fedkern.models.user_models import Own, OwnNetwork
 from python_tests import own_networks
 
+CALLS = []
+
 
 class Inner(nn.Linear):
     """A layer of torch's with something of a user's."""
 
     shared = 0
+
+    def forward(self, x):
+        CALLS.append(len(x))
+        return super().forward(x)
 
     def __init__(self, value):
         super().__init__(2, 2)
@@ -55,6 +61,7 @@ KINDS = {
         lambda: torch.zeros(3, dtype=torch.bfloat16, requires_grad=True),
         lambda held: held.data.add_(1),
     ),
+    "what cannot be pickled": (lambda: [lambda: None, 1], lambda held: held.append(2)),
     "large tensor": (lambda: torch.zeros(SMALL + 1), lambda held: held.add_(1)),
 }
 
@@ -81,6 +88,8 @@ def test_what_is_set_anew_or_of_the_class_is_named(monkeypatch):
     assert changed(network, lambda: setattr(layer, "kept", 2)) == ["1.part.kept"]
     assert changed(network, lambda: setattr(layer, "later", torch.zeros(2))) == ["1.part.later"]
     assert changed(network, lambda: monkeypatch.setattr(Inner, "shared", 1)) == ["1.part.shared"]
+    assert changed(network, lambda: layer(torch.ones(2, 2))) == ["Inner.forward.CALLS"]
+    assert changed(network, lambda: setattr(layer, "last", layer.weight.sum())) == []  # of a graph
 
 
 def test_layers_of_torch_and_hooks_count_in_a_users_network():
