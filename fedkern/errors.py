@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -130,9 +131,19 @@ def origin(error: BaseException, code: Any) -> str:
     ]
     if isinstance(error, UserError) and frames and frames[-1][0].startswith("fedkern."):
         return ""
+    installed = sysconfig.get_paths()
+    outside = [
+        where
+        for where in frames
+        if not where[0].startswith(("fedkern.", "torch."))
+        and not where[1].f_code.co_filename.startswith((installed["stdlib"], installed["purelib"], "<"))
+    ]
     for each in code.__mro__ if isinstance(code, type) else (code,):
-        for module, frame, line in reversed(frames):
-            if module == getattr(each, "__module__", None):
+        module_of_code = str(getattr(each, "__module__", None))
+        # What a method of fedkern calls of a user, such as the network, is what has to be mended.
+        called = outside if module_of_code.startswith("fedkern.") else []
+        for module, frame, line in reversed(called or frames):
+            if called or module == module_of_code:
                 return f" ({frame.f_code.co_filename.rpartition('/')[2]}, line {line})"
     return ""
 
