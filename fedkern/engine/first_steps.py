@@ -59,7 +59,14 @@ class FirstSteps(Objective):
         module, trained = inner(self._network.module), self._network.trained
         flat = not isinstance(self._network, Trainable)  # whose buffers lie in no vector
         before, hooks, gradients = _tensors(module, flat), _hooks(module), [each.grad for each in trained]
+        frozen = self._sum_frozen()
         result = self._method.loss(model, batch, received)
+        if self._sum_frozen() != frozen:
+            self._client.warn(
+                "changed-frozen",
+                "A training step writes into frozen parameters, which no message holds: clients of a process share "
+                "the changes, and other numbers of workers give other bits. Make them buffers (register_buffer).",
+            )
         loss: Any = result[0] if isinstance(result, tuple) else result
         if isinstance(loss, Tensor) and loss.is_leaf and loss.requires_grad and not loss.any():
             return result  # a batch that has nothing to learn from, such as one without pairs
@@ -84,6 +91,10 @@ class FirstSteps(Objective):
             self._clears = True
             self._network.attach_gradients()
         return result
+
+    def _sum_frozen(self) -> int:
+        frozen = getattr(self._network, "frozen", None)
+        return 0 if frozen is None else int(frozen.view(torch.int32).sum())
 
     def take(self, client: Client, network: Network, model: nn.Module) -> None:
         """Copy what a user's loop has left in ``model`` into the client's network, and warn of the first ones."""

@@ -167,7 +167,14 @@ def halve(model, client):
     model[2].half()
 
 
+def drifting():
+    module = Changing(lambda module: module.first.weight.data.add_(1))
+    module.first.requires_grad_(False)
+    return module
+
+
 TOLD = {
+    "frozen": ({"model": drifting()}, "changed-frozen", "writes into frozen parameters"),
     "other model": ({"train": train_another}, "untrained-upload", "loop of client 0 leaves all parameters bit for bit"),
     "half": ({"train": halve}, "converted-parameters", "leaves parameters in float16, and the upload is"),
     "part": ({"optimizer": lambda parameters: torch.optim.SGD(parameters[:1], lr=0.1)}, "partly-trained",
@@ -287,6 +294,11 @@ def test_what_is_fine_trains_without_a_word(given, tmp_path):
     still = [name for name, value in before.items() if torch.equal(value, after[name])]
     expected = {Force: ["energy.2.bias"], Freezing: ["first.weight", "first.bias"]}
     assert still == expected.get(type(given.get("model")), [])
+
+
+def test_an_error_in_the_network_names_its_line(tmp_path):
+    with pytest.raises(UserError, match=r"ZeroDivisionError: .* \(test_first_steps\.py, line"):
+        simulate(tmp_path, model=Changing(lambda module: 1 / 0))
 
 
 def test_no_step_is_taken_beside_those_of_the_run(tmp_path):
