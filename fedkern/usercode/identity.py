@@ -149,7 +149,7 @@ def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     for path in sorted(paths):
         before, after = then.get(path), now.get(path)
         if before is None or after is None:
-            if not any(path.startswith((f"{above}.", f"{above}[")) for above in paths):
+            if path != _PYTHON and not any(path.startswith((f"{above}.", f"{above}[")) for above in paths):
                 others.append(f"`{path}` is {'new' if before is None else 'gone'}")
         elif any(text.startswith(("code ", "sha256:")) for text in (before, after)):
             others.append(f"`{path}` changed")

@@ -187,6 +187,7 @@ def test_words_name_what_has_changed():
     assert differences(table(first), table(second)) == ["`x` changed"]
     assert differences(table(Holder(1)), table(Holder(Holder(1)))) == ["`x._value` changed from 1 to Holder"]
     assert differences({"a": "1"}, {"b": "1"}) == ["`a` is gone", "`b` is new"]
+    assert differences(table(nn.ReLU()), table(first)) == ["`x` changed"]  # not the Python of its bytecode
 
 
 def test_lines_and_docstrings_of_classes_do_not_count():
