@@ -26,7 +26,7 @@ VALIDATION, TEST = range(20, 24), range(24, 30)
 STUDIES = {
     "membrane": Study(
         {
-            "data": "segmentation", "clients": CLIENTS, "batch_size": 16, "momentum": 0.9, "weight_decay": 3e-4,
+            "data": "segmentation", "clients": CLIENTS, "batch_size": 16, "weight_decay": 3e-4,
             "model": "unet", "width": 8, "local_epochs": 30, "public_samples": 32,
             "data_option": ("size=64", "colour=grey", "names=cell|membrane"),
         },
