@@ -234,6 +234,8 @@ def refusal(config):
     for entry in method.rounds(Federation(config.rounds, (9, 9, 9), 3, config.local_epochs)):
         if more := entry.exchanges[0 if entry.one_off else 1 :]:
             return MORE.format(more[0])
+        if entry.exchanges == ("statistics",):
+            return 'whose clients upload "counts", which the server does not only add up'
         if "parameters" not in method.reduce:
             return "whose server does more with uploads than adding them up"
     return ""
