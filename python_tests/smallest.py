@@ -19,6 +19,7 @@ SETTINGS = {
     "fedgid": {"options": {"background_pool": "shared"}},
     "fediod": {"options": {"nz": 4, "ngf": 2, "ndf": 2, "batch": 8, "student_steps": 2, "ema": 0.9, "absent": 0.3}},
     "fedproto": {"options": {"networks": "personal"}},
+    "fedcgs": {"local_epochs": None, "batch_size": None},  # its clients train nothing
     "fusefl": {"local_epochs": 4, "options": {"blocks": 3, "frozen_bn": "code"}},
     "moon": {"local_epochs": 2},
     "scaffold": {"options": {"control": "I"}},

@@ -94,7 +94,7 @@ class FirstSteps(Objective):
 
     def _sum_frozen(self) -> int:
         frozen = getattr(self._network, "frozen", None)
-        return 0 if frozen is None else int(frozen.view(torch.int32).sum())
+        return 0 if frozen is None or not len(frozen) else int(frozen.view(torch.int32).sum())
 
     def take(self, client: Client, network: Network, model: nn.Module) -> None:
         """Copy what a user's loop has left in ``model`` into the client's network, and warn of the first ones."""

@@ -154,8 +154,6 @@ def test_every_method_leaves_it_as_it_is(make_data, make_public, tmp_path, metho
     data = make_public(dataclasses.replace(make_data(), name="arrays"), 12)
     settings = {"rounds": None if METHODS[method].one_shot else 2, **smallest.SETTINGS.get(method, {})}
     settings["options"] = {**settings.get("options", {}), **({"blocks": 2} if method == "fusefl" else {})}
-    if method == "fedcgs":
-        settings |= {"local_epochs": None, "batch_size": None}  # its clients train nothing
     network = made()
     if METHODS[method].keeps_head:
         with pytest.raises(UserError, match=r"leaves nothing of module:Small to be shared"):

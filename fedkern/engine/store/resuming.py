@@ -59,7 +59,7 @@ def resumed_settings(
     if entry is not None:
         entry = change_rounds(entry, rounds)
         check_unedited(stored, entry, out)
-    elif not config.asked:  # a run folder does not keep which settings were given
+    elif not (config.asked or config.common):  # a run folder does not keep which settings were given
         config = config.replace(asked=config.not_default())
     return config, stored, entry
 
