@@ -490,7 +490,7 @@ def test_a_start_from_a_file_or_a_module(suffix, own, make_data, tmp_path):
         again = fedkern.load(moved, data=memory, trusted=[STAGED]).extend(2, progress=False, pictures=False)
         assert len(again.history) == 2
         (moved / "init.safetensors").write_bytes(b"x")
-        with pytest.raises(UserError, match=r"moved/init\.safetensors is not the file that the run began with"):
+        with pytest.raises(UserError, match=r"moved/init\.safetensors. is not the file that the run began with"):
             fedkern.load(moved, data=memory, trusted=[STAGED]).extend(3, progress=False)
 
 

@@ -166,7 +166,8 @@ def test_a_loop_of_ones_own_has_the_clients_parts(make_data, tmp_path):
             model.head.weight.fill_(float(len(seen)))
             model.backbone[0].weight.add_(1)
 
-    run = played(tmp_path / "run", make_data, model=small(), train=train, personal="head.*")
+    unread = {"batch_size": None, "local_epochs": None, "lr": None}
+    run = played(tmp_path / "run", make_data, model=small(), train=train, personal="head.*", **unread)
     assert [float(weight.mean()) for _, weight in seen[3:]] == [1.0, 2.0, 3.0]
     assert [float(each["head.weight"].mean()) for each in networks(run)] == [4.0, 5.0, 6.0]
     torch.testing.assert_close(networks(run)[1]["backbone.0.weight"], small().backbone[0].weight.detach() + 2)
