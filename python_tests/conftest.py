@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -130,6 +131,14 @@ def undrawn() -> Iterator[None]:
 def undrawing() -> Callable[[], AbstractContextManager[None]]:
     """The context of ``undrawn``, for a run that a module plays once."""
     return _undrawn
+
+
+@pytest.fixture(autouse=True)
+def _forks_beside_earlier_threads() -> None:
+    """Have threads that pytest-xdist and earlier tests left bar no fork of this test."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.name.startswith("fedkern-"):
+            thread.name = f"fedkern-test {thread.name}"
 
 
 @pytest.fixture(autouse=True)
