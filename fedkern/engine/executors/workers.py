@@ -23,6 +23,7 @@ from fedkern.engine.executors.shared_tensors import Channel
 from fedkern.engine.executors.worker_messages import Setup
 from fedkern.errors import RunFailed
 from fedkern.messages.packets import NotPortable, only_code_bars
+from fedkern.methods import registry
 from fedkern.methods.base import ClientId
 from fedkern.process.forking import has_threads
 
@@ -117,6 +118,9 @@ class Workers(Ordered):
 
     def _start(self) -> None:
         setup = Setup.of(self._context, self._handlers)
+        if has_threads() and self._context.config.method.startswith(registry.CLASS):
+            self._give_up("a method of a script needs a fork, and a process that has threads cannot be forked", "")
+            return
         try:
             self._fork_server = fork_server_of(setup)
         except NotPortable as error:
