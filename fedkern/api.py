@@ -24,7 +24,7 @@ from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError, nearest, shown
-from fedkern.files.filesystem import check_new
+from fedkern.files.filesystem import check_new, check_text
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import Method, registry, script_methods
 from fedkern.process.extras import needed
@@ -550,6 +550,7 @@ def folder_of(out: Any) -> Path:
     """The path in an argument ``out``; raises UserError where it is none, or empty: that is the current folder."""
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         raise UserError(f"out must be the path of a folder, not {shown(out)}.")
+    check_text(str(out), "the folder")
     return Path(out)
 
 

@@ -15,6 +15,7 @@ from fedkern.data.sources.arrays import parts_of_arrays
 from fedkern.data.sources.datasets import parts_of_datasets
 from fedkern.data.split import Split, rows_of
 from fedkern.data.text_table import Table
+from fedkern.files.filesystem import check_text
 from fedkern.streams import stream
 from fedkern.tasks import Task, task_of
 
@@ -193,6 +194,12 @@ class FederatedData:
     client_names: tuple[str, ...] | None = None
     drawn_validation: bool = False
     identity: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        named = {"client": self.client_names or (), "test set": self.tests, "class": self.classes}
+        for kind, names in named.items():
+            for name in names:
+                check_text(str(name), f"the {kind}", "give it another name")
 
     def __repr__(self) -> str:
         return f"<fedkern.FederatedData {self._about()}>"

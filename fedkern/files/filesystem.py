@@ -72,8 +72,8 @@ def check_working_folder() -> None:
         raise UserError("The working folder has been deleted or cannot be read: change to another one.") from None
 
 
-def check_text(text: str, what: str) -> None:
-    """Raises UserError for a string with bytes that are not UTF-8, because a run's files could not store the string."""
+def check_text(text: str, what: str, way: str = "rename the file or folder, or take a link to it") -> None:
+    """Raise UserError for a string with bytes that are not UTF-8, because a run's files could not store the string."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -81,7 +81,7 @@ def check_text(text: str, what: str) -> None:
         try:
             text.encode(errors="surrogateescape").decode()
         except UnicodeError:
-            reason = "bytes that are not UTF-8: rename the file or folder, or take a link to it."
+            reason = f"bytes that are not UTF-8: {way}."
         else:
             reason = (
                 "letters that Python does not read in this locale: set PYTHONUTF8=1 in the environment, or a locale "

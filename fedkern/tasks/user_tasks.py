@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedkern.errors import UserError, described
+from fedkern.errors import UserError, described, shown
+from fedkern.files.filesystem import check_text
 from fedkern.messages.leaves import leaves, mapped, together
 from fedkern.models.cutting import logits_of
 from fedkern.models.precision import autocast_on, full
@@ -58,9 +59,11 @@ class OwnTask(Task):
         main: str | None = None,
         better: Literal["max", "min"] | None = None,
     ) -> None:
+        check_metrics({} if metrics is None else metrics)
         self.loss_fn, self.metrics = loss_fn, dict(metrics or {})
         self._copies: dict[torch.device, nn.Module] = {}
         self._takes_gradients = False  # known after the first batch that is evaluated
+        check_object("loss_fn", loss_fn)
         if not callable(loss_fn):
             raise UserError(f"loss_fn must be a function or a module, not an object of type {type(loss_fn).__name__}.")
         if "loss" in self.metrics:
@@ -203,6 +206,21 @@ class OwnTask(Task):
         values |= {name: _number(name, metric.compute) for name, metric in objects.items()}
         figures = {**{name: values[name] for name in self.metrics}, "loss": total / count}
         return {self.main: figures[self.main], **figures}
+
+
+def check_object(name: str, value: Any) -> None:
+    """Raise UserError for a class where an object of the class is meant."""
+    if isinstance(value, type):
+        raise UserError(f"{name} is the class {value.__name__}: make an object of it, {value.__name__}().")
+
+
+def check_metrics(metrics: Any) -> None:
+    """Raise UserError for metrics that are no functions or objects by name."""
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) and name.strip() for name in metrics):
+        raise UserError(f'metrics must be a dict by name, such as {{"mae": FUNCTION}}, not {shown(metrics)}.')
+    for name, metric in metrics.items():
+        check_text(name, "the metric", "give it another name")
+        check_object(f"the metric {name}", metric)
 
 
 def inner(model: Any) -> Any:

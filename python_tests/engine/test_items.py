@@ -930,6 +930,16 @@ SENTENCES = {
     "clients": ({"clients": 4}, 'clients is "4", and the data have 1'),
     "option": ({"data_options": {"cue_clients": 1}}, "cue_clients has no effect on data in memory"),
     "width": ({"width": 3}, "width has no effect on a module"),
+    "metric's class": ({"metrics": {"mae": nn.L1Loss}}, r"the metric mae is the class L1Loss: make .*, L1Loss\(\)"),
+    "loss's class": ({"loss_fn": nn.CrossEntropyLoss}, "loss_fn is the class CrossEntropyLoss: make an object of it"),
+    "list of metrics": ({"metrics": [first_loss]}, 'metrics must be a dict by name, such as {"mae": FUNCTION}, not'),
+    "metric's bytes": ({"metrics": {"\udcff": first_loss}}, r'the metric "\\xff" has bytes that are not UTF-8'),
+    "client's bytes": ({"data": {"\udcff": table(9)}}, r'the client "\\xff" has bytes .*: give it another name\.'),
+    "class's bytes": ({"classes": ["a", "b", "c", "\ud800"]}, r'the class "\\ud800" has bytes that are not UTF-8'),
+    "test's bytes": ({"test": {"\udcff": table(6)}}, r'the test set "\\xff" has bytes that are not UTF-8'),
+    "folder's bytes": ({"out": "\udcff"}, r'the folder "\\xff" has bytes that are not UTF-8: rename'),
+    "broken item": ({"data": [table(9), Broken([(torch.rand(4), 0)] * 9)]},
+                    r"Item 7 of client 1 cannot be read \(OSError: disk\)"),
     "named loss": ({"metrics": {"loss": first_loss}}, "metrics has one called loss"),
     "ten classes": ({"classes": 10}, "tells 4 classes, and the data have 10"),
     "class": ({"classes": ["a"]}, "classes must name at least 2"),
@@ -941,7 +951,7 @@ SENTENCES = {
 @pytest.mark.parametrize(("changed", "said"), SENTENCES.values(), ids=SENTENCES)
 def test_what_is_not_taken_is_one_sentence(changed, said, tmp_path):
     with pytest.raises(UserError, match=said) as told:
-        fedkern.simulate("fedavg", **{**GOOD, **changed}, rounds=1, out=tmp_path / "run", **HERE)
+        fedkern.simulate("fedavg", **{**GOOD, "rounds": 1, "out": tmp_path / "run", **HERE, **changed})
     assert "\n" not in str(told.value)
     assert not (tmp_path / "run").exists()
 
@@ -955,14 +965,6 @@ def test_other_machines_have_no_such_data(monkeypatch, tmp_path):
         fedkern.simulate("fedavg", **GOOD, rounds=1, out=tmp_path / "run", **HERE)
     with pytest.raises(UserError, match="nodes have images, and the samples of these data are none"):
         form_of(fedkern.FederatedData.from_datasets(GOOD["data"], GOOD["test"]))
-
-
-def test_a_broken_item_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"Item 7 of client 1 cannot be read \(OSError: disk\)"):
-        fedkern.simulate(
-            "fedavg", data=[table(9), Broken([(torch.rand(4), 0)] * 9)], test=table(6), model=nn.Linear(4, 4), rounds=1,
-            out=tmp_path / "run", **HERE,
-        )  # fmt: skip
 
 
 SERVES = {
