@@ -34,6 +34,7 @@ MANY = st.sampled_from([1, 0, 2, 3, 5, 8, 31, 64, 100, 257, 1000])
 SEEDS = st.integers(0, 2**31)
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(LAYOUTS)
+DIMS = st.sampled_from([1, 1, -1, 0])  # axis of the classes
 positions = st.lists(st.sampled_from([1, 0, 2, 3, 5]), max_size=2)
 
 
@@ -220,6 +221,11 @@ def rows(draw: st.DrawFn) -> list[int]:
     return [draw(FEW), draw(MANY.filter(bool)), *draw(positions)]
 
 
+def turned(x: Any, dim: int, stack: int = 0) -> Any:
+    """A view of logits whose classes lie on axis ``dim`` behind ``stack`` axes."""
+    return x.movedim(1 + stack, dim if dim < 0 else dim + stack)
+
+
 def masked(x: Tensor, share: float, seed: int, axis: int) -> Tensor:
     """``x`` with some classes at -inf, the first one never; a leaf where x is one."""
     draw = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) < share
@@ -279,6 +285,7 @@ def kl_div_case(draw: st.DrawFn) -> Case:
         "temperature": draw(TEMPERATURES),
         "reduction": draw(REDUCTIONS),
         "direction": draw(st.sampled_from(["teacher", "student"])),
+        "dim": draw(DIMS),
         "same": draw(st.booleans()),
     }
 
@@ -317,7 +324,8 @@ def check_kl_div(case: Case) -> None:
     weight = None if case["weight"] is None else make(case["weight"])
     T, reduction = case["temperature"], case["reduction"]
     s, t, w = exact(student), exact(teacher), exact(weight)
-    got = ops.kl_div(student, teacher, T, weight=weight, reduction=reduction)
+    dim = case["dim"]
+    got = ops.kl_div(turned(student, dim), turned(teacher, dim), T, weight=weight, reduction=reduction, dim=dim)
     _compare_divergence(
         case, got, _weighted(kl(s, t, T), w), {"student": (student, s), "teacher": (teacher, t), "weight": (weight, w)}
     )
@@ -330,7 +338,8 @@ def check_dual_kl(case: Case) -> None:
     weight = None if case["weight"] is None else make(case["weight"])
     T, reduction, direction = case["temperature"], case["reduction"], case["direction"]
     x, t, y, w = exact(a), exact(teacher), exact(b), exact(weight)
-    got = ops.dual_kl(a, b, teacher, T, direction=direction, weight=weight, reduction=reduction)
+    logits = [turned(logits, case["dim"]) for logits in (a, b, teacher)]
+    got = ops.dual_kl(*logits, T, direction=direction, weight=weight, reduction=reduction, dim=case["dim"])
     pairs = kl(x, t, T) + kl(y, t, T) if direction == "teacher" else kl(t, x, T) + kl(t, y, T)
     inputs = {"a": (a, x), "b": (b, y), "teacher": (teacher, t), "weight": (weight, w)}
     _compare_divergence(case, got, _weighted(pairs, w), inputs, terms=2)
@@ -341,7 +350,7 @@ def ensemble_case(draw: st.DrawFn) -> Case:
     B, C, *rest = draw(rows())
     K = draw(FEW.filter(bool))
     mode = draw(st.sampled_from(["kl_of_mean", "mean_of_kl"]))
-    per_teacher = [[K], [K, B, 1]] + ([[K, B]] if B != C else [])
+    per_teacher = [[K], [K, B, 1], [K, 1, 1]] + ([[K, B]] if B != C else [])
     forms = [None, *per_teacher]
     if mode == "kl_of_mean":
         forms += [[K, 1, C], [K, B, C], *([[K, C]] if B != C else [])]
@@ -359,6 +368,7 @@ def ensemble_case(draw: st.DrawFn) -> Case:
         "class_mask": draw(st.booleans()) and mode == "kl_of_mean",
         "log_probs": log_probs,
         "reduction": draw(REDUCTIONS),
+        "dim": draw(DIMS),
     }
 
 
@@ -393,8 +403,11 @@ def check_ensemble_kl(case: Case) -> None:
         known = torch.rand(K, C, generator=torch.Generator().manual_seed(3)) < 0.7
     T, mix, mode, reduction = case["temperature"], case["mix"], case["mode"], case["reduction"]
     s, t, w = exact(student), exact(teachers), exact(weights)
-    settings = {name: case[name] for name in ("mix", "mode", "log_probs", "reduction")}
-    got = ops.ensemble_kl(student, teachers, weights, T, class_mask=known, **settings)
+    settings = {name: case[name] for name in ("mix", "mode", "log_probs", "reduction", "dim")}
+    dim, given = case["dim"], weights
+    if weights is not None and weights.dim() == teachers.dim():
+        given = turned(weights, dim, 1)
+    got = ops.ensemble_kl(turned(student, dim), turned(teachers, dim, 1), given, T, class_mask=known, **settings)
     assert got.dtype == promoted(student, teachers)
     W = shares(w, t.shape, known)
     if mode == "mean_of_kl":
@@ -459,6 +472,7 @@ def js_case(draw: st.DrawFn) -> Case:
         "weights": weights and draw(tensor(weights, values="weights")),
         "mask": draw(st.sampled_from([0.0, 0.3])),
         "reduction": draw(REDUCTIONS),
+        "dim": draw(DIMS),
     }
 
 
@@ -482,8 +496,8 @@ def check_stack(case: Case, *, consensus: bool) -> None:
     of_each = -(W * torch.where(p > 0, p * log_p, 0.0).sum(2)).sum(0)
     js = (W * divergence(log_p, p, log_m.expand_as(log_p), 2)).sum(0)
     parts = (of_mixture, of_each) if consensus else (js,)
-    reduction = case["reduction"]
-    got = (ops.consensus if consensus else ops.js_div)(logits, weights, reduction=reduction)
+    reduction, dim = case["reduction"], case["dim"]
+    got = (ops.consensus if consensus else ops.js_div)(turned(logits, dim, 1), weights, reduction=reduction, dim=dim)
     size = spread(logits) * (max(1, B) if reduction == "sum" else 1)
     compare(
         got,
@@ -500,7 +514,7 @@ def check_stack(case: Case, *, consensus: bool) -> None:
 
 @st.composite
 def entropy_case(draw: st.DrawFn) -> Case:
-    return {"logits": draw(tensor(draw(rows()), values=LOGITS)), "reduction": draw(REDUCTIONS)}
+    return {"logits": draw(tensor(draw(rows()), values=LOGITS)), "reduction": draw(REDUCTIONS), "dim": draw(DIMS)}
 
 
 def check_entropy(case: Case) -> None:
@@ -509,7 +523,7 @@ def check_entropy(case: Case) -> None:
     log_p, p = log_softmax(x, 1)
     expected = reduced(-(p * log_p).sum(1), case["reduction"])
     size = spread(logits) * (max(1, logits.shape[0]) if case["reduction"] == "sum" else 1)
-    got = ops.entropy(logits, reduction=case["reduction"])
+    got = ops.entropy(turned(logits, case["dim"]), reduction=case["reduction"], dim=case["dim"])
     compare(got, expected, {"logits": (logits, x)}, absolute=1e-6 * size, gradient=4e-6 * size)
 
 

@@ -148,6 +148,8 @@ def _divergences(draw: Draw) -> Iterator[Case]:
             more["temperature"] = (2.0, float("inf"))[number % 3 - 1]
         if weight:
             more["weight"] = _row_weights(draw, shape, weight)
+        if number % 4 == 1:
+            more["dim"], shape = -1, (shape[0], *shape[2:], shape[1])
         yield Case("kl_div", {"student": draw(*shape, dtype=dtype), "teacher": draw(*shape, dtype=dtype), **more})
         tensors = {name: draw(*shape, dtype=dtype) for name in ("a", "b", "teacher")}
         direction = {"direction": "student"} if number % 2 else {}
@@ -179,7 +181,10 @@ def _stacks(draw: Draw) -> Iterator[Case]:
         modes: list[dict[str, Any]] = [{}, {"mix": "logits"}, {"temperature": float("inf")}, {"log_probs": True}]
         if not masked and form not in ("classes", "all"):
             modes.append({"mode": "mean_of_kl"})
+        if form in (None, "teachers"):
+            modes.append({"dim": -1})
         for mode in modes:
+            shape = (batch, *positions, classes) if "dim" in mode else (batch, classes, *positions)
             student, teachers = draw(*shape, dtype=dtype), draw(count, *shape, dtype=dtype)
             yield Case("ensemble_kl", {"student": student, "teachers": teachers, **more, **mode})
         if masked or form in ("classes", "all"):
@@ -188,7 +193,8 @@ def _stacks(draw: Draw) -> Iterator[Case]:
         if number % 3:
             more["reduction"] = ("none", "sum")[number % 3 - 1]
         for operator in ("js_div", "consensus"):
-            yield Case(operator, {"logits": draw(count, *shape, dtype=dtype), **more})
+            yield Case(operator, {"logits": draw(count, batch, classes, *positions, dtype=dtype), **more})
+            yield Case(operator, {"logits": draw(count, batch, *positions, classes, dtype=dtype), "dim": -1, **more})
 
 
 def _contrastive(draw: Draw) -> Iterator[Case]:

@@ -156,6 +156,7 @@ OPERATORS = [
         ((64, 21, 400), (64, 21, 400), (64,)),
         positive=(2,),
     ),
+    Operator("kl_div dim", lambda s, t: ops.kl_div(s, t, 2.0, dim=-1), ((4, 3, 7),) * 2, ((64, 400, 21),) * 2),
     Operator("dual_kl", lambda a, b, t: ops.dual_kl(a, b, t, 2.0), (_LOGITS,) * 3, (_MANY,) * 3),
     Operator(
         "dual_kl limit",

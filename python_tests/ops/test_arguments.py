@@ -151,6 +151,7 @@ NO_FILL = {
     "none within": lambda right: [0.0, None],
 }
 KINDS = {
+    "axis": {**{k: v for k, v in NO_COUNT.items() if k != "negative"}, "too far": lambda right: 2},
     "tensor": {**NO_TENSOR, "none": lambda right: None},
     "optional tensor": NO_TENSOR,
     # integers are index numbers, or weights
@@ -188,6 +189,10 @@ def logits(*shape: int) -> Tensor:
 _VECTORS = [torch.arange(6.0), torch.ones(6), torch.arange(6.0).flip(0), torch.zeros(6), torch.full((6,), 2.0)]
 _WEIGHTS = [1.0, 2.0, 3.0, 4.0, 5.0]
 _LISTED, _SHARES, _SUM = (_VECTORS, "tensors"), (_WEIGHTS, "optional weights"), ("sum", "choice")
+_DIM = (-1, "axis")
+_STACK = Public(
+    logits=(logits(3, 4, 7), "tensor"), weights=(torch.ones(3), "optional tensor"), reduction=_SUM, dim=_DIM,
+)  # fmt: skip
 _BOXES = Public(
     images=(logits(2, 2, 5, 5), "images"), boxes=(torch.tensor([[[1.0, 1.0, 3.0, 3.0]]] * 2), "boxes"),
     fill=(0.5, "fill"),
@@ -216,21 +221,22 @@ PUBLIC = {
     "keep_boxes": _BOXES,
     "kl_div": Public(
         student=(logits(4, 7), "tensor"), teacher=(-logits(4, 7), "tensor"), temperature=(2.0, "number"),
-        weight=(torch.ones(4), "optional tensor"), reduction=_SUM,
+        weight=(torch.ones(4), "optional tensor"), reduction=_SUM, dim=_DIM,
     ),
     "dual_kl": Public(
         a=(logits(4, 7), "tensor"), b=(logits(4, 7) * 2, "tensor"), teacher=(-logits(4, 7), "tensor"),
         temperature=(2.0, "number"), direction=("teacher", "choice"), weight=(torch.ones(4), "optional tensor"),
-        reduction=_SUM,
+        reduction=_SUM, dim=_DIM,
     ),
     "ensemble_kl": Public(
         student=(logits(4, 7), "tensor"), teachers=(logits(3, 4, 7), "tensor"),
         weights=(torch.ones(3), "optional tensor"), temperature=(2.0, "number"), mix=("probs", "choice"),
         mode=("kl_of_mean", "choice"), class_mask=(torch.ones(3, 7, dtype=torch.bool), "mask"), reduction=_SUM,
+        dim=_DIM,
     ),
-    "js_div": Public(logits=(logits(3, 4, 7), "tensor"), weights=(torch.ones(3), "optional tensor"), reduction=_SUM),
-    "consensus": Public(logits=(logits(3, 4, 7), "tensor"), weights=(torch.ones(3), "optional tensor"), reduction=_SUM),
-    "entropy": Public(logits=(logits(4, 7), "tensor"), reduction=_SUM),
+    "js_div": _STACK,
+    "consensus": _STACK,
+    "entropy": Public(logits=(logits(4, 7), "tensor"), reduction=_SUM, dim=_DIM),
     "contrastive": Public(
         x=(logits(4, 7), "tensor"), y=(-logits(4, 7), "tensor"), temperature=(0.5, "number or tensor"),
     ),
@@ -313,6 +319,7 @@ NUMBERS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("number", "optional number", "number or tensor", "fill", "betas"), (np.float32, np.float16)),
     **dict.fromkeys(("weights", "optional weights"), (np.float32, np.int64)),
     "count": (np.int64, np.uint8),
+    "axis": (np.int64,),
 }
 
 

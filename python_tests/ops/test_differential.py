@@ -99,7 +99,7 @@ def test_an_hour_of_random_calls(server: Cases, operator: str) -> None:
 @pytest.mark.exhaustive
 def test_a_wrong_result_and_a_crash_are_failures(server: Cases) -> None:
     """What the search rests on: a case that fails or kills its process is told, and the next one runs."""
-    right = {"logits": {**_TENSOR, "shape": [2, 3]}, "reduction": "sum"}
+    right = {"logits": {**_TENSOR, "shape": [2, 3]}, "reduction": "sum", "dim": 1}
     assert server.failure("entropy", right, "") == ""
     assert "KeyError" in server.failure("entropy", {**right, "reduction": None, "logits": {}}, "")
     # AddressSanitizer, where it is loaded, ends the process in its own way.

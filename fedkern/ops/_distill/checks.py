@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import DTYPES, eager
-from fedkern.ops._core.checks import check_device, check_floating, check_tensor, real, shown
+from fedkern.ops._core.checks import check_count, check_device, check_floating, check_tensor, real, shown
 from fedkern.ops._distill.rows import MAX_DIMS, REDUCTIONS, row_shape
 
 LOGITS = "a tensor of logits"
@@ -31,6 +32,28 @@ def check_logits(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
                 f"{name} must have the shape {list(tensors[0].shape)} of {names[0]}, but has {list(tensor.shape)}"
             )
         check_device(tensor, name, tensors[0], names[0])
+
+
+def move_classes(names: Sequence[str], tensors: tuple[Any, ...], dim: Any, stacks: Sequence[int]) -> tuple[Any, ...]:
+    """Return views of ``tensors`` whose class axis is 1.
+
+    Args:
+        dim: the class axis.
+        stacks: for every tensor the number of leading axes that ``dim`` does not count, 1 for a stack of teachers.
+
+    Raises:
+        TypeError: a tensor is none of logits, or ``dim`` is no whole number.
+        ValueError: the logits have no such axis.
+    """
+    views = []
+    for name, tensor, stack in zip(names, tensors, stacks, strict=True):
+        check_floating(tensor, name, LOGITS)
+        dims = max(tensor.dim() - stack, 1)
+        axis = check_count(dim, "dim", -dims, dims - 1) % dims
+        if dims < 2 or tensor.shape[stack:] != tensors[0].shape[stacks[0] :]:
+            return tensors  # whose shapes the caller refuses, as they are
+        views.append(tensor if axis == 1 else tensor.movedim(axis + stack, 1 + stack))
+    return tuple(views)
 
 
 def check_weight(weight: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:

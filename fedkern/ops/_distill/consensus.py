@@ -10,7 +10,7 @@ from torch import Tensor
 from fedkern.ops._core.backend import DTYPES, eager, readable, ready, select
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
-from fedkern.ops._distill.checks import check_reduction, check_stack, check_values, spread_row_weights
+from fedkern.ops._distill.checks import check_reduction, check_stack, check_values, move_classes, spread_row_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
 from fedkern.ops._distill.entries import CONSENSUS, JS
 from fedkern.ops._distill.kernels import DistillKernels, consensus_call, js_call
@@ -18,11 +18,12 @@ from fedkern.ops._distill.library import reference_gradients
 from fedkern.ops._distill.rows import MAX_DIMS, NONE, REDUCTIONS
 
 
-def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean") -> Tensor:
-    """Generalised Jensen–Shannon divergence ``H(Σₖ Wₖ pₖ) − Σₖ Wₖ H(pₖ)``, ``pₖ = softmax(logitsₖ)`` (Lin, 1991), nats.
+def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean", dim: int = 1) -> Tensor:
+    """Return ``H(Σₖ Wₖ pₖ) − Σₖ Wₖ H(pₖ)``, ``pₖ = softmax(logitsₖ)`` over the classes, axis ``dim`` of logitsₖ.
 
-    The result is at least 0 and at most log K.  It is computed as ``Σₖ Wₖ KL(pₖ ‖ Σ W p)`` from terms that are never
-    negative, so they do not cancel where the distributions nearly agree.
+    The generalised Jensen–Shannon divergence (Lin, 1991), in nats, is at least 0 and at most log K. It is computed as
+    ``Σₖ Wₖ KL(pₖ ‖ Σ W p)`` from terms that are never negative, so they do not cancel where the distributions nearly
+    agree.
 
     Args:
         logits: ``[K, B, C]`` or ``[K, B, C, *positions]``; float32, float64, bfloat16 or float16, any strides. A class
@@ -33,6 +34,8 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
             whatever it holds, and its weight gets no gradient.
         reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
             B × positions; 0 for an empty batch).
+        dim: axis of the classes in the logits of one member, as in :func:`fedkern.ops.kl_div`: the axis of the K
+            members does not count. -1 for ``[K, B, T, V]``.
 
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar; the logits' dtype, computed in float32 (float64 for float64).
@@ -43,8 +46,7 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
         ValueError: a shape, a device or the reduction does not fit, or a weight on the CPU is negative or
             not finite.
     """
-    (logits,) = autocast(logits)
-    kernel, weights, code = _check("js_div", logits, weights, reduction)
+    kernel, logits, weights, code = _check("js_div", logits, weights, reduction, dim)
     if kernel is None:
         tensors = (logits,) if weights is None else (logits, weights)
         if not eager(*tensors):
@@ -57,15 +59,16 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
     return kernel.ensemble_forward(js_call(logits, weights, code))
 
 
-def consensus(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean") -> tuple[Tensor, Tensor]:
-    """Entropy of the mixture and mean of the entropies, ``(H(Σₖ Wₖ pₖ), Σₖ Wₖ H(pₖ))``, from one pass.
+def consensus(
+    logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean", dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return entropy of the mixture and mean of the entropies, ``(H(Σₖ Wₖ pₖ), Σₖ Wₖ H(pₖ))``, from one pass.
 
     The difference of the two is :func:`js_div`. Where the distributions nearly agree, js_div keeps the digits that the
     difference loses. Arguments and errors are those of js_div, and each result has the shape and dtype of js_div's.
     The gradients of both results are computed in one pass.
     """
-    (logits,) = autocast(logits)
-    kernel, weights, code = _check("consensus", logits, weights, reduction)
+    kernel, logits, weights, code = _check("consensus", logits, weights, reduction, dim)
     if kernel is None:
         tensors = (logits,) if weights is None else (logits, weights)
         if not eager(*tensors):
@@ -79,9 +82,12 @@ def consensus(logits: Tensor, weights: Tensor | None = None, *, reduction: str =
 
 
 def _check(
-    operator: str, logits: Tensor, weights: Tensor | None, reduction: str
-) -> tuple[DistillKernels | None, Tensor | None, int]:
-    """The kernel of an ordinary call, the weights in the shape of the rows, and the reduction's number."""
+    operator: str, logits: Tensor, weights: Tensor | None, reduction: str, dim: int
+) -> tuple[DistillKernels | None, Tensor, Tensor | None, int]:
+    """Return the kernel of an ordinary call, logits with classes on axis 2, weights as rows, the reduction's number."""
+    (logits,) = autocast(logits)
+    if type(dim) is not int or dim != 1:
+        (logits,) = move_classes(("logits",), (logits,), dim, (1,))
     kernel = ready(operator, logits) if weights is None else ready(operator, logits, weights)
     if kernel is not None and not 3 <= logits.dim() <= MAX_DIMS + 1:
         kernel = None
@@ -93,7 +99,7 @@ def _check(
     if weights is not None:
         check_values(weights)
         weights = spread_row_weights(weights, logits, kernel is not None)
-    return kernel, weights, code
+    return kernel, logits, weights, code
 
 
 class _JensenShannon(EagerFunction):

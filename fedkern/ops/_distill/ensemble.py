@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import eager, outlived, readable, ready
-from fedkern.ops._core.checks import autocast
+from fedkern.ops._core.checks import autocast, check_tensor
 from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._distill.checks import (
     check_mask,
@@ -17,6 +17,7 @@ from fedkern.ops._distill.checks import (
     check_student,
     check_temperature,
     check_values,
+    move_classes,
     spread_weights,
     without_unknown,
 )
@@ -39,8 +40,9 @@ def ensemble_kl(
     class_mask: Tensor | None = None,
     log_probs: bool = False,
     reduction: str = "batchmean",
+    dim: int = 1,
 ) -> Tensor:
-    """Distils K teachers into one student: ``T² · KL(P ‖ softmax(student / T))``, P the teachers' weighted mixture.
+    """Return ``T² · KL(P ‖ softmax(student / T))`` over the classes, axis ``dim``, P the mixture of K teachers.
 
     - ``mix="probs"``: ``P ∝ Σₖ Wₖ softmax(teacherₖ / T)``, renormalised over classes.
     - ``mix="logits"``: ``P = softmax(Σₖ Wₖ teacherₖ / T)``. With equal weights this is FedDF (arXiv 2006.07242).
@@ -70,6 +72,8 @@ def ensemble_kl(
             another softmax.
         reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
             B × positions).
+        dim: axis of the classes in the student's logits, as in :func:`fedkern.ops.kl_div`: -1 for ``[B, T, V]``. That
+            of the teachers, whose first axis does not count, and of weights that have as many axes as the teachers.
 
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar, in the promoted dtype of student and teachers: a bfloat16
@@ -88,6 +92,12 @@ def ensemble_kl(
             negative or not finite.
     """
     student, teachers = autocast(student, teachers)
+    if type(dim) is not int or dim != 1:
+        student, teachers = move_classes(("student", "teachers"), (student, teachers), dim, (0, 1))
+        if weights is not None:
+            check_tensor(weights, "weights")
+            if weights.dim() == student.dim() + 1:
+                weights = weights.movedim(dim if dim < 0 else dim + 1, 2)
     tensors = (student, teachers) if weights is None else (student, teachers, weights)
     kernel = ready("ensemble_kl", *tensors)
     usual = kernel is not None and 3 <= teachers.dim() <= MAX_DIMS + 1

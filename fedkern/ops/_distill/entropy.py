@@ -11,21 +11,22 @@ from fedkern.ops._core import library
 from fedkern.ops._core.backend import eager, readable, ready, select
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
-from fedkern.ops._distill.checks import check_logits, check_reduction
+from fedkern.ops._distill.checks import check_logits, check_reduction, move_classes
 from fedkern.ops._distill.entries import ENTROPY
 from fedkern.ops._distill.kernels import DistillKernels, entropy_call
 from fedkern.ops._distill.reference import entropy_rows_reference
 from fedkern.ops._distill.rows import NONE, REDUCTIONS
 
 
-def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
-    """Entropy ``H(softmax(logits)) = −Σ p log p`` over classes, in nats.
+def entropy(logits: Tensor, *, reduction: str = "batchmean", dim: int = 1) -> Tensor:
+    """Return the entropy ``H(softmax(logits)) = −Σ p log p`` over the classes, which lie on axis ``dim``, in nats.
 
     Args:
         logits: ``[B, C]`` or ``[B, C, *positions]``; float32, float64, bfloat16 or float16, any strides. A class of
             logit ``-inf`` has probability 0 and contributes nothing.
         reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
             B × positions; 0 for an empty batch).
+        dim: axis of the classes, as in :func:`fedkern.ops.kl_div`: -1 for ``[B, T, V]``.
 
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar; the logits' dtype, computed in float32 (float64 for float64).
@@ -36,6 +37,8 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
         ValueError: the shape of ``logits`` or the reduction is wrong.
     """
     (logits,) = autocast(logits)
+    if type(dim) is not int or dim != 1:
+        (logits,) = move_classes(("logits",), (logits,), dim, (0,))
     kernel = ready("entropy", logits)
     if kernel is None:
         check_logits(("logits",), (logits,))

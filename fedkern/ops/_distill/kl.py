@@ -15,7 +15,7 @@ from fedkern.ops._core import library
 from fedkern.ops._core.backend import compute_dtype, eager, readable, ready
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
-from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight
+from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight, move_classes
 from fedkern.ops._distill.entries import DIVERGENCE, select_at
 from fedkern.ops._distill.kernels import DistillKernels, Divergence, new_call
 from fedkern.ops._distill.reference import FLAT, divergence_reference, result_dtype
@@ -29,8 +29,12 @@ def kl_div(
     *,
     weight: Tensor | None = None,
     reduction: str = "batchmean",
+    dim: int = 1,
 ) -> Tensor:
-    """Distillation loss ``T² · KL(softmax(teacher / T) ‖ softmax(student / T))`` (Hinton et al., arXiv 1503.02531).
+    """Return ``T² · KL(softmax(teacher / T) ‖ softmax(student / T))`` over the classes, which lie on axis ``dim``.
+
+    The distillation loss of Hinton et al. (arXiv 1503.02531). As in PyTorch's losses the classes lie on axis 1; give
+    ``dim=-1`` for logits ``[B, T, V]`` of a language model. Exchange student and teacher for the other direction.
 
     Args:
         student: logits ``[B, C]`` or ``[B, C, *positions]``; float32, float64, bfloat16 or float16, any strides.
@@ -41,6 +45,8 @@ def kl_div(
             contributes exactly zero to the loss and to every gradient, whatever it holds.
         reduction: ``"none"`` (one value per row), ``"sum"``, or ``"batchmean"`` (the sum divided by the number of rows,
             B × positions; 0 for an empty batch).
+        dim: axis of the classes, which may be negative. The other axes are B and the positions, in their order. No
+            copy is made.
 
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar, in the promoted dtype of student and teacher. Everything is
@@ -57,7 +63,7 @@ def kl_div(
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, a device, the temperature or the reduction is wrong.
     """
-    return _dispatch(student, None, teacher, weight, temperature, False, reduction, ("student", "teacher"))
+    return _dispatch(student, None, teacher, weight, temperature, False, reduction, dim, ("student", "teacher"))
 
 
 def dual_kl(
@@ -69,14 +75,17 @@ def dual_kl(
     direction: str = "teacher",
     weight: Tensor | None = None,
     reduction: str = "batchmean",
+    dim: int = 1,
 ) -> Tensor:
-    """Two divergences from one reading of the teacher (the distillation loss of FedGID, arXiv 2504.00850).
+    """Return the sum of two divergences over the classes, which lie on axis ``dim``, from one reading of the teacher.
+
+    The distillation loss of FedGID (arXiv 2504.00850).
 
     - ``direction="teacher"``: ``T² (KL(teacher ‖ a) + KL(teacher ‖ b))``
     - ``direction="student"``: ``T² (KL(a ‖ teacher) + KL(b ‖ teacher))``
 
-    Each name stands for its softmax at temperature T. Temperature, reduction, results, gradients and errors are those
-    of :func:`kl_div`.
+    Each name stands for its softmax at temperature T. Temperature, reduction, dim, results, gradients and errors are
+    those of :func:`kl_div`.
 
     Args:
         a, b, teacher: logits of one shape, as in :func:`kl_div`; a and b are two students.
@@ -85,7 +94,8 @@ def dual_kl(
     """
     if direction not in ("teacher", "student"):
         raise ValueError(f'direction must be "teacher" or "student", but is {direction!r}')
-    return _dispatch(a, b, teacher, weight, temperature, direction == "student", reduction, ("a", "b", "teacher"))
+    reverse = direction == "student"
+    return _dispatch(a, b, teacher, weight, temperature, reverse, reduction, dim, ("a", "b", "teacher"))
 
 
 def _dispatch(
@@ -96,11 +106,16 @@ def _dispatch(
     temperature: float,
     reverse: bool,
     reduction: str,
+    dim: int,
     names: tuple[str, ...],
 ) -> Tensor:
     student, other, teacher = autocast(student, other, teacher)
     # By the number of names: None as the second student of dual_kl is a mistake, which check_logits reports.
     tensors: tuple[Any, ...] = (student, teacher) if len(names) == 2 else (student, other, teacher)
+    if type(dim) is not int or dim != 1:
+        tensors = move_classes(names, tensors, dim, (0,) * len(names))
+        student, teacher = tensors[0], tensors[-1]
+        other = tensors[1] if len(names) == 3 else None
     operator = "kl_div" if len(names) == 2 else "dual_kl"
     kernel = ready(operator, *tensors)
     if kernel is None:

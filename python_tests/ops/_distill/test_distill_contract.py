@@ -165,6 +165,8 @@ def test_wrong_arguments() -> None:
             (r"temperature must be above 0.*nan", {"temperature": math.nan}),
             (r'reduction must be "none", "sum" or "batchmean", but is \'mean\'', {"reduction": "mean"}),
             (r"weight must have shape \[4\].*\[3\]", {"weight": torch.ones(3)}),
+            (r"dim must be between -2 and 1, not 2", {"dim": 2}),
+            (r"teacher must have the shape \[4, 5\] of student, but has \[5, 4\]", {"teacher": good.T, "dim": 0}),
             (r"weight must be on cpu.*meta", {"weight": torch.ones(4, device="meta")}),
         ],
         TypeError: [(r"temperature must be a number.*Tensor", {"temperature": torch.tensor(1.0)})],

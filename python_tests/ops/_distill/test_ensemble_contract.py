@@ -18,29 +18,7 @@ HOWS: list[dict[str, Any]] = [{"mix": "probs"}, {"mix": "logits"}, {"mode": "mea
 # --- weights and masks
 
 
-def test_every_shape_of_weights(backend: str) -> None:
-    student, teachers = logits(4, 5), logits(3, 4, 5, seed=1)
-    for how in HOWS[:2]:
-        for shape, full in (
-            ((3,), (3, 1, 1)),
-            ((3, 4), (3, 4, 1)),
-            ((3, 5), (3, 1, 5)),
-            ((3, 4, 1), (3, 4, 1)),
-            ((3, 1, 5), (3, 1, 5)),
-            ((3, 4, 5), (3, 4, 5)),
-            ((3, 1, 1), (3, 1, 1)),
-        ):
-            weights = torch.rand(shape) + 0.1
-            share = (weights.reshape(full) / weights.reshape(full).sum(0)).expand(3, 4, 5)
-            if how["mix"] == "probs":
-                mixture = (share * teachers.softmax(2)).sum(0)
-                mixture = mixture / mixture.sum(1, keepdim=True)
-                expected = ops.kl_div(student, mixture.log())
-            else:
-                expected = ops.kl_div(student, (share * teachers).sum(0))
-            torch.testing.assert_close(
-                ops.ensemble_kl(student, teachers, weights, **how), expected, rtol=1e-4, atol=1e-5
-            )
+def test_weights_of_every_shape_beside_positions(backend: str) -> None:
     maps, many = logits(2, 5, 3, 2), logits(3, 2, 5, 3, 2, seed=1)
     for shape in ((3, 2), (3, 5), (3, 2, 1), (3, 2, 5), (3, 2, 1, 3, 2), (3, 1, 5, 1, 2), (3, 2, 5, 3, 2)):
         weights = torch.rand(shape) + 0.1
@@ -124,15 +102,6 @@ def test_who_has_weight_zero_is_not_looked_at(backend: str) -> None:
 
 
 # --- what is equal to what
-
-
-def test_one_teacher_is_kl_div(backend: str) -> None:
-    student, teacher = logits(7, 10), logits(7, 10, seed=1)
-    for how in HOWS:
-        for temperature in (0.5, 1.0, math.inf):
-            got = ops.ensemble_kl(student, teacher.unsqueeze(0), None, temperature, reduction="none", **how)
-            expected = ops.kl_div(student, teacher, temperature, reduction="none")
-            torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_the_mean_of_divergences_has_the_mixtures_gradient(backend: str) -> None:
