@@ -89,6 +89,19 @@ def moved(x: Tensor, device: torch.device) -> Tensor:
     return memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
 
 
+def lay_out_map(x: Tensor, layout: str) -> Tensor:
+    """Return the same map with other strides, or at an odd address."""
+    if layout == "channels_last" and x.dim() > 2:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "crop" and x.dim() > 2:
+        return torch.nn.functional.pad(x.double(), (1, 2)).to(x.dtype)[..., 1:-2]
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "offset":
+        return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    return x
+
+
 def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
     """Cases in which every value of every two axes meets at least once, in fixed order; :func:`thinned` for Triton."""
     draw = random.Random(seed)

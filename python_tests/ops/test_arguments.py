@@ -500,8 +500,9 @@ def test_fused_blocks_take_no_sparse_maps() -> None:
 @pytest.mark.parametrize(
     "weights",
     [(1, 2, 3, 4, 5), range(1, 6), np.arange(1, 6), np.arange(1.0, 6.0, dtype=np.float32), torch.arange(1, 6),
-     [np.float32(1), 2, 3.0, torch.tensor(4.0), torch.tensor([5])], torch.arange(1.0, 6.0).bfloat16()],
-    ids=["tuple", "range", "integer array", "array", "integer tensor", "mixed", "bfloat16"],
+     [np.float32(1), 2, 3.0, torch.tensor(4.0), torch.tensor([5])], torch.arange(1.0, 6.0).bfloat16(),
+     (True, np.float64(2), np.int64(3), 4, 5), [n << 64 for n in range(1, 6)]],
+    ids=["tuple", "range", "integer array", "array", "integer tensor", "mixed", "bfloat16", "NumPy's", "large"],
 )  # fmt: skip
 def test_weights_in_other_forms(weights: Any) -> None:
     expected = ops.weighted_mean(_VECTORS, _WEIGHTS)

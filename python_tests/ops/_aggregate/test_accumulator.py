@@ -41,10 +41,8 @@ def test_exact_accumulator_does_not_see_the_order(name: str) -> None:
     order = list(range(20))
     results = []
     for _ in range(5):
-        accumulator = Accumulator(500, exact=True)
         with using(name):
-            for k in order:
-                accumulator.add(vectors[k], weights[k])
+            accumulator = accumulate([vectors[k] for k in order], [weights[k] for k in order])
             results.append((accumulator.mean(), accumulator.weight, accumulator.state_dict()))
         random.Random(len(results)).shuffle(order)
     for mean, weight, state in results[1:]:

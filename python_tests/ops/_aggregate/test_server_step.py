@@ -131,12 +131,6 @@ def test_an_infinity_in_all_models_stays_and_changes_nothing(backend: str, rule:
             assert not long[name][3 : 3 + size // 2].any()
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_rules(backend: str, rule: str) -> None:
-    for defaults in (True, False):
-        check(rule, 5, 300, torch.float32, defaults=defaults)
-
-
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("rule", RULES)
 def test_pairs(backend: str, rule: str) -> None:

@@ -24,6 +24,8 @@ from python_tests.ops.operator_cases import KERNELS, using
 LAST = torch.channels_last
 # At the portable ISA level there is no kernel.
 CONV = [name for name in KERNELS if name != "cpu-portable"]
+each_kernel = pytest.mark.parametrize("name", CONV)
+needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or AVX-512")
 LEAVES = ("x", "weight", "scale", "shift", "bias", "residual")
 
 # Of channels that no kernel takes: zeros fill them up to eights or sixteens.
@@ -125,6 +127,11 @@ def exact(given: dict[str, Any]) -> dict[str, Any]:
         name: x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
         for name, x in given.items()
     }
+
+
+def cut_off(given: dict[str, Any]) -> dict[str, Any]:
+    """The same tensors, none of which asks for a gradient."""
+    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
 def grad_for(given: dict[str, Any], seed: int = 1, **settings: Any) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fedkern import ops
 from python_tests.ops._conv.conv_cases import (
-    CONV,
     GROUPED,
     LAST,
     LEAVES,
@@ -21,16 +20,16 @@ from python_tests.ops._conv.conv_cases import (
     arguments,
     assert_near,
     assert_same,
+    cut_off,
+    each_kernel,
     exact,
     grad_for,
+    needs_core,
     results,
     serve_both,
     serving,
 )
 from python_tests.ops.operator_cases import describe, pairwise, using
-
-each_kernel = pytest.mark.parametrize("name", CONV)
-needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or AVX-512")
 
 CASES = [
     case
@@ -294,10 +293,6 @@ def test_what_is_not_finite_spreads_as_in_torch(
             assert_near(
                 {which: got[which][finite]}, {which: x[finite]}, what=f"{where} {end}"
             ) if finite.any() else None
-
-
-def cut_off(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
 @each_kernel

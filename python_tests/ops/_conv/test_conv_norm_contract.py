@@ -27,12 +27,11 @@ from python_tests.ops._conv.conv_cases import (
     counted,
     exact,
     grad_for,
+    needs_core,
     results,
     serving,
 )
 from python_tests.ops.operator_cases import using
-
-needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or AVX-512")
 
 # How a call ends, with what its gradient must know.
 ENDS: list[dict[str, Any]] = [

@@ -16,7 +16,6 @@ from fedkern import ops
 from fedkern.ops._conv.conv_pool import pooling
 from fedkern.ops._conv.kernels import PoolKernels
 from python_tests.ops._conv.conv_cases import (
-    CONV,
     LAST,
     POOLED,
     SURROUNDINGS,
@@ -25,16 +24,16 @@ from python_tests.ops._conv.conv_cases import (
     assert_same,
     check_never_served,
     counted,
+    cut_off,
+    each_kernel,
     exact,
+    needs_core,
     pool_arguments,
     pool_grad_for,
     results,
     serve_both,
 )
 from python_tests.ops.operator_cases import describe, pairwise, using
-
-each_kernel = pytest.mark.parametrize("name", CONV)
-needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or AVX-512")
 
 LEAVES = ("x", "weight", "bias")
 # One of each kernel: direct, of a few taps and of many; Winograd's; a bordered one.
@@ -62,10 +61,6 @@ def pooled(given: dict[str, Any], grad: Tensor | None = None, **settings: Any) -
 
 def leaves_of(given: dict[str, Any]) -> list[Tensor]:
     return [given[name] for name in LEAVES if given[name] is not None]
-
-
-def cut_off(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
 @pytest.fixture

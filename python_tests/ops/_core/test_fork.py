@@ -25,9 +25,8 @@ SECONDS = 60
 
 
 @pytest.fixture
-def woken() -> Iterator[list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]]:
+def woken() -> list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]:
     """Operators that the compiled core serves, with inputs and results; the thread pool has two threads and has run."""
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
     ready = []
     with ops.use_backend("cpu"), torch.no_grad():
@@ -36,8 +35,7 @@ def woken() -> Iterator[list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]]
                 inputs = operator.inputs(large=True)
                 ready.append((operator, inputs, operator.results(*inputs)))
     torch.randn(1 << 20).add_(1)
-    yield ready
-    torch.set_num_threads(before)
+    return ready
 
 
 def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
@@ -143,13 +141,10 @@ def torch_calls() -> Iterator[tuple[str, Callable[[], tuple[Tensor, ...]]]]:
 
 
 @pytest.fixture
-def pool() -> Iterator[None]:
+def pool() -> None:
     """A thread pool of two threads that has run."""
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
     torch.randn(1 << 20).add_(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def with_results(

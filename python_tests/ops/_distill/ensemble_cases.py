@@ -117,15 +117,19 @@ def compare(
     reference: Callable[..., Tensor],
     tensors: list[Tensor | None],
     needs: tuple[bool, ...],
+    stacked: bool = True,
 ) -> None:
-    """A case on the backends ``names`` against ``reference`` in float64."""
+    """Compare a case on the backends ``names`` with ``reference`` in float64.
+
+    ``tensors``: student, teachers and weights; logits of one shape and their weight where none is ``stacked``.
+    """
     expected, gradients = differentiate(reference, [exactly(x) for x in tensors], needs)
-    finite = torch.cat([x.double()[x.isfinite()].flatten() for x in tensors[:2] if x is not None])
+    finite = torch.cat([x.double()[x.isfinite()].flatten() for x in tensors[:-1] if x is not None])
     spread = max(1.0, float(finite.max() - finite.min())) if finite.numel() else 1.0
     temperature = case.get("temperature", 1.0)
     scale = spread * (temperature if temperature < math.inf else 1.0)
-    teachers = tensors[1]
-    rows = max(teachers[0].numel() // case["classes"], 1)
+    sample = tensors[1][0] if stacked else tensors[0]
+    rows = max(sample.numel() // case["classes"], 1)
     # What a sum over rows may be off by grows with the rows, a gradient's error with what it is multiplied by.
     factor = {"none": 5 * FACTOR, "sum": FACTOR, "batchmean": FACTOR / rows}[case["reduction"]]
     for name in names:
@@ -141,7 +145,7 @@ def compare(
             if ours is None or theirs is None or x is None:
                 continue
             assert ours.dtype == x.dtype, f"{name}: gradient {i} in another dtype"
-            if i == 2:
+            if i == len(tensors) - 1 and stacked:
                 # Differences of losses, summed over all rows and classes that share a weight; at T = infinity those
                 # are squares of logits.
                 shared = factor * max(rows * case["classes"] // max(x[0].numel(), 1), 1)
@@ -150,7 +154,7 @@ def compare(
                     ours = ours.float()  # computed as the losses are
                 assert_close(f"{name} weights' gradient", ours, theirs, absolute=1e-6 * wide * loss_scale * shared)
                 continue
-            if case["layout"] in ("stacked", "positions", "channels_last"):
+            if i < len(tensors) - 1 and case["layout"] in ("stacked", "rows", "positions", "channels_last"):
                 assert strides(ours) == strides(x), f"{name}: gradient {i} in another memory format"
             assert_close(f"{name} gradient {i}", ours, theirs, absolute=1e-6 * wide * scale * factor)
 

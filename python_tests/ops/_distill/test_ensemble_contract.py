@@ -85,20 +85,28 @@ def test_who_has_weight_zero_is_not_looked_at(backend: str) -> None:
         weights = torch.rand(4, shape[0], 1) + 0.1
         weights[2] = 0
         by_class = weights * (torch.rand(shape[1]) + 0.5)
-        for how in HOWS:
-            for given in (weights, by_class) if "mix" in how else (weights,):
-                for temperature in (2.0,) if interpreted else (2.0, math.inf):
-                    clean = ops.ensemble_kl(student, teachers, given, temperature, **how)
-                    for bad in (math.nan,) if interpreted else (math.nan, math.inf, -math.inf):
-                        spoiled = teachers.clone()
-                        spoiled[2] = bad
-                        leaves = [x.clone().requires_grad_() for x in (student, spoiled, given)]
-                        loss = ops.ensemble_kl(*leaves, temperature, **how)
-                        loss.backward()
-                        torch.testing.assert_close(loss.detach(), clean)
-                        assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
-                        assert not leaves[1].grad[2].any()  # type: ignore[index]
-                        assert not leaves[2].grad[2].any()  # type: ignore[index]
+        calls = [
+            (given, lambda s, t, w, T=temperature, how=how: ops.ensemble_kl(s, t, w, T, **how))
+            for how in HOWS
+            for given in ((weights, by_class) if "mix" in how else (weights,))
+            for temperature in ((2.0,) if interpreted else (2.0, math.inf))
+        ]
+        calls += [
+            (weights[..., 0], lambda s, t, w: ops.entropy(s) + ops.js_div(t, w)),
+            (weights[..., 0], lambda s, t, w: ops.entropy(s) + sum(ops.consensus(t, w))),
+        ]
+        for given, call in calls:
+            clean = call(student, teachers, given)
+            for bad in (math.nan,) if interpreted else (math.nan, math.inf, -math.inf):
+                spoiled = teachers.clone()
+                spoiled[2] = bad
+                leaves = [x.clone().requires_grad_() for x in (student, spoiled, given)]
+                loss = call(*leaves)
+                loss.backward()
+                torch.testing.assert_close(loss.detach(), clean)
+                assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
+                assert not leaves[1].grad[2].any()  # type: ignore[index]
+                assert not leaves[2].grad[2].any()  # type: ignore[index]
 
 
 # --- what is equal to what

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fedkern.ops._core.backend import select
 from fedkern.ops._distill.kernels import Divergence
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 from python_tests.ops import operator_cases
-from python_tests.ops._distill.ensemble_cases import strides
+from python_tests.ops._distill.ensemble_cases import compare as compare_operator
 from python_tests.ops.operator_cases import (
     BACKENDS,
     CLASSES,
@@ -30,7 +31,6 @@ from python_tests.ops.operator_cases import (
     using,
 )
 
-FACTOR = 3.0  # every loss is multiplied before backward: a dropped grad_output shows
 OPERATORS = ("kl_div", "dual_kl", "dual_kl_student", "entropy")
 LAYOUTS = ("rows", "gaps", "transposed", "positions", "channels_last", "crop")
 AXES: dict[str, Any] = {
@@ -98,52 +98,30 @@ def make_inputs(case: dict[str, Any], seed: int) -> tuple[list[Tensor], Tensor |
     return laid, weight
 
 
-def call(case: dict[str, Any], logits: list[Tensor], weight: Tensor | None) -> Tensor:
+def divergence(case: dict[str, Any]) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return the operator of a case and its reference, as functions of teacher, students and weight."""
     name, reduction, temperature = case["operator"], case["reduction"], case["temperature"]
-    if name == "entropy":
-        return ops.entropy(logits[0], reduction=reduction)
-    if name == "kl_div":
-        return ops.kl_div(logits[1], logits[0], temperature, weight=weight, reduction=reduction)
-    direction = "student" if name == "dual_kl_student" else "teacher"
-    return ops.dual_kl(
-        logits[1], logits[2], logits[0], temperature, direction=direction, weight=weight, reduction=reduction
-    )
+    reverse = name == "dual_kl_student"
 
+    def compute(teacher: Tensor, *others: Tensor) -> Tensor:
+        if name == "entropy":
+            return ops.entropy(teacher, reduction=reduction)
+        *students, weight = others
+        settings: dict[str, Any] = {"weight": weight, "reduction": reduction}
+        if name == "kl_div":
+            return ops.kl_div(students[0], teacher, temperature, **settings)
+        return ops.dual_kl(*students, teacher, temperature, direction="student" if reverse else "teacher", **settings)
 
-def call_reference(case: dict[str, Any], logits: list[Tensor], weight: Tensor | None) -> Tensor:
-    if case["operator"] == "entropy":
-        return entropy_reference(logits[0], reduction=case["reduction"])
-    return kl_div_reference(
-        logits[1],
-        logits[0],
-        case["temperature"],
-        weight=weight,
-        reduction=case["reduction"],
-        other=logits[2] if len(logits) > 2 else None,
-        reverse=case["operator"] == "dual_kl_student",
-    )
+    def reference(teacher: Tensor, *others: Tensor) -> Tensor:
+        if name == "entropy":
+            return entropy_reference(teacher, reduction=reduction)
+        student, *second, weight = others
+        settings: dict[str, Any] = {"other": second[0]} if second else {}
+        return kl_div_reference(
+            student, teacher, temperature, weight=weight, reduction=reduction, reverse=reverse, **settings
+        )
 
-
-def differentiate(
-    case: dict[str, Any], compute: Any, logits: list[Tensor], weight: Tensor | None
-) -> tuple[Tensor, list[Tensor | None]]:
-    leaves = []
-    for i, x in enumerate(logits):
-        wanted = case["needs"] == "all" or case["operator"] == "entropy" or (case["needs"] == "teacher") == (i == 0)
-        leaves.append(x.detach().requires_grad_(wanted))
-    if weight is not None and case["operator"] != "entropy":
-        weight = weight.detach().requires_grad_(case["needs"] == "all")
-        leaves.append(weight)
-    loss = compute(case, leaves[: len(logits)], weight)
-    steps = torch.arange(loss.numel(), dtype=torch.float64, device=loss.device).reshape(loss.shape) % 5 + 1
-    (loss * (FACTOR * steps).to(loss.dtype)).sum().backward()
-    return loss.detach(), [x.grad for x in leaves]
-
-
-def spread(logits: list[Tensor]) -> float:
-    """The largest finite difference of logits, at least 1: what float32 rounding is measured by."""
-    finite = torch.cat([x.double()[x.isfinite()].flatten() for x in logits])
-    return max(1.0, float(finite.max() - finite.min())) if finite.numel() else 1.0
+    return compute, reference
 
 
 CASES = pairwise(AXES, seed=2)
@@ -170,30 +148,11 @@ def compare(
     names: list[str],
     device: torch.device | str = "cpu",
 ) -> None:
-    """A case on these backends against the reference in float64."""
-    exact = [x.double() for x in logits]
-    expected, gradients = differentiate(case, call_reference, exact, None if weight is None else weight.double())
-    count = max(expected.numel() if case["reduction"] == "none" else logits[0].numel() // logits[0].shape[1], 1)
-    # What a sum over rows may be off by grows with the rows, a gradient's error with what it is multiplied by.
-    factor = {"none": 5 * FACTOR, "sum": FACTOR, "batchmean": FACTOR / count}[case["reduction"]]
-    scale = spread(exact) * (case["temperature"] if case["temperature"] < math.inf else 1.0)
-    given = [moved(x, torch.device(device)) for x in logits]
-    for name in names:
-        with using(name):
-            loss, got = differentiate(case, call, given, None if weight is None else weight.to(device))
-        assert loss.dtype == case["dtype"]
-        absolute = 1e-6 * scale * (count if case["reduction"] == "sum" else 1)
-        assert_close(f"{name} loss", loss.cpu(), expected, absolute=absolute)
-        assert not (loss < 0).any(), f"{name}: a negative divergence"
-        for i, (ours, theirs) in enumerate(zip(got, gradients, strict=True)):
-            assert (ours is None) == (theirs is None)
-            if ours is None or theirs is None:
-                continue
-            if i < len(logits) and case["layout"] in ("rows", "positions", "channels_last"):
-                assert strides(ours) == strides(given[i]), f"{name}: gradient {i} in another memory format"
-            # Autograd through the reference, in float32, subtracts larger terms than the kernels do.
-            magnitude = scale * factor * (10 if name == "reference" else 1)
-            assert_close(f"{name} gradient {i}", ours.cpu(), theirs, absolute=1e-6 * magnitude)
+    """Compare a case on these backends with the reference in float64."""
+    entropy, everything = case["operator"] == "entropy", case["needs"] == "all"
+    needs = [everything or entropy or (case["needs"] == "teacher") == (i == 0) for i in range(len(logits))]
+    tensors = [x if x is None else moved(x, torch.device(device)) for x in (*logits, None if entropy else weight)]
+    compare_operator(case, names, *divergence(case), tensors, (*needs, everything), stacked=False)
 
 
 def test_pairs_are_covered() -> None:

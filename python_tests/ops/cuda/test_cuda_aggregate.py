@@ -16,7 +16,7 @@ from fedkern.ops._aggregate.philox import normal
 from fedkern.ops._aggregate.plain import PLAIN
 from fedkern.ops._aggregate.rules import RULES, ServerCall, ServerRule
 from fedkern.ops._core import backend
-from python_tests.ops._aggregate.aggregate_cases import REFINED, REFINED_SEED, refined_numbers
+from python_tests.ops._aggregate.aggregate_cases import REFINED, REFINED_SEED, accumulate, refined_numbers
 from python_tests.ops.operator_cases import DTYPES, assert_close, describe, pairwise
 
 AXES: dict[str, Any] = {
@@ -30,6 +30,12 @@ AXES: dict[str, Any] = {
     "state": (torch.float32, torch.float64),
 }
 CASES = pairwise(AXES, seed=6)
+
+
+@pytest.fixture
+def kernels(device: torch.device) -> AggregateKernels:
+    """The kernels of the device's backend."""
+    return backend.select("aggregate", torch.empty(0, device=device))
 
 
 def make_vectors(case: dict[str, Any], device: torch.device, seed: int) -> tuple[Any, list[Tensor]]:
@@ -73,15 +79,14 @@ def close(what: str, got: Tensor, expected: Tensor, **tolerances: float) -> None
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
-def test_against_plain(device: torch.device, number: int) -> None:
+def test_against_plain(device: torch.device, kernels: AggregateKernels, number: int) -> None:
     case = CASES[number]
-    served = backend.select("aggregate", torch.empty(0, device=device))
     vectors, rows = make_vectors(case, device, number)
     weights, numbers = make_weights(case, device, number)
     wide = [row.double() for row in rows]
     dtype, size, count = case["dtype"], case["size"], case["count"]
 
-    mean = served.weighted_mean(vectors, weights, None)
+    mean = kernels.weighted_mean(vectors, weights, None)
     assert mean.dtype == dtype
     expected = PLAIN.weighted_mean(rows, numbers, None)
     if dtype.itemsize > 2:  # torch rounds fp64 to 16 bits by way of fp32
@@ -89,30 +94,30 @@ def test_against_plain(device: torch.device, number: int) -> None:
     close("mean", mean, PLAIN.weighted_mean(wide, numbers, None))
     for out_dtype in DTYPES:
         out = torch.empty(size, dtype=out_dtype, device=device)
-        assert served.weighted_mean(vectors, weights, out) is out
+        assert kernels.weighted_mean(vectors, weights, out) is out
         close("mean into out", out, PLAIN.weighted_mean(wide, numbers, None))
 
-    close("norms", served.squared_norms(vectors), PLAIN.squared_norms(wide), relative=1e-12)
+    close("norms", kernels.squared_norms(vectors), PLAIN.squared_norms(wide), relative=1e-12)
     point = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = served.squared_distances_to(vectors, point.to(device))
+    found = kernels.squared_distances_to(vectors, point.to(device))
     close("distances to a point", found, PLAIN.squared_distances_to(wide, point))
-    distances = served.squared_distances(vectors)
+    distances = kernels.squared_distances(vectors)
     close("distances", distances, PLAIN.squared_distances(wide))
     assert torch.equal(distances.nan_to_num(7.0), distances.t().nan_to_num(7.0))
 
     trim = (count - 1) // 3
     close(
         "trimmed",
-        served.sorted_mean(vectors, trim, count - trim, None),
+        kernels.sorted_mean(vectors, trim, count - trim, None),
         PLAIN.sorted_mean(wide, trim, count - trim, None),
     )
     if case["dtype"] is torch.float64:
         with pytest.raises(RuntimeError, match="no kernel for a weighted trimmed mean or median"):
-            served.sorted_mean(vectors, trim, count - trim, weights)
+            kernels.sorted_mean(vectors, trim, count - trim, weights)
         return
-    got = served.sorted_mean(vectors, trim, count - trim, weights)
+    got = kernels.sorted_mean(vectors, trim, count - trim, weights)
     close("weighted trimmed", got, PLAIN.sorted_mean(wide, trim, count - trim, numbers))
-    close("weighted median", served.weighted_median(vectors, weights), PLAIN.weighted_median(wide, numbers))
+    close("weighted median", kernels.weighted_median(vectors, weights), PLAIN.weighted_median(wide, numbers))
 
 
 def special_rows(count: int, size: int, dtype: torch.dtype, largest: float) -> Tensor:
@@ -129,9 +134,10 @@ def special_rows(count: int, size: int, dtype: torch.dtype, largest: float) -> T
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_medians_and_trimmed_means_of_every_count(device: torch.device, dtype: torch.dtype) -> None:
+def test_medians_and_trimmed_means_of_every_count(
+    device: torch.device, kernels: AggregateKernels, dtype: torch.dtype
+) -> None:
     """Some counts have kernels of their own; two coordinates in 16 bits are sorted at a time, wherever they lie."""
-    served = backend.select("aggregate", torch.empty(0, device=device))
     for count in range(1, 65):
         size = 37 + count % 2
         spread = [torch.zeros(2 * size + 2, dtype=dtype, device=device) for _ in range(count)]
@@ -148,7 +154,7 @@ def test_medians_and_trimmed_means_of_every_count(device: torch.device, dtype: t
             for vectors in (aligned, odd, strided):
                 for vector, row in zip(vectors, rows, strict=True):
                     vector.copy_(row)
-                found.append(served.sorted_mean(vectors, low, high, None).cpu())
+                found.append(kernels.sorted_mean(vectors, low, high, None).cpu())
             close(f"{low} to {high} of {count}", found[0], expected)
             if high - low == 1:
                 assert torch.equal(found[0].double().nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -158,16 +164,15 @@ def test_medians_and_trimmed_means_of_every_count(device: torch.device, dtype: t
         if dtype is torch.float64:
             continue
         weights = torch.rand(count, generator=torch.Generator().manual_seed(count)).tolist()
-        got = served.sorted_mean(rows.to(device), trim, count - trim, weights)
+        got = kernels.sorted_mean(rows.to(device), trim, count - trim, weights)
         close(f"weighted, of {count}", got, PLAIN.sorted_mean(wide, trim, count - trim, weights))
-        got = served.weighted_median(rows.to(device), weights)
+        got = kernels.weighted_median(rows.to(device), weights)
         close(f"weighted median of {count}", got, PLAIN.weighted_median(wide, weights))
 
 
 @pytest.mark.parametrize("number", range(0, len(CASES), 2), ids=lambda n: f"{n}-{describe(CASES[n])}")
-def test_server_step(device: torch.device, number: int) -> None:
+def test_server_step(device: torch.device, kernels: AggregateKernels, number: int) -> None:
     case = CASES[number]
-    served = backend.select("aggregate", torch.empty(0, device=device))
     vectors, rows = make_vectors(case, device, number)
     weights, numbers = make_weights(case, device, number)
     generator = torch.Generator().manual_seed(number)
@@ -179,8 +184,8 @@ def test_server_step(device: torch.device, number: int) -> None:
     theirs = [state.double() for state in states] + [None] * (2 - len(states))
     old = model.clone().to(device)
     in_place = old if number % 4 else None
-    alone, *nothing = served.server_step(ServerCall(old, vectors, weights, rule, *others, None, False))
-    target, norms, cosines = served.server_step(ServerCall(old, vectors, weights, rule, *ours, in_place))
+    alone, *nothing = kernels.server_step(ServerCall(old, vectors, weights, rule, *others, None, False))
+    target, norms, cosines = kernels.server_step(ServerCall(old, vectors, weights, rule, *ours, in_place))
     assert in_place is None or target is old
     for one, other in zip((target, *ours), (alone, *others), strict=True):
         assert one is other is None or torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
@@ -198,9 +203,10 @@ def test_server_step(device: torch.device, number: int) -> None:
 
 @pytest.mark.parametrize("count", [4, 5, 10, 12])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_server_step_of_full_tiles(device: torch.device, dtype: torch.dtype, count: int) -> None:
+def test_server_step_of_full_tiles(
+    device: torch.device, kernels: AggregateKernels, dtype: torch.dtype, count: int
+) -> None:
     """Some of them with infinities that all models hold; at aligned and odd addresses."""
-    served = backend.select("aggregate", torch.empty(0, device=device))
     rows = torch.randn(count + 1, 4099, generator=torch.Generator().manual_seed(count)).to(dtype)
     rows[:, 1500:1600] = -torch.inf
     odd = torch.zeros(count + 1, 4101, dtype=dtype, device=device)[:, 1:4100].copy_(rows)
@@ -209,62 +215,60 @@ def test_server_step_of_full_tiles(device: torch.device, dtype: torch.dtype, cou
     for models in (rows.to(device), odd):
         ours, theirs = ([torch.zeros(4099, dtype=torch.float64) for _ in range(2)] for _ in range(2))
         moments = [state.to(device) for state in ours]
-        got = served.server_step(ServerCall(models[0], list(models[1:]), weights, rule, *moments))
+        got = kernels.server_step(ServerCall(models[0], list(models[1:]), weights, rule, *moments))
         wide = rows.double()
         expected = PLAIN.server_step(ServerCall(wide[0], list(wide[1:]), weights, rule, *theirs))
         for one, other in zip((*got, *moments), (*expected, *theirs), strict=True):
             close("step", one, other)
 
 
-def test_weights_of_sum_zero_give_nan(device: torch.device) -> None:
-    served = backend.select("aggregate", torch.empty(0, device=device))
+def test_weights_of_sum_zero_give_nan(device: torch.device, kernels: AggregateKernels) -> None:
     vectors, nothing = torch.randn(3, 9, device=device), torch.zeros(3, dtype=torch.float64, device=device)
-    assert served.weighted_mean(vectors, nothing, None).isnan().all()
-    assert served.weighted_median(vectors, nothing).isnan().all()
-    assert served.sorted_mean(vectors, 1, 2, nothing).isnan().all()
+    assert kernels.weighted_mean(vectors, nothing, None).isnan().all()
+    assert kernels.weighted_median(vectors, nothing).isnan().all()
+    assert kernels.sorted_mean(vectors, 1, 2, nothing).isnan().all()
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_more_vectors_than_one_launch_takes(device: torch.device, stacked: bool) -> None:
-    served = backend.select("aggregate", torch.empty(0, device=device))
+def test_more_vectors_than_one_launch_takes(device: torch.device, kernels: AggregateKernels, stacked: bool) -> None:
     rows = torch.randn(300, 137, generator=torch.Generator().manual_seed(0))
     weights = torch.rand(300, generator=torch.Generator().manual_seed(1)).double()
     vectors = rows.to(device) if stacked else [row.to(device) for row in rows]
     expected = PLAIN.weighted_mean(rows, weights.tolist(), None)
-    assert torch.equal(served.weighted_mean(vectors, weights.tolist(), None).cpu(), expected)
-    assert torch.equal(served.weighted_mean(vectors, weights.to(device), None).cpu(), expected)
-    close("norms", served.squared_norms(vectors), PLAIN.squared_norms(rows), relative=1e-12)
+    assert torch.equal(kernels.weighted_mean(vectors, weights.tolist(), None).cpu(), expected)
+    assert torch.equal(kernels.weighted_mean(vectors, weights.to(device), None).cpu(), expected)
+    close("norms", kernels.squared_norms(vectors), PLAIN.squared_norms(rows), relative=1e-12)
     factors = torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    got = served.scale_and_noise(vectors, factors.to(device), 0.5, 3, 4)
+    got = kernels.scale_and_noise(vectors, factors.to(device), 0.5, 3, 4)
     close("noise", got, PLAIN.scale_and_noise(rows.double(), factors, 0.5, 3, 4), absolute=2e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 64, 1000, 1025])
 @pytest.mark.parametrize("offset", [0, 1, 63, 2**64 - 100])
-def test_noise(device: torch.device, dtype: torch.dtype, size: int, offset: int) -> None:
-    served = backend.select("aggregate", torch.empty(0, device=device))
+def test_noise(device: torch.device, kernels: AggregateKernels, dtype: torch.dtype, size: int, offset: int) -> None:
     rows = torch.randn(3, size, generator=torch.Generator().manual_seed(size)).to(dtype)
     factors = torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64)
     seed = 2**64 - 5 - size
-    got = served.scale_and_noise(rows.to(device), factors.to(device), 1.5, seed, offset)
+    got = kernels.scale_and_noise(rows.to(device), factors.to(device), 1.5, seed, offset)
     assert got.dtype == dtype
     # logarithm, sine and cosine are taken in fp32, of numbers up to 9.5
     close("noise", got, PLAIN.scale_and_noise(rows.double(), factors, 1.5, seed, offset), absolute=5e-6, slack=5e-6)
-    clipped = served.scale_and_noise(rows.to(device), factors.to(device), 0.0, seed, offset)
+    clipped = kernels.scale_and_noise(rows.to(device), factors.to(device), 0.0, seed, offset)
     close("clipped", clipped, factors[:, None] * rows.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 7), (2, 5003), (2, 8192), (130, 9)])
-def test_clipping_a_list(device: torch.device, dtype: torch.dtype, count: int, size: int) -> None:
+def test_clipping_a_list(
+    device: torch.device, kernels: AggregateKernels, dtype: torch.dtype, count: int, size: int
+) -> None:
     """The bits of a stack, wherever vectors lie, each in memory of its own; a launch takes up to 128."""
-    served = backend.select("aggregate", torch.empty(0, device=device))
     rows = torch.randn(count, size, generator=torch.Generator().manual_seed(size)).to(dtype)
     rows[0, 0] = -0.0
     factors = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for deviation in (0.0, 0.5):
-        expected = served.scale_and_noise(rows.to(device), factors.to(device), deviation, 3, 4).cpu()
+        expected = kernels.scale_and_noise(rows.to(device), factors.to(device), deviation, 3, 4).cpu()
         if not deviation and dtype.itemsize > 2:
             assert torch.equal(expected, (rows.double() * factors[:, None]).to(dtype))
         exactly = PLAIN.scale_and_noise(rows.double(), factors, deviation, 3, 4)
@@ -272,7 +276,7 @@ def test_clipping_a_list(device: torch.device, dtype: torch.dtype, count: int, s
         for begin, step in ((0, 1), (1, 1), (0, 2)):
             spread = [torch.zeros(2 * size + 2, dtype=dtype, device=device) for _ in range(count)]
             vectors = [x[begin:][: step * size : step].copy_(row) for x, row in zip(spread, rows, strict=True)]
-            found = served.scale_each(vectors, factors.to(device), deviation, 3, 4)
+            found = kernels.scale_each(vectors, factors.to(device), deviation, 3, 4)
             assert torch.equal(torch.stack(found).cpu(), expected)
             assert len({x.untyped_storage().data_ptr() for x in found}) == count
             assert all(x.untyped_storage().nbytes() == size * dtype.itemsize for x in found)
@@ -293,21 +297,21 @@ def test_a_list_is_clipped_by_one_call(device: torch.device, monkeypatch: pytest
     assert len(calls) == 2  # the norms, and the scaling
 
 
-def test_noise_is_one_stream(device: torch.device) -> None:
-    served = backend.select("aggregate", torch.empty(0, device=device))
+def test_noise_is_one_stream(device: torch.device, kernels: AggregateKernels) -> None:
     zeros, one = torch.zeros(2, 500, device=device), torch.ones(2, dtype=torch.float64, device=device)
-    whole = served.scale_and_noise(zeros, one, 1.0, 11, 7).flatten()
-    part = served.scale_and_noise(zeros[:1, :300], one[:1], 1.0, 11, 207).flatten()
+    whole = kernels.scale_and_noise(zeros, one, 1.0, 11, 7).flatten()
+    part = kernels.scale_and_noise(zeros[:1, :300], one[:1], 1.0, 11, 207).flatten()
     assert torch.equal(whole[200:500], part)
     assert (whole.cpu().double() - normal(1000, 11, 7)).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize(("place", "counter", "word"), REFINED)
-def test_refined_radius_words(device: torch.device, place: int, counter: int, word: int) -> None:
+def test_refined_radius_words(
+    device: torch.device, kernels: AggregateKernels, place: int, counter: int, word: int
+) -> None:
     """Those in the lowest 2^-20, which have 32 more bits; the second number of the pair is 16 places on."""
-    served = backend.select("aggregate", torch.empty(0, device=device))
     zeros, one = torch.zeros(1, 100, device=device), torch.ones(1, dtype=torch.float64, device=device)
-    got = served.scale_and_noise(zeros, one, 1.0, REFINED_SEED, place - 70).flatten().cpu().double()
+    got = kernels.scale_and_noise(zeros, one, 1.0, REFINED_SEED, place - 70).flatten().cpu().double()
     expected = torch.tensor(refined_numbers(counter, word), dtype=torch.float64)
     assert (got[[70, 86]] - expected).abs().max() < 5e-6
     assert (got - normal(100, REFINED_SEED, place - 70)).abs().max() < 5e-6
@@ -329,10 +333,7 @@ def test_accumulators(device: torch.device, dtype: torch.dtype) -> None:
         reversed_.add(vector.to(device), weight)
     assert torch.equal(running.mean().cpu(), expected)
     with ops.use_backend("reference"):
-        plain = ops.Accumulator(333, exact=True)
-        for vector, weight in pairs:
-            plain.add(vector, weight)
-        exactly = plain.mean()
+        exactly = accumulate(vectors, weights).mean()
     assert torch.equal(exact.mean().cpu(), exactly)
     assert torch.equal(reversed_.mean(), exact.mean())
     special = ops.Accumulator(4, exact=True, device=device)
@@ -384,9 +385,10 @@ COUNTS = [(1, 2, 3, 5, 6, 9, 10, 11, 15, 20, 64), pytest.param(range(1, 65), mar
 @pytest.mark.parametrize("counts", COUNTS, ids=["some", "all"])
 @pytest.mark.parametrize("kind", ["plain", "nan", "mask", "infinities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_distances(device: torch.device, dtype: torch.dtype, kind: str, counts: Sequence[int]) -> None:
+def test_distances(
+    device: torch.device, kernels: AggregateKernels, dtype: torch.dtype, kind: str, counts: Sequence[int]
+) -> None:
     """Of vectors that lie side by side, of odd addresses and of other strides."""
-    served = backend.select("aggregate", torch.empty(0, device=device))
     every = special(torch.randn(64, 607, generator=torch.Generator().manual_seed(5)).to(dtype), kind)
     longer = torch.zeros(64, 609, dtype=dtype, device=device)
     odd = longer[:, 1:608].copy_(every)
@@ -394,16 +396,15 @@ def test_distances(device: torch.device, dtype: torch.dtype, kind: str, counts: 
     expected = PLAIN.squared_distances(every.double())
     for count in counts:
         vectors = (every[:count].to(device), list(odd[:count]), spread[:count])[count % 3]
-        got = served.squared_distances(vectors).cpu()
+        got = kernels.squared_distances(vectors).cpu()
         torch.testing.assert_close(got, expected[:count, :count], rtol=1e-12, atol=0, equal_nan=True)
         assert torch.equal(got.nan_to_num(7.0), got.t().nan_to_num(7.0))
-    torch.testing.assert_close(served.distances(vectors).cpu(), got.sqrt(), rtol=1e-15, atol=0, equal_nan=True)
+    torch.testing.assert_close(kernels.distances(vectors).cpu(), got.sqrt(), rtol=1e-15, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=["some", "all"])
 @pytest.mark.parametrize("kind", ["plain", "nan", "infinities", "equal"])
-def test_krum_shares(device: torch.device, kind: str, counts: Sequence[int]) -> None:
-    served = backend.select("aggregate", torch.empty(0, device=device))
+def test_krum_shares(device: torch.device, kernels: AggregateKernels, kind: str, counts: Sequence[int]) -> None:
     every = torch.randn(64, 9, generator=torch.Generator().manual_seed(6)).bfloat16().float()
     for count in counts:
         if count < 3:
@@ -413,7 +414,7 @@ def test_krum_shares(device: torch.device, kind: str, counts: Sequence[int]) -> 
             rows[1::2] = rows[1].clone()
         for byzantine, keep in ((0, 1), ((count - 3) // 2, count - (count - 3) // 2), ((count - 3) // 3, 2)):
             expected = _shares(_scores(PLAIN.squared_distances(rows), byzantine), keep)
-            got = served.krum_shares(rows.to(device), byzantine, keep)
+            got = kernels.krum_shares(rows.to(device), byzantine, keep)
             assert torch.equal(got.cpu().nan_to_num(7.0), expected.nan_to_num(7.0)), (count, byzantine, keep)
 
 
@@ -425,10 +426,11 @@ def test_krum_of_too_few_finite_scores_is_nan(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_vector_of_weight_zero_on_the_device_adds_nothing(device: torch.device, dtype: torch.dtype) -> None:
-    served = backend.select("aggregate", torch.empty(0, device=device))
+def test_a_vector_of_weight_zero_on_the_device_adds_nothing(
+    device: torch.device, kernels: AggregateKernels, dtype: torch.dtype
+) -> None:
     rows = torch.randn(7, 101, generator=torch.Generator().manual_seed(8)).to(dtype)
     rows[[0, 4, 6]] = torch.nan
     weights = torch.tensor([0.0, 2.0, 1.0, 0.5, 0.0, 3.0, 0.0], dtype=torch.float64)
     expected = PLAIN.weighted_mean(rows, weights.tolist(), None)
-    assert torch.equal(served.weighted_mean(rows.to(device), weights.to(device), None).cpu(), expected)
+    assert torch.equal(kernels.weighted_mean(rows.to(device), weights.to(device), None).cpu(), expected)

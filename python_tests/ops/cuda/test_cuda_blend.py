@@ -11,7 +11,7 @@ from torch import Tensor
 from fedkern.ops import blend, erase_boxes, keep_boxes
 from fedkern.ops._blend.boxes import fill_boxes_reference
 from python_tests.ops._blend.test_blend import check
-from python_tests.ops.operator_cases import DTYPES, describe, moved, pairwise
+from python_tests.ops.operator_cases import DTYPES, describe, lay_out_map, moved, pairwise
 
 AXES: dict[str, Any] = {
     "rows": (0, 1, 5, 33),
@@ -63,24 +63,12 @@ BOX_AXES: dict[str, Any] = {
 BOX_CASES = pairwise(BOX_AXES, seed=5)
 
 
-def place(images: Tensor, layout: str) -> Tensor:
-    if layout == "channels_last":
-        return images.contiguous(memory_format=torch.channels_last)
-    if layout == "crop":
-        return torch.nn.functional.pad(images.double(), (1, 2, 3, 1)).to(images.dtype)[..., 3:-1, 1:-2]
-    if layout == "transposed":
-        return images.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == "offset":
-        return images.new_zeros(images.numel() + 1)[1:].view(images.shape).copy_(images)
-    return images
-
-
 @pytest.mark.parametrize("number", range(len(BOX_CASES)), ids=lambda n: describe(BOX_CASES[n]))
 def test_boxes(device: torch.device, number: int) -> None:
     case = BOX_CASES[number]
     generator = torch.Generator().manual_seed(number)
     shape, dtype = case["shape"], case["dtype"]
-    images = place((torch.randn(shape, generator=generator) * 50).to(dtype), case["layout"])
+    images = lay_out_map((torch.randn(shape, generator=generator) * 50).to(dtype), case["layout"])
     corners = torch.rand(shape[0], case["boxes"], 4, generator=generator, dtype=torch.float64) * 1.4 - 0.2
     corners = corners * torch.tensor([shape[3], shape[2], shape[3], shape[2]])
     if case["boxes"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,11 @@ def test_against_float64(device: torch.device, number: int) -> None:
     compare(CASES[number], *make_inputs(CASES[number], seed=number), ["cuda"], device)
 
 
+ROWS: dict[str, Any] = {
+    **{"temperature": 2.0, "reduction": "batchmean", "layout": "rows", "near": None, "weight": "rows"},
+    **{"special": "masked", "needs": "all"},
+}
+
 # Classes up to which some threads take a row, or hold it, and one more; 20 rows are many for the emulated device.
 EDGES = (4, 5, 16, 17, 32, 33, 128, 129, 512, 513, 1024, 1025, 4096, 4097)
 
@@ -42,11 +48,7 @@ def test_classes_at_which_other_threads_take_a_row(
     device: torch.device, classes: int, operator: str, dtype: torch.dtype
 ) -> None:
     for rows in (1, 20 if classes < 1026 else 2):
-        case = {
-            **{"classes": classes, "rows": rows, "dtype": dtype, "temperature": 2.0, "operator": operator},
-            **{"reduction": "batchmean", "layout": "rows", "near": None, "weight": "rows", "special": "masked"},
-            "needs": "all",
-        }
+        case = {**ROWS, "classes": classes, "rows": rows, "dtype": dtype, "operator": operator}
         logits, _ = make_inputs(case, seed=classes)
         compare(case, logits, None, ["cuda"], device)
 
@@ -117,11 +119,7 @@ def test_rows_that_lie_far_apart_keep_their_digits(
 def test_few_long_rows_are_shared_between_blocks(
     device: torch.device, operator: str, dtype: torch.dtype, classes: int
 ) -> None:
-    case = {
-        **{"classes": classes, "rows": 2, "dtype": dtype, "temperature": 2.0, "operator": operator},
-        **{"reduction": "batchmean", "layout": "rows", "near": None, "weight": "rows", "special": "masked"},
-        "needs": "all",
-    }
+    case = {**ROWS, "classes": classes, "rows": 2, "dtype": dtype, "operator": operator}
     logits, weight = make_inputs(case, seed=classes)
     compare(case, logits, weight, ["cuda"], device)
     weight[0] = 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._fuse.reference import fuse_concat_reference, fuse_mean_reference
-from python_tests.ops.operator_cases import DTYPES, assert_close, describe, pairwise
+from python_tests.ops.operator_cases import DTYPES, assert_close, describe, lay_out_map, pairwise
 
 AXES: dict[str, Any] = {
     "operator": ("concat", "mean"),
@@ -29,19 +29,6 @@ AXES: dict[str, Any] = {
 CASES = pairwise(AXES, seed=8)
 
 
-def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The same map with other strides, or at an odd address."""
-    if layout == "channels_last" and x.dim() > 2:
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    if layout == "crop" and x.dim() > 2:
-        return torch.nn.functional.pad(x.double(), (1, 2)).to(x.dtype)[..., 1:-2]
-    if layout == "transposed":
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "offset":
-        return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x)
-    return x
-
-
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
 def test_against_float64(device: torch.device, number: int) -> None:
     case = CASES[number]
@@ -50,7 +37,7 @@ def test_against_float64(device: torch.device, number: int) -> None:
     uneven = case["uneven"] and not mean
     channels = [case["channels"] * (1 + m % 2 if uneven else 1) for m in range(count)]
     maps = [torch.randn(case["batch"], c, *case["positions"], generator=generator).to(dtype) for c in channels]
-    leaves = [lay_out(x.to(device), case["layout"]).requires_grad_(case["needs"] != "vectors") for x in maps]
+    leaves = [lay_out_map(x.to(device), case["layout"]).requires_grad_(case["needs"] != "vectors") for x in maps]
     vectors: list[Tensor | None] = [None, None]
     for i, kinds in enumerate((("both", "scale", "double", "like"), ("both", "shift", "double", "like"))):
         if case["vectors"] in kinds:
@@ -77,7 +64,7 @@ def test_against_float64(device: torch.device, number: int) -> None:
         grad = torch.full((), 3.0).to(dtype).expand(expected.shape)
     given = grad.to(device)
     if case["grad"] == "other" and grad.dim() > 2:
-        given = lay_out(given, "contiguous" if case["layout"] == "channels_last" else "channels_last")
+        given = lay_out_map(given, "contiguous" if case["layout"] == "channels_last" else "channels_last")
     out.backward(given)
     expected.backward(grad.double())
     terms = max(1, expected.numel() // max(1, expected.shape[1]))
@@ -124,7 +111,7 @@ def test_a_mean_is_the_sum_divided_by_the_count(device: torch.device, dtype: tor
     for x in maps:
         x[0] *= 3 * torch.finfo(dtype).smallest_normal
     for layout in ("contiguous", "channels_last", "crop"):
-        found = ops.fuse_mean([lay_out(x.to(device), layout) for x in maps]).cpu()
+        found = ops.fuse_mean([lay_out_map(x.to(device), layout) for x in maps]).cpu()
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         total = torch.zeros(2, 8, 4, 4, dtype=wide)
         for x in maps:
@@ -140,8 +127,8 @@ def test_channels_gradients_keep_their_digits(device: torch.device, dtype: torch
     for positions in ((3, 5), (16, 16), (40, 33)):
         x, grad = (torch.randn(5, 8, *positions, generator=generator).to(dtype) for _ in range(2))
         vectors = [torch.ones(8, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2)]
-        out = ops.fuse_concat([lay_out(x.to(device), layout)], *vectors)
-        out.backward(lay_out(grad.to(device), layout))
+        out = ops.fuse_concat([lay_out_map(x.to(device), layout)], *vectors)
+        out.backward(lay_out_map(grad.to(device), layout))
         terms = grad.double() * x.double(), grad.double()
         for vector, each in zip(vectors, terms, strict=True):
             error = (vector.grad.cpu() - each.sum((0, 2, 3))).abs()
