@@ -377,6 +377,7 @@ def simulate(
     model: str | nn.Module | None = None,
     train: Callable[[Any, Any], None] | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
+    batch_loss: Callable[..., Tensor] | None = None,
     metrics: Mapping[str, Any] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     main: str | None = None,
@@ -400,8 +401,8 @@ def simulate(
             options are those it was made with.  A class needs no registered name.
         data: name of a data set, federated data in memory, or map-style PyTorch data sets: a dict by client's name, a
             list with one a client, or a single one, which ``partition`` shares out among ``clients``.
-        test, validation, public, loss_fn, metrics, collate_fn, main, better, task, classes: of PyTorch data sets, see
-            :meth:`fedkern.FederatedData.from_datasets`.
+        test, validation, public, loss_fn, batch_loss, metrics, collate_fn, main, better, task, classes: of PyTorch data
+            sets, see :meth:`fedkern.FederatedData.from_datasets`.
         model: name of a network, its code (``FILE.py:NAME``), or a module, which is copied and whose weights are the
             initial ones.
         train: ``train(model, client)`` in place of the local training of FedAvg's family: an ordinary loop over
@@ -422,8 +423,9 @@ def simulate(
 
     where = None if out is None else folder_of(out)
     about = {
-        "test": test, "validation": validation, "public": public, "loss_fn": loss_fn, "metrics": metrics,
-        "collate_fn": collate_fn, "main": main, "better": better, "task": task, "classes": classes,
+        "test": test, "validation": validation, "public": public, "loss_fn": loss_fn,
+        "batch_loss": batch_loss, "metrics": metrics, "collate_fn": collate_fn, "main": main, "better": better,
+        "task": task, "classes": classes,
     }  # fmt: skip
     check_in_memory(data, model, settings)
     data = federated(data, about, settings)
@@ -447,7 +449,10 @@ def simulate(
     return Run(folder, data=memory, script=script, trusted=[config.model, config.data, *config.plugins], method=kind)
 
 
-ABOUT = ("test", "validation", "public", "loss_fn", "metrics", "collate_fn", "main", "better", "task", "classes")
+ABOUT = (
+    "test", "validation", "public", "loss_fn", "batch_loss", "metrics", "collate_fn", "main", "better", "task",
+    "classes",
+)  # fmt: skip
 """Arguments about PyTorch data sets."""
 _LOADERS = {
     "num_workers": "workers are the clients' processes, which read their samples",
@@ -601,7 +606,8 @@ def load(
         train, optimizer: functions that the run trains with, for :meth:`Run.resume`.
         trusted: code that the folder names and that may be imported, such as ``["MODULE:NAME"]``.  Code that has
             changed since the run began is refused, and goes on with a warning where it is named here: by that name, or
-            as ``"method"``, ``"model"``, ``"train"``, ``"optimizer"`` or ``"loss_fn"`` (with metrics and collation).
+            as ``"method"``, ``"model"``, ``"train"``, ``"optimizer"``, ``"loss_fn"`` or ``"batch_loss"`` (with metrics
+            and collation).
 
     Raises:
         UserError: there is no run, or ``method`` is not the run's.

@@ -286,8 +286,8 @@ class FederatedData:
 
                 - ``validation``: a data set for choosing settings, or several by name, which are taken together (with
                   clients' names, a private run has no figure on them); ``public``: one that no client owns;
-                - ``loss_fn``, ``metrics``, ``main``, ``better``: see :class:`fedkern.tasks.OwnTask`.  Open: the
-                  cross-entropy and the figures of classification, where targets are classes;
+                - ``loss_fn`` or ``batch_loss``, ``metrics``, ``main``, ``better``: see :class:`fedkern.tasks.OwnTask`.
+                  Open: the cross-entropy and the figures of classification, where targets are classes;
                 - ``collate_fn``: makes a batch of a list of samples, as for ``torch.utils.data.DataLoader``;
                 - ``task``: instead of a loss an object of a class derived from ``fedkern.tasks.Task``;
                 - ``classes``: their names, or their number; open: as many as the network tells;

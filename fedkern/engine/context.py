@@ -368,7 +368,8 @@ class RunContext:
         task, split = self.data.task, next(iter(self.data.clients), None)
         things = {
             "task": None if type(task).__module__.startswith("fedkern.") else task,
-            "loss_fn": getattr(task, "loss_fn", None), "collate_fn": getattr(split, "collate", None),
+            getattr(task, "loss_name", "loss_fn"): getattr(task, "loss_code", None),
+            "collate_fn": getattr(split, "collate", None),
             "train": self.script.train, "optimizer": self.script.optimizer,
         }  # fmt: skip
         given = {name: thing for name, thing in things.items() if thing is not None}

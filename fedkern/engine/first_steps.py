@@ -123,8 +123,8 @@ class FirstSteps(Objective):
             UnfitStep: it is not.
         """
         owner = next(kind for kind in type(self._method).__mro__ if "loss" in vars(kind))
-        code = getattr(batch.task, "loss_fn", type(batch.task))
-        name = "The loss of the network's outputs" if _is_shipped(code) else "loss_fn"
+        code = getattr(batch.task, "loss_code", type(batch.task))
+        name = "The loss of the network's outputs" if _is_shipped(code) else getattr(batch.task, "loss_name", "loss_fn")
         name = name if _is_shipped(owner) else f"{owner.__name__}.loss"
         if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
             what = f"a tensor {list(loss.shape)} of {_kind(loss)}" if isinstance(loss, Tensor) else shown(loss)

@@ -185,6 +185,10 @@ class Task:
         """What a set lacks so that it has no figures at all, such as "no pixel whose class is known"."""
         return ""
 
+    def header(self) -> list[str]:
+        """Return lines for the header of a run on how its figures are made."""
+        return []
+
     # -- labels ----------------------------------------------------------------------------------------------------
 
     def checked(self, labels: Tensor) -> Tensor:

@@ -37,42 +37,50 @@ class OwnTask(Task):
     """A task by a loss and figures.
 
     Args:
-        loss_fn: ``loss_fn(outputs, targets)``, a function or a module; or ``loss_fn(model, batch)``, told by its first
-            parameter's name, where ``batch`` is what ``collate_fn`` returned.
+        loss_fn: ``loss_fn(outputs, targets)``, a function or a module.  None: the cross-entropy.
         metrics: by name: ``metric(outputs, targets)`` of all samples of a set, on the CPU; or an object with
-            ``update(outputs, targets)``, ``compute()`` and ``reset()``, as those of torchmetrics.  Where the loss is
-            one of a model and a batch, they take these: a function's values are averaged over samples.
+            ``update(outputs, targets)`` and ``compute()``, as those of torchmetrics.  With ``batch_loss`` they take a
+            model and a batch, and a function's values are averaged over batches.
         main: name of the main figure.  Open: the first metric that says ``higher_is_better``, else ``"loss"``.
         better: whether larger (``"max"``) or smaller (``"min"``) values of the main figure are the better ones.  Open:
             as its ``higher_is_better`` says, else ``"min"`` for the loss and ``"max"`` for a metric.
+        batch_loss: ``batch_loss(model, batch)`` in place of ``loss_fn``, which calls the network itself.  ``batch`` is
+            what ``collate_fn`` returned.
+
+    Attributes:
+        loss_name, loss_code: the argument that gives the loss, and the loss.
+        takes_batches: whether the loss is a ``batch_loss``.
 
     Raises:
-        UserError: ``main`` is no figure, or something is no function.
+        UserError: ``main`` is no figure, or something is no function, or a function of other arguments.
     """
 
     name, target, network, noun = "own", "own", "any", "samples"
 
     def __init__(
         self,
-        loss_fn: Callable[..., Tensor] = cross_entropy,
+        loss_fn: Callable[..., Tensor] | None = None,
         metrics: Mapping[str, Any] | None = None,
         main: str | None = None,
         better: Literal["max", "min"] | None = None,
+        batch_loss: Callable[..., Tensor] | None = None,
     ) -> None:
         check_metrics({} if metrics is None else metrics)
-        self.loss_fn, self.metrics = loss_fn, dict(metrics or {})
+        if loss_fn is not None and batch_loss is not None:
+            raise UserError("loss_fn and batch_loss are both given: leave one of the two out.")
+        self.loss_fn, self.batch_loss, self.takes_batches = loss_fn, batch_loss, batch_loss is not None
+        self.loss_name = "batch_loss" if self.takes_batches else "loss_fn"
+        self.loss_code = next(loss for loss in (batch_loss, loss_fn, cross_entropy) if loss is not None)
+        self.metrics = dict(metrics or {})
         self._copies: dict[torch.device, nn.Module] = {}
         self._takes_gradients = False  # known after the first batch that is evaluated
-        check_object("loss_fn", loss_fn)
-        if not callable(loss_fn):
-            raise UserError(f"loss_fn must be a function or a module, not an object of type {type(loss_fn).__name__}.")
+        _check_loss(self.loss_name, self.loss_code)
         if "loss" in self.metrics:
             raise UserError("metrics has one called loss, which is the loss itself: give it another name.")
         for each, metric in self.metrics.items():
             if not callable(metric) and not _stateful(metric):
-                raise UserError(f"the metric {each} must be a function, or an object with update, compute and reset.")
-        self.whole = not isinstance(loss_fn, nn.Module) and _first_parameter(loss_fn) == "model"
-        self.offers = frozenset({"loss"} if self.whole else {"loss", "criterion"})  # type: ignore[misc]
+                raise UserError(f"the metric {each} must be a function, or an object with update and compute.")
+        self.offers = frozenset({"loss"} if self.takes_batches else {"loss", "criterion"})  # type: ignore[misc]
         higher = {each: getattr(metric, "higher_is_better", None) for each, metric in self.metrics.items()}
         first = next((each for each, up in higher.items() if up is not None), "loss")
         self.main = first if main is None else main  # type: ignore[misc]
@@ -84,31 +92,39 @@ class OwnTask(Task):
             raise UserError(f'better must be "max" or "min", not {better!r}.')
 
     def __reduce__(self) -> Any:
-        return OwnTask, (self.loss_fn, self.metrics, self.main, self.better)
+        return type(self), (self.loss_fn, self.metrics, self.main, self.better, self.batch_loss)
 
     def __deepcopy__(self, memo: Any) -> OwnTask:
         return self
 
     def code(self) -> dict[str, Any]:
         metrics = {f"metrics.{name}": metric for name, metric in self.metrics.items()}
-        return {"main": self.main, "better": self.better, "loss_fn": self.loss_fn, **metrics}
+        return {"main": self.main, "better": self.better, self.loss_name: self.loss_code, **metrics}
 
     def with_loss_copied(self) -> OwnTask:
-        return OwnTask(deepcopy(self.loss_fn), self.metrics, self.main, self.better)
+        losses = deepcopy(self.loss_fn), deepcopy(self.batch_loss)
+        return type(self)(losses[0], self.metrics, self.main, self.better, losses[1])
+
+    def header(self) -> list[str]:
+        functions = [name for name, metric in self.metrics.items() if not _stateful(metric)]
+        if not self.takes_batches or not functions:
+            return []
+        return [f"{', '.join(functions)}: means over batches, by samples; an object with update and compute sees a set"]
 
     def known(self, batch: Any) -> int:
         return len(batch.indices)
 
     def loss(self, model: Any, batch: Any) -> Tensor:
-        if self.whole:
+        if self.takes_batches:
             with autocast_on(next(model.parameters()).device):
-                return full(self._checked("loss_fn", self.loss_fn, inner(model), batch.data))
+                return full(self._checked(inner(model), batch.data))
         return self.criterion(model(batch.inputs), batch)
 
     def criterion(self, outputs: Any, batch: Any) -> Tensor:
-        return self._checked("loss_fn", self.loss_fn, outputs, batch.targets)
+        return self._checked(outputs, batch.targets)
 
-    def _checked(self, name: str, function: Callable[..., Any], *arguments: Any) -> Tensor:
+    def _checked(self, *arguments: Any) -> Tensor:
+        name, function = self.loss_name, self.loss_code
         with explained(name, function):
             value: Any = repeatable(self._placed(function, arguments), arguments[0])(*arguments)
         if not isinstance(value, Tensor) or value.dim():
@@ -130,7 +146,7 @@ class OwnTask(Task):
         """Return the outputs and the loss of a batch; the outputs are None where the loss calls the network."""
 
         def play() -> tuple[object, float]:
-            if self.whole:
+            if self.takes_batches:
                 return None, self.loss(model, batch).item()
             outputs = model(batch.inputs)
             return outputs, self.criterion(outputs, batch).item()
@@ -163,16 +179,16 @@ class OwnTask(Task):
         functions = {name: metric for name, metric in self.metrics.items() if name not in objects}
         pairs: list[tuple[Any, Any]] = []
         sizes: list[int] = []
-        sums = dict.fromkeys(functions if self.whole else (), 0.0)
+        sums = dict.fromkeys(functions if self.takes_batches else (), 0.0)
         for metric in objects.values():
-            metric.reset()
+            getattr(metric, "reset", lambda: None)()
         for batch in data.batches():
             samples = len(batch.indices)
             count += samples
             pair: tuple[Any, Any]
             outputs, loss = self._evaluated(model, batch)
             total += samples * loss
-            if self.whole:
+            if self.takes_batches:
                 pair = inner(model), batch.data
             else:
                 pair = mapped(_on_cpu, outputs), mapped(_on_cpu, batch.targets)
@@ -183,10 +199,10 @@ class OwnTask(Task):
                     if size > MOST:
                         raise UserError(
                             f"The outputs and targets for {', '.join(functions)} take more than 1 GB: use an object "
-                            "with update, compute and reset, which sees a batch at a time."
+                            "with update and compute, which sees a batch at a time."
                         )
-            with autocast_on(next(model.parameters()).device) if self.whole else nullcontext():
-                for name, metric in functions.items() if self.whole else ():
+            with autocast_on(next(model.parameters()).device) if self.takes_batches else nullcontext():
+                for name, metric in functions.items() if self.takes_batches else ():
                     sums[name] += samples * _number(name, metric, *pair)
                 for name, metric in objects.items():
                     with explained(name, metric):
@@ -200,7 +216,7 @@ class OwnTask(Task):
             except RuntimeError as error:
                 raise UserError(
                     f"The outputs or targets of batches cannot be concatenated for {', '.join(functions)} "
-                    f"({described(error)}): use an object with update, compute and reset, which sees a batch at a time."
+                    f"({described(error)}): use an object with update and compute, which sees a batch at a time."
                 ) from error
             values |= {name: _number(name, metric, outputs, targets) for name, metric in functions.items()}
         values |= {name: _number(name, metric.compute) for name, metric in objects.items()}
@@ -233,14 +249,32 @@ def _on_cpu(leaf: Any) -> Any:
 
 
 def _stateful(metric: Any) -> bool:
-    return all(callable(getattr(metric, name, None)) for name in ("update", "compute", "reset"))
+    return all(callable(getattr(metric, name, None)) for name in ("update", "compute"))
 
 
-def _first_parameter(function: Callable[..., Any]) -> str:
+_FIRST = {
+    "loss_fn": ("(outputs, targets)", "model network", "batch_loss"),
+    "batch_loss": ("(model, batch)", "outputs output logits input", "loss_fn"),
+}
+"""What a loss takes, names of a first parameter that belong to the other kind of loss, and the argument for that."""
+
+
+def _check_loss(name: str, loss: object) -> None:
+    """Raise UserError where a loss is no function, or by the name of its first parameter one of other arguments."""
+    check_object(name, loss)
+    if not callable(loss):
+        raise UserError(f"{name} must be a function or a module, not an object of type {type(loss).__name__}.")
+    takes, names, other = _FIRST[name]
     try:
-        return next(iter(inspect.signature(function).parameters), "")
+        function = loss.forward if isinstance(loss, nn.Module) else loss
+        parameter = next(iter(inspect.signature(function).parameters), "")
     except (TypeError, ValueError):
-        return ""
+        return
+    if parameter and parameter in names.split():
+        raise UserError(
+            f"{name} takes {takes}, and the first parameter of this one is called {parameter}: give it as {other}=, or "
+            "rename the parameter."
+        )
 
 
 def _number(name: str, metric: Callable[..., Any], *arguments: Any) -> float:

@@ -92,13 +92,13 @@ REFUSED = {
     "detached": ({"loss_fn": lambda o, t: cross_entropy(o.detach(), t)}, "loss_fn returns a float32 without a graph"),
     "detaching network": ({"model": Detaching(4, 2)}, "The loss of the network's outputs returns a float32 without"),
     "nan": ({"loss_fn": lambda o, t: cross_entropy(o, t) * torch.nan}, "loss_fn returns nan for the first batch of"),
-    "script's network": ({"loss_fn": lambda model, batch: cross_entropy(SCRIPT(batch[0]), batch[1])},
+    "script's network": ({"batch_loss": lambda model, batch: cross_entropy(SCRIPT(batch[0]), batch[1])},
                          "loss of none of the network's trained parameters, only of others"),
-    "its inputs": ({"loss_fn": lambda model, batch: batch[0].requires_grad_().mean()}, "none of the network's trained"),
+    "its inputs": ({"batch_loss": lambda model, batch: batch[0].requires_grad_().mean()}, "none of the network's tr"),
     "module": ({"loss_fn": Weighted(True)}, r"loss_fn depends on trainable parameters .* \(\[\]\)"),
     "closed-over": ({"loss_fn": lambda o, t: cross_entropy(o + CENTRES, t)}, r"that are not the network's \(\[2\]\)"),
     "plain tensor": ({"loss_fn": lambda o, t: cross_entropy(o * WEIGHTS.exp(), t)}, r"the network's \(\[2\]\)"),
-    "teacher": ({"loss_fn": lambda model, batch: (model(batch[0]) - TEACHER(batch[0])).square().mean()},
+    "teacher": ({"batch_loss": lambda model, batch: (model(batch[0]) - TEACHER(batch[0])).square().mean()},
                 r"the network's \(.* and 1 more\).* or freeze them with requires_grad_\(False\)"),
     "list of layers": ({"model": Listed()}, r"The loss of the network's outputs depends on .* by nn\.ModuleList"),
     "freezes": (alter(lambda module: module.first.requires_grad_(False)), "the network's parameter first.we"),
@@ -108,8 +108,8 @@ REFUSED = {
     "converts": (alter(lambda module: module.half().float() and module.last.double()), "the network's parameter"),
     "adds": (alter(lambda module: setattr(module, "late", nn.Linear(1, 1))), "the network's parameter late.we"),
     "buffer": (alter(lambda module: module.register_buffer("late", torch.ones(1))), "buffer late, .* in place"),
-    "in the loss": ({"loss_fn": lambda model, batch: cross_entropy(model[:2].requires_grad_(False) and model(batch[0]),
-                                                                   batch[1])}, "the network's parameter 0.w"),
+    "in the loss": ({"batch_loss": lambda model, batch: cross_entropy(
+        model[:2].requires_grad_(False) and model(batch[0]), batch[1])}, "the network's parameter 0.w"),
     "other parameters": ({"optimizer": lambda parameters: torch.optim.SGD(SCRIPT.parameters(), 0.1)},
                          "optimizer makes SGD of parameters that it was not given: make it of the argument"),
     "more parameters": ({"optimizer": lambda parameters: torch.optim.Adam([*parameters, CENTRES])},
@@ -179,7 +179,7 @@ TOLD = {
     "half": ({"train": halve}, "converted-parameters", "leaves parameters in float16, and the upload is"),
     "part": ({"optimizer": lambda parameters: torch.optim.SGD(parameters[:1], lr=0.1)}, "partly-trained",
              "steps 1 of the network's 4 parameters and leaves 0.bias, 2.weight, 2.bias as they are"),
-    "hooks": ({"loss_fn": hooking}, "piling-hooks", "Every training step adds a hook to 0, and none is removed"),
+    "hooks": ({"batch_loss": hooking}, "piling-hooks", "Every training step adds a hook to 0, and none is removed"),
     "method": ({"method": OwnParameters}, "untrained-parameters", "OwnParameters.loss depends on trainable parameters"),
 }  # fmt: skip
 
@@ -272,16 +272,16 @@ class Freezing(nn.Module):
 
 ACCEPTED = {
     "freezing": {"model": Freezing(), "weight_decay": 0.1},
-    "gradient of inputs": {"loss_fn": with_a_penalty},
-    "gradient of parameters": {"loss_fn": with_an_inner_step},
-    "cleared gradients": {"loss_fn": with_backward},
-    "without pairs": {"loss_fn": without_pairs},
+    "gradient of inputs": {"batch_loss": with_a_penalty},
+    "gradient of parameters": {"batch_loss": with_an_inner_step},
+    "cleared gradients": {"batch_loss": with_backward},
+    "without pairs": {"batch_loss": without_pairs},
     "network's gradient": {"model": Force(), "loss_fn": lambda o, t: (o[:, 0] - t).square().mean()},
-    "counting": {"loss_fn": Counting()},
+    "counting": {"batch_loss": Counting()},
     "fixed weight": {"loss_fn": Weighted(False)},
-    "hook": {"loss_fn": hooking_once},
-    "checkpoint": {"loss_fn": reentrant},
-    "temporary": {"loss_fn": with_a_temporary},
+    "hook": {"batch_loss": hooking_once},
+    "checkpoint": {"batch_loss": reentrant},
+    "temporary": {"batch_loss": with_a_temporary},
     "groups": {"optimizer": lambda parameters: torch.optim.SGD([{"params": [each]} for each in parameters], lr=0.1)},
 }
 
@@ -303,5 +303,5 @@ def test_an_error_in_the_network_names_its_line(tmp_path):
 
 def test_no_step_is_taken_beside_those_of_the_run(tmp_path):
     loss = Counting()
-    simulate(tmp_path, loss_fn=loss, rounds=1, local_epochs=1)
+    simulate(tmp_path, batch_loss=loss, rounds=1, local_epochs=1)
     assert loss.calls == 2 * 3 + 1  # three batches of each client, and the evaluation

@@ -229,7 +229,7 @@ class Shaken:
     ("model", "given"),
     [
         (Sampled(4, 4), {"loss_fn": nn.MSELoss()}),
-        (nn.Linear(4, 4), {"loss_fn": denoising}),
+        (nn.Linear(4, 4), {"batch_loss": denoising}),
         (nn.Linear(4, 4), {"loss_fn": jitter_loss}),
         (nn.Linear(4, 4), {"loss_fn": nn.MSELoss(), "metrics": {"shaken": Shaken()}}),
     ],
@@ -391,7 +391,7 @@ KINDS = {
     },
     "whole loss": {
         "data": [ragged(12, 0)], "test": ragged(8, 2), "model": Mean(), "collate_fn": padded,
-        "loss_fn": lambda model, batch: nn.functional.cross_entropy(model(batch["row"])["logits"], batch["labels"]),
+        "batch_loss": lambda model, batch: nn.functional.cross_entropy(model(batch["row"])["logits"], batch["labels"]),
         "metrics": {"size": lambda model, batch: len(batch["labels"])},
     },
 }  # fmt: skip
@@ -882,6 +882,10 @@ def test_an_unseen_client_leaves_pooled_sets(tmp_path):
     assert {name: len(split) for name, split in kept.tests.items()} == {"": 13, "held_out": 17}
 
 
+def weighed(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
 class Broken(Listed):
     def __getitem__(self, index):
         if index == 7:
@@ -917,6 +921,9 @@ SENTENCES = {
     "vector": ({"loss_fn": nn.CrossEntropyLoss(reduction="none")},
                r"loss_fn must return one number, .* returns a tensor \[9\]: take the mean"),
     "no function": ({"loss_fn": 3}, "loss_fn must be a function or a module"),
+    "model first": ({"loss_fn": weighed}, "first parameter of this one is called model: give it as batch_loss=, or"),
+    "outputs first": ({"batch_loss": first_loss}, r"batch_loss takes \(model, batch\), .*: give it as loss_fn="),
+    "two losses": ({"loss_fn": nn.MSELoss(), "batch_loss": max}, "loss_fn and batch_loss are both given: leave one"),
     "figure": ({"main": "f1"}, "main must be one of loss, not 'f1'"),
     "classes": ({"model": nn.Linear(4, 2), "data": [TensorDataset(torch.rand(9, 4), torch.full((9,), 5))]},
                 "tells 2 classes, and a target is 5"),
@@ -1023,7 +1030,7 @@ def test_stages_are_for_images(tmp_path):
         fedkern.simulate("fedavg", **given, stages=["0"], **HERE)
     with pytest.raises(UserError, match="are for a network of your own that gives logits, not module:Linear"):
         fedkern.simulate(
-            "fedavg", **given, features="0", loss_fn=lambda network, batch: network(batch[0]).sum(), **HERE
+            "fedavg", **given, features="0", batch_loss=lambda network, batch: network(batch[0]).sum(), **HERE
         )
 
 
@@ -1072,10 +1079,6 @@ def unstacked(items):
     return [row for row, _ in items], torch.stack([target for _, target in items])
 
 
-def weighed(model, batch):
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("make", "network", "given"),
@@ -1106,7 +1109,7 @@ def test_its_network_is_exported(make, network, given, tmp_path):
 @pytest.mark.parametrize(
     ("make", "network", "given", "said"),
     [
-        (table, nn.Linear(4, 4), {"loss_fn": lambda model, batch: weighed(model, batch)}, "the run's loss calls the"),
+        (table, nn.Linear(4, 4), {"batch_loss": weighed}, "the run's loss calls the"),
         (table, Stacked(4, 4), {"collate_fn": unstacked}, "input of two samples is float32 .4., and only"),
     ],
 )  # fmt: skip
@@ -1205,7 +1208,7 @@ def test_a_task_of_ones_own(tmp_path):
     found = fedkern.simulate("fedavg", **given, rounds=2, out=tmp_path / "run", **{**HERE, "workers": 2})
     assert (found.config.main, found.config.better) == ("deviance", "min")
     assert fedkern.load(tmp_path / "run", **given).evaluate() == pytest.approx(found.metrics)
-    with pytest.raises(UserError, match=r"task must be an object of fedkern\.tasks\.Task, without loss_fn"):
+    with pytest.raises(UserError, match=r"task must be an object of fedkern\.tasks\.Task, without a loss"):
         fedkern.simulate("fedavg", **given, loss_fn=first_loss, out=tmp_path / "other", **HERE)
 
 

@@ -268,7 +268,7 @@ def test_a_loss_of_the_whole_batch_runs_in_bf16(tmp_path):
         Products.seen.clear()
         how = {"data": ROWS, "test": ROWS[0], "model": Products(4, 1), "metrics": {"again": loss}}
         out = tmp_path / precision
-        fedkern.simulate("fedavg", loss_fn=loss, precision=precision, out=out, **how, **QUIETLY)
+        fedkern.simulate("fedavg", batch_loss=loss, precision=precision, out=out, **how, **QUIETLY)
         expected = DTYPES[precision] or torch.float32
         assert {dtype for training, dtype in Products.seen if training} == {expected}
         assert Products.seen[-1] == (False, expected)  # of the metric in the last evaluation

@@ -48,19 +48,20 @@ def task_of_targets(
     metrics: Mapping[str, Any] | None,
     main: str | None,
     better: Literal["max", "min"] | None,
+    batch_loss: Callable[..., Tensor] | None = None,
 ) -> Task:
     """The task of samples of which ``batch`` has two.
 
     Raises:
         UserError: nothing says what the loss of such targets is.
     """
-    user_task = None if loss_fn is None else OwnTask(loss_fn, metrics, main, better)
+    user_task = None if loss_fn is batch_loss is None else OwnTask(loss_fn, metrics, main, better, batch_loss)
     _, truth = parted(batch)
-    if truth is None and not (user_task and user_task.whole):
+    if truth is None and batch_loss is None:
         has = f"only {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "as a batch is no tuple"
         raise UserError(
             f"nothing of a sample is its target, {has}: give samples (inputs, targets) or with a key labels or "
-            "targets, or loss_fn=FUNCTION of (model, batch)."
+            "targets, or batch_loss=FUNCTION of (model, batch)."
         )
     if user_task is not None:
         return user_task
@@ -68,7 +69,7 @@ def task_of_targets(
         kind = f"{str(truth.dtype).removeprefix('torch.')} numbers" if isinstance(truth, Tensor) else "unknown"
         raise UserError(
             f"a loss is needed, as the targets are {kind} and no classes: give loss_fn=FUNCTION of (outputs, targets), "
-            "such as torch.nn.MSELoss(), or of (model, batch)."
+            "such as torch.nn.MSELoss(), or batch_loss=FUNCTION of (model, batch)."
         )
     plain = truth.dim() == 1 and metrics is main is better is None
     return CLASSIFICATION if plain else OwnTask(metrics=metrics, main=main, better=better)
@@ -84,6 +85,7 @@ def parts_of_datasets(
     metrics: Mapping[str, Any] | None = None,
     main: str | None = None,
     better: Literal["max", "min"] | None = None,
+    batch_loss: Callable[..., Tensor] | None = None,
     task: Task | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     classes: Sequence[str] | int | None = None,
@@ -105,9 +107,9 @@ def parts_of_datasets(
         raise UserError(f"collate_fn must be a function of a list of samples, not {shown(collate)}.")
     first = Items(next(iter(named.values())), f"client {next(iter(named))}".strip(), CLASSIFICATION, collate)
     batch = first.batch(range(min(2, len(first))), 0)
-    learnt = task or task_of_targets(batch, loss_fn, metrics, main, better)
-    if learnt is task and not (loss_fn is metrics is main is better is None and isinstance(learnt, Task)):
-        raise UserError("task must be an object of fedkern.tasks.Task, without loss_fn, metrics, main and better.")
+    learnt = task or task_of_targets(batch, loss_fn, metrics, main, better, batch_loss)
+    if learnt is task and not (loss_fn is batch_loss is metrics is main is better is None and isinstance(learnt, Task)):
+        raise UserError("task must be an object of fedkern.tasks.Task, without a loss, metrics, main and better.")
     _check_floats(batch)
 
     def items(dataset: Any, who: str, rows: Tensor | None = None, all_labels: Tensor | None = None) -> Items:
@@ -145,7 +147,7 @@ def parts_of_datasets(
         "validation": items(_as_one([*validations.values()]), "the validation set"),
         "drawn_validation": isinstance(validation, Mapping) and not {*map(str, validations)}.isdisjoint(named),
         "tests": tests,
-        "form": ItemForm.of(batch, not getattr(learnt, "whole", False)),
+        "form": ItemForm.of(batch, not getattr(learnt, "takes_batches", False)),
         "statistics": counted,
         "public": None if public is None else items(public, "the public samples"),
         "client_tests": client_tests,

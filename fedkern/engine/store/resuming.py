@@ -224,6 +224,7 @@ def same_code(
         UserError: code that is not ``trusted`` has changed.
     """
     began, now = stored.training or "none", config.training or "none"
+    loss = "batch_loss" if "batch_loss" in code.get("loss_fn", {}) else "loss_fn"
     functions = "train" if "train function" in began + now else "optimizer"
     stored_code = {} if entry is None else read_code(entry["info"])
     identity = with_identity(stored, entry).identity
@@ -231,7 +232,7 @@ def same_code(
         "method": (stored.method_sha256, f"the class {config.kind.__name__}", "method"),
         "network": (identity.get("network"), f"the network {config.model.removeprefix(named_code.INSTANCE)}", "model"),
         "training": (stored.training_sha256, "the training of clients", functions),
-        "loss_fn": (identity.get("loss_fn"), "the loss, a metric or the collation", "loss_fn"),
+        "loss_fn": (identity.get("loss_fn"), "the loss, a metric or the collation", loss),
     }
     changed = []
     for group, (sha256, what, name) in groups.items():
