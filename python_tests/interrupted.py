@@ -16,6 +16,7 @@ from fedkern.engine.store.checkpoints import checksum, entry_sum
 from fedkern.engine.store.records import read_metrics
 from fedkern.listeners import Listener
 from fedkern.messages import states
+from fedkern.settings.stored import load_settings
 
 TIMES = ("seconds", "round_seconds", "phases", "device", "wire")
 """What no two runs have alike: times, and the bytes around the messages, of which a resumed run has more."""
@@ -121,6 +122,30 @@ def killed(config, *, at, **how):
     """Plays a run that dies where it comes to a hook."""
     with pytest.raises(Kill):
         run(config, listener=at, **how)
+
+
+def kill_and_resume(config, *, out, at, **how):
+    """Play a run that dies at a hook, resume it, and return its outcome."""
+    killed(config, out=out, at=at, **how)
+    run(load_settings(out), out=out, resume=True, **how)
+    return outcome(out)
+
+
+def kill_often(config, *, out, at, **how):
+    """Play a run that dies at the hook ``at(attempt)`` until it ends, and return how often it died."""
+    for attempt in range(20):
+        try:
+            run(config, out=out, resume=attempt > 0, listener=at(attempt), **how)
+            return attempt
+        except Kill:
+            pass
+    raise AssertionError("the run does not end")
+
+
+def check_interruption(config, folder, *, at, **how):
+    """Check that a run which dies at a hook and is resumed ends as one that nothing interrupts."""
+    run(config, out=folder / "whole", **how)
+    assert kill_and_resume(config, out=folder / "cut", at=at, **how) == outcome(folder / "whole")
 
 
 class KillAt(Listener):

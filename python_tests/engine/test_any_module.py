@@ -16,8 +16,7 @@ from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg, Method, Objective, Phase, Round, register
 from fedkern.methods.uploads import Number, like
-from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, check_interruption
 
 PHASE = Phase(0, "train", "update")
 WIDTHS = (2, 3, 2)
@@ -144,10 +143,7 @@ def test_a_module_of_the_method_is_saved_and_read_back(stack, data, make_config,
 @pytest.mark.parametrize(("hook", "count"), [("client", 1), ("client", 3), ("round", 0), ("round", 1), ("end", 0)])
 def test_killed_and_resumed_it_ends_alike(hook, count, stack, data, make_config, tmp_path):
     config = make(make_config)
-    run(config, out=tmp_path / "whole", data=data)
-    killed(config, out=tmp_path / "cut", data=data, at=KillAt(hook, count))
-    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    check_interruption(config, tmp_path, data=data, at=KillAt(hook, count))
 
 
 def test_nothing_to_evaluate_yet(stack, data, make_config, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from fedkern.methods import METHODS, FedAvg, Phase, Round
 from fedkern.methods.base import Federation, Upload
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
-from python_tests.interrupted import KillAt, forge_state, killed, killed_at_rename, outcome
+from python_tests.interrupted import KillAt, forge_state, kill_and_resume, killed, killed_at_rename, outcome
 
 SIZES = (20, 13, 9, 15)
 TEN = Federation(rounds=30, samples=tuple(range(10, 110, 10)), classes=2)
@@ -212,9 +212,8 @@ def test_the_bits_are_equal_on_workers_and_after_an_interruption(
     ages = [[info["staleness"] for info in record["clients"].values()] for record in records]
     assert [sum(each) / len(each) for each in ages] == [record["staleness"] for record in records]
     config = make_config(method, workers="2", **settings)
-    killed(config, out=tmp_path / "cut", data=data, at=KillAt("client", 5))
-    run(config, out=tmp_path / "cut", data=data, resume=True)
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    again = kill_and_resume(config, out=tmp_path / "cut", data=data, at=KillAt("client", 5))
+    assert again == outcome(tmp_path / "whole")
     assert "participation" in Checkpoints(tmp_path / "whole").peek()
 
 

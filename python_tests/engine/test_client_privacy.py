@@ -1,7 +1,6 @@
 """``--dp-clip`` and ``--dp-noise``: clipping, noise, epsilon and secrecy of runs, and every refused combination."""
 
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.private_mean import ClippedSum, variances
 from fedkern.errors import UserError
-from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg, Federation
 from fedkern.models import build
 from fedkern.privacy import ClientLevel, server_secret
@@ -23,7 +21,7 @@ from fedkern.report.live.progress import headline
 from fedkern.settings.config import RunConfig
 from python_tests.extras import needs_accounting
 from python_tests.hearing import Hearing
-from python_tests.interrupted import Kill, KillAt, killed, outcome
+from python_tests.interrupted import KillAt, kill_and_resume, killed, outcome
 
 SIZES = (20, 13, 9, 15)
 SECRET = bytes(range(16))
@@ -349,18 +347,11 @@ def constant(monkeypatch):
     ],
 )
 def test_workers_and_an_interruption_change_no_bit(method, settings, constant, make_data, make_config, tmp_path):
-    given = {"rounds": 4, "clients": 4, **NOISED, **settings}
-    run(make_config(method, **given), out=tmp_path / "whole", data=make_data(SIZES))
+    given, data = {"rounds": 4, "clients": 4, **NOISED, **settings}, make_data(SIZES)
+    run(make_config(method, **given), out=tmp_path / "whole", data=data)
     config = make_config(method, workers="2", **given)
-    for attempt in itertools.count():
-        try:
-            kills = KillAt("round", 2) if attempt == 0 else Listener()
-            run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=attempt > 0, listener=kills)
-            break
-        except Kill:
-            pass
-    assert attempt == 1
-    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    again = kill_and_resume(config, out=tmp_path / "parts", data=data, at=KillAt("round", 2))
+    assert again == outcome(tmp_path / "whole")
 
 
 @needs_accounting

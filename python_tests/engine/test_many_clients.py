@@ -29,7 +29,15 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.settings.run_format import FORMAT
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, killed, killed_at_rename, outcome, without
+from python_tests.interrupted import (
+    KillAt,
+    check_interruption,
+    kill_and_resume,
+    killed,
+    killed_at_rename,
+    outcome,
+    without,
+)
 
 WORKING = 5
 STATEFUL = {"buffers": "local", "grad_cam": 0, "eval_every": 50, "batch_size": 2}
@@ -204,9 +212,7 @@ def whole(played_once, make_many, small):
 @pytest.mark.parametrize("at", [("client", 12), ("round-start", 5), ("round", 3), ("end", 0)])
 def test_a_killed_run_goes_on(at, make_many, small, whole, tmp_path):
     data, config = make_many(300), small(300, rounds=6)
-    killed(config, out=tmp_path / "cut", data=data, at=KillAt(*at))
-    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
-    assert outcome(tmp_path / "cut") == whole
+    assert kill_and_resume(config, out=tmp_path / "cut", data=data, at=KillAt(*at)) == whole
 
 
 @pytest.mark.exhaustive
@@ -374,10 +380,7 @@ def test_own_test_sets_are_measured_once():
 def test_ten_thousand_clients(make_many, small, tmp_path):
     data = make_many(10_000)
     config = small(10_000, "scaffold", rounds=3, sample_fraction=0.01, buffers="average", eval_every=3)
-    run(config, out=tmp_path / "whole", data=data)
-    killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", 2))
-    go_on(tmp_path / "cut", data)
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    check_interruption(config, tmp_path, data=data, at=KillAt("round-start", 2))
     states = list((tmp_path / "whole" / "checkpoints").glob("client-*"))
     assert 200 < len(states) <= 300
     assert (tmp_path / "whole" / "checkpoints" / "manifest.json").stat().st_size < 500_000

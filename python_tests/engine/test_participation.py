@@ -26,7 +26,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Round
 from fedkern.methods.base import Federation
 from fedkern.settings.config import RunConfig
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, check_interruption, kill_and_resume, killed, outcome
 
 SIZES = (20, 13, 9, 15)
 
@@ -199,10 +199,7 @@ def test_slow_clients_with_an_epsilon_are_refused(monkeypatch):
 @pytest.mark.usefixtures("forked_workers")
 def test_the_clock_of_a_run_and_the_shares_of_its_clients(make_data, make_config, tmp_path):
     config = make_config("fedavg", clients=4, rounds=4, straggler_rate=0.6, deadline=1.2, workers="2")
-    run(config, out=tmp_path / "whole", data=make_data(SIZES))
-    killed(config, out=tmp_path / "parts", data=make_data(SIZES), at=KillAt("round", 2))
-    run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True)
-    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    check_interruption(config, tmp_path, data=make_data(SIZES), at=KillAt("round", 2))
     again = Participation(config, Federation(4, SIZES, 3, config.local_epochs))
     for number, record in enumerate(read_metrics(tmp_path / "whole")):
         given = again.assign(Round(), number)
@@ -280,9 +277,8 @@ def test_what_a_policy_keeps_survives_an_interruption(clients, make_data, make_c
     run(make_config("fedavg", workers="2", **settings), out=tmp_path / "whole", data=make_data(SIZES))
     assert heard == [(k, int(number > 0)) for number in range(5) for k in range(4)]
     config, out = make_config("fedavg", **settings), tmp_path / "cut"
-    killed(config, out=out, data=make_data(SIZES), at=KillAt("client", 9))
-    run(config, out=out, data=make_data(SIZES), resume=True)
-    assert outcome(out) == outcome(tmp_path / "whole")
+    again = kill_and_resume(config, out=out, data=make_data(SIZES), at=KillAt("client", 9))
+    assert again == outcome(tmp_path / "whole")
     names = {path.name for path in (out / "checkpoints").glob("participation-*")}
     assert names == {f"participation-{plan:06d}.safetensors" for plan in (4, 5)}  # of the checkpoints that are kept
     monkeypatch.setattr(preparing, "Participation", Participation)

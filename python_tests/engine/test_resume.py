@@ -20,7 +20,16 @@ from fedkern.methods import METHODS, FedAvg
 from fedkern.process.interrupts import Terminated
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
-from python_tests.interrupted import Kill, KillAt, killed, killed_at_rename, lose, outcome, without
+from python_tests.interrupted import (
+    KillAt,
+    kill_and_resume,
+    kill_often,
+    killed,
+    killed_at_rename,
+    lose,
+    outcome,
+    without,
+)
 
 STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}
 PLAIN = {"rounds": 4}
@@ -40,9 +49,7 @@ def reference(played_once):
 def test_killed_at_a_hook(settings, hook, count, make_data, make_config, tmp_path, reference):
     data, config = make_data(), make_config("fedgid", **settings)
     expected = reference(f"hook-{len(settings)}", config, data)
-    killed(config, out=tmp_path, data=data, at=KillAt(hook, count))
-    run(load_settings(tmp_path), out=tmp_path, resume=True, data=data)
-    assert outcome(tmp_path) == expected
+    assert kill_and_resume(config, out=tmp_path, data=data, at=KillAt(hook, count)) == expected
 
 
 @pytest.mark.sampled(2)
@@ -65,13 +72,7 @@ def test_killed_around_every_file(count, when, make_data, make_config, tmp_path,
 def test_killed_again_and_again(make_data, make_config, tmp_path, reference):
     data, config = make_data(), make_config("fedgid", **STATEFUL)
     expected = reference(f"hook-{len(STATEFUL)}", config, data)
-    for attempt in range(20):
-        try:
-            run(config, out=tmp_path, data=data, resume=attempt > 0, listener=KillAt("client", 6))
-            break
-        except Kill:
-            pass
-    assert attempt >= 2
+    assert kill_often(config, out=tmp_path, data=data, at=lambda attempt: KillAt("client", 6)) >= 2
     assert outcome(tmp_path) == expected
 
 
@@ -82,13 +83,7 @@ def test_every_method_resumes(method, make_small, tmp_path):
     config, data = make_small(method, 3, **({} if whole else {"sample_fraction": 0.67}))
     run(config, out=tmp_path / "whole", data=data)
     cut = tmp_path / "cut"
-    for attempt in range(20):
-        try:
-            run(config, out=cut, data=data, resume=attempt > 0, listener=KillAt("client", 1 + 2 * attempt))
-            break
-        except Kill:
-            pass
-    assert attempt > 0
+    assert kill_often(config, out=cut, data=data, at=lambda attempt: KillAt("client", 1 + 2 * attempt))
     assert outcome(cut) == outcome(tmp_path / "whole")
     read_model(cut, client=0 if METHODS[method].keeps_head else None)
 

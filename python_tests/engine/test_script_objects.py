@@ -22,7 +22,7 @@ from fedkern.report.live.progress import headline
 from fedkern.settings.defaults import COMMON
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, kill_and_resume, killed, outcome
 from python_tests.own_networks import Plain, Staged
 from python_tests.saved_network import same_network, tensors
 
@@ -553,10 +553,9 @@ def test_a_kept_state_goes_on_in_the_next_round(factory, settings, played, make_
     for name, value in tensors(built_in).items():
         torch.testing.assert_close(tensors(own)[name], value, rtol=1e-4, atol=1e-6)
     assert any(not torch.equal(tensors(built_in)[name], fresh[name]) for name in fresh)
-    config, cut, script = make_config(**{**HOW, **keep}), tmp_path / "cut", ScriptObjects(optimizer=factory)
-    killed(config, out=cut, data=make_data(), script=script, at=KillAt("round", 1))
-    run(load_settings(cut), out=cut, data=make_data(), script=script, resume=True)
-    assert outcome(cut) == outcome(own)
+    config, script = make_config(**{**HOW, **keep}), ScriptObjects(optimizer=factory)
+    again = kill_and_resume(config, out=tmp_path / "cut", data=make_data(), script=script, at=KillAt("round", 1))
+    assert again == outcome(own)
     assert outcome(played("two", script=script, workers="2", **keep))[0] == outcome(own)[0]
 
 

@@ -18,7 +18,7 @@ from fedkern.report.live.progress import headline
 from fedkern.settings.stored import load_settings
 from python_tests.guest_networks import Doubling, Head, block
 from python_tests.hearing import Hearing
-from python_tests.interrupted import Kill, KillAt, outcome
+from python_tests.interrupted import KillAt, kill_and_resume, outcome
 from python_tests.saved_network import same_network, tensors
 
 pytestmark = pytest.mark.skipif(not backend.active_isa().startswith("avx"), reason="the kernel serves AVX2 and AVX-512")
@@ -142,14 +142,9 @@ def test_stages_are_served(kind, played, monkeypatch):
 def test_the_same_bits_in_workers_and_after_a_kill(played, make_config, make_data, tmp_path):
     expected = played("one", workers="1", rounds=3)
     assert same_network(expected, played("two", workers="2", rounds=3))
-    with pytest.raises(Kill):
-        run(
-            make_config(width=None, lr=0.05, rounds=3), out=tmp_path / "cut", data=make_data(),
-            script=ScriptObjects(guest(Guest)), listener=KillAt("round", 1),
-        )  # fmt: skip
-    stored = load_settings(tmp_path / "cut")
-    run(stored, out=tmp_path / "cut", data=make_data(), script=ScriptObjects(guest(Guest)), resume=True)
-    assert outcome(tmp_path / "cut") == outcome(expected)
+    config, how = make_config(width=None, lr=0.05, rounds=3), {"data": make_data(), "at": KillAt("round", 1)}
+    again = kill_and_resume(config, out=tmp_path / "cut", script=ScriptObjects(guest(Guest)), **how)
+    assert again == outcome(expected)
 
 
 def test_operators_that_compute_something_else_are_not_taken(played, monkeypatch):

@@ -19,10 +19,9 @@ from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, FedGID
-from fedkern.settings.stored import load_settings
 from python_tests.engine.executors.test_workers import compared
 from python_tests.engine.test_captured import SMALL, same_runs
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, check_interruption
 from python_tests.methods.test_fedgid import PHASE, Scene, gradient
 from python_tests.pretended_gpu import pretend
 
@@ -186,10 +185,7 @@ def test_two_workers_give_the_bits_of_one(options, make_data, make_config, tmp_p
 
 def test_a_killed_run_goes_on_with_the_same_bits(make_data, make_config, tmp_path):
     data, config = make_data(), make_config("fedgid", rounds=3, sample_fraction=0.6, options=SHARED)
-    run(config, out=tmp_path / "whole", data=data)
-    killed(config, out=tmp_path / "killed", data=data, at=KillAt("client", 3))
-    run(load_settings(tmp_path / "killed"), out=tmp_path / "killed", resume=True, data=data)
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    check_interruption(config, tmp_path, data=data, at=KillAt("client", 3))
 
 
 @pytest.mark.sampled(1)

@@ -12,7 +12,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.methods.server_rules import ServerRule
 from fedkern.settings.config import RunConfig
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, check_interruption
 
 SIZES = (20, 13, 9)
 AVERAGED = {"fedproto": {"options": {"networks": "averaged"}}}
@@ -93,10 +93,7 @@ def test_the_servers_rate_is_a_step_towards_the_average(make_data, make_config, 
 
 def test_moments_survive_an_interruption(make_data, make_config, tmp_path):
     config = make_config("fedavg", rounds=3, server_rule="adam:tau=0.1")
-    run(config, out=tmp_path / "whole", data=make_data(SIZES))
-    killed(config, out=tmp_path / "parts", data=make_data(SIZES), at=KillAt("round", 2))
-    run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True)
-    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    check_interruption(config, tmp_path, data=make_data(SIZES), at=KillAt("round", 2))
 
 
 @pytest.mark.exhaustive

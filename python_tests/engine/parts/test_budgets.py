@@ -13,8 +13,7 @@ from fedkern.engine.run import run
 from fedkern.engine.timing import Timing
 from fedkern.errors import UserError
 from fedkern.methods.base import Phase, Round
-from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, kill_and_resume, outcome
 
 
 def record(entry=None):
@@ -87,9 +86,8 @@ def test_a_run_keeps_to_its_bytes_and_goes_on_alike(make_data, make_config, tmp_
     summary = run(limited, out=tmp_path / "limited", data=data)
     assert (summary["rounds"], summary["bytes"]["total"]) == (3, whole["bytes"]["total"])
     assert summary["stopped"]["by"] == "max-bytes"
-    killed(limited, out=tmp_path / "cut", data=data, at=KillAt("client", 5))
-    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "limited")
+    again = kill_and_resume(limited, out=tmp_path / "cut", data=data, at=KillAt("client", 5))
+    assert again == outcome(tmp_path / "limited")
 
 
 @pytest.mark.parametrize("given", [{"max_seconds": 0.0}, {"max_bytes": -1.0}, {"max_bytes": "much"}])

@@ -24,7 +24,7 @@ from fedkern.privacy.disclosure import About, Disclosure
 from fedkern.report.pages.run_page import headline, read
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, kill_and_resume, killed, outcome
 from python_tests.saved_network import tensors
 
 
@@ -178,9 +178,7 @@ def test_an_interrupted_run_ends_alike(flag, at, data, make_config, tmp_path):
         config = config.replace(patience=None, stop_at=f"loss<={min(losses)!r}")
     summary = run(config, out=tmp_path / "whole", data=data)
     assert 1 < summary["rounds"] < 12
-    killed(config, out=tmp_path / "cut", data=data, at=KillAt(*at))
-    run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert kill_and_resume(config, out=tmp_path / "cut", data=data, at=KillAt(*at)) == outcome(tmp_path / "whole")
     best = [tmp_path / name / "best.safetensors" for name in ("cut", "whole")]
     assert [path.exists() for path in best] == 2 * [flag == "patience"]
     if best[0].exists():

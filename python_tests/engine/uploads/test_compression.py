@@ -21,7 +21,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.base import Phase, Round
 from fedkern.methods.uploads import why_refused
-from python_tests.interrupted import Kill, KillAt, outcome, without
+from python_tests.interrupted import KillAt, kill_often, outcome, without
 
 HOW = ("topk:share=0.05", "int8")
 AVERAGING = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options()).averages]
@@ -273,13 +273,7 @@ def test_workers_and_interruptions_change_no_bit(method, settle, tmp_path):
     config, data = settle(method, rounds=3, compress="int8")
     run(config, out=tmp_path / "whole", data=data)
     run(config.replace(workers="2"), out=tmp_path / "two", data=data)
-    for attempt in range(12):
-        try:
-            run(config, out=tmp_path / "cut", data=data, resume=attempt > 0, listener=KillAt("client", 1 + 2 * attempt))
-            break
-        except Kill:
-            pass
-    assert attempt > 0
+    assert kill_often(config, out=tmp_path / "cut", data=data, at=lambda attempt: KillAt("client", 1 + 2 * attempt))
     expected = residuals(tmp_path / "whole")
     assert len(expected[0]) == (2 if method == "feddra" else 1)
     for name in ("two", "cut"):

@@ -90,13 +90,23 @@ def test_fedprox_adds_the_gradient_of_its_proximal_term():
     torch.testing.assert_close(gradients, theta.grad)
 
 
-def test_fedprox_with_mu_zero_is_fedavg_bit_for_bit(make_data, make_config, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "without", "settings"),
+    [
+        ("fedprox", {"mu": 0}, {"mu": 1}),
+        ("fedntd", {"beta": 0}, {}),
+        ("moon", {"mu": 0}, {}),
+        ("fedgid", {"intervention": False, "lambda": 0}, {}),
+    ],
+)
+def test_without_its_term_a_method_is_fedavg_bit_for_bit(method, without, settings, make_data, make_config, tmp_path):
+    """With the term its network is another one, and the bytes are the same."""
     data = make_data()
-    run(make_config("fedavg"), out=tmp_path / "a", data=data)
-    run(make_config("fedprox", options={"mu": 0}), out=tmp_path / "b", data=data)
-    run(make_config("fedprox", options={"mu": 1}), out=tmp_path / "c", data=data)
-    assert same_network(tmp_path / "a", tmp_path / "b")
-    assert not same_network(tmp_path / "a", tmp_path / "c")
+    configs = make_config("fedavg"), make_config(method, options=without), make_config(method, options=settings)
+    sent = [run(config, out=tmp_path / str(number), data=data)["bytes"] for number, config in enumerate(configs)]
+    assert sent[0] == sent[1] == sent[2]
+    assert same_network(tmp_path / "0", tmp_path / "1")
+    assert not same_network(tmp_path / "0", tmp_path / "2")
 
 
 def test_fedprox_holds_clients_closer_to_the_global_model(make_data, make_config, tmp_path):

@@ -7,11 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedkern.engine.run import run
 from fedkern.methods import Batch, FedNTD, Phase
 from fedkern.methods.baselines.fedntd import not_true
 from python_tests.methods.proxies import Fixed
-from python_tests.saved_network import same_network
 
 PHASE = Phase(1, "train", "update")
 
@@ -64,14 +62,3 @@ def test_nothing_to_distil_where_the_models_agree():
     logits, labels = torch.randn(4, 6), torch.tensor([5, 0, 3, 3])
     shifted = logits + torch.tensor([[1.0], [-3.0], [0.0], [7.0]])
     assert float(parts(1.0, 1.0, Fixed(logits), shifted, labels)[1]["loss_ntd"]) < 1e-6
-
-
-def test_beta_zero_is_fedavg_bit_for_bit_and_bytes_never_differ(make_data, make_config, tmp_path):
-    data = make_data()
-    sizes = [
-        run(make_config(method, options=options), out=tmp_path / name, data=data)["bytes"]
-        for name, method, options in (("a", "fedavg", {}), ("b", "fedntd", {"beta": 0}), ("c", "fedntd", {}))
-    ]
-    assert sizes[0] == sizes[1] == sizes[2]
-    assert same_network(tmp_path / "a", tmp_path / "b")
-    assert not same_network(tmp_path / "a", tmp_path / "c")
