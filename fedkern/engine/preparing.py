@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.data.identity import of_memory
-from fedkern.data.sources.items import Items, not_compared, unsteady
+from fedkern.data.sources.items import Items, leaves_threads, not_compared, unsteady
 from fedkern.engine import asynchronous, own_figures, own_model
 from fedkern.engine.client import Client, check_client
 from fedkern.engine.client_privacy import ClientPrivacy
@@ -195,6 +195,11 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
             "unsteady-items",
             f"An item of {others[0]} is another one when it is read again from the same seeds of torch, NumPy and "
             "random: it draws from a generator or a clock of its own, and the run may give other bits when repeated.",
+        )
+    if data.form.lacks and known and leaves_threads(data.clients[0]):
+        context.warn(
+            "piling-threads",
+            "Every item of client 0 that is read leaves another thread running: start it once, or end it in the item.",
         )
     for k in range(context.federation.clients) if known else ():
         with code("check"):

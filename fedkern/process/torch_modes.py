@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -45,21 +46,31 @@ def reproducible() -> Iterator[None]:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """Context manager: the modes of PyTorch and NumPy that code inside sets are afterwards as they were before."""
-    before = [_read(get) for get, _ in _MODES]
-    try:
-        yield
-    finally:
+def kept() -> Iterator[Callable[[], None]]:
+    """Put modes and working folder back at the end of the block; yield a function that does so at once."""
+    before, frequent = [_read(get) for get, _ in _MODES], _read_frequent()
+
+    def restore() -> None:
         for (get, put), value in zip(_MODES, before, strict=True):
             if value is not None and _read(get) != value:
                 put(value)
+
+    try:
+        yield lambda: None if _read_frequent() == frequent else restore()
+    finally:
+        restore()
+
+
+def _read_frequent() -> tuple[Any, ...]:
+    """Read in half a microsecond the modes that items of data sets have been seen to change."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), deterministic
 
 
 def _read(get: Callable[[], Any]) -> Any:
     try:
         return get()
-    except RuntimeError:  # the precision of matrix products, where it was also set by torch.backends
+    except (RuntimeError, OSError):  # precision of products that torch.backends has set too; a folder that is gone
         return None
 
 
@@ -124,5 +135,6 @@ _MODES: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (_CUDA.fp16_bf16_reduction_math_sdp_allowed, _CUDA.allow_fp16_bf16_reduction_math_sdp),
     (sdp_order, set_sdp_order),
     (np.geterr, lambda errors: np.seterr(**errors)),
+    (os.getcwd, os.chdir),
 ]
-"""Readers and setters of process-wide modes."""
+"""Readers and setters of process-wide modes, and of the working folder."""

@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,7 @@ def hosted(file: str = "") -> Iterator[None]:
     if added:
         sys.path.append(folder)
     try:
-        with kept(), chdir("."):
+        with kept():
             yield
     finally:
         if added and folder in sys.path:  # the code may have removed it

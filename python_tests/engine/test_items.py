@@ -903,6 +903,10 @@ SENTENCES = {
     "loader": ({"data": [DataLoader(table(9), 4)]}, r"client 0 is a DataLoader: give its dataset and collate_fn; its "
                r"batch size \(4\) and sampler \(SequentialSampler\) are the run's own"),
     "stream": ({"data": [Endless()]}, r"client 0 has no length and no order \(Endless\): give a map-style data set"),
+    "pair": ({"data": [(np.zeros((9, 4)), np.zeros(9, np.int32))]}, r"client 0 is a pair of arrays: give .*Dataset"
+             r"\(torch.from_numpy\(X\).float\(\), torch.from_numpy\(y\).long\(\)\)"),
+    "whole pair": ({"data": (torch.rand(9, 4), torch.zeros(9).long())}, r"data is a pair of arrays: .*et\(X, y\)\."),
+    "array": ({"test": np.zeros((9, 4), np.float32)}, r"^test is an array: .*Dataset\(torch.from_numpy\(X\), y\)\."),
     "samples": ({"data": [[(torch.rand(4), 0)]]}, "client 0 is a list of samples: give a data set"),
     "nothing": ({"data": [object()]}, "client 0 must be a map-style data set, with len and .index., not an object of"),
     "no client": ({"data": {}}, "data must hold at least one client's data set"),
@@ -1040,6 +1044,36 @@ class Clock(Drawing):
     def __getitem__(self, index):
         rows, target = super().__getitem__(index)
         return rows + torch.rand(4, generator=self.generator), target
+
+
+class Leaving(Listed):
+    """Items that change modes, and the working folder, and leave a thread."""
+
+    end = threading.Event()
+
+    def __getitem__(self, index):
+        rows, target = super().__getitem__(index)
+        item = torch.tensor(rows.tolist()), target
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(3)
+        os.chdir("/")
+        threading.Thread(target=self.end.wait, name="fedkern-test", daemon=True).start()
+        return item
+
+
+def test_items_leave_no_modes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows, network = [*zip(torch.rand(9, 4), range(9), strict=True)], nn.Linear(4, 9)
+    given = {"model": network, "rounds": 1, **HERE}
+    runs = [
+        fedkern.simulate("fedavg", data=[kind(rows[:5]), kind(rows[5:])], test=kind(rows), out=kind.__name__, **given)
+        for kind in (Listed, Leaving)
+    ]
+    Leaving.end.set()
+    assert same(*map(state, runs))
+    assert runs[1].summary["diagnostics"].keys() - runs[0].summary["diagnostics"].keys() == {"piling-threads"}
+    assert Path.cwd() == tmp_path
 
 
 @pytest.mark.parametrize("kind", [Drawing, Clock])

@@ -95,6 +95,7 @@ def parts_of_datasets(
     seed: int = 0,
 ) -> dict[str, Any]:
     """The attributes of the data that :meth:`fedkern.data.FederatedData.from_datasets` makes of these arguments."""
+    _check_arrays(clients, "data")
     several = isinstance(clients, (Mapping, list, tuple)) and not is_dataset(clients)
     every = clients.items() if isinstance(clients, Mapping) else enumerate(clients) if several else [("", clients)]
     named = {str(name): dataset for name, dataset in every}
@@ -254,8 +255,24 @@ def is_dataset(value: Any) -> bool:
     return hasattr(value, "__getitem__") and hasattr(value, "__len__")
 
 
+def _check_arrays(value: Any, who: str) -> None:
+    """Raise UserError for arrays in place of a data set."""
+    arrays = [*value] if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+    if not all(isinstance(array, (np.ndarray, Tensor)) for array in arrays):
+        return
+    casts, words = {"float64": ".float()", "int32": ".long()"}, []
+    for name, array in zip("Xy", arrays, strict=False):
+        tensor = f"torch.from_numpy({name})" if isinstance(array, np.ndarray) else name
+        words.append(tensor + casts.get(str(array.dtype).removeprefix("torch."), ""))
+    raise UserError(
+        f"{who} is {'a pair of arrays' if len(arrays) == 2 else 'an array'}: give "
+        f"torch.utils.data.TensorDataset({', '.join([*words, 'y'][:2])})."
+    )
+
+
 def _check(dataset: Any, who: str) -> None:
     """Raises UserError where something is no map-style data set, or is empty."""
+    _check_arrays(dataset, who)
     if isinstance(dataset, DataLoader):
         sampler = "" if dataset.sampler is None else f" and sampler ({type(dataset.sampler).__name__})"
         raise UserError(

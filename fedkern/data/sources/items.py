@@ -8,6 +8,7 @@ import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_colla
 
 from fedkern.errors import RAISED, UserError, described, told
 from fedkern.messages.leaves import leaves, parted
+from fedkern.process.torch_modes import kept
 from fedkern.streams import mix_words, preserve_generators, seed_generators, stream
 from fedkern.tasks import Task
 from fedkern.usercode.identity import digest, identity_table, left_out
@@ -110,12 +112,14 @@ class Items:
         return places
 
     def read(self, indices: Sequence[int] | np.ndarray, word: int) -> Iterator[Any]:
-        """Yields the items at ``indices``; what one draws begins at a seed made of ``word`` and its row.
+        """Yield the items at ``indices``; what one draws begins at a seed made of ``word`` and its row.
+
+        Modes that an item leaves are put back before the next one.
 
         Raises:
             UserError: an item cannot be read.
         """
-        with _LOCK, preserve_generators():
+        with _LOCK, preserve_generators(), nullcontext(_nothing) if self.still else kept() as restore:
             for row in self._places(indices):
                 if not self.still:
                     seed_generators(mix_words(word, row))
@@ -123,6 +127,7 @@ class Items:
                     item = self.dataset[row]
                 except RAISED as error:  # the user's own code may raise anything
                     raise UserError(f"Item {row} of {self.who} cannot be read ({cause(error)}).") from error
+                restore()
                 yield item
 
     def batch(self, indices: Sequence[int] | np.ndarray, word: int) -> Any:
@@ -141,7 +146,7 @@ class Items:
             if self.collate is default_collate:  # draws nothing
                 return default_collate(items)
             digest = hashlib.blake2b(np.asarray(places, dtype=np.int64).tobytes(), digest_size=8).digest()
-            with _LOCK, preserve_generators():
+            with _LOCK, preserve_generators(), kept():
                 seed_generators(mix_words(mix_words(word, -1), int.from_bytes(digest, "little")))
                 return self.collate(items)
         except RAISED as error:
@@ -173,6 +178,15 @@ def unsteady(splits: Sequence[Items]) -> list[str]:
     return [split.who for split in splits if len(split) and not split.still and first(split) != first(split)]
 
 
+def leaves_threads(split: Items) -> bool:
+    """Return whether every item that is read leaves another thread running."""
+    counts = []
+    for _ in range(0 if split.still or not len(split) else 3):
+        next(split.read([0], 0))
+        counts.append(threading.active_count())
+    return len({*counts}) == 3 and counts == sorted(counts)
+
+
 def _table(item: Any) -> dict[str, str]:
     """Return the identity of an item: its values in full, of classes and functions the name alone."""
     return identity_table({"item": item}, limit=sys.maxsize, code=False)
@@ -186,6 +200,10 @@ def not_compared(split: Items) -> list[str]:
 def per_set(sets: int) -> int:
     """How many items of each of so many sets are read for fingerprints."""
     return max(2, min(HASHED, HASHED_IN_ALL // max(1, sets)))
+
+
+def _nothing() -> None:
+    """Restore nothing."""
 
 
 def cause(error: BaseException) -> str:
