@@ -37,6 +37,7 @@ from fedkern.settings.run_data import kept_data
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import Task
 from fedkern.usercode import named_code, plugins
+from fedkern.usercode.hooks import check_hooks
 
 
 class History:
@@ -670,4 +671,5 @@ def _listeners(listener: Listener | Sequence[Listener] | None) -> list[Listener]
                 f"the class {each.__name__}" if isinstance(each, type) else f"an object of type {type(each).__name__}"
             )
             raise UserError(f"listener must be a fedkern.listeners.Listener or a list of them, not {what}{hint}.")
+        check_hooks(type(each))
     return [*listeners]

@@ -26,6 +26,9 @@ MEANT = {
     "resume": ("fedkern.load(DIR).resume()",),
     "quiet": ("progress=False",),
     "tensorboard": ("listener=fedkern.listeners.TensorBoard()",),
+    **dict.fromkeys(("on_epoch_end", "on_train_epoch_end", "on_round_end"), ("on_round",)),
+    **dict.fromkeys(("on_train_begin", "on_train_start"), ("on_start",)),
+    "on_train_end": ("on_end",),
 }
 """Names of other programs, or of the command line, and those that mean the same here, some with their value."""
 
@@ -266,17 +269,18 @@ def listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str:
-    """Returns ``' Did you mean "x"?'`` for the candidates that ``word`` means, or else for the one most like it.
+def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return ``' Did you mean "x"?'`` for the candidates that ``word`` means, or else for the one most like it.
 
-    Dashes before a word and upper case make no difference.  Returns an empty string when no candidate is close.
+    Dashes before a word and upper case make no difference.  Returns an empty string where no likeness reaches
+    ``cutoff``, from 0 to 1.
     """
     if len(word) > WORD:
         return ""
     names = {_plain(name): name for name in candidates}
     meant = [each.partition("=") for each in MEANT.get(_plain(word), ())]
     meanings = [names[_plain(name)] + equals + value for name, equals, value in meant if _plain(name) in names]
-    meanings = meanings or [names[name] for name in difflib.get_close_matches(_plain(word), names, n=1, cutoff=0.5)]
+    meanings = meanings or [names[name] for name in difflib.get_close_matches(_plain(word), names, n=1, cutoff=cutoff)]
     return f""" Did you mean {" or ".join(f'"{name}"' for name in meanings)}?""" if meanings else ""
 
 

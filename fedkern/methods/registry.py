@@ -9,6 +9,7 @@ from torch import nn
 
 from fedkern.errors import UserError, first_of, nearest
 from fedkern.models.user_models import LEVELS, level
+from fedkern.usercode.hooks import check_hooks
 from fedkern.usercode.registry import Registry
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def register(name: str) -> Callable[[M], M]:
     """Class decorator that registers a method as ``name``; the docstring's first line becomes its description."""
 
     def add(cls: M) -> M:
+        check_hooks(cls)
         cls.name, cls.description = name, METHODS.describe(name, cls)
         METHODS[name] = cls
         return cls

@@ -18,6 +18,7 @@ from fedkern.methods.options import Options
 from fedkern.methods.registry import CLASS, GIVEN, METHODS, short
 from fedkern.typed_option import Value
 from fedkern.usercode import named_code
+from fedkern.usercode.hooks import check_hooks
 from fedkern.usercode.identity import PLAIN, differences, digest, folded, identity_table, is_unchanged
 
 _MISSING = object()
@@ -126,6 +127,7 @@ def fingerprint(kind: type[Method]) -> str:
 def _check(kind: type[Method]) -> None:
     """Raises UserError where a class declares its options wrongly or cannot be made from them."""
     name = kind.__name__
+    check_hooks(kind)
     if not issubclass(kind.Options, Options):
         base = kind.__mro__[1].__name__
         raise UserError(f"{name}.Options must derive from the options of its base: class Options({base}.Options).")

@@ -23,6 +23,7 @@ from fedkern.errors import UserError, shown
 from fedkern.messages.leaves import leaves, parted
 from fedkern.streams import preserve_generators, stream
 from fedkern.tasks import CLASSIFICATION, OwnTask, Task
+from fedkern.usercode.hooks import check_hooks
 
 NAME = "datasets"
 
@@ -111,6 +112,7 @@ def parts_of_datasets(
     learnt = task or task_of_targets(batch, loss_fn, metrics, main, better, batch_loss)
     if learnt is task and not (loss_fn is batch_loss is metrics is main is better is None and isinstance(learnt, Task)):
         raise UserError("task must be an object of fedkern.tasks.Task, without a loss, metrics, main and better.")
+    check_hooks(type(learnt))
     _check_floats(batch)
 
     def items(dataset: Any, who: str, rows: Tensor | None = None, all_labels: Tensor | None = None) -> Items:

@@ -1,0 +1,59 @@
+"""Misspelt hooks of users' classes, which nothing would ever call."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from types import CodeType, FunctionType
+from typing import Any
+
+from fedkern.errors import UserError, nearest
+
+ALIKE, ALIKE_EVENTS = 0.8, 0.5
+"""Least likeness of a name to the hook that it is taken for, and to an event of a listener (``on_...``)."""
+
+
+def check_hooks(kind: type) -> None:
+    """Raise UserError where a user's class has a name that is nearly a hook's and that its own code never reads.
+
+    Names that begin with "_", and names from bases outside of fedkern, are the user's own.
+    """
+    shipped = [part for part in kind.__mro__ if part.__module__.partition(".")[0] == "fedkern"]
+    if not shipped:
+        return
+    base = shipped[0]
+    classes = [part for part in kind.__mro__ if part not in shipped and issubclass(part, base)]
+    hooks = [name for name in dir(base) if not name.startswith("_")]
+    foreign = {name for part in kind.__mro__ if part not in classes for name in vars(part)}
+    members = [(name, value, _names_in(value)) for part in classes for name, value in vars(part).items()]
+    for name, value, _ in members:
+        if (
+            name.startswith("_")
+            or name in foreign
+            or any(name in names for other, _, names in members if other != name)
+        ):
+            continue
+        alike = [hook for hook in hooks if callable(value) == callable(getattr(base, hook))]
+        if hint := nearest(name, alike, ALIKE_EVENTS if name.startswith("on_") else ALIKE):
+            raise UserError(
+                f'{kind.__name__} has "{name}", which nothing calls.{hint} Begin a name of your own with "_".'
+            )
+
+
+def _names_in(function: object) -> set[str]:
+    """Return all names, and texts that may be names, in the code of a function."""
+    names: set[str] = set()
+    waiting: list[Any] = [function]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, CodeType):
+            names |= {*value.co_names, *(text for text in value.co_consts if isinstance(text, str))}
+            waiting += value.co_consts
+        elif isinstance(value, FunctionType):
+            waiting += [value.__code__, getattr(value, "__wrapped__", None)]
+        elif isinstance(value, (staticmethod, classmethod)):
+            waiting.append(value.__func__)
+        elif isinstance(value, property):
+            waiting += [value.fget, value.fset]
+        elif isinstance(value, cached_property):
+            waiting.append(value.func)
+    return names
