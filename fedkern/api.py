@@ -23,7 +23,7 @@ from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
-from fedkern.errors import UserError, nearest, shown
+from fedkern.errors import WAYS, UserError, nearest, shown
 from fedkern.files.filesystem import check_new, check_text
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import Method, registry, script_methods
@@ -472,7 +472,9 @@ def federated(data: Any, about: Mapping[str, Any], settings: Mapping[str, Any]) 
         raise UserError(f'There is no argument "{unknown[0]}".{nearest(unknown[0], ABOUT)}')
     if data is None or isinstance(data, (str, FederatedData)):
         if arguments:
-            raise UserError(f"{next(iter(arguments))} is for data sets of PyTorch, data=[...] or a dict: leave it out.")
+            name = next(iter(arguments))
+            way = f" {WAYS[name]}" if name == "task" else ""
+            raise UserError(f"{name} is for data sets of PyTorch, data=[...] or a dict: leave it out.{way}")
         return data
     how = {"samples": "train_samples", "seed": "seed"}
     if not isinstance(data, (Mapping, list, tuple)):

@@ -25,12 +25,35 @@ MEANT = {
     **dict.fromkeys(("continue", "restart", "checkpoint"), ("resume",)),
     "resume": ("fedkern.load(DIR).resume()",),
     "quiet": ("progress=False",),
+    **dict.fromkeys(("num_clients", "n_clients", "nodes", "num_nodes", "num_partitions"), ("clients",)),
+    **dict.fromkeys(("noniid", "non_iid", "alpha", "dirichlet", "dirichlet_alpha"), ("partition=dirichlet:ALPHA",)),
+    **dict.fromkeys(("loss", "criterion"), ("loss_fn",)),
+    **dict.fromkeys(("clients_per_round", "participation", "fraction", "fraction_fit"), ("sample_fraction",)),
+    "iid": ("partition=iid",),
+    "bs": ("batch_size",),
+    "seeds": ("seed",),
     "tensorboard": ("listener=fedkern.listeners.TensorBoard()",),
     **dict.fromkeys(("on_epoch_end", "on_train_epoch_end", "on_round_end"), ("on_round",)),
     **dict.fromkeys(("on_train_begin", "on_train_start"), ("on_start",)),
     "on_train_end": ("on_end",),
 }
 """Names of other programs, or of the command line, and those that mean the same here, some with their value."""
+
+_LOSS = "A loss of your own is given in Python, fedkern.simulate(METHOD, data=..., loss_fn=FUNCTION)."
+_ADAPTERS = "LoRA is a layer of your own network: --model FILE.py:NAME, or a module in Python (docs/own-models.md)."
+_VOLUMES = "Volumes are read by your own code: --data FILE.py:NAME, as examples/papers/brats.py:brats (docs/data.md)."
+_RULES = "FedAvgM, FedAdam, FedYogi and FedAdagrad are fedavg and --server-rule momentum, adam, yogi or adagrad."
+WAYS = {
+    **dict.fromkeys(("loss", "criterion", "loss_fn"), _LOSS),
+    **dict.fromkeys(("lora", "peft", "adapter", "lora_rank", "lora_r"), _ADAPTERS),
+    **dict.fromkeys(("nifti", "nii", "dicom"), _VOLUMES),
+    **dict.fromkeys(("fedopt", "fedadam", "fedavgm", "fedyogi", "fedadagrad"), _RULES),
+    "fedbn": "FedBN is fedavg and the names of the batch norms, --personal NAMES (docs/own-models.md).",
+    "method": "The method stands without a flag.",
+    "seeds": "Several are for compare: --seeds N.",
+    "task": "Labels tell the task. Where those of a csv file cannot, --data-option task=NAME does (docs/data.md).",
+}
+"""Names that nothing here has in settings, methods, networks and data sets, and the way to what they mean."""
 
 
 class UserError(Exception):
@@ -273,15 +296,18 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:
     """Return ``' Did you mean "x"?'`` for the candidates that ``word`` means, or else for the one most like it.
 
     Dashes before a word and upper case make no difference.  Returns an empty string where no likeness reaches
-    ``cutoff``, from 0 to 1.
+    ``cutoff``, from 0 to 1.  Among settings, methods, networks and data sets the text may be one of ``WAYS``.
     """
     if len(word) > WORD:
         return ""
     names = {_plain(name): name for name in candidates}
     meant = [each.partition("=") for each in MEANT.get(_plain(word), ())]
     meanings = [names[_plain(name)] + equals + value for name, equals, value in meant if _plain(name) in names]
-    meanings = meanings or [names[name] for name in difflib.get_close_matches(_plain(word), names, n=1, cutoff=cutoff)]
-    return f""" Did you mean {" or ".join(f'"{name}"' for name in meanings)}?""" if meanings else ""
+    way = "" if names.keys().isdisjoint(("lr", "fedavg", "mlp", "csv")) else WAYS.get(_plain(word), "")
+    if not (meanings or way):
+        meanings = [names[name] for name in difflib.get_close_matches(_plain(word), names, n=1, cutoff=cutoff)]
+    hint = f""" Did you mean {" or ".join(f'"{name}"' for name in meanings)}?""" if meanings else ""
+    return f"{hint} {way}" if way and "loss_fn" not in meanings else hint
 
 
 def _plain(name: str) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 import fedkern
 from fedkern.errors import MEANT, nearest
+from fedkern.listeners import Listener
 from fedkern.settings.config import RunConfig
 
 COMMAND_LINES = {
@@ -27,6 +28,19 @@ COMMAND_LINES = {
     "fedavg --rounds 3,5": "--sweep rounds=3,5.",
     "fedprox --method-option mu=0.1,1": "--sweep mu=0.1,1.",
     "fedavg --data images/cats": "--data-root images/cats.",
+    "fedavg --loss mse": '"--loss". A loss of your own is given in Python, fedkern.simulate(METHOD, data=..., loss_fn=',
+    "fedavg --num-clients 3": 'Did you mean "--clients"?',
+    "fedavg --nodes 3": 'Did you mean "--clients"?',
+    "fedavg --noniid": 'Did you mean "--partition=dirichlet:ALPHA"?',
+    "fedavg --alpha 0.1": 'Did you mean "--partition=dirichlet:ALPHA"? It is a method option of feddyn',
+    "fedavg --seeds 3": 'Did you mean "--seed"? Several are for compare: --seeds N.',
+    "fedavg --task multilabel": "--data-option task=NAME does",
+    "fedavg --lora-rank 4": "LoRA is a layer of your own network: --model FILE.py:NAME",
+    "fedbn": "FedBN is fedavg and the names of the batch norms, --personal NAMES",
+    "fedadam": "are fedavg and --server-rule momentum, adam",
+    "fedavg --model lora": "LoRA is a layer of your own network",
+    "fedavg --data nifti": "--data FILE.py:NAME, as examples/papers/brats.py:brats",
+    "fedavg --data scans/a.nii.gz": "Volumes are read by your own code",
     "export x --format ONNX": 'Did you mean "onnx"?',
     "FedAvg": 'Did you mean "fedavg"?',
     "fedavg --model ResNet8": 'Did you mean "resnet8"?',
@@ -45,6 +59,11 @@ def test_the_command_line_names_the_way_out(line, way, fails, tmp_path):
         ({"learning_rate": 0.1}, 'Did you mean "lr"?'),
         ({"epochs": 3}, 'Did you mean "local_epochs" or "rounds"?'),
         ({"gpu": True}, 'Did you mean "device=cuda"?'),
+        ({"loss": 1}, 'Did you mean "loss_fn"?'),
+        ({"nodes": 3}, 'Did you mean "clients"?'),
+        ({"seeds": 3}, 'Did you mean "seed"? Several are for compare: seeds=N.'),
+        ({"task": "multilabel"}, 'data_options={"task": NAME} does'),
+        ({"method": "fedbn"}, "the names of the batch norms, personal=NAMES"),
         ({"mu": 1.0}, "It is a method option of fedprox"),
         ({"resume": True}, 'Did you mean "fedkern.load(DIR).resume()"?'),
         ({"quiet": True}, 'Did you mean "progress=False"?'),
@@ -63,7 +82,15 @@ def test_python_names_the_way_out(given, way, tmp_path):
 
 def test_every_meaning_is_a_setting_an_argument_or_a_call():
     settings = {each.field for each in RunConfig.declared()}
-    others = {"resume", "progress", "listener", "cuda", "fedkern.load(DIR).resume()"}
+    others = {
+        "resume",
+        "progress",
+        "listener",
+        "cuda",
+        "fedkern.load(DIR).resume()",
+        "loss_fn",
+        *vars(Listener),
+    }
     assert {name.partition("=")[0] for names in MEANT.values() for name in names} <= settings | others
     assert not MEANT.keys() & settings
 
