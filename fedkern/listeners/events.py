@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,12 +51,19 @@ class RunInfo:
     frozen: int = 0
     frozen_norms: int = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunInfo:
+        copied = {name: value if name == "data" else deepcopy(value, memo) for name, value in vars(self).items()}
+        return RunInfo(**copied)
+
 
 class Listener:
     """Base class of listeners (displays, trackers); every method does nothing until overridden.
 
     An exception of a listener does not end the run: the listener is left out from then on, and a warning has its name
     and the error.  A :class:`~fedkern.errors.UserError` of :meth:`restore` or :meth:`on_start` does end the run.
+
+    Listeners get copies, and a run puts back the modes of PyTorch and the working folder after every call.  The data in
+    ``RunInfo`` are not copied.
 
     Attributes:
         essential: whether an exception of this listener ends the run after all.
@@ -142,25 +150,25 @@ class Listeners(Listener):
 
     def on_start(self, run: RunInfo) -> None:
         self.info = run
-        self._each("on_start", lambda each: each.on_start(run), early=True)
+        self._each("on_start", lambda each: each.on_start(deepcopy(run)), early=True)
 
     def on_notice(self, text: str) -> None:
         self._each("on_notice", lambda each: each.on_notice(text))
 
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
-        self._each("on_round_start", lambda each: each.on_round_start(round, name, participants))
+        self._each("on_round_start", lambda each: each.on_round_start(round, name, [*participants]))
 
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
-        self._each("on_client", lambda each: each.on_client(round, client, info))
+        self._each("on_client", lambda each: each.on_client(round, client, deepcopy(info)))
 
     def on_round(self, record: Mapping[str, Any]) -> None:
-        self._each("on_round", lambda each: each.on_round(record))
+        self._each("on_round", lambda each: each.on_round(deepcopy(record)))
 
     def on_warning(self, name: str, text: str) -> None:
         self._each("on_warning", lambda each: each.on_warning(name, text))
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        self._each("on_end", lambda each: each.on_end(summary))
+        self._each("on_end", lambda each: each.on_end(deepcopy(summary)))
 
     def close(self) -> None:
         self._each("close", lambda each: each.close())

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 from fedkern.errors import RAISED, UserError, described, origin, told
 from fedkern.listeners.events import Listener, Listeners, RunInfo
+from fedkern.usercode.execution import hosted
 
 
 class ListenerGroup(Listeners):
@@ -38,8 +40,11 @@ class ListenerGroup(Listeners):
         for each in [*self._present]:
             if each not in self._present:  # a warning about another listener was too much for this one
                 continue
+            if getattr(getattr(each, hook), "__func__", None) is getattr(Listener, hook):
+                continue
             try:
-                call(each)
+                with hosted():
+                    call(each)
             except RAISED as error:
                 if each.essential or (early and isinstance(error, UserError)):
                     raise
@@ -55,7 +60,7 @@ class ListenerGroup(Listeners):
         self.warnings[name] = text
         self.on_warning(name, text)
         if hook != "close":
-            with suppress(*RAISED):  # the listener is broken, and its first error was told
+            with suppress(*RAISED), hosted():  # the listener is broken, and its first error was told
                 listener.close()
 
     def restore_all(self, states: Mapping[str, dict[str, Any]]) -> None:
@@ -65,7 +70,7 @@ class ListenerGroup(Listeners):
         def give(each: Listener) -> None:
             name = self._names[id(each)]
             if name in self._states:
-                each.restore(self._states[name])
+                each.restore(deepcopy(self._states[name]))
 
         self._each("restore", give, early=True)
 

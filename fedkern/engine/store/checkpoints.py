@@ -64,7 +64,8 @@ class Checkpoints:
     """
 
     def __init__(self, out: Path, writer: BackgroundWriter | None = None, clients: int = 0) -> None:
-        self.folder, self._writer = out / FOLDER, writer
+        # Absolute for a writer in the background: users' code may change the working folder meanwhile.
+        self.folder, self._writer = (out if writer is None else out.absolute()) / FOLDER, writer
         self.entries: list[dict[str, Any]] = []
         self.clients: dict[int, str] = {}
         self.skipped: list[str] = []
