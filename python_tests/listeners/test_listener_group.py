@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
+import fedkern
 from fedkern.errors import UserError
 from fedkern.listeners import Listener, Listeners
 from fedkern.listeners.listener_group import ListenerGroup
+from python_tests import own_data
+from python_tests.interrupted import outcome
 
 
 class Keeping(Listener):
@@ -118,3 +123,44 @@ def test_what_is_no_state(state):
 def test_errors_that_end_the_run(listener, error):
     with pytest.raises(error):
         told(ListenerGroup(listener), (1,))
+
+
+class Changing(Listener):
+    """Changes everything that a listener gets, and the modes of the process."""
+
+    def ruin(self, *arguments):
+        for table in arguments:
+            for value in table.values() if isinstance(table, dict) else ():
+                self.ruin(value)
+            if isinstance(table, (dict, list)):
+                table.clear()
+        torch.set_grad_enabled(False), torch.set_default_dtype(torch.float64), torch.set_num_threads(2)
+        torch.manual_seed(1), os.chdir("/")
+
+    on_client = on_end = on_notice = on_round = on_round_start = on_warning = restore = ruin
+
+    def on_start(self, run):
+        self.ruin(run.config.options, run.test_sets)
+
+    def state(self):
+        self.ruin()
+        return {"rounds": [1]}
+
+
+def test_a_listener_that_changes_what_it_gets_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sites, test = own_data.table()
+    torch.manual_seed(0)
+    network = own_data.Rows()
+
+    def play(name, *listeners):
+        told = Keeping()
+        told.on_client = told.on_round = told.on_round_start = lambda *about: told.rounds.append(repr(about))
+        run = fedkern.simulate(
+            "fedavg", data=sites, test=test, model=network, rounds=2, out=name, listener=[*listeners, told], workers=1,
+            progress=False, pictures=False,
+        )  # fmt: skip
+        return outcome(run.out), len(told.rounds), told.rounds[0]
+
+    assert play("plain") == play("changed", Changing())
+    assert (Path.cwd(), torch.get_default_dtype()) == (tmp_path, torch.float32)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,12 @@ def over_clients(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, Any
     """Mean and worst client of the clients' figures, as ``mean_client_...`` and ``worst_client_...``.
 
     The figures are those of `comparable`.  ``worst_client_loss`` is the largest loss; ``worst_client_...`` of any other
-    figure is the smallest value.  Left out of both are clients without the figure.
+    figure is the smallest value.  Left out of both are clients without the figure, or with NaN as some have a number.
     """
     metrics: dict[str, float] = {}
     for name in comparable(each, sets):
         values = [figures[name] for figures in each.values() if name in figures]
+        values = [value for value in values if not math.isnan(value)] or values
         metrics[f"mean_client_{name}"] = sum(values) / len(values)
         metrics[f"worst_client_{name}"] = max(values) if _falls(name, sets) else min(values)
     return metrics
@@ -46,21 +48,21 @@ def _falls(name: str, sets: Mapping[int, Any]) -> bool:
 def with_undefined(
     each: Mapping[int, Mapping[str, float]], sets: Mapping[int, Any]
 ) -> dict[int, dict[str, float | None]]:
-    """The clients' figures, with None for a main figure that is not defined on a client's set."""
+    """Return the clients' figures, with None for NaN and for a main figure that is not defined on a client's set."""
     lacking = {k: {sets[k].task.main: None} for k in each if not sets[k].task.defined(sets[k])}
-    return {k: {**lacking.get(k, {}), **figures} for k, figures in each.items()}
+    numbers = {k: {name: None if math.isnan(value) else value for name, value in each[k].items()} for k in each}
+    return {k: {**lacking.get(k, {}), **figures} for k, figures in numbers.items()}
 
 
 def worst_client(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, Any]) -> tuple[int, str] | None:
     """The client with the smallest main figure and that figure's name; by the loss where there is no main figure.
 
-    Among equals the client with the largest loss.  None for fewer than two clients with the figure, or where a figure
-    is NaN.
+    Among equals the client with the largest loss.  None for fewer than two clients with the figure; NaN is no figure.
     """
     names = comparable(each, sets)
     figure = next((name for name in (*_compared(sets), "loss") if name in names), None)
-    judged = [k for k, figures in each.items() if figure in figures]
-    if figure is None or len(judged) < 2 or any(each[k][figure] != each[k][figure] for k in judged):
+    judged = [k for k, figures in each.items() if not math.isnan(figures.get(figure or "", math.nan))]
+    if figure is None or len(judged) < 2:
         return None
 
     def rank(k: int) -> tuple[float, float]:

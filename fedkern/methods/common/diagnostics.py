@@ -217,7 +217,7 @@ def missing_metrics(method: str, source: str, sets: Mapping[str, Any], figures: 
 def undefined_figures(
     sets: Mapping[str, Any], of_clients: Mapping[int, Mapping[str, float | None]], label: Callable[[int], str]
 ) -> dict[str, str]:
-    """Warnings about main figures that are not defined on a test set or for a client.
+    """Return warnings about main figures that are not defined on a test set, and figures that clients lack.
 
     Args:
         sets: the test sets by the prefix of their figures' names.
@@ -227,14 +227,16 @@ def undefined_figures(
     for prefix, task in [(prefix, data.task) for prefix, data in sets.items() if not data.task.defined(data)]:
         lacks = f"The {set_noun(prefix[:-1])} has {task.lacks}, and so no {short_title(task.main)}."
         texts[f"no-{prefix}{task.main}"] = lacks
-    lacking = [k for k, figures in of_clients.items() if None in figures.values()]
-    if lacking:
+    for name in dict.fromkeys(name for figures in of_clients.values() for name in figures):
+        lacking = [k for k, figures in of_clients.items() if name in figures and figures[name] is None]
         task = next(iter(sets.values())).task
+        why = f"have {task.lacks} in their test sets, and so no" if task.lacks and name == task.main else "have NaN as"
         some = ", ".join(label(k) for k in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
-        texts[f"no-client-{task.main}"] = (
-            f"{len(lacking)} of {len(of_clients)} clients ({some}) have {task.lacks} in their test sets, and so no "
-            f"{short_title(task.main)}: its mean and the worst client are of the others."
-        )
+        if lacking:
+            texts[f"no-client-{name}"] = (
+                f"{len(lacking)} of {len(of_clients)} clients ({some}) {why} {short_title(name)}"
+                + (": its mean and the worst client are of the others." if len(lacking) < len(of_clients) else ".")
+            )
     return texts
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Subset
 
 import fedkern
 from fedkern.data import FederatedData, Split
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
 from fedkern.methods.common.diagnostics import undefined_figures
 from fedkern.tasks import SEGMENTATION
+from python_tests import own_data
 
 rng = np.random.default_rng(0)
 
@@ -99,6 +102,20 @@ def test_a_test_set_without_a_figure_has_none(tmp_path, make):
     assert f"ood_{FIGURES[make]}" not in run.evaluate()
 
 
+def test_a_metric_that_is_nan_at_a_client_is_in_no_mean(tmp_path):
+    sites, test = own_data.table()
+    tests = {name: Subset(test, range(first, 20)) for name, first in zip(sites, (0, 5, 19), strict=True)}
+    metrics = {"auc": lambda outputs, targets: len(targets) / 20 if len(targets) > 1 else float("nan")}
+    run = fedkern.simulate(
+        "fedavg", data=sites, test=tests, model=own_data.Rows(), metrics=metrics, main="auc", better="max", rounds=1,
+        out=tmp_path / "run", progress=False, pictures=False, workers=1,
+    )  # fmt: skip
+    assert (run.metrics["mean_client_auc"], run.metrics["worst_client_auc"]) == (0.875, 0.75)
+    assert run.summary["worst_client"]["name"] == "site 1"
+    assert run.summary["client_metrics"]["2"]["auc"] is None
+    assert "1 of 3 clients (2 (site 2)) have NaN as auc" in run.summary["diagnostics"]["no-client-auc"]
+
+
 def test_the_clients_that_have_a_figure_are_compared():
     class Set:
         full = None
@@ -115,6 +132,7 @@ def test_the_clients_that_have_a_figure_are_compared():
     assert over_clients(each, sets)["worst_client_loss"] == 9.0
     assert worst_client(each, sets) == (0, "dice")
     assert worst_client({k: each[k] for k in (1, 2)}, sets) is None  # nobody to compare with
+    assert over_clients({**each, 0: {"dice": math.nan}}, sets)["worst_client_dice"] == 0.75
     assert worst_client({k: {"loss": each[k]["loss"]} for k in each}, sets) == (1, "loss")
     shown = with_undefined(each, sets)
     assert [figures["dice"] for figures in shown.values()] == [0.5, None, 0.75]
