@@ -9,7 +9,8 @@ from typing import Any
 from benchmarks.page import by_seed, decimal, load
 from benchmarks.recorded import UNRECORDED
 from benchmarks.studies.study import RESULTS, table
-from fedkern.comparison.seed_statistics import FALLING, paired
+from fedkern.comparison.seed_statistics import paired
+from fedkern.tasks.figure_names import direction
 
 NOT_PLAYED = "not played"
 WHY = ("method", "the right tool where")
@@ -104,7 +105,7 @@ def reproduced(paper: str, cell: str) -> Sample | None:
     row = next((each for each in rows if each["name"] == cell and each["ours"] is not None), None)
     if row is None:
         return None
-    falls = row["figure"].endswith(FALLING)
+    falls = direction(row["figure"], {}) == "min"
     commits = ", ".join(f"`{build.partition(' ')[2]}`" for build in row["fedkern"].split(", "))
     made = f"{commits}, {row.get('date', 'no day')}"
     return Sample({seed: -value if falls else value for seed, value in by_seed(row).items()}, 1 if falls else 100, made)

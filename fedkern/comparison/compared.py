@@ -23,6 +23,7 @@ from fedkern.process.extras import needed
 from fedkern.settings.config import RunConfig
 from fedkern.settings.doors import python_words
 from fedkern.settings.in_memory import check_in_memory
+from fedkern.tasks.figure_names import direction, split_metric
 from fedkern.typed_option import flag
 
 
@@ -109,6 +110,10 @@ def play(
     texts = list(notes)
     try:
         planned = runner.plan(all_variants, seeds)  # every mistake in the settings shows before the first run
+        if target is not None and (data := runner.data(planned[0].config)) is not None:
+            known = data.task.directions
+            if split_metric(target.figure, data.tests)[1] in known:
+                target.with_direction([direction(target.figure, known, data.tests)]).check_direction()
         if select is not None:
             winners, sentences = choose(runner, by_method, seeds[0])
             texts += sentences

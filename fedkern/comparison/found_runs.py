@@ -21,7 +21,7 @@ from fedkern.settings.config import RESUMABLE, RunConfig
 from fedkern.settings.found import FINGERPRINTS
 from fedkern.settings.grounds import code_identity, difference, other_data
 from fedkern.settings.run_format import NAME as SETTINGS
-from fedkern.tasks.figure_names import OVER_CLIENTS, split_metric
+from fedkern.tasks.figure_names import OVER_CLIENTS, direction, split_metric
 
 _NO_GROUP = {
     "seed",
@@ -57,6 +57,11 @@ class FoundRun:
         """The final figures that are numbers.  A privately recorded run has only those that it tells."""
         metrics = self.summary["metrics"]
         return {name: metrics[name] for name in ordered(metrics, main=self.config.main)}
+
+    def direction(self, figure: str) -> str | None:
+        """Return which values of a figure are the better ones, ``"max"`` or ``"min"``; None where that is not known."""
+        named, main = self.summary.get("better", {}), {self.config.main: self.config.better}
+        return named[figure] if figure in named else direction(figure, main, self.summary.get("per_class", ()))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,11 @@ class Result:
     def __post_init__(self) -> None:
         self.figures = main_figures(self.groups)
         self.runs = [run for group in self.groups for run in group.runs.values()]
-        falling = tuple(run.config.main for run in self.runs if run.config.better == "min")
-        if self.target is not None and self.target.figure.endswith(falling):
-            self.target = replace(self.target, falls=True)
+        if self.target is not None:
+            self.target = self.target.with_direction([run.direction(self.target.figure) for run in self.runs])
 
     def check_target(self) -> None:
-        """Raises UserError where no run tells the target's figure after its rounds, or it never reaches the value."""
+        """Raise UserError where no round tells the target's figure, it never reaches the value, or has no direction."""
         if self.target is None:
             return
         self.target.check(own_sets(self.groups))
@@ -63,6 +62,7 @@ class Result:
                 f'No round tells the figure "{self.target.figure}" of --target.{nearest(self.target.figure, figures)} '
                 f"The rounds have {', '.join(sorted(figures)) or 'no figures'}."
             )
+        self.target.check_direction()
 
     @property
     def table(self) -> list[dict[str, Any]]:

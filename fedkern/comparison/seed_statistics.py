@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
 from fedkern.errors import UserError
-from fedkern.tasks.figure_names import check_reachable
+from fedkern.tasks.figure_names import check_reachable, direction
 
 LEVEL = 0.95
 """Confidence level of intervals."""
-FALLING = ("loss", "ece", "hd95")
-"""Ends of the names of figures of which a lower one is better."""
+_TARGET = re.compile(r"\s*([^<>=]*[^<>=\s])\s*(<=|>=|=)\s*([^<>=]+)")
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,53 @@ def paired(values: Mapping[int, float], other: Mapping[int, float]) -> Differenc
 
 @dataclass(frozen=True)
 class Target:
-    """A value that a figure of the rounds' records is to reach: at least this value, at most where it ``falls``."""
+    """A value that a figure of the rounds' records is to reach: at least this value, at most where it ``falls``.
+
+    ``falls`` is None until the runs say so; where the user has, the target is ``fixed``.
+    """
 
     figure: str
     value: float
-    falls: bool = False
+    falls: bool | None = None
+    fixed: bool = False
 
     @classmethod
     def read(cls, text: str) -> Target:
-        """The target in ``FIGURE=VALUE``; raises UserError for another form, no finite number, or one out of reach."""
-        name, equals, number = str(text).partition("=")
+        """Return the target in ``FIGURE=VALUE``, ``FIGURE<=VALUE`` or ``FIGURE>=VALUE``.
+
+        Raises:
+            UserError: another form, no finite number, or one out of reach.
+        """
+        match = _TARGET.fullmatch(str(text))
+        name, sign, number = match.groups() if match else ("", "", "nan")
         try:
             value = float(number)
         except ValueError:
             value = math.nan
-        if not equals or not name.strip() or not math.isfinite(value):
+        if not math.isfinite(value):
             raise UserError(f'--target needs the form FIGURE=VALUE, such as accuracy=0.8, got "{text}".')
-        target = cls(name.strip(), value, falls=name.strip().endswith(FALLING))
+        target = cls(name, value, falls=sign == "<=", fixed=True)
+        target = target if sign != "=" else cls(name, value).with_direction([direction(name, {})])
         target.check()
         return target
 
+    def with_direction(self, directions: Collection[str | None]) -> Target:
+        """Return the target with the direction that all runs give its figure, unless the user has said it."""
+        falls = {"min": True, "max": False}.get(next(iter(directions)) or "") if len({*directions}) == 1 else None
+        return self if self.fixed else replace(self, falls=falls)
+
+    def check_direction(self) -> None:
+        """Raise UserError where nobody has said which values of the figure are the better ones."""
+        if self.falls is None:
+            ways = f"--target {self.figure}<={self.value:g} or --target {self.figure}>={self.value:g}"
+            raise UserError(
+                f'Nothing says whether a low "{self.figure}" is a good one: give the metric an attribute '
+                f"higher_is_better, or write {ways}."
+            )
+
     def check(self, sets: Collection[str] = ()) -> None:
         """Raises UserError where the figure is a fraction out of reach; ``sets``: names of the runs' test sets."""
-        check_reachable("--target", self.figure, self.value, falls=self.falls, own=sets)
+        check_reachable("--target", self.figure, self.value, falls=bool(self.falls), own=sets)
 
     def __str__(self) -> str:
         return f"{self.figure} {'<=' if self.falls else '>='} {self.value:g}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from fedkern.comparison.found_runs import FoundRun
 from fedkern.comparison.published import BEST, BYTES, ROUNDS, PublishedCell
-from fedkern.comparison.seed_statistics import FALLING, Difference, paired
+from fedkern.comparison.seed_statistics import Difference, paired
 from fedkern.errors import UserError, nearest
 from fedkern.report.tables import human_metric
 from fedkern.tasks.figure_names import number, scale
@@ -111,9 +111,14 @@ def _untold(figure: str, run: FoundRun, figures: Mapping[str, float] | set[str])
 
 
 def falls(figure: str, run: FoundRun) -> bool:
-    """Whether a lower figure is a better one."""
-    least = run.config.better == "min" and figure.endswith(run.config.main)
-    return least or figure in (ROUNDS, BYTES) or figure.endswith(FALLING)
+    """Return whether a lower figure is a better one.
+
+    Raises:
+        UserError: nothing says so.
+    """
+    if (better := run.direction(figure)) is None and figure not in (ROUNDS, BYTES):
+        raise UserError(f'The run in {run.folder} does not say whether a low "{figure}" is a good one: choose another.')
+    return better != "max"
 
 
 def quality(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:

@@ -49,6 +49,11 @@ class Constant:
     name: str
 
 
+def better_values(metric: Any) -> str | None:
+    """Return which values of a user's metric are the better ones, as its ``higher_is_better`` says, or None."""
+    return {True: "max", False: "min"}.get(getattr(metric, "higher_is_better", None))  # type: ignore[arg-type]
+
+
 class Task:
     """What a run's networks learn, and how they are judged.  Tasks are the objects of `fedkern.tasks`, one each.
 
@@ -127,6 +132,12 @@ class Task:
             ValueError: no sample has a known target.
         """
         raise NotImplementedError
+
+    @property
+    def directions(self) -> dict[str, str | None]:
+        """Which values are the better ones, by figure: of the main figure, and of metrics that a user adds."""
+        metrics = {name: better_values(metric) for name, metric in getattr(self, "metrics", {}).items()}
+        return {**metrics, self.main: self.better}
 
     def score(self, figures: Mapping[str, float]) -> float:
         """What networks are compared by, larger for a better one: the main figure, or else the loss."""

@@ -26,6 +26,13 @@ FRACTIONS = {
     "dice", "iou", "confidence", "ece", *RECALLS,
 }  # fmt: skip
 """Figures of fedkern's own that lie between 0 and 1; no metric of a user's has such a name."""
+_FALLING = frozenset({"loss", "ece", "hd95", "mae"})
+_RISING = frozenset({
+    *(FRACTIONS - _FALLING), "kappa", "best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted",
+    "holdout", "vote_accuracy", "probability_accuracy", "teacher_accuracy", "tuned_teacher_accuracy",
+    "uncalibrated_accuracy", "public_proxy_accuracy",
+})  # fmt: skip
+"""Figures of fedkern's own of which a larger value is the better one."""
 _FIGURES = {
     "macro_auroc": "AUROC, mean of the labels",
     "mean_average_precision": "average precision, mean of the labels",
@@ -72,6 +79,21 @@ def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
         if test_set and name.startswith(f"{test_set}_"):
             return test_set, name[len(test_set) + 1 :]
     return "", name
+
+
+def direction(name: str, directions: Mapping[str, str | None], own: Collection[str] = ()) -> str | None:
+    """Return which values of a figure are the better ones, ``"max"`` or ``"min"``, or None where nobody has said so.
+
+    Args:
+        name: the figure's whole name.
+        directions: those of the task, by figure (`fedkern.tasks.Task.directions`).
+        own: names of test sets that the user chose.
+    """
+    figure = split_metric(name, own)[1].removeprefix("mean_client_").removeprefix("worst_client_")
+    for stem in (figure, re.sub("^(lowest|highest)_", "", figure)):
+        if stem in directions or stem in _FALLING or stem in _RISING:
+            return directions.get(stem, "min" if stem in _FALLING else "max")
+    return "max" if re.fullmatch(r"dice_\d+", figure) else None
 
 
 def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -28,6 +28,9 @@ from fedkern.methods.common.client_figures import over_clients, with_undefined, 
 from fedkern.methods.common.figures import gradcam
 from fedkern.methods.common.final_figures import final_figures
 from fedkern.privacy.disclosure import About
+from fedkern.tasks.base import better_values
+from fedkern.tasks.figure_names import direction
+from fedkern.tasks.registered_metrics import metrics_of
 
 
 @register_part("evaluation")
@@ -124,6 +127,7 @@ class Evaluation(Part):
         summary.of_tests = {**self.latest, **summary.final.metrics, **self.latest, **self._gradcam(network)}
         summary.latest, summary.best = self.latest, self.best
         summary.metrics.update(summary.of_tests)
+        summary.entries["better"] = self._directions(summary.metrics)
         summary.entries.update(self._of_clients(test_set, own_sets))
         if summary.final.per_class:
             summary.entries["per_class"] = summary.final.per_class
@@ -188,6 +192,12 @@ class Evaluation(Part):
             k, figure = worst
             entries["worst_client"] = {"client": k, **named(k), "metric": figure, "value": self.of_clients[k][figure]}
         return entries
+
+    def _directions(self, figures: Iterable[str]) -> dict[str, str | None]:
+        """Return which values of every figure are the better ones, None where that is not known."""
+        data, registered = self._context.data, metrics_of(self._context.config.plugins)
+        known = {metric.name: better_values(metric.function) for metric in registered} | data.task.directions
+        return {name: direction(name, known, data.tests) for name in figures}
 
     def _gradcam(self, network: Any) -> dict[str, float]:
         # Grad-CAM takes single images in eval mode, which needs running statistics.

@@ -140,10 +140,13 @@ class Patience(Part):
 
     def _main(self, metrics: Mapping[str, Any]) -> tuple[str, float]:
         """The main figure on the validation set."""
+        main, figures = self._context.config.main, {}
         for name, value in metrics.items():
             test_set, figure = split_metric(name, self._context.data.tests)
-            if test_set == "validation" and figure.endswith(self._context.config.main):
-                return name, float(value)
+            if test_set == "validation" and figure.endswith(main):  # such as vote_accuracy, where no other is there
+                figures[figure] = name, float(value)
+        if figures:
+            return figures.get(main) or next(iter(figures.values()))
         raise UserError(
             "--patience looks at the main figure on a validation set, and this run has none: give the data one, or end "
             "the run with --stop-at."

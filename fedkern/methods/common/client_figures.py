@@ -9,12 +9,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fedkern.tasks.figure_names import direction
+
 
 def over_clients(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, Any]) -> dict[str, float]:
     """Mean and worst client of the clients' figures, as ``mean_client_...`` and ``worst_client_...``.
 
-    The figures are those of `comparable`.  ``worst_client_loss`` is the largest loss; ``worst_client_...`` of any other
-    figure is the smallest value.  Left out of both are clients without the figure, or with NaN as some have a number.
+    The figures are those of `comparable`.  ``worst_client_...`` is the largest value of a figure that is to fall, such
+    as the loss, and the smallest of any other.  Left out of both are clients without the figure, and those with NaN
+    where some have a number.
     """
     metrics: dict[str, float] = {}
     for name in comparable(each, sets):
@@ -41,8 +44,8 @@ def _compared(sets: Mapping[int, Any]) -> tuple[str, ...]:
 
 
 def _falls(name: str, sets: Mapping[int, Any]) -> bool:
-    """Whether a smaller figure is the better one."""
-    return name == "loss" or any(name == data.task.main and data.task.better == "min" for data in sets.values())
+    """Return whether a smaller figure is the better one."""
+    return any(direction(name, data.task.directions) == "min" for data in sets.values())
 
 
 def with_undefined(

@@ -54,6 +54,7 @@ from fedkern.settings.config import RunConfig, flat
 from fedkern.settings.stored import stored_settings
 from fedkern.tasks.figure_names import (
     OVER_CLIENTS,
+    direction,
     figure_and_set,
     figure_title,
     scale,
@@ -337,7 +338,7 @@ def clients(run: Contents) -> Iterator[Block]:
         yield bars(
             "client-final", f"Final {figure_title(name)} of every client on {where}", [*map(run.client, figures)],
             {name: _scaled((one.get(name) for one in figures.values()), factor)}, axis=figure_title(name), unit=unit,
-            falls=name == main and run.config.better == "min",
+            falls=direction(name, {main: run.config.better}) == "min",
         )  # fmt: skip
     if panels := client_panels(run.records, main):
         title = f"{figure_title(main)}: every client, their mean and the worst on their own test sets"
