@@ -375,7 +375,7 @@ def simulate(
     test: Any = None,
     validation: Any = None,
     public: Any = None,
-    model: str | nn.Module | None = None,
+    model: str | nn.Module | Callable[..., nn.Module] | None = None,
     train: Callable[[Any, Any], None] | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     batch_loss: Callable[..., Tensor] | None = None,
@@ -404,8 +404,8 @@ def simulate(
             list with one a client, or a single one, which ``partition`` shares out among ``clients``.
         test, validation, public, loss_fn, batch_loss, metrics, collate_fn, main, better, task, classes: of PyTorch data
             sets, see :meth:`fedkern.FederatedData.from_datasets`.
-        model: name of a network, its code (``FILE.py:NAME``), or a module, which is copied and whose weights are the
-            initial ones.
+        model: name of a network, its code (``FILE.py:NAME``); a module, which is copied and whose weights are the
+            initial ones; or a class or function that makes a module, whose weights then follow from the seed.
         train: ``train(model, client)`` in place of the local training of FedAvg's family: an ordinary loop over
             ``client.batches()``; what it leaves in the model is the upload (docs/own-training.md).
         out: the run folder; default ``runs/<method>-<data>-<time>``.
@@ -488,7 +488,7 @@ _ARGUMENTS = ("data", *ABOUT, "model", "out", "progress", "listener", "pictures"
 
 
 def requested(
-    method: str | Method | type[Method], data: Any, model: str | nn.Module | None, arguments: Mapping[str, Any]
+    method: str | Method | type[Method], data: Any, model: Any, arguments: Mapping[str, Any]
 ) -> tuple[RunConfig, FederatedData | None]:
     """The settings of a run with the arguments of :func:`simulate`, and its data where they are in memory.
 
@@ -593,7 +593,7 @@ def load(
     *,
     method: Method | type[Method] | None = None,
     data: Any = None,
-    model: nn.Module | None = None,
+    model: nn.Module | Callable[..., nn.Module] | None = None,
     train: Callable[[Any, Any], None] | None = None,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     trusted: Collection[str] = (),
@@ -605,7 +605,7 @@ def load(
         out: the run folder.
         method: the run's method, where it was a class of a script: the class, or an object with the run's options.
         data: the run's data, where they were in memory.
-        model: the run's network, where it was a module of a script.
+        model: the run's network, where it was a module of a script, or a class or function that makes one.
         train, optimizer: functions that the run trains with, for :meth:`Run.resume`.
         trusted: code that the folder names and that may be imported, such as ``["MODULE:NAME"]``.  Code that has
             changed since the run began is refused, and goes on with a warning where it is named here: by that name, or
@@ -615,10 +615,10 @@ def load(
     Raises:
         UserError: there is no run, or ``method`` is not the run's.
     """
-    if not isinstance(model, nn.Module | None):
+    if not (model is None or callable(model)):
         raise UserError(
-            f"model must be the module that the run trains, not {shown(model)}: the trained weights are in the run "
-            "folder."
+            f"model must be the module that the run trains, or what makes it, not {shown(model)}: the trained weights "
+            "are in the run folder."
         )
     run = Run(out, script=ScriptObjects.of(model, train, {"optimizer": optimizer}), trusted=trusted, method=method)
     run._data = federated(data, about, vars(run.config))

@@ -24,6 +24,7 @@ from fedkern.report.chance import constants
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time
 from fedkern.tasks.figure_names import number, scale, short_set_title, short_title, split_metric
+from fedkern.usercode.named_code import INSTANCE
 
 CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.tex", "comparison.png"
 TAKEN = ("rounds", "bytes", "seconds")
@@ -115,6 +116,11 @@ class Result:
     def sentences(self) -> list[str]:
         """What the table rests on, sentence by sentence."""
         texts = [_seeds(self.groups)]
+        if self.shared_start:
+            texts.append(
+                "All seeds start from the same weights, those of the module: a class or function as model=NETWORK is "
+                "built anew for every seed."
+            )
         if len(self.groups) > 1:
             texts += [_intervals(self.groups, self.figures), differing_settings(self.groups)]
         if not self.figures:
@@ -158,7 +164,14 @@ class Result:
         """Title of the comparison."""
         data = list(dict.fromkeys(run.config.data for run in self.runs))
         methods = dict.fromkeys(short(group.method) for group in self.groups)
-        return printable_name(f"{', '.join(methods)} on {', '.join(data)}", CELL)
+        start = ", all seeds start from the same weights" if self.shared_start else ""
+        return printable_name(f"{', '.join(methods)} on {', '.join(data)}", CELL) + start
+
+    @property
+    def shared_start(self) -> bool:
+        """Whether all seeds of a group train copies of one module, which has its weights already."""
+        starts = [[run.config for run in group.runs.values()] for group in self.groups if len(group.runs) > 1]
+        return any(each.model_sha256 and each.model.startswith(INSTANCE) for configs in starts for each in configs)
 
     def write(self, folder: Path) -> list[Path]:
         """Writes the table's files and the picture, each completely or not at all, and returns their paths.

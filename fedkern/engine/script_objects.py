@@ -53,7 +53,7 @@ class ScriptObjects:
 
     Attributes:
         network: the run's network, instead of the one that the settings name: a module whose weights are the initial
-            ones.  It is copied.
+            ones, which is copied; or a class or function that makes a module.
         train: ``train(model, client)`` in place of a method's local training.
         optimizer: ``optimizer(parameters)``, a factory for the run's loop.
         began: identities of all code of the run when these objects were first used, by group, as objects may change
@@ -140,15 +140,16 @@ class ScriptObjects:
             )
         if self.network is None:
             return config
-        name = f"{INSTANCE}{type(self.network).__name__}"
-        if isinstance(self.network, type):
+        code = getattr(self.network, "func", self.network)  # of functools.partial
+        is_module = isinstance(self.network, nn.Module)
+        name = INSTANCE + (type(code).__name__ if is_module else getattr(code, "__name__", type(code).__name__))
+        if isinstance(self.network, nn.Module):
+            check_module(self.network, name)
+        elif not callable(self.network):
             raise UserError(
-                f"model must be an object, not the class {self.network.__name__}: make one, or name the code as a "
-                f'text, "FILE.py:{self.network.__name__}".'
+                "model must be an nn.Module, a class or function that makes one, or the name of a network, not "
+                f"{shown(self.network)}."
             )
-        if not isinstance(self.network, nn.Module):
-            raise UserError(f"model must be an nn.Module or the name of a network, not {shown(self.network)}.")
-        check_module(self.network, name)
         return config.replace(model=name, width=None)
 
     def check_given(self, stored: RunConfig, out: Path) -> None:

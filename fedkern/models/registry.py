@@ -217,7 +217,7 @@ def available(name: str, module: nn.Module | None = None) -> Iterator[None]:
     Args:
         name: a registered name; code, ``FILE.py:NAME`` or ``MODULE:NAME``, which is imported; or the name that
             ``module`` gets.
-        module: a network made by the user.
+        module: a user's network, or a class or function that makes one.
 
     Raises:
         UserError: the code cannot be imported.
