@@ -488,7 +488,10 @@ _ARGUMENTS = ("data", *ABOUT, "model", "out", "progress", "listener", "pictures"
 
 
 def requested(
-    method: str | Method | type[Method], data: Any, model: Any, arguments: Mapping[str, Any]
+    method: str | Method | type[Method],
+    data: Any,
+    model: str | Callable[..., nn.Module] | None,
+    arguments: Mapping[str, Any],
 ) -> tuple[RunConfig, FederatedData | None]:
     """The settings of a run with the arguments of :func:`simulate`, and its data where they are in memory.
 

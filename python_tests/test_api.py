@@ -264,8 +264,8 @@ def test_the_pages_code_runs(code):
         ({"data_options": {3: 1}}, "data_options must be a dict of values by name, not {3: 1}"),
         ({"local_epochs": 3}, "local_epochs has no effect beside local_steps"),
         ({"partition": ""}, "partition is given without a value"),
-        ({"model": 3}, "model must be an nn.Module or the name of a network, not 3."),
-        ({"model": torch.nn.Flatten}, 'not the class Flatten: make one, or name the code as a text, "FILE.py:Flatten"'),
+        ({"model": 3}, "an nn.Module, a class or function that makes one, or the name of a network, not 3."),
+        ({"model": torch.nn.Flatten}, "module:Flatten has no parameters that require gradients"),
     ],
 )
 def test_mistakes_are_said_and_leave_nothing(given, sentence, tmp_path):

@@ -51,7 +51,7 @@ class RunInfo:
     frozen: int = 0
     frozen_norms: int = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RunInfo:
+    def __deepcopy__(self, memo: dict[int, object]) -> RunInfo:
         copied = {name: value if name == "data" else deepcopy(value, memo) for name, value in vars(self).items()}
         return RunInfo(**copied)
 

@@ -49,7 +49,7 @@ class Constant:
     name: str
 
 
-def better_values(metric: Any) -> str | None:
+def better_values(metric: object) -> str | None:
     """Return which values of a user's metric are the better ones, as its ``higher_is_better`` says, or None."""
     return {True: "max", False: "min"}.get(getattr(metric, "higher_is_better", None))  # type: ignore[arg-type]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import fedkern
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, FedProx
 from fedkern.settings.stored import load_settings
+from python_tests import own_data
 from python_tests.methods.test_script_methods import Slow, elsewhere  # noqa: F401
 
 TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
@@ -41,6 +43,35 @@ def test_objects_are_compared_with_names():
     assert [row["group"] for row in again.table] == ["Slow share=0.5", "Slow share=0.25"]
     assert Path("x/Slow_share=0.5_seed=1/summary.json").stat().st_mtime_ns == before
     assert load_settings("x/Slow_share=0.25_seed=1").options["share"] == 0.25
+
+
+def test_a_target_takes_the_direction_of_the_metric():
+    def mistakes(outputs, targets):
+        return (outputs.argmax(1) != targets).float().mean()
+
+    mistakes.higher_is_better = False
+    sites, test = own_data.table()
+    odd = lambda outputs, targets: 1.0  # noqa: E731
+    settings = {"data": sites, "test": test, "model": own_data.Rows(), "main": "mine", "better": "max", "rounds": 1,
+                "metrics": {"mine": odd, "mistakes": mistakes, "odd": odd}, "progress": False}  # fmt: skip
+    found = fedkern.compare(["fedavg"], seeds=1, target="mistakes=0", out="x", **settings)
+    assert (str(found.result.target), found.table[0]["reached"]) == ("mistakes <= 0", 0)
+    with pytest.raises(UserError, match='whether a low "odd" is a good one: give the metric an attribute'):
+        fedkern.compare(["fedavg"], seeds=1, target="odd=1", out="y", **settings)
+    assert not Path("y").exists()
+
+
+@pytest.mark.parametrize("model", [own_data.Rows, partial(own_data.Rows), own_data.Rows()])
+def test_every_seed_builds_a_class_anew_and_copies_a_module(model):
+    sites, test = own_data.table()
+    settings = {"data": sites, "test": test, "rounds": 1, "local_epochs": 1, "batch_size": 100, "progress": False}
+    found = fedkern.compare(["fedavg"], seeds=2, model=model, out="x", **settings)
+    is_module = isinstance(model, nn.Module)
+    assert len({round(run.metrics["loss"], 6) for run in found.result.runs}) == (1 if is_module else 2)
+    texts = [found.result.title(), *(Path("x", name).read_text() for name in ("comparison.md", "comparison.tex"))]
+    assert ["all seeds start from the same weights" in text for text in texts] == [is_module] * 3
+    loaded = fedkern.load("x/fedavg_seed=1", data=sites, test=test, model=model)
+    assert loaded.evaluate()["loss"] == loaded.metrics["loss"]
 
 
 @pytest.mark.exhaustive

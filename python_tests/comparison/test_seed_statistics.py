@@ -51,10 +51,20 @@ def test_a_target_is_reached_in_the_first_round_that_has_it():
     assert str(target) == "accuracy >= 0.8"
 
 
-def test_a_loss_is_to_fall():
-    target = Target.read("ood_loss=0.5")
-    assert target.reached(records("ood_loss", 0.9, 0.4))["rounds"] == 2
-    assert str(target) == "ood_loss <= 0.5"
+@pytest.mark.parametrize(
+    ("text", "rounds"),
+    [("ood_loss=0.5", 2), ("mean_client_mae=0.5", 2), ("top<=0.5", 2), ("top>=0.5", 1), ("ece >= 0.5", 1)],
+)
+def test_a_target_is_to_fall_where_figure_or_sign_say_so(text, rounds):
+    target = Target.read(text)
+    assert target.reached(records(target.figure, 0.9, 0.4))["rounds"] == rounds
+    assert str(target) == f"{target.figure} {'<=' if rounds == 2 else '>='} 0.5"
+
+
+def test_a_target_whose_direction_nobody_knows_is_refused():
+    for unknown in (Target.read("my_loss=2"), Target.read("accuracy=0.5").with_direction(["max", None])):
+        with pytest.raises(UserError, match=f"whether a low .{unknown.figure}. is a good one"):
+            unknown.check_direction()
 
 
 @pytest.mark.parametrize(
