@@ -30,7 +30,6 @@ from fedkern.methods.common.final_figures import final_figures
 from fedkern.privacy.disclosure import About
 from fedkern.tasks.base import better_values
 from fedkern.tasks.figure_names import direction
-from fedkern.tasks.registered_metrics import metrics_of
 
 
 @register_part("evaluation")
@@ -195,9 +194,11 @@ class Evaluation(Part):
 
     def _directions(self, figures: Iterable[str]) -> dict[str, str | None]:
         """Return which values of every figure are the better ones, None where that is not known."""
-        data, registered = self._context.data, metrics_of(self._context.config.plugins)
-        known = {metric.name: better_values(metric.function) for metric in registered} | data.task.directions
-        return {name: direction(name, known, data.tests) for name in figures}
+        known: dict[str, str | None] = {}
+        for data in self._sets.values():
+            known |= {metric.name: better_values(metric.function) for metric in getattr(data, "metrics", ())}
+            known |= data.task.directions
+        return {name: direction(name, known, [prefix[:-1] for prefix in self._sets]) for name in figures}
 
     def _gradcam(self, network: Any) -> dict[str, float]:
         # Grad-CAM takes single images in eval mode, which needs running statistics.

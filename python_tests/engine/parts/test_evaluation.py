@@ -114,8 +114,9 @@ def test_what_the_summary_gets(own):
         assert summary.of_clients[1]["accuracy"] == summary.entries["client_metrics"]["1"]["accuracy"] == 0.5
         assert summary.entries["worst_client"] == {"client": 1, "metric": "accuracy", "value": 0.5}
     else:
-        assert summary.entries.keys() == {"per_class"}
+        assert summary.entries.keys() == {"per_class", "better"}
         assert summary.of_clients == {}
+        assert summary.entries["better"]["ood_loss"] == "min"
 
 
 def test_the_network_is_evaluated_at_the_end_only_where_it_has_to_be():
