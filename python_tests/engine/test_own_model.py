@@ -295,7 +295,7 @@ def test_other_initial_weights_are_said(make_config, make_data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "said"), [(Plain().half(), "in float16: only float32"), (3, "model must be an nn.Module or the name")]
+    ("module", "said"), [(Plain().half(), "in float16: only float32"), (3, "model must be an nn.Module, a class")]
 )
 def test_what_is_no_module_to_train(module, said, make_config, make_data, tmp_path):
     with pytest.raises(UserError, match=said):
