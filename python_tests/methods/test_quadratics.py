@@ -1,4 +1,4 @@
-"""Fixed points of FedAvg and FedProx by formula, and the optimum that SCAFFOLD finds, in runs of linear regression.
+"""Fixed points of FedAvg and FedProx by formula, and the optimum of SCAFFOLD and FedDyn, in runs of linear regression.
 
 Client k has the loss |X_k theta - y_k|^2 / n_k, with curvature A_k = 2 X_k^T X_k / n_k and optimum a_k.  With E steps
 of plain gradient descent at rate eta from theta, and FedProx's weight mu (0 for FedAvg), a client's result is
@@ -94,11 +94,20 @@ def test_fedprox_stops_where_its_formula_says(mu, clients, tmp_path):
     assert 0.1 < np.abs(expected - best).max() < np.abs(plain - best).max()
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("control", ["I", "II"])
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("method", "rounds", "options"),
+    [
+        ("scaffold", 40, {"control": "I"}),
+        ("scaffold", 40, {"control": "II"}),
+        ("feddyn", 150, {"alpha": 0.5}),
+        ("scaffold", 200, {"control": "II", "sample_fraction": 0.5}),
+        ("feddyn", 300, {"alpha": 0.5, "sample_fraction": 0.5}),
+    ],
+)
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
-def test_scaffold_reaches_the_optimum_that_fedavg_misses(weighting, control, clients, tmp_path):
+def test_the_optimum_that_fedavg_misses_is_reached(weighting, method, rounds, options, clients, tmp_path):
     best = optimum(clients, weighting)
-    theta = run("scaffold", clients, tmp_path / "run", 40, weighting=weighting, control=control)
+    theta = run(method, clients, tmp_path / "run", rounds, weighting=weighting, **options)
     assert np.abs(theta - best).max() < TOLERANCE
     assert np.abs(fixed_point(clients, weighting) - best).max() > 0.1

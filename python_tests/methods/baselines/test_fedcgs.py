@@ -1,7 +1,5 @@
 """FedCGS: a classifier from pooled statistics, equal to that of all features in one place; nothing else changes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file

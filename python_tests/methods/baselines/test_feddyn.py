@@ -6,13 +6,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedkern import ops
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.methods import FedAvg, FedDyn, Phase, Upload
-from python_tests.methods.quadratics import WEIGHTS, Server, distance
+from fedkern.methods import FedDyn, Federation, Phase, Upload
 
 PHASE = Phase(0, "train", "update")
 ALPHA = 0.3
+
+
+class Server:
+    """Stands for the server of four clients and a network of six parameters."""
+
+    def __init__(self, rounds):
+        self.state, self.round_cache = {}, {}
+        self.federation = Federation(rounds, (10, 30, 20, 40), classes=2)
+
+    def initial(self):
+        return {"parameters": torch.zeros(6)}
+
+    def accumulator(self, size):
+        return ops.Accumulator(size)
 
 
 def test_gradient_is_that_of_the_regularised_objective():
@@ -90,16 +104,6 @@ def _network(make_config, data):
     from fedkern.engine.context import RunContext
 
     return RunContext(make_config("feddyn"), data).build()
-
-
-@pytest.mark.sampled
-@pytest.mark.parametrize("weighting", ["samples", "uniform"])
-@pytest.mark.parametrize("partial", [False, True])
-def test_it_finds_the_minimum_that_fedavg_misses(weighting, partial):
-    weights = WEIGHTS[weighting]
-    options = FedDyn.Options(alpha=0.5, weighting=weighting)
-    assert distance(FedAvg(FedAvg.Options(weighting=weighting)), 60, weights) > 0.1
-    assert distance(FedDyn(options), 300 if partial else 100, weights, partial) < 1e-2
 
 
 def test_statistics_are_weighted_as_the_models_are(make_pairs, make_config):

@@ -12,7 +12,6 @@ from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Phase, Scaffold
-from python_tests.methods.quadratics import WEIGHTS, distance
 from python_tests.saved_network import same_network
 
 PHASE = Phase(0, "train", "update")
@@ -122,14 +121,3 @@ def test_server_learning_rate_scales_the_step(make_data, make_config, tmp_path):
         start = RunContext(config, make_data()).initial()["parameters"]
         moved[rate] = state.server_state()["parameters"] - start
     torch.testing.assert_close(moved[0.5], 0.5 * moved[1.0], rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("weighting", ["samples", "uniform"])
-@pytest.mark.parametrize("partial", [False, True])
-def test_it_finds_the_minimum_that_fedavg_misses(weighting, partial):
-    weights = WEIGHTS[weighting]
-    assert distance(FedAvg(FedAvg.Options(weighting=weighting)), 60, weights) > 0.1
-    if not partial:
-        assert distance(Scaffold(Scaffold.Options(weighting=weighting)), 60, weights) < 1e-3
-    elif weighting == "uniform":  # the mean of some clients is not that of all, so x itself wanders
-        assert distance(Scaffold(Scaffold.Options(weighting=weighting)), 200, weights, partial=True) < 1e-2
