@@ -1,7 +1,5 @@
 """Stand-ins for what the pieces of a run share, so that each piece is tested without a run."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """What a profiler's trace says about the host and the GPU, from traces made up and one of a run on the CPU."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

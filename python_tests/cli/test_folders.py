@@ -1,7 +1,5 @@
 """Run folders as the command line names them: taken, given back, empty, misnamed, finished, not writable."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

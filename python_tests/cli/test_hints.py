@@ -1,7 +1,5 @@
 """Words of other programs, of other commands and of Python: the answer names what says the same here."""
 
-from __future__ import annotations
-
 import pytest
 
 import fedkern

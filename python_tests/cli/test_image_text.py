@@ -1,7 +1,5 @@
 """What the command line says of settings that do not fit image-text data, before anything is on disk."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Runs on images with several labels, as a user starts them."""
 
-from __future__ import annotations
-
 import csv
 import json
 from types import SimpleNamespace

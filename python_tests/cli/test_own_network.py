@@ -1,7 +1,5 @@
 """A network of one's own on the command line: --model FILE.py:NAME and --init, from the first round to the last."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

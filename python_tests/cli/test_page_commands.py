@@ -1,7 +1,5 @@
 """Every command line in the README, the pages and the data functions of papers is one that the command line takes."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shlex

@@ -1,7 +1,5 @@
 """``--plugin``: what a plugin registers is known like fedkern's own, and no run folder executes one by itself."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tomllib

@@ -1,7 +1,5 @@
 """fedkern.compare with classes of methods and objects of them."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

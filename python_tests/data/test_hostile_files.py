@@ -1,7 +1,5 @@
 """Files that are not what they are called: other formats, bombs, pipes, loops, damaged ends.  Each is one sentence."""
 
-from __future__ import annotations
-
 import gzip
 import os
 import struct

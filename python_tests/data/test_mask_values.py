@@ -1,7 +1,5 @@
 """What a mask file shows and the class numbers that are read from it: palettes, negatives."""
 
-from __future__ import annotations
-
 import struct
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Masks of a segmentation in a cache folder or a temporary file: the same classes, decoded once."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Classes that only some sets show: told where no client trains on them, no hindrance where a network is evaluated."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Files that hold several pictures, of which only the first would be read: refused in every source."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Asynchronous rounds: who is at work, how a stale upload counts, and equal bits whatever the machine."""
 
-from __future__ import annotations
-
 import shutil
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """An exchange, the log of a round and the clients' states, each on its own: no run is played."""
 
-from __future__ import annotations
-
 import weakref
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """The round loop with a plan, parts and clients that only note what they are asked: no run is played."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """Who takes part in a round, who drops out of it or is slow, and what a policy of these keeps."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

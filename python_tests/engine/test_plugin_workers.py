@@ -1,7 +1,5 @@
 """A plugin's method in worker processes: the bits of clients one after another."""
 
-from __future__ import annotations
-
 import pytest
 
 from fedkern.engine.run import run

@@ -1,7 +1,5 @@
 """Parts and filters of users: their order, equal bits on workers and resumed, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from importlib.metadata import EntryPoint
 

@@ -1,7 +1,5 @@
 """Flower in tests: nothing leaves the machine, and its files lie in a folder of the tests' own."""
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile

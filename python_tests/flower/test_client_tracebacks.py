@@ -1,7 +1,5 @@
 """The mod that sends a ClientApp's traceback to the server."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

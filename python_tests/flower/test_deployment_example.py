@@ -1,7 +1,5 @@
 """The script in examples/flower_deployment runs as it stands, and gives the bits of one process with all data."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """One reply that ends no app: hostile arrays, lists and metrics, in training and in evaluation."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Layouts of models and the check of replies against them, without Flower."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

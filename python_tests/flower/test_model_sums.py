@@ -1,7 +1,5 @@
 """Means of models without Flower: every order, kept or added as they come, and models that do not count."""
 
-from __future__ import annotations
-
 import io
 import itertools
 

@@ -1,7 +1,5 @@
 """The page's two lines on an app of Flower's quickstart shape: before and after, in one process and in a simulation."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

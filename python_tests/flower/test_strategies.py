@@ -1,7 +1,5 @@
 """Strategies against Flower's own, through a grid whose replies arrive in any order."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import logging

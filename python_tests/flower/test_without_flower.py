@@ -1,7 +1,5 @@
 """Where Flower is not installed, the import ends in one sentence."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

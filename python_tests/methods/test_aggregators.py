@@ -1,7 +1,5 @@
 """--aggregator: robust rules in place of the mean."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

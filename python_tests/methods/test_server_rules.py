@@ -1,7 +1,5 @@
 """--server-rule and --server-lr: server optimisers of the methods that average."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

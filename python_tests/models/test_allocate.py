@@ -1,7 +1,5 @@
 """Networks made on the meta device get memory as torch's to_empty gives it, without what that imports."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

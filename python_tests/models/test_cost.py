@@ -1,7 +1,5 @@
 """What a network costs, counted without importing torch's compiler where that is not needed."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """U-Net: sizes, any image size, what a pixel sees, initialisation, learning."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy

@@ -1,7 +1,5 @@
 """The vision transformer: its layers against PyTorch's, images of other shapes, heads."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Epsilon of a client's releases: closed forms, known figures, monotone, composed, resumed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -3,8 +3,6 @@
 The program of the page (benchmarks/studies/privacy_audit.py) runs them with fewer repeats and fixed seeds.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Client-level differential privacy: the mechanism's numbers, and its epsilon against dp-accounting called directly."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The sentence about a run's epsilon."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Keys of noise: what they are made of, and that every part of it counts."""
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest

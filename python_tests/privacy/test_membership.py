@@ -1,7 +1,5 @@
 """The membership attack: against the definitions, and on models that are known to remember or not."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

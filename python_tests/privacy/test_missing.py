@@ -1,7 +1,5 @@
 """A missing package ends in one sentence that names the extra."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

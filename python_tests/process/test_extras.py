@@ -1,7 +1,5 @@
 """The commands that install what a command lacks: pip takes them where they are told."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Loading plugins: files, modules, entry points, and what a plugin gets wrong."""
 
-from __future__ import annotations
-
 import sys
 from importlib.metadata import EntryPoint
 

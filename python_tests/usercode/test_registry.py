@@ -1,7 +1,5 @@
 """Registries: who may have a name, and what describes an entry."""
 
-from __future__ import annotations
-
 from types import ModuleType
 
 import pytest

@@ -1,7 +1,5 @@
 """The command ``flower`` as it is typed, and what it makes of the answers of ``flwr``, for which a script stands in."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 

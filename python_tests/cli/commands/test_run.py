@@ -1,7 +1,5 @@
 """The command line: help, list, doctor, mistakes, and what flags mean."""
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Whole runs from the command line: what they print and leave, and how they stop and go on."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json

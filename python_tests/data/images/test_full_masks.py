@@ -1,7 +1,5 @@
 """The Dice of masks in the size in which they are given, whatever the size that a network sees."""
 
-from __future__ import annotations
-
 import csv
 import json
 import pickle

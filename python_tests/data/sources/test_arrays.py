@@ -1,7 +1,5 @@
 """Arrays in memory: several labels an image, images without a class, floats."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

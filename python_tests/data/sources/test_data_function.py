@@ -1,7 +1,5 @@
 """Data sets that users register as functions."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from pathlib import Path

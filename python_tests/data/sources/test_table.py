@@ -1,7 +1,5 @@
 """Tables and texts as spreadsheets and other systems write them: encodings, workbooks, Excel's marks, long fields."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import zipfile

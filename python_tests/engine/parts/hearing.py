@@ -1,7 +1,5 @@
 """A listener that notes its events, for parts that tell listeners."""
 
-from __future__ import annotations
-
 from fedkern.listeners.events import Listener
 
 

@@ -1,7 +1,5 @@
 """A network, a method and sets of images of two classes, for parts that tell of figures."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

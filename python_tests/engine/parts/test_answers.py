@@ -1,7 +1,5 @@
 """The part that writes answers to test images."""
 
-from __future__ import annotations
-
 import csv
 
 import pytest

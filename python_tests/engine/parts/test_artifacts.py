@@ -1,7 +1,5 @@
 """The part that keeps what the method logs."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

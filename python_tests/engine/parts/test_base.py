@@ -1,7 +1,5 @@
 """What a part does that overrides nothing."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from fedkern.engine.parts.base import Part, Summary

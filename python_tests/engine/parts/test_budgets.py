@@ -1,7 +1,5 @@
 """``--max-seconds`` and ``--max-bytes``: no round is begun that would pass the budget."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

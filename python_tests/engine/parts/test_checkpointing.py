@@ -1,7 +1,5 @@
 """When checkpoints are made and what stands in them, without a run."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """The part that diagnoses what clients reported."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

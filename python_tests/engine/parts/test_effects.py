@@ -1,7 +1,5 @@
 """Settings that the user gave: a run refuses those that nothing in the method has used, and keeps nothing of itself."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

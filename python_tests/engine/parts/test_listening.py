@@ -1,7 +1,5 @@
 """The part that tells listeners of rounds."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 from fedkern.engine.parts.listening import Listening

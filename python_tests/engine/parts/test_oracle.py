@@ -1,7 +1,5 @@
 """The part of figures that only an experimenter can have."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The part of privacy: secrets, figures and what more rounds cost."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """The part that writes metrics.jsonl."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """The part that writes the files of a finished run."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

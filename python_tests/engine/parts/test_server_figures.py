@@ -1,7 +1,5 @@
 """The part of figures that the server reports."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The part that books bytes."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

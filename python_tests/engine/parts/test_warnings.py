@@ -1,7 +1,5 @@
 """The part that tells of warnings."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from fedkern.engine.parts.base import Summary

@@ -1,7 +1,5 @@
 """evaluation.csv: every figure under the test set that it is of."""
 
-from __future__ import annotations
-
 import pytest
 
 from fedkern.engine.store.evaluation_file import rows

@@ -1,7 +1,5 @@
 """What model.safetensors says of itself, when it says less than it must, or something else."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Compressed updates with error feedback: what travels, what stays at the client, and the bits of whole runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

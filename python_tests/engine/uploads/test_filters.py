@@ -1,7 +1,5 @@
 """The filters that uploads pass, each on its own: no run is played."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """Uploads that stay on the GPU: the runs are those of uploads that come to the host, and only what fits stays."""
 
-from __future__ import annotations
-
 import math
 from functools import wraps
 

@@ -1,7 +1,5 @@
 """Runs whose nodes have the data of one client each, in a folder of their own."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 

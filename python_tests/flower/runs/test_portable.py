@@ -1,7 +1,5 @@
 """Packed messages: the same values, bits and strides on the other side, and nothing that is not one."""
 
-from __future__ import annotations
-
 import json
 import math
 

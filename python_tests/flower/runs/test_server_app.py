@@ -1,7 +1,5 @@
 """Whole runs over Flower against the same runs in one process, through nodes of which only the disk survives."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Figures that a set cannot have, as the Dice of masks without an object: none, in no mean, and the user is told."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Figures of the final network: which runs have them, that they describe what was saved, and predictions.csv."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """What FedIOD says of its privacy: every release that happens is covered or listed, and nothing else is."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

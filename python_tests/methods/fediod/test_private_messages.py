@@ -1,7 +1,5 @@
 """FedIOD's privacy: clipped norms, scale of the noise, disjoint shards, resumed noise, off = identity."""
 
-from __future__ import annotations
-
 import json
 import math
 from types import SimpleNamespace

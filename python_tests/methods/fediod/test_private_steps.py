@@ -1,7 +1,5 @@
 """FedIOD's private steps in a federation: which rows are clipped, which shard trains, which serves, what is told."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """FedIOD with a class for every pixel (docs/methods/fediod.md, section 10)."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """FuseFL's refusals: uploads that cannot be used, and what the user gets wrong."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """FuseFL: its levels, what travels, and the invariants of docs/methods/fusefl.md, section 9."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Pictures of what a method showed: drawn from the run folder, for any number of rounds, images and clients."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Images of a test set and the captions that a run's encoders find for them."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np
