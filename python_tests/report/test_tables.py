@@ -19,39 +19,17 @@ def text(renderable) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.00 kB"),
-        (44_695_848, "44.7 MB"),
-        (999_499, "999 kB"),
-        (999_600, "1.00 MB"),
-        (3.2e9, "3.20 GB"),
-        (7e18, "7000 PB"),
-    ],
-)
-def test_bytes(count, expected):
-    assert tables.human_bytes(count) == expected
+def test_bytes_and_times():
+    sizes = {0: "0 B", 999: "999 B", 1000: "1.00 kB", 44_695_848: "44.7 MB", 999_499: "999 kB", 999_600: "1.00 MB",
+             3.2e9: "3.20 GB", 7e18: "7000 PB"}  # fmt: skip
+    assert {count: tables.human_bytes(count) for count in sizes} == sizes
+    times = {0.25: "0.25 s", 12.34: "12.3 s", 59.96: "1 min 00 s", 185: "3 min 05 s", 7620: "2 h 07 min"}
+    assert {seconds: tables.human_time(seconds) for seconds in times} == times
 
 
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [(0.25, "0.25 s"), (12.34, "12.3 s"), (59.96, "1 min 00 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")],
-)
-def test_time(seconds, expected):
-    assert tables.human_time(seconds) == expected
-
-
-def test_metric_names():
-    assert tables.human_metric("id_accuracy", 0.9123) == "91.2 %"
-    assert tables.human_metric("id_loss", 0.91234) == "0.912"
-    assert tables.ordered({"ood_loss": 1.0, "ood_accuracy": 0.5, "id_accuracy": 0.6, "note": "x"}) == [
-        "id_accuracy",
-        "ood_accuracy",
-        "ood_loss",
-    ]
+def test_the_order_of_figures():
+    names = tables.ordered({"ood_loss": 1.0, "ood_accuracy": 0.5, "id_accuracy": 0.6, "note": "x"})
+    assert names == ["id_accuracy", "ood_accuracy", "ood_loss"]
 
 
 def make_summary(method, data, metrics, **more):
@@ -107,19 +85,12 @@ def test_final_table_of_retrieval():
 
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
-    [
-        ("best_teacher", 0.481, "48.1 %"),
-        ("ood_ensemble_weighted", 0.92, "92.0 %"),
-        ("teacher_agreement", 0.5, "50.0 %"),
-        ("north_t2i_r20", 0.25, "25.0 %"),
-        ("levels_up_bytes", 1_234_567.0, "1.23 MB"),
-        ("proxy_inference_mbytes", 0.5, "500 kB"),
-        ("proxy_training_mflops", 1234.56, "1,234.6 MFLOP"),
-        ("proxy_parameters", 19_810.0, "19,810"),
-        ("memory_ratio", 1.0, "1"),
-        ("loss", 1234.5, "1.23e+03"),
-    ],
-)
+    [("best_teacher", 0.481, "48.1 %"), ("ood_ensemble_weighted", 0.92, "92.0 %"), ("id_accuracy", 0.9123, "91.2 %"),
+     ("teacher_agreement", 0.5, "50.0 %"), ("north_t2i_r20", 0.25, "25.0 %"), ("id_loss", 0.91234, "0.912"),
+     ("levels_up_bytes", 1_234_567.0, "1.23 MB"), ("proxy_inference_mbytes", 0.5, "500 kB"), ("memory_ratio", 1.0, "1"),
+     ("proxy_training_mflops", 1234.56, "1,234.6 MFLOP"), ("proxy_parameters", 19_810.0, "19,810"),
+     ("loss", 1234.5, "1.23e+03")],
+)  # fmt: skip
 def test_a_kind_of_figure_has_one_unit(name, value, shown):
     assert tables.human_metric(name, value) == shown
 
