@@ -107,6 +107,7 @@ _ABOUT_SOME: dict[str, Callable[[Any], bool]] = {
     "statistics": lambda x: x == "batch",
     "personal": _list(_text),
     "samples": _list(_count),
+    "seed": _count,
     "pair": lambda x: isinstance(x, dict),
 }
 _PAIR: dict[str, Callable[[Any], bool]] = {
@@ -268,7 +269,9 @@ def _forget_statistics(module: nn.Module, state: Collection[str]) -> None:
 def _plain(about: Mapping[str, Any], out: Path, trusted: Collection[str]) -> nn.Module:
     if "pair" not in about and about["model"] not in models.MODELS:
         load_plugins(out, trusted)
-    return form_of(about).build(task_named(about["task"]), {**about, "classes": len(about["classes"])}, 0)
+    return form_of(about).build(
+        task_named(about["task"]), {**about, "classes": len(about["classes"])}, about.get("seed", 0)
+    )
 
 
 def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> nn.Module:
@@ -309,8 +312,9 @@ def _of_client(
         raise UserError(f"client must be a number from 0 to {count - 1}, not {shown(client)}.")
     context, state = _context(out, about, trusted, [1] * count), Checkpoints(out).last_client_state(client)
     check_own_entries(context, state, client)
-    wrapper = Network(context.build(), torch.device("cpu"))
-    inner(wrapper.module).load_state_dict(inner(network).state_dict(), strict=False)  # which may lack statistics
+    module = context.build()
+    inner(module).load_state_dict(inner(network).state_dict(), strict=False)  # which may lack statistics
+    wrapper = Network(module, torch.device("cpu"))
     stand_in: Any = SimpleNamespace(id=client, state=state)
     try:
         wrapper.write({**config.new_method().own_vectors(stand_in, wrapper.read()), **state.get(BUFFERS, {})})

@@ -298,7 +298,7 @@ class Client(Node):
         return personal
 
     def frozen(self, message: Message) -> Any:
-        return self._context.frozen(message, self.own_buffers, self.personal)
+        return self._context.frozen(message, self.own_buffers, self.personal, self.id)
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
         self.marks |= set() if rng is None else {"augmented"}
@@ -375,7 +375,7 @@ class Client(Node):
             samples=self.samples,
             epochs=epochs,
             flat=flat.to(self.device) if isinstance(flat, Tensor) else None,
-            frozen=lambda: self._context.frozen(message if anchor is None else anchor, buffers, self.personal),
+            frozen=lambda: self._context.frozen(message if anchor is None else anchor, buffers, self.personal, self.id),
         )
 
     def _schedule(

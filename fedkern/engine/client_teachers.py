@@ -18,8 +18,8 @@ from fedkern.errors import UserError
 from fedkern.files.filesystem import expand
 from fedkern.messages import states
 from fedkern.methods.base import VECTORS
+from fedkern.models import personal
 from fedkern.models.weight_files import bare_names, read_state_dict
-from fedkern.ops import FlatParameters
 from fedkern.settings.run_format import FOLDER
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -114,7 +114,7 @@ class ClientTeachers:
                 else f"--teachers: there is no folder {self.root}."
             )
         # A copy is flattened: the module itself may be part of a network that is flat already.
-        flat = FlatParameters(place(copy.deepcopy(module).cpu(), torch.device("cpu")))
+        flat = personal.flatten(place(copy.deepcopy(module).cpu(), torch.device("cpu")))
         for name in VECTORS:
             size, expected = vectors[name].numel() if name in vectors else 0, getattr(flat, name).numel()
             if size != expected:

@@ -334,20 +334,29 @@ class RunContext:
         return self._clients[client]
 
     def frozen(
-        self, message: Message, buffers: Mapping[str, Tensor] | None, own_tensors: Mapping[str, Tensor] | None = None
+        self,
+        message: Message,
+        buffers: Mapping[str, Tensor] | None,
+        own_tensors: Mapping[str, Tensor] | None = None,
+        client: int | None = None,
     ) -> nn.Module:
-        """The frozen copy of a received network, in eval mode; clients that received the same vectors share it.
+        """Return the frozen copy of a received network, in eval mode.
+
+        Clients that received the same vectors share the copy, unless the network has constant buffers, which its
+        forward pass may change.
 
         Args:
             message: what was received.
             buffers: those of the client's own (``--buffers local``), or None.
             own_tensors: what the client keeps to itself (``--personal``), by name, or None.
+            client: the client's number.
         """
         network = self.network("frozen")
         vectors = (message["parameters"], *(buffers or {}).values(), *message.values(), *(own_tensors or {}).values())
         # The key holds the tensors themselves, so that no new tensor can get the identity of a freed one.
         counted = [isinstance(each, Tensor) and not each.is_inference() for each in vectors]  # others are numbers
         key = [(each, each._version if has_version else 0) for each, has_version in zip(vectors, counted, strict=True)]
+        key += [(client, 0)] if network.constants else []
         old_key, _ = self._frozen
         if len(key) != len(old_key) or any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(key, old_key, strict=True)):
             network.train_mode()  # before the weights change that eval() has derived others from

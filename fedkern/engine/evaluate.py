@@ -131,36 +131,60 @@ def evaluate_clients(
     Raises:
         UserError: a set is a single image, which the network cannot normalise.
     """
-    looks = type(method).evaluate_own is not Method.evaluate_own
+    looks, buffers = type(method).evaluate_own is not Method.evaluate_own, Buffers(network)
 
     def figures(k: int) -> dict[str, float]:
         label = client_label(names, k)
         explained = _explained(f"The test set of client {label}", sets[k])
         with explained, sets[k].repeating(seed, "client", k), code(label):
             each = method.evaluate_own(network, sets[k], client(k)) if looks else method.evaluate(network, sets[k])
+            buffers.put_back()
             return {name: float(value) for name, value in each.items()}
 
     def evaluate_all(at_once: int) -> dict[int, dict[str, float]]:
         return dict(zip(sets, _side_by_side(figures, list(sets), at_once), strict=True))
 
-    return _without_chance(evaluate_all, sets.values(), at_once)
+    return _without_chance(evaluate_all, buffers, sets.values(), at_once)
 
 
 def _without_chance(
-    evaluate_all: Callable[[int], dict[Key, Value]], sets: Collection[Reader], at_once: int
+    evaluate_all: Callable[[int], dict[Key, Value]], buffers: Buffers, sets: Collection[Reader], at_once: int
 ) -> dict[Key, Value]:
     """Return what ``evaluate_all`` returns with ``at_once`` sets or batches side by side.
 
-    Where it draws from global generators, the sets are evaluated once more, one after another, from their own words.
+    Where it draws from global generators, or changes buffers of the network while others read them, the sets are
+    evaluated once more, one after another, from their own words.
     """
     if not any(data.draws for data in sets):
         with preserve_generators(next((data.device for data in sets), None)) as have_moved:
             results = evaluate_all(at_once)
-            if not have_moved():
+            if not have_moved() and not (at_once > 1 and buffers.changed):
                 return results
         for data in sets:
             data.draws = True
     return evaluate_all(1)
+
+
+class Buffers:
+    """A network's buffers as they are before an evaluation, which may change them.
+
+    Attributes:
+        changed: whether a set has changed them.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        buffers = [(layer, key, x) for layer in network.modules() for key, x in layer._buffers.items() if x is not None]
+        self._values = [(layer, key, x, x.clone()) for layer, key, x in buffers if not x.is_inference()]
+        self._versions = [buffer._version for _, _, buffer, _ in self._values]
+        self.changed = False
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give the buffers that have changed their values from before."""
+        for place, (layer, key, buffer, value) in enumerate(self._values):
+            if layer._buffers.get(key) is not buffer or buffer._version != self._versions[place]:
+                layer._buffers[key], self.changed = buffer.copy_(value), True
+                self._versions[place] = buffer._version
 
 
 def evaluate(
@@ -189,9 +213,11 @@ def evaluate(
         data = sets[prefix]
         explained = _explained(f"The {set_noun(prefix[:-1])}", data)
         with explained, data.keeping() if keep else nullcontext(), data.repeating(seed, prefix), code():
-            return method.evaluate(network, data)
+            result = method.evaluate(network, data)
+            buffers.put_back()
+            return result
 
-    ordinary = type(method).evaluate is Method.evaluate
+    ordinary, buffers = type(method).evaluate is Method.evaluate, Buffers(network)
     batches = [-(-len(data) // data.size) for data in sets.values() if data.task.concurrent]
 
     def evaluate_all(at_once: int) -> dict[str, dict[str, float]]:
@@ -208,7 +234,7 @@ def evaluate(
         order = sorted(sets, key=lambda prefix: -len(sets[prefix]))
         return dict(zip(order, _side_by_side(figures, order, at_once), strict=True))
 
-    results = _without_chance(evaluate_all, sets.values(), at_once)
+    results = _without_chance(evaluate_all, buffers, sets.values(), at_once)
     return {prefix + name: float(value) for prefix in sets for name, value in results[prefix].items()}
 
 

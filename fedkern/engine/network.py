@@ -13,7 +13,7 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
 from fedkern.models import personal
-from fedkern.models.freezing import frozen_norms, train_mode
+from fedkern.models.freezing import constant_buffers, frozen_norms, train_mode
 from fedkern.models.norms import freeze_bn_after
 from fedkern.models.python_state import attributes
 from fedkern.models.user_models import channels_last
@@ -30,6 +30,7 @@ class Network:
         personal: fp32 [A], a view of the trained parameters that a client keeps to itself.
         frozen: fp32 [F], a view of the parameters that are not trained where others are; no message holds them.
         buffers: fp32 [Q], a view of the floating buffers (running statistics) that travel.
+        constants: layer, key, tensor and initial value of every buffer that no message holds.
         statistics: False when the buffers hold nothing meaningful, so that eval mode must use the batch's statistics.
         fixed: True where batch norm trains with the statistics in the buffers and leaves them as they are.
         attributes: what users' modules hold in Python when the network is made.
@@ -44,6 +45,10 @@ class Network:
         self._own = personal.tensors(inner(module))
         self.frozen: Tensor = self._flat.frozen
         self.buffers: Tensor = self._flat.buffers
+        self.constants = []
+        for path, _, key in (name.rpartition(".") for name in constant_buffers(module)):
+            layer = module.get_submodule(path)
+            self.constants.append((layer, key, layer.get_buffer(key), layer.get_buffer(key).clone()))
         self._still = frozen_norms(module) if len(self.frozen) else []
         self._gradients: tuple[Tensor, ...] = ()
         # Of a causal mask, for example: no sign of training that diverged.
@@ -109,11 +114,13 @@ class Network:
         return result
 
     def write(self, message: Mapping[str, Tensor]) -> None:
-        """Copies the vectors of a message into the network.
+        """Copy the vectors of a message into the network, and give its ``constants`` their initial values.
 
         Raises:
             ValueError: a vector has another size than the network's.
         """
+        for layer, name, buffer, value in self.constants:
+            layer._buffers[name] = buffer.copy_(value)
         self._flat.load_vectors(message)
 
     def read_personal(self) -> dict[str, Tensor]:
@@ -134,8 +141,7 @@ class Network:
         now = target.state_dict()
         source = bare_names(inner(module).state_dict(), now)
         still = {name for name, each in target.named_parameters() if not each.requires_grad}
-        norms = [(name, norm) for name, norm in target.named_modules() if norm in self._still]
-        still |= {f"{name}.{each}" for name, norm in norms for each, _ in norm.named_buffers()}
+        still |= {*constant_buffers(target)}
         if unfit := misfits(now, source):
             raise UserError(f"The trained network is no longer the run's: {next(iter(unfit.values()))}.")
         target.load_state_dict({name: now[name] if name in still else source[name] for name in now})

@@ -34,7 +34,8 @@ class Reader:
         loss_batch: pairs per batch of a contrastive loss.
         metrics: the run's own metrics.
         pool: threads that evaluate batches side by side, where there are.
-        draws: whether an evaluation has moved a global random generator, so that none may run beside another.
+        draws: whether an evaluation has moved a global random generator or changed a network's buffers, so that none
+            may run beside another.
     """
 
     fresh: bool

@@ -42,6 +42,7 @@ from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, cached
+from fedkern.models import personal
 from fedkern.models.towers import PARTS
 from fedkern.tasks.retrieval import TEMPERATURE
 from fedkern.typed_option import option
@@ -222,7 +223,7 @@ class FedDRA(Robust):
 def part_sizes(network: nn.Module) -> dict[str, int]:
     """Number of elements, by vector, that belong to the submodules of the first stage (`ALIGNMENT`)."""
     sizes = {}
-    for vector, places in ops.FlatParameters(network).places().items():
+    for vector, places in personal.flatten(network).places().items():
         slices = [place for name, place in places.items() if name.partition(".")[0] in ALIGNMENT]
         sizes[vector] = slices[-1].stop - slices[0].start if slices else 0
     return sizes

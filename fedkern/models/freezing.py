@@ -1,4 +1,4 @@
-"""Frozen parts of a network: parameters that no client trains and no message holds."""
+"""Frozen parts of a network: parameters and buffers that no message holds."""
 
 from __future__ import annotations
 
@@ -38,6 +38,20 @@ def frozen_norms(module: nn.Module) -> list[_BatchNorm]:
     norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     parameters = {layer: [*layer.parameters(recurse=False)] for layer in norms}
     return [layer for layer in norms if parameters[layer] and not any(each.requires_grad for each in parameters[layer])]
+
+
+def constant_buffers(module: nn.Module) -> list[str]:
+    """Return the names of the buffers that no message holds: non-persistent ones, and those of :func:`frozen_norms`.
+
+    The norms of a module that is frozen as a whole count as trained.
+    """
+    mixed = any(parameter.requires_grad for parameter in module.parameters())
+    frozen = {id(norm) for norm in frozen_norms(module)} if mixed else set()
+    sent = {id(parameter) for parameter in module.parameters()}
+    for layer in (layer for layer in module.modules() if id(layer) not in frozen):
+        passing = layer._non_persistent_buffers_set
+        sent |= {id(buffer) for name, buffer in layer._buffers.items() if name not in passing}
+    return [name for name, buffer in module.named_buffers() if id(buffer) not in sent]
 
 
 def train_mode(module: nn.Module) -> Any:

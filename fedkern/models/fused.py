@@ -78,9 +78,10 @@ class Branch(NamedTuple):
     """One client's part of a level.
 
     Attributes:
-        block: a module of the block's structure; its values are not used.
+        block: a module of the block's structure, with the values of what does not travel.
         adaptor: a module of the adaptor's structure, likewise; None at level 1.
-        states: the state dicts: ``"block"`` and, if the adaptor has parameters, ``"adaptor"``.
+        states: the state dicts: ``"block"``, which has the rest from the module, and, if the adaptor has parameters,
+            ``"adaptor"``.
     """
 
     block: nn.Module
@@ -98,7 +99,9 @@ class FusedLevel(nn.Module):
     def __init__(self, branches: Sequence[Branch]) -> None:
         super().__init__()
         self.count = len(branches)
-        self._buffer_names = [[name for name, _ in branch.block.named_buffers()] for branch in branches]
+        self._buffer_names = [
+            [name for name, _ in branch.block.named_buffers() if name in branch.states["block"]] for branch in branches
+        ]
         first = branches[0].adaptor
         # A pooling adaptor is the same for every block, so it runs once, before all blocks.
         self.shared: nn.Module = first if isinstance(first, Pool) else nn.Identity()
@@ -140,7 +143,7 @@ def _sequence(branch: Branch) -> nn.Sequential:
 
 def _flat(branch: Branch, like: nn.Module) -> dict[str, Tensor]:
     tensors = {f"{part}.{key}": value for part, state in branch.states.items() for key, value in state.items()}
-    return {key: tensors[key] for key in like.state_dict()}
+    return {key: tensors.get(key, value) for key, value in like.state_dict().items()}
 
 
 class FusedNetwork(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError, nearest
+from fedkern.models.freezing import constant_buffers
 from fedkern.ops import FlatParameters
 
 _MARK = "_fedkern_personal"
@@ -24,15 +25,16 @@ def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
         UserError: a pattern matches no name, or nothing of the network ``text`` would be shared.
     """
     trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
-    named = [*trained, *(name for name, _ in module.named_buffers())]
+    constants = constant_buffers(module)
+    named = [*trained, *(name for name, _ in module.named_buffers() if name not in constants)]
     chosen: set[str] = set()
     for pattern in patterns:
         matches = [name for name in named if fnmatchcase(name, pattern)]
         if not matches:
             children = [f"{name}.*" for name, child in module.named_children() if child.state_dict()]
             raise UserError(
-                f"--personal {pattern} matches no trained parameter and no buffer of {text}, whose parts are "
-                f"{', '.join(children or named)}.{nearest(pattern, [*children, *named])}"
+                f"--personal {pattern} matches no trained parameter and no buffer of {text} that travels: its "
+                f"parts are {', '.join(children or named)}.{nearest(pattern, [*children, *named])}"
             )
         chosen.update(matches)
     if chosen >= set(trained):
@@ -54,8 +56,8 @@ def names(module: nn.Module) -> list[str]:
 
 
 def flatten(module: nn.Module) -> FlatParameters:
-    """The module as flat vectors; its personal tensors lie apart."""
-    return FlatParameters(module, names(module))
+    """Return the module as flat vectors, with its personal tensors and constant buffers apart."""
+    return FlatParameters(module, {*names(module), *constant_buffers(module)})
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:

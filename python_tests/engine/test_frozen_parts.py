@@ -1,4 +1,4 @@
-"""Networks of which a part is frozen: it neither trains nor travels, and the rest trains as in plain PyTorch."""
+"""Networks of which a part neither trains nor travels: frozen layers, and buffers that are not persistent."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ from fedkern.methods import METHODS
 from fedkern.models.freezing import freeze, train_mode
 from fedkern.models.norms import freeze_bn_after
 from fedkern.tasks import CLASSIFICATION
-from python_tests import smallest
+from python_tests import own_networks, smallest
 from python_tests.own_networks import Small
 from python_tests.recording import Recording
 
@@ -91,8 +91,8 @@ def test_only_what_is_trained_travels(make_data, tmp_path):
         found = played(tmp_path / name, network, make_data, rounds=1)
         assert {*found.model().state_dict()} == {*network.state_dict()}
         sent[name] = found.history.records[-1]["bytes_up"]
-    norm = 3 * (4 * 16 + 8)  # running statistics and their number, of three clients
-    assert {name: (value - norm) / 12 for name, value in sent.items()} == {"all": 267, "head": 27, "adapter": 11}
+    norm = (4 * 16 + 8) / 12  # running statistics and their number, which stay where scale and shift are frozen
+    assert {name: value / 12 for name, value in sent.items()} == {"all": 267 + 3 * norm, "head": 27, "adapter": 11}
 
 
 def test_the_header_says_what_is_frozen(make_data, tmp_path, capsys):
@@ -147,21 +147,29 @@ def test_a_frozen_module_trains_nothing(make_data, tmp_path):
         played(tmp_path / "run", made().requires_grad_(False), make_data)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("freeze", [None, "backbone.*"])
 @pytest.mark.parametrize("method", sorted(name for name, kind in METHODS.items() if kind.serves(CLASSIFICATION)))
-def test_every_method_leaves_it_as_it_is(make_data, make_public, tmp_path, method):
-    """Where the run ends with one network of the given kind; else it runs to its end."""
+def test_every_client_begins_with_what_does_not_travel(make_data, make_public, tmp_path, method, freeze):
+    """In one process and in two, and the run's own evaluation is that of the network read again."""
     data = make_public(dataclasses.replace(make_data(), name="arrays"), 12)
-    settings = {"rounds": None if METHODS[method].one_shot else 2, **smallest.SETTINGS.get(method, {})}
+    settings = {"rounds": None if METHODS[method].one_shot else 2, "seed": 5, **smallest.SETTINGS.get(method, {})}
     settings["options"] = {**settings.get("options", {}), **({"blocks": 2} if method == "fusefl" else {})}
-    network = made()
-    if METHODS[method].keeps_head:
-        with pytest.raises(UserError, match=r"leaves nothing of module:Small to be shared"):
-            played(tmp_path / "run", network, make_data, method, data, **settings)
+
+    def run(kind, workers):
+        named = f"{own_networks.__file__}:{kind}"
+        return played(
+            tmp_path / str(workers), named, make_data, method, data, workers=workers, freeze=freeze, **settings
+        )
+
+    if METHODS[method].keeps_head and freeze:
+        with pytest.raises(UserError, match=r"leaves nothing of .* to be shared"):
+            run("Small", 1)
         return
-    found = played(tmp_path / "run", network, make_data, method, data, **settings).model().state_dict()
-    start = {name: value for name, value in network.state_dict().items() if name.startswith("backbone")}
-    kept = {name: found.get(name, found.get(f"module.{name}")) for name in start}
-    assert all(value is None or torch.equal(value, start[name]) for name, value in kept.items())
-    whole = {"fusefl", "ensemble", "local", "fedproto"}  # networks of all clients
-    assert any(value is not None for value in kept.values()) or method in whole
+    one, two, plain = run("remembering", 1), run("remembering", 2), run("Small", 3)
+    assert one.metrics == two.metrics != plain.metrics
+    assert one.evaluate()["ood_loss"] == one.metrics["ood_loss"]
+    assert one.history.records[-1]["bytes_up"] == plain.history.records[-1]["bytes_up"]
+    if freeze and METHODS[method].averages:
+        start, found = plain.model().state_dict(), one.model().state_dict()
+        assert all(torch.equal(value, found[name]) for name, value in start.items() if name.startswith("backbone"))

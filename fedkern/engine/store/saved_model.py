@@ -47,6 +47,8 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
     about |= context.described
     if flat and (names := [*context.initial_personal]):
         about["personal"] = names
+    if flat and context.network("server").constants:
+        about["seed"] = config.seed  # from which code may draw buffers that the file does not hold
     if flat and lacks_statistics(context, config):
         about["statistics"] = "batch"
     # The key "samples" marks a module that only the method can build again.

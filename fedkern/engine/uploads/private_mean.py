@@ -15,6 +15,7 @@ from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.server import Server
 from fedkern.engine.uploads.filters import Asked, Filter
 from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Phase, Upload
+from fedkern.models import personal
 from fedkern.privacy.client_level import CHANNEL, ClientLevel, keep_variances
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
 from fedkern.settings.config import RunConfig
@@ -136,7 +137,7 @@ class PrivateMean(Filter):
 
 def variances(network: nn.Module) -> Tensor:
     """Where the running variances are among a network's floating buffers, bool ``[Q]``."""
-    flat = ops.FlatParameters(network)
+    flat = personal.flatten(network)
     mask = torch.zeros(len(flat.buffers), dtype=torch.bool)
     for name, place in flat.places()["buffers"].items():
         mask[place] = name.endswith("running_var")

@@ -25,6 +25,7 @@ from fedkern.methods.common.personal import keep_network, own_network
 from fedkern.methods.protocol import Batch, Message, Phase, Received
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
+from fedkern.models import personal
 from fedkern.typed_option import option
 
 
@@ -68,7 +69,7 @@ class FML(LocalTraining):
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         pair = Pair(self._private(client), client.network())
-        proxy = ops.FlatParameters(pair.proxy)
+        proxy = personal.flatten(pair.proxy)
         # Running statistics that do not travel (--buffers) keep initial values: train mode does not read them.
         proxy.load_vectors(message)
         client.fit(self, phase, pair)

@@ -67,7 +67,7 @@ class OneShot(FedAvg):
                 "one of the two out."
             )
         needed = (self.needs_statistics or self.calibrates) and "buffers" not in server.state
-        if needed and any(buffer.is_floating_point() for buffer in server.build().buffers()):
+        if needed and flatten(server.build()).buffers.numel():
             raise UserError(
                 f"{self.name} needs the running statistics of the clients' networks: use --buffers average, not local "
                 "or drop."

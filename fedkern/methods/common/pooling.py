@@ -35,6 +35,7 @@ from fedkern.methods.common.oneshot_members import flatten, load
 from fedkern.methods.protocol import ClientId, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, Number, Values, cached
+from fedkern.models.freezing import constant_buffers
 
 EXCHANGES = ("statistics", "normalised")
 HEADS = ("image_head", "text_head")
@@ -50,7 +51,13 @@ class Pooling:
         self.method, self.on = method, on and method.pools_statistics
 
     def check(self, network: nn.Module) -> None:
-        """Raises UserError for a pair of encoders with batch norm outside its heads."""
+        """Raise UserError for a pair of encoders with batch norm outside its heads, or with frozen ones alone."""
+        norms = {name for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)}
+        if self.on and norms and norms <= {name.rpartition(".")[0] for name in constant_buffers(network)}:
+            raise UserError(
+                "--buffers pool computes the statistics of batch norms, all of which --freeze leaves as they are: use "
+                "--buffers average."
+            )
         for name, layer in network.named_modules():
             if self.on and isinstance(layer, _BatchNorm) and name.partition(".")[0] not in HEADS:
                 raise UserError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedkern.errors import UserError
 from fedkern.methods.protocol import Batch
+from fedkern.models.freezing import constant_buffers
 from fedkern.models.fused import FusedNetwork
 from fedkern.models.precision import autocasts, full
 from fedkern.models.transfer import send
@@ -116,6 +117,14 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in module.state_dict().items()
     }
+
+
+def sent_state(network: nn.Module, level: int) -> dict[str, Tensor]:
+    """Return the state dict of a level's block without what is frozen, which does not travel."""
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    unsent, path = {*constant_buffers(network), *frozen}, f"blocks.{level - 1}"
+    block = network.get_submodule(path).state_dict()
+    return {name: value for name, value in block.items() if f"{path}.{name}" not in unsent}
 
 
 def plain_head(states: Sequence[Mapping[str, Tensor]], final: str) -> dict[str, Tensor]:

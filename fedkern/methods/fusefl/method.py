@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
-from fedkern.methods.fusefl.levels import BothHeads, LocalPart, plain_head, scaled_width, tensors_of
+from fedkern.methods.fusefl.levels import BothHeads, LocalPart, plain_head, scaled_width, sent_state, tensors_of
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
@@ -214,7 +214,8 @@ class FuseFL(Objective, Method):
         part = LocalPart(frozen, adaptor, list(network.blocks)[level - 1 :], network.head, client.samples, batchwise)
         client.fit(self, phase, part, epochs=message["epochs"], first=message["first"])
 
-        pair: Message = {"block": tensors_of(network.blocks[level - 1])}
+        block, sent = tensors_of(network.blocks[level - 1]), sent_state(network, level)
+        pair: Message = {"block": {name: value for name, value in block.items() if name in sent}}
         if adaptor is not None and any(True for _ in adaptor.parameters()):
             pair["adaptor"] = tensors_of(adaptor)
         later = {i: tensors_of(block) for i, block in enumerate(network.blocks, start=1) if i > level}
@@ -276,7 +277,7 @@ class FuseFL(Objective, Method):
         level, levels = phase.round + 1, server.state["levels"]
         networks = cached(server.round_cache, "networks", lambda: _Networks(self, server, server.state["widths"]))
         network = networks.of(client)
-        expected: dict[str, Any] = {"block": network.blocks[level - 1].state_dict()}
+        expected: dict[str, Any] = {"block": sent_state(network, level)}
         if level > 1:
             shape = networks.shapes(client)[level - 2]
             adaptor = make_adaptor(self.options.adaptor, shape, len(levels[level - 1]))
@@ -284,7 +285,12 @@ class FuseFL(Objective, Method):
                 expected["adaptor"] = adaptor.state_dict()
             if self.options.frozen_bn == "code":
                 expected["statistics"] = {
-                    i: {j: dict(networks.of(j).blocks[i - 1].named_buffers()) for j in pairs}
+                    i: {
+                        j: {
+                            name: x for name, x in networks.of(j).blocks[i - 1].named_buffers() if name in pair["block"]
+                        }
+                        for j, pair in pairs.items()
+                    }
                     for i, pairs in levels.items()
                 }
         if level == self._levels():
