@@ -1,7 +1,5 @@
 """Reading a report's HTML, for tests."""
 
-from __future__ import annotations
-
 import re
 from html.parser import HTMLParser
 

@@ -1,7 +1,5 @@
 """Work that is refused at once, where it might wait for a pipe or follow a loop for ever."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from typing import Any

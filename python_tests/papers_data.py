@@ -1,7 +1,5 @@
 """The data functions of examples/papers, as tests name them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

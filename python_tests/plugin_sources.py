@@ -1,7 +1,5 @@
 """Plugins of the tests, and how a test leaves none of them behind."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

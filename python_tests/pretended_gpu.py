@@ -5,8 +5,6 @@ reading a value, asking for a number of elements that depends on values, a copy 
 queued, and tensors of different devices in one operator.  The first three would only cost time, the last would fail.
 """
 
-from __future__ import annotations
-
 import itertools
 import traceback
 from collections import Counter

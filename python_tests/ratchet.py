@@ -7,8 +7,6 @@
 Ceilings only fall.  A feature that needs more lines removes others.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import io

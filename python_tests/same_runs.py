@@ -13,8 +13,6 @@ has gained is named and not played.  Two costs are told as ratios: the peak memo
 ``--help``.  The exit code is 1 where anything differs.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

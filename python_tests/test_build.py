@@ -1,7 +1,5 @@
 """What was built and installed: the core's dependencies, its choice of ISA, life without it, sdist and wheel."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -7,8 +7,6 @@
 ``-k quick`` plays a minute's worth.  Each case is a process of its own, which a fault in native code ends alone.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What nvcc made of the CUDA kernels: for which GPUs, with how many registers, and that nothing spilled."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import re

@@ -1,7 +1,5 @@
 """The operators' page: its code runs, its tables are those of the recorded results, and nothing is left out."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

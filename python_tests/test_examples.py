@@ -1,7 +1,5 @@
 """Every script and notebook under examples/ runs as it stands, and is short."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

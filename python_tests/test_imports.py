@@ -1,7 +1,5 @@
 """No file of fedkern or of its benchmarks imports a file that imports it back, however long the way round."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib.metadata

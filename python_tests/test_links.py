@@ -1,7 +1,5 @@
 """Files that pages and pyproject.toml name exist."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The page on plugins: its files are those of the examples, and its commands run."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

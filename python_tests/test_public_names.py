@@ -1,7 +1,5 @@
 """What a user reads names nothing of fedkern's private packages: pages, examples and the docstrings of public names."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import re

@@ -1,7 +1,5 @@
 """Code and language stay below the ceilings of ``ratchet.toml``."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What is released, for which Pythons and torches: the package, cibuildwheel, the workflow and the pages agree."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

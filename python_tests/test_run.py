@@ -1,7 +1,5 @@
 """How the process of a command ends: what is due at the interpreter's end happens, and modules are not taken apart."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

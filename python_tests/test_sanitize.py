@@ -1,7 +1,5 @@
 """The operator tests on a core built with AddressSanitizer and UndefinedBehaviorSanitizer."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """What setup.py and CMake do before anything is compiled: switches, missing tools, an nvcc that does not work."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

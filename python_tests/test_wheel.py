@@ -1,7 +1,5 @@
 """A wheel as strangers install it: from an index, into an environment of its own, with no compiler on PATH."""
 
-from __future__ import annotations
-
 import email
 import hashlib
 import os

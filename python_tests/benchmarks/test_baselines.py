@@ -1,7 +1,5 @@
 """Baselines compute what our operators do, call after call, and do not spoil what they are given."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

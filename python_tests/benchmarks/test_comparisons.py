@@ -1,7 +1,5 @@
 """What recording keeps, refuses and says about itself, on which machines, and which rows pages show."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

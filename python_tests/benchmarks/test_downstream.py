@@ -1,7 +1,5 @@
 """The table of downstream tasks: which figures it takes, what it repeats, and how runs share a row."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from pathlib import Path

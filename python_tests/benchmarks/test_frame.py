@@ -1,7 +1,5 @@
 """The benchmarks' command line from recording to the gate, on a toy benchmark whose times are told, not measured."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

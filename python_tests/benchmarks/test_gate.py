@@ -1,7 +1,5 @@
 """What a measurement says about a floor, and the file of floors."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`fifteen.sh` and every line of it, on a GPU that is only pretended: the CPU computes, and the CPU's clock counts."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Two runs of one seed, compared: `python -m benchmarks.gpu.repeats`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

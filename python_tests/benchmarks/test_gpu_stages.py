@@ -1,7 +1,5 @@
 """The stages for a machine with a GPU, as far as they can be tried without one."""
 
-from __future__ import annotations
-
 import json
 import sys
 import tarfile

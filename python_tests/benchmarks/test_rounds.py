@@ -1,7 +1,5 @@
 """bench_rounds: the task that all programs share, and the processes that play it."""
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How the tests of the command line run it."""
 
-from __future__ import annotations
-
 import pytest
 
 from fedkern.run import main

@@ -1,7 +1,5 @@
 """A run folder is data: what its config.toml names is not run, unless the option is given again."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

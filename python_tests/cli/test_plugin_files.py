@@ -1,7 +1,5 @@
 """Files that a plugin imports from its own folder: no run folder executes them after they have changed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

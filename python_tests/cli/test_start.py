@@ -1,7 +1,5 @@
 """What a command imports before it does its work: the user waits for every module."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

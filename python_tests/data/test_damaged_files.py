@@ -3,8 +3,6 @@
 The quick version draws a few variants of every kind of file; the long one (``-m slow``) hundreds.
 """
 
-from __future__ import annotations
-
 import gzip
 import warnings
 from pathlib import Path

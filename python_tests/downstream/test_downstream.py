@@ -1,7 +1,5 @@
 """Downstream tasks on a finished run: with a network whose answers are known, and from the command line."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Predictions of many images: a batch in memory at a time, and nothing half-written."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Linear probes, areas under the curve and the light decoder, against scikit-learn and by hand."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

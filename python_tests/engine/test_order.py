@@ -1,7 +1,5 @@
 """The walls of the engine: how much a class holds, how much the loop knows, and which piece knows which other."""
 
-from __future__ import annotations
-
 import ast
 
 import pytest

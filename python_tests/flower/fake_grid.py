@@ -1,7 +1,5 @@
 """A Flower grid without a network: nodes are functions, whose replies arrive in a given order."""
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Sequence

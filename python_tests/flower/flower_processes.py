@@ -1,7 +1,5 @@
 """Free ports, and the processes of a test's SuperLinks and SuperNodes."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

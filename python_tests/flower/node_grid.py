@@ -3,8 +3,6 @@
 A node keeps nothing but what is on its disk, as where Flower starts a process for every message.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace

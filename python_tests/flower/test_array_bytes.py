@@ -1,7 +1,5 @@
 """Arrays of Flower messages without Flower: bytes of .npy files and flat vectors, as hostile clients send them too."""
 
-from __future__ import annotations
-
 import io
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Whole fedkern runs on a real SuperLink and real SuperNodes, and what may go wrong on the way."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

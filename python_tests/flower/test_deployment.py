@@ -1,7 +1,5 @@
 """Flower apps with fedkern's strategies on a real SuperLink and real SuperNodes, and what may go wrong there."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``fedkern flower PROJECT_DIR`` on a real SuperLink and in Flower's own simulation."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import signal

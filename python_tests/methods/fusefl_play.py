@@ -1,7 +1,5 @@
 """FuseFL by hand: its settings on a tiny federation, and a run whose messages can be looked at."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

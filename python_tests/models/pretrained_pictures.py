@@ -1,7 +1,5 @@
 """Pictures for pre-trained image networks, and the preprocessing that their folders name."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

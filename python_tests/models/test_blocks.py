@@ -1,7 +1,5 @@
 """Cutting networks into blocks: the published cuts, what they compute, lists of the user's own, mistakes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

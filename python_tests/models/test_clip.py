@@ -1,7 +1,5 @@
 """CLIP through transformers, on a tiny randomly initialised model that the test saves itself."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Networks run convolution, norm, ReLU and pooling by one operator, or their layers where these are in the way."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

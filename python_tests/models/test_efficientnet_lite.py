@@ -1,7 +1,5 @@
 """EfficientNet-Lite0 as a teacher: TensorFlow's padding and names, ImageNet classes by name, and what is refused."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

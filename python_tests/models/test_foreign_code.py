@@ -1,7 +1,5 @@
 """Folders of networks that bring Python code: it is not run, whatever is answered on standard input."""
 
-from __future__ import annotations
-
 import ast
 import builtins
 import io

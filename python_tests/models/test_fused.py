@@ -1,7 +1,5 @@
 """Fused levels: one pass against separate calls, adaptors, other depths, transformers, the sizes of section 4.6."""
 
-from __future__ import annotations
-
 import copy
 from typing import NamedTuple
 

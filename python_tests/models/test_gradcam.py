@@ -1,7 +1,5 @@
 """Grad-CAM against its formula, and the share of it on the object."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Networks: sizes, stages, initialisation."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys

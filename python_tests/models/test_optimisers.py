@@ -1,7 +1,5 @@
 """Optimisers against torch.optim, to the last bit."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a pre-trained network's folder says of its images: as Pillow and the library do it, or refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

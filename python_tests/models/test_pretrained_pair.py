@@ -1,7 +1,5 @@
 """Encoders through transformers, on tiny randomly initialised networks that the tests save themselves."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Teachers, their cached logits, their training, and how they are named."""
 
-from __future__ import annotations
-
 import sys
 import time
 import types

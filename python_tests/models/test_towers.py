@@ -1,7 +1,5 @@
 """Image-text pairs: vocabularies, the small encoders, alignment layers and heads."""
 
-from __future__ import annotations
-
 import json
 from itertools import pairwise
 

@@ -5,8 +5,6 @@ answers with the failure's text, "" for none.  Cases run in a fork, a batch of t
 is the fork, and the case that it was at is known.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import pickle

@@ -1,7 +1,5 @@
 """What every operator test shares: which backends and ISA levels there are here, and how often the slowest one runs."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator

@@ -5,8 +5,6 @@ A case is drawn by hypothesis as plain numbers and names, so that it can be prin
 formulas are written here from the definitions, not taken from the operators' references.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@
 of its own because a kernel that goes wrong here takes the process with it. The last line printed names the case.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import itertools

@@ -1,7 +1,5 @@
 """Every public operator under one signature: a new one is covered by the tests that run through all by a line here."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence

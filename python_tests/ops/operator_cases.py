@@ -1,7 +1,5 @@
 """Cases and comparisons of the operator tests."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

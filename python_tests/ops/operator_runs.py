@@ -1,7 +1,5 @@
 """Running the operators of every_operator.py on a backend's device, as the CUDA and the Triton tests do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import pytest

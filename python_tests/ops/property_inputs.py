@@ -1,7 +1,5 @@
 """Hypothesis strategies of the property tests: tensors that are small, extreme now and then, and shrink."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Arguments of the wrong kind, for every argument of every public operator: a sentence that names the argument."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import re

@@ -1,7 +1,5 @@
 """Operators under torch.compile with numbers that change from call to call: few graphs, and eager's values."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tensors on the CPU give results on the CPU, whatever torch's default device is or was at the import."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

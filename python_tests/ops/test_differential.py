@@ -3,8 +3,6 @@
 The seed changes from day to day and stands in pytest's header; ``FEDKERN_SEED=N`` repeats a day's cases.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

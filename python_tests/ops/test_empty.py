@@ -1,7 +1,5 @@
 """Inputs without elements: every operator, each optional argument given and left out, in every backend."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """FlatParameters: the module must not notice."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

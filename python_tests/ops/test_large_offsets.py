@@ -1,7 +1,5 @@
 """Elements further apart than 2^31: offsets of 64 bits in every operator, on the way in and on the way out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path

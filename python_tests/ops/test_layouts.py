@@ -1,7 +1,5 @@
 """Maps of every order and spacing: no operator may take one stride for granted to lead through the positions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

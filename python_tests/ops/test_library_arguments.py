@@ -1,7 +1,5 @@
 """torch.ops.fedkern, which exported programs call without the checks of the public functions, with wrong arguments."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

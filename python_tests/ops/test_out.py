@@ -1,7 +1,5 @@
 """``out=``: the same bits whatever its strides, rounded once, to its own dtype."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Callable

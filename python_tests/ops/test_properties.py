@@ -1,7 +1,5 @@
 """What must hold whatever the numbers are: losses over logits, blending, fusing."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

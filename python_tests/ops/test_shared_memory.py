@@ -1,7 +1,5 @@
 """server_step: a state that shares memory with another argument is refused, with nothing written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

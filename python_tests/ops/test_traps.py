@@ -1,7 +1,5 @@
 """What goes wrong between Python tensors and kernels that see pointers, for every operator."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

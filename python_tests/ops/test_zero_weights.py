@@ -1,7 +1,5 @@
 """Second derivatives beside weights of 0, against plain formulas in float64 that autograd differentiates twice."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Every tensor of a right call is replaced by others of another size, rank or dtyp
 core refuses the call or computes what the reference does. Prints one line for each call.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """What is freed stays with the process, unless the user has said otherwise."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

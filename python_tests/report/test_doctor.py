@@ -1,7 +1,5 @@
 """The doctor works with everything missing, and says why."""
 
-from __future__ import annotations
-
 import io
 import json
 import platform

@@ -1,7 +1,5 @@
 """Names that users choose (classes, data, rounds, settings): drawn or cut wherever they stand, never interpreted."""
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

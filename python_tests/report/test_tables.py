@@ -1,7 +1,5 @@
 """Numbers for people, and the tables made of them."""
 
-from __future__ import annotations
-
 import io
 import re
 

@@ -1,7 +1,5 @@
 """The network of Fed-LPFM's published table: frozen features, asked once, under the only layer that travels."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The process that stays on a node: its answers, how long it lives, and what becomes of lost ones.  Needs no Flower."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Classifier calibration: exact pooling, the released code's formula, shrinkage, virtual features, the trained head."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

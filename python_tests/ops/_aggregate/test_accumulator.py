@@ -1,7 +1,5 @@
 """Accumulator: the exact sum, states, and what it refuses; test_mean.py compares its means."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Accumulator.load_state_dict: a state that is none is refused in a sentence, and leaves the accumulator as it was."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

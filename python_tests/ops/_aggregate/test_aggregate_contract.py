@@ -1,7 +1,5 @@
 """What the aggregate operators refuse, and vectors of every layout."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """aggregate: what the short way to the CPU kernels takes, and what it must leave to the general one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """clip_by_norm, clip_and_noise: against fp64, and the generator against known answers and the normal law."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

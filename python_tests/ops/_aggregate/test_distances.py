@@ -1,7 +1,5 @@
 """pairwise_distances, krum and geometric_median: every available backend and ISA level against plain loops."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

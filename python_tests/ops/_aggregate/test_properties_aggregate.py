@@ -1,7 +1,5 @@
 """What must hold whatever the numbers are: averages, order statistics, distances, clipping."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """trimmed_mean and median: every available backend and ISA level against sorting each coordinate in Python."""
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 

@@ -1,7 +1,5 @@
 """server_step: every available backend and ISA level against Flower's NumPy formulas in fp64."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """blend: every available backend and ISA level against the float64 reference."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 

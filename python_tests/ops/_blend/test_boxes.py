@@ -1,7 +1,5 @@
 """erase_boxes and keep_boxes: every available backend and ISA level against a loop over pixels."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

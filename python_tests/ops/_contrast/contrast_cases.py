@@ -1,7 +1,5 @@
 """Cases of contrastive for every backend: pairs of embeddings in many shapes, and what they must give."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

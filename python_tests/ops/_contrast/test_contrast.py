@@ -1,7 +1,5 @@
 """contrastive on every backend against the float64 reference, and what its callers rely on."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What must hold of contrastive whatever the numbers are."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Calls of conv_norm and conv_pool, and the same in float64 by the reference."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """conv_norm: results, gradients and running statistics of the kernels against the reference in float64."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

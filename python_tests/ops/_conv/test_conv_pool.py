@@ -1,7 +1,5 @@
 """conv_pool: results and gradients against the reference in float64; autograd, modes, and what is refused."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A GPU or driver that cannot run the kernels is noticed before the first call, and another backend serves."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the CPU core says of tensors that it reads through torch's exchange table, against what torch says."""
 
-from __future__ import annotations
-
 import itertools
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Forked children after the thread pool has run: the lost threads must not be waited for."""
 
-from __future__ import annotations
-
 import os
 import select
 import signal

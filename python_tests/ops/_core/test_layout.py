@@ -1,7 +1,5 @@
 """Strides of maps, and strided 1x1 convolutions of few channels, whose gradient by oneDNN writes past its memory."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Memory of large results: used again when they are freed, not before, and given back when asked."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import io

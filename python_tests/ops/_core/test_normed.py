@@ -1,7 +1,5 @@
 """Batch norm's gradient where strides do not name a map's layout: a batch of one, maps of one row or column."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """torch's private names: a missing one is named, changed ones are noticed, and all stand in one file."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import re

@@ -1,7 +1,5 @@
 """What threads and processes leave a kernel: small stacks, little memory, flushed denormals."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two Python threads in the operators at once, each with its own number of torch threads."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -1,7 +1,5 @@
 """torch.jit cannot record the operators and says so; torch.export can, and records each as it is."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

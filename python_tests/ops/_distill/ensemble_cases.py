@@ -1,7 +1,5 @@
 """Cases of ensemble_kl, js_div and consensus: stacks of K teachers in many shapes, and what they must give."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Classes masked with a large finite number, as libraries of language models mask them, for every distill operator."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

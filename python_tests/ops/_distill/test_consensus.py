@@ -1,7 +1,5 @@
 """js_div, consensus: every backend and ISA level against the float64 reference, and their further promises."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

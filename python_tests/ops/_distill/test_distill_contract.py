@@ -1,7 +1,5 @@
 """kl_div, dual_kl, entropy: what they promise beyond numbers: gradients, transforms, determinism, errors."""
 
-from __future__ import annotations
-
 import math
 from concurrent.futures import ThreadPoolExecutor
 

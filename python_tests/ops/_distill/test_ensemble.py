@@ -1,7 +1,5 @@
 """ensemble_kl: every backend and ISA level against the float64 reference."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

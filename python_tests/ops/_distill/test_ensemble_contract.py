@@ -1,7 +1,5 @@
 """ensemble_kl: what it promises beyond numbers: shapes of weights, masks, edges, gradients, transforms, errors."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

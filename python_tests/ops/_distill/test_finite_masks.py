@@ -1,7 +1,5 @@
 """Classes masked with a large finite number: a class of probability 0 adds the other row's probability alone."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """kl_div, dual_kl, entropy: every backend and ISA level against the float64 reference."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """From temperature 1 to infinity losses and gradients approach the limit without a jump and without losing digits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from decimal import Decimal, localcontext

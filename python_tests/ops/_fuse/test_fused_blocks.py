@@ -1,7 +1,5 @@
 """FusedBlocks: the outputs, gradients and states of the blocks themselves, and refusals by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """sgd_step and adamw_step: torch.optim's results, bits of torch's operations, terms, memory, and what is refused."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

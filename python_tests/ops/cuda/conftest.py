@@ -1,7 +1,5 @@
 """Where the CUDA tests run: on a GPU where there is one, and everywhere through the emulated core."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

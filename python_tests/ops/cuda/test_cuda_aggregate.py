@@ -1,7 +1,5 @@
 """The aggregate kernels on CUDA against plain PyTorch in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

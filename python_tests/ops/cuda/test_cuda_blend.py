@@ -1,7 +1,5 @@
 """blend, erase_boxes and keep_boxes on CUDA against the float64 reference."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """contrastive on CUDA against the float64 reference."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """kl_div, dual_kl and entropy on CUDA against the float64 reference."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """fuse_concat and fuse_mean on CUDA against the float64 reference."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -5,8 +5,6 @@ Memory errors and races that no comparison shows:
 ``synccheck`` and ``initcheck``.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

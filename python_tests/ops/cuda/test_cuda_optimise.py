@@ -1,7 +1,5 @@
 """sgd_step and adamw_step on CUDA against the reference."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

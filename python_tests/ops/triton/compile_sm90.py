@@ -5,8 +5,6 @@
 launch as it would on that GPU, and launches nothing.  Prints one line of JSON per compiled kernel.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

@@ -2,8 +2,6 @@
 
 # Each case is called before the generator goes on, so what a function finds in a loop's variable is its own.
 # ruff: noqa: B023
-from __future__ import annotations
-
 import contextlib
 import importlib
 import itertools

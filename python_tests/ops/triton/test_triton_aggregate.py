@@ -4,8 +4,6 @@ The operators' own tests reach most of them; here also what they do only on a GP
 vectors than a launch takes.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 

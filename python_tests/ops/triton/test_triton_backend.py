@@ -1,7 +1,5 @@
 """Triton among the backends: who is chosen, and what is said where it cannot serve."""
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess

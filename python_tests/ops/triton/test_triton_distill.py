@@ -1,7 +1,5 @@
 """The distill family in Triton's interpreter where the operators' own tests do not lead: rows in parts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -3,8 +3,6 @@
 ``python -m pytest -m gpu python_tests/ops/triton`` runs the compiled kernels; ``TRITON_INTERPRET`` must not be set.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Every Triton kernel compiles for sm_90 and spills no register; no GPU is needed."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """The confusion picture: readable with few and with many classes, and never in the way of a run."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

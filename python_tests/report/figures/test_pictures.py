@@ -1,7 +1,5 @@
 """The PNG files of a run folder."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

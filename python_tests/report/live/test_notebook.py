@@ -1,7 +1,5 @@
 """What a notebook shows: a run's display, results as HTML, and pictures."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Sequence

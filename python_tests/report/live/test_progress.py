@@ -1,7 +1,5 @@
 """The displays: what each shows where."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 ``FEDKERN_SCREENSHOTS=DIR`` keeps the screenshots, to be looked at.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import os
