@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedkern import models
 from fedkern.data.images.transforms import central
+from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, leaves, mapped, parted
 
 
@@ -105,10 +106,10 @@ class ItemForm:
     @staticmethod
     def of(batch: Any, called: bool = True) -> ItemForm:
         """The form of samples of which ``batch`` has two; ``called``: fedkern calls the network on a batch's inputs."""
-        x = mapped(_in_words, parted(batch)[0])
+        x = parted(batch)[0]
         by_name = isinstance(x, Keywords)
-        args = [] if by_name else [*x] if isinstance(x, Positional) else [x]
-        inputs = {"args": args, "kwargs": x if by_name else {}}
+        args = () if by_name else x if isinstance(x, Positional) else (x,)
+        inputs = {"args": _outlined(args), "kwargs": _outlined(x) if by_name else {}}
         return ItemForm(tuple(map(_in_words, leaves(batch))), inputs if called else None)
 
     def said(self) -> str:
@@ -132,7 +133,13 @@ class ItemForm:
 
         def draw(words: str) -> Tensor:
             dtype, _, shape = words.partition(" ")
-            kind, sizes = getattr(torch, dtype), (samples, *json.loads(shape)[1:])
+            kind = getattr(torch, dtype, None)
+            if not isinstance(kind, torch.dtype):
+                raise UserError(
+                    f"The method needs examples of the network's inputs, which cannot be made of {words}: let the data "
+                    "give tensors, alone or in tuples and dicts, or take another method."
+                )
+            sizes = samples, *json.loads(shape)[1:]
             if not kind.is_floating_point:
                 return torch.zeros(sizes, dtype=kind)
             return torch.from_numpy(rng.standard_normal(sizes, dtype="float32")).to(kind)
@@ -152,6 +159,13 @@ class ItemForm:
             head=self.head,
             raw=task.network == "any",
         )
+
+
+def _outlined(value: object) -> object:
+    """Return nested inputs in words, as JSON holds them; a container of another type than JSON's is named."""
+    if isinstance(value, Mapping):
+        return {key: _outlined(part) for key, part in value.items()}
+    return [*map(_outlined, value)] if isinstance(value, (tuple, list)) else _in_words(value)
 
 
 def _in_words(leaf: Any) -> str:

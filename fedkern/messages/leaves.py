@@ -1,54 +1,125 @@
-"""Leaves: the tensors in nested tuples, lists and mappings, as batches and outputs of networks are made."""
+"""Leaves: the tensors in nested containers, as batches and outputs of networks are made."""
 
 from __future__ import annotations
 
+from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedkern.errors import UserError, described
+from fedkern.ops._core.private_torch import PYTREE_NODES, REGISTER_NODE
+
 TARGETS = ("labels", "targets")
 """Keys of a batch's targets, where it is a mapping."""
 
 
-def mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same nesting with every leaf changed; an object that is none of these counts as a leaf."""
+Parts = dict[Any, Any]
+
+
+def _parts(value: Any) -> Parts | None:
+    """Return the parts of a container by key, index or name; None: ``value`` is a leaf."""
+    if isinstance(value, Tensor):
+        return None
+    if (node := PYTREE_NODES.get(type(value))) is not None:
+        children = node.flatten_fn(value)[0]
+        named = isinstance(value, Mapping) and len(value) == len(children)
+        return dict(zip(value if named else range(len(children)), children, strict=True))
     if isinstance(value, Mapping):
-        result = {key: mapped(function, each) for key, each in value.items()}
-        return Keywords(result) if isinstance(value, Keywords) else result
+        return {key: value[key] for key in value}
     if isinstance(value, (tuple, list)):
-        parts = [mapped(function, each) for each in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return function(value)
+        return dict(enumerate(value))
+    return _attributes(value)
+
+
+def _attributes(value: Any) -> Parts | None:
+    if isinstance(value, (SimpleNamespace, Namespace)):
+        return vars(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return None
+
+
+def _remade(value: Any, parts: Parts) -> object:
+    """Return a container of the type of ``value`` with other parts, without a call of its constructor.
+
+    Raises:
+        UserError: the type keeps its parts in a place of its own.
+    """
+    kind: Any = type(value)
+    try:
+        if (node := PYTREE_NODES.get(kind)) is not None:
+            return node.unflatten_fn([*parts.values()], node.flatten_fn(value)[1])
+        if isinstance(value, tuple):
+            return tuple.__new__(kind, parts.values())
+        twin, before = kind.__new__(kind), _parts(value) or {}
+        # A mapping may have its entries as attributes too, or in a dict that is an attribute.
+        for name, attribute in getattr(value, "__dict__", {}).items():
+            inside = attribute if type(attribute) is dict else {name: attribute}
+            inside = {key: parts[key] if key in parts and part is before[key] else part for key, part in inside.items()}
+            vars(twin)[name] = inside if type(attribute) is dict else inside[name]
+        if isinstance(value, list):
+            list.extend(twin, parts.values())
+        for key, part in parts.items() if not isinstance(value, list) else ():
+            if isinstance(value, dict):
+                (OrderedDict if isinstance(value, OrderedDict) else dict).__setitem__(twin, key, part)
+            elif not isinstance(value, Mapping):
+                object.__setattr__(twin, key, part)  # of a frozen dataclass too
+        if any(part is not parts[key] for key, part in (_parts(twin) or {}).items()):
+            raise TypeError("its entries are not where a dict has them")
+    except Exception as error:  # a user's class may raise anything
+        raise UserError(
+            f"An object of type {kind.__name__} cannot be made again with other tensors ({described(error)}): "
+            f"register the type with {REGISTER_NODE}, or give a dict, tuple or dataclass."
+        ) from error
+    return twin
+
+
+def mapped(function: Callable[[Any], Any], value: Any, is_leaf: Callable[[object], bool] | None = None) -> Any:
+    """Return the same nesting, of the same types, with every leaf changed.
+
+    A container whose leaves all stay is returned itself. Containers are nodes of torch's pytree, mappings, tuples,
+    lists, dataclasses and namespaces.
+    """
+    parts = None if is_leaf is not None and is_leaf(value) else _parts(value)
+    if parts is None:
+        return function(value)
+    changed = {key: mapped(function, part, is_leaf) for key, part in parts.items()}
+    return value if all(changed[key] is part for key, part in parts.items()) else _remade(value, changed)
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """The leaves in order."""
-    if isinstance(value, Mapping):
-        for each in value.values():
-            yield from leaves(each)
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from leaves(each)
-    else:
+    """Yield the leaves in order."""
+    parts = _parts(value)
+    if parts is None:
         yield value
+    else:
+        for part in parts.values():
+            yield from leaves(part)
 
 
 def together(values: list[Any], sizes: list[int]) -> Any:
     """Values of batches of so many samples as one: tensors are concatenated, numbers stacked, other leaves made a list.
 
     A list is a value for every sample, or tensors ``[B, ...]`` as torch's collation makes them of tuples.
+
+    Raises:
+        RuntimeError: tensors cannot be concatenated, or containers have other parts.
     """
     first = values[0]
-    if isinstance(first, Mapping):
-        return {key: together([each[key] for each in values], sizes) for key in first}
-    if isinstance(first, tuple) or (isinstance(first, list) and _positions(values, sizes)):
-        result = [together(list(parts), sizes) for parts in zip(*values, strict=True)]
-        return result if isinstance(first, list) else tuple(result)
     if isinstance(first, Tensor):
         return torch.cat([each.reshape(1) if each.dim() == 0 else each for each in values])
-    return [part for each in values for part in (each if isinstance(each, list) else [each])]
+    parts = [_parts(each) or {} for each in values]
+    if _parts(first) is None or (isinstance(first, list) and not _positions(values, sizes)):
+        return [part for each in values for part in (each if isinstance(each, list) else [each])]
+    if any(each.keys() != parts[0].keys() for each in parts):
+        raise RuntimeError(f"batches give a {type(first).__name__} of other parts")
+    return _remade(first, {key: together([each[key] for each in parts], sizes) for key in parts[0]})
 
 
 def _positions(values: list[Any], sizes: list[int]) -> bool:
@@ -69,7 +140,7 @@ def sent(value: Any, device: torch.device) -> Any:
             return leaf.to(device, non_blocking=True)
         return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
-    return mapped(moved, value)
+    return mapped(moved, value, lambda part: callable(getattr(part, "to", None)))
 
 
 class Positional(tuple[Any, ...]):
@@ -83,7 +154,8 @@ class Keywords(dict[str, Any]):
 def parted(batch: Any) -> tuple[Any, Any]:
     """Inputs and targets of a batch: of a tuple the last part, of a mapping ``labels`` or ``targets`` are the targets.
 
-    Targets are None where nothing says what they are.
+    A dataclass or namespace is its own input, and its attribute ``labels`` or ``targets`` holds the targets. Targets
+    are None where nothing says what they are.
     """
     if isinstance(batch, (tuple, list)) and len(batch) == 1:
         return batch[0], None
@@ -94,4 +166,5 @@ def parted(batch: Any) -> tuple[Any, Any]:
         name = next((name for name in TARGETS if name in batch), None)
         if name is not None:
             return Keywords({key: value for key, value in batch.items() if key != name}), batch[name]
-    return batch, None
+    names = _attributes(batch) or {}
+    return batch, next((names[name] for name in TARGETS if name in names), None)

@@ -16,7 +16,7 @@ from fedkern.deferred.pending import computed
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, leaves, mapped
 from fedkern.models.cutting import Cut, NotCut, find_cut, find_head, logits_of, moved
-from fedkern.models.precision import autocasts, full
+from fedkern.models.precision import autocasts, full, lower
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
 from fedkern.ops._core.layout import plain_strides
@@ -134,7 +134,12 @@ class ItemNetwork(OwnNetwork):
 
     def forward(self, x: Any) -> Any:
         """What the module gives for a batch's inputs."""
-        return mapped(lambda leaf: full(leaf) if isinstance(leaf, Tensor) else leaf, self._logits(x))
+        output = self._logits(x)
+        if lower() is None:
+            return output
+        return mapped(
+            lambda leaf: full(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, output
+        )
 
 
 class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]

@@ -245,7 +245,7 @@ def inner(model: Any) -> Any:
 
 
 def _on_cpu(leaf: Any) -> Any:
-    return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+    return leaf.detach().cpu() if isinstance(leaf, Tensor) and (leaf.requires_grad or not leaf.is_cpu) else leaf
 
 
 def _stateful(metric: Any) -> bool:

@@ -12,6 +12,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -380,6 +381,17 @@ def partly(count):
     return TensorDataset(torch.rand(count, 3), targets)
 
 
+class Attributes(nn.Linear):
+    def forward(self, batch):
+        logits = super().forward(batch.x)
+        return SimpleNamespace(logits=logits, states=(logits.detach(),))
+
+
+def attributes(items):
+    x, labels = default_collate(items)
+    return SimpleNamespace(x=x, labels=labels)
+
+
 KINDS = {
     "ragged": {"data": [ragged(12, 0), ragged(9, 1)], "test": ragged(8, 2), "model": Mean(), "collate_fn": padded},
     "three parts": {"data": [triples(12), triples(9)], "test": triples(6), "model": Two()},
@@ -394,7 +406,15 @@ KINDS = {
         "batch_loss": lambda model, batch: nn.functional.cross_entropy(model(batch["row"])["logits"], batch["labels"]),
         "metrics": {"size": lambda model, batch: len(batch["labels"])},
     },
+    "objects": {
+        "data": [TensorDataset(torch.rand(12, 3), torch.arange(12) % 3)], "model": Attributes(3, 3),
+        "test": TensorDataset(torch.rand(8, 3), torch.arange(8) % 3), "collate_fn": attributes,
+        "loss_fn": lambda outputs, targets: nn.functional.cross_entropy(outputs.logits, targets),
+        "metrics": {"rows": lambda outputs, targets: len(outputs.logits) == len(targets) == len(outputs.states[0])},
+    },
 }  # fmt: skip
+
+KEPT = {"whole loss": dict, "objects": SimpleNamespace}
 
 
 @pytest.mark.sampled(1)
@@ -407,7 +427,7 @@ def test_every_kind_of_sample(kind, tmp_path):
     again = fedkern.load(tmp_path / "run", **KINDS[kind])
     assert again.evaluate() == pytest.approx(found.metrics)
     assert again.report().stat().st_size > 10_000
-    assert isinstance(again.predict(KINDS[kind]["test"]), torch.Tensor if kind not in ("whole loss",) else dict)
+    assert isinstance(again.predict(KINDS[kind]["test"]), KEPT.get(kind, torch.Tensor))
 
 
 def test_parts_of_a_batch():

@@ -36,6 +36,11 @@ def _find(name: str) -> Any:
         ) from None
 
 
+PYTREE_NODES: dict[Any, Any] = _find("utils._pytree.SUPPORTED_NODES")
+"""How containers are taken apart and made again, by type: Python's own, and those that libraries register."""
+REGISTER_NODE = "torch.utils._pytree.register_pytree_node"
+"""The function that registers another type, for messages."""
+
 sdp_order: Callable[[], list[int]] = _find("_C._get_sdp_priority_order")
 set_sdp_order: Callable[[list[int]], Any] = _find("_C._set_sdp_priority_order")
 """The order in which attention on a GPU tries its kernels; torch sets it by a context manager alone."""
