@@ -189,7 +189,7 @@ def test_what_may_be_meant_is_a_warning(given, name, said, tmp_path):
     run = simulate(tmp_path, **given)
     diagnostics = run.summary["diagnostics"]
     assert re.search(said, diagnostics[name])
-    assert set(diagnostics) <= {name, "chance-level", "collapsed-class", "python-state"}
+    assert set(diagnostics) <= {name, "chance-level", "majority-level", "collapsed-class", "python-state"}
     if name == "partly-trained":
         assert run.config.training.endswith(" of 1 of 4 parameters")
 
@@ -289,7 +289,7 @@ ACCEPTED = {
 @pytest.mark.parametrize("given", ACCEPTED.values(), ids=ACCEPTED)
 def test_what_is_fine_trains_without_a_word(given, tmp_path):
     run = simulate(tmp_path, **given)
-    assert set(run.summary["diagnostics"]) <= {"chance-level", "collapsed-class", "python-state"}
+    assert {*run.summary["diagnostics"]} <= {"chance-level", "majority-level", "collapsed-class", "python-state"}
     before, after = given.get("model", network()).state_dict(), run.model().state_dict()
     still = [name for name, value in before.items() if torch.equal(value, after[name])]
     expected = {Force: ["energy.2.bias"], Freezing: ["first.weight", "first.bias"]}

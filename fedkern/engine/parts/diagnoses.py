@@ -48,16 +48,18 @@ class Diagnoses(Part):
 
     def finish(self, summary: Summary) -> None:
         context, sets, config = self._context, self._sets, self._context.config
-        classes, names = context.data.classes, [prefix[:-1] for prefix in sets]
+        classes, names, metrics = context.data.classes, [prefix[:-1] for prefix in sets], summary.metrics
+        added = {name for data in sets.values() for name in getattr(data.task, "metrics", ())}
+        added |= {metric.name for data in sets.values() for metric in getattr(data, "metrics", ())}
         flat = context.is_flat(summary.network)
         constant = diagnostics.constants(sets, classes) if self._clients else {}
         with self._code("diagnose"):
             observed = self._method.diagnose(self._observed.summary()) if self._clients else {}
         for texts in (
-            diagnostics.collapsed_classes(sets, classes),
+            diagnostics.collapsed_classes(sets, classes, metrics, config),
             diagnostics.unvaried_labels(sets),
             diagnostics.outlying_drift(self._last, context.data.client_label) if self._clients else {},
-            diagnostics.poor_metrics(summary.metrics, summary.best, len(classes), constant, config, names),
+            diagnostics.poor_metrics(metrics, summary.best, len(classes), constant, config, names, added),
             diagnostics.missing_statistics(config.buffers, flat and lacks_statistics(context, config)),
             diagnostics.missing_metrics(config.method, config.data, sets, summary.latest),
             diagnostics.undefined_figures(sets, summary.of_clients, context.data.client_label),

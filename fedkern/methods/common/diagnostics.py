@@ -13,7 +13,7 @@ from fedkern.files.image_rows import in_parts
 from fedkern.methods.protocol import Observed
 from fedkern.models.vit import PatchEmbedding
 from fedkern.tasks import Constant
-from fedkern.tasks.figure_names import OVER_CLIENTS, number, scale, set_noun, short_title, split_metric
+from fedkern.tasks.figure_names import OVER_CLIENTS, direction, number, scale, set_noun, short_title, split_metric
 from fedkern.tasks.multilabel import MAIN as AREA
 
 DRIFT_FACTOR = 5.0
@@ -25,6 +25,9 @@ CHANCE_FACTOR, CHANCE_MARGIN, CHANCE_REST = 1.5, 0.05, 0.1
 CHANCE_MARGIN, and below that figure + CHANCE_REST of what is missing to 1.  The factor alone would not do: 1.5 times
 the figure is poor with 10 classes of equal size, but may be good with two.  Nor would the margin: where 90 % of the
 images are of one class, an accuracy of 95 % means half the errors."""
+
+RARE = "weight rare classes in the loss, or predict them from a lower probability on."
+"""Ways out of a network that tells classes apart and predicts the common ones."""
 
 
 class Observations:
@@ -81,18 +84,29 @@ def unrepeatable(context: Any) -> dict[str, str]:
     }
 
 
-def collapsed_classes(sets: Mapping[str, Any], classes: Sequence[str]) -> dict[str, str]:
-    """Warning about classes of a test set that were never predicted."""
+def telling_area(metrics: Mapping[str, float], test_set: str, config: Any) -> str:
+    """Return a test set's AUROC in words, or an empty text where there is none or it is near that of chance."""
+    value = metrics.get(f"{test_set}_auroc" if test_set else "auroc", math.nan)
+    near = math.isnan(value) or hardly_better("auroc", value, 0.5, config)
+    return "" if near else f"AUROC is {_shown('auroc', value)}"
+
+
+def collapsed_classes(
+    sets: Mapping[str, Any], classes: Sequence[str], metrics: Mapping[str, float], config: Any
+) -> dict[str, str]:
+    """Return a warning about classes of a test set that were never predicted."""
     for prefix, data in sets.items():
         if data.predictions is None or prefix == "validation_":
             continue
         present = {label for part in in_parts(data.labels) for label in torch.unique(part).tolist() if label >= 0}
         missing = sorted(present - set(torch.unique(data.predictions).tolist()))
         if missing:
+            area = telling_area(metrics, prefix[:-1], config)
             names = ", ".join(f'"{classes[c]}"' for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
             return {
                 "collapsed-class": f"{len(missing)} of {len(present)} classes ({names}) are never predicted on "
-                f"the {set_noun(prefix[:-1])}: train longer, or lower the learning rate."
+                f"the {set_noun(prefix[:-1])}"
+                + (f", though {area}: {RARE}" if area else ": train longer, or lower the learning rate.")
             }
     return {}
 
@@ -130,8 +144,8 @@ def constants(sets: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Cons
 
 
 def hardly_better(figure: str, value: float, constant: float, config: Any) -> bool:
-    """Whether a figure is near that of a constant prediction; of a main figure that falls, the share of mistakes."""
-    if config.better == "min" and figure.endswith(config.main):
+    """Return whether a figure is near that of a constant prediction, or above most of it where it is to fall."""
+    if direction(figure, {config.main: config.better}) == "min":
         return value > (1 - CHANCE_REST) * constant
     low = min(CHANCE_FACTOR * constant, constant + CHANCE_MARGIN, constant + CHANCE_REST * (1 - constant))
     return value < round(low, 12)  # 1.5 x 0.1 is 0.15
@@ -144,10 +158,12 @@ def poor_metrics(
     constant: Mapping[str, Constant],
     config: Any,
     tests: Collection[str] = (),
+    added: Collection[str] = (),
 ) -> dict[str, str]:
-    """Warnings about figures near those of a constant prediction, and about validation figures far below their best.
+    """Return warnings about figures near those of a constant prediction, or far below their best in validation.
 
-    An accuracy of single clients, and one on a set that ``constant`` lacks, is compared with 1 / classes.
+    An accuracy of single clients, and one on a set that ``constant`` lacks, is compared with 1 / classes.  Where the
+    set's AUROC is above that of chance, the classes are told apart after all.
 
     Args:
         metrics: figures of the final network, by prefixed name.
@@ -155,14 +171,19 @@ def poor_metrics(
         constant: see :func:`constants`.
         config: has the name of the main figure and its direction.
         tests: names of the test sets.
+        added: names of metrics that a user adds, of which chance is not known.
     """
     texts: dict[str, str] = {}
     retry = "train longer, or change the learning rate."
     for name, value in metrics.items():
         test_set, rest = split_metric(name, tests)
-        if test_set == "validation":
-            continue
         where = f" on the {set_noun(test_set)}" if test_set else ""
+        if rest == config.main and not math.isfinite(value) and name not in best:
+            no_number = "NaN" if math.isnan(value) else "infinite"
+            text = f"{short_title(rest)}{where} is {no_number} in every evaluated round and ranks no rounds"
+            texts.setdefault(f"undefined-{rest}", f"{text}: look at the metric, or name another main figure.")
+        if test_set == "validation" or rest in added:
+            continue
         is_low = f"{short_title(rest)}{where} is {_shown(rest, value)}"
         if name.endswith("dice") and value < NOTHING:
             texts.setdefault("chance-level", f"{is_low}, so hardly anything but background is found: {retry}")
@@ -178,7 +199,10 @@ def poor_metrics(
             level = 1 / classes if classes > 1 and name.endswith("accuracy") else None  # one class is always right
             text = f"near chance ({_shown(rest, level or 0.0)})"
         if level is not None and hardly_better(rest, value, level, config):
-            texts.setdefault("chance-level", f"{is_low}, {text}: {retry}")
+            if area := "" if rest.startswith(OVER_CLIENTS) else telling_area(metrics, test_set, config):
+                texts.setdefault("majority-level", f"{is_low}, {text}, but {area}: {RARE}")
+            else:
+                texts.setdefault("chance-level", f"{is_low}, {text}: {retry}")
     name, falls = config.main, config.better == "min"
     now, top = metrics.get(f"validation_{name}"), best.get(f"validation_{name}")
     levels = [each.figures[name] for each in constant.values() if name in each.figures]

@@ -21,7 +21,7 @@ from fedkern.data.text_table import Table
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.files.inputs import open_regular
 from fedkern.methods import registry
-from fedkern.methods.common.diagnostics import hardly_better
+from fedkern.methods.common.diagnostics import hardly_better, telling_area
 from fedkern.methods.common.final_figures import set_name
 from fedkern.report.figures import confusion_sheet, pictures
 from fedkern.report.figures.client_curves import SPREAD, client_curves, weight_panels
@@ -214,11 +214,15 @@ def baseline(run: Contents, *, judged: bool = True) -> Iterator[str]:
         "i2t_r1": "Picking at random gives",
     }.get(run.config.main, "Predicting the same everywhere gives")
     texts = [f"{human_metric(name, value)} {_on(run.split(name)[0])}" for name, value in values.items()]
-    poor = [name for name, value in values.items() if hardly_better(name, run.metrics[name], value, run.config)]
-    verdict = ""
-    if poor and judged:
+    figures = {name: run.split(name)[1] for name in values}
+    near = [k for k, value in values.items() if hardly_better(figures[k], run.metrics[k], value, run.config)]
+    areas = {name: telling_area(run.metrics, run.split(name)[0], run.config) for name in near if judged}
+    poor, verdict = [name for name, area in areas.items() if not area], ""
+    for name, area in areas.items():
+        verdict += f" {area} {_on(run.split(name)[0])}: the network tells classes apart." if area else ""
+    if poor:
         where = "" if len(poor) == len(values) else " " + listed([_on(run.split(name)[0]) for name in poor])
-        verdict = f" The network is hardly better{where}."
+        verdict += f" The network is hardly better{where}."
     yield f"{what} {listed(texts)}.{verdict}"
 
 

@@ -81,10 +81,11 @@ def test_a_run_on_a_gpu_tells_of_its_own_network(make_data, make_config, tmp_pat
 def test_collapsed_class():
     labels = torch.tensor([0, 1, 2, 2])
     sets = {"id_": types.SimpleNamespace(labels=labels, predictions=torch.tensor([0, 0, 2, 2]))}
-    text = diagnostics.collapsed_classes(sets, ["cat", "dog", "cow"])["collapsed-class"]
-    assert text.startswith('1 of 3 classes ("dog") are never predicted on the in-distribution test set')
+    for area, way in ((0.51, ": train longer"), (0.85, ", though AUROC is 85.0 %: weight rare classes")):
+        (text,) = diagnostics.collapsed_classes(sets, ["cat", "dog", "cow"], {"id_auroc": area}, ACCURACY).values()
+        assert f'1 of 3 classes ("dog") are never predicted on the in-distribution test set{way}' in text
     sets["id_"].predictions = torch.tensor([1, 0, 0, 2])
-    assert diagnostics.collapsed_classes(sets, ["cat", "dog", "cow"]) == {}
+    assert diagnostics.collapsed_classes(sets, ["cat", "dog", "cow"], {}, ACCURACY) == {}
 
 
 def test_outlying_client():
@@ -130,6 +131,11 @@ def labelled(*counts):
             'accuracy on the in-distribution test set is 90.0 %, and predicting "b" everywhere gives 90.0 %',
         ),
         ({"id_accuracy": 0.4}, 'predicting "b" everywhere gives 90.0 %'),
+        ({"id_accuracy": 0.9, "ood_auroc": 0.85}, 'predicting "b" everywhere gives 90.0 %: train longer'),
+        ({"id_accuracy": 0.9, "id_auroc": 0.5}, 'predicting "b" everywhere gives 90.0 %: train longer'),
+        ({"id_accuracy": 0.9, "id_auroc": 0.85}, "gives 90.0 %, but AUROC is 85.0 %: weight rare classes in the loss"),
+        ({"id_inaccuracy": 0.1}, None),  # a metric of the user's
+        ({"id_accuracy": math.nan}, "accuracy on the in-distribution test set is NaN in every evaluated round"),
         ({"id_accuracy": 0.92}, None),  # a fifth of the mistakes is gone
         (
             {"id_accuracy": 0.93, "id_balanced_accuracy": 0.36},
@@ -150,8 +156,9 @@ def labelled(*counts):
 def test_an_accuracy_is_compared_with_that_of_a_single_class(figures, said):
     sets = {"id_": labelled(5, 90, 5), "ood_": labelled(10, 10, 10), "validation_": labelled(9, 1, 0)}
     constant = diagnostics.constants(sets, ("a", "b", "c"))
-    found = diagnostics.poor_metrics(figures, {}, 3, constant, ACCURACY)
-    assert (said is None and found == {}) or said in found["chance-level"]
+    (text,) = diagnostics.poor_metrics(figures, {}, 3, constant, ACCURACY, (), ["inaccuracy"]).values() or ("",)
+    assert (said or "") in text
+    assert bool(said) == bool(text)
 
 
 @pytest.mark.parametrize("name", ["validation_north", "client_a", "a_b", "mean", "dice"])

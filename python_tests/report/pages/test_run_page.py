@@ -80,9 +80,11 @@ def test_the_headline_is_what_a_sceptic_concludes(finished, finished_page):
 @pytest.mark.usefixtures("undrawn")
 def test_the_headline_tells_of_poor_figures_and_warnings(finished):
     run = run_contents.read(finished)
-    poor = {**run.summary, "metrics": {**run.summary["metrics"], "accuracy": 0.1}}
-    page = run_page.page(dataclasses.replace(run, summary=poor, warnings={"chance-level": "accuracy is 0.100"}))
-    assert any(text.endswith("The network is hardly better.") for text in page.headline)
+    for area, verdict in ((0.85, "AUROC is 85.0 % on the test set: the network tells classes apart."),
+                          (0.5, "The network is hardly better.")):  # fmt: skip
+        poor = {**run.summary, "metrics": {**run.summary["metrics"], "accuracy": 0.1, "auroc": area}}
+        page = run_page.page(dataclasses.replace(run, summary=poor, warnings={"chance-level": "accuracy is 0.100"}))
+        assert any(text.endswith(f"set. {verdict}") for text in page.headline)
     assert page.warnings == [("chance-level", "accuracy is 0.100")]
     assert run.warnings == run.summary["diagnostics"]
 
