@@ -534,7 +534,7 @@ def contrastive_case(draw: st.DrawFn) -> Case:
     return {
         "x": draw(tensor(shape)),
         "y": draw(tensor(shape)),
-        "temperature": draw(st.sampled_from([1.0, 0.5, 0.07, "tensor"])),
+        "temperature": draw(st.sampled_from([1.0, 0.5, 0.07, 0.01, 30.0, "tensor"])),
         "learnt": draw(st.booleans()),
     }
 

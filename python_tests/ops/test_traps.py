@@ -57,14 +57,6 @@ def test_every_public_operator_is_covered() -> None:
 # --- tensors whose pointer does not tell what they hold
 
 
-@each_operator
-def test_negated_views(operator: Operator) -> None:
-    inputs = operator.inputs()
-    views = [torch._neg_view(-x) for x in inputs]
-    assert all(view.is_neg() for view in views)
-    close(operator.results(*views), operator.results(*inputs))
-
-
 @pytest.mark.sampled(4)
 @each_operator
 def test_forward_mode_is_followed_or_refused(operator: Operator) -> None:
@@ -117,31 +109,6 @@ def test_tensors_that_outlived_a_transform(operator: Operator) -> None:
     if operator.gradient:
         grads = [torch.autograd.grad(sum(x.sum() for x in each), sources) for each in (expected, got)]
         close(grads[1], grads[0])
-
-
-@each_operator
-def test_strides_of_any_kind(operator: Operator) -> None:
-    """Transposed, with gaps, and with stride 0."""
-    inputs = operator.inputs()
-    expected = operator.results(*inputs)
-    turned = [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in inputs]
-    close(operator.results(*turned), expected)
-    spread = [torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for x in inputs]
-    close(operator.results(*spread), expected)
-    constant = [x.flatten()[:1].expand(x.shape) for x in inputs]
-    close(operator.results(*constant), operator.results(*(x.contiguous() for x in constant)))
-
-
-@each_operator
-def test_unaligned_memory(operator: Operator) -> None:
-    inputs = operator.inputs()
-    shifted = []
-    for x in inputs:
-        raw = torch.empty(4 * x.numel() + 1, dtype=torch.uint8)[1:]
-        assert raw.data_ptr() % 4
-        odd = torch.empty(0, dtype=torch.float32).set_(torch.empty(x.numel() + 1).untyped_storage(), 1, x.shape)
-        shifted.append(odd.copy_(x))
-    close(operator.results(*shifted), operator.results(*inputs))
 
 
 @pytest.mark.sampled(12)

@@ -69,13 +69,6 @@ def test_batched_gradients_are_left() -> None:
     assert torch.equal(torch.autograd.grad(Twice.apply(x), x, eye, is_grads_batched=True)[0], eye)
 
 
-def test_results_that_overlap_the_vectors() -> None:
-    memory = torch.arange(20.0)
-    given = [memory[:10], memory[10:]]
-    wanted = (memory[:10] + memory[10:]) / 2
-    assert torch.equal(ops.weighted_mean(given, [1.0, 1.0], out=memory[5:15]), wanted)
-
-
 def test_what_a_kernel_may_write_to() -> None:
     writable = backend.cpu_core().writable
     memory, other = torch.zeros(40), torch.zeros(20)

@@ -111,18 +111,6 @@ def test_every_offset_over_sentinels(isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("out_dtype", DTYPES)
-def test_out_of_another_dtype(name: str, out_dtype: torch.dtype) -> None:
-    vectors = [torch.randn(300).bfloat16() for _ in range(4)]
-    out = torch.empty(300, dtype=out_dtype)
-    with using(name):
-        assert weighted_mean(vectors, [1, 2, 3, 4], out=out) is out
-    exact = exact_mean(vectors, [1, 2, 3, 4])
-    bound = torch.finfo(torch.bfloat16).eps if name == "reference" else torch.finfo(out_dtype).eps
-    assert bool(((out.double() - exact).abs() <= 2 * bound * exact.abs() + 1e-6).all())
-
-
-@pytest.mark.parametrize("name", BACKENDS)
 def test_out_may_be_an_input_or_overlap_one(name: str) -> None:
     for count in (3, 14):
         vectors = [torch.randn(40001) for _ in range(count)]

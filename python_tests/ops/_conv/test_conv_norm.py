@@ -66,28 +66,6 @@ GROUP_NORMS = [
 ]
 
 
-def test_the_reference_is_torchs_own_layers() -> None:
-    """Those of a network: bias-free convolution, batch norm with its running statistics, ReLU, pooling."""
-    given = arguments(3, 5, 8, 7, 6)
-    conv, norm = torch.nn.Conv2d(5, 8, 3, padding=1, bias=False), torch.nn.BatchNorm2d(8, eps=1e-3, momentum=0.3)
-    conv.weight, norm.weight, norm.bias = (torch.nn.Parameter(given[n]) for n in ("weight", "scale", "shift"))
-    norm.running_mean.copy_(given["mean"])
-    norm.running_var.copy_(given["variance"])
-    for training in (True, False):
-        expected = F.max_pool2d(norm.train(training)(conv(given["x"])).relu(), 2)
-        with ops.use_backend("reference"):
-            got = ops.conv_norm(**given, momentum=0.3, eps=1e-3, pool=2, training=training)
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close((given["mean"], given["variance"]), (norm.running_mean, norm.running_var))
-    given = arguments(3, 5, 8, 7, 6, grouped=True)
-    conv, group_norm = torch.nn.Conv2d(5, 8, 3, padding=1), torch.nn.GroupNorm(4, 8, eps=1e-3)
-    conv.weight, conv.bias = torch.nn.Parameter(given["weight"]), torch.nn.Parameter(given["bias"])
-    group_norm.weight, group_norm.bias = torch.nn.Parameter(given["scale"]), torch.nn.Parameter(given["shift"])
-    expected = group_norm(conv(given["x"])).relu()
-    for settings in ({}, {"training": False, "update": False, "momentum": 0.5}):
-        torch.testing.assert_close(ops.conv_norm(**given, groups=4, eps=1e-3, **settings), expected)
-
-
 @pytest.mark.sampled(26)
 @each_kernel
 @pytest.mark.parametrize("case", CASES, ids=describe)

@@ -70,20 +70,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # --- values and gradients
 
 
-def test_the_reference_is_torchs_own_layers() -> None:
-    for relu, bias, (side, padding) in itertools.product(
-        (True, False), (True, False), ((3, 0), (3, 1), (5, 0), (5, 2))
-    ):
-        given = pool_arguments((side, padding, 3, 8, 8, 9), bias=bias)
-        conv = torch.nn.Conv2d(3, 8, side, padding=padding, bias=bias)
-        conv.weight = torch.nn.Parameter(given["weight"])
-        conv.bias = torch.nn.Parameter(given["bias"]) if bias else None
-        y = conv(given["x"])
-        with ops.use_backend("reference"):
-            got = ops.conv_pool(**given, relu=relu)
-        torch.testing.assert_close(got, F.max_pool2d(y.relu() if relu else y, 2))
-
-
 @pytest.mark.sampled(110)
 @each_kernel
 @pytest.mark.parametrize("case", CASES, ids=describe)

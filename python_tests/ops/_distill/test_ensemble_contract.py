@@ -209,7 +209,7 @@ def test_wrong_arguments() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_negative_weights_are_refused(backend: str, dtype: torch.dtype) -> None:
+def test_weights_that_are_negative_or_no_numbers_are_refused(backend: str, dtype: torch.dtype) -> None:
     student, teachers = logits(4, 5), logits(3, 4, 5, seed=1)
     weights = torch.tensor([3.0, -1.0, 2.0], dtype=dtype)
     rows = torch.rand(3, 4, dtype=dtype)
@@ -219,8 +219,9 @@ def test_negative_weights_are_refused(backend: str, dtype: torch.dtype) -> None:
     calls = [lambda w, how=how: ops.ensemble_kl(student, teachers, w, **how) for how in HOWS]
     calls += [lambda w: ops.js_div(teachers, w), lambda w: ops.consensus(teachers, w)[0]]
     for call in calls:
-        for wrong in (weights, rows, weights.clone().requires_grad_()):
-            with pytest.raises(ValueError, match="weights must be at least 0"):
+        worse = [weights.masked_fill(weights < 0, value) for value in (math.nan, math.inf, -math.inf)]
+        for wrong in (weights, rows, weights.clone().requires_grad_(), *worse):
+            with pytest.raises(ValueError, match="weights must be at least 0 and finite"):
                 call(wrong)
         with pytest.raises(ValueError, match="weights must be at least 0"):
             torch.func.vmap(call)(torch.stack([weights.abs(), weights]))
