@@ -31,7 +31,7 @@ from fedkern.process.extras import needed
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import NETWORKS
-from fedkern.settings.doors import python_words
+from fedkern.settings.doors import is_data_option, python_words
 from fedkern.settings.in_memory import check_in_memory
 from fedkern.settings.run_data import kept_data
 from fedkern.settings.stored import load_settings
@@ -514,6 +514,8 @@ def requested(
             raise UserError(f"{each} is a DataLoader's: {_LOADERS[each]}, so leave it out.")
         if each not in fields:
             hint = nearest(each, {*fields, *option_names, *_ARGUMENTS}) + registry.owners(each)
+            if is_data_option(each):
+                hint = f' Did you mean data_options={{"{each}": ...}}?'
             raise UserError(f'{registry.short(name)} and its runs have no setting "{each}".{hint}')
     for each in ("freeze", "personal", "stages"):
         if isinstance(settings.get(each), (list, tuple)):
@@ -607,7 +609,7 @@ def load(
     Args:
         out: the run folder.
         method: the run's method, where it was a class of a script: the class, or an object with the run's options.
-        data: the run's data, where they were in memory.
+        data: the run's data, where they were in memory; the name of the code that makes them, where it was code.
         model: the run's network, where it was a module of a script, or a class or function that makes one.
         train, optimizer: functions that the run trains with, for :meth:`Run.resume`.
         trusted: code that the folder names and that may be imported, such as ``["MODULE:NAME"]``.  Code that has
@@ -619,12 +621,15 @@ def load(
         UserError: there is no run, or ``method`` is not the run's.
     """
     if not (model is None or callable(model)):
-        raise UserError(
-            f"model must be the module that the run trains, or what makes it, not {shown(model)}: the trained weights "
-            "are in the run folder."
-        )
+        code = isinstance(model, str) and named_code.parse(model)
+        way = f"give {named_code.trust(str(code))} for code" if code else "the trained weights are in the run folder"
+        raise UserError(f"model must be the module that the run trains, or what makes it, not {shown(model)}: {way}.")
+    trusted = [trusted] if isinstance(trusted, str) else [*trusted]
+    trusted += [data] if isinstance(data, str) else []  # the code of a data set, which is named again
     run = Run(out, script=ScriptObjects.of(model, train, {"optimizer": optimizer}), trusted=trusted, method=method)
-    run._data = federated(data, about, vars(run.config))
+    if isinstance(data, str) and named_code.absolute(data) != run.config.data:
+        raise UserError(f'The run in {out} learns from {run.config.data}, not from "{data}": leave data out.')
+    run._data = federated(None if isinstance(data, str) else data, about, vars(run.config))
     return run
 
 

@@ -228,7 +228,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         """
         for option, code in self.code():
             if not named_code.trusts(trusted, code):
-                raise named_code.untrusted(Path(folder) / NAME, code, f"the option again, {option}")
+                raise named_code.untrusted(Path(folder) / NAME, code, "the option again", option)
 
     def code(self) -> list[tuple[str, str]]:
         """Code that the settings name and a run imports: pairs of the flag that names the code, and the code's name."""

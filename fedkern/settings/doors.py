@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fedkern.data import DATASETS
+from fedkern.data import COMMON_OPTIONS, DATASETS
 from fedkern.errors import UserError
 from fedkern.models import MODELS
 from fedkern.settings.config import RunConfig
@@ -62,15 +62,23 @@ def _key(match: re.Match[str]) -> str:
 def _argument(match: re.Match[str]) -> str:
     before, flag, gap, word = (part or "" for part in match.groups())
     name, (key, equals, value) = flag.replace("-", "_"), word.partition("=")
-    if flag == "resume":
-        call = f"fedkern.load({_value(word)}).resume()" if _is_value(flag, word) else f"resume(){gap}{word}"
-        return before + call
+    if flag == "resume":  # followed by a folder, or by the end of a clause
+        return before + (f"fedkern.load({_value(word)}).resume()" if word else "resume()")
+    if is_data_option(name):
+        value = _value(word) if _is_value(flag, word) else f"...{gap}{word}"
+        return before + _TABLES["data-option"].format(name, value)
     if flag in _TABLES and equals:
         return before + _TABLES[flag].format(key, ", ".join(map(_value, value.split(","))))
     name = {"data_option": "data_options", "plugin": "plugins", "method_option": "the method option"}.get(name, name)
     if _is_value(flag, word):
         return f"{before}{name}={_value(word)}"
     return f"{before}{name}{'=' if before else ''}{gap}{word}"
+
+
+def is_data_option(name: str) -> bool:
+    """Return whether data sets have an option of this name that is no setting of a run."""
+    options = {*COMMON_OPTIONS}.union(*(info.options for info in DATASETS.values()))
+    return name in options - {each.field for each in RunConfig.declared()}
 
 
 def _is_value(flag: str, word: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -68,12 +69,22 @@ def trusts(trusted: Iterable[str], code: str) -> bool:
     return absolute(code) in {absolute(part) for part in trusted}
 
 
-def untrusted(file: object, code: str, again: str) -> UserError:
-    """The refusal of code that only a file of a run folder names; ``again`` says what the user is to give."""
+def untrusted(file: object, code: str, again: str, flag: str) -> UserError:
+    """Return the refusal of code that only a file of a run folder names.
+
+    Args:
+        again: what the user is to give again, and ``flag`` how the command line names it.
+    """
+    name = code.removeprefix("the plugin ")
     return UserError(
         f"{file} names code to run, {code}, and a run folder may come from anyone: where you trust that code, give "
-        f"{again}."
+        f"{again}, {flag} (in Python {trust(name)})."
     )
+
+
+def trust(name: str) -> str:
+    """Return how Python trusts code of a stored run."""
+    return f"trusted=[{json.dumps(name)}] to fedkern.load"
 
 
 def changed(what: str, out: object, differences: Sequence[str], again: str) -> UserError:

@@ -31,7 +31,7 @@ from fedkern.files.filesystem import cache_folder, check_text, expand
 from fedkern.usercode import execution, plugin_files
 from fedkern.usercode.execution import module_name
 from fedkern.usercode.identity import content, content_hash, differences, module_identity
-from fedkern.usercode.named_code import changed, untrusted
+from fedkern.usercode.named_code import changed, trust, untrusted
 from fedkern.usercode.registry import REGISTRIES, Registry, docstring
 
 GROUP = "fedkern.plugins"
@@ -377,8 +377,9 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
         if _stand_in(name, identity) is not None:
             continue
         again = f"--plugin {shlex.quote(name)}"
-        if any(each == name or (each.endswith(".py") and os.path.realpath(each) == name) for each in trusted):
-            load(name)
+        file = Path(name).name if name.endswith(".py") else None
+        if given_again := [each for each in trusted if each == name or Path(each).name == file]:
+            load(given_again[0])
             continue
         try:
             full, path = _located(name)
@@ -386,12 +387,12 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
         except UserError as error:
             raise UserError(
                 f"The run in {folder} needs a plugin that is not there: {str(error).rstrip('.')}; where it has moved, "
-                "give it again with --plugin."
+                "give it again, --plugin FILE (in Python trusted=[FILE] to fedkern.load)."
             ) from None
         if words:
-            raise changed(f"The plugin {name}", folder, words, f"the plugin again, {again},")
+            raise changed(f"The plugin {name}", folder, words, f"the plugin again, {again} (in Python {trust(name)}),")
         if full != name or not _remembered(name, identity):
-            raise untrusted(Path(folder) / "config.toml", f"the plugin {name}", f"the plugin again, {again}")
+            raise untrusted(Path(folder) / "config.toml", f"the plugin {name}", "the plugin again", again)
         load(name)
         # The stored identity, whose files are unchanged: what is loaded in other ways than by import may differ.
         _LOADED[name] = replace(_LOADED[name], given=False, identity=identity)

@@ -179,7 +179,8 @@ def test_a_plugin_that_is_gone_or_has_moved(fails, result, begun, marked, tmp_pa
     moved = tmp_path / "elsewhere" / "marked.py"
     moved.parent.mkdir()
     shutil.move(marked.path, moved)
-    check_untouched(fails, begun, marked, 1, "needs a plugin that is not there", "give it again with --plugin")
+    check_untouched(fails, begun, marked, 1, "needs a plugin that is not there", "give it again, --plugin FILE (in Py")
+    assert load_settings(begun, trusted=[str(moved)]).plugins
     result("--resume", str(begun), "--plugin", str(moved), "--quiet")
     assert marked.runs == 2
 

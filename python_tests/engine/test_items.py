@@ -1300,3 +1300,12 @@ def test_code_is_named_on_the_command_line(tmp_path, monkeypatch, registries, ca
     del DATASETS[f"{tmp_path / 'mine.py'}:clinics"]  # as in another process; this one has loaded it
     assert main(["evaluate", "run", *code]) == 2
     assert "mine.py:clinics is code, which a run folder may not name alone: give --data" in capsys.readouterr().err
+    for given, said in (
+        ({}, r'where you trust that code, give it again, trusted=\["/.*/mine\.py:Net"\] to fedkern\.load\.$'),
+        ({"model": "mine.py:Net"}, r'give trusted=\["/.*/mine\.py:Net"\] to fedkern\.load for code'),
+        ({"trusted": "mine.py:Net"}, r'give data="/.*/mine\.py:clinics"\.$'),
+        ({"data": "digits"}, 'learns from .*:clinics, not from "digits"'),
+    ):
+        with pytest.raises(UserError, match=said):
+            fedkern.load("run", **given).evaluate()
+    assert fedkern.load("run", data="mine.py:clinics", trusted="mine.py:Net").evaluate() == figures["metrics"]
