@@ -221,10 +221,12 @@ def test_python_s_words(known, tmp_path):
     heard = Hearing()
     how = {"model": "cnn", "width": 2, "rounds": 1, "pictures": False, "progress": False, "listener": heard}
     found = fedkern.simulate("fedavg", data=known(), train=loop, out=tmp_path / "loop", **how)
-    assert "local training: train function loop" in headline(heard.info)
+    words = "local training: train function loop, learning rate 0.05, batch size 32, 2 local epochs"
+    assert words in headline(heard.info)
     assert found.history.records[0]["clients"]["0"]["steps"] > 0
     fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "adam", **how)
-    assert any(line.startswith("local training: AdamW(lr=0.01, betas=(0.9, 0.999)") for line in headline(heard.info))
+    (told,) = (line for line in headline(heard.info) if line.startswith("local training: AdamW(lr=0.01, betas=(0.9, 0"))
+    assert told.endswith("), batch size 32, 2 local epochs")
     again = fedkern.load(tmp_path / "adam", data=known(), optimizer=adam).extend(2, progress=False, pictures=False)
     whole = fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "two", **{**how, "rounds": 2})
     assert same_network(again.out, whole.out)

@@ -18,6 +18,7 @@ from fedkern.errors import MESSAGE
 from fedkern.listeners.events import Listener, RunInfo
 from fedkern.report.names import TITLE, label, plain, say
 from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table
+from fedkern.settings.config import RunConfig
 from fedkern.tasks.figure_names import set_noun, short_set_title, short_title, split_metric
 
 PIPE_WIDTH = 120
@@ -65,7 +66,7 @@ def headline(run: RunInfo) -> list[str]:
     if sites:
         lines.append(f"sites: {', '.join(sites[:SITES])}{', ...' * (len(sites) > SITES)}")
     lines += [f"{config.model}: {config.served}"] if config.served else []
-    lines += [f"local training: {config.training}"] if config.training else []
+    lines += [] if config.teachers else [_local_training(config)]
     lines += [] if run.data is None else run.data.task.header()
     notes = () if run.data is None else run.data.form.seen or run.data.form.stored()
     lines += notes[:1] if run.private else notes[1:] or notes  # of single sites nothing, where records are private
@@ -78,6 +79,18 @@ def headline(run: RunInfo) -> list[str]:
     if run.first_round:
         lines.append(f"resumed after round {run.first_round} of {len(run.rounds)}")
     return lines
+
+
+def _local_training(config: RunConfig) -> str:
+    """Return a line on what a client trains with: optimiser, learning rate, momentum, batch size and passes."""
+    step_words = {"lr": f"learning rate {config.lr:g}", "momentum": f"momentum {config.momentum:g}"}
+    ignored = {*config.unused()}
+    if config.training:
+        ignored |= {"momentum"} if config.training.startswith("train ") else {"lr", "momentum"}
+    words = [config.training or {"sgd": "SGD", "adamw": "AdamW"}[config.optimizer]]
+    words += [text for name, text in step_words.items() if name not in ignored]
+    count, unit = (config.local_steps, "step") if config.local_steps else (config.local_epochs, "local epoch")
+    return f"local training: {', '.join(words)}, batch size {config.batch_size}, {count} {unit}{'s' * (count != 1)}"
 
 
 def _frozen(run: RunInfo) -> str:
