@@ -19,10 +19,12 @@ from fedkern.report.live import progress
 from fedkern.report.live.display import display
 from fedkern.report.live.notebook import Notebook
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import CLASSIFICATION
 
 
 class Data:
-    validation, tests, form = SimpleNamespace(full=None), {}, ImageForm((1, 8, 8), (0.5,), (0.5,))
+    validation, tests, task = SimpleNamespace(full=None), {}, CLASSIFICATION
+    form = ImageForm((1, 8, 8), (0.5,), (0.5,))
     statistics = PartitionStatistics(np.full((2, 2), 7), ("cat", "dog"), "iid")
 
 
