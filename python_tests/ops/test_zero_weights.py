@@ -64,14 +64,6 @@ def test_hessian_of_weighted_mean_at_a_weight_of_zero(name: str, loss: Loss) -> 
         torch.testing.assert_close(given, whole(mean_in_torch, "eager", VECTORS, WEIGHTS), msg=lambda m, w=way: w + m)
 
 
-def test_tangents_of_weights_of_zero() -> None:
-    """Forward mode runs through the reference."""
-    weights, direction = WEIGHTS.clone(), torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
-    _, given = torch.func.jvp(lambda w: ops.weighted_mean(VECTORS, w), (weights,), (direction,))
-    _, expected = torch.func.jvp(lambda w: (w @ VECTORS) / w.sum(), (weights,), (direction,))
-    torch.testing.assert_close(given, expected)
-
-
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("content", [math.nan, math.inf])
 def test_a_vector_of_weight_zero_that_is_not_finite_spoils_no_other_derivative(name: str, content: float) -> None:

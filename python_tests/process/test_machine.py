@@ -5,22 +5,29 @@ import pytest
 from fedkern.process import machine
 
 
-def test_cores_and_memory_are_those_of_the_control_group(monkeypatch, tmp_path):
-    found = {"/sys/fs/cgroup/cpu.max": "150000 100000", "/sys/fs/cgroup/memory.max": "1000", "/proc/meminfo": "x 1 kB"}
-    found["/sys/fs/cgroup/memory.current"] = "400"
+@pytest.fixture
+def texts(monkeypatch):
+    """The text files that a machine of sixteen cores has, by path."""
+    texts = {}
 
     def read(path):
-        if str(path) not in found:
+        if str(path) not in texts:
             raise FileNotFoundError(path)
-        return found[str(path)]
+        return texts[str(path)]
 
     monkeypatch.setattr(machine.Path, "read_text", read)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(16)))
+    return texts
+
+
+def test_cores_and_memory_are_those_of_the_control_group(texts):
+    texts |= {"/sys/fs/cgroup/cpu.max": "150000 100000", "/sys/fs/cgroup/memory.max": "1000", "/proc/meminfo": "x 1 kB"}
+    texts["/sys/fs/cgroup/memory.current"] = "400"
     assert machine.usable_cores() == 1
     assert machine.free_memory() == 600
-    found["/sys/fs/cgroup/cpu.max"], found["/sys/fs/cgroup/memory.max"] = "max 100000", "max"
+    texts["/sys/fs/cgroup/cpu.max"], texts["/sys/fs/cgroup/memory.max"] = "max 100000", "max"
     assert machine.usable_cores() == 16
-    found["/proc/meminfo"] = "MemTotal: 9 kB\nMemAvailable: 5 kB\n"
+    texts["/proc/meminfo"] = "MemTotal: 9 kB\nMemAvailable: 5 kB\n"
     assert machine.free_memory() == 5 << 10
 
 
@@ -55,14 +62,6 @@ def version_1(controller, group, **files):
      2, 1 << 20),
     ({}, 16, 1 << 20),
 ])  # fmt: skip
-def test_limits_are_those_of_the_process_group_and_its_parents(files, cores, memory, monkeypatch):
-    files = {"/proc/meminfo": "MemAvailable: 1024 kB\n", **files}
-
-    def read(path):
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
-
-    monkeypatch.setattr(machine.Path, "read_text", read)
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(16)))
+def test_limits_are_those_of_the_process_group_and_its_parents(files, cores, memory, texts):
+    texts |= {"/proc/meminfo": "MemAvailable: 1024 kB\n", **files}
     assert (machine.usable_cores(), machine.free_memory()) == (cores, memory)

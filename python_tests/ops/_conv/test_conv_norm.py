@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedkern import ops
@@ -177,21 +176,6 @@ def test_bits_do_not_depend_on_how_many_sums_of_wide_weights_are_held(name: str)
             assert serving(**given) is not None
             found.append(results(given, grad))
     assert_same(*found)
-
-
-@each_kernel
-def test_running_statistics(name: str) -> None:
-    given = arguments(5, 3, 8, 6, 5)
-    y = F.conv2d(given["x"], given["weight"], padding=1).detach().double()
-    batch = {"mean": y.mean((0, 2, 3)), "variance": y.var((0, 2, 3), correction=1)}
-    for momentum in (0.0, 0.1, 1.0):
-        expected = {n: (1 - momentum) * given[n].double() + momentum * x for n, x in batch.items()}
-        with using(name):
-            got = results(given, momentum=momentum)
-            assert_near({n: got[n] for n in batch}, expected, 1e-6)
-            kept = results(given, momentum=momentum, update=False)
-        assert_same(kept, given, list(batch))
-        assert_same(kept, got, ["out"])
 
 
 @each_kernel
