@@ -110,7 +110,7 @@ class ItemForm:
         by_name = isinstance(x, Keywords)
         args = () if by_name else x if isinstance(x, Positional) else (x,)
         inputs = {"args": _outlined(args), "kwargs": _outlined(x) if by_name else {}}
-        return ItemForm(tuple(map(_in_words, leaves(batch))), inputs if called else None)
+        return ItemForm(tuple(map(in_words, leaves(batch))), inputs if called else None)
 
     def said(self) -> str:
         """The tensors of a batch in words."""
@@ -165,10 +165,11 @@ def _outlined(value: object) -> object:
     """Return nested inputs in words, as JSON holds them; a container of another type than JSON's is named."""
     if isinstance(value, Mapping):
         return {key: _outlined(part) for key, part in value.items()}
-    return [*map(_outlined, value)] if isinstance(value, (tuple, list)) else _in_words(value)
+    return [*map(_outlined, value)] if isinstance(value, (tuple, list)) else in_words(value)
 
 
-def _in_words(leaf: Any) -> str:
+def in_words(leaf: Any) -> str:
+    """Return dtype and shape of a tensor, or the type of another leaf, in words."""
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')} {[*leaf.shape]}"
     return type(leaf).__name__

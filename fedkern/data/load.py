@@ -62,6 +62,7 @@ def load(
     progress: Callable[[str], None] | None = None,
     cache: str | Path | None = None,
     identify: bool = False,
+    judged: bool = False,
 ) -> FederatedData:
     """Loads a data set and shares it out among clients.
 
@@ -92,6 +93,8 @@ def load(
             :class:`~fedkern.files.image_rows.ImageRows`, which are read when they are needed.
         identify: fill in the data's identity, for which all images are read once more.  Data that are drawn by the seed
             are identified by the function that draws them.
+        judged: only validation and test sets are wanted, and a client has one image.  All images are the test set where
+            the user's files name no split, unless ``test_share`` is given.
 
     Raises:
         UserError: anything wrong with the name, the files, the partition or a value.
@@ -99,6 +102,8 @@ def load(
     info, drawn = lookup(name), None
     progress, notice = progress or notice, notice or (lambda text: None)
     own_options, common = read_options(name, options or {})
+    if judged and info.function is None and "test_share" in own_options and "test_share" not in (options or {}):
+        own_options["test_share"] = 1.0
     choice = None if partition is None else parse_partition(partition)
     correlation = _check_correlation(name, info, correlation)
     if info.function is not None:
@@ -147,7 +152,8 @@ def load(
     train_rows, public_rows = _training_rows(name, source.train, train_samples, public_samples, seed)
     labels = source.train.labels[train_rows].numpy()
     parts = _shares(source, spec, train_rows, clients, seed)
-    client_rows = [train_rows[torch.from_numpy(part)] for part in parts]
+    read = slice(1 if judged and not info.coloured else None)
+    client_rows = [train_rows[torch.from_numpy(part[read])] for part in parts]
     statistics = PartitionStatistics.of([labels[part] for part in parts], source.classes, spec.text, task)
     names = source.sites if spec.name == "attribute" and source.sites else None
     validation_rows = _validation_rows(source, len(train_rows), common["validation_samples"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedkern.downstream.prediction import PARTS
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.context import reader
 from fedkern.engine.evaluate import batch_size, evaluate, evaluating, prefixed
+from fedkern.engine.item_sets import Trial
 from fedkern.engine.network import place
 from fedkern.engine.reader import Reader
 from fedkern.engine.serving import as_in_the_run
@@ -77,11 +79,13 @@ def evaluate_run(
     elif not isinstance(data, str):
         raise UserError(f"data must be the name of a data set or FederatedData, not {type(data).__name__}.")
     else:
-        options = {**_as_trained(data, about, config), **(data_options or {})}
+        again = data == config.data and data_root is not None and _same_files(data_root, config.data_root)
+        stored = config.data_options if again else {}  # the split of the training
+        options = {**stored, **_as_trained(data, about, config), **(data_options or {})}
         one = (1, "iid") if lookup(data).function is None else (None, None)  # a function shares out by itself
         loaded = load(
             data, root=data_root, clients=one[0], partition=one[1], seed=config.seed, options=options,
-            cache=folder, progress=progress,
+            cache=folder, progress=progress, judged=not again,
         )  # fmt: skip
     loaded = _fitted(loaded, about, Path(out))
     check_sets(loaded, config.plugins)
@@ -104,10 +108,20 @@ def evaluate_run(
     sets = _sets(loaded, module, about, config)
     code = partial(named, f"The method's evaluate of {config.method}", config.kind)
     with cpu_threads(config.threads), computing(config.precision):
+        if loaded.form.lacks:
+            Trial(loaded, config.kind, lambda: deepcopy(module).cpu()).check_tests()
         threads = config.client_threads if apart else config.threads  # as in the run
         with evaluating(config.replace(threads=threads), flat and not apart) as at_once:
             figures = evaluate(judge, module, sets, code, at_once, seed=config.seed, keep=True)
         return {**figures, **final_figures(sets, loaded.classes).metrics, **figures}, tuple(loaded.tests)
+
+
+def _same_files(root: str, stored: str | None) -> bool:
+    """Return whether two data roots are one file or folder, or a file and the folder that holds it."""
+    if stored is None:
+        return False
+    pair = [Path(absolute(path)).resolve() for path in (root, stored)]
+    return pair[0] == pair[1] or any(a.is_file() and a.parent == b for a, b in (pair, reversed(pair)))
 
 
 def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:

@@ -22,6 +22,7 @@ from fedkern.engine.client_teachers import ClientTeachers
 from fedkern.engine.evaluate import client_sets, site_sets, test_sets
 from fedkern.engine.first_steps import FirstSteps
 from fedkern.engine.images import CACHE_BYTES, Images
+from fedkern.engine.item_sets import Trial
 from fedkern.engine.items import ItemReader
 from fedkern.engine.network import Network, place
 from fedkern.engine.on_device import OnDevice
@@ -259,6 +260,8 @@ class RunContext:
     def public(self) -> Any:
         """The public split."""
         public = self.data.public
+        if public is not None and self.data.form.lacks:
+            Trial(self.data, self.config.kind, self.build).check_inputs(public)
         return None if public is None else self.reader(public, augment=self.augment, cache=self.cache)
 
     @property

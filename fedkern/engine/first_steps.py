@@ -124,8 +124,8 @@ class FirstSteps(Objective):
         """
         owner = next(kind for kind in type(self._method).__mro__ if "loss" in vars(kind))
         code = getattr(batch.task, "loss_code", type(batch.task))
-        name = "The loss of the network's outputs" if _is_shipped(code) else getattr(batch.task, "loss_name", "loss_fn")
-        name = name if _is_shipped(owner) else f"{owner.__name__}.loss"
+        name = "The loss of the network's outputs" if is_shipped(code) else getattr(batch.task, "loss_name", "loss_fn")
+        name = name if is_shipped(owner) else f"{owner.__name__}.loss"
         if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
             what = f"a tensor {list(loss.shape)} of {_kind(loss)}" if isinstance(loss, Tensor) else shown(loss)
             raise UnfitStep(f"{name} must return one floating number, a tensor of no axes, and returns {what}.")
@@ -157,13 +157,14 @@ class FirstSteps(Objective):
             "make them layers of the network (those of a list by nn.ModuleList), or freeze them with "
             "requires_grad_(False)"
         )
-        if own and _is_shipped(owner):
+        if own and is_shipped(owner):
             raise UnfitStep(f"{text}.")
         if own:
             self._client.warn("untrained-parameters", f"{text}; a method may also step them itself.")
 
 
-def _is_shipped(code: object) -> bool:
+def is_shipped(code: object) -> bool:
+    """Return whether an object, or its class, is code of fedkern or torch."""
     return str(getattr(code, "__module__", "")).partition(".")[0] in ("fedkern", "torch")
 
 

@@ -16,6 +16,7 @@ from fedkern.engine.clients import check_teachers
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors import torchrun_group
 from fedkern.engine.hooks import Hooks, MethodCode
+from fedkern.engine.item_sets import Trial, check_apart
 from fedkern.engine.participation import Participation
 from fedkern.engine.progress import Progress
 from fedkern.engine.script_objects import ScriptObjects
@@ -142,7 +143,14 @@ def with_data(
             "ranks have none: start the script without torchrun, with workers=N."
         )
     config, data, notes = own_model.resolve(config, data, stored, out, known)
-    config, warnings = script.resolve(RunContext(config, data), code)
+    context = RunContext(config, data)
+    if data.form.lacks and known and stored is None:
+        trial = Trial(data, config.kind, context.build)
+        if script.train is None and config.on_error != "skip":
+            trial.check_clients(config.batch_size)
+        trial.check_tests()
+        check_apart(data)
+    config, warnings = script.resolve(context, code)
     changed: list[str] = []
     if stored is not None:
         config, changed = same_code(config, stored, entry, code, out, trusted)

@@ -96,7 +96,7 @@ class Classification(Task):
         }
 
     def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
-        labels = data.labels.cpu()
+        labels = data.labels.cpu().long()
         each = [_classified(logits, labels) for logits in outputs]
         metrics = {
             figure: sum(one[figure] for one, _ in each) / len(each)

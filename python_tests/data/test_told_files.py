@@ -129,15 +129,29 @@ def test_the_header_tells_it_of_sites_only_where_records_are_not_private(tmp_pat
 
 
 def test_evaluate_tells_images_and_patients_of_every_site(tmp_path):
-    path = table(tmp_path, {"Ulm": GREY, "Bonn": GREY}, splits=("train", "test"))
-    first, *rows = path.read_text().splitlines()
-    people = [f"{row},{'-'.join(row.split(',')[2:])}{i // 2}" for i, row in enumerate(rows)]  # two images a patient
-    path.write_text("\n".join([f"{first},patient_id", *people]))
-    fedkern.simulate(
-        "fedavg", data="csv", data_root=path, data_options={"size": 8}, rounds=1, model="mlp", out=tmp_path / "run",
-        progress=False, pictures=False,
-    )  # fmt: skip
-    for other in ({}, {"data": "csv", "data_root": str(path)}):
+    """Of other files all images are judged where none names a split, and the test images where all do."""
+    tables = {}
+    for name, splits in {"own": ("train", "test"), "unsplit": ("",), "tests": ("test",)}.items():
+        (tmp_path / name).mkdir()
+        tables[name] = path = table(tmp_path / name, {"Ulm": GREY, "Bonn": GREY}, splits=splits)
+        first, *rows = path.read_text().splitlines()
+        people = [f"{row},{'-'.join(row.split(',')[2:])}{i // 2}" for i, row in enumerate(rows)]  # two images a patient
+        path.write_text("\n".join([f"{first},patient_id", *people]))
+    for name in ("own", "unsplit"):
+        fedkern.simulate(
+            "fedavg", data="csv", data_root=tables[name], data_options={"size": 8, "test_share": 0.4}, rounds=1,
+            model="mlp", out=tmp_path / f"run on {name}", progress=False, pictures=False,
+        )  # fmt: skip
+    everything, part = "images 12 of 6 patients, Bonn 6 of 3 patients, Ulm 6 of 3 patients", "images 4 of 2 patients, "
+    for trained, judged, said in (
+        ("own", {}, everything),
+        ("own", {"data_root": tables["own"]}, everything),
+        ("own", {"data_root": tables["unsplit"]}, everything),
+        ("own", {"data_root": tables["unsplit"], "data_options": {"test_share": 0.4}}, part),
+        ("own", {"data_root": tables["tests"]}, everything),
+        ("unsplit", {"data_root": tables["unsplit"].parent}, part),  # most are those that it was trained on
+    ):
         told = []
-        evaluate_run(tmp_path / "run", progress=told.append, **other)
-        assert "the test set: images 12 of 6 patients, Bonn 6 of 3 patients, Ulm 6 of 3 patients" in told
+        other = {"data": "csv", **judged} if judged else {}
+        evaluate_run(tmp_path / f"run on {trained}", progress=told.append, **other)
+        assert any(line.startswith(f"the test set: {said}") for line in told)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 import fedkern
 from fedkern.data import DATASETS
+from fedkern.data.identity import of_memory
 from fedkern.data.sharing.holdout import hold_out
 from fedkern.data.sources.items import Items
 from fedkern.errors import UserError
@@ -471,6 +473,34 @@ def test_one_set_is_shared_out(tmp_path):
     assert again.evaluate() == pytest.approx(found.metrics)
 
 
+class Stated(Drawing):
+    """Samples beside which an attribute states classes."""
+
+    def __init__(self, count, targets):
+        super().__init__(count, 0)
+        self.targets = targets
+
+
+@pytest.mark.parametrize(
+    ("dataset", "warned"),
+    [
+        (Stated(30, [0] * 30), "its attribute states the class 0 of item 1, whose target is 1"),
+        (Stated(30, ["cat"] * 30), "give the data set an attribute targets of whole numbers"),
+        (Drawing(30, 0), "give the data set an attribute targets of whole numbers"),
+        (Stated(30, [row % 3 for row in range(30)]), None),
+        (Subset(ConcatDataset([table(9), TensorDataset(torch.rand(30, 4), torch.arange(30) % 3)]), range(9, 39)), None),
+    ],
+    ids=range(5),
+)
+def test_stated_classes_are_compared_with_items(dataset, warned, recwarn):
+    before = torch.get_rng_state()
+    data = fedkern.FederatedData.from_datasets(dataset, table(6), partition="classes:1", count=3)
+    assert sorted(data.statistics.counts.tolist()) == [[0, 0, 10], [0, 10, 0], [10, 0, 0]]
+    assert torch.equal(torch.get_rng_state(), before)
+    told = [str(warning.message).partition("read once for their classes: ")[2] for warning in recwarn]
+    assert told == ([f"{warned}."] if warned else [])
+
+
 @pytest.mark.parametrize(
     ("held", "sets"), [({"client_test": 0.3}, {""}), ({"held_out_client": "south"}, {"", "held_out"})]
 )
@@ -567,7 +597,7 @@ def second_loss(outputs, targets):
 
 def test_another_loss_is_no_resumption(tmp_path):
     data = {"data": [TensorDataset(torch.rand(8, 2), torch.rand(8, 1))], "model": nn.Linear(2, 1)}
-    data["test"] = data["data"][0]
+    data["test"] = TensorDataset(*data["data"][0].tensors)
 
     kill = KillAt("round-start", round=2)
     with pytest.raises(Kill):
@@ -913,6 +943,14 @@ class Broken(Listed):
         return super().__getitem__(index)
 
 
+class Long(Listed):
+    def __len__(self):
+        return self.items
+
+    def __getitem__(self, index):
+        return torch.full((4,), index % 3 - 1.0), index % 3
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         yield torch.rand(4), 0
@@ -920,6 +958,24 @@ class Endless(IterableDataset):
 
 GOOD = {"data": [table(9)], "test": table(6), "model": nn.Linear(4, 4)}
 SENTENCES = {
+    "alike": ({"data": {1: table(4), "1": table(5)}}, 'Two of the clients are called "1", as their keys are the same'),
+    "alike tests": ({"test": {None: table(4), "None": table(5)}}, 'Two of the test sets are called "None"'),
+    "alike validation": ({"validation": {b"a": table(4), "b'a'": table(5)}}, "Two of the validation sets are called"),
+    "splits": ({"data": {name: table(4) for name in ("train", "validation", "test")}, "test": None},
+               r'as the splits of one data set d, .*: give data=d\["train"\], validation=d\["validation"\] and test=d'),
+    "splits and more": ({"data": {name: table(4) for name in ("Train", "test_matched", "unsupervised")}},
+                        "clients are called Train, test_matched, unsupervised, as the splits of one data set"),
+    "test set": ({"data": {"a": GOOD["test"]}}, "The test set is the data set that client a trains on: give test="),
+    "half": ({"data": [Long(2.5)]}, r"client 0 has no length that is a whole number from 0 \(TypeError: 'float'"),
+    "below": ({"test": {"a": Long(-1)}}, r"test a has no length that is a whole number from 0 \(ValueError"),
+    "long": ({"data": [Long(10**9)]}, "client 0 has 1,000,000,000 samples, .*train_samples=N"),
+    "long test": ({"test": Long(10**9), "train_samples": 4}, "test has 1,000,000,000 samples, .*Subset"),
+    "broken": ({"data": [table(9), Broken([(torch.rand(4), 0)] * 9)]}, r"Item 7 of client 1 cannot be .*OSError: disk"),
+    "broadcast": ({"data": [TensorDataset(torch.rand(9, 4), torch.rand(9, 4))], "loss_fn": nn.MSELoss(),
+                   "test": TensorDataset(torch.rand(6, 4), torch.rand(6))}, "A batch of the test set is .*target size"),
+    "class of a loss": ({"test": {"far": TensorDataset(torch.rand(6, 4), torch.arange(6))},
+                         "loss_fn": nn.CrossEntropyLoss()}, "The classes of the test set far are 0 to 5, not 0 to"),
+    "many classes": ({"data": Long(10**9), "train_samples": 4, "partition": "stratified"}, "too many to read"),
     "loader": ({"data": [DataLoader(table(9), 4)]}, r"client 0 is a DataLoader: give its dataset and collate_fn; its "
                r"batch size \(4\) and sampler \(SequentialSampler\) are the run's own"),
     "stream": ({"data": [Endless()]}, r"client 0 has no length and no order \(Endless\): give a map-style data set"),
@@ -985,6 +1041,90 @@ def test_what_is_not_taken_is_one_sentence(changed, said, tmp_path):
         fedkern.simulate("fedavg", **{**GOOD, "rounds": 1, "out": tmp_path / "run", **HERE, **changed})
     assert "\n" not in str(told.value)
     assert not (tmp_path / "run").exists()
+
+
+def odd(inputs=4, targets=None, *, kind=torch.float32, parts=1, label=torch.int64):
+    targets = torch.arange(6) % 3 if targets is None else targets
+    return TensorDataset(*[torch.rand(6, inputs, dtype=torch.float64).to(kind)] * parts, targets.to(label))
+
+
+ODD = {
+    "doubles": (odd(kind=torch.float64), r"\[float64 \[2, 4\], int64 \[2\]\], not \[float32 \[2, 4\], int64 \[2\]\]"),
+    "width": (odd(5), r"float32 \[2, 5\]"), "floats": (odd(label=torch.float32), r", float32 \[2\]\], not"),
+    "column": (odd(targets=torch.zeros(6, 1)), r"int64 \[2, 1\]"), "three parts": (odd(parts=2), "TypeError"),
+    "one part": (TensorDataset(torch.rand(6, 4)), r"is \[float32 \[2, 4\]\], not"),
+    "keys": (Listed([{"x": torch.rand(4), "labels": 0}] * 6), r"is \{x: float32 \[2, 4\], labels: int64"),
+    "a class": (odd(targets=torch.arange(6)), "The classes of .* are 0 to 5, not 0 to 3"),
+    "below 0": (Subset(odd(targets=torch.arange(6) - 1), [1, 2, 0]), "are -1 to [13], not"),
+}  # fmt: skip
+PLACES = {
+    "client b": ("data", "b"), "test set farther": ("test", "farther"), "test set of b": ("test", "b"),
+    "the validation set": ("validation", "b"),
+}  # fmt: skip
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("odd_set", "said"), ODD.values(), ids=ODD)
+def test_sets_of_another_form_are_named_before_the_run(odd_set, said, place, tmp_path):
+    sets = {"data": {"a": table(9), "b": table(8)}, "validation": {"a": table(7)}}
+    sets["test"] = {"a" if place == "test set of b" else "far": table(6)}
+    sets[PLACES[place][0]][PLACES[place][1]] = odd_set
+    with pytest.raises(UserError, match=said) as told:
+        fedkern.simulate("fedavg", **sets, model=nn.Linear(4, 4), rounds=1, out=tmp_path / "run", **HERE)
+    assert place in str(told.value)
+    assert "round" not in str(told.value)
+    assert not (tmp_path / "run").exists()
+
+
+class Lenient(nn.Linear):
+    """A network that takes several dtypes, and inputs that it does not need."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+
+    def forward(self, x, mask=None):
+        return super().forward(x.float())
+
+
+class Converting(FedAvg):
+    asks = frozenset({"loss"})
+
+    def loss(self, model, batch, received):
+        batch.inputs = batch.inputs.float()
+        return super().loss(model, batch, received)
+
+
+def converting_loop(model, client):
+    for batch in client.batches():
+        nn.functional.cross_entropy(model(batch.inputs.float()), batch.targets).backward()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model": Lenient(), "test": odd(kind=torch.float64, parts=2)},
+        {"data": [table(9), odd(kind=torch.float64)], "method": Converting},
+        {"data": [table(9), odd(kind=torch.float64)], "train": converting_loop},
+        {"data": [table(9), odd(5)], "on_error": "skip"},
+        {"test": odd(label=torch.int32)},
+        {"test": Stated(6, [70] * 6)},
+        {"data": [table(9), odd(targets=torch.tensor([0, 1, 2, 3, 3, -100]))], "loss_fn": nn.CrossEntropyLoss()},
+    ],
+    ids=range(7),
+)
+def test_sets_of_another_form_are_taken_where_they_can_be(given, tmp_path):
+    given = {"method": "fedavg", **GOOD, **given}
+    assert np.isfinite(fedkern.simulate(**given, rounds=1, out=tmp_path / "run", **HERE).metrics["loss"])
+
+
+def test_some_of_very_many_samples_are_drawn_without_an_order_of_all():
+    tracemalloc.start()
+    data = fedkern.FederatedData.from_datasets([Long(10**9), Long(10**9)], table(6), samples=20)
+    assert sum(data.client_sizes) == 20
+    assert of_memory(data)["samples"]
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
 
 
 def test_other_machines_have_no_such_data(monkeypatch, tmp_path):
@@ -1277,7 +1417,7 @@ def clinics(seed=0):
     """Two tables."""
     rows = torch.linspace(-1, 1, 60).reshape(20, 3)
     own = TensorDataset(rows, rows[:, 0].gt(0).long())
-    return fedkern.FederatedData.from_datasets({"a": own, "b": own}, own)
+    return fedkern.FederatedData.from_datasets({"a": own, "b": own}, TensorDataset(*own.tensors))
 
 
 class Net(torch.nn.Linear):

@@ -256,7 +256,7 @@ class Products(torch.nn.Linear):
         return y
 
 
-ROWS = [TensorDataset(torch.randn(20, 4), torch.randn(20, 1)) for _ in range(2)]
+*ROWS, TEST = [TensorDataset(torch.randn(20, 4), torch.randn(20, 1)) for _ in range(3)]
 QUIETLY = {"rounds": 1, "workers": 1, "threads": 1, "progress": False, "pictures": False}
 
 
@@ -266,7 +266,7 @@ def test_a_loss_of_the_whole_batch_runs_in_bf16(tmp_path):
 
     for precision in ("fp32", "bf16"):
         Products.seen.clear()
-        how = {"data": ROWS, "test": ROWS[0], "model": Products(4, 1), "metrics": {"again": loss}}
+        how = {"data": ROWS, "test": TEST, "model": Products(4, 1), "metrics": {"again": loss}}
         out = tmp_path / precision
         fedkern.simulate("fedavg", batch_loss=loss, precision=precision, out=out, **how, **QUIETLY)
         expected = DTYPES[precision] or torch.float32
@@ -275,7 +275,7 @@ def test_a_loss_of_the_whole_batch_runs_in_bf16(tmp_path):
 
 
 def test_a_loop_is_told_that_it_chooses_its_precision(tmp_path):
-    how = {"data": ROWS, "test": ROWS[0], "model": torch.nn.Linear(4, 1), "loss_fn": torch.nn.functional.mse_loss}
+    how = {"data": ROWS, "test": TEST, "model": torch.nn.Linear(4, 1), "loss_fn": torch.nn.functional.mse_loss}
     for precision in ("fp32", "bf16"):
         out, loop = tmp_path / precision, lambda model, client: None
         run = fedkern.simulate("fedavg", out=out, precision=precision, train=loop, **how, **QUIETLY)

@@ -227,7 +227,8 @@ def test_a_method_of_ones_own_that_asks_for_masks_is_refused_without(
         partial(run, make_config("fedavg"), out=out, data=make_data(masked=False))
         if images
         else partial(
-            fedkern.simulate, "fedavg", data=[items, items], test=items, model=torch.nn.Linear(3, 3), rounds=1,
+            fedkern.simulate, "fedavg", data=[items, items], test=TensorDataset(*items.tensors),
+            model=torch.nn.Linear(3, 3), rounds=1,
             workers=1, progress=False, out=out,
         )
     )  # fmt: skip

@@ -65,10 +65,10 @@ def run(method, clients, out, rounds, **options):
     sets = [TensorDataset(*(torch.tensor(part, dtype=torch.float32) for part in pair)) for pair in clients]
     torch.manual_seed(0)
     finished = fedkern.simulate(
-        method, data=sets, test=sets[0], model=nn.Linear(DIMENSION, 1, bias=False), loss_fn=nn.MSELoss(), rounds=rounds,
-        local_epochs=STEPS, batch_size=max(SIZES), lr=RATE, momentum=0.0, weight_decay=0.0, eval_every=rounds,
-        checkpoint_every=rounds, seed=1,
-        out=out, progress=False, pictures=False, **options,
+        method, data=sets, test=TensorDataset(*sets[0].tensors), model=nn.Linear(DIMENSION, 1, bias=False),
+        loss_fn=nn.MSELoss(), rounds=rounds, local_epochs=STEPS, batch_size=max(SIZES), lr=RATE, momentum=0.0,
+        weight_decay=0.0, eval_every=rounds, checkpoint_every=rounds, seed=1, out=out,
+        progress=False, pictures=False, **options,
     )  # fmt: skip
     return next(finished.model().parameters()).detach().double().numpy()[0]
 

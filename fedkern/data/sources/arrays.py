@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -16,11 +17,14 @@ from fedkern.data.forms import ImageForm
 from fedkern.data.labels.label_sets import check_several
 from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.split import MOST, Split, are_classes
-from fedkern.errors import UserError, first_of, shown
+from fedkern.errors import UserError, first_of, quoted, shown
 from fedkern.tasks import task_of
 
 NAME = "arrays"
 Labelled = tuple[Any, Any]
+SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing"])
+"""Names of the splits of a data set."""
+T = TypeVar("T")
 
 
 def open_arrays(root: str | Path | None) -> NoReturn:
@@ -45,11 +49,12 @@ def parts_of_arrays(
     changes: list[float] = []
     if isinstance(clients, str) or not isinstance(clients, Iterable):
         raise UserError(f"clients must be pairs (images, labels), by name or in a list, not {type(clients).__name__}.")
-    named = dict(clients) if isinstance(clients, Mapping) else {str(k): pair for k, pair in enumerate(clients)}
+    pairs = clients if isinstance(clients, Mapping) else dict(enumerate(clients))
+    named = by_text(pairs, "clients", 'clients=[d["train"]]')
     if not named:
         raise UserError("clients must hold at least one client, but is empty.")
     splits = {name: _split(pair, f"client {name}", changes, task) for name, pair in named.items()}
-    test_pairs = {} if test is None else dict(test) if isinstance(test, Mapping) else {"": test}
+    test_pairs = {} if test is None else by_text(test, "test sets") if isinstance(test, Mapping) else {"": test}
     tests = {name: _split(pair, f"the test set {name}".rstrip(), changes, task) for name, pair in test_pairs.items()}
     if not tests:
         raise UserError("There is no test set: give test=(images, labels), or such pairs by name.")
@@ -92,6 +97,34 @@ def parts_of_arrays(
         "statistics": replace(statistics, names=sites),
         "client_names": sites,
     }
+
+
+def by_text(sets: Mapping[Any, T], noun: str, training: str = "") -> dict[str, T]:
+    """Return the sets by the texts of their keys.
+
+    Args:
+        noun: what the sets are called in messages.
+        training: the way to give a training split alone, where ``sets`` must not be the splits of a data set.
+
+    Raises:
+        UserError: two keys have one text, or the keys are ``train``, ``test`` and the like.
+    """
+    named: dict[str, T] = {}
+    for key, dataset in sets.items():
+        if str(key) in named:
+            raise UserError(
+                f"Two of the {noun} are called {quoted(str(key))}, as their keys are the same text: give other keys."
+            )
+        named[str(key)] = dataset
+    words = [name.lower() for name in named] if training else []
+    splits = SPLITS.intersection(words)
+    similar = [word for word in words if re.split("[^a-z]", word)[0] in SPLITS]
+    if splits and (len(splits) == len(words) or (splits & {"train", "training"} and len(similar) > 1)):
+        raise UserError(
+            f"The {noun} are called {first_of([*named], 4)}, as the splits of one data set d, all of which would be "
+            f'trained on: give {training}, validation=d["validation"] and test=d["test"], or call them otherwise.'
+        )
+    return named
 
 
 def check_names(classes: Sequence[str]) -> None:

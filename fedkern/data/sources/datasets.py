@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,21 +12,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, default_collate
 
 from fedkern.data.forms import ItemForm
 from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sharing.partition import partition as share_out
 from fedkern.data.sharing.statistics import PartitionStatistics
-from fedkern.data.sources.arrays import check_names
-from fedkern.data.sources.items import Items
-from fedkern.errors import UserError, shown
+from fedkern.data.sources.arrays import by_text, check_names
+from fedkern.data.sources.items import Items, cause, draw_rows
+from fedkern.errors import RAISED, UserError, shown
 from fedkern.messages.leaves import leaves, parted
-from fedkern.streams import preserve_generators, stream
+from fedkern.streams import stream
 from fedkern.tasks import CLASSIFICATION, OwnTask, Task
 from fedkern.usercode.hooks import check_hooks
 
 NAME = "datasets"
+LONGEST = 1 << 28
+"""Most samples of a set: an epoch puts the numbers of all in an order, which takes 2 GB."""
+COMPARED = 16
+"""Items whose classes are compared with those that a data set states."""
 
 
 def items_like(data: Any, dataset: Any, who: str) -> Any:
@@ -98,12 +103,12 @@ def parts_of_datasets(
     """The attributes of the data that :meth:`fedkern.data.FederatedData.from_datasets` makes of these arguments."""
     _check_arrays(clients, "data")
     several = isinstance(clients, (Mapping, list, tuple)) and not is_dataset(clients)
-    every = clients.items() if isinstance(clients, Mapping) else enumerate(clients) if several else [("", clients)]
-    named = {str(name): dataset for name, dataset in every}
+    sets = clients if isinstance(clients, Mapping) else dict(enumerate(clients)) if several else {"": clients}
+    named = by_text(sets, "clients", 'data=d["train"]')
     if not named:
         raise UserError("data must hold at least one client's data set, and is empty.")
     for name, dataset in named.items():
-        _check(dataset, f"client {name}" if several else "data")
+        _check(dataset, f"client {name}" if several else "data", LONGEST if samples is None else sys.maxsize)
     collate = collate_fn or default_collate
     if not callable(collate):
         raise UserError(f"collate_fn must be a function of a list of samples, not {shown(collate)}.")
@@ -119,7 +124,8 @@ def parts_of_datasets(
         return Items(dataset, who, learnt, collate, rows, all_labels)
 
     tests, client_tests = _tests(test, named if isinstance(clients, Mapping) else {}, items)
-    validations = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
+    sets = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
+    validations = by_text(sets, "validation sets")
     for each, dataset in validations.items():
         _check(dataset, f"validation {each}".strip())
     if public is not None:
@@ -148,7 +154,7 @@ def parts_of_datasets(
         "classes": names,
         "clients": tuple(splits.values()),
         "validation": items(_as_one([*validations.values()]), "the validation set"),
-        "drawn_validation": isinstance(validation, Mapping) and not {*map(str, validations)}.isdisjoint(named),
+        "drawn_validation": isinstance(validation, Mapping) and not {*validations}.isdisjoint(named),
         "tests": tests,
         "form": ItemForm.of(batch, not getattr(learnt, "takes_batches", False)),
         "statistics": counted,
@@ -164,7 +170,7 @@ def _tests(
     """The test sets by name, and the clients' own."""
     if test is None or (isinstance(test, Mapping) and not test):
         raise UserError("There is no test set: give test=DATASET, or a dict of several by name.")
-    tests = {str(name): each for name, each in test.items()} if isinstance(test, Mapping) else {"": test}
+    tests = by_text(test, "test sets") if isinstance(test, Mapping) else {"": test}
     for name, dataset in tests.items():
         _check(dataset, f"test {name}".strip())
     if named and {*tests} & {*named}:
@@ -189,7 +195,7 @@ def _shared_out(
     spec = parse_partition(partition)
     if spec.name == "attribute":
         raise UserError(f"partition={partition!r} needs sites: give a dict of data sets by client.")
-    all_labels = None if spec.name == "iid" else classes_of(pool.dataset)
+    all_labels = None if spec.name == "iid" else classes_of(pool)
     rows = np.arange(len(pool)) if samples is None else _drawn(len(pool), samples, seed)
     labels = np.zeros(len(rows), dtype=np.int64) if all_labels is None else all_labels.numpy()[rows]
     classes = 1 if all_labels is None else max(len(names), 1 + int(all_labels.max()))
@@ -219,35 +225,71 @@ def _fewer(splits: dict[str, Items], samples: int, seed: int) -> dict[str, Items
 def _drawn(count: int, samples: int, seed: int) -> npt.NDArray[np.int64]:
     if samples > count:
         raise UserError(f"train_samples must be at most {count}, the number of training samples, not {samples}.")
-    return np.sort(stream(seed, "train-samples").permutation(count)[:samples]).astype(np.int64)
+    return draw_rows(stream(seed, "train-samples"), count, samples)
 
 
-def classes_of(dataset: Any) -> Tensor:
-    """The class of every item, int64 ``[n]``: what the data set says of itself, else read item by item.
+def classes_of(pool: Items) -> Tensor:
+    """Return the class of every item, int64 ``[n]``, as the data set states them, or else read item by item.
+
+    Stated classes are compared with some of the items, and all items are read where they differ.
 
     Raises:
-        UserError: the targets are no classes.
+        UserError: the targets are no classes, or too many to be read.
     """
-    candidates = [getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)]
-    candidates += [dataset.tensors[-1]] if hasattr(dataset, "tensors") else []
-    targets = next((each for each in candidates if hasattr(each, "__len__") and len(each) == len(dataset)), None)
-    if targets is None:
-        warnings.warn(
-            f"All {len(dataset)} items are read once for their classes: give the data set an attribute targets.",
-            stacklevel=5,
-        )
-        with preserve_generators():
-            targets = [parted(dataset[row])[1] for row in range(len(dataset))]
-    try:
-        classes = targets.detach().cpu() if isinstance(targets, Tensor) else torch.as_tensor(np.asarray(targets))
-    except (TypeError, ValueError):
-        classes = torch.zeros(0)
-    if classes.shape != (len(dataset),) or classes.is_floating_point() or int(classes.min()) < 0:
+    count, classes = len(pool.dataset), stated_targets(pool.dataset, {})
+    reason = "give the data set an attribute targets of whole numbers"
+    if classes is not None:
+        reason = "" if pool.still else _difference(pool, classes)
+    if reason and count > LONGEST:
+        raise UserError(f'The classes of {count:,} items are too many to read, and {reason}: take partition="iid".')
+    if reason:
+        warnings.warn(f"All {count} items are read once for their classes: {reason}.", stacklevel=5)
+        classes = _whole_numbers([parted(item)[1] for item in pool.read(range(count), 0)], count)
+    if classes is None or int(classes.min()) < 0:
         raise UserError(
             "partition shares out by class, and the targets are no classes, whole numbers from 0, one a sample: take "
             'partition="iid", or give a dict of data sets by client.'
         )
-    return classes.to(torch.int64)
+    return classes
+
+
+def stated_targets(dataset: Any, known: dict[int, Tensor | None]) -> Tensor | None:
+    """Return the targets that a data set states in an attribute, int64 ``[n]``, without reading an item.
+
+    None where there is no such attribute, or no whole number for every item. ``known`` has those of data sets by
+    ``id``, and gets more.
+    """
+    if type(dataset) is Subset:
+        targets = stated_targets(dataset.dataset, known)
+        return None if targets is None else targets[torch.as_tensor(dataset.indices, dtype=torch.int64)]
+    if type(dataset) is ConcatDataset:
+        parts = [part for part in (stated_targets(part, known) for part in dataset.datasets) if part is not None]
+        return torch.cat(parts) if len(parts) == len(dataset.datasets) else None
+    if id(dataset) not in known:
+        candidates = [getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)]
+        candidates += [dataset.tensors[-1]] if hasattr(dataset, "tensors") else []
+        fitting = (values for values in candidates if hasattr(values, "__len__") and len(values) == len(dataset))
+        known[id(dataset)] = _whole_numbers(next(fitting, ()), len(dataset))
+    return known[id(dataset)]
+
+
+def _whole_numbers(values: object, count: int) -> Tensor | None:
+    """Return ``count`` whole numbers as int64 ``[count]``, or None where the values are others."""
+    try:
+        numbers = values.detach().cpu() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return None if numbers.shape != (count,) or numbers.is_floating_point() else numbers.to(torch.int64)
+
+
+def _difference(pool: Items, classes: Tensor) -> str:
+    """Return how an item differs from its stated class, in words, or nothing where those compared agree."""
+    rows = np.unique(np.linspace(0, len(classes) - 1, COMPARED).astype(np.int64))
+    for row, item in zip(rows.tolist(), pool.read(rows, 0), strict=True):
+        target = _whole_numbers([parted(item)[1]], 1)
+        if target is not None and target != classes[row]:
+            return f"its attribute states the class {classes[row]} of item {row}, whose target is {target.item()}"
+    return ""
 
 
 def is_dataset(value: Any) -> bool:
@@ -272,8 +314,8 @@ def _check_arrays(value: Any, who: str) -> None:
     )
 
 
-def _check(dataset: Any, who: str) -> None:
-    """Raises UserError where something is no map-style data set, or is empty."""
+def _check(dataset: Any, who: str, limit: int = LONGEST) -> None:
+    """Raises UserError where something is no map-style data set, is empty, or has more than ``limit`` samples."""
     _check_arrays(dataset, who)
     if isinstance(dataset, DataLoader):
         sampler = "" if dataset.sampler is None else f" and sampler ({type(dataset.sampler).__name__})"
@@ -291,8 +333,19 @@ def _check(dataset: Any, who: str) -> None:
         raise UserError(
             f"{who} must be a map-style data set, with len and [index], not an object of type {type(dataset).__name__}."
         )
-    if len(dataset) == 0:
+    try:
+        count = len(dataset)
+    except RAISED as error:  # the user's own code, or a result that is no length
+        raise UserError(
+            f"{who} has no length that is a whole number from 0 ({cause(error)}): mend its __len__."
+        ) from error
+    if count == 0:
         raise UserError(f"{who} has no samples: leave it out.")
+    if count > limit:
+        raise UserError(
+            f"{who} has {count:,} samples, and at most {limit:,} fit into an epoch: take some of a client's with "
+            "train_samples=N, and of another set with torch.utils.data.Subset."
+        )
 
 
 def _check_floats(batch: Any) -> None:

@@ -27,6 +27,8 @@ from fedkern.usercode.identity import digest, identity_table, left_out
 
 HASHED, HASHED_IN_ALL = 64, 2000
 """Most items of a set, and of all sets together but for two of each, that are read for the fingerprint."""
+PERMUTED = 1 << 24
+"""Most rows that are put in an order where only some are drawn."""
 _LOCK = threading.RLock()  # items draw from the process's generators, and sets are evaluated in threads
 
 
@@ -162,7 +164,7 @@ class Items:
     def digest(self, most: int = HASHED) -> bytes:
         """A hash of the number of items and of up to ``most`` of them, chosen by their number alone."""
         count = len(self)
-        chosen = np.sort(stream(0, "items").permutation(count)[:most])
+        chosen = draw_rows(stream(0, "items"), count, most)
         value = hashlib.blake2b(f"{count};".encode(), digest_size=16)
         for item in self.read(chosen, 0):
             value.update(digest(_table(item)).encode())
@@ -195,6 +197,13 @@ def _table(item: Any) -> dict[str, str]:
 def not_compared(split: Items) -> list[str]:
     """Return the parts of the first item of a split at which no comparison looks."""
     return left_out(_table(next(split.read([0], 0)))) if len(split) else []
+
+
+def draw_rows(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    """Return up to ``size`` of ``count`` rows, drawn at random and sorted, int64."""
+    if count > PERMUTED:
+        return np.sort(rng.choice(count, min(size, count), replace=False, shuffle=False)).astype(np.int64)
+    return np.sort(rng.permutation(count)[:size]).astype(np.int64)
 
 
 def per_set(sets: int) -> int:

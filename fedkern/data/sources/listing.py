@@ -43,7 +43,8 @@ class Reading:
     """How files become images: the options of `fedkern.data.READING`, and two of data sets.
 
     Attributes:
-        test_share: 0: nothing is held out as test set, and the test set may be empty.
+        test_share: 0: nothing is held out as test set, and the test set may be empty; 1: all images are the test set,
+            and stand in the training set too.
         validation_share: 0: nothing is held out as validation set.
         pad: keep the proportions of images that are not square, see `fedkern.data.images.image_files.read_images`.
         crop: side of the window of an image that a network sees, at most ``size``; 0 for the whole image.
@@ -281,13 +282,17 @@ def split_rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray
     """The rows of every split, sorted; rows that are held out keep the shares of sites and classes, and units whole."""
     splits = np.array(listing.splits)
     rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
-    if not any(listing.splits):
-        everything = np.arange(len(splits))
+    everything = np.arange(len(splits))
+    if not any(listing.splits) and reading.test_share == 1:
+        rows["test"] = everything
+    elif not any(listing.splits):
         rows["test"], rows["train"] = _held_out(data, everything, listing, units, reading.test_share, "test")
+    if reading.test_share == 1 and not len(rows["train"]):
+        rows["train"] = rows["test"]  # for sites and classes
     for name in ("train", "test") if reading.test_share else ("train",):
         if len(rows[name]) == 0:
             raise UserError(f'data set "{data}": no {listing.thing} belongs to the {name} split')
-    if len(rows["validation"]) == 0:
+    if len(rows["validation"]) == 0 and rows["train"] is not rows["test"]:
         rows["validation"], rows["train"] = _held_out(
             data, rows["train"], listing, units, reading.validation_share, "validation"
         )

@@ -1,0 +1,165 @@
+"""Sets of a user's items: trials of their first batches, before a run begins."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
+
+from fedkern.data.forms import in_words
+from fedkern.data.sources.datasets import stated_targets
+from fedkern.data.sources.items import Items, cause
+from fedkern.data.types import FederatedData
+from fedkern.engine.first_steps import is_shipped
+from fedkern.engine.items import ItemReader
+from fedkern.engine.reader import BATCH
+from fedkern.errors import RAISED, UserError
+from fedkern.messages.leaves import mapped
+from fedkern.methods.protocol import Batch
+from fedkern.streams import seeded_generators
+from fedkern.tasks import CLASSIFICATION
+
+MODES = {
+    "training": ((True, True), (False, True)),
+    "evaluation": ((False, False), (False, True)),
+    "inputs": ((False, False), (False, True)),
+}
+"""Ways to call a network for a purpose: in training mode or not, and with gradients or not."""
+CLIENT_HOOKS, SERVER_HOOKS = ("client_update", "loss"), ("evaluate", "evaluate_own")
+"""Functions of a method that may change a batch before the network has it, in training and in evaluation."""
+
+
+class Trial:
+    """Batches of a federation's sets on an untrained network, which tries a batch that differs from the usual.
+
+    Args:
+        data: federated data of items.
+        kind: the run's method. Where its hooks are not fedkern's, they may take batches that the network does not.
+        build: makes the run's network on the CPU.
+    """
+
+    def __init__(self, data: FederatedData, kind: type, build: Callable[[], nn.Module]) -> None:
+        self._data, self._task, self._kind, self._build, self._client = data, data.task, kind, build, data.clients[0]
+        self._stated: dict[int, Tensor | None] = {}
+        self._rows = range(min(2, len(self._client)))
+        self._usual = self._batch(self._client, self._rows)
+
+    def check_clients(self, batch_size: int) -> None:
+        """Check the clients' sets, as :meth:`check_tests`, for training with batches of ``batch_size``."""
+        for split in self._data.clients if self._ships(CLIENT_HOOKS) else ():
+            self._check(split, "training", batch_size)
+
+    def check_tests(self) -> None:
+        """Check the first items of all test and validation sets, and their classes where the sets state them.
+
+        Raises:
+            UserError: network or loss fail on a batch, and not on the first client's.
+        """
+        sets = [self._data.validation, *(self._data.client_tests or self._data.tests.values())]
+        for split in sets if self._ships(SERVER_HOOKS) else ():
+            self._check(split, "evaluation", BATCH)
+
+    def check_inputs(self, split: Items) -> None:
+        """Check the first inputs of a set that needs no targets, as :meth:`check_tests`."""
+        if "criterion" in self._task.offers and self._ships(CLIENT_HOOKS + SERVER_HOOKS):
+            self._check(split, "inputs", BATCH)
+
+    def _ships(self, hooks: Sequence[str]) -> bool:
+        return all(is_shipped(getattr(self._kind, name, self._kind)) for name in hooks)
+
+    def _check(self, split: Items, purpose: str, size: int) -> None:
+        concatenated = type(split.dataset) is ConcatDataset and split.rows is None
+        ends = split.dataset.cumulative_sizes if concatenated else [len(split)]
+        for rows in (range(start, min(start + size, end)) for start, end in pairwise([0, *ends]) if start < end):
+            batches = self._batch(split, rows[:2]), self._usual
+            words = [
+                str(mapped(in_words, batch.inputs if purpose == "inputs" else batch.data)).replace("'", "")
+                for batch in batches
+            ]
+            if words[0] != words[1]:
+                odd = f"A batch of {split.who} is {words[0]}, not {words[1]} as that of {self._client.who}"
+                self._try(split, purpose, (rows[:2], rows), odd, "give all sets one form")
+        targets = None if purpose == "inputs" or not self._range else self._targets(split)
+        if targets is not None and len(targets) and self._range:
+            ends = [int(targets.argmin()), int(targets.argmax())]
+            low, high = targets[ends].tolist()
+            if low < self._range[0] or high > self._range[1]:
+                odd = f"The classes of {split.who} are {low} to {high}, not {self._range[0]} to {self._range[1]}"
+                self._try(split, purpose, (ends,), odd, "number classes from 0, and give the network as many outputs")
+
+    @cached_property
+    def _range(self) -> tuple[int, int] | None:
+        """The least and the largest class, or those of the first client.
+
+        None where no class is known.
+        """
+        if "classes" in self._task.offers:
+            return 0, len(self._data.classes) - 1
+        by_class = "criterion" in self._task.offers and is_shipped(getattr(self._task, "loss_code", None))
+        targets = self._targets(self._client) if by_class else None
+        return None if targets is None else (int(targets.min()), int(targets.max()))
+
+    @cached_property
+    def _network(self) -> nn.Module:
+        return self._build()
+
+    def _targets(self, split: Items) -> Tensor | None:
+        targets = stated_targets(split.dataset, self._stated)
+        return targets if targets is None or split.rows is None else targets[split.rows]
+
+    def _batch(self, split: Items, rows: Sequence[int]) -> Batch:
+        reader = ItemReader(split, torch.device("cpu"), seed=0)
+        return next(reader.planned([np.asarray(rows, dtype=np.int64)]))
+
+    def _try(self, split: Items, purpose: str, attempts: Sequence[Sequence[int]], odd: str, way: str) -> None:
+        """Raise UserError where all attempts fail, with words on what is odd and the way out."""
+        errors = [self._failure(split, purpose, rows) for rows in attempts]
+        if (error := errors[0]) and None not in errors and not self._failure(self._client, purpose, self._rows):
+            raise UserError(f"{odd}, and the network or its loss fails there ({cause(error)}): {way}.") from error
+
+    def _failure(self, split: Items, purpose: str, rows: Sequence[int]) -> BaseException | None:
+        """Return the exception of network and loss in the first mode, or None where they take it in a mode."""
+        failures: list[BaseException] = []
+        for training, gradients in MODES[purpose]:
+            try:
+                batch = self._batch(split, rows)
+                self._network.train(training)
+                with seeded_generators(0), torch.set_grad_enabled(gradients), warnings.catch_warnings():
+                    warnings.filterwarnings("error", "Using a target size")  # torch takes outputs [n, 1] with [n]
+                    if purpose == "inputs":
+                        self._network(batch.inputs)
+                    elif purpose == "evaluation" and self._task is CLASSIFICATION:
+                        self._task.figures(self._network, SimpleNamespace(batches=lambda batch=batch: iter([batch])))
+                    else:
+                        loss = self._task.with_loss_copied().loss(self._network, batch)
+                        if purpose == "training":
+                            loss.backward()
+                return None
+            except RAISED as error:  # of other people's code
+                failures.append(error)
+        return failures[0]
+
+
+def check_apart(data: FederatedData) -> None:
+    """Check that no test set is the data set of a client.
+
+    Raises:
+        UserError: a client trains on a test set.
+    """
+    holders: dict[int, list[Items]] = {}
+    for split in data.clients:
+        holders.setdefault(id(split.dataset), []).append(split)
+    for test in (*data.client_tests, *data.tests.values()):
+        for client in holders.get(id(test.dataset), ()):
+            if test.rows is None or client.rows is None or bool(torch.isin(test.rows, client.rows).any()):
+                raise UserError(
+                    f"{test.who[:1].upper()}{test.who[1:]} is the data set that {client.who} trains on: give "
+                    "test=DATASET of other samples, such as a part of torch.utils.data.random_split."
+                )
