@@ -6,10 +6,9 @@ import torch
 from torch.nn import functional
 
 from fedkern.comparison import published
-from fedkern.comparison.papers.niidbench2022 import CNN, mnist, shares
+from fedkern.comparison.papers.niidbench2022 import CNN, shares
 from fedkern.data.sharing.partition import partition
 from fedkern.errors import UserError
-from python_tests.comparison.idx_files import write_mnist
 
 LABELS = torch.from_numpy(np.random.default_rng(0).permutation(np.arange(6000) % 10))
 
@@ -26,14 +25,6 @@ def test_the_network_is_the_released_codes():
     for each in linear[:-1]:
         hidden = each(hidden).relu()
     torch.testing.assert_close(network(images), linear[-1](hidden))
-
-
-@pytest.mark.parametrize("spec", ["dirichlet:0.5", "classes:2"])
-def test_every_image_is_at_one_party(spec):
-    parts = shares(LABELS, 10, spec, 3)
-    assert torch.equal(torch.cat(parts).sort().values, torch.arange(6000))
-    assert all(torch.equal(*pair) for pair in zip(parts, shares(LABELS, 10, spec, 3), strict=True))
-    assert not torch.equal(parts[0], shares(LABELS, 10, spec, 4)[0])
 
 
 def test_a_party_has_its_own_digit_and_another_one_whose_holders_share_equally():
@@ -65,15 +56,6 @@ def test_dirichlet_is_fedkerns_own():
 def test_fewer_parties_than_digits_are_refused():
     with pytest.raises(UserError, match="a client for every digit, not 9: use --clients 10"):
         shares(LABELS, 9, "classes:2", 0)
-
-
-def test_mnist_has_all_images_as_pixels_in_0_to_1(tmp_path):
-    write_mnist(tmp_path, train=400, test=30)
-    data = mnist(tmp_path, 10, "classes:2", 0)
-    assert sum(data.client_sizes) == 400
-    assert len(data.tests[""]) == 30
-    assert len(data.validation) == 0
-    assert (data.form.mean, data.form.std) == ((0.0,), (1.0,))
 
 
 def test_cells_play_the_papers_settings():

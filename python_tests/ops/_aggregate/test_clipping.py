@@ -89,13 +89,6 @@ def test_refined_radius_words_in_every_backend(backend: str) -> None:
         assert torch.equal(noise_of(100, REFINED_SEED, place - 7).double()[7:8], given[place - start][None])
 
 
-def test_a_refined_number_is_beyond_what_32_bits_reach(backend: str) -> None:
-    place, counter, k = REFINED[-1]
-    radius = math.hypot(*(float(noise_of(1, REFINED_SEED, place + at)) for at in (0, 16)))
-    assert radius == pytest.approx(math.hypot(*refined_numbers(counter, k)), rel=1e-6)
-    assert radius > math.sqrt(2 * 33 * math.log(2))
-
-
 def test_the_tail_follows_the_exact_law_to_nine_deviations() -> None:
     """P(radius > r) is exp(-r^2 / 2): the share of the 2^64 pairs of words, found by bisection, for every r."""
 

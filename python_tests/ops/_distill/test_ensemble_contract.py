@@ -59,23 +59,6 @@ def test_weights_that_could_mean_two_things() -> None:
     ops.ensemble_kl(student, teachers, torch.rand(3, 1, 4))
 
 
-def test_classes_nobody_knows_and_weights_of_zero(backend: str) -> None:
-    """1/K where mask or zeros leave none; a mask is a weight of 0."""
-    student, teachers = logits(6, 5), logits(3, 6, 5, seed=1)
-    mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [1, 0, 1, 0, 1]]).bool()  # class 3 is unknown
-    weights = torch.rand(3, 6, 1) + 0.1
-    share = (weights * mask.unsqueeze(1)).expand(3, 6, 5)
-    filled = torch.where((share.sum(0) == 0), 1 / 3, share)
-    for how in HOWS[:2]:
-        expected = ops.ensemble_kl(student, teachers, filled, 2.0, **how)
-        torch.testing.assert_close(ops.ensemble_kl(student, teachers, weights, 2.0, class_mask=mask, **how), expected)
-        equal = ops.ensemble_kl(student, teachers, None, 2.0, class_mask=mask, **how)
-        torch.testing.assert_close(equal, ops.ensemble_kl(student, teachers, mask.float()[:, None], 2.0, **how))
-    for how in HOWS:
-        nothing = ops.ensemble_kl(student, teachers, torch.zeros(3), 2.0, **how)
-        torch.testing.assert_close(nothing, ops.ensemble_kl(student, teachers, None, 2.0, **how))
-
-
 def test_who_has_weight_zero_is_not_looked_at(backend: str) -> None:
     interpreted = backend == "triton"
     for shape in ((6, 5, 3),) if interpreted else ((6, 40), (40, 5), (6, 5, 3)):
@@ -110,26 +93,9 @@ def test_who_has_weight_zero_is_not_looked_at(backend: str) -> None:
 # --- what is equal to what
 
 
-def test_the_mean_of_divergences_has_the_mixtures_gradient(backend: str) -> None:
-    student, teachers = logits(7, 10).requires_grad_(), logits(3, 7, 10, seed=1)
-    weights = torch.rand(3, 7, 1) + 0.1
-    gradients = []
-    for how in (HOWS[0], HOWS[2]):
-        gradients += torch.autograd.grad(ops.ensemble_kl(student, teachers, weights, 2.0, **how), student)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
-    each = [ops.kl_div(student, teacher, 2.0, reduction="none") for teacher in teachers]
-    expected = sum(w * x for w, x in zip((weights / weights.sum(0)).squeeze(2), each, strict=True))
-    got = ops.ensemble_kl(student, teachers, weights, 2.0, mode="mean_of_kl", reduction="none")
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-
-
 def test_log_probabilities_are_taken_as_they_are(backend: str) -> None:
+    """Half the mass of the second teacher is missing: it counts half."""
     student, teachers = logits(6, 9), logits(3, 6, 9, seed=1)
-    for how in HOWS:
-        expected = ops.ensemble_kl(student, teachers.log_softmax(2), **how)
-        got = ops.ensemble_kl(student, teachers.log_softmax(2), log_probs=True, **how)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    # Half the mass of the second teacher is missing: it counts half.
     halved = teachers.log_softmax(2)
     halved[1] += math.log(0.5)
     got = ops.ensemble_kl(student, halved, log_probs=True)
