@@ -15,6 +15,7 @@ from fedkern.engine.store.records import plain
 from fedkern.engine.uploads.filters import Asked, Filter
 from fedkern.errors import UserError, shown
 from fedkern.methods.base import ClientId, Upload
+from fedkern.tasks.figure_names import FIGURE_NAMES, RECORD_NAMES
 
 _RETURNED: dict[str, tuple[type, str]] = {
     "before_round": (Stop, "a fedkern.Stop"),
@@ -47,16 +48,26 @@ def build(kind: Any, run: RunObjects) -> Any:
             "--dp-noise counts that what is added up of a client follows from its own data alone, and the filter "
             f"{kind.name} keeps state or sees all uploads at once: leave one of the two out."
         )
+    own_entries: set[str] = set()
     for name, function in vars(base).items():
         if isfunction(function) and getattr(type(part), name) is not function:
-            call = _together if name == "together" else partial(_call, name)
+            call = _together if name == "together" else partial(_call, name, own_entries)
             object.__setattr__(part, name, partial(call, code, getattr(part, name)))
     return part
 
 
-def _call(name: str, code: MethodCode, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+def _call(
+    name: str, own_entries: set[str], code: MethodCode, function: Callable[..., Any], *arguments: Any, **more: Any
+) -> Any:
     with code(name):
+        entries = arguments[0].entries if name in ("before_round", "round_end") else {}
+        before = dict(entries)
         value = function(*arguments, **more)
+        written = {entry for entry, content in entries.items() if content is not before.get(entry)}
+        taken = before.keys() | RECORD_NAMES | FIGURE_NAMES
+        if clash := sorted((written - own_entries) & taken):
+            raise UserError(f'the record has an entry "{clash[0]}" of its own: put the figure under another name')
+        own_entries |= written
         kind, due = _RETURNED.get(name, (object, ""))
         if value is not None and not isinstance(value, kind):
             raise UserError(f"it must return {due} or nothing, not {shown(value)}")

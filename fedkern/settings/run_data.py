@@ -28,7 +28,7 @@ from fedkern.models.registry import check_gives
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import TASKS
-from fedkern.tasks.figure_names import check_set_names, set_noun
+from fedkern.tasks.figure_names import check_metric_names, check_set_names, set_noun
 from fedkern.tasks.registered_metrics import metrics_of
 
 
@@ -278,7 +278,9 @@ def check_sets(data: Any, plugins: Mapping[str, str]) -> None:
 
     Its name may be taken, or it may be of a segmentation and have no pixel whose class is known.
     """
-    check_set_names(data.tests, [metric.name for metric in metrics_of(plugins)])
+    metrics = [*getattr(data.task, "metrics", ()), *(metric.name for metric in metrics_of(plugins))]
+    check_metric_names(metrics)
+    check_set_names(data.tests, metrics)
     for name, split in {**data.tests, "validation": data.validation}.items():
         if len(split) and (lacks := split.task.unfit(split)):
             raise UserError(f"The {set_noun(name)} has {lacks}: give it other images, or more of them.")

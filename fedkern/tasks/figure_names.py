@@ -26,6 +26,16 @@ FRACTIONS = {
     "dice", "iou", "confidence", "ece", *RECALLS,
 }  # fmt: skip
 """Figures of fedkern's own that lie between 0 and 1; no metric of a user's has such a name."""
+FIGURE_NAMES = frozenset({"loss", "gallery", "hd95", "object_area", "gradcam_in_object", *FRACTIONS})
+"""Figures of fedkern's own that no metric, part or method may name another figure by."""
+RECORD_NAMES = frozenset({
+    "round", "rounds", "name", "evaluated", "seconds", "round_seconds", "clients", "client_metrics", "phases", "device",
+    "dropped", "clock", "staleness", "bytes", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down", "epsilon",
+    "delta", PART,
+})  # fmt: skip
+"""Entries of records and summaries beside figures."""
+PREFIXES = (*(f"{name}_" for name in TEST_SETS if name), *OVER_CLIENTS)
+"""Beginnings of figures' names that tell the test set or the clients."""
 _FALLING = frozenset({"loss", "ece", "hd95", "mae"})
 _RISING = frozenset({
     *(FRACTIONS - _FALLING), "kappa", "best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted",
@@ -96,12 +106,28 @@ def direction(name: str, directions: Mapping[str, str | None], own: Collection[s
     return "max" if re.fullmatch(r"dice_\d+", figure) else None
 
 
+def check_metric_names(metrics: Collection[str]) -> None:
+    """Raise UserError where users' metrics have the names of other figures or of entries of records."""
+    for name in metrics:
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+        stem = re.sub("^(lowest|highest)_", "", name)
+        if name in RECORD_NAMES or (stem != name and stem in {*metrics, *FIGURE_NAMES}):
+            raise UserError(f'The metric "{name}" has the name of an entry of the records: give it another name.')
+        if prefix:
+            raise UserError(
+                f'The metric "{name}" begins with "{prefix}", as the figures of a test set or of clients do: give it '
+                "another name."
+            )
+
+
 def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> None:
     """Raises UserError where figures of a test set, users' ``metrics`` included, would have the names of others'."""
-    figures = ("loss", "gallery", "hd95", "object_area", "gradcam_in_object", "dice_1", *FRACTIONS, *metrics)
+    figures = ("dice_1", *FIGURE_NAMES, *metrics)
     others = {"validation_": "the validation set", **dict.fromkeys(OVER_CLIENTS, "the clients")}
     sets = {f"{name}_" if name else "": f"the {set_noun(name)}{'' if name else ' without a name'}" for name in names}
     for prefix in sets:
+        if entry := next((prefix + each for each in figures if prefix + each in RECORD_NAMES), ""):
+            raise UserError(f'The test set "{prefix[:-1]}" would have a figure {entry}, which records have: rename it.')
         for other, called in (sets | others).items():
             rest = prefix[len(other) :] if prefix.startswith(other) else ""
             alike = prefix == "test_" or any(figure.startswith(rest) for figure in figures)

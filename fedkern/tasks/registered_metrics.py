@@ -11,19 +11,9 @@ import torch
 from torch import Tensor
 
 from fedkern.errors import RAISED, UserError, described, origin
-from fedkern.tasks.figure_names import FRACTIONS, OVER_CLIENTS, TEST_SETS
+from fedkern.tasks.figure_names import FIGURE_NAMES, PREFIXES, RECORD_NAMES
 from fedkern.usercode import plugins
 from fedkern.usercode.registry import Registry
-
-_ENTRIES = (
-    "round", "rounds", "name", "evaluated", "seconds", "round_seconds", "clients", "client_metrics", "phases", "device",
-    "dropped", "clock", "staleness", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down",
-)  # fmt: skip
-"""What records have beside figures."""
-FIGURES = frozenset({"loss", "gallery", "hd95", *FRACTIONS})
-"""Names of fedkern's own figures."""
-PREFIXES = (*(f"{name}_" for name in TEST_SETS if name), *OVER_CLIENTS)
-"""Beginnings of figures' names that tell the test set or the clients."""
 
 F = TypeVar("F", bound=Callable[..., float])
 
@@ -73,7 +63,7 @@ def register_metric(name: str) -> Callable[[F], F]:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f'metric "{name}": expected lower-case letters, digits and "_" in the name')
-    if name in FIGURES or name in _ENTRIES or name.startswith(PREFIXES):
+    if name in FIGURE_NAMES or name in RECORD_NAMES or name.startswith(PREFIXES):
         raise ValueError(f'metric "{name}": expected another name, as fedkern has such figures itself')
 
     def add(function: F) -> F:

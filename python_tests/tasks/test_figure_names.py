@@ -2,6 +2,7 @@
 
 import pytest
 
+import fedkern
 from fedkern.errors import UserError
 from fedkern.tasks.figure_names import (
     FRACTIONS,
@@ -12,6 +13,7 @@ from fedkern.tasks.figure_names import (
     short_title,
     split_metric,
 )
+from python_tests import own_data
 
 
 def test_a_metric_is_split_into_test_set_and_figure():
@@ -95,3 +97,26 @@ def test_the_figures_of_every_set_are_found_again(names):
             assert split_metric(f"{name}_{figure}" if name else figure, names) == (name, figure)
     for name in ("mean_client_accuracy", "worst_client_loss"):
         assert split_metric(name, names) == ("", name)
+
+
+@pytest.mark.parametrize(
+    ("metric", "tests", "said"),
+    [
+        ("bytes_up", [""], 'The metric "bytes_up" has the name of an entry of the records'),
+        ("validation_gap", [""], 'The metric "validation_gap" begins with "validation_", as the figures of a test set'),
+        ("worst_client_gap", [""], 'The metric "worst_client_gap" begins with "worst_client_"'),
+        ("lowest_gap", [""], 'The metric "lowest_gap" has the name of an entry'),
+        ("up", ["bytes", "other"], 'The test set "bytes" would have a figure bytes_up, which records have'),
+        ("north_gap", ["", "north"], 'The test set "north" cannot have this name'),
+        ("south_gap", ["north", "north_south"], 'The test set "north_south" cannot have this name'),
+    ],
+)
+def test_no_two_figures_have_one_name(metric, tests, said, tmp_path):
+    sites, test = own_data.table()
+    metrics = dict.fromkeys((metric, "gap"), lambda outputs, targets: 1.0)
+    with pytest.raises(UserError, match=said):
+        fedkern.simulate(
+            "fedavg", data=sites, test=test if tests == [""] else dict.fromkeys(tests, test), model=own_data.Rows(),
+            metrics=metrics, main="gap", better="max", out=tmp_path / "run", progress=False,
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.server import Server
 from fedkern.privacy.disclosure import About, Disclosure
+from fedkern.tasks.figure_names import FIGURE_NAMES, RECORD_NAMES
 
 
 @register_part("server")
@@ -33,7 +34,7 @@ class ServerFigures(Part):
     def round_end(self, record: Record) -> None:
         if record.entry.one_off:
             return
-        names = {*self._disclosure.told(record.entries), "round", "rounds", "name", "seconds", "evaluated"}
+        names = {*self._disclosure.told(record.entries), *RECORD_NAMES, *(FIGURE_NAMES & self._server.report.keys())}
         for name, value in figures(self._server.report, "server.report", names).items():
             self._server.report[name] = float(value)
         record.put(self._server.report, About.SERVER)
