@@ -225,18 +225,6 @@ WRITES: dict[str, tuple[Operator, Callable[[list[Tensor], Tensor], Any]]] = {
 def test_results_written_into_given_memory_are_known_to_autograd(name: str) -> None:
     operator, call = WRITES[name]
     inputs = operator.inputs()
-    expected = operator.results(*inputs)[0]
-    for out in (
-        torch.empty(33),
-        torch.empty(34)[1:],
-        torch.empty(66)[::2],
-        torch._neg_view(torch.empty(33)),
-        torch.empty(33, dtype=torch.float64),
-    ):
-        before = out._version
-        call(inputs, out)
-        close(out.to(expected.dtype), expected)
-        assert out._version > before
     factor = torch.ones(33, requires_grad=True)
     out = torch.empty(33)
     product = factor * out

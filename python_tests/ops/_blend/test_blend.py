@@ -110,6 +110,12 @@ def test_pairs(name: str) -> None:
         check(name, shape, **case, seed=seed)
 
 
+def test_alpha_of_0_and_1_gives_the_maps_themselves(backend: str) -> None:
+    foreground, background, index = torch.randn(3, 50), torch.randn(4, 50), torch.tensor([2, 0, 2])
+    assert torch.equal(blend(foreground, background, 1.0, index=index), foreground)
+    assert torch.equal(blend(foreground, background, 0.0, index=index), background[index])
+
+
 ONE_SAMPLE = {
     "contiguous": lambda: torch.randn(1, 3, 4, 5),
     "sliced": lambda: torch.randn(1, 3, 4, 9)[..., 2:7],

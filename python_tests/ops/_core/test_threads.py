@@ -1,6 +1,7 @@
 """Two Python threads in the operators at once, each with its own number of torch threads."""
 
 import threading
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -61,33 +62,31 @@ def results(operator: Operator, inputs: list[Tensor], gradient: bool) -> list[Te
     return [x.detach() for x in (*found, *gradients)]
 
 
+def check_same_bits(operator: Operator, places: Sequence[tuple[str, int]]) -> None:
+    """Check that kernels and numbers of threads give an operator's results and gradients the same bits."""
+    gradient = operator.gradient and operator.name not in SUMMED_BY_TORCH
+    inputs = [x.requires_grad_(gradient) for x in operator.inputs(large=True)]
+    found = []
+    for name, threads in places:
+        torch.set_num_threads(threads)
+        with using(name):
+            found.append(results(operator, inputs, gradient))
+    for place, tensors in zip(places, found, strict=True):
+        for i, (got, expected) in enumerate(zip(tensors, found[0], strict=True)):
+            assert torch.equal(got, expected), f"{operator.name}: {i} at {place}"
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_bits_do_not_depend_on_threads(name: str) -> None:
     """Of every operator that one core computes, for 1, 2 and 5 threads."""
     for operator in OPERATORS:
-        if not operator.compiled or (operator.only_cpu and name == "cpu-portable"):
-            continue
-        gradient = operator.gradient and operator.name not in SUMMED_BY_TORCH
-        inputs = [x.requires_grad_(gradient) for x in operator.inputs(large=True)]
-        with using(name):
-            torch.set_num_threads(1)
-            expected = results(operator, inputs, gradient)
-            for threads in (2, 5):
-                torch.set_num_threads(threads)
-                for i, (got, one) in enumerate(zip(results(operator, inputs, gradient), expected, strict=True)):
-                    assert torch.equal(got, one), f"{operator.name}: {i} with {threads} threads"
+        if operator.compiled and not (operator.only_cpu and name == "cpu-portable"):
+            check_same_bits(operator, [(name, threads) for threads in (1, 2, 5)])
 
 
 @pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 def test_bits_do_not_depend_on_the_isa_level() -> None:
     """Of operators that sum nothing along a vector, or in fp64."""
-    same = [operator for operator in OPERATORS if operator.name.split()[0] in SAME_AT_EVERY_LEVEL]
-    for operator in same:
-        gradient = operator.gradient and operator.name not in SUMMED_BY_TORCH
-        inputs = [x.requires_grad_(gradient) for x in operator.inputs(large=True)]
-        with using(KERNELS[0]):
-            expected = results(operator, inputs, gradient)
-        for name in KERNELS[1:]:
-            with using(name):
-                for i, (got, one) in enumerate(zip(results(operator, inputs, gradient), expected, strict=True)):
-                    assert torch.equal(got, one), f"{operator.name}: {i} at {name}"
+    for operator in OPERATORS:
+        if operator.name.split()[0] in SAME_AT_EVERY_LEVEL:
+            check_same_bits(operator, [(name, torch.get_num_threads()) for name in KERNELS])

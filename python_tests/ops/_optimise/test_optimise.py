@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -195,30 +194,6 @@ def test_no_rows_and_rates_of_any_strides() -> None:
     nothing = torch.ones(0, 4)
     step = ops.sgd_step(nothing, nothing.clone(), lr=torch.ones(0)[::2])
     assert step.finite.shape == step.squared_norm.shape == (0,)
-
-
-def columns(x: Tensor) -> Tensor:
-    return x.t().contiguous().t()
-
-
-def sliced(x: Tensor) -> Tensor:
-    wide = torch.full([2 * n for n in x.shape], 7, dtype=x.dtype)
-    return wide[tuple(slice(1, None, 2) for _ in x.shape)].copy_(x)
-
-
-def negated(x: Tensor) -> Tensor:
-    return torch._neg_view(-x)
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("layout", [columns, sliced, negated])
-def test_any_strides(name: str, layout: Callable[[Tensor], Tensor]) -> None:
-    given, expected = ([f(x) for x in vectors((3, 70), 5)] for f in (layout, Tensor.clone))
-    with using(name):
-        for theta, g, v, anchor, total in (given, expected):
-            ops.sgd_step(theta, g, v, lr=0.1, momentum=0.9, anchor=anchor, proximal=0.1, gradient_sum=total, zero=True)
-    for x, y in zip(given, expected, strict=True):
-        assert x.equal(y)
 
 
 def test_columns_of_one_matrix_are_apart() -> None:
