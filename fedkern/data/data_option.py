@@ -47,8 +47,8 @@ READING = {
     ),
     "window": Option(
         "",
-        "grey values of files with more than 8 bits that become black to white: CENTRE,WIDTH such as 40,400, or "
-        "percentiles such as 1%,99%; others become black or white",
+        "grey values of files with more than 8 bits that become black to white: CENTRE,WIDTH in stored values, such as "
+        "1064,400 where they are HU + 1024, or percentiles such as 1%,99%; others become black or white",
     ),
     "size": Option(64, "side in pixels to which images are resized", low=8, high=SIDE),
     "colour": Option("rgb", "three channels, or one", choices=("rgb", "grey")),

@@ -28,6 +28,7 @@ class ImageForm:
         grey_bits: bits of a grey value in image files with more than eight, in all images alike; 0 where no file has.
         window: the values of such files that become black and white, or None.
         seen: lines on image files and what a network sees of them: one on all, and those on sets that differ.
+        outside: a sentence where most pixels of such files lie outside of the window, else empty.
         sites: names of the sites that image files have; those of `Split.homes` where one client holds them all.
     """
 
@@ -41,6 +42,7 @@ class ImageForm:
     grey_bits: int = 16
     window: tuple[float, float] | None = None
     seen: tuple[str, ...] = field(default=(), compare=False)
+    outside: str = field(default="", compare=False)
     sites: tuple[str, ...] = field(default=(), compare=False)
 
     def said(self) -> str:
@@ -97,6 +99,7 @@ class ItemForm:
     lacks: ClassVar[frozenset[str]] = frozenset({"images", "pixels"})
     augment: ClassVar[str] = "none"
     seen: ClassVar[tuple[str, ...]] = ()
+    outside: ClassVar[str] = ""
     sites: ClassVar[tuple[str, ...]] = ()
 
     shapes: tuple[str, ...]

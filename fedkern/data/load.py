@@ -205,7 +205,9 @@ def load(
                 pixels = pixel_hashes(used) + pixels
                 contents["train"] = [*used, *contents["train"]]
             tiles = 1 if source.train.cases is None else len(source.train) // len(source.train.cases.unique())
-            for text in copies(name, source.classes, contents, pixels, names or (), tiles):
+            for text in copies(
+                name, source.classes, contents, pixels, names or (), tiles, source.files.get("outside", "")
+            ):
                 notice(text)
     data = FederatedData(
         name=name,

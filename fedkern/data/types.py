@@ -104,8 +104,8 @@ class Source:
         own_tests: whether ``groups`` of the only test pool says which client's own test set an image belongs to.
         notices: sentences for the user on what was read otherwise than it is written, or left out.
         drawn_validation: whether the validation images were drawn from those that clients would train on.
-        files: ``grey_bits``, ``window``, ``seen`` and ``sites`` of `fedkern.data.forms.ImageForm`; empty without image
-            files.
+        files: ``grey_bits``, ``window``, ``seen``, ``outside`` and ``sites`` of `fedkern.data.forms.ImageForm`; empty
+            without image files.
         compared: whether a run looks for equal images under several names: copies in published sets are known.
     """
 

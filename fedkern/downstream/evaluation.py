@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -92,6 +93,8 @@ def evaluate_run(
     if progress is not None and config.records != "private":
         for line in counted(loaded):
             progress(line)
+    if loaded.form.outside and config.records != "private":
+        (progress or warnings.warn)(loaded.form.outside)
     method = config.new_method()
     flat, device = "samples" not in about, torch.device(config.device)
     # Placed and frozen as the run's: PyTorch chooses kernels by strides and by whether weights need gradients.

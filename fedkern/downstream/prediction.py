@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fedkern.data.forms import form_of
-from fedkern.data.images.image_files import list_images, read_images
+from fedkern.data.images.greys import looked_at, pixels_outside
+from fedkern.data.images.image_files import MAX_PIXELS, list_images, read_images
 from fedkern.data.images.transforms import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.serving import as_in_the_run
@@ -145,14 +147,22 @@ class Predictor:
             parts.append(self.task.probabilities(self.module(batch).float()).cpu())
         return torch.cat(parts)
 
+    def check_window(self, paths: Sequence[Path]) -> None:
+        """Warn where most pixels of the files lie outside of the window of the training."""
+        looks = looked_at(paths, MAX_PIXELS, True) if self.window is not None else {}
+        if text := pixels_outside(self.window, looks.values(), "store the greys of these files as in the training"):
+            warnings.warn(text, stacklevel=2)
+
     @reproducible()
     def probabilities_of(self, paths: Sequence[Path]) -> Tensor:
         """Probabilities of the images in some files, as :meth:`probabilities`, decoding a batch at a time."""
+        self.check_window(paths)
         slices = batch_slices(len(paths), self.batch) if paths else [slice(0, 0)]
         return torch.cat([self.probabilities(self.read(paths[rows])[0]) for rows in slices])
 
     def files(self, paths: Sequence[Path]) -> Iterator[Row]:
         """Yields every file with its probabilities and its size, decoding a batch at a time."""
+        self.check_window(paths)
         for rows in batch_slices(len(paths), self.batch):
             images, sizes = self.read(paths[rows])
             yield from zip(paths[rows], self.probabilities(images), sizes, strict=True)

@@ -165,6 +165,8 @@ def with_data(
         notice(sentence)
     context = RunContext(config, data, notice, script=script, code=code)
     context.warnings.update(warnings)
+    if data.form.outside and config.records != "private":
+        context.warn("pixels-outside-window", data.form.outside)
     if changed:
         before = entry["info"]["parts"].get("warnings", {}).get("other-code", "") if entry is not None else ""
         context.warn("other-code", " ".join([before, *(text for text in changed if text not in before)]).strip())

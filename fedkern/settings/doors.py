@@ -68,7 +68,8 @@ def _argument(match: re.Match[str]) -> str:
         value = _value(word) if _is_value(flag, word) else f"...{gap}{word}"
         return before + _TABLES["data-option"].format(name, value)
     if flag in _TABLES and equals:
-        return before + _TABLES[flag].format(key, ", ".join(map(_value, value.split(","))))
+        values = value.split(",") if flag == "sweep" else [value]
+        return before + _TABLES[flag].format(key, ", ".join(map(_value, values)))
     name = {"data_option": "data_options", "plugin": "plugins", "method_option": "the method option"}.get(name, name)
     if _is_value(flag, word):
         return f"{before}{name}={_value(word)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.split import Split
 from fedkern.data.types import client_label
 from fedkern.errors import UserError, first_of
-from fedkern.files.image_rows import in_parts
+from fedkern.files.image_rows import in_parts, loaded
 from fedkern.methods import registry
 from fedkern.models.registry import check_gives
 from fedkern.process.torch_modes import reproducible
@@ -204,6 +204,10 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
     if config.buffers == "pool" and "pairs" not in data.task.offers:
         raise UserError("--buffers pool is for image-text data, whose networks have batch norm in their heads alone.")
     _check_pairs(config, data)
+    if data.statistics.counts.any():  # no sample is counted where clients are elsewhere
+        _check_varied(data, {"the training set": data.clients})
+        clients = {f"client {data.client_label(k)}": [split] for k, split in enumerate(data.clients)}
+        _check_varied(data, clients, blank=True)
     if alone is None and not all(map(len, data.tests.values())):
         raise UserError(f"There are no test {data.form.noun}: name a test split in the data, or a test_share above 0.")
     for k, split in enumerate(data.clients):
@@ -211,6 +215,21 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
             raise UserError(
                 f"Client {data.client_label(k)} has no training samples: use fewer clients, more samples, or another "
                 f'--partition than "{config.partition}".'
+            )
+
+
+def _check_varied(data: Any, sets: Mapping[str, Sequence[Split]], *, blank: bool = False) -> None:
+    """Raises UserError for a set of several images that are all equal; with ``blank`` only where all pixels are."""
+    for name, splits in () if data.form.lacks else sets.items():
+        every = (loaded(split.images[row : row + 4]) for split in splits for row in range(0, len(split), 4))
+        head, count = next(every, None), sum(map(len, splits))
+        if head is None or count < 2:
+            continue
+        model = head.flatten()[:1] if blank else head[:1]
+        if all(bool((rows == model).all()) for rows in chain([head], every)):
+            raise UserError(
+                f"All {count:,} images of {name} are equal as a network sees them, so that they tell nothing: "
+                f"{data.form.outside or 'look at their values, and at --data-option window where it fits the files'}"
             )
 
 
@@ -281,6 +300,7 @@ def check_sets(data: Any, plugins: Mapping[str, str]) -> None:
     metrics = [*getattr(data.task, "metrics", ()), *(metric.name for metric in metrics_of(plugins))]
     check_metric_names(metrics)
     check_set_names(data.tests, metrics)
+    _check_varied(data, {f"the {set_noun(name)}": [split] for name, split in data.tests.items()})
     for name, split in {**data.tests, "validation": data.validation}.items():
         if len(split) and (lacks := split.task.unfit(split)):
             raise UserError(f"The {set_noun(name)} has {lacks}: give it other images, or more of them.")

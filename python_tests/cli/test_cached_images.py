@@ -138,7 +138,7 @@ def test_from_python(result, decoded, tmp_path):
     assert decoded == []
     assert run.evaluate(cache="other").keys() == expected.keys()
     assert len(decoded) == IMAGES
-    pictures = np.zeros((4, SIDE, SIDE, 3), dtype=np.uint8), np.array([0, 1, 0, 1])
+    pictures = np.resize(np.arange(9, dtype=np.uint8), (4, SIDE, SIDE, 3)), np.array([0, 1, 0, 1])
     memory = fedkern.FederatedData.from_arrays([pictures], test=pictures, classes=["a", "b"])
     with pytest.raises(UserError, match="these data are in memory: leave it out"):
         run.evaluate(memory, cache="other")

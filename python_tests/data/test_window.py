@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -48,6 +49,10 @@ def options(**more):
     return {"size": SIDE, "colour": "grey", "test_share": 0.3, **more}
 
 
+def opened(folder, **more):
+    return load("folder", root=folder, clients=2, partition="iid", options=options(**more))
+
+
 @pytest.mark.exhaustive
 def test_lesions_of_35_hu_separate(scans, tmp_path):
     found = {}
@@ -74,6 +79,14 @@ def test_a_window_is_kept_in_prediction_evaluation_and_export(scans, tmp_path):
     _, about = run.export(tmp_path / "network.pt", "state-dict")
     assert json.loads(about.read_text())["window"] == [AIR - 160, AIR + 240]
     assert run.evaluate("folder", data_root=scans)["accuracy"] >= 0
+    for path in scans.rglob("*.png"):  # as HU
+        Image.fromarray(np.asarray(Image.open(path)).astype(np.int32) - AIR).save(path.with_suffix(".tif"))
+        path.unlink()
+    outside = r"9\d % of pixels lie below and \d % of pixels lie above the window; stored values -"
+    with pytest.warns(UserWarning, match=outside):
+        run.predict([path.with_suffix(".tif") for path in paths])
+    with pytest.warns(UserWarning, match=outside):
+        run.evaluate("folder", data_root=scans)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +147,7 @@ def test_percentiles_are_of_the_training_files(scans):
             Image.fromarray(np.full((SIDE, SIDE), 60000, np.uint16)).save(moved)
     for name in ("ill", "well"):
         (scans / name).rmdir()
-    form = load("folder", root=scans, clients=2, partition="iid", options=options(window="0%,90%")).form
+    form = opened(scans, window="0%,90%").form
     assert form.window == pytest.approx((40 + AIR, 40 + AIR), abs=150)
 
 
@@ -151,6 +164,39 @@ def test_percentiles_of_few_training_files_among_many(tmp_path, monkeypatch):
         "folder", root=tmp_path, clients=1, partition="iid", options=options(window="0%,100%", validation_share=0.0)
     ).form
     assert form.window == (1000, 1200)
+
+
+@pytest.mark.parametrize(
+    ("window", "said"),
+    [
+        (f"{40 + AIR},400", ""), ("1%,99%", ""), ("40,400", "100 % of pixels lie above the window"),
+        (f"{100 + AIR},80", "76 % of pixels lie below and 4 % of pixels lie above the window"),
+    ],
+)  # fmt: skip
+def test_a_window_that_most_pixels_lie_outside_of_is_told(window, said, scans, tmp_path):
+    said = said and f"{said}; stored values 976 to 59,981"
+    assert opened(scans, window=window).form.outside.partition(": give ")[0] == said
+    given = {**HOW, "rounds": 1, "model": "mlp", "data_options": options(window=window), "out": tmp_path / "run"}
+    equal = pytest.raises(UserError, match=rf"All 151 images of the training set are equal .*: {said}")
+    with equal if window == "40,400" else nullcontext():
+        run = fedkern.simulate("fedavg", data="folder", data_root=scans, **given)
+        assert run.summary["diagnostics"].get("pixels-outside-window", "").partition(": give ")[0] == said
+    assert (tmp_path / "run").exists() is (window != "40,400")
+
+
+@pytest.mark.parametrize(
+    ("blank", "said"),
+    [("ab", "All 16 images of the training set are"), ("b", r"All 8 images of client 1 \(b\) are"), ("", ""),
+     ("t", "All 8 images of the test set are equal as a network sees them, so that they tell nothing: look at")],
+)  # fmt: skip
+def test_a_set_of_equal_images_is_refused(blank, said, tmp_path):
+    noise, labels = np.random.default_rng(0).integers(0, 256, (8, 4, 4)).astype(np.uint8), np.arange(8) % 2
+    a, b, test = ((0 * noise if name in blank else noise, labels) for name in "abt")
+    data = fedkern.FederatedData.from_arrays({"a": a, "b": b}, test)
+    more = {"model": "mlp", "rounds": 1, "progress": False, "pictures": False, "out": tmp_path / "run"}
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        fedkern.simulate("fedavg", data=data, **more)
+    assert (tmp_path / "run").exists() is not bool(said)
 
 
 def test_a_window_without_effect_is_told(tmp_path):
@@ -176,11 +222,11 @@ def test_percentiles_are_of_the_pixels(scans):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("40", "window must be CENTRE,WIDTH such as 40,400"), ("a,b", "must be CENTRE,WIDTH"),
+        ("40", "window must be CENTRE,WIDTH such as 1064,400"), ("a,b", "must be CENTRE,WIDTH"),
         ("40,0", "holds no value between 40 and 40"), ("99%,1%", "two from 0 to 100, the lower one first"),
         ("0%,101%", "two from 0 to 100"),
     ],
 )  # fmt: skip
 def test_a_wrong_window_is_one_sentence(text, said, scans):
     with pytest.raises(UserError, match=said):
-        load("folder", root=scans, clients=2, partition="iid", options=options(window=text))
+        opened(scans, window=text)

@@ -31,17 +31,20 @@ COLOURS = {"1": "black and white", "L": "grey", "LA": "grey", "F": "grey fractio
 SPLITS = {"": "", "train": "training ", "validation": "validation ", "test": "test "}
 """Splits in words."""
 ADVICE = "--data-option window=CENTRE,WIDTH keeps what matters"
+STORED = "give --data-option window=CENTRE,WIDTH in stored values, often HU + 1024 (40,400 in HU is 1064,400 there)"
+"""Advice on a window that shows little."""
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 
 
 class Look(NamedTuple):
-    """A file: Pillow's mode, depth and colour in words, width and height; of deep greys some pixels and the largest."""
+    """A file: Pillow's mode, depth and colour in words, width and height; of deep greys some pixels and the ends."""
 
     mode: str
     kind: str
     size: tuple[int, int]
     values: np.ndarray | None = None
     top: int | None = None
+    ends: tuple[float, float] = (0.0, 0.0)
 
 
 def looked_at(paths: Sequence[Path], max_pixels: int, pixels: bool) -> dict[Path, Look]:
@@ -67,9 +70,11 @@ def _look(image: Image.Image, pixels: bool) -> Look:
     if not pixels or not (deep or image.mode == "F"):
         return flat
     values, top = np.asarray(image).reshape(-1), None
+    low, high = float(values.min()), float(values.max())
     if deep:
-        top = int(values.max()) if values.min() >= 0 else 2 ** BITS[-1]  # refused when it is decoded
-    return flat._replace(values=values[:: max(1, -(-len(values) // EACH))].astype(np.float64), top=top)
+        top = int(high) if low >= 0 else 2 ** BITS[-1]  # refused when it is decoded
+    spread = values[:: max(1, -(-len(values) // EACH))].astype(np.float64)
+    return flat._replace(values=spread, top=top, ends=(low, high))
 
 
 def window_of(text: str, looks: Collection[Look]) -> Window | None:
@@ -97,7 +102,7 @@ def window_of(text: str, looks: Collection[Look]) -> Window | None:
         low, high = map(float, np.percentile(np.concatenate(values), ends))
     else:
         raise UserError(
-            f'the data option window must be CENTRE,WIDTH such as 40,400, or percentiles such as 1%,99%, not "{text}"'
+            f'the data option window must be CENTRE,WIDTH such as 1064,400, or percentiles such as 1%,99%, not "{text}"'
         )
     if not low < high:
         raise UserError(f"the data option window={text} holds no value between {low:g} and {high:g}: give a wider one")
@@ -107,6 +112,20 @@ def window_of(text: str, looks: Collection[Look]) -> Window | None:
 def as_text(window: Window | None) -> str:
     """A window as :func:`window_of` reads it."""
     return "" if window is None else f"{(window[0] + window[1]) / 2!r},{window[1] - window[0]!r}"
+
+
+def pixels_outside(window: Window | None, looks: Collection[Look], advice: str = STORED) -> str:
+    """Return a sentence on a window that most pixels of deep greys lie outside of; empty for any other window."""
+    deep = [look for look in looks if look.values is not None]
+    if window is None or not deep:
+        return ""
+    pixels = np.concatenate([look.values for look in deep])
+    shares = {"below": np.mean(pixels < window[0]), "above": np.mean(pixels > window[1])}
+    if sum(shares.values()) <= 0.5:
+        return ""
+    sides = [f"{100 * share:.0f} % of pixels lie {side}" for side, share in shares.items() if share >= 0.005]
+    low, high = min(look.ends[0] for look in deep), max(look.ends[1] for look in deep)
+    return f"{' and '.join(sides)} the window; stored values {low:,.6g} to {high:,.6g}: {advice}."
 
 
 def described(

@@ -22,7 +22,13 @@ class _Image(NamedTuple):
 
 
 def copies(
-    data: str, classes: Sequence[str], sets: Sets, pixels: Sequence[bytes], sites: Sequence[str], tiles: int
+    data: str,
+    classes: Sequence[str],
+    sets: Sets,
+    pixels: Sequence[bytes],
+    sites: Sequence[str],
+    tiles: int,
+    outside: str = "",
 ) -> list[str]:
     """Looks for images whose decoded pixels are equal and whose names differ.
 
@@ -32,6 +38,7 @@ def copies(
         sites: the clients' names, where the data name them.
         tiles: the rows of an image, see `tiles.tiled`.  Whole images are compared, because single tiles
             are often alike; one that does not have all of its tiles in a part of a set is not compared.
+        outside: what to say of a wrong window, see `fedkern.data.forms.ImageForm`.
 
     Returns:
         A sentence with the images that are there several times, or nothing.
@@ -55,7 +62,7 @@ def copies(
             if not (channels == channels[:, :1]).all():  # pictures of a single colour are alike without being copies
                 raise UserError(
                     f'data set "{data}": {first.name} and {other.name} are the same image with {both}; '
-                    "leave one of the two out"
+                    f"{outside or 'leave one of the two out'}"
                 )
             remarks.append(f"with {both}")
         for places, words in (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.images.full_masks import FullMasks
-from fedkern.data.images.greys import LOOKED_AT, Look, described, looked_at, window_of
+from fedkern.data.images.greys import LOOKED_AT, Look, described, looked_at, pixels_outside, window_of
 from fedkern.data.images.image_files import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -176,7 +176,7 @@ def _image_files(
 ) -> tuple[ImageFiles, dict[str, Any], list[str]]:
     """The files, each once though it may have several texts; `Source.files`; and sentences on their greys."""
     paths = tuple(dict.fromkeys(listing.paths))
-    looks = looked_at(paths, reading.max_image_pixels, not reading.bits)
+    looks = looked_at(paths, reading.max_image_pixels, not reading.bits or bool(reading.window))
     bits = reading.bits or grey_bits(look.top for look in looks.values() if look.top is not None)
     training = [path for path in paths if path in trained_on] if "%" in reading.window else ()
     window = window_of(reading.window, looked_at(training, reading.max_image_pixels, True).values())
@@ -191,7 +191,8 @@ def _image_files(
     sentences = [*_darker(listing, looks, bits)] if window is None else []
     if reading.window and every and not any(look.mode.startswith(("I", "F")) for look in every.values()):
         sentences.append(f"The data option window={reading.window} has no effect: no file has greys of over 8 bits.")
-    return files, {"grey_bits": bits, "window": window, "seen": seen}, sentences
+    outside = pixels_outside(window, looks.values())
+    return files, {"grey_bits": bits, "window": window, "seen": seen, "outside": outside}, sentences
 
 
 def _targets(masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | Tensor, rows: Tensor) -> Tensor:

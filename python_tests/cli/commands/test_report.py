@@ -141,7 +141,7 @@ def test_a_run_with_data_in_memory_has_no_command(tmp_path):
 
     import fedkern
 
-    site = (np.zeros((8, 8, 8), dtype=np.uint8), np.arange(8) % 2)
+    site = (np.arange(512).astype(np.uint8).reshape(8, 8, 8), np.arange(8) % 2)
     data = fedkern.FederatedData.from_arrays([site, site], site)
     run = fedkern.simulate("fedavg", data=data, model="mlp", rounds=1, out="run", progress=False, pictures=False)
     assert repeat.repeating(run.out) == ""

@@ -41,7 +41,7 @@ import numpy as np
 from fedkern import FederatedData
 
 def ours():
-    pair = np.zeros((6, 8, 8), np.uint8), np.arange(6) % 2
+    pair = np.arange(384).reshape(6, 8, 8).astype(np.uint8), np.arange(6) % 2
     return FederatedData.from_arrays([pair] * 3, pair)
 """
 
