@@ -22,7 +22,7 @@ from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.prediction import PARTS
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.context import reader
-from fedkern.engine.evaluate import batch_size, evaluate, evaluating, prefixed
+from fedkern.engine.evaluate import Key, batch_size, evaluate, evaluating, prefixed
 from fedkern.engine.item_sets import Trial
 from fedkern.engine.network import place
 from fedkern.engine.reader import Reader
@@ -32,6 +32,7 @@ from fedkern.errors import UserError, first_of, named
 from fedkern.files.filesystem import absolute
 from fedkern.methods.base import Method
 from fedkern.methods.common.final_figures import final_figures
+from fedkern.methods.common.intervals import Row, intervals
 from fedkern.methods.common.personal import ClientsNetworks
 from fedkern.models.precision import computing
 from fedkern.process.torch_modes import cpu_threads, reproducible
@@ -53,12 +54,14 @@ def evaluate_run(
     trusted: Collection[str] = (),
     model: nn.Module | None = None,
     best: bool = False,
+    own_tests: bool = False,
     progress: Callable[[str], None] | None = None,
-) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Evaluates the network of a finished run: its figures, and the names of the test sets.
+) -> tuple[dict[str, float], tuple[str, ...], list[Row]]:
+    """Evaluates the network of a finished run: its figures, the names of the test sets, and intervals.
 
     Data, their options, cache, result and errors are those of :meth:`fedkern.api.Run.evaluate`; ``trusted`` and
-    ``model`` are those of :func:`fedkern.load`; ``best`` is that of :meth:`fedkern.api.Run.model`.
+    ``model`` are those of :func:`fedkern.load`; ``best`` is that of :meth:`fedkern.api.Run.model`; with ``own_tests``
+    intervals are given on the clients' own test sets too.
     """
     if cache is not None and isinstance(data, FederatedData):
         raise UserError("cache is for image files, and these data are in memory: leave it out.")
@@ -108,7 +111,9 @@ def evaluate_run(
         network = lambda k: placed(read_model(out, trusted, model, client=k)[0])  # noqa: E731
         judge = ClientsNetworks(method, range(config.trained_clients), network)
     module = placed(module)
-    sets = _sets(loaded, module, about, config)
+    sets = _sets(prefixed(loaded), module, about, config)
+    usual = own_tests and type(method).evaluate_own is Method.evaluate_own  # else a client's state is needed
+    own = _sets(dict(enumerate(loaded.client_tests if usual else ())), module, about, config)
     code = partial(named, f"The method's evaluate of {config.method}", config.kind)
     with cpu_threads(config.threads), computing(config.precision):
         if loaded.form.lacks:
@@ -116,7 +121,11 @@ def evaluate_run(
         threads = config.client_threads if apart else config.threads  # as in the run
         with evaluating(config.replace(threads=threads), flat and not apart) as at_once:
             figures = evaluate(judge, module, sets, code, at_once, seed=config.seed, keep=True)
-        return {**figures, **final_figures(sets, loaded.classes).metrics, **figures}, tuple(loaded.tests)
+            for k, each in own.items():
+                evaluate(judge, module, {f"client_{k}_": each}, code, at_once, seed=config.seed, keep=True)
+        same = len(loaded.clients) == config.trained_clients  # else networks and sites are no pairs
+        rows = intervals(sets, own, loaded, config.seed, same) if config.records != "private" else []
+        return {**figures, **final_figures(sets, loaded.classes).metrics, **figures}, tuple(loaded.tests), rows
 
 
 def _same_files(root: str, stored: str | None) -> bool:
@@ -168,13 +177,16 @@ def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[
     return {**values, "task": about["task"]} if named else values
 
 
-def _sets(data: FederatedData, module: nn.Module, about: Mapping[str, Any], config: RunConfig) -> dict[str, Reader]:
+def _sets(
+    splits: Mapping[Key, Split], module: nn.Module, about: Mapping[str, Any], config: RunConfig
+) -> dict[Key, Reader]:
+    """Return a reader of every split, by the same keys."""
     device = torch.device(config.device)
     size = batch_size(device, config.statistics)
     form = form_of(about)
-    sets: dict[str, Reader] = {}
+    sets: dict[Key, Reader] = {}
     first: Any = next(iter(getattr(module, "members", (module,))))  # clients' own networks have the same words
-    for prefix, split in prefixed(data).items():
+    for prefix, split in splits.items():
         tokens = split.task.tokens(split, lambda: first.tokenize)
         sets[prefix] = reader(split, form, device, seed=config.seed, tokens=tokens, size=size)
         sets[prefix].metrics = metrics_of(config.plugins)
@@ -205,4 +217,5 @@ def _fitted(data: FederatedData, about: Mapping[str, Any], out: Path) -> Federat
         return replace(split, labels=task.relabelled(split.labels, places, len(classes)))
 
     tests = {name: relabel(split) for name, split in data.tests.items()}
-    return replace(data, classes=tuple(classes), tests=tests, validation=relabel(data.validation))
+    own = tuple(map(relabel, data.client_tests))
+    return replace(data, classes=tuple(classes), tests=tests, validation=relabel(data.validation), client_tests=own)

@@ -115,6 +115,7 @@ def evaluate_clients(
     code: Callable[[str], AbstractContextManager[None]],
     client: Callable[[int], Client],
     seed: int,
+    keep: bool = False,
 ) -> dict[int, dict[str, float]]:
     """The method's figures on every client's own test set, by client.
 
@@ -127,6 +128,7 @@ def evaluate_clients(
         code: names the method's part, and the client of the given label, in an exception.
         client: a client with its state, asked for where the method may look at it.
         seed: the run's.
+        keep: whether the sets keep the networks' answers (``Reader.kept``).
 
     Raises:
         UserError: a set is a single image, which the network cannot normalise.
@@ -136,7 +138,8 @@ def evaluate_clients(
     def figures(k: int) -> dict[str, float]:
         label = client_label(names, k)
         explained = _explained(f"The test set of client {label}", sets[k])
-        with explained, sets[k].repeating(seed, "client", k), code(label):
+        keeping = sets[k].keeping() if keep else nullcontext()
+        with explained, keeping, sets[k].repeating(seed, "client", k), code(label):
             each = method.evaluate_own(network, sets[k], client(k)) if looks else method.evaluate(network, sets[k])
             buffers.put_back()
             return {name: float(value) for name, value in each.items()}

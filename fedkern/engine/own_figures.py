@@ -13,6 +13,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.evaluate import evaluate, evaluate_clients
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.hooks import MethodCode
+from fedkern.engine.reader import Reader
 from fedkern.engine.server import Server
 from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.methods.base import ClientId, Message, Method, Phase
@@ -41,7 +42,7 @@ class OwnFigures:
 
         Returns:
             ``figures``, names prefixed; ``own``, figures on the client's own test set, by client; ``kept`` answers by
-            the prefix of their test set (see :attr:`Reader.kept`).
+            the prefix of their test set (see :attr:`Reader.kept`), and by client those on the own test sets.
         """
         context, k = client.context, client.id
         seed = context.config.seed
@@ -53,8 +54,8 @@ class OwnFigures:
         one = ClientsNetworks(self._method, [k], lambda _: network)
         return {
             "figures": evaluate(one, network, tests, nullcontext, seed=seed, keep=message["keep"]),
-            "own": evaluate_clients(self._method, network, own, 1, names, unnamed, itself, seed),
-            "kept": {prefix: each.kept for prefix, each in tests.items()} if message["keep"] else {},
+            "own": evaluate_clients(self._method, network, own, 1, names, unnamed, itself, seed, message["keep"]),
+            "kept": {prefix: each.kept for prefix, each in (tests | own).items()} if message["keep"] else {},
         }
 
 
@@ -96,7 +97,8 @@ class ClientsFigures:
         message = {"vectors": vectors, "tests": tests, "keep": keep, "own": own}
         figures: list[dict[str, float]] = []
         of_clients: dict[int, dict[str, float]] = {}
-        kept: dict[str, list[tuple[ClientId | None, Tensor]]] = {prefix: [] for prefix in context.test_sets}
+        sets: dict[Any, Reader] = dict(context.test_sets) | (getattr(context, own) if own else {})
+        kept: dict[Any, list[tuple[ClientId | None, Tensor]]] = {place: [] for place in sets}
         # No more states are in memory at once than in a round.
         clients, most = range(context.federation.clients), context.config.clients_of_a_round
         for first in clients[::most]:
@@ -106,11 +108,11 @@ class ClientsFigures:
                 evaluated = self._taken(answer)
                 figures.append(evaluated["figures"])
                 of_clients.update(evaluated["own"])
-                for prefix, answers in evaluated["kept"].items():
-                    kept[prefix] += answers
+                for place, answers in evaluated["kept"].items():
+                    kept[place] += answers
             executor.end_round()
-        for prefix, data in context.test_sets.items() if keep else ():
-            data.kept = kept[prefix]
+        for place, data in sets.items() if keep else ():
+            data.kept = kept[place]
         return means(figures), of_clients
 
     def _taken(self, answer: Answer) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fedkern.data.sharing.statistics import SKEW
 from fedkern.data.text_table import Table
 from fedkern.errors import MESSAGE, printable_name
+from fedkern.methods.common.intervals import LEAST, Row
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.report.names import CELL, TICK, label
 from fedkern.tasks.figure_names import RECALLS, TEST_SETS, figure_title, scale, set_title, short_title, split_metric
@@ -254,6 +255,27 @@ def own_tests_table(summary: Mapping[str, Any], main: str) -> Table:
         rows.append([k, *([label(figures.get("name", ""))] if has_names else []), *cells])
     more = [f"... {len(clients) - CLIENTS} more"] if len(clients) > CLIENTS else []
     return Table(header, rows, title, words=2 if has_names else 0, notes=more)
+
+
+def interval_texts(row: Row) -> list[str]:
+    """The ends of an interval (`fedkern.methods.common.intervals`) in words, and the numbers that it rests on."""
+    unit = row["unit"]
+    counts = {unit: row["units"], "samples": row["samples"]}
+    ends = f"none: {'too few' if row['units'] < LEAST else 'equal'} {unit}"
+    if row["low"] is not None:
+        ends = " to ".join(human_metric(row["figure"], row[end]) for end in ("low", "high"))
+    return [ends, ", ".join(f"{count:,} {noun if count != 1 else noun[:-1]}" for noun, count in counts.items())]
+
+
+def intervals_tables(rows: Sequence[Row], limit: int = CLIENTS) -> list[Table]:
+    """The table of intervals, those on test sets before those of clients, in a list that is empty without any."""
+    texts = []
+    for row in rows[:limit]:
+        name, client = set_title(row["set"]), label(row.get("client", ""))
+        place = client if client and row["set"] in ("own", "test") else f"{client} {name}".strip()
+        texts.append([place, human_metric(row["figure"], row["value"]), *interval_texts(row)])
+    more = [f"... {len(rows) - limit} more: intervals in summary.json"] if len(rows) > limit else []
+    return [Table(["", figure_title(row["figure"]), "95 % interval", "of"], texts, notes=more) for row in rows[:1]]
 
 
 def worst_client_line(summary: Mapping[str, Any]) -> str:

@@ -164,7 +164,7 @@ def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
     return replace(data, clients=tuple(map(stand_in, samples)), statistics=statistics)
 
 
-def effective(config: RunConfig, data: Any) -> RunConfig:
+def effective(config: RunConfig, data: FederatedData) -> RunConfig:
     """The settings, completed by what follows from the data: clients, main figure, augmentation, client threads.
 
     Raises:
@@ -176,7 +176,7 @@ def effective(config: RunConfig, data: Any) -> RunConfig:
     return config
 
 
-def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
+def check_data(config: RunConfig, data: FederatedData, alone: int | None = None) -> None:
     """Raises UserError where settings, method and data do not fit; ``alone``: the only client with samples here."""
     kind = config.kind
     if len(data.classes) == 1 and "pairs" not in data.task.offers:
@@ -218,7 +218,7 @@ def check_data(config: RunConfig, data: Any, alone: int | None = None) -> None:
             )
 
 
-def _check_varied(data: Any, sets: Mapping[str, Sequence[Split]], *, blank: bool = False) -> None:
+def _check_varied(data: FederatedData, sets: Mapping[str, Sequence[Split]], *, blank: bool = False) -> None:
     """Raises UserError for a set of several images that are all equal; with ``blank`` only where all pixels are."""
     for name, splits in () if data.form.lacks else sets.items():
         every = (loaded(split.images[row : row + 4]) for split in splits for row in range(0, len(split), 4))
@@ -233,7 +233,7 @@ def _check_varied(data: Any, sets: Mapping[str, Sequence[Split]], *, blank: bool
             )
 
 
-def _check_pairs(config: RunConfig, data: Any) -> None:
+def _check_pairs(config: RunConfig, data: FederatedData) -> None:
     """Raises UserError where encoders would train on a single image-text pair: batch norm in their heads needs two."""
     if "pairs" not in data.task.offers:
         return
@@ -292,7 +292,7 @@ def _unseen(classes: set[int], splits: Sequence[Split]) -> set[int]:
     return rest
 
 
-def check_sets(data: Any, plugins: Mapping[str, str]) -> None:
+def check_sets(data: FederatedData, plugins: Mapping[str, str]) -> None:
     """Raises UserError where a set has no figures of its own, before the training is lost.
 
     Its name may be taken, or it may be of a segmentation and have no pixel whose class is known.

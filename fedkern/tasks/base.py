@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from fedkern import models
 
+Rows = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 AHEAD = 16
 """Most batches that wait for a thread; more batches would only use memory."""
 
@@ -77,6 +79,7 @@ class Task:
             - ``"features"``: the outputs are linear in one feature vector of a sample.
         outside: most samples of a batch outside of training.
         concurrent: whether several batches of a set may be evaluated at once.
+        sampled: name of the figure that :meth:`resampled` computes from what is kept; empty without one.
         lacks: what a set lacks that cannot have the main figure, such as "no mask with an object".
     """
 
@@ -91,6 +94,7 @@ class Task:
     offers: ClassVar[frozenset[str]] = frozenset({"loss"})
     outside: ClassVar[int] = 512
     concurrent: ClassVar[bool] = False
+    sampled: ClassVar[str] = ""
     lacks: ClassVar[str] = ""
 
     def __reduce__(self) -> str:
@@ -155,6 +159,36 @@ class Task:
     def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         """Figures of the run's end from what the last evaluation kept, one entry for every network."""
         return Figures()
+
+    def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
+        """Return the samples' parts in the figure ``sampled``, fp64 ``[n, k]``, NaN where a sample has none.
+
+        The figure is their mean over samples, and of the k means.
+
+        Args:
+            output: what :meth:`figures` keeps of a network.
+            labels, cases: those of the set, on the CPU.
+        """
+        raise NotImplementedError
+
+    def resampled(
+        self, output: Tensor, labels: Tensor, cases: Tensor | None, rows: Rows, units: Rows, counts: Floats
+    ) -> Floats:
+        """Return the figure ``sampled`` of sets that are drawn from a set, fp64 ``[m]``, NaN where it is not defined.
+
+        Args:
+            output, labels, cases: see :meth:`parts`.
+            rows, units: int64 ``[n]``, the samples to draw from, and the unit of each, counted from 0.
+            counts: fp64 ``[m, units]``, how often a draw has each unit, with all of its samples.
+        """
+        parts = self.parts(output, labels, cases).numpy()[rows]
+        sums, sizes = np.zeros((2, counts.shape[1], parts.shape[1]))
+        np.add.at(sums, units, np.nan_to_num(parts))
+        np.add.at(sizes, units, ~np.isnan(parts))
+        with np.errstate(invalid="ignore"):  # einsum adds in one order, for any number of threads
+            means = np.einsum("mg,gk->mk", counts, sums) / np.einsum("mg,gk->mk", counts, sizes)
+        figures: Floats = torch.from_numpy(means).nanmean(1).numpy()
+        return figures
 
     def kept_shape(self, data: Any, classes: int) -> tuple[int, ...]:
         """Shape of what :meth:`figures` keeps of a network."""

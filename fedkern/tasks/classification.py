@@ -23,7 +23,7 @@ MATRIX = 1000
 class Classification(Task):
     """One class of every sample, by softmax."""
 
-    name, main = "classification", "accuracy"
+    name, main, sampled = "classification", "accuracy", "accuracy"
     pictures = ("gradcam",)
     offers = frozenset({"loss", "criterion", "classes", "images", "features"})
     concurrent = True
@@ -114,6 +114,10 @@ class Classification(Task):
             matrices = [of_classes.confusion(labels, logits.double().argmax(1), len(names)) for logits in outputs]
             matrix = torch.stack(matrices).sum(0)
         return Figures(metrics, per_class, matrix)
+
+    def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
+        right = (output.double().argmax(1) == labels).double()
+        return torch.where(labels < 0, math.nan, right)[:, None]
 
     def constant(self, data: Any, classes: Sequence[str]) -> Constant | None:
         labels = data.labels.cpu()

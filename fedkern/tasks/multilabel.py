@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from fedkern.tasks.base import Figures, Task, check_shape, mean, named
+from fedkern.tasks.base import Figures, Floats, Rows, Task, check_shape, mean, named
 from fedkern.tasks.classification_figures import areas
 
 MAIN = "macro_auroc"
@@ -25,7 +25,7 @@ MAIN = "macro_auroc"
 class Multilabel(Task):
     """Several labels of a sample or none, uint8 ``[n, L]`` of 0 and 1; a logit for every label."""
 
-    name, main = "multilabel", MAIN
+    name, main, sampled = "multilabel", MAIN, MAIN
     target, partition = "labels", "iid"
     offers = frozenset({"loss", "criterion", "images"})
     lacks = "no label that some images have and others lack"
@@ -61,6 +61,23 @@ class Multilabel(Task):
                 name: named(mean([of(logits, labels) for logits in outputs]), names) for name, of in each.items()
             }
         )
+
+    def resampled(
+        self, output: Tensor, labels: Tensor, cases: Tensor | None, rows: Rows, units: Rows, counts: Floats
+    ) -> Floats:
+        weights = np.ascontiguousarray(counts.T) * (not output.isnan().any())
+        areas_drawn = []
+        for scores, truth in zip(output.double().numpy()[rows].T, labels.numpy()[rows].T, strict=True):
+            has, lacks = np.flatnonzero(truth), np.flatnonzero(truth == 0)
+            lacks = lacks[np.argsort(scores[lacks])]
+            below = np.zeros((len(lacks) + 1, len(counts)))
+            np.cumsum(weights[units[lacks]], 0, out=below[1:])
+            ends = [below[np.searchsorted(scores[lacks], scores[has], side)] for side in ("left", "right")]
+            drawn = weights[units[has]]  # ties count one half
+            with np.errstate(invalid="ignore"):
+                areas_drawn.append((drawn * (ends[0] + ends[1])).sum(0) / (2 * drawn.sum(0) * below[-1]))
+        figures: Floats = torch.from_numpy(np.stack(areas_drawn)).nanmean(0).numpy()
+        return figures
 
     def defined(self, data: Any) -> bool:
         return bool((data.labels != data.labels[:1]).any())

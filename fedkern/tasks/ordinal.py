@@ -56,7 +56,7 @@ class CumulativeLink(nn.Module):
 class Ordinal(Task):
     """Classes in an order, int64 ``[n]``; the figures count how far a prediction is off, in classes."""
 
-    name, main, better = "ordinal", "mae", "min"
+    name, main, better, sampled = "ordinal", "mae", "min", "mae"
     offers = frozenset({"loss", "criterion", "images"})
 
     def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
@@ -95,6 +95,9 @@ class Ordinal(Task):
         recalls = mean([of_classes.recalls(labels, predicted, len(names)) for predicted in every])
         matrices = [of_classes.confusion(labels, predicted, len(names)) for predicted in every]
         return Figures(per_class={"recall": named(recalls, names)}, confusion=torch.stack(matrices).sum(0))
+
+    def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
+        return (output.argmax(1) - labels).abs().double()[:, None]
 
     def constant(self, data: Any, classes: Sequence[str]) -> Constant | None:
         counts = torch.bincount(data.labels.cpu(), minlength=len(classes))

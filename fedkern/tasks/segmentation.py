@@ -49,7 +49,7 @@ Mask = npt.NDArray[np.bool_]
 class Segmentation(Task):
     """A class of every pixel, int64 ``[n, H, W]``, negative where it is unknown; logits ``[n, C, H, W]``."""
 
-    name, main = "segmentation", "dice"
+    name, main, sampled = "segmentation", "dice", "dice"
     target, network, pictures = "pixels", "pixels", ("segmentation",)
     offers = frozenset({"loss", "classes", "pixels", "images"})
     lacks = "no mask with an object"
@@ -69,10 +69,15 @@ class Segmentation(Task):
         return segmentation(model, data)
 
     def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
-        return Figures(per_class={"dice": named(mean(outputs), names)})
+        return Figures(per_class={"dice": named(mean([each.nanmean(0) for each in outputs]), names)})
+
+    def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
+        parts = torch.full((len(labels), output.shape[1] - 1), math.nan, dtype=torch.float64)
+        parts[_case_rows(len(labels), cases)] = output[:, 1:]  # all images of a case belong to its unit
+        return parts
 
     def kept_shape(self, data: Any, classes: int) -> tuple[int, ...]:
-        return (classes,)
+        return len(_case_rows(len(data), getattr(data, "cases", None))), classes
 
     def batch_size(self, size: int, positions: int) -> int:
         return min(size, max(1, PIXELS // positions))  # feature maps are as large as the images
@@ -160,8 +165,8 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
         model: in eval mode.
         data: ``data.batches()`` yields batches with labels int64 [B, H, W] as targets.  ``data.cases`` int64 [n], if
             present and not None, gives the case of every image.  ``data.record``, if present, receives the predicted
-            classes [n, H, W] in order, and ``data.keep``, if present and not None, the Dice of every class, fp64 [C],
-            the background's first (NaN for a class that no truth contains).
+            classes [n, H, W] in order, and ``data.keep``, if present and not None, the Dice of every case and
+            class, fp64 [cases, C], the background's first (NaN where the case does not count for the class).
 
     Returns:
         ``dice``, ``iou`` (fractions), ``hd95`` (pixels), ``loss`` (nats per pixel) and, with more than one foreground
@@ -196,11 +201,11 @@ def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
         record(torch.cat(predictions))
     cases = getattr(data, "cases", None)
     per_image = torch.cat(counts)
-    every = dice(per_image if cases is None else _together(per_image, cases))
+    every = case_dice(per_image if cases is None else _together(per_image, cases))
     keep = getattr(data, "keep", None)
     if keep is not None:
         keep(every)
-    by_class = every[1:]
+    by_class = every.nanmean(0)[1:]
     both, guesses, true = per_image.sum(0).double().unbind(0)
     union = torch.where(true > 0, guesses + true - both, math.nan)[1:]
     means = {"dice": float(by_class.nanmean()), "iou": float((both[1:] / union).nanmean())}
@@ -239,7 +244,12 @@ def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
 
 
 def dice(counts: Tensor) -> Tensor:
-    """Mean over cases of 2 |P ∩ T| / (|P| + |T|) for every class, fp64 [C]; NaN for a class that no truth contains.
+    """Mean over cases of :func:`case_dice` for every class, fp64 [C]; NaN for a class that no truth contains."""
+    return case_dice(counts).nanmean(0)
+
+
+def case_dice(counts: Tensor) -> Tensor:
+    """2 |P ∩ T| / (|P| + |T|) of every case and class, fp64 [n, C]; NaN where a case does not count for a class.
 
     A case counts for the classes of its truth; without any object, for the classes that are predicted.
 
@@ -249,7 +259,7 @@ def dice(counts: Tensor) -> Tensor:
     both, guesses, true = counts.double().unbind(1)
     healthy = true[:, 1:].sum(1, keepdim=True) == 0
     counted = (true.sum(0) > 0) & ((true > 0) | (healthy & (guesses > 0)))
-    return torch.where(counted, 2 * both / (guesses + true), math.nan).nanmean(0)
+    return torch.where(counted, 2 * both / (guesses + true), math.nan)
 
 
 def constant_dice(labels: Tensor, classes: int, cases: Tensor | None = None, full: Any = None) -> tuple[float, int]:
@@ -310,6 +320,11 @@ def _distances(predicted: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -
         for c in np.unique(label[label > 0]):
             distances.append(hausdorff95((guess == c) & valid, label == c))
     return distances
+
+
+def _case_rows(images: int, cases: Tensor | None) -> npt.NDArray[np.int64]:
+    """Return the first image of every case, int64 ``[cases]``, in the order of the cases' numbers."""
+    return np.arange(images) if cases is None else np.unique(cases.cpu().numpy(), return_index=True)[1]
 
 
 def _together(counts: Tensor, cases: Tensor) -> Tensor:

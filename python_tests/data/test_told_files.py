@@ -153,5 +153,8 @@ def test_evaluate_tells_images_and_patients_of_every_site(tmp_path):
     ):
         told = []
         other = {"data": "csv", **judged} if judged else {}
-        evaluate_run(tmp_path / f"run on {trained}", progress=told.append, **other)
+        _, _, intervals = evaluate_run(tmp_path / f"run on {trained}", progress=told.append, **other)
         assert any(line.startswith(f"the test set: {said}") for line in told)
+        found = [(row.get("client"), f"{row['samples']} of {row['units']} {row['unit'][:-1]}") for row in intervals]
+        texts = [text.split(" ", 1) for text in next(line for line in told if "test set" in line)[14:].split(", ")]
+        assert found == [(None if name == "images" else name, text.rstrip("s")) for name, text in texts]

@@ -130,7 +130,7 @@ def test_a_class_that_a_set_lacks_is_in_no_mean(cases, predicted):
     told, kept = Told(predicted, truth, cases=cases), []
     told.keep = kept.append
     found = told.figures()
-    assert torch.isnan(kept[0]).tolist() == [False, False, True]
+    assert torch.isnan(kept[0].nanmean(0)).tolist() == [False, False, True]
     assert "dice_2" not in found
     assert found["dice"] == found["dice_1"]
     both, either = ((predicted == 1) & (truth == 1)).sum(), ((predicted == 1) | (truth == 1)).sum()
@@ -363,7 +363,7 @@ def test_the_dice_of_every_class_is_kept():
     told, kept = Told(masks(seed=1), truth), []
     told.keep = kept.append
     found = told.figures()
-    (every,) = kept
+    every = kept[0].nanmean(0)
     expected = dice(overlaps(masks(seed=1), truth, 3))
     assert torch.equal(every, expected)
     assert every[1:].tolist() == [found["dice_1"], found["dice_2"]]

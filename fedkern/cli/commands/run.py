@@ -204,7 +204,7 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
         return
     from fedkern.report.live.progress import terminal
     from fedkern.report.names import say
-    from fedkern.report.tables import class_table, final_table, own_tests_table, worst_client_line
+    from fedkern.report.tables import class_table, final_table, intervals_tables, own_tests_table, worst_client_line
 
     console = terminal()
     main = stored_settings(out)["main"]
@@ -215,6 +215,8 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
         console.print(own_tests_table(summary, main))
         if worst := worst_client_line(summary):
             say(console, worst)
+    for table in intervals_tables(summary.get("intervals", ())):
+        console.print(table)
     if names := sorted(summary.get("diagnostics") or ()):
         say(console, f"warnings: {', '.join(names)} (see diagnostics in {out / 'summary.json'})")
     from fedkern.methods import METHODS

@@ -28,7 +28,7 @@ def copies(
     pixels: Sequence[bytes],
     sites: Sequence[str],
     tiles: int,
-    outside: str = "",
+    outside: str,
 ) -> list[str]:
     """Looks for images whose decoded pixels are equal and whose names differ.
 

@@ -27,6 +27,7 @@ from fedkern.methods.base import Method
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
 from fedkern.methods.common.figures import gradcam
 from fedkern.methods.common.final_figures import final_figures
+from fedkern.methods.common.intervals import intervals
 from fedkern.privacy.disclosure import About
 from fedkern.tasks.base import better_values
 from fedkern.tasks.figure_names import direction
@@ -128,6 +129,9 @@ class Evaluation(Part):
         summary.metrics.update(summary.of_tests)
         summary.entries["better"] = self._directions(summary.metrics)
         summary.entries.update(self._of_clients(test_set, own_sets))
+        if self._clients:
+            data, seed, apart = self._context.data, self._context.config.seed, self._networks is not None
+            summary.entries["intervals"] = intervals(self._sets, self._client_sets, data, seed, apart)
         if summary.final.per_class:
             summary.entries["per_class"] = summary.final.per_class
 
@@ -149,7 +153,7 @@ class Evaluation(Part):
                 metrics = evaluate(
                     self._method, network, self._sets, code, at_once, seed=self._context.config.seed, keep=last
                 )
-            self._evaluate_clients(network, self._client_sets)
+            self._evaluate_clients(network, self._client_sets, keep=last)
         else:
             own = "client_sets" if self._clients else ""
             metrics, self.of_clients = self._networks(own, tests=True, keep=last, here=here)
@@ -158,13 +162,13 @@ class Evaluation(Part):
         self.latest.update(over_clients(self.of_clients, self._client_sets))
         self._kept = last
 
-    def _evaluate_clients(self, network: nn.Module, sets: dict[int, Reader]) -> None:
+    def _evaluate_clients(self, network: nn.Module, sets: dict[int, Reader], keep: bool = False) -> None:
         if self._clients:
             names, seed = self._context.data.client_names, self._context.config.seed
             code = lambda label: self._code(f"evaluate_own for client {label}")  # noqa: E731
             with self._at_once(network) as at_once:
                 self.of_clients = evaluate_clients(
-                    self._method, network, sets, at_once, names, code, self._client, seed
+                    self._method, network, sets, at_once, names, code, self._client, seed, keep
                 )
 
     def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:

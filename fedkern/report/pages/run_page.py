@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -49,6 +47,8 @@ from fedkern.report.tables import (
     human_metric,
     human_time,
     in_unit,
+    interval_texts,
+    intervals_tables,
 )
 from fedkern.settings.config import RunConfig, flat
 from fedkern.settings.stored import stored_settings
@@ -240,31 +240,18 @@ def _worst(run: Contents) -> Iterator[str]:
         yield "How the worst client fares is not known: the clients have no test sets of their own (--client-test)."
 
 
-def wilson(count: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a probability, of which ``count`` of ``total`` (at least 1) tell."""
-    normal = NormalDist().inv_cdf(0.975)
-    middle = (2 * count + normal**2) / (2 * (total + normal**2))
-    half = normal * math.sqrt(4 * count * (total - count) / total + normal**2) / (2 * (total + normal**2))
-    return 0.0 if count == 0 else middle - half, 1.0 if count == total else middle + half
-
-
 def _certainty(run: Contents) -> Iterator[str]:
     """How sure the figures are: the test set's size, and the number of seeds."""
-    intervals = []
-    for name in run.main:
-        test_set, figure = run.split(name)
-        matrix = run.confusion.matrices.get(set_name(test_set)) if run.confusion is not None else None
-        split = run.tests.get(test_set)
-        # A matrix over several networks counts every image several times.
-        if figure != "accuracy" or matrix is None or split is None or int(matrix.sum()) != len(split):
-            continue
-        low, high = (100 * end for end in wilson(int(np.trace(matrix)), int(matrix.sum())))
-        intervals.append(f"{low:.1f} to {high:.1f} % {_on(test_set)} ({len(split):,} samples)")
-    if intervals:
-        yield (
-            f"The number of test samples alone leaves {listed(intervals)}: 95 % intervals, which take samples as "
-            "independent."
-        )
+    rows = {(row["set"], row["figure"]): row for row in run.summary.get("intervals", ()) if "client" not in row}
+    texts, unit = [], "samples"
+    for test_set, figure in map(run.split, run.main):
+        row = rows.get((set_name(test_set), figure), {"low": None})
+        if row["low"] is not None:
+            (ends, counts), unit = interval_texts(row), row["unit"]
+            texts.append(f"{ends} {_on(test_set)} ({counts})")
+    if texts:
+        how = "take samples as independent" if unit == "samples" else f"draw {unit} anew, with all of their samples"
+        yield f"The number of test {unit} alone leaves {listed(texts)}: 95 % intervals, which {how}."
     yield "This is one run: how far another seed moves its figures is not known (compare --seeds 3 tells)."
 
 
@@ -293,6 +280,7 @@ def _figures(run: Contents) -> Iterator[Block]:
             for name in over_clients]  # fmt: skip
     if rows:
         yield Table(["over the clients' own test sets", "mean", "worst"], rows)
+    yield from intervals_tables(run.summary.get("intervals", ()), LISTED)
     for kind, tables in by_class.items():
         classes = list(dict.fromkeys(each for table in tables.values() for each in table))
         missing = sum(all(table.get(each) is None for table in tables.values()) for each in classes)

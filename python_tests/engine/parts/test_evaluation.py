@@ -112,9 +112,12 @@ def test_what_the_summary_gets(own):
     if own:
         assert summary.client_set == summary.entries["client_test_set"] == "own"
         assert summary.of_clients[1]["accuracy"] == summary.entries["client_metrics"]["1"]["accuracy"] == 0.5
+        assert [(row["set"], row["value"], row["units"]) for row in summary.entries["intervals"]] == [
+            ("id", 1.0, 4), ("ood", 0.75, 4), ("own", 1.0, 2), ("own", 0.5, 2)
+        ]  # fmt: skip
         assert summary.entries["worst_client"] == {"client": 1, "metric": "accuracy", "value": 0.5}
     else:
-        assert summary.entries.keys() == {"per_class", "better"}
+        assert summary.entries.keys() == {"per_class", "better", "intervals"}
         assert summary.of_clients == {}
         assert summary.entries["better"]["ood_loss"] == "min"
 

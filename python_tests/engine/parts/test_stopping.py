@@ -127,7 +127,7 @@ def test_the_best_network_is_read_as_the_last_one_is(buffers, data, make_config,
     assert about["rounds"] == best["round"]
     file = load_file(out / "best.safetensors")
     assert all(torch.equal(value, file[name]) for name, value in module.state_dict().items())
-    found, _ = evaluate_run(out, data=data, best=True)
+    found = evaluate_run(out, data=data, best=True)[0]
     assert {name: found[name] for name in best["metrics"]} == best["metrics"]
     assert found != evaluate_run(out, data=data)[0]
     opened = fedkern.load(out, data=data)

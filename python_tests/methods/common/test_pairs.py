@@ -30,7 +30,7 @@ def test_a_baseline_trains_on_pairs(method, make_pairs, make_config, tmp_path):
     config = make_config(method, **TINY, client_test=0.3)
     data = make_pairs()
     metrics = run(config, out=tmp_path, data=data)["metrics"]
-    again, _ = evaluate_run(tmp_path, data=data)
+    again = evaluate_run(tmp_path, data=data)[0]
     assert again == {name: metrics[name] for name in again}
     for name in ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "validation_i2t_r1"):
         assert 0 <= metrics[name] <= 1

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 import fedkern
 from fedkern.engine.store import confusions
@@ -53,12 +52,6 @@ def uncharted(monkeypatch):
 def folder(finished, tmp_path):
     """A copy of the finished run, to be changed."""
     return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
-
-
-@pytest.mark.parametrize(("count", "total"), [(0, 7), (7, 7), (1, 2), (311, 450), (9999, 10000)])
-def test_intervals_are_those_of_scipy(count, total):
-    expected = binomtest(count, total).proportion_ci(0.95, "wilson")
-    assert run_page.wilson(count, total) == pytest.approx((expected.low, expected.high), rel=1e-12)
 
 
 def test_the_headline_is_what_a_sceptic_concludes(finished, finished_page):
