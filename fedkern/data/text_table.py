@@ -126,8 +126,12 @@ def _line(text: str) -> str:
     return printable_name(" ".join(text.split()), sys.maxsize)
 
 
+_ACTIVE = re.compile(r"[|*_`<>\\~$]|\](?=[(:\[])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+"""Characters that make a text in Markdown anything else than text: a link, a picture, code, a formula."""
+
+
 def _markdown(text: str) -> str:
-    return "".join(f"\\{c}" if c in "|*_`<>\\" else c for c in _line(text))
+    return _ACTIVE.sub(r"\\\g<0>", _line(text))
 
 
 def _of_markdown(text: str) -> str:

@@ -1,13 +1,16 @@
 """A table of texts on a terminal, in Markdown and in LaTeX."""
 
+import dataclasses
 import io
 
+from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.text import Text
 
 from fedkern.data.text_table import Table
 from python_tests.html_reader import Reader
 
+LINKS = "[x](http://y.z) ![](p.png) <img src=q> [r]: http://y.z $a$ www.y.z <https://y.z>"
 ODD = "a|b *c* _d_ <e> `f` \\g ± 50 % – {h}"
 TABLE = Table(["", ODD], [[ODD, "1"], ["last", Text("2", "red")]], "Title", notes=["A note.", ODD], breaks=[1])
 
@@ -21,6 +24,12 @@ def printed(table: Table, *, color: bool = False) -> str:
 def test_markdown_is_read_back():
     table = Table.of_markdown(TABLE.markdown())
     assert table == Table(["", ODD], [[ODD, "1"], ["last", "2"]], notes=["A note.", ODD])
+    linked = Table(["", LINKS], [[LINKS, LINKS]], LINKS, notes=[LINKS])
+    assert Table.of_markdown(linked.markdown()) == dataclasses.replace(linked, title="")
+    tokens = [token for block in MarkdownIt("gfm-like", {"linkify": False}).parse(linked.markdown())
+              for token in block.children or []]  # fmt: skip
+    assert {token.type for token in tokens} <= {"text", "text_special"}
+    assert "http:" not in linked.markdown()
     assert Table.of_markdown("# Title\n\n| a |\n") is None
     assert Table.of_markdown("| a | b |\n|---|---:|\n| 1 |\n") is None
 
