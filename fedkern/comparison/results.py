@@ -184,7 +184,7 @@ class Result:
         with undocumented():
             from fedkern.report.figures.comparison_plot import comparison_panels
             from fedkern.report.figures.curves import draw
-            from fedkern.report.figures.plots import save
+            from fedkern.report.figures.plots import save, tell_lacking
 
         folder.mkdir(parents=True, exist_ok=True)
         table = self.text_table(self.all_sentences())
@@ -196,6 +196,7 @@ class Result:
             panels = comparison_panels(self.histories(), self.figures, chance=self.chance())
             if panels:
                 save(draw([*panels.values()], title=self.title()), folder / PICTURE)
+                tell_lacking(warnings.warn)
                 paths.append(folder / PICTURE)
         return paths
 

@@ -90,6 +90,9 @@ def draw_pictures(
     for name, why in failed.items():
         (run.folder / name).unlink(missing_ok=True)  # of an older network
         warn(f"{name} is missing, as it cannot be drawn: {why}.")
+    from fedkern.report.figures import plots
+
+    plots.tell_lacking(warn)
     # A picture that failed is listed, so that :func:`existing` has it drawn again.
     names = json.dumps({"pictures": [*(path.name for path in paths), *failed]})
     atomic.write_bytes(run.folder / PICTURE_LIST, (names + "\n").encode())

@@ -9,18 +9,20 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import rc_context
+from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -40,6 +42,34 @@ PAGE = 5.2
 """Inches of a chart on a page: so narrow that a phone shows the whole of it with letters large enough."""
 DRAWN = 200
 """Most clients in the picture of a partition; rows of more could not be told apart."""
+_LACKING: set[str] = set()  # names of pictures with letters that no font has
+_WARNED: set[str] = set()
+
+
+@lru_cache(maxsize=64)
+def _find_families(letters: str) -> tuple[list[str], bool]:
+    """Return the default font family and those for letters that it lacks, and whether none has some letter."""
+    families = [FontProperties().get_name()]
+    usual = font_manager.get_font(findfont(FontProperties()))
+    missing = {ord(letter) for letter in letters} - usual.get_charmap().keys()
+    fonts = font_manager.fontManager.ttflist if missing else []
+    for entry in [font for font in fonts if not font.name.startswith("Last Resort")]:  # whose letters are boxes
+        with suppress(OSError, RuntimeError):  # a font that is gone or damaged
+            if found := missing & font_manager.get_font(entry.fname).get_charmap().keys():
+                families, missing = [*families, entry.name], missing - found
+    return families, bool(missing)
+
+
+def tell_lacking(warn: Callable[[str], object]) -> None:
+    """Warn of saved pictures that have boxes in place of letters, once in a process of pictures of one name."""
+    names = sorted(_LACKING - _WARNED)
+    _WARNED.update(_LACKING)
+    _LACKING.clear()
+    if names:
+        warn(
+            f"{', '.join(names)}: boxes stand for letters of names that no font here has. Install one, such as Noto "
+            "Sans CJK or Noto Sans Devanagari, or write report.html, which has the reader's fonts."
+        )
 
 
 @contextmanager
@@ -60,6 +90,12 @@ def save(figure: Figure, path: Path) -> None:
         UserError: the disk is full or the folder cannot be written.
     """
     canvas = FigureCanvasAgg(figure)
+    texts = figure.findobj(Text)
+    letters = {letter for text in texts for letter in text.get_text() if letter.isprintable() and not letter.isspace()}
+    families, lacking = _find_families("".join(sorted(letters)))
+    _LACKING.update([path.name] if lacking else [])
+    for text in texts if len(families) > 1 else ():
+        text.set_fontfamily(families)
     # Letters of 20 and more dots need no hints, which take a third of the time that texts take.
     with _literal_texts(figure), rc_context({"text.hinting": "none"}):
         canvas.draw()

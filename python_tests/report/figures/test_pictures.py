@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from matplotlib import rcParams
+from matplotlib import font_manager, rcParams
 from matplotlib.artist import Artist
 from PIL import Image
 
@@ -467,3 +467,18 @@ def test_examples_go_through_the_classes_in_turn():
     assert gradcam.choose(labels, 5).tolist() == [1, 3, 0, 2, 4]
     assert gradcam.choose(labels, 99).tolist() == [1, 3, 0, 2, 4, 5]
     assert gradcam.choose(labels[:0], 4).tolist() == []
+
+
+def test_letters_without_a_font_are_told_once(tmp_path, monkeypatch):
+    warnings = []
+    fonts = font_manager.fontManager.ttflist
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [font for font in fonts if font.name == "DejaVu Sans"])
+    monkeypatch.setattr(plots, "_WARNED", set())
+    plots._find_families.cache_clear()
+    for name, site in (("latin.png", "north"), ("partition.png", "\u534f\u548c"), ("again.png", "\u0915")):
+        statistics = PartitionStatistics(np.full((2, 2), 7), ("a", "b"), "iid", names=(site, "south"))
+        plots.save(plots.partition_picture(statistics), tmp_path / name)
+    plots.tell_lacking(warnings.append)
+    plots.tell_lacking(warnings.append)
+    (sentence,) = warnings
+    assert sentence.startswith("again.png, partition.png: boxes stand for letters of names that no font here has.")
