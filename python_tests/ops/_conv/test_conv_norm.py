@@ -12,7 +12,6 @@ from fedkern import ops
 from python_tests.ops._conv.conv_cases import (
     GROUPED,
     LAST,
-    LEAVES,
     SHAPES,
     arguments,
     assert_near,
@@ -124,26 +123,6 @@ def test_these_shapes_are_served(stride: int, side: int, shape: tuple[int, int, 
         assert serving(**given, stride=stride) is not None
         given |= {"mean": None, "variance": None}
         assert (serving(**given, stride=stride, groups=shape[1]) is not None) == ((stride, side, shape) in GROUPED)
-
-
-@each_kernel
-@pytest.mark.parametrize(("relu", "pool", "residual"), [(True, 2, False), (True, 1, True), (False, 1, True)])
-@pytest.mark.parametrize("norm", [{"training": True}, {"training": False}, {"groups": 4}], ids=str)
-def test_only_the_gradients_that_are_asked_for(
-    name: str, relu: bool, pool: int, residual: bool, norm: dict[str, int]
-) -> None:
-    given = arguments(residual=residual, grouped="groups" in norm)
-    leaves = [leaf for leaf in LEAVES if given[leaf] is not None]
-    settings = {"relu": relu, "pool": pool, **norm}
-    grad = grad_for(given, **settings)
-    with using(name):
-        full = results(given, grad, **settings)
-        for count in range(1, len(leaves)):
-            for chosen in itertools.combinations(leaves, count):
-                some = {n: x.detach().requires_grad_(n in chosen) if n in leaves else x for n, x in given.items()}
-                got = results(some, grad, **settings)
-                assert {f"gradient of {n}" for n in chosen} == {n for n in got if n.startswith("gradient")}
-                assert_same(got, full, list(got))
 
 
 @each_kernel

@@ -474,10 +474,10 @@ def test_maps_too_small() -> None:
             ops.conv_norm(**arguments(4, channels, 16, 2, 8), pool=2, stride=2)
 
 
-@needs_core
+@pytest.mark.parametrize("name", CONV)
 @pytest.mark.parametrize("end", ENDS, ids=str)
-def test_nothing_is_computed_that_nobody_asked_for(end: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images have no gradient, which would take as long as the convolution."""
+def test_only_the_gradients_that_are_asked_for(end: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have the bits of a call for all; images have none, which would take as long as the convolution."""
     given, settings = split(end)
     before, computed = ConvKernels.backward, []
 
@@ -486,11 +486,16 @@ def test_nothing_is_computed_that_nobody_asked_for(end: dict[str, Any], monkeypa
         return computed[-1]
 
     monkeypatch.setattr(ConvKernels, "backward", seen)
-    for place, name in enumerate(LEAVES):
-        if given[name] is not None:
-            asking = {n: x if x is None else x.detach().requires_grad_(n == name) for n, x in given.items()}
-            ops.conv_norm(**asking, **settings).sum().backward()
-            assert [i for i, x in enumerate(computed[-1]) if x is not None] == [place]
+    leaves = [leaf for leaf in LEAVES if given[leaf] is not None]
+    grad = grad_for(given, **settings)
+    with using(name):
+        full = results(given, grad, **settings)
+        for count in range(1, len(leaves)):
+            for chosen in itertools.combinations(leaves, count):
+                some = {n: x.detach().requires_grad_(n in chosen) if n in leaves else x for n, x in given.items()}
+                got = results(some, grad, **settings)
+                assert [n for n, x in zip(LEAVES, computed[-1], strict=True) if x is not None] == [*chosen]
+                assert_same(got, full, list(got))
 
 
 # Of a map's gradient; one of a batch of one, or of one row, has several layouts whose strides look alike.
