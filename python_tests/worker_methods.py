@@ -82,6 +82,8 @@ class Unportable(FedAvg):
 class Counting(FedAvg):
     """Clients say on how many threads they work."""
 
+    asks = FedAvg.asks
+
     def client_update(self, client, phase, message):
         client.warn("threads", str(torch.get_num_threads()))
         return super().client_update(client, phase, message)

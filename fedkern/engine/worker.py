@@ -34,6 +34,7 @@ from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.shared_tensors import Channel
 from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Notice, Setup
 from fedkern.messages.packets import NotPortable, Packer, PacketStream, Unpacker, portable
+from fedkern.methods import registry
 from fedkern.models import MODELS
 from fedkern.models.precision import computing
 from fedkern.ops._core import backend, loading
@@ -53,6 +54,7 @@ class Worker:
         self._channel = channel
         set_modes(setup.modes)
         MODELS.update({entry.name: entry for entry in setup.entries})
+        registry.GIVEN.update(setup.methods)
         self._context = setup.context
         self._context.on_notice = self._notice
         threads = self._context.config.client_threads

@@ -8,6 +8,8 @@ from typing import Any
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Request
+from fedkern.methods import registry
+from fedkern.methods.base import Method
 from fedkern.models import ModelEntry
 from fedkern.ops._core import backend
 from fedkern.process.torch_modes import modes
@@ -20,6 +22,7 @@ class Setup:
     Attributes:
         context: the settings, the federated data and what the records may tell.
         handlers: objects whose ``client_update`` may be called, by name.
+        methods: the class that a script gave as the run's method, by name.
         entries: entries of ``fedkern.models.MODELS`` that the user added, and that the settings name.
         backend: the forced backend of the operators; None where none is.
         isa: the ISA level of the CPU core, "none" where there is no core.
@@ -28,6 +31,7 @@ class Setup:
 
     context: RunContext
     handlers: dict[str, Any]
+    methods: dict[str, type[Method]]
     entries: tuple[ModelEntry, ...]
     backend: str | None
     isa: str
@@ -36,8 +40,9 @@ class Setup:
     @classmethod
     def of(cls, context: RunContext, handlers: Mapping[str, Any]) -> Setup:
         """What clients need in order to work elsewhere as they would in this process."""
-        entries, forced = context.added_models, backend.forced_backend()
-        return cls(context, dict(handlers), entries, forced, backend.active_isa(), modes())
+        entries, forced, name = context.added_models, backend.forced_backend(), context.config.method
+        methods = {name: registry.GIVEN[name]} if name in registry.GIVEN else {}
+        return cls(context, dict(handlers), methods, entries, forced, backend.active_isa(), modes())
 
 
 @dataclass(frozen=True)

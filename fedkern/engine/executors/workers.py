@@ -23,7 +23,6 @@ from fedkern.engine.executors.shared_tensors import Channel
 from fedkern.engine.executors.worker_messages import Setup
 from fedkern.errors import RunFailed
 from fedkern.messages.packets import NotPortable, only_code_bars
-from fedkern.methods import registry
 from fedkern.methods.base import ClientId
 from fedkern.process.forking import has_threads
 
@@ -118,15 +117,13 @@ class Workers(Ordered):
 
     def _start(self) -> None:
         setup = Setup.of(self._context, self._handlers)
-        if has_threads() and self._context.config.method.startswith(registry.CLASS):
-            self._give_up("a method of a script needs a fork, and a process that has threads cannot be forked", "")
-            return
         try:
             self._fork_server = fork_server_of(setup)
         except NotPortable as error:
-            threads = has_threads() and only_code_bars(setup)
-            why = ", and a process that has threads cannot be forked" if threads else ""
-            self._give_up(f"{error} cannot be sent to worker processes{why}", "define it in a module of its own")
+            code = only_code_bars(setup)
+            why = ", and a process that has threads cannot be forked" if code and has_threads() else ""
+            way = "define it in a module of its own" if code else "open files and connections where an item is read"
+            self._give_up(f"{error} cannot be sent to worker processes{why}", way)
         except OSError as error:
             self._give_up(f"worker processes cannot be started ({error.strerror or error})", "")
 
