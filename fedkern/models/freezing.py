@@ -56,7 +56,7 @@ def constant_buffers(module: nn.Module) -> list[str]:
 
 def train_mode(module: nn.Module) -> Any:
     """Puts a module in train mode, but for its :func:`frozen_norms`; returns it."""
-    module.train()
+    module.train(True)
     for layer in frozen_norms(module):
         layer.eval()
     return module

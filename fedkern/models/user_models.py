@@ -314,7 +314,7 @@ class Own:
         if isinstance(self.what, nn.Module):
             check_bare(self.what, self.text)
             module = self._copied(self.what).cpu()
-            module.train()  # may freeze parts, which then count as frozen from the beginning
+            module.train(True)  # may freeze parts, which then count as frozen from the beginning
             return module
         unset = inspect.Parameter.empty
         if (
@@ -334,7 +334,7 @@ class Own:
         if not isinstance(module, nn.Module):
             raise UserError(f"the model {self.text} gives {type(module).__name__}, not an nn.Module.")
         check_module(module, self.text)
-        module.train()  # which may return nothing where it is the user's
+        module.train(True)  # which may return nothing where it is the user's
         return module.cpu()
 
     def _copied(self, module: nn.Module) -> nn.Module:
@@ -444,7 +444,7 @@ def _check_modes(module: nn.Module, text: str) -> None:
     modes = [getattr(layer, name) for layer in module.modules() for name in ("train", "eval")]
     if all(getattr(mode, "__func__", mode) in (nn.Module.train, nn.Module.eval) for mode in modes):
         return
-    module.train()
+    module.train(True)  # whose mode may have no default
     tried = moved(module)  # what is merged may begin at zero
     before, memory = _weights_of(tried), _memory_of(tried)
     tried.eval()

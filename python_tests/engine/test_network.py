@@ -36,9 +36,9 @@ class Norms(nn.Module):
 
 
 class Kept(Norms):
-    """Keeps a batch norm in eval mode."""
+    """Keeps a batch norm in eval mode, by a method whose mode has no default."""
 
-    def train(self, mode=True):
+    def train(self, mode):
         super().train(mode)
         self.first.eval()
 
