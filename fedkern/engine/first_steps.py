@@ -13,6 +13,7 @@ from fedkern.errors import UserError, first_of, shown
 from fedkern.messages.leaves import leaves
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.roles import Client, Objective
+from fedkern.models import OwnNetwork
 from fedkern.tasks.user_tasks import inner
 
 STEPS = 2
@@ -129,9 +130,13 @@ class FirstSteps(Objective):
         if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
             what = f"a tensor {list(loss.shape)} of {_kind(loss)}" if isinstance(loss, Tensor) else shown(loss)
             raise UnfitStep(f"{name} must return one floating number, a tensor of no axes, and returns {what}.")
+        # A loss of PyTorch's or fedkern's is right, so that the network's forward pass is wrong.
+        shipped = is_shipped(code) and is_shipped(owner)
+        forward = f"forward of {type(_of_user(self._network.module)).__name__}"
         if not loss.requires_grad:
+            result = f"{forward} returns outputs" if shipped else f"{name} returns a {_kind(loss)}"
             raise UnfitStep(
-                f"{name} returns a {_kind(loss)} without a graph, so that no gradient reaches the network: leave out "
+                f"{result} without a graph, so that no gradient reaches the network: leave out "
                 "what cuts the graph off (detach, no_grad, item, argmax, NumPy)."
             )
         first = self._left == STEPS and batch.phase.round <= 0  # later ones may diverge, and a GPU would have to wait
@@ -147,12 +152,15 @@ class FirstSteps(Objective):
         own = [leaf for leaf in outside if isinstance(leaf, nn.Parameter) or any(leaf is old for old in self._outside)]
         self._outside = outside if self._left > 1 else []
         if not opaque and not {id(each) for each in self._network.trained} & {id(leaf) for leaf in found}:
+            result, way = f"{name} returns a loss", "compute it with the model and the outputs that it is given"
+            if shipped:
+                result, way = f"{forward} returns outputs", "compute them with layers and parameters of self"
             raise UnfitStep(
-                f"{name} returns a loss of none of the network's trained parameters{', only of others' * bool(own)}: "
-                "compute it with the model and the outputs that it is given, as a run trains copies of the network."
+                f"{result} of none of the network's trained parameters{', only of others' * bool(own)}: {way}, as a "
+                "run trains copies of the network."
             )
         text = (
-            f"{name} depends on trainable parameters that are not the network's "
+            f"{forward if shipped else name} depends on trainable parameters that are not the network's "
             f"({first_of([str(list(leaf.shape)) for leaf in own], 3)}), which no optimiser steps and no message holds: "
             "make them layers of the network (those of a list by nn.ModuleList), or freeze them with "
             "requires_grad_(False)"
@@ -166,6 +174,12 @@ class FirstSteps(Objective):
 def is_shipped(code: object) -> bool:
     """Return whether an object, or its class, is code of fedkern or torch."""
     return str(getattr(code, "__module__", "")).partition(".")[0] in ("fedkern", "torch")
+
+
+def _of_user(network: nn.Module) -> nn.Module:
+    """Return the user's module in a network, or else the network."""
+    wrappers = (each for each in network.modules() if isinstance(each, OwnNetwork))
+    return next((each.module for each in wrappers), network)
 
 
 def _kind(tensor: Tensor) -> str:

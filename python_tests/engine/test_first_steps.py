@@ -70,6 +70,11 @@ class Detaching(nn.Linear):
         return super().forward(x).detach()
 
 
+class Closed(nn.Linear):
+    def forward(self, x):
+        return SCRIPT(x)
+
+
 class Listed(nn.Linear):
     """Has a layer in a list, which registers nothing."""
 
@@ -90,17 +95,18 @@ REFUSED = {
     "float": ({"loss_fn": lambda o, t: float(cross_entropy(o, t).detach())}, "loss_fn must return one number.* float"),
     "whole number": ({"loss_fn": lambda o, t: (o.argmax(1) != t).sum()}, r"loss_fn must .* a tensor \[\] of int64"),
     "detached": ({"loss_fn": lambda o, t: cross_entropy(o.detach(), t)}, "loss_fn returns a float32 without a graph"),
-    "detaching network": ({"model": Detaching(4, 2)}, "The loss of the network's outputs returns a float32 without"),
+    "detaching network": ({"model": Detaching(4, 2)}, "forward of Detaching returns outputs without a graph"),
     "nan": ({"loss_fn": lambda o, t: cross_entropy(o, t) * torch.nan}, "loss_fn returns nan for the first batch of"),
     "script's network": ({"batch_loss": lambda model, batch: cross_entropy(SCRIPT(batch[0]), batch[1])},
                          "loss of none of the network's trained parameters, only of others"),
+    "closed-over network": ({"model": Closed(4, 2)}, "forward of Closed returns outputs of none .* parameters of self"),
     "its inputs": ({"batch_loss": lambda model, batch: batch[0].requires_grad_().mean()}, "none of the network's tr"),
     "module": ({"loss_fn": Weighted(True)}, r"loss_fn depends on trainable parameters .* \(\[\]\)"),
     "closed-over": ({"loss_fn": lambda o, t: cross_entropy(o + CENTRES, t)}, r"that are not the network's \(\[2\]\)"),
     "plain tensor": ({"loss_fn": lambda o, t: cross_entropy(o * WEIGHTS.exp(), t)}, r"the network's \(\[2\]\)"),
     "teacher": ({"batch_loss": lambda model, batch: (model(batch[0]) - TEACHER(batch[0])).square().mean()},
                 r"the network's \(.* and 1 more\).* or freeze them with requires_grad_\(False\)"),
-    "list of layers": ({"model": Listed()}, r"The loss of the network's outputs depends on .* by nn\.ModuleList"),
+    "list of layers": ({"model": Listed()}, r"forward of Listed depends on .* by nn\.ModuleList"),
     "freezes": (alter(lambda module: module.first.requires_grad_(False)), "the network's parameter first.we"),
     "replaces": (alter(replace), "the network's parameter first.weight"),
     "moves": (alter(lambda module: setattr(module.first.weight, "data", module.first.weight.data.clone())),
