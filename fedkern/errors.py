@@ -70,7 +70,7 @@ class UserError(Exception):
 
 
 class NoEffect(UserError):
-    """A setting that the user gave and that a run turns out not to use: nothing of a new run is kept."""
+    """A mistake that shows in a run: a setting without use, or a state that no file holds.  Nothing new is kept."""
 
 
 class OtherFormat(UserError):

@@ -20,6 +20,7 @@ from fedkern.engine.store.records import Metrics
 from fedkern.engine.store.releases import Releases
 from fedkern.engine.store.saved_model import results
 from fedkern.engine.timing import Timing
+from fedkern.errors import NoEffect, UserError
 
 
 @register_part("checkpoints")
@@ -76,16 +77,19 @@ class Checkpointing(Part):
         begun = time.perf_counter()
         self._alone()
         info = self._info(finished=False)
-        self._checkpoints.commit(
-            round=self._progress.done,
-            plan=self._progress.planned,
-            server=self._server.state,
-            participation=self._participation.state(),
-            messages=self._participation.in_flight(),
-            info=info,
-            before=self._metrics.sync,
-            booked=self._ledger.changed_rows(),
-        )
+        try:
+            self._checkpoints.commit(
+                round=self._progress.done,
+                plan=self._progress.planned,
+                server=self._server.state,
+                participation=self._participation.state(),
+                messages=self._participation.in_flight(),
+                info=info,
+                before=self._metrics.sync,
+                booked=self._ledger.changed_rows(),
+            )
+        except UserError as error:
+            raise error if self._checkpoints.entries else NoEffect(str(error)) from None
         if self._releases is not None:
             self._releases.forget(self._checkpoints.entries[0]["plan"])
         self._timing.add({"checkpoint": time.perf_counter() - begun})

@@ -9,6 +9,7 @@ import pytest
 from fedkern.engine.run import run
 from fedkern.engine.store.run_folder import NAMES
 from fedkern.errors import UserError
+from fedkern.methods import METHODS, FedAvg
 from fedkern.settings.stored import load_settings
 from python_tests.interrupted import KillAt, killed, outcome
 
@@ -55,15 +56,30 @@ def test_a_new_run_never_goes_on_from_the_checkpoint_of_another(make_data, make_
     assert contents(tmp_path) == before
 
 
+class Unstorable(FedAvg):
+    """Puts what no file holds into the server's state."""
+
+    asks = FedAvg.asks
+
+    def server_update(self, server, phase, uploads):
+        super().server_update(server, phase, uploads)
+        server.state["function"] = print
+
+
+@pytest.mark.parametrize("method", [FedAvg, Unstorable])
 @pytest.mark.parametrize("there", [False, True], ids=["new", "there before"])
-def test_a_run_that_comes_to_nothing_leaves_nothing(there, make_data, make_config, tmp_path):
+def test_a_run_that_comes_to_nothing_leaves_nothing(there, method, make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", method)
+    sizes, said = (8, 8, 8), r"state\['function'\] is of type builtin_function_or_method"
+    if method is FedAvg:
+        sizes, said = (8, 1, 8), "Client 1 has a single training sample"
     out = tmp_path / "above" / "run"
     if there:
         out.mkdir(parents=True)
         (out / "README.md").write_text("mine")
     for _ in range(2):  # also the second time
-        with pytest.raises(UserError, match="Client 1 has a single training sample"):
-            run(make_config(model="mlp"), out=out, data=make_data(sizes=(8, 1, 8)))
+        with pytest.raises(UserError, match=said):
+            run(make_config(model="mlp"), out=out, data=make_data(sizes=sizes))
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     assert left == (["above", "above/run", "above/run/README.md"] if there else [])
 
