@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -38,6 +38,14 @@ from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS, ClientId, Federation, Message, Round, Upload
 from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
+
+
+class Flight(NamedTuple):
+    """Row of a client at work in a checkpoint: round of its beginning, time of its end, number of its message."""
+
+    began: int
+    done: float
+    number: int
 
 
 class Asynchronous(Participation):
@@ -134,19 +142,22 @@ class Asynchronous(Participation):
 
     def restore(self, state: State, messages: InFlight, rounds: int) -> None:
         super().restore(state, messages, rounds)
-        at_work, self._begun = state["at_work"], state["begun"]
-        self._at_work = {k: (began, done) for k, (began, done, _) in at_work.items()}
-        self._numbers = {k: number for k, (_, _, number) in at_work.items()}
-        self._sent = {k: messages[began][number] for k, (began, _, number) in at_work.items()}
+        self._begun, flights = state["begun"], {k: Flight(*row) for k, row in state["at_work"].items()}
+        self._at_work = {k: (flight.began, flight.done) for k, flight in flights.items()}
+        self._numbers = {k: flight.number for k, flight in flights.items()}
+        self._sent = {k: messages[flight.began][flight.number] for k, flight in flights.items()}
         self._to_compare = [*self._sent.values()]
 
     def _can_restore(self, state: State, messages: InFlight, rounds: int) -> bool:
         def fits(k: object, row: object) -> bool:
             if type(k) is not int or k not in range(self._config.trained_clients) or not isinstance(row, list):
                 return False
-            if [type(each) for each in row] != [int, float, int] or not 0 <= row[0] < rounds or not is_time(row[1]):
+            if [type(each) for each in row] != [int, float, int]:
                 return False
-            return row[1] >= state["clock"] and isinstance(messages.get(row[0], {}).get(row[2]), dict)
+            flight = Flight(*row)
+            if not 0 <= flight.began < rounds or not is_time(flight.done) or flight.done < state["clock"]:
+                return False
+            return isinstance(messages.get(flight.began, {}).get(flight.number), dict)
 
         if not super()._can_restore(state, messages, rounds):
             return False
@@ -156,7 +167,7 @@ class Asynchronous(Participation):
             and len(at_work) <= self._config.sampled_clients
             and (type(begun), begun) == (int, rounds * self._buffer + len(at_work))
             and all(fits(k, row) for k, row in at_work.items())
-            and state["messages"] == sorted({began for began, _, _ in at_work.values()})
+            and state["messages"] == sorted({Flight(*row).began for row in at_work.values()})
         )
 
 
