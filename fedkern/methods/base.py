@@ -370,7 +370,7 @@ class LocalTraining(Objective, Method):
         after a step of a server optimiser from ``server.state["parameters"]`` towards them.
         """
         means: dict[str, Any] = {}
-        getattr(server, "marks", set[str]()).update(("average", "server_step"))
+        server.marks.update(("average", "server_step"))
         rule = getattr(server, "aggregator", None)  # a server of somebody's own may know only the mean
         gathered = None if rule is None else Gathered(rule)
         integers: Tensor | None = None

@@ -386,6 +386,7 @@ class Server(Node, Protocol):
             the end, among the metrics of the summary.
         traffic: bytes of the communication rounds so far, ``{"up": ..., "down": ...}`` by name of the round, summed
             over clients and over rounds of that name.
+        marks: names of the settings that the method has used.
         aggregator: rule that combines the clients' networks instead of their mean (``--aggregator``), or None.
         optimiser: step towards the clients' average (``--server-rule``), or None where the server takes the average.
     """
@@ -396,6 +397,7 @@ class Server(Node, Protocol):
     state: dict[str, Any]
     round_cache: dict[Any, Any]
     report: dict[str, float]
+    marks: set[str]
     aggregator: Rule | None
     optimiser: ServerRule | None
 

@@ -15,7 +15,7 @@ PHASE = Phase(0, "train", "update")
 
 class Server:
     def __init__(self):
-        self.state, self.round_cache = {}, {}
+        self.state, self.round_cache, self.marks = {}, {}, set()
 
     def accumulator(self, size):
         return ops.Accumulator(size)

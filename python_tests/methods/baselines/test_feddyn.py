@@ -19,7 +19,7 @@ class Server:
     """Stands for the server of four clients and a network of six parameters."""
 
     def __init__(self, rounds):
-        self.state, self.round_cache = {}, {}
+        self.state, self.round_cache, self.marks = {}, {}, set()
         self.federation = Federation(rounds, (10, 30, 20, 40), classes=2)
 
     def initial(self):

@@ -208,7 +208,7 @@ def test_weights_approach_those_of_the_worst_mixture(rho):
     method.rho = rho
     server = types.SimpleNamespace(
         state={}, round_cache={}, report={}, federation=Federation(800, (5,) * 4, 2), accumulator=ops.Accumulator,
-        initial=lambda: {"parameters": torch.zeros(2)},
+        marks=set(), initial=lambda: {"parameters": torch.zeros(2)},
     )  # fmt: skip
     clients = [types.SimpleNamespace(id=k, samples=5, state={}, report={}) for k in range(4)]
     method.start(server)
