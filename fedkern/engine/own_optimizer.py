@@ -105,55 +105,59 @@ class _Rates:
         self._own.clear()
 
 
-def own_stepper(
-    network: Any, schedule: Any, terms: Terms | None, previous: Mapping[str, Any]
-) -> tuple[Callable[[float], ops.StepResult], Callable[[], dict[str, Any]], Callable[[bool], None]]:
-    """As `fedkern.engine.training.stepper`, with the optimiser of ``schedule.make``.
+class OwnStepper:
+    """Steps of the optimiser of ``schedule.make`` (arguments as of `fedkern.engine.training.stepper`).
 
-    The method's terms are added to the gradients, which are then clipped, as `fedkern.ops.sgd_step` does; the learning
+    The method's terms are added to the gradients, which are then clipped, as `fedkern.ops.sgd_step` does.  The learning
     rates are the optimiser's, times the schedule's.
     """
-    theta, gradients = network.parameters.detach(), network.gradients
-    vectors = network.gradient_vectors
-    optimizer = made(schedule.make, network.trained)
-    rates = _Rates(optimizer)
 
-    def switch(training: bool) -> None:
-        """Call the optimiser's own ``train()`` or ``eval()``, which schedule-free optimisers have."""
-        method = getattr(optimizer, "train" if training else "eval", None)
-        if callable(method):
-            with explained("optimizer", schedule.make):
-                method()
-
-    if previous:
-        switch(False)  # the state was kept in this mode
-        state = {int(index): copy.deepcopy(values) for index, values in previous.items()}  # steps change what is loaded
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    begun = _of_groups(optimizer)  # of the copies that loading makes
-    switch(True)
+    def __init__(self, network: Any, schedule: Any, terms: Terms | None, previous: Mapping[str, Any]) -> None:
+        self._theta, self._gradients = network.parameters.detach(), network.gradients
+        self._vectors, self._schedule, self._terms = network.gradient_vectors, schedule, terms
+        self._optimizer = optimizer = made(schedule.make, network.trained)
+        self._rates = _Rates(optimizer)
+        if previous:
+            self.switch(False)  # the state was kept in this mode
+            state = {int(k): copy.deepcopy(values) for k, values in previous.items()}  # steps change what is loaded
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        self._begun = _of_groups(optimizer)  # of the copies that loading makes
+        self.switch(True)
 
     @torch.no_grad()
-    def step(factor: float) -> ops.StepResult:
-        if terms is not None:
-            terms.add_to(gradients, theta)
-        norm = clip(vectors, schedule.clip_norm)
-        rates.step(factor)
-        for each in vectors:
-            each.zero_()
+    def step(self, factor: Any) -> ops.StepResult:
+        """Apply a batch's gradients at ``factor`` times the optimiser's rates, and zero them."""
+        if self._terms is not None:
+            self._terms.add_to(self._gradients, self._theta)
+        norm = clip(self._vectors, self._schedule.clip_norm)
+        self._rates.step(factor)
+        for vector in self._vectors:
+            vector.zero_()
         return ops.StepResult(torch.isfinite(norm), norm.square())
 
-    def read_state() -> dict[str, Any]:
+    def read_state(self) -> dict[str, Any]:
+        """Return the state to keep.
+
+        Raises:
+            UserError: the optimiser has a value that cannot be kept.
+        """
         states = {
             str(index): {name: value for name, value in values.items() if value is not None}
-            for index, values in optimizer.state_dict()["state"].items()
+            for index, values in self._optimizer.state_dict()["state"].items()
         }
-        kept = {name: value for values in states.values() for name, value in values.items()}
-        unkept = [name for name, value in kept.items() if not isinstance(value, (Tensor, int, float, str))]
-        if unkept := unkept + [name for name, text in _of_groups(optimizer).items() if text != begun.get(name)]:
+        values = {name: value for values in states.values() for name, value in values.items()}
+        unkept = [name for name, value in values.items() if not isinstance(value, (Tensor, int, float, str))]
+        groups = _of_groups(self._optimizer)
+        if unkept := unkept + [name for name, text in groups.items() if text != self._begun.get(name)]:
             raise UserError(
-                f"optimizer_state keep: {type(optimizer).__name__} has {unkept[0]}, which cannot be kept: tensors, "
-                "numbers and texts of single parameters can. Leave optimizer_state out."
+                f"optimizer_state keep: {type(self._optimizer).__name__} has {unkept[0]}, which cannot be kept: "
+                "tensors, numbers and texts of single parameters can. Leave optimizer_state out."
             )
         return states
 
-    return step, read_state, switch
+    def switch(self, training: bool) -> None:
+        """Call the optimiser's own ``train()`` or ``eval()``, which schedule-free optimisers have."""
+        method = getattr(self._optimizer, "train" if training else "eval", None)
+        if callable(method):
+            with explained("optimizer", self._schedule.make):
+                method()

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle, groupby, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from fedkern import ops
 from fedkern.engine.captured import Graphs, Outcome, Play, replayable
 from fedkern.engine.first_steps import FirstSteps
 from fedkern.engine.network import Network, Part, Trainable
-from fedkern.engine.own_optimizer import clip, own_stepper
+from fedkern.engine.own_optimizer import OwnStepper, clip
 from fedkern.engine.reader import Reader, batch_plan
 from fedkern.errors import UserError
 from fedkern.messages.leaves import mapped
@@ -110,14 +110,28 @@ class Context:
         return self.frozen()
 
 
+class Stepper(NamedTuple):
+    """Steps of an optimiser.
+
+    Attributes:
+        step: takes the learning rate, applies a batch's gradients and zeroes them.
+        read_state: returns the state to keep.
+        switch: puts the optimiser in train mode (True) or eval mode.
+    """
+
+    step: Callable[[Any], ops.StepResult]
+    read_state: Callable[[], dict[str, Any]]
+    switch: Callable[[bool], None] = lambda training: None
+
+
 def stepper(
     network: Network | Part | Trainable,
     schedule: Schedule,
     terms: Terms | None,
     previous: Mapping[str, Any],
     hold: Callable[[str, Tensor], Tensor] | None = None,
-) -> tuple[Callable[[Any], ops.StepResult], Callable[[], dict[str, Any]], Callable[[bool], None]]:
-    """Makes the optimiser's step, a function of the learning rate that applies a batch's gradients and zeroes them.
+) -> Stepper | OwnStepper:
+    """Make the optimiser's steps.
 
     Parameters that a client keeps to itself take the same step without the method's terms; gradients are clipped by
     the norm of all.
@@ -125,16 +139,12 @@ def stepper(
     Args:
         previous: the state of the client's last exchange.
         hold: where the step's tensors are from exchange to exchange (see :meth:`Graphs.hold`).
-
-    Returns:
-        The step; a function that returns the state to keep; and one that puts the optimiser in train mode (True) or
-        eval mode.
     """
     if schedule.make is not None:
-        return own_stepper(network, schedule, terms, previous)
+        return OwnStepper(network, schedule, terms, previous)
     theta, gradients = network.parameters.detach(), network.gradients
     if not (isinstance(network, Network) and len(network.personal)):
-        return *_steps(theta, gradients, schedule, terms, previous, hold), _no_mode
+        return Stepper(*_steps(theta, gradients, schedule, terms, previous, hold))
     plain, vectors = replace(schedule, clip_norm=0.0), network.gradient_vectors
     shared, shared_state = _steps(theta, gradients, plain, None, previous.get("shared", {}))
     alone, alone_state = _steps(network.personal.detach(), vectors[1], plain, None, previous.get("personal", {}))
@@ -148,11 +158,7 @@ def stepper(
         first, second = shared(lr), alone(lr)
         return ops.StepResult(first.finite & second.finite, first.squared_norm + second.squared_norm)
 
-    return both, lambda: {"shared": shared_state(), "personal": alone_state()}, _no_mode
-
-
-def _no_mode(training: bool) -> None:
-    """Do nothing: the optimiser has no modes."""
+    return Stepper(both, lambda: {"shared": shared_state(), "personal": alone_state()})
 
 
 def _steps(
@@ -329,7 +335,8 @@ def started(
     if graphs is not None and not adjusts and not alone and schedule.make is None and schedule.optimizer == "sgd":
         hold = graphs.hold
     as_whole = hold is not None
-    apply, read_state, switch = stepper(network, schedule, terms, previous, hold)
+    optimiser = stepper(network, schedule, terms, previous, hold)
+    step: Callable[[Any], ops.StepResult] = optimiser.step
     rate = torch.zeros((), dtype=torch.float64, device=theta.device)
     rate = rate if hold is None else hold("rate", rate)
     for each in network.gradient_vectors:
@@ -349,7 +356,7 @@ def started(
             yield batch
 
     objective = method if first_steps is None else first_steps.watch(client, method, network)
-    run = partial(one_pass, objective, network.module, partial(apply, rate) if as_whole else None)
+    run = partial(one_pass, objective, network.module, partial(step, rate) if as_whole else None)
     passes: AbstractContextManager[Play] = nullcontext(partial(one_by_one, partial(run, received=received)))
     if graphs is not None:
         passes = graphs.replaying(
@@ -368,7 +375,7 @@ def started(
                 for outcome in play(batches(epoch, chosen)):
                     if adjusts:
                         method.adjust_gradient(theta.detach(), gradients, received)
-                    records.append(outcome if as_whole else outcome._replace(squared_norm=apply(lr).squared_norm))
+                    records.append(outcome if as_whole else outcome._replace(squared_norm=step(lr).squared_norm))
             except ValueError as error:
                 if min(map(len, chosen)) == 1 and "more than 1 value per channel" in str(error):
                     raise UserError(_too_small(client)) from None
@@ -376,11 +383,11 @@ def started(
             if graphs is None and theta.device.type == "cpu":
                 done, records = _digest(client.id, phase, *_gathered(records), done, totals, seen), []
             if after_epoch is not None:
-                switch(False)
+                optimiser.switch(False)
                 after_epoch(epoch)
                 network.train_mode()
-                switch(True)
-    switch(False)
+                optimiser.switch(True)
+    optimiser.switch(False)
     finite = network.finite()
     counted = schedule.make is not None or alone  # by the stepper
     if terms is not None and terms.gradient_sum is not None and not counted:
@@ -388,7 +395,9 @@ def started(
         if graphs is not None and as_whole:
             terms.gradient_sum.total.copy_(graphs.held["gradient_sum"])
     if schedule.keep:
-        client.state[key] = mapped(lambda leaf: fetch(leaf) if isinstance(leaf, Tensor) else leaf, read_state())
+        client.state[key] = mapped(
+            lambda leaf: fetch(leaf) if isinstance(leaf, Tensor) else leaf, optimiser.read_state()
+        )
 
     groups, values = _gathered(records, finite)
     values = bring(values)
