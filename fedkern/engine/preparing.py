@@ -143,14 +143,15 @@ def with_data(
             "ranks have none: start the script without torchrun, with workers=N."
         )
     config, data, notes = own_model.resolve(config, data, stored, out, known)
-    context = RunContext(config, data)
+    context, alike = RunContext(config, data), dict[str, str]()
     if data.form.lacks and known and stored is None:
         trial = Trial(data, config.kind, context.build)
         if script.train is None and config.on_error != "skip":
             trial.check_clients(config.batch_size)
         trial.check_tests()
-        check_apart(data)
+        alike = check_apart(data)
     config, warnings = script.resolve(context, code)
+    warnings |= alike
     changed: list[str] = []
     if stored is not None:
         config, changed = same_code(config, stored, entry, code, out, trusted)
