@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fedkern.engine.parts.base import Part
+from fedkern.engine.uploads.encoders import Encoder
 from fedkern.engine.uploads.filters import Filter
 from fedkern.usercode.hooks import check_hooks
 from fedkern.usercode.registry import Registry
@@ -42,7 +43,7 @@ def register_filter(name: str) -> Callable[[F], F]:
 def _added(kind: Any, name: str, base: type, table: Registry[Any]) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise TypeError(f'{table.kind} "{name}": expected a class derived from fedkern.{base.__name__}, given {kind!r}')
-    check_hooks(kind)
+    check_hooks(kind, Encoder)  # a filter may be its own encoder
     table.describe(name, kind)
     kind.name = name  # type: ignore[attr-defined]
     table[name] = kind

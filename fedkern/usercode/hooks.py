@@ -12,10 +12,11 @@ ALIKE, ALIKE_EVENTS = 0.8, 0.5
 """Least likeness of a name to the hook that it is taken for, and to an event of a listener (``on_...``)."""
 
 
-def check_hooks(kind: type) -> None:
+def check_hooks(kind: type, protocol: type = object) -> None:
     """Raise UserError where a user's class has a name that is nearly a hook's and that its own code never reads.
 
-    Names that begin with "_", and names from bases outside of fedkern, are the user's own.
+    Names that begin with "_", and names from bases outside of fedkern, are the user's own.  An object of the class may
+    follow ``protocol`` too.
     """
     shipped = [part for part in kind.__mro__ if part.__module__.partition(".")[0] == "fedkern"]
     if not shipped:
@@ -23,7 +24,7 @@ def check_hooks(kind: type) -> None:
     base = shipped[0]
     classes = [part for part in kind.__mro__ if part not in shipped and issubclass(part, base)]
     hooks = [name for name in dir(base) if not name.startswith("_")]
-    foreign = {name for part in kind.__mro__ if part not in classes for name in vars(part)}
+    foreign = {name for part in kind.__mro__ if part not in classes for name in vars(part)} | {*dir(protocol)}
     members = [(name, value, _names_in(value)) for part in classes for name, value in vars(part).items()]
     for name, value, _ in members:
         if (
