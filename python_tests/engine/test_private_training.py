@@ -67,16 +67,19 @@ def vector(module):
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
+def take_steps(module, optimizer, batch, count):
+    for _ in range(count):
+        optimizer.zero_grad()
+        F.cross_entropy(module(batch.inputs), batch.targets).backward()
+        optimizer.step()
+
+
 def test_without_noise_and_clipping_it_is_plain_gradient_descent(data):
     """Every sample is in every batch here, so the steps are those of the whole data."""
     module, plain = network(), network()
     train(module, data, epochs=3, momentum=0.9, weight_decay=0.01)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-    batch = data.batch(np.arange(12))
-    for _ in range(3):
-        optimizer.zero_grad()
-        F.cross_entropy(plain(batch.inputs), batch.targets).backward()
-        optimizer.step()
+    take_steps(plain, optimizer, data.batch(np.arange(12)), 3)
     assert torch.allclose(vector(module), vector(plain), atol=1e-5)
     assert not any(hasattr(parameter, "grad_sample") for parameter in module.parameters())
     assert not any(m._forward_hooks or m._backward_hooks for m in module.modules())
@@ -107,11 +110,7 @@ def test_a_segmentation_network_and_adamw():
     )
     train(module, data, lr=0.01, weight_decay=0.01, epochs=2, batch_size=3, optimizer="adamw")
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.01)
-    batch = data.batch(np.arange(3))
-    for _ in range(2):
-        optimizer.zero_grad()
-        F.cross_entropy(plain(batch.inputs), batch.targets).backward()
-        optimizer.step()
+    take_steps(plain, optimizer, data.batch(np.arange(3)), 2)
     # Adam's first steps are signs: where a gradient is next to nothing, its sign is rounding's.
     close = (vector(module) - vector(plain)).abs() < 1e-4
     assert float(close.float().mean()) > 0.99

@@ -16,6 +16,7 @@ from python_tests.ops._distill.test_kl import (
     AXES,
     OPERATORS,
     compare,
+    compare_nearly_equal,
     compare_rows_far_apart,
     make_inputs,
 )
@@ -161,13 +162,8 @@ def test_mixed_dtypes(device: torch.device) -> None:
 @pytest.mark.parametrize("scale", [1e-2, 1e-3])
 @pytest.mark.parametrize("classes", [3, 10, 200, 1000, 5000])
 def test_nearly_equal_rows_keep_their_digits(device: torch.device, classes: int, scale: float) -> None:
-    torch.manual_seed(classes)
+    compare_nearly_equal(device, classes, scale, 17, 2e-5)
     student = torch.randn(17, classes)
-    teacher = student + scale * torch.randn(17, classes)
-    for temperature in (0.5, 1.0, math.inf):
-        loss = ops.kl_div(student.to(device), teacher.to(device), temperature, reduction="none").cpu()
-        expected = kl_div_reference(student.double(), teacher.double(), temperature, reduction="none")
-        assert ((loss - expected).abs() / expected).max() < 2e-5
     equal = ops.kl_div(student.to(device), student.to(device), 0.5, reduction="none")
     assert torch.equal(equal.cpu(), torch.zeros(17))
 
