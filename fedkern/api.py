@@ -36,6 +36,7 @@ from fedkern.settings.in_memory import check_in_memory
 from fedkern.settings.run_data import kept_data
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import Task
+from fedkern.tasks.user_tasks import inner
 from fedkern.usercode import named_code, plugins
 from fedkern.usercode.hooks import check_hooks
 
@@ -160,7 +161,9 @@ class Run:
 
     @python_words()
     def model(self, *, best: bool = False, client: int | None = None) -> nn.Module:
-        """The network of the finished run, in eval mode on the CPU.  It takes normalised images.
+        """Return the network of the finished run, in eval mode on the CPU.  Images must be normalised.
+
+        A user-defined network is a module of its own class, with the names and frozen parameters of its state dict.
 
         Args:
             best: the network of the round with the best validation figure, which a run with ``patience`` keeps, instead
@@ -173,6 +176,10 @@ class Run:
                 themselves, and no ``client`` is named.
         """
         self._give_method()
+        return cast(nn.Module, inner(self._network(best=best, client=client)))
+
+    def _network(self, *, best: bool = False, client: int | None = None) -> nn.Module:
+        """Return the network as runs call it."""
         return read_model(self.out, self._trusted, self._script.network, best=best, client=client)[0]
 
     @python_words()
@@ -196,7 +203,7 @@ class Run:
 
         self._give_method()
         if self._data is not None and self._data.form.lacks:
-            return outputs(self.model(), self._data, images, self.config.batch_size)
+            return outputs(self._network(), self._data, images, self.config.batch_size)
         predictor = Predictor.open(self.out, self._trusted, self._script.network)
         if isinstance(images, np.ndarray):
             try:
@@ -210,24 +217,25 @@ class Run:
         return predictor.probabilities_of([Path(path) for path in paths])
 
     @python_words()
-    def export(self, out: str | Path, format: str = "torch-export", *, best: bool = False) -> list[Path]:
+    def export(self, out: str | Path, format: str | None = None, *, best: bool = False) -> list[Path]:
         """Writes the network for other programs, and what it is to a JSON file beside it; returns both paths.
 
         Args:
             out: the file, which must not exist.
-            format: ``"torch-export"``, ``"onnx"`` or ``"state-dict"``.
+            format: ``"torch-export"``, ``"onnx"`` or ``"state-dict"``. None: as the name ends, in ``.pt2``, ``.onnx``,
+                ``.pt`` or ``.pth``.
             best: see :meth:`model`.
 
         Raises:
-            UserError: a package for the format is missing, the network cannot be written in it or read again, or the
-                file exists or cannot be written; nothing is then left.
+            UserError: the name contradicts the format or tells none, a package for the format is missing, the network
+                cannot be written in it or read again, or the file exists or cannot be written; nothing is then left.
         """
-        from fedkern.downstream.export import check_kind, export, exportable
+        from fedkern.downstream.export import export, exportable, find_format
 
         self._give_method()
-        check_kind(format)
+        kind = find_format(format, out)
         check_new(Path(out), "export")
-        return export(exportable(self.out, self._trusted, self._script.network, best=best), Path(out), format)
+        return export(exportable(self.out, self._trusted, self._script.network, best=best), Path(out), kind)
 
     @python_words()
     @reproducible()
@@ -332,7 +340,7 @@ class Run:
 
     def _drawn(self) -> nn.Module | None:
         """The network for pictures, where it was a module of a script and clients share the whole of it."""
-        return None if self._script.network is None or self.config.keeps_parts else self.model()
+        return None if self._script.network is None or self.config.keeps_parts else self._network()
 
     @python_words()
     @reproducible()

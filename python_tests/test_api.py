@@ -116,6 +116,7 @@ def test_a_module_is_the_network(tmp_path):
                            grad_cam=0, out="run", progress=False, pictures=False)  # fmt: skip
     probabilities = run.predict(test[0][:, None])
     assert float((probabilities.argmax(1).numpy() == test[1]).mean()) == run.metrics["accuracy"]
+    assert type(run.model()) is type(mine)
     assert run.model().state_dict().keys() == mine.state_dict().keys()
     again = fedkern.load("run", data=data, model=mine)
     assert again.evaluate()["accuracy"] == run.metrics["accuracy"]

@@ -7,11 +7,13 @@ Beside it stand two ways of copying, by which a pickle holds the plain module, a
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import CodeType, MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -45,7 +47,7 @@ def accelerate(module: M) -> M:
     On the CPU in fp32, forward and backward, by :func:`fedkern.ops.conv_norm` and :func:`fedkern.ops.conv_pool` where
     they serve; all else runs as it is written.  Results differ from torch's by rounding.  A call begins and ends with
     ``module(...)``; parts of it that are called alone run as written.  So does the whole call under autocast,
-    ``torch.compile``, ``torch.func``, tracing and with anybody's hooks on a submodule.
+    ``torch.compile``, ``torch.export``, ``torch.func``, tracing and with anybody's hooks on a submodule.
 
     Args:
         module: any network; it is changed in place, and keeps its class, state dict and repr.  A deep copy is
@@ -79,6 +81,15 @@ class _Served:
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # torch.export looks for both
+        return inspect.signature(MethodType(type(self.module).forward, self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        code: CodeType = type(self.module).forward.__code__
+        return code
 
     def written(self, *args: Any, **named: Any) -> Any:
         """What the module's class does."""

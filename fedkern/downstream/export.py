@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import logging
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from fedkern.data.forms import form_of
 from fedkern.downstream.prediction import Predictor
@@ -30,15 +33,31 @@ from fedkern.tasks.user_tasks import inner
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
 """Formats, and how the names of their files end."""
+SUFFIXES = {**{suffix: kind for kind, suffix in FORMATS.items()}, ".pth": "state-dict"}
 ABOUT = ".json"
 TOLERANCE = 1e-4
 """By how much the exported network's outputs may differ from the run's, in their largest value or 1."""
 
 
-def check_kind(kind: str) -> None:
-    """Raises UserError where there is no such format."""
-    if kind not in FORMATS:
+def find_format(kind: str | None, out: Path | str | None) -> str:
+    """Return the format of a file, which its suffix names where ``kind`` is None.
+
+    Raises:
+        UserError: there is no such format, the suffix names none, or the two contradict each other.
+    """
+    if kind is not None and kind not in FORMATS:
         raise UserError(f'--format must be one of {", ".join(FORMATS)}, not "{kind}".{nearest(str(kind), FORMATS)}')
+    if out is None:
+        return kind or "torch-export"
+    named = SUFFIXES.get(Path(out).suffix.lower())
+    if kind is None and named is None:
+        endings = ", ".join(f"{suffix} ({kind})" for suffix, kind in SUFFIXES.items())
+        raise UserError(f"{out} has no suffix of a format: let its name end in {endings}, or give --format.")
+    if None not in (kind, named) and kind != named:
+        raise UserError(
+            f"{out} is a name of --format {named}, not of --format {kind}: leave --format out, or rename it."
+        )
+    return kind or str(named)
 
 
 class Deployed(nn.Module):
@@ -70,6 +89,7 @@ class Exportable:
         raw: what of them the ``input`` of a state dict is, whose network does not normalise.
         names: of the inputs in an ``onnx`` file; empty: as the exporter names them.
         unfit: why only a state dict can be written; else empty.
+        lengths: whether other axes than the first may have any length too, as far as the network takes it.
     """
 
     network: nn.Module
@@ -81,6 +101,7 @@ class Exportable:
     raw: Any
     names: tuple[str, ...] = ()
     unfit: str = ""
+    lengths: bool = False
 
     def __call__(self) -> Any:
         """The program's output for the two samples."""
@@ -128,7 +149,8 @@ def of_items(module: nn.Module, about: Mapping[str, Any]) -> Exportable:
     args = () if by_name else tuple(inputs) if isinstance(inputs, Positional) else (inputs,)
     description["output"] = "what the network gives"
     kwargs = dict(inputs) if by_name else {}
-    return Exportable(network, network, args, kwargs, Tensor.float, description, description["input"], unfit=unfit)
+    raw = description["input"]
+    return Exportable(network, network, args, kwargs, Tensor.float, description, raw, unfit=unfit, lengths=True)
 
 
 @reproducible()
@@ -145,7 +167,8 @@ def export(bundle: Exportable, out: Path, kind: str) -> list[Path]:
         UserError: a package for the format is missing, the network cannot be written in it or read again, or a file
             cannot be written; nothing is then left.
     """
-    writers: dict[str, Callable[[Exportable, Path], None]] = {"onnx": _onnx, "torch-export": _program}
+    writers: dict[str, Callable[..., None]] = {"onnx": _onnx, "torch-export": _program}
+    about = bundle.about | {"format": kind} | ({"input": bundle.raw} if kind == "state-dict" else {})
     if kind == "state-dict":
         state = {name: tensor.clone() for name, tensor in bundle.network.state_dict().items()}
         atomic.write(out, lambda temporary: torch.save(state, temporary))
@@ -153,7 +176,9 @@ def export(bundle: Exportable, out: Path, kind: str) -> list[Path]:
         raise UserError(f"No file of --format {kind} can be written ({bundle.unfit}): take --format state-dict.")
     else:
         try:
-            atomic.write(out, lambda temporary: writers[kind](bundle, temporary))
+            program, axes = _traced(bundle)
+            atomic.write(out, lambda temporary: writers[kind](bundle, program, axes, temporary))
+            about |= {"input": _inputs_in_words(bundle, program)} if bundle.lengths else {}
         except UserError:
             raise
         except Exception as error:  # exporters raise many kinds
@@ -162,7 +187,6 @@ def export(bundle: Exportable, out: Path, kind: str) -> list[Path]:
                 f"No file of --format {kind} can be written of this network and read again ({reason}): take --format "
                 "state-dict, and build the network again from the run folder."
             ) from error
-    about = bundle.about | {"format": kind} | ({"input": bundle.raw} if kind == "state-dict" else {})
     path = out.with_name(out.name + ABOUT)
     try:
         atomic.write_bytes(path, (json.dumps(about, indent=2) + "\n").encode())
@@ -172,23 +196,83 @@ def export(bundle: Exportable, out: Path, kind: str) -> list[Path]:
     return [out, path]
 
 
-def _dynamic(bundle: Exportable) -> Any:
-    """The first axis of every input, the number of samples."""
-    batch = torch.export.Dim("batch", min=1)
-    args = mapped(lambda leaf: {0: batch}, bundle.args)
-    if not bundle.kwargs:
-        return args
-    names = list(inspect.signature(bundle.program.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **mapped(lambda leaf: {0: batch}, bundle.kwargs)}
+Axis = tuple[int, int]
+"""An input by number, and an axis of it."""
+Shapes = dict[str, Any] | tuple[Any, ...]
+"""Free axes, as torch.export takes them."""
 
 
-def _traced(bundle: Exportable) -> Any:
-    return torch.export.export(bundle.program, bundle.args, bundle.kwargs, dynamic_shapes=_dynamic(bundle))
+def _export(bundle: Exportable, free: Collection[Axis]) -> tuple[ExportedProgram, Shapes]:
+    """Return the exported program and its dynamic shapes: the number of samples, and the axes ``free`` where it can."""
+    batch, numbers = torch.export.Dim("batch", min=1), itertools.count()
+
+    def axes_of(leaf: Tensor) -> dict[int, object]:
+        number = next(numbers)
+        return {0: batch, **{axis: torch.export.Dim.AUTO for axis in range(1, leaf.dim()) if (number, axis) in free}}
+
+    shapes = mapped(axes_of, bundle.args)
+    if bundle.kwargs:
+        names = list(inspect.signature(bundle.program.forward).parameters)
+        shapes = {**dict(zip(names, shapes, strict=False)), **mapped(axes_of, bundle.kwargs)}
+    return torch.export.export(bundle.program, bundle.args, bundle.kwargs, dynamic_shapes=shapes), shapes
 
 
-def _program(bundle: Exportable, path: Path) -> None:
+def _sizes(program: ExportedProgram) -> list[list[str]]:
+    """Return the sizes of every input of a program, of which numbers are fixed."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    return [[*map(str, values[name].shape)] for name in program.graph_signature.user_inputs]
+
+
+def _traced(bundle: Exportable) -> tuple[ExportedProgram, Shapes]:
+    """Return the exported program, with free lengths where the network takes several, and its dynamic shapes."""
+    if not bundle.lengths:
+        return _export(bundle, ())
+    numbers = range(len(list(leaves([bundle.args, bundle.kwargs]))))
+    free = {(number, axis) for number in numbers for axis in range(1, 9)}
+    with suppress(Exception):  # exporters raise many kinds where a length cannot be free
+        program, shapes = _export(bundle, free)
+        groups: dict[str, set[Axis]] = {}
+        for number, sizes in enumerate(_sizes(program)):
+            for axis, size in enumerate(sizes[1:], 1):
+                groups.setdefault(size, set()).add((number, axis))
+        found = {axis for group in groups.values() if _is_free(bundle, program.module(), group) for axis in group}
+        return (program, shapes) if found == set().union(*groups.values()) else _export(bundle, found)
+    return _export(bundle, ())
+
+
+def _is_free(bundle: Exportable, program: nn.Module, group: Collection[Axis]) -> bool:
+    """Return whether a program gives the network's outputs for another length of these axes."""
+    for change in (lambda size: 2 * size, lambda size: size + 1, lambda size: size - 1):
+        numbers = itertools.count()
+
+        def resized(leaf: Tensor, change: Callable[[int], int] = change, numbers: Iterator[int] = numbers) -> Tensor:
+            number = next(numbers)
+            for axis in [axis for place, axis in group if place == number]:
+                leaf = torch.cat([leaf, leaf], axis).narrow(axis, 0, change(leaf.shape[axis]))
+            return leaf
+
+        other = replace(bundle, args=mapped(resized, bundle.args), kwargs=mapped(resized, bundle.kwargs))
+        with suppress(Exception), torch.no_grad():
+            check(program(*other.args, **other.kwargs), other)
+            return True
+    return False
+
+
+def _inputs_in_words(bundle: Exportable, program: ExportedProgram) -> object:
+    """Return dtype and shape of the inputs: B samples, L and L2 for free lengths, numbers for fixed ones."""
+    given, names = iter(_sizes(program)), dict[str, str]()
+
+    def in_words(leaf: Tensor) -> str:
+        letter = [*"BL", *(f"L{number}" for number in range(2, 99))]
+        sizes = [size if size.isdecimal() else names.setdefault(size, letter[len(names)]) for size in next(given)]
+        return f"{str(leaf.dtype).removeprefix('torch.')} [{', '.join(sizes)}]"
+
+    return mapped(in_words, {"args": [*bundle.args], "kwargs": bundle.kwargs})
+
+
+def _program(bundle: Exportable, exported: ExportedProgram, axes: Shapes, path: Path) -> None:
     with path.open("w+b") as file:
-        torch.export.save(_traced(bundle), file)
+        torch.export.save(exported, file)
         file.seek(0)
         program = torch.export.load(file)
     if any(str(node.target).startswith("fedkern.") for node in program.graph.nodes):
@@ -196,14 +280,13 @@ def _program(bundle: Exportable, path: Path) -> None:
     check(program.module()(*bundle.args, **bundle.kwargs), bundle)
 
 
-def _onnx(bundle: Exportable, path: Path) -> None:
+def _onnx(bundle: Exportable, exported: ExportedProgram, axes: Shapes, path: Path) -> None:
     onnx = needed("--format onnx needs the packages onnx and onnxscript", "export", "onnx", "onnxscript")
-    _traced(bundle)  # its error is clearer than that of the exporter
     logging.getLogger(ONNX_LOG).addFilter(_of_the_network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own parts
         program = torch.onnx.export(
-            bundle.program, bundle.args, kwargs=bundle.kwargs, dynamo=True, dynamic_shapes=_dynamic(bundle),
+            bundle.program, bundle.args, kwargs=bundle.kwargs, dynamo=True, dynamic_shapes=axes,
             input_names=bundle.names or None, output_names=["logits"] if bundle.names else None, verbose=False,
         )  # fmt: skip
     assert program is not None

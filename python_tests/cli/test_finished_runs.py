@@ -275,7 +275,7 @@ def test_an_exported_onnx_file_gives_the_same_logits(digits, result, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     folder, split = digits
-    result("export", str(folder / "run"), "--format", "onnx", "--out", "model.onnx")
+    result("export", str(folder / "run"), "--out", "model.onnx")
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
     module, described = read_model(folder / "run")
     mean, std = (torch.tensor(described[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
@@ -405,6 +405,7 @@ def test_mistakes_end_in_one_sentence_and_leave_nothing(digits, fails, tmp_path)
     assert "broken.png" in fails("predict", run, image, "broken.png")
     assert "make it, or name another --out" in fails("predict", run, image, "--out", "nowhere/a.csv")
     assert 'not "onx". Did you mean' in fails("export", run, "--format", "onx")
+    assert "model.pt is a name of --format state-dict" in fails("export", run, "--format", "onnx", "--out", "model.pt")
     assert "does not take" in fails("export", run, "--formt", "onnx")
     assert "empty" in fails("export", "empty")
     assert sorted(tmp_path.iterdir()) == before

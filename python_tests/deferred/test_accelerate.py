@@ -619,6 +619,14 @@ def test_compiled(images):
     torch.testing.assert_close(other(images), network(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(strict, images):
+    network, axes = made("sequential").eval(), {"input": {0: torch.export.Dim("batch", min=1)}}
+    served = fedkern.accelerate(copy.deepcopy(network))
+    program = torch.export.export(served, (images,), dynamic_shapes=axes, strict=strict)
+    assert torch.equal(program.module()(images[:1]), network(images[:1]))
+
+
 @core
 def test_another_network_around_it_is_no_call_of_its_own(images, served):
     inner = fedkern.accelerate(made("sequential"))

@@ -12,6 +12,7 @@ import sys
 import threading
 import tracemalloc
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -96,7 +97,7 @@ def test_it_is_the_run_of_plain_pytorch(example, tmp_path):
     assert (config.clip_norm, config.weight_decay, config.lr_decay, config.augment) == (0, 0, 1, "none")
     loss_fn = given.get("loss_fn", nn.functional.cross_entropy)
     plain = plainly(copy.deepcopy(given["model"]), sizes, loss_fn, config.lr, config.momentum).state_dict()
-    for name, value in found.model().module.state_dict().items():
+    for name, value in found.model().state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-5)
     rows = sorted(int(row) for turn, size, rows, _ in Recorded.seen if (turn, size) == (0, sizes[0]) for row in rows)
@@ -1293,14 +1294,52 @@ def test_its_network_is_exported(make, network, given, tmp_path):
     file, about = run.export(tmp_path / "network.pt2")
     program = torch.export.load(file).module()
     inputs, _ = parted(default_collate([make(6)[row] for row in range(5)]))
-    torch.testing.assert_close(called(program, inputs), called(run.model().module, inputs))
+    torch.testing.assert_close(called(program, inputs), called(run.model(), inputs))
     assert json.loads(about.read_text())["format"] == "torch-export"
     state, _ = run.export(tmp_path / "state.pt", "state-dict")
     copy.deepcopy(network).load_state_dict(torch.load(state))
     with pytest.raises(UserError, match=r"network\.pt2 is there already: name another one with out="):
         run.export(tmp_path / "network.pt2")
-    with pytest.raises(UserError, match='format must be one of onnx, torch-export, state-dict, not "onx"'):
-        run.export(tmp_path / "other", "onx")
+    for name, kind, said in (
+        ("other", "onx", 'format must be one of onnx, torch-export, state-dict, not "onx"'),
+        ("other.bin", None, r"has no suffix of a format: let its name end in \.onnx \(onnx\), \.pt2 \(torch-export\)"),
+        ("other.PT2", "onnx", r"is a name of format torch-export, not of format onnx: leave format out, or rename it"),
+        *([("other.onnx", None, "format onnx needs")] if find_spec("onnxscript") is None else []),
+    ):
+        with pytest.raises(UserError, match=said):
+            run.export(tmp_path / name, kind)
+    assert torch.load(run.export(tmp_path / "again.pth")[0]).keys() == torch.load(state).keys()
+
+
+class Words(nn.Module):
+    """A network on words or, without a table of them, on waves."""
+
+    def __init__(self, table, fixed=0):
+        super().__init__()
+        self.table = nn.Embedding(9, 6) if table else nn.Conv1d(1, 6, 5, stride=2)
+        self.head, self.fixed, self.waves = nn.Linear(6 * (fixed or 1), 3), fixed, not table
+
+    def forward(self, x):
+        x = self.table(x[:, None]).transpose(1, 2) if self.waves else self.table(x)
+        return self.head(x.flatten(1) if self.fixed else x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "network", "told"),
+    [
+        (torch.randint(9, (8, 12)), Words(table=True), "int64 [B, L]"),
+        (torch.randn(8, 40), Words(table=False), "float32 [B, L]"),
+        (torch.randint(9, (8, 12)), Words(table=True, fixed=12), "int64 [B, 12]"),
+    ],
+)  # fmt: skip
+def test_texts_and_waves_are_exported_with_a_free_length(rows, network, told, tmp_path):
+    data = TensorDataset(rows, torch.arange(8) % 3)
+    run = fedkern.simulate("fedavg", data=[data], test=data, model=network, rounds=1, out=tmp_path / "run", **HERE)
+    file, about = run.export(tmp_path / "network.pt2")
+    assert json.loads(about.read_text())["input"] == {"args": [told], "kwargs": {}}
+    program, longer = torch.export.load(file).module(), torch.cat([rows, rows, rows], 1)[:3]
+    taken = longer if "L" in told else rows[:3]
+    torch.testing.assert_close(program(taken), run.model()(taken))
 
 
 @pytest.mark.parametrize(

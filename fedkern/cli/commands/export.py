@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from fedkern.cli.finished_runs import add_network, code, folder
 from fedkern.cli.flags import Parser, add
 from fedkern.cli.request import Request
 from fedkern.downstream import export
 from fedkern.files.filesystem import check_new
+from fedkern.messages.leaves import leaves
 from fedkern.process.standard_streams import put
 
 
@@ -14,7 +18,7 @@ def add_flags(parser: Parser) -> None:
     """Adds the flags."""
     parser.add_folder("a finished run")
     add(parser, {
-        "format": ("|".join(export.FORMATS), "form of the file; default torch-export", "torch-export"),
+        "format": ("|".join(export.FORMATS), "form of the file; default as the name of --out ends, else torch-export"),
         "out": ("FILE", "file to write; default model.onnx, model.pt2 or model.pt in the run folder"),
     })  # fmt: skip
     add_network(parser)
@@ -22,13 +26,13 @@ def add_flags(parser: Parser) -> None:
 
 def checked(request: Request, parser: Parser) -> Request:
     """The request; raises UserError where the format is unknown."""
-    export.check_kind(request.arguments["format"])
+    export.find_format(request.arguments["format"], request.out)
     return request
 
 
 def play(request: Request) -> int:
     """Writes the network in another form, and prints the files."""
-    kind, best = request.arguments["format"], request.arguments["network"] == "best"
+    kind, best = export.find_format(request.arguments["format"], request.out), request.arguments["network"] == "best"
     bundle = export.exportable(folder(request), code(request), best=best)
     out = request.out or folder(request) / f"{'best' if best else 'model'}{export.FORMATS[kind]}"
     check_new(out, "export")
@@ -37,4 +41,7 @@ def play(request: Request) -> int:
         put({"files": written})
     else:
         print("\n".join(written))
+        if bundle.lengths and kind != "state-dict":
+            inputs = ", ".join(leaves(json.loads(Path(written[1]).read_text())["input"]))
+            print(f"inputs: {inputs} (letters stand for any size, numbers for the only one)")
     return 0
