@@ -182,9 +182,17 @@ class Run:
         """Return the network as runs call it."""
         return read_model(self.out, self._trusted, self._script.network, best=best, client=client)[0]
 
+    @property
+    def predicts(self) -> str:
+        """``"probabilities"`` or ``"outputs"`` of the network: what :meth:`predict` returns."""
+        data = self._data
+        return "outputs" if data and data.form.lacks and "classes" not in data.offers else "probabilities"
+
     @python_words()
     def predict(self, images: Any) -> Any:
-        """Probabilities of the classes.
+        """Return probabilities of the classes, or the network's outputs where a loss of the user's tells no classes.
+
+        :attr:`predicts` says which of the two.
 
         Args:
             images: uint8 ``[n, C, H, W]``, a tensor or an array, of the run's image size; or an image file or a
@@ -193,7 +201,7 @@ class Run:
 
         Returns:
             fp32 ``[n, classes]``; for segmentation ``[n, classes, H, W]``.  Of several labels an image, every one has a
-            probability of its own.  With a loss of the user's own: what the network gives.
+            probability of its own.  Outputs have the form that the network gives them.
 
         Raises:
             UserError: the run is not finished or is for image-text pairs, images have another shape or dtype, or a

@@ -190,6 +190,7 @@ def _sets(
         tokens = split.task.tokens(split, lambda: first.tokenize)
         sets[prefix] = reader(split, form, device, seed=config.seed, tokens=tokens, size=size)
         sets[prefix].metrics = metrics_of(config.plugins)
+        sets[prefix].output_bytes = len(split) * (config.output_bytes or 0)
     return sets
 
 

@@ -272,7 +272,9 @@ class RunContext:
     def reader(self, split: Any, **how: Any) -> Reader:
         """The batches of a split, see :func:`reader`."""
         tokens = self.tokens(split)
-        return reader(split, self.data.form, self.device, seed=self.config.seed, tokens=tokens, **how)
+        batches = reader(split, self.data.form, self.device, seed=self.config.seed, tokens=tokens, **how)
+        batches.output_bytes = len(split) * (self.config.output_bytes or 0)
+        return batches
 
     def network(self, name: str) -> Network:
         """The network called ``"local"`` (that of the lane), ``"frozen"`` or ``"server"``."""

@@ -64,7 +64,8 @@ def resolve(
         return config, data, notes
     make: Any = entry.make
     if data.form.lacks:
-        data = _tried(network, make, data)
+        data, output_bytes = _tried(network, make, data)
+        config = config.replace(output_bytes=output_bytes if stored is None else stored.output_bytes)
         network = RunContext(config, data).build()
     else:
         classes, shape = context.federation.classes, data.form.shape
@@ -98,8 +99,11 @@ def network_hash(make: Own) -> str | None:
     return make.sha256
 
 
-def _tried(network: Any, make: Own, data: Any) -> Any:
-    """The data with the classes and the head that a network tells, after it had two samples of the first client.
+def _tried(network: Any, make: Own, data: Any) -> tuple[Any, int]:
+    """Return the data with the classes and the head that a network tells, and the bytes of a sample's outputs.
+
+    The network gets samples of the first client.  The bytes are those of outputs and targets where a user's loss may
+    take those of a set at once, else 0.
 
     The loss is looked at in the first training steps (`fedkern.engine.first_steps`): a call more would change a loss
     that counts.  A loss of a model and a batch may call the network in any way: nothing is tried then.
@@ -109,13 +113,21 @@ def _tried(network: Any, make: Own, data: Any) -> Any:
     """
     offers = data.task.offers
     if not offers & {"criterion", "classes"}:
-        return data
+        return data, 0
     split = data.clients[0]
     batch = next(ItemReader(split, torch.device("cpu"), seed=0).planned([np.arange(min(2, len(split)))]))
+    largest = max(map(len, (*data.tests.values(), data.validation)))
+
+    def play_last() -> tuple[object, object]:
+        rows = np.arange(max(0, len(split) - 3), len(split))
+        last = next(ItemReader(split, torch.device("cpu"), seed=0).planned([rows]))
+        return network(last.inputs), last.targets
+
     network.eval()
     try:
         with seeded_generators(0):
             outputs = network(batch.inputs)
+            output_bytes = data.task.output_bytes((outputs, batch.targets), play_last, largest)
     except UserError:
         raise
     except RAISED as error:  # a network's code may raise anything
@@ -125,7 +137,7 @@ def _tried(network: Any, make: Own, data: Any) -> Any:
         ) from error
     network.train()
     if "classes" in offers:
-        count = _classes(outputs, batch.targets, make.text)
+        count = _classes(outputs, batch.targets, make.text, getattr(data.task, "ignored", -100))
         if len(data.classes) > count:
             raise UserError(
                 f"the network {make.text} tells {count} classes, and the data have {len(data.classes)}: give the "
@@ -135,14 +147,15 @@ def _tried(network: Any, make: Own, data: Any) -> Any:
     if isinstance(batch.inputs, Tensor):
         with suppress(Exception), seeded_generators(0):  # the network then has no head that a method could use
             data = replace(data, form=replace(data.form, head=find_head(inner(network), batch.inputs)))
-    return data
+    return data, output_bytes
 
 
-def _classes(outputs: Any, targets: Tensor, text: str) -> int:
+def _classes(outputs: Any, targets: Tensor, text: str, ignored: int) -> int:
     """The number of classes in the logits of a network."""
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(targets):
         shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise UserError(f"the network {text} must give logits, one row a sample, and gives {shape}: or give a loss_fn.")
-    if int(targets.max()) >= outputs.shape[1]:
-        raise UserError(f"the network {text} tells {outputs.shape[1]} classes, and a target is {int(targets.max())}.")
+    largest = int(targets.where(targets != ignored, 0).max())
+    if largest >= outputs.shape[1]:
+        raise UserError(f"the network {text} tells {outputs.shape[1]} classes, and a target is {largest}.")
     return outputs.shape[1]

@@ -34,6 +34,7 @@ class Reader:
         loss_batch: pairs per batch of a contrastive loss.
         metrics: the run's own metrics.
         pool: threads that evaluate batches side by side, where there are.
+        output_bytes: bytes of a network's outputs and targets for all samples, where a loss takes them at once, or 0.
         draws: whether an evaluation has moved a global random generator or changed a network's buffers, so that none
             may run beside another.
     """
@@ -51,6 +52,7 @@ class Reader:
         self.loss_batch = LOSS_BATCH
         self.metrics: Sequence[Any] = ()
         self.pool: ThreadPoolExecutor | None = None
+        self.output_bytes = 0
         self.draws = False
         self._word: int | None = None
 
@@ -101,6 +103,8 @@ class Reader:
             if self._word is not None:
                 seed_generators(mix_words(self._word, number), self.device)
             yield batch
+        if self._word is not None:  # for what takes all samples at once
+            seed_generators(mix_words(self._word, -1), self.device)
 
     @contextmanager
     def repeating(self, seed: int, name: str, client: int = -1) -> Iterator[None]:

@@ -21,6 +21,7 @@ class Found(Section):
     init_sha256: str | None = None
     method_sha256: str | None = None
     served: str | None = None
+    output_bytes: int | None = None
     training: str | None = None
     training_sha256: str | None = None
     identity: Mapping[str, str] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from fedkern.tasks.multilabel import MULTILABEL as MULTILABEL
 from fedkern.tasks.ordinal import ORDINAL as ORDINAL
 from fedkern.tasks.retrieval import RETRIEVAL as RETRIEVAL
 from fedkern.tasks.segmentation import SEGMENTATION as SEGMENTATION
+from fedkern.tasks.user_classes import OwnClassification as OwnClassification
 from fedkern.tasks.user_tasks import OwnTask as OwnTask
 
 TASKS: dict[str, Task] = {task.name: task for task in list(globals().values()) if isinstance(task, Task)}

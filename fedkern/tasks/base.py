@@ -150,11 +150,15 @@ class Task:
 
     def member_figures(self, model: Any, data: Any) -> dict[str, float]:
         """Means of the figures of ``model.members``, and the lowest and highest value of their main figure."""
-        each = [self.figures(member, data) for member in model.members]
+        each = [self.figures_of_client(member, data, k) for k, member in enumerate(model.members)]
         shared = [name for name in each[0] if all(name in one for one in each)]
         means = {name: sum(one[name] for one in each) / len(each) for name in shared}
         ends = [one[self.main] for one in each if self.main in one]
         return {**means, **({f"lowest_{self.main}": min(ends), f"highest_{self.main}": max(ends)} if ends else {})}
+
+    def figures_of_client(self, model: nn.Module, data: object, client: int) -> dict[str, float]:
+        """Return :meth:`figures` of a client's own network."""
+        return self.figures(model, data)
 
     def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         """Figures of the run's end from what the last evaluation kept, one entry for every network."""
@@ -230,8 +234,25 @@ class Task:
         """What a set lacks so that it has no figures at all, such as "no pixel whose class is known"."""
         return ""
 
-    def header(self) -> list[str]:
-        """Return lines for the header of a run on how its figures are made."""
+    def output_bytes(
+        self, pair: tuple[object, object], play_last: Callable[[], tuple[object, object]], largest: int
+    ) -> int:
+        """Return the bytes of a sample's outputs and targets, or 0 where no loss takes those of a set at once.
+
+        Args:
+            pair: outputs and targets of a client's first samples.
+            play_last: returns those of its last samples.
+            largest: samples of the largest set that is evaluated.
+        """
+        return 0
+
+    def header(self, output_bytes: int, sizes: Mapping[str, int]) -> list[str]:
+        """Return lines for the header of a run on how its figures are made.
+
+        Args:
+            output_bytes: bytes of a sample's outputs and targets; 0: nobody knows.
+            sizes: samples by test set.
+        """
         return []
 
     # -- labels ----------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,17 @@ MATRIX = 1000
 
 
 class Classification(Task):
-    """One class of every sample, by softmax."""
+    """One class of every sample, by softmax.
+
+    Attributes:
+        ignored: the class of samples that do not count.
+    """
 
     name, main, sampled = "classification", "accuracy", "accuracy"
     pictures = ("gradcam",)
     offers = frozenset({"loss", "criterion", "classes", "images", "features"})
     concurrent = True
+    ignored: ClassVar[int] = -100
 
     def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
         return F.cross_entropy(outputs, batch.targets)
@@ -41,29 +46,42 @@ class Classification(Task):
         Predictions are int64 [n], and the answers kept are the logits [n, C] on the CPU.  ``data.metrics``, where it
         exists, holds further metrics (see `registered_metrics`), whose values are added by name.
         """
+        return self.figures_of(answers(model, data), data)
+
+    def figures_of(
+        self, pairs: Iterable[tuple[Tensor, Tensor]], data: object, client: int | None = None
+    ) -> dict[str, float]:
+        """Return the figures of outputs and labels of batches.
+
+        Args:
+            pairs: logits ``[B, C]`` and classes ``[B]``.
+            data: the set.
+            client: whose own network gives the outputs; None: the run's network.
+        """
         correct, loss, confidence, total = 0, 0.0, 0.0, 0
         predictions, all_outputs = [], []
         keep = getattr(data, "keep", None)
         gathered = Answers(getattr(data, "metrics", ()))
-        for outputs, labels in answers(model, data):
+        for outputs, labels in pairs:
+            predictions.append(outputs.argmax(1))
+            if keep is not None:
+                all_outputs.append(outputs.cpu())
+            if not bool((counted := labels != self.ignored).all()):
+                outputs, labels = outputs[counted], labels[counted]
             gathered.add(outputs, labels)
             logits = outputs.double()
             log_probability = F.log_softmax(logits, 1).gather(1, labels[:, None])
-            predicted = logits.argmax(1)
-            correct += int((predicted == labels).sum())
+            correct += int((logits.argmax(1) == labels).sum())
             loss -= float(log_probability.sum())
             confidence += float(log_probability.exp().sum())
             total += labels.numel()
-            predictions.append(predicted)
-            if keep is not None:
-                all_outputs.append(outputs.cpu())
         if total == 0:
             raise ValueError("data: expected at least one sample, given none")
         record = getattr(data, "record", None)
         if record is not None:
             record(torch.cat(predictions))
         if keep is not None:
-            keep(torch.cat(all_outputs))
+            keep(torch.cat(all_outputs), **({} if client is None else {"client": client}))
         figures = {"accuracy": correct / total, "loss": loss / total, "confidence": confidence / total}
         return {**figures, **gathered.figures()}
 
@@ -77,7 +95,8 @@ class Classification(Task):
             outputs, labels = model.logits(batch.inputs), batch.targets
             if keep is not None:
                 all_outputs.append(outputs.cpu())
-            logits = outputs.double()
+            counted = labels != self.ignored
+            logits, labels = outputs[:, counted].double(), labels[counted]
             truth = F.log_softmax(logits, 2).gather(2, labels.expand(clients, -1)[..., None])[..., 0]
             correct += (logits.argmax(2) == labels).sum(1).cpu()
             loss -= truth.sum(1).cpu()
@@ -97,6 +116,8 @@ class Classification(Task):
 
     def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         labels = data.labels.cpu().long()
+        counted = labels != self.ignored
+        labels, outputs = labels[counted], [logits[counted] for logits in outputs]
         each = [_classified(logits, labels) for logits in outputs]
         metrics = {
             figure: sum(one[figure] for one, _ in each) / len(each)
@@ -117,10 +138,14 @@ class Classification(Task):
 
     def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
         right = (output.double().argmax(1) == labels).double()
-        return torch.where(labels < 0, math.nan, right)[:, None]
+        return torch.where((labels < 0) | (labels == self.ignored), math.nan, right)[:, None]
+
+    def kept_shape(self, data: Any, classes: int) -> tuple[int, ...]:
+        return len(data.labels), classes
 
     def constant(self, data: Any, classes: Sequence[str]) -> Constant | None:
         labels = data.labels.cpu()
+        labels = labels[labels != self.ignored]
         counts = torch.bincount(labels, minlength=len(classes))
         top, present = int(counts.max()), int((counts > 0).sum())
         if present < 2:
@@ -131,8 +156,10 @@ class Classification(Task):
     def chance(
         self, data: Any, classes: int, *, counts: npt.NDArray[np.int64] | None = None, candidates: float = 0.0
     ) -> float | None:
+        if self.main != self.__class__.main:
+            return None
         if counts is None and data is not None:
-            counts = np.bincount(data.labels.numpy())
+            counts = np.bincount(data.labels[data.labels != self.ignored].numpy())
         return float(counts.max() / counts.sum()) if counts is not None and counts.sum() else None
 
 

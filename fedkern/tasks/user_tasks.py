@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.errors import UserError, described, shown
 from fedkern.files.filesystem import check_text
-from fedkern.messages.leaves import leaves, mapped, together
+from fedkern.messages.leaves import leaves, mapped, sent, together
 from fedkern.models.cutting import logits_of
 from fedkern.models.precision import autocast_on, full
 from fedkern.tasks.base import Task
@@ -24,8 +27,11 @@ from fedkern.usercode.execution import explained
 
 _GRAPH = threading.Lock()
 """Held while parameters take part in a graph: sets may be evaluated side by side, in threads."""
+_LARGE = threading.Lock()
+"""Held while a set gathers more than an eighth of `MOST`."""
 MOST = 1 << 30
-"""Bytes of outputs and targets that are concatenated for metrics at most."""
+"""Bytes of outputs and targets of a set that are put together at most, for the loss and for metrics."""
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
@@ -56,6 +62,8 @@ class OwnTask(Task):
     """
 
     name, target, network, noun = "own", "own", "any", "samples"
+    built_in: ClassVar[tuple[str, ...]] = ("loss",)
+    """Names of the figures that need no metric."""
 
     def __init__(
         self,
@@ -77,15 +85,18 @@ class OwnTask(Task):
         _check_loss(self.loss_name, self.loss_code)
         if "loss" in self.metrics:
             raise UserError("metrics has one called loss, which is the loss itself: give it another name.")
+        self.labelled = False  # whether targets are whole numbers, one a sample
         for each, metric in self.metrics.items():
             if not callable(metric) and not _stateful(metric):
                 raise UserError(f"the metric {each} must be a function, or an object with update and compute.")
         self.offers = frozenset({"loss"} if self.takes_batches else {"loss", "criterion"})  # type: ignore[misc]
         higher = {each: getattr(metric, "higher_is_better", None) for each, metric in self.metrics.items()}
-        first = next((each for each, up in higher.items() if up is not None), "loss")
+        usual = (*(name for name, up in higher.items() if up is not None), "loss")
+        first = "accuracy" if "accuracy" in self.built_in else usual[0]
         self.main = first if main is None else main  # type: ignore[misc]
-        if self.main not in ("loss", *self.metrics):
-            raise UserError(f"main must be one of {', '.join(('loss', *self.metrics))}, not {self.main!r}.")
+        names = (*self.built_in, *self.metrics)
+        if self.main not in names:
+            raise UserError(f"main must be one of {', '.join(names)}, not {self.main!r}.")
         up = higher.get(self.main, self.main != "loss")
         self.better = better or ("max" if up or up is None else "min")  # type: ignore[misc]
         if self.better not in ("max", "min"):
@@ -105,11 +116,39 @@ class OwnTask(Task):
         losses = deepcopy(self.loss_fn), deepcopy(self.batch_loss)
         return type(self)(losses[0], self.metrics, self.main, self.better, losses[1])
 
-    def header(self) -> list[str]:
+    def header(self, output_bytes: int, sizes: Mapping[str, int]) -> list[str]:
+        large = [name or "test" for name, size in sizes.items() if output_bytes * size > MOST]
+        lines = ["loss of a set: of all its samples at once"]
+        if large or not output_bytes:
+            reason = f" (outputs of {', '.join(large)} take more than 1 GB)" if large else ""
+            lines = [f"loss of a set: mean over batches, by their targets{reason}"]
         functions = [name for name, metric in self.metrics.items() if not _stateful(metric)]
-        if not self.takes_batches or not functions:
-            return []
-        return [f"{', '.join(functions)}: means over batches, by samples; an object with update and compute sees a set"]
+        if self.takes_batches and functions:
+            lines.append(f"{', '.join(functions)}: mean over batches; an object with update and compute sees a set")
+        if self.labelled:
+            way = "a loss_fn of (outputs, targets) with " if self.takes_batches else ""
+            lines.append(f"accuracy, AUROC and calibration: give {way}classes=, where outputs are logits of classes")
+        return lines
+
+    def output_bytes(
+        self, pair: tuple[object, object], play_last: Callable[[], tuple[object, object]], largest: int
+    ) -> int:
+        forms = {sample_form(pair), sample_form(play_last())}
+        # Outputs that are leaves with a gradient are for a loss that takes it.
+        if len(forms) > 1 or () in forms or any(leaf.is_leaf and leaf.requires_grad for leaf in tensors(pair)):
+            return 0
+        size = sum(leaf.nbytes // len(leaf) for leaf in tensors(pair))
+        self.check_size(size * largest)
+        return size
+
+    def check_size(self, size: int) -> None:
+        """Raise UserError where metrics are functions of more bytes of outputs and targets than can be put together."""
+        functions = [name for name, metric in self.metrics.items() if not _stateful(metric)]
+        if size > MOST and functions:
+            raise UserError(
+                f"The outputs and targets for {', '.join(functions)} take more than 1 GB: use an object with update "
+                "and compute, which sees a batch at a time."
+            )
 
     def known(self, batch: Any) -> int:
         return len(batch.indices)
@@ -142,14 +181,14 @@ class OwnTask(Task):
             self._copies[device] = deepcopy(function).to(device)
         return self._copies[device]
 
-    def _evaluated(self, model: nn.Module, batch: Any) -> tuple[object, float]:
-        """Return the outputs and the loss of a batch; the outputs are None where the loss calls the network."""
+    def evaluated(self, model: nn.Module, batch: Any, *, lossless: bool = False) -> tuple[object, float]:
+        """Return the outputs of a batch, None where the loss calls the network, and the loss, 0 where ``lossless``."""
 
         def play() -> tuple[object, float]:
             if self.takes_batches:
                 return None, self.loss(model, batch).item()
             outputs = model(batch.inputs)
-            return outputs, self.criterion(outputs, batch).item()
+            return outputs, 0.0 if lossless else self.criterion(outputs, batch).item()
 
         if not self._takes_gradients:
             try:
@@ -170,58 +209,164 @@ class OwnTask(Task):
                 for each in frozen:
                     each.requires_grad_(False)
 
+    def set_loss(self, outputs: object, targets: object) -> float | None:
+        """Return the loss of a whole set, or None where it takes gradients of the network."""
+        for gradients in (False, True):
+            try:
+                with torch.set_grad_enabled(gradients):
+                    return self._checked(outputs, targets).item()
+            except (UserError, RuntimeError) as error:
+                if "does not require grad" not in str(error):
+                    raise
+        return None
+
+    def share(self, targets: object, content: object, samples: int) -> float:
+        """Return what a batch counts in means over batches: its targets, without ignored ones, by their weights.
+
+        Args:
+            targets, content: of the batch, and all that it holds.
+            samples: of which the batch was made.
+        """
+        if isinstance(targets, Tensor) and targets.dim() and targets.dtype in _INTEGERS:
+            _, weight, ignored = torch_loss(self.loss_code) or TorchLoss()
+            counted = targets[targets != ignored]
+            return float(counted.numel() if weight is None else weight.to(counted.device)[counted].sum())
+        sizes = [len(leaf) for leaf in tensors([targets, content]) if leaf.dim()]
+        return float(sizes[0] if sizes else samples)
+
     @torch.no_grad()
-    def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
-        """Returns the metrics' values by name, and ``loss``, the mean over samples."""
-        total, count, size = 0.0, 0, 0
-        # Copies: sets may be evaluated side by side, in threads.
-        objects = {name: deepcopy(metric) for name, metric in self.metrics.items() if _stateful(metric)}
-        functions = {name: metric for name, metric in self.metrics.items() if name not in objects}
-        pairs: list[tuple[Any, Any]] = []
-        sizes: list[int] = []
-        sums = dict.fromkeys(functions if self.takes_batches else (), 0.0)
-        for metric in objects.values():
+    def figures(self, model: nn.Module, data: object) -> dict[str, float]:
+        """Return the metrics' values by name, and ``loss``."""
+        evaluation = SetEvaluation(self, model, data)
+        with evaluation.turn:
+            for _ in evaluation.batches():
+                pass
+            figures = evaluation.figures()
+        return {self.main: figures[self.main], **figures}
+
+
+class SetEvaluation:
+    """Pass of a network over a set, for a user's loss and metrics.
+
+    The loss is that of all samples at once where their outputs fit, else a mean over batches by their shares.
+
+    Args:
+        task: gives loss and metrics.
+        model: the network.
+        data: the set.  ``data.output_bytes`` are those of all outputs and targets, 0 where batches stay apart.
+
+    Attributes:
+        turn: held during the pass, as sets may be evaluated side by side, in threads.
+    """
+
+    def __init__(self, task: OwnTask, model: nn.Module, data: object) -> None:
+        size = getattr(data, "output_bytes", 0)
+        self._task, self._model, self._lossless = task, model, 0 < size <= MOST
+        self._data: Any = data
+        self.turn: AbstractContextManager[object] = _LARGE if MOST >> 3 < size <= MOST else nullcontext()
+        self._objects = {name: deepcopy(metric) for name, metric in task.metrics.items() if _stateful(metric)}
+        self._functions = {name: metric for name, metric in task.metrics.items() if name not in self._objects}
+        self._sums = dict.fromkeys(("loss", *(self._functions if task.takes_batches else ())), 0.0)
+        self._pairs: list[tuple[object, object]] = []
+        self._sizes: list[int] = []
+        self._count, self._bytes, self._shares, self._device = 0, 0, 0.0, torch.device("cpu")
+        for metric in self._objects.values():
             getattr(metric, "reset", lambda: None)()
-        for batch in data.batches():
-            samples = len(batch.indices)
-            count += samples
-            pair: tuple[Any, Any]
-            outputs, loss = self._evaluated(model, batch)
-            total += samples * loss
-            if self.takes_batches:
-                pair = inner(model), batch.data
-            else:
+
+    def batches(self) -> Iterator[tuple[object, object]]:
+        """Evaluate the batches in order, and yield the outputs and targets of each."""
+        whole = self._task.takes_batches
+        for batch in self._data.batches():
+            outputs, loss = self._task.evaluated(self._model, batch, lossless=self._lossless)
+            share = self._task.share(batch.targets, batch.data, len(batch.indices))
+            self._shares += share
+            self._count += len(batch.indices)
+            self._device = next((leaf.device for leaf in tensors(outputs)), self._device)
+            pair = inner(self._model), batch.data
+            if not whole:
                 pair = mapped(_on_cpu, outputs), mapped(_on_cpu, batch.targets)
-                if functions:
-                    pairs.append(pair)
-                    sizes.append(samples)
-                    size += sum(leaf.nbytes for leaf in leaves(pair) if isinstance(leaf, Tensor))
-                    if size > MOST:
-                        raise UserError(
-                            f"The outputs and targets for {', '.join(functions)} take more than 1 GB: use an object "
-                            "with update and compute, which sees a batch at a time."
-                        )
-            with autocast_on(next(model.parameters()).device) if self.takes_batches else nullcontext():
-                for name, metric in functions.items() if self.takes_batches else ():
-                    sums[name] += samples * _number(name, metric, *pair)
-                for name, metric in objects.items():
+            with autocast_on(next(self._model.parameters()).device) if whole else nullcontext():
+                values = {name: _number(name, self._functions[name], *pair) for name in self._sums if name != "loss"}
+                for name, metric in self._objects.items():
                     with explained(name, metric):
                         metric.update(*pair)
-        if not count:
+            for name, value in {"loss": loss, **values}.items() if share else ():  # the mean of no targets is NaN
+                self._sums[name] += share * value
+            if not whole and (self._functions or self._lossless):
+                self._gather(pair, len(batch.indices))
+            yield outputs, batch.targets
+
+    def _gather(self, pair: tuple[object, object], samples: int) -> None:
+        self._pairs.append(pair)
+        self._sizes.append(len(next(tensors(pair))) if sample_form(pair) else samples)
+        self._bytes += sum(leaf.nbytes for leaf in tensors(pair))
+        self._task.check_size(self._bytes)
+
+    def figures(self) -> dict[str, float]:
+        """Return the metrics' values by name, and ``loss``."""
+        if not self._count:
             raise ValueError("data: expected at least one sample, given none")
-        values = {name: value / count for name, value in sums.items()}
-        if pairs:
+        values = {name: value / self._shares if self._shares else math.nan for name, value in self._sums.items()}
+        pairs, self._pairs = self._pairs, []
+        at_once = self._lossless and self._bytes <= MOST and all(sample_form(pair) for pair in pairs)
+        outputs: object = None
+        targets: object = None
+        if pairs and (at_once or self._functions):
             try:
-                outputs, targets = (together(list(part), sizes) for part in zip(*pairs, strict=True))
-            except RuntimeError as error:
-                raise UserError(
-                    f"The outputs or targets of batches cannot be concatenated for {', '.join(functions)} "
-                    f"({described(error)}): use an object with update and compute, which sees a batch at a time."
-                ) from error
-            values |= {name: _number(name, metric, outputs, targets) for name, metric in functions.items()}
-        values |= {name: _number(name, metric.compute) for name, metric in objects.items()}
-        figures = {**{name: values[name] for name in self.metrics}, "loss": total / count}
-        return {self.main: figures[self.main], **figures}
+                outputs, targets = (together(list(part), self._sizes) for part in zip(*pairs, strict=True))
+            except (RuntimeError, UserError) as error:
+                at_once = False
+                if self._functions:
+                    raise UserError(
+                        f"The outputs or targets of batches cannot be concatenated for {', '.join(self._functions)} "
+                        f"({described(error)}): use an object with update and compute, which sees a batch at a time."
+                    ) from error
+        if self._lossless:
+            loss = self._task.set_loss(*sent((outputs, targets), self._device)) if at_once else None
+            values["loss"] = self._mean_loss() if loss is None else loss
+        functions = {} if self._task.takes_batches else self._functions
+        values |= {name: _number(name, metric, outputs, targets) for name, metric in functions.items()}
+        values |= {name: _number(name, metric.compute) for name, metric in self._objects.items()}
+        return {**{name: values[name] for name in self._task.metrics}, "loss": values["loss"]}
+
+    def _mean_loss(self) -> float:
+        """Return the mean of the batches' losses, in another pass over the set."""
+        loss = 0.0
+        for batch in self._data.batches():
+            if share := self._task.share(batch.targets, batch.data, len(batch.indices)):
+                loss += share * self._task.evaluated(self._model, batch)[1]
+        return loss / self._shares if self._shares else math.nan
+
+
+class TorchLoss(NamedTuple):
+    """Options of torch's cross-entropy or NLL, for which outputs are ``logarithms`` of probabilities."""
+
+    logarithms: bool = False
+    weight: Tensor | None = None
+    ignored: int = -100
+
+
+def torch_loss(loss: object) -> TorchLoss | None:
+    """Return the options of torch's cross-entropy or NLL, a module, function or partial, or None for another loss."""
+    function, options = (loss.func, loss.keywords) if isinstance(loss, partial) and not loss.args else (loss, {})
+    if type(loss) is nn.NLLLoss or type(loss) is nn.CrossEntropyLoss:
+        function = F.nll_loss if type(loss) is nn.NLLLoss else F.cross_entropy
+        options = {"weight": loss.weight, "ignore_index": loss.ignore_index}
+    if not any(function is known for known in (cross_entropy, F.cross_entropy, F.nll_loss)):
+        return None
+    return TorchLoss(function is F.nll_loss, options.get("weight"), options.get("ignore_index", -100))
+
+
+def sample_form(values: object) -> tuple[tuple[object, ...], ...]:
+    """Return dtype and shape of a sample in tensors of batches, or nothing where some have other numbers of samples."""
+    found = [*leaves(values)]
+    whole = all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(found[0]) for leaf in found)
+    return tuple((leaf.dtype, *leaf.shape[1:]) for leaf in found) if whole else ()
+
+
+def tensors(values: object) -> Iterator[Tensor]:
+    """Yield the tensors among nested values."""
+    return (leaf for leaf in leaves(values) if isinstance(leaf, Tensor))
 
 
 def check_object(name: str, value: Any) -> None:

@@ -37,7 +37,7 @@ from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models.user_models import ItemNetwork
 from fedkern.run import main
-from fedkern.tasks import CLASSIFICATION, OwnTask, Task
+from fedkern.tasks import CLASSIFICATION, Task
 from fedkern.usercode.identity import identity_table
 from python_tests import opened_at_import, worker_methods
 from python_tests.interrupted import Kill, KillAt
@@ -541,53 +541,6 @@ def test_every_client_has_its_own_test_set(tmp_path):
 # -- losses and figures ------------------------------------------------------------------------------------------------
 
 
-class Counted:
-    """A figure in the form of torchmetrics."""
-
-    higher_is_better = True
-
-    def reset(self):
-        self.right = self.all = 0
-
-    def update(self, outputs, targets):
-        self.right += int((outputs.argmax(1) == targets).sum())
-        self.all += len(targets)
-
-    def compute(self):
-        return torch.tensor(self.right / self.all)
-
-
-def test_figures_are_those_of_all_samples(tmp_path):
-    held, net = table(21, 4), nn.Linear(4, 4)
-    metrics = {"share": Counted(), "spread": lambda outputs, targets: outputs.std()}
-    found = fedkern.simulate(
-        "fedavg", data=[table(20)], test=held, model=net, metrics=metrics, rounds=1, out=tmp_path / "run",
-        **{**HERE, "threads": 2, "batch_size": 4},
-    )  # fmt: skip
-    rows, targets = held.tensors
-    with torch.no_grad():
-        outputs = found.model()(rows)
-    assert found.config.main == "share"
-    assert found.metrics["share"] == pytest.approx(float((outputs.argmax(1) == targets).double().mean()))
-    assert found.metrics["spread"] == pytest.approx(float(outputs.std()), rel=1e-5)
-    assert found.metrics["loss"] == pytest.approx(float(nn.functional.cross_entropy(outputs, targets)), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("given", "main", "better"),
-    [
-        ({}, "loss", "min"),
-        ({"metrics": {"a": max, "share": Counted()}}, "share", "max"),
-        ({"metrics": {"a": max}, "main": "a"}, "a", "max"),
-        ({"metrics": {"a": max}, "main": "a", "better": "min"}, "a", "min"),
-        ({"metrics": {"share": Counted()}, "main": "loss"}, "loss", "min"),
-    ],
-)
-def test_the_main_figure_and_its_direction(given, main, better):
-    task = OwnTask(**given)
-    assert (task.main, task.better) == (main, better)
-
-
 def first_loss(outputs, targets):
     return nn.functional.mse_loss(outputs, targets)
 
@@ -1008,7 +961,6 @@ SENTENCES = {
     "model first": ({"loss_fn": weighed}, "first parameter of this one is called model: give it as batch_loss=, or"),
     "outputs first": ({"batch_loss": first_loss}, r"batch_loss takes \(model, batch\), .*: give it as loss_fn="),
     "two losses": ({"loss_fn": nn.MSELoss(), "batch_loss": max}, "loss_fn and batch_loss are both given: leave one"),
-    "figure": ({"main": "f1"}, "main must be one of loss, not 'f1'"),
     "classes": ({"model": nn.Linear(4, 2), "data": [TensorDataset(torch.rand(9, 4), torch.full((9,), 5))]},
                 "tells 2 classes, and a target is 5"),
     "network": ({"model": nn.Linear(3, 2)}, r"fails on two samples of client 0, .*mat1 and mat2"),

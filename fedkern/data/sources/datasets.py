@@ -23,7 +23,8 @@ from fedkern.data.sources.items import Items, cause, draw_rows
 from fedkern.errors import RAISED, UserError, shown
 from fedkern.messages.leaves import leaves, parted
 from fedkern.streams import stream
-from fedkern.tasks import CLASSIFICATION, OwnTask, Task
+from fedkern.tasks import CLASSIFICATION, OwnClassification, OwnTask, Task
+from fedkern.tasks.user_tasks import torch_loss
 from fedkern.usercode.hooks import check_hooks
 
 NAME = "datasets"
@@ -55,8 +56,12 @@ def task_of_targets(
     main: str | None,
     better: Literal["max", "min"] | None,
     batch_loss: Callable[..., Tensor] | None = None,
+    classes: Sequence[str] | int | None = None,
 ) -> Task:
     """The task of samples of which ``batch`` has two.
+
+    Metrics and a loss of logits leave a classification what it is.  A loss is one of logits if torch's cross-entropy or
+    NLL, or if ``classes`` are given.
 
     Raises:
         UserError: nothing says what the loss of such targets is.
@@ -69,16 +74,22 @@ def task_of_targets(
             f"nothing of a sample is its target, {has}: give samples (inputs, targets) or with a key labels or "
             "targets, or batch_loss=FUNCTION of (model, batch)."
         )
+    numbers = isinstance(truth, Tensor) and not truth.is_floating_point() and truth.dtype != torch.bool
+    labelled = numbers and truth.dim() == 1
     if user_task is not None:
+        if labelled and batch_loss is None and (classes is not None or torch_loss(loss_fn) is not None):
+            return OwnClassification(loss_fn, metrics, main, better)
+        user_task.labelled = labelled
         return user_task
-    if not isinstance(truth, Tensor) or truth.is_floating_point() or truth.dtype == torch.bool:
+    if not numbers:
         kind = f"{str(truth.dtype).removeprefix('torch.')} numbers" if isinstance(truth, Tensor) else "unknown"
         raise UserError(
             f"a loss is needed, as the targets are {kind} and no classes: give loss_fn=FUNCTION of (outputs, targets), "
             "such as torch.nn.MSELoss(), or batch_loss=FUNCTION of (model, batch)."
         )
-    plain = truth.dim() == 1 and metrics is main is better is None
-    return CLASSIFICATION if plain else OwnTask(metrics=metrics, main=main, better=better)
+    if labelled and metrics is main is better is None:
+        return CLASSIFICATION
+    return (OwnClassification if labelled else OwnTask)(metrics=metrics, main=main, better=better)
 
 
 def parts_of_datasets(
@@ -114,7 +125,7 @@ def parts_of_datasets(
         raise UserError(f"collate_fn must be a function of a list of samples, not {shown(collate)}.")
     first = Items(next(iter(named.values())), f"client {next(iter(named))}".strip(), CLASSIFICATION, collate)
     batch = first.batch(range(min(2, len(first))), 0)
-    learnt = task or task_of_targets(batch, loss_fn, metrics, main, better, batch_loss)
+    learnt = task or task_of_targets(batch, loss_fn, metrics, main, better, batch_loss, classes)
     if learnt is task and not (loss_fn is batch_loss is metrics is main is better is None and isinstance(learnt, Task)):
         raise UserError("task must be an object of fedkern.tasks.Task, without a loss, metrics, main and better.")
     check_hooks(type(learnt))

@@ -139,6 +139,7 @@ class _Ballot:
     def __init__(self, ensemble: models.Ensemble, data: Any) -> None:
         self._ensemble, self._data = ensemble, data
         self.keep = getattr(data, "keep", None)
+        self.output_bytes = getattr(data, "output_bytes", 0)
         self._total = 0
         self._right = torch.zeros(2, dtype=torch.int64)
 

@@ -98,7 +98,12 @@ def collapsed_classes(
     for prefix, data in sets.items():
         if data.predictions is None or prefix == "validation_":
             continue
-        present = {label for part in in_parts(data.labels) for label in torch.unique(part).tolist() if label >= 0}
+        present = {
+            label
+            for part in in_parts(data.labels)
+            for label in torch.unique(part).tolist()
+            if 0 <= label < len(classes)
+        }
         missing = sorted(present - set(torch.unique(data.predictions).tolist()))
         if missing:
             area = telling_area(metrics, prefix[:-1], config)

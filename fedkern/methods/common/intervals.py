@@ -79,7 +79,7 @@ def intervals(
 def _interval(data: Any, name: str, outputs: Sequence[Tensor], rows: Rows, rng: np.random.Generator) -> Row:
     """Return the interval of a figure, the mean over networks' ``outputs``, on rows of a set, int64 ``[n]``."""
     split, task, labels, cases = data.split, data.task, data.labels.cpu(), getattr(data, "cases", None)
-    groups = split.units()
+    groups, rows = split.units(), rows[rows < len(labels)]  # a collation may drop items
     units = np.unique(rows if groups is None else groups[rows], return_inverse=True)[1]
     count = int(units.max()) + 1
 

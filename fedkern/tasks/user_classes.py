@@ -1,0 +1,64 @@
+"""Classification with a user's loss or metrics: they add figures, and the task stays what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.errors import UserError
+from fedkern.tasks.base import Task
+from fedkern.tasks.classification import CLASSIFICATION, Classification
+from fedkern.tasks.user_tasks import OwnTask, SetEvaluation, TorchLoss, torch_loss
+
+TAKEN = ("accuracy", "loss", "confidence", "balanced_accuracy", "macro_f1", "auroc", "ece")
+"""Names of the figures of every classification."""
+
+
+class OwnClassification(OwnTask, Classification):
+    """A classification with a user's loss of logits and classes, or with metrics.
+
+    Args:
+        loss_fn, metrics: as in `OwnTask`.  Outputs are logits, of NLL logarithms of probabilities.
+        main: name of the main figure.  None: the accuracy.
+        better: which values of ``main`` are the better ones.
+    """
+
+    name, target, network, noun = "classification", "class", "classes", "samples"
+    built_in = TAKEN[:3]
+    concurrent = False
+    member_figures = Task.member_figures
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Tensor] | None = None,
+        metrics: Mapping[str, object] | None = None,
+        main: str | None = None,
+        better: Literal["max", "min"] | None = None,
+        batch_loss: None = None,
+    ) -> None:
+        super().__init__(loss_fn, metrics, main, better)
+        if name := next((name for name in self.metrics if name in TAKEN), None):
+            raise UserError(f"metrics has one called {name}, which every classification has: give it another name.")
+        if main is None and self.better == "min":
+            raise UserError('better="min" is of the main figure, the accuracy: name another one with main=.')
+        options = torch_loss(self.loss_code) or TorchLoss()
+        self.ignored, self._logarithms = options.ignored, options.logarithms  # type: ignore[misc]
+        # Logarithms of probabilities are not linear in the features.
+        self.offers = CLASSIFICATION.offers - ({"features"} if options.logarithms else set())  # type: ignore[misc]
+
+    @torch.no_grad()
+    def figures(self, model: nn.Module, data: object) -> dict[str, float]:
+        return self.figures_of_client(model, data, None)
+
+    def figures_of_client(self, model: nn.Module, data: object, client: int | None) -> dict[str, float]:
+        evaluation = SetEvaluation(self, model, data)
+        with evaluation.turn:
+            pairs = cast("Iterator[tuple[Tensor, Tensor]]", evaluation.batches())
+            figures = self.figures_of(pairs, data, client) | evaluation.figures()
+        return {self.main: figures[self.main], **figures}
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.exp() if self._logarithms else super().probabilities(logits)

@@ -1,0 +1,228 @@
+"""Losses and metrics of users' own: which figures a run has, and of what they are made."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import ConcatDataset, TensorDataset, default_collate
+
+import fedkern
+from fedkern.errors import UserError
+from fedkern.report.live.progress import headline
+from fedkern.tasks import OwnTask, user_tasks
+from python_tests.hearing import Hearing
+
+HERE = {"progress": False, "pictures": False, "workers": 1, "threads": 1}
+AT_ONCE, APART = "loss of a set: of all its samples at once", "loss of a set: mean over batches, by their targets"
+FIGURES = {"accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "confidence", "loss"}
+
+
+def site(count, seed=0, ignored=None):
+    rows = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+    targets = rows[:, :3].argmax(1)
+    targets[: count // 3] = targets[: count // 3] if ignored is None else ignored
+    return TensorDataset(rows, targets)
+
+
+def simulate(out, method="fedavg", **given):
+    """Return a run of a round, the outputs of its network on the test set, and the lines of its header."""
+    heard = Hearing()
+    usual = {"data": [site(30), site(20, 1)], "test": site(150, 2), "model": nn.Linear(4, 3), "rounds": 1, "lr": 0.1}
+    run = fedkern.simulate(method, **usual | given | HERE, out=out, listener=heard)
+    with torch.no_grad():
+        return run, run.model()((usual | given)["test"].tensors[0]), headline(heard.info)
+
+
+def focal(outputs, targets):
+    """A loss of one's own, in which samples that are right count less."""
+    return ((1 - outputs.softmax(1).gather(1, targets[:, None])) * F.cross_entropy(outputs, targets)).mean()
+
+
+class Counted:
+    """A figure in the form of torchmetrics."""
+
+    higher_is_better = True
+
+    def reset(self):
+        self.right = self.all = 0
+
+    def update(self, outputs, targets):
+        self.right += int((outputs.argmax(1) == targets).sum())
+        self.all += len(targets)
+
+    def compute(self):
+        return torch.tensor(self.right / self.all)
+
+
+WEIGHT = torch.tensor([1.0, 2.0, 4.0])
+LOGARITHMS = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1))
+LOSSES = {
+    "metric": (
+        {"metrics": {"spread": lambda outputs, targets: outputs.std(), "share": Counted()}},
+        ["fedavg", "fedntd", "ensemble", "local"],
+    ),
+    "module": ({"loss_fn": nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.2)}, ["fedavg", "local"]),
+    "function": ({"loss_fn": partial(F.cross_entropy, weight=WEIGHT)}, ["ensemble"]),
+    "likelihood": ({"loss_fn": nn.NLLLoss(), "model": LOGARITHMS}, ["fedavg", "fedntd"]),
+    "classes": ({"loss_fn": focal, "classes": ["a", "b", "c"]}, ["fedavg", "fedntd"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "method"), [(given, method) for given, methods in LOSSES.values() for method in methods]
+)
+def test_a_classification_keeps_its_figures(given, method, tmp_path):
+    run, outputs, lines = simulate(tmp_path / "run", method, **given, rounds=None if method == "ensemble" else 1)
+    rows, targets = site(150, 2).tensors
+    assert {*run.metrics} >= FIGURES | {*given.get("metrics", ())}
+    assert (run.config.main, run.predicts, AT_ONCE in lines) == ("accuracy", "probabilities", True)
+    assert run.metrics.get("share", run.metrics["accuracy"]) == pytest.approx(run.metrics["accuracy"])
+    if method != "local":  # whose figures are means
+        assert run.metrics.get("spread", outputs.std()) == pytest.approx(float(outputs.std()), rel=1e-5)
+        loss = given.get("loss_fn", F.cross_entropy)
+        assert run.metrics["loss"] == pytest.approx(float(loss(outputs, targets)), rel=1e-6)
+        assert run.metrics["accuracy"] == pytest.approx(float((outputs.argmax(1) == targets).double().mean()))
+        chosen = outputs.softmax(1).gather(1, targets[:, None])
+        assert run.metrics["confidence"] == pytest.approx(float(chosen.mean()), rel=1e-5)
+        torch.testing.assert_close(run.predict(rows), outputs.softmax(1))
+    assert run.evaluate() == pytest.approx({name: run.metrics[name] for name in run.evaluate()})
+
+
+@pytest.mark.parametrize(
+    ("given", "main", "better"),
+    [
+        ({}, "loss", "min"),
+        ({"metrics": {"a": max, "share": Counted()}}, "share", "max"),
+        ({"metrics": {"a": max}, "main": "a"}, "a", "max"),
+        ({"metrics": {"a": max}, "main": "a", "better": "min"}, "a", "min"),
+        ({"metrics": {"share": Counted()}, "main": "loss"}, "loss", "min"),
+    ],
+)
+def test_the_main_figure_and_its_direction(given, main, better):
+    task = OwnTask(**given)
+    assert (task.main, task.better) == (main, better)
+
+
+def test_another_loss_says_how_to_get_figures_of_classes(tmp_path):
+    run, outputs, lines = simulate(tmp_path / "run", loss_fn=focal)
+    assert "accuracy, AUROC and calibration: give classes=, where outputs are logits of classes" in lines
+    assert (run.config.main, run.predicts) == ("loss", "outputs")
+    assert torch.equal(run.predict(site(150, 2)), outputs)
+    with pytest.raises(UserError, match=r"fedntd is for .* \(give classes= where outputs are their logits\)"):
+        simulate(tmp_path / "other", "fedntd", loss_fn=focal)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"metrics": {"auroc": max}}, "metrics has one called auroc, which every classification has"),
+        ({"metrics": {"a": max}, "better": "min"}, "is of the main figure, the accuracy: name another"),
+        ({"main": "f1"}, "main must be one of accuracy, loss, confidence, not 'f1'"),
+    ],
+)
+def test_figures_that_a_classification_has(given, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        simulate(tmp_path / "run", **given)
+    run, *_ = simulate(tmp_path / "run", metrics={"a": lambda outputs, targets: 0.5}, main="a", better="min")
+    assert (run.config.main, run.config.better, {*run.metrics} >= FIGURES) == ("a", "min", True)
+
+
+def dropping(items):
+    return default_collate([(row, target) for row, target in items if row[3] < 0.5 or len(items) < 3])
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 20])
+@pytest.mark.parametrize(
+    ("kind", "ignored"), [("plain", -100), ("batch", -100), ("classes", -100), ("classes", 255), ("tokens", 255)]
+)
+def test_ignored_targets_and_dropped_items_count_nothing(kind, ignored, limit, monkeypatch, tmp_path):
+    monkeypatch.setattr(user_tasks, "MOST", limit)
+    own = kind in ("classes", "tokens")
+    loss = nn.CrossEntropyLoss(WEIGHT, ignore_index=ignored) if own else nn.CrossEntropyLoss()
+    sets, model = [site(30, 0, ignored), site(20, 1, ignored), site(200, 2, ignored)], nn.Linear(4, 3)
+    if kind == "tokens":  # a row has one, and the network gives [n, 3, 1]
+        sets = [TensorDataset(each.tensors[0], each.tensors[1][:, None]) for each in sets]
+        model = nn.Sequential(model, nn.Unflatten(1, (3, 1)))
+    given = {"data": sets[:2], "test": sets[2], "collate_fn": dropping, "model": model} | (
+        {"loss_fn": loss} if own else {}
+    )
+    given |= {"batch_loss": lambda model, batch: loss(model(batch[0]), batch[1])} if kind == "batch" else {}
+    run, _, lines = simulate(tmp_path / "run", **given)
+    rows, targets = dropping([sets[2][row] for row in range(200)])
+    with torch.no_grad():
+        outputs = run.model()(rows)
+    assert run.metrics["loss"] == pytest.approx(float(loss(outputs, targets)), rel=1e-5)
+    assert (AT_ONCE in lines) == (limit > 20 and own)
+    if kind in ("plain", "classes"):
+        right = (outputs.argmax(1) == targets)[targets != ignored]
+        assert run.metrics["accuracy"] == pytest.approx(float(right.double().mean()))
+        assert {*run.metrics} >= FIGURES
+    monkeypatch.setattr(OwnTask, "output_bytes", lambda *arguments: 1)
+    again = fedkern.load(tmp_path / "run", **given).extend(2, progress=False)
+    assert again.config.output_bytes == run.config.output_bytes
+
+
+class Energy(nn.Linear):
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return super().forward(x), x
+
+
+def slope(outputs, targets):
+    return (torch.autograd.grad(outputs[0].sum(), outputs[1], create_graph=True)[0][:, 0] - targets).square().mean()
+
+
+def padded(items):
+    rows, targets = zip(*items, strict=True)
+    return pad_sequence(rows, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-100)
+
+
+def per_token(outputs, targets):
+    return F.cross_entropy(outputs.mT, targets)
+
+
+WORDS = [torch.arange(n)[None] for n in [*range(1, 6)] * 30]
+TEXTS = ConcatDataset([TensorDataset(word % 5, word % 3) for word in WORDS])
+
+
+@pytest.mark.parametrize(
+    ("test", "given"),
+    [
+        (site(150, 2), {"loss_fn": slope, "model": Energy(4, 1)}),
+        (TEXTS, {"loss_fn": per_token, "model": nn.Embedding(5, 3), "collate_fn": padded}),
+    ],
+    ids=["gradients", "lengths"],
+)
+def test_outputs_that_stay_apart(test, given, tmp_path):
+    """Outputs whose gradients the loss takes, and outputs of batches that have other lengths."""
+    heard, given = Hearing(), {"data": [ConcatDataset([test])] * 2, "test": test, "rounds": 1, **given, **HERE}
+    run = fedkern.simulate("fedavg", **given, out=tmp_path / "run", listener=heard)
+    rows, targets = given.get("collate_fn", default_collate)([test[row] for row in range(150)])
+    assert APART in headline(heard.info)
+    assert run.metrics["loss"] == pytest.approx(given["loss_fn"](run.model()(rows), targets).item(), rel=1e-5)
+
+
+class Rows:
+    """A metric without reset: the number of samples, from a model and a batch."""
+
+    count = 0
+
+    def update(self, model, batch):
+        assert model(batch[0]).shape == (len(batch[1]), 3)
+        self.count += len(batch[1])
+
+    def compute(self):
+        return self.count
+
+
+def test_metrics_beside_a_loss_of_the_batch(tmp_path):
+    run, _, lines = simulate(
+        tmp_path / "run", batch_loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        metrics={"mean": lambda model, batch: batch[0].mean(), "rows": Rows()},
+    )  # fmt: skip
+    assert (run.metrics["rows"], run.config.main, APART in lines) == (150, "loss", True)
+    assert run.metrics["mean"] == pytest.approx(float(site(150, 2).tensors[0].mean()), abs=1e-6)
+    assert "mean: mean over batches; an object with update and compute sees a set" in lines
