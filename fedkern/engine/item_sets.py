@@ -24,7 +24,6 @@ from fedkern.errors import RAISED, UserError
 from fedkern.messages.leaves import mapped
 from fedkern.methods.protocol import Batch
 from fedkern.streams import seeded_generators
-from fedkern.tasks import CLASSIFICATION
 
 MODES = {
     "training": ((True, True), (False, True)),
@@ -47,6 +46,7 @@ class Trial:
 
     def __init__(self, data: FederatedData, kind: type, build: Callable[[], nn.Module]) -> None:
         self._data, self._task, self._kind, self._build, self._client = data, data.task, kind, build, data.clients[0]
+        self._offers, self._has_figures = data.task.offers, not data.task.code()  # fedkern's figures draw nothing
         self._stated: dict[int, Tensor | None] = {}
         self._rows = range(min(2, len(self._client)))
         self._usual = self._batch(self._client, self._rows)
@@ -68,7 +68,7 @@ class Trial:
 
     def check_inputs(self, split: Items) -> None:
         """Check the first inputs of a set that needs no targets, as :meth:`check_tests`."""
-        if "criterion" in self._task.offers and self._ships(CLIENT_HOOKS + SERVER_HOOKS):
+        if "criterion" in self._offers and self._ships(CLIENT_HOOKS + SERVER_HOOKS):
             self._check(split, "inputs", BATCH)
 
     def _ships(self, hooks: Sequence[str]) -> bool:
@@ -100,9 +100,9 @@ class Trial:
 
         None where no class is known.
         """
-        if "classes" in self._task.offers:
+        if "classes" in self._offers:
             return 0, len(self._data.classes) - 1
-        by_class = "criterion" in self._task.offers and is_shipped(getattr(self._task, "loss_code", None))
+        by_class = "criterion" in self._offers and is_shipped(getattr(self._task, "loss_code", None))
         targets = self._targets(self._client) if by_class else None
         return None if targets is None else (int(targets.min()), int(targets.max()))
 
@@ -135,7 +135,7 @@ class Trial:
                     warnings.filterwarnings("error", "Using a target size")  # torch takes outputs [n, 1] with [n]
                     if purpose == "inputs":
                         self._network(batch.inputs)
-                    elif purpose == "evaluation" and self._task is CLASSIFICATION:
+                    elif purpose == "evaluation" and self._has_figures:
                         self._task.figures(self._network, SimpleNamespace(batches=lambda batch=batch: iter([batch])))
                     else:
                         loss = self._task.with_loss_copied().loss(self._network, batch)
