@@ -50,7 +50,7 @@ def intervals(
         Rows with ``set``, for a client ``client``, the ``figure``, its ``value``, ``low`` and ``high``, the ``unit`` in
         the plural, and numbers of ``units`` and ``samples``.  ``low`` and ``high`` are None with fewer than 5 units,
         and where all draws agree on a figure that is no fraction.  Figures that are no function of what is kept, as
-        those of pairs and of a user's loss, have no row.
+        those of pairs and of users' metrics, have no row.
     """
     names = federation.client_names
     places = [
