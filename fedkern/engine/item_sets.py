@@ -90,8 +90,9 @@ class Trial:
         if targets is not None and len(targets) and self._range:
             ends = [int(targets.argmin()), int(targets.argmax())]
             low, high = targets[ends].tolist()
-            if low < self._range[0] or high > self._range[1]:
-                odd = f"The classes of {split.who} are {low} to {high}, not {self._range[0]} to {self._range[1]}"
+            if low < self._range[0] or high > self._range[1] or split is self._client:
+                usual = f", not {self._range[0]} to {self._range[1]}" if (low, high) != self._range else ""
+                odd = f"The classes of {split.who} are {low} to {high}{usual}"
                 self._try(split, purpose, (ends,), odd, "number classes from 0, and give the network as many outputs")
 
     @cached_property

@@ -19,11 +19,12 @@ from fedkern.engine.items import ItemReader
 from fedkern.errors import RAISED, UserError, origin
 from fedkern.methods import registry
 from fedkern.models import MODELS, Own
-from fedkern.models.cutting import find_head
+from fedkern.models.cutting import find_head, logits_of
 from fedkern.models.registry import unknown
 from fedkern.models.user_models import check_output
 from fedkern.settings.config import RunConfig
 from fedkern.streams import seeded_generators
+from fedkern.tasks.cross_entropy import too_few
 from fedkern.tasks.user_tasks import inner
 from fedkern.usercode.identity import digest, identity_table, layout
 
@@ -92,6 +93,20 @@ def resolve(
     return config.replace(model_layout=shapes, model_sha256=sha), data, notes
 
 
+@torch.no_grad()
+def gives_probabilities(context: RunContext) -> bool:
+    """Return whether a user's network ends in a softmax, although the loss is a cross-entropy, which takes logits."""
+    entry, form, takes_logits = MODELS.get(context.config.model), context.data.form, context.data.task.takes_logits
+    if not takes_logits or not isinstance(getattr(entry, "make", None), Own):
+        return False
+    network = context.build().eval()
+    with suppress(Exception), seeded_generators(0):  # a network's code may raise anything, which the run says itself
+        rows = logits_of(network(form.noise(2, np.random.default_rng(0))))
+        certain = torch.allclose(rows.sum(1), torch.ones(())) and bool((rows >= 0).all())
+        return certain and rows.dim() > 1 and rows.shape[1] > 1
+    return False
+
+
 def network_hash(make: Own) -> str | None:
     """Return the hash of the weights of a module, or the identity of the file with the network's code, if any."""
     if isinstance(make.what, nn.Module):
@@ -157,5 +172,5 @@ def _classes(outputs: Any, targets: Tensor, text: str, ignored: int) -> int:
         raise UserError(f"the network {text} must give logits, one row a sample, and gives {shape}: or give a loss_fn.")
     largest = int(targets.where(targets != ignored, 0).max())
     if largest >= outputs.shape[1]:
-        raise UserError(f"the network {text} tells {outputs.shape[1]} classes, and a target is {largest}.")
+        raise UserError(too_few(outputs, largest, f"the network {text}"))
     return outputs.shape[1]

@@ -201,6 +201,12 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
     code = MethodCode(config.kind, config.method, progress)
     check_sets(context.data, config.plugins)
     data = context.data
+    if own_model.gives_probabilities(context):
+        context.warn(
+            "probabilities",
+            f"The network {config.model} gives probabilities, and cross-entropy takes logits, of which it takes a "
+            "softmax itself: leave the softmax out of the network.",
+        )
     if data.form.lacks and known and (others := unsteady([*data.clients, data.validation, *data.tests.values()])):
         context.warn(
             "unsteady-items",

@@ -79,6 +79,7 @@ class Task:
             - ``"features"``: the outputs are linear in one feature vector of a sample.
         outside: most samples of a batch outside of training.
         concurrent: whether several batches of a set may be evaluated at once.
+        takes_logits: whether the loss is a cross-entropy, which takes a softmax of the outputs.
         sampled: name of the figure that :meth:`resampled` computes from what is kept; empty without one.
         lacks: what a set lacks that cannot have the main figure, such as "no mask with an object".
     """
@@ -94,6 +95,7 @@ class Task:
     offers: ClassVar[frozenset[str]] = frozenset({"loss"})
     outside: ClassVar[int] = 512
     concurrent: ClassVar[bool] = False
+    takes_logits: bool = False
     sampled: ClassVar[str] = ""
     lacks: ClassVar[str] = ""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedkern.tasks import classification_figures as of_classes
 from fedkern.tasks.base import Constant, Figures, Task, answers, mean, named
+from fedkern.tasks.cross_entropy import cross_entropy
 from fedkern.tasks.registered_metrics import Answers
 
 MATRIX = 1000
@@ -32,9 +33,10 @@ class Classification(Task):
     offers = frozenset({"loss", "criterion", "classes", "images", "features"})
     concurrent = True
     ignored: ClassVar[int] = -100
+    takes_logits = True
 
     def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
-        return F.cross_entropy(outputs, batch.targets)
+        return cross_entropy(outputs, batch.targets)
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets, reduction="none")

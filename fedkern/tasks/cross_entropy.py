@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.errors import UserError
+
 
 def cross_entropy(
     logits: Tensor,
@@ -29,10 +31,21 @@ def cross_entropy(
     """
     loss = partial(F.cross_entropy, logits, targets, weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
     if targets.shape == logits.shape or not added_in_any_order(logits):
-        return loss()
+        try:
+            return loss()
+        except IndexError as error:  # of the CPU
+            if (largest := int(targets.where(targets != ignore_index, 0).max())) < logits.shape[1]:
+                raise
+            raise UserError(too_few(logits, largest, "the network")) from error
     counted = targets != ignore_index
     counts = counted if weight is None else torch.where(counted, weight[targets.where(counted, 0)], 0.0)
     return loss(reduction="none").sum() / counts.sum()  # losses are 0 where they are not counted
+
+
+def too_few(logits: Tensor, largest: int, network: str) -> str:
+    """Return the sentence on a network that lacks outputs for classes."""
+    lack = f"{logits.shape[1]} outputs for {1 + largest} classes, as a target is {largest}"
+    return f"{network} has {lack}: give it as many outputs."
 
 
 def added_in_any_order(logits: Tensor) -> bool:

@@ -79,6 +79,8 @@ class OwnTask(Task):
         self.loss_fn, self.batch_loss, self.takes_batches = loss_fn, batch_loss, batch_loss is not None
         self.loss_name = "batch_loss" if self.takes_batches else "loss_fn"
         self.loss_code = next(loss for loss in (batch_loss, loss_fn, cross_entropy) if loss is not None)
+        functions = cross_entropy, nn.functional.cross_entropy
+        self.takes_logits = isinstance(self.loss_code, nn.CrossEntropyLoss) or self.loss_code in functions
         self.metrics = dict(metrics or {})
         self._copies: dict[torch.device, nn.Module] = {}
         self._takes_gradients = False  # known after the first batch that is evaluated

@@ -962,7 +962,7 @@ SENTENCES = {
     "outputs first": ({"batch_loss": first_loss}, r"batch_loss takes \(model, batch\), .*: give it as loss_fn="),
     "two losses": ({"loss_fn": nn.MSELoss(), "batch_loss": max}, "loss_fn and batch_loss are both given: leave one"),
     "classes": ({"model": nn.Linear(4, 2), "data": [TensorDataset(torch.rand(9, 4), torch.full((9,), 5))]},
-                "tells 2 classes, and a target is 5"),
+                "has 2 outputs for 6 classes, as a target is 5: give it as many outputs"),
     "network": ({"model": nn.Linear(3, 2)}, r"fails on two samples of client 0, .*mat1 and mat2"),
     "of fedkern": ({"model": "cnn"}, "the network cnn is for images, and the samples are none"),
     "ragged": ({"data": [ragged(9, 2)], "model": Mean()}, "Items 0, 1 of client 0 make no batch .*or a collate_fn"),
@@ -1160,6 +1160,22 @@ class Clock(Drawing):
     def __getitem__(self, index):
         rows, target = super().__getitem__(index)
         return rows + torch.rand(4, generator=self.generator), target
+
+
+@pytest.mark.parametrize("loss_fn", [None, nn.CrossEntropyLoss()])
+@pytest.mark.parametrize("last", [nn.Softmax(1), nn.LogSoftmax(1), nn.Identity()])
+def test_a_softmax_before_a_cross_entropy_is_told(last, loss_fn, tmp_path):
+    given = {"data": [table(9)], "test": table(6), "model": nn.Sequential(nn.Linear(4, 4), last), "loss_fn": loss_fn}
+    found = fedkern.simulate("fedavg", **given, rounds=1, out=tmp_path / "run", **HERE)
+    assert ("probabilities" in found.summary["diagnostics"]) is isinstance(last, nn.Softmax)
+
+
+def test_few_outputs_are_one_sentence_also_for_items_that_nobody_has_read(tmp_path):
+    rows = [(torch.rand(4), number // 8) for number in range(9)]
+    given = {"data": [Listed(rows)], "test": Listed(rows), "model": nn.Linear(4, 1), "classes": None}
+    with pytest.raises(UserError, match="has 1 outputs for 2 classes, as a target is 1: give it as many") as told:
+        fedkern.simulate("fedavg", **given, rounds=1, out=tmp_path / "run", **HERE)
+    assert told.value.exit_code == 2
 
 
 class Leaving(Listed):
