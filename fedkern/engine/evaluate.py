@@ -261,10 +261,12 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 @contextmanager
 def _explained(what: str, data: Reader) -> Iterator[None]:
-    """Turns batch norm's error about a single image into a UserError that names the set."""
+    """Turn errors about a single image and about no known target into a UserError that names the set."""
     try:
         yield
     except ValueError as error:
+        if len(data) and "at least one sample" in str(error):
+            raise UserError(f"{what} has no target that counts: give it one with known targets.") from None
         if len(data) == 1 and "more than 1 value per channel" in str(error):
             raise UserError(
                 f"{what} has a single image, and batch norm without running statistics cannot normalise a single value "

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import ConcatDataset, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, StackDataset, TensorDataset, default_collate
 
 import fedkern
 from fedkern.errors import UserError
@@ -121,12 +121,13 @@ def test_another_loss_says_how_to_get_figures_of_classes(tmp_path):
         ({"metrics": {"auroc": max}}, "metrics has one called auroc, which every classification has"),
         ({"metrics": {"a": max}, "better": "min"}, "is of the main figure, the accuracy: name another"),
         ({"main": "f1"}, "main must be one of accuracy, loss, confidence, not 'f1'"),
+        ({"test": StackDataset(torch.zeros(9, 4), torch.full((9,), -100))}, "The test set has no target that counts"),
     ],
 )
 def test_figures_that_a_classification_has(given, said, tmp_path):
     with pytest.raises(UserError, match=said):
         simulate(tmp_path / "run", **given)
-    run, *_ = simulate(tmp_path / "run", metrics={"a": lambda outputs, targets: 0.5}, main="a", better="min")
+    run, *_ = simulate(tmp_path / "other", metrics={"a": lambda outputs, targets: 0.5}, main="a", better="min")
     assert (run.config.main, run.config.better, {*run.metrics} >= FIGURES) == ("a", "min", True)
 
 
