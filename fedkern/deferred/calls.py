@@ -314,15 +314,13 @@ def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
         none, ones = x.new_zeros(len(site.weight)), x.new_ones(len(site.weight))
         norm, bias = Norm(none, ones, ones, none if bias is None else bias, False, 0.0, _NO_EPS), None
     after = site.stride, chain.relu, chain.pool
-    shift, moves = norm.bias, None
+    shift = norm.bias
     if isinstance(norm, pending.GroupNorm):
         settings = Settings(None, None, 0.0, norm.eps, *after, False, True, norm.groups)
     else:
         tracks = norm.training and not norm.counted
         mean, variance = (norm.mean, norm.variance) if tracks or not norm.training else (None, None)
-        if bias is not None and norm.training:  # batch statistics take it out again
-            moves = mean if tracks else None
-        elif bias is not None and variance is not None:
+        if bias is not None and variance is not None and not norm.training:
             shift, bias = shift + bias * norm.weight * torch.rsqrt(variance + norm.eps), None
         settings = Settings(mean, variance, norm.momentum, norm.eps, *after, tracks, norm.training)
     inputs = Inputs(x, site.weight, norm.weight, shift, bias, residual)
@@ -330,8 +328,4 @@ def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
     if kernel is None:
         return None
     site.moved += moved
-    result = run(kernel, inputs, settings)
-    if moves is not None and bias is not None:
-        with torch.no_grad():
-            moves.add_(bias, alpha=settings.momentum)
-    return result
+    return run(kernel, inputs, settings)

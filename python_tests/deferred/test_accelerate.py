@@ -326,6 +326,14 @@ def test_a_bias_that_the_norm_takes_out_again(images, served):
     close(found, expected)
 
 
+def test_a_step_on_nan_ends_as_in_torch(images):
+    results = []
+    for network in (biased(), fedkern.accelerate(biased())):
+        network(images * float("nan")).square().sum().backward()
+        results.append((network[1].running_mean, network[0].bias.grad))
+    assert all(torch.isnan(part).all() for result in results for part in result)
+
+
 @core
 def test_a_bias_before_a_frozen_norm_has_its_gradient(images, served):
     grads = []

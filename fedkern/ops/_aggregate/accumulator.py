@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -88,7 +89,7 @@ class Accumulator:
 
         Args:
             vector: ``[P]``, fp32, bf16, fp16 or fp64, of any stride.
-            weight: finite and not negative.
+            weight: finite and not negative; 0, or at least 2.3e-308.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type, shape, device or value.
@@ -103,6 +104,8 @@ class Accumulator:
         if vector.device != self.device:
             raise ValueError(f"vector must be on {self.device} like the accumulator, but is on {vector.device}")
         value = check_weight(weight, "weight")
+        if 0 < value < sys.float_info.min:
+            raise ValueError(f"weight must not be subnormal, as {value} is: its products lose digits, scale weights up")
         with self._lock:
             total = self.weight + value
             if total == float("inf"):

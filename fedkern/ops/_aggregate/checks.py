@@ -97,8 +97,14 @@ def check_weight(value: float | Tensor, name: str) -> float:
     return value
 
 
+TINY = 1e-200
+"""Sum of weights below which products with ordinary values lose digits in fp64."""
+
+
 def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[float], float]:
-    """Returns ``count`` weights as floats, and their sum, added up in order.
+    """Return ``count`` weights as floats, and their sum, added up in order.
+
+    Weights beneath :data:`TINY` are scaled by :func:`near_one`: their products with the vectors would be subnormal.
 
     Raises:
         TypeError: the weights have no order (a set, a generator), or one of them is not a number.
@@ -126,6 +132,9 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
         for position, value in enumerate(values):
             check_weight(value, f"weights[{position}]")
         raise ValueError(f"weights must have a positive, finite sum, not {total}")
+    if total < TINY:
+        values = near_one(values)
+        return values, sum(values)
     return values, total
 
 

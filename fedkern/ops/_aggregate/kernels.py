@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import Vectors, Weights, check_weights, count_of, deliver, rows_or_stack, size_of
+from fedkern.ops._aggregate.checks import (
+    TINY,
+    Vectors,
+    Weights,
+    check_weights,
+    count_of,
+    deliver,
+    rows_or_stack,
+    size_of,
+)
 from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._aggregate.rules import ServerCall
 from fedkern.ops._core import backend
@@ -42,7 +51,8 @@ class AggregateKernels(PlainAggregate, Launcher):
 
     def numbers(self, weights: Any, count: int) -> list[float]:
         """:func:`~fedkern.ops._aggregate.checks.check_weights` in one step for a list of ordinary numbers."""
-        return self.core.plain_weights(weights, count) or check_weights(weights, count)[0]
+        values: list[float] | None = self.core.plain_weights(weights, count)
+        return values if values and max(values) > TINY else check_weights(weights, count)[0]
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
         if out is None:

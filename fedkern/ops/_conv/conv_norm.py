@@ -16,7 +16,6 @@ from fedkern.ops._conv.kernels import ConvKernels, Inputs, NotFinite, Settings
 from fedkern.ops._conv.reference import conv_norm_reference, norm_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import readable
-from fedkern.ops._core.checks import written
 from fedkern.ops._core.function import EagerFunction, saved_tensors
 
 _grad_enabled = torch.is_grad_enabled
@@ -116,9 +115,10 @@ def serving(inputs: Inputs, settings: Settings) -> ConvKernels | None:
 
 
 def run(kernel: ConvKernels, inputs: Inputs, settings: Settings) -> Tensor:
-    """:func:`conv_norm` by the kernel that :func:`serving` gave; the settings are not checked.
+    """Return :func:`conv_norm` by the kernel that :func:`serving` gave, without checks of the settings.
 
-    There may be a bias with batch statistics, too, which take it out again: it gets zeros for a gradient.
+    A bias may come with batch statistics too.  They take it out again, so that it moves the running mean alone and has
+    zeros for a gradient.  As in torch's batch norm, autograd does not count changes of the running statistics.
     """
     x, weight, scale, shift, bias, residual = inputs
     if not x.is_contiguous(memory_format=_CHANNELS_LAST):  # the weight is channels-last
@@ -138,9 +138,9 @@ def run(kernel: ConvKernels, inputs: Inputs, settings: Settings) -> Tensor:
         else:
             result = kernel.forward(inputs, settings, False)[0]
     except NotFinite:
-        return conv_norm_reference(inputs if settings.groups else inputs._replace(bias=None), settings)
-    if settings.training and settings.update and settings.mean is not None:
-        written(settings.mean, settings.variance)
+        return conv_norm_reference(inputs, settings)
+    if bias is not None and settings.training and settings.update and settings.mean is not None:
+        settings.mean.data.add_(bias.detach(), alpha=settings.momentum)
     return result
 
 

@@ -150,16 +150,18 @@ def differentiate_reference(
     grad: Tensor | Sequence[Tensor],
     twice: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Returns the reference's gradients, with ``twice`` with a graph of their own, for second derivatives.
+    """Return the reference's gradients, with ``twice`` with a graph of their own, for second derivatives.
 
     Kernels compute first derivatives only.  When a backward pass is itself recorded (``create_graph=True``), the
-    gradient is taken through the plain PyTorch reference instead.
+    gradient is taken through the plain PyTorch reference instead, by views of the inputs: an input that was made of
+    another is no part of the reference, and its own graph is neither followed nor freed.
 
     ``inputs`` are the saved ones with the graph they came with, None where an argument was not given.
     """
     with recording():
-        result = reference(*inputs)
-        operands = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
+        views = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        operands = [view for view, need in zip(views, needs, strict=True) if need and view is not None]
+        result = reference(*views)
         gradients = iter(
             torch.autograd.grad(result, operands, grad, create_graph=twice, allow_unused=True) if operands else ()
         )

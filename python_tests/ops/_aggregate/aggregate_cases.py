@@ -14,7 +14,7 @@ from fedkern.ops._aggregate.philox import philox
 
 CLIENTS = [1, 2, 3, 9, 10, 11, 20, 33]
 SIZES = [0, 1, 2, 3, 7, 8, 10, 31, 100, 127, 128, 129, 200, 1000, 1271]
-WEIGHTS = ["equal", "counts", "random", "zeros", "tiny", "huge"]
+WEIGHTS = ["equal", "counts", "random", "zeros", "tiny", "subnormal", "huge"]
 
 # Found by a search of this seed's stream: place, counter and radius word (0 or 2) that is below 2^12, in either half of
 # the sixteen counters of a group; the last two are the lowest, 0.
@@ -48,7 +48,7 @@ def make_weights(kind: str, count: int, seed: int = 0) -> list[float]:
     weights = [draw.random() + 0.01 for _ in range(count)]
     if kind == "zeros":
         weights[1:] = [value if draw.random() < 0.5 else 0.0 for value in weights[1:]]
-    return [value * {"tiny": 1e-300, "huge": 1e150}.get(kind, 1.0) for value in weights]
+    return [value * {"tiny": 1e-300, "subnormal": 1e-320, "huge": 1e150}.get(kind, 1.0) for value in weights]
 
 
 def accumulate(vectors: Iterable[Tensor], weights: Iterable[float], exact: bool = True) -> Accumulator:

@@ -36,6 +36,10 @@ def check(name: str, count: int, size: int, dtype: torch.dtype, kind: str, seed:
         mean = weighted_mean(vectors, weights)
         stacked = weighted_mean(torch.stack(vectors), torch.tensor(weights, dtype=torch.float64))
         columns = weighted_mean(torch.stack(vectors, 1).t(), weights)
+        if kind == "subnormal":
+            with pytest.raises(ValueError, match="weight must not be subnormal"):
+                accumulate(vectors, weights)
+            weights = [weight * 2.0**1000 for weight in weights]
         running, unordered = (accumulate(vectors, weights, in_any_order) for in_any_order in (False, True))
         assert mean.dtype == dtype
         close(mean, exact)
