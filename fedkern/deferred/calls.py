@@ -1,26 +1,27 @@
 """fedkern.accelerate: a network whose convolutions wait, within a call, for what follows them.
 
-Modules keep their class, state and repr: a network and its convolutions get a ``forward`` in their own dictionaries.
-Beside it stand two ways of copying, by which a pickle holds the plain module, and a deep copy is accelerated again.
+Modules keep their class, state and repr.  A convolution gets a ``_conv_forward`` in its own dictionary, which torch
+calls with the weight and bias of the caller, and a network two hooks, which are given their module.  So copies of a
+module's dictionary compute with their own tensors.  A deep copy is accelerated too, and a pickle loads without fedkern.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
+import sys
 import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from types import CodeType, MethodType
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fedkern.deferred import pending
-from fedkern.deferred.layers import GLOBAL_HOOKS, HOOKS, Convolution, convolution, hooked
+from fedkern.deferred.layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Windows, hooked, square_windows, untouched
 from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Serve, Site, computed, handle, shape_of, value
 from fedkern.ops._conv.conv_norm import run, serving
 from fedkern.ops._conv.conv_pool import pooling, run_pooling
@@ -29,7 +30,7 @@ from fedkern.ops._core.backend import intercepted
 from fedkern.ops._core.private_torch import functorch_active, saved_hooks
 
 M = TypeVar("M", bound=nn.Module)
-_KEYS = ("forward", "__reduce_ex__", "__deepcopy__")
+_CONV_FORWARD: Any = nn.Conv2d._conv_forward
 _CHANNELS_LAST = torch.channels_last
 _thread = threading.local()
 """``run``: the call of a network that this thread is in; ``serve``, ``record``: of :func:`serving_by`, `recording`."""
@@ -58,98 +59,96 @@ def accelerate(module: M) -> M:
     """
     plain(module)
     for layer in module.modules():
-        if type(layer) is nn.Conv2d:
-            _install(layer, _Conv(layer))
-    if "forward" not in vars(module):  # else it is a convolution alone, with nothing to wait for
-        _install(module, _Root(module))
+        if untouched(layer):
+            vars(layer)["_conv_forward"] = _Convolution(layer, SETTINGS(layer))
+    if type(module) is not nn.Conv2d:  # a convolution alone has nothing to wait for
+        module.register_forward_pre_hook(_BEGIN, prepend=True)
+        module.register_forward_hook(_END, prepend=True, always_call=True)
     return module
 
 
 def plain(module: M) -> M:
-    """Takes back :func:`accelerate`, in place; returns the module."""
+    """Take back :func:`accelerate`, in place, and return the module."""
     for layer in module.modules():
-        if isinstance(vars(layer).get("forward"), _Served):
-            for key in _KEYS:
-                vars(layer).pop(key)
+        served = vars(layer).get("_conv_forward")
+        if isinstance(served, _Convolution) or getattr(served, "func", None) is _CONV_FORWARD:
+            del layer._conv_forward
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) or _is_unpickled(hook)]:
+                del hooks[key]
+                layer._forward_hooks_always_called.pop(key, None)
     return module
 
 
-class _Served:
-    """A module's ``forward`` in its dictionary."""
+class _Hook:
+    """A hook of an accelerated network, whose pickle is a function that does nothing."""
 
-    as_written = True  # gives what the class does: whoever looks for replaced methods need not mind
+    takes_computed = True
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return self
 
-    @property
-    def __signature__(self) -> inspect.Signature:  # torch.export looks for both
-        return inspect.signature(MethodType(type(self.module).forward, self.module))
-
-    @property
-    def __code__(self) -> CodeType:
-        code: CodeType = type(self.module).forward.__code__
-        return code
-
-    def written(self, *args: Any, **named: Any) -> Any:
-        """What the module's class does."""
-        return type(self.module).forward(self.module, *args, **named)
+    def __reduce__(self) -> Any:
+        return getattr, (nullcontext(), "__exit__")
 
 
-def _install(module: nn.Module, served: _Served) -> None:
-    attributes = vars(module)
-    attributes["forward"] = served
-    for key, function in (("__reduce_ex__", _reduced), ("__deepcopy__", _copied)):
-        bound: Any = partial(function, module)
-        bound.as_written = True
-        attributes[key] = bound
+def _is_unpickled(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), nullcontext)
 
 
-def _reduced(module: Any, protocol: Any) -> tuple[Any, ...]:
-    """How a plain module would be pickled."""
-    kind: Any = type(module)
-    make, args, state, *rest = kind.__reduce_ex__(module, protocol)
-    if isinstance(state, dict):
-        state = {key: each for key, each in state.items() if key not in _KEYS}
-    return make, args, state, *rest
+class _Begin(_Hook):
+    def __call__(self, module: Any, args: Any) -> None:
+        begun: Run | None = getattr(_thread, "run", None)
+        if begun is not None and module is begun.module:
+            begun.depth += 1
+        elif (begun is None or not _is_on_stack(begun)) and not _watched(module):
+            _thread.run = Run(getattr(_thread, "serve", _serve), module, sys._getframe(1), sys.exception())
 
 
-def _copied(module: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy, accelerated as the module is."""
-    if hasattr(type(module), "__deepcopy__"):
-        result = type(module).__deepcopy__(module, memo)
-    else:
-        make, args, state, *_ = _reduced(module, 4)
-        result = memo[id(module)] = make(*copy.deepcopy(args, memo))
-        result.__setstate__(copy.deepcopy(state, memo))
-    _install(result, type(vars(module)["forward"])(result))
-    return result
-
-
-class _Root(_Served):
-    """The forward of a network: a call in which convolutions wait."""
-
-    def __call__(self, *args: Any, **named: Any) -> Any:
-        return self.within(self.written, *args, **named)
-
-    def within(self, function: Any, *args: Any, **named: Any) -> Any:
-        """Calls a function of the network or of parts of it as a call of the network."""
-        if getattr(_thread, "run", None) is not None or _watched(self.module):
-            return function(*args, **named)
-        _thread.run = begun = Run(getattr(_thread, "serve", _serve))
+class _End(_Hook):
+    def __call__(self, module: Any, args: Any, result: Any) -> Any:
+        begun: Run | None = getattr(_thread, "run", None)
+        if begun is None or module is not begun.module:
+            return None
+        if begun.depth:
+            begun.depth -= 1
+            return None
         try:
-            result = _plain(function(*args, **named))
+            error = sys.exception()
+            if result is None and error is not None and error is not begun.handled:  # the call has failed
+                if "data pointer" in str(error):
+                    error.add_note(f"fedkern.accelerate has not computed the tensor yet: {pending.WAY_OUT}.")
+                return None
+            result = _plain(result)
             begun.finish()
             return result
         finally:
             _thread.run = None
-            begun.over = True
+            begun.over, begun.frame = True, None
+
+
+_BEGIN, _END = _Begin(), _End()
+
+
+def _is_on_stack(begun: Run) -> bool:
+    """Return whether a call is running: an interrupt leaves it without its end."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame is not begun.frame:
+        frame = frame.f_back
+    return frame is not None
 
 
 def called(module: nn.Module, function: Any, *args: Any) -> Any:
-    """Calls a function of parts of a network; as a call of the network where it is accelerated."""
-    root = vars(module).get("forward")
-    return root.within(function, *args) if isinstance(root, _Root) else function(*args)
+    """Call a function of parts of a network, as a call of the network if it is accelerated."""
+    if _BEGIN not in module._forward_pre_hooks.values():
+        return function(*args)
+    result = None
+    _BEGIN(module, args)
+    try:
+        result = function(*args)
+    finally:
+        ended = _END(module, args, result)
+    return result if ended is None else ended
 
 
 @contextmanager
@@ -173,12 +172,12 @@ def recording() -> Iterator[Record]:
         del _thread.record
 
 
-def _result(conv: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a convolution's result."""
+def _result(windows: Windows, channels: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a convolution's result."""
     batch, _, height, width = shape
-    side, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+    side, stride, padding = windows
     height, width = (height + 2 * padding - side) // stride + 1, (width + 2 * padding - side) // stride + 1
-    return batch, conv.out_channels, height, width
+    return batch, channels, height, width
 
 
 def _products(shape: tuple[int, ...], weight: Tensor) -> int:
@@ -201,9 +200,9 @@ def _plain(result: Any) -> Any:
 
 def _watched(module: nn.Module) -> bool:
     """Whether something looks at the layers of a network, or takes their operations apart."""
-    if torch.compiler.is_compiling() or intercepted() or functorch_active() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or intercepted() or functorch_active():
         return True
-    if any(GLOBAL_HOOKS) or torch.jit.is_tracing() or saved_hooks(True) is not None:
+    if torch.is_autocast_enabled("cpu") or any(GLOBAL_HOOKS) or saved_hooks(True) is not None:
         return True
     return any(not takes_computed(hook) for hook in _hooks(module))
 
@@ -228,44 +227,69 @@ def takes_computed(hook: Any) -> bool:
     return getattr(getattr(hook, "func", hook), "takes_computed", False) is True
 
 
-class _Conv(_Served):
-    """The forward of a convolution, whose result waits where an operator may serve it."""
+class _Convolution:
+    """A convolution's ``_conv_forward``, whose result waits where an operator may serve it."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
+    def __init__(self, layer: nn.Module, settings: tuple[Any, ...]) -> None:
+        self._layer, self._settings = weakref.ref(layer), settings
         self._known: dict[tuple[tuple[int, ...], ...], bool] = {}
 
-    def __call__(self, x: Any) -> Any:
+    def __deepcopy__(self, memo: Any) -> _Convolution:
+        layer = self._layer()
+        return self if layer is None else _Convolution(memo.get(id(layer), layer), SETTINGS(layer))
+
+    def __reduce__(self) -> Any:
+        return partial, (_CONV_FORWARD, self._owner())
+
+    def _owner(self) -> Any:
+        """Return an object with the convolution's settings."""
+        names = "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+        layer = self._layer()
+        return SimpleNamespace(**dict(zip(names, self._settings if layer is None else SETTINGS(layer), strict=True)))
+
+    def written(self, x: Any, weight: Any, bias: Any) -> Tensor:
+        """Return the result as torch computes it."""
+        layer = self._layer()
+        result: Tensor = _CONV_FORWARD(self._owner() if layer is None else layer, x, weight, bias)
+        return result
+
+    def __call__(self, x: Any, weight: Any, bias: Any) -> Any:
         begun: Run | None = getattr(_thread, "run", None)
         if begun is None:
-            return self.written(x)
-        record: Record | None = getattr(_thread, "record", None)
-        if record is not None and isinstance(self.module.padding, tuple):
-            record[1].append(_products(_result(self.module, shape_of(x)), self.module.weight))
+            return self.written(x, weight, bias)
+        layer = self._layer()
+        windows = square_windows(*(self._settings if layer is None else SETTINGS(layer)))
         node: Node | None = x.__dict__["node"] if type(x) is Pending else None
-        layer = None if node is None and type(x) is not Tensor else convolution(self.module)
-        serves = layer is not None and self._serves(layer, shape_of(x)) and not torch.is_autocast_enabled("cpu")
-        if layer is None or not serves or functorch_active() or saved_hooks(True) is not None:
-            return self.written(x if node is None else value(node))
+        record: Record | None = getattr(_thread, "record", None)
+        shape = shape_of(x)
+        if record is not None and windows is not None and len(shape) == 4:
+            record[1].append(_products(_result(windows, len(weight), shape), weight))
+        serves = (
+            windows is not None and (node is not None or type(x) is Tensor) and self._serves(windows, weight, shape)
+        )
+        serves = serves and not torch.is_autocast_enabled("cpu")
+        if windows is None or not serves or functorch_active() or saved_hooks(True) is not None:
+            return self.written(x if node is None else value(node), weight, bias)
         if node is not None:
             x = value(node, dense=False)
         if x.dtype is not torch.float32 or x.device.type != "cpu":
-            return self.written(x)
-        weight, bias, _, stride, padding = layer
-        shape = _result(self.module, x.shape)
-        return handle(Node(begun, Chain(Site(x, weight, bias, stride, padding, shape)), shape, None, None))
+            return self.written(x, weight, bias)
+        shape = _result(windows, len(weight), shape)
+        return handle(Node(begun, Chain(Site(x, weight, bias, *windows[1:], shape)), shape, None, None))
 
-    def _serves(self, layer: Convolution, shape: tuple[int, ...]) -> bool:
-        """Whether an operator may serve the convolution on maps of this shape: a rule on shapes alone."""
-        key = shape, layer[2:]
+    def _serves(self, windows: Windows, weight: Any, shape: tuple[int, ...]) -> bool:
+        """Return whether an operator may serve the convolution on maps of this shape: a rule on shapes alone."""
+        if type(weight) not in (nn.Parameter, Tensor) or weight.dtype is not torch.float32 or not weight.is_cpu:
+            return False
+        key = shape, windows
         if key not in self._known:
-            self._known[key] = _fits(layer, shape)
+            self._known[key] = _fits(weight, windows, shape)
         return self._known[key]
 
 
-def _fits(layer: Convolution, shape: tuple[int, ...]) -> bool:
-    weight, _, side, stride, padding = layer
-    if len(shape) != 4 or shape[0] == 0 or weight.dtype is not torch.float32 or weight.device.type != "cpu":
+def _fits(weight: Tensor, windows: Windows, shape: tuple[int, ...]) -> bool:
+    side, stride, padding = windows
+    if len(shape) != 4 or shape[0] == 0:
         return False
     x = torch.empty(shape, memory_format=_CHANNELS_LAST)
     weight, ones = weight.detach(), torch.ones(len(weight))

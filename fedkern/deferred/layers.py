@@ -9,13 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-_SETTINGS = attrgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+SETTINGS = attrgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+"""Of a convolution, as :func:`square_windows` takes them."""
 PARAMETERS = itemgetter("weight", "bias")
 """Of a layer's dictionary: a module's attribute that is a tensor takes half a microsecond."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The dictionaries in which a module holds its hooks."""
 GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}", {}) for name in HOOKS]
 """Hooks of all modules of the process, by the dictionaries in which torch keeps them."""
+_METHODS = [nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.Conv2d.__call__]
+Windows = tuple[int, int, int]
+"""Side of the windows, stride and padding."""
 Convolution = tuple[Tensor, Tensor | None, int, int, int]
 """Weight, bias, side of the windows, stride and padding."""
 
@@ -30,14 +34,31 @@ def convolution(layer: Any) -> Convolution | None:
         return None
     try:
         weight, bias = PARAMETERS(layer._parameters)
-        square = _square(*_SETTINGS(layer))
-    except (KeyError, TypeError):  # lists where torch writes tuples
+        square = square_windows(*SETTINGS(layer))
+    except KeyError:
         return None
     return None if weight is None or square is None else (weight, bias, *square)
 
 
+def untouched(layer: nn.Module) -> bool:
+    """Return whether a module is a convolution of torch with torch's methods."""
+    if type(layer) is not nn.Conv2d or [nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.Conv2d.__call__] != _METHODS:
+        return False
+    return vars(layer).keys().isdisjoint(("forward", "_conv_forward", "__call__"))
+
+
+def square_windows(
+    size: Any, stride: Any, padding: Any, dilation: Any, groups: int, padding_mode: str
+) -> Windows | None:
+    """Return the windows of a convolution that is neither dilated nor grouped, or None for others."""
+    try:
+        return _square(size, stride, padding, dilation, groups, padding_mode)
+    except TypeError:  # lists where torch writes tuples
+        return None
+
+
 @lru_cache(maxsize=1024)
-def _square(size: Any, stride: Any, padding: Any, dilation: Any, groups: int, mode: str) -> tuple[int, int, int] | None:
+def _square(size: Any, stride: Any, padding: Any, dilation: Any, groups: int, mode: str) -> Windows | None:
     if groups != 1 or dilation != (1, 1) or mode != "zeros" or isinstance(padding, str):
         return None
     same = all(one == other for one, other in (size, stride, padding))

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedkern.ops._core.private_torch import WithoutTorchFunction, saved_hooks
+from fedkern.ops._core.private_torch import WithoutTorchFunction, saved_hooks, throw_on_data_ptr
 
 _autocast, _grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
+
+
+WAY_OUT = "give it tensor + 0, or run fedkern.plain(module)"
 
 
 class Site:
@@ -121,12 +124,14 @@ class Run:
         made: all that was handed to the network's code.
         norms: nodes whose running statistics have to move, whether somebody uses them or not.
         over: whether the call has ended.
+        module, frame, handled: the network, the frame that calls its hooks, and the exception handled at the start.
+        depth: calls of the network inside of the call.
     """
 
-    __slots__ = ("made", "norms", "over", "serve")
+    __slots__ = ("depth", "frame", "handled", "made", "module", "norms", "over", "serve")
 
-    def __init__(self, serve: Serve) -> None:
-        self.serve = serve
+    def __init__(self, serve: Serve, module: Any, frame: Any, handled: BaseException | None) -> None:
+        self.serve, self.module, self.frame, self.handled, self.depth = serve, module, frame, handled, 0
         self.made: list[weakref.ref[Pending]] = []
         self.norms: list[Node] = []
         self.over = False
@@ -158,7 +163,7 @@ def version(tensor: Tensor) -> int:
 def _lost(gradient: Tensor) -> None:
     raise RuntimeError(
         "A torch.autograd.Function took a tensor that fedkern.accelerate has not computed yet, and its gradient would "
-        "be lost: give it tensor + 0, or run fedkern.plain(module)."
+        f"be lost: {WAY_OUT}."
     )
 
 
@@ -173,8 +178,10 @@ class Pending(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         how = _EXTENDING.get(func)
-        if how is not None and not _autocast("cpu"):
-            result = how(*args, **(kwargs or {}))
+        if how is not None and not _autocast("cpu") and "out" not in (named := dict(kwargs or {})):
+            first = (named.pop("input"),) if "input" in named else ()
+            last = (named.pop("other"),) if "other" in named else ()
+            result = how(*first, *args, *last, **named)
             if result is not None:
                 return result
         elif func in _ABOUT:
@@ -188,7 +195,7 @@ class Pending(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(
             f"{func} reads a tensor that fedkern.accelerate has not computed yet, as code that torch.jit has compiled "
-            "does: give it tensor + 0, or run fedkern.plain(module)."
+            f"does: {WAY_OUT}."
         )
 
 
@@ -201,6 +208,7 @@ def handle(node: Node) -> Pending:
         # autograd.Function does, brings it into a graph.
         with WithoutTorchFunction():
             tensor._backward_hooks = _LOST
+    throw_on_data_ptr(tensor)  # to_dlpack would end the process
     tensor.__dict__["node"] = node
     node.run.made.append(weakref.ref(tensor))
     return tensor

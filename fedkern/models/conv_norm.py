@@ -66,7 +66,7 @@ def _served(x: Tensor, conv: Any, norm: Any, relu: Any, pool: Any, residual: Ten
     if parts is None or type(norm) is not nn.BatchNorm2d:
         return None
     for layer in called:
-        if hooked(layer) or "forward" in layer.__dict__:
+        if hooked(layer) or not layer.__dict__.keys().isdisjoint(("forward", "_conv_forward")):
             return None
     weight, bias, side, stride, padding = parts
     try:

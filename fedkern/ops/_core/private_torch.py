@@ -125,6 +125,8 @@ def apply_of(function: Any) -> Callable[..., Any]:
 graph_is_retained: Callable[[], bool] = _find("_C._autograd._get_current_graph_task_keep_graph")
 """Whether the backward pass under way may be repeated; True outside of one."""
 
+throw_on_data_ptr: Callable[[Tensor], None] = _find("_C._set_throw_on_mutable_data_ptr")
+"""Has every read of a tensor's address raise, as of torch's fake tensors."""
 increment_version: Callable[[Sequence[Tensor]], None] = _find("_C._increment_version")
 """Takes several tensors; torch.autograd.graph.increment_version adds a check to each call."""
 
