@@ -85,19 +85,19 @@ class _Hook:
 
     takes_computed = True
 
-    def __deepcopy__(self, memo: Any) -> _Hook:
+    def __deepcopy__(self, memo: object) -> _Hook:
         return self
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return getattr, (nullcontext(), "__exit__")
 
 
-def _is_unpickled(hook: Any) -> bool:
+def _is_unpickled(hook: object) -> bool:
     return isinstance(getattr(hook, "__self__", None), nullcontext)
 
 
 class _Begin(_Hook):
-    def __call__(self, module: Any, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: object) -> None:
         begun: Run | None = getattr(_thread, "run", None)
         if begun is not None and module is begun.module:
             begun.depth += 1
@@ -106,7 +106,7 @@ class _Begin(_Hook):
 
 
 class _End(_Hook):
-    def __call__(self, module: Any, args: Any, result: Any) -> Any:
+    def __call__(self, module: nn.Module, args: object, result: object) -> object:
         begun: Run | None = getattr(_thread, "run", None)
         if begun is None or module is not begun.module:
             return None
@@ -230,30 +230,30 @@ def takes_computed(hook: Any) -> bool:
 class _Convolution:
     """A convolution's ``_conv_forward``, whose result waits where an operator may serve it."""
 
-    def __init__(self, layer: nn.Module, settings: tuple[Any, ...]) -> None:
+    def __init__(self, layer: nn.Module, settings: tuple[object, ...]) -> None:
         self._layer, self._settings = weakref.ref(layer), settings
         self._known: dict[tuple[tuple[int, ...], ...], bool] = {}
 
-    def __deepcopy__(self, memo: Any) -> _Convolution:
+    def __deepcopy__(self, memo: dict[int, nn.Module]) -> _Convolution:
         layer = self._layer()
         return self if layer is None else _Convolution(memo.get(id(layer), layer), SETTINGS(layer))
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return partial, (_CONV_FORWARD, self._owner())
 
-    def _owner(self) -> Any:
+    def _owner(self) -> object:
         """Return an object with the convolution's settings."""
         names = "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
         layer = self._layer()
         return SimpleNamespace(**dict(zip(names, self._settings if layer is None else SETTINGS(layer), strict=True)))
 
-    def written(self, x: Any, weight: Any, bias: Any) -> Tensor:
+    def written(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the result as torch computes it."""
         layer = self._layer()
         result: Tensor = _CONV_FORWARD(self._owner() if layer is None else layer, x, weight, bias)
         return result
 
-    def __call__(self, x: Any, weight: Any, bias: Any) -> Any:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         begun: Run | None = getattr(_thread, "run", None)
         if begun is None:
             return self.written(x, weight, bias)
@@ -277,7 +277,7 @@ class _Convolution:
         shape = _result(windows, len(weight), shape)
         return handle(Node(begun, Chain(Site(x, weight, bias, *windows[1:], shape)), shape, None, None))
 
-    def _serves(self, windows: Windows, weight: Any, shape: tuple[int, ...]) -> bool:
+    def _serves(self, windows: Windows, weight: Tensor, shape: tuple[int, ...]) -> bool:
         """Return whether an operator may serve the convolution on maps of this shape: a rule on shapes alone."""
         if type(weight) not in (nn.Parameter, Tensor) or weight.dtype is not torch.float32 or not weight.is_cpu:
             return False

@@ -48,7 +48,7 @@ def untouched(layer: nn.Module) -> bool:
 
 
 def square_windows(
-    size: Any, stride: Any, padding: Any, dilation: Any, groups: int, padding_mode: str
+    size: object, stride: object, padding: object, dilation: object, groups: object, padding_mode: object
 ) -> Windows | None:
     """Return the windows of a convolution that is neither dilated nor grouped, or None for others."""
     try:

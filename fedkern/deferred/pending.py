@@ -8,11 +8,12 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fedkern.ops._core.private_torch import WithoutTorchFunction, saved_hooks, throw_on_data_ptr
@@ -130,7 +131,7 @@ class Run:
 
     __slots__ = ("depth", "frame", "handled", "made", "module", "norms", "over", "serve")
 
-    def __init__(self, serve: Serve, module: Any, frame: Any, handled: BaseException | None) -> None:
+    def __init__(self, serve: Serve, module: nn.Module, frame: FrameType | None, handled: BaseException | None) -> None:
         self.serve, self.module, self.frame, self.handled, self.depth = serve, module, frame, handled, 0
         self.made: list[weakref.ref[Pending]] = []
         self.norms: list[Node] = []
