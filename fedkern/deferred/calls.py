@@ -43,7 +43,7 @@ the products of all calls."""
 
 
 def accelerate(module: M) -> M:
-    """Has a network's convolutions computed together with the norm, sum, ReLU and max pooling behind them.
+    """Compute a network's convolutions together with the norm, sum, ReLU and max pooling behind them.
 
     On the CPU in fp32, forward and backward, by :func:`fedkern.ops.conv_norm` and :func:`fedkern.ops.conv_pool` where
     they serve; all else runs as it is written.  Results differ from torch's by rounding.  A call begins and ends with
@@ -51,8 +51,9 @@ def accelerate(module: M) -> M:
     ``torch.compile``, ``torch.export``, ``torch.func``, tracing and with anybody's hooks on a submodule.
 
     Args:
-        module: any network; it is changed in place, and keeps its class, state dict and repr.  A deep copy is
-            accelerated too, a pickle holds the plain module.
+        module: any network; it is changed in place, and keeps its class, state dict and repr.  A layer with a forward
+            pass of its own, in its class or put on it, is left alone.  Copies compute with their own tensors: deep
+            copies and those of a module's dictionary are accelerated too, and a pickle loads without fedkern.
 
     Returns:
         The same module.
