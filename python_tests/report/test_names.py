@@ -36,6 +36,7 @@ from fedkern.report.names import TICK, TITLE, label
 from fedkern.report.pages import charts
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import read_settings
+from fedkern.tasks import CLASSIFICATION
 
 NAMES = {
     "formula": "US$ a_{$",
@@ -185,7 +186,7 @@ def test_progress(name, terminal, tmp_path):
     config = RunConfig.make("fedavg", clients=2, rounds=1, threads=1)
     object.__setattr__(config, "data", name)
     statistics = PartitionStatistics(np.eye(2, dtype=int), (name, "b"), name)
-    data = SimpleNamespace(statistics=statistics, validation=SimpleNamespace(full=None), tests={},
+    data = SimpleNamespace(statistics=statistics, task=CLASSIFICATION, validation=SimpleNamespace(full=None), tests={},
                            form=SimpleNamespace(noun="images", lacks=frozenset(), seen=(name,)))  # fmt: skip
     run = RunInfo(
         config, Path(name or "run"), 0, (14, 14), 1234, {name: 5}, data, (Round(trains=name), Round()),

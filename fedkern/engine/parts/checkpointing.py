@@ -21,6 +21,7 @@ from fedkern.engine.store.releases import Releases
 from fedkern.engine.store.saved_model import results
 from fedkern.engine.timing import Timing
 from fedkern.errors import NoEffect, UserError
+from fedkern.files.atomic import Unwritable
 
 
 @register_part("checkpoints")
@@ -89,7 +90,9 @@ class Checkpointing(Part):
                 booked=self._ledger.changed_rows(),
             )
         except UserError as error:
-            raise error if self._checkpoints.entries else NoEffect(str(error)) from None
+            if self._checkpoints.entries or isinstance(error, Unwritable):  # a run goes on where its disk had been full
+                raise
+            raise NoEffect(str(error)) from None
         if self._releases is not None:
             self._releases.forget(self._checkpoints.entries[0]["plan"])
         self._timing.add({"checkpoint": time.perf_counter() - begun})
