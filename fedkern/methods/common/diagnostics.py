@@ -26,7 +26,7 @@ CHANCE_MARGIN, and below that figure + CHANCE_REST of what is missing to 1.  The
 the figure is poor with 10 classes of equal size, but may be good with two.  Nor would the margin: where 90 % of the
 images are of one class, an accuracy of 95 % means half the errors."""
 
-RARE = "weight rare classes in the loss, or predict them from a lower probability on."
+RARE = "train longer, weight rare classes in the loss, or predict them from a lower probability on."
 """Ways out of a network that tells classes apart and predicts the common ones."""
 
 

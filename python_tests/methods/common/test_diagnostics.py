@@ -81,7 +81,7 @@ def test_a_run_on_a_gpu_tells_of_its_own_network(make_data, make_config, tmp_pat
 def test_collapsed_class():
     labels = torch.tensor([0, 1, 2, 2])
     sets = {"id_": types.SimpleNamespace(labels=labels, predictions=torch.tensor([0, 0, 2, 2]))}
-    for area, way in ((0.51, ": train longer"), (0.85, ", though AUROC is 85.0 %: weight rare classes")):
+    for area, way in ((0.51, ": train longer"), (0.85, ", though AUROC is 85.0 %: train longer, weight rare classes")):
         (text,) = diagnostics.collapsed_classes(sets, ["cat", "dog", "cow"], {"id_auroc": area}, ACCURACY).values()
         assert f'1 of 3 classes ("dog") are never predicted on the in-distribution test set{way}' in text
     sets["id_"].predictions = torch.tensor([1, 0, 0, 2])
@@ -133,7 +133,7 @@ def labelled(*counts):
         ({"id_accuracy": 0.4}, 'predicting "b" everywhere gives 90.0 %'),
         ({"id_accuracy": 0.9, "ood_auroc": 0.85}, 'predicting "b" everywhere gives 90.0 %: train longer'),
         ({"id_accuracy": 0.9, "id_auroc": 0.5}, 'predicting "b" everywhere gives 90.0 %: train longer'),
-        ({"id_accuracy": 0.9, "id_auroc": 0.85}, "gives 90.0 %, but AUROC is 85.0 %: weight rare classes in the loss"),
+        ({"id_accuracy": 0.9, "id_auroc": 0.85}, "gives 90.0 %, but AUROC is 85.0 %: train longer, weight rare classes in the loss"),
         ({"id_inaccuracy": 0.1}, None),  # a metric of the user's
         ({"id_accuracy": math.nan}, "accuracy on the in-distribution test set is NaN in every evaluated round"),
         ({"id_accuracy": 0.92}, None),  # a fifth of the mistakes is gone
