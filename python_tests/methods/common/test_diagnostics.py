@@ -133,7 +133,7 @@ def labelled(*counts):
         ({"id_accuracy": 0.4}, 'predicting "b" everywhere gives 90.0 %'),
         ({"id_accuracy": 0.9, "ood_auroc": 0.85}, 'predicting "b" everywhere gives 90.0 %: train longer'),
         ({"id_accuracy": 0.9, "id_auroc": 0.5}, 'predicting "b" everywhere gives 90.0 %: train longer'),
-        ({"id_accuracy": 0.9, "id_auroc": 0.85}, "gives 90.0 %, but AUROC is 85.0 %: train longer, weight rare classes in the loss"),
+        ({"id_accuracy": 0.9, "id_auroc": 0.85}, "gives 90.0 %, but AUROC is 85.0 %: train longer, weight rare"),
         ({"id_inaccuracy": 0.1}, None),  # a metric of the user's
         ({"id_accuracy": math.nan}, "accuracy on the in-distribution test set is NaN in every evaluated round"),
         ({"id_accuracy": 0.92}, None),  # a fifth of the mistakes is gone
