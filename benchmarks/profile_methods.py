@@ -88,8 +88,8 @@ def mark(path: str, region: str) -> None:
 
         @functools.wraps(function)
         def made(*args: Any, **kwargs: Any) -> Any:
-            step, *rest = function(*args, **kwargs)
-            return marked(step, region), *rest
+            steps = function(*args, **kwargs)
+            return steps._replace(step=marked(steps.step, region))
 
         setattr(holder, last, made)
     else:
