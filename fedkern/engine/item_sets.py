@@ -24,6 +24,7 @@ from fedkern.errors import RAISED, UserError
 from fedkern.messages.leaves import mapped
 from fedkern.methods.protocol import Batch
 from fedkern.streams import seeded_generators
+from fedkern.tasks.user_tasks import INTEGERS
 
 MODES = {
     "training": ((True, True), (False, True)),
@@ -77,8 +78,10 @@ class Trial:
     def _check(self, split: Items, purpose: str, size: int) -> None:
         concatenated = type(split.dataset) is ConcatDataset and split.rows is None
         ends = split.dataset.cumulative_sizes if concatenated else [len(split)]
+        targets = None
         for rows in (range(start, min(start + size, end)) for start, end in pairwise([0, *ends]) if start < end):
             batches = self._batch(split, rows[:2]), self._usual
+            targets = batches[0].targets if targets is None else targets
             words = [
                 str(mapped(in_words, batch.inputs if purpose == "inputs" else batch.data)).replace("'", "")
                 for batch in batches
@@ -86,10 +89,11 @@ class Trial:
             if words[0] != words[1]:
                 odd = f"A batch of {split.who} is {words[0]}, not {words[1]} as that of {self._client.who}"
                 self._try(split, purpose, (rows[:2], rows), odd, "give all sets one form")
-        targets = None if purpose == "inputs" or not self._range else self._targets(split)
-        if targets is not None and len(targets) and self._range:
-            ends = [int(targets.argmin()), int(targets.argmax())]
-            low, high = targets[ends].tolist()
+        targets = None if purpose == "inputs" or not self._range else self._targets(split, targets)
+        if targets is not None and targets.numel() and self._range:
+            low, high = int(targets.min()), int(targets.max())
+            size = targets.numel() // len(targets)
+            ends = [int(targets.argmin()) // size, int(targets.argmax()) // size]
             if low < self._range[0] or high > self._range[1] or split is self._client:
                 usual = f", not {self._range[0]} to {self._range[1]}" if (low, high) != self._range else ""
                 odd = f"The classes of {split.who} are {low} to {high}{usual}"
@@ -104,16 +108,22 @@ class Trial:
         if "classes" in self._offers:
             return 0, len(self._data.classes) - 1
         by_class = "criterion" in self._offers and is_shipped(getattr(self._task, "loss_code", None))
-        targets = self._targets(self._client) if by_class else None
+        targets = self._targets(self._client, self._usual.targets) if by_class else None
         return None if targets is None else (int(targets.min()), int(targets.max()))
 
     @cached_property
     def _network(self) -> nn.Module:
         return self._build()
 
-    def _targets(self, split: Items) -> Tensor | None:
+    def _targets(self, split: Items, first: object) -> Tensor | None:
+        """Return the classes that a set states, or else those of its first items, if any, with 0 for ignored ones."""
         targets = stated_targets(split.dataset, self._stated)
-        return targets if targets is None or split.rows is None else targets[split.rows]
+        if targets is not None and split.rows is not None:
+            targets = targets[split.rows]
+        if targets is None and isinstance(first, Tensor) and first.dtype in INTEGERS and first.dim():
+            targets = first.long()
+        ignored = getattr(self._task, "ignored", -100)
+        return None if targets is None else targets.masked_fill(targets == ignored, 0)
 
     def _batch(self, split: Items, rows: Sequence[int]) -> Batch:
         reader = ItemReader(split, torch.device("cpu"), seed=0)

@@ -71,6 +71,6 @@ class ItemReader(Reader):
             raw = sent(self.split.batch(indices, word), self.device)
             inputs, targets = parted(raw)
             yield Batch(
-                inputs=inputs, targets=targets, indices=indices, phase=phase, epoch=epoch, fresh=self.fresh,
-                task=self.task, raw=raw,
+                inputs=inputs, targets=self.task.read_targets(targets), indices=indices, phase=phase, epoch=epoch,
+                fresh=self.fresh, task=self.task, raw=raw,
             )  # fmt: skip

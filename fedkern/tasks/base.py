@@ -108,6 +108,10 @@ class Task:
         """The loss of a batch (`fedkern.methods.protocol.Batch`), a scalar."""
         return self.criterion(model(batch.inputs), batch)
 
+    def read_targets(self, targets: Any) -> Any:
+        """Return the targets of a batch of items as the loss takes them."""
+        return targets
+
     def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
         """The loss of a batch by the network's outputs, a scalar."""
         raise NotImplementedError

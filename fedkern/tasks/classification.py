@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedkern.tasks import classification_figures as of_classes
 from fedkern.tasks.base import Constant, Figures, Task, answers, mean, named
-from fedkern.tasks.cross_entropy import cross_entropy
+from fedkern.tasks.cross_entropy import check_classes, cross_entropy
 from fedkern.tasks.registered_metrics import Answers
 
 MATRIX = 1000
@@ -34,6 +34,9 @@ class Classification(Task):
     concurrent = True
     ignored: ClassVar[int] = -100
     takes_logits = True
+
+    def read_targets(self, targets: Any) -> Any:
+        return targets.long() if isinstance(targets, Tensor) and not targets.is_floating_point() else targets
 
     def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
         return cross_entropy(outputs, batch.targets)
@@ -72,7 +75,11 @@ class Classification(Task):
                 outputs, labels = outputs[counted], labels[counted]
             gathered.add(outputs, labels)
             logits = outputs.double()
-            log_probability = F.log_softmax(logits, 1).gather(1, labels[:, None])
+            try:
+                log_probability = F.log_softmax(logits, 1).gather(1, labels[:, None])
+            except RuntimeError:  # of the CPU
+                check_classes(logits, labels)
+                raise
             correct += int((logits.argmax(1) == labels).sum())
             loss -= float(log_probability.sum())
             confidence += float(log_probability.exp().sum())

@@ -33,13 +33,21 @@ def cross_entropy(
     if targets.shape == logits.shape or not added_in_any_order(logits):
         try:
             return loss()
-        except IndexError as error:  # of the CPU
-            if (largest := int(targets.where(targets != ignore_index, 0).max())) < logits.shape[1]:
-                raise
-            raise UserError(too_few(logits, largest, "the network")) from error
+        except IndexError:  # of the CPU
+            check_classes(logits, targets[targets != ignore_index])
+            raise
     counted = targets != ignore_index
     counts = counted if weight is None else torch.where(counted, weight[targets.where(counted, 0)], 0.0)
     return loss(reduction="none").sum() / counts.sum()  # losses are 0 where they are not counted
+
+
+def check_classes(logits: Tensor, targets: Tensor) -> None:
+    """Raise UserError where a network has no output for a target."""
+    low, high = int(targets.min()), int(targets.max())
+    if high >= logits.shape[1]:
+        raise UserError(too_few(logits, high, "the network"))
+    if low < 0:
+        raise UserError(f"a target is {low}, and classes are numbered from 0: number them so, or leave it out as -100.")
 
 
 def too_few(logits: Tensor, largest: int, network: str) -> str:

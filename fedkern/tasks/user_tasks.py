@@ -31,12 +31,13 @@ _LARGE = threading.Lock()
 """Held while a set gathers more than an eighth of `MOST`."""
 MOST = 1 << 30
 """Bytes of outputs and targets of a set that are put together at most, for the loss and for metrics."""
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     """The loss of whole-number targets where nobody gives one."""
-    return mean_cross_entropy(logits_of(outputs), targets)
+    classes = targets.long() if targets.dtype in INTEGERS else targets
+    return mean_cross_entropy(logits_of(outputs), classes)
 
 
 class OwnTask(Task):
@@ -229,7 +230,7 @@ class OwnTask(Task):
             targets, content: of the batch, and all that it holds.
             samples: of which the batch was made.
         """
-        if isinstance(targets, Tensor) and targets.dim() and targets.dtype in _INTEGERS:
+        if isinstance(targets, Tensor) and targets.dim() and targets.dtype in INTEGERS:
             _, weight, ignored = torch_loss(self.loss_code) or TorchLoss()
             counted = targets[targets != ignored]
             return float(counted.numel() if weight is None else weight.to(counted.device)[counted].sum())

@@ -9,7 +9,7 @@ from typing import Any
 from fedkern.errors import UserError, nearest
 
 ALIKE, ALIKE_EVENTS = 0.8, 0.5
-"""Least likeness of a name to the hook that it is taken for, and to an event of a listener (``on_...``)."""
+"""Least likeness of a name to the hook that it is taken for, also where it shares a word with events (``on_...``)."""
 
 
 def check_hooks(kind: type, protocol: type = object) -> None:
@@ -26,6 +26,7 @@ def check_hooks(kind: type, protocol: type = object) -> None:
     hooks = [name for name in dir(base) if not name.startswith("_")]
     foreign = {name for part in kind.__mro__ if part not in classes for name in vars(part)} | {*dir(protocol)}
     members = [(name, value, _names_in(value)) for part in classes for name, value in vars(part).items()]
+    words = {"begin"}.union(*(hook.split("_")[1:] for hook in hooks if hook.startswith("on_")))
     for name, value, _ in members:
         if (
             name.startswith("_")
@@ -34,7 +35,8 @@ def check_hooks(kind: type, protocol: type = object) -> None:
         ):
             continue
         alike = [hook for hook in hooks if callable(value) == callable(getattr(base, hook))]
-        if hint := nearest(name, alike, ALIKE_EVENTS if name.startswith("on_") else ALIKE):
+        is_event = name.startswith("on_") and not words.isdisjoint(name.split("_"))
+        if hint := nearest(name, alike, ALIKE_EVENTS if is_event else ALIKE):
             raise UserError(
                 f'{kind.__name__} has "{name}", which nothing calls.{hint} Begin a name of your own with "_".'
             )

@@ -941,6 +941,10 @@ SENTENCES = {
     "whole pair": ({"data": (torch.rand(9, 4), torch.zeros(9).long())}, r"data is a pair of arrays: .*et\(X, y\)\."),
     "array": ({"test": np.zeros((9, 4), np.float32)}, r"^test is an array: .*Dataset\(torch.from_numpy\(X\), y\)\."),
     "samples": ({"data": [[(torch.rand(4), 0)]]}, "client 0 is a list of samples: give a data set"),
+    "splits of a": ({"data": {"a": {"train": table(4), "test": table(4)}}}, "client a is a dict, of train, test: give"),
+    "late class": ({"test": Listed([(torch.rand(4), row) for row in (0, 1, 2, 9)])}, "4 outputs for 10 classes, as"),
+    "late -1": ({"test": Listed([(torch.rand(4), row) for row in (0, 1, -1)])}, "a target is -1, and classes are num"),
+    "texts": ({"data": [Listed([(torch.rand(4), "cat")] * 3)]}, "a loss is needed, as the targets are texts and no"),
     "nothing": ({"data": [object()]}, "client 0 must be a map-style data set, with len and .index., not an object of"),
     "no client": ({"data": {}}, "data must hold at least one client's data set"),
     "empty client": ({"data": {"a": table(4), "b": Listed([])}}, "client b has no samples: leave it out"),
@@ -1011,6 +1015,7 @@ ODD = {
     "one part": (TensorDataset(torch.rand(6, 4)), r"is \[float32 \[2, 4\]\], not"),
     "keys": (Listed([{"x": torch.rand(4), "labels": 0}] * 6), r"is \{x: float32 \[2, 4\], labels: int64"),
     "a class": (odd(targets=torch.arange(6)), "The classes of .* are 0 to 5, not 0 to 3"),
+    "unstated": (Listed([(torch.rand(4), 7)] * 6), "The classes of .* are 7 to 7, not 0 to 3"),
     "below 0": (Subset(odd(targets=torch.arange(6) - 1), [1, 2, 0]), "are -1 to [13], not"),
 }  # fmt: skip
 PLACES = {
@@ -1031,6 +1036,14 @@ def test_sets_of_another_form_are_named_before_the_run(odd_set, said, place, tmp
     assert place in str(told.value)
     assert "round" not in str(told.value)
     assert not (tmp_path / "run").exists()
+
+
+class Unloaded(Drawing):
+    """Samples whose classes nobody can state before they are read."""
+
+    @property
+    def targets(self):
+        raise OSError("no index")
 
 
 class Lenient(nn.Linear):
@@ -1063,11 +1076,12 @@ def converting_loop(model, client):
         {"data": [table(9), odd(kind=torch.float64)], "method": Converting},
         {"data": [table(9), odd(kind=torch.float64)], "train": converting_loop},
         {"data": [table(9), odd(5)], "on_error": "skip"},
-        {"test": odd(label=torch.int32)},
+        {"data": [table(9), odd(label=torch.int32)], "test": odd(label=torch.uint8)},
+        {"data": [table(9), Unloaded(6, 0)]},
         {"test": Stated(6, [70] * 6)},
         {"data": [table(9), odd(targets=torch.tensor([0, 1, 2, 3, 3, -100]))], "loss_fn": nn.CrossEntropyLoss()},
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_sets_of_another_form_are_taken_where_they_can_be(given, tmp_path):
     given = {"method": "fedavg", **GOOD, **given}

@@ -51,5 +51,6 @@ def test_a_misspelt_hook_is_named(base, members, hook, tmp_path):
 
 def test_a_helper_is_no_hook(tmp_path):
     given = {"data": "digits", "train_samples": 60, "model": "mlp", "rounds": 1, "local_steps": 1, "clients": 2}
-    run = fedkern.simulate(Helped, **given, workers=1, threads=1, progress=False, pictures=False, out=tmp_path / "run")
+    given |= {"listener": type("Mine", (Listener,), {"on_message": wrong})(), "out": tmp_path / "run"}
+    run = fedkern.simulate(Helped, **given, workers=1, threads=1, progress=False, pictures=False)
     assert run.summary["rounds"] == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from fedkern.data.forms import ItemForm
 from fedkern.data.sharing.partition import parse_partition
@@ -20,11 +21,11 @@ from fedkern.data.sharing.partition import partition as share_out
 from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.sources.arrays import by_text, check_names
 from fedkern.data.sources.items import Items, cause, draw_rows
-from fedkern.errors import RAISED, UserError, shown
+from fedkern.errors import RAISED, UserError, first_of, shown
 from fedkern.messages.leaves import leaves, parted
 from fedkern.streams import stream
 from fedkern.tasks import CLASSIFICATION, OwnClassification, OwnTask, Task
-from fedkern.tasks.user_tasks import torch_loss
+from fedkern.tasks.user_tasks import INTEGERS, torch_loss
 from fedkern.usercode.hooks import check_hooks
 
 NAME = "datasets"
@@ -74,7 +75,7 @@ def task_of_targets(
             f"nothing of a sample is its target, {has}: give samples (inputs, targets) or with a key labels or "
             "targets, or batch_loss=FUNCTION of (model, batch)."
         )
-    numbers = isinstance(truth, Tensor) and not truth.is_floating_point() and truth.dtype != torch.bool
+    numbers = isinstance(truth, Tensor) and truth.dtype in INTEGERS
     labelled = numbers and truth.dim() == 1
     if user_task is not None:
         if labelled and batch_loss is None and (classes is not None or torch_loss(loss_fn) is not None):
@@ -82,7 +83,9 @@ def task_of_targets(
         user_task.labelled = labelled
         return user_task
     if not numbers:
-        kind = f"{str(truth.dtype).removeprefix('torch.')} numbers" if isinstance(truth, Tensor) else "unknown"
+        texts = isinstance(truth, (list, tuple)) and isinstance(truth[0], str)
+        kind = "texts" if texts else "unknown"
+        kind = f"{str(truth.dtype).removeprefix('torch.')} numbers" if isinstance(truth, Tensor) else kind
         raise UserError(
             f"a loss is needed, as the targets are {kind} and no classes: give loss_fn=FUNCTION of (outputs, targets), "
             "such as torch.nn.MSELoss(), or batch_loss=FUNCTION of (model, batch)."
@@ -277,10 +280,12 @@ def stated_targets(dataset: Any, known: dict[int, Tensor | None]) -> Tensor | No
         parts = [part for part in (stated_targets(part, known) for part in dataset.datasets) if part is not None]
         return torch.cat(parts) if len(parts) == len(dataset.datasets) else None
     if id(dataset) not in known:
-        candidates = [getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)]
-        candidates += [dataset.tensors[-1]] if hasattr(dataset, "tensors") else []
-        fitting = (values for values in candidates if hasattr(values, "__len__") and len(values) == len(dataset))
-        known[id(dataset)] = _whole_numbers(next(fitting, ()), len(dataset))
+        known[id(dataset)] = None
+        with suppress(Exception):  # a property of the user's may raise anything
+            candidates = [getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)]
+            candidates += [dataset.tensors[-1]] if isinstance(dataset, TensorDataset) else []
+            fitting = (values for values in candidates if hasattr(values, "__len__") and len(values) == len(dataset))
+            known[id(dataset)] = _whole_numbers(next(fitting, ()), len(dataset))
     return known[id(dataset)]
 
 
@@ -336,10 +341,9 @@ def _check(dataset: Any, who: str, limit: int = LONGEST) -> None:
         )
     if isinstance(dataset, IterableDataset) or (hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")):
         raise UserError(f"{who} has no length and no order ({type(dataset).__name__}): give a map-style data set.")
-    if isinstance(dataset, (list, tuple)):
-        raise UserError(
-            f"{who} is a {type(dataset).__name__} of samples: give a data set, a class with len and [index]."
-        )
+    if isinstance(dataset, (list, tuple)) or (isinstance(dataset, Mapping) and 0 not in dataset):
+        holds = f", of {first_of([*map(str, dataset)], 4)}" if isinstance(dataset, Mapping) else " of samples"
+        raise UserError(f"{who} is a {type(dataset).__name__}{holds}: give a data set, a class with len and [index].")
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise UserError(
             f"{who} must be a map-style data set, with len and [index], not an object of type {type(dataset).__name__}."
