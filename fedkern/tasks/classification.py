@@ -36,7 +36,8 @@ class Classification(Task):
     takes_logits = True
 
     def read_targets(self, targets: Any) -> Any:
-        return targets.long() if isinstance(targets, Tensor) and not targets.is_floating_point() else targets
+        other = not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool
+        return targets if other else targets.long()
 
     def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
         return cross_entropy(outputs, batch.targets)

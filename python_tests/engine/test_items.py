@@ -1012,6 +1012,7 @@ ODD = {
     "doubles": (odd(kind=torch.float64), r"\[float64 \[2, 4\], int64 \[2\]\], not \[float32 \[2, 4\], int64 \[2\]\]"),
     "width": (odd(5), r"float32 \[2, 5\]"), "floats": (odd(label=torch.float32), r", float32 \[2\]\], not"),
     "column": (odd(targets=torch.zeros(6, 1)), r"int64 \[2, 1\]"), "three parts": (odd(parts=2), "TypeError"),
+    "truths": (odd(label=torch.bool), r"bool \[2\]"),
     "one part": (TensorDataset(torch.rand(6, 4)), r"is \[float32 \[2, 4\]\], not"),
     "keys": (Listed([{"x": torch.rand(4), "labels": 0}] * 6), r"is \{x: float32 \[2, 4\], labels: int64"),
     "a class": (odd(targets=torch.arange(6)), "The classes of .* are 0 to 5, not 0 to 3"),
