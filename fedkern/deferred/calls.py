@@ -86,6 +86,9 @@ class _Hook:
 
     takes_computed = True
 
+    def __getattr__(self, name: str) -> object:
+        raise AttributeError(f"A hook of fedkern.accelerate has no {name}: before torch.jit.script call fedkern.plain.")
+
     def __deepcopy__(self, memo: object) -> _Hook:
         return self
 

@@ -176,6 +176,9 @@ def export(bundle: Exportable, out: Path, kind: str) -> list[Path]:
         raise UserError(f"No file of --format {kind} can be written ({bundle.unfit}): take --format state-dict.")
     else:
         try:
+            outputs = [leaf for leaf in leaves(bundle()) if isinstance(leaf, Tensor)]
+            if bundle.lengths and not all(bool(leaf.isfinite().all()) for leaf in outputs):  # as masks of zeros give
+                bundle = replace(bundle, args=mapped(_ones, bundle.args), kwargs=mapped(_ones, bundle.kwargs))
             program, axes = _traced(bundle)
             atomic.write(out, lambda temporary: writers[kind](bundle, program, axes, temporary))
             about |= {"input": _inputs_in_words(bundle, program)} if bundle.lengths else {}
@@ -194,6 +197,10 @@ def export(bundle: Exportable, out: Path, kind: str) -> list[Path]:
         out.unlink()
         raise
     return [out, path]
+
+
+def _ones(leaf: Tensor) -> Tensor:
+    return leaf if leaf.is_floating_point() else torch.ones_like(leaf)
 
 
 Axis = tuple[int, int]

@@ -106,12 +106,15 @@ def leaves(value: Any) -> Iterator[Any]:
 def together(values: list[Any], sizes: list[int]) -> Any:
     """Values of batches of so many samples as one: tensors are concatenated, numbers stacked, other leaves made a list.
 
-    A list is a value for every sample, or tensors ``[B, ...]`` as torch's collation makes them of tuples.
+    None in all batches stays None. A list is a value for every sample, or tensors ``[B, ...]`` as torch's collation
+    makes them of tuples.
 
     Raises:
         RuntimeError: tensors cannot be concatenated, or containers have other parts.
     """
     first = values[0]
+    if all(each is None for each in values):
+        return None
     if isinstance(first, Tensor):
         return torch.cat([each.reshape(1) if each.dim() == 0 else each for each in values])
     parts = [_parts(each) or {} for each in values]

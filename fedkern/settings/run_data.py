@@ -192,6 +192,8 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
         what = f'the data set "{config.data}" is for {data.task.name}'
         if data.task.name == "own":
             what = "a loss of your own tells no classes (give classes= where outputs are their logits)"
+        elif (usual := TASKS.get(data.task.name)) and kind.serves(usual):
+            what = "the loss takes logarithms of probabilities (nn.CrossEntropyLoss takes logits)"
         raise UserError(f"{config.method} is for {tasks}, but {what}: methods for that are {able}.")
     check_gives(config.model, data.task.network, config.data, "with --model")
     if config.augment not in (None, "none") and data.form.lacks:

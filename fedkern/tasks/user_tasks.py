@@ -6,7 +6,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -292,7 +292,7 @@ class SetEvaluation:
                 values = {name: _number(name, self._functions[name], *pair) for name in self._sums if name != "loss"}
                 for name, metric in self._objects.items():
                     with explained(name, metric):
-                        metric.update(*pair)
+                        metric.update(*(pair if whole else _copies(pair)))
             for name, value in {"loss": loss, **values}.items() if share else ():  # the mean of no targets is NaN
                 self._sums[name] += share * value
             if not whole and (self._functions or self._lossless):
@@ -324,11 +324,12 @@ class SetEvaluation:
                         f"The outputs or targets of batches cannot be concatenated for {', '.join(self._functions)} "
                         f"({described(error)}): use an object with update and compute, which sees a batch at a time."
                     ) from error
+        pairs.clear()  # copies of all of them follow
         if self._lossless:
             loss = self._task.set_loss(*sent((outputs, targets), self._device)) if at_once else None
             values["loss"] = self._mean_loss() if loss is None else loss
         functions = {} if self._task.takes_batches else self._functions
-        values |= {name: _number(name, metric, outputs, targets) for name, metric in functions.items()}
+        values |= {name: _number(name, metric, *_copies((outputs, targets))) for name, metric in functions.items()}
         values |= {name: _number(name, metric.compute) for name, metric in self._objects.items()}
         return {**{name: values[name] for name in self._task.metrics}, "loss": values["loss"]}
 
@@ -362,7 +363,7 @@ def torch_loss(loss: object) -> TorchLoss | None:
 
 def sample_form(values: object) -> tuple[tuple[object, ...], ...]:
     """Return dtype and shape of a sample in tensors of batches, or nothing where some have other numbers of samples."""
-    found = [*leaves(values)]
+    found = [leaf for leaf in leaves(values) if leaf is not None]
     whole = all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(found[0]) for leaf in found)
     return tuple((leaf.dtype, *leaf.shape[1:]) for leaf in found) if whole else ()
 
@@ -394,6 +395,18 @@ def inner(model: Any) -> Any:
 
 def _on_cpu(leaf: Any) -> Any:
     return leaf.detach().cpu() if isinstance(leaf, Tensor) and (leaf.requires_grad or not leaf.is_cpu) else leaf
+
+
+def _copy(leaf: object) -> object:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _copies(pair: tuple[object, object]) -> tuple[object, object]:
+    """Return outputs and targets that a metric may change, where their types can be made again."""
+    with suppress(UserError):
+        copies: tuple[object, object] = mapped(_copy, pair)
+        return copies
+    return pair
 
 
 def _stateful(metric: Any) -> bool:

@@ -587,6 +587,8 @@ def test_what_cannot_wait_is_told(write, said, images):
     network = fedkern.accelerate(Writing(write))
     with pytest.raises(RuntimeError, match=said):
         network(images).sum().backward()
+    with pytest.raises(AttributeError, match=r"before torch\.jit\.script call fedkern\.plain"):
+        torch.jit.script(network)
 
 
 @pytest.fixture

@@ -1307,12 +1307,18 @@ class Words(nn.Module):
         return self.head(x.flatten(1) if self.fixed else x.mean(1))
 
 
+class Padded(Words):
+    def forward(self, x):
+        return self.head(self.table(x).mul((x > 0)[..., None]).sum(1) / (x > 0).sum(1, keepdim=True))
+
+
 @pytest.mark.parametrize(
     ("rows", "network", "told"),
     [
         (torch.randint(9, (8, 12)), Words(table=True), "int64 [B, L]"),
         (torch.randn(8, 40), Words(table=False), "float32 [B, L]"),
         (torch.randint(9, (8, 12)), Words(table=True, fixed=12), "int64 [B, 12]"),
+        (torch.randint(1, 9, (8, 12)), Padded(table=True), "int64 [B, L]"),
     ],
 )  # fmt: skip
 def test_texts_and_waves_are_exported_with_a_free_length(rows, network, told, tmp_path):

@@ -1,6 +1,7 @@
 """Losses and metrics of users' own: which figures a run has, and of what they are made."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def focal(outputs, targets):
 
 
 class Counted:
-    """A figure in the form of torchmetrics."""
+    """A figure in the form of torchmetrics, which writes into what it gets."""
 
     higher_is_better = True
 
@@ -51,7 +52,7 @@ class Counted:
 
     def update(self, outputs, targets):
         self.right += int((outputs.argmax(1) == targets).sum())
-        self.all += len(targets)
+        self.all += len(targets.fill_(outputs.zero_().argmax()))
 
     def compute(self):
         return torch.tensor(self.right / self.all)
@@ -59,9 +60,11 @@ class Counted:
 
 WEIGHT = torch.tensor([1.0, 2.0, 4.0])
 LOGARITHMS = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1))
+BYTES = [TensorDataset(x, y.byte()) for x, y in (site(n, seed).tensors for seed, n in enumerate((30, 20, 150)))]
 LOSSES = {
+    "bytes": ({"loss_fn": nn.CrossEntropyLoss(WEIGHT), "data": BYTES[:2], "test": BYTES[2]}, ["fedavg", "local"]),
     "metric": (
-        {"metrics": {"spread": lambda outputs, targets: outputs.std(), "share": Counted()}},
+        {"metrics": {"zero": lambda x, y: x.zero_().sum(), "spread": lambda x, y: x.std(), "share": Counted()}},
         ["fedavg", "fedntd", "ensemble", "local"],
     ),
     "module": ({"loss_fn": nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.2)}, ["fedavg", "local"]),
@@ -120,6 +123,7 @@ def test_another_loss_says_how_to_get_figures_of_classes(tmp_path):
     [
         ({"metrics": {"auroc": max}}, "metrics has one called auroc, which every classification has"),
         ({"metrics": {"a": max}, "better": "min"}, "is of the main figure, the accuracy: name another"),
+        ({"method": "moon", "loss_fn": nn.NLLLoss(), "model": LOGARITHMS}, "but the loss takes logarithms of prob"),
         ({"main": "f1"}, "main must be one of accuracy, loss, confidence, not 'f1'"),
         ({"test": StackDataset(torch.zeros(9, 4), torch.full((9,), -100))}, "The test set has no target that counts"),
     ],
@@ -129,6 +133,21 @@ def test_figures_that_a_classification_has(given, said, tmp_path):
         simulate(tmp_path / "run", **given)
     run, *_ = simulate(tmp_path / "other", metrics={"a": lambda outputs, targets: 0.5}, main="a", better="min")
     assert (run.config.main, run.config.better, {*run.metrics} >= FIGURES) == ("a", "min", True)
+
+
+class Answering(nn.Linear):
+    def forward(self, x):
+        return SimpleNamespace(logits=super().forward(x), hidden=None)
+
+
+def test_none_among_outputs(tmp_path):
+    run, outputs, lines = simulate(
+        tmp_path / "run", model=Answering(4, 3), loss_fn=lambda answer, y: F.cross_entropy(answer.logits, y).sqrt(),
+        metrics={"bare": lambda answer, y: answer.hidden is None},
+    )  # fmt: skip
+    loss = F.cross_entropy(outputs.logits, site(150, 2).tensors[1]).sqrt()
+    assert (AT_ONCE in lines, run.metrics["bare"]) == (True, 1)
+    assert run.metrics["loss"] == pytest.approx(float(loss), rel=1e-6)
 
 
 def dropping(items):
