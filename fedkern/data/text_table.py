@@ -126,8 +126,8 @@ def _line(text: str) -> str:
     return printable_name(" ".join(text.split()), sys.maxsize)
 
 
-_ACTIVE = re.compile(r"[|*_`<>\\~$]|\](?=[(:\[])|:(?=//)|(?<=www)\.", re.IGNORECASE)
-"""Characters that make a text in Markdown anything else than text: a link, a picture, code, a formula."""
+_ACTIVE = re.compile(r"[|*_`<>\\~$]|\](?=[(:\[])|:(?=//)|(?<=www)\.|&(?=#?\w+;)", re.IGNORECASE)
+"""Characters that make a text in Markdown anything else than text: a link, code, a formula, an entity."""
 
 
 def _markdown(text: str) -> str:

@@ -1077,7 +1077,7 @@ def converting_loop(model, client):
         {"data": [table(9), odd(kind=torch.float64)], "method": Converting},
         {"data": [table(9), odd(kind=torch.float64)], "train": converting_loop},
         {"data": [table(9), odd(5)], "on_error": "skip"},
-        {"data": [table(9), odd(label=torch.int32)], "test": odd(label=torch.uint8)},
+        {"data": [odd(label=torch.int32)], "test": odd(label=torch.uint8), "method": "fedproto", "model": network()},
         {"data": [table(9), Unloaded(6, 0)]},
         {"test": Stated(6, [70] * 6)},
         {"data": [table(9), odd(targets=torch.tensor([0, 1, 2, 3, 3, -100]))], "loss_fn": nn.CrossEntropyLoss()},

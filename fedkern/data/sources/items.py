@@ -88,7 +88,8 @@ class Items:
     def labels(self) -> Tensor:
         """The targets of all samples, where a method needs them: every item is read for it."""
         batches = (self.batch(rows, 0) for rows in np.array_split(np.arange(len(self)), -(-len(self) // 256)))
-        return torch.cat([torch.as_tensor(parted(batch)[1]) for batch in batches])
+        targets: Tensor = self.task.read_targets(torch.cat([torch.as_tensor(parted(batch)[1]) for batch in batches]))
+        return targets
 
     @property
     def image_labels(self) -> Tensor:
