@@ -34,8 +34,10 @@ def check_hooks(kind: type, protocol: type = object) -> None:
             or any(name in names for other, _, names in members if other != name)
         ):
             continue
-        alike = [hook for hook in hooks if callable(value) == callable(getattr(base, hook))]
         is_event = name.startswith("on_") and not words.isdisjoint(name.split("_"))
+        alike = [hook for hook in hooks if callable(value) == callable(getattr(base, hook))]
+        if not is_event:  # a longer name, such as losses or evaluate_all, is a helper's
+            alike = [hook for hook in alike if not name.startswith(hook) or len(name) == len(hook) + 1]
         if hint := nearest(name, alike, ALIKE_EVENTS if is_event else ALIKE):
             raise UserError(
                 f'{kind.__name__} has "{name}", which nothing calls.{hint} Begin a name of your own with "_".'

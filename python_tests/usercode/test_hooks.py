@@ -9,7 +9,9 @@ from fedkern.methods.baselines.fedavg import FedAvg
 
 
 class Helped(FedAvg):
-    """Names like those of hooks, which the class uses itself."""
+    """Names like those of hooks, which the class uses itself or its user does."""
+
+    losses = evaluate_all = classmethod(len)
 
     def weights(self, factor):
         return factor
