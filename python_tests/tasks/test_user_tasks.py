@@ -94,6 +94,12 @@ def test_a_classification_keeps_its_figures(given, method, tmp_path):
     assert run.evaluate() == pytest.approx({name: run.metrics[name] for name in run.evaluate()})
 
 
+def test_outputs_without_a_name_are_missed_aloud(tmp_path):
+    run, _, _ = simulate(tmp_path / "run", model=nn.Linear(4, 5), classes=3)
+    assert "auroc" not in run.metrics
+    assert "5 outputs for 3 named classes" in run.summary["diagnostics"]["unnamed-outputs"]
+
+
 @pytest.mark.parametrize(
     ("given", "main", "better"),
     [

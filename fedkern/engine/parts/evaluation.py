@@ -122,7 +122,12 @@ class Evaluation(Part):
             elif self._clients:
                 _, self.of_clients = self._networks("site_sets", tests=False, keep=False, here=True)
         summary.of_clients, summary.client_set = with_undefined(self.of_clients, own_sets), test_set
-        summary.final = final_figures(self._sets, self._context.data.classes)
+        classes = self._context.data.classes
+        summary.final = final_figures(self._sets, classes)
+        answers = [answer for data in self._sets.values() if data.task.target == "class" for _, answer in data.kept]
+        if classes and (widths := {answer.shape[-1] for answer in answers if answer.dim() == 2} - {len(classes)}):
+            text = f"The network has {max(widths)} outputs for {len(classes)} named classes, so AUROC, calibration and "
+            self._context.warn("unnamed-outputs", text + "figures of classes are missing: name all in classes=.")
         # The method's own figures come first, and stay where one has the name of a figure of ours.
         summary.of_tests = {**self.latest, **summary.final.metrics, **self.latest, **self._gradcam(network)}
         summary.latest, summary.best = self.latest, self.best
