@@ -78,7 +78,8 @@ def intervals(
 
 def _interval(data: Any, name: str, outputs: Sequence[Tensor], rows: Rows, rng: np.random.Generator) -> Row:
     """Return the interval of a figure, the mean over networks' ``outputs``, on rows of a set, int64 ``[n]``."""
-    split, task, labels, cases = data.split, data.task, data.labels.cpu(), getattr(data, "cases", None)
+    split, task, cases = data.split, data.task, getattr(data, "cases", None)
+    labels = data.labels if task.target == "pixels" else data.labels.cpu()  # masks may be in a file
     groups, rows = split.units(), rows[rows < len(labels)]  # a collation may drop items
     units = np.unique(rows if groups is None else groups[rows], return_inverse=True)[1]
     count = int(units.max()) + 1
