@@ -514,7 +514,8 @@ def test_a_failing_client(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(FedAvg, "client_update", raising)
     over_flower(settings("fedavg"), tmp_path / "skip")
-    assert {entry["reason"] for entry in dropped(tmp_path / "skip")} == {"ZeroDivisionError: nothing to divide by"}
+    reasons = {entry["reason"].partition(" (")[0] for entry in dropped(tmp_path / "skip")}  # without the line
+    assert reasons == {"ZeroDivisionError: nothing to divide by"}
     with pytest.raises(RunFailed, match="Client 1 failed in round 1: ZeroDivisionError"):
         over_flower(settings("fedavg", **{"on-error": "stop"}), tmp_path / "stop")
     assert "Traceback (most recent call last)" in caplog.text
