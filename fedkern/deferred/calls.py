@@ -103,9 +103,11 @@ def _is_unpickled(hook: object) -> bool:
 class _Begin(_Hook):
     def __call__(self, module: nn.Module, args: object) -> None:
         begun: Run | None = getattr(_thread, "run", None)
-        if begun is not None and module is begun.module:
-            begun.depth += 1
-        elif (begun is None or not _is_on_stack(begun)) and not _watched(module):
+        if begun is not None and not _is_on_stack(begun):
+            begun = _thread.run = None
+        if begun is not None:
+            begun.depth += module is begun.module
+        elif not _watched(module):
             _thread.run = Run(getattr(_thread, "serve", _serve), module, sys._getframe(1), sys.exception())
 
 

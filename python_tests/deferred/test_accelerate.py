@@ -452,6 +452,25 @@ def test_a_call_that_fails_leaves_nothing_that_is_computed_later(images):
     assert type(network.c1(images)) is torch.Tensor
 
 
+class Interrupted(Keeping):
+    stops = True
+
+    def forward(self, x):
+        x = F.relu(self.b1(self.c1(x)))
+        if self.stops:
+            raise KeyboardInterrupt
+        return x
+
+
+def test_the_call_after_an_interrupt_is_one_of_its_own(images):
+    network = fedkern.accelerate(Interrupted().eval())
+    with pytest.raises(KeyboardInterrupt):
+        network(images)
+    network.stops = False
+    assert type(network(images)) is torch.Tensor
+    assert type(network.c1(images)) is torch.Tensor
+
+
 # -- hooks -------------------------------------------------------------------------------------------------------------
 
 
