@@ -78,10 +78,10 @@ class Trial:
     def _check(self, split: Items, purpose: str, size: int) -> None:
         concatenated = type(split.dataset) is ConcatDataset and split.rows is None
         ends = split.dataset.cumulative_sizes if concatenated else [len(split)]
-        targets = None
+        has_classes = purpose != "inputs" and self._range is not None
+        stated = self._targets(split, None) if has_classes else None
         for rows in (range(start, min(start + size, end)) for start, end in pairwise([0, *ends]) if start < end):
             batches = self._batch(split, rows[:2]), self._usual
-            targets = batches[0].targets if targets is None else targets
             words = [
                 str(mapped(in_words, batch.inputs if purpose == "inputs" else batch.data)).replace("'", "")
                 for batch in batches
@@ -89,15 +89,22 @@ class Trial:
             if words[0] != words[1]:
                 odd = f"A batch of {split.who} is {words[0]}, not {words[1]} as that of {self._client.who}"
                 self._try(split, purpose, (rows[:2], rows), odd, "give all sets one form")
-        targets = None if purpose == "inputs" or not self._range else self._targets(split, targets)
-        if targets is not None and targets.numel() and self._range:
-            low, high = int(targets.min()), int(targets.max())
-            size = targets.numel() // len(targets)
-            ends = [int(targets.argmin()) // size, int(targets.argmax()) // size]
-            if low < self._range[0] or high > self._range[1] or split is self._client:
-                usual = f", not {self._range[0]} to {self._range[1]}" if (low, high) != self._range else ""
-                odd = f"The classes of {split.who} are {low} to {high}{usual}"
-                self._try(split, purpose, (ends,), odd, "number classes from 0, and give the network as many outputs")
+            if has_classes and stated is None:
+                self._check_classes(split, purpose, self._targets(split, batches[0].targets), rows)
+            if rows[0]:
+                self._batch(split, (rows[0] - 1, rows[0]))  # items of two sets stand in one batch
+        self._check_classes(split, purpose, stated, range(len(split)))
+
+    def _check_classes(self, split: Items, purpose: str, targets: Tensor | None, rows: Sequence[int]) -> None:
+        if targets is None or not targets.numel() or not self._range:
+            return
+        low, high = int(targets.min()), int(targets.max())
+        size = targets.numel() // len(targets)
+        ends = [rows[int(targets.argmin()) // size], rows[int(targets.argmax()) // size]]
+        if low < self._range[0] or high > self._range[1] or split is self._client:
+            usual = f", not {self._range[0]} to {self._range[1]}" if (low, high) != self._range else ""
+            odd = f"The classes of {split.who} are {low} to {high}{usual}"
+            self._try(split, purpose, (ends,), odd, "number classes from 0, and give the network as many outputs")
 
     @cached_property
     def _range(self) -> tuple[int, int] | None:

@@ -987,6 +987,8 @@ SENTENCES = {
     "folder's bytes": ({"out": "\udcff"}, r'the folder "\\xff" has bytes that are not UTF-8: rename'),
     "broken item": ({"data": [table(9), Broken([(torch.rand(4), 0)] * 9)]},
                     r"Item 7 of client 1 cannot be read \(OSError: disk\)"),
+    "two forms": ({"validation": {"a": table(4), "b": Listed([(torch.rand(4), 2)] * 4)}},
+                  "Items 3, 4 of the validation set make no batch"),
     "named loss": ({"metrics": {"loss": first_loss}}, "metrics has one called loss"),
     "ten classes": ({"classes": 10}, "tells 4 classes, and the data have 10"),
     "class": ({"classes": ["a"]}, "classes must name at least 2"),
