@@ -147,15 +147,7 @@ def test_pages_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeyp
 
 def test_the_rows_that_pages_show_exist_and_are_at_most_sixty() -> None:
     """Collected, not measured: every name is that of a test."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "benchmarks",
-        "--shown",
-        "--collect-only",
-        "-q",
-    ]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--shown", "--collect-only", "-q"]
     found = subprocess.run(command, cwd=sources.CSRC.parent, capture_output=True, text=True, timeout=300)
     collected = {line.rpartition("benchmarks/")[2] for line in found.stdout.splitlines() if "::" in line}
     assert collected == {node for node, _, _ in shown.nodes()}

@@ -139,9 +139,7 @@ def test_report_makes_the_tables(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("slower", "others", "outcome"), [("1.2", "0", "4 passed"), ("1.3", "0", "4 failed"), ("1.3", "0.5", "4 skipped")]
 )
-def test_the_gate_fails_where_a_kernel_takes_30_percent_longer(
-    folder: Path, slower: str, others: str, outcome: str
-) -> None:
+def test_the_gate_fails_where_a_kernel_takes_30_percent_longer(folder, slower, others, outcome):
     """With one thread and with two; but where other processes compute, it cannot tell."""
     gated = run(folder, "-m", "pytest", "benchmarks", "--gate-short", SLOWER=slower, OTHERS=others)
     assert gated.returncode == ("failed" in outcome), gated.stdout

@@ -76,9 +76,7 @@ def test_a_program_that_takes_too_long_is_ended(task: Task, tmp_path: Path) -> N
     assert time.monotonic() - start < 20
 
 
-def test_a_framework_without_an_environment_is_absent_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_framework_without_an_environment_is_absent_with_the_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(harness.SETTINGS, "environments", {"fluke": tmp_path})
     _, found = bench_rounds.programs(2)
     assert found["Flower"] == Absent("no --environment flower=DIR was given")
@@ -86,9 +84,7 @@ def test_a_framework_without_an_environment_is_absent_with_the_reason(
     assert found["fluke"].python == tmp_path / "bin" / "python"
 
 
-def test_on_a_gpu_programs_are_told_so_and_frameworks_without_an_adapter_are_absent(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_on_a_gpu_programs_are_told_so_and_frameworks_without_an_adapter_are_absent(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_rounds.harness.SETTINGS, "environments", {"flower": tmp_path, "fluke": tmp_path})
     judged, found = bench_rounds.programs(1, "cuda")
     assert judged == "fedkern serial"

@@ -26,11 +26,7 @@ def called(*words, python=(), cwd=None, shell="", **variables):
     )
 
 
-@pytest.mark.parametrize(
-    "python",
-    [("-OO", "-I"), ("-OO",), ("-O",), ("-I",)],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("python", [("-OO", "-I"), ("-OO",), ("-O",), ("-I",)], ids=" ".join)
 def test_optimised_and_isolated_python(python, tmp_path, result):
     listed = called("list", python=python, cwd=tmp_path)
     assert listed.returncode == 0, listed.stderr

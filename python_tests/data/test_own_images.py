@@ -349,10 +349,7 @@ def test_segmentation_in_split_folders(tmp_path, splits):
         (lambda t: picture(t / "masks" / "3.png", 3), r"masks/3\.png has colours"),
         (lambda t: mask(t / "masks" / "3.png", np.zeros((4, 5))), r"masks/3\.png has 5x4 pixels, its image .* 12x10"),
         (lambda t: Image.new("I;16", (12, 10), 700).save(t / "masks" / "3.png"), "holds 700, expected class numbers"),
-        (
-            lambda t: mask(t / "masks" / "3.tif", np.zeros((10, 12))),
-            r"masks/3\.png and .*3\.tif are two masks of",
-        ),
+        (lambda t: mask(t / "masks" / "3.tif", np.zeros((10, 12))), r"masks/3\.png and .*3\.tif are two masks of"),
         (lambda t: (t / "masks").rename(t / "labels"), "has no folder masks"),
         (lambda t: [p.unlink() for p in (t / "images").iterdir()], "no image found in"),
     ],

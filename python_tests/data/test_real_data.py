@@ -10,10 +10,7 @@ from fedkern.errors import UserError
 from python_tests.papers_data import REPORTS, open_all
 
 ROOT = os.environ.get("FEDKERN_DATA_ROOT")
-pytestmark = [
-    pytest.mark.data,
-    pytest.mark.skipif(not ROOT, reason="FEDKERN_DATA_ROOT names no folder with real data"),
-]
+pytestmark = [pytest.mark.data, pytest.mark.skipif(not ROOT, reason="FEDKERN_DATA_ROOT names no folder with real data")]
 
 SETS = {
     "mnist": (60_000, 10_000),

@@ -46,10 +46,7 @@ def held_by(data):
 
 # CSV files
 
-READ = {
-    "csv": ("path,label", "{i}.png,{label}"),
-    "pairs": ("image,text", "{i}.png,a caption {label}"),
-}
+READ = {"csv": ("path,label", "{i}.png,{label}"), "pairs": ("image,text", "{i}.png,a caption {label}")}
 
 
 @pytest.mark.parametrize("name", READ)

@@ -170,11 +170,7 @@ def test_every_method_trains_it_or_says_what_it_needs(method, make_small, tmp_pa
     [
         ("fedgid", PLAIN, r"fedgid needs modules that run one after another .* methods that can use it are .*moon"),
         ("fusefl", PLAIN, r"fusefl needs modules that run"),
-        (
-            "moon",
-            RAW,
-            rf"moon needs a linear layer .* which the network {RAW} has not: .* fedavg, ",
-        ),
+        ("moon", RAW, rf"moon needs a linear layer .* which the network {RAW} has not: .* fedavg, "),
     ],
 )
 def test_a_method_that_needs_more(method, model, said, own, make_data, tmp_path):

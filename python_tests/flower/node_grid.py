@@ -51,15 +51,7 @@ class NodeGrid(Grid):
         size: bytes sent and received.
     """
 
-    def __init__(
-        self,
-        run_config: dict[str, Any],
-        clients: Iterable[int],
-        faults: dict[tuple[int, int], Fault] | None = None,
-        *,
-        lives: bool = False,
-        nodes: dict[int, dict[str, Any]] | None = None,
-    ) -> None:
+    def __init__(self, run_config, clients, faults=None, *, lives=False, nodes=None):
         self.run_config, self.connected, self.faults, self.lives = run_config, list(clients), faults or {}, lives
         self.nodes = nodes or {}
         self.asked: list[int] = []

@@ -153,9 +153,7 @@ def test_prompts_name_the_cache(folder: Path, tmp_path: Path) -> None:
     assert make(copy).identity != before
 
 
-def test_a_loaded_folder_is_not_needed_for_cached_images(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loaded_folder_is_not_needed_for_cached_images(folder, tmp_path, monkeypatch):
     cache, images = LogitsCache(tmp_path, **SCALE), normalised(pictures(5, 32, 32))
     first = cache.logits(make(folder), [images[:2], images[2:]])
 
@@ -257,9 +255,7 @@ def test_a_clip_without_some_of_its_weights_is_refused(folder: Path, tmp_path: P
         make(pickled(folder, tmp_path, drop="visual_projection")).logits(torch.zeros(1, 3, 32, 32))
 
 
-def test_a_whole_run_with_clip(
-    folder: Path, make_data: Any, make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_run_with_clip(folder, make_data, make_config, tmp_path, monkeypatch):
     """Fed-LPFM end to end: CLIP sees every image once, whatever the seed, and nothing of it is booked."""
     passed: list[int] = []
     forward = clip.ClipClassifier.features

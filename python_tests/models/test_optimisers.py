@@ -20,10 +20,7 @@ PAIRS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda p: SGD(p, 0.1, 0.9, weight_decay=0.01, nesterov=True),
         lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.01, nesterov=True),
     ),
-    "adam": (
-        lambda p: Adam(p, 0.1, (0.5, 0.999)),
-        lambda p: torch.optim.Adam(p, 0.1, betas=(0.5, 0.999), fused=True),
-    ),
+    "adam": (lambda p: Adam(p, 0.1, (0.5, 0.999)), lambda p: torch.optim.Adam(p, 0.1, betas=(0.5, 0.999), fused=True)),
     "adam with decay": (
         lambda p: Adam(p, 0.1, weight_decay=0.1),
         lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.1, fused=True),

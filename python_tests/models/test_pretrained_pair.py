@@ -221,9 +221,7 @@ def rewrite(folder: Path, base: Path, drop: str) -> Path:
         ("clip", "text_model.embeddings", r"such as text_model\.embeddings"),
     ],
 )
-def test_missing_weights_are_refused(
-    folders: dict[str, Path], tmp_path: Path, text: str, drop: str, words: str
-) -> None:
+def test_missing_weights_are_refused(folders, tmp_path, text, drop, words):
     with pytest.raises(UserError, match=words):
         pair(folders, "vit", str(rewrite(folders[text], tmp_path, drop)))
 
@@ -233,9 +231,7 @@ def test_missing_weights_are_refused(
     [("vit", "bert", "pooler"), ("vit", "clip", "vision_model"), ("clip", "bert", "text_model"),
      ("dinov2", "bert", "mask_token"), ("resnet", "bert", "num_batches_tracked")],
 )  # fmt: skip
-def test_missing_weights_that_nobody_uses_are_none(
-    folders: dict[str, Path], tmp_path: Path, image: str, text: str, drop: str
-) -> None:
+def test_missing_weights_that_nobody_uses_are_none(folders, tmp_path, image, text, drop):
     changed = text if drop in ("pooler", "vision_model") else image
     here = {**folders, changed: rewrite(folders[changed], tmp_path, drop)}
     for own, other in zip(*(pair(x, image, text).state_dict().items() for x in (folders, here)), strict=True):
@@ -290,9 +286,7 @@ def test_a_tokenizer_of_another_network_is_refused(folders: dict[str, Path], tmp
         ("feddra", ["--method-option", "alignment_steps=1", "--method-option", "stage_schedule=per_round"]),
     ],
 )
-def test_a_run_and_its_model(
-    method: str, more: list[str], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_and_its_model(method, more, folders, tmp_path, monkeypatch):
     monkeypatch.chdir(folders["vit"].parent)
     words = [method, *more, "--buffers", "pool", "--data", "captions",
              "--image-encoder", "./vit", "--text-encoder", "bert", "--clients", "2", "--train-samples",

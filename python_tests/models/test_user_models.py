@@ -164,8 +164,7 @@ SLOW = ("OptimizedModule", "TopLevelTracedModule")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("deep", [False, True], ids=["whole", "part"])
 @pytest.mark.parametrize(
-    "wrapper",
-    [pytest.param(each, marks=pytest.mark.exhaustive if each in SLOW else ()) for each in WRAPPERS],
+    "wrapper", [pytest.param(each, marks=pytest.mark.exhaustive if each in SLOW else ()) for each in WRAPPERS]
 )
 def test_wrapped_networks_are_refused(known, wrapper, deep):
     wrapped = WRAPPERS[wrapper](nn.Linear(8, 3))
@@ -435,10 +434,7 @@ def pooled(classes, channels):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(
-    ("make", "maps"),
-    [(no_convolution, 0), (one_axis, 0), (functional, 2), (pooled, 1)],
-)
+@pytest.mark.parametrize(("make", "maps"), [(no_convolution, 0), (one_axis, 0), (functional, 2), (pooled, 1)])
 def test_grad_cam_of_networks_with_other_layers_than_convolutions(make, maps, channels, known):
     """A network has Grad-CAM where it has maps, whatever makes them."""
     known("own")(make)

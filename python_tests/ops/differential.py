@@ -8,7 +8,7 @@ formulas are written here from the definitions, not taken from the operators' re
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,13 +37,7 @@ positions = st.lists(st.sampled_from([1, 0, 2, 3, 5]), max_size=2)
 
 
 @st.composite
-def tensor(
-    draw: st.DrawFn,
-    shape: Sequence[int],
-    dtype: str | st.SearchStrategy[str] = dtypes,
-    values: str | st.SearchStrategy[str] = "normal",
-    grad: bool = True,
-) -> Case:
+def tensor(draw, shape, dtype=dtypes, values="normal", grad=True):
     """A tensor as :func:`make` reads it."""
     return {
         "shape": list(shape),
@@ -113,11 +107,7 @@ def _laid_out(x: Tensor, layout: str, generator: torch.Generator) -> Tensor:
     return x if layout == "expanded" else x.contiguous()
 
 
-@overload
-def exact(x: Tensor) -> Tensor: ...
-@overload
-def exact(x: None) -> None: ...
-def exact(x: Tensor | None) -> Tensor | None:
+def exact(x):
     """The same values as a float64 leaf of its own."""
     return None if x is None else x.detach().double().clone().requires_grad_(x.requires_grad)
 
@@ -129,17 +119,8 @@ SLACK = 1.0
 
 
 def compare(
-    got: Tensor | Sequence[Tensor],
-    expected: Tensor | Sequence[Tensor],
-    inputs: dict[str, tuple[Tensor | None, Tensor | None]],
-    *,
-    absolute: float = 1e-6,
-    relative: float = 1e-5,
-    gradient: float | None = None,
-    by_weights: float = 1.0,
-    coarse: bool = False,
-    unseen: bool = False,
-) -> None:
+    got, expected, inputs, *, absolute=1e-6, relative=1e-5, gradient=None, by_weights=1.0, coarse=False, unseen=False
+):
     """Results, and the gradients of their product with random numbers, against the formula's.
 
     ``by_weights``: what the tolerance of the gradient of weights is multiplied by (:func:`over_weights`).
@@ -295,9 +276,7 @@ def _weighted(each: Tensor, weight: Tensor | None) -> Tensor:
     return torch.where(weight == 0, 0.0 * weight, weight) * each
 
 
-def _compare_divergence(
-    case: Case, got: Tensor, rows: Tensor, inputs: dict[str, tuple[Tensor | None, Tensor | None]], terms: int = 1
-) -> None:
+def _compare_divergence(case, got, rows, inputs, terms=1):
     """Compare a sum of ``terms`` divergences of every row, whose tolerances grow with the logits' spread."""
     logits = [leaf for name, (leaf, _) in inputs.items() if name != "weight" and leaf is not None]
     assert got.dtype == promoted(*logits)

@@ -138,9 +138,7 @@ def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.exp2(exponent) * info.eps
 
 
-def assert_close(
-    what: str, got: Tensor, expected: Tensor, *, relative: float = 1e-5, absolute: float = 1e-6, slack: float = 0.0
-) -> None:
+def assert_close(what, got, expected, *, relative=1e-5, absolute=1e-6, slack=0.0):
     """Compares with a float64 result at the tolerance of ``got``'s dtype.
 
     float32: ``relative`` and ``absolute``; float64: the same at 1e-12; 16-bit: the rounded float64 result and one ulp

@@ -61,11 +61,7 @@ CASES: dict[str, tuple[Loss, Loss, Tensor]] = {
         lambda s: ensemble(s, weights(s) / weights(s).sum()),
         ROWS,
     ),
-    "dual_kl": (
-        lambda s: ops.dual_kl(s, s * 2, s.cos()),
-        lambda s: kl(s, s.cos()) + kl(s * 2, s.cos()),
-        ROWS,
-    ),
+    "dual_kl": (lambda s: ops.dual_kl(s, s * 2, s.cos()), lambda s: kl(s, s.cos()) + kl(s * 2, s.cos()), ROWS),
     "contrastive": (lambda z: ops.contrastive(z, z.tanh(), 0.5), lambda z: contrast(z, z.tanh()), ROWS),
     "conv_norm": (normed, normed, torch.randn(16, 16, 3, 3, generator=GENERATOR) * 0.2),
     "conv_pool": (pooled, pooled, torch.randn(16, 3, 3, 3, generator=GENERATOR) * 0.2),

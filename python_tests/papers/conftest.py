@@ -18,9 +18,7 @@ def _papers(registries: None) -> None:
 def write_nico() -> Callable[..., Path]:
     """Writes a class/context tree of small images whose pixels tell class and context."""
 
-    def write(
-        root: Path, classes: int = 3, contexts: int = 10, images: int = 5, size: tuple[int, int] = (20, 12)
-    ) -> Path:
+    def write(root, classes=3, contexts=10, images=5, size=(20, 12)):
         for c in range(classes):
             for k in range(contexts):
                 # Context names differ between classes, and sort by their number.

@@ -83,10 +83,7 @@ def test_handlers_are_given_back_and_others_are_left_alone():
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("number", "code", "word"),
-    [
-        (signal.SIGTERM, 143, "terminated"),
-        pytest.param(signal.SIGINT, 130, "inter", marks=pytest.mark.exhaustive),
-    ],
+    [(signal.SIGTERM, 143, "terminated"), pytest.param(signal.SIGINT, 130, "inter", marks=pytest.mark.exhaustive)],
 )
 def test_a_burst_ends_a_command_once_and_resume_gives_the_uninterrupted_run(number, code, word, tmp_path):
     words = ["fedavg", "--data", "digits", "--train-samples", "300", "--rounds", "25", "--clients", "2", "--threads",

@@ -16,11 +16,7 @@ PRIVATE = {
     "dp-sgd": ("fediod", {"options": {"epsilon": 5.0, "teacher_dp": True}}),
     "asked for": ("fedavg", {"records": "private"}),
 }
-HEADERS = {
-    "csv": "path,label",
-    "pairs": "image,text,label",
-    "segmentation": "image,mask",
-}
+HEADERS = {"csv": "path,label", "pairs": "image,text,label", "segmentation": "image,mask"}
 
 
 def listed(name, root, splits=("",)):

@@ -299,10 +299,7 @@ def test_a_set_without_a_known_pixel_is_told_before_the_training(tmp_path):
     own = (split(3, 20), unknown(split(3, 21)), split(3, 22))
     for changed, words in (
         ({"tests": {"": unknown(data.tests[""])}}, "The test set has no pixel whose class is known"),
-        (
-            {"tests": {"id": data.tests[""], "ood": unknown(split(2, 5))}},
-            "out-of-distribution test set has no pixel",
-        ),
+        ({"tests": {"id": data.tests[""], "ood": unknown(split(2, 5))}}, "out-of-distribution test set has no pixel"),
         ({"validation": unknown(data.validation)}, "The validation set has no pixel"),
         ({"client_tests": own}, "Client 1's own test set has no pixel.*--client-test"),
     ):

@@ -129,12 +129,7 @@ def write_flat(root, top, marker=None):
         Image.fromarray(np.eye(16, dtype=np.uint8) * (i > 0)).save(root / "cells" / "masks" / f"{i}.png")
 
 
-SOURCES = {
-    "pairs": "table.csv",
-    "csv": "table.csv",
-    "folder": "classes",
-    "segmentation": "cells",
-}
+SOURCES = {"pairs": "table.csv", "csv": "table.csv", "folder": "classes", "segmentation": "cells"}
 
 
 @pytest.mark.sampled

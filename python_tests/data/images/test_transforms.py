@@ -12,9 +12,7 @@ from fedkern.errors import UserError
 STILL = ("none", "window")  # what leaves images alone that are no larger than what a network sees
 
 
-def images(
-    batch: int = 7, channels: int = 3, height: int = 9, width: int = 13, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def images(batch=7, channels=3, height=9, width=13, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 256, (batch, channels, height, width), dtype=torch.uint8, generator=generator)
     return values if dtype == torch.uint8 else values.to(dtype) / 100 + 0.5

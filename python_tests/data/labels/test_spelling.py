@@ -12,10 +12,7 @@ from fedkern.errors import UserError
 from fedkern.tasks import CLASSIFICATION, TASKS
 
 ACCENT = "café", unicodedata.normalize("NFD", "café")
-TABLES = {
-    "csv": ("path,label", "{i}.png,{label}"),
-    "pairs": ("image,text,label", "{i}.png,a caption,{label}"),
-}
+TABLES = {"csv": ("path,label", "{i}.png,{label}"), "pairs": ("image,text,label", "{i}.png,a caption,{label}")}
 
 
 def picture(path, i):

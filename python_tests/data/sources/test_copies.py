@@ -10,11 +10,7 @@ from PIL import Image
 from fedkern.data import identity, load
 from fedkern.errors import UserError
 
-COLUMNS = {
-    "csv": "path,label",
-    "pairs": "image,text,label",
-    "segmentation": "image,mask",
-}
+COLUMNS = {"csv": "path,label", "pairs": "image,text,label", "segmentation": "image,mask"}
 SOURCES = ["folder", *COLUMNS]
 COUNT = 24
 

@@ -6,11 +6,7 @@ from PIL import Image
 from fedkern.data import load
 from fedkern.errors import UserError
 
-HEADERS = {
-    "csv": "path,label",
-    "pairs": "image,text,label",
-    "segmentation": "image,mask",
-}
+HEADERS = {"csv": "path,label", "pairs": "image,text,label", "segmentation": "image,mask"}
 
 
 def read(name, root, change=lambda i, row: None, again=(), said=None, rows=24, **options):

@@ -10,13 +10,7 @@ from torch import Tensor
 from fedkern.ops import clip_and_noise, clip_by_norm
 from fedkern.ops._aggregate.philox import REFINED as BELOW
 from fedkern.ops._aggregate.philox import normal, philox, uniform
-from python_tests.ops._aggregate.aggregate_cases import (
-    REFINED,
-    REFINED_SEED,
-    close,
-    make_vectors,
-    refined_numbers,
-)
+from python_tests.ops._aggregate.aggregate_cases import REFINED, REFINED_SEED, close, make_vectors, refined_numbers
 from python_tests.ops.operator_cases import DTYPES, KERNELS, thinned, using
 
 MOST = (1 << 64) - 1
@@ -32,12 +26,7 @@ def noise_of(size: int, seed: int, offset: int = 0) -> Tensor:
     [
         (0, 0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         (MOST, MOST, MOST, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            0x85A308D3243F6A88,
-            0x0370734413198A2E,
-            0x299F31D0A4093822,
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
+        (0x85A308D3243F6A88, 0x0370734413198A2E, 0x299F31D0A4093822, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
     ],
 )
 def test_philox_gives_the_published_words(counter: int, high: int, key: int, words: tuple[int, ...]) -> None:

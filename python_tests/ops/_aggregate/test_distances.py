@@ -108,9 +108,7 @@ def median_in_fp64(vectors: list[Tensor], weights: list[float]) -> Tensor:
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("most", [0, 128], ids=["iterated", "from distances"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_minority_moves_the_geometric_median_far(
-    backend: str, most: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_minority_moves_the_geometric_median_far(backend, most, dtype, monkeypatch):
     monkeypatch.setattr(aggregate_distances, "MOST_FROM_DISTANCES", most)
     cases = itertools.product(((4, 1), (10, 1), (10, 4), (21, 9)), (1e3, 6e4, 3e6, 1e9, 1e12, 1e30))
     for (count, attackers), far in thinned([case for case in cases if dtype != torch.float16 or case[1] < 6.5e4]):

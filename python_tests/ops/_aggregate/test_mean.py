@@ -76,9 +76,7 @@ def test_mean_of_equal_vectors_is_that_vector(name: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 24), (torch.bfloat16, 8), (torch.float16, 11)])
-def test_a_mean_half_way_between_two_numbers_is_rounded_to_the_even_one(
-    name: str, dtype: torch.dtype, bits: int
-) -> None:
+def test_a_mean_half_way_between_two_numbers_is_rounded_to_the_even_one(name, dtype, bits):
     if name == "triton" and dtype is torch.bfloat16:
         pytest.skip("Triton's interpreter cuts fp32 off where it becomes bf16")
     # Of ten vectors of like magnitude that is every tenth element; a product with the reciprocal misses some of them.

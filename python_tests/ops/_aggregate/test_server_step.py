@@ -1,7 +1,6 @@
 """server_step: every available backend and ISA level against Flower's NumPy formulas in fp64."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,9 +29,7 @@ def states(rule: str, size: int, dtype: torch.dtype, seed: int = 7) -> dict[str,
     return {name: (0.1 * torch.rand(size, generator=generator)).to(dtype) for name in names}
 
 
-def in_numpy(
-    rule: str, g: Any, vectors: Any, weights: list[float], first: Any, second: Any, options: dict[str, float]
-) -> tuple[Any, Any, Any, Any, Any]:
+def in_numpy(rule, g, vectors, weights, first, second, options):
     o = {**DEFAULTS[rule], **options}
     deltas = vectors - g
     used = [m for m, weight in enumerate(weights) if weight]
@@ -58,16 +55,7 @@ def in_numpy(
     return model, norms, cosines, first, second
 
 
-def check(
-    rule: str,
-    count: int,
-    size: int,
-    dtype: torch.dtype,
-    kind: str = "counts",
-    state: torch.dtype = torch.float32,
-    defaults: bool = True,
-    seed: int = 0,
-) -> None:
+def check(rule, count, size, dtype, kind="counts", state=torch.float32, defaults=True, seed=0):
     vectors = make_vectors(count, size, dtype, seed)
     (global_,) = make_vectors(1, size, dtype, seed + 1000)
     weights, options = make_weights(kind, count, seed), {} if defaults else dict(OTHERS)

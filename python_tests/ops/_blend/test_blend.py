@@ -1,7 +1,6 @@
 """blend: every available backend and ISA level against the float64 reference."""
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -59,15 +58,7 @@ def close(given: Tensor, exact: Tensor, dtype: torch.dtype, slack: float = 1.0) 
     assert bool((error <= bound).all()), f"error {error.max():.3g} over bound by {(error - bound).max():.3g}"
 
 
-def check(
-    served_by: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    index_kind: str,
-    alpha_kind: str,
-    seed: int = 0,
-    place: Callable[[Tensor], Tensor] = Tensor.clone,
-) -> None:
+def check(served_by, shape, dtype, index_kind, alpha_kind, seed=0, place=Tensor.clone):
     """Result and gradients against float64; ``place`` gives maps other strides or another device."""
     generator = torch.Generator().manual_seed(seed)
     rows = shape[0]
@@ -145,9 +136,7 @@ def test_one_sample_against_many_backgrounds(name: str, layout: str, sums: bool)
 @needs_core
 @pytest.mark.parametrize("isa", [name for name in KERNELS if name.startswith("cpu")])
 @pytest.mark.parametrize(("dtype", "index_kind"), [(torch.float32, "repeated"), (torch.bfloat16, "many")])
-def test_results_past_the_cache(
-    isa: str, dtype: torch.dtype, index_kind: str, cache_bytes: Callable[[int], None]
-) -> None:
+def test_results_past_the_cache(isa, dtype, index_kind, cache_bytes):
     cache_bytes(-1)
     for size in (12_001, 4_096, 37):
         check(isa, (5, size), dtype, index_kind, "number")
@@ -255,12 +244,7 @@ X = torch.zeros(3, 4)
 WRONG = [
     ((torch.tensor(1.0), X), {}, ValueError, r"foreground must have shape \[B, \*S\], but has \[\]"),
     ((X, torch.zeros(3, 5)), {}, ValueError, r"background must have shape \['N', 4\], but has \[3, 5\]"),
-    (
-        (X, torch.zeros(2, 4)),
-        {},
-        ValueError,
-        "background must have foreground's 3 rows when no index.*but has 2",
-    ),
+    ((X, torch.zeros(2, 4)), {}, ValueError, "background must have foreground's 3 rows when no index.*but has 2"),
     ((X, X), {"index": torch.zeros(2, dtype=torch.int64)}, ValueError, r"index must have shape \[3\], but has \[2\]"),
     ((X, X), {"index": torch.tensor([0, 3, 1])}, ValueError, r"index must be in \[0, 3\).*index\[1\] is 3"),
     ((X, X), {"index": torch.tensor([0, 1, -1])}, ValueError, r"index\[2\] is -1"),

@@ -47,9 +47,7 @@ def by_pixels(images: Tensor, boxes: list[Tensor], fill: list[float], keep: bool
     return out
 
 
-def check(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, per_channel: bool, keep: bool, seed: int
-) -> None:
+def check(name, shape, dtype, layout, per_channel, keep, seed):
     generator = torch.Generator().manual_seed(seed)
     images = LAYOUTS[layout]((torch.rand(shape, generator=generator) * 50).to(dtype))
     boxes = make_boxes(shape[0], shape[2], shape[3], seed)

@@ -156,9 +156,7 @@ def grad_of(z: Tensor, relu: bool, pool: int, seed: int) -> Tensor:
     return torch.randn(clear.shape, generator=draw).where(clear, 0)
 
 
-def results(
-    given: dict[str, Any], grad: Tensor | None = None, *, call: Callable[..., Tensor] = ops.conv_norm, **settings: Any
-) -> dict[str, Tensor]:
+def results(given, grad=None, *, call=ops.conv_norm, **settings):
     """The result, the running statistics after the call, and with ``grad`` the gradients, by name."""
     statistics = {n: copy.deepcopy(given[n]) for n in ("mean", "variance") if given.get(n) is not None}
     out = call(**{**given, **statistics}, **settings)
@@ -170,9 +168,7 @@ def results(
     return found
 
 
-def serve_both(
-    name: str, given: dict[str, Any], oracle: dict[str, Any], grad: Tensor | None = None, **settings: Any
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def serve_both(name, given, oracle, grad=None, **settings):
     """Return the results of a kernel for ``given``, and those of the reference for ``oracle``."""
     with using(name):
         got = results(given, grad, **settings)

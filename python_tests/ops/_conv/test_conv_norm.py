@@ -201,9 +201,7 @@ ENDS = [{"pool": 2}, {"residual": True}, {"residual": True, "relu": False}, {"re
 @each_kernel
 @pytest.mark.parametrize("norm", [{"training": True}, {"training": False}, {"groups": 2}], ids=str)
 @pytest.mark.parametrize(("stride", "side", "shape"), NOT_FINITE)
-def test_what_is_not_finite_spreads_as_in_torch(
-    name: str, norm: dict[str, int], stride: int, side: int, shape: tuple[int, int, int, int]
-) -> None:
+def test_what_is_not_finite_spreads_as_in_torch(name, norm, stride, side, shape):
     """Forward and backward; a position that does not depend on an infinity stays a number."""
     places = {"x": (1, 2, 4, 3), "weight": (1, 2, 0, 0), "residual": (2, 5, 3, 1), "shift": (3,), "grad": (1, 4, 1, 1)}
     if "groups" in norm:

@@ -505,9 +505,7 @@ READ: list[Callable[[Tensor], Tensor]] = [
 @pytest.mark.parametrize("name", ["reference", *CONV])
 @pytest.mark.parametrize("shape", [(1, 6, 8), (3, 1, 8), (3, 8, 1), (1, 1, 8)])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_batch_of_one_or_one_row_whose_gradient_comes_in_another_layout(
-    name: str, shape: tuple[int, int, int], training: bool
-) -> None:
+def test_a_batch_of_one_or_one_row_whose_gradient_comes_in_another_layout(name, shape, training):
     batch, height, width = shape
     every = (torch.float32, torch.float64, torch.bfloat16)
     for dtype, last in itertools.product(every if name == "reference" else every[:1], (True, False)):

@@ -95,9 +95,7 @@ def test_these_shapes_are_served(shape: tuple[int, ...]) -> None:
 
 @each_kernel
 @pytest.mark.parametrize("shape", FEW, ids=str)
-def test_only_the_gradients_that_are_asked_for(
-    name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_gradients_that_are_asked_for(name, shape, monkeypatch):
     before, computed = PoolKernels.backward, []
 
     def seen(*given: Any) -> Any:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -145,9 +145,7 @@ def pool() -> None:
     torch.randn(1 << 20).add_(1)
 
 
-def with_results(
-    calls: Iterable[tuple[str, Callable[[], tuple[Tensor, ...]]]],
-) -> list[tuple[str, Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]]:
+def with_results(calls):
     """Adds what a call gives on one thread: on two, torch may sum in another order."""
     found = []
     before = torch.get_num_threads()

@@ -43,10 +43,7 @@ def test_two_threads_at_once() -> None:
                 except BaseException as error:
                     wrong.append(f"{name} with {threads} threads: {error}")
 
-    workers = [
-        threading.Thread(target=work, args=(1, cases)),
-        threading.Thread(target=work, args=(2, cases[::-1])),
-    ]
+    workers = [threading.Thread(target=work, args=(1, cases)), threading.Thread(target=work, args=(2, cases[::-1]))]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -94,9 +94,7 @@ def make_inputs(case: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor
     return student, teachers, weights.to(case.get("weights_dtype") or compute_dtype(case["dtype"]))
 
 
-def differentiate(
-    compute: Callable[..., Tensor], tensors: list[Tensor | None], needs: tuple[bool, ...]
-) -> tuple[Tensor, list[Tensor | None]]:
+def differentiate(compute, tensors, needs):
     leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
     loss = compute(*leaves)
     steps = torch.arange(loss.numel(), dtype=torch.float64, device=loss.device).reshape(loss.shape) % 5 + 1
@@ -108,15 +106,7 @@ def exactly(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.double()
 
 
-def compare(
-    case: dict[str, Any],
-    names: list[str],
-    compute: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    tensors: list[Tensor | None],
-    needs: tuple[bool, ...],
-    stacked: bool = True,
-) -> None:
+def compare(case, names, compute, reference, tensors, needs, stacked=True):
     """Compare a case on the backends ``names`` with ``reference`` in float64.
 
     ``tensors``: student, teachers and weights; logits of one shape and their weight where none is ``stacked``.
@@ -169,14 +159,7 @@ def ensemble(case: dict[str, Any], mask: Tensor | None) -> tuple[Callable[..., T
 
     def compute(student: Tensor, teachers: Tensor, weights: Tensor | None) -> Tensor:
         return ops.ensemble_kl(
-            student,
-            teachers,
-            weights,
-            temperature,
-            class_mask=mask,
-            log_probs=log_probs,
-            reduction=reduction,
-            **names,
+            student, teachers, weights, temperature, class_mask=mask, log_probs=log_probs, reduction=reduction, **names
         )
 
     def reference(student: Tensor, teachers: Tensor, weights: Tensor | None) -> Tensor:
@@ -274,18 +257,14 @@ PLAIN: dict[str, Any] = {
 }
 
 
-def compare_on(
-    device: torch.device, name: str, case: dict[str, Any], mask: Tensor | None, tensors: list[Tensor | None]
-) -> None:
+def compare_on(device, name, case, mask, tensors):
     """All gradients of a case on a backend."""
     given = [x if x is None else moved(x, device) for x in tensors]
     needs = (True, True, tensors[2] is not None)
     compare(case, [name], *ensemble(case, mask if mask is None else mask.to(device)), given, needs)
 
 
-def compare_little_mass(
-    name: str, difference: float, classes: int, rows: int, device: torch.device = CPU, **more: Any
-) -> None:
+def compare_little_mass(name, difference, classes, rows, device=CPU, **more):
     """Two teachers, each sure of the half of the classes that it is masked from: what is left is far below 1."""
     case = {**PLAIN, "classes": classes, **more}
     first = torch.arange(classes) < classes // 2

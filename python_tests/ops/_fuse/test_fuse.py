@@ -18,13 +18,7 @@ FUNCTIONS = {"concat": (fuse_concat, fuse_concat_reference), "mean": (fuse_mean,
 needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 
 
-def check(
-    function: str,
-    features: list[Tensor],
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: str | None = None,
-) -> tuple[Tensor, list[Tensor]]:
+def check(function, features, scale=None, shift=None, activation=None):
     """Compares result and gradients with the float64 reference; returns them."""
     ours, reference = FUNCTIONS[function]
     given = [t for t in (*features, scale, shift) if t is not None]

@@ -56,9 +56,7 @@ def make_blocks(name: str, count: int = 3) -> list[nn.Module]:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_outputs_gradients_and_statistics(
-    name: str, shared: bool, training: bool, grouped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_gradients_and_statistics(name, shared, training, grouped, monkeypatch):
     if grouped:  # as on a GPU
         monkeypatch.setattr(backend, "eager", lambda *_: False)
     blocks = [block.double().train(training) for block in make_blocks(name)]

@@ -132,9 +132,7 @@ def special_rows(count: int, size: int, dtype: torch.dtype, largest: float) -> T
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_medians_and_trimmed_means_of_every_count(
-    device: torch.device, kernels: AggregateKernels, dtype: torch.dtype
-) -> None:
+def test_medians_and_trimmed_means_of_every_count(device, kernels, dtype):
     """Some counts have kernels of their own; two coordinates in 16 bits are sorted at a time, wherever they lie."""
     for count in range(1, 65):
         size = 37 + count % 2
@@ -201,9 +199,7 @@ def test_server_step(device: torch.device, kernels: AggregateKernels, number: in
 
 @pytest.mark.parametrize("count", [4, 5, 10, 12])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_server_step_of_full_tiles(
-    device: torch.device, kernels: AggregateKernels, dtype: torch.dtype, count: int
-) -> None:
+def test_server_step_of_full_tiles(device, kernels, dtype, count):
     """Some of them with infinities that all models hold; at aligned and odd addresses."""
     rows = torch.randn(count + 1, 4099, generator=torch.Generator().manual_seed(count)).to(dtype)
     rows[:, 1500:1600] = -torch.inf
@@ -258,9 +254,7 @@ def test_noise(device: torch.device, kernels: AggregateKernels, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 7), (2, 5003), (2, 8192), (130, 9)])
-def test_clipping_a_list(
-    device: torch.device, kernels: AggregateKernels, dtype: torch.dtype, count: int, size: int
-) -> None:
+def test_clipping_a_list(device, kernels, dtype, count, size):
     """The bits of a stack, wherever vectors lie, each in memory of its own; a launch takes up to 128."""
     rows = torch.randn(count, size, generator=torch.Generator().manual_seed(size)).to(dtype)
     rows[0, 0] = -0.0
@@ -304,9 +298,7 @@ def test_noise_is_one_stream(device: torch.device, kernels: AggregateKernels) ->
 
 
 @pytest.mark.parametrize(("place", "counter", "word"), REFINED)
-def test_refined_radius_words(
-    device: torch.device, kernels: AggregateKernels, place: int, counter: int, word: int
-) -> None:
+def test_refined_radius_words(device, kernels, place, counter, word):
     """Those in the lowest 2^-20, which have 32 more bits; the second number of the pair is 16 places on."""
     zeros, one = torch.zeros(1, 100, device=device), torch.ones(1, dtype=torch.float64, device=device)
     got = kernels.scale_and_noise(zeros, one, 1.0, REFINED_SEED, place - 70).flatten().cpu().double()
@@ -383,9 +375,7 @@ COUNTS = [(1, 2, 3, 5, 6, 9, 10, 11, 15, 20, 64), pytest.param(range(1, 65), mar
 @pytest.mark.parametrize("counts", COUNTS, ids=["some", "all"])
 @pytest.mark.parametrize("kind", ["plain", "nan", "mask", "infinities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_distances(
-    device: torch.device, kernels: AggregateKernels, dtype: torch.dtype, kind: str, counts: Sequence[int]
-) -> None:
+def test_distances(device, kernels, dtype, kind, counts):
     """Of vectors that lie side by side, of odd addresses and of other strides."""
     every = special(torch.randn(64, 607, generator=torch.Generator().manual_seed(5)).to(dtype), kind)
     longer = torch.zeros(64, 609, dtype=dtype, device=device)
@@ -424,9 +414,7 @@ def test_krum_of_too_few_finite_scores_is_nan(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_vector_of_weight_zero_on_the_device_adds_nothing(
-    device: torch.device, kernels: AggregateKernels, dtype: torch.dtype
-) -> None:
+def test_a_vector_of_weight_zero_on_the_device_adds_nothing(device, kernels, dtype):
     rows = torch.randn(7, 101, generator=torch.Generator().manual_seed(8)).to(dtype)
     rows[[0, 4, 6]] = torch.nan
     weights = torch.tensor([0.0, 2.0, 1.0, 0.5, 0.0, 3.0, 0.0], dtype=torch.float64)

@@ -43,9 +43,7 @@ EDGES = (4, 5, 16, 17, 32, 33, 128, 129, 512, 513, 1024, 1025, 4096, 4097)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("classes", EDGES)
-def test_classes_at_which_other_threads_take_a_row(
-    device: torch.device, classes: int, operator: str, dtype: torch.dtype
-) -> None:
+def test_classes_at_which_other_threads_take_a_row(device, classes, operator, dtype):
     for rows in (1, 20 if classes < 1026 else 2):
         case = {**ROWS, "classes": classes, "rows": rows, "dtype": dtype, "operator": operator}
         logits, _ = make_inputs(case, seed=classes)
@@ -56,9 +54,7 @@ def test_classes_at_which_other_threads_take_a_row(
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("students", [0, 1, 2])
 @pytest.mark.parametrize("classes", [3, 10, 24, 100, 300, 700, 3000, 5000, 9001])
-def test_what_the_forward_pass_kept_changes_no_bit(
-    device: torch.device, classes: int, students: int, reverse: bool, dtype: torch.dtype
-) -> None:
+def test_what_the_forward_pass_kept_changes_no_bit(device, classes, students, reverse, dtype):
     """A row of weight 0 included, of which nothing is known."""
     generator = torch.Generator().manual_seed(classes)
     teacher, *given = (
@@ -107,17 +103,13 @@ def test_gradients_of_logits_alone_are_kept_for(device: torch.device) -> None:
 @pytest.mark.parametrize("offset", [20.0, 5e3, -5e3])
 @pytest.mark.parametrize("shifted", ["teacher", "student"])
 @pytest.mark.parametrize("classes", [3, 100])
-def test_rows_that_lie_far_apart_keep_their_digits(
-    device: torch.device, classes: int, shifted: str, offset: float
-) -> None:
+def test_rows_that_lie_far_apart_keep_their_digits(device, classes, shifted, offset):
     compare_rows_far_apart("cuda", device, classes, shifted, offset)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 20_000), (torch.bfloat16, 8200), (torch.float32, 9001)])
-def test_few_long_rows_are_shared_between_blocks(
-    device: torch.device, operator: str, dtype: torch.dtype, classes: int
-) -> None:
+def test_few_long_rows_are_shared_between_blocks(device, operator, dtype, classes):
     case = {**ROWS, "classes": classes, "rows": 2, "dtype": dtype, "operator": operator}
     logits, weight = make_inputs(case, seed=classes)
     compare(case, logits, weight, ["cuda"], device)
@@ -127,9 +119,7 @@ def test_few_long_rows_are_shared_between_blocks(
 
 @pytest.mark.parametrize("held", [0.0, -1.0, math.nan])
 @pytest.mark.parametrize(("rows", "classes"), [(300, 10), (90, 100), (17, 5000), (2, 9001)])
-def test_a_total_does_not_depend_on_what_its_memory_held(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, rows: int, classes: int, held: float
-) -> None:
+def test_a_total_does_not_depend_on_what_its_memory_held(device, monkeypatch, rows, classes, held):
     """Blocks count there without clearing it first; a recorded launch finds what it has left itself."""
     generator = torch.Generator().manual_seed(rows)
     student, teacher = (torch.randn(rows, classes, generator=generator).to(device) for _ in range(2))

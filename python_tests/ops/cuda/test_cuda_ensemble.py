@@ -57,9 +57,7 @@ def test_js_div_and_consensus(device: torch.device, number: int) -> None:
     ],
 )
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_rows_held_by_a_thread_or_a_block(
-    device: torch.device, operator: str, count: int, classes: int, near: float | None, layout: str
-) -> None:
+def test_rows_held_by_a_thread_or_a_block(device, operator, count, classes, near, layout):
     alone = operator in ("js_div", "consensus")
     for rows, everything in ((3, True), (40 if count * classes < 600 else 1, False)):
         case = {
@@ -142,9 +140,7 @@ def test_masks_on_teachers_who_are_sure(device: torch.device, scale: float) -> N
 @pytest.mark.parametrize("classes", [100, 2100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", range(1, 8))
-def test_the_students_gradient_has_every_teacher(
-    device: torch.device, count: int, dtype: torch.dtype, classes: int
-) -> None:
+def test_the_students_gradient_has_every_teacher(device, count, dtype, classes):
     """Some numbers of teachers are read in several parts, and the gradient is not the last part's."""
     draw = torch.Generator().manual_seed(count)
     student, teachers = (torch.randn(*shape, classes, generator=draw).to(dtype) for shape in ((3,), (count, 3)))
@@ -168,9 +164,7 @@ def test_the_students_gradient_has_every_teacher(
 # By a thread each, by blocks, by warps, by blocks for long rows: several blocks of each.
 @pytest.mark.parametrize(("count", "classes", "rows"), [(5, 4, 600), (20, 10, 9), (3, 200, 40), (2, 1030, 5)])
 @pytest.mark.parametrize("held", [0.0, -1.0, math.nan])
-def test_totals_whatever_the_memory_held(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, count: int, classes: int, rows: int, held: float
-) -> None:
+def test_totals_whatever_the_memory_held(device, monkeypatch, count, classes, rows, held):
     """Blocks count in a word of the workspace how many are done: nobody cleared it, and a second call finds it used."""
     memory: dict[Any, Tensor] = {}
 
@@ -198,9 +192,7 @@ def test_totals_whatever_the_memory_held(
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize(("count", "classes", "rows"), [(20, 10, 9), (3, 200, 40), (2, 1030, 5)])
-def test_the_students_gradient_is_there_after_the_forward_pass(
-    device: torch.device, mix: str, count: int, classes: int, rows: int
-) -> None:
+def test_the_students_gradient_is_there_after_the_forward_pass(device, mix, count, classes, rows):
     generator = torch.Generator().manual_seed(rows)
     teachers = torch.randn(count, rows, classes, generator=generator)
     student = torch.randn(rows, classes, generator=generator, requires_grad=True)
@@ -243,9 +235,7 @@ def test_a_loss_scale_lifts_gradients_of_16_bits(device: torch.device, mix: str)
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("operator", ["js_div", "consensus"])
-def test_rows_keep_what_their_gradients_have_in_common(
-    device: torch.device, operator: str, dtype: torch.dtype, count: int, classes: int, rows: int, layout: str
-) -> None:
+def test_rows_keep_what_their_gradients_have_in_common(device, operator, dtype, count, classes, rows, layout):
     generator = torch.Generator().manual_seed(rows)
     values = torch.randn(count, rows, classes, generator=generator)
     values[:, ::3] = values[:1, ::3] + 1e-2 * values[:, ::3]  # js_div of these is found in fp64

@@ -30,9 +30,7 @@ def step(shape: tuple[int, ...], device: torch.device, adamw: bool, terms: bool)
 @pytest.mark.parametrize("terms", [False, True])
 @pytest.mark.parametrize("adamw", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (1024,), (1030,), (3, 1000), (3, 1030)], ids=str)
-def test_both_ways_to_the_kernel(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], adamw: bool, terms: bool
-) -> None:
+def test_both_ways_to_the_kernel(device, monkeypatch, shape, adamw, terms):
     found = [step(shape, device, adamw, terms)]  # the general way, which opens the short one
     check, launchers = backend._ordinary["optimise"]
     answers: list[int] = []

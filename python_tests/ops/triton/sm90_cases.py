@@ -206,10 +206,7 @@ def ensemble_cases(full: bool) -> Iterator[Case]:
                     yield f"{label} mix {mix}", lambda: kernel.ensemble_forward(call)
                     for needs in ((True, False, False), (False, True, True)):
                         if full or needs[0] or mix == PROBS:
-                            yield (
-                                f"{label} mix {mix} backward",
-                                lambda: kernel.ensemble_backward((one,), call, needs),
-                            )
+                            yield (f"{label} mix {mix} backward", lambda: kernel.ensemble_backward((one,), call, needs))
             forward, backward = kernel.ensemble_forward, kernel.ensemble_backward
             log_probs = Ensemble(student, x, by_row, None, 1.0, MEAN, True, BATCHMEAN)
             js, consensus = js_call(x, None, BATCHMEAN), consensus_call(x, by_row.squeeze(2), BATCHMEAN)

@@ -78,9 +78,7 @@ def test_rows_in_parts_of_maps_without_one_stride() -> None:
 @pytest.mark.parametrize("kind", ["none", "members", "rows"])
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
 @pytest.mark.parametrize("classes", [7, 70])
-def test_divergence_and_consensus_of_members(
-    kind: str, reduction: str, classes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_divergence_and_consensus_of_members(kind, reduction, classes, monkeypatch):
     monkeypatch.setattr(rows, "WHOLE", 64)
     logits = torch.randn(3, 4, classes, requires_grad=True)
     shape = {"none": None, "members": (3,), "rows": (3, 4)}[kind]
