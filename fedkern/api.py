@@ -330,11 +330,7 @@ class Run:
             self.config = load_settings(self.out, trusted=self._trusted, given=self._kind, device="cpu")
 
     def _go_on(
-        self,
-        moved: Mapping[str, Any],
-        progress: bool,
-        listener: Listener | Sequence[Listener] | None,
-        pictures: bool,
+        self, moved: Mapping[str, Any], progress: bool, listener: Listener | Sequence[Listener] | None, pictures: bool
     ) -> Run:
         self._give_method()
         changes = RunConfig.read(moved)

@@ -291,12 +291,7 @@ _DECLARED = "_fedkern_data"
 
 
 def register_data(
-    name: str,
-    *,
-    clients: int = 10,
-    partition: str | None = None,
-    task: str = "classification",
-    prompts: str = PROMPT,
+    name: str, *, clients: int = 10, partition: str | None = None, task: str = "classification", prompts: str = PROMPT
 ) -> Callable[[F], F]:
     """Decorates a function that makes a data set: ``--data NAME`` of a plugin, and ``--data FILE.py:FUNCTION``.
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
 from fedkern.data.forms import ImageForm
 from fedkern.data.images.pixels import PICK, Pixels, as_index, images_alone, images_and_labels, placed
 from fedkern.data.images.transforms import window
-from fedkern.engine.reader import BATCH, Reader
+from fedkern.engine.reader import BATCH, Plan, Reader
 from fedkern.files.image_rows import in_parts, loaded
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
 from fedkern.models.transfer import send
@@ -37,7 +38,7 @@ class BackgroundBank:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
+    def take(self, indices: np.ndarray | None, rng: Generator | None = None) -> Tensor:
         return self.pixels.take(indices, rng)
 
 
@@ -80,10 +81,10 @@ class Images(Reader):
     def known(self) -> Tensor:
         return torch.stack([(part >= 0).sum() for part in in_parts(self.split.labels)]).sum().clamp_min(1)
 
-    def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+    def take(self, indices: np.ndarray, rng: Generator | None = None) -> Tensor:
         return self.pixels.take(indices, rng)
 
-    def pairs(self, indices: np.ndarray | Tensor, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def pairs(self, indices: np.ndarray | Tensor, rng: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
         chosen = as_index(indices)
         index = self.pixels.sent(chosen)
@@ -93,7 +94,7 @@ class Images(Reader):
         label_index = index if index.device == self._there.device else send(chosen, self._there.device)
         return send(loaded(self._there.index_select(0, label_index)), self.device)
 
-    def _masked(self, chosen: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _masked(self, chosen: Tensor, rng: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and object masks bool [B, H, W] at ``chosen``; masks move with the images."""
         index = self.pixels.sent(chosen)
         masks = self._masks.index_select(0, send(index, self.device)).long()
@@ -106,13 +107,7 @@ class Images(Reader):
         return masks
 
     def planned(
-        self,
-        plan: Sequence[np.ndarray],
-        phase: Phase = OUTSIDE,
-        epoch: int = 0,
-        rng: np.random.Generator | None = None,
-        *,
-        masked: bool = False,
+        self, plan: Plan, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None, *, masked: bool = False
     ) -> Iterator[Batch]:
         """The batches of an epoch, made when they are asked for; their indices are sent to the device at once."""
         sent = self.pixels.sent(as_index(plan[0] if len(plan) == 1 else np.concatenate(plan)))

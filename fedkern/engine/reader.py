@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
 from fedkern.data.split import AnySplit
@@ -18,6 +19,8 @@ from fedkern.tasks.retrieval import LOSS_BATCH
 
 BATCH = 500
 """Samples per batch where a network does not train."""
+Plan = Sequence[np.ndarray]
+"""The samples of the batches of an epoch, int64."""
 
 
 class Reader:
@@ -65,13 +68,7 @@ class Reader:
         raise NotImplementedError
 
     def planned(
-        self,
-        plan: Sequence[np.ndarray],
-        phase: Phase = OUTSIDE,
-        epoch: int = 0,
-        rng: np.random.Generator | None = None,
-        *,
-        masked: bool = False,
+        self, plan: Plan, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None, *, masked: bool = False
     ) -> Iterator[Batch]:
         """The batches of an epoch, made when they are asked for; images are augmented where there is an ``rng``.
 
@@ -79,19 +76,12 @@ class Reader:
         """
         raise NotImplementedError
 
-    def batch(
-        self, indices: np.ndarray, phase: Phase = OUTSIDE, epoch: int = 0, rng: np.random.Generator | None = None
-    ) -> Batch:
+    def batch(self, indices: np.ndarray, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None) -> Batch:
         """The samples at ``indices`` (int64); augmented when there is an ``rng``."""
         return next(self.planned([indices], phase, epoch, rng))
 
     def batches(
-        self,
-        size: int | None = None,
-        *,
-        even: bool = False,
-        augment: bool = False,
-        rng: np.random.Generator | None = None,
+        self, size: int | None = None, *, even: bool = False, augment: bool = False, rng: Generator | None = None
     ) -> Iterator[Batch]:
         """The samples in order, in batches of more than one (see ``batch_slices``), or of ``even`` sizes."""
         if augment and rng is None:
@@ -147,7 +137,7 @@ class Reader:
             self.keep = None
 
 
-def batch_plan(samples: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+def batch_plan(samples: int, batch_size: int, rng: Generator) -> list[np.ndarray]:
     """Batches of one epoch: the samples in random order, in batches as ``batch_slices`` makes them.
 
     A client with fewer samples than the batch size has one smaller batch.

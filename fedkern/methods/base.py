@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.methods.aggregators import Gathered
 from fedkern.methods.options import Options as BaseOptions
-from fedkern.methods.protocol import ClientId, Federation, Message, Observed, Phase, Round, Upload
+from fedkern.methods.protocol import ClientId, Federation, Message, Messages, Observed, Phase, Round, Upload
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.uploads import Declaration
 from fedkern.privacy import Guarantee
@@ -212,9 +212,7 @@ class Method:
         """
         return {name: value for name, value in message.items() if isinstance(value, Tensor)}
 
-    def cohort_update(
-        self, clients: Mapping[ClientId, Client], phase: Phase, messages: Mapping[ClientId, Message]
-    ) -> Mapping[ClientId, Message] | None:
+    def cohort_update(self, clients: Mapping[ClientId, Client], phase: Phase, messages: Messages) -> Messages | None:
         """Answers of all clients of a ``cohort`` round, computed together.
 
         None asks the engine to call the clients one after another, in the same process.

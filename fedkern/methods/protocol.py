@@ -16,6 +16,7 @@ from fedkern.tasks import CLASSIFICATION, Task
 ClientId = int
 Message = dict[str, Any]
 """Named tensors, numbers, and dicts of these; the byte ledger counts the tensors."""
+Messages = Mapping[ClientId, Message]
 
 
 @dataclass(frozen=True)

@@ -169,12 +169,7 @@ _SHIPPED = {
             gives="pixels",
         ),
         ModelEntry(
-            "unet-small-gn",
-            "unet-small with group norm, for DP-SGD",
-            8,
-            8,
-            group_norm(_unet_small),
-            gives="pixels",
+            "unet-small-gn", "unet-small with group norm, for DP-SGD", 8, 8, group_norm(_unet_small), gives="pixels"
         ),
     )
 }

@@ -21,10 +21,7 @@ from fedkern.models.vocabulary import Kind, Tokens, Vocabulary
 from fedkern.streams import stream
 
 EMBEDDING = 128
-IMAGE_ENCODERS = {
-    "conv": "convolutions with group norm, 8x8 tokens",
-    "vit": "vision transformer of four layers",
-}
+IMAGE_ENCODERS = {"conv": "convolutions with group norm, 8x8 tokens", "vit": "vision transformer of four layers"}
 TEXT_ENCODERS = {
     "words": "transformer of two layers over the words of the training texts",
     "wordpieces": "the same over word pieces",

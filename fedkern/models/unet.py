@@ -47,11 +47,7 @@ def double(channels_in: int, channels_out: int) -> ConvSequential:
     """Two 3x3 convolutions with batch norm and ReLU, which keep the map's size."""
     layers: list[nn.Module] = []
     for entering in (channels_in, channels_out):
-        layers += [
-            nn.Conv2d(entering, channels_out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels_out),
-            nn.ReLU(),
-        ]
+        layers += [nn.Conv2d(entering, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()]
     return ConvSequential(*layers)
 
 

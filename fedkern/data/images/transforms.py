@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 from torch.nn import functional
 
@@ -49,12 +49,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], *, ch
 
 
 def crop(
-    images: Tensor,
-    rng: np.random.Generator,
-    *,
-    padding: int = PADDING,
-    flip: bool = False,
-    fill: float | Sequence[float] = 0.0,
+    images: Tensor, rng: Generator, *, padding: int = PADDING, flip: bool = False, fill: float | Sequence[float] = 0.0
 ) -> Tensor:
     """Pads every side by ``padding`` and cuts a random window of the original size; then flips half of the images.
 
@@ -78,7 +73,7 @@ def crop(
     return _gather(padded, rows[:, :, None], columns[:, None, :]).contiguous(memory_format=_format(images))
 
 
-def window(images: Tensor, sides: tuple[int, int], rng: np.random.Generator | None = None) -> Tensor:
+def window(images: Tensor, sides: tuple[int, int], rng: Generator | None = None) -> Tensor:
     """Cuts a window out of every image, at a uniformly random place, or at the centre without a generator.
 
     Args:
@@ -118,12 +113,7 @@ def central(split: Split, sides: tuple[int, int]) -> Split:
 
 
 def rotate(
-    images: Tensor,
-    rng: np.random.Generator,
-    *,
-    degrees: float = ROTATION,
-    fill: float | Sequence[float] = 0.0,
-    nearest: int = 0,
+    images: Tensor, rng: Generator, *, degrees: float = ROTATION, fill: float | Sequence[float] = 0.0, nearest: int = 0
 ) -> Tensor:
     """Rotates every image about its centre by an angle uniform in [-degrees, degrees]; corners get ``fill``.
 
@@ -152,7 +142,7 @@ def rotate(
     return turned.contiguous(memory_format=torch.channels_last) if _is_channels_last(images) else turned.contiguous()
 
 
-def dihedral(images: Tensor, rng: np.random.Generator) -> Tensor:
+def dihedral(images: Tensor, rng: Generator) -> Tensor:
     """Flips and quarter turns every image at random: one of the 8 symmetries of a square, or of 4 where H != W.
 
     Draws, for ``B`` images each: horizontal flips, vertical flips and (square images) transpositions.
@@ -171,7 +161,7 @@ def dihedral(images: Tensor, rng: np.random.Generator) -> Tensor:
     return _gather(images.permute(0, 2, 3, 1), rows, columns).contiguous(memory_format=_format(images))
 
 
-def jitter(images: Tensor, rng: np.random.Generator) -> Tensor:
+def jitter(images: Tensor, rng: Generator) -> Tensor:
     """Scales and shifts every channel of every image: ``v -> a v + b`` of a normalised value.
 
     The colour of a surface then says little, while edges stay.  A grey image changes its contrast and brightness.
@@ -210,9 +200,7 @@ class Augmentation:
     symmetries: bool = False
     jitter: bool = False
 
-    def __call__(
-        self, images: Tensor, rng: np.random.Generator, fill: float | Sequence[float], nearest: int = 0
-    ) -> Tensor:
+    def __call__(self, images: Tensor, rng: Generator, fill: float | Sequence[float], nearest: int = 0) -> Tensor:
         if self.padding is not None:
             images = crop(images, rng, padding=self.padding, flip=self.flip, fill=fill)
         if self.degrees:
@@ -238,7 +226,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 }
 
 
-def augment(images: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
+def augment(images: Tensor, kind: str, rng: Generator) -> Tensor:
     """Augments a batch.
 
     - ``none``: no change.
@@ -267,7 +255,7 @@ def augment(images: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
     return _find(kind)(images, rng, 0.0)
 
 
-def augment_pairs(images: Tensor, labels: Tensor, kind: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def augment_pairs(images: Tensor, labels: Tensor, kind: str, rng: Generator) -> tuple[Tensor, Tensor]:
     """Augments images and the classes of their pixels together: same draws, same geometry.
 
     Labels take the nearest pixel's class; pixels outside the original image become `IGNORE`.

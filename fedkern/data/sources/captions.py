@@ -18,18 +18,7 @@ from fedkern.data.forms import ImageForm
 from fedkern.data.sharing.partition import PartitionSpec
 from fedkern.data.sharing.partition import partition as share_out
 from fedkern.data.sharing.statistics import PartitionStatistics
-from fedkern.data.sources.canvas import (
-    INK,
-    OTHER,
-    SIDE,
-    SUBJECT,
-    TEXTURES,
-    Ground,
-    Placed,
-    draw,
-    noisy,
-    random_ground,
-)
+from fedkern.data.sources.canvas import INK, OTHER, SIDE, SUBJECT, TEXTURES, Ground, Placed, draw, noisy, random_ground
 from fedkern.data.sources.digits import enlarged, fixed_split
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData

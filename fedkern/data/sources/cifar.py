@@ -66,10 +66,7 @@ def read_records(folder: Path, name: str, data: str, label_counts: tuple[int, ..
     return images, torch.from_numpy(labels)
 
 
-CIFAR10_SCALE: Mapping[str, tuple[float, ...]] = {
-    "mean": (0.4914, 0.4822, 0.4465),
-    "std": (0.2470, 0.2435, 0.2616),
-}
+CIFAR10_SCALE: Mapping[str, tuple[float, ...]] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 """Normalisation of CIFAR-10's images, per channel."""
 
 

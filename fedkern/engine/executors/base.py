@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import ClientFailed
-from fedkern.methods.base import ClientId, Message, Phase
+from fedkern.methods.base import ClientId, Message, Messages, Phase
 
 States = Callable[[ClientId], Callable[[], dict[str, Any]]]
 """Function of a client id.  It returns a reader of the client's state at the beginning of the round; the reader may be
@@ -65,11 +65,7 @@ class Executor(Protocol):
         ...
 
     def answers(
-        self,
-        asker: str,
-        phase: Phase,
-        messages: Mapping[ClientId, Message],
-        encoders: Mapping[ClientId, Encoder] | None = None,
+        self, asker: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
     ) -> Iterator[Answer]:
         """Yields the clients' answers in the order of ``messages``, each as soon as it and all before it are there.
 

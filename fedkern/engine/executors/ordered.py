@@ -18,7 +18,7 @@ from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Job, Notice
 from fedkern.engine.uploads.encoders import Encoder
 from fedkern.messages.packets import NotPortable, Packer, Packet, Unpacker
-from fedkern.methods.base import ClientId, Message, Phase
+from fedkern.methods.base import ClientId, Messages, Phase
 from fedkern.process.interrupts import check
 
 
@@ -51,11 +51,7 @@ class Ordered:
         self._replies: dict[ClientId, Done] = {}  # that wait for their turn
 
     def answers(
-        self,
-        asker: str,
-        phase: Phase,
-        messages: Mapping[ClientId, Message],
-        encoders: Mapping[ClientId, Encoder] | None = None,
+        self, asker: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
     ) -> Iterator[Answer]:
         """See :class:`~fedkern.engine.executors.base.Executor`."""
         encoders = encoders or {}

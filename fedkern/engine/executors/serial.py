@@ -20,7 +20,7 @@ from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.encoders import Departure, Encoder, Keep
 from fedkern.errors import RAISED, ClientFailed
 from fedkern.messages.states import Fingerprint
-from fedkern.methods.base import ClientId, Message, Phase
+from fedkern.methods.base import ClientId, Message, Messages, Phase
 from fedkern.process.torch_modes import cpu_threads
 
 
@@ -69,11 +69,7 @@ class Serial:
             self.ask(k, *request)
 
     def answers(
-        self,
-        asker: str,
-        phase: Phase,
-        messages: Mapping[ClientId, Message],
-        encoders: Mapping[ClientId, Encoder] | None = None,
+        self, asker: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
     ) -> Iterator[Answer]:
         self._context.begin_exchange()
         encoders = encoders or {}
@@ -104,13 +100,7 @@ class Serial:
         return Done(answer, self.changed(job.client))
 
     def _begin(
-        self,
-        k: ClientId,
-        asker: str,
-        phase: Phase,
-        message: Message,
-        encoder: Encoder | None,
-        lane: int | None = None,
+        self, k: ClientId, asker: str, phase: Phase, message: Message, encoder: Encoder | None, lane: int | None = None
     ) -> Callable[[], Answer]:
         """Has a client work, on a ``lane`` without waiting for the GPU; returns what gets its answer."""
         start = time.perf_counter()

@@ -18,15 +18,7 @@ from typing import Any
 from fedkern.data import COMMON_OPTIONS, lookup
 from fedkern.errors import UserError, printable_name
 from fedkern.files import atomic
-from fedkern.flower.runs.run_settings import (
-    CODE,
-    DATA_OPTION,
-    ELSEWHERE,
-    FLOWER,
-    METHOD_OPTION,
-    SWITCHES,
-    setting_key,
-)
+from fedkern.flower.runs.run_settings import CODE, DATA_OPTION, ELSEWHERE, FLOWER, METHOD_OPTION, SWITCHES, setting_key
 from fedkern.methods import registry
 from fedkern.process.extras import PACKAGES
 from fedkern.settings import toml

@@ -106,13 +106,7 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
         settings["data_root"] = data_root
     words = [f"{key.removeprefix(METHOD_OPTION)}={word}" for key, word in _under(values, METHOD_OPTION)]
     data_options = {key.removeprefix(DATA_OPTION).replace("-", "_"): word for key, word in _under(values, DATA_OPTION)}
-    config = RunConfig.make(
-        method,
-        options=words,
-        data_options=data_options,
-        plugins=loaded,
-        **settings,
-    )
+    config = RunConfig.make(method, options=words, data_options=data_options, plugins=loaded, **settings)
     config = config.replace(asked=frozenset(settings))
     # The ClientApp reads flower.resident itself, before it imports all this.
     switches: dict[str, Any] = {

@@ -159,8 +159,5 @@ def _explained(construct: Any) -> Any:
     return explained
 
 
-for _wrapper in (
-    flower.DifferentialPrivacyServerSideFixedClipping,
-    flower.DifferentialPrivacyClientSideFixedClipping,
-):
+for _wrapper in (flower.DifferentialPrivacyServerSideFixedClipping, flower.DifferentialPrivacyClientSideFixedClipping):
     _wrapper.__init__ = _explained(_wrapper.__init__)

@@ -29,14 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.methods.base import VECTORS, LocalTraining
-from fedkern.methods.common.personal import (
-    OfClient,
-    Personal,
-    keep_network,
-    mean_figures,
-    own_network,
-    with_vectors,
-)
+from fedkern.methods.common.personal import OfClient, Personal, keep_network, mean_figures, own_network, with_vectors
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server

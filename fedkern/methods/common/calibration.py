@@ -107,11 +107,7 @@ class ClassStatistics:
         if not self.diagonal:
             i, j = torch.triu_indices(self.width, self.width)
             scatters = scatters[:, i, j]
-        return {
-            "counts": self.counts.int(),
-            "means": self.means[present].float(),
-            "scatters": scatters.float(),
-        }
+        return {"counts": self.counts.int(), "means": self.means[present].float(), "scatters": scatters.float()}
 
     def merge(self, message: Mapping[str, Any]) -> None:
         """Adds a client's :meth:`message`.
@@ -302,10 +298,7 @@ def _root(covariance: Tensor, jitter: float) -> Tensor:
 
 
 def calibrate(
-    head: nn.Linear,
-    statistics: ClassStatistics,
-    rng: np.random.Generator,
-    options: CalibrationOptions,
+    head: nn.Linear, statistics: ClassStatistics, rng: np.random.Generator, options: CalibrationOptions
 ) -> nn.Linear:
     """A copy of the classifier ``head`` trained on virtual features: SGD without momentum, cross-entropy.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from fedkern.methods.fediod import privacy_options as promise
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.discriminators import Discriminators
 from fedkern.methods.fediod.losses import asks_teachers, reached, teacher_log_probs
-from fedkern.methods.protocol import ClientId, Message, Phase
+from fedkern.methods.protocol import ClientId, Message, Messages, Phase
 from fedkern.methods.roles import Client
 from fedkern.models.teacher_stack import TeacherStack
 
@@ -47,7 +47,7 @@ class Answers:
 
     # -- the three exchanges ---------------------------------------------------------------------------------------
 
-    def images(self, phase: Phase, iteration: int, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
+    def images(self, phase: Phase, iteration: int, messages: Messages) -> dict[ClientId, Message]:
         """Trains the discriminators on the images, then answers with logits and confidences.
 
         A client with shards trains one discriminator, which is public, and another one may serve the gradients, which
@@ -77,7 +77,7 @@ class Answers:
         self._pending = Pending(iteration, images, logits, realism)
         return self._answers(messages, logits.detach(), figures[1].detach())
 
-    def gradients(self, phase: Phase, messages: Mapping[ClientId, Message]) -> dict[ClientId, Message]:
+    def gradients(self, phase: Phase, messages: Messages) -> dict[ClientId, Message]:
         """Gradients with respect to the images: through the discriminator, and of the logits through the teacher.
 
         Both gradients are multiplied by B; the server divides their sum by B.  A cohort without privacy sums its
@@ -131,7 +131,7 @@ class Answers:
             total += u_t
         return {"gradients": message["share"] * total}
 
-    def _measure(self, phase: Phase, pending: Pending, messages: Mapping[ClientId, Message]) -> None:
+    def _measure(self, phase: Phase, pending: Pending, messages: Messages) -> None:
         """Reports the median norms of one client's rows, from which to choose the clipping norms of a private run.
 
         The clients take turns, one a round, in the last iteration in which the client trains a discriminator.  One
@@ -148,7 +148,7 @@ class Answers:
 
     @torch.no_grad()
     def distil(
-        self, phase: Phase, iteration: int, messages: Mapping[ClientId, Message], logits: Tensor | None = None
+        self, phase: Phase, iteration: int, messages: Messages, logits: Tensor | None = None
     ) -> dict[ClientId, Message]:
         """Answers with logits and confidences on the images that the student learns from.
 
@@ -168,9 +168,7 @@ class Answers:
     def _bring_training(self, phase: Phase, iteration: int) -> None:
         self.discriminators.bring(lambda client: private.training(client, phase.round, iteration, self.options))
 
-    def _answers(
-        self, messages: Mapping[ClientId, Message], logits: Tensor, scores: Tensor | None
-    ) -> dict[ClientId, Message]:
+    def _answers(self, messages: Messages, logits: Tensor, scores: Tensor | None) -> dict[ClientId, Message]:
         answers: dict[ClientId, Message] = {}
         for k in messages:
             slot = self.slots[k]

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
+from fedkern.methods.base import Messages
 from fedkern.methods.common.class_counts import class_counts
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, vectors
@@ -217,9 +218,7 @@ class FedIOD(Objective, OwnNetworks):
                 shop.keep()
                 show(server, shop.maker, self.settings, ensemble)
 
-    def _teach(
-        self, server: Server, shop: Workshop, phase: Phase, answers: Mapping[ClientId, Message]
-    ) -> Ensemble | None:
+    def _teach(self, server: Server, shop: Workshop, phase: Phase, answers: Messages) -> Ensemble | None:
         size = self.options.batch
         if self._generates:
             images = server.round_cache.pop("images", None)  # none before the student's first iteration
@@ -247,9 +246,7 @@ class FedIOD(Objective, OwnNetworks):
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         return self._update({client.id: client}, phase, {client.id: message})[client.id]
 
-    def cohort_update(
-        self, clients: Mapping[ClientId, Client], phase: Phase, messages: Mapping[ClientId, Message]
-    ) -> Mapping[ClientId, Message] | None:
+    def cohort_update(self, clients: Mapping[ClientId, Client], phase: Phase, messages: Messages) -> Messages | None:
         kind, number = parts(phase)
         if not (self.options.batched and self._generates) or kind not in ("images", "gradients", "distil"):
             return None
@@ -268,9 +265,7 @@ class FedIOD(Objective, OwnNetworks):
                 answers.update(alone[k].distil(phase, number, {k: messages[k]}, logits[i : i + 1]))
         return answers
 
-    def _update(
-        self, clients: Mapping[ClientId, Client], phase: Phase, messages: Mapping[ClientId, Message]
-    ) -> Mapping[ClientId, Message]:
+    def _update(self, clients: Mapping[ClientId, Client], phase: Phase, messages: Messages) -> Messages:
         kind, i = parts(phase)
         if kind == "secret":
             for client in clients.values():

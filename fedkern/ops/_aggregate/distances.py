@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -330,13 +329,8 @@ def _median_from_distances(
 
 
 def _weiszfeld(
-    products: np.ndarray[Any, Any],
-    weights: np.ndarray[Any, Any],
-    shares: np.ndarray[Any, Any],
-    iterations: int,
-    least: float,
-    smoothing: float,
-) -> np.ndarray[Any, Any]:
+    products: np.ndarray, weights: np.ndarray, shares: np.ndarray, iterations: int, least: float, smoothing: float
+) -> np.ndarray:
     """Final shares of the iterations, from :func:`_products`; in NumPy, whose calls cost less.
 
     They end with a step no longer than ``least``.

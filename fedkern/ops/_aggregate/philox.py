@@ -33,12 +33,7 @@ def philox(counter: Tensor, seed: int, high: int = 0) -> tuple[Tensor, Tensor, T
     for _ in range(10):
         # The int64 product wraps modulo 2^64: its bits, and so both 32-bit halves, are those of the unsigned product.
         one, two = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((two >> 32) & _LOW) ^ c1 ^ k0,
-            two & _LOW,
-            ((one >> 32) & _LOW) ^ c3 ^ k1,
-            one & _LOW,
-        )
+        c0, c1, c2, c3 = (((two >> 32) & _LOW) ^ c1 ^ k0, two & _LOW, ((one >> 32) & _LOW) ^ c3 ^ k1, one & _LOW)
         k0, k1 = (k0 + WEYL[0]) & _LOW, (k1 + WEYL[1]) & _LOW
     return c0, c1, c2, c3
 

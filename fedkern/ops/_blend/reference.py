@@ -49,11 +49,7 @@ def per_sample(alpha: Tensor, like: Tensor) -> Tensor:
 
 
 def backward_reference(
-    grad: Tensor,
-    foreground: Tensor | None,
-    background: Tensor | None,
-    call: BlendCall,
-    needs: tuple[bool, ...],
+    grad: Tensor, foreground: Tensor | None, background: Tensor | None, call: BlendCall, needs: tuple[bool, ...]
 ) -> Gradients:
     alpha, value, index, background_rows = call
     dtype, grad = grad.dtype, wide(grad)

@@ -12,14 +12,7 @@ from torch import Tensor
 from fedkern.ops._core.backend import select
 from fedkern.ops._distill.checks import check_values
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
-from fedkern.ops._distill.kernels import (
-    DistillKernels,
-    Divergence,
-    Ensemble,
-    consensus_call,
-    entropy_call,
-    js_call,
-)
+from fedkern.ops._distill.kernels import DistillKernels, Divergence, Ensemble, consensus_call, entropy_call, js_call
 from fedkern.ops._distill.library import Loss, Optionals, define, fold_rows, fold_stack, fold_tensors
 from fedkern.ops._distill.reference import divergence_reference, entropy_rows_reference, is_flat, result_dtype
 

@@ -137,12 +137,7 @@ class TritonDistill(DistillKernels):
         return raw.view(-1) / call.temperature**2
 
     def _entropy(
-        self,
-        grad: Tensor | None,
-        logits: Tensor,
-        reduction: int,
-        gradient: Tensor | None,
-        result: Tensor | None,
+        self, grad: Tensor | None, logits: Tensor, reduction: int, gradient: Tensor | None, result: Tensor | None
     ) -> None:
         rows, compute, device = row_count(logits), compute_dtype(logits.dtype), logits.device
         if not rows:

@@ -48,12 +48,7 @@ class Mixture(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        grad: Tensor | None,
-        student: Tensor,
-        call: Ensemble,
-        gradients: Gradients,
-        result: Tensor | None,
+        cls, grad: Tensor | None, student: Tensor, call: Ensemble, gradients: Gradients, result: Tensor | None
     ) -> Mixture:
         """The launch of a call that has at least one row; ``student`` is the call's."""
         _, teachers, weights, class_mask, _, _, _, reduction = call
