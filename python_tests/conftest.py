@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,6 +111,20 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         raise NotPortable("what a test trains")
 
     monkeypatch.setattr("fedkern.engine.executors.choice.check_portable", refuse)
+
+
+@pytest.fixture
+def refuses(tmp_path: Path) -> Callable[..., AbstractContextManager[Any]]:
+    """The context of a call that ends in a sentence before anything is written to its folder."""
+    from fedkern.errors import UserError
+
+    @contextmanager
+    def refuses(sentence: str, folder: str = "run") -> Iterator[Any]:
+        with pytest.raises(UserError, match=sentence) as error:
+            yield error
+        assert not (tmp_path / folder).exists()
+
+    return refuses
 
 
 @contextmanager

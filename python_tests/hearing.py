@@ -4,9 +4,13 @@ from fedkern.listeners import Listener
 
 
 class Hearing(Listener):
-    """Keeps facts about the run, notices, warnings, participants of every round, records and the summary."""
+    """Keeps facts about the run, notices, warnings, participants of every round, records and the summary.
 
-    def __init__(self):
+    Functions by the names of hooks take the place of the hooks.
+    """
+
+    def __init__(self, **hooks):
+        self.__dict__.update(hooks)
         self.info, self.notices, self.told, self.drawn, self.records, self.summary = None, [], [], [], [], None
 
     @property

@@ -16,6 +16,7 @@ from fedkern.listeners import Listener
 from fedkern.report.figures import curves
 from fedkern.run import main
 from fedkern.usercode import plugins
+from python_tests.hearing import Hearing
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/python.md").read_text(), re.DOTALL)
 TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
@@ -138,17 +139,11 @@ def test_the_method_of_a_plugin_runs():
 
 
 def test_events_reach_a_listener():
-    class Counting(Listener):
-        rounds = 0
-
-        def on_round(self, record):
-            self.rounds += 1
-
-    counting = Counting()
-    fedkern.simulate("fedavg", rounds=2, out="run", listener=[counting, Listener()], **TINY)
-    assert counting.rounds == 2
-    fedkern.load("run").extend(3, progress=False, workers=1, listener=counting, pictures=False)
-    assert counting.rounds == 3
+    heard = Hearing()
+    fedkern.simulate("fedavg", rounds=2, out="run", listener=[heard, Listener()], **TINY)
+    assert len(heard.records) == 2
+    fedkern.load("run").extend(3, progress=False, workers=1, listener=heard, pictures=False)
+    assert len(heard.records) == 3
 
 
 def test_the_pictures_are_drawn_at_the_end(monkeypatch, capsys):

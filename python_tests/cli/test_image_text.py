@@ -18,19 +18,24 @@ def test_a_batch_of_a_single_pair(method, fails):
     assert not Path("run").exists()
 
 
-@pytest.mark.parametrize("model", ["resnet8", "cnn"])  # the second is the default where there is a choice
-def test_a_network_that_image_text_data_do_not_have(model, fails):
-    sentence = fails("feddra", *TINY, "--model", model, "--out", "run")
-    assert f'--model {model} has no effect on the data set "captions"' in sentence
-    assert "--image-encoder and --text-encoder" in sentence
-    assert not Path("run").exists()
-
-
-@pytest.mark.parametrize(("flag", "value"), [("--image-encoder", "vit"), ("--text-encoder", "words")])
-def test_encoders_of_data_without_texts(flag, value, fails):
-    sentence = fails("fedavg", "--data", "digits", flag, value, "--out", "run")
-    assert f"{flag} {value} is for image-text data (captions, pairs)" in sentence
-    assert "--model" in sentence
+@pytest.mark.parametrize(
+    ("words", "said", "other"),
+    [  # the second network is the default where there is a choice
+        *(
+            (("feddra", *TINY, "--model", model), 'no effect on the data set "captions"', "--image-encoder and --text-")
+            for model in ("resnet8", "cnn")
+        ),
+        *(
+            (("fedavg", "--data", "digits", flag, value), "is for image-text data (captions, pairs)", "--model")
+            for flag, value in (("--image-encoder", "vit"), ("--text-encoder", "words"))
+        ),
+    ],
+)
+def test_networks_that_the_data_do_not_have(words, said, other, fails):
+    sentence = fails(*words, "--out", "run")
+    assert " ".join(words[-2:]) in sentence
+    assert said in sentence
+    assert other in sentence
     assert not Path("run").exists()
 
 

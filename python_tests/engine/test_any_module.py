@@ -13,9 +13,9 @@ from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
-from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg, Method, Objective, Phase, Round, register
 from fedkern.methods.uploads import Number, like
+from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, check_interruption
 
 PHASE = Phase(0, "train", "update")
@@ -101,16 +101,9 @@ def make(make_config, **settings):
 
 def test_a_plan_of_levels_is_recorded_level_by_level(stack, data, make_config, tmp_path):
     names = []
-
-    class Names(Listener):
-        def on_start(self, run):
-            names.append(tuple(entry.name for entry in run.rounds))
-
-        def on_round_start(self, round, name, participants):
-            names.append(name)
-
-    summary = run(make(make_config), out=tmp_path, data=data, listener=Names())
-    assert names == [("level 1", "level 2"), "level 1", "level 2"]
+    heard = Hearing(on_round_start=lambda round, name, participants: names.append(name))
+    summary = run(make(make_config), out=tmp_path, data=data, listener=heard)
+    assert [entry.name for entry in heard.info.rounds] == names == ["level 1", "level 2"]
     records = read_metrics(tmp_path)
     assert [record["name"] for record in records] == ["level 1", "level 2"]
     assert records[0]["round_bytes_down"] == 0 < records[0]["round_bytes_up"] == records[1]["round_bytes_down"] + 3 * 8

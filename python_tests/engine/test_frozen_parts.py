@@ -136,10 +136,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("settings", "said"), WRONG.values(), ids=WRONG)
-def test_what_cannot_be_frozen_is_said_first(make_data, tmp_path, settings, said):
-    with pytest.raises(UserError, match=said):
+def test_what_cannot_be_frozen_is_said_first(make_data, refuses, tmp_path, settings, said):
+    with refuses(said):
         played(tmp_path / "run", made(freeze=False), make_data, **settings)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_frozen_module_trains_nothing(make_data, tmp_path):

@@ -29,6 +29,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.settings.run_format import FORMAT
 from fedkern.settings.stored import load_settings
+from python_tests.hearing import Hearing
 from python_tests.interrupted import (
     KillAt,
     check_interruption,
@@ -185,16 +186,12 @@ def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkey
     running, kept = [], []
     play = Loop.play
     monkeypatch.setattr(Loop, "play", lambda self: (running.append(self), play(self))[1])
-
-    class Prepared(Listener):
-        def on_round(self, record):
-            kept.append(len(running[-1]._context._clients))
-
-    run(config, out=tmp_path / "all", data=data, listener=Prepared())
+    prepared = Hearing(on_round=lambda record: kept.append(len(running[-1]._context._clients)))
+    run(config, out=tmp_path / "all", data=data, listener=prepared)
     assert max(kept) > 12
     kept.clear()
     monkeypatch.setattr(context, "PREPARED", 2)
-    run(config, out=tmp_path / "few", data=data, listener=Prepared())
+    run(config, out=tmp_path / "few", data=data, listener=prepared)
     assert max(kept) == 10  # the clients of ten rounds
     assert outcome(tmp_path / "few") == outcome(tmp_path / "all")
 

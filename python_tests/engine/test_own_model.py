@@ -173,12 +173,11 @@ def test_every_method_trains_it_or_says_what_it_needs(method, make_small, tmp_pa
         ("moon", RAW, rf"moon needs a linear layer .* which the network {RAW} has not: .* fedavg, "),
     ],
 )
-def test_a_method_that_needs_more(method, model, said, own, make_data, tmp_path):
+def test_a_method_that_needs_more(method, model, said, own, make_data, refuses, tmp_path):
     settings = {"rounds": None} if METHODS[method].one_shot else {}
-    with pytest.raises(UserError, match=said) as error:
+    with refuses(said) as error:
         run(own(method, model=model, **settings), out=tmp_path / "run", data=make_data())
     assert "fedgid, " not in str(error.value).partition("methods that can use it")[2]
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.sampled(1)
@@ -293,10 +292,9 @@ def test_other_initial_weights_are_said(make_config, make_data, tmp_path):
 @pytest.mark.parametrize(
     ("module", "said"), [(Plain().half(), "in float16: only float32"), (3, "model must be an nn.Module, a class")]
 )
-def test_what_is_no_module_to_train(module, said, make_config, make_data, tmp_path):
-    with pytest.raises(UserError, match=said):
+def test_what_is_no_module_to_train(module, said, make_config, make_data, refuses, tmp_path):
+    with refuses(said):
         run(make_config(), out=tmp_path / "run", data=make_data(), script=ScriptObjects(module))
-    assert not (tmp_path / "run").exists()
 
 
 # -- code ----------------------------------------------------------------------------------------------------------
@@ -333,7 +331,7 @@ def test_a_file_that_has_changed(file, own, make_data, tmp_path):
     assert re.search("goes on with the network .*networks.py:Staged as it is now", warning)
 
 
-def test_a_registered_name(own, make_data, tmp_path):
+def test_a_registered_name(own, make_data, refuses, tmp_path):
     register_model("mine")(Staged)
     try:
         run(own(model="mine"), out=tmp_path / "run", data=make_data())
@@ -344,9 +342,8 @@ def test_a_registered_name(own, make_data, tmp_path):
         del MODELS["mine"]
     with pytest.raises(UserError, match='there is no model "mine"'):
         run(own(model="mine"), out=tmp_path / "other", data=make_data())
-    with pytest.raises(UserError, match=r"python_tests.own_networks:Staged is code: register that network"):
+    with refuses(r"python_tests.own_networks:Staged is code: register that network", "other"):
         run(own("ensemble", **ONESHOT, options={"models": STAGED}), out=tmp_path / "other", data=make_data())
-    assert not (tmp_path / "other").exists()
 
 
 # -- workers -------------------------------------------------------------------------------------------------------
@@ -420,7 +417,7 @@ def test_a_run_goes_on_from_another_runs_folder(make_config, make_data, tmp_path
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "file")
 
 
-def test_a_folder_that_has_no_network_to_begin_with(make_config, make_data, tmp_path):
+def test_a_folder_that_has_no_network_to_begin_with(make_config, make_data, refuses, tmp_path):
     data = make_data()
     killed(make_config(rounds=3), out=tmp_path / "cut", data=data, at=KillAt("round", 1))
     for init, config, said in (
@@ -430,9 +427,8 @@ def test_a_folder_that_has_no_network_to_begin_with(make_config, make_data, tmp_
     ):
         if init == "done":
             run(make_config(), out=tmp_path / "done", data=data)
-        with pytest.raises(UserError, match=said):
+        with refuses(said):
             run(make_config(init=str(tmp_path / init), **config), out=tmp_path / "run", data=data)
-        assert not (tmp_path / "run").exists()
     config = load_settings(tmp_path / "done")
     killed(config, out=tmp_path / "done", data=data, at=KillAt("round-start"), resume=True, rounds=9)
     with pytest.raises(UserError, match="not finished"):
@@ -449,13 +445,12 @@ def test_a_folder_that_has_no_network_to_begin_with(make_config, make_data, tmp_
         (lambda t: t.update({"0.bias": torch.zeros(4, dtype=torch.int32)}), "its 0.bias is torch.int32"),
     ],
 )
-def test_weights_of_another_network(change, said, weights, own, make_data, tmp_path):
+def test_weights_of_another_network(change, said, weights, own, make_data, refuses, tmp_path):
     tensors = load_file(weights)
     change(tensors)
     save_file(tensors, weights)
-    with pytest.raises(UserError, match=said):
+    with refuses(said):
         run(own(init=str(weights)), out=tmp_path / "run", data=make_data())
-    assert not (tmp_path / "run").exists()
 
 
 # -- what is already there -----------------------------------------------------------------------------------------
@@ -490,11 +485,10 @@ def test_a_start_from_a_file_or_a_module(suffix, own, make_data, tmp_path):
             fedkern.load(moved, data=memory, trusted=[STAGED]).extend(3, progress=False)
 
 
-def test_a_module_as_start_hides_no_setting_without_effect(make_data, tmp_path):
+def test_a_module_as_start_hides_no_setting_without_effect(make_data, refuses, tmp_path):
     memory = dataclasses.replace(make_data(), name="digits")
-    with pytest.raises(UserError, match="lr_step_factor has no effect without lr_steps"):
+    with refuses("lr_step_factor has no effect without lr_steps"):
         fedkern.simulate("fedavg", data=memory, model=STAGED, init=Staged(), lr_step_factor=0.5, out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_wrapped_module_is_the_run_s_network(make_data, tmp_path):
@@ -522,13 +516,12 @@ def test_a_run_takes_an_accelerated_network_as_it_is_written(make_data, make_con
     assert any("_conv_forward" in vars(layer) for layer in network.modules())
 
 
-def test_a_partial_start_lists_what_does_not_fit(own, make_data, tmp_path):
+def test_a_partial_start_lists_what_does_not_fit(own, make_data, refuses, tmp_path):
     torch.manual_seed(5)
     big = Staged(classes=7)
     torch.save({**big.state_dict(), "extra": torch.zeros(2)}, tmp_path / "big.pt")
-    with pytest.raises(UserError, match=r"not \[3, 6\]; --init-partial takes what fits\.$"):
+    with refuses(r"not \[3, 6\]; --init-partial takes what fits\.$", "no"):
         run(own(init=str(tmp_path / "big.pt")), out=tmp_path / "no", data=make_data())
-    assert not (tmp_path / "no").exists()
     told, out = Hearing(), tmp_path / "run"
     frozen = own(init=str(tmp_path / "big.pt"), init_partial=True, freeze="0.*,1.*,4.*")
     run(frozen, out=out, data=make_data(), listener=told)

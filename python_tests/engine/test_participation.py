@@ -181,11 +181,10 @@ def test_a_slow_client_does_a_part_of_its_steps(make_data, make_config, tmp_path
     assert told == {k: shares[0, n] for k, n in enumerate(SIZES)}
 
 
-def test_a_rule_that_a_thinned_round_is_too_small_for_is_refused_at_once(make_data, make_config, tmp_path):
+def test_a_rule_that_a_thinned_round_is_too_small_for_is_refused_at_once(make_data, make_config, refuses, tmp_path):
     config = make_config("fedavg", clients=4, rounds=9, dropout_rate=0.5, aggregator="krum:byzantine=1,keep=1")
-    with pytest.raises(UserError, match=r"cannot combine [12] uploads"):
+    with refuses(r"cannot combine [12] uploads"):
         run(config, out=tmp_path / "run", data=make_data(SIZES))
-    assert not (tmp_path / "run").exists()
 
 
 def test_slow_clients_with_an_epsilon_are_refused(monkeypatch):

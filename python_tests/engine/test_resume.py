@@ -154,19 +154,15 @@ def test_other_settings_are_refused_and_named(make_data, make_config, tmp_path):
             run(config.replace(**change), out=tmp_path, resume=True, data=make_data())
 
 
-def test_other_data_are_refused(make_data, make_config, tmp_path):
-    killed(make_config(), out=tmp_path, data=make_data(), at=KillAt("client", 4))
-    with pytest.raises(UserError, match="data are not those"):
-        run(make_config(), out=tmp_path, resume=True, data=make_data(seed=1))
-
-
 def test_not_a_run_folder(make_config, tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         run(make_config(), out=tmp_path, resume=True)
 
 
-def test_damaged_manifest_is_one_sentence(make_data, make_config, tmp_path):
+def test_other_data_and_a_damaged_manifest_are_one_sentence(make_data, make_config, tmp_path):
     killed(make_config(), out=tmp_path, data=make_data(), at=KillAt("client", 4))
+    with pytest.raises(UserError, match="data are not those"):
+        run(make_config(), out=tmp_path, resume=True, data=make_data(seed=1))
     (tmp_path / "checkpoints" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         run(make_config(), out=tmp_path, resume=True, data=make_data())
@@ -175,14 +171,10 @@ def test_damaged_manifest_is_one_sentence(make_data, make_config, tmp_path):
 def test_thread_count_is_stored_restored_and_given_back(make_data, make_config, tmp_path):
     before = torch.get_num_threads()
     seen = []
-
-    class Threads(Listener):
-        def on_client(self, *_):
-            seen.append(torch.get_num_threads())
-
+    heard = Hearing(on_client=lambda *_: seen.append(torch.get_num_threads()))
     torch.set_num_threads(1)
     try:
-        run(make_config(threads=2, rounds=1, batch_size=20), out=tmp_path, data=make_data(), listener=Threads())
+        run(make_config(threads=2, rounds=1, batch_size=20), out=tmp_path, data=make_data(), listener=heard)
         assert set(seen) == {2}
         assert torch.get_num_threads() == 1
         assert load_settings(tmp_path).threads == 2
@@ -244,13 +236,10 @@ def test_processes_really_killed(make_data, tmp_path):
 
 
 def test_sigterm_is_an_interrupt_of_its_own(make_data, make_config, tmp_path):
-    class Suicide(Listener):
-        def on_client(self, round, client, info):
-            os.kill(os.getpid(), signal.SIGTERM)
-
+    deadly = Hearing(on_client=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated) as caught:
-        run(make_config(), out=tmp_path, data=make_data(), listener=Suicide())
+        run(make_config(), out=tmp_path, data=make_data(), listener=deadly)
     assert isinstance(caught.value, KeyboardInterrupt)
     assert signal.getsignal(signal.SIGTERM) == handler
 

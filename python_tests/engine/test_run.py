@@ -97,15 +97,14 @@ def test_shared_backgrounds_are_booked_as_one_off(make_data, make_config, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["validation", "test", "balanced", "worst_client"])
-def test_a_set_whose_name_means_something_begins_no_run(name, make_data, make_config, tmp_path):
+def test_a_set_whose_name_means_something_begins_no_run(name, make_data, make_config, refuses, tmp_path):
     data = make_data(two_tests=False)
-    with pytest.raises(UserError, match=f'The test set "{name}" cannot have this name'):
+    with refuses(f'The test set "{name}" cannot have this name'):
         run(
             make_config("fedavg"),
             out=tmp_path / "run",
             data=dataclasses.replace(data, tests={**data.tests, name: data.tests[""]}),
         )
-    assert not (tmp_path / "run").exists()
 
 
 def test_adding_a_client_changes_no_other_clients_draws(make_data, make_config, tmp_path, monkeypatch):
@@ -197,16 +196,14 @@ def test_a_detector_runs_on_the_device_of_the_run(make_config, monkeypatch):
     assert load_data(config, masks=False).clients[0].masks is None
 
 
-def test_empty_client_is_named(make_data, make_config, tmp_path):
-    with pytest.raises(UserError, match="Client 1 has no training samples"):
+def test_empty_client_is_named(make_data, make_config, refuses, tmp_path):
+    with refuses("Client 1 has no training samples"):
         run(make_config(), out=tmp_path / "run", data=make_data(sizes=(5, 0, 5)))
-    assert not (tmp_path / "run").exists()
 
 
-def test_no_masks_is_said_in_one_sentence(make_data, make_config, tmp_path):
-    with pytest.raises(UserError, match="has no masks"):
+def test_no_masks_is_said_in_one_sentence(make_data, make_config, refuses, tmp_path):
+    with refuses("has no masks"):
         run(make_config("fedgid"), out=tmp_path / "run", data=make_data(masked=False))
-    assert not (tmp_path / "run").exists()
     run(make_config("fedgid", options={"intervention": False}), out=tmp_path / "gd", data=make_data(masked=False))
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,35 +35,19 @@ TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 2, 
 
 
 @contextmanager
-def dtype(value):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(value)
+def holding(name, value):
+    """Set a mode of torch inside, and check that the block leaves the mode as it was."""
+    get, put = getattr(torch, f"get_{name}"), getattr(torch, f"set_{name}")
+    before = None if name == "default_device" else get()
+    put(value)
     try:
         yield
-        assert torch.get_default_dtype() == value
+        assert get() == value
     finally:
-        torch.set_default_dtype(before)
+        put(before)
 
 
-@contextmanager
-def device(value):
-    torch.set_default_device(value)
-    try:
-        yield
-        assert torch.get_default_device() == torch.device(value)
-    finally:
-        torch.set_default_device(None)
-
-
-@contextmanager
-def matmul(value):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(value)
-    try:
-        yield
-        assert torch.get_float32_matmul_precision() == value
-    finally:
-        torch.set_float32_matmul_precision(before)
+dtype, META = partial(holding, "default_dtype"), torch.device("meta")
 
 
 @contextmanager
@@ -82,11 +67,11 @@ def inference():
 MODES = {
     "float64": lambda: dtype(torch.float64),
     "bfloat16": lambda: dtype(torch.bfloat16),
-    "default device meta": lambda: device("meta"),
-    "block on device meta": lambda: torch.device("meta"),
+    "default device meta": lambda: holding("default_device", META),
+    "block on device meta": lambda: META,
     "no gradients": no_gradients,
     "inference mode": inference,
-    "matrix products in bf16": lambda: matmul("medium"),
+    "matrix products in bf16": lambda: holding("float32_matmul_precision", "medium"),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
 }
 
@@ -216,7 +201,7 @@ def test_a_finished_run_is_used_as_ever(use, mode, plain, tmp_path, request):
 
 
 def test_a_failed_run_puts_the_settings_back(tmp_path):
-    with dtype(torch.float64), device("meta"), pytest.raises(fedkern.UserError):
+    with dtype(torch.float64), holding("default_device", META), pytest.raises(fedkern.UserError):
         fedkern.simulate("fedavg", out=tmp_path / "run", **{**TINY, "train_samples": 10_000_000})
 
 

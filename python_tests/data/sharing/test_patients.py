@@ -15,10 +15,10 @@ from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.errors import UserError
-from fedkern.listeners import Listener
 from fedkern.methods import FedDRA
 from fedkern.methods.fediod import local_teachers
 from fedkern.settings.config import RunConfig
+from python_tests.hearing import Hearing
 
 PARTITIONS = ["iid", "stratified", "dirichlet:0.5:min=2", "classes:1"]
 EACH = 5  # images of a patient
@@ -163,18 +163,13 @@ def test_the_tables_own_clients_and_splits_are_kept(tmp_path):
 def test_a_run_says_who_is_both_held_out_and_trained_on(settings, told, tmp_path):
     """Patients who were at both hospitals."""
     path = write(tmp_path, header=",client", cell=lambda i: f",{'AB'[i // 75]}")
-    said = []
-
-    class Told(Listener):
-        def on_notice(self, text):
-            said.append(text)
-
+    heard = Hearing()
     options = {"size": 8, "colour": "grey"}
     config = RunConfig.make(
         "fedavg", data="csv", data_root=str(path), rounds=1, model="mlp", data_options=options, **settings
     )
-    run(config, out=tmp_path / "run", listener=Told())
-    found = [text for text in said if text.startswith("Patients")]
+    run(config, out=tmp_path / "run", listener=heard)
+    found = [text for text in heard.notices if text.startswith("Patients")]
     assert len(found) == len(told)
     for text, part in zip(found, told, strict=True):
         counts = re.match(rf"Patients whose images are trained on are also in {part} \((\d+) of (\d+)\), so that", text)

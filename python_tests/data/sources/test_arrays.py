@@ -58,6 +58,7 @@ def test_columns_are_labels(dtype):
             r"labels: expected uint8 \[2, 2\], got uint8 \[3, 2\]",
         ),
         ({"test": (np.zeros((2, 4, 4), np.uint8), [[0, 1, 1]] * 2)}, "test: labels must have 2 columns .* but have 3"),
+        ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0], [1]])]}, "two or more columns, but have 1: give labels"),
         ({"test": (np.zeros((2, 4, 4), np.uint8), [0, 1])}, "labels 2 axes like the first client's"),
         ({"test": (np.zeros((2, 4, 4), np.uint8), ["a", "b"])}, "the test set: expected numbers, given <U1"),
         ({"test": ([None, None], [0, 1])}, "the test set: expected numbers, given object"),
@@ -131,12 +132,6 @@ def test_pixels_that_hold_no_class_numbers_are_refused(values, where):
     assert FederatedData.from_arrays([pairs["clients"]], pairs["test"], classes=names).classes == tuple(names)
 
 
-def test_a_single_column_is_a_class():
-    own = np.zeros((2, 4, 4), np.uint8), [[0], [1]]
-    with pytest.raises(fedkern.UserError, match=r"two or more columns, but have 1: give labels \[n\]"):
-        FederatedData.from_arrays([own], own)
-
-
 @pytest.mark.parametrize("method", ["afl", pytest.param("fedavg", marks=pytest.mark.exhaustive)])
 def test_a_run_learns_every_label(tmp_path, method):
     run = fedkern.simulate(method, data=sites(), rounds=8, local_epochs=4, lr=0.1, out=tmp_path / "run", **SMALL)
@@ -151,10 +146,9 @@ def test_a_run_learns_every_label(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["fedgid", "fediod", "ensemble", "moon"])
-def test_methods_for_single_classes_say_so(tmp_path, method):
-    with pytest.raises(fedkern.UserError, match=f"{method} is for classification.*, but .* is for multilabel"):
+def test_methods_for_single_classes_say_so(refuses, tmp_path, method):
+    with refuses(f"{method} is for classification.*, but .* is for multilabel"):
         fedkern.simulate(method, data=sites(), out=tmp_path / "run", **{**SMALL, "model": "cnn"})
-    assert not (tmp_path / "run").exists()
 
 
 def classified(n):

@@ -61,8 +61,10 @@ def test_empty_root_says_where_it_looked(tmp_path: Path) -> None:
 def test_one_missing_file_is_named(tmp_path: Path, write_idx, name: str) -> None:
     write_idx(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(UserError, match=rf"{name}.*is missing"):
-        load("mnist", root=tmp_path, clients=2)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{name}.*is missing"):
+            load("mnist", root=tmp_path, clients=2)
+        (tmp_path / name).mkdir(exist_ok=True)  # a folder in its place
 
 
 FULL = 16 + 120 * 784
@@ -103,14 +105,6 @@ def test_damaged_gzip(tmp_path: Path, write_idx) -> None:
     path = tmp_path / f"{TRAIN_IMAGES}.gz"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=rf"{TRAIN_IMAGES}.gz is not a complete gzip file"):
-        load("mnist", root=tmp_path, clients=2)
-
-
-def test_a_folder_in_place_of_a_file(tmp_path: Path, write_idx) -> None:
-    write_idx(tmp_path)
-    (tmp_path / TRAIN_IMAGES).unlink()
-    (tmp_path / TRAIN_IMAGES).mkdir()
-    with pytest.raises(UserError, match=rf"{TRAIN_IMAGES}.*is missing"):
         load("mnist", root=tmp_path, clients=2)
 
 

@@ -64,15 +64,14 @@ def test_a_window_of_every_image(tmp_path):
     assert set((drawn * data.form.std[0] + data.form.mean[0]).mul(255).round()[:, 0, 0, 0].tolist()) == set(range(9))
 
 
-def test_a_window_is_no_larger_than_the_image(tmp_path):
+def test_a_window_is_no_larger_than_the_image(refuses, tmp_path):
     picture(tmp_path / "a.png", 1)
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(UserError, match='data set "pairs": crop is 32, more than size, 16'):
         open_set("pairs", tmp_path, crop=32)
     config = RunConfig.make("feddra", data="captions", augment="window", train_samples=24)
-    with pytest.raises(UserError, match=r"--augment window draws the place of a window .* crop=N"):
+    with refuses(r"--augment window draws the place of a window .* crop=N"):
         run(config, out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 # images with a text beside them

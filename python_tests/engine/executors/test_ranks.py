@@ -236,38 +236,21 @@ def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_an_error_on_a_rank_is_one_sentence(tmp_path):
+def test_an_error_is_one_sentence_of_rank_0(tmp_path):
     (tmp_path / "raising.py").write_text(RAISING)
-    words = ("raising", "--plugin", tmp_path / "raising.py", "--data", "digits", *SMALL, "--out", tmp_path / "ranks")
-    first, second = ended(started(words, words))
-    assert (first[0], second[0]) == (1, 1)
-    assert first[2].count("error: ") == 1
-    assert "error: Client 1 failed in round 1: ZeroDivisionError: nothing to divide by" in first[2]
-    assert second[1:] == ("", "")
-    assert not (tmp_path / "ranks").exists()
-
-
-@pytest.mark.exhaustive
-def test_an_error_before_the_run_is_one_sentence(tmp_path):
-    words = ("fedavg", "--data", "cifar10", "--data-root", tmp_path / "nothing", "--out", tmp_path / "ranks")
-    first, second = ended(started(words, words))
-    assert (first[0], second[0]) == (2, 2)
-    assert first[2].count("error: ") == 1
-    assert second[2] == ""
-    first, second = ended(started(("fedavg", "--ranks", "2"), ("fedavg", "--ranks", "2")))
-    assert (first[0], second[0]) == (2, 2)
-    assert first[2].startswith('error: Unknown flag "--ranks"')
-    assert second[2] == ""
-
-
-@pytest.mark.exhaustive
-def test_ranks_with_other_arguments(tmp_path):
-    words = ("fedavg", "--data", "digits", *SMALL, "--out", tmp_path / "ranks")
-    first, second = ended(started(words, (*words, "--seed", "1")))
-    assert (first[0], second[0]) == (2, 2)
-    assert first[2].startswith("error: Rank 1 was started with other arguments than rank 0 (fedavg --data digits")
-    assert second[2] == ""
-    assert not (tmp_path / "ranks").exists()
+    out, digits = ("--out", tmp_path / "ranks"), ("fedavg", "--data", "digits", *SMALL)
+    raising = ("raising", "--plugin", tmp_path / "raising.py", *digits[1:], *out)
+    for words, more, code, sentence in (
+        (raising, (), 1, "error: Client 1 failed in round 1: ZeroDivisionError: nothing to divide by"),
+        (("fedavg", "--data", "cifar10", "--data-root", tmp_path / "nothing", *out), (), 2, "error: "),
+        (("fedavg", "--ranks", "2"), (), 2, 'error: Unknown flag "--ranks"'),
+        ((*digits, *out), ("--seed", "1"), 2, "error: Rank 1 was started with other arguments than rank 0 (fedavg --"),
+    ):
+        first, second = ended(started(words, (*words, *more)))
+        assert (first[0], second) == (code, (code, "", ""))
+        assert first[2].count("error: ") == 1
+        assert sentence in first[2]
+        assert not (tmp_path / "ranks").exists()
 
 
 @pytest.mark.exhaustive

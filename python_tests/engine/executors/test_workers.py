@@ -31,6 +31,7 @@ from fedkern.process import machine
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 from python_tests import worker_methods
+from python_tests.hearing import Hearing
 from python_tests.interrupted import Kill, KillAt, outcome, without
 from python_tests.smallest import SETTINGS
 
@@ -228,16 +229,11 @@ def test_what_cannot_be_sent_out_stays(make_data, make_config, tmp_path, monkeyp
 def test_clients_tell(make_data, make_config, tmp_path, monkeypatch, processes):
     """Diagnostics are those of the first client in order, notices arrive."""
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Telling)
-    heard = []
-
-    class Hears(Listener):
-        def on_notice(self, text):
-            heard.append(text)
-
-    serial, side_by_side = compared(make_config(), make_data(), tmp_path, Hears())
+    heard = Hearing()
+    serial, side_by_side = compared(make_config(), make_data(), tmp_path, heard)
     assert side_by_side == serial
     assert side_by_side[2]["diagnostics"]["one-name"] == "client 0 warned first"
-    assert sorted(heard) == sorted(2 * [f"client {k} is at work" for k in range(3)])
+    assert sorted(heard.notices) == sorted(2 * [f"client {k} is at work" for k in range(3)])
     assert len(processes) == 2
 
 
@@ -245,18 +241,10 @@ def test_clients_tell(make_data, make_config, tmp_path, monkeypatch, processes):
 def test_a_notice_that_was_kept(make_data, make_config, tmp_path, monkeypatch, processes):
     """A method that keeps ``notice`` where it starts can be sent to workers, whatever listens, and is heard there."""
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Keeping)
-    heard = []
-
-    class Hears(Listener):
-        def __init__(self):
-            self.lock = threading.RLock()
-
-        def on_notice(self, text):
-            heard.append(text)
-
-    run(make_config(workers="2", rounds=1), out=tmp_path / "run", data=make_data(), listener=Hears())
+    heard = Hearing(lock=threading.RLock())
+    run(make_config(workers="2", rounds=1), out=tmp_path / "run", data=make_data(), listener=heard)
     assert len(processes) == 2
-    assert sorted(heard) == ["client 0", "client 1", "client 2"]
+    assert sorted(heard.notices) == ["client 0", "client 1", "client 2"]
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -534,14 +522,13 @@ def test_open_files_do_not_follow_the_clients(method, make_data, make_config, tm
     clients, open_files = 130, []
     data = make_data(sizes=(2,) * clients)
 
-    class Count(Listener):
-        def on_client(self, *_):
-            for process in (os.getpid(), *processes):
-                open_files.append(len([*Path(f"/proc/{process}/fd").iterdir()]))
+    def count(*_):
+        for process in (os.getpid(), *processes):
+            open_files.append(len([*Path(f"/proc/{process}/fd").iterdir()]))
 
     config = make_config(method, rounds=1, local_epochs=1)
     run(config, out=tmp_path / "one", data=data)
-    run(config.replace(workers="2"), out=tmp_path / "two", data=data, listener=Count())
+    run(config.replace(workers="2"), out=tmp_path / "two", data=data, listener=Hearing(on_client=count))
     assert len(processes) == 2
     assert len(open_files) > clients
     assert max(open_files) < 64 + 60

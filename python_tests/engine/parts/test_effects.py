@@ -152,13 +152,12 @@ def test_settings_that_nothing_uses_are_refused(method, settings, refused, data,
 
 
 @pytest.mark.usefixtures("forked_workers")
-def test_marks_travel_from_workers(data, tmp_path, processes):
+def test_marks_travel_from_workers(data, refuses, tmp_path, processes):
     how = {"data": data, "workers": 2, **TINY}
     fedkern.simulate(Reading, lr=0.1, batch_size=4, local_epochs=2, out=tmp_path / "reads", **how)
-    with pytest.raises(UserError, match=r"^lr has no effect on Loop"):
+    with refuses(r"^lr has no effect on Loop"):
         fedkern.simulate(Loop, lr=0.1, batch_size=4, out=tmp_path / "run", **how)
     assert len(processes) == 4
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_train_function_is_named_and_its_way_out(data, tmp_path):

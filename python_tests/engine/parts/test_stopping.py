@@ -204,13 +204,12 @@ def test_a_lost_network_of_the_best_round_is_named(data, make_config, tmp_path):
         run(load_settings(tmp_path), out=tmp_path, resume=True, data=data)
 
 
-def test_nothing_is_left_of_a_run_that_cannot_look(data, make_config, tmp_path):
+def test_nothing_is_left_of_a_run_that_cannot_look(data, make_config, refuses, tmp_path):
     none = dataclasses.replace(data, validation=data.validation.subset(torch.zeros(0, dtype=torch.int64)))
     with pytest.raises(UserError, match="--patience looks at the main figure on a validation set, and this run has"):
         run(patient(make_config), out=tmp_path / "run", data=none)
-    with pytest.raises(UserError, match='have no figure "acuracy", but id_accuracy, '):
+    with refuses('have no figure "acuracy", but id_accuracy, '):
         run(make_config(stop_at="acuracy>=0.5"), out=tmp_path / "run", data=data)
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("given", [{"stop_at": "accuracy>=0.5"}, {"patience": 3}])

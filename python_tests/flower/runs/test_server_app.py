@@ -448,16 +448,15 @@ def test_a_node_that_is_late_keeps_its_state(tmp_path):
     assert runs["late"] == runs["silent"]
 
 
-def test_nodes_that_are_not_there(tmp_path, caplog):
+def test_nodes_that_are_not_there(refuses, tmp_path, caplog):
     grid = NodeGrid(settings("fedavg", out=str(tmp_path / "run")), range(3))
     grid.connected = [0, 2]
     server_app.play(grid, grid.run_config)
     assert [entry["client"] for entry in dropped(tmp_path / "run")] == [1, 1]
     assert "clients-without-node" in outcome(tmp_path / "run")[2]["diagnostics"]
     assert all(re.search(rf"round {n} of 2: .* s, without client 1\n", caplog.text) for n in (1, 2))
-    with pytest.raises(UserError, match="No node of a client is connected after 0 seconds"):
+    with refuses("No node of a client is connected after 0 seconds", "nobody"):
         over_flower(settings("fedavg"), tmp_path / "nobody", ())
-    assert not (tmp_path / "nobody").exists()
 
 
 def test_a_node_with_another_form_of_the_messages_is_refused(tmp_path, monkeypatch, caplog):
@@ -540,10 +539,9 @@ def test_data_that_are_not_on_the_node(tmp_path):
         ({"compress": "topk"}, 'compress="topk:share=0.05" is not for runs over Flower'),
     ],
 )
-def test_what_cannot_be_played_over_flower_is_refused(more, why, tmp_path):
-    with pytest.raises(UserError, match=why):
+def test_what_cannot_be_played_over_flower_is_refused(more, why, refuses, tmp_path):
+    with refuses(why):
         over_flower({**TINY, **more}, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 class Untrained(FedAvg):
@@ -553,12 +551,11 @@ class Untrained(FedAvg):
         return client.upload(client.model(message))
 
 
-def test_a_setting_that_no_node_uses_is_refused(tmp_path, monkeypatch):
+def test_a_setting_that_no_node_uses_is_refused(refuses, tmp_path, monkeypatch):
     over_flower(settings("fedavg", momentum=0.5), tmp_path / "used")
     monkeypatch.setitem(registry.METHODS, "fedavg", Untrained)
-    with pytest.raises(UserError, match=r"^momentum has no effect on Untrained, whose clients take no such step"):
+    with refuses(r"^momentum has no effect on Untrained, whose clients take no such step"):
         over_flower(settings("fedavg", momentum=0.5), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.exhaustive

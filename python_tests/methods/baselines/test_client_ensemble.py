@@ -190,15 +190,14 @@ def test_bad_lists_of_models(text, words, make_data, make_config, tmp_path):
         ("fediod", {"models": "cnn,cnn,cnn,unet"}), ("fusefl", {"models": "cnn,unet"}), ("fml", {"private": "unet/2"}),
     ],
 )  # fmt: skip
-def test_every_network_is_for_the_datas_task(method, options, make_data, make_config, tmp_path):
+def test_every_network_is_for_the_datas_task(method, options, make_data, make_config, refuses, tmp_path):
     rounds = 1 if method in ("fediod", "fml") else None
-    with pytest.raises(UserError, match=r"The network unet gives classes of pixels, and .* choose one of cnn, "):
+    with refuses(r"The network unet gives classes of pixels, and .* choose one of cnn, ", "x"):
         run(make_config(method, model="cnn", rounds=rounds, options=options), out=tmp_path / "x", data=make_data())
-    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("method", ["ensemble", "feddf", "fediod"])
-def test_and_so_is_every_one_of_a_segmentation(method, make_data, make_config, tmp_path):
+def test_and_so_is_every_one_of_a_segmentation(method, make_data, make_config, refuses, tmp_path):
     data = make_data()
     maps = tuple(
         dataclasses.replace(s, labels=torch.zeros(len(s), 8, 8, dtype=torch.int64), task=SEGMENTATION)
@@ -209,6 +208,5 @@ def test_and_so_is_every_one_of_a_segmentation(method, make_data, make_config, t
     data = dataclasses.replace(data, clients=maps, tests=tests, validation=tests["id"], public=tests["ood"])
     config = make_config(method, model="unet-small", rounds=1 if method == "fediod" else None,
                          options={"models": "unet-small:2,cnn"})  # fmt: skip
-    with pytest.raises(UserError, match=r"The network cnn gives classes of images, and .* choose one of unet"):
+    with refuses(r"The network cnn gives classes of images, and .* choose one of unet", "x"):
         run(config, out=tmp_path / "x", data=data)
-    assert not (tmp_path / "x").exists()

@@ -173,14 +173,13 @@ def test_logits_that_are_not_finite_have_no_areas():
     assert set(found.per_class) == {"id", "ood"}
 
 
-def test_private_records_have_no_counts(make_data, make_config, tmp_path):
+def test_private_records_have_no_counts(make_data, make_config, refuses, tmp_path):
     config = make_config(records="private")
     summary = run(config, out=tmp_path / "run", data=make_data())
     assert "id_auroc" in summary["metrics"]
     assert not (tmp_path / "run" / "confusion.json").exists()
-    with pytest.raises(UserError, match=r"--predictions writes the true class of every test image.* --records all"):
+    with refuses(r"--predictions writes the true class of every test image.* --records all", "other"):
         run(config, out=tmp_path / "other", data=make_data(), predictions=True)
-    assert not (tmp_path / "other").exists()
 
 
 def segmented(n, seed):
@@ -189,7 +188,7 @@ def segmented(n, seed):
     return Split(images, labels)
 
 
-def test_a_segmentation_has_the_dice_of_every_class(make_config, tmp_path):
+def test_a_segmentation_has_the_dice_of_every_class(make_config, refuses, tmp_path):
     clients = tuple(segmented(6, k) for k in range(2))
     data = FederatedData(
         name="tiny", classes=("ground", "cell"), clients=clients, validation=segmented(4, 8),
@@ -210,9 +209,8 @@ def test_a_segmentation_has_the_dice_of_every_class(make_config, tmp_path):
         assert found[name] == pytest.approx(float(expected), abs=1e-6)
     assert found["cell"] == pytest.approx(summary["metrics"]["dice"])
     assert not (tmp_path / "run" / "confusion.json").exists()
-    with pytest.raises(UserError, match="--predictions writes a class for every image, and these data are for segm"):
+    with refuses("--predictions writes a class for every image, and these data are for segm", "other"):
         run(config, out=tmp_path / "other", data=data, predictions=True)
-    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

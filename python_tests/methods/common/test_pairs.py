@@ -211,9 +211,8 @@ def test_fixed_statistics_are_trained_with_and_stay(make_pairs, make_config, tmp
     assert not torch.equal(results[None, 1]["parameters"], results[1, 1]["parameters"])
 
 
-def test_a_client_with_a_single_pair(make_pairs, make_config, tmp_path):
+def test_a_client_with_a_single_pair(make_pairs, make_config, refuses, tmp_path):
     config = make_config("fedavg", width=4, rounds=1)
-    with pytest.raises(UserError, match="Client 1 has a single image-text pair"):
+    with refuses("Client 1 has a single image-text pair"):
         run(config, out=tmp_path / "run", data=make_pairs((6, 1)))
-    assert not (tmp_path / "run").exists()
     run(make_config("centralised", width=4, rounds=1, local_steps=1), out=tmp_path / "all", data=make_pairs((6, 1)))

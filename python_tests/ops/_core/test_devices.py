@@ -156,26 +156,20 @@ def test_an_old_driver_leaves_the_call_to_triton(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("fresh")
-def test_an_old_gpu_leaves_the_call_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_gpus(monkeypatch, (7, 5))
+@pytest.mark.parametrize(
+    ("capability", "hip", "of_cuda", "of_triton"),
+    [((7, 5), None, "sm_75", "sm_75"), ((9, 4), "6.4", "ROCm build (HIP 6.4)", "never tried on ROCm (HIP 6.4)")],
+)
+def test_an_old_gpu_and_rocm_are_left_to_the_reference(capability, hip, of_cuda, of_triton, monkeypatch) -> None:
+    fake_gpus(monkeypatch, capability, hip=hip)
     assert chosen() is None
-    assert "sm_75" in reason("cuda")
-    assert "sm_75" in reason("triton")
-    with backend.use_backend("cuda"), pytest.raises(RuntimeError, match=r"'cuda' was forced, but .* because GPU 0"):
+    assert of_cuda in reason("cuda")
+    assert of_triton in reason("triton")
+    with backend.use_backend("cuda"), pytest.raises(RuntimeError, match=r"'cuda' was forced, but .* because "):
         chosen()
     with backend.use_backend("triton"):
         assert chosen() == "triton's"
         assert reason("triton") == ""
-
-
-@pytest.mark.usefixtures("fresh")
-def test_rocm_is_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_gpus(monkeypatch, (9, 4), hip="6.4")
-    assert chosen() is None
-    assert "ROCm build (HIP 6.4)" in reason("cuda")
-    assert "never tried on ROCm (HIP 6.4)" in reason("triton")
-    with backend.use_backend("triton"):
-        assert chosen() == "triton's"
 
 
 @pytest.mark.usefixtures("fresh")
