@@ -26,6 +26,8 @@ from fedkern.methods.base import Federation
 from fedkern.settings.config import RunConfig
 from python_tests.interrupted import KillAt, check_interruption, kill_and_resume, killed, outcome
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 SIZES = (20, 13, 9, 15)
 
 
@@ -193,7 +195,6 @@ def test_slow_clients_with_an_epsilon_are_refused(monkeypatch):
         RunConfig.make("fedavg", straggler_rate=0.1)
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_the_clock_of_a_run_and_the_shares_of_its_clients(make_data, make_config, tmp_path):
     config = make_config("fedavg", clients=4, rounds=4, straggler_rate=0.6, deadline=1.2, workers="2")
     check_interruption(config, tmp_path, data=make_data(SIZES), at=KillAt("round", 2))
@@ -262,7 +263,6 @@ def test_no_upload_of_a_synchronous_round_is_stale(make_data, make_config, tmp_p
     assert "participation" not in Checkpoints(tmp_path / "plain").peek()
 
 
-@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("clients", ["in the manifest", "in a table"])
 def test_what_a_policy_keeps_survives_an_interruption(clients, make_data, make_config, tmp_path, monkeypatch):
@@ -295,7 +295,6 @@ class Walking(FedAvg):
             yield Round(participants=(int(draws.integers(federation.clients)),))
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_a_plan_draws_from_the_run(make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fedavg", Walking)
     settings = {"clients": 4, "rounds": 6}

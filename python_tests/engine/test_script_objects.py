@@ -26,6 +26,8 @@ from python_tests.interrupted import KillAt, kill_and_resume, killed, outcome
 from python_tests.own_networks import Plain, Staged
 from python_tests.saved_network import same_network, tensors
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 HOW = {"lr": 0.05, "momentum": 0.5, "local_epochs": 2, "rounds": 2}
 
@@ -168,7 +170,6 @@ def test_accumulated_gradients_are_fedavg_s_to_rounding(played):
         torch.testing.assert_close(tensors(found)[name], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_amp_and_a_scheduler_have_the_same_bits_in_workers(played):
     script = ScriptObjects(train=in_bf16)
     one, two = (played(workers, script=script, workers=workers) for workers in "12")
@@ -184,7 +185,6 @@ def test_the_example_has_the_bits_of_fedavg(played):
     assert same_network(played("fedavg", **usual), played("own", script=ScriptObjects(train=example), **usual))
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_data, played, tmp_path):
     expected = played("one", script=OWN, workers="1")
     assert outcome(expected)[0] == outcome(played("two", script=OWN, workers="2"))[0]
@@ -306,7 +306,6 @@ def count_in_place(model, client):
     client.report["momentum"] = float(client.state["fused"]["state"][0]["momentum_buffer"][0])
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_changes_of_a_state_in_place_are_kept(played):
     script = ScriptObjects(train=count_in_place)
     one, two = (played(workers, script=script, workers=workers, rounds=3) for workers in "12")
@@ -538,7 +537,6 @@ def test_a_factory_keeps_its_own_schedule(name, decay, played):
         torch.testing.assert_close(runs[1][tensor], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("factory", "settings"),

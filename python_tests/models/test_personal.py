@@ -24,6 +24,8 @@ from python_tests.own_networks import Small
 from python_tests.recording import Recording
 from python_tests.smallest import SETTINGS
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 def small():
     torch.manual_seed(3)
@@ -176,7 +178,6 @@ def test_a_loop_of_ones_own_has_the_clients_parts(make_data, tmp_path):
 # -- what is kept --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_bits_in_two_workers_and_killed_and_resumed(make_data, tmp_path):
     settings = {"personal": "head.*", "optimizer_state": "keep", "rounds": 3, "sample_fraction": 0.7, "model": "cnn"}
     one = played(tmp_path / "one", make_data, **settings)
@@ -315,7 +316,6 @@ def own_sets(make_data):
     return dataclasses.replace(data, client_tests=tuple(data.clients))
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_a_client_is_judged_where_it_works_and_by_its_state(make_data, own_sets, tmp_path):
     settings = {"data": own_sets, "personal": "head.*", "rounds": 3, "sample_fraction": 0.5, "eval_every": 2}
     one = played(tmp_path / "one", make_data, Told, **settings)
@@ -341,7 +341,6 @@ def test_a_method_with_one_network_sees_the_clients_states_too(make_data, own_se
     assert told(run, "rounds") == [sum(str(k) in each["clients"] for each in run.history.records) for k in range(4)]
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_a_run_that_is_resumed_at_its_end_has_its_figures(make_data, own_sets, tmp_path):
     """It evaluates after the workers are gone."""
     settings = {"data": own_sets, "personal": "head.*", "rounds": 2}
@@ -370,7 +369,6 @@ class Refusing(Failing):
     kind = UserError
 
 
-@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "workers"), [(Failing, 2), (Refusing, 1), (Failing, 1), (Refusing, 2)])
 def test_a_failed_evaluation_names_its_client(make_data, own_sets, tmp_path, method, workers):

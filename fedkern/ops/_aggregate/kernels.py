@@ -94,17 +94,9 @@ class AggregateKernels(PlainAggregate, Launcher):
         taken = similarities or self.host  # by the CPU's kernel in any case, from what is in its caches
         norms, cosines = (self._per_vector(count if taken else 0, old) for _ in range(2))
         self._call(
-            self.core.server_step,
-            vectors,
-            self._weights(weights),
-            old,
-            *rule,
-            first,
-            second,
-            target,
-            *((norms, cosines, self._workspace(old)) if taken else (None, None, None)),
-            self.at(old),
-        )
+            self.core.server_step, vectors, self._weights(weights), old, *rule, first, second, target,
+            *((norms, cosines, self._workspace(old)) if taken else (None, None, None)), self.at(old),
+        )  # fmt: skip
         return (target, norms, cosines) if similarities else (target, norms[:0], cosines[:0])
 
     def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:

@@ -203,15 +203,9 @@ def _vmap(
 
 
 _weighted_mean = library.register(
-    "weighted_mean",
-    "(Tensor vectors, Tensor weights, ScalarType? dtype) -> Tensor",
-    _implementation,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    vmap=_vmap,
-    reference=weighted_mean_reference,
-)
+    "weighted_mean", "(Tensor vectors, Tensor weights, ScalarType? dtype) -> Tensor", _implementation, fake=_fake,
+    setup_context=_setup_context, backward=_backward, vmap=_vmap, reference=weighted_mean_reference,
+)  # fmt: skip
 
 
 backend.serve(

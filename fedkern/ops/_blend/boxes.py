@@ -250,15 +250,9 @@ def _vmap(
 
 
 _fill_boxes = library.register(
-    "fill_boxes",
-    "(Tensor images, Tensor boxes, Tensor fill, bool keep) -> Tensor",
-    _implementation,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    vmap=_vmap,
-    reference=fill_boxes_reference,
-)
+    "fill_boxes", "(Tensor images, Tensor boxes, Tensor fill, bool keep) -> Tensor", _implementation, fake=_fake,
+    setup_context=_setup_context, backward=_backward, vmap=_vmap, reference=fill_boxes_reference,
+)  # fmt: skip
 
 
 _DTYPES = backend.FLOATS | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}

@@ -119,15 +119,9 @@ def _vmap_backward(
 
 
 BLEND = library.register(
-    "blend",
-    "(Tensor foreground, Tensor background, Tensor? alpha, float value, Tensor? index) -> Tensor",
-    _implementation,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    vmap=_vmap,
-    reference=_reference,
-)
+    "blend", "(Tensor foreground, Tensor background, Tensor? alpha, float value, Tensor? index) -> Tensor",
+    _implementation, fake=_fake, setup_context=_setup_context, backward=_backward, vmap=_vmap, reference=_reference,
+)  # fmt: skip
 BLEND_BACKWARD = library.register(
     "blend_backward",
     "(Tensor grad, Tensor? foreground, Tensor? background, Tensor? alpha, float value, Tensor? index, "

@@ -182,15 +182,9 @@ def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) 
 
 
 CONTRASTIVE = library.register(
-    "contrastive",
-    "(Tensor x, Tensor y, Tensor? learnt, float temperature) -> (Tensor, Tensor)",
-    _run,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    vmap=_vmap,
-    reference=_loss_alone,
-)
+    "contrastive", "(Tensor x, Tensor y, Tensor? learnt, float temperature) -> (Tensor, Tensor)", _run, fake=_fake,
+    setup_context=_setup_context, backward=_backward, vmap=_vmap, reference=_loss_alone,
+)  # fmt: skip
 CONTRASTIVE_BACKWARD = library.register(
     "contrastive_backward",
     "(Tensor grad, Tensor x, Tensor y, Tensor? learnt, Tensor sums, float temperature, bool need_x, bool need_y, "

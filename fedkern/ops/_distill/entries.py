@@ -115,19 +115,10 @@ def _over_logits(name: str, operator: str, call: Callable[..., Ensemble], result
         return _select(operator, call.teachers, call.weights)
 
     return Loss(
-        name=name,
-        tensors=("logits", "weights?"),
-        differentiable=2,
-        settings=("int reduction",),
-        results=results,
-        stacked=(True, True),
-        call=call,
-        kernel=kernel,
-        method="ensemble",
-        skips=1,
-        reference=reference,
+        name=name, tensors=("logits", "weights?"), differentiable=2, settings=("int reduction",), results=results,
+        stacked=(True, True), call=call, kernel=kernel, method="ensemble", skips=1, reference=reference,
         dtype=lambda tensors: tensors[0].dtype,
-    )
+    )  # fmt: skip
 
 
 JS = define(_over_logits("jensen_shannon", "js_div", js_call, 1, js_reference))

@@ -232,25 +232,12 @@ class DistillKernels(Launcher):
         to_student, to_other, to_teacher = gradients
         self._distill(
             ENTROPY if student is None else LIMIT if temperature == math.inf else KL,
-            1 if dtype is torch.float64 else 0,
-            teacher,
-            temperature,
-            reverse,
-            None if reduction == BATCHMEAN else 1.0,
-            0 if student is None else 1 if other is None else 2,
-            teacher,
-            student,
-            other,
-            to_teacher,
-            to_student,
-            to_other,
-            weight,
-            grad,
-            result if reduction == NONE else None,
-            (raw, None if reduction == NONE else result, statistics),
-            self._space(teacher) if self.gpu else None,
+            1 if dtype is torch.float64 else 0, teacher, temperature, reverse, None if reduction == BATCHMEAN else 1.0,
+            0 if student is None else 1 if other is None else 2, teacher, student, other, to_teacher, to_student,
+            to_other, weight, grad, result if reduction == NONE else None,
+            (raw, None if reduction == NONE else result, statistics), self._space(teacher) if self.gpu else None,
             self.at(teacher),
-        )
+        )  # fmt: skip
 
     def ensemble_fused(self, student: Tensor, needs: Sequence[bool]) -> bool:
         """Whether ensemble_forward takes ``gradients`` of student, teachers, weights, where ``needs`` says.
@@ -318,27 +305,12 @@ class DistillKernels(Launcher):
         to_student, to_teachers, to_weights = gradients
         (grad, more_grad), (first, second) = grads, results
         self._distill_ensemble(
-            mix,
-            temperature == math.inf,
-            log_probs and temperature == 1.0,
-            by_class,
-            1 if dtype is torch.float64 else 0,
-            teachers,
-            temperature,
-            None if reduction == BATCHMEAN else 1.0,
-            student,
-            teachers,
-            weights,
-            class_mask,
-            to_student,
-            to_teachers,
-            to_weights,
-            grad,
-            more_grad,
-            (reduction == NONE, first, second, statistics),
-            self._stack_space(teachers) if self.gpu else None,
+            mix, temperature == math.inf, log_probs and temperature == 1.0, by_class,
+            1 if dtype is torch.float64 else 0, teachers, temperature, None if reduction == BATCHMEAN else 1.0, student,
+            teachers, weights, class_mask, to_student, to_teachers, to_weights, grad, more_grad,
+            (reduction == NONE, first, second, statistics), self._stack_space(teachers) if self.gpu else None,
             self.at(teachers),
-        )
+        )  # fmt: skip
 
     def stack_statistics(self, logits: Tensor) -> Tensor | None:
         """CUDA: uninitialised memory for what js_div and consensus keep for the backward pass.

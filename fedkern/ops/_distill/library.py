@@ -185,15 +185,9 @@ def define(loss: Loss) -> Callable[..., Any]:
         return (back[0], dims[0]) if differentiable == 1 else (back, dims)
 
     value_of = library.register(
-        loss.name,
-        f"({arguments}) -> {result}",
-        run,
-        fake=fake,
-        setup_context=setup,
-        backward=backward,
-        vmap=vmap,
+        loss.name, f"({arguments}) -> {result}", run, fake=fake, setup_context=setup, backward=backward, vmap=vmap,
         reference=reference,
-    )
+    )  # fmt: skip
     gradients_of = library.register(
         f"{loss.name}_backward",
         f"({', '.join([grads_arguments, arguments, *flags])}) -> "

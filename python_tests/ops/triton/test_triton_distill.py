@@ -15,6 +15,8 @@ if "triton" not in BACKENDS:
 
 from fedkern.ops._distill.triton import rows
 
+pytestmark = pytest.mark.usefixtures("_parts")
+
 
 @pytest.fixture
 def _parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +38,6 @@ def compare(ours: Tensor, leaves: list[Tensor], exact: Tensor, exact_leaves: lis
         assert_close(f"gradient {number}", one, two, absolute=2e-5 * scale, slack=slack)
 
 
-@pytest.mark.usefixtures("_parts")
 @pytest.mark.parametrize(
     ("direction", "reduction"), [("teacher", "none"), ("student", "sum"), ("student", "none"), ("teacher", "batchmean")]
 )
@@ -54,7 +55,6 @@ def test_divergences_of_rows_in_parts(direction: str, reduction: str) -> None:
         compare(loss, leaves, wanted, exact, 4.0)
 
 
-@pytest.mark.usefixtures("_parts")
 @pytest.mark.parametrize("reduction", list(REDUCTIONS))
 def test_entropy_of_rows_in_parts(reduction: str) -> None:
     x = torch.randn(3, 150, requires_grad=True)
@@ -63,7 +63,6 @@ def test_entropy_of_rows_in_parts(reduction: str) -> None:
         compare(ops.entropy(x, reduction=reduction), [x], entropy_reference(exact, reduction=reduction), [exact])
 
 
-@pytest.mark.usefixtures("_parts")
 def test_rows_in_parts_of_maps_without_one_stride() -> None:
     tensors = [torch.randn(2, 150, 3, 5).mT.contiguous().mT.requires_grad_() for _ in range(3)]
     exact = [x.detach().double().requires_grad_() for x in tensors]

@@ -200,26 +200,11 @@ class TritonBlend:
         row_tile, column_tile = tile(rows, size)
         columns = cdiv(size, column_tile)
         launch(
-            forward_kernel,
-            cdiv(rows, row_tile) * columns,
-            device,
-            foreground,
-            background,
-            None if index is None else index.contiguous(),
-            alpha,
-            double_bits(value),
-            out,
-            rows,
-            background_rows,
-            size,
-            *steps,
-            0 if alpha is None else alpha.stride(0),
-            columns,
-            COMPUTE=COMPUTE[out.dtype],
-            ROWS=row_tile,
-            COLUMNS=column_tile,
-            sanitize_overflow=False,
-        )
+            forward_kernel, cdiv(rows, row_tile) * columns, device, foreground, background,
+            None if index is None else index.contiguous(), alpha, double_bits(value), out, rows, background_rows, size,
+            *steps, 0 if alpha is None else alpha.stride(0), columns, COMPUTE=COMPUTE[out.dtype], ROWS=row_tile,
+            COLUMNS=column_tile, sanitize_overflow=False,
+        )  # fmt: skip
         return out
 
     def backward(
@@ -272,26 +257,10 @@ class TritonBlend:
             row_tile, column_tile = 1, min(column_tile, TILE // entries)
         columns = cdiv(size, column_tile)
         launch(
-            backward_kernel,
-            cdiv(rows, row_tile) * columns,
-            grad.device,
-            grad,
-            order,
-            start,
-            alpha,
-            double_bits(value),
-            to_front,
-            to_back,
-            rows,
-            size,
-            stride,
-            0 if alpha is None else alpha.stride(0),
-            columns,
-            COMPUTE=COMPUTE[grad.dtype],
-            ROWS=row_tile,
-            ENTRIES=entries,
-            COLUMNS=column_tile,
-        )
+            backward_kernel, cdiv(rows, row_tile) * columns, grad.device, grad, order, start, alpha, double_bits(value),
+            to_front, to_back, rows, size, stride, 0 if alpha is None else alpha.stride(0), columns,
+            COMPUTE=COMPUTE[grad.dtype], ROWS=row_tile, ENTRIES=entries, COLUMNS=column_tile,
+        )  # fmt: skip
 
     def _alpha(self, grad: Tensor, foreground: Tensor, background: Tensor, index: Tensor | None) -> Tensor:
         rows, size = grad.shape[0], math.prod(grad.shape[1:])
@@ -305,23 +274,8 @@ class TritonBlend:
         splits = cdiv(size, span)
         partial = torch.empty(rows, splits, dtype=torch.float64, device=grad.device)
         launch(
-            alpha_kernel,
-            groups * splits,
-            grad.device,
-            grad,
-            foreground,
-            background,
-            index,
-            partial,
-            rows,
-            size,
-            grad.stride(0),
-            foreground.stride(0),
-            background.stride(0),
-            splits,
-            span,
-            COMPUTE=COMPUTE[grad.dtype],
-            ROWS=row_tile,
-            COLUMNS=column_tile,
-        )
+            alpha_kernel, groups * splits, grad.device, grad, foreground, background, index, partial, rows, size,
+            grad.stride(0), foreground.stride(0), background.stride(0), splits, span, COMPUTE=COMPUTE[grad.dtype],
+            ROWS=row_tile, COLUMNS=column_tile,
+        )  # fmt: skip
         return partial.sum(1) if splits > 1 else partial[:, 0]

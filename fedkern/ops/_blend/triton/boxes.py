@@ -113,28 +113,9 @@ class TritonBoxes:
         in_step = pixels_in_step(images) and pixels_in_step(out)
         tiles = cdiv(height * width, pixel_tile)
         launch(
-            fill_kernel,
-            batch * tiles,
-            images.device,
-            images.view(moved),
-            boxes,
-            fill.view(moved),
-            out.view(moved),
-            channels,
-            height,
-            width,
-            boxes.shape[1],
-            *images.stride()[:3],
-            pixel_stride(images),
-            *out.stride()[:3],
-            pixel_stride(out),
-            *boxes.stride(),
-            fill.stride(0) if len(fill) > 1 else 0,
-            fill.stride(1),
-            tiles,
-            KEEP=keep,
-            IN_STEP=in_step,
-            COMPARE=tl.float32 if narrow else tl.float64,
-            CHANNELS=channel_tile,
+            fill_kernel, batch * tiles, images.device, images.view(moved), boxes, fill.view(moved), out.view(moved),
+            channels, height, width, boxes.shape[1], *images.stride()[:3], pixel_stride(images), *out.stride()[:3],
+            pixel_stride(out), *boxes.stride(), fill.stride(0) if len(fill) > 1 else 0, fill.stride(1), tiles,
+            KEEP=keep, IN_STEP=in_step, COMPARE=tl.float32 if narrow else tl.float64, CHANNELS=channel_tile,
             PIXELS=pixel_tile,
-        )
+        )  # fmt: skip

@@ -70,21 +70,10 @@ class Mixture(NamedTuple):
             compute,
         )
         return cls(
-            compute,
-            plan,
-            row_count(student) if reduction == BATCHMEAN else 1,
-            student,
-            teachers,
-            weights,
-            None if class_mask is None else class_mask.view(torch.uint8),
-            grad,
-            (to_student, to_teachers, to_weights),
-            gradients,
-            result if each else None,
-            totals_of(result, reduction, plan),
-            result,
-            steps,
-        )
+            compute, plan, row_count(student) if reduction == BATCHMEAN else 1, student, teachers, weights,
+            None if class_mask is None else class_mask.view(torch.uint8), grad, (to_student, to_teachers, to_weights),
+            gradients, result if each else None, totals_of(result, reduction, plan), result, steps,
+        )  # fmt: skip
 
     @property
     def mean(self) -> bool:
