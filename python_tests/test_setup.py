@@ -139,17 +139,8 @@ def test_a_checkout_and_an_environment_may_lie_anywhere(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python, other = environment / "bin" / "python", environment / "pybind11"
     shutil.copytree(Path(pybind11.__file__).parent, other)
-    command = [
-        "cmake",
-        "-S",
-        checkout / "csrc",
-        "-B",
-        checkout / "build",
-        "-G",
-        "Ninja",
-        f"-DPython_EXECUTABLE={python}",
-    ]
-    command += [f"-Dpybind11_DIR={other}/share/cmake/pybind11"]
+    command = ["cmake", "-S", checkout / "csrc", "-B", checkout / "build", "-G", "Ninja"]
+    command += [f"-DPython_EXECUTABLE={python}", f"-Dpybind11_DIR={other}/share/cmake/pybind11"]
     objects = ["CMakeFiles/_cpu.dir/cpu/isa.cpp.o"]
     if shutil.which("nvcc") and os.environ.get("FEDKERN_CUDA") != "0":
         objects += ["CMakeFiles/cuda_kernels.dir/cuda/device.cu.o", "CMakeFiles/_cuda.dir/bindings/cuda.cpp.o"]

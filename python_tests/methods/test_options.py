@@ -26,14 +26,8 @@ class Example(Options):
 
 def test_defaults():
     assert Example.parse([]) == Example()
-    assert Example().to_dict() == {
-        "lambda": 1.0,
-        "count": 3,
-        "flag": True,
-        "kind": "mean",
-        "temperature": 1.0,
-        "step": 0.5,
-    }
+    settings = {"lambda": 1.0, "count": 3, "flag": True, "kind": "mean", "temperature": 1.0, "step": 0.5}
+    assert Example().to_dict() == settings
 
 
 @pytest.mark.parametrize("word", ["lambda=0.5", "lam=0.5", " lambda = 0.5 "])

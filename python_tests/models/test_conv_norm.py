@@ -348,22 +348,9 @@ def test_torch_export_and_jit_trace_record_the_layers(monkeypatch):
 # -- networks --------------------------------------------------------------------------------------------------------
 
 SERVED = {
-    "cnn": 3,
-    "cnn-gn": 0,
-    "resnet8": 9,
-    "resnet8-t": 9,
-    "resnet10": 12,
-    "resnet18": 20,
-    "resnet8-gn": 0,
-    "vgg16": 13,
-    "unet": 18,
-    "unet-small": 14,
-    "unet-small-gn": 0,
-    "mlp": 0,
-    "mobilenetv2": 0,
-    "efficientnet-b0": 0,
-    "vit-tiny": 0,
-}
+    "cnn": 3, "cnn-gn": 0, "resnet8": 9, "resnet8-t": 9, "resnet10": 12, "resnet18": 20, "resnet8-gn": 0, "vgg16": 13,
+    "unet": 18, "unet-small": 14, "unet-small-gn": 0, "mlp": 0, "mobilenetv2": 0, "efficientnet-b0": 0, "vit-tiny": 0,
+}  # fmt: skip
 """Convolutions that the operator computes."""
 
 

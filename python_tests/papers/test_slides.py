@@ -103,20 +103,9 @@ def test_the_seed_decides_and_tests_show_slides_that_no_client_has(root: Path) -
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_replaces_backgrounds(root: Path, tmp_path: Path) -> None:
-    words = [
-        "--data",
-        SLIDES,
-        "--data-root",
-        str(root),
-        "--data-option",
-        "samples=100",
-        "--rounds",
-        "1",
-        "--width",
-        "2",
-    ]
-    words += ["--method-option", "intervene=image", "--grad-cam", "0", "--out", str(tmp_path / "run")]
-    assert main(["fedgid", *words]) == 0
+    words = "--data-option samples=100 --rounds 1 --width 2 --method-option intervene=image --grad-cam 0"
+    folders = ["--data", SLIDES, "--data-root", str(root), "--out", str(tmp_path / "run")]
+    assert main(["fedgid", *folders, *words.split()]) == 0
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,6 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.settings.stored import load_settings
 from python_tests.interrupted import killed_at_rename
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
         "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--quiet"]  # fmt: skip
 
@@ -48,6 +46,7 @@ def check_equal(one, other):
 
 
 @pytest.mark.parametrize("method", ["scaffold", pytest.param("fedavg", marks=pytest.mark.exhaustive)])
+@pytest.mark.usefixtures("undrawn")
 def test_an_extended_run_is_the_longer_run(method, start, result, tmp_path):
     more = ("--lr-decay", "0.9", "--sample-fraction", "0.67")
     start(method, 5, "long", *more)
@@ -59,6 +58,7 @@ def test_an_extended_run_is_the_longer_run(method, start, result, tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("undrawn")
 def test_warnings_about_a_network_that_is_no_longer_the_last_one_go(start, result, tmp_path):
     start("fedavg", 1, "run", "--lr", "0.001", "--eval-every", "40")
     warned = json.loads((tmp_path / "run" / "summary.json").read_text())["diagnostics"]
@@ -69,6 +69,7 @@ def test_warnings_about_a_network_that_is_no_longer_the_last_one_go(start, resul
     assert "collapsed-class" not in summary["diagnostics"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_extension_that_was_killed_at_a_write_is_finished(start, result, tmp_path):
     start("fedavg", 1, "start")
     start("fedavg", 2, "long")
@@ -90,22 +91,9 @@ def test_an_extension_that_was_killed_at_a_write_is_finished(start, result, tmp_
 
 @pytest.mark.exhaustive
 def test_a_schedule_over_all_rounds_is_told(result):
-    command = [
-        "fediod",
-        "--data",
-        "digits",
-        "--train-samples",
-        "60",
-        "--clients",
-        "2",
-        "--model",
-        "mlp",
-        "--threads",
-        "1",
-    ]
-    command += ["--grad-cam", "0", "--rounds", "1", "--local-epochs", "1", "--quiet", "--out", "run"]
-    command += ["--method-option", "iterations=2", "--method-option", "batch=4"]
-    result(*command)
+    command = "fediod --data digits --train-samples 60 --clients 2 --model mlp --threads 1 --grad-cam 0 --rounds 1 "
+    command += "--local-epochs 1 --quiet --out run --method-option iterations=2 --method-option batch=4"
+    result(*command.split())
     out, err = result("extend", "run", "--rounds", "2")
     assert "the cosine schedules and the warm-up span all rounds" in " ".join((out + err).split())
 
@@ -122,6 +110,7 @@ def test_the_trackers_of_a_run_follow_an_extended_one(flags, monkeypatch):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("undrawn")
 def test_an_extended_run_goes_on_with_its_event_files(start, result, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -133,6 +122,7 @@ def test_an_extended_run_goes_on_with_its_event_files(start, result, tmp_path):
     assert [event.step for event in seen.Scalars("accuracy")] == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_mistakes_end_in_one_sentence_and_leave_the_run_as_it_was(start, fails, monkeypatch, tmp_path):
     start("fedavg", 2, "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -149,6 +139,7 @@ def test_mistakes_end_in_one_sentence_and_leave_the_run_as_it_was(start, fails, 
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_whose_plan_or_privacy_fixes_the_rounds_are_refused(result, fails):
     tiny = [word for word in TINY if word not in ("--local-steps", "2")]
     result("oneshot-fedavg", *tiny, "--local-epochs", "1", "--out", "once")

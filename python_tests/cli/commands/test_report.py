@@ -112,21 +112,8 @@ def test_a_picture_that_fails_ends_no_run_nor_its_report(capsys, monkeypatch, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [("--grad-cam", "4"), ("--grad-cam", "0")])
 def test_a_run_of_a_vision_transformer_ends_with_its_pictures(words, result, tmp_path):
-    small = [
-        "--clients",
-        "2",
-        "--train-samples",
-        "40",
-        "--rounds",
-        "1",
-        "--local-steps",
-        "1",
-        "--threads",
-        "1",
-        "--workers",
-        "1",
-    ]
-    out, err = result("fedavg", "--data", "colordigits", "--model", "vit-tiny", *small, "--out", "run", *words)
+    small = "--clients 2 --train-samples 40 --rounds 1 --local-steps 1 --threads 1 --workers 1"
+    out, err = result("fedavg", "--data", "colordigits", "--model", "vit-tiny", *small.split(), "--out", "run", *words)
     assert "missing" not in err
     assert ("gradcam.png" in out) is ("4" in words)
     assert (tmp_path / "run/gradcam.png").exists() is ("4" in words)

@@ -47,15 +47,9 @@ def test_a_run_leaves_its_folder_and_says_how_it_ended(finished):
     assert "predictions.csv" not in {path.name for path in folder.iterdir()}
     summary = json.loads((folder / "summary.json").read_text())
     for part in (
-        "accuracy",
-        "balanced accuracy",
-        "AUROC",
-        "lowest recall among 10 classes",
-        "in distribution",
-        "out of distribution",
-        "time per round",
-        "Grad-CAM mass inside",
-    ):
+        "accuracy", "balanced accuracy", "AUROC", "lowest recall among 10 classes", "in distribution",
+        "out of distribution", "time per round", "Grad-CAM mass inside",
+    ):  # fmt: skip
         assert part in out
     assert f"{100 * summary['metrics']['ood_accuracy']:.1f} %" in out
     assert f"run folder: {folder}" in out
