@@ -106,73 +106,35 @@ def group_norm(make: Callable[..., Network]) -> Callable[..., Network]:
 _SHIPPED = {
     entry.name: entry
     for entry in (
-        ModelEntry(
-            "cnn", "three 3x3 convolutions of 32, 64 and 128 channels, batch norm, 95 thousand parameters", 32, 8, _cnn
-        ),
-        ModelEntry(
-            "resnet8", "ResNet of 3 basic blocks, 16, 32 and 64 channels, 78 thousand parameters", 16, 4, _resnet8
-        ),
-        ModelEntry(
-            "resnet8-t",
-            "FedIOD's ResNet-8: 128 to 512 channels, pooled to 2x2, 4.9 million parameters",
-            128,
-            8,
-            ResNet8T,
-        ),
-        ModelEntry(
-            "resnet18",
-            "ResNet-18, CIFAR stem up to 64 pixels, ImageNet stem above, 11.2 million parameters",
-            64,
-            8,
-            _resnet18,
-        ),
-        ModelEntry(
-            "mobilenetv2", "MobileNetV2, fewer strides up to 64 pixels, 2.2 million parameters", 32, 8, MobileNetV2
-        ),
-        ModelEntry(
-            "efficientnet-b0",
-            "EfficientNet-B0, one stride fewer up to 64 pixels, 4.0 million parameters",
-            32,
-            16,
-            EfficientNetB0,
-        ),
+        ModelEntry("cnn", "three 3x3 convolutions of 32, 64 and 128 channels, batch norm, 95 thousand parameters", 32,
+                   8, _cnn),
+        ModelEntry("resnet8", "ResNet of 3 basic blocks, 16, 32 and 64 channels, 78 thousand parameters", 16, 4,
+                   _resnet8),
+        ModelEntry("resnet8-t", "FedIOD's ResNet-8: 128 to 512 channels, pooled to 2x2, 4.9 million parameters", 128,
+                   8, ResNet8T),
+        ModelEntry("resnet18", "ResNet-18, CIFAR stem up to 64 pixels, ImageNet stem above, 11.2 million parameters",
+                   64, 8, _resnet18),
+        ModelEntry("mobilenetv2", "MobileNetV2, fewer strides up to 64 pixels, 2.2 million parameters", 32, 8,
+                   MobileNetV2),
+        ModelEntry("efficientnet-b0", "EfficientNet-B0, one stride fewer up to 64 pixels, 4.0 million parameters", 32,
+                   16, EfficientNetB0),
         ModelEntry("resnet10", "ResNet-18 with one basic block per stage, 4.9 million parameters", 64, 8, _resnet10),
         ModelEntry("cnn-gn", "cnn with group norm, for DP-SGD", 32, 8, group_norm(_cnn)),
         ModelEntry("resnet8-gn", "resnet8 with group norm, for DP-SGD", 16, 4, group_norm(_resnet8)),
         ModelEntry("resnet18-gn", "resnet18 with group norm, for DP-SGD", 64, 8, group_norm(_resnet18)),
         ModelEntry("vgg16", "VGG-16 with batch norm and one linear layer, 14.7 million parameters", 64, 16, _vgg16),
-        ModelEntry(
-            "mlp", "three hidden layers of 256 units with batch norm, for small images", 256, 1, _mlp, sized=True
-        ),
-        ModelEntry(
-            "vit-tiny",
-            "vision transformer of 12 layers and width 192 (DeiT-Ti), 5.4 million parameters",
-            192,
-            8,
-            _vit,
-            sized=True,
-        ),
-        ModelEntry(
-            "unet",
-            "U-Net of depth 4 with batch norm for segmentation, 1.9 million parameters",
-            16,
-            16,
-            _unet,
-            gives="pixels",
-        ),
-        ModelEntry(
-            "unet-small",
-            "U-Net of depth 3 and width 8 for segmentation, 121 thousand parameters",
-            8,
-            8,
-            _unet_small,
-            gives="pixels",
-        ),
-        ModelEntry(
-            "unet-small-gn", "unet-small with group norm, for DP-SGD", 8, 8, group_norm(_unet_small), gives="pixels"
-        ),
+        ModelEntry("mlp", "three hidden layers of 256 units with batch norm, for small images", 256, 1, _mlp,
+                   sized=True),
+        ModelEntry("vit-tiny", "vision transformer of 12 layers and width 192 (DeiT-Ti), 5.4 million parameters", 192,
+                   8, _vit, sized=True),
+        ModelEntry("unet", "U-Net of depth 4 with batch norm for segmentation, 1.9 million parameters", 16, 16, _unet,
+                   gives="pixels"),
+        ModelEntry("unet-small", "U-Net of depth 3 and width 8 for segmentation, 121 thousand parameters", 8, 8,
+                   _unet_small, gives="pixels"),
+        ModelEntry("unet-small-gn", "unet-small with group norm, for DP-SGD", 8, 8, group_norm(_unet_small),
+                   gives="pixels"),
     )
-}
+}  # fmt: skip
 MODELS: Registry[ModelEntry] = Registry("model", _SHIPPED, code=lambda entry: entry.code)
 _GIVES = {"classes": "classes of images", "pixels": "classes of pixels"}
 

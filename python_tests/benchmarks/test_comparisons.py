@@ -15,16 +15,9 @@ from fedkern.process.commit import commit
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
 INTEL = {**AMD, "cpu": "Intel(R) Xeon(R) Processor", "time": "2026-01-02"}
 ROW = Comparison(
-    group="toy",
-    case="small",
-    ours="fedkern",
-    threads=1,
-    pairs=15,
-    seconds={"fedkern": 1e-4, "eager": 2e-4},
-    speedup={"eager": 2.0},
-    scatter={"fedkern": 0.1, "eager": 0.1},
-    test="bench_toy.py::test_toy[small]",
-)
+    group="toy", case="small", ours="fedkern", threads=1, pairs=15, seconds={"fedkern": 1e-4, "eager": 2e-4},
+    speedup={"eager": 2.0}, scatter={"fedkern": 0.1, "eager": 0.1}, test="bench_toy.py::test_toy[small]",
+)  # fmt: skip
 OTHER = replace(ROW, case="large", test="bench_toy.py::test_toy[large]")
 
 

@@ -269,15 +269,12 @@ def test_a_command_that_fails_says_its_last_line(tmp_path):
 
 def row(method="fedavg", setting="default", **seconds):
     return Row(
-        method,
-        setting,
-        main="accuracy",
-        seconds={name: list(values) for name, values in seconds.items()},
+        method, setting, main="accuracy", seconds={name: list(values) for name, values in seconds.items()},
         cpu_seconds={name: list(values) for name, values in seconds.items()},
         peak_bytes={name: [10**6] * len(values) for name, values in seconds.items()},
         round_seconds={name: [value / 2 for value in values] for name, values in seconds.items()},
         figure={name: [0.5, 0.6, 0.7][: len(values)] for name, values in seconds.items()},
-    )
+    )  # fmt: skip
 
 
 def test_a_speed_up_is_the_median_of_the_ratios_of_one_seed():

@@ -66,6 +66,19 @@ def played(monkeypatch):
     return begun
 
 
+def end_at_look(number, monkeypatch):
+    """Let the time be over when it is looked at for the ``number``-th time."""
+    looks, check = [], Deadline.check
+
+    def out_of_time(deadline):
+        looks.append(deadline)
+        if len(looks) == number:
+            raise OutOfTime
+        check(deadline)
+
+    monkeypatch.setattr(Deadline, "check", out_of_time)
+
+
 @pytest.fixture
 def paper(tmp_path):
     def made(text: str = PAPER, *flags: str, budget: float | None = None) -> Reproduction:
@@ -184,16 +197,8 @@ def test_damaged_records_are_a_failure_of_their_cell_alone(paper):
 
 def test_the_page_has_the_curve_of_a_run_cut_short(paper, played, monkeypatch):
     text = PAPER.replace('figure = "bytes"', 'figure = "rounds"\ntarget = "accuracy=0.99"')
-    made, check = paper(text, budget=1000), Deadline.check
-    calls = []
-
-    def out_of_time(deadline):
-        calls.append(deadline)
-        if len(calls) == 3:  # before the second round of the first run
-            raise OutOfTime
-        check(deadline)
-
-    monkeypatch.setattr(Deadline, "check", out_of_time)
+    made = paper(text, budget=1000)
+    end_at_look(3, monkeypatch)  # before the second round of the first run
     made.play(made.select(["bytes"]))
     (row,) = [row for row in made.rows() if row.cell.name == "bytes"]
     assert row.verdict.kind == "not played"
@@ -218,16 +223,8 @@ def test_cells_are_chosen_by_name_pattern_and_table(paper):
 
 
 def test_a_run_stops_between_rounds_and_goes_on(paper, played, monkeypatch):
-    made = paper(budget=1000)
-    rounds, check = [], Deadline.check
-
-    def out_of_time(deadline):
-        rounds.append(len(played))
-        if len(rounds) == 3:  # before the cell, and before the second round of its first run
-            raise OutOfTime
-        check(deadline)
-
-    monkeypatch.setattr(Deadline, "check", out_of_time)
+    made, check = paper(budget=1000), Deadline.check
+    end_at_look(3, monkeypatch)  # before the cell, and before the second round of its first run
     made.play(made.select(["bytes"]))
     assert played == [("fedprox", 0.1, 0)]
     assert not made.failures

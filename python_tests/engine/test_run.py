@@ -210,17 +210,9 @@ def test_no_masks_is_said_in_one_sentence(make_data, make_config, refuses, tmp_p
 @pytest.mark.parametrize(("data", "model"), [("colordigits", "resnet8"), ("digits", "cnn")])
 def test_embedded_data_end_to_end(data, model, tmp_path):
     config = RunConfig.make(
-        "fedgid" if data == "colordigits" else "fedprox",
-        data=data,
-        model=model,
-        width=4,
-        rounds=1,
-        local_epochs=1,
-        train_samples=120,
-        data_options={"test_samples": 40},
-        threads=1,
-        grad_cam=8,
-    )
+        "fedgid" if data == "colordigits" else "fedprox", data=data, model=model, width=4, rounds=1, local_epochs=1,
+        train_samples=120, data_options={"test_samples": 40}, threads=1, grad_cam=8,
+    )  # fmt: skip
     summary = run(config, out=tmp_path)
     prefix = "ood_" if data == "colordigits" else ""
     assert 0 <= summary["metrics"][prefix + "accuracy"] <= 1

@@ -1,6 +1,7 @@
 """NICO protocols on a generated tree of classes x 10 contexts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,40 +125,34 @@ def test_other_partitions_mix_the_training_contexts(tmp_path: Path, write_nico) 
     assert contexts_of(data.tests["ood"]) == set.union(*(expected(position) for position in (7, 8, 9)))
 
 
-def test_another_number_of_clients(tmp_path: Path, write_nico) -> None:
-    write_nico(tmp_path)
-    with pytest.raises(UserError, match="assigns its contexts or sites to 7 clients, not 5"):
-        load(NICO, root=tmp_path, clients=5, options={"size": 8})
-
-
-def test_too_few_contexts(tmp_path: Path, write_nico) -> None:
-    write_nico(tmp_path, contexts=7)
-    with pytest.raises(UserError, match=r"class0 has 7 contexts, expected at least 8"):
-        load(NICO, root=tmp_path, options={"size": 8})
-
-
-def test_empty_context(tmp_path: Path, write_nico) -> None:
-    write_nico(tmp_path)
-    folder = tmp_path / "class1" / "context04 of 1"
-    for path in folder.iterdir():
-        path.unlink()
-    (folder / "notes.txt").write_text("no image")
-    with pytest.raises(UserError, match="context04 of 1 holds no image"):
-        load(NICO, root=tmp_path, options={"size": 8})
-
-
-def test_damaged_image_is_named(tmp_path: Path, write_nico) -> None:
-    write_nico(tmp_path)
-    path = tmp_path / "class1" / "context04 of 1" / "2.jpg"
+def spoil(path: Path) -> None:
+    """Write a JPEG that ends amid its pixels."""
     Image.effect_noise((200, 200), 80).convert("RGB").save(path)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(UserError, match=r"cannot read the image .*context04 of 1/2.jpg"):
-        load(NICO, root=tmp_path, options={"size": 8})
 
 
-def test_no_tree(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected folders class/context/image"):
-        load(NICO, root=tmp_path, options={"size": 8})
+CONTEXT = "class1/context04 of 1"
+
+
+@pytest.mark.parametrize(
+    ("change", "clients", "message"),
+    [
+        (lambda root: None, 5, "assigns its contexts or sites to 7 clients, not 5"),
+        (
+            lambda root: [shutil.rmtree(path) for path in root.glob("*/context0[789]*")],
+            None,
+            "class0 has 7 contexts, exp",
+        ),
+        (lambda root: [path.rename(f"{path}.txt") for path in (root / CONTEXT).iterdir()], None, "1 holds no image"),
+        (lambda root: spoil(root / CONTEXT / "2.jpg"), None, rf"cannot read the image .*{CONTEXT}/2.jpg"),
+        (lambda root: [*map(shutil.rmtree, root.iterdir())], None, "expected folders class/context/image"),
+    ],
+)
+def test_bad_trees(tmp_path: Path, write_nico, change, clients: int | None, message: str) -> None:
+    write_nico(tmp_path)
+    change(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load(NICO, root=tmp_path, clients=clients, options={"size": 8})
 
 
 @pytest.mark.parametrize(

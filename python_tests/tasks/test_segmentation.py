@@ -202,15 +202,11 @@ def federation(sizes=(12, 9, 7), public=0):
     clients = tuple(split(n, k) for k, n in enumerate(sizes))
     counts = [client.labels.flatten(1).amax(1).numpy() for client in clients]
     return FederatedData(
-        name="squares",
-        classes=("ground", "grey", "white"),
-        clients=clients,
-        validation=split(6, 11),
-        tests={"": split(10, 12)},
-        form=ImageForm(tuple(clients[0].images.shape[1:]), (0.2,), (0.2,)),
+        name="squares", classes=("ground", "grey", "white"), clients=clients, validation=split(6, 11),
+        tests={"": split(10, 12)}, form=ImageForm(tuple(clients[0].images.shape[1:]), (0.2,), (0.2,)),
         statistics=PartitionStatistics.of(counts, ("ground", "grey", "white"), "iid"),
         public=split(public, 13) if public else None,
-    )
+    )  # fmt: skip
 
 
 def settings(method="fedavg", **given):
