@@ -124,18 +124,6 @@ def test_files_are_those_of_the_states(slack, make_many, small, tmp_path, monkey
     assert json.loads((checkpoints.folder / "manifest.json").read_text())["format"] == FORMAT
 
 
-class Watch(Listener):
-    """Descriptors of the process, and the lengths of what the run holds, after some of its rounds."""
-
-    def __init__(self, marks, running):
-        self.marks, self.running, self.descriptors, self.lengths = marks, running, [], []
-
-    def on_round(self, record):
-        if record["round"] in self.marks:
-            self.descriptors.append(len(list(Path("/proc/self/fd").iterdir())))
-            self.lengths.append(lengths(self.running[0]))
-
-
 def lengths(run):
     """The length of every list, dict, set and deque that a run's own objects hold, by attribute."""
     found, seen, todo = {}, set(), deque([("run", run)])
@@ -162,29 +150,28 @@ ROWS_OF_CLIENTS = {
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
 def test_nothing_else_grows_with_the_rounds(workers, make_many, small, tmp_path, monkeypatch):
-    running = []
-    play = Loop.play
+    running, descriptors, found, play = [], [], [], Loop.play
+    monkeypatch.setattr(Loop, "play", lambda self: (running.append(self), play(self))[1])
 
-    def noted(self):
-        running.append(self)
-        return play(self)
+    def look(record):
+        if record["round"] in (8, 16):
+            descriptors.append(len(list(Path("/proc/self/fd").iterdir())))
+            found.append(lengths(running[0]))
 
-    monkeypatch.setattr(Loop, "play", noted)
-    watch = Watch((8, 16), running)
-    run(small(500, rounds=17, workers=workers), out=tmp_path, data=make_many(500), listener=watch)
-    first, *_, last = watch.lengths
+    settings = small(500, rounds=17, workers=workers)
+    run(settings, out=tmp_path, data=make_many(500), listener=Hearing(on_round=look))
+    first, *_, last = found
     assert "run._states._checkpoints._due" in first
     grown = {name for name, length in last.items() if length > first.get(name, 0) + 3 * WORKING}
     assert grown <= ROWS_OF_CLIENTS
     assert {"run._states._checkpoints._table.rows"} <= grown  # the test would see it
-    assert watch.descriptors[-1] <= watch.descriptors[0] + 3  # a file may be on its way to the disk
+    assert descriptors[-1] <= descriptors[0] + 3  # a file may be on its way to the disk
 
 
 def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkeypatch):
     """Where a round has few of many clients; the bits are those of images that are all kept."""
     data, config = make_many(40), small(40, rounds=25, sample_fraction=1 / 40)
-    running, kept = [], []
-    play = Loop.play
+    running, kept, play = [], [], Loop.play
     monkeypatch.setattr(Loop, "play", lambda self: (running.append(self), play(self))[1])
     prepared = Hearing(on_round=lambda record: kept.append(len(running[-1]._context._clients)))
     run(config, out=tmp_path / "all", data=data, listener=prepared)

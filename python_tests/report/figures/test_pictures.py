@@ -58,7 +58,8 @@ def save_model(model, folder: Path, name: str = "cnn") -> None:
     about = {
         "model": name, "width": None, "task": "classification",
         "classes": [str(c) for c in range(model.head.out_features)], "channels": channels, "image_size": [32, 32],
-        "mean": [0.5] * channels, "std": [0.2] * channels, "grey_bits": 8, "window": None, "method": "fedavg", "rounds": 2,
+        "mean": [0.5] * channels, "std": [0.2] * channels, "grey_bits": 8, "window": None, "method": "fedavg",
+        "rounds": 2,
     }  # fmt: skip
     saved_model.write_model(folder / saved_model.MODEL, model, about)
 
