@@ -146,9 +146,9 @@ def _constant(value: object, name: str) -> float:
 
 
 def kernel_weights(weights: Tensor | Sequence[float], count: int) -> Tensor | list[float]:
-    """Returns weights as kernels take them: checked numbers, or an unchecked tensor where it is not on the CPU."""
+    """Return weights as kernels take them: checked numbers, or an unchecked tensor where it is not on the CPU."""
     if isinstance(weights, Tensor) and weights.device.type != "cpu":
-        return weights.detach()
+        return near_one(weights.detach()) if weights.dtype is torch.float64 else weights.detach()
     return check_weights(weights.detach() if isinstance(weights, Tensor) else weights, count)[0]
 
 
@@ -162,7 +162,8 @@ def near_one(weights: Weights) -> Weights:
         exponent = math.frexp(max(weights))[1]
         return [math.ldexp(weight, -exponent) for weight in weights]
     wide = weights.double()
-    exponents = (wide.amax().view(torch.int64) >> 52) & 0x7FF  # with fp64's bias; the host reads nothing of a GPU
+    largest = wide.detach().amax()
+    exponents = (largest.view(torch.int64) >> 52) & 0x7FF  # with fp64's bias; the host reads nothing of a GPU
     return wide * ((2046 - exponents).clamp_min(1) << 52).view(torch.float64)
 
 

@@ -18,6 +18,7 @@ from fedkern.ops._aggregate.checks import (
     check_weights_tensor,
     count_of,
     kernel_weights,
+    near_one,
     rows_or_stack,
 )
 from fedkern.ops._aggregate.kernels import AggregateKernels
@@ -163,7 +164,8 @@ def _by_weights(grad: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     values = weights.to(rows.device, torch.float64)
     counted = countable(rows, values)
     wide = torch.where(counted[:, None], rows.to(torch.float64), 0.0)
-    mean = (values @ wide) / values.sum()
+    scaled = near_one(values)
+    mean = (scaled @ wide) / scaled.sum()
     gradient = (wide - mean) @ grad.to(torch.float64) / values.sum()
     return torch.where(counted, gradient, math.nan).to(weights.device, weights.dtype)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fedkern.ops._aggregate.checks import near_one
 from fedkern.ops._core.memory import PIECE
 
 # Positions of the digits of an exact sum, and codes of sums that are not finite; the same numbers as in
@@ -24,7 +25,7 @@ def weighted_mean_reference(
     ``dtype`` is that of the result; None: that of the vectors.
     """
     rows = list(vectors)
-    values = torch.as_tensor(weights, dtype=torch.float64, device=rows[0].device)
+    values = near_one(torch.as_tensor(weights, dtype=torch.float64, device=rows[0].device))
     total = torch.zeros_like(rows[0], dtype=torch.float64)
     for row, value in zip(rows, values, strict=True):
         total = total + torch.where(countable(row, value), row, 0).double() * value

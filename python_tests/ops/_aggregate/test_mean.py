@@ -6,12 +6,13 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fedkern.ops import server_step, weighted_mean
+from fedkern.ops import geometric_median, median, server_step, trimmed_mean, weighted_mean
 from fedkern.ops._aggregate.reference import weighted_mean_reference
 from python_tests.ops._aggregate.aggregate_cases import (
     CLIENTS,
@@ -20,6 +21,7 @@ from python_tests.ops._aggregate.aggregate_cases import (
     accumulate,
     close,
     exact_mean,
+    make_vectors,
     make_weights,
 )
 from python_tests.ops.operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, thinned, using
@@ -37,8 +39,6 @@ def check(name: str, count: int, size: int, dtype: torch.dtype, kind: str, seed:
         stacked = weighted_mean(torch.stack(vectors), torch.tensor(weights, dtype=torch.float64))
         columns = weighted_mean(torch.stack(vectors, 1).t(), weights)
         if kind == "subnormal":
-            with pytest.raises(ValueError, match="weight must not be subnormal"):
-                accumulate(vectors, weights)
             weights = [weight * 2.0**1000 for weight in weights]
         running, unordered = (accumulate(vectors, weights, in_any_order) for in_any_order in (False, True))
         assert mean.dtype == dtype
@@ -60,6 +60,41 @@ def test_pairs(name: str) -> None:
     axes = {"count": CLIENTS, "size": SIZES, "dtype": list(DTYPES), "kind": WEIGHTS}
     for seed, case in enumerate(thinned(pairwise(axes, seed=3))):
         check(name, **case, seed=seed)
+
+
+def by_weights(vectors: Tensor, weights: Any) -> Tensor:
+    """Return the gradient by the weights times their sum, which is in range."""
+    leaf = torch.as_tensor(weights, dtype=torch.float64).requires_grad_()
+    return torch.autograd.grad((weighted_mean(vectors, leaf) * 1e-300).sum(), leaf)[0] * leaf.detach().sum()
+
+
+WEIGHED: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "weighted_mean": weighted_mean,
+    "of a list": lambda v, w: weighted_mean(list(v), w),
+    "gradient": lambda v, w: torch.func.grad(lambda x: weighted_mean(x, w).square().sum())(v),
+    "by weights": by_weights,
+    "trimmed_mean": lambda v, w: trimmed_mean(v, 1, w),
+    "median": median,
+    "geometric_median": geometric_median,
+    "server_step": lambda v, w: torch.cat([x.double() for x in server_step(v[0], v, w)]),
+}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    "weights", [[1.0, 1.0, 0.0, 2.0, 1.0], [2e3, 6e3, 0.0, 4e3, 1417.0], [0.0, 1.0, 0.0, 0.0, 0.0]]
+)
+def test_subnormal_weights_count_as_their_multiples(name: str, weights: list[float]) -> None:
+    vectors = make_vectors(1, 165, torch.float64)[0].view(5, 33)
+    forward = {"forward mode": lambda v, w: torch.func.jvp(lambda x: weighted_mean(x, w), (v,), (v,))[1]}
+    with using(name):
+        for call in {**WEIGHED, **(forward if name == "reference" else {})}.values():
+            for form in (list, functools.partial(torch.tensor, dtype=torch.float64)):
+                small, usual = (call(vectors, form([w * unit for w in weights])) for unit in (5e-324, 2.0**-74))
+                torch.testing.assert_close(small, usual, rtol=0, atol=0, equal_nan=True)
+        for exact in (False, True):
+            with pytest.raises(ValueError, match="weight must not be subnormal"):
+                accumulate(vectors, [5e-324] * 5, exact)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

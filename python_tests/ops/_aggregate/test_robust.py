@@ -125,12 +125,6 @@ def test_equal_weights_give_the_plain_median(backend: str, weight: float) -> Non
         assert torch.equal(median(vectors, [weight] * count), median(vectors))
 
 
-def test_the_smallest_weight_is_a_weight(backend: str) -> None:
-    vectors = make_vectors(3, 40, torch.float64)
-    for weights in ([0.0, 5e-324, 0.0], torch.tensor([0.0, 5e-324, 0.0], dtype=torch.float64)):
-        assert torch.equal(median(vectors, weights), vectors[1])
-
-
 def test_integer_weights_repeat_a_vector(backend: str) -> None:
     vectors = make_vectors(4, 60, torch.float32)
     repeated = [vectors[k] for k, times in enumerate((3, 1, 0, 4)) for _ in range(times)]
