@@ -87,10 +87,9 @@ def resolve(
                 "other bits than an uninterrupted one."
             )
         shapes = stored.model_layout or shapes
-        config = config.replace(served=stored.served, plan=stored.plan)
+        config = config.replace(served=stored.served)
     elif config.accelerate == "auto" and config.device == "cpu" and config.precision == "fp32" and known:
-        served, plan = serving.decided(RunContext(config, data), network)
-        config = config.replace(served=served, plan=plan)
+        config = config.replace(served=serving.decided(RunContext(config, data), network))
     return config.replace(model_layout=shapes, model_sha256=sha), data, notes
 
 

@@ -41,7 +41,7 @@ def check_values(call: BlendCall) -> None:
         wrong = (~((alpha >= 0) & (alpha <= 1))).nonzero()
         if len(wrong):
             position = int(wrong[0])
-            raise ValueError(f"alpha must be in [0, 1]; alpha[{position}] is {float(alpha[position])}")
+            raise ValueError(f"alpha must be in [0, 1]; alpha[{position}] is {alpha[position].item()}")
 
 
 def per_sample(alpha: Tensor, like: Tensor) -> Tensor:

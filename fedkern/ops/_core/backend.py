@@ -367,7 +367,7 @@ def readable(grad: Tensor) -> bool:
 
 
 def eager(*tensors: Tensor) -> bool:
-    """True where kernels may use the pointers of ``tensors``: ordinary tensors, no transform, mode or compiler."""
+    """Return whether kernels may use the pointers of ``tensors``: ordinary ones, no transform, mode or compiler."""
     if intercepted():
         return False
     return all(
@@ -375,6 +375,7 @@ def eager(*tensors: Tensor) -> bool:
         (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
         and not _legacy_batched(tensor)
         and not outlived(tensor)
+        and not tensor.is_meta
         for tensor in tensors
     )
 
