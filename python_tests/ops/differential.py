@@ -395,13 +395,16 @@ def check_ensemble_kl(case: Case) -> None:
     expected = reduced(each, reduction)
     size = spread(student, teachers)
     many = max(1, student.shape[0]) if reduction == "sum" else 1
+    usual, value, slope = 8e-6 * size * times(T) * (size if math.inf == T else 1), 0.0, 0.0
+    if mix == "logits" and math.isfinite(T) and s.numel():
+        value, slope = _mixing_errors(s, t, W, T)
     compare(
         got,
         expected,
         {"student": (student, s), "teachers": (teachers, t), "weights": (weights, w)},
-        absolute=2e-6 * size * times(T) * many * (size if math.inf == T else 1),
-        gradient=8e-6 * size * times(T) * (size if math.inf == T else 1),
-        by_weights=over_weights(weights),
+        absolute=2e-6 * size * times(T) * many * (size if math.inf == T else 1) + value * many,
+        gradient=usual + slope,
+        by_weights=over_weights(weights) * (usual + slope * size) / (usual + slope),
         # Logarithms of probabilities that were rounded to fp32 do not sum to one any better.
         coarse=is_coarse(student, teachers) or (case["log_probs"] and teachers.dtype != torch.float64),
         unseen=True,
@@ -429,6 +432,19 @@ def _mixture_kl(s: Tensor, t: Tensor, W: Tensor, T: float, mix: str, log_probs: 
     logs = (torch.where(shares > 0, shares, 1.0).log() + each).masked_fill((shares == 0) | (t == -math.inf), -math.inf)
     log_p, P = log_softmax(_log_sum(logs, 0), 1)
     return T**2 * divergence(log_p, P, log_softmax(s / T, 1)[0], 1)
+
+
+def _mixing_errors(s: Tensor, t: Tensor, W: Tensor, T: float) -> tuple[float, float]:
+    """Return how far a row's loss, and its gradient by the mixed logits, move where fp32 rounds the mixture.
+
+    Each mixed logit is wrong by ``error`` at most: K products and shares, sums and a difference.  With g the gradient
+    of a row and G the sum of its sizes, its loss moves by error G, and g in all by 4 error (1 + G / T).
+    """
+    mixed = (W * t).sum(0).detach().requires_grad_()
+    error = (len(t) + 4) / 2 * torch.finfo(torch.float32).eps * float(t.detach().abs().max())
+    (slopes,) = torch.autograd.grad(kl(s.detach(), mixed, T).sum(), mixed)
+    most = float(slopes.abs().sum(1).max())
+    return error * most, 4 * error * (1 + most / T)
 
 
 def _log_sum(x: Tensor, axis: int) -> Tensor:

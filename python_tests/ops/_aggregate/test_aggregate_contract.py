@@ -126,8 +126,6 @@ def test_gradients_are_refused(name: str) -> None:
             CALLS[name](given)
         with torch.no_grad():
             CALLS[name](given)
-    with pytest.raises(ValueError, match="has no gradient"):
-        torch.func.grad(lambda v: sum(t.sum() for t in leaves(CALLS[name](v))))(five())
 
 
 def leaves(result: Any) -> list[Tensor]:

@@ -154,18 +154,6 @@ def test_a_client_of_weight_zero_is_only_measured(backend: str) -> None:
     assert given.cosines.isnan().tolist() == [False, True, False]
 
 
-def test_nan_and_infinity_stay_in_their_coordinate(backend: str) -> None:
-    for rule in RULES:
-        vectors = make_vectors(3, 150, torch.float32)
-        vectors[0][7], vectors[2][140] = math.nan, math.inf
-        given = states(rule, 150, torch.float32)
-        result = server_step(torch.zeros(150), vectors, [1, 2, 3], rule, **given)
-        wrong = ~result.model.isfinite()
-        assert set(wrong.nonzero().flatten().tolist()) <= {7, 140}
-        assert wrong[7]
-        assert result.norms.isfinite().tolist() == [False, True, False]
-
-
 def test_directions(backend: str) -> None:
     """Along, against and across the mean delta, and no delta at all."""
     global_ = torch.ones(100)
