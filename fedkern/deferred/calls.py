@@ -3,6 +3,8 @@
 Modules keep their class, state and repr.  A convolution gets a ``_conv_forward`` in its own dictionary, which torch
 calls with the weight and bias of the caller, and a network two hooks, which are given their module.  So copies of a
 module's dictionary compute with their own tensors.  A deep copy is accelerated too, and a pickle loads without fedkern.
+
+How far a convolution waits is fixed in a rehearsal of the first call of each mode (`rehearsal`), or by a plan.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -22,7 +24,8 @@ from torch import Tensor, nn
 
 from fedkern.deferred import pending
 from fedkern.deferred.layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Windows, hooked, square_windows, untouched
-from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Serve, Site, computed, handle, shape_of, value
+from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Serve, Site, computed, is_plain, value
+from fedkern.messages.leaves import mapped
 from fedkern.ops._conv.conv_norm import run, serving
 from fedkern.ops._conv.conv_pool import pooling, run_pooling
 from fedkern.ops._conv.kernels import Inputs, Pooling, Settings
@@ -42,42 +45,57 @@ Record = tuple[list[tuple[Site, int]], list[int]]
 the products of all calls."""
 
 
-def accelerate(module: M) -> M:
-    """Compute a network's convolutions together with the norm, sum, ReLU and max pooling behind them.
+Mode = tuple[bool, bool]
+"""Whether a network trains, and whether gradients were enabled at the start of its call."""
+MODES: tuple[Mode, ...] = ((True, True), (True, False), (False, True), (False, False))
 
-    On the CPU in fp32, forward and backward, by :func:`fedkern.ops.conv_norm` and :func:`fedkern.ops.conv_pool` where
-    they serve; all else runs as it is written.  Results differ from torch's by rounding.  A call begins and ends with
-    ``module(...)``; parts of it that are called alone run as written.  So does the whole call under autocast,
-    ``torch.compile``, ``torch.export``, ``torch.func``, tracing and with anybody's hooks on a submodule.
 
-    Args:
-        module: any network; it is changed in place, and keeps its class, state dict and repr.  A layer with a forward
-            pass of its own, in its class or put on it, is left alone.  Copies compute with their own tensors: deep
-            copies and those of a module's dictionary are accelerated too, and a pickle loads without fedkern.
-
-    Returns:
-        The same module.
-    """
+def accelerated(module: M, begin: Begin) -> M:
+    """Accelerate a network, in place, whose calls begin with a hook, and return it."""
     plain(module)
     for layer in module.modules():
         if untouched(layer):
-            vars(layer)["_conv_forward"] = _Convolution(layer, SETTINGS(layer))
+            vars(layer)["_conv_forward"] = Convolution(layer, SETTINGS(layer))
     if type(module) is not nn.Conv2d:  # a convolution alone has nothing to wait for
-        module.register_forward_pre_hook(_BEGIN, prepend=True)
+        module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
         module.register_forward_hook(_END, prepend=True, always_call=True)
     return module
+
+
+def planned(module: M, plan: str) -> M:
+    """Accelerate a network, in place, by a plan of :func:`plan_of`; a mode that it does not know runs as written."""
+    known, *texts = plan.split(" ")
+    accelerated(module, Begin({mode: known[at] == "+" for at, mode in enumerate(MODES)}))
+    for layer, text in zip(convolutions(module), texts, strict=True):
+        layer.plan.update({at: code for at, code in enumerate(text) if code != "."})
+    return module
+
+
+def plan_of(module: nn.Module) -> str:
+    """Return how far the convolutions of an accelerated network wait, in the modes that were rehearsed."""
+    begin = begin_of(module)
+    known = "".join("+" if begin and begin.modes.get(mode) else "-" for mode in MODES)
+    texts = ("".join(layer.plan.get(at, ".") for at in range(2 * len(MODES))) for layer in convolutions(module))
+    return " ".join((known, *texts))
+
+
+def convolutions(module: nn.Module) -> list[Convolution]:
+    """Return what computes a network's convolutions, in order of its modules."""
+    found = (vars(layer).get("_conv_forward") for layer in module.modules())
+    return [each for each in found if isinstance(each, Convolution)]
 
 
 def plain(module: M) -> M:
     """Take back :func:`accelerate`, in place, and return the module."""
     for layer in module.modules():
         served = vars(layer).get("_conv_forward")
-        if isinstance(served, _Convolution) or getattr(served, "func", None) is _CONV_FORWARD:
+        if isinstance(served, Convolution) or getattr(served, "func", None) is _CONV_FORWARD:
             del layer._conv_forward
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) or _is_unpickled(hook)]:
                 del hooks[key]
                 layer._forward_hooks_always_called.pop(key, None)
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
     return module
 
 
@@ -100,15 +118,36 @@ def _is_unpickled(hook: object) -> bool:
     return isinstance(getattr(hook, "__self__", None), nullcontext)
 
 
-class _Begin(_Hook):
-    def __call__(self, module: nn.Module, args: object) -> None:
+class Begin(_Hook):
+    """The hook at the beginning of a network's calls.
+
+    Attributes:
+        modes: whether calls are accelerated, by the modes that were rehearsed.
+    """
+
+    def __init__(self, modes: dict[Mode, bool]) -> None:
+        self.modes = modes
+
+    def __deepcopy__(self, memo: object) -> Begin:
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self), modes=dict(self.modes))
+        return twin
+
+    def rehearse(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """Decide on the mode of a call that begins: here none but those of the plan is accelerated."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any] | None = None) -> None:
         begun: Run | None = getattr(_thread, "run", None)
         if begun is not None and not _is_on_stack(begun):
             begun = _thread.run = None
         if begun is not None:
             begun.depth += module is begun.module
         elif not _watched(module):
-            _thread.run = Run(getattr(_thread, "serve", _serve), module, sys._getframe(1), sys.exception())
+            mode = module.training, torch.is_grad_enabled()
+            if mode not in self.modes and named is not None:
+                self.rehearse(module, args, named)
+            if self.modes.get(mode):
+                _thread.run = Run(getattr(_thread, "serve", _serve), module, mode, sys._getframe(1), sys.exception())
 
 
 class _End(_Hook):
@@ -125,15 +164,14 @@ class _End(_Hook):
                 if "data pointer" in str(error):
                     error.add_note(f"fedkern.accelerate has not computed the tensor yet: {pending.WAY_OUT}.")
                 return None
-            result = _plain(result)
-            begun.finish()
-            return result
+            begun.settle()
+            return mapped(_plain, result)
         finally:
             _thread.run = None
             begun.over, begun.frame = True, None
 
 
-_BEGIN, _END = _Begin(), _End()
+_END = _End()
 
 
 def _is_on_stack(begun: Run) -> bool:
@@ -144,12 +182,20 @@ def _is_on_stack(begun: Run) -> bool:
     return frame is not None
 
 
-def called(module: nn.Module, function: Any, *args: Any) -> Any:
+def begin_of(module: nn.Module) -> Begin | None:
+    """Return the hook at the beginning of a network's calls, or None."""
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Begin)), None)
+
+
+def called(module: nn.Module, function: Any, *args: Any, begin: Begin | None = None, recorder: Any = None) -> Any:
     """Call a function of parts of a network, as a call of the network if it is accelerated."""
-    if _BEGIN not in module._forward_pre_hooks.values():
+    begin = begin or begin_of(module)
+    if begin is None:
         return function(*args)
     result = None
-    _BEGIN(module, args)
+    begin(module, args)
+    if recorder is not None and getattr(_thread, "run", None) is not None:
+        _thread.run.recorder = recorder
     try:
         result = function(*args)
     finally:
@@ -192,16 +238,14 @@ def _products(shape: tuple[int, ...], weight: Tensor) -> int:
     return batch * height * width * weight.numel()
 
 
-def _plain(result: Any) -> Any:
-    """A network's result, in which nothing waits; objects with tensors are looked into as far as attributes."""
-    if isinstance(result, (Tensor, tuple, list)) or type(result) is dict:
-        return computed(result)
-    for name, each in list(getattr(result, "__dict__", {}).items()):
+def _plain(part: Any) -> Any:
+    """A part of a network's result, computed; objects with tensors are looked into as far as attributes."""
+    if type(part) is Pending:
+        return computed(part)
+    for name, each in list(getattr(part, "__dict__", {}).items()):
         if type(each) is Pending:
-            object.__setattr__(result, name, computed(each))  # a dataclass may be frozen
-    if isinstance(result, dict):
-        result.update({key: computed(each) for key, each in result.items() if type(each) is Pending})
-    return result
+            object.__setattr__(part, name, computed(each))
+    return part
 
 
 def _watched(module: nn.Module) -> bool:
@@ -233,16 +277,21 @@ def takes_computed(hook: Any) -> bool:
     return getattr(getattr(hook, "func", hook), "takes_computed", False) is True
 
 
-class _Convolution:
-    """A convolution's ``_conv_forward``, whose result waits where an operator may serve it."""
+class Convolution:
+    """A convolution's ``_conv_forward``, whose result waits where an operator may serve it.
 
-    def __init__(self, layer: nn.Module, settings: tuple[object, ...]) -> None:
-        self._layer, self._settings = weakref.ref(layer), settings
+    Attributes:
+        plan: by the number of a mode of gradients of a mode of calls (:data:`MODES`), how many steps the result waits
+            for, as a digit, or as a letter from ``a`` where only convolutions and sums take what the last gives.
+    """
+
+    def __init__(self, layer: nn.Module, settings: tuple[object, ...], plan: Mapping[int, str] | None = None) -> None:
+        self._layer, self._settings, self.plan = weakref.ref(layer), settings, dict(plan or {})
         self._known: dict[tuple[tuple[int, ...], ...], bool] = {}
 
-    def __deepcopy__(self, memo: dict[int, nn.Module]) -> _Convolution:
+    def __deepcopy__(self, memo: dict[int, nn.Module]) -> Convolution:
         layer = self._layer()
-        return self if layer is None else _Convolution(memo.get(id(layer), layer), SETTINGS(layer))
+        return self if layer is None else Convolution(memo.get(id(layer), layer), SETTINGS(layer), self.plan)
 
     def __reduce__(self) -> tuple[object, ...]:
         return partial, (_CONV_FORWARD, self._owner())
@@ -256,46 +305,63 @@ class _Convolution:
     def written(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the result as torch computes it."""
         layer = self._layer()
-        result: Tensor = _CONV_FORWARD(self._owner() if layer is None else layer, x, weight, bias)
+        result: Tensor = _CONV_FORWARD(self._owner() if layer is None else layer, computed(x), weight, bias)
         return result
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         begun: Run | None = getattr(_thread, "run", None)
         if begun is None:
             return self.written(x, weight, bias)
+        begun.settle()
+        key = 2 * MODES.index(begun.mode) + torch.is_grad_enabled()
+        if begun.recorder is not None:
+            begun.recorder.convolution = self, key
+            return self.written(x, weight, bias)
         layer = self._layer()
         windows = square_windows(*(self._settings if layer is None else SETTINGS(layer)))
         node: Node | None = x.__dict__["node"] if type(x) is Pending else None
         record: Record | None = getattr(_thread, "record", None)
-        shape = shape_of(x)
+        shape = pending.shape_of(x)
         if record is not None and windows is not None and len(shape) == 4:
             record[1].append(_products(_result(windows, len(weight), shape), weight))
-        serves = (
-            windows is not None and (node is not None or type(x) is Tensor) and self._serves(windows, weight, shape)
-        )
-        serves = serves and not torch.is_autocast_enabled("cpu")
-        if windows is None or not serves or functorch_active() or saved_hooks(True) is not None:
-            return self.written(x if node is None else value(node), weight, bias)
+        code = self.plan.get(key)
+        if code is None or windows is None or not self._serves(windows, weight, bias, shape):
+            return self.written(x, weight, bias)
+        if torch.is_autocast_enabled("cpu") or functorch_active() or saved_hooks(True) is not None:
+            return self.written(x, weight, bias)
+        if torch.is_inference_mode_enabled() and torch.is_grad_enabled():
+            return self.written(x, weight, bias)
+        last = (is_last(x) if node is None else node.chain.site.last) or is_last(weight)
         if node is not None:
             x = value(node, dense=False)
-        if x.dtype is not torch.float32 or x.device.type != "cpu":
+        if not is_plain(x, shape):
             return self.written(x, weight, bias)
         shape = _result(windows, len(weight), shape)
-        return handle(Node(begun, Chain(Site(x, weight, bias, *windows[1:], shape)), shape, None, None))
+        if last and min(4 * len(weight), *shape[2:]) < 4:  # torch's layers decide on the layout at every step
+            return self.written(x, weight, bias)
+        marks = pending.noted(x, weight, bias)
+        site = Site(x, weight, bias, windows[1], windows[2], shape, last, code.isalpha(), marks)
+        return begun.started(Node(begun, Chain(site), shape), int(code, 36) % 10)
 
-    def _serves(self, windows: Windows, weight: Tensor, shape: tuple[int, ...]) -> bool:
+    def _serves(self, windows: Windows, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> bool:
         """Return whether an operator may serve the convolution on maps of this shape: a rule on shapes alone."""
-        if type(weight) not in (nn.Parameter, Tensor) or weight.dtype is not torch.float32 or not weight.is_cpu:
+        sizes = tuple(weight.shape)
+        if not is_plain(weight, sizes) or (bias is not None and not is_plain(bias, sizes[:1])):
             return False
-        key = shape, windows
+        key = shape, sizes, windows
         if key not in self._known:
             self._known[key] = _fits(weight, windows, shape)
         return self._known[key]
 
 
+def is_last(tensor: Tensor) -> bool:
+    """Return whether torch's convolutions take a tensor for channels-last."""
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=_CHANNELS_LAST)
+
+
 def _fits(weight: Tensor, windows: Windows, shape: tuple[int, ...]) -> bool:
     side, stride, padding = windows
-    if len(shape) != 4 or shape[0] == 0:
+    if len(shape) != 4 or shape[0] == 0 or shape[1] != weight.shape[1] or min(_result(windows, 1, shape)) < 1:
         return False
     x = torch.empty(shape, memory_format=_CHANNELS_LAST)
     weight, ones = weight.detach(), torch.ones(len(weight))
@@ -342,10 +408,10 @@ def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
     residual = None if chain.residual is None else chain.residual[0]
     if norm is None:  # one that changes nothing, and adds the bias
         none, ones = x.new_zeros(len(site.weight)), x.new_ones(len(site.weight))
-        norm, bias = Norm(none, ones, ones, none if bias is None else bias, False, 0.0, _NO_EPS), None
+        norm, bias = Norm(ones, none if bias is None else bias, _NO_EPS, [], none, ones), None
     after = site.stride, chain.relu, chain.pool
     shift = norm.bias
-    if isinstance(norm, pending.GroupNorm):
+    if norm.groups:
         settings = Settings(None, None, 0.0, norm.eps, *after, False, True, norm.groups)
     else:
         tracks = norm.training and not norm.counted

@@ -1,13 +1,15 @@
-"""Tensors that are not computed yet: results of convolutions, and of what is done with them next.
+"""Tensors that are not computed yet: the result of a convolution, and of what is done with it next.
 
-A norm, an addition, a ReLU and a 2 x 2 max pooling extend what waits; whatever else touches it has it computed.
+A norm, an addition, a ReLU and a 2 x 2 max pooling extend the one chain that waits, as far as a rehearsal saw them; the
+last of them computes it.  Whatever else happens has it computed before.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -24,57 +26,68 @@ _autocast, _grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 WAY_OUT = "give it tensor + 0, or run fedkern.plain(module)"
 
 
+Noted = list[tuple[Tensor, int]]
+"""Tensors with their versions."""
+
+
+@dataclass(slots=True, eq=False)
 class Site:
     """A call of a convolution.
 
     Attributes:
-        x, weight, bias: of the call; ``versions`` are those of x and weight.
+        x, weight, bias: of the call, ``noted`` with their versions.
         stride, padding: of the convolution; ``shape`` is that of its result.
+        last: whether torch's layers would give its result, and what follows, channels-last.
+        opens: whether only convolutions and sums take what the chain gives, which may have an operator's layout.
         grad: whether gradients were enabled.
         moved: elements that an operator's call had to copy into another layout, before it and behind it.
     """
 
-    __slots__ = ("bias", "grad", "moved", "padding", "shape", "stride", "versions", "weight", "x")
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: int
+    padding: int
+    shape: tuple[int, ...]
+    last: bool
+    opens: bool
+    noted: Noted
+    grad: bool = field(default_factory=_grad_enabled)
+    moved: int = 0
 
-    def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, shape: tuple[int, ...]
-    ) -> None:
-        self.x, self.weight, self.bias, self.stride, self.padding, self.shape = x, weight, bias, stride, padding, shape
-        self.versions, self.grad, self.moved = (version(x), version(weight)), _grad_enabled(), 0
 
-
+@dataclass(slots=True, eq=False)
 class Norm:
-    """A batch norm's arguments; ``counted`` once it has moved its running statistics."""
+    """The arguments of a batch norm, or with ``groups`` of a group norm.
 
-    __slots__ = ("bias", "counted", "eps", "mean", "momentum", "training", "variance", "weight")
+    Attributes:
+        counted: whether no running statistics have to be moved, or they are.
+    """
 
-    def __init__(
-        self, mean: Tensor | None, variance: Tensor | None, weight: Tensor, bias: Tensor, training: bool,
-        momentum: float, eps: float,
-    ) -> None:  # fmt: skip
-        self.mean, self.variance, self.weight, self.bias = mean, variance, weight, bias
-        self.training, self.momentum, self.eps = training, momentum, eps
-        self.counted = not training or mean is None
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    noted: Noted
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.0
+    groups: int = 0
+    counted: bool = True
 
     def __call__(self, y: Tensor) -> Tensor:
         """The norm as torch computes it."""
+        if self.groups:
+            return F.group_norm(y, self.groups, self.weight, self.bias, self.eps)
         statistics = (None, None) if self.training and self.counted else (self.mean, self.variance)
-        self.counted = True
+        self.count()
         return F.batch_norm(y, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
 
-
-class GroupNorm:
-    """A group norm's arguments; it has no statistics to move."""
-
-    __slots__ = ("bias", "eps", "groups", "weight")
-    counted = True
-
-    def __init__(self, groups: int, weight: Tensor, bias: Tensor, eps: float) -> None:
-        self.groups, self.weight, self.bias, self.eps = groups, weight, bias, eps
-
-    def __call__(self, y: Tensor) -> Tensor:
-        """The norm as torch computes it."""
-        return F.group_norm(y, self.groups, self.weight, self.bias, self.eps)
+    def count(self) -> None:
+        """Note that running statistics are moved: the chain needs them no more."""
+        self.counted = True
+        if self.training:
+            del self.noted[2:]
 
 
 class Chain(NamedTuple):
@@ -85,7 +98,7 @@ class Chain(NamedTuple):
     """
 
     site: Site
-    norm: Norm | GroupNorm | None = None
+    norm: Norm | None = None
     residual: tuple[Tensor, int] | None = None
     relu: bool = False
     pool: int = 1
@@ -98,6 +111,7 @@ Serve = Callable[[Chain, bool], Tensor | None]
 Step = Callable[[Tensor], Tensor]
 
 
+@dataclass(slots=True, eq=False)
 class Node:
     """A result that may wait.
 
@@ -105,52 +119,56 @@ class Node:
         chain: all that leads to it.
         shape: of the result.
         parent, step: the node before and the function of its value, as the network's author wrote it.
-        value: the result, once it is computed, with its version then.
-        uses: steps that were made of it.
+        value: the result, once it is computed.
+        taken: whether a function took the value, so that others may hold a view of it.
     """
 
-    __slots__ = ("chain", "parent", "run", "shape", "step", "uses", "value", "version")
+    run: Run
+    chain: Chain
+    shape: tuple[int, ...]
+    parent: Node | None = None
+    step: Step | None = None
+    value: Tensor | None = None
+    taken: bool = False
 
-    def __init__(self, run: Run, chain: Chain, shape: tuple[int, ...], parent: Node | None, step: Step | None) -> None:
-        self.run, self.chain, self.shape, self.parent, self.step = run, chain, shape, parent, step
-        self.value: Tensor | None = None
-        self.version = self.uses = 0
 
-
+@dataclass(slots=True, eq=False)
 class Run:
     """A call of a network.
 
     Attributes:
         serve: computes chains.
-        made: all that was handed to the network's code.
-        norms: nodes whose running statistics have to move, whether somebody uses them or not.
-        over: whether the call has ended.
-        module, frame, handled: the network, the frame that calls its hooks, and the exception handled at the start.
+        module, mode: the network, whether it trains, and whether gradients were enabled at the start.
+        frame, handled: the frame that calls its hooks, and the exception handled at the start.
         depth: calls of the network inside of the call.
+        over: whether the call has ended.
+        waits, left: the one node that waits, if any, and the steps that the rehearsal saw behind it.
+        recorder: of the rehearsal that this is.
     """
 
-    __slots__ = ("depth", "frame", "handled", "made", "module", "norms", "over", "serve")
+    serve: Serve
+    module: nn.Module
+    mode: tuple[bool, bool]
+    frame: FrameType | None
+    handled: BaseException | None
+    depth: int = 0
+    over: bool = False
+    waits: Node | None = None
+    left: int = 0
+    recorder: Any = None
 
-    def __init__(self, serve: Serve, module: nn.Module, frame: FrameType | None, handled: BaseException | None) -> None:
-        self.serve, self.module, self.frame, self.handled, self.depth = serve, module, frame, handled, 0
-        self.made: list[weakref.ref[Pending]] = []
-        self.norms: list[Node] = []
-        self.over = False
+    def settle(self) -> None:
+        """Compute what waits."""
+        if self.waits is not None:
+            value(self.waits, dense=False)
 
-    def finish(self) -> None:
-        """Computes what outlives the call, and moves the statistics of norms whose results nobody used."""
-        for node in self.norms:
-            if node.chain.norm is not None and not node.chain.norm.counted:
-                with torch.no_grad():
-                    value(node)
-        self.norms.clear()
-        self.compute()
-
-    def compute(self) -> None:
-        """Computes what the network's code still holds."""
-        for reference in reversed(self.made):  # what comes last releases what it is made of
-            if (tensor := reference()) is not None:
-                value(tensor.__dict__["node"])
+    def started(self, node: Node, steps: int) -> Tensor:
+        """Return the result of a convolution, or of a step: a handle where ``steps`` follow it, else the tensor."""
+        self.waits, self.left = node, steps
+        if steps > 0:
+            return handle(node)
+        result = value(node, dense=not node.chain.site.opens)
+        return handle(node) if node.chain.site.opens else result
 
 
 def version(tensor: Tensor) -> int:
@@ -159,6 +177,11 @@ def version(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:
         return 0
+
+
+def noted(*tensors: Tensor | None) -> Noted:
+    """Return tensors with their versions."""
+    return [(each, version(each)) for each in tensors if each is not None]
 
 
 def _lost(gradient: Tensor) -> None:
@@ -178,18 +201,20 @@ class Pending(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        how = _EXTENDING.get(func)
-        if how is not None and not _autocast("cpu") and "out" not in (named := dict(kwargs or {})):
+        how = EXTENDING.get(func)
+        if how is not None and not _autocast("cpu") and "out" not in (named := dict(kwargs or {})) and _is_calm():
             first = (named.pop("input"),) if "input" in named else ()
             last = (named.pop("other"),) if "other" in named else ()
             result = how(*first, *args, *last, **named)
             if result is not None:
                 return result
-        elif func in _ABOUT:
+        elif func in ABOUT:
             with WithoutTorchFunction():
                 return func(*args, **(kwargs or {}))
-        elif _writes(func, kwargs):
-            _settle((*args, *(kwargs or {}).values()))
+        for each in (*args, *(kwargs or {}).values()):
+            if type(each) is Pending:
+                each.__dict__["node"].run.settle()
+                each.__dict__["node"].taken = True
         return func(*map(computed, args), **{name: computed(each) for name, each in (kwargs or {}).items()})
 
     @classmethod
@@ -211,102 +236,104 @@ def handle(node: Node) -> Pending:
             tensor._backward_hooks = _LOST
     throw_on_data_ptr(tensor)  # to_dlpack would end the process
     tensor.__dict__["node"] = node
-    node.run.made.append(weakref.ref(tensor))
     return tensor
 
 
 def computed(item: Any) -> Any:
-    """A value with what waits in it computed; contiguous, as torch's convolutions give it."""
+    """A value with what waits in it computed, in torch's layout."""
     if type(item) is Pending:
         return value(item.__dict__["node"])
-    if type(item) in (tuple, list):
-        return type(item)(map(computed, item))
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return type(item)(*map(computed, item))
-    return {key: computed(each) for key, each in item.items()} if type(item) is dict else item
+    return type(item)(map(computed, item)) if type(item) in (tuple, list) else item
 
 
 def value(node: Node, dense: bool = True) -> Tensor:
-    """The result of a node, computed once; ``dense``: contiguous, else as the operator gave it."""
-    result = node.value
-    if result is not None and not (dense and not result.is_contiguous()):
-        return result
+    """The result of a node, computed once; ``dense``: with torch's strides, else as the operator gave it."""
+    if node.value is None:
+        _compute(node, dense)
+    elif dense:
+        node.value = _formed(node.value, node.chain.site)
+    assert node.value is not None
+    return node.value
+
+
+def _compute(node: Node, dense: bool) -> None:
     if node.run.over:
-        raise RuntimeError("a tensor of a call of an accelerated network that failed is not there any more")
+        raise RuntimeError("a tensor of a call of an accelerated network that has ended is not there any more")
+    if node.run.waits is node:
+        node.run.waits = None
     grad = node.chain.site.grad
-    if grad == _grad_enabled() and not _autocast("cpu") and saved_hooks(True) is None:
-        result = _found(node, dense)
+    if grad == _grad_enabled() and not _autocast("cpu") and _is_calm():
+        node.value = _computed(node, dense)
     else:  # as where the convolution stands: a checkpoint counts what is saved inside of it
         with torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=False), saved_tensors_hooks(_same, _same):
-            result = _found(node, dense)
-    node.value, node.version, node.parent, node.step = result, version(result), None, None
-    return result
+            node.value = _computed(node, dense)
+    node.parent = node.step = None
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _found(node: Node, dense: bool) -> Tensor:
-    result = _computed(node, dense) if node.value is None else node.value
-    if result.is_contiguous() or not dense:
+def _is_calm() -> bool:
+    return saved_hooks(True) is None
+
+
+def strides(shape: tuple[int, ...], last: bool) -> tuple[int, ...]:
+    """Return the strides of dense maps of a shape, channels-last or not."""
+    _, channels, height, width = shape
+    if last:
+        return channels * height * width, 1, channels * width, channels
+    return channels * height * width, height * width, width, 1
+
+
+def _formed(result: Tensor, site: Site) -> Tensor:
+    """Return a result in torch's layout."""
+    expected = strides(shape := tuple(result.shape), site.last)
+    if result.stride() == expected:
         return result
-    node.chain.site.moved += result.numel()
-    return result.contiguous()
+    layout = torch.channels_last if site.last else torch.contiguous_format
+    if result.is_contiguous(memory_format=layout):  # sizes of 1 leave strides open
+        return result.as_strided(shape, expected)
+    site.moved += result.numel()
+    return result.contiguous(memory_format=layout)
 
 
 def _computed(node: Node, dense: bool) -> Tensor:
-    site, residual, parent = node.chain.site, node.chain.residual, node.parent
-    changed = (version(site.x), version(site.weight)) != site.versions
-    if changed or (residual is not None and version(residual[0]) != residual[1]):
-        raise _changed()
+    chain, parent = node.chain, node.parent
+    marks = chain.site.noted + (chain.norm.noted if chain.norm else []) + ([chain.residual] if chain.residual else [])
+    if any(version(tensor) != before for tensor, before in marks):
+        raise RuntimeError(
+            "A tensor was changed in place before fedkern.accelerate computed what an earlier step takes of it: write "
+            "the change without in-place operations, or run fedkern.plain(module)."
+        )
     before = parent
     while before is not None and before.value is None:
         before = before.parent
-    if before is None and (served := node.run.serve(node.chain, dense)) is not None:
-        if isinstance(node.chain.norm, Norm):
-            node.chain.norm.counted = True
-        return served
+    if before is None and (served := node.run.serve(chain, dense and not chain.site.last)) is not None:
+        if chain.norm is not None:
+            chain.norm.count()
+        return _formed(served, chain.site) if dense else served
     if parent is None:
-        x = site.x if site.x.is_contiguous() else site.x.contiguous()
+        site = chain.site
+        x = site.x if site.last or site.x.is_contiguous() else site.x.contiguous()
         return F.conv2d(x, site.weight, site.bias, site.stride, site.padding)
     assert node.step is not None
-    y = value(parent)
-    if version(y) != parent.version:
-        raise _changed()
-    return node.step(y)
-
-
-def _changed() -> RuntimeError:
-    return RuntimeError(
-        "A tensor was changed in place before fedkern.accelerate computed what an earlier step takes of it: write the "
-        "change without in-place operations, or run fedkern.plain(module)."
-    )
-
-
-def _writes(func: Any, kwargs: Mapping[str, Any] | None) -> bool:
-    """Whether a function of torch may change an argument."""
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("__setitem__", "__set__") or name.startswith("__i") or "out" in (kwargs or {})
-
-
-def _settle(args: Iterable[Any]) -> None:
-    """Computes what waits in the call before a tensor of it changes."""
-    for each in args:
-        if type(each) is Pending:
-            each.__dict__["node"].run.compute()
-            return
+    return node.step(value(parent))
 
 
 # -- what extends a chain ----------------------------------------------------------------------------------------------
 
 
 def _waiting(x: Any) -> Node | None:
-    """The node of a tensor that waits, in the mode of gradients in which it was begun; else None."""
+    """The node of the tensor that waits, in the mode of gradients in which it was begun; else None."""
     node: Node | None = x.__dict__["node"] if type(x) is Pending else None
-    fresh = node is not None and node.value is None and node.chain.site.grad == _grad_enabled()
-    return node if fresh else None
+    return node if node is not None and node.run.waits is node and node.chain.site.grad == _grad_enabled() else None
+
+
+def is_plain(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor is one of torch's own in fp32 on the CPU, of a shape."""
+    kind = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return kind and tensor.dtype is torch.float32 and tensor.is_cpu and tuple(tensor.shape) == shape
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
@@ -314,52 +341,54 @@ def shape_of(x: Tensor) -> tuple[int, ...]:
     return x.__dict__["node"].shape if type(x) is Pending else tuple(x.shape)
 
 
-def _extended(x: Any, node: Node, step: Step, chain: Chain, inplace: Step | None = None) -> Any:
-    node.uses += 1
+def _extended(x: Any, node: Node, step: Step, chain: Chain, inplace: bool = False) -> Any:
     shape = node.shape
-    if inplace is None:
-        if chain.pool > node.chain.pool:
-            shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
-        return handle(Node(node.run, chain, shape, node, step))
-    # Memory is written again only where no other step reads the value before.
-    x.__dict__["node"] = Node(node.run, chain, shape, node, lambda y: step(y) if node.uses > 1 else inplace(y))
-    return x
+    if chain.pool > node.chain.pool:
+        shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
+    after = Node(node.run, chain, shape, node, step)
+    result = node.run.started(after, node.run.left - 1)
+    if not inplace:
+        return result
+    x.__dict__["node"] = after
+    return x if type(result) is Pending else result
+
+
+def _fits(node: Node, *vectors: Tensor | None) -> bool:
+    """Return whether a norm may extend a chain: torch raises its errors where the norm is called."""
+    return all(each is None or is_plain(each, node.shape[1:2]) for each in vectors)
 
 
 def _batch_norm(
-    x: Any, mean: Any, variance: Any, weight: Any = None, bias: Any = None, training: bool = False,
+    x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: bool = False,
     momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor | None:  # fmt: skip
-    node = _waiting(x)
+    node, mean, variance = _waiting(x), running_mean, running_var
     if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
         return None
-    norm = Norm(mean, variance, weight, bias, training or mean is None, momentum, eps)
-    result = _extended(x, node, norm, Chain(node.chain.site, norm))
-    if not norm.counted:
-        node.run.norms.append(result.__dict__["node"])
-    return result
+    batch, _, height, width = node.shape
+    one_value = training and batch * height * width == 1
+    if one_value or (mean is None and not training) or not _fits(node, mean, variance, weight, bias):
+        return None
+    marks = noted(weight, bias, mean, variance)
+    norm = Norm(weight, bias, eps, marks, mean, variance, training, momentum, counted=not training or mean is None)
+    return _extended(x, node, norm, Chain(node.chain.site, norm))
 
 
 def _group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
     node = _waiting(x)
     if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
         return None
-    norm = GroupNorm(num_groups, weight, bias, eps)
+    if not _fits(node, weight, bias) or num_groups < 1 or node.shape[1] % num_groups:
+        return None
+    norm = Norm(weight, bias, eps, noted(weight, bias), groups=num_groups)
     return _extended(x, node, norm, Chain(node.chain.site, norm))
 
 
 def _relu(x: Any, inplace: bool = False) -> Tensor | None:
     node = _waiting(x)
-    if node is None:
+    if node is None or node.chain.relu:
         return None
-    site, norm, residual, relu, pool = node.chain
-    if relu:
-        return x
-    return _extended(x, node, torch.relu, Chain(site, norm, residual, True, pool), torch.relu_ if inplace else None)
-
-
-def _relu_(x: Any) -> Tensor | None:
-    return _relu(x, True)
+    return _extended(x, node, torch.relu_ if inplace else torch.relu, node.chain._replace(relu=True), inplace)
 
 
 def _takes_sum(x: Any) -> Node | None:
@@ -371,23 +400,20 @@ def _takes_sum(x: Any) -> Node | None:
 def _add(x: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Tensor | None:
     if alpha != 1 or not isinstance(other, Tensor) or not isinstance(x, Tensor) or x is other:
         return None
-    node = _takes_sum(x)
-    if node is None and not inplace:
-        x, other = other, x
-        node = _takes_sum(x)
-    if node is None or shape_of(other) != node.shape:
+    node, summand, writes = _takes_sum(x), other, inplace
+    if node is None:
+        node, summand, writes = _takes_sum(other), x, False
+        before = x.__dict__["node"] if type(x) is Pending else None
+        if inplace and (before is None or before.taken):  # others would see the sum
+            return None
+    if node is None or shape_of(summand) != node.shape:
         return None
-    if type(other) is Pending:
-        other = value(other.__dict__["node"], dense=False)
-    if type(other) is not Tensor or other.dtype is not torch.float32 or other.device.type != "cpu":
+    if type(summand) is Pending:
+        summand = value(summand.__dict__["node"], dense=False)
+    if not is_plain(summand, node.shape):
         return None
-    writes = (lambda y: y.add_(other)) if inplace else None
-    chain = Chain(node.chain.site, node.chain.norm, (other, version(other)))
-    return _extended(x, node, lambda y: y + other, chain, writes)
-
-
-def _add_(x: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
-    return _add(x, other, alpha=alpha, inplace=True)
+    chain = Chain(node.chain.site, node.chain.norm, (summand, version(summand)))
+    return _extended(x, node, (lambda y: y.add_(summand)) if writes else lambda y: y + summand, chain, inplace)
 
 
 def _max_pool(
@@ -405,7 +431,8 @@ def _max_pool(
     return _extended(x, node, lambda y: F.max_pool2d(y, 2), Chain(site, norm, None, relu, 2))
 
 
-_EXTENDING: dict[Any, Callable[..., Any]] = {
+_relu_, _add_ = partial(_relu, inplace=True), partial(_add, inplace=True)
+EXTENDING: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
@@ -414,7 +441,8 @@ _EXTENDING: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _add_),
     **dict.fromkeys((torch.max_pool2d, F.max_pool2d), _max_pool),
 }
-_ABOUT = {
+ADDS = {function for function, extend in EXTENDING.items() if extend in (_add, _add_)}
+ABOUT = {
     Tensor.dim, Tensor.size, Tensor.__len__, Tensor.numel,
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda")),
 }  # fmt: skip

@@ -87,9 +87,10 @@ def resolve(
                 "other bits than an uninterrupted one."
             )
         shapes = stored.model_layout or shapes
-        config = config.replace(served=stored.served)
+        config = config.replace(served=stored.served, plan=stored.plan)
     elif config.accelerate == "auto" and config.device == "cpu" and config.precision == "fp32" and known:
-        config = config.replace(served=serving.decided(RunContext(config, data), network))
+        served, plan = serving.decided(RunContext(config, data), network)
+        config = config.replace(served=served, plan=plan)
     return config.replace(model_layout=shapes, model_sha256=sha), data, notes
 
 

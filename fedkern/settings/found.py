@@ -12,6 +12,7 @@ from fedkern.settings.section import Section
 class Found(Section):
     """What was found.
 
+    ``served`` says whether the run accelerates its network, and ``plan`` how, as `fedkern.deferred` has it.
     ``main`` and ``better`` are those of the data's task (`fedkern.tasks`), and those of classification until the data
     are loaded.
     """
@@ -21,17 +22,13 @@ class Found(Section):
     init_sha256: str | None = None
     method_sha256: str | None = None
     served: str | None = None
+    plan: str | None = None
     output_bytes: int | None = None
     training: str | None = None
     training_sha256: str | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
     main: str = "accuracy"
     better: str = "max"
-
-    @property
-    def accelerated(self) -> bool:
-        """Whether the run serves its network by operators, as its record says."""
-        return (self.served or "").startswith("served")
 
 
 FINGERPRINTS = tuple(each.name for each in fields(Found) if each.name not in ("method", "options"))

@@ -19,8 +19,8 @@ from fedkern.ops._core import backend
 from python_tests.guest_networks import WAYS, Doubling, Head, block, close, equal, played, sequential
 
 SERVED = {
-    "sequential": 6, "functional": 6, "residual": 12, "bottleneck": 2, "dropping": 0, "plain": 4, "pre-activation": 6,
-    "branching": 2, "looping": 4, "asserting": 2, "squeezing": 2, "unet": 4, "unused": 3, "stopping": 3, "two": 0,
+    "sequential": 6, "functional": 6, "residual": 10, "bottleneck": 2, "dropping": 0, "plain": 4, "pre-activation": 4,
+    "branching": 2, "looping": 4, "asserting": 2, "squeezing": 2, "unet": 4, "unused": 0, "stopping": 3, "two": 0,
 }  # fmt: skip
 """Convolutions of a call in each mode that an operator serves, at least."""
 core = pytest.mark.skipif(not backend.active_isa().startswith("avx"), reason="the kernel serves AVX2 and AVX-512")
@@ -47,6 +47,11 @@ def served(monkeypatch):
     return found
 
 
+def fast(network):
+    """The network accelerated, whose calls nobody checks and counts."""
+    return fedkern.accelerate(network, check=False)
+
+
 def made(name, seed=0):
     torch.manual_seed(seed)
     return WAYS[name]()
@@ -67,7 +72,7 @@ def test_what_waits_has_the_bits_of_what_is_written(name, images, monkeypatch):
 @pytest.mark.parametrize("name", WAYS)
 def test_operators_serve_what_they_can(name, images, served):
     network = made(name)
-    found = played(fedkern.accelerate(copy.deepcopy(network)), images)
+    found = played(fast(copy.deepcopy(network)), images)
     assert len(served) >= SERVED[name]
     close(found, played(network, images))
 
@@ -79,15 +84,15 @@ def test_what_copies_would_cost_more_than_they_save_runs_as_written(taps, expect
     torch.manual_seed(0)
     conv = nn.Conv2d(32, 32, taps, padding=taps // 2, bias=False)
     network = nn.Sequential(nn.Conv2d(3, 32, 7, padding=3), nn.GELU(), conv, nn.BatchNorm2d(32), nn.GELU())
-    fedkern.accelerate(network)(images)
+    fast(network)(images)
     assert len(served) == expected
 
 
 @core
 def test_the_operators_results_between_convolutions_are_not_moved(images, served):
-    network = fedkern.accelerate(made("residual"))
+    network = fast(made("residual"))
     network(images)
-    assert [chain.site.x.is_contiguous(memory_format=torch.channels_last) for chain in served[1:]] == [True] * 5
+    assert [chain.site.x.is_contiguous(memory_format=torch.channels_last) for chain in served[1:]] == [True] * 4
 
 
 @pytest.mark.parametrize("batch", [0, 1])
@@ -140,6 +145,11 @@ class Writing(Head):
 
     def maps(self, x):
         return self.write(self, x)
+
+
+def made_of(write):
+    torch.manual_seed(0)
+    return Writing(write)
 
 
 def autocast_inside(net, x):
@@ -210,8 +220,7 @@ WRITTEN = (
 
 @pytest.mark.parametrize("write", WRITTEN, ids=lambda write: write.__name__)
 def test_other_ways_to_write(write, images, monkeypatch):
-    torch.manual_seed(0)
-    network = Writing(write)
+    network = made_of(write)
     expected = played(copy.deepcopy(network), images)
     close(played(fedkern.accelerate(copy.deepcopy(network)), images), expected)
     monkeypatch.setattr(calls, "_serve", lambda chain, dense: None)
@@ -316,7 +325,7 @@ def biased(frozen=False):
 @core
 def test_a_bias_that_the_norm_takes_out_again(images, served):
     """It moves the running mean, is taken off in evaluation, and its gradient is zeros."""
-    plain, other = biased(), fedkern.accelerate(biased())
+    plain, other = biased(), fast(biased())
     for _ in range(3):
         expected, found = played(plain, images), played(other, images)
     assert len(served) == 18
@@ -336,7 +345,7 @@ def test_a_step_on_nan_ends_as_in_torch(images):
 @core
 def test_a_bias_before_a_frozen_norm_has_its_gradient(images, served):
     grads = []
-    for network in (biased(frozen=True), fedkern.accelerate(biased(frozen=True))):
+    for network in (biased(frozen=True), fast(biased(frozen=True))):
         network(images).square().sum().backward()
         grads.append([network[at].bias.grad for at in (0, 4, 8)])
     assert len(served) == 3
@@ -398,7 +407,7 @@ def test_opacus_validator_sees_the_layers():
 
 @core
 def test_a_deep_copy_is_accelerated_for_itself(images, served):
-    network = fedkern.accelerate(made("sequential"))
+    network = fast(made("sequential"))
     other = copy.deepcopy(network)
     with torch.no_grad():
         network[0].weight.zero_()
@@ -439,16 +448,27 @@ def test_what_outlives_a_call_is_computed_before_it_ends(images):
 
 
 def test_a_call_that_fails_leaves_nothing_that_is_computed_later(images):
-    class Failing(Keeping):
-        def maps(self, x):
-            super().maps(x)
-            raise KeyError("here")
+    class Failing(Head):
+        fails = False
 
-    network = fedkern.accelerate(Failing())
+        def __init__(self):
+            super().__init__(16)
+            self.c1, self.b1 = block(3, 16)
+
+        def maps(self, x):
+            x = self.c1(x)
+            if self.fails:
+                self.raw = x
+                raise KeyError("here")
+            return F.relu(self.b1(x))
+
+    network = fast(Failing())
+    network(images)
+    network.fails = True
     with pytest.raises(KeyError, match="here"):
         network(images)
-    with pytest.raises(RuntimeError, match="of a call of an accelerated network that failed"):
-        network.kept + 0
+    with pytest.raises(RuntimeError, match="of a call of an accelerated network that has ended"):
+        network.raw + 0
     assert type(network.c1(images)) is torch.Tensor
 
 
@@ -510,7 +530,7 @@ def test_with_somebody_s_hooks_a_network_runs_as_written(put, images):
 
 @core
 def test_a_hook_on_the_network_itself_sees_its_result(images, served):
-    network, seen = fedkern.accelerate(made("sequential")), []
+    network, seen = fast(made("sequential")), []
     network.register_forward_hook(lambda layer, given, out: seen.append((type(out), type(given[0]))))
     network(images)
     assert seen == [(torch.Tensor, torch.Tensor)]
@@ -524,7 +544,7 @@ def test_fedkern_s_own_hooks_are_given_what_is_computed(images, served):
     from fedkern.models.user_models import OwnNetwork
 
     network = made("functional").eval()
-    own = [OwnNetwork(copy.deepcopy(network), "fc"), OwnNetwork(fedkern.accelerate(copy.deepcopy(network)), "fc")]
+    own = [OwnNetwork(copy.deepcopy(network), "fc"), OwnNetwork(fast(copy.deepcopy(network)), "fc")]
     torch.testing.assert_close(own[1].features(images), own[0].features(images), rtol=1e-4, atol=1e-4)
     assert len(served) == 3
     kind, *taps = find_taps(own[0], ["b2"], None, ImageForm((3, 16, 16), (0.5,) * 3, (0.2,) * 3), "net")
@@ -592,6 +612,10 @@ def changing(net, x):
     return F.relu(raw)
 
 
+def rectifying(net, x):
+    return F.relu(net.b1(net.c1(x)))
+
+
 @pytest.mark.parametrize(
     ("write", "said"),
     [
@@ -603,7 +627,12 @@ def changing(net, x):
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_what_cannot_wait_is_told(write, said, images):
-    network = fedkern.accelerate(Writing(write))
+    """In a pass that differs from the rehearsal; where that saw it, nothing waits for it."""
+    network, plain = fedkern.accelerate(made_of(write)), made_of(write)
+    torch.testing.assert_close(network(images), plain(images), rtol=1e-4, atol=1e-4)
+    network = fedkern.accelerate(made_of(rectifying))
+    network(images)
+    network.write = write
     with pytest.raises(RuntimeError, match=said):
         network(images).sum().backward()
     with pytest.raises(AttributeError, match=r"before torch\.jit\.script call fedkern\.plain"):
@@ -631,12 +660,12 @@ def test_distributed(inside, around, images, served):
     network(images).square().sum().backward()
     expected = [each.grad for each in network.parameters()]
     network.zero_grad()
-    other = around(fedkern.accelerate(network)) if inside else fedkern.accelerate(around(network))
+    other = around(fast(network)) if inside else fast(around(network))
     other(images).square().sum().backward()
     for each, grad in zip(other.parameters(), expected, strict=True):
         found = each.grad.full_tensor() if around is sharded else each.grad
         torch.testing.assert_close(found, grad, rtol=1e-2, atol=1e-2 * float(grad.abs().max()))
-    assert len(served) == 6 or not backend.active_isa().startswith("avx")
+    assert len(served) == (0 if around is sharded else 5) or not backend.active_isa().startswith("avx")
 
 
 @pytest.mark.exhaustive
@@ -656,8 +685,8 @@ def test_exported(strict, images):
 
 @core
 def test_another_network_around_it_is_no_call_of_its_own(images, served):
-    inner = fedkern.accelerate(made("sequential"))
-    outer = fedkern.accelerate(nn.Sequential(nn.Conv2d(3, 3, 1), inner))
+    inner = fast(made("sequential"))
+    outer = fast(nn.Sequential(nn.Conv2d(3, 3, 1), inner))
     outer(images)
     assert len(served) == 3
 
@@ -672,5 +701,8 @@ def test_a_tensor_tells_what_is_known_without_being_computed(images):
         seen.append(waits)
         return net.b1(raw)
 
-    fedkern.accelerate(Writing(write))(images)
-    assert seen == [(torch.Size([6, 16, 16, 16]), torch.float32, 4, 6, "cpu"), backend.active_isa().startswith("avx")]
+    fast(Writing(write))(images)
+    assert seen[2:] == [
+        (torch.Size([6, 16, 16, 16]), torch.float32, 4, 6, "cpu"),
+        backend.active_isa().startswith("avx"),
+    ]

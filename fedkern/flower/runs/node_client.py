@@ -46,7 +46,7 @@ from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_data, data_of_one, decided, effective, kept_data, load_data
 
-PROTOCOL = 6
+PROTOCOL = 7
 """Version of the messages; both ends must have the same."""
 ASKERS = ("method", "pooling")
 MOST_NAMES, LONGEST_NAME = 256, 200
@@ -70,7 +70,7 @@ class ClientRequest:
         oldest: oldest round of the plan whose states the server's checkpoints name.
         last: whether no other message of the round will come.
         threads, client_threads: CPU threads of the run, on which bits depend.
-        served: what the server's run has decided of accelerating a user's network; "": nothing.
+        plan: how far convolutions of a user's network wait (`fedkern.deferred`); "": it runs as written.
         data: fingerprint of the server's data, which the node's must have too; None: the node has data of its own.
     """
 
@@ -85,7 +85,7 @@ class ClientRequest:
     last: bool
     threads: int
     client_threads: int
-    served: str
+    plan: str
     data: int | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class NodeClients:
         """Makes data and method, as `fedkern.engine.run.run` does before its first round."""
         keep_freed_memory()
         config = self.config.replace(
-            threads=request.threads, client_threads=request.client_threads, served=request.served or None
+            threads=request.threads, client_threads=request.client_threads, plan=request.plan or None
         )
         enter = self._stack.enter_context
         enter(cpu_threads(config.threads))

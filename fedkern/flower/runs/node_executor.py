@@ -180,7 +180,7 @@ class Nodes(Ordered):
             last=run.progress.last_exchange,
             threads=run.context.config.threads,
             client_threads=run.context.config.client_threads,
-            served=run.context.config.served or "",
+            plan=run.context.config.plan or "",
             data=self._data,
         )
 

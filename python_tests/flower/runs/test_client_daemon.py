@@ -51,7 +51,7 @@ def header(client=1, round=0, run="0" * 32):
     found = {
         "protocol": PROTOCOL, "run": run, "attempt": "a" * 32, "client": client, "asker": "method",
         "phase": [round, "train", "update"], "version": [round + 1, 0], "begin": None, "oldest": 1, "last": True,
-        "threads": 1, "client_threads": 1, "served": "", "data": None,
+        "threads": 1, "client_threads": 1, "plan": "", "data": None,
     }  # fmt: skip
     return json.dumps(found)
 

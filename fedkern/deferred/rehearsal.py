@@ -1,0 +1,242 @@
+"""The first call of each mode: a rehearsal on a copy of the network, which fixes how far its convolutions wait."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fedkern.deferred.calls import Begin, Convolution, Mode, accelerated, begin_of, called, convolutions, is_last
+from fedkern.deferred.comparison import Found, far
+from fedkern.deferred.layers import HOOKS
+from fedkern.deferred.pending import ABOUT, ADDS, EXTENDING, strides
+from fedkern.errors import described
+from fedkern.messages.leaves import leaves, mapped
+from fedkern.ops._core.private_torch import saved_hooks
+from fedkern.streams import seeded_generators
+
+M = TypeVar("M", bound=nn.Module)
+_COUNTS = (Tensor.add_, Tensor.__float__)
+"""What a batch norm does with the number of its batches."""
+_MODES = {(True, True): "training", (False, False): "evaluation", (True, False): "training mode without gradients",
+          (False, True): "evaluation mode with gradients"}  # fmt: skip
+
+
+def accelerate(module: M, *, check: bool = True) -> M:
+    """Compute a network's convolutions together with the norm, sum, ReLU and max pooling behind them.
+
+    On the CPU in fp32, forward and backward, by :func:`fedkern.ops.conv_norm` and :func:`fedkern.ops.conv_pool` where
+    they serve; all else runs as it is written.  Results differ from torch's by rounding.  A call begins and ends with
+    ``module(...)``; parts of it that are called alone run as written.  So does the whole call under autocast,
+    ``torch.compile``, ``torch.export``, ``torch.func``, tracing and with anybody's hooks on a submodule.
+
+    The first call in training and the first in evaluation, with gradients and without, each play the network's
+    ``forward`` on a copy before, with the same inputs and seeds: a convolution waits only as far as its result went
+    there, alone and at once, through those steps.
+
+    Args:
+        module: any network; it is changed in place, and keeps its class, state dict and repr.  A layer with a forward
+            pass of its own, in its class or put on it, is left alone.  Copies compute with their own tensors: deep
+            copies and those of a module's dictionary are accelerated too, and a pickle loads without fedkern.
+        check: whether a second copy then plays the call accelerated.  Where outputs or buffers are off by more than
+            1e-3 of the largest, or the gradients of weights for random gradients of the outputs by more than 5 %, the
+            network warns and runs as written in that mode.  Without it only a call that fails there does.
+
+    Returns:
+        The same module.
+    """
+    return accelerated(module, Rehearsal(check))
+
+
+class Rehearsal(Begin):
+    """The hook of :func:`accelerate`, with its ``check``."""
+
+    def __init__(self, check: bool) -> None:
+        super().__init__({})
+        self.check = check
+
+    def rehearse(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """Play a copy as written and note what follows its convolutions; then check another copy, accelerated."""
+        mode = module.training, torch.is_grad_enabled()
+        try:
+            twin = _copied(module)
+        except Exception as error:
+            return self._leave(mode, f"the network cannot be copied ({described(error)})")
+        recorder = Recorder()
+        try:
+            expected = _played(twin, mode, args, named, recorder)
+        except Exception:  # which the call itself raises
+            return None
+        recorder.stop()
+        for layer, other in zip(convolutions(module), convolutions(twin), strict=True):
+            layer.plan |= other.plan
+        self.modes[mode] = True
+        if not self.check or not recorder.states:
+            return None
+        try:
+            name = far(_played(_copied(module), mode, args, named), expected)
+        except Exception as error:  # a network's code may raise anything about a tensor that it does not know
+            return self._leave(mode, described(error))
+        return self._leave(mode, f"{name} would be another one") if name else None
+
+    def _leave(self, mode: Mode, reason: str) -> None:
+        self.modes[mode] = False
+        warnings.warn(f"fedkern.accelerate: in {_MODES[mode]} the network runs as written: {reason}.", stacklevel=4)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A deep copy, also where attributes are results of earlier calls."""
+    attributes = (vars(layer).values() for layer in module.modules())
+    results = (
+        leaf for part in attributes for leaf in leaves(list(part)) if isinstance(leaf, Tensor) and not leaf.is_leaf
+    )
+    with torch.inference_mode(False):
+        return copy.deepcopy(module, {id(leaf): _apart(leaf) for leaf in results})
+
+
+def _played(
+    module: nn.Module, mode: Mode, args: tuple[Any, ...], named: Mapping[str, Any], recorder: Recorder | None = None
+) -> Found:
+    """Outputs, gradients and buffers of a call of a network, which it changes, by name."""
+    begin = begin_of(module)
+    assert begin is not None
+    begin.modes[mode] = True
+    for layer in module.modules():
+        for name in HOOKS:
+            getattr(layer, name).clear()
+    module.zero_grad()
+    args, named = mapped(_apart, (args, dict(named)))
+    play: Callable[[], Any] = partial(module.forward, *args, **named)
+    with seeded_generators(0):
+        result = called(
+            module, play if recorder is None else partial(recorder.note, play), begin=begin, recorder=recorder
+        )
+        outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
+        if graded := [leaf for leaf in outputs if leaf.requires_grad]:
+            draws = torch.Generator().manual_seed(0)
+            torch.autograd.backward(graded, [torch.randn(each.shape, generator=draws).to(each) for each in graded])
+    found: Found = {f"output {number}": leaf.detach() for number, leaf in enumerate(outputs)}
+    inputs = [leaf for leaf in leaves((args, named)) if isinstance(leaf, Tensor)]
+    found |= {f"the gradient of input {number}": leaf.grad for number, leaf in enumerate(inputs)}
+    found |= {f"the gradient of {name}": each.grad for name, each in module.named_parameters()}
+    return found | {name: each.detach() for name, each in module.named_buffers()}
+
+
+def _apart(leaf: Any) -> Any:
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+
+class _Chain:
+    """What follows the calls of a convolution: the fewest steps, and who takes what they give."""
+
+    def __init__(self) -> None:
+        self.steps, self.opens, self.closes = 9, False, False
+
+    def end(self, steps: int, opens: bool | None = None) -> None:
+        """End behind so many steps at the latest, where a convolution or a sum (``opens``) or another function is."""
+        self.steps = min(self.steps, steps)
+        self.opens, self.closes = self.opens or opens is True, self.closes or opens is False
+
+    @property
+    def code(self) -> str | None:
+        """As in a plan; None: as written."""
+        if self.steps < 0:
+            return None
+        return "abcdefghij"[self.steps] if self.opens and not self.closes else str(self.steps)
+
+
+class _State(NamedTuple):
+    """A result in a chain: the steps before it, the mode of gradients, its place in the graph, and its layout."""
+
+    chain: _Chain
+    steps: int
+    grad: bool
+    graph: Any
+    last: bool
+    result: Tensor
+
+    def is_as_made(self) -> bool:
+        """Return whether no autograd.Function, and no change of the mode of gradients, came between."""
+        return self.grad == torch.is_grad_enabled() and self.graph is self.result.grad_fn and saved_hooks(True) is None
+
+
+class Recorder(TorchFunctionMode):
+    """Notes how far the results of a network's convolutions go through steps alone, one at once behind another.
+
+    Attributes:
+        convolution: the convolution that is called, and the key of its plan.
+        states: of the results of convolutions and steps, by id.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution: tuple[Convolution, int] | None = None
+        self.states: dict[int, _State] = {}
+        self._chains: dict[tuple[Convolution, int], _Chain] = {}
+        self._extended: set[int] = set()
+        self._latest: _State | None = None
+
+    def note(self, play: Callable[[], Any]) -> Any:
+        """Call a function, and note."""
+        with self:
+            return play()
+
+    def stop(self) -> None:
+        """End all chains, at the latest where somebody holds a result, and write the plans of the convolutions."""
+        self._end_latest()
+        for state in self.states.values():
+            if sys.getrefcount(state.result) > 2:
+                state.chain.end(state.steps, False)
+        for (convolution, key), chain in self._chains.items():
+            if (code := chain.code) is not None:
+                convolution.plan[key] = code
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        tensors = [leaf for leaf in leaves((args, named)) if isinstance(leaf, Tensor)]
+        counts = func in _COUNTS and len(tensors) == 1 and tensors[0].dtype is torch.int64 and not tensors[0].dim()
+        if func in ABOUT or counts:
+            return func(*args, **named)
+        convolution, self.convolution = self.convolution, None
+        state, operands = self._latest, tensors[: 2 if func in ADDS else 1]
+        if state is not None and not (
+            func in EXTENDING and "out" not in named and state.is_as_made() and any(
+                each is state.result for each in operands)
+        ):  # fmt: skip
+            self._end_latest()
+            state = None
+        self._latest = None
+        takes = func is F.conv2d if convolution is not None else state is not None and func in ADDS
+        for each in tensors:
+            if state is not None and each is state.result and id(each) not in self._extended:
+                self._extended.add(id(each))
+            elif (taken := self.states.get(id(each))) is not None:
+                opens = takes and id(each) not in self._extended and taken.is_as_made()
+                taken.chain.end(taken.steps, opens)
+        last = state.last if state is not None else any(map(is_last, tensors[:2]))
+        result = func(*args, **named)
+        if convolution is not None and func is F.conv2d:
+            self._go_on(result, self._chains.setdefault(convolution, _Chain()), 0, last)
+        elif state is not None:
+            self._go_on(result, state.chain, state.steps + 1, last)
+        return result
+
+    def _go_on(self, result: Tensor, chain: _Chain, steps: int, last: bool) -> None:
+        if result.dim() != 4 or result.stride() != strides(tuple(result.shape), last):
+            chain.end(steps - 1, False)
+        self._extended.discard(id(result))
+        self._latest = _State(chain, steps, torch.is_grad_enabled(), result.grad_fn, last, result)
+        self.states[id(result)] = self._latest
+
+    def _end_latest(self) -> None:
+        if self._latest is not None:
+            self._latest.chain.end(self._latest.steps)
+            self._latest = None
