@@ -375,8 +375,7 @@ class Run:
         self._give_method()
         data = self._kept_data()
         network = None if read_summary(self.out) is None else self._drawn()
-        root = self.config.data_root
-        return write_report(self.out, data=data, model=network, data_root=root, trusted=self._trusted)
+        return write_report(self.out, data=data, model=network, trusted=self._trusted)
 
 
 @python_words()

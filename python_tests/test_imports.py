@@ -110,8 +110,8 @@ def test_a_run_in_one_process_where_fcntl_and_memory_files_are_absent(tmp_path: 
 
 
 ORDER = (
-    "errors streams", "ops", "files", "process", "messages privacy typed_option usercode", "deferred", "models",
-    "tasks", "data", "methods", "settings", "listeners", "engine", "downstream", "report", "flower", "api",
+    "errors streams", "ops", "files", "process", "messages privacy text_table typed_option usercode", "deferred",
+    "models", "tasks", "data", "methods", "settings", "listeners", "engine", "downstream", "report", "flower", "api",
     "comparison", "cli", "run",
 )  # fmt: skip
 """Rooms and loose files of fedkern, from below; those of one text do not import each other."""

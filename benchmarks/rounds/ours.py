@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from fedkern.data.forms import ImageForm
-from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData
 from fedkern.engine.run import run
 from fedkern.listeners.events import Listener
 from fedkern.settings.config import RunConfig
+from fedkern.tasks.partition_statistics import PartitionStatistics
 
 from .setting import MEAN, STD, register
 from .task import CLASSES, Contest, Task, contest

@@ -13,13 +13,13 @@ from rich.text import Text
 from fedkern.comparison.cell_runner import Board
 from fedkern.comparison.cells import Cell
 from fedkern.comparison.found_runs import FoundRun
-from fedkern.data.text_table import Table
 from fedkern.errors import MESSAGE
 from fedkern.listeners.events import RunInfo
 from fedkern.report.live.notebook import Output
 from fedkern.report.live.progress import main_figures, terminal
 from fedkern.report.names import plain, say
 from fedkern.report.tables import human_time
+from fedkern.text_table import Table
 
 SHOWN_SEEDS = 8
 """Most seeds with a column of their own in the live table."""

@@ -14,7 +14,6 @@ from fedkern.comparison.cells import word
 from fedkern.comparison.found_runs import grouped, own_sets, read_run, read_runs
 from fedkern.comparison.results import CSV, MARKDOWN, Result, spread_text
 from fedkern.comparison.seed_statistics import plus_minus, spread
-from fedkern.data.text_table import Table
 from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError, printable_name
 from fedkern.files.inputs import read_text
@@ -28,6 +27,7 @@ from fedkern.report.run_contents import read as read_contents
 from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.tasks.figure_names import figure_and_set, figure_title, number, scale, split_metric
+from fedkern.text_table import Table
 
 TOLD = 6
 """Most differences that the headline tells of."""
@@ -73,9 +73,7 @@ def read(folder: Path) -> Result:
     return Result(grouped([read_run(path) for path in labels], lambda run: labels[run.folder]))
 
 
-def write_report(
-    folder: Path, result: Result, *, commands: Mapping[str, str] | None = None, data_root: str | None = None
-) -> Path:
+def write_report(folder: Path, result: Result, *, commands: Mapping[str, str] | None = None) -> Path:
     """Writes ``report.html`` of a comparison into its folder, and returns its path.
 
     ``commands`` has the command that repeats a group's first run, by the group's name.
@@ -84,13 +82,13 @@ def write_report(
         UserError: the folder cannot be written.
     """
     html_page.check_target(folder)
-    return html_page.write(page(folder, result, commands or {}, data_root), folder)
+    return html_page.write(page(folder, result, commands or {}), folder)
 
 
-def page(folder: Path, result: Result, commands: Mapping[str, str], data_root: str | None = None) -> Page:
+def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
     """The page of a comparison; see :func:`write_report`."""
     groups, runs = result.groups, result.runs
-    first = read_contents(runs[0].folder, data_root=data_root)
+    first = read_contents(runs[0].folder)
     diagnostics: dict[str, list[str]] = {}
     for run in runs:
         for name, text in dict(run.summary.get("diagnostics") or {}).items():

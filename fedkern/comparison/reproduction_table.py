@@ -11,12 +11,12 @@ from fedkern.comparison.published import ROUNDS, Paper, PublishedCell
 from fedkern.comparison.results import csv_text
 from fedkern.comparison.seed_statistics import Difference, interval_text
 from fedkern.comparison.verdicts import NO_DATA, VERDICTS, Outcome, Verdict, shown
-from fedkern.data.text_table import Table
 from fedkern.errors import first_of, listed
 from fedkern.report.figures.comparison_plot import Groups, comparison_panels
 from fedkern.report.pages.charts import curves
 from fedkern.report.pages.html_page import Block, Code, Page, section
 from fedkern.report.tables import human_metric, human_time
+from fedkern.text_table import Table
 
 HEADER = ("table", "cell", "published", "ours", "to the baseline", "seeds", "swept, first seed", "verdict")
 

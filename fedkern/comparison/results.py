@@ -15,7 +15,6 @@ from typing import Any
 
 from fedkern.comparison.found_runs import Group, differing_settings, main_figures, own_sets
 from fedkern.comparison.seed_statistics import Target, interval_text, paired, plus_minus, spread
-from fedkern.data.text_table import Table
 from fedkern.engine.store import confusions, records
 from fedkern.errors import UserError, nearest, printable_name, spared
 from fedkern.files import atomic
@@ -24,6 +23,7 @@ from fedkern.report.chance import constants
 from fedkern.report.names import CELL
 from fedkern.report.tables import human_bytes, human_metric, human_time
 from fedkern.tasks.figure_names import number, scale, short_set_title, short_title, split_metric
+from fedkern.text_table import Table
 from fedkern.usercode.named_code import INSTANCE
 
 CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.tex", "comparison.png"

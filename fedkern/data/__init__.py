@@ -8,10 +8,10 @@ from fedkern.data.images.transforms import AUGMENTATIONS, augment, augment_pairs
 from fedkern.data.load import load
 from fedkern.data.registry import DATASETS, lookup, register_data
 from fedkern.data.sharing.partition import PARTITIONERS, parse_partition, partition, partition_like
-from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.sources.listing import Listing, Reading, to_source
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source, memory_pool
+from fedkern.tasks.partition_statistics import PartitionStatistics
 from fedkern.tasks.segmentation import IGNORE
 from fedkern.typed_option import Option
 

@@ -27,12 +27,12 @@ from fedkern.data.sharing.cue import add_cues
 from fedkern.data.sharing.groups import grouped_rows, share_cases, share_units, training_cases, unit_noun
 from fedkern.data.sharing.partition import PartitionSpec, parse_partition, partition_like
 from fedkern.data.sharing.partition import partition as share_out
-from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.sources.copies import copies
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import UserError
 from fedkern.streams import stream
+from fedkern.tasks.partition_statistics import PartitionStatistics
 
 # Mean and standard deviation of a channel over uniformly random colours, by data set and ink.  They are constants so
 # that normalisation does not depend on any client's data.

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fedkern.data.images.full_masks import FullMasks
-from fedkern.data.sharing.statistics import SKEW, PartitionStatistics
 from fedkern.data.sources.arrays import parts_of_arrays
 from fedkern.data.sources.datasets import parts_of_datasets
 from fedkern.data.split import Split, rows_of
-from fedkern.data.text_table import Table
 from fedkern.files.filesystem import check_text
 from fedkern.streams import stream
 from fedkern.tasks import Task, task_of
+from fedkern.tasks.partition_statistics import SKEW, PartitionStatistics
+from fedkern.text_table import Table
 
 LISTED = 12
 """Most clients that a notebook's table of the data lists."""

@@ -20,6 +20,7 @@ from fedkern.engine.reader import Reader
 from fedkern.engine.round_log import RoundLog
 from fedkern.engine.store.background_writer import BackgroundWriter
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.data_facts import DataFacts
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.store.releases import Releases
 from fedkern.engine.store.resuming import change_rounds, check_same, facts_of
@@ -125,6 +126,7 @@ def opened(
             checkpoints.participation_state(), checkpoints.messages_in_flight(), entry["round"]
         )
         progress.done, progress.planned = entry["round"], entry["plan"]
+    DataFacts.of(context.data, private=not context.disclosure.clients).write(out)
     here = Serial(context, prepared.handlers, checkpoints.reader, config.client_threads)
     states = ClientStates(here, checkpoints, context, progress, prepared.amplified)
     return RunObjects(

@@ -14,11 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
-from fedkern.data.text_table import Table
 from fedkern.errors import MESSAGE
 from fedkern.process.commit import commit
 from fedkern.report.names import plain, say
 from fedkern.report.tables import human_bytes
+from fedkern.text_table import Table
 
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = (

@@ -1,4 +1,4 @@
-"""A run folder as pictures and pages read it: settings, records, summary, and the run's data where they can be had."""
+"""A run folder as pictures and pages read it: settings, records, summary, facts about the data."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedkern.data import Split
-from fedkern.data.images.used_cache import remembered
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.artifacts import read as read_artifacts
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.confusions import Confusions
+from fedkern.engine.store.data_facts import DataFacts
 from fedkern.engine.store.records import METRICS, read_metrics, read_summary
 from fedkern.engine.store.resuming import unedited
-from fedkern.errors import UserError
 from fedkern.report import chance
 from fedkern.report.tables import ordered
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import kept_data, load_data
 from fedkern.tasks.figure_names import split_metric
 
 
@@ -32,8 +29,7 @@ class Contents:
 
     Attributes:
         summary: contents of ``summary.json``, or those that the rounds so far tell.
-        data: the run's ``FederatedData``; None where it cannot be had.
-        no_data: why there are no data, as a sentence; empty where there are.
+        facts: what the run tells of its data.
         confusion: confusion matrices, where the run has them.
         artifacts: what the method logged.
         built: versions that the run was made with.
@@ -43,8 +39,7 @@ class Contents:
     config: RunConfig
     records: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
-    data: Any = field(repr=False)
-    no_data: str = ""
+    facts: DataFacts = field(repr=False)
     finished: bool = True
     confusion: Confusions | None = None
     warnings: Mapping[str, str] = field(default_factory=dict)
@@ -74,63 +69,38 @@ class Contents:
         names = [name for name in self.metrics if name.endswith(main) and self.split(name)[0] != "validation"]
         return [name for name in names if self.split(name)[1] == main] or names[:1]
 
-    @property
-    def statistics(self) -> Any:
-        """The partition's statistics, or None where they are not known or must not be told."""
-        return None if self.data is None or self.private else self.data.statistics
-
-    @property
-    def tests(self) -> Mapping[str, Split]:
-        """The test sets; none where the data cannot be had."""
-        return {} if self.data is None else self.data.tests
-
     def chance(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """See :func:`fedkern.report.chance.constants`; without what must not be told."""
-        counted = {} if self.data is None or self.private or self.data.form.lacks else self.tests
-        classes = 0 if self.data is None else len(self.data.classes)
-        return chance.constants(records, self.config.main, counted, self.confusion, classes)
+        """See :func:`fedkern.report.chance.constants`."""
+        return chance.constants(records, self.config.main, self.facts.chance, self.confusion, len(self.facts.classes))
 
     def split(self, name: str) -> tuple[str, str]:
         """Test set and figure of a name such as ``ood_accuracy``, also of test sets that a user has named."""
-        return split_metric(name, self.tests)
+        return split_metric(name, self.facts.tests)
 
     def client(self, k: str) -> str:
         """A client's name, or "client" with its number."""
-        names = self.summary.get("client_names")
-        if names is None and self.data is not None:
-            names = self.data.client_names
+        names = None if self.facts.statistics is None else self.facts.statistics.names
         return names[int(k)] if names is not None and int(k) < len(names) else f"client {k}"
 
 
-def read(run_dir: Path, *, data: Any = None, data_root: str | None = None, trusted: Collection[str] = ()) -> Contents:
-    """Reads a run folder, and the run's data where they can be had.
+def read(run_dir: Path, *, trusted: Collection[str] = ()) -> Contents:
+    """Reads a run folder.
 
     Args:
         run_dir: the run folder.
-        data: the run's ``FederatedData`` without its holdout; None loads the data again.
-        data_root: current folder of the data files.
         trusted: code that may be imported (see :func:`fedkern.load`).
 
     Raises:
         UserError: there is no run, a file is damaged, or the settings were changed after the run began.
     """
-    root = {} if data_root is None else {"data_root": data_root}
-    config = unedited(run_dir, trusted=trusted, device="cpu", cache=remembered(run_dir), **root)
+    config = unedited(run_dir, trusted=trusted, device="cpu")
     entry = newest(run_dir)
     info = {} if entry is None else entry["info"]
     summary = read_summary(run_dir) if info.get("finished", True) else None  # an older one, of a run since extended
-    no_data = ""
-    if data is None:
-        try:
-            data = kept_data(config, load_data(config, masks=False))
-        except UserError as error:
-            no_data = str(error)
-        else:
-            if len(data.statistics.counts) != config.trained_clients:
-                data, no_data = None, f"The data found now are of another number of clients than the run in {run_dir}."
     records = read_metrics(run_dir) if entry or (run_dir / METRICS).exists() else []
     return Contents(
-        run_dir, config, records, summary or _so_far(records, config.main), data, no_data, summary is not None,
+        run_dir, config, records, summary or _so_far(records, config.main), DataFacts.read(run_dir),
+        summary is not None,
         confusion=None if config.records == "private" else confusions.read(run_dir),
         warnings=info.get("parts", {}).get("warnings", {}) if summary is None else summary.get("diagnostics", {}),
         artifacts=read_artifacts(run_dir), built=(summary or info).get("versions") or {},

@@ -7,13 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedkern.data.sharing.statistics import SKEW
-from fedkern.data.text_table import Table
 from fedkern.errors import MESSAGE, printable_name
 from fedkern.methods.common.intervals import LEAST, Row
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.report.names import CELL, TICK, label
 from fedkern.tasks.figure_names import RECALLS, TEST_SETS, figure_title, scale, set_title, short_title, split_metric
+from fedkern.tasks.partition_statistics import SKEW
+from fedkern.text_table import Table
 
 _ORDER = (
     "accuracy", "balanced_accuracy", "macro_auroc", "mean_average_precision", "macro_f1", "exact_match", "auroc",

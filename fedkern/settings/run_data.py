@@ -18,7 +18,6 @@ from fedkern.data.registry import read_options
 from fedkern.data.sharing.backdoor import add_backdoor
 from fedkern.data.sharing.holdout import hold_out
 from fedkern.data.sharing.patients import limited
-from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.split import Split
 from fedkern.data.types import client_label
 from fedkern.errors import UserError, first_of
@@ -29,6 +28,7 @@ from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import TASKS
 from fedkern.tasks.figure_names import check_metric_names, check_set_names, set_noun
+from fedkern.tasks.partition_statistics import PartitionStatistics
 from fedkern.tasks.registered_metrics import metrics_of
 
 
@@ -116,7 +116,7 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
 
 
 def finished_data(
-    config: RunConfig, out: str | Path, *, cache: str | None, progress: Callable[[str], None] | None
+    config: RunConfig, out: str | Path, *, cache: str | None = None, progress: Callable[[str], None] | None = None
 ) -> FederatedData:
     """The training data of a run in a folder, without masks of objects that would have to be found.
 
@@ -158,9 +158,8 @@ def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
         images = torch.zeros((n, data.form.shape[0], 1, 1), dtype=torch.uint8)
         return Split(images, data.task.blank(n, count), task=data.task)
 
-    statistics = PartitionStatistics(
-        np.zeros((len(samples), count), dtype=np.int64), data.classes, "own data", samples=tuple(samples)
-    )
+    uncounted = np.zeros((len(samples), 0), dtype=np.int64)
+    statistics = PartitionStatistics(uncounted, (), "own data", samples=tuple(samples))
     return replace(data, clients=tuple(map(stand_in, samples)), statistics=statistics)
 
 

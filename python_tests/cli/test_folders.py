@@ -96,7 +96,7 @@ def test_a_finished_run_without_gradcam_keeps_its_pictures(result, fails, finish
     def gone(*_, **__):
         raise UserError("The data are gone.")
 
-    monkeypatch.setattr("fedkern.report.run_contents.load_data", gone)
+    monkeypatch.setattr("fedkern.settings.run_data.load_data", gone)
     out, _ = result("--resume", "probe", "--data-option", "test_samples=20", "--train-samples", "60")
     assert "pictures:   accuracy.png, confusion.png, partition.png" in out
     assert (finished / "accuracy.png").stat().st_mtime_ns == before
@@ -129,14 +129,14 @@ def test_predictions_are_for_classification(fails, tmp_path):
 def test_the_summary_comes_before_what_is_wrong_with_the_pictures(capsys, finished, monkeypatch):
     (finished / "accuracy.png").unlink()
 
-    def gone(config, **_):
-        raise UserError(f"There are no data in {config.data_root}.")
+    def full(*_, **__):
+        raise UserError("The disk is full.")
 
-    monkeypatch.setattr("fedkern.report.run_contents.load_data", gone)
-    assert main(["--resume", "probe", "--json", "--data-root", "moved"]) == 2
+    monkeypatch.setattr("fedkern.report.figures.pictures.read", full)
+    assert main(["--resume", "probe", "--json"]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out)["rounds"] == 1
-    assert f"The run is complete, but not its pictures (There are no data in {Path('moved').absolute()})" in err
+    assert "The run is complete, but not its pictures (The disk is full)" in err
     assert "--resume probe" in err
 
 

@@ -13,6 +13,7 @@ from fedkern.comparison.seed_statistics import Target
 from fedkern.engine.parts.base import Stop
 from fedkern.engine.parts.evaluation import Evaluation
 from fedkern.engine.parts.stopping import Patience
+from fedkern.engine.store.data_facts import DataFacts
 from fedkern.methods.common import diagnostics
 from fedkern.report import tables
 from fedkern.report.figures.curves import accuracy_panels, client_panels, draw
@@ -41,7 +42,7 @@ def test_a_run_s_page_has_the_figure_in_its_own_unit(tmp_path):
     own = {str(k): {"mae": 0.01 * k, "loss": 1.0} for k in range(45)}
     worst = {"client": 44, "metric": "mae", "value": 0.44}
     told = summary(1.25, client_metrics=own, worst_client=worst)
-    page = run_page.page(Contents(tmp_path, FALLING, RECORDS, told, None))
+    page = run_page.page(Contents(tmp_path, FALLING, RECORDS, told, DataFacts()))
     assert page.headline[0] == "fedavg reaches mae 1.25 on the test set after 3 rounds."
     assert "The worst of 45 clients is client 44, with mae 0.44." in page.headline
     assert page.tiles[0] == ("mae", "1.25")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedkern.cli.finished_runs import add_network
-from fedkern.cli.flags import Parser, add
+from fedkern.cli.flags import Parser
 from fedkern.cli.repeat import first_commands, repeating
 from fedkern.cli.request import Request, trusted
 from fedkern.errors import UserError
@@ -19,7 +19,6 @@ def add_flags(parser: Parser) -> None:
     parser.usage = f"{parser.prog} DIR [DIR ...] [flags]"
     text = "folder of a run, finished or not, or of a comparison; report.html is written into each"
     parser.add_folder("a run or of a comparison", text, several=True)
-    add(parser, {"data_root": ("DIR", "where the data files are, if they have moved")})
     add_network(parser, "the files", choice=False)
 
 
@@ -37,15 +36,15 @@ def play(request: Request) -> int:
             _check(folder)
         html_page.check_target(folder)
         folders.setdefault(folder.resolve(), folder)
-    root, written = request.settings.get("data_root"), []
+    written = []
     for folder in folders.values():
         if comparison_page.holds_runs(folder):
             result = comparison_page.read(folder)
             commands = first_commands(result)
-            written.append(comparison_page.write_report(folder, result, commands=commands, data_root=root))
+            written.append(comparison_page.write_report(folder, result, commands=commands))
         else:
             code = trusted(folder, request.options, request.settings)
-            written.append(run_page.write_report(folder, data_root=root, command=repeating(folder), trusted=code))
+            written.append(run_page.write_report(folder, command=repeating(folder), trusted=code))
         if not request.json:
             print(written[-1], flush=True)
     if request.json:

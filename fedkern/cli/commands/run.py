@@ -145,7 +145,7 @@ def _illustrate(
 
         try:
             command = repeating(out)
-            report = write_report(out, data=data, data_root=config.data_root, command=command, trusted=code)
+            report = write_report(out, command=command, trusted=code)
             tell(f"report:     {report}")
         except UserError as error:
             missing.append(f"report ({str(error).rstrip('.')}): write it with {PROGRAM} report {quote(out)}")

@@ -72,18 +72,6 @@ class PartitionSpec:
     fill: bool = False
     plain: bool = False
 
-    @property
-    def title(self) -> str:
-        """The partition in words, such as ``label skew, Dirichlet(0.1)``."""
-        rest = self.text.split(":")[2:]
-        return {
-            "iid": "equal random shares",
-            "stratified": "equal shares of every class",
-            "dirichlet": ", ".join([f"label skew, Dirichlet({self.alpha:g})", *rest]),
-            "classes": f"label skew, {self.classes_per_client} classes a client",
-            "attribute": "attribute skew",
-        }[self.name]
-
 
 def parse_partition(text: str) -> PartitionSpec:
     """Reads ``iid``, ``stratified``, ``dirichlet:ALPHA[:min=N][:fill][:plain]``, ``classes:S`` or ``attribute``.

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fedkern.data.forms import ImageForm
 from fedkern.data.labels.label_sets import check_several
-from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.split import MOST, Split, are_classes
 from fedkern.errors import UserError, first_of, quoted, shown
 from fedkern.tasks import task_of
+from fedkern.tasks.partition_statistics import PartitionStatistics
 
 NAME = "arrays"
 Labelled = tuple[Any, Any]

@@ -17,13 +17,13 @@ import torch
 from fedkern.data.forms import ImageForm
 from fedkern.data.sharing.partition import PartitionSpec
 from fedkern.data.sharing.partition import partition as share_out
-from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.sources.canvas import INK, OTHER, SIDE, SUBJECT, TEXTURES, Ground, Placed, draw, noisy, random_ground
 from fedkern.data.sources.digits import enlarged, fixed_split
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData
 from fedkern.errors import UserError
 from fedkern.streams import stream
+from fedkern.tasks.partition_statistics import PartitionStatistics
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # The majority clients use the first two words of every concept, the minority client the third.

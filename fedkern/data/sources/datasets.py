@@ -18,13 +18,13 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 from fedkern.data.forms import ItemForm
 from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sharing.partition import partition as share_out
-from fedkern.data.sharing.statistics import PartitionStatistics
 from fedkern.data.sources.arrays import by_text, check_names
 from fedkern.data.sources.items import Items, cause, draw_rows
 from fedkern.errors import RAISED, UserError, first_of, shown
 from fedkern.messages.leaves import leaves, parted
 from fedkern.streams import stream
 from fedkern.tasks import CLASSIFICATION, OwnClassification, OwnTask, Task
+from fedkern.tasks.partition_statistics import PartitionStatistics
 from fedkern.tasks.user_tasks import INTEGERS, torch_loss
 from fedkern.usercode.hooks import check_hooks
 

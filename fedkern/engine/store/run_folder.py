@@ -12,6 +12,7 @@ from pathlib import Path
 from fedkern.data.images import used_cache
 from fedkern.engine import initial_weights
 from fedkern.engine.store import artifacts, checkpoints, confusions, evaluation_file, predictions, records, saved_model
+from fedkern.engine.store.data_facts import FILE as FACTS
 from fedkern.errors import NoEffect, UserError
 from fedkern.files import atomic, filesystem, folder_lock
 from fedkern.methods import registry
@@ -34,7 +35,7 @@ NODES = "flower.json"
 NAMES = (
     config.NAME, FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, TRACE,
     *ATTACKS.values(), BEST, *BEST_SO_FAR, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
-    INIT,
+    INIT, FACTS,
 )  # fmt: skip
 """All files and folders that the engine writes into a run folder, except the lock."""
 

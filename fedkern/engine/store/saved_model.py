@@ -16,6 +16,7 @@ from fedkern import models
 from fedkern.engine.context import RunContext
 from fedkern.engine.store.checkpoints import checksum
 from fedkern.engine.store.confusions import FILE as CONFUSION
+from fedkern.engine.store.data_facts import FILE as FACTS
 from fedkern.engine.store.evaluation_file import EVALUATION
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import SUMMARY
@@ -85,18 +86,17 @@ RESULTS = (MODEL, SUMMARY, EVALUATION, CONFUSION, PREDICTIONS)
 
 
 def results(out: Path) -> dict[str, int | None]:
-    """CRC-32 of the files that a run wrote at its end, by file name."""
-    return {name: checksum(out / name) for name in RESULTS if (out / name).exists()}
+    """CRC-32 of the files that a run wrote at its end, and of its facts about the data, by file name."""
+    return {name: checksum(out / name) for name in (*RESULTS, FACTS) if (out / name).exists()}
 
 
 def damaged(out: Path, entry: Mapping[str, Any]) -> list[str]:
-    """Which of the files that a finished run wrote at its end are missing or changed.
+    """Return the :func:`results` of a finished run that are missing or changed.
 
     Args:
         entry: the run's last checkpoint.
     """
-    stored = entry["info"]["results"]
-    return [name for name in RESULTS if name in stored and checksum(out / name) != stored[name]]
+    return [name for name, value in entry["info"]["results"].items() if checksum(out / name) != value]
 
 
 def norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:

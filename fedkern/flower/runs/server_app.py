@@ -101,7 +101,7 @@ def draw(out: Path, data: Any, data_root: str | None, code: tuple[str, ...], rep
         log(WARNING, "The run is complete, but not its pictures (%s).", undrawn)
     if report:
         try:
-            write_report(out, data=data, data_root=data_root, trusted=code)
+            write_report(out, trusted=code)
         except UserError as error:
             log(WARNING, "The run is complete, but not its report: %s", error)
 

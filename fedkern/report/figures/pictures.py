@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import nn
 
 from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
@@ -23,12 +23,16 @@ from fedkern.files import atomic
 from fedkern.report.figures.matplotlib_import import undocumented
 from fedkern.report.names import capital
 from fedkern.report.run_contents import Contents, read
+from fedkern.settings.run_data import finished_data
+from fedkern.tasks.partition_statistics import PartitionStatistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fedkern.report.figures.curves import Panel
 
+Samples = Callable[[], Any] | None
+"""Gives a run's data to pictures of test samples; None: no data are read."""
 EXAMPLES = 8
 PICTURES = {name: f"{name}.png" for name in (
     "accuracy", "dice", "clients", "confusion", "partition", "gradcam", "weights", "segmentation", "retrieval",
@@ -41,7 +45,7 @@ def write_pictures(
     run_dir: Path,
     *,
     data: Any = None,
-    model: torch.nn.Module | None = None,
+    model: nn.Module | None = None,
     data_root: str | None = None,
     trusted: Collection[str] = (),
     warn: Callable[[str], object] = warnings.warn,
@@ -50,7 +54,7 @@ def write_pictures(
 
     Args:
         run_dir: the run folder.
-        data: the ``FederatedData`` of the run, without its holdout; None loads the data again.
+        data: the ``FederatedData`` of the run, without its holdout; None loads the data for pictures of test samples.
         model: the global model; None loads ``model.safetensors``.
         data_root: current folder of the data files, for loading them.
         trusted: code that may be imported, see :func:`fedkern.load`.
@@ -66,16 +70,21 @@ def write_pictures(
 
     Raises:
         UserError: a file of the run is missing, damaged or not written by the run, or the run's settings were changed;
-            or the records are private and the run is not finished.
+            or the records are private and the run is not finished; or the data that are needed cannot be loaded.
     """
-    run = read(run_dir, data=data, data_root=data_root, trusted=trusted)
-    return draw_pictures(run, model=model, trusted=trusted, warn=warn)
+    run = read(run_dir, trusted=trusted)
+    config = run.config if data_root is None else run.config.replace(data_root=data_root)
+    samples = partial(finished_data, config, run_dir) if data is None else lambda: data
+    return draw_pictures(run, samples, model=model, trusted=trusted, warn=warn)
 
 
 def draw_pictures(
-    run: Contents, *, model: torch.nn.Module | None, trusted: Collection[str], warn: Callable[[str], object]
+    run: Contents, samples: Samples, *, model: nn.Module | None, trusted: Collection[str], warn: Callable[[str], object]
 ) -> list[Path]:
-    """:func:`write_pictures` of a run folder that is read already."""
+    """:func:`write_pictures` of a run folder that is read already.
+
+    Without ``samples`` pictures of test samples are missing, and ``warn`` is called.
+    """
     if run.private and read_summary(run.folder) is None:
         raise UserError(
             f"{run.folder} has no summary.json, and its records are private: finish the run with --resume "
@@ -83,18 +92,20 @@ def draw_pictures(
         )
     if not run.records:
         read_metrics(run.folder)  # refuses a folder without the file, of which a page may be
-    if run.data is None:
-        raise UserError(run.no_data)
     failed: dict[str, str] = {}
-    paths = _draw(run, model, trusted, failed)
+    paths = _draw(run, samples, model, trusted, failed)
     for name, why in failed.items():
         (run.folder / name).unlink(missing_ok=True)  # of an older network
         warn(f"{name} is missing, as it cannot be drawn: {why}.")
     from fedkern.report.figures import plots
 
     plots.tell_lacking(warn)
+    unseen = [] if samples is not None else [PICTURES[each] for each in _answers(run)]
+    if any(not (run.folder / name).exists() for name in unseen):
+        way = f"fedkern.load({str(run.folder)!r}).plot() draws those that the network allows"
+        warn(f"Pictures of test samples are left out, as a report reads no data: {way}.")
     # A picture that failed is listed, so that :func:`existing` has it drawn again.
-    names = json.dumps({"pictures": [*(path.name for path in paths), *failed]})
+    names = json.dumps({"pictures": [*(path.name for path in paths), *failed, *unseen]})
     atomic.write_bytes(run.folder / PICTURE_LIST, (names + "\n").encode())
     return paths
 
@@ -103,7 +114,7 @@ def finished_pictures(
     run_dir: Path,
     *,
     data: Any = None,
-    model: torch.nn.Module | None = None,
+    model: nn.Module | None = None,
     data_root: str | None = None,
     trusted: Collection[str] = (),
     warn: Callable[[str], object],
@@ -122,14 +133,14 @@ def finished_pictures(
         return [], str(error).rstrip(".")
 
 
-def _draw(run: Contents, model: torch.nn.Module | None, trusted: Collection[str], failed: dict[str, str]) -> list[Path]:
+def _draw(
+    run: Contents, samples: Samples, model: nn.Module | None, trusted: Collection[str], failed: dict[str, str]
+) -> list[Path]:
     """Draws the pictures; those that fail, by name, get their reason in ``failed``."""
-    from fedkern.data.sharing.partition import parse_partition
-
     with undocumented():
         from fedkern.report.figures import client_curves, confusion_sheet, curves, plots
 
-    config, data, records, confusion = run.config, run.data, run.records, run.confusion
+    config, facts, records, confusion = run.config, run.facts, run.records, run.confusion
     title = f"{run.name}, seed {config.seed}"
     paths: list[Path] = []
 
@@ -141,13 +152,12 @@ def _draw(run: Contents, model: torch.nn.Module | None, trusted: Collection[str]
                 paths.append(run.folder / PICTURES[picture])
 
     def accuracy() -> list[Panel]:
-        return curves.accuracy_panels(records, config.main, tests=data.tests, chance=run.chance(records))
+        return curves.accuracy_panels(records, config.main, tests=facts.tests, chance=run.chance(records))
 
-    def partition() -> Figure:
-        holdout = data.statistics.held_out
-        parts = f"{config.data}: {parse_partition(data.statistics.partition).title}"
-        parts += f"; held out: {holdout[0]}" if holdout is not None else ""
-        return plots.partition_picture(data.statistics, title=parts)
+    def partition(statistics: PartitionStatistics) -> Figure:
+        parts = f"{config.data}: {statistics.title}"
+        parts += f"; held out: {statistics.held_out[0]}" if statistics.held_out is not None else ""
+        return plots.partition_picture(statistics, title=parts)
 
     keep(CURVES.get(config.main, "accuracy"), accuracy, title=title)
     keep("clients", lambda: curves.client_panels(records, config.main), title=f"Clients of {title}")
@@ -157,65 +167,73 @@ def _draw(run: Contents, model: torch.nn.Module | None, trusted: Collection[str]
     else:
         if confusion is not None and confusion.matrices and confusion.classes:
             keep("confusion", lambda: confusion_sheet.draw(confusion, title=f"Confusion of {title}"))
-        if data.statistics.classes:
-            keep("partition", partition)
+        if facts.statistics is not None and facts.statistics.classes:
+            keep("partition", partial(partition, facts.statistics))
     by_samples = config.options.get("weighting") == "samples"
     weights = partial(client_curves.weight_panels, records, by_samples=by_samples)
     keep("weights", weights, title=f"Clients of {title}", stacked=True)
-    paths += draw_artifacts(run.artifacts, run.folder, run.name, data.classes, failed)
-    # A network of which clients keep parts to themselves answers nothing.
-    for each in () if data.form.lacks or config.keeps_parts else data.task.pictures:
+    paths += draw_artifacts(run.artifacts, run.folder, run.name, facts.classes, failed)
+    for each in _answers(run) if samples is not None else ():
         target = run.folder / PICTURES[each]
         with spared(partial(failed.setdefault, target.name)):
             model = read_model(run.folder, trusted)[0] if model is None else model
-            if _ANSWERS[each](run, model, trusted, target):
+            if _ANSWERS[each](run, samples, model, trusted, target):
                 paths.append(target)
     return paths
 
 
-def _draw_segmentation(run: Contents, model: Any, trusted: Collection[str], target: Path) -> bool:
+def _answers(run: Contents) -> list[str]:
+    """Return the names of the pictures of what the network answers to test samples, as far as settings allow some."""
+    # A network of which clients keep parts to themselves answers nothing. Without running statistics a prediction
+    # depends on the batch, so Grad-CAM of a few images would mislead.
+    config = run.config
+    without = () if config.grad_cam and config.statistics else ("gradcam",)
+    return [] if config.keeps_parts else [name for name in run.facts.pictures if name not in without]
+
+
+def _draw_segmentation(run: Contents, samples: Any, model: Any, trusted: Collection[str], target: Path) -> bool:
     from fedkern.report.figures import segmentation_sheet
 
-    split = next(iter(run.data.tests.values()))
+    data = samples()
+    split = next(iter(data.tests.values()))
     split = split.subset(segmentation_sheet.examples(split.labels, EXAMPLES))
-    inputs = normalise(split.images, run.data.form.mean, run.data.form.std)
+    inputs = normalise(split.images, data.form.mean, data.form.std)
     title = f"Segmentation of {run.name}"
-    segmentation_sheet.draw(model, split, inputs, target, classes=run.data.classes, title=title)
+    segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=title)
     return True
 
 
-def _draw_retrieval(run: Contents, model: Any, trusted: Collection[str], target: Path) -> bool:
+def _draw_retrieval(run: Contents, samples: Any, model: Any, trusted: Collection[str], target: Path) -> bool:
     from fedkern.report.figures import retrieval_sheet
 
+    data = samples()
     try:
-        examples, title = retrieval_sheet.retrieval_examples(run, model=model, trusted=trusted)
+        examples, title = retrieval_sheet.retrieval_examples(run, data, model=model, trusted=trusted)
     except UserError:  # the method has no pair of encoders, as the report says
         return False
     retrieval_sheet.draw(examples, target, title=f"{title}, {run.name}")
     return True
 
 
-def _draw_gradcam(run: Contents, model: Any, trusted: Collection[str], target: Path) -> bool:
+def _draw_gradcam(run: Contents, samples: Any, model: Any, trusted: Collection[str], target: Path) -> bool:
     from fedkern.models import StagedNetwork
     from fedkern.models.mlp import MLP
     from fedkern.report.figures import gradcam
 
-    # Without running statistics a prediction depends on the batch, so Grad-CAM of a few images would mislead.
     # Maps of an MLP have one position, which Grad-CAM would show as an even colour.
-    fitting = isinstance(model, StagedNetwork) and not isinstance(model, MLP) and model.maps
-    if not (fitting and run.config.grad_cam and run.config.statistics):
+    if not (isinstance(model, StagedNetwork) and not isinstance(model, MLP) and model.maps):
         return False
-    panels, form = {}, run.data.form
-    for key, split in run.data.tests.items():
+    data, panels = samples(), {}
+    for key, split in data.tests.items():
         rows = gradcam.choose(split.labels, EXAMPLES)
         if len(rows) == 0:
             continue
         images = split.images[rows]
         masks = split.masks[rows] if split.masks is not None else None
-        panels[key] = (images, normalise(images, form.mean, form.std), split.labels[rows], masks)
+        panels[key] = (images, normalise(images, data.form.mean, data.form.std), split.labels[rows], masks)
     if panels:
         title = f"Grad-CAM of the global model, {run.name}"
-        gradcam.draw(model, panels, target, classes=run.data.classes, title=title)
+        gradcam.draw(model, panels, target, classes=data.classes, title=title)
     return bool(panels)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +57,7 @@ def draw(examples: Sequence[Example], path: Path, *, title: str) -> None:
 
 
 def retrieval_examples(
-    contents: Contents, *, model: nn.Module | None = None, trusted: Collection[str] = ()
+    contents: Contents, data: Any, *, model: nn.Module | None = None, trusted: Collection[str] = ()
 ) -> tuple[list[Example], str]:
     """Images evenly spread over the first test set, each with its nearest captions, and a title for them.
 
@@ -64,7 +65,7 @@ def retrieval_examples(
         UserError: the run's encoders cannot be read.
     """
     module, about = read_model(contents.folder, trusted, model)
-    run = Finished(contents.folder, contents.config, module, about, contents.data)
+    run = Finished(contents.folder, contents.config, module, about, data)
     name, split = next(iter(run.data.tests.items()))
     network, texts = run.networks[0], split.texts or ()
     gallery = Gallery.of(split.ids, texts)

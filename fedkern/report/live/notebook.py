@@ -11,12 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
-from fedkern.data.text_table import LINE, Table
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import printable_name
 from fedkern.listeners.events import RunInfo
 from fedkern.report.live.progress import UNSHOWN, Clock, Lines, figures_by_set, headline, training_words
 from fedkern.report.tables import final_table, human_bytes, human_time, worst_client_line
+from fedkern.text_table import LINE, Table
 
 ROUNDS = 30
 """Most rounds that a table lists."""

@@ -11,13 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedkern.data.text_table import Table
 from fedkern.report.figures.curves import THIN, Curve, Panel, draw
 from fedkern.report.figures.fitting import fitted
 from fedkern.report.figures.plots import COLOURS, MARKERS, PAGE, evenly, frame, legend_below, new_figure, svg
 from fedkern.report.names import TITLE, capital, entry, label
 from fedkern.report.pages.html_page import Chart
 from fedkern.report.tables import in_unit
+from fedkern.text_table import Table
 
 ROWS, COLUMNS, TOLD = 30, 20, 6
 """Most rows and columns of a chart's table, and curves that a chart's text tells of."""

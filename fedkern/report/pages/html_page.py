@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkern.data.text_table import Table
 from fedkern.engine.store.extending import REPORT
 from fedkern.errors import UserError, printable_name, spared
 from fedkern.files import atomic
 from fedkern.process.versions import versions
+from fedkern.text_table import Table
 
 _TEMPLATES = Path(__file__).parent / "templates"
 

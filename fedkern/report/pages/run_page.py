@@ -13,9 +13,7 @@ import numpy as np
 from torch import nn
 
 from fedkern.data import DATASETS
-from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sources.arrays import NAME as ARRAYS
-from fedkern.data.text_table import Table
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.files.inputs import open_regular
 from fedkern.methods import registry
@@ -62,6 +60,8 @@ from fedkern.tasks.figure_names import (
     set_title,
     short_title,
 )
+from fedkern.tasks.partition_statistics import PartitionStatistics
+from fedkern.text_table import Table
 from fedkern.typed_option import as_typed
 from fedkern.usercode.named_code import INSTANCE
 
@@ -93,16 +93,16 @@ def write_report(
     *,
     data: Any = None,
     model: nn.Module | None = None,
-    data_root: str | None = None,
     command: str = "",
     trusted: Collection[str] = (),
 ) -> Path:
     """Writes ``report.html`` of a run, finished or not, into its folder, and returns its path.
 
-    Pictures that a finished run lacks are drawn first, as :func:`fedkern.report.figures.pictures.write_pictures` does.
+    Pictures that a finished run lacks are drawn first, those of test samples only from ``data``.
 
     Args:
-        run_dir, data, data_root, trusted: see :func:`read`.
+        run_dir, trusted: see :func:`read`.
+        data: the run's ``FederatedData``, where they are in memory; None: no data are read.
         model: the run's network, where it was a module of a script.
         command: the command that repeats the run; may be empty.
 
@@ -110,11 +110,12 @@ def write_report(
         UserError: a file of the run is damaged, or the folder cannot be written.
     """
     html_page.check_target(run_dir)
-    run = read(run_dir, data=data, data_root=data_root, trusted=trusted)
+    run = read(run_dir, trusted=trusted)
     undrawn: list[str] = []
     if run.finished and not pictures.existing(run_dir):
         try:
-            pictures.draw_pictures(run, model=model, trusted=trusted, warn=undrawn.append)
+            samples = None if data is None else lambda: data
+            pictures.draw_pictures(run, samples, model=model, trusted=trusted, warn=undrawn.append)
         except UserError as error:
             undrawn.append(f"The run's pictures could not be drawn: {str(error).rstrip('.')}.")
     return html_page.write(page(run, command=command, undrawn=undrawn), run_dir)
@@ -203,7 +204,7 @@ def baseline(run: Contents, *, judged: bool = True) -> Iterator[str]:
     constants = run.chance([run.metrics])
     values = {name: constants[name] for name in run.main if name in constants}
     if not values:
-        if run.finished and run.main and (run.data is None or run.data.classes):
+        if run.finished and run.main and run.facts.classes:
             why = "the records are private" if run.private else "the run folder does not tell how common each class is"
             yield f"What predicting one class everywhere gives is not known: {why}."
         return
@@ -257,7 +258,7 @@ def _certainty(run: Contents) -> Iterator[str]:
 
 def _tiles(run: Contents) -> Iterator[tuple[str, str]]:
     for name in run.main[:3]:
-        yield figure_and_set(name, run.tests), human_metric(name, run.metrics[name])
+        yield figure_and_set(name, run.facts.tests), human_metric(name, run.metrics[name])
     if worst := run.summary.get("worst_client"):
         yield f"worst client, {figure_title(worst['metric'])}", human_metric(worst["metric"], worst["value"])
     if "total" in run.summary["bytes"]:
@@ -274,7 +275,7 @@ def _figures(run: Contents) -> Iterator[Block]:
         return
     by_class = class_figures(run.summary)
     metrics = {name: value for name, value in run.metrics.items() if not name.startswith(OVER_CLIENTS)}
-    yield figures_table("", metrics, run.tests, run.config.main, by_name=bool(by_class))
+    yield figures_table("", metrics, run.facts.tests, run.config.main, by_name=bool(by_class))
     over_clients = dict.fromkeys(name.partition("_client_")[2] for name in run.metrics if name not in metrics)
     rows = [[figure_title(name), *(human_metric(name, run.metrics[which + name]) for which in OVER_CLIENTS)]
             for name in over_clients]  # fmt: skip
@@ -292,7 +293,7 @@ def _figures(run: Contents) -> Iterator[Block]:
 
 def _curves(run: Contents) -> Iterator[Block]:
     main = run.config.main
-    if panels := accuracy_panels(run.records, main, tests=run.tests, chance=run.chance(run.records)):
+    if panels := accuracy_panels(run.records, main, tests=run.facts.tests, chance=run.chance(run.records)):
         yield curves("main", f"{figure_title(main)} on every test set", panels)
     # Beside a main figure of the same record the loss is that on the only test set.
     losses = by_name(
@@ -314,14 +315,9 @@ def clients(run: Contents) -> Iterator[Block]:
     if run.private:
         yield _PRIVATE
         return
-    main, statistics = run.config.main, run.statistics
+    main, statistics = run.config.main, run.facts.statistics
     if statistics is not None and len(statistics.classes) > 1:
-        yield from _label_distribution(run)
-    elif run.no_data:
-        yield f"The label distribution is not shown, as the data cannot be read: {run.no_data}"
-        alt = "How many training samples of each class every client holds."
-        picture = run.folder / pictures.PICTURES["partition"]
-        yield from _picture(picture, "Label distribution when the run ended", alt)
+        yield from _label_distribution(run, statistics)
     figures = run.summary.get("client_metrics") or {}
     name = next((each for each in (main, "loss") if any(each in one for one in figures.values())), None)
     if name is not None and len(figures) > 1:
@@ -347,8 +343,8 @@ def clients(run: Contents) -> Iterator[Block]:
     yield from _client_table(run)
 
 
-def _label_distribution(run: Contents) -> Iterator[Block]:
-    statistics, count = run.statistics, len(run.statistics.counts)
+def _label_distribution(run: Contents, statistics: PartitionStatistics) -> Iterator[Block]:
+    count = len(statistics.counts)
     low, high = int(statistics.sizes.min()), int(statistics.sizes.max())
     skewed = int(np.argmax(statistics.skew))
     text = (
@@ -361,16 +357,16 @@ def _label_distribution(run: Contents) -> Iterator[Block]:
     some = statistics.spread(DRAWN)
     which = "every client" if len(some) == count else f"{len(some)} of {count:,} clients"
     note = "" if len(some) == count else "Clients evenly spaced by number of samples, the largest first."
-    title = f"Label distribution of {which} ({parse_partition(statistics.partition).title})"
+    title = f"Label distribution of {which} ({statistics.title})"
     names = [run.client(str(k)) for k in some]
-    table = counts_table(statistics.counts[some], names, statistics.classes, row="client", column="class")
+    table = counts_table(statistics.counts[some].tolist(), names, statistics.classes, row="client", column="class")
     yield chart("labels", title, text, partition_picture(statistics), [table], note)
 
 
 def _client_table(run: Contents) -> Iterator[Block]:
     """A row for every client: size, skew, figures, bytes."""
     columns: dict[str, list[str]] = {}
-    statistics, keys = run.statistics, [str(k) for k in range(run.config.trained_clients)]
+    statistics, keys = run.facts.statistics, [str(k) for k in range(run.config.trained_clients)]
     latest: dict[str, Mapping[str, Any]] = {}
     for record in run.records:
         latest |= record.get("clients", {})
@@ -460,14 +456,16 @@ def _pictures(run: Contents, undrawn: Sequence[str]) -> Iterator[Block]:
     if run.finished:
         for name, (title, alt) in texts.items():
             yield from _picture(run.folder / name, title, alt)
-        answers = run.data.task.pictures if run.data is not None and not undrawn else ()
-        if "retrieval" in answers and not (run.folder / pictures.PICTURES["retrieval"]).exists():
+        if (
+            "retrieval" in run.facts.pictures
+            and not undrawn
+            and not (run.folder / pictures.PICTURES["retrieval"]).exists()
+        ):
             yield "There are no retrieval examples: they need a complete network with an image and a text encoder."
     elif run.artifacts:  # the folder has no pictures yet
         failed: dict[str, str] = {}
-        classes = () if run.data is None else run.data.classes
         with tempfile.TemporaryDirectory() as folder:
-            for path in pictures.draw_artifacts(run.artifacts, Path(folder), run.name, classes, failed):
+            for path in pictures.draw_artifacts(run.artifacts, Path(folder), run.name, run.facts.classes, failed):
                 yield from _picture(path, *texts[path.name])
         yield from (f"{name} is missing, as it cannot be drawn: {why}." for name, why in failed.items())
 

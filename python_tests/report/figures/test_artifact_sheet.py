@@ -7,6 +7,7 @@ from PIL import Image
 
 from fedkern.data import load
 from fedkern.engine.store.artifacts import Artifact, ArtifactLog
+from fedkern.engine.store.data_facts import DataFacts
 from fedkern.report.figures import artifact_sheet, pictures
 from fedkern.settings.config import RunConfig
 
@@ -22,6 +23,7 @@ def test_the_run_folder_gets_a_picture_for_every_name(tmp_path):
     config = RunConfig.make("fedavg", data="digits", clients=2, train_samples=60, rounds=2)
     (tmp_path / "config.toml").write_text(config.to_toml())
     (tmp_path / "metrics.jsonl").write_text('{"round": 1, "accuracy": 0.5}\n')
+    DataFacts.of(data, private=False).write(tmp_path)
     log = ArtifactLog(tmp_path, 2)
     red = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 255

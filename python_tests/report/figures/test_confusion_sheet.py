@@ -10,6 +10,7 @@ from PIL import Image
 
 from fedkern.data import load
 from fedkern.engine.store.confusions import Confusions
+from fedkern.engine.store.data_facts import DataFacts
 from fedkern.errors import UserError
 from fedkern.report.figures import confusion_sheet, pictures, plots
 from fedkern.settings.config import RunConfig
@@ -110,6 +111,7 @@ def data():
 def names(folder, data) -> list[str]:
     import torch
 
+    DataFacts.of(data, private=False).write(folder)
     return [path.name for path in pictures.write_pictures(folder, data=data, model=torch.nn.Identity())]
 
 

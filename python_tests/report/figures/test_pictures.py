@@ -15,6 +15,7 @@ from PIL import Image
 from fedkern import models
 from fedkern.data import PartitionStatistics, Split, load
 from fedkern.engine.store import saved_model
+from fedkern.engine.store.data_facts import DataFacts
 from fedkern.errors import UserError
 from fedkern.report import chance, run_contents
 from fedkern.report.figures import (
@@ -30,7 +31,9 @@ from fedkern.report.figures import (
 )
 from fedkern.report.figures.sheet import rgb
 from fedkern.report.names import label
+from fedkern.settings import run_data
 from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import load_data
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import TASKS
 
@@ -45,6 +48,7 @@ def make_run(folder: Path, data) -> Path:
     (folder / "config.toml").write_text(config.to_toml())
     lines = [{"round": i, "id_accuracy": 0.4 * i, "ood_accuracy": 0.3 * i} for i in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    DataFacts.of(data, private=False).write(folder)
     save_model(models.build("cnn", classes=10, channels=3, image_size=32, seed=0), folder)
     return folder
 
@@ -122,14 +126,14 @@ def test_data_that_are_loaded_again_are_those_of_the_run(tmp_path, data, monkeyp
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     seen = {}
 
-    def loaded(config, masks):
+    def loaded(config, **_):
         seen["root"] = config.data_root
         return data
 
     def draw(model, panels, path, **_):
         seen["panels"] = list(panels)
 
-    monkeypatch.setattr(run_contents, "load_data", loaded)
+    monkeypatch.setattr(run_data, "load_data", loaded)
     monkeypatch.setattr(gradcam, "draw", draw)
     pictures.write_pictures(folder, data_root="/now")
     assert seen == {"root": "/now", "panels": ["id", "ood", "held_out"]}
@@ -140,6 +144,7 @@ def test_grey_images_without_masks(tmp_path):
     config = RunConfig.make("fedavg", data="digits", clients=2, train_samples=60)
     (tmp_path / "config.toml").write_text(config.to_toml())
     (tmp_path / "metrics.jsonl").write_text('{"round": 1, "accuracy": 0.5}\n')
+    DataFacts.of(data, private=False).write(tmp_path)
     model = models.build("cnn", classes=10, channels=1, image_size=32, seed=0)
     save_model(model, tmp_path)
     # Without the data they are loaded again.
@@ -182,6 +187,7 @@ def test_a_segmentation_is_laid_over_its_images(tmp_path):
     config = RunConfig.make("fedavg", partition="iid", main="dice", **settings)
     (tmp_path / "config.toml").write_text(config.to_toml())
     (tmp_path / "metrics.jsonl").write_text('{"round": 1, "dice": 0.25}\n{"round": 2, "dice": 0.5}\n')
+    DataFacts.of(load_data(config), private=False).write(tmp_path)
     save_model(models.build("unet-small", classes=11, channels=3, image_size=32, seed=0), tmp_path, "unet-small")
     names = ["dice.png", "partition.png", "segmentation.png"]
     assert [path.name for path in pictures.write_pictures(tmp_path)] == names
@@ -439,7 +445,7 @@ def test_a_picture_that_fails_is_named_and_the_others_are_drawn(place, picture, 
 
 @pytest.mark.parametrize("task", ["segmentation", "retrieval"])
 def test_the_picture_of_another_task_fails_in_its_own_name(task, quick, data, monkeypatch):
-    monkeypatch.setattr(type(data), "task", TASKS[task])
+    replace(DataFacts.read(quick), pictures=TASKS[task].pictures).write(quick)
     monkeypatch.setattr(segmentation_sheet, "draw", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(segmentation_sheet, "examples", lambda labels, count: torch.arange(count))
     monkeypatch.setattr("fedkern.report.figures.retrieval_sheet.retrieval_examples", lambda *_, **__: 1 / 0)

@@ -23,7 +23,7 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
     data = load_data(config)
     run(config, out=tmp_path)
     assert "retrieval.png" in [path.name for path in write_pictures(tmp_path, data=data)]
-    examples, title = retrieval_examples(read(tmp_path, data=data))
+    examples, title = retrieval_examples(read(tmp_path), data)
     split = data.tests[""]
     assert len(examples) == EXAMPLES
     assert title == f"Test images and the nearest of {len(set(split.texts))} captions"
@@ -36,7 +36,7 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
 
     missing = "There are no retrieval examples: they need a complete network with an image and a text encoder."
     for there in (True, False):
-        *_, section, _ = run_page.page(read(tmp_path, data=data)).sections
+        *_, section, _ = run_page.page(read(tmp_path)).sections
         assert (missing in section.blocks) is not there
         assert ("Retrieval examples" in [getattr(block, "title", "") for block in section.blocks]) is there
         (tmp_path / "retrieval.png").unlink(missing_ok=True)

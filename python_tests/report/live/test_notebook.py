@@ -12,13 +12,13 @@ from rich.console import Console
 
 import fedkern
 from fedkern.comparison.boards import LiveBoard
-from fedkern.data.text_table import Table
 from fedkern.listeners import RunInfo
 from fedkern.listeners.events import Listener
 from fedkern.methods.base import Round
 from fedkern.report.live import notebook, progress
 from fedkern.report.live.display import display
 from fedkern.settings.config import RunConfig
+from fedkern.text_table import Table
 from python_tests.html_reader import Reader
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import fedkern
-from fedkern.data.text_table import Table
 from fedkern.errors import UserError
 from fedkern.report.figures.curves import Curve, Panel
 from fedkern.report.figures.fitting import fitted
@@ -16,6 +15,7 @@ from fedkern.report.names import TITLE, label
 from fedkern.report.pages import html_page
 from fedkern.report.pages.charts import curves
 from fedkern.report.pages.html_page import Code, Page, Picture, Section, section
+from fedkern.text_table import Table
 from python_tests.html_reader import Reader
 
 EVIL = "</script><script>alert(1)</script><img src=https://example.org/x.png>&amp;"

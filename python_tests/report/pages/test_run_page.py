@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from fedkern.report.pages import run_page
 from fedkern.report.pages.html_page import Chart
 from fedkern.run import main
 from python_tests.html_reader import Reader
+from python_tests.image_files import two_brightnesses
 from python_tests.interrupted import Kill, KillAt
 
 TINY = ["--data", "digits", "--train-samples", "200", "--clients", "3", "--rounds", "2", "--model", "mlp",
@@ -159,16 +162,39 @@ def test_settings_versions_and_command(folder):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_run_whose_data_are_gone_keeps_the_picture_of_the_partition(folder, monkeypatch):
-    def gone(*_, **__):
-        raise UserError("The folder /data does not exist.")
+def test_reports_without_the_data(tmp_path, capsys):
+    """Nothing of fedkern/data is called, except for the registry, whose defaults a command leaves out."""
+    root, folders = two_brightnesses(tmp_path / "data", 64), [tmp_path / "x", tmp_path / "x" / "fedavg_seed=0"]
+    rows = [f"{'ab'[i % 2]}/{i}.png,{'ab'[i % 2]},{'NS'[i // 32]},{i // 4}\n" for i in range(64)]
+    (root / "list.csv").write_text(f"path,label,site,patient_id\n{''.join(rows)}")
+    small = {"rounds": 1, "local_steps": 1, "model": "cnn", "width": 2, "grad_cam": 2, "threads": 1, "workers": 1}
+    fedkern.compare(["fedavg", "fedprox"], seeds=1, data="csv", data_root=root, data_options={"size": 8},
+                    out=folders[0], progress=False, **small)  # fmt: skip
+    run, words = fedkern.load(folders[1]), ["report", *map(str, folders)]
+    facts = (folders[1] / "facts.json").read_bytes()
+    table = json.loads(facts)
+    assert table["tests"] == {"": {"samples": 16, "groups": 4, "chance": 0.5}}
+    assert table["statistics"]["names"] == ["N", "S"]
+    assert sum(map(sum, table["statistics"]["counts"])) + table["validation"] == 48
+    (folders[1] / "facts.json").unlink()
+    assert main(words) == 2
+    assert "facts.json is missing or damaged" in capsys.readouterr().err
+    run.resume(progress=False)
+    assert (folders[1] / "facts.json").read_bytes() == facts
 
-    monkeypatch.setattr(run_contents, "load_data", gone)
-    page = read(folder)
-    assert "labels" not in page.charts
-    assert "as the data cannot be read: The folder /data does not exist." in page.words
-    assert "Label distribution when the run ended" in page.text("figcaption")
-    assert [text for text in page.text("p") if text.startswith("Predicting the commonest class")]
+    called = set()
+    shutil.rmtree(root)
+    sys.setprofile(lambda frame, *_: called.add(frame.f_code.co_filename))
+    try:
+        assert main(words) == 0
+    finally:
+        sys.setprofile(None)
+    assert {Path(name).name for name in called if "/fedkern/data/" in name} == {"registry.py"}
+    first, page = [Reader((folder / "report.html").read_text()) for folder in folders]
+    for each in (first, page):
+        assert "labels" in each.charts
+        assert "Predicting the commonest class everywhere gives 50.0 %" in each.words
+    assert "Pictures of test samples are left out, as a report reads no data: fedkern.load(" in page.words
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -233,9 +259,9 @@ def test_of_many_clients_some_are_charted(finished):
     run = run_contents.read(finished)
     counts = np.random.default_rng(0).integers(1, 9, size=(10_000, 10))
     sizes = tuple(counts.sum(1).tolist())
-    statistics = dataclasses.replace(run.data.statistics, counts=counts, own_tests=(), samples=sizes)
-    data = dataclasses.replace(run.data, statistics=statistics)
-    text, chart, *_ = run_page.clients(dataclasses.replace(run, data=data))
+    statistics = dataclasses.replace(run.facts.statistics, counts=counts, own_tests=(), samples=sizes)
+    facts = dataclasses.replace(run.facts, statistics=statistics)
+    text, chart, *_ = run_page.clients(dataclasses.replace(run, facts=facts))
     assert chart.name == "labels"
     assert chart.title.startswith("Label distribution of 200 of 10,000 clients")
     assert chart.tables[0].rows[0][0] == f"client {int(np.argsort(-counts.sum(1), kind='stable')[0])}"
@@ -252,6 +278,8 @@ def test_private_records_tell_nothing_of_clients(tmp_path):
     assert "The records are private: nothing is told of single clients." in page.words
     assert "What predicting one class everywhere gives is not known: the records are private." in page.words
     assert "training samples" not in page.words
+    facts = json.loads((folder / "facts.json").read_text())
+    assert [facts[name] for name in ("tests", "validation", "statistics")] == [{"": {}}, None, None]
     assert page.values("src") == []
 
 

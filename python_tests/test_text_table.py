@@ -8,7 +8,7 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.text import Text
 
-from fedkern.data.text_table import Table
+from fedkern.text_table import Table
 from python_tests.html_reader import Reader
 
 LINKS = "[x](http://y.z) ![](p.png) <img src=q> [r]: http://y.z $a$ www.y.z <https://y.z> &lt;"

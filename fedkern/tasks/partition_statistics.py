@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +52,19 @@ class PartitionStatistics:
         counts = np.stack([task.counts(one, len(classes)) for one in labels]).astype(np.int64)
         return PartitionStatistics(counts, classes, partition, samples=tuple(map(len, labels)))
 
+    @staticmethod
+    def of_table(table: Mapping[str, Any]) -> PartitionStatistics:
+        """Return the statistics of a table that JSON holds.
+
+        Raises:
+            KeyError, TypeError, ValueError: the table is none of statistics.
+        """
+        values: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in table.items()}
+        counts = np.array(table["counts"], dtype=np.int64).reshape(len(table["counts"]), len(table["classes"]))
+        colours = None if table["colours"] is None else np.array(table["colours"], dtype=np.uint8)
+        values |= {"counts": counts, "colours": colours}
+        return PartitionStatistics(**values)
+
     def recounted(self, splits: Sequence[Any], own_tests: Sequence[int] | None = None) -> PartitionStatistics:
         """The same partition with the samples that the clients train on after some were set aside.
 
@@ -79,6 +92,19 @@ class PartitionStatistics:
             colours=None if self.colours is None else self.colours[rest],
             samples=None if self.samples is None else tuple(self.samples[k] for k in rest),
         )
+
+    @property
+    def title(self) -> str:
+        """The partition in words, such as ``label skew, Dirichlet(0.1)``."""
+        name, *values = self.partition.strip().split(":")
+        number = float(values[0]) if name in ("dirichlet", "classes") else 0.0
+        return {
+            "iid": "equal random shares",
+            "stratified": "equal shares of every class",
+            "dirichlet": ", ".join([f"label skew, Dirichlet({number:g})", *values[1:]]),
+            "classes": f"label skew, {number:.0f} classes a client",
+            "attribute": "attribute skew",
+        }.get(name, self.partition)
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:

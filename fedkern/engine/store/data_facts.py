@@ -1,0 +1,83 @@
+"""facts.json: what the pages of a run tell of its data, which they do not read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedkern.data.types import FederatedData
+from fedkern.engine.store.checkpoints import again
+from fedkern.errors import UserError
+from fedkern.files import atomic
+from fedkern.files.inputs import read_json
+from fedkern.tasks.partition_statistics import PartitionStatistics
+
+FILE = "facts.json"
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Facts about a run's data; with private records none that the network and its figures do not tell.
+
+    Attributes:
+        classes: class names, in label order.
+        form: what a network sees of a sample, as in model.safetensors.
+        pictures: names of the pictures of test samples (`fedkern.tasks.Task.pictures`).
+        tests: a table by test set: ``samples``, ``groups`` (cases or patients, None where samples are independent) and
+            of images ``chance``, the main figure that needs no learning or None; empty tables with private records.
+        validation: number of validation samples; None with private records.
+        statistics: samples of every client, by class; None with private records.
+    """
+
+    classes: tuple[str, ...] = ()
+    form: Mapping[str, Any] = field(default_factory=dict)
+    pictures: tuple[str, ...] = ()
+    tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    validation: int | None = None
+    statistics: PartitionStatistics | None = None
+
+    @classmethod
+    def of(cls, data: FederatedData, *, private: bool) -> DataFacts:
+        """Return the facts about data; ``private``: only those that private records may tell."""
+        pictures = () if data.form.lacks else data.task.pictures
+        if private:
+            return cls(data.classes, data.form.about(), pictures, {name: {} for name in data.tests})
+        tests = {name: _facts_of_set(data, split) for name, split in data.tests.items()}
+        return cls(data.classes, data.form.about(), pictures, tests, len(data.validation), data.statistics)
+
+    @property
+    def chance(self) -> dict[str, float | None]:
+        """The main figures that need no learning, by test set, of sets whose counts are known and may be told."""
+        return {name: table["chance"] for name, table in self.tests.items() if "chance" in table}
+
+    def write(self, out: Path) -> None:
+        """Write the file into a run folder, completely or not at all."""
+        text = json.dumps(asdict(self), default=np.ndarray.tolist, ensure_ascii=False)
+        atomic.write_bytes(out / FILE, (text + "\n").encode())
+
+    @classmethod
+    def read(cls, out: Path) -> DataFacts:
+        """Return the facts in a run folder.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        try:
+            table = read_json(out / FILE)
+            statistics = None if table["statistics"] is None else PartitionStatistics.of_table(table["statistics"])
+            names = {name: tuple(table[name]) for name in ("classes", "pictures")}
+            return cls(**{**table, **names, "statistics": statistics})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+            raise UserError(f"{out / FILE} is missing or damaged ({reason}): {again(out)}.") from None
+
+
+def _facts_of_set(data: FederatedData, split: Any) -> dict[str, Any]:
+    units = split.units()
+    chance = {} if data.form.lacks else {"chance": data.task.chance(split, len(data.classes))}
+    return {"samples": len(split), "groups": None if units is None else len(np.unique(units)), **chance}
