@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from fedkern.data.types import FederatedData
-from fedkern.engine.store.checkpoints import again
 from fedkern.errors import UserError
 from fedkern.files import atomic
 from fedkern.files.inputs import read_json
@@ -74,7 +74,8 @@ class DataFacts:
             return cls(**{**table, **names, "statistics": statistics})
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
-            raise UserError(f"{out / FILE} is missing or damaged ({reason}): {again(out)}.") from None
+            way = f"--resume {shlex.quote(str(out))} writes it again"
+            raise UserError(f"{out / FILE} is missing or damaged ({reason}): {way}.") from None
 
 
 def _facts_of_set(data: FederatedData, split: Any) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def test_reports_without_the_data(tmp_path, capsys):
     assert sum(map(sum, table["statistics"]["counts"])) + table["validation"] == 48
     (folders[1] / "facts.json").unlink()
     assert main(words) == 2
-    assert "facts.json is missing or damaged" in capsys.readouterr().err
+    assert "facts.json is missing or damaged (No such file or directory): --resume " in capsys.readouterr().err
     run.resume(progress=False)
     assert (folders[1] / "facts.json").read_bytes() == facts
 
