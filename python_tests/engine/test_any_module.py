@@ -13,7 +13,7 @@ from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, FedAvg, Method, Objective, Phase, Round, register
+from fedkern.methods import FedAvg, Method, Objective, Phase, Round, register
 from fedkern.methods.uploads import Number, like
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, check_interruption
@@ -84,10 +84,8 @@ class Stack(Objective, Method):
 
 
 @pytest.fixture
-def stack():
-    register("stack")(Stack)
-    yield Stack
-    METHODS.pop("stack")
+def stack(registries):
+    return register("stack")(Stack)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
-from fedkern.methods import METHODS, register
+from fedkern.methods import register
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import Guarantee
 from fedkern.privacy.disclosure import Disclosure
@@ -190,10 +190,8 @@ class Talking(FedAvg):
 
 
 @pytest.fixture
-def talking():
-    register("talking")(Talking)
-    yield Talking
-    METHODS.pop("talking")
+def talking(registries):
+    return register("talking")(Talking)
 
 
 def covering(leaves):

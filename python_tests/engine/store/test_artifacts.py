@@ -16,7 +16,7 @@ from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.messages import states
-from fedkern.methods import METHODS, register
+from fedkern.methods import register
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import LEDGER, Accountant, Guarantee
 from fedkern.report.figures.pictures import write_pictures
@@ -50,11 +50,9 @@ class Telling(FedAvg):
 
 
 @pytest.fixture
-def telling():
-    register("telling")(Telling)
+def telling(registries):
     Telling.made = 0
-    yield Telling
-    METHODS.pop("telling")
+    return register("telling")(Telling)
 
 
 def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_data, make_config, tmp_path):
