@@ -29,30 +29,10 @@ except metadata.PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "About",
-    "Comparison",
-    "FederatedData",
-    "Filter",
-    "History",
-    "Part",
-    "Run",
-    "Stop",
-    "UserError",
-    "__version__",
-    "accelerate",
-    "compare",
-    "load",
-    "option",
-    "plain",
-    "register",
-    "register_aggregator",
-    "register_data",
-    "register_filter",
-    "register_metric",
-    "register_model",
-    "register_part",
-    "simulate",
-]
+    "About", "Comparison", "FederatedData", "Filter", "History", "Part", "Run", "Stop", "UserError", "__version__",
+    "accelerate", "compare", "load", "option", "plain", "register", "register_aggregator", "register_data",
+    "register_filter", "register_metric", "register_model", "register_part", "simulate",
+]  # fmt: skip
 
 _LAZY = {
     **dict.fromkeys(("History", "Run", "load", "simulate"), "fedkern.api"),

@@ -71,31 +71,10 @@ from flwr.serverapp.strategy import Result  # noqa: E402
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords  # noqa: E402
 
 __all__ = [
-    "ERROR",
-    "INFO",
-    "QUERY",
-    "TRAIN",
-    "WARNING",
-    "Array",
-    "ArrayRecord",
-    "Arrived",
-    "ClientApp",
-    "ConfigRecord",
-    "Context",
-    "Grid",
-    "Message",
-    "MessageType",
-    "MetricRecord",
-    "NodeChannel",
-    "RecordDict",
-    "Result",
-    "ServerApp",
-    "aggregate_metricrecords",
-    "flower",
-    "log",
-    "opened",
-    "replied",
-]
+    "ERROR", "INFO", "QUERY", "TRAIN", "WARNING", "Array", "ArrayRecord", "Arrived", "ClientApp", "ConfigRecord",
+    "Context", "Grid", "Message", "MessageType", "MetricRecord", "NodeChannel", "RecordDict", "Result", "ServerApp",
+    "aggregate_metricrecords", "flower", "log", "opened", "replied",
+]  # fmt: skip
 
 _GROUP_BYTES = 4 << 20
 """Most bytes of expected replies that are asked for at once: models larger than this come one at a time."""

@@ -24,40 +24,12 @@ from fedkern.ops._optimise.optimise import StepResult, adamw_step, sgd_step
 from fedkern.ops.flat import FlatParameters
 
 __all__ = [
-    "Accumulator",
-    "FlatParameters",
-    "FusedBlocks",
-    "ServerStep",
-    "StepResult",
-    "adamw_step",
-    "blend",
-    "clip_and_noise",
-    "clip_by_norm",
-    "consensus",
-    "contrastive",
-    "conv_norm",
-    "conv_pool",
-    "dual_kl",
-    "empty_cache",
-    "ensemble_kl",
-    "entropy",
-    "erase_boxes",
-    "fuse_concat",
-    "fuse_mean",
-    "geometric_median",
-    "js_div",
-    "keep_boxes",
-    "kl_div",
-    "krum",
-    "median",
-    "pairwise_distances",
-    "server_step",
-    "sgd_step",
-    "trimmed_mean",
-    "use_backend",
-    "use_isa",
+    "Accumulator", "FlatParameters", "FusedBlocks", "ServerStep", "StepResult", "adamw_step", "blend", "clip_and_noise",
+    "clip_by_norm", "consensus", "contrastive", "conv_norm", "conv_pool", "dual_kl", "empty_cache", "ensemble_kl",
+    "entropy", "erase_boxes", "fuse_concat", "fuse_mean", "geometric_median", "js_div", "keep_boxes", "kl_div", "krum",
+    "median", "pairwise_distances", "server_step", "sgd_step", "trimmed_mean", "use_backend", "use_isa",
     "weighted_mean",
-]
+]  # fmt: skip
 
 for _public in __all__:
     unscriptable(globals()[_public])

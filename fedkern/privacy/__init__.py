@@ -14,18 +14,6 @@ from fedkern.privacy.membership import Attack, membership_attack
 from fedkern.privacy.unit import IMAGE, UNITS, Unit
 
 __all__ = [
-    "DPSGD",
-    "IMAGE",
-    "LEDGER",
-    "UNITS",
-    "Accountant",
-    "Attack",
-    "ClientGuarantee",
-    "ClientLevel",
-    "Figure",
-    "Guarantee",
-    "Unit",
-    "least_noise",
-    "membership_attack",
-    "need_accounting",
-]
+    "DPSGD", "IMAGE", "LEDGER", "UNITS", "Accountant", "Attack", "ClientGuarantee", "ClientLevel", "Figure",
+    "Guarantee", "Unit", "least_noise", "membership_attack", "need_accounting",
+]  # fmt: skip

@@ -10,20 +10,6 @@ from fedkern.flower.strategies.robust_strategies import FedMedian, FedTrimmedAvg
 from fedkern.flower.strategies.server_optimisers import FedAdagrad, FedAdam, FedAvgM, FedYogi
 
 __all__ = [
-    "DPFedAvg",
-    "FedAdagrad",
-    "FedAdam",
-    "FedAvg",
-    "FedAvgM",
-    "FedMedian",
-    "FedProx",
-    "FedTrimmedAvg",
-    "FedYogi",
-    "GeometricMedian",
-    "Krum",
-    "LeftOut",
-    "MultiKrum",
-    "Result",
-    "mean_of_metrics",
-    "streaming",
-]
+    "DPFedAvg", "FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedMedian", "FedProx", "FedTrimmedAvg", "FedYogi",
+    "GeometricMedian", "Krum", "LeftOut", "MultiKrum", "Result", "mean_of_metrics", "streaming",
+]  # fmt: skip
