@@ -75,7 +75,7 @@ WRONG = (
     "compare fedavg --seeds 0", "fedavg --on-nan perhaps", "fedavg --model nowhere:Net",
     "predict nowhere nothing.png",
 )  # fmt: skip
-ADDED = {"optimizer_state", "init_partial", "accelerate", "class_weights", "intervene", "loss_samples"}
+ADDED = {"optimizer_state", "init_partial", "accelerate", "class_weights", "intervene", "loss_samples", "keep_items"}
 """What config.toml may have only in NEW."""
 SERVED = """
 import json, sys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from fedkern.data.sources.items import per_set
-from fedkern.data.split import AnySplit, Split
+from fedkern.data.sources.inspection import inspect
+from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.files.image_rows import in_parts
 from fedkern.streams import stream
@@ -43,11 +44,11 @@ def _of_items(data: FederatedData) -> dict[str, str]:
         for name, parts in sets.items()
     }
     sizes = {name: sum(map(len, parts)) for name, parts in datasets.items()}
-    most = per_set(sum(map(len, datasets.values())))
+    sights = data.sights or inspect(data).sights
     return {
         "classes": _digest(repr(name).encode() for name in data.classes),
         "sizes": ", ".join(f"{name} {size}" for name, size in sizes.items() if size),
-        "samples": _digest(sorted(part.digest(most) for parts in datasets.values() for part in parts)),
+        "samples": _digest(sorted(sights[id(part.dataset)].digest for parts in datasets.values() for part in parts)),
     }
 
 
@@ -164,11 +165,9 @@ def code_of(data: FederatedData) -> dict[str, Any]:
 
 def data_fingerprint(data: FederatedData) -> int:
     """CRC-32 of a federation's splits: a resumed run must have the same data."""
-    value = 0
     public = () if data.public is None else (data.public,)
-    splits: tuple[AnySplit, ...] = (
-        *data.clients, data.validation, *data.tests.values(), *public, *data.client_tests
-    )  # fmt: skip
-    for split in splits:
-        value = split.fingerprint(value, len(splits))
+    sights = (data.sights or inspect(data).sights) if data.form.lacks else {}
+    value = zlib.crc32(b"".join(sight.digest for sight in sights.values()))
+    for split in (*data.clients, data.validation, *data.tests.values(), *public, *data.client_tests):
+        value = split.fingerprint(value)
     return value

@@ -110,7 +110,7 @@ def load(
         result = info.function.make(root, clients, partition, seed, own_options)
         drawn = info.function.identity() if "seed" in info.function.takes else None
         if isinstance(result, FederatedData):
-            if identify:
+            if identify and not (result.form.lacks and drawn is None):  # items are inspected by the run
                 result = dataclasses.replace(result, identity=of_memory(result) if drawn is None else drawn)
             for flag, value in (("--train-samples", train_samples), ("--public-samples", public_samples)):
                 if value:

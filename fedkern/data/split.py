@@ -58,8 +58,8 @@ class AnySplit(Protocol):
     def plus(self, others: Sequence[Any]) -> Any:
         """The split with the samples of others of its kind behind its own."""
 
-    def fingerprint(self, value: int = 0, sets: int = 1) -> int:
-        """A CRC-32 of what it holds, which goes on from ``value``; ``sets``: of so many splits."""
+    def fingerprint(self, value: int = 0) -> int:
+        """A CRC-32 of what it holds, of items of their numbers alone, which goes on from ``value``."""
 
     def units(self) -> npt.NDArray[np.int64] | None:
         """What every row belongs to (a case, a patient) where rows belong together, else None."""
@@ -146,7 +146,7 @@ class Split:
         """Bytes of all images once they are normalised."""
         return 4 * self.images.numel()
 
-    def fingerprint(self, value: int = 0, sets: int = 1) -> int:
+    def fingerprint(self, value: int = 0) -> int:
         """A CRC-32 that goes on from ``value``, over all images, labels, masks and texts."""
         for tensor in (self.images, self.labels, self.masks):
             for part in () if tensor is None else in_parts(tensor):

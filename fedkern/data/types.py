@@ -179,6 +179,7 @@ class FederatedData:
             client is then shown by its number.
         identity: hashes of the data set, whatever seed and partition (:func:`fedkern.data.identity.identity`); empty
             where nobody asked for them.
+        sights: of data sets of items, by their ``id``, once a run has looked (:mod:`fedkern.data.sources.inspection`).
     """
 
     name: str
@@ -194,6 +195,7 @@ class FederatedData:
     client_names: tuple[str, ...] | None = None
     drawn_validation: bool = False
     identity: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    sights: Mapping[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         named = {"client": self.client_names or (), "test set": self.tests, "class": self.classes}

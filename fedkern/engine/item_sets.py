@@ -8,7 +8,6 @@ from functools import cached_property
 from itertools import pairwise
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
@@ -18,11 +17,10 @@ from fedkern.data.sources.datasets import stated_targets
 from fedkern.data.sources.items import Items, cause
 from fedkern.data.types import FederatedData
 from fedkern.engine.first_steps import is_shipped
-from fedkern.engine.items import ItemReader
+from fedkern.engine.items import trial_batch
 from fedkern.engine.reader import BATCH
 from fedkern.errors import RAISED, UserError
 from fedkern.messages.leaves import mapped
-from fedkern.methods.protocol import Batch
 from fedkern.streams import seeded_generators
 from fedkern.tasks.user_tasks import INTEGERS
 
@@ -50,7 +48,7 @@ class Trial:
         self._offers, self._has_figures = data.task.offers, not data.task.code()  # fedkern's figures draw nothing
         self._stated: dict[int, Tensor | None] = {}
         self._rows = range(min(2, len(self._client)))
-        self._usual = self._batch(self._client, self._rows)
+        self._usual = trial_batch(self._client, self._rows)
 
     def check_clients(self, batch_size: int) -> None:
         """Check the clients' sets, as :meth:`check_tests`, for training with batches of ``batch_size``."""
@@ -81,7 +79,7 @@ class Trial:
         has_classes = purpose != "inputs" and self._range is not None
         stated = self._targets(split, None) if has_classes else None
         for rows in (range(start, min(start + size, end)) for start, end in pairwise([0, *ends]) if start < end):
-            batches = self._batch(split, rows[:2]), self._usual
+            batches = trial_batch(split, rows[:2]), self._usual
             words = [
                 str(mapped(in_words, batch.inputs if purpose == "inputs" else batch.data)).replace("'", "")
                 for batch in batches
@@ -92,7 +90,7 @@ class Trial:
             if has_classes and stated is None:
                 self._check_classes(split, purpose, self._targets(split, batches[0].targets), rows)
             if rows[0]:
-                self._batch(split, (rows[0] - 1, rows[0]))  # items of two sets stand in one batch
+                trial_batch(split, (rows[0] - 1, rows[0]))  # items of two sets stand in one batch
         self._check_classes(split, purpose, stated, range(len(split)))
 
     def _check_classes(self, split: Items, purpose: str, targets: Tensor | None, rows: Sequence[int]) -> None:
@@ -132,10 +130,6 @@ class Trial:
         ignored = getattr(self._task, "ignored", -100)
         return None if targets is None else targets.masked_fill(targets == ignored, 0)
 
-    def _batch(self, split: Items, rows: Sequence[int]) -> Batch:
-        reader = ItemReader(split, torch.device("cpu"), seed=0)
-        return next(reader.planned([np.asarray(rows, dtype=np.int64)]))
-
     def _try(self, split: Items, purpose: str, attempts: Sequence[Sequence[int]], odd: str, way: str) -> None:
         """Raise UserError where all attempts fail, with words on what is odd and the way out."""
         errors = [self._failure(split, purpose, rows) for rows in attempts]
@@ -147,7 +141,7 @@ class Trial:
         failures: list[BaseException] = []
         for training, gradients in MODES[purpose]:
             try:
-                batch = self._batch(split, rows)
+                batch = trial_batch(split, rows)
                 self._network.train(training)
                 with seeded_generators(0), torch.set_grad_enabled(gradients), warnings.catch_warnings():
                     warnings.filterwarnings("error", "Using a target size")  # torch takes outputs [n, 1] with [n]

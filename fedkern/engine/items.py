@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from fedkern.data.sources.items import Items
+from fedkern.data.sources.items import Items, tensor_bytes
 from fedkern.engine.reader import BATCH, Reader
-from fedkern.messages.leaves import leaves, parted, sent
+from fedkern.messages.leaves import parted, sent
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase
 from fedkern.streams import stream
 
@@ -32,10 +32,10 @@ class ItemReader(Reader):
     recordable = False
 
     def __init__(self, split: Items, device: torch.device, *, seed: int, client: int = -1, size: int = BATCH) -> None:
-        each = sum(leaf.nbytes for leaf in leaves(next(split.read([0], 0))) if isinstance(leaf, torch.Tensor))
-        super().__init__(split, device, min(size, max(1, BYTES // max(1, each))))
+        item_bytes = split.item_bytes or tensor_bytes(next(split.read([0], 0)))
+        super().__init__(split, device, min(size, max(1, BYTES // max(1, item_bytes))))
         self.fresh = not split.still or split.collate is not default_collate
-        self._seed, self._client = seed, client
+        self._seed, self._client, self.reads = seed, client, 2
         self._targets: torch.Tensor | None = None
 
     @property
@@ -67,10 +67,17 @@ class ItemReader(Reader):
         """The batches of an epoch, each read when it is asked for."""
         purpose = f"items/{phase.exchange}/{epoch}" if phase != OUTSIDE else f"items/{self.split.who}"
         word = int(stream(self._seed, purpose, round=phase.round, client=self._client).integers(2**63))
-        for indices in plan:
-            raw = sent(self.split.batch(indices, word), self.device)
+        for number, indices in enumerate(plan):
+            raw = sent(self.split.batch(indices, word, self.reads, is_first=not number), self.device)
             inputs, targets = parted(raw)
             yield Batch(
                 inputs=inputs, targets=self.task.read_targets(targets), indices=indices, phase=phase, epoch=epoch,
                 fresh=self.fresh, task=self.task, raw=raw,
             )  # fmt: skip
+
+
+def trial_batch(split: Items, rows: Sequence[int]) -> Batch:
+    """Return a batch before a run begins, for which an item need not be read that has been read once."""
+    reader = ItemReader(split, torch.device("cpu"), seed=0)
+    reader.reads = 1
+    return next(reader.planned([np.asarray(rows, dtype=np.int64)]))

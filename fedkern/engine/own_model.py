@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkern.data.sources.items import cause
 from fedkern.engine import initial_weights, serving
 from fedkern.engine.context import RunContext
-from fedkern.engine.items import ItemReader
+from fedkern.engine.items import trial_batch
 from fedkern.errors import RAISED, UserError, origin
 from fedkern.methods import registry
 from fedkern.models import MODELS, Own
@@ -131,12 +131,11 @@ def _tried(network: Any, make: Own, data: Any) -> tuple[Any, int]:
     if not offers & {"criterion", "classes"}:
         return data, 0
     split = data.clients[0]
-    batch = next(ItemReader(split, torch.device("cpu"), seed=0).planned([np.arange(min(2, len(split)))]))
+    batch = trial_batch(split, range(min(2, len(split))))
     largest = max(map(len, (*data.tests.values(), data.validation)))
 
     def play_last() -> tuple[object, object]:
-        rows = np.arange(max(0, len(split) - 3), len(split))
-        last = next(ItemReader(split, torch.device("cpu"), seed=0).planned([rows]))
+        last = trial_batch(split, range(max(0, len(split) - 3), len(split)))
         return network(last.inputs), last.targets
 
     network.eval()

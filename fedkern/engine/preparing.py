@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.data.identity import of_memory
-from fedkern.data.sources.items import Items, leaves_threads, not_compared, unsteady
+from fedkern.data.sources.inspection import Sight, inspect
 from fedkern.engine import asynchronous, own_figures, own_model
 from fedkern.engine.client import Client, check_client
 from fedkern.engine.client_privacy import ClientPrivacy
@@ -16,6 +16,7 @@ from fedkern.engine.clients import check_teachers
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors import torchrun_group
 from fedkern.engine.hooks import Hooks, MethodCode
+from fedkern.engine.images import CACHE_BYTES
 from fedkern.engine.item_sets import Trial, check_apart
 from fedkern.engine.participation import Participation
 from fedkern.engine.progress import Progress
@@ -122,11 +123,12 @@ def with_data(
     Raises:
         UserError: settings, data, network and functions do not fit together, or are not those that the run began with.
     """
+    is_new = known and entry is None
     if data is None:
         data = load_data(config, notice=notice, identify=entry is None)
-        config, identity = decided(config, data), data.identity
-    else:
-        identity = of_memory(data) if known and entry is None else data.identity
+        config, is_new = decided(config, data), is_new and not data.identity
+    data = inspect(data, config.keep_items, CACHE_BYTES) if data.form.lacks and known else data
+    identity = of_memory(data) if is_new else data.identity
     config = effective(config, data)
     data = kept_data(config, data)
     if entry is None:
@@ -161,7 +163,7 @@ def with_data(
     for sentence in (
         *caveats(data),
         *notes,
-        *_not_compared(code, data.clients[0] if data.form.lacks and known else None),
+        *_not_compared(code, next(iter(data.sights.values()), None)),
     ):
         notice(sentence)
     context = RunContext(config, data, notice, script=script, code=code)
@@ -174,10 +176,10 @@ def with_data(
     return context
 
 
-def _not_compared(code: Mapping[str, Mapping[str, str]], split: Items | None) -> list[str]:
+def _not_compared(code: Mapping[str, Mapping[str, str]], sight: Sight | None) -> list[str]:
     """Return a sentence on values of code and items that no comparison looks at, if there are some."""
     paths = [path for table in code.values() for path in left_out(table)]
-    paths += [] if split is None else not_compared(split)
+    paths += [] if sight is None else sight.left_out
     return [f"A run that goes on does not compare {first_of(paths, 3)}."] if paths else []
 
 
@@ -207,13 +209,13 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
             f"The network {config.model} gives probabilities, and cross-entropy takes logits, of which it takes a "
             "softmax itself: leave the softmax out of the network.",
         )
-    if data.form.lacks and known and (others := unsteady([*data.clients, data.validation, *data.tests.values()])):
+    for sight in [sight for sight in data.sights.values() if not sight.is_steady][:1]:
         context.warn(
             "unsteady-items",
-            f"An item of {others[0]} is another one when it is read again from the same seeds of torch, NumPy and "
+            f"An item of {sight.owner} is another one when it is read again from the same seeds of torch, NumPy and "
             "random: it draws from a generator or a clock of its own, and the run may give other bits when repeated.",
         )
-    if data.form.lacks and known and leaves_threads(data.clients[0]):
+    if any(sight.piles_threads for sight in [*data.sights.values()][:1]):
         context.warn(
             "piling-threads",
             "Every item of client 0 that is read leaves another thread running: start it once, or end it in the item.",

@@ -46,17 +46,21 @@ def reproducible() -> Iterator[None]:
 
 
 @contextmanager
-def kept() -> Iterator[Callable[[], None]]:
-    """Put modes and working folder back at the end of the block; yield a function that does so at once."""
-    before, frequent = [_read(get) for get, _ in _MODES], _read_frequent()
+def kept() -> Iterator[Callable[[], bool]]:
+    """Put modes and working folder back at the end of the block.
 
-    def restore() -> None:
-        for (get, put), value in zip(_MODES, before, strict=True):
+    Yield a function that does so at once where a frequent mode has changed, and returns whether that is so.
+    """
+    before, frequent = _read_all(), _read_frequent()
+
+    def restore() -> bool:
+        for (get, put), value in zip(_MODES, before, strict=True) if _read_all() != before else ():
             if value is not None and _read(get) != value:
                 put(value)
+        return True
 
     try:
-        yield lambda: None if _read_frequent() == frequent else restore()
+        yield lambda: _read_frequent() != frequent and restore()
     finally:
         restore()
 
@@ -65,6 +69,13 @@ def _read_frequent() -> tuple[Any, ...]:
     """Read in half a microsecond the modes that items of data sets have been seen to change."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     return torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), deterministic
+
+
+def _read_all() -> list[object]:
+    try:
+        return [get() for get, _ in _MODES]
+    except (RuntimeError, OSError):
+        return [_read(get) for get, _ in _MODES]
 
 
 def _read(get: Callable[[], Any]) -> Any:

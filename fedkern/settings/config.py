@@ -32,7 +32,7 @@ from fedkern.usercode import named_code
 from fedkern.usercode import plugins as plugin_room
 
 _SHIPPED_DATA, _SHIPPED_MODELS, _SHIPPED_AGGREGATORS = (", ".join(each) for each in (DATASETS, MODELS, AGGREGATORS))
-RESUMABLE = ("data_root", "workers", "cache")
+RESUMABLE = ("data_root", "workers", "cache", "keep_items")
 """Settings that change no bit of a run; they may differ when the run is resumed."""
 UNSTORED = ("cache",)
 """Settings that a run folder does not keep: a folder that comes from anyone must not say where files are written."""

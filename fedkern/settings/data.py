@@ -37,6 +37,10 @@ class DataSettings(Section):
         None, "folder that keeps the decoded images of a data set of image files, for later runs and runs beside this",
         type=str, path=absolute,
     )  # fmt: skip
+    keep_items: str = option(
+        "auto", "items of PyTorch data sets as rows in memory: auto where equal whenever read and within 1 GB; memory: "
+        "of any size, or an error; off: read for every batch", choices=("auto", "memory", "off"),
+    )  # fmt: skip
     train_samples: int | None = option(None, "number of training samples to use instead of all", low=1, type=int)
     public_samples: int = option(
         0, "number of public training samples, drawn before the partition; no client owns them", low=0

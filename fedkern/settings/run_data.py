@@ -197,6 +197,8 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
     check_gives(config.model, data.task.network, config.data, "with --model")
     if config.augment not in (None, "none") and data.form.lacks:
         raise UserError(f"--augment {config.augment} is for images, and these samples are none: leave it out.")
+    if config.keep_items != "auto" and not data.form.lacks:
+        raise UserError(f"--keep-items {config.keep_items} is for data sets of PyTorch: leave it out.")
     if config.augment == "window" and all(s.images.shape[2:] == data.form.shape[1:] for s in data.clients):
         raise UserError(
             "--augment window draws the place of a window that is smaller than the images: give one with --data-option "

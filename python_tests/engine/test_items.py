@@ -28,6 +28,7 @@ import fedkern
 from fedkern.data import DATASETS
 from fedkern.data.identity import of_memory
 from fedkern.data.sharing.holdout import hold_out
+from fedkern.data.sources.inspection import look
 from fedkern.data.sources.items import Items
 from fedkern.errors import UserError
 from fedkern.flower.runs.own_data import form_of
@@ -705,7 +706,7 @@ class Hearing(Listener):
 )  # fmt: skip
 def test_items_of_any_kind_have_hashes(one, other):
     def digest(value):
-        return Items(Listed([value]), "x", CLASSIFICATION, default_collate).digest()
+        return look(Items(Listed([value]), "x", CLASSIFICATION, default_collate)).digest
 
     assert digest(one) == digest(copy.deepcopy(one)) != digest(other)
 

@@ -170,7 +170,7 @@ def trackers(request: Request) -> list[Listener]:
 def _stored(request: Request) -> RunConfig:
     """The settings of the run to resume.
 
-    Flags may repeat stored settings.  Only --data-root, --cache, --device and --workers may differ from them.
+    Flags may repeat stored settings.  Only --data-root, --cache, --device, --keep-items and --workers may differ.
     """
     assert request.resume is not None
     changes = dict(request.settings)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,17 +16,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
 
+from fedkern.data.sources.row_store import RowStore
 from fedkern.errors import RAISED, UserError, described, told
 from fedkern.messages.leaves import leaves, parted
 from fedkern.process.torch_modes import kept
-from fedkern.streams import mix_words, preserve_generators, seed_generators, stream
+from fedkern.streams import (
+    GENERATORS,
+    generator_states,
+    mix_words,
+    preserve_generators,
+    restore_generators,
+    seed_generators,
+)
 from fedkern.tasks import Task
-from fedkern.usercode.identity import digest, identity_table, left_out
 
-HASHED, HASHED_IN_ALL = 64, 2000
-"""Most items of a set, and of all sets together but for two of each, that are read for the fingerprint."""
 PERMUTED = 1 << 24
 """Most rows that are put in an order where only some are drawn."""
+ALONE = "alone"
+"""Mark of data sets whose items are read one by one, as they draw, fail together or leave modes behind."""
 _LOCK = threading.RLock()  # items draw from the process's generators, and sets are evaluated in threads
 
 
@@ -43,6 +48,10 @@ class Items:
         collate: makes a batch of a list of items.
         rows: int64 ``[n]``, the items of the split; None: all.
         classes: int64, the class of every item of the data set, or None where they were not read.
+        store: rows that may take the place of items, or None.
+        item_bytes: bytes of the tensors of an item; 0 where nobody has looked.
+        draws: names of the generators that items of the data set were seen to move, and `ALONE` where items are read
+            one by one; its splits share it.
     """
 
     homes: ClassVar[None] = None  # nothing is known of sites, patients and names
@@ -55,6 +64,10 @@ class Items:
     collate: Callable[[list[Any]], Any]
     rows: Tensor | None = None
     classes: Tensor | None = None
+    store: RowStore | None = None
+    item_bytes: int = 0
+    draws: set[str] = field(default_factory=set)
+    is_kept: bool = field(default=False, init=False)
 
     @cached_property
     def still(self) -> bool:
@@ -66,8 +79,8 @@ class Items:
 
     @property
     def memory(self) -> int:
-        """Bytes that prepared samples of the split would keep: none, as every batch is read anew."""
-        return 0
+        """Bytes of the rows that the split may keep."""
+        return 0 if self.store is None else self.store.item_bytes * len(self)
 
     def subset(self, indices: Tensor) -> Items:
         """A new split with the rows ``indices``, int64 ``[m]``."""
@@ -114,90 +127,119 @@ class Items:
         places: list[int] = (index if self.rows is None else self.rows[index]).tolist()
         return places
 
-    def read(self, indices: Sequence[int] | np.ndarray, word: int) -> Iterator[Any]:
-        """Yield the items at ``indices``; what one draws begins at a seed made of ``word`` and its row.
+    def fingerprint(self, value: int = 0) -> int:
+        """A CRC-32 of the rows, which goes on from ``value``."""
+        return zlib.crc32(b"" if self.rows is None else self.rows.numpy().tobytes(), value)
 
-        Modes that an item leaves are put back before the next one.
+    def read(self, indices: Sequence[int] | np.ndarray, word: int) -> Iterator[Any]:
+        """Yield the items at ``indices``, one read at a time, see :meth:`batch`."""
+        return (self._read([row], word)[0] for row in self._places(indices))
+
+    def _read(self, places: list[int], word: int) -> list[object]:
+        """Return the items of the data set at ``places``, read at once until one is found to draw random numbers.
+
+        From then on they are read one by one. What an item draws begins at a seed made of ``word`` and its row, and
+        modes that it leaves are put back before the next one.
 
         Raises:
             UserError: an item cannot be read.
         """
-        with _LOCK, preserve_generators(), nullcontext(_nothing) if self.still else kept() as restore:
-            for row in self._places(indices):
-                if not self.still:
-                    seed_generators(mix_words(word, row))
-                try:
-                    item = self.dataset[row]
-                except RAISED as error:  # the user's own code may raise anything
-                    raise UserError(f"Item {row} of {self.who} cannot be read ({cause(error)}).") from error
-                restore()
-                yield item
+        if self.still:
+            return [self._read_item(row) for row in places]
+        with _LOCK, kept() as restore:
+            states = generator_states()
+            try:
+                while True:
+                    if not self.draws:
+                        items = self._read_at_once(places)
+                    else:
+                        items, names = [], self.draws - {ALONE}
+                        for row in places:
+                            seed_generators(mix_words(word, row), names=names)
+                            items.append(self._read_item(row))
+                            restore()
+                    found = restore_generators(states) | ({ALONE} if restore() or items is None else set())
+                    if found <= self.draws and items is not None:
+                        return items
+                    self.draws.update(found, {ALONE})
+            except BaseException:
+                restore_generators(states)
+                raise
 
-    def batch(self, indices: Sequence[int] | np.ndarray, word: int) -> Any:
-        """Return what ``collate`` makes of the items at ``indices``.
+    def _read_at_once(self, places: list[int]) -> list[object] | None:
+        """Return items read at once, in any state of the generators, or None where that fails."""
+        read_several = getattr(self.dataset, "__getitems__", None)
+        try:
+            items = [*read_several(places)] if callable(read_several) else [self.dataset[row] for row in places]
+        except RAISED:  # one by one, the item that cannot be read has a name
+            return None
+        return items if len(items) == len(places) else None
+
+    def _read_item(self, row: int) -> object:
+        try:
+            return self.dataset[row]
+        except RAISED as error:  # the user's own code may raise anything
+            raise UserError(f"Item {row} of {self.who} cannot be read ({cause(error)}).") from error
+
+    def batch(self, indices: Sequence[int] | np.ndarray, word: int, reads: int = 2, *, is_first: bool = True) -> Any:
+        """Return what ``collate`` makes of the items at ``indices``, read now or taken from rows.
 
         What a user's collation draws begins at a seed made of ``word`` and all rows of the batch.
+
+        Args:
+            indices: int64 ``[B]``, of the split.
+            word: by which items draw.
+            reads: 1 where any value of an item will do.
+            is_first: whether the batch is the first of a pass.  An item is read again then where rows take its place.
 
         Raises:
             UserError: an item cannot be read, or the items make no batch.
         """
+        places = self._places(indices)
         if type(self.dataset) is TensorDataset and self.collate is default_collate:  # the same, sooner
-            rows = torch.tensor(self._places(indices), dtype=torch.int64)
+            rows = torch.tensor(places, dtype=torch.int64)
             return [tensor[rows] for tensor in self.dataset.tensors]
-        items, places = list(self.read(indices, word)), self._places(indices)
+        if self.store is not None:
+            all_rows = slice(None) if self.rows is None else self.rows.numpy()
+            self.is_kept = self.is_kept or self.store.has_rows(all_rows)
+            if is_first and reads > 1 and self.is_kept:
+                self.collate_items(places[:1], self._read(places[:1], word), word)
+            if (self.is_kept or reads == 1) and self.store is not None:
+                batch = self.store.take(places, reads)
+                if batch is not None:
+                    return batch
+        return self.collate_items(places, self._read(places, word), word)
+
+    def collate_items(self, places: list[int], items: list[object], word: int) -> Any:
+        """Return the batch of items, which the store sees."""
         try:
-            if self.collate is default_collate:  # draws nothing
-                return default_collate(items)
-            digest = hashlib.blake2b(np.asarray(places, dtype=np.int64).tobytes(), digest_size=8).digest()
-            with _LOCK, preserve_generators(), kept():
-                seed_generators(mix_words(mix_words(word, -1), int.from_bytes(digest, "little")))
-                return self.collate(items)
+            if self.collate is not default_collate:
+                digest = hashlib.blake2b(np.asarray(places, dtype=np.int64).tobytes(), digest_size=8).digest()
+                with _LOCK, preserve_generators(), kept():
+                    seed_generators(mix_words(mix_words(word, -1), int.from_bytes(digest, "little")))
+                    return self.collate(items)
+            batch = default_collate(items)  # draws nothing
         except RAISED as error:
             first = f"{', '.join(map(str, places[:3]))}{', ...' * (len(places) > 3)}"
             raise UserError(
                 f"Items {first} of {self.who} make no batch ({cause(error)}): give items of one shape, or a collate_fn."
             ) from error
-
-    def fingerprint(self, value: int = 0, sets: int = 1) -> int:
-        """A CRC-32 that goes on from ``value``, over some of the items: of one of ``sets`` splits."""
-        return zlib.crc32(self.digest(per_set(sets)), value)
-
-    def digest(self, most: int = HASHED) -> bytes:
-        """A hash of the number of items and of up to ``most`` of them, chosen by their number alone."""
-        count = len(self)
-        chosen = draw_rows(stream(0, "items"), count, most)
-        value = hashlib.blake2b(f"{count};".encode(), digest_size=16)
-        for item in self.read(chosen, 0):
-            value.update(digest(_table(item)).encode())
-        return value.digest()
+        if self.store is not None:
+            reason = self.store.watch(places, items, batch, bool(self.draws & {*GENERATORS}))
+            if reason and self.store.limit is None:
+                raise cannot_keep(self.who, reason)
+            self.store = None if reason else self.store
+        return batch
 
 
-def unsteady(splits: Sequence[Items]) -> list[str]:
-    """The splits whose first item is another one when it is read again from the same seeds, in words."""
-
-    def first(split: Items) -> dict[str, str]:
-        return _table(next(split.read([0], 0)))
-
-    return [split.who for split in splits if len(split) and not split.still and first(split) != first(split)]
+def tensor_bytes(item: object) -> int:
+    """Return the bytes of the tensors of an item."""
+    return sum(leaf.nbytes for leaf in leaves(item) if isinstance(leaf, Tensor))
 
 
-def leaves_threads(split: Items) -> bool:
-    """Return whether every item that is read leaves another thread running."""
-    counts = []
-    for _ in range(0 if split.still or not len(split) else 3):
-        next(split.read([0], 0))
-        counts.append(threading.active_count())
-    return len({*counts}) == 3 and counts == sorted(counts)
-
-
-def _table(item: Any) -> dict[str, str]:
-    """Return the identity of an item: its values in full, of classes and functions the name alone."""
-    return identity_table({"item": item}, limit=sys.maxsize, code=False)
-
-
-def not_compared(split: Items) -> list[str]:
-    """Return the parts of the first item of a split at which no comparison looks."""
-    return left_out(_table(next(split.read([0], 0)))) if len(split) else []
+def cannot_keep(who: str, reason: str) -> UserError:
+    """Return an error on items that a user wants in memory."""
+    return UserError(f"--keep-items memory: {who} cannot be kept, as {reason}: take --keep-items auto or off.")
 
 
 def draw_rows(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
@@ -205,15 +247,6 @@ def draw_rows(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
     if count > PERMUTED:
         return np.sort(rng.choice(count, min(size, count), replace=False, shuffle=False)).astype(np.int64)
     return np.sort(rng.permutation(count)[:size]).astype(np.int64)
-
-
-def per_set(sets: int) -> int:
-    """How many items of each of so many sets are read for fingerprints."""
-    return max(2, min(HASHED, HASHED_IN_ALL // max(1, sets)))
-
-
-def _nothing() -> None:
-    """Restore nothing."""
 
 
 def cause(error: BaseException) -> str:

@@ -1,0 +1,121 @@
+"""Inspection of data sets of items: one pass over some items of every data set, before a run begins."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.utils.data import TensorDataset, default_collate
+
+from fedkern.data.sources.items import ALONE, Items, cannot_keep, draw_rows, tensor_bytes
+from fedkern.data.sources.row_store import RowStore
+from fedkern.streams import GENERATORS, stream
+from fedkern.usercode.identity import digest, identity_table, left_out
+
+HASHED, HASHED_IN_ALL = 64, 2000
+"""Most items of a data set, and of all sets together but for two of each, that are read for the fingerprint."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Facts of a data set: a hash of some items, and how the first of them behave.
+
+    Attributes:
+        owner: the first split of the data set.
+        digest: hash of the number of items and of some of them, chosen by their number alone.
+        is_steady: whether an item is the same when it is read again from the same seeds.
+        piles_threads: whether every item leaves a thread running.
+        left_out: paths in an item at which no comparison looks.
+    """
+
+    owner: str
+    digest: bytes
+    is_steady: bool
+    piles_threads: bool
+    left_out: tuple[str, ...]
+
+
+def inspect(data: Any, keep_items: str = "off", limit: int = 0) -> Any:
+    """Return federated data of items with the sights of their data sets.
+
+    Args:
+        data: federated data.
+        keep_items: the setting of that name, by which data sets keep rows in memory.
+        limit: most bytes of the rows of all data sets.
+    """
+    judged = [*data.clients, data.validation, *data.tests.values()]
+    samples = per_set(len({id(split.dataset) for split in judged if len(split)}))
+    public = [] if data.public is None else [data.public]
+    sets: dict[int, Items] = {}
+    for split in (*judged, *public, *data.client_tests):
+        store = _store(split, keep_items, limit)
+        sets.setdefault(id(split.dataset), replace(split, rows=None, draws=set(), store=store))
+    unseen = {id(split.dataset) for split in data.client_tests} - {id(split.dataset) for split in (*judged, *public)}
+    sights = {key: look(split, samples) for key, split in sets.items() if key not in unseen and len(split)}
+    size = sum(len(split) * split.store.item_bytes for split in sets.values() if split.store is not None)
+    is_kept = size <= limit or keep_items == "memory"
+
+    def equip(split: Items) -> Items:
+        of_set = sets[id(split.dataset)]
+        store = of_set.store if is_kept else None
+        return replace(split, draws=of_set.draws, store=store, item_bytes=of_set.item_bytes)
+
+    return replace(
+        data,
+        clients=tuple(map(equip, data.clients)),
+        validation=equip(data.validation),
+        tests={name: equip(split) for name, split in data.tests.items()},
+        public=None if data.public is None else equip(data.public),
+        client_tests=tuple(map(equip, data.client_tests)),
+        sights=sights,
+    )
+
+
+def look(dataset: Items, samples: int = HASHED) -> Sight:
+    """Read some items of a data set, and one again with all generators seeded.
+
+    Items that give other values then depend on a generator that they do not move: all are seeded from then on.
+    """
+    rows = draw_rows(stream(0, "items"), len(dataset), samples).tolist()
+    value = hashlib.blake2b(f"{len(dataset)};".encode(), digest_size=16)
+    tables: list[dict[str, str]] = []
+    threads: list[int] = []
+    for row in rows:
+        item = next(dataset.read([row], 0))
+        threads.append(threading.active_count())
+        tables = [*tables[:1], _table(item)]
+        value.update(digest(tables[-1]).encode())
+        dataset.item_bytes = dataset.item_bytes or tensor_bytes(item)
+        if dataset.store is not None:
+            dataset.collate_items([row], [item], 0)
+    seeded = replace(dataset, draws={ALONE, *GENERATORS})
+    is_steady = dataset.still or _table(next(seeded.read(rows[:1], 0))) == tables[0]
+    if not is_steady and dataset.draws < seeded.draws:
+        dataset.draws.update(seeded.draws)
+        return look(dataset, samples)
+    piles_threads = len({*threads[:3]}) == 3 and threads[:3] == sorted(threads[:3])
+    return Sight(dataset.who, value.digest(), is_steady, piles_threads, tuple(left_out(tables[0])))
+
+
+def per_set(sets: int) -> int:
+    """Return how many items of each of so many data sets are read for the fingerprint."""
+    return max(2, min(HASHED, HASHED_IN_ALL // max(1, sets)))
+
+
+def _table(item: object) -> dict[str, str]:
+    """Return the identity of an item: its values in full, of classes and functions the name alone."""
+    return identity_table({"item": item}, limit=sys.maxsize, code=False)
+
+
+def _store(split: Items, keep_items: str, limit: int) -> RowStore | None:
+    """Return a place for the rows of a data set, None where its items cannot become rows or are in memory already."""
+    if keep_items == "off" or type(split.dataset) is TensorDataset:
+        return None
+    if split.collate is not default_collate:
+        if keep_items == "memory":
+            raise cannot_keep(split.who, "its collate_fn may make other batches of the same items")
+        return None
+    return RowStore(len(split.dataset), None if keep_items == "memory" else limit)

@@ -1,0 +1,106 @@
+"""Rows in memory: items of a data set that turn out to be the same whenever they are read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkern.messages.leaves import leaves, mapped
+
+EQUAL = 256
+"""Items read again and found equal before rows take their place: a flip of probability 0.1 passes with 1e-22."""
+
+
+class RowStore:
+    """Rows of a data set: tensors with a row for every item, which are filled as batches of items are read.
+
+    Rows take the place of items once all items of a split were read twice, no generator moved, and at least `EQUAL`
+    items were equal to the bit. Otherwise the store stays without effect for good. Another process gets an empty store.
+
+    Args:
+        count: number of items.
+        limit: most bytes; None: no limit, and the user has asked for rows.
+    """
+
+    def __init__(self, count: int, limit: int | None) -> None:
+        self.count, self.limit, self._lock, self._reason = count, limit, threading.Lock(), ""
+        self._reads, self._equal = np.zeros(count, dtype=np.uint8), 0
+        self._columns: list[Tensor] = []
+        self._form, self._empty = "", ()
+
+    def __reduce__(self) -> tuple[type, tuple[int, int | None]]:
+        return RowStore, (self.count, self.limit)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an item's rows, 0 where there are none."""
+        return sum(column[:1].nbytes for column in self._columns)
+
+    def has_rows(self, places: Sequence[int] | np.ndarray | slice, reads: int = 2) -> bool:
+        """Return whether items were read often enough for rows, once where any value of an item will do."""
+        is_known = bool(self._columns) and (reads < 2 or self._equal >= EQUAL)
+        return is_known and bool((self._reads[places] >= reads).all())
+
+    def take(self, places: Sequence[int], reads: int = 2) -> Any:
+        """Return the batch of the items at ``places`` as torch's collation makes it, None where rows are missing."""
+        with self._lock:
+            if not self.has_rows(places, reads):
+                return None
+            rows, columns = torch.tensor(places, dtype=torch.int64), iter(self._columns)
+            return mapped(lambda _: next(columns).index_select(0, rows), self._empty)
+
+    def watch(self, places: Sequence[int], items: Sequence[object], batch: object, draws: bool) -> str:
+        """Keep the rows of items and their batch, and compare those that were read before.
+
+        Args:
+            places: of the items, ``[B]``.
+            items: the items themselves.
+            batch: what torch's collation makes of them.
+            draws: whether items draw random numbers.
+
+        Returns:
+            The reason why rows cannot take the place of items, if there is one.
+        """
+        with self._lock:
+            if not self._reason:
+                self._reason = "its items draw random numbers" if draws else self._fill(places, items, batch)
+                if self._reason:
+                    self._columns = []
+            return self._reason
+
+    def _fill(self, places: Sequence[int], items: Sequence[object], batch: object) -> str:
+        tensors, kinds = [*leaves(batch)], {str(mapped(type, item)) for item in items}
+        if not all(_is_plain(leaf, len(places)) for leaf in tensors):
+            return "a batch of its items holds more than tensors with one row per item"
+        form = f"{kinds} {mapped(lambda leaf: (leaf.dtype, leaf.shape[1:]), batch)}"
+        if len(kinds) > 1 or form != (self._form or form):
+            return "its items are of several types or shapes"
+        if not self._form:
+            if self.limit is not None and self.count * sum(leaf[:1].nbytes for leaf in tensors) > self.limit:
+                return "its rows take more memory than a run keeps"
+            self._columns = [leaf.new_empty((self.count, *leaf.shape[1:])) for leaf in tensors]
+            self._form, self._empty = form, mapped(lambda leaf: leaf[:0].clone(), batch)
+        rows, is_known = torch.tensor(places, dtype=torch.int64), torch.from_numpy(self._reads[places] > 0)
+        for column, leaf in zip(self._columns, tensors, strict=True):
+            column[rows[~is_known]] = leaf[~is_known]
+            copy = column.index_select(0, rows)
+            if copy.stride() != leaf.stride() or not torch.equal(_bits(copy), _bits(leaf)):
+                return "an item was another one when it was read again"
+        self._reads[places] = np.minimum(self._reads[places] + 1, 2)
+        self._equal += int(is_known.sum())
+        return ""
+
+
+def _is_plain(leaf: object, count: int) -> bool:
+    if type(leaf) is not Tensor or leaf.layout != torch.strided or leaf.device.type != "cpu":
+        return False
+    return not leaf.requires_grad and leaf.shape[:1] == (count,)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
