@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fedkern.deferred import pending
 from fedkern.deferred.layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Windows, hooked, square_windows, untouched
-from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Serve, Site, computed, is_plain, value
+from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Site, computed, is_plain, value
 from fedkern.messages.leaves import mapped
 from fedkern.ops._conv.conv_norm import run, serving
 from fedkern.ops._conv.conv_pool import pooling, run_pooling
@@ -36,7 +36,7 @@ M = TypeVar("M", bound=nn.Module)
 _CONV_FORWARD: Any = nn.Conv2d._conv_forward
 _CHANNELS_LAST = torch.channels_last
 _thread = threading.local()
-"""``run``: the call of a network that this thread is in; ``serve``, ``record``: of :func:`serving_by`, `recording`."""
+"""``run``: the call of a network that this thread is in; the rest: of :func:`calling`."""
 _NO_EPS = 1e-30  # above 0, and nothing beside 1
 MOVE = 64
 """Products for which an element counts that is copied into another layout (benchmarks/bench_guest.py)."""
@@ -58,7 +58,7 @@ def accelerated(module: M, begin: Begin) -> M:
             vars(layer)["_conv_forward"] = Convolution(layer, SETTINGS(layer))
     if type(module) is not nn.Conv2d:  # a convolution alone has nothing to wait for
         module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
-        module.register_forward_hook(_END, prepend=True, always_call=True)
+        module.register_forward_hook(END, prepend=True, always_call=True)
     return module
 
 
@@ -66,7 +66,8 @@ def planned(module: M, plan: str) -> M:
     """Accelerate a network, in place, by a plan of :func:`plan_of`; a mode that it does not know runs as written."""
     known, *texts = plan.split(" ")
     accelerated(module, Begin({mode: known[at] == "+" for at, mode in enumerate(MODES)}))
-    for layer, text in zip(convolutions(module), texts, strict=True):
+    found = convolutions(module)
+    for layer, text in zip(found, texts, strict=True) if len(found) == len(texts) else ():
         layer.plan.update({at: code for at, code in enumerate(text) if code != "."})
     return module
 
@@ -142,12 +143,13 @@ class Begin(_Hook):
             begun = _thread.run = None
         if begun is not None:
             begun.depth += module is begun.module
-        elif not _watched(module):
+        elif (recorder := getattr(_thread, "recorder", None)) is not None or not _watched(module):
             mode = module.training, torch.is_grad_enabled()
             if mode not in self.modes and named is not None:
                 self.rehearse(module, args, named)
             if self.modes.get(mode):
-                _thread.run = Run(getattr(_thread, "serve", _serve), module, mode, sys._getframe(1), sys.exception())
+                serve = getattr(_thread, "serve", _serve)
+                _thread.run = Run(serve, module, mode, sys._getframe(1), sys.exception(), recorder)
 
 
 class _End(_Hook):
@@ -164,14 +166,15 @@ class _End(_Hook):
                 if "data pointer" in str(error):
                     error.add_note(f"fedkern.accelerate has not computed the tensor yet: {pending.WAY_OUT}.")
                 return None
-            begun.settle()
-            return mapped(_plain, result)
+            result = mapped(_plain, result)
+            begun.end()
+            return result
         finally:
             _thread.run = None
             begun.over, begun.frame = True, None
 
 
-_END = _End()
+END = _End()
 
 
 def _is_on_stack(begun: Run) -> bool:
@@ -187,41 +190,34 @@ def begin_of(module: nn.Module) -> Begin | None:
     return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Begin)), None)
 
 
-def called(module: nn.Module, function: Any, *args: Any, begin: Begin | None = None, recorder: Any = None) -> Any:
+def called(module: nn.Module, function: Any, *args: Any) -> Any:
     """Call a function of parts of a network, as a call of the network if it is accelerated."""
-    begin = begin or begin_of(module)
+    begin = begin_of(module)
     if begin is None:
         return function(*args)
     result = None
     begin(module, args)
-    if recorder is not None and getattr(_thread, "run", None) is not None:
-        _thread.run.recorder = recorder
     try:
         result = function(*args)
     finally:
-        ended = _END(module, args, result)
+        ended = END(module, args, result)
     return result if ended is None else ended
 
 
 @contextmanager
-def serving_by(serve: Serve) -> Iterator[None]:
-    """Inside, in this thread, another function computes the chains of calls."""
-    _thread.serve = serve
+def calling(**how: Any) -> Iterator[None]:
+    """Inside, in this thread, calls differ.
+
+    Args:
+        how: another ``serve``, which computes chains, a ``record`` of the convolutions of calls, or a ``recorder`` of a
+            rehearsal.
+    """
+    vars(_thread).update(how)
     try:
         yield
     finally:
-        del _thread.serve
-
-
-@contextmanager
-def recording() -> Iterator[Record]:
-    """Inside, in this thread, convolutions of calls are noted."""
-    record: Record = ([], [])
-    _thread.record = record
-    try:
-        yield record
-    finally:
-        del _thread.record
+        for name in how:
+            delattr(_thread, name)
 
 
 def _result(windows: Windows, channels: int, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ last of them computes it.  Whatever else happens has it computed before.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -140,10 +141,11 @@ class Run:
         serve: computes chains.
         module, mode: the network, whether it trains, and whether gradients were enabled at the start.
         frame, handled: the frame that calls its hooks, and the exception handled at the start.
+        recorder: of the rehearsal that this is, or None.
         depth: calls of the network inside of the call.
         over: whether the call has ended.
         waits, left: the one node that waits, if any, and the steps that the rehearsal saw behind it.
-        recorder: of the rehearsal that this is.
+        made: the handles.
     """
 
     serve: Serve
@@ -151,16 +153,24 @@ class Run:
     mode: tuple[bool, bool]
     frame: FrameType | None
     handled: BaseException | None
+    recorder: Any
     depth: int = 0
     over: bool = False
     waits: Node | None = None
     left: int = 0
-    recorder: Any = None
+    made: list[weakref.ref[Pending]] = field(default_factory=list)
 
     def settle(self) -> None:
         """Compute what waits."""
         if self.waits is not None:
             value(self.waits, dense=False)
+
+    def end(self) -> None:
+        """Compute what waits, and what somebody holds."""
+        self.settle()
+        for reference in self.made:
+            if (tensor := reference()) is not None:
+                value(tensor.__dict__["node"])
 
     def started(self, node: Node, steps: int) -> Tensor:
         """Return the result of a convolution, or of a step: a handle where ``steps`` follow it, else the tensor."""
@@ -236,6 +246,7 @@ def handle(node: Node) -> Pending:
             tensor._backward_hooks = _LOST
     throw_on_data_ptr(tensor)  # to_dlpack would end the process
     tensor.__dict__["node"] = node
+    node.run.made.append(weakref.ref(tensor))
     return tensor
 
 
@@ -258,7 +269,7 @@ def value(node: Node, dense: bool = True) -> Tensor:
 
 def _compute(node: Node, dense: bool) -> None:
     if node.run.over:
-        raise RuntimeError("a tensor of a call of an accelerated network that has ended is not there any more")
+        raise RuntimeError("a tensor of a call of an accelerated network that failed is not there any more")
     if node.run.waits is node:
         node.run.waits = None
     grad = node.chain.site.grad
@@ -288,14 +299,10 @@ def strides(shape: tuple[int, ...], last: bool) -> tuple[int, ...]:
 
 def _formed(result: Tensor, site: Site) -> Tensor:
     """Return a result in torch's layout."""
-    expected = strides(shape := tuple(result.shape), site.last)
-    if result.stride() == expected:
+    if result.stride() == strides(tuple(result.shape), site.last):
         return result
-    layout = torch.channels_last if site.last else torch.contiguous_format
-    if result.is_contiguous(memory_format=layout):  # sizes of 1 leave strides open
-        return result.as_strided(shape, expected)
     site.moved += result.numel()
-    return result.contiguous(memory_format=layout)
+    return result.clone(memory_format=torch.channels_last if site.last else torch.contiguous_format)
 
 
 def _computed(node: Node, dense: bool) -> Tensor:

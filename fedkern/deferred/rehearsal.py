@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,12 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedkern.deferred.calls import Begin, Convolution, Mode, accelerated, begin_of, called, convolutions, is_last
+from fedkern.deferred.calls import (
+    END,
+    MODES,
+    Begin,
+    Convolution,
+    Mode,
+    accelerated,
+    begin_of,
+    calling,
+    convolutions,
+    is_last,
+)
 from fedkern.deferred.comparison import Found, far
 from fedkern.deferred.layers import HOOKS
 from fedkern.deferred.pending import ABOUT, ADDS, EXTENDING, strides
 from fedkern.errors import described
-from fedkern.messages.leaves import leaves, mapped
+from fedkern.messages.leaves import leaves
 from fedkern.ops._core.private_torch import saved_hooks
 from fedkern.streams import seeded_generators
 
@@ -66,59 +77,61 @@ class Rehearsal(Begin):
     def rehearse(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """Play a copy as written and note what follows its convolutions; then check another copy, accelerated."""
         mode = module.training, torch.is_grad_enabled()
+        self.modes[mode] = False
         try:
-            twin = _copied(module)
+            twins = [_copied(module, args, named) for _ in range(1 + self.check)]
         except Exception as error:
             return self._leave(mode, f"the network cannot be copied ({described(error)})")
         recorder = Recorder()
         try:
-            expected = _played(twin, mode, args, named, recorder)
+            expected = _played(*twins[0], recorder)
         except Exception:  # which the call itself raises
+            del self.modes[mode]
             return None
         recorder.stop()
-        for layer, other in zip(convolutions(module), convolutions(twin), strict=True):
-            layer.plan |= other.plan
+        for part, *others in zip(*map(convolutions, (module, *(twin[0] for twin in twins))), strict=True):
+            for other in others:
+                part.plan = other.plan = others[0].plan
         self.modes[mode] = True
         if not self.check or not recorder.states:
             return None
         try:
-            name = far(_played(_copied(module), mode, args, named), expected)
+            name = far(_played(*twins[1]), expected)
         except Exception as error:  # a network's code may raise anything about a tensor that it does not know
             return self._leave(mode, described(error))
         return self._leave(mode, f"{name} would be another one") if name else None
 
     def _leave(self, mode: Mode, reason: str) -> None:
         self.modes[mode] = False
-        warnings.warn(f"fedkern.accelerate: in {_MODES[mode]} the network runs as written: {reason}.", stacklevel=4)
+        warnings.warn(f"fedkern.accelerate: in {_MODES[mode]} the network runs as written: {reason}.", stacklevel=7)
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """A deep copy, also where attributes are results of earlier calls."""
-    attributes = (vars(layer).values() for layer in module.modules())
-    results = (
-        leaf for part in attributes for leaf in leaves(list(part)) if isinstance(leaf, Tensor) and not leaf.is_leaf
-    )
+_Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+def _copied(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> _Call:
+    """Deep copies of a network and of the inputs of a call, also of tensors that were computed."""
+    call: _Call = module, args, dict(named)
+    parts = leaves([call[1:], *(list(vars(layer).values()) for layer in module.modules())])
+    results = (leaf for leaf in parts if isinstance(leaf, Tensor) and not leaf.is_leaf)
     with torch.inference_mode(False):
-        return copy.deepcopy(module, {id(leaf): _apart(leaf) for leaf in results})
+        return copy.deepcopy(call, {id(each): each.detach().clone().requires_grad_() for each in results})
 
 
-def _played(
-    module: nn.Module, mode: Mode, args: tuple[Any, ...], named: Mapping[str, Any], recorder: Recorder | None = None
-) -> Found:
-    """Outputs, gradients and buffers of a call of a network, which it changes, by name."""
+def _played(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], recorder: Recorder | None = None) -> Found:
+    """Outputs, gradients and buffers of a call of a copy, by name."""
+    for layer in module.modules():
+        for name in HOOKS if layer is not module else ():  # those of fedkern
+            getattr(layer, name).clear()
+    for key in [key for key, hook in module._forward_hooks.items() if hook is not END]:
+        del module._forward_hooks[key]
+    module.zero_grad()
     begin = begin_of(module)
     assert begin is not None
-    begin.modes[mode] = True
-    for layer in module.modules():
-        for name in HOOKS:
-            getattr(layer, name).clear()
-    module.zero_grad()
-    args, named = mapped(_apart, (args, dict(named)))
-    play: Callable[[], Any] = partial(module.forward, *args, **named)
+    begin.modes = dict.fromkeys(MODES, True)
     with seeded_generators(0):
-        result = called(
-            module, play if recorder is None else partial(recorder.note, play), begin=begin, recorder=recorder
-        )
+        with recorder or nullcontext(), calling(recorder=recorder):
+            result = module(*args, **named)
         outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
         if graded := [leaf for leaf in outputs if leaf.requires_grad]:
             draws = torch.Generator().manual_seed(0)
@@ -128,10 +141,6 @@ def _played(
     found |= {f"the gradient of input {number}": leaf.grad for number, leaf in enumerate(inputs)}
     found |= {f"the gradient of {name}": each.grad for name, each in module.named_parameters()}
     return found | {name: each.detach() for name, each in module.named_buffers()}
-
-
-def _apart(leaf: Any) -> Any:
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
 class _Chain:
@@ -184,16 +193,11 @@ class Recorder(TorchFunctionMode):
         self._extended: set[int] = set()
         self._latest: _State | None = None
 
-    def note(self, play: Callable[[], Any]) -> Any:
-        """Call a function, and note."""
-        with self:
-            return play()
-
     def stop(self) -> None:
         """End all chains, at the latest where somebody holds a result, and write the plans of the convolutions."""
         self._end_latest()
         for state in self.states.values():
-            if sys.getrefcount(state.result) > 2:
+            if sys.getrefcount(state.result) > 2:  # after the backward pass, whose graph counts
                 state.chain.end(state.steps, False)
         for (convolution, key), chain in self._chains.items():
             if (code := chain.code) is not None:

@@ -60,11 +60,12 @@ def _served(context: RunContext, network: nn.Module) -> tuple[str, str]:
         raise _AsWritten("it draws from generators of its own, or changes as it runs")
     plan = _rehearsed(network, batch)
     calls.planned(inner(network), plan)
-    with calls.serving_by(lambda chain, dense: None):
+    with calls.calling(serve=lambda chain, dense: None):
         waiting = _played(network, batch)
     if name := differs(waiting, plain, 1e-5):
         raise _AsWritten(f"{name} is another one where convolutions wait")
-    with calls.recording() as record:
+    record: calls.Record = ([], [])
+    with calls.calling(record=record):
         results = _played(network, batch)
     if (share := worth(record)) < LEAST:
         raise _AsWritten(f"operators would save work in {share:.0%} of its convolutions")

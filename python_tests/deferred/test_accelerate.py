@@ -467,7 +467,7 @@ def test_a_call_that_fails_leaves_nothing_that_is_computed_later(images):
     network.fails = True
     with pytest.raises(KeyError, match="here"):
         network(images)
-    with pytest.raises(RuntimeError, match="of a call of an accelerated network that has ended"):
+    with pytest.raises(RuntimeError, match="of a call of an accelerated network that failed"):
         network.raw + 0
     assert type(network.c1(images)) is torch.Tensor
 
