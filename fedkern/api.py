@@ -510,13 +510,13 @@ def requested(
         UserError: an unknown name or a value out of range.
     """
     settings = dict(arguments)
-    settings |= {each: table_of(settings.get(each), each) for each in ("options", "data_options")}
+    settings |= {table: table_of(settings.get(table), table) for table in ("options", "data_options")}
     settings["plugins"] = plugins_of(settings.get("plugins"))
     plugins.given(settings["plugins"])
     name, made_with = named(method)
     memory = data if isinstance(data, FederatedData) else None
     option_names = registry.option_names(name)
-    fields = {each.field for each in RunConfig.declared()} | {"options", "data_options", "plugins"}
+    fields = {entry.field for entry in RunConfig.declared()} | {"options", "data_options", "plugins"}
     options = settings.pop("options")
     for each in [each for each in settings if each in option_names and each not in fields]:
         options[each] = settings.pop(each)
@@ -539,7 +539,7 @@ def requested(
     if isinstance(model, str):
         settings["model"] = model
     given_options = registry.given_options(name, options)
-    if twice := [each for each in given_options if each in made_with]:
+    if twice := [name for name in given_options if name in made_with]:
         raise UserError(
             f"{twice[0]} is given twice, in {registry.short(name)}(...) and beside it: leave one of the two out."
         )
@@ -556,9 +556,9 @@ def plugins_of(value: Any) -> list[str]:
 def _paths(value: Any, must: str) -> list[str]:
     """Texts of a list of texts and paths; raises UserError, beginning with ``must``, where it is none."""
     paths = None if isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable) else [*value]
-    if paths is None or not all(isinstance(each, (str, os.PathLike)) for each in paths):
+    if paths is None or not all(isinstance(path, (str, os.PathLike)) for path in paths):
         raise UserError(f"{must}, not {shown(value)}.")
-    return [os.fspath(each) for each in paths]
+    return [os.fspath(path) for path in paths]
 
 
 def table_of(value: Any, name: str) -> dict[str, Any]:

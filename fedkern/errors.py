@@ -301,7 +301,7 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:
     if len(word) > WORD:
         return ""
     names = {_plain(name): name for name in candidates}
-    meant = [each.partition("=") for each in MEANT.get(_plain(word), ())]
+    meant = [entry.partition("=") for entry in MEANT.get(_plain(word), ())]
     meanings = [names[_plain(name)] + equals + value for name, equals, value in meant if _plain(name) in names]
     way = "" if names.keys().isdisjoint(("lr", "fedavg", "mlp", "csv")) else WAYS.get(_plain(word), "")
     if not (meanings or way):

@@ -218,7 +218,7 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) 
     name, colon, rest = text.strip().partition(":")
     if name not in entries:
         raise UserError(f'{flag} must be one of {", ".join(entries)}, not "{name}".{nearest(name, entries)}')
-    options = {each.name: each for each in entries[name]}
+    options = {field.name: field for field in entries[name]}
     values: dict[str, Value | None] = {key: each.default for key, each in options.items()}
     seen = set()
     for word in rest.split(",") if colon else ():

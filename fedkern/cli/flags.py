@@ -166,7 +166,7 @@ def _parser(method: str | None, data: str) -> Parser:
 
 def _sections() -> dict[str, list[Option]]:
     """The settings by section, whose name is that of its file."""
-    declared = {each.field: each for each in RunConfig.declared() if each.field != "method"}
+    declared = {entry.field: entry for entry in RunConfig.declared() if entry.field != "method"}
     sections = {
         section.__module__.rpartition(".")[2]: [declared[name] for name in get_annotations(section) if name in declared]
         for section in reversed(RunConfig.__mro__)
@@ -181,7 +181,7 @@ def _method_options(method: str, data: str) -> str:
         return f"{method}: {kind.description}\nIt has no options of its own."
     base = kind.Options.parse(defaults(method, data).get("options", {}), method=method).to_dict()
     lines = [f"{method}: {kind.description}", "", "method options (--method-option key=value):"]
-    width = max(len(each.name) for each in declared) + 2
+    width = max(len(entry.name) for entry in declared) + 2
     for each in declared:
         text = _describe(each, base[each.name], choices=True)
         lines += textwrap.wrap(
@@ -258,7 +258,7 @@ def parse(argv: Sequence[str], *around: Parser) -> Request:
     if values.help:
         return Request("help", method=method, help=front_page() if method is None else parser.format_help())
 
-    names = [each.field for each in RunConfig.declared() if each.field != "method"]
+    names = [entry.field for entry in RunConfig.declared() if entry.field != "method"]
     request = as_request(vars(values), names, "resume" if values.resume else "run")
     _check(request)
     return request
@@ -276,7 +276,7 @@ def as_request(values: dict[str, Any], settings: Iterable[str], command: str) ->
     pairs = key_values(values.pop("data_option", ()), "data_option")
     if twice := [key for key in pairs if key in named]:
         raise UserError(f'The data option "{twice[0]}" is given twice.')
-    fields = {each.name: values.pop(each.name) for each in dataclasses.fields(Request) if each.name in values}
+    fields = {field.name: values.pop(field.name) for field in dataclasses.fields(Request) if field.name in values}
     options, plugins = (tuple(values.pop(name, ())) for name in ("method_option", "plugin"))
     return Request(
         **{**fields, "command": command, "help": ""},

@@ -125,7 +125,7 @@ def _told(set_name: str, part: Split | Pool) -> Iterator[Any]:
     """For every sample a hash of its set, name, text, patient and label, to which more can be added."""
     patients = None if part.patients is None else part.patients.tolist()
     for row, label in enumerate(_rows(part.labels)):
-        fields = [None if each is None else each[row] for each in (part.ids, part.texts, patients)]
+        fields = [None if column is None else column[row] for column in (part.ids, part.texts, patients)]
         yield _hash(_text(f"{set_name}\0{fields!r}"), *label)
 
 

@@ -180,7 +180,7 @@ class Split:
 
     def subset(self, indices: Tensor) -> Split:
         """A new split with copies of the rows ``indices``, int64 ``[m]``."""
-        return Split(**{each.name: rows_of(getattr(self, each.name), indices) for each in fields(self)})
+        return Split(**{field.name: rows_of(getattr(self, field.name), indices) for field in fields(self)})
 
 
 def rows_of(column: Any, rows: Tensor) -> Any:
@@ -194,7 +194,7 @@ def rows_of(column: Any, rows: Tensor) -> Any:
 
 def joined(splits: Sequence[Split]) -> Split:
     """Concatenates splits; an attribute (masks, texts ...) that is None in one of them is None in the result."""
-    return Split(**{each.name: _together([getattr(split, each.name) for split in splits]) for each in fields(Split)})
+    return Split(**{field.name: _together([getattr(split, field.name) for split in splits]) for field in fields(Split)})
 
 
 def _together(parts: list[Any]) -> Any:

@@ -302,8 +302,8 @@ def _onnx(bundle: Exportable, exported: ExportedProgram, axes: Shapes, path: Pat
     if find_spec("onnxruntime") is not None:
         session = import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
         inputs = [leaf.numpy() for leaf in leaves([*bundle.args, bundle.kwargs])]
-        names = bundle.names or [each.name for each in session.get_inputs()]
-        check([torch.from_numpy(each) for each in session.run(None, dict(zip(names, inputs, strict=True)))], bundle)
+        names = bundle.names or [entry.name for entry in session.get_inputs()]
+        check([torch.from_numpy(array) for array in session.run(None, dict(zip(names, inputs, strict=True)))], bundle)
 
 
 def _of_the_network(record: logging.LogRecord) -> bool:

@@ -182,7 +182,7 @@ def found_images(paths: Sequence[Path]) -> list[Path]:
                 raise UserError(f"{path} is {what}: name image files, or folders of image files.")
             images.append(path)
             continue
-        folders = [path, *sorted(one for one in path.rglob("*") if one.is_dir())]
+        folders = [path, *sorted(folder for folder in path.rglob("*") if folder.is_dir())]
         inside = [image for folder in folders for image in list_images(folder)]
         if not inside:
             raise UserError(f"The folder {path} holds no image file.")

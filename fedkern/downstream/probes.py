@@ -73,5 +73,5 @@ def figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 def averaged(many: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean of every figure that all of ``many`` have."""
-    shared = [name for name in many[0] if all(name in one for one in many)]
-    return {name: sum(one[name] for one in many) / len(many) for name in shared}
+    shared = [name for name in many[0] if all(name in row for row in many)]
+    return {name: sum(row[name] for row in many) / len(many) for name in shared}

@@ -179,7 +179,7 @@ def _chosen(
     embeddings = run.features(network, validation, features)
     truth = validation.labels.to(run.device)
     fitted = [probes.LinearProbe(seen, labels, classes, penalty) for penalty in probes.PENALTIES]
-    losses = [float(torch.nn.functional.cross_entropy(one.logits(embeddings), truth)) for one in fitted]
+    losses = [float(torch.nn.functional.cross_entropy(probe.logits(embeddings), truth)) for probe in fitted]
     return fitted[min(range(len(fitted)), key=losses.__getitem__)]
 
 

@@ -152,7 +152,7 @@ class Asynchronous(Participation):
         def fits(k: object, row: object) -> bool:
             if type(k) is not int or k not in range(self._config.trained_clients) or not isinstance(row, list):
                 return False
-            if [type(each) for each in row] != [int, float, int]:
+            if [type(value) for value in row] != [int, float, int]:
                 return False
             flight = Flight(*row)
             if not 0 <= flight.began < rounds or not is_time(flight.done) or flight.done < state["clock"]:

@@ -59,7 +59,7 @@ class FirstSteps(Objective):
             return result
         module, trained = inner(self._network.module), self._network.trained
         flat = not isinstance(self._network, Trainable)  # whose buffers lie in no vector
-        before, hooks, gradients = _tensors(module, flat), _hooks(module), [each.grad for each in trained]
+        before, hooks, gradients = _tensors(module, flat), _hooks(module), [tensor.grad for tensor in trained]
         frozen = self._sum_frozen()
         result = self._method.loss(model, batch, received)
         if self._sum_frozen() != frozen:
@@ -146,12 +146,12 @@ class FirstSteps(Objective):
                 "the loss or the samples."
             )
         found, opaque = _leaves_of(loss)
-        known = {id(each) for each in (*self._network.module.parameters(), *leaves([batch.inputs, batch.data]))}
+        known = {id(tensor) for tensor in (*self._network.module.parameters(), *leaves([batch.inputs, batch.data]))}
         outside = [leaf for leaf in found if id(leaf) not in known]
         # A tensor that a loss makes for itself, to take its gradient, is another one in the next step.
         own = [leaf for leaf in outside if isinstance(leaf, nn.Parameter) or any(leaf is old for old in self._outside)]
         self._outside = outside if self._left > 1 else []
-        if not opaque and not {id(each) for each in self._network.trained} & {id(leaf) for leaf in found}:
+        if not opaque and not {id(tensor) for tensor in self._network.trained} & {id(leaf) for leaf in found}:
             result, way = f"{name} returns a loss", "compute it with the model and the outputs that it is given"
             if shipped:
                 result, way = f"{forward} returns outputs", "compute them with layers and parameters of self"
@@ -178,8 +178,8 @@ def is_shipped(code: object) -> bool:
 
 def _of_user(network: nn.Module) -> nn.Module:
     """Return the user's module in a network, or else the network."""
-    wrappers = (each for each in network.modules() if isinstance(each, OwnNetwork))
-    return next((each.module for each in wrappers), network)
+    wrappers = (module for module in network.modules() if isinstance(module, OwnNetwork))
+    return next((wrapper.module for wrapper in wrappers), network)
 
 
 def _kind(tensor: Tensor) -> str:

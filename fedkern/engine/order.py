@@ -43,15 +43,15 @@ def parts_of(run: RunObjects) -> list[Part]:
 def filters_of(run: RunObjects) -> list[Filter]:
     """What uploads pass on their way to the server of a run, in order; the run has its executor."""
     filters: list[Filter] = _built(FILTERS, FILTER_ORDER, run)
-    needs_whole = any(each.whole for each in filters)
-    return [each for each in filters if not (needs_whole and each.stays)]
+    needs_whole = any(part.whole for part in filters)
+    return [part for part in filters if not (needs_whole and part.stays)]
 
 
 def _built(table: Registry[Any], order: Sequence[str], run: RunObjects) -> list[Any]:
     user_names = [name for name in plugins.of_run(table, run.config.plugins) if name not in order]
-    names = [each for name in order for each in (user_names if name == USERS else [name])]
+    names = [entry for name in order for entry in (user_names if name == USERS else [name])]
     objects = (user_parts.build(table[name], run) if name in user_names else table[name].build(run) for name in names)
-    return [each for each in objects if each is not None]
+    return [part for part in objects if part is not None]
 
 
 def states_of(parts: Sequence[Part], filters: Sequence[Filter]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def states_of(parts: Sequence[Part], filters: Sequence[Filter]) -> dict[str, Any
 
 
 def _states(objects: Sequence[Part] | Sequence[Filter], order: Sequence[str]) -> dict[str, Any]:
-    return {each.name: state or {} for each in objects if (state := each.state()) or each.name not in order}
+    return {part.name: state or {} for part in objects if (state := part.state()) or part.name not in order}
 
 
 def restore(kind: str, objects: Sequence[Part] | Sequence[Filter], run: RunObjects) -> None:
@@ -75,7 +75,7 @@ def restore(kind: str, objects: Sequence[Part] | Sequence[Filter], run: RunObjec
     """
     if run.entry is None:
         return
-    states, names = run.entry["info"].get(kind, {}), [each.name for each in objects]
+    states, names = run.entry["info"].get(kind, {}), [part.name for part in objects]
     for name in sorted(({*states} ^ {*names}) - {*(PART_ORDER if kind == "parts" else FILTER_ORDER)}):
         what = f'the {kind[:-1]} "{name}"'
         if name in states:

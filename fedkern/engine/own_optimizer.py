@@ -36,8 +36,8 @@ def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Paramete
         raise UserError(
             f"optimizer makes {type(optimizer).__name__}, which evaluates a batch several times: take another."
         )
-    given, stepped = {id(each) for each in parameters}, stepped_by(optimizer)
-    if not stepped or any(id(each) not in given for each in stepped):
+    given, stepped = {id(tensor) for tensor in parameters}, stepped_by(optimizer)
+    if not stepped or any(id(tensor) not in given for tensor in stepped):
         which = "parameters that it was not given" if stepped else "no parameters"
         raise UserError(
             f"optimizer makes {type(optimizer).__name__} of {which}: make it of the argument, as in lambda parameters: "
@@ -48,12 +48,12 @@ def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Paramete
 
 def stepped_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Return the parameters of all groups of an optimiser."""
-    return [each for group in optimizer.param_groups for each in group["params"]]
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
 
 
 def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
     """Scales vectors of gradients to a joint norm of at most ``largest`` (0: any); returns the norm, fp64 0-d."""
-    norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in vectors]
+    norms = [torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in vectors]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     if largest:
         for each in vectors:

@@ -183,7 +183,7 @@ class ScriptObjects:
         else:
             trained = {name: each for name, each in inner(context.build()).named_parameters() if each.requires_grad}
             optimizer = made(self.optimizer, [*trained.values()])
-            stepped = {id(each) for each in stepped_by(optimizer)}
+            stepped = {id(tensor) for tensor in stepped_by(optimizer)}
             values = {name: value for name, value in optimizer.defaults.items() if value not in (None, False)}
             words = f"{type(optimizer).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
             if left := [name for name, each in trained.items() if id(each) not in stepped]:

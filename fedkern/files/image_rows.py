@@ -285,5 +285,5 @@ def _read(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _read(each) for key, each in value.items()}
     if isinstance(value, list) or type(value) is tuple:
-        return type(value)(_read(each) for each in value)
+        return type(value)(_read(entry) for entry in value)
     return value

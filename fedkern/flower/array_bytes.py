@@ -141,7 +141,7 @@ def joined(arrays: Sequence[tuple[Any, Header]]) -> Tensor:
         return tensor(*arrays[0])
     dtype = arrays[0][1].dtype
     if any(form.dtype != dtype or form.order == "F" or form.swapped for _, form in arrays):
-        return torch.cat([tensor(*each) for each in arrays])
+        return torch.cat([tensor(*array) for array in arrays])
     data = bytearray().join([memoryview(array.data)[form.begin :] for array, form in arrays])
     return torch.frombuffer(data, dtype=FLOATS[dtype]) if data else torch.empty(0, dtype=FLOATS[dtype])
 

@@ -259,7 +259,7 @@ class AllModels:
         if not width:
             return torch.zeros(len(rows), dtype=torch.float64)
         middle = slice((count - width) // 2, (count + width) // 2)
-        sent, *rows = (each[middle].to(self.layout.dtype) for each in (sent, *rows))
+        sent, *rows = (row[middle].to(self.layout.dtype) for row in (sent, *rows))
         norms = ops.server_step(sent, rows, [1.0] * len(rows), "mean").norms
         return norms.square() * (count / width)
 

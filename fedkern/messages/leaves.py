@@ -113,16 +113,16 @@ def together(values: list[Any], sizes: list[int]) -> Any:
         RuntimeError: tensors cannot be concatenated, or containers have other parts.
     """
     first = values[0]
-    if all(each is None for each in values):
+    if all(value is None for value in values):
         return None
     if isinstance(first, Tensor):
-        return torch.cat([each.reshape(1) if each.dim() == 0 else each for each in values])
-    parts = [_parts(each) or {} for each in values]
+        return torch.cat([value.reshape(1) if value.dim() == 0 else value for value in values])
+    parts = [_parts(value) or {} for value in values]
     if _parts(first) is None or (isinstance(first, list) and not _positions(values, sizes)):
         return [part for each in values for part in (each if isinstance(each, list) else [each])]
-    if any(each.keys() != parts[0].keys() for each in parts):
+    if any(part.keys() != parts[0].keys() for part in parts):
         raise RuntimeError(f"batches give a {type(first).__name__} of other parts")
-    return _remade(first, {key: together([each[key] for each in parts], sizes) for key in parts[0]})
+    return _remade(first, {key: together([part[key] for part in parts], sizes) for key in parts[0]})
 
 
 def _positions(values: list[Any], sizes: list[int]) -> bool:
@@ -132,7 +132,7 @@ def _positions(values: list[Any], sizes: list[int]) -> bool:
         for each, size in zip(values, sizes, strict=True)
         for leaf in each
     )
-    return per_sample and len({len(each) for each in values}) == 1
+    return per_sample and len({len(value) for value in values}) == 1
 
 
 def sent(value: Any, device: torch.device) -> Any:

@@ -52,8 +52,8 @@ class Options:
                 if not equals:
                     raise UserError(f'Method option "{word}" must have the form key=value.')
                 pairs.append((key.strip(), value.strip()))
-        names = {each.name: each for each in cls.declared()}
-        fields = {each.field: each for each in cls.declared()}
+        names = {entry.name: entry for entry in cls.declared()}
+        fields = {entry.field: entry for entry in cls.declared()}
         values: dict[str, Any] = {}
         for key, value in pairs:
             plain = key.replace("-", "_")
@@ -88,8 +88,8 @@ class Options:
 
     def given(self) -> dict[str, Value]:
         """The values that this object was constructed with, without defaults, by published name."""
-        return {each.name: getattr(self, each.field) for each in self.declared() if each.field in self._given}
+        return {entry.name: getattr(self, entry.field) for entry in self.declared() if entry.field in self._given}
 
     def to_dict(self) -> dict[str, Value]:
         """All option values by published name."""
-        return {each.name: getattr(self, each.field) for each in self.declared()}
+        return {entry.name: getattr(self, entry.field) for entry in self.declared()}

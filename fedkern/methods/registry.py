@@ -61,7 +61,7 @@ def get(name: str) -> type[Method]:
 
 def option_names(method: str) -> set[str]:
     """Names under which a method option can be given."""
-    return {name for each in get(method).Options.declared() for name in (each.name, each.field)}
+    return {name for entry in get(method).Options.declared() for name in (entry.name, entry.field)}
 
 
 def given_options(method: str, texts: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def given_options(method: str, texts: Iterable[str] | Mapping[str, Any]) -> dict
         UserError: an unknown option, a value out of range, or a path in the home folder of an unknown user.
     """
     kind = get(method).Options
-    options = {each.name: each for each in kind.declared()}
+    options = {entry.name: entry for entry in kind.declared()}
     return {name: options[name].absolute(value) for name, value in kind.parse(texts, method=method).given().items()}
 
 

@@ -65,7 +65,7 @@ class PatchDiscriminators(nn.Module):
         """
         count = self.count
         if images.dim() == 5:
-            x = torch.cat([F.conv2d(*one, stride=2, padding=1) for one in self._own(images)], 1)
+            x = torch.cat([F.conv2d(*layer, stride=2, padding=1) for layer in self._own(images)], 1)
         else:
             x = F.conv2d(images, self.first, self.first_bias, stride=2, padding=1)
         x = F.leaky_relu(x, 0.2)

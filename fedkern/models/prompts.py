@@ -78,7 +78,7 @@ def _by_class(path: Path, text: str, classes: Sequence[str]) -> list[list[str]]:
     for name in classes:
         value = table[name]
         prompts = [value] if isinstance(value, str) else value
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(one, str) and one for one in prompts):
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) and text for text in prompts):
             raise UserError(f'the prompts of "{name}" in {path} must be a text or a list of texts.')
         result.append(list(prompts))
     return result

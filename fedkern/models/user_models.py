@@ -260,7 +260,7 @@ class Own:
                     f"the model {self.text} needs the argument {each.name}, and gets only {', '.join(GIVEN)}, by name: "
                     f"give {each.name} a default."
                 )
-        return tuple(each.name for each in parameters if each.name in GIVEN)
+        return tuple(parameter.name for parameter in parameters if parameter.name in GIVEN)
 
     def __call__(
         self, *, classes: int, channels: int, sides: Sequence[int], seed: int, word: int, width: int | None

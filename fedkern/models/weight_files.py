@@ -70,7 +70,7 @@ def misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[
     why: dict[str, str] = {}
     for name, tensor in state.items():
         if name not in tensors:
-            near = [each.removesuffix(name) for each in tensors if each.endswith(f".{name}")]
+            near = [key.removesuffix(name) for key in tensors if key.endswith(f".{name}")]
             hint = f", but {near[0]}{name}: take {near[0]} off its names" if near else ""
             why[name] = f"it has no {name}, of shape {list(tensor.shape)}{hint}"
         elif tensors[name].shape != tensor.shape:

@@ -71,7 +71,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         Raises:
             UserError: a value of the wrong type, out of range or empty.
         """
-        options = {each.field: each for each in declared(cls, "--{}")}
+        options = {entry.field: entry for entry in declared(cls, "--{}")}
         take = Option.convert if stored else Option.read
         result = {name: take(options[name], each) if name in options else each for name, each in values.items()}
         for name, value in result.items():
@@ -217,7 +217,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
     def not_default(self) -> frozenset[str]:
         """Return the names of the settings that are not at their defaults; none of data that only a script has."""
         with suppress(UserError):
-            usual = {each.name: each.default for each in dataclasses.fields(self)} | defaults(self.method, self.data)
+            usual = {field.name: field.default for field in dataclasses.fields(self)} | defaults(self.method, self.data)
             return frozenset(name for name in self.names() if getattr(self, name) != usual[name])
         return frozenset()
 

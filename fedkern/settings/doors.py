@@ -79,7 +79,7 @@ def _argument(match: re.Match[str]) -> str:
 def is_data_option(name: str) -> bool:
     """Return whether data sets have an option of this name that is no setting of a run."""
     options = {*COMMON_OPTIONS}.union(*(info.options for info in DATASETS.values()))
-    return name in options - {each.field for each in RunConfig.declared()}
+    return name in options - {entry.field for entry in RunConfig.declared()}
 
 
 def _is_value(flag: str, word: str) -> bool:

@@ -31,5 +31,5 @@ class Found(Section):
     better: str = "max"
 
 
-FINGERPRINTS = tuple(each.name for each in fields(Found) if each.name not in ("method", "options"))
+FINGERPRINTS = tuple(field.name for field in fields(Found) if field.name not in ("method", "options"))
 """Names of what was found; a resumed run compares them by itself."""

@@ -54,7 +54,7 @@ def _files(path: Path) -> list[Path]:
     """The file itself, or the files in a folder; of a run folder those of its checkpoints, which no report changes."""
     if path.is_dir():
         top = path / FOLDER if (path / NAME).exists() else path
-        return sorted(each for each in top.rglob("*") if each.is_file())
+        return sorted(path for path in top.rglob("*") if path.is_file())
     return [path] if path.is_file() else []
 
 

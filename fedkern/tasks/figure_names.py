@@ -126,7 +126,7 @@ def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> No
     others = {"validation_": "the validation set", **dict.fromkeys(OVER_CLIENTS, "the clients")}
     sets = {f"{name}_" if name else "": f"the {set_noun(name)}{'' if name else ' without a name'}" for name in names}
     for prefix in sets:
-        if entry := next((prefix + each for each in figures if prefix + each in RECORD_NAMES), ""):
+        if entry := next((prefix + figure for figure in figures if prefix + figure in RECORD_NAMES), ""):
             raise UserError(f'The test set "{prefix[:-1]}" would have a figure {entry}, which records have: rename it.')
         for other, called in (sets | others).items():
             rest = prefix[len(other) :] if prefix.startswith(other) else ""

@@ -75,7 +75,7 @@ class Ordinal(Task):
         parts = [(outputs.double(), labels) for outputs, labels in answers(model, data)]
         if not parts:
             raise ValueError("data: expected at least one sample, given none")
-        logits, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+        logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         predicted = logits.argmax(1)
         if record := getattr(data, "record", None):
             record(predicted)

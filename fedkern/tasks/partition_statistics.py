@@ -49,7 +49,7 @@ class PartitionStatistics:
         labels: Sequence[npt.NDArray[Any]], classes: tuple[str, ...], partition: str, task: Task = CLASSIFICATION
     ) -> PartitionStatistics:
         """Counts ``labels``, an array per client."""
-        counts = np.stack([task.counts(one, len(classes)) for one in labels]).astype(np.int64)
+        counts = np.stack([task.counts(values, len(classes)) for values in labels]).astype(np.int64)
         return PartitionStatistics(counts, classes, partition, samples=tuple(map(len, labels)))
 
     @staticmethod

@@ -69,7 +69,7 @@ class Segmentation(Task):
         return segmentation(model, data)
 
     def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
-        return Figures(per_class={"dice": named(mean([each.nanmean(0) for each in outputs]), names)})
+        return Figures(per_class={"dice": named(mean([output.nanmean(0) for output in outputs]), names)})
 
     def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
         parts = torch.full((len(labels), output.shape[1] - 1), math.nan, dtype=torch.float64)

@@ -203,7 +203,7 @@ class OwnTask(Task):
         # The loss or the network takes gradients itself, also of parameters that were frozen for the evaluation.
         with _GRAPH, torch.enable_grad():
             parameters = [*model.parameters()]
-            frozen = [] if any(each.requires_grad for each in parameters) else parameters
+            frozen = [] if any(tensor.requires_grad for tensor in parameters) else parameters
             for each in frozen:
                 each.requires_grad_(True)
             try:

@@ -52,7 +52,7 @@ def explained(name: str, code: Any) -> Iterator[None]:
 
 def module_name(file: str, source: bytes) -> str:
     """The name in ``sys.modules`` of a file with a content, the same in every process."""
-    digits = (hashlib.sha256(each).hexdigest()[:8] for each in (file.encode(), source))
+    digits = (hashlib.sha256(text).hexdigest()[:8] for text in (file.encode(), source))
     return "_".join(("fedkern_file", re.sub(r"[^0-9A-Za-z]", "_", Path(file).stem), *digits))
 
 

@@ -507,7 +507,7 @@ def _of_process(value: object) -> str | None:
     import numpy as np
     import torch
 
-    if any(value is each for each in (random._inst, np.random.mtrand._rand, torch.default_generator)):
+    if any(value is generator for generator in (random._inst, np.random.mtrand._rand, torch.default_generator)):
         return "generator of the process, which a run seeds"
     if value is os.environ:
         return "environment of the process"

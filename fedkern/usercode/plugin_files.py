@@ -115,10 +115,10 @@ def in_the_place_of(folder: Path, names: Iterable[str]) -> Iterator[Path]:
         path = PurePosixPath(name)
         if not name or path.is_absolute() or ".." in path.parts:
             continue
-        ending = next((each for each in sorted(all_suffixes(), key=len, reverse=True) if name.endswith(each)), "")
+        ending = next((suffix for suffix in sorted(all_suffixes(), key=len, reverse=True) if name.endswith(suffix)), "")
         stem = folder / name.removesuffix(ending)
         stem = stem.parent if stem.name == "__init__" else stem
-        yield from (each for each in _files(stem) if stem != folder and each.is_file())
+        yield from (path for path in _files(stem) if stem != folder and path.is_file())
 
 
 def _files(stem: Path) -> Iterator[Path]:
@@ -136,7 +136,7 @@ def _foreign(folder: Path) -> list[Path]:
 
 
 def _counts(path: Path, folder: Path, foreign: Iterable[Path]) -> bool:
-    if not path.is_relative_to(folder) or any(path.is_relative_to(each) for each in foreign):
+    if not path.is_relative_to(folder) or any(path.is_relative_to(place) for place in foreign):
         return False
     return not any(part in INSTALLED for part in path.relative_to(folder).parts)
 
@@ -156,7 +156,7 @@ def _names(file: Path, source: bytes, folder: Path) -> Iterator[str]:
             above = package[: max(0, len(package) - node.level + 1)] if node.level else ()
             base = [*above, *(node.module.split(".") if node.module else ())]
             yield from _with_parents(base)
-            yield from (".".join([*base, each.name]) for each in node.names)
+            yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
 def _with_parents(parts: list[str]) -> Iterator[str]:

@@ -378,7 +378,7 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
             continue
         again = f"--plugin {shlex.quote(name)}"
         file = Path(name).name if name.endswith(".py") else None
-        if given_again := [each for each in trusted if each == name or Path(each).name == file]:
+        if given_again := [text for text in trusted if text == name or Path(text).name == file]:
             load(given_again[0])
             continue
         try:
@@ -404,7 +404,7 @@ def _differences(name: str, path: Path | None, identity: str, source: bytes | No
     if path is not None:
         then = plugin_files.parsed(identity) or then
         now = plugin_files.current(path, source or content(path, f"The plugin {path}"), then)
-    tables = ({str(Path(name).parent / part) if part else name: each[part] for part in each} for each in (then, now))
+    tables = ({str(Path(name).parent / part) if part else name: table[part] for part in table} for table in (then, now))
     return [_short(text) for text in differences(*tables)]
 
 
@@ -428,7 +428,7 @@ def _stand_in(name: str, identity: str) -> Plugin | None:
     same = _LOADED.get(name)
     if same is not None and (same.given or same.identity == identity):
         return same
-    return next((each for each in _LOADED.values() if each.given and _stands_for(each, name, identity)), None)
+    return next((plugin for plugin in _LOADED.values() if plugin.given and _stands_for(plugin, name, identity)), None)
 
 
 def _stands_for(plugin: Plugin, name: str, identity: str) -> bool:

@@ -170,7 +170,7 @@ def described(
         alike.setdefault(words([one]), []).append(one)
     groups = [*alike.values()]
     if len(groups) > LINES:
-        groups[LINES - 1 :] = [sorted(one for group in groups[LINES - 1 :] for one in group)]
+        groups[LINES - 1 :] = [sorted(line for group in groups[LINES - 1 :] for line in group)]
     return (line(by_set), *(line(group) for group in groups if len(groups) > 1)) if by_set else ()
 
 

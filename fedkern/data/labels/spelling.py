@@ -118,7 +118,7 @@ def _folded(value: str) -> str:
 
 def _examples(groups: Sequence[Sequence[str]]) -> str:
     # Two Unicode forms of a text look alike on screen; ascii() tells them apart.
-    texts = [", ".join(_quoted(text, each) for text in each[:SHOWN]) for each in groups]
+    texts = [", ".join(_quoted(text, group) for text in group[:SHOWN]) for group in groups]
     return first_of(texts, SHOWN, "; ")
 
 

@@ -83,20 +83,20 @@ def _without(data: FederatedData, absent: int, others: list[int]) -> FederatedDa
     place = torch.full((len(data.clients) + 1,), -1)  # the last place is that of images without a client, -1
     place[others] = torch.arange(len(others))
     train = data.clients[absent]
-    identities = {each for split in (train, *data.client_tests[absent : absent + 1]) for each in split.identities()}
+    identities = {name for split in (train, *data.client_tests[absent : absent + 1]) for name in split.identities()}
     unseen = [data.form.central(train)]
     counted = set(train.identities())
 
     def purged(split: Split) -> Split:
         images = split.identities()
-        mask = torch.tensor([each in identities for each in images], dtype=torch.bool)
+        mask = torch.tensor([name in identities for name in images], dtype=torch.bool)
         if split.homes is not None:
             mask |= split.homes == absent
             split = replace(split, homes=place[split.homes])
         if not bool(mask.any()):
             return split
         # A set with cues or patches shows the images of another set again: an image counts once.
-        new = mask & torch.tensor([each not in counted for each in images], dtype=torch.bool)
+        new = mask & torch.tensor([name not in counted for name in images], dtype=torch.bool)
         if bool(new.any()):
             unseen.append(split.subset(new.nonzero().flatten()))
             counted.update(unseen[-1].identities())

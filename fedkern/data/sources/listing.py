@@ -182,7 +182,7 @@ def _image_files(
     window = window_of(reading.window, looked_at(training, reading.max_image_pixels, True).values())
     sets = dict(zip(listing.paths, zip(listing.splits, listing.clients, strict=True), strict=True))
     first = {one: path for path, one in reversed(sets.items())}
-    lacking = [first[one] for one in first.keys() - {sets[path] for path in looks}]
+    lacking = [first[name] for name in first.keys() - {sets[path] for path in looks}]
     every = looks | looked_at(sorted(lacking)[:LOOKED_AT], reading.max_image_pixels, False)
     sides = " of ".join(f"{side} x {side}" for side in dict.fromkeys((reading.crop or reading.size, reading.size)))
     grey = reading.colour == "grey"

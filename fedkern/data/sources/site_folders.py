@@ -160,7 +160,7 @@ def _check_names(base: Path, data: str, sites: Sequence[str], trees: Sequence[Tr
     """Raises UserError where the folders of sites, or all folders in them, have names of patients."""
     inner = [(tree.folder / name).relative_to(base) for tree in trees for name in subfolders(tree.folder)]
     for paths, patterns in ((inner, (_PATIENT, _NUMBER)), ([*map(Path, sites)], (_PATIENT,))):
-        if paths and all(any(each.fullmatch(path.name.lower()) for each in patterns) for path in paths):
+        if paths and all(any(pattern.fullmatch(path.name.lower()) for pattern in patterns) for path in paths):
             raise UserError(
                 f'data set "{data}": {paths[0]} in {base} looks like the folder of a patient, and '
                 f"{first_of(sites, 4)} would be sites; give --data-option layout=sites if that is right, or "

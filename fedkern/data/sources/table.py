@@ -220,7 +220,7 @@ def _csv_file(root: str | Path | None, data: str, columns: tuple[str, ...]) -> P
         raise UserError(f'data set "{data}": the data root {path} is neither a CSV file nor a folder')
     tables = csv_files(path)
     if len(tables) > 1:
-        names = ", ".join(one.name for one in tables[:4])
+        names = ", ".join(table.name for table in tables[:4])
         raise UserError(f'data set "{data}": {path} holds several CSV files ({names}): name one with --data-root')
     return tables[0] if tables else None
 

@@ -519,7 +519,7 @@ def entry_sum(entry: dict[str, Any]) -> int:
 
 def _of_state(name: Any) -> bool:
     """Whether a name is that of a file with a state: no other name of a manifest is ever joined to the folder."""
-    return isinstance(name, str) and any(each.fullmatch(name) for each in (_FILES, _MESSAGES, STATE))
+    return isinstance(name, str) and any(pattern.fullmatch(name) for pattern in (_FILES, _MESSAGES, STATE))
 
 
 def _ours(name: str) -> bool:

@@ -275,7 +275,7 @@ def check_same(entry: Mapping[str, Any], facts: Mapping[str, Any], plan: Sequenc
                 f"The {what} of the data have other names than when the run in {out} began: put the names back, or "
                 "start a new run with another --out."
             )
-    if sum(not one.one_off for one in plan[: entry["plan"]]) != entry["round"]:
+    if sum(not planned.one_off for planned in plan[: entry["plan"]]) != entry["round"]:
         raise UserError(
             f"The run in {out} was begun by a version of fedkern in which {facts['config']['method']} had other "
             "rounds: go on with that version, or start the run again."

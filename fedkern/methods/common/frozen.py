@@ -57,7 +57,7 @@ def frozen_copy(model: nn.Module, vectors: Mapping[str, Tensor]) -> Any:
         network.float()  # the received network's weights are already in lower precision
     modes = [(layer, layer.training) for layer in network.modules()]
     network.train()
-    if not any(each.requires_grad for each in model.parameters()):
+    if not any(tensor.requires_grad for tensor in model.parameters()):
         network.requires_grad_(False)  # a user's train() may thaw parts, whose places would be others
     personal.flatten(network).load_vectors(vectors)
     network.eval()  # a user's module may derive tensors from its weights there

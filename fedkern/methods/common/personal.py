@@ -85,7 +85,7 @@ def mean_figures(
 
 def means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of every figure over the clients, at least one, which all have the same figures."""
-    return {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
+    return {name: sum(row[name] for row in figures) / len(figures) for name in figures[0]}
 
 
 class ClientsNetworks:

@@ -62,7 +62,7 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
         check_pooled(x, weight, bias, padding, relu)
         check_forced("conv_pool", x, weight, bias)
         return conv_pool_reference(x, weight, bias, padding=padding, relu=relu)
-    last = any(each.stride(1) == 1 and each.is_contiguous(memory_format=_CHANNELS_LAST) for each in (x, weight))
+    last = any(tensor.stride(1) == 1 and tensor.is_contiguous(memory_format=_CHANNELS_LAST) for tensor in (x, weight))
     return run_pooling(kernel, x, weight, bias, Pooling(padding, relu, not last or len(weight) == 1))
 
 

@@ -44,10 +44,10 @@ def check_cuda(core: Any) -> None:
                 f"fedkern._cuda was built with {versions}: update the driver ({driver_for(core)}), or build with an "
                 "nvcc no newer than it"
             )
-        if any(number // 10 == one // 10 and number >= one for one in built_for):
+        if any(number // 10 == arch // 10 and number >= arch for arch in built_for):
             continue
         if number < max(built_for):
-            kinds = ", ".join(f"sm_{one}" for one in built_for)
+            kinds = ", ".join(f"sm_{arch}" for arch in built_for)
             hide = " (CUDA_VISIBLE_DEVICES can hide it)" if len(gpus) > 1 else ""
             raise Unavailable(f"{name} is of sm_{number}, and fedkern._cuda was built for {kinds} and newer{hide}")
         if driver < runtime:  # the driver translates PTX for such a GPU, of its own CUDA version at most
