@@ -262,15 +262,15 @@ def printable(text: str, most: int = MESSAGE) -> str:
     if len(text) > WORD:
         text = re.sub(rf"\S{{{WORD + 1},}}", lambda word: _cut(word[0], WORD), text)
         text = _cut(text, most)
-    return _escaped(text, "\n\t")
+    return _escape_text(text, "\n\t")
 
 
 def printable_name(text: str, most: int) -> str:
     """A name as one line of at most ``most`` characters: escapes control characters and line ends, cuts the middle."""
-    return _cut(_escaped(text), most)
+    return _cut(_escape_text(text), most)
 
 
-def _escaped(text: str, kept: str = "") -> str:
+def _escape_text(text: str, kept: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)

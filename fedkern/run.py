@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _wait_without_spinning()
     words = list(sys.argv[1:] if argv is None else argv)
     with in_order(to_the_end=argv is None), without_leftovers() as leftover:
-        code = _guarded(words, leftover)
+        code = _run_guarded(words, leftover)
         if (ranks := _ranks()) is not None and argv is None and ranks.begun():
             _exit(code)  # threads that wait inside gloo would outlive the interpreter, which aborts then
         return code
@@ -112,7 +112,7 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _guarded(words: list[str], leftover: bool) -> int:
+def _run_guarded(words: list[str], leftover: bool) -> int:
     """Runs one command and turns the exception that ended the command into a sentence and an exit code."""
     from fedkern.errors import NO_MEMORY, UserError
     from fedkern.files.filesystem import check_working_folder

@@ -118,7 +118,7 @@ def _describe(option: Option, default: Any, *, choices: bool = False) -> str:
     return "; ".join(parts)
 
 
-def _metavar(name: str, type_: Any, choices: Iterable[Any] | None) -> str:
+def _metavar(name: str, type_: Any, choices: Iterable[object] | None) -> str:
     if choices:
         return "|".join(map(str, choices))
     return METAVARS.get(name) or {int: "N", float: "F", bool: "true|false"}.get(type_, "NAME")

@@ -250,7 +250,7 @@ def lookup(name: str) -> DatasetInfo:
     return DATASETS[name]
 
 
-def _labelled(data: str, key: str) -> Option:
+def _label_option(data: str, key: str) -> Option:
     option = lookup(data).options.get(key) or COMMON_OPTIONS[key]
     return dataclasses.replace(option, name=key, label=f'option {key} of data set "{data}"')
 
@@ -262,7 +262,7 @@ def given_options(name: str, options: Mapping[str, object]) -> dict[str, Any]:
         UserError: as :func:`read_options`, or a path in the home folder of an unknown user.
     """
     values = {key: value for part in read_options(name, options) for key, value in part.items() if key in options}
-    return {key: _labelled(name, key).absolute(value) for key, value in values.items()}
+    return {key: _label_option(name, key).absolute(value) for key, value in values.items()}
 
 
 def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -281,7 +281,7 @@ def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, An
                 f'data set "{name}" has no option "{key}": expected one of {", ".join(choices)}.{nearest(key, choices)}'
             )
     values: dict[str, Any] = {key: each.default for key, each in choices.items()}
-    values |= {key: _labelled(name, key).convert(value) for key, value in options.items()}
+    values |= {key: _label_option(name, key).convert(value) for key, value in options.items()}
     return {key: values[key] for key in lookup(name).options}, {key: values[key] for key in COMMON_OPTIONS}
 
 

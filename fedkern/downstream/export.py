@@ -179,7 +179,7 @@ def export(bundle: Exportable, out: Path, kind: str) -> list[Path]:
             outputs = [leaf for leaf in leaves(bundle()) if isinstance(leaf, Tensor)]
             if bundle.lengths and not all(bool(leaf.isfinite().all()) for leaf in outputs):  # as masks of zeros give
                 bundle = replace(bundle, args=mapped(_ones, bundle.args), kwargs=mapped(_ones, bundle.kwargs))
-            program, axes = _traced(bundle)
+            program, axes = _trace_network(bundle)
             atomic.write(out, lambda temporary: writers[kind](bundle, program, axes, temporary))
             about |= {"input": _inputs_in_words(bundle, program)} if bundle.lengths else {}
         except UserError:
@@ -230,7 +230,7 @@ def _sizes(program: ExportedProgram) -> list[list[str]]:
     return [[*map(str, values[name].shape)] for name in program.graph_signature.user_inputs]
 
 
-def _traced(bundle: Exportable) -> tuple[ExportedProgram, Shapes]:
+def _trace_network(bundle: Exportable) -> tuple[ExportedProgram, Shapes]:
     """Return the exported program, with free lengths where the network takes several, and its dynamic shapes."""
     if not bundle.lengths:
         return _export(bundle, ())

@@ -112,7 +112,7 @@ def probe(
                 fits = [probes.LinearProbe(seen[pick], labels[pick], len(classes), probes.FEW_SHOT) for pick in chosen]
             else:
                 fits = [_chosen(run, network, seen, labels, validation, len(classes), features)]
-            fitted += [_applied(run, network, one, features) for one in fits]
+            fitted += [_apply_probe(run, network, one, features) for one in fits]
         rows += [{"set": row.pop("set"), "shots": count or "all", **row} for row in _classified(run, fitted)]
     return rows
 
@@ -166,7 +166,7 @@ def _classified(run: Finished, classifiers: Sequence[Callable[[Split], Tensor]])
     return rows
 
 
-def _applied(
+def _apply_probe(
     run: Finished, network: PairNetwork, fitted: probes.LinearProbe, features: str
 ) -> Callable[[Split], Tensor]:
     return lambda split: fitted.logits(run.features(network, split, features))

@@ -94,7 +94,7 @@ class Images(Reader):
         label_index = index if index.device == self._there.device else send(chosen, self._there.device)
         return send(loaded(self._there.index_select(0, label_index)), self.device)
 
-    def _masked(self, chosen: Tensor, rng: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _with_masks(self, chosen: Tensor, rng: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and object masks bool [B, H, W] at ``chosen``; masks move with the images."""
         index = self.pixels.sent(chosen)
         masks = self._masks.index_select(0, send(index, self.device)).long()
@@ -117,7 +117,7 @@ class Images(Reader):
         for first in range(0, len(plan), at_once):
             parts = slice(first, first + at_once)
             there, sent = sent.tensor_split([sum(sizes[parts])])
-            columns = self._masked(there, rng) if masked else self.pairs(there, rng)
+            columns = self._with_masks(there, rng) if masked else self.pairs(there, rng)
             rows = zip(*(column.split(sizes[parts]) for column in columns), strict=True)
             for indices, (inputs, truth, *masks) in zip(plan[parts], rows, strict=True):
                 yield Batch(
@@ -145,13 +145,13 @@ class Images(Reader):
         Raises:
             ValueError: nothing is known about what is object and what is background.
         """
-        tensors = _detected(self.form.central(self.split))
+        tensors = _images_with_objects(self.form.central(self.split))
         return {**tensors, "images": tensors["images"].masked_fill(tensors["masks"][:, None], 0)}
 
     def backgrounds(self, fill: str) -> BackgroundBank:
         """The client's own bank, made once."""
         if fill not in self._banks:
-            self._banks[fill] = self.make_backgrounds(_detected(self.split), fill)
+            self._banks[fill] = self.make_backgrounds(_images_with_objects(self.split), fill)
         return self._banks[fill]
 
     def make_backgrounds(self, message: Mapping[str, Tensor], fill: str) -> BackgroundBank:
@@ -162,7 +162,7 @@ class Images(Reader):
         return BackgroundBank(pixels, message["labels"].cpu().numpy())
 
 
-def _detected(split: Any) -> dict[str, Tensor]:
+def _images_with_objects(split: Any) -> dict[str, Tensor]:
     """The images of a split with a detected object, with their masks and labels."""
     if split.masks is None:
         raise ValueError("masks: expected bool [n, H, W] for a background bank, given none")

@@ -88,7 +88,7 @@ class RoundLog:
             UserError, ClientFailed: the run is to stop.
         """
         if answer.absent:
-            self._missed(answer.client, answer.absent)
+            self._note_loss(answer.client, answer.absent)
         elif answer.problem is not None:
             self._broke(answer.client, answer.problem)
         else:
@@ -132,7 +132,7 @@ class RoundLog:
                 "lower --lr, set --clip-norm, or lower --dropout-rate where it is given."
             )
 
-    def _missed(self, k: ClientId, why: str) -> None:
+    def _note_loss(self, k: ClientId, why: str) -> None:
         """A client works elsewhere and nothing came of it."""
         exchange = self._progress.exchange
         self.leave_out(k, {"exchange": exchange, "reason": why})

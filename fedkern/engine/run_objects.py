@@ -133,12 +133,12 @@ def opened(
         **vars(prepared), out=out, alone=alone, listener=listener, remote=remote, entry=entry, facts=facts, kept=kept,
         checkpoints=checkpoints, metrics=metrics, ledger=Ledger(config.trained_clients), wire={}, timing=timing,
         releases=None if prepared.said is None else Releases(checkpoints.folder),
-        log=RoundLog(context, progress, states, listener, silent=prepared.silent, hint=_undeclared(prepared)),
+        log=RoundLog(context, progress, states, listener, silent=prepared.silent, hint=_hint_for_expects(prepared)),
         states=states, network=context.build(), sets=context.test_sets,
     )  # fmt: skip
 
 
-def _undeclared(prepared: Prepared) -> str:
+def _hint_for_expects(prepared: Prepared) -> str:
     """Hint for the author of a method that does not override ``Method.expects``; else empty."""
     if type(prepared.method).expects is not Method.expects:
         return ""

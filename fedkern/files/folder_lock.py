@@ -54,7 +54,7 @@ class FolderLock:
         with atomic.writing(self.path):
             file = filesystem.open_to_change(self.path, "r+b", make=True)
             try:
-                sure = self._locked(file)
+                sure = self._take_lock(file)
                 if not _dead(before := self._read()):
                     self._watch(before)
                     sure = False
@@ -84,7 +84,7 @@ class FolderLock:
         if not self._ours():
             raise UserError(f"{_named(self._read())} has taken over {self.path.parent}: this one stops here.")
 
-    def _locked(self, file: BinaryIO) -> bool:
+    def _take_lock(self, file: BinaryIO) -> bool:
         """Whether the system gave its lock; False where it has none."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

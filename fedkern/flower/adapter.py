@@ -200,9 +200,7 @@ def nodes(grid: Grid) -> list[int]:
     return [node for _, node in sorted(pairs)]
 
 
-def record(
-    layout: Layout, vector: Tensor | Mapping[str, bytes], others: Mapping[str, np.ndarray[Any, Any]]
-) -> ArrayRecord:
+def record(layout: Layout, vector: Tensor | Mapping[str, bytes], others: Mapping[str, np.ndarray]) -> ArrayRecord:
     """A model as Flower's arrays: its floating entries ``[P]``, or the bytes of their arrays by key, and the others."""
     import numpy as np  # not above, as with torch: a process that only hands messages on needs neither
 

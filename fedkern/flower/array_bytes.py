@@ -86,7 +86,7 @@ def header(array: Any, name: str) -> Header:
         if data[:6] != _MAGIC or length > min(len(data), _LONGEST_HEADER):
             raise Misfit("size", f"has {name} without the header of a .npy file")
         try:
-            form, size = _parsed(data[:length])
+            form, size = _parse_header(data[:length])
         except Exception as error:  # the header is a client's: NumPy may raise what it likes
             kind = type(error).__name__
             raise Misfit("dtypes", f"has {name} with a header that NumPy cannot read ({kind})") from None
@@ -100,7 +100,7 @@ def header(array: Any, name: str) -> Header:
 
 
 @functools.lru_cache(maxsize=4096)  # the models of a round have the same headers
-def _parsed(data: bytes) -> tuple[Header, int]:
+def _parse_header(data: bytes) -> tuple[Header, int]:
     stream = io.BytesIO(data)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     shape, fortran, dtype = read[np.lib.format.read_magic(stream)](stream)
@@ -132,7 +132,7 @@ def tensor(array: Any, form: Header) -> Tensor:
     if (address + begin) % dtype.itemsize:  # only a foreign writer's header has such a length
         data, begin = data[begin:], 0
         address = _address(data)
-    return _shared(data, address, dtype, count, begin)
+    return _share_memory(data, address, dtype, count, begin)
 
 
 def joined(arrays: Sequence[tuple[Any, Header]]) -> Tensor:
@@ -152,7 +152,7 @@ def _address(data: Any) -> int:
     return address
 
 
-def numbers(array: Any, form: Header) -> np.ndarray[Any, Any]:
+def numbers(array: Any, form: Header) -> np.ndarray:
     """The elements of an array in Flower's encoding, in their shape; not writable."""
     dtype = np.dtype(form.dtype)
     stored = dtype.newbyteorder() if form.swapped else dtype
@@ -162,7 +162,7 @@ def numbers(array: Any, form: Header) -> np.ndarray[Any, Any]:
     return np.asarray(view, dtype)
 
 
-def npy_bytes(vector: np.ndarray[Any, Any], shape: tuple[int, ...]) -> bytes:
+def npy_bytes(vector: np.ndarray, shape: tuple[int, ...]) -> bytes:
     """The bytes of a ``.npy`` file with the elements of a contiguous array, in a given shape; one copy."""
     flat: Any = vector.reshape(-1)
     return b"".join((npy_header(vector.dtype.str, shape), flat.view(np.uint8).data))
@@ -187,10 +187,10 @@ def writable(head: bytes, dtype: torch.dtype, count: int) -> tuple[bytes, Tensor
     data: bytes = _new_bytes(None, len(head) + count * dtype.itemsize)
     address = _address(data)
     ctypes.memmove(address, head, len(head))
-    return data, _shared(data, address, dtype, count, len(head))
+    return data, _share_memory(data, address, dtype, count, len(head))
 
 
-def _shared(data: Any, address: int, dtype: torch.dtype, count: int, begin: int) -> Tensor:
+def _share_memory(data: Any, address: int, dtype: torch.dtype, count: int, begin: int) -> Tensor:
     """A vector in the memory of ``data``, which lies at ``address`` and lives as long as the vector."""
     # torch warns of bytes that nobody may write to.
     memory: Any = (ctypes.c_char * len(data)).from_address(address)

@@ -182,7 +182,7 @@ class Model:
         self._dtypes: set[tuple[str, str]] = set()  # of the entries, as they came and as the layout has them
         self.nbytes = 0
         """Bytes of the floating entries."""
-        self.whole: dict[str, np.ndarray[Any, Any]] = {}
+        self.whole: dict[str, np.ndarray] = {}
         """The entries that are not floating, by key."""
         keys = set(record)
         if FLAT in keys:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fedkern.flower import array_bytes
 from fedkern.flower.array_bytes import FLAT, FLOATS, Misfit
 from fedkern.flower.model_layout import Entry, Layout, Model
 
-Whole = dict[str, np.ndarray[Any, Any]]
+Whole = dict[str, np.ndarray]
 
 # Norms of updates are estimated from a part of models with more elements than this: that part costs less than the mean.
 _MEASURED = 1 << 17
@@ -231,7 +231,7 @@ class AllModels:
         ops.weighted_mean(rows, self.weights, out=part)
         largest = _magnitude(part)
         if self._start is not None:
-            squares = self._measured(run, self._start.segment(run), rows)
+            squares = self._squared_norms(run, self._start.segment(run), rows)
             self._squares = squares if self._squares is None else self._squares + squares
             self._grown |= largest > _GROWN * _magnitude(self._start.segment(run))
         return math.isfinite(largest)
@@ -248,10 +248,10 @@ class AllModels:
             squares = torch.zeros(len(self._held), dtype=torch.float64)
             for run in self.layout.segments:
                 rows = [reply.model.segment(run) for reply in self._held]
-                squares += self._measured(run, self._start.segment(run), rows)
+                squares += self._squared_norms(run, self._start.segment(run), rows)
         return squares.sqrt().tolist()
 
-    def _measured(self, run: tuple[Entry, ...], sent: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    def _squared_norms(self, run: tuple[Entry, ...], sent: Tensor, rows: Sequence[Tensor]) -> Tensor:
         """Squared norms ``[M]`` of the updates in a segment, by a part of it where the model is large."""
         count = run[-1].end - run[0].begin
         part = self.layout.size > _MEASURED and not self._grown
@@ -269,7 +269,7 @@ class AllModels:
         return {key: ranked([model.whole[key] for model in models], rank) for key in models[0].whole} if models else {}
 
 
-def ranked(rows: Sequence[np.ndarray[Any, Any]], rank: int = -1) -> np.ndarray[Any, Any]:
+def ranked(rows: Sequence[np.ndarray], rank: int = -1) -> np.ndarray:
     """The value of a rank among M arrays, element by element, in their own dtype; -1: the largest, 0: the smallest."""
     if len(rows) == 1:
         return rows[0].copy()

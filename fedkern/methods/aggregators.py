@@ -166,7 +166,7 @@ class Gathered:
         return dict(zip(self._sizes, mixed.split(list(self._sizes.values())), strict=True))
 
 
-def _shipped(name: str, description: str, function: Callable[..., Tensor] | None) -> None:
+def _ship_rule(name: str, description: str, function: Callable[..., Tensor] | None) -> None:
     options = () if function is None else _options(name, function)
     AGGREGATORS[name] = Aggregator(name, description, function, options, own=False)
 
@@ -183,8 +183,8 @@ def _geometric_median(vectors: Sequence[Tensor], weights: Tensor) -> Tensor:
     return ops.geometric_median(vectors, weights)
 
 
-_shipped(MEAN, "weighted mean, summed as uploads arrive, so that only one upload is held", None)
-_shipped("median", "weighted median of every coordinate (arXiv 1803.01498)", ops.median)
-_shipped("trimmed_mean", "mean of every coordinate without its largest and smallest values", _trimmed_mean)
-_shipped("krum", "mean of the networks closest to others, where some may be arbitrary (arXiv 1703.02757)", _krum)
-_shipped("geometric_median", "point with the least weighted sum of distances to all networks", _geometric_median)
+_ship_rule(MEAN, "weighted mean, summed as uploads arrive, so that only one upload is held", None)
+_ship_rule("median", "weighted median of every coordinate (arXiv 1803.01498)", ops.median)
+_ship_rule("trimmed_mean", "mean of every coordinate without its largest and smallest values", _trimmed_mean)
+_ship_rule("krum", "mean of the networks closest to others, where some may be arbitrary (arXiv 1703.02757)", _krum)
+_ship_rule("geometric_median", "point with the least weighted sum of distances to all networks", _geometric_median)

@@ -175,7 +175,7 @@ class FedLPFM(LocalTraining):
         for index in self._used():
             spec = self._teachers.specs[index]
             if spec.kind == "logits" and self.options.teacher_tuning == "zero-shot":
-                if self.options.teacher_view == "same" and self._augmented(client):
+                if self.options.teacher_view == "same" and self._has_augmented(client):
                     raise UserError(
                         f"The teacher {spec} knows images as they are stored and these are augmented: "
                         "take teacher_view=cached, or --augment none."
@@ -183,7 +183,7 @@ class FedLPFM(LocalTraining):
                 for batch in client.in_order():
                     self._teachers[index].logits(batch.inputs)
 
-    def _augmented(self, client: Client) -> bool:
+    def _has_augmented(self, client: Client) -> bool:
         """Whether the proxy trains on augmented images."""
         return next(client.in_order(1, augment=True, rng=client.rng("look", BEFORE))).fresh
 

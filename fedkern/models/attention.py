@@ -38,7 +38,7 @@ class TransformerLayer(nn.Module):
         self.widen = nn.Linear(width, 4 * width)
         self.narrow = nn.Linear(4 * width, width)
 
-    def _attended(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         seen = None if mask is None else mask[:, None, None, :]
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
@@ -74,7 +74,7 @@ class TransformerLayer(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps tokens fp32 ``[B, N, d]``; attention sees only tokens where ``mask`` (bool ``[B, N]``) is True."""
         if self.norm_first:
-            tokens = tokens + self._attended(self.norm1(tokens), mask)
+            tokens = tokens + self._attend(self.norm1(tokens), mask)
             return tokens + self._fed(self.norm2(tokens))
-        tokens = self.norm1(tokens + self._attended(tokens, mask))
+        tokens = self.norm1(tokens + self._attend(tokens, mask))
         return self.norm2(tokens + self._fed(tokens))

@@ -167,7 +167,7 @@ class Teachers:
         if spec.kind == "logits":
             return StoredLogits(spec.what, len(self.classes), self.cache.mean, self.cache.std)
         if spec.kind == CODE:
-            return self._imported(spec)
+            return self._import_teacher(spec)
         model, _, width = spec.what.partition("/")
         if model not in MODELS or (width and not (width.isdigit() and int(width) > 0)):
             raise UserError(
@@ -185,7 +185,7 @@ class Teachers:
         name += f", pre-trained by fedkern on {len(self.public):,} public images"
         return trained_teacher(network, name, len(self.classes), self.device)
 
-    def _imported(self, spec: Spec) -> Teacher:
+    def _import_teacher(self, spec: Spec) -> Teacher:
         """The callable or :class:`Teacher` of a name; with an attribute ``identity`` its logits are cached."""
         named = named_code.parse(spec.what)
         assert named is not None  # parse has looked

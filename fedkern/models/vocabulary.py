@@ -114,10 +114,10 @@ def learn_vocabulary(texts: Iterable[str], kind: Kind = "words", size: int = 8_0
     counts = Counter(word for text in texts for word in split_words(text))
     if kind == "words":
         return Vocabulary(sorted(counts, key=lambda word: (-counts[word], word))[:size], kind)
-    return Vocabulary(_merged(counts, size), kind)
+    return Vocabulary(_merge_pieces(counts, size), kind)
 
 
-def _merged(counts: Counter[str], size: int) -> list[str]:
+def _merge_pieces(counts: Counter[str], size: int) -> list[str]:
     """The word pieces: characters first, then merged pieces in the order of the merges."""
     words = {word: [word[0], *(INSIDE + letter for letter in word[1:])] for word in sorted(counts)}
     letters = Counter[str]()

@@ -166,7 +166,7 @@ class FlatParameters:
                 group = _flatten_group(entries, self._mixed, self._apart)
             self._groups[dtype], self._slots[dtype] = group
         places = {id(slot.tensor): slot for slots in self._slots.values() for slot in slots}
-        self._expected = [_expected(entry, places.get(id(entry[3]))) for entry in all_entries]
+        self._expect = [_expect(entry, places.get(id(entry[3]))) for entry in all_entries]
         for owner in self.module.modules():
             if not owner._state_dict_hooks:  # else handles of its hooks would lose them
                 owner._state_dict_hooks = _StateDictHooks(owner)
@@ -344,7 +344,9 @@ class FlatParameters:
             raise ValueError(f"vector must have shape [{total}] or [{parameters}], not {list(vector.shape)}")
         slots = next(iter(self._slots.values()), [])
         inside = [slot for slot in slots if slot.offset + slot.tensor.numel() <= len(vector)]
-        return {slot.name: _shaped(vector[slot.offset : slot.offset + slot.tensor.numel()], slot) for slot in inside}
+        return {
+            slot.name: _shape_piece(vector[slot.offset : slot.offset + slot.tensor.numel()], slot) for slot in inside
+        }
 
     def gradients(self, dtype: torch.dtype | None = None) -> Tensor:
         """Returns one vector ``[P]`` that the ``.grad`` of every parameter in :attr:`parameters` views.
@@ -483,12 +485,12 @@ class FlatParameters:
             return None
         # Relative to the vectors, whose storage may be freed and reallocated.
         starts = {dtype: group.vector.data_ptr() for dtype, group in self._groups.items()}
-        expected = iter(self._expected)
+        expected = iter(self._expect)
         frozen, trained, changed = 0, 0, None
         for owner, key, name, tensor, is_parameter in _tensors_of(self.module):
             then = next(expected, None)
             if then is None or owner is not then.owner or key != then.key or tensor.dtype is not then.dtype:
-                return _replaced(name)
+                return _describe_change(name)
             if then.place is None:
                 continue
             if not (
@@ -496,20 +498,20 @@ class FlatParameters:
                 and tensor.data_ptr() == starts[then.dtype] + then.place
                 and tensor.stride() == then.stride
             ):
-                return _replaced(name)
+                return _describe_change(name)
             if is_parameter:
                 trained, frozen = trained + tensor.requires_grad, frozen + (not tensor.requires_grad)
                 if tensor.requires_grad is not then.trained:
                     changed = changed or name
         then = next(expected, None)
         if then is not None:
-            return _replaced(then.name)
+            return _describe_change(then.name)
         if changed is None or not (self._mixed or (trained and frozen)):
             return None
         return f"requires_grad of {changed!r} was changed, and frozen parameters lie behind the trained ones"
 
 
-def _replaced(name: str) -> str:
+def _describe_change(name: str) -> str:
     return f"{name!r} was replaced, added or removed (.to(...), p.data = ... and load_state_dict(assign=True) replace)"
 
 
@@ -520,7 +522,7 @@ def _check_values(vector: Tensor, name: str) -> None:
         raise ValueError(f"{name} must have values, and a tensor on the meta device has none")
 
 
-def _expected(entry: Entry, slot: Slot | None) -> Expected:
+def _expect(entry: Entry, slot: Slot | None) -> Expected:
     owner, key, name, tensor, _ = entry
     place = None if slot is None else slot.offset * tensor.element_size() if tensor.numel() else None
     return Expected(owner, key, name, tensor, tensor.dtype, tensor.stride(), place, tensor.requires_grad)
@@ -688,7 +690,7 @@ def _view_of(flat: Tensor, slot: Slot) -> Tensor:
     return flat[slot.offset : slot.offset + slot.tensor.numel()].as_strided(slot.tensor.shape, slot.stride)
 
 
-def _shaped(piece: Tensor, slot: Slot) -> Tensor:
+def _shape_piece(piece: Tensor, slot: Slot) -> Tensor:
     """A piece of a vector in the slot's shape and strides, by differentiable views that vmap supports."""
     order = sorted(range(slot.tensor.dim()), key=lambda axis: (-slot.stride[axis], -slot.tensor.shape[axis]))
     in_memory = piece.view([slot.tensor.shape[axis] for axis in order])

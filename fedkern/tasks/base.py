@@ -297,7 +297,7 @@ class Task:
         """Labels of samples of which only the number is known."""
         return torch.zeros(samples, dtype=torch.int64)
 
-    def counts(self, labels: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
+    def counts(self, labels: np.ndarray, classes: int) -> npt.NDArray[np.int64]:
         """Samples of every class, int64 ``[classes]``."""
         return np.bincount(labels, minlength=classes)
 
@@ -305,11 +305,11 @@ class Task:
         """What samples have in the place of a class by which they could be shared out; empty where they have one."""
         return ""
 
-    def shared_classes(self, labels: npt.NDArray[Any], classes: int) -> tuple[npt.NDArray[np.int64], int]:
+    def shared_classes(self, labels: np.ndarray, classes: int) -> tuple[npt.NDArray[np.int64], int]:
         """The class of every sample by which partitions share samples out, ``[n]``, and the number of classes."""
         return labels, classes
 
-    def kinds(self, labels: npt.NDArray[Any], rare: bool) -> npt.NDArray[np.int64]:
+    def kinds(self, labels: np.ndarray, rare: bool) -> npt.NDArray[np.int64]:
         """Equal numbers for samples that stand for each other in a held-out set, ``[n]``.
 
         ``rare``: sets of labels that a single sample has are of one kind.

@@ -168,7 +168,7 @@ def figure_title(name: str) -> str:
 
     An unknown name stays, but for what it ends in: ``"lowest_hd95"`` is ``"lowest: Hausdorff distance (95 %) ..."``.
     """
-    return _titled(name, _FIGURES)
+    return _title_of(name, _FIGURES)
 
 
 def figure_and_set(name: str, own: Collection[str] = ()) -> str:
@@ -179,10 +179,10 @@ def figure_and_set(name: str, own: Collection[str] = ()) -> str:
 
 def short_title(name: str) -> str:
     """A figure's name for a line, an axis or a column."""
-    return _titled(name, {**_FIGURES, **_SHORT})
+    return _title_of(name, {**_FIGURES, **_SHORT})
 
 
-def _titled(name: str, titles: Mapping[str, str]) -> str:
+def _title_of(name: str, titles: Mapping[str, str]) -> str:
     figure = max((each for each in titles if f"_{name}".endswith(f"_{each}")), key=len, default="")
     ending = next((each for each in _ENDINGS if name.endswith(each)), "")
     if not figure:

@@ -114,16 +114,16 @@ class Multilabel(Task):
     def blank(self, samples: int, classes: int) -> Tensor:
         return torch.zeros(samples, classes, dtype=torch.uint8)
 
-    def counts(self, labels: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
+    def counts(self, labels: np.ndarray, classes: int) -> npt.NDArray[np.int64]:
         return labels.sum(0, dtype=np.int64)
 
     def classless(self, classes: int) -> str:
         return "several labels an image and no single class"
 
-    def shared_classes(self, labels: npt.NDArray[Any], classes: int) -> tuple[npt.NDArray[np.int64], int]:
+    def shared_classes(self, labels: np.ndarray, classes: int) -> tuple[npt.NDArray[np.int64], int]:
         return np.zeros(len(labels), dtype=np.int64), 1
 
-    def kinds(self, labels: npt.NDArray[Any], rare: bool) -> npt.NDArray[np.int64]:
+    def kinds(self, labels: np.ndarray, rare: bool) -> npt.NDArray[np.int64]:
         kinds = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
         return np.where(np.bincount(kinds)[kinds] > 1, kinds, kinds.max() + 1) if rare else kinds
 

@@ -46,7 +46,7 @@ class PartitionStatistics:
 
     @staticmethod
     def of(
-        labels: Sequence[npt.NDArray[Any]], classes: tuple[str, ...], partition: str, task: Task = CLASSIFICATION
+        labels: Sequence[np.ndarray], classes: tuple[str, ...], partition: str, task: Task = CLASSIFICATION
     ) -> PartitionStatistics:
         """Counts ``labels``, an array per client."""
         counts = np.stack([task.counts(values, len(classes)) for values in labels]).astype(np.int64)

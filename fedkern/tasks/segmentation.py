@@ -106,13 +106,13 @@ class Segmentation(Task):
     def blank(self, samples: int, classes: int) -> Tensor:
         return torch.zeros(samples, 1, 1, dtype=torch.int64)
 
-    def counts(self, labels: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
+    def counts(self, labels: np.ndarray, classes: int) -> npt.NDArray[np.int64]:
         return super().counts(labels.max(tuple(range(1, labels.ndim)), initial=0), classes)  # a mask's largest class
 
     def classless(self, classes: int) -> str:
         return "a class for every pixel, none for an image" if classes < 3 else ""
 
-    def shared_classes(self, labels: npt.NDArray[Any], classes: int) -> tuple[npt.NDArray[np.int64], int]:
+    def shared_classes(self, labels: np.ndarray, classes: int) -> tuple[npt.NDArray[np.int64], int]:
         """Where every image holds an object, no image counts as background, which is then no class."""
         none = int(labels.min(initial=1) > 0)
         return labels - none, classes - none

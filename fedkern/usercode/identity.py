@@ -280,7 +280,7 @@ class _Walk:
             about = f"{tensor.dtype} {list(tensor.shape)}"
             if tensor.layout != torch.strided or tensor.is_nested:
                 self.write(path, f"{tensor.layout} {about}")
-                self._pickled(tensor.__reduce_ex__(4), type(tensor), path, deep)
+                self._visit_pickled(tensor.__reduce_ex__(4), type(tensor), path, deep)
             elif tensor.is_quantized:
                 self.visit([about, tensor.dequantize()], path, deep)
             elif tensor.is_meta:
@@ -342,9 +342,9 @@ class _Walk:
             members = {self._key(item, deep): item for item in value}
             self._rows(((key, members[key]) for key in sorted(members)), path, deep, "[{}]")
         self._rows(attributes, path, deep)
-        self._pickled(reduced, kind, path, deep)
+        self._visit_pickled(reduced, kind, path, deep)
 
-    def _pickled(self, reduced: Any, kind: type, path: str, deep: int) -> None:
+    def _visit_pickled(self, reduced: Any, kind: type, path: str, deep: int) -> None:
         """Add the rows of what ``__reduce_ex__`` has returned: a name, or arguments, state and content."""
         if isinstance(reduced, str):
             self._rows([("name", reduced)] if reduced else [], path, deep)

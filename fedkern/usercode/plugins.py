@@ -391,7 +391,7 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
             ) from None
         if words:
             raise changed(f"The plugin {name}", folder, words, f"the plugin again, {again} (in Python {trust(name)}),")
-        if full != name or not _remembered(name, identity):
+        if full != name or not _is_remembered(name, identity):
             raise untrusted(Path(folder) / "config.toml", f"the plugin {name}", "the plugin again", again)
         load(name)
         # The stored identity, whose files are unchanged: what is loaded in other ways than by import may differ.
@@ -452,7 +452,7 @@ def remember(plugins: Mapping[str, str]) -> None:
             path.touch()
 
 
-def _remembered(name: str, identity: str) -> bool:
+def _is_remembered(name: str, identity: str) -> bool:
     try:
         # Where several users share a cache folder, each has executed other plugins.
         return _note(name, identity).stat().st_uid == os.geteuid()

@@ -95,12 +95,12 @@ def _play(words: Sequence[str], where: Sequence[str]) -> None:
     with _python([*_FLWR, "run", "--stream", *words]) as process:
         run, output = "", bytearray()
         try:
-            run = _submitted(process, output)
+            run = _await_run_number(process, output)
             for line in process.stdout or ():
                 print(printable(re.sub(r"\x1b\[[0-9;]*m", "", line.decode(errors="replace"))), end="", flush=True)
             _end(run, where)
         except KeyboardInterrupt:
-            run = run or _submitted(process, output)  # a run that is submitted by now must not go on unseen
+            run = run or _await_run_number(process, output)  # a run that is submitted by now must not go on unseen
             print(f"stopping run {run} ...", file=sys.stderr)
             _python([*_FLWR, "stop", run, *where]).communicate()
             raise
@@ -108,7 +108,7 @@ def _play(words: Sequence[str], where: Sequence[str]) -> None:
             process.kill()
 
 
-def _submitted(process: subprocess.Popen[bytes], output: bytearray) -> str:
+def _await_run_number(process: subprocess.Popen[bytes], output: bytearray) -> str:
     """The number of the run, from what Flower has said and says; raises UserError where Flower refuses the run."""
     while not (match := re.search(r"Successfully started run (\d+)", text := output.decode(errors="replace"))):
         for line in process.stdout or ():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +41,7 @@ class MaskStore:
         content, shape = self.packed[number]
         return np.frombuffer(zlib.decompress(content), np.int16).reshape(shape)
 
-    def pack(self, number: int, classes: npt.NDArray[Any]) -> None:
+    def pack(self, number: int, classes: np.ndarray) -> None:
         """Holds a mask ``[H, W]``, compressed."""
         self.packed[number] = zlib.compress(np.ascontiguousarray(classes, dtype=np.int16).tobytes(), 1), classes.shape
 

@@ -150,7 +150,7 @@ def _temporary(files: Files, needed: Rows, notice: Notice) -> tuple[ImageStore, 
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             file.truncate(shape[0] * _bytes(files))
             where = f"a temporary file in {folder}; with --cache DIR later runs need not decode them again"
-            for rows, dimensions, _ in _decoded(files, needed, file, where, notice):
+            for rows, dimensions, _ in _decode_rows(files, needed, file, where, notice):
                 sizes[rows] = dimensions
             return ImageStore(os.dup(file.fileno()), shape), torch.from_numpy(sizes)
     except BrokenPipeError:  # of a progress line
@@ -292,7 +292,7 @@ class _Cache:
             waiting.clear()
 
         try:
-            for rows, dimensions, pixels in _decoded(self._files, missing, images, str(self._folder), self._notice):
+            for rows, dimensions, pixels in _decode_rows(self._files, missing, images, str(self._folder), self._notice):
                 sizes[rows, :2] = dimensions
                 sizes[rows, 2] = [
                     _checksum(sizes[row, :2], image.data) for row, image in zip(rows, pixels, strict=True)
@@ -323,7 +323,7 @@ def _fingerprint(files: Files) -> str:
     return total.hexdigest()
 
 
-def _decoded(
+def _decode_rows(
     files: Files, rows: Rows, file: IO[bytes], where: str, notice: Notice
 ) -> Iterator[tuple[Rows, npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
     """Decodes the images at ``rows`` (sorted) and writes them to ``file``.

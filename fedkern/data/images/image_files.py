@@ -489,7 +489,7 @@ def _eight_bits(
     return _with_clear((top - values if _negative(image) else values) * (255 / top), values, image)
 
 
-def _with_clear(scaled: npt.NDArray[Any], values: npt.NDArray[Any], image: Image.Image) -> Image.Image:
+def _with_clear(scaled: np.ndarray, values: np.ndarray, image: Image.Image) -> Image.Image:
     """The image of greys from 0 to 255, with the transparency that the file's own ``values`` have."""
     grey = Image.fromarray(np.rint(scaled).astype(np.uint8))
     if isinstance(clear := image.info.get("transparency"), int):  # the transparent grey of a PNG, as it is stored

@@ -60,7 +60,7 @@ def unified(values: Sequence[str], where: str) -> tuple[list[str], list[str]]:
     one = {key: min(same, key=lambda text: (len(text), text)) for key, same in spellings.items()}
     alike: dict[Hashable, list[str]] = {}
     for text in one.values():
-        alike.setdefault(_folded(text), []).append(text)
+        alike.setdefault(_fold_text(text), []).append(text)
     notices = []
     for groups, what in (
         (spellings, "writes one value in several ways, which count as one"),
@@ -110,7 +110,7 @@ def _key(value: str) -> Hashable:
     return unicodedata.normalize("NFC", value) if amount is None else amount
 
 
-def _folded(value: str) -> str:
+def _fold_text(value: str) -> str:
     """The text without what readers do not see: case, spaces, characters without width, compatible forms."""
     plain = unicodedata.normalize("NFKC", value).casefold()
     return "".join(each for each in plain if not each.isspace() and unicodedata.category(each)[0] != "C")
@@ -118,10 +118,10 @@ def _folded(value: str) -> str:
 
 def _examples(groups: Sequence[Sequence[str]]) -> str:
     # Two Unicode forms of a text look alike on screen; ascii() tells them apart.
-    texts = [", ".join(_quoted(text, group) for text in group[:SHOWN]) for group in groups]
+    texts = [", ".join(_quote_text(text, group) for text in group[:SHOWN]) for group in groups]
     return first_of(texts, SHOWN, "; ")
 
 
-def _quoted(text: str, among: Sequence[str]) -> str:
+def _quote_text(text: str, among: Sequence[str]) -> str:
     same = {unicodedata.normalize("NFKC", "".join(other.split())) for other in among}
     return f'"{text}"' if len(same) == len(among) else ascii(text)

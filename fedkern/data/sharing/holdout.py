@@ -50,7 +50,7 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
     splits = tuple(data.clients[k] for k in numbers)
     client_tests = tuple(data.client_tests[k] for k in numbers) if data.client_tests else ()
     if share:
-        parts = [_divided(data.clients[k], data.client_label(k), k, share, seed) for k in numbers]
+        parts = [_divide_split(data.clients[k], data.client_label(k), k, share, seed) for k in numbers]
         splits = tuple(part for part, _ in parts)
         client_tests = tuple(data.form.central(test) for _, test in parts)
         statistics = statistics.recounted(splits, [len(test) for test in client_tests])
@@ -126,7 +126,7 @@ def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None
             )
 
 
-def _divided(split: Split, label: str, client: int, share: float, seed: int) -> tuple[Split, Split]:
+def _divide_split(split: Split, label: str, client: int, share: float, seed: int) -> tuple[Split, Split]:
     units = split.units()
     parts = drawn_rows(stream(seed, "client-test", client=client), len(split), units)
     count = max(2, round(share * len(parts)))

@@ -164,7 +164,7 @@ def partition(
     elif spec.name in ("iid", "attribute"):
         parts = np.array_split(rng.permutation(n), clients)
     elif spec.name == "stratified":
-        parts = _stratified(labels, clients, class_count, rng)
+        parts = _deal_classes(labels, clients, class_count, rng)
     elif spec.name == "classes":
         parts = _by_classes(spec, labels, clients, class_count, rng)
     else:
@@ -207,7 +207,7 @@ def partition_like(
     return [np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
 
 
-def _stratified(labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
+def _deal_classes(labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
     """Deals out the classes one after another: clients differ by at most one sample, in every class and in total."""
     dealt = np.concatenate([rng.permutation(np.flatnonzero(labels == label)) for label in range(classes)])
     return [dealt[k::clients] for k in range(clients)]

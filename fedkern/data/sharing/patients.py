@@ -43,11 +43,11 @@ def limited(data: FederatedData, images: int, seed: int) -> FederatedData:
                     f"{data.client_label(owner)} and {data.client_label(k)} share a patient: name one client for all "
                     "images of a patient, or none for any."
                 )
-    splits = tuple(_limited(split, images, k, seed) for k, split in enumerate(data.clients))
+    splits = tuple(_limit_images(split, images, k, seed) for k, split in enumerate(data.clients))
     return replace(data, clients=splits, statistics=data.statistics.recounted(splits))
 
 
-def _limited(split: Split, images: int, client: int, seed: int) -> Split:
+def _limit_images(split: Split, images: int, client: int, seed: int) -> Split:
     assert split.patients is not None  # checked in limited
     parts = []
     for rows in rows_of_units(numbered(split)):

@@ -72,7 +72,7 @@ class DataFunction:
         with explained(self._who, self.function), hosted():
             data = self.function(**settings, **{key: options[key] for key in self._own})
         if isinstance(data, Source):
-            data = data.with_pools(self._registered)
+            data = data.with_pools(self._with_task)
             self._check_source(data)
             return data
         if isinstance(data, tuple) and len(data) == 2:
@@ -133,7 +133,7 @@ class DataFunction:
                 "deviations"
             )
 
-    def _registered(self, pool: Pool) -> Pool:
+    def _with_task(self, pool: Pool) -> Pool:
         """The pool for the task that the data are registered for."""
         try:
             return dataclasses.replace(pool, task=task_of(pool.labels, pool.texts, pool.targets, self.task.name))

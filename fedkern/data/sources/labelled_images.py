@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fedkern.data.images.image_files import subfolders
 from fedkern.data.labels.label_sets import COLUMN as SETS
@@ -124,7 +123,7 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, *
             f'data set "csv": leave out one of the options {options}: label is for one class an image, {SETS} for '
             "several"
         )
-    labels: npt.NDArray[Any]
+    labels: np.ndarray
     if target == "class":
         table.require("label")
         classes, labels = table.classes(table.column("label"), order)
@@ -160,7 +159,7 @@ def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: 
     Raises:
         UserError: anything wrong with a file, an image without a text, or an empty text.
     """
-    table = open_table(root, "pairs", ("image", "text"), chosen, tree=_captioned, layout=layout)
+    table = open_table(root, "pairs", ("image", "text"), chosen, tree=_read_captions, layout=layout)
     table.require("image", "text")
     rest = table.listed("image")
     classes, labels = table.classes([label or ANY for label in table.column("label")])
@@ -168,7 +167,7 @@ def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: 
     return to_source("pairs", Listing(labels=labels, texts=texts, **rest), classes, replace(reading, pad=True))
 
 
-def _captioned(base: Path, layout: str) -> Table:
+def _read_captions(base: Path, layout: str) -> Table:
     single = layout == "patients" or holds_images(base)
     has_layout = lambda folder: holds_images(folder) or holds_classes(folder)  # noqa: E731
     trees = find_trees(base, "pairs", layout, plain=holds_images, whole=has_layout, mixed=True, single=single)

@@ -165,7 +165,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
         own_tests=bool(sites) and listing.own_tests,
         drawn_validation="validation" not in listing.splits,
-        notices=(*listing.notices, *notices, *_repeated(listing), *_siteless(listing, rows)),
+        notices=(*listing.notices, *notices, *_describe_repeats(listing), *_siteless(listing, rows)),
         files={**seen, "sites": sites},
         compared=True,
     )
@@ -214,7 +214,7 @@ def _darker(listing: Listing, looks: Mapping[Path, Look], bits: int) -> Iterator
         )
 
 
-def _repeated(listing: Listing) -> Iterator[str]:
+def _describe_repeats(listing: Listing) -> Iterator[str]:
     """A sentence where images of one text or none stand in several rows."""
     counts = Counter(zip(listing.ids, listing.texts or listing.ids, strict=True))
     if repeated := [f"{name} ({count} times)" for (name, _), count in counts.items() if count > 1]:

@@ -118,9 +118,9 @@ class Ranks(Ordered):
 
     def accumulator(self, local: Accumulator) -> Accumulator | Spread:
         """An accumulator for ``local``'s vectors that also adds those that have stayed on other ranks."""
-        return Spread(local, self._summed) if local.exact else local
+        return Spread(local, self._sum_on_ranks) if local.exact else local
 
-    def _summed(self, size: int, terms: Sequence[tuple[Kept, float]]) -> Accumulator:
+    def _sum_on_ranks(self, size: int, terms: Sequence[tuple[Kept, float]]) -> Accumulator:
         """The exact sum of vectors that have stayed on other ranks: one reduction of integers."""
         there: dict[Connection, list[tuple[int, str, float]]] = {rank: [] for rank in self._processes}
         weights = Accumulator(0, exact=True)
@@ -160,7 +160,7 @@ class Spread:
     """
 
     def __init__(self, local: Accumulator, summed: Callable[[int, Sequence[tuple[Kept, float]]], Accumulator]) -> None:
-        self._own, self._summed = local, summed
+        self._own, self._sum_on_ranks = local, summed
         self._far: list[tuple[Kept, float]] = []
 
     def add(self, vector: Tensor | Kept, weight: float | Tensor = 1.0) -> None:
@@ -173,6 +173,6 @@ class Spread:
     def mean(self) -> Tensor:
         """The weighted mean of all vectors, ``[P]``: the other ranks add theirs up now."""
         if self._far:
-            self._own.merge(self._summed(self._own.size, self._far))
+            self._own.merge(self._sum_on_ranks(self._own.size, self._far))
             self._far = []
         return self._own.mean()

@@ -76,7 +76,7 @@ class Reducing:
             or examined(leaving.sent, upload, self.declared, info, leaving.drift)
             or not upload
         ):
-            return _fetched(upload) if self.on_gpu else upload, None
+            return _fetch_upload(upload) if self.on_gpu else upload, None
         if keep is None:
             return upload, info
         stay = {name: upload[name] for name in self.names if name in upload}
@@ -93,7 +93,7 @@ def _without_tensors(declared: Any) -> Any:
     return like(declared) if isinstance(declared, Tensor) else declared
 
 
-def _fetched(upload: Any) -> Any:
+def _fetch_upload(upload: Any) -> Any:
     """What may not stay on the GPU."""
     if not isinstance(upload, Mapping):
         return upload

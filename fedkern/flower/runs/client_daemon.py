@@ -78,7 +78,7 @@ def ask(
     request = {"header": header, "run_config": dict(run_config), "node": dict(node)}
     for _ in range(_TRIES):
         try:
-            link = _connected(_name(_run(header), node), stays)
+            link = _connect_daemon(_name(_run(header), node), stays)
         except OSError:  # a system that hides processes, or forbids what a client daemon needs
             return None
         if link is None:
@@ -118,7 +118,7 @@ def _name(run: str, node: Mapping[str, Any]) -> bytes:
     return b"\0fedkern-" + hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest().encode()
 
 
-def _connected(name: bytes, stays: float) -> socket.socket | None:
+def _connect_daemon(name: bytes, stays: float) -> socket.socket | None:
     """A connection to the client daemon; None where the name is somebody else's, or nobody answers to it."""
     for _ in range(_LOOKS):
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -283,7 +283,7 @@ class NodeClients:
             answer = Answer(k, problem=ClientFailed(k, f"its upload cannot travel: {error}"))
             reply = self._reply(request, answer, state is not None, ledger)
         if self._said is not None:
-            self._released(request, answer, folder)
+            self._keep_digest(request, answer, folder)
         return reply
 
     def _reply(self, request: ClientRequest, answer: Answer, changed: bool, ledger: Any) -> PackedMessage:
@@ -304,7 +304,7 @@ class NodeClients:
             half=self.half,
         )
 
-    def _released(self, request: ClientRequest, answer: Answer, folder: NodeFolder) -> None:
+    def _keep_digest(self, request: ClientRequest, answer: Answer, folder: NodeFolder) -> None:
         """Keeps the digest of a private run's message before the message leaves its client."""
         releases = Releases(folder.path)
         releases.open(request.oldest)

@@ -120,7 +120,7 @@ class Nodes(Ordered):
             request = self._request(k, asker, phase)
             self._versions[k] = request.version
             if id(message) not in packed:
-                packed[id(message)] = self._packed(message)
+                packed[id(message)] = self._pack_message(message)
             node = self._registry.home.get(k)
             if node is None:
                 self._lacks(k, "no node of it is connected")
@@ -153,7 +153,7 @@ class Nodes(Ordered):
         """Notes that nothing comes from a client."""
         self._replies[k] = Done(Answer(k, absent=why))
 
-    def _packed(self, message: Message) -> PackedMessage:
+    def _pack_message(self, message: Message) -> PackedMessage:
         try:
             return pack(message, half=self._half)
         except TypeError as error:

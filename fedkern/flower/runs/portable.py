@@ -110,13 +110,13 @@ def unpack(packed: PackedMessage) -> Any:
     except ValueError:
         raise Malformed("has a text that is not JSON") from None
     cache: dict[str, Tensor] = {}
-    value = _unpacked(tree, packed.tensors, cache, 0)
+    value = _unpack_tree(tree, packed.tensors, cache, 0)
     if unnamed := [name for name in packed.tensors if name not in cache]:
         raise Malformed(f"holds an array, {unnamed[0][:80]!r}, that its text does not name")
     return value
 
 
-def _unpacked(tree: Any, tensors: Mapping[str, Raw], cache: dict[str, Tensor], depth: int) -> Any:
+def _unpack_tree(tree: Any, tensors: Mapping[str, Raw], cache: dict[str, Tensor], depth: int) -> Any:
     if depth > DEEPEST:
         raise Malformed("has dicts and lists that stand too deep in one another")
     if tree is None or isinstance(tree, (str, bool)):
@@ -136,14 +136,14 @@ def _unpacked(tree: Any, tensors: Mapping[str, Raw], cache: dict[str, Tensor], d
     if kind == "float" and value in ("nan", "inf", "-inf"):
         return float(value)
     if kind in ("list", "tuple") and isinstance(value, list):
-        entries = [_unpacked(entry, tensors, cache, depth + 1) for entry in value]
+        entries = [_unpack_tree(entry, tensors, cache, depth + 1) for entry in value]
         return entries if kind == "list" else tuple(entries)
     if kind == "dict" and isinstance(value, list):
         result: dict[Any, Any] = {}
         for pair in value:
             if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) in (str, int)):
                 raise Malformed("has a dict that is none")
-            result[pair[0]] = _unpacked(pair[1], tensors, cache, depth + 1)
+            result[pair[0]] = _unpack_tree(pair[1], tensors, cache, depth + 1)
         return result
     raise Malformed("has a text that describes no message")
 
@@ -155,14 +155,14 @@ def _made(value: Any, tensors: Mapping[str, Raw], cache: dict[str, Tensor], halv
     if name not in tensors:
         raise Malformed(f"names an array, {name[:80]!r}, that did not come with it")
     if name not in cache:
-        tensor = _strided(name, tensors[name], stride)
+        tensor = _with_strides(name, tensors[name], stride)
         if halved and tensor.dtype != torch.bfloat16:
             raise Malformed(f"has {name} of {tensor.dtype} where bf16 is said to come")
         cache[name] = tensor.float() if halved else tensor
     return cache[name]
 
 
-def _strided(name: str, raw: Raw, stride: list[Any]) -> Tensor:
+def _with_strides(name: str, raw: Raw, stride: list[Any]) -> Tensor:
     dtype, shape = DTYPES.get(raw.dtype), raw.shape
     if dtype is None:
         raise Malformed(f"has {name} of the type {raw.dtype[:80]!r}, which is not known")

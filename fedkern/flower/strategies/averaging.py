@@ -282,7 +282,7 @@ class FedAvg(flower.FedAvg):
         faults += [LeftOut(server_round, node, "absent", "has not come in time") for node in absent]
         if contents or faults:
             self._log(server_round, len(contents), faults, "replies of the evaluation")
-        return self._aggregated(contents, faults, self.evaluate_metrics_aggr_fn)
+        return self._aggregate_replies(contents, faults, self.evaluate_metrics_aggr_fn)
 
     # -- the nodes of a round ------------------------------------------------------------------------------------------
 
@@ -413,9 +413,9 @@ class FedAvg(flower.FedAvg):
 
     def _metrics(self, contents: list[_Content], faults: list[LeftOut]) -> MetricRecord | None:
         """The metrics of a round's training."""
-        return self._aggregated(contents, faults, self.train_metrics_aggr_fn)
+        return self._aggregate_replies(contents, faults, self.train_metrics_aggr_fn)
 
-    def _aggregated(
+    def _aggregate_replies(
         self, contents: list[_Content], faults: list[LeftOut], rule: Callable[[list[RecordDict], str], MetricRecord]
     ) -> MetricRecord | None:
         """The replies' own metrics, and the nodes left out by reason."""

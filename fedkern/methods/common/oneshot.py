@@ -191,10 +191,10 @@ class MemberNetworks(OwnNetworks, OneShot):
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         if phase.exchange != "update":
             return super().client_update(client, phase, message)
-        answer = self._trained(client, phase, message)
+        answer = self._train_client(client, phase, message)
         return {**answer, "classes": class_counts(client)} if self.by_class else answer
 
-    def _trained(self, client: Client, phase: Phase, message: Message) -> Message:
+    def _train_client(self, client: Client, phase: Phase, message: Message) -> Message:
         architecture = self.architecture(client.id)
         if not architecture:
             return super().client_update(client, phase, message)

@@ -102,12 +102,12 @@ class AggregateKernels(PlainAggregate, Launcher):
     def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
         if self.gpu and not self._sorts(vectors, weights):
             return super().sorted_mean(vectors, low, high, weights)
-        return self._sorted(vectors, low, high, weights, False)
+        return self._call_sorted(vectors, low, high, weights, False)
 
     def weighted_median(self, vectors: Vectors, weights: Weights) -> Tensor:
         if self.gpu and not self._sorts(vectors, weights):
             return super().weighted_median(vectors, weights)
-        return self._sorted(vectors, 0, count_of(vectors), weights, True)
+        return self._call_sorted(vectors, 0, count_of(vectors), weights, True)
 
     def _sorts(self, vectors: Vectors, weights: Weights | None) -> bool:
         """Whether a GPU's kernel can sort the vectors."""
@@ -118,7 +118,7 @@ class AggregateKernels(PlainAggregate, Launcher):
         backend.not_forced(f"a {weighted}trimmed mean or median", "cuda", f"of {count} vectors of {dtype}")
         return False
 
-    def _sorted(self, vectors: Vectors, low: int, high: int, weights: Weights | None, median: bool) -> Tensor:
+    def _call_sorted(self, vectors: Vectors, low: int, high: int, weights: Weights | None, median: bool) -> Tensor:
         result = self._vector(vectors)
         numbers = None if weights is None else self._weights(weights)
         self._call(self.core.sorted_mean, vectors, low, high, numbers, median, result, self.at(result))

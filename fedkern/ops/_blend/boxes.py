@@ -89,7 +89,7 @@ def _boxes(
 
 
 @functools.lru_cache(maxsize=64)
-def _filled(fill: float, sign: float, dtype: torch.dtype, channels: int) -> Tensor:
+def _make_fill(fill: float, sign: float, dtype: torch.dtype, channels: int) -> Tensor:
     return torch.full((1, channels), fill, dtype=dtype, device="cpu")
 
 
@@ -97,7 +97,7 @@ def _constant(fill: float, images: Tensor) -> Tensor:
     """The fill as ``[1, C]``, cached on the CPU; the sign is a key of its own, since 0.0 and -0.0 are equal keys."""
     channels = images.shape[1]
     if images.is_cpu:
-        return _filled(fill, math.copysign(1.0, fill), images.dtype, channels)
+        return _make_fill(fill, math.copysign(1.0, fill), images.dtype, channels)
     # One made while a CUDA graph is captured, or on another stream, may hold nothing yet when it is used again.
     return torch.full((1, channels), fill, dtype=images.dtype, device=images.device)
 

@@ -59,7 +59,7 @@ def check_tensors(inputs: Inputs, settings: Settings) -> None:
             raise ValueError("mean and variance must both be given, or both be None")
         if mean is None and not training:
             raise ValueError("mean and variance must be given with training=False")
-    free = _converted(x)
+    free = _converts(x)
     _check_like(weight, "weight", x, free)
     vectors: dict[str, Any] = {"scale": scale, "shift": shift, "mean": mean, "variance": variance, "bias": bias}
     for name, vector in vectors.items():
@@ -99,7 +99,7 @@ def check_pooled(x: Any, weight: Any, bias: Any, padding: Any, relu: Any) -> Non
         raise ValueError(f"padding must be 0 or {taps[0] // 2}, half of the kernel's side, but is {padding}")
     if min(x.shape[2:]) < (least := taps[0] + 1 - 2 * padding):
         raise ValueError(f"x must have at least {least} rows and columns to be pooled, but has {list(x.shape)}")
-    free = _converted(x)
+    free = _converts(x)
     _check_like(weight, "weight", x, free)
     if bias is not None:
         check_floating(bias, "bias")
@@ -115,7 +115,7 @@ def _check_maps(x: Any, weight: Any) -> None:
         raise ValueError(f"x must have shape [B, in, H, W], where only B may be 0, but has {list(x.shape)}")
 
 
-def _converted(x: Tensor) -> bool:
+def _converts(x: Tensor) -> bool:
     """Whether torch converts dtypes: under autocast."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -345,7 +345,7 @@ def not_forced(operator: str, backend: str, what: str) -> None:
         )
 
 
-def tangents(values: Iterable[Any]) -> bool:
+def tangents(values: Iterable[object]) -> bool:
     """True where a tensor among ``values`` has a tangent of forward-mode AD."""
     if _forward_ad._current_level < 0 or _is_compiling():
         return False
