@@ -53,13 +53,18 @@ def changing(path: Path, mode: str, *, durable: bool = False) -> Iterator[Binary
 
 
 def flush(path: Path) -> None:
-    """Flushes a file to the disk; raises Unwritable where that fails."""
+    """Flushes a file to the disk.
+
+    Raises Unwritable where that fails.
+    """
     with writing(path), path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def make_folder(path: Path, *, fresh: bool = False) -> None:
-    """Makes a folder inside a run folder with its parents; with ``fresh`` it must not exist.
+    """Makes a folder inside a run folder with its parents.
+
+    With ``fresh`` it must not exist.
 
     Raises:
         Unwritable: the folder is a link, or cannot be made.

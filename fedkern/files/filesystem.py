@@ -57,7 +57,9 @@ def absolute(path: str) -> str:
 
 
 def absolute_folder(name: str) -> str:
-    """Absolute form of a folder; a text that names no folder, such as a model's name, is returned unchanged.
+    """Absolute form of a folder.
+
+    A text that names no folder, such as a model's name, is returned unchanged.
 
     A text counts as a folder where such a folder exists or where the text begins with ``.`` or ``~``.
     """
@@ -152,7 +154,9 @@ def open_to_change(path: Path, mode: str, *, make: bool = False) -> BinaryIO:
 
 
 def make_folder(path: Path, *, fresh: bool = False) -> None:
-    """Makes a folder of a run with its parents; with ``fresh`` it must not exist.
+    """Makes a folder of a run with its parents.
+
+    With ``fresh`` it must not exist.
 
     Raises:
         OSError: the folder cannot be made, or is a link, through which nothing is written.

@@ -85,7 +85,10 @@ class FolderLock:
             raise UserError(f"{_named(self._read())} has taken over {self.path.parent}: this one stops here.")
 
     def _take_lock(self, file: BinaryIO) -> bool:
-        """Whether the system gave its lock; False where it has none."""
+        """Whether the system gave its lock.
+
+        False where it has none.
+        """
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -116,7 +119,10 @@ class FolderLock:
                     self._write(file)
 
     def _ours(self) -> bool:
-        """Whether the file still names this process; so it does where the file was deleted."""
+        """Whether the file still names this process.
+
+        So it does where the file was deleted.
+        """
         content = self._read()
         return not content or content.startswith(self._owner.encode())
 

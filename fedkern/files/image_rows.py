@@ -251,7 +251,10 @@ class PixelClasses(FileRows):
 
 
 def loaded(tensor: Tensor) -> Tensor:
-    """The tensor with its rows in memory; the tensor itself where it is no :class:`FileRows`."""
+    """The tensor with its rows in memory.
+
+    The tensor itself where it is no :class:`FileRows`.
+    """
     return tensor.plain() if isinstance(tensor, FileRows) else tensor
 
 
@@ -271,7 +274,10 @@ def in_parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _joined(parts: Sequence[Tensor]) -> FileRows | None:
-    """The concatenation of rows of one store; None for other tensors."""
+    """The concatenation of rows of one store.
+
+    None for other tensors.
+    """
     file_rows = [part for part in parts if isinstance(part, FileRows)]
     if not file_rows or len(file_rows) < len(parts) or not all(file_rows[0].like(part) for part in file_rows):
         return None

@@ -19,7 +19,10 @@ SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR
 
 
 def standing(path: Path) -> str:
-    """Kind of file at ``path`` in words, links followed; ``""`` for a regular file."""
+    """Kind of file at ``path`` in words, links followed.
+
+    ``""`` for a regular file.
+    """
     try:
         return _kind(path.stat().st_mode)
     except (OSError, ValueError):  # ValueError: a zero byte in the name
@@ -27,7 +30,9 @@ def standing(path: Path) -> str:
 
 
 def special(path: Path) -> str:
-    """Kind of special file at ``path``: a named pipe, a socket or a device; ``""`` for anything else.
+    """Kind of special file at ``path``: a named pipe, a socket or a device.
+
+    ``""`` for anything else.
 
     Opening a named pipe would wait for a writer.
     """
@@ -76,7 +81,9 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
 
 
 def line_ends(path: Path, checksum: Callable[[bytes], Any], due: Any, size: int | None = None) -> str:
-    """The way out, as the end of a sentence, for a file that differs in its line ends (CRLF) alone; ``""`` for another.
+    """The way out, as the end of a sentence, for a file that differs in its line ends (CRLF) alone.
+
+    ``""`` for another.
 
     ``due`` is the ``checksum`` of the first ``size`` bytes as they were written.
     """

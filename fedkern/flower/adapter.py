@@ -333,7 +333,10 @@ class NodeChannel:
         return named[0] if named and named[0] else None
 
     def arrived(self, names: Sequence[str]) -> list[Arrived]:
-        """The replies that have come to some messages; each is handed on once."""
+        """The replies that have come to some messages.
+
+        Each is handed on once.
+        """
         if not names:
             return []
         arrivals: list[Arrived] = []

@@ -119,7 +119,9 @@ def is_shape(sizes: Sequence[Any]) -> bool:
 
 
 def tensor(array: Any, form: Header) -> Tensor:
-    """The elements of a floating array as a vector ``[n]`` that shares the array's memory; it may only be read.
+    """The elements of a floating array as a vector ``[n]`` that shares the array's memory.
+
+    It may only be read.
 
     Arrays in Fortran's order or in the other byte order are copied.
     """
@@ -136,7 +138,10 @@ def tensor(array: Any, form: Header) -> Tensor:
 
 
 def joined(arrays: Sequence[tuple[Any, Header]]) -> Tensor:
-    """:func:`tensor` of one floating array; the elements of several one after another, copied."""
+    """:func:`tensor` of one floating array.
+
+    The elements of several one after another, copied.
+    """
     if len(arrays) == 1:
         return tensor(*arrays[0])
     dtype = arrays[0][1].dtype

@@ -12,7 +12,9 @@ class ClientAppFailed(Exception):
 
 
 def with_traceback(message: Any, context: Any, call_next: Callable[[Any, Any], Any]) -> Any:
-    """Runs the ClientApp; an exception's traceback goes to the server as the error's reason.
+    """Runs the ClientApp.
+
+    An exception's traceback goes to the server as the error's reason.
 
     Flower sends the exception's type and message, and the traceback stays in the SuperNode's log.  A traceback shows
     paths, source lines and the exception's message, which may hold data: a site that keeps these to itself leaves the

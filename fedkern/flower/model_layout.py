@@ -122,7 +122,10 @@ class Layout:
         return json.dumps([[entry.key, list(entry.shape), entry.dtype] for entry in self.entries]).encode()
 
     def form(self, key: str, array: Any) -> Header:
-        """`array_bytes.header` of an entry's array; the arrays of a round mostly begin with the same bytes."""
+        """`array_bytes.header` of an entry's array.
+
+        The arrays of a round mostly begin with the same bytes.
+        """
         data = array.data
         entry = self._known.get(key)
         plain = array.stype == NUMPY and type(data) is bytes
@@ -249,7 +252,10 @@ class Model:
         return (self.segment(run) for run in self._layout.segments)
 
     def vector(self) -> Tensor:
-        """All floating entries, ``[P]`` in the layout's dtype; the record's own memory where it is such a vector."""
+        """All floating entries, ``[P]`` in the layout's dtype.
+
+        The record's own memory where it is such a vector.
+        """
         if self._vector is not None:
             return self._vector.to(self._layout.dtype)
         parts = list(self.segments())

@@ -95,7 +95,10 @@ class RunningMean:
         self._norms: list[float] = []
 
     def add(self, model: Model, weight: float, node: int) -> None:
-        """Adds ``weight`` times a model; a model of weight 0 is not read."""
+        """Adds ``weight`` times a model.
+
+        A model of weight 0 is not read.
+        """
         self.nodes.append(node)
         if self._start is not None:
             self._norms.append(model.distance(self._start))
@@ -180,7 +183,10 @@ class AllModels:
 
     @property
     def vectors(self) -> list[Tensor]:
-        """The models, each ``[P]``, in order; a plain model is copied."""
+        """The models, each ``[P]``, in order.
+
+        A plain model is copied.
+        """
         return [reply.model.vector() for reply in self._held]
 
     def rows(self, run: Sequence[Entry], chosen: Sequence[int] | None = None) -> list[Tensor]:
@@ -196,7 +202,9 @@ class AllModels:
         return vector
 
     def mean(self, as_arrays: bool) -> NewModel | None:
-        """The weighted mean of all models (see :class:`NewModel`); None where all weights are 0.
+        """The weighted mean of all models (see :class:`NewModel`).
+
+        None where all weights are 0.
 
         A model of NaN or infinity makes the mean infinite or NaN, so that only then all models are looked at.  Such
         models move to :attr:`refused`.  Numbers of which the mean does not tell must have been checked before.
@@ -210,7 +218,10 @@ class AllModels:
         return None
 
     def _refuse(self) -> bool:
-        """Takes out the models that are not finite; whether there were any."""
+        """Takes out the models that are not finite.
+
+        Returns whether there were any.
+        """
         before = len(self._held)
         for reply in list(self._held):
             try:
@@ -221,7 +232,10 @@ class AllModels:
         return len(self._held) < before
 
     def _mean_of(self, run: tuple[Entry, ...], model: NewModel) -> bool:
-        """Writes the mean of a segment; whether it is finite."""
+        """Writes the mean of a segment.
+
+        Returns whether it is finite.
+        """
         rows = [reply.model.segment(run) for reply in self._held]
         wide = functools.reduce(torch.promote_types, (row.dtype for row in rows))
         rows = [row.to(wide) for row in rows]
@@ -270,14 +284,20 @@ class AllModels:
 
 
 def ranked(rows: Sequence[np.ndarray], rank: int = -1) -> np.ndarray:
-    """The value of a rank among M arrays, element by element, in their own dtype; -1: the largest, 0: the smallest."""
+    """The value of a rank among M arrays, element by element, in their own dtype.
+
+    -1: the largest, 0: the smallest.
+    """
     if len(rows) == 1:
         return rows[0].copy()
     return np.sort(np.stack(rows), axis=0)[rank].astype(rows[0].dtype, copy=False)
 
 
 def _magnitude(part: Tensor) -> float:
-    """The largest absolute value; NaN or infinite where a number is."""
+    """The largest absolute value.
+
+    NaN or infinite where a number is.
+    """
     if not part.numel():
         return 0.0
     low, high = part.aminmax()

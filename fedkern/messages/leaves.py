@@ -23,7 +23,10 @@ Parts = dict[Any, Any]
 
 
 def _parts(value: Any) -> Parts | None:
-    """Return the parts of a container by key, index or name; None: ``value`` is a leaf."""
+    """Return the parts of a container by key, index or name.
+
+    None: ``value`` is a leaf.
+    """
     if isinstance(value, Tensor):
         return None
     if (node := PYTREE_NODES.get(type(value))) is not None:

@@ -83,7 +83,10 @@ class PacketStream:
         raise NotImplementedError
 
     def receive(self) -> Packet:
-        """The next packet, however long it takes; raises where the other end is gone."""
+        """The next packet, however long it takes.
+
+        Raises where the other end is gone.
+        """
         raise NotImplementedError
 
     def say(self, value: Any, more: Sequence[int] = ()) -> None:
@@ -95,7 +98,10 @@ class PacketStream:
         return self.receive().value
 
     def forget(self) -> None:
-        """Forgets which files the other end has; called when the other end drops them too."""
+        """Forgets which files the other end has.
+
+        Called when the other end drops them too.
+        """
         self._sent.clear()
 
 
@@ -136,7 +142,10 @@ class Packer:
         return Packet(pickler.file.getvalue(), {number: self._files[number] for number in sorted(pickler.used)})
 
     def clear(self) -> None:
-        """Closes the files; a process that has mapped one keeps the memory."""
+        """Closes the files.
+
+        A process that has mapped one keeps the memory.
+        """
         self._close([*self._files])
         self._known.clear()
 
@@ -150,7 +159,10 @@ class Packer:
 
 
 def check_portable(value: Any) -> None:
-    """Raises NotPortable as :meth:`Packer.pack` does; tensors and arrays are not copied for it."""
+    """Raises NotPortable as :meth:`Packer.pack` does.
+
+    Tensors and arrays are not copied for it.
+    """
     try:
         _Light(io.BytesIO(), protocol=5).dump(value)
     except NotPortable:
@@ -253,7 +265,9 @@ def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
 
 
 def mapped(descriptor: int) -> memoryview:
-    """The content of a memory file, mapped privately; it stays when the descriptor is closed.
+    """The content of a memory file, mapped privately.
+
+    It stays when the descriptor is closed.
 
     Python's own ``mmap`` would hold a second descriptor for as long.
     """
@@ -291,7 +305,10 @@ class Unpacker:
         return flat.as_strided(place.shape, place.stride)
 
     def clear(self) -> None:
-        """Forgets the tensors; a tensor that is still in use keeps its memory."""
+        """Forgets the tensors.
+
+        A tensor that is still in use keeps its memory.
+        """
         self._tensors.clear()
         self._maps.clear()
 
@@ -306,7 +323,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def portable(error: Exception) -> Exception:
-    """A copy of an exception that another process can raise; a RuntimeError where pickling does not preserve it."""
+    """A copy of an exception that another process can raise.
+
+    A RuntimeError where pickling does not preserve it.
+    """
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:

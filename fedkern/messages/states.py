@@ -95,7 +95,9 @@ def load(path: Path) -> dict[Any, Any]:
 
 
 def part(path: Path, *keys: str | int) -> Any:
-    """The value under the nested ``keys`` in the dict that :func:`save` wrote; None where there is none.
+    """The value under the nested ``keys`` in the dict that :func:`save` wrote.
+
+    None where there is none.
 
     Nothing else is read, so that reading one of many networks takes the memory of one.
 
@@ -203,7 +205,10 @@ class Fingerprint:
 
 
 def _look(value: Any) -> Any:
-    """Return a value that differs where a state has certainly changed; contents of tensors and arrays are not read."""
+    """Return a value that differs where a state has certainly changed.
+
+    Contents of tensors and arrays are not read.
+    """
     if isinstance(value, Tensor):
         return ("tensor", _Seen(value._version, value.data_ptr(), tuple(value.shape), value.untyped_storage()))
     if isinstance(value, Mapping):

@@ -159,7 +159,10 @@ class Gathered:
         self._weights.append(weight)
 
     def result(self) -> dict[str, Tensor]:
-        """The combined vectors by name; empty where nothing was added."""
+        """The combined vectors by name.
+
+        Empty where nothing was added.
+        """
         if not self._vectors:
             return {}
         mixed = self._rule(self._vectors, self._weights)

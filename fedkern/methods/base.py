@@ -171,11 +171,17 @@ class Method:
         return self.averages is not False and not self.one_shot
 
     def architecture(self, client: ClientId) -> dict[str, Any]:
-        """Arguments of ``Client.network`` for this client's network, trained or loaded; empty: the run's network."""
+        """Arguments of ``Client.network`` for this client's network, trained or loaded.
+
+        Empty: the run's network.
+        """
         return {}
 
     def check(self, client: Client) -> None:
-        """Raises UserError if a client's data lack what the method needs; called before anything is written."""
+        """Raises UserError if a client's data lack what the method needs.
+
+        Called before anything is written.
+        """
 
     def start(self, server: Server) -> None:
         """Fills ``server.state`` before the first round."""
@@ -197,7 +203,9 @@ class Method:
         raise NotImplementedError
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        """Declaration of a client's upload (see `fedkern.methods.uploads`); by default the tensors that it was sent.
+        """Declaration of a client's upload (see `fedkern.methods.uploads`).
+
+        By default the tensors that it was sent.
 
         The engine checks the keys, shapes, dtypes and finite values of every upload before ``server_update`` sees it.
         An upload that does not fit is refused, and the reason names the client.  If the method ``averages`` and the
@@ -234,7 +242,9 @@ class Method:
         raise NotImplementedError
 
     def model(self, server: Server) -> nn.Module | None:
-        """The module that is evaluated (in eval mode) and saved; None while there is nothing to evaluate yet.
+        """The module that is evaluated (in eval mode) and saved.
+
+        None while there is nothing to evaluate yet.
 
         Use only ``server.state``, ``server.build`` and ``server.network``, never ``round_cache`` or data:
         :meth:`fedkern.Run.model` calls this method too, on a run folder, and loads model.safetensors into the module.
@@ -246,11 +256,17 @@ class Method:
         return vectors_of(server.state)
 
     def weight(self, server: Server, upload: Upload) -> float:
-        """A client's weight in the averages of a round; the weights need not sum to one."""
+        """A client's weight in the averages of a round.
+
+        The weights need not sum to one.
+        """
         return 1.0
 
     def statistics_at(self, entry: Round) -> int | None:
-        """Index of the exchange before which batch norm's statistics are pooled; None: only before an evaluation."""
+        """Index of the exchange before which batch norm's statistics are pooled.
+
+        None: only before an evaluation.
+        """
         return None
 
     def statistics_rows(self, client: Client) -> np.ndarray:
@@ -258,11 +274,16 @@ class Method:
         return np.arange(client.samples)
 
     def untrained(self, client: Client) -> np.ndarray:
-        """Indices, int64, of samples that the local training never uses; other parts of the method may use them."""
+        """Indices, int64, of samples that the local training never uses.
+
+        Other parts of the method may use them.
+        """
         return np.zeros(0, dtype=np.int64)
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
-        """Figures of ``model`` on a test set; ``data.batches()`` yields a :class:`Batch` at a time, in order.
+        """Figures of ``model`` on a test set.
+
+        ``data.batches()`` yields a :class:`Batch` at a time, in order.
 
         The engine may call this from several threads, each with its own test set.  An override that does not ask
         ``super`` calls ``data.keep`` with the logits [n, C] of all samples on the CPU, where that attribute is not
@@ -310,7 +331,9 @@ class Method:
         return {}
 
     def guarantee(self, server: Server) -> Guarantee | None:
-        """The method's differential privacy guarantee: what it covers and what not; None without privacy options.
+        """The method's differential privacy guarantee: what it covers and what not.
+
+        None without privacy options.
 
         The engine calls this after :meth:`start`.
         """
@@ -318,7 +341,10 @@ class Method:
 
     @classmethod
     def promises(cls, options: Any) -> bool:
-        """Whether the options ask for any differential privacy; ``--records`` is then private by default."""
+        """Whether the options ask for any differential privacy.
+
+        ``--records`` is then private by default.
+        """
         return cls.guarantee is not Method.guarantee
 
 

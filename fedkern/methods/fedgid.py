@@ -112,7 +112,10 @@ class FedGID(LocalTraining):
 
     @property
     def _mixes(self) -> bool:
-        """Whether backgrounds are mixed in; with an alpha of 1 a mixture is the sample itself."""
+        """Whether backgrounds are mixed in.
+
+        With an alpha of 1 a mixture is the sample itself.
+        """
         return bool(self.options.intervention and self.options.alpha < 1)
 
     # -- the client ------------------------------------------------------------------------------------------------
@@ -192,7 +195,10 @@ class FedGID(LocalTraining):
         return tensors
 
     def _composed(self, batch: Batch) -> Tensor:
-        """Every sample's object on its background; a sample of which no object is known stays as it is."""
+        """Every sample's object on its background.
+
+        A sample of which no object is known stays as it is.
+        """
         drawn, masks = batch.drawn, batch.masks
         assert masks is not None
         backgrounds = drawn["images"] if "images" in drawn else drawn["bank"].take(drawn["index"])

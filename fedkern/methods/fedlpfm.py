@@ -208,7 +208,10 @@ class FedLPFM(LocalTraining):
             server.report["validation_tuned_teacher_accuracy"] = sum(right) / len(right)
 
     def _tune(self, client: Client) -> Message:
-        """Tunes the teachers that the client may use; uploads their mean validation accuracy as ``right``, if any."""
+        """Tunes the teachers that the client may use.
+
+        Uploads their mean validation accuracy as ``right``, if any.
+        """
         each_round = self.options.backbone == "random-each-round"
         for index in self._used() if each_round else self.backbones(client, BEFORE):
             self._own_logits(client, index)
@@ -262,7 +265,10 @@ class FedLPFM(LocalTraining):
         return temperature * (torch.logsumexp(log_softmax(logits / temperature, 2), 0) - math.log(len(logits)))
 
     def _own_logits(self, client: Client, index: int) -> Tensor:
-        """A teacher's logits [n, C] of the client's samples in stored order; computed once in a run."""
+        """A teacher's logits [n, C] of the client's samples in stored order.
+
+        Computed once in a run.
+        """
         answers: dict[int, Tensor] = client.state.setdefault("teacher_logits", {})
         if index not in answers:
             answers[index] = self._compute(client, index)
@@ -303,7 +309,10 @@ class FedLPFM(LocalTraining):
     # -- teachers --------------------------------------------------------------------------------------------------
 
     def _install(self, place: Client | Server, build: Callable[..., Any]) -> None:
-        """Sets the teachers' settings once; the teachers themselves are built on first use."""
+        """Sets the teachers' settings once.
+
+        The teachers themselves are built on first use.
+        """
         if hasattr(self, "_teachers"):
             return
         o = self.options

@@ -70,7 +70,9 @@ class Options:
 
     @classmethod
     def resolved(cls, values: Mapping[str, Value], chosen: Collection[str]) -> dict[str, Value]:
-        """The options that a run uses, by published name; by default ``values`` unchanged.
+        """The options that a run uses, by published name.
+
+        By default ``values`` unchanged.
 
         Args:
             values: every option: the user's value, or else the data set's default.

@@ -132,7 +132,10 @@ class Backgrounds(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
-        """The images at ``indices`` (None: all), fp32 [B, C, H, W], normalised; augmented when ``rng`` is given."""
+        """The images at ``indices`` (None: all), fp32 [B, C, H, W], normalised.
+
+        Augmented when ``rng`` is given.
+        """
         ...
 
 
@@ -182,7 +185,10 @@ class Batch:
 
     @property
     def data(self) -> Any:
-        """What ``collate_fn`` made of the samples, on the device; of images the pair of inputs and targets."""
+        """What ``collate_fn`` made of the samples, on the device.
+
+        Of images the pair of inputs and targets.
+        """
         return (self.inputs, self.targets) if self.raw is None else self.raw
 
     @property
@@ -216,7 +222,9 @@ class Samples(Protocol):
     def batches(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
-        """All samples in stored order, ``size`` at a time, normalised; augmented only if ``augment``.
+        """All samples in stored order, ``size`` at a time, normalised.
+
+        Augmented only if ``augment``.
 
         The last batch may be smaller.  A last batch of a single sample joins the batch before it, which then has
         ``size + 1`` samples, because batch norm in train mode cannot normalise a single value per channel.  Batches of
@@ -228,7 +236,9 @@ class Samples(Protocol):
         ...
 
     def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
-        """The images at ``indices``, fp32 [B, C, H, W], normalised; augmented when ``rng`` is given.
+        """The images at ``indices``, fp32 [B, C, H, W], normalised.
+
+        Augmented when ``rng`` is given.
 
         Augmentation moves pixel labels too; only `batches` returns the moved labels.
         """

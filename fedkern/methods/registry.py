@@ -76,13 +76,19 @@ def given_options(method: str, texts: Iterable[str] | Mapping[str, Any]) -> dict
 
 
 def owners(option: str) -> str:
-    """A hint that names the methods with an option; empty where none has it."""
+    """A hint that names the methods with an option.
+
+    Empty where none has it.
+    """
     methods = [method for method in METHODS if option in option_names(method)]
     return f" It is a method option of {first_of(methods, 3)}." if methods else ""
 
 
 def short(name: str) -> str:
-    """A method's name; that of a class without its module."""
+    """A method's name.
+
+    That of a class without its module.
+    """
     return name.rpartition(":")[2].rpartition(".")[2] if name.startswith(CLASS) else name
 
 

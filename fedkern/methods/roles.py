@@ -35,11 +35,17 @@ class Objective:
         return False
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The local objective of one batch, a scalar; optionally with named scalars whose means are recorded."""
+        """The local objective of one batch, a scalar.
+
+        Optionally with named scalars whose means are recorded.
+        """
         raise NotImplementedError
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
-        """Random draws of a batch; the result becomes ``batch.drawn``."""
+        """Random draws of a batch.
+
+        The result becomes ``batch.drawn``.
+        """
         return {}
 
     def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
@@ -50,7 +56,10 @@ class Objective:
         return {}
 
     def terms(self, received: Received) -> Terms | None:
-        """Terms added to the gradient of every step of the exchange; called once, before the first step."""
+        """Terms added to the gradient of every step of the exchange.
+
+        Called once, before the first step.
+        """
         return None
 
     def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
@@ -105,7 +114,10 @@ class Node(Protocol):
         ...
 
     def notice(self, text: str) -> None:
-        """Shows the progress of a long operation to the user at once; the text is not stored."""
+        """Shows the progress of a long operation to the user at once.
+
+        The text is not stored.
+        """
         ...
 
 
@@ -142,7 +154,9 @@ class Client(Node, Protocol):
 
     @property
     def groups(self) -> np.ndarray | None:
-        """Group of every sample (patient, case or image), int64 [n], counted from 0; None if all groups are single.
+        """Group of every sample (patient, case or image), int64 [n], counted from 0.
+
+        None if all groups are single.
 
         A client that holds out samples must hold out whole groups.
         """
@@ -150,7 +164,10 @@ class Client(Node, Protocol):
 
     @property
     def patients(self) -> np.ndarray | None:
-        """Patient of every sample, int64 [n], counted from 0; None unless patients are the unit of privacy."""
+        """Patient of every sample, int64 [n], counted from 0.
+
+        None unless patients are the unit of privacy.
+        """
         ...
 
     @property
@@ -160,7 +177,10 @@ class Client(Node, Protocol):
 
     @property
     def own_buffers(self) -> Message:
-        """The buffers that training left at the client (``--buffers local``); empty where there are none."""
+        """The buffers that training left at the client (``--buffers local``).
+
+        Empty where there are none.
+        """
         ...
 
     @property
@@ -230,18 +250,26 @@ class Client(Node, Protocol):
 
     @property
     def personal(self) -> Message:
-        """What the client keeps to itself of the network (``--personal``), tensors by name; empty without that."""
+        """What the client keeps to itself of the network (``--personal``), tensors by name.
+
+        Empty without that.
+        """
         ...
 
     def frozen(self, message: Message) -> Any:
-        """The network with the vectors of a message: frozen, in eval mode; the next call overwrites the network.
+        """The network with the vectors of a message: frozen, in eval mode.
+
+        The next call overwrites the network.
 
         With ``--personal`` the rest of it is the client's own.
         """
         ...
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
-        """The client's own samples at ``indices`` (int64); augmented when ``rng`` is given."""
+        """The client's own samples at ``indices`` (int64).
+
+        Augmented when ``rng`` is given.
+        """
         ...
 
     def fit(
@@ -352,7 +380,9 @@ class Client(Node, Protocol):
         ...
 
     def validate(self, answer: Callable[[Tensor], Tensor]) -> float | None:
-        """Accuracy of ``answer`` (images to logits [B, classes]) on the validation images; None if there are none.
+        """Accuracy of ``answer`` (images to logits [B, classes]) on the validation images.
+
+        None if there are none.
 
         Use the accuracy for figures only: a client of a real federation has no such images.
         """
@@ -410,7 +440,10 @@ class Server(Node, Protocol):
         ...
 
     def network(self, message: Message) -> nn.Module:
-        """The network with these flat vectors, in eval mode; later calls reuse the same module."""
+        """The network with these flat vectors, in eval mode.
+
+        Later calls reuse the same module.
+        """
         ...
 
     def accumulator(self, size: int) -> Any:

@@ -32,7 +32,9 @@ def name_of(kind: type[Method]) -> str:
 
 
 def give(kind: type[Method]) -> str:
-    """Makes a class known to the runs of this process, and returns its name; a registered class keeps its own.
+    """Makes a class known to the runs of this process, and returns its name.
+
+    A registered class keeps its own.
 
     Raises:
         UserError: the class cannot be made from its options, as a run makes it.

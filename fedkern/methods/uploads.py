@@ -90,7 +90,10 @@ def is_alike(value: Tensor, tensor: Tensor) -> bool:
 
 
 def cached(round_cache: dict[Any, Any], key: str, make: Callable[[], Any]) -> Any:
-    """Result of ``make()``, computed once a round; for declarations that need a network to be built."""
+    """Result of ``make()``, computed once a round.
+
+    For declarations that need a network to be built.
+    """
     name = ("declared", key)
     if name not in round_cache:
         round_cache[name] = make()
@@ -104,7 +107,9 @@ def needs_something(declared: Declaration) -> bool:
 
 
 def why_refused(message: Any, declared: Declaration, known_finite: Tensor | None = None) -> str:
-    """Reason why an upload does not fit its declaration, as the end of a sentence; empty if the upload fits.
+    """Reason why an upload does not fit its declaration, as the end of a sentence.
+
+    Empty if the upload fits.
 
     Args:
         known_finite: a tensor of the upload that is already known to be finite.
@@ -190,7 +195,10 @@ def _number(came: Any, due: Number, name: str) -> Iterator[str]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass that writes nothing, unless the sum overflows."""
+    """Whether no element is NaN or infinite.
+
+    One pass that writes nothing, unless the sum overflows.
+    """
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
         return True
     tensor = tensor.detach()

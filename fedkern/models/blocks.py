@@ -149,7 +149,9 @@ def layers(model: StagedNetwork) -> list[nn.Module]:
 
 
 def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
-    """The layers behind which ``model`` is cut into ``blocks`` blocks; the pooling counts as the last layer.
+    """The layers behind which ``model`` is cut into ``blocks`` blocks.
+
+    The pooling counts as the last layer.
 
     Raises:
         UserError: the network has too few layers.

@@ -52,7 +52,10 @@ def run_conv_norm(
 
 
 def _served(x: Tensor, conv: Any, norm: Any, relu: Any, pool: Any, residual: Tensor | None) -> Tensor | None:
-    """The operator's result; None where the layers have to run."""
+    """The operator's result.
+
+    None where the layers have to run.
+    """
     called = [conv, norm]
     if relu is not None and relu is not F.relu:
         if type(relu) is not nn.ReLU:

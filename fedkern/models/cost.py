@@ -39,7 +39,9 @@ class Counted:
 
 @contextmanager
 def count_flops(module: nn.Module | None) -> Iterator[Counted]:
-    """Counts the operations inside it; what it yields has them at its end.
+    """Counts the operations inside it.
+
+    What it yields has them at its end.
 
     Args:
         module: the network that runs inside; None if it is not known.

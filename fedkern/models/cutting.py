@@ -121,7 +121,10 @@ def _wanted(declared: Any) -> dict[str, str]:
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The submodules in order; one that stands twice, such as an activation, is there twice."""
+    """The submodules in order.
+
+    One that stands twice, such as an activation, is there twice.
+    """
     return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
@@ -254,7 +257,9 @@ def _declared(paths: Mapping[str, str], names: Sequence[str], module: nn.Module)
 def _automatic(
     module: nn.Module, names: Sequence[str], shapes: Sequence[tuple[int, ...]]
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """A stage for every piece with weights; what stands before the first block, such as a stem, belongs to it.
+    """A stage for every piece with weights.
+
+    What stands before the first block, such as a stem, belongs to it.
 
     What follows the last map of more than one pixel is no stage, but makes the features.
     """

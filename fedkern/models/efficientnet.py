@@ -41,7 +41,10 @@ class SqueezeExcitation(nn.Module):
 
 
 def mbconv(channels_in: int, channels_out: int, *, size: int, stride: int, expansion: int) -> InvertedResidual:
-    """An inverted residual with squeeze and excitation; the squeezed width is a quarter of ``channels_in``."""
+    """An inverted residual with squeeze and excitation.
+
+    The squeezed width is a quarter of ``channels_in``.
+    """
     gate = partial(SqueezeExcitation, squeezed=max(1, channels_in // 4))
     return InvertedResidual(
         channels_in, channels_out, stride=stride, expansion=expansion, size=size, activation=nn.SiLU, gate=gate

@@ -45,7 +45,10 @@ def computing(precision: str) -> Iterator[None]:
 
 
 def lower() -> torch.dtype | None:
-    """The reduced dtype that networks compute in now; None in fp32."""
+    """The reduced dtype that networks compute in now.
+
+    None in fp32.
+    """
     return _dtype.get()
 
 

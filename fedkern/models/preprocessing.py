@@ -123,7 +123,10 @@ def _resized(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def _nearest(before: int, after: int) -> Tensor:
-    """Indices ``[after]`` of the pixels that Pillow takes; at ties its accumulated rounding errors decide."""
+    """Indices ``[after]`` of the pixels that Pillow takes.
+
+    At ties its accumulated rounding errors decide.
+    """
     steps = torch.full((after,), before / after, dtype=torch.float64)
     steps[0] /= 2
     return steps.cumsum(0).long()

@@ -105,7 +105,10 @@ class Pretrained:
 
 
 def without_code(*, local: bool) -> dict[str, Any]:
-    """Arguments of every ``from_pretrained``: no Python code of a folder is run; ``local`` forbids downloads."""
+    """Arguments of every ``from_pretrained``: no Python code of a folder is run.
+
+    ``local`` forbids downloads.
+    """
     return {"local_files_only": local, "trust_remote_code": False}
 
 
@@ -155,7 +158,9 @@ def _named(value: Any, ending: str) -> Iterator[str]:
 
 @contextmanager
 def loading(title: str, user: str, where: str | Path) -> Iterator[Any]:
-    """Gives transformers, silenced; its errors become one sentence.
+    """Gives transformers, silenced.
+
+    Its errors become one sentence.
 
     Args:
         title: the network with its article, for messages.

@@ -191,7 +191,9 @@ def _existing(folder: str | Path, kind: str) -> Path:
 
 
 def _network(path: Path, kind: str, part: str) -> nn.Module:
-    """The base model in a folder, in float32, without pooler and dropout; of an image-text model only its ``part``.
+    """The base model in a folder, in float32, without pooler and dropout.
+
+    Of an image-text model only its ``part``.
 
     Dropout would draw from the global generator, and a resumed run would not repeat its draws.
     """
@@ -219,7 +221,10 @@ def _without_dropout(config: Any) -> None:
 
 
 def _mean_pooled(path: Path) -> bool | None:
-    """Whether a sentence-embedding folder asks for the mean of all tokens; None if the folder has no pooling file."""
+    """Whether a sentence-embedding folder asks for the mean of all tokens.
+
+    None if the folder has no pooling file.
+    """
     file = path / "1_Pooling" / "config.json"
     if not file.is_file():
         return None

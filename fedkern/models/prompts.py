@@ -14,7 +14,9 @@ PLACES = ("{class}", "{}")
 
 
 def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
-    """The prompts of every class, at least one each; the teacher averages the features of several prompts.
+    """The prompts of every class, at least one each.
+
+    The teacher averages the features of several prompts.
 
     Args:
         prompts: one of three: a template with ``{class}`` or ``{}`` in place of the class name; a text file with a
@@ -48,7 +50,10 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
 
 
 def absolute(prompts: str) -> str:
-    """The absolute path of a prompts file; a template is returned unchanged."""
+    """The absolute path of a prompts file.
+
+    A template is returned unchanged.
+    """
     return prompts if any(place in prompts for place in PLACES) else filesystem.absolute(prompts)
 
 

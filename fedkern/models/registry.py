@@ -253,7 +253,9 @@ def build(
     stem: Literal["auto", "cifar", "imagenet"] = "auto",
     sides: Sequence[int] | None = None,
 ) -> Any:
-    """Builds a network with float32 parameters on the CPU; the global random generators are neither read nor moved.
+    """Builds a network with float32 parameters on the CPU.
+
+    The global random generators are neither read nor moved.
 
     The network is a :class:`StagedNetwork`, or a :class:`UNet` if ``MODELS[name].gives`` is ``"pixels"``.  A
     user's network has the initial weights that its own code gives it, with global generators that begin at ``seed``.
@@ -322,7 +324,10 @@ def build_any(
 
 
 def _word(seed: int | torch.Generator) -> int:
-    """The first word of a generator, or of a run's stream of initial weights; torch takes seeds of 64 bits."""
+    """The first word of a generator, or of a run's stream of initial weights.
+
+    Torch takes seeds of 64 bits.
+    """
     if isinstance(seed, torch.Generator):
         return int(torch.randint(2**63 - 1, (), generator=seed))
     return int(stream(seed, "model", round=-1).integers(2**63))

@@ -47,7 +47,9 @@ class Teacher:
         return self._identity
 
     def load(self) -> Callable[[Tensor], Tensor]:
-        """Makes the network; a module is then frozen, in eval mode and on the teacher's device.
+        """Makes the network.
+
+        A module is then frozen, in eval mode and on the teacher's device.
 
         Raises:
             UserError: the network cannot be loaded.
@@ -171,7 +173,10 @@ class CallableTeacher(Teacher):
 
 
 def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.device | str = "cpu") -> Teacher:
-    """A trained network as a teacher; the hash of its weights is part of its identity."""
+    """A trained network as a teacher.
+
+    The hash of its weights is part of its identity.
+    """
     identity = {"model": name, "weights": content(network)}
     return CallableTeacher(network, classes, name=name, device=device, identity=identity)
 

@@ -66,7 +66,9 @@ class LogitsCache:
 
     @computing("fp32")  # runs of either precision read the cached logits
     def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
-        """The teacher's logits fp32 ``[n, classes]`` (CPU) of all images; only those that the file lacks are computed.
+        """The teacher's logits fp32 ``[n, classes]`` (CPU) of all images.
+
+        Only those that the file lacks are computed.
 
         Args:
             teacher: the teacher; without an identity, nothing is cached and all logits are computed.
@@ -104,12 +106,18 @@ class LogitsCache:
         return torch.stack([rows[key] for key in keys]) if keys else torch.empty(0, teacher.classes)
 
     def read_logits(self, identity: Identity, classes: int) -> dict[bytes, Tensor]:
-        """Logits in a teacher's file by image key; empty if the file is missing or damaged."""
+        """Logits in a teacher's file by image key.
+
+        Empty if the file is missing or damaged.
+        """
         name = f"logits:{self.path('logits', identity)}"
         return self.read("logits", identity, lambda tensors: by_key(tensors, classes, name)) or {}
 
     def write_logits(self, identity: Identity, rows: Mapping[bytes, Tensor]) -> None:
-        """Adds logits to a teacher's file; another run may add logits to the same file at the same time."""
+        """Adds logits to a teacher's file.
+
+        Another run may add logits to the same file at the same time.
+        """
         classes = next(iter(rows.values())).numel()
 
         def merged() -> dict[str, Tensor]:
@@ -120,7 +128,9 @@ class LogitsCache:
         self.write("logits", identity, merged)
 
     def read(self, kind: str, identity: Identity, parse: Callable[[dict[str, Tensor]], T]) -> T | None:
-        """What ``parse`` makes of the tensors in a teacher's file; None if the file is missing or damaged.
+        """What ``parse`` makes of the tensors in a teacher's file.
+
+        None if the file is missing or damaged.
 
         ``parse`` raises ValueError or UserError for tensors that do not fit: the file then counts as damaged.
         """
@@ -135,7 +145,9 @@ class LogitsCache:
             return None
 
     def write(self, kind: str, identity: Identity, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Writes a teacher's file completely or not at all; its metadata has the identity.
+        """Writes a teacher's file completely or not at all.
+
+        Its metadata has the identity.
 
         ``tensors`` gives the content; it is called while no other process writes in this folder.
 
@@ -209,7 +221,10 @@ def paced(notice: Callable[[str], None] | None, since: float = -math.inf) -> Cal
 
 
 def image_keys(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[bytes]:
-    """Hash of every image's shape and uint8 pixels; undoes the normalisation of ``images`` ``[B, C, H, W]`` first."""
+    """Hash of every image's shape and uint8 pixels.
+
+    Undoes the normalisation of ``images`` ``[B, C, H, W]`` first.
+    """
     pixels = to_pixels(images, mean, std).mul_(255).round_().clamp_(0, 255).to(torch.uint8).cpu()
     shape = str(tuple(pixels.shape[1:])).encode()
     rows = pixels.contiguous().flatten(1).numpy()

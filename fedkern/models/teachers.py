@@ -69,7 +69,10 @@ def parse(text: str) -> list[Spec]:
 
 
 def absolute(text: str) -> str:
-    """The same list with absolute paths; names, and paths whose absolute form has a comma, stay as they are."""
+    """The same list with absolute paths.
+
+    Names, and paths whose absolute form has a comma, stay as they are.
+    """
     words = []
     for spec in parse(text):
         paths = {
@@ -146,7 +149,9 @@ class Teachers:
         return self.made[index]
 
     def make(self, spec: Spec) -> Teacher:
-        """Makes a teacher; an embedded one is trained, or read from the cache.
+        """Makes a teacher.
+
+        An embedded one is trained, or read from the cache.
 
         Raises:
             UserError: the teacher cannot be made as the user named it.
@@ -186,7 +191,10 @@ class Teachers:
         return trained_teacher(network, name, len(self.classes), self.device)
 
     def _import_teacher(self, spec: Spec) -> Teacher:
-        """The callable or :class:`Teacher` of a name; with an attribute ``identity`` its logits are cached."""
+        """The callable or :class:`Teacher` of a name.
+
+        With an attribute ``identity`` its logits are cached.
+        """
         named = named_code.parse(spec.what)
         assert named is not None  # parse has looked
         thing: Any = named_code.load(named, "the teacher")[0]

@@ -99,7 +99,9 @@ SHORTEST = 0.1
 
 
 def _unit(projected: Tensor) -> Tensor:
-    """Scales rows ``[B, 128]`` to norm 1; rows with a norm below :data:`SHORTEST` get a norm below 1.
+    """Scales rows ``[B, 128]`` to norm 1.
+
+    Rows with a norm below :data:`SHORTEST` get a norm below 1.
 
     In a batch of equal images or equal texts, batch norm leaves nothing but rounding errors of a row.  Scaled to norm
     1, they would give a gradient ten orders of magnitude too large.
@@ -130,7 +132,9 @@ def build_pair(
     longest: int = LONGEST,
     seed: int = 0,
 ) -> PairNetwork:
-    """Builds a pair with float32 parameters on the CPU; the global random generators are neither read nor moved.
+    """Builds a pair with float32 parameters on the CPU.
+
+    The global random generators are neither read nor moved.
 
     ``build_pair(**network.about)`` gives the same modules, into which a state dict can be loaded.
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; the host does not wait for the device's earlier work.
+    """The tensor on the device.
+
+    The host does not wait for the device's earlier work.
 
     ``tensor.to("cuda")`` of ordinary memory returns when the copy is done, and the copy is queued behind every kernel
     that was launched before: a training step that picks its batch so leaves the GPU idle while the host prepares the
@@ -43,7 +45,10 @@ def arrived(device: torch.device) -> None:
 
 
 def fetch(tensor: Tensor) -> Tensor:
-    """The tensor in the host's memory; as it is where it is there already."""
+    """The tensor in the host's memory.
+
+    As it is where it is there already.
+    """
     there = bring(tensor)
     arrived(tensor.device)
     return there

@@ -289,7 +289,10 @@ class Own:
     def on_items(
         self, *, classes: int, seed: int, word: int, width: int | None, head: str | None, raw: bool
     ) -> ItemNetwork:
-        """Makes the network for samples of any kind, on the CPU; arguments are also those of `ItemNetwork`."""
+        """Makes the network for samples of any kind, on the CPU.
+
+        Arguments are also those of `ItemNetwork`.
+        """
         return self._marked(ItemNetwork(self._copy(classes, None, None, seed, word, width), head, raw))
 
     def _marked(self, network: Any) -> Any:
@@ -378,7 +381,9 @@ def _opened(named: Named, sha256: str | None) -> Own:
 
 
 def opened(named: Named) -> Own:
-    """The maker of the network that code makes; imports the code.
+    """The maker of the network that code makes.
+
+    Imports the code.
 
     Raises:
         UserError: the code cannot be imported, or is no class or function that can be called.

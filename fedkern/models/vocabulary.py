@@ -103,7 +103,9 @@ class Vocabulary:
 
 
 def learn_vocabulary(texts: Iterable[str], kind: Kind = "words", size: int = 8_000) -> Vocabulary:
-    """Builds a vocabulary of at most ``size`` tokens beside the special ones; the order of ``texts`` does not matter.
+    """Builds a vocabulary of at most ``size`` tokens beside the special ones.
+
+    The order of ``texts`` does not matter.
 
     Words: the most frequent words, ties in alphabetical order.  Word pieces: all characters, as the beginning and as
     the continuation of a word, then pairs of neighbouring pieces merged by frequency (byte-pair encoding, arXiv

@@ -306,7 +306,9 @@ class FlatParameters:
         ]
 
     def places(self) -> dict[str, dict[str, slice]]:
-        """Returns where each tensor lies in its vector, by the vector's name; :attr:`integers` is one of these.
+        """Returns where each tensor lies in its vector, by the vector's name.
+
+        :attr:`integers` is one of these.
 
         Raises:
             ValueError: the module has several floating dtypes; use :meth:`layout`.
@@ -570,7 +572,10 @@ class _StateDictHooks(OrderedDict[int, Any]):
 
 
 def separate_storages(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
-    """Gives the module's tensors in a state dict storages of their own over the same memory; tied ones share one."""
+    """Gives the module's tensors in a state dict storages of their own over the same memory.
+
+    Tied ones share one.
+    """
     if torch.compiler.is_compiling() or functorch_active():
         return
     if prefix and not getattr(module._state_dict_hooks, "whole", False):
@@ -598,7 +603,10 @@ def separate_storages(module: nn.Module, state: dict[str, Any], prefix: str, _me
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Entry]:
-    """Yields (owner, attribute, qualified name, tensor, is parameter); a shared tensor once, under its first name."""
+    """Yields (owner, attribute, qualified name, tensor, is parameter).
+
+    A shared tensor once, under its first name.
+    """
     seen: set[int] = set()
     owners = list(module.named_modules())
     for is_parameter in (True, False):
@@ -634,7 +642,10 @@ def _check_tensors(entries: list[Entry]) -> None:
 
 
 def _flatten_group(entries: list[Entry], mixed: bool, apart: Collection[str]) -> tuple[FlatGroup, list[Slot]]:
-    """Moves parameters and buffers into a vector; frozen parameters behind the trained ones if ``mixed``."""
+    """Moves parameters and buffers into a vector.
+
+    Frozen parameters behind the trained ones if ``mixed``.
+    """
 
     def kind(entry: Entry) -> str:
         _, _, name, tensor, is_parameter = entry

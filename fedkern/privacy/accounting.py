@@ -50,7 +50,10 @@ class Accountant:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The ledger as plain lists; equal releases share one entry, so they do not make it longer."""
+        """The ledger as plain lists.
+
+        Equal releases share one entry, so they do not make it longer.
+        """
         return {name: [[e.kind, e.noise, e.rate, e.steps] for e in rows] for name, rows in self._entries.items()}
 
     @property
@@ -106,7 +109,9 @@ class Accountant:
         rows.append(entry)
 
     def epsilon(self, delta: float, channel: str | None = None) -> float:
-        """The epsilon at ``delta`` of all channels together, or of one; infinite where a release had no noise.
+        """The epsilon at ``delta`` of all channels together, or of one.
+
+        Infinite where a release had no noise.
 
         Raises:
             ValueError: ``delta`` is not in (0, 1).

@@ -65,7 +65,9 @@ def need_accounting() -> Any:
 
 
 def replaced(entries: Entries, delta: float) -> float:
-    """The epsilon of all releases at ``delta``, one record replaced; infinite where a release has no noise.
+    """The epsilon of all releases at ``delta``, one record replaced.
+
+    Infinite where a release has no noise.
 
     Raises:
         UserError: dp-accounting is not installed.
@@ -125,7 +127,10 @@ def _exact(unsampled: Entries, delta: float) -> float:
 
 
 def _losses(unsampled: Entries, sampled: Entries, delta: float) -> float:
-    """The epsilon by PLD; infinite where PLD is not tried, or does not support the releases under this relation."""
+    """The epsilon by PLD.
+
+    Infinite where PLD is not tried, or does not support the releases under this relation.
+    """
     rough = added_or_removed(sampled, TYPICAL) + _exact(unsampled, TYPICAL)
     if not rough < LARGEST:
         return math.inf

@@ -55,7 +55,9 @@ class ClientLevel:
         return self.noise * self.clip / clients
 
     def epsilon(self, releases: int, *, drawn: int = 1, of: int = 1) -> float:
-        """Epsilon at :attr:`delta` of rounds together; 0 without rounds, infinite without noise.
+        """Epsilon at :attr:`delta` of rounds together.
+
+        0 without rounds, infinite without noise.
 
         Args:
             releases: number of rounds; without a draw, of those for which the client was asked.

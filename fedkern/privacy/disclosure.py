@@ -57,5 +57,8 @@ class Disclosure:
         return {name: value for name, (about, value) in entries.items() if not withheld[about]}
 
     def client(self, info: Mapping[str, Any]) -> dict[str, Any]:
-        """A client's report; empty where nothing of it may be told."""
+        """A client's report.
+
+        Empty where nothing of it may be told.
+        """
         return dict(info) if self.clients else {}

@@ -143,7 +143,10 @@ def _optimizer(optimizer: torch.optim.Optimizer, deviation: float, **settings: A
 
 
 def stream_name(purpose: str, secret: str) -> str:
-    """Name of a random stream that nobody can foresee without the secret; just ``purpose`` where that is empty."""
+    """Name of a random stream that nobody can foresee without the secret.
+
+    Just ``purpose`` where that is empty.
+    """
     return f"{purpose}/{secret}" if secret else purpose
 
 
@@ -203,7 +206,9 @@ def keep_finite(module: nn.Module) -> None:
 
 
 def sum_patients(module: nn.Module, patients: np.ndarray) -> None:
-    """Sums the gradients of each patient's samples after a backward pass; rows of ``grad_sample`` become patients.
+    """Sums the gradients of each patient's samples after a backward pass.
+
+    Rows of ``grad_sample`` become patients.
 
     ``patients`` int64 ``[B]`` has the patient of every sample of the batch.
     """

@@ -119,7 +119,10 @@ def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, 
 
 
 def _variance(beats: np.ndarray, beaten: np.ndarray, members: np.ndarray, others: np.ndarray) -> float:
-    """Obuchowski's variance of the area from every record's part in it; DeLong's where each group is one record."""
+    """Obuchowski's variance of the area from every record's part in it.
+
+    DeLong's where each group is one record.
+    """
     count = max(int(members.max()), int(others.max())) + 1
     a, b = np.bincount(members, beats, count) / len(beats), np.bincount(others, beaten, count) / len(beaten)
     of_a, of_b = (len(np.unique(numbers)) for numbers in (members, others))

@@ -20,14 +20,20 @@ _DIGITS = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}\n")
 
 
 def draw(folder: Path) -> str:
-    """Draws the secret of a new run and writes it to the folder of its checkpoints; 32 hexadecimal digits."""
+    """Draws the secret of a new run and writes it to the folder of its checkpoints.
+
+    32 hexadecimal digits.
+    """
     secret = secrets.token_hex(SECRET_BYTES)
     atomic.write_bytes(folder / NAME, f"{secret}\n".encode())
     return secret
 
 
 def read(folder: Path) -> str:
-    """The secret that :func:`draw` has written; raises UserError where the file is missing or damaged."""
+    """The secret that :func:`draw` has written.
+
+    Raises UserError where the file is missing or damaged.
+    """
     path = folder / NAME
     try:
         text = read_text(path, "ascii")

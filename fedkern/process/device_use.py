@@ -14,7 +14,9 @@ def begin(device: torch.device) -> None:
 
 
 def figures(device: torch.device) -> dict[str, Any]:
-    """GPU figures of the round; empty on a CPU.
+    """GPU figures of the round.
+
+    Empty on a CPU.
 
     Returns:
         ``peak_bytes``, the peak memory of tensors; and ``utilisation``, of the last moments in per cent, as the driver

@@ -53,7 +53,10 @@ def check() -> None:
 
 
 def ended() -> None:
-    """Marks the work that a signal interrupted as ended; further signals are ignored."""
+    """Marks the work that a signal interrupted as ended.
+
+    Further signals are ignored.
+    """
     if _current is not None:
         _current.over = True
 

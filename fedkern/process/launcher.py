@@ -14,7 +14,9 @@ JOB = "TORCHELASTIC_RUN_ID"
 
 
 def _started_by_launcher() -> bool:
-    """Whether the parent has PyTorch loaded and has set torchrun's variables itself; True where no system tells.
+    """Whether the parent has PyTorch loaded and has set torchrun's variables itself.
+
+    True where no system tells.
 
     A process between torchrun and this one, such as a rank or a shell, was given the variables at its start, or has no
     PyTorch.
@@ -36,7 +38,10 @@ def _started_by_launcher() -> bool:
 
 @contextmanager
 def without_leftovers() -> Iterator[bool]:
-    """Hides torchrun's job inside the block where torchrun has not started this process; tells whether it did so."""
+    """Hides torchrun's job inside the block where torchrun has not started this process.
+
+    Tells whether it did so.
+    """
     if JOB not in os.environ or _started_by_launcher():
         yield False
         return

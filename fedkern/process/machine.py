@@ -19,7 +19,10 @@ def usable_cores() -> int:
 
 
 def _quota() -> float:
-    """Smallest CPU quota of the control group and those above it, in CPUs; 0 for no limit."""
+    """Smallest CPU quota of the control group and those above it, in CPUs.
+
+    0 for no limit.
+    """
     quotas = []
     for folder in _groups(""):
         with suppress(OSError, ValueError, ZeroDivisionError):

@@ -24,7 +24,10 @@ def audible():
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch, audible):
-    """States lie in the test's folder, nothing of a node is left; no picture is drawn, as that takes long."""
+    """States lie in the test's folder, nothing of a node is left.
+
+    No picture is drawn, as that takes long.
+    """
     from fedkern.flower.runs import node_process, server_app
 
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))

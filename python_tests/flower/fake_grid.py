@@ -101,7 +101,10 @@ def content(model, weight=1, **metrics) -> RecordDict:
 
 
 def client(model, weight=1, **metrics) -> Client:
-    """A node that answers every message with these arrays; their bytes are new in every reply."""
+    """A node that answers every message with these arrays.
+
+    Their bytes are new in every reply.
+    """
     return lambda message: content(model, weight, **metrics)
 
 

@@ -214,7 +214,9 @@ class Federation:
         return answer
 
     def submit(self, project: Path, **run_config: object) -> str:
-        """Submits a project; underscores in the names of its settings stand for hyphens.
+        """Submits a project.
+
+        Underscores in the names of its settings stand for hyphens.
 
         Returns:
             The number of the run.
@@ -238,7 +240,10 @@ class Federation:
 
 
 def wait_for(process: subprocess.Popen, log: Path, pattern: str, patience: float = 90) -> re.Match | None:
-    """Waits for words in a log; None where the process ends before, or nothing comes."""
+    """Waits for words in a log.
+
+    None where the process ends before, or nothing comes.
+    """
     limit = time.monotonic() + patience
     while time.monotonic() < limit:
         found = re.search(pattern, log.read_text(errors="replace"))

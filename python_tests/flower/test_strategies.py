@@ -540,7 +540,10 @@ def test_an_optimiser_leaves_running_statistics_their_mean():
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("name", [*PAIRS, "FedAvg low_memory", "FedAvg max_update_norm", "GeometricMedian", "DPFedAvg"])
 def test_a_mask_of_infinities_leaves_no_reply_out(name, flat):
-    """A causal mask that the model sent holds stays, and everything else is as without it; others are left out."""
+    """A causal mask that the model sent holds stays, and everything else is as without it.
+
+    Others are left out.
+    """
     mask = {"mask": np.triu(np.full((5, 5), -np.inf, np.float32), 1)}
     more = {
         "DPFedAvg": {"clipping_norm": 1.0, "noise_multiplier": 0.0},

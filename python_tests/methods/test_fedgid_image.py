@@ -46,7 +46,10 @@ def scene(make_data, make_config):
 
 
 def composed(scene):
-    """Pixel by pixel: the object stays, all else is the background; an image without an object stays."""
+    """Pixel by pixel: the object stays, all else is the background.
+
+    An image without an object stays.
+    """
     batch, bank = scene.batch, scene.batch.drawn["bank"].take(scene.batch.drawn["index"])
     made = batch.inputs.clone()
     for image, background, mask in zip(made, bank, batch.masks, strict=True):
@@ -96,7 +99,10 @@ def test_running_statistics_ignore_composed_images(scene):
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
 @pytest.mark.parametrize("sides", [(32, 32), (21, 25)])
 def test_masks_move_with_their_images(kind, sides):
-    """An image that shows its own mask still does; images, labels and draws are those of batches without masks."""
+    """An image that shows its own mask still does.
+
+    Images, labels and draws are those of batches without masks.
+    """
     rng = np.random.default_rng(0)
     masks = torch.from_numpy(rng.random((20, 8, 8)) < 0.5).repeat_interleave(4, 1).repeat_interleave(4, 2)
     images = (255 * masks[:, None].byte()).expand(-1, 3, -1, -1).contiguous()

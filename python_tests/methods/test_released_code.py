@@ -90,7 +90,10 @@ def assert_each_alike(ours, theirs):
 
 
 def changes_by_name(module, step, flat, lr):
-    """Takes a step on the flat parameters; what it changed in each parameter of the module, over the learning rate."""
+    """Takes a step on the flat parameters.
+
+    What it changed in each parameter of the module, over the learning rate.
+    """
     theta, places = flat.parameters.detach(), flat.places()["parameters"]
     start = theta.clone()
     step(theta)
@@ -163,7 +166,10 @@ STAGES = {"alignment": "stage1", "joint": "stage2"}
 
 @pytest.mark.parametrize("exchange", STAGES)
 def test_feddra_losses_and_gradients(exchange, precision, stored):
-    """With the anchors in eval mode; the released code leaves them in train mode."""
+    """With the anchors in eval mode.
+
+    The released code leaves them in train mode.
+    """
     data, key = stored["feddra"], f"{precision}.{STAGES[exchange]}.anchors_eval"
     network, parts, _ = feddra_loss(data, exchange)
     assert_each_alike(parts, data[f"{key}.losses"])
@@ -445,7 +451,10 @@ def test_fediod_networks_differ_from_the_released_ones(precision, stored, monkey
 
 @pytest.mark.parametrize("temperature", [4.0, HOT])
 def test_fediod_student(temperature, precision, stored, monkeypatch):
-    """Five steps of SGD with momentum; at the scripts' temperature fp32 is compared with the released fp64."""
+    """Five steps of SGD with momentum.
+
+    At the scripts' temperature fp32 is compared with the released fp64.
+    """
     data, world = stored["fediod"], Fediod(stored["fediod"], monkeypatch, temperature=temperature)
     key, exact = (f"{name}.T{temperature:.0f}" for name in (precision, "f64" if temperature == HOT else precision))
     world.noise += list(data["student_z"])
@@ -487,7 +496,10 @@ class Fusefl:
         self.losses, self.updates = [], {}
 
     def level(self, number, frozen):
-        """Trains all clients for an epoch at a level; ``frozen`` is the fused level before."""
+        """Trains all clients for an epoch at a level.
+
+        ``frozen`` is the fused level before.
+        """
         for m, network in enumerate(self.networks):
             adaptor, blocks = self.adaptors[m] if number > 1 else None, list(network.blocks)[number - 1 :]
             part = LocalPart(frozen, adaptor, blocks, network.head, 8, batchwise=number > 1).train()
@@ -531,7 +543,10 @@ class Fusefl:
 
 @pytest.fixture
 def play(precision, stored):
-    """Both levels trained; one object of level 1 serves all clients, as in the released code."""
+    """Both levels trained.
+
+    One object of level 1 serves all clients, as in the released code.
+    """
     play = Fusefl(stored["fusefl"])
     play.level(1, None)
     play.shared = play.frozen()
@@ -549,7 +564,10 @@ def test_fusefl_levels(play, precision):
 
 @pytest.mark.parametrize("precision", ["f64"], indirect=True)
 def test_fusefl_statistics_of_frozen_levels_are_not_quite_the_released_ones(play, precision):
-    """There a client begins with the statistics that the client before it left; in fedkern with the owners'."""
+    """There a client begins with the statistics that the client before it left.
+
+    In fedkern with the owners'.
+    """
     alone = play.frozen()
     for images in play.images[2]:
         alone.joined(images)

@@ -27,7 +27,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "own-models.md"
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Calls of the operator, which serves ordinary tensors of any size; the settings of each."""
+    """Calls of the operator, which serves ordinary tensors of any size.
+
+    The settings of each.
+    """
     found: list[dict[str, object]] = []
 
     def run(_, inputs, settings):

@@ -83,7 +83,10 @@ def test_code_of_a_folder_is_not_run(folder: Path, load: Any) -> None:
 
 
 def test_code_of_a_tokenizer_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network is there; its tokenizer alone is foreign."""
+    """The network is there.
+
+    Its tokenizer alone is foreign.
+    """
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     network = transformers.BertModel(transformers.BertConfig(**small, vocab_size=8))
     monkeypatch.setattr(pretrained_pair, "_network", lambda *_: network)

@@ -18,7 +18,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest):
-    """Each available backend and ISA level in turn; active during the test."""
+    """Each available backend and ISA level in turn.
+
+    Active during the test.
+    """
     with operator_cases.using(request.param):
         yield request.param
 
@@ -75,7 +78,9 @@ def _is_triton(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves a few cases of each test to Triton's interpreter; ``pytest -m slow -k triton`` runs all of them.
+    """Leaves a few cases of each test to Triton's interpreter.
+
+    ``pytest -m slow -k triton`` runs all of them.
 
     The default run has ``triton/test_triton_operators.py`` alone; the interpreter's other cases, CUDA's kernels in the
     emulator, and the CPU kernels at other ISA levels than the best one are ``exhaustive``.

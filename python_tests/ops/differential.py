@@ -206,14 +206,20 @@ def turned(x: Any, dim: int, stack: int = 0) -> Any:
 
 
 def masked(x: Tensor, share: float, seed: int, axis: int) -> Tensor:
-    """``x`` with some classes at -inf, the first one never; a leaf where x is one."""
+    """``x`` with some classes at -inf, the first one never.
+
+    A leaf where x is one.
+    """
     draw = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) < share
     draw.select(axis, 0).fill_(False)
     return x.detach().masked_fill(draw, -math.inf).requires_grad_(x.requires_grad)
 
 
 def log_softmax(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Logarithms of the probabilities, 0 in place of -inf, and the probabilities; no derivative of an infinity."""
+    """Logarithms of the probabilities, 0 in place of -inf, and the probabilities.
+
+    No derivative of an infinity.
+    """
     out = x == -math.inf
     finite = torch.where(out, 0.0, x)
     most = finite.masked_fill(out, -math.inf).amax(axis, keepdim=True).detach()
@@ -350,7 +356,10 @@ def ensemble_case(draw: st.DrawFn) -> Case:
 
 
 def shares(weights: Tensor | None, shape: Sequence[int], known: Tensor | None) -> Tensor:
-    """Weights [K, B, C, ...] normalised over the teachers; equal where nothing is left."""
+    """Weights [K, B, C, ...] normalised over the teachers.
+
+    Equal where nothing is left.
+    """
     K, B = shape[:2]
     if weights is None:
         full = torch.ones(tuple(shape), dtype=torch.float64)
@@ -682,7 +691,10 @@ def vectors_of(case: Case) -> tuple[Any, Tensor, list[tuple[Tensor, Tensor]]]:
 
 
 def weights_of(case: Case) -> tuple[Any, Tensor, Tensor | None]:
-    """Weights as they are given, in float64, and the leaf where they are one; the first is never 0."""
+    """Weights as they are given, in float64, and the leaf where they are one.
+
+    The first is never 0.
+    """
     made = make(case["weight"]).detach().clone()
     if not case.get("weighted", True):
         return None, torch.ones(len(made), dtype=torch.float64), None

@@ -404,7 +404,10 @@ ABSENT = ("does not implement", "has no kernel for", "cannot serve", "no kernel"
 
 
 def run(backend: Callable[[], contextlib.AbstractContextManager[Any]], some: int) -> Iterator[str]:
-    """Runs blend's cases and every ``some``-th of the others, printing each before; yields what went wrong."""
+    """Runs blend's cases and every ``some``-th of the others, printing each before.
+
+    Yields what went wrong.
+    """
     for number, case in enumerate(cases()):
         if number % some and case.operator != "blend":
             continue

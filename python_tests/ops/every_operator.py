@@ -76,7 +76,10 @@ class Operator:
         return [x.clone() if i in self.changed else x for i, x in enumerate(tensors)]
 
     def results(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """What :attr:`call` gives, always as a tuple; what it writes to is copied first."""
+        """What :attr:`call` gives, always as a tuple.
+
+        What it writes to is copied first.
+        """
         given = self.call(*self.fresh(tensors))
         return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 

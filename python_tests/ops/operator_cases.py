@@ -101,7 +101,10 @@ def lay_out_map(x: Tensor, layout: str) -> Tensor:
 
 
 def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Cases in which every value of every two axes meets at least once, in fixed order; :func:`thinned` for Triton."""
+    """Cases in which every value of every two axes meets at least once, in fixed order.
+
+    :func:`thinned` for Triton.
+    """
     draw = random.Random(seed)
     names = list(axes)
     open_pairs = {

@@ -147,7 +147,10 @@ def test_gradients_are_zeroed_within_the_operator() -> None:
 
 
 def test_the_gradient_of_a_compiled_function() -> None:
-    """torch.compile of torch.func.grad refuses custom operators; docs/ops.md names this way instead."""
+    """torch.compile of torch.func.grad refuses custom operators.
+
+    Docs/ops.md names this way instead.
+    """
     x, y = tensors((4, 5), (4, 5))
 
     def loss(x: Tensor) -> Tensor:

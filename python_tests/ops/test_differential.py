@@ -34,7 +34,10 @@ def server() -> Iterator[Cases]:
 
 
 def search(server: Cases, operator: str, seconds: float, start: int) -> int:
-    """Tries cases for so long; returns how many.  A failure is shrunk and printed with its case and backend."""
+    """Tries cases for so long.
+
+    Returns how many.  A failure is shrunk and printed with its case and backend.
+    """
     strategy, _ = differential.OPERATORS[operator]
     end = time.monotonic() + seconds
     tried = 0

@@ -166,7 +166,10 @@ def test_load_and_load_state_dict() -> None:
 
 @pytest.mark.parametrize("left_out", ["", "parameters", "buffers", "integers"])
 def test_load_vectors(left_out: str) -> None:
-    """Those that there are, each into its own place; other entries of a message are no vectors of the module."""
+    """Those that there are, each into its own place.
+
+    Other entries of a message are no vectors of the module.
+    """
     flat = FlatParameters(net())
     own = {name: getattr(flat, name).detach().clone() for name in ("parameters", "buffers", "integers")}
     given = {name: vector + 1 for name, vector in own.items() if name != left_out}

@@ -136,7 +136,10 @@ def _copied(arguments: Any) -> Any:
 
 
 def _outcome(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor] | Exception:
-    """The results and what was written; the exception of a refusal."""
+    """The results and what was written.
+
+    The exception of a refusal.
+    """
     arguments = _copied(arguments)
     try:
         result = call(*arguments)

@@ -60,7 +60,10 @@ def test_an_unsampled_gaussian_has_its_closed_form(z, steps):
 
 @pytest.mark.parametrize(("z", "steps"), [(2.0, 4), (5.0, 100)])
 def test_losses_have_the_closed_form_where_every_record_is_in_every_batch(z, steps):
-    """A replaced record moves the sum by 2 where an added one moves it by 1; alone, and beside other releases."""
+    """A replaced record moves the sum by 2 where an added one moves it by 1.
+
+    Alone, and beside other releases.
+    """
     sampled = (Entry(DP_SGD, z, 1.0, steps),)
     mu = 2 * math.sqrt(steps) / z
     assert exact(mu) <= bounds._losses((), sampled, DELTA) <= exact(mu) * 1.001

@@ -37,7 +37,10 @@ def test_the_bound_is_near_mu_of_a_gaussian_mechanism_and_below(mu):
 
 
 def test_the_bound_is_wrong_as_seldom_as_it_says():
-    """500 audits at 80 %: at most a fifth above mu, but for 5 deviations; the choice of the threshold costs nothing."""
+    """500 audits at 80 %: at most a fifth above mu, but for 5 deviations.
+
+    The choice of the threshold costs nothing.
+    """
     wrong = sum(audit(*gaussian(1.0, 200, seed), confidence=0.8).lower > 1.0 for seed in range(500))
     assert 0 < wrong < 100 + 5 * math.sqrt(500 * 0.2 * 0.8)
 
@@ -49,7 +52,10 @@ def test_nothing_told_apart_is_a_bound_of_zero():
 
 
 def test_the_error_rates_are_clopper_and_pearsons():
-    """Where all is told apart the bound is what the repeats can show; an error counts with its exact probability."""
+    """Where all is told apart the bound is what the repeats can show.
+
+    An error counts with its exact probability.
+    """
     apart = audit(torch.zeros(2000), torch.ones(2000))
     assert apart.false_positives == apart.false_negatives == pytest.approx(1 - 0.005 ** (1 / 1000))
     assert apart.lower == pytest.approx(-2 * float(torch.special.ndtri(torch.tensor(apart.false_positives).double())))
@@ -128,7 +134,10 @@ TRAINED = {
 
 
 def check(runs, mu, repeats, share):
-    """The ledger's mu is the mechanism's; the bound is below and near it, and half the noise is caught."""
+    """The ledger's mu is the mechanism's.
+
+    The bound is below and near it, and half the noise is caught.
+    """
     mechanism = audited.Mechanism("it", runs)
     found = audited.audited(mechanism, repeats)
     assert found["claimed"] == pytest.approx(mu)

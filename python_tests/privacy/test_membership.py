@@ -88,7 +88,10 @@ def test_with_groups_the_variance_is_that_of_clusters(monkeypatch):
 
 
 def test_copies_of_a_record_say_nothing_more():
-    """Every record four times over: told so, the interval is hardly narrower; not told, it is of four times as many."""
+    """Every record four times over: told so, the interval is hardly narrower.
+
+    Not told, it is of four times as many.
+    """
     rng = np.random.default_rng(2)
     x, y = (torch.from_numpy(rng.normal(at, 1, n)) for at, n in ((0, 30), (1, 20)))
     once = membership_attack(x, y)
@@ -360,7 +363,10 @@ def test_what_a_run_set_aside_was_never_trained_on(tmp_path, data):
 
 
 def test_images_of_a_patient_are_one_group(tmp_path, data, monkeypatch, capsys):
-    """Named patients are the groups, else cases; where the test images name none, all are taken as independent."""
+    """Named patients are the groups, else cases.
+
+    Where the test images name none, all are taken as independent.
+    """
     folder = release(tmp_path / "run", data, 3)
 
     def named(name):
@@ -398,7 +404,10 @@ def test_too_few_patients_have_no_interval(tmp_path, data, monkeypatch, capsys):
 
 
 def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monkeypatch, capsys):
-    """FedIOD's hold-out and the samples that client weights are learnt on; not a training sample of either."""
+    """FedIOD's hold-out and the samples that client weights are learnt on.
+
+    Not a training sample of either.
+    """
     folder = release(tmp_path / "run", data, 3)
     whole = attacking.attack(folder, data=data)
     assert "untrained" not in whole

@@ -42,7 +42,10 @@ COUNTS = (1, 4, 2, 6, 3, 5, 4, 2, 1, 4)
 
 
 def patients(counts, first=0, extreme=(), seed=0):
-    """So many images of each patient; those of patients in ``extreme`` are white and of the last class."""
+    """So many images of each patient.
+
+    Those of patients in ``extreme`` are white and of the last class.
+    """
     owner = np.repeat(np.arange(len(counts)) + first, counts)
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (len(owner), 3, 8, 8)).astype(np.uint8)
@@ -94,7 +97,10 @@ def trained(split, *, by_patient, batch_size=1000, epochs=1, noise=0.0, norm=NOR
 
 @pytest.mark.parametrize("replacement", [6, 1])
 def test_a_patient_replaced_moves_the_sum_by_twice_the_norm_and_without_the_unit_by_more(replacement):
-    """All images of patient 3 are others, and may be fewer; everybody is in the batch, no noise."""
+    """All images of patient 3 are others, and may be fewer.
+
+    Everybody is in the batch, no noise.
+    """
     one = patients(COUNTS)
     others = patients([n if k != 3 else replacement for k, n in enumerate(COUNTS)], extreme=(3,))
     keep, rest = (split.patients != 3 for split in (one, others))

@@ -74,7 +74,10 @@ def _ended(run: str, context: Context) -> PackedMessage:
 
 
 def _stays(value: Any) -> float:
-    """Seconds that a client daemon stays; 0 for what is no number of seconds, which reading the settings refuses."""
+    """Seconds that a client daemon stays.
+
+    0 for what is no number of seconds, which reading the settings refuses.
+    """
     try:
         seconds = float(value)
     except (TypeError, ValueError):

@@ -119,7 +119,10 @@ def _name(run: str, node: Mapping[str, Any]) -> bytes:
 
 
 def _connect_daemon(name: bytes, stays: float) -> socket.socket | None:
-    """A connection to the client daemon; None where the name is somebody else's, or nobody answers to it."""
+    """A connection to the client daemon.
+
+    None where the name is somebody else's, or nobody answers to it.
+    """
     for _ in range(_LOOKS):
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -140,7 +143,10 @@ def _connect_daemon(name: bytes, stays: float) -> socket.socket | None:
 
 
 def _start(name: bytes, stays: float) -> bool:
-    """Starts a client daemon; False where another process has taken the name."""
+    """Starts a client daemon.
+
+    False where another process has taken the name.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
         try:
             door.bind(name)

@@ -49,7 +49,10 @@ def _end_with(process: int) -> None:
 
 
 def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., PackedMessage]) -> bool:
-    """Answers one message; False where the run has ended and no other will come."""
+    """Answers one message.
+
+    False where the run has ended and no other will come.
+    """
     request, packed = receive(requests)
     if request.get("end"):
         return False

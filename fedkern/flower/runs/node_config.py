@@ -9,7 +9,10 @@ from fedkern.errors import UserError
 
 
 def own_client(node_config: Mapping[str, Any]) -> int:
-    """The client that the node is; raises UserError where the node's configuration does not say it."""
+    """The client that the node is.
+
+    Raises UserError where the node's configuration does not say it.
+    """
     client, of = (node_config.get(name) for name in ("partition-id", "num-partitions"))
     if type(client) is not int or client < 0 or (of is not None and (type(of) is not int or client >= of)):
         raise UserError(
@@ -20,5 +23,8 @@ def own_client(node_config: Mapping[str, Any]) -> int:
 
 
 def folder(node_config: Mapping[str, Any], name: str) -> str | None:
-    """The folder on this machine that an entry names; None: that of the run-config."""
+    """The folder on this machine that an entry names.
+
+    None: that of the run-config.
+    """
     return str(node_config[name]) if node_config.get(name) else None

@@ -258,7 +258,10 @@ class Nodes(Ordered):
 
 
 def _bytes(declared: Any) -> int | None:
-    """Most bytes of the tensors of an upload; None where the declaration leaves sizes open."""
+    """Most bytes of the tensors of an upload.
+
+    None where the declaration leaves sizes open.
+    """
     if isinstance(declared, Maybe):
         return _bytes(declared.of)
     if isinstance(declared, Number):

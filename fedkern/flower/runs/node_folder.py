@@ -57,7 +57,10 @@ class NodeFolder:
     # -- states ----------------------------------------------------------------------------------------------------
 
     def read_state(self, version: Version | None) -> dict[str, Any]:
-        """The state of that name, empty for None; raises UserError where it is missing or damaged."""
+        """The state of that name, empty for None.
+
+        Raises UserError where it is missing or damaged.
+        """
         if version is None:
             return {}
         try:
@@ -90,7 +93,10 @@ class NodeFolder:
         states.save(self._message(version), {"header": header, "text": packed.text, "forms": forms, "data": flat})
 
     def message(self, version: Version) -> tuple[dict[str, Any], PackedMessage]:
-        """A kept message; raises UserError where it is missing or damaged."""
+        """A kept message.
+
+        Raises UserError where it is missing or damaged.
+        """
         try:
             content = states.load(self._message(version))
             data = content["data"]

@@ -25,7 +25,9 @@ _here: tuple[Any, NodeClients] | None = None  # of the last message of this proc
 def answer(
     header: str, packed: PackedMessage, run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice
 ) -> PackedMessage:
-    """The answer to a message of the run's server; a client that cannot answer says why in it.
+    """The answer to a message of the run's server.
+
+    A client that cannot answer says why in it.
 
     Args:
         header: a :class:`~fedkern.flower.runs.node_client.ClientRequest` as JSON text.
@@ -59,7 +61,10 @@ def facts(run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice
 def _clients(
     request: ClientRequest, run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice
 ) -> NodeClients:
-    """The clients of this process; those of another run, or with other settings, are dropped."""
+    """The clients of this process.
+
+    Those of another run, or with other settings, are dropped.
+    """
     global _here
     alike = {name: value for name, value in node.items() if name != "partition-id"}
     whose = request.client if run_config.get("flower.own-data") else None
@@ -79,7 +84,10 @@ def _clients(
 
 
 def forget(run: str | None = None) -> None:
-    """Drops the clients of this process, or those of a run; the next message begins with what is on the disk."""
+    """Drops the clients of this process, or those of a run.
+
+    The next message begins with what is on the disk.
+    """
     global _here
     if _here is not None and run in (None, _here[0][0]):
         _here[1].close()

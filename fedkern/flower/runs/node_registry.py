@@ -45,7 +45,9 @@ class NodeRegistry:
         self._refused = ""  # why the latest foreign node takes no part
 
     def meet(self, warn: Warn) -> None:
-        """Waits for the nodes of all clients; the run goes on without some of them.
+        """Waits for the nodes of all clients.
+
+        The run goes on without some of them.
 
         From now on ``warn`` takes warnings, a name and a sentence.
 
@@ -74,7 +76,10 @@ class NodeRegistry:
             warn("clients-without-node", text)
 
     def find(self) -> None:
-        """Brings the table of nodes up to date; waits a little for new nodes to say which client they are."""
+        """Brings the table of nodes up to date.
+
+        Waits a little for new nodes to say which client they are.
+        """
         self._get_acquainted()
         while any(time.monotonic() - self._asked[node] <= ACQUAINTED for node in self._waiting.values()):
             check()
@@ -112,7 +117,10 @@ class NodeRegistry:
                 self.home[k] = node
 
     def _introduced(self, node: int, arrived: Arrived) -> ClientId | None:
-        """The client that a node says it is; None where the node is not one of this run's."""
+        """The client that a node says it is.
+
+        None where the node is not one of this run's.
+        """
         try:
             if arrived.packed is None:
                 raise Malformed(arrived.malformed or f"failed: {arrived.error}")

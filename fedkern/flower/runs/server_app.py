@@ -92,7 +92,10 @@ def _warn(name: str, text: str) -> None:
 
 
 def draw(out: Path, data: Any, data_root: str | None, code: tuple[str, ...], report: bool) -> None:
-    """Draws the pictures of a finished run, and writes its report; the run is complete without them."""
+    """Draws the pictures of a finished run, and writes its report.
+
+    The run is complete without them.
+    """
     from fedkern.report.figures.pictures import finished_pictures
     from fedkern.report.pages.run_page import write_report
 

@@ -261,7 +261,9 @@ class FedAvg(flower.FedAvg):
         return arrays, self._metrics(contents, faults)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Combines the metrics of an evaluation; replies that do not count are left out, as in training.
+        """Combines the metrics of an evaluation.
+
+        Replies that do not count are left out, as in training.
 
         Args:
             server_round: the round, from 1.
@@ -449,7 +451,10 @@ class FedAvg(flower.FedAvg):
         gathered.add(model, weight, node)
 
     def _combine(self, gathered: Any, server_round: int) -> Combined | None:
-        """The models combined; None where their weights are all 0."""
+        """The models combined.
+
+        None where their weights are all 0.
+        """
         assert self._layout is not None
         as_arrays = type(self)._step is FedAvg._step
         if isinstance(gathered, RunningMean):
@@ -482,7 +487,9 @@ class FedProx(FedAvg, flower.FedProx):
 
 
 def mean_of_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
-    """Weighted mean of the replies' metrics, as Flower's default; its bits do not depend on the order of the replies.
+    """Weighted mean of the replies' metrics, as Flower's default.
+
+    Its bits do not depend on the order of the replies.
 
     Args:
         contents: replies with one MetricRecord each, of the same names.
@@ -586,7 +593,9 @@ def _layout_of_first(replies: Iterable[Message]) -> Layout | None:
 
 @contextlib.contextmanager
 def _threads() -> Iterator[None]:
-    """One thread, where OpenMP's threads would spin between the parts of a sum; else those of torch.
+    """One thread, where OpenMP's threads would spin between the parts of a sum.
+
+    Else those of torch.
 
     The processes of clients may keep all cores of a ServerApp's machine busy.  Threads that spin then cost more than
     they bring.  They do not where the environment says how threads wait.

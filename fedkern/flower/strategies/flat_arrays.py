@@ -17,7 +17,9 @@ __all__ = ["pack", "unpack"]
 
 
 def pack(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> adapter.ArrayRecord:
-    """Writes a state dict as one vector of all floating entries; other entries stay arrays of their own.
+    """Writes a state dict as one vector of all floating entries.
+
+    Other entries stay arrays of their own.
 
     Args:
         state: tensors by name, of any device: what ``module.state_dict()`` returns.

@@ -77,7 +77,10 @@ class DPFedAvg(FedAvg):
         self._level.epsilon(1)  # a missing package shows here, not after the first round
 
     def epsilon(self) -> float:
-        """Epsilon at ``delta`` of the arrays of all rounds so far; 0 before the first."""
+        """Epsilon at ``delta`` of the arrays of all rounds so far.
+
+        0 before the first.
+        """
         return self._level.epsilon(max(self._asked.values(), default=0))
 
     def _described(self) -> str:

@@ -43,7 +43,10 @@ class _Robust(FedAvg):
         return Combined(models.by_coordinate(self._rule), models.whole(rank=self._rank(len(models.nodes))))
 
     def _rank(self, count: int) -> int:
-        """Rank of the value, among ``count``, that an entry of whole numbers becomes; 0: the smallest."""
+        """Rank of the value, among ``count``, that an entry of whole numbers becomes.
+
+        0: the smallest.
+        """
         return (count - 1) // 2
 
     def _rule(self, vectors: list[Tensor]) -> Tensor:
@@ -93,7 +96,10 @@ class MultiKrum(_Robust, flower.MultiKrum):
         return Combined(vector, models.whole(chosen), frozenset(models.nodes[i] for i in chosen))
 
     def _closest(self, models: AllModels) -> list[int]:
-        """Positions of the ``num_nodes_to_select`` models of the smallest scores; of equal ones the first."""
+        """Positions of the ``num_nodes_to_select`` models of the smallest scores.
+
+        Of equal ones the first.
+        """
         count = len(models.nodes)
         squares = torch.zeros(count, count, dtype=torch.float64)
         for run in models.layout.segments:

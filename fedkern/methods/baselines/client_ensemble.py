@@ -118,7 +118,10 @@ class Ensemble(MemberNetworks):
     # -- figures ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
-        """The figures of the mean logits; for classification also ``vote_accuracy`` and ``probability_accuracy``."""
+        """The figures of the mean logits.
+
+        For classification also ``vote_accuracy`` and ``probability_accuracy``.
+        """
         with_votes = {"classes": _Ballot}.get(data.task.network)
         if not isinstance(model, models.Ensemble) or with_votes is None:
             return super().evaluate(model, data)
@@ -127,7 +130,10 @@ class Ensemble(MemberNetworks):
 
 
 def vote(logits: Tensor) -> Tensor:
-    """Majority vote, int64 [B], of logits [M, B, C]; the mean probability breaks ties."""
+    """Majority vote, int64 [B], of logits [M, B, C].
+
+    The mean probability breaks ties.
+    """
     p = F.softmax(logits.double(), 2)
     counts = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
     return (counts + p.mean(0) / 2).argmax(1)

@@ -214,7 +214,10 @@ def pool(
     options: CalibrationOptions,
     refuse: Callable[[ClientId, ValueError], None],
 ) -> ClassStatistics:
-    """The clients' pooled statistics of the features that ``head`` reads; calls ``refuse`` for unusable uploads."""
+    """The clients' pooled statistics of the features that ``head`` reads.
+
+    Calls ``refuse`` for unusable uploads.
+    """
     diagonal = options.covariance == "diagonal"
     pooled = ClassStatistics(head.out_features, head.in_features, diagonal=diagonal, compat=options.ccvr_compat)
     for upload in uploads:
@@ -285,7 +288,10 @@ def virtual_features(
 
 
 def _root(covariance: Tensor, jitter: float) -> Tensor:
-    """R with R R^T = covariance + jitter I; for variances, the elementwise square root."""
+    """R with R R^T = covariance + jitter I.
+
+    For variances, the elementwise square root.
+    """
     if covariance.dim() == 1:
         return (covariance + jitter).clamp_min(0).sqrt()
     raised = covariance + jitter * torch.eye(len(covariance), dtype=covariance.dtype)

@@ -58,7 +58,9 @@ def with_undefined(
 
 
 def worst_client(each: Mapping[int, Mapping[str, float]], sets: Mapping[int, Any]) -> tuple[int, str] | None:
-    """The client with the smallest main figure and that figure's name; by the loss where there is no main figure.
+    """The client with the smallest main figure and that figure's name.
+
+    By the loss where there is no main figure.
 
     Among equals the client with the largest loss.  None for fewer than two clients with the figure; NaN is no figure.
     """

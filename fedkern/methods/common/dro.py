@@ -263,7 +263,10 @@ class Robust(LocalTraining):
         return batch.task.loss(model, batch)
 
     def scaled(self, loss: Tensor, received: Received) -> Tensor:
-        """The local loss times the client's factor; unchanged unless the weights act on local losses."""
+        """The local loss times the client's factor.
+
+        Unchanged unless the weights act on local losses.
+        """
         factor = float(received.message.get("scale", 1.0))
         return loss if factor == 1 else loss * factor
 

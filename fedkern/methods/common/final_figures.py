@@ -29,7 +29,9 @@ class FinalFigures:
 
 
 def final_figures(sets: Mapping[str, Any], classes: Sequence[str]) -> FinalFigures:
-    """The figures that follow from what the last evaluation kept (``TestSet.kept``); no network is asked again.
+    """The figures that follow from what the last evaluation kept (``TestSet.kept``).
+
+    No network is asked again.
 
     A set has none of them if it is of image-text pairs, or if the method's own ``evaluate`` kept no :func:`answers`.
     """
@@ -59,7 +61,10 @@ def set_name(prefix: str) -> str:
 
 
 def unique_names(classes: Sequence[str]) -> list[str]:
-    """Names of the classes; each begins with its number where two classes have the same name."""
+    """Names of the classes.
+
+    Each begins with its number where two classes have the same name.
+    """
     if len(set(classes)) == len(classes):
         return list(classes)
     return [f"{number} {name}" for number, name in enumerate(classes)]

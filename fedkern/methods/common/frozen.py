@@ -17,7 +17,9 @@ from fedkern.models.transfer import send
 
 @torch.no_grad()
 def cached_rows(name: str, batch: Batch, received: Received, compute: Callable[[], Tensor]) -> Tensor:
-    """``compute()`` without gradients, cached over the epochs of the exchange; one row per sample of the batch.
+    """``compute()`` without gradients, cached over the epochs of the exchange.
+
+    One row per sample of the batch.
 
     If images are not augmented, ``compute`` runs in the first epoch only, and later epochs read the cached rows.  So
     ``compute`` must be a frozen function of each sample, where batch norm of the received network reads running

@@ -112,7 +112,10 @@ class OneShot(FedAvg):
     # -- the calibrated model: the averaged network, unless a method overrides these -------------------------------
 
     def publish(self, server: Server) -> Message | dict[ClientId, Message]:
-        """The message from which clients compute the features for their statistics; one for all, or one per client."""
+        """The message from which clients compute the features for their statistics.
+
+        One for all, or one per client.
+        """
         return vectors_of(server.state)
 
     def published(self, client: Client, message: Message) -> Any:
@@ -168,7 +171,10 @@ class MemberNetworks(OwnNetworks, OneShot):
         return bool(self.options.class_weights == "counts")
 
     def member_weights(self, server: Server) -> Tensor | None:
-        """The members' class counts ``[M, C]``, which are their weights in an ensemble; None where all weigh alike."""
+        """The members' class counts ``[M, C]``, which are their weights in an ensemble.
+
+        None where all weigh alike.
+        """
         if not self.by_class:
             return None
         members = server.state["members"]

@@ -48,7 +48,10 @@ def parse_models(text: str) -> Architectures:
 
 
 def architecture(architectures: Architectures, client: int) -> dict[str, Any]:
-    """Arguments of ``build`` and ``network`` for a client's network; empty for the run's own network."""
+    """Arguments of ``build`` and ``network`` for a client's network.
+
+    Empty for the run's own network.
+    """
     entry = architectures[client % len(architectures)]
     return {} if entry is None else {"model": entry[0], "width": entry[1]}
 
@@ -107,7 +110,10 @@ class Members:
         return self._build(**architecture(self.architectures, client))
 
     def check(self) -> None:
-        """Builds every architecture once; raises UserError where one does not fit the images."""
+        """Builds every architecture once.
+
+        Raises UserError where one does not fit the images.
+        """
         for client in range(len(self.architectures)):
             self.build(client)
 

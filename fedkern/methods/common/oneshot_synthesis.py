@@ -74,7 +74,10 @@ class BatchNormStatistics:
         self._terms.append(torch.linalg.vector_norm(var - layer.running_var))
 
     def take(self) -> Tensor | float:
-        """The distance summed over all forward passes since the last call; 0 without batch norms."""
+        """The distance summed over all forward passes since the last call.
+
+        0 without batch norms.
+        """
         terms, self._terms = self._terms, []
         return torch.stack(terms).sum() / len(self._networks) if terms else 0.0
 
@@ -181,7 +184,10 @@ def refuse_diverged(student: nn.Module) -> None:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Context in which a network is in eval mode without parameter gradients; leaving it restores both."""
+    """Context in which a network is in eval mode without parameter gradients.
+
+    Leaving it restores both.
+    """
     training, needed = network.training, [p.requires_grad for p in network.parameters()]
     network.eval().requires_grad_(False)
     try:

@@ -30,7 +30,10 @@ def keep_network(client: Client, key: str, network: nn.Module) -> None:
 
 
 def with_vectors(network: nn.Module, message: Message, client: Client) -> FlatParameters:
-    """Writes a message's vectors, and what the client keeps to itself, into a network; returns it as flat vectors."""
+    """Writes a message's vectors, and what the client keeps to itself, into a network.
+
+    Returns it as flat vectors.
+    """
     flat = personal.flatten(network)
     flat.load_vectors(message)
     personal.write(personal.tensors(inner(network)), client.personal)

@@ -19,7 +19,9 @@ def guarantee(method: Method, server: Server, records: str | None) -> Guarantee 
 def privacy_figures(
     bound: Guarantee | None, state_of: Callable[[int], Mapping[str, Any]], clients: int
 ) -> dict[str, Any]:
-    """The ``privacy`` entry of summary.json; empty where the run has no guarantee.
+    """The ``privacy`` entry of summary.json.
+
+    Empty where the run has no guarantee.
 
     Args:
         state_of: a client's state, by the client's id.

@@ -51,7 +51,10 @@ def agreement(logits: Tensor) -> Tensor:
 
 
 def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
-    """The table with a row for every client; the rows of clients that did not answer are NaN."""
+    """The table with a row for every client.
+
+    The rows of clients that did not answer are NaN.
+    """
     rows = table.new_full((count, table.shape[1]), float("nan"))
     rows[ids] = table
     return rows

@@ -185,7 +185,10 @@ class Answers:
         return images.detach().to(client.device, memory_format=torch.channels_last, copy=True)
 
     def _count(self, row: int, values: Tensor, slots: Sequence[int]) -> None:
-        """Adds the values ``[K]`` of the clients in ``slots`` to a figure's sums; other clients' values are ignored."""
+        """Adds the values ``[K]`` of the clients in ``slots`` to a figure's sums.
+
+        Other clients' values are ignored.
+        """
         if len(slots) == len(self.clients):
             self._seen[row] += values
         else:

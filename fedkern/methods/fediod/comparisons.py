@@ -37,7 +37,10 @@ class Panel:
         return len(self._data)
 
     def batches(self) -> Iterator[Batch]:
-        """The test set's batches; keeps the teachers' logits for the next pass."""
+        """The test set's batches.
+
+        Keeps the teachers' logits for the next pass.
+        """
         cache, size = self._cache if self._full else None, 0
         fresh: list[Tensor] = []
         for i, batch in enumerate(self._data.batches()):

@@ -120,7 +120,9 @@ class Discriminators:
         return client.batch(chosen, augmentation).inputs
 
     def train(self, fake: Tensor, real: dict[int, Tensor], lr: float) -> Tensor | None:
-        """One step of the discriminators that have real images (by slot); all share the fake ones ``[B, C, H, W]``.
+        """One step of the discriminators that have real images (by slot).
+
+        All share the fake ones ``[B, C, H, W]``.
 
         Returns:
             Losses ``[K]``, 0 for discriminators without real images; None where ``real`` is empty.

@@ -42,7 +42,9 @@ class Held:
 
 
 def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the samples that train the teacher, and of the held-out samples; at least one sample trains.
+    """Positions of the samples that train the teacher, and of the held-out samples.
+
+    At least one sample trains.
 
     Samples of one group (patient, case or image) stay on one side.  The hold-out takes whole groups: as many as fit
     into ``share`` of the samples, but at least one group where the share comes to a sample or more.
@@ -84,7 +86,10 @@ def make_teacher(method: Any, client: Client, architectures: Architectures, opti
 
 
 def _fit(method: Any, client: Client, module: nn.Module, rows: np.ndarray, test_set: Held, options: Any) -> None:
-    """Trains ``module`` in place by the engine's loop; with ``select=best`` restores the weights of the best epoch."""
+    """Trains ``module`` in place by the engine's loop.
+
+    With ``select=best`` restores the weights of the best epoch.
+    """
     best: list[Any] = [-1.0, None]
 
     @torch.no_grad()

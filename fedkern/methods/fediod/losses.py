@@ -59,7 +59,10 @@ def importance(by_class: Tensor, scores: Tensor | None) -> Tensor:
 
 
 def normalised(weights: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Weights ``[K, B or 1, C]`` over their sum over the clients; 1/K where ``mask`` [K, C] leaves a sum of 0."""
+    """Weights ``[K, B or 1, C]`` over their sum over the clients.
+
+    1/K where ``mask`` [K, C] leaves a sum of 0.
+    """
     if mask is not None:
         weights = weights * mask[:, None]
     total = weights.sum(0, keepdim=True)
@@ -105,7 +108,9 @@ def distillation(student: Tensor, logits: Tensor, weights: Tensor, mask: Tensor 
 
 
 def diversity(logits: Tensor, pi: Tensor, kind: str) -> Tensor:
-    """Diversity of the teachers' answers, in nats; ``pi`` ``[K]`` are the clients' weights.
+    """Diversity of the teachers' answers, in nats.
+
+    ``pi`` ``[K]`` are the clients' weights.
 
     ``reverse_kl`` is the released code's: ``mean_k sum_c m_c log(m_c / p_kc)`` with probabilities p and their
     unweighted mean m, both clamped after the mean is taken.  Clamped rows do not sum to one, so the value can be

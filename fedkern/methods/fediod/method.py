@@ -240,7 +240,10 @@ class FedIOD(Objective, OwnNetworks):
     # -- the clients -----------------------------------------------------------------------------------------------
 
     def untrained(self, client: Client) -> np.ndarray:
-        """The hold-out of the client's teacher; the client's discriminators do train on these images."""
+        """The hold-out of the client's teacher.
+
+        The client's discriminators do train on these images.
+        """
         return split(client, self.settings.holdout)[1]
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:

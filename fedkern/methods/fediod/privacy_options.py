@@ -157,7 +157,9 @@ def claims(options: Any) -> bool:
 
 
 def guarantee(options: Any, unit: Unit = IMAGE) -> Guarantee | None:
-    """Guarantee of a run: which of a client's releases epsilon covers and which not; None where nothing is private.
+    """Guarantee of a run: which of a client's releases epsilon covers and which not.
+
+    None where nothing is private.
 
     ``teacher_dp`` covers everything that is computed from the teachers.  ``sigma_t`` covers only the gradients that a
     client computes through its own teacher.  That teacher's logits carry no noise, and they also change the gradients

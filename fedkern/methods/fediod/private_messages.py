@@ -84,7 +84,10 @@ def prepare(server: Server, options: Any) -> None:
 
 
 def _beside(options: Any, sigma: float, steps: int, unit: Unit) -> Accountant:
-    """Books a client's noised releases of a whole run, all but a private teacher's; ``steps`` are generator steps."""
+    """Books a client's noised releases of a whole run, all but a private teacher's.
+
+    ``steps`` are generator steps.
+    """
     accountant = Accountant()
     if asks_discriminators(options) and sigma:
         accountant.gaussian(DISCRIMINATOR, multiplier(sigma, options.batch), shards=options.shards, steps=steps)
@@ -106,14 +109,20 @@ def _beside_teachers(options: Any) -> bool:
 
 
 def _part(options: Any, share: float) -> tuple[float, float]:
-    """The target (epsilon, delta); beside private teachers ``share`` of epsilon and half of delta."""
+    """The target (epsilon, delta).
+
+    Beside private teachers ``share`` of epsilon and half of delta.
+    """
     if options.teacher_dp and _beside_teachers(options):
         return share * options.epsilon, options.delta / 2
     return options.epsilon, options.delta
 
 
 def planned_steps(federation: Federation, options: Any) -> int:
-    """Generator steps of the whole run; each step asks every client for its gradient once."""
+    """Generator steps of the whole run.
+
+    Each step asks every client for its gradient once.
+    """
     return federation.rounds * iterations(federation, options)
 
 
@@ -123,7 +132,10 @@ def iterations(federation: Federation, options: Any) -> int:
 
 
 def multiplier(sigma: float, rows: int) -> float:
-    """Noise over sensitivity of ``rows`` rows clipped to C, with noise ``sigma`` C; one record may change all rows."""
+    """Noise over sensitivity of ``rows`` rows clipped to C, with noise ``sigma`` C.
+
+    One record may change all rows.
+    """
     return sigma / (2 * math.sqrt(rows))
 
 
@@ -131,7 +143,10 @@ def multiplier(sigma: float, rows: int) -> float:
 
 
 def terms(server: Server) -> dict[str, float]:
-    """Noise terms that every client needs before its first step; sent once, as ``"privacy"``."""
+    """Noise terms that every client needs before its first step.
+
+    Sent once, as ``"privacy"``.
+    """
     return dict(server.state.get("privacy", {}))
 
 
@@ -147,7 +162,9 @@ def draws_secrets(options: Any) -> bool:
 
 
 def secret(client: Client, options: Any) -> str:
-    """The client's secret, which is mixed into its private streams: hexadecimal digits; "" where the seed is used.
+    """The client's secret, which is mixed into its private streams: hexadecimal digits.
+
+    "" where the seed is used.
 
     Drawn at the first call and kept in the client's state, so that a resumed run has the same secret.  The secret must
     not appear in any message, report or error.
@@ -203,7 +220,10 @@ def batches(samples: int, options: Any) -> int:
 
 
 def trainings(client: Client, options: Any) -> int:
-    """Number of iterations in which the client trains a discriminator; these are the first ones of a round."""
+    """Number of iterations in which the client trains a discriminator.
+
+    These are the first ones of a round.
+    """
     count = batches(client.declared, options)
     return min(options.iterations or count, count)
 

@@ -61,7 +61,10 @@ def moments(optimiser: SGD | Adam, vector: Tensor) -> dict[str, Tensor]:
 
 
 def restore(optimiser: SGD | Adam, vector: Tensor, state: Mapping[str, Tensor] | None) -> None:
-    """Gives an optimiser the state that :func:`moments` returned; None changes nothing."""
+    """Gives an optimiser the state that :func:`moments` returned.
+
+    None changes nothing.
+    """
     device = vector.device
     for name, value in (state or {}).items():  # on CUDA a fused Adam needs its step count there too
         place = torch.device("cpu") if name == "step" and device.type != "cuda" else device
@@ -154,7 +157,10 @@ class Workshop:
         return self.iteration >= self.first
 
     def generate(self, draw: torch.Generator) -> Tensor:
-        """Images for the discriminators and the generator, as they are sent; their graph stays in ``x``."""
+        """Images for the discriminators and the generator, as they are sent.
+
+        Their graph stays in ``x``.
+        """
         z = send(torch.randn(self.options.batch, self.options.nz, generator=draw), self.server.device)
         with torch.enable_grad():
             x = self.generator(z)
@@ -166,7 +172,10 @@ class Workshop:
 
     @property
     def maker(self) -> Any:
-        """The generator that makes the student's images; None where there is none."""
+        """The generator that makes the student's images.
+
+        None where there is none.
+        """
         return None if not self.generates else self.generator if self._average is None else self._average.module
 
     @torch.no_grad()

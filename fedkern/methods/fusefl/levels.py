@@ -52,7 +52,9 @@ class LocalPart(nn.Module):
         self._known = torch.zeros(samples, dtype=torch.bool)
 
     def inputs(self, batch: Batch) -> Tensor:
-        """The frozen levels' joined results on a batch, without autograd; the images at level 1.
+        """The frozen levels' joined results on a batch, without autograd.
+
+        The images at level 1.
 
         Unless images are augmented or ``batchwise`` is set, the results of each sample are computed once and cached,
         channels-last, up to ``CACHE_BYTES``.

@@ -118,7 +118,10 @@ class FuseFL(Objective, Method):
         server.state.update({"widths": widths, "levels": {}, "heads": {}, "seen": {}})
 
     def _widths(self, networks: Sequence[nn.Module], clients: int) -> list[int]:
-        """The width of every kind of network; 0 for a user's network, which has no other width than its own."""
+        """The width of every kind of network.
+
+        0 for a user's network, which has no other width than its own.
+        """
         scale = [getattr(network, "scales", True) for network in networks]
         if self.options.width != "auto" and not all(scale):
             raise UserError(
@@ -150,7 +153,10 @@ class FuseFL(Objective, Method):
             raise UserError(f'Method option "cuts" must be numbers with commas between, not "{text}".') from None
 
     def _models(self) -> list[str | None]:
-        """Names of the clients' networks in turn; None is the run's own network."""
+        """Names of the clients' networks in turn.
+
+        None is the run's own network.
+        """
         if not self.options.models:
             return [None]
         names = [name.strip() for name in self.options.models.split(",")]
@@ -161,7 +167,9 @@ class FuseFL(Objective, Method):
         return list(names)
 
     def network(self, place: Client | Server, client: ClientId, widths: list[int]) -> BlockNetwork:
-        """The network of ``client`` in blocks, freshly initialised; the same at the server and at every client.
+        """The network of ``client`` in blocks, freshly initialised.
+
+        The same at the server and at every client.
 
         Override this method to use blocks of your own.  All clients' networks need the same number of blocks and, block
         by block, results of the same shape.
@@ -174,7 +182,9 @@ class FuseFL(Objective, Method):
     # -- what travels ----------------------------------------------------------------------------------------------
 
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
-        """Sends every client the other clients' (adaptor, block) pairs of the level before; it has kept its own.
+        """Sends every client the other clients' (adaptor, block) pairs of the level before.
+
+        It has kept its own.
 
         A client that missed a level (``--on-nan skip``) gets all levels since its last upload.
         """
@@ -324,7 +334,10 @@ class FuseFL(Objective, Method):
     # -- the fused model -------------------------------------------------------------------------------------------
 
     def model(self, server: Server) -> nn.Module | None:
-        """The fused network once its last level is there; None before, when there is no common model."""
+        """The fused network once its last level is there.
+
+        None before, when there is no common model.
+        """
         state = server.state
         if len(state["levels"]) < self._levels():
             return None

@@ -257,7 +257,10 @@ class Accumulator:
             self._count, self._weight, self._dtype = count, weight, dtype
 
     def _check_state(self, state: Mapping[str, Any]) -> tuple[int, float, torch.dtype | None]:
-        """Returns count, weight and dtype of a valid state; raises as :meth:`load_state_dict` does."""
+        """Returns count, weight and dtype of a valid state.
+
+        Raises as :meth:`load_state_dict` does.
+        """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a dict made by state_dict(), not {type(state).__name__}")
         numbers = ("size", "exact", "count", "weight", "dtype")
@@ -313,7 +316,10 @@ class Accumulator:
 
 
 def _whole(state: Mapping[str, Any], name: str) -> int:
-    """Returns the entry ``name`` as a whole number; a tensor of one element is accepted too."""
+    """Returns the entry ``name`` as a whole number.
+
+    A tensor of one element is accepted too.
+    """
     value = state[name]
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point() and not value.is_complex():
         value = value.item()

@@ -21,7 +21,10 @@ Weights = Sequence[float] | Tensor
 
 
 def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
-    """Checks the vectors; returns one tensor with their dtype, device and last dimension P, and M."""
+    """Checks the vectors.
+
+    Returns one tensor with their dtype, device and last dimension P, and M.
+    """
     if isinstance(vectors, Tensor):
         check_floating(vectors, "vectors")
         if vectors.dim() != 2 or not vectors.shape[0]:
@@ -90,7 +93,10 @@ def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> N
 
 
 def check_weight(value: float | Tensor, name: str) -> float:
-    """Returns one weight as a float; negative and non-finite ones raise ValueError."""
+    """Returns one weight as a float.
+
+    Negative and non-finite ones raise ValueError.
+    """
     value = real(value, name)
     if not 0 <= value < math.inf:  # comparisons: torch.compile traces them where a float is symbolic
         raise ValueError(f"{name} must be finite and not negative, not {value}")
@@ -139,7 +145,10 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
 
 
 def _constant(value: object, name: str) -> float:
-    """Returns ``value`` as a float; raises ValueError for a tensor that asks for a gradient."""
+    """Returns ``value`` as a float.
+
+    Raises ValueError for a tensor that asks for a gradient.
+    """
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} asks for a gradient, which numbers in a list do not get; give weights as one tensor")
     return real(value, name)
@@ -202,7 +211,10 @@ def eager(vectors: Vectors, *others: object) -> bool:
 
 
 def as_tensor(weights: Tensor | Sequence[float], first: Tensor, count: int) -> Tensor:
-    """The weights as a tensor; numbers are checked and go to the device of ``first``."""
+    """The weights as a tensor.
+
+    Numbers are checked and go to the device of ``first``.
+    """
     if isinstance(weights, Tensor):
         return weights
     values, _ = check_weights(weights, count)

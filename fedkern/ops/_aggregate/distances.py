@@ -201,7 +201,9 @@ def _krum(kernel: PlainAggregate, vectors: Vectors, byzantine: int, keep: int) -
 
 
 def _shares(scores: Tensor, keep: int) -> Tensor:
-    """1 for the vectors that Krum keeps, 0 for the others; all NaN where a kept score is infinite.
+    """1 for the vectors that Krum keeps, 0 for the others.
+
+    All NaN where a kept score is infinite.
 
     The host reads nothing: on a GPU it would wait, and end the capture of a CUDA graph.
     """
@@ -211,7 +213,10 @@ def _shares(scores: Tensor, keep: int) -> Tensor:
 
 
 def _scores(squared: Tensor, byzantine: int) -> Tensor:
-    """Krum's scores; distances that are not finite count as infinite, in ``squared`` itself."""
+    """Krum's scores.
+
+    Distances that are not finite count as infinite, in ``squared`` itself.
+    """
     return krum_scores_reference(squared.nan_to_num_(nan=math.inf, posinf=math.inf), byzantine)
 
 

@@ -39,7 +39,9 @@ class PlainAggregate:
     host = False  # it serves any device
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
-        """``sum_m w_m x_m / sum_m w_m``, m ascending; a vector of weight zero is skipped.
+        """``sum_m w_m x_m / sum_m w_m``, m ascending.
+
+        A vector of weight zero is skipped.
 
         ``out`` is that of :func:`fedkern.ops.weighted_mean`: it may have any stride and overlap the vectors.  The sums
         are rounded once, to its dtype.  Weights of sum zero give NaN.
@@ -73,7 +75,9 @@ class PlainAggregate:
         return target
 
     def server_step(self, call: ServerCall) -> tuple[Tensor, Tensor, Tensor]:
-        """One round of a server optimiser, in one pass over the vectors; ``out`` may be ``global_``.
+        """One round of a server optimiser, in one pass over the vectors.
+
+        ``out`` may be ``global_``.
 
         Returns:
             ``out`` or a new model of the vectors' dtype, the M norms of the deltas in fp64, and their M cosines to the
@@ -95,7 +99,10 @@ class PlainAggregate:
         return robust.weighted_median_reference(vectors, weights)
 
     def squared_distances(self, vectors: Vectors) -> Tensor:
-        """fp64 ``[M, M]``: sums of squared differences (subtracted first); exactly symmetric, diagonal 0."""
+        """fp64 ``[M, M]``: sums of squared differences (subtracted first).
+
+        Exactly symmetric, diagonal 0.
+        """
         return robust.squared_distances_reference(vectors)
 
     def distances(self, vectors: Vectors) -> Tensor:
@@ -103,7 +110,10 @@ class PlainAggregate:
         return self.squared_distances(vectors).sqrt_()
 
     def squared_distances_to(self, vectors: Vectors, point: Tensor | None) -> Tensor:
-        """fp64 ``[M]``: the squared distances to ``point``, fp64 ``[P]`` of unit stride; None: to 0."""
+        """fp64 ``[M]``: the squared distances to ``point``, fp64 ``[P]`` of unit stride.
+
+        None: to 0.
+        """
         if point is None:
             point = torch.zeros_like(vectors[0], dtype=torch.float64)
         return robust.squared_distances_to_reference(vectors, point)

@@ -48,7 +48,10 @@ def pieces(size: int) -> Iterator[slice]:
 
 
 def add_reference(total: Tensor, vector: Tensor, weight: float) -> None:
-    """``total += weight * vector`` in fp64; product and sum are each rounded."""
+    """``total += weight * vector`` in fp64.
+
+    Product and sum are each rounded.
+    """
     for piece in pieces(len(total)):
         total[piece].add_(vector[piece].to(torch.float64, copy=True).mul_(weight))
 

@@ -173,7 +173,10 @@ def server_step_reference(call: ServerCall, out: Tensor) -> tuple[Tensor, Tensor
 
 
 def _update(mean: Tensor, rule: ServerRule, first: Tensor | None, second: Tensor | None) -> Tensor:
-    """Returns the change of the global model; updates the states in place."""
+    """Returns the change of the global model.
+
+    Updates the states in place.
+    """
     name = RULES[rule.rule]
     if first is None:
         return rule.learning_rate * mean

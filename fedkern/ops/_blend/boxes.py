@@ -94,7 +94,10 @@ def _make_fill(fill: float, sign: float, dtype: torch.dtype, channels: int) -> T
 
 
 def _constant(fill: float, images: Tensor) -> Tensor:
-    """The fill as ``[1, C]``, cached on the CPU; the sign is a key of its own, since 0.0 and -0.0 are equal keys."""
+    """The fill as ``[1, C]``, cached on the CPU.
+
+    The sign is a key of its own, since 0.0 and -0.0 are equal keys.
+    """
     channels = images.shape[1]
     if images.is_cpu:
         return _make_fill(fill, math.copysign(1.0, fill), images.dtype, channels)
@@ -192,7 +195,10 @@ class _FillBoxes(EagerFunction):
 
 
 def _run(kernel: BoxesKernels | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
-    """An ordinary call's result, from its kernel; None: from what serves other calls."""
+    """An ordinary call's result, from its kernel.
+
+    None: from what serves other calls.
+    """
     if kernel is None:
         return _implementation(images, boxes, fill, keep)
     out = torch.empty_like(images)

@@ -104,7 +104,10 @@ class BlendKernels(_Launcher):
     """
 
     def forward(self, foreground: Tensor, background: Tensor, call: BlendCall) -> Tensor:
-        """Returns the result, with :func:`output_strides` of the foreground; both maps have one dtype."""
+        """Returns the result, with :func:`output_strides` of the foreground.
+
+        Both maps have one dtype.
+        """
         alpha, value, index, _ = call
         if alpha is not None:
             alpha = self.wide(alpha)

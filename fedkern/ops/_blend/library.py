@@ -73,7 +73,10 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _fold_index(index: Tensor, axis: int | None, count: int, rows: int) -> Tensor:
-    """Indices into ``count`` backgrounds of ``rows`` rows in sequence; an index out of range stays out of range."""
+    """Indices into ``count`` backgrounds of ``rows`` rows in sequence.
+
+    An index out of range stays out of range.
+    """
     mapped = library.mapped_first(index, axis, count)
     shifted = mapped + rows * torch.arange(count, device=index.device)[:, None]
     return torch.where((mapped < 0) | (mapped >= rows), count * rows, shifted).flatten()

@@ -83,7 +83,10 @@ class CpuContrast(Launcher):
     def scaled(
         self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
-        """``gradients`` times ``grad``, one for each of ``inputs`` and in its dtype; ``gradients`` stay unchanged."""
+        """``gradients`` times ``grad``, one for each of ``inputs`` and in its dtype.
+
+        ``gradients`` stay unchanged.
+        """
         factor = grad.item()
         if factor != 1.0:
             gradients = [None if g is None else g * factor for g in gradients]

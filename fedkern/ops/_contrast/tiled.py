@@ -110,7 +110,10 @@ class TiledContrast:
         return loss, sums
 
     def _gradients(self, pairs: Pairs, sums: Tensor, needs: Sequence[bool], memory: Tensor, ready: bool) -> Gradients:
-        """The gradients; ``ready``: ``memory`` already holds all similarities."""
+        """The gradients.
+
+        ``ready``: ``memory`` already holds all similarities.
+        """
         x, y, temperature, _ = pairs
         to_x = torch.empty_like(x) if needs[0] or needs[2] else None
         to_y = torch.zeros_like(y) if needs[1] else None

@@ -71,7 +71,10 @@ def join_kernel(
     tops, totals, partners, sums, losses, learnt, temperature, count, blocks,
     COMPUTE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """Joins the pieces of each line (row or column); writes its loss: log-sum-exp minus the partner's similarity."""
+    """Joins the pieces of each line (row or column).
+
+    Writes its loss: log-sum-exp minus the partner's similarity.
+    """
     scale = scale_of(learnt, temperature, COMPUTE)
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     mask = line < 2 * count

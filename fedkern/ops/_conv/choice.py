@@ -14,7 +14,10 @@ _autocast = torch.is_autocast_enabled
 
 
 def chosen(operator: str, *arguments: Any) -> Any | None:
-    """The kernel that serves an ordinary call; None where there is none. Never raises."""
+    """The kernel that serves an ordinary call.
+
+    None where there is none. Never raises.
+    """
     try:
         kernel = ready(operator, *arguments)
         if kernel is None and not intercepted() and settle(operator, "cpu"):

@@ -72,7 +72,9 @@ class ConvKernels(Launcher):
         self._forward, self._backward, self._channels = core.conv_forward, core.conv_backward, core.conv_channels
 
     def forward(self, inputs: Inputs, settings: Settings, keep: bool) -> tuple[Tensor, Kept]:
-        """The result and what the backward pass reads; without ``keep`` only the last of that.
+        """The result and what the backward pass reads.
+
+        Without ``keep`` only the last of that.
 
         Writes the running statistics where the settings say so.
 

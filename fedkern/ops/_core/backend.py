@@ -274,7 +274,9 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def trust_fork() -> None:
-    """Lets the CPU core use threads in this forked process; its parent must never have used OpenMP threads.
+    """Lets the CPU core use threads in this forked process.
+
+    Its parent must never have used OpenMP threads.
 
     Without this call the core computes on one thread in a forked process: OpenMP threads do not survive a fork, and a
     parallel region would wait for them.  torch's own operators do wait, and hang, so a fork also sets torch to one
@@ -381,7 +383,9 @@ def eager(*tensors: Tensor) -> bool:
 
 
 def ready(operator: str, *arguments: Any) -> Any | None:
-    """The launcher of a compiled core that serves an ordinary call, found in few steps; None: the general path decides.
+    """The launcher of a compiled core that serves an ordinary call, found in few steps.
+
+    None: the general path decides.
 
     A call is ordinary where nothing intercepts it, a core serves the operator, and the check that :func:`serve` named
     finds nothing unusual about ``arguments``.  On small tensors the general path takes longer than a kernel.
@@ -393,7 +397,9 @@ def ready(operator: str, *arguments: Any) -> Any | None:
 
 
 def settle(operator: str, device: str) -> bool:
-    """Makes the choice that :func:`ready` looks up, where none was made yet; returns whether it did.
+    """Makes the choice that :func:`ready` looks up, where none was made yet.
+
+    Returns whether it did.
 
     Raises:
         RuntimeError: a backend was forced and cannot serve tensors on ``device``.
@@ -443,7 +449,10 @@ def _load(operator: str, backend: str) -> Any:
 
 
 def _candidates(device: str) -> tuple[str, ...]:
-    """The backends to try, in order, where none is forced; Triton's interpreter serves only where it is forced."""
+    """The backends to try, in order, where none is forced.
+
+    Triton's interpreter serves only where it is forced.
+    """
     if device == "cuda":
         return ("cuda",) if interpreted() or devices.only_forced("triton") else ("cuda", "triton")
     return ("cpu",) if device == "cpu" else ()
@@ -476,7 +485,10 @@ def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
 
 
 def _first(operator: str, device: str) -> tuple[str | None, tuple[Any, frozenset[torch.dtype]]]:
-    """The first backend that can serve, its kernel and the dtypes that it takes; None, None and none: the reference."""
+    """The first backend that can serve, its kernel and the dtypes that it takes.
+
+    None, None and none: the reference.
+    """
     for name in _candidates(device):
         kernel = _kernels.get(operator, {}).get(name)
         if kernel is None or device not in kernel.devices:

@@ -30,7 +30,10 @@ def shown(value: object) -> str:
 
 
 def python_number(value: Any) -> Any:
-    """``value`` as Python's own number where it is another real one, such as NumPy's; anything else as it is."""
+    """``value`` as Python's own number where it is another real one, such as NumPy's.
+
+    Anything else as it is.
+    """
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, Integral):
@@ -135,7 +138,10 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def check_tensor(tensor: Any, name: str, kind: str = "a tensor") -> None:
-    """Raises TypeError unless ``tensor`` is a dense tensor; ``kind`` says of what, for the message."""
+    """Raises TypeError unless ``tensor`` is a dense tensor.
+
+    ``kind`` says of what, for the message.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be {kind}, but got {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
@@ -179,7 +185,10 @@ class _Memory:
 
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether any element of ``one`` overlaps any element of ``other`` in memory; exact for all strides."""
+    """Whether any element of ``one`` overlaps any element of ``other`` in memory.
+
+    Exact for all strides.
+    """
     if not one.numel() or not other.numel() or one.device != other.device:
         return False
     (begin, end), (first, last) = _ends(one), _ends(other)

@@ -31,7 +31,10 @@ class Launcher:
         self.at: Callable[[Tensor], int] = _stream_of if self.gpu else _threads_of
 
     def fresh(self, tensor: Tensor) -> Tensor:
-        """``tensor``, just allocated and about to be written; large ones on the CPU in memory that is kept for them."""
+        """``tensor``, just allocated and about to be written.
+
+        Large ones on the CPU in memory that is kept for them.
+        """
         return tensor if self.gpu else fresh(self.core, tensor)
 
 
@@ -41,6 +44,9 @@ def _threads_of(tensor: Tensor) -> int:
 
 
 def _stream_of(tensor: Tensor) -> int:
-    """torch's current stream on the tensor's device; 0 for a CPU tensor (of an emulated core)."""
+    """torch's current stream on the tensor's device.
+
+    0 for a CPU tensor (of an emulated core).
+    """
     index = tensor.get_device()
     return raw_stream(index) if index >= 0 and raw_stream is not None else 0

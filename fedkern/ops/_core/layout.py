@@ -22,7 +22,10 @@ def dense_stride(x: Tensor) -> tuple[int, ...]:
 
 
 def plain_strides(x: Tensor) -> Tensor:
-    """``x`` with the strides of a new tensor; ``contiguous()`` leaves other ones along axes of size 1."""
+    """``x`` with the strides of a new tensor.
+
+    ``contiguous()`` leaves other ones along axes of size 1.
+    """
     return x.contiguous().flatten().view(x.shape)
 
 

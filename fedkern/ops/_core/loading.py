@@ -42,7 +42,10 @@ def tell(sentence: str) -> None:
 
 
 def elsewhere() -> str:
-    """The kind of this machine, where the compiled cores are not made for it; "" on Linux on x86-64."""
+    """The kind of this machine, where the compiled cores are not made for it.
+
+    "" on Linux on x86-64.
+    """
     system, machine = platform.system(), platform.machine()
     return "" if system == "Linux" and machine in {"x86_64", "AMD64"} else f"{system} on {machine}"
 
@@ -136,7 +139,9 @@ def _installed_core(name: str) -> ModuleType | None:
 
 
 def stale_cores() -> list[str]:
-    """Names of the cores that were not built from the ``csrc/`` beside the package; empty outside of a checkout.
+    """Names of the cores that were not built from the ``csrc/`` beside the package.
+
+    Empty outside of a checkout.
 
     Reads all of ``csrc/``, and is therefore not called on import.
     """
@@ -157,7 +162,9 @@ def stale_cores() -> list[str]:
 
 
 def source_hash(folder: Path, core: str, without: re.Pattern[str] | None = None) -> str:
-    """Returns the ``source_hash()`` of ``core`` (_cpu or _cuda) built from ``folder`` (csrc/); "" without that folder.
+    """Returns the ``source_hash()`` of ``core`` (_cpu or _cuda) built from ``folder`` (csrc/).
+
+    "" without that folder.
 
     Files whose path in ``folder`` matches ``without`` do not count.
     """

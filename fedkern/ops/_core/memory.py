@@ -61,7 +61,10 @@ class Cache:
         self._marks = True
 
     def storage(self, size: int) -> torch.UntypedStorage:
-        """Returns a storage of ``size`` bytes; its memory comes back when nothing refers to the storage any more."""
+        """Returns a storage of ``size`` bytes.
+
+        Its memory comes back when nothing refers to the storage any more.
+        """
         memory = self._take(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         view = np.frombuffer(memory, np.uint8, size)
         back = _Lent(view, self._returned.append)
@@ -121,7 +124,10 @@ def _map(size: int) -> mmap.mmap:
 
 
 def _advise(memory: mmap.mmap, name: str) -> bool:
-    """Passes the advice ``name`` to the system; returns whether the system took it, which is optional."""
+    """Passes the advice ``name`` to the system.
+
+    Returns whether the system took it, which is optional.
+    """
     advice = getattr(mmap, name, None)
     if advice is None:
         return False
@@ -179,7 +185,10 @@ def fresh(core: Any, tensor: Tensor) -> Tensor:
 
 
 def _moved(tensor: Tensor, bytes_: int) -> bool:
-    """Moves ``tensor`` into memory of the cache where possible; returns whether it did."""
+    """Moves ``tensor`` into memory of the cache where possible.
+
+    Returns whether it did.
+    """
     memory = cache()
     if bytes_ > memory.most or tensor.untyped_storage().nbytes() != bytes_:
         return False

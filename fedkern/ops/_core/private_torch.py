@@ -211,7 +211,10 @@ _POINTER = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 
 
 def _samples() -> list[Tensor]:
-    """Tensors to try the table on; none where a transform or a mode is active, which would make others."""
+    """Tensors to try the table on.
+
+    None where a transform or a mode is active, which would make others.
+    """
     if dispatch_modes() or functorch_active():
         return []
     with torch.inference_mode(False):

@@ -137,7 +137,9 @@ def _check_kind(weights: Any, stack: Tensor) -> Tensor:
 
 
 def _near_one(weights: Tensor) -> Tensor:
-    """fp64 ``weights [K, ...]`` over their largest of the K; others as they are.
+    """fp64 ``weights [K, ...]`` over their largest of the K.
+
+    Others as they are.
 
     Where the logits are fp32, weights are cast to fp32 before they are normalised.  A constant factor changes neither
     shares nor their derivatives.

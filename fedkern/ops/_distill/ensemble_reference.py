@@ -24,7 +24,10 @@ from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS
 
 
 def normalised_weights(weights: Tensor | None, class_mask: Tensor | None, teachers: Tensor) -> Tensor:
-    """Each teacher's share, per sample and class; 1/K where weights and mask leave no teacher."""
+    """Each teacher's share, per sample and class.
+
+    1/K where weights and mask leave no teacher.
+    """
     count, compute = teachers.shape[0], compute_dtype(teachers.dtype)
     if weights is None:
         weights = torch.ones(count, *[1] * (teachers.dim() - 1), dtype=compute, device=teachers.device)
@@ -60,7 +63,10 @@ def log_mixture(log_p: Tensor, share: Tensor) -> Tensor:
 
 
 def mixed_logits(logits: Tensor, share: Tensor) -> Tensor:
-    """Σ share · logits over the teachers; ``-inf`` where a teacher of positive share has ``-inf``."""
+    """Σ share · logits over the teachers.
+
+    ``-inf`` where a teacher of positive share has ``-inf``.
+    """
     counts = share > 0
     masked = (counts & (logits == -math.inf)).any(0)
     finite = torch.where((logits == -math.inf) | ~counts, 0, logits)
@@ -104,7 +110,10 @@ def _finite(student: Tensor, teachers: Tensor, share: Tensor, temperature: float
 
 
 def _flat_log_mixture(teachers: Tensor, share: Tensor, temperature: float) -> Tensor:
-    """T log Σ share · p over the teachers, up to a constant of the row; ``-inf`` as in :func:`log_mixture`."""
+    """T log Σ share · p over the teachers, up to a constant of the row.
+
+    ``-inf`` as in :func:`log_mixture`.
+    """
     over, count = flat_log_softmax(teachers, temperature, 2)
     over = over - temperature * (count / count.amax(0)).log()
     counts = (share > 0) & (over > -math.inf)

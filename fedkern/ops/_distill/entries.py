@@ -22,7 +22,10 @@ def _select(operator: str, *tensors: Tensor | None) -> DistillKernels | None:
 
 
 def select_at(temperature: float, operator: str, *tensors: Tensor | None) -> DistillKernels | None:
-    """The kernels that serve at this temperature; None: the reference does."""
+    """The kernels that serve at this temperature.
+
+    None: the reference does.
+    """
     kernel = None if is_flat(temperature) else _select(operator, *tensors)
     return None if kernel is not None and temperature == math.inf and not kernel.limits else kernel
 
@@ -65,7 +68,10 @@ ENTROPY = define(
 
 
 def _check_weights(weights: Tensor | None, dims: int) -> None:
-    """The public functions spread weights; short ones would mean something else to the reference."""
+    """The public functions spread weights.
+
+    Short ones would mean something else to the reference.
+    """
     if weights is not None and weights.dim() != dims:
         raise ValueError(f"weights must have {dims} axes, but have shape {list(weights.shape)}")
     check_values(weights)

@@ -186,7 +186,10 @@ class DistillKernels(Launcher):
         return result
 
     def divergence_statistics(self, call: Divergence) -> Tensor | None:
-        """Uninitialised memory for what divergence_forward keeps for divergence_backward; None: keeps nothing."""
+        """Uninitialised memory for what divergence_forward keeps for divergence_backward.
+
+        None: keeps nothing.
+        """
         if not self.keeps or call.temperature == math.inf:
             return None
         logits, dtype = call.teacher, compute_dtype(result_dtype(call.student, call.other, call.teacher))
@@ -196,7 +199,9 @@ class DistillKernels(Launcher):
     def divergence_backward(
         self, grads: Sequence[Tensor], call: Divergence, needs: Sequence[bool], statistics: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of student, other, teacher, weight, each in its own dtype; None where ``needs`` is false.
+        """Gradients of student, other, teacher, weight, each in its own dtype.
+
+        None where ``needs`` is false.
 
         ``statistics`` gives no gradient of the weight.
         """
@@ -268,7 +273,10 @@ class DistillKernels(Launcher):
     def ensemble_backward(
         self, grads: Sequence[Tensor], call: Ensemble, needs: Sequence[bool], statistics: Tensor | None = None
     ) -> Gradients:
-        """Gradients of student, teachers, weights (in the shape given); None where ``needs`` is false."""
+        """Gradients of student, teachers, weights (in the shape given).
+
+        None where ``needs`` is false.
+        """
         student, teachers, weights = call.student, call.teachers, call.weights
         dtype, by_class = result_dtype(student, None, teachers), _by_class(call)
         first, second = (*[grad.resolve_neg() for grad in grads], None)[:2]
@@ -338,14 +346,20 @@ class DistillKernels(Launcher):
         return torch.empty((numbers, batch, *positions), dtype=dtype, device="cpu").transpose(0, 1)
 
     def _result(self, logits: Tensor, batch: int, dtype: torch.dtype, reduction: int) -> Tensor:
-        """Memory for the rows' losses, or for their sum; ``batch`` is the axis of the batch."""
+        """Memory for the rows' losses, or for their sum.
+
+        ``batch`` is the axis of the batch.
+        """
         if reduction == NONE:
             shape = logits.shape[batch : batch + 1] + logits.shape[batch + 2 :]
             return _empty(shape, dtype=dtype, device=logits.device)
         return _empty((), dtype=dtype, device=logits.device) if self.gpu else _empty_like(_SCALARS[dtype])
 
     def _space(self, logits: Tensor) -> Tensor | None:
-        """CUDA: memory for sums between blocks; None where one block computes the call alone."""
+        """CUDA: memory for sums between blocks.
+
+        None where one block computes the call alone.
+        """
         classes = logits.shape[1]
         if classes <= _CLASSES and logits.numel() <= _ROWS * classes:
             return None

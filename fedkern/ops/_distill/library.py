@@ -211,7 +211,10 @@ def define(loss: Loss) -> Callable[..., Any]:
 
 
 def place(gradients: Sequence[Tensor | None], inputs: Sequence[Any], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Results of a gradient operator, in the inputs' layout; an empty tensor where no gradient is wanted."""
+    """Results of a gradient operator, in the inputs' layout.
+
+    An empty tensor where no gradient is wanted.
+    """
     device = next(t.device for t in inputs if t is not None)
     return tuple(
         torch.empty(0, device=device)
@@ -230,7 +233,10 @@ def reference_gradients(
     *,
     graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """The reference's gradients of the first ``len(needs)`` tensors; ``graph``: with a graph of their own."""
+    """The reference's gradients of the first ``len(needs)`` tensors.
+
+    ``graph``: with a graph of their own.
+    """
     inputs, others = list(tensors[: len(needs)]), tensors[len(needs) :]
     if not graph:
         inputs = [

@@ -94,7 +94,10 @@ def flat_log_softmax(x: Tensor, temperature: float, axis: int) -> tuple[Tensor, 
 
 
 def flat_divergence(over_p: Tensor, count_p: Tensor, q_logits: Tensor, temperature: float) -> Tensor:
-    """T² KL(P ‖ softmax(q_logits / T)) over axis 1, P as :func:`flat_log_softmax` gives it; terms as above."""
+    """T² KL(P ‖ softmax(q_logits / T)) over axis 1, P as :func:`flat_log_softmax` gives it.
+
+    Terms as above.
+    """
     over_q, count_q = flat_log_softmax(q_logits, temperature, 1)
     p, q = (over_p / temperature).exp() / count_p, (over_q / temperature).exp() / count_q
     masked = p == 0
@@ -147,7 +150,10 @@ def result_dtype(student: Tensor | None, other: Tensor | None, teacher: Tensor) 
 
 
 def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
-    """Weights and reduces row losses; a row of weight 0 contributes exactly 0, whatever it holds."""
+    """Weights and reduces row losses.
+
+    A row of weight 0 contributes exactly 0, whatever it holds.
+    """
     if weight is not None:
         rows = torch.where(weight == 0, 0, rows * weight)
     if reduction == NONE:

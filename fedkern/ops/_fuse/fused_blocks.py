@@ -166,7 +166,10 @@ class GroupedLinear(nn.Module):
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the tensors one after another along axis 0; numbers become a vector."""
+    """Return the tensors one after another along axis 0.
+
+    Numbers become a vector.
+    """
     return torch.cat([tensor.detach().reshape(tensor.shape or (1,)) for tensor in tensors])
 
 

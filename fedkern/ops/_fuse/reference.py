@@ -67,7 +67,10 @@ def fuse_mean_reference(
 def fuse_backward_reference(
     grad: Tensor, features: Sequence[Tensor] | None, out: Tensor | None, call: FuseCall, needs: FuseNeeds
 ) -> FuseGradients:
-    """The gradients, by operations that can be differentiated again; sums over batch and positions in fp64."""
+    """The gradients, by operations that can be differentiated again.
+
+    Sums over batch and positions in fp64.
+    """
     scale, shift, relu, mean, channels, _ = call
     need_features, need_scale, need_shift = needs
     wide = grad.to(compute_dtype(grad.dtype))

@@ -27,7 +27,10 @@ MAPS = 64
 
 @triton.jit
 def _places(program, inner, total, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Elements of a block: (index in the map, run, place in the run, mask); 32-bit division where runs are short."""
+    """Elements of a block: (index in the map, run, place in the run, mask).
+
+    32-bit division where runs are short.
+    """
     first = program.to(tl.int64) * BLOCK
     run = first // inner
     place = (first - run * inner).to(WIDE) + tl.arange(0, BLOCK)
@@ -69,7 +72,10 @@ def mean_map_kernel(
     COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, COUNT: tl.constexpr, MEMBERS: tl.constexpr,
     BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """A block of the mean over the maps, in ascending order; ``sum_before`` carries the sum from launch to launch."""
+    """A block of the mean over the maps, in ascending order.
+
+    ``sum_before`` carries the sum from launch to launch.
+    """
     inner = tl.cast(width, tl.int64) * step
     element, _, place, mask = _places(tl.program_id(0), inner, outer * inner, WIDE, BLOCK)
     member = tl.arange(0, MEMBERS)
@@ -114,7 +120,10 @@ def back_kernel(
     COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes each map's gradient; adjacent programs take different maps, so that a mean's gradient is read once."""
+    """Writes each map's gradient.
+
+    Adjacent programs take different maps, so that a mean's gradient is read once.
+    """
     m = tl.program_id(0) % count
     first, number = starts_of(firsts, 0, m, COUNT), starts_of(channels, 0, m, COUNT)
     inner = number * step

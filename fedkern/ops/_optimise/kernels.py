@@ -78,7 +78,9 @@ class OptimiseKernels(Launcher):
         self._finite, self._squared = (_empty((), dtype=kind, device="cpu") for kind in (torch.bool, torch.float64))
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Takes the step; returns which rows stayed finite (bool ``[M]``) and their squared norms (fp64 ``[M]``).
+        """Takes the step.
+
+        Returns which rows stayed finite (bool ``[M]``) and their squared norms (fp64 ``[M]``).
 
         Where the parameters are ``[P]``, the results have no axis.
         """

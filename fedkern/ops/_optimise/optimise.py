@@ -178,7 +178,10 @@ def adamw_step(
 
 
 def _numbers(betas: Any, step: int, eps: float) -> AdamW | None:
-    """AdamW's numbers for a step; None if ``betas`` must be checked first."""
+    """AdamW's numbers for a step.
+
+    None if ``betas`` must be checked first.
+    """
     if type(betas) is not tuple or len(betas) != 2:
         return None
     beta1, beta2 = betas

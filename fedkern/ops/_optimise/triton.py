@@ -57,7 +57,10 @@ class TritonOptimise:
 
 
 def _step(tensor: Tensor | None) -> int:
-    """Elements from row to row; 0 if there is no tensor."""
+    """Elements from row to row.
+
+    0 if there is no tensor.
+    """
     return 0 if tensor is None else tensor.stride(0)
 
 
@@ -120,7 +123,10 @@ def step_kernel(
     CLIP: tl.constexpr, ZERO: tl.constexpr,
     ANCHOR: tl.constexpr, CORRECTION: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of a row's step; also writes the gradient's sum of squares and whether all written values are finite."""
+    """A block of a row's step.
+
+    Also writes the gradient's sum of squares and whether all written values are finite.
+    """
     program = tl.program_id(0).to(tl.int64)
     row, place = program // chunks, (program % chunks) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size

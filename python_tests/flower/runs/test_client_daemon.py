@@ -243,7 +243,10 @@ def test_notices_reach_whoever_asks(ends):
 
 @pytest.mark.parametrize(("begun", "error"), [(False, client_daemon._Gone), (True, client_daemon.Lost)])
 def test_a_daemon_that_is_lost(ends, begun, error):
-    """Before it has taken the message another one may answer; afterwards only the server can ask again."""
+    """Before it has taken the message another one may answer.
+
+    Afterwards only the server can ask again.
+    """
     ours, replies, theirs, _ = ends
     if begun:
         client_daemon.send(theirs, {"begun": True})

@@ -83,7 +83,10 @@ def _stop():
 
 @pytest.mark.parametrize("source", ["folder", "folder without splits", "csv", "csv without splits"])
 def test_nobody_holds_images_out_that_nobody_looks_at(folders, source):
-    """A node trains on all images that no file calls test images; all of the server's judge the network."""
+    """A node trains on all images that no file calls test images.
+
+    All of the server's judge the network.
+    """
     name, _, bare = source.partition(" ")
     for machine in map(str, SIZES):
         base = folders / machine

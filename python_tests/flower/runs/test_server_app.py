@@ -74,7 +74,10 @@ def in_one_process(run_config, out):
 
 
 def over_flower(run_config, out, clients=range(3), faults=None, **more):
-    """Plays a run; returns the grid."""
+    """Plays a run.
+
+    Returns the grid.
+    """
     grid = NodeGrid({**run_config, "out": str(out)}, clients, faults, **more)
     server_app.play(grid, grid.run_config)
     return grid
@@ -162,7 +165,10 @@ def test_a_node_keeps_the_states_of_its_last_runs(tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_a_private_run_tells_no_more_than_in_one_process(tmp_path):
-    """The noise is the clients' secret, so that no two runs are equal; a resumed run releases the same again."""
+    """The noise is the clients' secret, so that no two runs are equal.
+
+    A resumed run releases the same again.
+    """
     pytest.importorskip("dp_accounting")
     options = {"method-option.epsilon": 8.0, "method-option.teacher_dp": True, "method-option.absent": 0.0}
     run_config = settings("fediod", model="resnet8-gn", **options)
@@ -323,7 +329,10 @@ def test_a_bad_reply_is_refused_and_the_run_goes_on(what, tmp_path, caplog):
 
 
 def replied_with(**changed):
-    """A node whose reply has other entries; a callable makes an entry of the true one."""
+    """A node whose reply has other entries.
+
+    A callable makes an entry of the true one.
+    """
 
     def change(packed):
         found = unpack(packed)
@@ -484,7 +493,10 @@ def test_a_node_with_another_form_of_the_messages_is_refused(tmp_path, monkeypat
 
 
 def test_a_node_that_comes_back_as_another(tmp_path):
-    """Of two nodes of one client the later one works, with the client's state; the SuperLink lists the lost one on."""
+    """Of two nodes of one client the later one works, with the client's state.
+
+    The SuperLink lists the lost one on.
+    """
     run_config = settings("scaffold", rounds=3, out=str(tmp_path / "run"))
     expected = in_one_process(run_config, tmp_path / "here")
 
@@ -502,7 +514,10 @@ def test_a_node_that_comes_back_as_another(tmp_path):
 
 
 def test_a_failing_client(tmp_path, monkeypatch, caplog):
-    """Stops the run or is left out, as --on-error says; the server shows the client's traceback."""
+    """Stops the run or is left out, as --on-error says.
+
+    The server shows the client's traceback.
+    """
 
     train = FedAvg.client_update
 
@@ -586,7 +601,10 @@ def test_the_bytes_on_the_wire(tmp_path):
 
 @pytest.mark.exhaustive
 def test_half_the_bytes(tmp_path):
-    """bf16 on the wire, fp32 in the sums; a killed server goes on with the same bits here too."""
+    """bf16 on the wire, fp32 in the sums.
+
+    A killed server goes on with the same bits here too.
+    """
     run_config = settings("fedavg", width=8, **{"flower.transport": "bf16"})
     grid = over_flower(run_config, tmp_path / "half")
     whole = over_flower({**run_config, "flower.transport": "fp32"}, tmp_path / "whole")

@@ -101,7 +101,10 @@ def test_calibrated_on_all_features(plain, make_data, make_config, tmp_path):
 
 
 def test_bytes_of_calibration(make_data, make_config, tmp_path, monkeypatch):
-    """AllClients gets all members but its own; one whose own was refused is told so."""
+    """AllClients gets all members but its own.
+
+    One whose own was refused is told so.
+    """
     data, options = make_data(), {"calibrate": True, **FAST}
     config = make_config("ensemble", model="cnn", rounds=None, options=options)
     run(config, out=tmp_path / "all", data=data)

@@ -15,7 +15,10 @@ SIZES = (40, 1, 23, 64)
 
 
 def clients(offset=3.0):
-    """Features with means far from zero, and labels; class 3 nowhere."""
+    """Features with means far from zero, and labels.
+
+    Class 3 nowhere.
+    """
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(WIDTH, WIDTH, generator=generator)
     for n in SIZES:

@@ -39,7 +39,10 @@ def test_calibration_changes_the_classifier_alone(make_data, make_config, tmp_pa
 
 
 def test_bytes_of_calibration(make_data, make_config, tmp_path):
-    """Counts, means and scatters of the classes a client has; the averaged network goes down a second time."""
+    """Counts, means and scatters of the classes a client has.
+
+    The averaged network goes down a second time.
+    """
     data = make_data()
     config = make_config("ccvr", model="cnn", rounds=None, options=FAST)
     run(config, out=tmp_path, data=data)

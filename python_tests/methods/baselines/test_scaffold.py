@@ -19,7 +19,10 @@ LR = 0.05
 
 
 def trained(make_data, make_config, option, **settings):
-    """One client's exchange with a control variate of its own; returns what went in, what came out, and the bench."""
+    """One client's exchange with a control variate of its own.
+
+    Returns what went in, what came out, and the bench.
+    """
     config = make_config("scaffold", lr=LR, momentum=0.0, **settings)
     bench = RunContext(config, make_data())
     message = bench.initial()

@@ -72,7 +72,10 @@ def test_counts_travel_once_and_cost_four_bytes_a_class(method, data, make_confi
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["feddf", "dense"])
 def test_students_follow_an_ensemble_weighed_by_counts(method, data, make_config, tmp_path, monkeypatch):
-    """Networks of two architectures; a client's network was refused, and its counts with it."""
+    """Networks of two architectures.
+
+    A client's network was refused, and its counts with it.
+    """
     weights = []
     real, trained = Distilled.follow, Distilled.client_update
 

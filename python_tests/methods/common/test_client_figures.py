@@ -21,7 +21,10 @@ rng = np.random.default_rng(0)
 
 
 def segmentation(n, objects):
-    """Images of noise; those with objects have one in every mask."""
+    """Images of noise.
+
+    Those with objects have one in every mask.
+    """
     masks = np.zeros((n, 8, 8), np.int64)
     if objects:
         masks[:, 2:5, 3:6] = 1
@@ -36,7 +39,10 @@ def multilabel(n, varied):
 
 
 def federation(make, lacking, where):
-    """Three clients with test sets of their own, or with parts of the run's test set; ``lacking`` has no figure."""
+    """Three clients with test sets of their own, or with parts of the run's test set.
+
+    ``lacking`` has no figure.
+    """
     data = FederatedData.from_arrays(
         {name: make(6, True) for name in ("Bern", "Graz", "Ulm")}, make(6, True), validation=make(4, True),
         classes=("a", "b"),

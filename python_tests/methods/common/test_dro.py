@@ -68,7 +68,10 @@ def test_a_round_of_clients_without_weight_still_has_a_mean(parts):
 
 
 def test_one_sgd_step_on_weighted_losses_is_the_weighted_average(parts):
-    """Method notes 3.6; batch norm's statistics aside, which are averaged with other weights."""
+    """Method notes 3.6.
+
+    Batch norm's statistics aside, which are averaged with other weights.
+    """
     results = {}
     sgd = {"optimizer": "sgd", "momentum": 0.0, "local_steps": 1, "lr": 0.05}
     for apply in ("aggregate", "loss"):

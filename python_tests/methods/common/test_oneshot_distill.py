@@ -91,7 +91,10 @@ def test_feddf_needs_public_images_or_a_generator(make_data, make_config, tmp_pa
 
 
 def test_networks_may_differ(make_data, make_config, tmp_path):
-    """A student of the run's own network; the average is of the members that have it."""
+    """A student of the run's own network.
+
+    The average is of the members that have it.
+    """
     data = make_data()
     options = {**SMALL, "models": "cnn:2,resnet8:2"}
     run(make_config("dense", model="cnn", rounds=None, options=options), out=tmp_path, data=data)

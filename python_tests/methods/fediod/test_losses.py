@@ -219,7 +219,10 @@ def test_masks_of_ones_own_are_learnt_with_the_settings_of_the_study():
 
 @pytest.mark.parametrize("data", ["mnist", "cifar10"])
 def test_data_of_ones_own_are_learnt_with_the_settings_of_the_study(data):
-    """docs/fediod.md's figures are what `fediod --data mnist` is about; the published settings are presets."""
+    """docs/fediod.md's figures are what `fediod --data mnist` is about.
+
+    The published settings are presets.
+    """
     study = STUDIES[data]
     config = RunConfig.make("fediod", data=data)
     fixed = {name: study.settings[name] for name in ("batch_size", "momentum", "weight_decay", "model", "width",

@@ -93,7 +93,10 @@ def test_messages_give_the_gradient_of_a_single_graph(world):
 
 
 def test_an_exchange_changes_what_it_may(world):
-    """D by images alone, G by gradients alone, S by distillation alone; a teacher by nothing."""
+    """D by images alone, G by gradients alone, S by distillation alone.
+
+    A teacher by nothing.
+    """
     w = world(**EVERY_TERM)
     probe = torch.randn(3, *w.bench.data.form.shape)
     said = TeacherStack([teacher(client, w.method.architectures) for client in w.clients.values()]).logits(probe)
@@ -122,7 +125,10 @@ def test_an_exchange_changes_what_it_may(world):
 
 
 def test_a_client_trains_its_discriminator_as_long_as_its_samples_last(world):
-    """Clients of 20, 13 and 9 samples have 5, 4 and 3 batches of four in a round; they teach on after that."""
+    """Clients of 20, 13 and 9 samples have 5, 4 and 3 batches of four in a round.
+
+    They teach on after that.
+    """
     w = world(iterations=6)
     w.play(w.round(), 0)
     assert [client.state["critics"][0]["steps"] for client in w.clients.values()] == [5, 4, 3]

@@ -107,7 +107,10 @@ def test_the_noise_has_the_scale_of_sigma_times_the_norm():
 
 
 def test_a_row_that_is_not_finite_is_released_as_noise():
-    """NaN would tell that a network, and so its data, gave it; the other rows go as they would without it."""
+    """NaN would tell that a network, and so its data, gave it.
+
+    The other rows go as they would without it.
+    """
     options = Options(sigma_d=1.5, sigma_t=0.5, clip_d=2.0, clip_t=0.25)
     sound = gradients()
     zeroed = tuple(u.clone() for u in sound)
@@ -142,7 +145,10 @@ def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
 
 
 def test_every_release_has_a_key_of_its_own(monkeypatch):
-    """Keys of clients, channels and releases, before and after a resume; one alone would be found in 2^64 trials."""
+    """Keys of clients, channels and releases, before and after a resume.
+
+    One alone would be found in 2^64 trials.
+    """
     options, keys = Options(sigma_d=1.0, sigma_t=1.0, histogram_noise=2.0, noise="secret"), []
     draw = privacy.clip_and_noise
     monkeypatch.setattr(
@@ -265,7 +271,10 @@ def test_who_serves_is_drawn_evenly_and_independently_of_who_trains():
 
 @pytest.mark.parametrize(("samples", "iterations", "each"), [(50, 0, 7), (50, 3, 3), (9, 5, 2)])
 def test_shards_take_turns_in_training_whatever_the_seed(samples, iterations, each):
-    """A client trains while its samples last; over the rounds the turns go on where they stopped."""
+    """A client trains while its samples last.
+
+    Over the rounds the turns go on where they stopped.
+    """
     options = Options(sigma_d=1.0, shards=5, iterations=iterations)
     turns = []
     for seed in (0, 1):

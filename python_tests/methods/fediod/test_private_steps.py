@@ -29,7 +29,10 @@ def norms(rows):
 
 @pytest.mark.parametrize("bce", ["mean", "sum"])
 def test_a_row_is_the_gradient_of_an_images_own_loss(world, bce):
-    """Neither the batch nor the number of clients is in it; told are the medians of the rows that would be clipped."""
+    """Neither the batch nor the number of clients is in it.
+
+    Told are the medians of the rows that would be clipped.
+    """
     w = world(w_real=8.0, w_diverse=0.0, bce=bce, iterations=3)
     rows = {}
     for phase in w.phases(w.round(), 0):

@@ -37,7 +37,10 @@ def reference(tmp_path_factory):
 @pytest.mark.parametrize("name", ["open", "private"])
 @pytest.mark.parametrize(("round", "answers"), [(1, 4), (2, 0), (2, 9), (3, 13)])
 def test_killed_in_the_second_stage(round, answers, name, make_data, make_config, tmp_path, reference):
-    """Of three architectures; the warm-up ends within the second round, clients are absent, the student is averaged."""
+    """Of three architectures.
+
+    The warm-up ends within the second round, clients are absent, the student is averaged.
+    """
     if name == "private":
         pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     options = OPTIONS if name == "open" else {**OPTIONS, **PRIVATE}

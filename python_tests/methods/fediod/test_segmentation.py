@@ -62,7 +62,10 @@ def test_one_confidence_for_all_pixels_of_an_image():
 
 @pytest.mark.parametrize("preset", ["paper", "code"])
 def test_every_term_is_the_mean_over_pixels(preset):
-    """Losses with positions are those of the pixels as samples, gradients included; the balance is over all of them."""
+    """Losses with positions are those of the pixels as samples, gradients included.
+
+    The balance is over all of them.
+    """
     settings = settle(IODOptions(preset=preset))
     pi = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     weights = torch.rand(K, 1, C, dtype=torch.float64) + 0.1

@@ -131,7 +131,10 @@ def test_mistakes_are_named_first(settings, options, said, make_data, make_confi
 
 
 def test_a_client_with_one_sample(make_data, make_config, tmp_path):
-    """Batch norm over many positions can do with it; over one position (an MLP's) it cannot, in one sentence."""
+    """Batch norm over many positions can do with it.
+
+    Over one position (an MLP's) it cannot, in one sentence.
+    """
     data, options = make_data(sizes=(1, 9, 8)), {"blocks": 2, "width": "2"}
     summary = run(config_of(make_config, options, local_epochs=2), out=tmp_path / "cnn", data=data)
     assert 0 <= summary["metrics"]["id_accuracy"] <= 1

@@ -203,7 +203,10 @@ def test_only_cnn1x1_adaptors_travel(make_data, make_config):
 
 
 def test_statistics_of_frozen_levels(make_data, make_config):
-    """Batch statistics leave no trace; as in the released code, those of the last client to train stay."""
+    """Batch statistics leave no trace.
+
+    As in the released code, those of the last client to train stay.
+    """
     models = {}
     for mode in ("owner", "batch", "code"):
         play = Play(config_of(make_config, {"blocks": 2, "frozen_bn": mode, "width": "2"}), make_data()).go()

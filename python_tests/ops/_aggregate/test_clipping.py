@@ -57,7 +57,10 @@ def test_tails_and_the_smallest_numbers(backend: str) -> None:
 
 
 def test_refined_radius_words_in_every_backend(backend: str) -> None:
-    """The two numbers of a radius word in the lowest 2^-20 have 32 more bits; their neighbours are what they were."""
+    """The two numbers of a radius word in the lowest 2^-20 have 32 more bits.
+
+    Their neighbours are what they were.
+    """
     for place, counter, k in thinned(REFINED):
         start = place & ~63
         given = noise_of(64, REFINED_SEED, start).double()

@@ -184,7 +184,10 @@ def large() -> list[Tensor]:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_weights_learn_beside_a_vector_of_weight_zero_that_is_not_finite(name: str) -> None:
-    """It is no part of the mean; only its own weight's gradient is not finite."""
+    """It is no part of the mean.
+
+    Only its own weight's gradient is not finite.
+    """
     vectors = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), torch.full((2,), math.nan)]
     weights = torch.tensor([1.0, 1.0, 0.0], requires_grad=True)
     with using(name):

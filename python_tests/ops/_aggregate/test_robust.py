@@ -15,7 +15,10 @@ KINDS = ["none", "equal", "counts", "random", "zeros"]
 
 
 def in_order(column: list[float], weights: list[float]) -> list[tuple[float, float]]:
-    """Values with their weights, ascending; NaN last, equal values as they came."""
+    """Values with their weights, ascending.
+
+    NaN last, equal values as they came.
+    """
     pairs = list(zip(column, weights, strict=True))
     numbers = sorted((pair for pair in pairs if not math.isnan(pair[0])), key=lambda pair: pair[0])
     return numbers + [pair for pair in pairs if math.isnan(pair[0])]

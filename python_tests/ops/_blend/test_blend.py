@@ -44,7 +44,10 @@ def make_alpha(kind: str, rows: int, dtype: torch.dtype, generator: torch.Genera
 
 
 def close(given: Tensor, exact: Tensor, dtype: torch.dtype, slack: float = 1.0) -> None:
-    """The project's tolerances: fp32 1e-5 relative + 1e-6 absolute; 16 bits: the rounded result plus one ulp."""
+    """The project's tolerances: fp32 1e-5 relative + 1e-6 absolute.
+
+    16 bits: the rounded result plus one ulp.
+    """
     assert given.shape == exact.shape
     exact = exact.detach().double()
     error = (given.detach().double() - exact).abs()
@@ -59,7 +62,10 @@ def close(given: Tensor, exact: Tensor, dtype: torch.dtype, slack: float = 1.0) 
 
 
 def check(served_by, shape, dtype, index_kind, alpha_kind, seed=0, place=Tensor.clone):
-    """Result and gradients against float64; ``place`` gives maps other strides or another device."""
+    """Result and gradients against float64.
+
+    ``place`` gives maps other strides or another device.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = shape[0]
     index, background_rows = make_index(index_kind, rows, generator)

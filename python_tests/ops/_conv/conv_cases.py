@@ -67,7 +67,10 @@ def arguments(
     grouped: bool = False, stride: int = 1, side: int = 3, weight_last: bool = True, seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:  # fmt: skip
-    """Channels-last tensors for a call, all that have a gradient asking for it; ``grouped``: with groups."""
+    """Channels-last tensors for a call, all that have a gradient asking for it.
+
+    ``grouped``: with groups.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:

@@ -159,7 +159,10 @@ def test_bits_do_not_depend_on_how_many_sums_of_wide_weights_are_held(name: str)
 
 @each_kernel
 def test_two_values_per_channel_have_a_variance(name: str) -> None:
-    """The least that training takes; the unbiased variance is twice the batch's."""
+    """The least that training takes.
+
+    The unbiased variance is twice the batch's.
+    """
     given = arguments(2, 16, 16, 1, 1)
     grad = grad_for(given)
     with using(name):
@@ -202,7 +205,10 @@ ENDS = [{"pool": 2}, {"residual": True}, {"residual": True, "relu": False}, {"re
 @pytest.mark.parametrize("norm", [{"training": True}, {"training": False}, {"groups": 2}], ids=str)
 @pytest.mark.parametrize(("stride", "side", "shape"), NOT_FINITE)
 def test_what_is_not_finite_spreads_as_in_torch(name, norm, stride, side, shape):
-    """Forward and backward; a position that does not depend on an infinity stays a number."""
+    """Forward and backward.
+
+    A position that does not depend on an infinity stays a number.
+    """
     places = {"x": (1, 2, 4, 3), "weight": (1, 2, 0, 0), "residual": (2, 5, 3, 1), "shift": (3,), "grad": (1, 4, 1, 1)}
     if "groups" in norm:
         if shape[0] > 3 and shape[0] % 8:

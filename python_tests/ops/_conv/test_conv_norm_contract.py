@@ -69,7 +69,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @needs_core
 @pytest.mark.parametrize(("residual", "side"), [(False, 3), (True, 3), (False, 1)])
 def test_the_result_is_channels_last_where_x_or_the_weight_is(served: list[str], residual: bool, side: int) -> None:
-    """As torch's; the kernel lays maps out anew where only the weight is, and leaves the rest to the reference.
+    """As torch's.
+
+    The kernel lays maps out anew where only the weight is, and leaves the rest to the reference.
 
     Of one tap the weight may be both, and is left to the reference.
     """
@@ -367,7 +369,10 @@ def test_autocast_runs_the_convolution_in_16_bits(norm: dict[str, int]) -> None:
 
 @pytest.mark.exhaustive
 def test_compiled() -> None:
-    """Without a graph break, statistics and gradients included; the reference's own layers are what it sees."""
+    """Without a graph break, statistics and gradients included.
+
+    The reference's own layers are what it sees.
+    """
     for norm in ({"training": True}, {"training": False}, {"groups": 4}):
         given = arguments(grouped="groups" in norm)
         grad = grad_for(given, pool=2, **norm)
@@ -471,7 +476,10 @@ def test_maps_too_small() -> None:
 @pytest.mark.parametrize("name", CONV)
 @pytest.mark.parametrize("end", ENDS, ids=str)
 def test_only_the_gradients_that_are_asked_for(end: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have the bits of a call for all; images have none, which would take as long as the convolution."""
+    """They have the bits of a call for all.
+
+    Images have none, which would take as long as the convolution.
+    """
     given, settings = split(end)
     before, computed = ConvKernels.backward, []
 

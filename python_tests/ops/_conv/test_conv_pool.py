@@ -141,7 +141,10 @@ LAID: dict[str, Callable[[Tensor], Tensor]] = {
 @each_kernel
 @pytest.mark.parametrize("shape", [*FEW, (3, 1, 16, 1, 9, 8), (3, 0, 3, 16, 4, 4)], ids=str)
 def test_bits_do_not_depend_on_layouts(name: str, shape: tuple[int, ...]) -> None:
-    """Of the gradient, x and the weight; a kernel reads both layouts, and gradients of any strides."""
+    """Of the gradient, x and the weight.
+
+    A kernel reads both layouts, and gradients of any strides.
+    """
     for batch in (1, 3):
         given = pool_arguments(shape, batch)
         grad = pool_grad_for(given)
@@ -252,7 +255,10 @@ def test_infinities_of_both_signs_that_meet_in_the_biass_gradient(name: str) -> 
 @each_kernel
 @pytest.mark.parametrize("relu", [True, False])
 def test_a_window_with_nan_is_nan(name: str, relu: bool, served: list[str]) -> None:
-    """The kernel meets it in the bias; the gradient goes to the last NaN, as in torch."""
+    """The kernel meets it in the bias.
+
+    The gradient goes to the last NaN, as in torch.
+    """
     given = pool_arguments()
     with torch.no_grad():
         given["bias"][3] = math.nan
@@ -291,7 +297,10 @@ def test_finite_values_that_overflow(name: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("out", [1, 8])
 def test_strides_are_torchs(channels: int, out: int, served: list[str]) -> None:
-    """Channels-last where x or the weight is; of one channel strides alone say it."""
+    """Channels-last where x or the weight is.
+
+    Of one channel strides alone say it.
+    """
 
     def lay_out(x: Tensor, last: bool) -> Tensor:
         return x.detach().movedim(1, -1).contiguous().movedim(-1, 1) if last else x.detach()

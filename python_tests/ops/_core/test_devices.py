@@ -117,7 +117,10 @@ def test_a_core_of_older_sources_is_a_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has chosen nothing yet and whose torch and CUDA core know CUDA; Triton's kernels are stand-ins."""
+    """A process that has chosen nothing yet and whose torch and CUDA core know CUDA.
+
+    Triton's kernels are stand-ins.
+    """
     monkeypatch.delenv("FEDKERN_BACKEND", raising=False)
     for name in ("_chosen", "_loaded", "_ordinary"):
         monkeypatch.setattr(backend, name, {})

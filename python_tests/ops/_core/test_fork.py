@@ -24,7 +24,10 @@ SECONDS = 60
 
 @pytest.fixture
 def woken() -> list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]:
-    """Operators that the compiled core serves, with inputs and results; the thread pool has two threads and has run."""
+    """Operators that the compiled core serves, with inputs and results.
+
+    The thread pool has two threads and has run.
+    """
     torch.set_num_threads(2)
     ready = []
     with ops.use_backend("cpu"), torch.no_grad():
@@ -46,7 +49,10 @@ def bits(x: Tensor) -> bytes:
 
 
 def in_a_child(cases: Sequence[tuple[str, Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]]) -> None:
-    """Runs (name, call, expected) in a forked child; fails for the call that hangs, raises or gives other bits."""
+    """Runs (name, call, expected) in a forked child.
+
+    Fails for the call that hangs, raises or gives other bits.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

@@ -16,7 +16,10 @@ SAME_AT_EVERY_LEVEL = {"blend", "fuse_concat", "fuse_mean", "weighted_mean", "tr
 
 @pytest.mark.exhaustive
 def test_two_threads_at_once() -> None:
-    """All operators in opposite orders, forward and backward; the same bits as alone."""
+    """All operators in opposite orders, forward and backward.
+
+    The same bits as alone.
+    """
     torch.set_num_threads(1)
     cases = []
     for operator in OPERATORS:

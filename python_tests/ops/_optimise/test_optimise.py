@@ -69,7 +69,10 @@ def bits_of_torch(isa: str) -> list[str]:
 
 @pytest.mark.parametrize("isa", [name.removeprefix("cpu-") for name in KERNELS])
 def test_bits_are_those_of_torchs_operations(isa: str) -> None:
-    """Of SGD all; of AdamW the moments (torch takes the square roots of the rest from MKL, not correctly rounded)."""
+    """Of SGD all.
+
+    Of AdamW the moments (torch takes the square roots of the rest from MKL, not correctly rounded).
+    """
     if not same_products(isa):
         pytest.skip("torch fuses other products at its own ISA level")
     assert not bits_of_torch(isa)

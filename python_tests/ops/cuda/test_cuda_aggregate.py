@@ -133,7 +133,10 @@ def special_rows(count: int, size: int, dtype: torch.dtype, largest: float) -> T
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_medians_and_trimmed_means_of_every_count(device, kernels, dtype):
-    """Some counts have kernels of their own; two coordinates in 16 bits are sorted at a time, wherever they lie."""
+    """Some counts have kernels of their own.
+
+    Two coordinates in 16 bits are sorted at a time, wherever they lie.
+    """
     for count in range(1, 65):
         size = 37 + count % 2
         spread = [torch.zeros(2 * size + 2, dtype=dtype, device=device) for _ in range(count)]
@@ -200,7 +203,10 @@ def test_server_step(device: torch.device, kernels: AggregateKernels, number: in
 @pytest.mark.parametrize("count", [4, 5, 10, 12])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_server_step_of_full_tiles(device, kernels, dtype, count):
-    """Some of them with infinities that all models hold; at aligned and odd addresses."""
+    """Some of them with infinities that all models hold.
+
+    At aligned and odd addresses.
+    """
     rows = torch.randn(count + 1, 4099, generator=torch.Generator().manual_seed(count)).to(dtype)
     rows[:, 1500:1600] = -torch.inf
     odd = torch.zeros(count + 1, 4101, dtype=dtype, device=device)[:, 1:4100].copy_(rows)
@@ -255,7 +261,10 @@ def test_noise(device: torch.device, kernels: AggregateKernels, dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 7), (2, 5003), (2, 8192), (130, 9)])
 def test_clipping_a_list(device, kernels, dtype, count, size):
-    """The bits of a stack, wherever vectors lie, each in memory of its own; a launch takes up to 128."""
+    """The bits of a stack, wherever vectors lie, each in memory of its own.
+
+    A launch takes up to 128.
+    """
     rows = torch.randn(count, size, generator=torch.Generator().manual_seed(size)).to(dtype)
     rows[0, 0] = -0.0
     factors = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -299,7 +308,10 @@ def test_noise_is_one_stream(device: torch.device, kernels: AggregateKernels) ->
 
 @pytest.mark.parametrize(("place", "counter", "word"), REFINED)
 def test_refined_radius_words(device, kernels, place, counter, word):
-    """Those in the lowest 2^-20, which have 32 more bits; the second number of the pair is 16 places on."""
+    """Those in the lowest 2^-20, which have 32 more bits.
+
+    The second number of the pair is 16 places on.
+    """
     zeros, one = torch.zeros(1, 100, device=device), torch.ones(1, dtype=torch.float64, device=device)
     got = kernels.scale_and_noise(zeros, one, 1.0, REFINED_SEED, place - 70).flatten().cpu().double()
     expected = torch.tensor(refined_numbers(counter, word), dtype=torch.float64)

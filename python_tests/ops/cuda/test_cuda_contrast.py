@@ -35,7 +35,10 @@ def test_similarities_of_minus_infinity_count_nothing(device: torch.device) -> N
 
 
 def test_a_temperature_that_is_not_above_zero_is_not_looked_at(device: torch.device) -> None:
-    """On a GPU that would wait; on the CPU it is an error."""
+    """On a GPU that would wait.
+
+    On the CPU it is an error.
+    """
     x, y = (t.float().to(device) for t in embeddings(5, 3))
     below = torch.tensor(0.0, device=device)
     if device.type == "cuda":

@@ -120,7 +120,10 @@ def test_few_long_rows_are_shared_between_blocks(device, operator, dtype, classe
 @pytest.mark.parametrize("held", [0.0, -1.0, math.nan])
 @pytest.mark.parametrize(("rows", "classes"), [(300, 10), (90, 100), (17, 5000), (2, 9001)])
 def test_a_total_does_not_depend_on_what_its_memory_held(device, monkeypatch, rows, classes, held):
-    """Blocks count there without clearing it first; a recorded launch finds what it has left itself."""
+    """Blocks count there without clearing it first.
+
+    A recorded launch finds what it has left itself.
+    """
     generator = torch.Generator().manual_seed(rows)
     student, teacher = (torch.randn(rows, classes, generator=generator).to(device) for _ in range(2))
     expected = [ops.kl_div(student, teacher), ops.entropy(student)]
@@ -161,7 +164,10 @@ def test_nearly_equal_rows_keep_their_digits(device: torch.device, classes: int,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [24, 264, 2056])
 def test_nothing_beside_the_gradients_is_written(device: torch.device, dtype: torch.dtype, classes: int) -> None:
-    """At offsets that allow eight classes at once, and at others; between rows and around the whole."""
+    """At offsets that allow eight classes at once, and at others.
+
+    Between rows and around the whole.
+    """
     generator = torch.Generator().manual_seed(classes)
     logits = torch.randn(5, classes, generator=generator).to(device, dtype)
     exact = logits.cpu().double().requires_grad_()

@@ -122,7 +122,10 @@ def test_weights_of_other_dtypes_than_the_logits(device: torch.device) -> None:
 @pytest.mark.parametrize("difference", [*DIFFERENCES, 1e3])
 @pytest.mark.parametrize("classes", [2, 40, 1030])
 def test_masks_that_leave_little_mass(device: torch.device, classes: int, difference: float) -> None:
-    """By a thread, a warp, a block; 1e3 is too much for fp64 as well."""
+    """By a thread, a warp, a block.
+
+    1e3 is too much for fp64 as well.
+    """
     compare_little_mass("cuda", difference, classes, rows=5, device=device)
 
 

@@ -120,7 +120,10 @@ def test_a_mean_is_the_sum_divided_by_the_count(device: torch.device, dtype: tor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "crop", "offset"])
 def test_channels_gradients_keep_their_digits(device: torch.device, dtype: torch.dtype, layout: str) -> None:
-    """A few products of 16-bit maps are added in fp32, where they are exact; what is left over counts too."""
+    """A few products of 16-bit maps are added in fp32, where they are exact.
+
+    What is left over counts too.
+    """
     generator = torch.Generator().manual_seed(0)
     for positions in ((3, 5), (16, 16), (40, 33)):
         x, grad = (torch.randn(5, 8, *positions, generator=generator).to(dtype) for _ in range(2))

@@ -51,7 +51,10 @@ def test_both_ways_to_the_kernel(device, monkeypatch, shape, adamw, terms):
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize("size", [1000, 1030])
 def test_rows_of_one_block_tell_what_is_not_finite(device: torch.device, size: int, max_norm: float | None) -> None:
-    """One block leaves a row's results itself; more leave them to another kernel."""
+    """One block leaves a row's results itself.
+
+    More leave them to another kernel.
+    """
     theta, g = torch.zeros(3, size, device=device), torch.full((3, size), 2.0, device=device)
     g[1, -1], theta[2, 0] = torch.inf, torch.nan
     found = ops.sgd_step(theta, g, lr=0.5, max_norm=max_norm)

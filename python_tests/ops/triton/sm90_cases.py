@@ -57,7 +57,9 @@ def recorded(launch: Callable[..., None], processors: int) -> Iterator[None]:
 
 
 def cases(full: bool) -> Iterator[Case]:
-    """A name (its first word the family) and what to call; ``full``: each dtype in each size class, and odd sizes.
+    """A name (its first word the family) and what to call.
+
+    ``full``: each dtype in each size class, and odd sizes.
 
     Otherwise some of them, spread over all, that compile in less than a minute.
     """

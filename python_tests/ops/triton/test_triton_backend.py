@@ -87,7 +87,10 @@ def test_what_triton_has_no_kernels_for_is_the_reference_and_told() -> None:
 
 
 def test_cuda_serves_where_both_can_and_triton_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for what only a GPU can load; Triton, which takes a third of a second, only where it serves."""
+    """With stand-ins for what only a GPU can load.
+
+    Triton, which takes a third of a second, only where it serves.
+    """
     built, loaded = [True], []
 
     def load(operator: str, name: str) -> str:

@@ -98,7 +98,10 @@ class TritonAggregate(PlainAggregate):
 
 
 def _same_stride(rows: Sequence[Tensor]) -> tuple[list[Tensor], int]:
-    """The vectors and their one stride; copies if their strides differ."""
+    """The vectors and their one stride.
+
+    Copies if their strides differ.
+    """
     strides = {row.stride(0) for row in rows}
     if len(strides) == 1:
         return list(rows), strides.pop()

@@ -17,7 +17,10 @@ from fedkern.ops._core.triton.offsets import MARK, pick, starts_of
 
 @triton.jit
 def _wide(x):
-    """A load as fp64; 16-bit types by way of fp32."""
+    """A load as fp64.
+
+    16-bit types by way of fp32.
+    """
     return x if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
 
 

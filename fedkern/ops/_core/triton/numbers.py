@@ -26,7 +26,10 @@ def narrow(value, out):
 
 @triton.jit
 def join(top, total, more_top, more_total, scale):
-    """The maximum and the sum of exponentials of two parts together; a part that is all -inf adds nothing."""
+    """The maximum and the sum of exponentials of two parts together.
+
+    A part that is all -inf adds nothing.
+    """
     new = tl.maximum(top, more_top)
     base = tl.where(new == float("-inf"), 0.0, new)
     return new, total * tl.exp((top - base) * scale) + more_total * tl.exp((more_top - base) * scale)

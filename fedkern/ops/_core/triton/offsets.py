@@ -41,7 +41,10 @@ def _whole(code):
 
 @triton.jit
 def starts_of(offsets, row_stride, member, COUNT: tl.constexpr):
-    """Where each of ``member`` begins, in elements from the first tensor; ``offsets`` are :func:`whole` codes."""
+    """Where each of ``member`` begins, in elements from the first tensor.
+
+    ``offsets`` are :func:`whole` codes.
+    """
     start = member.to(tl.int64) * row_stride
     if COUNT > 0:
         for k in tl.static_range(COUNT):

@@ -73,7 +73,10 @@ def ensemble(
 
 
 def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, results: Pair) -> None:
-    """js_div, consensus, and ensemble_kl's mean of divergences; weights are ``[K, B, *positions]``."""
+    """js_div, consensus, and ensemble_kl's mean of divergences.
+
+    Weights are ``[K, B, *positions]``.
+    """
     student, logits, weights, _, temperature, mix, _, reduction = call
     grad, more_grad = grads
     rows = row_count(logits[0])

@@ -66,7 +66,10 @@ def pair_of(log_p, log_q, u, TERMS: tl.constexpr):
 
 @triton.jit
 def _by_p(p, u, value):
-    """The derivative by the logits of p; ``value`` is the row's divergence."""
+    """The derivative by the logits of p.
+
+    ``value`` is the row's divergence.
+    """
     return tl.where(p == 0, 0.0, -p * (u + value[:, None]))
 
 
@@ -81,7 +84,9 @@ def divergence_kernel(
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, REVERSE: tl.constexpr, MEAN: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Losses of rows, or gradients, or both; outputs that are None are not computed.
+    """Losses of rows, or gradients, or both.
+
+    Outputs that are None are not computed.
 
     ``losses`` and ``raw`` take the weighted and unweighted losses of each row's part.  ``total`` takes the sum of the
     weighted losses over the program's rows, in fp64, divided by ``count`` if MEAN.  If rows have several parts
@@ -220,7 +225,10 @@ def entropy_kernel(
     COMPUTE: tl.constexpr, MEAN: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """``-sum p log p`` of rows, or its gradient; arguments as in :func:`divergence_kernel`."""
+    """``-sum p log p`` of rows, or its gradient.
+
+    Arguments as in :func:`divergence_kernel`.
+    """
     program = tl.program_id(0)
     split = program % splits
     batch, inside, valid, row = rows_of((program // splits).to(tl.int64), tiles, inner, ROWS)

@@ -36,7 +36,10 @@ def members_kernel(
 @triton.jit
 def _raw(weights, at_weight, weight_column, class_mask, mask_column, k, weight_stride, mask_stride, column, mask,
          COMPUTE: tl.constexpr):  # fmt: skip
-    """Weights of teacher k, not normalised; 0 where the class mask leaves out a class."""
+    """Weights of teacher k, not normalised.
+
+    0 where the class mask leaves out a class.
+    """
     raw = tl.zeros(mask.shape, COMPUTE) + 1.0
     if weights is not None:
         place = k * weight_stride + at_weight[:, None] + (column * weight_column)[None, :]
@@ -65,7 +68,10 @@ def share_of(raw, total, count):
 
 @triton.jit
 def _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Results of :func:`members_kernel` for teacher k (one k, or one for each row); zeros if x is log p already."""
+    """Results of :func:`members_kernel` for teacher k (one k, or one for each row).
+
+    Zeros if x is log p already.
+    """
     top = tl.zeros(row.shape, COMPUTE)
     log_total = tl.zeros(row.shape, COMPUTE)
     if not LOG_PROBS:
@@ -139,7 +145,10 @@ def _mix(
 
 @triton.jit
 def _divergence(mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS: tl.constexpr):  # fmt: skip
-    """:func:`_pair` of the mixture and the student; ``log_ratio`` minus ``gap`` is normalised."""
+    """:func:`_pair` of the mixture and the student.
+
+    ``log_ratio`` minus ``gap`` is normalised.
+    """
     log_p = (mixed - p_top[:, None]) - p_log[:, None]
     log_q = (y - q_top[:, None]) * scale - q_log[:, None]
     u = tl.where(near, gap[:, None] - log_ratio, log_q - log_p)
@@ -157,7 +166,10 @@ def mixture_kernel(
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, LOGITS: tl.constexpr, LOG_PROBS: tl.constexpr,
     BY_CLASS: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """KL(mixture || student), or its gradients; ``to_weights`` takes the weights', per class (BY_CLASS) or per row."""
+    """KL(mixture || student), or its gradients.
+
+    ``to_weights`` takes the weights', per class (BY_CLASS) or per row.
+    """
     program = tl.program_id(0)
     batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
     t = double_of(temperature, COMPUTE)

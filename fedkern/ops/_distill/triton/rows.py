@@ -50,7 +50,10 @@ def piece(begin, last, valid, COLUMNS: tl.constexpr):
 
 @triton.jit
 def ones_or(x, batch, inside, outer_stride, row_stride, valid, COMPUTE: tl.constexpr):
-    """A weight or a gradient for each row; 1 if ``x`` is None."""
+    """A weight or a gradient for each row.
+
+    1 if ``x`` is None.
+    """
     number = tl.zeros(valid.shape, COMPUTE) + 1.0
     if x is not None:
         number = tl.load(x + batch * outer_stride + inside * row_stride, mask=valid, other=0).to(COMPUTE)
@@ -59,7 +62,10 @@ def ones_or(x, batch, inside, outer_stride, row_stride, valid, COMPUTE: tl.const
 
 @triton.jit
 def load_tile(x, offset, class_stride, column, mask, classes, COMPUTE: tl.constexpr):
-    """Logits ``[ROWS, COLUMNS]`` in the computing dtype; -inf past the last class."""
+    """Logits ``[ROWS, COLUMNS]`` in the computing dtype.
+
+    -inf past the last class.
+    """
     # A 16-bit load with another default than 0 fails in the interpreter.
     value = tl.load(x + offset[:, None] + (column * class_stride)[None, :], mask=mask, other=0).to(COMPUTE)
     return tl.where((column < classes)[None, :], value, float("-inf"))
@@ -77,7 +83,10 @@ def scan(
     x, offset, class_stride, valid, first, last, classes, scale,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """:func:`softmax_of` the classes from ``first`` to ``last``, piece by piece; returns the sum, not its logarithm."""
+    """:func:`softmax_of` the classes from ``first`` to ``last``, piece by piece.
+
+    Returns the sum, not its logarithm.
+    """
     top = tl.full([ROWS], float("-inf"), COMPUTE)
     total = tl.zeros([ROWS], COMPUTE)
     for begin in range(first, last, COLUMNS):
@@ -236,7 +245,10 @@ def readable(x: Tensor, gradient: Tensor | None = None, axis: int = 1) -> Tensor
 
 
 def readable_rows(x: Tensor | None) -> Tensor | None:
-    """Numbers per row ``[B, *positions]``, or one for all; copied if no single stride leads through the positions."""
+    """Numbers per row ``[B, *positions]``, or one for all.
+
+    Copied if no single stride leads through the positions.
+    """
     return x if x is None or not x.dim() or row_steps_of(x) is not None else x.contiguous()
 
 
@@ -257,7 +269,10 @@ def clear(*tensors: Tensor | None) -> None:
 
 
 def totals_of(result: Tensor | None, reduction: int, plan: Rows) -> Tensor | None:
-    """Memory for the programs' sums: the result itself if there is only one program; None if losses are not summed."""
+    """Memory for the programs' sums: the result itself if there is only one program.
+
+    None if losses are not summed.
+    """
     if result is None or reduction == NONE:
         return None
     return result if plan.groups == 1 else torch.empty(plan.groups, dtype=torch.float64, device=result.device)

@@ -50,7 +50,10 @@ class Mixture(NamedTuple):
     def of(
         cls, grad: Tensor | None, student: Tensor, call: Ensemble, gradients: Gradients, result: Tensor | None
     ) -> Mixture:
-        """The launch of a call that has at least one row; ``student`` is the call's."""
+        """The launch of a call that has at least one row.
+
+        ``student`` is the call's.
+        """
         _, teachers, weights, class_mask, _, _, _, reduction = call
         each = reduction == NONE
         compute = compute_dtype(result_dtype(student, None, teachers))
