@@ -23,12 +23,9 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     """Runs code on the package that this process imported, not on a checkout that is the working directory."""
     found = os.pathsep.join(filter(None, (str(Path(fedkern.__file__).parent.parent), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120,
         env={**os.environ, "PYTHONPATH": found, **environment},
-    )
+    )  # fmt: skip
 
 
 def core(name: str) -> Path:

@@ -279,13 +279,9 @@ def as_request(values: dict[str, Any], settings: Iterable[str], command: str) ->
     fields = {field.name: values.pop(field.name) for field in dataclasses.fields(Request) if field.name in values}
     options, plugins = (tuple(values.pop(name, ())) for name in ("method_option", "plugin"))
     return Request(
-        **{**fields, "command": command, "help": ""},
-        settings={**other, **read},
-        options=options,
-        plugins=plugins,
-        data_options={**named, **pairs},
-        arguments=values,
-    )
+        **{**fields, "command": command, "help": ""}, settings={**other, **read}, options=options, plugins=plugins,
+        data_options={**named, **pairs}, arguments=values,
+    )  # fmt: skip
 
 
 def _check(request: Request) -> None:

@@ -25,17 +25,10 @@ def write(request: Request) -> int:
     if request.own_data:
         check_own_data(config)
     project = Project(
-        method=choices.method,
-        settings=choices.settings,
-        options=choices.options,
-        data_options=choices.data_options,
-        plugins=[*config.plugins],
-        out=None if request.out is None else request.out.absolute(),
-        own_data=request.own_data,
-        report=request.report,
-        predictions=request.predictions,
-        clients=_clients(choices),
-    )
+        method=choices.method, settings=choices.settings, options=choices.options, data_options=choices.data_options,
+        plugins=[*config.plugins], out=None if request.out is None else request.out.absolute(),
+        own_data=request.own_data, report=request.report, predictions=request.predictions, clients=_clients(choices),
+    )  # fmt: skip
     files = project.write(request.flower)
     print(f"Flower project: {request.flower}")
     print(f"files:          {', '.join(path.name for path in files)}")

@@ -155,13 +155,9 @@ class ItemForm:
     def build(self, task: Any, about: Mapping[str, Any], seed: Any) -> nn.Module:
         """A freshly initialised network."""
         return models.build_any(
-            about["model"],
-            classes=about["classes"],
-            width=about["width"],
-            seed=seed,
-            head=self.head,
+            about["model"], classes=about["classes"], width=about["width"], seed=seed, head=self.head,
             raw=task.network == "any",
-        )
+        )  # fmt: skip
 
 
 def _outlined(value: object) -> object:

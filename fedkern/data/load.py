@@ -37,13 +37,10 @@ from fedkern.tasks.partition_statistics import PartitionStatistics
 # Mean and standard deviation of a channel over uniformly random colours, by data set and ink.  They are constants so
 # that normalisation does not depend on any client's data.
 _COLOURED_SCALE = {
-    ("colordigits", "white"): (0.546, 0.280),
-    ("colordigits", "contrast"): (0.5, 0.312),
-    ("colormnist", "white"): (0.434, 0.274),
-    ("colormnist", "contrast"): (0.5, 0.312),
-    ("colorfashion", "white"): (0.535, 0.280),
-    ("colorfashion", "contrast"): (0.5, 0.312),
-}
+    ("colordigits", "white"): (0.546, 0.280), ("colordigits", "contrast"): (0.5, 0.312),
+    ("colormnist", "white"): (0.434, 0.274), ("colormnist", "contrast"): (0.5, 0.312),
+    ("colorfashion", "white"): (0.535, 0.280), ("colorfashion", "contrast"): (0.5, 0.312),
+}  # fmt: skip
 
 
 def load(

@@ -331,15 +331,9 @@ def register_data(
         description = DATASETS.describe(name, function, "" if named_code.parse(name) is None else name)
         entry = DataFunction(name, function, kind, clients, shares)
         DATASETS[name] = DatasetInfo(
-            description=description,
-            open=None,
-            clients=clients,
-            partition=shares,
-            options=entry.options,
-            prompts=prompts,
-            task=kind,
-            function=entry,
-        )
+            description=description, open=None, clients=clients, partition=shares, options=entry.options,
+            prompts=prompts, task=kind, function=entry,
+        )  # fmt: skip
         with suppress(AttributeError):  # an object without attributes
             function.__dict__[_DECLARED] = {"clients": clients, "partition": shares, "task": task, "prompts": prompts}
         return function

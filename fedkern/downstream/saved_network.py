@@ -104,12 +104,9 @@ _ABOUT: dict[str, Callable[[Any], bool]] = {
 }  # fmt: skip
 """Keys that the description in model.safetensors must have, each with a check of its value."""
 _ABOUT_SOME: dict[str, Callable[[Any], bool]] = {
-    "statistics": lambda x: x == "batch",
-    "personal": _list(_text),
-    "samples": _list(_count),
-    "seed": _count,
+    "statistics": lambda x: x == "batch", "personal": _list(_text), "samples": _list(_count), "seed": _count,
     "pair": lambda x: isinstance(x, dict),
-}
+}  # fmt: skip
 _PAIR: dict[str, Callable[[Any], bool]] = {
     **_IMAGES, "image_encoder": _text, "text_encoder": _text,
     "vocabulary": lambda x: x is None or _list(_text, least=0)(x), "width": _width,

@@ -398,21 +398,11 @@ class Client(Node):
             begun = round if config.local_steps is not None else round * config.local_epochs
             lr, drops = lr * config.lr_step_factor ** sum(drop <= begun for drop in drops), ()
         return Schedule(
-            lr=lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            clip_norm=config.clip_norm,
-            epochs=epochs,
-            batch_size=config.batch_size,
-            steps=drops,
-            factor=config.lr_step_factor,
-            first=round * epochs if first is None else first,
-            limit=limit,
-            optimizer=config.optimizer,
-            end=end,
-            keep=config.optimizer_state == "keep",
-            make=make,
-        )
+            lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, clip_norm=config.clip_norm,
+            epochs=epochs, batch_size=config.batch_size, steps=drops, factor=config.lr_step_factor,
+            first=round * epochs if first is None else first, limit=limit, optimizer=config.optimizer, end=end,
+            keep=config.optimizer_state == "keep", make=make,
+        )  # fmt: skip
 
     def in_order(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None

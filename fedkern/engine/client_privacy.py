@@ -126,14 +126,9 @@ class ClientPrivacy:
         epsilon = self.epsilon(rounds)
         draw = {"drawn": self._config.sampled_clients, "of": self._config.trained_clients} if self.amplified else {}
         return {
-            **guarantee.to_dict(),
-            guarantee.figure: epsilon,
-            "rounds": rounds,
-            "clip": self.level.clip,
-            "noise": self.level.noise,
-            **draw,
-            "statement": guarantee.statement(epsilon),
-        }
+            **guarantee.to_dict(), guarantee.figure: epsilon, "rounds": rounds, "clip": self.level.clip,
+            "noise": self.level.noise, **draw, "statement": guarantee.statement(epsilon),
+        }  # fmt: skip
 
 
 def check(config: RunConfig, method: Method, server: Server, context: RunContext) -> None:

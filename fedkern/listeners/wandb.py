@@ -79,15 +79,9 @@ class WandB(Listener):
         entity, _, project = self._project.rpartition("/")
         try:
             self._run = self._wandb.init(
-                id=self._id,
-                resume="allow",
-                project=project,
-                entity=entity or None,
-                name=Path(run.out).name,
-                dir=str(run.out),
-                config=run.config.to_publish(),
-                settings=settings,
-            )
+                id=self._id, resume="allow", project=project, entity=entity or None, name=Path(run.out).name,
+                dir=str(run.out), config=run.config.to_publish(), settings=settings,
+            )  # fmt: skip
         except self._wandb.Error as error:
             why = " ".join(str(error).split()).rstrip(".")
             raise UserError(

@@ -323,15 +323,10 @@ class FedLPFM(LocalTraining):
                 f"{len(specs)}: name them all, separated by commas."
             )
         self._teachers = teachers.Teachers(
-            specs,
-            LogitsCache(o.teacher_cache or None, place.mean, place.std, place.notice),
-            classes=place.classes,
-            device=place.device,
-            build=build,
-            public=place.public,
-            prompts=o.prompts,
+            specs, LogitsCache(o.teacher_cache or None, place.mean, place.std, place.notice), classes=place.classes,
+            device=place.device, build=build, public=place.public, prompts=o.prompts,
             recipe=Recipe(epochs=o.pretrain_epochs),
-        )
+        )  # fmt: skip
 
     def _used(self) -> range:
         """Positions of the teachers that some client may have."""

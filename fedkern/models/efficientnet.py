@@ -15,14 +15,9 @@ from fedkern.models.staged import StagedNetwork
 
 # Expansion, kernel size, channels, blocks and stride of every stage (table 1 of the paper).
 STAGES = (
-    (1, 3, 16, 1, 1),
-    (6, 3, 24, 2, 2),
-    (6, 5, 40, 2, 2),
-    (6, 3, 80, 3, 2),
-    (6, 5, 112, 3, 1),
-    (6, 5, 192, 4, 2),
+    (1, 3, 16, 1, 1), (6, 3, 24, 2, 2), (6, 5, 40, 2, 2), (6, 3, 80, 3, 2), (6, 5, 112, 3, 1), (6, 5, 192, 4, 2),
     (6, 3, 320, 1, 1),
-)
+)  # fmt: skip
 
 
 class SqueezeExcitation(nn.Module):

@@ -158,13 +158,9 @@ class Teachers:
         """
         if spec.kind == "clip":
             return ClipTeacher(
-                spec.what,
-                self.classes,
-                mean=self.cache.mean,
-                std=self.cache.std,
-                prompts=self.prompts,
+                spec.what, self.classes, mean=self.cache.mean, std=self.cache.std, prompts=self.prompts,
                 device=self.device,
-            )
+            )  # fmt: skip
         if spec.kind == LITE:
             return EfficientNetLiteTeacher(
                 self.classes, mean=self.cache.mean, std=self.cache.std, path=spec.what, device=self.device

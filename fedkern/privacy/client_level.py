@@ -103,9 +103,6 @@ class ClientGuarantee(Guarantee):
     def to_dict(self) -> dict[str, Any]:
         """The releases as for every guarantee, and the planned figure."""
         return {
-            **super().to_dict(),
-            "unit": self.unit.name,
-            self.figure: self.planned,
-            "delta": self.delta,
+            **super().to_dict(), "unit": self.unit.name, self.figure: self.planned, "delta": self.delta,
             "rounds": self.rounds,
-        }
+        }  # fmt: skip

@@ -104,18 +104,9 @@ def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, 
     tpr = float((x > threshold).mean())
     tpr_low, tpr_high = _clopper_pearson(tpr, effective[0])
     return Attack(
-        auc=auc,
-        low=low,
-        high=high,
-        tpr=tpr,
-        tpr_low=tpr_low,
-        tpr_high=tpr_high,
-        fpr=float((y > threshold).mean()),
-        members=len(x),
-        others=len(y),
-        member_groups=len(sizes[0]),
-        other_groups=len(sizes[1]),
-    )
+        auc=auc, low=low, high=high, tpr=tpr, tpr_low=tpr_low, tpr_high=tpr_high, fpr=float((y > threshold).mean()),
+        members=len(x), others=len(y), member_groups=len(sizes[0]), other_groups=len(sizes[1]),
+    )  # fmt: skip
 
 
 def _variance(beats: np.ndarray, beaten: np.ndarray, members: np.ndarray, others: np.ndarray) -> float:

@@ -15,13 +15,9 @@ from fedkern.process.commit import commit
 def versions() -> dict[str, str]:
     """Versions of the packages and the platform that the run was made with, and fedkern's commit where it is known."""
     return {
-        "fedkern": fedkern.__version__,
-        **({"commit": commit()} if commit() else {}),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
+        "fedkern": fedkern.__version__, **({"commit": commit()} if commit() else {}), "torch": torch.__version__,
+        "numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform(),
+    }  # fmt: skip
 
 
 def kernels() -> dict[str, str]:

@@ -9,19 +9,10 @@ from fedkern.data import lookup
 from fedkern.models.encoders import WIDTH
 
 COMMON: Mapping[str, Any] = {
-    "data": "colordigits",
-    "model": "cnn",
-    "rounds": 20,
-    "local_epochs": 2,
-    "batch_size": 32,
-    "optimizer": "sgd",
-    "lr": 0.05,
-    "momentum": 0.9,
-    "weight_decay": 0.0,
-    "image_encoder": "conv",
-    "text_encoder": "words",
+    "data": "colordigits", "model": "cnn", "rounds": 20, "local_epochs": 2, "batch_size": 32, "optimizer": "sgd",
+    "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0, "image_encoder": "conv", "text_encoder": "words",
     "client_test": 0.0,
-}
+}  # fmt: skip
 
 PAIRS: Mapping[str, Any] = {
     "width": WIDTH, "rounds": 15, "local_steps": 20, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05,

@@ -64,21 +64,12 @@ def load_data(
     usual = {"clients": info.clients, "partition": info.partition}
     free = {name for name, value in usual.items() if name in config.unset and getattr(config, name) == value}
     return load(
-        config.data,
-        root=config.data_root,
-        clients=None if "clients" in free else config.clients,
-        partition=None if "partition" in free else config.partition or info.partition,
-        seed=config.seed,
-        train_samples=config.train_samples,
-        public_samples=config.public_samples,
-        correlation=config.correlation,
-        options=options,
-        make_detector=detector,
-        notice=notice,
-        progress=progress,
-        cache=config.cache,
+        config.data, root=config.data_root, clients=None if "clients" in free else config.clients,
+        partition=None if "partition" in free else config.partition or info.partition, seed=config.seed,
+        train_samples=config.train_samples, public_samples=config.public_samples, correlation=config.correlation,
+        options=options, make_detector=detector, notice=notice, progress=progress, cache=config.cache,
         identify=identify,
-    )
+    )  # fmt: skip
 
 
 def decided(config: RunConfig, data: FederatedData) -> RunConfig:

@@ -359,14 +359,9 @@ class Task:
                 :meth:`described`.
         """
         return models.build(
-            about["model"],
-            classes=about["classes"],
-            channels=about["channels"],
-            image_size=min(about["image_size"]),
-            seed=seed,
-            width=about["width"],
-            sides=about["image_size"],
-        )
+            about["model"], classes=about["classes"], channels=about["channels"], image_size=min(about["image_size"]),
+            seed=seed, width=about["width"], sides=about["image_size"],
+        )  # fmt: skip
 
     def network_name(self, config: Any) -> str:
         """Name of the network that a run trains."""

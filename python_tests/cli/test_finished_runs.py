@@ -365,11 +365,8 @@ def test_a_plugin_given_again_may_be_executed(result, fails, tmp_path):
     image = tmp_path / "image.png"
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(image)
     commands = (
-        ["evaluate", "run"],
-        ["predict", "run", str(image)],
-        ["export", "run"],
-        ["extend", "run", "--rounds", "3"],
-    )
+        ["evaluate", "run"], ["predict", "run", str(image)], ["export", "run"], ["extend", "run", "--rounds", "3"],
+    )  # fmt: skip
     for command in commands:
         unload_all()
         plugin.change()

@@ -121,13 +121,9 @@ def test_a_single_class_is_read_and_not_trained_for(tmp_path, kind):
 
 def about(classes, task="classification"):
     return {
-        "classes": list(classes),
-        "task": task,
-        "channels": 1,
-        "image_size": [SIDE, SIDE],
-        "grey_bits": 0,
+        "classes": list(classes), "task": task, "channels": 1, "image_size": [SIDE, SIDE], "grey_bits": 0,
         "window": None,
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("known", [("a", "b", "c", "d"), ("d", "c", "b", "a"), ("b", "d", "a", "c")])

@@ -449,13 +449,8 @@ def test_what_needs_whole_images_refuses_them(refuses, tmp_path, method, setting
 def test_a_run_on_ones_own_masks(tmp_path):
     write_pairs(tmp_path / "data", images=14)
     settings = {
-        "data_options": {"size": 16},
-        "width": 2,
-        "rounds": 1,
-        "clients": 2,
-        "threads": 1,
-        "model": "unet-small",
-    }
+        "data_options": {"size": 16}, "width": 2, "rounds": 1, "clients": 2, "threads": 1, "model": "unet-small",
+    }  # fmt: skip
     root = str(tmp_path / "data")
     config = RunConfig.make("fedavg", data="segmentation", data_root=root, augment="crop-flip", **settings)
     metrics = run(config, out=tmp_path / "run")["metrics"]

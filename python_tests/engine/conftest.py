@@ -34,14 +34,9 @@ def federation(sizes=(20, 13, 9), *, masked=True, two_tests=True, seed=0):
     tests = {name: split(16, seed + 1 + i, masked) for i, name in enumerate(names)}
     classes = tuple("abc")
     return FederatedData(
-        name="tiny",
-        classes=classes,
-        clients=clients,
-        validation=split(8, seed + 3, masked),
-        tests=tests,
-        form=FORM,
+        name="tiny", classes=classes, clients=clients, validation=split(8, seed + 3, masked), tests=tests, form=FORM,
         statistics=PartitionStatistics.of([c.labels.numpy() for c in clients], classes, "iid"),
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -100,14 +95,10 @@ def pair_federation(sizes=(20, 13, 9), *, seed=0):
     clients = tuple(pairs(n, seed + 10 + k) for k, n in enumerate(sizes))
     classes = tuple("abc")
     return FederatedData(
-        name="tiny-pairs",
-        classes=classes,
-        clients=clients,
-        validation=pairs(8, seed + 3),
-        tests={"": pairs(16, seed + 1)},
-        form=ImageForm((3, PAIR_SIDE, PAIR_SIDE), (0.2,) * 3, (0.2,) * 3),
+        name="tiny-pairs", classes=classes, clients=clients, validation=pairs(8, seed + 3),
+        tests={"": pairs(16, seed + 1)}, form=ImageForm((3, PAIR_SIDE, PAIR_SIDE), (0.2,) * 3, (0.2,) * 3),
         statistics=PartitionStatistics.of([c.labels.numpy() for c in clients], classes, "iid"),
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -12,15 +12,8 @@ from fedkern.errors import UserError
 from fedkern.messages import states
 
 DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.uint8,
-    torch.bool,
-]
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
+]  # fmt: skip
 
 
 def same(a, b):

@@ -149,12 +149,9 @@ def test_a_network_may_see_windows(augment, options, make_data, make_config, tmp
         for split in (*data.clients, data.validation, *data.tests.values())
     ]
     data = dataclasses.replace(
-        data,
-        clients=tuple(splits[:3]),
-        validation=splits[3],
-        tests=dict(zip(data.tests, splits[4:], strict=True)),
+        data, clients=tuple(splits[:3]), validation=splits[3], tests=dict(zip(data.tests, splits[4:], strict=True)),
         form=dataclasses.replace(data.form, shape=(3, 9, 12)),
-    )
+    )  # fmt: skip
     run(make_config("fedgid", augment=augment, options=options), out=tmp_path / "run", data=data)
     assert all("loss_gi" in client for client in read_metrics(tmp_path / "run")[-1]["clients"].values())
 

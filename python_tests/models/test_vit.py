@@ -13,13 +13,9 @@ def test_a_layer_is_pytorchs():
     ours = Encoder(192).double().eval()
     theirs = nn.TransformerEncoderLayer(192, 3, 768, 0.0, "gelu", batch_first=True, norm_first=True).double().eval()
     pairs = {
-        "self_attn.in_proj_": ours.qkv,
-        "self_attn.out_proj.": ours.project,
-        "linear1.": ours.widen,
-        "linear2.": ours.narrow,
-        "norm1.": ours.norm1,
-        "norm2.": ours.norm2,
-    }
+        "self_attn.in_proj_": ours.qkv, "self_attn.out_proj.": ours.project, "linear1.": ours.widen,
+        "linear2.": ours.narrow, "norm1.": ours.norm1, "norm2.": ours.norm2,
+    }  # fmt: skip
     with torch.no_grad():
         for name, layer in pairs.items():
             for kind in ("weight", "bias"):

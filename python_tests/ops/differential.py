@@ -289,13 +289,10 @@ def _compare_divergence(case, got, rows, inputs, terms=1):
     size, T = spread(*logits), case["temperature"]
     many = max(1, len(logits[0])) if case["reduction"] == "sum" else 1
     compare(
-        got,
-        reduced(rows, case["reduction"]),
-        inputs,
+        got, reduced(rows, case["reduction"]), inputs,
         absolute=1e-6 * terms * size * times(T) * many * (size if math.inf == T else 1),
-        gradient=2e-6 * terms * size * times(T),
-        coarse=is_coarse(*logits),
-    )
+        gradient=2e-6 * terms * size * times(T), coarse=is_coarse(*logits),
+    )  # fmt: skip
 
 
 def check_kl_div(case: Case) -> None:

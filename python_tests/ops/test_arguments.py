@@ -63,15 +63,10 @@ NO_NUMBER: dict[str, Callable[[Any], Any]] = {
     "jagged": lambda right: jagged(torch.ones(2)),
 }
 NO_COUNT: dict[str, Callable[[Any], Any]] = {
-    "text": lambda right: "1",
-    "none": lambda right: None,
-    "fraction": lambda right: 1.5,
-    "bool": lambda right: True,
-    "negative": lambda right: -1,
-    "complex": lambda right: 1j,
-    "list": lambda right: [1],
+    "text": lambda right: "1", "none": lambda right: None, "fraction": lambda right: 1.5, "bool": lambda right: True,
+    "negative": lambda right: -1, "complex": lambda right: 1j, "list": lambda right: [1],
     "too large": lambda right: 10**5000,
-}
+}  # fmt: skip
 NO_LIST_OF_TENSORS: dict[str, Callable[[Any], Any]] = {
     "text": lambda right: "ab",
     "none": lambda right: None,

@@ -154,14 +154,9 @@ OF_PAIRS = {"zero_shot", "retrieve", "probe", "decode"}
 def pair(tmp_path_factory):
     out = tmp_path_factory.mktemp("pair") / "run"
     settings = {
-        **TINY,
-        "data": "captions",
-        "clients": 2,
-        "train_samples": 40,
-        "partition": "iid",
-        "rounds": 1,
+        **TINY, "data": "captions", "clients": 2, "train_samples": 40, "partition": "iid", "rounds": 1,
         "local_steps": 1,
-    }
+    }  # fmt: skip
     sizes = {"test_samples": 12, "validation_samples": 6}
     return fedkern.simulate("fedavg", out=out, workers=1, width=16, data_options=sizes, **settings)
 

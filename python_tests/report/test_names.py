@@ -39,32 +39,16 @@ from fedkern.settings.stored import read_settings
 from fedkern.tasks import CLASSIFICATION
 
 NAMES = {
-    "formula": "US$ a_{$",
-    "broken formula": r"$\frac$",
-    "underscore": "_a",
-    "percent": "%d %s",
-    "line end": "a\nb\rc\td",
-    "nul": "a\0b",
-    "escape": "\x1b[31mred\x1b[2J",
-    "right to left": "\u202eabc",
-    "hebrew": "\u05e9\u05dc\u05d5\u05dd",
-    "cjk": "\u732b",
-    "emoji": "\U0001f642",
-    "emoji code": ":dog:",
-    "markup": "[bold]x[/]",
-    "closing": "x [/y]",
-    "surrogate": "a\udcffb\ud800",
-    "empty": "",
-    "long": "x" * 10_000,
+    "formula": "US$ a_{$", "broken formula": r"$\frac$", "underscore": "_a", "percent": "%d %s",
+    "line end": "a\nb\rc\td", "nul": "a\0b", "escape": "\x1b[31mred\x1b[2J", "right to left": "\u202eabc",
+    "hebrew": "\u05e9\u05dc\u05d5\u05dd", "cjk": "\u732b", "emoji": "\U0001f642", "emoji code": ":dog:",
+    "markup": "[bold]x[/]", "closing": "x [/y]", "surrogate": "a\udcffb\ud800", "empty": "", "long": "x" * 10_000,
     "many": "many words " * 1000,
-}
+}  # fmt: skip
 SHOWN = {  # what a terminal gets; all others stand there as they are
-    "line end": r"a\nb\rc\td",
-    "nul": r"a\x00b",
-    "escape": r"\x1b[31mred\x1b[2J",
-    "right to left": r"\u202eabc",
+    "line end": r"a\nb\rc\td", "nul": r"a\x00b", "escape": r"\x1b[31mred\x1b[2J", "right to left": r"\u202eabc",
     "surrogate": r"a\udcffb\ud800",
-}
+}  # fmt: skip
 
 
 @pytest.fixture(params=NAMES)

@@ -28,12 +28,9 @@ def listed(name, root, splits=("",)):
         picture.paste(0, (0, 0, 4, 4))
         picture.save(root / f"m{i}.png")
         row = {
-            "path": f"{i}.png",
-            "image": f"{i}.png",
-            "mask": f"m{i}.png",
-            "text": f"text {i}",
+            "path": f"{i}.png", "image": f"{i}.png", "mask": f"m{i}.png", "text": f"text {i}",
             "label": "ab"[i // 2 % 2],
-        }
+        }  # fmt: skip
         row |= {"client": "AB"[i % 2], "split": splits[i % len(splits)]}
         lines.append(",".join(row[column] for column in lines[0].split(",")))
     (root / "list.csv").write_text("\n".join(lines))

@@ -91,13 +91,8 @@ def play(request: Request) -> int:
     )
     task: Any = {"retrieval": retrieve, "zero-shot": zero_shot, "probe": probe, "decode": decode}[request.command]
     result = {
-        "command": request.command,
-        "run": str(out),
-        "method": finished.config.method,
-        "data": finished.data.name,
-        "data_options": dict(request.data_options),
-        "networks": len(finished.networks),
-        "settings": dict(request.arguments),
-        "rows": task(finished, **request.arguments),
-    }
+        "command": request.command, "run": str(out), "method": finished.config.method, "data": finished.data.name,
+        "data_options": dict(request.data_options), "networks": len(finished.networks),
+        "settings": dict(request.arguments), "rows": task(finished, **request.arguments),
+    }  # fmt: skip
     return publish(request, result, downstream_table(result), out / result_name(request))

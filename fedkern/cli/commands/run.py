@@ -89,15 +89,9 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
     complete = False
     try:
         summary = run(
-            config,
-            out=out,
-            resume=request.resume is not None,
-            listener=tee,
-            trusted=code,
-            profile=request.profile,
-            predictions=request.predictions,
-            rounds=request.arguments.get("rounds"),
-        )
+            config, out=out, resume=request.resume is not None, listener=tee, trusted=code, profile=request.profile,
+            predictions=request.predictions, rounds=request.arguments.get("rounds"),
+        )  # fmt: skip
         complete = True
         view.close()
         data: Any = None if tee.info is None else tee.info.data

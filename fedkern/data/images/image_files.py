@@ -35,12 +35,9 @@ BITS_EACH, PHOTOMETRIC, BANDS, EXTRA_BANDS, SAMPLE_FORMAT = 258, 262, 277, 338, 
 bands there are, of what those beyond grey or colours mean, and of the numbers' kind (3: floats)."""
 MIRRORS = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM
 TURNS = {
-    **dict(zip((2, 3, 4), MIRRORS, strict=True)),
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+    **dict(zip((2, 3, 4), MIRRORS, strict=True)), 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 """EXIF orientation to the transpose that makes the image upright; the first three keep width and height."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -177,16 +177,11 @@ def make_captions(
     )
     names = [name for split in (*splits, validation, *tests.values(), *client_tests) for name in split.ids or ()]
     return FederatedData(
-        name="captions",
-        classes=KINDS[labels],
-        clients=splits,
-        validation=validation,
-        tests=tests,
+        name="captions", classes=KINDS[labels], clients=splits, validation=validation, tests=tests,
         form=ImageForm((3, *validation.images.shape[2:]), *SCALE),
         statistics=PartitionStatistics.of([split.labels.numpy() for split in splits], KINDS[labels], spec.text),
-        image_ids=frozenset(names),
-        client_tests=client_tests,
-    )
+        image_ids=frozenset(names), client_tests=client_tests,
+    )  # fmt: skip
 
 
 def _mixture(size: int, rng: np.random.Generator, liked: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -137,38 +137,24 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     def pool(chosen: Tensor) -> Pool:
         masks = listing.masks
         return Pool(
-            labels=torch.from_numpy(listing.labels)[chosen],
-            ids=tuple(listing.ids[row] for row in chosen.tolist()),
-            read=ImageReader(files, images[chosen]),
-            groups=None if groups is None else groups[chosen],
+            labels=torch.from_numpy(listing.labels)[chosen], ids=tuple(listing.ids[row] for row in chosen.tolist()),
+            read=ImageReader(files, images[chosen]), groups=None if groups is None else groups[chosen],
             targets=None if masks is None else lambda part: _targets(masks, chosen[part]),
-            texts=rows_of(listing.texts, chosen),
-            patients=None if patients is None else patients[chosen],
-            full=rows_of(listing.full, chosen),
-            task=listing.task,
-        )
+            texts=rows_of(listing.texts, chosen), patients=None if patients is None else patients[chosen],
+            full=rows_of(listing.full, chosen), task=listing.task,
+        )  # fmt: skip
 
     drawn = not any(listing.splits)
     return Source(
-        classes=classes,
-        train=pool(rows["train"]),
-        validation=pool(rows["validation"]),
-        tests={"": pool(rows["test"])},
-        mean=GREY_MEAN if files.grey else IMAGENET_MEAN,
-        std=GREY_STD if files.grey else IMAGENET_STD,
-        augment="window" if 0 < reading.crop < reading.size else "none",
-        groups=len(sites) or None,
-        crop=reading.crop,
-        sites=sites,
-        named_by=listing.named_by if sites or unnamed else "",
-        unnamed=unnamed,
+        classes=classes, train=pool(rows["train"]), validation=pool(rows["validation"]), tests={"": pool(rows["test"])},
+        mean=GREY_MEAN if files.grey else IMAGENET_MEAN, std=GREY_STD if files.grey else IMAGENET_STD,
+        augment="window" if 0 < reading.crop < reading.size else "none", groups=len(sites) or None, crop=reading.crop,
+        sites=sites, named_by=listing.named_by if sites or unnamed else "", unnamed=unnamed,
         lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
-        own_tests=bool(sites) and listing.own_tests,
-        drawn_validation="validation" not in listing.splits,
+        own_tests=bool(sites) and listing.own_tests, drawn_validation="validation" not in listing.splits,
         notices=(*listing.notices, *notices, *_describe_repeats(listing), *_siteless(listing, rows)),
-        files={**seen, "sites": sites},
-        compared=True,
-    )
+        files={**seen, "sites": sites}, compared=True,
+    )  # fmt: skip
 
 
 def _image_files(

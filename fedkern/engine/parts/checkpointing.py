@@ -80,15 +80,10 @@ class Checkpointing(Part):
         info = self._info(finished=False)
         try:
             self._checkpoints.commit(
-                round=self._progress.done,
-                plan=self._progress.planned,
-                server=self._server.state,
-                participation=self._participation.state(),
-                messages=self._participation.in_flight(),
-                info=info,
-                before=self._metrics.sync,
-                booked=self._ledger.changed_rows(),
-            )
+                round=self._progress.done, plan=self._progress.planned, server=self._server.state,
+                participation=self._participation.state(), messages=self._participation.in_flight(), info=info,
+                before=self._metrics.sync, booked=self._ledger.changed_rows(),
+            )  # fmt: skip
         except UserError as error:
             if self._checkpoints.entries or isinstance(error, Unwritable):  # a run goes on where its disk had been full
                 raise

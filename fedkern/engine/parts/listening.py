@@ -53,19 +53,11 @@ def _info(run: RunObjects) -> RunInfo:
     """What listeners are told before the first round that is played."""
     workers = run.executor.count
     return RunInfo(
-        config=run.config,
-        out=run.out,
-        first_round=run.progress.done,
-        samples=run.context.federation.samples,
+        config=run.config, out=run.out, first_round=run.progress.done, samples=run.context.federation.samples,
         parameters=run.parameters,
         frozen=sum(parameter.numel() for parameter in run.network.parameters() if not parameter.requires_grad),
-        frozen_norms=len(frozen_norms(run.network)),
-        rounds=tuple(entry for entry in run.plan if not entry.one_off),
-        test_sets={prefix[:-1]: len(data) for prefix, data in run.sets.items()},
-        data=run.context.data,
-        private=not run.context.disclosure.clients,
-        guarantee=run.said,
-        model=run.context.model_name,
-        workers=workers,
+        frozen_norms=len(frozen_norms(run.network)), rounds=tuple(entry for entry in run.plan if not entry.one_off),
+        test_sets={prefix[:-1]: len(data) for prefix, data in run.sets.items()}, data=run.context.data,
+        private=not run.context.disclosure.clients, guarantee=run.said, model=run.context.model_name, workers=workers,
         worker_bytes=worker_bytes(run.context, run.parameters) if workers > 1 else 0,
-    )
+    )  # fmt: skip

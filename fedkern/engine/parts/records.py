@@ -77,12 +77,9 @@ class Records(Part):
 
     def state(self) -> dict[str, Any]:
         return {
-            "seconds": self._timing.seconds(),
-            "phases": self._timing.phases,
-            "bytes": self._metrics.size,
-            "sha256": self._metrics.digest,
-            "dropped": self._log.dropped,
-        }
+            "seconds": self._timing.seconds(), "phases": self._timing.phases, "bytes": self._metrics.size,
+            "sha256": self._metrics.digest, "dropped": self._log.dropped,
+        }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._timing.restore(state["seconds"], state["phases"])

@@ -47,15 +47,9 @@ class Results(Part):
         flat = context.is_flat(summary.network)
         write_model(self._out / MODEL, summary.network, about_network(context, config, done, flat))
         first: dict[str, Any] = {
-            "method": config.method,
-            "data": config.data,
-            "model": context.model_name,
-            "seed": config.seed,
-            "rounds": done,
-            "clients": config.clients,
-            **self._names(),
-            "metrics": summary.metrics,
-        }
+            "method": config.method, "data": config.data, "model": context.model_name, "seed": config.seed,
+            "rounds": done, "clients": config.clients, **self._names(), "metrics": summary.metrics,
+        }  # fmt: skip
         last = {"seconds": self._timing.seconds(), "records": config.records, "versions": versions.versions()}
         if summary.stop is not None:
             last["stopped"] = {"by": summary.stop.name, "reason": summary.stop.reason}

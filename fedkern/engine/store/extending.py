@@ -145,11 +145,7 @@ def set_aside(out: Path, round: int) -> None:
 def _plan(method: Any, config: RunConfig, rounds: int, done: int) -> list[Round]:
     """The first ``done`` rounds of the plan of a run with this number of rounds."""
     federation = Federation(
-        rounds=rounds,
-        samples=(config.batch_size,) * config.trained_clients,
-        classes=2,
-        local_epochs=config.local_epochs,
-        unit=config.unit,
-        seed=config.seed,
-    )
+        rounds=rounds, samples=(config.batch_size,) * config.trained_clients, classes=2,
+        local_epochs=config.local_epochs, unit=config.unit, seed=config.seed,
+    )  # fmt: skip
     return list(islice(method.rounds(federation), done))

@@ -37,14 +37,9 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
     """
     data = context.data
     about = {
-        "model": context.model_name,
-        "width": config.width,
-        "task": data.task.name,
-        "classes": list(data.classes),
-        **data.form.about(),
-        "method": config.method,
-        "rounds": rounds,
-    }
+        "model": context.model_name, "width": config.width, "task": data.task.name, "classes": list(data.classes),
+        **data.form.about(), "method": config.method, "rounds": rounds,
+    }  # fmt: skip
     about |= context.described
     if flat and (names := [*context.initial_personal]):
         about["personal"] = names

@@ -401,14 +401,10 @@ def read_reply(packed: PackedMessage, client: int, version: Version) -> Reply:
     if not 0 <= values["seconds"] <= LARGEST_FIGURE:
         raise Malformed("has a report that is none")
     answer = Answer(
-        client,
-        values["message"],
-        problem=_read_problem(values["problem"], client),
-        report=report,
-        warnings={name: printable(text) for name, text in warnings.items()},
-        seconds=values["seconds"],
+        client, values["message"], problem=_read_problem(values["problem"], client), report=report,
+        warnings={name: printable(text) for name, text in warnings.items()}, seconds=values["seconds"],
         marks=frozenset(values["marks"]),
-    )
+    )  # fmt: skip
     return Reply(answer, values["changed"], values["ledger"])
 
 

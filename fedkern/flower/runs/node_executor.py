@@ -169,20 +169,11 @@ class Nodes(Ordered):
         self._sent[k] = version.number + 1
         oldest = run.checkpoints.oldest(k)
         return ClientRequest(
-            run=self._name,
-            attempt=self._attempt,
-            client=k,
-            asker=asker,
-            phase=phase,
-            version=version,
-            begin=None if name is None else Version(*name),
-            oldest=version.plan if oldest is None else oldest,
-            last=run.progress.last_exchange,
-            threads=run.context.config.threads,
-            client_threads=run.context.config.client_threads,
-            plan=run.context.config.plan or "",
-            data=self._data,
-        )
+            run=self._name, attempt=self._attempt, client=k, asker=asker, phase=phase, version=version,
+            begin=None if name is None else Version(*name), oldest=version.plan if oldest is None else oldest,
+            last=run.progress.last_exchange, threads=run.context.config.threads,
+            client_threads=run.context.config.client_threads, plan=run.context.config.plan or "", data=self._data,
+        )  # fmt: skip
 
     def _heard(self, first: ClientId) -> list[tuple[str, Arrived]]:
         """Replies that have come: of the next client in order, then of some of the others."""

@@ -29,15 +29,10 @@ def form_of(data: FederatedData) -> dict[str, Any]:
             "nodes have images, and the samples of these data are none: play the clients with fedkern.simulate."
         )
     return {
-        "task": data.task.name,
-        "classes": list(data.classes),
-        "images": list(data.form.shape),
-        "mean": list(data.form.mean),
-        "std": list(data.form.std),
-        "augment": data.form.augment,
-        "bits": data.form.grey_bits,
-        "window": list(data.form.window or ()),
-    }
+        "task": data.task.name, "classes": list(data.classes), "images": list(data.form.shape),
+        "mean": list(data.form.mean), "std": list(data.form.std), "augment": data.form.augment,
+        "bits": data.form.grey_bits, "window": list(data.form.window or ()),
+    }  # fmt: skip
 
 
 def declared(config: RunConfig, registry: NodeRegistry, warn: Callable[[str, str], None]) -> FederatedData:

@@ -21,17 +21,10 @@ from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 from fedkern.messages.states import tree_of
 
 DTYPES = {
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "int16": torch.int16,
-    "int32": torch.int32,
-    "int64": torch.int64,
-    "uint8": torch.uint8,
+    "float16": torch.float16, "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16,
+    "int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64, "uint8": torch.uint8,
     "bool": torch.bool,
-}
+}  # fmt: skip
 """Element types that travel, by name."""
 
 LONGEST_TEXT = 4 << 20

@@ -117,13 +117,9 @@ class Told(Listener):
     def on_start(self, run: RunInfo) -> None:
         self.data = run.data
         log(
-            INFO,
-            "%s on %s: %s clients, %s rounds",
-            run.config.method,
-            run.config.data,
-            len(run.samples),
+            INFO, "%s on %s: %s clients, %s rounds", run.config.method, run.config.data, len(run.samples),
             len(run.rounds),
-        )
+        )  # fmt: skip
 
     def on_notice(self, text: str) -> None:
         log(INFO, "%s", text)

@@ -191,15 +191,11 @@ def guarantee(options: Any, unit: Unit = IMAGE) -> Guarantee | None:
     if tells_scores(options):
         leaves["scores"] = "the discriminators' confidence in every image"
     return Guarantee(
-        options.delta,
-        covers,
-        leaves,
-        _while(options),
-        unit=unit,
+        options.delta, covers, leaves, _while(options), unit=unit,
         follows="the released generator and student" if generates(options) else "the released student",
         advice="" if options.teacher_dp else "teacher_dp=true covers what comes from the teachers",
         appraised=("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted"),
-    )
+    )  # fmt: skip
 
 
 def _while(options: Any) -> tuple[str, ...]:

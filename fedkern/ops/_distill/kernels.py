@@ -394,10 +394,6 @@ for _name, _check in (
     *[(name, "tensors_fit") for name in ("ensemble_kl", "js_div", "consensus")],
 ):
     serve(
-        _name,
-        cpu=DistillKernels,
-        cuda=DistillKernels,
-        triton="_distill.triton.distill:TritonDistill",
-        triton_leaves="infinite temperatures" if "kl" in _name else "",
-        fits=_check,
-    )
+        _name, cpu=DistillKernels, cuda=DistillKernels, triton="_distill.triton.distill:TritonDistill",
+        triton_leaves="infinite temperatures" if "kl" in _name else "", fits=_check,
+    )  # fmt: skip

@@ -115,14 +115,9 @@ def _second_derivative(ctx: Any, to_maps: list[Tensor], to_scale: Tensor, to_shi
 
 
 FUSE: Callable[..., Any] = library.register(
-    "fuse",
-    "(Tensor[] features, Tensor? scale, Tensor? shift, bool relu, bool mean) -> Tensor",
-    _implementation,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    reference=_reference,
-)
+    "fuse", "(Tensor[] features, Tensor? scale, Tensor? shift, bool relu, bool mean) -> Tensor", _implementation,
+    fake=_fake, setup_context=_setup_context, backward=_backward, reference=_reference,
+)  # fmt: skip
 FUSE_BACKWARD: Callable[..., Any] = library.register(
     "fuse_backward",
     "(Tensor grad, Tensor[] features, Tensor? out, Tensor? scale, Tensor? shift, bool relu, bool mean, "

@@ -36,11 +36,8 @@ def table(name, root, splits):
             mask.save(root / f"m{title}{i}.png")
             row = {"path": f"{title}{i}.png", "label": "ab"[i % 2], "text": f"text {i}"}
             row |= {
-                "image": row["path"],
-                "mask": f"m{row['path']}",
-                "hospital": title,
-                "split": splits[i % len(splits)],
-            }
+                "image": row["path"], "mask": f"m{row['path']}", "hospital": title, "split": splits[i % len(splits)],
+            }  # fmt: skip
             lines.append(",".join(row[column] for column in lines[0].split(",")))
     (root / "list.csv").write_text("\n".join(lines) + "\n")
 

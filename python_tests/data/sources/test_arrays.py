@@ -108,12 +108,8 @@ def test_another_task_of_such_labels_can_be_named(monkeypatch, target):
     monkeypatch.setitem(TASKS, "other", other)
     data = FederatedData.from_arrays([own, own], {"a": own}, task="other")
     made = (
-        *data.clients,
-        data.validation,
-        data.tests["a"],
-        joined(data.clients),
-        data.clients[0].subset(torch.arange(1)),
-    )
+        *data.clients, data.validation, data.tests["a"], joined(data.clients), data.clients[0].subset(torch.arange(1)),
+    )  # fmt: skip
     assert all(split.task is other for split in made)
     assert FederatedData.from_arrays([own], own, task="auto").task is usual
     with pytest.raises(fedkern.UserError, match=f'task must be "{usual.name}",.* "other", or left out, for labels'):

@@ -301,13 +301,9 @@ def test_a_lost_worker_compresses_again_what_its_clients_had_sent(settle, tmp_pa
 
 
 LOST = {
-    "refused": {"max_update_norm": 50.0},
-    "refused by the server": {},
-    "not finite": {},
-    "diverged": {},
-    "failed": {"on_error": "skip"},
-    "dropped out": {"dropout_rate": 0.4},
-}
+    "refused": {"max_update_norm": 50.0}, "refused by the server": {}, "not finite": {}, "diverged": {},
+    "failed": {"on_error": "skip"}, "dropped out": {"dropout_rate": 0.4},
+}  # fmt: skip
 
 
 @pytest.mark.sampled(2)

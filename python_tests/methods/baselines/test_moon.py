@@ -31,14 +31,9 @@ def test_loss_is_the_published_one(mu, temperature):
     local, glob, previous = network(1), network(2).eval(), network(3).eval()
     images, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.randint(0, 3, (6,))
     received = types.SimpleNamespace(
-        message={},
-        extras={"previous": {}},
-        model=glob,
-        round_cache={"network": previous},
-        samples=6,
-        epochs=1,
+        message={}, extras={"previous": {}}, model=glob, round_cache={"network": previous}, samples=6, epochs=1,
         phase=PHASE,
-    )
+    )  # fmt: skip
     method = Moon(Moon.Options(mu=mu, temperature=temperature))
     batch = Batch(images, labels, np.arange(6), PHASE)
     batch.drawn = method.prepare(local, batch, received)

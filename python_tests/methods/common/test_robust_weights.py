@@ -38,14 +38,10 @@ def solved(v, rho, c):
     ball = {"type": "ineq", "fun": lambda u: 1 - u @ u, "jac": lambda u: -2 * u}
     even = {"type": "eq", "fun": lambda u: scale @ u / scale.max(), "jac": lambda u: scale / scale.max()}
     result = minimize(
-        lambda u: (0.5 * np.sum((scale * u) ** 2) - pull @ u) / size,
-        start,
-        jac=lambda u: (scale * scale * u - pull) / size,
-        bounds=[(low, None) for low in -c / scale],
-        constraints=[ball, even],
-        method="SLSQP",
-        options={"ftol": 1e-15, "maxiter": 200},
-    )
+        lambda u: (0.5 * np.sum((scale * u) ** 2) - pull @ u) / size, start,
+        jac=lambda u: (scale * scale * u - pull) / size, bounds=[(low, None) for low in -c / scale],
+        constraints=[ball, even], method="SLSQP", options={"ftol": 1e-15, "maxiter": 200},
+    )  # fmt: skip
     return c + scale * result.x
 
 

@@ -11,15 +11,8 @@ from torch import Tensor
 from fedkern.ops._core.layout import normed
 
 SHAPES = (
-    (1, 6, 4, 5),
-    (3, 6, 1, 5),
-    (3, 6, 4, 1),
-    (1, 6, 1, 5),
-    (1, 6, 4, 1),
-    (1, 1, 4, 5),
-    (3, 6, 4, 5),
-    (4, 6, 1, 1),
-)
+    (1, 6, 4, 5), (3, 6, 1, 5), (3, 6, 4, 1), (1, 6, 1, 5), (1, 6, 4, 1), (1, 1, 4, 5), (3, 6, 4, 5), (4, 6, 1, 1),
+)  # fmt: skip
 FORMATS = (torch.contiguous_format, torch.channels_last)
 # What a loss reads of a map, which decides in what layout the gradient arrives.
 READ: dict[str, Callable[[Tensor], Tensor]] = {

@@ -74,15 +74,10 @@ def make_inputs(case: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor
     student, teachers = (lay_out(x.to(case["dtype"]), case["layout"], rows) for x in (student, teachers))
     batch, positions = student.shape[0], student.shape[2:]
     shapes: dict[str, tuple[int, ...]] = {
-        "K": (count,),
-        "KB": (count, batch),
-        "KB1": (count, batch, 1),
-        "KC": (count, classes),
-        "K1C": (count, 1, classes),
-        "KBC": (count, batch, classes),
-        "full": (count, batch, classes, *positions),
+        "K": (count,), "KB": (count, batch), "KB1": (count, batch, 1), "KC": (count, classes),
+        "K1C": (count, 1, classes), "KBC": (count, batch, classes), "full": (count, batch, classes, *positions),
         "rows": (count, batch, *positions),
-    }
+    }  # fmt: skip
     if case["weights"] is None:
         return student, teachers, None
     name = case["weights"]
@@ -248,13 +243,9 @@ def run_agreement(number: int, names: list[str], device: torch.device = CPU) -> 
 
 DIFFERENCES = (10.0, 18.0, 30.0, 88.0, 200.0, 1e4)
 PLAIN: dict[str, Any] = {
-    "dtype": torch.float32,
-    "layout": "stacked",
-    "reduction": "none",
-    "mix": "probs",
-    "log_probs": False,
+    "dtype": torch.float32, "layout": "stacked", "reduction": "none", "mix": "probs", "log_probs": False,
     "temperature": 1.0,
-}
+}  # fmt: skip
 
 
 def compare_on(device, name, case, mask, tensors):

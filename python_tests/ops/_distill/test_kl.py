@@ -32,18 +32,10 @@ from python_tests.ops.operator_cases import (
 OPERATORS = ("kl_div", "dual_kl", "dual_kl_student", "entropy")
 LAYOUTS = ("rows", "gaps", "transposed", "positions", "channels_last", "crop")
 AXES: dict[str, Any] = {
-    "classes": CLASSES,
-    "rows": ROWS,
-    "dtype": DTYPES,
-    "temperature": (0.5, 1.0, 4.0, math.inf),
-    "operator": OPERATORS,
-    "reduction": ("none", "sum", "batchmean"),
-    "layout": LAYOUTS,
-    "near": (None, 1e-2, 1e-3, 0.0),
-    "weight": (None, "rows", "zeros"),
-    "special": (None, "extreme", "masked"),
-    "needs": ("students", "teacher", "all"),
-}
+    "classes": CLASSES, "rows": ROWS, "dtype": DTYPES, "temperature": (0.5, 1.0, 4.0, math.inf), "operator": OPERATORS,
+    "reduction": ("none", "sum", "batchmean"), "layout": LAYOUTS, "near": (None, 1e-2, 1e-3, 0.0),
+    "weight": (None, "rows", "zeros"), "special": (None, "extreme", "masked"), "needs": ("students", "teacher", "all"),
+}  # fmt: skip
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:

@@ -37,14 +37,9 @@ def info(rounds: int = 3, first_round: int = 0, trains: Sequence[str] = ()) -> R
 
 def record(round: int, rounds: int = 3, **metrics) -> dict:
     return {
-        "round": round,
-        "rounds": rounds,
-        "seconds": 2.0 * round,
-        "bytes_up": 1000,
-        "bytes_down": 2000,
-        "loss": 0.5,
+        "round": round, "rounds": rounds, "seconds": 2.0 * round, "bytes_up": 1000, "bytes_down": 2000, "loss": 0.5,
         **metrics,
-    }
+    }  # fmt: skip
 
 
 def play(listener, rounds: int = 3) -> None:
