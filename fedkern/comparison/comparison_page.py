@@ -104,11 +104,9 @@ def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
         about.append(f"{unfinished} not finished and left out")
     clients = printable_name(f"Clients of {groups[0].label}, seed {runs[0].config.seed}", CELL)
     return Page(
-        title=result.title(),
-        about=" · ".join(about),
+        title=result.title(), about=" · ".join(about), tiles=_tiles(result),
         headline=[*headline(result), *run_page.baseline(first, judged=False)],
         warnings=[*warnings, *(("failed run", text) for text in result.failures)],
-        tiles=_tiles(result),
         sections=[
             section("table", "Table", _table(folder, result)),
             section("curves", "Curves", _curves(result)),
@@ -118,7 +116,7 @@ def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
             section("runs", "Runs", _runs(result)),
             section("settings", "Configuration and versions", _settings(result, commands)),
         ],
-    )
+    )  # fmt: skip
 
 
 def headline(result: Result) -> list[str]:

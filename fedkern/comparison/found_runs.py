@@ -23,17 +23,8 @@ from fedkern.settings.grounds import code_identity, difference, other_data
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.tasks.figure_names import OVER_CLIENTS, direction, split_metric
 
-_NO_GROUP = {
-    "seed",
-    "method",
-    "plugins",
-    "device",
-    "threads",
-    "client_threads",
-    "checkpoint_every",
-    *RESUMABLE,
-    *FINGERPRINTS,
-}
+_NO_GROUP = {"seed", "method", "plugins", "device", "threads", "client_threads", "checkpoint_every"}
+_NO_GROUP |= {*RESUMABLE, *FINGERPRINTS}
 """Settings that part no groups: the seed, and what decides where and how fast a run computes.
 
 What was found in code and files parts groups by its hash."""

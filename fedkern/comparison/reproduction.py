@@ -93,14 +93,9 @@ class Job:
     """
 
     def __init__(
-        self,
-        paper: Paper,
-        entry: PublishedCell | Before,
-        seeds: Sequence[int],
-        read: Callable[[Sequence[str]], Command],
-        out: Path,
-        runner: Mapping[str, Any],
-    ) -> None:
+        self, paper: Paper, entry: PublishedCell | Before, seeds: Sequence[int],
+        read: Callable[[Sequence[str]], Command], out: Path, runner: Mapping[str, Any],
+    ) -> None:  # fmt: skip
         self.paper, self.entry, self.seeds, self._read = paper, entry, tuple(seeds), read
         name, sweep = (entry.before, entry.sweep) if isinstance(entry, PublishedCell) else ("", ())
         self.before = Job(paper, paper.befores[name], seeds, read, out, runner) if name else None

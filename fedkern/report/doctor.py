@@ -22,20 +22,9 @@ from fedkern.text_table import Table
 
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = (
-    "fedkern",
-    "torch",
-    "triton",
-    "numpy",
-    "nvidia-ml-py",
-    "safetensors",
-    "transformers",
-    "flwr",
-    "opacus",
-    "dp-accounting",
-    "nibabel",
-    "tensorboard",
-    "wandb",
-)
+    "fedkern", "torch", "triton", "numpy", "nvidia-ml-py", "safetensors", "transformers", "flwr", "opacus",
+    "dp-accounting", "nibabel", "tensorboard", "wandb",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -136,15 +125,9 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
                 utilisation: int | None = int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
             except pynvml.NVMLError:  # not reported for MIG slices and some virtual GPUs
                 utilisation = None
-            devices.append(
-                {
-                    "name": _text(pynvml.nvmlDeviceGetName(handle)),
-                    "memory": int(memory.total),
-                    "used": int(memory.used),
-                    "utilisation": utilisation,
-                    "driver": driver,
-                }
-            )
+            sizes = {"memory": int(memory.total), "used": int(memory.used)}
+            name = _text(pynvml.nvmlDeviceGetName(handle))
+            devices.append({"name": name, **sizes, "utilisation": utilisation, "driver": driver})
         return devices, "" if devices else "the driver lists no GPU"
     except pynvml.NVMLError as error:
         return [], f"NVML: {error}"
@@ -176,26 +159,18 @@ def collect() -> dict[str, Any]:
 
     rows, forced, problem = operators()
     devices, reason = gpus()
-    return {
-        "versions": versions(),
-        "cpu": processor(),
-        "stale": loading.stale_cores(),
-        "threads": threads(),
-        "cuda": {
-            "torch": torch.version.cuda,
-            "hip": torch.version.hip,
-            "available": torch.cuda.is_available(),
-            "gpus": devices,
-            "reason": reason,
-            "core": cuda_core(),
-        },
-        "forced_backend": forced,
-        "problem": problem,
-        "operators": [
-            {"operator": row[0], "backend": row[1], "serves": bool(row[2]), "reason": row[3], "leaves": row[4]}
-            for row in rows
-        ],
+    cuda: dict[str, Any] = {
+        "torch": torch.version.cuda,
+        "hip": torch.version.hip,
+        "available": torch.cuda.is_available(),
     }
+    cuda |= {"gpus": devices, "reason": reason, "core": cuda_core()}
+    table = [
+        {"operator": row[0], "backend": row[1], "serves": bool(row[2]), "reason": row[3], "leaves": row[4]}
+        for row in rows
+    ]
+    about = {"versions": versions(), "cpu": processor(), "stale": loading.stale_cores(), "threads": threads()}
+    return {**about, "cuda": cuda, "forced_backend": forced, "problem": problem, "operators": table}
 
 
 def show(console: Console, report: dict[str, Any] | None = None) -> None:

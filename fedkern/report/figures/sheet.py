@@ -49,17 +49,9 @@ class Sheet:
     """
 
     def __init__(
-        self,
-        columns: int,
-        rows: Sequence[float],
-        *,
-        side: float,
-        left: float,
-        title: str,
-        right: float = 0.0,
-        legend: Sequence[tuple[str, Any]] = (),
-        scale: str = "",
-    ) -> None:
+        self, columns: int, rows: Sequence[float], *, side: float, left: float, title: str, right: float = 0.0,
+        legend: Sequence[tuple[str, Any]] = (), scale: str = "",
+    ) -> None:  # fmt: skip
         gap = 0.08 * side
         wide = max(left + columns * (side + gap) + right + _EDGE, 5.0)
         lines = fitted(label(title, TITLE), 12, wide - 2 * _EDGE)
