@@ -119,10 +119,10 @@ class ClientFailed(RunFailed):
         way = "; mend the method, or leave such clients out with --on-error skip" if exit_code == 1 else ""
         super().__init__(f"Client {label or client} failed{f' {when}' if when else ''}: {what}{way}.")
         self.client, self.what, self.traceback = client, printable(what), printable(traceback, TRACEBACK)
-        self.exit_code = exit_code
+        self.when, self.label, self.exit_code = when, label, exit_code
 
     def __reduce__(self) -> tuple[type, tuple[int, str, str, str, str, int]]:
-        return ClientFailed, (self.client, self.what, self.traceback, "", "", self.exit_code)
+        return ClientFailed, (self.client, self.what, self.traceback, self.when, self.label, self.exit_code)
 
     @staticmethod
     def of(client: int, error: BaseException, code: Any) -> ClientFailed:
@@ -238,6 +238,11 @@ def shows(error: BaseException) -> bool:
 def traced(error: BaseException) -> str:
     """The traceback of an exception, as text of bounded length."""
     return printable("".join(traceback.format_exception(error)), TRACEBACK)
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return the traceback that an exception carries, or that of itself; empty for a UserError without one."""
+    return str(getattr(error, "traceback", "" if isinstance(error, UserError) else traced(error)))
 
 
 def shown(value: Any) -> str:

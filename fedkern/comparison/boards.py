@@ -32,7 +32,7 @@ class LineBoard(Board):
         self.console = console
         self.planned: Sequence[Cell] = ()
         self.start = time.monotonic()
-        self.began = self.start
+        self.began: dict[str, float] = {}
         self.done = self.played = 0
         self.tests: Collection[str] = ()
         self.main = ""
@@ -44,11 +44,11 @@ class LineBoard(Board):
         self.planned, self.done = planned, 0
 
     def on_cell(self, cell: Cell) -> None:
-        self.began = time.monotonic()
+        self.began[cell.name] = time.monotonic()
 
     def on_cell_end(self, cell: Cell, run: FoundRun, *, again: bool) -> None:
         self._count(again)
-        took = "finished before" if again else human_time(time.monotonic() - self.began)
+        took = "finished before" if again else human_time(time.monotonic() - self.began[cell.name])
         figures = main_figures(run.metrics, run.config.main, self.tests) or "no figures told"
         self._line(cell, f"{figures}  {took}{self._left(again)}")
 
@@ -71,7 +71,7 @@ class LineBoard(Board):
 
 
 class LiveBoard(LineBoard):
-    """A table of variants and seeds whose cells fill up; the running cell shows its round."""
+    """A table of variants and seeds whose cells fill up; the running cells show their rounds."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -84,6 +84,9 @@ class LiveBoard(LineBoard):
         super().on_cells(planned)
         self.live.start()
         self._show()
+
+    def focus(self, cell: Cell) -> None:
+        self.running = cell
 
     def on_cell(self, cell: Cell) -> None:
         super().on_cell(cell)
@@ -121,7 +124,7 @@ class LiveBoard(LineBoard):
         """The table as it is now."""
         seeds = list(dict.fromkeys(cell.seed for cell in self.planned))
         columns = seeds if len(seeds) <= SHOWN_SEEDS else []
-        title = f"run {min(self.done + 1, len(self.planned))} of {len(self.planned)}{self.left}"
+        title = f"{self.done} of {len(self.planned)} runs finished{self.left}"
         header = ["", *(f"seed {seed}" for seed in columns)] if columns else ["", "finished"]
         rows: list[list[str | Text]] = []
         for label in dict.fromkeys(cell.variant.label for cell in self.planned):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from select import select
 from typing import Any
 
 from fedkern.comparison.cells import Cell, Variant, cells
 from fedkern.comparison.found_runs import FoundRun, read_run
+from fedkern.comparison.parallel_runs import RunProcess, check_jobs
 from fedkern.data import FederatedData
 from fedkern.data.identity import of_memory
 from fedkern.engine import initial_weights
@@ -21,7 +23,8 @@ from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.resuming import with_identity
 from fedkern.engine.store.run_folder import reserve
-from fedkern.errors import UserError, first_of
+from fedkern.errors import UserError, first_of, traceback_of
+from fedkern.files import atomic
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods.registry import short
 from fedkern.models import MODELS, Own, available
@@ -54,6 +57,9 @@ class Board(Listener):
     def on_cell(self, cell: Cell) -> None:
         """A cell starts or goes on."""
 
+    def focus(self, cell: Cell) -> None:
+        """The next event of a run is one of this cell's."""
+
     def on_cell_end(self, cell: Cell, run: FoundRun, *, again: bool) -> None:
         """A cell is finished; ``again`` if it was so before."""
 
@@ -74,7 +80,8 @@ class Runner:
         failures: what went wrong, by the cell's name.
         tracebacks: of cells in which Python code failed.
         begun: run folders so far, with their settings.
-        listener: receives the events of the runs beside the board.
+        listener: receives the events of the runs beside the board; with several jobs, none of them.
+        jobs: most runs that play at once, each in a process of its own.
     """
 
     out: Path
@@ -87,23 +94,29 @@ class Runner:
     tracebacks: dict[str, str] = field(default_factory=dict)
     begun: list[tuple[Path, RunConfig]] = field(default_factory=list)
     listener: Listener = field(default_factory=Listener)
+    jobs: int = 1
     _compared: set[Path] = field(default_factory=set)
 
     def plan(self, variants: Sequence[Variant], seeds: Sequence[int]) -> list[Cell]:
         """The cells of some variants, whose run folders, where they exist, must be those of the same settings.
 
         Raises:
-            UserError: a setting that a method does not take, or a run folder with other settings or without a run.
+            UserError: a setting that a method does not take, a run folder with other settings or without a run, or more
+                jobs than the machine has cores for.
         """
         result = cells(variants, seeds, self.make)
+        configs = []
         for cell in result:
             folder = self.folder(cell)
             if (folder / SETTINGS).exists():
-                self._stored(cell)
+                configs.append(self._stored(cell))
                 before = load_settings(folder, trusted=self._trusted(cell), device="cpu")
                 self.begun.append((folder, with_identity(before, newest(folder))))
-            elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                continue
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"{folder} is there and holds no run: remove it, or name another --out.")
+            configs.append(cell.config)
+        check_jobs(self.jobs, configs)
         return result
 
     def folder(self, cell: Cell) -> Path:
@@ -126,60 +139,86 @@ class Runner:
         """
         self.board.on_cells(planned)
         outcomes: list[Exception | None] = []
-        for cell in planned:
-            interrupts.check()
-            if cell.name in self.failures:
-                continue
-            again = (self.folder(cell) / "summary.json").exists()
-            try:
-                if not again:
-                    self.board.on_cell(cell)
-                    self._run(cell)
-                result = self.read(cell)
-            except OtherGrounds:
-                raise
-            except UserError as error:
-                self._failed(cell, str(error), getattr(error, "traceback", ""))
-                outcomes.append(error)
-            except Exception as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                self._failed(cell, f"{type(error).__name__}: {error}", traceback.format_exc())
-                outcomes.append(error)
-            else:
-                self.board.on_cell_end(cell, result, again=again)
-                outcomes.append(None)
-                if check is not None:
-                    check(cell, result)
+        with closing(self._play_all([cell for cell in planned if cell.name not in self.failures])) as attempts:
+            for cell, again, error in attempts:
+                try:
+                    if error is not None:
+                        raise error
+                    result = self.read(cell)
+                except Exception as failure:
+                    full = isinstance(failure, OSError) and failure.errno in atomic.FULL
+                    if full or isinstance(failure, OtherGrounds):
+                        raise
+                    self._failed(cell, failure)
+                    outcomes.append(failure)
+                else:
+                    self.board.on_cell_end(cell, result, again=again)
+                    outcomes.append(None)
+                    if self.jobs > 1:
+                        self.begun.append((result.folder, result.config))
+                    if check is not None:
+                        check(cell, result)
         first = next(iter(outcomes), None)
         if first is not None and all(each is not None and str(each) == str(first) for each in outcomes):
             raise first
 
-    def _failed(self, cell: Cell, message: str, trace: str) -> None:
-        self.failures[cell.name] = f"{cell.variant.label}, seed {cell.seed}: {' '.join(message.split())}"
-        if trace:
-            self.tracebacks[cell.name] = trace
-        self.board.on_cell_failed(cell, message)
+    def _play_all(self, planned: Sequence[Cell]) -> Generator[tuple[Cell, bool, Exception | None], None, None]:
+        """Yield cells as they end, each with whether it was finished before and its error; `jobs` cells run at once."""
+        waiting, running = [*planned], list[RunProcess]()
+        with interrupts.in_order():
+            try:
+                while waiting or running:
+                    interrupts.check()
+                    if waiting and len(running) < self.jobs:
+                        cell, process, error = waiting.pop(0), None, None
+                        again = (self.folder(cell) / "summary.json").exists()
+                        try:
+                            process = None if again else self._begin(cell)
+                        except Exception as failure:
+                            error = failure
+                        if process is None:
+                            yield cell, again, error
+                        else:
+                            running.append(process)
+                        continue
+                    for process in select(running, [], [], 1.0)[0]:
+                        event, value = process.receive()
+                        if event == "end":
+                            running.remove(process)
+                            process.close()
+                            yield process.cell, False, value
+                        else:
+                            self.board.focus(process.cell)
+                            getattr(self.board, event)(value)
+            finally:
+                for process in running:
+                    process.process.terminate()
+                for process in running:
+                    process.close()
 
-    def _run(self, cell: Cell) -> None:
+    def _begin(self, cell: Cell) -> RunProcess | None:
+        """Play a cell that is not finished; with several jobs, return the process that does so."""
+        self.board.on_cell(cell)
         folder = self.folder(cell)
         resume = (folder / SETTINGS).exists()
         config = cell.config if not resume else self._stored(cell)
         config = config.replace(common=self.settings | cell.variant.settings.keys())
-        run(
-            config, out=folder, resume=resume, listener=Listeners(self.board, self.listener), data=self.data(config),
-            script=self.script, trusted=self._trusted(cell), check=lambda now: self._check_grounds(now, folder),
+        config = config.replace(workers="1") if self.jobs > 1 else config
+        play: partial[dict[str, Any]] = partial(
+            run, config, out=folder, resume=resume, data=self.data(config), trusted=self._trusted(cell),
+            check=partial(check_grounds, self.begun, folder), at_once=self.jobs,
         )  # fmt: skip
+        if self.jobs > 1:
+            return RunProcess(cell, self.out / f"{cell.name}.log", self.script, play)
+        play(listener=Listeners(self.board, self.listener), script=self.script)
+        return None
 
-    def _check_grounds(self, config: RunConfig, folder: Path) -> None:
-        """Raises OtherGrounds where a run is about to rest on other data or code than those before it."""
-        for other, before in self.begun:
-            if other != folder and (reason := difference(before, config)):
-                raise OtherGrounds(
-                    f"{other} was made with {reason} than this command would run with: name another --out, or put the "
-                    "former data and code back."
-                )
-        self.begun.append((folder, config))
+    def _failed(self, cell: Cell, error: Exception) -> None:
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        self.failures[cell.name] = f"{cell.variant.label}, seed {cell.seed}: {' '.join(message.split())}"
+        if trace := traceback_of(error):
+            self.tracebacks[cell.name] = trace
+        self.board.on_cell_failed(cell, message)
 
     def _trusted(self, cell: Cell) -> list[str]:
         # The user has named this code again in this command.
@@ -230,6 +269,17 @@ class Runner:
                 f"{folder} was made with {reason}{f' ({first_of(words, 3)})' if words else ''}: name another --out, or "
                 "put the former code back."
             )
+
+
+def check_grounds(begun: list[tuple[Path, RunConfig]], folder: Path, config: RunConfig) -> None:
+    """Note a run in ``begun``; raise OtherGrounds where the run rests on other data or code than the runs before."""
+    for other, before in begun:
+        if other != folder and (reason := difference(before, config)):
+            raise OtherGrounds(
+                f"{other} was made with {reason} than this command would run with: name another --out, or put the "
+                "former data and code back."
+            )
+    begun.append((folder, config))
 
 
 def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:

@@ -203,6 +203,11 @@ def read_seeds(text: str | int | Sequence[int], first: int = 0) -> tuple[int, ..
     return seeds
 
 
+def most_threads(configs: Iterable[RunConfig]) -> int:
+    """Return the CPU threads of the run that has most of them."""
+    return max((max(config.threads, config.client_threads) for config in configs), default=1)
+
+
 def read_sweep(words: Iterable[str]) -> dict[str, list[str]]:
     """Sweeps ``NAME=VALUE,VALUE``; values that have commas themselves are parted by ``;``.
 

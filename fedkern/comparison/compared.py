@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedkern.comparison.cell_runner import Runner, check_out, choose, reserved
 from fedkern.comparison.cells import OF_ROUNDS, Variant, check_methods, check_option, own_settings, read_seeds, variants
@@ -25,6 +25,8 @@ from fedkern.settings.doors import python_words
 from fedkern.settings.in_memory import check_in_memory
 from fedkern.tasks.figure_names import direction, split_metric
 from fedkern.typed_option import flag
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -195,6 +197,7 @@ def compare(
     target: str | None = None,
     out: str | Path | None = None,
     progress: bool = True,
+    jobs: int = 1,
     **settings: Any,
 ) -> Comparison:
     """Compares methods over seeds, or runs that exist, as ``fedkern compare`` does, and warns of runs that fail.
@@ -213,6 +216,7 @@ def compare(
         target: ``"accuracy=0.8"``: rounds, bytes and seconds up to this figure.
         out: folder of the runs and of the result; default ``comparisons/<time>``.
         progress: show the progress on standard error.
+        jobs: how many runs play at once, each in a process of its own with the bits that it has alone.
         **settings: settings of all runs, as in :func:`fedkern.simulate`, ``data`` and ``model`` included; options go to
             the methods that have them.
 
@@ -230,7 +234,7 @@ def compare(
     folder = None if out is None else expand(api.folder_of(out))
     folders = [each for each in entries if isinstance(each, str) and each not in METHODS and Path(each).is_dir()]
     if folders and len(folders) == len(entries):
-        if settings or sweep or select:
+        if settings or sweep or select or jobs != 1:
             raise UserError("Settings are for new runs: name methods instead of folders, or leave the settings out.")
         return compare_found(folders, out=folder, target=goal)
     plugins.given(api.plugins_of(settings.get("plugins")))
@@ -280,7 +284,7 @@ def compare(
 
     def begin(where: Path) -> Comparison:
         display, script = board(quiet=not progress, json=False), ScriptObjects.of(model, None, {})
-        runner = Runner(where, make, frozenset(settings), display, in_memory, script, tracebacks=tracebacks)
+        runner = Runner(where, make, frozenset(settings), display, in_memory, script, tracebacks=tracebacks, jobs=jobs)
         return play(runner, by_method, numbers, select=select, target=goal, notes=notes)
 
     comparison = in_folder(folder, begin)
@@ -337,20 +341,19 @@ def check_select(select: str | None, sweep: Mapping[str, Any] | None) -> None:
         raise UserError("--select picks among the settings of a sweep: give --sweep NAME=VALUE,VALUE too.")
 
 
-def in_folder(out: Path | None, begin: Callable[[Path], Comparison]) -> Comparison:
+def in_folder(out: Path | None, begin: Callable[[Path], T]) -> T:
     """Calls ``begin`` with the comparison's folder; a new folder that stays empty is removed.
 
     Raises:
         UserError: the folder cannot be used.
     """
-    fresh = out is None
+    fresh = [] if out is None else [folder for folder in (out, *out.parents) if not folder.exists()]
     if out is not None:
         check_out(out)
     folder = reserved() if out is None else out
     try:
         return begin(folder)
     finally:
-        if fresh:
-            for each in (folder, folder.parent):
-                with suppress(OSError):  # not empty: runs are there
-                    each.rmdir()
+        for path in (folder, folder.parent) if out is None else fresh:
+            with suppress(OSError):  # not empty: runs are there
+                path.rmdir()

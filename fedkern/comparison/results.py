@@ -27,6 +27,8 @@ from fedkern.text_table import Table
 from fedkern.usercode.named_code import INSTANCE
 
 CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.tex", "comparison.png"
+TOLD = ("no-effect", "shared-machine")
+"""Warnings of runs whose sentences stand below the table."""
 TAKEN = ("rounds", "bytes", "seconds")
 """What reaching a target takes."""
 
@@ -131,8 +133,8 @@ class Result:
                 "are those of the machine that ran."
             )
         diagnostics = [run.summary.get("diagnostics") or {} for run in self.runs]
-        texts += dict.fromkeys(str(each["no-effect"]) for each in diagnostics if "no-effect" in each)
-        if numbers := Counter(str(name) for each in diagnostics for name in each if name != "no-effect"):
+        texts += dict.fromkeys(str(each[name]) for name in TOLD for each in diagnostics if name in each)
+        if numbers := Counter(str(name) for each in diagnostics for name in each if name not in TOLD):
             counts = ", ".join(f"{name} ({count} run{'s' * (count > 1)})" for name, count in sorted(numbers.items()))
             texts.append(f"Warnings: {counts}; see diagnostics in the runs' summary.json.")
         return [*texts, *self.notes]

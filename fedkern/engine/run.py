@@ -45,6 +45,7 @@ def run(
     remote: Remote | None = None,
     check: Callable[[RunConfig], None] | None = None,
     rounds: int | None = None,
+    at_once: int = 1,
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
 
@@ -78,6 +79,7 @@ def run(
         rounds: communication rounds in all that a resumed run, finished or not, is to have: more than before.  Nothing
             of the run changes until it is certain that it can go on
             (:func:`~fedkern.engine.store.extending.check_extension`).
+        at_once: most runs, this one included, that share the machine; the summary of more than one says so.
 
     Raises:
         UserError: anything the user can put right.  No half-written file is left.  A new run that has done no round
@@ -108,6 +110,9 @@ def run(
             context = with_data(config, data, listeners.on_notice, script, stored, entry, out, trusted, known=local)
             if check is not None:
                 check(context.config)
+            if at_once > 1:
+                text = f"Up to {at_once} runs shared the machine: their seconds are not those of runs alone."
+                context.warn("shared-machine", text)
             prepared = prepare(context, known=local, begun=entry is not None, profile=profile, predictions=predictions)
             with (
                 own_fork_server(Setup.of(context, prepared.handlers)),

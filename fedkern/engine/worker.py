@@ -96,22 +96,26 @@ class Worker:
         self._channel.send(Packer().pack(Notice(text)))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Has this process killed when its parent ends, however the parent ends."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def with_kernels(isa: str, backend_name: str | None) -> ExitStack:
+    """Return a context with the ISA level and the forced backend of another process."""
+    forced = ExitStack()
+    if isa != "none":
+        forced.enter_context(backend.use_isa(isa))
+    if backend_name is not None:
+        forced.enter_context(backend.use_backend(backend_name))
+    return forced
 
 
 @contextmanager
 def as_in_the_run(setup: Setup) -> Iterator[None]:
     """Computes with the kernels and the precision of the run's own process."""
     keep_freed_memory()
-    with ExitStack() as forced:
-        if setup.isa != "none":
-            forced.enter_context(backend.use_isa(setup.isa))
-        if setup.backend is not None:
-            forced.enter_context(backend.use_backend(setup.backend))
-        forced.enter_context(computing(setup.context.config.precision))
-        forced.enter_context(reproducible())
+    with with_kernels(setup.isa, setup.backend), computing(setup.context.config.precision), reproducible():
         yield
 
 
@@ -149,7 +153,7 @@ def serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        _end_with_parent()
+        end_with_parent()
         if os.getppid() == parent:
             with suppress(EOFError):
                 _serve(end, setup, positions)
@@ -197,7 +201,7 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
             os.close(request.more[0])
             channel.say(child)
             continue
-        _end_with_parent()
+        end_with_parent()
         if os.getppid() == ours:
             end.close()
             reopen_files(positions)

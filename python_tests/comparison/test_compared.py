@@ -15,6 +15,7 @@ from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg
+from fedkern.process import machine
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 
@@ -57,7 +58,16 @@ def test_methods_are_compared_over_seeds(tmp_path):
     assert "One seed (0)" in again.notes[0]
 
 
-def test_data_in_memory_and_one_folder_by_default():
+class Loud(FedAvg):
+    """FedAvg whose clients print."""
+
+    def client_update(self, client, phase, message):
+        print("client", client.id)
+        return super().client_update(client, phase, message)
+
+
+def test_data_in_memory_and_one_folder_by_default(monkeypatch):
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (90, 12, 12), dtype=np.uint8), np.arange(90) % 2
     clients = {name: (images[i::3], labels[i::3]) for i, name in enumerate(("a", "b", "c"))}
@@ -66,6 +76,9 @@ def test_data_in_memory_and_one_folder_by_default():
     found = fedkern.compare(["fedavg"], seeds=[4], data=data, **settings)
     assert found.folder.parent.name == "comparisons"
     assert (found.folder / "fedavg_seed=4/summary.json").exists()
+    both = fedkern.compare([Loud, "fedavg"], seeds=[4], data=data, jobs=2, out="x", **settings)
+    assert both.table[1]["accuracy"] == found.table[0]["accuracy"]
+    assert Path("x/Loud_seed=4.log").read_text() == "client 0\nclient 1\nclient 2\n"
 
 
 def test_settings_that_a_method_does_not_read_are_named(tmp_path):

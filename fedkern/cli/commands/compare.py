@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.repeat import first_commands
 from fedkern.cli.request import Request, effective
 from fedkern.errors import UserError, printable
+from fedkern.files import atomic
 from fedkern.methods import METHODS, registry
 from fedkern.process import interrupts
 from fedkern.process.standard_streams import put
@@ -49,6 +52,9 @@ def add_flags(parser: Parser) -> None:
                                  "by its validation figure"),
         "target": ("FIGURE=VALUE", "tell rounds, bytes and seconds up to this figure of a round, such as accuracy=0.8"),
         "method_option": ("key=value", "an option of the methods that have it; repeatable", []),
+        "jobs": ("N", "runs that play at once, each in a process of its own with the same bits; default 1"),
+        "slurm": ("", "play nothing; write slurm.sh, an array script for sbatch with one task a run"),
+        "task": ("K", "play run K alone, counted from 0, and write no result; a task of an array"),
         "out": ("DIR", "folder of the runs and of comparison.csv, .md, .tex and .png; default comparisons/<time>"),
         "report": ("", "write report.html of the comparison"),
         "quiet": ("", "no display; only the folder at the end"),
@@ -67,7 +73,8 @@ def checked(request: Request, parser: Parser) -> Request:
     names, rest = words[:count], words[count:]
     folders = [name for name in names if name not in METHODS and Path(name).is_dir()]
     if names and len(folders) == len(names):
-        new = {**{name: arguments[name] for name in ("seeds", "sweep", "select")}, "method_option": request.options}
+        new = {name: arguments[name] for name in ("seeds", "sweep", "select", "jobs", "slurm", "task")}
+        new["method_option"] = request.options
         if extra := [*(flag(name) for name, value in new.items() if value), *rest]:
             raise UserError(f"{extra[0]} is for new runs: name methods instead of folders, or leave it out.")
         return dataclasses.replace(request, arguments={"target": arguments["target"], "folders": folders})
@@ -82,7 +89,12 @@ def checked(request: Request, parser: Parser) -> Request:
         check_option(name, names)
     sweep = read_sweep(arguments["sweep"])
     check_select(arguments["select"], sweep)
+    jobs, task = arguments["jobs"] or "1", arguments["task"]
+    if (arguments["slurm"] or task) and (arguments["select"] or jobs != "1"):
+        other = "--select waits for runs of other tasks" if arguments["select"] else f"--jobs {jobs} plays several"
+        raise UserError(f"--slurm and --task are for one run a task, and {other}: leave one of the two out.")
     planned = {
+        "jobs": int(jobs) if jobs.isdecimal() else jobs,
         "variants": variants(names, sweep, {*run.settings, *options}),
         "seeds": read_seeds(arguments["seeds"] or "3", run.settings.get("seed", 0)),
         "options": options,
@@ -120,14 +132,28 @@ def play(request: Request) -> int:
     where: list[Path] = []
     tracebacks: dict[str, str] = {}
 
-    def begin(out: Path) -> compared.Comparison:
+    def begin(out: Path) -> compared.Comparison | None:
         where.append(out)
         given_names = frozenset(request.settings)
         runner = Runner(
-            out, lambda variant, seed: config_of(request, variant, seed), given_names, live_board, tracebacks=tracebacks
-        )
-        variants, seeds, select = (arguments[name] for name in ("variants", "seeds", "select"))
-        return compared.play(runner, variants, seeds, select=select, target=target, notes=notes)
+            out, lambda variant, seed: config_of(request, variant, seed), given_names, live_board,
+            tracebacks=tracebacks, jobs=arguments["jobs"],
+        )  # fmt: skip
+        variants, seeds, select, task = (arguments[name] for name in ("variants", "seeds", "select", "task"))
+        if task is None and not arguments["slurm"]:
+            return compared.play(runner, variants, seeds, select=select, target=target, notes=notes)
+        pairs = [(variant, seed) for seed in seeds for variant in chain(*variants.values())]  # in the order of `cells`
+        if task is not None and not (task.isdecimal() and int(task) < len(pairs)):
+            raise UserError(f'--task must be the number of a run, from 0 to {len(pairs) - 1}, not "{task}".')
+        chosen = pairs if task is None else [pairs[int(task)]]
+        planned = [cell for variant, seed in chosen for cell in runner.plan([variant], [seed])]
+        if arguments["slurm"]:
+            _write_script(request, [cell.config for cell in planned], out)
+        else:
+            with closing(live_board):
+                runner.play(planned)
+            print(runner.folder(planned[0]))
+        return None
 
     try:
         result = compared.in_folder(request.out, begin)
@@ -140,7 +166,31 @@ def play(request: Request) -> int:
         again = f"; go on with: {_again(arguments['words'], where[0])}" if begun else " before anything was written"
         print(f"{how}{again}", file=sys.stderr)
         return 143 if terminated else 130
-    return _tell(request, result, tracebacks)
+    return 0 if result is None else _tell(request, result, tracebacks)
+
+
+def _write_script(request: Request, configs: Sequence[RunConfig], out: Path) -> None:
+    """Write the array script of a comparison's runs, and tell how to go on."""
+    from fedkern.comparison.cells import most_threads
+
+    words = [word for word in request.arguments["words"] if word != "--slurm"]
+    fixed = [] if len({config.threads for config in configs}) > 1 else ["--threads", str(configs[0].threads)]
+    command = f"{quote(sys.executable or 'python')} -m fedkern.run{_again([*words, *fixed], out)[len(PROGRAM) :]}"
+    text = f"""\
+#!/bin/bash
+#SBATCH --job-name=fedkern
+#SBATCH --array=0-{len(configs) - 1}
+#SBATCH --cpus-per-task={most_threads(configs)}
+{"#SBATCH --gres=gpu:1" if any(config.device != "cpu" for config in configs) else ""}
+# Task K plays run K.  When all tasks have ended, the same command without --slurm writes the result.
+cd {quote(Path.cwd())} || exit
+exec {command} --task "$SLURM_ARRAY_TASK_ID"
+"""
+    path = out / "slurm.sh"
+    atomic.make_folder(out)
+    atomic.write_bytes(path, text.encode())
+    say = f"start: sbatch {quote(path)}\nafter the last task: {_again(words, out)}"
+    put({"script": str(path), "runs": len(configs)} if request.json else str(path) if request.quiet else say)
 
 
 def _again(words: Sequence[str], out: Path) -> str:

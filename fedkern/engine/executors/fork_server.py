@@ -95,11 +95,7 @@ class ForkServer:
             code = self._answer()
         except Gone:
             code = None
-        if code is None:
-            return "it ended"
-        if code == -signal.SIGKILL:
-            return "it was killed, as the system does where memory runs out"
-        return f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}"
+        return describe_end(code)
 
     def _answer(self) -> Any:
         try:
@@ -112,6 +108,15 @@ class ForkServer:
         self._process.kill()
         self._process.wait()
         self.channel.close()
+
+
+def describe_end(code: int | None) -> str:
+    """Return how a process ended, by its exit code, as a part of a sentence."""
+    if code is None:
+        return "it ended"
+    if code == -signal.SIGKILL:
+        return "it was killed, as the system does where memory runs out"
+    return f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}"
 
 
 _ahead: list[ForkServer] = []

@@ -1,8 +1,11 @@
 """compare: methods over seeds and settings, and finished runs."""
 
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,10 +13,18 @@ from pathlib import Path
 import pytest
 
 from fedkern.comparison import cell_runner
+from fedkern.process import machine
 from fedkern.run import main
+from python_tests.interrupted import outcome, without
 
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",
         "--grad-cam", "0", "--local-steps", "2", "--workers", "1", "--rounds", "1"]  # fmt: skip
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Four cores, whatever the machine has."""
+    monkeypatch.setattr(machine, "usable_cores", lambda: 4)
 
 
 def test_a_comparison_goes_on_where_it_stopped(result, monkeypatch, tmp_path, capsys):
@@ -46,16 +57,82 @@ def test_a_comparison_goes_on_where_it_stopped(result, monkeypatch, tmp_path, ca
     assert r"\begin{tabular}" in (folder / "comparison.tex").read_text()
 
 
-def test_sigterm_inside_a_run_says_how_to_go_on(capsys, tmp_path):
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
+def test_sigterm_inside_a_run_says_how_to_go_on(jobs, cores, capsys, tmp_path):
     def stop():
         while not (tmp_path / "x/fedavg_seed=0/config.toml").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    words = ["compare", "fedavg", *TINY[:-1], "100000", "--eval-every", "100000", "--seeds", "1", "--out", "x"]
+    words = [
+        "compare",
+        "fedavg",
+        *TINY[:-1],
+        "100000",
+        "--eval-every",
+        "100000",
+        "--seeds",
+        "1",
+        "--out",
+        "x",
+        "--jobs",
+        jobs,
+    ]
     threading.Thread(target=stop, daemon=True).start()
     assert main(words) == 143
     assert capsys.readouterr().err.splitlines()[-1].startswith("terminated; go on with: ")
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("threads", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
+def test_runs_that_play_at_once_have_the_bits_of_runs_alone(threads, cores, capsys, tmp_path):
+    """On one thread a run is a fork of this process. On two, where OpenMP bars that, it is a new process."""
+    words = ["compare", "fedavg", *TINY, "--threads", threads, "--seeds", "2", "--sweep", "lr=0.05,1e30", "--out"]
+    assert main([*words, "x"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert main([*words, "y", "--jobs", "2"]) == 1
+    assert sorted(line[5:24] for line in capsys.readouterr().err.splitlines()) == sorted(line[5:24] for line in lines)
+    for seed in "01":
+        name = f"fedavg_lr=0.05_seed={seed}"
+        assert without(outcome(tmp_path / "y" / name), "shared-machine") == outcome(tmp_path / "x" / name)
+    assert "Up to 2 runs shared the machine" in Path("y/comparison.md").read_text()
+    assert list(Path("y").glob("*.log")) == []
+
+
+@pytest.mark.skipif(machine.usable_cores() < 2, reason="needs two cores")
+def test_a_killed_and_an_interrupted_run_go_on_with_the_same_command(tmp_path):
+    words = ["compare", "fedavg", "fedprox", *TINY[:-1], "20", "--checkpoint-every", "2", "--seeds", "1", "--out"]
+    command = [sys.executable, "-m", "fedkern.run", *words, "x", "--jobs", "2"]
+    folders = [Path("x/fedavg_seed=0"), Path("x/fedprox_seed=0")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(runs := children.read_text().split()) < 2 or not (folders[0] / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(int(runs[1]), signal.SIGSTOP)
+        os.kill(int(runs[0]), signal.SIGKILL)
+        assert "fedavg, seed 0  failed: The process of the run was lost (it was killed" in process.stderr.readline()
+        os.kill(int(runs[1]), signal.SIGCONT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(60) == 130
+        assert process.stderr.read().startswith("interrupted; go on with: ")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert main([*words, "x", "--jobs", "2"]) == main([*words, "y"]) == 0
+    for folder in folders:
+        assert without(outcome(folder), "shared-machine") == outcome(Path("y") / folder.name)
+
+
+def test_tasks_of_an_array_script_play_the_runs(result, monkeypatch, tmp_path):
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    words = ["compare", "fedavg", *TINY, "--seeds", "2", "--out", "it's out"]
+    result(*words, "--slurm")
+    script = Path("it's out/slurm.sh").absolute()
+    assert "#SBATCH --array=0-1\n#SBATCH --cpus-per-task=1\n" in script.read_text()
+    subprocess.run(["bash", "-n", script], check=True)
+    for task in "01":
+        subprocess.run(["bash", script], env={**os.environ, "SLURM_ARRAY_TASK_ID": task}, cwd="/", check=True)
+    assert result(*words)[1].count("finished before") == 2
 
 
 def test_the_best_setting_by_validation_runs_with_every_seed(result, tmp_path):
@@ -109,9 +186,15 @@ def _moved(fails):
         (("fedavg", "--resume", "x"), "--resume is not for compare"),
         (("fedavg", "--sweep", "lr=1,2", "--lr", "3"), "swept and given"),
         (("fedavg", "--data", "cifar10", "--quiet"), "--data-root DIR"),
+        (("fedavg", "--data", "cifar10", "--threads", "1", "--jobs", "2", "--out", "x/y"), "--data-root DIR"),
+        (("fedavg", "--threads", "3", "--jobs", "2"), "may use 4 cores: give --jobs 1, or --threads 2, which may"),
+        (("fedavg", "--jobs", "0"), '--jobs must be a whole number from 1 on, not "0"'),
+        (("fedavg", "--jobs", "2", "--workers", "2"), "one process each, and the runs have --workers 2"),
+        (("fedavg", "--slurm", "--jobs", "2"), "one run a task, and --jobs 2 plays several"),
+        (("fedavg", "--task", "3"), 'from 0 to 2, not "3"'),
     ],
 )
-def test_mistakes_are_one_sentence_and_leave_nothing(words, said, fails, tmp_path):
+def test_mistakes_are_one_sentence_and_leave_nothing(words, said, cores, fails, tmp_path):
     assert said in fails("compare", *words)
     assert list(tmp_path.iterdir()) == []
 

@@ -141,13 +141,18 @@ def test_names_are_texts_and_a_number_keeps_its_unit():
 
 def test_a_comparison_moves_in_one_table(cells):
     board = LiveBoard(console())
-    cell = [SimpleNamespace(variant=SimpleNamespace(label="fed<avg>"), seed=seed) for seed in (0, 1)]
-    board.on_cells(cell)
-    for each in cell:
-        board.on_cell(each)
-        board.on_cell_end(
-            each, SimpleNamespace(config=RunConfig.make("fedavg"), metrics={"accuracy": 0.5}), again=False
-        )
+    runs = [SimpleNamespace(name=seed, variant=SimpleNamespace(label="fed<avg>"), seed=seed) for seed in (0, 1)]
+    board.main = "accuracy"
+    board.on_cells(runs)
+    for cell in runs:
+        board.on_cell(cell)
+    for cell in runs:  # both play at once
+        board.focus(cell)
+        board.on_round({"round": 1, "rounds": 2, "accuracy": (cell.seed + 1) / 4})
+    assert [text.plain for text in board.texts.values()] == ["1/2  accuracy 25.0 %", "1/2  accuracy 50.0 %"]
+    for cell in runs:
+        found = SimpleNamespace(config=RunConfig.make("fedavg"), metrics={"accuracy": 0.5})
+        board.on_cell_end(cell, found, again=False)
     board.close()
     assert len(cells) == 1
     assert cells_of(cells[0]) == [["", "seed 0", "seed 1"], ["fed<avg>", "accuracy 50.0 %", "accuracy 50.0 %"]]
