@@ -135,37 +135,31 @@ def test_mean_and_std_are_those_of_the_images(name: str) -> None:
         assert float(images[:, channel].std()) == pytest.approx(std, abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"name": "colourdigits"}, 'unknown data set "colourdigits".*Did you mean "colordigits"'),
-        ({"name": "digits", "partition": "attribute"}, '"digits" has no attribute'),
-        ({"name": "digits", "clients": 1201}, "1201 clients are more than the 1200"),
-        ({"name": "digits", "clients": 0}, "at least 1"),
-        ({"name": "digits", "train_samples": 5000}, "1200 training samples, so it cannot give 5000"),
-        ({"name": "digits", "train_samples": 0}, "cannot give 0"),
-        ({"name": "digits", "options": {"protocol": "F7"}}, 'no option "protocol"'),
-        ({"name": "digits", "options": {"test_sample": 3}}, 'Did you mean "test_samples"'),
-        ({"name": "digits", "options": {"test_samples": True}}, "must be an integer"),
-        ({"name": "digits", "options": {"test_samples": -1}}, "at least 0"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"name": "colourdigits"}, 'unknown data set "colourdigits".*Did you mean "colordigits"'),
+    ({"name": "digits", "partition": "attribute"}, '"digits" has no attribute'),
+    ({"name": "digits", "clients": 1201}, "1201 clients are more than the 1200"),
+    ({"name": "digits", "clients": 0}, "at least 1"),
+    ({"name": "digits", "train_samples": 5000}, "1200 training samples, so it cannot give 5000"),
+    ({"name": "digits", "train_samples": 0}, "cannot give 0"),
+    ({"name": "digits", "options": {"protocol": "F7"}}, 'no option "protocol"'),
+    ({"name": "digits", "options": {"test_sample": 3}}, 'Did you mean "test_samples"'),
+    ({"name": "digits", "options": {"test_samples": True}}, "must be an integer"),
+    ({"name": "digits", "options": {"test_samples": -1}}, "at least 0"),
+])  # fmt: skip
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("images", torch.zeros(4, 1, 3, 3), r"images: expected uint8 \[n, C, H, W\], got float32 \[4, 1, 3, 3\]"),
-        ("labels", torch.zeros(3, dtype=torch.int64), r"labels: expected int64 \[4\], got int64 \[3\]"),
-        ("labels", torch.zeros(4), r"labels: expected int64 \[4\], got float32 \[4\]"),
-        ("masks", torch.zeros(4, 3, 2, dtype=torch.bool), r"masks: expected bool \[4, 3, 3\], got bool \[4, 3, 2\]"),
-        ("ids", ("a",), "ids: expected 4, one for every image, got 1"),
-        ("sizes", torch.zeros(4, 3), r"sizes: expected \[4, 2\]"),
-    ],
-)
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("images", torch.zeros(4, 1, 3, 3), r"images: expected uint8 \[n, C, H, W\], got float32 \[4, 1, 3, 3\]"),
+    ("labels", torch.zeros(3, dtype=torch.int64), r"labels: expected int64 \[4\], got int64 \[3\]"),
+    ("labels", torch.zeros(4), r"labels: expected int64 \[4\], got float32 \[4\]"),
+    ("masks", torch.zeros(4, 3, 2, dtype=torch.bool), r"masks: expected bool \[4, 3, 3\], got bool \[4, 3, 2\]"),
+    ("ids", ("a",), "ids: expected 4, one for every image, got 1"),
+    ("sizes", torch.zeros(4, 3), r"sizes: expected \[4, 2\]"),
+])  # fmt: skip
 def test_splits_check_their_shapes(field: str, value: object, message: str) -> None:
     good = {"images": torch.zeros(4, 1, 3, 3, dtype=torch.uint8), "labels": torch.zeros(4, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):

@@ -49,15 +49,12 @@ def test_greys_of_a_palette_count_as_shown_and_colours_by_position(tmp_path, suf
     assert np.array_equal(values(path), expected)
 
 
-@pytest.mark.parametrize(
-    ("indices", "palette", "options", "words"),
-    [
-        (1 - SHOWN, [255, 255, 255, 0, 0, 0, 255, 0, 0], {}, "shows greys alone, in another order than its values"),
-        (SHOWN, [9, 9, 9, 9, 9, 9], {}, "does not give every value a colour of its own"),
-        (SHOWN, [9, 0, 0, 9, 0, 0], {}, "does not give every value a colour of its own"),
-        (SHOWN, [0, 0, 0, 255, 255, 255], {"transparency": 1}, "has a transparent grey"),
-    ],
-)
+@pytest.mark.parametrize(("indices", "palette", "options", "words"), [
+    (1 - SHOWN, [255, 255, 255, 0, 0, 0, 255, 0, 0], {}, "shows greys alone, in another order than its values"),
+    (SHOWN, [9, 9, 9, 9, 9, 9], {}, "does not give every value a colour of its own"),
+    (SHOWN, [9, 0, 0, 9, 0, 0], {}, "does not give every value a colour of its own"),
+    (SHOWN, [0, 0, 0, 255, 255, 255], {"transparency": 1}, "has a transparent grey"),
+])  # fmt: skip
 def test_a_palette_that_can_be_read_in_two_ways_is_refused(tmp_path, indices, palette, options, words):
     path = tmp_path / "mask.png"
     written(path, indices, palette, **options)
@@ -98,20 +95,9 @@ def tiff(path, array, order="<"):
 
 
 @pytest.mark.parametrize("size", [None, 16])
-@pytest.mark.parametrize(
-    ("kind", "order"),
-    [
-        ("u1", "<"),
-        ("u2", "<"),
-        ("u2", ">"),
-        ("i2", "<"),
-        ("i2", ">"),
-        ("i4", ">"),
-        ("u4", "<"),
-        ("f4", "<"),
-        ("f4", ">"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "order"), [
+    ("u1", "<"), ("u2", "<"), ("u2", ">"), ("i2", "<"), ("i2", ">"), ("i4", ">"), ("u4", "<"), ("f4", "<"), ("f4", ">"),
+])  # fmt: skip
 def test_masks_of_more_bits_hold_the_same_numbers(tmp_path, kind, order, size):
     path = tiff(tmp_path / "mask.tif", NUMBERS.astype(kind), order)
     found = read_mask(tmp_path / "image.png", path, "segmentation", size=size)
@@ -121,21 +107,18 @@ def test_masks_of_more_bits_hold_the_same_numbers(tmp_path, kind, order, size):
     assert np.array_equal(found, np.asarray(resized))
 
 
-@pytest.mark.parametrize(
-    ("kind", "order", "value", "words"),
-    [
-        ("f4", "<", 0.5, "holds 0.5, expected class numbers from 0 to 255"),
-        ("f4", ">", np.nan, "holds nan, expected"),
-        ("f4", "<", np.inf, "holds inf, expected"),
-        ("f4", ">", 256, "holds 256, expected"),
-        ("u2", ">", 700, "holds 700, expected"),
-        ("i2", ">", -1, "holds -1, expected"),
-        ("i4", "<", -100, "holds -100, expected"),
-        ("f8", "<", 1, r"mask\.tif \(a TIFF of 1 bands of 64 bits, floats, expected grey"),
-        ("f2", "<", 1, "of 16 bits, floats, expected grey"),
-        ("u4", ">", 1, "of 32 bits, expected grey"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "order", "value", "words"), [
+    ("f4", "<", 0.5, "holds 0.5, expected class numbers from 0 to 255"),
+    ("f4", ">", np.nan, "holds nan, expected"),
+    ("f4", "<", np.inf, "holds inf, expected"),
+    ("f4", ">", 256, "holds 256, expected"),
+    ("u2", ">", 700, "holds 700, expected"),
+    ("i2", ">", -1, "holds -1, expected"),
+    ("i4", "<", -100, "holds -100, expected"),
+    ("f8", "<", 1, r"mask\.tif \(a TIFF of 1 bands of 64 bits, floats, expected grey"),
+    ("f2", "<", 1, "of 16 bits, floats, expected grey"),
+    ("u4", ">", 1, "of 32 bits, expected grey"),
+])  # fmt: skip
 def test_masks_of_other_numbers_are_named_for_what_they_are(tmp_path, kind, order, value, words):
     numbers = NUMBERS.astype(kind)
     numbers[11, 5] = value
@@ -175,16 +158,13 @@ def listed_masks(root, masks, table, suffix="png", **options):
 
 
 @pytest.mark.parametrize("table", [False, True])
-@pytest.mark.parametrize(
-    ("suffix", "options"),
-    [
-        ("jpg", {"quality": 100}),
-        ("png", {"format": "JPEG", "quality": 75}),
-        ("webp", {"quality": 90}),
-        ("png", {"format": "WEBP"}),
-        ("tif", {"compression": "jpeg"}),
-    ],
-)
+@pytest.mark.parametrize(("suffix", "options"), [
+    ("jpg", {"quality": 100}),
+    ("png", {"format": "JPEG", "quality": 75}),
+    ("webp", {"quality": 90}),
+    ("png", {"format": "WEBP"}),
+    ("tif", {"compression": "jpeg"}),
+])  # fmt: skip
 def test_masks_that_compression_changes_are_refused(tmp_path, suffix, options, table):
     listed_masks(tmp_path, [SHOWN * 128] * 12, table, suffix, **options)
     with pytest.raises(UserError, match=r"masks/\d+\.\w+ is compressed as \w+, .*; save masks as PNG"):
@@ -195,19 +175,16 @@ ROWS = np.arange(64, dtype=np.uint8).reshape(8, 8)
 
 
 @pytest.mark.parametrize("table", [False, True])
-@pytest.mark.parametrize(
-    ("values", "advice"),
-    [
-        (lambda i: SHOWN * 128, ""),
-        (lambda i: SHOWN * 2, ""),
-        (lambda i: SHOWN + 1, ""),
-        (lambda i: SHOWN * (1 + 2 * (i % 2)), "ignore=3"),  # a gap between two masks
-        (lambda i: ROWS, ""),  # 64 values without a gap
-        (lambda i: np.minimum(ROWS * 6, 255), ""),  # soft edges to 255
-        (lambda i: np.where(ROWS < 8, 255, ROWS % 3), "ignore=255"),
-        (lambda i: np.where(ROWS < 8, 9, ROWS % 2), "ignore=9"),
-    ],
-)
+@pytest.mark.parametrize(("values", "advice"), [
+    (lambda i: SHOWN * 128, ""),
+    (lambda i: SHOWN * 2, ""),
+    (lambda i: SHOWN + 1, ""),
+    (lambda i: SHOWN * (1 + 2 * (i % 2)), "ignore=3"),  # a gap between two masks
+    (lambda i: ROWS, ""),  # 64 values without a gap
+    (lambda i: np.minimum(ROWS * 6, 255), ""),  # soft edges to 255
+    (lambda i: np.where(ROWS < 8, 255, ROWS % 3), "ignore=255"),
+    (lambda i: np.where(ROWS < 8, 9, ROWS % 2), "ignore=9"),
+])  # fmt: skip
 def test_values_that_are_no_class_numbers_are_refused(tmp_path, values, advice, table):
     listed_masks(tmp_path, [values(i) for i in range(12)], table)
     with pytest.raises(UserError, match=r"expected 0 and 255, .*names=a\|b\|c;.*interpolation") as caught:

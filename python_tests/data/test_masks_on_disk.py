@@ -150,19 +150,16 @@ def test_sites_and_own_tests(tmp_path):
 
 
 @pytest.mark.parametrize("folder", [True, False], ids=["cache", "memory"])
-@pytest.mark.parametrize(
-    ("values", "options", "said"),
-    [
-        (
-            (0, 1, 255),
-            {},
-            r"hold 0, 1, 255 \(255 in .*\), expected .*; where 255 marks unknown .* --data-option ignore=255$",
-        ),
-        ((0, 1, 5), {"names": "a|b"}, "holds 5, expected 0 to 1; where 5 marks unknown"),
-        ((5,), {"names": "a|b"}, "holds 5, expected 0 to 1$"),
-        ((4,), {"ignore": "4"}, "holds nothing but 4, which is ignored"),
-    ],
-)
+@pytest.mark.parametrize(("values", "options", "said"), [
+    (
+        (0, 1, 255),
+        {},
+        r"hold 0, 1, 255 \(255 in .*\), expected .*; where 255 marks unknown .* --data-option ignore=255$",
+    ),
+    ((0, 1, 5), {"names": "a|b"}, "holds 5, expected 0 to 1; where 5 marks unknown"),
+    ((5,), {"names": "a|b"}, "holds 5, expected 0 to 1$"),
+    ((4,), {"ignore": "4"}, "holds nothing but 4, which is ignored"),
+])  # fmt: skip
 def test_wrong_classes_are_one_sentence(tmp_path, folder, values, options, said):
     root = written(tmp_path / "root", values)
     with pytest.raises(UserError, match=said):

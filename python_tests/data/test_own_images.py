@@ -86,17 +86,14 @@ def test_grey_images_and_another_size(tmp_path):
     assert tuple(data.clients[0].sizes[0]) == (12, 10)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda t: (t / "train" / "dog" / "3.png").write_text("no"), r"cannot read the image .*dog/3\.png"),
-        (lambda t: picture(t / "test" / "cow" / "0.png", 3), r"test/cow is a class that .*train does not have"),
-        (lambda t: (t / "train" / "emu").mkdir(), r"train/emu holds no image"),
-        (lambda t: (t / "test").rename(t / "other"), "has a folder train, but no folder test or val"),
-        (lambda t: (t / "testing").mkdir(), "two folders for one split, test and testing"),
-        (lambda t: [p.unlink() for p in (t / "test").rglob("*.png")], "no image belongs to the test split"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda t: (t / "train" / "dog" / "3.png").write_text("no"), r"cannot read the image .*dog/3\.png"),
+    (lambda t: picture(t / "test" / "cow" / "0.png", 3), r"test/cow is a class that .*train does not have"),
+    (lambda t: (t / "train" / "emu").mkdir(), r"train/emu holds no image"),
+    (lambda t: (t / "test").rename(t / "other"), "has a folder train, but no folder test or val"),
+    (lambda t: (t / "testing").mkdir(), "two folders for one split, test and testing"),
+    (lambda t: [p.unlink() for p in (t / "test").rglob("*.png")], "no image belongs to the test split"),
+])  # fmt: skip
 def test_bad_folders_are_one_sentence(tmp_path, change, words):
     write_folder(tmp_path)
     change(tmp_path)
@@ -181,27 +178,24 @@ def test_csv_without_split(tmp_path):
         open_set("csv", path, partition="attribute")
 
 
-@pytest.mark.parametrize(
-    ("header", "lines", "words"),
-    [
-        ("path,lable", ["files/0.png,a"], 'has no column "label".*lable'),
-        ("path,label", [], "lists no image"),
-        ("path,label", ["files/0.png,a", "files/99.png,b"], r"99\.png of .*data\.csv, line 3, is missing"),
-        ("path,label", ["files/0.png,a", "files/1.png,"], "line 3, has no label"),
-        ("path,label", ["files/0.png,a", "files/1.png,nan"], "line 3, has no label"),
-        ("path,label,split", ["files/0.png,a,train", "files/1.png,b,tset"], 'line 3, has the split "tset"'),
-        ("path,label,split", ["files/0.png,a,train", "files/1.png,b,train"], "no image belongs to the test split"),
-        ("path,label,split", ["files/0.png,a,train", "files/1.png,b,test"], "1 images are too few to hold some out"),
-        ("path,label", ['"files/0.png,a'], "line 2, begins a row that is not CSV"),
-        ("path,note,label,Note", ["files/0.png,,a,"], 'has 2 columns "note", expected one'),
-        ("path,label", ["files/0.png,a", "files/1.png,b, c"], "line 3, has 3 values for 2 columns; quote .* commas"),
-        (
-            "path;label",
-            ["files/0.png;a;c", "files/1.png;b"],
-            "line 2, has 3 values .*; quote texts that hold semicolons",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("header", "lines", "words"), [
+    ("path,lable", ["files/0.png,a"], 'has no column "label".*lable'),
+    ("path,label", [], "lists no image"),
+    ("path,label", ["files/0.png,a", "files/99.png,b"], r"99\.png of .*data\.csv, line 3, is missing"),
+    ("path,label", ["files/0.png,a", "files/1.png,"], "line 3, has no label"),
+    ("path,label", ["files/0.png,a", "files/1.png,nan"], "line 3, has no label"),
+    ("path,label,split", ["files/0.png,a,train", "files/1.png,b,tset"], 'line 3, has the split "tset"'),
+    ("path,label,split", ["files/0.png,a,train", "files/1.png,b,train"], "no image belongs to the test split"),
+    ("path,label,split", ["files/0.png,a,train", "files/1.png,b,test"], "1 images are too few to hold some out"),
+    ("path,label", ['"files/0.png,a'], "line 2, begins a row that is not CSV"),
+    ("path,note,label,Note", ["files/0.png,,a,"], 'has 2 columns "note", expected one'),
+    ("path,label", ["files/0.png,a", "files/1.png,b, c"], "line 3, has 3 values for 2 columns; quote .* commas"),
+    (
+        "path;label",
+        ["files/0.png;a;c", "files/1.png;b"],
+        "line 2, has 3 values .*; quote texts that hold semicolons",
+    ),
+])  # fmt: skip
 def test_bad_csv_files_are_one_sentence(tmp_path, header, lines, words):
     path = write_csv(tmp_path, lines, header, count=3)
     with pytest.raises(UserError, match=words) as caught:
@@ -209,16 +203,13 @@ def test_bad_csv_files_are_one_sentence(tmp_path, header, lines, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("header", "line"),
-    [
-        ("path,,label,", "files/{i}.png,no,{label},no"),  # a table's own numbering has no name
-        ("path,label", "files/{i}.png,{label},,"),
-        ("path,label,note", "files/{i}.png,{label}"),
-        ('"path";"label";"a, b, c, d";e', '"files/{i}.png";{label};"x, y";z'),
-        ("\n\npath\tlabel", "files/{i}.png\t{label}\n"),
-    ],
-)
+@pytest.mark.parametrize(("header", "line"), [
+    ("path,,label,", "files/{i}.png,no,{label},no"),  # a table's own numbering has no name
+    ("path,label", "files/{i}.png,{label},,"),
+    ("path,label,note", "files/{i}.png,{label}"),
+    ('"path";"label";"a, b, c, d";e', '"files/{i}.png";{label};"x, y";z'),
+    ("\n\npath\tlabel", "files/{i}.png\t{label}\n"),
+])  # fmt: skip
 def test_columns_are_found_by_their_place(tmp_path, header, line):
     path = write_csv(tmp_path, [line.format(i=i, label="xyz"[i % 3]) for i in range(24)], header)
     data = open_set("csv", path)
@@ -341,19 +332,16 @@ def test_segmentation_in_split_folders(tmp_path, splits):
     assert sum(data.client_sizes) + len(data.validation) == 10
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda t: (t / "masks" / "3.png").unlink(), r"images/3\.png has no mask"),
-        (lambda t: (t / "masks" / "3.png").write_text("no"), r"cannot read the mask or its image .*masks/3"),
-        (lambda t: picture(t / "masks" / "3.png", 3), r"masks/3\.png has colours"),
-        (lambda t: mask(t / "masks" / "3.png", np.zeros((4, 5))), r"masks/3\.png has 5x4 pixels, its image .* 12x10"),
-        (lambda t: Image.new("I;16", (12, 10), 700).save(t / "masks" / "3.png"), "holds 700, expected class numbers"),
-        (lambda t: mask(t / "masks" / "3.tif", np.zeros((10, 12))), r"masks/3\.png and .*3\.tif are two masks of"),
-        (lambda t: (t / "masks").rename(t / "labels"), "has no folder masks"),
-        (lambda t: [p.unlink() for p in (t / "images").iterdir()], "no image found in"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda t: (t / "masks" / "3.png").unlink(), r"images/3\.png has no mask"),
+    (lambda t: (t / "masks" / "3.png").write_text("no"), r"cannot read the mask or its image .*masks/3"),
+    (lambda t: picture(t / "masks" / "3.png", 3), r"masks/3\.png has colours"),
+    (lambda t: mask(t / "masks" / "3.png", np.zeros((4, 5))), r"masks/3\.png has 5x4 pixels, its image .* 12x10"),
+    (lambda t: Image.new("I;16", (12, 10), 700).save(t / "masks" / "3.png"), "holds 700, expected class numbers"),
+    (lambda t: mask(t / "masks" / "3.tif", np.zeros((10, 12))), r"masks/3\.png and .*3\.tif are two masks of"),
+    (lambda t: (t / "masks").rename(t / "labels"), "has no folder masks"),
+    (lambda t: [p.unlink() for p in (t / "images").iterdir()], "no image found in"),
+])  # fmt: skip
 def test_bad_masks_are_one_sentence(tmp_path, change, words):
     write_pairs(tmp_path)
     change(tmp_path)
@@ -362,16 +350,13 @@ def test_bad_masks_are_one_sentence(tmp_path, change, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"names": "a"}, "two or more different classes"),
-        ({"names": "a|a|b"}, "two or more different classes"),
-        ({"partition": "dirichlet:0.5"}, 'none for an image, so "dirichlet:0.5" cannot share it'),
-        ({"cue_clients": 1}, "option cue_clients is for classification"),
-        ({"partition": "attribute"}, "has no attribute"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"names": "a"}, "two or more different classes"),
+    ({"names": "a|a|b"}, "two or more different classes"),
+    ({"partition": "dirichlet:0.5"}, 'none for an image, so "dirichlet:0.5" cannot share it'),
+    ({"cue_clients": 1}, "option cue_clients is for classification"),
+    ({"partition": "attribute"}, "has no attribute"),
+])  # fmt: skip
 def test_what_segmentation_cannot_do_is_one_sentence(tmp_path, settings, words):
     write_pairs(tmp_path, images=20)
     with pytest.raises(UserError, match=words):
@@ -425,19 +410,16 @@ def test_what_is_not_known_is_ignored(tmp_path):
         open_set("segmentation", tmp_path, size=16, ignore=255)
 
 
-@pytest.mark.parametrize(
-    ("method", "settings", "words"),
-    [
-        ("fedgid", {}, r"fedgid is for classification, but .* is for segmentation"),
-        (
-            "fedavg",
-            {"model": "cnn"},
-            r"network cnn gives classes of images, .* choose one of unet, unet-small, .* with",
-        ),
-        ("oneshot-fedavg", {"options": {"calibrate": True}}, "calibrate draws .* this run is for segmentation"),
-        ("feddf", {"options": {"source": "generator"}}, "segmentation needs --public-samples"),
-    ],
-)
+@pytest.mark.parametrize(("method", "settings", "words"), [
+    ("fedgid", {}, r"fedgid is for classification, but .* is for segmentation"),
+    (
+        "fedavg",
+        {"model": "cnn"},
+        r"network cnn gives classes of images, .* choose one of unet, unet-small, .* with",
+    ),
+    ("oneshot-fedavg", {"options": {"calibrate": True}}, "calibrate draws .* this run is for segmentation"),
+    ("feddf", {"options": {"source": "generator"}}, "segmentation needs --public-samples"),
+])  # fmt: skip
 def test_what_needs_whole_images_refuses_them(refuses, tmp_path, method, settings, words):
     write_pairs(tmp_path)
     plain = {"data": "segmentation", "data_root": str(tmp_path), "clients": 2, "threads": 1, "public_samples": 0}

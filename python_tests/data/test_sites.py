@@ -184,19 +184,16 @@ def test_folders_of_sites_are_drawn_of_every_site(tmp_path):
     assert data.tests[""].labels.bincount().tolist() == [3, 3]
 
 
-@pytest.mark.parametrize(
-    ("counts", "test", "validation", "told"),
-    [
-        ({"A": 3, "B": 3}, {"A": 1, "B": 1}, {"A": 1, "B": 1}, []),
-        ({"A": 2, "B": 3}, {"A": 1, "B": 1}, {"B": 1}, ["The validation set has no image of A."]),
-        (
-            {"A": 1, "B": 1, "C": 30},
-            {"C": 6},
-            {"C": 2},
-            ["The test set has no image of A, B.", "The validation set has no image of A, B."],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("counts", "test", "validation", "told"), [
+    ({"A": 3, "B": 3}, {"A": 1, "B": 1}, {"A": 1, "B": 1}, []),
+    ({"A": 2, "B": 3}, {"A": 1, "B": 1}, {"B": 1}, ["The validation set has no image of A."]),
+    (
+        {"A": 1, "B": 1, "C": 30},
+        {"C": 6},
+        {"C": 2},
+        ["The test set has no image of A, B.", "The validation set has no image of A, B."],
+    ),
+])  # fmt: skip
 def test_small_sites(tmp_path, counts, test, validation, told):
     said = []
     data = open_set("csv", by_site(tmp_path, "csv", counts), partition="attribute", notice=said.append)
@@ -233,14 +230,11 @@ def test_fewer_test_images_still_show_every_site(tmp_path, count):
 # Columns by other names
 
 
-@pytest.mark.parametrize(
-    ("name", "header", "line", "options"),
-    [
-        ("csv", "file,kind", "{i}.png,{label}", {"path": "file", "label": "Kind"}),
-        ("csv", "label,path", "{i}.png,{label}", {"path": "label", "label": "path"}),
-        ("pairs", "photo,report", "{i}.png,some {label}", {"image": "photo", "text": "report"}),
-    ],
-)
+@pytest.mark.parametrize(("name", "header", "line", "options"), [
+    ("csv", "file,kind", "{i}.png,{label}", {"path": "file", "label": "Kind"}),
+    ("csv", "label,path", "{i}.png,{label}", {"path": "label", "label": "path"}),
+    ("pairs", "photo,report", "{i}.png,some {label}", {"image": "photo", "text": "report"}),
+])  # fmt: skip
 def test_columns_by_other_names(tmp_path, name, header, line, options):
     data = open_set(name, table(tmp_path, header, line=line), partition="iid", clients=2, **options)
     for split in (*data.clients, data.validation, data.tests[""]):
@@ -270,14 +264,11 @@ def test_masks_in_a_column_by_another_name(tmp_path):
     assert open_set("segmentation", root, clients=2, mask="outline").classes == ("0", "1")
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
-        ("csv", {"label": "site", "path": "nowhere"}, r'the option path names the column "nowhere", which .*list\.csv'),
-        ("csv", {"text": "site"}, 'data set "csv" has no option "text"'),
-        ("pairs", {}, 'has no column "image".*--data-option image=COLUMN'),
-    ],
-)
+@pytest.mark.parametrize(("name", "options", "words"), [
+    ("csv", {"label": "site", "path": "nowhere"}, r'the option path names the column "nowhere", which .*list\.csv'),
+    ("csv", {"text": "site"}, 'data set "csv" has no option "text"'),
+    ("pairs", {}, 'has no column "image".*--data-option image=COLUMN'),
+])  # fmt: skip
 def test_columns_that_are_not_there(tmp_path, name, options, words):
     with pytest.raises(UserError, match=words):
         open_set(name, table(tmp_path), **options)
@@ -350,37 +341,34 @@ def remove(folder):
 WHOLE, SPLIT = ("",), ("train", "test")
 
 
-@pytest.mark.parametrize(
-    ("splits", "change", "words"),
-    [
-        (WHOLE, lambda t: picture(t / "Bonn" / "x.png", 1), "Bonn holds images and .*Aachen holds folders of images"),
-        (WHOLE, lambda t: (t / "Dorf").mkdir(), "Aachen is laid out as a site and .*Dorf beside it is not"),
-        (WHOLE, lambda t: [remove(t / name) for name in SITES[1:]], "holds the single site Aachen; name .*--data-root"),
-        (SPLIT, lambda t: remove(t / "Bonn" / "test"), "Bonn has a folder train, but no folder test"),
-        (
-            SPLIT,
-            lambda t: picture(t / "Bonn" / "val" / "cat" / "0.png", 1),
-            "the site Bonn has a folder val and the site Aachen has none for that split",
-        ),
-        (
-            SPLIT,
-            lambda t: [remove(t / "Bonn" / "test"), remove(t / "Bonn" / "train"), picture(t / "Bonn/cat/0.png", 1)],
-            "the site Aachen has a folder t.* and the site Bonn has none",
-        ),
-        (
-            SPLIT,
-            lambda t: [path.unlink() for path in (t / "Bonn" / "test").rglob("*.png")],
-            "the site Bonn has no image in .*Bonn/test",
-        ),
-        (SPLIT, lambda t: picture(t / "Bonn/test/cow/0.png", 1), "Bonn/test/cow is a class that no site"),
-        (WHOLE, lambda t: [(t / s / "emu").mkdir() for s in SITES], "no site has a training image of the class emu"),
-        (
-            WHOLE,
-            lambda t: [(t / s / c).rename(t / s / f"{c}{s}") for s in SITES for c in ("cat", "dog")],
-            "no two of the folders Aachen, Bonn, Celle in .* have a class in common",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("splits", "change", "words"), [
+    (WHOLE, lambda t: picture(t / "Bonn" / "x.png", 1), "Bonn holds images and .*Aachen holds folders of images"),
+    (WHOLE, lambda t: (t / "Dorf").mkdir(), "Aachen is laid out as a site and .*Dorf beside it is not"),
+    (WHOLE, lambda t: [remove(t / name) for name in SITES[1:]], "holds the single site Aachen; name .*--data-root"),
+    (SPLIT, lambda t: remove(t / "Bonn" / "test"), "Bonn has a folder train, but no folder test"),
+    (
+        SPLIT,
+        lambda t: picture(t / "Bonn" / "val" / "cat" / "0.png", 1),
+        "the site Bonn has a folder val and the site Aachen has none for that split",
+    ),
+    (
+        SPLIT,
+        lambda t: [remove(t / "Bonn" / "test"), remove(t / "Bonn" / "train"), picture(t / "Bonn/cat/0.png", 1)],
+        "the site Aachen has a folder t.* and the site Bonn has none",
+    ),
+    (
+        SPLIT,
+        lambda t: [path.unlink() for path in (t / "Bonn" / "test").rglob("*.png")],
+        "the site Bonn has no image in .*Bonn/test",
+    ),
+    (SPLIT, lambda t: picture(t / "Bonn/test/cow/0.png", 1), "Bonn/test/cow is a class that no site"),
+    (WHOLE, lambda t: [(t / s / "emu").mkdir() for s in SITES], "no site has a training image of the class emu"),
+    (
+        WHOLE,
+        lambda t: [(t / s / c).rename(t / s / f"{c}{s}") for s in SITES for c in ("cat", "dog")],
+        "no two of the folders Aachen, Bonn, Celle in .* have a class in common",
+    ),
+])  # fmt: skip
 def test_trees_that_are_ambiguous_or_not_alike(tmp_path, splits, change, words):
     change(site_folders(tmp_path, splits))
     with pytest.raises(UserError, match=words) as caught:

@@ -27,17 +27,14 @@ def vectors(count=7, size=5):
 WEIGHTS = [3.0, 1.0, 2.0, 5.0, 1.0, 4.0, 2.0]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("median", lambda x, w: ops.median(x, w)),
-        ("trimmed_mean", lambda x, w: ops.trimmed_mean(x, 1, w)),
-        ("trimmed_mean:trim=2", lambda x, w: ops.trimmed_mean(x, 2, w)),
-        ("krum", lambda x, w: ops.krum(x, 1, 1)),
-        ("krum:keep=3,byzantine=2", lambda x, w: ops.krum(x, 2, 3)),
-        ("geometric_median", lambda x, w: ops.geometric_median(x, w)),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), [
+    ("median", lambda x, w: ops.median(x, w)),
+    ("trimmed_mean", lambda x, w: ops.trimmed_mean(x, 1, w)),
+    ("trimmed_mean:trim=2", lambda x, w: ops.trimmed_mean(x, 2, w)),
+    ("krum", lambda x, w: ops.krum(x, 1, 1)),
+    ("krum:keep=3,byzantine=2", lambda x, w: ops.krum(x, 2, 3)),
+    ("geometric_median", lambda x, w: ops.geometric_median(x, w)),
+])  # fmt: skip
 def test_a_rule_is_the_operator(text, expected):
     assert torch.equal(Rule(text)(vectors(), WEIGHTS), expected(vectors(), WEIGHTS))
 
@@ -50,31 +47,25 @@ def test_the_text_of_a_rule_is_the_same_for_every_spelling():
     assert RunConfig.make("fedavg").aggregator == "mean"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("medien", '--aggregator must be one of mean, median, .*, not "medien".*Did you mean "median"'),
-        ("median:trim=1", 'has no option "trim=1".*It has no options'),
-        ("krum:keeps=1", 'has no option "keeps=1".*Did you mean "keep".*It has byzantine, keep'),
-        ("krum:", 'has no option ""'),
-        ("krum:keep", 'has no option "keep"'),
-        ("krum:keep=1,keep=2", "has the option keep twice"),
-        ("krum:keep=many", 'Option "keep" of --aggregator krum must be an integer, not "many"'),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("medien", '--aggregator must be one of mean, median, .*, not "medien".*Did you mean "median"'),
+    ("median:trim=1", 'has no option "trim=1".*It has no options'),
+    ("krum:keeps=1", 'has no option "keeps=1".*Did you mean "keep".*It has byzantine, keep'),
+    ("krum:", 'has no option ""'),
+    ("krum:keep", 'has no option "keep"'),
+    ("krum:keep=1,keep=2", "has the option keep twice"),
+    ("krum:keep=many", 'Option "keep" of --aggregator krum must be an integer, not "many"'),
+])  # fmt: skip
 def test_a_text_that_is_no_rule(text, message):
     with pytest.raises(UserError, match=message):
         RunConfig.make("fedavg", aggregator=text)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("trimmed_mean:trim=3", r"trim=3 cannot combine 5 uploads \(trim must be less than half"),
-        ("trimmed_mean:trim=-1", "cannot combine 5 uploads"),
-        ("krum:byzantine=2", r"cannot combine 5 uploads \(byzantine must be less than"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("trimmed_mean:trim=3", r"trim=3 cannot combine 5 uploads \(trim must be less than half"),
+    ("trimmed_mean:trim=-1", "cannot combine 5 uploads"),
+    ("krum:byzantine=2", r"cannot combine 5 uploads \(byzantine must be less than"),
+])  # fmt: skip
 def test_too_few_clients_are_found_before_anything_is_written(make_data, make_config, refuses, tmp_path, text, message):
     config = make_config("fedavg", aggregator=text)
     with refuses(message):
@@ -169,15 +160,12 @@ def test_a_rule_of_ones_own(rules, make_data, make_config, tmp_path):
     assert calls[-1] == (5, [1.0] * 5, 0)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (lambda vectors, weights: 1 / 0, r"cannot combine 5 uploads \(ZeroDivisionError"),
-        (lambda vectors, weights: vectors, "must return one floating-point vector of .* elements, not list"),
-        (lambda vectors, weights: vectors[0][:3], r"not torch.float32 \[3\]"),
-        (lambda vectors, weights: vectors[0].long(), "not torch.int64"),
-    ],
-)
+@pytest.mark.parametrize(("wrong", "message"), [
+    (lambda vectors, weights: 1 / 0, r"cannot combine 5 uploads \(ZeroDivisionError"),
+    (lambda vectors, weights: vectors, "must return one floating-point vector of .* elements, not list"),
+    (lambda vectors, weights: vectors[0][:3], r"not torch.float32 \[3\]"),
+    (lambda vectors, weights: vectors[0].long(), "not torch.int64"),
+])  # fmt: skip
 def test_what_a_rule_gets_wrong(rules, make_data, make_config, refuses, tmp_path, wrong, message):
     wrong.__doc__ = "Wrong."
     rules("wrong")(wrong)

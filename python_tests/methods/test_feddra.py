@@ -86,16 +86,13 @@ def test_the_alignment_modules_are_the_ends_of_the_vectors(parts):
     assert PARTS[2:] == ALIGNMENT
 
 
-@pytest.mark.parametrize(
-    ("options", "plan"),
-    [
-        ({}, [("alignment", "joint", "losses")] * 4),
-        ({"dro": "off"}, [("alignment", "joint")] * 4),
-        ({"stages": "one"}, [("joint", "losses")] * 4),
-        ({"stage_schedule": "sequential"}, [("alignment", "losses")] + [("joint", "losses")] * 3),
-        ({"stage_schedule": "sequential", "alignment_rounds": 9, "dro": "off"}, [("alignment",)] * 3 + [("joint",)]),
-    ],
-)
+@pytest.mark.parametrize(("options", "plan"), [
+    ({}, [("alignment", "joint", "losses")] * 4),
+    ({"dro": "off"}, [("alignment", "joint")] * 4),
+    ({"stages": "one"}, [("joint", "losses")] * 4),
+    ({"stage_schedule": "sequential"}, [("alignment", "losses")] + [("joint", "losses")] * 3),
+    ({"stage_schedule": "sequential", "alignment_rounds": 9, "dro": "off"}, [("alignment",)] * 3 + [("joint",)]),
+])  # fmt: skip
 def test_plans(options, plan):
     method = FedDRA(FedDRA.Options.parse({key: str(value) for key, value in options.items()}))
     assert [entry.exchanges for entry in method.rounds(Federation(4, (5, 5), 2))] == plan
@@ -208,15 +205,12 @@ def test_an_average_that_nobody_uses_does_not_travel(parts, monkeypatch):
     assert all(torch.equal(state[name], before[name]) for name in ("parameters", "weights"))
 
 
-@pytest.mark.parametrize(
-    ("options", "averaged"),
-    [
-        ({"anchors": False}, False),
-        ({"anchors": False, "joint_start": "average"}, True),
-        ({"anchors": False, "stage_schedule": "sequential"}, True),
-        ({}, True),
-    ],
-)
+@pytest.mark.parametrize(("options", "averaged"), [
+    ({"anchors": False}, False),
+    ({"anchors": False, "joint_start": "average"}, True),
+    ({"anchors": False, "stage_schedule": "sequential"}, True),
+    ({}, True),
+])  # fmt: skip
 def test_when_the_average_of_the_first_stage_is_of_use(options, averaged):
     assert FedDRA(FedDRA.Options.parse(options)).averaged == averaged
 
@@ -244,15 +238,12 @@ def test_a_run_logs_weights_and_losses_and_keeps_them(eval_every, make_pairs, ma
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"stages": "one", "anchors": False, "dro": False},
-        {"anchors": False},
-        {"stage_schedule": "sequential", "dro_apply": "loss"},
-        {"weighting": "samples", "align_reduction": "sum_dim", "loss_split": "train", "rho": 0.0},
-    ],
-)
+@pytest.mark.parametrize("options", [
+    {"stages": "one", "anchors": False, "dro": False},
+    {"anchors": False},
+    {"stage_schedule": "sequential", "dro_apply": "loss"},
+    {"weighting": "samples", "align_reduction": "sum_dim", "loss_split": "train", "rho": 0.0},
+])  # fmt: skip
 def test_variants_run(options, make_pairs, make_config, tmp_path):
     config = make_config(
         "feddra", **SETTINGS, rounds=2, sample_fraction=0.67, options={"alignment_steps": 1, **options}

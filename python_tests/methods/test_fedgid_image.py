@@ -240,14 +240,11 @@ def test_a_method_of_ones_own_that_asks_for_masks_is_refused_without(
     assert not list(tmp_path.glob("run/*"))
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        ("alpha=0.5", '"alpha" has no effect with intervene=image'),
-        ("mix_stage=feature", '"mix_stage" has no effect with intervene=image'),
-        ("intervention=off", '"intervene" = image has no effect with intervention=off'),
-    ],
-)
+@pytest.mark.parametrize(("extra", "message"), [
+    ("alpha=0.5", '"alpha" has no effect with intervene=image'),
+    ("mix_stage=feature", '"mix_stage" has no effect with intervene=image'),
+    ("intervention=off", '"intervene" = image has no effect with intervention=off'),
+])  # fmt: skip
 def test_options_without_effect_are_refused(extra, message):
     with pytest.raises(UserError, match=message):
         FedGID.Options.parse(["intervene=image", extra])

@@ -273,36 +273,30 @@ def test_what_the_teacher_knows_reaches_classes_that_a_client_lacks(make_data, m
     assert accuracy[0.9] > accuracy[0] + 0.15
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"lambda": 1.5}, r'"lambda" must be at most 1 with mixing=convex, not 1\.5'),
-        ({"teacher_view": "same", "teacher_tuning": "finetune"}, "kept as its logits alone: take teacher_view=cached"),
-        ({"teachers": 2}, "2 teachers per client need as many backbones, but teacher=pretrained:cnn/3 names 1"),
-        ({"teacher": "klip:x"}, 'unknown teacher "klip:x"'),
-        ({"temperature": "inf", "divergence": "js"}, r'"temperature" may be inf with divergence=kl alone'),
-        (
-            {"prompts": "a {class}"},
-            r'"prompts" is for CLIP, and the teacher is pretrained:cnn/3: leave it out, or take',
-        ),
-        ({"teacher": "clip:/nowhere/at/all"}, "the CLIP folder /nowhere/at/all does not exist"),
-        ({"teacher": "logits:/nowhere"}, "the file of teacher logits /nowhere does not exist"),
-    ],
-)
+@pytest.mark.parametrize(("options", "sentence"), [
+    ({"lambda": 1.5}, r'"lambda" must be at most 1 with mixing=convex, not 1\.5'),
+    ({"teacher_view": "same", "teacher_tuning": "finetune"}, "kept as its logits alone: take teacher_view=cached"),
+    ({"teachers": 2}, "2 teachers per client need as many backbones, but teacher=pretrained:cnn/3 names 1"),
+    ({"teacher": "klip:x"}, 'unknown teacher "klip:x"'),
+    ({"temperature": "inf", "divergence": "js"}, r'"temperature" may be inf with divergence=kl alone'),
+    (
+        {"prompts": "a {class}"},
+        r'"prompts" is for CLIP, and the teacher is pretrained:cnn/3: leave it out, or take',
+    ),
+    ({"teacher": "clip:/nowhere/at/all"}, "the CLIP folder /nowhere/at/all does not exist"),
+    ({"teacher": "logits:/nowhere"}, "the file of teacher logits /nowhere does not exist"),
+])  # fmt: skip
 def test_mistakes_end_before_anything_is_written(options, sentence, data, make_config, refuses, tmp_path):
     with refuses(sentence):
         run(small(make_config, options=options), out=tmp_path / "run", data=data)
 
 
-@pytest.mark.parametrize(
-    ("options", "settings", "sentence"),
-    [
-        ({}, {}, "lacks the logits of"),
-        ({"teacher_view": "same"}, {}, "lacks the logits of"),
-        ({"teacher_tuning": "probe"}, {}, "is a file of logits and cannot be tuned"),
-        ({"teacher_view": "same"}, {"augment": "crop"}, "these are augmented: take teacher_view=cached, or --augment "),
-    ],
-)
+@pytest.mark.parametrize(("options", "settings", "sentence"), [
+    ({}, {}, "lacks the logits of"),
+    ({"teacher_view": "same"}, {}, "lacks the logits of"),
+    ({"teacher_tuning": "probe"}, {}, "is a file of logits and cannot be tuned"),
+    ({"teacher_view": "same"}, {"augment": "crop"}, "these are augmented: take teacher_view=cached, or --augment "),
+])  # fmt: skip
 def test_a_file_of_other_images_is_refused(options, settings, sentence, data, make_config, refuses, tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"keys": torch.zeros(1, 16, dtype=torch.uint8), "logits": torch.zeros(1, 3)}, path)

@@ -87,16 +87,13 @@ def test_options_are_given_by_name_or_as_an_object():
     assert pickle.loads(pickle.dumps(FedProx.Options(mu=0.3))).given() == {"mu": 0.3}
 
 
-@pytest.mark.parametrize(
-    ("make", "sentence"),
-    [
-        (lambda: FedProx(mus=0.3), 'Unknown method option "mus" of FedProx. Did you mean "mu"?'),
-        (lambda: FedIOD(iteration=3), 'Did you mean "iterations"?'),
-        (lambda: FedProx(mu=-1), 'Method option "mu" must be at least 0, not -1.'),
-        (lambda: FedProx(0.3), "FedProx takes options by name, FedProx(NAME=VALUE), or an object FedProx.Options(...)"),
-        (lambda: FedProx(FedProx.Options(), mu=0.3), "not both: leave one out"),
-    ],
-)
+@pytest.mark.parametrize(("make", "sentence"), [
+    (lambda: FedProx(mus=0.3), 'Unknown method option "mus" of FedProx. Did you mean "mu"?'),
+    (lambda: FedIOD(iteration=3), 'Did you mean "iterations"?'),
+    (lambda: FedProx(mu=-1), 'Method option "mu" must be at least 0, not -1.'),
+    (lambda: FedProx(0.3), "FedProx takes options by name, FedProx(NAME=VALUE), or an object FedProx.Options(...)"),
+    (lambda: FedProx(FedProx.Options(), mu=0.3), "not both: leave one out"),
+])  # fmt: skip
 def test_a_wrong_option_is_one_sentence(make, sentence):
     with pytest.raises(fedkern.UserError, match=re.escape(sentence)):
         make()
@@ -206,22 +203,19 @@ class Foreign(FedAvg):
         share = 1.0
 
 
-@pytest.mark.parametrize(
-    ("method", "settings", "sentence"),
-    [
-        (3, {}, "method must be the name of a method, a class derived from fedkern.methods.Method or an object of one"),
-        (dict, {}, "not <class 'dict'>"),
-        (Slow(share=0.5), {"share": 0.2}, "share is given twice, in Slow(...) and beside it"),
-        (Slow(share=0.5), {"options": {"share": 0.2}}, "share is given twice"),
-        (Slow, {"shares": 0.2}, 'Slow and its runs have no setting "shares". Did you mean "share"'),
-        (Slow, {"quiet": True}, 'no setting "quiet". Did you mean "progress=False"?'),
-        (Slow, {"share": 2.0}, 'Method option "share" must be'),
-        (Beside(mu=0.5), {}, "Beside has mu beside its options"),
-        (Needing, {}, "Needing cannot be made from its options, as a run makes it (TypeError"),
-        (Bare, {}, "Bare.Options declares share without effect: put @dataclass(frozen=True)"),
-        (Foreign, {}, "Foreign.Options must derive from the options of its base: class Options(FedAvg.Options)"),
-    ],
-)
+@pytest.mark.parametrize(("method", "settings", "sentence"), [
+    (3, {}, "method must be the name of a method, a class derived from fedkern.methods.Method or an object of one"),
+    (dict, {}, "not <class 'dict'>"),
+    (Slow(share=0.5), {"share": 0.2}, "share is given twice, in Slow(...) and beside it"),
+    (Slow(share=0.5), {"options": {"share": 0.2}}, "share is given twice"),
+    (Slow, {"shares": 0.2}, 'Slow and its runs have no setting "shares". Did you mean "share"'),
+    (Slow, {"quiet": True}, 'no setting "quiet". Did you mean "progress=False"?'),
+    (Slow, {"share": 2.0}, 'Method option "share" must be'),
+    (Beside(mu=0.5), {}, "Beside has mu beside its options"),
+    (Needing, {}, "Needing cannot be made from its options, as a run makes it (TypeError"),
+    (Bare, {}, "Bare.Options declares share without effect: put @dataclass(frozen=True)"),
+    (Foreign, {}, "Foreign.Options must derive from the options of its base: class Options(FedAvg.Options)"),
+])  # fmt: skip
 def test_a_mistake_is_one_sentence_and_leaves_nothing(method, settings, sentence, tmp_path):
     with pytest.raises(fedkern.UserError, match=re.escape(sentence)):
         fedkern.simulate(method, rounds=1, **TINY, **settings)

@@ -49,16 +49,13 @@ def test_the_text_of_a_rule():
     assert not ServerRule("mean", 0.5).plain
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"server_rule": "adm"}, '--server-rule must be one of mean, .*, not "adm".*Did you mean "adam"'),
-        ({"server_rule": "adam:beta=1"}, 'has no option "beta=1".*It has beta1, beta2, tau'),
-        ({"server_rule": "adam:beta1=2"}, r'"beta1" of --server-rule adam must be in \[0, 1\], not 2'),
-        ({"server_rule": "adam:tau=0"}, '"tau" of --server-rule adam must be above 0, not 0'),
-        ({"server_lr": 0.0}, "--server-lr must be above 0"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"server_rule": "adm"}, '--server-rule must be one of mean, .*, not "adm".*Did you mean "adam"'),
+    ({"server_rule": "adam:beta=1"}, 'has no option "beta=1".*It has beta1, beta2, tau'),
+    ({"server_rule": "adam:beta1=2"}, r'"beta1" of --server-rule adam must be in \[0, 1\], not 2'),
+    ({"server_rule": "adam:tau=0"}, '"tau" of --server-rule adam must be above 0, not 0'),
+    ({"server_lr": 0.0}, "--server-lr must be above 0"),
+])  # fmt: skip
 def test_what_is_no_rule(settings, message):
     with pytest.raises(UserError, match=message):
         RunConfig.make("fedavg", **settings)

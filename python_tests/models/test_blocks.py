@@ -34,15 +34,12 @@ def test_vgg16_is_cut_between_its_stages():
     assert shapes == [(4, 16, 16), (8, 8, 8), (16, 4, 4), (32, 2, 2), (32,)]
 
 
-@pytest.mark.parametrize(
-    ("name", "cuts"),
-    [
-        ("resnet8", {2: (1,), 3: (1, 2), 4: (0, 1, 2), 5: (0, 1, 2, 3)}),
-        ("mlp", {2: (1,), 3: (0, 1), 4: (0, 1, 2)}),
-        ("cnn", {2: (1,), 3: (0, 1)}),
-        ("vit-tiny", {2: (6,), 4: (3, 6, 9), 13: tuple(range(12))}),
-    ],
-)
+@pytest.mark.parametrize(("name", "cuts"), [
+    ("resnet8", {2: (1,), 3: (1, 2), 4: (0, 1, 2), 5: (0, 1, 2, 3)}),
+    ("mlp", {2: (1,), 3: (0, 1), 4: (0, 1, 2)}),
+    ("cnn", {2: (1,), 3: (0, 1)}),
+    ("vit-tiny", {2: (6,), 4: (3, 6, 9), 13: tuple(range(12))}),
+])  # fmt: skip
 def test_small_networks_and_transformers(name, cuts):
     model = make(name, width=8, image_size=8)
     assert {k: cut_points(model, k) for k in cuts} == cuts

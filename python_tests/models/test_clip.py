@@ -166,19 +166,16 @@ def test_a_loaded_folder_is_not_needed_for_cached_images(folder, tmp_path, monke
         cache.logits(make(folder), [images + 1])
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ({"cat": "a cat", "ship": "a ship"}, r'has no prompts for the class "big_dog": add them\.$'),
-        (
-            {"cat": "a", "big_dogs": ["b"], "ship": "c"},
-            r'no prompts for the class "big_dog": add them\. Did you mean "big_dogs"',
-        ),
-        ({"cat": "a", "big_dog": "b", "ship": "c", "cow": "d"}, r'for the class "cow", which the data do not have'),
-        ({"cat": "a", "big_dog": [], "ship": "c"}, r'the prompts of "big_dog" in .* must be a text or a list of texts'),
-        (["a"], "must map every class to its prompts, but holds a list"),
-    ],
-)
+@pytest.mark.parametrize(("content", "sentence"), [
+    ({"cat": "a cat", "ship": "a ship"}, r'has no prompts for the class "big_dog": add them\.$'),
+    (
+        {"cat": "a", "big_dogs": ["b"], "ship": "c"},
+        r'no prompts for the class "big_dog": add them\. Did you mean "big_dogs"',
+    ),
+    ({"cat": "a", "big_dog": "b", "ship": "c", "cow": "d"}, r'for the class "cow", which the data do not have'),
+    ({"cat": "a", "big_dog": [], "ship": "c"}, r'the prompts of "big_dog" in .* must be a text or a list of texts'),
+    (["a"], "must map every class to its prompts, but holds a list"),
+])  # fmt: skip
 def test_prompts_by_class(tmp_path: Path, content: Any, sentence: str) -> None:
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps(content))

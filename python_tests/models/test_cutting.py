@@ -105,14 +105,11 @@ def test_a_stack_of_linear_layers_has_stages_without_maps():
     assert cut.maps == 0
 
 
-@pytest.mark.parametrize(
-    ("declared", "stages"),
-    [
-        ({"layer1": "layer1", "layer2": "layer2.0"}, ["layer1", "layer2", "feature"]),
-        ({"early": "relu", "late": "layer2"}, ["early", "late", "feature"]),
-        (["layer1", "layer2"], ["layer1", "layer2", "feature"]),
-    ],
-)
+@pytest.mark.parametrize(("declared", "stages"), [
+    ({"layer1": "layer1", "layer2": "layer2.0"}, ["layer1", "layer2", "feature"]),
+    ({"early": "relu", "late": "layer2"}, ["early", "late", "feature"]),
+    (["layer1", "layer2"], ["layer1", "layer2", "feature"]),
+])  # fmt: skip
 def test_declared_stages_end_where_they_say(declared, stages):
     cut = find_cut(Residual(), IMAGES, declared)
     assert [stage for stage, _ in cut.stages] == stages
@@ -120,16 +117,13 @@ def test_declared_stages_end_where_they_say(declared, stages):
     assert ends == list(declared.values() if isinstance(declared, dict) else declared)
 
 
-@pytest.mark.parametrize(
-    ("declared", "said"),
-    [
-        ({"layer1": "layer3"}, 'ends "layer1" with "layer3", which is no submodule'),
-        ({"a": "layer2", "b": "layer1"}, 'has "b" after a stage that ends later'),
-        ({"feature": "layer1"}, "without a stage called feature"),
-        ("layer1", "must name submodules"),
-        ([], "must name submodules"),
-    ],
-)
+@pytest.mark.parametrize(("declared", "said"), [
+    ({"layer1": "layer3"}, 'ends "layer1" with "layer3", which is no submodule'),
+    ({"a": "layer2", "b": "layer1"}, 'has "b" after a stage that ends later'),
+    ({"feature": "layer1"}, "without a stage called feature"),
+    ("layer1", "must name submodules"),
+    ([], "must name submodules"),
+])  # fmt: skip
 def test_stages_that_do_not_exist(declared, said):
     with pytest.raises(UserError, match=said):
         find_cut(Residual(), IMAGES, declared)
@@ -190,19 +184,16 @@ class InPlace(nn.Module):
         return self.head(self.body(x.mul_(0)))
 
 
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [
-        (Tutorial, "give other logits|do not run"),
-        (Pairs, "do not run one after another"),
-        (Zero, "give other logits|do not run"),
-        (Raw, "parameters outside"),
-        (Tied, "one and two share parameters"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "no linear layer"),
-        (lambda: nn.Linear(16, 3), "no submodules"),
-        (InPlace, "give other logits"),
-    ],
-)
+@pytest.mark.parametrize(("make", "why"), [
+    (Tutorial, "give other logits|do not run"),
+    (Pairs, "do not run one after another"),
+    (Zero, "give other logits|do not run"),
+    (Raw, "parameters outside"),
+    (Tied, "one and two share parameters"),
+    (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "no linear layer"),
+    (lambda: nn.Linear(16, 3), "no submodules"),
+    (InPlace, "give other logits"),
+])  # fmt: skip
 def test_why_a_network_is_not_cut(make, why):
     with pytest.raises(NotCut, match=why):
         find_cut(make(), IMAGES)

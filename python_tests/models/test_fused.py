@@ -75,21 +75,18 @@ def by_hand(setup: Setup, x: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize(
-    ("names", "blocks", "kind"),
-    [
-        (["resnet8"] * 3, 2, "cnn1x1"),
-        (["resnet8"] * 3, 5, "cnn1x1"),
-        (["resnet8"] * 3, 3, "avg"),
-        (["cnn"] * 2, 3, "sum"),
-        (["mlp"] * 3, 3, "cnn1x1"),
-        (["vgg16"] * 2, 4, "cnn1x1"),
-        (["vit-tiny"] * 2, 4, "cnn1x1"),
-        (["vit-tiny"] * 2, 2, "avg"),
-        pytest.param(["resnet18", "resnet10", "resnet18"], 4, "cnn1x1", marks=pytest.mark.exhaustive),
-        (["resnet10", "resnet18"], 2, "avg"),
-    ],
-)
+@pytest.mark.parametrize(("names", "blocks", "kind"), [
+    (["resnet8"] * 3, 2, "cnn1x1"),
+    (["resnet8"] * 3, 5, "cnn1x1"),
+    (["resnet8"] * 3, 3, "avg"),
+    (["cnn"] * 2, 3, "sum"),
+    (["mlp"] * 3, 3, "cnn1x1"),
+    (["vgg16"] * 2, 4, "cnn1x1"),
+    (["vit-tiny"] * 2, 4, "cnn1x1"),
+    (["vit-tiny"] * 2, 2, "avg"),
+    pytest.param(["resnet18", "resnet10", "resnet18"], 4, "cnn1x1", marks=pytest.mark.exhaustive),
+    (["resnet10", "resnet18"], 2, "avg"),
+])  # fmt: skip
 @torch.no_grad()
 def test_one_pass_is_separate_calls(names, blocks, kind):
     setup = fuse(names, blocks, kind=kind, final={2: "sum", 3: "mean"}[len(names)] if blocks < 5 else "concat")
@@ -193,16 +190,10 @@ def parameters(blocks: int, clients: int, width: int) -> int:
     return clients * (own + adaptors) + sum(p.numel() for p in network.head.parameters())
 
 
-@pytest.mark.parametrize(
-    ("clients", "width", "ratios"),
-    [
-        (5, 29, (1.04, 1.07, 1.31)),
-        (5, 20, (0.49, 0.51, 0.62)),
-        (10, 20, (0.99, 1.05, 1.52)),
-        (20, 14, (0.99, 1.11, 2.02)),
-        (50, 9, (1.07, 1.38, 3.73)),
-    ],
-)
+@pytest.mark.parametrize(("clients", "width", "ratios"), [
+    (5, 29, (1.04, 1.07, 1.31)), (5, 20, (0.49, 0.51, 0.62)), (10, 20, (0.99, 1.05, 1.52)),
+    (20, 14, (0.99, 1.11, 2.02)), (50, 9, (1.07, 1.38, 3.73)),
+])  # fmt: skip
 def test_sizes_relative_to_one_resnet18(clients, width, ratios):
     found = tuple(round(parameters(k, clients, width) / 11_173_962, 2) for k in (2, 4, 8))
     assert found == pytest.approx(ratios, abs=0.011)

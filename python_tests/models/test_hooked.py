@@ -264,17 +264,14 @@ def test_bf16(network, images):
         torch.testing.assert_close(found.head(features), found(images), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("module", "given", "said"),
-    [
-        (Functional, {"stages": ["conv3"]}, r'--stages: the network net has no submodule "conv3". Did you mean "conv'),
-        (Functional, {"features": "cf1"}, r'--features: .* no submodule "cf1". Did you mean "fc1"'),
-        (Scaled, {"stages": ["conv1"]}, "--stages: net ends in no linear layer.*: give --features too"),
-        (Skipping, {"stages": ["conv2"]}, "--stages conv2: the logits of net depend on more than it gives"),
-        (Twice, {"features": "fc1"}, "--features fc1: net calls it 2 times"),
-        (EvalOnly, {"features": "fc1"}, "--features fc1: net calls it 0 times in train mode"),
-    ],
-)
+@pytest.mark.parametrize(("module", "given", "said"), [
+    (Functional, {"stages": ["conv3"]}, r'--stages: the network net has no submodule "conv3". Did you mean "conv'),
+    (Functional, {"features": "cf1"}, r'--features: .* no submodule "cf1". Did you mean "fc1"'),
+    (Scaled, {"stages": ["conv1"]}, "--stages: net ends in no linear layer.*: give --features too"),
+    (Skipping, {"stages": ["conv2"]}, "--stages conv2: the logits of net depend on more than it gives"),
+    (Twice, {"features": "fc1"}, "--features fc1: net calls it 2 times"),
+    (EvalOnly, {"features": "fc1"}, "--features fc1: net calls it 0 times in train mode"),
+])  # fmt: skip
 def test_what_cannot_be_cut_is_one_sentence(module, given, said):
     with pytest.raises(UserError, match=said):
         hooked(module(), **given)

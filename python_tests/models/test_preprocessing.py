@@ -16,20 +16,17 @@ from python_tests.models.pretrained_pictures import PICTURES, SCALE, SIDE, norma
 transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
 
 
-@pytest.mark.parametrize(
-    ("settings", "height", "width"),
-    [
-        (PICTURES, 12, 12),
-        (PICTURES, 40, 25),
-        ({**PICTURES, "resample": 3}, 12, 30),
-        ({**PICTURES, "resample": 0, "size": {"height": 61, "width": 61}}, 48, 48),
-        ({**PICTURES, "resample": 1}, 40, 40),
-        ({**PICTURES, "resample": 1}, 12, 12),
-        ({**PICTURES, "size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": 16}, 30, 45),
-        ({**PICTURES, "size": 20, "do_center_crop": True, "crop_size": {"height": 18, "width": 16}}, 20, 20),
-        ({"do_resize": False, "do_normalize": False}, 12, 12),
-    ],
-)
+@pytest.mark.parametrize(("settings", "height", "width"), [
+    (PICTURES, 12, 12),
+    (PICTURES, 40, 25),
+    ({**PICTURES, "resample": 3}, 12, 30),
+    ({**PICTURES, "resample": 0, "size": {"height": 61, "width": 61}}, 48, 48),
+    ({**PICTURES, "resample": 1}, 40, 40),
+    ({**PICTURES, "resample": 1}, 12, 12),
+    ({**PICTURES, "size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": 16}, 30, 45),
+    ({**PICTURES, "size": 20, "do_center_crop": True, "crop_size": {"height": 18, "width": 16}}, 20, 20),
+    ({"do_resize": False, "do_normalize": False}, 12, 12),
+])  # fmt: skip
 @pytest.mark.parametrize("channels", [1, 3])
 def test_preprocessing_is_pillows(settings: dict[str, Any], height: int, width: int, channels: int) -> None:
     images = pictures(2, height, width, channels)
@@ -93,19 +90,16 @@ def test_preprocessing_is_that_of_the_library(tmp_path: Path, processor: str, se
     assert apart.max() < 0.02 * expected.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"resample": 4}, "resample 4 is not done here: give one of 0, 1, 2, 3"),
-        ({"rescale_factor": 0}, "is damaged: rescale_factor is 0"),
-        ({"image_processor_type": "LevitImageProcessor"}, "what LevitImageProcessor makes of images is not done here"),
-        ({"size": {"longest_edge": 20}}, "sizes by longest_edge are not done here: give height and width"),
-        ({"size": {"shortest_edge": 16, "longest_edge": 20}}, "sizes by shortest_edge and longest_edge are not done"),
-        ({"size": {"height": 20}}, "sizes by height are not done here"),
-        ({"size": {}}, "sizes by nothing are not done here"),
-        ({"do_center_crop": True, "crop_size": {"longest_edge": 20}}, "sizes by longest_edge are not done here"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"resample": 4}, "resample 4 is not done here: give one of 0, 1, 2, 3"),
+    ({"rescale_factor": 0}, "is damaged: rescale_factor is 0"),
+    ({"image_processor_type": "LevitImageProcessor"}, "what LevitImageProcessor makes of images is not done here"),
+    ({"size": {"longest_edge": 20}}, "sizes by longest_edge are not done here: give height and width"),
+    ({"size": {"shortest_edge": 16, "longest_edge": 20}}, "sizes by shortest_edge and longest_edge are not done"),
+    ({"size": {"height": 20}}, "sizes by height are not done here"),
+    ({"size": {}}, "sizes by nothing are not done here"),
+    ({"do_center_crop": True, "crop_size": {"longest_edge": 20}}, "sizes by longest_edge are not done here"),
+])  # fmt: skip
 def test_preprocessing_that_is_not_done_here_is_refused(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=f"preprocessor_config.json:? {words}"):

@@ -181,19 +181,16 @@ def test_published_setting_on_the_meta_device() -> None:
     assert made.grid == (14, 14)
 
 
-@pytest.mark.parametrize(
-    ("image", "text", "words"),
-    [
-        ("./nowhere", "bert", "folder nowhere of the image encoder does not exist"),
-        ("vit", "some/where", "folder some/where of the text encoder does not exist"),
-        ("empty", "bert", "cannot load the image encoder from .*empty"),
-        ("vit", "empty", "cannot load the text encoder from .*empty"),
-        ("bert", "bert", "cannot be used as image encoder"),
-        ("resnet", "vit", "cannot load a tokenizer|cannot be used as text encoder"),
-        ("vit", "broken", "1_Pooling.*config.json is damaged"),
-        ("shredded", "bert", "preprocessor_config.json is damaged"),
-    ],
-)
+@pytest.mark.parametrize(("image", "text", "words"), [
+    ("./nowhere", "bert", "folder nowhere of the image encoder does not exist"),
+    ("vit", "some/where", "folder some/where of the text encoder does not exist"),
+    ("empty", "bert", "cannot load the image encoder from .*empty"),
+    ("vit", "empty", "cannot load the text encoder from .*empty"),
+    ("bert", "bert", "cannot be used as image encoder"),
+    ("resnet", "vit", "cannot load a tokenizer|cannot be used as text encoder"),
+    ("vit", "broken", "1_Pooling.*config.json is damaged"),
+    ("shredded", "bert", "preprocessor_config.json is damaged"),
+])  # fmt: skip
 def test_wrong_folders(folders: dict[str, Path], tmp_path: Path, image: str, text: str, words: str) -> None:
     (tmp_path / "empty").mkdir()
     shutil.copytree(folders["sentences"], tmp_path / "broken")
@@ -214,13 +211,10 @@ def rewrite(folder: Path, base: Path, drop: str) -> Path:
     return copied
 
 
-@pytest.mark.parametrize(
-    ("text", "drop", "words"),
-    [
-        ("bert", "layer.1.", r"text encoder .*bert-less lacks 16 of the 37 .* of the bert .*encoder\.layer\.1\."),
-        ("clip", "text_model.embeddings", r"such as text_model\.embeddings"),
-    ],
-)
+@pytest.mark.parametrize(("text", "drop", "words"), [
+    ("bert", "layer.1.", r"text encoder .*bert-less lacks 16 of the 37 .* of the bert .*encoder\.layer\.1\."),
+    ("clip", "text_model.embeddings", r"such as text_model\.embeddings"),
+])  # fmt: skip
 def test_missing_weights_are_refused(folders, tmp_path, text, drop, words):
     with pytest.raises(UserError, match=words):
         pair(folders, "vit", str(rewrite(folders[text], tmp_path, drop)))
@@ -279,13 +273,10 @@ def test_a_tokenizer_of_another_network_is_refused(folders: dict[str, Path], tmp
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize(
-    ("method", "more"),
-    [
-        ("fedavg", []),
-        ("feddra", ["--method-option", "alignment_steps=1", "--method-option", "stage_schedule=per_round"]),
-    ],
-)
+@pytest.mark.parametrize(("method", "more"), [
+    ("fedavg", []),
+    ("feddra", ["--method-option", "alignment_steps=1", "--method-option", "stage_schedule=per_round"]),
+])  # fmt: skip
 def test_a_run_and_its_model(method, more, folders, tmp_path, monkeypatch):
     monkeypatch.chdir(folders["vit"].parent)
     words = [method, *more, "--buffers", "pool", "--data", "captions",

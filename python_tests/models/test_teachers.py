@@ -226,16 +226,13 @@ def test_logits_of_another_format_are_refused_or_computed_anew(tmp_path: Path, m
         read_file(other, identity)
 
 
-@pytest.mark.parametrize(
-    ("answer", "sentence"),
-    [
-        (lambda x: torch.zeros(len(x), 4), "knows 4 classes and the data have 3"),
-        (lambda x: torch.zeros(3), r"must give logits \[2, 3\], but gave \[3\]"),
-        (lambda x: [1, 2, 3], r"but gave list"),
-        (lambda x: torch.full((len(x), 3), float("inf")), "NaN or infinite"),
-        (lambda x: x[:, 5], r"failed on images \[2, 1, 8, 8\] \(IndexError: index 5"),
-    ],
-)
+@pytest.mark.parametrize(("answer", "sentence"), [
+    (lambda x: torch.zeros(len(x), 4), "knows 4 classes and the data have 3"),
+    (lambda x: torch.zeros(3), r"must give logits \[2, 3\], but gave \[3\]"),
+    (lambda x: [1, 2, 3], r"but gave list"),
+    (lambda x: torch.full((len(x), 3), float("inf")), "NaN or infinite"),
+    (lambda x: x[:, 5], r"failed on images \[2, 1, 8, 8\] \(IndexError: index 5"),
+])  # fmt: skip
 def test_answers_that_are_no_logits(answer: Any, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         CallableTeacher(answer, 3).logits(torch.zeros(2, 1, 8, 8))
@@ -395,21 +392,18 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert made(teachers.parse("teachers_of_a_test:mine")[0], tmp_path) is module.mine
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("pretraind", r'unknown teacher "pretraind": .* Did you mean "pretrained"'),
-        ("clip", "needs a name after the colon, for example clip:openai"),
-        ("pretrained:resnet", r'must be pretrained:MODEL .* Did you mean "resnet'),
-        ("pretrained:cnn/x", "must be pretrained:MODEL or pretrained:MODEL/WIDTH"),
-        ("nowhere_at_all:f", "cannot be imported"),
-        ("math:nothing", "cannot be imported"),
-        (".math:floor", r'unknown teacher ".math:floor"'),
-        ("math", r'unknown teacher "math": .* logits:FILE, FILE.py:NAME or MODULE:NAME'),
-        ("nowhere.py:f", "the teacher /.*/nowhere.py:f cannot be read"),
-        ("math:pi", "is of type float: name a function or module that takes images"),
-    ],
-)
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("pretraind", r'unknown teacher "pretraind": .* Did you mean "pretrained"'),
+    ("clip", "needs a name after the colon, for example clip:openai"),
+    ("pretrained:resnet", r'must be pretrained:MODEL .* Did you mean "resnet'),
+    ("pretrained:cnn/x", "must be pretrained:MODEL or pretrained:MODEL/WIDTH"),
+    ("nowhere_at_all:f", "cannot be imported"),
+    ("math:nothing", "cannot be imported"),
+    (".math:floor", r'unknown teacher ".math:floor"'),
+    ("math", r'unknown teacher "math": .* logits:FILE, FILE.py:NAME or MODULE:NAME'),
+    ("nowhere.py:f", "the teacher /.*/nowhere.py:f cannot be read"),
+    ("math:pi", "is of type float: name a function or module that takes images"),
+])  # fmt: skip
 def test_names_that_mean_nothing(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         made(teachers.parse(text)[0], tmp_path, Public())

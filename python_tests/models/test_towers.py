@@ -213,15 +213,12 @@ def test_it_flattens_and_compiles_like_any_module() -> None:
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"image": "konv"}, 'no image encoder "konv": give conv, vit or a local folder. Did you mean "conv"?'),
-        ({"text": "word"}, 'no text encoder "word": give words, wordpieces or a local folder. Did you mean "words"?'),
-        ({"image_size": (8, 8)}, "needs images of at least 16 pixels, got 8"),
-        ({"width": 18}, "must be a multiple of 4, got 18"),
-    ],
-)
+@pytest.mark.parametrize(("options", "words"), [
+    ({"image": "konv"}, 'no image encoder "konv": give conv, vit or a local folder. Did you mean "conv"?'),
+    ({"text": "word"}, 'no text encoder "word": give words, wordpieces or a local folder. Did you mean "words"?'),
+    ({"image_size": (8, 8)}, "needs images of at least 16 pixels, got 8"),
+    ({"width": 18}, "must be a multiple of 4, got 18"),
+])  # fmt: skip
 def test_mistakes(options: dict, words: str) -> None:
     with pytest.raises(UserError) as error:
         make(**{"vocabulary": ("a",), **options})

@@ -111,29 +111,26 @@ def test_a_function_gets_the_arguments_that_it_takes(known):
     assert got == [(3, 5, 7, 16, {}), (3, 9, 7, 16, {})]
 
 
-@pytest.mark.parametrize(
-    ("make", "width", "said"),
-    [
-        (staged, 4, "--width 4 is not for bad, which takes no argument width"),
-        (lambda width: nn.Linear(width, 2), None, "needs a width: give one with --width"),
-        (lambda: 3, None, "gives int, not an nn.Module"),
-        (lambda: 1 / 0, None, "cannot be made: ZeroDivisionError"),
-        (lambda: nn.Linear(2, 2).double(), None, "weight in float64: only float32 is trained"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), None, "has lazy layers"),
-        (lambda: nn.Sequential(nn.Linear(2, 2)).requires_grad_(False), None, "no parameters that require"),
-        (lambda: nn.Linear(2, 2, device="meta"), None, "no plain tensor"),
-        (lambda: nn.ReLU(), None, "no parameters"),
-        (lambda: holding("__metadata__", torch.ones(2)), None, "'__metadata__' .* no file holds that name"),
-        (lambda: holding("\ud800", torch.ones(2)), None, "no file holds that name"),
-        (
-            lambda: holding("mask", torch.ones(1, dtype=torch.bool).expand(2, 3), False),
-            None,
-            "has mask, an expanded tensor",
-        ),
-        (lambda: Derived(), None, r"eval\(\) of the model bad changes sum,"),
-        (lambda: Merging(), None, r"eval\(\) of the model bad changes weight.*merge_weights=False"),
-    ],
-)
+@pytest.mark.parametrize(("make", "width", "said"), [
+    (staged, 4, "--width 4 is not for bad, which takes no argument width"),
+    (lambda width: nn.Linear(width, 2), None, "needs a width: give one with --width"),
+    (lambda: 3, None, "gives int, not an nn.Module"),
+    (lambda: 1 / 0, None, "cannot be made: ZeroDivisionError"),
+    (lambda: nn.Linear(2, 2).double(), None, "weight in float64: only float32 is trained"),
+    (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), None, "has lazy layers"),
+    (lambda: nn.Sequential(nn.Linear(2, 2)).requires_grad_(False), None, "no parameters that require"),
+    (lambda: nn.Linear(2, 2, device="meta"), None, "no plain tensor"),
+    (lambda: nn.ReLU(), None, "no parameters"),
+    (lambda: holding("__metadata__", torch.ones(2)), None, "'__metadata__' .* no file holds that name"),
+    (lambda: holding("\ud800", torch.ones(2)), None, "no file holds that name"),
+    (
+        lambda: holding("mask", torch.ones(1, dtype=torch.bool).expand(2, 3), False),
+        None,
+        "has mask, an expanded tensor",
+    ),
+    (lambda: Derived(), None, r"eval\(\) of the model bad changes sum,"),
+    (lambda: Merging(), None, r"eval\(\) of the model bad changes weight.*merge_weights=False"),
+])  # fmt: skip
 def test_what_cannot_be_made_or_trained(known, make, width, said):
     known("bad")(make)
     with pytest.raises(UserError, match=said):
@@ -538,16 +535,13 @@ def test_code_of_a_file(file, monkeypatch):
     assert name not in MODELS
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("{0}:Nat", 'net.py has no "Nat". Did you mean "Net"?'),
-        ("{0}:module", "is a module, not a class or function: write a function"),
-        ("{0}:number", "is int, not a class or function"),
-        ("{0}x.py:Net", "cannot be read: No such file"),
-        ("nowhere_at_all:Net", "cannot be imported: ModuleNotFoundError"),
-    ],
-)
+@pytest.mark.parametrize(("name", "said"), [
+    ("{0}:Nat", 'net.py has no "Nat". Did you mean "Net"?'),
+    ("{0}:module", "is a module, not a class or function: write a function"),
+    ("{0}:number", "is int, not a class or function"),
+    ("{0}x.py:Net", "cannot be read: No such file"),
+    ("nowhere_at_all:Net", "cannot be imported: ModuleNotFoundError"),
+])  # fmt: skip
 def test_code_that_is_not_there(file, name, said):
     with pytest.raises(UserError) as error, available(name.format(file)):
         pass

@@ -86,17 +86,14 @@ def test_the_gallery_of_a_split() -> None:
     assert Gallery.of(None, ("x", "y")).pairs.tolist() == [[0, 0], [1, 1]]
 
 
-@pytest.mark.parametrize(
-    ("images", "texts", "options", "words"),
-    [
-        (unit(3, 4), unit(3, 5), {}, r"expected \[I, d\] and \[T, d\], got \[3, 4\] and \[3, 5\]"),
-        (unit(3, 4), unit(4, 4), {}, "expected for 3 images and 4 texts"),
-        (torch.empty(0, 4), torch.empty(0, 4), {}, "at least one each"),
-        (unit(3, 4), unit(3, 4), {"ks": (0,)}, "ks: expected"),
-        (unit(3, 4), unit(3, 4), {"pairs": torch.tensor([[0, 3]])}, "texts below 3"),
-        (unit(3, 4), unit(3, 4), {"pairs": torch.empty(0, 2)}, "pairs: expected int64"),
-    ],
-)
+@pytest.mark.parametrize(("images", "texts", "options", "words"), [
+    (unit(3, 4), unit(3, 5), {}, r"expected \[I, d\] and \[T, d\], got \[3, 4\] and \[3, 5\]"),
+    (unit(3, 4), unit(4, 4), {}, "expected for 3 images and 4 texts"),
+    (torch.empty(0, 4), torch.empty(0, 4), {}, "at least one each"),
+    (unit(3, 4), unit(3, 4), {"ks": (0,)}, "ks: expected"),
+    (unit(3, 4), unit(3, 4), {"pairs": torch.tensor([[0, 3]])}, "texts below 3"),
+    (unit(3, 4), unit(3, 4), {"pairs": torch.empty(0, 2)}, "pairs: expected int64"),
+])  # fmt: skip
 def test_wrong_arguments(images: torch.Tensor, texts: torch.Tensor, options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         recalls(images, texts, **options)

@@ -107,25 +107,22 @@ def is_question(node):
     return isinstance(node, ast.Match) and is_task(node.subject)
 
 
-@pytest.mark.parametrize(
-    ("code", "count"),
-    [
-        ('data.task == "segmentation"', 1),
-        ("task in (A, B) and x", 1),
-        ('getattr(data, "task", "") == x', 1),
-        ("labels.dim() == 3", 1),
-        ("split.labels.ndim > 1 or len(batch.targets.shape) == 2", 2),
-        ("batch.tokens is None", 1),
-        ('if "classes" not in data.task.offers: pass', 1),
-        ("1 if task.pair else 2", 1),
-        ("isinstance(task, Own)", 1),
-        ("match task:\n    case _: pass", 1),
-        ("if task.name: pass", 0),
-        ("data.task.loss(model, batch)", 0),
-        ("images.dim() == 4", 0),
-        ("texts = None", 0),
-    ],
-)
+@pytest.mark.parametrize(("code", "count"), [
+    ('data.task == "segmentation"', 1),
+    ("task in (A, B) and x", 1),
+    ('getattr(data, "task", "") == x', 1),
+    ("labels.dim() == 3", 1),
+    ("split.labels.ndim > 1 or len(batch.targets.shape) == 2", 2),
+    ("batch.tokens is None", 1),
+    ('if "classes" not in data.task.offers: pass', 1),
+    ("1 if task.pair else 2", 1),
+    ("isinstance(task, Own)", 1),
+    ("match task:\n    case _: pass", 1),
+    ("if task.name: pass", 0),
+    ("data.task.loss(model, batch)", 0),
+    ("images.dim() == 4", 0),
+    ("texts = None", 0),
+])  # fmt: skip
 def test_the_parser_knows_a_question(code, count):
     assert sum(map(is_question, ast.walk(ast.parse(code)))) == count
 

@@ -100,16 +100,13 @@ def test_outputs_without_a_name_are_missed_aloud(tmp_path):
     assert "5 outputs for 3 named classes" in run.summary["diagnostics"]["unnamed-outputs"]
 
 
-@pytest.mark.parametrize(
-    ("given", "main", "better"),
-    [
-        ({}, "loss", "min"),
-        ({"metrics": {"a": max, "share": Counted()}}, "share", "max"),
-        ({"metrics": {"a": max}, "main": "a"}, "a", "max"),
-        ({"metrics": {"a": max}, "main": "a", "better": "min"}, "a", "min"),
-        ({"metrics": {"share": Counted()}, "main": "loss"}, "loss", "min"),
-    ],
-)
+@pytest.mark.parametrize(("given", "main", "better"), [
+    ({}, "loss", "min"),
+    ({"metrics": {"a": max, "share": Counted()}}, "share", "max"),
+    ({"metrics": {"a": max}, "main": "a"}, "a", "max"),
+    ({"metrics": {"a": max}, "main": "a", "better": "min"}, "a", "min"),
+    ({"metrics": {"share": Counted()}, "main": "loss"}, "loss", "min"),
+])  # fmt: skip
 def test_the_main_figure_and_its_direction(given, main, better):
     task = OwnTask(**given)
     assert (task.main, task.better) == (main, better)
@@ -124,16 +121,13 @@ def test_another_loss_says_how_to_get_figures_of_classes(tmp_path):
         simulate(tmp_path / "other", "fedntd", loss_fn=focal)
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"metrics": {"auroc": max}}, "metrics has one called auroc, which every classification has"),
-        ({"metrics": {"a": max}, "better": "min"}, "is of the main figure, the accuracy: name another"),
-        ({"method": "moon", "loss_fn": nn.NLLLoss(), "model": LOGARITHMS}, "but the loss takes logarithms of prob"),
-        ({"main": "f1"}, "main must be one of accuracy, loss, confidence, not 'f1'"),
-        ({"test": StackDataset(torch.zeros(9, 4), torch.full((9,), -100))}, "The test set has no target that counts"),
-    ],
-)
+@pytest.mark.parametrize(("given", "said"), [
+    ({"metrics": {"auroc": max}}, "metrics has one called auroc, which every classification has"),
+    ({"metrics": {"a": max}, "better": "min"}, "is of the main figure, the accuracy: name another"),
+    ({"method": "moon", "loss_fn": nn.NLLLoss(), "model": LOGARITHMS}, "but the loss takes logarithms of prob"),
+    ({"main": "f1"}, "main must be one of accuracy, loss, confidence, not 'f1'"),
+    ({"test": StackDataset(torch.zeros(9, 4), torch.full((9,), -100))}, "The test set has no target that counts"),
+])  # fmt: skip
 def test_figures_that_a_classification_has(given, said, tmp_path):
     with pytest.raises(UserError, match=said):
         simulate(tmp_path / "run", **given)

@@ -159,14 +159,11 @@ DAMAGED = (
 READ = "and this version of fedkern reads"
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        *((content, "is damaged .*; delete it") for content in DAMAGED),
-        ('{"format": 2, "boxes": {}}', f"has format 2, {READ}"),
-        ("{}", f"has no format number, {READ}"),
-    ],
-)
+@pytest.mark.parametrize(("content", "told"), [
+    *((content, "is damaged .*; delete it") for content in DAMAGED),
+    ('{"format": 2, "boxes": {}}', f"has format 2, {READ}"),
+    ("{}", f"has no format number, {READ}"),
+])  # fmt: skip
 def test_a_cache_that_is_damaged_or_of_another_format_is_refused(tmp_path: Path, content: str, told: str) -> None:
     split = load("digits", clients=1, partition="iid", train_samples=4).clients[0]
     detections = Detections(Corner(), tmp_path)
@@ -211,15 +208,12 @@ def test_default_cache_follows_the_environment(tmp_path: Path, monkeypatch: pyte
     assert Detections(Corner()).folder == tmp_path / ".cache" / "fedkern" / "detections"
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"detector": "x", "boxes": "y.json"}, "either a boxes file or a detector"),
-        ({"box_threshold": 0.3}, "box_threshold .* without the option detector"),
-        ({"detector": "x"}, 'the detector "x" needs a make_detector'),
-        ({"detector": "x", "text_threshold": 2}, "text_threshold.*must be in .0, 1."),
-    ],
-)
+@pytest.mark.parametrize(("given", "message"), [
+    ({"detector": "x", "boxes": "y.json"}, "either a boxes file or a detector"),
+    ({"box_threshold": 0.3}, "box_threshold .* without the option detector"),
+    ({"detector": "x"}, 'the detector "x" needs a make_detector'),
+    ({"detector": "x", "text_threshold": 2}, "text_threshold.*must be in .0, 1."),
+])  # fmt: skip
 def test_bad_options(given: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load("digits", partition="iid", options=given)

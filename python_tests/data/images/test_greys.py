@@ -50,18 +50,10 @@ def assert_ramps(data):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("colour", ["grey", "rgb"])
-@pytest.mark.parametrize(
-    ("suffix", "top", "kind"),
-    [
-        ("png", 65535, np.uint16),
-        ("tif", 65535, np.uint16),
-        ("png", 4095, np.uint16),
-        ("png", 255, np.uint16),
-        ("tif", 65535, np.int32),
-        ("tif", 4095, np.int32),
-        ("tif", 1, np.float32),
-    ],
-)
+@pytest.mark.parametrize(("suffix", "top", "kind"), [
+    ("png", 65535, np.uint16), ("tif", 65535, np.uint16), ("png", 4095, np.uint16), ("png", 255, np.uint16),
+    ("tif", 65535, np.int32), ("tif", 4095, np.int32), ("tif", 1, np.float32),
+])  # fmt: skip
 def test_no_grey_value_is_cut_off(tmp_path, suffix, top, kind, colour):
     lines = write_all(tmp_path, suffix, top, kind)
     assert_ramps(open_set(tmp_path, colour=colour))
@@ -87,19 +79,16 @@ def test_the_other_byte_order(tmp_path):
     assert_ramps(open_set(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("image", "words"),
-    [
-        (
-            RAMP.astype(np.float32) * 300,
-            r"3\.tif holds grey values from 0 to 300, expected fractions from 0 to 1; choose",
-        ),
-        (RAMP.astype(np.float32) - 0.5, "values from -0.5 to 0.5"),
-        (np.full((16, 16), np.nan, np.float32), "values from nan to nan"),
-        ((RAMP * 3000 - 1000).astype(np.int32), "values from -1000 to 2000, expected whole numbers from 0 to 65535"),
-        ((RAMP * 1e6).astype(np.int32), r"values from 0 to 1e\+06, expected whole numbers"),
-    ],
-)
+@pytest.mark.parametrize(("image", "words"), [
+    (
+        RAMP.astype(np.float32) * 300,
+        r"3\.tif holds grey values from 0 to 300, expected fractions from 0 to 1; choose",
+    ),
+    (RAMP.astype(np.float32) - 0.5, "values from -0.5 to 0.5"),
+    (np.full((16, 16), np.nan, np.float32), "values from nan to nan"),
+    ((RAMP * 3000 - 1000).astype(np.int32), "values from -1000 to 2000, expected whole numbers from 0 to 65535"),
+    ((RAMP * 1e6).astype(np.int32), r"values from 0 to 1e\+06, expected whole numbers"),
+])  # fmt: skip
 def test_values_without_a_known_range_are_refused(tmp_path, image, words):
     write_all(tmp_path, "tif", 1, np.float32)
     Image.fromarray(image).save(tmp_path / "3.tif")
@@ -134,16 +123,10 @@ SOURCES = {"pairs": "table.csv", "csv": "table.csv", "folder": "classes", "segme
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", SOURCES)
-@pytest.mark.parametrize(
-    ("marker", "options", "expected"),
-    [
-        (None, {}, 3000 / 4095),
-        (65535, {}, 3000 / 65535),
-        (4095, {}, 3000 / 4095),
-        (None, {"bits": 16}, 3000 / 65535),
-        (8000, {"bits": 13}, 3000 / 8191),
-    ],
-)
+@pytest.mark.parametrize(("marker", "options", "expected"), [
+    (None, {}, 3000 / 4095), (65535, {}, 3000 / 65535), (4095, {}, 3000 / 4095), (None, {"bits": 16}, 3000 / 65535),
+    (8000, {"bits": 13}, 3000 / 8191),
+])  # fmt: skip
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_value_has_one_brightness_in_a_data_set(tmp_path, name, marker, options, expected, cached):
     write_flat(tmp_path, 3000, marker)
@@ -231,15 +214,12 @@ def test_a_run_scales_all_later_images_as_in_its_training(tmp_path, monkeypatch)
     assert run.evaluate() == figures
 
 
-@pytest.mark.parametrize(
-    ("tops", "said"),
-    [
-        ({"Ulm": 4095, "Trier": 65535}, "fewer bits: Ulm (16 times)"),
-        ({"Ulm": 65535, "Trier": 4095, "Jena": 255}, "fewer bits: Jena (256 times), Trier (16 times)"),
-        ({"Ulm": 255, "Trier": 4095}, "fewer bits: Ulm (16 times)"),
-        ({"Ulm": 4095, "Trier": 3000}, ""),
-    ],
-)
+@pytest.mark.parametrize(("tops", "said"), [
+    ({"Ulm": 4095, "Trier": 65535}, "fewer bits: Ulm (16 times)"),
+    ({"Ulm": 65535, "Trier": 4095, "Jena": 255}, "fewer bits: Jena (256 times), Trier (16 times)"),
+    ({"Ulm": 255, "Trier": 4095}, "fewer bits: Ulm (16 times)"),
+    ({"Ulm": 4095, "Trier": 3000}, ""),
+])  # fmt: skip
 def test_sites_with_fewer_bits_are_named(tmp_path, tops, said):
     lines = ["path,label,site"]
     for i, (site, top) in enumerate([*tops.items()] * 8):

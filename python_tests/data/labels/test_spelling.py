@@ -38,21 +38,18 @@ def labelled(name, root, labels, said=None):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", TABLES)
-@pytest.mark.parametrize(
-    ("spellings", "classes", "told"),
-    [
-        (("0", "1", "0.0", "1.0"), ("0", "1"), '"0", "0.0"'),
-        (("00", "01", "0", "1", "+1", "1."), ("0", "1"), '"+1", "01", "1"'),
-        (("00", "01"), ("00", "01"), ""),
-        (("1.0", "2.0", "10.0"), ("1.0", "2.0", "10.0"), ""),
-        (("-1", "2", "10"), ("-1", "2", "10"), ""),
-        (("0", "1.000000000000000000e+00", "1"), ("0", "1"), '"1"'),
-        ((*ACCENT, "tea"), ("café", "tea"), r"'cafe\u0301'"),
-        (("1_0", "10", "x"), ("10", "1_0", "x"), ""),
-        (("Cat", "cat", "dog"), ("Cat", "cat", "dog"), 'do not count as one: "Cat", "cat"'),
-        (("no  finding", "no finding", "x"), ("no  finding", "no finding", "x"), "do not count as one"),
-    ],
-)
+@pytest.mark.parametrize(("spellings", "classes", "told"), [
+    (("0", "1", "0.0", "1.0"), ("0", "1"), '"0", "0.0"'),
+    (("00", "01", "0", "1", "+1", "1."), ("0", "1"), '"+1", "01", "1"'),
+    (("00", "01"), ("00", "01"), ""),
+    (("1.0", "2.0", "10.0"), ("1.0", "2.0", "10.0"), ""),
+    (("-1", "2", "10"), ("-1", "2", "10"), ""),
+    (("0", "1.000000000000000000e+00", "1"), ("0", "1"), '"1"'),
+    ((*ACCENT, "tea"), ("café", "tea"), r"'cafe\u0301'"),
+    (("1_0", "10", "x"), ("10", "1_0", "x"), ""),
+    (("Cat", "cat", "dog"), ("Cat", "cat", "dog"), 'do not count as one: "Cat", "cat"'),
+    (("no  finding", "no finding", "x"), ("no  finding", "no finding", "x"), "do not count as one"),
+])  # fmt: skip
 def test_one_label_in_several_spellings(tmp_path, name, spellings, classes, told):
     said = []
     data = labelled(name, tmp_path, spellings * 8, said)
@@ -150,16 +147,13 @@ def graded(root, labels=GRADES, column="label", **options):
     return read("csv", root, lines, [], clients=2, partition="iid", **options)
 
 
-@pytest.mark.parametrize(
-    ("labels", "order", "classes"),
-    [
-        (GRADES, "none|mild|severe", ("none", "mild", "severe")),
-        (GRADES, " severe |none|mild", ("severe", "none", "mild")),
-        (["10", "9.0", "9"] * 10, "10|9", ("10", "9")),
-        (["10", "9.0", "9"] * 10, "", ("9", "10")),
-        (["none|mild", "severe", ""] * 10, "none|mild|severe", ("none", "mild", "severe")),
-    ],
-)
+@pytest.mark.parametrize(("labels", "order", "classes"), [
+    (GRADES, "none|mild|severe", ("none", "mild", "severe")),
+    (GRADES, " severe |none|mild", ("severe", "none", "mild")),
+    (["10", "9.0", "9"] * 10, "10|9", ("10", "9")),
+    (["10", "9.0", "9"] * 10, "", ("9", "10")),
+    (["none|mild", "severe", ""] * 10, "none|mild|severe", ("none", "mild", "severe")),
+])  # fmt: skip
 def test_the_order_of_classes(tmp_path, labels, order, classes):
     column = "labels" if "" in labels else "label"
     data = graded(tmp_path, labels, column, options={"order": order})
@@ -172,20 +166,17 @@ def test_the_order_of_classes(tmp_path, labels, order, classes):
 
 
 @pytest.mark.parametrize("column", ["label", "labels"])
-@pytest.mark.parametrize(
-    ("order", "wrong"),
-    [
-        ("none|mild", '"severe" is missing'),
-        ("none|mild|severe|mild", '"mild" is there 2 times'),
-        ("none|mild|severe|1e3", '"1e3" is no class'),
-        ("none||mild|severe|", '"" is no class'),
-        (
-            "none,mild,severe",
-            '"none,mild,severe" is no class, "mild" is missing, "none" is missing, "severe" is missing',
-        ),
-        ("none|grave|none", '"grave" is no class, "none" is there 2 times, "mild" is missing, "severe" is missing'),
-    ],
-)
+@pytest.mark.parametrize(("order", "wrong"), [
+    ("none|mild", '"severe" is missing'),
+    ("none|mild|severe|mild", '"mild" is there 2 times'),
+    ("none|mild|severe|1e3", '"1e3" is no class'),
+    ("none||mild|severe|", '"" is no class'),
+    (
+        "none,mild,severe",
+        '"none,mild,severe" is no class, "mild" is missing, "none" is missing, "severe" is missing',
+    ),
+    ("none|grave|none", '"grave" is no class, "none" is there 2 times, "mild" is missing, "severe" is missing'),
+])  # fmt: skip
 def test_an_order_that_is_none_is_refused(tmp_path, column, order, wrong):
     labels = [*GRADES[:-1], "none|mild"] if column == "labels" else GRADES
     with pytest.raises(UserError) as told:
@@ -222,14 +213,11 @@ def test_a_task_that_the_user_names(tmp_path, monkeypatch, grades):
     assert graded(tmp_path).task is CLASSIFICATION
 
 
-@pytest.mark.parametrize(
-    ("options", "given"),
-    [
-        ({"label": "label", "labels": "label"}, "label and labels"),
-        ({"label": "label", "task": "multilabel"}, "task and label"),
-        ({"labels": "label", "task": "classification"}, "task and labels"),
-    ],
-)
+@pytest.mark.parametrize(("options", "given"), [
+    ({"label": "label", "labels": "label"}, "label and labels"),
+    ({"label": "label", "task": "multilabel"}, "task and label"),
+    ({"labels": "label", "task": "classification"}, "task and labels"),
+])  # fmt: skip
 def test_columns_that_contradict_are_refused(tmp_path, options, given):
     with pytest.raises(UserError, match=f"leave out one of the options {given}: label is for one class an image"):
         graded(tmp_path, options=options)

@@ -47,24 +47,21 @@ def test_columns_are_labels(dtype):
     assert sites().statistics.names == ("north", "south")
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 2], [1, 0]])]}, r"client 0: labels of shape \[2, 2\] are"),
-        ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 0.5], [1, 0]])]}, "must be 0 or 1, but some are neither"),
-        ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, np.nan], [1, 0]])]}, "must be 0 or 1, but some are neither"),
-        (
-            {"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 1]] * 3)]},
-            r"labels: expected uint8 \[2, 2\], got uint8 \[3, 2\]",
-        ),
-        ({"test": (np.zeros((2, 4, 4), np.uint8), [[0, 1, 1]] * 2)}, "test: labels must have 2 columns .* but have 3"),
-        ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0], [1]])]}, "two or more columns, but have 1: give labels"),
-        ({"test": (np.zeros((2, 4, 4), np.uint8), [0, 1])}, "labels 2 axes like the first client's"),
-        ({"test": (np.zeros((2, 4, 4), np.uint8), ["a", "b"])}, "the test set: expected numbers, given <U1"),
-        ({"test": ([None, None], [0, 1])}, "the test set: expected numbers, given object"),
-        ({"classes": ["a", "b", "c"]}, "classes must name the 2 labels, a name for every column, but has 3"),
-    ],
-)
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 2], [1, 0]])]}, r"client 0: labels of shape \[2, 2\] are"),
+    ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 0.5], [1, 0]])]}, "must be 0 or 1, but some are neither"),
+    ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, np.nan], [1, 0]])]}, "must be 0 or 1, but some are neither"),
+    (
+        {"clients": [(np.zeros((2, 4, 4), np.uint8), [[0, 1]] * 3)]},
+        r"labels: expected uint8 \[2, 2\], got uint8 \[3, 2\]",
+    ),
+    ({"test": (np.zeros((2, 4, 4), np.uint8), [[0, 1, 1]] * 2)}, "test: labels must have 2 columns .* but have 3"),
+    ({"clients": [(np.zeros((2, 4, 4), np.uint8), [[0], [1]])]}, "two or more columns, but have 1: give labels"),
+    ({"test": (np.zeros((2, 4, 4), np.uint8), [0, 1])}, "labels 2 axes like the first client's"),
+    ({"test": (np.zeros((2, 4, 4), np.uint8), ["a", "b"])}, "the test set: expected numbers, given <U1"),
+    ({"test": ([None, None], [0, 1])}, "the test set: expected numbers, given object"),
+    ({"classes": ["a", "b", "c"]}, "classes must name the 2 labels, a name for every column, but has 3"),
+])  # fmt: skip
 def test_labels_that_do_not_fit_are_said(change, sentence):
     own = np.zeros((2, 4, 4), np.uint8), [[0, 1], [1, 0]]
     with pytest.raises(fedkern.UserError, match=sentence):

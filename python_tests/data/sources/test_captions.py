@@ -221,20 +221,17 @@ def test_many_clients():
     assert min(data.client_sizes) >= 4
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"clients": 30, "train_samples": 20}, "30 clients are more than 20 canvases"),
-        ({"options": {"minority_trait": "noisy"}}, "minority_trait .*concepts"),
-        ({"options": {"minority_trait": "noise", "minority": 0}}, "minority_trait = noise has no effect without a min"),
-        ({"options": {"minority_trait": "noise"}, "partition": "iid"}, "give --partition attribute"),
-        ({"options": {"minority_trait": "noise"}, "clients": 1}, "two clients or more"),
-        ({"options": {"minority": 0.7}}, "minority .*must be in .0, 0.5."),
-        ({"public_samples": 5}, "no public samples"),
-        ({"options": {"cue_clients": 1}}, "cue_clients is for classification"),
-        ({"correlation": 0.5}, "no colours to correlate"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"clients": 30, "train_samples": 20}, "30 clients are more than 20 canvases"),
+    ({"options": {"minority_trait": "noisy"}}, "minority_trait .*concepts"),
+    ({"options": {"minority_trait": "noise", "minority": 0}}, "minority_trait = noise has no effect without a min"),
+    ({"options": {"minority_trait": "noise"}, "partition": "iid"}, "give --partition attribute"),
+    ({"options": {"minority_trait": "noise"}, "clients": 1}, "two clients or more"),
+    ({"options": {"minority": 0.7}}, "minority .*must be in .0, 0.5."),
+    ({"public_samples": 5}, "no public samples"),
+    ({"options": {"cue_clients": 1}}, "cue_clients is for classification"),
+    ({"correlation": 0.5}, "no colours to correlate"),
+])  # fmt: skip
 def test_mistakes(settings, words):
     with pytest.raises(UserError, match=words):
         captions(**settings)

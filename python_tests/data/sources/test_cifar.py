@@ -77,14 +77,11 @@ def test_missing_batch(tmp_path: Path) -> None:
         load("cifar10", root=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "words"),
-    [
-        ("data_batch_2.bin", lambda raw: raw[:-1], rf"holds {12 * 3073 - 1} bytes.*records of 3073 bytes"),
-        ("test_batch.bin", lambda raw: b"", "holds 0 bytes"),
-        ("data_batch_1.bin", lambda raw: bytes([77]) + raw[1:], "holds label 77, expected 0 to 9"),
-    ],
-)
+@pytest.mark.parametrize(("name", "change", "words"), [
+    ("data_batch_2.bin", lambda raw: raw[:-1], rf"holds {12 * 3073 - 1} bytes.*records of 3073 bytes"),
+    ("test_batch.bin", lambda raw: b"", "holds 0 bytes"),
+    ("data_batch_1.bin", lambda raw: bytes([77]) + raw[1:], "holds label 77, expected 0 to 9"),
+])  # fmt: skip
 def test_a_damaged_batch_is_named_with_its_damage(tmp_path: Path, name: str, change, words: str) -> None:
     write_cifar10(tmp_path)
     (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))

@@ -99,14 +99,11 @@ def test_a_source_is_shared_out_like_fedkerns_own(registered):
     assert DATASETS["own"].description == "A source of a test."
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"nois": 1}, 'has no option "nois".*Did you mean "noise"'),
-        ({"noise": "much"}, 'option noise of data set "own" must be a number'),
-        ({"size": 100}, r"must be in \[4, 64\]"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"nois": 1}, 'has no option "nois".*Did you mean "noise"'),
+    ({"noise": "much"}, 'option noise of data set "own" must be a number'),
+    ({"size": 100}, r"must be in \[4, 64\]"),
+])  # fmt: skip
 def test_options_are_checked(registered, options, message):
     register_own(lambda noise=0.5, size=SIDE: source())
     with pytest.raises(UserError, match=message):

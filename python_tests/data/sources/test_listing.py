@@ -64,20 +64,17 @@ def test_a_patient_in_two_splits_of_a_chosen_column(tmp_path):
     assert read("csv", tmp_path, change, patient="split").tests  # every split is a patient
 
 
-@pytest.mark.parametrize(
-    ("name", "values", "words"),
-    [
-        ("csv", {"label": "c"}, r"4\.png has two labels, a \(line 6\) and c \(line 26\)"),
-        ("pairs", {"label": "c"}, r"4\.png has two labels, a \(line 6\) and c \(line 26\)"),
-        ("segmentation", {"mask": "m5.png"}, r"4\.png has two masks, m4.png \(line 6\) and m5.png \(line 26\)"),
-        *(
-            (name, {"client": "B"}, r"4\.png belongs to two clients, A \(line 6\) and B \(line 26\)")
-            for name in HEADERS
-        ),
-        *((name, {"patient_id": "p9"}, r"4\.png belongs to two patients, p2 \(line 6\) and p9") for name in HEADERS),
-        *((name, {"split": "train"}, r"4\.png is in two splits, test \(line 6\) and train") for name in HEADERS),
-    ],
-)
+@pytest.mark.parametrize(("name", "values", "words"), [
+    ("csv", {"label": "c"}, r"4\.png has two labels, a \(line 6\) and c \(line 26\)"),
+    ("pairs", {"label": "c"}, r"4\.png has two labels, a \(line 6\) and c \(line 26\)"),
+    ("segmentation", {"mask": "m5.png"}, r"4\.png has two masks, m4.png \(line 6\) and m5.png \(line 26\)"),
+    *(
+        (name, {"client": "B"}, r"4\.png belongs to two clients, A \(line 6\) and B \(line 26\)")
+        for name in HEADERS
+    ),
+    *((name, {"patient_id": "p9"}, r"4\.png belongs to two patients, p2 \(line 6\) and p9") for name in HEADERS),
+    *((name, {"split": "train"}, r"4\.png is in two splits, test \(line 6\) and train") for name in HEADERS),
+])  # fmt: skip
 def test_an_image_in_two_places(tmp_path, name, values, words):
     change = edited(**values)
     with pytest.raises(UserError, match=f"the image {words}.*; name one$"):

@@ -111,16 +111,13 @@ def test_an_image_with_several_captions_stays_in_one_split(tmp_path):
     assert len(set(data.tests[""].texts)) == 12
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda t: (t / "3.txt").unlink(), r"3\.png has no text 3\.txt beside it"),
-        (lambda t: (t / "3.txt").write_text(" \n"), r"3\.txt is empty"),
-        (lambda t: (t / "3.txt").write_bytes(b"\xff\xfe\xff"), "not UTF-16"),
-        (lambda t: [one.unlink() for one in t.glob("*.png")], "no image found"),
-        (lambda t: (t / "a.csv").write_text("image,words\n1.png,x"), 'no column "text"'),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda t: (t / "3.txt").unlink(), r"3\.png has no text 3\.txt beside it"),
+    (lambda t: (t / "3.txt").write_text(" \n"), r"3\.txt is empty"),
+    (lambda t: (t / "3.txt").write_bytes(b"\xff\xfe\xff"), "not UTF-16"),
+    (lambda t: [one.unlink() for one in t.glob("*.png")], "no image found"),
+    (lambda t: (t / "a.csv").write_text("image,words\n1.png,x"), 'no column "text"'),
+])  # fmt: skip
 def test_wrong_pairs(tmp_path, change, words):
     for i in range(6):
         picture(tmp_path / f"{i}.png", i)

@@ -170,16 +170,13 @@ def test_an_unsound_member_is_left_out_and_named(make_data, make_config, tmp_pat
     assert len(read_model(tmp_path)[0].members) == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("cnn,resnet9", 'there is no model "resnet9".*Did you mean "resnet8"'),
-        ("cnn:wide", 'width of cnn must be a positive number, not "wide"'),
-        ("cnn:0", "width of cnn must be a positive number"),
-        ("cnn:²", 'width of cnn must be a positive number, not "²"'),
-        ("cnn,", 'there is no model ""'),
-    ],
-)
+@pytest.mark.parametrize(("text", "words"), [
+    ("cnn,resnet9", 'there is no model "resnet9".*Did you mean "resnet8"'),
+    ("cnn:wide", 'width of cnn must be a positive number, not "wide"'),
+    ("cnn:0", "width of cnn must be a positive number"),
+    ("cnn:²", 'width of cnn must be a positive number, not "²"'),
+    ("cnn,", 'there is no model ""'),
+])  # fmt: skip
 def test_bad_lists_of_models(text, words, make_data, make_config, tmp_path):
     with pytest.raises(UserError, match=words):
         run(make_config("ensemble", model="cnn", rounds=None, options={"models": text}), out=tmp_path, data=make_data())

@@ -90,15 +90,12 @@ def test_fedprox_adds_the_gradient_of_its_proximal_term():
     torch.testing.assert_close(gradients, theta.grad)
 
 
-@pytest.mark.parametrize(
-    ("method", "without", "settings"),
-    [
-        ("fedprox", {"mu": 0}, {"mu": 1}),
-        ("fedntd", {"beta": 0}, {}),
-        ("moon", {"mu": 0}, {}),
-        ("fedgid", {"intervention": False, "lambda": 0}, {}),
-    ],
-)
+@pytest.mark.parametrize(("method", "without", "settings"), [
+    ("fedprox", {"mu": 0}, {"mu": 1}),
+    ("fedntd", {"beta": 0}, {}),
+    ("moon", {"mu": 0}, {}),
+    ("fedgid", {"intervention": False, "lambda": 0}, {}),
+])  # fmt: skip
 def test_without_its_term_a_method_is_fedavg_bit_for_bit(method, without, settings, make_data, make_config, tmp_path):
     """With the term its network is another one, and the bytes are the same."""
     data = make_data()

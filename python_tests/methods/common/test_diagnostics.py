@@ -34,16 +34,13 @@ def pretended(network, shape, device="cuda"):
     return types.SimpleNamespace(device=torch.device(device), network=lambda name: own, data=data)
 
 
-@pytest.mark.parametrize(
-    ("layer", "modes"),
-    [
-        (nn.Upsample(scale_factor=2, mode="bicubic"), ["bicubic"]),
-        (nn.Sequential(nn.UpsamplingBilinear2d(4), nn.Upsample(4, mode="trilinear")), ["bilinear", "trilinear"]),
-        (nn.Sequential(nn.Upsample(scale_factor=2), nn.ConvTranspose2d(1, 1, 2)), []),
-        (models.build("vit-tiny", classes=2, channels=1, image_size=16, width=8, seed=0), ["bicubic"]),
-        (models.build("unet-small", classes=2, channels=1, image_size=16, width=2, seed=0), []),
-    ],
-)
+@pytest.mark.parametrize(("layer", "modes"), [
+    (nn.Upsample(scale_factor=2, mode="bicubic"), ["bicubic"]),
+    (nn.Sequential(nn.UpsamplingBilinear2d(4), nn.Upsample(4, mode="trilinear")), ["bilinear", "trilinear"]),
+    (nn.Sequential(nn.Upsample(scale_factor=2), nn.ConvTranspose2d(1, 1, 2)), []),
+    (models.build("vit-tiny", classes=2, channels=1, image_size=16, width=8, seed=0), ["bicubic"]),
+    (models.build("unet-small", classes=2, channels=1, image_size=16, width=2, seed=0), []),
+])  # fmt: skip
 def test_upsampling_that_does_not_repeat_on_a_gpu(layer, modes):
     for shape in ((1, 16, 16), (1, 16, 24), ()):
         told = diagnostics.unrepeatable(pretended(layer, shape))
@@ -96,14 +93,11 @@ def test_outlying_client():
     assert diagnostics.outlying_drift({"0": {"drift": 1.0}, "1": {"drift": 100.0}}) == {}
 
 
-@pytest.mark.parametrize(
-    ("metrics", "names"),
-    [
-        ({"id_accuracy": 0.9, "ood_accuracy": 0.5, "validation_accuracy": 0.85}, set()),
-        ({"id_accuracy": 0.9, "ood_accuracy": 0.12, "validation_accuracy": 0.85}, {"chance-level"}),
-        ({"id_accuracy": 0.9, "validation_accuracy": 0.7}, {"falling-accuracy"}),
-    ],
-)
+@pytest.mark.parametrize(("metrics", "names"), [
+    ({"id_accuracy": 0.9, "ood_accuracy": 0.5, "validation_accuracy": 0.85}, set()),
+    ({"id_accuracy": 0.9, "ood_accuracy": 0.12, "validation_accuracy": 0.85}, {"chance-level"}),
+    ({"id_accuracy": 0.9, "validation_accuracy": 0.7}, {"falling-accuracy"}),
+])  # fmt: skip
 def test_poor_metrics(metrics, names):
     assert set(diagnostics.poor_metrics(metrics, {"validation_accuracy": 0.9}, 10, {}, ACCURACY)) == names
 
@@ -123,36 +117,33 @@ def labelled(*counts):
     return types.SimpleNamespace(labels=labels, task=CLASSIFICATION, cases=None)
 
 
-@pytest.mark.parametrize(
-    ("figures", "said"),
-    [
-        (
-            {"id_accuracy": 0.9},
-            'accuracy on the in-distribution test set is 90.0 %, and predicting "b" everywhere gives 90.0 %',
-        ),
-        ({"id_accuracy": 0.4}, 'predicting "b" everywhere gives 90.0 %'),
-        ({"id_accuracy": 0.9, "ood_auroc": 0.85}, 'predicting "b" everywhere gives 90.0 %: train longer'),
-        ({"id_accuracy": 0.9, "id_auroc": 0.5}, 'predicting "b" everywhere gives 90.0 %: train longer'),
-        ({"id_accuracy": 0.9, "id_auroc": 0.85}, "gives 90.0 %, but AUROC is 85.0 %: train longer, weight rare"),
-        ({"id_inaccuracy": 0.1}, None),  # a metric of the user's
-        ({"id_accuracy": math.nan}, "accuracy on the in-distribution test set is NaN in every evaluated round"),
-        ({"id_accuracy": 0.92}, None),  # a fifth of the mistakes is gone
-        (
-            {"id_accuracy": 0.93, "id_balanced_accuracy": 0.36},
-            "balanced accuracy on the in-distribution test set is 36.0 %, and predicting one class",
-        ),
-        ({"id_accuracy": 0.93, "id_balanced_accuracy": 0.5}, None),
-        ({"id_lowest_accuracy": 0.9}, '"b" everywhere gives 90.0 %'),
-        (
-            {"ood_accuracy": 0.36},
-            "accuracy on the out-of-distribution test set is 36.0 %, and predicting one class everywhere gives 33.3 %",
-        ),
-        ({"ood_accuracy": 0.6}, None),
-        ({"worst_client_accuracy": 0.6}, None),  # a client's own set has shares of its own
-        ({"worst_client_accuracy": 0.34}, "worst client accuracy is 34.0 %, near chance (33.3 %)"),
-        ({"validation_accuracy": 0.1, "validation_balanced_accuracy": 0.1}, None),
-    ],
-)
+@pytest.mark.parametrize(("figures", "said"), [
+    (
+        {"id_accuracy": 0.9},
+        'accuracy on the in-distribution test set is 90.0 %, and predicting "b" everywhere gives 90.0 %',
+    ),
+    ({"id_accuracy": 0.4}, 'predicting "b" everywhere gives 90.0 %'),
+    ({"id_accuracy": 0.9, "ood_auroc": 0.85}, 'predicting "b" everywhere gives 90.0 %: train longer'),
+    ({"id_accuracy": 0.9, "id_auroc": 0.5}, 'predicting "b" everywhere gives 90.0 %: train longer'),
+    ({"id_accuracy": 0.9, "id_auroc": 0.85}, "gives 90.0 %, but AUROC is 85.0 %: train longer, weight rare"),
+    ({"id_inaccuracy": 0.1}, None),  # a metric of the user's
+    ({"id_accuracy": math.nan}, "accuracy on the in-distribution test set is NaN in every evaluated round"),
+    ({"id_accuracy": 0.92}, None),  # a fifth of the mistakes is gone
+    (
+        {"id_accuracy": 0.93, "id_balanced_accuracy": 0.36},
+        "balanced accuracy on the in-distribution test set is 36.0 %, and predicting one class",
+    ),
+    ({"id_accuracy": 0.93, "id_balanced_accuracy": 0.5}, None),
+    ({"id_lowest_accuracy": 0.9}, '"b" everywhere gives 90.0 %'),
+    (
+        {"ood_accuracy": 0.36},
+        "accuracy on the out-of-distribution test set is 36.0 %, and predicting one class everywhere gives 33.3 %",
+    ),
+    ({"ood_accuracy": 0.6}, None),
+    ({"worst_client_accuracy": 0.6}, None),  # a client's own set has shares of its own
+    ({"worst_client_accuracy": 0.34}, "worst client accuracy is 34.0 %, near chance (33.3 %)"),
+    ({"validation_accuracy": 0.1, "validation_balanced_accuracy": 0.1}, None),
+])  # fmt: skip
 def test_an_accuracy_is_compared_with_that_of_a_single_class(figures, said):
     sets = {"id_": labelled(5, 90, 5), "ood_": labelled(10, 10, 10), "validation_": labelled(9, 1, 0)}
     constant = diagnostics.constants(sets, ("a", "b", "c"))

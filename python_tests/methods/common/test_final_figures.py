@@ -83,15 +83,12 @@ def test_the_same_with_workers_and_after_a_resume_at_the_very_end(make_data, mak
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize(
-    ("method", "settings"),
-    [
-        ("local", {}),
-        ("fedproto", {"options": {"networks": "personal"}, "rounds": 1, "sample_fraction": 0.67}),
-        ("ensemble", {"rounds": None}),
-        ("fusefl", {"rounds": None, "local_epochs": 2, "options": {"calibrate": True}}),
-    ],
-)
+@pytest.mark.parametrize(("method", "settings"), [
+    ("local", {}),
+    ("fedproto", {"options": {"networks": "personal"}, "rounds": 1, "sample_fraction": 0.67}),
+    ("ensemble", {"rounds": None}),
+    ("fusefl", {"rounds": None, "local_epochs": 2, "options": {"calibrate": True}}),
+])  # fmt: skip
 def test_methods_that_evaluate_themselves(method, settings, make_data, make_config, tmp_path):
     config = make_config(method, **settings)
     summary = run(config, out=tmp_path, data=make_data(), predictions=True)
@@ -213,20 +210,17 @@ def test_a_segmentation_has_the_dice_of_every_class(make_config, refuses, tmp_pa
         run(config, out=tmp_path / "other", data=data, predictions=True)
 
 
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [
-        ("{", "damaged"),
-        ("[]", "damaged"),
-        ('{"classes": ["a"]}', "it has no 'test_sets'"),
-        ('{"classes": ["a", 2], "test_sets": {}}', "no list of names"),
-        ('{"classes": ["a", "b"], "test_sets": {"id": [[1, 2], [3]]}}', "every two classes"),
-        ('{"classes": ["a"], "test_sets": {"id": [[-1]]}}', "every two classes"),
-        ('{"classes": ["a"], "test_sets": {"id": [[true]]}}', "every two classes"),
-        ('{"classes": ["a"], "test_sets": {"id": [[1e3]]}}', "every two classes"),
-        ('{"classes": ["a"], "test_sets": [[1]]}', "every two classes"),
-    ],
-)
+@pytest.mark.parametrize(("content", "why"), [
+    ("{", "damaged"),
+    ("[]", "damaged"),
+    ('{"classes": ["a"]}', "it has no 'test_sets'"),
+    ('{"classes": ["a", 2], "test_sets": {}}', "no list of names"),
+    ('{"classes": ["a", "b"], "test_sets": {"id": [[1, 2], [3]]}}', "every two classes"),
+    ('{"classes": ["a"], "test_sets": {"id": [[-1]]}}', "every two classes"),
+    ('{"classes": ["a"], "test_sets": {"id": [[true]]}}', "every two classes"),
+    ('{"classes": ["a"], "test_sets": {"id": [[1e3]]}}', "every two classes"),
+    ('{"classes": ["a"], "test_sets": [[1]]}', "every two classes"),
+])  # fmt: skip
 def test_damaged_counts_are_named(content, why, tmp_path):
     assert confusions.read(tmp_path) is None
     (tmp_path / "confusion.json").write_text(content)

@@ -108,18 +108,15 @@ def test_feddyn_is_asked_about_the_network_that_it_evaluates(sides):
     assert torch.equal(sent["parameters"], server.state["average"])
 
 
-@pytest.mark.parametrize(
-    ("method", "entry", "evaluated", "plan"),
-    [
-        (FedAvg(), Round(), True, ["update", *EXCHANGES]),
-        (FedAvg(), Round(), False, ["update"]),
-        (FedAvg(), Round(one_off=True), True, ["update"]),
-        (Local(), Round(), True, ["update"]),
-        (FedDRA(), Round(exchanges=("joint", "losses")), False, ["joint", *EXCHANGES, "losses"]),
-        (FedDRA(FedDRA.Options(dro=False)), Round(exchanges=("joint",)), False, ["joint", *EXCHANGES]),
-        (FedDRA(FedDRA.Options(dro=False, anchors=False)), Round(exchanges=("joint",)), False, ["joint"]),
-    ],
-)
+@pytest.mark.parametrize(("method", "entry", "evaluated", "plan"), [
+    (FedAvg(), Round(), True, ["update", *EXCHANGES]),
+    (FedAvg(), Round(), False, ["update"]),
+    (FedAvg(), Round(one_off=True), True, ["update"]),
+    (Local(), Round(), True, ["update"]),
+    (FedDRA(), Round(exchanges=("joint", "losses")), False, ["joint", *EXCHANGES, "losses"]),
+    (FedDRA(FedDRA.Options(dro=False)), Round(exchanges=("joint",)), False, ["joint", *EXCHANGES]),
+    (FedDRA(FedDRA.Options(dro=False, anchors=False)), Round(exchanges=("joint",)), False, ["joint"]),
+])  # fmt: skip
 def test_when_clients_are_asked(method, entry, evaluated, plan):
     held = Pooling(method).exchanges(entry, evaluated)
     assert [name for name, _ in held] == plan

@@ -47,15 +47,12 @@ def statistics(upload):
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("final", ["mean", "concat"])
-@pytest.mark.parametrize(
-    ("level", "change", "said"),
-    [
-        ("level1", nan, r"round 1 \(\"level1\"\) holds NaN or infinite values in block\.0\.0\.weight"),
-        ("level2", shape, r"Client 1's upload in round 2 \(\"level2\"\) has block\..* of shape \[1, .* are expected"),
-        ("level2", missing, r"Client 1's upload in round 2 \(\"level2\"\) lacks adaptor"),
-        ("calibrate", statistics, r"round 3 \(\"calibrate\"\) holds NaN or infinite values in means"),
-    ],
-)
+@pytest.mark.parametrize(("level", "change", "said"), [
+    ("level1", nan, r"round 1 \(\"level1\"\) holds NaN or infinite values in block\.0\.0\.weight"),
+    ("level2", shape, r"Client 1's upload in round 2 \(\"level2\"\) has block\..* of shape \[1, .* are expected"),
+    ("level2", missing, r"Client 1's upload in round 2 \(\"level2\"\) lacks adaptor"),
+    ("calibrate", statistics, r"round 3 \(\"calibrate\"\) holds NaN or infinite values in means"),
+])  # fmt: skip
 def test_bad_uploads_are_named_or_left_out(level, change, said, final, make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fusefl", tampering(level, change))
     options = {"blocks": 2, "width": "2", "final_fuse": final}

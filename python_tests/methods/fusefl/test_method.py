@@ -168,17 +168,14 @@ def test_the_base_width_is_read_from_the_network(name):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize(
-    ("settings", "options"),
-    [
-        ({"model": "mlp", "width": 6}, {"blocks": 3, "ccvr_compat": True}),
-        ({"model": "resnet8"}, {"blocks": 5, "adaptor": "avg", "final_fuse": "sum"}),
-        ({"model": "resnet8"}, {"cuts": "0,2", "adaptor": "sum", "covariance": "diagonal"}),
-        ({"model": "vit-tiny", "width": 4, "local_epochs": 2}, {"blocks": 2, "adaptor_init": "random"}),
-        ({"model": "resnet8"}, {"blocks": 2, "final_fuse": "concat"}),
-        ({"model": "cnn"}, {"models": "resnet18,resnet10", "blocks": 2, "width": "1", "frozen_bn": "batch"}),
-    ],
-)
+@pytest.mark.parametrize(("settings", "options"), [
+    ({"model": "mlp", "width": 6}, {"blocks": 3, "ccvr_compat": True}),
+    ({"model": "resnet8"}, {"blocks": 5, "adaptor": "avg", "final_fuse": "sum"}),
+    ({"model": "resnet8"}, {"cuts": "0,2", "adaptor": "sum", "covariance": "diagonal"}),
+    ({"model": "vit-tiny", "width": 4, "local_epochs": 2}, {"blocks": 2, "adaptor_init": "random"}),
+    ({"model": "resnet8"}, {"blocks": 2, "final_fuse": "concat"}),
+    ({"model": "cnn"}, {"models": "resnet18,resnet10", "blocks": 2, "width": "1", "frozen_bn": "batch"}),
+])  # fmt: skip
 def test_it_runs_and_comes_back(settings, options, make_data, make_config, tmp_path):
     config = config_of(make_config, options, **{"local_epochs": 5, **settings})
     summary = run(config, out=tmp_path, data=make_data())
