@@ -319,7 +319,7 @@ class Convolution:
         record: Record | None = getattr(_thread, "record", None)
         shape = pending.shape_of(x)
         if record is not None and windows is not None and len(shape) == 4:
-            record[1].append(_products(_result(windows, len(weight), shape), weight))
+            record[1].append(_products(_result(windows, weight.shape[0], shape), weight))
         code = self.plan.get(key)
         if code is None or windows is None or not self._serves(windows, weight, bias, shape):
             return self.written(x, weight, bias)
@@ -332,8 +332,8 @@ class Convolution:
             x = value(node, dense=False)
         if not is_plain(x, shape):
             return self.written(x, weight, bias)
-        shape = _result(windows, len(weight), shape)
-        if last and min(4 * len(weight), *shape[2:]) < 4:  # torch's layers decide on the layout at every step
+        shape = _result(windows, weight.shape[0], shape)
+        if last and min(4 * weight.shape[0], *shape[2:]) < 4:  # torch's layers decide on the layout at every step
             return self.written(x, weight, bias)
         marks = pending.noted(x, weight, bias)
         site = Site(x, weight, bias, windows[1], windows[2], shape, last, code.isalpha(), marks)
@@ -397,11 +397,12 @@ def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
     site, norm, x, bias = chain.site, chain.norm, chain.site.x, chain.site.bias
     moved = 0 if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.numel()
     behind = math.prod(site.shape) // chain.pool**2 if dense else 0
-    if MOVE * (moved + behind) * (2 if norm is None else 1) > products:  # half is won without a norm's passes
+    residual = None if chain.residual is None else chain.residual[0]
+    spared = sum(each.numel() for each in (x, residual) if each is not None and is_last(each)) if dense else 0
+    if MOVE * (moved + behind - spared) * (2 if norm is None else 1) > products:  # half is won without a norm's passes
         return None
     if moved:
         x = x.contiguous(memory_format=_CHANNELS_LAST)
-    residual = None if chain.residual is None else chain.residual[0]
     if norm is None:  # one that changes nothing, and adds the bias
         none, ones = x.new_zeros(len(site.weight)), x.new_ones(len(site.weight))
         norm, bias = Norm(ones, none if bias is None else bias, _NO_EPS, [], none, ones), None

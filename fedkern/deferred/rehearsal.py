@@ -49,9 +49,9 @@ def accelerate(module: M, *, check: bool = True) -> M:
     ``module(...)``; parts of it that are called alone run as written.  So does the whole call under autocast,
     ``torch.compile``, ``torch.export``, ``torch.func``, tracing and with anybody's hooks on a submodule.
 
-    The first call in training and the first in evaluation, with gradients and without, each play the network's
-    ``forward`` on a copy before, with the same inputs and seeds: a convolution waits only as far as its result went
-    there, alone and at once, through those steps.
+    The first call in training and the first in evaluation, with gradients and without, are each rehearsed on copies of
+    the network and the inputs, with the same seeds: a convolution waits only as far as its result goes there, alone and
+    at once, through those steps.
 
     Args:
         module: any network; it is changed in place, and keeps its class, state dict and repr.  A layer with a forward
@@ -82,12 +82,18 @@ class Rehearsal(Begin):
             twins = [_copied(module, args, named) for _ in range(1 + self.check)]
         except Exception as error:
             return self._leave(mode, f"the network cannot be copied ({described(error)})")
-        recorder = Recorder()
+        recorder, before = Recorder(), [(each, each.clone()) for each in module.buffers()]
         try:
             expected = _played(*twins[0], recorder)
         except Exception:  # which the call itself raises
             del self.modes[mode]
             return None
+        moved = [each for each, content in before if not torch.allclose(each, content, 0, 0, equal_nan=True)]
+        if moved or any(layer in convolutions(module) for layer, _ in recorder.chains):
+            with torch.no_grad():
+                for each, content in before:
+                    each.copy_(content)
+            return self._leave(mode, "a copy of the network calls layers of the network itself")
         recorder.stop()
         for part, *others in zip(*map(convolutions, (module, *(twin[0] for twin in twins))), strict=True):
             for other in others:
@@ -133,11 +139,13 @@ def _played(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], rec
         with recorder or nullcontext(), calling(recorder=recorder):
             result = module(*args, **named)
         outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
-        if graded := [leaf for leaf in outputs if leaf.requires_grad]:
+        inputs = [leaf for leaf in leaves((args, named)) if isinstance(leaf, Tensor)]
+        operands = [each for each in (*inputs, *module.parameters()) if each.requires_grad]
+        if operands and (graded := [leaf for leaf in outputs if leaf.requires_grad]):
             draws = torch.Generator().manual_seed(0)
-            torch.autograd.backward(graded, [torch.randn(each.shape, generator=draws).to(each) for each in graded])
+            grads = [torch.randn(each.shape, generator=draws).to(each) for each in graded]
+            torch.autograd.backward(graded, grads, inputs=operands)
     found: Found = {f"output {number}": leaf.detach() for number, leaf in enumerate(outputs)}
-    inputs = [leaf for leaf in leaves((args, named)) if isinstance(leaf, Tensor)]
     found |= {f"the gradient of input {number}": leaf.grad for number, leaf in enumerate(inputs)}
     found |= {f"the gradient of {name}": each.grad for name, each in module.named_parameters()}
     return found | {name: each.detach() for name, each in module.named_buffers()}
@@ -183,13 +191,14 @@ class Recorder(TorchFunctionMode):
     Attributes:
         convolution: the convolution that is called, and the key of its plan.
         states: of the results of convolutions and steps, by id.
+        chains: of the convolutions that were called, by the keys of their plans.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.convolution: tuple[Convolution, int] | None = None
         self.states: dict[int, _State] = {}
-        self._chains: dict[tuple[Convolution, int], _Chain] = {}
+        self.chains: dict[tuple[Convolution, int], _Chain] = {}
         self._extended: set[int] = set()
         self._latest: _State | None = None
 
@@ -199,7 +208,7 @@ class Recorder(TorchFunctionMode):
         for state in self.states.values():
             if sys.getrefcount(state.result) > 2:  # after the backward pass, whose graph counts
                 state.chain.end(state.steps, False)
-        for (convolution, key), chain in self._chains.items():
+        for (convolution, key), chain in self.chains.items():
             if (code := chain.code) is not None:
                 convolution.plan[key] = code
 
@@ -228,7 +237,7 @@ class Recorder(TorchFunctionMode):
         last = state.last if state is not None else any(map(is_last, tensors[:2]))
         result = func(*args, **named)
         if convolution is not None and func is F.conv2d:
-            self._go_on(result, self._chains.setdefault(convolution, _Chain()), 0, last)
+            self._go_on(result, self.chains.setdefault(convolution, _Chain()), 0, last)
         elif state is not None:
             self._go_on(result, state.chain, state.steps + 1, last)
         return result
