@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -100,7 +101,8 @@ class RunProcess:
         if not can_fork:
             sys.modules["__main__"] = ModuleType("__main__")  # or the process would begin with the user's script
         try:
-            with end:
+            with warnings.catch_warnings(), end:
+                warnings.simplefilter("ignore", DeprecationWarning)  # of threads: has_threads() has looked at them
                 self.process.start()
         except Exception as error:  # an object may raise anything when it is pickled
             raise UserError(
