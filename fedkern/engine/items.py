@@ -64,11 +64,11 @@ class ItemReader(Reader):
         *,
         masked: bool = False,
     ) -> Iterator[Batch]:
-        """The batches of an epoch, each read when it is asked for."""
+        """The batches of an epoch, read when they are asked for."""
         purpose = f"items/{phase.exchange}/{epoch}" if phase != OUTSIDE else f"items/{self.split.who}"
         word = int(stream(self._seed, purpose, round=phase.round, client=self._client).integers(2**63))
-        for number, indices in enumerate(plan):
-            raw = sent(self.split.batch(indices, word, self.reads, is_first=not number), self.device)
+        for indices, batch in zip(plan, self.split.batches(plan, word, self.reads), strict=True):
+            raw = sent(batch, self.device)
             inputs, targets = parted(raw)
             yield Batch(
                 inputs=inputs, targets=self.task.read_targets(targets), indices=indices, phase=phase, epoch=epoch,

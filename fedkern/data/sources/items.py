@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain, islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +33,8 @@ from fedkern.tasks import Task
 
 PERMUTED = 1 << 24
 """Most rows that are put in an order where only some are drawn."""
+AHEAD, AHEAD_BYTES = 256, 1 << 18
+"""Most items that are read ahead of their batch, and most of their bytes."""
 ALONE = "alone"
 """Mark of data sets whose items are read one by one, as they draw, fail together or leave modes behind."""
 _LOCK = threading.RLock()  # items draw from the process's generators, and sets are evaluated in threads
@@ -181,34 +184,50 @@ class Items:
         except RAISED as error:  # the user's own code may raise anything
             raise UserError(f"Item {row} of {self.who} cannot be read ({cause(error)}).") from error
 
-    def batch(self, indices: Sequence[int] | np.ndarray, word: int, reads: int = 2, *, is_first: bool = True) -> Any:
-        """Return what ``collate`` makes of the items at ``indices``, read now or taken from rows.
+    def batch(self, indices: Sequence[int] | np.ndarray, word: int) -> Any:
+        """Return the batch of the items at ``indices``, see :meth:`batches`."""
+        return next(self.batches([indices], word))
 
-        What a user's collation draws begins at a seed made of ``word`` and all rows of the batch.
+    def batches(self, plan: Sequence[Sequence[int] | np.ndarray], word: int, reads: int = 2) -> Iterator[Any]:
+        """Yield what ``collate`` makes of the items of every batch, read now or taken from rows.
+
+        Small items of several batches are read at once. What a user's collation draws begins at a seed made of
+        ``word`` and all rows of the batch.
 
         Args:
-            indices: int64 ``[B]``, of the split.
+            plan: indices of every batch, int64 ``[B]``, of the split.
             word: by which items draw.
             reads: 1 where any value of an item will do.
-            is_first: whether the batch is the first of a pass.  An item is read again then where rows take its place.
 
         Raises:
             UserError: an item cannot be read, or the items make no batch.
         """
-        places = self._places(indices)
+        count = min(AHEAD, AHEAD_BYTES // self.item_bytes) // len(plan[0]) if self.item_bytes and len(plan) > 1 else 1
+        for start in range(0, len(plan), max(1, count)):
+            group = [self._places(indices) for indices in plan[start : start + max(1, count)]]
+            if not start and reads > 1 and self._has_rows():  # an item is read again in every pass
+                self.collate_items(group[0][:1], self._read(group[0][:1], word), word)
+            batches = [self._take(places, reads) for places in group]
+            if all(batch is not None for batch in batches):
+                yield from batches
+                continue
+            items = iter(self._read([*chain(*group)], word))
+            for places in group:
+                yield self.collate_items(places, [*islice(items, len(places))], word)
+
+    def _has_rows(self) -> bool:
+        """Return whether the store has the rows of all items of the split."""
+        if self.store is not None and not self.is_kept:
+            self.is_kept = self.store.has_rows(slice(None) if self.rows is None else self.rows.numpy())
+        return self.store is not None and self.is_kept
+
+    def _take(self, places: list[int], reads: int) -> Any:
+        """Return a batch from memory, None where its items have to be read."""
         if type(self.dataset) is TensorDataset and self.collate is default_collate:  # the same, sooner
             rows = torch.tensor(places, dtype=torch.int64)
             return [tensor[rows] for tensor in self.dataset.tensors]
-        if self.store is not None:
-            all_rows = slice(None) if self.rows is None else self.rows.numpy()
-            self.is_kept = self.is_kept or self.store.has_rows(all_rows)
-            if is_first and reads > 1 and self.is_kept:
-                self.collate_items(places[:1], self._read(places[:1], word), word)
-            if (self.is_kept or reads == 1) and self.store is not None:
-                batch = self.store.take(places, reads)
-                if batch is not None:
-                    return batch
-        return self.collate_items(places, self._read(places, word), word)
+        is_kept = reads == 1 or self._has_rows()
+        return self.store.take(places, reads) if is_kept and self.store is not None else None
 
     def collate_items(self, places: list[int], items: list[object], word: int) -> Any:
         """Return the batch of items, which the store sees."""

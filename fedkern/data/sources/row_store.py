@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class RowStore:
         self.count, self.limit, self._lock, self._reason = count, limit, threading.Lock(), ""
         self._reads, self._equal = np.zeros(count, dtype=np.uint8), 0
         self._columns: list[Tensor] = []
+        self._kinds: set[tuple[type, ...]] = set()
         self._form, self._empty = "", ()
 
     def __reduce__(self) -> tuple[type, tuple[int, int | None]]:
@@ -74,26 +76,33 @@ class RowStore:
             return self._reason
 
     def _fill(self, places: Sequence[int], items: Sequence[object], batch: object) -> str:
-        tensors, kinds = [*leaves(batch)], {str(mapped(type, item)) for item in items}
+        tensors, is_new = [*leaves(batch)], self._reads[places] == 0
         if not all(_is_plain(leaf, len(places)) for leaf in tensors):
             return "a batch of its items holds more than tensors with one row per item"
-        form = f"{kinds} {mapped(lambda leaf: (leaf.dtype, leaf.shape[1:]), batch)}"
+        kinds = {_kind(item) for item in compress(items, is_new)} | self._kinds
+        form = str(mapped(lambda leaf: (leaf.dtype, leaf.shape[1:]), batch))
         if len(kinds) > 1 or form != (self._form or form):
             return "its items are of several types or shapes"
         if not self._form:
             if self.limit is not None and self.count * sum(leaf[:1].nbytes for leaf in tensors) > self.limit:
                 return "its rows take more memory than a run keeps"
             self._columns = [leaf.new_empty((self.count, *leaf.shape[1:])) for leaf in tensors]
-            self._form, self._empty = form, mapped(lambda leaf: leaf[:0].clone(), batch)
-        rows, is_known = torch.tensor(places, dtype=torch.int64), torch.from_numpy(self._reads[places] > 0)
+            self._kinds, self._form, self._empty = kinds, form, mapped(lambda leaf: leaf[:0].clone(), batch)
+        rows, new = torch.tensor(places, dtype=torch.int64), torch.from_numpy(is_new)
         for column, leaf in zip(self._columns, tensors, strict=True):
-            column[rows[~is_known]] = leaf[~is_known]
+            if is_new.any():
+                column[rows[new]] = leaf[new]
             copy = column.index_select(0, rows)
             if copy.stride() != leaf.stride() or not torch.equal(_bits(copy), _bits(leaf)):
                 return "an item was another one when it was read again"
         self._reads[places] = np.minimum(self._reads[places] + 1, 2)
-        self._equal += int(is_known.sum())
+        self._equal += int((~is_new).sum())
         return ""
+
+
+def _kind(item: object) -> tuple[type, ...]:
+    parts = item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list)) else ()
+    return type(item), *map(type, parts)
 
 
 def _is_plain(leaf: object, count: int) -> bool:
