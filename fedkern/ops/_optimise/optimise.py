@@ -216,7 +216,7 @@ def _take(
         check_like(gradient_sum, "gradient_sum", parameters)
     call = Call(*every, rate, momentum, weight_decay, proximal, max_norm, zero, None)
     tensors, changed = ({public.get(key, key): x for key, x in some().items()} for some in (call.tensors, call.written))
-    check_memory(changed, tensors, hidden=not ordinary or parameters.is_meta)
+    check_memory(changed, tensors, hidden=not ordinary)
     refuse_gradient(name, *tensors.values(), lr)
     if ordinary:
         return StepResult(*_compute(call if adamw is None else call._replace(adamw=_numbers(*adamw))))
