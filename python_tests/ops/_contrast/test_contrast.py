@@ -83,11 +83,6 @@ def test_extreme_similarities(backend: str, way: str, monkeypatch: pytest.Monkey
     wanted = torch.autograd.grad(contrastive_reference(a, b, 0.5), (a, b))
     torch.testing.assert_close(ops.contrastive(a, b, 0.5), contrastive_reference(a, b, 0.5))
     torch.testing.assert_close(got, wanted)
-    # Nor is a NaN hidden.
-    for value in (math.nan, math.inf):
-        spoilt = x.detach().clone()
-        spoilt[3, 2] = value
-        assert ops.contrastive(spoilt, y.detach()).isnan()
 
 
 def test_well_separated_pairs_have_no_negative_loss(backend: str) -> None:

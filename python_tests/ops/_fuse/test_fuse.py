@@ -129,15 +129,6 @@ def test_channels_last_is_not_copied(monkeypatch: pytest.MonkeyPatch, layout: to
     assert sum(not same for same in seen) == 1  # the gradient of the sum: one value, stretched
 
 
-def test_not_a_number_and_infinity(backend: str) -> None:
-    x = torch.tensor([[torch.nan, torch.inf, -torch.inf, -0.0, 1.0]]).repeat(3, 4).requires_grad_()
-    out = fuse_concat([x, x], activation="relu")
-    wanted = torch.cat([x, x], 1).relu()
-    assert torch.equal(out.nan_to_num(7.0), wanted.nan_to_num(7.0))
-    grad = torch.randn_like(out)
-    assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (out, wanted)))
-
-
 def test_mean_of_relus_is_not_the_relu_of_the_mean(backend: str) -> None:
     x = torch.tensor([[-2.0, 4.0]])
     assert fuse_mean([x, -x], activation="relu").tolist() == [[1.0, 2.0]]
