@@ -163,7 +163,7 @@ class Run:
     def settle(self) -> None:
         """Compute what waits."""
         if self.waits is not None:
-            value(self.waits, dense=False)
+            value(self.waits, dense=not self.waits.chain.site.opens)
 
     def end(self) -> None:
         """Compute what waits, and what somebody holds."""
@@ -423,14 +423,19 @@ def _add(x: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Tens
     return _extended(x, node, (lambda y: y.add_(summand)) if writes else lambda y: y + summand, chain, inplace)
 
 
-def _max_pool(
+def halves(
     x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
     return_indices: bool = False,
-) -> Tensor | None:  # fmt: skip
-    node = _waiting(x)
+) -> bool:  # fmt: skip
+    """Return whether arguments of max pooling are those of windows of 2 x 2 side by side."""
     pairs = [(kernel_size, 2), (kernel_size if stride is None or stride == [] else stride, 2), (padding, 0)]
     square = all(actual in (size, (size, size), [size, size]) for actual, size in (*pairs, (dilation, 1)))
-    if node is None or not square or ceil_mode or return_indices or min(node.shape[2:]) < 2:
+    return square and not ceil_mode and not return_indices
+
+
+def _max_pool(x: Any, *args: Any, **named: Any) -> Tensor | None:
+    node = _waiting(x)
+    if node is None or not halves(x, *args, **named) or min(node.shape[2:]) < 2:
         return None
     site, norm, residual, relu, pool = node.chain
     if pool > 1 or residual is not None:
@@ -438,6 +443,7 @@ def _max_pool(
     return _extended(x, node, lambda y: F.max_pool2d(y, 2), Chain(site, norm, None, relu, 2))
 
 
+POOLS = (torch.max_pool2d, F.max_pool2d)
 _relu_, _add_ = partial(_relu, inplace=True), partial(_add, inplace=True)
 EXTENDING: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
@@ -446,7 +452,7 @@ EXTENDING: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.relu_, Tensor.relu_), _relu_),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
     **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _add_),
-    **dict.fromkeys((torch.max_pool2d, F.max_pool2d), _max_pool),
+    **dict.fromkeys(POOLS, _max_pool),
 }
 ADDS = {function for function, extend in EXTENDING.items() if extend in (_add, _add_)}
 ABOUT = {

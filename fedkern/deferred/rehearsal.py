@@ -28,7 +28,7 @@ from fedkern.deferred.calls import (
 )
 from fedkern.deferred.comparison import Found, far
 from fedkern.deferred.layers import HOOKS
-from fedkern.deferred.pending import ABOUT, ADDS, EXTENDING, strides
+from fedkern.deferred.pending import ABOUT, ADDS, EXTENDING, POOLS, halves, strides
 from fedkern.errors import described
 from fedkern.messages.leaves import leaves
 from fedkern.ops._core.private_torch import saved_hooks
@@ -221,8 +221,8 @@ class Recorder(TorchFunctionMode):
         convolution, self.convolution = self.convolution, None
         state, operands = self._latest, tensors[: 2 if func in ADDS else 1]
         if state is not None and not (
-            func in EXTENDING and "out" not in named and state.is_as_made() and any(
-                each is state.result for each in operands)
+            func in EXTENDING and "out" not in named and (func not in POOLS or halves(*args, **named))
+            and state.is_as_made() and any(each is state.result for each in operands)
         ):  # fmt: skip
             self._end_latest()
             state = None
