@@ -89,8 +89,7 @@ def look(dataset: Items, samples: int = HASHED) -> Sight:
         tables = [*tables[:1], _table(item)]
         value.update(digest(tables[-1]).encode())
         dataset.item_bytes = dataset.item_bytes or tensor_bytes(item)
-        if dataset.store is not None:
-            dataset.collate_items([row], [item], 0)
+        dataset.watch_items([row], [item])
     seeded = replace(dataset, draws={ALONE, *GENERATORS})
     is_steady = dataset.still or _table(next(seeded.read(rows[:1], 0))) == tables[0]
     if not is_steady and dataset.draws < seeded.draws:

@@ -206,14 +206,16 @@ class Items:
         for start in range(0, len(plan), max(1, count)):
             group = [self._places(indices) for indices in plan[start : start + max(1, count)]]
             if not start and reads > 1 and self._has_rows():  # an item is read again in every pass
-                self.collate_items(group[0][:1], self._read(group[0][:1], word), word)
+                self.watch_items(group[0][:1], self._read(group[0][:1], word))
             batches = [self._take(places, reads) for places in group]
             if all(batch is not None for batch in batches):
                 yield from batches
                 continue
-            items = iter(self._read([*chain(*group)], word))
+            items = self._read([*chain(*group)], word)
+            self.watch_items([*chain(*group)], items)
+            remaining = iter(items)
             for places in group:
-                yield self.collate_items(places, [*islice(items, len(places))], word)
+                yield self._collate(places, [*islice(remaining, len(places))], word)
 
     def _has_rows(self) -> bool:
         """Return whether the store has the rows of all items of the split."""
@@ -229,26 +231,38 @@ class Items:
         is_kept = reads == 1 or self._has_rows()
         return self.store.take(places, reads) if is_kept and self.store is not None else None
 
-    def collate_items(self, places: list[int], items: list[object], word: int) -> Any:
-        """Return the batch of items, which the store sees."""
+    def watch_items(self, places: list[int], items: list[object]) -> None:
+        """Let the store see items.
+
+        Raises:
+            UserError: the user wants rows, and items cannot become rows.
+        """
+        if self.store is None:
+            return
         try:
-            if self.collate is not default_collate:
-                digest = hashlib.blake2b(np.asarray(places, dtype=np.int64).tobytes(), digest_size=8).digest()
-                with _LOCK, preserve_generators(), kept():
-                    seed_generators(mix_words(mix_words(word, -1), int.from_bytes(digest, "little")))
-                    return self.collate(items)
-            batch = default_collate(items)  # draws nothing
+            batch = default_collate(items)
+        except RAISED:
+            reason = "its items are of several types or shapes"
+        else:
+            reason = self.store.watch(places, items, batch, bool(self.draws & {*GENERATORS}))
+        if reason and self.store.limit is None:
+            raise cannot_keep(self.who, reason)
+        self.store = None if reason else self.store
+
+    def _collate(self, places: list[int], items: list[object], word: int) -> Any:
+        """Return the batch of items, see :meth:`batches`."""
+        try:
+            if self.collate is default_collate:  # draws nothing
+                return default_collate(items)
+            digest = hashlib.blake2b(np.asarray(places, dtype=np.int64).tobytes(), digest_size=8).digest()
+            with _LOCK, preserve_generators(), kept():
+                seed_generators(mix_words(mix_words(word, -1), int.from_bytes(digest, "little")))
+                return self.collate(items)
         except RAISED as error:
             first = f"{', '.join(map(str, places[:3]))}{', ...' * (len(places) > 3)}"
             raise UserError(
                 f"Items {first} of {self.who} make no batch ({cause(error)}): give items of one shape, or a collate_fn."
             ) from error
-        if self.store is not None:
-            reason = self.store.watch(places, items, batch, bool(self.draws & {*GENERATORS}))
-            if reason and self.store.limit is None:
-                raise cannot_keep(self.who, reason)
-            self.store = None if reason else self.store
-        return batch
 
 
 def tensor_bytes(item: object) -> int:
