@@ -1,11 +1,9 @@
 """fedkern.accelerate: the numbers of the network as written, served by operators, and nobody notices."""
 
 import copy
-import dataclasses
 import pickle
 import sys
 import threading
-from collections import namedtuple
 
 import pytest
 import torch
@@ -29,22 +27,6 @@ core = pytest.mark.skipif(not backend.active_isa().startswith("avx"), reason="th
 @pytest.fixture
 def images():
     return torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def served(monkeypatch):
-    """The chains that operators have served."""
-    found = []
-
-    def serve(chain, dense):
-        out = _serve(chain, dense)
-        if out is not None:
-            found.append(chain)
-        return out
-
-    _serve = calls._serve
-    monkeypatch.setattr(calls, "_serve", serve)
-    return found
 
 
 def fast(network):
@@ -158,20 +140,6 @@ def autocast_inside(net, x):
         return F.relu(net.b2(net.c2(F.relu(x)))).float()
 
 
-def checkpointed(net, x):
-    x = F.relu(net.b1(net.c1(x)))
-    return torch.utils.checkpoint.checkpoint(lambda y: F.relu(net.b2(net.c2(y))), x, use_reentrant=False)
-
-
-def in_place_later(net, x):
-    raw = net.c1(x)
-    x = F.relu(net.b1(raw)) + 0
-    x.mul_(2)
-    x[:, 0] = 0
-    x += 1
-    return x
-
-
 def in_place_handle(net, x):
     one = net.b1(net.c1(x))
     two = F.relu(one)
@@ -194,28 +162,13 @@ def numpy(net, x):
     return maps + float(maps.detach().numpy().mean())
 
 
-def detached(net, x):
-    maps = net.b1(net.c1(x))
-    return F.relu(maps) + maps.detach() * maps.data
-
-
 def other_argument(net, x):
     return torch.add(x.mean(1, keepdim=True), net.b1(net.c1(x)), alpha=2).relu() + torch.where(
         x[:, :1] > 0, net.c1(x), 0
     )
 
 
-WRITTEN = (
-    autocast_inside,
-    checkpointed,
-    in_place_later,
-    in_place_handle,
-    two_norms,
-    lists,
-    numpy,
-    detached,
-    other_argument,
-)
+WRITTEN = autocast_inside, in_place_handle, two_norms, lists, numpy, other_argument
 
 
 @pytest.mark.parametrize("write", WRITTEN, ids=lambda write: write.__name__)
@@ -225,22 +178,6 @@ def test_other_ways_to_write(write, images, monkeypatch):
     close(played(fedkern.accelerate(copy.deepcopy(network)), images), expected)
     monkeypatch.setattr(calls, "_serve", lambda chain, dense: None)
     assert equal(played(fedkern.accelerate(network), images), expected)
-
-
-def frozen_norm(network):
-    network[1].eval().requires_grad_(False)
-
-
-def no_statistics(network):
-    network[1] = nn.BatchNorm2d(16, track_running_stats=False)
-
-
-def no_scale(network):
-    network[1] = nn.BatchNorm2d(16, affine=False)
-
-
-def cumulative(network):
-    network[1].momentum = None
 
 
 def tied(network):
@@ -266,9 +203,7 @@ def strided(network):
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize(
-    "change", [frozen_norm, no_statistics, no_scale, cumulative, tied, spectral, normed, pruned, strided]
-)
+@pytest.mark.parametrize("change", [tied, spectral, normed, pruned, strided])
 def test_other_layers(change, late, images):
     torch.manual_seed(0)
     network = sequential()
@@ -558,15 +493,6 @@ def test_fedkern_s_own_hooks_are_given_what_is_computed(images, served):
     assert served
 
 
-Pair = namedtuple("Pair", ["logits", "maps"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    logits: torch.Tensor
-    maps: torch.Tensor
-
-
 class Table(dict):
     """As transformers' results: entries that are attributes too."""
 
@@ -575,18 +501,15 @@ class Table(dict):
         vars(self).update(given)
 
 
-@pytest.mark.parametrize("kind", [Pair, Result, Table])
-def test_results_of_any_kind_are_computed(kind, images):
+def test_results_that_are_attributes_and_entries_are_computed(images):
     class Several(Keeping):
         def forward(self, x):
             maps = self.b1(self.c1(x))
-            return kind(logits=self.fc(F.relu(maps).mean((2, 3))), maps=maps)
+            return Table(logits=self.fc(F.relu(maps).mean((2, 3))), maps=maps)
 
     found = fedkern.accelerate(Several())(images)
-    assert type(found) is kind
-    assert (type(found.logits), type(found.maps)) == (torch.Tensor, torch.Tensor)
-    if kind is Table:
-        assert type(found["maps"]) is torch.Tensor
+    assert type(found) is Table
+    assert type(found.logits) is type(found.maps) is type(found["maps"]) is torch.Tensor
 
 
 # -- told, never silent ------------------------------------------------------------------------------------------------
