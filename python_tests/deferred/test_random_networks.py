@@ -1,7 +1,8 @@
 """Random networks and their use, drawn as program texts: accelerated they compute what they compute as written.
 
 The network in float64 is the truth.  Rounding may put the accelerated network a few times as far from it as the plain
-one in fp32, or as rounding the results of its layers does, and decides no ReLU and no maximum: such draws are left out.
+one in fp32, or as rounding what its layers take and their gradients does.  Draws in which it decides a ReLU or a
+maximum are left out.
 """
 
 import collections
@@ -28,7 +29,7 @@ SENTENCES = {"A tensor was changed in place before fedkern.accelerate": "if self
              "A torch.autograd.Function took a tensor that fedkern.accelerate": "if self.calls ==",
              "modified by an inplace operation": "with torch."}  # fmt: skip
 """What an accelerated network may say, and to which programs."""
-SHAPES = [(3, 8, 8), (3, 8, 8), (16, 8, 8), (16, 8, 8), (16, 6, 6), (16, 1, 1)]
+SHAPES = [(3, 8, 8), (16, 8, 8), (16, 8, 8), (32, 8, 8), (32, 8, 8), (16, 6, 6), (16, 1, 1)]
 CONVOLUTIONS = [*["3, 1, 1"] * 8, *["1, 1, 0"] * 3, "3, 2, 1", "1, 2, 0", "5, 1, 2", "5, 1, 0", "3, 1, 0", "3, 1, 2, 2",
                 "3, 1, 1, 1, {1}"]  # fmt: skip
 NORMS = [*["BatchNorm2d({0})"] * 6, "BatchNorm2d({0}, momentum=None)", "BatchNorm2d({0}, affine=False)",
@@ -38,7 +39,7 @@ SUMS = ["x = x + {0}", "x = {0} + x", "x += {0}", "x = {0}.add_(x)", "x = x.add(
 RELUS = ["x = F.relu(x)", "x = x.relu_()", "x = torch.relu(x)", "x = F.relu(x, inplace=True)", "x = nn.ReLU(True)(x)",
          "x = nn.ReLU()(x)", "x = F.relu(F.relu(x))", "x = F.relu(x).relu_()", "x = F.relu(x) + 0.5 * x",
          "x = F.gelu(x)"]  # fmt: skip
-POOLS = ["x = F.max_pool2d(x, 2)", "x = F.max_pool2d(x, 2)", "x = nn.MaxPool2d(3, 2, 1)(x)", "x = F.avg_pool2d(x, 2)",
+POOLS = [*["x = F.max_pool2d(x, 2)"] * 4, "x = nn.MaxPool2d(3, 2, 1)(x)", "x = F.avg_pool2d(x, 2)",
          "x = F.max_pool2d(x, 2, 1)", "x = F.max_pool2d(x, 2, ceil_mode=True)"]  # fmt: skip
 STEPS = [
     "x = x * 0.5", "x = x.contiguous(memory_format=torch.channels_last)", "x = x.flatten(2).view(x.shape)",
@@ -112,12 +113,12 @@ class Author:
 
     def disturb(self):
         """Write what may happen between two layers."""
-        kind = self.pick([*["nothing"] * 20, *["step"] * 5, *["change"] * 6, "read", "failure"])
+        kind = self.pick([*["nothing"] * 20, *["step"] * 5, *["change"] * 6, *["read", "failure"] * self.wild])
         tensors = [f"self.{name}" for name, tensor in self.net.state_dict().items() if tensor.is_floating_point()]
-        name, condition = self.pick([*tensors[-6:], *[*self.maps][-2:]]), self.pick(CONDITIONS)
+        name, condition = self.pick([*tensors[-6:], *[*self.maps][-2:]]), self.pick(CONDITIONS[0 if self.wild else 2 :])
         change = self.pick(CHANGES).format(name)
-        if kind == "step" and self.chance(0.5):
-            self.write(self.pick(CONDITIONS[1:]), self.pick(STEPS))
+        if kind == "step" and (condition or not self.wild):
+            self.write(condition, self.pick(STEPS))
         elif kind == "step":
             self.apply(self.pick(STEPS))
         elif kind == "failure":
@@ -133,23 +134,24 @@ class Author:
             self.write(condition, f"with torch.{self.pick(['no_grad', 'inference_mode'])}():", change)
 
     def write_block(self):
-        """Write a convolution with what may follow it, in order or not."""
-        if self.chance(0.4):
+        """Write a convolution with what may follow it: as usual, but for later calls, or in any order."""
+        self.wild = self.chance(0.4)
+        if self.chance(0.6):
             self.maps[f"h{len(self.lines)}"] = self.shape
             self.write(f"h{len(self.lines)} = x")
-        kind = f"Conv2d({{0}}, {self.pick([16, 16, 32, '{0}'])}, {self.pick(CONVOLUTIONS)}, bias={self.chance(0.4)})"
+        kind = f"Conv2d({{0}}, {self.pick([16, 32, '{0}', '{0}'])}, {self.pick(CONVOLUTIONS)}, bias={self.chance(0.4)})"
         for layer in [kind] + [self.pick(NORMS)] * self.chance(0.75):
             layer = self.add_layer(layer.format(self.shape[0], 1 if self.shape[0] % 4 else 4))
             self.apply(f"x = {layer}(x)")
             self.disturb()
-        if self.maps and self.chance(0.6):
-            summand = self.pick([*self.maps])
+        if self.maps and self.chance(0.7):
+            summand = self.pick([name for name in self.maps if self.maps[name] == self.shape] or [*self.maps])
             if (shape := self.maps[summand]) != self.shape or self.chance(0.2):
                 kind = f"Conv2d({shape[0]}, {self.shape[0]}, 1, {shape[1] // self.shape[1]}, bias=False)"
                 summand = f"{self.add_layer(kind)}({summand})"
             self.apply(self.pick(SUMS).format(summand))
             self.disturb()
-        steps = [self.pick(RELUS)] * self.chance(0.8) + [self.pick(POOLS)] * self.chance(0.3)
+        steps = [self.pick(RELUS)] * self.chance(0.9) + [self.pick(POOLS)] * self.chance(0.4)
         for line in steps if self.chance(0.8) else steps[::-1]:
             self.apply(line)
             self.disturb()
@@ -278,11 +280,14 @@ class Decisions(TorchFunctionMode):
             x = F.pad(args[0].detach().double(), [padding, padding + size] * 2, value=-torch.inf)
             windows = x.unfold(2, size, stride).unfold(3, size, stride).flatten(4)
             self.log.append(-windows.topk(2).values.diff().nan_to_num(0, 0, 0))
-        result = function(*args, **kwargs)
         if self.noise and name in ("conv2d", "batch_norm", "group_norm", "linear"):
-            draws = torch.randn(result.shape, dtype=torch.float64, generator=self.generator)
-            result = result * (1 + self.noise * draws)
-        return result
+            args = self.add_noise(args[0]), *args[1:]
+            if args[0].requires_grad:
+                args[0].register_hook(self.add_noise)
+        return function(*args, **kwargs)
+
+    def add_noise(self, tensor):
+        return tensor * (1 + self.noise * torch.randn(tensor.shape, dtype=torch.float64, generator=self.generator))
 
 
 # -- the comparison ----------------------------------------------------------------------------------------------------
