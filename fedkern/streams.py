@@ -99,6 +99,7 @@ GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
 def preserve_generators(device: torch.device | None = None) -> Iterator[Callable[[], bool]]:
     """Put the global generators back at the end of the block; yield a function that tells whether they have moved."""
     cuda = [device] if device is not None and device.type == "cuda" else []
+    _spareless[0] = b""  # the caller may have come to the same key and position with a spare number
     before, on_gpu = generator_states(), [torch.cuda.get_rng_state(gpu) for gpu in cuda]
 
     def have_moved() -> bool:

@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,8 +32,6 @@ from fedkern.tasks import Task
 
 PERMUTED = 1 << 24
 """Most rows that are put in an order where only some are drawn."""
-AHEAD, AHEAD_BYTES = 256, 1 << 18
-"""Most items that are read ahead of their batch, and most of their bytes."""
 ALONE = "alone"
 """Mark of data sets whose items are read one by one, as they draw, fail together or leave modes behind."""
 _LOCK = threading.RLock()  # items draw from the process's generators, and sets are evaluated in threads
@@ -171,9 +168,9 @@ class Items:
 
     def _read_at_once(self, places: list[int]) -> list[object] | None:
         """Return items read at once, in any state of the generators, or None where that fails."""
-        read_several = getattr(self.dataset, "__getitems__", None)
         try:
-            items = [*read_several(places)] if callable(read_several) else [self.dataset[row] for row in places]
+            several = _has_getitems(self.dataset)
+            items = [*self.dataset.__getitems__(places)] if several else [self.dataset[row] for row in places]
         except RAISED:  # one by one, the item that cannot be read has a name
             return None
         return items if len(items) == len(places) else None
@@ -191,8 +188,7 @@ class Items:
     def batches(self, plan: Sequence[Sequence[int] | np.ndarray], word: int, reads: int = 2) -> Iterator[Any]:
         """Yield what ``collate`` makes of the items of every batch, read now or taken from rows.
 
-        Small items of several batches are read at once. What a user's collation draws begins at a seed made of
-        ``word`` and all rows of the batch.
+        What a user's collation draws begins at a seed made of ``word`` and all rows of the batch.
 
         Args:
             plan: indices of every batch, int64 ``[B]``, of the split.
@@ -202,20 +198,16 @@ class Items:
         Raises:
             UserError: an item cannot be read, or the items make no batch.
         """
-        count = min(AHEAD, AHEAD_BYTES // self.item_bytes) // len(plan[0]) if self.item_bytes and len(plan) > 1 else 1
-        for start in range(0, len(plan), max(1, count)):
-            group = [self._places(indices) for indices in plan[start : start + max(1, count)]]
-            if not start and reads > 1 and self._has_rows():  # an item is read again in every pass
-                self.watch_items(group[0][:1], self._read(group[0][:1], word))
-            batches = [self._take(places, reads) for places in group]
-            if all(batch is not None for batch in batches):
-                yield from batches
-                continue
-            items = self._read([*chain(*group)], word)
-            self.watch_items([*chain(*group)], items)
-            remaining = iter(items)
-            for places in group:
-                yield self._collate(places, [*islice(remaining, len(places))], word)
+        for number, indices in enumerate(plan):
+            places = self._places(indices)
+            if not number and reads > 1 and self._has_rows():  # an item is read again in every pass
+                self.watch_items(places[:1], self._read(places[:1], word))
+            batch = self._take(places, reads)
+            if batch is None:
+                items = self._read(places, word)
+                batch = self._collate(places, items, word)
+                self.watch_items(places, items, batch)
+            yield batch
 
     def _has_rows(self) -> bool:
         """Return whether the store has the rows of all items of the split."""
@@ -231,8 +223,8 @@ class Items:
         is_kept = reads == 1 or self._has_rows()
         return self.store.take(places, reads) if is_kept and self.store is not None else None
 
-    def watch_items(self, places: list[int], items: list[object]) -> None:
-        """Let the store see items.
+    def watch_items(self, places: list[int], items: list[object], batch: object = None) -> None:
+        """Let the store see items, and the batch that torch's collation makes of them.
 
         Raises:
             UserError: the user wants rows, and items cannot become rows.
@@ -240,7 +232,7 @@ class Items:
         if self.store is None:
             return
         try:
-            batch = default_collate(items)
+            batch = default_collate(items) if batch is None else batch
         except RAISED:
             reason = "its items are of several types or shapes"
         else:
@@ -294,6 +286,14 @@ def _still(dataset: Any) -> bool:
     if type(dataset) is ConcatDataset:
         return all(map(_still, dataset.datasets))
     return type(dataset) is TensorDataset
+
+
+def _has_getitems(dataset: Any) -> bool:
+    """Return whether a class has ``__getitems__``, and no class derived from it another ``__getitem__``."""
+    if type(dataset) is Subset:
+        return _has_getitems(dataset.dataset)
+    kinds = (vars(kind).keys() & {"__getitems__", "__getitem__"} for kind in type(dataset).__mro__)
+    return "__getitems__" in next(filter(None, kinds), ())
 
 
 def _origin(dataset: Any, row: int) -> str:

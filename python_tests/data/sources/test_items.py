@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 import fedkern
 from fedkern.data.sources.items import Items
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
-from fedkern.streams import GENERATORS, generator_states, mix_words, seed_generators
+from fedkern.streams import GENERATORS, generator_states, mix_words, seed_generators, seeded_generators
 from fedkern.tasks import CLASSIFICATION
 from python_tests.engine.test_items import HERE
 
@@ -123,3 +123,40 @@ def test_only_items_that_are_always_the_same_become_rows(kind, tmp_path):
     else:
         with pytest.raises(UserError, match=r'keep_items="memory": client . cannot be kept, as (its|an) item'):
             play("memory", keep_items="memory")
+
+
+class Refilled(Flipped):
+    """A data set that gives one tensor, which it fills anew for every item."""
+
+    place = torch.zeros(3)
+
+    def __getitem__(self, row):
+        return self.place.copy_(super().__getitem__(row)["x"]), row % 3
+
+
+def test_a_batch_of_one_item_has_its_values():
+    split = Items(Refilled(60), "data", CLASSIFICATION, default_collate, item_bytes=12)
+    for row, (inputs, _) in enumerate(split.batches([np.array([row]) for row in range(60)], 9)):
+        assert torch.equal(inputs[0], Flipped(60)[row]["x"])
+
+
+class Augmented(Several):
+    """A data set that changes what the class below reads."""
+
+    def __getitem__(self, row):
+        return {**super().__getitem__(row), "labels": 7}
+
+
+@pytest.mark.parametrize("around", [lambda data: data, lambda data: Subset(data, range(9))])
+def test_getitems_of_a_class_below_are_not_read(around):
+    split = Items(around(Augmented(60)), "data", CLASSIFICATION, default_collate)
+    assert split.batch([1, 2], 9)["labels"].tolist() == [7, 7]
+
+
+def test_a_spare_number_of_numpy_stays():
+    for draws in (2, 1):
+        np.random.seed(5), np.random.randn(draws)  # noqa: NPY002
+        before = np.random.get_state()[3:]  # noqa: NPY002
+        with seeded_generators(1):
+            np.random.randn(3)  # noqa: NPY002
+        assert np.random.get_state()[3:] == before  # noqa: NPY002
