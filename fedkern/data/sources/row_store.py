@@ -108,6 +108,8 @@ def _kind(item: object) -> tuple[type, ...]:
 def _is_plain(leaf: object, count: int) -> bool:
     if type(leaf) is not Tensor or leaf.layout != torch.strided or leaf.device.type != "cpu":
         return False
+    if leaf.is_quantized or leaf.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch sets no rows of them
+        return False
     return not leaf.requires_grad and leaf.shape[:1] == (count,)
 
 

@@ -636,7 +636,7 @@ def request(**changed):
     found = {
         "protocol": node_client.PROTOCOL, "run": "0" * 32, "attempt": "a" * 32, "client": 1, "asker": "method",
         "phase": [0, "train", "update"], "version": [1, 0], "begin": None, "oldest": 1, "last": True,
-        "threads": 1, "client_threads": 1, "served": "", "data": None,
+        "threads": 1, "client_threads": 1, "plan": "", "data": None,
     }  # fmt: skip
     return {**found, **changed}
 
