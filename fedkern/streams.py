@@ -51,6 +51,11 @@ def generator_states() -> dict[str, object]:
     return {name: get() for name, (get, _, _) in GENERATORS.items()}
 
 
+def forget_spare_number() -> None:
+    """Have NumPy's state be read in full next: a spare number may stand at a key and position that had none before."""
+    _spareless[0] = b""
+
+
 def restore_generators(states: Mapping[str, object]) -> set[str]:
     """Put the generators back that have moved since the states were taken, and return their names."""
     moved = {name for name, state in generator_states().items() if state != states[name]}
@@ -99,7 +104,7 @@ GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
 def preserve_generators(device: torch.device | None = None) -> Iterator[Callable[[], bool]]:
     """Put the global generators back at the end of the block; yield a function that tells whether they have moved."""
     cuda = [device] if device is not None and device.type == "cuda" else []
-    _spareless[0] = b""  # the caller may have come to the same key and position with a spare number
+    forget_spare_number()
     before, on_gpu = generator_states(), [torch.cuda.get_rng_state(gpu) for gpu in cuda]
 
     def have_moved() -> bool:

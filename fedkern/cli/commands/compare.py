@@ -90,6 +90,8 @@ def checked(request: Request, parser: Parser) -> Request:
     sweep = read_sweep(arguments["sweep"])
     check_select(arguments["select"], sweep)
     jobs, task = arguments["jobs"] or "1", arguments["task"]
+    if arguments["slurm"] and task:
+        raise UserError(f"--slurm writes a script of all tasks, and --task {task} plays one: leave one of the two out.")
     if (arguments["slurm"] or task) and (arguments["select"] or jobs != "1"):
         other = "--select waits for runs of other tasks" if arguments["select"] else f"--jobs {jobs} plays several"
         raise UserError(f"--slurm and --task are for one run a task, and {other}: leave one of the two out.")

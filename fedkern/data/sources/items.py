@@ -22,6 +22,7 @@ from fedkern.messages.leaves import leaves, parted
 from fedkern.process.torch_modes import kept
 from fedkern.streams import (
     GENERATORS,
+    forget_spare_number,
     generator_states,
     mix_words,
     preserve_generators,
@@ -68,6 +69,9 @@ class Items:
     item_bytes: int = 0
     draws: set[str] = field(default_factory=set)
     is_kept: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        forget_spare_number()
 
     @cached_property
     def still(self) -> bool:
@@ -146,6 +150,8 @@ class Items:
         """
         if self.still:
             return [self._read_item(row) for row in places]
+        if "NumPy" in self.draws:
+            forget_spare_number()
         with _LOCK, kept() as restore:
             states = generator_states()
             try:
@@ -170,7 +176,7 @@ class Items:
         """Return items read at once, in any state of the generators, or None where that fails."""
         try:
             several = _has_getitems(self.dataset)
-            items = [*self.dataset.__getitems__(places)] if several else [self.dataset[row] for row in places]
+            items = [*self.dataset.__getitems__([*places])] if several else [self.dataset[row] for row in places]
         except RAISED:  # one by one, the item that cannot be read has a name
             return None
         return items if len(items) == len(places) else None

@@ -192,6 +192,7 @@ def _moved(fails):
         (("fedavg", "--jobs", "0"), '--jobs must be a whole number from 1 on, not "0"'),
         (("fedavg", "--jobs", "2", "--workers", "2"), "one process each, and the runs have --workers 2"),
         (("fedavg", "--slurm", "--jobs", "2"), "one run a task, and --jobs 2 plays several"),
+        (("fedavg", "--slurm", "--task", "0"), "all tasks, and --task 0 plays one"),
         (("fedavg", "--task", "3"), 'from 0 to 2, not "3"'),
     ],
 )
