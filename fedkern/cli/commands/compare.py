@@ -89,10 +89,12 @@ def checked(request: Request, parser: Parser) -> Request:
         check_option(name, names)
     sweep = read_sweep(arguments["sweep"])
     check_select(arguments["select"], sweep)
-    jobs, task = arguments["jobs"] or "1", arguments["task"]
-    if arguments["slurm"] and task:
-        raise UserError(f"--slurm writes a script of all tasks, and --task {task} plays one: leave one of the two out.")
-    if (arguments["slurm"] or task) and (arguments["select"] or jobs != "1"):
+    jobs, number = arguments["jobs"] or "1", arguments["task"]
+    if arguments["slurm"] and number:
+        raise UserError(
+            f"--slurm writes a script of all tasks, and --task {number} plays one: leave one of the two out."
+        )
+    if (arguments["slurm"] or number) and (arguments["select"] or jobs != "1"):
         other = "--select waits for runs of other tasks" if arguments["select"] else f"--jobs {jobs} plays several"
         raise UserError(f"--slurm and --task are for one run a task, and {other}: leave one of the two out.")
     planned = {
@@ -141,13 +143,13 @@ def play(request: Request) -> int:
             out, lambda variant, seed: config_of(request, variant, seed), given_names, live_board,
             tracebacks=tracebacks, jobs=arguments["jobs"],
         )  # fmt: skip
-        variants, seeds, select, task = (arguments[name] for name in ("variants", "seeds", "select", "task"))
-        if task is None and not arguments["slurm"]:
+        variants, seeds, select, number = (arguments[name] for name in ("variants", "seeds", "select", "task"))
+        if number is None and not arguments["slurm"]:
             return compared.play(runner, variants, seeds, select=select, target=target, notes=notes)
         pairs = [(variant, seed) for seed in seeds for variant in chain(*variants.values())]  # in the order of `cells`
-        if task is not None and not (task.isdecimal() and int(task) < len(pairs)):
-            raise UserError(f'--task must be the number of a run, from 0 to {len(pairs) - 1}, not "{task}".')
-        chosen = pairs if task is None else [pairs[int(task)]]
+        if number is not None and not (number.isdecimal() and int(number) < len(pairs)):
+            raise UserError(f'--task must be the number of a run, from 0 to {len(pairs) - 1}, not "{number}".')
+        chosen = pairs if number is None else [pairs[int(number)]]
         planned = [cell for variant, seed in chosen for cell in runner.plan([variant], [seed])]
         if arguments["slurm"]:
             _write_script(request, [cell.config for cell in planned], out)

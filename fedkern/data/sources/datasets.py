@@ -129,7 +129,7 @@ def parts_of_datasets(
     first = Items(next(iter(named.values())), f"client {next(iter(named))}".strip(), CLASSIFICATION, collate)
     batch = first.batch(range(min(2, len(first))), 0)
     learnt = task or task_of_targets(batch, loss_fn, metrics, main, better, batch_loss, classes)
-    if learnt is task and not (loss_fn is batch_loss is metrics is main is better is None and isinstance(learnt, Task)):
+    if task and not (loss_fn is batch_loss is metrics is main is better is None and isinstance(learnt, Task)):
         raise UserError("task must be an object of fedkern.tasks.Task, without a loss, metrics, main and better.")
     check_hooks(type(learnt))
     _check_floats(batch)

@@ -115,7 +115,7 @@ def test_the_best_round_stays_beside_the_last(data, make_config, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert not list((tmp_path / "patient").glob("best-*"))
     assert f"It ended before its 12 rounds were over: {summary['stopped']['reason']}." in headline(
-        read(tmp_path / "patient", data=data)
+        read(tmp_path / "patient")
     )
 
 
