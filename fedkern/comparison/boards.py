@@ -71,7 +71,7 @@ class LineBoard(Board):
 
 
 class LiveBoard(LineBoard):
-    """A table of variants and seeds whose cells fill up; the running cells show their rounds."""
+    """A table of variants and seeds whose cells fill up, and show their rounds meanwhile."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)

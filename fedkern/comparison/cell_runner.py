@@ -149,7 +149,7 @@ class Runner:
                     full = isinstance(failure, OSError) and failure.errno in atomic.FULL
                     if full or isinstance(failure, OtherGrounds):
                         raise
-                    self._failed(cell, failure)
+                    self._note_failure(cell, failure)
                     outcomes.append(failure)
                 else:
                     self.board.on_cell_end(cell, result, again=again)
@@ -163,7 +163,7 @@ class Runner:
             raise first
 
     def _play_all(self, planned: Sequence[Cell]) -> Generator[tuple[Cell, bool, Exception | None], None, None]:
-        """Yield cells as they end, each with whether it was finished before and its error; `jobs` cells run at once."""
+        """Yield cells as they end, with whether they were finished before and their errors, `jobs` of them at once."""
         waiting, running = [*planned], list[RunProcess]()
         with interrupts.in_order():
             try:
@@ -197,7 +197,7 @@ class Runner:
                     process.close()
 
     def _begin(self, cell: Cell) -> RunProcess | None:
-        """Play a cell that is not finished; with several jobs, return the process that does so."""
+        """Play a cell that is not finished, or with several jobs return the process that does so."""
         self.board.on_cell(cell)
         folder = self.folder(cell)
         resume = (folder / SETTINGS).exists()
@@ -213,7 +213,7 @@ class Runner:
         play(listener=Listeners(self.board, self.listener), script=self.script)
         return None
 
-    def _failed(self, cell: Cell, error: Exception) -> None:
+    def _note_failure(self, cell: Cell, error: Exception) -> None:
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         self.failures[cell.name] = f"{cell.variant.label}, seed {cell.seed}: {' '.join(message.split())}"
         if trace := traceback_of(error):
@@ -272,11 +272,11 @@ class Runner:
 
 
 def check_grounds(begun: list[tuple[Path, RunConfig]], folder: Path, config: RunConfig) -> None:
-    """Note a run in ``begun``; raise OtherGrounds where the run rests on other data or code than the runs before."""
-    for other, before in begun:
-        if other != folder and (reason := difference(before, config)):
+    """Note a run in ``begun``, or raise OtherGrounds where it rests on other data or code than the runs before."""
+    for place, before in begun:
+        if place != folder and (reason := difference(before, config)):
             raise OtherGrounds(
-                f"{other} was made with {reason} than this command would run with: name another --out, or put the "
+                f"{place} was made with {reason} than this command would run with: name another --out, or put the "
                 "former data and code back."
             )
     begun.append((folder, config))

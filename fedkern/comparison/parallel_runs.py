@@ -117,7 +117,7 @@ class RunProcess:
         return self.connection.fileno()
 
     def receive(self) -> tuple[str, Any]:
-        """Return the next event and its value; of the last event, "end", the run's error or None."""
+        """Return the next event and its value, of the last one ("end") the run's error or None."""
         try:
             event, value = self.connection.recv()
         except (EOFError, OSError):

@@ -50,7 +50,7 @@ Mode = tuple[bool, bool]
 MODES: tuple[Mode, ...] = ((True, True), (True, False), (False, True), (False, False))
 
 
-def accelerated(module: M, begin: Begin) -> M:
+def put_hooks(module: M, begin: Begin) -> M:
     """Accelerate a network, in place, whose calls begin with a hook, and return it."""
     plain(module)
     for layer in module.modules():
@@ -62,10 +62,13 @@ def accelerated(module: M, begin: Begin) -> M:
     return module
 
 
-def planned(module: M, plan: str) -> M:
-    """Accelerate a network, in place, by a plan of :func:`plan_of`; a mode that it does not know runs as written."""
+def apply_plan(module: M, plan: str) -> M:
+    """Accelerate a network, in place, by a plan of :func:`plan_of`, and return it.
+
+    A mode that the plan does not know runs as written.
+    """
     known, *texts = plan.split(" ")
-    accelerated(module, Begin({mode: known[at] == "+" for at, mode in enumerate(MODES)}))
+    put_hooks(module, Begin({mode: known[at] == "+" for at, mode in enumerate(MODES)}))
     found = convolutions(module)
     for layer, text in zip(found, texts, strict=True) if len(found) == len(texts) else ():
         layer.plan.update({at: code for at, code in enumerate(text) if code != "."})
@@ -323,9 +326,9 @@ class Convolution:
         code = self.plan.get(key)
         if code is None or windows is None or not self._serves(windows, weight, bias, shape):
             return self.written(x, weight, bias)
-        if torch.is_autocast_enabled("cpu") or functorch_active() or saved_hooks(True) is not None:
-            return self.written(x, weight, bias)
-        if torch.is_inference_mode_enabled() and torch.is_grad_enabled():
+        if torch.is_autocast_enabled("cpu") or functorch_active() or saved_hooks(True) is not None or (
+            torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        ):  # fmt: skip
             return self.written(x, weight, bias)
         last = (is_last(x) if node is None else node.chain.site.last) or is_last(weight)
         if node is not None:
@@ -335,8 +338,7 @@ class Convolution:
         shape = _result(windows, weight.shape[0], shape)
         if last and min(4 * weight.shape[0], *shape[2:]) < 4:  # torch's layers decide on the layout at every step
             return self.written(x, weight, bias)
-        marks = pending.noted(x, weight, bias)
-        site = Site(x, weight, bias, windows[1], windows[2], shape, last, code.isalpha(), marks)
+        site = Site(x, weight, bias, windows[1], windows[2], shape, last, code.isalpha())
         return begun.started(Node(begun, Chain(site), shape), int(code, 36) % 10)
 
     def _serves(self, windows: Windows, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> bool:
@@ -405,7 +407,7 @@ def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
         x = x.contiguous(memory_format=_CHANNELS_LAST)
     if norm is None:  # one that changes nothing, and adds the bias
         none, ones = x.new_zeros(len(site.weight)), x.new_ones(len(site.weight))
-        norm, bias = Norm(ones, none if bias is None else bias, _NO_EPS, [], none, ones), None
+        norm, bias = Norm(ones, none if bias is None else bias, _NO_EPS, none, ones), None
     after = site.stride, chain.relu, chain.pool
     shift = norm.bias
     if norm.groups:

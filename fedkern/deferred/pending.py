@@ -52,9 +52,12 @@ class Site:
     shape: tuple[int, ...]
     last: bool
     opens: bool
-    noted: Noted
     grad: bool = field(default_factory=_grad_enabled)
     moved: int = 0
+    noted: Noted = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.noted = _noted(self.x, self.weight, self.bias)
 
 
 @dataclass(slots=True, eq=False)
@@ -62,19 +65,24 @@ class Norm:
     """The arguments of a batch norm, or with ``groups`` of a group norm.
 
     Attributes:
+        noted: the tensors with their versions.
         counted: whether no running statistics have to be moved, or they are.
     """
 
     weight: Tensor
     bias: Tensor
     eps: float
-    noted: Noted
     mean: Tensor | None = None
     variance: Tensor | None = None
     training: bool = False
     momentum: float = 0.0
     groups: int = 0
-    counted: bool = True
+    noted: Noted = field(init=False)
+    counted: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.noted = _noted(self.weight, self.bias, self.mean, self.variance)
+        self.counted = not self.training or self.mean is None
 
     def __call__(self, y: Tensor) -> Tensor:
         """The norm as torch computes it."""
@@ -189,7 +197,7 @@ def version(tensor: Tensor) -> int:
         return 0
 
 
-def noted(*tensors: Tensor | None) -> Noted:
+def _noted(*tensors: Tensor | None) -> Noted:
     """Return tensors with their versions."""
     return [(each, version(each)) for each in tensors if each is not None]
 
@@ -360,34 +368,34 @@ def _extended(x: Any, node: Node, step: Step, chain: Chain, inplace: bool = Fals
     return x if type(result) is Pending else result
 
 
-def _fits(node: Node, *vectors: Tensor | None) -> bool:
-    """Return whether a norm may extend a chain: torch raises its errors where the norm is called."""
-    return all(each is None or is_plain(each, node.shape[1:2]) for each in vectors)
+def _takes_norm(x: Any, eps: float, weight: Any, bias: Any, *statistics: Any) -> Node | None:
+    """The node of a convolution's result that a norm may extend: torch raises its errors where the norm is called."""
+    node = _waiting(x)
+    if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
+        return None
+    vectors = (each for each in (weight, bias, *statistics) if each is not None)
+    return node if all(is_plain(each, node.shape[1:2]) for each in vectors) else None
 
 
 def _batch_norm(
     x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: bool = False,
     momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor | None:  # fmt: skip
-    node, mean, variance = _waiting(x), running_mean, running_var
-    if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
+    node = _takes_norm(x, eps, weight, bias, running_mean, running_var)
+    if node is None or (running_mean is None and not training):
         return None
     batch, _, height, width = node.shape
-    one_value = training and batch * height * width == 1
-    if one_value or (mean is None and not training) or not _fits(node, mean, variance, weight, bias):
+    if training and batch * height * width == 1:
         return None
-    marks = noted(weight, bias, mean, variance)
-    norm = Norm(weight, bias, eps, marks, mean, variance, training, momentum, counted=not training or mean is None)
+    norm = Norm(weight, bias, eps, running_mean, running_var, training, momentum)
     return _extended(x, node, norm, Chain(node.chain.site, norm))
 
 
 def _group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
-    node = _waiting(x)
-    if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
+    node = _takes_norm(x, eps, weight, bias)
+    if node is None or num_groups < 1 or node.shape[1] % num_groups:
         return None
-    if not _fits(node, weight, bias) or num_groups < 1 or node.shape[1] % num_groups:
-        return None
-    norm = Norm(weight, bias, eps, noted(weight, bias), groups=num_groups)
+    norm = Norm(weight, bias, eps, groups=num_groups)
     return _extended(x, node, norm, Chain(node.chain.site, norm))
 
 

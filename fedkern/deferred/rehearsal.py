@@ -20,11 +20,11 @@ from fedkern.deferred.calls import (
     Begin,
     Convolution,
     Mode,
-    accelerated,
     begin_of,
     calling,
     convolutions,
     is_last,
+    put_hooks,
 )
 from fedkern.deferred.comparison import Found, far
 from fedkern.deferred.layers import HOOKS
@@ -64,7 +64,7 @@ def accelerate(module: M, *, check: bool = True) -> M:
     Returns:
         The same module.
     """
-    return accelerated(module, Rehearsal(check))
+    return put_hooks(module, Rehearsal(check))
 
 
 class Rehearsal(Begin):
@@ -89,7 +89,8 @@ class Rehearsal(Begin):
             del self.modes[mode]
             return None
         moved = [each for each, content in before if not torch.allclose(each, content, 0, 0, equal_nan=True)]
-        if moved or any(layer in convolutions(module) for layer, _ in recorder.chains):
+        own = convolutions(module)
+        if moved or any(layer in own for layer, _ in recorder.chains):
             with torch.no_grad():
                 for each, content in before:
                     each.copy_(content)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkern import models
 from fedkern.data.sources.items import Items
 from fedkern.data.split import AnySplit
-from fedkern.deferred.calls import planned
+from fedkern.deferred.calls import apply_plan
 from fedkern.engine import initial_weights
 from fedkern.engine.captured import Graphs
 from fedkern.engine.client_teachers import ClientTeachers
@@ -162,7 +162,7 @@ class RunContext:
             kind, *taps = self._taps  # first: only a user's network, which they are for, has a module
             network = kind(network.module, *taps)
         if self.config.plan is not None:
-            planned(inner(network), self.config.plan)
+            apply_plan(inner(network), self.config.plan)
         if self.config.freeze is not None:
             freeze(inner(network), self.config.freeze.split(","), self.model_name)
         if self.config.keeps_parts:

@@ -59,7 +59,7 @@ def _served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     if differs(_played(network, batch), plain, 0.0):
         raise _AsWritten("it draws from generators of its own, or changes as it runs")
     plan = _rehearsed(network, batch)
-    calls.planned(inner(network), plan)
+    calls.apply_plan(inner(network), plan)
     with calls.calling(serve=lambda chain, dense: None):
         waiting = _played(network, batch)
     if name := differs(waiting, plain, 1e-5):
@@ -97,7 +97,7 @@ def as_in_the_run(module: nn.Module, config: RunConfig) -> nn.Module:
     """A finished run's module, whose own networks compute as they did in the run; returns it."""
     for part in module.modules():
         if config.plan is not None and isinstance(part, OwnNetwork):
-            calls.planned(part.module, config.plan)
+            calls.apply_plan(part.module, config.plan)
     return module
 
 

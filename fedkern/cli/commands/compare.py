@@ -95,8 +95,8 @@ def checked(request: Request, parser: Parser) -> Request:
             f"--slurm writes a script of all tasks, and --task {number} plays one: leave one of the two out."
         )
     if (arguments["slurm"] or number) and (arguments["select"] or jobs != "1"):
-        other = "--select waits for runs of other tasks" if arguments["select"] else f"--jobs {jobs} plays several"
-        raise UserError(f"--slurm and --task are for one run a task, and {other}: leave one of the two out.")
+        reason = "--select waits for runs of other tasks" if arguments["select"] else f"--jobs {jobs} plays several"
+        raise UserError(f"--slurm and --task are for one run a task, and {reason}: leave one of the two out.")
     planned = {
         "jobs": int(jobs) if jobs.isdecimal() else jobs,
         "variants": variants(names, sweep, {*run.settings, *options}),

@@ -268,9 +268,9 @@ def tensor_bytes(item: object) -> int:
     return sum(leaf.nbytes for leaf in leaves(item) if isinstance(leaf, Tensor))
 
 
-def cannot_keep(who: str, reason: str) -> UserError:
+def cannot_keep(split: str, reason: str) -> UserError:
     """Return an error on items that a user wants in memory."""
-    return UserError(f"--keep-items memory: {who} cannot be kept, as {reason}: take --keep-items auto or off.")
+    return UserError(f"--keep-items memory: {split} cannot be kept, as {reason}: take --keep-items auto or off.")
 
 
 def draw_rows(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
