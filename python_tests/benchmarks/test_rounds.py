@@ -65,8 +65,16 @@ def test_a_program_that_fails_says_why_and_leaves_no_process_behind(task: Task, 
     script = f"setsid sleep 300 >/dev/null 2>&1 &\necho $! > {left}\necho 'no such package' >&2\nexit 3"
     with pytest.raises(Failed, match="no such package"):
         play(Program("x", "x", _program(tmp_path, script)), task)
-    status = Path("/proc") / left.read_text().strip() / "stat"  # gone, or waiting for its new parent to look
-    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
+    status = Path("/proc") / left.read_text().strip() / "stat"
+
+    def has_ended() -> bool:
+        """Return whether the process is gone, or waits for its new parent to look."""
+        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+    deadline = time.monotonic() + 30  # a killed process is still running until its memory is freed
+    while not has_ended() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert has_ended()
 
 
 def test_a_program_that_takes_too_long_is_ended(task: Task, tmp_path: Path) -> None:
