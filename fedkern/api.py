@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from fedkern.data import FederatedData
 from fedkern.data.registry import open_code
+from fedkern.data.sources.dataset_images import read_images
 from fedkern.data.sources.datasets import is_dataset, items_like
+from fedkern.data.sources.items import Items
 from fedkern.downstream.item_prediction import outputs
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import initial_weights
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
+from fedkern.engine.store.data_facts import DataFacts
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import WAYS, UserError, nearest, shown
@@ -183,10 +186,15 @@ class Run:
         return read_model(self.out, self._trusted, self._script.network, best=best, client=client)[0]
 
     @property
+    def _sees_images(self) -> bool:
+        """Whether the network of the finished run takes images."""
+        return "items" not in DataFacts.read(self.out).form
+
+    @property
     def predicts(self) -> str:
         """``"probabilities"`` or ``"outputs"`` of the network: what :meth:`predict` returns."""
         data = self._data
-        return "outputs" if data and data.form.lacks and "classes" not in data.offers else "probabilities"
+        return "outputs" if data and "classes" not in data.offers and not self._sees_images else "probabilities"
 
     @python_words()
     def predict(self, images: Any) -> Any:
@@ -210,9 +218,11 @@ class Run:
         from fedkern.downstream.prediction import Predictor
 
         self._give_method()
-        if self._data is not None and self._data.form.lacks:
+        if self._data is not None and not self._sees_images:
             return outputs(self._network(), self._data, images, self.config.batch_size)
         predictor = Predictor.open(self.out, self._trusted, self._script.network)
+        if is_dataset(images):
+            return predictor.probabilities(read_images(predictor, images))
         if isinstance(images, np.ndarray):
             try:
                 images = torch.from_numpy(np.ascontiguousarray(images))
@@ -277,7 +287,7 @@ class Run:
 
         self._give_method()
         source = self._kept_data() if data is None else data
-        if self._data is not None and self._data.form.lacks and is_dataset(data):
+        if self._data is not None and isinstance(self._data.validation, Items) and is_dataset(data):
             source = replace(self._data, tests={"": items_like(self._data, data, "data")}, client_tests=())
         root = None if data_root is None else str(data_root)
         options = table_of(data_options, "data_options")
@@ -396,6 +406,7 @@ def simulate(
     better: Literal["max", "min"] | None = None,
     task: Task | None = None,
     classes: Sequence[str] | int | None = None,
+    normalize: tuple[Any, Any] | None = None,
     out: str | Path | None = None,
     progress: bool = True,
     listener: Listener | Sequence[Listener] | None = None,
@@ -413,8 +424,8 @@ def simulate(
             options are those it was made with.  A class needs no registered name.
         data: name of a data set, federated data in memory, or map-style PyTorch data sets: a dict by client's name, a
             list with one a client, or a single one, which ``partition`` shares out among ``clients``.
-        test, validation, public, loss_fn, batch_loss, metrics, collate_fn, main, better, task, classes: of PyTorch data
-            sets, see :meth:`fedkern.FederatedData.from_datasets`.
+        test, validation, public, loss_fn, batch_loss, metrics, collate_fn, main, better, task, classes, normalize: of
+            PyTorch data sets, see :meth:`fedkern.FederatedData.from_datasets`.
         model: name of a network, its code (``FILE.py:NAME``); a module, which is copied and whose weights are the
             initial ones; or a class or function that makes a module, whose weights then follow from the seed.
         train: ``train(model, client)`` in place of the local training of FedAvg's family: an ordinary loop over
@@ -437,7 +448,7 @@ def simulate(
     about = {
         "test": test, "validation": validation, "public": public, "loss_fn": loss_fn,
         "batch_loss": batch_loss, "metrics": metrics, "collate_fn": collate_fn, "main": main, "better": better,
-        "task": task, "classes": classes,
+        "task": task, "classes": classes, "normalize": normalize,
     }  # fmt: skip
     check_in_memory(data, model, settings)
     data = federated(data, about, settings)
@@ -463,7 +474,7 @@ def simulate(
 
 ABOUT = (
     "test", "validation", "public", "loss_fn", "batch_loss", "metrics", "collate_fn", "main", "better", "task",
-    "classes",
+    "classes", "normalize",
 )  # fmt: skip
 """Arguments about PyTorch data sets."""
 _LOADERS = {

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.data.images.transforms import central
+from fedkern.data.images.transforms import central, normalise
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, leaves, mapped, parted
+
+MASK = "mask"
+"""Key of an item that holds the mask of its object."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,13 @@ class ImageForm:
         seen: lines on image files and what a network sees of them: one on all, and those on sets that differ.
         outside: a sentence where most pixels of such files lie outside of the window, else empty.
         sites: names of the sites that image files have; those of `Split.homes` where one client holds them all.
+        dtype: of the images of a split, ``"uint8"`` or ``"float32"``.
+        is_raw: whether networks get images as they are, neither scaled nor normalised.
+        is_scaled: whether ``mean`` and ``std`` are known, so that what a network sees goes back to pixels.
     """
 
     noun: ClassVar[str] = "images"
-    lacks: ClassVar[frozenset[str]] = frozenset()
+    offers: ClassVar[frozenset[str]] = frozenset({"images", "pixels"})
 
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -44,10 +50,43 @@ class ImageForm:
     seen: tuple[str, ...] = field(default=(), compare=False)
     outside: str = field(default="", compare=False)
     sites: tuple[str, ...] = field(default=(), compare=False)
+    dtype: str = "uint8"
+    is_raw: bool = False
+    is_scaled: bool = True
 
     def said(self) -> str:
         """The size of a sample in words."""
         return f" of {'×'.join(map(str, self.shape))}"
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Return what a network sees of images ``[B, C, H, W]`` of a split, or of uint8 images, channels-last."""
+        if images.dtype != torch.uint8 or (self.is_raw and self.dtype == "uint8"):
+            return images.contiguous(memory_format=torch.channels_last)
+        return normalise(images, self.mean, self.std, channels_last=True)
+
+    def scale(self, purpose: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation of every channel.
+
+        Raises:
+            UserError: nobody has named them; ``purpose`` says what needs them.
+        """
+        if not self.is_scaled:
+            raise UserError(
+                f"{purpose} needs pixels, and the data set gives float images: add normalize=(mean, std), the numbers "
+                "of the transform Normalize of the data set (0 and 1 without one)."
+            )
+        return self.mean, self.std
+
+    def to_bytes(self, images: Tensor) -> Tensor:
+        """Return images of a split as uint8.
+
+        Raises:
+            UserError: see :meth:`scale`.
+        """
+        if images.dtype == torch.uint8:
+            return images
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.scale("A picture"))
+        return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
     def stored(self) -> tuple[str, ...]:
         """A line on images that are no files: depth, colour and size."""
@@ -63,6 +102,7 @@ class ImageForm:
         return {
             "channels": self.shape[0], "image_size": list(self.shape[1:]), "mean": list(self.mean),
             "std": list(self.std), "grey_bits": self.grey_bits, "window": self.window and list(self.window),
+            "dtype": self.dtype, "is_raw": self.is_raw, "is_scaled": self.is_scaled,
         }  # fmt: skip
 
     def noise(self, samples: int, rng: np.random.Generator) -> Tensor:
@@ -81,7 +121,8 @@ def form_of(about: Mapping[str, Any]) -> ImageForm | ItemForm:
         return ItemForm(tuple(about["items"]), about["inputs"], about["head"])
     shape = about["channels"], *about["image_size"]
     window = about["window"] and tuple(about["window"])
-    return ImageForm(shape, tuple(about["mean"]), tuple(about["std"]), grey_bits=about["grey_bits"], window=window)
+    switches = {name: about[name] for name in ("grey_bits", "dtype", "is_raw", "is_scaled")}
+    return ImageForm(shape, tuple(about["mean"]), tuple(about["std"]), window=window, **switches)
 
 
 @dataclass(frozen=True)
@@ -93,10 +134,11 @@ class ItemForm:
         inputs: those of a network's arguments, nested as they are: ``{"args": [...], "kwargs": {...}}``; None where the
             user's own loss calls the network.
         head: name of the linear layer that gives the network's logits, or None.
+        normalize: mean and standard deviation per channel, or one for all, of the transform of float images.
     """
 
     noun: ClassVar[str] = "samples"
-    lacks: ClassVar[frozenset[str]] = frozenset({"images", "pixels"})
+    offers: ClassVar[frozenset[str]] = frozenset()
     augment: ClassVar[str] = "none"
     seen: ClassVar[tuple[str, ...]] = ()
     outside: ClassVar[str] = ""
@@ -105,15 +147,45 @@ class ItemForm:
     shapes: tuple[str, ...]
     inputs: Any = None
     head: str | None = None
+    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = field(default=None, compare=False)
 
     @staticmethod
-    def of(batch: Any, called: bool = True) -> ItemForm:
+    def of(batch: Any, called: bool = True, normalize: Any = None) -> ItemForm:
         """The form of samples of which ``batch`` has two; ``called``: fedkern calls the network on a batch's inputs."""
         x = parted(batch)[0]
         by_name = isinstance(x, Keywords)
         args = () if by_name else x if isinstance(x, Positional) else (x,)
         inputs = {"args": _outlined(args), "kwargs": _outlined(x) if by_name else {}}
-        return ItemForm(tuple(map(in_words, leaves(batch))), inputs if called else None)
+        return ItemForm(tuple(map(in_words, leaves(batch))), inputs if called else None, normalize=normalize)
+
+    @property
+    def _single(self) -> tuple[str, list[int]] | None:
+        """Dtype and shape of the input of a sample where it is one tensor, beside a mask."""
+        if self.inputs is None:
+            return None
+        inputs = [*self.inputs["args"], *(value for key, value in self.inputs["kwargs"].items() if key != MASK)]
+        if len(inputs) != 1 or not isinstance(inputs[0], str) or " [" not in inputs[0]:
+            return None
+        dtype, _, shape = inputs[0].partition(" ")
+        return dtype, json.loads(shape)[1:]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Channels, height and width where a sample is an image, uint8 or float32 ``[C, H, W]``, else None."""
+        dtype, shape = self._single or ("", [])
+        return (shape[0], shape[1], shape[2]) if dtype in ("uint8", "float32") and len(shape) == 3 else None
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the single input of a sample."""
+        return self._single[0] if self._single else ""
+
+    def input_words(self) -> str:
+        """The inputs of a sample in words."""
+        if self._single:
+            dtype, shape = self._single
+            return f"one input of shape {shape}" + (f" and dtype {dtype}" if len(shape) == 3 else "")
+        return f"the parts {', '.join(self.shapes)} (of two samples)"
 
     def said(self) -> str:
         """The tensors of a batch in words."""
@@ -156,7 +228,7 @@ class ItemForm:
         """A freshly initialised network."""
         return models.build_any(
             about["model"], classes=about["classes"], width=about["width"], seed=seed, head=self.head,
-            raw=task.network == "any",
+            raw=task.network == "any", inputs=self.input_words(),
         )  # fmt: skip
 
 

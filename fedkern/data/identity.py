@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from fedkern.data.sources.inspection import inspect
+from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.files.image_rows import in_parts
@@ -27,7 +28,7 @@ Sets = Mapping[str, Sequence[Split]]
 
 def of_memory(data: FederatedData) -> dict[str, str]:
     """Identity of data in memory: of all samples, whichever client holds them (see `identity`)."""
-    if data.form.lacks:
+    if isinstance(data.validation, Items):
         return _of_items(data)
     train = [*data.clients, *(() if data.public is None else (data.public,))]
     tests = {f"test {name}".strip(): [split] for name, split in data.tests.items()}
@@ -166,7 +167,7 @@ def code_of(data: FederatedData) -> dict[str, Any]:
 def data_fingerprint(data: FederatedData) -> int:
     """CRC-32 of a federation's splits: a resumed run must have the same data."""
     public = () if data.public is None else (data.public,)
-    sights = (data.sights or inspect(data).sights) if data.form.lacks else {}
+    sights = (data.sights or inspect(data).sights) if isinstance(data.validation, Items) else {}
     value = zlib.crc32(b"".join(sight.digest for sight in sights.values()))
     for split in (*data.clients, data.validation, *data.tests.values(), *public, *data.client_tests):
         value = split.fingerprint(value)

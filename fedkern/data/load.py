@@ -28,6 +28,7 @@ from fedkern.data.sharing.groups import grouped_rows, share_cases, share_units, 
 from fedkern.data.sharing.partition import PartitionSpec, parse_partition, partition_like
 from fedkern.data.sharing.partition import partition as share_out
 from fedkern.data.sources.copies import copies
+from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
 from fedkern.errors import UserError
@@ -107,7 +108,8 @@ def load(
         result = info.function.make(root, clients, partition, seed, own_options)
         drawn = info.function.identity() if "seed" in info.function.takes else None
         if isinstance(result, FederatedData):
-            if identify and not (result.form.lacks and drawn is None):  # items are inspected by the run
+            is_inspected = isinstance(result.validation, Items) and drawn is None  # by the run
+            if identify and not is_inspected:
                 result = dataclasses.replace(result, identity=of_memory(result) if drawn is None else drawn)
             for flag, value in (("--train-samples", train_samples), ("--public-samples", public_samples)):
                 if value:

@@ -79,7 +79,8 @@ class Split:
     """Images with their labels and, where known, object masks.
 
     Attributes:
-        images: uint8 ``[n, C, H, W]``; where they are in a file, a `fedkern.files.image_rows.ImageRows`.
+        images: uint8 ``[n, C, H, W]``; where they are in a file, a `fedkern.files.image_rows.ImageRows`; of a user's
+            data set also float32, as networks see them.
         labels: int64 ``[n]``, the class of every image; for segmentation int64 ``[n, H, W]``, the class of every pixel
             (`IGNORE` where it is unknown), a `fedkern.files.image_rows.PixelClasses` where masks are in a file; for
             several labels an image uint8 ``[n, L]``, 1 where it has the label.
@@ -114,21 +115,21 @@ class Split:
     task: Task = None  # type: ignore[assignment]  # never None afterwards
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
-            raise ValueError(f"images: expected uint8 [n, C, H, W], got {_describe(self.images)}")
+        if self.images.dtype not in (torch.uint8, torch.float32) or self.images.dim() != 4:
+            raise ValueError(f"images: expected uint8 or float32 [n, C, H, W], got {describe(self.images)}")
         n, _, height, width = self.images.shape
         object.__setattr__(self, "task", self.task or task_of(self.labels, self.texts))
         self.task.check_labels(self.labels, n, (height, width))
         if self.masks is not None and (self.masks.dtype != torch.bool or tuple(self.masks.shape) != (n, height, width)):
-            raise ValueError(f"masks: expected bool [{n}, {height}, {width}], got {_describe(self.masks)}")
+            raise ValueError(f"masks: expected bool [{n}, {height}, {width}], got {describe(self.masks)}")
         for name, words in (("ids", self.ids), ("texts", self.texts)):
             if words is not None and len(words) != n:
                 raise ValueError(f"{name}: expected {n}, one for every image, got {len(words)}")
         if self.sizes is not None and tuple(self.sizes.shape) != (n, 2):
-            raise ValueError(f"sizes: expected [{n}, 2], got {_describe(self.sizes)}")
+            raise ValueError(f"sizes: expected [{n}, 2], got {describe(self.sizes)}")
         for name, numbers in (("cases", self.cases), ("patients", self.patients), ("homes", self.homes)):
             if numbers is not None and tuple(numbers.shape) != (n,):
-                raise ValueError(f"{name}: expected [{n}], got {_describe(numbers)}")
+                raise ValueError(f"{name}: expected [{n}], got {describe(numbers)}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -208,5 +209,6 @@ def _together(parts: list[Any]) -> Any:
     return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 
-def _describe(tensor: Tensor) -> str:
+def describe(tensor: Tensor) -> str:
+    """Return dtype and shape of a tensor in words."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkern.data.forms import ImageForm
 from fedkern.data.images.full_masks import FullMasks
 from fedkern.data.sources.arrays import parts_of_arrays
 from fedkern.data.sources.datasets import parts_of_datasets
-from fedkern.data.split import Split, rows_of
+from fedkern.data.split import Split, describe, rows_of
 from fedkern.files.filesystem import check_text
 from fedkern.streams import stream
 from fedkern.tasks import Task, task_of
@@ -62,6 +63,8 @@ class Pool:
     def take(self, rows: Tensor) -> Split:
         """Reads ``rows`` (int64 ``[m]``)."""
         images, sizes = self.read(rows)
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images: expected uint8 [n, C, H, W], got {describe(images)}")
         labels = self.labels[rows] if self.targets is None else self.targets(rows)
         columns = {name: rows_of(getattr(self, name), rows) for name in ("ids", "texts", "cases", "patients", "full")}
         return Split(images, labels, sizes=sizes, homes=rows_of(self.groups, rows), task=self.task, **columns)
@@ -198,6 +201,9 @@ class FederatedData:
     sights: Mapping[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for split in (*self.clients, self.validation, *self.tests.values()) if self.form.offers else ():
+            if str(split.images.dtype) != f"torch.{self.form.dtype}":
+                raise ValueError(f"images: expected {self.form.dtype} [n, C, H, W], got {describe(split.images)}")
         named = {"client": self.client_names or (), "test set": self.tests, "class": self.classes}
         for kind, names in named.items():
             for name in names:
@@ -232,7 +238,7 @@ class FederatedData:
     @property
     def offers(self) -> frozenset[str]:
         """What methods may ask for (`fedkern.tasks.Task.offers`)."""
-        return self.task.offers - self.form.lacks
+        return self.task.offers - (ImageForm.offers - self.form.offers)
 
     @property
     def client_sizes(self) -> tuple[int, ...]:
@@ -293,6 +299,9 @@ class FederatedData:
                 - ``collate_fn``: makes a batch of a list of samples, as for ``torch.utils.data.DataLoader``;
                 - ``task``: instead of a loss an object of a class derived from ``fedkern.tasks.Task``;
                 - ``classes``: their names, or their number; open: as many as the network tells;
+                - ``normalize``: ``(mean, std)``, two numbers or one of each per channel: of float images those of the
+                  transform of the data set, by which they go back to pixels; of uint8 images those by which they
+                  are normalised for fedkern's networks (0.5 and 0.25);
                 - ``partition`` (``"iid"``), ``count`` (5), ``seed`` (0): how a single data set is shared out, by the
                   classes that its ``targets``, ``labels`` or last of ``tensors`` tell, or that are read item by item;
                 - ``samples``: number of training samples to use instead of all.

@@ -17,6 +17,7 @@ from fedkern.data import FederatedData, load
 from fedkern.data.forms import form_of
 from fedkern.data.images.greys import as_text
 from fedkern.data.registry import lookup
+from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.prediction import PARTS
@@ -37,7 +38,7 @@ from fedkern.methods.common.personal import ClientsNetworks
 from fedkern.models.precision import computing
 from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import check_sets, finished_data
+from fedkern.settings.run_data import check_sets, finished_data, with_images
 from fedkern.tasks.figure_names import set_noun
 from fedkern.tasks.registered_metrics import metrics_of
 from fedkern.usercode import named_code
@@ -91,7 +92,7 @@ def evaluate_run(
             data, root=data_root, clients=one[0], partition=one[1], seed=config.seed, options=options,
             cache=folder, progress=progress, judged=not again,
         )  # fmt: skip
-    loaded = _fitted(loaded, about, Path(out))
+    loaded = _fitted(with_images(config, loaded), about, Path(out))
     check_sets(loaded, config.plugins)
     if progress is not None and config.records != "private":
         for line in counted(loaded):
@@ -116,7 +117,7 @@ def evaluate_run(
     own = _sets(dict(enumerate(loaded.client_tests if usual else ())), module, about, config)
     code = partial(named, f"The method's evaluate of {config.method}", config.kind)
     with cpu_threads(config.threads), computing(config.precision):
-        if loaded.form.lacks:
+        if isinstance(loaded.validation, Items):
             Trial(loaded, config.kind, lambda: deepcopy(module).cpu()).check_tests()
         threads = config.client_threads if apart else config.threads  # as in the run
         with evaluating(config.replace(threads=threads), flat and not apart) as at_once:
@@ -199,10 +200,10 @@ def _fitted(data: FederatedData, about: Mapping[str, Any], out: Path) -> Federat
     task, classes = data.task, list(about["classes"])
     if data.task.name != about["task"]:
         raise UserError(f'The run in {out} is for {about["task"]}, and the data set "{data.name}" is for {task.name}.')
-    if bool(data.form.lacks) != ("items" in about):
+    if isinstance(data.validation, Items) != ("items" in about):
         noun = "samples that are no images" if "items" in about else "images"
         raise UserError(f'The run in {out} is of {noun}, and the data set "{data.name}" is of {data.form.noun}.')
-    if data.form.lacks:
+    if isinstance(data.validation, Items):
         return replace(data, classes=tuple(classes))
     check_shape(data, about, out)
     if list(data.classes) == classes:

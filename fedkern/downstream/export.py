@@ -123,7 +123,8 @@ def of_images(predictor: Predictor) -> Exportable:
     about = {
         "task": predictor.task.name, "classes": list(predictor.classes), "channels": channels,
         "image_size": [height, width], "mean": list(predictor.mean), "std": list(predictor.std),
-        "grey_bits": predictor.grey_bits, "window": predictor.window, "input": "fp32 [B, C, H, W] in [0, 1]",
+        "grey_bits": predictor.grey_bits, "window": predictor.window,
+        "input": f"fp32 [B, C, H, W] {'in [0, 1]' if predictor.form.is_scaled else 'as the data set gives them'}",
         "output": "logits",
     }  # fmt: skip
     raw = "fp32 [B, C, H, W], normalised by mean and std"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedkern.data import FederatedData, Split, normalise
+from fedkern.data import FederatedData, Split
 from fedkern.data.images.used_cache import remembered
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
@@ -174,7 +174,7 @@ def losses(model: nn.Module, split: Any, data: FederatedData) -> Tensor:
     """
     values = []
     for rows in batch_slices(len(split), BATCH):
-        logits = model(normalise(split.images[rows], data.form.mean, data.form.std)).double()
+        logits = model(data.form.normalised(split.images[rows])).double()
         values.append(split.task.sample_losses(logits, split.labels[rows]))
     return torch.cat(values)
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from fedkern.data.forms import form_of
 from fedkern.data.images.greys import looked_at, pixels_outside
 from fedkern.data.images.image_files import MAX_PIXELS, list_images, read_images
-from fedkern.data.images.transforms import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.serving import as_in_the_run
 from fedkern.engine.store.resuming import unedited
@@ -68,6 +67,7 @@ class Predictor:
         self.module = module.to(self.device).eval()
         self.classes: tuple[str, ...] = tuple(about["classes"])
         form: Any = form_of(about)
+        self.form: Any = form
         self.image_shape: tuple[int, int, int] = form.shape
         self.mean, self.std, self.grey_bits, self.window = form.mean, form.std, form.grey_bits, form.window
         self.batch = min(BATCH, max(1, PIXELS // (form.shape[1] * form.shape[2])))
@@ -127,7 +127,7 @@ class Predictor:
         """Probabilities of the classes; where an image may have several labels, of every label for itself.
 
         Args:
-            images: uint8 ``[n, C, H, W]``.
+            images: uint8 ``[n, C, H, W]``; of a run on float images of a data set also these, float32.
 
         Returns:
             fp32 ``[n, classes]``, for segmentation ``[n, classes, H, W]``, on the CPU.
@@ -135,15 +135,18 @@ class Predictor:
         Raises:
             UserError: images of another shape or dtype.
         """
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
-            kind, sides = str(images.dtype).removeprefix("torch."), ", ".join(map(str, self.image_shape))
-            way = "; give floats in [0, 1] as (255 * images).round().to(torch.uint8)" * images.is_floating_point()
-            raise UserError(f"images must be uint8 [n, {sides}], but are {kind} {list(images.shape)}{way}.")
+        kind, sides = str(images.dtype).removeprefix("torch."), ", ".join(map(str, self.image_shape))
+        is_bytes = kind == "uint8" and self.form.is_scaled
+        if not (is_bytes or kind == self.form.dtype) or tuple(images.shape[1:]) != self.image_shape:
+            is_float = images.is_floating_point() and self.form.dtype == "uint8"
+            way = "; give floats in [0, 1] as (255 * images).round().to(torch.uint8)" * is_float
+            expected = f"{self.form.dtype} [n, {sides}]"
+            raise UserError(f"images must be {expected}, but are {kind} {list(images.shape)}{way}.")
         if not len(images):
             return torch.empty(0, *self.task.output(len(self.classes), self.image_shape[1:]))
         parts = []
         for rows in batch_slices(len(images), self.batch):
-            batch = normalise(images[rows].to(self.device), self.mean, self.std, channels_last=True)
+            batch = self.form.normalised(images[rows].to(self.device))
             parts.append(self.task.probabilities(self.module(batch).float()).cpu())
         return torch.cat(parts)
 

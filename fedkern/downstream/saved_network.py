@@ -90,6 +90,8 @@ _FORMS = {
         "classes": _list(_text),
         "grey_bits": lambda x: _count(x) and x <= 16,
         "window": lambda x: x is None or _list(_number, 2)(x),
+        "dtype": lambda x: x in ("uint8", "float32"),
+        **dict.fromkeys(("is_raw", "is_scaled"), lambda x: isinstance(x, bool)),
     },
     True: {
         "classes": _list(_text, least=0),

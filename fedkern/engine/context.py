@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
+from fedkern.data.images.pixels import CACHE_BYTES
 from fedkern.data.sources.items import Items
 from fedkern.data.split import AnySplit
 from fedkern.deferred.calls import apply_plan
@@ -21,7 +22,7 @@ from fedkern.engine.captured import Graphs
 from fedkern.engine.client_teachers import ClientTeachers
 from fedkern.engine.evaluate import client_sets, site_sets, test_sets
 from fedkern.engine.first_steps import FirstSteps
-from fedkern.engine.images import CACHE_BYTES, Images
+from fedkern.engine.images import Images
 from fedkern.engine.item_sets import Trial
 from fedkern.engine.items import ItemReader
 from fedkern.engine.network import Network, place
@@ -229,7 +230,7 @@ class RunContext:
         A user's network, loss, loop or method may draw from global generators (dropout).  They begin anew at a word of
         the node's own stream, so that the bits depend neither on the number of workers nor on an interruption.
         """
-        built_in = self.config.kind.__module__.startswith("fedkern.") and not self.data.form.lacks
+        built_in = self.config.kind.__module__.startswith("fedkern.") and not isinstance(self.data.validation, Items)
         if built_in and not self.script.functions and not self.added_models:
             return nullcontext()
         return seeded_generators(int(node.rng("layers", phase).integers(2**63)), self.device)
@@ -260,7 +261,7 @@ class RunContext:
     def public(self) -> Any:
         """The public split."""
         public = self.data.public
-        if public is not None and self.data.form.lacks:
+        if isinstance(public, Items):
             Trial(self.data, self.config.kind, self.build).check_inputs(public)
         return None if public is None else self.reader(public, augment=self.augment, cache=self.cache)
 

@@ -23,9 +23,6 @@ from fedkern.models.transfer import send
 PICKED_BYTES = {"cuda": 1 << 26}
 """Bytes of images up to which batches are picked at once: on a GPU that takes no longer than for one batch."""
 
-CACHE_BYTES = 1 << 30
-"""Bytes up to which the normalised images of a whole run are kept in memory; beyond, every batch is normalised anew."""
-
 
 class BackgroundBank:
     """A background bank (see :class:`fedkern.methods.protocol.Backgrounds`)."""
@@ -65,8 +62,9 @@ class Images(Reader):
         super().__init__(split, device, split.task.batch_size(size, math.prod(split.images.shape[2:])))
         self.form, self.tokens = form, tokens
         make = partial(
-            Pixels, mean=form.mean, std=form.std, device=device, cache=cache, augment=augment, sides=form.shape[1:]
-        )
+            Pixels, mean=form.mean, std=form.std, device=device, cache=cache, augment=augment, sides=form.shape[1:],
+            is_raw=form.is_raw,
+        )  # fmt: skip
         self._make_pixels = make
         self.pixels = make(split.images)
         self._pick = PICK.get(self.task.network, images_alone)
@@ -156,8 +154,10 @@ class Images(Reader):
 
     def make_backgrounds(self, message: Mapping[str, Tensor], fill: str) -> BackgroundBank:
         """Erases the objects and normalises; ``fill`` is ``"mean"`` (0 after normalisation) or ``"zero"`` (black)."""
-        mean, std = torch.tensor(self.form.mean), torch.tensor(self.form.std)
-        value = torch.zeros_like(mean) if fill == "mean" else -mean / std
+        value = torch.zeros(len(self.form.mean))
+        if fill != "mean":
+            mean, std = map(torch.tensor, self.form.scale("A background of black pixels"))
+            value = -mean / std
         pixels = self._make_pixels(message["images"], erased=message["masks"], fill=value)
         return BackgroundBank(pixels, message["labels"].cpu().numpy())
 

@@ -44,18 +44,17 @@ class Node:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        return self._images().mean
+        return self._images().scale(self._context.config.method)[0]
 
     @property
     def std(self) -> tuple[float, ...]:
-        return self._images().std
+        return self._images().scale(self._context.config.method)[1]
 
     def _images(self) -> Any:
-        data = self._context.data
-        if data.form.lacks:
-            method = self._context.config.method
-            raise UserError(f"{method} with these options needs images, and these samples are none.")
-        return data.form
+        form, method = self._context.data.form, self._context.config.method
+        if "images" not in form.offers:
+            raise UserError(f"{method} with these options needs images [C, H, W]; samples have {form.input_words()}.")
+        return form
 
     def noise(self, samples: int, rng: np.random.Generator) -> Any:
         return sent(self._context.data.form.noise(samples, rng), self.device)

@@ -56,7 +56,8 @@ def resolve(
     if entry is None:
         raise UserError(unknown(config.model))
     from_user = isinstance(entry.make, Own)
-    if not from_user and not (config.init or config.features or config.stages) and not data.form.lacks:
+    is_of_images = bool(data.form.offers)
+    if not from_user and not (config.init or config.features or config.stages) and is_of_images:
         return config, data, []
     context = RunContext(config, data)
     network = context.build()
@@ -64,12 +65,13 @@ def resolve(
     if not from_user:
         return config, data, notes
     make: Any = entry.make
-    if data.form.lacks:
+    if not is_of_images:
         data, output_bytes = _tried(network, make, data)
         config = config.replace(output_bytes=output_bytes if stored is None else stored.output_bytes)
         network = RunContext(config, data).build()
     else:
-        classes, shape = context.federation.classes, data.form.shape
+        data = _with_classes(network, data)
+        classes, shape = len(data.classes), data.form.shape
         check_output(network, make.text, shape, data.task.output(classes, shape[1:]), classes, config.data)
     registry.check_network(config.method, config.made.needs, network, data, make.text)
     state = network.state_dict()
@@ -163,6 +165,18 @@ def _tried(network: Any, make: Own, data: Any) -> tuple[Any, int]:
         with suppress(Exception), seeded_generators(0):  # the network then has no head that a method could use
             data = replace(data, form=replace(data.form, head=find_head(inner(network), batch.inputs)))
     return data, output_bytes
+
+
+def _with_classes(network: Any, data: Any) -> Any:
+    """Return data of a user's data sets with the classes that the network tells, where they are numbers of fewer."""
+    count = len(data.classes)
+    if not data.sights or data.classes != tuple(map(str, range(count))):
+        return data
+    with suppress(Exception), torch.no_grad(), seeded_generators(0):  # what fails is said by `check_output`
+        outputs = logits_of(network.eval()(data.form.noise(2, np.random.default_rng(0)))).shape[1]
+        data = replace(data, classes=tuple(map(str, range(max(count, outputs)))))
+    network.train()
+    return data
 
 
 def _classes(outputs: Any, targets: Tensor, text: str, ignored: int) -> int:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.data.identity import of_memory
+from fedkern.data.images.pixels import CACHE_BYTES
 from fedkern.data.sources.inspection import Sight, inspect
+from fedkern.data.sources.items import Items
 from fedkern.engine import asynchronous, own_figures, own_model
 from fedkern.engine.client import Client, check_client
 from fedkern.engine.client_privacy import ClientPrivacy
@@ -16,7 +18,6 @@ from fedkern.engine.clients import check_teachers
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors import torchrun_group
 from fedkern.engine.hooks import Hooks, MethodCode
-from fedkern.engine.images import CACHE_BYTES
 from fedkern.engine.item_sets import Trial, check_apart
 from fedkern.engine.participation import Participation
 from fedkern.engine.progress import Progress
@@ -35,7 +36,16 @@ from fedkern.privacy import Guarantee
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
-from fedkern.settings.run_data import caveats, check_data, check_sets, decided, effective, kept_data, load_data
+from fedkern.settings.run_data import (
+    caveats,
+    check_data,
+    check_sets,
+    decided,
+    effective,
+    kept_data,
+    load_data,
+    with_images,
+)
 from fedkern.usercode.identity import digest, left_out
 
 
@@ -127,8 +137,10 @@ def with_data(
     if data is None:
         data = load_data(config, notice=notice, identify=entry is None)
         config, is_new = decided(config, data), is_new and not data.identity
-    data = inspect(data, config.keep_items, CACHE_BYTES) if data.form.lacks and known else data
+    if isinstance(data.validation, Items) and known:
+        data = inspect(data, config.keep_items, CACHE_BYTES)
     identity = of_memory(data) if is_new else data.identity
+    data = with_images(config, data)
     config = effective(config, data)
     data = kept_data(config, data)
     if entry is None:
@@ -139,14 +151,14 @@ def with_data(
     if stored is not None:
         check_settings(config, stored, out)
     check_data(config, data)
-    if (data.form.lacks or script.functions) and torchrun_group.launched() is not None:
+    if (isinstance(data.validation, Items) or script.functions) and torchrun_group.launched() is not None:
         raise UserError(
             "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's other "
             "ranks have none: start the script without torchrun, with workers=N."
         )
     config, data, notes = own_model.resolve(config, data, stored, out, known)
     context, alike = RunContext(config, data), dict[str, str]()
-    if data.form.lacks and known and stored is None:
+    if isinstance(data.validation, Items) and known and stored is None:
         trial = Trial(data, config.kind, context.build)
         if script.train is None and config.on_error != "skip":
             trial.check_clients(config.batch_size)

@@ -306,9 +306,18 @@ def build(
 
 
 def build_any(
-    name: str, *, classes: int, width: int | None, seed: int | torch.Generator, head: str | None, raw: bool
+    name: str,
+    *,
+    classes: int,
+    width: int | None,
+    seed: int | torch.Generator,
+    head: str | None,
+    raw: bool,
+    inputs: str,
 ) -> Any:
     """Builds a user's network for samples of any kind, see :func:`build` and `fedkern.models.user_models.ItemNetwork`.
+
+    ``inputs`` are those of a sample, in words.
 
     Raises:
         UserError: the network is unknown, or one of fedkern's, which are for images.
@@ -316,8 +325,8 @@ def build_any(
     entry = MODELS.get(name)
     if entry is None or not isinstance(entry.make, Own):
         raise UserError(
-            f"the network {name} is for images, and the samples are none: give a module of your own, model=MODULE, or "
-            "name its code, --model FILE.py:NAME."
+            f"the network {name} is for images [C, H, W] with a class, uint8 or float32; samples have {inputs}: give a "
+            "module of your own, model=MODULE, or name its code, --model FILE.py:NAME."
         )
     root = seed if isinstance(seed, int) else seed.initial_seed()
     return entry.make.on_items(classes=classes, seed=root, word=_word(seed), width=width, head=head, raw=raw)

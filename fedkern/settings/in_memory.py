@@ -31,7 +31,7 @@ def check_in_memory(data: Any, model: Any, settings: Mapping[str, Any]) -> None:
     shared = not federated and is_dataset(data)
     options = values.get("data_options")
     names = list(options) if isinstance(options, Mapping) else []
-    if federated and not data.form.lacks:  # whose samples the run itself can mark
+    if federated and data.form.offers:  # whose samples the run itself can mark
         names = [name for name in names if not name.startswith("backdoor_")]
     unused = [name for name in _READING if name in values]
     unused += ["partition"] if "partition" in values and not shared else []

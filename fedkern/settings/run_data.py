@@ -13,16 +13,21 @@ import torch
 
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
 from fedkern.data.images import used_cache
+from fedkern.data.images.pixels import CACHE_BYTES
 from fedkern.data.labels.spelling import SHOWN
 from fedkern.data.registry import read_options
 from fedkern.data.sharing.backdoor import add_backdoor
 from fedkern.data.sharing.holdout import hold_out
 from fedkern.data.sharing.patients import limited
+from fedkern.data.sources.dataset_images import as_images, can_be_images
+from fedkern.data.sources.inspection import inspect
+from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
 from fedkern.data.types import client_label
 from fedkern.errors import UserError, first_of
 from fedkern.files.image_rows import in_parts, loaded
 from fedkern.methods import registry
+from fedkern.models import MODELS, Own
 from fedkern.models.registry import check_gives
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
@@ -83,6 +88,28 @@ def decided(config: RunConfig, data: FederatedData) -> RunConfig:
     return config.replace(**{name: value for name, value in facts.items() if name in config.unset})
 
 
+def with_images(config: RunConfig, data: FederatedData) -> FederatedData:
+    """The data, with images in place of items where method, network or augmentation need them.
+
+    Raises:
+        UserError: see :func:`fedkern.data.sources.dataset_images.as_images`.
+    """
+    if not can_be_images(data):
+        return data
+    entry = MODELS.get(config.model)
+    is_own = entry is None or isinstance(entry.make, Own)
+    needs_images = config.kind.serves(data.task) and not config.kind.serves(data)
+    reasons = [config.method * needs_images, f"the network {config.model}" * (not is_own)]
+    reasons += [f"--augment {config.augment}"] if config.augment not in (None, "none") else []
+    reason = next(filter(None, reasons), "")
+    if reason and config.keep_items == "off":
+        raise UserError(f"{reason} needs images in memory, and --keep-items off keeps none: leave it out.")
+    if not reason:
+        return data
+    data = data if data.sights else inspect(data, config.keep_items, CACHE_BYTES)
+    return as_images(data, reason, is_raw=is_own, limit=None if config.keep_items == "memory" else CACHE_BYTES)
+
+
 def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
     """The data of a run.
 
@@ -92,9 +119,10 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
     are backdoored last, so that no sample that is held out carries the attacker's label.
 
     Raises:
-        UserError: see :func:`fedkern.data.sharing.holdout.hold_out`, :func:`fedkern.data.sharing.patients.limited` and
-            :func:`fedkern.data.sharing.backdoor.add_backdoor`.
+        UserError: see :func:`with_images`, :func:`fedkern.data.sharing.holdout.hold_out`,
+            :func:`fedkern.data.sharing.patients.limited` and :func:`fedkern.data.sharing.backdoor.add_backdoor`.
     """
+    data = with_images(config, data)
     data = hold_out(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
     if config.records == "private" and data.drawn_validation:
         data = replace(data, validation=data.validation.subset(torch.zeros(0, dtype=torch.int64)))
@@ -177,7 +205,10 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
     if not (kind.serves(data.task) and kind.serves(data)):
         able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.serves(data)))
         if kind.serves(data.task):
-            raise UserError(f"{config.method} needs images, and these samples are none: methods for them are {able}.")
+            raise UserError(
+                f"{config.method} needs images [C, H, W]; samples have {data.form.input_words()}: methods for them are "
+                f"{able}."
+            )
         tasks = " and ".join(name for name, task in TASKS.items() if kind.serves(task)) or "no task"
         what = f'the data set "{config.data}" is for {data.task.name}'
         if data.task.name == "own":
@@ -186,9 +217,12 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
             what = "the loss takes logarithms of probabilities (nn.CrossEntropyLoss takes logits)"
         raise UserError(f"{config.method} is for {tasks}, but {what}: methods for that are {able}.")
     check_gives(config.model, data.task.network, config.data, "with --model")
-    if config.augment not in (None, "none") and data.form.lacks:
-        raise UserError(f"--augment {config.augment} is for images, and these samples are none: leave it out.")
-    if config.keep_items != "auto" and not data.form.lacks:
+    if config.augment not in (None, "none") and not data.form.offers:
+        words = data.form.input_words()
+        raise UserError(f"--augment {config.augment} is for images [C, H, W]; samples have {words}: leave it out.")
+    if config.augment == "jitter" and data.form.offers and data.form.is_raw and data.form.dtype == "uint8":
+        raise UserError("--augment jitter is for float images, and the data set gives uint8: take another one.")
+    if config.keep_items != "auto" and not (data.sights or isinstance(data.validation, Items)):
         raise UserError(f"--keep-items {config.keep_items} is for data sets of PyTorch: leave it out.")
     if config.augment == "window" and all(s.images.shape[2:] == data.form.shape[1:] for s in data.clients):
         raise UserError(
@@ -214,7 +248,7 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
 
 def _check_varied(data: FederatedData, sets: Mapping[str, Sequence[Split]], *, blank: bool = False) -> None:
     """Raises UserError for a set of several images that are all equal; with ``blank`` only where all pixels are."""
-    for name, splits in () if data.form.lacks else sets.items():
+    for name, splits in sets.items() if data.form.offers else ():
         every = (loaded(split.images[row : row + 4]) for split in splits for row in range(0, len(split), 4))
         head, count = next(every, None), sum(map(len, splits))
         if head is None or count < 2:
@@ -268,7 +302,7 @@ def _shared_patients(data: FederatedData) -> list[str]:
 def caveats(data: FederatedData) -> list[str]:
     """Sentences on patients and on classes whose figures on the test sets are not what they seem."""
     sentences = _shared_patients(data)
-    if data.statistics.counts.any() and not data.form.lacks:  # no sample is counted where clients are elsewhere
+    if data.statistics.counts.any() and data.form.offers:  # no sample is counted where clients are elsewhere
         every = set(range(len(data.classes)))
         test_classes = every - _unseen(every, (*data.tests.values(), data.validation))
         if untrained := sorted(_unseen(test_classes, data.clients)):

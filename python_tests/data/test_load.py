@@ -153,7 +153,7 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize(("field", "value", "message"), [
-    ("images", torch.zeros(4, 1, 3, 3), r"images: expected uint8 \[n, C, H, W\], got float32 \[4, 1, 3, 3\]"),
+    ("images", torch.zeros(4, 1, 3, 3).double(), r"images: expected uint8 or float32 .*, got float64 \[4, 1, 3, 3\]"),
     ("labels", torch.zeros(3, dtype=torch.int64), r"labels: expected int64 \[4\], got int64 \[3\]"),
     ("labels", torch.zeros(4), r"labels: expected int64 \[4\], got float32 \[4\]"),
     ("masks", torch.zeros(4, 3, 2, dtype=torch.bool), r"masks: expected bool \[4, 3, 3\], got bool \[4, 3, 2\]"),

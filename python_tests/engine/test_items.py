@@ -969,9 +969,9 @@ SENTENCES = {
     "classes": ({"model": nn.Linear(4, 2), "data": [TensorDataset(torch.rand(9, 4), torch.full((9,), 5))]},
                 "has 2 outputs for 6 classes, as a target is 5: give it as many outputs"),
     "network": ({"model": nn.Linear(3, 2)}, r"fails on two samples of client 0, .*mat1 and mat2"),
-    "of fedkern": ({"model": "cnn"}, "the network cnn is for images, and the samples are none"),
+    "of fedkern": ({"model": "cnn"}, "the network cnn is for images .C, H, W. .*samples have one input of"),
     "ragged": ({"data": [ragged(9, 2)], "model": Mean()}, "Items 0, 1 of client 0 make no batch .*or a collate_fn"),
-    "augment": ({"augment": "crop"}, 'augment="crop" is for images, and these samples are none'),
+    "augment": ({"augment": "crop"}, 'augment="crop" is for images .C, H, W.; samples'),
     "processes": ({"num_workers": 2}, "num_workers is a DataLoader's: workers are the clients' processes"),
     "shuffling": ({"shuffle": True}, "shuffle is a DataLoader's: every epoch takes all samples of a client in random"),
     "partition": ({"partition": "iid"}, "partition has no effect on data in memory"),
@@ -1134,7 +1134,10 @@ def test_every_method_learns_it_or_says_what_it_misses(method, tmp_path):
         assert np.isfinite(found["loss"])
         assert found.get("distil_images") == (16 if method == "feddf" else None)
     else:
-        with pytest.raises(UserError, match=r"needs images, and these samples are none|is for retrieval, but"):
+        with pytest.raises(
+            UserError,
+            match=r"needs images .*; samples have one input of shape .4.|is for retrieval, but",
+        ):
             play()
 
 

@@ -12,9 +12,12 @@ from fedkern.data.images import transforms
 from fedkern.files.image_rows import FileRows, ImageRows
 from fedkern.models.transfer import send
 
+CACHE_BYTES = 1 << 30
+"""Bytes up to which the normalised images of a whole run are kept in memory; beyond, every batch is normalised anew."""
+
 
 class Pixels:
-    """uint8 images [n, C, H, W] that become normalised fp32 batches, channels-last.
+    """Images [n, C, H, W] that become batches, channels-last: of uint8 images normalised fp32, of raw ones themselves.
 
     ``sides`` (height, width), where given, is the window that a network sees: at a random place in an image that is
     augmented, else central.  ``erased`` bool [n, H, W], where given, marks pixels that become ``fill`` (normalised, one
@@ -33,6 +36,7 @@ class Pixels:
         erased: Tensor | None = None,
         fill: Tensor | None = None,
         sides: tuple[int, int] | None = None,
+        is_raw: bool = False,
     ) -> None:
         # Images in a file stay there, unless their normalised values are kept in memory.
         self._file = images if isinstance(images, ImageRows) and not cache else None
@@ -44,15 +48,16 @@ class Pixels:
         self._erased = None if erased is None else erased.to(device)
         self._fill = torch.zeros(len(mean), device=device) if fill is None else fill.to(device)
         self.augment = augment
-        self._cache = cache
+        self._cache, self._is_raw = cache, is_raw
         self._sides = None if sides == tuple(images.shape[2:]) else sides
 
     def __len__(self) -> int:
         return self._count
 
     def _normalise(self, rows: Tensor, erased: Tensor | None) -> Tensor:
-        out = transforms.normalise(rows.permute(0, 3, 1, 2), self._mean, self._std).permute(0, 2, 3, 1)
-        return out if erased is None else torch.where(erased[..., None], self._fill, out)
+        if rows.dtype == torch.uint8 and not self._is_raw:
+            rows = transforms.normalise(rows.permute(0, 3, 1, 2), self._mean, self._std).permute(0, 2, 3, 1)
+        return rows if erased is None else torch.where(erased[..., None], self._fill.to(rows.dtype), rows)
 
     def sent(self, index: Tensor) -> Tensor:
         """Indices on the CPU, sent to where the images are; :meth:`take` then sends them no more."""
@@ -66,8 +71,8 @@ class Pixels:
         return send(self._file.nhwc(as_index(indices)), self._device)
 
     def _whole(self, indices: np.ndarray | Tensor | None) -> Tensor:
-        """fp32 [B, C, H, W] (channels-last) of the images at ``indices``, as they are kept."""
-        if self._cache and self._rows.dtype == torch.uint8:
+        """The images [B, C, H, W] (channels-last) at ``indices``, as they are kept."""
+        if self._cache and not self._is_raw and self._rows.dtype == torch.uint8:
             self._rows, self._erased = self._normalise(self._rows, self._erased), None
         rows, erased = self._rows, self._erased
         if self._file is not None:
@@ -76,9 +81,7 @@ class Pixels:
             index = send(as_index(indices), self._device)
             rows = rows if self._file is not None else rows.index_select(0, index)
             erased = None if erased is None else erased[index]
-        if rows.dtype == torch.uint8:
-            rows = self._normalise(rows, erased)
-        return rows.permute(0, 3, 1, 2)
+        return self._normalise(rows, erased).permute(0, 3, 1, 2)
 
     def _window(self, images: Tensor, rng: np.random.Generator | None) -> Tensor:
         return images if self._sides is None else transforms.window(images, self._sides, rng)

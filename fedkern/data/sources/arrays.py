@@ -21,6 +21,8 @@ from fedkern.tasks import task_of
 from fedkern.tasks.partition_statistics import PartitionStatistics
 
 NAME = "arrays"
+MEAN, STD = 0.5, 0.25
+"""By which images are normalised where nobody names others."""
 Labelled = tuple[Any, Any]
 SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing"])
 """Names of the splits of a data set."""
@@ -90,8 +92,8 @@ def parts_of_arrays(
         "tests": tests,
         "form": ImageForm(
             (channels, *shape[1:]),
-            tuple(mean) if mean is not None else (0.5,) * channels,
-            tuple(std) if std is not None else (0.25,) * channels,
+            tuple(mean) if mean is not None else (MEAN,) * channels,
+            tuple(std) if std is not None else (STD,) * channels,
             augment,
         ),
         "statistics": replace(statistics, names=sites),
@@ -134,7 +136,8 @@ def check_names(classes: Sequence[str]) -> None:
         raise UserError(f"classes must be a list of different names, none of them empty, not {shown(classes)}.")
 
 
-def _class_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
+def class_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
+    """Return the names of the classes; default: their numbers, up to the largest."""
     most = 1 + max(int(split.labels.max()) for split in every.values() if split.labels.numel())
     names = tuple(str(number) for number in range(most)) if classes is None else tuple(classes)
     if len(names) < max(2, most):
@@ -149,7 +152,7 @@ def _pixel_names(every: Mapping[str, Split], classes: Sequence[str] | None, task
             f"labels of pixels hold {first_of([*map(str, values)], 6)}, expected class numbers from 0 to at most "
             f"{MOST - 1} without a gap: name all classes with classes=[...], or number them."
         )
-    return _class_names(every, classes, task)
+    return class_names(every, classes, task)
 
 
 def _label_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
@@ -176,7 +179,7 @@ def _label_names(every: Mapping[str, Split], classes: Sequence[str] | None, task
     return names
 
 
-NAMES = {"class": _class_names, "pixels": _pixel_names, "labels": _label_names}
+NAMES = {"class": class_names, "pixels": _pixel_names, "labels": _label_names}
 """What makes the names of the classes, by the kind of labels (`fedkern.tasks.Task.target`)."""
 
 

@@ -14,6 +14,7 @@ from fedkern.data.data_option import COMMON_OPTIONS, READING
 from fedkern.data.forms import ImageForm
 from fedkern.data.images.image_files import ImageReader
 from fedkern.data.sharing.partition import PartitionSpec, parse_partition
+from fedkern.data.sources.items import Items
 from fedkern.data.sources.listing import Reading
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
@@ -82,7 +83,7 @@ class DataFunction:
                 f"returns {type(data).__name__}, expected fedkern.data.Source, FederatedData, or a pair of PyTorch "
                 "data sets, the clients' and the test set"
             )
-        if not data.form.lacks:
+        if not isinstance(data.validation, Items):
             self._check_federated(data)
         self._check_given(data, clients, spec)
         return dataclasses.replace(data, name=self.name)

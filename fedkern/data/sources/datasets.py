@@ -109,6 +109,7 @@ def parts_of_datasets(
     task: Task | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     classes: Sequence[str] | int | None = None,
+    normalize: tuple[float | Sequence[float], float | Sequence[float]] | None = None,
     partition: str = "iid",
     count: int = 5,
     samples: int | None = None,
@@ -170,12 +171,28 @@ def parts_of_datasets(
         "validation": items(_as_one([*validations.values()]), "the validation set"),
         "drawn_validation": isinstance(validation, Mapping) and not {*validations}.isdisjoint(named),
         "tests": tests,
-        "form": ItemForm.of(batch, not getattr(learnt, "takes_batches", False)),
+        "form": ItemForm.of(batch, not getattr(learnt, "takes_batches", False), _scale(normalize)),
         "statistics": counted,
         "public": None if public is None else items(public, "the public samples"),
         "client_tests": client_tests,
         "client_names": sites,
     }
+
+
+def _scale(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return means and standard deviations, one or one per channel."""
+    if normalize is None:
+        return None
+    try:
+        mean, std = (tuple(np.asarray(value, dtype=np.float64).reshape(-1).tolist()) for value in normalize)
+    except (TypeError, ValueError):
+        mean, std = (), ()
+    if not mean or len(mean) != len(std) or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
+        raise UserError(
+            f"normalize must be (mean, std), two numbers or two lists with one per channel, std above 0, not "
+            f"{shown(normalize)}."
+        )
+    return mean, std
 
 
 def _tests(

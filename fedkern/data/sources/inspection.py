@@ -61,7 +61,7 @@ def inspect(data: Any, keep_items: str = "off", limit: int = 0) -> Any:
     def equip(split: Items) -> Items:
         of_set = sets[id(split.dataset)]
         store = of_set.store if is_kept else None
-        return replace(split, draws=of_set.draws, store=store, item_bytes=of_set.item_bytes)
+        return replace(split, draws=of_set.draws, store=store, item_bytes=of_set.item_bytes, unkept=of_set.unkept)
 
     return replace(
         data,

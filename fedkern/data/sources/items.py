@@ -53,6 +53,7 @@ class Items:
         item_bytes: bytes of the tensors of an item; 0 where nobody has looked.
         draws: names of the generators that items of the data set were seen to move, and `ALONE` where items are read
             one by one; its splits share it.
+        unkept: why rows cannot take the place of items, where that is known.
     """
 
     homes: ClassVar[None] = None  # nothing is known of sites, patients and names
@@ -68,6 +69,7 @@ class Items:
     store: RowStore | None = None
     item_bytes: int = 0
     draws: set[str] = field(default_factory=set)
+    unkept: str = ""
     is_kept: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -243,6 +245,7 @@ class Items:
             reason = "its items are of several types or shapes"
         else:
             reason = self.store.watch(places, items, batch, bool(self.draws & {*GENERATORS}))
+        self.unkept = self.unkept or reason
         if reason and self.store.limit is None:
             raise cannot_keep(self.who, reason)
         self.store = None if reason else self.store

@@ -26,11 +26,16 @@ class RowStore:
     Args:
         count: number of items.
         limit: most bytes; None: no limit, and the user has asked for rows.
+
+    Attributes:
+        reason: why rows cannot take the place of items, or nothing.
+        reads: how often every item was read, at most 2, uint8 ``[count]``.
+        equal: how many items were equal when they were read again.
     """
 
     def __init__(self, count: int, limit: int | None) -> None:
-        self.count, self.limit, self._lock, self._reason = count, limit, threading.Lock(), ""
-        self._reads, self._equal = np.zeros(count, dtype=np.uint8), 0
+        self.count, self.limit, self._lock, self.reason = count, limit, threading.Lock(), ""
+        self.reads, self.equal = np.zeros(count, dtype=np.uint8), 0
         self._columns: list[Tensor] = []
         self._kinds: set[tuple[type, ...]] = set()
         self._form, self._empty = "", ()
@@ -45,8 +50,8 @@ class RowStore:
 
     def has_rows(self, places: Sequence[int] | np.ndarray | slice, reads: int = 2) -> bool:
         """Return whether items were read often enough for rows, once where any value of an item will do."""
-        is_known = bool(self._columns) and (reads < 2 or self._equal >= EQUAL)
-        return is_known and bool((self._reads[places] >= reads).all())
+        is_known = bool(self._columns) and (reads < 2 or self.equal >= EQUAL)
+        return is_known and bool((self.reads[places] >= reads).all())
 
     def take(self, places: Sequence[int], reads: int = 2) -> Any:
         """Return the batch of the items at ``places`` as torch's collation makes it, None where rows are missing."""
@@ -69,14 +74,14 @@ class RowStore:
             The reason why rows cannot take the place of items, if there is one.
         """
         with self._lock:
-            if not self._reason:
-                self._reason = "its items draw random numbers" if draws else self._fill(places, items, batch)
-                if self._reason:
+            if not self.reason:
+                self.reason = "its items draw random numbers" if draws else self._fill(places, items, batch)
+                if self.reason:
                     self._columns = []
-            return self._reason
+            return self.reason
 
     def _fill(self, places: Sequence[int], items: Sequence[object], batch: object) -> str:
-        tensors, is_new = [*leaves(batch)], self._reads[places] == 0
+        tensors, is_new = [*leaves(batch)], self.reads[places] == 0
         if not all(_is_plain(leaf, len(places)) for leaf in tensors):
             return "a batch of its items holds more than tensors with one row per item"
         kinds = {_kind(item) for item in compress(items, is_new)} | self._kinds
@@ -95,8 +100,8 @@ class RowStore:
             copy = column.index_select(0, rows)
             if copy.stride() != leaf.stride() or not torch.equal(_bits(copy), _bits(leaf)):
                 return "an item was another one when it was read again"
-        self._reads[places] = np.minimum(self._reads[places] + 1, 2)
-        self._equal += int((~is_new).sum())
+        self.reads[places] = np.minimum(self.reads[places] + 1, 2)
+        self.equal += int((~is_new).sum())
         return ""
 
 

@@ -44,7 +44,7 @@ class DataFacts:
     @classmethod
     def of(cls, data: FederatedData, *, private: bool) -> DataFacts:
         """Return the facts about data; ``private``: only those that private records may tell."""
-        pictures = () if data.form.lacks else data.task.pictures
+        pictures = data.task.pictures if data.form.offers and data.form.is_scaled else ()
         if private:
             return cls(data.classes, data.form.about(), pictures, {name: {} for name in data.tests})
         tests = {name: _facts_of_set(data, split) for name, split in data.tests.items()}
@@ -80,5 +80,5 @@ class DataFacts:
 
 def _facts_of_set(data: FederatedData, split: Any) -> dict[str, Any]:
     units = split.units()
-    chance = {} if data.form.lacks else {"chance": data.task.chance(split, len(data.classes))}
+    chance = {"chance": data.task.chance(split, len(data.classes))} if data.form.offers else {}
     return {"samples": len(split), "groups": None if units is None else len(np.unique(units)), **chance}

@@ -24,7 +24,7 @@ def form_of(data: FederatedData) -> dict[str, Any]:
     Raises:
         UserError: the samples are no images.
     """
-    if data.form.lacks:
+    if "images" not in data.form.offers:
         raise UserError(
             "nodes have images, and the samples of these data are none: play the clients with fedkern.simulate."
         )

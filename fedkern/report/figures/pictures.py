@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.extending import PICTURE_LIST
@@ -197,7 +196,7 @@ def _draw_segmentation(run: Contents, samples: Any, model: Any, trusted: Collect
     data = samples()
     split = next(iter(data.tests.values()))
     split = split.subset(segmentation_sheet.examples(split.labels, EXAMPLES))
-    inputs = normalise(split.images, data.form.mean, data.form.std)
+    inputs = data.form.normalised(split.images)
     title = f"Segmentation of {run.name}"
     segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=title)
     return True
@@ -230,7 +229,7 @@ def _draw_gradcam(run: Contents, samples: Any, model: Any, trusted: Collection[s
             continue
         images = split.images[rows]
         masks = split.masks[rows] if split.masks is not None else None
-        panels[key] = (images, normalise(images, data.form.mean, data.form.std), split.labels[rows], masks)
+        panels[key] = (data.form.to_bytes(images), data.form.normalised(images), split.labels[rows], masks)
     if panels:
         title = f"Grad-CAM of the global model, {run.name}"
         gradcam.draw(model, panels, target, classes=data.classes, title=title)

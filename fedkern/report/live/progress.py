@@ -100,7 +100,7 @@ def _frozen(run: RunInfo) -> str:
 
 def _resized(data: Any) -> list[str]:
     """A line on the size in which images and masks of pixels are given, and the size that a network sees."""
-    splits = () if data is None or data.form.lacks else (data.validation, *data.tests.values())
+    splits = () if data is None or not data.form.offers else (data.validation, *data.tests.values())
     masks = [split.full for split in splits if split.full is not None and len(split)]
     sizes = sorted({size for full in masks for size in full.sizes()}, key=lambda size: (max(size), size))
     if not sizes or sizes == [(masks[0].store.size,) * 2]:

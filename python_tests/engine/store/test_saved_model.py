@@ -17,7 +17,8 @@ from python_tests.interrupted import unvouched
 
 PLAIN = {
     "model": "cnn", "width": 4, "task": "classification", "classes": ["a", "b"], "channels": 3, "image_size": [16, 16],
-    "mean": [0.5] * 3, "std": [0.2] * 3, "grey_bits": 8, "window": None, "method": "fedavg", "rounds": 1,
+    "mean": [0.5] * 3, "std": [0.2] * 3, "grey_bits": 8, "window": None, "method": "fedavg",
+    "dtype": "uint8", "is_raw": False, "is_scaled": True, "rounds": 1,
 }  # fmt: skip
 PAIR = {
     "image_encoder": "conv", "text_encoder": "words", "channels": 3, "image_size": [16, 16], "mean": [0.5] * 3,
@@ -28,6 +29,7 @@ ANYTHING = [None, True, -1, 0.5, "x", [], [None], {}, 10**400, [[1]], [10**400] 
 """Of every kind that JSON has, none of which fits everywhere."""
 FITTING = {
     "model": ["x"], "width": [None], "task": [], "classes": [], "channels": [], "image_size": [], "mean": [], "std": [],
+    "dtype": [], "is_raw": [True], "is_scaled": [True],
     "grey_bits": [], "window": [None], "method": ["x"], "rounds": [10**400], "pair": [], "image_encoder": ["x"],
     "text_encoder": ["x"], "vocabulary": [None, []], "statistics": [], "samples": [[10**400] * 3],
 }  # fmt: skip

@@ -1,0 +1,186 @@
+"""Images of PyTorch data sets: rows of a data set whose items are images with a class, in place of the items."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from fedkern.data.forms import MASK, ImageForm, ItemForm
+from fedkern.data.sources.arrays import MEAN, STD, class_names
+from fedkern.data.sources.items import Items
+from fedkern.data.sources.row_store import EQUAL, RowStore
+from fedkern.data.split import Split
+from fedkern.errors import UserError
+from fedkern.messages.leaves import Keywords, leaves, parted
+from fedkern.tasks.partition_statistics import PartitionStatistics
+
+READ = 256
+"""Items that are read at once."""
+Columns = tuple[Tensor, Tensor | None, Tensor | None]
+"""Images, classes and masks of a data set."""
+
+
+def can_be_images(data: Any) -> bool:
+    """Return whether items are single tensors ``[C, H, W]``, uint8 or float32, with a class."""
+    form = data.form
+    is_plain = isinstance(form, ItemForm) and data.clients[0].collate is default_collate
+    return is_plain and form.image_shape is not None and data.task.target == "class"
+
+
+def as_images(data: Any, reason: str, *, is_raw: bool, limit: int | None) -> Any:
+    """Return federated data of items as images, with a row for every item.
+
+    Every item is read, and some are read again: :class:`RowStore` says when rows may take the place of items.
+
+    Args:
+        data: federated data of items for which :func:`can_be_images` holds, after their inspection.
+        reason: what needs images, such as ``fedgid`` or ``the network cnn``, for messages.
+        is_raw: whether networks get images as the data set gives them, else uint8 images scaled and normalised.
+        limit: most bytes of all images, or None.
+
+    Raises:
+        UserError: items draw random numbers, have other shapes, take too much memory or have no class.
+    """
+    splits = [*data.clients, data.validation, *data.tests.values(), *data.client_tests]
+    splits += [] if data.public is None else [data.public]
+    sets = {id(split.dataset): replace(split, rows=None) for split in splits if len(split)}
+    shape = data.form.image_shape
+    assert shape is not None
+    total = sum(len(split) * split.item_bytes for split in sets.values())
+    if limit is not None and total > limit:
+        raise UserError(
+            f"{reason} needs images in memory, and these take {total / 2**30:.1f} GiB of at most {limit / 2**30:.0f}: "
+            "give --keep-items memory, or fewer samples."
+        )
+    again = -(-EQUAL // len(sets))
+    columns = {key: _columns(split, reason, again) for key, split in sets.items()}
+    for key, (images, *_) in columns.items():
+        if images.shape[1:] != shape or str(images.dtype) != f"torch.{data.form.dtype}":
+            raise UserError(
+                f"Images of {sets[key].who} are {str(images.dtype).removeprefix('torch.')} {list(images.shape[1:])}, "
+                f"not {data.form.dtype} {list(shape)} as those of {data.clients[0].who}: give all sets one form."
+            )
+
+    def rows_of(split: Items) -> Split:
+        if not len(split):
+            return Split(columns[id(data.clients[0].dataset)][0][:0], torch.zeros(0, dtype=torch.int64), task=data.task)
+        images, classes, masks = columns[id(split.dataset)]
+        labels = torch.zeros(len(images), dtype=torch.int64) if classes is None and split is data.public else classes
+        if labels is None:
+            raise UserError(f"{reason} needs classes, and items of {split.who} have none.")
+        rows = slice(None) if split.rows is None else split.rows
+        if int(labels[rows].min()) < 0:
+            raise UserError(f"{reason} needs classes from 0, and {split.who} has {int(labels[rows].min())}.")
+        return Split(images[rows], labels[rows], None if masks is None else masks[rows], task=data.task)
+
+    clients = tuple(map(rows_of, data.clients))
+    validation, tests = rows_of(data.validation), {name: rows_of(split) for name, split in data.tests.items()}
+    named = {f"client {k}": split for k, split in enumerate(clients)}
+    classes = class_names({**named, **tests, "validation": validation}, data.classes or None, "auto")
+    statistics = PartitionStatistics.of(
+        [split.labels.numpy() for split in clients], classes, data.statistics.partition, data.task
+    )
+    return replace(
+        data,
+        classes=classes,
+        clients=clients,
+        validation=validation,
+        tests=tests,
+        form=_image_form(data.form, is_raw),
+        statistics=replace(statistics, names=data.statistics.names),
+        public=None if data.public is None else rows_of(data.public),
+        client_tests=tuple(map(rows_of, data.client_tests)),
+    )
+
+
+def _columns(split: Items, reason: str, again: int) -> Columns:
+    """Return the images, classes and masks of a data set, of which every item is read and ``again`` are read again."""
+    count = len(split)
+    if split.still:
+        return _parts(split, split.batch(np.arange(count), 0))
+    if split.store is None:
+        raise _unkept(reason, split.who, split.unkept or "its items draw random numbers")
+    store = split.store
+    unread = np.flatnonzero(store.reads == 0)
+    for rows in [*np.array_split(unread, -(-len(unread) // READ) or 1), *_repeats(store, count, again)]:
+        if len(rows):
+            split.batch(rows, 0)
+        if store.reason:
+            raise _unkept(reason, split.who, store.reason)
+    return _parts(split, store.take(range(count), reads=0))
+
+
+def read_images(data: Any, dataset: Any) -> Tensor:
+    """Return the images of another data set, as those of ``data`` a run was on.
+
+    Raises:
+        UserError: an item cannot be read, or has no image.
+    """
+    split = Items(dataset, "the samples", data.task, default_collate)
+    parts = [split.batch(rows, 0) for rows in np.array_split(np.arange(len(split)), -(-len(split) // READ))]
+    images = [batch if isinstance(batch, Tensor) else _parts(split, batch)[0] for batch in parts]
+    return torch.cat(images)
+
+
+def _repeats(store: RowStore, count: int, again: int) -> list[np.ndarray]:
+    """Return rows to read again, so that all data sets together have `EQUAL` that were equal."""
+    left = max(0, again - store.equal)
+    rows = np.resize(np.linspace(0, count - 1, min(count, max(1, left))).astype(np.int64), left)
+    return np.array_split(rows, -(-left // READ) or 1)
+
+
+def _parts(split: Items, batch: Any) -> Columns:
+    """Return the images, classes and masks in a batch."""
+    inputs, targets = parted(batch)
+    mask = inputs.get(MASK) if isinstance(inputs, Keywords) else None
+    images = next(leaf for leaf in leaves(inputs) if leaf is not mask)
+    if mask is not None:
+        mask = mask.squeeze(1) if mask.dim() == 4 else mask
+        if mask.shape != (len(images), *images.shape[2:]):
+            raise UserError(
+                f"The mask of an item of {split.who} is {list(mask.shape[1:])}, not {list(images.shape[2:])} as the "
+                "image: give one value per pixel."
+            )
+        mask = mask != 0
+    return images, targets if targets is None else targets.to(torch.int64), mask
+
+
+def _image_form(form: ItemForm, is_raw: bool) -> ImageForm:
+    """Return the form of images; ``is_raw``: networks get them as the data set gives them."""
+    shape, is_bytes = form.image_shape, form.dtype == "uint8"
+    assert shape is not None
+    if is_raw and is_bytes:
+        if form.normalize is not None:
+            raise UserError(
+                "normalize is for float images, and a network of your own gets uint8 images as they are: leave it out."
+            )
+        scale: Any = ((0.0,), (1 / 255,))  # a network sees values from 0 to 255
+    else:
+        scale = form.normalize or (((MEAN,), (STD,)) if is_bytes else ((0.0,), (1.0,)))
+    mean, std = (value * shape[0] if len(value) == 1 else value for value in scale)
+    if not len(mean) == len(std) == shape[0]:
+        raise UserError(
+            f"normalize has {len(mean)} means and {len(std)} standard deviations for {shape[0]} channels: give one "
+            "number for all channels, or one for each."
+        )
+    words = "as the data set gives them" if is_raw or not is_bytes else (
+        f"scaled to [0, 1], mean {', '.join(f'{x:g}' for x in mean)} and deviation {', '.join(f'{x:g}' for x in std)}"
+    )  # fmt: skip
+    seen = f"images: {form.dtype} {list(shape)} of PyTorch data sets, {words}"
+    is_scaled = is_bytes or form.normalize is not None
+    return ImageForm(
+        shape, mean, std, dtype=form.dtype, is_raw=is_raw or not is_bytes, is_scaled=is_scaled, seen=(seen,)
+    )
+
+
+def _unkept(reason: str, who: str, why: str) -> UserError:
+    augmentation = " of the data set, and give --augment" if "draw" in why else " of the data set"
+    return UserError(
+        f"{reason} needs images that are the same whenever they are read, and {who} has none, as {why}: leave random "
+        f"transforms out{augmentation}."
+    )
