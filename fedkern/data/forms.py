@@ -68,12 +68,17 @@ class ImageForm:
         """Return mean and standard deviation of every channel.
 
         Raises:
-            UserError: nobody has named them; ``purpose`` says what needs them.
+            UserError: nobody has named them, or networks get uint8 images; ``purpose`` says what needs them.
         """
         if not self.is_scaled:
             raise UserError(
                 f"{purpose} needs pixels, and the data set gives float images: add normalize=(mean, std), the numbers "
                 "of the transform Normalize of the data set (0 and 1 without one)."
+            )
+        if self.is_raw and self.dtype == "uint8":
+            raise UserError(
+                f"{purpose} computes with images, and a network of your own gets uint8 images as they are: let the "
+                "data set give floats, (image / 255 - mean) / std, and add normalize=(mean, std)."
             )
         return self.mean, self.std
 
@@ -228,7 +233,8 @@ class ItemForm:
         """A freshly initialised network."""
         return models.build_any(
             about["model"], classes=about["classes"], width=about["width"], seed=seed, head=self.head,
-            raw=task.network == "any", inputs=self.input_words(),
+            raw=task.network == "any",
+            inputs=self.input_words() + ", and targets are no classes" * (task.target != "class"),
         )  # fmt: skip
 
 

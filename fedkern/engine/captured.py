@@ -393,6 +393,7 @@ class Graphs:
         records = torch.zeros(rows, values, dtype=torch.float64, device=self.device)
         # A loss that reads these fails, instead of being replayed with one batch's values.
         unread: Any = {name: _Unread(f"batch.{name}") for name in ("indices", "phase", "epoch", "masks")}
+        unread |= {} if batch.raw is None else {"raw": _Unread("batch.data")}
         drawn: dict[str, Any] = {name: _Unread(f'batch.drawn["{name}"]') for name in batch.drawn}
         drawn |= _constants(batch)
         watched = _Watched(received)

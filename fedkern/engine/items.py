@@ -29,8 +29,6 @@ class ItemReader(Reader):
             batch take the place of the row.
     """
 
-    recordable = False
-
     def __init__(self, split: Items, device: torch.device, *, seed: int, client: int = -1, size: int = BATCH) -> None:
         item_bytes = split.item_bytes or tensor_bytes(next(split.read([0], 0)))
         super().__init__(split, device, min(size, max(1, BYTES // max(1, item_bytes))))

@@ -46,6 +46,7 @@ def lanes(context: RunContext, method: Any) -> int:
         any(isinstance(layer, DRAWING) for layer in module.modules())
         or kind.prepare is not Objective.prepare
         or not replayable(kind, module)
+        or context.data.task.code()
     ):
         return 1
     return min(MOST, 1 + room(context.device))

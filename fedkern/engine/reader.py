@@ -28,7 +28,6 @@ class Reader:
 
     Attributes:
         fresh: whether a training epoch's batches may have other inputs than another epoch's.
-        recordable: whether batches are tensors of a kind, which a CUDA graph of a training step can take.
         size: samples of a batch where nobody says a number.
         predictions: predicted classes of the last evaluation, int64 [n] (segmentation: [n, H, W]), or None.
         kept: what the last evaluation that keeps handed on: a network's logits [n, C], or its Dice of every class, fp64
@@ -44,7 +43,6 @@ class Reader:
 
     fresh: bool
     labels: Any
-    recordable = True
 
     def __init__(self, split: AnySplit, device: torch.device, size: int = BATCH) -> None:
         self.split: Any = split

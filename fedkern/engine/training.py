@@ -327,7 +327,9 @@ def started(
     prepares = kind.prepare is not Objective.prepare
     previous = client.state.get(key := f"optimizer {phase.exchange} {len(gradients)}", {}) if schedule.keep else {}
     terms = None if adjusts else method.terms(received)
-    recordable = replayable(kind, network.module) if data.recordable else False
+    recordable = replayable(kind, network.module)
+    if recordable and data.task.code():  # the user's loss
+        recordable = None
     if recordable is False:
         graphs = None
     hold = None  # where the tensors of a step are that is recorded as a whole: AdamW's numbers are others every time

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import TensorDataset
 
 from fedkern import models
+from fedkern.data import FederatedData
 from fedkern.engine import captured, lanes, training
 from fedkern.engine import client as client_module
 from fedkern.engine.captured import Graphs, replayable
@@ -366,6 +368,21 @@ def test_a_network_of_somebodys_own_is_recorded(accelerate, make_data, make_conf
     assert same
     assert tapes.recorded == 1
     assert tapes.replayed == 6 * 20 - 2
+    assert "no-cuda-graph" not in diagnostics
+
+
+@pytest.mark.parametrize(
+    "loss", [None, nn.CrossEntropyLoss(label_smoothing=0.1), lambda x, y: cross_entropy(x, y) ** 2]
+)
+def test_steps_of_items_are_recorded(loss, make_config, tmp_path, monkeypatch, registries):
+    models.register_model("own")(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.LogSoftmax(1)))
+    sets = [TensorDataset(torch.randn(20, 6), torch.arange(20) % 3) for _ in range(3)]
+    data = FederatedData.from_datasets(sets, sets[0], loss_fn=loss, classes=3)
+    same, tapes, diagnostics = same_runs(
+        make_config(**{**SMALL, "model": "own", "width": None, "lr": 0.01}), data, tmp_path, monkeypatch
+    )
+    assert same
+    assert tapes.replayed > 3 * tapes.recorded > 0
     assert "no-cuda-graph" not in diagnostics
 
 

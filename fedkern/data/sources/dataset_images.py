@@ -179,7 +179,7 @@ def _image_form(form: ItemForm, is_raw: bool) -> ImageForm:
 
 
 def _unkept(reason: str, who: str, why: str) -> UserError:
-    augmentation = " of the data set, and give --augment" if "draw" in why else " of the data set"
+    augmentation = " of the data set, and give --augment crop-flip" if "draw" in why else " of the data set"
     return UserError(
         f"{reason} needs images that are the same whenever they are read, and {who} has none, as {why}: leave random "
         f"transforms out{augmentation}."
