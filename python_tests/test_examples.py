@@ -19,6 +19,7 @@ SAYS = {
     "finished_run": "round 3: accuracy",
     "frozen": "3,960 bytes up",
     "linear_probe": "accuracy of the probe: 0.",
+    "own_dataset": "accuracy after 2 rounds: 0.",
     "own_loop": "accuracy after 3 rounds",
     "own_method": "accuracy after 3 rounds",
     "own_model": "accuracy after 3 rounds",
