@@ -39,6 +39,8 @@ def test_operators_without_kernels_for_gpus():
     for name in ("triton", "cuda"):
         assert not any(rows[operator, name]["serves"] for operator in ("conv_norm", "conv_pool"))
         assert f"{name} does not serve conv_norm, conv_pool: not implemented" in shown()
+    assert "boxes, optimise: not implemented; the reference serves, also where triton is forced" in shown()
+    assert rows["boxes", "triton"]["serves"] is rows["optimise", "triton"]["serves"] is False
 
 
 def test_what_a_backend_leaves_to_the_reference_is_told():

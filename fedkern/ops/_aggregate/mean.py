@@ -215,6 +215,7 @@ backend.serve(
     cpu=AggregateKernels,
     cuda=AggregateKernels,
     triton="_aggregate.triton.aggregate:TritonAggregate",
-    triton_leaves="medians, trimmed means, distances (krum, geometric medians), clipping, noise and exact sums",
+    triton_leaves="medians, trimmed means, distances (krum, geometric medians), clipping, noise, exact sums and "
+    "server steps",
     fits="vectors_fit",
 )

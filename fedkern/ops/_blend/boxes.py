@@ -262,7 +262,4 @@ _fill_boxes = library.register(
 
 
 _DTYPES = backend.FLOATS | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
-backend.serve(
-    "boxes", cpu=BoxesKernels, cuda=BoxesKernels, triton="_blend.triton.boxes:TritonBoxes", dtypes=_DTYPES,
-    fits="boxes_fit",
-)  # fmt: skip
+backend.serve("boxes", cpu=BoxesKernels, cuda=BoxesKernels, dtypes=_DTYPES, fits="boxes_fit")

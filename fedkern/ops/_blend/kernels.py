@@ -1,4 +1,4 @@
-"""blend and boxes: the launchers of both compiled cores, and what they share with Triton's."""
+"""blend and boxes: the launchers of both compiled cores, and what blend shares with Triton's."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class BlendKernels(_Launcher):
 
 
 class BoxesKernels(_Launcher):
-    """erase_boxes and keep_boxes of both compiled cores; Triton's launcher has the same method."""
+    """erase_boxes and keep_boxes of both compiled cores."""
 
     def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
         """Writes ``images`` to ``out``, with ``fill`` for pixels inside any box or (``keep``) outside all boxes.

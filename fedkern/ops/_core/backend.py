@@ -119,7 +119,8 @@ def serve(
         cpu: launcher of the CPU kernels; called with ``fedkern._cpu`` when a call first needs it.
         cuda: launcher of the CUDA kernels; called with ``fedkern._cuda``. None: there are none.
         triton: module of ``fedkern.ops`` and class of the Triton launcher, for example ``"_fuse.triton:TritonFuse"``.
-            Triton is imported when a call first needs it. "": there is none.
+            Triton is imported when a call first needs it. "": there is none, and the reference serves an operator of
+            the CUDA core where Triton would.
         triton_leaves: what of the operator Triton leaves to the reference, in words.
         dtypes: dtypes that the implementations take.
         fits: function of ``fedkern._cpu`` that tells ordinary calls from others, for :func:`ready`; "" where none does.
@@ -458,8 +459,19 @@ def _candidates(device: str) -> tuple[str, ...]:
     return ("cpu",) if device == "cpu" else ()
 
 
+def _is_left_by_triton(operator: str) -> bool:
+    """Return whether ``operator`` has kernels for GPUs, but none in Triton.
+
+    Its reference serves under a forced Triton.
+    """
+    kernels = _kernels.get(operator, {})
+    return "cuda" in kernels and "triton" not in kernels
+
+
 def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
     forced = forced_backend()
+    if forced == "triton" and _is_left_by_triton(operator):
+        forced = "reference"
     serving, choice = forced, (None, frozenset[torch.dtype]())
     if forced is not None and forced != "reference":
         kernel = _kernels.get(operator, {}).get(forced)
@@ -513,7 +525,9 @@ def status() -> list[Row]:
         for backend in BACKENDS[1:]:
             kernel = _kernels[operator].get(backend)
             if kernel is None:
-                rows.append(Row(operator, backend, False, "not implemented"))
+                is_left = backend == "triton" and _is_left_by_triton(operator)
+                serving = "; the reference serves, also where triton is forced" if is_left else ""
+                rows.append(Row(operator, backend, False, "not implemented" + serving))
                 continue
             try:
                 _load(operator, backend)

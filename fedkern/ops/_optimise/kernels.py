@@ -70,7 +70,7 @@ class Call(NamedTuple):
 
 
 class OptimiseKernels(Launcher):
-    """sgd_step and adamw_step of a compiled core; Triton's launcher has the same method."""
+    """sgd_step and adamw_step of a compiled core."""
 
     def __init__(self, core: Any) -> None:
         super().__init__(core)

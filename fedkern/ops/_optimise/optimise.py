@@ -292,10 +292,4 @@ _operators = [
 ]
 
 
-backend.serve(
-    "optimise",
-    cpu=OptimiseKernels,
-    cuda=OptimiseKernels,
-    triton="_optimise.triton:TritonOptimise",
-    fits="optimise_fits",
-)
+backend.serve("optimise", cpu=OptimiseKernels, cuda=OptimiseKernels, fits="optimise_fits")

@@ -13,11 +13,9 @@ from typing import Any
 import torch
 
 import fedkern.ops
-from fedkern.ops._aggregate.rules import RULES, ServerCall, ServerRule
 from fedkern.ops._aggregate.triton.aggregate import TritonAggregate
 from fedkern.ops._blend.kernels import BlendCall
 from fedkern.ops._blend.triton.blend import TritonBlend
-from fedkern.ops._blend.triton.boxes import TritonBoxes
 from fedkern.ops._contrast.reference import ContrastCall
 from fedkern.ops._contrast.triton import TritonContrast
 from fedkern.ops._distill.kernels import Divergence, Ensemble, consensus_call, entropy_call, js_call
@@ -25,8 +23,6 @@ from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, PROBS
 from fedkern.ops._distill.triton.distill import TritonDistill
 from fedkern.ops._fuse.reference import FuseCall
 from fedkern.ops._fuse.triton import TritonFuse
-from fedkern.ops._optimise.kernels import AdamW, Call
-from fedkern.ops._optimise.triton import TritonOptimise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Case = tuple[str, Callable[[], Any]]
@@ -64,10 +60,10 @@ def cases(full: bool) -> Iterator[Case]:
     Otherwise some of them, spread over all, that compile in less than a minute.
     """
     families = (
-        blend_cases, boxes_cases, contrast_cases, distill_cases, ensemble_cases, aggregate_cases, optimise_cases,
-        fuse_cases, size_one, weights_cases,
+        blend_cases, contrast_cases, distill_cases, ensemble_cases, aggregate_cases, fuse_cases, size_one,
+        weights_cases,
     )  # fmt: skip
-    for family, step in zip(families, (2, 2, 1, 5, 2, 1, 1, 1, 1, 1), strict=True):
+    for family, step in zip(families, (2, 1, 5, 2, 1, 1, 1, 1), strict=True):
         yield from itertools.islice(family(full), 0, None, 1 if full else step)
 
 
@@ -104,27 +100,6 @@ def blend_cases(full: bool) -> Iterator[Case]:
             )
 
 
-def boxes_cases(full: bool) -> Iterator[Case]:
-    kernel = TritonBoxes()
-    for number, (shape, layout) in enumerate(
-        [
-            ((32, 3, 224, 224), torch.contiguous_format),
-            ((32, 3, 224, 224), torch.channels_last),
-            ((8, 64, 16, 17), torch.contiguous_format),
-        ]
-    ):
-        kinds = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
-        for dtype in kinds if full else (kinds[number % 3], torch.float32):
-            images = torch.empty(shape, dtype=dtype).to(memory_format=layout)
-            for exact in (torch.float32, torch.float64)[: 2 if full else 1]:
-                boxes, fill = torch.zeros(shape[0], 5, 4, dtype=exact), torch.zeros(1, shape[1], dtype=dtype)
-                for keep in (False, True)[: 2 if full else 1]:
-                    yield (
-                        f"boxes {dtype} {list(shape)} {layout}",
-                        lambda a=images, b=boxes, f=fill, k=keep: kernel.fill(a, b, f, k, torch.empty_like(a)),
-                    )
-
-
 def contrast_cases(full: bool) -> Iterator[Case]:
     kernel = TritonContrast()
     for dtype in (torch.float32, torch.float64) if full else (torch.float32,):
@@ -136,18 +111,6 @@ def contrast_cases(full: bool) -> Iterator[Case]:
                 call = ContrastCall(x, x, temperature)
                 yield f"{label} loss", lambda: kernel.loss_and_sums(call)
                 yield f"{label} gradient", lambda: kernel.gradients(call, sums, (True, True, True))
-
-
-def optimise_cases(full: bool) -> Iterator[Case]:
-    kernel = TritonOptimise()
-    numbers = AdamW(0.9, 0.999, 0.1, 0.03, 1e-8)
-    for number, dtype in enumerate(DTYPES if full else (torch.float32,)):
-        x = torch.empty(3, 5000, dtype=dtype)
-        plain = Call(x, x, None, None, None, None, None, 0.1, 0.0, 0.0, 0.0, None, False, None)
-        every = Call(x, x, x, None, x, x, x, [0.1, 0.2, 0.3], 0.9, 0.1, 0.3, 1.0, True, None)
-        adamw = Call(x, x, x, x, None, None, None, 0.1, 0.0, 0.1, 0.0, None, True, numbers)
-        for label, call in (("sgd", plain), ("sgd with all", every), ("adamw", adamw)):
-            yield f"optimise {dtype} {label} {number}", lambda: kernel.step(call)
 
 
 # Rows of each kind: in one tile and in several, whole and in pieces, in parts, and with the positions side by side.
@@ -231,11 +194,6 @@ def aggregate_cases(full: bool) -> Iterator[Case]:
             label = f"aggregate {dtype} {count} vectors"
             yield f"{label} weighted_mean", lambda: kernel.weighted_mean(rows, weights, None)
             yield f"{label} weighted_mean of a stack", lambda: kernel.weighted_mean(stack, memory, None)
-            state = torch.empty(size)
-            for rule in range(len(RULES)) if full else (2,):
-                states = [state if rule > k else None for k in (0, 1)]
-                call = ServerCall(stack[0], rows, weights, ServerRule(rule, 1.0, 0.9, 0.99, 1e-3), *states)
-                yield f"{label} server_step {RULES[rule]}", lambda: kernel.server_step(call)
             if number == 0 or full:
                 total = torch.empty(size, dtype=torch.float64)
                 yield f"{label} accumulate", lambda: kernel.accumulate(total, rows[0], 2.0)
@@ -274,11 +232,7 @@ def fuse_cases(full: bool) -> Iterator[Case]:
 
 def size_one(full: bool) -> Iterator[Case]:
     """Triton hands kernels an argument that is 1 as a Python number, which has no ``.to()``."""
-    boxes, distill, aggregate, fuse = TritonBoxes(), TritonDistill(), TritonAggregate(), TritonFuse()
-    for shape in ((2, 3, 1, 8), (2, 3, 8, 1), (1, 1, 8, 8), (1, 1, 1, 1))[: 4 if full else 1]:
-        images = torch.empty(shape)
-        corners, fill = torch.zeros(shape[0], 1, 4), torch.zeros(1, shape[1])
-        yield f"boxes {list(shape)}", lambda: boxes.fill(images, corners, fill, False, torch.empty_like(images))
+    distill, aggregate, fuse = TritonDistill(), TritonAggregate(), TritonFuse()
     for shape in ((1, 100_000), (1, 1), (3, 1), (1, 3, 1, 1))[: 4 if full else 1]:
         x, one = torch.empty(shape), torch.empty(())
         call, needs = Divergence(x, None, x, None, 2.0, False, BATCHMEAN), (True, False, True, False)
@@ -286,9 +240,7 @@ def size_one(full: bool) -> Iterator[Case]:
         yield f"distill {list(shape)}", lambda: distill.divergence_backward((one,), call, needs)
     rows = list(torch.empty(20, 1))
     weights = [1.0] * len(rows)
-    step = ServerCall(rows[0], rows, weights, ServerRule(0, 1.0, 0.9, 0.99, 1e-3))
     yield "aggregate [1] weighted_mean", lambda: aggregate.weighted_mean(rows, weights, None)
-    yield "aggregate [1] server_step", lambda: aggregate.server_step(step)
     for count, shape in ((2, (3, 1, 4, 4)), (1, (1, 3, 4, 4)), (2, (1, 1, 1, 1)))[: 3 if full else 2]:
         maps, vector = [torch.empty(shape) for _ in range(count)], torch.empty(count * shape[1])
         grad = torch.empty((shape[0], shape[1] * count, *shape[2:]))
@@ -305,7 +257,6 @@ def weights_cases(full: bool) -> Iterator[Case]:
     """A round's weights are data, and so is where its vectors lie: other ones must not need another kernel."""
     kernel, memory = TritonAggregate(), torch.empty(8, 5000)
     side_by_side, apart = list(memory.flatten()[: 8 * 4096].view(8, 4096)), [x[:4096] for x in memory]
-    rule = ServerRule(0, 1.0, 0.9, 0.99, 1e-3)
     for rows, weights in (
         (side_by_side, [1.0] * 8),
         (apart, [0.1, 1 / 3, 0.0, 2.0, 64.0, 5e-324, 1e300, 7 / 9]),
@@ -313,4 +264,3 @@ def weights_cases(full: bool) -> Iterator[Case]:
         ([*apart[2:], apart[0], apart[0]], [2.0] * 8),
     ):
         yield "weights weighted_mean", lambda: kernel.weighted_mean(rows, weights, None)
-        yield "weights server_step", lambda: kernel.server_step(ServerCall(rows[0], rows, weights, rule))

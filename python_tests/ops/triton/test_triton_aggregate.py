@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._aggregate.plain import PLAIN
-from fedkern.ops._aggregate.rules import RULES, ServerCall, ServerRule
 from python_tests.ops.operator_cases import BACKENDS, DTYPES, pairwise
 
 if "triton" not in BACKENDS:
@@ -115,26 +114,3 @@ def test_weights_of_sum_zero_give_nan() -> None:
     vectors = make(3, 17, torch.float32, "stack")
     assert KERNEL.weighted_mean(vectors, torch.zeros(3), None).isnan().all()
     assert KERNEL.weighted_mean(list(vectors), torch.zeros(3), None).isnan().all()
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("rule", range(len(RULES)), ids=RULES)
-def test_server_step(rule: int) -> None:
-    axes = {"count": (1, 5), "size": (1, 1100), "dtype": DTYPES, "form": FORMS, "state": ("single", "double")}
-    for number, case in enumerate(pairwise(axes, seed=2)):
-        state = torch.float32 if case.pop("state") == "single" else torch.float64
-        vectors, old = make(**case), torch.randn(case["size"]).to(case["dtype"])
-        weights = [float((m + number) % 3) + (m == 0) for m in range(case["count"])]
-        given = torch.tensor(weights) if number % 2 else weights
-        settings = ServerRule(rule, 0.3, 0.9, 0.99, 1e-3)
-        states = [torch.rand(case["size"], dtype=state) if rule > k else None for k in (0, 1)]
-        copies, others = ([None if x is None else x.clone() for x in states] for _ in range(2))
-        got = KERNEL.server_step(ServerCall(old, vectors, given, settings, *states))
-        expected = PLAIN.server_step(ServerCall(old, vectors, weights, settings, *copies))
-        for one, two in zip((*got, *states), (*expected, *copies), strict=True):
-            if one is not None:
-                same(one, two, 1e-6 if one.dtype is torch.float32 else 1e-5)
-        here, *nothing = KERNEL.server_step(ServerCall(old, vectors, given, settings, *others, old, False))
-        assert here is old
-        assert torch.equal(here, got[0])
-        assert [len(numbers) for numbers in nothing] == [0, 0]

@@ -54,12 +54,12 @@ def test_no_kernel_spills_in_any_dtype_and_size_class() -> None:
 @pytest.mark.exhaustive
 def test_other_weights_and_places_need_no_other_kernel() -> None:
     compiled = Counter(line["kernel"] for line in compile_all("--family", "weights"))
-    assert compiled == {"mean_kernel": 1, "step_kernel": 1}
+    assert compiled == {"mean_kernel": 1}
 
 
 @pytest.mark.exhaustive
 def test_a_spill_would_be_seen() -> None:
-    compiled = compile_all("--family", "boxes", "--registers", "24")
+    compiled = compile_all("--family", "distill", "--registers", "24")
     assert any(line["spill_stores"] and line["spill_loads"] for line in compiled)
     with pytest.raises(AssertionError):
         check(compiled)

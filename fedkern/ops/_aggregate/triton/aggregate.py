@@ -10,9 +10,7 @@ from torch import Tensor
 
 from fedkern.ops._aggregate.checks import Vectors, Weights, deliver, direct_target, rows_of
 from fedkern.ops._aggregate.plain import PlainAggregate
-from fedkern.ops._aggregate.rules import ServerCall
-from fedkern.ops._aggregate.triton.means import add_kernel, divide_kernel, encoded, mean_kernel, step_kernel
-from fedkern.ops._core import backend
+from fedkern.ops._aggregate.triton.means import add_kernel, divide_kernel, encoded, mean_kernel
 from fedkern.ops._core.triton.launch import cdiv, double_bits, filled, launch, power_of_two
 from fedkern.ops._core.triton.offsets import tensor_starts
 
@@ -22,12 +20,10 @@ BLOCK = 1024
 UNROLLED = 16
 # Most vectors whose mean a launch takes; more take several launches.
 MEMBERS = 64
-# Most vectors of server_step, which needs all of them in one launch: no more fit as parameters.
-MOST = 128
 
 
 class TritonAggregate(PlainAggregate):
-    """Means, accumulators and server_step in Triton; all else is PlainAggregate's, and ``backend.serve`` names it."""
+    """Means and accumulators in Triton. All else is PlainAggregate's, and ``backend.serve`` names it."""
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
         rows, size, device = rows_of(vectors), vectors[0].shape[0], vectors[0].device
@@ -69,32 +65,6 @@ class TritonAggregate(PlainAggregate):
         target = out if isinstance(out, Tensor) else torch.empty(size, dtype=out, device=total.device)
         launch(divide_kernel, cdiv(size, BLOCK), total.device, total, double_bits(weight), target, size, BLOCK=BLOCK)
         return target
-
-    def server_step(self, call: ServerCall) -> tuple[Tensor, Tensor, Tensor]:
-        global_, vectors, weights, rule, first, second, out, similarities = call
-        size, device, count = len(global_), global_.device, len(vectors)
-        if count > MOST:
-            backend.not_forced("server_step", "triton", f"of {count} vectors")
-            return super().server_step(call)
-        target = torch.empty(size, dtype=global_.dtype, device=device) if out is None else out
-        programs = cdiv(size, BLOCK)
-        columns = count if similarities else 0
-        partial = torch.empty(programs, 2 * columns + 1, dtype=torch.float64, device=device)
-        base, offsets, strides, copies = Table.of(vectors)
-        shares = _parameters(weights)
-        launch(
-            step_kernel, programs, device, global_, base, offsets, shares, first, second, target, partial, count, size,
-            global_.stride(0), *strides, double_bits(rule.learning_rate), double_bits(rule.beta1),
-            double_bits(rule.beta2), double_bits(rule.tau), RULE=rule.rule, BITS=_bits(shares), COUNT=len(offsets),
-            MEMBERS=power_of_two(count), SIMILAR=similarities, BLOCK=BLOCK,
-        )  # fmt: skip
-        del copies
-        if not similarities:
-            return target, partial.new_empty(0), partial.new_empty(0)
-        sums = partial.sum(0)
-        squares, products, square = sums[:count], sums[count:-1], sums[-1]
-        scale = (squares * square).sqrt()
-        return target, squares.sqrt(), torch.where(scale == 0, 0.0, products / scale)
 
 
 def _same_stride(rows: Sequence[Tensor]) -> tuple[list[Tensor], int]:

@@ -1,4 +1,4 @@
-"""The means in Triton: weighted mean, running mean and server_step; their launcher is in aggregate.py.
+"""The means in Triton: weighted mean and running mean. Their launcher is in aggregate.py.
 
 Vectors come as a tuple of pointers, or as one pointer with the offsets of _core/triton/offsets.py or a stack's stride.
 Weights come as :func:`encoded` doubles or in memory.  Pointers, offsets and encoded weights are kernel parameters:
@@ -22,12 +22,6 @@ def _wide(x):
     16-bit types by way of fp32.
     """
     return x if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
-
-
-@triton.jit
-def difference(a, b):
-    """``a - b``, and 0 between equal infinities."""
-    return tl.where(a == b, 0.0, a - b)
 
 
 def encoded(weight: float) -> int:
@@ -109,64 +103,3 @@ def divide_kernel(total, weight, out, size, BLOCK: tl.constexpr):
     tl.store(
         out + place, narrow(tl.load(total + place, mask=mask, other=0) / double_of(weight, tl.float64), out), mask=mask
     )
-
-
-@triton.jit(do_not_specialize=["offsets", "weights", "rate", "beta1", "beta2", "tau"])
-def step_kernel(
-    old, vectors, offsets, weights, first, second, out, partial, count, size, old_stride, row_stride, stride,
-    rate, beta1, beta2, tau,
-    RULE: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, MEMBERS: tl.constexpr, SIMILAR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A block of the server's step: mean delta, the optimiser's update, and the block's part of norms and products.
-
-    ``partial [programs, 2 * count + 1]``: squares of the deltas, their products with the mean, the mean's square; only
-    if SIMILAR.  Deltas are then read twice, the second time from the cache.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    place = program * BLOCK + tl.arange(0, BLOCK)
-    mask = place < size
-    before = _wide(tl.load(old + place * old_stride, mask=mask, other=0))
-    mean = tl.zeros([BLOCK], tl.float64)
-    weight_sum = tl.zeros([1], tl.float64)
-    member = tl.arange(0, MEMBERS)
-    share = weights_of(weights, member, count, BITS)
-    start = starts_of(offsets, row_stride, member, COUNT)
-    for m in range(count):
-        weight, begin = pick(share, member, m), pick(start, member, m)
-        x = tl.load(vectors + begin + place * stride, mask=mask, other=0)
-        mean += tl.where(weight == 0, 0.0, weight * difference(_wide(x), before))
-        weight_sum += weight
-    mean = tl.where(mask, mean / weight_sum, 0.0)
-    if SIMILAR:
-        partial += program * (2 * count + 1)
-        tl.store(partial + 2 * count, tl.sum(mean * mean, axis=0))
-        for m in range(count):
-            x = tl.load(vectors + pick(start, member, m) + place * stride, mask=mask, other=0)
-            delta = difference(_wide(x), before)
-            tl.store(partial + m, tl.sum(delta * delta, axis=0))
-            tl.store(partial + count + m, tl.sum(delta * mean, axis=0))
-
-    learning = double_of(rate, tl.float64)
-    if RULE == 0:
-        update = learning * mean
-    elif RULE == 1:
-        momentum = double_of(beta1, tl.float64) * _wide(tl.load(first + place, mask=mask, other=0)) + mean
-        tl.store(first + place, narrow(momentum, first), mask=mask)
-        update = learning * momentum
-    else:
-        b1, b2 = double_of(beta1, tl.float64), double_of(beta2, tl.float64)
-        blended = b1 * _wide(tl.load(first + place, mask=mask, other=0)) + (1.0 - b1) * mean
-        two = _wide(tl.load(second + place, mask=mask, other=0))
-        square = mean * mean
-        if RULE == 2:
-            two = b2 * two + (1.0 - b2) * square
-        elif RULE == 3:
-            sign = tl.where(two > square, 1.0, tl.where(two < square, -1.0, two - square))
-            two = two - (1.0 - b2) * square * sign
-        else:
-            two = two + square
-        tl.store(first + place, narrow(blended, first), mask=mask)
-        tl.store(second + place, narrow(two, second), mask=mask)
-        update = learning * blended / (tl.sqrt(two) + double_of(tau, tl.float64))
-    tl.store(out + place, narrow(before + update, out), mask=mask)

@@ -1,1 +1,1 @@
-"""blend and boxes in Triton."""
+"""blend in Triton."""
