@@ -54,13 +54,18 @@ class ImageForm:
     is_raw: bool = False
     is_scaled: bool = True
 
+    @property
+    def feeds_bytes(self) -> bool:
+        """Return whether networks get uint8 images."""
+        return self.is_raw and self.dtype == "uint8"
+
     def said(self) -> str:
         """The size of a sample in words."""
         return f" of {'×'.join(map(str, self.shape))}"
 
     def normalised(self, images: Tensor) -> Tensor:
         """Return what a network sees of images ``[B, C, H, W]`` of a split, or of uint8 images, channels-last."""
-        if images.dtype != torch.uint8 or (self.is_raw and self.dtype == "uint8"):
+        if images.dtype != torch.uint8 or self.feeds_bytes:
             return images.contiguous(memory_format=torch.channels_last)
         return normalise(images, self.mean, self.std, channels_last=True)
 
@@ -75,7 +80,7 @@ class ImageForm:
                 f"{purpose} needs pixels, and the data set gives float images: add normalize=(mean, std), the numbers "
                 "of the transform Normalize of the data set (0 and 1 without one)."
             )
-        if self.is_raw and self.dtype == "uint8":
+        if self.feeds_bytes:
             raise UserError(
                 f"{purpose} computes with images, and a network of your own gets uint8 images as they are: let the "
                 "data set give floats, (image / 255 - mean) / std, and add normalize=(mean, std)."
@@ -111,7 +116,9 @@ class ImageForm:
         }  # fmt: skip
 
     def noise(self, samples: int, rng: np.random.Generator) -> Tensor:
-        """Normally distributed inputs of a network, fp32."""
+        """Return random inputs of a network: normally distributed, fp32, or any uint8 values where it gets these."""
+        if self.feeds_bytes:
+            return torch.from_numpy(rng.integers(0, 256, (samples, *self.shape), dtype="uint8"))
         return torch.from_numpy(rng.standard_normal((samples, *self.shape), dtype="float32"))
 
     def build(self, task: Any, about: Mapping[str, Any], seed: Any) -> nn.Module:

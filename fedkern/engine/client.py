@@ -469,5 +469,5 @@ def check_client(method: Any, client: Client) -> None:
     if method.masked and not client.objects_known:
         raise UserError(
             f"{type(method).__name__} trains on object masks (its masked is True), and client {client.label} has no "
-            "images with masks: give --boxes FILE or --detector PATH_OR_NAME, or data with masks."
+            "images with masks: give --boxes FILE or --detector PATH_OR_NAME, or of a Dataset items with a key mask."
         )

@@ -136,7 +136,7 @@ class Images(Reader):
             yield self.pixels.take(np.arange(part.start, part.stop)), masks
 
     def background_images(self) -> dict[str, Tensor]:
-        """Images with a detected object, the object's pixels black: uint8 images, bool masks, int64 labels.
+        """Images with a detected object, the object's pixels 0: images, bool masks, int64 labels.
 
         Of images that are larger than what a network sees, the central windows.
 
@@ -153,8 +153,12 @@ class Images(Reader):
         return self._banks[fill]
 
     def make_backgrounds(self, message: Mapping[str, Tensor], fill: str) -> BackgroundBank:
-        """Erases the objects and normalises; ``fill`` is ``"mean"`` (0 after normalisation) or ``"zero"`` (black)."""
-        value = torch.zeros(len(self.form.mean))
+        """Erase the objects and normalise.
+
+        Args:
+            fill: ``"mean"``, 0 after normalisation and middle grey of uint8 images as they are, or ``"zero"``, black.
+        """
+        value = torch.full((len(self.form.mean),), 128.0 * self.form.feeds_bytes)
         if fill != "mean":
             mean, std = map(torch.tensor, self.form.scale("A background of black pixels"))
             value = -mean / std

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
@@ -41,6 +42,10 @@ class Node:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self._images().shape
+
+    @property
+    def image_dtype(self) -> torch.dtype:
+        return torch.uint8 if self._images().dtype == "uint8" else torch.float32
 
     @property
     def mean(self) -> tuple[float, ...]:

@@ -71,8 +71,8 @@ def resolve(
         network = RunContext(config, data).build()
     else:
         data = _with_classes(network, data)
-        classes, shape = len(data.classes), data.form.shape
-        check_output(network, make.text, shape, data.task.output(classes, shape[1:]), classes, config.data)
+        classes, form = len(data.classes), data.form
+        check_output(network, make.text, form, data.task.output(classes, form.shape[1:]), classes, config.data)
     registry.check_network(config.method, config.made.needs, network, data, make.text)
     state = network.state_dict()
     shapes = layout(state)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedkern.errors import UserError, described
 from fedkern.ops._core.private_torch import PYTREE_NODES, REGISTER_NODE
 
-TARGETS = ("labels", "targets")
+TARGETS = ("labels", "targets", "label")
 """Keys of a batch's targets, where it is a mapping."""
 
 
@@ -158,10 +158,10 @@ class Keywords(dict[str, Any]):
 
 
 def parted(batch: Any) -> tuple[Any, Any]:
-    """Inputs and targets of a batch: of a tuple the last part, of a mapping ``labels`` or ``targets`` are the targets.
+    """Return inputs and targets of a batch: of a tuple the last part, of a mapping an entry of `TARGETS`.
 
-    A dataclass or namespace is its own input, and its attribute ``labels`` or ``targets`` holds the targets. Targets
-    are None where nothing says what they are.
+    A dataclass or namespace is its own input, and an attribute of `TARGETS` holds the targets. Targets are None where
+    nothing says what they are.
     """
     if isinstance(batch, (tuple, list)) and len(batch) == 1:
         return batch[0], None

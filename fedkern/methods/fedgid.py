@@ -252,8 +252,11 @@ class FedGID(LocalTraining):
         if self._mixes and not client.objects_known:
             raise UserError(
                 "The background intervention needs to know where the objects are, and this data set has no masks: give "
-                "--boxes FILE or --detector PATH_OR_NAME, or turn it off with --method-option intervention=off."
+                "--boxes FILE or --detector PATH_OR_NAME, of a Dataset items with a key mask, or turn it off with "
+                "--method-option intervention=off."
             )
+        if self._mixes and self.options.background_fill == "zero":
+            _ = client.mean  # raises where nothing says which value is black
 
     def start(self, server: Server) -> None:
         super().start(server)
@@ -286,7 +289,7 @@ class FedGID(LocalTraining):
         if phase.exchange == "collect":
             channels, height, width = server.image_shape
             return {
-                "images": Values(("images", channels, height, width), torch.uint8),
+                "images": Values(("images", channels, height, width), server.image_dtype),
                 "masks": Values(("images", height, width), torch.bool),
                 "labels": Values(("images",), torch.int64, low=0, high=server.federation.classes - 1),
             }

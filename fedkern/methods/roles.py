@@ -81,6 +81,7 @@ class Node(Protocol):
         task: what the run learns.
         classes: the class names, in label order.
         image_shape: channels, height and width of a network's input.
+        image_dtype: of stored images, uint8, or float32 of a Dataset that gives floats.
         mean, std: per channel, of images in [0, 1]; a normalised image is ``(image - mean) / std``.
         public: public labelled images, which no client holds (``--public-samples``), or None.
     """
@@ -91,6 +92,9 @@ class Node(Protocol):
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def image_dtype(self) -> torch.dtype: ...
 
     @property
     def mean(self) -> tuple[float, ...]: ...

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -473,26 +474,25 @@ def _memory_of(module: nn.Module) -> dict[str, int]:
 
 
 @torch.no_grad()
-def check_output(
-    network: nn.Module, text: str, shape: Sequence[int], output: Sequence[int], classes: int, source: str
-) -> None:
+def check_output(network: nn.Module, text: str, form: Any, output: Sequence[int], classes: int, source: str) -> None:
     """Raises UserError where a network has no logits for the classes of the data.
 
     Args:
         network: is left in train mode.
-        shape: channels, height and width of the images.
+        form: that of the images.
         output: shape of the logits of one image.
         classes: number of classes that the network is to tell.
     """
-    images = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
+    images = form.noise(2, np.random.default_rng(0))
     network.eval()
     try:
-        logits: Any = network(images)
+        logits = network(images)
     except Exception as error:  # a network's code may raise anything
         reason = str(error).strip().split("\n")[0].rstrip(".")
+        way = " (they are uint8: begin the network with x.float() / 255, or let the data set give floats)"
         raise UserError(
-            f"the network {text} cannot take the images of {source}, {'x'.join(map(str, shape))} "
-            f"(channels, height, width): {type(error).__name__}: {reason}."
+            f"the network {text} cannot take the images of {source}, {'x'.join(map(str, form.shape))} "
+            f"(channels, height, width): {type(error).__name__}: {reason}{way * form.feeds_bytes}."
         ) from None
     network.train()
     expected = [2, *output]

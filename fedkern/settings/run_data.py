@@ -220,7 +220,7 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
     if config.augment not in (None, "none") and not data.form.offers:
         words = data.form.input_words()
         raise UserError(f"--augment {config.augment} is for images [C, H, W]; samples have {words}: leave it out.")
-    if config.augment == "jitter" and data.form.offers and data.form.is_raw and data.form.dtype == "uint8":
+    if config.augment == "jitter" and data.form.offers and data.form.feeds_bytes:
         raise UserError("--augment jitter is for float images, and the data set gives uint8: take another one.")
     if config.keep_items != "auto" and not (data.sights or isinstance(data.validation, Items)):
         raise UserError(f"--keep-items {config.keep_items} is for data sets of PyTorch: leave it out.")

@@ -7,11 +7,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import fedkern
-from fedkern.data import AUGMENTATIONS, Split, normalise
+from fedkern.data import AUGMENTATIONS, FederatedData, Split, normalise
 from fedkern.data.forms import ImageForm
 from fedkern.data.images.transforms import window
 from fedkern.engine.images import Images
@@ -265,3 +266,69 @@ def test_no_step_waits_for_the_device(make_data, make_config, monkeypatch, tmp_p
         run(config, data=make_data(), out=tmp_path / "run")
     assert waits.steps > 3
     assert not waits.found
+
+
+class Masked(Dataset):
+    """Images uint8 or float32 ``[3, 16, 16]`` with a class, and masks, those of the last third empty."""
+
+    def __init__(self, seed, count, kind="uint8", masked=True):
+        draw = np.random.default_rng(seed)
+        self.targets = draw.integers(0, 3, count)
+        images = (draw.integers(0, 60, (count, 3, 16, 16)) + 60 * self.targets[:, None, None, None]).astype(np.uint8)
+        self.images, self.masks = torch.from_numpy(images), torch.zeros(count, 1, 16, 16)
+        self.masks[: 2 * count // 3, :, 4:11, 3:9] = 1
+        self.values = self.images if kind == "uint8" else (self.images / 255 - 0.5) / 0.25
+        self.masked = masked
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, row):
+        image, label = self.values[row], int(self.targets[row])
+        return {"image": image, "label": label, "mask": self.masks[row]} if self.masked else (image, label)
+
+
+def staged():
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)]
+    return nn.Sequential(*parts)
+
+
+@pytest.mark.parametrize(("kind", "model", "options"), [
+    ("uint8", "cnn", {}),
+    ("uint8", "cnn", {**SHARED, "background_fill": "zero"}),
+    ("uint8", "cnn", {"intervention": "off"}),
+    ("float32", "cnn", {"background_fill": "zero"}),
+    ("float32", staged(), {}),
+    ("float32", staged(), SHARED),
+])  # fmt: skip
+def test_items_with_the_key_mask_are_images_with_masks(kind, model, options, tmp_path):
+    masked = options.get("intervention") != "off"
+    sets = [Masked(k, 24, kind, masked) for k in range(2)]
+    sets[1].masks[:] = 0
+    test = Masked(2, 12, kind, masked=False)
+    how = {"rounds": 2, "batch_size": 8, "workers": 1, "progress": False, "options": options}
+    how |= {"model": model, "width": 4} if model == "cnn" else {"model": model}
+    about = {"normalize": (0.5, 0.25)} if "background_fill" in options and kind == "float32" else {}
+    result = fedkern.simulate("fedgid", data=sets, test=test, out=tmp_path / "run", **about, **how)
+    clients = read_metrics(tmp_path / "run")[0]["clients"]
+    assert ("loss_gi" in clients["0"]) == masked
+    assert ("loss_gi" in clients["1"]) == (options.get("background_pool") == "shared")  # it has no object
+    if kind == "float32":
+        return
+    arrays = FederatedData.from_arrays([(part.images, part.targets) for part in sets], (test.images, test.targets))
+    splits = [
+        dataclasses.replace(split, masks=part.masks[:, 0] > 0) for split, part in zip(arrays.clients, sets, strict=True)
+    ]
+    arrays = dataclasses.replace(arrays, clients=tuple(splits))
+    assert fedkern.simulate("fedgid", data=arrays, out=tmp_path / "arrays", **how).metrics == result.metrics
+
+
+@pytest.mark.parametrize(("kind", "masked", "options", "sentence"), [
+    ("uint8", False, {}, "has no masks: give .*, of a Dataset items with a key mask, or turn it off"),
+    ("float32", True, {"background_fill": "zero"}, r"gives float images: add normalize=\(mean, std\)"),
+])  # fmt: skip
+def test_what_items_lack_is_said_before_the_run(kind, masked, options, sentence, refuses, tmp_path):
+    sets = {"data": [Masked(k, 24, kind, masked) for k in range(2)], "test": Masked(2, 12, kind, masked)}
+    with refuses(sentence):
+        fedkern.simulate("fedgid", **sets, model="cnn", rounds=1, options=options, out=tmp_path / "run")

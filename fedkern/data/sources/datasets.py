@@ -72,8 +72,8 @@ def task_of_targets(
     if truth is None and batch_loss is None:
         has = f"only {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "as a batch is no tuple"
         raise UserError(
-            f"nothing of a sample is its target, {has}: give samples (inputs, targets) or with a key labels or "
-            "targets, or batch_loss=FUNCTION of (model, batch)."
+            f"nothing of a sample is its target, {has}: give samples (inputs, targets) or with a key label, labels "
+            "or targets, or batch_loss=FUNCTION of (model, batch)."
         )
     numbers = isinstance(truth, Tensor) and truth.dtype in INTEGERS
     labelled = numbers and truth.dim() == 1
