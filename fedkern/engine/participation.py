@@ -109,13 +109,11 @@ class Assignment:
     Attributes:
         clients: those that the server asks, in ascending order.
         absent: those of them whose uploads never reach the server, with the reasons.
-        share: the share of its local steps that a client does, of those that do not do all.
         began: the round in which a client was sent what it answers, of those that were sent it in an earlier round.
     """
 
     clients: Sequence[ClientId]
     absent: Mapping[ClientId, str] = field(default_factory=dict)
-    share: Mapping[ClientId, float] = field(default_factory=dict)
     began: Mapping[ClientId, int] = field(default_factory=dict)
 
 
@@ -158,11 +156,9 @@ class Participation:
         config, clients = self._config, self.clients(entry, round)
         if entry.one_off:
             return Assignment(clients)
-        slow: dict[ClientId, float] = {}
         if config.straggler_rate:
             self.clock += max(self._time(round, k) for k in clients)
-            slow = {k: share for k in clients if (share := share_of_work(config, round, k)) < 1}
-        return Assignment(clients, absent_clients(config, round, clients), slow)
+        return Assignment(clients, absent_clients(config, round, clients))
 
     def _time(self, round: int, client: ClientId) -> float:
         """For how long the server waits for a client."""

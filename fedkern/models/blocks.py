@@ -15,14 +15,12 @@ from fedkern.models.precision import autocasts, full
 from fedkern.models.resnet import ResNet
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.user_models import OwnNetwork
-from fedkern.models.vgg import VGG
 from fedkern.ops._core.layout import plain_strides
 
 CUTS: dict[tuple[type[nn.Module], int], dict[int, tuple[int, ...]]] = {
     # (class, layers): number of blocks: the layers behind which the network is cut (docs/methods/fusefl.md, 4).
     (ResNet, 9): {2: (4,), 3: (0, 4), 4: (0, 4, 6), 8: (0, 1, 2, 3, 5, 7, 8)},  # ResNet-18
     (ResNet, 5): {2: (2,), 3: (0, 2), 4: (0, 2, 3)},  # ResNet-10: at the same stages, so that both can be fused
-    (VGG, 5): {2: (1,), 3: (1, 2), 4: (0, 1, 2), 5: (0, 1, 2, 3)},  # between the stages of a VGG-16
 }
 """Cut points of published networks; all other cases are cut into parts of (nearly) equally many layers."""
 
@@ -127,7 +125,7 @@ def layers(model: StagedNetwork) -> list[nn.Module]:
     """The smallest parts of a network that cutting keeps whole, in order, without the average pooling.
 
     Such a part is a composite module of a stage (a residual block, a transformer layer), or a run of plain layers (a
-    stem, a stage of a VGG).
+    stem, a stage without blocks).
     """
     parts: list[nn.Module] = []
     joined = nn.Sequential if isinstance(model, OwnNetwork) else ConvSequential

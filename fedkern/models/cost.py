@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PLAIN = {f"fedkern.models.{name}" for name in ("cnn", "mlp", "resnet", "resnet8t", "vgg")}
+_PLAIN = {f"fedkern.models.{name}" for name in ("cnn", "mlp", "resnet", "resnet8t")}
 """Modules of the networks whose only products are linear layers and ungrouped convolutions."""
 
 

@@ -24,7 +24,6 @@ from fedkern.models.resnet8t import ResNet8T
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
 from fedkern.models.user_models import Own, opened
-from fedkern.models.vgg import VGG
 from fedkern.models.vit import ViT
 from fedkern.streams import stream
 from fedkern.usercode import named_code
@@ -77,7 +76,7 @@ def _any_size(make: Callable[..., Network]) -> Callable[..., Network]:
     return made
 
 
-_cnn, _vgg16, _mlp, _vit = _any_size(CNN), _any_size(VGG), _any_size(MLP), _any_size(ViT)
+_cnn, _mlp, _vit = _any_size(CNN), _any_size(MLP), _any_size(ViT)
 _unet, _unet_small = _any_size(partial(UNet, depth=4)), _any_size(partial(UNet, depth=3))
 _resnet8, _resnet10, _resnet18 = (partial(ResNet, blocks) for blocks in ((1, 1, 1), (1, 1, 1, 1), (2, 2, 2, 2)))
 
@@ -122,7 +121,6 @@ _SHIPPED = {
         ModelEntry("cnn-gn", "cnn with group norm, for DP-SGD", 32, 8, group_norm(_cnn)),
         ModelEntry("resnet8-gn", "resnet8 with group norm, for DP-SGD", 16, 4, group_norm(_resnet8)),
         ModelEntry("resnet18-gn", "resnet18 with group norm, for DP-SGD", 64, 8, group_norm(_resnet18)),
-        ModelEntry("vgg16", "VGG-16 with batch norm and one linear layer, 14.7 million parameters", 64, 16, _vgg16),
         ModelEntry("mlp", "three hidden layers of 256 units with batch norm, for small images", 256, 1, _mlp,
                    sized=True),
         ModelEntry("vit-tiny", "vision transformer of 12 layers and width 192 (DeiT-Ti), 5.4 million parameters", 192,

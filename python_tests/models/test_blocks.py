@@ -27,13 +27,6 @@ def test_resnet18_is_cut_as_published():
     assert sum(sizes(cut(model, 8))) == 11_173_962 - 5_130
 
 
-def test_vgg16_is_cut_between_its_stages():
-    model = make("vgg16", width=4)
-    assert [cut_points(model, k) for k in (2, 3, 4, 5)] == [(1,), (1, 2), (0, 1, 2), (0, 1, 2, 3)]
-    shapes = cut(model, 5).interfaces((3, 32, 32))
-    assert shapes == [(4, 16, 16), (8, 8, 8), (16, 4, 4), (32, 2, 2), (32,)]
-
-
 @pytest.mark.parametrize(("name", "cuts"), [
     ("resnet8", {2: (1,), 3: (1, 2), 4: (0, 1, 2), 5: (0, 1, 2, 3)}),
     ("mlp", {2: (1,), 3: (0, 1), 4: (0, 1, 2)}),

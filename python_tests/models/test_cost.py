@@ -11,7 +11,7 @@ from fedkern.models import build
 from fedkern.models import cost as module
 from fedkern.models.cost import cost, count_flops
 
-NAMES = ["cnn", "mlp", "resnet8", "resnet18", "resnet8-t", "resnet8-gn", "vgg16", "vit-tiny", "mobilenetv2"]
+NAMES = ["cnn", "mlp", "resnet8", "resnet18", "resnet8-t", "resnet8-gn", "vit-tiny", "mobilenetv2"]
 
 
 def made(name):

@@ -81,7 +81,6 @@ def by_hand(setup: Setup, x: torch.Tensor, kind: str) -> torch.Tensor:
     (["resnet8"] * 3, 3, "avg"),
     (["cnn"] * 2, 3, "sum"),
     (["mlp"] * 3, 3, "cnn1x1"),
-    (["vgg16"] * 2, 4, "cnn1x1"),
     (["vit-tiny"] * 2, 4, "cnn1x1"),
     (["vit-tiny"] * 2, 2, "avg"),
     pytest.param(["resnet18", "resnet10", "resnet18"], 4, "cnn1x1", marks=pytest.mark.exhaustive),

@@ -1,8 +1,10 @@
 """Networks: sizes, stages, initialisation."""
 
 import copy
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from fedkern import models
 from fedkern.errors import UserError
+from fedkern.models.cutting import find_cut
 from fedkern.models.resnet import BasicBlock
 
 NAMES = tuple(name for name, entry in models.MODELS.items() if entry.gives == "classes")
@@ -76,9 +79,14 @@ def test_small_models_have_the_documented_size():
 
 def test_the_other_networks_have_the_documented_size():
     assert parameters(make("resnet10")) == 4_903_242
-    assert parameters(make("vgg16")) == 14_724_042
     assert parameters(make("vit-tiny")) == 5_362_378
     assert parameters(make("mlp")) == 3072 * 256 + 2 * 256 * 256 + 3 * 512 + 2570
+
+
+def test_the_example_of_vgg16_is_cut_between_its_stages():
+    vgg = runpy.run_path(str(Path(__file__).parents[2] / "examples/vgg16.py"))["VGG"]
+    assert parameters(vgg(10)) == 14_724_042
+    assert find_cut(vgg(10, width=4), torch.randn(2, 3, 32, 32)).maps == 5
 
 
 @pytest.mark.sampled(4)

@@ -159,7 +159,7 @@ def test_widths(option, model, clients, width):
     assert scaled_width(option, network, clients) == width
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet8", "vgg16", "mlp", "vit-tiny", "mobilenetv2", "efficientnet-b0"])
+@pytest.mark.parametrize("name", ["cnn", "resnet8", "mlp", "vit-tiny", "mobilenetv2", "efficientnet-b0"])
 def test_the_base_width_is_read_from_the_network(name):
     assert base_width(build(name, classes=2, channels=3, image_size=16, seed=0, width=8)) == 8
 
