@@ -32,13 +32,17 @@ def example() -> Any:
     return module
 
 
-@pytest.fixture
-def sets(tmp_path: Path) -> tuple[Any, Any]:
+def write_images(file: Path) -> Path:
     draw = np.random.default_rng(0)
     y = draw.integers(0, 10, 130)
     x = (draw.integers(0, 100, (130, 32, 32, 3)) + 15 * y[:, None, None, None]).astype(np.uint8)
-    np.savez(tmp_path / "x.npz", x_train=x[:90], y_train=y[:90], x_test=x[90:], y_test=y[90:])
-    train, test = example().cifar10(str(tmp_path / "x.npz"))
+    np.savez(file, x_train=x[:90], y_train=y[:90], x_test=x[90:], y_test=y[90:])
+    return file
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> tuple[Any, Any]:
+    train, test = example().cifar10(str(write_images(tmp_path / "x.npz")))
     return train, test
 
 
@@ -47,6 +51,15 @@ def settings_of(method: str) -> dict[str, Any]:
     how["options"] = {**how.get("options", {}), **OPTIONS.get(method, {})}
     how |= {"augment": None} if method == "fedcgs" else {}  # its clients take no augmented images
     return {name: value for name, value in how.items() if value not in (None, {})}
+
+
+def words_of(method: str, file: Path) -> dict[str, object]:
+    """Return flags of a command, without dashes, for the example with the images of a file."""
+    settings = settings_of(method) | {"data": f"{EXAMPLE}:cifar10", "data_root": str(file), "clients": 3, "grad_cam": 0}
+    settings |= {"threads": 1, "client_threads": 1, "device": "cpu"}
+    names = [name for name in settings if name not in ("options", "progress", "pictures")]
+    options = {f"method-option.{name}": value for name, value in settings.get("options", {}).items()}
+    return {name.replace("_", "-"): settings[name] for name in names} | options
 
 
 @pytest.mark.sampled(4)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.data.identity import of_memory
-from fedkern.data.images.pixels import CACHE_BYTES
-from fedkern.data.sources.inspection import Sight, inspect
+from fedkern.data.sources.inspection import Sight
 from fedkern.data.sources.items import Items
 from fedkern.engine import asynchronous, own_figures, own_model
 from fedkern.engine.client import Client, check_client
@@ -42,6 +41,7 @@ from fedkern.settings.run_data import (
     check_sets,
     decided,
     effective,
+    inspect_items,
     kept_data,
     load_data,
     with_images,
@@ -134,11 +134,17 @@ def with_data(
         UserError: settings, data, network and functions do not fit together, or are not those that the run began with.
     """
     is_new = known and entry is None
+    is_in_memory = bool(script.functions) or (data is not None and isinstance(data.validation, Items))
+    if is_in_memory and torchrun_group.launched() is not None:
+        raise UserError(
+            "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's other "
+            "ranks have none: start the script without torchrun, with workers=N, or have python -m fedkern.run load "
+            "FILE.py:NAME."
+        )
     if data is None:
         data = load_data(config, notice=notice, identify=entry is None)
         config, is_new = decided(config, data), is_new and not data.identity
-    if isinstance(data.validation, Items) and known:
-        data = inspect(data, config.keep_items, CACHE_BYTES)
+    data = inspect_items(config, data) if known else data
     identity = of_memory(data) if is_new else data.identity
     data = with_images(config, data)
     config = effective(config, data)
@@ -151,11 +157,6 @@ def with_data(
     if stored is not None:
         check_settings(config, stored, out)
     check_data(config, data)
-    if (isinstance(data.validation, Items) or script.functions) and torchrun_group.launched() is not None:
-        raise UserError(
-            "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's other "
-            "ranks have none: start the script without torchrun, with workers=N."
-        )
     config, data, notes = own_model.resolve(config, data, stored, out, known)
     context, alike = RunContext(config, data), dict[str, str]()
     if isinstance(data.validation, Items) and known and stored is None:

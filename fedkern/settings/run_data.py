@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
+from fedkern.data.forms import ItemForm
+from fedkern.data.identity import data_fingerprint
 from fedkern.data.images import used_cache
 from fedkern.data.images.pixels import CACHE_BYTES
 from fedkern.data.labels.spelling import SHOWN
@@ -88,6 +90,12 @@ def decided(config: RunConfig, data: FederatedData) -> RunConfig:
     return config.replace(**{name: value for name, value in facts.items() if name in config.unset})
 
 
+def inspect_items(config: RunConfig, data: FederatedData) -> FederatedData:
+    """Return the data, with sights of their data sets where samples are items (see `inspect`)."""
+    is_new = isinstance(data.validation, Items) and not data.sights
+    return inspect(data, config.keep_items, CACHE_BYTES) if is_new else data
+
+
 def with_images(config: RunConfig, data: FederatedData) -> FederatedData:
     """The data, with images in place of items where method, network or augmentation need them.
 
@@ -106,8 +114,8 @@ def with_images(config: RunConfig, data: FederatedData) -> FederatedData:
         raise UserError(f"{reason} needs images in memory, and --keep-items off keeps none: leave it out.")
     if not reason:
         return data
-    data = data if data.sights else inspect(data, config.keep_items, CACHE_BYTES)
-    return as_images(data, reason, is_raw=is_own, limit=None if config.keep_items == "memory" else CACHE_BYTES)
+    limit = None if config.keep_items == "memory" else CACHE_BYTES
+    return as_images(inspect_items(config, data), reason, is_raw=is_own, limit=limit)
 
 
 def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
@@ -150,6 +158,32 @@ def finished_data(
     """
     config = config.replace(cache=cache or used_cache.remembered(out))
     return kept_data(config, load_data(config, masks=False, progress=progress))
+
+
+@reproducible()
+def reload_data(config: RunConfig, form: ItemForm, classes: tuple[str, ...], fingerprint: int) -> FederatedData:
+    """Load the data of a run in another process than its own, with the form and classes that the run has found.
+
+    Raises:
+        UserError: see :func:`load_data`, or the data are other ones.
+    """
+    data = kept_data(config, inspect_items(config, load_data(config)))
+    if data_fingerprint(data) != fingerprint:
+        raise UserError(
+            f"{config.data} gives other data here than on rank 0: let it give the same samples whenever it is called."
+        )
+    return replace(data, form=form, classes=classes)
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Federated data without their samples, which unpickles as the data themselves: see :func:`reload_data`."""
+
+    config: RunConfig
+    data: FederatedData
+
+    def __reduce__(self) -> tuple[Callable[..., FederatedData], tuple[object, ...]]:
+        return reload_data, (self.config, self.data.form, self.data.classes, data_fingerprint(self.data))
 
 
 def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None, *, node: bool = False) -> FederatedData:

@@ -11,13 +11,16 @@ not replaced: the run ends, and torchrun starts all ranks again if it may.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedkern.data.sources.items import Items
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import States
 from fedkern.engine.executors.connection import Connection, Lost
@@ -27,10 +30,11 @@ from fedkern.engine.executors.torchrun_group import GO_ON, TorchrunGroup
 from fedkern.engine.executors.worker_messages import Setup, Sum
 from fedkern.errors import RunFailed, UserError
 from fedkern.files.image_rows import FileRows
-from fedkern.messages.packets import NotPortable
+from fedkern.messages.packets import NotPortable, Packet
 from fedkern.methods.base import ClientId
 from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
+from fedkern.settings.run_data import DataRecipe
 from fedkern.usercode import plugins
 
 AHEAD = 2
@@ -71,7 +75,7 @@ class Ranks(Ordered):
                 "ranks of one machine, or fewer or smaller images, which are kept in memory."
             )
         try:
-            packet = self._packer.pack(Setup.of(self._context, handlers))
+            packet = self._pack(Setup.of(self._context, handlers))
         except NotPortable as error:
             self._context.warn(
                 "no-workers",
@@ -85,6 +89,22 @@ class Ranks(Ordered):
             connection.send(packet)
         self._packer.clear()
         self._context.notice(f"clients work on {self._group.size} ranks")
+
+    def _pack(self, setup: Setup) -> Packet:
+        """Pack the setup, with a recipe in place of items that cannot be sent.
+
+        Raises:
+            NotPortable: something cannot be sent.
+        """
+        data = self._context.data
+        try:
+            return self._packer.pack(setup)
+        except NotPortable:
+            if not isinstance(data.validation, Items):
+                raise
+        context = copy.copy(self._context)
+        context.data = DataRecipe(context.config, data)
+        return self._packer.pack(replace(setup, context=context))
 
     # -- the executor ----------------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ from fedkern.privacy.disclosure import Disclosure
 from fedkern.process.allocator import keep_freed_memory
 from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import check_data, data_of_one, decided, effective, kept_data, load_data
+from fedkern.settings.run_data import check_data, data_of_one, decided, effective, inspect_items, kept_data, load_data
 
 PROTOCOL = 7
 """Version of the messages; both ends must have the same."""
@@ -360,7 +360,7 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
         UserError: the data, or the files that the settings name, are not on this machine.
     """
     if alone is None:
-        data = load_data(config, notice=notice)
+        data = inspect_items(config, load_data(config, notice=notice))
         config = effective(decided(config, data), data)
         data = kept_data(config, data)
     else:

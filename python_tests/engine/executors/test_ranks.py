@@ -23,11 +23,13 @@ from fedkern.ops import Accumulator
 from fedkern.run import main
 from fedkern.usercode import plugins
 from python_tests.interrupted import outcome, without
+from python_tests.test_own_dataset import NEED_PUBLIC, SERVING, words_of, write_images
 
 SMALL = (
     *("--clients", "5", "--train-samples", "100", "--width", "2", "--rounds", "3", "--local-epochs", "1"),
     *("--batch-size", "8", "--threads", "1", "--client-threads", "1", "--quiet"),
 )
+WITHOUT_SAMPLES = ("--rounds", "2", "--batch-size", "8", "--threads", "1", "--client-threads", "1", "--quiet")
 TORCHRUN = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 DYING = """
@@ -59,6 +61,42 @@ class Raising(FedAvg):
         if client.id == 1:
             raise ZeroDivisionError("nothing to divide by")
         return super().client_update(client, phase, message)
+"""
+
+
+OF_ROWS = """
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+class Rows(Dataset):
+    def __init__(self, count, change):
+        self.y, self.change = torch.arange(count) % 3, change
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        return self.change(self.y[index] + torch.linspace(0, index, 6)), int(self.y[index])
+
+def noisy(x):
+    return x + torch.randn(6)
+
+def seeded(x):
+    return x + torch.randn(6, generator=torch.Generator().manual_seed(torch.initial_seed()))
+
+def rows():
+    return [Rows(count, noisy) for count in (20, 15, 12)], Rows(10, noisy)
+
+def other_rows():
+    return [Rows(count, seeded) for count in (20, 15, 12)], Rows(10, seeded)
+
+def local_rows():
+    return [Rows(count, lambda x: noisy(x)) for count in (20, 15, 12)], Rows(10, lambda x: noisy(x))
+
+class Linear(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 3)
 """
 
 
@@ -128,6 +166,31 @@ def test_two_ranks(tmp_path):
     assert [code for code, _, _ in ranks] == [0, 0], ranks
     assert [out for _, out, _ in ranks] == [f"{tmp_path / 'ranks'}\n", ""]
     assert outcome(tmp_path / "ranks") == alone(words, tmp_path / "serial")
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("method", [name for name in SERVING if name not in NEED_PUBLIC])
+def test_images_of_a_data_set_of_ones_own(method, tmp_path):
+    settings = words_of(method, write_images(tmp_path / "x.npz"))
+    flags = [f"--{name}={value}" for name, value in settings.items() if "." not in name]
+    options = [f"--method-option={name.partition('.')[2]}={settings[name]}" for name in settings if "." in name]
+    compare_ranks((method, *flags, *options, "--quiet"), tmp_path)
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", ["rows", "other_rows", "local_rows"])
+def test_rows_of_a_data_set_of_ones_own(name, tmp_path):
+    (tmp_path / "own.py").write_text(OF_ROWS)
+    code = ("--data", f"{tmp_path / 'own.py'}:{name}", "--model", f"{tmp_path / 'own.py'}:Linear")
+    compare_ranks(("scaffold", *code, *WITHOUT_SAMPLES), tmp_path)
+
+
+def compare_ranks(words, folder):
+    """Play a command on two ranks and in one process, with equal outcomes."""
+    ranks = ended(started(*2 * [(*words, "--out", folder / "ranks")]))
+    assert [code for code, _, _ in ranks] == [0, 0], ranks
+    assert outcome(folder / "ranks") == alone(words, folder / "serial")
 
 
 @pytest.mark.exhaustive

@@ -31,8 +31,11 @@ from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 from fedkern.flower.runs.portable import pack, unpack
 from fedkern.methods import FedAvg, registry
 from fedkern.ops._core.backend import active_isa
+from fedkern.settings.config import RunConfig
+from python_tests.engine.executors.test_ranks import OF_ROWS
 from python_tests.flower.node_grid import NodeGrid, lost, silent
 from python_tests.interrupted import outcome
+from python_tests.test_own_dataset import NEED_PUBLIC, SERVING, words_of, write_images
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("alone")]
 
@@ -59,6 +62,11 @@ METHODS = {
 }  # fmt: skip
 DEFAULT = ("fedavg", "scaffold")
 EVERY = [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.exhaustive) for name in METHODS]
+OVER_FLOWER = [
+    name
+    for name in SERVING
+    if name not in NEED_PUBLIC and not RunConfig.make(name).own_networks and not RunConfig.make(name).kind.pooled
+]
 OF_SIMULATIONS = {"fediod", "fusefl"}
 """Methods whose summary has figures of all clients' data, which nodes do not give."""
 
@@ -116,6 +124,27 @@ def test_every_method(method, tmp_path):
     assert set(grid.asked) == set(range(found))
     kept = list((tmp_path / "cache" / "flower").glob("*/client-*"))
     assert len(kept) == found
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("method", OVER_FLOWER)
+def test_images_of_a_data_set_of_ones_own(method, tmp_path):
+    flags = words_of(method, write_images(tmp_path / "x.npz"))
+    batched = {"method-option.batched": False} if method == "fediod" else {}
+    run_config = {"method": method, **flags, **batched, "flower.wait": 0.0}
+    expected = in_one_process(run_config, tmp_path / "here")
+    over_flower(run_config, tmp_path / "flower", lives=True)
+    same(outcome(tmp_path / "flower"), expected, method)
+
+
+@pytest.mark.parametrize("name", ["rows", "other_rows", "local_rows"])
+def test_rows_of_a_data_set_of_ones_own(name, tmp_path):
+    (tmp_path / "own.py").write_text(OF_ROWS)
+    code = {"data": f"{tmp_path / 'own.py'}:{name}", "model": f"{tmp_path / 'own.py'}:Linear"}
+    run_config = {**TINY, "method": "scaffold", **code, "train-samples": "", "width": ""}
+    expected = in_one_process(run_config, tmp_path / "here")
+    over_flower(run_config, tmp_path / "flower")
+    same(outcome(tmp_path / "flower"), expected, "scaffold")
 
 
 def test_nodes_accelerate_a_user_s_network_as_the_server_decided(tmp_path):
