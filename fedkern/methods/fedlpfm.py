@@ -356,7 +356,7 @@ class FedLPFM(LocalTraining):
             mflops, parameters = teacher_mflops(teacher, images), float(teacher.parameters)
             if index == 0 or mflops > server.report["teacher_inference_mflops"]:
                 server.report["teacher_inference_mflops"], server.report["teacher_parameters"] = mflops, parameters
-        if server.public is not None:
+        if server.public is not None and int(server.public.labels.min()) >= 0:
             network = server.build()
             pretrained(network, server.public, self._teachers.cache, name="proxy", recipe=self._teachers.recipe)
             self._proxy = trained_teacher(network, "proxy", len(server.classes), server.device)

@@ -57,10 +57,18 @@ def pretrain(
     ``progress`` is called at the start of every epoch with the epoch's number, from 0.
 
     Raises:
-        UserError: fewer than two images, or the weights became NaN or infinite.
+        UserError: fewer than two images, images without a class, or the weights became NaN or infinite.
     """
     if len(data) < 2:
-        raise UserError(f"a teacher cannot be trained on {len(data)} public images: raise --public-samples.")
+        raise UserError(
+            f"a teacher cannot be trained on {len(data)} public images: raise --public-samples, or give more items in "
+            "public=DATASET."
+        )
+    if int(data.labels.min()) < 0:
+        raise UserError(
+            "a teacher learns from public images with classes of the run, and these have none: give items (image, "
+            "class) in public=DATASET, or another teacher."
+        )
     device = next(network.parameters()).device
     labels = data.labels.to(device)
     rng = np.random.default_rng(seed)

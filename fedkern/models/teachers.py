@@ -177,8 +177,8 @@ class Teachers:
             )
         if self.public is None:
             raise UserError(
-                "the embedded teacher learns from public images and there are none: give --public-samples N, or "
-                "another teacher such as --method-option teacher=clip:PATH_OR_NAME."
+                "the embedded teacher learns from public images and there are none: give --public-samples N, in Python "
+                "beside data sets public=DATASET, or another teacher such as --method-option teacher=clip:PATH_OR_NAME."
             )
         network: StagedNetwork = self.build(model=model, width=int(width) if width else None)
         name = f"{model} of width {int(width) if width else MODELS[model].width}"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.tasks import classification_figures as of_classes
-from fedkern.tasks.base import Constant, Figures, Task, answers, mean, named
+from fedkern.tasks.base import Constant, Figures, Task, answers, check_shape, mean, named
 from fedkern.tasks.cross_entropy import check_classes, cross_entropy
 from fedkern.tasks.registered_metrics import Answers
 
@@ -173,7 +173,17 @@ class Classification(Task):
         return float(counts.max() / counts.sum()) if counts is not None and counts.sum() else None
 
 
+class Unlabelled(Classification):
+    """Classification of images whose classes nobody knows: labels are -1, and the images are no test set."""
+
+    name = "unlabelled"
+
+    def check_labels(self, labels: Tensor, samples: int, sides: Sequence[int]) -> None:
+        check_shape(labels, torch.int64, (samples,))
+
+
 CLASSIFICATION = Classification()
+UNLABELLED = Unlabelled()
 
 
 def _classified(logits: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:

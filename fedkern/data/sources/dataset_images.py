@@ -17,7 +17,10 @@ from fedkern.data.sources.row_store import EQUAL, RowStore
 from fedkern.data.split import Split
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, leaves, parted
+from fedkern.tasks import Task
+from fedkern.tasks.classification import UNLABELLED
 from fedkern.tasks.partition_statistics import PartitionStatistics
+from fedkern.tasks.user_tasks import INTEGERS
 
 READ = 256
 """Items that are read at once."""
@@ -69,10 +72,9 @@ def as_images(data: Any, reason: str, *, is_raw: bool, limit: int | None) -> Any
     def rows_of(split: Items) -> Split:
         if not len(split):
             return Split(columns[id(data.clients[0].dataset)][0][:0], torch.zeros(0, dtype=torch.int64), task=data.task)
-        images, classes, masks = columns[id(split.dataset)]
-        labels = torch.zeros(len(images), dtype=torch.int64) if classes is None and split is data.public else classes
+        images, labels, masks = columns[id(split.dataset)]
         if labels is None:
-            raise UserError(f"{reason} needs classes, and items of {split.who} have none.")
+            raise UserError(f"{reason} needs classes, whole numbers, and items of {split.who} have none.")
         rows = slice(None) if split.rows is None else split.rows
         if int(labels[rows].min()) < 0:
             raise UserError(f"{reason} needs classes from 0, and {split.who} has {int(labels[rows].min())}.")
@@ -93,9 +95,17 @@ def as_images(data: Any, reason: str, *, is_raw: bool, limit: int | None) -> Any
         tests=tests,
         form=_image_form(data.form, is_raw),
         statistics=replace(statistics, names=data.statistics.names),
-        public=None if data.public is None else rows_of(data.public),
+        public=None if data.public is None else _public(columns[id(data.public.dataset)], len(classes), data.task),
         client_tests=tuple(map(rows_of, data.client_tests)),
     )
+
+
+def _public(columns: Columns, classes: int, task: Task) -> Split:
+    """Return public images, without labels where they have none or those of other classes than the run's."""
+    images, labels, masks = columns
+    if labels is None or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        labels, task = torch.full((len(images),), -1), UNLABELLED
+    return Split(images, labels, masks, task=task)
 
 
 def _columns(split: Items, reason: str, again: int) -> Columns:
@@ -147,7 +157,8 @@ def _parts(split: Items, batch: Any) -> Columns:
                 "image: give one value per pixel."
             )
         mask = mask != 0
-    return images, targets if targets is None else targets.to(torch.int64), mask
+    has_classes = isinstance(targets, Tensor) and targets.dtype in INTEGERS and targets.shape == images.shape[:1]
+    return images, targets.to(torch.int64) if has_classes else None, mask
 
 
 def _image_form(form: ItemForm, is_raw: bool) -> ImageForm:

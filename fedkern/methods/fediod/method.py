@@ -106,7 +106,7 @@ class FedIOD(Objective, OwnNetworks):
         if not self._generates and public < 2:
             raise UserError(
                 "fediod with mode=public learns on at least 2 public images and this run sets "
-                f"{public or 'none'} aside: give --public-samples N."
+                f"{public or 'none'} aside: give --public-samples N, or in Python beside data sets public=DATASET."
             )
         if self._generates and not (s.w_real or asks_teachers(s)):
             raise UserError("Every weight of fediod's generator is 0: give one of w_real, w_clear, w_diverse.")
