@@ -39,18 +39,18 @@ def test_operators_without_kernels_for_gpus():
     for name in ("triton", "cuda"):
         assert not any(rows[operator, name]["serves"] for operator in ("conv_norm", "conv_pool"))
         assert f"{name} does not serve conv_norm, conv_pool: not implemented" in shown()
-    assert "boxes, optimise: not implemented; the reference serves, also where triton is forced" in shown()
+    assert "aggregate, boxes, optimise: not implemented; the reference serves, also where triton is forced" in shown()
     assert rows["boxes", "triton"]["serves"] is rows["optimise", "triton"]["serves"] is False
 
 
 def test_what_a_backend_leaves_to_the_reference_is_told():
     report = doctor.collect()
     for row in report["operators"]:
-        if row["backend"] == "triton" and row["operator"] in ("aggregate", "blend"):
-            row.update(serves=True, leaves="medians" if row["operator"] == "aggregate" else "")
+        if row["backend"] == "triton" and row["operator"] in ("kl_div", "blend"):
+            row.update(serves=True, leaves="limits" if row["operator"] == "kl_div" else "")
     console = Console(record=True, width=300)
     doctor.show(console, report)
-    assert "triton leaves to the reference, also where it is forced: of aggregate medians\n" in console.export_text()
+    assert "triton leaves to the reference, also where it is forced: of kl_div limits\n" in console.export_text()
 
 
 def test_a_missing_core_is_explained(monkeypatch):

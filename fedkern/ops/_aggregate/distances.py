@@ -259,8 +259,7 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
         check_weights(weights.detach(), count)
     weight_tensor = near_one(weights.to(device, torch.float64))
     kernel = select(vectors)
-    # Also where Triton serves, which has none.
-    if getattr(kernel.squared_distances, "__func__", None) is PlainAggregate.squared_distances:
+    if type(kernel) is PlainAggregate:
         return geometric_median_reference(vectors, weight_tensor, iterations, tolerance, smoothing)
     if kernel.host and count <= MOST_FROM_DISTANCES:
         return _median_from_distances(kernel, vectors, weight_tensor.tolist(), iterations, tolerance, smoothing)

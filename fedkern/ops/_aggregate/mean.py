@@ -210,12 +210,4 @@ _weighted_mean = library.register(
 )  # fmt: skip
 
 
-backend.serve(
-    "aggregate",
-    cpu=AggregateKernels,
-    cuda=AggregateKernels,
-    triton="_aggregate.triton.aggregate:TritonAggregate",
-    triton_leaves="medians, trimmed means, distances (krum, geometric medians), clipping, noise, exact sums and "
-    "server steps",
-    fits="vectors_fit",
-)
+backend.serve("aggregate", cpu=AggregateKernels, cuda=AggregateKernels, fits="vectors_fit")

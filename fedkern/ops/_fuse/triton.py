@@ -56,10 +56,10 @@ def concat_kernel(
 ):  # fmt: skip
     """Writes each map's blocks into its channels of ``out``, which has ``width`` channels."""
     m = tl.program_id(0) % count
-    first, number = starts_of(firsts, 0, m, COUNT), starts_of(channels, 0, m, COUNT)
+    first, number = starts_of(firsts, m, COUNT), starts_of(channels, m, COUNT)
     inner = number * step
     element, run, place, mask = _places(tl.program_id(0) // count, tl.maximum(inner, 1), outer * inner, WIDE, BLOCK)
-    x = tl.load(maps + starts_of(starts, 0, m, COUNT) + element, mask=mask, other=0).to(COMPUTE)
+    x = tl.load(maps + starts_of(starts, m, COUNT) + element, mask=mask, other=0).to(COMPUTE)
     y = _affine(x, scale, shift, first + place // step, mask)
     if RELU:
         y = tl.where(y <= 0, 0.0, y)  # NaN stays, as in torch
@@ -79,7 +79,7 @@ def mean_map_kernel(
     inner = tl.cast(width, tl.int64) * step
     element, _, place, mask = _places(tl.program_id(0), inner, outer * inner, WIDE, BLOCK)
     member = tl.arange(0, MEMBERS)
-    start = starts_of(starts, 0, member, COUNT)
+    start = starts_of(starts, member, COUNT)
     total = tl.zeros([BLOCK], COMPUTE)
     if not FIRST:
         total += tl.load(sum_before + element, mask=mask, other=0)
@@ -125,16 +125,16 @@ def back_kernel(
     Adjacent programs take different maps, so that a mean's gradient is read once.
     """
     m = tl.program_id(0) % count
-    first, number = starts_of(firsts, 0, m, COUNT), starts_of(channels, 0, m, COUNT)
+    first, number = starts_of(firsts, m, COUNT), starts_of(channels, m, COUNT)
     inner = number * step
     element, run, place, mask = _places(tl.program_id(0) // count, tl.maximum(inner, 1), outer * inner, WIDE, BLOCK)
     at_grad = element if MEAN else run * width * step + first * step + place
     channel = first + place // step
-    at_map = starts_of(starts, 0, m, COUNT) + element
+    at_map = starts_of(starts, m, COUNT) + element
     g, _ = _passed(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps, COMPUTE, RELU, MEAN)
     if scale is not None:
         g = g * tl.load(scale + channel, mask=mask, other=0).to(COMPUTE)
-    place = starts_of(targets, 0, m, COUNT) + element
+    place = starts_of(targets, m, COUNT) + element
     tl.store(target + place, g.to(target.dtype.element_ty), mask=mask)
 
 
@@ -149,10 +149,10 @@ def sums_kernel(
     program = tl.program_id(0)
     m = program % count
     tile, split = program // count % tiles, (program // count // tiles).to(tl.int64)
-    first, number = starts_of(firsts, 0, m, COUNT), starts_of(channels, 0, m, COUNT)
+    first, number = starts_of(firsts, m, COUNT), starts_of(channels, m, COUNT)
     local = (tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS))[:, None]
     channel = first + local
-    start = starts_of(starts, 0, m, COUNT)
+    start = starts_of(starts, m, COUNT)
     to_scale = tl.zeros([CHANNELS, PLACES], tl.float64)
     to_shift = tl.zeros([CHANNELS, PLACES], tl.float64)
     size = tl.cast(batch, tl.int64) * positions

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 import fedkern.ops
-from fedkern.ops._aggregate.triton.aggregate import TritonAggregate
 from fedkern.ops._blend.kernels import BlendCall
 from fedkern.ops._blend.triton.blend import TritonBlend
 from fedkern.ops._contrast.reference import ContrastCall
@@ -60,10 +59,9 @@ def cases(full: bool) -> Iterator[Case]:
     Otherwise some of them, spread over all, that compile in less than a minute.
     """
     families = (
-        blend_cases, contrast_cases, distill_cases, ensemble_cases, aggregate_cases, fuse_cases, size_one,
-        weights_cases,
+        blend_cases, contrast_cases, distill_cases, ensemble_cases, fuse_cases, size_one, places_cases,
     )  # fmt: skip
-    for family, step in zip(families, (2, 1, 5, 2, 1, 1, 1, 1), strict=True):
+    for family, step in zip(families, (2, 1, 5, 2, 1, 1, 1), strict=True):
         yield from itertools.islice(family(full), 0, None, 1 if full else step)
 
 
@@ -184,22 +182,6 @@ def ensemble_cases(full: bool) -> Iterator[Case]:
                 yield f"{label} consensus backward", lambda: backward((one, one), consensus, (False, True, True))
 
 
-def aggregate_cases(full: bool) -> Iterator[Case]:
-    kernel = TritonAggregate()
-    size = 1 << 16
-    for number, count in enumerate((10, 50, 1, 3)[: 4 if full else 1]):
-        for dtype in pick(full, number):
-            stack = torch.empty(count, size, dtype=dtype)
-            rows, weights, memory = list(stack), [1.0] * count, torch.ones(count)
-            label = f"aggregate {dtype} {count} vectors"
-            yield f"{label} weighted_mean", lambda: kernel.weighted_mean(rows, weights, None)
-            yield f"{label} weighted_mean of a stack", lambda: kernel.weighted_mean(stack, memory, None)
-            if number == 0 or full:
-                total = torch.empty(size, dtype=torch.float64)
-                yield f"{label} accumulate", lambda: kernel.accumulate(total, rows[0], 2.0)
-                yield f"{label} accumulated_mean", lambda: kernel.accumulated_mean(total, 2.0, dtype)
-
-
 def fuse_cases(full: bool) -> Iterator[Case]:
     kernel = TritonFuse()
     for number, (count, shape) in enumerate(
@@ -232,15 +214,12 @@ def fuse_cases(full: bool) -> Iterator[Case]:
 
 def size_one(full: bool) -> Iterator[Case]:
     """Triton hands kernels an argument that is 1 as a Python number, which has no ``.to()``."""
-    distill, aggregate, fuse = TritonDistill(), TritonAggregate(), TritonFuse()
+    distill, fuse = TritonDistill(), TritonFuse()
     for shape in ((1, 100_000), (1, 1), (3, 1), (1, 3, 1, 1))[: 4 if full else 1]:
         x, one = torch.empty(shape), torch.empty(())
         call, needs = Divergence(x, None, x, None, 2.0, False, BATCHMEAN), (True, False, True, False)
         yield f"distill {list(shape)}", lambda: distill.divergence_forward(call)
         yield f"distill {list(shape)}", lambda: distill.divergence_backward((one,), call, needs)
-    rows = list(torch.empty(20, 1))
-    weights = [1.0] * len(rows)
-    yield "aggregate [1] weighted_mean", lambda: aggregate.weighted_mean(rows, weights, None)
     for count, shape in ((2, (3, 1, 4, 4)), (1, (1, 3, 4, 4)), (2, (1, 1, 1, 1)))[: 3 if full else 2]:
         maps, vector = [torch.empty(shape) for _ in range(count)], torch.empty(count * shape[1])
         grad = torch.empty((shape[0], shape[1] * count, *shape[2:]))
@@ -253,14 +232,10 @@ def size_one(full: bool) -> Iterator[Case]:
             yield f"fuse {count} {list(shape)}", lambda: fuse.forward(maps, fused)
 
 
-def weights_cases(full: bool) -> Iterator[Case]:
-    """A round's weights are data, and so is where its vectors lie: other ones must not need another kernel."""
-    kernel, memory = TritonAggregate(), torch.empty(8, 5000)
-    side_by_side, apart = list(memory.flatten()[: 8 * 4096].view(8, 4096)), [x[:4096] for x in memory]
-    for rows, weights in (
-        (side_by_side, [1.0] * 8),
-        (apart, [0.1, 1 / 3, 0.0, 2.0, 64.0, 5e-324, 1e300, 7 / 9]),
-        (side_by_side[::-1], [20.5, *range(10, 17)]),
-        ([*apart[2:], apart[0], apart[0]], [2.0] * 8),
-    ):
-        yield "weights weighted_mean", lambda: kernel.weighted_mean(rows, weights, None)
+def places_cases(full: bool) -> Iterator[Case]:
+    """Where maps lie is data: other places must not need another kernel."""
+    kernel, memory = TritonFuse(), torch.empty(8, 5000)
+    together, apart = list(memory.flatten()[: 8 * 4096].view(8, 4, 1024)), [x[:4096].view(4, 1024) for x in memory]
+    for maps in (together, apart, together[::-1], [*apart[2:], apart[0], apart[0]]):
+        call = FuseCall(None, None, False, False, [1024] * 8, False)
+        yield "places fuse_concat", lambda: kernel.forward(maps, call)

@@ -66,6 +66,18 @@ def test_compiled_graphs_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     assert {"forward_kernel", "backward_kernel", "divergence_kernel"} <= set(launched)
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
+@pytest.mark.parametrize("number", [0, 1, -1, 15, 16, -16, 2**31, -(2**31) - 1, 2**46, -(2**46)])
+def test_places_keep_all_bits(number: int) -> None:
+    from fedkern.ops._core.triton.offsets import MARK, whole
+
+    code = whole(number)
+    assert code % 2
+    assert not -(1 << 31) <= code < 1 << 31
+    assert -(1 << 63) <= code < 1 << 63
+    assert (code ^ MARK.value) >> 1 == number
+
+
 @pytest.mark.gpu
 @each_gpu_operator
 def test_each_operator_gives_the_reference_result_on_a_gpu(gpu: torch.device, operator: Operator) -> None:

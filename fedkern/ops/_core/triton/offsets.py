@@ -40,15 +40,14 @@ def _whole(code):
 
 
 @triton.jit
-def starts_of(offsets, row_stride, member, COUNT: tl.constexpr):
+def starts_of(offsets, member, COUNT: tl.constexpr):
     """Where each of ``member`` begins, in elements from the first tensor.
 
     ``offsets`` are :func:`whole` codes.
     """
-    start = member.to(tl.int64) * row_stride
-    if COUNT > 0:
-        for k in tl.static_range(COUNT):
-            start = tl.where(member == k, _whole(offsets[k]), start)
+    start = tl.zeros_like(member).to(tl.int64)
+    for k in tl.static_range(COUNT):
+        start = tl.where(member == k, _whole(offsets[k]), start)
     return start
 
 

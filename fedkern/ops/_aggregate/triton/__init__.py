@@ -1,1 +1,0 @@
-"""The aggregate family in Triton."""
