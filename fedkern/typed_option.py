@@ -107,7 +107,7 @@ class Option:
         self.check(result)
         return result
 
-    def read(self, value: Any) -> Value:
+    def read(self, value: object) -> Value:
         """As :meth:`convert`, of what a person gives now, whose paths are made absolute.
 
         Raises:
@@ -115,7 +115,7 @@ class Option:
         """
         return self.absolute(self.convert(value))
 
-    def absolute(self, value: Any) -> Any:
+    def absolute(self, value: object) -> Any:
         """A value with an absolute path, so that a run can be resumed and compared from any folder."""
         return self.path(value) if self.path is not None and isinstance(value, str) and value else value
 
@@ -156,7 +156,7 @@ class Option:
             raise UserError(f"{self.label} must be {self.range}, not {quoted(value)}.{hint}")
         return names[value.lower()]
 
-    def _several(self, value: Any) -> str:
+    def _several(self, value: object) -> str:
         """A hint where several values are given for one: words with commas between them, or a list."""
         words = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ()
         listed = ",".join(map(str, words)) if self.field else ""
@@ -181,7 +181,7 @@ def option(default: Value | None, help: str, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata={"option": Option(default, help, **limits)})
 
 
-def declared(cls: Any, label: str) -> tuple[Option, ...]:
+def declared(cls: object, label: str) -> tuple[Option, ...]:
     """The options among the fields of a dataclass, in order.
 
     Args:
@@ -251,7 +251,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def as_typed(value: Any) -> str:
+def as_typed(value: object) -> str:
     """A setting's value as the command line takes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 

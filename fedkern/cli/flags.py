@@ -109,7 +109,7 @@ def add(group: argparse._ActionsContainer, flags: Mapping[str, tuple[Any, ...]])
         group.add_argument(flag(name), help=text, **kind)
 
 
-def _describe(option: Option, default: Any, *, choices: bool = False) -> str:
+def _describe(option: Option, default: object, *, choices: bool = False) -> str:
     parts = [option.help]
     if option.range and (choices or option.choices is None):
         parts.append(option.range)
@@ -300,6 +300,6 @@ def _check(request: Request) -> None:
         raise UserError(f"Which method? For example: {PROGRAM} fedgid (all of them: {PROGRAM} list).")
 
 
-def quote(value: Any) -> str:
+def quote(value: object) -> str:
     """A value quoted as one word of the shell."""
     return shlex.quote(as_typed(value))

@@ -66,7 +66,7 @@ def run_name(variant: Variant, seed: int) -> str:
     return folder_name([*variant.label.split(" "), f"seed={seed}"])
 
 
-def word(value: Any) -> str:
+def word(value: object) -> str:
     """A setting's value as the command line takes it, a whole number without decimals."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
         return str(int(value))

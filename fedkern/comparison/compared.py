@@ -144,7 +144,7 @@ def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable
     """A check that ends a comparison once every method has a run and none tells the target's figure."""
     runs: dict[str, FoundRun] = {}
 
-    def check(_: Any, run: FoundRun) -> None:
+    def check(_: object, run: FoundRun) -> None:
         if run.config.method not in runs:
             runs[run.config.method] = run
             if len(runs) == len(methods):

@@ -291,7 +291,7 @@ def _paper(path: Path, table: Mapping[str, Any]) -> Paper:
     return paper
 
 
-def _entry(kind: type[Entry], table: Any) -> Entry:
+def _entry(kind: type[Entry], table: object) -> Entry:
     fields = {each.name: each for each in dataclasses.fields(kind)}
     if not isinstance(table, Mapping):
         raise UserError("a cell must be a table.")

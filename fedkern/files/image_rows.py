@@ -142,7 +142,7 @@ class FileRows(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in _ABOUT:
@@ -212,7 +212,7 @@ class ImageRows(FileRows):
         place = top + (height - sides[0]) // 2, left + (width - sides[1]) // 2
         return ImageRows.of(self._store, self._chosen, (*place, *sides))
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return ImageRows.of, (self._store, self._chosen, self._box)
 
 
@@ -246,7 +246,7 @@ class PixelClasses(FileRows):
         """Whether both are masks of one store whose values mean the same."""
         return super().like(other) and isinstance(other, PixelClasses) and torch.equal(self._meaning, other._meaning)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return PixelClasses.of, (self._store, self._chosen, self._meaning)
 
 
@@ -284,7 +284,7 @@ def _joined(parts: Sequence[Tensor]) -> FileRows | None:
     return file_rows[0].picked(torch.cat([part._chosen for part in file_rows]))
 
 
-def _read(value: Any) -> Any:
+def _read(value: object) -> Any:
     """``value`` with all its rows of files read into memory."""
     if isinstance(value, FileRows):
         return value.plain()

@@ -80,7 +80,7 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
         return file.read()
 
 
-def line_ends(path: Path, checksum: Callable[[bytes], Any], due: Any, size: int | None = None) -> str:
+def line_ends(path: Path, checksum: Callable[[bytes], Any], due: object, size: int | None = None) -> str:
     """The way out, as the end of a sentence, for a file that differs in its line ends (CRLF) alone.
 
     ``""`` for another.

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from fedkern.errors import RAISED, UserError, described, origin, told
 
@@ -37,7 +36,7 @@ def hosted(file: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def explained(name: str, code: Any) -> Iterator[None]:
+def explained(name: str, code: object) -> Iterator[None]:
     """Context in which an exception of the user's function, class or object is named with its file and line."""
     try:
         yield

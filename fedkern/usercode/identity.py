@@ -233,7 +233,7 @@ class _Walk:
             if self._left < 0:
                 return
 
-    def _thing(self, value: Any, path: str, deep: int) -> None:
+    def _thing(self, value: object, path: str, deep: int) -> None:
         if isinstance(value, ModuleType):
             self.write(path, _module_text(value))
         elif isinstance(value, GeneratorType):
@@ -303,7 +303,7 @@ class _Walk:
             part = np.asarray(value).reshape(-1)[: max(1, self._limit // value.itemsize)]
             self._hash(path, about, part.tobytes(), value.nbytes)
 
-    def _object(self, value: Any, path: str, deep: int) -> None:
+    def _object(self, value: object, path: str, deep: int) -> None:
         from torch import nn
 
         kind = type(value)
@@ -485,7 +485,7 @@ def _described() -> tuple[type, ...]:
     return torch.dtype, torch.device, torch.layout, torch.memory_format, np.dtype
 
 
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+def _attributes(value: object) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of an object by name: slots, those of C, and its dict, without cached properties."""
     for kind in type(value).__mro__:
         for name, member in vars(kind).items() if "__slots__" in vars(kind) else ():

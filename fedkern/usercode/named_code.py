@@ -56,7 +56,7 @@ def short(text: str) -> str:
     return text if named is None else named.name
 
 
-def again(text: Any, stored: str, *others: Any) -> bool:
+def again(text: object, stored: str, *others: Any) -> bool:
     """Whether ``text`` names the code that a run has stored, and nothing is given beside it: no other files or options.
 
     A run folder may not name code alone, so a user names the code of a run's own data again.

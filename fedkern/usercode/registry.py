@@ -32,11 +32,11 @@ class Registry(dict[str, Entry]):
         self.kind, self._code = kind, code
         REGISTRIES[kind] = self
 
-    def takes(self, name: str, code: Any) -> bool:
+    def takes(self, name: str, code: object) -> bool:
         """Whether a class or function can have a name: it is free, or a notebook's cell or a file is run again."""
         return name not in self or _place(self._code(self[name])) == _place(code)
 
-    def describe(self, name: str, code: Any, otherwise: str = "") -> str:
+    def describe(self, name: str, code: object, otherwise: str = "") -> str:
         """The first line of the docstring of a class or function that is to be registered as ``name``.
 
         Args:
@@ -56,7 +56,7 @@ class Registry(dict[str, Entry]):
         return description
 
 
-def _place(code: Any) -> tuple[str, str] | None:
+def _place(code: object) -> tuple[str, str] | None:
     """File and name of a class or function; its module's name where that has no file, as a notebook's."""
     if code is None:
         return None
@@ -65,7 +65,7 @@ def _place(code: Any) -> tuple[str, str] | None:
     return os.path.realpath(file) if file else code.__module__, name_of(code)
 
 
-def name_of(code: Any) -> str:
+def name_of(code: object) -> str:
     """The qualified name of a class or function, or that of an object's class."""
     return str(getattr(code, "__qualname__", type(code).__qualname__))
 

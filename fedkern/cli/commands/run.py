@@ -116,7 +116,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
 
 
 def _illustrate(
-    request: Request, config: RunConfig, out: Path, data: Any, code: tuple[str, ...], view: Listener
+    request: Request, config: RunConfig, out: Path, data: object, code: tuple[str, ...], view: Listener
 ) -> None:
     """Draws the pictures of a finished run, and writes its report where it was asked for."""
     from fedkern.report.figures.pictures import finished_pictures

@@ -29,7 +29,7 @@ def shown(value: object) -> str:
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 
 
-def python_number(value: Any) -> Any:
+def python_number(value: object) -> Any:
     """``value`` as Python's own number where it is another real one, such as NumPy's.
 
     Anything else as it is.
@@ -137,7 +137,7 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     )
 
 
-def check_tensor(tensor: Any, name: str, kind: str = "a tensor") -> None:
+def check_tensor(tensor: object, name: str, kind: str = "a tensor") -> None:
     """Raises TypeError unless ``tensor`` is a dense tensor.
 
     ``kind`` says of what, for the message.

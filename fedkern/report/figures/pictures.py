@@ -43,7 +43,7 @@ CURVES = {"dice": "dice"}
 def write_pictures(
     run_dir: Path,
     *,
-    data: Any = None,
+    data: object = None,
     model: nn.Module | None = None,
     data_root: str | None = None,
     trusted: Collection[str] = (),
@@ -112,7 +112,7 @@ def draw_pictures(
 def finished_pictures(
     run_dir: Path,
     *,
-    data: Any = None,
+    data: object = None,
     model: nn.Module | None = None,
     data_root: str | None = None,
     trusted: Collection[str] = (),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +56,7 @@ def draw(examples: Sequence[Example], path: Path, *, title: str) -> None:
 
 
 def retrieval_examples(
-    contents: Contents, data: Any, *, model: nn.Module | None = None, trusted: Collection[str] = ()
+    contents: Contents, data: object, *, model: nn.Module | None = None, trusted: Collection[str] = ()
 ) -> tuple[list[Example], str]:
     """Images evenly spread over the first test set, each with its nearest captions, and a title for them.
 

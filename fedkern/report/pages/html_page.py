@@ -127,7 +127,7 @@ def render(page: Page) -> str:
     )
 
 
-def _text(value: Any) -> Any:
+def _text(value: object) -> Any:
     """What the template shows: a text, which may hold names of users, without control characters; HTML as it is."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value

@@ -91,7 +91,7 @@ def stored_device(run_dir: Path) -> str:
 def write_report(
     run_dir: Path,
     *,
-    data: Any = None,
+    data: object = None,
     model: nn.Module | None = None,
     command: str = "",
     trusted: Collection[str] = (),
