@@ -222,7 +222,7 @@ class Run:
             return outputs(self._network(), self._data, images, self.config.batch_size)
         predictor = Predictor.open(self.out, self._trusted, self._script.network)
         if is_dataset(images):
-            return predictor.probabilities(read_images(predictor, images))
+            return predictor.probabilities(read_images(predictor.task, images))
         if isinstance(images, np.ndarray):
             try:
                 images = torch.from_numpy(np.ascontiguousarray(images))

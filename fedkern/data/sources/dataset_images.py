@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 from fedkern.data.forms import MASK, ImageForm, ItemForm
 from fedkern.data.sources.arrays import MEAN, STD, class_names
 from fedkern.data.sources.items import Items
-from fedkern.data.sources.row_store import EQUAL, RowStore
+from fedkern.data.sources.row_store import DRAWING, EQUAL, RowStore
 from fedkern.data.split import Split
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, leaves, parted
@@ -22,20 +24,23 @@ from fedkern.tasks.classification import UNLABELLED
 from fedkern.tasks.partition_statistics import PartitionStatistics
 from fedkern.tasks.user_tasks import INTEGERS
 
+if TYPE_CHECKING:
+    from fedkern.data.types import FederatedData
+
 READ = 256
 """Items that are read at once."""
 Columns = tuple[Tensor, Tensor | None, Tensor | None]
 """Images, classes and masks of a data set."""
 
 
-def can_be_images(data: Any) -> bool:
+def can_be_images(data: FederatedData) -> bool:
     """Return whether items are single tensors ``[C, H, W]``, uint8 or float32, with a class."""
     form = data.form
     is_plain = isinstance(form, ItemForm) and data.clients[0].collate is default_collate
     return is_plain and form.image_shape is not None and data.task.target == "class"
 
 
-def as_images(data: Any, reason: str, *, is_raw: bool, limit: int | None) -> Any:
+def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | None) -> FederatedData:
     """Return federated data of items as images, with a row for every item.
 
     Every item is read, and some are read again: :class:`RowStore` says when rows may take the place of items.
@@ -51,10 +56,10 @@ def as_images(data: Any, reason: str, *, is_raw: bool, limit: int | None) -> Any
     """
     splits = [*data.clients, data.validation, *data.tests.values(), *data.client_tests]
     splits += [] if data.public is None else [data.public]
-    sets = {id(split.dataset): replace(split, rows=None) for split in splits if len(split)}
+    sets = {id(split.dataset): _used(split, splits) for split in splits if len(split)}
     shape = data.form.image_shape
     assert shape is not None
-    total = sum(len(split) * split.item_bytes for split in sets.values())
+    total = sum(map(len, sets.values())) * math.prod(shape) * getattr(torch, data.form.dtype).itemsize
     if limit is not None and total > limit:
         raise UserError(
             f"{reason} needs images in memory, and these take {total / 2**30:.1f} GiB of at most {limit / 2**30:.0f}: "
@@ -75,7 +80,9 @@ def as_images(data: Any, reason: str, *, is_raw: bool, limit: int | None) -> Any
         images, labels, masks = columns[id(split.dataset)]
         if labels is None:
             raise UserError(f"{reason} needs classes, whole numbers, and items of {split.who} have none.")
-        rows = slice(None) if split.rows is None else split.rows
+        used = sets[id(split.dataset)].rows
+        rows: Any = slice(None) if split.rows is None else split.rows
+        rows = rows if used is None or split.rows is None else torch.searchsorted(used, split.rows)
         if int(labels[rows].min()) < 0:
             raise UserError(f"{reason} needs classes from 0, and {split.who} has {int(labels[rows].min())}.")
         return Split(images[rows], labels[rows], None if masks is None else masks[rows], task=data.task)
@@ -108,14 +115,25 @@ def _public(columns: Columns, classes: int, task: Task) -> Split:
     return Split(images, labels, masks, task=task)
 
 
+def _used(split: Items, splits: Sequence[Items]) -> Items:
+    """Return those items of a data set that splits use, in their order."""
+    parts = [part.rows for part in splits if part.dataset is split.dataset and len(part)]
+    known = [rows for rows in parts if rows is not None]
+    rows = torch.cat(known).unique() if len(known) == len(parts) else None
+    return replace(split, rows=None if rows is None or len(rows) == len(split.dataset) else rows)
+
+
 def _columns(split: Items, reason: str, again: int) -> Columns:
     """Return the images, classes and masks of a data set, of which every item is read and ``again`` are read again."""
     count = len(split)
     if split.still:
         return _parts(split, split.batch(np.arange(count), 0))
-    if split.store is None:
-        raise _unkept(reason, split.who, split.unkept or "its items draw random numbers")
+    if split.rows is not None and split.unkept != DRAWING:  # rows for these alone
+        split = replace(split, dataset=Subset(split.dataset, split.rows.tolist()), rows=None)
+        split.store = RowStore(count, None)
     store = split.store
+    if store is None:
+        raise _unkept(reason, split.who, split.unkept or "its rows take more memory than a run keeps")
     unread = np.flatnonzero(store.reads == 0)
     for rows in [*np.array_split(unread, -(-len(unread) // READ) or 1), *_repeats(store, count, again)]:
         if len(rows):
@@ -125,13 +143,13 @@ def _columns(split: Items, reason: str, again: int) -> Columns:
     return _parts(split, store.take(range(count), reads=0))
 
 
-def read_images(data: Any, dataset: Any) -> Tensor:
-    """Return the images of another data set, as those of ``data`` a run was on.
+def read_images(task: Task, dataset: Dataset[object]) -> Tensor:
+    """Return the images of another data set than a run was on.
 
     Raises:
         UserError: an item cannot be read, or has no image.
     """
-    split = Items(dataset, "the samples", data.task, default_collate)
+    split = Items(dataset, "the samples", task, default_collate)
     parts = [split.batch(rows, 0) for rows in np.array_split(np.arange(len(split)), -(-len(split) // READ))]
     images = [batch if isinstance(batch, Tensor) else _parts(split, batch)[0] for batch in parts]
     return torch.cat(images)
@@ -144,7 +162,7 @@ def _repeats(store: RowStore, count: int, again: int) -> list[np.ndarray]:
     return np.array_split(rows, -(-left // READ) or 1)
 
 
-def _parts(split: Items, batch: Any) -> Columns:
+def _parts(split: Items, batch: object) -> Columns:
     """Return the images, classes and masks in a batch."""
     inputs, targets = parted(batch)
     mask = inputs.get(MASK) if isinstance(inputs, Keywords) else None

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fedkern.messages.leaves import leaves, mapped
 
+DRAWING = "its items draw random numbers"
+"""Reason why rows cannot take the place of such items."""
 EQUAL = 256
 """Items read again and found equal before rows take their place: a flip of probability 0.1 passes with 1e-22."""
 
@@ -75,7 +77,7 @@ class RowStore:
         """
         with self._lock:
             if not self.reason:
-                self.reason = "its items draw random numbers" if draws else self._fill(places, items, batch)
+                self.reason = DRAWING if draws else self._fill(places, items, batch)
                 if self.reason:
                     self._columns = []
             return self.reason
