@@ -176,7 +176,9 @@ class Accumulator:
                 self._dtype = other._dtype if dtype is None else torch.promote_types(dtype, other._dtype)
 
     def mean(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns the weighted mean so far, ``[P]``; more vectors may be added afterwards.
+        """Return the weighted mean so far, ``[P]``.
+
+        More vectors may be added afterwards.
 
         Args:
             out: tensor ``[P]`` that receives the mean, in any of the four dtypes.

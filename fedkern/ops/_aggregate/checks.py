@@ -82,7 +82,7 @@ def check_out(out: Tensor, size: int, device: torch.device, name: str = "out") -
 
 
 def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> None:
-    """Raises TypeError or ValueError unless ``weights`` is a real tensor ``[count]``; its values are not checked."""
+    """Raise TypeError or ValueError unless ``weights`` is a real tensor ``[count]``, of any values."""
     check_dense(weights, "weights")
     if weights.dim() != 1 or weights.shape[0] != count:
         raise ValueError(f"weights must have shape [{count}], but has {list(weights.shape)}")

@@ -110,7 +110,7 @@ class AggregateKernels(PlainAggregate, Launcher):
         return self._call_sorted(vectors, 0, count_of(vectors), weights, True)
 
     def _sorts(self, vectors: Vectors, weights: Weights | None) -> bool:
-        """Whether a GPU's kernel can sort the vectors."""
+        """Return whether a GPU's kernel can sort the vectors."""
         dtype, count = rows_or_stack(vectors)[0].dtype, count_of(vectors)
         if count <= self.core.aggregate_sorted and (weights is None or dtype is not torch.float64):
             return True

@@ -108,7 +108,10 @@ def fake_vector(vectors: list[Tensor], *others: Any) -> Tensor:
 
 
 class _WeightedMean(EagerFunction):
-    """weighted_mean with its gradient; ``weights`` is a tensor, or a pair of checked numbers and their sum."""
+    """weighted_mean with its gradient.
+
+    ``weights`` is a tensor, or a pair of checked numbers and their sum.
+    """
 
     @staticmethod
     def forward(

@@ -54,7 +54,7 @@ class PlainAggregate:
         return result if out is None else deliver(result, out)
 
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
-        """``total += weight * vector`` for ``total`` fp64 ``[P]``; product and sum are each rounded."""
+        """Add ``weight * vector`` to ``total``, fp64 ``[P]``, and round product and sum each."""
         add_reference(total, vector, weight)
 
     def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
@@ -65,7 +65,7 @@ class PlainAggregate:
         return target.copy_(total / weight)
 
     def exact_accumulate(self, digits: Tensor, top: Tensor, vector: Tensor, weight: float) -> None:
-        """Adds ``weight * vector`` to the digits ``int64 [3, P]`` and their positions ``int8 [P]``; see aggregate.h."""
+        """Add ``weight * vector`` to the digits ``int64 [3, P]`` and positions ``int8 [P]`` of aggregate.h."""
         exact_add_reference(digits, top, vector, weight)
 
     def exact_mean(self, digits: Tensor, top: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:

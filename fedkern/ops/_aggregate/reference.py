@@ -70,7 +70,7 @@ def mean_in_pieces(vectors: Tensor | Sequence[Tensor], weights: Sequence[float],
 
 
 def exact_add_reference(digits: Tensor, top: Tensor, vector: Tensor, weight: float) -> None:
-    """Adds ``weight * vector`` to the digits ``int64 [3, P]`` and their position ``int8 [P]``; see aggregate.h."""
+    """Add ``weight * vector`` to the digits ``int64 [3, P]`` and positions ``int8 [P]`` of aggregate.h."""
     for piece in pieces(len(top)):
         _exact_add(digits[:, piece], top[piece], vector[piece].double() * weight)
 
@@ -110,7 +110,7 @@ def risen(digits: Tensor, rise: Tensor) -> Tensor:
 
 
 def exact_merge_reference(digits: Tensor, top: Tensor, more: Tensor, more_top: Tensor) -> None:
-    """Adds another sum, ``more`` at the positions ``more_top``, to the digits ``int64 [3, P]``; see aggregate.h."""
+    """Add another sum, ``more`` at the positions ``more_top``, to the digits ``int64 [3, P]`` of aggregate.h."""
     for piece in pieces(len(top)):
         before, theirs = top[piece].to(torch.int64), more_top[piece].to(torch.int64)
         after = torch.maximum(before, theirs)

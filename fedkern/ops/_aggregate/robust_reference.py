@@ -53,7 +53,7 @@ def sorted_mean_reference(vectors: Vectors, low: int, high: int, weights: Weight
 
 
 def weighted_median_reference(vectors: Vectors, weights: Weights) -> Tensor:
-    """The mean of the lower and the upper weighted median; see :func:`fedkern.ops.median`."""
+    """Return the mean of the lower and the upper weighted median, as :func:`fedkern.ops.median` does."""
     out = torch.empty_like(vectors[0], memory_format=torch.contiguous_format)
     weight_tensor = as_weights(weights, out)
     half = weight_tensor.cumsum(0)[-1] / 2

@@ -23,7 +23,7 @@ class ServerRule(NamedTuple):
 
 
 class ServerCall(NamedTuple):
-    """A call of server_step; see :func:`fedkern.ops.server_step`.
+    """A call of :func:`fedkern.ops.server_step`.
 
     Attributes:
         global_: ``[P]`` of the vectors' dtype and any stride.

@@ -245,7 +245,7 @@ def _compute(call: ServerCall) -> ServerStep:
 
 
 def _direct(out: Tensor, global_: Tensor, vectors: Vectors, *states: Tensor | None) -> bool:
-    """Whether a kernel may write to ``out`` while it reads the rest: it may be ``global_``, but overlap nothing."""
+    """Return whether a kernel may write to ``out`` while it reads the rest: ``global_`` or no overlap."""
     if not out.is_contiguous() or out.is_neg():
         return False
     storage = out.untyped_storage().data_ptr()

@@ -1,1 +1,1 @@
-"""blend: feature maps with other samples' backgrounds; images with a detector's boxes erased or kept."""
+"""blend: feature maps with other samples' backgrounds, and images with a detector's boxes erased or kept."""

@@ -31,7 +31,7 @@ def boxes_mask_reference(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def fill_boxes_reference(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
-    """The specification of :func:`erase_boxes` and (``keep``) :func:`keep_boxes`; ``fill`` is ``[1 or B, C]``."""
+    """Specify :func:`erase_boxes` and (``keep``) :func:`keep_boxes`, with ``fill`` of ``[1 or B, C]``."""
     mask = boxes_mask_reference(boxes, images.shape[2], images.shape[3])[:, None]
     return torch.where(mask != keep, fill[:, :, None, None].to(images.dtype), images)
 
@@ -39,7 +39,7 @@ def fill_boxes_reference(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
 def erase_boxes(
     images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor = 0.0
 ) -> Tensor:
-    """Replaces every pixel inside a box by ``fill``; the background is left (FedGID, arXiv 2504.00850).
+    """Replace every pixel inside a box by ``fill``, which leaves the background (FedGID, arXiv 2504.00850).
 
     A pixel in row i and column j belongs to a box when its centre does: x1 <= j + 1/2 < x2 and y1 <= i + 1/2 < y2.
     Boxes are clipped to the image.  A box with x2 <= x1 or y2 <= y1 is empty.
@@ -80,7 +80,7 @@ def _boxes(
         _check_real(images, "images")
         if images.dim() != 4:
             raise ValueError(f"images must have shape [B, C, H, W], but has {list(images.shape)}")
-        padded, fills = _padded(boxes, images), _fills(fill, images)
+        padded, fills = _pad_boxes(boxes, images), _fills(fill, images)
         if not eager(images, padded, fills):
             return _fill_boxes(images, padded, fills, keep)
     if torch.is_grad_enabled() and images.requires_grad:
@@ -110,7 +110,7 @@ def _check_real(tensor: Tensor, name: str, *, boolean: bool = True) -> None:
         raise TypeError(f"{name} must have a real dtype, but has {tensor.dtype}")
 
 
-def _padded(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
+def _pad_boxes(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
     """Boxes as one ``[B, n, 4]`` tensor on the images' device."""
     batch = images.shape[0]
     if isinstance(boxes, Tensor):

@@ -32,7 +32,7 @@ class BlendCall(NamedTuple):
 
 
 def sample_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
-    """Returns ``strides`` if a sample fills its memory without gaps or repeats, in any order of axes; else None."""
+    """Return ``strides``, or None unless a sample fills its memory without gaps or repeats, in any order of axes."""
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size != 1:
@@ -96,7 +96,7 @@ class _Launcher(Launcher):
 
 
 class BlendKernels(_Launcher):
-    """blend of both compiled cores; Triton's launcher has the same methods.
+    """blend of both compiled cores, with the methods of Triton's launcher.
 
     Tensors have been checked and lie on one device.  Kernels walk samples in the order of memory.  A core answers
     False, and does nothing, where the samples of a call have gaps or do not lie alike.  To ask this in Python would
@@ -184,7 +184,7 @@ class BlendKernels(_Launcher):
         return to_front, to_back, per_sample
 
     def _users(self, index: Tensor, background_rows: int) -> tuple[Tensor, Tensor]:
-        """As :func:`users`; torch takes several launches."""
+        """Return the result of :func:`users` in one launch, where torch takes several."""
         if max(index.shape[0], background_rows) > self.core.blend_few:
             return users(index, background_rows)
         index = index.contiguous()

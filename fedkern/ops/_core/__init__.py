@@ -1,1 +1,1 @@
-"""What every operator shares: choice of the backend, loading of the cores, checks, memory, torch.library."""
+"""Base of all operators: choice of the backend, loading of the cores, checks, memory, torch.library."""

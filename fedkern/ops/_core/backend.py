@@ -323,7 +323,7 @@ def reference_alone(operator: str) -> bool:
 
 
 def _lifting() -> str:
-    """How the forced backend is lifted, for the end of a sentence."""
+    """Return the way to lift the forced backend, for the end of a sentence."""
     if _forced is None:
         return "unsetting FEDKERN_BACKEND"
     set_too = " and unsetting FEDKERN_BACKEND" if os.environ.get("FEDKERN_BACKEND") else ""

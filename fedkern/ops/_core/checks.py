@@ -1,4 +1,4 @@
-"""Checks of numbers and tensors given to operators; every error message names the argument."""
+"""Checks of numbers and tensors given to operators. Every error message names the argument."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def check_dense(tensor: Tensor, name: str) -> None:
 
 
 def check_number(value: float, name: str, high: float = math.inf, *, above: bool = False) -> float:
-    """Returns ``value`` as a float in [0, high], or with ``above`` in (0, high]; infinity is never valid."""
+    """Return ``value`` as a finite float in [0, high], or with ``above`` in (0, high]."""
     if isinstance(value, (bool, Tensor)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     number = real(value, name)
@@ -185,7 +185,7 @@ class _Memory:
 
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether any element of ``one`` overlaps any element of ``other`` in memory.
+    """Return whether any element of ``one`` overlaps any element of ``other`` in memory.
 
     Exact for all strides.
     """

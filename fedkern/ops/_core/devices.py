@@ -1,4 +1,4 @@
-"""Checks that the visible GPUs can run the compiled kernels; made when a backend is chosen, not per call.
+"""Checks that the visible GPUs can run the compiled kernels, when a backend is chosen and not per call.
 
 All GPUs that this process sees have to qualify: a check of the tensor's own GPU would be needed in every call.
 """

@@ -21,7 +21,7 @@ REBUILD = "run pip install . again (pip install -e . for an editable install)"
 
 
 class Unavailable(Exception):
-    """A backend cannot be used here; the message says why, in a clause that fits after ``because``."""
+    """Error of a backend that cannot be used here, with a message that fits after ``because``."""
 
 
 class Unsuited(Unavailable):

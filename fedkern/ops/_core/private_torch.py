@@ -1,4 +1,4 @@
-"""What fedkern uses of torch that is not public, all in this file.
+"""All private names of torch that fedkern uses.
 
 Torch 2.11 to 2.15 have them all.  What would compute wrong numbers or read wrong memory if torch changed it is tried on
 tiny tensors at its first use: the table of tensors and a GPU's stream.
@@ -61,7 +61,7 @@ _function_mode: Callable[[int], Any] = _find("_C._get_function_stack_at")
 
 
 def function_modes() -> bool:
-    """Whether a torch-function mode is active.
+    """Return whether a torch-function mode is active.
 
     A default device (``torch.set_default_device``, ``with torch.device(...)``) does not count: operators name the
     device of every tensor that they make.
@@ -237,7 +237,7 @@ def exchange_table() -> object:
 
 
 def table_problem(capsule: object) -> str:
-    """What is wrong with an exchange table, or ""."""
+    """Return the fault of an exchange table, or ""."""
     try:
         table = _Table.from_address(_POINTER(capsule, b"dlpack_exchange_api"))
     except ValueError:

@@ -21,7 +21,7 @@ _LARGE = HUGE // 8  # elements; fresh() compares bytes
 
 
 class FuseKernels(Launcher):
-    """``fuse_concat`` and ``fuse_mean`` of both compiled cores; Triton's launcher has the same methods.
+    """``fuse_concat`` and ``fuse_mean`` of both compiled cores, with the methods of Triton's launcher.
 
     Arguments are checked, tensors strided and not negated.  Maps have shape ``[B, C_m, *S]``, one dtype and any
     strides.  Products and sums are taken in fp32 (fp64 for fp64 maps) and rounded once.
@@ -101,7 +101,7 @@ class FuseKernels(Launcher):
         return targets, to_scale, to_shift
 
     def _too_many(self, channels: Sequence[int]) -> bool:
-        """Whether a mean has more maps than the core takes."""
+        """Return whether a mean has more maps than the core takes."""
         if not self.gpu or len(channels) <= self.core.fuse_maps:
             return False
         not_forced("fuse_mean", "cuda", f"of {len(channels)} maps")

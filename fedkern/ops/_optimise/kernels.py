@@ -26,7 +26,9 @@ class AdamW(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One checked step of M optimisers; csrc/bindings/optimise_call.h reads the fields in this order.
+    """One checked step of M optimisers.
+
+    csrc/bindings/optimise_call.h reads the fields in this order.
 
     Tensors are ``[M, P]`` of one dtype and device, with unit stride along P and without overlap where they are written
     to; ``anchor`` and ``correction`` may be expanded along M.  For the compiled cores they may also be ``[P]`` with

@@ -29,7 +29,9 @@ NO_CLIPPING = 0.0
 
 
 class StepResult(NamedTuple):
-    """Result of :func:`sgd_step` and :func:`adamw_step`; on a GPU, only reading its values waits for the step.
+    """Result of :func:`sgd_step` and :func:`adamw_step`.
+
+    On a GPU, only reading its values waits for the step.
 
     Attributes:
         finite: bool, 0-d (``[M]`` for ``[M, P]``): whether the gradient and all written values are finite.

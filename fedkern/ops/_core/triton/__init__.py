@@ -1,4 +1,4 @@
-"""The operators' Triton kernels, one file per family; imported only when Triton is to serve a call.
+"""The operators' Triton kernels, one file per family, imported only when Triton is to serve a call.
 
 With ``TRITON_INTERPRET=1`` in the environment when this package is first imported, Triton runs every kernel in Python
 on the host, program by program: thousands of times slower, but on CPU tensors and without a GPU.

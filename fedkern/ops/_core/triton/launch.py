@@ -46,7 +46,7 @@ def power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def filled(values: Iterable[T], filler: T) -> tuple[T, ...]:
+def pad_parameters(values: Iterable[T], filler: T) -> tuple[T, ...]:
     """Kernel parameters, padded to a power of two, so that fewer kernels are compiled."""
     parameters = tuple(values)
     return parameters + (filler,) * (power_of_two(len(parameters)) - len(parameters))

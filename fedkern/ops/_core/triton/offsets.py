@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedkern.ops._core.triton.launch import filled
+from fedkern.ops._core.triton.launch import pad_parameters
 
 # Triton compiles another kernel for a number of a tuple that is 1, divisible by 16, or fits 32 bits. Codes avoid all
 # three: they are odd and large, except for whole numbers near 2^51.
@@ -25,7 +25,7 @@ def whole(number: int) -> int:
 
 def wholes(numbers: Iterable[int]) -> tuple[int, ...]:
     """The :func:`whole` codes of numbers, as kernel parameters."""
-    return filled(map(whole, numbers), whole(0))
+    return pad_parameters(map(whole, numbers), whole(0))
 
 
 def tensor_starts(tensors: Sequence[Tensor]) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ def _whole(code):
 
 @triton.jit
 def starts_of(offsets, member, COUNT: tl.constexpr):
-    """Where each of ``member`` begins, in elements from the first tensor.
+    """Return the starts of ``member``, in elements from the first tensor.
 
     ``offsets`` are :func:`whole` codes.
     """
