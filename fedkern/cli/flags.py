@@ -49,7 +49,7 @@ RUN_FLAGS: dict[str, tuple[Any, ...]] = {
     "out": ("DIR", "run folder; default runs/<method>-<data>-<time>"),
     "resume": ("DIR", "continue the run in this folder"),
     "flower": ("DIR", "write a project of the Flower framework that plays this run on nodes (docs/flower-app.md)"),
-    "own_data": ("", "with --flower: a node's folder holds its client's data alone"),
+    "own_data": ("", "with --flower: a node's folder or FILE.py:NAME gives its client's data alone"),
     "tensorboard": ("", "write every round's figures as TensorBoard event files too"),
     "wandb": ("PROJECT", "log every round's figures to a project of Weights & Biases"),
     "profile": ("", "write a trace of one round, for chrome://tracing, to the run folder"),

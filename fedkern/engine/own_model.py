@@ -132,7 +132,7 @@ def _tried(network: Any, make: Own, data: Any) -> tuple[Any, int]:
     offers = data.task.offers
     if not offers & {"criterion", "classes"}:
         return data, 0
-    split = data.clients[0]
+    split = next(filter(len, data.clients))  # a node has samples of its client alone
     batch = trial_batch(split, range(min(2, len(split))))
     largest = max(map(len, (*data.tests.values(), data.validation)))
 

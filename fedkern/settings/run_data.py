@@ -24,7 +24,7 @@ from fedkern.data.sharing.patients import limited
 from fedkern.data.sources.dataset_images import as_images, can_be_images
 from fedkern.data.sources.inspection import inspect
 from fedkern.data.sources.items import Items
-from fedkern.data.split import Split
+from fedkern.data.split import AnySplit, Split
 from fedkern.data.types import client_label
 from fedkern.errors import UserError, first_of
 from fedkern.files.image_rows import in_parts, loaded
@@ -187,7 +187,7 @@ class DataRecipe:
 
 
 def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None, *, node: bool = False) -> FederatedData:
-    """The data in this machine's folder, with all training samples as those of one client.
+    """The data in this machine's folder or of its function, with all training samples as those of one client.
 
     On a node nothing is held out of them: no set but the server's judges the network.
     """
@@ -195,7 +195,7 @@ def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None, 
         shares = [name for name in ("test_share", "validation_share") if name in lookup(config.data).options]
         config = config.replace(data_options={**config.data_options, **dict.fromkeys(shares, 0.0)})
     data = load_data(config.replace(clients=1, partition="iid"), notice=notice)
-    return replace(data, client_names=None, client_tests=())
+    return with_images(config, replace(inspect_items(config, data), client_names=None, client_tests=()))
 
 
 def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
@@ -207,8 +207,10 @@ def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
     """
     count = len(data.classes)
 
-    def stand_in(n: int) -> Split:
-        images = torch.zeros((n, data.form.shape[0], 1, 1), dtype=torch.uint8)
+    def stand_in(n: int) -> AnySplit:
+        if isinstance(data.clients[0], Items):  # samples of the server, on which the network is tried
+            return data.clients[0].subset(torch.zeros(n, dtype=torch.int64))
+        images = torch.zeros((n, data.form.shape[0], 1, 1), dtype=getattr(torch, data.form.dtype))
         return Split(images, data.task.blank(n, count), task=data.task)
 
     uncounted = np.zeros((len(samples), 0), dtype=np.int64)

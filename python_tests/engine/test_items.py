@@ -31,7 +31,6 @@ from fedkern.data.sharing.holdout import hold_out
 from fedkern.data.sources.inspection import look
 from fedkern.data.sources.items import Items
 from fedkern.errors import UserError
-from fedkern.flower.runs.own_data import form_of
 from fedkern.listeners import Listener
 from fedkern.messages.leaves import Keywords, Positional, parted
 from fedkern.methods import METHODS
@@ -1108,8 +1107,6 @@ def test_other_machines_have_no_such_data(monkeypatch, tmp_path):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=r"other ranks have none: .*, with workers=N, or .* load FILE"):
         fedkern.simulate("fedavg", **GOOD, rounds=1, out=tmp_path / "run", **HERE)
-    with pytest.raises(UserError, match="nodes have images, and the samples of these data are none"):
-        form_of(fedkern.FederatedData.from_datasets(GOOD["data"], GOOD["test"]))
 
 
 SERVES = {

@@ -94,10 +94,11 @@ class DataFunction:
         ):
             raise UserError(
                 f'data set "{self.name}" has {len(data.clients)} clients, not {clients}: leave --clients out'
+                + ", or have its function give a single data set" * (clients == 1)
             )
         # The data's own word is that of a run that was begun with it.
         shares = (parse_partition(self._partition).text, data.statistics.partition)
-        if "partition" not in self.takes and spec.text not in shares:
+        if "partition" not in self.takes and len(data.clients) > 1 and spec.text not in shares:
             raise UserError(f'data set "{self.name}" shares its samples out by itself: leave --partition out')
 
     def _check_source(self, source: Source) -> None:

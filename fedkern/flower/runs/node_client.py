@@ -46,7 +46,7 @@ from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_data, data_of_one, decided, effective, inspect_items, kept_data, load_data
 
-PROTOCOL = 7
+PROTOCOL = 8
 """Version of the messages; both ends must have the same."""
 ASKERS = ("method", "pooling")
 MOST_NAMES, LONGEST_NAME = 256, 200

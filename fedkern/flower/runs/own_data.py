@@ -1,7 +1,7 @@
 """Runs whose nodes have the data of one client each: what server and nodes must agree on before the first round.
 
-The server has a folder of the same kind: its test and validation sets judge the network, its training samples are not
-used.  Of a client's data it learns the number of samples.
+The server has a folder or a function of the same kind: its test and validation sets judge the network, its training
+samples are not used.  Of a client's data it learns the number of samples.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import default_collate
+
+from fedkern.data import lookup
+from fedkern.data.forms import ItemForm
 from fedkern.data.types import FederatedData
 from fedkern.errors import UserError, printable_name
 from fedkern.settings.config import RunConfig
@@ -19,19 +23,16 @@ if TYPE_CHECKING:
 
 
 def form_of(data: FederatedData) -> dict[str, Any]:
-    """What the data of server and nodes must have in common, as plain values.
-
-    Raises:
-        UserError: the samples are no images.
-    """
-    if "images" not in data.form.offers:
-        raise UserError(
-            "nodes have images, and the samples of these data are none: play the clients with fedkern.simulate."
-        )
-    return {
-        "task": data.task.name, "classes": list(data.classes), "images": list(data.form.shape),
-        "mean": list(data.form.mean), "std": list(data.form.std), "augment": data.form.augment,
-        "bits": data.form.grey_bits, "window": list(data.form.window or ()),
+    """Return the facts on data that server and nodes must have in common, as plain values."""
+    form = data.form
+    facts = {"task": data.task.name, "classes": list(data.classes)}
+    if isinstance(form, ItemForm):  # a user's collation may make batches of several lengths
+        is_fixed = data.clients[0].collate is default_collate
+        return {**facts, "items": [words if is_fixed else words.partition(" ")[0] for words in form.shapes]}
+    return facts | {
+        "images": list(form.shape), "dtype": form.dtype, "is_raw": form.is_raw, "is_scaled": form.is_scaled,
+        "mean": list(form.mean), "std": list(form.std), "augment": form.augment, "bits": form.grey_bits,
+        "window": list(form.window or ()),
     }  # fmt: skip
 
 
@@ -55,7 +56,9 @@ def declared(config: RunConfig, registry: NodeRegistry, warn: Callable[[str, str
         for name, value in form.items():
             if facts.get(name) != value:
                 theirs = printable_name(str(facts.get(name)), 200)
-                way = "give all folders the same classes and kind of images"
+                way = "give all machines the same classes and kind of samples"
+                if name == "classes" and lookup(config.data).function is not None:
+                    way = "name them in the function, FederatedData.from_datasets([train], test, classes=[...])"
                 if name == "window":  # percentiles are of every folder's own files
                     way = "give --data-option window=CENTRE,WIDTH instead of percentiles"
                 raise UserError(

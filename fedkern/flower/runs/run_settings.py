@@ -41,7 +41,7 @@ FLOWER = {
         3600.0, "seconds within which clients must answer a message; 0: no limit but Flower's own", **_SECONDS
     ),
     "flower.wait": Option(600.0, "seconds to wait for the nodes of all clients before the first round", **_SECONDS),
-    "flower.own-data": Option(False, "whether the data folder of a node holds the data of its client alone"),
+    "flower.own-data": Option(False, "whether data folder or function of a node give the data of its client alone"),
     "flower.transport": Option(
         "fp32", "how fp32 tensors travel: fp32, or bf16 for half the bytes, which rounds them", choices=("fp32", "bf16")
     ),
@@ -153,7 +153,7 @@ def check_portable(config: RunConfig) -> None:
 def check_own_data(config: RunConfig) -> None:
     """Raises UserError for settings that need the data of several clients in one place."""
     if "clients" in config.unset:
-        raise UserError("flower.own-data needs the number of clients, which no folder tells: give clients=N.")
+        raise UserError("flower.own-data needs the number of clients, which no node tells: give clients=N.")
     if config.held_out_client is not None or config.client_test or config.privacy_unit != "image":
         raise UserError(
             "held-out-client, client-test and privacy-unit patient need the data of all clients in one place: leave "

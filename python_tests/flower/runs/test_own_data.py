@@ -1,7 +1,9 @@
 """Runs whose nodes have the data of one client each, in a folder of their own."""
 
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +16,15 @@ from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.flower.runs import node_process, run_settings, server_app
+from fedkern.run import main
 from fedkern.settings.run_data import data_of_one
 from python_tests.flower.node_grid import NodeGrid
+from python_tests.flower.runs.test_project import run_config as config_of_project
 from python_tests.interrupted import outcome
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("alone")]
 
+PAGE = Path(__file__).resolve().parents[3] / "docs/flower-app.md"
 SIZES = {"server": 6, 0: 6, 1: 4, 2: 9}
 RUN = {
     "method": "scaffold", "data": "folder", "clients": 3, "data-option.size": 16, "width": 2, "rounds": 2,
@@ -43,22 +48,89 @@ def folders(tmp_path):
     return tmp_path
 
 
-def over_flower(folders, nodes=(0, 1, 2), **changed):
-    run_config = {**RUN, "data-root": str(folders / "server"), "out": str(folders / "run"), **changed}
+def over_flower(folders, nodes=(0, 1, 2), base=RUN, **changed):
+    run_config = {**base, "data-root": str(folders / "server"), "out": str(folders / "run"), **changed}
     own = {k: {"data-root": str(folders / str(k))} for k in nodes}
     server_app.play(NodeGrid(run_config, nodes, nodes=own), run_config)
 
 
 def test_the_bits_of_the_same_clients_in_one_process(folders):
     over_flower(folders)
-    config = run_settings.read({**RUN, "data-root": str(folders / "server")}).config
-    clients = [data_of_one(config.replace(data_root=str(folders / str(k))), node=True).clients[0] for k in range(3)]
-    assert len({len(split) for split in clients}) == 3
-    data = replace(data_of_one(config), clients=tuple(clients))
-    run(config, data=data, out=folders / "here")
-    found, expected = outcome(folders / "run"), outcome(folders / "here")
+    same_as_here(RUN, folders)
+    sizes = [record["clients"][str(k)]["samples"] for record in read_metrics(folders / "here") for k in range(3)]
+    assert sizes == 2 * [2 * SIZES[k] for k in range(3)]
+
+
+def same_as_here(run_config, folder):
+    """Compare a run over Flower with one of the same clients in this process."""
+    settings = {name: value for name, value in run_config.items() if name not in ("out", "data-root")}
+    config = run_settings.read({**settings, "data-root": str(folder / "server")}).config
+    roots = [config.replace(data_root=str(folder / str(k))) for k in range(3)]
+    clients = tuple(data_of_one(root, node=True).clients[0] for root in roots)
+    run(config, data=replace(data_of_one(config), clients=clients, sights={}), out=folder / "here")
+    found, expected = outcome(folder / "run"), outcome(folder / "here")
     assert found[:2] == expected[:2]
     assert found[2]["metrics"] == expected[2]["metrics"]
+
+
+def test_the_page_s_function_gives_every_node_its_table(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (command,) = re.findall(r"python -m fedkern.run (.*hospital\.py.*)\n", PAGE.read_text())
+    for name, count in SIZES.items():
+        x = np.linspace(-1, name != 1, 4 * count, dtype=np.float32).reshape(count, 4)  # at client 1 none is ill
+        with (tmp_path / str(name)).open("wb") as file:
+            np.savez(file, x=x, y=np.int64(x[:, 3] > 0), x_test=x, y_test=np.int64(x[:, 3] > 0))
+    (tmp_path / "hospital.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), "--rounds", "2", "--threads", "1", "--client-threads", "1", "--device", "cpu"]) == 0
+    monkeypatch.syspath_prepend(tmp_path / "hospitals")
+    run_config = {**config_of_project(tmp_path / "hospitals"), "flower.wait": 0.0}
+    over_flower(tmp_path, base=run_config)
+    assert [record["clients"]["1"]["samples"] for record in read_metrics(tmp_path / "run")] == [4, 4]
+    same_as_here(run_config, tmp_path)
+
+
+IMAGES = """
+import torch
+from pathlib import Path
+from torch.utils.data import TensorDataset
+def sets(root, width=8, classes=2, dtype=torch.float32):
+    targets = [torch.arange(count) % classes for count in ({"server": 6, "0": 7, "1": 5, "2": 9}[Path(root).name], 10)]
+    images = [torch.linspace(0, 255, len(y) * 24 * width).reshape(len(y), 3, 8, width) for y in targets]
+    return tuple(TensorDataset(x.to(dtype), y) for x, y in zip(images, targets))
+def floats(root):
+    return sets(root)
+def integers(root):
+    return sets(root, dtype=torch.uint8)
+def mixed(root):
+    return sets(root, dtype=torch.uint8 if root.endswith("1") else torch.float32)
+def fewer(root):
+    return sets(root, classes=3 - root.endswith("2"))
+def wider(root):
+    return sets(root, width=8 + root.endswith("2"))
+def several(root):
+    return 2 * list(sets(root)[:1]), sets(root)[1]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "reason"),
+    [("floats", "cnn", ""), ("integers", "cnn", ""),
+     ("mixed", "cnn", r"Client 1's data have other dtype than the server's \(uint8, and here float32\)"),
+     ("fewer", "cnn", r"Client 2's data have other classes .*: name them in the function, FederatedData\."),
+     ("wider", "torch.nn:Identity", r"have other items .*\[2, 3, 8, 9\].* give all machines the same classes and kind"),
+     ("several", "cnn", "has 2 clients, not 1: .* have its function give a single data set")],
+)  # fmt: skip
+def test_functions_that_give_every_node_its_images(name, model, reason, tmp_path):
+    (tmp_path / "own.py").write_text(IMAGES)
+    run_config = {**RUN, "data": f"{tmp_path / 'own.py'}:{name}", "data-option.size": "", "model": model, "width": ""}
+    if not reason:
+        over_flower(tmp_path, base=run_config)
+        same_as_here(run_config, tmp_path)
+        return
+    with pytest.raises(UserError, match=reason):
+        over_flower(tmp_path, base=run_config)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.exhaustive

@@ -137,7 +137,7 @@ def test_images_of_a_data_set_of_ones_own(method, tmp_path):
     same(outcome(tmp_path / "flower"), expected, method)
 
 
-@pytest.mark.parametrize("name", ["rows", "other_rows", "local_rows"])
+@pytest.mark.parametrize("name", ["rows", "local_rows"])
 def test_rows_of_a_data_set_of_ones_own(name, tmp_path):
     (tmp_path / "own.py").write_text(OF_ROWS)
     code = {"data": f"{tmp_path / 'own.py'}:{name}", "model": f"{tmp_path / 'own.py'}:Linear"}
