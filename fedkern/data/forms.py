@@ -16,6 +16,8 @@ from fedkern.data.images.transforms import central, normalise
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, leaves, mapped, parted
 
+OF_DATASETS = ("dtype", "is_raw", "is_scaled")
+"""Attributes of images that networks get as a user's data set gives them."""
 MASK = "mask"
 """Key of an item that holds the mask of its object."""
 
@@ -112,7 +114,7 @@ class ImageForm:
         return {
             "channels": self.shape[0], "image_size": list(self.shape[1:]), "mean": list(self.mean),
             "std": list(self.std), "grey_bits": self.grey_bits, "window": self.window and list(self.window),
-            "dtype": self.dtype, "is_raw": self.is_raw, "is_scaled": self.is_scaled,
+            **({name: getattr(self, name) for name in OF_DATASETS} if self.is_raw or not self.is_scaled else {}),
         }  # fmt: skip
 
     def noise(self, samples: int, rng: np.random.Generator) -> Tensor:
@@ -133,7 +135,7 @@ def form_of(about: Mapping[str, Any]) -> ImageForm | ItemForm:
         return ItemForm(tuple(about["items"]), about["inputs"], about["head"])
     shape = about["channels"], *about["image_size"]
     window = about["window"] and tuple(about["window"])
-    switches = {name: about[name] for name in ("grey_bits", "dtype", "is_raw", "is_scaled")}
+    switches = {name: about[name] for name in ("grey_bits", *OF_DATASETS) if name in about}
     return ImageForm(shape, tuple(about["mean"]), tuple(about["std"]), window=window, **switches)
 
 

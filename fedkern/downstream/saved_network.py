@@ -90,8 +90,6 @@ _FORMS = {
         "classes": _list(_text),
         "grey_bits": lambda x: _count(x) and x <= 16,
         "window": lambda x: x is None or _list(_number, 2)(x),
-        "dtype": lambda x: x in ("uint8", "float32"),
-        **dict.fromkeys(("is_raw", "is_scaled"), lambda x: isinstance(x, bool)),
     },
     True: {
         "classes": _list(_text, least=0),
@@ -107,7 +105,8 @@ _ABOUT: dict[str, Callable[[Any], bool]] = {
 """Keys that the description in model.safetensors must have, each with a check of its value."""
 _ABOUT_SOME: dict[str, Callable[[Any], bool]] = {
     "statistics": lambda x: x == "batch", "personal": _list(_text), "samples": _list(_count), "seed": _count,
-    "pair": lambda x: isinstance(x, dict),
+    "pair": lambda x: isinstance(x, dict), "dtype": lambda x: x in ("uint8", "float32"),
+    **dict.fromkeys(("is_raw", "is_scaled"), lambda x: isinstance(x, bool)),
 }  # fmt: skip
 _PAIR: dict[str, Callable[[Any], bool]] = {
     **_IMAGES, "image_encoder": _text, "text_encoder": _text,

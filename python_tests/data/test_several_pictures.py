@@ -66,7 +66,7 @@ def test_a_prediction_refuses_two_pictures(tmp_path, suffix):
     write(tmp_path / f"a.{suffix}", FIRST, SECOND)
     about = {
         "task": "classification", "classes": ("a", "b"), "image_size": (8, 8), "channels": 1, "grey_bits": 16,
-        "window": None, "mean": (0.5,), "std": (0.2,), "dtype": "uint8", "is_raw": False, "is_scaled": True,
+        "window": None, "mean": (0.5,), "std": (0.2,),
     }  # fmt: skip
     with pytest.raises(UserError, match="holds several pictures"):
         Predictor(torch.nn.Identity(), about).read([tmp_path / f"a.{suffix}"])

@@ -37,7 +37,7 @@ class Brightness(nn.Module):
 
 def predictor(task: str, side: int = SIDE) -> Predictor:
     about = {"task": task, "classes": CLASSES, "image_size": (side, side), "channels": 1, "mean": (0.5,), "std": (0.2,),
-             "grey_bits": 16, "window": None, "dtype": "uint8", "is_raw": False, "is_scaled": True}  # fmt: skip
+             "grey_bits": 16, "window": None}  # fmt: skip
     return Predictor(Brightness(task == "segmentation"), about)
 
 

@@ -218,7 +218,7 @@ def release(folder, data, steps):
     (folder / "config.toml").write_text(config.to_toml())
     about = {"model": "mlp", "width": 64, "task": "classification", "classes": list("abcd"), "channels": 1,
              "image_size": [8, 8], "mean": [0.5], "std": [0.3], "grey_bits": 8, "window": None, "method": "fedavg",
-             "dtype": "uint8", "is_raw": False, "is_scaled": True, "rounds": 1}  # fmt: skip
+             "rounds": 1}  # fmt: skip
     saved_model.write_model(folder / saved_model.MODEL, model, about)
     return folder
 

@@ -18,7 +18,7 @@ from python_tests.interrupted import unvouched
 PLAIN = {
     "model": "cnn", "width": 4, "task": "classification", "classes": ["a", "b"], "channels": 3, "image_size": [16, 16],
     "mean": [0.5] * 3, "std": [0.2] * 3, "grey_bits": 8, "window": None, "method": "fedavg",
-    "dtype": "uint8", "is_raw": False, "is_scaled": True, "rounds": 1,
+    "rounds": 1,
 }  # fmt: skip
 PAIR = {
     "image_encoder": "conv", "text_encoder": "words", "channels": 3, "image_size": [16, 16], "mean": [0.5] * 3,

@@ -59,7 +59,7 @@ def save_model(model, folder: Path, name: str = "cnn") -> None:
         "model": name, "width": None, "task": "classification",
         "classes": [str(c) for c in range(model.head.out_features)], "channels": channels, "image_size": [32, 32],
         "mean": [0.5] * channels, "std": [0.2] * channels, "grey_bits": 8, "window": None, "method": "fedavg",
-        "dtype": "uint8", "is_raw": False, "is_scaled": True, "rounds": 2,
+        "rounds": 2,
     }  # fmt: skip
     saved_model.write_model(folder / saved_model.MODEL, model, about)
 
