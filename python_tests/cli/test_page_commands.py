@@ -42,6 +42,8 @@ def test_a_command_of_a_page_is_taken(page, line, monkeypatch, tmp_path, registr
     for name in ("one", "two", "three"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name, code in re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", page.read_text(), re.DOTALL):
+        (tmp_path / name).write_text(code)
     for name in extensions.values(words, "--data"):
         open_code(name)
     request = parse(words)
