@@ -68,7 +68,7 @@ def test_a_batch_tells_what_its_parts_are_called(old, new):
 
 # -- questions -----------------------------------------------------------------------------------------------------
 
-LABELS, TEXTS, KNOWN = ("labels", "targets"), ("texts", "tokens"), ("name", "main", "better", "noun")
+LABELS, TEXTS, KNOWN = ("labels", "targets"), ("texts", "tokens"), ("name", "main", "better", "noun", "code")
 
 
 def called(node):
