@@ -407,6 +407,7 @@ def simulate(
     task: Task | None = None,
     classes: Sequence[str] | int | None = None,
     normalize: tuple[Any, Any] | None = None,
+    groups: str | Callable[[int], object] | None = None,
     out: str | Path | None = None,
     progress: bool = True,
     listener: Listener | Sequence[Listener] | None = None,
@@ -424,8 +425,8 @@ def simulate(
             options are those it was made with.  A class needs no registered name.
         data: name of a data set, federated data in memory, or map-style PyTorch data sets: a dict by client's name, a
             list with one a client, or a single one, which ``partition`` shares out among ``clients``.
-        test, validation, public, loss_fn, batch_loss, metrics, collate_fn, main, better, task, classes, normalize: of
-            PyTorch data sets, see :meth:`fedkern.FederatedData.from_datasets`.
+        test, validation, public, loss_fn, batch_loss, metrics, collate_fn, main, better, task, classes, normalize,
+        groups: of PyTorch data sets, see :meth:`fedkern.FederatedData.from_datasets`.
         model: name of a network, its code (``FILE.py:NAME``); a module, which is copied and whose weights are the
             initial ones; or a class or function that makes a module, whose weights then follow from the seed.
         train: ``train(model, client)`` in place of the local training of FedAvg's family: an ordinary loop over
@@ -448,7 +449,7 @@ def simulate(
     about = {
         "test": test, "validation": validation, "public": public, "loss_fn": loss_fn,
         "batch_loss": batch_loss, "metrics": metrics, "collate_fn": collate_fn, "main": main, "better": better,
-        "task": task, "classes": classes, "normalize": normalize,
+        "task": task, "classes": classes, "normalize": normalize, "groups": groups,
     }  # fmt: skip
     check_in_memory(data, model, settings)
     data = federated(data, about, settings)
@@ -474,7 +475,7 @@ def simulate(
 
 ABOUT = (
     "test", "validation", "public", "loss_fn", "batch_loss", "metrics", "collate_fn", "main", "better", "task",
-    "classes", "normalize",
+    "classes", "normalize", "groups",
 )  # fmt: skip
 """Arguments about PyTorch data sets."""
 _LOADERS = {

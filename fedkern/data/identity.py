@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import TensorDataset, default_collate
 
-from fedkern.data.sources.inspection import inspect
+from fedkern.data.sources.inspection import Sight, inspect
 from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, Pool, Source
@@ -22,6 +24,8 @@ from fedkern.streams import stream
 
 SAMPLED_IMAGES, SAMPLED_BYTES = 2000, 32 << 20
 """Most images, and most of their bytes, that stand for a training pool of which a run reads only some."""
+COMPARED_BYTES = 1 << 28
+"""Most bytes of tensors of which every item has a hash."""
 
 Sets = Mapping[str, Sequence[Split]]
 
@@ -63,6 +67,19 @@ def of_source(source: Source, contents: Sets, pixels: list[bytes]) -> dict[str, 
 def pixel_hashes(splits: Sequence[Split]) -> list[bytes]:
     """A hash of every image alone."""
     return [_hash(*image).digest() for split in splits for image in _rows(split.images)]
+
+
+def sample_hashes(split: Split | Items, sights: Mapping[int, Sight]) -> list[bytes]:
+    """Return a hash of every image, or of the items that are tensors in memory or were read by the inspection."""
+    if isinstance(split, Split):
+        return pixel_hashes([split])
+    rows = slice(None) if split.rows is None else split.rows
+    if type(split.dataset) is TensorDataset and len(split) * split.item_bytes <= COMPARED_BYTES:
+        with suppress(TypeError, RuntimeError):  # tensors that NumPy has none of
+            columns = [_rows(tensor[rows]) for tensor in split.dataset.tensors]
+            return [_hash(*chain(*parts)).digest() for parts in zip(*columns, strict=True)]
+    hashes = sights[id(split.dataset)].hashes if id(split.dataset) in sights else {}
+    return [hashes[row] for row in np.arange(len(split.dataset))[rows].tolist() if row in hashes]
 
 
 def sampled(pool: Pool) -> Split:

@@ -302,12 +302,20 @@ class FederatedData:
                 - ``normalize``: ``(mean, std)``, two numbers or one of each per channel: of float images those of the
                   transform of the data set, by which they go back to pixels; of uint8 images those by which they
                   are normalised for fedkern's networks (0.5 and 0.25);
+                - ``groups``: the patient or site of every sample, a text or a number, None where nobody knows: the name
+                  of an attribute of the data sets with a value for every item, of a column, or of a key of items; or a
+                  function of an item's index in the data set below ``Subset`` and ``ConcatDataset``;
                 - ``partition`` (``"iid"``), ``count`` (5), ``seed`` (0): how a single data set is shared out, by the
                   classes that its ``targets``, ``labels`` or last of ``tensors`` tell, or that are read item by item;
+                  groups stay whole; under ``"attribute"`` every group is a client of its name;
                 - ``samples``: number of training samples to use instead of all.
 
         Raises:
-            UserError: something is no map-style data set, or there is no loss for such targets; the message names it.
+            UserError: something is no map-style data set, there is no loss for such targets, or a group is missing or
+                neither a text nor a number; the message names it.
+
+        Warns:
+            UserWarning: all items are read for their classes or groups, as no attribute states these.
         """
         return cls(**parts_of_datasets(clients, test, **about))
 

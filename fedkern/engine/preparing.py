@@ -41,6 +41,7 @@ from fedkern.settings.run_data import (
     check_sets,
     decided,
     effective,
+    equal_samples,
     inspect_items,
     kept_data,
     load_data,
@@ -146,6 +147,7 @@ def with_data(
         config, is_new = decided(config, data), is_new and not data.identity
     data = inspect_items(config, data) if known else data
     identity = of_memory(data) if is_new else data.identity
+    items = data
     data = with_images(config, data)
     config = effective(config, data)
     data = kept_data(config, data)
@@ -159,12 +161,15 @@ def with_data(
     check_data(config, data)
     config, data, notes = own_model.resolve(config, data, stored, out, known)
     context, alike = RunContext(config, data), dict[str, str]()
-    if isinstance(data.validation, Items) and known and stored is None:
+    is_compared = isinstance(items.validation, Items) and known and stored is None
+    if is_compared and isinstance(data.validation, Items):
         trial = Trial(data, config.kind, context.build)
         if script.train is None and config.on_error != "skip":
             trial.check_clients(config.batch_size)
         trial.check_tests()
-        alike = check_apart(data)
+        items = data
+    if is_compared and (items is data or config.held_out_client is None):
+        alike = check_apart(items)
     config, warnings = script.resolve(context, code)
     warnings |= alike
     changed: list[str] = []
@@ -175,6 +180,7 @@ def with_data(
         config = config.replace(identity={**config.identity, **hashes})
     for sentence in (
         *caveats(data),
+        *(equal_samples(data) if is_compared and not alike else ()),
         *notes,
         *_not_compared(code, next(iter(data.sights.values()), None)),
     ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, takewhile
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
 from fedkern.data.forms import ItemForm
-from fedkern.data.identity import data_fingerprint
+from fedkern.data.identity import data_fingerprint, sample_hashes
 from fedkern.data.images import used_cache
 from fedkern.data.images.pixels import CACHE_BYTES
 from fedkern.data.labels.spelling import SHOWN
@@ -314,25 +314,36 @@ def _check_pairs(config: RunConfig, data: FederatedData) -> None:
             )
 
 
-def _shared_patients(data: FederatedData) -> list[str]:
-    """A sentence on patients of training images who are also in a set that judges the network, with their numbers."""
-
-    def people(split: Split) -> set[int]:
-        return set() if split.patients is None else set(split.patients.tolist())
-
-    trained = set().union(*map(people, (*data.clients, *(() if data.public is None else (data.public,)))))
+def _overlaps(data: FederatedData, marks: Callable[[Split], Collection[object]]) -> str:
+    """The sets that judge the network and have marks of training samples, with their numbers, in words."""
+    splits = (*data.clients, *(() if data.public is None else (data.public,)))
+    trained = {mark for split in splits for mark in marks(split)}
     sets = {f"the {set_noun(name)}": [split] for name, split in {**data.tests, "validation": data.validation}.items()}
     overlaps = []
-    for name, splits in {**sets, "the clients' own test sets": data.client_tests}.items():
-        patients = [people(split) for split in splits]
-        if count := sum(len(group & trained) for group in patients):
-            overlaps.append(f"{name} ({count} of {sum(map(len, patients))})")
-    if not overlaps:
-        return []
+    for name, judging in {**sets, "the clients' own test sets": data.client_tests}.items():
+        judged = [mark for split in judging for mark in marks(split)]
+        if count := sum(mark in trained for mark in judged):
+            overlaps.append(f"{name} ({count} of {len(judged)})")
+    return " and ".join(overlaps)
+
+
+def _shared_patients(data: FederatedData) -> list[str]:
+    """A sentence on patients of training images who are also in a set that judges the network, with their numbers."""
+    noun = data.form.noun
+    overlaps = _overlaps(data, lambda split: set() if split.patients is None else set(split.patients.tolist()))
     return [
-        f"Patients whose images are trained on are also in {' and '.join(overlaps)}, so that figures there are not "
-        "those of unknown patients: name one client for all images of a patient, or leave images out."
-    ]
+        f"Patients whose {noun} are trained on are also in {overlaps}, so that figures there are not those of unknown "
+        f"patients: name one client for all {noun} of a patient, or leave {noun} out."
+    ] * bool(overlaps)
+
+
+def equal_samples(data: FederatedData) -> list[str]:
+    """A sentence on training samples that are also in a set that judges the network, with their numbers."""
+    overlaps = _overlaps(data, lambda split: sample_hashes(split, data.sights))
+    return [
+        f"Equal {data.form.noun} are trained on and in {overlaps}, so that figures there are not those of "
+        f"unseen {data.form.noun}: leave them out of one."
+    ] * bool(overlaps)
 
 
 def caveats(data: FederatedData) -> list[str]:

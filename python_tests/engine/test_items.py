@@ -668,7 +668,7 @@ def without_things(items):
 
 def test_items_count_with_their_objects_and_what_does_not_is_told(tmp_path):
     def how(thing):
-        data = {"data": [Dated(table(9), thing)], "test": Dated(table(6), thing)}
+        data = {"data": [Dated(table(9), thing)], "test": Dated(table(6, 1), thing)}
         return {**data, "model": nn.Linear(4, 4), "collate_fn": without_things}
 
     quiet = {"progress": False, "pictures": False, "workers": 1}

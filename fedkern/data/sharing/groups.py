@@ -5,7 +5,8 @@ A unit is such a group; :func:`grouped_rows` numbers the units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 from itertools import pairwise
 
 import numpy as np
@@ -32,6 +33,12 @@ def grouped_rows(names: Sequence[str] | None, cases: Tensor | None, patients: Te
         return np.array(images, dtype=np.int64) if len(numbers) < len(images) else None
     position = np.unique(units.numpy(), return_inverse=True)[1].astype(np.int64)
     return position if position.max(initial=-1) + 1 < len(position) else None
+
+
+def hash_names(names: Iterable[str]) -> Rows:
+    """Return a hash of every name, int64 ``[n]``, so that no other name changes a draw that depends on it."""
+    hashes = b"".join(blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest() for name in names)
+    return np.frombuffer(hashes, dtype="<i8").astype(np.int64)
 
 
 def unit_noun(cases: Tensor | None, patients: Tensor | None) -> str:

@@ -34,7 +34,7 @@ def limited(data: FederatedData, images: int, seed: int) -> FederatedData:
         if split.patients is None:
             raise UserError(
                 f'--privacy-unit patient needs to know whose every image is, and the data set "{data.name}" names no '
-                "patients: give its table a column patient_id, or take --privacy-unit image."
+                "patients: give its table a column patient_id, a Dataset groups=, or take --privacy-unit image."
             )
         for patient in np.unique(split.patients.numpy()).tolist():
             if (owner := owners.setdefault(patient, k)) != k:

@@ -85,7 +85,8 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
         rows = rows if used is None or split.rows is None else torch.searchsorted(used, split.rows)
         if int(labels[rows].min()) < 0:
             raise UserError(f"{reason} needs classes from 0, and {split.who} has {int(labels[rows].min())}.")
-        return Split(images[rows], labels[rows], None if masks is None else masks[rows], task=data.task)
+        masks = None if masks is None else masks[rows]
+        return Split(images[rows], labels[rows], masks, patients=split.patients, homes=split.homes, task=data.task)
 
     clients = tuple(map(rows_of, data.clients))
     validation, tests = rows_of(data.validation), {name: rows_of(split) for name, split in data.tests.items()}
@@ -102,17 +103,17 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
         tests=tests,
         form=_image_form(data.form, is_raw),
         statistics=replace(statistics, names=data.statistics.names),
-        public=None if data.public is None else _public(columns[id(data.public.dataset)], len(classes), data.task),
+        public=None if data.public is None else _public(data.public, columns[id(data.public.dataset)], len(classes)),
         client_tests=tuple(map(rows_of, data.client_tests)),
     )
 
 
-def _public(columns: Columns, classes: int, task: Task) -> Split:
+def _public(split: Items, columns: Columns, classes: int) -> Split:
     """Return public images, without labels where they have none or those of other classes than the run's."""
-    images, labels, masks = columns
+    images, labels, masks, task = *columns, split.task
     if labels is None or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         labels, task = torch.full((len(images),), -1), UNLABELLED
-    return Split(images, labels, masks, task=task)
+    return Split(images, labels, masks, patients=split.patients, homes=split.homes, task=task)
 
 
 def _used(split: Items, splits: Sequence[Items]) -> Items:

@@ -6,6 +6,8 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -16,9 +18,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from fedkern.data.forms import ItemForm
+from fedkern.data.labels.spelling import numbered
+from fedkern.data.sharing.groups import grouped_rows, share_units, training_cases, unit_noun
 from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sharing.partition import partition as share_out
 from fedkern.data.sources.arrays import by_text, check_names
+from fedkern.data.sources.item_groups import GroupReader
 from fedkern.data.sources.items import Items, cause, draw_rows
 from fedkern.errors import RAISED, UserError, first_of, shown
 from fedkern.messages.leaves import leaves, parted
@@ -35,11 +40,11 @@ COMPARED = 16
 """Items whose classes are compared with those that a data set states."""
 
 
-def items_like(data: Any, dataset: Any, who: str) -> Any:
+def items_like(data: Any, dataset: Any, who: str) -> Items:
     """Another data set with the task and the collation of federated data; raises UserError where it is none."""
     _check(dataset, who)
     first = data.clients[0]
-    return Items(dataset, who, first.task, first.collate)
+    return Items(dataset, who, first.task, first.collate, group_key=first.group_key)
 
 
 def open_datasets(root: str | Path | None) -> NoReturn:
@@ -110,8 +115,9 @@ def parts_of_datasets(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     classes: Sequence[str] | int | None = None,
     normalize: tuple[float | Sequence[float], float | Sequence[float]] | None = None,
+    groups: object = None,
     partition: str = "iid",
-    count: int = 5,
+    count: int | None = None,
     samples: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -127,7 +133,10 @@ def parts_of_datasets(
     collate = collate_fn or default_collate
     if not callable(collate):
         raise UserError(f"collate_fn must be a function of a list of samples, not {shown(collate)}.")
-    first = Items(next(iter(named.values())), f"client {next(iter(named))}".strip(), CLASSIFICATION, collate)
+    reader = None if groups is None else GroupReader(groups, collate)
+    key, group_names = ("", {}) if reader is None else (reader.key, reader.names)
+    name, dataset = next(iter(named.items()))
+    first = Items(dataset, f"client {name}".strip(), CLASSIFICATION, collate, group_key=key)
     batch = first.batch(range(min(2, len(first))), 0)
     learnt = task or task_of_targets(batch, loss_fn, metrics, main, better, batch_loss, classes)
     if task and not (loss_fn is batch_loss is metrics is main is better is None and isinstance(learnt, Task)):
@@ -135,14 +144,16 @@ def parts_of_datasets(
     check_hooks(type(learnt))
     _check_floats(batch)
 
-    def items(dataset: Any, who: str, rows: Tensor | None = None, all_labels: Tensor | None = None) -> Items:
-        return Items(dataset, who, learnt, collate, rows, all_labels)
+    def items(dataset: Any, who: str) -> Items:
+        split = Items(dataset, who, learnt, collate, group_key=key)
+        return split if reader is None or not len(split) else replace(split, groups=reader.read(split))
 
+    own_sets = {name: items(dataset, f"client {name}" if several else "data") for name, dataset in named.items()}
     tests, client_tests = _tests(test, named if isinstance(clients, Mapping) else {}, items)
     sets = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
     validations = by_text(sets, "validation sets")
-    for each, dataset in validations.items():
-        _check(dataset, f"validation {each}".strip())
+    for name, dataset in validations.items():
+        _check(dataset, f"validation {name}".strip())
     if public is not None:
         _check(public, "public")
     if classes is not None and not isinstance(classes, int):
@@ -152,28 +163,33 @@ def parts_of_datasets(
         raise UserError("classes must name at least 2 classes.")
     sites = tuple(named) if isinstance(clients, Mapping) else None
     if several:
-        splits = {name: items(dataset, f"client {name}") for name, dataset in named.items()}
-        if samples is not None:
-            splits = _fewer(splits, samples, seed)
+        splits = own_sets if samples is None else _fewer(own_sets, samples, seed)
         sizes = tuple(map(len, splits.values()))
         none = np.zeros((len(splits), 0), dtype=np.int64)
         counted = PartitionStatistics(none, (), "attribute", names=sites, samples=sizes)
     else:
-        pool = items(clients, "data")
-        splits, counted, names = _shared_out(pool, names, partition, count, samples, seed)
+        splits, counted, names = _shared_out(own_sets[""], names, partition, count, samples, seed, group_names)
+        sites = counted.names
     for name, split in splits.items():
         if not len(split):
             raise UserError(f"client {name} has no samples: leave it out, or share out another way.")
+    unseen = {f"test {name}": split for name, split in tests.items()}
+    unseen["validation"] = items(_as_one([*validations.values()]), "the validation set")
+    unseen |= {} if public is None else {"public": items(public, "the public samples")}
+    for name, split in unseen.items():
+        if sites and not several and split.groups is not None:
+            homes = _places([group_names[value] for value in split.groups.tolist()], sites)
+            unseen[name] = replace(split, groups=None, homes=torch.from_numpy(homes))
     return {
         "name": NAME,
         "classes": names,
         "clients": tuple(splits.values()),
-        "validation": items(_as_one([*validations.values()]), "the validation set"),
+        "validation": unseen["validation"],
         "drawn_validation": isinstance(validation, Mapping) and not {*validations}.isdisjoint(named),
-        "tests": tests,
+        "tests": {name: unseen[f"test {name}"] for name in tests},
         "form": ItemForm.of(batch, not getattr(learnt, "takes_batches", False), _scale(normalize)),
         "statistics": counted,
-        "public": None if public is None else items(public, "the public samples"),
+        "public": unseen.get("public"),
         "client_tests": client_tests,
         "client_names": sites,
     }
@@ -220,32 +236,58 @@ def _as_one(sets: list[Any]) -> Any:
 
 
 def _shared_out(
-    pool: Items, names: tuple[str, ...], partition: str, count: int, samples: int | None, seed: int
-) -> tuple[dict[str, Items], PartitionStatistics, tuple[str, ...]]:
-    """A single data set shared out among ``count`` clients."""
+    pool: Items, names: tuple[str, ...], partition: str, count: int | None, samples: int | None, seed: int,
+    group_names: Mapping[int, str],
+) -> tuple[dict[str, Items], PartitionStatistics, tuple[str, ...]]:  # fmt: skip
+    """A single data set shared out among ``count`` clients, or a client for every group of ``group_names``."""
     spec = parse_partition(partition)
-    if spec.name == "attribute":
-        raise UserError(f"partition={partition!r} needs sites: give a dict of data sets by client.")
-    all_labels = None if spec.name == "iid" else classes_of(pool)
-    rows = np.arange(len(pool)) if samples is None else _drawn(len(pool), samples, seed)
+    all_labels = None if spec.name in ("iid", "attribute") else classes_of(pool)
+    rows = np.arange(len(pool)) if samples is None else _drawn(len(pool), samples, seed, pool.groups)
     labels = np.zeros(len(rows), dtype=np.int64) if all_labels is None else all_labels.numpy()[rows]
     classes = 1 if all_labels is None else max(len(names), 1 + int(all_labels.max()))
-    shares = share_out(spec, labels, count, seed, class_count=classes)
+    patients, sites, owners = None if pool.groups is None else pool.groups[rows], None, None
+    if spec.name == "attribute":
+        homes = [] if patients is None else [group_names[value] for value in patients.tolist()]
+        if not all(homes) or not homes:
+            raise UserError(
+                f"partition={partition!r} needs the site of every item: give groups=, or a dict of clients."
+            )
+        sites = numbered(homes)
+        if count not in (None, len(sites)):
+            raise UserError(f"groups has {len(sites)} sites, not {count}: leave clients out, or partition another way.")
+        count, patients, owners = len(sites), None, _places(homes, sites)
+    count = 5 if count is None else count
+    units = grouped_rows(None, None, patients)
+    share = partial(share_out, spec, clients=count, seed=seed, class_count=classes, groups=owners)
+    if units is None:
+        shares = share(labels)
+    else:
+        unit = unit_noun(None, patients)
+        shares = share_units(units, lambda first, sizes: share(labels[first], sizes=sizes, unit=unit))
+    pool = replace(pool, classes=all_labels, groups=None if sites else pool.groups)
     splits = {
-        str(k): Items(pool.dataset, f"client {k}", pool.task, pool.collate, torch.from_numpy(rows[share]), all_labels)
-        for k, share in enumerate(shares)
+        name: replace(pool.subset(torch.from_numpy(rows[part])), who=f"client {name}")
+        for name, part in zip(sites or map(str, range(count)), shares, strict=True)
     }
     sizes = tuple(map(len, splits.values()))
     if all_labels is None:
-        return splits, PartitionStatistics(np.zeros((count, 0), dtype=np.int64), (), spec.text, samples=sizes), names
+        none = np.zeros((count, 0), dtype=np.int64)
+        return splits, PartitionStatistics(none, (), spec.text, names=sites, samples=sizes), names
     names = names or tuple(map(str, range(classes)))
     return splits, PartitionStatistics.of([labels[share] for share in shares], names, spec.text), names
+
+
+def _places(homes: Sequence[str], sites: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The place of every item's site, int64 ``[n]``, -1 for one that is not in ``sites``."""
+    places = {site: k for k, site in enumerate(sites)}
+    return np.array([places.get(home, -1) for home in homes], dtype=np.int64)
 
 
 def _fewer(splits: dict[str, Items], samples: int, seed: int) -> dict[str, Items]:
     """The clients with ``samples`` of all samples."""
     ends = np.cumsum([0, *map(len, splits.values())])
-    rows = _drawn(int(ends[-1]), samples, seed)
+    patients = [split.groups for split in splits.values() if split.groups is not None]
+    rows = _drawn(int(ends[-1]), samples, seed, torch.cat(patients) if patients else None)
     subsets = {}
     for k, (name, split) in enumerate(splits.items()):
         client_rows = rows[(rows >= ends[k]) & (rows < ends[k + 1])] - ends[k]
@@ -253,9 +295,12 @@ def _fewer(splits: dict[str, Items], samples: int, seed: int) -> dict[str, Items
     return subsets
 
 
-def _drawn(count: int, samples: int, seed: int) -> npt.NDArray[np.int64]:
+def _drawn(count: int, samples: int, seed: int, patients: Tensor | None) -> npt.NDArray[np.int64]:
     if samples > count:
         raise UserError(f"train_samples must be at most {count}, the number of training samples, not {samples}.")
+    units = grouped_rows(None, None, patients)
+    if units is not None:
+        return training_cases(NAME, units, samples, 0, seed, unit_noun(None, patients))[0]
     return draw_rows(stream(seed, "train-samples"), count, samples)
 
 
@@ -325,7 +370,7 @@ def _difference(pool: Items, classes: Tensor) -> str:
     return ""
 
 
-def is_dataset(value: Any) -> bool:
+def is_dataset(value: object) -> bool:
     """Whether something has the form of a map-style data set."""
     if isinstance(value, (Tensor, np.ndarray, list, tuple, Mapping, str)):
         return False

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import sys
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.utils.data import TensorDataset, default_collate
@@ -25,10 +26,11 @@ class Sight:
 
     Attributes:
         owner: the first split of the data set.
-        digest: hash of the number of items and of some of them, chosen by their number alone.
+        digest: hash of the number of items, their groups, and some of them, chosen by their number alone.
         is_steady: whether an item is the same when it is read again from the same seeds.
         piles_threads: whether every item leaves a thread running.
         left_out: paths in an item at which no comparison looks.
+        hashes: a hash of every item that was read, by row.
     """
 
     owner: str
@@ -36,6 +38,7 @@ class Sight:
     is_steady: bool
     piles_threads: bool
     left_out: tuple[str, ...]
+    hashes: Mapping[int, bytes] = field(default_factory=dict, repr=False)
 
 
 def inspect(data: Any, keep_items: str = "off", limit: int = 0) -> Any:
@@ -81,13 +84,16 @@ def look(dataset: Items, samples: int = HASHED) -> Sight:
     """
     rows = draw_rows(stream(0, "items"), len(dataset), samples).tolist()
     value = hashlib.blake2b(f"{len(dataset)};".encode(), digest_size=16)
+    value.update(b"" if dataset.groups is None else dataset.groups.numpy().tobytes())
     tables: list[dict[str, str]] = []
     threads: list[int] = []
+    hashes: dict[int, bytes] = {}
     for row in rows:
         item = next(dataset.read([row], 0))
         threads.append(threading.active_count())
         tables = [*tables[:1], _table(item)]
-        value.update(digest(tables[-1]).encode())
+        hashes[row] = digest(tables[-1]).encode()
+        value.update(hashes[row])
         dataset.item_bytes = dataset.item_bytes or tensor_bytes(item)
         dataset.watch_items([row], [item])
     seeded = replace(dataset, draws={ALONE, *GENERATORS})
@@ -96,7 +102,7 @@ def look(dataset: Items, samples: int = HASHED) -> Sight:
         dataset.draws.update(seeded.draws)
         return look(dataset, samples)
     piles_threads = len({*threads[:3]}) == 3 and threads[:3] == sorted(threads[:3])
-    return Sight(dataset.who, value.digest(), is_steady, piles_threads, tuple(left_out(tables[0])))
+    return Sight(dataset.who, value.digest(), is_steady, piles_threads, tuple(left_out(tables[0])), hashes)
 
 
 def per_set(sets: int) -> int:

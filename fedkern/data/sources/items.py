@@ -6,7 +6,7 @@ import hashlib
 import threading
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
 
+from fedkern.data.sharing.groups import Rows, grouped_rows
 from fedkern.data.sources.row_store import RowStore
 from fedkern.errors import RAISED, UserError, described, told
 from fedkern.messages.leaves import leaves, parted
@@ -54,11 +55,13 @@ class Items:
         draws: names of the generators that items of the data set were seen to move, and `ALONE` where items are read
             one by one; its splits share it.
         unkept: why rows cannot take the place of items, where that is known.
+        groups: int64, a hash of the patient of every item of the data set, or None where nobody names patients.
+        homes: int64 ``[n]``, as in `fedkern.data.Split`, or None.
+        group_key: key of items that names their group, which no batch has, or nothing.
     """
 
-    homes: ClassVar[None] = None  # nothing is known of sites, patients and names
-    patients: ClassVar[None] = None
-    ids: ClassVar[None] = None
+    ids: ClassVar[None] = None  # nothing is known of names and volumes
+    cases: ClassVar[None] = None
 
     dataset: Any
     who: str
@@ -70,6 +73,9 @@ class Items:
     item_bytes: int = 0
     draws: set[str] = field(default_factory=set)
     unkept: str = ""
+    groups: Tensor | None = None
+    homes: Tensor | None = None
+    group_key: str = ""
     is_kept: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +96,8 @@ class Items:
 
     def subset(self, indices: Tensor) -> Items:
         """A new split with the rows ``indices``, int64 ``[m]``."""
-        return replace(self, rows=indices if self.rows is None else self.rows[indices])
+        rows = indices if self.rows is None else self.rows[indices]
+        return replace(self, rows=rows, homes=None if self.homes is None else self.homes[indices])
 
     def raw(self) -> dict[str, Tensor]:
         """As many tensors like those of the first item, which take no memory: what a client would send."""
@@ -101,7 +108,14 @@ class Items:
         """A split with the items of others behind its own."""
         parts = [self, *others]
         sets = [each.dataset if each.rows is None else Subset(each.dataset, each.rows.tolist()) for each in parts]
-        return Items(ConcatDataset(sets), self.who, self.task, self.collate)
+        patients = [split.patients for split in parts if split.patients is not None]
+        groups = torch.cat(patients) if len(patients) == len(parts) else None
+        return Items(ConcatDataset(sets), self.who, self.task, self.collate, groups=groups, group_key=self.group_key)
+
+    @property
+    def patients(self) -> Tensor | None:
+        """The patient of every sample, int64 ``[n]``, where patients are known."""
+        return self.groups if self.groups is None or self.rows is None else self.groups[self.rows]
 
     @cached_property
     def labels(self) -> Tensor:
@@ -120,12 +134,14 @@ class Items:
         """Whether a target is known: nobody can tell without reading all."""
         return True
 
-    def units(self) -> None:
-        """The samples that belong together: nothing is known."""
+    def units(self) -> Rows | None:
+        """Return the patient of every sample, counted from 0, where samples belong together, else None."""
+        return grouped_rows(None, None, self.patients)
 
     def identities(self) -> list[str]:
         """What tells a sample from others, in this process: its data set below subsets and concatenations, and row."""
-        return [_origin(self.dataset, row) for row in self._places(range(len(self)))]
+        origins = (locate(self.dataset, row) for row in self._places(range(len(self))))
+        return [f"{id(dataset)}/{row}" for dataset, row in origins]
 
     def _places(self, indices: Sequence[int] | np.ndarray) -> list[int]:
         """The rows of the data set."""
@@ -142,6 +158,11 @@ class Items:
         return (self._read([row], word)[0] for row in self._places(indices))
 
     def _read(self, places: list[int], word: int) -> list[object]:
+        """Return the items of the data set at ``places`` without the key that names their groups."""
+        items = self._read_items(places, word)
+        return [_without(item, self.group_key) for item in items] if self.group_key else items
+
+    def _read_items(self, places: list[int], word: int) -> list[object]:
         """Return the items of the data set at ``places``, read at once until one is found to draw random numbers.
 
         From then on they are read one by one. What an item draws begins at a seed made of ``word`` and its row, and
@@ -288,7 +309,7 @@ def cause(error: BaseException) -> str:
     return (told(error) or described(error)).rstrip(".")
 
 
-def _still(dataset: Any) -> bool:
+def _still(dataset: object) -> bool:
     """Whether a data set is torch's own, of tensors in memory."""
     if type(dataset) is Subset:
         return _still(dataset.dataset)
@@ -297,7 +318,7 @@ def _still(dataset: Any) -> bool:
     return type(dataset) is TensorDataset
 
 
-def _has_getitems(dataset: Any) -> bool:
+def _has_getitems(dataset: object) -> bool:
     """Return whether a class has ``__getitems__``, and no class derived from it another ``__getitem__``."""
     if type(dataset) is Subset:
         return _has_getitems(dataset.dataset)
@@ -305,10 +326,17 @@ def _has_getitems(dataset: Any) -> bool:
     return "__getitems__" in next(filter(None, kinds), ())
 
 
-def _origin(dataset: Any, row: int) -> str:
+def locate(dataset: object, row: int) -> tuple[object, int]:
+    """Return the data set below subsets and concatenations that has an item, and the row of the item there."""
     if isinstance(dataset, Subset):
-        return _origin(dataset.dataset, int(dataset.indices[row]))
+        return locate(dataset.dataset, int(dataset.indices[row]))
     if isinstance(dataset, ConcatDataset):
         part = bisect_right(dataset.cumulative_sizes, row)
-        return _origin(dataset.datasets[part], row - (dataset.cumulative_sizes[part - 1] if part else 0))
-    return f"{id(dataset)}/{row}"
+        return locate(dataset.datasets[part], row - (dataset.cumulative_sizes[part - 1] if part else 0))
+    return dataset, row
+
+
+def _without(item: object, key: str) -> object:
+    if isinstance(item, Mapping) and key in item:
+        return {name: item[name] for name in item if name != key}
+    return item

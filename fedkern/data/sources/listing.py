@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from fedkern.data.images.image_files import (
     grey_bits,
 )
 from fedkern.data.labels.spelling import SHOWN, numbered
+from fedkern.data.sharing.groups import hash_names
 from fedkern.data.split import rows_of
 from fedkern.data.types import Pool, Source
 from fedkern.errors import UserError, first_of
@@ -261,8 +261,7 @@ def _units(listing: Listing) -> npt.NDArray[np.int64]:
     for name, patient in zip(listing.ids, listing.patients or (), strict=False):
         owners[name] = patient or owners.get(name, "")
     keys = [f"patient/{owners[name]}" if owners.get(name) else f"image/{name}" for name in listing.ids]
-    hashes = b"".join(blake2b(key.encode(), digest_size=8).digest() for key in keys)
-    return np.frombuffer(hashes, dtype="<i8").astype(np.int64)
+    return hash_names(keys)
 
 
 def split_rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.int64]) -> dict[str, Tensor]:
