@@ -2,16 +2,19 @@
 
 import dataclasses
 import importlib.util
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset
+from torch import nn
+from torch.utils.data import Dataset, Subset
 
 import fedkern
 from fedkern.data import FederatedData, Split, lookup
+from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from python_tests.saved_network import same_network
 from python_tests.smallest import SETTINGS
@@ -82,3 +85,87 @@ def test_every_method_gives_the_bits_of_arrays(method: str, sets: tuple[Any, Any
     assert one.metrics == two.metrics == expected.metrics
     assert same_network(one.out, expected.out)
     assert same_network(one.out, two.out)
+
+
+class Scaled(Dataset[Any]):
+    """Float images of another data set, some of them flipped by a generator that no seed reaches."""
+
+    def __init__(self, images: Any, flips: float = 0.0) -> None:
+        self.images, self.flips, self.draw = images, flips, random.Random(0)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = self.images[index]
+        return (image.flip(-1) if self.draw.random() < self.flips else image) / 255 * 4 - 2, label
+
+
+class Module(nn.Sequential):
+    """A network of 12 outputs that takes floats alone."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.float32
+        return super().forward(x)
+
+
+def test_a_module_of_ones_own_gets_the_floats_of_the_data_set(sets: tuple[Any, Any], tmp_path: Path) -> None:
+    train, test = map(Scaled, sets)
+    how = {**SMALL, "width": None, "model": Module(), "rounds": 1, "normalize": (0.5, 0.25)}
+    run = fedkern.simulate("fediod", data=[train, train], test=test, out=tmp_path / "run", **how)
+    stacked = torch.stack([image for image, _ in test])
+    with torch.no_grad():
+        expected = run.model()(stacked).softmax(1)
+    assert torch.allclose(run.predict(test), expected, atol=1e-6)
+    assert torch.allclose(run.predict(stacked), expected, atol=1e-6)
+    labels = torch.tensor([label for _, label in test])
+    assert run.evaluate()["accuracy"] == pytest.approx(float((expected.argmax(1) == labels).double().mean()))
+    assert run.evaluate(test) == run.evaluate()
+    assert run.report().exists()
+    loaded = fedkern.load(
+        run.out, data=[train, train], test=test, model=Module(), normalize=(0.4, 0.25), trusted=["model"]
+    )
+    with pytest.raises(UserError, match="The data are not those"):
+        loaded.extend(2, progress=False)
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "flips": ("fedavg", {"flips": 0.1, "model": "cnn"}, "the same whenever they are read, .* was another one"),
+    "pixels": ("fediod", {"model": "cnn"}, r"needs pixels, .*add normalize=\(mean, std\)"),
+    "channels": ("fedavg", {"model": "cnn", "normalize": ([0.1, 0.2], [1, 1])}, "2 means .* for 3 channels"),
+    "scale": ("fedavg", {"model": "cnn", "normalize": (0.5, 0)}, "normalize must be .*std above 0"),
+    "off": ("fedavg", {"model": "cnn", "keep_items": "off"}, "needs images in memory"),
+}
+
+
+@pytest.mark.parametrize(("method", "given", "message"), WRONG.values(), ids=WRONG)
+def test_images_that_cannot_be_taken_are_one_sentence(
+    method: str, given: dict[str, Any], message: str, sets: tuple[Any, Any], tmp_path: Path
+) -> None:
+    train, test = Scaled(sets[0], given.pop("flips", 0.0)), Scaled(sets[1])
+    with pytest.raises(UserError, match=message) as refused:
+        fedkern.simulate(method, data=[train], test=test, out=tmp_path / "run", **{**SMALL, "rounds": 1, **given})
+    assert "\n" not in str(refused.value)
+    assert not [*(tmp_path / "run").glob("*")]
+
+
+def test_only_items_in_use_are_read(sets: tuple[Any, Any], tmp_path: Path) -> None:
+    train, test = sets
+    reads: list[int] = []
+    read = type(train).__getitem__
+
+    class Counting(type(train)):  # type: ignore[misc]
+        def __len__(self) -> int:
+            return 10**6
+
+        def __getitem__(self, index: int) -> Any:
+            reads.append(index)
+            return read(self, index % len(self.targets))
+
+    train.__class__ = Counting
+    how = {**SMALL, "rounds": 1, "train_samples": 60, "clients": 2}
+    fedkern.simulate("fedavg", data=train, test=test, out=tmp_path / "run", **how)
+    assert len(reads) < 400

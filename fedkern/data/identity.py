@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
+from fedkern.data.sources.arrays import NAME as ARRAYS
 from fedkern.data.sources.inspection import Sight, inspect
 from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
@@ -182,10 +183,15 @@ def code_of(data: FederatedData) -> dict[str, Any]:
 
 
 def data_fingerprint(data: FederatedData) -> int:
-    """CRC-32 of a federation's splits: a resumed run must have the same data."""
+    """CRC-32 of a federation's splits: a resumed run must have the same data.
+
+    Of images that a program gives, mean and standard deviation count too.
+    """
     public = () if data.public is None else (data.public,)
     sights = (data.sights or inspect(data).sights) if isinstance(data.validation, Items) else {}
     value = zlib.crc32(b"".join(sight.digest for sight in sights.values()))
+    if data.form.offers and (data.sights or data.name == ARRAYS):
+        value = zlib.crc32(repr((data.form.mean, data.form.std)).encode(), value)
     for split in (*data.clients, data.validation, *data.tests.values(), *public, *data.client_tests):
         value = split.fingerprint(value)
     return value
