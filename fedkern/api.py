@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedkern.data import FederatedData
 from fedkern.data.registry import open_code
 from fedkern.data.sources.dataset_images import read_images
-from fedkern.data.sources.datasets import is_dataset, items_like
+from fedkern.data.sources.datasets import PAIRS, is_dataset, items_like
 from fedkern.data.sources.items import Items
 from fedkern.downstream.item_prediction import outputs
 from fedkern.downstream.saved_network import read_model
@@ -452,7 +452,7 @@ def simulate(
         "task": task, "classes": classes, "normalize": normalize, "groups": groups,
     }  # fmt: skip
     check_in_memory(data, model, settings)
-    data = federated(data, about, settings)
+    data = federated(data, about, {**settings, "model": model})
     script = ScriptObjects.of(model, train, settings)
     start = settings.pop("init") if isinstance(settings.get("init"), nn.Module) else None
     config, memory = requested(method, data, model, settings)
@@ -502,9 +502,12 @@ def federated(data: Any, about: Mapping[str, Any], settings: Mapping[str, Any]) 
     how = {"samples": "train_samples", "seed": "seed"}
     if not isinstance(data, (Mapping, list, tuple)):
         how |= {"count": "clients", "partition": "partition"}
+    beside_classes = settings.get("data") == PAIRS or not settings.get("model")
     given_too = RunConfig.read({key: settings[key] for key in how.values() if settings.get(key) is not None})
     options = {name: given_too[key] for name, key in how.items() if key in given_too}
-    return FederatedData.from_datasets(data, arguments.pop("test", None), **arguments, **options)
+    return FederatedData.from_datasets(
+        data, arguments.pop("test", None), **arguments, **options, beside_classes=beside_classes
+    )
 
 
 _ARGUMENTS = ("data", *ABOUT, "model", "out", "progress", "listener", "pictures", "fedkern.load(DIR).resume()")

@@ -263,7 +263,7 @@ def compare(
     def data_of(how: Mapping[str, Any]) -> Any:  # every seed draws and shares out anew
         key = tuple(str(how.get(name)) for name in ("seed", "clients", "partition", "train_samples"))
         if key not in cache:
-            cache[key] = api.federated(data, about, how)
+            cache[key] = api.federated(data, about, {**how, "model": model})
         return cache[key]
 
     def make(variant: Variant, seed: int) -> RunConfig:

@@ -232,6 +232,9 @@ DATASETS: Registry[DatasetInfo] = Registry("data set", {
         "data sets of PyTorch, given through Python (fedkern.simulate(METHOD, data=[...], test=...))",
         open_datasets, 5, "iid",
     ),
+    "captioned": DatasetInfo(
+        "data sets of PyTorch whose images have texts, given through Python", open_datasets, 5, "iid", task=RETRIEVAL,
+    ),
 }, code=lambda info: info.function and info.function.function)  # fmt: skip
 
 

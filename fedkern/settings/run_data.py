@@ -107,7 +107,9 @@ def with_images(config: RunConfig, data: FederatedData) -> FederatedData:
     entry = MODELS.get(config.model)
     is_own = entry is None or isinstance(entry.make, Own)
     needs_images = config.kind.serves(data.task) and not config.kind.serves(data)
-    reasons = [config.method * needs_images, f"the network {config.model}" * (not is_own)]
+    needs_pairs = "pairs" in data.task.offers
+    reasons = ["the pair of encoders" * needs_pairs, config.method * needs_images]
+    reasons += [f"the network {config.model}" * (not is_own)]
     reasons += [f"--augment {config.augment}"] if config.augment not in (None, "none") else []
     reason = next(filter(None, reasons), "")
     if reason and config.keep_items == "off":

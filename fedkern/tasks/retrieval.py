@@ -91,6 +91,9 @@ class Retrieval(Task):
         channels, *size = data.form.shape
         texts = (text for split in data.clients for text in split.texts or ())
         kind = config.text_encoder
+        mean, std = data.form.mean, data.form.std
+        if config.image_encoder not in models.IMAGE_ENCODERS:  # whose images have a scale of its own
+            mean, std = data.form.scale(f"The image encoder {config.image_encoder}")
         words = models.learn_vocabulary(texts, kind).tokens if kind in models.TEXT_ENCODERS else None
         return {
             "pair": {
@@ -98,8 +101,8 @@ class Retrieval(Task):
                 "text_encoder": kind,
                 "channels": channels,
                 "image_size": size,
-                "mean": list(data.form.mean),
-                "std": list(data.form.std),
+                "mean": list(mean),
+                "std": list(std),
                 "vocabulary": None if words is None else list(words),
                 "width": config.width,
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch.utils.data import Dataset, Subset, default_collate
 
 from fedkern.data.forms import MASK, ImageForm, ItemForm
 from fedkern.data.sources.arrays import MEAN, STD, class_names
+from fedkern.data.sources.dataset_texts import texts_of
 from fedkern.data.sources.items import Items
+from fedkern.data.sources.labelled_images import ANY
 from fedkern.data.sources.row_store import DRAWING, EQUAL, RowStore
 from fedkern.data.split import Split
 from fedkern.errors import UserError
@@ -34,10 +37,10 @@ Columns = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def can_be_images(data: FederatedData) -> bool:
-    """Return whether items are single tensors ``[C, H, W]``, uint8 or float32, with a class."""
+    """Return whether items are single tensors ``[C, H, W]``, uint8 or float32, with a class or a text."""
     form = data.form
     is_plain = isinstance(form, ItemForm) and data.clients[0].collate is default_collate
-    return is_plain and form.image_shape is not None and data.task.target == "class"
+    return is_plain and form.image_shape is not None and (data.task.target == "class" or "pairs" in data.task.offers)
 
 
 def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | None) -> FederatedData:
@@ -74,24 +77,35 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
                 f"not {data.form.dtype} {list(shape)} as those of {data.clients[0].who}: give all sets one form."
             )
 
+    is_captioned = "pairs" in data.task.offers
+
     def rows_of(split: Items) -> Split:
         if not len(split):
-            return Split(columns[id(data.clients[0].dataset)][0][:0], torch.zeros(0, dtype=torch.int64), task=data.task)
+            none = torch.zeros(0, dtype=torch.int64)
+            return Split(blank, none, texts=() if is_captioned else None, task=data.task)
         images, labels, masks = columns[id(split.dataset)]
         if labels is None:
             raise UserError(f"{reason} needs classes, whole numbers, and items of {split.who} have none.")
         used = sets[id(split.dataset)].rows
         rows: Any = slice(None) if split.rows is None else split.rows
         rows = rows if used is None or split.rows is None else torch.searchsorted(used, split.rows)
+        if is_captioned:
+            return _captioned(images[rows], split)
         if int(labels[rows].min()) < 0:
             raise UserError(f"{reason} needs classes from 0, and {split.who} has {int(labels[rows].min())}.")
         masks = None if masks is None else masks[rows]
         return Split(images[rows], labels[rows], masks, patients=split.patients, homes=split.homes, task=data.task)
 
+    blank = columns[id(data.clients[0].dataset)][0][:0]
     clients = tuple(map(rows_of, data.clients))
     validation, tests = rows_of(data.validation), {name: rows_of(split) for name, split in data.tests.items()}
     named = {f"client {k}": split for k, split in enumerate(clients)}
-    classes = class_names({**named, **tests, "validation": validation}, data.classes or None, "auto")
+    every = {**named, **tests, "validation": validation}
+    classes = (ANY,) if is_captioned else class_names(every, data.classes or None, "auto")
+    public = data.public
+    if public is not None:
+        of_set = columns[id(public.dataset)]
+        public = rows_of(public) if is_captioned else _public(public, of_set, len(classes))
     statistics = PartitionStatistics.of(
         [split.labels.numpy() for split in clients], classes, data.statistics.partition, data.task
     )
@@ -103,9 +117,20 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
         tests=tests,
         form=_image_form(data.form, is_raw),
         statistics=replace(statistics, names=data.statistics.names),
-        public=None if data.public is None else _public(data.public, columns[id(data.public.dataset)], len(classes)),
+        public=public,
         client_tests=tuple(map(rows_of, data.client_tests)),
     )
+
+
+def _captioned(images: Tensor, split: Items) -> Split:
+    """Return the images of a split of :class:`fedkern.data.sources.dataset_texts.Captioned` with their texts."""
+    texts = texts_of(split.dataset)
+    texts = texts if split.rows is None else [texts[row] for row in split.rows.tolist()]
+    names = [blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in images]
+    ids = tuple(names) if len({*names}) < len(names) else None  # images with several texts
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    patients, homes = split.patients, split.homes
+    return Split(images, labels, None, ids, None, tuple(texts), patients=patients, homes=homes, task=split.task)
 
 
 def _public(split: Items, columns: Columns, classes: int) -> Split:

@@ -23,17 +23,18 @@ from fedkern.data.sharing.groups import grouped_rows, share_units, training_case
 from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sharing.partition import partition as share_out
 from fedkern.data.sources.arrays import by_text, check_names
+from fedkern.data.sources.dataset_texts import Captioned, are_captioned
 from fedkern.data.sources.item_groups import GroupReader
 from fedkern.data.sources.items import Items, cause, draw_rows
 from fedkern.errors import RAISED, UserError, first_of, shown
 from fedkern.messages.leaves import leaves, parted
 from fedkern.streams import stream
-from fedkern.tasks import CLASSIFICATION, OwnClassification, OwnTask, Task
+from fedkern.tasks import CLASSIFICATION, RETRIEVAL, OwnClassification, OwnTask, Task
 from fedkern.tasks.partition_statistics import PartitionStatistics
 from fedkern.tasks.user_tasks import INTEGERS, torch_loss
 from fedkern.usercode.hooks import check_hooks
 
-NAME = "datasets"
+NAME, PAIRS = "datasets", "captioned"
 LONGEST = 1 << 28
 """Most samples of a set: an epoch puts the numbers of all in an order, which takes 2 GB."""
 COMPARED = 16
@@ -44,13 +45,14 @@ def items_like(data: Any, dataset: Any, who: str) -> Items:
     """Another data set with the task and the collation of federated data; raises UserError where it is none."""
     _check(dataset, who)
     first = data.clients[0]
+    dataset = Captioned(dataset, first.group_key) if isinstance(first.dataset, Captioned) else dataset
     return Items(dataset, who, first.task, first.collate, group_key=first.group_key)
 
 
 def open_datasets(root: str | Path | None) -> NoReturn:
     """Raises UserError: these data are in the memory of a Python program, and no file holds them."""
     raise UserError(
-        'data set "datasets" is given through Python: fedkern.simulate(METHOD, data=[...], test=...), and a run of it '
+        "a Dataset is given through Python: fedkern.simulate(METHOD, data=[...], test=...), and a run of it "
         "goes on with fedkern.load(DIR, data=..., test=...).resume()"
     )
 
@@ -120,8 +122,13 @@ def parts_of_datasets(
     count: int | None = None,
     samples: int | None = None,
     seed: int = 0,
+    beside_classes: bool = False,
 ) -> dict[str, Any]:
-    """The attributes of the data that :meth:`fedkern.data.FederatedData.from_datasets` makes of these arguments."""
+    """Return the attributes of the data that :meth:`fedkern.data.FederatedData.from_datasets` makes of the arguments.
+
+    Args:
+        beside_classes: see :func:`fedkern.data.sources.dataset_texts.are_captioned`.
+    """
     _check_arrays(clients, "data")
     several = isinstance(clients, (Mapping, list, tuple)) and not is_dataset(clients)
     sets = clients if isinstance(clients, Mapping) else dict(enumerate(clients)) if several else {"": clients}
@@ -138,15 +145,31 @@ def parts_of_datasets(
     name, dataset = next(iter(named.items()))
     first = Items(dataset, f"client {name}".strip(), CLASSIFICATION, collate, group_key=key)
     batch = first.batch(range(min(2, len(first))), 0)
-    learnt = task or task_of_targets(batch, loss_fn, metrics, main, better, batch_loss, classes)
+    has_loss = not (loss_fn is batch_loss is metrics is main is better is collate_fn is classes is None)
+    is_captioned = not has_loss and are_captioned(first.dataset, batch, beside_classes)
+    usual = RETRIEVAL if is_captioned else None
+    learnt = task or usual or task_of_targets(batch, loss_fn, metrics, main, better, batch_loss, classes)
     if task and not (loss_fn is batch_loss is metrics is main is better is None and isinstance(learnt, Task)):
         raise UserError("task must be an object of fedkern.tasks.Task, without a loss, metrics, main and better.")
     check_hooks(type(learnt))
     _check_floats(batch)
 
+    is_captioned = "pairs" in learnt.offers
+    wrappers: dict[int, Captioned] = {}
+
     def items(dataset: Any, who: str) -> Items:
-        split = Items(dataset, who, learnt, collate, group_key=key)
-        return split if reader is None or not len(split) else replace(split, groups=reader.read(split))
+        parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
+        inner = [part.dataset for part in parts if isinstance(part, Captioned)]
+        is_wrapped = len(inner) == len(parts)
+        plain = ConcatDataset(inner) if is_wrapped else dataset
+        split = Items(plain, who, learnt, collate, group_key=key)
+        groups = None if reader is None or not len(split) else reader.read(split)
+        if is_captioned and len(split) and not is_wrapped:
+            dataset = wrappers.setdefault(id(dataset), Captioned(dataset, key))
+        return replace(split, dataset=dataset, groups=groups)
+
+    if is_captioned:
+        batch = items(first.dataset, first.who).batch(range(min(2, len(first))), 0)
 
     own_sets = {name: items(dataset, f"client {name}" if several else "data") for name, dataset in named.items()}
     tests, client_tests = _tests(test, named if isinstance(clients, Mapping) else {}, items)
@@ -168,6 +191,8 @@ def parts_of_datasets(
         none = np.zeros((len(splits), 0), dtype=np.int64)
         counted = PartitionStatistics(none, (), "attribute", names=sites, samples=sizes)
     else:
+        if is_captioned and parse_partition(partition).name not in ("iid", "attribute"):
+            raise UserError(f"partition={partition!r} needs classes, and images with texts have none: take iid.")
         splits, counted, names = _shared_out(own_sets[""], names, partition, count, samples, seed, group_names)
         sites = counted.names
     for name, split in splits.items():
@@ -181,7 +206,7 @@ def parts_of_datasets(
             homes = _places([group_names[value] for value in split.groups.tolist()], sites)
             unseen[name] = replace(split, groups=None, homes=torch.from_numpy(homes))
     return {
-        "name": NAME,
+        "name": PAIRS if is_captioned else NAME,
         "classes": names,
         "clients": tuple(splits.values()),
         "validation": unseen["validation"],

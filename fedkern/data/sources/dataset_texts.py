@@ -1,0 +1,79 @@
+"""Captions of PyTorch data sets: a text of every image, in its item or in an attribute ``texts`` of the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from itertools import chain
+from typing import Any
+
+from torch.utils.data import ConcatDataset, Subset
+
+from fedkern.data.forms import ItemForm
+from fedkern.messages.leaves import Keywords, parted
+
+
+class Captioned:
+    """Images of a data set with a hash of their texts in place of a class.
+
+    Args:
+        dataset: the data set.
+        group_key: key of items that is no input of a network.
+
+    Attributes:
+        texts: the texts of the items that were read, else empty ones.
+    """
+
+    def __init__(self, dataset: Any, group_key: str) -> None:
+        self.dataset, self.stated, self.group_key = dataset, stated_texts(dataset), group_key
+        self.texts = [""] * len(dataset)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, row: int) -> tuple[object, int]:
+        image, text = parted(self.dataset[row])
+        if isinstance(image, Keywords):
+            image.pop(self.group_key, None)
+        if self.stated is not None and not isinstance(text, str):
+            text = self.stated[row]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("it has no text: give items (image, text), or an attribute texts with one text per item")
+        self.texts[row] = str(text)
+        return image, int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def stated_texts(dataset: Any) -> Sequence[str] | None:
+    """Return the texts in an attribute ``texts`` of a data set, one per item, or None."""
+    if type(dataset) is Subset:
+        whole = stated_texts(dataset.dataset)
+        return None if whole is None else [whole[row] for row in dataset.indices]
+    if type(dataset) is ConcatDataset:
+        parts = [part for part in map(stated_texts, dataset.datasets) if part is not None]
+        return [*chain(*parts)] if len(parts) == len(dataset.datasets) else None
+    with suppress(Exception):  # a property of the user's may raise anything
+        texts: Sequence[str] = dataset.texts
+        return texts if len(texts) == len(dataset) and isinstance(texts[0], str) else None
+    return None
+
+
+def texts_of(dataset: object) -> list[str]:
+    """Return the texts of :class:`Captioned` images, also of several such sets as one."""
+    if isinstance(dataset, ConcatDataset):
+        return [*chain(*map(texts_of, dataset.datasets))]
+    assert isinstance(dataset, Captioned)
+    return dataset.texts
+
+
+def are_captioned(dataset: object, batch: object, beside_classes: bool) -> bool:
+    """Return whether items are images with texts.
+
+    Args:
+        batch: of two items.
+        beside_classes: whether an attribute ``texts`` counts where items have a target too.
+    """
+    targets = parted(batch)[1]
+    in_items = isinstance(targets, (list, tuple)) and isinstance(targets[0], str)
+    counts = targets is None or beside_classes
+    return ItemForm.of(batch).image_shape is not None and (in_items or (counts and stated_texts(dataset) is not None))
