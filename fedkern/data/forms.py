@@ -129,10 +129,10 @@ class ImageForm:
         return network
 
 
-def form_of(about: Mapping[str, Any]) -> ImageForm | ItemForm:
+def form_of(about: Mapping[str, Any]) -> ImageForm | SampleForm:
     """The form that ``about()`` of it has described."""
     if "items" in about:
-        return ItemForm(tuple(about["items"]), about["inputs"], about["head"])
+        return SampleForm(tuple(about["items"]), about["inputs"], about["head"])
     shape = about["channels"], *about["image_size"]
     window = about["window"] and tuple(about["window"])
     switches = {name: about[name] for name in ("grey_bits", *OF_DATASETS) if name in about}
@@ -140,7 +140,7 @@ def form_of(about: Mapping[str, Any]) -> ImageForm | ItemForm:
 
 
 @dataclass(frozen=True)
-class ItemForm:
+class SampleForm:
     """Samples of map-style data sets.
 
     Attributes:
@@ -164,13 +164,13 @@ class ItemForm:
     normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = field(default=None, compare=False)
 
     @staticmethod
-    def of(batch: Any, called: bool = True, normalize: Any = None) -> ItemForm:
+    def of(batch: Any, called: bool = True, normalize: Any = None) -> SampleForm:
         """The form of samples of which ``batch`` has two; ``called``: fedkern calls the network on a batch's inputs."""
         x = parted(batch)[0]
         by_name = isinstance(x, Keywords)
         args = () if by_name else x if isinstance(x, Positional) else (x,)
         inputs = {"args": _outlined(args), "kwargs": _outlined(x) if by_name else {}}
-        return ItemForm(tuple(map(in_words, leaves(batch))), inputs if called else None, normalize=normalize)
+        return SampleForm(tuple(map(in_words, leaves(batch))), inputs if called else None, normalize=normalize)
 
     @property
     def _single(self) -> tuple[str, list[int]] | None:

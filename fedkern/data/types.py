@@ -190,7 +190,7 @@ class FederatedData:
     clients: tuple[Any, ...]
     validation: Any
     tests: dict[str, Any]
-    form: Any  # ImageForm or ItemForm
+    form: Any  # ImageForm or SampleForm
     statistics: PartitionStatistics
     image_ids: frozenset[str] = field(default=frozenset(), repr=False)
     public: Any = None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
-from fedkern.data.forms import ItemForm
+from fedkern.data.forms import SampleForm
 from fedkern.data.identity import data_fingerprint, sample_hashes
 from fedkern.data.images import used_cache
 from fedkern.data.images.pixels import CACHE_BYTES
@@ -163,7 +163,7 @@ def finished_data(
 
 
 @reproducible()
-def reload_data(config: RunConfig, form: ItemForm, classes: tuple[str, ...], fingerprint: int) -> FederatedData:
+def reload_data(config: RunConfig, form: SampleForm, classes: tuple[str, ...], fingerprint: int) -> FederatedData:
     """Load the data of a run in another process than its own, with the form and classes that the run has found.
 
     Raises:

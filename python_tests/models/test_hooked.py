@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedkern.data.forms import ImageForm, ItemForm
+from fedkern.data.forms import ImageForm, SampleForm
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.errors import UserError
@@ -179,7 +179,7 @@ def test_in_place_steps_are_taken_once(stage, images):
 
 def test_items_may_be_changed_in_place():
     module = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 5), nn.Linear(5, 3))
-    form = ItemForm(("float32 [2, 4]",), {"args": ["float32 [2, 4]"], "kwargs": {}}, None)
+    form = SampleForm(("float32 [2, 4]",), {"args": ["float32 [2, 4]"], "kwargs": {}}, None)
     kind, *taps = find_taps(ItemNetwork(module, None), [], "1", form, "net")
     network, x = kind(module, *taps), torch.randn(6, 4)
     torch.testing.assert_close(network.head(network.features(x).clone()), network(x))

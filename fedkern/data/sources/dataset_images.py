@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
-from fedkern.data.forms import MASK, ImageForm, ItemForm
+from fedkern.data.forms import MASK, ImageForm, SampleForm
 from fedkern.data.sources.arrays import MEAN, STD, class_names
 from fedkern.data.sources.dataset_texts import texts_of
 from fedkern.data.sources.items import Items
@@ -39,7 +39,7 @@ Columns = tuple[Tensor, Tensor | None, Tensor | None]
 def can_be_images(data: FederatedData) -> bool:
     """Return whether items are single tensors ``[C, H, W]``, uint8 or float32, with a class or a text."""
     form = data.form
-    is_plain = isinstance(form, ItemForm) and data.clients[0].collate is default_collate
+    is_plain = isinstance(data.validation, Items) and data.clients[0].collate is default_collate
     return is_plain and form.image_shape is not None and (data.task.target == "class" or "pairs" in data.task.offers)
 
 
@@ -192,7 +192,9 @@ def _parts(split: Items, batch: object) -> Columns:
     """Return the images, classes and masks in a batch."""
     inputs, targets = parted(batch)
     mask = inputs.get(MASK) if isinstance(inputs, Keywords) else None
-    images = next(leaf for leaf in leaves(inputs) if leaf is not mask)
+    images, *others = [leaf for leaf in leaves(inputs) if leaf is not mask and getattr(leaf, "ndim", 0) == 4] or [None]
+    if images is None or others:
+        raise UserError(f"Items of {split.who} have {'several images' if others else 'no image'}: give one [C, H, W].")
     if mask is not None:
         mask = mask.squeeze(1) if mask.dim() == 4 else mask
         if mask.shape != (len(images), *images.shape[2:]):
@@ -205,7 +207,7 @@ def _parts(split: Items, batch: object) -> Columns:
     return images, targets.to(torch.int64) if has_classes else None, mask
 
 
-def _image_form(form: ItemForm, is_raw: bool) -> ImageForm:
+def _image_form(form: SampleForm, is_raw: bool) -> ImageForm:
     """Return the form of images; ``is_raw``: networks get them as the data set gives them."""
     shape, is_bytes = form.image_shape, form.dtype == "uint8"
     assert shape is not None

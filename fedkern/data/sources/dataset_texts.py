@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset
 
-from fedkern.data.forms import ItemForm
+from fedkern.data.forms import SampleForm
 from fedkern.messages.leaves import Keywords, parted
 
 
@@ -76,4 +76,4 @@ def are_captioned(dataset: object, batch: object, beside_classes: bool) -> bool:
     targets = parted(batch)[1]
     in_items = isinstance(targets, (list, tuple)) and isinstance(targets[0], str)
     counts = targets is None or beside_classes
-    return ItemForm.of(batch).image_shape is not None and (in_items or (counts and stated_texts(dataset) is not None))
+    return SampleForm.of(batch).image_shape is not None and (in_items or (counts and stated_texts(dataset) is not None))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
-from fedkern.data.forms import ItemForm
+from fedkern.data.forms import SampleForm
 from fedkern.data.labels.spelling import numbered
 from fedkern.data.sharing.groups import grouped_rows, share_units, training_cases, unit_noun
 from fedkern.data.sharing.partition import parse_partition
@@ -212,7 +212,7 @@ def parts_of_datasets(
         "validation": unseen["validation"],
         "drawn_validation": isinstance(validation, Mapping) and not {*validations}.isdisjoint(named),
         "tests": {name: unseen[f"test {name}"] for name in tests},
-        "form": ItemForm.of(batch, not getattr(learnt, "takes_batches", False), _scale(normalize)),
+        "form": SampleForm.of(batch, not getattr(learnt, "takes_batches", False), _scale(normalize)),
         "statistics": counted,
         "public": unseen.get("public"),
         "client_tests": client_tests,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import default_collate
 
 from fedkern.data import lookup
-from fedkern.data.forms import ItemForm
+from fedkern.data.forms import SampleForm
 from fedkern.data.types import FederatedData
 from fedkern.errors import UserError, printable_name
 from fedkern.settings.config import RunConfig
@@ -26,7 +26,7 @@ def form_of(data: FederatedData) -> dict[str, Any]:
     """Return the facts on data that server and nodes must have in common, as plain values."""
     form = data.form
     facts = {"task": data.task.name, "classes": list(data.classes)}
-    if isinstance(form, ItemForm):  # a user's collation may make batches of several lengths
+    if isinstance(form, SampleForm):  # a user's collation may make batches of several lengths
         is_fixed = data.clients[0].collate is default_collate
         return {**facts, "items": [words if is_fixed else words.partition(" ")[0] for words in form.shapes]}
     return facts | {
