@@ -171,7 +171,7 @@ def test_progress(name, terminal, tmp_path):
     object.__setattr__(config, "data", name)
     statistics = PartitionStatistics(np.eye(2, dtype=int), (name, "b"), name)
     data = SimpleNamespace(statistics=statistics, task=CLASSIFICATION, validation=SimpleNamespace(full=None), tests={},
-                           form=SimpleNamespace(noun="images", lacks=frozenset(), seen=(name,)))  # fmt: skip
+                           form=SimpleNamespace(noun="images", offers={"images"}, seen=(name,)))  # fmt: skip
     run = RunInfo(
         config, Path(name or "run"), 0, (14, 14), 1234, {name: 5}, data, (Round(trains=name), Round()),
     )  # fmt: skip
