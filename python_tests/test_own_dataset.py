@@ -1,8 +1,8 @@
 """The Dataset of examples/own_dataset.py: every method for CIFAR-10 learns of it, with the bits of equal arrays."""
 
 import dataclasses
-import importlib.util
 import random
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,6 @@ NEED_PUBLIC = ("feddf", "fedlpfm")
 SMALL = {"model": "cnn", "width": 4, "augment": "crop-flip", "batch_size": 16, "progress": False, "pictures": False}
 
 
-def example() -> Any:
-    spec = importlib.util.spec_from_file_location("own_dataset", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def write_images(file: Path) -> Path:
     draw = np.random.default_rng(0)
     y = draw.integers(0, 10, 130)
@@ -45,8 +36,8 @@ def write_images(file: Path) -> Path:
 
 @pytest.fixture
 def sets(tmp_path: Path) -> tuple[Any, Any]:
-    train, test = example().cifar10(str(write_images(tmp_path / "x.npz")))
-    return train, test
+    made: tuple[Any, Any] = runpy.run_path(str(EXAMPLE))["cifar10"](str(write_images(tmp_path / "x.npz")))
+    return made
 
 
 def settings_of(method: str) -> dict[str, Any]:
@@ -101,20 +92,14 @@ class Scaled(Dataset[Any]):
         return (image.flip(-1) if self.draw.random() < self.flips else image) / 255 * 4 - 2, label
 
 
-class Module(nn.Sequential):
-    """A network of 12 outputs that takes floats alone."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 12))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert x.dtype == torch.float32
-        return super().forward(x)
+def convolve() -> nn.Sequential:
+    """Return a network of 12 outputs that takes floats alone."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 12))
 
 
 def test_a_module_of_ones_own_gets_the_floats_of_the_data_set(sets: tuple[Any, Any], tmp_path: Path) -> None:
     train, test = map(Scaled, sets)
-    how = {**SMALL, "width": None, "model": Module(), "rounds": 1, "normalize": (0.5, 0.25)}
+    how = {**SMALL, "width": None, "model": convolve(), "rounds": 1, "normalize": (0.5, 0.25)}
     run = fedkern.simulate("fediod", data=[train, train], test=test, out=tmp_path / "run", **how)
     stacked = torch.stack([image for image, _ in test])
     with torch.no_grad():
@@ -125,9 +110,8 @@ def test_a_module_of_ones_own_gets_the_floats_of_the_data_set(sets: tuple[Any, A
     assert run.evaluate()["accuracy"] == pytest.approx(float((expected.argmax(1) == labels).double().mean()))
     assert run.evaluate(test) == run.evaluate()
     assert run.report().exists()
-    loaded = fedkern.load(
-        run.out, data=[train, train], test=test, model=Module(), normalize=(0.4, 0.25), trusted=["model"]
-    )
+    again = {"data": [train, train], "test": test, "model": convolve(), "normalize": (0.4, 0.25)}
+    loaded = fedkern.load(run.out, **again, trusted=["model"])
     with pytest.raises(UserError, match="The data are not those"):
         loaded.extend(2, progress=False)
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,6 @@ from fedkern.data.sharing.holdout import hold_out
 from fedkern.data.sources.inspection import look
 from fedkern.data.sources.items import Items
 from fedkern.errors import UserError
-from fedkern.listeners import Listener
 from fedkern.messages.leaves import Keywords, Positional, parted
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
@@ -40,10 +40,12 @@ from fedkern.run import main
 from fedkern.tasks import CLASSIFICATION, Task
 from fedkern.usercode.identity import identity_table
 from python_tests import opened_at_import, worker_methods
+from python_tests.hearing import Hearing
 from python_tests.interrupted import Kill, KillAt
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-HERE = {"progress": False, "pictures": False, "workers": 1, "threads": 1, "client_threads": 1}
+QUIET = {"progress": False, "pictures": False, "workers": 1}
+HERE = {**QUIET, "threads": 1, "client_threads": 1}
 
 
 class Recorded(FedAvg):
@@ -542,34 +544,11 @@ def test_every_client_has_its_own_test_set(tmp_path):
 
 
 def first_loss(outputs, targets):
-    return nn.functional.mse_loss(outputs, targets)
+    return nn.functional.cross_entropy(outputs, targets)
 
 
 def second_loss(outputs, targets):
-    return 2 * nn.functional.mse_loss(outputs, targets)
-
-
-def test_another_loss_is_no_resumption(tmp_path):
-    data = {"data": [TensorDataset(torch.rand(8, 2), torch.rand(8, 1))], "model": nn.Linear(2, 1)}
-    data["test"] = TensorDataset(*data["data"][0].tensors)
-
-    kill = KillAt("round-start", round=2)
-    with pytest.raises(Kill):
-        fedkern.simulate("fedavg", **data, loss_fn=first_loss, rounds=3, out=tmp_path / "run", listener=kill, **HERE)
-    for changed, said in (
-        ({"loss_fn": second_loss}, "the loss, a metric or the collation has changed since the run in .* began"),
-        (
-            {"loss_fn": first_loss, "data": [TensorDataset(torch.rand(8, 2), torch.rand(8, 1))]},
-            "The data are not those",
-        ),
-    ):
-        with pytest.raises(UserError, match=said):
-            fedkern.load(tmp_path / "run", **{**data, **changed}).resume(progress=False)
-    shutil.copytree(tmp_path / "run", tmp_path / "other")
-    fedkern.load(tmp_path / "run", **data, loss_fn=first_loss).resume(progress=False, pictures=False)
-    other = fedkern.load(tmp_path / "other", **data, loss_fn=second_loss, trusted=["loss_fn"])
-    other = other.resume(progress=False, pictures=False)
-    assert "goes on with the loss, a metric or the collation as it is now" in other.summary["diagnostics"]["other-code"]
+    return 2 * nn.functional.cross_entropy(outputs, targets)
 
 
 class Counting:
@@ -611,20 +590,18 @@ def logging_loop():
     ("name", "make"), [("loss_fn", Counting), ("loss_fn", Averaging), ("train", logging_loop)], ids=range(3)
 )
 def test_objects_that_change_while_they_run_go_on(name, make, tmp_path):
-    how = {"data": [table(9), table(9, 1)], "test": table(6), "model": nn.Linear(4, 4)}
-    first = make()
-    quiet = {"progress": False, "pictures": False, "workers": 1}
+    how, first = {**GOOD, "data": [table(9), table(9, 1)]}, make()
     run = fedkern.simulate("fedavg", **how, **{name: first}, rounds=1, out=tmp_path / "run", **HERE)
     before = identity_table({name: make()})
     assert identity_table({name: first}) != before
     run.evaluate()
-    run.extend(2, **quiet)
-    fedkern.load(tmp_path / "run", **how, **{name: first}).extend(3, **quiet)
-    fedkern.load(tmp_path / "run", **how, **{name: make()}).extend(4, **quiet)  # as in another process
+    run.extend(2, **QUIET)
+    fedkern.load(tmp_path / "run", **how, **{name: first}).extend(3, **QUIET)
+    fedkern.load(tmp_path / "run", **how, **{name: make()}).extend(4, **QUIET)  # as in another process
     if make is Counting:
         first.calls = -5
         with pytest.raises(UserError, match=r"\(`loss_fn.calls` changed from 0 to -5\): put back the former one"):
-            fedkern.load(tmp_path / "run", **how, loss_fn=first).extend(5, **quiet)
+            fedkern.load(tmp_path / "run", **how, loss_fn=first).extend(5, **QUIET)
 
 
 class Scaled(nn.Linear):
@@ -637,29 +614,16 @@ class Scaled(nn.Linear):
 
 
 def test_a_network_of_other_code_is_refused(tmp_path, monkeypatch):
-    how, quiet = {"data": [table(9)], "test": table(6)}, {"progress": False, "pictures": False, "workers": 1}
+    how = {"data": [table(9)], "test": table(6)}
     fedkern.simulate("fedavg", **how, model=Scaled(1), rounds=1, out=tmp_path / "run", **HERE)
     with pytest.raises(UserError, match=r"the network Scaled has changed .* \(`model.scale` changed from 1 to 2\)"):
-        fedkern.load(tmp_path / "run", **how, model=Scaled(2)).extend(2, **quiet)
-    fedkern.load(tmp_path / "run", **how, model=Scaled(1)).extend(2, **quiet)  # of other weights
-    more = fedkern.load(tmp_path / "run", **how, model=Scaled(2), trusted=["model"]).extend(3, **quiet)
+        fedkern.load(tmp_path / "run", **how, model=Scaled(2)).extend(2, **QUIET)
+    fedkern.load(tmp_path / "run", **how, model=Scaled(1)).extend(2, **QUIET)  # of other weights
+    more = fedkern.load(tmp_path / "run", **how, model=Scaled(2), trusted=["model"]).extend(3, **QUIET)
     assert "goes on with the network Scaled as it is now" in more.summary["diagnostics"]["other-code"]
     monkeypatch.setattr(Scaled, "forward", nn.Linear.forward)
     with pytest.raises(UserError, match=r"\(`Scaled.forward` changed"):
-        fedkern.load(tmp_path / "run", **how, model=Scaled(1)).extend(4, **quiet)
-
-
-class Dated(Dataset):
-    """Items with an object that no network sees."""
-
-    def __init__(self, rows, thing):
-        self.rows, self.thing = rows, thing
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return (*self.rows[index], self.thing)
+        fedkern.load(tmp_path / "run", **how, model=Scaled(1)).extend(4, **QUIET)
 
 
 def without_things(items):
@@ -668,27 +632,18 @@ def without_things(items):
 
 def test_items_count_with_their_objects_and_what_does_not_is_told(tmp_path):
     def how(thing):
-        data = {"data": [Dated(table(9), thing)], "test": Dated(table(6, 1), thing)}
-        return {**data, "model": nn.Linear(4, 4), "collate_fn": without_things}
+        first, second = (Listed([(*item, thing) for item in rows]) for rows in (table(9), table(6, 1)))
+        return {"data": [first], "test": second, "model": nn.Linear(4, 4), "collate_fn": without_things}
 
-    quiet = {"progress": False, "pictures": False, "workers": 1}
     fedkern.simulate("fedavg", **how(Counting()), rounds=1, out=tmp_path / "run", **HERE)
     other = Counting()
     other.calls = 1
     with pytest.raises(UserError, match="The data are not those"):
-        fedkern.load(tmp_path / "run", **how(other)).extend(2, **quiet)
-    fedkern.load(tmp_path / "run", **how(Counting())).extend(3, **quiet)
+        fedkern.load(tmp_path / "run", **how(other)).extend(2, **QUIET)
+    fedkern.load(tmp_path / "run", **how(Counting())).extend(3, **QUIET)
     heard = Hearing()
     fedkern.simulate("fedavg", **how(threading.Lock()), rounds=1, out=tmp_path / "lock", **HERE, listener=heard)
     assert heard.notices == ["A run that goes on does not compare `item[2]` (lock, TypeError)."]
-
-
-class Hearing(Listener):
-    def __init__(self):
-        self.notices = []
-
-    def on_notice(self, text):
-        self.notices.append(text)
 
 
 # -- what is not taken -------------------------------------------------------------------------------------------------
@@ -914,6 +869,7 @@ class Endless(IterableDataset):
 
 
 GOOD = {"data": [table(9)], "test": table(6), "model": nn.Linear(4, 4)}
+NINE = Listed([(torch.rand(4), number // 8) for number in range(9)])
 SENTENCES = {
     "alike": ({"data": {1: table(4), "1": table(5)}}, 'Two of the clients are called "1", as their keys are the same'),
     "alike tests": ({"test": {None: table(4), "None": table(5)}}, 'Two of the test sets are called "None"'),
@@ -927,7 +883,6 @@ SENTENCES = {
     "below": ({"test": {"a": Long(-1)}}, r"test a has no length that is a whole number from 0 \(ValueError"),
     "long": ({"data": [Long(10**9)]}, "client 0 has 1,000,000,000 samples, .*train_samples=N"),
     "long test": ({"test": Long(10**9), "train_samples": 4}, "test has 1,000,000,000 samples, .*Subset"),
-    "broken": ({"data": [table(9), Broken([(torch.rand(4), 0)] * 9)]}, r"Item 7 of client 1 cannot be .*OSError: disk"),
     "broadcast": ({"data": [TensorDataset(torch.rand(9, 4), torch.rand(9, 4))], "loss_fn": nn.MSELoss(),
                    "test": TensorDataset(torch.rand(6, 4), torch.rand(6))}, "A batch of the test set is .*target size"),
     "class of a loss": ({"test": {"far": TensorDataset(torch.rand(6, 4), torch.arange(6))},
@@ -985,6 +940,11 @@ SENTENCES = {
     "class's bytes": ({"classes": ["a", "b", "c", "\ud800"]}, r'the class "\\ud800" has bytes that are not UTF-8'),
     "test's bytes": ({"test": {"\udcff": table(6)}}, r'the test set "\\xff" has bytes that are not UTF-8'),
     "folder's bytes": ({"out": "\udcff"}, r'the folder "\\xff" has bytes that are not UTF-8: rename'),
+    "few outputs": ({"data": [NINE], "test": NINE, "model": nn.Linear(4, 1), "classes": None},
+                    "has 1 outputs for 2 classes, as a target is 1: give it as many"),
+    "stages": ({"stages": ["0"]}, "stages is for images, and the samples of these data are none: leave it out"),
+    "features": ({"features": "0", "batch_loss": lambda network, batch: network(batch[0]).sum()},
+                 "are for a network of your own that gives logits, not module:Linear"),
     "broken item": ({"data": [table(9), Broken([(torch.rand(4), 0)] * 9)]},
                     r"Item 7 of client 1 cannot be read \(OSError: disk\)"),
     "two forms": ({"validation": {"a": table(4), "b": Listed([(torch.rand(4), 2)] * 4)}},
@@ -1002,6 +962,7 @@ def test_what_is_not_taken_is_one_sentence(changed, said, tmp_path):
     with pytest.raises(UserError, match=said) as told:
         fedkern.simulate("fedavg", **{**GOOD, "rounds": 1, "out": tmp_path / "run", **HERE, **changed})
     assert "\n" not in str(told.value)
+    assert told.value.exit_code == 2
     assert not (tmp_path / "run").exists()
 
 
@@ -1162,16 +1123,6 @@ def test_features_of_a_functional_network_are_those_of_the_sequence(method, tmp_
     assert not torch.allclose(vectors[0], vectors[2])
 
 
-def test_stages_are_for_images(tmp_path):
-    given = {"data": [table(9)] * 2, "test": table(6), "model": nn.Linear(4, 4), "out": tmp_path / "run"}
-    with pytest.raises(UserError, match="stages is for images, and the samples of these data are none: leave it out"):
-        fedkern.simulate("fedavg", **given, stages=["0"], **HERE)
-    with pytest.raises(UserError, match="are for a network of your own that gives logits, not module:Linear"):
-        fedkern.simulate(
-            "fedavg", **given, features="0", batch_loss=lambda network, batch: network(batch[0]).sum(), **HERE
-        )
-
-
 class Clock(Drawing):
     generator = torch.Generator()
 
@@ -1186,14 +1137,6 @@ def test_a_softmax_before_a_cross_entropy_is_told(last, loss_fn, tmp_path):
     given = {"data": [table(9)], "test": table(6), "model": nn.Sequential(nn.Linear(4, 4), last), "loss_fn": loss_fn}
     found = fedkern.simulate("fedavg", **given, rounds=1, out=tmp_path / "run", **HERE)
     assert ("probabilities" in found.summary["diagnostics"]) is isinstance(last, nn.Softmax)
-
-
-def test_few_outputs_are_one_sentence_also_for_items_that_nobody_has_read(tmp_path):
-    rows = [(torch.rand(4), number // 8) for number in range(9)]
-    given = {"data": [Listed(rows)], "test": Listed(rows), "model": nn.Linear(4, 1), "classes": None}
-    with pytest.raises(UserError, match="has 1 outputs for 2 classes, as a target is 1: give it as many") as told:
-        fedkern.simulate("fedavg", **given, rounds=1, out=tmp_path / "run", **HERE)
-    assert told.value.exit_code == 2
 
 
 class Leaving(Listed):
@@ -1391,27 +1334,37 @@ def test_a_registered_function_may_return_it(registries, tmp_path):
     assert fedkern.load(tmp_path / "run", model=nn.Linear(4, 4)).evaluate() == pytest.approx(found.metrics)
 
 
-def test_what_cannot_go_on_moves_nothing(tmp_path):
-    given = {"data": [table(20), table(9)], "test": table(6, 2), "model": nn.Linear(4, 4)}
-    fedkern.simulate("fedavg", **given, rounds=1, out=tmp_path / "run", **HERE)
+@pytest.mark.parametrize("is_cut", [False, True], ids=["extend", "resume"])
+def test_what_cannot_go_on_moves_nothing(is_cut, tmp_path):
+    given = {"data": [table(20), table(9)], "test": table(6, 2), "model": nn.Linear(4, 4), "loss_fn": first_loss}
+    listeners = {"listener": KillAt("round-start", round=2)} if is_cut else {}
+    with pytest.raises(Kill) if is_cut else nullcontext():
+        fedkern.simulate("fedavg", **given, rounds=1 + is_cut, out=tmp_path / "run", **listeners, **HERE)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+
+    def go_on(name, **known):
+        run, shown = fedkern.load(tmp_path / name, **known), {"progress": False, "pictures": False}
+        return run.resume(**shown) if is_cut else run.extend(2, **shown)
+
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    without = {name: value for name, value in given.items() if name not in ("data", "test")}
     for known, said in (
-        (without, "is given through Python"),
+        ({"model": given["model"]}, "is given through Python"),
         ({}, "trains a module that a script made"),
         ({**given, "data": [table(20), table(10)]}, "made with other settings|data are not those"),
+        ({**given, "data": [table(20, 1), table(9)]}, "The data are not those"),
         ({**given, "data": {"a": table(20), "b": table(9)}}, "clients of the data have other names"),
         ({**given, "data": [table(20)]}, "was made with other settings"),
         ({**given, "model": nn.Sequential(nn.Linear(4, 4))}, "was made with other settings"),
-        ({**given, "loss_fn": nn.functional.cross_entropy}, "the loss, a metric or the collation has changed"),
+        ({**given, "loss_fn": second_loss}, "the loss, a metric or the collation has changed since the run in"),
         ({**given, "train": lambda model, client: None}, "the training of clients has changed"),
     ):
         with pytest.raises(UserError, match=said):
-            fedkern.load(tmp_path / "run", **known).extend(2, progress=False)
+            go_on("run", **known)
         assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    more = fedkern.load(tmp_path / "run", **given).extend(2, progress=False, pictures=False)
     whole = fedkern.simulate("fedavg", **given, rounds=2, out=tmp_path / "whole", **HERE)
-    assert same(state(more), state(whole))
+    assert same(state(go_on("run", **given)), state(whole))
+    other = go_on("other", **{**given, "loss_fn": second_loss}, trusted=["loss_fn"])
+    assert "goes on with the loss, a metric or the collation as it is now" in other.summary["diagnostics"]["other-code"]
 
 
 class Counts(Task):

@@ -82,29 +82,17 @@ def test_an_image_with_several_texts_is_one_image(named, tmp_path):
     assert run.metrics["i2t_r1"] * 3 == pytest.approx(round(run.metrics["i2t_r1"] * 3))  # three images ask
 
 
-class Shades(torch.nn.Module):
-    """A classifier of uint8 images."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(3 * 32 * 32, 2)
-
-    def forward(self, images):
-        return self.layer(images.flatten(1) / 255)
-
-
 def lengths(model, batch):
     images, texts = batch
-    return cross_entropy(model(images), torch.tensor([len(text) % 2 for text in texts]))
+    return cross_entropy(model(images / 255), torch.tensor([len(text) % 2 for text in texts]))
 
 
 def test_a_loss_and_a_network_of_ones_own_leave_texts_alone(named, tmp_path):
     few = {name: value for name, value in SMALL.items() if name != "width"}
-    own = fedkern.simulate(
-        "fedavg", **sets_of(named, "pair"), model=Shades(), batch_loss=lengths, out=tmp_path / "own", **few
-    )
+    few |= {"model": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))}
+    own = fedkern.simulate("fedavg", **sets_of(named, "pair"), batch_loss=lengths, out=tmp_path / "own", **few)
     assert own.metrics.keys() == {"loss"}
-    classes = fedkern.simulate("fedavg", **sets_of(named, "class"), model="cnn", out=tmp_path / "cnn", **few)
+    classes = fedkern.simulate("fedavg", **sets_of(named, "class"), **{**few, "model": "cnn"}, out=tmp_path / "cnn")
     assert "accuracy" in classes.metrics
 
 
