@@ -4,6 +4,7 @@ import numpy as np
 from PIL import Image
 
 from fedkern.data.images import image_files
+from fedkern.files.image_rows import ImageStore
 
 
 def two_brightnesses(root, count):
@@ -27,3 +28,16 @@ def watched(monkeypatch):
 
     monkeypatch.setattr(image_files, "read_images", counted)
     return found
+
+
+def count_gathered(monkeypatch):
+    """Return a list to which every read of an image file adds its number of images from now on."""
+    counts = []
+    gather = ImageStore.gather
+
+    def counted(self, rows):
+        counts.append(len(rows))
+        return gather(self, rows)
+
+    monkeypatch.setattr(ImageStore, "gather", counted)
+    return counts

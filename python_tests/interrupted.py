@@ -29,6 +29,14 @@ def outcome(out):
     return (out / "model.safetensors").read_bytes(), metrics, summary
 
 
+def wait_until(condition, seconds=60):
+    """Wait for a condition, and fail when the seconds are over."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def without(found, warning):
     """An outcome without this warning, which a run has where what was lost had something to do."""
     model, metrics, summary = found

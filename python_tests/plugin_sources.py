@@ -28,6 +28,7 @@ class Mine(FedAvg):
 class Executed:
     """A plugin that writes a line into ``marker`` whenever it is executed."""
 
+    path: Path
     marker: Path
 
     @property
@@ -51,12 +52,14 @@ SETTINGS = {"train_samples": 40, "clients": 2, "local_epochs": 1, "threads": 1, 
             "data": "digits", "partition": "iid", "data_options": {"test_samples": 20}}  # fmt: skip
 
 
-def begin(path: Path, out: Path) -> None:
-    """Starts a run with a plugin, which is killed after its first round; the process has forgotten the plugin since."""
-    config = RunConfig.make("mine", plugins=[str(path)], rounds=2, **SETTINGS)
+def begin(plugin: Executed, out: Path) -> Path:
+    """Play the first round of a run with a plugin, which this process then forgets, and return the run's folder."""
+    config = RunConfig.make("mine", plugins=[str(plugin.path)], rounds=2, **SETTINGS)
     with pytest.raises(Kill):
         run(config, out=out, listener=KillAt("round", 1))
     unload_all()
+    assert plugin.runs == 1
+    return out
 
 
 def check_refused(

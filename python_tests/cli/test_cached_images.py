@@ -15,9 +15,8 @@ from fedkern.data.images import image_cache
 from fedkern.data.images.used_cache import remembered
 from fedkern.engine.run import run
 from fedkern.errors import UserError
-from fedkern.files.image_rows import ImageStore
 from fedkern.settings.config import RunConfig
-from python_tests.image_files import two_brightnesses, watched
+from python_tests.image_files import count_gathered, two_brightnesses, watched
 
 IMAGES, SIDE = 60, 8
 SMALL = {"partition": "iid", "clients": 2, "rounds": 1, "local_steps": 1, "threads": 1, "workers": "1", "model": "mlp",
@@ -56,14 +55,7 @@ def test_evaluate_uses_the_cache_of_the_run(result, decoded, tmp_path, monkeypat
     played("decoded")
     assert len(decoded) == IMAGES
     decoded.clear()
-    largest = []
-    gather = ImageStore.gather
-
-    def seen(self, rows):
-        largest.append(len(rows))
-        return gather(self, rows)
-
-    monkeypatch.setattr(ImageStore, "gather", seen)
+    largest = count_gathered(monkeypatch)
     monkeypatch.setattr("fedkern.engine.evaluate.CPU_BATCH", 4)
     found = figures(result)
     assert found["accuracy"] == summary(tmp_path)["accuracy"]

@@ -33,10 +33,7 @@ def marked(tmp_path):
 @pytest.fixture
 def begun(marked, tmp_path):
     """The folder of a run that is killed after its first round."""
-    out = tmp_path / "run"
-    begin(marked.path, out)
-    assert marked.runs == 1
-    return out
+    return begin(marked, tmp_path / "run")
 
 
 # -- names -------------------------------------------------------------------------------------------------------------

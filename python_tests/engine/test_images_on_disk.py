@@ -12,12 +12,12 @@ from fedkern.data.images import image_cache
 from fedkern.engine.images import Images
 from fedkern.engine.run import run
 from fedkern.files import image_rows
-from fedkern.files.image_rows import ImageRows, ImageStore, PixelClasses
+from fedkern.files.image_rows import ImageRows, PixelClasses
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 from fedkern.settings.run_format import NAME
 from fedkern.settings.stored import load_settings
-from python_tests.image_files import two_brightnesses
+from python_tests.image_files import count_gathered, two_brightnesses
 from python_tests.interrupted import KillAt, killed, outcome
 
 FORM = ImageForm((3, 8, 8), (0.4,) * 3, (0.2,) * 3)
@@ -56,14 +56,7 @@ def test_the_bits_of_a_run_in_memory(root, on_disk, tmp_path, monkeypatch, colou
     monkeypatch.setattr("fedkern.engine.evaluate.CPU_BATCH", 4)
     run(config, out=tmp_path / "memory")
     on_disk()
-    largest = []
-    gather = ImageStore.gather
-
-    def seen(self, rows):
-        largest.append(len(rows))
-        return gather(self, rows)
-
-    monkeypatch.setattr(ImageStore, "gather", seen)
+    largest = count_gathered(monkeypatch)
     monkeypatch.setattr(image_rows, "PART_BYTES", 5 * SIDE**2)
     run(config, out=tmp_path / "disk")
     assert outcome(tmp_path / "disk") == outcome(tmp_path / "memory")

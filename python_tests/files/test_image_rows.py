@@ -14,6 +14,7 @@ from fedkern.data.images.transforms import central
 from fedkern.data.split import joined
 from fedkern.files import image_rows as module
 from fedkern.files.image_rows import ImageRows, ImageStore, PixelClasses, in_parts, loaded
+from python_tests.image_files import count_gathered
 
 COUNT, CHANNELS, HEIGHT, WIDTH = 12, 3, 6, 8
 
@@ -38,15 +39,7 @@ def pair(tmp_path):
 @pytest.fixture
 def read(monkeypatch):
     """How many images every read took."""
-    counts = []
-    gather = ImageStore.gather
-
-    def counted(self, rows):
-        counts.append(len(rows))
-        return gather(self, rows)
-
-    monkeypatch.setattr(ImageStore, "gather", counted)
-    return counts
+    return count_gathered(monkeypatch)
 
 
 def test_it_looks_like_a_tensor_and_reads_nothing_for_that(pair, read):

@@ -11,15 +11,12 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from flwr.app.error import Error
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedkern.flower.adapter import TRAIN
 from fedkern.flower.runs import client_app, node_process
-
-TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+from python_tests.flower.fake_grid import FakeGrid
 
 Fault = Callable[[Message, Context], Message | None]
 
@@ -35,7 +32,7 @@ def travelled(message: Message) -> tuple[Message, int]:
     return arrived, size
 
 
-class NodeGrid(Grid):
+class NodeGrid(FakeGrid):
     """Implements Flower's Grid: node ``100 + k`` is client k.
 
     Args:
@@ -59,16 +56,6 @@ class NodeGrid(Grid):
         self._count = len(self.connected)
         self._numbers = itertools.count()
         self._waiting: dict[str, Message] = {}
-
-    def set_run(self, run):
-        raise NotImplementedError
-
-    @property
-    def run(self):
-        return "the run"
-
-    def create_message(self, *args, **named):
-        raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
         return [100 + k for k in reversed(self.connected)]

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower
 
 from fedkern.run import main
 from python_tests.flower.federation import Federation, Node, surroundings
+from python_tests.interrupted import wait_until
 
 pytestmark = [pytest.mark.flower, pytest.mark.exhaustive]
 
@@ -106,13 +106,6 @@ def dropped(folder: Path) -> dict[int, dict[int, str]]:
     return found
 
 
-def until(condition, patience: float = 120) -> None:
-    limit = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.1)
-
-
 def works(node: Node) -> bool:
     return "Receiving: train message" in node.said()
 
@@ -124,10 +117,10 @@ def test_a_killed_server_app_resumes_with_the_same_bits(tmp_path):
     with Federation(tmp_path / "federation") as federation:
         federation.start_nodes(*configs(federation, 2))
         first = federation.submit(made)
-        until(lambda: len(records(tmp_path)) >= 1)
+        wait_until(lambda: len(records(tmp_path)) >= 1, 120)
         (server,) = federation.named("flwr-serverapp")
         os.kill(server, signal.SIGKILL)
-        until(lambda: not federation.named("flwr-serverapp"))
+        wait_until(lambda: not federation.named("flwr-serverapp"), 120)
         assert len(records(tmp_path)) < 3
         outcome = federation.run(made, resume=True)
         assert outcome.completed, outcome.log
@@ -172,9 +165,9 @@ def test_a_node_that_does_not_answer_costs_the_deadline_and_is_back_in_the_next_
     with Federation(tmp_path / "federation") as federation:
         _, node = federation.start_nodes(*configs(federation, 2))
         run = federation.submit(made, **{"flower.deadline": 40.0})
-        until(lambda: works(node))
+        wait_until(lambda: works(node), 120)
         os.killpg(node.process.pid, signal.SIGSTOP)
-        until(lambda: len(records(tmp_path)) == 1)
+        wait_until(lambda: len(records(tmp_path)) == 1, 120)
         os.killpg(node.process.pid, signal.SIGCONT)
         outcome = federation.ended(run)
         assert outcome.completed, outcome.log

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from python_tests.flower.federation import CONNECTION, Federation, commands, sur
 from python_tests.flower.flower_processes import processes_of
 from python_tests.flower.test_deployed_runs import in_one_process, project, records
 from python_tests.flower.test_deployment import faulty, quickstart
+from python_tests.interrupted import wait_until
 
 pytestmark = [pytest.mark.flower, pytest.mark.exhaustive]
 
@@ -82,10 +82,7 @@ def test_ctrl_c_stops_the_run(tmp_path):
     with Federation(tmp_path / "federation") as federation:
         federation.start_nodes({"hangs_in_round": 1, "marker": str(marker)})
         process = started(federation.environment(federation.home), faulty(tmp_path / "project", 1, deadline=500.0))
-        limit = time.monotonic() + 90
-        while not marker.exists():
-            assert time.monotonic() < limit
-            time.sleep(0.2)
+        wait_until(marker.exists, 90)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
@@ -113,11 +110,8 @@ def test_a_simulation_ends_at_ctrl_c_and_resumes_with_the_same_bits(tmp_path, si
     words = ["--clients", "3", "--rounds", "60"]
     made = project(tmp_path, "scaffold", *words)
     process = started(simulation, made)
-    limit = time.monotonic() + 200
-    while not records(tmp_path):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit
-        time.sleep(0.05)
+    wait_until(lambda: records(tmp_path) or process.poll() is not None, 200)
+    assert process.poll() is None, process.communicate()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -21,6 +21,7 @@ from fedkern.messages.packets import Packer, Unpacker
 from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
 from fedkern.process import versions
+from python_tests.interrupted import wait_until
 
 
 class Wires:
@@ -81,13 +82,6 @@ def wires(monkeypatch):
         connection.left(time.monotonic() + 5, heard=True)
 
 
-def until(condition):
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 # -- packets -------------------------------------------------------------------------------------------------------
 
 
@@ -142,15 +136,15 @@ def test_uploads_wait_where_they_were_made_and_an_end_goes_first(wires):
     zero, one = wires.pair()
     for number in range(WINDOW + 3):
         one.say(number)
-    until(lambda: wires.heard[1] == 2 * WINDOW)  # the size of a packet's pickle, and the pickle
+    wait_until(lambda: wires.heard[1] == 2 * WINDOW)  # the size of a packet's pickle, and the pickle
     time.sleep(0.02)
     assert wires.heard[1] == 2 * WINDOW
     assert zero.told() == 0
-    until(lambda: wires.heard[1] == 2 * WINDOW + 2)
+    wait_until(lambda: wires.heard[1] == 2 * WINDOW + 2)
     one.leave(3, "why")
     one.left(time.monotonic() + 5)
     assert [zero.told() for _ in range(WINDOW)] == [*range(1, WINDOW + 1)]
-    until(lambda: zero.over)
+    wait_until(lambda: zero.over)
     wires.cut()
     zero.say("more")  # is dropped
     zero.left(time.monotonic() + 5)
@@ -161,7 +155,7 @@ def test_uploads_wait_where_they_were_made_and_an_end_goes_first(wires):
 def test_ends_that_say_nothing_beat(wires, monkeypatch):
     monkeypatch.setattr(module, "silence", lambda: 0.04)
     zero, one = wires.pair()
-    until(lambda: min(wires.heard[0], wires.heard[1]) > 2)
+    wait_until(lambda: min(wires.heard[0], wires.heard[1]) > 2)
     assert zero.get(0.0) is one.get(0.0) is None
     assert zero.over is one.over is None
     one.say("word")
@@ -175,7 +169,7 @@ def test_an_end_that_leaves_says_why(wires):
     zero, one = wires.pair()
     one.leave(3, "it could not go on")
     one.leave(0)  # it has left
-    until(lambda: zero.over)
+    wait_until(lambda: zero.over)
     for ask in (zero.receive, zero.told, lambda: zero.get(0.0), lambda: zero.get(1.0)):
         with pytest.raises(Ended, match=r"^it could not go on$") as found:
             ask()
@@ -191,7 +185,7 @@ def test_an_end_that_leaves_says_why(wires):
 def test_a_lost_end_is_told_to_everybody_who_asks(wires):
     zero, one = wires.pair()
     one.say("last")
-    until(lambda: wires.heard[1] == 2)
+    wait_until(lambda: wires.heard[1] == 2)
     wires.cut()
     assert zero.told() == "last"
     for connection in (zero, one, zero):
@@ -256,7 +250,7 @@ def test_ranks_meet(meet, wires, name, entries, odd):
     one.connections[0].say("up")
     for _ in range(WINDOW + 2):
         zero.connections[1].say("down")
-    until(lambda: wires.heard[0] > 2 * WINDOW + 2)  # what rank 0 says does not wait
+    wait_until(lambda: wires.heard[0] > 2 * WINDOW + 2)  # what rank 0 says does not wait
     assert (zero.connections[1].told(), one.connections[0].told()) == ("up", "down")
 
 

@@ -22,7 +22,7 @@ from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
 from fedkern.run import main
 from fedkern.usercode import plugins
-from python_tests.interrupted import outcome, without
+from python_tests.interrupted import outcome, wait_until, without
 from python_tests.test_own_dataset import NEED_PUBLIC, SERVING, words_of, write_images
 
 SMALL = (
@@ -130,13 +130,6 @@ def ended(processes, seconds=100):
     """Exit code, output and errors of every process."""
     found = [(*process.communicate(timeout=seconds), process.returncode) for process in processes]
     return [(code, out, err) for out, err, code in found]
-
-
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def alone(words, out):
@@ -275,7 +268,7 @@ def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(tmp_path):
     words = ("fedavg", "--data", "digits", *SMALL, "--rounds", "60")
     out = tmp_path / "ranks"
     processes = started(*2 * [(*words, "--out", out)])
-    until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 2)
+    wait_until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 2)
     for process in processes:
         process.send_signal(signal.SIGINT)
     first, second = ended(processes, 30)
