@@ -132,6 +132,12 @@ def ended(processes, seconds=100):
     return [(code, out, err) for out, err, code in found]
 
 
+def write_plugin(folder, name, code):
+    """Write a plugin's file and return the words of a run of its method."""
+    (folder / f"{name}.py").write_text(code)
+    return (name, "--plugin", str(folder / f"{name}.py"), "--data", "digits", *SMALL)
+
+
 def alone(words, out):
     """The outcome of the run in one process."""
     assert main([*words, "--workers", "1", "--out", str(out)]) == 0
@@ -144,10 +150,8 @@ def alone(words, out):
 @pytest.mark.usefixtures("undrawn")
 def test_two_ranks(tmp_path):
     words = ("fedavg", "--data", "digits", *SMALL, "--rounds", "2", "--clients", "3", "--grad-cam", "0")
-    ranks = ended(started(*2 * [(*words, "--out", tmp_path / "ranks")]))
-    assert [code for code, _, _ in ranks] == [0, 0], ranks
+    ranks = compare_ranks(words, tmp_path)
     assert [out for _, out, _ in ranks] == [f"{tmp_path / 'ranks'}\n", ""]
-    assert outcome(tmp_path / "ranks") == alone(words, tmp_path / "serial")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -173,6 +177,16 @@ def compare_ranks(words, folder):
     ranks = ended(started(*2 * [(*words, "--out", folder / "ranks")]))
     assert [code for code, _, _ in ranks] == [0, 0], ranks
     assert outcome(folder / "ranks") == alone(words, folder / "serial")
+    return ranks
+
+
+def compare_torchrun(ranks, words, folder, **environment):
+    """Play a command under torchrun and in one process, with equal outcomes."""
+    serial = alone(words, folder / "serial")
+    done = launched(ranks, (*words, "--out", str(folder / "ranks")), **environment)
+    assert done.returncode == 0, done.stderr
+    assert outcome(folder / "ranks") == serial
+    return done
 
 
 @pytest.mark.exhaustive
@@ -186,15 +200,16 @@ def compare_ranks(words, folder):
         (4, ("fedgid", "--data", "colordigits", "--method-option", "background_pool=shared")),
         (2, ("fedlpfm", "--data", "digits")),
         (2, ("ditto", "--data", "digits", "--client-test", "0.2")),
+        *(
+            (ranks, (method, "--data", "digits", "--sums", "exact", "--sample-fraction", "0.8"))
+            for method, ranks in (("fedavg", 1), ("scaffold", 4), ("feddyn", 2))
+        ),
     ],
     ids=lambda given: given if isinstance(given, int) else given[0],
 )
 def test_the_bits_of_one_process(ranks, words, tmp_path):
-    serial = alone((*words, *SMALL), tmp_path / "serial")
-    done = launched(ranks, (*words, *SMALL, "--out", str(tmp_path / "ranks")))
-    assert done.returncode == 0, done.stderr
+    done = compare_torchrun(ranks, (*words, *SMALL), tmp_path)
     assert done.stdout == f"{tmp_path / 'ranks'}\n"
-    assert outcome(tmp_path / "ranks") == serial
 
 
 @pytest.mark.exhaustive
@@ -208,13 +223,8 @@ def test_workers_beside_ranks_are_told_once(tmp_path):
 
 @pytest.mark.exhaustive
 def test_warnings_come_in_client_order(tmp_path):
-    (tmp_path / "raising.py").write_text(RAISING)
-    words = ("raising", "--plugin", str(tmp_path / "raising.py"), "--data", "digits", *SMALL, "--on-error", "skip")
-    done = launched(2, (*words, "--out", str(tmp_path / "ranks")))
-    assert done.returncode == 0, done.stderr
-    found = outcome(tmp_path / "ranks")
-    assert found == alone(words, tmp_path / "serial")
-    names = [name for name in found[2]["diagnostics"] if name.startswith("seen-")]
+    compare_torchrun(2, (*write_plugin(tmp_path, "raising", RAISING), "--on-error", "skip"), tmp_path)
+    names = [name for name in outcome(tmp_path / "ranks")[2]["diagnostics"] if name.startswith("seen-")]
     assert names == [f"seen-{k}" for k in range(5)]
 
 
@@ -224,21 +234,16 @@ def test_warnings_come_in_client_order(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_costs_a_round_and_no_bit(rank, tmp_path):
-    (tmp_path / "dying.py").write_text(DYING)
-    words = ("dying", "--plugin", str(tmp_path / "dying.py"), "--data", "digits", *SMALL)
-    serial = alone(words, tmp_path / "serial")
+    words = write_plugin(tmp_path, "dying", DYING)
     given = {"FEDKERN_TEST_RANK": str(rank), "FEDKERN_TEST_END": str(int(signal.SIGKILL))}
-    done = launched(2, (*words, "--out", str(tmp_path / "ranks")), restarts=1, **given)
-    assert done.returncode == 0, done.stderr
+    done = compare_torchrun(2, words, tmp_path, restarts=1, **given)
     # Whoever notices the end first says so: torchrun, or the other rank, whose connection to the killed one breaks.
     assert any(words in done.stderr for words in ("SIGKILL", "-9", "was lost"))
-    assert outcome(tmp_path / "ranks") == serial
 
 
 @pytest.mark.exhaustive
 def test_a_killed_rank_ends_all(tmp_path):
-    (tmp_path / "dying.py").write_text(DYING)
-    words = ("dying", "--plugin", str(tmp_path / "dying.py"), "--data", "digits", *SMALL)
+    words = write_plugin(tmp_path, "dying", DYING)
     given = {"FEDKERN_TEST_RANK": "1", "FEDKERN_TEST_END": str(int(signal.SIGKILL))}
     first, second, third = ended(started(*3 * [(*words, "--out", tmp_path / "ranks")], **given))
     assert second[0] == -signal.SIGKILL
@@ -252,8 +257,7 @@ def test_a_killed_rank_ends_all(tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_rank_that_hangs_is_lost(tmp_path):
-    (tmp_path / "dying.py").write_text(DYING)
-    words = ("dying", "--plugin", str(tmp_path / "dying.py"), "--data", "digits", *SMALL)
+    words = write_plugin(tmp_path, "dying", DYING)
     given = {"FEDKERN_TEST_RANK": "1", "FEDKERN_TEST_END": str(int(signal.SIGSTOP)), SILENCE: "4"}
     processes = started(*2 * [(*words, "--out", tmp_path / "ranks")], **given)
     first = ended(processes[:1])[0]
@@ -282,9 +286,8 @@ def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(tmp_path):
 
 @pytest.mark.exhaustive
 def test_an_error_is_one_sentence_of_rank_0(tmp_path):
-    (tmp_path / "raising.py").write_text(RAISING)
     out, digits = ("--out", tmp_path / "ranks"), ("fedavg", "--data", "digits", *SMALL)
-    raising = ("raising", "--plugin", tmp_path / "raising.py", *digits[1:], *out)
+    raising = (*write_plugin(tmp_path, "raising", RAISING), *out)
     for words, more, code, sentence in (
         (raising, (), 1, "error: Client 1 failed in round 1: ZeroDivisionError: nothing to divide by"),
         (("fedavg", "--data", "cifar10", "--data-root", tmp_path / "nothing", *out), (), 2, "error: "),
@@ -385,19 +388,8 @@ class Seeing(Scaffold):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("method", "ranks"), [("fedavg", 1), ("scaffold", 4), ("feddyn", 2)])
-def test_exact_sums_have_the_bits_of_one_process(method, ranks, tmp_path):
-    words = (method, "--data", "digits", *SMALL, "--sums", "exact", "--sample-fraction", "0.8")
-    serial = alone(words, tmp_path / "serial")
-    done = launched(ranks, (*words, "--out", str(tmp_path / "ranks")))
-    assert done.returncode == 0, done.stderr
-    assert outcome(tmp_path / "ranks") == serial
-
-
-@pytest.mark.exhaustive
 def test_vectors_stay_on_their_ranks(tmp_path):
-    (tmp_path / "seeing.py").write_text(SEEING)
-    words = ("seeing", "--plugin", str(tmp_path / "seeing.py"), "--data", "digits", *SMALL)
+    words = write_plugin(tmp_path, "seeing", SEEING)
     for name, more, unseen in (
         ("exact", ("--sums", "exact"), 6.0),  # parameters, buffers and control of the two clients on rank 1
         ("clipped", ("--sums", "exact", "--max-update-norm", "1e6"), 0.0),
