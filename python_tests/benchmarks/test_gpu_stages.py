@@ -14,6 +14,7 @@ from benchmarks.gpu.playing import CUT, FAILED, PASSED, RECORD, Playing
 from benchmarks.gpu.stages import ROOT, Stage
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
+from python_tests.interrupted import wait_until
 
 GPU = {"gpu": "a GPU", "capability": "9.0"}
 
@@ -59,10 +60,8 @@ def test_a_stage_that_takes_too_long_is_ended_with_all_it_started(goes_on, outco
     assert outcomes(tmp_path / "out") == {"long": outcome}
     assert mark.exists()  # it was asked, as by Ctrl-C, before anything was killed
     first = (tmp_path / "out/logs/long.log").read_text().split()[0]
-    limit = time.monotonic() + 10
-    while Path(f"/proc/{first}/cmdline").exists() and Path(f"/proc/{first}/cmdline").read_bytes():
-        assert time.monotonic() < limit
-        time.sleep(0.05)
+    command = Path(f"/proc/{first}/cmdline")
+    wait_until(lambda: not command.exists() or not command.read_bytes(), 10)
 
 
 def test_the_plan():

@@ -14,6 +14,7 @@ from benchmarks.rounds.plays import Failed, Program, play
 from benchmarks.rounds.setting import Setting
 from benchmarks.rounds.task import NETWORKS, Task
 from fedkern import models
+from python_tests.interrupted import wait_until
 
 
 @pytest.fixture
@@ -71,10 +72,7 @@ def test_a_program_that_fails_says_why_and_leaves_no_process_behind(task: Task, 
         """Return whether the process is gone, or waits for its new parent to look."""
         return not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
 
-    deadline = time.monotonic() + 30  # a killed process is still running until its memory is freed
-    while not has_ended() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert has_ended()
+    wait_until(has_ended, 30)  # a killed process is still running until its memory is freed
 
 
 def test_a_program_that_takes_too_long_is_ended(task: Task, tmp_path: Path) -> None:

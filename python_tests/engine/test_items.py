@@ -1092,10 +1092,8 @@ def test_every_method_learns_it_or_says_what_it_misses(method, tmp_path):
         assert np.isfinite(found["loss"])
         assert found.get("distil_images") == (16 if method == "feddf" else None)
     else:
-        with pytest.raises(
-            UserError,
-            match=r"needs images .*; samples have one input of shape .4.|is for retrieval, but",
-        ):
+        said = r"needs images .*; samples have one input of shape .4.|is for retrieval, but"
+        with pytest.raises(UserError, match=said):
             play()
 
 

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from fedkern.flower.runs import client_daemon, client_daemon_process, node_proce
 from fedkern.flower.runs.node_client import PROTOCOL
 from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 from fedkern.flower.runs.portable import pack, unpack
+from python_tests.interrupted import wait_until
 
 pytestmark = [
     pytest.mark.exhaustive,  # processes that are waited for; nodes without a daemon are in the default run
@@ -87,11 +87,8 @@ def daemons(of: str = "parent", number: int = 0) -> list[int]:
     return found
 
 
-def none_left(patience: float = 20) -> bool:
-    limit = time.monotonic() + patience
-    while daemons() and time.monotonic() < limit:
-        time.sleep(0.05)
-    return not daemons()
+def wait_for_none() -> None:
+    wait_until(lambda: not daemons(), 20)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +97,7 @@ def _ended():
     node_process.forget()
     for pid in daemons():
         os.kill(pid, signal.SIGKILL)
-    assert none_left()
+    wait_for_none()
 
 
 def told(packed):
@@ -132,7 +129,7 @@ def test_daemons_belong_to_one_run_and_one_configuration(message, tmp_path):
 @pytest.mark.exhaustive
 def test_a_daemon_ends_when_no_message_comes_and_the_next_starts_another(message, tmp_path):
     first = client_daemon.ask(header(), message, RUN, node(tmp_path), print, 0.2)
-    assert none_left()
+    wait_for_none()
     again = client_daemon.ask(header(), message, RUN, node(tmp_path), print, 0.2)
     assert told(again) == told(first)
 
@@ -141,7 +138,7 @@ def test_a_daemon_ends_when_no_message_comes_and_the_next_starts_another(message
 def test_a_killed_daemon_is_replaced(message, tmp_path):
     first = client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)
     os.kill(*daemons(), signal.SIGKILL)
-    assert none_left()
+    wait_for_none()
     assert told(client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)) == told(first)
 
 
@@ -152,10 +149,7 @@ def test_a_daemon_ends_with_its_run(message, tmp_path):
     client_daemon.end("2" * 32, node(tmp_path))
     assert daemons() == [first, second]
     client_daemon.end("0" * 32, node(tmp_path))
-    limit = time.monotonic() + 20
-    while len(daemons()) > 1 and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert len(daemons()) == 1
+    wait_until(lambda: len(daemons()) == 1, 20)
     again = client_daemon.ask(header(run="1" * 32, round=1), message, RUN, node(tmp_path), print, 60)
     assert told(again)[0]["problem"] is None
 
@@ -202,10 +196,7 @@ def test_a_daemon_ends_with_the_process_that_starts_messages(message, tmp_path):
             assert len(daemons("group", process.pid)) == 1
         finally:
             process.kill()
-    limit = time.monotonic() + 20
-    while daemons("group", process.pid) and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert not daemons("group", process.pid)
+    wait_until(lambda: not daemons("group", process.pid), 20)
 
 
 # -- the two ends, without a process -----------------------------------------------------------------------------------
