@@ -410,7 +410,7 @@ def test_names_that_mean_nothing(tmp_path: Path, text: str, sentence: str) -> No
 
 
 def test_no_public_images(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="are none: give --public-samples N, .*public=DATASET, or another teacher"):
+    with pytest.raises(UserError, match=r"are none: give --public-samples N, .*public=DATASET, or another teacher"):
         made(teachers.Spec("pretrained", "cnn"), tmp_path)
 
 
