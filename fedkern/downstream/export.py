@@ -73,6 +73,8 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` (``[B, classes, H, W]`` for segmentation) of fp32 ``[B, C, H, W]`` in [0, 1]."""
+        if images.dtype == torch.uint8:  # of a network of the user's own
+            return self.module(images)
         return self.module((images - self.mean) / self.std)
 
 
@@ -120,15 +122,19 @@ def exportable(
 def of_images(predictor: Predictor) -> Exportable:
     """A network of images, whose program normalises them itself."""
     channels, height, width = predictor.image_shape
+    form = predictor.form
     about = {
         "task": predictor.task.name, "classes": list(predictor.classes), "channels": channels,
         "image_size": [height, width], "mean": list(predictor.mean), "std": list(predictor.std),
         "grey_bits": predictor.grey_bits, "window": predictor.window,
-        "input": f"fp32 [B, C, H, W] {'in [0, 1]' if predictor.form.is_scaled else 'as the data set gives them'}",
+        "input": f"fp32 [B, C, H, W] {'in [0, 1]' if form.is_scaled else 'as the data set gives them'}",
         "output": "logits",
     }  # fmt: skip
     raw = "fp32 [B, C, H, W], normalised by mean and std"
     example = torch.rand(2, *predictor.image_shape, generator=torch.Generator().manual_seed(0))
+    if form.feeds_bytes:
+        raw = about["input"] = "uint8 [B, C, H, W]"
+        example = (255 * example).to(torch.uint8)
     network = predictor.module.cpu()
     program = Deployed(predictor).eval()
     return Exportable(network, program, (example,), {}, predictor.task.probabilities, about, raw, ("images",))

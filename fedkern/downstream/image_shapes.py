@@ -12,7 +12,11 @@ from fedkern.errors import UserError
 
 def check_shape(data: FederatedData, about: Mapping[str, Any], out: Path) -> None:
     """Raises UserError where the images of a data set have other channels, height or width than ``about`` tells."""
-    expected = (about["channels"], *about["image_size"])
+    expected, dtype = (about["channels"], *about["image_size"]), about.get("dtype", "uint8")
+    if data.form.dtype != dtype:
+        raise UserError(
+            f'The images of "{data.name}" are {data.form.dtype}, and the run in {out} saw {dtype}: give such.'
+        )
     if tuple(data.form.shape) != expected:
         sizes = ["x".join(str(side) for side in shape) for shape in (data.form.shape, expected)]
         raise UserError(

@@ -304,15 +304,9 @@ def build(
 
 
 def build_any(
-    name: str,
-    *,
-    classes: int,
-    width: int | None,
-    seed: int | torch.Generator,
-    head: str | None,
-    raw: bool,
+    name: str, *, classes: int, width: int | None, seed: int | torch.Generator, head: str | None, raw: bool,
     inputs: str,
-) -> Any:
+) -> Any:  # fmt: skip
     """Builds a user's network for samples of any kind, see :func:`build` and `fedkern.models.user_models.ItemNetwork`.
 
     ``inputs`` are those of a sample, in words.

@@ -30,6 +30,8 @@ from fedkern.tasks.user_tasks import INTEGERS
 if TYPE_CHECKING:
     from fedkern.data.types import FederatedData
 
+MOST_CLASSES = 1 << 20
+"""Most classes: a larger label is taken for another number than a class."""
 READ = 256
 """Items that are read at once."""
 Columns = tuple[Tensor, Tensor | None, Tensor | None]
@@ -70,13 +72,10 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
         )
     again = -(-EQUAL // len(sets))
     columns = {key: _columns(split, reason, again) for key, split in sets.items()}
+    form = _image_form(data.form, is_raw)
     for key, (images, *_) in columns.items():
-        if images.shape[1:] != shape or str(images.dtype) != f"torch.{data.form.dtype}":
-            raise UserError(
-                f"Images of {sets[key].who} are {str(images.dtype).removeprefix('torch.')} {list(images.shape[1:])}, "
-                f"not {data.form.dtype} {list(shape)} as those of {data.clients[0].who}: give all sets one form."
-            )
-
+        if wrong := _fault(images, form, data.clients[0].who):
+            raise UserError(f"Images of {sets[key].who} {wrong}.")
     is_captioned = "pairs" in data.task.offers
 
     def rows_of(split: Items) -> Split:
@@ -91,8 +90,9 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
         rows = rows if used is None or split.rows is None else torch.searchsorted(used, split.rows)
         if is_captioned:
             return _captioned(images[rows], split)
-        if int(labels[rows].min()) < 0:
-            raise UserError(f"{reason} needs classes from 0, and {split.who} has {int(labels[rows].min())}.")
+        low, high = map(int, labels[rows].aminmax())
+        if low < 0 or high >= MOST_CLASSES:
+            raise UserError(f"{reason} needs classes from 0, below {MOST_CLASSES}: {split.who} has {low} to {high}.")
         masks = None if masks is None else masks[rows]
         return Split(images[rows], labels[rows], masks, patients=split.patients, homes=split.homes, task=data.task)
 
@@ -115,7 +115,7 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
         clients=clients,
         validation=validation,
         tests=tests,
-        form=_image_form(data.form, is_raw),
+        form=form,
         statistics=replace(statistics, names=data.statistics.names),
         public=public,
         client_tests=tuple(map(rows_of, data.client_tests)),
@@ -176,6 +176,8 @@ def read_images(task: Task, dataset: Dataset[object]) -> Tensor:
         UserError: an item cannot be read, or has no image.
     """
     split = Items(dataset, "the samples", task, default_collate)
+    if not len(split):
+        raise UserError("The samples are none: give a data set that has some.")
     parts = [split.batch(rows, 0) for rows in np.array_split(np.arange(len(split)), -(-len(split) // READ))]
     images = [batch if isinstance(batch, Tensor) else _parts(split, batch)[0] for batch in parts]
     return torch.cat(images)
@@ -202,9 +204,35 @@ def _parts(split: Items, batch: object) -> Columns:
                 f"The mask of an item of {split.who} is {list(mask.shape[1:])}, not {list(images.shape[2:])} as the "
                 "image: give one value per pixel."
             )
+        if not bool(((mask == 0) | (mask == mask.max())).all() & (mask.max() >= 0)):
+            raise UserError(f"The mask of an item of {split.who} has more than two values: give 0 and 1.")
         mask = mask != 0
     has_classes = isinstance(targets, Tensor) and targets.dtype in INTEGERS and targets.shape == images.shape[:1]
-    return images, targets.to(torch.int64) if has_classes else None, mask
+    return images.detach(), targets.to(torch.int64) if has_classes else None, mask
+
+
+def _fault(images: Tensor, form: ImageForm, usual: str) -> str:
+    """Return why images are not those of a form, or nothing.
+
+    Args:
+        images: of a data set.
+        form: of the images of ``usual``, the first client.
+    """
+    words = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape[1:])}"
+    if images.shape[1:] != form.shape or words.split()[0] != form.dtype:
+        return f"are {words}, not {form.dtype} {list(form.shape)} as those of {usual}: give all sets one form"
+    if form.shape[2] in (1, 3, 4) and form.shape[0] > 4:
+        return f"are {words}, with channels last: give image.permute(2, 0, 1)"
+    if form.dtype == "uint8":
+        return ""
+    low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        return "have values that are not finite: leave these images out"
+    mean, std = torch.tensor(form.mean), torch.tensor(form.std)
+    low, high = (low * std + mean).min(), (high * std + mean).max()
+    if form.is_scaled and (low < -0.5 or high > 1.5):
+        return f"have pixels from {low:.3g} to {high:.3g} by normalize: give mean and std of their own transform"
+    return ""
 
 
 def _image_form(form: SampleForm, is_raw: bool) -> ImageForm:

@@ -56,6 +56,10 @@ class DENSE(Distilled):
         )
         restart: bool = option(True, "reset the generator's weights before every batch")
 
+    def start(self, server: Server) -> None:
+        _ = server.mean  # images without it have no generator, and the run ends here
+        super().start(server)
+
     def distil(self, server: Server, phase: Phase, teachers: Ensemble, student: nn.Module) -> None:
         o, classes = self.options, server.federation.classes
         draw = torch_stream(server, "generator", phase)

@@ -59,7 +59,7 @@ class FedDF(Distilled):
         if self.options.source == "generator" and "pixels" in server.task.offers:
             raise UserError("source=generator makes images of one class each: segmentation needs --public-samples N.")
         if self.options.source == "generator":
-            _ = server.image_shape  # other samples have none, and the run ends here
+            _ = server.mean  # other samples have none, and the run ends here
         super().start(server)
 
     def distil(self, server: Server, phase: Phase, teachers: Ensemble, student: nn.Module) -> None:
