@@ -14,9 +14,7 @@ def check_shape(data: FederatedData, about: Mapping[str, Any], out: Path) -> Non
     """Raises UserError where the images of a data set have other channels, height or width than ``about`` tells."""
     expected, dtype = (about["channels"], *about["image_size"]), about.get("dtype", "uint8")
     if data.form.dtype != dtype:
-        raise UserError(
-            f'The images of "{data.name}" are {data.form.dtype}, and the run in {out} saw {dtype}: give such.'
-        )
+        raise UserError(f'Images of "{data.name}" are {data.form.dtype}, and the run in {out} saw {dtype}: give these.')
     if tuple(data.form.shape) != expected:
         sizes = ["x".join(str(side) for side in shape) for shape in (data.form.shape, expected)]
         raise UserError(

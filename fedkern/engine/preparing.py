@@ -33,20 +33,9 @@ from fedkern.methods.common.privacy_report import guarantee
 from fedkern.methods.protocol import BEFORE
 from fedkern.privacy import Guarantee
 from fedkern.privacy.disclosure import Disclosure
+from fedkern.settings import run_data
 from fedkern.settings.config import RunConfig
 from fedkern.settings.grounds import files_identity
-from fedkern.settings.run_data import (
-    caveats,
-    check_data,
-    check_sets,
-    decided,
-    effective,
-    equal_samples,
-    inspect_items,
-    kept_data,
-    load_data,
-    with_images,
-)
 from fedkern.usercode.identity import digest, left_out
 
 
@@ -143,14 +132,14 @@ def with_data(
             "FILE.py:NAME."
         )
     if data is None:
-        data = load_data(config, notice=notice, identify=entry is None)
-        config, is_new = decided(config, data), is_new and not data.identity
-    data = inspect_items(config, data) if known else data
+        data = run_data.load_data(config, notice=notice, identify=entry is None)
+        config, is_new = run_data.decided(config, data), is_new and not data.identity
+    data = run_data.inspect_items(config, data) if known else data
     identity = of_memory(data) if is_new else data.identity
     items = data
-    data = with_images(config, data)
-    config = effective(config, data)
-    data = kept_data(config, data)
+    data = run_data.with_images(config, data)
+    config = run_data.effective(config, data)
+    data = run_data.kept_data(config, data)
     if entry is None:
         config = config.replace(identity={**identity, **files_identity(config)})
     else:
@@ -158,7 +147,7 @@ def with_data(
     code = script.code_at_begin(config, data)
     if stored is not None:
         check_settings(config, stored, out)
-    check_data(config, data)
+    run_data.check_data(config, data)
     config, data, notes = own_model.resolve(config, data, stored, out, known)
     context, alike = RunContext(config, data), dict[str, str]()
     is_compared = isinstance(items.validation, Items) and known and stored is None
@@ -179,8 +168,8 @@ def with_data(
     if entry is None:
         config = config.replace(identity={**config.identity, **hashes})
     for sentence in (
-        *caveats(data),
-        *(equal_samples(data) if is_compared and not alike else ()),
+        *run_data.caveats(data),
+        *(run_data.equal_samples(data) if is_compared and not alike else ()),
         *notes,
         *_not_compared(code, next(iter(data.sights.values()), None)),
     ):
@@ -220,7 +209,7 @@ def prepare(context: RunContext, *, known: bool, begun: bool, profile: bool, pre
     method = config.new_method()
     pooling, progress, server = Pooling(method, on=config.buffers == "pool"), Progress(), Server(context)
     code = MethodCode(config.kind, config.method, progress)
-    check_sets(context.data, config.plugins)
+    run_data.check_sets(context.data, config.plugins)
     data = context.data
     if own_model.gives_probabilities(context):
         context.warn(
