@@ -1,8 +1,10 @@
 """The Dataset of examples/own_dataset.py: every method for CIFAR-10 learns of it, with the bits of equal arrays."""
 
 import dataclasses
+import math
 import random
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +155,59 @@ def test_only_items_in_use_are_read(sets: tuple[Any, Any], tmp_path: Path) -> No
     how = {**SMALL, "rounds": 1, "train_samples": 60, "clients": 2}
     fedkern.simulate("fedavg", data=train, test=test, out=tmp_path / "run", **how)
     assert len(reads) < 400
+
+
+def pairs(change: Callable[[torch.Tensor, int], Any]) -> list[Any]:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=draw)
+    return [change(image, row % 4) for row, image in enumerate(images)]
+
+
+class Listed(Dataset[Any]):
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+ODD: dict[str, tuple[Callable[[torch.Tensor, int], Any], str]] = {
+    "not finite": (lambda x, y: (x / 255 + math.nan, y), "values that are not finite"),
+    "channels last": (lambda x, y: (x.permute(1, 2, 0), y), r"channels last: give image.permute\(2, 0, 1\)"),
+    "large class": (lambda x, y: (x, 2**40), "needs classes from 0, below"),
+    "soft mask": (lambda x, y: {"image": x, "label": y, "mask": x[0] / 255}, "more than two values: give 0 and 1"),
+    "scale": (lambda x, y: (x.float(), y), "have pixels from .* by normalize"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), ODD.values(), ids=ODD)
+def test_images_of_another_form_are_one_sentence(change: Any, message: str, tmp_path: Path) -> None:
+    data = Listed(pairs(change))
+    how = {**SMALL, "rounds": 1, "normalize": (0.5, 0.25), "width": None, "model": "mlp"}
+    with pytest.raises(UserError, match=message):
+        fedkern.simulate("fedavg", data=[data], test=data, out=tmp_path / "run", **how)
+
+
+class Bytes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(192, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.uint8
+        return self.layer(x.flatten(1) / 255)
+
+
+def test_a_network_of_bytes_is_exported_and_judged_on_bytes(tmp_path: Path) -> None:
+    data = Listed(pairs(lambda x, y: (x, y)))
+    how = {**SMALL, "rounds": 1, "width": None, "model": Bytes()}
+    run = fedkern.simulate("fedavg", data=[data], test=data, out=tmp_path / "run", **how)
+    program = torch.export.load(run.export(tmp_path / "n.pt2")[0]).module()
+    stacked = torch.stack([image for image, _ in data])
+    assert torch.allclose(program(stacked).softmax(1), run.predict(data), atol=1e-6)
+    floats = Listed(pairs(lambda x, y: (x / 255, y)))
+    with pytest.raises(UserError, match=r"are float32, and the run in .* saw uint8"):
+        run.evaluate(FederatedData.from_datasets([floats], floats))
