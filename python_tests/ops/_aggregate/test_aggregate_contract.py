@@ -137,7 +137,7 @@ def test_bits_do_not_depend_on_where_vectors_lie(backend: str, dtype: torch.dtyp
     vectors = make_vectors(5, 143, dtype)
     weighted = {"weighted_mean": lambda v: weighted_mean(v, [1.0, 2.0, 3.0, 4.0, 5.0])}
     for name, call in {**weighted, **CALLS}.items():
-        if (name, backend) == ("server_step", "reference"):
+        if name == "server_step" and backend in ("reference", "triton"):  # Triton leaves it to the reference
             continue  # torch adds up the norms of columns in another order
         expected = torch.cat([x.flatten() for x in leaves(call(vectors))])
         for views in (*odd_views(vectors), torch.stack(vectors, 1).t()):
