@@ -187,7 +187,7 @@ class Run:
 
     @property
     def _sees_images(self) -> bool:
-        """Whether the network of the finished run takes images."""
+        """Return whether the network of the finished run takes images."""
         return "items" not in DataFacts.read(self.out).form
 
     @property

@@ -80,8 +80,8 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
 
     def rows_of(split: Items) -> Split:
         if not len(split):
-            none = torch.zeros(0, dtype=torch.int64)
-            return Split(blank, none, texts=() if is_captioned else None, task=data.task)
+            no_labels = torch.zeros(0, dtype=torch.int64)
+            return Split(blank, no_labels, texts=() if is_captioned else None, task=data.task)
         images, labels, masks = columns[id(split.dataset)]
         if labels is None:
             raise UserError(f"{reason} needs classes, whole numbers, and items of {split.who} have none.")
@@ -89,7 +89,7 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
         rows: Any = slice(None) if split.rows is None else split.rows
         rows = rows if used is None or split.rows is None else torch.searchsorted(used, split.rows)
         if is_captioned:
-            return _captioned(images[rows], split)
+            return _add_texts(images[rows], split)
         low, high = map(int, labels[rows].aminmax())
         if low < 0 or high >= MOST_CLASSES:
             raise UserError(f"{reason} needs classes from 0, below {MOST_CLASSES}: {split.who} has {low} to {high}.")
@@ -100,8 +100,8 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
     clients = tuple(map(rows_of, data.clients))
     validation, tests = rows_of(data.validation), {name: rows_of(split) for name, split in data.tests.items()}
     named = {f"client {k}": split for k, split in enumerate(clients)}
-    every = {**named, **tests, "validation": validation}
-    classes = (ANY,) if is_captioned else class_names(every, data.classes or None, "auto")
+    labelled = {**named, **tests, "validation": validation}
+    classes = (ANY,) if is_captioned else class_names(labelled, data.classes or None, "auto")
     public = data.public
     if public is not None:
         of_set = columns[id(public.dataset)]
@@ -122,7 +122,7 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
     )
 
 
-def _captioned(images: Tensor, split: Items) -> Split:
+def _add_texts(images: Tensor, split: Items) -> Split:
     """Return the images of a split of :class:`fedkern.data.sources.dataset_texts.Captioned` with their texts."""
     texts = texts_of(split.dataset)
     texts = texts if split.rows is None else [texts[row] for row in split.rows.tolist()]
@@ -161,7 +161,7 @@ def _columns(split: Items, reason: str, again: int) -> Columns:
     if store is None:
         raise _unkept(reason, split.who, split.unkept or "its rows take more memory than a run keeps")
     unread = np.flatnonzero(store.reads == 0)
-    for rows in [*np.array_split(unread, -(-len(unread) // READ) or 1), *_repeats(store, count, again)]:
+    for rows in [*_in_batches(unread), *_in_batches(_find_repeats(store, count, again))]:
         if len(rows):
             split.batch(rows, 0)
         if store.reason:
@@ -178,16 +178,19 @@ def read_images(task: Task, dataset: Dataset[object]) -> Tensor:
     split = Items(dataset, "the samples", task, default_collate)
     if not len(split):
         raise UserError("The samples are none: give a data set that has some.")
-    parts = [split.batch(rows, 0) for rows in np.array_split(np.arange(len(split)), -(-len(split) // READ))]
-    images = [batch if isinstance(batch, Tensor) else _parts(split, batch)[0] for batch in parts]
-    return torch.cat(images)
+    batches = (split.batch(rows, 0) for rows in _in_batches(np.arange(len(split))))
+    return torch.cat([batch if isinstance(batch, Tensor) else _parts(split, batch)[0] for batch in batches])
 
 
-def _repeats(store: RowStore, count: int, again: int) -> list[np.ndarray]:
+def _in_batches(rows: np.ndarray) -> list[np.ndarray]:
+    """Return rows in batches of at most `READ`."""
+    return np.array_split(rows, -(-len(rows) // READ) or 1)
+
+
+def _find_repeats(store: RowStore, count: int, again: int) -> np.ndarray:
     """Return rows to read again, so that all data sets together have `EQUAL` that were equal."""
     left = max(0, again - store.equal)
-    rows = np.resize(np.linspace(0, count - 1, min(count, max(1, left))).astype(np.int64), left)
-    return np.array_split(rows, -(-left // READ) or 1)
+    return np.resize(np.linspace(0, count - 1, min(count, max(1, left))).astype(np.int64), left)
 
 
 def _parts(split: Items, batch: object) -> Columns:
