@@ -35,7 +35,7 @@ PARTS = (FORWARD, BACKWARD, NORM, PRODUCTS, OTHER, OURS, BATCHES, STEP, EVALUATE
 WHOLE = "whole run"  # the region around all others
 
 REGIONS = {
-    "fedkern.engine.preparing:load_data": LOAD,
+    "fedkern.settings.run_data:load_data": LOAD,
     "fedkern.data.images.pixels:Pixels.take": BATCHES,
     "fedkern.tasks.retrieval:Retrieval.targets": BATCHES,
     "fedkern.engine.parts.evaluation:Evaluation._evaluate": EVALUATE,
