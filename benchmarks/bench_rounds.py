@@ -22,6 +22,9 @@ alone, two clients side by side.
 
 ``--rounds small`` is a trial of everything at a small size.  Without ``--rounds`` the tests are skipped: they take
 hours.
+
+Rounds on Datasets as users write them, beside a loop around a DataLoader or the same images as fedkern's own data, need
+nothing: ``-k datasets``.
 """
 
 from __future__ import annotations
@@ -31,9 +34,8 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -41,7 +43,8 @@ from benchmarks import gate, harness, machines, sources
 from benchmarks.baselines import Absent
 from benchmarks.comparisons import Comparison
 from benchmarks.rounds import setting
-from benchmarks.rounds.plays import Failed, Played, Program, play
+from benchmarks.rounds.datasets import CASES, OTHERS, Trial
+from benchmarks.rounds.plays import Failed, Judged, Played, Program, play
 from benchmarks.rounds.setting import Setting
 from benchmarks.rounds.task import Task
 
@@ -110,7 +113,7 @@ def unequal(accuracy: Mapping[str, float], against: str) -> dict[str, float]:
 
 
 def compete(
-    playing: dict[str, Program], task: Task, repeats: int, limit: float
+    playing: dict[str, Program], task: Judged, repeats: int, limit: float
 ) -> tuple[dict[str, list[Played]], dict[str, Played], dict[str, str]]:
     """Lets programs take turns.
 
@@ -143,68 +146,97 @@ def later(played: Played) -> float:
 
 @pytest.mark.parametrize("one", SETTINGS, ids=lambda one: f"{one.model}-{one.clients}")
 def test_rounds(node: str, one: Setting, threads: int) -> None:
-    if not harness.SETTINGS.rounds:
-        pytest.skip("whole runs, for hours: asked for by --rounds full")
     device = harness.SETTINGS.device
     if device == "cpu" and one in ON_A_GPU:
         pytest.skip("a setting of --device cuda")
+    _check("rounds", threads)
+    one = trial(one) if harness.SETTINGS.rounds == "small" else one
+    judged, entries = programs(threads, device)
+    data = "synthetic images" if harness.SETTINGS.data_root is None else "CIFAR-10"
+    note = f"{data}, batches of {one.batch_size}, {one.epochs} epoch a round"
+    with tempfile.TemporaryDirectory(prefix="task-") as folder:
+        root = harness.SETTINGS.data_root
+        setting.write(one, Path(folder), None if root is None else str(root))
+        row = Row("rounds", one.case, node, threads, judged, LEAN, note)
+        row.conclude(entries, Task.load(folder), one.repeats)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_datasets(node: str, kind: str, threads: int) -> None:
+    _check("datasets", threads)
+    if harness.SETTINGS.device != "cpu":
+        pytest.skip("on a GPU whole methods are measured")
+    other = "arrays" if "images" in kind else "loop"
+    with tempfile.TemporaryDirectory(prefix="task-") as folder:
+        one = Trial.write(Path(folder), kind, small=harness.SETTINGS.rounds == "small")
+        here, words = Path(sys.executable), {"fedkern": "fedkern", OTHERS[other]: other}
+        entries = {
+            name: Program(name, "datasets", here, threads, words=("auto" if threads > 1 else "1", word))
+            for name, word in words.items()
+        }
+        row = Row("datasets", one.case, node, threads, "fedkern", OTHERS[other], "batches of 32, 1 epoch a round")
+        row.conclude(entries, one, 2 if harness.SETTINGS.rounds == "small" else 7)
+
+
+def _check(group: str, threads: int) -> None:
+    """Skip or fail where whole runs are not to be played."""
+    device = harness.SETTINGS.device
+    if not harness.SETTINGS.rounds:
+        pytest.skip("whole runs, for hours: asked for by --rounds full")
     if device != "cpu" and threads > 1:
         pytest.skip("on a GPU one thread launches the kernels")
     if threads > gate.usable_cpus():
         pytest.skip(f"{threads} threads, but this process may use {gate.usable_cpus()}")
-    refusal = harness.SETTINGS.recorder.refusal("rounds", device) if harness.SETTINGS.recorder else ""
+    refusal = harness.SETTINGS.recorder.refusal(group, device) if harness.SETTINGS.recorder else ""
     if refusal:
         pytest.fail(refusal, pytrace=False)
-    one = trial(one) if harness.SETTINGS.rounds == "small" else one
-    judged, all_of_them = programs(threads, device)
-    missing = {name: who.reason for name, who in all_of_them.items() if isinstance(who, Absent)}
-    playing = {name: who for name, who in all_of_them.items() if isinstance(who, Program)}
-    with tempfile.TemporaryDirectory(prefix="task-") as folder:
-        root = harness.SETTINGS.data_root
-        setting.write(one, Path(folder), None if root is None else str(root))
-        task = Task.load(folder)
-        timed, watched, why = compete(playing, task, one.repeats, LIMIT[harness.SETTINGS.rounds])
-    if judged in why or LEAN in why:
-        pytest.fail("; ".join(f"{name}: {reason}" for name, reason in why.items()), pytrace=False)
-    measured, _ = harness.summarise({n: [later(p) for p in plays] for n, plays in timed.items()}, judged)
-    accuracy = {name: plays[-1].accuracy for name, plays in timed.items()}
-    if wrong := unequal(accuracy, LEAN):
-        accuracies = ", ".join(f"{name} {value:.4f}" for name, value in wrong.items())
-        allowed = tolerance(accuracy[LEAN])
-        pytest.fail(f"{one.case}: {accuracies}, but the lean loop {accuracy[LEAN]:.4f} ± {allowed:.4f}", pytrace=False)
-    harness.conclude(_row(node, one, threads, judged, measured, timed, watched, missing | why))
 
 
-def _row(
-    node: str,
-    one: Setting,
-    threads: int,
-    judged: str,
-    measured: dict[str, Any],
-    timed: dict[str, list[Played]],
-    watched: dict[str, Played],
-    missing: dict[str, str],
-) -> Comparison:
-    """What was measured, as a row of the house's tables."""
-    backend, core = machines.served_by(harness.SETTINGS.device)
-    accuracy = {name: plays[-1].accuracy for name, plays in timed.items()}
-    said = [f"{name}: {text}" for name, plays in timed.items() for text in plays[-1].said.values()]
-    data = "synthetic images" if harness.SETTINGS.data_root is None else "CIFAR-10"
-    return Comparison(
-        group="rounds",
-        case=one.case,
-        ours=judged,
-        threads=threads,
-        **measured,
-        device=harness.SETTINGS.device,
-        note="; ".join([f"{data}, batches of {one.batch_size}, {one.epochs} epoch a round", *said]),
-        test=node,
-        peak_bytes={name: watched[name].peak or 0 for name in timed if watched[name].peak},
-        missing=missing,
-        time=machines.now(),
-        sources=sources.behind(backend, core, "rounds"),
-        backend=backend,
-        startup_seconds={n: statistics.median(p.startup for p in plays) for n, plays in timed.items()},
-        first_seconds={n: statistics.median(p.rounds[0] for p in plays) for n, plays in timed.items()},
-        accuracy=accuracy,
-    )
+@dataclass(frozen=True)
+class Row:
+    """What stands in a table before anything is measured; ``against`` is the program whose accuracy is right."""
+
+    group: str
+    case: str
+    node: str
+    threads: int
+    judged: str
+    against: str
+    note: str
+
+    def conclude(self, entries: Mapping[str, Program | Absent], task: Judged, repeats: int) -> None:
+        """Let programs take turns, compare their accuracies, and record the row."""
+        missing = {name: who.reason for name, who in entries.items() if isinstance(who, Absent)}
+        playing = {name: who for name, who in entries.items() if isinstance(who, Program)}
+        timed, watched, why = compete(playing, task, repeats, LIMIT[harness.SETTINGS.rounds])
+        if self.judged in why or self.against in why:
+            pytest.fail("; ".join(f"{name}: {reason}" for name, reason in why.items()), pytrace=False)
+        measured, _ = harness.summarise({n: [later(p) for p in plays] for n, plays in timed.items()}, self.judged)
+        accuracy = {name: plays[-1].accuracy for name, plays in timed.items()}
+        right = accuracy[self.against]
+        if wrong := unequal(accuracy, self.against):
+            accuracies = ", ".join(f"{name} {value:.4f}" for name, value in wrong.items())
+            allowed = f"{right:.4f} ± {tolerance(right):.4f}"
+            pytest.fail(f"{self.case}: {accuracies}, but the {self.against} {allowed}", pytrace=False)
+        backend, core = machines.served_by(harness.SETTINGS.device)
+        said = [f"{name}: {text}" for name, plays in timed.items() for text in plays[-1].said.values()]
+        harness.conclude(
+            Comparison(
+                group=self.group,
+                case=self.case,
+                ours=self.judged,
+                threads=self.threads,
+                **measured,
+                device=harness.SETTINGS.device,
+                note="; ".join([self.note, *said]),
+                test=self.node,
+                peak_bytes={name: watched[name].peak or 0 for name in timed if watched[name].peak},
+                missing=missing | why,
+                time=machines.now(),
+                sources=sources.behind(backend, core, self.group),
+                backend=backend,
+                startup_seconds={n: statistics.median(p.startup for p in plays) for n, plays in timed.items()},
+                first_seconds={n: statistics.median(p.rounds[0] for p in plays) for n, plays in timed.items()},
+                accuracy=accuracy,
+            )
+        )

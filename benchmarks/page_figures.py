@@ -693,14 +693,6 @@ def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESUL
     return [*table(header, lines).split("\n"), *(["", *told_left] if told_left else [])]
 
 
-def fallback() -> Lines:
-    """The references where no kernel serves, beside PyTorch with their promises and without."""
-    (recorded,) = read_results(comparisons.RESULTS)["fallback"]
-    rows = [[row.case, our_time(row), *(ratio(row, name) for name in row.speedup)] for row in recorded.rows]
-    header = ["call", "time", *(f"over PyTorch {name}" for name in recorded.rows[0].speedup)]
-    return [*caption(recorded.machine), *table(header, rows).split("\n")]
-
-
 # -- what a user waits for ---------------------------------------------------------------------------------------------
 
 RUNS = {"default": f"methods_{MACHINE}", "large": f"methods_{OTHER_MACHINE}"}
@@ -785,6 +777,18 @@ def rounds_of_fedavg(machine: str) -> Lines:
     return [*caption(recorded.machine), *table(header, lines).split("\n")]
 
 
+def rounds_on_datasets(machine: str) -> Lines:
+    """Milliseconds a round of FedAvg on Datasets, ours and the other program's."""
+    (recorded,) = (each for each in read_results(comparisons.RESULTS)["datasets"] if each.name.endswith(machine))
+    lines = []
+    for row in sorted(recorded.rows, key=lambda row: row.threads):
+        ((other, gain),) = row.speedup.items()
+        times = (f"{1e3 * row.seconds[name]:.0f}" for name in (row.ours, other))
+        lines.append([row.case, str(row.threads), *times, other, f"{gain:.2f}×"])
+    header = ["milliseconds a round", "cores", "fedkern", "other", "the other is", "fedkern is as fast"]
+    return [*caption(recorded.machine), *table(header, lines).split("\n")]
+
+
 def networks_of_your_own(machine: str) -> Lines:
     """Training steps of networks as people write them: how many times as long as accelerated they take."""
     (recorded,) = (each for each in read_results(comparisons.RESULTS)["guest"] if each.name.endswith(machine))
@@ -850,11 +854,11 @@ def _speed() -> Page:
             "own networks": partial(networks_of_your_own, OTHER_MACHINE),
             "own networks of Intel": partial(networks_of_your_own, MACHINE),
             "rounds of own networks": partial(rounds_of_fedavg, f"{MACHINE}-2"),
+            "rounds on data sets": partial(rounds_on_datasets, OTHER_MACHINE),
             "older rounds": partial(rounds_of_fedavg, OTHER_MACHINE),
             "many clients": ten_thousand_clients,
             "profile": where_seconds_go,
             "operators": partial(operators, MACHINE, OTHER_MACHINE),
-            "fallback": fallback,
             "gpu runs": gpu_figures.whole_runs,
             "gpu kernels": gpu_figures.kernels,
             "gpu losses": gpu_figures.losses,

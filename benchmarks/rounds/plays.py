@@ -10,14 +10,17 @@ import subprocess
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from benchmarks.processes import proportional_bytes
 
-from .task import DEVICE, Task
+from .task import DEVICE
 
 ROOT = Path(__file__).parents[2]
 PROC = Path("/proc")
@@ -49,6 +52,14 @@ class Program:
     device: str = "cpu"
 
 
+class Judged(Protocol):
+    """A folder that programs read, and how good the network is that one of them writes."""
+
+    folder: Path
+
+    def accuracy(self, state: Mapping[str, Tensor]) -> float: ...
+
+
 class Failed(Exception):
     """A program did not come to its end; says why."""
 
@@ -72,7 +83,7 @@ class Played:
     said: dict[str, str] = field(default_factory=dict)
 
 
-def play(who: Program, task: Task, *, watch: bool = False, limit: float = 3600.0) -> Played:
+def play(who: Program, task: Judged, *, watch: bool = False, limit: float = 3600.0) -> Played:
     """Plays the task's rounds.
 
     Args:

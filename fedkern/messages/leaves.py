@@ -140,6 +140,8 @@ def _positions(values: list[Any], sizes: list[int]) -> bool:
 
 def sent(value: Any, device: torch.device) -> Any:
     """The same nesting with every leaf that can be moved (tensors, batches of other libraries) on a device."""
+    if device.type == "cpu" and type(value) is list and all(type(part) is Tensor and part.is_cpu for part in value):
+        return value
 
     def moved(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):

@@ -189,7 +189,7 @@ def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
 
 def test_every_recorded_operator_has_its_kernels() -> None:
     names = set(read_results(RESULTS))
-    assert names - set(sources.FAMILIES) <= {"fallback", "overhead", "rounds"}, "add it to sources.GROUPS"
+    assert names - set(sources.FAMILIES) <= {"datasets", "overhead", "rounds"}, "add it to sources.GROUPS"
 
 
 def test_a_forced_backend_and_the_days_are_named(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def _columns(split: Items, reason: str, again: int) -> Columns:
             split.batch(rows, 0)
         if store.reason:
             raise _unkept(reason, split.who, store.reason)
-    return _parts(split, store.take(range(count), reads=0))
+    return _parts(split, store.take(torch.arange(count)))
 
 
 def read_images(task: Task, dataset: Dataset[object]) -> Tensor:

@@ -143,10 +143,14 @@ class Items:
         origins = (locate(self.dataset, row) for row in self._places(range(len(self))))
         return [f"{id(dataset)}/{row}" for dataset, row in origins]
 
+    def _rows_at(self, indices: Sequence[int] | np.ndarray) -> Tensor:
+        """Return the rows of the data set, int64 ``[B]``."""
+        index = torch.from_numpy(np.asarray(indices, dtype=np.int64))
+        return index if self.rows is None else self.rows.index_select(0, index)
+
     def _places(self, indices: Sequence[int] | np.ndarray) -> list[int]:
-        """The rows of the data set."""
-        index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
-        places: list[int] = (index if self.rows is None else self.rows[index]).tolist()
+        """Return the rows of the data set as numbers."""
+        places: list[int] = self._rows_at(indices).tolist()
         return places
 
     def fingerprint(self, value: int = 0) -> int:
@@ -228,11 +232,12 @@ class Items:
             UserError: an item cannot be read, or the items make no batch.
         """
         for number, indices in enumerate(plan):
-            places = self._places(indices)
             if not number and reads > 1 and self._has_rows():  # an item is read again in every pass
-                self.watch_items(places[:1], self._read(places[:1], word))
-            batch = self._take(places, reads)
+                first = self._places(indices[:1])
+                self.watch_items(first, self._read(first, word))
+            batch = self._take(self._rows_at(indices), reads)
             if batch is None:
+                places = self._places(indices)
                 items = self._read(places, word)
                 batch = self._collate(places, items, word)
                 self.watch_items(places, items, batch)
@@ -244,13 +249,13 @@ class Items:
             self.is_kept = self.store.has_rows(slice(None) if self.rows is None else self.rows.numpy())
         return self.store is not None and self.is_kept
 
-    def _take(self, places: list[int], reads: int) -> Any:
-        """Return a batch from memory, None where its items have to be read."""
+    def _take(self, rows: Tensor, reads: int) -> Any:
+        """Return the batch of rows of the data set from memory, None where its items have to be read."""
         if type(self.dataset) is TensorDataset and self.collate is default_collate:  # the same, sooner
-            rows = torch.tensor(places, dtype=torch.int64)
-            return [tensor[rows] for tensor in self.dataset.tensors]
-        is_kept = reads == 1 or self._has_rows()
-        return self.store.take(places, reads) if is_kept and self.store is not None else None
+            return [tensor.index_select(0, rows) for tensor in self.dataset.tensors]
+        if self.store is None or not (self._has_rows() or (reads == 1 and self.store.has_rows(rows.numpy(), 1))):
+            return None
+        return self.store.take(rows)
 
     def watch_items(self, places: list[int], items: list[object], batch: object = None) -> None:
         """Let the store see items, and the batch that torch's collation makes of them.

@@ -55,13 +55,13 @@ class RowStore:
         is_known = bool(self._columns) and (reads < 2 or self.equal >= EQUAL)
         return is_known and bool((self.reads[places] >= reads).all())
 
-    def take(self, places: Sequence[int], reads: int = 2) -> Any:
-        """Return the batch of the items at ``places`` as torch's collation makes it, None where rows are missing."""
-        with self._lock:
-            if not self.has_rows(places, reads):
-                return None
-            rows, columns = torch.tensor(places, dtype=torch.int64), iter(self._columns)
-            return mapped(lambda _: next(columns).index_select(0, rows), self._empty)
+    def take(self, rows: Tensor) -> Any:
+        """Return the batch of ``rows``, int64 ``[B]``, as torch's collation makes it, None where they are lost."""
+        columns = self._columns  # another thread may drop them
+        if columns and type(self._empty) is list and all(type(part) is Tensor for part in self._empty):
+            return [column.index_select(0, rows) for column in columns]
+        remaining = iter(columns)
+        return mapped(lambda _: next(remaining).index_select(0, rows), self._empty) if columns else None
 
     def watch(self, places: Sequence[int], items: Sequence[object], batch: object, draws: bool) -> str:
         """Keep the rows of items and their batch, and compare those that were read before.
