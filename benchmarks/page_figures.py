@@ -781,11 +781,11 @@ def rounds_on_datasets(machine: str) -> Lines:
     """Milliseconds a round of FedAvg on Datasets, ours and the other program's."""
     (recorded,) = (each for each in read_results(comparisons.RESULTS)["datasets"] if each.name.endswith(machine))
     lines = []
-    for row in sorted(recorded.rows, key=lambda row: row.threads):
+    for row in recorded.rows:
         ((other, gain),) = row.speedup.items()
         times = (f"{1e3 * row.seconds[name]:.0f}" for name in (row.ours, other))
-        lines.append([row.case, str(row.threads), *times, other, f"{gain:.2f}×"])
-    header = ["milliseconds a round", "cores", "fedkern", "other", "the other is", "fedkern is as fast"]
+        lines.append([row.case, *times, other, f"{gain:.2f}×"])
+    header = ["milliseconds a round", "fedkern", "other", "the other is", "times as fast as the other"]
     return [*caption(recorded.machine), *table(header, lines).split("\n")]
 
 

@@ -127,7 +127,7 @@ class Marked(Listener):
         self.marks.append(time.monotonic())
 
 
-def fedkern_run(trial: Trial, out: Path, threads: int, workers: str, arrays: bool, marked: Marked) -> float:
+def fedkern_run(trial: Trial, out: Path, arrays: bool, marked: Marked) -> float:
     """Play the rounds with fedkern, and return the accuracy."""
     *clients, test = trial.arrays()
     if arrays:
@@ -136,7 +136,7 @@ def fedkern_run(trial: Trial, out: Path, threads: int, workers: str, arrays: boo
         data = {"data": [trial.dataset(*part) for part in clients], "test": trial.dataset(*test)}
     network: dict[str, Any] = {"model": "cnn", "width": 8} if trial.kind == "images" else {"model": trial.network()}
     settings = {"local_epochs": 1, "batch_size": 32, "lr": 0.02, "momentum": 0.9, "weight_decay": 0.0}
-    how = {"threads": threads, "workers": workers, "pictures": False, "progress": False, "listener": marked}
+    how = {"threads": 1, "workers": 1, "pictures": False, "progress": False, "listener": marked}
     both = {"rounds": trial.rounds, "eval_every": trial.rounds, "out": out / "run"}
     run = fedkern.simulate("fedavg", **data, **network, **settings, **how, **both)
     return run.metrics["accuracy"]
@@ -165,14 +165,14 @@ def loop(trial: Trial, marked: Marked) -> float:
 
 def main() -> None:
     """Play the trial."""
-    trial, out, threads, program = Trial.load(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[5]
-    torch.set_num_threads(threads)
+    trial, out, program = Trial.load(sys.argv[1]), Path(sys.argv[2]), sys.argv[5]
+    torch.set_num_threads(1)
     marked = Marked()
     if program == "loop":
         torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # imports torch's compiler, for seconds
         accuracy = loop(trial, marked)
     else:
-        accuracy = fedkern_run(trial, out, threads, sys.argv[4], program == "arrays", marked)
+        accuracy = fedkern_run(trial, out, program == "arrays", marked)
     torch.save({"accuracy": torch.tensor(accuracy)}, out / "final.pt")
     (out / "marks.json").write_text(json.dumps({"marks": marked.marks, "said": {}}))
 
