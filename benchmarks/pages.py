@@ -1,9 +1,10 @@
 """Keeps the figures on the methods' pages what benchmarks/results says.
 
-    python -m benchmarks.pages            # writes the tables of README.md and docs/*.md anew
+    python -m benchmarks.pages            # writes the figures of README.md and docs/, and docs/tables, anew
     python -m benchmarks.pages --check    # exit code 1 where a page says something else, or a result by hand
 
-Results stand between ``<!-- figures: NAME -->`` and ``<!-- end -->``, which `benchmarks.page_figures` writes.  A number
+Results stand between ``<!-- figures: NAME -->`` and ``<!-- end -->``, which `benchmarks.page_figures` writes.  Their
+tables are files in docs/tables, which the page links and the site shows in place of the link.  A number
 with the unit of a result (per cent, points, nats, times as fast, seconds, megabytes) anywhere else makes `--check`
 fail, but for sentences that say what was published.  Code (fenced blocks and words in backquotes) and addresses of
 links are not looked at.
@@ -12,9 +13,13 @@ links are not looked at.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
+import os
 import re
 import sys
 from collections.abc import Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from benchmarks.page import Page
@@ -32,12 +37,45 @@ RESULT = re.compile(
 SENTENCE = re.compile(r"(?<=[.:!?])\s+(?=[A-Z*`\[])|\n\n|\n(?=[|*#])")
 
 
+def section(page: Page, name: str) -> tuple[list[str], dict[str, str]]:
+    """Return the lines of a section on a page, and the CSV files of its tables by path."""
+    lines: list[str] = []
+    files: dict[str, str] = {}
+    block: list[str] = []
+    stem = "methods" if page.path.endswith("/README.md") else Path(page.path).stem.lower()
+    for line in [*page.tables[name](), ""]:
+        if line.startswith("|"):
+            block.append(line)
+            continue
+        if block:
+            words = [stem, *name.split()[name.startswith(f"{stem} ") :], *[str(len(files) + 1)] * bool(files)]
+            path = f"docs/tables/{'-'.join(words)}.csv"
+            files[path] = as_csv(block)
+            lines.append(f"[Table: {name}]({os.path.relpath(path, Path(page.path).parent)})")
+            block = []
+        lines.append(line)
+    return lines[:-1], files
+
+
+def as_csv(block: Sequence[str]) -> str:
+    """Return the lines of a Markdown table as CSV, whose cells keep their markup."""
+    text = io.StringIO()
+    rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block)
+    csv.writer(text, lineterminator="\n").writerows(row for row in rows if not re.fullmatch(r"[-:|]+", "|".join(row)))
+    return text.getvalue()
+
+
+def tables(page: Page) -> dict[str, str]:
+    """Return the CSV files of a page by path."""
+    return {path: text for name in page.tables for path, text in section(page, name)[1].items()}
+
+
 def fill(text: str, page: Page) -> str:
     """The page's text with its generated sections written anew."""
-    return SECTION.sub(lambda m: m[1] + "\n".join(["", *page.tables[m[2]](), ""]) + "\n" + m[3], text)
+    return SECTION.sub(lambda m: m[1] + "\n".join(["", *section(page, m[2])[0], ""]) + "\n" + m[3], text)
 
 
-def faults(text: str, page: Page) -> list[str]:
+def faults(text: str, page: Page, root: Path = ROOT) -> list[str]:
     """What is wrong with a page: sections that are not what the results say, and results outside of them."""
     sentences = []
     written = {match[2] for match in SECTION.finditer(text)}
@@ -46,10 +84,12 @@ def faults(text: str, page: Page) -> list[str]:
     sentences += [f'nothing makes the section "{name}"' for name in sorted(unknown)]
     if unknown:
         return [f"{page.path}: {line}" for line in sentences]
-    for old, new in zip(text.splitlines(), fill(text, page).splitlines(), strict=False):
-        if old != new:
-            sentences.append(f'"{old.strip()}" should be "{new.strip()}"')
-            break
+    pairs = [(text, fill(text, page))]
+    pairs += [((root / path).read_text() if (root / path).exists() else "", new) for path, new in tables(page).items()]
+    for old, new in pairs:
+        lines = zip_longest(old.splitlines(), new.splitlines(), fillvalue="")
+        differing = ((before, after) for before, after in lines if before != after)
+        sentences += [f'"{before.strip()}" should be "{after.strip()}"' for before, after in islice(differing, 1)]
     sentences += [f'a result outside of the generated sections: "{where}"' for where in unbound(text, page)]
     return [f"{page.path}: {line}" for line in sentences]
 
@@ -75,13 +115,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail where a page is not up to date")
     args = parser.parse_args(arguments)
-    wrong = []
+    made = {ROOT / path for page in PAGES for path in tables(page)}
+    stale = sorted(set((ROOT / "docs" / "tables").glob("*.csv")) - made)
+    if not args.check:
+        for path in stale:
+            path.unlink()
+    wrong = [f"{path}: nothing makes it" for path in stale if args.check]
     for page in PAGES:
         path = ROOT / page.path
         text = path.read_text()
         if not args.check and not {m[2] for m in SECTION.finditer(text)} - set(page.tables):
             text = fill(text, page)
             path.write_text(text)
+            for name, content in tables(page).items():
+                (ROOT / name).write_text(content)
         wrong += faults(text, page)
     for line in wrong:
         print(line, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -15,12 +16,14 @@ from fedkern.comparison import published
 from fedkern.methods.fediod.presets import PUBLISHED
 
 BY_PATH = {page.path: page for page in page_figures.PAGES}
-PAGE = Page("docs/some.md", {"rates": lambda: ["| 1.5 % |"]})
+PAGE = Page("docs/some.md", {"rates": lambda: ["Of 3 runs.", "", "| a | rate |", "|---|---:|", "| b | 1.5 % |"]})
 TEXT = """Of 10 clients.
 
 <!-- figures: rates -->
 
-| 1.5 % |
+Of 3 runs.
+
+[Table: rates](tables/some-rates.csv)
 
 <!-- end -->
 
@@ -44,20 +47,31 @@ def test_every_method_with_a_page_is_looked_at():
     assert set(BY_PATH) == methods | shared
 
 
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder that has the table of `TEXT`."""
+    (tmp_path / "docs/tables").mkdir(parents=True)
+    (tmp_path / "docs/tables/some-rates.csv").write_text("a,rate\nb,1.5 %\n")
+    return tmp_path
+
+
 @pytest.mark.parametrize("path", BY_PATH)
-def test_a_changed_figure_is_found_wherever_it_stands(path):
-    """One number of each table, changed one at a time."""
+def test_a_changed_figure_is_found_wherever_it_stands(path, tmp_path):
+    """The first digit of a caption or table, changed one at a time."""
     page, text = BY_PATH[path], (pages.ROOT / path).read_text()
-    places = []
     for section in pages.SECTION.finditer(text):
-        numbers = [match.start() for match in re.finditer(r"\d+\.\d", section[0])]
-        if numbers:
-            places.append(section.start() + numbers[len(numbers) // 2])
-    assert places
-    for place in places:
-        at = text.index(next(letter for letter in text[place:] if letter.isdigit()), place)
-        changed = text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
-        assert pages.faults(changed, page), text[place - 30 : place + 30]
+        place = re.search(r"\d", section[0].partition("-->")[2].partition("[Table")[0])
+        if place:
+            at = section.start() + section[0].index("-->") + 3 + place.start()
+            assert pages.faults(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :], page), section[0]
+    stored = pages.tables(page)
+    for changed in stored:
+        for name, content in stored.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            at = re.search(r"\d", content).start()
+            other = content[:at] + str((int(content[at]) + 1) % 10) + content[at + 1 :]
+            (tmp_path / name).write_text(other if name == changed else content)
+        assert len(pages.faults(text, page, tmp_path)) == 1, changed
     heading = f"## {page.part}\n" if page.part else "\n"
     for claim in ("It has 99.9 % there.", "It is 3 times as fast.", "It gains half a point.", "It wins by two points."):
         assert any(
@@ -67,7 +81,7 @@ def test_a_changed_figure_is_found_wherever_it_stands(path):
 
 @pytest.mark.parametrize(("before", "after", "words"), [
     ("", "", None),
-    ("| 1.5 % |", "| 1.6 % |", "should be"),
+    ("Of 3 runs", "Of 4 runs", "should be"),
     ("It wins.", "It wins by 41 %.", "result outside"),
     ("It wins.", "It has 41 ± 2.", "result outside"),
     ("It wins.", "It is three times as fast.", "result outside"),
@@ -76,8 +90,8 @@ def test_a_changed_figure_is_found_wherever_it_stands(path):
     ("<!-- figures: rates -->", "", "is not on it"),
     ("It wins.", "With 50 clients, at a rate of 0.1 (`--share 41 %`, [one](http://a/2%)).", None),
 ])  # fmt: skip
-def test_what_is_wrong_with_a_page(before, after, words):
-    found = pages.faults(TEXT.replace(before, after, 1) if before else TEXT, PAGE)
+def test_what_is_wrong_with_a_page(before, after, words, root):
+    found = pages.faults(TEXT.replace(before, after, 1) if before else TEXT, PAGE, root)
     assert (not found) if words is None else any(words in fault for fault in found), found
 
 
@@ -99,8 +113,10 @@ def test_a_round_on_one_core_stands_beside_others_on_one_core():
     assert all(cells[name] != "–" for name in ("fedkern, one process", "lean loop", "fluke", "pfl", "FedLab"))
 
 
-def test_figures_are_written_where_they_stand():
-    assert pages.fill(TEXT.replace("| 1.5 % |", "| 9 |\n| 8 |"), PAGE) == TEXT
+def test_figures_are_written_where_they_stand(root):
+    assert pages.fill(TEXT.replace("Of 3 runs.", "Of 9"), PAGE) == TEXT
+    (root / "docs/tables/some-rates.csv").write_text("a,rate\nb,1.6 %\n")
+    assert pages.faults(TEXT, PAGE, root) == ['docs/some.md: "b,1.6 %" should be "b,1.5 %"']
 
 
 TABLES = {
