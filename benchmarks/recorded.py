@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedkern.process.commit import commit
-from fedkern.process.versions import versions
+from fedkern.process.versions import commit, versions
 
 UNRECORDED = "unrecorded"
 """What stands in a result file whose commit nobody knows."""

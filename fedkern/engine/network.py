@@ -54,7 +54,8 @@ class Network:
         # Of a causal mask, for example: no sign of training that diverged.
         infinite = self.buffers.isinf()
         self._infinite = infinite if bool(infinite.any()) else None
-        self._infinite_apart = self._flat.apart_buffers.isinf()
+        self._apart_buffers = self._flat.apart_buffers
+        self._infinite_apart = self._apart_buffers.isinf()
         self._lacking: list[tuple[_BatchNorm, bool]] = []
         """Layers that evaluate by the batch's own statistics, and their ``track_running_stats`` before."""
         self.statistics = True
@@ -90,8 +91,10 @@ class Network:
 
     def finite(self) -> Tensor:
         """bool 0-d: whether all parameters and buffers are finite, but for buffers infinite from the start."""
-        finite = all_finite(self.parameters) & self.finite_buffers()
-        rest = self._flat.apart_buffers
+        finite = all_finite(self.parameters)
+        if len(self.buffers):
+            finite = finite & self.finite_buffers()
+        rest = self._apart_buffers
         if len(self.personal) or len(rest):
             finite &= all_finite(self.personal) & (torch.isfinite(rest) | (self._infinite_apart & ~rest.isnan())).all()
         return finite

@@ -327,7 +327,7 @@ def started(
     prepares = kind.prepare is not Objective.prepare
     previous = client.state.get(key := f"optimizer {phase.exchange} {len(gradients)}", {}) if schedule.keep else {}
     terms = None if adjusts else method.terms(received)
-    recordable = replayable(kind, network.module)
+    recordable = None if graphs is None else replayable(kind, network.module)
     if recordable and data.task.code():  # the user's loss
         recordable = None
     if recordable is False:

@@ -241,14 +241,6 @@ class FlatParameters:
         if "integers" in vectors:
             self._load_integers(vectors["integers"])
 
-    def load_parameters(self, vector: Tensor) -> None:
-        """As :meth:`load`, for the parameters alone: ``vector [P]``."""
-        self.load_vectors({"parameters": vector})
-
-    def load_buffers(self, vector: Tensor) -> None:
-        """As :meth:`load`, for the floating buffers alone: ``vector [Q]``."""
-        self.load_vectors({"buffers": vector})
-
     def load_integers(self, vector: Tensor) -> None:
         """Writes the values of :attr:`integers`, ``int64 [R]``, back into the module's integer buffers.
 

@@ -419,12 +419,19 @@ NO_INTEGERS = {
     **{key: make for key, make in NO_VECTOR.items() if key not in ("dtype", "mkldnn", "quantised")},
     "fractions": lambda right: right.double(),
 }
+
+
+def in_vectors(name: str, part: slice) -> dict[str, Callable[[Any], Any]]:
+    """Return wrong vectors of a part of a module's vector, in the mapping that load_vectors takes."""
+    return {kind: lambda right, make=make: {name: make(right[part])} for kind, make in NO_VECTOR.items()}
+
+
 FLAT: list[Any] = [
-    pytest.param(method, argument, make, id=f"{method}-{what}".replace(" ", "-"))
+    pytest.param(method, argument, make, id=f"{method}-{argument}-{what}".replace(" ", "-"))
     for method, argument, kinds in (
         ("load", "vector", {**NO_VECTOR, "meta": lambda right: right.to("meta")}),
-        ("load_parameters", "parameters", NO_VECTOR),
-        ("load_buffers", "buffers", NO_VECTOR),
+        ("load_vectors", "parameters", in_vectors("parameters", slice(10))),
+        ("load_vectors", "buffers", in_vectors("buffers", slice(10, None))),
         ("load_integers", "integers", {**NO_INTEGERS, "meta": lambda right: right.to("meta")}),
         ("load_vectors", "vectors", {"tensor": lambda right: right, "none": lambda right: None}),
         ("views", "vector", {key: make for key, make in NO_VECTOR.items() if key != "complex"}),
@@ -440,7 +447,7 @@ FLAT: list[Any] = [
 @pytest.mark.filterwarnings("ignore:.*Sparse CSR.*", "ignore:.*quantiz.*")
 def test_wrong_arguments_of_flat_parameters(method: str, argument: str, make: Callable[[Any], Any]) -> None:
     flat = ops.FlatParameters(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
-    right = {"load_parameters": flat.parameters, "load_buffers": flat.buffers, "load_integers": flat.integers}
+    right = {"load_integers": flat.integers}
     before, integers = flat.vector.clone(), flat.integers
     with pytest.raises((TypeError, ValueError)) as told:
         getattr(flat, method)(make(right.get(method, flat.vector).detach().clone()))

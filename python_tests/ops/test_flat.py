@@ -151,9 +151,9 @@ def test_load_and_load_state_dict() -> None:
     assert torch.equal(flat.vector, source.vector)
     flat.load(torch.zeros_like(flat.vector, dtype=torch.float64))
     assert not module.conv.weight.any()
-    flat.load_parameters(source.parameters)
+    flat.load_vectors({"parameters": source.parameters})
     assert not flat.buffers.any()
-    flat.load_buffers(source.buffers)
+    flat.load_vectors({"buffers": source.buffers})
     flat.load_vectors({"frozen": source.frozen})
     flat.load_integers(torch.tensor([0, 1, 1, 9]))
     assert torch.equal(flat.vector, source.vector)
@@ -421,8 +421,6 @@ READS = {
     "groups": lambda f: f.groups,
     "integers": lambda f: f.integers,
     "load": lambda f: f.load(torch.zeros(3)),
-    "load_parameters": lambda f: f.load_parameters(torch.zeros(3)),
-    "load_buffers": lambda f: f.load_buffers(torch.zeros(3)),
     "load_vectors": lambda f: f.load_vectors({"integers": torch.zeros(4, dtype=torch.int64)}),
     "load_integers": lambda f: f.load_integers(torch.zeros(4, dtype=torch.int64)),
     "copy_": lambda f: f.copy_(f),
@@ -633,7 +631,7 @@ def test_a_module_frozen_as_a_whole_keeps_its_layout() -> None:
     module, other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     flat, frozen = FlatParameters(module), FlatParameters(other.requires_grad_(False))
     assert frozen.layout() == flat.layout()
-    frozen.load_parameters(flat.parameters)
+    frozen.load_vectors({"parameters": flat.parameters})
     assert torch.equal(other[0].weight, module[0].weight)
     with pytest.raises(ValueError, match="Sequential has no gradients: all its parameters are frozen"):
         frozen.gradients()

@@ -140,7 +140,7 @@ class Items:
 
     def identities(self) -> list[str]:
         """What tells a sample from others, in this process: its data set below subsets and concatenations, and row."""
-        origins = (locate(self.dataset, row) for row in self._places(range(len(self))))
+        origins = (locate(self.dataset, row) for row in self._rows_at(range(len(self))).tolist())
         return [f"{id(dataset)}/{row}" for dataset, row in origins]
 
     def _rows_at(self, indices: Sequence[int] | np.ndarray) -> Tensor:
@@ -148,18 +148,13 @@ class Items:
         index = torch.from_numpy(np.asarray(indices, dtype=np.int64))
         return index if self.rows is None else self.rows.index_select(0, index)
 
-    def _places(self, indices: Sequence[int] | np.ndarray) -> list[int]:
-        """Return the rows of the data set as numbers."""
-        places: list[int] = self._rows_at(indices).tolist()
-        return places
-
     def fingerprint(self, value: int = 0) -> int:
         """A CRC-32 of the rows, which goes on from ``value``."""
         return zlib.crc32(b"" if self.rows is None else self.rows.numpy().tobytes(), value)
 
     def read(self, indices: Sequence[int] | np.ndarray, word: int) -> Iterator[Any]:
         """Yield the items at ``indices``, one read at a time, see :meth:`batch`."""
-        return (self._read([row], word)[0] for row in self._places(indices))
+        return (self._read([row], word)[0] for row in self._rows_at(indices).tolist())
 
     def _read(self, places: list[int], word: int) -> list[object]:
         """Return the items of the data set at ``places`` without the key that names their groups."""
@@ -233,11 +228,11 @@ class Items:
         """
         for number, indices in enumerate(plan):
             if not number and reads > 1 and self._has_rows():  # an item is read again in every pass
-                first = self._places(indices[:1])
+                first = self._rows_at(indices[:1]).tolist()
                 self.watch_items(first, self._read(first, word))
             batch = self._take(self._rows_at(indices), reads)
             if batch is None:
-                places = self._places(indices)
+                places = self._rows_at(indices).tolist()
                 items = self._read(places, word)
                 batch = self._collate(places, items, word)
                 self.watch_items(places, items, batch)

@@ -52,8 +52,7 @@ class RowStore:
 
     def has_rows(self, places: Sequence[int] | np.ndarray | slice, reads: int = 2) -> bool:
         """Return whether items were read often enough for rows, once where any value of an item will do."""
-        is_known = bool(self._columns) and (reads < 2 or self.equal >= EQUAL)
-        return is_known and bool((self.reads[places] >= reads).all())
+        return bool(self._columns) and (reads < 2 or self.equal >= EQUAL) and bool((self.reads[places] >= reads).all())
 
     def take(self, rows: Tensor) -> Any:
         """Return the batch of ``rows``, int64 ``[B]``, as torch's collation makes it, None where they are lost."""

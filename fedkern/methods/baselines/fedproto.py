@@ -103,7 +103,7 @@ class FedProto(LocalTraining):
             buffers = {**client.own_buffers, **answer}.get("buffers")
             statistics = buffers is not None or not flat.buffers.numel()
             if buffers is not None:
-                flat.load_buffers(buffers)
+                flat.load_vectors({"buffers": buffers})
         # Without running statistics (--buffers drop) batch norm uses the batch's own.
         return {**answer, "prototypes": prototypes(network.train(not statistics), client)}
 
