@@ -16,6 +16,6 @@ if __name__ == "__main__":
         trained = fedkern.simulate("centralised", rounds=3, seed=1, out=f"{folder}/trained", **how).model()
         torch.save({"state_dict": trained.state_dict()}, f"{folder}/net.pt")
         given = {"init": f"{folder}/net.pt", "init_partial": True, "freeze": ["layer1*"], "lr": 0.02}
-        for name, start in (("from the trained network", given), ("from scratch", {"lr": 0.02})):
+        for name, start in (("from scratch", {"lr": 0.02}), ("from the trained network", given)):
             run = fedkern.simulate("fedavg", **start, rounds=3, out=f"{folder}/{name}", **how)
             print(f"accuracy after 3 rounds {name}: {run.metrics['accuracy']:.2f}")

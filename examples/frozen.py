@@ -29,7 +29,7 @@ given = {
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        run = fedkern.simulate("fedavg", **given, rounds=5, out=f"{folder}/run", progress=False, pictures=False)
+        run = fedkern.simulate("fedavg", **given, rounds=5, lr=0.3, out=f"{folder}/run", progress=False, pictures=False)
         print(
             f"accuracy after 5 rounds: {run.metrics['accuracy']:.2f}, {run.history.records[-1]['bytes_up']:,} bytes up"
         )

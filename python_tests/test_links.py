@@ -40,3 +40,12 @@ def test_files_that_pyproject_names_exist() -> None:
     names = {name for name in NAME.findall(text) if "." in name or "*" in name}
     assert {"fedkern/data/sources/digits.txt", "report/pages/templates/*", ".ci/install-cuda"} <= names
     assert [name for name in names if not any(True for base in (ROOT, ROOT / "fedkern") for _ in base.glob(name))] == []
+
+
+def test_every_page_is_in_the_navigation_and_every_table_on_a_page() -> None:
+    docs = ROOT / "docs"
+    listed = {*re.findall(r"- (?:[^:\n]+: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)}
+    pages = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
+    assert pages | {"index.md", "CONTRIBUTING.md"} == listed
+    linked = {name for page in PAGES for name in re.findall(r"tables/([\w.-]+\.csv)\)", (ROOT / page).read_text())}
+    assert {path.name for path in (docs / "tables").glob("*.csv")} == linked
