@@ -1,4 +1,4 @@
-"""fedkern.accelerate against the same network as written and torch.compile: training steps, without federation.
+"""Training steps under fedkern.accelerate, beside the network as written, in channels-last and under torch.compile.
 
 The networks are those of guests.py, as people write them.  A step is forward, cross-entropy, backward and torch's SGD.
 """
@@ -39,6 +39,7 @@ def test_guest(node: str, name: str, batch: int, threads: int) -> None:
     network = make()
     x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
     served, compiled = fedkern.accelerate(copy.deepcopy(network)), copy.deepcopy(network)
+    last = copy.deepcopy(network).to(memory_format=torch.channels_last)
     compare(
         node,
         "guest",
@@ -46,6 +47,7 @@ def test_guest(node: str, name: str, batch: int, threads: int) -> None:
         {
             "fedkern": train_steps(served, served, x, y),
             "eager": train_steps(network, network, x, y),
+            "channels_last": train_steps(last, last, x.contiguous(memory_format=torch.channels_last), y),
             "compile": train_steps(compiled, torch.compile(compiled, dynamic=False), x, y),
         },
         threads=threads,
