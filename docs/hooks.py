@@ -143,7 +143,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     html = re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, html, flags=re.DOTALL)
     if page.file.src_uri.startswith("api/"):
         html = ROLE.sub(r'<autoref optional identifier="\1"><code>\1</code></autoref>', html)
-        html = PAGE.sub(lambda match: as_anchor(match, page, files), html)
+        html = PAGE.sub(lambda match: as_anchor(match, page, files), html.replace("::</p>", ":</p>"))
     return html
 
 

@@ -425,8 +425,9 @@ def simulate(
             options are those it was made with.  A class needs no registered name.
         data: name of a data set, federated data in memory, or map-style PyTorch data sets: a dict by client's name, a
             list with one a client, or a single one, which ``partition`` shares out among ``clients``.
-        test, validation, public, loss_fn, batch_loss, metrics, collate_fn, main, better, task, classes, normalize,
-        groups: of PyTorch data sets, see :meth:`fedkern.FederatedData.from_datasets`.
+        test, validation, public, loss_fn, batch_loss, metrics, collate_fn: for PyTorch data sets, see
+            :meth:`fedkern.FederatedData.from_datasets`.
+        main, better, task, classes, normalize, groups: for PyTorch data sets too.
         model: name of a network, its code (``FILE.py:NAME``); a module, which is copied and whose weights are the
             initial ones; or a class or function that makes a module, whose weights then follow from the seed.
         train: ``train(model, client)`` in place of the local training of FedAvg's family: an ordinary loop over

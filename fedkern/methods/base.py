@@ -96,7 +96,7 @@ class Method:
     """Whether every client keeps the network's last linear layer to itself, where ``--personal`` names nothing else."""
     unread: ClassVar[frozenset[str]] = frozenset()
     """Settings about later rounds, of a method whose clients train once.  A run refuses them, and `fedkern.compare`
-    names them; what else has no effect a run finds itself (`fedkern.engine.marks`)."""
+    names them; what else has no effect a run finds itself."""
     takes_teachers: ClassVar[bool] = False
     """Whether clients may load trained networks (``--teachers``) instead of training locally."""
 
