@@ -19,9 +19,10 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)|(?<=src=\")(?![a-z]+:)([^\"]+)|(?<=href=\")(?![a-z]+:|#)([^\"#]+)")
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)|(?:(?<=src=\")|(?<=srcset=\")|(?<=href=\"))(?![a-z]+:|#)([^\"#]+)")
 CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 TABLE = re.compile(r"^\[Table: ([^]]+)\]\(([^)]+\.csv)\)$", re.MULTILINE)
+NUMBER = re.compile(r"[−+*×<>~-]*\d|$")
 ROLE = re.compile(r":(?:func|class|mod|meth|attr|data|exc):<code>~?([\w.]+)</code>")
 PAGE = re.compile(r"(?<![\w/])docs/([\w/-]+\.md)")
 LANGUAGES = {".py": "python", ".toml": "toml", ".cpp": "cpp", ".cu": "cpp", ".h": "cpp", ".sh": "bash", ".yml": "yaml"}
@@ -44,10 +45,16 @@ def page_path(source: str) -> str:
     return NAMES.get(source, f"{source}.md" if Path(source).suffix in {*LANGUAGES, ".ipynb"} else source)
 
 
+def resolve(source: str, link: str) -> str:
+    """Return the file of the repository that a link of a page leads to."""
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+    return f"{path}/README.md" if (ROOT / path / "README.md").exists() else path
+
+
 def find_links(source: str, text: str) -> set[str]:
     """Return the files of the repository that a page links."""
     links = (next(filter(None, match)) for match in LINK.findall(CODE.sub("", text)))
-    paths = {posixpath.normpath(posixpath.join(posixpath.dirname(source), link)) for link in links}
+    paths = {resolve(source, link) for link in links}
     return {path for path in paths if not path.startswith("..") and (ROOT / path).exists()}
 
 
@@ -107,8 +114,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = getattr(page.file, "repository_path", f"docs/{page.file.src_uri}")
 
     def site_link(match: re.Match) -> str:
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[0]))
-        file = files.get_file_from_path(page_path(path))
+        file = files.get_file_from_path(page_path(resolve(source, match[0])))
         if file is None:
             log.warning("%s links %s, which does not exist", source, match[0])
             return match[0]
@@ -124,8 +130,9 @@ def as_table(source: str, title: str, link: str) -> str:
     """Return the CSV file of a link as a Markdown table: the first column left, columns of numbers right."""
     with (ROOT / source).parent.joinpath(link).open(newline="") as file:
         head, *rows = csv.reader(file)
-    sides = [i > 0 and all(re.match(r"[−+-]?\d|$", row[i]) for row in rows) for i in range(len(head))]
-    lines = [head, ["--:" if side else ":--" for side in sides], *rows]
+    shares = [sum(bool(NUMBER.match(cell)) for cell in column) / len(rows) for column in zip(*rows, strict=True)]
+    sides = [":--", *("--:" if share > 0.5 else ":--" for share in shares[1:])]
+    lines = [head, sides, *rows]
     caption = f"**{title[0].upper()}{title[1:]}** ([CSV]({link}))"
     return "\n".join([caption, "", *(f"| {' | '.join(cell or ' ' for cell in line)} |" for line in lines)])
 
