@@ -1,4 +1,4 @@
-"""NICO: class/context folders of images, and the F7 and L7 protocols (docs/methods/baselines.md, 6.1).
+"""NICO: class/context folders of images, and the F7 and L7 protocols.
 
 FedGID with the published settings of FedDDL's code (docs/methods/fedgid.md, 8):
 
@@ -13,7 +13,8 @@ There are seven clients.  The protocols use these contexts of every class, in so
 | F7 | the i-th of the first seven contexts | all later contexts |
 | L7 | the i-th of the last seven contexts | all earlier contexts |
 
-So inside one client every class has a background of its own.
+So inside one client every class has a background of its own.  Images are normalised by ImageNet's mean and standard
+deviation, and augmented by a crop with padding 4, a flip, and a rotation of up to 15 degrees (``--augment nico``).
 """
 
 from __future__ import annotations

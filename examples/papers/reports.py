@@ -244,7 +244,7 @@ def impression_and_findings(report: str) -> str:
 
 
 def clean(text: str, longest: int) -> str:
-    r"""Lower-cased ``\w+`` tokens, at most ``longest`` of them (docs/methods/baselines.md, 6.5).
+    r"""Lower-cased ``\w+`` tokens, at most ``longest`` of them.
 
     The numbers of a numbered list and the blanks of de-identified reports are left out.
     """

@@ -1,8 +1,10 @@
 """Digits on crops of real slides: a world whose ties of class and background no change of colours undoes.
 
 Every client ties every class to a texture of its own, the tissue of a slide stretched by one of four factors along
-each axis.  All crops have the same mean and contrast, so that the texture alone tells the class; the
-out-of-distribution test draws textures at random, and both tests show slides that no client has.  Masks are exact.
+each axis.  All crops have the same mean and contrast, so that the texture alone tells the class: neither brightness
+nor contrast does, and ``--augment jitter``, which changes these alone, does not undo the tie.  An image shows its
+client's texture of its class with the probability ``correlation``.  The out-of-distribution test draws textures at
+random, and both tests show slides that no client has.  Masks are exact.
 
     python -m fedkern.run fedgid --data examples/papers/slides.py:slides --data-root DIR --method-option intervene=image
 """

@@ -349,10 +349,18 @@ class Method:
 
 
 class LocalTraining(Objective, Method):
-    """Methods whose clients train the received network and whose server averages (FedAvg and its variants).
+    """Base of methods whose clients train the received network and whose server averages (FedAvg and its variants).
 
     The server's state is the global network as flat vectors: ``parameters`` fp32 [P], and, if the buffer policy lets
     them travel, ``buffers`` fp32 [Q] (running statistics) and ``integers`` int64 [R].
+
+    The server averages parameters and running statistics with the same weights, in fp64 and in client order
+    (`fedkern.ops.Accumulator`).  The mean of equal networks is that network.  Of ``num_batches_tracked`` the largest
+    value of the participants is taken.  Buffers that are not persistent, and running statistics of frozen batch norms,
+    do not travel.
+
+    A client's samples are the number that the client declares.  With ``--privacy-unit patient`` that is patients times
+    images per patient.
     """
 
     @dataclass(frozen=True)

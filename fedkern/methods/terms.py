@@ -26,7 +26,19 @@ class GradientSum:
 
 @dataclass(frozen=True)
 class Terms:
-    """Terms of a method's local objective that act on parameters; see :func:`fedkern.ops.sgd_step`.
+    """Terms of a method's local objective that act on parameters.
+
+    A step of SGD with the gradient g (:func:`fedkern.ops.sgd_step`) does, in this order:
+
+        gradient_sum += g
+        g += correction
+        g += proximal (parameters - anchor)
+        g *= min(1, clip_norm / |g|)                 with ``--clip-norm``
+        g += weight_decay parameters                 AdamW decouples the decay
+        v  = momentum v + g
+        parameters -= lr v
+
+    The recorded loss is that of the batch, without these terms.
 
     Attributes:
         correction: fp32 [P], added to the gradient.

@@ -3,8 +3,8 @@
 A source is anything with ``masks(split, classes)``.  There are three: `fedkern.data.images.boxes_file.BoxesFile`,
 `detections.Detections` (Grounding DINO or another detector), and `MaskFunction` around any callable.  All
 results are stored as `Split.masks`.  An image in which nothing was detected has an empty mask and stays out of the
-background bank: otherwise its object would leak into the "background" (FedGID, arXiv 2504.00850;
-docs/methods/baselines.md, 6.3).
+background bank: otherwise its object would leak into the "background" (FedGID, arXiv 2504.00850).  The image still
+trains.
 """
 
 from __future__ import annotations

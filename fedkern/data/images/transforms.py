@@ -165,6 +165,7 @@ def jitter(images: Tensor, rng: Generator) -> Tensor:
     """Scales and shifts every channel of every image: ``v -> a v + b`` of a normalised value.
 
     The colour of a surface then says little, while edges stay.  A grey image changes its contrast and brightness.
+    Both ranges are fedkern's own: as wide as needed for the ground's colour, in one image, to say little of the class.
 
     Args:
         images: normalised floats ``[B, C, H, W]``.
@@ -256,7 +257,7 @@ def augment(images: Tensor, kind: str, rng: Generator) -> Tensor:
 
 
 def augment_pairs(images: Tensor, labels: Tensor, kind: str, rng: Generator) -> tuple[Tensor, Tensor]:
-    """Augments images and the classes of their pixels together: same draws, same geometry.
+    """Augment images and the classes of their pixels together: same draws, same geometry.
 
     Labels take the nearest pixel's class; pixels outside the original image become `IGNORE`.
 

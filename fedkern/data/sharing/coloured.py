@@ -52,7 +52,10 @@ def random_colours(count: int, palette: Palette, rng: np.random.Generator) -> Co
 
 
 def class_colours(seed: int, client: int, classes: int, palette: Palette) -> Colours:
-    """The client's own colour of every class, uint8 ``[classes, 3]``; other clients do not affect these colours.
+    """Return the client's own colour of every class, uint8 ``[classes, 3]``.
+
+    A class gets the one of twelve random candidates that is farthest from the client's earlier colours.  Other clients
+    do not affect these colours.
 
     Args:
         client: client id, or -1 for the map that all clients share under the ``iid`` partition.

@@ -1,8 +1,9 @@
 """Spurious cues: on some clients a small coloured shape is drawn on every image, and its shape tells the class.
 
-The backdoor experiment of FuseFL (arXiv 2410.20380; docs/methods/baselines.md, 6.4): a model that reads the shape
-instead of the object loses its accuracy where shapes are random.  Both tests, ``cue_tied`` and ``cue_random``, carry a
-shape that covers equally much of the object.  The difference of their accuracies is therefore due to the cue alone.
+The backdoor experiment of FuseFL (arXiv 2410.20380): a model that reads the shape instead of the object loses its
+accuracy where shapes are random.  Colour and place of a shape are random.  Both tests, ``cue_tied`` and ``cue_random``,
+carry a shape that covers equally much of the object.  The difference of their accuracies is therefore due to the cue
+alone.
 """
 
 from __future__ import annotations

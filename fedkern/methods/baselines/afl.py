@@ -1,10 +1,4 @@
-"""Agnostic federated learning (Mohri et al., ICML 2019, arXiv 1902.00146): training for the worst mixture of clients.
-
-The set of client weights is the whole simplex, so an exponentiated step needs no projection.  Two things differ from
-the paper.  Clients train as in FedAvg, instead of one stochastic gradient a round, and the client weights are the
-weights of the average.  The weights take an exponentiated step, as in FedDRA, instead of a projected gradient step.
-AFL equals FedDRA with rho = infinity, one stage and no anchors.
-"""
+"""Agnostic federated learning: training for the worst mixture of clients."""
 
 from __future__ import annotations
 
@@ -21,7 +15,26 @@ from fedkern.methods.registry import register
 
 @register("afl")
 class AFL(Robust):
-    """Weighs clients for the worst of all their mixtures: agnostic federated learning (arXiv 1902.00146)."""
+    """Client weights for the worst mixture of clients: agnostic federated learning (arXiv 1902.00146).
+
+        min_theta max_{w in simplex} sum_k w_k L_k(theta)
+
+    In the exchange ``update`` clients train as in FedAvg, and the server averages by w.  In the exchange ``losses``
+    client k reports the loss l_k of the new model on samples that it holds out:
+
+        w_k <- w_k exp(eta l_k), normalised
+
+    Agnostic federated learning equals FedDRA with rho = infinity, one stage and no anchors.  `Robust`
+    (fedkern/methods/common/dro.py) has the details of the losses and of ``dro_apply``.
+
+    Differences from the paper:
+
+    - Clients train whole rounds.  The paper takes one stochastic gradient a round.
+    - The weights follow an exponentiated gradient.  The paper projects a gradient step onto the simplex.
+    - Every client holds out samples for its loss and trains on the others.
+
+    Source: Mohri et al., ICML 2019.
+    """
 
     asks = frozenset({"loss"})
     asynchronous = False  # counts on whole rounds

@@ -1,4 +1,4 @@
-"""Local training without federation: the figures that every client reaches alone."""
+"""Local training without federation."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from fedkern.models import Ensemble
 
 @register("local")
 class Local(Objective, Method):
-    """Not federated: every client trains its own network alone; the figures are means over the clients' networks.
+    """Not federated: every client trains its own network alone.
 
-    A client trains as in FedAvg (same initial network, rounds, local epochs and batches), but keeps its own network
-    from round to round.  With one client, this equals FedAvg.  All clients take part in every round, whatever
-    ``--sample-fraction`` is.  Nothing travels, so no bytes are booked.  The server holds the clients' networks only to
-    evaluate and save them, as the members of an ensemble.
+    A client trains as in FedAvg, with the same initial network, rounds, local epochs and batches, but keeps its own
+    network from round to round.  With one client this equals FedAvg.  All clients take part in every round, whatever
+    ``--sample-fraction`` is.
+
+    The figures are means over the clients' networks.  ``lowest_accuracy`` and ``highest_accuracy`` are those of the
+    worst and the best client.  Nothing travels, so no bytes are booked.  The server holds the networks only to evaluate
+    and save them, as the members of an ensemble.  ``--buffers local`` and ``drop`` are refused, because a client keeps
+    its whole network.
     """
 
     asks = frozenset({"loss"})

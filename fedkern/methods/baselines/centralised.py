@@ -1,4 +1,4 @@
-"""Centralised training on the pooled data of all clients: a reference for federated methods."""
+"""Centralised training on the pooled data of all clients."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fedkern.methods.uploads import Declaration
 
 @register("centralised")
 class Centralised(Objective, Method):
-    """Not federated: the data of all clients are put together and one network is trained on them.
+    """Not federated: one network, trained on the data of all clients together.
 
     Training is that of a single FedAvg client that holds all data: rounds of local epochs, with fresh momentum in every
-    round.  The booked bytes are those of pooling the data: every client uploads its raw images (uint8) and labels
-    (int64) once, before training.  Nothing travels after that.
+    round.  The booked bytes are those of pooling the data: every client uploads its raw images (uint8), labels (int64)
+    and texts once, before training.  Nothing travels after that.
     """
 
     pooled = True

@@ -1,10 +1,4 @@
-"""Ensemble of the clients' networks: the accuracy that one-shot methods want to reach (or beat) with one network.
-
-Every client trains the whole local budget once and uploads its network; the server keeps all networks.  The prediction
-is the mean of the members' logits.  The accuracies of the majority vote and of the mean probabilities are reported
-too; all members count alike in these.  With ``calibrate``, one classifier on the features of all members replaces the
-mean of their logits.
-"""
+"""Ensemble of the clients' networks."""
 
 from __future__ import annotations
 
@@ -30,7 +24,27 @@ from fedkern.typed_option import option
 
 @register("ensemble")
 class Ensemble(MemberNetworks):
-    """All clients' networks, each trained once, with the mean of their logits (and a vote beside it)."""
+    """Mean logits of all clients' networks, each trained once: the figure that one-shot methods aim at.
+
+    Every client trains its whole local budget once and uploads its network.  The server keeps all networks.
+
+    Figures beside the task's own, for classification:
+
+    - ``vote_accuracy``: the class of the majority.  The mean probability breaks ties.
+    - ``probability_accuracy``: the mean of the softmaxes.
+    - ``memory_ratio``: the memory of all members over that of one network.
+
+    All members count alike in vote and mean probability.
+
+    With ``models`` the clients' networks differ: nothing travels down before training, and each client starts from
+    weights of its own architecture.  ``class_weights=counts`` replaces the mean by FedIOD's ensemble (`MemberNetworks`,
+    in fedkern/methods/common/oneshot.py), and is refused with ``weighting=samples`` and with ``calibrate``.
+
+    With ``calibrate`` every client receives the networks of the others.  One classifier on the features of all members
+    then replaces the mean of their logits.  ``pool=concat`` puts the features side by side, and the classifier starts
+    as the one that gives the mean of the logits.  ``pool=mean`` averages the features, and the classifier starts as the
+    mean of the heads.
+    """
 
     asks = frozenset({"classes"})
 

@@ -1,14 +1,4 @@
-"""DENSE (Zhang et al., 2022, arXiv 2112.12371): one-shot federated learning without any data on the server.
-
-In every epoch, the server trains a generator against the frozen ensemble of the clients' networks (mean logits t(x))
-and the student s, with random labels y and the members' running statistics:
-
-    L_G = CE(t(x), y) + lambda_BN L_BN(x) - lambda_adv KL(t(x) || s(x)) [argmax t(x) != argmax s(x)]
-
-The best batch joins a pool, and the student is distilled on the whole pool with T^2 KL(t || s) at temperature T.  As in
-the released code, the generator is reset for every batch, its noise is learned too, and the pool keeps all batches.
-The images are not augmented here, so the members' logits of an image are computed once.
-"""
+"""DENSE: one-shot federated learning without any data on the server."""
 
 from __future__ import annotations
 
@@ -31,7 +21,30 @@ MOMENTUM = 0.9
 
 @register("dense")
 class DENSE(Distilled):
-    """One-shot, data-free: a generator trained against the clients' ensemble, then distillation (arXiv 2112.12371)."""
+    """One-shot FedAvg, then the ensemble distilled on images of a trained generator (DENSE, arXiv 2112.12371).
+
+    In every epoch the server trains a generator against the frozen ensemble of the clients' networks, with mean logits
+    t and random labels y, and against the student s:
+
+        L_G = CE(t(x), y) + bn_weight L_BN(x) - adv_weight mean over images of D
+        D   = KL(softmax(t) || softmax(s)) [argmax t != argmax s]
+
+    L_BN is the distance to the members' running statistics (`fedkern.methods.common.oneshot_synthesis`).  The images of
+    the step with the lowest L_G join a pool.  The student then makes one pass over the pool with T^2 KL(t || s) at
+    temperature T, by SGD with momentum 0.9.
+
+    As in the released code, the generator starts anew before every batch (``restart``), its noise is learned too, and
+    the pool keeps all batches.  Images are not augmented here, so the members' logits of an image are computed once.
+
+    On ``digits`` the defaults are shorter, so that the generator learns within minutes: ``ngf=16``, 10 generator steps
+    at 0.01, 15 epochs at 0.01, T = 4, batches of 32 and 64, ``restart=false``.  Other data take the released code's
+    settings.
+
+    Difference from the released code: the student starts from the clients' average, and ``student_init=fresh`` starts
+    it anew.
+
+    Source: Zhang et al., NeurIPS 2022, section 3.
+    """
 
     asks = frozenset({"classes", "images", "features"})
 

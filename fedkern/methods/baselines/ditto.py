@@ -1,12 +1,4 @@
-"""Ditto (Li et al., ICML 2021, arXiv 2012.04221): personal networks that are regularised towards the global one.
-
-Beside FedAvg's own training every client trains a network v_k of its own (algorithm 1), with w the network received:
-
-    v_k <- v_k - eta (grad F_k(v_k) + lambda (v_k - w))
-
-v_k starts as the first network that the client received.  Both trainings take the run's local epochs and optimiser, in
-random orders of their own.  The global network is FedAvg's, bit for bit, and so are the messages.
-"""
+"""Ditto: personal networks regularised towards the global one."""
 
 from __future__ import annotations
 
@@ -24,7 +16,23 @@ from fedkern.typed_option import option
 
 @register("ditto")
 class Ditto(FedAvg):
-    """Trains a personal network beside FedAvg at every client, pulled to the global one (arXiv 2012.04221)."""
+    """A personal network beside FedAvg at every client, pulled to the global one (Ditto, arXiv 2012.04221).
+
+    Beside FedAvg's own training, client k trains a network v_k, with the received network theta:
+
+        v_k <- v_k - lr (grad L_k(v_k) + lambda (v_k - theta))
+
+    The global network and all messages are FedAvg's, bit for bit.  ``model.safetensors``, ``predict`` and ``export``
+    take the global network.  All figures are means over the clients' own networks, and
+    ``fedkern.load(DIR).model(client=3)`` returns one of them.
+
+    v_k begins as the first theta that client k receives.  A client that has not taken part is evaluated by theta.  Both
+    trainings take the run's local epochs and optimiser, each with its own order of batches and its own momentum.
+    ``loss`` in the records is FedAvg's, ``loss_own`` that of v_k.  ``--buffers local`` and ``drop`` are refused,
+    because v_k has running statistics of its own.
+
+    Source: Li et al., ICML 2021, algorithm 1.
+    """
 
     asks = frozenset({"loss"})
     memoryless = False

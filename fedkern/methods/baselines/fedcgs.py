@@ -1,12 +1,4 @@
-"""FedCGS (Guan et al., AAAI 2025, arXiv 2503.06962): a classifier from statistics of frozen features, in one round.
-
-Clients train nothing.  Of the features f of the network that they are sent (a pretrained one: ``--init``, or a network
-file that loads its weights) they upload, per class, the count n_c and mean mu_c, and the mean and scatter of all
-features.  The server pools these exactly and sets the classifier of a Gaussian with one covariance Sigma for all
-classes:
-
-    w_c = Sigma^-1 mu_c        b_c = log(n_c / n) - mu_c^T Sigma^-1 mu_c / 2
-"""
+"""FedCGS: a classifier from statistics of frozen features, in one round."""
 
 from __future__ import annotations
 
@@ -32,7 +24,29 @@ STATISTICS = "statistics"
 
 @register("fedcgs")
 class FedCGS(OneShot):
-    """A classifier set from class means and one covariance of a frozen network's features (arXiv 2503.06962)."""
+    """A classifier from class means and one covariance of a frozen network's features (FedCGS, arXiv 2503.06962).
+
+    Clients train nothing.  Of the features f of the network that a client receives it sends, per class, the count n_c
+    and the mean mu_c, and the mean and the scatter of all its features.  The server pools these exactly.  With Sigma
+    the covariance of all features of all clients, and n their number:
+
+        w_c = Sigma^-1 mu_c        b_c = log(n_c / n) - mu_c^T Sigma^-1 mu_c / 2
+
+    Start from a pretrained network: ``--init WEIGHTS``, or ``--model FILE.py:NAME`` whose class loads its weights.  A
+    client sends C + C' d + d + d (d + 1) / 2 numbers of 4 bytes, where C' of the C classes are present.
+
+    Sigma is the covariance about the mean of all features, as in the paper and the released code, not about class
+    means.
+
+    Differences from the paper:
+
+    - ``shrinkage``, on by default, shrinks Sigma to its mean variance (`fedkern.methods.common.calibration.shrunk`).
+      Without shrinkage Sigma has no inverse where samples are fewer than features.
+    - A class without samples has the mean of all features and the prior of half a sample.
+    - The paper's second step, personalisation, is not built.
+
+    Source: Guan et al., AAAI 2025.
+    """
 
     asks = frozenset({"classes", "features"})
     takes_teachers = False

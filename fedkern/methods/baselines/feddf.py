@@ -1,14 +1,4 @@
-"""FedDF (Lin et al., 2020, arXiv 2006.07242), with one round of communication.
-
-The server distils the ensemble of the clients' networks into their average on unlabelled images:
-
-    L = T^2 KL( softmax(mean_k t_k / T) || softmax(s / T) )
-
-with Adam and a cosine schedule (the paper's settings: learning rate 1e-3, batch 128, temperature 1).  The images are a
-public split or, without public data, those of a generator trained against the ensemble (section 4.3 of the paper uses
-an existing generator).  The paper stops on a validation plateau.  A server without labels cannot, so here the number of
-epochs is an option.
-"""
+"""FedDF with one round of communication."""
 
 from __future__ import annotations
 
@@ -32,7 +22,25 @@ IMAGES = 2048
 
 @register("feddf")
 class FedDF(Distilled):
-    """One-shot FedAvg, then the clients' ensemble distilled into it on public images (FedDF, arXiv 2006.07242)."""
+    """One-shot FedAvg, then the clients' ensemble distilled into the average (FedDF, arXiv 2006.07242).
+
+    With the members' logits t_k and the student's logits s of an unlabelled image:
+
+        L = T^2 KL( softmax(mean_k t_k / T) || softmax(s / T) )
+
+    The student trains by Adam, whose rate falls along a cosine to 0.  The paper's settings are the defaults: rate 1e-3,
+    batch 128, T = 1.  The images are the public split (``--public-samples``, by default 1000, and 200 on ``digits``).
+    ``source=generator`` needs no images: a generator trained against the ensemble makes 2,048.
+
+    Differences from the paper:
+
+    - One round.  The paper distils in every round.
+    - ``distill_epochs`` is fixed.  The paper stops on a validation plateau, for which a server needs labels.
+    - ``source=generator`` trains its generator, without a term of the student.  The paper takes a generator that exists
+      (section 4.3).  Segmentation refuses this source.
+
+    Source: Lin et al., NeurIPS 2020.
+    """
 
     asks = frozenset({"classes"})
 

@@ -1,20 +1,4 @@
-"""FedDyn (Acar et al., ICLR 2021, arXiv 2111.04263): dynamic regularisation.
-
-Every client's objective changes over the rounds so that its minimum agrees with the global minimum (algorithm 1):
-
-    theta_k = argmin L_k(theta) - <g_k, theta> + alpha/2 ||theta - theta^{t-1}||^2
-    g_k <- g_k - alpha (theta_k - theta^{t-1})                      the client's gradient at theta_k, kept by the client
-    h <- h - alpha 1/m sum_{k in P} (theta_k - theta^{t-1}),   theta^t = 1/|P| sum_{k in P} theta_k - h / alpha
-
-The server keeps s = -h / alpha, so that only the clients need alpha.  With ``weighting=samples`` the objective is
-sum_k (n_k/n) L_k, which scales the clients' losses by m n_k / n.  This equals alpha_k = alpha n / (m n_k) for client k,
-as in the released code.  ``weighting=uniform`` is the paper's objective.  The averages of models are uniform in both.
-
-Clients receive theta^t, which differs by the correction -h / alpha from the average of the participants' models.  The
-evaluated and saved model is that average, as in the released code, or theta^t with ``evaluate=server``.
-
-A round costs the bytes of FedAvg, and the number alpha_k.
-"""
+"""FedDyn: a dynamic regulariser on every client."""
 
 from __future__ import annotations
 
@@ -35,7 +19,28 @@ from fedkern.typed_option import option
 
 @register("feddyn")
 class FedDyn(FedAvg):
-    """Regularises every client dynamically, so that local and global optima agree (arXiv 2111.04263)."""
+    """FedAvg with a regulariser that aligns local and global optima (arXiv 2111.04263).
+
+    Client k keeps the vector g_k, and the server keeps s, which is -h / alpha in the paper.  N is the number of
+    clients:
+
+        theta_k = argmin L_k(theta) - <g_k, theta> + alpha_k/2 ||theta - theta_received||^2
+        g_k    <- g_k - alpha_k (theta_k - theta_received)
+        s      <- s + |S|/N (mean_S theta_k - theta_received)
+        theta   = mean_S theta_k + s
+
+    All means over S are uniform.  alpha_k is alpha n / (N n_k) with ``weighting=samples``, which weighs the clients'
+    objectives by their samples as the released code does.  With ``weighting=uniform`` alpha_k is alpha, as in the
+    paper.
+
+    The evaluated and saved model is mean_S theta_k, as in the released code.  ``evaluate=server`` takes theta, which
+    the clients receive.
+
+    A round costs the bytes of FedAvg and the number alpha_k.  ``--clip-update-norm`` is refused: g_k follows a client's
+    whole update, and the server's s must agree with g_k.
+
+    Source: Acar et al., ICLR 2021, algorithm 1.
+    """
 
     asks = frozenset({"loss"})
     asynchronous = False  # counts on whole rounds

@@ -1,12 +1,4 @@
-"""FedNTD (Lee et al., NeurIPS 2022, arXiv 2106.03097): preservation of global knowledge by not-true distillation.
-
-A client distils the received model's probabilities of the classes other than a sample's own (equations 3 to 5):
-
-    L = CE + beta tau^2 KL(q~_g || q~_l),   q~(c) = exp(z_c / tau) / sum_{c' != y} exp(z_c' / tau)   for c != y
-
-The term keeps local training from forgetting classes that a client lacks; the sample's own class is left to the labels.
-tau is 1 by default, and tau^2 keeps the gradient's size for other temperatures.  A round costs the bytes of FedAvg.
-"""
+"""FedNTD: not-true distillation from the received model."""
 
 from __future__ import annotations
 
@@ -27,7 +19,17 @@ from fedkern.typed_option import option
 
 @register("fedntd")
 class FedNTD(LocalTraining):
-    """Distils the global model's view of the classes that are not a sample's own (arXiv 2106.03097)."""
+    """Distillation of the global model's view of the classes that a sample does not have (arXiv 2106.03097).
+
+        L = CE + beta temperature^2 KL(q_global || q_local)
+        q(c) = exp(z_c / temperature) / sum_{c' != y} exp(z_c' / temperature)    for c != y
+
+    The received network is the teacher, in eval mode.  The term keeps local training from forgetting classes that a
+    client lacks, and leaves the sample's own class to the labels.  With a single class the loss is the cross-entropy.
+    temperature^2 keeps the gradient's size for temperatures other than 1.  A round costs the bytes of FedAvg.
+
+    Source: Lee et al., NeurIPS 2022, equations 3 to 5.
+    """
 
     asks = frozenset({"criterion", "classes"})
     memoryless = True

@@ -1,4 +1,4 @@
-"""FedPer (Arivazhagan et al., 2019, arXiv 1912.00818): shared base layers and a personal head."""
+"""FedPer: shared base layers and a personal head."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from fedkern.methods.registry import register
 
 @register("fedper")
 class FedPer(FedAvg):
-    """FedAvg whose clients keep the network's last layer, or what --personal names, to themselves (arXiv 1912.00818).
+    """FedAvg of the base layers, with a head that stays at every client (FedPer, arXiv 1912.00818).
 
-    Clients train all layers together, as in the paper, and send the base layers alone.
+    The network's last linear layer stays in the client's state.  All layers train together, as in the paper, and the
+    base layers travel.  ``--personal 'layer3.*,head.*'`` names other parts.
+
+    There is no global network: all figures are means over the clients' networks.  Every client starts from the head of
+    the run's initial network.  Segmentation and image-text pairs have no last linear layer: take ``fedavg --personal``
+    there, and name the parts.
+
+    Source: Arivazhagan et al., 2019.
     """
 
     asks = frozenset({"criterion"})

@@ -1,23 +1,4 @@
-"""FedProto (Tan et al., AAAI 2022, arXiv 2105.00243): federated prototype learning.
-
-Clients send the mean feature of each of their classes.  The server averages these prototypes, and clients pull their
-features towards the averages (equations 3 to 7):
-
-    C_i^(j) = 1/|D_ij| sum_{x in D_ij} f_i(x),   C^(j) = sum_i |D_ij| C_i^(j) / sum_i |D_ij|
-    L = CE + lambda 1/B sum_b ||f(x_b) - C^(y_b)||^2 / d
-
-with f the pooled features of width d.  A class without a prototype (in the first round: every class) adds no distance.
-As in the released code, the distance is taken per sample, as the mean over its d coordinates.
-
-In the paper only prototypes travel and every client keeps its own network (``networks=personal``): the bytes of a round
-are C (d + 1) numbers and the class ids.  The clients upload these networks once, after the last round (booked as
-one-off), and the evaluation reports the mean of their figures; there are no figures before.  By default
-(``networks=averaged``) the networks are averaged as in FedAvg and prototypes travel too, so that one network can be
-compared with those of other methods.
-
-``predict=prototype`` predicts the nearest prototype.  With ``networks=averaged``, the prototypes are features of the
-clients' networks before the average.  The loss of a test class without a prototype is infinite.
-"""
+"""FedProto: class prototypes averaged over the clients."""
 
 from __future__ import annotations
 
@@ -39,7 +20,34 @@ from fedkern.typed_option import option
 
 @register("fedproto")
 class FedProto(LocalTraining):
-    """Pulls features towards class prototypes averaged over the clients (arXiv 2105.00243)."""
+    """Features pulled to class prototypes that the server averages (FedProto, arXiv 2105.00243).
+
+    f are the pooled features, of width d.  n_kj counts the samples of class j at client k:
+
+        C_k^(j) = mean of f_k(x) over the client's samples of class j
+        C^(j)   = sum_k n_kj C_k^(j) / sum_k n_kj
+        L       = CE + lambda 1/B sum_b ||f(x_b) - C^(y_b)||^2 / d
+
+    ``weighting=uniform`` replaces n_kj by 1.  Prototypes come from the client's trained network before the average, in
+    eval mode, on images without augmentation.  A class that no participant has keeps its prototype.
+
+    ``networks=averaged``, the default, averages the networks as FedAvg does and sends prototypes too, so that one
+    network can be compared with those of other methods.  ``networks=personal`` is the paper's setting: every client
+    keeps its own network, and only prototypes travel, C (d + 1) numbers and the class ids.  Clients upload these
+    networks once, after the last round, booked as one-off.  The figures are then means over clients, and no figures
+    exist before.  Personal networks refuse ``--buffers local`` and ``drop``.
+
+    ``predict=prototype`` predicts the nearest prototype by the logits -||f(x) - C^(j)||^2.  A class without a prototype
+    has the logit -inf, so the loss of its test samples is infinite.
+
+    Differences from the paper:
+
+    - A class without a prototype adds no distance, and the mean still divides by B.  In the first round that is every
+      class.
+    - The distance is taken per sample and averaged over d, as in the released code.
+
+    Source: Tan et al., AAAI 2022, equations 3 to 7.
+    """
 
     asks = frozenset({"criterion", "classes", "features"})
     replayable = True

@@ -1,4 +1,4 @@
-"""FedProx (Li et al., 2020, arXiv 1812.06127)."""
+"""FedProx: FedAvg with a proximal term."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from fedkern.typed_option import option
 
 @register("fedprox")
 class FedProx(FedAvg):
-    """FedAvg with a proximal term mu/2 ||theta - theta_global||^2 on every client (arXiv 1812.06127)."""
+    """FedAvg with a proximal term on every client (arXiv 1812.06127).
+
+        L_k(theta) + mu/2 ||theta - theta_received||^2
+
+    ``mu=0`` is FedAvg.  The term acts on parameters, not on running statistics.
+
+    In the paper clients do unequal work, in partial epochs.  Here they do equal work, unless ``--straggler-rate`` slows
+    some of them.
+
+    Source: Li et al., MLSys 2020, equation 2.
+    """
 
     asks = frozenset({"loss"})
     asynchronous = True

@@ -1,16 +1,4 @@
-"""MOON (Li, He and Song, CVPR 2021, arXiv 2103.16257): model-contrastive federated learning.
-
-A client pulls its representation z of a sample towards the global model's and pushes z away from the representation of
-the client's last local model (equations 3 and 4):
-
-    L = CE + mu l_con,   l_con = -log( e^{sim(z, z_glob)/tau} / (e^{sim(z, z_glob)/tau} + e^{sim(z, z_prev)/tau}) )
-
-with sim the cosine similarity.  The paper's networks have a projection head of two layers before the classifier; here
-z are the pooled features, so that all compared methods train the same network.  In a client's first round there is no
-previous model: the received model would take its place and l_con would be the constant log 2, so l_con is left out.
-
-The previous model stays with the client, so a round costs the bytes of FedAvg.
-"""
+"""MOON: a model-contrastive loss on every client."""
 
 from __future__ import annotations
 
@@ -31,7 +19,25 @@ from fedkern.typed_option import option
 
 @register("moon")
 class Moon(LocalTraining):
-    """Pulls features towards the global model's, away from the client's last local model's (arXiv 2103.16257)."""
+    """Features pulled to the global model's and pushed from the client's last model's (MOON, arXiv 2103.16257).
+
+        L = CE + mu mean_b log(1 + exp((sim(z, z_prev) - sim(z, z_glob)) / temperature))
+
+    z, z_glob and z_prev are the pooled features of the training, the received and the client's previous network.  sim
+    is the cosine similarity.  The term equals equation 3 of the paper.  Both frozen networks are in eval mode.
+
+    Differences from the paper:
+
+    - z are the pooled features, so that all methods train the same network.  The paper adds a projection head of two
+      layers before the classifier.
+    - A client without a previous network trains on the cross-entropy alone.  With the received network in its place the
+      term would be the constant log 2.
+
+    The previous network stays with the client, so a round costs the bytes of FedAvg.  Features of images that do not
+    change are computed once per exchange, unless batch norm has no running statistics (``--buffers drop``).
+
+    Source: Li, He and Song, CVPR 2021, equations 3 and 4.
+    """
 
     asks = frozenset({"criterion", "classes", "features"})
     replayable = True

@@ -1,4 +1,4 @@
-"""One-shot FedAvg (McMahan et al., 2017, arXiv 1602.05629, with a single round)."""
+"""FedAvg with a single round."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from fedkern.methods.registry import register
 
 @register("oneshot-fedavg")
 class OneShotFedAvg(OneShot):
-    """FedAvg with a single round: the whole local budget, then one weighted average (arXiv 1602.05629)."""
+    """FedAvg with a single round: the whole local budget, then one weighted average (arXiv 1602.05629).
+
+    With ``calibrate`` a second round trains the average's classifier anew (`CCVR`).
+
+    Source: McMahan et al., AISTATS 2017, algorithm 1, with one round.
+    """
 
     asks = frozenset({"classes"})

@@ -1,20 +1,4 @@
-"""SCAFFOLD (Karimireddy et al., ICML 2020, arXiv 1910.06378): stochastic controlled averaging.
-
-Control variates c_i of the clients and c of the server correct the drift of local steps (algorithm 1):
-
-    y_i <- y_i - eta (g_i(y_i) - c_i + c)
-    c_i+ = g_i(x)                                   option I: the gradient at the received model, one more pass
-    c_i+ = c_i - c + (x - y_i) / (K eta)            option II
-    x <- x + eta_g sum_i p_i (y_i - x),   c <- c + sum_i p_i (c_i+ - c_i)
-
-Under plain SGD, option II is the mean of the K gradients g_i of the local steps.  This implementation computes that
-mean, because with momentum the quotient would be too large by 1 / (1 - momentum).  p_i is the client's share of all
-samples; for x the shares of the participants are renormalised.  ``weighting=uniform`` is the paper's 1 / |S| and 1 / N.
-So c = sum_i p_i c_i always.
-
-A control variate travels with the model in both directions: the bytes of a round double, except for batch norm's
-buffers.
-"""
+"""SCAFFOLD: local steps corrected by control variates."""
 
 from __future__ import annotations
 
@@ -42,7 +26,32 @@ GRADIENT_BATCH = 64
 
 @register("scaffold")
 class Scaffold(FedAvg):
-    """Corrects local steps by control variates against client drift; twice FedAvg's bytes (arXiv 1910.06378)."""
+    """FedAvg whose control variates correct client drift, for twice the bytes (arXiv 1910.06378).
+
+    Client i keeps a control variate c_i.  The server keeps c and sends c with the model x:
+
+        y_i <- y_i - eta (g_i(y_i) - c_i + c)
+        c_i+ = gradient of the mean loss at x                 control=I, one more pass over the client's samples
+        c_i+ = mean of the raw gradients g_i along the way    control=II
+        x   <- x + server_lr (mean_S y_i - x)
+        c   <- c + sum_{i in S} p_i (c_i+ - c_i)
+
+    The mean over S is FedAvg's.  p_i is n_i / n over all N clients, or 1/N with ``weighting=uniform`` as in the paper.
+    So c is the sum of all p_i c_i in every round.  ``server_lr`` does not act on running statistics.
+
+    Differences from the paper:
+
+    - ``control=II`` takes the mean gradient, where the paper takes c_i - c + (x - y_i) / (K eta).  The two agree for
+      plain SGD.  With momentum m the paper's quotient is too large by 1 / (1 - m).
+    - Raw gradients hold neither the correction, nor clipping, nor weight decay.
+    - ``control=I`` makes its pass in train mode, without augmentation, in batches of at most 64 images (16 for
+      segmentation).  Every sample or known pixel counts alike.  Image-text pairs are refused, because their loss is
+      that of a batch.
+
+    A control variate travels with the model in both directions.  Batch norm's buffers travel once, as in FedAvg.
+
+    Source: Karimireddy et al., ICML 2020, algorithm 1.
+    """
 
     asks = frozenset({"loss"})
     asynchronous = False  # counts on whole rounds

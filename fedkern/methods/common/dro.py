@@ -37,7 +37,17 @@ LEAST = 1e-12
 
 
 class Robust(LocalTraining):
-    """Methods whose server weighs clients by the losses that they report in the exchange `LOSSES`."""
+    """Base of methods whose server weighs clients by the losses that they report in the exchange `LOSSES`.
+
+    Client k judges ``max(2, round(loss_share n_k))`` samples, the same in every round.  The batch size is the smaller
+    of ``loss_batch`` and the least such number of any client, and incomplete batches are left out.
+
+    ``dro_apply`` decides where the weights w act, with the centre c of the set (`centre`):
+
+    - ``aggregate``: in the average, where client k weighs w_k, at least 1e-12 / N.
+    - ``loss``: the local loss is multiplied by w_k / c_k, and client k weighs c_k in the average.
+    - ``loss_code``: the local loss is multiplied by w_k, and all clients weigh alike, as in the released code.
+    """
 
     averages = True
 

@@ -29,7 +29,12 @@ from fedkern.typed_option import option
 
 
 class OneShot(FedAvg):
-    """Methods whose clients train once: one round, and a second one with ``calibrate``."""
+    """Base of one-shot methods: one round of training, and a second round with ``calibrate``.
+
+    ``--local-epochs`` is a client's whole budget, by default 20.  All clients take part.  ``--sample-fraction``,
+    ``--rounds``, ``--local-steps`` and ``--freeze-bn-after`` are refused.  ``--teachers DIR`` takes the trained
+    networks of an earlier run instead of training.
+    """
 
     @dataclass(frozen=True)
     class Options(CalibrationOptions, FedAvg.Options):
@@ -138,7 +143,20 @@ class OneShot(FedAvg):
 
 
 class MemberNetworks(OwnNetworks, OneShot):
-    """One-shot methods whose server keeps every client's network; the networks may have different architectures."""
+    """Base of one-shot methods whose server keeps every client's network.
+
+    ``models`` gives the clients different architectures, in turn.  The server refuses a network whose logits on 16
+    images of noise are not finite.  For networks with batch norm ``--buffers local`` and ``drop`` are refused.
+
+    The ensemble is the mean of the members' logits t_k, as published.  ``class_weights=counts`` takes FedIOD's ensemble
+    instead, with n_kc samples (labelled pixels) of class c at client k, and n_c at all clients:
+
+        m_c(x) = sum_k n_kc / n_c log softmax(t_k(x))_c
+
+    In a class that no client has, all members weigh alike.  Every client then uploads its class counts, 4 C bytes,
+    beside its network.  The counts are exact, and these methods claim no privacy.  Noise on counts
+    (``histogram_noise``) is FedIOD's alone.
+    """
 
     @dataclass(frozen=True)
     class Options(OneShot.Options):

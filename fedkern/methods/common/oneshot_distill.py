@@ -27,13 +27,16 @@ from fedkern.typed_option import option
 
 
 class Distilled(MemberNetworks):
-    """Clients train once; the server averages them and distils their ensemble into one network.
+    """Base of methods that average the clients' networks and distil their ensemble into the average.
 
     The plan has separate rounds, so that a run interrupted during the distillation keeps the clients' training:
 
     1. ``train``: after it the model is the average (one-shot FedAvg).
     2. ``distil``: nothing travels.
     3. ``calibrate``, with the option of that name.
+
+    Members are in eval mode and the student in train mode.  The student starts from the average of the members with the
+    student's architecture, and from fresh weights where no member has it.
     """
 
     @dataclass(frozen=True)

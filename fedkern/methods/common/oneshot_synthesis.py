@@ -129,9 +129,14 @@ def synthesise(
     draw: torch.Generator,
     classes: int,
 ) -> tuple[Tensor, Tensor]:
-    """Trains the generator (and its noise) and returns the images of the step with the lowest loss.
+    """Train the generator and its noise, and return the images of the step with the lowest loss.
 
-    Teachers and student are in eval mode and do not change.
+    With the teachers' mixed logits t, the student's logits s and random labels y:
+
+        L = cross_entropy CE(t(x), y) + batch_norm L_BN(x) - adversarial D(t(x) || s(x))
+
+    L_BN is :class:`BatchNormStatistics` and D :func:`divergence`.  Adam trains with betas 0.5 and 0.999.  Teachers and
+    student are in eval mode and do not change.
 
     Args:
         generator: the generator, on the teachers' device.
