@@ -891,8 +891,8 @@ def over_flower() -> Lines:
             models[row.ours], models[LOW_MEMORY] if low else "", models["Flower"],
         ])  # fmt: skip
     header = [
-        "strategy", "time", "times as fast as Flower", "with `low_memory`", "memory, models", "with `low_memory`",
-        "Flower",
+        "strategy", "time", "times as fast as Flower", "the same with `low_memory`", "memory, models",
+        "memory with `low_memory`", "memory of Flower",
     ]  # fmt: skip
     note = left_out(len(one_thread) - len(rows))
     return [*caption(recorded.machine), *note, *table(header, rows).split("\n")]
@@ -911,11 +911,8 @@ def message_seconds() -> Lines:
 
 
 def _flower() -> Page:
-    return Page("docs/flower.md", {"strategies": over_flower}, part="Speed")
-
-
-def _flower_app() -> Page:
-    return Page("docs/flower-app.md", {"messages": message_seconds}, part="What a message costs")
+    tables = {"aggregation beside Flower": over_flower, "messages over Flower": message_seconds}
+    return Page("docs/flower-reference.md", tables, part="Speed")
 
 
 # -- Compressed uploads ------------------------------------------------------------------------------------------------
@@ -958,7 +955,6 @@ PAGES: tuple[Page, ...] = (
     ),
     _feddra(),
     _flower(),
-    _flower_app(),
     _running(),
     Page("docs/methods/README.md", {"where each method fits": method_gains.in_full}),
 )

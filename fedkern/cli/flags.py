@@ -48,7 +48,7 @@ RUN_FLAGS: dict[str, tuple[Any, ...]] = {
     "config": ("FILE.toml", "settings from a file; flags override it"),
     "out": ("DIR", "run folder; default runs/<method>-<data>-<time>"),
     "resume": ("DIR", "continue the run in this folder"),
-    "flower": ("DIR", "write a project of the Flower framework that plays this run on nodes (docs/flower-app.md)"),
+    "flower": ("DIR", "write a project of the Flower framework that plays this run on nodes (docs/flower.md)"),
     "own_data": ("", "with --flower: a node's folder or FILE.py:NAME gives its client's data alone"),
     "tensorboard": ("", "write every round's figures as TensorBoard event files too"),
     "wandb": ("PROJECT", "log every round's figures to a project of Weights & Biases"),

@@ -42,7 +42,7 @@ def test_every_method_with_a_page_is_looked_at():
     others = {"docs/ops.md"}  # its tables are those of benchmarks.report
     found = {f"docs/{path.name}" for path in (pages.ROOT / "docs").glob("*.md")}
     methods = (found - others) & {f"docs/{name}.md" for name in commands()}
-    runs = {"docs/flower.md", "docs/flower-app.md", "docs/running.md", "docs/reproducing.md"}
+    runs = {"docs/flower-reference.md", "docs/running.md", "docs/reproducing.md"}
     shared = {"README.md", "docs/speed.md", "docs/methods/README.md"} | runs
     assert set(BY_PATH) == methods | shared
 
@@ -97,7 +97,7 @@ def test_what_is_wrong_with_a_page(before, after, words, root):
 
 @pytest.mark.parametrize(("path", "name"), [
     ("README.md", "speed"), ("docs/speed.md", "default runs"),
-    ("docs/speed.md", "larger runs"), ("docs/speed.md", "rounds"), ("docs/flower.md", "strategies"),
+    ("docs/speed.md", "larger runs"), ("docs/speed.md", "rounds"), ("docs/flower-reference.md", "aggregation beside Flower"),
 ])  # fmt: skip
 def test_tables_of_whole_runs_have_a_caption_and_short_cells(path, name):
     lines = BY_PATH[path].tables[name]()

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.flower
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/flower.md").read_text(), re.DOTALL)
+PAGES = "".join((ROOT / "docs" / name).read_text() for name in ("flower.md", "flower-reference.md"))
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
 (SERVER,) = (block for block in BLOCKS if block.startswith("# server_app.py"))
 OURS, THEIRS = "from fedkern.flower.strategies import FedAvg", "from flwr.serverapp.strategy import FedAvg"
 
@@ -85,11 +86,11 @@ def test_the_app_learns_the_same_with_either_strategy(tmp_path, monkeypatch):
     assert ours["norm.num_batches_tracked"] == 9
 
 
-def test_blocks_of_clients_and_of_overrides_run(monkeypatch):
+def test_the_other_blocks_run(monkeypatch):
     module("task", HERE / "quickstart/task.py", monkeypatch)
     for block in BLOCKS:
         if block != SERVER:
-            exec(compile(block, "docs/flower.md", "exec"), {})
+            exec(compile(block, "a page on Flower", "exec"), {})
 
 
 @pytest.mark.exhaustive

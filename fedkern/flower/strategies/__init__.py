@@ -1,6 +1,6 @@
 """Strategies for Flower apps: in place of those of ``flwr.serverapp.strategy``, with the same names and arguments.
 
-`docs/flower.md` says what is the same and what is different.
+`docs/flower-reference.md` says what is the same and what is different.
 """
 
 from fedkern.flower.adapter import Result, streaming

@@ -24,7 +24,7 @@ from python_tests.interrupted import outcome
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("alone")]
 
-PAGE = Path(__file__).resolve().parents[3] / "docs/flower-app.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs/flower-reference.md"
 SIZES = {"server": 6, 0: 6, 1: 4, 2: 9}
 RUN = {
     "method": "scaffold", "data": "folder", "clients": 3, "data-option.size": 16, "width": 2, "rounds": 2,
@@ -74,7 +74,7 @@ def same_as_here(run_config, folder):
 
 
 def test_the_page_s_function_gives_every_node_its_table(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (code,) = re.findall(r"`hospital\.py`:\n\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (command,) = re.findall(r"python -m fedkern.run (.*hospital\.py.*)\n", PAGE.read_text())
     for name, count in SIZES.items():
         x = np.linspace(-1, name != 1, 4 * count, dtype=np.float32).reshape(count, 4)  # at client 1 none is ill
