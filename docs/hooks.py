@@ -24,6 +24,7 @@ CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 TABLE = re.compile(r"^\[Table: ([^]]+)\]\(([^)]+\.csv)\)$", re.MULTILINE)
 NUMBER = re.compile(r"[−+*×<>~-]*\d|$")
 ROLE = re.compile(r":(?:func|class|mod|meth|attr|data|exc):<code>~?([\w.]+)</code>")
+FLAG = re.compile(r"<code>(--?[^<]{1,27})</code>")
 PAGE = re.compile(r"(?<![\w/])docs/([\w/-]+\.md)")
 LANGUAGES = {".py": "python", ".toml": "toml", ".cpp": "cpp", ".cu": "cpp", ".h": "cpp", ".sh": "bash", ".yml": "yaml"}
 NAMES = {"README.md": "index.md"}
@@ -148,6 +149,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
             return match[2]
 
     html = re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, html, flags=re.DOTALL)
+    html = FLAG.sub(r'<code style="white-space: nowrap">\1</code>', html)
     if page.file.src_uri.startswith("api/"):
         html = ROLE.sub(r'<autoref optional identifier="\1"><code>\1</code></autoref>', html)
         html = PAGE.sub(lambda match: as_anchor(match, page, files), html.replace("::</p>", ":</p>"))
