@@ -16,7 +16,6 @@ from benchmarks.shown import nodes
 from benchmarks.studies import study_compress
 from benchmarks.studies.page_commands import commands
 from benchmarks.studies.study import spread, table
-from fedkern.comparison.published import ROUNDS
 from fedkern.comparison.seed_statistics import paired
 from fedkern.settings.config import RunConfig
 
@@ -98,10 +97,10 @@ def made(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
 
 
 def verdicts(paper: str) -> Lines:
-    """Published figures beside ours, fractions in per cent, and the verdicts."""
+    """Return the table of published numbers of rounds, those played here, and the verdicts."""
     rows = []
     for row in load(f"reproduction_{paper}")["rows"]:
-        as_text = "{:,.0f}".format if row["figure"] == ROUNDS else percent
+        as_text = "{:,.0f}".format
         ours = "" if row["ours"] is None else as_text(row["ours"])
         if row["ours_low"] is not None:
             ours += f" [{as_text(row['ours_low'])}, {as_text(row['ours_high'])}]"
@@ -926,8 +925,13 @@ def compressed_uploads() -> Lines:
     return [f"At commit `{at(COMPRESS, 'versions', 'commit')}`.", "", *lines]
 
 
-def _running() -> Page:
-    return Page("docs/running.md", {"compressed uploads": compressed_uploads}, part="Compressed uploads")
+def _reproducing() -> Page:
+    sections = {"FedAvg rounds to an accuracy on MNIST": partial(verdicts, "mcmahan2017")}
+    return Page("docs/reproducing.md", sections, "Tables played here")
+
+
+def _uploads() -> Page:
+    return Page("docs/uploads.md", {"accuracy against uploaded bytes": compressed_uploads}, part="Compression")
 
 
 # -- README ------------------------------------------------------------------------------------------------------------
@@ -948,13 +952,9 @@ PAGES: tuple[Page, ...] = (
     _fusefl(),
     _fedlpfm(),
     _fediod(),
-    Page(
-        "docs/reproducing.md",
-        {f"reproducing {paper}": partial(verdicts, paper) for paper in ("mcmahan2017", "niidbench2022")},
-        "Tables played here",
-    ),
+    _reproducing(),
     _feddra(),
     _flower(),
-    _running(),
+    _uploads(),
     Page("docs/methods/README.md", {"where each method fits": method_gains.in_full}),
 )

@@ -236,7 +236,13 @@ class Run:
 
     @python_words()
     def export(self, out: str | Path, format: str | None = None, *, best: bool = False) -> list[Path]:
-        """Writes the network for other programs, and what it is to a JSON file beside it; returns both paths.
+        """Write the network for other programs, and a JSON file that describes it; return both paths.
+
+        Files of ``torch.export`` and ONNX take images in [0, 1] and return logits.  Of samples that are no images they
+        hold the user's module as it is.  Texts, waves and other inputs take any length that the network takes.  The
+        JSON file has the classes, the image size and the inputs, such as ``int64 [B, L]``, where a number is the only
+        length, and ``grey_bits`` where image files have more than 8 bits.  The file is read again before it takes its
+        name, an ONNX file with onnxruntime where that is installed.
 
         Args:
             out: the file, which must not exist.
@@ -436,7 +442,7 @@ def simulate(
         progress: show the run's progress on standard error.
         listener: receives the run's events too (docs/listeners.md); one, or a list.
         pictures: draw the pictures into the run folder at the end.  A picture that fails is a warning.
-        **settings: settings of the run (docs/running.md; ``fedkern METHOD --help``), options of the method, and
+        **settings: settings of the run (``fedkern METHOD --help``), options of the method, and
             ``data_options`` and ``options`` as dicts, and ``plugins``, a list of files and modules.  Paths may be
             texts or ``Path``.  ``optimizer`` may be a factory, ``lambda parameters: torch.optim.AdamW(parameters)``,
             and ``init`` a module.  A name that both the run and the method have means the run's.
