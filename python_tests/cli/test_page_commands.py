@@ -11,6 +11,7 @@ from fedkern.cli import extensions
 from fedkern.cli.command_parser import parse
 from fedkern.cli.request import effective
 from fedkern.data.registry import open_code
+from fedkern.run import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -56,3 +57,17 @@ def test_the_pages_have_commands():
     assert {page for page, _ in found} >= {*PAPERS}
     assert len(found) > 40
     assert len({page for page, _ in found}) > 8
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("page", ["first-run", "repeatability"])
+def test_a_pages_commands_and_python_run(page, tmp_path, monkeypatch):
+    """Runs commands in the order of the page, with fewer rounds and steps."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    for line in re.findall(r"^fedkern (?!doctor)(.*)$", text, re.MULTILINE):
+        words = shlex.split(re.sub(r"--rounds \d+|--report", "", line))
+        new = ["--rounds", "2", "--local-steps", "2"] * (words[0] in ("fedavg", "compare") and words[1] != "runs/one")
+        assert main([*words, *new, "--quiet"]) == 0
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(code, page, "exec"), {})
