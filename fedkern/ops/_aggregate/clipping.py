@@ -62,6 +62,10 @@ def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, o
     deviations.  Floating-point noise does not protect against attacks on the lowest bits of the result (Mironov, CCS
     2012).
 
+    Philox4x32-10, which makes the numbers, is not a cryptographic generator, and its key ``seed`` has 64 bits: give
+    every release a secret seed of its own.  Noise makes running variances of batch norms negative: add it to
+    ``FlatParameters.parameters``, or set the variances of a noised ``FlatParameters.vector`` to at least 0.
+
     Args:
         vectors, max_norm: as for :func:`clip_by_norm`.
         noise: noise multiplier: standard deviation of the noise in multiples of ``max_norm``, at least 0.  The

@@ -99,6 +99,9 @@ def server_step(
     There is no bias correction, as in the paper.  The paper starts v at ``tau^2`` or more, Flower at 0.  Everything is
     computed in fp64 and rounded once.  The uploads are read once.
 
+    Step parameters alone: a step of Adam makes a running variance negative.  Of ``flat = FlatParameters(module)`` give
+    ``flat.parameters`` here and ``flat.buffers`` to :func:`weighted_mean`.
+
     Args:
         global_: g ``[P]``, of the vectors' dtype and device, any stride.
         vectors: the clients' models: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, any strides.

@@ -52,6 +52,9 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
     computes has the same bits every time, for any number of threads.  Where two values of a window differ by rounding
     alone, another of them may be the maximum than in PyTorch.
 
+    Where x, the weight or the gradient holds an infinity or NaN, or a product of Winograd's overflows, PyTorch's
+    operators compute the call again, since 0 times an infinity is NaN.
+
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong.
         RuntimeError: a forced backend cannot serve the call.
