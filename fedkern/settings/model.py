@@ -153,6 +153,6 @@ def check_networks(settings: Mapping[str, Any], data: str) -> None:
     for name in ("image_encoder", "text_encoder"):
         if data not in pairs and name in settings:
             raise UserError(
-                f"{flag(name)} {settings[name]} is for image-text data ({', '.join(pairs)}), and the data set "
+                f"{flag(name)} {settings[name]} is for images with texts, and the data set "
                 f'"{data}" has no texts: leave {name} out and choose the network with --model.'
             )

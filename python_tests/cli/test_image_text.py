@@ -26,7 +26,7 @@ def test_a_batch_of_a_single_pair(method, fails):
             for model in ("resnet8", "cnn")
         ),
         *(
-            (("fedavg", "--data", "digits", flag, value), "is for image-text data (captions, pairs)", "--model")
+            (("fedavg", "--data", "digits", flag, value), "is for images with texts", "--model")
             for flag, value in (("--image-encoder", "vit"), ("--text-encoder", "words"))
         ),
     ],
