@@ -17,9 +17,14 @@ from benchmarks.studies import study_compress
 from benchmarks.studies.page_commands import commands
 from benchmarks.studies.study import spread, table
 from fedkern.comparison.seed_statistics import paired
+from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
 
 Lines = Sequence[str]
+SPECIFIED = dict.fromkeys(("fedgid", "fusefl", "fedlpfm"), "5. Options") | dict.fromkeys(
+    ("fediod", "feddra"), "8. Options"
+)
+"""The section of options on each specification."""
 
 
 def at(name: str, *path: str) -> Any:
@@ -945,7 +950,23 @@ def _readme() -> Page:
     )
 
 
+# -- Specifications ----------------------------------------------------------------------------------------------------
+
+
+def options_of(method: str) -> Lines:
+    """Options of a method as its help lists them."""
+    rows = [
+        [f"`{one.name}`", "" if one.default is None else f"{one.default}", one.range, one.help]
+        for one in METHODS[method].Options.declared()
+    ]
+    return table(["option", "default", "values", "meaning"], rows).split("\n")
+
+
 PAGES: tuple[Page, ...] = (
+    *(
+        Page(f"docs/methods/{name}.md", {"options": partial(options_of, name)}, part)
+        for name, part in SPECIFIED.items()
+    ),
     _readme(),
     _speed(),
     _fedgid(),

@@ -44,7 +44,8 @@ def test_every_method_with_a_page_is_looked_at():
     methods = (found - others) & {f"docs/{name}.md" for name in commands()}
     runs = {"docs/flower-reference.md", "docs/uploads.md", "docs/reproducing.md"}
     shared = {"README.md", "docs/speed.md", "docs/methods/README.md"} | runs
-    assert set(BY_PATH) == methods | shared
+    specified = {f"docs/methods/{name}.md" for name in page_figures.SPECIFIED}
+    assert set(BY_PATH) == methods | shared | specified
 
 
 @pytest.fixture
@@ -97,7 +98,8 @@ def test_what_is_wrong_with_a_page(before, after, words, root):
 
 @pytest.mark.parametrize(("path", "name"), [
     ("README.md", "speed"), ("docs/speed.md", "default runs"),
-    ("docs/speed.md", "larger runs"), ("docs/speed.md", "rounds"), ("docs/flower-reference.md", "aggregation beside Flower"),
+    ("docs/speed.md", "larger runs"), ("docs/speed.md", "rounds"),
+    ("docs/flower-reference.md", "aggregation beside Flower"),
 ])  # fmt: skip
 def test_tables_of_whole_runs_have_a_caption_and_short_cells(path, name):
     lines = BY_PATH[path].tables[name]()
