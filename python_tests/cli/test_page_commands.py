@@ -64,7 +64,7 @@ def test_the_pages_have_commands():
 def test_a_pages_commands_and_python_run(page, tmp_path, monkeypatch):
     """Runs commands in the order of the page, with fewer rounds and steps."""
     monkeypatch.chdir(tmp_path)
-    text = re.sub(r"--rounds \d+|--report", "", (ROOT / "docs" / f"{page}.md").read_text())
+    text = re.sub(r"--rounds \d+|--report|\\\n", "", (ROOT / "docs" / f"{page}.md").read_text())
     for line in re.findall(r"^fedkern (?!doctor)(.*)$", text, re.MULTILINE):
         fewer = "--rounds 2 --local-steps 2" * line.startswith(("fedavg", "compare f"))
         assert main(shlex.split(f"{line} {fewer} --quiet")) == 0
