@@ -956,7 +956,7 @@ def _readme() -> Page:
 def options_of(method: str) -> Lines:
     """Options of a method as its help lists them."""
     rows = [
-        [f"`{one.name}`", "" if one.default is None else f"{one.default}", one.range, one.help]
+        [f"`{one.name}`", "" if one.default is None else f"{one.default}", one.range, one.help.replace("|", r"\|")]
         for one in METHODS[method].Options.declared()
     ]
     return table(["option", "default", "values", "meaning"], rows).split("\n")
