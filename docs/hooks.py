@@ -123,19 +123,27 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return posixpath.relpath(file.src_uri, posixpath.dirname(page.file.src_uri) or ".")
         return file.url_relative_to(page.file)
 
-    parts = CODE.split(TABLE.sub(lambda match: as_table(source, *match.groups()), markdown))
+    parts = CODE.split(TABLE.sub(lambda match: as_table(source, match), markdown))
     return "".join(part if i % 2 else LINK.sub(site_link, part) for i, part in enumerate(parts))
 
 
-def as_table(source: str, title: str, link: str) -> str:
+def as_table(source: str, match: re.Match) -> str:
     """Return the CSV file of a link as a Markdown table: the first column left, columns of numbers right."""
-    with (ROOT / source).parent.joinpath(link).open(newline="") as file:
+    title, link = match.groups()
+    path = (ROOT / source).parent / link
+    if not path.exists():
+        return match[0]
+    with path.open(newline="") as file:
         head, *rows = csv.reader(file)
-    shares = [sum(bool(NUMBER.match(cell)) for cell in column) / len(rows) for column in zip(*rows, strict=True)]
+    if {len(row) for row in rows} != {len(head)}:
+        log.warning("%s has rows of several lengths", link)
+    columns = zip(*rows, strict=False)
+    shares = [sum(bool(NUMBER.match(cell)) for cell in column) / len(rows) for column in columns]
     sides = [":--", *("--:" if share > 0.5 else ":--" for share in shares[1:])]
-    lines = [head, sides, *rows]
     caption = f"**{title[0].upper()}{title[1:]}** ([CSV]({link}))"
-    return "\n".join([caption, "", *(f"| {' | '.join(cell or ' ' for cell in line)} |" for line in lines)])
+    return "\n".join(
+        [caption, "", *(f"| {' | '.join(cell or ' ' for cell in line)} |" for line in (head, sides, *rows))]
+    )
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
