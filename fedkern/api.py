@@ -437,7 +437,7 @@ def simulate(
         model: name of a network, its code (``FILE.py:NAME``); a module, which is copied and whose weights are the
             initial ones; or a class or function that makes a module, whose weights then follow from the seed.
         train: ``train(model, client)`` in place of the local training of FedAvg's family: an ordinary loop over
-            ``client.batches()``; what it leaves in the model is the upload (docs/own-training.md).
+            ``client.batches()``; what it leaves in the model is the upload (docs/training.md).
         out: the run folder; default ``runs/<method>-<data>-<time>``.
         progress: show the run's progress on standard error.
         listener: receives the run's events too (docs/listeners.md); one, or a list.

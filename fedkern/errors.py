@@ -40,7 +40,7 @@ MEANT = {
 """Names of other programs, or of the command line, and those that mean the same here, some with their value."""
 
 _LOSS = "A loss of your own is given in Python, fedkern.simulate(METHOD, data=..., loss_fn=FUNCTION)."
-_ADAPTERS = "LoRA is a layer of your own network: --model FILE.py:NAME, or a module in Python (docs/own-models.md)."
+_ADAPTERS = "LoRA is a layer of your own network: --model FILE.py:NAME, or a module in Python (docs/models.md)."
 _VOLUMES = "Volumes are read by your own code: --data FILE.py:NAME, as examples/papers/brats.py:brats (docs/data.md)."
 _RULES = "FedAvgM, FedAdam, FedYogi and FedAdagrad are fedavg and --server-rule momentum, adam, yogi or adagrad."
 WAYS = {
@@ -48,7 +48,7 @@ WAYS = {
     **dict.fromkeys(("lora", "peft", "adapter", "lora_rank", "lora_r"), _ADAPTERS),
     **dict.fromkeys(("nifti", "nii", "dicom"), _VOLUMES),
     **dict.fromkeys(("fedopt", "fedadam", "fedavgm", "fedyogi", "fedadagrad"), _RULES),
-    "fedbn": "FedBN is fedavg and the names of the batch norms, --personal NAMES (docs/own-models.md).",
+    "fedbn": "FedBN is fedavg and the names of the batch norms, --personal NAMES (docs/uploads.md).",
     "method": "The method stands without a flag.",
     "seeds": "Several are for compare: --seeds N.",
     "task": "Labels tell the task. Where those of a csv file cannot, --data-option task=NAME does (docs/data.md).",

@@ -15,7 +15,7 @@ from python_tests.interrupted import unfinished
 
 TINY = ["--data", "digits", "--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--partition", "iid", "--rounds", "1"]  # fmt: skip
-PAGE = Path(__file__).parents[2] / "docs" / "own-models.md"
+DOCS = Path(__file__).parents[2] / "docs"
 NETWORK = """\
 from torch import nn
 
@@ -60,14 +60,14 @@ def test_a_run_is_resumed_where_its_code_is_named_again(file, tmp_path, fails, r
 
 @pytest.mark.exhaustive
 def test_the_pages_network_with_stages(file, result):
-    (code,) = re.findall(r"```python\n# net.py\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n# net.py\n(.*?)```", (DOCS / "own-network.md").read_text(), re.DOTALL)
     file.write_text(code)
     words = ["--model", "net.py:Net", *TINY[2:]]
     out, _ = result("fedgid", "--data", "colordigits", *words, "--out", "run")
     (again,) = re.findall(r"python -m fedkern\.run fedavg .*", out)
     other = request.effective(flags.parse(shlex.split(again)[3:]))
     assert (other.model, other.width, other.train_samples) == (f"{file}:Net", None, 40)
-    (stages,) = re.findall(r"```python\nclass Net.*\n( *stages = .*?)  #.*\n```", PAGE.read_text())
+    (stages,) = re.findall(r"```python\nclass Net.*\n( *stages = .*?)  #.*\n```", (DOCS / "models.md").read_text())
     file.write_text(code.replace("class Net(nn.Module):\n", f"class Net(nn.Module):\n{stages}\n"))
     result("fusefl", *TINY[:-2], "--local-epochs", "2", "--model", "net.py:Net", "--out", "other")
 
@@ -124,3 +124,15 @@ def test_help_names_the_forms(result):
     out, _ = result("fedavg", "--help")
     assert "FILE.py:NAME or MODULE:NAME" in " ".join(out.split())
     assert "--init FILE" in out
+
+
+@pytest.mark.exhaustive
+def test_the_tutorial_on_networks(file, result, monkeypatch):
+    text = (DOCS / "own-network.md").read_text()
+    code, *blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    file.write_text(code)
+    monkeypatch.syspath_prepend(file.parent)
+    for block in blocks:
+        exec(block.replace("rounds=2,", "rounds=2, progress=False, pictures=False, local_steps=1,"), {})
+    for command in re.findall(r"^fedkern (fedavg .*?)(?: +#.*)?$", text, re.MULTILINE):
+        result(*shlex.split(command), "--train-samples", "60", "--quiet")

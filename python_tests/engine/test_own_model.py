@@ -537,7 +537,7 @@ def test_a_partial_start_lists_what_does_not_fit(own, make_data, refuses, tmp_pa
 
 # -- transformers --------------------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parents[2] / "docs" / "own-models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 @pytest.mark.exhaustive

@@ -22,7 +22,7 @@ from fedkern.models.conv_norm import ConvSequential, run_conv_norm
 from fedkern.models.cost import count_flops
 from fedkern.models.teacher_stack import folded
 
-PAGE = Path(__file__).parents[2] / "docs" / "own-models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 @pytest.fixture
