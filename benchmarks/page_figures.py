@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -74,10 +75,11 @@ def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, 
     return f"{100 * (here - low) / (high - low):.0f} %".replace("-", "−")
 
 
-def reproduced(paper: str, *tables: str, goal: str = "") -> Lines:
+def reproduced(paper: str, *tables: str, goal: str = "", rates: bool = False) -> Lines:
     """The cells of a paper's tables as ``reproduce --json`` gave them: fractions in per cent, intervals of 95 %.
 
     ``goal`` names a cell of another table.  Rows then tell what share of the gap from their baseline to it they close.
+    ``rates``: tell learning rates, and where they were chosen.
     """
     cells = {row["name"]: row for row in load(f"reproduction_{paper}")["rows"]}
     shown, rows = [row for row in cells.values() if row["table"] in tables or row["name"] == goal], []
@@ -88,11 +90,18 @@ def reproduced(paper: str, *tables: str, goal: str = "") -> Lines:
         if row["gap_low"] is not None:
             gap += f" [{points(row['gap_low'])}, {points(row['gap_high'])}]"
         share = [closed(row, cells[row["baseline"]], cells[goal]) if row["baseline"] else ""] if goal else []
-        rows.append(
-            [name, percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap, *share]
-        )
-    header = [", ".join(tables), "mean", "seeds", "difference, paired by seed", *(["share of the gap"] if goal else [])]
+        cells_of_row = [percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap, *share]
+        rows.append([name, *cells_of_row, *([rate(row)] if rates else [])])
+    header = [", ".join(tables), "mean", "seeds", "difference, paired by seed", *(["share of the gap"] if goal else []),
+              *(["learning rate, chosen"] if rates else [])]  # fmt: skip
     return [*table(header, rows).split("\n"), *made(paper, shown)]
+
+
+def rate(row: Mapping[str, Any]) -> str:
+    """The learning rate of a row, and the study that chose it."""
+    if chosen := re.search(r"lr ([\d.]+): [^;]*\(chosen\)", row["swept"] or ""):
+        return f"{chosen[1]}, here"
+    return f"{row['command'].rpartition('--lr ')[2]}, in the older study at a tie of 0.5"
 
 
 def made(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
@@ -139,75 +148,20 @@ def _wrapped(text: str, width: int = 112) -> str:
 
 # -- FedGID ------------------------------------------------------------------------------------------------------------
 
-GID, GID_ALL = "FedGID (+GI map +GD)", "fedgid_colormnist"
-GID_COLUMNS = {"embedded digits, 0.7": ("fedgid_digits", "0.7"), "ColorMNIST, 0.5": (GID_ALL, "0.5"),
-               "ColorMNIST, 0.8": (GID_ALL, "0.8")}  # fmt: skip
-GID_PARTS = ("FedAvg", "FedProx", "+GD", "+GI feature", "+GI map", GID)
-GID_TUNED = {"fedgid_digits": "FedGID, alpha 0.8", GID_ALL: "FedGID, lambda 3.0"}
-GID_GAPS = {"colormnist strong": "ColorMNIST 0.8", "colormnist weak": "ColorMNIST 0.5", "slides": "slides 0.8"}
-GID_OTHERS = ("FedAvg", GID, "FedProx", "MOON", "SCAFFOLD", "FedDyn", "FedProto", "FedNTD")
-
-
-def ood(name: str, variant: str, correlation: str, figure: str = "ood_accuracy") -> list[float]:
-    """A figure of a variant of FedGID's study over the seeds."""
-    return runs(name, f"{variant}, correlation {correlation}", figure)
-
-
-def gid_parts() -> Lines:
-    rows = [
-        [v, *(percent(ood(name, v, c)) for name, c in GID_COLUMNS.values()), percent(ood(GID_ALL, v, "0.8", CAM))]
-        for v in GID_PARTS
-    ]
-    tuned = [percent(ood(name, GID_TUNED[name], c)) for name, c in GID_COLUMNS.values()]
-    rows.append(["FedGID, best of seven settings", *tuned, percent(ood(GID_ALL, GID_TUNED[GID_ALL], "0.8", CAM))])
-    return table(["variant", *GID_COLUMNS, "Grad-CAM inside the object, ColorMNIST, 0.8"], rows).split("\n")
-
-
-CAM = "ood_gradcam_in_object"
-
-
-def gid_others() -> Lines:
-    rows = [[v, *(percent(ood(f"{name}_baselines", v, c)) for name, c in GID_COLUMNS.values())] for v in GID_OTHERS]
-    return table(["method", *GID_COLUMNS], rows).split("\n")
-
-
-def gid_schedules() -> Lines:
-    full = [at(GID_ALL, f"{v}, all training samples", "ood_accuracy") for v in ("FedAvg", GID)]
-    several: dict[str, list[list[float]]] = {
-        "6,000 digits, 5 rounds of 5 epochs": [ood(GID_ALL, v, "0.5") for v in ("FedAvg", GID)],
-        "6,000 digits, 12 rounds of 2 epochs": [ood(f"{GID_ALL}_schedule", v, "0.5") for v in ("FedAvg", GID)],
-        "all 60,000, 3 rounds of 3 epochs, one seed": [[value] for value in full],
-    }
-    rows = [[name, percent(a), percent(b), points(mean(b) - mean(a))] for name, (a, b) in several.items()]
-    return table(["ColorMNIST, 0.5", "FedAvg", "FedGID", "difference"], rows).split("\n")
-
-
-def gid_sweeps() -> Lines:
-    rows = []
-    for knob, values in (("alpha", ("0.3", "0.45", "0.6", "0.8")), ("lambda", ("0.3", "1.0", "3.0"))):
-        for value in values:
-            cells = []
-            for name in (GID_ALL, "fedgid_digits"):
-                metrics = at(name, f"{knob} {value}")
-                cells += [percent(metrics["validation_accuracy"]), percent(metrics["ood_accuracy"])]
-            rows.append([f"{knob} {value}", *cells])
-    header = ["setting", "ColorMNIST, 0.8: validation", "OOD", "embedded digits, 0.7: validation", "OOD"]
-    return table(header, rows).split("\n")
+GID_GAPS = {"strongly tied colours": "ColorMNIST 0.8", "weakly tied colours": "ColorMNIST 0.5", "slides": "slides 0.8"}
 
 
 def _fedgid() -> Page:
-    return Page(
-        "docs/fedgid.md",
-        {**{f"fedgid gap {short}": partial(reproduced, "fedgid", name, goal=f"FedAvg without a tie: {name.split()[0]}")
-            for short, name in GID_GAPS.items()},
-         "fedgid parts": partial(undated, gid_parts), "fedgid others": gid_others, "fedgid schedules": gid_schedules,
-         "fedgid sweeps": gid_sweeps, "fedgid command": partial(command, "fedgid")},
-    )  # fmt: skip
+    tables = {}
+    for name, cells in GID_GAPS.items():
+        goal = f"FedAvg without a tie: {cells.split()[0]}"
+        tables[f"fedgid {name}"] = partial(reproduced, "fedgid", cells, goal=goal, rates=True)
+    return Page("docs/fedgid.md", {**tables, "fedgid command": partial(command, "fedgid")})
 
 
 # -- FuseFL ------------------------------------------------------------------------------------------------------------
 
-FUSE, WIDTH, ALIKE = "fusefl_cifar10_table", "fusefl_cifar10_width", "fusefl_cifar10_alike"
+FUSE = "fusefl_cifar10_table"
 ALPHAS = ("0.1", "0.3", "0.5")
 PUBLISHED, CALIBRATED, MANY = "as published", "all calibrated", "FedAvg, many rounds"
 
@@ -215,29 +169,6 @@ PUBLISHED, CALIBRATED, MANY = "as published", "all calibrated", "FedAvg, many ro
 def fuse(name: str, alpha: str, column: str, figure: str = "accuracy") -> list[float]:
     """A figure of FuseFL's main table over the seeds."""
     return runs(FUSE, f"{name}, alpha {alpha}, {column}", figure)
-
-
-def alike(name: str, alpha: str, pool: str, lr: str) -> list[float]:
-    """Accuracies under one classifier."""
-    values: list[float] = at(ALIKE, f"{name}, {pool}, lr {lr}, full, alpha {alpha}")
-    return values
-
-
-def fuse_equal() -> Lines:
-    rows = [
-        ["ensemble of five networks of width 7", "its own: all features side by side",
-         percent(at(WIDTH, "ensemble, width 7", "calibrated")), f"{at(WIDTH, 'ensemble, width 7', 'parameters'):,}"],
-        ["FuseFL, width 7", "its own: the mean of the branches", percent(at(WIDTH, "FuseFL, width 7", "calibrated")),
-         f"{at(WIDTH, 'FuseFL, width 7', 'parameters'):,}"],
-        ["FuseFL, width 7", "the ensemble's, in its place", percent(alike("FuseFL", "0.1", "concat", "0.01")), ""],
-        ["one-shot FedAvg, width 16", "its own", percent(at(WIDTH, "one-shot FedAvg, width 16", "calibrated")),
-         f"{at(WIDTH, 'one-shot FedAvg, width 16', 'parameters'):,}"],
-        ["ensemble of five networks of width 16", "its own: all features side by side",
-         percent(at(WIDTH, "ensemble, width 16", "calibrated")), f"{at(WIDTH, 'ensemble, width 16', 'parameters'):,}"],
-        ["FuseFL, width 16", "its own: the mean of the branches",
-         percent(at(WIDTH, "FuseFL, width 16", "calibrated")), f"{at(WIDTH, 'FuseFL, width 16', 'parameters'):,}"],
-    ]  # fmt: skip
-    return table(["model", "calibrated classifier", "accuracy", "parameters of the networks"], rows).split("\n")
 
 
 def fuse_table() -> Lines:
@@ -267,81 +198,12 @@ def fuse_table() -> Lines:
     return table(header, rows).split("\n")
 
 
-def fuse_alike() -> Lines:
-    rows = []
-    for pool, shown in (("mean", "their mean"), ("concat", "side by side")):
-        for lr in ("0.01", "0.1"):
-            cells = [percent(alike(name, a, pool, lr)) for name in ("FuseFL", "ensemble") for a in ALPHAS]
-            rows.append([f"{shown}, {lr}", *cells])
-    for lr in ("0.01", "0.1"):
-        cells = [percent(alike(MANY, a, "concat", lr)) for a in ALPHAS]
-        rows.append([f"FedAvg over 8 rounds, {lr}", *cells, "", "", ""])
-    header = ["the classifier reads, lr", *(f"{n}: {a}" for n in ("FuseFL", "ensemble of five") for a in ALPHAS)]
-    return table(header, rows).split("\n")
-
-
-def fuse_more() -> Lines:
-    kinds = [(f"{m} clients", "diagonal") for m in (10, 20, 50)]
-    kinds += [(f"resnet18 of width 16, K = {k}", "full") for k in (2, 4, 8)] + [("72 epochs", "full")]
-    classifiers = [("concat", "0.01"), ("concat", "0.1"), ("mean", "0.01")]
-    rows = [
-        [title, *(percent(at(ALIKE, f"{name}, {title}, {pool}, lr {lr}, {covariance}"))
-                  for pool, lr in classifiers for name in ("FuseFL", "ensemble"))]
-        for title, covariance in kinds
-    ]  # fmt: skip
-    shown = {"concat": "side by side", "mean": "mean"}
-    heads = [f"{name}, {shown[pool]}, {lr}" for pool, lr in classifiers for name in ("FuseFL", "ensemble")]
-    return table(["one seed, Dirichlet 0.1", *heads], rows).split("\n")
-
-
-def fuse_distilled() -> Lines:
-    name = "fusefl_cifar10_datafree"
-    rows = [
-        [row, *(percent(at(name, f"{row}, {column}", "accuracy")) for column in (PUBLISHED, CALIBRATED)),
-         percent(at(name, f"{row}, probes")[1])]
-        for row in ("FedDF, public images", "FedDF, generator", "DENSE", "one-shot FedAvg", "ensemble", "FuseFL")
-    ]  # fmt: skip
-    return table(["one seed, Dirichlet 0.1", PUBLISHED, "calibrated", "linear probe"], rows).split("\n")
-
-
-def fuse_misled() -> Lines:
-    columns = {"FuseFL": f"FuseFL, {PUBLISHED}", "ensemble": f"ensemble, {PUBLISHED}",
-               "ensemble, calibrated": f"ensemble, {CALIBRATED}",
-               "one-shot FedAvg, calibrated": f"one-shot FedAvg, {CALIBRATED}"}  # fmt: skip
-    cue, door = "fusefl_cifar10_cue", "fusefl_cifar10_backdoor"
-    rows = [
-        ["accuracy, nobody attacked", *(percent(runs(door, row, key="clean")) for row in columns.values())],
-        ["accuracy with a shape that tells the class minus that with a random one",
-         *(percent([a - b for a, b in zip(runs(cue, row, "cue_tied_accuracy"), runs(cue, row, "cue_random_accuracy"),
-                                          strict=True)]) for row in columns.values())],
-        ["a patch planted by one backdoored client succeeds",
-         *(percent(runs(door, row, "backdoor_accuracy", "backdoored")) for row in columns.values())],
-        ["the same patch on models that nobody attacked",
-         *(percent(at(door, row, "patch on clean models")) for row in columns.values())],
-    ]  # fmt: skip
-    return table(["three seeds, Dirichlet 0.5", *columns], rows).split("\n")
-
-
-def fuse_refused() -> Lines:
-    results = load("fusefl_cifar10_refused")
-    rows = [[name, percent(row["sound"]), percent(row["refused"])] for name, row in results.items() if "refused" in row]
-    return table(["what is refused", "every upload sound", "one refused"], rows).split("\n")
-
-
-def fuse_code() -> Lines:
-    results = load("fusefl_cifar10_code")
-    rows = [[name, *(percent(results[name][a]) for a in ALPHAS)] for name in ("FuseFL", "as in the released code")]
-    return table(["", *(f"Dirichlet {a}" for a in ALPHAS)], rows).split("\n")
-
-
 def _fusefl() -> Page:
     return Page(
         "docs/fusefl.md",
-        {"fusefl equal memory": partial(undated, fuse_equal),
-         "fusefl equal upload": partial(reproduced, "fusefl", "upload and memory"),
-         "fusefl table": fuse_table, "fusefl alike": fuse_alike,
-         "fusefl more": fuse_more, "fusefl distilled": fuse_distilled, "fusefl misled": fuse_misled,
-         "fusefl refused": fuse_refused, "fusefl code": fuse_code, "fusefl command": partial(command, "fusefl")},
+        {"fusefl upload and memory": partial(reproduced, "fusefl", "upload and memory"),
+         "fusefl as published and calibrated": partial(undated, fuse_table),
+         "fusefl command": partial(command, "fusefl")},
     )  # fmt: skip
 
 
@@ -397,109 +259,16 @@ def lpfm_inference() -> Lines:
     )
 
 
-def lpfm_partitions() -> Lines:
-    kinds = ("IID", "1.0", "0.1", "0.01")
-    rows = [[name, *(percent(at("fedlpfm_cifar10_partitions", name, k)) for k in kinds)] for name in FOUR]
-    heads = [k if k == "IID" else f"Dirichlet {k}" for k in kinds]
-    return table(["one seed", *heads], rows).split("\n")
-
-
-def lpfm_changes() -> Lines:
-    rows = []
-    for name in ("loss", "teachers"):
-        for row, splits in load(f"fedlpfm_cifar10_{name}").items():
-            if "classes:2" in splits:
-                cells = [percent(splits[split]["accuracy"]) for split in ("classes:2", "dirichlet:0.1")]
-                shown = {"lambda 0.5": "lambda 0.5, the default", "as it is": "lambda 0.5 on another machine"}
-                rows.append([shown.get(row, row), *cells])
-    return table(["Fed-LPFM, one seed", *SPLITS], rows).split("\n")
-
-
-def lpfm_proxy() -> Lines:
-    runs, rates = load("fedlpfm_cifar10_proxy"), ("0.01", "0.03", "0.1")
-    rows = [[name, *(percent(runs[name][r]["accuracy"]) for r in rates), f"{runs[name]['best']:g}"] for name in FOUR]
-    return table(["ResNet-8 as the proxy, one seed", *rates, "chosen"], rows).split("\n")
-
-
-def lpfm_edges() -> Lines:
-    rows = []
-    for row, figures in load("fedlpfm_cifar10_edges").items():
-        if "best" in figures and row.startswith(FOUR):
-            rates = [key for key in figures if key != "best"]
-            cells = (f"{float(r):.2g}: {percent(figures[r]['validation_accuracy'])}, {percent(figures[r]['accuracy'])}"
-                     for r in rates)  # fmt: skip
-            rows.append([row, *cells])
-    return table(["one seed", "chosen: validation, test", "next outwards: validation, test"], rows).split("\n")
-
-
 def _fedlpfm() -> Page:
     return Page(
         "docs/fedlpfm.md",
-        {"fedlpfm foundation": lpfm_foundation, "fedlpfm inference": lpfm_inference,
-         "fedlpfm table": partial(undated, lpfm_table), "fedlpfm partitions": lpfm_partitions,
-         "fedlpfm changes": lpfm_changes, "fedlpfm proxy": lpfm_proxy, "fedlpfm edges": lpfm_edges,
+        {"fedlpfm teacher from elsewhere": lpfm_foundation, "fedlpfm cost at inference": lpfm_inference,
+         "fedlpfm teacher of public images": partial(undated, lpfm_table),
          "fedlpfm command": partial(command, "fedlpfm")},
     )  # fmt: skip
 
 
 # -- FedIOD ------------------------------------------------------------------------------------------------------------
-
-IOD_ROWS = {
-    "FedIOD": "FedIOD", "best teacher": "best teacher", "mean teacher": "mean teacher",
-    "uniform ensemble": "uniform ensemble", "weighted ensemble": "weighted ensemble",
-    "one-shot FedAvg": "one-shot FedAvg", "FedDF, public images": "FedDF, 1,000 public images", "DENSE": "DENSE",
-    "FedAvg, many rounds": "FedAvg in ten rounds",
-}  # fmt: skip
-SKEWS = ("dirichlet:0.1", "dirichlet:1.0")
-
-
-def iod(data: str, skew: str, row: str) -> list[float]:
-    """Accuracies of FedIOD's main tables over the seeds."""
-    values: list[float] = at(f"fediod_{data}_table", skew, "accuracy", row)
-    return values
-
-
-def iod_table(data: str) -> Lines:
-    rows = [[shown, *(percent(iod(data, skew, row)) for skew in SKEWS)] for row, shown in IOD_ROWS.items()]
-    return table(["method", *(skew.replace("dirichlet:", "Dirichlet ") for skew in SKEWS)], rows).split("\n")
-
-
-def iod_seeds() -> Lines:
-    rows = []
-    for data, shown in (("mnist", "MNIST"), ("cifar10", "CIFAR-10")):
-        for row in ("FedIOD", "best teacher", "uniform ensemble", "weighted ensemble", "FedAvg, many rounds"):
-            rows.append([f"{shown}: {IOD_ROWS[row]}", *map(percent, iod(data, SKEWS[0], row))])
-    return table(["Dirichlet 0.1", "seed 0", "seed 1", "seed 2"], rows).split("\n")
-
-
-def iod_clients() -> Lines:
-    figures = {"student": "accuracy", "best teacher": "best_teacher", "mean teacher": "mean_teacher",
-               "uniform ensemble": "ensemble_uniform", "weighted ensemble": "ensemble_weighted"}  # fmt: skip
-    rows = [
-        [m, *(percent(at("fediod_mnist_clients", m, "metrics", one)) for one in figures.values())]
-        for m in ("2", "5", "10", "20")
-    ]
-    return table(["clients", *figures], rows).split("\n")
-
-
-def iod_terms() -> Lines:
-    results = load("fediod_mnist_terms")
-    rows = [
-        [name, percent(row["accuracy"]), percent(row["ensemble_weighted"])]
-        for name, row in results.items()
-        if "accuracy" in row
-    ]
-    return table(["changed", "student", "its ensemble"], rows).split("\n")
-
-
-def iod_bytes() -> Lines:
-    results = load("fediod_mnist_bytes")
-    rows = [
-        [name, f"{row['megabytes_up']:.2f}", f"{row['megabytes_down']:.2f}", percent(row["accuracy"])]
-        for name, row in results.items()
-        if "megabytes_up" in row
-    ]
-    return table(["", "MB up of a client", "MB down", "accuracy"], rows).split("\n")
 
 
 def iod_privacy() -> Lines:
@@ -526,58 +295,16 @@ def iod_privacy() -> Lines:
     return table(header, rows).split("\n")
 
 
-def iod_segments() -> Lines:
-    dice = at("fediod_segment_membrane_table", "attribute", "dice")
-    return table(["method", "Dice"], [[IOD_ROWS[n], percent(v)] for n, v in dice.items()]).split("\n")
-
-
-def iod_beyond() -> Lines:
-    """FedIOD's mean differences to methods that are told the class counts too, with their intervals."""
-    sets, rows = ("MNIST", "CIFAR-10"), []
-    for name in ("FedDF with counts", "DENSE with counts", "ensemble with counts"):
-        both = [[method_gains.reproduced("fediod", f"{data}: {each}") for each in ("FedIOD", name)] for data in sets]
-        rows.append([name, *(method_gains.Contest(ours, other, "").gain() for ours, other in both)])
-    return table(["FedIOD over", *sets], rows).split("\n")
-
-
 def _fediod() -> Page:
     return Page(
         "docs/fediod.md",
-        {"fediod mnist": partial(undated, partial(iod_table, "mnist")),
-         "fediod counts": partial(reproduced, "fediod", "MNIST"),
-         "fediod counts cifar10": partial(reproduced, "fediod", "CIFAR-10"), "fediod beyond": iod_beyond,
-         "fediod architectures": partial(reproduced, "fediod", "three architectures"),
-         "fediod cifar10": partial(iod_table, "cifar10"),
-         "fediod seeds": iod_seeds, "fediod clients": iod_clients, "fediod terms": iod_terms,
-         "fediod bytes": iod_bytes, "fediod privacy": iod_privacy, "fediod segments": iod_segments,
-         "fediod command": partial(command, "fediod")},
+        {"fediod MNIST with class counts": partial(reproduced, "fediod", "MNIST"),
+         "fediod CIFAR with class counts": partial(reproduced, "fediod", "CIFAR-10"),
+         "fediod privacy": iod_privacy, "fediod command": partial(command, "fediod")},
     )  # fmt: skip
 
 
 # -- FedDRA ------------------------------------------------------------------------------------------------------------
-
-DRA = "feddra_captions"
-DRA_FIGURES = ("R@1", "minority R@1", "unseen R@1", "mean loss", "worst loss")
-
-
-def dra(section: str, row: str, figure: str) -> list[float]:
-    """A figure of FedDRA's study over the seeds."""
-    values: list[float] = at(f"{DRA}_{section}", row, figure)
-    return values
-
-
-def dra_table(section: str, rows: Sequence[str] | None = None, figures: Sequence[str] = DRA_FIGURES) -> Lines:
-    chosen = rows or [name for name, row in load(f"{DRA}_{section}").items() if "worst loss" in row]
-    lines = []
-    for name in chosen:
-        cells = [(percent if f.endswith("R@1") else nats)(dra(section, name, f)) for f in figures]
-        lines.append([name, *cells])
-    return table(["", *figures], lines).split("\n")
-
-
-def dra_parts() -> Lines:
-    names = ("none of the three", "robust weights only", "anchors only", "two stages only", "one stage", "full")
-    return dra_table("ablations", names)
 
 
 def dra_noisy(*tables: str) -> Lines:
@@ -600,35 +327,12 @@ def dra_noisy(*tables: str) -> Lines:
     return [*text.split("\n"), *made("feddra", shown)]
 
 
-def dra_downstream() -> Lines:
-    figures = {"zero-shot, digits": "zero-shot accuracy", "colours": "zero-shot accuracy of colours",
-               "linear probe, digits": "linear probe accuracy", "decoder, Dice": "Dice of the digits"}  # fmt: skip
-    names = {"fedavg": "FedAvg, by samples", "fedavg weighting=uniform": "FedAvg, uniform", "feddra": "FedDRA",
-             "centralised": "centralised"}  # fmt: skip
-    rows = []
-    for key, shown in names.items():
-        seeds = at(f"{DRA}_downstream", "figures", key)
-        cells = [percent([s[f"{where}: {f}"] for s in seeds]) for f in figures.values() for where in ("seen", "unseen")]
-        rows.append([shown, *cells])
-    heads = [f"{shown}: {where}" for shown in figures for where in ("seen", "unseen")]
-    return table(["", *heads], rows).split("\n")
-
-
 def _feddra() -> Page:
     return Page(
         "docs/feddra.md",
-        {"feddra tenth": partial(dra_noisy, "10 %: worst loss", "10 %: mean loss"),
-         "feddra fifth": partial(dra_noisy, "20 %: worst loss", "20 %: mean loss"),
-         "feddra minilm": partial(dra_noisy, "MiniLM"),
-         "feddra table": partial(undated, partial(dra_table, "table")), "feddra parts": dra_parts,
-         "feddra sweeps": partial(dra_table, "sweeps"), "feddra weights": partial(
-             dra_table, "ablations", ("full", "weights on losses", "weights as in the released code",
-                                      "losses on training samples")),
-         "feddra stages": partial(dra_table, "alternating", None,
-                                  ("R@1", "unseen R@1", "mean loss", "worst loss", "drift in the last third")),
-         "feddra statistics": partial(dra_table, "statistics"),
-         "feddra held out": partial(dra_table, "held_out", None, (*DRA_FIGURES, "held out R@1")),
-         "feddra downstream": dra_downstream, "feddra command": partial(command, "feddra", 2, 1.0, "nats")},
+        {"feddra minority of a tenth": partial(dra_noisy, "10 %: worst loss", "10 %: mean loss"),
+         "feddra minority of a fifth": partial(dra_noisy, "20 %: worst loss", "20 %: mean loss"),
+         "feddra command": partial(command, "feddra", 2, 1.0, "nats")},
     )  # fmt: skip
 
 
@@ -743,10 +447,6 @@ def earned(row: bench_methods.Row) -> dict[str, str]:
         "outside of rounds: plain": seconds(row.outside_seconds(plain)),
         "outside of rounds: fedkern": seconds(row.outside_seconds(ours)),
     }
-
-
-IN_SHORT = ("run", "of the default", "plain PyTorch", "fedkern", "over plain: machine", "over plain: one core",
-            "over the reference", "processes")  # fmt: skip
 
 
 def whole_runs(setting: str, columns: Sequence[str] = ()) -> Lines:
@@ -942,12 +642,20 @@ def _uploads() -> Page:
 # -- README ------------------------------------------------------------------------------------------------------------
 
 
+NETWORKS = ("McMahan's CNN", "VGG-11/16, batch norm", "ResNet-8/16", "ResNet-18/16", "MobileNetV2")
+
+
+def accelerated(machine: str) -> Lines:
+    """Five networks' training steps beside plain PyTorch, on one core."""
+    (recorded,) = (each for each in read_results(comparisons.RESULTS)["guest"] if each.name.endswith(machine))
+    times = {row.case: row.speedup["eager"] for row in recorded.rows}
+    rows = [[name, *(f"{times[f'{name}, B={batch}']:.1f}×" for batch in (8, 32))] for name in NETWORKS]
+    heads = [f"times as fast as PyTorch on one CPU core, batch {batch}" for batch in (8, 32)]
+    return [*caption(recorded.machine), *table(["network", *heads], rows).split("\n")]
+
+
 def _readme() -> Page:
-    return Page(
-        "README.md",
-        {"speed": partial(whole_runs, "default", IN_SHORT), "measured": method_gains.in_short},
-        part="Do the methods keep their promises?",
-    )
+    return Page("README.md", {"accelerate": partial(accelerated, MACHINE)}, part="The five methods")
 
 
 # -- Specifications ----------------------------------------------------------------------------------------------------
@@ -977,5 +685,6 @@ PAGES: tuple[Page, ...] = (
     _feddra(),
     _flower(),
     _uploads(),
-    Page("docs/methods/README.md", {"where each method fits": method_gains.in_full}),
+    Page("docs/methods/README.md", {"which method when": method_gains.in_use}),
+    Page("docs/results.md", {"paired differences": method_gains.differences}),
 )

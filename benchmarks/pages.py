@@ -1,10 +1,11 @@
 """Keeps the figures on the methods' pages what benchmarks/results says.
 
-    python -m benchmarks.pages            # writes the figures of README.md and docs/, and docs/tables, anew
+    python -m benchmarks.pages            # writes the figures of README.md and docs/, tables and charts
     python -m benchmarks.pages --check    # exit code 1 where a page says something else, or a result by hand
 
 Results stand between ``<!-- figures: NAME -->`` and ``<!-- end -->``, which `benchmarks.page_figures` writes.  Their
-tables are files in docs/tables, which the page links and the site shows in place of the link.  A number
+tables are files in docs/tables, which the page links and the site shows in place of the link.  Only README.md has
+tables in its text.  Charts are in docs/charts (`benchmarks.charts`).  A number
 with the unit of a result (per cent, points, nats, times as fast, seconds, megabytes) anywhere else makes `--check`
 fail, but for sentences that say what was published.  Code (fenced blocks and words in backquotes) and addresses of
 links are not looked at.
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
 
+from benchmarks.charts import Chart, all_charts
 from benchmarks.page import Page
 from benchmarks.page_figures import PAGES
 
@@ -44,7 +46,7 @@ def section(page: Page, name: str) -> tuple[list[str], dict[str, str]]:
     block: list[str] = []
     stem = "methods" if page.path.endswith("/README.md") else Path(page.path).stem.lower()
     for line in [*page.tables[name](), ""]:
-        if line.startswith("|"):
+        if line.startswith("|") and page.path != "README.md":  # whose readers want to see them at once
             block.append(line)
             continue
         if block:
@@ -94,6 +96,11 @@ def faults(text: str, page: Page, root: Path = ROOT) -> list[str]:
     return [f"{page.path}: {line}" for line in sentences]
 
 
+def stale_charts(root: Path = ROOT) -> list[Chart]:
+    """Return the charts whose files are missing or show other results."""
+    return [c for c in all_charts() if not (root / c.path).exists() or c.mark not in (root / c.path).read_text()]
+
+
 def unbound(text: str, page: Page) -> list[str]:
     """Where a result stands outside of the generated sections."""
     if page.part:
@@ -130,6 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, content in tables(page).items():
                 (ROOT / name).write_text(content)
         wrong += faults(text, page)
+    for chart in stale_charts():
+        if args.check:
+            wrong.append(f"{chart.path} does not show the recorded results")
+        else:
+            (ROOT / chart.path).write_text(chart.draw())
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong else 0

@@ -1,0 +1,112 @@
+"""The charts of README.md and of the methods' result pages, drawn from recorded results as reports draw theirs.
+
+``python -m benchmarks.pages`` writes them.  A chart holds the hash of what it shows, so that ``--check`` finds an old
+one without drawing it anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks import bench_methods, comparisons, method_gains
+from benchmarks.page import load
+from fedkern.report.figures.plots import BLUE, GREY, ORANGE, frame, new_figure, svg
+
+STYLE = """<style>
+svg { background: #ffffff; color: #1a1d21; --line: #d5dae0; --soft: #555d66; --blue: #0072b2; }
+@media (prefers-color-scheme: dark) {
+  svg { background: #14171b; color: #e8eaed; --line: #39414b; --soft: #a7b0ba; --blue: #3d94d6; }
+}
+svg * { stroke-linejoin: round; stroke-linecap: butt; }
+</style>"""
+NAMES = {"fedgid": "FedGID", "fusefl": "FuseFL", "fediod": "FedIOD", "feddra": "FedDRA", "fedavg": "FedAvg",
+         "fedprox": "FedProx", "scaffold": "SCAFFOLD"}  # fmt: skip
+"""Runs of the speed chart.  Fed-LPFM's runs end at accuracies that differ by more than their scatter."""
+FRAMEWORKS = ("Flower", "BlazeFL", "pfl", "FedLab", "fluke", "lean loop")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a chart: a heading, or a value, with or without the ends of its interval."""
+
+    name: str
+    value: float | None = None
+    ends: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart in docs/charts; ``neutral`` is the value where a line separates better from worse."""
+
+    name: str
+    axis: str
+    neutral: float
+    rows: Sequence[Row]
+
+    @property
+    def path(self) -> str:
+        """The file, from the repository's root."""
+        return f"docs/charts/{self.name}.svg"
+
+    @property
+    def mark(self) -> str:
+        """The attribute that holds the hash of what the chart shows."""
+        return f'data-results="{hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"'
+
+    def draw(self) -> str:
+        """Return the chart as the text of an SVG file, for light and for dark pages."""
+        figure = new_figure(6.2, 0.6 + 0.27 * len(self.rows))
+        axes = figure.subplots()
+        frame(axes)
+        axes.grid(False, axis="y")
+        axes.set_axisbelow(True)
+        axes.axvline(self.neutral, color=GREY, lw=1)
+        axes.set_yticks(range(len(self.rows)), [row.name for row in self.rows], fontsize=10)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(self.rows) - 0.5, -0.5)
+        axes.set_xlabel(self.axis, fontsize=11)
+        for place, (row, tick) in enumerate(zip(self.rows, axes.get_yticklabels(), strict=True)):
+            if row.value is None:
+                tick.set_fontweight("bold")
+            elif row.ends is None:
+                axes.bar_label(axes.barh(place, row.value, 0.7, color=BLUE), [f"{row.value:.1f}×"], padding=3)
+            else:
+                low, high = row.ends
+                colour = BLUE if low > self.neutral else ORANGE if high < self.neutral else GREY
+                errors = [[row.value - low], [high - row.value]]
+                axes.errorbar(row.value, place, xerr=errors, fmt="o", ms=6, color=colour, capsize=4)
+        axes.margins(x=0.1)
+        text = re.sub(r'style="--wide: (\d+)px"', rf'width="\1" {self.mark}', svg(figure, self.name), count=1)
+        return text.replace(">", f">\n{STYLE}", 1) + "\n"
+
+
+def speed_chart() -> Chart:
+    """Return whole runs beside plain PyTorch, and rounds of FedAvg beside other frameworks."""
+    plain = load("methods_intel-xeon", comparisons.RESULTS)["cases"]
+    runs = {row["method"]: bench_methods.Row(**row) for row in plain if row["setting"] == "default"}
+    whole = [Row(title, round(runs[name].speedup(bench_methods.PLAIN) or 0, 2)) for name, title in NAMES.items()]
+    (recorded,) = (file for file in comparisons.read_results()["rounds"] if file.name == "rounds-intel-xeon")
+    rounds = next(row.speedup for row in recorded.rows if row.threads == 2)
+    others = [Row(name, round(rounds[name], 2)) for name in FRAMEWORKS]
+    heads = Row("Whole runs, over plain PyTorch"), Row("A round of FedAvg, over")
+    return Chart("speed", "times as fast, two CPU cores", 1, (heads[0], *whole, heads[1], *others))
+
+
+def forest(tool: method_gains.Tool) -> Chart:
+    """Return the paired differences of a method over all settings played."""
+    rows: list[Row] = []
+    for setting in dict.fromkeys(contest.setting for contest in tool.contests):
+        played = [contest for contest in tool.contests if contest.setting == setting and contest.made]
+        rows += [Row(setting)] * bool(played)
+        for contest in played:
+            mean, low, high = contest.ends()
+            rows.append(Row(f"{contest.form} over {contest.rival}".replace("`", ""), mean, (low, high)))
+    return Chart(tool.page.removesuffix(".md"), tool.unit, 0, tuple(rows))
+
+
+def all_charts() -> list[Chart]:
+    """Return every chart of the pages."""
+    return [speed_chart(), *map(forest, method_gains.tools())]
