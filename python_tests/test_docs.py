@@ -1,14 +1,19 @@
-"""The operators' page: its code runs, its tables are those of the recorded results, and nothing is left out."""
+"""The operators' page and README.md: their code runs, tables are those of the results, and nothing is left out."""
 
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import fedkern
 from fedkern import ops
+from fedkern.listeners.events import Listener
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "ops.md").read_text()
@@ -30,6 +35,39 @@ def test_every_operator_has_a_section() -> None:
     titles = {name for title, _ in BLOCKS for name in title.split(", ")}
     others = {"ServerStep", "StepResult", "empty_cache", "use_backend", "use_isa"}
     assert {*ops.__all__} - others == titles
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+class CtrlC(Listener):
+    """Interrupts a run after its second round."""
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+
+
+def test_snippets_of_the_readme_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    simulate, compare = fedkern.simulate, fedkern.compare
+
+    def interrupted(method: str, **settings: Any) -> Any:
+        with suppress(KeyboardInterrupt):
+            half = {"listener": CtrlC()} if settings["out"] == "runs/half" else {}
+            return simulate(method, **{**settings, "rounds": 4, "pictures": False}, **half)
+
+    small = {"rounds": 1, "local_epochs": 1, "train_samples": 60, "width": 4, "grad_cam": 0, "progress": False}
+    monkeypatch.setattr(fedkern, "simulate", interrupted)
+    monkeypatch.setattr(fedkern, "compare", lambda methods, **how: compare(methods, **{**how, **small, "seeds": 1}))
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    names = {"net": net, "student": torch.randn(8, 3), "teacher": torch.randn(8, 3), "maps": torch.randn(64, 3, 4, 4)}
+    for code in SNIPPETS:
+        exec(compile(code, "README.md", "exec"), names)
+    assert capsys.readouterr().out == "True\n"
+    assert len(SNIPPETS) == 4
 
 
 @pytest.mark.exhaustive
