@@ -48,26 +48,23 @@ class CtrlC(Listener):
             raise KeyboardInterrupt
 
 
-def test_snippets_of_the_readme_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     simulate, compare = fedkern.simulate, fedkern.compare
 
     def interrupted(method: str, **settings: Any) -> Any:
         with suppress(KeyboardInterrupt):
-            half = {"listener": CtrlC()} if settings["out"] == "runs/half" else {}
-            return simulate(method, **{**settings, "rounds": 4, "pictures": False}, **half)
+            listener = CtrlC() if settings["out"] == "runs/half" else None
+            return simulate(method, **{**settings, "rounds": 4, "pictures": False, "listener": listener})
 
-    small = {"rounds": 1, "local_epochs": 1, "train_samples": 60, "width": 4, "grad_cam": 0, "progress": False}
+    small = {"seeds": 1, "rounds": 1, "local_epochs": 1, "train_samples": 60, "width": 4, "grad_cam": 0}
     monkeypatch.setattr(fedkern, "simulate", interrupted)
-    monkeypatch.setattr(fedkern, "compare", lambda methods, **how: compare(methods, **{**how, **small, "seeds": 1}))
+    monkeypatch.setattr(fedkern, "compare", lambda methods, **how: compare(methods, **{**how, **small}))
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
     names = {"net": net, "student": torch.randn(8, 3), "teacher": torch.randn(8, 3), "maps": torch.randn(64, 3, 4, 4)}
     for code in SNIPPETS:
         exec(compile(code, "README.md", "exec"), names)
-    assert capsys.readouterr().out == "True\n"
-    assert len(SNIPPETS) == 4
+    assert (len(SNIPPETS), capsys.readouterr().out) == (4, "True\n")
 
 
 @pytest.mark.exhaustive
