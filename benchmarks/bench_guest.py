@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fedkern
+from benchmarks.baselines import Absent
 from benchmarks.guests import GUESTS
 from benchmarks.harness import compare
 
@@ -32,6 +33,16 @@ def train_steps(network: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor,
     return steps
 
 
+def train_channels_last(network: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None] | Absent:
+    """Return the steps in channels-last, which `view` in a network's forward refuses."""
+    network, x = network.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    try:
+        network(x)
+    except RuntimeError as error:
+        return Absent(str(error))
+    return train_steps(network, network, x, y)
+
+
 @pytest.mark.parametrize("batch", [8, 32])
 @pytest.mark.parametrize("name", GUESTS)
 def test_guest(node: str, name: str, batch: int, threads: int) -> None:
@@ -39,7 +50,6 @@ def test_guest(node: str, name: str, batch: int, threads: int) -> None:
     network = make()
     x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
     served, compiled = fedkern.accelerate(copy.deepcopy(network)), copy.deepcopy(network)
-    last = copy.deepcopy(network).to(memory_format=torch.channels_last)
     compare(
         node,
         "guest",
@@ -47,7 +57,7 @@ def test_guest(node: str, name: str, batch: int, threads: int) -> None:
         {
             "fedkern": train_steps(served, served, x, y),
             "eager": train_steps(network, network, x, y),
-            "channels_last": train_steps(last, last, x.contiguous(memory_format=torch.channels_last), y),
+            "channels_last": train_channels_last(copy.deepcopy(network), x, y),
             "compile": train_steps(compiled, torch.compile(compiled, dynamic=False), x, y),
         },
         threads=threads,

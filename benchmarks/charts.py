@@ -95,6 +95,20 @@ def speed_chart() -> Chart:
     return Chart("speed", "times as fast, two CPU cores", 1, (heads[0], *whole, heads[1], *others))
 
 
+def networks_chart() -> Chart:
+    """Return training steps under accelerate and in channels-last, over the same networks as written."""
+    recorded = next(file for file in comparisons.read_results()["guest"] if file.name == "guest-amd-epyc-2")
+    gains = {row.case.rpartition(", B=")[0]: row.speedup for row in recorded.rows}
+    served = [Row(name, round(gain["eager"], 2)) for name, gain in gains.items()]
+    last = [
+        Row(name, round(gain["eager"] / gain["channels_last"], 2))
+        for name, gain in gains.items()
+        if "channels_last" in gain
+    ]
+    heads = Row("fedkern.accelerate"), Row("channels_last")
+    return Chart("networks", "times as fast as written, one CPU core", 1, (heads[0], *served, heads[1], *last))
+
+
 def forest(tool: method_gains.Tool) -> Chart:
     """Return the paired differences of a method over all settings played."""
     rows: list[Row] = []
@@ -109,4 +123,4 @@ def forest(tool: method_gains.Tool) -> Chart:
 
 def all_charts() -> list[Chart]:
     """Return every chart of the pages."""
-    return [speed_chart(), *map(forest, method_gains.tools())]
+    return [speed_chart(), networks_chart(), *map(forest, method_gains.tools())]

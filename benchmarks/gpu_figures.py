@@ -1,4 +1,4 @@
-"""What docs/speed.md says of a GPU in figures (`benchmarks.pages`)."""
+"""Figures of a GPU for docs/speed.md, and the table of kernels for gpu/fifteen.py."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks import bench_methods, comparisons
+from benchmarks import bench_methods, comparisons, sources
 from benchmarks.comparisons import Comparison, read_results
 from benchmarks.page import load
+from benchmarks.report import present
 from benchmarks.studies.study import table
 
 GPU = "nvidia-h200"
 Lines = Sequence[str]
-LOSSES = f"losses_{GPU}"
-"""Losses whose kernels are newer than what was recorded beside others."""
 BOUND = {"accumulator exact": "bound by its digits", "clip_and_noise": "bound by its generator"}
 """Operators that arithmetic binds, whose share of a copy would say nothing."""
 ROWS = ("weighted_mean stack", "blend index", "blend index gradient")
@@ -25,12 +24,6 @@ MEAN = "mean round with the first"
 
 def _caption(machine: Mapping[str, Any]) -> Lines:
     return [f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}, {comparisons.dated(machine)}", ""]
-
-
-def kernels() -> Lines:
-    """The CUDA kernels at their large size."""
-    content = load(f"kernels_{GPU}", comparisons.RESULTS)
-    return [*_caption(content["machine"]), *kernel_table(content["rows"]).split("\n")]
 
 
 def kernel_table(rows: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -67,21 +60,23 @@ def _large(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[tuple[str, bool,
     return operators
 
 
-def beside_others() -> Lines:
-    """The operators' benchmarks: others' times over ours by the GPU's clock, in brackets by the wall's."""
-    recorded, newer = _recorded(), {row["operator"] for row in load(LOSSES, comparisons.RESULTS)["rows"]}
-    lines = []
-    for row in (row for one in recorded for row in one.rows if row.group not in newer):
-        best = [name for name in row.speedup if name not in ("eager", "compile")]
-        others = ", ".join(f"{against(row, name)} {name}" for name in best)
-        lines.append([f"`{row.group}`", row.case, against(row, "eager"), against(row, "compile"), others])
-    header = ["operator", "size", "over eager", "over `torch.compile`", "over others"]
-    return [*_caption(recorded[0].machine), *table(header, lines).split("\n")]
-
-
-def _recorded() -> Sequence[Any]:
-    """The results files of the operators' benchmarks on the GPU."""
-    return [one for files in read_results().values() for one in files if one.name.endswith(f"cuda-{GPU}")]
+def last_run() -> Lines:
+    """Return when a GPU last computed, with which kernels, and how many recorded timings measured today's kernels."""
+    stages, cores = load(f"stages_{GPU}", comparisons.RESULTS), sources.hashes(sources.CSRC)
+    machine, built = stages["machine"], stages["stages"]["tests"]["core"]
+    files = [load(f"{name}_{GPU}", comparisons.RESULTS) for name in ("kernels", "losses")]
+    recorded = [file for group in read_results().values() for file in group if file.name.endswith(f"cuda-{GPU}")]
+    valid = [present(row, cores) for file in recorded for row in file.rows]
+    valid += [
+        file["machine"]["core"] == cores["_cuda"]
+        for file in files
+        for row in file["rows"]
+        if row.get("backend", "cuda") == "cuda"
+    ]
+    return [
+        f"fedkern last ran on a GPU on {machine['date']}: an {machine['gpu']}, commit {machine['commit']}, CUDA "
+        f"sources of hash `{built}`. Of {len(valid)} kernel timings from there, {sum(valid) or 'none'} are of today's."
+    ]
 
 
 def _over(ratio: float) -> str:
@@ -94,42 +89,6 @@ def against(row: Comparison, name: str) -> str:
     if name not in row.speedup:
         return ""
     return f"{_over(row.speedup[name])} ({row.wall_seconds[name] / row.wall_seconds[row.ours]:.2f}×)"
-
-
-def losses() -> Lines:
-    """Losses forward and backward, with the kernels before these, and others' times over ours by both clocks."""
-    content = load(LOSSES, comparisons.RESULTS)
-    before = {(row.group, row.case): row for one in _recorded() for row in one.rows}
-    lines, ratios, times = [], [], []
-    for row in content["rows"]:
-        known = before.get((row["operator"], row["case"]))
-        if known is None:
-            continue
-        cells = []
-        for name in ("eager", "compile", "Liger-Kernel"):
-            if name not in known.seconds:
-                cells.append("")
-                continue
-            ratio, wall = known.seconds[name] / row["seconds"], known.wall_seconds[name] / row["wall"]
-            cells.append(f"{_over(ratio)} ({_over(wall)})")
-            if row["operator"] == "kl_div" and name != "compile":
-                ratios.append((name, row["case"], ratio, wall))
-        times.append(known.time)
-        lines.append([
-            f"`{row['operator']}`", row["case"],
-            *(f"{1e6 * seconds:.1f} µs" for seconds in (known.seconds[known.ours], row["seconds"])), *cells,
-        ])  # fmt: skip
-    eager = [f"{wall:.2f}× at {case} (GPU: {ratio:.2f}×)" for name, case, ratio, wall in ratios if name == "eager"]
-    liger = [(ratio, wall) for name, _, ratio, wall in ratios if name == "Liger-Kernel"]
-    (least, lowest), (most, highest) = (tuple(map(f, zip(*liger, strict=True))) for f in (min, max))
-    missing = (
-        "Missing: a sitting in which all took turns. The present kernels were timed at "
-        f"{content['machine']['time'][11:16]}, those before and all others from {min(times)[11:16]} to "
-        f"{max(times)[11:16]}. By the wall clock of calls in a row `kl_div` gains over eager {', '.join(eager)}; "
-        f"Liger-Kernel takes {lowest:.1f} to {highest:.1f} times as long (GPU: {least:.0f} to {most:.0f})."
-    )
-    header = ["loss", "size", "before", "now", "eager over now", "`torch.compile` over now", "Liger-Kernel over now"]
-    return [missing, "", *_caption(content["machine"]), *table(header, lines).split("\n")]
 
 
 def whole_runs() -> Lines:
@@ -145,7 +104,8 @@ def whole_runs() -> Lines:
             plain, ours = (median(getattr(row, of)[name]) for name in (bench_methods.PLAIN, bench_methods.OURS))
             cells += [f"{plain:.{digits}f} s", f"{ours:.{digits}f} s", f"{plain / ours:.2f}×"]
         lines.append([f"`{row.method}`", *cells])
-    header = ["run", "plain PyTorch", "fedkern", "over plain"]
-    for name in parts:
-        header += [f"{name}: plain", "fedkern", "over plain"]
+    header = []
+    for name in ("whole run", *parts):
+        header += [f"{name}: plain PyTorch", f"{name}: fedkern", f"{name}: times as fast as plain PyTorch"]
+    header = ["run", *header]
     return [*_caption(content["machine"]), *table(header, lines).split("\n")]

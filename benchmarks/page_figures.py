@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
-from benchmarks import bench_methods, comparisons, gpu_figures, method_gains, profile_methods, sources
+from benchmarks import bench_methods, comparisons, gpu_figures, method_gains, sources
 from benchmarks.comparisons import Comparison, read_results
 from benchmarks.page import Page, by_seed, decimal, load
 from benchmarks.report import left_out, our_time, present, ratio
@@ -389,22 +389,14 @@ def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESUL
     told_left = left_out(len(shown) - count)[:1]
     if not lines:
         return told_left
-    header = [
-        "operator",
-        "size",
-        "threads",
-        "time",
-        "over torch",
-        "over `torch.compile`",
-        "over the best other",
-    ]
+    header = ["operator", "size", "threads", "time", "times as fast as PyTorch", "times as fast as `torch.compile`",
+              "times as fast as the best other"]  # fmt: skip
     return [*table(header, lines).split("\n"), *(["", *told_left] if told_left else [])]
 
 
 # -- what a user waits for ---------------------------------------------------------------------------------------------
 
-RUNS = {"default": f"methods_{MACHINE}", "large": f"methods_{OTHER_MACHINE}"}
-PROFILED, MANY_CLIENTS = f"profile_{MACHINE}", f"many_clients_{OTHER_MACHINE}"
+RUNS, MANY_CLIENTS = f"methods_{MACHINE}", f"many_clients_{OTHER_MACHINE}"
 
 
 def caption(machine: Mapping[str, Any]) -> Lines:
@@ -435,27 +427,39 @@ def earned(row: bench_methods.Row) -> dict[str, str]:
 
     return {
         "run": f"`{row.method}`",
-        "of the default": shortened(row) if row.setting == "default" else "–",
+        "of the default": shortened(row),
         "plain PyTorch": seconds(median(row.seconds[plain])),
         "fedkern": seconds(median(row.seconds[ours])),
-        "with bf16": seconds(median(row.seconds["bf16"])),
-        "over plain: machine": times(row.speedup(plain)),
-        "over plain: processor seconds": times(row.speedup(plain, of="cpu_seconds")),
-        "over plain: one core": times(row.speedup(one_core[plain], one_core[ours])),
-        "over the reference": times(row.speedup("reference")),
-        "processes": times(row.speedup(one_core[ours])),
-        "outside of rounds: plain": seconds(row.outside_seconds(plain)),
+        "fedkern with bf16": seconds(median(row.seconds["bf16"])),
+        TIMES: times(row.speedup(plain)),
+        f"{TIMES}, processor seconds": times(row.speedup(plain, of="cpu_seconds")),
+        f"{TIMES}, one core": times(row.speedup(one_core[plain], one_core[ours])),
+        "times as fast as the operators' references": times(row.speedup("reference")),
+        "times as fast as in one process": times(row.speedup(one_core[ours])),
+        "outside of rounds: plain PyTorch": seconds(row.outside_seconds(plain)),
         "outside of rounds: fedkern": seconds(row.outside_seconds(ours)),
+        "ends at: plain PyTorch": f"{percent(row.figure[plain])} %",
+        "ends at: fedkern": f"{percent(row.figure[ours])} %",
     }
 
 
-def whole_runs(setting: str, columns: Sequence[str] = ()) -> Lines:
-    """The table of a setting's whole runs, with all columns or some, but those that no run was measured for."""
-    content = load(RUNS[setting], comparisons.RESULTS)
-    rows = [earned(bench_methods.Row(**row)) for row in content["cases"] if row["setting"] == setting]
-    columns = [name for name in columns or rows[0] if any(row[name] != "–" for row in rows)]
-    lines = table(columns, [[row[name] for name in columns] for row in rows]).split("\n")
-    return [*caption(content["machine"]), *lines]
+TIMES = "times as fast as plain PyTorch"
+
+
+def whole_runs() -> Lines:
+    """Return the table of default runs, and the rows that end at other accuracies."""
+    content = load(RUNS, comparisons.RESULTS)
+    runs = [bench_methods.Row(**row) for row in content["cases"] if row["setting"] == "default"]
+    rows = [earned(row) for row in runs]
+    apart = [
+        f"{cells['run']} compares runs that end at different accuracies: {cells['ends at: plain PyTorch']} in plain "
+        f"PyTorch, {cells['ends at: fedkern']} in fedkern."
+        for row, cells in zip(runs, rows, strict=True)
+        if abs(mean(row.figure[bench_methods.PLAIN]) - mean(row.figure[bench_methods.OURS]))
+        > 2 * stdev(row.figure[bench_methods.OURS])
+    ]
+    lines = table([*rows[0]], [[*row.values()] for row in rows]).split("\n")
+    return [*caption(content["machine"]), *(line for text in apart for line in (text, "")), *lines]
 
 
 PROGRAMS_OF_ROUNDS = {
@@ -464,10 +468,11 @@ PROGRAMS_OF_ROUNDS = {
     "BlazeFL": "BlazeFL, two processes",
 }  # fmt: skip
 """Names in the table of rounds; who trains in one process has a thread for every core."""
+GUESTS = f"guest-{OTHER_MACHINE}-2"
 
 
 def rounds_of_fedavg(machine: str) -> Lines:
-    """Milliseconds a round of FedAvg, ours and other frameworks', and how they compare with the best of ours."""
+    """Return milliseconds a round of FedAvg in every program, and how many times as fast fedkern's best is."""
     (recorded,) = (each for each in read_results(comparisons.RESULTS)["rounds"] if each.name.endswith(machine))
     played = [name for name in PROGRAMS_OF_ROUNDS if any(name in row.seconds for row in recorded.rows)]
     lines = []
@@ -477,7 +482,7 @@ def rounds_of_fedavg(machine: str) -> Lines:
         milliseconds = (f"{1e3 * row.seconds[one]:.0f}" if one in row.seconds else "–" for one in played)
         cells = (ms + gain for ms, gain in zip(milliseconds, against, strict=True))
         lines.append([row.case, str(row.threads), *cells])
-    header = ["milliseconds a round", "cores", *(PROGRAMS_OF_ROUNDS[name] for name in played)]
+    header = ["milliseconds a round (fedkern: times as fast)", "cores", *(PROGRAMS_OF_ROUNDS[name] for name in played)]
     return [*caption(recorded.machine), *table(header, lines).split("\n")]
 
 
@@ -489,62 +494,42 @@ def rounds_on_datasets(machine: str) -> Lines:
         ((other, gain),) = row.speedup.items()
         times = (f"{1e3 * row.seconds[name]:.0f}" for name in (row.ours, other))
         lines.append([row.case, *times, other, f"{gain:.2f}×"])
-    header = ["milliseconds a round", "fedkern", "other", "the other is", "times as fast as the other"]
+    header = ["milliseconds a round", "fedkern", "other", "the other is", "fedkern: times as fast as the other"]
     return [*caption(recorded.machine), *table(header, lines).split("\n")]
 
 
-def networks_of_your_own(machine: str) -> Lines:
-    """Training steps of networks as people write them: how many times as long as accelerated they take."""
-    (recorded,) = (each for each in read_results(comparisons.RESULTS)["guest"] if each.name.endswith(machine))
-    rows: dict[str, list[str]] = {}
-    for row in recorded.rows:
-        name = row.case.rpartition(", B=")[0]
-        cells = rows.setdefault(name, [])
-        cells += [f"{row.speedup['eager']:.2f}×", f"{row.speedup['compile']:.2f}×"]
-    heads = [f"{other}, batch {batch}" for batch in (8, 32) for other in ("as written", "`torch.compile`")]
-    lines = table(["network", *heads], [[name, *cells] for name, cells in rows.items()]).split("\n")
-    return [*caption(recorded.machine), *lines]
+def speed_in_short() -> Lines:
+    """Return the least and the most that default runs gain over plain PyTorch, as a sentence."""
+    cases = load(RUNS, comparisons.RESULTS)["cases"]
+    gains = [bench_methods.Row(**row).speedup(bench_methods.PLAIN) or 0 for row in cases if row["setting"] == "default"]
+    least, most = min(gains), max(gains)
+    return [f"On two CPU cores, fedkern's default runs are {least:.1f} to {most:.1f} times as fast as the same methods "
+            "in plain PyTorch. On one core they gain more."]  # fmt: skip
 
 
-def where_seconds_go() -> Lines:
-    """The share of every part of a run."""
-    content = load(PROFILED, comparisons.RESULTS)
-    profiles = content["runs"]
-    rows = [
-        [part, *(f"{100 * run['parts'][part] / run['seconds']:.0f} %" for run in profiles)]
-        for part in profile_methods.PARTS
-        if any(run["parts"][part] >= 0.005 * run["seconds"] for run in profiles)
-    ]
-    return [*caption(content["machine"]), *table(["", *(run["method"] for run in profiles)], rows).split("\n")]
+def networks_of_your_own() -> Lines:
+    """Return how many times as fast as in PyTorch accelerated training steps of networks are, on one thread."""
+    recorded = next(file for file in read_results(comparisons.RESULTS)["guest"] if file.name == GUESTS)
+    others = {"as written": "eager", "in `channels_last`": "channels_last", "under `torch.compile`": "compile"}
+    rows = [[row.case.rpartition(", B=")[0], *(ratio(row, name) for name in others.values())] for row in recorded.rows]
+    header = ["network, batches of 32", *(f"`accelerate`: times as fast as {text}" for text in others)]
+    return [*caption(recorded.machine), *table(header, rows).split("\n")]
 
 
 def ten_thousand_clients() -> Lines:
     """Runs with many clients: what a round takes as rounds go by."""
     content, rows = load(MANY_CLIENTS, comparisons.RESULTS), []
     for method, run in content["runs"].items():
-        rows += [
-            [
-                method if i == 0 else "",
-                f"{one['round']:,}",
-                f"{1000 * one['cpu_seconds']:.0f} ms",
-                f"{one['resident_bytes'] / 1e6:.0f} MB",
-                f"{one['descriptors']}",
-                f"{one['written_bytes'] / 1e6:.2f} MB",
-                f"{one['files']:,}",
-                f"{one['folder_bytes'] / 1e6:.0f} MB",
+        for row in run["rounds"]:
+            memory, written, folder = (row[f"{name}_bytes"] / 1e6 for name in ("resident", "written", "folder"))
+            cells = [
+                f"{1000 * row['cpu_seconds']:.0f} ms",
+                f"{memory:.0f} MB",
+                f"{written:.2f} MB",
+                f"{row['files']:,}",
             ]
-            for i, one in enumerate(run["rounds"])
-        ]
-    names = [
-        "run",
-        "after round",
-        "processor time of a round",
-        "memory",
-        "descriptors",
-        "written in a round",
-        "files",
-        "run folder",
-    ]
+            rows.append([f"`{method}`", f"{row['round']:,}", *cells, f"{folder:.0f} MB"])
+    names = ["run", "after round", "processor time of a round", "memory", "written in a round", "files", "run folder"]
     return [*caption(content["machine"]), *table(names, rows).split("\n")]
 
 
@@ -552,21 +537,16 @@ def _speed() -> Page:
     return Page(
         "docs/speed.md",
         {
-            "default runs": partial(whole_runs, "default"),
-            "larger runs": partial(whole_runs, "large"),
-            "rounds": partial(rounds_of_fedavg, MACHINE),
-            "own networks": partial(networks_of_your_own, OTHER_MACHINE),
-            "own networks of Intel": partial(networks_of_your_own, MACHINE),
-            "rounds of own networks": partial(rounds_of_fedavg, f"{MACHINE}-2"),
-            "rounds on data sets": partial(rounds_on_datasets, OTHER_MACHINE),
-            "older rounds": partial(rounds_of_fedavg, OTHER_MACHINE),
-            "many clients": ten_thousand_clients,
-            "profile": where_seconds_go,
-            "operators": partial(operators, MACHINE, OTHER_MACHINE),
-            "gpu runs": gpu_figures.whole_runs,
-            "gpu kernels": gpu_figures.kernels,
-            "gpu losses": gpu_figures.losses,
-            "gpu operators": gpu_figures.beside_others,
+            "in short": speed_in_short,
+            "whole runs beside plain PyTorch": whole_runs,
+            "training steps of your networks": networks_of_your_own,
+            "rounds of FedAvg beside other frameworks": partial(rounds_of_fedavg, MACHINE),
+            "rounds of your networks beside a plain loop": partial(rounds_of_fedavg, f"{MACHINE}-2"),
+            "rounds on your Dataset": partial(rounds_on_datasets, OTHER_MACHINE),
+            "runs with ten thousand clients": ten_thousand_clients,
+            "operators beside PyTorch": partial(operators, MACHINE, OTHER_MACHINE),
+            "last run on a GPU": gpu_figures.last_run,
+            "whole runs on a GPU": gpu_figures.whole_runs,
         },
     )
 

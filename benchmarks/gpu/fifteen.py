@@ -38,7 +38,7 @@ CHANGED = (
     "clip_by_norm", "keep_boxes", "kl_div", "dual_kl", "entropy", "ensemble_kl", "js_div", "consensus", "server_step",
     "weighted_mean",
 )  # fmt: skip
-"""Operators whose CUDA kernels have changed since the figures of docs/speed.md."""
+"""Operators whose CUDA kernels have changed since a GPU last timed them."""
 WITHOUT_TRITON = (
     "median", "trimmed_mean", "pairwise_distances", "krum", "geometric_median", "clip_by_norm", "clip_and_noise",
     "kl_div limit", "dual_kl limit", "ensemble_kl limit", "erase_boxes", "keep_boxes", "sgd_step", "adamw_step",
