@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,12 +107,6 @@ class FuseFLRuns(Runs):
             ),
             "DENSE": self.run_of("dense", alpha, lr, seed, {**generated, "distill_epochs": 20}, **changes),
         }
-
-    def spoiled(self, name: str, kind: str, round_name: str, alpha: float, lr: float, seed: int) -> Case:
-        """A one-shot run whose client 0 uploads what cannot be used (``studies.spoiled``), which is left out."""
-        case = self.one_shot(name, alpha, lr, seed, kind, round_name)
-        said = (*case.arguments, "--on-nan", "skip")
-        return dataclasses.replace(case, arguments=said, program=("benchmarks.studies.spoiled", kind, round_name))
 
     def record(self, case: Case, column: Column) -> dict[str, Any]:
         """The figures of a column: FuseFL's last ones in both; others' before and after their calibration."""

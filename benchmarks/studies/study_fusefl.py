@@ -5,8 +5,7 @@
 
 ``--only SECTION ...`` runs some of the sections: ``table`` (all baselines, three heterogeneities, three seeds),
 ``datafree``, ``alike`` (all under the same classifiers; more clients, more blocks), ``edges`` (learning rates beyond
-the grid), ``cue`` (spurious shapes), ``backdoor`` (a backdoored client), ``refused`` (a client whose upload cannot be
-used).  Each goes on where it was interrupted and writes
+the grid).  Each goes on where it was interrupted and writes
 ``benchmarks/studies/results/fusefl_<study>_<section>.md``, ``.json``.
 
 ``fedkern reproduce fusefl`` plays every method at its own and at the other's width, and
@@ -26,7 +25,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.studies.fusefl_alike import alike
-from benchmarks.studies.fusefl_misled import backdoor, cue, refused
 from benchmarks.studies.fusefl_runs import (
     CALIBRATED,
     GENERATOR,
@@ -183,9 +181,6 @@ SECTIONS: Mapping[str, Callable[[FuseFLRuns], Section]] = {
     "datafree": datafree,
     "alike": alike,
     "edges": edges,
-    "cue": cue,
-    "backdoor": backdoor,
-    "refused": refused,
 }
 
 

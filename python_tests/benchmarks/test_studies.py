@@ -7,7 +7,6 @@ import pytest
 
 from benchmarks.studies import (
     fusefl_alike,
-    fusefl_misled,
     study,
     study_compress,
     study_feddra,
@@ -84,7 +83,6 @@ def one_per_shape(cases):
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
 def test_every_case_is_a_command_line(module, kind, name, monkeypatch, tmp_path):
     monkeypatch.setattr(study_fusefl, "probe", lambda folder, blocks: [0.1, 0.2])
-    monkeypatch.setattr(fusefl_misled, "patched", lambda folder, calibrated: 0.1 if calibrated else None)
     found = {"accuracy": 0.5}
     monkeypatch.setattr(fusefl_alike, "recalibrate", lambda folder, wanted: {one.name: found for one in wanted})
     asked = {}
