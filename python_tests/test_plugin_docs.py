@@ -1,4 +1,4 @@
-"""The page on plugins: its files are those of the examples, and its commands run."""
+"""The pages on methods and plugins: their files are those of the examples, and their code runs."""
 
 import re
 import shlex
@@ -12,32 +12,35 @@ from fedkern.methods import AGGREGATORS
 from fedkern.run import main
 from python_tests.plugin_sources import EXAMPLES, plugged  # noqa: F401
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "plugins.md").read_text()
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = "".join((DOCS / name).read_text() for name in ("own-method.md", "plugins.md"))
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
-COMMANDS = re.findall(r"^python -m fedkern\.run (.*)$", PAGE, re.MULTILINE)
+BLOCKS = re.findall(r"^```\w*\n((?:fedkern |import fedkern).*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 SMALL = {"--train-samples": "60", "--clients": "5", "--local-epochs": "1", "--threads": "1", "--width": "4",
          "--rounds": "1", "--grad-cam": "0"}  # fmt: skip
 
 
-def _case(command: str) -> Any:
-    """Whole runs of what other tests play too take a second each."""
-    played = re.search(r"^(fedavgm --plugin \S+ --method|smoothed|fedavg .*--aggregator)", command)
-    return pytest.param(command, marks=[pytest.mark.exhaustive] if played else [])
+def _case(block: str) -> Any:
+    """Return a block of a page; mark it where other tests play the same whole runs."""
+    played = re.search(r"^fedkern (fedavgm|smoothed|compare|fedavg .*--aggregator)", block)
+    return pytest.param(block, marks=[pytest.mark.exhaustive] if played else [])
 
 
 @pytest.mark.usefixtures("plugged", "undrawn")
-@pytest.mark.parametrize("command", [_case(command) for command in COMMANDS])
-def test_a_command_runs(command, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("block", [_case(block) for block in BLOCKS])
+def test_a_block_runs(block, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    words = shlex.split(command)
-    looks = "list" in words or "--help" in words
-    small = [word for flag, value in SMALL.items() for word in (flag, value) if flag not in words and not looks]
-    assert main([*words, *small]) == 0
+    if block.startswith("import"):
+        exec(compile(block, "block", "exec"), {})
+        return
+    for words in map(shlex.split, re.findall(r"^fedkern (.*)$", block.replace("\\\n", ""), re.MULTILINE)):
+        looks = {"list", "--help", "--resume"} & {*words}
+        small = [word for flag, value in SMALL.items() for word in (flag, value) if flag not in words and not looks]
+        assert main([*words, *small]) == 0
     out = capsys.readouterr().out
-    if "top2.py" in words:
-        assert re.search(r"^ *top2 +\d", out, re.MULTILINE)
+    assert "--plugin top2.py" not in block or re.search(r"^ *top2 +\d", out, re.MULTILINE)
 
 
 def test_the_files_are_the_examples():
