@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedkern.process.versions import commit, versions
+from fedkern.process.commit import commit, versions
 
 UNRECORDED = "unrecorded"
 """What stands in a result file whose commit nobody knows."""

@@ -28,7 +28,7 @@ torch.manual_seed(0)
 given = {
     "data": [house(200, 0.0), house(100, 0.5)], "test": house(100, 0.2),
     "model": nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1)),
-    "loss_fn": huber, "metrics": {"mae": mae}, "main": "mae", "better": "min", "optimizer": "adamw", "lr": 0.03,
+    "loss_fn": huber, "metrics": {"mae": mae}, "main": "mae", "better": "min",
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 
 from fedkern.files.filesystem import one_writer
 from fedkern.process import versions
-from fedkern.process.versions import commit
+from fedkern.process.commit import commit
 from fedkern.report import doctor
 
 ROOT = Path(__file__).resolve().parent.parent

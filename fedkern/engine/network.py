@@ -91,9 +91,7 @@ class Network:
 
     def finite(self) -> Tensor:
         """bool 0-d: whether all parameters and buffers are finite, but for buffers infinite from the start."""
-        finite = all_finite(self.parameters)
-        if len(self.buffers):
-            finite = finite & self.finite_buffers()
+        finite = all_finite(self.parameters) & (self.finite_buffers() if len(self.buffers) else True)
         rest = self._apart_buffers
         if len(self.personal) or len(rest):
             finite &= all_finite(self.personal) & (torch.isfinite(rest) | (self._infinite_apart & ~rest.isnan())).all()

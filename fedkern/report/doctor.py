@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from fedkern.errors import MESSAGE
-from fedkern.process.versions import commit
+from fedkern.process.commit import commit
 from fedkern.report.names import plain, say
 from fedkern.report.tables import human_bytes
 from fedkern.text_table import Table

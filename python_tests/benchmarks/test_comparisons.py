@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import gate, machines, page_figures, report, shown, sources
 from benchmarks.comparisons import RESULTS, Comparison, Recorder, read_results, slug, write_results
-from fedkern.process.versions import commit
+from fedkern.process.commit import commit
 
 AMD = {"cpu": "AMD EPYC", "cores": 2, "isa": "avx512", "torch": "2.13.0+cpu", "time": "2026-01-01"}
 INTEL = {**AMD, "cpu": "Intel(R) Xeon(R) Processor", "time": "2026-01-02"}
