@@ -421,7 +421,7 @@ NO_INTEGERS = {
 }
 
 
-def in_vectors(name: str, part: slice) -> dict[str, Callable[[Any], Any]]:
+def in_vectors(name, part):
     """Return wrong vectors of a part of a module's vector, in the mapping that load_vectors takes."""
     return {kind: lambda right, make=make: {name: make(right[part])} for kind, make in NO_VECTOR.items()}
 
