@@ -127,11 +127,12 @@ def test_help_names_the_forms(result):
 
 
 @pytest.mark.exhaustive
-def test_the_tutorial_on_networks(file, result, monkeypatch):
-    text = (DOCS / "own-network.md").read_text()
+@pytest.mark.parametrize(("page", "name"), [("own-network.md", "net.py"), ("own-data.md", "images.py")])
+def test_a_tutorial(page, name, tmp_path, result, monkeypatch):
+    text = (DOCS / page).read_text()
     code, *blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    file.write_text(code)
-    monkeypatch.syspath_prepend(file.parent)
+    (tmp_path / name).write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
     for block in blocks:
         exec(block.replace("rounds=2,", "rounds=2, progress=False, pictures=False, local_steps=1,"), {})
     for command in re.findall(r"^fedkern (fedavg .*?)(?: +#.*)?$", text, re.MULTILINE):
