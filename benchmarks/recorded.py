@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedkern.process.commit import commit, versions
+from fedkern.process.commit import commit
+from fedkern.process.versions import versions
 
 UNRECORDED = "unrecorded"
 """What stands in a result file whose commit nobody knows."""

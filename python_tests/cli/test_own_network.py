@@ -134,6 +134,6 @@ def test_a_tutorial(page, name, tmp_path, result, monkeypatch):
     (tmp_path / name).write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     for block in blocks:
-        exec(block.replace("rounds=2,", "rounds=2, progress=False, pictures=False, local_steps=1,"), {})
+        exec(block.replace("simulate(", "simulate(progress=False, pictures=False, local_steps=1, method="), {})
     for command in re.findall(r"^fedkern (fedavg .*?)(?: +#.*)?$", text, re.MULTILINE):
         result(*shlex.split(command), "--train-samples", "60", "--quiet")
