@@ -136,4 +136,4 @@ def test_a_tutorial(page, name, tmp_path, result, monkeypatch):
     for block in blocks:
         exec(block.replace("simulate(", "simulate(progress=False, pictures=False, local_steps=1, method="), {})
     for command in re.findall(r"^fedkern (fedavg .*?)(?: +#.*)?$", text, re.MULTILINE):
-        result(*shlex.split(command), "--train-samples", "60", "--quiet")
+        result(*shlex.split(command), "--local-steps", "1", "--quiet")
