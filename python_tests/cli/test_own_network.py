@@ -135,5 +135,5 @@ def test_a_tutorial(page, name, tmp_path, result, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for block in blocks:
         exec(block.replace("simulate(", "simulate(progress=False, pictures=False, local_steps=1, method="), {})
-    for command in re.findall(r"^fedkern (fedavg .*?)(?: +#.*)?$", text, re.MULTILINE):
+    for command in re.findall(r"^fedkern (fedavg (?!.*DIR).*?)(?: +#.*)?$", text, re.MULTILINE):
         result(*shlex.split(command), "--local-steps", "1", "--quiet")
