@@ -1,11 +1,11 @@
 """An audit of the private channels: what can be told from their releases, beside what their ledgers admit.
 
     python -m benchmarks.studies.privacy_audit            # some minutes
-    python -m benchmarks.studies.privacy_audit --draw     # the table and the figure again, from the JSON
+    python -m benchmarks.studies.privacy_audit --draw     # the figure again, from the JSON
 
-Writes ``benchmarks/studies/results/privacy_audit.json``, ``.png`` and the table of ``docs/privacy.md``.  The audited
-code is what runs in a federation: ``fediod.private_messages`` for FedIOD's channels, ``engine.private_training``
-for DP-SGD.
+Writes ``benchmarks/studies/results/privacy_audit.json`` and ``.png``.  ``python -m benchmarks.pages`` then writes the
+table of docs/privacy.md.  The audited code is what runs in a federation: ``fediod.private_messages`` for FedIOD's
+channels, ``engine.private_training`` for DP-SGD.
 
 Every mechanism gets the pair of neighbouring data sets that is easiest to tell apart: a canary, one record whose
 gradient is longer than the clipping norm and points one way in one data set and the opposite way in the other, where
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,10 +44,7 @@ from fedkern.privacy import DPSGD, IMAGE, LEDGER
 from fedkern.report.figures import plots
 from fedkern.streams import stream
 
-ROOT = Path(__file__).parents[2]
 RESULT = RESULTS / "privacy_audit.json"
-PAGE = ROOT / "docs" / "privacy.md"
-SECTION = re.compile(r"(<!-- audited -->\n).*?(<!-- end -->)", re.DOTALL)
 
 REPEATS, CONFIDENCE = 50_000, 0.99
 HUGE = 1e6  # of a gradient: clipped, whatever the norm
@@ -289,28 +285,6 @@ def audited(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
     return {**result.to_dict(), "claimed": claimed_mu(ledger, result.false_positives), "ledger": ledger}
 
 
-def page(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of docs/privacy.md."""
-    lines = [
-        "| mechanism | claimed μ | lower bound | with a defect: lower bound | defect |",
-        "|---|---:|---:|---:|---|",
-    ]
-    for row in rows:
-        wrong = row["caught"]
-        lines.append(
-            f"| {row['mechanism']} | {row['claimed']:.2f} | {row['lower']:.2f} | {wrong['lower']:.2f} | "
-            f"{wrong['defect']} |"
-        )
-    repeats, confidence = rows[0]["repeats"], rows[0]["confidence"]
-    note = f"{repeats:,} repeats on each of the two data sets, every bound at {100 * confidence:.0f} % confidence."
-    return "\n".join([*lines, "", note])
-
-
-def with_table(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page with its table made anew."""
-    return SECTION.sub(lambda match: f"{match[1]}\n{page(rows)}\n\n{match[2]}", text)
-
-
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Claimed mu, its lower bound, and the lower bound of the mechanism with a defect."""
     figure = plots.new_figure(7.2, 0.8 + 0.34 * len(rows))
@@ -333,7 +307,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=REPEATS, help="runs on each of the two data sets")
-    parser.add_argument("--draw", action="store_true", help="only the table and the figure, from the JSON")
+    parser.add_argument("--draw", action="store_true", help="only the figure, from the JSON")
     options = parser.parse_args()
     if not options.draw:
         rows = []
@@ -349,7 +323,6 @@ def main() -> None:
         made_with = {name: known[name] for name in ("fedkern", "torch", "numpy", "python", "commit")}
         RESULT.write_text(json.dumps({"versions": made_with, "mechanisms": rows}, indent=1) + "\n")
     rows = json.loads(RESULT.read_text())["mechanisms"]
-    PAGE.write_text(with_table(PAGE.read_text(), rows))
     draw(rows, RESULT.with_suffix(".png"))
 
 

@@ -3,6 +3,17 @@
 BLAKE2b (RFC 7693), keyed with the secret, gives a key that reveals neither the secret nor another release's key.  The
 noise itself comes from Philox (:func:`fedkern.ops.clip_and_noise`), which is not a cryptographic generator and has a
 key of 64 bits.  Whoever finds one key, by trying up to 2^64 of them, has the noise of one release and of no other.
+
+Generators and keys:
+
+- Noise on gradients, class counts and means of clients: Philox4x32-10.  A release has 64 bits of key, and 57 bits of
+  place in the stream.
+- Noise of DP-SGD on a CPU: torch's Mersenne twister, with 128 bits for a training, spread over its whole state.
+- Noise of DP-SGD on a GPU: torch's Philox4x32-10, with 64 bits for a training.
+- Samples of a batch, and the shard that serves: numpy's Philox4x64-10, with 128 bits for a training and a step.
+
+No generator is cryptographic: the guarantee takes their numbers for random.  FedIOD's noise follows the normal law to
+9.5 standard deviations and DP-SGD's to 8.5.  A normal number lies beyond with probability 2^-68 and 2^-55.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def test_every_method_with_a_page_is_looked_at():
     others = {"docs/ops.md"}  # its tables are those of benchmarks.report
     found = {f"docs/{path.name}" for path in (pages.ROOT / "docs").glob("*.md")}
     methods = (found - others) & {f"docs/{name}.md" for name in commands()}
-    runs = {"docs/flower-reference.md", "docs/uploads.md", "docs/reproducing.md"}
+    runs = {"docs/flower-reference.md", "docs/uploads.md", "docs/reproducing.md", "docs/privacy.md"}
     shared = {"README.md", "docs/results.md", "docs/speed.md", "docs/methods/README.md"} | runs
     specified = {f"docs/methods/{name}.md" for name in page_figures.SPECIFIED}
     assert set(BY_PATH) == methods | shared | specified

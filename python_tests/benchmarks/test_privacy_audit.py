@@ -1,19 +1,10 @@
-"""The privacy page is what the audit recorded, and what was recorded shows what the page says."""
+"""What the audit recorded shows what the privacy page says."""
 
 import json
 
 from benchmarks.studies import privacy_audit
 
 ROWS = json.loads(privacy_audit.RESULT.read_text())["mechanisms"]
-
-
-def test_the_pages_table_is_that_of_the_record():
-    text = privacy_audit.PAGE.read_text()
-    assert text.count("<!-- audited -->") == 1
-    assert privacy_audit.with_table(text, ROWS) == text
-    assert "../benchmarks/studies/results/privacy_audit.png" in text
-    changed = [{**ROWS[0], "lower": 0.123}, *ROWS[1:]]
-    assert privacy_audit.with_table(text, changed) != text
 
 
 def test_no_bound_is_above_its_claim_and_every_defect_is_caught():
