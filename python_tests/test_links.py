@@ -1,4 +1,4 @@
-"""Files that pages and pyproject.toml name exist."""
+"""Pages are short, and files that they and pyproject.toml name exist."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,14 @@ PAGES = [
 ]
 LINK = re.compile(r"\]\(([^)\s]+)\)|<(?:img|a)[^>]*?(?:src|href)=\"([^\"]+)\"")
 NAME = re.compile(r"[\w.*/-]*\w/[\w.*/-]*\*?")
+
+ALL_PROSE, PAGE_WORDS, README_PROSE, README_LINES = 24_000, 3_000, 1_000, 130
+HIDDEN = re.compile(
+    r"\A---\n.*?\n---\n|^( *)```.*?^\1```\s*?$|<!--.*?-->|\$\$.*?\$\$|<[^>]+>"
+    r"|^[ \t]*(?:\||!\[|::: )[^\n]*|(?<=\])\([^)]*\)",
+    re.DOTALL | re.MULTILINE,
+)
+"""Code, comments, formulas, tables, images and addresses of links."""
 
 
 def read_anchors(page: Path) -> set[str]:
@@ -49,3 +57,17 @@ def test_every_page_is_in_the_navigation_and_every_table_on_a_page() -> None:
     assert pages | {"index.md", "CONTRIBUTING.md"} == listed
     linked = {name for page in PAGES for name in re.findall(r"tables/([\w.-]+\.csv)\)", (ROOT / page).read_text())}
     assert {path.name for path in (docs / "tables").glob("*.csv")} == linked
+
+
+def count_prose(text: str) -> int:
+    """Return the number of words of a page that are prose."""
+    return len(re.findall(r"\w[\w'’.,/+-]*", HIDDEN.sub("", text)))
+
+
+def test_pages_are_short() -> None:
+    pages = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))}
+    assert len(pages) > 40
+    assert {name: len(text.split()) for name, text in pages.items() if len(text.split()) > PAGE_WORDS} == {}
+    assert sum(map(count_prose, pages.values())) <= ALL_PROSE
+    assert count_prose(pages["README.md"]) <= README_PROSE
+    assert len(pages["README.md"].splitlines()) <= README_LINES
