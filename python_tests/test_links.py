@@ -15,10 +15,10 @@ NAME = re.compile(r"[\w.*/-]*\w/[\w.*/-]*\*?")
 ALL_PROSE, PAGE_WORDS, README_PROSE, README_LINES = 24_000, 3_000, 1_000, 130
 HIDDEN = re.compile(
     r"\A---\n.*?\n---\n|^( *)```.*?^\1```\s*?$|<!--.*?-->|\$\$.*?\$\$|<[^>]+>"
-    r"|^[ \t]*(?:\||!\[|::: )[^\n]*|(?<=\])\([^)]*\)",
+    r"|^::: [^\n]*(?:\n(?: {4}[^\n]*)?)*|^[ \t]*(?:\||!\[)[^\n]*|(?<=\])\([^)]*\)",
     re.DOTALL | re.MULTILINE,
 )
-"""Code, comments, formulas, tables, images and addresses of links."""
+"""Code, comments, formulas, directives, tables, images and addresses of links."""
 
 
 def read_anchors(page: Path) -> set[str]:
