@@ -21,6 +21,7 @@ svg { background: #ffffff; color: #1a1d21; --line: #d5dae0; --soft: #555d66; --b
   svg { background: #14171b; color: #e8eaed; --line: #39414b; --soft: #a7b0ba; --blue: #3d94d6; }
 }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
+svg text { fill: currentColor; }
 </style>"""
 NAMES = {"fedgid": "FedGID", "fusefl": "FuseFL", "fediod": "FedIOD", "feddra": "FedDRA", "fedavg": "FedAvg",
          "fedprox": "FedProx", "scaffold": "SCAFFOLD"}  # fmt: skip

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)|(?:(?<=src=\")|(?<=srcset=\")|(?<=href=\"))(?![a-z]+:|#)([^\"#]+)")
 CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 TABLE = re.compile(r"^\[Table: ([^]]+)\]\(([^)]+\.csv)\)$", re.MULTILINE)
+BADGE = re.compile(r"!\[[^]]*\]\(https://img\.shields\.io/[^)]*\) ?")
 NUMBER = re.compile(r"[−+*×<>~-]*\d|$")
 ROLE = re.compile(r":(?:func|class|mod|meth|attr|data|exc):<code>~?([\w.]+)</code>")
 FLAG = re.compile(r"<code>(--?[^<]{1,27})</code>")
@@ -123,6 +124,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return posixpath.relpath(file.src_uri, posixpath.dirname(page.file.src_uri) or ".")
         return file.url_relative_to(page.file)
 
+    markdown = BADGE.sub("", markdown)  # pictures of another host
     parts = CODE.split(TABLE.sub(lambda match: as_table(source, match), markdown))
     return "".join(part if i % 2 else LINK.sub(site_link, part) for i, part in enumerate(parts))
 
