@@ -39,7 +39,6 @@ from typing import Any
 import torch
 
 from benchmarks import comparisons, gpu_use, machines, processes
-from benchmarks.studies import study
 from fedkern.settings.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
@@ -162,7 +161,13 @@ def run_words(
     options = [f"{name}={value}" for name, value in _data_options(case, folder).items()]
     if options:
         settings["data_option"] = tuple(options)
-    return list(study.arguments(case.method, settings, _options(case, folder)))
+    words = [case.method]
+    for name, value in settings.items():
+        for each in value if isinstance(value, tuple) else (value,):
+            words += [f"--{name.replace('_', '-')}", str(each)]
+    for name, value in _options(case, folder).items():
+        words += ["--method-option", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
+    return words
 
 
 def plain_words(effective: RunConfig, folder: Path, seed: int, threads: int) -> list[str]:

@@ -8,9 +8,8 @@ from typing import Any
 
 from benchmarks import bench_methods, comparisons, sources
 from benchmarks.comparisons import Comparison, read_results
-from benchmarks.page import load
+from benchmarks.page import load, table
 from benchmarks.report import present
-from benchmarks.studies.study import table
 
 GPU = "nvidia-h200"
 Lines = Sequence[str]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.page import by_seed, decimal, load
-from benchmarks.studies.study import RESULTS, table
+from benchmarks.page import RESULTS, by_seed, decimal, load, read_rows, table
 from fedkern.comparison.seed_statistics import paired
 from fedkern.tasks.figure_names import direction
 
@@ -68,11 +67,9 @@ class Tool:
 
 
 def reproduced(paper: str, cell: str) -> Sample | None:
-    """A cell's figure in the results of ``reproduce --json``; None where it was not played."""
-    name = f"reproduction_{paper}"
-    rows = load(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
-    row = next((row for row in rows if row["name"] == cell and row["ours"] is not None), None)
-    if row is None:
+    """Return a cell's figure in the results of a study; None where it was not played."""
+    row = read_rows(paper).get(cell) if (RESULTS / f"{paper}.json").exists() else None
+    if row is None or row["ours"] is None:
         return None
     falls = direction(row["figure"], {}) == "min"
     commits = ", ".join(f"`{build.partition(' ')[2]}`" for build in row["fedkern"].split(", "))
@@ -94,8 +91,7 @@ def contests(
 
 def sent(paper: str, cell: str, clients: int) -> float:
     """Megabytes of a client in both directions, mean of a cell's runs."""
-    row = next(row for row in load(f"reproduction_{paper}")["rows"] if row["name"] == cell)
-    return float(row["bytes"]) / clients / 1e6
+    return float(read_rows(paper)[cell]["bytes"]) / clients / 1e6
 
 
 def differences(name: str = "") -> list[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.studies.study import RESULTS
+STUDIES = Path(__file__).parent / "studies"
+RESULTS = STUDIES / "results"
+"""Results of the studies: NAME.json holds those of the cells in STUDIES/NAME.toml (`benchmarks.studies.run`)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Page:
 
 
 def by_seed(row: Mapping[str, Any]) -> dict[int, float]:
-    """A figure by seed, of a row of ``reproduce --json``; empty where it is not played."""
+    """Return a cell's figure by seed; empty where it is not played."""
     return {
         int(seed): float(value) for seed, _, value in (each.partition("=") for each in row.get("values", "").split())
     }
@@ -44,3 +47,21 @@ def load(name: str, folder: Path = RESULTS) -> Mapping[str, Any]:
     """The results ``<name>.json``."""
     content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return content
+
+
+def read_rows(study: str) -> dict[str, Mapping[str, Any]]:
+    """Return the rows of a study's results by the names of their cells."""
+    return {row["name"]: row for row in load(study)["rows"]}
+
+
+def spread(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
+    """``mean ± standard deviation`` of fractions, in percent; a single value stands alone."""
+    centre = f"{scale * mean(values):.{digits}f}"
+    return f"{centre} ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else centre
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, first column left, the others right."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)

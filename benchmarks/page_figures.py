@@ -11,12 +11,10 @@ from typing import Any
 
 from benchmarks import bench_methods, comparisons, gpu_figures, method_gains, sources
 from benchmarks.comparisons import Comparison, read_results
-from benchmarks.page import Page, by_seed, decimal, load
+from benchmarks.page import Page, by_seed, decimal, load, read_rows, spread, table
 from benchmarks.report import left_out, our_time, present, ratio
 from benchmarks.shown import nodes
-from benchmarks.studies import study_compress
-from benchmarks.studies.page_commands import commands
-from benchmarks.studies.study import spread, table
+from benchmarks.studies.page_commands import COMMANDS
 from fedkern.comparison.seed_statistics import paired
 from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
@@ -28,17 +26,9 @@ SPECIFIED = dict.fromkeys(("fedgid", "fusefl", "fedlpfm"), "5. Options") | dict.
 """The section of options on each specification."""
 
 
-def at(name: str, *path: str) -> Any:
-    """What stands at a path in the results ``name``."""
-    value: Any = load(name)
-    for key in path:
-        value = value[key]
-    return value
-
-
-def runs(name: str, row: str, figure: str = "accuracy", key: str = "runs") -> list[float]:
-    """A figure of a row's runs, one per seed."""
-    return [run[figure] for run in at(name, row, key)]
+def figures(study: str, cell: str, figure: str = "accuracy") -> list[float]:
+    """Return a figure of a cell's runs, one per seed."""
+    return [run["metrics"][figure] for run in read_rows(study)[cell]["runs"].values()]
 
 
 def percent(values: float | Sequence[float], digits: int = 1) -> str:
@@ -66,12 +56,12 @@ def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, 
 
     No share where the gap's own 95 % interval, paired by seed, holds 0.
     """
-    cells = [by_seed(each) for each in (row, start, goal)]
-    shared = set.intersection(*(set(cell) for cell in cells))
-    gap = paired(*({seed: cell[seed] for seed in shared} for cell in (cells[2], cells[1])))
+    values = [by_seed(each) for each in (row, start, goal)]
+    shared = set.intersection(*(set(each) for each in values))
+    gap = paired(*({seed: each[seed] for seed in shared} for each in (values[2], values[1])))
     if gap is None or gap.low is None or gap.low <= 0:
         return ""
-    here, low, high = (mean(cell[seed] for seed in sorted(shared)) for cell in cells)
+    here, low, high = (mean(cell[seed] for seed in sorted(shared)) for cell in values)
     return f"{100 * (here - low) / (high - low):.0f} %".replace("-", "−")
 
 
@@ -81,15 +71,15 @@ def reproduced(paper: str, *tables: str, goal: str = "", rates: bool = False) ->
     ``goal`` names a cell of another table.  Rows then tell what share of the gap from their baseline to it they close.
     ``rates``: tell learning rates, and where they were chosen.
     """
-    cells = {row["name"]: row for row in load(f"reproduction_{paper}")["rows"]}
-    shown, rows = [row for row in cells.values() if row["table"] in tables or row["name"] == goal], []
+    by_name = read_rows(paper)
+    shown, rows = [row for row in by_name.values() if row["table"] in tables or row["name"] == goal], []
     for row in shown:
         seeds = [*by_seed(row).values()]
         name, baseline = (row[key].removeprefix(f"{row['table']}: ") for key in ("name", "baseline"))
         gap = "" if row["gap"] is None else f"{points(row['gap'])} to {baseline}"
         if row["gap_low"] is not None:
             gap += f" [{points(row['gap_low'])}, {points(row['gap_high'])}]"
-        share = [closed(row, cells[row["baseline"]], cells[goal]) if row["baseline"] else ""] if goal else []
+        share = [closed(row, by_name[row["baseline"]], by_name[goal]) if row["baseline"] else ""] if goal else []
         cells_of_row = [percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap, *share]
         rows.append([name, *cells_of_row, *([rate(row)] if rates else [])])
     header = [", ".join(tables), "mean", "seeds", "difference, paired by seed", *(["share of the gap"] if goal else []),
@@ -99,8 +89,8 @@ def reproduced(paper: str, *tables: str, goal: str = "", rates: bool = False) ->
 
 def rate(row: Mapping[str, Any]) -> str:
     """The learning rate of a row, and the study that chose it."""
-    if chosen := re.search(r"lr ([\d.]+): [^;]*\(chosen\)", row["swept"] or ""):
-        return f"{chosen[1]}, here"
+    if chosen := chosen_rate(row):
+        return f"{chosen}, here"
     return f"{row['command'].rpartition('--lr ')[2]}, in the older study at a tie of 0.5"
 
 
@@ -113,7 +103,7 @@ def made(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
 def verdicts(paper: str) -> Lines:
     """Return the table of published numbers of rounds, those played here, and the verdicts."""
     rows = []
-    for row in load(f"reproduction_{paper}")["rows"]:
+    for row in read_rows(paper).values():
         as_text = "{:,.0f}".format
         ours = "" if row["ours"] is None else as_text(row["ours"])
         if row["ours_low"] is not None:
@@ -126,7 +116,7 @@ def verdicts(paper: str) -> Lines:
 
 def command(method: str, digits: int = 1, scale: float = 100.0, unit: str = "%") -> Lines:
     """The page's command, what it gave, and how long that took."""
-    text = commands()[method].text()
+    text = COMMANDS[method].text()
     row = load("page_commands").get(method, {})
     lines = ["```bash", _wrapped(text), "```"]
     if row.get("command") != text:
@@ -161,41 +151,38 @@ def _fedgid() -> Page:
 
 # -- FuseFL ------------------------------------------------------------------------------------------------------------
 
-FUSE = "fusefl_cifar10_table"
 ALPHAS = ("0.1", "0.3", "0.5")
-PUBLISHED, CALIBRATED, MANY = "as published", "all calibrated", "FedAvg, many rounds"
 
 
-def fuse(name: str, alpha: str, column: str, figure: str = "accuracy") -> list[float]:
-    """A figure of FuseFL's main table over the seeds."""
-    return runs(FUSE, f"{name}, alpha {alpha}, {column}", figure)
+def fuse(cell: str, figure: str = "accuracy") -> list[str]:
+    """Return a figure of FuseFL's older table at every heterogeneity, in per cent."""
+    return [percent(figures("fusefl_calibration", f"Dirichlet {a}: {cell}", figure)) for a in ALPHAS]
 
 
 def fuse_table() -> Lines:
-    def traffic(name: str, column: str) -> list[str]:
-        first = at(FUSE, f"{name}, alpha 0.1, {column}", "runs")[0]
-        return [f"{first[way] / 5e6:.3f}" for way in ("bytes_up", "bytes_down")]
+    def traffic(cell: str, *names: str) -> list[str]:
+        ways = names or ("bytes_up", "bytes_down")
+        return [megabytes(figures("fusefl_calibration", f"Dirichlet 0.1: {cell}", way)[0] / 5) for way in ways]
 
-    rows = []
-    for name, shown, memory in (("one-shot FedAvg", "one-shot FedAvg", "1×"),
-                                ("ensemble", "ensemble of five, mean logits", "5×")):  # fmt: skip
-        for column in (PUBLISHED, CALIBRATED):
-            label = shown if column == PUBLISHED else f"{shown.split(',')[0]}, calibrated"
-            rows.append([label, *(percent(fuse(name, a, column)) for a in ALPHAS), memory, *traffic(name, column)])
-    for figure, shown in (("vote_accuracy", "ensemble of five, vote"),
-                          ("probability_accuracy", "ensemble of five, mean probability")):  # fmt: skip
-        cells = [percent(fuse("ensemble", a, CALIBRATED, figure)) for a in ALPHAS]
-        rows.insert(-1, [shown, *cells, "5×", *traffic("ensemble", PUBLISHED)])
-    cells = [percent(fuse("FuseFL", a, CALIBRATED, "uncalibrated_accuracy")) for a in ALPHAS]
-    first = at(FUSE, f"FuseFL, alpha 0.1, {PUBLISHED}", "runs")[0]
-    sent = [megabytes(first[name]) for name in ("levels_up_bytes", "levels_down_bytes")]
-    rows.append(["FuseFL, before calibration", *cells, "1×", *sent])
-    rows.append(["FuseFL", *(percent(fuse("FuseFL", a, PUBLISHED)) for a in ALPHAS), "1×",
-                 *traffic("FuseFL", PUBLISHED)])  # fmt: skip
-    many = [percent(fuse(MANY, a, PUBLISHED)) for a in ALPHAS]
-    rows.append(["FedAvg, 8 rounds", *many, "1×", *traffic(MANY, PUBLISHED)])
-    header = ["method", *(f"Dirichlet {a}" for a in ALPHAS), "model", "MB up", "MB down"]
-    return table(header, rows).split("\n")
+    def apart(cell: str, *names: str) -> list[str]:
+        first = read_rows("fusefl_calibration")[f"Dirichlet 0.1: {cell}"]["runs"]["0"]["metrics"]
+        return [megabytes(first[name]) for name in names]
+
+    one_shot, ensemble, calibrated = "one-shot FedAvg", "ensemble", "ensemble calibrated"
+    whole = traffic(ensemble)
+    rows = [
+        [one_shot, *fuse(one_shot), "1×", *traffic(one_shot)],
+        [f"{one_shot}, calibrated", *fuse(f"{one_shot} calibrated"), "1×", *traffic(f"{one_shot} calibrated")],
+        ["ensemble of five, mean logits", *fuse(ensemble), "5×", *whole],
+        ["ensemble of five, vote", *fuse(calibrated, "vote_accuracy"), "5×", *whole],
+        ["ensemble of five, mean probability", *fuse(calibrated, "probability_accuracy"), "5×", *whole],
+        ["ensemble of five, calibrated", *fuse(calibrated), "5×", *traffic(calibrated)],
+        ["FuseFL, before calibration", *fuse("FuseFL", "uncalibrated_accuracy"), "1×",
+         *apart("FuseFL", "levels_up_bytes", "levels_down_bytes")],
+        ["FuseFL", *fuse("FuseFL"), "1×", *traffic("FuseFL")],
+        ["FedAvg, 8 rounds", *fuse("FedAvg in 8 rounds"), "1×", *traffic("FedAvg in 8 rounds")],
+    ]  # fmt: skip
+    return table(["method", *(f"Dirichlet {a}" for a in ALPHAS), "model", "MB up", "MB down"], rows).split("\n")
 
 
 def _fusefl() -> Page:
@@ -209,29 +196,25 @@ def _fusefl() -> Page:
 
 # -- Fed-LPFM ----------------------------------------------------------------------------------------------------------
 
-LPFM = "fedlpfm_cifar10_table"
-SPLITS = {"two classes a client": "class split (2 a client)", "Dirichlet 0.1": "Dirichlet 0.1"}
-FOUR = ("FedAvg", "FedProx", "FML", "Fed-LPFM")
-
-
-def lpfm(name: str, split: str, figure: str = "accuracy") -> list[float]:
-    """A figure of Fed-LPFM's main table over the seeds."""
-    return runs(LPFM, f"{name}, {split}", figure)
+SPLITS = {"two classes a client": "two classes", "Dirichlet 0.1": "Dirichlet"}
 
 
 def lpfm_table() -> Lines:
-    rows = [[name, *(percent(lpfm(name, split)) for split in SPLITS.values())] for name in FOUR]
-    for figure, shown in (("public_proxy_accuracy", "the same network on the public images alone"),
-                          ("teacher_accuracy", "the teacher")):  # fmt: skip
-        rows.append([shown, *(percent(lpfm("Fed-LPFM", split, figure)) for split in SPLITS.values())])
-    for name in ("local training only", "centralised"):
-        cells = [percent(at(LPFM, f"{name}, {split}", "accuracy")) for split in SPLITS.values()]
-        rows.append([f"{name}, one seed", *cells])
+    def row(label: str, cell: str, figure: str = "accuracy") -> list[str]:
+        return [label, *(percent(figures("fedlpfm_changes", f"{split}: {cell}", figure)) for split in SPLITS.values())]
+
+    rows = [
+        *(row(name, name) for name in ("FedAvg", "FedProx", "FML", "Fed-LPFM")),
+        row("the same network on the public images alone", "Fed-LPFM", "public_proxy_accuracy"),
+        row("the teacher", "Fed-LPFM", "teacher_accuracy"),
+        row("local training only, one seed", "local"),
+        row("centralised, one seed", "centralised"),
+    ]
     return table(["method", *SPLITS], rows).split("\n")
 
 
 def lpfm_foundation() -> Lines:
-    results = {row["name"]: row for row in load("reproduction_fedlpfm")["rows"]}
+    results = read_rows("fedlpfm")
     splits = dict.fromkeys(row["table"] for row in results.values())
     rows = []
     for method in dict.fromkeys(name.partition(": ")[2] for name in results):
@@ -271,25 +254,23 @@ def _fedlpfm() -> Page:
 # -- FedIOD ------------------------------------------------------------------------------------------------------------
 
 
+EPSILONS = ("10", "5", "2")
+TEACHERS = ("accuracy", "mean_teacher", "ensemble_uniform")
+
+
 def iod_privacy() -> Lines:
     kinds = {
-        "discriminators alone (the generator's gradients)": "gradients through the discriminators alone",
-        "discriminators and teachers (everything released)": "those, and the teachers (DP-SGD)",
+        "nothing covered": ("nothing", "∞"),
+        **{f"discriminators: epsilon {e}.0": ("gradients through the discriminators alone", e) for e in EPSILONS},
+        **{f"everything: epsilon {e}.0": ("those, and the teachers (DP-SGD)", e) for e in EPSILONS},
     }
     rows = []
-    for kind, shown in kinds.items():
-        for target in ("None", "10.0", "5.0", "2.0"):
-            row = at("fediod_mnist_privacy", f"{kind}, epsilon {target}")
-            m = row["metrics"]
-            accuracies = [percent(m[name]) for name in ("accuracy", "mean_teacher", "ensemble_uniform")]
-            attack = row.get("attack")
-            area = "" if attack is None else f"{attack['auc']:.3f} ({attack['low']:.3f}–{attack['high']:.3f})"
-            if target == "None":
-                if "alone" not in shown:
-                    continue
-                rows.append(["nothing", "∞", *accuracies, f"{m['image_spread']:.2f}", area])
-            else:
-                rows.append([shown, f"{float(target):g}", *accuracies, f"{m['image_spread']:.2f}", area])
+    for name, words in kinds.items():
+        run = read_rows("fediod_privacy")[name]["runs"]["0"]
+        m, attack = run["metrics"], next(iter(run.get("after", {}).values()), None)
+        accuracies = [percent(m[name]) if name in m else "–" for name in TEACHERS]
+        area = "" if attack is None else f"{attack['auc']:.3f} ({attack['low']:.3f}–{attack['high']:.3f})"
+        rows.append([*words, *accuracies, f"{m['image_spread']:.2f}", area])
     header = ["covered", "epsilon", "student", "mean teacher", "teachers' ensemble", "spread of the images",
               "attack on the student: AUC (95 %)"]  # fmt: skip
     return table(header, rows).split("\n")
@@ -318,7 +299,7 @@ def dra_noisy(*tables: str) -> Lines:
         return text.replace("-", "−")
 
     rows_by_name: dict[str, list[str]] = {}
-    shown = [row for row in load("reproduction_feddra")["rows"] if row["table"] in tables]
+    shown = [row for row in read_rows("feddra").values() if row["table"] in tables]
     for row in shown:
         cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table']}: "), [])
         cells += [interval(row, "ours") or "not played", interval(row, "gap")]
@@ -601,13 +582,44 @@ def _flower() -> Page:
 
 # -- Compressed uploads ------------------------------------------------------------------------------------------------
 
-COMPRESS = "compress_cifar10_table"
+COMPRESSIONS = {"int8": "int8", **{f"topk:share={share}": f"topk {share}" for share in ("0.1", "0.05", "0.01")}}
+WHOLE = "none"
 
 
 def compressed_uploads() -> Lines:
-    """Accuracy against bytes of all clients, and the commit of the runs."""
-    lines = table(study_compress.HEADER, study_compress.cells(load(COMPRESS))).split("\n")
-    return [f"At commit `{at(COMPRESS, 'versions', 'commit')}`.", "", *lines]
+    """Accuracy against bytes of all clients, with differences seed by seed, and the commit of the runs."""
+    fewer = {f"{WHOLE}, {text}": f"{WHOLE} in {text}" for text in ("6 rounds of 5 epochs", "3 rounds of 10 epochs")}
+    lines = []
+    for buffers in ("average", "drop"):
+        whole = read_rows("compress")[f"{buffers}: {WHOLE}"]["runs"]
+        for label, name in {WHOLE: WHOLE, **COMPRESSIONS, **fewer}.items():
+            row = read_rows("compress")[f"{buffers}: {name}"]
+            runs, traffic = row["runs"], row["runs"]["0"]["bytes"]
+            gaps = [run["metrics"]["accuracy"] - whole[seed]["metrics"]["accuracy"] for seed, run in runs.items()]
+            lines.append([
+                label, buffers, chosen_rate(row), *(megabytes(traffic[way], 2) for way in ("up", "down")),
+                percent([run["metrics"]["accuracy"] for run in runs.values()]),
+                "" if label == WHOLE else percent(gaps),
+                "" if label in fewer else percent([run["late"] for run in runs.values()]),
+                stopped(whole, traffic["up"]) if label in COMPRESSIONS else "",
+            ])  # fmt: skip
+    header = ["uploads", "`--buffers`", "lr", "MB up", "MB down", "accuracy", "minus none", "last rounds",
+              "none, as many bytes"]  # fmt: skip
+    commits = dict.fromkeys(row["fedkern"].partition(" ")[2] for row in read_rows("compress").values())
+    return [f"At commit `{', '.join(commits)}`.", "", *table(header, lines).split("\n")]
+
+
+def chosen_rate(row: Mapping[str, Any]) -> str:
+    """Return the learning rate that a row's sweep chose."""
+    found = re.search(r"lr ([\d.]+): [^;]*\(chosen\)", row["swept"])
+    return found[1] if found else ""
+
+
+def stopped(runs: Mapping[str, Mapping[str, Any]], sent: float) -> str:
+    """Return the accuracy of runs in the first round that has uploaded so many bytes, the same for every seed."""
+    curves = [run["curve"] for run in runs.values()]
+    at = next(place for place, count in enumerate(curves[0]["bytes_up"]) if count >= sent)
+    return f"{percent([curve['accuracy'][at] for curve in curves])}, round {curves[0]['round'][at]}"
 
 
 def _reproducing() -> Page:
@@ -640,7 +652,7 @@ def _readme() -> Page:
 
 def privacy_audit() -> Lines:
     """The lower bound on mu of every private channel beside the claimed one, and that of a defect."""
-    rows = at("privacy_audit", "mechanisms")
+    rows = load("privacy_audit")["mechanisms"]
     cells = [[row["mechanism"], *(f"{value:.2f}" for value in (row["claimed"], row["lower"], row["caught"]["lower"])),
               row["caught"]["defect"]] for row in rows]  # fmt: skip
     header = ["mechanism", "claimed μ", "lower bound of μ", "lower bound with a defect", "defect"]

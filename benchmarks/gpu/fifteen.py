@@ -23,8 +23,7 @@ from benchmarks.gpu import beside, counters, kernels, stages
 from benchmarks.gpu.__main__ import ABSENT, code, gpu, pack
 from benchmarks.gpu.playing import PASSED, RECORD, Playing
 from benchmarks.gpu.stages import ROOT, Stage
-from benchmarks.page import load
-from benchmarks.studies.study import table
+from benchmarks.page import load, table
 
 BESIDE = ROOT.parent / f"{ROOT.name}-fifteen"
 ARCHIVE, TABLE = "fifteen.tar.gz", "table.md"

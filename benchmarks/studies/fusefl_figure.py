@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies.fusefl_figure
 
-Draws ``benchmarks/studies/results/fusefl_upload_memory.png`` from ``reproduction_fusefl.json``; parameters are those of
+Draws ``benchmarks/studies/results/fusefl_upload_memory.png`` from ``fusefl.json``; parameters are those of
 ``fusefl_cifar10_width.json``.
 """
 
@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.page import by_seed, load
-from benchmarks.studies.study import RESULTS
+from benchmarks.page import RESULTS, by_seed, load, read_rows
 from fedkern.report.figures import plots
 
 LOOKS = {"FuseFL": (plots.BLUE, "o"), "one-shot FedAvg": (plots.ORANGE, "s"), "ensemble": (plots.GREY, "D")}
@@ -62,4 +61,4 @@ def draw(rows: list[Mapping[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(load("reproduction_fusefl")["rows"], RESULTS / "fusefl_upload_memory.png")
+    draw(list(read_rows("fusefl").values()), RESULTS / "fusefl_upload_memory.png")

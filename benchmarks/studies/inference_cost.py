@@ -11,8 +11,8 @@ import json
 
 import torch
 
+from benchmarks.page import RESULTS
 from benchmarks.recorded import recorded_versions
-from benchmarks.studies.study import RESULTS
 from fedkern.models import build
 from fedkern.models.cost import cost
 from fedkern.models.efficientnet_lite import NAME, SIDE, EfficientNetLite0

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.page import RESULTS
 from benchmarks.recorded import recorded_versions
 from benchmarks.studies.audit import audit, claimed_mu
-from benchmarks.studies.study import RESULTS
 from fedkern.data import Split
 from fedkern.data.forms import ImageForm
 from fedkern.engine import private_training

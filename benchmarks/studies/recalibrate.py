@@ -1,16 +1,18 @@
-"""Calibrates finished runs again, so that networks are compared under one classifier: whose features, and how long.
+"""Calibrate a finished run again, so that networks are compared under one classifier: whose features, and how long.
+
+    python -m benchmarks.studies.recalibrate RUN [--covariance diagonal]
 
 FuseFL's classifier reads the mean of its branches' features, an ensemble's all members' features side by side, M times
 as many.  What calibration makes of either depends on that, and on how far its few steps come: features of a mean are
 smaller.  Here every network gets both kinds of classifier at several learning rates; an ordinary one has one branch,
-whose features are the same in both.
+whose features are the same in both.  The command prints the accuracies as JSON.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -31,11 +33,9 @@ from fedkern.settings.stored import load_settings
 from fedkern.streams import stream
 
 Pool = Literal["mean", "concat"]
-FILE = "recalibrated.json"
-MADE_WITH = {
-    "version": 2, **{key: getattr(CalibrationOptions(), key) for key in ("calibration_epochs", "virtual_features")},
-}  # fmt: skip
-"""What the numbers kept in a run folder must have been made with; raise the version when what is done changes."""
+POOLS: tuple[Pool, ...] = ("mean", "concat")
+RATES = (0.01, 0.1)
+"""The last rate is one that the calibration's few passes get further with than with FuseFL's own, the first."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,11 @@ class Classifier:
         return f"{self.pool}, lr {self.lr:g}, {self.covariance}"
 
 
-def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500) -> dict[str, dict[str, float]]:
-    """Accuracies on the test and the validation set by the name of the classifier.
+def recalibrate(folder: Path, wanted: Sequence[Classifier], *, batch: int = 500) -> dict[str, dict[str, float]]:
+    """Return accuracies on the test and the validation set by the name of the classifier.
 
     Every classifier starts from the one before calibration: of features side by side the mean of the clients' logits,
     of their mean the mean of the clients' classifiers.  Features of the clients' training images are not augmented.
-    What is done is kept in the run folder.
 
     Args:
         folder: a finished run on images: of ``fusefl`` or ``ensemble``, calibrated or not, or of a method whose model
@@ -77,42 +76,35 @@ def recalibrate(folder: Path, wanted: Iterable[Classifier], *, batch: int = 500)
         TypeError: a network without ``features`` and ``head``.
         ValueError: an ordinary network that is calibrated already, or a run of ``fusefl`` without its checkpoint.
     """
-    path, wanted = folder / FILE, list(wanted)
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    done: dict[str, dict[str, float]] = kept["found"] if kept.get("made_with") == MADE_WITH else {}
-    missing = [one for one in wanted if one.name not in done]
-    if missing:
-        config = load_settings(folder)
-        network, about = read_model(folder)
-        data = kept_data(config, load_data(config))
-        branches = _branches(network)
-        _refuse_calibrated(network, config.options, folder)
+    config = load_settings(folder)
+    network, about = read_model(folder)
+    data = kept_data(config, load_data(config))
+    branches = _branches(network)
+    _refuse_calibrated(network, config.options, folder)
 
-        @torch.no_grad()
-        def features(images: Tensor) -> Tensor:  # [B, M, d]
-            parts = (normalise(p, about["mean"], about["std"], channels_last=True) for p in images.split(batch))
-            return torch.cat([branches(part) for part in parts])
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:  # [B, M, d]
+        parts = (normalise(p, about["mean"], about["std"], channels_last=True) for p in images.split(batch))
+        return torch.cat([branches(part) for part in parts])
 
-        clients = [(features(split.images), split.labels) for split in data.clients]
-        sets = {"accuracy": data.tests[""], "validation_accuracy": data.validation}
-        tests = {name: (features(split.images), split.labels) for name, split in sets.items()}
-        # Learning rates share what they start from and what they see.
-        heads = {pool: _plain_head(network, folder, pool) for pool in {one.pool for one in missing}}
-        kinds = {(one.pool, one.covariance): one for one in missing}
-        seen = {kind: _statistics(one, heads[one.pool], clients) for kind, one in kinds.items()}
-        for one in missing:
-            options = CalibrationOptions(calibration_lr=one.lr, covariance=one.covariance)
-            draw = stream(config.seed, "recalibration")
-            head = calibrate(heads[one.pool], seen[one.pool, one.covariance], draw, options)
-            with torch.no_grad():
-                done[one.name] = {
-                    name: float((head(_pooled(x, one.pool)).argmax(1) == y).double().mean())
-                    for name, (x, y) in tests.items()
-                }
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        temporary.write_text(json.dumps({"made_with": MADE_WITH, "found": done}, indent=1) + "\n")
-        temporary.replace(path)
-    return {one.name: done[one.name] for one in wanted}
+    clients = [(features(split.images), split.labels) for split in data.clients]
+    sets = {"accuracy": data.tests[""], "validation_accuracy": data.validation}
+    tests = {name: (features(split.images), split.labels) for name, split in sets.items()}
+    # Learning rates share what they start from and what they see.
+    heads = {pool: _plain_head(network, folder, pool) for pool in {one.pool for one in wanted}}
+    kinds = {(one.pool, one.covariance): one for one in wanted}
+    seen = {kind: _statistics(one, heads[one.pool], clients) for kind, one in kinds.items()}
+    accuracies = {}
+    for one in wanted:
+        options = CalibrationOptions(calibration_lr=one.lr, covariance=one.covariance)
+        draw = stream(config.seed, "recalibration")
+        head = calibrate(heads[one.pool], seen[one.pool, one.covariance], draw, options)
+        with torch.no_grad():
+            accuracies[one.name] = {
+                name: float((head(_pooled(x, one.pool)).argmax(1) == y).double().mean())
+                for name, (x, y) in tests.items()
+            }
+    return accuracies
 
 
 def _statistics(one: Classifier, head: nn.Linear, clients: list[tuple[Tensor, Tensor]]) -> ClassStatistics:
@@ -157,3 +149,16 @@ def _plain_head(network: Any, folder: Path, pool: Pool) -> nn.Linear:
 
 def _count(network: FusedNetwork) -> int:
     return cast(FusedLevel, network.levels[-1]).count
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--covariance", choices=("full", "diagonal"), default="full", help="of a class's features")
+    args = parser.parse_args()
+    print(json.dumps(recalibrate(args.run, [Classifier(pool, lr, args.covariance) for pool in POOLS for lr in RATES])))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import charts, method_gains, page, pages
 from benchmarks.method_gains import Contest, Sample, reproduced
-from fedkern.comparison import published
+from benchmarks.studies.run import read_study
 
 
 def sample(*values: float, scale: float = 100, made: str = "`abc1234`, 2026-01-02") -> Sample:
@@ -18,7 +18,8 @@ def sample(*values: float, scale: float = 100, made: str = "`abc1234`, 2026-01-0
 def results(tmp_path, monkeypatch):
     """Writes result files that are read instead of the repository's."""
     monkeypatch.setattr(method_gains, "RESULTS", tmp_path)
-    monkeypatch.setattr(method_gains, "load", lambda name: page.load.__wrapped__(name, tmp_path))
+    rows = lambda study: {row["name"]: row for row in page.load.__wrapped__(study, tmp_path)["rows"]}  # noqa: E731
+    monkeypatch.setattr(method_gains, "read_rows", rows)
 
     def write(name: str, **content: object) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -55,7 +56,7 @@ def test_a_reproduced_cell_is_read_by_seed(results):
     assert reproduced("mine", "a") is None  # there is no file
     row = {"name": "a", "figure": "accuracy", "ours": 0.6, "values": "0=0.5 3=0.7", "fedkern": "0.1.0 abc1234"}
     loss = {**row, "name": "b", "figure": "worst_client_loss", "date": "2026-01-02"}
-    results("reproduction_mine", rows=[row, loss, {**row, "name": "c", "ours": None}])
+    results("mine", rows=[row, loss, {**row, "name": "c", "ours": None}])
     assert reproduced("mine", "a") == Sample({0: 0.5, 3: 0.7}, 100, "`abc1234`, no day")
     assert reproduced("mine", "b") == Sample({0: -0.5, 3: -0.7}, 1, "`abc1234`, 2026-01-02")
     assert reproduced("mine", "c") is None
@@ -68,8 +69,7 @@ def test_cells_are_those_of_the_papers(monkeypatch):
     method_gains.tools()
     assert {paper for paper, _ in asked} == {"fedgid", "fusefl", "fedlpfm", "fediod", "feddra"}
     for paper, cell in asked:
-        if paper in published.names():
-            published.read(paper).find(cell)
+        read_study(paper).find(cell)
 
 
 def test_all_five_methods_are_in_both_tables():

@@ -8,8 +8,9 @@ from statistics import mean, stdev
 import pytest
 
 from benchmarks import page_figures, pages
+from benchmarks.page import load
 from benchmarks.pages import Page
-from benchmarks.studies.page_commands import commands
+from benchmarks.studies.page_commands import COMMANDS
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
 from fedkern.comparison import published
@@ -41,7 +42,7 @@ def test_a_page_says_what_the_results_say(path):
 def test_every_method_with_a_page_is_looked_at():
     others = {"docs/ops.md"}  # its tables are those of benchmarks.report
     found = {f"docs/{path.name}" for path in (pages.ROOT / "docs").glob("*.md")}
-    methods = (found - others) & {f"docs/{name}.md" for name in commands()}
+    methods = (found - others) & {f"docs/{name}.md" for name in COMMANDS}
     runs = {"docs/flower-reference.md", "docs/uploads.md", "docs/reproducing.md", "docs/privacy.md"}
     shared = {"README.md", "docs/results.md", "docs/speed.md", "docs/methods/README.md"} | runs
     specified = {f"docs/methods/{name}.md" for name in page_figures.SPECIFIED}
@@ -122,22 +123,18 @@ def test_figures_are_written_where_they_stand(root):
 
 
 TABLES = {
-    "fedgid": ("fedgid_digits", "FedGID (+GI map +GD), correlation 0.7", "runs", "ood_accuracy"),
-    "fusefl": ("fusefl_cifar10_table", "FuseFL, alpha 0.1, as published", "runs", "accuracy"),
-    "fedlpfm": ("fedlpfm_cifar10_table", "Fed-LPFM, class split (2 a client)", "runs", "accuracy"),
-    "fediod": ("fediod_mnist_table", "dirichlet:0.1", "accuracy", "FedIOD"),
-    "feddra": ("feddra_captions_table", "FedDRA", "worst loss"),
+    "fusefl": ("fusefl_calibration", "Dirichlet 0.1: FuseFL"),
+    "fediod": ("fediod_rivals", "MNIST 0.1: FedIOD"),
 }
+"""Cells of tables where they are not the command's own."""
 
 
-@pytest.mark.parametrize("method", [method for method in TABLES if method in page_figures.load("page_commands")])
+@pytest.mark.parametrize("method", [method for method in COMMANDS if method in load("page_commands")])
 def test_a_pages_command_gave_its_tables_figure(method):
     """Within two standard deviations of the table's three seeds, or the page says so; in the words that it prints."""
-    row = page_figures.load("page_commands")[method]
-    assert row["command"] == commands()[method].text()
-    *path, name = TABLES[method]
-    found = page_figures.at(*path)
-    values = found[name] if isinstance(found, dict) else [run[name] for run in found]
+    row, command = load("page_commands")[method], COMMANDS[method]
+    assert row["command"] == command.text()
+    values = page_figures.figures(*TABLES.get(method, (command.study, command.cell)), command.figure)
     page = (pages.ROOT / f"docs/{method}.md").read_text()
     if abs(row["figure"] - mean(values)) > 2 * stdev(values):
         assert "expect other numbers from the command below" in " ".join(page.split())
@@ -182,7 +179,7 @@ def test_a_row_tells_the_share_of_the_gap_that_it_closes(monkeypatch):
         row("noisy", "noisy: FedAvg", s0=0.7, s1=0.94),
         row("noisy", "noisy: half", "noisy: FedAvg", s0=0.8, s1=0.94),
     ]
-    monkeypatch.setattr(page_figures, "load", lambda name: {"rows": rows})
+    monkeypatch.setattr(page_figures, "read_rows", lambda name: {row["name"]: row for row in rows})
     cells = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in page_figures.reproduced("x", "tied", goal="goal")
     ]

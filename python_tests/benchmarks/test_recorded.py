@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import comparisons, recorded
-from benchmarks.studies.study import RESULTS
+from benchmarks.page import RESULTS
 
 COMMIT = re.compile(rf"{recorded.UNRECORDED}|[0-9a-f]{{7,8}}(-dirty)?")
 FILES = [path for folder in (comparisons.RESULTS, RESULTS) for path in sorted(folder.glob("*.json"))]
 
 
 def commits(content: dict) -> list[str]:
-    """What a file says; a reproduced table says it in every row that was played."""
+    """What a file says; a study says it in every row that was played."""
     if "rows" in content and "machine" not in content:
         builds = [row["fedkern"] for row in content["rows"] if row["ours"] is not None]
         return [build.partition(" ")[2] for each in builds for build in each.split(", ")]

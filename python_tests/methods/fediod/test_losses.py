@@ -1,13 +1,15 @@
 """FedIOD's weights and losses: what they are by hand, and what must hold of them whatever the logits."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.studies import study_fediod_segment
-from benchmarks.studies.study_fediod import STUDIES
+from benchmarks.studies.run import read_study
 from fedkern import ops
+from fedkern.cli.flags import parse
+from fedkern.cli.request import effective
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
 from fedkern.methods.fediod import losses
@@ -206,15 +208,21 @@ def test_presets_settle_what_is_left_open():
     assert paper.kd == code.kd == "logit_var"
 
 
+def settings_of(study, cell, *chosen):
+    """Return the settings of a study's cell and the names of what its command sets."""
+    cells = read_study(study)
+    words = [*cells.words(cells.find(cell).command, Path("teachers")), *chosen]
+    config = effective(parse(words))
+    return config, [*parse(words).settings]
+
+
 def test_masks_of_ones_own_are_learnt_with_the_settings_of_the_study():
-    study = study_fediod_segment.STUDIES["membrane"]
+    chosen = ("--method-option", "critic_layers=2", "--method-option", "w_balance=1.0")
+    study, names = settings_of("fediod_membrane", "FedIOD", *chosen)
     config = RunConfig.make("fediod", data="segmentation")
-    fixed = {name: value for name, value in study.settings.items() if hasattr(config, name)}
-    del fixed["public_samples"]
-    assert {name: getattr(config, name) for name in fixed} == fixed
-    assert (config.rounds, config.lr, config.options["iterations"]) == (study.rounds, 0.01, study.iterations)
-    chosen = {**study.iod, "critic_layers": 2, "w_balance": 1.0}
-    assert {name: config.options[name] for name in chosen} == chosen
+    names = [name for name in names if name not in ("partition", "public_samples", "teachers", "eval_every")]
+    assert {name: getattr(config, name) for name in names} == {name: getattr(study, name) for name in names}
+    assert config.options == study.options
 
 
 @pytest.mark.parametrize("data", ["mnist", "cifar10"])
@@ -223,14 +231,13 @@ def test_data_of_ones_own_are_learnt_with_the_settings_of_the_study(data):
 
     The published settings are presets.
     """
-    study = STUDIES[data]
+    cell = {"mnist": "MNIST 0.1: FedIOD", "cifar10": "CIFAR-10 0.1: FedIOD"}[data]
+    chosen = ("--method-option", "critic_lr=0.0002", "--method-option", "disc_weight=false")
+    study, _ = settings_of("fediod_rivals", cell, *chosen)
     config = RunConfig.make("fediod", data=data)
-    fixed = {name: study.settings[name] for name in ("batch_size", "momentum", "weight_decay", "model", "width",
-                                                     "local_epochs")}  # fmt: skip
-    assert {name: getattr(config, name) for name in fixed} == fixed
-    assert (config.rounds, config.lr) == (study.rounds, 0.1)
-    chosen = {**study.iod, "iterations": study.iterations, "holdout": 0, "critic_lr": 2e-4, "disc_weight": False}
-    assert {name: config.options[name] for name in chosen} == chosen
+    names = ("rounds", "lr", "batch_size", "momentum", "weight_decay", "model", "width", "local_epochs")
+    assert {name: getattr(config, name) for name in names} == {name: getattr(study, name) for name in names}
+    assert config.options == study.options
     for preset in ("paper", "code"):
         options = RunConfig.make("fediod", data=data, options={"preset": preset}).options
         assert (options["batch"], options["ngf"], options["ndf"], options["student_steps"]) == (64, 64, 128, 5)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedkern.comparison.papers import fedlpfm
+from benchmarks.studies import fedlpfm
 from fedkern.models import efficientnet_lite
 from fedkern.usercode import named_code
 from python_tests.models.test_efficientnet_lite import wheel
