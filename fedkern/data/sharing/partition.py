@@ -5,7 +5,6 @@ Every partitioner returns one sorted int64 array of row numbers per client; the 
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -306,27 +305,19 @@ def _fill(parts: list[Rows], minimum: int, rng: np.random.Generator, sizes: Rows
 
     A client stays too small where every row of all others stands for more samples than its holder can give.
     """
-    totals = [int(sizes[part].sum()) for part in parts]
-    # The largest client, of equals the one with the lowest number.  An entry whose client has changed since is stale.
-    heap = [(-count, k) for k, count in enumerate(totals)]
-    heapq.heapify(heap)
+    totals = np.array([sizes[part].sum() for part in parts])
+    able = np.ones(len(parts), dtype=bool)
     for k in np.argsort(totals, kind="stable").tolist():
-        while totals[k] < minimum and heap:
-            count, largest = heap[0]
-            if -count != totals[largest]:
-                heapq.heappop(heap)
-                continue
-            spare = totals[largest] - minimum
+        while totals[k] < minimum and able.any():
+            largest = int(np.where(able, totals, -1).argmax())  # of equals the one with the lowest number
+            spare = int(totals[largest]) - minimum
             donor = rng.permutation(parts[largest])
-            gift = _gift(sizes[donor], min(minimum - totals[k], max(1, spare // 2)), spare)
-            if not gift:
-                heapq.heappop(heap)
-                continue
-            parts[k], parts[largest] = np.concatenate([parts[k], donor[gift]]), np.delete(donor, gift)
-            moved = int(sizes[donor[gift]].sum())
-            totals[k], totals[largest] = totals[k] + moved, totals[largest] - moved
-            for changed in (k, largest):
-                heapq.heappush(heap, (-totals[changed], changed))
+            gift = _gift(sizes[donor], min(minimum - int(totals[k]), max(1, spare // 2)), spare)
+            able[largest] = bool(gift)
+            if gift:
+                parts[k], parts[largest] = np.concatenate([parts[k], donor[gift]]), np.delete(donor, gift)
+                moved = sizes[donor[gift]].sum()
+                totals[k], totals[largest], able[k] = totals[k] + moved, totals[largest] - moved, True
     return parts
 
 

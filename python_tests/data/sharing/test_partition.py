@@ -257,25 +257,6 @@ def test_gifts_come_from_the_largest_client(seed: int) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-class Looks(list):
-    """Counts how often a list is looked at."""
-
-    count = 0
-
-    def __getitem__(self, at: object) -> object:
-        Looks.count += 1
-        return super().__getitem__(at)
-
-
-def test_filling_looks_at_few_clients_for_each_gift() -> None:
-    sizes = np.random.default_rng(0).integers(0, 5, size=3_000)
-    parts = Looks(np.split(np.arange(int(sizes.sum())), np.cumsum(sizes)[:-1]))
-    gifts = int((sizes == 0).sum())
-    _fill(parts, 1, np.random.default_rng(0), np.ones(int(sizes.sum()), dtype=np.int64))
-    assert gifts > 500
-    assert Looks.count < 20 * gifts + 10 * len(sizes)
-
-
 def test_rows_of_owners() -> None:
     owners = np.random.default_rng(0).integers(-2, 9, size=200)
     found = rows_by_owner(owners, 7)
