@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from fedkern.data.images import image_files
+from fedkern.data.images.image_files import ImageFiles
 from fedkern.files.image_rows import ImageStore
 
 
@@ -17,16 +17,17 @@ def two_brightnesses(root, count):
     return root
 
 
-def watched(monkeypatch):
-    """The files that are decoded from now on, in order."""
+def watched(monkeypatch, kind=ImageFiles):
+    """The files of a kind that are decoded from now on, in order."""
     found = []
-    read = image_files.read_images
+    read = kind.read
 
-    def counted(paths, *args, **options):
-        found.extend(paths)
-        return read(paths, *args, **options)
+    def counted(self, rows=None):
+        if type(self) is kind and self.stored is None:
+            found.extend(self.paths if rows is None else [self.paths[row] for row in rows.tolist()])
+        return read(self, rows)
 
-    monkeypatch.setattr(image_files, "read_images", counted)
+    monkeypatch.setattr(kind, "read", counted)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +15,25 @@ from torch import Tensor
 from fedkern.data.data_option import DETECTION_OPTIONS, check_single
 from fedkern.data.forms import ImageForm
 from fedkern.data.identity import of_memory, of_source, pixel_hashes, sampled
-from fedkern.data.images.background import MaskSource, bounding_boxes, extract_background
+from fedkern.data.images.background import MaskSource, extract_background
 from fedkern.data.images.boxes_file import BoxesFile
 from fedkern.data.images.detections import Detections, Detector
-from fedkern.data.images.image_cache import on_disk, tell_unused
+from fedkern.data.images.image_cache import store_images, tell_unused
 from fedkern.data.images.transforms import central
 from fedkern.data.registry import DATASETS, DatasetInfo, lookup, read_options
 from fedkern.data.sharing.backdoor import add_backdoor
-from fedkern.data.sharing.coloured import PALETTES, Palette, class_colours, colourise, random_colours, tied_colours
+from fedkern.data.sharing.coloured import paint
 from fedkern.data.sharing.cue import add_cues
 from fedkern.data.sharing.groups import grouped_rows, share_cases, share_units, training_cases, unit_noun
-from fedkern.data.sharing.partition import PartitionSpec, parse_partition, partition_like
+from fedkern.data.sharing.partition import PartitionSpec, parse_partition
 from fedkern.data.sharing.partition import partition as share_out
 from fedkern.data.sources.copies import copies
 from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
-from fedkern.data.types import FederatedData, Pool, Source
+from fedkern.data.types import DataRequest, FederatedData, Pool, Source
 from fedkern.errors import UserError
 from fedkern.streams import stream
 from fedkern.tasks.partition_statistics import PartitionStatistics
-
-# Mean and standard deviation of a channel over uniformly random colours, by data set and ink.  They are constants so
-# that normalisation does not depend on any client's data.
-_COLOURED_SCALE = {
-    ("colordigits", "white"): (0.546, 0.280), ("colordigits", "contrast"): (0.5, 0.312),
-    ("colormnist", "white"): (0.434, 0.274), ("colormnist", "contrast"): (0.5, 0.312),
-    ("colorfashion", "white"): (0.535, 0.280), ("colorfashion", "contrast"): (0.5, 0.312),
-}  # fmt: skip
 
 
 def load(
@@ -86,7 +78,7 @@ def load(
         notice: called with a progress message during a long detection or decoding, and with a sentence where the data
             name sites that the partition does not use.
         progress: called with the former messages instead of ``notice``.
-        cache: folder that keeps decoded image files, see `image_cache.on_disk`.  Images of more than a
+        cache: folder that keeps decoded image files, see `image_cache.store_files`.  Images of more than a
             gigabyte are in a temporary file without it.  The images of the splits are then
             :class:`~fedkern.files.image_rows.ImageRows`, which are read when they are needed.
         identify: fill in the data's identity, for which all images are read once more.  Data that are drawn by the seed
@@ -97,138 +89,154 @@ def load(
     Raises:
         UserError: anything wrong with the name, the files, the partition or a value.
     """
-    info, drawn = lookup(name), None
+    info = lookup(name)
     progress, notice = progress or notice, notice or (lambda text: None)
     own_options, common = read_options(name, options or {})
     if judged and info.function is None and "test_share" in own_options and "test_share" not in (options or {}):
         own_options["test_share"] = 1.0
-    choice = None if partition is None else parse_partition(partition)
+    spec = None if partition is None else parse_partition(partition)
     correlation = _check_correlation(name, info, correlation)
-    if info.function is not None:
-        result = info.function.make(root, clients, partition, seed, own_options)
-        drawn = info.function.identity() if "seed" in info.function.takes else None
-        if isinstance(result, FederatedData):
-            is_inspected = isinstance(result.validation, Items) and drawn is None  # by the run
-            if identify and not is_inspected:
-                result = dataclasses.replace(result, identity=of_memory(result) if drawn is None else drawn)
-            for flag, value in (("--train-samples", train_samples), ("--public-samples", public_samples)):
-                if value:
-                    raise UserError(f'data set "{name}" shares its samples out by itself: leave {flag} out')
-            check_single(name, result.task, **common)
-            tell_unused(cache, progress)
-            return _finished(_smaller(result, common), options or {}, common, make_detector, progress, seed)
-        info, own_options = dataclasses.replace(info, open=lambda root: result), {}
-    if info.make is not None:
-        if public_samples:
-            raise UserError(f'data set "{name}" is made for its clients and has no public samples to give')
-        check_single(name, info.task, **common)
+    if info.make is None:
+        raise UserError(
+            f'data set "{name}" is given through Python, to fedkern.simulate(METHOD, data=...); a run of it goes on '
+            "with fedkern.load(DIR, ...).resume(), where load gets the same data"
+        )
+    request = DataRequest(
+        root, clients, partition, seed, own_options, train_samples, public_samples, common["test_samples"],
+        common["validation_samples"], cache, progress,
+    )  # fmt: skip
+    data = info.make(request)
+    drawn = info.function.identity() if info.function is not None and "seed" in info.function.takes else None
+    check_single(name, data.train.task if isinstance(data, Source) else data.task, **common)
+    if isinstance(data, Source):
+        shares = {"is_identified": identify and drawn is None, "is_judged": judged and info.palette is None}
+        data = _share_out(name, info, data, request, spec, notice, **shares)
+    else:
+        if identify and drawn is None and not isinstance(data.validation, Items):  # those a run inspects
+            data = dataclasses.replace(data, identity=of_memory(data))
         tell_unused(cache, progress)
-        sizes = {key: common[key] for key in ("test_samples", "validation_samples")}
-        spec = choice or parse_partition(info.partition)
-        clients = info.clients if clients is None else clients
-        return info.make(clients, spec, seed, samples=train_samples, **sizes, **own_options)
-    # The options mask and ink of coloured sets are for this function; a reader gets all others.
-    boxed = info.coloured and own_options.pop("mask") == "box"
-    ink = own_options.pop("ink") if info.coloured else ""
-    assert info.open is not None
-    keeping = {"cache": cache, "notice": progress} if info.keeps else {}
-    source = info.open(root, **own_options, **keeping)
+        data = _subsample_sets(data, common)
+    if identify and drawn is not None:
+        data = dataclasses.replace(data, identity=drawn)
+    if info.palette is not None:
+        data = paint(data, info.palette, correlation, own_options["mask"], seed)
+    return _add_objects(data, options or {}, common, make_detector, progress, seed)
+
+
+def _share_out(
+    name: str,
+    info: DatasetInfo,
+    source: Source,
+    request: DataRequest,
+    spec: PartitionSpec | None,
+    notice: Callable[[str], None],
+    *,
+    is_identified: bool,
+    is_judged: bool,
+) -> FederatedData:
+    """Share the pools of a source out among clients, and read what they hold; see :func:`load`."""
     for text in source.notices:
         notice(text)
-    spec = _default_partition(name, info, source) if choice is None else choice
+    spec = spec or _default_partition(name, info, source)
+    clients = request.clients
     if clients is None:
         clients = source.groups if spec.name == "attribute" and source.groups is not None else info.clients
-    _check_attribute(name, info, source, spec, clients)
-    for text in _unused(source, spec):
+    _check_partition(name, info, source, spec, clients)
+    for text in _unused_sites(source, spec):
         notice(text)
-    task = source.train.task
-    if spec.name not in ("iid", "attribute") and (instead := task.classless(len(source.classes))):
-        raise UserError(
-            f'data set "{name}" has {instead}, so "{spec.text}" cannot share it out; take iid, or attribute with a '
-            "column client"
-        )
-    check_single(name, task, **common)
-    train_rows, public_rows = _training_rows(name, source.train, train_samples, public_samples, seed)
-    labels = source.train.labels[train_rows].numpy()
-    parts = _shares(source, spec, train_rows, clients, seed)
-    read = slice(1 if judged and not info.coloured else None)
-    client_rows = [train_rows[torch.from_numpy(part[read])] for part in parts]
-    statistics = PartitionStatistics.of([labels[part] for part in parts], source.classes, spec.text, task)
     names = source.sites if spec.name == "attribute" and source.sites else None
-    validation_rows = _validation_rows(source, len(train_rows), common["validation_samples"])
-    test_rows = {
-        key: _first_rows(pool, common["test_samples"], f"test/{key}", _homes(source, pool))
+
+    # Rows of every set.
+    train_rows, public_rows = _training_rows(name, source.train, request)
+    parts = _shares(source, spec, train_rows, clients, request.seed)
+    labels = source.train.labels[train_rows].numpy()
+    statistics = PartitionStatistics.of([labels[part] for part in parts], source.classes, spec.text, source.train.task)
+    client_rows = [train_rows[torch.from_numpy(part[: 1 if is_judged else None])] for part in parts]
+    rows = {
+        "public": (source.train, public_rows),
+        "validation": (source.validation, _validation_rows(source, len(train_rows), request.validation_samples)),
+    } | {
+        f"test {key}": (pool, _first_rows(pool, request.test_samples, f"test/{key}", _homes(source, pool)))
         for key, pool in source.tests.items()
     }
-    mean, std = source.mean, source.std
-    identify = identify and drawn is None
-    complete = len(train_rows) + len(public_rows) == len(source.train)
-    contents = {"train": [sampled(source.train)]} if identify and (info.coloured or not complete) else {}
-    if info.coloured:
-        tell_unused(cache, progress)
-        rows = client_rows, public_rows, validation_rows, test_rows[""]
-        splits, public, validation, tests, maps = _coloured(
-            source, spec, *rows, statistics.counts, correlation, PALETTES[ink], seed
-        )
-        mean, std = ((value,) * 3 for value in _COLOURED_SCALE[name, ink])
-        if correlation:
-            statistics = dataclasses.replace(statistics, colours=maps, tied=correlation)
-        contents["test"] = [sampled(source.tests[""])] if identify else []
-    else:
-        requests = [(source.train, torch.cat([*client_rows, public_rows])), (source.validation, validation_rows)]
-        requests += [(pool, test_rows[key]) for key, pool in source.tests.items()]
-        source = on_disk(source, requests, cache, progress)
-        splits = tuple(dataclasses.replace(source.train.take(rows), homes=None) for rows in client_rows)
-        public_split = source.train.take(public_rows)
-        homes = spec.name == "attribute" or clients == 1  # else the clients are not those that the data name
-        public = _seen(source, homes, public_split)
-        validation = _seen(source, homes, source.validation.take(validation_rows))
-        tests = {key: _seen(source, homes, pool.take(test_rows[key])) for key, pool in source.tests.items()}
-        contents = {"train": [*splits, public_split], **contents, "validation": [validation]}
-        contents |= {f"test {key}": [split] for key, split in tests.items()}
-    for split in (validation, *tests.values()):  # before a run begins: a mask may be unreadable
+
+    # Some training samples stand for all of them where a run reads only some: read before images are stored.
+    is_complete = len(train_rows) + len(public_rows) == len(source.train)
+    samples = [sampled(source.train)] if is_identified and (info.palette or not is_complete) else []
+    store_images([(source.train, torch.cat(client_rows)), *rows.values()], request.cache, request.progress)
+    splits = tuple(dataclasses.replace(source.train.take(chosen), homes=None) for chosen in client_rows)
+    are_clients = spec.name == "attribute" or clients == 1  # those that the data name
+    sets = {key: _center_cropped(source, pool.take(chosen), are_clients) for key, (pool, chosen) in rows.items()}
+    for split in sets.values():  # before a run begins: a mask may be unreadable
         if split.full is not None:
             split.full.loaded()
-    client_tests = _own_tests(name, source, test_rows[""], tests[""]) if names is not None and source.own_tests else ()
-    statistics = dataclasses.replace(statistics, names=names, own_tests=tuple(len(test) for test in client_tests))
+    identity: dict[str, str] = {}
+    if is_identified and info.palette:
+        identity = of_source(source, {"train": samples, "test": [sampled(source.tests[""])]}, [])
+    elif is_identified:
+        identity = _identify(name, source, splits, sets, samples, names or (), notice)
+
+    tests = {key: sets[f"test {key}"] for key in source.tests}
+    client_tests: tuple[Split, ...] = ()
+    if names is not None and source.own_tests:
+        client_tests = _own_tests(name, source, rows["test "][1], tests[""])
     pools = (source.train, source.validation, *source.tests.values())
-    if boxed:
-        splits = tuple(dataclasses.replace(split, masks=bounding_boxes(split.masks)) for split in splits)
-    identity = drawn or {}
-    if identify:
-        pixels: list[bytes] = []
-        identity = of_source(source, contents, pixels)
-        if source.compared:
-            used = [*splits, public_split]
-            if not complete:  # the identity is that of other rows
-                pixels = pixel_hashes(used) + pixels
-                contents["train"] = [*used, *contents["train"]]
-            tiles = 1 if source.train.cases is None else len(source.train) // len(source.train.cases.unique())
-            for text in copies(
-                name, source.classes, contents, pixels, names or (), tiles, source.files.get("outside", "")
-            ):
-                notice(text)
-    data = FederatedData(
+    shape = len(source.mean), *sets["validation"].images.shape[2:]
+    return FederatedData(
         name=name,
         classes=source.classes,
         clients=splits,
-        validation=validation,
+        validation=sets["validation"],
         tests=tests,
-        form=ImageForm(
-            shape=(len(mean), *validation.images.shape[2:]), mean=mean, std=std, augment=source.augment, **source.files
-        ),
-        statistics=statistics,
+        form=ImageForm(shape, source.mean, source.std, source.augment, **source.files),
+        statistics=dataclasses.replace(statistics, names=names, own_tests=tuple(map(len, client_tests))),
         image_ids=frozenset(image for pool in pools for image in pool.ids),
-        public=public if len(public) else None,
+        public=sets["public"] if len(public_rows) else None,
         client_tests=client_tests,
         client_names=names,
         drawn_validation=source.drawn_validation,
         identity=identity,
     )
-    return _finished(data, options or {}, common, make_detector, progress, seed)
 
 
-def _finished(
+def _center_cropped(source: Source, split: Split, are_clients: bool) -> Split:
+    """Return a split that is not augmented: of a source with ``crop`` the central windows of images.
+
+    Args:
+        are_clients: whether the clients are those that the data name, who are the homes of images.
+    """
+    split = split if are_clients else dataclasses.replace(split, homes=None)
+    return central(split, (source.crop, source.crop)) if source.crop else split
+
+
+def _identify(
+    name: str,
+    source: Source,
+    clients: Sequence[Split],
+    sets: Mapping[str, Split],
+    samples: Sequence[Split],
+    sites: Sequence[str],
+    notice: Callable[[str], None],
+) -> dict[str, str]:
+    """Return the identity of the data, and tell of equal images.
+
+    Args:
+        samples: those that stand for the training images, where a run reads only some.
+    """
+    used = [*clients, sets["public"]]
+    contents = {"train": samples or used} | {key: [split] for key, split in sets.items() if key != "public"}
+    pixels: list[bytes] = []
+    identity = of_source(source, contents, pixels)
+    if source.compared:
+        if samples:  # the identity is that of other rows
+            pixels = pixel_hashes(used) + pixels
+            contents["train"] = [*used, *samples]
+        for text in copies(name, source.classes, contents, pixels, sites, source.files.get("outside", "")):
+            notice(text)
+    return identity
+
+
+def _add_objects(
     data: FederatedData,
     options: Mapping[str, object],
     common: Mapping[str, Any],
@@ -236,7 +244,7 @@ def _finished(
     notice: Callable[[str], None] | None,
     seed: int,
 ) -> FederatedData:
-    """The data with the objects, cues and patches that the common options ask for."""
+    """Add the objects, cues and patches that the common options ask for."""
     background = _background_source(options, common, data, make_detector, notice)
     if background is not None:  # find the objects before cues and patches are drawn over them
         data = extract_background(data, background)
@@ -244,22 +252,15 @@ def _finished(
     return add_backdoor(data, common["backdoor_clients"], common["backdoor_target"], common["backdoor_size"], seed)
 
 
-def _smaller(data: FederatedData, common: Mapping[str, Any]) -> FederatedData:
-    """The data with as many test and validation samples as the common options ask for."""
-    tests = {key: _fewer(split, common["test_samples"], f"test/{key}") for key, split in data.tests.items()}
-    validation = _fewer(data.validation, common["validation_samples"], "validation")
+def _subsample_sets(data: FederatedData, common: Mapping[str, Any]) -> FederatedData:
+    """Keep as many test and validation samples as the common options ask for."""
+    tests = {key: _subsampled(split, common["test_samples"], f"test/{key}") for key, split in data.tests.items()}
+    validation = _subsampled(data.validation, common["validation_samples"], "validation")
     return dataclasses.replace(data, tests=tests, validation=validation)
 
 
-def _fewer(split: Split, count: int, purpose: str) -> Split:
+def _subsampled(split: Split, count: int, purpose: str) -> Split:
     return split if count == 0 or count >= len(split) else split.subset(_first_rows(split, count, purpose))
-
-
-def _seen(source: Source, homes: bool, split: Split) -> Split:
-    """The central window of a split that is not augmented; whole images for a source without ``crop``."""
-    if not homes:
-        split = dataclasses.replace(split, homes=None)
-    return central(split, (source.crop, source.crop)) if source.crop else split
 
 
 def _background_source(
@@ -285,65 +286,10 @@ def _background_source(
     return Detections(detector, common["detector_cache"] or None, notice)
 
 
-def _coloured(
-    source: Source,
-    spec: PartitionSpec,
-    client_rows: list[Tensor],
-    public_rows: Tensor,
-    validation_rows: Tensor,
-    test_rows: Tensor,
-    counts: npt.NDArray[np.int64],
-    correlation: float,
-    palette: Palette,
-    seed: int,
-) -> tuple[tuple[Split, ...], Split, Split, dict[str, Split], npt.NDArray[np.uint8]]:
-    """Paints the splits of a coloured data set.
-
-    The clients' splits, the public split, the validation set and the test ``id`` get the clients' colours; the test
-    ``ood`` gets uniformly random colours.
-
-    Returns:
-        The clients' splits, the public split, the validation set, the tests, and every client's colour of every class,
-        uint8 ``[clients, classes, 3]``.
-    """
-    classes = len(source.classes)
-    maps = [class_colours(seed, -1 if spec.name == "iid" else k, classes, palette) for k in range(len(client_rows))]
-    splits = []
-    for k, rows in enumerate(client_rows):
-        grey = source.train.take(rows)
-        rng = stream(seed, "colours/train", client=k)
-        splits.append(_painted(grey, tied_colours(grey.labels.numpy(), maps[k], correlation, palette, rng), palette))
-
-    def in_distribution(grey: Split, purpose: str) -> Split:
-        labels = grey.labels.numpy()
-        colours = np.empty((len(grey), 3), dtype=np.uint8)
-        homes = torch.full((len(grey),), -1)
-        for k, rows in enumerate(partition_like(labels, counts, stream(seed, f"assign/{purpose}"))):
-            rng = stream(seed, f"colours/{purpose}", client=k)
-            colours[rows] = tied_colours(labels[rows], maps[k], correlation, palette, rng)
-            homes[rows] = k
-        painted = _painted(grey, colours, palette)
-        return dataclasses.replace(painted, homes=homes) if correlation and spec.name != "iid" else painted
-
-    test = source.tests[""].take(test_rows)
-    tests = {
-        "id": in_distribution(test, "test"),
-        "ood": _painted(test, random_colours(len(test), palette, stream(seed, "colours/ood")), palette),
-    }
-    public = in_distribution(source.train.take(public_rows), "public")
-    validation = in_distribution(source.validation.take(validation_rows), "validation")
-    return tuple(splits), public, validation, tests, np.stack(maps)
-
-
-def _painted(grey: Split, colours: npt.NDArray[np.uint8], palette: Palette) -> Split:
-    images, masks = colourise(grey.images, colours, palette)
-    return Split(images, grey.labels, masks, grey.ids)
-
-
 def _check_correlation(name: str, info: DatasetInfo, correlation: float | None) -> float:
     if info.correlation is None:
         if correlation is not None:
-            coloured = ", ".join(key for key, entry in DATASETS.items() if entry.coloured)
+            coloured = ", ".join(key for key, entry in DATASETS.items() if entry.palette)
             raise UserError(f'data set "{name}" has no colours to correlate; --correlation is for {coloured}')
         return 0.0
     correlation = info.correlation if correlation is None else correlation
@@ -364,7 +310,7 @@ def _default_partition(name: str, info: DatasetInfo, source: Source) -> Partitio
     return parse_partition(source.train.task.partition or info.partition)
 
 
-def _unused(source: Source, spec: PartitionSpec) -> Iterator[str]:
+def _unused_sites(source: Source, spec: PartitionSpec) -> Iterator[str]:
     """Sentences on sites that the files name and the partition does not use."""
     if not source.named_by:
         return
@@ -376,7 +322,12 @@ def _unused(source: Source, spec: PartitionSpec) -> Iterator[str]:
         yield f"{named} names {', '.join(source.lost[:4])} too, which has no training image left and is no client."
 
 
-def _check_attribute(name: str, info: DatasetInfo, source: Source, spec: PartitionSpec, clients: int) -> None:
+def _check_partition(name: str, info: DatasetInfo, source: Source, spec: PartitionSpec, clients: int) -> None:
+    if spec.name not in ("iid", "attribute") and (instead := source.train.task.classless(len(source.classes))):
+        raise UserError(
+            f'data set "{name}" has {instead}, so "{spec.text}" cannot share it out; take iid, or attribute with a '
+            "column client"
+        )
     if spec.name != "attribute":
         return
     if source.unnamed:
@@ -385,7 +336,7 @@ def _check_attribute(name: str, info: DatasetInfo, source: Source, spec: Partiti
             f"{len(source.train)} in {source.named_by}); name one for all of them, or ask for a --partition that does "
             "not use it"
         )
-    if source.groups is None and not info.coloured:
+    if source.groups is None and not info.palette:
         hint = "" if "client_column" not in info.options else ", or name the column of the clients with --client-column"
         raise UserError(
             f'data set "{name}" has no attribute (contexts, sites or colours) to partition by; take iid, '
@@ -442,8 +393,9 @@ def _shares(source: Source, spec: PartitionSpec, rows: Tensor, clients: int, see
     return share_cases((pool.cases[rows] if patients is None else patients).numpy(), labels, share)
 
 
-def _training_rows(name: str, pool: Pool, count: int | None, public: int, seed: int) -> tuple[Tensor, Tensor]:
+def _training_rows(name: str, pool: Pool, request: DataRequest) -> tuple[Tensor, Tensor]:
     """The training rows of all clients and the public rows, both sorted."""
+    count, public, seed = request.train_samples, request.public_samples, request.seed
     if pool.cases is not None and pool.patients is None:
         cases: npt.NDArray[np.int64] | None = pool.cases.numpy()
     else:

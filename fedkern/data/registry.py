@@ -7,18 +7,14 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fedkern.data.data_option import COMMON_OPTIONS, READING
-from fedkern.data.sharing.coloured import PALETTES
+from fedkern.data.sharing.coloured import PALETTES, Palette
 from fedkern.data.sharing.partition import parse_partition
-from fedkern.data.sources.arrays import open_arrays
-from fedkern.data.sources.captions import PROMPTS, make_captions
+from fedkern.data.sources.captions import CLIENTS, PROMPTS, make_captions
 from fedkern.data.sources.cifar import open_cifar10, open_cifar100
 from fedkern.data.sources.data_function import DataFunction
-from fedkern.data.sources.datasets import open_datasets
 from fedkern.data.sources.digits import open_digits
 from fedkern.data.sources.idx import open_idx
 from fedkern.data.sources.labelled_images import CSV_TASKS, open_csv, open_folder, open_pairs
@@ -28,14 +24,12 @@ from fedkern.data.sources.segmentation import open_segmentation
 from fedkern.data.sources.site_folders import LAYOUTS
 from fedkern.data.sources.svhn import open_svhn
 from fedkern.data.sources.table import AUTO
-from fedkern.data.types import FederatedData, Source
+from fedkern.data.types import DataRequest, FederatedData, Source
 from fedkern.errors import UserError, nearest
 from fedkern.tasks import CLASSIFICATION, RETRIEVAL, SEGMENTATION, TASKS, Task
 from fedkern.typed_option import Option
 from fedkern.usercode import named_code
 from fedkern.usercode.registry import Registry
-
-Root = str | Path | None
 
 PROMPT = "a photo of a {class}."
 """Template of zero-shot classification's prompts, where a data set has none of its own."""
@@ -46,59 +40,60 @@ class DatasetInfo:
     """Entry of a data set for `list`, the command line and `load`.
 
     Attributes:
-        open: reads the fixed pools: ``open(root, **options)``; None for a set with ``make`` or ``function``.
+        make: makes what the data set holds: a source, which the partition shares out, or data that clients have
+            already; None for data that are in the memory of a Python program.
         clients: default number of clients.
         partition: default partition specification.
-        correlation: default correlation between colour and class, None for a set that is not coloured.
+        correlation, palette: default correlation between colour and class, and the colours; None for a set that is not
+            coloured.
         options: accepted options, beside `COMMON_OPTIONS`.
         prompts: prompts of zero-shot classification: one template, or prompts for every class.
-        make: makes the samples of a set that are drawn for its clients: ``make(clients, spec, seed, samples=,
-            test_samples=, validation_samples=, **options)``; None for a set with ``open``.
         task: what is learnt of the data, where their labels do not tell another task.
         function: the registered function of a user's own set, or None.
-        keeps: whether ``open`` decodes files by itself, and takes ``cache`` and ``notice`` (see `fedkern.data.load`).
     """
 
     description: str
-    open: Callable[..., Source] | None
+    make: Callable[[DataRequest], Source | FederatedData] | None
     clients: int
     partition: str
     correlation: float | None = None
+    palette: Palette | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
-    make: Callable[..., FederatedData] | None = None
     prompts: str | Mapping[str, tuple[str, ...]] = PROMPT
     task: Task = CLASSIFICATION
     function: DataFunction | None = None
-    keeps: bool = False
-
-    @property
-    def coloured(self) -> bool:
-        return self.correlation is not None
 
 
-def _read(reader: Callable[..., Source], root: Root, **options: Any) -> Source:
-    """Opens a user's own files with a reader that takes the options on images as one `Reading`."""
-    rest = {name: value for name, value in options.items() if name not in Reading.__dataclass_fields__}
-    return reader(root, Reading.of(options), **rest)
+Make = Callable[[DataRequest], Source]
 
 
-_mnist, _fashion = partial(open_idx, "mnist"), partial(open_idx, "fashionmnist")
+def _published(reader: Callable[..., Source], *args: str) -> Make:
+    """Read files of a published set, whose options are arguments of the reader."""
+    return lambda request: reader(*args, request.root, **request.options)
 
 
-def _coloured_options(ink: str) -> dict[str, Option]:
-    return {
-        "mask": Option(
-            "exact",
-            "object masks of training images: every pixel of ink, or its bounding box, as a detector would give it",
-            choices=("exact", "box"),
-        ),
-        "ink": Option(
-            ink,
-            "white on the darker background colours, or black or white by contrast on all of them",
-            choices=tuple(PALETTES),
-        ),
-    }
+def _uncoloured(reader: Callable[..., Source], *args: str) -> Make:
+    """Read grey images that are coloured later, as the data set's options say."""
+    return lambda request: reader(*args, request.root)
 
+
+def _own_files(reader: Callable[..., Source]) -> Make:
+    """Read a user's own files, with the options on images as one `Reading`."""
+
+    def make(request: DataRequest) -> Source:
+        rest = {name: value for name, value in request.options.items() if name not in Reading.__dataclass_fields__}
+        return reader(request.root, Reading.of(request), **rest)
+
+    return make
+
+
+_MASK = {
+    "mask": Option(
+        "exact",
+        "object masks of training images: every pixel of ink, or its bounding box, as a detector would give it",
+        choices=("exact", "box"),
+    )
+}
 
 _LAYOUT = {
     "layout": Option(
@@ -129,26 +124,23 @@ def _columns(*options: str) -> dict[str, Option]:
 DATASETS: Registry[DatasetInfo] = Registry("data set", {
     "colordigits": DatasetInfo(
         "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        lambda root: open_digits(), 5, "attribute", correlation=0.7,
-        options=_coloured_options("white"),
+        _uncoloured(open_digits), 5, "attribute", 0.7, PALETTES["white"], _MASK,
     ),
     "colormnist": DatasetInfo(
         "MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _mnist, 5, "attribute", correlation=0.5,
-        options=_coloured_options("contrast"),
+        _uncoloured(open_idx, "mnist"), 5, "attribute", 0.5, PALETTES["contrast"], _MASK,
     ),
     "colorfashion": DatasetInfo(
         "Fashion-MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _fashion, 5, "attribute", correlation=0.5,
-        options=_coloured_options("contrast"),
+        _uncoloured(open_idx, "fashionmnist"), 5, "attribute", 0.5, PALETTES["contrast"], _MASK,
     ),
     "digits": DatasetInfo(
         "UCI's 1,797 handwritten digits enlarged to 32x32; needs no file",
-        lambda root: open_digits(), 5, "dirichlet:0.5",
+        _published(open_digits), 5, "dirichlet:0.5",
     ),
     "captions": DatasetInfo(
         "embedded digits on textured canvases with captions; clients differ in look and words, one is a small minority",
-        None, 5, "attribute", make=make_captions, prompts=PROMPTS,
+        lambda request: make_captions(request, **request.options), CLIENTS, "attribute", prompts=PROMPTS,
         task=RETRIEVAL,
         options={
             "minority": Option(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
@@ -164,32 +156,35 @@ DATASETS: Registry[DatasetInfo] = Registry("data set", {
     ),
     "segdigits": DatasetInfo(
         "embedded digits on textured grounds; segmentation into background and ten digits; needs no file",
-        lambda root: open_segdigits(), 5, "dirichlet:0.5", task=SEGMENTATION,
+        _published(open_segdigits), 5, "dirichlet:0.5", task=SEGMENTATION,
     ),
-    "mnist": DatasetInfo("MNIST, 70,000 handwritten digits (IDX files)", _mnist, 10, "dirichlet:0.5"),
+    "mnist": DatasetInfo(
+        "MNIST, 70,000 handwritten digits (IDX files)", _published(open_idx, "mnist"), 10, "dirichlet:0.5"
+    ),
     "fashionmnist": DatasetInfo(
-        "Fashion-MNIST, 70,000 pictures of clothes (IDX files)", _fashion, 10, "dirichlet:0.5"
+        "Fashion-MNIST, 70,000 pictures of clothes (IDX files)", _published(open_idx, "fashionmnist"), 10,
+        "dirichlet:0.5",
     ),
     "cifar10": DatasetInfo(
         "CIFAR-10, 60,000 colour images of 10 classes (official binary files)",
-        open_cifar10, 10, "dirichlet:0.5",
+        _published(open_cifar10), 10, "dirichlet:0.5",
     ),
     "cifar100": DatasetInfo(
         "CIFAR-100, 60,000 colour images of 100 classes (official binary files)",
-        open_cifar100, 10, "dirichlet:0.5",
+        _published(open_cifar100), 10, "dirichlet:0.5",
         options={"labels": Option("fine", "100 fine classes or 20 coarse ones", choices=("fine", "coarse"))},
     ),
     "svhn": DatasetInfo(
-        "SVHN, 99,289 photographed house numbers (official MATLAB files)", open_svhn, 10, "dirichlet:0.5",
+        "SVHN, 99,289 photographed house numbers (official MATLAB files)", _published(open_svhn), 10, "dirichlet:0.5",
         options={"extra": Option("no", "531,131 easier training images more", choices=("no", "yes"))},
     ),
     "folder": DatasetInfo(
         "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone; for sites in SITE/...",
-        partial(_read, open_folder), 5, "dirichlet:0.5", options={**READING, **_LAYOUT},
+        _own_files(open_folder), 5, "dirichlet:0.5", options={**READING, **_LAYOUT},
     ),
     "csv": DatasetInfo(
         "your own images, listed in a CSV file with the columns path,label (or labels: a|b)[,split][,client]",
-        partial(_read, open_csv), 5, "dirichlet:0.5",
+        _own_files(open_csv), 5, "dirichlet:0.5",
         options={
             **READING,
             "task": Option("auto", "what is learnt, where the columns do not tell", choices=CSV_TASKS),
@@ -199,20 +194,19 @@ DATASETS: Registry[DatasetInfo] = Registry("data set", {
     ),
     "segmentation": DatasetInfo(
         "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",
-        partial(_read, open_segmentation), 5, "iid",
+        _own_files(open_segmentation), 5, "iid",
         options={
             **READING,
             **_LAYOUT,
             "names": Option("", "classes separated by |, background first (default: numbers)"),
-            "tile": Option(0, "side of the tiles that images are cut into after resizing, 0 for none", low=0),
             "ignore": Option(-1, "value in the masks where the class is not known, -1 for none", low=-1, high=255),
             **_columns("image", "mask", "split"),
         },
-        task=SEGMENTATION, keeps=True,
+        task=SEGMENTATION,
     ),
     "pairs": DatasetInfo(
         "your own images with captions: image.jpg and image.txt, or a CSV file image,text[,label][,split][,client]",
-        partial(_read, open_pairs), 5, "iid", task=RETRIEVAL,
+        _own_files(open_pairs), 5, "iid", task=RETRIEVAL,
         options={
             **READING,
             **_LAYOUT,
@@ -225,31 +219,34 @@ DATASETS: Registry[DatasetInfo] = Registry("data set", {
         },
     ),
     "arrays": DatasetInfo(
-        "arrays in memory, given through Python (fedkern.FederatedData.from_arrays)",
-        open_arrays, 5, "attribute",
+        "arrays in memory, given through Python (fedkern.FederatedData.from_arrays)", None, 5, "attribute",
     ),
     "datasets": DatasetInfo(
-        "data sets of PyTorch, given through Python (fedkern.simulate(METHOD, data=[...], test=...))",
-        open_datasets, 5, "iid",
+        "data sets of PyTorch, given through Python (fedkern.simulate(METHOD, data=[...], test=...))", None, 5, "iid",
     ),
     "captioned": DatasetInfo(
-        "data sets of PyTorch whose images have texts, given through Python", open_datasets, 5, "iid", task=RETRIEVAL,
+        "data sets of PyTorch whose images have texts, given through Python", None, 5, "iid", task=RETRIEVAL,
     ),
 }, code=lambda info: info.function and info.function.function)  # fmt: skip
+
+
+def data_names() -> list[str]:
+    """Return the names that a user may give: those of all data sets but the ones in the memory of a program."""
+    return [name for name, info in DATASETS.items() if info.make is not None]
 
 
 def lookup(name: str) -> DatasetInfo:
     """The entry of a data set; raises UserError for an unknown name, and suggests the nearest known one."""
     name = named_code.absolute(name)
     if name not in DATASETS:
-        hint = nearest(name, DATASETS)
+        hint = nearest(name, data_names())
         if named_code.parse(name) is not None:
             raise UserError(f"the data set {name} is code, which a run folder may not name alone: give --data {name}.")
         if "/" in name or os.path.exists(name):  # noqa: PTH110 (the name may be too long)
             hint = f" Your own images are --data folder, or csv for a list of them, with --data-root {name}."
         if name.lower().endswith((".nii", ".nii.gz", ".dcm")):
             hint = nearest("nifti", DATASETS)
-        raise UserError(f'unknown data set "{name}": expected one of {", ".join(DATASETS)}.{hint}')
+        raise UserError(f'unknown data set "{name}": expected one of {", ".join(data_names())}.{hint}')
     return DATASETS[name]
 
 
@@ -334,7 +331,7 @@ def register_data(
         description = DATASETS.describe(name, function, "" if named_code.parse(name) is None else name)
         entry = DataFunction(name, function, kind, clients, shares)
         DATASETS[name] = DatasetInfo(
-            description=description, open=None, clients=clients, partition=shares, options=entry.options,
+            description=description, make=entry.make, clients=clients, partition=shares, options=entry.options,
             prompts=prompts, task=kind, function=entry,
         )  # fmt: skip
         with suppress(AttributeError):  # an object without attributes

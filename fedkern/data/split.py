@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,52 +26,6 @@ MOST = 32
 def are_classes(values: Sequence[int]) -> bool:
     """Whether the sorted values of pixels are class numbers from 0 without a gap, and no more than `MOST`."""
     return 0 < len(values) <= MOST and values[-1] == len(values) - 1
-
-
-class AnySplit(Protocol):
-    """What may be asked of a split of images, `Split`, and of other samples, `fedkern.data.sources.items.Items`, alike.
-
-    What reads it in batches is `fedkern.engine.context.reader`.
-    """
-
-    @property
-    def task(self) -> Task:
-        """What is learnt of it."""
-
-    @property
-    def memory(self) -> int:
-        """Bytes of its prepared samples, where they are kept."""
-
-    @property
-    def labels(self) -> Any:
-        """The targets of all samples."""
-
-    @property
-    def ids(self) -> Any:
-        """Names of the samples, or None."""
-
-    def __len__(self) -> int: ...
-
-    def subset(self, indices: Tensor) -> Any:
-        """A new split with the rows ``indices``, int64 ``[m]``."""
-
-    def plus(self, others: Sequence[Any]) -> Any:
-        """The split with the samples of others of its kind behind its own."""
-
-    def fingerprint(self, value: int = 0) -> int:
-        """A CRC-32 of what it holds, of items of their numbers alone, which goes on from ``value``."""
-
-    def units(self) -> npt.NDArray[np.int64] | None:
-        """What every row belongs to (a case, a patient) where rows belong together, else None."""
-
-    def identities(self) -> list[str]:
-        """What tells a sample from others."""
-
-    def raw(self) -> dict[str, Any]:
-        """What a client would send who gives its samples away."""
-
-    def any_known(self) -> bool:
-        """Whether a target is known."""
 
 
 @dataclass(frozen=True)

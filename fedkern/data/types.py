@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fedkern.data.forms import ImageForm
 from fedkern.data.images.full_masks import FullMasks
 from fedkern.data.sources.arrays import parts_of_arrays
 from fedkern.data.sources.datasets import parts_of_datasets
+from fedkern.data.sources.items import Items
 from fedkern.data.split import Split, describe, rows_of
 from fedkern.files.filesystem import check_text
 from fedkern.streams import stream
@@ -24,6 +26,8 @@ LISTED = 12
 """Most clients that a notebook's table of the data lists."""
 Labelled = tuple[Tensor, Tensor]
 """Images and their labels."""
+AnySplit = Split | Items
+"""Images or other samples, which `fedkern.engine.context.reader` reads in batches."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,31 @@ class Source:
         return replace(self, train=change(self.train), validation=change(self.validation), tests=tests)
 
 
+@dataclass(frozen=True)
+class DataRequest:
+    """What a run asks of a data set.
+
+    Attributes:
+        root: folder or file of the data set's files.
+        clients, partition: as the user gives them; None: the data set's defaults.
+        options: the value of every option of the data set.
+        cache: folder that keeps decoded files, see `fedkern.data.load`.
+        progress: called with messages during a long decoding.
+    """
+
+    root: str | Path | None = None
+    clients: int | None = None
+    partition: str | None = None
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    train_samples: int | None = None
+    public_samples: int = 0
+    test_samples: int = 0
+    validation_samples: int = 0
+    cache: str | Path | None = None
+    progress: Callable[[str], None] | None = None
+
+
 def client_label(names: Sequence[str] | None, client: int) -> str:
     """A client in messages and tables: its number and, where clients have names, its name, ``1 (Berlin)``."""
     return str(client) if names is None else f"{client} ({names[client]})"
@@ -162,7 +191,7 @@ def memory_source(
 
 @dataclass(frozen=True)
 class FederatedData:
-    """A data set shared out among clients, in splits of one kind: `fedkern.data.split.AnySplit`.
+    """A data set shared out among clients, in splits of one kind: `AnySplit`.
 
     Attributes:
         name: the data set's name in `fedkern.data.DATASETS`.

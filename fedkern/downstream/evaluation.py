@@ -20,7 +20,6 @@ from fedkern.data.registry import lookup
 from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
-from fedkern.downstream.prediction import PARTS
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.context import reader
 from fedkern.engine.evaluate import Key, batch_size, evaluate, evaluating, prefixed
@@ -168,10 +167,9 @@ def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[
     if {"size", "colour"} <= {*options} and height == width:
         values |= {"size": height, "colour": "grey" if about["channels"] == 1 else "rgb"}
         trained = lookup(config.data).options  # of a user's data set they may have other names
-        for part in PARTS:
-            if {part, "size"} <= {*options} & {*trained} and config.data_options.get(part):
-                # The network sees parts of larger images.
-                values |= {"size": config.data_options.get("size", trained["size"].default), part: height}
+        if {"crop", "size"} <= {*options} & {*trained} and config.data_options.get("crop"):
+            # The network sees parts of larger images.
+            values |= {"size": config.data_options.get("size", trained["size"].default), "crop": height}
     if data == config.data == "segmentation":
         values["names"] = "|".join(about["classes"])
     named = data == "csv" and about["task"] in (lookup(data).options["task"].choices or ())

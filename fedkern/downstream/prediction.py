@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedkern.data.forms import form_of
 from fedkern.data.images.greys import looked_at, pixels_outside
-from fedkern.data.images.image_files import MAX_PIXELS, list_images, read_images
+from fedkern.data.images.image_files import MAX_PIXELS, ImageFiles, list_images
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.serving import as_in_the_run
 from fedkern.engine.store.resuming import unedited
@@ -37,8 +37,6 @@ BATCH = 250
 """Most images that a network sees at once; a batch may have one image more (see ``batch_slices``)."""
 PIXELS = 1 << 20
 """Pixels per batch of larger images, so that feature maps take the same memory whatever the images' size."""
-PARTS = ("tile", "crop")
-"""Data options with which a network sees parts of images."""
 PREDICTED = "predicted"
 """Column of the predicted class; the columns behind it are the classes' probabilities."""
 
@@ -94,13 +92,11 @@ class Predictor:
                 "fedkern.load(DIR, ...).predict(DATASET)."
             )
         config = unedited(out, trusted=trusted, device="cpu")
-        options = config.data_options
-        for name in PARTS:
-            if options.get(name):
-                raise UserError(
-                    f"The network in {out} saw parts of images (data option {name}={options[name]}): predictions are "
-                    "for networks that see whole images."
-                )
+        if crop := config.data_options.get("crop"):
+            raise UserError(
+                f"The network in {out} saw parts of images (data option crop={crop}): predictions are for networks "
+                "that see whole images."
+            )
         predictor = cls(as_in_the_run(module, config), about, where=out)
         if not config.statistics:  # batch norm then normalises by the batch, so that answers depend on its size
             predictor.batch = BATCH
@@ -119,7 +115,8 @@ class Predictor:
         channels, height, width = self.image_shape
         if height != width:
             raise UserError(f"The network sees images of {height}x{width} pixels, and image files are read as squares.")
-        return read_images(paths, height, "predict", grey=channels == 1, bits=self.grey_bits, window=self.window)
+        grey, bits = channels == 1, self.grey_bits
+        return ImageFiles(paths, height, "predict", grey=grey, bits=bits, window=self.window).read()
 
     @reproducible()
     @torch.no_grad()

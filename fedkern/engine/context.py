@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkern import models
 from fedkern.data.images.pixels import CACHE_BYTES
 from fedkern.data.sources.items import Items
-from fedkern.data.split import AnySplit
+from fedkern.data.types import AnySplit
 from fedkern.deferred.calls import apply_plan
 from fedkern.engine import initial_weights
 from fedkern.engine.captured import Graphs

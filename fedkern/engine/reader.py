@@ -12,7 +12,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from fedkern.data.split import AnySplit
+from fedkern.data.types import AnySplit
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
 from fedkern.streams import mix_words, seed_generators, seeded_generators, stream
 from fedkern.tasks.retrieval import LOSS_BATCH

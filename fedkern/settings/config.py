@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fedkern.data import DATASETS
-from fedkern.data.registry import given_options
+from fedkern.data.registry import data_names, given_options
 from fedkern.errors import UserError, nearest
 from fedkern.files.filesystem import check_text
 from fedkern.methods import registry, script_methods
@@ -31,7 +30,7 @@ from fedkern.typed_option import Option, declared
 from fedkern.usercode import named_code
 from fedkern.usercode import plugins as plugin_room
 
-_SHIPPED_DATA, _SHIPPED_MODELS, _SHIPPED_AGGREGATORS = (", ".join(each) for each in (DATASETS, MODELS, AGGREGATORS))
+_SHIPPED_DATA, _SHIPPED_MODELS, _SHIPPED_AGGREGATORS = (", ".join(each) for each in (data_names(), MODELS, AGGREGATORS))
 RESUMABLE = ("data_root", "workers", "cache", "keep_items")
 """Settings that change no bit of a run; they may differ when the run is resumed."""
 UNSTORED = ("cache",)
@@ -55,7 +54,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         The help of ``data``, ``model`` and ``aggregator`` lists what is registered now, plugins' included.
         """
         now = {
-            "data": (_SHIPPED_DATA, ", ".join(DATASETS)),
+            "data": (_SHIPPED_DATA, ", ".join(data_names())),
             "model": (_SHIPPED_MODELS, ", ".join(MODELS)),
             "aggregator": (_SHIPPED_AGGREGATORS, ", ".join(AGGREGATORS)),
         }

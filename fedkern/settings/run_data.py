@@ -24,8 +24,8 @@ from fedkern.data.sharing.patients import limited
 from fedkern.data.sources.dataset_images import as_images, can_be_images
 from fedkern.data.sources.inspection import inspect
 from fedkern.data.sources.items import Items
-from fedkern.data.split import AnySplit, Split
-from fedkern.data.types import client_label
+from fedkern.data.split import Split
+from fedkern.data.types import AnySplit, client_label
 from fedkern.errors import UserError, first_of
 from fedkern.files.image_rows import in_parts, loaded
 from fedkern.methods import registry

@@ -3,19 +3,16 @@
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
 
 from fedkern.data import load
 from fedkern.errors import UserError
 from fedkern.report.live.progress import headline
 from fedkern.settings.config import RunConfig
+from python_tests.data.image_sets import write_mask
 
 
 def picture(path, value=1, text=True):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mask = Image.new("L", (8, 8))
-    mask.paste(value % 256, (0, 0, 4, 5))
-    mask.save(path)
+    write_mask(path, box=(0, 0, 4, 5), value=value % 256)
     if text:
         path.with_suffix(".txt").write_text(f"text {value}")
 

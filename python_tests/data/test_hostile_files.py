@@ -14,7 +14,7 @@ from scipy.io import savemat
 
 from fedkern.data import load
 from fedkern.data.images.boxes_file import BoxesFile
-from fedkern.data.images.image_files import FORMATS, list_images, open_image, read_images, read_mask
+from fedkern.data.images.image_files import FORMATS, ImageFiles, list_images, open_image, read_mask
 from fedkern.data.sources.found_files import gunzip
 from fedkern.errors import UserError
 from fedkern.files.inputs import open_regular, parse_json
@@ -51,7 +51,7 @@ def test_postscript_in_a_png_starts_no_other_program(tmp_path, monkeypatch):
     path = tmp_path / "image.png"
     Image.new("RGB", (8, 8)).save(path, format="EPS")
     with pytest.raises(UserError, match=r"cannot read the image .*image\.png \(it is none of JPEG, PNG"):
-        read_images([path], 8, "folder")
+        ImageFiles([path], 8, "folder").read()
     with pytest.raises(UserError, match="none of JPEG, PNG"):
         read_mask(path, path, "segmentation", size=8)
     assert not called
@@ -67,11 +67,11 @@ def test_six_formats_are_decoded_whatever_a_file_is_called(tmp_path):
         except Exception:  # what needs a library that is not here, or other modes
             continue
         if kind in FORMATS:
-            assert read_images([path], 8, "folder")[0].shape == (1, 3, 8, 8)
+            assert ImageFiles([path], 8, "folder").read()[0].shape == (1, 3, 8, 8)
         elif kind not in ("MPO", "APNG"):  # a JPEG with several pictures is a JPEG
             refused.append(kind)
             with pytest.raises(UserError, match="none of JPEG"):
-                read_images([path], 8, "folder")
+                ImageFiles([path], 8, "folder").read()
     assert {"EPS", "PPM", "TGA", "ICO"} <= set(refused)
 
 
@@ -95,7 +95,7 @@ def test_a_picture_of_too_many_pixels_is_refused_by_its_header(tmp_path, side):
         with pytest.raises(
             UserError, match=rf"has {side}x{side} pixels, more than 50,000,000.*--max-image-pixels {side**2}"
         ):
-            read_images([path], 8, "folder")
+            ImageFiles([path], 8, "folder").read()
     assert before == Image.MAX_IMAGE_PIXELS
 
 

@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.images import image_cache, image_files
+from fedkern.data.images import image_cache
+from fedkern.data.images.image_files import MaskFiles
 from fedkern.errors import UserError
 from fedkern.files.image_rows import PixelClasses
+from python_tests.image_files import watched
 
 IMAGES, SIDE = 24, 8
 
@@ -50,15 +52,7 @@ def splits(data):
 @pytest.fixture
 def decoded(monkeypatch):
     """The masks that were decoded."""
-    found = []
-    read = image_files.read_mask
-
-    def counted(picture, mask, *rest):
-        found.append(mask)
-        return read(picture, mask, *rest)
-
-    monkeypatch.setattr(image_files, "read_mask", counted)
-    return found
+    return watched(monkeypatch, MaskFiles)
 
 
 CASES = {
@@ -124,15 +118,12 @@ def test_a_changed_image_or_mask_is_looked_at_again(tmp_path, decoded):
     assert data.classes == ("0", "1", "2")
 
 
-def test_small_masks_and_tiles_stay_in_memory(tmp_path, monkeypatch):
+def test_small_masks_stay_in_memory(tmp_path, monkeypatch):
     root = written(tmp_path / "root", (0, 1))
     monkeypatch.setattr(image_cache, "MEMORY_BYTES", 8 * IMAGES * SIDE**2)
     assert not isinstance(open_set(root).clients[0].labels, PixelClasses)
     monkeypatch.setattr(image_cache, "MEMORY_BYTES", 8 * IMAGES * SIDE**2 - 1)
     assert isinstance(open_set(root).clients[0].labels, PixelClasses)
-    tiles = open_set(root, tmp_path / "cache", options={"tile": 4})
-    assert not isinstance(tiles.clients[0].labels, PixelClasses)
-    assert not (tmp_path / "cache").exists()
 
 
 def test_sites_and_own_tests(tmp_path):

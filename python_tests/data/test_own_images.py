@@ -12,11 +12,11 @@ from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
+from python_tests.data.image_sets import write_image
 
 
 def picture(path, value, size=(12, 10)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (value, 255 - value, 7)).save(path)
+    write_image(path, value, size, "RGB")
 
 
 def mask(path, array, mode=None):
@@ -361,37 +361,6 @@ def test_what_segmentation_cannot_do_is_one_sentence(tmp_path, settings, words):
     write_pairs(tmp_path, images=20)
     with pytest.raises(UserError, match=words):
         open_set("segmentation", tmp_path, **settings)
-
-
-def test_tiles_stay_with_their_image(tmp_path):
-    write_pairs(tmp_path, images=12, size=(32, 32))
-    (tmp_path / "images").rename(tmp_path / "image")
-    (tmp_path / "masks").rename(tmp_path / "label")
-    whole, data = (open_set("segmentation", tmp_path, size=32, tile=tile) for tile in (0, 8))
-    assert data.form.shape == (3, 8, 8)
-    held = [{name.partition("#")[0] for name in split.ids} for split in every_split(data)]
-    assert held == [set(split.ids) for split in every_split(whole)]
-    for split, pictures in zip(every_split(data), every_split(whole), strict=True):
-        assert len(split) == 16 * len(pictures)
-        assert torch.equal(split.cases, split.cases[::16].repeat_interleave(16))
-        for i, name in enumerate(split.ids):
-            stem, _, number = name.partition("#")
-            row, (y, x) = pictures.ids.index(stem), divmod(int(number), 4)
-            window = (slice(8 * y, 8 * y + 8), slice(8 * x, 8 * x + 8))
-            assert torch.equal(split.images[i], pictures.images[row][:, *window])
-            assert torch.equal(split.labels[i], pictures.labels[row][window])
-    with pytest.raises(UserError, match="size must be a multiple of tile, 32 is none of 12"):
-        open_set("segmentation", tmp_path, size=32, tile=12)
-
-
-@pytest.mark.parametrize("share", ["test_share", "validation_share"])
-def test_a_set_without_tiles(tmp_path, share):
-    write_pairs(tmp_path, images=12, size=(16, 16))
-    data = open_set("segmentation", tmp_path, tile=8, **{share: 0})
-    empty, other = (data.tests[""], data.validation)[:: 1 if share == "test_share" else -1]
-    assert empty.images.shape == (0, 3, 8, 8)
-    assert empty.labels.shape == (0, 8, 8)
-    assert len(other) >= 4
 
 
 def test_what_is_not_known_is_ignored(tmp_path):

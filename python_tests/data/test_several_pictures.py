@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.images.image_files import read_images
+from fedkern.data.images.image_files import ImageFiles
 from fedkern.downstream.prediction import Predictor
 from fedkern.errors import UserError
 
@@ -75,7 +75,7 @@ def test_a_prediction_refuses_two_pictures(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_one_picture_is_read(tmp_path, suffix):
     write(tmp_path / f"a.{suffix}", FIRST)
-    assert (read_images([tmp_path / f"a.{suffix}"], 8, "folder")[0] == 10).all()
+    assert (ImageFiles([tmp_path / f"a.{suffix}"], 8, "folder").read()[0] == 10).all()
 
 
 def test_the_first_picture_of_a_photograph_counts(tmp_path):
@@ -85,4 +85,4 @@ def test_the_first_picture_of_a_photograph_counts(tmp_path):
     )
     with Image.open(tmp_path / "a.jpg") as image:
         assert image.n_frames == 2
-    assert (read_images([tmp_path / "a.jpg"], 8, "folder")[0] == 10).all()
+    assert (ImageFiles([tmp_path / "a.jpg"], 8, "folder").read()[0] == 10).all()

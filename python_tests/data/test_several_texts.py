@@ -47,6 +47,7 @@ def assert_apart(*splits):
 def test_a_client_has_all_texts_of_its_images(tmp_path, spec):
     data = open_set(write(tmp_path), partition=spec)
     assert_apart(*data.clients, data.validation, data.tests[""])
+    assert len(data.tests[""]) == len(set(data.tests[""].texts)) == 5 * len(set(data.tests[""].ids)) == 45
     assert sum(data.client_sizes) == 5 * sum(len(set(split.ids)) for split in data.clients)
     assert int(data.statistics.counts.sum()) == sum(data.client_sizes)
     for split in data.clients:

@@ -4,18 +4,13 @@ import re
 from collections import Counter
 
 import pytest
-from PIL import Image
 
 from fedkern.data import load
 from fedkern.data.sharing.holdout import hold_out
 from fedkern.errors import UserError
+from python_tests.data.image_sets import write_image, write_mask, write_table
 
 SITES = ("Aachen", "Bonn", "Celle")
-
-
-def picture(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (9, 8), (value, 7, 255 - value)).save(path)
 
 
 def caption(path, text):
@@ -27,10 +22,9 @@ def open_set(name, root, clients=None, partition=None, notice=None, **options):
 
 
 def table(root, header="path,label,site", rows=30, sites=SITES, line="{i}.png,{label},{site}"):
-    root.mkdir(parents=True, exist_ok=True)
     lines = [header]
     for i in range(rows):
-        picture(root / f"{i}.png", 8 * i)
+        write_image(root / f"{i}.png", 8 * i)
         site = sites[i % len(sites)]
         lines.append(line.format(i=i, label="cd"[i // 3 % 2], site=site, split="train" if i < rows - 6 else "test"))
     (root / "list.csv").write_text("\n".join(lines) + "\n")
@@ -126,7 +120,7 @@ def test_a_site_that_is_drawn_into_the_held_out_sets_as_a_whole(tmp_path):
     whole = open_set("csv", root)
     path, held = root / "list.csv", [name.removesuffix(".png") for name in whole.tests[""].ids[:2]]
     for i, patient in enumerate(held):
-        picture(root / f"z{i}.png", i)
+        write_image(root / f"z{i}.png", i)
         path.write_text(path.read_text() + f"z{i}.png,c,Zell,{patient}\n")
     with pytest.raises(UserError, match=r"all images of Zell in the column .* were drawn into the test or validation"):
         open_set("csv", root)
@@ -138,23 +132,13 @@ def test_a_site_that_is_drawn_into_the_held_out_sets_as_a_whole(tmp_path):
 # Sets that are drawn
 
 
-def by_site(root, name, counts, patients=1, header=True):
+def by_site(root, name, counts, patients=1):
     """A data set of sites with so many images each; images of a patient follow each other."""
-    root.mkdir(parents=True, exist_ok=True)
-    columns = {"csv": "path,label", "pairs": "image,text,label", "segmentation": "image,mask"}
-    lines, number = [f"{columns[name]},site,patient"], 0
-    for site, count in counts.items():
-        for i in range(count):
-            picture(root / f"{site}{i}.png", number % 256)
-            mask = Image.new("L", (9, 8))
-            mask.paste(1, (1, 1, 4, 4))
-            mask.save(root / f"m{site}{i}.png")
-            row = {"path": f"{site}{i}.png", "label": "ab"[i % 2], "text": f"text {i}"}
-            row |= {"image": row["path"], "mask": f"m{site}{i}.png", "site": site, "patient": f"{site}{i // patients}"}
-            lines.append(",".join(row[column] for column in lines[0].split(",")))
-            number += 1
-    (root / "list.csv").write_text("\n".join(lines) + "\n")
-    return root
+    rows = [
+        {"name": f"{site}{i}.png", "label": "ab"[i % 2], "site": site, "patient": f"{site}{i // patients}"}
+        for site, count in counts.items() for i in range(count)
+    ]  # fmt: skip
+    return write_table(root, f"{name},site,patient", rows)
 
 
 def shares(split):
@@ -177,7 +161,7 @@ def test_folders_of_sites_are_drawn_of_every_site(tmp_path):
     for k, site in enumerate(SITES):
         for label in "ab":
             for i in range(5):
-                picture(tmp_path / site / label / f"{i}.png", 40 * k + 20 * (label == "a") + i)
+                write_image(tmp_path / site / label / f"{i}.png", 40 * k + 20 * (label == "a") + i)
     data = open_set("folder", tmp_path)
     assert shares(data.tests[""]) == {"A": 2, "B": 2, "C": 2}
     assert shares(data.validation) == {"A": 1, "B": 1, "C": 1}
@@ -258,9 +242,7 @@ def test_patients_and_splits_in_columns_by_other_names(tmp_path):
 def test_masks_in_a_column_by_another_name(tmp_path):
     root = table(tmp_path, "image,outline", line="{i}.png,m{i}.png")
     for i in range(30):
-        mask = Image.new("L", (9, 8))
-        mask.paste(255, (1, 1, 4, 4))
-        mask.save(root / f"m{i}.png")
+        write_mask(root / f"m{i}.png", value=255)
     assert open_set("segmentation", root, clients=2, mask="outline").classes == ("0", "1")
 
 
@@ -276,7 +258,7 @@ def test_columns_that_are_not_there(tmp_path, name, options, words):
 
 def test_a_column_without_a_csv_file(tmp_path):
     for i in range(4):
-        picture(tmp_path / f"{i}.png", i)
+        write_image(tmp_path / f"{i}.png", i)
         caption(tmp_path / f"{i}.png", "a text")
     with pytest.raises(UserError, match=r'option text names the column "report" of a CSV file, and .* holds none'):
         open_set("pairs", tmp_path, text="report")
@@ -290,7 +272,7 @@ def site_folders(root, splits=("",), classes=("cat", "dog"), images=10, sites=SI
         for split in splits:
             for c, name in enumerate(classes):
                 for i in range(images):
-                    picture(root / site / split / name / f"{split or 'all'}{i}.png", 80 * s + 20 * c + i)
+                    write_image(root / site / split / name / f"{split or 'all'}{i}.png", 80 * s + 20 * c + i)
     return root
 
 
@@ -342,18 +324,18 @@ WHOLE, SPLIT = ("",), ("train", "test")
 
 
 @pytest.mark.parametrize(("splits", "change", "words"), [
-    (WHOLE, lambda t: picture(t / "Bonn" / "x.png", 1), "Bonn holds images and .*Aachen holds folders of images"),
+    (WHOLE, lambda t: write_image(t / "Bonn" / "x.png", 1), "Bonn holds images and .*Aachen holds folders of images"),
     (WHOLE, lambda t: (t / "Dorf").mkdir(), "Aachen is laid out as a site and .*Dorf beside it is not"),
     (WHOLE, lambda t: [remove(t / name) for name in SITES[1:]], "holds the single site Aachen; name .*--data-root"),
     (SPLIT, lambda t: remove(t / "Bonn" / "test"), "Bonn has a folder train, but no folder test"),
     (
         SPLIT,
-        lambda t: picture(t / "Bonn" / "val" / "cat" / "0.png", 1),
+        lambda t: write_image(t / "Bonn" / "val" / "cat" / "0.png", 1),
         "the site Bonn has a folder val and the site Aachen has none for that split",
     ),
     (
         SPLIT,
-        lambda t: [remove(t / "Bonn" / "test"), remove(t / "Bonn" / "train"), picture(t / "Bonn/cat/0.png", 1)],
+        lambda t: [remove(t / "Bonn" / "test"), remove(t / "Bonn" / "train"), write_image(t / "Bonn/cat/0.png", 1)],
         "the site Aachen has a folder t.* and the site Bonn has none",
     ),
     (
@@ -361,7 +343,11 @@ WHOLE, SPLIT = ("",), ("train", "test")
         lambda t: [path.unlink() for path in (t / "Bonn" / "test").rglob("*.png")],
         "the site Bonn has no image in .*Bonn/test",
     ),
-    (SPLIT, lambda t: picture(t / "Bonn/test/cow/0.png", 1), "Bonn/test/cow is a class that no site"),
+    (
+        SPLIT,
+        lambda t: write_image(t / "Bonn/test/cow/0.png", 1),
+        "no site has a training image of the class cow; leave .*Bonn/test/cow out",
+    ),
     (WHOLE, lambda t: [(t / s / "emu").mkdir() for s in SITES], "no site has a training image of the class emu"),
     (
         WHOLE,
@@ -380,11 +366,8 @@ def site_masks(root, splits=("",), images=6):
     for s, site in enumerate(SITES):
         for split in splits:
             for i in range(images):
-                picture(root / site / split / "images" / f"{i}.png", 60 * s + i)
-                mask = Image.new("L", (9, 8))
-                mask.paste(255, (1, 1, 4, 4))
-                (root / site / split / "masks").mkdir(exist_ok=True)
-                mask.save(root / site / split / "masks" / f"{i}.png")
+                write_image(root / site / split / "images" / f"{i}.png", 60 * s + i)
+                write_mask(root / site / split / "masks" / f"{i}.png", value=255)
     return root
 
 
@@ -394,7 +377,7 @@ def site_texts(root, splits=("",), labels=("a", "b"), images=4):
             for name in labels:
                 for i in range(images):
                     path = root / site / split / name / f"{i}.png"
-                    picture(path, 60 * s + i)
+                    write_image(path, 60 * s + i)
                     caption(path, f"{site} shows {name} {i}")
     return root
 
@@ -420,17 +403,10 @@ def test_texts_of_sites_without_labels(tmp_path):
 def test_labels_of_texts_are_no_sites(tmp_path):
     """The layout without sites is read as before, also with another folder beside the labels."""
     site_texts(tmp_path, labels=("",), images=8)
-    picture(tmp_path / "backup" / "deeper" / "0.png", 1)
+    write_image(tmp_path / "backup" / "deeper" / "0.png", 1)
     data = open_set("pairs", tmp_path, partition="iid", clients=2)
     assert data.classes == SITES
     assert data.client_names is None
-
-
-def test_tiles_keep_their_site(tmp_path):
-    data = open_set("segmentation", site_masks(tmp_path, ("train", "test")), tile=4)
-    for splits in (data.clients, data.client_tests):
-        for split, site in zip(splits, SITES, strict=True):
-            assert {one.split("/")[0] for one in split.ids} == {site}
 
 
 # What is set aside

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from fedkern import ops
-from fedkern.downstream import prediction
+from fedkern.data.images.image_files import ImageFiles
 from fedkern.downstream.export import check, export, of_images
 from fedkern.downstream.prediction import BATCH, Predictor, found_images, write_masks, write_table
 from fedkern.errors import UserError
@@ -77,19 +77,19 @@ def test_answers_do_not_depend_on_the_batches(paths, task):
 
 def test_masks_are_written_as_they_come(paths, tmp_path, monkeypatch):
     there = []
-    read = prediction.read_images
+    read = ImageFiles.read
 
-    def seen(*args, **options):
+    def seen(files):
         there.append(len(list((tmp_path / "masks.part").iterdir())))
-        return read(*args, **options)
+        return read(files)
 
-    monkeypatch.setattr(prediction, "read_images", seen)
+    monkeypatch.setattr(ImageFiles, "read", seen)
     own = predictor("segmentation")
     own.batch = 4
     write_masks(tmp_path / "masks", paths, own.files(paths))
     assert there == [0, 4, 8]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "masks"]
-    monkeypatch.setattr(prediction, "read_images", read)
+    monkeypatch.setattr(ImageFiles, "read", read)
     for path in paths:
         with Image.open(path) as image, Image.open(tmp_path / "masks" / path.name) as mask:
             assert mask.size == image.size

@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fedkern
 from fedkern.data.sources.data_function import DataFunction
+from fedkern.data.types import DataRequest
 from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
 from fedkern.downstream.evaluation import evaluate_run
 from fedkern.downstream.export import export, exportable
@@ -271,7 +272,7 @@ def put_into_data(what, _):
         exec(f"import os, numpy, torch\n{what}", {})
         raise LookupError("no files")
 
-    DataFunction("mine", function, "classification", 2, "iid").make(None, None, None, 0, {})
+    DataFunction("mine", function, "classification", 2, "iid").make(DataRequest())
 
 
 def put_into_network(what, _):

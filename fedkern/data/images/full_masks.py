@@ -25,13 +25,11 @@ class MaskStore:
         read: the class of every pixel of the mask with a number, int16 ``[H, W]``, negative where it is unknown.
         size: side in pixels to which masks are resized for the network.
         square: masks are first padded to squares, with the same margin on both sides.
-        tile: side of the tiles that resized masks are cut into, 0 for none.
     """
 
     read: Callable[[int], Classes]
     size: int
     square: bool = False
-    tile: int = 0
     packed: dict[int, Packed] = field(default_factory=dict)
 
     def classes(self, number: int) -> Classes:
@@ -54,7 +52,7 @@ class MaskStore:
 
 @dataclass(frozen=True, eq=False)
 class FullMasks:
-    """The masks of a split: those of a `MaskStore` at ``rows``, int64 ``[n]`` (of tiles: tile by tile)."""
+    """The masks of a split: those of a `MaskStore` at ``rows``, int64 ``[n]``."""
 
     store: MaskStore
     rows: Tensor
@@ -66,20 +64,13 @@ class FullMasks:
         """The masks at ``indices``, int64 ``[m]``."""
         return FullMasks(self.store, self.rows[indices])
 
-    def tiled(self, tile: int) -> FullMasks:
-        """The masks of the tiles into which every resized mask is cut, row by row."""
-        store = MaskStore(self.store.read, self.store.size, self.store.square, tile)
-        count = (store.size // tile) ** 2
-        return FullMasks(store, (self.rows[:, None] * count + torch.arange(count)).flatten())
-
     def loaded(self) -> FullMasks | None:
         """The same masks, held in memory, compressed; None where all have the size of the resized ones.
 
         Raises:
             UserError: a mask cannot be read, or holds a value that is no class.
         """
-        count = (self.store.size // self.store.tile) ** 2 if self.store.tile else 1
-        numbers = sorted({row // count for row in self.rows.tolist()})
+        numbers = sorted(set(self.rows.tolist()))
 
         def load(place: int) -> None:
             self.store.classes(numbers[place])
@@ -94,17 +85,9 @@ class FullMasks:
 
     def __getitem__(self, index: int) -> tuple[Classes, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """A mask int16 ``[h, w]``, and the row and column of the network's mask in which every row and column lies."""
-        number = int(self.rows[index])
-        tile = self.store.tile
-        across = self.store.size // tile if tile else 1
-        number, part = divmod(number, across**2)
-        classes = self.store.classes(number)
+        classes = self.store.classes(int(self.rows[index]))
         rows, columns = (self.store.places(side, max(classes.shape)) for side in classes.shape)
-        if not tile:
-            return classes, rows, columns
-        top, left = (tile * place for place in divmod(part, across))
-        down, right = (rows >= top) & (rows < top + tile), (columns >= left) & (columns < left + tile)
-        return classes[down][:, right], rows[down] - top, columns[right] - left
+        return classes, rows, columns
 
     def overlaps(self, predicted: Tensor, first: int, classes: int) -> Tensor:
         """Pixel counts of images and classes (in both, predicted, true), int64 ``[B, 3, C]``.

@@ -137,7 +137,7 @@ def described(
         sets: that of every file.
         looks: those of files of every set.
         seen: size and colour that a network sees.
-        bits, window: see `fedkern.data.images.image_files.read_images`.
+        bits, window: see `fedkern.data.images.image_files.ImageFiles`.
     """
     scaled = f"0 to {2**bits - 1:,} become 0 to 255 ({ADVICE})"
     if window is not None:

@@ -19,7 +19,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -29,12 +28,12 @@ import PIL
 import torch
 from torch import Tensor
 
-from fedkern.data.images.image_files import ImageFiles, ImageReader, MaskFiles, unreadable
-from fedkern.data.types import Pool, Source
+from fedkern.data.images.image_files import ImageFiles, ImageReader, unreadable
+from fedkern.data.types import Pool
 from fedkern.errors import UserError
 from fedkern.files.filesystem import cache_folder, expand, one_writer
 from fedkern.files.filesystem import replace as replace_file
-from fedkern.files.image_rows import ImageRows, ImageStore
+from fedkern.files.image_rows import ImageStore
 from fedkern.files.inputs import open_regular
 
 MEMORY_BYTES = 1 << 30
@@ -46,65 +45,53 @@ COMMIT_SECONDS = 30.0
 NOTICE_SECONDS, NOTICE_SHARE = 10.0, 0.05
 """Least time between two progress lines, and least share of the images."""
 MAGIC = b"fedkern decoded images 3\n"
-"""First line of a sizes file; its number changes with what `image_files.read_images` makes of a file."""
+"""First line of a sizes file; its number changes with what `ImageFiles` makes of a file."""
 HEADER_BYTES, ROW_BYTES = 128, 12
 
-Files = ImageFiles | MaskFiles
 Notice = Callable[[str], None] | None
 Rows = npt.NDArray[np.int64]
 
 
-def on_disk(source: Source, reads: Sequence[tuple[Pool, Tensor]], cache: str | Path | None, notice: Notice) -> Source:
-    """The data set with its images in a file instead of memory, where they are many or there is a cache folder.
+def store_images(reads: Sequence[tuple[Pool, Tensor]], cache: str | Path | None, notice: Notice) -> None:
+    """Decode images into a file instead of memory, where they are many or there is a cache folder.
 
-    The images that will be read, and are not yet in the file, are decoded first.
+    Images that are in the file already are not decoded again.  Their pools then read
+    :class:`~fedkern.files.image_rows.ImageRows`.
 
     Args:
         reads: the pools with the rows (int64 ``[m]``) that will be read.
-        cache: folder that keeps the decoded images; None: images of more than `MEMORY_BYTES` go to a temporary file.
+        cache: see :func:`store_files`.
 
-    Returns:
-        A source whose pools read :class:`~fedkern.files.image_rows.ImageRows`; ``source`` itself where its images stay
-        in memory.
+    Raises:
+        UserError: see :func:`store_files`.
+    """
+    places: dict[ImageFiles, list[Rows]] = {}
+    for pool, rows in reads:
+        if isinstance(pool.read, ImageReader):
+            places.setdefault(pool.read.files, []).append(pool.read.places[rows].numpy())
+    for files, chosen in places.items():
+        store_files(files, np.unique(np.concatenate(chosen)), cache, notice)
+    if not places:
+        tell_unused(cache, notice)
+
+
+def store_files(
+    files: ImageFiles, needed: Rows, cache: str | Path | None, notice: Notice, *, in_memory: int = 1
+) -> None:
+    """Decode the images or masks at ``needed`` into a file, unless they fit in memory: then they are decoded later.
+
+    Args:
+        cache: folder that keeps the decoded images; None: images that take more than `MEMORY_BYTES` in memory go to a
+            temporary file.
+        in_memory: bytes in memory that a byte of an image takes.
 
     Raises:
         UserError: an image that cannot be decoded, a folder that cannot be written, or too little free space.
     """
-    stores: dict[int, tuple[ImageStore, Tensor]] = {}
-    readers = [(pool.read, rows) for pool, rows in reads if isinstance(pool.read, ImageReader)]
-    for files in {id(reader.files): reader.files for reader, _ in readers}.values():
-        places = [reader.places[rows].numpy() for reader, rows in readers if reader.files is files]
-        entry = _stored(files, np.unique(np.concatenate(places)), cache, notice)
-        if entry is not None:
-            stores[id(files)] = entry
-    if not readers:
-        tell_unused(cache, notice)
-
-    def mapped(pool: Pool) -> Pool:
-        if not isinstance(pool.read, ImageReader) or id(pool.read.files) not in stores:
-            return pool
-        places, (store, sizes) = pool.read.places, stores[id(pool.read.files)]
-        return replace(pool, read=lambda rows: (ImageRows.of(store, places[rows]), sizes[places[rows]]))
-
-    return source.with_pools(mapped)
-
-
-def masks_on_disk(files: MaskFiles, cache: str | Path | None, notice: Notice) -> ImageStore | None:
-    """All masks in a file, where they are many or there is a cache folder.
-
-    Args:
-        files: the masks; those that are not yet in the file are decoded first.
-        cache: folder that keeps the decoded masks; None: masks whose classes would take more than `MEMORY_BYTES` in
-            memory, at eight bytes a pixel, go to a temporary file.
-
-    Returns:
-        The decoded masks, uint8 ``[N, H, W, 1]``; None where they stay in memory.
-
-    Raises:
-        UserError: a mask that cannot be decoded, a folder that cannot be written, or too little free space.
-    """
-    entry = _stored(files, np.arange(len(files)), cache, notice, in_memory=8)
-    return None if entry is None else entry[0]
+    if cache is not None:
+        files.stored = _Cache(files, expand(cache), notice).fetch(needed)
+    elif len(needed) * _bytes(files) * in_memory > MEMORY_BYTES:
+        files.stored = _temporary(files, needed, notice)
 
 
 def tell_unused(cache: str | Path | None, notice: Notice) -> None:
@@ -113,20 +100,7 @@ def tell_unused(cache: str | Path | None, notice: Notice) -> None:
         notice("--cache is not used: the images of this data set are not decoded from files one by one.")
 
 
-def _stored(
-    files: Files, needed: Rows, cache: str | Path | None, notice: Notice, in_memory: int = 1
-) -> tuple[ImageStore, Tensor] | None:
-    """The images of a file, of which those at ``needed`` are decoded, and their sizes; None: they fit in memory.
-
-    A byte of an image takes ``in_memory`` bytes there.
-    """
-    if cache is not None:
-        return _Cache(files, expand(cache), notice).fetch(needed)
-    fit = len(needed) * _bytes(files) * in_memory <= MEMORY_BYTES
-    return None if fit else _temporary(files, needed, notice)
-
-
-def _bytes(files: Files) -> int:
+def _bytes(files: ImageFiles) -> int:
     """Bytes of a decoded image."""
     height, width, channels = files.shape
     return height * width * channels
@@ -136,7 +110,7 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _temporary(files: Files, needed: Rows, notice: Notice) -> tuple[ImageStore, Tensor]:
+def _temporary(files: ImageFiles, needed: Rows, notice: Notice) -> tuple[ImageStore, Tensor]:
     """The images in a file without a name, which vanishes with the processes that have it open, however they end."""
     try:
         folder = cache_folder("images")
@@ -162,7 +136,7 @@ def _temporary(files: Files, needed: Rows, notice: Notice) -> tuple[ImageStore, 
 class _Cache:
     """The decoded images of some files in a cache folder."""
 
-    def __init__(self, files: Files, folder: Path, notice: Notice) -> None:
+    def __init__(self, files: ImageFiles, folder: Path, notice: Notice) -> None:
         self._files, self._folder, self._notice = files, folder, notice
         self._name = f"{'x'.join(map(str, files.shape))}-{_fingerprint(files)}"
         self._images, self._sizes, self._lock = (
@@ -173,7 +147,7 @@ class _Cache:
         self._damaged = 0
 
     def fetch(self, needed: Rows) -> tuple[ImageStore, Tensor]:
-        """The images, of which at least those at ``needed`` are decoded, and int64 ``[N, 2]``, see `read_images`."""
+        """The images, of which at least those at ``needed`` are decoded, and int64 ``[N, 2]``, see `ImageFiles`."""
         entry = self._opened(needed)
         if self._damaged and self._notice is not None:
             self._notice(f"{self._damaged:,} images in {self._images} are damaged and are decoded again")
@@ -305,7 +279,7 @@ class _Cache:
             commit()
 
 
-def _fingerprint(files: Files) -> str:
+def _fingerprint(files: ImageFiles) -> str:
     """Hash of everything that decides the decoded images: the files, how they are decoded, and Pillow's version.
 
     A file counts as another one when its path, its length or one of its times (of its content, of its state) changes.
@@ -324,7 +298,7 @@ def _fingerprint(files: Files) -> str:
 
 
 def _decode_rows(
-    files: Files, rows: Rows, file: IO[bytes], where: str, notice: Notice
+    files: ImageFiles, rows: Rows, file: IO[bytes], where: str, notice: Notice
 ) -> Iterator[tuple[Rows, npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
     """Decodes the images at ``rows`` (sorted) and writes them to ``file``.
 

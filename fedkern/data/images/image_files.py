@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedkern.errors import UserError
 from fedkern.files.filesystem import check_text
+from fedkern.files.image_rows import ImageRows, ImageStore
 from fedkern.files.inputs import open_regular, real_file, standing
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
@@ -131,17 +132,20 @@ def _own_limit() -> Iterator[None]:
                 Image.MAX_IMAGE_PIXELS = before
 
 
-def read_images(
-    paths: Sequence[Path],
-    size: int,
-    data: str,
-    grey: bool = False,
-    pad: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    bits: int = BITS[-1],
-    window: tuple[float, float] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Decodes images and resizes them (whole, without cropping) to ``size`` x ``size`` pixels.
+@contextmanager
+def _readable(data: str, thing: str, path: Path) -> Iterator[None]:
+    """Turn the many exceptions of Pillow on a damaged file into a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise unreadable(data, thing, path, error) from error
+
+
+@dataclass(eq=False)
+class ImageFiles:
+    """Image files of a data set, and how they are decoded: whole, without cropping, at one size.
 
     Images look as in a viewer: turned or mirrored as their EXIF orientation says, on a white page where they have an
     alpha channel or a transparent colour, and negative where a TIFF says that 0 is white.
@@ -150,50 +154,17 @@ def read_images(
     from 0 to 1.  With a ``window`` they are scaled from its lower to its upper end, and those outside become black or
     white.
 
-    Args:
+    Attributes:
+        paths: the files, each once.
+        size: side in pixels of a decoded image.
+        data: the data set, for messages.
         grey: one channel instead of three.
         pad: keep the proportions of an image that is not square, with black bars on both sides.
         max_pixels: most pixels of an image, as its file announces them.
         bits: bits of a grey value in files with more than eight, from :func:`grey_bits`; 0: there are no such files.
         window: see `fedkern.data.images.greys.window_of`; None: none.
-
-    Returns:
-        uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height before resizing.
-
-    Raises:
-        UserError: an image that cannot be decoded, is too large, is one of several in its file, or has grey values
-            outside the range.
-    """
-    mode = "L" if grey else "RGB"
-    images = np.empty((len(paths), 1 if grey else 3, size, size), dtype=np.uint8)
-    sizes = np.empty((len(paths), 2), dtype=np.int64)
-
-    def read(row: int) -> None:
-        try:
-            with open_image(paths[row], max_pixels) as image:
-                sizes[row] = upright_size(image)
-                _check_bands(image, paths[row], data)
-                # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
-                image.draft(mode, (2 * size, 2 * size))
-                picture = _on_white(_eight_bits(image, paths[row], data, bits, window)).convert(mode)
-                small = _padded(picture, size) if pad else picture.resize((size, size), Image.Resampling.BICUBIC)
-            images[row] = np.atleast_3d(np.asarray(small)).transpose(2, 0, 1)
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:  # Pillow raises many kinds for a damaged file
-            raise unreadable(data, "image", paths[row], error) from error
-
-    each(read, len(paths))
-    return torch.from_numpy(images), torch.from_numpy(sizes)
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Image files of a data set, and how they are decoded.
-
-    Attributes:
-        paths: the files, each once.
-        size, data, grey, pad, max_pixels, bits, window: see `read_images`.
+        stored: the decoded images in a file and their sizes, once :func:`fedkern.data.images.image_cache.store_images`
+            has written them.
     """
 
     paths: Sequence[Path]
@@ -204,6 +175,7 @@ class ImageFiles:
     max_pixels: int = MAX_PIXELS
     bits: int = BITS[-1]
     window: tuple[float, float] | None = None
+    stored: tuple[ImageStore, Tensor] | None = field(default=None, init=False)
 
     things: ClassVar[str] = "images"
     thing: ClassVar[str] = "image"
@@ -218,37 +190,61 @@ class ImageFiles:
 
     @property
     def how(self) -> tuple[Any, ...]:
-        """Everything but the files that decides the decoded images, in the order of `read_images`."""
-        return self.size, self.data, self.grey, self.pad, self.max_pixels, self.bits, self.window
+        """Everything but the files that decides the decoded images."""
+        return self.things, self.size, self.data, self.grey, self.pad, self.max_pixels, self.bits, self.window
 
     @property
-    def sources(self) -> Iterator[Path]:
+    def sources(self) -> Iterable[Path]:
         """The files that decide the decoded images."""
-        return iter(self.paths)
+        return self.paths
 
-    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Decodes the files at ``rows`` (int64 ``[n]``), see `read_images`."""
-        return read_images([self.paths[row] for row in rows.tolist()], *self.how)
+    def read(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Decode the files at ``rows``, int64 ``[n]``, by default all, or take their images from where they are stored.
+
+        Returns:
+            uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height before resizing.
+
+        Raises:
+            UserError: an image that cannot be decoded, is too large, is one of several in its file, or has grey values
+                outside the range.
+        """
+        rows = torch.arange(len(self)) if rows is None else rows
+        if self.stored is not None:
+            return ImageRows.of(self.stored[0], rows), self.stored[1][rows]
+        images = np.empty((len(rows), self.shape[2], self.size, self.size), dtype=np.uint8)
+        sizes = np.empty((len(rows), 2), dtype=np.int64)
+        chosen = rows.tolist()
+
+        def decode(place: int) -> None:
+            images[place], sizes[place] = self._decode(chosen[place])
+
+        each(decode, len(chosen))
+        return torch.from_numpy(images), torch.from_numpy(sizes)
+
+    def _decode(self, row: int) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+        """Return an image uint8 ``[C, size, size]``, and its width and height before resizing."""
+        path, mode = self.paths[row], "L" if self.grey else "RGB"
+        with _readable(self.data, "image", path), open_image(path, self.max_pixels) as image:
+            stored_size = upright_size(image)
+            _check_bands(image, path, self.data)
+            # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
+            image.draft(mode, (2 * self.size, 2 * self.size))
+            picture = _on_white(_eight_bits(image, path, self.data, self.bits, self.window)).convert(mode)
+            square = (self.size, self.size)
+            small = _padded(picture, self.size) if self.pad else picture.resize(square, Image.Resampling.BICUBIC)
+            return np.atleast_3d(np.asarray(small)).transpose(2, 0, 1), stored_size
 
 
-@dataclass(frozen=True)
-class MaskFiles:
-    """Mask files of a data set, and how they are decoded.
+@dataclass(eq=False)
+class MaskFiles(ImageFiles):
+    """Mask files of a data set, each beside its image in ``images``; decoded by :func:`read_mask`.
 
-    Attributes:
-        images, masks, size, data, max_pixels: see `read_mask`.
+    The sizes of masks are those of the decoded ones.
     """
 
-    images: Sequence[Path]
-    masks: Sequence[Path]
-    size: int
-    data: str
-    max_pixels: int = MAX_PIXELS
+    images: Sequence[Path] = ()
     things: ClassVar[str] = "masks"
     thing: ClassVar[str] = "mask or its image"
-
-    def __len__(self) -> int:
-        return len(self.masks)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -256,30 +252,16 @@ class MaskFiles:
         return self.size, self.size, 1
 
     @property
-    def how(self) -> tuple[Any, ...]:
-        """Everything but the files that decides the decoded masks."""
-        return "masks", self.size, self.data, self.max_pixels
-
-    @property
-    def sources(self) -> Iterator[Path]:
+    def sources(self) -> Iterable[Path]:
         """The files that decide the decoded masks; of an image its size and orientation do."""
-        return chain(self.masks, self.images)
+        return chain(self.paths, self.images)
 
-    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Decodes the masks at ``rows`` (int64 ``[n]``), see `read_mask`.
+    def values(self, row: int, size: int | None = None) -> npt.NDArray[np.uint8]:
+        """Return the values of a mask, see :func:`read_mask`."""
+        return read_mask(self.images[row], self.paths[row], self.data, self.max_pixels, size)
 
-        Returns:
-            uint8 ``[n, 1, size, size]``, and int64 ``[n, 2]``, width and height of the decoded masks.
-        """
-        chosen = rows.tolist()
-        values = np.empty((len(chosen), 1, self.size, self.size), dtype=np.uint8)
-
-        def read(place: int) -> None:
-            image, mask = self.images[chosen[place]], self.masks[chosen[place]]
-            values[place, 0] = read_mask(image, mask, self.data, self.max_pixels, self.size)
-
-        each(read, len(chosen))
-        return torch.from_numpy(values), torch.full((len(chosen), 2), self.size)
+    def _decode(self, row: int) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+        return self.values(row, self.size)[None], (self.size, self.size)
 
 
 @dataclass(frozen=True)
@@ -295,7 +277,7 @@ class ImageReader:
     places: Tensor
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Decodes the pool's images at ``rows`` (int64 ``[m]``), see `read_images`."""
+        """Read the pool's images at ``rows`` (int64 ``[m]``), see :meth:`ImageFiles.read`."""
         return self.files.read(self.places[rows])
 
 
@@ -304,7 +286,7 @@ def read_mask(
 ) -> npt.NDArray[np.uint8]:
     """Decodes a mask, resized to ``size`` x ``size`` pixels by the nearest pixel; in its own size without ``size``.
 
-    A mask fits its image as `read_images` turns it; the mask itself is turned as its own EXIF orientation says.
+    A mask fits its image as `ImageFiles` turns it; the mask itself is turned as its own EXIF orientation says.
 
     Args:
         path: an image of one channel (grey, palette or black-and-white, or whole numbers in floats) that holds class
@@ -318,45 +300,44 @@ def read_mask(
             a value that is no whole number from 0 to 255, another size than its image, or a palette that can be read
             in two ways.
     """
-    try:
-        with open_image(image_path, max_pixels) as image, open_image(path, max_pixels) as mask:
-            if mask.format in ("JPEG", "MPO", "WEBP") or mask.info.get("compression") in ("jpeg", "webp"):
+    with (
+        _readable(data, MaskFiles.thing, path),
+        open_image(image_path, max_pixels) as image,
+        open_image(path, max_pixels) as mask,
+    ):
+        if mask.format in ("JPEG", "MPO", "WEBP") or mask.info.get("compression") in ("jpeg", "webp"):
+            raise UserError(
+                f'data set "{data}": the mask {path} is compressed as {mask.format}, which changes class numbers '
+                "at edges; save masks as PNG, from the numbers themselves"
+            )
+        if mask.mode not in ("1", "L", "P", "F") and not is_deep(mask):
+            raise UserError(
+                f'data set "{data}": the mask {path} has colours (mode {mask.mode}), expected one channel of '
+                "class numbers, or of 0 and 255"
+            )
+        turned, (width, height) = upright(mask), upright_size(image)
+        if turned.size != (width, height):
+            seen = ", as its EXIF orientation turns it" if image.size != (width, height) else ""
+            raise UserError(
+                f'data set "{data}": the mask {path} has {turned.width}x{turned.height} pixels, its image '
+                f"{image_path} {width}x{height}{seen}"
+            )
+        if _negative(mask):
+            raise UserError(
+                f'data set "{data}": the mask {path} says that 0 is white, so that its values are not what a '
+                "viewer shows; save it with 0 as black"
+            )
+        if mask.mode == "P":
+            turned = _without_palette(turned, path, data)
+        elif mask.mode not in ("1", "L"):
+            values = np.asarray(turned)
+            wrong = values[(values < 0) | (values > 255) | (values != np.rint(values))]
+            if wrong.size:
                 raise UserError(
-                    f'data set "{data}": the mask {path} is compressed as {mask.format}, which changes class numbers '
-                    "at edges; save masks as PNG, from the numbers themselves"
+                    f'data set "{data}": the mask {path} holds {wrong[0]:g}, expected class numbers from 0 to 255'
                 )
-            if mask.mode not in ("1", "L", "P", "F") and not is_deep(mask):
-                raise UserError(
-                    f'data set "{data}": the mask {path} has colours (mode {mask.mode}), expected one channel of '
-                    "class numbers, or of 0 and 255"
-                )
-            turned, (width, height) = upright(mask), upright_size(image)
-            if turned.size != (width, height):
-                seen = ", as its EXIF orientation turns it" if image.size != (width, height) else ""
-                raise UserError(
-                    f'data set "{data}": the mask {path} has {turned.width}x{turned.height} pixels, its image '
-                    f"{image_path} {width}x{height}{seen}"
-                )
-            if _negative(mask):
-                raise UserError(
-                    f'data set "{data}": the mask {path} says that 0 is white, so that its values are not what a '
-                    "viewer shows; save it with 0 as black"
-                )
-            if mask.mode == "P":
-                turned = _without_palette(turned, path, data)
-            elif mask.mode not in ("1", "L"):
-                values = np.asarray(turned)
-                wrong = values[(values < 0) | (values > 255) | (values != np.rint(values))]
-                if wrong.size:
-                    raise UserError(
-                        f'data set "{data}": the mask {path} holds {wrong[0]:g}, expected class numbers from 0 to 255'
-                    )
-                turned = Image.fromarray(values.astype(np.uint8))
-            values = np.asarray(turned if size is None else turned.resize((size, size), Image.Resampling.NEAREST))
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        raise unreadable(data, "mask or its image", path, error) from error
+            turned = Image.fromarray(values.astype(np.uint8))
+        values = np.asarray(turned if size is None else turned.resize((size, size), Image.Resampling.NEAREST))
     return values.astype(np.uint8)
 
 

@@ -8,13 +8,17 @@ out from its background; the `Palette` decides how.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedkern.data.images.background import bounding_boxes
+from fedkern.data.sharing.partition import parse_partition, partition_like
+from fedkern.data.split import Split
+from fedkern.data.types import FederatedData
 from fedkern.streams import stream
 
 Colours = npt.NDArray[np.uint8]
@@ -28,18 +32,24 @@ class Palette:
         brightest: largest value of a background's channel, of 255.
         contrast: True: ink is black on light backgrounds (luminance above one half) and white on dark ones.  False: ink
             is white on all backgrounds.
+        mean, std: of a channel over uniformly random colours.  They are constants so that normalisation does not depend
+            on any client's data.
     """
 
     brightest: int
     contrast: bool
+    mean: float
+    std: float
 
 
 PALETTES = {
     # Every channel of a background differs from the white ink by at least 77 of 255.
-    "white": Palette(178, contrast=False),
+    "white": Palette(178, contrast=False, mean=0.546, std=0.280),
     # All colours are allowed: the background is a stronger cue, and the ink alone tells less.
-    "contrast": Palette(255, contrast=True),
+    "contrast": Palette(255, contrast=True, mean=0.5, std=0.312),
 }
+
+
 _LUMINANCE = (299, 587, 114)  # thousandths of red, green and blue (ITU-R BT.601)
 INK_THRESHOLD = 32  # grey values up to this are background
 _CHUNK = 2048  # images composited at once, in 32-bit arithmetic
@@ -118,3 +128,58 @@ def colourise(grey: Tensor, colours: Colours, palette: Palette) -> tuple[Tensor,
         colour = torch.from_numpy(white[rows].astype(np.int32) * 255)[:, None, None, None]
         images[rows] = (ink * colour + (255 - ink) * ground + 127).div_(255, rounding_mode="floor")
     return images, mask[:, 0].contiguous()
+
+
+def paint(data: FederatedData, palette: Palette, correlation: float, mask: str, seed: int) -> FederatedData:
+    """Paint the grey images of shared-out data.
+
+    The clients' splits, the public split, the validation set and the test ``id`` get the clients' colours; the test
+    ``ood`` gets uniformly random colours.  Under the partition ``iid`` all clients share one colour map.
+
+    Args:
+        correlation: see :func:`tied_colours`.
+        mask: object masks of training images, ``exact`` or ``box``.
+    """
+    has_one_map = parse_partition(data.statistics.partition).name == "iid"
+    numbers = [-1 if has_one_map else k for k in range(len(data.clients))]
+    maps = [class_colours(seed, k, len(data.classes), palette) for k in numbers]
+
+    def painted(grey: Split, colours: Colours) -> Split:
+        images, masks = colourise(grey.images, colours, palette)
+        return Split(images, grey.labels, masks, grey.ids)
+
+    def tied(labels: npt.NDArray[np.int64], purpose: str, client: int) -> Colours:
+        rng = stream(seed, f"colours/{purpose}", client=client)
+        return tied_colours(labels, maps[client], correlation, palette, rng)
+
+    def in_distribution(grey: Split, purpose: str) -> Split:
+        labels = grey.labels.numpy()
+        colours = np.empty((len(grey), 3), dtype=np.uint8)
+        homes = torch.full((len(grey),), -1)
+        for k, rows in enumerate(partition_like(labels, data.statistics.counts, stream(seed, f"assign/{purpose}"))):
+            colours[rows] = tied(labels[rows], purpose, k)
+            homes[rows] = k
+        split = painted(grey, colours)
+        return replace(split, homes=homes) if correlation and not has_one_map else split
+
+    clients = [painted(grey, tied(grey.labels.numpy(), "train", k)) for k, grey in enumerate(data.clients)]
+    if mask == "box":
+        clients = [replace(split, masks=bounding_boxes(split.masks)) for split in clients]
+    test = data.tests[""]
+    tests = {
+        "id": in_distribution(test, "test"),
+        "ood": painted(test, random_colours(len(test), palette, stream(seed, "colours/ood"))),
+    }
+    form = replace(data.form, shape=(3, *data.form.shape[1:]), mean=(palette.mean,) * 3, std=(palette.std,) * 3)
+    statistics = data.statistics
+    if correlation:
+        statistics = replace(statistics, colours=np.stack(maps), tied=correlation)
+    return replace(
+        data,
+        clients=tuple(clients),
+        validation=in_distribution(data.validation, "validation"),
+        tests=tests,
+        public=None if data.public is None else in_distribution(data.public, "public"),
+        form=form,
+        statistics=statistics,
+    )

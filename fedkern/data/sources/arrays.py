@@ -6,8 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,14 +26,6 @@ Labelled = tuple[Any, Any]
 SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing"])
 """Names of the splits of a data set."""
 T = TypeVar("T")
-
-
-def open_arrays(root: str | Path | None) -> NoReturn:
-    """Raises UserError: these data are in the memory of a Python program, and no file holds them."""
-    raise UserError(
-        'data set "arrays" is given through Python: fedkern.simulate(METHOD, data=FederatedData.from_arrays(...)), and '
-        "a run of it goes on with fedkern.load(DIR, data=...).resume()"
-    )
 
 
 def parts_of_arrays(

@@ -15,12 +15,12 @@ import numpy.typing as npt
 import torch
 
 from fedkern.data.forms import ImageForm
-from fedkern.data.sharing.partition import PartitionSpec
+from fedkern.data.sharing.partition import PartitionSpec, parse_partition
 from fedkern.data.sharing.partition import partition as share_out
 from fedkern.data.sources.canvas import INK, OTHER, SIDE, SUBJECT, TEXTURES, Ground, Placed, draw, noisy, random_ground
 from fedkern.data.sources.digits import enlarged, fixed_split
 from fedkern.data.split import Split
-from fedkern.data.types import FederatedData
+from fedkern.data.types import DataRequest, FederatedData
 from fedkern.errors import UserError
 from fedkern.streams import stream
 from fedkern.tasks.partition_statistics import PartitionStatistics
@@ -53,6 +53,7 @@ PROMPTS = {
 }
 """Zero-shot prompts of every class, in all of its synonyms: a digit in every colour, a colour on every digit."""
 KINDS = {"digit": CLASSES, "colour": tuple(INK)}  # kind of label: its classes
+CLIENTS = 5
 SAMPLES, TEST, VALIDATE = 3_000, 500, 300
 CLIENT_TEST = 96  # canvases of every client's own test set: three batches of 32
 # Normalisation of the channels.  The images have means of about (0.23, 0.21, 0.19) and standard deviations of about
@@ -92,17 +93,7 @@ class Style:
 
 
 def make_captions(
-    clients: int,
-    spec: PartitionSpec,
-    seed: int,
-    *,
-    samples: int | None = None,
-    test_samples: int = 0,
-    validation_samples: int = 0,
-    minority: float = 0.05,
-    minority_trait: str = "concepts",
-    held_out: int = 1,
-    labels: str = "digit",
+    request: DataRequest, minority: float, minority_trait: str, held_out: int, labels: str
 ) -> FederatedData:
     """Draws the canvases of every client, of the validation set and of the tests.
 
@@ -110,15 +101,11 @@ def make_captions(
     other digits.  Training, validation and test canvases show different handwritten digits.
 
     Args:
-        clients: number of clients; with ``attribute`` the last client is the minority.
-        spec: the partition.  ``attribute``: clients differ in everything.  ``iid``: every client shows all styles
-            equally.  ``stratified``, ``dirichlet`` and ``classes``: the partition decides the subjects, drawn in every
-            client's own style.
-        seed: the run's root seed.  With ``attribute``, the number of clients decides how many canvases a client has and
-            which client is the minority, but nothing else about a client.
-        samples: canvases of all clients together.
-        test_samples, validation_samples: canvases of every test set and of the validation set, 0 for the default.  A
-            client's own test set has at most `CLIENT_TEST` canvases.
+        request: says how many clients and canvases there are.  With the partition ``attribute`` clients differ in
+            everything, and the last client is the minority; the number of clients decides how many canvases a client
+            has and which client is the minority, but nothing else about a client.  ``iid``: every client shows all
+            styles equally.  ``stratified``, ``dirichlet`` and ``classes``: the partition decides the subjects, drawn in
+            every client's own style.  A client's own test set has at most `CLIENT_TEST` canvases.
         minority: the minority's share of the canvases.
         minority_trait: ``concepts``: the minority has words, digits and colours of its own.  ``noise``: it has those of
             any client, and noise of up to `NOISE` on every pixel of its canvases, those of its tests included.
@@ -135,9 +122,15 @@ def make_captions(
         - `client_tests`: a test for every client, in its style and with the subjects that it trains on.
 
     Raises:
-        UserError: too few samples, a partition that cannot be met, or noise for a minority that there is not.
+        UserError: too few samples, a partition that cannot be met, noise for a minority that there is not, or public
+            samples.
     """
-    samples = SAMPLES if samples is None else samples
+    if request.public_samples:
+        raise UserError('data set "captions" is made for its clients and has no public samples to give')
+    spec, seed = parse_partition(request.partition or "attribute"), request.seed
+    clients = CLIENTS if request.clients is None else request.clients
+    samples = SAMPLES if request.train_samples is None else request.train_samples
+    test_samples = request.test_samples or TEST
     small = spec.name == "attribute" and clients > 1 and minority > 0
     if minority_trait != "concepts" and not small:
         raise UserError(
@@ -163,14 +156,14 @@ def make_captions(
 
     common = styles if spec.name == "iid" else None
     splits = tuple(canvases("train", k, common or [styles[k]], sizes[k], subjects[k]) for k in range(clients))
-    tests = {"": canvases("test", -1, styles, test_samples or TEST)}
+    tests = {"": canvases("test", -1, styles, test_samples)}
     if small:
-        tests["minority"] = canvases("minority", -1, styles[-1:], test_samples or TEST)
+        tests["minority"] = canvases("minority", -1, styles[-1:], test_samples)
     if held_out:
         unseen = [_unseen(seed, k, styles) for k in range(held_out)]
-        tests["unseen"] = canvases("unseen", -1, unseen, test_samples or TEST)
-    validation = canvases("validation", -1, styles, validation_samples or VALIDATE)
-    few = min(CLIENT_TEST, test_samples or CLIENT_TEST)
+        tests["unseen"] = canvases("unseen", -1, unseen, test_samples)
+    validation = canvases("validation", -1, styles, request.validation_samples or VALIDATE)
+    few = min(CLIENT_TEST, test_samples)
     client_tests = tuple(
         canvases("client-test", k, common or [styles[k]], few, _alike(subjects[k], few, seed, k))
         for k in range(clients)

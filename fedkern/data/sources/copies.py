@@ -12,13 +12,13 @@ from fedkern.errors import UserError, first_of
 
 
 class _Image(NamedTuple):
-    """A sample: its name, its set, the site that holds it (``""``: none is known), and its rows in a split."""
+    """A sample: its name, its set, the site that holds it (``""``: none is known), and its row in a split."""
 
     name: str
     where: str
     site: str
     split: Split
-    rows: slice
+    row: int
 
 
 def copies(
@@ -27,7 +27,6 @@ def copies(
     sets: Sets,
     pixels: Sequence[bytes],
     sites: Sequence[str],
-    tiles: int,
     outside: str,
 ) -> list[str]:
     """Looks for images whose decoded pixels are equal and whose names differ.
@@ -36,8 +35,6 @@ def copies(
         sets: the samples by the name of their set; the first parts of the training set are the clients.
         pixels: a hash of every row's image, in the order of the sets.
         sites: the clients' names, where the data name them.
-        tiles: the rows of an image, see `tiles.tiled`.  Whole images are compared, because single tiles
-            are often alike; one that does not have all of its tiles in a part of a set is not compared.
         outside: what to say of a wrong window, see `fedkern.data.forms.ImageForm`.
 
     Returns:
@@ -47,18 +44,18 @@ def copies(
         UserError: one image has two labels or two masks.
     """
     sentences: list[tuple[bool, str]] = []
-    for group in _groups(sets, pixels, sites, tiles):
+    for group in _groups(sets, pixels, sites):
         first, other = group[0], next((image for image in group if image.name != group[0].name), None)
         if other is None:
             continue
         labels: dict[bytes, _Image] = {}
         for image in group:
-            labels.setdefault(image.split.labels[image.rows].numpy().tobytes(), image)
+            labels.setdefault(image.split.labels[image.row].numpy().tobytes(), image)
         remarks = []
         if len(labels) > 1:
             first, other = [*labels.values()][:2]
-            both = first.split.task.both_labels([each.split.labels[each.rows][0] for each in (first, other)], classes)
-            channels = first.split.images[first.rows].transpose(0, 1).flatten(1)
+            both = first.split.task.both_labels([each.split.labels[each.row] for each in (first, other)], classes)
+            channels = first.split.images[first.row].flatten(1)
             if not (channels == channels[:, :1]).all():  # pictures of a single colour are alike without being copies
                 raise UserError(
                     f'data set "{data}": {first.name} and {other.name} are the same image with {both}; '
@@ -80,31 +77,18 @@ def copies(
     return [f"Equal images under several names count as often: {texts}."]
 
 
-def _groups(sets: Sets, pixels: Sequence[bytes], sites: Sequence[str], tiles: int) -> Iterator[list[_Image]]:
+def _groups(sets: Sets, pixels: Sequence[bytes], sites: Sequence[str]) -> Iterator[list[_Image]]:
     """The samples of equal images, in their order, wherever there are two."""
     parts = [(where.strip(), k, part) for where, splits in sets.items() for k, part in enumerate(splits)]
     places: dict[bytes, list[tuple[int, int]]] = {}  # number of the part and row in it, by the image's hash
-    start = 0
-    for number, (_, _, part) in enumerate(parts):
-        for row in _first_rows(part, tiles):
-            places.setdefault(b"".join(pixels[start + row : start + row + tiles]), []).append((number, row))
-        start += len(part)
+    rows = ((number, row) for number, (_, _, part) in enumerate(parts) for row in range(len(part)))
+    for place, pixel_hash in zip(rows, pixels, strict=True):
+        places.setdefault(pixel_hash, []).append(place)
 
     def image(number: int, row: int) -> _Image:
         where, k, part = parts[number]
         home = -1 if part.homes is None or not sites else int(part.homes[row])
         client = sites[k] if where == "train" and k < len(sites) else ""
-        name = part.ids[row] if part.ids else ""
-        name = name.removesuffix("#0") if tiles > 1 else name
-        return _Image(name, where, sites[home] if home >= 0 else client, part, slice(row, row + tiles))
+        return _Image(part.ids[row] if part.ids else "", where, sites[home] if home >= 0 else client, part, row)
 
     return ([image(*place) for place in group] for group in places.values() if len(group) > 1)
-
-
-def _first_rows(part: Split, tiles: int) -> Sequence[int]:
-    """The first row of every image that has all of its tiles in the part."""
-    if tiles == 1:
-        return range(len(part))
-    ids = part.ids or ()
-    ends = enumerate(zip(ids, ids[tiles - 1 :], strict=False))
-    return [row for row, (first, last) in ends if first.endswith("#0") and last == f"{first[:-1]}{tiles - 1}"]

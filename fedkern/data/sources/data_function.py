@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from fedkern.data.sharing.partition import PartitionSpec, parse_partition
 from fedkern.data.sources.items import Items
 from fedkern.data.sources.listing import Reading
 from fedkern.data.split import Split
-from fedkern.data.types import FederatedData, Pool, Source
+from fedkern.data.types import DataRequest, FederatedData, Pool, Source
 from fedkern.errors import UserError
 from fedkern.tasks import Task, task_of
 from fedkern.typed_option import Option
@@ -48,30 +47,23 @@ class DataFunction:
         """Identity of data that the seed draws: that of the function's code."""
         return {"function": digest(identity_table({"function": self.function}))}
 
-    def make(
-        self, root: str | Path | None, clients: int | None, partition: str | None, seed: int, options: Mapping[str, Any]
-    ) -> Source | FederatedData:
-        """The data that the function makes: a Source, or FederatedData under the data set's name.
+    def make(self, request: DataRequest) -> Source | FederatedData:
+        """Return the data that the function makes: a Source, or FederatedData under the data set's name.
 
         A pair of the clients' data sets and the test set is as `FederatedData.from_datasets` takes them.
-
-        Args:
-            root: folder of the data's files, or None.
-            clients, partition, seed: as the user gives them; None: the data set's defaults.
-            options: every option of the data set.
 
         Raises:
             UserError: the function raises an exception, what it returns is no such data or contradicts itself, or the
                 clients are not those that the user asks for.
         """
-        spec = parse_partition(self._partition if partition is None else partition)
-        clients = self._clients if clients is None else clients
-        settings: dict[str, Any] = {"root": root, "clients": clients, "partition": spec.text, "seed": seed}
+        spec = parse_partition(self._partition if request.partition is None else request.partition)
+        clients, seed = self._clients if request.clients is None else request.clients, request.seed
+        settings: dict[str, Any] = {"root": request.root, "clients": clients, "partition": spec.text, "seed": seed}
         if "reading" in self.takes:
-            settings["reading"] = Reading.of(options)
+            settings["reading"] = Reading.of(request)
         settings = {name: settings[name] for name in self.takes}
         with explained(self._who, self.function), hosted():
-            data = self.function(**settings, **{key: options[key] for key in self._own})
+            data = self.function(**settings, **{key: request.options[key] for key in self._own})
         if isinstance(data, Source):
             data = data.with_pools(self._with_task)
             self._check_source(data)
@@ -86,6 +78,9 @@ class DataFunction:
         if not isinstance(data.validation, Items):
             self._check_federated(data)
         self._check_given(data, clients, spec)
+        for flag, value in (("train", request.train_samples), ("public", request.public_samples)):
+            if value:
+                raise UserError(f'data set "{self.name}" shares its samples out by itself: leave --{flag}-samples out')
         return dataclasses.replace(data, name=self.name)
 
     def _check_given(self, data: FederatedData, clients: int, spec: PartitionSpec) -> None:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,14 +46,6 @@ def items_like(data: Any, dataset: Any, who: str) -> Items:
     first = data.clients[0]
     dataset = Captioned(dataset, first.group_key) if isinstance(first.dataset, Captioned) else dataset
     return Items(dataset, who, first.task, first.collate, group_key=first.group_key)
-
-
-def open_datasets(root: str | Path | None) -> NoReturn:
-    """Raises UserError: these data are in the memory of a Python program, and no file holds them."""
-    raise UserError(
-        "a Dataset is given through Python: fedkern.simulate(METHOD, data=[...], test=...), and a run of it "
-        "goes on with fedkern.load(DIR, data=..., test=...).resume()"
-    )
 
 
 def task_of_targets(

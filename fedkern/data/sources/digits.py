@@ -71,6 +71,6 @@ def digit_source(prefix: str, images: Tensor, labels: Tensor, targets: Tensor | 
     return Source(train=train, validation=validation, tests={"": test}, augment="none", **how)
 
 
-def open_digits() -> Source:
-    """The digits with their fixed split."""
+def open_digits(root: str | Path | None = None) -> Source:
+    """Return the digits with their fixed split; they need no file."""
     return digit_source("digits", *read_digits(), classes=tuple(map(str, range(10))), mean=(0.3101,), std=(0.3490,))

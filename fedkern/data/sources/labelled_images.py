@@ -15,11 +15,11 @@ import numpy as np
 from fedkern.data.images.image_files import subfolders
 from fedkern.data.labels.label_sets import COLUMN as SETS
 from fedkern.data.labels.label_sets import check_several, label_sets
-from fedkern.data.labels.spelling import number, numbered, unified
+from fedkern.data.labels.spelling import number
 from fedkern.data.sources.found_files import need_root, read_file
 from fedkern.data.sources.listing import Listing, Reading, to_source
 from fedkern.data.sources.site_folders import Tree, find_trees, holds_classes, holds_images, nested_images, tree_table
-from fedkern.data.sources.table import AUTO, Table, csv_files, open_table
+from fedkern.data.sources.table import AUTO, CLIENT, Table, csv_files, open_table
 from fedkern.data.types import Source
 from fedkern.errors import UserError
 from fedkern.tasks import TASKS, task_of
@@ -44,55 +44,45 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
             folders of sites that are not alike or have no class in common.
     """
     base = need_root(root, "folder", "train/CLASS/image.png")
-    patients = layout == "patients"
-    trees = find_trees(base, "folder", layout, plain=holds_images, whole=holds_classes, mixed=False, single=patients)
-    folders = [(tree, name) for tree in trees for name in subfolders(tree.folder)]
-    spellings, notices = unified([name for _, name in folders], f"The layout of {base}")
-    spelled = {name: spelling for (_, name), spelling in zip(folders, spellings, strict=True)}
-    sites = [*dict.fromkeys(tree.site for tree in trees)]
+    single = layout == "patients"
+    trees = find_trees(base, "folder", layout, plain=holds_images, whole=holds_classes, mixed=False, single=single)
     training = [tree for tree in trees if tree.split in ("", "train")]
-    holders: dict[str, set[str]] = {}
-    for tree, name in folders:
-        if tree in training:
-            holders.setdefault(spelled[name], set()).add(tree.site)
-    if not holders:
+    folders = [(tree, name) for tree in trees for name in subfolders(tree.folder)]
+    if not any(tree in training for tree, _ in folders):
         tables = csv_files(base)
-        table = f"; for the images that a table lists give --data csv --data-root {tables[0]}" if tables else ""
+        table_hint = f"; for the images that a table lists give --data csv --data-root {tables[0]}" if tables else ""
         raise UserError(
             f'data set "folder": expected train/CLASS/image.png or CLASS/image.png under {base}, found 0 '
-            f"class folders{table}"
+            f"class folders{table_hint}"
         )
+
+    def images(tree: Tree) -> Iterator[dict[str, Any]]:
+        for name in subfolders(tree.folder):
+            yield from ({**image, "label": name} for image in nested_images(tree.folder / name, layout))
+
+    table = tree_table(base, "folder", layout, trees, images)
+    classes, labels = table.classes(table.column("label"))
+    holders: dict[int, set[str]] = {}
+    for row, label in zip(table.rows, labels.tolist(), strict=True):
+        if row["split"] in ("", "train"):
+            holders.setdefault(label, set()).add(row.get(CLIENT[0], ""))
+    label_of = dict(zip(table.column("label"), labels.tolist(), strict=True))
+    for tree, name in folders:
+        if label_of.get(name) not in holders:
+            reason = f"{tree.folder / name} is a class that {training[0].folder} does not have"
+            if tree in training:
+                reason = f"the class folder {tree.folder / name} holds no image"
+            if tree.site:
+                reason = f"no site has a training image of the class {name}; leave {tree.folder / name} out"
+            raise UserError(f'data set "folder": {reason}')
+    sites = [*dict.fromkeys(tree.site for tree in trees)]
     if len(sites) > 1 and max(map(len, holders.values())) == 1:
         raise UserError(
             f'data set "folder": no two of the folders {", ".join(sites[:4])} in {base} have a class in common, '
             "so that they are no sites with the same task; put all classes into one folder, list the images in a CSV "
             "file with a column client or, for CLASS/PATIENT/image, give --data-option layout=patients"
         )
-
-    def images(tree: Tree) -> list[dict[str, Any]]:
-        rows = []
-        for name in subfolders(tree.folder):
-            if spelled[name] not in holders:
-                where = "no site has for training" if tree.site else f"{training[0].folder} does not have"
-                raise UserError(f'data set "folder": {tree.folder / name} is a class that {where}')
-            images = nested_images(tree.folder / name, layout)
-            if not images and tree in training and not tree.site:
-                raise UserError(f'data set "folder": the class folder {tree.folder / name} holds no image')
-            rows += [{**image, "label": spelled[name]} for image in images]
-        return rows
-
-    files = tree_table(base, "folder", layout, trees, images)
-    trained = {row["label"] for row in files.rows if row["split"] in ("", "train")}
-    classes = numbered(holders)
-    for name in classes:
-        if name not in trained:
-            raise UserError(
-                f'data set "folder": no site has a training image of the class {name}; leave its folders out'
-            )
-    files.notices.extend(notices)
-    numbers = {name: label for label, name in enumerate(classes)}
-    labels = np.array([numbers[label] for label in files.column("label")], dtype=np.int64)
-    return to_source("folder", Listing(labels=labels, **files.listed("image")), classes, reading)
+    return to_source("folder", Listing(labels=labels, **table.listed("image")), classes, reading)
 
 
 def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, **chosen: str) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from fedkern.data.images.image_files import (
 from fedkern.data.labels.spelling import SHOWN, numbered
 from fedkern.data.sharing.groups import hash_names
 from fedkern.data.split import rows_of
-from fedkern.data.types import Pool, Source
+from fedkern.data.types import DataRequest, Pool, Source
 from fedkern.errors import UserError, first_of
 from fedkern.streams import stream
 from fedkern.tasks import Task, task_of
@@ -48,6 +48,7 @@ class Reading:
         validation_share: 0: nothing is held out as validation set.
         pad: keep the proportions of images that are not square, see `fedkern.data.images.image_files.read_images`.
         crop: side of the window of an image that a network sees, at most ``size``; 0 for the whole image.
+        cache, progress: as in `fedkern.data.types.DataRequest`.
     """
 
     size: int
@@ -59,11 +60,14 @@ class Reading:
     max_image_pixels: int = MAX_PIXELS
     bits: int = 0
     window: str = ""
+    cache: str | Path | None = None
+    progress: Callable[[str], None] | None = None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Reading:
-        """The reading that the options of a data set ask for; other options than its attributes do not count."""
-        return cls(**{name: options[name] for name in cls.__dataclass_fields__ if name in options})
+    def of(cls, request: DataRequest) -> Reading:
+        """Return the reading that a request asks for; other options than attributes of a reading do not count."""
+        options = {name: request.options[name] for name in cls.__dataclass_fields__ if name in request.options}
+        return cls(**options, cache=request.cache, progress=request.progress)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ digit.
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,7 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
-def open_segdigits() -> Source:
+def open_segdigits(root: str | Path | None = None) -> Source:
     """The data set with the split of the digits."""
     images, targets = read_segdigits()
     classes = ("background", *map(str, range(10)))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from fedkern.data.images.full_masks import FullMasks, MaskStore
-from fedkern.data.images.image_cache import masks_on_disk
-from fedkern.data.images.image_files import MaskFiles, list_images, read_mask
-from fedkern.data.images.tiles import tiled
+from fedkern.data.images.image_cache import store_files
+from fedkern.data.images.image_files import MaskFiles, list_images
 from fedkern.data.sources.listing import Listing, Reading, check_one, to_source
 from fedkern.data.sources.site_folders import Tree, find_trees, tree_table
 from fedkern.data.sources.table import Table, open_table
 from fedkern.data.split import MOST, are_classes
 from fedkern.data.types import Source
 from fedkern.errors import UserError, first_of
-from fedkern.files.image_rows import ImageRows, PixelClasses, in_parts
+from fedkern.files.image_rows import PixelClasses, in_parts
 from fedkern.tasks.segmentation import IGNORE
 
 PAIRS = ("images", "masks"), ("image", "label")
@@ -34,20 +33,9 @@ SHOWN = 6
 
 
 def open_segmentation(
-    root: str | Path | None,
-    reading: Reading,
-    names: str,
-    tile: int,
-    ignore: int,
-    layout: str,
-    *,
-    cache: str | Path | None = None,
-    notice: Callable[[str], None] | None = None,
-    **chosen: str,
+    root: str | Path | None, reading: Reading, names: str, ignore: int, layout: str, **chosen: str
 ) -> Source:
     """Reads images and their masks; masks are decoded at once, images when a split needs them.
-
-    Masks are in memory, or in a file (`image_cache.masks_on_disk`) unless images are cut into tiles.
 
     CSV file: the columns are ``image``, ``mask`` and those of `open_table`.
 
@@ -61,10 +49,7 @@ def open_segmentation(
         root, chosen: see `open_table`.
         reading: how files become images; masks are resized by the nearest pixel.
         names: the classes, separated by ``|``, the background first; by default they are numbered.
-        tile: side of the tiles that images are cut into after resizing, 0 for none; it divides their size.
-            The tiles of an image are one case: they are held out, given to a client and scored together.
         layout: one of `fedkern.data.sources.site_folders.LAYOUTS`; with ``patients`` every outer folder is a patient.
-        cache: folder that keeps decoded masks.
 
     The other arguments are options of the data set (`fedkern.data.registry.DATASETS`).
 
@@ -76,16 +61,13 @@ def open_segmentation(
     table.require("image", "mask")
     rest, masks = table.listed("image"), table.files("mask")
     check_one("segmentation", rest["ids"], table.names_of("mask"), "the image {} has two masks", table.lines)
-    size = reading.size
-    if tile and (size % tile or tile > size):
-        raise UserError(f'data set "segmentation": size must be a multiple of tile, {size} is none of {tile}')
-    files = MaskFiles(rest["paths"], masks, size, "segmentation", reading.max_image_pixels)
-    store = None if tile else masks_on_disk(files, cache, notice)
-    everything = torch.arange(len(files))
-    values = files.read(everything)[0] if store is None else ImageRows.of(store, everything)
+    limit = reading.max_image_pixels
+    files = MaskFiles(masks, reading.size, "segmentation", max_pixels=limit, images=rest["paths"])
+    store_files(files, np.arange(len(files)), reading.cache, reading.progress, in_memory=8)  # classes are int64
+    values, _ = files.read()
     counts = _counts(values)
     unknown = counts[:, ignore].copy() if ignore >= 0 else np.zeros(len(counts), dtype=np.int32)
-    for row in np.flatnonzero(unknown == size * size):
+    for row in np.flatnonzero(unknown == reading.size**2):
         raise UserError(f'data set "segmentation": the mask {masks[row]} holds nothing but {ignore}, which is ignored')
     if ignore > 0:
         counts[:, ignore] = 0
@@ -95,15 +77,15 @@ def open_segmentation(
     if ignore >= 0:
         meaning[ignore] = IGNORE
     class_of = meaning.astype(np.int16)
+    everything = torch.arange(len(files))
     pixels: npt.NDArray[np.int16] | PixelClasses
-    if store is None:
+    if files.stored is None:
         pixels = class_of[values[:, 0].numpy()]
     else:
-        pixels = PixelClasses.of(store, everything, torch.from_numpy(meaning))
-    full = FullMasks(MaskStore(Meanings(files, class_of, len(classes)), size), everything)
+        pixels = PixelClasses.of(files.stored[0], everything, torch.from_numpy(meaning))
+    full = FullMasks(MaskStore(Meanings(files, class_of, len(classes)), reading.size), everything)
     listing = Listing(labels=_largest(counts, len(classes)), masks=pixels, full=full, **rest)
-    source = to_source("segmentation", listing, classes, reading)
-    return source.with_pools(lambda pool: tiled(pool, tile)) if tile else source
+    return to_source("segmentation", listing, classes, reading)
 
 
 @dataclass(frozen=True)
@@ -115,14 +97,13 @@ class Meanings:
     classes: int
 
     def __call__(self, row: int) -> npt.NDArray[np.int16]:
-        files = self.files
-        values = read_mask(files.images[row], files.masks[row], "segmentation", files.max_pixels)
+        values = self.files.values(row)
         classes = self.meaning[values]
         if classes.max(initial=0) >= self.classes:
             value = values[classes >= self.classes].max()
             raise UserError(
-                f'data set "segmentation": the mask {files.masks[row]} holds {value}, which is none of the classes of '
-                "the resized masks; name all classes with --data-option names=a|b, or mend the mask"
+                f'data set "segmentation": the mask {self.files.paths[row]} holds {value}, which is none of the '
+                "classes of the resized masks; name all classes with --data-option names=a|b, or mend the mask"
             )
         return classes
 

@@ -106,13 +106,10 @@ def _resized(data: Any) -> list[str]:
     if not sizes or sizes == [(masks[0].store.size,) * 2]:
         return []
     ends = [sizes[0], sizes[-1]][: len(sizes)]
-    side, tile = masks[0].store.size, masks[0].store.tile
+    side = masks[0].store.size
     pixels = " to ".join(f"{width}x{height}" for width, height in ends)
     factors = " to ".join(dict.fromkeys(_factor(side / max(size)) for size in ends))
-    cut = f" and cut into tiles of {tile}x{tile}" if tile else ""
-    return [
-        f"images of {pixels} pixels are resized to {side}x{side} ({factors}){cut}; Dice and IoU are of masks as given"
-    ]
+    return [f"images of {pixels} pixels are resized to {side}x{side} ({factors}); Dice and IoU are of masks as given"]
 
 
 def _factor(factor: float) -> str:

@@ -63,19 +63,16 @@ class Answer:
             yield replace(batch, inputs=30.0 * torch.nn.functional.one_hot(said, 3).movedim(-1, 1))
 
 
-def slow(split, said, root, size, tile=0):
+def slow(split, said, root, size):
     """Counts of pixels of the files: every pixel takes the answer of the network's pixel that it was resized to."""
     counts = {}
     for name, guess in zip(split.ids, said.numpy(), strict=True):
-        image, _, part = name.partition("#")
-        mask = np.asarray(Image.open(root / "masks" / image.rpartition("/")[2]))
-        found = counts.setdefault(image, torch.zeros(3, 3, dtype=torch.int64))
-        top, left = divmod(int(part or 0), size // tile) if tile else (0, 0)
-        side = tile or size
+        mask = np.asarray(Image.open(root / "masks" / name.rpartition("/")[2]))
+        found = counts.setdefault(name, torch.zeros(3, 3, dtype=torch.int64))
         for (y, x), value in np.ndenumerate(mask):
             v, u = (2 * y + 1) * size // (2 * mask.shape[0]), (2 * x + 1) * size // (2 * mask.shape[1])
-            if value != 255 and v // side == top and u // side == left:
-                answer = guess[v % side, u % side]
+            if value != 255:
+                answer = guess[v, u]
                 found[1, answer] += 1
                 found[2, value] += 1
                 found[0, value] += int(answer == value)
@@ -83,18 +80,17 @@ def slow(split, said, root, size, tile=0):
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("tile", [0, 8])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("pickled", [False, True])
-def test_dice_counts_the_pixels_of_the_files(tmp_path, tile, cached, pickled):
+def test_dice_counts_the_pixels_of_the_files(tmp_path, cached, pickled):
     root = written(tmp_path / "root")
     for _ in range(2 if cached else 1):
-        data = open_set(root, tmp_path / "cache" if cached else None, tile=tile)
+        data = open_set(root, tmp_path / "cache" if cached else None)
     split = data.tests[""].subset(torch.arange(len(data.tests[""])).flip(0))
     if pickled:  # as a worker gets it
         split = pickle.loads(pickle.dumps(split))
     answer = Answer(split)
-    counts = slow(split, answer.said, root, 16, tile)
+    counts = slow(split, answer.said, root, 16)
     found = segmentation(torch.nn.Identity(), answer)
     expected = dice(counts)[1:]
     assert [found["dice_1"], found["dice_2"]] == pytest.approx(expected.tolist())
@@ -106,7 +102,7 @@ def test_dice_counts_the_pixels_of_the_files(tmp_path, tile, cached, pickled):
 
 
 def test_masks_of_the_networks_size_are_counted_as_they_are(tmp_path):
-    split = open_set(written(tmp_path, ((16, 16),)), tile=0).tests[""]
+    split = open_set(written(tmp_path, ((16, 16),))).tests[""]
     answer = Answer(split)
     assert answer.full is None
     assert torch.equal(split.full.overlaps(answer.said, 0, 3), overlaps(answer.said, split.labels, 3))

@@ -245,9 +245,9 @@ def test_a_fourth_band_is_transparency_where_the_file_says_so(tmp_path, extra, k
     path.write_bytes(tiff(pixels, 2, extra))
     if extra is None:
         with pytest.raises(UserError, match=r"bands\.tif has 4 bands and does not say that the last is transparency"):
-            image_files.read_images([path], 16, "csv")
+            image_files.ImageFiles([path], 16, "csv").read()
     else:
-        seen = image_files.read_images([path], 16, "csv")[0]
+        seen = image_files.ImageFiles([path], 16, "csv").read()[0]
         assert set(seen.flatten().tolist()) == {255 if extra else 200}
 
 
@@ -256,7 +256,7 @@ def test_the_bands_of_a_tiff_are_counted(tmp_path):
     for bands in (5, 13):
         path.write_bytes(tiff(np.zeros((16, 16, bands), np.uint8), 1, 0))
         with pytest.raises(UserError, match=rf"bands\.tif \(a TIFF of {bands} bands of 8 bits, expected grey"):
-            image_files.read_images([path], 16, "csv")
+            image_files.ImageFiles([path], 16, "csv").read()
 
 
 def tiff(pixels, photometric, extra):

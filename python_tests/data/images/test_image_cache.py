@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.images import image_cache, image_files
+from fedkern.data.images import image_cache
+from fedkern.data.images.image_files import ImageFiles
 from fedkern.errors import UserError
 from fedkern.files.image_rows import ImageRows
 from python_tests.image_files import watched
@@ -127,21 +128,21 @@ def test_a_changed_image_is_decoded_again(root, tmp_path, decoded):
 
 def test_an_interrupted_decoding_goes_on(root, tmp_path, monkeypatch, decoded):
     monkeypatch.setattr(image_cache, "CHUNK_BYTES", 5 * 3 * SIDE**2)
-    read, times = image_files.read_images, []
+    read, times = ImageFiles.read, []
 
-    def stopped(*args, **options):
+    def stopped(files, rows):
         times.append(1)
         if len(times) == 3:
             raise KeyboardInterrupt
-        return read(*args, **options)
+        return read(files, rows)
 
-    monkeypatch.setattr(image_files, "read_images", stopped)
+    monkeypatch.setattr(ImageFiles, "read", stopped)
     with pytest.raises(KeyboardInterrupt):
         open_set(root, tmp_path / "cache")
     assert len(decoded) == 10
     data = open_set(root, tmp_path / "cache")
     assert sorted(decoded) == sorted(root.rglob("*.png"))
-    monkeypatch.setattr(image_files, "read_images", read)
+    monkeypatch.setattr(ImageFiles, "read", read)
     assert_same(data, open_set(root))
 
 
@@ -245,14 +246,14 @@ def test_a_cache_that_is_made_anew_leaves_readers_their_images(root, tmp_path):
 
 def test_two_runs_at_once_decode_once(root, tmp_path, monkeypatch, decoded):
     entered, go = threading.Event(), threading.Event()
-    read = image_files.read_images
+    read = ImageFiles.read
 
-    def slow(*args, **options):
+    def slow(files, rows):
         entered.set()
         assert go.wait(20)
-        return read(*args, **options)
+        return read(files, rows)
 
-    monkeypatch.setattr(image_files, "read_images", slow)
+    monkeypatch.setattr(ImageFiles, "read", slow)
     found, said = [], []
 
     def notice(text):
@@ -271,7 +272,7 @@ def test_two_runs_at_once_decode_once(root, tmp_path, monkeypatch, decoded):
         worker.join(30)
     assert len(decoded) == IMAGES
     assert sum("waits for it" in text for text in said) == 1
-    monkeypatch.setattr(image_files, "read_images", read)
+    monkeypatch.setattr(ImageFiles, "read", read)
     assert len(found) == 2
     for data in found:
         assert_same(data, open_set(root))

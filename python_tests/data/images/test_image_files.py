@@ -6,7 +6,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from fedkern.data import load
-from fedkern.data.images.image_files import read_images, read_mask
+from fedkern.data.images.image_files import ImageFiles, read_mask
 from fedkern.errors import UserError
 
 SIZE = 16
@@ -35,7 +35,7 @@ def save(image, path, orientation=None, **options):
 
 
 def read(*paths, size=SIZE, **options):
-    return read_images(paths, size, "test", **options)
+    return ImageFiles(paths, size, "test", **options).read()
 
 
 # orientation

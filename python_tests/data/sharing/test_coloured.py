@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedkern.data import FederatedData, Split, load
-from fedkern.data.sharing.coloured import INK_THRESHOLD, PALETTES, class_colours, colourise, random_colours
+from fedkern.data.sharing.coloured import INK_THRESHOLD, PALETTES, class_colours, colourise, paint, random_colours
 from fedkern.errors import UserError
 from fedkern.streams import stream
 
@@ -198,8 +198,8 @@ def test_box_masks_hide_the_shape_in_training_images_only(digits: FederatedData)
 
 
 def test_ink_by_contrast_uses_every_colour_and_both_inks() -> None:
-    data = load("colordigits", seed=3, correlation=0.0, options={"ink": "contrast"})
-    split = data.tests["ood"]
+    data = load("digits", clients=1)
+    split = paint(data, CONTRAST, 0.0, "exact", 3).tests["ood"]
     colours = backgrounds(split)
     assert colours.max() > 245
     strongest = [

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fedkern.data import FederatedData, Pool, Source, Split, load
 from fedkern.data.registry import DATASETS, register_data
 from fedkern.data.sharing.holdout import hold_out
 from fedkern.errors import UserError
+from python_tests.data.image_sets import write_image, write_mask, write_table
 
 SITES = ("Aachen", "Bonn", "Celle")
 
@@ -20,26 +20,13 @@ def value(site, i):
     return 80 * site + i
 
 
-def picture(path, site, i):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (8, 8), value(site, i)).save(path)
-
-
 def table(name, root, splits):
-    columns = {"csv": "path,label", "pairs": "image,text,label", "segmentation": "image,mask"}
-    lines = [f"{columns[name]},hospital,split"]
-    for site, title in enumerate(SITES):
-        for i in range(20):
-            picture(root / f"{title}{i}.png", site, i)
-            mask = Image.new("L", (8, 8))
-            mask.paste(1, (1, 1, 4, 4))
-            mask.save(root / f"m{title}{i}.png")
-            row = {"path": f"{title}{i}.png", "label": "ab"[i % 2], "text": f"text {i}"}
-            row |= {
-                "image": row["path"], "mask": f"m{row['path']}", "hospital": title, "split": splits[i % len(splits)],
-            }  # fmt: skip
-            lines.append(",".join(row[column] for column in lines[0].split(",")))
-    (root / "list.csv").write_text("\n".join(lines) + "\n")
+    rows = [
+        {"name": f"{title}{i}.png", "value": value(site, i), "label": "ab"[i % 2], "hospital": title,
+         "split": splits[i % len(splits)]}
+        for site, title in enumerate(SITES) for i in range(20)
+    ]  # fmt: skip
+    write_table(root, f"{name},hospital,split", rows)
 
 
 def folders(name, root, splits):
@@ -48,12 +35,11 @@ def folders(name, root, splits):
             tree = root / title / split
             for i in range(20):
                 if name == "segmentation":
-                    picture(tree / "images" / f"{i}.png", site, i)
-                    (tree / "masks").mkdir(exist_ok=True)
-                    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tree / "masks" / f"{i}.png")
+                    write_image(tree / "images" / f"{i}.png", value(site, i))
+                    write_mask(tree / "masks" / f"{i}.png")
                 else:
                     path = tree / "ab"[i % 2] / f"{i}{split}.png"
-                    picture(path, site, i)
+                    write_image(path, value(site, i))
                     if name == "pairs":
                         path.with_suffix(".txt").write_text(f"text {i}")
 

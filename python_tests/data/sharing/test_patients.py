@@ -18,6 +18,7 @@ from fedkern.errors import UserError
 from fedkern.methods import FedDRA
 from fedkern.methods.fediod import local_teachers
 from fedkern.settings.config import RunConfig
+from python_tests.data.image_sets import write_table
 from python_tests.hearing import Hearing
 
 PARTITIONS = ["iid", "stratified", "dirichlet:0.5:min=2", "classes:1"]
@@ -26,13 +27,12 @@ EACH = 5  # images of a patient
 
 def write(root, column="subject_id", patients=30, owner=lambda i: i % 30, header="", cell=lambda i: ""):
     """Images of every patient far from each other in the file."""
-    lines = [f"path,image,mask,text,label,{column}{header}"]
-    for i in range(patients * EACH):
-        Image.new("L", (8, 8), i).save(root / f"{i}.png")
-        Image.fromarray(np.eye(8, dtype=np.uint8)).save(root / f"m{i}.png")
-        lines.append(f"{i}.png,{i}.png,m{i}.png,text {i} here,{'xyz'[i % 3]},{owner(i)}{cell(i)}")
-    path = root / "images.csv"
-    path.write_text("\n".join(lines))
+    rows = [
+        {"text": f"text {i} here", "label": "xyz"[i % 3], "owner and more": f"{owner(i)}{cell(i)}"}
+        for i in range(patients * EACH)
+    ]
+    path = write_table(root, "path,image,mask,text,label,owner and more", rows) / "list.csv"
+    path.write_text(path.read_text().replace("owner and more", f"{column}{header}"))
     return path
 
 
@@ -52,9 +52,12 @@ def assert_apart(*splits):
     assert sum(map(len, found)) == len(set.union(*found))
 
 
-@pytest.mark.parametrize("name", ["csv", "pairs", "segmentation"])
-def test_a_patient_is_in_one_split_and_at_one_client(name, tmp_path):
-    data = open_set(name, write(tmp_path))
+@pytest.mark.parametrize(("name", "column"), [
+    ("csv", "subject_id"), ("pairs", "Patient ID"), ("segmentation", "patient_id"), ("csv", "PatientID"),
+    ("pairs", "patient"),
+])  # fmt: skip
+def test_a_patient_is_in_one_split_and_at_one_client(name, column, tmp_path):
+    data = open_set(name, write(tmp_path, column))
     splits = [*data.clients, data.validation, data.tests[""]]
     assert_apart(*splits)
     assert sum(map(len, splits)) == 30 * EACH
@@ -96,20 +99,6 @@ def test_another_patient_in_the_file_changes_no_draw(tmp_path):
     new[5] = "somebody else"
     path.write_text("\n".join([header, ",".join(new), *rows]))
     assert kept() == before
-
-
-def test_tiles_of_a_patient(tmp_path):
-    data = open_set("segmentation", write(tmp_path), options={"tile": 4})
-    assert len(data.tests[""]) == 6 * EACH * 4
-    apart = hold_out(data, held_out=None, share=0.2, seed=0)
-    assert_apart(*apart.clients, *apart.client_tests)
-    assert len(apart.clients[0].cases.unique()) == len({name.split("#")[0] for name in apart.clients[0].ids})
-
-
-@pytest.mark.parametrize("column", ["subject_id", "Patient ID", "patient_id", "PatientID", "patient"])
-def test_what_the_column_is_called(column, tmp_path):
-    data = open_set("csv", write(tmp_path, column))
-    assert_apart(*data.clients, data.validation, data.tests[""])
 
 
 @pytest.mark.parametrize("column", ["subject", "other"])
@@ -178,7 +167,7 @@ def test_a_run_says_who_is_both_held_out_and_trained_on(settings, told, tmp_path
 
 def test_an_image_of_two_patients(tmp_path):
     path = write(tmp_path)
-    path.write_text(path.read_text() + "\n3.png,3.png,m3.png,more words here,x,17")
+    path.write_text(path.read_text() + "3.png,3.png,m3.png,more words here,x,17")
     with pytest.raises(
         UserError, match=r"the image 3\.png belongs to two patients, 3 \(line 5\) and 17 \(line 152\); name one"
     ):

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from fedkern.data import Split, load, lookup
-from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sources.canvas import CELL, INK, SIDE, Ground, Placed, draw, noisy
-from fedkern.data.sources.captions import CLASSES, WORDS, make_captions
+from fedkern.data.sources.captions import CLASSES, WORDS
 from fedkern.data.sources.digits import read_digits
 from fedkern.data.split import joined
 from fedkern.errors import UserError
@@ -188,7 +187,7 @@ def test_digits_of_the_tests_are_not_those_of_the_training(monkeypatch):
 
     real = module._canvases
     monkeypatch.setattr(module, "_canvases", remember)
-    make_captions(2, parse_partition("iid"), 0, samples=4)
+    captions(clients=2, partition="iid", train_samples=4)
     assert rows["test"] == rows["unseen"]
     assert sum(len(rows[name]) for name in ("train", "validation", "test")) == len(read_digits()[1])
     assert not rows["train"] & rows["test"]

@@ -9,8 +9,8 @@ from PIL import Image
 
 from fedkern.data import identity, load
 from fedkern.errors import UserError
+from python_tests.data.image_sets import COLUMNS, write_mask, write_table
 
-COLUMNS = {"csv": "path,label", "pairs": "image,text,label", "segmentation": "image,mask"}
 SOURCES = ["folder", *COLUMNS]
 COUNT = 24
 
@@ -27,30 +27,21 @@ def made(source, root, *, label="", client="", split="", plain=False, content=0)
     """
     rows = []
     for i in [*range(COUNT), COUNT]:
-        copied = i == COUNT
         row = {"label": "ab"[i // 2 % 2], "client": "AB"[i % 2], "split": ("train", "train", "test", "val")[i // 4 % 4]}
-        if copied:
-            row = {**rows[0], **{name: value for name, value in
-                                 {"label": label, "client": client, "split": split}.items() if value}}  # fmt: skip
-        name = "z.png" if copied else f"{i}.png"
+        name = f"{i}.png"
+        if i == COUNT:
+            given = {"label": label, "client": client, "split": split}
+            row, name = rows[0] | {key: value for key, value in given.items() if value}, "z.png"
         if source == "folder":
-            folder = {"train": "train", "test": "test", "val": "val"}[row["split"]]
-            name = f"{row['client']}/{folder}/{row['label']}/{name}"
+            name = f"{row['client']}/{row['split']}/{row['label']}/{name}"
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        image(content if copied else i, plain).save(path)
-        mask = Image.new("L", (8, 8))
-        mask.paste(1, (0, 0, 4, 5 if row["label"] == "b" else 3))
-        if source == "segmentation":
-            mask.save(root / f"m{i}.png")
-        first = COLUMNS.get(source, "path").split(",")[0]
-        rows.append({**row, first: name, "text": f"text {i}", "mask": f"m{i}.png"})
+        image(content if i == COUNT else i, plain).save(path)
+        write_mask(root / f"m{i}.png", box=(0, 0, 4, 5 if row["label"] == "b" else 3))
+        rows.append({**row, "name": name, "mask": f"m{i}.png"})
     if source != "folder":
-        columns = [*COLUMNS[source].split(","), "client", "split"]
-        lines = [",".join(columns), *(",".join(row[column] for column in columns) for row in rows)]
-        (root / "list.csv").write_text("\n".join(lines) + "\n")
-    first = COLUMNS.get(source, "path").split(",")[0]
-    return rows[0][first], rows[-1][first]
+        write_table(root, f"{source},client,split", rows, files=False)
+    return rows[0]["name"], rows[-1]["name"]
 
 
 def told(source, root, options=None, **settings):
@@ -116,25 +107,6 @@ def test_every_image_of_the_run_is_compared(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(identity, "SAMPLED_IMAGES", 1)
     (text,) = told("csv", tmp_path, **settings)
     assert re.search(r": 1[wxyz]?.png and 1[wxyz].png\.$", text)
-
-
-@pytest.mark.parametrize("settings", [{}, {"public_samples": 8}], ids=str)
-def test_images_in_tiles_are_compared_as_a_whole(settings, tmp_path):
-    tile = {"options": {"tile": 4}, **settings}
-    first, copy = made("segmentation", tmp_path, split="test")
-    white = Image.new("L", (4, 4), 255)
-    for i in (1, 2):  # one tile alike, under two masks
-        picture = Image.open(tmp_path / f"{i}.png").copy()
-        picture.paste(white, (4, 4))
-        picture.save(tmp_path / f"{i}.png")
-    (text,) = told("segmentation", tmp_path, **tile)
-    assert text.endswith(f": {first} and {copy} (in the sets train and test).")
-
-
-def test_an_image_in_tiles_with_two_masks(tmp_path):
-    first, copy = made("segmentation", tmp_path, label="b")
-    with pytest.raises(UserError, match=f"{first} and {copy} are the same image with two masks; leave one of the two"):
-        told("segmentation", tmp_path, options={"tile": 4})
 
 
 def test_many_copies_are_counted(tmp_path):

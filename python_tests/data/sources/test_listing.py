@@ -5,26 +5,29 @@ from PIL import Image
 
 from fedkern.data import load
 from fedkern.errors import UserError
+from python_tests.data.image_sets import COLUMNS, write_table
 
-HEADERS = {"csv": "path,label", "pairs": "image,text,label", "segmentation": "image,mask"}
 
-
-def read(name, root, change=lambda i, row: None, again=(), said=None, rows=24, **options):
+def read(name, root, change=lambda line, row: None, again=(), said=None, rows=24, **options):
     """A table of ``rows`` images, two of each patient, where ``change`` edits a row and ``again`` are rows more."""
-    own = HEADERS[name].split(",")
-    lines = [",".join([*own, "client", "patient_id", "split"])]
+    listed = []
     for i in [*range(rows), *again]:
-        Image.new("L", (8, 8), i).save(root / f"{i}.png")
-        mask = Image.new("L", (8, 8))
-        mask.paste(1, (0, 0, 4, 4 + i % 4))
-        mask.save(root / f"m{i}.png")
-        row = {"label": "ab"[i // 2 % 2], "text": f"text {i}", "mask": f"m{i}.png"}
-        row |= {own[0]: f"{i}.png", "client": "AB"[i % 2], "patient_id": f"p{i // 2}", "split": ""}
-        row["split"] = ("train", "train", "test", "val")[i // 2 % 4]
-        if len(lines) > rows or i not in again:
-            change(len(lines), row)
-        lines.append(",".join(row[column] for column in lines[0].split(",")))
-    (root / "list.csv").write_text("\n".join(lines) + "\n")
+        row = {
+            "name": f"{i}.png",
+            "value": i,
+            "box": (0, 0, 4, 4 + i % 4),
+            "label": "ab"[i // 2 % 2],
+            "text": f"text {i}",
+        }
+        row |= {
+            "client": "AB"[i % 2],
+            "patient_id": f"p{i // 2}",
+            "split": ("train", "train", "test", "val")[i // 2 % 4],
+        }
+        if len(listed) >= rows or i not in again:
+            change(len(listed) + 1, row)
+        listed.append(row)
+    write_table(root, f"{name},client,patient_id,split", listed)
     return load(name, root=root, options={"size": 8, "colour": "grey", **options}, notice=said)
 
 
@@ -39,7 +42,7 @@ def edited(**values):
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize("name", COLUMNS)
 @pytest.mark.parametrize(("split", "other"), [("train", "test"), ("val", "test"), ("test", "train"), ("train", "val")])
 def test_a_patient_in_two_splits(tmp_path, name, split, other):
     def change(line, row):
@@ -70,10 +73,10 @@ def test_a_patient_in_two_splits_of_a_chosen_column(tmp_path):
     ("segmentation", {"mask": "m5.png"}, r"4\.png has two masks, m4.png \(line 6\) and m5.png \(line 26\)"),
     *(
         (name, {"client": "B"}, r"4\.png belongs to two clients, A \(line 6\) and B \(line 26\)")
-        for name in HEADERS
+        for name in COLUMNS
     ),
-    *((name, {"patient_id": "p9"}, r"4\.png belongs to two patients, p2 \(line 6\) and p9") for name in HEADERS),
-    *((name, {"split": "train"}, r"4\.png is in two splits, test \(line 6\) and train") for name in HEADERS),
+    *((name, {"patient_id": "p9"}, r"4\.png belongs to two patients, p2 \(line 6\) and p9") for name in COLUMNS),
+    *((name, {"split": "train"}, r"4\.png is in two splits, test \(line 6\) and train") for name in COLUMNS),
 ])  # fmt: skip
 def test_an_image_in_two_places(tmp_path, name, values, words):
     change = edited(**values)
@@ -91,7 +94,7 @@ def test_an_image_with_two_sets_of_labels(tmp_path):
         load("csv", root=tmp_path)
 
 
-@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize("name", COLUMNS)
 def test_a_row_that_stands_twice_is_told(tmp_path, name):
     said = []
     data = read(name, tmp_path, again=[0, 8, 0], said=said.append)

@@ -12,11 +12,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
-
-
-def picture(path, value, size=(12, 12)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (value, value, value)).save(path)
+from python_tests.data.image_sets import write_image
 
 
 def every_split(data):
@@ -29,7 +25,7 @@ def open_set(name, root, clients=2, partition="iid", **options):
 
 def test_proportions_are_kept(tmp_path):
     for i in range(8):
-        picture(tmp_path / f"{i}.png", 200, size=(40, 20))
+        write_image(tmp_path / f"{i}.png", 200, size=(40, 20))
         (tmp_path / f"{i}.txt").write_text(f"number {i}")
     image = open_set("pairs", tmp_path).clients[0].images[0, 0]
     assert int(image[:4].max()) == int(image[12:].max()) == 0
@@ -65,7 +61,7 @@ def test_a_window_of_every_image(tmp_path):
 
 
 def test_a_window_is_no_larger_than_the_image(refuses, tmp_path):
-    picture(tmp_path / "a.png", 1)
+    write_image(tmp_path / "a.png", 1)
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(UserError, match='data set "pairs": crop is 32, more than size, 16'):
         open_set("pairs", tmp_path, crop=32)
@@ -84,7 +80,7 @@ def test_folders_of_pairs(tmp_path, splits, labels):
         for label in labels:
             for i in range(10):
                 path = tmp_path / split / label / f"{i}.png"
-                picture(path, i)
+                write_image(path, i)
                 path.with_suffix(".txt").write_text(f" {split} {label}\n {i} ")
     data = open_set("pairs", tmp_path)
     assert data.classes == (("any",) if labels == ("",) else labels)
@@ -98,19 +94,6 @@ def test_folders_of_pairs(tmp_path, splits, labels):
     assert splits == ("",) or held == {splits[-1]}
 
 
-def test_an_image_with_several_captions_stays_in_one_split(tmp_path):
-    lines = ["image,text,label"]
-    for i in range(20):
-        picture(tmp_path / f"{i}.png", i)
-        lines += [f"{i}.png,caption {i} {c},{'ab'[i % 2]}" for c in range(3)]
-    (tmp_path / "captions.csv").write_text("\n".join(lines))
-    data = open_set("pairs", tmp_path)
-    held = [set(data.tests[""].ids), set(data.validation.ids), set(data.clients[0].ids) | set(data.clients[1].ids)]
-    assert sum(map(len, held)) == len(set.union(*held)) == 20
-    assert len(data.tests[""]) == 3 * len(held[0]) == 12
-    assert len(set(data.tests[""].texts)) == 12
-
-
 @pytest.mark.parametrize(("change", "words"), [
     (lambda t: (t / "3.txt").unlink(), r"3\.png has no text 3\.txt beside it"),
     (lambda t: (t / "3.txt").write_text(" \n"), r"3\.txt is empty"),
@@ -120,7 +103,7 @@ def test_an_image_with_several_captions_stays_in_one_split(tmp_path):
 ])  # fmt: skip
 def test_wrong_pairs(tmp_path, change, words):
     for i in range(6):
-        picture(tmp_path / f"{i}.png", i)
+        write_image(tmp_path / f"{i}.png", i)
         (tmp_path / f"{i}.txt").write_text("words")
     change(tmp_path)
     with pytest.raises(UserError, match=words):
