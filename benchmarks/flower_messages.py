@@ -44,7 +44,7 @@ METHODS: Mapping[str, list[str]] = {
     "fedavg": ["--rounds", str(ROUNDS), "--local-steps", "2"],
     "fediod": [
         "--rounds", "1", "--local-epochs", "1",
-        *(word for option in ("nz=4", "ngf=2", "ndf=2", "batch=8", "student_steps=2", f"iterations={ITERATIONS}",
+        *(word for option in ("ngf=2", "ndf=2", "batch=8", "student_steps=2", f"iterations={ITERATIONS}",
                               "batched=false") for word in ("--method-option", option)),
     ],
 }  # fmt: skip

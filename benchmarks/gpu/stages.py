@@ -184,10 +184,15 @@ FUSEFL = (
     "--lr 0.01 --momentum 0.9 --weight-decay 0 --method-option width=64 --method-option final_fuse=sum --method-option "
     "adaptor_init=random --method-option frozen_bn=code --method-option ccvr_compat=true"
 )
+FEDIOD_SIZES = (
+    "w_real=1", "w_balance=0", "disc_weight=true", "iterations=0", "batch=64", "warmup=0", "student_steps=5", "ngf=64",
+    "ndf=128", "critic_layers=2", "generator_lr=1e-4", "critic_lr=1e-4", "student_lr=5e-3",
+)  # fmt: skip
+"""The paper's objective with the sizes and rates of the released script."""
 FEDIOD = (
     "--data cifar10 --model resnet8-t --clients 20 --partition dirichlet:1.0:plain --rounds 500 --local-epochs 500 "
-    "--batch-size 256 --lr 0.0025 --method-option teacher_lr_end=0.001 --momentum 0.9 --weight-decay 0.0003 "
-    "--method-option preset=code --eval-every 5"
+    "--batch-size 256 --lr 0.0025 --momentum 0.9 --weight-decay 0.0003 --eval-every 5 "
+    + " ".join(f"--method-option {option}" for option in FEDIOD_SIZES)
 )
 FEDGID = "--data colormnist --correlation 0.5 --clients 10 --rounds 100 --local-epochs 1 --eval-every 5"
 PUBLISHED = {"fusefl": (FUSEFL, 900), "fediod": (FEDIOD, 1200), "fedgid": (FEDGID, 900)}

@@ -23,20 +23,15 @@ from fedkern.models.discriminator import PatchDiscriminators, whole_image
 from fedkern.models.generator import Generator
 
 FLAGS: dict[str, Any] = {
-    "holdout": 0.0, "iterations": 30, "batch": 32, "warmup": 0.5, "student_steps": 3, "nz": 100, "ngf": 16, "ndf": 16,
-    "critic_layers": 0, "generator_lr": 1e-3, "critic_lr": 2e-4, "student_lr": 0.05, "student_decay": 3e-5,
-    "w_real": 8.0, "w_clear": 1.0, "w_diverse": 1.0, "w_balance": 2.0,
+    "holdout": 0.0, "iterations": 30, "batch": 32, "warmup": 0.5, "student_steps": 3, "ngf": 16, "ndf": 16,
+    "critic_layers": 0, "generator_lr": 1e-3, "critic_lr": 2e-4, "student_lr": 0.05, "w_real": 8.0, "w_balance": 2.0,
 }  # fmt: skip
 ASSUMES = {
-    "mode": "generator", "models": "", "select": "last", "student_optimizer": "sgd", "ema": 0.0, "w_adv": 0.0,
-    "diversity": "jsd", "js_sign": -1, "class_weights": "counts", "disc_weight": False, "mix": "log_probs",
-    "kd": "logit_var", "bce": "mean", "pixels": "float32", "absent": 0.0, "shards": 1, "sigma_d": 0.0, "sigma_t": 0.0,
-    "histogram_noise": 0.0, "teacher_dp": False,
+    "mode": "generator", "models": "", "student_optimizer": "sgd", "class_weights": "counts", "disc_weight": False,
+    "pixels": "float32", "shards": 1, "histogram_noise": 0.0, "teacher_dp": False,
 }  # fmt: skip
-IGNORES = (
-    "preset", "temperature", "batched", "delta", "epsilon", "clip_d", "clip_t", "scores", "teacher_clip",
-    "teacher_sigma", "noise", "teacher_share", "teacher_epsilon",
-)  # fmt: skip
+IGNORES = ("batched", "delta", "epsilon", "clip_d", "noise", "teacher_share")
+NOISE, STUDENT_DECAY = 100, 3e-5
 BETAS = (0.5, 0.999)
 
 
@@ -59,7 +54,7 @@ def generator_loss(
     diversity = entropy(mixture).mean() - clarity
     balance = -sum(share * entropy(p.mean(0)) for share, p in zip(shares, probabilities, strict=True)) / math.log(2)
     realism = sum(share * F.softplus(-x).mean() for share, x in zip(shares, patches, strict=True))
-    return args.w_real * realism + args.w_clear * clarity - args.w_diverse * diversity + args.w_balance * balance
+    return args.w_real * realism + clarity - diversity + args.w_balance * balance
 
 
 def ensemble(logits: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -110,7 +105,7 @@ def main() -> None:
     student = common.build_model(args, source)
     teachers = train_teachers(federation, args)
     generator = Generator(
-        nz=args.nz, ngf=args.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1),
+        nz=NOISE, ngf=args.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1),
         mean=source.form.mean, std=source.form.std, pixel_mean=source.form.mean,
         generator=torch.Generator().manual_seed(args.seed),
     ).to(args.device)  # fmt: skip
@@ -123,9 +118,7 @@ def main() -> None:
     ]  # fmt: skip
     of_generator = torch.optim.Adam(generator.parameters(), lr=args.generator_lr, betas=BETAS)
     of_critics = [torch.optim.Adam(critic.parameters(), lr=args.critic_lr, betas=BETAS) for critic in critics]
-    of_student = torch.optim.SGD(
-        student.parameters(), lr=args.student_lr, momentum=0.9, weight_decay=args.student_decay
-    )
+    of_student = torch.optim.SGD(student.parameters(), lr=args.student_lr, momentum=0.9, weight_decay=STUDENT_DECAY)
     shares = [size / sum(federation.sizes) for size in federation.sizes]
     weights = class_weights([dataset.columns[0] for dataset in clients], len(source.classes)).to(args.device)
     iterations = args.iterations or math.ceil(max(federation.sizes) / args.batch)
@@ -140,7 +133,7 @@ def main() -> None:
         student.train()
         for _ in range(iterations):
             progress = iteration / total
-            images = generator(torch.randn(args.batch, args.nz, device=args.device))
+            images = generator(torch.randn(args.batch, NOISE, device=args.device))
             for critic, optimizer, batches in zip(critics, of_critics, real, strict=True):
                 batch = next(batches, None)
                 if batch is None:
@@ -162,7 +155,7 @@ def main() -> None:
                 of_student.param_groups[0]["lr"] = lr
                 for _ in range(args.student_steps):
                     with torch.no_grad():
-                        images = generator(torch.randn(args.batch, args.nz, device=args.device))
+                        images = generator(torch.randn(args.batch, NOISE, device=args.device))
                         target = ensemble([teacher(images) for teacher in teachers], weights)
                     of_student.zero_grad()
                     student_loss(student(images), target).backward()

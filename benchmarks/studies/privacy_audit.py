@@ -5,7 +5,7 @@
 
 Writes ``benchmarks/studies/results/privacy_audit.json`` and ``.png``.  ``python -m benchmarks.pages`` then writes the
 table of docs/privacy.md.  The audited code is what runs in a federation: ``fediod.private_messages`` for FedIOD's
-channels, ``engine.private_training`` for DP-SGD.
+gradients and counts, ``engine.private_training`` for DP-SGD.
 
 Every mechanism gets the pair of neighbouring data sets that is easiest to tell apart: a canary, one record whose
 gradient is longer than the clipping norm and points one way in one data set and the opposite way in the other, where
@@ -39,7 +39,7 @@ from fedkern.engine.images import Images
 from fedkern.engine.training import Schedule
 from fedkern.methods.base import Objective, Phase
 from fedkern.methods.fediod import private_messages
-from fedkern.methods.fediod.presets import IODOptions, settle
+from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.privacy import DPSGD, IMAGE, LEDGER
 from fedkern.report.figures import plots
 from fedkern.streams import stream
@@ -80,37 +80,29 @@ class Client:
 # -- FedIOD's channels -------------------------------------------------------------------------------------------------
 
 
-def channels(*, releases: int = 1, rows: int = 4, score: str = "discriminator", **settings: Any) -> Runs:
-    """The gradients of a generator's steps: ``score`` is "discriminator", "teacher" or "both".
+def channels(*, sigma: float, releases: int = 1, rows: int = 4, shards: int = 1) -> Runs:
+    """The gradients of a generator's steps through the discriminator, with noise of ``sigma`` clipping norms.
 
     The canary turns every row of a batch around.  Its direction alternates over rows and releases, and the score takes
     the signs back, so that noise that is used twice cancels.
     """
 
     def runs(repeats: int, sign: float) -> tuple[Tensor, Ledger]:
-        options = settle(IODOptions(batch=rows, iterations=releases, noise="seed", **settings))
-        client = Client(seed=0 if sign > 0 else 1, samples=options.shards)
-        private_messages.agree(client, {"privacy": {"sigma_d": options.sigma_d}})  # type: ignore[arg-type]
+        options = IODOptions(batch=rows, iterations=releases, noise="seed", epsilon=1.0, shards=shards)
+        client = Client(seed=0 if sign > 0 else 1, samples=shards)
+        private_messages.agree(client, {"privacy": {"sigma_d": sigma}})  # type: ignore[arg-type]
         direction = torch.full((1, 4, 4), 0.25)
         scores = torch.zeros(repeats, dtype=torch.float64)
         for t in range(releases):
             flips = (1.0 - 2.0 * ((torch.arange(rows) + t) % 2)).repeat(repeats)[:, None, None, None]
             serves = torch.tensor([_serves(client, t, i, options) for i in range(repeats)])
-            u = sign * HUGE * flips * direction
-            u_d = u * serves.repeat_interleave(rows)[:, None, None, None]
-            gradients = [u_d if options.sigma_d else None, u if options.sigma_t else None]
-            out = private_messages.sanitise(client, *gradients, options)  # type: ignore[arg-type]
-            for name, noisy in zip(("discriminator", "teacher"), out, strict=True):
-                if noisy is not None and score in (name, "both"):
-                    sigma, bound = (
-                        (options.sigma_d, private_messages.clip_d(options))
-                        if name == "discriminator"
-                        else (options.sigma_t, options.clip_t)
-                    )
-                    # In multiples of the noise, times the signal in it: what tells most of independent parts.
-                    each = (noisy * flips * direction).flatten(1).sum(1).double() / (sigma * bound) / sigma
-                    scores += each.view(repeats, rows).sum(1)
-        return scores, _of_one(client.state[LEDGER], repeats, score)
+            u_d = sign * HUGE * flips * direction * serves.repeat_interleave(rows)[:, None, None, None]
+            noisy = private_messages.sanitise(client, u_d, options)  # type: ignore[arg-type]
+            assert noisy is not None
+            # In multiples of the noise, times the signal in it: what tells most of independent parts.
+            each = (noisy * flips * direction).flatten(1).sum(1).double() / (sigma * options.clip_d) / sigma
+            scores += each.view(repeats, rows).sum(1)
+        return scores, _of_one(client.state[LEDGER], repeats)
 
     return runs
 
@@ -123,12 +115,11 @@ def _serves(client: Client, t: int, repeat: int, options: Any) -> float:
     return float(private_messages.serving(client, phase, options) == 0)  # type: ignore[arg-type]
 
 
-def _of_one(ledger: Ledger, repeats: int, score: str) -> Ledger:
+def _of_one(ledger: Ledger, repeats: int) -> Ledger:
     """Of the ledger of a release of so many batches: what it is of one, whose sensitivity has that root less."""
     return {
         channel: [[kind, noise * math.sqrt(repeats), rate, steps] for kind, noise, rate, steps in rows]
         for channel, rows in ledger.items()
-        if score in (channel, "both")
     }
 
 
@@ -136,7 +127,7 @@ def histogram(**settings: Any) -> Runs:
     """The class counts of a client: every canary moves from one class to another, of which it has two to itself."""
 
     def runs(repeats: int, sign: float) -> tuple[Tensor, Ledger]:
-        options = settle(IODOptions(batch=4, iterations=1, noise="seed", **settings))
+        options = IODOptions(batch=4, iterations=1, noise="seed", **settings)
         client = Client(seed=0 if sign > 0 else 1)
         counts = torch.full((repeats, 2), 1000.0)
         counts[:, 0 if sign > 0 else 1] += 1
@@ -189,12 +180,9 @@ def dp_sgd(*, noise: float, steps: int = 1, rate: float = 1.0) -> Runs:
 
 
 MECHANISMS = (
-    Mechanism("discriminators, one release", channels(sigma_d=4.0)),
-    Mechanism("discriminators, four releases", channels(sigma_d=8.0, releases=4)),
-    Mechanism("discriminators, one of five shards", channels(sigma_d=2.0, shards=5)),
-    Mechanism("teacher, one release", channels(sigma_t=4.0, score="teacher")),
-    Mechanism("teacher, four releases", channels(sigma_t=8.0, releases=4, score="teacher")),
-    Mechanism("both channels, four releases", channels(sigma_d=10.0, sigma_t=12.0, releases=4, score="both")),
+    Mechanism("discriminators, one release", channels(sigma=4.0)),
+    Mechanism("discriminators, four releases", channels(sigma=8.0, releases=4)),
+    Mechanism("discriminators, one of five shards", channels(sigma=2.0, shards=5)),
     Mechanism("class counts", histogram(histogram_noise=1.0)),
     Mechanism("DP-SGD, one step on all samples", dp_sgd(noise=2.0)),
     Mechanism("DP-SGD, four steps on all samples", dp_sgd(noise=4.0, steps=4)),

@@ -34,8 +34,7 @@ def command_line(method: str, config: RunConfig) -> str:
 
     Method options that the user changed are repeated if ``method`` has them too, and so are all plugins.
     """
-    preset = {"preset": config.options["preset"]} if "preset" in config.options else {}  # sets other options too
-    base = RunConfig.make(config.method, data=config.data, options=preset)
+    base = RunConfig.make(config.method, data=config.data)
     target = RunConfig.make(method, data=config.data)
     width = RunConfig.make(method, data=config.data, model=config.model).width  # default width of the model
     words = [PROGRAM, method]
@@ -62,7 +61,7 @@ def command_line(method: str, config: RunConfig) -> str:
     for name, value in config.data_options.items():
         words += [flag(name), quote(value)] if name in DATA_FLAGS else ["--data-option", quote(f"{name}={value}")]
     for name, value in config.options.items():
-        if (name in preset or value != base.options[name]) and value != target.options.get(name, value):
+        if value != base.options[name] and value != target.options.get(name, value):
             words += ["--method-option", quote(f"{name}={as_typed(value)}")]
     for name in config.plugins:
         words += ["--plugin", quote(name)]

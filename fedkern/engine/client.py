@@ -320,8 +320,6 @@ class Client(Node):
         message: Message | None = None,
         epochs: int | None = None,
         rows: np.ndarray | None = None,
-        lr_end: float | None = None,
-        after_epoch: Callable[[int], None] | None = None,
         first: int | None = None,
     ) -> dict[str, float]:
         if self.load_pretrained(module):
@@ -329,12 +327,12 @@ class Client(Node):
         trainable = Trainable(module)
         trainable.fixed = self.statistics_fixed(phase)
         self.marks |= TRAINED
-        schedule = self._in_time(phase, rows, epochs=epochs, end=lr_end, first=first)
+        schedule = self._in_time(phase, rows, epochs=epochs, first=first)
         received = self._received(phase, message or {}, schedule.epochs, None)
         data = self._context.client_data(self.id)
         try:
             figures = train(
-                self, method, phase, trainable, data, received, schedule, rows, after_epoch, self._context.graphs,
+                self, method, phase, trainable, data, received, schedule, rows, self._context.graphs,
                 self._context.first_steps(phase),
             )  # fmt: skip
         finally:
@@ -350,10 +348,9 @@ class Client(Node):
         spending: DPSGD,
         *,
         rows: np.ndarray | None = None,
-        lr_end: float | None = None,
     ) -> dict[str, float]:
         self.marks |= TRAINED - {"clip"}
-        schedule = self._schedule(phase, declared(self.samples, rows, spending), end=lr_end)
+        schedule = self._schedule(phase, declared(self.samples, rows, spending))
         received, data = self._received(phase, {}, schedule.epochs, None), self._context.client_data(self.id)
         figures = train_privately(self, method, phase, module, data, received, schedule, spending, rows)
         self.report.update(figures)
@@ -380,7 +377,7 @@ class Client(Node):
 
     def _schedule(
         self, phase: Phase, samples: int, *, steps: int | None = None, epochs: int | None = None,
-        end: float | None = None, first: int | None = None,
+        first: int | None = None,
     ) -> Schedule:  # fmt: skip
         """The schedule of ``epochs`` or of ``steps``, which begin as many epochs as they need; default the run's."""
         config, round = self._context.config, max(phase.round, 0)
@@ -400,7 +397,7 @@ class Client(Node):
         return Schedule(
             lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, clip_norm=config.clip_norm,
             epochs=epochs, batch_size=config.batch_size, steps=drops, factor=config.lr_step_factor,
-            first=round * epochs if first is None else first, limit=limit, optimizer=config.optimizer, end=end,
+            first=round * epochs if first is None else first, limit=limit, optimizer=config.optimizer,
             keep=config.optimizer_state == "keep", make=make,
         )  # fmt: skip
 

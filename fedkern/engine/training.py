@@ -53,8 +53,6 @@ class Schedule:
         first: the run's epoch that this exchange begins with.
         limit: optimiser steps of the exchange, whatever number of epochs they take; None: all of ``epochs``.
         optimizer: ``"sgd"``, or ``"adamw"`` with betas of 0.9 and 0.999; its state begins anew in every exchange.
-        end: learning rate of the last epoch, before any of the steps, to which the rate falls along half a cosine;
-            None: no such decay.
         keep: whether the optimiser's state is kept in the client's.
         make: a user's factory of the optimiser, whose learning rates ``lr`` multiplies; None: ``optimizer``.
     """
@@ -70,16 +68,12 @@ class Schedule:
     first: int = 0
     limit: int | None = None
     optimizer: str = "sgd"
-    end: float | None = None
     keep: bool = False
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate in epoch ``epoch`` of the exchange, counted from 0."""
-        lr = self.lr
-        if self.end is not None and self.epochs > 1:
-            lr = self.end + (lr - self.end) * (1 + math.cos(math.pi * epoch / (self.epochs - 1))) / 2
-        return lr * self.factor ** sum(step <= self.first + epoch for step in self.steps)
+        return self.lr * self.factor ** sum(step <= self.first + epoch for step in self.steps)
 
 
 @dataclass
@@ -296,7 +290,6 @@ def started(
     received: Context,
     schedule: Schedule,
     rows: np.ndarray | None = None,
-    after_epoch: Callable[[int], None] | None = None,
     graphs: Graphs | None = None,
     first_steps: FirstSteps | None = None,
 ) -> Callable[[], dict[str, float]]:
@@ -304,7 +297,6 @@ def started(
 
     Args:
         rows: int64, the samples to train on; None for all.
-        after_epoch: called with the number of every epoch done; the next epoch begins in train mode again.
         first_steps: watches the loss of the first steps in this process.
 
     Returns:
@@ -384,11 +376,6 @@ def started(
                 raise
             if graphs is None and theta.device.type == "cpu":
                 done, records = _digest(client.id, phase, *_gathered(records), done, totals, seen), []
-            if after_epoch is not None:
-                optimiser.switch(False)
-                after_epoch(epoch)
-                network.train_mode()
-                optimiser.switch(True)
     optimiser.switch(False)
     finite = network.finite()
     counted = schedule.make is not None or alone  # by the stepper

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -67,19 +67,6 @@ class Options:
                 raise UserError(f'Method option "{named.name}" is given twice.')
             values[named.field] = value
         return cls(**values)
-
-    @classmethod
-    def resolved(cls, values: Mapping[str, Value], chosen: Collection[str]) -> dict[str, Value]:
-        """The options that a run uses, by published name.
-
-        By default ``values`` unchanged.
-
-        Args:
-            values: every option: the user's value, or else the data set's default.
-            chosen: names of the options that the user gave.  An option that sets others (a preset) overrides the data
-                set's defaults of those options, not the user's values.
-        """
-        return dict(values)
 
     @classmethod
     def code(cls, values: Mapping[str, Any]) -> list[tuple[str, str]]:

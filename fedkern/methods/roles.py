@@ -285,8 +285,6 @@ class Client(Node, Protocol):
         message: Message | None = None,
         epochs: int | None = None,
         rows: np.ndarray | None = None,
-        lr_end: float | None = None,
-        after_epoch: Callable[[int], None] | None = None,
         first: int | None = None,
     ) -> dict[str, float]:
         """Trains any module in place with the loop of :meth:`train`: all its parameters that require gradients.
@@ -301,8 +299,6 @@ class Client(Node, Protocol):
             message: value of ``received.message``.
             epochs: passes over the client's data (default: the run's ``local_epochs``).
             rows: int64, the samples to train on; None for all.
-            lr_end: learning rate of the last epoch, reached along half a cosine; None: no schedule.
-            after_epoch: function called after every epoch with its number, from 0; may leave the module in eval mode.
             first: epochs of the run before this call, for ``--lr-steps`` (default: ``epochs`` in every earlier round).
 
         Returns:
@@ -322,7 +318,6 @@ class Client(Node, Protocol):
         spending: DPSGD,
         *,
         rows: np.ndarray | None = None,
-        lr_end: float | None = None,
     ) -> dict[str, float]:
         """Like :meth:`fit`, with DP-SGD on the samples at ``rows``; books the release in the client's privacy ledger.
 

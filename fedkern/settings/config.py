@@ -146,7 +146,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
             base["rounds"] = 1
         default_options = kind.Options.parse(base.pop("options", {}), method=method).to_dict()
         explicit = registry.given_options(method, options)
-        merged = kind.Options.resolved({**default_options, **explicit}, explicit.keys())
+        merged = {**default_options, **explicit}
         merged_data = given_options(str(base["data"]), data_options or {})
         rule = str(base.get("aggregator", MEAN)).partition(":")[0].strip()
         used = plugin_room.used(

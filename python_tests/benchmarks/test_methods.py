@@ -20,7 +20,7 @@ from fedkern import models
 from fedkern.cli import flags, request
 from fedkern.data import load
 from fedkern.engine.run import run
-from fedkern.methods import FedGID, FedIOD, FedLPFM, Phase, registry
+from fedkern.methods import FedGID, FedLPFM, Phase, registry
 from fedkern.methods.common.robust_weights import exponentiated_step, project
 from fedkern.methods.fediod.losses import distillation, importance, teacher_terms
 from fedkern.methods.protocol import Batch
@@ -120,18 +120,17 @@ def test_fediod_has_the_losses_of_fedkern():
     torch.manual_seed(2)
     shares = torch.tensor([0.5, 0.3, 0.2])
     logits, patches = 2 * torch.randn(3, 5, 4), torch.randn(3, 5, 2, 2)
-    weights = {"w_real": 8.0, "w_clear": 1.0, "w_diverse": 1.5, "w_balance": 2.0}
-    settings = FedIOD(FedIOD.Options.parse({**weights}, method="fediod")).settings
+    weights = {"w_real": 8.0, "w_balance": 2.0}
     spoken = logits.log_softmax(2)
     labels = [torch.tensor([0, 0, 1]), torch.tensor([1]), torch.tensor([0, 1, 1])]
     counts = torch.stack([torch.bincount(own, minlength=4) for own in labels]).float()
-    total, _ = teacher_terms(spoken, shares, settings, None, importance(counts, None), counts > 0)
+    total, _ = teacher_terms(spoken, shares, 2.0)
     realism = (shares * torch.nn.functional.softplus(-patches).mean((1, 2, 3))).sum()
     theirs = fediod.generator_loss(list(logits), list(patches), shares.tolist(), argparse.Namespace(**weights))
     torch.testing.assert_close(theirs, total + 8.0 * realism, **CLOSE)
 
     student = torch.randn(5, 4)
-    ours = distillation(student, spoken, importance(counts, None), counts > 0, settings)
+    ours = distillation(student, spoken, importance(counts, None), counts > 0)
     own = fediod.student_loss(student, fediod.ensemble(list(logits), fediod.class_weights(labels, 4)))
     torch.testing.assert_close(own, ours, **CLOSE)
 

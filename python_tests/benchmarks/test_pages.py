@@ -14,7 +14,6 @@ from benchmarks.studies.page_commands import COMMANDS
 from fedkern.cli.flags import parse
 from fedkern.cli.request import effective
 from fedkern.comparison import published
-from fedkern.methods.fediod.presets import PUBLISHED
 
 BY_PATH = {page.path: page for page in page_figures.PAGES}
 PAGE = Page("docs/some.md", {"rates": lambda: ["Of 3 runs.", "", "| a | rate |", "|---|---:|", "| b | 1.5 % |"]})
@@ -144,7 +143,7 @@ def test_a_pages_command_gave_its_tables_figure(method):
 def test_the_published_commands_are_the_published_settings():
     text = (pages.ROOT / "docs/methods/README.md").read_text().replace("\\\n", " ")
     found = {}
-    commands_of = r"^python -m fedkern\.run (.*(?:--lr-steps|preset=code|ccvr_compat).*)$"
+    commands_of = r"^python -m fedkern\.run (.*(?:--lr-steps|critic_layers=2|ccvr_compat).*)$"
     for line in re.findall(commands_of, text, re.MULTILINE):
         config = effective(parse(shlex.split(line)))
         found[config.method] = config
@@ -156,10 +155,12 @@ def test_the_published_commands_are_the_published_settings():
     assert [fuse[name] for name in changed] == [released[name] for name in changed] == ["sum", "random", "code", True]
     assert found["fusefl"].model == "resnet18"
     assert fuse["width"] == "20"
-    code = found["fediod"]
-    assert code.partition == "dirichlet:1.0:plain"  # neither balanced nor shuffled within a class
-    assert {name: code.options[name] for name in PUBLISHED} == PUBLISHED
-    assert (code.options["diversity"], code.options["js_sign"], code.options["holdout"]) == ("reverse_kl", 1, 0)
+    paper = found["fediod"]
+    assert paper.partition == "dirichlet:1.0:plain"  # neither balanced nor shuffled within a class
+    cells = published.read(str(pages.ROOT / "benchmarks/studies/fediod.toml"))
+    cell = effective(parse(cells.words(cells.find("FedIOD as published").command)))
+    assert paper.options == cell.options
+    assert (paper.options["w_real"], paper.options["ndf"], paper.options["holdout"]) == (1, 128, 0)
     assert (found["fedlpfm"].rounds, found["fedlpfm"].lr, found["fedlpfm"].weight_decay) == (600, 0.01, 5e-4)
 
 

@@ -25,7 +25,7 @@ OPTIONS = {
     "ccvr": {"virtual_features": 20, "calibration_epochs": 1},
     "dense": GENERATED,
     "feddf": {"distill_batch": 4, "distill_epochs": 2},
-    "fediod": {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1},
+    "fediod": {"ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1},
 }
 ABLE = sorted(name for name, kind in METHODS.items() if kind.takes_teachers)
 

@@ -422,7 +422,8 @@ def factory(found):
         ("fedavg", {"optimizer": factory(torch.optim.LBFGS)}, "makes LBFGS, which evaluates a batch several times"),
         ("fedavg", {"optimizer": lambda p: torch.optim.Optimizer(p, {"lr": None})}, "with a learning rate of None"),
         ("fedavg", {"optimizer": factory(lambda p: 1 / 0)}, r"optimizer fails \(ZeroDivisionError.*test_script_"),
-        ("fediod", {"optimizer": sgd, "teacher_dp": True}, "fediod with differential privacy has an optimiser"),
+        ("fediod", {"optimizer": sgd, "teacher_dp": True, "epsilon": 8.0},
+         "fediod with differential privacy has an optimiser"),
         *(
             (method, {"train": loop}, f"would drop what {method} adds to local training: write a class derived from it")
             for method in ("fedprox", "scaffold", "feddyn", "fedgid", "moon", "fedproto", "fedntd", "feddra", "fusefl",

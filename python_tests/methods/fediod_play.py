@@ -8,10 +8,10 @@ from fedkern.engine.server import Server
 from fedkern.methods import FedIOD, Phase, Upload
 
 TINY = {
-    "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3, "w_real": 1.0, "w_balance": 0.0,
+    "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 3, "w_real": 1.0, "w_balance": 0.0,
     "disc_weight": True, "warmup": 0.0,
 }  # fmt: skip
-EVERY_TERM = {"w_adv": 0.5, "w_balance": 0.7, "generator_lr": 0.01, "student_lr": 0.05, "critic_layers": 3}
+EVERY_TERM = {"w_balance": 0.7, "generator_lr": 0.01, "student_lr": 0.05, "critic_layers": 3}
 
 
 class World:

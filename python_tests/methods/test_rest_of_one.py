@@ -12,7 +12,7 @@ from fedkern.engine.run import run
 from fedkern.methods import FedIOD
 from fedkern.methods.fediod.discriminators import Discriminators
 
-TINY = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 2, "disc_weight": True}
+TINY = {"ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 2, "disc_weight": True}
 PUBLIC = {"mode": "public", "batch": 4, "student_steps": 2, "iterations": 2}
 
 
@@ -48,8 +48,7 @@ def critics(make_data, make_config):
     def make(**options):
         given = {**TINY, "critic_layers": 3, **options}  # 8 pixels a side: a last map of one position
         bench = RunContext(make_config("fediod", options=given), make_data())
-        settings = FedIOD(FedIOD.Options.parse(given)).settings
-        return Discriminators([Client(bench, k, {}) for k in range(3)], settings)
+        return Discriminators([Client(bench, k, {}) for k in range(3)], FedIOD.Options.parse(given))
 
     return make
 

@@ -32,8 +32,8 @@ from fedkern.settings.stored import load_settings, read_settings
 from python_tests.extras import needs_accounting
 from python_tests.interrupted import KillAt, killed
 
-SMALL = {"iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "noise": "seed"}
-PARTLY = {**SMALL, "sigma_d": 9.0, "histogram_noise": 5.0}
+SMALL = {"iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "student_steps": 1, "noise": "seed"}
+PARTLY = {**SMALL, "epsilon": 8.0, "histogram_noise": 5.0}
 WHOLE = {**SMALL, "epsilon": 8.0, "teacher_dp": True, "class_weights": "uniform"}
 FIGURES = ("accuracy", "loss", "confidence", "balanced_accuracy", "macro_f1", "auroc", "ece")
 OF_THE_MODEL = {f"{split}{name}" for split in ("", "validation_") for name in FIGURES}
@@ -243,7 +243,7 @@ def test_records_are_a_setting_like_others(make_data, make_config, tmp_path):
         run(config.replace(records="all"), out=tmp_path / "run", data=make_data(), resume=True)
     text = (tmp_path / "run" / "config.toml").read_text()
     assert 'records = "private"' in text
-    for method, options, expected in (("fedavg", {}, "all"), ("fediod", {"sigma_d": 1.0}, "private")):
+    for method, options, expected in (("fedavg", {}, "all"), ("fediod", {"epsilon": 1.0}, "private")):
         settings = make_config(method, options=options)
         open_ = "".join(line for line in settings.to_toml().splitlines(True) if not line.startswith("records"))
         assert RunConfig.of(read_settings(open_)).records == settings.records == expected

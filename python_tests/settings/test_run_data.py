@@ -12,7 +12,7 @@ from fedkern.settings.run_data import declared_data, kept_data
 PRIVATE = {
     "client-level": ("fedavg", {"dp_clip": 0.5, "dp_noise": 2.0}),
     "scaffold": ("scaffold", {"dp_clip": 0.5, "dp_noise": 2.0}),
-    "fediod": ("fediod", {"options": {"sigma_d": 1.0}}),
+    "fediod": ("fediod", {"options": {"epsilon": 5.0}}),
     "dp-sgd": ("fediod", {"options": {"epsilon": 5.0, "teacher_dp": True}}),
     "asked for": ("fedavg", {"records": "private"}),
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.fediod.losses import normalised
-from fedkern.methods.fediod.server import Ensemble
+from fedkern.methods.fediod.server import NOISE, Ensemble
 from fedkern.methods.protocol import BEFORE
 from fedkern.methods.roles import Server
 
@@ -64,7 +64,7 @@ def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
 def _images(server: Server, generator: Any, options: Any) -> Tensor:
     """Generated images in [0, 1] from the same noise in every round."""
     draw = torch_stream(server, "shown", BEFORE)
-    z = torch.randn(options.batch, options.nz, generator=draw).to(server.device)
+    z = torch.randn(options.batch, NOISE, generator=draw).to(server.device)
     # A copy: a forward pass in train mode would change the running statistics of batch norm.
     x = copy.deepcopy(generator).train()(z)[:SHOWN]
     mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (server.mean, server.std))

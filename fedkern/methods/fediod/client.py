@@ -13,7 +13,7 @@ from fedkern.data.images.transforms import normalise
 from fedkern.methods.fediod import privacy_options as promise
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.discriminators import Discriminators
-from fedkern.methods.fediod.losses import asks_teachers, reached, teacher_log_probs
+from fedkern.methods.fediod.losses import reached, teacher_log_probs
 from fedkern.methods.protocol import ClientId, Message, Messages, Phase
 from fedkern.methods.roles import Client
 from fedkern.models.teacher_stack import TeacherStack
@@ -69,8 +69,8 @@ class Answers:
                 seen = self.discriminators.look(images)
         self.discriminators.bring(lambda client: private.serving(client, phase, self.options))
         with torch.enable_grad():
-            images.requires_grad_(asks_teachers(self.options) or self.options.w_real > 0)
-            logits = teacher_log_probs(self.bank.logits(images), self.options.mix)
+            images.requires_grad_()
+            logits = teacher_log_probs(self.bank.logits(images))
             realism, scores = self.discriminators.look(images)
         figures = (realism, scores) if seen is None else seen
         self._count(1, figures[0].detach().mean(1), present)
@@ -100,39 +100,35 @@ class Answers:
             grads.append(torch.zeros_like(pending.realism))
             for k, message in messages.items():
                 grads[-1][self.slots[k]] = self.options.w_real * message["share"]
-        if any("logits" in message for message in messages.values()):
-            outputs.append(pending.logits)
-            grads.append(torch.zeros_like(pending.logits))
-            for k, message in messages.items():
-                grads[-1][self.slots[k]] = message["logits"]
+        outputs.append(pending.logits)
+        grads.append(torch.zeros_like(pending.logits))
+        for k, message in messages.items():
+            grads[-1][self.slots[k]] = message["logits"]
         (total,) = torch.autograd.grad(reached(outputs, grads), pending.images)
         zero = total.new_zeros(()).expand(total.shape)
         return {k: {"gradients": zero if i else total} for i, k in enumerate(messages)}
 
-    def _rows(self, pending: Pending, k: ClientId, message: Message) -> tuple[Tensor | None, Tensor | None]:
-        """A client's two gradients ``[B, C, H, W]``: ``u_d`` and ``u_t`` of :func:`private_messages.sanitise`."""
-        slot, images = self.slots[k], pending.images
-        u_d: Tensor | None = None
-        u_t: Tensor | None = None
-        if self.options.w_real:
-            (u_d,) = torch.autograd.grad(pending.realism[slot].sum(), images, retain_graph=True)
-        if "logits" in message:
-            grad = message["logits"].to(images.device) / message["share"]
-            (u_t,) = torch.autograd.grad(reached([pending.logits[slot]], [grad]), images, retain_graph=True)
-        return u_d, u_t
+    def _realism_rows(self, pending: Pending, k: ClientId) -> Tensor | None:
+        """Return a client's gradient ``[B, C, H, W]`` through its discriminator, a row for every image.
+
+        Without the 1 / B of a mean over images and the client's weight.  None where the loss has no realism.
+        """
+        if not self.options.w_real:
+            return None
+        realism = pending.realism[self.slots[k]].sum()
+        return torch.autograd.grad(realism, pending.images, retain_graph=True)[0]
 
     def _own(self, pending: Pending, k: ClientId, message: Message) -> Message:
-        client = self.clients[self.slots[k]]
-        u_d, u_t = private.sanitise(client, *self._rows(pending, k, message), self.options)
-        total = torch.zeros_like(pending.images)
-        if u_d is not None:
-            total += self.options.w_real * u_d
-        if u_t is not None:
-            total += u_t
+        slot, images = self.slots[k], pending.images
+        rows = private.sanitise(self.clients[slot], self._realism_rows(pending, k), self.options)
+        grad = message["logits"].to(images.device) / message["share"]
+        (total,) = torch.autograd.grad(reached([pending.logits[slot]], [grad]), images, retain_graph=True)
+        if rows is not None:
+            total = self.options.w_real * rows + total
         return {"gradients": message["share"] * total}
 
     def _measure(self, phase: Phase, pending: Pending, messages: Messages) -> None:
-        """Reports the median norms of one client's rows, from which to choose the clipping norms of a private run.
+        """Reports the median norm of one client's rows, from which to choose the clipping norm of a private run.
 
         The clients take turns, one a round, in the last iteration in which the client trains a discriminator.  One
         client's gradients alone cost as much as the sum over all clients, so only one client is measured.
@@ -140,11 +136,9 @@ class Answers:
         client = self.clients[phase.round % len(self.clients)]
         last = private.trainings(client, self.options) - 1
         if promise.claims(self.options) or client.id not in messages or pending.iteration != last:
-            return  # in a private run these figures would be a release
-        rows = self._rows(pending, client.id, messages[client.id])
-        for name, gradient in zip(("norm_d", "norm_t"), rows, strict=True):
-            if gradient is not None:
-                client.report[name] = float(gradient.flatten(1).norm(dim=1).median())
+            return  # in a private run this figure would be a release
+        if (rows := self._realism_rows(pending, client.id)) is not None:
+            client.report["norm_d"] = float(rows.flatten(1).norm(dim=1).median())
 
     @torch.no_grad()
     def distil(
@@ -161,7 +155,7 @@ class Answers:
             self._bring_training(phase, iteration)
             scores = self.discriminators.judge(images)
         logits = self.bank.logits(images) if logits is None else logits
-        return self._answers(messages, teacher_log_probs(logits, self.options.mix), scores)
+        return self._answers(messages, teacher_log_probs(logits), scores)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 

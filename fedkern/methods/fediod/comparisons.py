@@ -71,7 +71,7 @@ def oracle_metrics(
     Each figure is the accuracy, or the Dice for segmentation.
 
     * ``best_teacher`` is chosen by this very figure, which nobody in the federation could do.
-    * ``ensemble_uniform`` is the plain mean of all logits (of all probabilities with ``mix=probs``).
+    * ``ensemble_uniform`` is the plain mean of all teachers' log-probabilities.
     * ``ensemble_weighted`` has the weights that the student learnt with. A test set of a single image, of which the
       discriminators' last map has one position, has no confidences: the class weights alone count there.
     * ``holdout`` is the teachers' mean figure on their clients' own hold-outs, where there are any.
@@ -92,9 +92,9 @@ def oracle_metrics(
 
 
 def _compared(method: Any, server: Server, members: Mapping[ClientId, Client], data: Any) -> dict[str, float]:
-    o, device, ids = method.settings, server.device, list(members)
+    o, device, ids = method.options, server.device, list(members)
     bank = method.bank(members)
-    panel = Panel(lambda images: teacher_log_probs(bank.logits(images), o.mix), data)
+    panel = Panel(lambda images: teacher_log_probs(bank.logits(images)), data)
 
     def figure(answer: Callable[[Tensor, Tensor], Tensor]) -> float:
         panel.answer = answer
@@ -108,11 +108,11 @@ def _compared(method: Any, server: Server, members: Mapping[ClientId, Client], d
 
     def weighted(images: Tensor, logits: Tensor) -> Tensor:
         scores = None if discriminators is None else discriminators.judge(images)
-        return mixture(logits, importance(disclosed, scores), mask, o.mix)
+        return mixture(logits, importance(disclosed, scores), mask)
 
     return {
         "best_teacher": max(each),
         "mean_teacher": sum(each) / len(each),
-        "ensemble_uniform": figure(lambda images, logits: mixture(logits, same, None, o.mix)),
+        "ensemble_uniform": figure(lambda images, logits: mixture(logits, same, None)),
         "ensemble_weighted": figure(weighted),
     }

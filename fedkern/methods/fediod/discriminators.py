@@ -129,12 +129,12 @@ class Discriminators:
         """
         if not real:
             return None
-        module, o = self.module, self._options
+        module = self.module
         none = next(iter(real.values()))
         stack = torch.stack([real.get(slot, none) for slot in range(len(self._clients))])
         module.requires_grad_(True)
         with torch.enable_grad():
-            both = against(module(fake), False, o.bce).mean(1) + against(module(stack), True, o.bce).mean(1)
+            both = against(module(fake), False).mean(1) + against(module(stack), True).mean(1)
             active = send(torch.tensor([0.5 if k in real else 0.0 for k in range(len(self._clients))]), both.device)
             losses = both * active
             named = dict(module.named_parameters())
@@ -171,4 +171,4 @@ class Discriminators:
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Realism losses and confidences, both ``[K, B]``, of images ``[B, C, H, W]``; gradients reach the images."""
         patches = self.module(images)
-        return against(patches, True, self._options.bce), confidence(patches)
+        return against(patches, True), confidence(patches)

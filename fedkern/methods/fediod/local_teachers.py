@@ -77,33 +77,12 @@ def make_teacher(method: Any, client: Client, architectures: Architectures, opti
     test_set = Held(client, out)
     load_pretrained = client.load_pretrained(module)
     if not load_pretrained and not private.train_teacher(method, client, TRAIN, module, rows, options):
-        _fit(method, client, module, rows, test_set, options)
+        client.fit(method, TRAIN, module, rows=None if len(rows) == client.samples else rows)
     module.eval()
     state = client.state["teacher"] = vectors(flatten(module))
     if test_set.scored and not load_pretrained:
         with torch.no_grad():
             state["holdout"] = test_set.task.score(method.evaluate(module, test_set))
-
-
-def _fit(method: Any, client: Client, module: nn.Module, rows: np.ndarray, test_set: Held, options: Any) -> None:
-    """Trains ``module`` in place by the engine's loop.
-
-    With ``select=best`` restores the weights of the best epoch.
-    """
-    best: list[Any] = [-1.0, None]
-
-    @torch.no_grad()
-    def look(epoch: int) -> None:
-        module.eval()
-        figure = test_set.task.score(method.evaluate(module, test_set))
-        if figure > best[0]:
-            best[:] = figure, {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-    watch = look if options.select == "best" and test_set.scored else None
-    every = None if len(rows) == client.samples else rows
-    client.fit(method, TRAIN, module, rows=every, lr_end=options.teacher_lr_end, after_epoch=watch)
-    if best[1] is not None:
-        module.load_state_dict(best[1])
 
 
 def build(client: Client, architectures: Architectures) -> Any:

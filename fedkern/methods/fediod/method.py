@@ -41,9 +41,9 @@ from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.artifacts import show
 from fedkern.methods.fediod.client import Answers
 from fedkern.methods.fediod.comparisons import oracle_metrics
+from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.local_teachers import build, make_teacher, split, teacher
-from fedkern.methods.fediod.losses import asks_teachers, teacher_log_probs
-from fedkern.methods.fediod.presets import IODOptions, settle
+from fedkern.methods.fediod.losses import teacher_log_probs
 from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, first_taught, make_generator
 from fedkern.methods.protocol import BEFORE, Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
@@ -69,7 +69,6 @@ class FedIOD(Objective, OwnNetworks):
 
     def __init__(self, options: Any = None, **values: Any) -> None:
         super().__init__(options, **values)
-        self.settings = settle(self.options)
         self._teachers: dict[ClientId, nn.Module] = {}  # frozen: built once in a run
         self._banks: dict[tuple[ClientId, ...], TeacherStack] = {}
         self._generates = self.options.mode == "generator"
@@ -78,10 +77,10 @@ class FedIOD(Objective, OwnNetworks):
 
     def iterations(self, federation: Federation) -> int:
         """Iterations of a round."""
-        return private.iterations(federation, self.settings)
+        return private.iterations(federation, self.options)
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
-        if private.draws_secrets(self.settings):
+        if private.draws_secrets(self.options):
             # The secrets are stored before anything is released, so that an interrupted round releases the same again.
             yield Round("secrets", exchanges=("secret",), participants="all", one_off=True, booked=False)
         yield Round("teachers", exchanges=("teacher",), participants="all", one_off=True, trains="clients' teachers")
@@ -93,27 +92,25 @@ class FedIOD(Objective, OwnNetworks):
         names = tuple(f"{name} {i}" for i in range(every) for name in each)
         cohort = self.options.batched or not self._generates
         for number in range(1, federation.rounds + 1):
-            teaches = number * every > first_taught(self.settings, federation.rounds * every)
+            teaches = number * every > first_taught(self.options, federation.rounds * every)
             trained = [*["generator"] * self._generates, *["student"] * teaches]
             yield Round("distil", exchanges=names, states="round", cohort=cohort, trains=" and ".join(trained))
 
     def check(self, client: Client) -> None:
-        private.check(client, lambda: build(client, self.architectures), self.settings)
+        private.check(client, lambda: build(client, self.architectures), self.options)
 
     def start(self, server: Server) -> None:
-        s = self.settings
+        o = self.options
         public = 0 if server.public is None else len(server.public)
         if not self._generates and public < 2:
             raise UserError(
                 "fediod with mode=public learns on at least 2 public images and this run sets "
                 f"{public or 'none'} aside: give --public-samples N, or in Python beside data sets public=DATASET."
             )
-        if self._generates and not (s.w_real or asks_teachers(s)):
-            raise UserError("Every weight of fediod's generator is 0: give one of w_real, w_clear, w_diverse.")
-        least = 2**s.critic_layers
+        least = 2**o.critic_layers
         if self._generates and min(server.image_shape[1:]) < least:
             raise UserError(
-                f"The discriminators with critic_layers={s.critic_layers} need images of at least {least} x {least} "
+                f"The discriminators with critic_layers={o.critic_layers} need images of at least {least} x {least} "
                 "pixels: give fewer, or 0 for as many as fit."
             )
         flat = flatten(server.build())
@@ -124,15 +121,15 @@ class FedIOD(Objective, OwnNetworks):
         server.state.update(student=vectors(flat), iteration=0, classes={})
         if self._generates:
             draw = torch_stream(server, "generator", BEFORE)
-            server.state["generator"] = vectors(flatten(make_generator(server, s, draw)))
-        private.prepare(server, s)
+            server.state["generator"] = vectors(flatten(make_generator(server, o, draw)))
+        private.prepare(server, o)
 
     # -- the server ------------------------------------------------------------------------------------------------
 
     def _workshop(self, server: Server) -> Workshop:
         if "workshop" not in server.round_cache:
             total = server.federation.rounds * self.iterations(server.federation)
-            server.round_cache["workshop"] = Workshop(server, self.settings, total)
+            server.round_cache["workshop"] = Workshop(server, self.options, total)
         return server.round_cache["workshop"]
 
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message] | None:
@@ -153,22 +150,13 @@ class FedIOD(Objective, OwnNetworks):
         if kind == "distil" and not shop.teaches:
             return None
         draw = torch_stream(server, "noise", phase)
-        present = self._present(server, phase)
         images = shop.generate(draw) if kind == "images" else shop.examples(draw)
-        server.round_cache["images"] = images
         message: Message = {"images": images}
         if kind == "images":
-            message["critic_lr"] = cosine(self.settings.critic_lr, 0.0, shop.progress)
-        return dict.fromkeys(present, message) or None
-
-    def _present(self, server: Server, phase: Phase) -> list[ClientId]:
-        """The clients with a teacher that do not miss this iteration."""
-        clients = sorted(server.state["classes"])
-        if not self.options.absent:
-            return clients
-        iteration = Phase(phase.round, phase.name, f"iteration {parts(phase)[1]}")
-        there = server.rng("absent", iteration).random(server.federation.clients) >= self.options.absent
-        return [k for k in clients if there[k]]
+            message["critic_lr"] = cosine(self.options.critic_lr, 0.0, shop.progress)
+        else:
+            server.round_cache["images"] = images
+        return dict.fromkeys(ids, message) or None
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         kind, _ = parts(phase)
@@ -177,9 +165,7 @@ class FedIOD(Objective, OwnNetworks):
         if kind == "secret":
             return {}
         if kind == "teacher":
-            how = self.options.class_weights
-            disclosure = Values((classes,), torch.float32 if how == "counts" else torch.bool, low=0)
-            return {} if how == "uniform" else {"classes": disclosure}
+            return {"classes": Values((classes,), low=0)} if promise.tells_counts(self.options) else {}
         if kind == "answers":
             assert server.public is not None  # checked in start
             return {"logits": Values((len(server.public), classes, *positions))}
@@ -188,7 +174,7 @@ class FedIOD(Objective, OwnNetworks):
         if kind == "gradients":  # a client that has lost its state of the images sends none
             return {"gradients": Maybe(Values((self.options.batch, channels, height, width)))}
         size = len(message["images"])
-        scores = {"scores": Values((size,), low=0, high=1)} if promise.tells_scores(self.settings) else {}
+        scores = {"scores": Values((size,), low=0, high=1)} if promise.tells_scores(self.options) else {}
         return {"logits": Values((size, classes, *positions)), **scores}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
@@ -206,9 +192,8 @@ class FedIOD(Objective, OwnNetworks):
         answers = {upload.client_id: upload.message for upload in uploads}
         shop, round_cache = self._workshop(server), server.round_cache
         if kind == "images":
-            images = round_cache.pop("images")
             if answers:
-                round_cache["criticism"] = shop.criticise(images, answers)
+                round_cache["criticism"] = shop.criticise(answers)
         elif kind == "gradients":
             shop.improve([message["gradients"] for message in answers.values()])
         else:
@@ -216,7 +201,7 @@ class FedIOD(Objective, OwnNetworks):
             shop.iteration += 1
             if i + 1 == self.iterations(server.federation):
                 shop.keep()
-                show(server, shop.maker, self.settings, ensemble)
+                show(server, shop.generator if self._generates else None, self.options, ensemble)
 
     def _teach(self, server: Server, shop: Workshop, phase: Phase, answers: Messages) -> Ensemble | None:
         size = self.options.batch
@@ -244,7 +229,7 @@ class FedIOD(Objective, OwnNetworks):
 
         The client's discriminators do train on these images.
         """
-        return split(client, self.settings.holdout)[1]
+        return split(client, self.options.holdout)[1]
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         return self._update({client.id: client}, phase, {client.id: message})[client.id]
@@ -254,7 +239,7 @@ class FedIOD(Objective, OwnNetworks):
         if not (self.options.batched and self._generates) or kind not in ("images", "gradients", "distil"):
             return None
         clients = {k: client for k, client in clients.items() if "teacher" in client.state}  # the others diverged
-        if not promise.private(self.settings):
+        if not promise.private(self.options):
             return self._update(clients, phase, messages)
         if kind != "distil":
             return None  # each client's gradients are needed alone
@@ -272,7 +257,7 @@ class FedIOD(Objective, OwnNetworks):
         kind, i = parts(phase)
         if kind == "secret":
             for client in clients.values():
-                private.secret(client, self.settings)
+                private.secret(client, self.options)
             return {k: {} for k in clients}
         if kind == "teacher":
             return {k: self._train(client, messages[k]) for k, client in clients.items()}
@@ -292,18 +277,15 @@ class FedIOD(Objective, OwnNetworks):
 
     def _train(self, client: Client, message: Message) -> Message:
         private.agree(client, message)
-        make_teacher(self, client, self.architectures, self.settings)
-        counts = private.release_histogram(client, class_counts(client), self.settings)
-        how = self.options.class_weights
-        return {} if how == "uniform" else {"classes": counts if how == "counts" else counts > 0}
+        make_teacher(self, client, self.architectures, self.options)
+        counts = private.release_histogram(client, class_counts(client), self.options)
+        return {"classes": counts} if promise.tells_counts(self.options) else {}
 
     @torch.no_grad()
     def _answer(self, client: Client) -> Message:
         assert client.public is not None  # checked in start
         bank = self.bank({client.id: client})
-        logits = (
-            teacher_log_probs(bank.logits(batch.inputs), self.settings.mix)[0] for batch in client.public.batches(64)
-        )
+        logits = (teacher_log_probs(bank.logits(batch.inputs))[0] for batch in client.public.batches(64))
         return {"logits": torch.cat(list(logits))}
 
     def bank(self, clients: Mapping[ClientId, Client]) -> TeacherStack:
@@ -322,7 +304,7 @@ class FedIOD(Objective, OwnNetworks):
         first = next(iter(clients.values()))
         answers = first.round_cache.get("answers")
         if answers is None:
-            answers = Answers(list(clients.values()), self.bank(clients), self.settings)
+            answers = Answers(list(clients.values()), self.bank(clients), self.options)
             for client in clients.values():
                 client.round_cache["answers"] = answers
         return answers
@@ -341,11 +323,11 @@ class FedIOD(Objective, OwnNetworks):
         return server.network(server.state["student"])
 
     def guarantee(self, server: Server) -> Guarantee | None:
-        return promise.guarantee(self.settings, server.federation.unit)
+        return promise.guarantee(self.options, server.federation.unit)
 
     @classmethod
     def promises(cls, options: Any) -> bool:
-        return promise.claims(settle(options))
+        return promise.claims(options)
 
     def oracle_metrics(
         self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]

@@ -3,11 +3,11 @@
 All of FedIOD's privacy mechanisms are in this module.  The other files call its functions wherever a client answers;
 without privacy the answers pass through unchanged.
 
-A client's gradient for the generator comes through two networks, which differ in privacy.  Each *discriminator* is
-trained on one of m disjoint shards of the client's data, and one random shard serves a step.  The *teacher* is trained
-on all of the data.  Both gradients are clipped and noised row by row (one row is one generated image).  Replacing a
-record may change every row of a batch of B by twice the clipping norm C.  Noise of sigma C in every entry is therefore
-a Gaussian mechanism whose noise is sigma / (2 sqrt(B)) times its sensitivity.
+A client's gradient for the generator comes through two networks.  Each *discriminator* is trained on one of m disjoint
+shards of the client's data, and one random shard serves a step.  Its gradient is clipped and noised row by row (one
+row is one generated image).  Replacing a record may change every row of a batch of B by twice the clipping norm C.
+Noise of sigma C in every entry is therefore a Gaussian mechanism whose noise is sigma / (2 sqrt(B)) times its
+sensitivity.  The *teacher* is trained on all of the data, and DP-SGD covers all that comes from it.
 
 The accountant treats a step as this mechanism on a shard drawn without replacement.  That holds only if nothing else
 depends on the draw, whatever the steps before released:
@@ -37,8 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.methods.fediod.losses import asks_teachers
-from fedkern.methods.fediod.privacy_options import asks_discriminators, claims, clip_d, private, tells_counts
+from fedkern.methods.fediod.privacy_options import asks_discriminators, claims, noises_counts, private
 from fedkern.methods.protocol import OUTSIDE, Federation, Phase
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.ops import clip_and_noise
@@ -53,6 +52,8 @@ SECRET = "privacy_secret"
 RELEASES = "privacy_releases"
 """Key in a client's state of its number of releases by channel, which is the number of the next release."""
 DISCRIMINATOR, TEACHER, HISTOGRAM = "discriminator", "teacher", "histogram"
+TEACHER_CLIP = 1.0
+"""Clipping norm of a sample's gradient in DP-SGD, or of the sum of a patient's gradients."""
 
 
 def prepare(server: Server, options: Any) -> None:
@@ -63,24 +64,17 @@ def prepare(server: Server, options: Any) -> None:
     """
     if not claims(options):
         return
-    if not options.w_real and (options.sigma_d or (options.epsilon is not None and not options.teacher_dp)):
-        name = "sigma_d" if options.sigma_d else "epsilon"
+    if private(options) and not options.w_real and not options.teacher_dp:
         raise UserError(
-            f'Method option "{name}" is for the gradients through the discriminators, and with w_real=0 there are none.'
-        )
-    if options.sigma_t and not asks_teachers(options):
-        raise UserError(
-            'Method option "sigma_t" is for the gradients through the teachers, and without w_clear, w_diverse, w_adv '
-            "and w_balance there are none."
+            'Method option "epsilon" is for the gradients through the discriminators, and with w_real=0 there are none.'
         )
     need_accounting()
-    sigma = options.sigma_d
+    sigma, steps = 0.0, planned_steps(server.federation, options)
     if options.epsilon is not None and _beside_teachers(options):
-        steps = planned_steps(server.federation, options)
         epsilon, delta = _part(options, 1 - options.teacher_share)
         unit = server.federation.unit
         sigma = least_noise(lambda noise: _beside(options, noise, steps, unit), epsilon, delta)
-    server.state["privacy"] = {"sigma_d": float(sigma), "steps": planned_steps(server.federation, options)}
+    server.state["privacy"] = {"sigma_d": float(sigma), "steps": steps}
 
 
 def _beside(options: Any, sigma: float, steps: int, unit: Unit) -> Accountant:
@@ -91,9 +85,7 @@ def _beside(options: Any, sigma: float, steps: int, unit: Unit) -> Accountant:
     accountant = Accountant()
     if asks_discriminators(options) and sigma:
         accountant.gaussian(DISCRIMINATOR, multiplier(sigma, options.batch), shards=options.shards, steps=steps)
-    if options.sigma_t:
-        accountant.gaussian(TEACHER, multiplier(options.sigma_t, options.batch), steps=steps)
-    if options.histogram_noise and tells_counts(options):
+    if noises_counts(options):
         accountant.gaussian(HISTOGRAM, _counted(options, unit))
     return accountant
 
@@ -105,7 +97,7 @@ def _counted(options: Any, unit: Unit) -> float:
 
 def _beside_teachers(options: Any) -> bool:
     """Whether a client releases anything with noise that does not come from a private teacher."""
-    return asks_discriminators(options) or (options.histogram_noise > 0 and tells_counts(options))
+    return asks_discriminators(options) or noises_counts(options)
 
 
 def _part(options: Any, share: float) -> tuple[float, float]:
@@ -251,63 +243,50 @@ def release_histogram(client: Client, histogram: Tensor, options: Any) -> Tensor
     the counts change by ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N, which is sqrt(2) records.  The bound is
     reached where all N move from one class to another.  A patient with at most k images counts as k records.
     """
-    if not options.histogram_noise or not tells_counts(options):
+    if not noises_counts(options):
         return histogram  # sent as it is, or not at all
     record = math.prod(client.labels.shape[1:])  # N: 1, or all pixels of an image
-    deviation = options.histogram_noise * record
-    noisy = _noise(client, HISTOGRAM, histogram[None].float(), None, deviation, options)[0]
+    rows = histogram.detach()[None].float().contiguous()
+    noisy = rows + _noise(client, HISTOGRAM, torch.zeros_like(rows), 1.0, options.histogram_noise * record, options)
     _book(client, HISTOGRAM, _counted(options, client.unit))
-    if options.class_weights == "known":
-        # Noise alone is positive in half of the absent classes, but above two deviations in one of forty-four.
-        return noisy.masked_fill(noisy <= 2 * deviation, 0.0)
-    return noisy.clamp_min(0)
+    return noisy[0].clamp_min(0)
 
 
-def sanitise(
-    client: Client, u_d: Tensor | None, u_t: Tensor | None, options: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """The two gradients of a generator step as sent to the server.
+def sanitise(client: Client, u_d: Tensor | None, options: Any) -> Tensor | None:
+    """The gradient of a generator step through the private discriminator, as sent to the server.
 
     A row that is not finite is released as noise around 0: a NaN in the answer would reveal something about the data.
 
     Args:
-        u_d: fp32 [B, C, H, W], row b the gradient of the batch's realism with respect to image b, through the private
-            discriminator; None where the generator's loss has no realism.
-        u_t: fp32 [B, C, H, W], the gradient through the teacher of the terms that use its logits; None where the loss
-            has no such terms.  Neither gradient includes the 1 / B of a mean over images or the client's weight pi_k.
-            Both factors are public and applied after the noise, so that a row's size depends neither on the batch nor
-            on the number of clients.
+        u_d: fp32 [B, C, H, W], row b the gradient of the batch's realism with respect to image b; None where the
+            generator's loss has no realism.  It does not include the 1 / B of a mean over images or the client's weight
+            pi_k.  Both factors are public and applied after the noise, so that a row's size depends neither on the
+            batch nor on the number of clients.
 
     Returns:
-        Both, clipped and noised row by row where their noise is not 0; the client sends ``pi_k (w_real u_d + u_t)``.
+        The gradient clipped and noised row by row; the client sends ``pi_k (w_real u_d + u_t)``.
 
     Raises:
         ValueError: the client has not received the noise terms.
     """
     if not private(options):
-        return u_d, u_t
+        return u_d
     if TERMS not in client.state:
         raise ValueError(f"sanitise: expected client {client.id} to have been told the noise, given no terms")
     sigma = client.state[TERMS]["sigma_d"]
-    if sigma and u_d is not None:
-        u_d = _noise(client, DISCRIMINATOR, u_d, clip_d(options), sigma, options)
-        _book(client, DISCRIMINATOR, multiplier(sigma, len(u_d)), options.shards)
-    if options.sigma_t and u_t is not None:
-        u_t = _noise(client, TEACHER, u_t, options.clip_t, options.sigma_t, options)
-        _book(client, TEACHER, multiplier(options.sigma_t, len(u_t)))
-    return u_d, u_t
+    if not sigma or u_d is None:
+        return u_d
+    rows = u_d.detach().reshape(len(u_d), -1).contiguous()
+    finite = torch.isfinite(rows).all(1, keepdim=True)
+    noisy = _noise(client, DISCRIMINATOR, rows.masked_fill(~finite, 0.0), options.clip_d, sigma, options)
+    _book(client, DISCRIMINATOR, multiplier(sigma, len(u_d)), options.shards)
+    return noisy.reshape(u_d.shape)
 
 
-def _noise(client: Client, channel: str, rows: Tensor, bound: float | None, noise: float, options: Any) -> Tensor:
-    """One release: rows clipped to ``bound`` (None: not clipped) plus noise from a key of its own."""
+def _noise(client: Client, channel: str, rows: Tensor, bound: float, noise: float, options: Any) -> Tensor:
+    """One release: rows clipped to ``bound`` plus noise from a key of its own."""
     key = next_key(client, channel, options)
-    flat = rows.detach().reshape(len(rows), -1).contiguous()
-    if bound is None:
-        result = flat + clip_and_noise(torch.zeros_like(flat), 1.0, noise, key.seed, key.offset)
-    else:
-        finite = torch.isfinite(flat).all(1, keepdim=True)
-        result = clip_and_noise(flat.masked_fill(~finite, 0.0), bound, noise, key.seed, key.offset)
-    return result.reshape(rows.shape)
+    return clip_and_noise(rows, bound, noise, key.seed, key.offset)
 
 
 def _book(client: Client, channel: str, noise: float, shards: int = 1) -> None:
@@ -353,9 +332,6 @@ def train_teacher(
         return False
 
     def noise(rate: float, steps: int) -> float:
-        if options.epsilon is None:
-            return float(options.teacher_sigma)
-
         agreed = client.state.get(TERMS, {"sigma_d": 0.0, "steps": 0})
 
         def account(sigma: float) -> Accountant:
@@ -366,6 +342,6 @@ def train_teacher(
         return least_noise(account, options.epsilon, options.delta)  # all that other releases leave
 
     patients, images = client.patients, client.unit.images
-    spending = DPSGD(options.teacher_clip, noise, TEACHER, secret(client, options), patients, images)
-    client.fit_privately(method, phase, module, spending, rows=rows, lr_end=options.teacher_lr_end)
+    spending = DPSGD(TEACHER_CLIP, noise, TEACHER, secret(client, options), patients, images)
+    client.fit_privately(method, phase, module, spending, rows=rows)
     return True

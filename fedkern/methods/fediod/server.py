@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +30,10 @@ Below this value the generator has collapsed to one image, and its saturated sig
 change that.
 """
 
-STUDENT_MOMENTUM, STUDENT_LR_END = 0.9, 1e-5
-"""Of the student's SGD and of its cosine schedule, as in the released CIFAR-10 script."""
+NOISE = 100
+"""Dimensions of the generator's noise, as in the released CIFAR-10 script."""
+STUDENT_MOMENTUM, STUDENT_DECAY, STUDENT_LR_END = 0.9, 3e-5, 1e-5
+"""Of the student's optimiser and of its cosine schedule, as in the released CIFAR-10 script."""
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -48,7 +49,7 @@ def make_generator(server: Server, options: Any, draw: torch.Generator) -> Gener
     """
     channels, height, width = server.image_shape
     generator = Generator(
-        nz=options.nz, ngf=options.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1),
+        nz=NOISE, ngf=options.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1),
         mean=server.mean, std=server.std, pixel_mean=server.mean, generator=draw,
     )  # fmt: skip
     return generator.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -101,7 +102,7 @@ class Workshop:
 
     Args:
         server: its state has ``student``, ``generator`` and the optimiser states of the rounds before.
-        options: the method's options, settled by `presets.settle`.
+        options: the method's options.
         total: iterations of the whole run.
     """
 
@@ -113,7 +114,7 @@ class Workshop:
         self.student = train_mode(load(self._student, state["student"]))
         vector = self._student.parameters.detach()  # all parameters as one tensor: one kernel a step
         vector.grad = self._to_student = self._student.gradients()
-        lr, decay = options.student_lr, options.student_decay
+        lr, decay = options.student_lr, STUDENT_DECAY
         self._optimiser: SGD | Adam
         if options.student_optimizer == "sgd":
             self._optimiser = SGD([vector], lr, STUDENT_MOMENTUM, weight_decay=decay)
@@ -125,7 +126,6 @@ class Workshop:
         self.first = first_taught(options, total)
         self.running = Means()
         self.x: Tensor | None = None  # images with the generator's graph, until the gradients are back
-        self.to_x: Tensor | None = None  # the gradient for x through the student (adversarial term)
         if self.generates:
             self._open_generator()
 
@@ -139,10 +139,6 @@ class Workshop:
         self._adam = Adam([vector], o.generator_lr, (0.5, 0.999))
         restore(self._adam, vector, state.get("adam"))
         self._generator_vector = vector
-        self._average: Any = None
-        if o.ema:
-            self._average = copy.deepcopy(self._flat)
-            load(self._average, state.get("average", state["generator"]))
 
     # -- images ----------------------------------------------------------------------------------------------------
 
@@ -161,7 +157,7 @@ class Workshop:
 
         Their graph stays in ``x``.
         """
-        z = send(torch.randn(self.options.batch, self.options.nz, generator=draw), self.server.device)
+        z = send(torch.randn(self.options.batch, NOISE, generator=draw), self.server.device)
         with torch.enable_grad():
             x = self.generator(z)
         self.running.add(image_spread=x.detach().std(0).mean())
@@ -170,21 +166,12 @@ class Workshop:
         self.x = x
         return sent
 
-    @property
-    def maker(self) -> Any:
-        """The generator that makes the student's images.
-
-        None where there is none.
-        """
-        return None if not self.generates else self.generator if self._average is None else self._average.module
-
     @torch.no_grad()
     def examples(self, draw: torch.Generator) -> Tensor:
         """The student's images of an iteration, for all steps one after another, as they are sent."""
         o = self.options
-        maker = self.maker
-        zs = [send(torch.randn(o.batch, o.nz, generator=draw), self.server.device) for _ in range(o.student_steps)]
-        return self._sent(torch.cat([maker(z) for z in zs]))
+        zs = [send(torch.randn(o.batch, NOISE, generator=draw), self.server.device) for _ in range(o.student_steps)]
+        return self._sent(torch.cat([self.generator(z) for z in zs]))
 
     def _sent(self, images: Tensor) -> Tensor:
         if self.options.pixels == "float32":
@@ -215,34 +202,21 @@ class Workshop:
         mask = None if self.options.class_weights == "uniform" else disclosed > 0
         return Ensemble(ids, logits, send(pi, device), pi.tolist(), importance(disclosed, scores), mask)
 
-    def criticise(self, sent: Tensor, answers: Mapping[int, Message]) -> dict[int, Message]:
+    def criticise(self, answers: Mapping[int, Message]) -> dict[int, Message]:
         """Computes the generator's losses on the clients' answers, and the messages that ask for gradients.
 
         Returns:
-            For every client its weight ``share`` (pi_k, which is public) and, where the losses use its logits, B times
-            the gradient with respect to these, ``[B, C, *positions]``.
+            For every client its weight ``share`` (pi_k, which is public) and B times the gradient of the losses with
+            respect to its logits, ``[B, C, *positions]``.
         """
-        o, ensemble = self.options, self.gather(answers)
+        ensemble = self.gather(answers)
         logits = ensemble.logits.detach().requires_grad_()
-        x = self.seen(sent).detach().requires_grad_(o.w_adv > 0)
         with torch.enable_grad():
-            student_logits = self.student(x) if o.w_adv else None
-            total, terms = teacher_terms(logits, ensemble.pi, o, student_logits, ensemble.weights, ensemble.mask)
-        gradient: Tensor | None = None
-        self.to_x = None
-        if total.requires_grad:
-            if o.w_adv:
-                gradient, self.to_x = torch.autograd.grad(total, [logits, x], allow_unused=True)
-            else:
-                (gradient,) = torch.autograd.grad(total, [logits])
+            total, terms = teacher_terms(logits, ensemble.pi, self.options.w_balance)
+        (gradient,) = torch.autograd.grad(total, [logits])
         self.running.add(**terms)
-        messages: dict[int, Message] = {}
-        batch = len(x)
-        for i, k in enumerate(ensemble.ids):
-            messages[k] = {"share": ensemble.shares[i]}
-            if gradient is not None:
-                messages[k]["logits"] = gradient[i] * batch
-        return messages
+        batch = logits.shape[1]
+        return {k: {"share": ensemble.shares[i], "logits": gradient[i] * batch} for i, k in enumerate(ensemble.ids)}
 
     def improve(self, gradients: list[Tensor]) -> None:
         """One step of the generator with the sum of the clients' gradients with respect to the images."""
@@ -253,20 +227,11 @@ class Workshop:
         for one in gradients[1:]:
             total += one.to(x.device)
         total /= len(x)
-        if self.to_x is not None:
-            total += self.to_x
         self._to_generator.zero_()
         reached([x], [total]).backward()
         self._adam.lr = cosine(self.options.generator_lr, 0.0, self.progress)
         self._adam.step()
         self._flat.mark_changed()
-        self.to_x = None
-        if self._average is not None:
-            decay = self.options.ema
-            self._average.parameters.lerp_(self._flat.parameters.detach(), 1 - decay)
-            if self._average.buffers.numel():
-                self._average.buffers.lerp_(self._flat.buffers, 1 - decay)
-            self._average.mark_changed()
 
     # -- the student's steps ---------------------------------------------------------------------------------------
 
@@ -280,7 +245,7 @@ class Workshop:
         lr = cosine(self.options.student_lr, STUDENT_LR_END, progress)
         self._optimiser.lr = lr
         every = ensemble.weights.shape[1] > 1
-        target = mixture(ensemble.logits, ensemble.weights, ensemble.mask, self.options.mix).argmax(1)
+        target = mixture(ensemble.logits, ensemble.weights, ensemble.mask).argmax(1)
         guesses: list[Tensor] = []
         for rows in batch_slices(len(images), size):
             x = self.seen(images[rows])
@@ -288,7 +253,7 @@ class Workshop:
             logits = ensemble.logits[:, rows]
             with torch.enable_grad():
                 student_logits = self.student(x)
-                loss = distillation(student_logits, logits, weights, ensemble.mask, self.options)
+                loss = distillation(student_logits, logits, weights, ensemble.mask)
             self._to_student.zero_()
             loss.backward()
             self._optimiser.step()
@@ -322,8 +287,6 @@ class Workshop:
             state["generator"] = vectors(self._flat)
             if learnt := moments(self._adam, self._generator_vector):
                 state["adam"] = learnt
-            if self._average is not None:
-                state["average"] = vectors(self._average)
         for name, rate, flat in networks:
             if not bool(torch.isfinite(flat.parameters).all()):
                 raise UserError(f"The {name} diverged in iteration {self.iteration}: lower the method option {rate}.")

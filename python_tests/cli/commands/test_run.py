@@ -242,13 +242,6 @@ def test_data_options_have_flags():
     assert request.data_options == {"client_column": "ward", "label": "kind"}
 
 
-def test_the_command_for_comparison_names_a_preset_and_not_what_it_settles():
-    config = request.effective(flags.parse(["fediod", "--method-option", "preset=code", "--method-option", "w_real=3"]))
-    words = shlex.split(repeat.command_line("fediod", config))
-    assert [word for word in words if "=" in word] == ["preset=code", "w_real=3.0"]
-    assert request.effective(flags.parse(words[3:])).options == config.options
-
-
 @pytest.mark.parametrize(
     "argv",
     [
@@ -273,7 +266,7 @@ def test_the_command_for_comparison_has_the_same_split_and_budget(argv):
 
 
 def test_private_records_are_not_repeated_where_they_follow_from_the_options():
-    private = {"sigma_d": 1.0}
+    private = {"epsilon": 1.0}
     for options, records, given in ((private, None, False), (private, "private", False), ({}, "private", True)):
         config = RunConfig.make("fediod", options=options, records=records)
         assert config.records == "private"

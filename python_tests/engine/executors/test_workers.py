@@ -90,7 +90,7 @@ def test_every_method(method, make_data, make_pairs, make_public, make_config, t
 @pytest.mark.exhaustive
 def test_fediods_graphs_in_workers(make_data, make_config, tmp_path, processes):
     """Where clients are asked one by one, their discriminators and graphs are in the workers from call to call."""
-    options = {**SETTINGS["fediod"]["options"], "batched": False, "absent": 0.0}
+    options = {**SETTINGS["fediod"]["options"], "batched": False}
     config = make_config("fediod", options=options, grad_cam=0)
     data = make_data()
     kills = At(20, lambda: os.kill(processes[0], signal.SIGKILL))

@@ -15,12 +15,11 @@ from fedkern.errors import UserError
 from fedkern.messages.digest import digest
 from fedkern.methods.fediod import client as fediod_client
 from fedkern.methods.fediod import private_messages
-from fedkern.privacy import Accountant
 from fedkern.settings.stored import load_settings
 from python_tests.interrupted import KillAt, killed
 
 OPTIONS = {
-    "iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "nz": 4, "student_steps": 1, "sigma_d": 9.0,
+    "iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "student_steps": 1, "epsilon": 5.0,
     "class_weights": "uniform",
 }  # fmt: skip
 
@@ -53,9 +52,7 @@ def test_what_is_released_again_counts_once(cut):
     before = kept(out)
     assert [row[1:3] for row in before if row[0] == plan] == [["images 0", 0], ["images 0", 1], ["images 0", 2],
                                                               ["gradients 0", 0], ["gradients 0", 1]]  # fmt: skip
-    once = Accountant()
-    once.gaussian("discriminator", private_messages.multiplier(9.0, 4), steps=4)
-    assert go_on()["privacy"]["epsilon_covered"] == once.epsilon(1e-5)
+    assert 0.99 * 5 < go_on()["privacy"]["epsilon_covered"] <= 5  # what all releases of the plan cost once
     # What a kept checkpoint would replay is there, nothing older.
     entries = Checkpoints(out)._read_manifest()
     rows = kept(out)
@@ -71,14 +68,13 @@ def test_secrets_are_kept_before_the_first_round_that_may_be_cut(cut):
 def test_another_processor_device_or_version_is_refused_before_anything_leaves(cut, monkeypatch):
     """Their last bits differ: the same noise on both values would tell the difference."""
     out, go_on = cut
-    handed, rows, before = [], fediod_client.Answers._rows, kept(out)
+    handed, rows, before = [], fediod_client.Answers._realism_rows, kept(out)
 
-    def others(self, asked, k, message):
-        found = rows(self, asked, k, message)
-        return tuple(u if u is None else u * (1 + 2**-20) for u in found)
+    def others(self, pending, k):
+        return rows(self, pending, k) * (1 + 2**-12)
 
     update = private_messages.sanitise
-    monkeypatch.setattr(fediod_client.Answers, "_rows", others)
+    monkeypatch.setattr(fediod_client.Answers, "_realism_rows", others)
     monkeypatch.setattr(private_messages, "sanitise", lambda *a: handed.append(a) or update(*a))
     with pytest.raises(UserError, match=r"after client 0 had released its answer, and what would be released in its"):
         go_on()
@@ -144,7 +140,7 @@ def test_what_a_client_spent_before_it_diverged_stays_booked(make_data, make_con
             raise Diverged(1, phase.round, 1, "the parameters are not finite")
 
     monkeypatch.setattr(engine_client, "train_privately", lambda *a: diverging(*a) or {})
-    options = {**OPTIONS, "sigma_d": 0.0, "teacher_dp": True}
+    options = {**OPTIONS, "teacher_dp": True}
     config = make_config("fediod", model="cnn-gn", width=4, rounds=1, options=options, grad_cam=0, on_nan="skip")
     summary = run(config, out=tmp_path / "run", data=make_data(two_tests=False))
     assert "diverging-client" in summary["diagnostics"]

@@ -51,9 +51,9 @@ METHODS = {
     "fusefl": {"rounds": "", "local-epochs": 4, "method-option.blocks": 3, "method-option.frozen_bn": "code"},
     "fedlpfm": {"public-samples": 20, "partition": "iid"},
     "fediod": {
-        "local-epochs": 2, "method-option.nz": 4, "method-option.ngf": 2, "method-option.ndf": 2,
+        "local-epochs": 2, "method-option.ngf": 2, "method-option.ndf": 2,
         "method-option.batch": 8, "method-option.student_steps": 2, "method-option.iterations": 2,
-        "method-option.absent": 0.3, "method-option.batched": False,
+        "method-option.batched": False,
     },
     "feddra": {
         "data": "captions", "train-samples": 80, "width": 4, "local-epochs": "", "local-steps": 2, "clients": "",
@@ -199,7 +199,7 @@ def test_a_private_run_tells_no_more_than_in_one_process(tmp_path):
     A resumed run releases the same again.
     """
     pytest.importorskip("dp_accounting")
-    options = {"method-option.epsilon": 8.0, "method-option.teacher_dp": True, "method-option.absent": 0.0}
+    options = {"method-option.epsilon": 8.0, "method-option.teacher_dp": True}
     run_config = settings("fediod", model="resnet8-gn", **options)
     expected = in_one_process(run_config, tmp_path / "here")
     with pytest.raises(Killed):

@@ -48,7 +48,7 @@ def test_the_ensemble_is_that_of_fediods_teachers(data, make_config, tmp_path):
     network, _ = read_model(tmp_path / "ensemble")
     counts = counts_of(data)
     torch.testing.assert_close(network.weights[:, 0], counts / counts.sum(0))
-    options = {"nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1}
+    options = {"ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1}
     config = make_config("fediod", rounds=1, options=options, teachers=str(tmp_path / "ensemble"), **settings)
     figures = run(config, out=tmp_path / "fediod", data=data)["metrics"]
     for test_set in data.tests:

@@ -63,10 +63,3 @@ def test_teachers_of_an_earlier_run_or_of_ones_own(method, make_data, make_confi
 def test_a_method_that_trains_none_takes_no_teachers(make_config, tmp_path):
     with pytest.raises(UserError, match="--teachers is not for fedavg"):
         make_config("fedavg", teachers=str(tmp_path))
-
-
-def test_a_cosine_of_the_teachers_rate():
-    from fedkern.engine.training import Schedule
-
-    schedule = Schedule(lr=1.0, momentum=0, weight_decay=0, clip_norm=0, epochs=5, batch_size=1, end=0.2)
-    assert [round(schedule.lr_at(epoch), 6) for epoch in (0, 2, 4)] == [1.0, 0.6, 0.2]

@@ -10,12 +10,10 @@ from fedkern.settings.stored import load_settings
 from python_tests.interrupted import KillAt, killed, outcome
 
 OPTIONS = {
-    "nz": 4, "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 4, "w_real": 1.0, "w_balance": 0.5,
-    "disc_weight": True, "models": "cnn:2,mlp:4,resnet8:2", "warmup": 0.5, "absent": 0.3, "ema": 0.5,
+    "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 4, "w_real": 1.0, "w_balance": 0.5,
+    "disc_weight": True, "models": "cnn:2,mlp:4,resnet8:2", "warmup": 0.5,
 }  # fmt: skip
-PRIVATE = {
-    "sigma_d": 5.0, "sigma_t": 5.0, "shards": 3, "scores": "release", "histogram_noise": 2.0, "noise": "seed",
-}  # fmt: skip
+PRIVATE = {"epsilon": 50.0, "shards": 3, "histogram_noise": 2.0, "noise": "seed"}
 ROUNDS = 3
 
 
@@ -39,7 +37,7 @@ def reference(tmp_path_factory):
 def test_killed_in_the_second_stage(round, answers, name, make_data, make_config, tmp_path, reference):
     """Of three architectures.
 
-    The warm-up ends within the second round, clients are absent, the student is averaged.
+    The warm-up ends within the second round.
     """
     if name == "private":
         pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import pytest
 import torch
 
 from fedkern.data import IGNORE
@@ -12,8 +11,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.methods.common.class_counts import class_counts
 from fedkern.methods.fediod.local_teachers import split
-from fedkern.methods.fediod.losses import distillation, diversity, importance, mixture, normalised, teacher_terms
-from fedkern.methods.fediod.presets import IODOptions, settle
+from fedkern.methods.fediod.losses import distillation, importance, mixture, normalised, teacher_terms
 from python_tests.tasks import test_segmentation as segmented
 
 K, B, C, H, W = 3, 2, 4, 3, 5
@@ -60,13 +58,11 @@ def test_one_confidence_for_all_pixels_of_an_image():
             torch.testing.assert_close(mixed[b, c], expected)
 
 
-@pytest.mark.parametrize("preset", ["paper", "code"])
-def test_every_term_is_the_mean_over_pixels(preset):
+def test_every_term_is_the_mean_over_pixels():
     """Losses with positions are those of the pixels as samples, gradients included.
 
     The balance is over all of them.
     """
-    settings = settle(IODOptions(preset=preset))
     pi = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     weights = torch.rand(K, 1, C, dtype=torch.float64) + 0.1
     student = torch.randn(B, C, H, W, dtype=torch.float64)
@@ -74,9 +70,9 @@ def test_every_term_is_the_mean_over_pixels(preset):
     for given, said in ((logits(), student), (by_pixel(logits(), 2), by_pixel(student, 1))):
         leaf = logits().requires_grad_()
         shaped = leaf if given.dim() == 5 else by_pixel(leaf, 2)
-        total, terms = teacher_terms(shaped, pi, settings, said, weights, None)
+        total, terms = teacher_terms(shaped, pi, 2.0)
         (gradient,) = torch.autograd.grad(total, leaf)
-        kd = distillation(said, shaped.detach(), weights, None, settings)
+        kd = distillation(said, shaped.detach(), weights, None)
         found.append((total.detach(), gradient, kd, {name: value.detach() for name, value in terms.items()}))
     (total, gradient, kd, terms), (flat, flat_gradient, flat_kd, flat_terms) = found
     torch.testing.assert_close(total, flat)
@@ -90,8 +86,8 @@ def test_every_term_is_the_mean_over_pixels(preset):
 def test_the_diversity_of_equal_teachers_is_zero():
     pi = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     same = logits()[:1].expand(K, -1, -1, -1, -1)
-    assert abs(float(diversity(same, pi, "jsd"))) < 1e-12
-    value = float(diversity(10 * logits(), pi, "jsd"))
+    assert abs(float(teacher_terms(same, pi, 0.0)[1]["diversity"])) < 1e-12
+    value = float(teacher_terms(10 * logits(), pi, 0.0)[1]["diversity"])
     assert 0 < value < float(torch.special.entr(pi).sum()) + 1e-12
 
 
@@ -120,11 +116,9 @@ def test_one_client_alone_is_its_own_ensemble(tmp_path):
     assert len(each) == 1
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("select", ["last", "best"])
-def test_a_hold_out_of_which_nothing_is_known_has_no_figure(tmp_path, select):
+def test_a_hold_out_of_which_nothing_is_known_has_no_figure(tmp_path):
     """A tenth of nine images is one, which may be unknown as a whole."""
-    config = segmented.settings("fediod", options={**OPTIONS, "select": select, "holdout": 0.1}, rounds=1)
+    config = segmented.settings("fediod", options={**OPTIONS, "holdout": 0.1}, rounds=1)
     data = segmented.federation((12, 9, 7))
     held = split(Client(RunContext(config, data), 1, {}), 0.1)[1]
     assert len(held) == 1
