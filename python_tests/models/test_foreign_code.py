@@ -15,7 +15,7 @@ import pytest
 import fedkern
 from fedkern.errors import UserError
 from fedkern.models import pretrained_pair
-from fedkern.models.clip import ClipTeacher
+from fedkern.models.clip import clip_teacher
 from fedkern.models.detector import GroundingDino
 from fedkern.models.pretrained import quiet
 
@@ -57,7 +57,7 @@ def ran(folder: Path) -> bool:
 
 
 def clip(path: Path) -> Any:
-    return ClipTeacher(path, ["a", "b"], mean=(0.5,) * 3, std=(0.5,) * 3).load()
+    return clip_teacher(path, ["a", "b"], mean=(0.5,) * 3, std=(0.5,) * 3).network
 
 
 def dino(path: Path) -> Any:

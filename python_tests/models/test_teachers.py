@@ -17,8 +17,8 @@ from fedkern import models
 from fedkern.errors import UserError
 from fedkern.models import teacher_cache, teachers
 from fedkern.models.cost import cost
-from fedkern.models.teacher import CallableTeacher, trained_teacher
-from fedkern.models.teacher_cache import LogitsCache, StoredLogits, image_keys, read_file
+from fedkern.models.teacher import Teacher, teacher_of, trained_teacher
+from fedkern.models.teacher_cache import LogitsCache, image_keys, read_file, stored_logits
 from fedkern.models.teacher_training import Recipe, pretrain, pretrained, tune
 
 MEAN, STD = (0.4,), (0.3,)
@@ -53,12 +53,12 @@ class Public:
         return self.images[torch.from_numpy(indices)]
 
 
-class Counting(CallableTeacher):
+class Counting(Teacher):
     """Remembers how many images it saw."""
 
     def __init__(self, **options: Any) -> None:
         self.seen = 0
-        super().__init__(self.answer, 3, **options)
+        super().__init__(classes=3, load=lambda: self.answer, **options)
 
     def answer(self, images: torch.Tensor) -> torch.Tensor:
         self.seen += len(images)
@@ -194,19 +194,19 @@ def test_a_file_of_logits_is_a_teacher(tmp_path: Path) -> None:
     images, cache = normalised(bytes_of(6)), LogitsCache(tmp_path, MEAN, STD)
     expected = cache.logits(counting(), [images])
     path = cache.path("logits", counting().identity or {})
-    stored = StoredLogits(path, 3, MEAN, STD)
+    stored = stored_logits(path, 3, MEAN, STD)
     assert torch.equal(stored.logits(images[[4, 1]]), expected[[4, 1]])
     with pytest.raises(UserError, match="lacks the logits of 2 of 3 images"):
         stored.logits(torch.cat([images[:1], normalised(bytes_of(2, seed=9))]))
     with pytest.raises(UserError, match="knows 3 classes and the data have 4"):
-        StoredLogits(path, 4, MEAN, STD)
+        stored_logits(path, 4, MEAN, STD)
     with pytest.raises(UserError, match=r"nowhere does not exist"):
-        StoredLogits(tmp_path / "nowhere", 3, MEAN, STD)
+        stored_logits(tmp_path / "nowhere", 3, MEAN, STD)
     with pytest.raises(UserError, match="cannot be tuned"):
         _ = stored.classifier
     path.write_bytes(b"x")
     with pytest.raises(UserError, match="is damaged"):
-        StoredLogits(path, 3, MEAN, STD)
+        stored_logits(path, 3, MEAN, STD)
 
 
 def test_logits_of_another_format_are_refused_or_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_logits_of_another_format_are_refused_or_computed_anew(tmp_path: Path, m
         expected = cache.logits(counting(), [images])
         other = cache.path("logits", identity)
     with pytest.raises(UserError, match="has format 2, and this version of fedkern reads format 1:"):
-        StoredLogits(other, 3, MEAN, STD)
+        stored_logits(other, 3, MEAN, STD)
     content, teacher = other.read_bytes(), counting()
     assert torch.equal(cache.logits(teacher, [images]), expected)
     assert teacher.seen == 6
@@ -235,7 +235,7 @@ def test_logits_of_another_format_are_refused_or_computed_anew(tmp_path: Path, m
 ])  # fmt: skip
 def test_answers_that_are_no_logits(answer: Any, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        CallableTeacher(answer, 3).logits(torch.zeros(2, 1, 8, 8))
+        teacher_of(answer, "mine", 3).logits(torch.zeros(2, 1, 8, 8))
 
 
 def test_exhausted_memory_is_no_mistake_of_a_teacher() -> None:
@@ -243,15 +243,15 @@ def test_exhausted_memory_is_no_mistake_of_a_teacher() -> None:
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        CallableTeacher(exhausted, 3).logits(torch.zeros(2, 1, 8, 8))
+        teacher_of(exhausted, "mine", 3).logits(torch.zeros(2, 1, 8, 8))
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 3, 8, 8), (1, 3, 1, 1)], ids=str)
 def test_a_callable_gets_the_strides_of_a_data_loader(shape: tuple[int, ...]) -> None:
     images, seen = torch.zeros(shape), []
     answer = lambda x: seen.append(x.stride()) or torch.zeros(len(x), 3)  # noqa: E731
-    for teacher in (CallableTeacher(answer, 3), CallableTeacher(nn.Sequential(Asks(answer)), 3)):
-        teacher.logits(torch.zeros(shape[0], *shape[2:], shape[1]).movedim(-1, 1))
+    for function in (answer, nn.Sequential(Asks(answer))):
+        teacher_of(function, "mine", 3).logits(torch.zeros(shape[0], *shape[2:], shape[1]).movedim(-1, 1))
     assert seen == [images.stride()] * 2
 
 
@@ -365,7 +365,7 @@ def test_tuning_starts_from_the_zero_shot_teacher_and_leaves_it_alone(kind: str)
 def test_a_callable_has_nothing_to_tune() -> None:
     with pytest.raises(UserError, match="gives logits alone, and tuning needs features"):
         counting().features(torch.zeros(1, 1, 8, 8))
-    assert CallableTeacher(build(), 3).features(torch.zeros(2, 1, 8, 8)).shape == (2, 8)
+    assert teacher_of(build(), "mine", 3).features(torch.zeros(2, 1, 8, 8)).shape == (2, 8)
 
 
 def made(spec: teachers.Spec, folder: Path, public: Public | None = None) -> Any:
