@@ -35,11 +35,11 @@ class Objective:
         return False
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The local objective of one batch, a scalar.
+        """The local objective of one batch, a scalar, by default the task's loss.
 
         Optionally with named scalars whose means are recorded.
         """
-        raise NotImplementedError
+        return batch.task.loss(model, batch)
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
         """Random draws of a batch.

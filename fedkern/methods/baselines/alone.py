@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedkern.methods.base import Method
-from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
+from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.uploads import Declaration, cached, like
@@ -53,9 +53,6 @@ class Local(Objective, Method):
             network.load_state_dict(message["network"])
         client.fit(self, phase, network)
         return {"network": network.state_dict()}
-
-    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
-        return batch.task.loss(model, batch)
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         return {"network": cached(server.round_cache, "network", lambda: like(server.build().state_dict()))}

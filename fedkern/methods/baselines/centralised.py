@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedkern.methods.base import Method
-from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
+from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.uploads import Declaration
@@ -43,9 +42,6 @@ class Centralised(Objective, Method):
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         return {name: server.state[name] for name in server.trained_vectors if name in server.state}
-
-    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
-        return batch.task.loss(model, batch)
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         for upload in uploads:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fedkern import models
 from fedkern.errors import UserError
 from fedkern.methods.base import vectors_of
+from fedkern.methods.common.figures import with_accuracies
 from fedkern.methods.common.oneshot import MemberNetworks, exhaust
 from fedkern.methods.common.oneshot_members import Members
-from fedkern.methods.protocol import Batch, ClientId, Message, Phase, Upload
+from fedkern.methods.protocol import ClientId, Message, Phase, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.models.cost import memory_ratio
@@ -136,11 +137,15 @@ class Ensemble(MemberNetworks):
 
         For classification also ``vote_accuracy`` and ``probability_accuracy``.
         """
-        with_votes = {"classes": _Ballot}.get(data.task.network)
-        if not isinstance(model, models.Ensemble) or with_votes is None:
+        if not isinstance(model, models.Ensemble) or data.task.network != "classes":
             return super().evaluate(model, data)
-        ballot = with_votes(model, data)
-        return {**data.task.figures(ballot, ballot), **ballot.figures()}
+
+        def answer(images: Tensor) -> tuple[Tensor, Tensor]:
+            each, logits = model.parts(images)
+            votes = torch.stack([vote(logits), F.softmax(logits.double(), 2).mean(0).argmax(1)])
+            return model.answer(each, logits), votes
+
+        return with_accuracies(("vote_accuracy", "probability_accuracy"), answer, data)
 
 
 def vote(logits: Tensor) -> Tensor:
@@ -151,39 +156,3 @@ def vote(logits: Tensor) -> Tensor:
     p = F.softmax(logits.double(), 2)
     counts = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
     return (counts + p.mean(0) / 2).argmax(1)
-
-
-class _Ballot:
-    """Wraps an ensemble and its test set: passes both through and counts correct votes and mean probabilities."""
-
-    def __init__(self, ensemble: models.Ensemble, data: Any) -> None:
-        self._ensemble, self._data = ensemble, data
-        self.keep = getattr(data, "keep", None)
-        self.output_bytes = getattr(data, "output_bytes", 0)
-        self._total = 0
-        self._right = torch.zeros(2, dtype=torch.int64)
-
-    def batches(self) -> Iterator[Batch]:
-        for batch in self._data.batches():
-            self._labels = batch.targets
-            yield batch
-
-    @property
-    def metrics(self) -> Any:
-        return getattr(self._data, "metrics", ())
-
-    def record(self, predictions: Tensor) -> None:
-        record = getattr(self._data, "record", None)
-        if record is not None:
-            record(predictions)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        each, logits = self._ensemble.parts(images)
-        guesses = torch.stack([vote(logits), F.softmax(logits.double(), 2).mean(0).argmax(1)])
-        self._right += (guesses == self._labels).sum(1).cpu()
-        self._total += len(images)
-        return self._ensemble.answer(each, logits)
-
-    def figures(self) -> dict[str, float]:
-        right = (self._right.double() / self._total).tolist()
-        return dict(zip(("vote_accuracy", "probability_accuracy"), right, strict=True))

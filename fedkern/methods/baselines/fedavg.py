@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
 from fedkern.methods.base import LocalTraining
-from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.registry import register
 
 
@@ -30,6 +25,3 @@ class FedAvg(LocalTraining):
     asynchronous = True
     replayable = True
     asks = frozenset({"loss"})
-
-    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
-        return batch.task.loss(model, batch)

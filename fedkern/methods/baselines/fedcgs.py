@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.methods.common.calibration import ClassStatistics, shrunk
+from fedkern.methods.common.calibration import ClassStatistics, pool, shrunk
 from fedkern.methods.common.oneshot import OneShot
 from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
@@ -84,11 +84,7 @@ class FedCGS(OneShot):
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         head = self.head(server)
         pooled = FeatureStatistics(head.out_features, head.in_features)
-        for upload in uploads:
-            try:
-                pooled.merge(upload.message)
-            except ValueError as error:
-                server.refuse(upload.client_id, f"The statistics of client {upload.client_id} cannot be used: {error}")
+        pool(server, uploads, pooled.merge)
         if not pooled.samples:
             raise UserError("The statistics of every client were refused, so that there is no classifier to set.")
         self.replace_head(server, pooled.classifier(shrinkage=self.options.shrinkage))

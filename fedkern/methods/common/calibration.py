@@ -6,8 +6,7 @@ samples virtual features from one Gaussian per class and trains only the classif
     client:   statistics = ClassStatistics(classes, width)
               statistics.add(features, labels)                         # batch by batch
               return statistics.message()
-    server:   pooled = pool(uploads, head, options, refuse)
-              head = calibrate(head, pooled, server.rng("calibration", phase), options)
+    server:   head = calibrated(server, phase, uploads, head, options)
 """
 
 from __future__ import annotations
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedkern.errors import UserError
 from fedkern.methods.options import Options
-from fedkern.methods.protocol import Batch, ClientId, Message, Upload
+from fedkern.methods.protocol import Batch, Message, Phase, Upload
+from fedkern.methods.roles import Server
 from fedkern.methods.uploads import Declaration, Values
 from fedkern.models.optimisers import SGD
 from fedkern.typed_option import option
@@ -208,24 +209,30 @@ def statistics_of(head: nn.Linear, options: CalibrationOptions) -> Declaration:
     }
 
 
-def pool(
-    uploads: Iterable[Upload],
-    head: nn.Linear,
-    options: CalibrationOptions,
-    refuse: Callable[[ClientId, ValueError], None],
-) -> ClassStatistics:
-    """The clients' pooled statistics of the features that ``head`` reads.
+def pool(server: Server, uploads: Iterable[Upload], merge: Callable[[Mapping[str, Any]], None]) -> None:
+    """Hands the clients' statistics to ``merge`` one by one, and refuses uploads that it cannot use (ValueError)."""
+    for upload in uploads:
+        try:
+            merge(upload.message)
+        except ValueError as error:
+            k = upload.client_id
+            server.refuse(k, f"The class statistics of client {k} cannot be used: {error}")
 
-    Calls ``refuse`` for unusable uploads.
+
+def calibrated(
+    server: Server, phase: Phase, uploads: Iterable[Upload], head: nn.Linear, options: CalibrationOptions
+) -> nn.Linear:
+    """The classifier ``head`` trained on what the clients' statistics of the features that it reads tell.
+
+    Raises:
+        UserError: no upload could be used.
     """
     diagonal = options.covariance == "diagonal"
     pooled = ClassStatistics(head.out_features, head.in_features, diagonal=diagonal, compat=options.ccvr_compat)
-    for upload in uploads:
-        try:
-            pooled.merge(upload.message)
-        except ValueError as error:
-            refuse(upload.client_id, error)
-    return pooled
+    pool(server, uploads, pooled.merge)
+    if not int(pooled.counts.sum()):
+        raise UserError("The class statistics of every client were refused: run without calibrate.")
+    return calibrate(head, pooled, server.rng("calibration", phase), options)
 
 
 def shrunk(statistics: ClassStatistics) -> Tensor:

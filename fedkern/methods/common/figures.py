@@ -1,12 +1,14 @@
-"""Grad-CAM's figure of a network on its test sets."""
+"""Figures of a network on its test sets beside those of its task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from fedkern.methods.protocol import Batch
 from fedkern.models import StagedNetwork, object_share
 from fedkern.models.precision import computing
 
@@ -22,3 +24,45 @@ def gradcam(network: nn.Module, sets: Mapping[str, Any], count: int) -> dict[str
             for name, value in object_share(network, data.masked_batches(count)).items():
                 metrics[prefix + name] = float(value)
     return metrics
+
+
+class _BatchAtHand:
+    """A test set whose batches are answered one after another, with the targets of the latest."""
+
+    pool = None
+    targets: Tensor
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+    def batches(self) -> Iterator[Batch]:
+        for batch in self._data.batches():
+            self.targets = batch.targets
+            yield batch
+
+
+def with_accuracies(
+    names: Sequence[str], answer: Callable[[Any], tuple[Tensor, Tensor]], data: Any
+) -> dict[str, float]:
+    """Return the task's figures of a network, and the accuracies of other predictions of the same passes.
+
+    Args:
+        names: of these accuracies.
+        answer: gives the network's logits ``[B, C]`` of a batch's inputs, and the other predictions
+            ``[len(names), B]``.
+        data: a test set of a classification.
+    """
+    test_set, right, total = _BatchAtHand(data), torch.zeros(len(names), dtype=torch.int64), 0
+
+    def network(inputs: Any) -> Tensor:
+        nonlocal total
+        logits, predictions = answer(inputs)
+        right.add_((predictions == test_set.targets).sum(1).cpu())
+        total += len(test_set.targets)
+        return logits
+
+    figures: dict[str, float] = data.task.figures(network, test_set)
+    return {**figures, **dict(zip(names, (right.double() / total).tolist(), strict=True))}

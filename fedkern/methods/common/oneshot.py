@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.methods.base import vectors_of
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
+from fedkern.methods.common.calibration import CalibrationOptions, calibrated, collect, statistics_of
 from fedkern.methods.common.class_counts import class_counts
 from fedkern.methods.common.oneshot_members import Members, OwnNetworks, flatten, load, vectors
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
@@ -99,20 +99,9 @@ class OneShot(FedAvg):
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         if phase.exchange == "statistics":
-            self._calibrate(server, phase, uploads)
+            self.replace_head(server, calibrated(server, phase, uploads, self.head(server), self.options))
         else:
             super().server_update(server, phase, uploads)
-
-    def _calibrate(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
-        o, head = self.options, self.head(server)
-
-        def refuse(k: ClientId, error: ValueError) -> None:
-            server.refuse(k, f"The class statistics of client {k} cannot be used: {error}")
-
-        pooled = pool(uploads, head, o, refuse)
-        if not int(pooled.counts.sum()):
-            raise UserError("The class statistics of every client were refused: run without calibrate.")
-        self.replace_head(server, calibrate(head, pooled, server.rng("calibration", phase), o))
 
     # -- the calibrated model: the averaged network, unless a method overrides these -------------------------------
 

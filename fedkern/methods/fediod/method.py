@@ -45,7 +45,7 @@ from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.local_teachers import build, make_teacher, split, teacher
 from fedkern.methods.fediod.losses import teacher_log_probs
 from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, first_taught, make_generator
-from fedkern.methods.protocol import BEFORE, Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
+from fedkern.methods.protocol import BEFORE, ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.uploads import Declaration, Maybe, Values
@@ -308,10 +308,6 @@ class FedIOD(Objective, OwnNetworks):
             for client in clients.values():
                 client.round_cache["answers"] = answers
         return answers
-
-    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
-        """A teacher's training loss."""
-        return batch.task.loss(model, batch)
 
     def disclosed(self, server: Server, ids: Sequence[ClientId]) -> Tensor:
         """Class counts or flags as the clients disclosed them, fp32 ``[K, C]``; ones ``[K, 1]`` without any."""

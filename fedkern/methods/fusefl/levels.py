@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -139,18 +138,3 @@ def plain_head(states: Sequence[Mapping[str, Tensor]], final: str) -> dict[str, 
     if final == "concat":
         head["weight"] = torch.cat([state["weight"] for state in states], 1) / len(states)
     return head
-
-
-class BothHeads(nn.Module):
-    """A calibrated network that also keeps the predictions of its classifier before calibration."""
-
-    def __init__(self, model: FusedNetwork) -> None:
-        super().__init__()
-        self.model = model
-        self.predicted: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = self.model.features(x)
-        plain, head = (cast(nn.Module, layer) for layer in (self.model.plain_head, self.model.head))
-        self.predicted.append(plain(features).argmax(1))
-        return head(features)

@@ -19,14 +19,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
-from fedkern.methods.common.calibration import CalibrationOptions, calibrate, collect, pool, statistics_of
-from fedkern.methods.fusefl.levels import BothHeads, LocalPart, plain_head, scaled_width, sent_state, tensors_of
+from fedkern.methods.common.calibration import CalibrationOptions, calibrated, collect, statistics_of
+from fedkern.methods.common.figures import with_accuracies
+from fedkern.methods.common.oneshot_distill import torch_stream
+from fedkern.methods.fusefl.levels import LocalPart, plain_head, scaled_width, sent_state, tensors_of
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
@@ -244,9 +245,7 @@ class FuseFL(Objective, Method):
         return upload
 
     def _fresh_adaptor(self, client: Client, phase: Phase, shape: tuple[int, ...], branches: int) -> nn.Module:
-        generator = None
-        if self.options.adaptor_init == "random":
-            generator = torch.Generator().manual_seed(int(client.rng("adaptor", phase).integers(2**63)))
+        generator = torch_stream(client, "adaptor", phase) if self.options.adaptor_init == "random" else None
         return make_adaptor(self.options.adaptor, shape, branches, generator=generator).to(client.device)
 
     def loss(self, model: LocalPart, batch: Batch, received: Received) -> Tensor:
@@ -258,7 +257,9 @@ class FuseFL(Objective, Method):
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         if phase.name == CALIBRATE:
-            self._calibrate(server, phase, uploads)
+            head = calibrated(server, phase, uploads, self._plain_head(server), self.options)
+            self._report_traffic(server)
+            server.state["head"] = tensors_of(head)
             return
         level, state = phase.round + 1, server.state
         accepted: dict[ClientId, Message] = {}
@@ -307,21 +308,6 @@ class FuseFL(Objective, Method):
             expected["head"] = network.head.state_dict()
         return expected
 
-    def _calibrate(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
-        head = self._plain_head(server)
-
-        def refuse(k: ClientId, error: ValueError) -> None:
-            server.refuse(k, f"Client {k}'s calibration upload is unusable: {error}")
-
-        pooled = pool(uploads, head, self.options, refuse)
-        if not int(pooled.counts.sum()):
-            raise UserError(
-                "No client's class statistics could be used: leave it out with --method-option calibrate=false."
-            )
-        self._report_traffic(server)
-        trained = calibrate(head, pooled, server.rng("calibration", phase), self.options)
-        server.state["head"] = tensors_of(trained)
-
     def _report_traffic(self, server: Server) -> None:
         """Reports the mean bytes per client of every round so far, and their sums over the levels."""
         report, clients = server.report, server.federation.clients
@@ -353,11 +339,12 @@ class FuseFL(Objective, Method):
         """The usual figures and ``uncalibrated_accuracy``, that of the averaged classifier before calibration."""
         if model.plain_head is None:
             return super().evaluate(model, data)
-        both = BothHeads(model)
-        figures = super().evaluate(both, data)
-        predicted = torch.cat(both.predicted)
-        labels = torch.cat([batch.targets for batch in data.batches()])
-        return {**figures, "uncalibrated_accuracy": float((predicted == labels).double().mean())}
+
+        def answer(images: Tensor) -> tuple[Tensor, Tensor]:
+            features = model.features(images)
+            return model.head(features), model.plain_head(features).argmax(1)[None]
+
+        return with_accuracies(("uncalibrated_accuracy",), answer, data)
 
     def _plain_head(self, server: Server) -> nn.Linear:
         return linear_of(plain_head(list(server.state["heads"].values()), self.options.final_fuse), server.device)

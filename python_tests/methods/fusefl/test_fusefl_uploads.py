@@ -70,7 +70,7 @@ def test_no_statistics_left_is_an_error(make_data, make_config):
     play = Play(config_of(make_config, {"width": "2"}, on_nan="skip"), make_data())
     play.round(0, "level1")
     play.round(1, "level2")
-    with pytest.raises(UserError, match="No client's class statistics could be used"):
+    with pytest.raises(UserError, match="class statistics of every client were refused"):
         play.method.server_update(play.server, Phase(2, "calibrate", "update"), iter([Upload(0, 20, {})]))
 
 
