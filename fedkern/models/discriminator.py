@@ -27,21 +27,13 @@ class PatchDiscriminators(nn.Module):
         generators: K CPU generators, one per discriminator.  Each draws initial weights from N(0, 0.02) and batch
             norm's scales from N(1, 0.02); the global generator is neither read nor moved.
         ndf: channels of the first map.
-        layers: convolutions of stride 2; images must have at least ``2 ** layers`` pixels a side.
-
-    Raises:
-        ValueError: no generator, a size that is not positive, or fewer than two layers.
+        layers: at least two convolutions of stride 2; images must have at least ``2 ** layers`` pixels a side.
     """
 
     def __init__(
         self, generators: Sequence[torch.Generator], *, channels: int = 3, ndf: int = 128, layers: int = 2
     ) -> None:
         super().__init__()
-        if not generators:
-            raise ValueError("generators must hold at least one generator, not none")
-        for name, value, least in (("channels", channels, 1), ("ndf", ndf, 1), ("layers", layers, 2)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
         self.count, self.channels, self.ndf, self.layers = len(generators), channels, ndf, layers
         drawn = [draw_parts(generator, channels, ndf, layers) for generator in generators]
         for name in drawn[0]:

@@ -36,7 +36,7 @@ class Ensemble(nn.Module):
         pool: :meth:`features` concatenates the members' features or takes their mean (members of one width).
 
     Raises:
-        ValueError: no member, members of different classes or (for ``"mean"``) different widths, or invalid weights.
+        ValueError: ``pool`` is ``"mean"`` and members have different numbers of features.
     """
 
     weights: Tensor
@@ -49,25 +49,14 @@ class Ensemble(nn.Module):
         pool: Literal["concat", "mean"] = "concat",
     ) -> None:
         super().__init__()
-        if not members:
-            raise ValueError("members must hold at least one network, not none")
-        classes = {member.head.out_features for member in members}
-        if len(classes) > 1:
-            raise ValueError(f"members must have the same number of classes, not {sorted(classes)}")
         self.widths = [int(member.head.in_features) for member in members]
         if pool == "mean" and len(set(self.widths)) > 1:
             raise ValueError(f'pool "mean" needs members with equally many features, not {self.widths}')
         self.members = nn.ModuleList(members)
         self.pool = pool
         w = torch.ones(len(members)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
-        count, by_class = len(members), (len(members), *classes)
-        if w.shape not in ((count,), by_class) or not bool((w >= 0).all()) or not bool(w.sum() > 0):
-            raise ValueError(
-                f"weights must be {count} numbers of at least 0, not all 0, or {list(by_class)} of them by class, but "
-                f"is {w.tolist()}"
-            )
         total = w.sum(0)
-        w = w / total if w.dim() == 1 else torch.where(total > 0, w / total, 1 / count)[:, None]
+        w = w / total if w.dim() == 1 else torch.where(total > 0, w / total, 1 / len(members))[:, None]
         self.register_buffer("weights", w.to(next(self.parameters()).device))
         self.head: nn.Linear | None = None
         self.requires_grad_(False)
@@ -127,13 +116,5 @@ class Ensemble(nn.Module):
         return linear_of({"weight": weight, "bias": bias}, weight.device).requires_grad_(False)
 
     def replace_head(self, weight: Tensor, bias: Tensor) -> None:
-        """Replaces the mean of the logits by a classifier on :meth:`features`: ``weight`` [C, D], ``bias`` [C].
-
-        Raises:
-            ValueError: ``weight`` or ``bias`` has the wrong shape.
-        """
-        width = sum(self.widths) if self.pool == "concat" else self.widths[0]
-        if weight.shape[1:] != (width,) or bias.shape != weight.shape[:1]:
-            shapes = f"{list(weight.shape)} and {list(bias.shape)}"
-            raise ValueError(f"weight and bias must have shapes [C, {width}] and [C], not {shapes}")
+        """Replaces the mean of the logits by a classifier on :meth:`features`: ``weight`` [C, D], ``bias`` [C]."""
         self.head = linear_of({"weight": weight, "bias": bias}, self.weights.device).requires_grad_(False)

@@ -56,16 +56,8 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        for name, value, least in (
-            ("nz", nz, 1), ("ngf", ngf, 1), ("channels", channels, 1), ("image_size", min(height, width), 4),
-        ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
-        if len(widths) < 2 or min(widths) < 1:
-            raise ValueError(f"widths must hold at least two positive numbers, not {tuple(widths)}")
-        for name, values in (("mean", mean), ("std", std), ("pixel_mean", pixel_mean)):
-            if values is not None and len(values) != channels:
-                raise ValueError(f"{name} must hold {channels} numbers, one per channel, not {len(values)}")
+        if min(height, width) < 4:
+            raise ValueError(f"image_size must be at least 4, not {min(height, width)}")
         doublings = len(widths) - 1
         while max(height, width) > BASE << doublings:
             doublings += 1

@@ -69,15 +69,6 @@ def test_parts_are_views_that_training_changes():
     assert not module.conv2[4:].any()
 
 
-@pytest.mark.parametrize(("generators", "sizes", "words"), [
-    ([], {}, "at least one generator"), (draws(0), {"ndf": 0}, "ndf must be at least 1"),
-    (draws(0), {"layers": 1}, "layers must be at least 2"),
-])  # fmt: skip
-def test_errors(generators, sizes, words):
-    with pytest.raises(ValueError, match=words):
-        PatchDiscriminators(generators, **sizes)
-
-
 def test_teacher_of_the_paper():
     """FedIOD's ResNet-8 in use: 4.91 million parameters at ten classes, 2,048 features."""
     model = models.build("resnet8-t", classes=10, channels=3, image_size=32, seed=0)

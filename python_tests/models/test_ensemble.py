@@ -124,15 +124,3 @@ def test_networks_of_different_widths_have_no_mean_of_features():
     assert Ensemble(members).features(images()).shape == (5, 12 + 12 + 20)
     with pytest.raises(ValueError, match=r"equally many features, not \[12, 12, 20\]"):
         Ensemble(members, pool="mean")
-
-
-def test_bad_members_and_weights_are_named():
-    with pytest.raises(ValueError, match="at least one network"):
-        Ensemble([])
-    with pytest.raises(ValueError, match=r"same number of classes, not \[4, 5\]"):
-        Ensemble([*networks("cnn"), *networks("cnn", classes=5)])
-    with pytest.raises(ValueError, match=r"shapes \[C, 24\] and \[C\], not \[4, 12\]"):
-        Ensemble(networks("cnn", "cnn")).replace_head(torch.zeros(4, 12), torch.zeros(4))
-    for weights in ([1.0], [1.0, -1.0], [0.0, 0.0], [[1.0] * 3] * 2, [[1.0] * 4], [[-1.0] * 4] * 2, [[0.0] * 4] * 2):
-        with pytest.raises(ValueError, match="weights must be 2 numbers"):
-            Ensemble(networks("cnn", "cnn"), weights)

@@ -80,13 +80,8 @@ class ClassStatistics:
         """Adds a batch: ``features`` [B, d] of any floating type, ``labels`` int64 [B].
 
         Raises:
-            ValueError: a shape does not fit, or a label is out of range.
+            ValueError: a label is out of range.
         """
-        if features.dim() != 2 or features.shape[1] != self.width or labels.shape != features.shape[:1]:
-            raise ValueError(
-                f"features and labels must have shapes [B, {self.width}] and [B], not {list(features.shape)} and "
-                f"{list(labels.shape)}"
-            )
         wide, labels = features.detach().double(), labels.to(features.device)
         for c in labels.unique().tolist():
             if not 0 <= c < self.classes:
@@ -111,13 +106,14 @@ class ClassStatistics:
         return {"counts": self.counts.int(), "means": self.means[present].float(), "scatters": scatters.float()}
 
     def merge(self, message: Mapping[str, Any]) -> None:
-        """Adds a client's :meth:`message`.
+        """Adds a client's :meth:`message`, which fits :func:`statistics_of`.
 
         Raises:
-            ValueError: a tensor is missing, has a wrong shape or is not finite, or a count or squared deviation is
+            ValueError: what a declaration cannot say: there are not as many means as classes, or a squared deviation is
                 negative; the statistics are then unchanged.
         """
-        counts, means, scatters = self._checked(message)
+        counts, means, scatters = (message[name].cpu() for name in ("counts", "means", "scatters"))
+        self._check(int((counts > 0).sum()), scatters)
         for row, c in enumerate(torch.nonzero(counts).flatten().tolist()):
             n, mean, packed = int(counts[c]), means[row].double(), scatters[row].double()
             scatter = packed if self.diagonal else self._unpack(packed)
@@ -150,32 +146,15 @@ class ClassStatistics:
         full[i, j] = packed
         return full + full.triu(1).T
 
-    def _checked(self, message: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = []
-        for name in ("counts", "means", "scatters"):
-            tensor = message.get(name)
-            if not isinstance(tensor, Tensor):
-                raise ValueError(f"class statistics must hold the tensor {name}, not {type(tensor).__name__}")
-            tensors.append(tensor.cpu())
-        counts, means, scatters = tensors
-        if counts.shape != (self.classes,) or counts.is_floating_point() or bool((counts < 0).any()):
-            raise ValueError(f"counts of the class statistics must be {self.classes} integers, 0 or more, not {counts}")
-        present = int((counts > 0).sum())
-        size = self.width if self.diagonal else self.width * (self.width + 1) // 2
-        for name, tensor, columns in (("means", means, self.width), ("scatters", scatters, size)):
-            if tensor.shape != (present, columns):
-                raise ValueError(
-                    f"{name} of the class statistics must have shape {[present, columns]}, not {list(tensor.shape)}"
-                )
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} of the class statistics must be finite")
+    def _check(self, present: int, scatters: Tensor) -> None:
+        if len(scatters) != present:
+            raise ValueError(f"{len(scatters)} means and scatters came for {present} classes")
         variances = scatters
         if not self.diagonal:
             i, j = torch.triu_indices(self.width, self.width)
             variances = scatters[:, i == j]
         if bool((variances < 0).any()):
             raise ValueError("scatters of the class statistics must not be negative on the diagonal")
-        return counts, means, scatters
 
 
 def collect(
@@ -317,15 +296,7 @@ def calibrate(
 
     Classes without samples at any client get no virtual features.  ``options.ccvr_compat`` makes one pass at learning
     rate 0.01.
-
-    Raises:
-        ValueError: the classifier and the statistics differ in width or number of classes.
     """
-    if (head.in_features, head.out_features) != (statistics.width, statistics.classes):
-        raise ValueError(
-            f"head must map {statistics.width} features to {statistics.classes} classes as the statistics do, not "
-            f"{head.in_features} to {head.out_features}"
-        )
     compat = options.ccvr_compat
     trained = copy.deepcopy(head).requires_grad_(True)
     device = trained.weight.device

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedkern.data.sharing.groups import drawn_rows
-from fedkern.methods.common.oneshot_members import Architectures, architecture, flatten, load, vectors
+from fedkern.methods.common.oneshot_members import flatten, load, vectors
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.protocol import Batch, Phase, batch_slices
 from fedkern.methods.roles import Client
@@ -65,18 +65,18 @@ def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def make_teacher(method: Any, client: Client, architectures: Architectures, options: Any) -> None:
+def make_teacher(method: Any, client: Client) -> None:
     """Trains the client's teacher, or loads a pretrained one, and keeps it in ``client.state["teacher"]``.
 
     The state has ``parameters``, ``buffers`` and ``integers``.  It also has ``holdout``, the figure on the client's own
     hold-out, where a held-out sample has a known class.  A pretrained teacher has no such figure, because it may have
     trained on any of the client's samples.
     """
-    module = build(client, architectures)
-    rows, out = split(client, options.holdout)
+    module = build(method, client)
+    rows, out = split(client, method.options.holdout)
     test_set = Held(client, out)
     load_pretrained = client.load_pretrained(module)
-    if not load_pretrained and not private.train_teacher(method, client, TRAIN, module, rows, options):
+    if not load_pretrained and not private.train_teacher(method, client, TRAIN, module, rows):
         client.fit(method, TRAIN, module, rows=None if len(rows) == client.samples else rows)
     module.eval()
     state = client.state["teacher"] = vectors(flatten(module))
@@ -85,11 +85,11 @@ def make_teacher(method: Any, client: Client, architectures: Architectures, opti
             state["holdout"] = test_set.task.score(method.evaluate(module, test_set))
 
 
-def build(client: Client, architectures: Architectures) -> Any:
+def build(method: Any, client: Client) -> Any:
     """A fresh network of the client's architecture, in train mode on its device."""
-    return client.network(**architecture(architectures, client.id))
+    return client.network(**method.architecture(client.id))
 
 
-def teacher(client: Client, architectures: Architectures) -> nn.Module:
+def teacher(method: Any, client: Client) -> nn.Module:
     """The client's trained teacher, frozen, in eval mode."""
-    return load(flatten(build(client, architectures)), client.state["teacher"]).eval().requires_grad_(False)
+    return load(flatten(build(method, client)), client.state["teacher"]).eval().requires_grad_(False)

@@ -97,7 +97,7 @@ class FedIOD(Objective, OwnNetworks):
             yield Round("distil", exchanges=names, states="round", cohort=cohort, trains=" and ".join(trained))
 
     def check(self, client: Client) -> None:
-        private.check(client, lambda: build(client, self.architectures), self.options)
+        private.check(client, lambda: build(self, client), self.options)
 
     def start(self, server: Server) -> None:
         o = self.options
@@ -277,7 +277,7 @@ class FedIOD(Objective, OwnNetworks):
 
     def _train(self, client: Client, message: Message) -> Message:
         private.agree(client, message)
-        make_teacher(self, client, self.architectures, self.options)
+        make_teacher(self, client)
         counts = private.release_histogram(client, class_counts(client), self.options)
         return {"classes": counts} if promise.tells_counts(self.options) else {}
 
@@ -294,7 +294,7 @@ class FedIOD(Objective, OwnNetworks):
         if ids not in self._banks:
             for k in ids:
                 if k not in self._teachers:
-                    self._teachers[k] = teacher(clients[k], self.architectures)
+                    self._teachers[k] = teacher(self, clients[k])
             for cohort in [cohort for cohort in self._banks if len(cohort) > 1 < len(ids)]:
                 del self._banks[cohort]  # of another cohort: one cohort's stack is kept
             self._banks[ids] = TeacherStack([self._teachers[k] for k in ids])

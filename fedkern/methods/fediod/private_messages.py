@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.methods.fediod.privacy_options import asks_discriminators, claims, noises_counts, private
 from fedkern.methods.protocol import OUTSIDE, Federation, Phase
-from fedkern.methods.roles import Client, Objective, Server
+from fedkern.methods.roles import Client, Server
 from fedkern.ops import clip_and_noise
 from fedkern.privacy import DPSGD, LEDGER, Accountant, Unit, least_noise, need_accounting
 from fedkern.privacy.dpsgd import check_network, stream_name
@@ -320,14 +320,13 @@ def check(client: Client, make: Callable[[], nn.Module], options: Any) -> None:
     check_network(teacher, f"the network of client {client.label}")
 
 
-def train_teacher(
-    method: Objective, client: Client, phase: Phase, module: nn.Module, rows: np.ndarray, options: Any
-) -> bool:
+def train_teacher(method: Any, client: Client, phase: Phase, module: nn.Module, rows: np.ndarray) -> bool:
     """Trains the client's teacher with DP-SGD on the samples at ``rows``, in place.
 
     Returns:
         False where the teacher is to be trained without privacy.
     """
+    options = method.options
     if not options.teacher_dp:
         return False
 

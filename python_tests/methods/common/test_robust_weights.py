@@ -112,16 +112,6 @@ def _seconds(call):
     return time.perf_counter() - start
 
 
-@pytest.mark.parametrize(("point", "rho", "centre", "words"), [
-    ([0.5, 0.6], 1.0, None, "point"), ([1.5, -0.5], 1.0, None, "point"), ([np.nan, 1.0], 1.0, None, "point"),
-    ([0.5, 0.5], -0.1, None, "rho"), ([0.5, 0.5], math.nan, None, "rho"), ([0.5, 0.5], 1.0, [1.0, 0.0], "centre"),
-    ([0.5, 0.5], 1.0, [1.0], "centre"),
-])  # fmt: skip
-def test_wrong_arguments_are_named(point, rho, centre, words):
-    with pytest.raises(ValueError, match=words):
-        project(np.array(point), rho, None if centre is None else np.array(centre))
-
-
 # The exponentiated step.
 
 

@@ -69,7 +69,7 @@ def test_messages_give_the_gradient_of_a_single_graph(world):
     assert set(ensemble) == {0, 1, 2}
     discriminators = [w.clients[k].round_cache["answers"].discriminators.module for k in range(3)]
     seen = x.contiguous(memory_format=torch.channels_last)
-    logits = torch.stack([teacher(w.clients[k], w.method.architectures)(seen) for k in range(3)]).log_softmax(2)
+    logits = torch.stack([teacher(w.method, w.clients[k])(seen) for k in range(3)]).log_softmax(2)
     patches = torch.cat([critic(seen) for critic in discriminators])
     samples = torch.tensor([float(c.samples) for c in w.clients.values()])
     pi = samples / samples.sum()
@@ -93,7 +93,7 @@ def test_an_exchange_changes_what_it_may(world):
     """
     w = world(**EVERY_TERM)
     probe = torch.randn(3, *w.bench.data.form.shape)
-    said = TeacherStack([teacher(client, w.method.architectures) for client in w.clients.values()]).logits(probe)
+    said = TeacherStack([teacher(w.method, client) for client in w.clients.values()]).logits(probe)
     live = None
     for phase in w.phases(w.round(), 0)[:3]:
         before = {k: frozen(c.state.get("critics", {})) for k, c in w.clients.items()}

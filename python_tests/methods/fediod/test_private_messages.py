@@ -30,6 +30,10 @@ def Options(**settings):
 NOISED = {"epsilon": 5.0}
 
 
+def method(options):
+    return SimpleNamespace(options=options)
+
+
 class Client:
     """A client with a stream and a state, as the engine's."""
 
@@ -186,7 +190,9 @@ def test_the_bits_reach_private_training_and_stay_out_of_what_is_printed():
 
     for noise in ("secret", "seed"):
         client = Training()
-        privacy.train_teacher(None, client, PHASE, None, np.arange(3), Options(**NOISED, teacher_dp=True, noise=noise))
+        privacy.train_teacher(
+            method(Options(**NOISED, teacher_dp=True, noise=noise)), client, PHASE, None, np.arange(3)
+        )
         assert seen[-1].secret == client.state.get(privacy.SECRET, "")
     assert seen[0].secret
     assert seen[0].secret not in repr(seen[0])
@@ -312,7 +318,7 @@ def test_public_images_leave_the_teachers_alone_to_be_covered():
         def fit_privately(self, method, phase, module, spending, *, rows):
             spent.append(spending.noise(0.1, 100))
 
-    assert privacy.train_teacher(None, Training(), PHASE, None, np.arange(3), options)
+    assert privacy.train_teacher(method(options), Training(), PHASE, None, np.arange(3))
     accountant = Accountant()
     accountant.dp_sgd("teacher", spent[0], rate=0.1, steps=100)
     assert 0.99 * 4 < accountant.epsilon(options.delta) <= 4
