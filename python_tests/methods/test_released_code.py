@@ -448,7 +448,7 @@ class Fusefl:
         """
         for m, network in enumerate(self.networks):
             adaptor, blocks = self.adaptors[m] if number > 1 else None, list(network.blocks)[number - 1 :]
-            part = LocalPart(frozen, adaptor, blocks, network.head, 8, batchwise=number > 1).train()
+            part = LocalPart(frozen, adaptor, blocks, network.head).train()
             flat = ops.FlatParameters(part)
             gradients = flat.gradients()
 

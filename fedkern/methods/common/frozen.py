@@ -14,32 +14,43 @@ from fedkern.methods.protocol import Batch, Received
 from fedkern.models import personal, precision
 from fedkern.models.transfer import send
 
+CACHE_BYTES = 1 << 30
+"""Rows beyond this size are not cached."""
+
 
 @torch.no_grad()
-def cached_rows(name: str, batch: Batch, received: Received, compute: Callable[[], Tensor]) -> Tensor:
+def cached_rows(
+    name: str, batch: Batch, received: Received, compute: Callable[[], Tensor], network: nn.Module | None = None
+) -> Tensor:
     """``compute()`` without gradients, cached over the epochs of the exchange.
 
     One row per sample of the batch.
 
-    If images are not augmented, ``compute`` runs in the first epoch only, and later epochs read the cached rows.  So
-    ``compute`` must be a frozen function of each sample, where batch norm of the received network reads running
-    statistics.  Where there are none (``--buffers drop``), it runs for every batch.
+    If images are not augmented, ``compute`` runs in the first epoch only, and later epochs read the cached rows (maps
+    channels-last).  So ``compute`` must be a frozen function of each sample, where batch norm of the network reads
+    running statistics.  Where there are none (``--buffers drop``), it runs for every batch.
 
     Args:
         name: cache key, unique within a loss.
         batch: the batch; its ``indices`` are the rows of the cache.
         received: its ``round_cache`` holds the cache.
         compute: returns ``[B, ...]`` for ``batch.inputs``.
+        network: the frozen network; None: the received one.
     """
-    rows = torch.from_numpy(batch.indices)
+    if batch.fresh or received.epochs == 1:
+        return compute()
+    indices = torch.from_numpy(batch.indices)
     cache = received.round_cache.get(name)
     if cache is not None and batch.epoch > 0:
-        return cache.index_select(0, send(rows, cache.device))
+        rows = cache.index_select(0, send(indices, cache.device))
+        return rows.movedim(-1, 1) if rows.dim() == 4 else rows
     fresh = compute()
-    if received.epochs > 1 and not batch.fresh and batch.epoch == 0 and not normalises_by_batch(received.model):
-        if cache is None:
-            cache = received.round_cache[name] = fresh.new_empty(received.samples, *fresh.shape[1:])
-        cache[send(rows, cache.device)] = fresh
+    if batch.epoch == 0 and not normalises_by_batch(received.model if network is None else network):
+        rows = fresh.movedim(1, -1) if fresh.dim() == 4 else fresh
+        if cache is None and received.samples * rows[0].numel() * rows.element_size() <= CACHE_BYTES:
+            cache = received.round_cache[name] = rows.new_empty(received.samples, *rows.shape[1:])
+        if cache is not None:
+            cache[send(indices, cache.device)] = rows
     return fresh
 
 

@@ -9,82 +9,44 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.methods.protocol import Batch
 from fedkern.models.freezing import constant_buffers
 from fedkern.models.fused import FusedNetwork
 from fedkern.models.precision import autocasts, full
-from fedkern.models.transfer import send
-
-CACHE_BYTES = 1 << 30  # a client's frozen features beyond this size are not cached
 
 
 class LocalPart(nn.Module):
     """The module that a client trains at a level: its adaptor, its blocks from this level on and its classifier.
 
-    The frozen levels before only serve :meth:`inputs` and are no part of the module.  So nothing trains them, puts them
-    in train mode or computes gradients for them.
+    The frozen levels before only give its inputs and are no part of the module.  So nothing trains them, puts them in
+    train mode or computes gradients for them.
 
     Args:
         frozen: the fused levels before; None at level 1.
         adaptor: the client's adaptor in front of this level's block; None at level 1.
         blocks: this level's block and the later ones.
-        samples: the client's training samples n.
-        batchwise: whether frozen features depend on the batch (batch norm uses the batch's statistics).
     """
 
     def __init__(
-        self,
-        frozen: FusedNetwork | None,
-        adaptor: nn.Module | None,
-        blocks: Sequence[nn.Module],
-        head: nn.Linear,
-        samples: int,
-        batchwise: bool = False,
+        self, frozen: FusedNetwork | None, adaptor: nn.Module | None, blocks: Sequence[nn.Module], head: nn.Linear
     ) -> None:
         super().__init__()
         self.adaptor = adaptor if adaptor is not None else nn.Identity()
         self.blocks = nn.ModuleList(blocks)
         self.head = head
         self._frozen = (frozen,)  # a tuple hides it from nn.Module
-        self._samples, self._batchwise = samples, batchwise
-        self._rows: Tensor | None = None
-        self._known = torch.zeros(samples, dtype=torch.bool)
 
-    def inputs(self, batch: Batch) -> Tensor:
-        """The frozen levels' joined results on a batch, without autograd.
-
-        The images at level 1.
-
-        Unless images are augmented or ``batchwise`` is set, the results of each sample are computed once and cached,
-        channels-last, up to ``CACHE_BYTES``.
-        """
-        (frozen,) = self._frozen
-        if frozen is None:
-            return batch.inputs
-        if self._batchwise or batch.fresh:
-            with torch.no_grad():
-                return frozen.joined(batch.inputs)
-        indices = torch.from_numpy(batch.indices)
-        if self._rows is not None and bool(self._known[indices].all()):
-            cached = self._rows.index_select(0, send(indices, self._rows.device))
-            return cached.movedim(-1, 1) if cached.dim() == 4 else cached
-        with torch.no_grad():
-            joined = frozen.joined(batch.inputs)
-            rows = joined.movedim(1, -1) if joined.dim() == 4 else joined
-            if self._rows is None and self._samples * rows[0].numel() * rows.element_size() <= CACHE_BYTES:
-                self._rows = rows.new_empty((self._samples, *rows.shape[1:]))
-            if self._rows is not None:
-                self._rows[send(indices, rows.device)] = rows
-                self._known[indices] = True
-        return joined
+    @property
+    def frozen(self) -> FusedNetwork | None:
+        """The fused levels before."""
+        return self._frozen[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` from :meth:`inputs`."""
+        """Logits ``[B, classes]`` of the frozen levels' joined results, or of images at level 1."""
         return self.head(self.features(x))
 
     @autocasts
     def features(self, x: Tensor) -> Tensor:
-        """Features ``[B, d]`` from :meth:`inputs`."""
+        """Features ``[B, d]`` of the same."""
         x = self.adaptor(x)
         for block in self.blocks:
             x = block(x)

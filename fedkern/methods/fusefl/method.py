@@ -26,6 +26,7 @@ from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.common.calibration import CalibrationOptions, calibrated, collect, statistics_of
 from fedkern.methods.common.figures import with_accuracies
+from fedkern.methods.common.frozen import cached_rows
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.fusefl.levels import LocalPart, plain_head, scaled_width, sent_state, tensors_of
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
@@ -219,10 +220,9 @@ class FuseFL(Objective, Method):
         if level > 1:
             adaptor = self._fresh_adaptor(client, phase, networks.shapes(client.id)[level - 2], len(levels[level - 1]))
             frozen = self._fused(client, networks, levels)
-        batchwise = frozen is not None and self.options.frozen_bn != "owner"
-        if frozen is not None and batchwise:
+        if frozen is not None and self.options.frozen_bn != "owner":
             frozen.normalise_by_batch()
-        part = LocalPart(frozen, adaptor, list(network.blocks)[level - 1 :], network.head, client.samples, batchwise)
+        part = LocalPart(frozen, adaptor, list(network.blocks)[level - 1 :], network.head)
         client.fit(self, phase, part, epochs=message["epochs"], first=message["first"])
 
         block, sent = tensors_of(network.blocks[level - 1]), sent_state(network, level)
@@ -252,8 +252,11 @@ class FuseFL(Objective, Method):
         return cross_entropy(model(batch.drawn["inputs"]), batch.targets)
 
     def prepare(self, model: LocalPart, batch: Batch, received: Received) -> dict[str, Any]:
-        """The frozen levels' results on the batch."""
-        return {"inputs": model.inputs(batch)}
+        """The frozen levels' joined results on the batch, computed once where they stay the same."""
+        frozen, x = model.frozen, batch.inputs
+        if frozen is None:
+            return {"inputs": x}
+        return {"inputs": cached_rows("joined", batch, received, lambda: frozen.joined(x), frozen)}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         if phase.name == CALIBRATE:

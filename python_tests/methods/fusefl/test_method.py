@@ -13,10 +13,11 @@ from fedkern.engine.ledger import message_bytes
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.methods import FuseFL, Phase
-from fedkern.methods.fusefl.levels import LocalPart, base_width, scaled_width
+from fedkern.methods.fusefl.levels import base_width, scaled_width
 from fedkern.models import Ensemble, build
 from fedkern.models.blocks import cut
 from fedkern.models.cost import stored_bytes
+from fedkern.models.fused import FusedNetwork
 from python_tests.methods.fusefl_play import PLAIN, Play, config_of, equal, flat
 
 # -- invariants ----------------------------------------------------------------------------------------------------
@@ -226,24 +227,21 @@ def test_features_are_kept_where_images_are_not_augmented(make_data, make_config
     play = Play(config_of(make_config, {"blocks": 2, "width": "2"}), make_data())
     play.round(0, "level1")
     sent = play.method.send(play.server, Phase(1, "level2", "update"))
-    seen = []
-    inputs = LocalPart.inputs
+    joined, prepare, asked = FusedNetwork.joined, FuseFL.prepare, []
 
-    def spy(part, batch):
-        found = inputs(part, batch)
-        (frozen,) = part._frozen
-        with torch.no_grad():
-            torch.testing.assert_close(found, frozen.joined(batch.inputs), rtol=1e-4, atol=1e-5)
-        seen.append((part._rows is not None, bool(part._known.all())))
+    def spy(method, model, batch, received):
+        found = prepare(method, model, batch, received)
+        torch.testing.assert_close(found["inputs"], joined(model.frozen, batch.inputs), rtol=1e-4, atol=1e-5)
         return found
 
-    monkeypatch.setattr(LocalPart, "inputs", spy)
-    message = {**sent[0], "epochs": 2}
+    monkeypatch.setattr(FuseFL, "prepare", spy)
+    monkeypatch.setattr(FusedNetwork, "joined", lambda network, x: asked.append(len(x)) or joined(network, x))
+    message, samples = {**sent[0], "epochs": 2}, play.clients[0].samples
     play.method.client_update(play.clients[0], Phase(1, "level2", "update"), message)
-    assert seen[-1] == (True, True)
-    monkeypatch.setattr("fedkern.methods.fusefl.levels.CACHE_BYTES", 0)
+    assert sum(asked) == samples
+    monkeypatch.setattr("fedkern.methods.common.frozen.CACHE_BYTES", 0)
     play.method.client_update(play.clients[0], Phase(1, "level2", "update"), message)
-    assert seen[-1] == (False, False)
+    assert sum(asked) == 3 * samples
 
 
 @pytest.mark.exhaustive
