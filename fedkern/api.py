@@ -512,9 +512,12 @@ def federated(data: Any, about: Mapping[str, Any], settings: Mapping[str, Any]) 
     beside_classes = settings.get("data") == PAIRS or not settings.get("model")
     given_too = RunConfig.read({key: settings[key] for key in how.values() if settings.get(key) is not None})
     options = {name: given_too[key] for name, key in how.items() if key in given_too}
-    return FederatedData.from_datasets(
+    found = FederatedData.from_datasets(
         data, arguments.pop("test", None), **arguments, **options, beside_classes=beside_classes
     )
+    if found.name == PAIRS and not beside_classes:
+        raise UserError("model has no effect on images with texts: leave it out, or give classes as whole numbers.")
+    return found
 
 
 _ARGUMENTS = ("data", *ABOUT, "model", "out", "progress", "listener", "pictures", "fedkern.load(DIR).resume()")
@@ -688,6 +691,9 @@ def _play(
     heard = Listeners(*listeners, view)
     try:
         run(config, out=out, resume=resume, listener=heard, data=data, script=script, trusted=trusted, rounds=rounds)
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(f'fedkern.load("{out}", ...).resume() continues after the last complete round.')
+        raise
     finally:
         view.close()
     if not pictures:

@@ -251,7 +251,8 @@ def parse(argv: Sequence[str], *around: Parser) -> Request:
     # Unknown flags first: argparse may have taken the value of such a flag for the method.
     if not unknown and not values.help and method not in (None, *METHODS):
         likely = nearest(method, [*METHODS, *COMMANDS, "--resume"])
-        raise UserError(f'Unknown method "{method}".{likely} Known methods: {", ".join(sorted(METHODS))}.')
+        known = ", ".join(sorted(METHODS))
+        raise UserError(f'Unknown method "{method}".{likely} Known methods: {known}; --plugin FILE.py adds others.')
     for word in [*unknown, *rest]:
         raise _unknown(word, named, parser, *around)
     check_filled({name: getattr(values, name) for name in (*FOLDERS, "wandb")})

@@ -244,6 +244,7 @@ def lookup(name: str) -> DatasetInfo:
             raise UserError(f"the data set {name} is code, which a run folder may not name alone: give --data {name}.")
         if "/" in name or os.path.exists(name):  # noqa: PTH110 (the name may be too long)
             hint = f" Your own images are --data folder, or csv for a list of them, with --data-root {name}."
+            hint = " Your own function is --data FILE.py:NAME." if name.endswith(".py") else hint
         if name.lower().endswith((".nii", ".nii.gz", ".dcm")):
             hint = nearest("nifti", DATASETS)
         raise UserError(f'unknown data set "{name}": expected one of {", ".join(data_names())}.{hint}')

@@ -81,7 +81,10 @@ def evaluate_run(
         config = config.replace(data_root=data_root or config.data_root, data_options=options)
         loaded = finished_data(config, out, cache=folder, progress=progress)
     elif not isinstance(data, str):
-        raise UserError(f"data must be the name of a data set or FederatedData, not {type(data).__name__}.")
+        raise UserError(
+            f"data must be the name of a data set or FederatedData, not {type(data).__name__}: a Dataset is "
+            "FederatedData.from_datasets([DATASET], DATASET)."
+        )
     else:
         again = data == config.data and data_root is not None and _same_files(data_root, config.data_root)
         stored = config.data_options if again else {}  # the split of the training

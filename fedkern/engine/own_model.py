@@ -85,8 +85,8 @@ def resolve(
             )
         if isinstance(make.what, nn.Module) and stored.model_sha256 not in (None, sha):
             notes.append(
-                f"The network {make.text} has other initial weights since the run in {out} began: the run may give "
-                "other bits than an uninterrupted one."
+                f"The network {make.text} has other initial weights since the run in {out} began, and a client that "
+                "has not trained yet may start from them: call torch.manual_seed before you make it, or give its class."
             )
         shapes = stored.model_layout or shapes
         config = config.replace(served=stored.served, plan=stored.plan)
@@ -150,7 +150,8 @@ def _tried(network: Any, make: Own, data: Any) -> tuple[Any, int]:
     except RAISED as error:  # a network's code may raise anything
         raise UserError(
             f"the network {make.text} fails on two samples of {split.who}, {', '.join(data.form.shapes)} "
-            f"({cause(error)}){origin(error, type(inner(network)))}."
+            f"({cause(error)}){origin(error, type(inner(network)))}: it gets an item's parts but the last, or a dict's "
+            "keys but its label; a collate_fn that returns (inputs, targets) picks others."
         ) from error
     network.train()
     if "classes" in offers:

@@ -53,8 +53,9 @@ def get(name: str) -> type[Method]:
             f"...), or fedkern.load(DIR, method={short(name)}) to go on."
         )
     if name not in METHODS:
+        known = ", ".join(sorted(METHODS))
         raise UserError(
-            f'Unknown method "{name}".{nearest(name, METHODS)} Known methods: {", ".join(sorted(METHODS))}.'
+            f'Unknown method "{name}".{nearest(name, METHODS)} Known methods: {known}; --plugin FILE.py adds others.'
         )
     return METHODS[name]
 

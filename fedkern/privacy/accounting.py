@@ -154,7 +154,8 @@ def least_noise(account: Callable[[float], Accountant], epsilon: float, delta: f
         low, high = high, high + 1.5
         if high > 20:
             raise UserError(
-                f"No noise makes epsilon {epsilon:g} at delta {delta:g}: what is released without noise costs more."
+                f"No noise makes epsilon {epsilon:g} at delta {delta:g}, as other releases cost more: give these more "
+                "noise (histogram_noise), leave them out (class_weights=uniform), or take a larger epsilon."
             )
     while excess(low) <= 0:
         low, high = low - 1.5, low

@@ -39,8 +39,7 @@ class Metric:
         except RAISED as error:  # the user's own code may raise anything
             raise UserError(
                 f'The metric "{self.name}" fails on {len(labels)} samples of {logits.shape[1]} classes '
-                f"({described(error)}): mend {self.function.__qualname__} of {self.function.__module__}"
-                f"{origin(error, self.function)}."
+                f"({described(error)}): mend {self.function.__qualname__}{origin(error, self.function)}."
             ) from error
 
 

@@ -68,7 +68,7 @@ def _simulated(name: str | None) -> bool:
         path = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
         connections = tomllib.loads(path.read_text(encoding="utf-8"))["superlink"]
         return connections[name or connections["default"]].get("address", ":local:") in (":local:", ":local-in-memory:")
-    return True
+    return name in (None, "local")
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def _play(words: Sequence[str], where: Sequence[str]) -> None:
         except KeyboardInterrupt:
             run = run or _await_run_number(process, output)  # a run that is submitted by now must not go on unseen
             print(f"stopping run {run} ...", file=sys.stderr)
-            _python([*_FLWR, "stop", run, *where]).communicate()
+            _python([*_FLWR, "stop", run, *where], cwd=os.sep).communicate()
             raise
         finally:
             process.kill()
@@ -123,7 +123,8 @@ def _end(run: str, where: Sequence[str]) -> None:
     """Waits for the end of a run, whose log ends before it where the connection is lost; raises RunFailed."""
     record = {"status": ""}
     while not record["status"].startswith("finished"):
-        output, _ = _python([*_FLWR, "ls", *where, "--run-id", run, "--format", "json"]).communicate()
+        # Flower takes a folder that has the connection's name for a project.
+        output, _ = _python([*_FLWR, "ls", *where, "--run-id", run, "--format", "json"], cwd=os.sep).communicate()
         try:
             record = json.loads(output[output.index(b"{") :])["runs"][0]
         except (ValueError, LookupError):
@@ -132,11 +133,13 @@ def _end(run: str, where: Sequence[str]) -> None:
         raise RunFailed(f"Run {run} {record['status'].rpartition(':')[2]}: {record['status-details']}")
 
 
-def _python(words: Sequence[str], output: int | IO[bytes] = subprocess.PIPE) -> subprocess.Popen[bytes]:
+def _python(
+    words: Sequence[str], output: int | IO[bytes] = subprocess.PIPE, cwd: str | None = None
+) -> subprocess.Popen[bytes]:
     """Starts Python; Ctrl-C at the terminal reaches this process alone, which then decides."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     return subprocess.Popen(
         [sys.executable, "-P", *words], env={**quiet, **os.environ, "PYTHONUNBUFFERED": "1", "PATH": path},
-        stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        cwd=cwd, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip

@@ -85,8 +85,8 @@ def task_of_targets(
         kind = "texts" if texts else "unknown"
         kind = f"{str(truth.dtype).removeprefix('torch.')} numbers" if isinstance(truth, Tensor) else kind
         raise UserError(
-            f"a loss is needed, as the targets are {kind} and no classes: give loss_fn=FUNCTION of (outputs, targets), "
-            "such as torch.nn.MSELoss(), or batch_loss=FUNCTION of (model, batch)."
+            f"a loss is needed, as the targets, an item's last part, are {kind}: give classes as whole numbers, "
+            "loss_fn=FUNCTION of (outputs, targets), such as torch.nn.MSELoss(), or batch_loss=FUNCTION(model, batch)."
         )
     if labelled and metrics is main is better is None:
         return CLASSIFICATION
@@ -134,7 +134,7 @@ def parts_of_datasets(
     reader = None if groups is None else GroupReader(groups, collate)
     key, group_names = ("", {}) if reader is None else (reader.key, reader.names)
     name, dataset = next(iter(named.items()))
-    first = Items(dataset, f"client {name}".strip(), CLASSIFICATION, collate, group_key=key)
+    first = Items(dataset, f"client {name}" if several else "data", CLASSIFICATION, collate, group_key=key)
     batch = first.batch(range(min(2, len(first))), 0)
     has_loss = not (loss_fn is batch_loss is metrics is main is better is collate_fn is classes is None)
     is_captioned = not has_loss and are_captioned(first.dataset, batch, beside_classes)

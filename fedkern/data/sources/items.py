@@ -283,7 +283,7 @@ class Items:
         except RAISED as error:
             first = f"{', '.join(map(str, places[:3]))}{', ...' * (len(places) > 3)}"
             raise UserError(
-                f"Items {first} of {self.who} make no batch ({cause(error)}): give items of one shape, or a collate_fn."
+                f"Items {first} of {self.who} make no batch ({cause(error)}): give tensors of one shape, or collate_fn."
             ) from error
 
 

@@ -268,7 +268,7 @@ def check_same(entry: Mapping[str, Any], facts: Mapping[str, Any], plan: Sequenc
     info = entry["info"]
     judged = ("main", "better")
     if info["data"] != facts["data"] or any(info["config"][each] != facts["config"][each] for each in judged):
-        raise UserError(f"The data are not those that {out} was started with: restore the files, or start anew.")
+        raise UserError(f"The data are not those that {out} was started with: restore them, or start anew.")
     for what, total in facts["names"].items():
         if info["names"][what] != total:
             raise UserError(

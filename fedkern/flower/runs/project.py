@@ -20,7 +20,6 @@ from fedkern.errors import UserError, printable_name
 from fedkern.files import atomic
 from fedkern.flower.runs.run_settings import CODE, DATA_OPTION, ELSEWHERE, FLOWER, METHOD_OPTION, SWITCHES, setting_key
 from fedkern.methods import registry
-from fedkern.process.extras import PACKAGES
 from fedkern.settings import toml
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import default_data, defaults
@@ -198,7 +197,7 @@ clientapp = "fedkern.flower.runs.client_app:app"
 # {self.method} over Flower
 
 Written by `python -m fedkern.run {self.method} --flower {folder.name}`. All machines need fedkern and Flower: in
-a checkout of fedkern `pip install '.[flower]'`, or where fedkern is installed `pip install {PACKAGES["flower"]}`.
+a checkout of fedkern `pip install '.[flower]'`, or where fedkern is installed `pip install 'flwr>=1.41,<1.43'`.
 
 ## On one machine
 
@@ -213,7 +212,7 @@ flwr run . local --stream --federation-config 'num-supernodes={count}'
 The SuperLink, with certificates and SuperNode authentication as Flower's documentation has them:
 
 ```
-flower-superlink --insecure
+flower-superlink --insecure --host 0.0.0.0
 ```
 
 A SuperNode for every client, each on the machine that has its data:

@@ -109,8 +109,8 @@ def collapsed_classes(
             area = telling_area(metrics, prefix[:-1], config)
             names = ", ".join(f'"{classes[c]}"' for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
             return {
-                "collapsed-class": f"{len(missing)} of {len(present)} classes ({names}) are never predicted on "
-                f"the {set_noun(prefix[:-1])}"
+                "collapsed-class": f"Never predicted on the {set_noun(prefix[:-1])}: {len(missing)} of {len(present)} "
+                f"classes ({names})"
                 + (f", though {area}: {RARE}" if area else ": train longer, or lower the learning rate.")
             }
     return {}

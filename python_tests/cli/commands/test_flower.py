@@ -135,6 +135,8 @@ def test_ctrl_c_before_flower_has_answered_stops_the_run_all_the_same(flwr, tmp_
     ("configuration", "name", "simulated"),
     [
         (None, None, True),
+        (None, "local", True),
+        ('default = "here"\n[superlink.here]\naddress = ":local:"', "unknown", False),
         ('default = "here"\n[superlink.here]\naddress = ":local:"', None, True),
         ('default = "far"\n[superlink.far]\naddress = "h:1"', None, False),
         ('default = "here"\n[superlink.here]\naddress = ":local:"\n[superlink.far]\naddress = "h:1"', "far", False),

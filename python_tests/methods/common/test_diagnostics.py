@@ -80,7 +80,7 @@ def test_collapsed_class():
     sets = {"id_": types.SimpleNamespace(labels=labels, predictions=torch.tensor([0, 0, 2, 2]))}
     for area, way in ((0.51, ": train longer"), (0.85, ", though AUROC is 85.0 %: train longer, weight rare classes")):
         (text,) = diagnostics.collapsed_classes(sets, ["cat", "dog", "cow"], {"id_auroc": area}, ACCURACY).values()
-        assert f'1 of 3 classes ("dog") are never predicted on the in-distribution test set{way}' in text
+        assert f'Never predicted on the in-distribution test set: 1 of 3 classes ("dog"){way}' in text
     sets["id_"].predictions = torch.tensor([1, 0, 0, 2])
     assert diagnostics.collapsed_classes(sets, ["cat", "dog", "cow"], {}, ACCURACY) == {}
 
