@@ -10,7 +10,6 @@ import errno
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from types import ModuleType
@@ -18,7 +17,6 @@ from typing import NoReturn
 
 OK, FAILED, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-LOADAVG, LOOKS = "/proc/loadavg", 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fedkern.process.standard_streams import open_closed, tolerate
 
     tolerate() if argv is None else open_closed()
-    _wait_without_spinning()
+    _shorten_waits()
     words = list(sys.argv[1:] if argv is None else argv)
     with in_order(to_the_end=argv is None), without_leftovers() as leftover:
         code = _run_guarded(words, leftover)
@@ -164,41 +162,16 @@ def _run_guarded(words: list[str], leftover: bool) -> int:
         return _say("the GPU has not enough memory; use a smaller --batch-size or --model, or --device cpu")
 
 
-def _wait_without_spinning() -> None:
-    """Shortens the time that OpenMP threads spin between parallel regions, unless the user has set it.
+def _shorten_waits() -> None:
+    """Have OpenMP threads spin for about 0.1 ms between parallel regions, unless the user has chosen otherwise.
 
-    | setting | used | effect |
-    |---|---|---|
-    | default: spin for milliseconds | never | two threads, two busy cores: a small network trains over 3 times slower |
-    | spin for about 0.1 ms | idle machine | at most 2 times slower if the machine becomes busy |
-    | sleep at once | busy machine | on an idle machine a FedIOD round with two threads takes 1.4 times as long |
+    By default they spin for milliseconds, and two threads on two busy cores train a small network over 3 times slower.
+    If they slept at once, a FedIOD round with two threads would take 1.4 times as long on an idle machine.
 
     The OpenMP runtime reads the setting once, when torch is loaded.
     """
-    if "torch" in sys.modules or "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ:
-        return
-    if _others_leave_cores():
-        os.environ["GOMP_SPINCOUNT"] = "10000"
-    else:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-
-
-def _others_leave_cores() -> bool:
-    """Whether as many cores are idle as this process may use; False where the system does not tell.
-
-    Looks several times, and one idle look is enough: a process that runs only for a moment, such as the one that
-    started this process, does not make the machine busy.
-    """
-    try:
-        for _ in range(LOOKS):
-            with open(LOADAVG, encoding="ascii") as file:  # noqa: PTH123 (pathlib takes milliseconds to import)
-                running = int(file.read().split()[3].partition("/")[0])
-            if len(os.sched_getaffinity(0)) + running - 1 <= (os.cpu_count() or 1):
-                return True
-            time.sleep(0.003)
-    except (OSError, ValueError, IndexError, AttributeError):
-        pass
-    return False
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _dispatch(words: list[str], leftover: bool) -> int:

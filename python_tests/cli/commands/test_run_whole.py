@@ -11,7 +11,6 @@ import signal
 import struct
 import subprocess
 import sys
-import types
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedkern import run as command_line
 from fedkern.cli import flags, request
 from fedkern.report.figures import pictures
 from fedkern.report.live import progress
@@ -224,64 +222,21 @@ def test_an_unwritable_folder(fails, tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_threads_sleep_while_they_wait_unless_told_otherwise(chosen):
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, (None, "10000")),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
+        ({"GOMP_SPINCOUNT": "5"}, (None, "5")),
+    ],
+)
+def test_threads_spin_for_a_moment_unless_told_otherwise(chosen, expected):
     environment = {
         name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     }
     done = subprocess.run(
         [sys.executable, "-m", "fedkern.run", "doctor", "--json"],
-        stdout=subprocess.PIPE, text=True, timeout=60, check=True,
-        env={**environment, **({"OMP_WAIT_POLICY": chosen} if chosen else {})},
+        stdout=subprocess.PIPE, text=True, timeout=60, check=True, env={**environment, **chosen},
     )  # fmt: skip
     found = json.loads(done.stdout)["threads"]
-    told = found["OMP_WAIT_POLICY"], found["GOMP_SPINCOUNT"]
-    assert told in ([(chosen, None)] if chosen else [("PASSIVE", None), (None, "10000")])
-
-
-@pytest.mark.parametrize(
-    ("idle", "environment", "expected"),
-    [
-        (True, {}, {"GOMP_SPINCOUNT": "10000"}),
-        (False, {}, {"OMP_WAIT_POLICY": "PASSIVE"}),
-        (True, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
-        (False, {"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
-    ],
-)
-def test_threads_spin_for_a_moment_on_an_idle_machine(idle, environment, expected, monkeypatch):
-    monkeypatch.setattr(command_line, "_others_leave_cores", lambda: idle)
-    monkeypatch.setattr(command_line, "os", types.SimpleNamespace(environ=environment))
-    monkeypatch.setattr(command_line, "sys", types.SimpleNamespace(modules={}))
-    command_line._wait_without_spinning()
-    assert environment == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "cores", "idle"),
-    [("1/300", 2, True), ("2/300", 2, False), ("2/300", 8, True), ("8/300", 8, False), ("what", 2, False)],
-)
-def test_what_else_runs_is_asked_of_the_system(text, cores, idle, tmp_path, monkeypatch):
-    path = tmp_path / "loadavg"
-    path.write_text(f"0.10 0.20 0.30 {text} 4711\n")
-    monkeypatch.setattr(command_line, "LOADAVG", str(path))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert command_line._others_leave_cores() == idle
-    path.unlink()
-    assert not command_line._others_leave_cores()
-
-
-def test_a_process_that_runs_for_a_moment_is_not_load(tmp_path, monkeypatch):
-    path = tmp_path / "loadavg"
-    path.write_text("0.0 0.0 0.0 9999/99999 1\n")
-    monkeypatch.setattr(command_line, "LOADAVG", str(path))
-    looks = []
-
-    def sleep(seconds):
-        looks.append(seconds)
-        if len(looks) == 2:
-            path.write_text("0.0 0.0 0.0 1/99999 1\n")
-
-    monkeypatch.setattr(command_line.time, "sleep", sleep)
-    assert command_line._others_leave_cores()
-    assert len(looks) == 2
+    assert (found["OMP_WAIT_POLICY"], found["GOMP_SPINCOUNT"]) == expected
