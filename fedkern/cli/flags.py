@@ -137,8 +137,6 @@ def _other_data_options() -> str:
 
 def _parser(method: str | None, data: str) -> Parser:
     parser = Parser()
-    if method is not None:
-        parser.begin(f"{PROGRAM} {method} [flags]\n\n{_method_options(method, data)}")
     # The parser keeps values as strings; options convert them, with messages that name the flag and the allowed range.
     first = parser.add_argument_group("method")
     first.add_argument("method", nargs="?", metavar="METHOD", help="one of " + ", ".join(sorted(METHODS)))
@@ -242,7 +240,8 @@ def parse(argv: Sequence[str], *around: Parser) -> Request:
             of range, or flags that exclude each other.
     """
     named = next((word for word in argv if word in METHODS), None)
-    parser = _parser(named, _named_data(argv, named))
+    data = _named_data(argv, named)
+    parser = _parser(named, data)
     values, rest = parser.parse_known_args(list(argv))
     command = next((word for word in (values.method, *rest) if word in COMMANDS), None)
     if command is not None:  # with such a word first, another parser reads the command
@@ -257,7 +256,11 @@ def parse(argv: Sequence[str], *around: Parser) -> Request:
         raise _unknown(word, named, parser, *around)
     check_filled({name: getattr(values, name) for name in (*FOLDERS, "wandb")})
     if values.help:
-        return Request("help", method=method, help=front_page() if method is None else parser.format_help())
+        if method is None:
+            return Request("help", help=front_page())
+        if named is not None:
+            parser.begin(f"{PROGRAM} {named} [flags]\n\n{_method_options(named, data)}")
+        return Request("help", method=method, help=parser.format_help())
 
     names = [entry.field for entry in RunConfig.declared() if entry.field != "method"]
     request = as_request(vars(values), names, "resume" if values.resume else "run")

@@ -16,6 +16,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.found import FINGERPRINTS
 from fedkern.settings.model import check_networks
 from fedkern.settings.stored import load_settings, read_settings
+from fedkern.usercode import plugins as plugin_room
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ class Given:
 
     def config(self) -> RunConfig:
         """The settings of the run: these, and defaults."""
-        return RunConfig.make(
-            self.method, options=self.options, data_options=self.data_options, plugins=self.plugins, **self.settings
-        )
+        plugin_room.load_installed()
+        loaded = plugin_room.given(self.plugins)
+        return RunConfig.complete(self.method, self.settings, self.options, self.data_options, loaded)
 
 
 def effective(request: Request) -> RunConfig:
@@ -129,7 +130,7 @@ def given(request: Request) -> Given:
     options = {**given_options(method, from_file), **given_options(method, request.options)}
     data_options = {**table.pop("data_options", {}), **request.data_options}
     plugins = {**table.pop("plugins", {}), **dict.fromkeys(request.plugins, "")}
-    settings = {**table, **request.settings}
+    settings = {**RunConfig.read(table), **request.settings}
     return Given(method, settings, options, data_options, plugins, frozenset(names | request.settings.keys()))
 
 
@@ -148,4 +149,4 @@ def trusted(folder: Path, options: Sequence[str], settings: Mapping[str, Any] | 
     if changed := named.differences(stored):
         raise UserError(f"The run in {folder} has other settings ({'; '.join(changed)}): leave these flags out.")
     model_code = () if model is None else (named.model,)
-    return (*model_code, *(part for _, part in METHODS[stored.method].Options.code(values)))
+    return (*model_code, *(part for _, part in METHODS[stored.method].Options.of(values).code()))

@@ -69,11 +69,20 @@ class Options:
         return cls(**values)
 
     @classmethod
-    def code(cls, values: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """Code that these values name and a run imports: pairs of the option's published name and the code's name."""
-        parsed = cls.parse(values)
-        named = [each for each in cls.declared() if each.code is not None and {each.name, each.field} & set(values)]
-        return [(each.name, part) for each in named if each.code for part in each.code(getattr(parsed, each.field))]
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Make the options of values by published name that are converted already."""
+        fields = {entry.name: entry.field for entry in cls.declared()}
+        options = cls()
+        for name, value in values.items():
+            object.__setattr__(options, fields[name], value)
+        options.__post_init__()  # the checks of values that do not fit together
+        object.__setattr__(options, "_given", frozenset(map(fields.__getitem__, values)))
+        return options
+
+    def code(self) -> list[tuple[str, str]]:
+        """Code that the given values name and a run imports: pairs of an option's published name and the code's."""
+        named = [entry for entry in self.declared() if entry.field in self._given]
+        return [(each.name, part) for each in named if each.code for part in each.code(getattr(self, each.field))]
 
     def given(self) -> dict[str, Value]:
         """The values that this object was constructed with, without defaults, by published name."""

@@ -16,6 +16,7 @@ from fedkern.errors import UserError, nearest
 from fedkern.files.filesystem import check_text
 from fedkern.methods import registry, script_methods
 from fedkern.methods.aggregators import AGGREGATORS, MEAN
+from fedkern.methods.options import Options
 from fedkern.models import MODELS
 from fedkern.settings import toml
 from fedkern.settings.data import DATA_DEPENDENT
@@ -87,7 +88,10 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         """
         values = cls.read(values, stored=True)
         kind = registry.get(method := values.get("method", cls.method))
-        options = kind.Options.parse(values.get("options", {}), method=method)
+        return cls._made(values, kind.Options.parse(values.get("options", {}), method=method))
+
+    @classmethod
+    def _made(cls, values: Mapping[str, Any], options: Options) -> Self:
         tables = {name: dict(values.get(name, {})) for name in ("data_options", "plugins")}
         config = cls(**{**values, **tables, "options": options.to_dict()})
         vars(config)["chosen"] = options
@@ -120,12 +124,36 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         """
         plugin_room.load_installed()
         loaded = plugin_room.given(plugins)
-        kind = registry.get(method)
+        registry.get(method)
         names = cls.names()
         for name in settings:
             if name not in names:
                 raise UserError(f'Unknown setting "{name}".{nearest(name, names)}')
         values = cls.read({name: value for name, value in settings.items() if value is not None})
+        return cls.complete(method, values, registry.given_options(method, options), data_options or {}, loaded)
+
+    @classmethod
+    def complete(
+        cls,
+        method: str,
+        values: Mapping[str, Any],
+        options: Mapping[str, Any],
+        data_options: Mapping[str, Any],
+        plugins: Mapping[str, str],
+    ) -> Self:
+        """Complete settings that are converted already by the method's defaults on the data set.
+
+        Args:
+            method: a registered method.
+            values: settings by name.
+            options: method options by published name.
+            data_options: options of the data set, as they were given.
+            plugins: those that are loaded, with their identities.
+
+        Raises:
+            UserError: settings that do not fit together, or a wrong data option.
+        """
+        kind = registry.get(method)
         if kind.one_shot and "rounds" in values:
             raise UserError(
                 f"--rounds is not for {method}, a one-shot method whose plan has the rounds it needs: give a client's "
@@ -145,20 +173,19 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         if kind.one_shot:
             base["rounds"] = 1
         default_options = kind.Options.parse(base.pop("options", {}), method=method).to_dict()
-        explicit = registry.given_options(method, options)
-        merged = {**default_options, **explicit}
-        merged_data = given_options(str(base["data"]), data_options or {})
+        merged = {**default_options, **options}
+        merged_data = given_options(str(base["data"]), data_options)
         rule = str(base.get("aggregator", MEAN)).partition(":")[0].strip()
         used = plugin_room.used(
             {"method": method, "data set": str(base["data"]), "model": str(base["model"]), "aggregator": rule}
         )
-        config = {**base, "method": method, "options": merged, "data_options": merged_data}
-        config["plugins"] = {**loaded, **used}
+        config = {**base, "method": method, "data_options": merged_data, "plugins": {**plugins, **used}}
         if method in registry.GIVEN:
             config["method_sha256"] = script_methods.fingerprint(kind)
         if config.get("width") is None and config["model"] in MODELS:
             config["width"] = MODELS[config["model"]].width
-        return cls.of({**config, "unset": frozenset(DATA_DEPENDENT) - set(values)})
+        unset = frozenset(DATA_DEPENDENT) - values.keys()
+        return cls._made({**config, "unset": unset}, kind.Options.of(merged))
 
     @classmethod
     def names(cls) -> set[str]:
@@ -231,8 +258,8 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
 
     def code(self) -> list[tuple[str, str]]:
         """Code that the settings name and a run imports: pairs of the flag that names the code, and the code's name."""
-        options = self.kind.Options.code(self.options)
-        pairs = [(f"--method-option {shlex.quote(f'{name}={self.options[name]}')}", part) for name, part in options]
+        options = [(shlex.quote(f"{name}={self.options[name]}"), part) for name, part in self.chosen.code()]
+        pairs = [(f"--method-option {text}", part) for text, part in options]
         is_code = named_code.parse(self.model) is not None
         return [*pairs, *([(f"--model {shlex.quote(self.model)}", self.model)] if is_code else [])]
 

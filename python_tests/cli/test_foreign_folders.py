@@ -153,8 +153,8 @@ def test_every_option_that_imports_says_so():
                 found.add((name, each.name))
     assert found == {("fedlpfm", "teacher")}
     given = {"teacher": f"pretrained,{TEACHER},clip:x"}
-    assert METHODS["fedlpfm"].Options.code(given) == [("teacher", TEACHER)]
-    assert METHODS["fedlpfm"].Options.code({"lambda": 0.5}) == []
+    assert METHODS["fedlpfm"].Options.parse(given).code() == [("teacher", TEACHER)]
+    assert METHODS["fedlpfm"].Options.parse({"lambda": 0.5}).code() == []
 
 
 @pytest.mark.parametrize("name", [

@@ -210,7 +210,7 @@ def config_of(request: Request, variant: Any, seed: int) -> RunConfig:
     method, options = variant.method, request.arguments["options"]
     common = {name: value for name, value in options.items() if name in registry.option_names(method)}
     both: Mapping[str, Any] = {**common, **variant.options}
-    settings = {**own_settings(method, request.settings), **variant.settings, "seed": seed}
+    settings = {**own_settings(method, request.settings), **RunConfig.read(variant.settings), "seed": seed}
     words = tuple(f"{name}={word(value)}" for name, value in both.items())
     return effective(dataclasses.replace(request, method=method, settings=settings, options=words))
 
