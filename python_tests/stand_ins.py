@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import torch
 
 from fedkern.engine.parts.base import Record
+from fedkern.engine.progress import Progress
+from fedkern.engine.timing import Timing
 from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import Disclosure
 
@@ -40,6 +42,28 @@ class Context:
 
     def is_flat(self, module):
         return False
+
+
+STORED = {
+    "checkpoints": None, "metrics": None, "releases": None, "entry": None, "facts": {}, "check_lock": lambda: None,
+    "part_states": dict,
+}  # fmt: skip
+"""The folder of a run that is nowhere."""
+
+
+def run_objects(context=None, *, out=None, request=(), **given):
+    """Return a stand-in for a run's objects.
+
+    Args:
+        context: a `Context`, or one with what a part reads of it.
+        out: the run folder.
+        request: what the run was asked for.
+        **given: further objects; those of `STORED` are in the run's store.
+    """
+    store = SimpleNamespace(out=out, **{name: given.pop(name, value) for name, value in STORED.items()})
+    asked = {"profile": False, "predictions": False, "remote": None, **dict(request)}
+    given = {"config": getattr(context, "config", None), "progress": Progress(), "timing": Timing(), **given}
+    return SimpleNamespace(context=context, out=out, store=store, request=SimpleNamespace(**asked), **given)
 
 
 class Executor:

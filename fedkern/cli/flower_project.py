@@ -42,5 +42,5 @@ def _clients(choices: Given) -> list[str]:
     if "clients" not in config.unset:
         return [str(k) for k in range(config.trained_clients)]
     data = load_data(config, masks=False)
-    data = kept_data(decided(config, data), data)
+    data = kept_data(config.replace(**decided(config, data)), data)
     return [str(data.client_label(k)) for k in range(len(data.clients))]

@@ -33,7 +33,8 @@ class Ledger:
     """Bytes per client: ``up`` (client to server) and ``down`` in rounds, and both in one-off exchanges.
 
     ``exchanges`` holds the bytes of the rounds by name of the exchange, ``rounds`` those by name of the round, both
-    summed over clients; ``round_sums`` holds those of the present round by name of the exchange.
+    summed over clients; ``round_sums`` holds those of the present round by name of the exchange.  ``wire`` holds the
+    bytes that left and reached this machine; an executor of remote clients adds to them.
     """
 
     clients: int
@@ -44,6 +45,7 @@ class Ledger:
     exchanges: dict[str, dict[str, int]] = field(default_factory=dict)
     rounds: dict[str, dict[str, int]] = field(default_factory=dict)
     round_sums: dict[str, dict[str, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    wire: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     # Kept beside the lists, so that a round's bookkeeping does not run over clients that are absent.
     _totals: dict[str, int] = field(init=False, repr=False, compare=False)
     _changed: set[int] = field(init=False, repr=False, compare=False)

@@ -73,9 +73,9 @@ def restore(kind: str, objects: Sequence[Part] | Sequence[Filter], run: RunObjec
     Raises:
         UserError: the run began with others that users have registered.
     """
-    if run.entry is None:
+    if run.store.entry is None:
         return
-    states, names = run.entry["info"].get(kind, {}), [part.name for part in objects]
+    states, names = run.store.entry["info"].get(kind, {}), [part.name for part in objects]
     for name in sorted(({*states} ^ {*names}) - {*(PART_ORDER if kind == "parts" else FILTER_ORDER)}):
         what = f'the {kind[:-1]} "{name}"'
         if name in states:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedkern.data import FederatedData
 from fedkern.data.sources.items import cause
 from fedkern.engine import initial_weights, serving
 from fedkern.engine.context import RunContext
@@ -29,71 +30,71 @@ from fedkern.tasks.user_tasks import inner
 from fedkern.usercode.identity import digest, identity_table, layout
 
 
-def resolve(
-    config: RunConfig, data: Any, stored: RunConfig | None, out: Path, known: bool = True
-) -> tuple[RunConfig, Any, list[str]]:
-    """Tries the network of a run and describes it in the settings.
+def find_facts(
+    config: RunConfig, data: FederatedData, stored: RunConfig | None, out: Path, *, known: bool
+) -> tuple[dict[str, Any], FederatedData, list[str]]:
+    """Try the network of a run and describe it.
 
     A user's network gets two samples, and its output is looked at.  Its source and its tensors are described by
     ``model_sha256`` and ``model_layout``.  A file of initial weights is described by ``init_sha256``.
 
     Args:
         config: the settings; ``MODELS`` has the network.
+        data: the run's data.
         stored: the settings of the run that is resumed, or None.
+        out: the run folder.
         known: whether the clients' samples are in this process.
 
     Returns:
-        The settings, the data with the classes that the network tells where nobody named them, and sentences for the
-        user.
+        Settings that describe the network, the data with the classes that the network tells where nobody named them,
+        and sentences for the user.
 
     Raises:
         UserError: the network does not fit, or another one was meant when the run began.
     """
+    facts: dict[str, Any] = {}
     if config.init is not None:
-        sha = initial_weights.sha256(config.init) if stored is None else stored.init_sha256
-        config = config.replace(init_sha256=sha)
+        facts["init_sha256"] = initial_weights.sha256(config.init) if stored is None else stored.init_sha256
+        config = config.replace(**facts)
     entry = MODELS.get(config.model)
     if entry is None:
         raise UserError(unknown(config.model))
     from_user = isinstance(entry.make, Own)
     is_of_images = bool(data.form.offers)
     if not from_user and not (config.init or config.features or config.stages) and is_of_images:
-        return config, data, []
+        return facts, data, []
     context = RunContext(config, data)
     network = context.build()
     notes = [context.unfit] if context.unfit and stored is None else []
     if not from_user:
-        return config, data, notes
+        return facts, data, notes
     make: Any = entry.make
     if not is_of_images:
         data, output_bytes = _tried(network, make, data)
-        config = config.replace(output_bytes=output_bytes if stored is None else stored.output_bytes)
+        facts["output_bytes"] = output_bytes if stored is None else stored.output_bytes
         network = RunContext(config, data).build()
     else:
         data = _with_classes(network, data)
         classes, form = len(data.classes), data.form
         check_output(network, make.text, form, data.task.output(classes, form.shape[1:]), classes, config.data)
     registry.check_network(config.method, config.made.needs, network, data, make.text)
-    state = network.state_dict()
-    shapes = layout(state)
-    sha = network_hash(make)
+    facts["model_layout"], facts["model_sha256"] = layout(network.state_dict()), network_hash(make)
     if stored is not None:
-        if stored.model_layout not in (None, shapes):
+        if stored.model_layout not in (None, facts["model_layout"]):
             raise UserError(
                 f"The network {make.text} has other parameters than when the run in {out} began: put its code back, or "
                 "start a new run."
             )
-        if isinstance(make.what, nn.Module) and stored.model_sha256 not in (None, sha):
+        if isinstance(make.what, nn.Module) and stored.model_sha256 not in (None, facts["model_sha256"]):
             notes.append(
                 f"The network {make.text} has other initial weights since the run in {out} began, and a client that "
                 "has not trained yet may start from them: call torch.manual_seed before you make it, or give its class."
             )
-        shapes = stored.model_layout or shapes
-        config = config.replace(served=stored.served, plan=stored.plan)
+        facts["model_layout"] = stored.model_layout or facts["model_layout"]
+        facts["served"], facts["plan"] = stored.served, stored.plan
     elif config.accelerate == "auto" and config.device == "cpu" and config.precision == "fp32" and known:
-        served, plan = serving.decided(RunContext(config, data), network)
-        config = config.replace(served=served, plan=plan)
-    return config.replace(model_layout=shapes, model_sha256=sha), data, notes
+        facts["served"], facts["plan"] = serving.decided(RunContext(config, data), network)
+    return facts, data, notes
 
 
 @torch.no_grad()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine.executors.choice import Remote, executor_of, own_fork_server
+from fedkern.engine.executors.choice import executor_of, own_fork_server
 from fedkern.engine.executors.worker_messages import Setup
 from fedkern.engine.loop import Loop
 from fedkern.engine.order import filters_of, parts_of, restore, states_of
 from fedkern.engine.parts.base import Part
-from fedkern.engine.preparing import Prepared, prepare, with_data
-from fedkern.engine.run_objects import opened
+from fedkern.engine.preparing import Origin, make_context, prepare
+from fedkern.engine.run_objects import Remote, Request, RunObjects, open_store
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.extending import aside, check_extension, write_extension
 from fedkern.engine.store.resuming import changes, check_place, finished_summary, repairs, resumed_settings
@@ -49,10 +50,9 @@ def run(
 ) -> dict[str, Any]:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
 
-    With several threads on a machine that does other work too, set ``OMP_WAIT_POLICY=PASSIVE`` in the environment
-    before torch is imported.  OpenMP's threads otherwise spin while they wait for each other, and a small network then
-    trains several times slower than on one thread.  The command line sets this variable there, and
-    ``GOMP_SPINCOUNT=10000`` where nothing else runs.
+    With several threads, set ``GOMP_SPINCOUNT=10000`` in the environment before torch is imported, as the command line
+    does.  OpenMP's threads otherwise spin for milliseconds while they wait for each other, and on a machine that does
+    other work too a small network then trains several times slower than on one thread.
 
     From here on, memory that this process frees stays with it (see
     :func:`~fedkern.process.allocator.keep_freed_memory`).
@@ -86,89 +86,78 @@ def run(
             leaves nothing at all.
         interrupts.Terminated: SIGTERM arrived.  The last checkpoint stands, as after Ctrl-C or ``kill -9``.
     """
-    out = Path(out)
+    request = Request(
+        Path(out), data, script, trusted, resume=resume, rounds=rounds, profile=profile, predictions=predictions,
+        remote=remote, at_once=at_once,
+    )  # fmt: skip
     with closing(ListenerGroup(listener or Listener())) as listeners, reproducible():
-        config = script.described(config)
-        stored = entry = None
+        config, origin = script.described(config), Origin()
         if resume:
-            rounds = check_extension(out, rounds, trusted=trusted)
-            config, stored, entry = resumed_settings(config, out, trusted, rounds)
-            finished = finished_summary(entry, out, predictions)
+            request = replace(request, rounds=check_extension(request.out, rounds, trusted=trusted))
+            config, stored, entry = resumed_settings(config, request.out, trusted, request.rounds)
+            finished = finished_summary(entry, request.out, predictions)
             if finished is not None:
                 listeners.on_end(finished)
                 return finished
-            check_place(stored, entry, config.device, out, trusted, remote=remote is not None)
-            script.check_given(stored, out)
+            check_place(stored, entry, config.device, request.out, trusted, remote=remote is not None)
+            script.check_given(stored, request.out)
+            origin = Origin(stored, entry)
         else:
-            check_vacant(out)
+            check_vacant(request.out)
         keep_freed_memory()
         with (
             cpu_threads(config.threads), in_order(), computing(config.precision), current_gpu(config.device),
             available(config.model, script.network),
         ):  # fmt: skip
-            local = data is None or remote is None
-            context = with_data(config, data, listeners.on_notice, script, stored, entry, out, trusted, known=local)
+            context = make_context(request, config, origin, listeners.on_notice)
             if check is not None:
                 check(context.config)
-            if at_once > 1:
-                text = f"Up to {at_once} runs shared the machine: their seconds are not those of runs alone."
-                context.warn("shared-machine", text)
-            prepared = prepare(context, known=local, begun=entry is not None, profile=profile, predictions=predictions)
+            objects = prepare(request, context, listeners, is_begun=origin.entry is not None)
             with (
-                own_fork_server(Setup.of(context, prepared.handlers)),
-                writing(out, fresh=not resume) as alone,
+                own_fork_server(Setup.of(context, objects.handlers)),
+                writing(request.out, fresh=not resume) as check_lock,
                 closing(listeners),
             ):  # closed first: what a listener takes back is gone then
-                keep_settings(context.config, out, fresh=not resume)
+                keep_settings(context.config, request.out, fresh=not resume)
                 try:
-                    return _played(prepared, out, listeners, alone, resume=resume, remote=remote, rounds=rounds)
+                    open_store(objects, check_lock)
+                    return _play(objects)
                 finally:
                     for group, table in script.code(context.config, context.data).items():
                         note_change(context.code[group], table)
 
 
-def _played(
-    prepared: Prepared,
-    out: Path,
-    listener: ListenerGroup,
-    alone: Callable[[], object],
-    *,
-    resume: bool,
-    remote: Remote | None,
-    rounds: int | None,
-) -> dict[str, Any]:
-    """Plays the rounds that are left, and returns the summary."""
+def _play(run: RunObjects) -> dict[str, Any]:
+    """Play the rounds that are left, and return the summary."""
+    store, listener, entry = run.store, run.listener, run.store.entry
     parts: list[Part] = []
     filters: list[Filter] = []
-    states = partial(states_of, parts, filters)
-    run = opened(prepared, out, listener, alone, states, resume=resume, remote=remote is not None, rounds=rounds)
+    store.part_states = partial(states_of, parts, filters)
     parts += parts_of(run)
     restore("parts", parts, run)
-    if run.entry is not None:
-        warnings = {**changes(run.entry["info"], run.config), **repairs(run.checkpoints, run.entry, out)}
+    if entry is not None:
+        warnings = {**changes(entry["info"], run.config), **repairs(store.checkpoints, entry, run.out)}
         for name, text in warnings.items():
             run.context.warn(name, text)
-    executor = run.states.executor = executor_of(run, remote)
+    executor = run.states.executor = executor_of(run)
     try:
         filters += filters_of(run)
         restore("filters", filters, run)
-        loop = Loop(
-            run.plan, run.hooks, run.pooling, run.context, run.server, run.progress, run.participation,
-            executor, run.states, run.log, filters, parts,
-        )  # fmt: skip
-        if rounds is not None and run.entry is not None:
-            if write_extension(run.checkpoints, run.entry, out):
-                listener.on_notice(f"results of the former network: {aside(out, run.entry['round'])}")
+        loop = Loop(run, filters, parts)
+        if run.request.rounds is not None and entry is not None:
+            if write_extension(store.checkpoints, entry, run.out):
+                listener.on_notice(f"results of the former network: {aside(run.out, entry['round'])}")
             if spans := run.config.kind.spans:
-                listener.on_notice(f"{spans}: the network will not be that of a run of {rounds} rounds from the start")
+                rounds = f"a run of {run.request.rounds} rounds from the start"
+                listener.on_notice(f"{spans}: the network will not be that of {rounds}")
         for part in parts:
-            part.begin(resumed=run.entry is not None)
+            part.begin(resumed=entry is not None)
         if (stop := loop.play()) is not None:
             listener.on_notice(f"the run ends here: {stop.reason}")
-        run.checkpoints.write_at_once()
+        store.checkpoints.write_at_once()
     finally:
         executor.close()
-        run.checkpoints.close()
+        store.checkpoints.close()
         for part in parts:
             part.close()
     summary = loop.finish(stop).entries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,22 +166,23 @@ class ScriptObjects:
                 f"fedkern.load(DIR, {name}=FUNCTION).resume()."
             )
 
-    def resolve(self, context: Any, code: dict[str, dict[str, str]]) -> tuple[RunConfig, dict[str, str]]:
-        """Return the settings with what the functions are, in words and as a hash, and warnings by name.
+    def describe_training(
+        self, build: Callable[[], nn.Module], code: Mapping[str, Mapping[str, str]]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return settings that say in words and as a hash what the functions are, and warnings by name.
 
-        An optimiser is made once to be tried.
+        An optimiser of the network that ``build`` makes is made once to be tried.
 
         Raises:
             UserError: a factory makes no optimiser, or one of other parameters.
         """
-        config: RunConfig = context.config
         warnings: dict[str, str] = {}
         if not self.functions:
-            return config, warnings
+            return {}, warnings
         if self.optimizer is None:
             words = f"train function {getattr(self.train, '__qualname__', type(self.train).__name__)}"
         else:
-            trained = {name: each for name, each in inner(context.build()).named_parameters() if each.requires_grad}
+            trained = {name: each for name, each in inner(build()).named_parameters() if each.requires_grad}
             optimizer = made(self.optimizer, [*trained.values()])
             stepped = {id(tensor) for tensor in stepped_by(optimizer)}
             values = {name: value for name, value in optimizer.defaults.items() if value not in (None, False)}
@@ -192,4 +193,4 @@ class ScriptObjects:
                     f"The optimizer of the script steps {len(stepped)} of the network's {len(trained)} parameters and "
                     f"leaves {first_of(left, 3)} as they are: freeze these (requires_grad_(False)) if that is meant."
                 )
-        return config.replace(training=words, training_sha256=digest(code["training"])), warnings
+        return {"training": words, "training_sha256": digest(code["training"])}, warnings

@@ -17,6 +17,10 @@ class Timing:
         self._before, self._started = 0.0, time.perf_counter()
         self.phases: dict[str, float] = {}
 
+    def begin(self) -> None:
+        """Begin to count."""
+        self._started = time.perf_counter()
+
     def seconds(self) -> float:
         """Seconds of work on this run."""
         return self._before + time.perf_counter() - self._started

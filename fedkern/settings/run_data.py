@@ -79,15 +79,15 @@ def load_data(
     )  # fmt: skip
 
 
-def decided(config: RunConfig, data: FederatedData) -> RunConfig:
-    """The settings with what the loaded data decide where nobody gave it: partition, clients, ``client_test``.
+def decided(config: RunConfig, data: FederatedData) -> dict[str, Any]:
+    """What the loaded data decide where nobody gave it: partition, clients, ``client_test``.
 
     Own test sets that the data have stay, unless the user asks for others.
     """
     facts: dict[str, Any] = {"partition": data.statistics.partition, "clients": len(data.clients)}
     if data.client_tests:
         facts["client_test"] = 0.0
-    return config.replace(**{name: value for name, value in facts.items() if name in config.unset})
+    return {name: value for name, value in facts.items() if name in config.unset}
 
 
 def inspect_items(config: RunConfig, data: FederatedData) -> FederatedData:
@@ -220,13 +220,17 @@ def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
     return replace(data, clients=tuple(map(stand_in, samples)), statistics=statistics)
 
 
-def effective(config: RunConfig, data: FederatedData) -> RunConfig:
-    """The settings, completed by what follows from the data: clients, main figure, augmentation, client threads.
+def effective(config: RunConfig, data: FederatedData, *, are_loaded: bool) -> RunConfig:
+    """Return the settings, completed by what follows from the data.
+
+    These are clients, main figure, augmentation and client threads; of data that ``are_loaded`` as the settings say
+    also what the data decide.
 
     Raises:
         UserError: settings do not fit together with what the data decide.
     """
-    facts = {"clients": len(data.clients), "main": data.task.main, "better": data.task.better}
+    facts = decided(config, data) if are_loaded else {}
+    facts |= {"clients": len(data.clients), "main": data.task.main, "better": data.task.better}
     config = config.replace(**facts, augment=config.augment or data.form.augment).with_client_threads()
     config.check()
     return config

@@ -16,7 +16,7 @@ from fedkern.engine.uploads.filters import Filter
 from fedkern.errors import UserError
 from fedkern.listeners.events import Listener
 from fedkern.methods.base import Phase, Round
-from python_tests.stand_ins import Checkpoints, Context, Executor, values
+from python_tests.stand_ins import Checkpoints, Context, Executor, run_objects, values
 
 ENOUGH = Stop("enough", "It is enough.")
 PLAN = (Round("setup", one_off=True, participants=(0,)), Round("train"), Round("train"), Round("train"))
@@ -128,11 +128,13 @@ class Bench:
         self.method, self.statistics = (Hooks(name, self.calls, nn.Identity()) for name in ("method", "pooling"))
         self.filter, self.parts = Watching(), [make(self.calls) for make in parts]
         pooling = pooling or (lambda entry, due: [(name, "method") for name in entry.exchanges])
-        self.loop = Loop(
-            plan, {"method": self.method, "pooling": self.statistics}, SimpleNamespace(exchanges=pooling), self.context,
-            self.server, self.progress, policy or Participation(self.context.config, self.context.federation),
-            self.executor, states, self.log, [self.filter], self.parts,
+        run = run_objects(
+            self.context, plan=plan, rounds=sum(not entry.one_off for entry in plan), server=self.server,
+            hooks={"method": self.method, "pooling": self.statistics}, pooling=SimpleNamespace(exchanges=pooling),
+            participation=policy or Participation(self.context.config, self.context.federation),
+            progress=self.progress, executor=self.executor, states=states, log=self.log,
         )  # fmt: skip
+        self.loop = Loop(run, [self.filter], self.parts)
 
     def work(self, k, message):
         return self.given.get(k) or Answer(k, dict(message))

@@ -22,6 +22,7 @@ from fedkern.report.pages.html_page import Chart
 from fedkern.report.run_contents import Contents
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import Constant
+from python_tests.stand_ins import run_objects
 
 FALLING = RunConfig.make("fedavg", data="digits", clients=45, main="mae", better="min")
 VALUES = (1.5, 0.75, 1.25)
@@ -129,11 +130,12 @@ def test_the_best_figure_and_the_end_of_patience(tmp_path, monkeypatch):
     monkeypatch.setattr("fedkern.engine.parts.stopping.about_network", lambda *_: {})
     monkeypatch.setattr("fedkern.engine.parts.stopping.checksum", lambda _: 0)
     context = SimpleNamespace(
-        config=FALLING, data=SimpleNamespace(tests={"": None}), is_flat=lambda _: True,
-        disclosure=SimpleNamespace(told=lambda entries: entries),
+        config=FALLING.replace(patience=2), data=SimpleNamespace(tests={"": None}), client_sets={},
+        is_flat=lambda _: True,
+        disclosure=SimpleNamespace(told=lambda entries: entries, clients=False),
     )  # fmt: skip
-    hooks = SimpleNamespace(network=lambda: object())
-    part = Patience(2, tmp_path, context, hooks)
+    run = run_objects(context, out=tmp_path, hooks={"method": SimpleNamespace(network=lambda: object())})
+    part = Patience(run)
     values = iter((1.5, 0.75, float("nan"), 1.0))
     stops = [
         part.round_end(SimpleNamespace(due=True, number=i, entries={"validation_mae": value}, figures={"mae": value}))
@@ -143,7 +145,7 @@ def test_the_best_figure_and_the_end_of_patience(tmp_path, monkeypatch):
     assert isinstance(stops[3], Stop)
     assert part.state()["best"] == {"figure": "validation_mae", "value": 0.75, "round": 2, "file": part._best["file"],
                                     "metrics": {"mae": 0.75}, "sum": 0}  # fmt: skip
-    judge = Evaluation(None, hooks, None, context, {}, {}, clients=False, client=None)
+    judge = Evaluation(run)
     monkeypatch.setattr(judge, "_evaluate", lambda network, last, here: judge.latest.update(mae=next(values)))
     values = iter((1.5, 0.75, float("nan"), 1.0))
     for _ in VALUES:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
@@ -23,24 +22,16 @@ from fedkern.process import machine
 from fedkern.process.forking import read_positions
 from fedkern.settings.config import RunConfig
 
-Remote = Callable[[RunObjects], Executor]
-"""Makes the executor of clients that keep their data and states to themselves (see :attr:`Executor.remote`)."""
-
 BASE_BYTES = 400 << 20
 """Memory of a worker beside networks and images: the interpreter, PyTorch's own tables, a batch's activations."""
 NETWORKS = 8
 """Copies of a network's parameters that a client may have at once: local, frozen, gradients, momentum, messages."""
 
 
-def executor_of(run: RunObjects, remote: Remote | None) -> Executor:
-    """Chooses the executor; the rest of the plan says how often clients will be asked.
-
-    Args:
-        run: the run's objects.
-        remote: makes the executor; None: clients work on this machine, or on the ranks of torchrun.
-    """
-    if remote is not None:
-        return remote(run)
+def executor_of(run: RunObjects) -> Executor:
+    """Choose the executor; the rest of the plan says how often clients will be asked."""
+    if run.request.remote is not None:
+        return run.request.remote(run)
     config, context = run.config, run.context
     rounds = list(islice(run.plan, run.progress.planned, None))
     asks = config.sampled_clients * sum(len(entry.exchanges) for entry in rounds if not entry.cohort)
@@ -52,7 +43,7 @@ def executor_of(run: RunObjects, remote: Remote | None) -> Executor:
     if count < 2:
         return run.here
     expected = asks if config.workers == "auto" else None
-    return Workers(context, run.here, run.handlers, run.checkpoints.reader, count, asks=expected)
+    return Workers(context, run.here, run.handlers, run.store.checkpoints.reader, count, asks=expected)
 
 
 def _on_ranks(run: RunObjects, ranks: torchrun_group.TorchrunGroup, asks: int) -> Executor:
@@ -62,7 +53,7 @@ def _on_ranks(run: RunObjects, ranks: torchrun_group.TorchrunGroup, asks: int) -
         _no_workers(config, context, "each rank of torchrun has its clients work one after another")
     if not asks or config.clients_of_a_round < 2:
         return run.here
-    executor = Ranks(context, run.here, run.handlers, run.checkpoints.reader, ranks)
+    executor = Ranks(context, run.here, run.handlers, run.store.checkpoints.reader, ranks)
     run.server.summing = executor.accumulator
     return executor
 

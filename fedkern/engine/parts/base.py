@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from fedkern.engine.run_objects import RunObjects
 from fedkern.methods.base import Round
 from fedkern.methods.common.final_figures import FinalFigures
 from fedkern.privacy.disclosure import About
@@ -116,7 +117,7 @@ class Part:
     name: ClassVar[str] = ""
 
     @classmethod
-    def build(cls, run: Any) -> Part | None:
+    def build(cls, run: RunObjects) -> Part | None:
         """The part of a run, made of the run's objects; None where the run does without it."""
         return cls()
 
@@ -143,3 +144,18 @@ class Part:
 
     def close(self) -> None:
         """The run has ended, finished or not."""
+
+
+class RunPart(Part):
+    """A part that reads the run's objects.
+
+    Args:
+        run: the objects.
+    """
+
+    def __init__(self, run: RunObjects) -> None:
+        self._run = run
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Part | None:
+        return cls(run)

@@ -6,27 +6,30 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from fedkern.engine.ledger import Ledger
-from fedkern.engine.parts.base import Part, Record, Stop
+from fedkern.engine.parts.base import Part, Record, RunPart, Stop
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
-from fedkern.engine.timing import Timing
 
 
-class _Budget(Part):
+class _Budget(RunPart):
     """Ends the run before a communication round for which less is left than the most expensive one so far took.
 
     Nothing is known of the first round, which begins while anything is left.
 
     Args:
-        most: the budget.
-        meter: tells what is spent.
+        run: has the budget among its settings, under the part's name, and tells what is spent.
     """
 
     unit = ""
 
-    def __init__(self, most: float, meter: Any) -> None:
-        self._most, self._meter, self._dearest = most, meter, 0.0
+    def __init__(self, run: RunObjects) -> None:
+        super().__init__(run)
+        self._most: float = getattr(run.config, self.name)
+        self._dearest = 0.0
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Part | None:
+        return None if getattr(run.config, cls.name) is None else cls(run)
 
     def spent(self) -> float:
         """What the run has spent."""
@@ -60,14 +63,9 @@ class MaxSeconds(_Budget):
     """A budget of seconds of work, over all resumptions of the run."""
 
     unit = "seconds"
-    _meter: Timing
-
-    @classmethod
-    def build(cls, run: RunObjects) -> MaxSeconds | None:
-        return None if run.config.max_seconds is None else cls(run.config.max_seconds, run.timing)
 
     def spent(self) -> float:
-        return self._meter.seconds()
+        return self._run.timing.seconds()
 
     def of_round(self, record: Record) -> float:
         return time.perf_counter() - record.started
@@ -78,14 +76,9 @@ class MaxBytes(_Budget):
     """A budget of bytes that clients send and receive, set-up rounds included."""
 
     unit = "bytes"
-    _meter: Ledger
-
-    @classmethod
-    def build(cls, run: RunObjects) -> MaxBytes | None:
-        return None if run.config.max_bytes is None else cls(run.config.max_bytes, run.ledger)
 
     def spent(self) -> float:
-        return self._meter.total
+        return self._run.ledger.total
 
     def of_round(self, record: Record) -> float:
-        return sum(each["up"] + each["down"] for each in self._meter.round_sums.values())
+        return sum(each["up"] + each["down"] for each in self._run.ledger.round_sums.values())

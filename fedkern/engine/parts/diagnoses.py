@@ -5,40 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedkern.engine.context import RunContext
-from fedkern.engine.hooks import MethodCode
-from fedkern.engine.parts.base import Part, Record, Summary
-from fedkern.engine.reader import Reader
+from fedkern.engine.parts.base import Record, RunPart, Summary
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.saved_model import lacks_statistics
-from fedkern.methods.base import Method
 from fedkern.methods.common import diagnostics
 
 
 @register_part("diagnoses")
-class Diagnoses(Part):
-    """Looks for the failure signatures that a user should know.
+class Diagnoses(RunPart):
+    """Looks for the failure signatures that a user should know."""
 
-    Args:
-        method: may know signatures of its own.
-        code: names the method in an exception.
-        context: of the run; takes the warnings.
-        sets: the test sets by metric prefix.
-        clients: whether anything may be told that follows from what single clients have.
-    """
-
-    def __init__(
-        self, method: Method, code: MethodCode, context: RunContext, sets: dict[str, Reader], *, clients: bool
-    ) -> None:
-        self._method, self._code, self._context, self._sets, self._clients = method, code, context, sets, clients
+    def __init__(self, run: RunObjects) -> None:
+        super().__init__(run)
         self._observed = diagnostics.Observations()
         self._last: dict[str, Any] = {}  # what clients reported in the last communication round
         self._final: list[str] = []  # names of the warnings about the final network
-
-    @classmethod
-    def build(cls, run: RunObjects) -> Diagnoses:
-        return cls(run.method, run.code, run.context, run.sets, clients=run.context.disclosure.clients)
 
     def round_end(self, record: Record) -> None:
         for report in record.reports:
@@ -47,18 +29,19 @@ class Diagnoses(Part):
             self._last = record.clients
 
     def finish(self, summary: Summary) -> None:
-        context, sets, config = self._context, self._sets, self._context.config
+        run, context, sets, config = self._run, self._run.context, self._run.sets, self._run.config
+        public = context.disclosure.clients  # whether anything may be told that follows from what single clients have
         classes, names, metrics = context.data.classes, [prefix[:-1] for prefix in sets], summary.metrics
         added = {name for data in sets.values() for name in getattr(data.task, "metrics", ())}
         added |= {metric.name for data in sets.values() for metric in getattr(data, "metrics", ())}
         flat = context.is_flat(summary.network)
-        constant = diagnostics.constants(sets, classes) if self._clients else {}
-        with self._code("diagnose"):
-            observed = self._method.diagnose(self._observed.summary()) if self._clients else {}
+        constant = diagnostics.constants(sets, classes) if public else {}
+        with run.code("diagnose"):
+            observed = run.method.diagnose(self._observed.summary()) if public else {}
         for texts in (
             diagnostics.collapsed_classes(sets, classes, metrics, config),
             diagnostics.unvaried_labels(sets),
-            diagnostics.outlying_drift(self._last, context.data.client_label) if self._clients else {},
+            diagnostics.outlying_drift(self._last, context.data.client_label) if public else {},
             diagnostics.poor_metrics(metrics, summary.best, len(classes), constant, config, names, added),
             diagnostics.missing_statistics(config.buffers, flat and lacks_statistics(context, config)),
             diagnostics.missing_metrics(config.method, config.data, sets, summary.latest),

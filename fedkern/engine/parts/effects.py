@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedkern.engine.marks import comparison_notes, unused
-from fedkern.engine.parts.base import Part, Record
+from fedkern.engine.parts.base import Part, Record, RunPart
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.errors import NoEffect
 
 
 @register_part("effects")
-class Effects(Part):
+class Effects(RunPart):
     """Refuses a run whose user gave settings that nothing has used in the first communication round.
 
     In a comparison, whose settings are for all its methods, these and unused defaults are a warning.
     """
 
     def __init__(self, run: RunObjects) -> None:
-        self._run, self._given = run, run.config.asked
+        super().__init__(run)
+        self._given = run.config.asked
         if any(entry.participants == "sampled" for entry in run.plan if not entry.one_off):
             run.log.marks.add("drawn")
 
     @classmethod
-    def build(cls, run: RunObjects) -> Effects | None:
-        begun = run.entry is not None  # whose checkpoint tells what was given
+    def build(cls, run: RunObjects) -> Part | None:
+        begun = run.store.entry is not None  # whose checkpoint tells what was given
         config = run.config
         return cls(run) if begun or config.asked or config.training or config.common is not None else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -12,18 +12,15 @@ from typing import Any
 from torch import nn
 
 from fedkern.engine.client import Client
-from fedkern.engine.context import RunContext
+from fedkern.engine.clients_figures import ClientsFigures
 from fedkern.engine.evaluate import evaluate, evaluate_clients, evaluating
-from fedkern.engine.hooks import Hooks, MethodCode
-from fedkern.engine.own_figures import ClientsFigures
-from fedkern.engine.parts.base import Part, Record, Summary
+from fedkern.engine.parts.base import Record, RunPart, Summary
 from fedkern.engine.reader import Reader
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store import records
 from fedkern.engine.store.evaluation_file import ONLY, OWN
 from fedkern.errors import spared
-from fedkern.methods.base import Method
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
 from fedkern.methods.common.figures import gradcam
 from fedkern.methods.common.final_figures import final_figures
@@ -34,19 +31,8 @@ from fedkern.tasks.figure_names import direction
 
 
 @register_part("evaluation")
-class Evaluation(Part):
+class Evaluation(RunPart):
     """Evaluates the network that the method hands out.
-
-    Args:
-        method: gives the figures.
-        hooks: hands out the network.
-        code: names the method in an exception.
-        context: of the run.
-        sets: the test sets by metric prefix; those of the end keep the network's answers.
-        own_sets: every client's own test set.
-        clients: whether figures of single clients may be told.
-        client: a client with its state.
-        networks: gives the figures of the clients' own networks; None where the method's network is judged.
 
     Attributes:
         latest: the figures of the last evaluation, by name.
@@ -54,36 +40,16 @@ class Evaluation(Part):
         of_clients: figures of every client on its own test set or its part of the run's; empty where they are private.
     """
 
-    def __init__(
-        self,
-        method: Method,
-        hooks: Hooks,
-        code: MethodCode,
-        context: RunContext,
-        sets: dict[str, Reader],
-        own_sets: dict[int, Reader],
-        *,
-        clients: bool,
-        client: Callable[[int], Client],
-        networks: ClientsFigures | None = None,
-    ) -> None:
-        self._method, self._hooks, self._code, self._context = method, hooks, code, context
-        self._sets, self._client_sets, self._clients = sets, own_sets, clients
-        self._client, self._networks = client, networks
+    def __init__(self, run: RunObjects) -> None:
+        super().__init__(run)
+        self._context = run.context
+        self._client_sets, self._clients = run.context.client_sets, run.context.disclosure.clients
+        # None where the method's network is judged, and not those of the clients.
+        self._networks = ClientsFigures(run) if run.config.own_networks else None
         self._kept = False  # whether the test sets have kept the present network's answers
         self.latest: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.of_clients: dict[int, dict[str, float]] = {}
-
-    @classmethod
-    def build(cls, run: RunObjects) -> Evaluation:
-        context, checkpoints = run.context, run.checkpoints
-        return cls(
-            run.method, run.hooks["method"], run.code, context, run.sets, context.client_sets,
-            clients=context.disclosure.clients, client=lambda k: Client(context, k, checkpoints.client_state(k)),
-            networks=ClientsFigures(run.method, run.server, context, run.states, run.code)
-            if run.config.own_networks else None,
-        )  # fmt: skip
 
     def round_end(self, record: Record) -> None:
         self._kept = False
@@ -95,7 +61,7 @@ class Evaluation(Part):
         if not record.due:
             return
         begun = time.perf_counter()
-        network = self._hooks.network()
+        network = self._run.hooks["method"].network()
         if network is not None:
             self._evaluate(network, last=record.last, here=record.together)
             record.figures = {**self.latest}
@@ -104,7 +70,7 @@ class Evaluation(Part):
                 record.put(
                     {"client_metrics": {str(k): figures for k, figures in self.of_clients.items()}}, About.CLIENTS
                 )
-            config, better = self._context.config, min if self._context.config.better == "min" else max
+            config, better = self._run.config, min if self._run.config.better == "min" else max
             for name, value in self.latest.items():
                 if name.endswith(config.main) and math.isfinite(value):  # a checkpoint has no other values
                     self.best[name] = better(value, self.best.get(name, value))
@@ -123,8 +89,8 @@ class Evaluation(Part):
                 _, self.of_clients = self._networks("site_sets", tests=False, keep=False, here=True)
         summary.of_clients, summary.client_set = with_undefined(self.of_clients, own_sets), test_set
         classes = self._context.data.classes
-        summary.final = final_figures(self._sets, classes)
-        answers = [answer for data in self._sets.values() if data.task.target == "class" for _, answer in data.kept]
+        summary.final = final_figures(self._run.sets, classes)
+        answers = [answer for data in self._run.sets.values() if data.task.target == "class" for _, answer in data.kept]
         if classes and (widths := {answer.shape[-1] for answer in answers if answer.dim() == 2} - {len(classes)}):
             text = f"The network has {max(widths)} outputs for {len(classes)} named classes, so AUROC, calibration and "
             self._context.warn("unnamed-outputs", text + "figures of classes are missing: name all in classes=.")
@@ -135,8 +101,8 @@ class Evaluation(Part):
         summary.entries["better"] = self._directions(summary.metrics)
         summary.entries.update(self._of_clients(test_set, own_sets))
         if self._clients:
-            data, seed, apart = self._context.data, self._context.config.seed, self._networks is not None
-            summary.entries["intervals"] = intervals(self._sets, self._client_sets, data, seed, apart)
+            data, seed, apart = self._context.data, self._run.config.seed, self._networks is not None
+            summary.entries["intervals"] = intervals(self._run.sets, self._client_sets, data, seed, apart)
         if summary.final.per_class:
             summary.entries["per_class"] = summary.final.per_class
 
@@ -153,10 +119,10 @@ class Evaluation(Part):
         With ``here``, clients with networks of their own evaluate them in this process.
         """
         if self._networks is None:
-            code = partial(self._code, "evaluate")
+            code = partial(self._run.code, "evaluate")
             with self._at_once(network) as at_once:
                 metrics = evaluate(
-                    self._method, network, self._sets, code, at_once, seed=self._context.config.seed, keep=last
+                    self._run.method, network, self._run.sets, code, at_once, seed=self._run.config.seed, keep=last
                 )
             self._evaluate_clients(network, self._client_sets, keep=last)
         else:
@@ -169,15 +135,19 @@ class Evaluation(Part):
 
     def _evaluate_clients(self, network: nn.Module, sets: dict[int, Reader], keep: bool = False) -> None:
         if self._clients:
-            names, seed = self._context.data.client_names, self._context.config.seed
-            code = lambda label: self._code(f"evaluate_own for client {label}")  # noqa: E731
+            names, seed = self._context.data.client_names, self._run.config.seed
+            code = lambda label: self._run.code(f"evaluate_own for client {label}")  # noqa: E731
             with self._at_once(network) as at_once:
                 self.of_clients = evaluate_clients(
-                    self._method, network, sets, at_once, names, code, self._client, seed, keep
+                    self._run.method, network, sets, at_once, names, code, self._client, seed, keep
                 )
 
+    def _client(self, k: int) -> Client:
+        """Return a client with its state."""
+        return Client(self._context, k, self._run.store.checkpoints.client_state(k))
+
     def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:
-        return evaluating(self._context.config, self._context.is_flat(network))
+        return evaluating(self._run.config, self._context.is_flat(network))
 
     def _of_clients(self, test_set: str, sets: dict[int, Reader]) -> dict[str, Any]:
         """The clients' figures on their own ``sets`` as entries of the summary; empty where nothing may be told.
@@ -204,15 +174,15 @@ class Evaluation(Part):
     def _directions(self, figures: Iterable[str]) -> dict[str, str | None]:
         """Return which values of every figure are the better ones, None where that is not known."""
         known: dict[str, str | None] = {}
-        for data in self._sets.values():
+        for data in self._run.sets.values():
             known |= {metric.name: better_values(metric.function) for metric in getattr(data, "metrics", ())}
             known |= data.task.directions
-        return {name: direction(name, known, [prefix[:-1] for prefix in self._sets]) for name in figures}
+        return {name: direction(name, known, [prefix[:-1] for prefix in self._run.sets]) for name in figures}
 
     def _gradcam(self, network: Any) -> dict[str, float]:
         # Grad-CAM takes single images in eval mode, which needs running statistics.
-        judged, config = self._networks is None, self._context.config  # whether by this network
+        judged, config = self._networks is None, self._run.config  # whether by this network
         count = config.grad_cam if config.statistics and judged else 0
         with spared(lambda why: self._context.warn("no-grad-cam", f"The figures of Grad-CAM are missing: {why}.")):
-            return gradcam(network, self._sets, count)
+            return gradcam(network, self._run.sets, count)
         return {}

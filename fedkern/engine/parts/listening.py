@@ -2,51 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fedkern.engine.executors.choice import worker_bytes
-from fedkern.engine.parts.base import Part, Record
+from fedkern.engine.parts.base import Record, RunPart
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.listeners.events import RunInfo
-from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.models.freezing import frozen_norms
 
 
 @register_part("listeners")
-class Listening(Part):
-    """Tells the listeners what happens, and keeps their states.
-
-    Args:
-        listener: the listeners.
-        info: gives what is known before the first round.
-    """
-
-    def __init__(self, listener: ListenerGroup, info: Callable[[], RunInfo]) -> None:
-        self._listener, self._info = listener, info
-
-    @classmethod
-    def build(cls, run: RunObjects) -> Listening:
-        return cls(run.listener, lambda: _info(run))
+class Listening(RunPart):
+    """Tells the listeners what happens, and keeps their states."""
 
     def begin(self, resumed: bool) -> None:
-        self._listener.on_start(self._info())
+        self._run.listener.on_start(_info(self._run))
 
     def before_round(self, record: Record) -> None:
-        self._listener.on_round_start(record.number, record.entry.name, record.participants)
+        self._run.listener.on_round_start(record.number, record.entry.name, record.participants)
         if record.entry.one_off and record.entry.trains:
-            self._listener.on_notice(f"set-up: {record.entry.trains}")
+            self._run.listener.on_notice(f"set-up: {record.entry.trains}")
 
     def round_end(self, record: Record) -> None:
         if not record.entry.one_off:
-            self._listener.on_round(record.public)
+            self._run.listener.on_round(record.public)
 
     def state(self) -> dict[str, Any]:
-        return self._listener.states()
+        return self._run.listener.states()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._listener.restore_all(state)
+        self._run.listener.restore_all(state)
 
 
 def _info(run: RunObjects) -> RunInfo:
@@ -58,6 +45,6 @@ def _info(run: RunObjects) -> RunInfo:
         frozen=sum(parameter.numel() for parameter in run.network.parameters() if not parameter.requires_grad),
         frozen_norms=len(frozen_norms(run.network)), rounds=tuple(entry for entry in run.plan if not entry.one_off),
         test_sets={prefix[:-1]: len(data) for prefix, data in run.sets.items()}, data=run.context.data,
-        private=not run.context.disclosure.clients, guarantee=run.said, model=run.context.model_name, workers=workers,
-        worker_bytes=worker_bytes(run.context, run.parameters) if workers > 1 else 0,
+        private=not run.context.disclosure.clients, guarantee=run.guarantee, model=run.context.model_name,
+        workers=workers, worker_bytes=worker_bytes(run.context, run.parameters) if workers > 1 else 0,
     )  # fmt: skip

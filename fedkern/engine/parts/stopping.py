@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from fedkern.engine.context import RunContext
-from fedkern.engine.hooks import Hooks
-from fedkern.engine.parts.base import Part, Record, Stop, Summary
+from fedkern.engine.parts.base import Part, Record, RunPart, Stop, Summary
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.records import plain
@@ -21,26 +18,23 @@ from fedkern.tasks.figure_names import check_reachable, split_metric
 
 
 @register_part("stop_at")
-class StopAt(Part):
-    """Ends the run with the first evaluated round in which a figure has reached a value.
-
-    Args:
-        target: ``FIGURE>=VALUE`` or ``FIGURE<=VALUE``, with a figure of the records.
-        context: knows which figures may be told; no other one may end a run.
+class StopAt(RunPart):
+    """Ends the run with the first evaluated round in which a figure that may be told has reached a value.
 
     Raises:
         UserError: the target is something else, or a fraction never reaches it.
     """
 
-    def __init__(self, target: str, context: RunContext) -> None:
-        self._context = context
-        self._figure, self._sign, self._value = stop_target(target)
-        check_reachable("--stop-at", self._figure, self._value, falls=self._sign == "<=", own=context.data.tests)
+    def __init__(self, run: RunObjects) -> None:
+        super().__init__(run)
+        self._figure, self._sign, self._value = stop_target(run.config.stop_at or "")
+        tests = run.context.data.tests
+        check_reachable("--stop-at", self._figure, self._value, falls=self._sign == "<=", own=tests)
         self._reason = ""  # once the value is reached
 
     @classmethod
-    def build(cls, run: RunObjects) -> StopAt | None:
-        return None if run.config.stop_at is None else cls(run.config.stop_at, run.context)
+    def build(cls, run: RunObjects) -> Part | None:
+        return None if run.config.stop_at is None else cls(run)
 
     def before_round(self, record: Record) -> Stop | None:
         return Stop("stop-at", self._reason) if self._reason else None
@@ -48,7 +42,7 @@ class StopAt(Part):
     def round_end(self, record: Record) -> Stop | None:
         if not record.due:
             return None
-        entries = self._context.disclosure.told(record.entries)
+        entries = self._run.context.disclosure.told(record.entries)
         figures = {name: value for name, value in entries.items() if isinstance(value, float) and name != "seconds"}
         if self._figure not in figures:
             raise UserError(
@@ -69,29 +63,23 @@ class StopAt(Part):
 
 
 @register_part("patience")
-class Patience(Part):
+class Patience(RunPart):
     """Ends the run once the main figure on the validation set has not improved for some evaluations.
 
     The best round's network stays in ``best.safetensors`` beside the last round's.  Until the run ends it is in one of
     two files, of which the other is written when a better one comes: a checkpoint finds the network that it tells of.
-
-    Args:
-        evaluations: evaluations without an improvement after which the run ends.
-        out: the run folder.
-        context: of the run.
-        hooks: hands out the network.
     """
 
-    def __init__(self, evaluations: int, out: Path, context: RunContext, hooks: Hooks) -> None:
-        self._most, self._out, self._context, self._hooks = evaluations, out, context, hooks
+    def __init__(self, run: RunObjects) -> None:
+        super().__init__(run)
+        self._most, self._out = run.config.patience or 0, run.out
         self._best: dict[str, Any] = {}  # the best round: figure, value, round, file and its CRC-32, all figures
         self._kept = ""  # the file of the last checkpoint
         self._without = 0  # evaluations since the best
 
     @classmethod
-    def build(cls, run: RunObjects) -> Patience | None:
-        most = run.config.patience
-        return None if most is None else cls(most, run.out, run.context, run.hooks["method"])
+    def build(cls, run: RunObjects) -> Part | None:
+        return None if run.config.patience is None else cls(run)
 
     def before_round(self, record: Record) -> Stop | None:
         return self._stop()
@@ -99,16 +87,17 @@ class Patience(Part):
     def round_end(self, record: Record) -> Stop | None:
         if not record.due:
             return None
-        figure, value = self._main(self._context.disclosure.told(record.entries))
-        sign = -1 if self._context.config.better == "min" else 1
+        figure, value = self._main(self._run.context.disclosure.told(record.entries))
+        sign = -1 if self._run.config.better == "min" else 1
         if not sign * value > sign * self._best.get("value", -sign * math.inf):  # NaN is never the best
             self._without += bool(self._best)
             return self._stop()
         name = next(name for name in BEST_SO_FAR if name != self._kept)
-        network = self._hooks.network()
+        network = self._run.hooks["method"].network()
         if network is None:
             return None
-        about = about_network(self._context, self._context.config, record.number, self._context.is_flat(network))
+        context = self._run.context
+        about = about_network(context, self._run.config, record.number, context.is_flat(network))
         write_model(self._out / name, network, about)
         self._best = {"figure": figure, "value": value, "round": record.number, "file": name}
         self._best["metrics"], self._best["sum"] = plain(record.figures), checksum(self._out / name)
@@ -140,9 +129,9 @@ class Patience(Part):
 
     def _main(self, metrics: Mapping[str, Any]) -> tuple[str, float]:
         """The main figure on the validation set."""
-        main, figures = self._context.config.main, {}
+        main, figures = self._run.config.main, {}
         for name, value in metrics.items():
-            test_set, figure = split_metric(name, self._context.data.tests)
+            test_set, figure = split_metric(name, self._run.context.data.tests)
             if test_set == "validation" and figure.endswith(main):  # such as vote_accuracy, where no other is there
                 figures[figure] = name, float(value)
         if figures:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fedkern.engine.parts.base import Part, Record
+from fedkern.engine.parts.base import Part, Record, RunPart
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.run_folder import TRACE
@@ -18,23 +18,20 @@ from fedkern.files import atomic
 
 
 @register_part("trace")
-class Trace(Part):
+class Trace(RunPart):
     """Traces the second communication round that is played, or the only one, and writes a gzipped trace.
 
     It opens in chrome://tracing or ui.perfetto.dev.  All clients of the round work in the server's process.
-
-    Args:
-        out: the run folder.
     """
 
-    def __init__(self, out: Path) -> None:
-        self._path = out / TRACE
+    def __init__(self, run: RunObjects) -> None:
+        super().__init__(run)
         self._wait = 1  # communication rounds to play before the traced one
         self._running: profile | None = None
 
     @classmethod
-    def build(cls, run: RunObjects) -> Trace | None:
-        return cls(run.out) if run.profile else None
+    def build(cls, run: RunObjects) -> Part | None:
+        return cls(run) if run.request.profile else None
 
     def before_round(self, record: Record) -> None:
         if record.entry.one_off:
@@ -60,7 +57,7 @@ class Trace(Part):
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / "trace.json"
             seen.export_chrome_trace(str(plain))
-            atomic.write_bytes(self._path, gzip.compress(plain.read_bytes(), 6))
+            atomic.write_bytes(self._run.out / TRACE, gzip.compress(plain.read_bytes(), 6))
 
     def close(self) -> None:
         if self._running is not None:

@@ -27,7 +27,7 @@ class Bytes(Filter):
 
     @classmethod
     def build(cls, run: RunObjects) -> Bytes:
-        return cls(run.ledger, hidden=run.silent)
+        return cls(run.ledger, hidden=run.hides_dropouts)
 
     def sent(self, asked: Asked, client: ClientId, message: Message) -> None:
         self._book(asked, client, "down", message)

@@ -20,7 +20,7 @@ class ClientDigests(Filter):
 
     @classmethod
     def build(cls, run: RunObjects) -> ClientDigests | None:
-        return cls(run.releases) if run.releases is not None and run.private is None else None
+        return cls(run.store.releases) if run.store.releases is not None and run.private is None else None
 
     def lacking(self, arrival: Arrival, failed: bool) -> None:
         if failed:
@@ -43,7 +43,7 @@ class ServerDigests(Filter):
 
     @classmethod
     def build(cls, run: RunObjects) -> ServerDigests | None:
-        return cls(run.releases) if run.releases is not None and run.private is not None else None
+        return cls(run.store.releases) if run.store.releases is not None and run.private is not None else None
 
     def together(
         self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]

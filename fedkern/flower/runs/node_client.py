@@ -44,7 +44,7 @@ from fedkern.privacy.disclosure import Disclosure
 from fedkern.process.allocator import keep_freed_memory
 from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import check_data, data_of_one, decided, effective, inspect_items, kept_data, load_data
+from fedkern.settings.run_data import check_data, data_of_one, effective, inspect_items, kept_data, load_data
 
 PROTOCOL = 8
 """Version of the messages; both ends must have the same."""
@@ -361,19 +361,19 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
     """
     if alone is None:
         data = inspect_items(config, load_data(config, notice=notice))
-        config = effective(decided(config, data), data)
+        config = effective(config, data, are_loaded=True)
         data = kept_data(config, data)
     else:
         data = data_of_one(config, notice=notice, node=True)
         (split,) = data.clients
         none = split.subset(torch.zeros(0, dtype=torch.int64))
         data = replace(data, clients=tuple(split if k == alone else none for k in range(config.clients)))
-        config = effective(config, data)
+        config = effective(config, data, are_loaded=False)
     if notice is not None and data.form.seen:
         notice(data.form.seen[0])
     check_data(config, data, alone)
-    config, _, _ = own_model.resolve(config, data, None, Path(), known=False)
-    return RunContext(config, data, notice)
+    found, _, _ = own_model.find_facts(config, data, None, Path(), known=False)
+    return RunContext(config.replace(**found), data, notice)
 
 
 def read_reply(packed: PackedMessage, client: int, version: Version) -> Reply:

@@ -76,11 +76,11 @@ class Nodes(Ordered):
         half: bool,
         own_data: bool,
     ) -> None:
-        super().__init__(run.context, run.here, lambda k: cache(run.checkpoints.reader(k)))
+        super().__init__(run.context, run.here, lambda k: cache(run.store.checkpoints.reader(k)))
         self._run, self._channel, self._registry, self._deadline = run, channel, registry, deadline
         self.count = registry.count = run.context.federation.clients
         self._attempt, self._half = uuid.uuid4().hex, half
-        self._data = None if own_data else run.facts["data"]
+        self._data = None if own_data else run.store.facts["data"]
         self._booked = {"up": 0, "down": 0}  # bytes of this process that the run has in its sums
         self._names: dict[ClientId, set[str]] = {}  # of figures and warnings in all replies of a client
         self._sent: dict[ClientId, int] = {}  # messages of the round
@@ -167,7 +167,7 @@ class Nodes(Ordered):
         name = self._readers[k]().get(STATE)
         version = Version(run.progress.planned + 1, self._sent.get(k, 0))
         self._sent[k] = version.number + 1
-        oldest = run.checkpoints.oldest(k)
+        oldest = run.store.checkpoints.oldest(k)
         return ClientRequest(
             run=self._name, attempt=self._attempt, client=k, asker=asker, phase=phase, version=version,
             begin=None if name is None else Version(*name), oldest=version.plan if oldest is None else oldest,
@@ -214,7 +214,7 @@ class Nodes(Ordered):
 
     def _checked(self, ledger: Any) -> Any:
         """A client's privacy ledger, in the form of :class:`Accountant`; None where the run has no guarantee."""
-        if ledger is None or self._run.said is None:
+        if ledger is None or self._run.guarantee is None:
             return None
         try:
             state = Accountant(ledger).state
@@ -233,7 +233,9 @@ class Nodes(Ordered):
         self._sent.clear()
         if self._run.context.disclosure.clients:  # lengths of texts depend on what a client does not tell
             for direction, total in (("up", self._channel.received), ("down", self._channel.sent)):
-                self._run.wire[direction] = self._run.wire.get(direction, 0) + total - self._booked[direction]
+                self._run.ledger.wire[direction] = (
+                    self._run.ledger.wire.get(direction, 0) + total - self._booked[direction]
+                )
                 self._booked[direction] = total
 
     def close(self) -> None:

@@ -8,19 +8,21 @@ from fedkern.engine.parts.answers import Answers
 from fedkern.engine.parts.base import Summary
 from fedkern.engine.store import confusions
 from fedkern.methods.common.final_figures import final_figures
+from fedkern.privacy.disclosure import Disclosure
 from python_tests.engine.parts.judged import SETTINGS, Judged, Says, brightness_set
-from python_tests.stand_ins import Context
+from python_tests.stand_ins import Context, run_objects
 
 
-def answered(out, *, keep=True, alone=lambda: None, counts=True, each=True):
+def answered(out, *, keep=True, check_lock=lambda: None, counts=True, each=True):
     """Writes the answers to a test set of two images."""
     sets, network = {"id_": brightness_set([0.1, 0.9], [1, 1])}, Says(0.5)
     if keep:
         with sets["id_"].keeping():
             Judged().evaluate(network, sets["id_"])
-    context = Context(**SETTINGS)
+    context = Context(disclosure=Disclosure(clients=counts), **SETTINGS)
     summary = Summary(network, final=final_figures(sets, ("cat", "dog")))
-    Answers(out, context, sets, alone, counts=counts, each=each).finish(summary)
+    run = run_objects(context, out=out, request={"predictions": each}, sets=sets, check_lock=check_lock)
+    Answers(run).finish(summary)
     return context.warnings
 
 
@@ -45,5 +47,5 @@ def test_answers_are_not_written_to_a_folder_that_was_taken_over(tmp_path):
         raise RuntimeError("taken over")
 
     with pytest.raises(RuntimeError, match="taken over"):
-        answered(tmp_path, alone=taken)
+        answered(tmp_path, check_lock=taken)
     assert [*tmp_path.iterdir()] == []

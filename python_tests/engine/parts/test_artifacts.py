@@ -7,14 +7,16 @@ import torch
 
 from fedkern.engine.parts.artifacts import Artifacts
 from fedkern.engine.progress import Progress
-from fedkern.engine.store.artifacts import FILE, ArtifactLog
+from fedkern.engine.store.artifacts import FILE
 from fedkern.errors import UserError
-from python_tests.stand_ins import record, stored
+from fedkern.privacy.disclosure import Disclosure
+from python_tests.stand_ins import Context, record, run_objects, stored
 
 
 def showing(out, told=True, done=0):
     server = SimpleNamespace(showing=None, artifacts={})
-    return server, Artifacts(server, ArtifactLog(out, 16), Progress(done=done), told)
+    context = Context(disclosure=Disclosure(server=told))
+    return server, Artifacts(run_objects(context, out=out, server=server, rounds=16, progress=Progress(done=done)))
 
 
 def test_which_rounds_the_server_shows(tmp_path):

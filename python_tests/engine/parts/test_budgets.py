@@ -1,6 +1,7 @@
 """``--max-seconds`` and ``--max-bytes``: no round is begun that would pass the budget."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,10 +13,15 @@ from fedkern.engine.timing import Timing
 from fedkern.errors import UserError
 from fedkern.methods.base import Phase, Round
 from python_tests.interrupted import KillAt, kill_and_resume, outcome
+from python_tests.stand_ins import run_objects
 
 
 def record(entry=None):
     return Record(entry or Round(), 1, 9, [0])
+
+
+def at_most_100(ledger):
+    return MaxBytes(run_objects(SimpleNamespace(config=SimpleNamespace(max_bytes=100)), ledger=ledger))
 
 
 def played(part, ledger, size, *, one_off=False):
@@ -30,7 +36,7 @@ def played(part, ledger, size, *, one_off=False):
 
 def test_the_round_that_would_pass_the_bytes_is_not_begun():
     ledger = Ledger(1)
-    part = MaxBytes(100, ledger)
+    part = at_most_100(ledger)
     assert [played(part, ledger, size) for size in (30, 40)] == [None] * 2
     stop = played(part, ledger, 1)  # 70 are spent, and a round took up to 40
     assert (stop.name, stop.reason) == (
@@ -41,14 +47,14 @@ def test_the_round_that_would_pass_the_bytes_is_not_begun():
 
 def test_a_round_that_fits_to_the_byte_is_begun():
     ledger = Ledger(1)
-    part = MaxBytes(100, ledger)
+    part = at_most_100(ledger)
     assert [played(part, ledger, 50) for _ in range(2)] == [None] * 2
     assert played(part, ledger, 50) is not None
 
 
 def test_set_up_rounds_are_spent_and_never_left_out():
     ledger = Ledger(1)
-    part = MaxBytes(100, ledger)
+    part = at_most_100(ledger)
     assert played(part, ledger, 70, one_off=True) is None
     assert played(part, ledger, 30) is None
     assert played(part, ledger, 5, one_off=True) is None
@@ -57,7 +63,7 @@ def test_set_up_rounds_are_spent_and_never_left_out():
 
 def test_what_a_round_took_survives_a_checkpoint():
     ledger = Ledger(1)
-    part, again = MaxBytes(100, ledger), MaxBytes(100, ledger)
+    part, again = at_most_100(ledger), at_most_100(ledger)
     played(part, ledger, 60)
     assert again.before_round(record()) is None
     again.restore(json.loads(json.dumps(part.state())))
@@ -66,7 +72,7 @@ def test_what_a_round_took_survives_a_checkpoint():
 
 def test_seconds_are_those_of_work_over_all_resumptions():
     timing = Timing()
-    part = MaxSeconds(100.0, timing)
+    part = MaxSeconds(run_objects(SimpleNamespace(config=SimpleNamespace(max_seconds=100.0)), timing=timing))
     timing.restore(60.0, {})
     assert part.before_round(record()) is None
     long = record()

@@ -13,7 +13,7 @@ from fedkern.engine.store.checkpoints import checksum
 from fedkern.engine.store.records import SUMMARY
 from fedkern.engine.timing import Timing
 from fedkern.methods.base import Round
-from python_tests.stand_ins import record
+from python_tests.stand_ins import Context, record, run_objects
 
 
 class Checkpoints:
@@ -42,15 +42,16 @@ class Bench:
         self.calls, self.progress, self.timing = [], Progress(), Timing()
         self.checkpoints, self.server = Checkpoints(self.calls), SimpleNamespace(state={"x": 1})
         forget = SimpleNamespace(forget=lambda plan: self.calls.append(f"forget {plan}"))
-        self.part = Checkpointing(
-            self.checkpoints, out, facts={"data": 7}, every=every,
-            states=lambda: {"parts": {"server": {"spread": math.nan}}}, server=self.server,
+        self.run = run_objects(
+            Context(checkpoint_every=every), out=out, checkpoints=self.checkpoints, facts={"data": 7},
+            part_states=lambda: {"parts": {"server": {"spread": math.nan}}}, server=self.server,
             participation=SimpleNamespace(state=lambda: {"clock": 7.0}, in_flight=lambda: {4: {0: {}}}),
             progress=self.progress, timing=self.timing,
             ledger=SimpleNamespace(changed_rows=lambda: {1: [8, 0, 0, 0]}),
             metrics=SimpleNamespace(sync=lambda: self.calls.append("sync")),
-            releases=forget if releases else None, alone=lambda: self.calls.append("alone"),
+            releases=forget if releases else None, check_lock=lambda: self.calls.append("alone"),
         )  # fmt: skip
+        self.part = Checkpointing(self.run)
 
     def round(self, number=1, rounds=10, stop=None):
         """Plays a round of the plan; returns whether a checkpoint was made."""
@@ -99,7 +100,7 @@ def test_the_folder_is_the_runs_own_before_a_round_and_before_a_checkpoint(tmp_p
     def taken():
         raise RuntimeError("taken over")
 
-    bench.part._alone = taken
+    bench.run.store.check_lock = taken
     with pytest.raises(RuntimeError, match="taken over"):
         bench.part.round_end(record(4))
     assert len(bench.checkpoints.commits) == 1

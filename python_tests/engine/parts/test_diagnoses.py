@@ -7,14 +7,15 @@ from torch import nn
 
 from fedkern.engine.parts.base import Summary
 from fedkern.engine.parts.diagnoses import Diagnoses
+from fedkern.privacy.disclosure import Disclosure
 from python_tests.engine.parts.judged import SETTINGS, Judged, code
-from python_tests.stand_ins import Context, record, stored
+from python_tests.stand_ins import Context, record, run_objects, stored
 
 
 def diagnoses(*, clients=True):
-    method, context = Judged(), Context(**SETTINGS)
+    method, context = Judged(), Context(disclosure=Disclosure(clients=clients), **SETTINGS)
     context.warn("known", "It was known before.")
-    return method, context, Diagnoses(method, code(method), context, {}, clients=clients)
+    return method, context, Diagnoses(run_objects(context, method=method, code=code(method), sets={}))
 
 
 def reported(part):

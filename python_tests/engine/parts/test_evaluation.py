@@ -9,27 +9,29 @@ import pytest
 
 from fedkern.engine.parts.base import Summary
 from fedkern.engine.parts.evaluation import Evaluation
-from fedkern.privacy.disclosure import About
+from fedkern.privacy.disclosure import About, Disclosure
 from python_tests.engine.parts.judged import SETTINGS, Judged, Says, brightness_set, code
-from python_tests.stand_ins import Context, about, record, stored, values
+from python_tests.stand_ins import Context, about, record, run_objects, stored, values
 
 
 class Bench:
     """The part of the evaluation: two test sets, and two clients with sets of their own."""
 
     def __init__(self, *, clients=True, own=True):
-        self.method, self.network, self.context = Judged(), Says(0.5), Context(2, **SETTINGS)
+        self.method, self.network = Judged(), Says(0.5)
+        self.context = Context(2, Disclosure(clients=clients), own_networks=False, **SETTINGS)
         self.context.data.tests, self.context.site_sets = {}, {}
         # At a level of 0.5 all of "id" is right, and three quarters of "ood".
         self.sets = {
             "id_": brightness_set([0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1]),
             "ood_": brightness_set([0.1, 0.2, 0.8, 0.9], [0, 1, 1, 1]),
         }
-        own_sets = {0: brightness_set([0.1, 0.9], [0, 1]), 1: brightness_set([0.1, 0.9], [1, 1])} if own else {}
-        self.part = Evaluation(
-            self.method, SimpleNamespace(network=lambda: self.network), code(self.method), self.context, self.sets,
-            own_sets, clients=clients, client=None,
-        )  # fmt: skip
+        self.context.client_sets = (
+            {0: brightness_set([0.1, 0.9], [0, 1]), 1: brightness_set([0.1, 0.9], [1, 1])} if own else {}
+        )
+        hooks = {"method": SimpleNamespace(network=lambda: self.network)}
+        run = run_objects(self.context, method=self.method, hooks=hooks, code=code(self.method), sets=self.sets)
+        self.part = Evaluation(run)
 
     def round(self, number=1, **given):
         one = record(number, **{"due": True, **given})

@@ -1,28 +1,33 @@
 """The part that tells listeners of rounds."""
 
-from types import SimpleNamespace
+from torch import nn
 
 from fedkern.engine.parts.listening import Listening
 from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import About
 from python_tests.engine.parts.hearing import Hearing
-from python_tests.stand_ins import record, stored
+from python_tests.stand_ins import Context, Executor, record, run_objects, stored
 
 
 def test_listeners_hear_of_rounds_what_may_be_told():
-    heard, info = Hearing(), SimpleNamespace(rounds=3)
-    part = Listening(ListenerGroup(heard), lambda: info)
+    heard, context, setup = Hearing(), Context(2), record(-1, entry=Round("setup", one_off=True, trains="generator"))
+    context.model_name, one = "cnn", record(1, entry=Round("train", trains="network"))
+    part = Listening(run_objects(
+        context, listener=ListenerGroup(heard), network=nn.Linear(2, 1), parameters=3, plan=[setup.entry, one.entry],
+        sets={"id_": [0, 0]}, guarantee=None, executor=Executor(),
+    ))  # fmt: skip
     part.begin(resumed=False)
-    setup = record(-1, entry=Round("setup", one_off=True, trains="generator"))
-    one = record(1, entry=Round("train", trains="network"))
     one.put({"secret": 1.0}, About.CLIENTS)
     one.public = {"round": 1}
     for each in (setup, one):
         part.before_round(each)
         part.round_end(each)
-    assert heard.events == [
-        ("start", info),
+    (_, info), *events = heard.events
+    told = info.samples, info.parameters, info.frozen, info.rounds, info.test_sets, info.workers, info.worker_bytes
+    assert told == ([10, 20], 3, 0, (one.entry,), {"id": 2}, 1, 0)
+    assert (info.config, info.data, info.model, info.private) == (context.config, context.data, "cnn", False)
+    assert events == [
         ("round start", -1, "setup", [0, 1]), ("notice", "set-up: generator"),
         ("round start", 1, "train", [0, 1]), ("round", {"round": 1}),
     ]  # fmt: skip
@@ -31,5 +36,6 @@ def test_listeners_hear_of_rounds_what_may_be_told():
 def test_listeners_go_on_from_a_checkpoint():
     heard, again = Hearing(), Hearing()
     heard.kept = {"id": "a1"}
-    Listening(ListenerGroup(again), lambda: None).restore(stored(Listening(ListenerGroup(heard), lambda: None).state()))
+    parts = [Listening(run_objects(listener=ListenerGroup(each))) for each in (heard, again)]
+    parts[1].restore(stored(parts[0].state()))
     assert again.kept == {"id": "a1"}

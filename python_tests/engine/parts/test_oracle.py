@@ -12,7 +12,11 @@ from fedkern.engine.parts.oracle import Oracle
 from fedkern.errors import UserError
 from fedkern.privacy.disclosure import Disclosure
 from python_tests.engine.parts.judged import Judged, code
-from python_tests.stand_ins import PRIVATE
+from python_tests.stand_ins import PRIVATE, Context, run_objects
+
+
+def oracle(method, context, **given):
+    return Oracle(run_objects(context, method=method, code=code(method), **given))
 
 
 @pytest.mark.parametrize(
@@ -27,13 +31,14 @@ def test_figures_that_only_an_experimenter_can_have(disclosure, told, monkeypatc
     method, summary = Judged(), Summary(nn.Identity(), metrics={"accuracy": 0.5})
     if not told:
         monkeypatch.setattr(method, "oracle_metrics", None)  # nobody computes what nobody may know
-    Oracle(method, 1.0, code(method), {0: None, 1: None, 2: None}, {"id_": None}, disclosure).finish(summary)
+    part = oracle(method, Context(3, disclosure), server=1.0, sets={"id_": None})
+    part.finish(summary)
     assert summary.metrics == {"accuracy": 0.5, **told}
 
 
 def test_an_experimenters_figures_are_numbers(monkeypatch):
     method, summary = Judged(), Summary(nn.Identity())
-    part = Oracle(method, None, code(method), {}, {}, Disclosure())
+    part = oracle(method, Context(), server=None, sets={})
     monkeypatch.setattr(method, "oracle_metrics", lambda *_: {"half": np.float32(0.5), "two": torch.tensor(2)})
     part.finish(summary)
     assert json.dumps(summary.metrics) == '{"half": 0.5, "two": 2.0}'

@@ -10,7 +10,7 @@ from fedkern.engine.parts.privacy import Privacy
 from fedkern.engine.progress import Progress
 from fedkern.privacy import Guarantee, server_secret
 from fedkern.privacy.disclosure import About
-from python_tests.stand_ins import Context, record, stored
+from python_tests.stand_ins import Context, record, run_objects, stored
 
 GUARANTEE = Guarantee(1e-5, {"networks": "the networks"})
 
@@ -29,8 +29,10 @@ class Kept:
             folder=out, write_at_once=lambda: self.calls.append("at once"), client_state=lambda k: {}
         )
         releases = None if said is None else SimpleNamespace(open=lambda plan: self.calls.append(f"open {plan}"))
-        self.part = Privacy(said, self.private if private else None, releases, self.context, checkpoints,
-                            Progress(done=2, planned=4), rounds)  # fmt: skip
+        self.part = Privacy(run_objects(
+            self.context, guarantee=said, private=self.private if private else None, releases=releases,
+            checkpoints=checkpoints, progress=Progress(done=2, planned=4), rounds=rounds,
+        ))  # fmt: skip
 
 
 @pytest.mark.parametrize("draws", ["seed", "secret"])

@@ -12,7 +12,7 @@ from fedkern.engine.store.records import Metrics
 from fedkern.engine.timing import Timing
 from fedkern.errors import UserError
 from fedkern.privacy.disclosure import About
-from python_tests.stand_ins import PRIVATE, Context, about, record, stored, values
+from python_tests.stand_ins import PRIVATE, Context, about, record, run_objects, stored, values
 
 
 class Noted:
@@ -21,7 +21,8 @@ class Noted:
     def __init__(self, out, **context):
         self.context, self.log, self.timing = Context(**context), SimpleNamespace(dropped=[]), Timing()
         self.metrics = Metrics(out)
-        self.part = Records(self.metrics, self.context, self.log, self.timing)
+        run = run_objects(self.context, metrics=self.metrics, log=self.log, timing=self.timing)
+        self.part = Records(run)
 
     def round(self, number, **given):
         """Plays a round; returns its record."""

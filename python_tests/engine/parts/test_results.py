@@ -10,10 +10,9 @@ from fedkern.engine.parts.base import Summary
 from fedkern.engine.parts.results import Results
 from fedkern.engine.progress import Progress
 from fedkern.engine.store.saved_model import MODEL
-from fedkern.engine.timing import Timing
 from fedkern.tasks import CLASSIFICATION
 from python_tests.engine.parts.judged import FORM, SETTINGS, Says
-from python_tests.stand_ins import Context
+from python_tests.stand_ins import Context, run_objects
 
 
 @pytest.mark.parametrize("names", [None, ("x", "y")])
@@ -28,7 +27,7 @@ def test_the_files_of_a_run(names, tmp_path):
         Says(0.25), metrics={"accuracy": 0.5, "epsilon": 2.0}, of_tests={"accuracy": 0.5},
         of_clients={1: {"accuracy": None}}, client_set="own", entries={"bytes": {"total": 8}, "diagnostics": {}},
     )  # fmt: skip
-    Results(tmp_path, context, {"": None}, Progress(done=2), Timing()).finish(summary)
+    Results(run_objects(context, out=tmp_path, sets={"": None}, progress=Progress(done=2))).finish(summary)
     assert (tmp_path / "evaluation.csv").read_text().splitlines() == [
         "client,test_set,metric,value", ",test,accuracy,0.5", f"{'y' if names else 1},own,accuracy,",
     ]  # fmt: skip

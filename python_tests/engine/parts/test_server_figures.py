@@ -11,13 +11,17 @@ from fedkern.engine.parts.base import Summary
 from fedkern.engine.parts.server_figures import ServerFigures
 from fedkern.errors import UserError
 from fedkern.privacy.disclosure import About, Disclosure
-from python_tests.stand_ins import about, record, stored, values
+from python_tests.stand_ins import Context, about, record, run_objects, stored, values
+
+
+def figures_of(server, disclosure=None):
+    return ServerFigures(run_objects(Context(disclosure=disclosure), server=server))
 
 
 @pytest.mark.parametrize("told", [False, True])
 def test_figures_that_the_server_reports(told):
     server, disclosure = SimpleNamespace(report={}), Disclosure(False, told)
-    part, setup, one = ServerFigures(server, disclosure), record(-1), record()
+    part, setup, one = figures_of(server, disclosure), record(-1), record()
     part.restore({"norm": 1, "spread": None})
     part.round_end(setup)
     part.round_end(one)
@@ -32,8 +36,7 @@ def test_figures_that_the_server_reports(told):
 
 
 def test_the_servers_figures_go_on_from_a_checkpoint():
-    part = ServerFigures(SimpleNamespace(report={"norm": 1.0}), Disclosure())
-    again = ServerFigures(SimpleNamespace(report={}), Disclosure())
+    part, again = (figures_of(SimpleNamespace(report=report)) for report in ({"norm": 1.0}, {}))
     again.restore(stored(part.state()))
     assert again.state() == {"norm": 1.0}
 
@@ -41,7 +44,7 @@ def test_the_servers_figures_go_on_from_a_checkpoint():
 @pytest.mark.parametrize("value", [np.float32(0.5), torch.tensor(0.5), np.float64(0.5)])
 def test_numbers_that_the_server_reports_become_pythons(value):
     server, one = SimpleNamespace(report={"x": value}), record()
-    ServerFigures(server, Disclosure()).round_end(one)
+    figures_of(server).round_end(one)
     assert type(server.report["x"]) is float
     assert values(one) == {"x": 0.5}
 
@@ -50,7 +53,7 @@ def test_numbers_that_the_server_reports_become_pythons(value):
 def test_what_the_server_reports_must_be_numbers(value):
     server, one = SimpleNamespace(report={"x": value}), record()
     with pytest.raises(UserError, match=r'server.report\["x"\] must be a number, not .*: report a number, or leave'):
-        ServerFigures(server, Disclosure()).round_end(one)
+        figures_of(server).round_end(one)
     assert one.entries == {}
 
 
@@ -58,6 +61,6 @@ def test_what_the_server_reports_must_be_numbers(value):
 def test_the_server_may_report_no_name_of_the_engines(name):
     one = record()
     one.put({"accuracy": 0.5})
-    part = ServerFigures(SimpleNamespace(report={name: 1.0}), Disclosure())
+    part = figures_of(SimpleNamespace(report={name: 1.0}))
     with pytest.raises(UserError, match=rf'server.report\["{name}"\] has a name of the engine\'s: choose one besides'):
         part.round_end(one)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from python_tests.interrupted import KillAt, kill_and_resume, killed, outcome
 from python_tests.saved_network import tensors
+from python_tests.stand_ins import Context, run_objects
 
 
 def record(number, due=True, about=About.RUN, **figures):
@@ -35,7 +35,9 @@ def record(number, due=True, about=About.RUN, **figures):
 
 
 def stop_at(target, tests=(), **told):
-    return StopAt(target, SimpleNamespace(disclosure=Disclosure(**told), data=SimpleNamespace(tests=tests)))
+    context = Context(disclosure=Disclosure(**told), stop_at=target)
+    context.data.tests = tests
+    return StopAt(run_objects(context))
 
 
 @pytest.mark.parametrize(
@@ -188,9 +190,9 @@ def test_an_interrupted_run_ends_alike(flag, at, data, make_config, tmp_path):
 @pytest.mark.parametrize("name", ["validation_north", "validation_validation", "north", "", "v"])
 def test_patience_looks_at_the_validation_set_alone(name, tmp_path):
     told = {f"{name}_accuracy" if name else "accuracy": 0.9, "validation_loss": 0.8, "worst_client_accuracy": 0.7}
-    config = SimpleNamespace(main="accuracy", better="max")
-    context = SimpleNamespace(config=config, data=SimpleNamespace(tests=[name, "a"]))
-    part = Patience(1, tmp_path, context, None)
+    context = Context(main="accuracy", better="max", patience=1)
+    context.data.tests = [name, "a"]
+    part = Patience(run_objects(context, out=tmp_path))
     assert part._main({**told, "validation_accuracy": 0.5}) == ("validation_accuracy", 0.5)
     with pytest.raises(UserError, match="--patience looks at the main figure on a validation set"):
         part._main(told)

@@ -10,7 +10,7 @@ from fedkern.engine.parts.trace import Trace
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from python_tests.interrupted import outcome
-from python_tests.stand_ins import record
+from python_tests.stand_ins import record, run_objects
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def profiles(monkeypatch):
 
 @pytest.mark.parametrize(("rounds", "traced"), [(4, 2), (1, 1)])
 def test_the_second_round_is_traced_or_the_only_one(rounds, traced, profiles, tmp_path):
-    part = Trace(tmp_path)
+    part = Trace(run_objects(out=tmp_path))
     for number in (-1, *range(1, rounds + 1)):
         one = record(number, rounds)
         part.before_round(one)
@@ -52,7 +52,7 @@ def test_the_second_round_is_traced_or_the_only_one(rounds, traced, profiles, tm
 
 
 def test_a_trace_ends_with_a_run_that_fails(profiles, tmp_path):
-    part = Trace(tmp_path)
+    part = Trace(run_objects(out=tmp_path))
     part.before_round(record(1, 1))
     part.close()
     part.close()

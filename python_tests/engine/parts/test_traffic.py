@@ -8,9 +8,9 @@ from torch import nn
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.parts.base import Summary
 from fedkern.engine.parts.traffic import Traffic
-from fedkern.methods.base import Phase
+from fedkern.methods.base import Phase, Round
 from fedkern.privacy.disclosure import About
-from python_tests.stand_ins import Context, about, record, stored, values
+from python_tests.stand_ins import Context, about, record, run_objects, stored, values
 
 TRAIN = Phase(0, "train", "update")
 
@@ -22,8 +22,11 @@ class Booked:
         self.ledger, self.context, self.server = Ledger(2), Context(2), SimpleNamespace(traffic=None)
         self.context.words = lambda: ([{"words": ["red"]}, {"words": ["blue"]}], {"words": ["red", "blue"]})
         checkpoints = SimpleNamespace(tabled=tabled, booked=lambda: rows)
-        self.part = Traffic(self.ledger, self.context, self.server, checkpoints, {} if wire is None else wire,
-                            shared_words=shared_words, secret=secret)  # fmt: skip
+        self.ledger.wire = {} if wire is None else wire
+        plan = [Round(booked=("update",) if shared_words else ())]
+        self.part = Traffic(run_objects(
+            self.context, ledger=self.ledger, server=self.server, checkpoints=checkpoints, plan=plan, amplified=secret,
+        ))  # fmt: skip
 
 
 @pytest.mark.parametrize("resumed", [False, True])

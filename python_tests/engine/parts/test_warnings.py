@@ -7,12 +7,12 @@ from fedkern.engine.parts.warnings import Warnings
 from fedkern.listeners.events import Listeners
 from fedkern.listeners.listener_group import ListenerGroup
 from python_tests.engine.parts.hearing import Hearing
-from python_tests.stand_ins import Context, record, stored
+from python_tests.stand_ins import Context, record, run_objects, stored
 
 
 def test_every_warning_is_told_once():
     context, heard = Context(), Hearing()
-    part = Warnings(context, ListenerGroup(heard))
+    part = Warnings(run_objects(context, listener=ListenerGroup(heard)))
     context.warn("setup", "It is slow.")
     part.round_end(record(-1))
     assert heard.events == []  # with the first communication round
@@ -26,7 +26,7 @@ def test_every_warning_is_told_once():
     assert heard.events == [("warning", "setup", "It is slow."), ("warning", "late", "It is late.")]
     assert summary.entries == {"diagnostics": {"setup": "It is slow.", "late": "It is late."}}
     resumed, again = Context(), Hearing()
-    part = Warnings(resumed, ListenerGroup(again))
+    part = Warnings(run_objects(resumed, listener=ListenerGroup(again)))
     part.restore(state)
     part.round_end(record(3))
     assert again.events == []
@@ -37,7 +37,7 @@ def test_a_resumed_run_tells_what_is_new():
     context, heard = Context(), Hearing()
     context.warn("same", "It is slow.")
     context.warn("other", "It has changed. It has changed again.")
-    part = Warnings(context, ListenerGroup(heard))
+    part = Warnings(run_objects(context, listener=ListenerGroup(heard)))
     part.restore({"early": "It was early.", "same": "It is slow.", "other": "It has changed."})
     part.round_end(record(3))
     assert heard.events == [("warning", "other", "It has changed. It has changed again.")]
@@ -48,7 +48,7 @@ def test_warnings_about_listeners_stand_beside_the_others():
     context, broken, other = Context(), Hearing("round"), Hearing()
     listeners = ListenerGroup(Listeners(broken, other))
     listeners.on_round({"round": 1})
-    part = Warnings(context, listeners)
+    part = Warnings(run_objects(context, listener=listeners))
     part.round_end(record())
     assert [*context.warnings] == ["listener-Hearing"]
     assert [event[0] for event in other.events] == ["warning", "round"]  # told at once, and not again
