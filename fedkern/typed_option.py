@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from fedkern.errors import UserError, nearest, quoted
 from fedkern.ops._core.checks import python_number
@@ -33,7 +33,7 @@ class Option:
 
     Attributes:
         default: the value of an option that is not given; ``bool``, ``int``, ``float`` or ``str``.
-        help: one line for the user.
+        text: one line for the user, or a function that makes it where it names what is registered then.
         low, high: inclusive range of a number.  Without ``high``, a float is at most `LARGEST`, and an integer with a
             lower bound is at most `MOST`.
         above: exclusive lower bound of a number.
@@ -50,7 +50,7 @@ class Option:
     """
 
     default: Value | None
-    help: str
+    text: str | Callable[[], str]
     low: float | None = None
     high: float | None = None
     above: float | None = None
@@ -72,6 +72,11 @@ class Option:
         name = self.name or field
         label = label.format(name.replace("_", "-") if label.startswith("--") else name)
         return dataclasses.replace(self, name=name, field=field, label=label)
+
+    @property
+    def help(self) -> str:
+        """The line for the user."""
+        return self.text if isinstance(self.text, str) else self.text()
 
     @property
     def range(self) -> str:
@@ -173,30 +178,38 @@ class Option:
         return MOST if self.low is not None else None  # an integer without a lower bound, such as a seed, is no count
 
 
-def option(default: Value | None, help: str, **limits: Any) -> Any:
+def option(default: Value | None, text: str | Callable[[], str], **limits: Any) -> Any:
     """Declares an :class:`Option` as a field of a dataclass; ``limits`` are the option's further attributes.
 
     ``name`` is the published name where Python forbids it as a field name (``lambda`` for the field ``lam``).
     """
-    return dataclasses.field(default=default, metadata={"option": Option(default, help, **limits)})
+    return dataclasses.field(default=default, metadata={"option": Option(default, text, **limits)})
 
 
-def declared(cls: object, label: str) -> tuple[Option, ...]:
-    """The options among the fields of a dataclass, in order.
+class OptionTable:
+    """Base of dataclasses that have options among their fields.
 
-    Args:
+    Attributes:
         label: how error messages name an option; ``{}`` stands for the option's name.
-
-    Raises:
-        UserError: a default is no value of its option.
     """
-    return _declared(cls, label)
+
+    label: ClassVar[str] = "--{}"
+
+    @classmethod
+    def declared(cls) -> tuple[Option, ...]:
+        """The options in the order of their declaration.
+
+        Raises:
+            UserError: a default is no value of its option.
+        """
+        table: Any = cls
+        return _declared(table)
 
 
 @functools.cache
-def _declared(cls: Any, label: str) -> tuple[Option, ...]:
+def _declared(cls: Any) -> tuple[Option, ...]:
     fields = [field for field in dataclasses.fields(cls) if "option" in field.metadata]
-    options = tuple(field.metadata["option"].named(field.name, label) for field in fields)
+    options = tuple(field.metadata["option"].named(field.name, cls.label) for field in fields)
     for each in options:
         if each.default is not None:
             each.check(each.default)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from fedkern.errors import UserError, nearest
-from fedkern.typed_option import Option, Value, declared
+from fedkern.typed_option import OptionTable, Value
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(OptionTable):
     """Base of every method's ``Options``: frozen, checked on construction, parsed from ``key=value``."""
 
+    label = 'Method option "{}"'
     _given = frozenset[str]()
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
@@ -29,11 +30,6 @@ class Options:
             value = getattr(self, each.field)
             if each.field in self._given or not isinstance(value, each.type):  # other defaults are checked already
                 object.__setattr__(self, each.field, each.convert(value))
-
-    @classmethod
-    def declared(cls) -> tuple[Option, ...]:
-        """The options in the order of their declaration."""
-        return declared(cls, 'Method option "{}"')
 
     @classmethod
     def parse(cls, options: Iterable[str] | Mapping[str, Any], *, method: str = "this method") -> Self:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fedkern.data.registry import data_names, given_options
+from fedkern.data.registry import given_options
 from fedkern.errors import UserError, nearest
 from fedkern.files.filesystem import check_text
 from fedkern.methods import registry, script_methods
-from fedkern.methods.aggregators import AGGREGATORS, MEAN
+from fedkern.methods.aggregators import MEAN
 from fedkern.methods.options import Options
 from fedkern.models import MODELS
 from fedkern.settings import toml
@@ -27,11 +27,10 @@ from fedkern.settings.model import check_networks
 from fedkern.settings.privacy import PrivacySettings
 from fedkern.settings.run_format import NAME
 from fedkern.settings.training import TrainingSettings
-from fedkern.typed_option import Option, declared
+from fedkern.typed_option import Option
 from fedkern.usercode import named_code
 from fedkern.usercode import plugins as plugin_room
 
-_SHIPPED_DATA, _SHIPPED_MODELS, _SHIPPED_AGGREGATORS = (", ".join(each) for each in (data_names(), MODELS, AGGREGATORS))
 RESUMABLE = ("data_root", "workers", "cache", "keep_items")
 """Settings that change no bit of a run; they may differ when the run is resumed."""
 UNSTORED = ("cache",)
@@ -49,29 +48,13 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
     plugins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def declared(cls) -> tuple[Option, ...]:
-        """All settings but ``options``, ``data_options`` and ``plugins``.
-
-        The help of ``data``, ``model`` and ``aggregator`` lists what is registered now, plugins' included.
-        """
-        now = {
-            "data": (_SHIPPED_DATA, ", ".join(data_names())),
-            "model": (_SHIPPED_MODELS, ", ".join(MODELS)),
-            "aggregator": (_SHIPPED_AGGREGATORS, ", ".join(AGGREGATORS)),
-        }
-        return tuple(
-            dataclasses.replace(each, help=each.help.replace(*now[each.field])) if each.field in now else each
-            for each in declared(cls, "--{}")
-        )
-
-    @classmethod
     def read(cls, values: Mapping[str, Any], *, stored: bool = False) -> dict[str, Any]:
         """Values, words among them, in the types of their settings; those that are not ``stored`` with absolute paths.
 
         Raises:
             UserError: a value of the wrong type, out of range or empty.
         """
-        options = {entry.field: entry for entry in declared(cls, "--{}")}
+        options = {entry.field: entry for entry in cls.declared()}
         take = Option.convert if stored else Option.read
         result = {name: take(options[name], each) if name in options else each for name, each in values.items()}
         for name, value in result.items():

@@ -57,8 +57,10 @@ class FederationSettings(DataSettings):
     )
     aggregator: str = option(
         MEAN,
-        "averaging methods: rule that combines the clients' networks, as NAME or NAME:key=value,...: "
-        + ", ".join(AGGREGATORS),
+        lambda: (
+            "averaging methods: rule that combines the clients' networks, as NAME or NAME:key=value,...: "
+            + ", ".join(AGGREGATORS)
+        ),
     )
     server_rule: str = option(
         MEAN,

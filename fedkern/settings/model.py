@@ -28,7 +28,7 @@ def _encoder(name: str) -> str:
 class ModelSettings(Section):
     """The network."""
 
-    model: str = option(COMMON["model"], f"network: {', '.join(MODELS)}, {FORMS}", path=named_code.absolute)
+    model: str = option(COMMON["model"], lambda: f"network: {', '.join(MODELS)}, {FORMS}", path=named_code.absolute)
     width: int | None = option(
         None,
         "channels of the network's first stage, or of a token of the built-in encoders",

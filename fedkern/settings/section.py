@@ -10,7 +10,7 @@ from typing import Any
 from fedkern.methods import registry
 from fedkern.methods.base import Method
 from fedkern.methods.options import Options
-from fedkern.typed_option import flag, option
+from fedkern.typed_option import OptionTable, flag, option
 
 _NEUTRAL = {"sample_fraction": 1, "lr_decay": 1, "optimizer_state": "new", "augment": "none"}
 """Values of settings that say nothing, beside 0 and the mean."""
@@ -19,7 +19,7 @@ OF_METHOD = ("chosen", "made")
 
 
 @dataclass(frozen=True)
-class Section:
+class Section(OptionTable):
     """What every section knows of a run: its method.
 
     The sections of a run are one object, :class:`fedkern.settings.config.RunConfig`.  A method of a section that
