@@ -13,14 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fedkern
+from fedkern.api import requested
 from fedkern.data.forms import ImageForm
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
-from fedkern.models import MODELS, register_model
+from fedkern.models import MODELS, available, register_model
 from fedkern.models.user_models import LEVELS
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
@@ -51,9 +53,9 @@ def file(tmp_path):
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"aggregator": "krum:byzantine=0"}, {"aggregator": "geometric_median"}, {"server_rule": "adam"},
-     {"sums": "exact"}, {"clip_update_norm": 0.1}, {"dp_clip": 1.0, "dp_noise": 0.1}],
-    ids=lambda settings: next(iter(settings), "mean"),
+    [{}, {"aggregator": "krum:byzantine=0"}, {"aggregator": "geometric_median"},
+     {"server_rule": "adam", "sums": "exact", "clip_update_norm": 0.1}, {"dp_clip": 1.0, "dp_noise": 0.1}],
+    ids=["mean", "krum", "median", "rules", "noise"],
 )  # fmt: skip
 def test_a_mask_of_infinities_travels_as_any_buffer(own, make_data, tmp_path, settings):
     """The uploads count, and the run is that of the same network without the mask."""
@@ -450,33 +452,37 @@ def test_weights_of_another_network(change, said, weights, own, make_data, refus
 # -- what is already there -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "safetensors", "module", "wrapped"])
-def test_a_start_from_a_file_or_a_module(suffix, own, make_data, tmp_path):
+def test_a_start_from_every_kind_of_file(own, make_data, tmp_path):
     torch.manual_seed(5)
-    module = Staged()
-    path = tmp_path / f"w.{suffix}"
-    state = {f"module.{name}": value for name, value in module.state_dict().items()}
-    if suffix == "safetensors":
-        save_file(state, path)
-    elif suffix not in ("module", "wrapped"):
-        torch.save({"state_dict": state, "epoch": 3} if suffix == "ckpt" else state, path)
-    out = tmp_path / "run"
+    expected, memory = Staged().state_dict(), dataclasses.replace(make_data(), name="digits")
+    state = {f"module.{name}": value for name, value in expected.items()}
+    save_file(state, tmp_path / "w.safetensors")
+    for name, content in {"w.pt": state, "w.pth": state, "w.ckpt": {"state_dict": state, "epoch": 3}}.items():
+        torch.save(content, tmp_path / name)
+    for path in sorted(tmp_path.iterdir()):
+        config, data = requested("fedavg", memory, STAGED, {"init": path})
+        with available(STAGED, None):
+            network = RunContext(config, data).networks.build()
+        assert all(map(torch.equal, network.module.state_dict().values(), expected.values())), path.name
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_start_from_a_module(is_wrapped, make_data, tmp_path):
+    torch.manual_seed(5)
+    module, out, memory = Staged(), tmp_path / "run", dataclasses.replace(make_data(), name="digits")
     how = {"model": STAGED, "rounds": 1, "lr": 1e-12, "progress": False, "pictures": False, "batch_size": 4}
-    given = torch.nn.DataParallel(module) if suffix == "wrapped" else module if suffix == "module" else path
-    memory = dataclasses.replace(make_data(), name="digits")
-    fedkern.simulate("fedavg", data=memory, init=given, out=out, **how)
+    fedkern.simulate("fedavg", data=memory, init=nn.DataParallel(module) if is_wrapped else module, out=out, **how)
     for name, value in module.state_dict().items():
         if name.endswith(("weight", "bias")):
             torch.testing.assert_close(tensors(out)[name], value, msg=name)
-    if given is module:
-        assert load_file(out / "init.safetensors").keys() == module.state_dict().keys()
-        moved = out.rename(tmp_path / "moved")  # config.toml has no path of its own folder
-        again = fedkern.load(moved, data=memory, trusted=[STAGED]).extend(2, progress=False, pictures=False)
-        assert len(again.history) == 2
-        (moved / "init.safetensors").write_bytes(b"x")
-        with pytest.raises(UserError, match=r"moved/init\.safetensors. is not the file that the run began with"):
-            fedkern.load(moved, data=memory, trusted=[STAGED]).extend(3, progress=False)
+    assert load_file(out / "init.safetensors").keys() == module.state_dict().keys()
+    moved = out.rename(tmp_path / "moved")  # config.toml has no path of its own folder
+    again = fedkern.load(moved, data=memory, trusted=[STAGED]).extend(2, progress=False, pictures=False)
+    assert len(again.history) == 2
+    (moved / "init.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"moved/init\.safetensors. is not the file that the run began with"):
+        fedkern.load(moved, data=memory, trusted=[STAGED]).extend(3, progress=False)
 
 
 def test_a_module_as_start_hides_no_setting_without_effect(make_data, refuses, tmp_path):
@@ -485,29 +491,23 @@ def test_a_module_as_start_hides_no_setting_without_effect(make_data, refuses, t
         fedkern.simulate("fedavg", data=memory, model=STAGED, init=Staged(), lr_step_factor=0.5, out=tmp_path / "run")
 
 
-def test_a_wrapped_module_is_the_run_s_network(make_data, tmp_path):
-    torch.manual_seed(5)
-    module = Plain()
-    memory = dataclasses.replace(make_data(), name="digits")
-    how = {"data": memory, "rounds": 1, "progress": False, "pictures": False}
-    for name, model in (("plain", module), ("wrapped", torch.nn.DataParallel(module))):
-        fedkern.simulate("fedavg", model=model, out=tmp_path / name, **how)
-    assert same_network(tmp_path / "plain", tmp_path / "wrapped")
-    assert fedkern.load(tmp_path / "wrapped", model=torch.nn.DataParallel(module)).model() is not None
-
-
-def test_a_run_takes_an_accelerated_network_as_it_is_written(make_data, make_config, tmp_path):
+def test_a_wrapped_or_accelerated_module_is_the_run_s_network(make_data, make_config, tmp_path):
     """Workers get the network by a pickle, which is plain."""
     torch.manual_seed(5)
     plain, network = Staged(), fedkern.accelerate(Staged())
     network.load_state_dict(plain.state_dict())
-    for name, model, workers in (("plain", plain, "1"), ("one", network, "1"), ("two", network, "2")):
-        run(
-            make_config(width=None, workers=workers), out=tmp_path / name, data=make_data(), script=ScriptObjects(model)
-        )
-    assert same_network(tmp_path / "plain", tmp_path / "one")
-    assert same_network(tmp_path / "plain", tmp_path / "two")
+    runs = {
+        "plain": (plain, "1"),
+        "one": (network, "1"),
+        "two": (network, "2"),
+        "wrapped": (nn.DataParallel(plain), "1"),
+    }
+    for name, (model, workers) in runs.items():
+        script = ScriptObjects.of(model, None, {})
+        run(make_config(width=None, workers=workers), out=tmp_path / name, data=make_data(), script=script)
+        assert same_network(tmp_path / "plain", tmp_path / name)
     assert any("_conv_forward" in vars(layer) for layer in network.modules())
+    assert fedkern.load(tmp_path / "wrapped", model=nn.DataParallel(plain)).model() is not None
 
 
 def test_a_partial_start_lists_what_does_not_fit(own, make_data, refuses, tmp_path):
